@@ -1,0 +1,1 @@
+"""Tiered store of the keys and values of document chunks."""
