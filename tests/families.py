@@ -1,8 +1,8 @@
 """Tiny random models of every family the engine serves, and of some that it has to refuse.
 
-A row is a config plus how to check it; `build` makes the model: float32, eval mode, the same weights for the same row
-every time. Weights are scaled by fan-in, so activations keep unit size and attention is peaked: a wrong position, a
-wrong row or a wrong mask moves the logits by 0.1 or more, while rounding moves them by about 1e-6.
+A row is a config plus how to check it; `build` makes the model: float32, eval mode, the same weights for the
+same row every time. Weights are scaled by fan-in, so activations keep unit size and attention is peaked: a wrong
+position, a wrong row or a wrong mask moves the logits by 0.1 or more, while rounding moves them by about 1e-6.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ Config = dict[str, Any]
 class Family:
     """A supported model: `model_type` and `config` as transformers takes them.
 
-    `tolerance` bounds the absolute error of logits (whose own size is about 1) against full prefill; mixtures of
-    experts get more room, since their experts' sums are ordered by how many tokens are computed together.
+    `tolerance` bounds the absolute error of logits (whose own size is about 1) against full prefill; mixtures
+    of experts get more room, since their matrices' shapes depend on which tokens are computed together.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Refusal:
-    """An unsupported model; `reason` is a regular expression (case-insensitive) that the refusal must contain."""
+    """An unsupported model; the refusal must match `reason` (a regular expression, case-insensitive)."""
 
     name: str
     model_type: str
@@ -376,7 +376,7 @@ REFUSALS: tuple[Refusal, ...] = (
         ),
         r"chunk",
     ),
-    # Its frequencies depend on the longest prompt that the process has seen, so no stored reference is stable.
+    # Its frequencies depend on the longest prompt this process has seen: full prefill itself is not stable.
     Refusal(
         "llama-dynamic",
         "llama",
@@ -412,9 +412,8 @@ def random_ids(count: int, seed: int) -> list[int]:
 
 
 def _build(name: str, model_type: str, changes: Config, attn: str) -> PreTrainedModel:
-    config = AutoConfig.for_model(
-        model_type, **deepcopy(changes)
-    )  # transformers fills in nested dicts in place
+    # A deep copy, because transformers fills in nested dicts (rope parameters) in place.
+    config = AutoConfig.for_model(model_type, **deepcopy(changes))
     make: Callable[..., PreTrainedModel] = (
         AutoModelForSeq2SeqLM.from_config if config.is_encoder_decoder else AutoModelForCausalLM.from_config
     )
@@ -430,21 +429,20 @@ def _build(name: str, model_type: str, changes: Config, attn: str) -> PreTrained
 
 @torch.no_grad()
 def _randomise(model: PreTrainedModel, config: PretrainedConfig, generator: torch.Generator) -> None:
-    """Redraw every parameter, norms and biases too, so that none is a neutral element that hides a mistake."""
+    """Redraw every parameter, norms and biases too: a neutral element would hide a mistake."""
 
     def noise(like: torch.Tensor) -> torch.Tensor:
         return torch.randn(like.shape, generator=generator)
 
-    embeddings = {id(p) for p in (model.get_input_embeddings().weight,)}
+    embeddings = model.get_input_embeddings().weight
     for name, weight in model.named_parameters():
-        if id(weight) in embeddings:
+        if weight is embeddings:
             # Tied embeddings are the output layer too, whose logits should be about 1.
             weight.copy_(noise(weight) * (weight.shape[-1] ** -0.5 if config.tie_word_embeddings else 1.0))
         elif weight.dim() >= 2 and "norm" not in name:
-            # gpt-oss keeps its experts as [expert, in, out]; biases of experts are two-dimensional as well.
-            fan_in = (
-                weight.shape[-2] if "gpt_oss" in config.model_type and weight.dim() == 3 else weight.shape[-1]
-            )
+            # gpt-oss keeps its experts as [expert, in, out]; experts' biases have two dimensions as well.
+            transposed = config.model_type == "gpt_oss" and weight.dim() == 3
+            fan_in = weight.shape[-2 if transposed else -1]
             gain = 0.1 if "bias" in name else 1.5 * fan_in**-0.5
             weight.copy_(noise(weight) * gain)
         else:
