@@ -1,1 +1,1 @@
-"""."""
+"""Moving KV from the store into a prompt's buffers."""

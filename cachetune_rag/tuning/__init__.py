@@ -1,1 +1,1 @@
-"""."""
+"""Choosing the recompute ratio for the hardware at hand."""

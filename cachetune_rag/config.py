@@ -1,0 +1,55 @@
+"""Settings that decide what is recomputed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from cachetune_rag.errors import ConfigError
+from cachetune_rag.selection import get_selector, selector_names
+
+
+@dataclass(frozen=True)
+class ReuseConfig:
+    """What a request uses where it names nothing itself.
+
+    Attributes:
+        selector: name of a registered selector.
+        ratio: share of the chunk tokens that is recomputed, in [0, 1].
+    """
+
+    selector: str = "probe"
+    ratio: float = 0.15
+
+
+AUTO = ReuseConfig()
+"""What "auto" stands for: the best measured setting (docs/selection.md)."""
+
+PAPER = ReuseConfig(selector="frequency", ratio=0.15)
+"""As published: frequency ranking, a budget per chunk, r_min 0.15 (alpha 0.5 is the ranking's own)."""
+
+
+def resolve(selector: Any, ratio: Any, auto: ReuseConfig = AUTO) -> ReuseConfig:
+    """Check a request's selector and ratio and fill in "auto".
+
+    Raises:
+        ConfigError: an unknown selector, or a ratio that is no number in [0, 1] and not "auto".
+    """
+    if selector == "auto":
+        selector = auto.selector
+    elif not isinstance(selector, str):
+        raise ConfigError(f"selector is {selector!r}: use 'auto' or one of {', '.join(selector_names())}.")
+    get_selector(selector)
+    if isinstance(ratio, str) and ratio == "auto":
+        ratio = auto.ratio
+    elif (
+        isinstance(ratio, bool)
+        or not isinstance(ratio, int | float)
+        or not math.isfinite(ratio)
+        or not 0 <= ratio <= 1
+    ):
+        raise ConfigError(
+            f"ratio is {ratio!r}: use 'auto' or a number from 0 (recompute nothing) to 1 (everything)."
+        )
+    return ReuseConfig(selector, float(ratio))

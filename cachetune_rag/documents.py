@@ -1,0 +1,41 @@
+"""What a user indexes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cachetune_rag.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document: a name, and the texts of its chunks exactly as prompts will show them.
+
+    Attributes:
+        id: its name in the store; indexing the same name again replaces the document.
+        chunks: chunk texts, in document order.
+    """
+
+    id: str
+    chunks: Sequence[str]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.id, str) or not self.id:
+            raise ConfigError(f"document id is {self.id!r}: use a non-empty string.")
+        if isinstance(self.chunks, str) or not all(isinstance(c, str) for c in self.chunks):
+            raise ConfigError(
+                f"document {self.id!r}: chunks must be a list of strings, one a retrieved passage."
+            )
+
+    @classmethod
+    def of(cls, item: Document | str) -> Document:
+        """A bare string is a document of one chunk, named by its content."""
+        if isinstance(item, Document):
+            return item
+        if isinstance(item, str):
+            return cls(
+                "text-" + hashlib.sha256(item.encode("utf-8", "surrogatepass")).hexdigest()[:32], [item]
+            )
+        raise ConfigError(f"document is a {type(item).__name__}: use a Document or a string.")

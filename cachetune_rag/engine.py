@@ -1,0 +1,328 @@
+"""The engine, as a user sees it."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from cachetune_rag.answer import Answer, AnswerStream
+from cachetune_rag.assembly import Assembler, PrefillState
+from cachetune_rag.config import ReuseConfig, resolve
+from cachetune_rag.decoding import prepare
+from cachetune_rag.documents import Document
+from cachetune_rag.errors import ConfigError, EngineClosedError, PromptTooLongError
+from cachetune_rag.loading import load_model
+from cachetune_rag.model import ModelAdapter
+from cachetune_rag.model.fingerprint import model_fingerprint, tokenizer_fingerprint
+from cachetune_rag.precompute import Precomputer, Progress
+from cachetune_rag.prompt import Prompt, PromptBuilder
+from cachetune_rag.report import PrecomputeSummary
+from cachetune_rag.stats import EngineStats, RequestCounter
+from cachetune_store import ChunkStore, Namespace
+
+
+class CacheTune:
+    """Answers prompts whose document chunks were run through the model beforehand.
+
+    Args:
+        model: a causal language model of transformers, whole on one device. It is put into eval mode.
+        tokenizer: its tokenizer.
+        store: a folder for the KV store, an open `ChunkStore`, or None to keep KV in memory only.
+        prompt_template: text with {prefix}, {chunks} and {query}; default: the tokenizer's chat template.
+        chunk_separator: text between chunks; it is computed, never stored.
+        lead_in: token ids put before a chunk when it is precomputed; "auto": the prompt's first token.
+        tenant: chunks of different tenants never meet.
+        batch_tokens: tokens that precompute runs at once; default: 8192 on a GPU, one chunk at a time on a CPU.
+        store_options: further arguments of `ChunkStore` (codec, host_budget, disk_budget, ...).
+
+    Raises:
+        UnsupportedModelError: reuse can't be exact for this architecture; the message says why.
+        ConfigError: an argument is out of range.
+
+    Any number of threads may use one engine; the model runs one forward at a time.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        store: str | os.PathLike[str] | ChunkStore | None = None,
+        *,
+        prompt_template: str | None = None,
+        chunk_separator: str = "\n\n",
+        lead_in: Sequence[int] | str = "auto",
+        tenant: str = "",
+        batch_tokens: int | None = None,
+        **store_options: Any,
+    ):
+        self.adapter = ModelAdapter(model)
+        self.tokenizer = tokenizer
+        self.prompts = PromptBuilder(tokenizer, template=prompt_template, chunk_separator=chunk_separator)
+        self.namespace = Namespace(
+            model=model_fingerprint(model),
+            tokenizer=tokenizer_fingerprint(tokenizer),
+            dtype=str(self.adapter.dtype).removeprefix("torch."),
+            lead_in=self._lead_in(lead_in),
+            tenant=tenant,
+        )
+        self._owns_store = not isinstance(store, ChunkStore)
+        if isinstance(store, ChunkStore):
+            if store_options:
+                raise ConfigError(
+                    f"{', '.join(store_options)} belong to the store, which is open already: set them there."
+                )
+            self.store = store
+        else:
+            self.store = ChunkStore(None if store is None else Path(store), **store_options)
+        self._lock = threading.RLock()
+        self._pool = ThreadPoolExecutor(4, "cachetune-read")
+        self._assembler = Assembler(self.adapter, self.store, self.namespace, self._pool)
+        if batch_tokens is None:
+            batch_tokens = 8192 if self.adapter.device.type == "cuda" else 0
+        self._precomputer = Precomputer(
+            self.adapter, self.store, self.namespace, self.prompts.encode, self._lock, batch_tokens
+        )
+        self._counter = RequestCounter()
+        self._closed = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike[str],
+        store: str | os.PathLike[str] | ChunkStore | None = None,
+        *,
+        gguf_file: str | None = None,
+        device: str = "auto",
+        dtype: str | torch.dtype = "auto",
+        revision: str | None = None,
+        **options: Any,
+    ) -> Self:
+        """Load model and tokenizer by path or hub id, and open the store.
+
+        Args:
+            model: a folder or a hub id, as transformers takes it.
+            store: see the class.
+            gguf_file: name of a GGUF file in that folder; its weights are dequantised.
+            device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1".
+            dtype: "auto" (the checkpoint's own; float32 on a CPU, where half types are slow), or a torch dtype or its name.
+            revision: branch, tag or commit on the hub.
+            options: further arguments of the class.
+        """
+        loaded, tokenizer = load_model(
+            model, gguf_file=gguf_file, device=device, dtype=dtype, revision=revision
+        )
+        return cls(loaded, tokenizer, store, **options)
+
+    # -- indexing -------------------------------------------------------------------------------------------------
+
+    def precompute(
+        self,
+        documents: Iterable[Document | str] | Document | str,
+        *,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> PrecomputeSummary:
+        """Compute and store the KV of documents' chunks. What is stored already is skipped, so a cut-off run resumes.
+
+        Args:
+            documents: documents, or strings (each a document of one chunk), as any iterable: a generator is consumed
+                one document at a time.
+            progress: called after every stored batch.
+        """
+        self._check_open()
+        if isinstance(documents, Document | str):
+            documents = [documents]
+        return self._precomputer.run(documents, progress)
+
+    def remove(self, document_id: str) -> int:
+        """Forget a document and free the chunks that no other document holds. Returns the bytes freed."""
+        self._check_open()
+        return self.store.delete_document(document_id, tenant=self.namespace.tenant)
+
+    # -- answering ------------------------------------------------------------------------------------------------
+
+    def generate(
+        self, query: str | None = None, chunks: Sequence[str] = (), prefix: str | None = None, **options: Any
+    ) -> Answer:
+        """Answer a query over retrieved chunks; arguments as for `stream`. Returns the whole answer."""
+        with self.stream(query, chunks, prefix, **options) as pieces:
+            for _ in pieces:
+                pass
+            return pieces.answer
+
+    def stream(
+        self,
+        query: str | None = None,
+        chunks: Sequence[str] = (),
+        prefix: str | None = None,
+        *,
+        prompt: Prompt | None = None,
+        ratio: float | str = "auto",
+        selector: str = "auto",
+        reuse: bool = True,
+        max_new_tokens: int = 256,
+        stop: str | Sequence[str] | None = None,
+        generation_config: Any = None,
+        **sampling: Any,
+    ) -> AnswerStream:
+        """Answer piece by piece: iterate over the returned stream for text; its `answer` and `report` fill on the way.
+
+        Args:
+            query: the user's question.
+            chunks: texts of the retrieved chunks, in prompt order. Those not in the store are computed in this request,
+                exactly, and stored after the answer.
+            prefix: text before the chunks; default: a short instruction, "" for none.
+            prompt: a prompt from `engine.prompts`, instead of query, chunks and prefix.
+            ratio: share of the chunk tokens to recompute, in [0, 1], or "auto".
+            selector: which tokens those are: a registered name or "auto".
+            reuse: False computes everything (the reference).
+            max_new_tokens: most tokens of the answer; fewer where the model's context ends.
+            stop: strings that end the answer; they are not part of it.
+            generation_config: a transformers GenerationConfig; default: the model's own.
+            sampling: overrides of it, e.g. do_sample, temperature, top_p, repetition_penalty; and seed.
+
+        Raises:
+            ConfigError, PromptError, PromptTooLongError: the request can't be served; nothing was computed.
+        """
+        self._check_open()
+        started = time.perf_counter()
+        config = resolve(selector, ratio)
+        prompt = self._prompt(query, chunks, prefix, prompt)
+        room = max_new_tokens
+        if self.adapter.max_positions is not None:
+            room = min(room, self.adapter.max_positions - len(prompt.ids))
+        plan = prepare(
+            self.adapter.model,
+            self.tokenizer,
+            list(prompt.ids),
+            generation_config=generation_config,
+            max_new_tokens=room,
+            stop=[stop] if isinstance(stop, str) else list(stop or ()),
+            **sampling,
+        )
+        return AnswerStream(self, prompt, config if reuse else None, plan, started)
+
+    def prefill(
+        self,
+        query: str | None = None,
+        chunks: Sequence[str] = (),
+        prefix: str | None = None,
+        *,
+        prompt: Prompt | None = None,
+        ratio: float | str = "auto",
+        selector: str = "auto",
+    ) -> PrefillState:
+        """Read a prompt with reuse and stop there: logits [1, vocab], cache, report. Missing chunks are stored."""
+        self._check_open()
+        started = time.perf_counter()
+        config = resolve(selector, ratio)
+        state = self._run_prefill(self._prompt(query, chunks, prefix, prompt), config, started)
+        self._store_missed(state)
+        return state
+
+    def full_prefill(
+        self,
+        query: str | None = None,
+        chunks: Sequence[str] = (),
+        prefix: str | None = None,
+        *,
+        prompt: Prompt | None = None,
+    ) -> PrefillState:
+        """Read the same tokens without reuse: what `prefill` is measured against."""
+        self._check_open()
+        started = time.perf_counter()
+        return self._run_prefill(self._prompt(query, chunks, prefix, prompt), None, started)
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def stats(self) -> EngineStats:
+        """Totals over this engine's requests, and the store's state."""
+        return self._counter.stats(self.store.stats())
+
+    def close(self) -> None:
+        """Release threads and the store (if the engine opened it). Further requests are refused."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._pool.shutdown(wait=True)
+        if self._owns_store:
+            self.store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- inside ---------------------------------------------------------------------------------------------------
+
+    def _prompt(
+        self, query: str | None, chunks: Sequence[str], prefix: str | None, prompt: Prompt | None
+    ) -> Prompt:
+        if prompt is None:
+            if query is None:
+                raise ConfigError(
+                    "a request needs query= (with chunks=), or prompt= built by engine.prompts."
+                )
+            if isinstance(chunks, str):
+                raise ConfigError("chunks is a string: use a list of strings, one a retrieved passage.")
+            prompt = self.prompts.build(query=query, chunks=chunks, prefix=prefix)
+        elif query is not None or chunks or prefix is not None:
+            raise ConfigError("a request takes either prompt= or query=, chunks= and prefix=, not both.")
+        if not prompt.ids:
+            raise ConfigError("the prompt has no tokens: give a query or a prefix.")
+        limit = self.adapter.max_positions
+        if limit is not None and len(prompt.ids) >= limit:
+            raise PromptTooLongError(
+                f"the prompt has {len(prompt.ids)} tokens and the model's context is {limit}, which must also hold the "
+                "answer: retrieve fewer or shorter chunks."
+            )
+        return prompt
+
+    def _run_prefill(self, prompt: Prompt, config: ReuseConfig | None, started: float) -> PrefillState:
+        with self._lock:
+            self._check_open()
+            if config is None:
+                state = self._assembler.full_prefill(prompt, started)
+            else:
+                state = self._assembler.prefill(prompt, config, started)
+        self._counter.add(state.report)
+        return state
+
+    def _store_missed(self, state: PrefillState) -> None:
+        """Keep what a request had to compute, for the next one."""
+        if state.missed:
+            prompt = state.prompt
+            self._precomputer.store_chunks((prompt.chunk_ids[i], prompt.chunk_texts[i]) for i in state.missed)
+
+    def _forward(self, token: int, cache: Any) -> torch.Tensor:
+        """One decoding step: logits [1, vocab] after `token`."""
+        with self._lock:
+            self._check_open()
+            return self.adapter.forward(torch.tensor([token], device=self.adapter.device), cache)
+
+    def _lead_in(self, lead_in: Sequence[int] | str) -> tuple[int, ...]:
+        if isinstance(lead_in, str):
+            if lead_in != "auto":
+                raise ConfigError(f"lead_in is {lead_in!r}: use 'auto' or a list of token ids.")
+            return (self.prompts.first_token,)
+        vocabulary = self.adapter.config.vocab_size
+        if not all(isinstance(t, int) and 0 <= t < vocabulary for t in lead_in):
+            raise ConfigError(
+                f"lead_in is {list(lead_in)!r}: use token ids from 0 to {vocabulary - 1}, or 'auto'."
+            )
+        return tuple(lead_in)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineClosedError("the engine is closed: make a new one.")

@@ -1,0 +1,76 @@
+"""Loading a model and its tokenizer by path or hub id."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from cachetune_rag.errors import ConfigError, ModelLoadError
+
+
+def load_model(
+    source: str | os.PathLike[str],
+    *,
+    gguf_file: str | None = None,
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+) -> tuple[Any, Any]:
+    """Model (in eval mode, on its device) and tokenizer. Arguments as for `CacheTune.from_pretrained`.
+
+    Raises:
+        ConfigError: a device or dtype that doesn't exist here.
+        ModelLoadError: nothing loadable at `source`; names it and the reason.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place = resolve_device(device)
+    extra: dict[str, Any] = {} if revision is None else {"revision": revision}
+    if gguf_file is not None:
+        extra["gguf_file"] = gguf_file
+    weights = dict(extra)
+    if gguf_file is not None:
+        try:
+            from transformers import GgufConfig
+
+            weights["quantization_config"] = GgufConfig(dequantize=True)
+        except ImportError:
+            pass  # older releases always dequantise
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **extra)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=resolve_dtype(dtype, place), **weights)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ModelLoadError(
+            f"no model could be loaded from {os.fspath(source)!r}: {str(error).strip()} "
+            "Give a folder made by save_pretrained, a hub id, or a folder with gguf_file=."
+        ) from error
+    return model.to(place).eval(), tokenizer
+
+
+def resolve_device(device: str) -> torch.device:
+    """ "auto" is a GPU if there is one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"device is {device!r}: use 'auto', 'cpu', 'cuda' or 'cuda:<number>'.") from None
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device is {device!r}, but this machine shows {torch.cuda.device_count()} CUDA devices: use 'auto' or 'cpu'."
+        )
+    return place
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype | str:
+    """ "auto" is the checkpoint's dtype on a GPU and float32 on a CPU, where half types are several times slower."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    named = getattr(torch, dtype, None)
+    if named not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ConfigError(f"dtype is {dtype!r}: use 'auto', 'float32', 'bfloat16' or 'float16'.")
+    return named

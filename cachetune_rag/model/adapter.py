@@ -1,0 +1,296 @@
+"""One object for all the engine asks of a transformers model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
+
+from cachetune_rag.errors import UnsupportedModelError
+from cachetune_rag.model import families, masks, taps
+from cachetune_rag.model.buffers import KVBuffers, ScatterCache
+from cachetune_rag.model.capture import ChunkKV, ValueCache, pad_right
+from cachetune_rag.model.rope import Rotary, Tables
+from cachetune_store.layout import LayerSpec
+
+_MASKED = ("sdpa", "eager")
+
+
+class _StopForward(Exception):
+    """Ends a forward after the layers that were wanted."""
+
+
+class ModelAdapter:
+    """Capture, rotation and forwards of one causal language model, through transformers' public surface.
+
+    Args:
+        model: a causal LM of transformers, whole on one device. It is put into eval mode; nothing else changes.
+
+    Raises:
+        UnsupportedModelError: the architecture can't be served exactly; the message says why.
+
+    The methods are not thread-safe: capture and probe hook into the model's modules while they run, so the caller
+    holds one lock around every use of the model.
+    """
+
+    def __init__(self, model: Any):
+        self.architecture = type(model).__name__
+        families.check(model)
+        self.model = model.eval()
+        self.config = model.config.get_text_config(decoder=True)
+        self.device: torch.device = model.device
+        self.dtype: torch.dtype = model.dtype
+        self.num_layers: int = self.config.num_hidden_layers
+        self.max_positions: int | None = getattr(self.config, "max_position_embeddings", None)
+        self._decoder = model.get_decoder()
+        self._attentions = families.attention_layers(self._decoder, self.num_layers, self.architecture)
+        layer_types = list(getattr(self.config, "layer_types", None) or [None] * self.num_layers)
+        self._layer_types: list[str | None] = layer_types
+        self._rotary = Rotary(self._decoder, self._attentions, layer_types, self.architecture)
+        # 5.24 renamed the argument; the old name warns there.
+        names = inspect.signature(model.forward).parameters
+        self._cache_argument = "cache" if "cache" in names else "past_key_values"
+        self._taps, self.layers = self._find_taps()
+
+    # -- load-time check ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _find_taps(self) -> tuple[list[taps.Tap], tuple[LayerSpec, ...]]:
+        """Compare each layer's tapped and rotated keys with the keys the model hands to its cache.
+
+        Settles which submodule a family's unrotated keys come from, how they are laid out and which layers rotate.
+        """
+        heads = self.config.num_attention_heads
+        cached: dict[int, tuple[Tensor, Tensor]] = {}
+        outputs: list[dict[str, Tensor]] = [{} for _ in self._attentions]
+        handles = []
+        for layer, attention in enumerate(self._attentions):
+            for name, part in attention.named_children():
+
+                def hook(_m: Any, _a: Any, out: Any, layer: int = layer, name: str = name) -> None:
+                    outputs[layer][name] = out
+
+                handles.append(part.register_forward_hook(hook))
+        # A length that no head count equals, so that a wrong layout can't pass by accident.
+        kv_heads = getattr(self.config, "num_key_value_heads", None) or heads
+        length = next(n for n in (11, 13, 17) if n not in (heads, kv_heads))
+        ids = torch.arange(length, device=self.device)[None] * 7919 % self.config.vocab_size
+        try:
+            self._run_decoder(ids, ValueCache(self.num_layers, lambda i, k, v: cached.__setitem__(i, (k, v))))
+        finally:
+            for handle in handles:
+                handle.remove()
+
+        found, specs = [], []
+        tables = self.rotary_tables(length)
+        for layer, attention in enumerate(self._attentions):
+            if layer not in cached:
+                raise UnsupportedModelError(f"{self.architecture}: layer {layer} wrote nothing to the cache.")
+            keys, values = cached[layer]
+            specs.append(LayerSpec(keys.shape[1], keys.shape[3], values.shape[3]))
+            shape = taps.HeadShape(heads, keys.shape[1], keys.shape[3])
+            found.append(
+                self._match(layer, attention, shape, outputs[layer], keys[0].transpose(0, 1), tables)
+            )
+        return found, tuple(specs)
+
+    def _match(
+        self,
+        layer: int,
+        attention: Any,
+        shape: taps.HeadShape,
+        outputs: dict[str, Tensor],
+        cached: Tensor,
+        tables: dict[str | None, Tables],
+    ) -> taps.Tap:
+        cos, sin = tables[self._layer_types[layer]]
+        for rotated in (True, False):
+            self._rotary.rotated[layer] = rotated
+            tap = taps.first_matching(
+                taps.candidates(attention, shape),
+                outputs,
+                lambda keys: torch.equal(self._rotary.rotate(layer, keys[0], cos, sin), cached),
+            )
+            if tap is not None:
+                return tap
+        raise UnsupportedModelError(
+            f"{self.architecture}: the keys that layer {layer} ({type(attention).__name__}) caches are not its projected "
+            "keys rotated by the model's own function, so stored keys could not be placed exactly. Families known to "
+            "work are listed in the README; please open an issue that names the model."
+        )
+
+    # -- precompute -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def capture(self, chunks: Sequence[Sequence[int]], lead_in: Sequence[int]) -> list[ChunkKV]:
+        """Run each chunk behind the lead-in, in one batch, and return its keys before rotation and its values.
+
+        Args:
+            chunks: token ids of each chunk, none empty.
+            lead_in: token ids put before every chunk; their own rows are dropped.
+        """
+        ids = pad_right([[*lead_in, *c] for c in chunks], self.device)
+        keys: list[Tensor] = [ids] * self.num_layers
+        values: list[Tensor] = [ids] * self.num_layers
+
+        def on_key(layer: int, output: Tensor) -> None:
+            keys[layer] = self._taps[layer].key(output)
+
+        def on_value(layer: int, _keys: Tensor, value: Tensor) -> None:
+            values[layer] = value.transpose(1, 2)
+
+        with taps.tapped(self._attentions, [t.key_module for t in self._taps], on_key):
+            self._run_decoder(ids, ValueCache(self.num_layers, on_value))
+        start = len(lead_in)
+        return [
+            ChunkKV(
+                [
+                    (k[row, start : start + len(c)], v[row, start : start + len(c)])
+                    for k, v in zip(keys, values, strict=True)
+                ]
+            )
+            for row, c in enumerate(chunks)
+        ]
+
+    def _run_decoder(self, ids: Tensor, cache: Cache) -> None:
+        """A forward without the language-model head."""
+        positions = torch.arange(ids.shape[1], device=self.device)[None].expand_as(ids)
+        self._decoder(input_ids=ids, position_ids=positions, use_cache=True, **{self._cache_argument: cache})
+
+    # -- positions ------------------------------------------------------------------------------------------------
+
+    def rotary_tables(self, length: int) -> dict[str | None, Tables]:
+        """Cosines and sines of a prompt of `length` tokens, by layer type; each [length, rotary_dim]."""
+        return self._rotary.tables(length, next(self._decoder.parameters()).new_empty(0, dtype=self.dtype))
+
+    def rotate(self, layer: int, keys: Tensor, positions: Tensor, tables: dict[str | None, Tables]) -> Tensor:
+        """Keys before rotation [tokens, kv_heads, head_dim] -> keys at `positions` [tokens]."""
+        if not self._rotary.rotated[layer]:
+            return keys
+        cos, sin = tables[self._layer_types[layer]]
+        return self._rotary.rotate(layer, keys, cos[positions], sin[positions])
+
+    def new_buffers(self, length: int) -> KVBuffers:
+        """Uninitialised buffers for a prompt of `length` tokens."""
+        return KVBuffers(self.layers, length, self.dtype, self.device)
+
+    # -- forwards -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def full_forward(self, ids: Tensor) -> tuple[Tensor, DynamicCache]:
+        """The model's own prefill of `ids` [length]: logits of the last token [1, vocab], and the cache."""
+        cache = DynamicCache()
+        return self.forward(ids, cache), cache
+
+    @torch.no_grad()
+    def forward(self, ids: Tensor, cache: Cache) -> Tensor:
+        """Run `ids` [tokens] behind what `cache` holds, which grows by them. Returns logits [1, vocab]."""
+        start = cache.get_seq_length()
+        positions = torch.arange(start, start + ids.shape[0], device=self.device)[None]
+        out = self.model(
+            input_ids=ids[None],
+            position_ids=positions,
+            use_cache=True,
+            logits_to_keep=1,
+            **{self._cache_argument: cache},
+        )
+        return out.logits[:, -1]
+
+    @torch.no_grad()
+    def selective_forward(
+        self, ids: Tensor, positions: Tensor, buffers: KVBuffers, before: Callable[[int], None] | None = None
+    ) -> Tensor:
+        """Run the selected tokens through every layer against the assembled KV.
+
+        Args:
+            ids, positions: the selected tokens and their places, [selected], ascending; the last one is the
+                prompt's last token.
+            buffers: KV of the prompt; rows at `positions` are overwritten, all others must be there when
+                `before(layer)` has returned.
+            before: called once a layer, before its buffer is used.
+
+        Returns:
+            Logits of the last token, [1, vocab].
+        """
+        return self._masked_forward(ids, positions, buffers, ScatterCache(buffers, positions, before))
+
+    @torch.no_grad()
+    def observe_attention(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        buffers: KVBuffers,
+        num_layers: int,
+        queries: int,
+        before: Callable[[int], None],
+        observe: Callable[[int, Tensor], None],
+    ) -> None:
+        """Run tokens through the first `num_layers` layers and hand out the attention of the last `queries` of them.
+
+        `observe(layer, weights)` gets [heads, queries, length] in float32, each row a distribution over the prompt
+        (computed from the tapped queries; soft-capping and learned sinks are left out, which keeps the order within a
+        head). Rows of `buffers` at `positions` are overwritten in those layers.
+        """
+        tables = self.rotary_tables(buffers.length)
+        place = positions[-queries:]
+        tapped: dict[int, Tensor] = {}
+
+        def on_query(layer: int, output: Tensor) -> None:
+            tapped[layer] = self._taps[layer].query(output)[0, -queries:]
+
+        def after(layer: int, keys: Tensor) -> None:
+            if layer < num_layers:
+                query = self.rotate(layer, tapped.pop(layer), place, tables)
+                observe(layer, self._attention(layer, query, keys[0], place))
+            if layer >= num_layers - 1:
+                raise _StopForward
+
+        cache = ScatterCache(buffers, positions, before, after)
+        with taps.tapped(self._attentions, [t.query_module for t in self._taps], on_query):
+            try:
+                self._masked_forward(ids, positions, buffers, cache)
+            except _StopForward:
+                return
+
+    def _attention(self, layer: int, query: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
+        """Attention weights [heads, queries, length] of rotated `query` [queries, heads, dim] on `keys` [kv_heads, length, dim]."""
+        kv_heads, length, dim = keys.shape
+        group = query.shape[1] // kv_heads
+        scale = getattr(self._attentions[layer], "scaling", None) or dim**-0.5
+        rows = query.transpose(0, 1).reshape(kv_heads, group * query.shape[0], dim)
+        scores = (rows @ keys.transpose(1, 2)).float().view(kv_heads * group, -1, length) * scale
+        allowed = masks.allowed(self.config, self._layer_types[layer], positions, length)
+        return scores.masked_fill_(~allowed[None], float("-inf")).softmax(-1)
+
+    def _masked_forward(
+        self, ids: Tensor, positions: Tensor, buffers: KVBuffers, cache: ScatterCache
+    ) -> Tensor:
+        with self._masked_attention() as implementation:
+            mask = masks.build(self.config, positions, buffers.length, implementation, self.dtype)
+            out = self.model(
+                input_ids=ids[None],
+                position_ids=positions[None],
+                attention_mask=mask,
+                use_cache=True,
+                logits_to_keep=1,
+                **{self._cache_argument: cache},
+            )
+        return out.logits[:, -1]
+
+    @contextmanager
+    def _masked_attention(self) -> Iterator[str]:
+        """An attention implementation that takes a mask by position; others are swapped for the forward's length."""
+        current = self.config._attn_implementation
+        if current in _MASKED:
+            yield current
+            return
+        self.model.set_attn_implementation("sdpa")
+        try:
+            yield self.config._attn_implementation
+        finally:
+            self.model.set_attn_implementation(current)

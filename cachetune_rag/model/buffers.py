@@ -1,0 +1,116 @@
+"""The KV of one prompt, assembled in position order, and the cache through which a model fills and reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+
+from cachetune_store.layout import LayerSpec
+
+
+class KVBuffers:
+    """Keys (rotated) and values of a prompt, per layer.
+
+    Memory is token-major, [length, kv_heads, head_dim], so that a stored row is copied in one piece; `keys` and
+    `values` are the views [1, kv_heads, length, head_dim] that attention reads.
+    """
+
+    def __init__(self, specs: Sequence[LayerSpec], length: int, dtype: torch.dtype, device: torch.device):
+        self.length = length
+        self.key_rows = [torch.empty(length, s.heads, s.head_dim, dtype=dtype, device=device) for s in specs]
+        self.value_rows = [
+            torch.empty(length, s.heads, s.v_head_dim, dtype=dtype, device=device) for s in specs
+        ]
+
+    def keys(self, layer: int) -> Tensor:
+        """Keys of one layer, [1, kv_heads, length, head_dim]."""
+        return self.key_rows[layer].transpose(0, 1)[None]
+
+    def values(self, layer: int) -> Tensor:
+        """Values of one layer, [1, kv_heads, length, v_head_dim]."""
+        return self.value_rows[layer].transpose(0, 1)[None]
+
+    def to_cache(self) -> DynamicCache:
+        """An ordinary transformers cache over the same memory, for decoding.
+
+        Built without a config, so that every layer keeps its full length (DESIGN: decoding).
+        """
+        cache = DynamicCache()
+        for layer in range(len(self.key_rows)):
+            entry = DynamicLayer()
+            keys, values = self.keys(layer), self.values(layer)
+            entry.lazy_initialization(keys, values)
+            entry.keys, entry.values = keys, values
+            cache.layers.append(entry)
+        return cache
+
+
+class ScatterCache(Cache):
+    """Cache of a forward over selected tokens: fresh keys and values are scattered into the buffers.
+
+    `before(layer)` runs when a layer's attention first needs its buffer (to bring the reused rows in); `after(layer,
+    keys)` runs when the buffer is complete, with keys [1, kv_heads, length, head_dim].
+    """
+
+    def __init__(
+        self,
+        buffers: KVBuffers,
+        positions: Tensor,
+        before: Callable[[int], None] | None = None,
+        after: Callable[[int, Tensor], None] | None = None,
+    ):
+        layers = [_ScatterLayer(buffers, i, positions, before, after) for i in range(len(buffers.key_rows))]
+        super().__init__(layers=layers)  # type: ignore[arg-type]
+
+
+class _ScatterLayer(CacheLayerMixin):
+    """One layer of a `ScatterCache`."""
+
+    is_sliding = False
+
+    def __init__(
+        self,
+        buffers: KVBuffers,
+        layer: int,
+        positions: Tensor,
+        before: Callable[[int], None] | None,
+        after: Callable[[int, Tensor], None] | None,
+    ):
+        super().__init__()
+        self._buffers, self._layer, self._positions = buffers, layer, positions
+        self._before, self._after = before, after
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Scatter [1, kv_heads, selected, head_dim] to the true positions; return the whole layer."""
+        layer, buffers = self._layer, self._buffers
+        if self._before is not None:
+            self._before(layer)
+        buffers.key_rows[layer].index_copy_(0, self._positions, key_states[0].transpose(0, 1))
+        buffers.value_rows[layer].index_copy_(0, self._positions, value_states[0].transpose(0, 1))
+        keys = buffers.keys(layer)
+        if self._after is not None:
+            self._after(layer, keys)
+        return keys, buffers.values(layer)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the buffers exist."""
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys; the mask is explicit, so only consistency matters."""
+        return self._buffers.length, 0
+
+    def get_seq_length(self) -> int:
+        """No tokens came before: positions are explicit."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """The buffers' length."""
+        return self._buffers.length
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.24

@@ -1,0 +1,92 @@
+"""Rotary positions, by the model's own tables and its own rotation function.
+
+Keys are stored before the rotation and rotated when the place of their chunk in the prompt is known (deferred RoPE,
+CacheTune section 4). Using the model's own code makes the result bit-identical to keys it computes in place, whatever
+the scaling (llama3, yarn, linear, longrope, partial).
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cachetune_rag.errors import UnsupportedModelError
+
+Tables = tuple[Tensor, Tensor]
+
+
+class Rotary:
+    """The rotation of one model: one table per layer type, one function per attention class."""
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        attentions: list[nn.Module],
+        layer_types: list[str | None],
+        architecture: str,
+    ):
+        module = getattr(decoder, "rotary_emb", None)
+        if not isinstance(module, nn.Module):
+            raise UnsupportedModelError(
+                f"{architecture} has no rotary position embedding: its keys depend on the absolute position they were "
+                "computed at (learned or ALiBi positions), so a chunk's keys can't be moved to another place. "
+                "Use a model with rotary positions (Llama, Mistral, Qwen, Gemma, Phi-3, ...)."
+            )
+        self._module: Any = module
+        self._typed = "layer_type" in inspect.signature(module.forward).parameters
+        self._layer_types = layer_types
+        self._functions = [_rotation_function(a, architecture) for a in attentions]
+        # Layers that apply no rotation at all (SmolLM3, Cohere 2); settled by the check at load.
+        self.rotated = [True] * len(attentions)
+
+    def tables(self, length: int, like: Tensor) -> dict[str | None, Tables]:
+        """Cosine and sine for positions 0..length-1, per layer type.
+
+        Computed for the whole prompt at once, because families with dynamic scaling choose their frequencies by the
+        largest position of the call. Each table is [length, rotary_dim] in the dtype of `like`.
+        """
+        positions = torch.arange(length, device=like.device)[None]
+        probe = like.new_empty((1, 1, 1))
+        kinds = sorted({t or "" for t in self._layer_types}) if self._typed else [""]
+        made = {}
+        for kind in kinds:
+            args = (kind,) if self._typed else ()
+            cos, sin = self._module(probe, positions, *args)
+            made[kind] = (cos[0], sin[0])
+        return {t: made[(t or "") if self._typed else ""] for t in set(self._layer_types)}
+
+    def rotate(self, layer: int, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotate `states` [tokens, heads, head_dim] by `cos`, `sin` [tokens, rotary_dim].
+
+        Returns a tensor [tokens, heads, head_dim] (possibly a view with other strides).
+        """
+        if not self.rotated[layer]:
+            return states
+        width = self._width(cos, states.shape[-1])
+        turned, rest = states[..., :width], states[..., width:]
+        keys = turned.transpose(0, 1)[None]
+        # The functions rotate a pair; zero heads of queries cost nothing.
+        _, keys = self._functions[layer](keys[:, :0], keys, cos[None], sin[None])
+        keys = keys[0].transpose(0, 1)
+        return keys if rest.shape[-1] == 0 else torch.cat((keys, rest), dim=-1)
+
+    def _width(self, cos: Tensor, head_dim: int) -> int:
+        """How many leading channels are rotated. gpt-oss keeps half tables, so the frequencies decide, not the table."""
+        frequencies = [b for n, b in self._module.named_buffers(recurse=False) if n.endswith("inv_freq")]
+        width = 2 * frequencies[0].numel() if frequencies else cos.shape[-1]
+        return min(width, head_dim)
+
+
+def _rotation_function(attention: nn.Module, architecture: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    function = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    if function is None:
+        raise UnsupportedModelError(
+            f"{architecture}: its modelling code ({type(attention).__module__}) has no `apply_rotary_pos_emb`, so stored "
+            "keys can't be rotated exactly as the model does. Please open an issue that names the model."
+        )
+    return function

@@ -1,0 +1,122 @@
+"""Layer by layer, stored rows become keys and values at their places in the prompt.
+
+Rows of disk chunks are read ahead on threads while earlier layers compute; rows of host chunks are views. What arrives
+is decoded, rotated to its positions (deferred RoPE) and scattered in one go for all chunks of the prompt.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cachetune_rag.model import KVBuffers, ModelAdapter
+from cachetune_store import ChunkReader, get_codec
+
+READ_AHEAD = 4
+"""Layers that are read ahead of the one that computes: bounds the memory between disk and buffers."""
+
+
+@dataclass
+class Source:
+    """One reused chunk at one place of the prompt.
+
+    Attributes:
+        reader: the open chunk.
+        start: place of the chunk's first token.
+        rows: how many rows of each layer are needed, counted from the least important; the rest (skipped rows) is
+            recomputed and not read.
+    """
+
+    reader: ChunkReader
+    start: int
+    rows: int
+
+
+class LayerLoader:
+    """Brings the reused rows of a prompt into its buffers, each layer once, when it is asked for.
+
+    Args:
+        adapter: the model, for rotation.
+        sources: the reused chunks with the rows needed of each.
+        buffers: where they go.
+        pool: threads that read ahead.
+    """
+
+    def __init__(
+        self, adapter: ModelAdapter, sources: Sequence[Source], buffers: KVBuffers, pool: ThreadPoolExecutor
+    ):
+        self._adapter, self._buffers, self._pool = adapter, buffers, pool
+        self._tables = adapter.rotary_tables(buffers.length)
+        self._loaded = [0] * adapter.num_layers
+        self._ahead: dict[int, list[Future[Tensor]]] = {}
+        self.seconds = 0.0
+        self._wanted: list[tuple[int, int, int]] | None = None
+        self.set_sources(sources)
+
+    def set_sources(self, sources: Sequence[Source]) -> None:
+        """Change how many rows the layers not yet loaded will bring (a selector may decide after the first layers)."""
+        wanted = [(id(s.reader), s.start, s.rows) for s in sources]
+        if wanted == self._wanted:
+            return  # what is being read ahead stays wanted
+        self.drain()
+        self._wanted = wanted
+        self._groups: dict[tuple[str, str], list[Source]] = {}
+        for source in sources:
+            if source.rows:
+                layout = source.reader.layout
+                self._groups.setdefault((layout.codec, layout.dtype), []).append(source)
+        self._sources = [s for group in self._groups.values() for s in group]
+        self._places = {
+            key: torch.cat([s.start + s.reader.order[: s.rows] for s in group]).to(self._adapter.device)
+            for key, group in self._groups.items()
+        }
+        self._read_ahead = any(s.reader.tier != "host" for s in self._sources)
+
+    def load(self, layer: int) -> None:
+        """Make the reused rows of `layer` stand in the buffers. Later calls for the same layer do nothing."""
+        if self._loaded[layer]:
+            return
+        started = time.perf_counter()
+        rows = iter(self._rows(layer))
+        for (codec_name, _dtype), group in self._groups.items():
+            codec = get_codec(codec_name)
+            spec = self._adapter.layers[layer]
+            pieces = [next(rows) for _ in group]
+            encoded = torch.empty(
+                (sum(p.shape[0] for p in pieces), pieces[0].shape[1]),
+                dtype=torch.uint8,
+                device=self._adapter.device,
+            )
+            at = 0
+            for piece in pieces:
+                encoded[at : at + piece.shape[0]].copy_(piece, non_blocking=True)
+                at += piece.shape[0]
+            keys, values = codec.decode(encoded, spec, self._adapter.dtype)
+            places = self._places[codec_name, _dtype]
+            keys = self._adapter.rotate(layer, keys, places, self._tables)
+            self._buffers.key_rows[layer].index_copy_(0, places, keys)
+            self._buffers.value_rows[layer].index_copy_(0, places, values)
+        self._loaded[layer] = 1
+        self.seconds += time.perf_counter() - started
+
+    def _rows(self, layer: int) -> list[Tensor]:
+        """Encoded rows of every source, in the order of the groups."""
+        if not self._read_ahead:
+            return [s.reader.read(layer, s.rows) for s in self._sources]
+        for ahead in range(layer, min(layer + 1 + READ_AHEAD, self._adapter.num_layers)):
+            if ahead not in self._ahead and not self._loaded[ahead]:
+                self._ahead[ahead] = [self._pool.submit(s.reader.read, ahead, s.rows) for s in self._sources]
+        return [f.result() for f in self._ahead.pop(layer)]
+
+    def drain(self) -> None:
+        """Wait for reads under way and drop them; the readers may be closed afterwards."""
+        for futures in self._ahead.values():
+            for future in futures:
+                if not future.cancel():
+                    future.exception()
+        self._ahead.clear()

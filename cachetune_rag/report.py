@@ -1,0 +1,108 @@
+"""What a request, or a precompute job, did."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Report:
+    """What happened to one request.
+
+    Attributes:
+        prompt_tokens: tokens of the whole prompt.
+        reused: chunk tokens whose stored KV was used as it is.
+        recomputed: chunk tokens that are stored but were computed again.
+        missed: chunk tokens that were not in the store; they were computed exactly, and stored afterwards.
+        bytes_read: bytes of KV read, by tier.
+        ratio: share of the stored chunk tokens that was asked to be recomputed.
+        selector: which selector chose them.
+        ttft: seconds from the request to its first token (for `prefill`: to its logits).
+        timings: seconds by phase: lookup, select, load, compute.
+        damaged: chunks found damaged, set aside and computed instead.
+        full: True for the reference: nothing was reused by intent.
+    """
+
+    prompt_tokens: int
+    reused: int
+    recomputed: int
+    missed: int
+    bytes_read: dict[str, int]
+    ratio: float
+    selector: str
+    ttft: float
+    timings: dict[str, float] = field(default_factory=dict)
+    damaged: int = 0
+    full: bool = False
+
+    @property
+    def computed(self) -> int:
+        """Prompt tokens that went through the model: everything but `reused`."""
+        return self.prompt_tokens - self.reused
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields, for JSON."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        if self.full:
+            return (
+                f"{self.prompt_tokens} prompt tokens, full prefill, first token after {_seconds(self.ttft)}"
+            )
+        read = " + ".join(f"{_size(n)} {tier}" for tier, n in self.bytes_read.items() if n) or "nothing"
+        damaged = f", {self.damaged} damaged chunks set aside" if self.damaged else ""
+        return (
+            f"{self.prompt_tokens} prompt tokens: {self.reused} reused, {self.recomputed} recomputed, {self.missed} missed "
+            f"({self.selector}, r={self.ratio:g}); read {read}; first token after {_seconds(self.ttft)}{damaged}"
+        )
+
+
+@dataclass(frozen=True)
+class PrecomputeSummary:
+    """What a precompute job did.
+
+    Attributes:
+        documents: documents seen.
+        chunks: chunks computed and stored.
+        skipped: chunks that were stored already (or stand twice in the job).
+        tokens: tokens of the computed chunks.
+        bytes: bytes stored for them.
+        seconds: wall time.
+    """
+
+    documents: int
+    chunks: int
+    skipped: int
+    tokens: int
+    bytes: int
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Computed tokens over wall time."""
+        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields and the speed, for JSON."""
+        return {**dataclasses.asdict(self), "tokens_per_second": self.tokens_per_second}
+
+    def __str__(self) -> str:
+        return (
+            f"{self.documents} documents: {self.chunks} chunks computed, {self.skipped} stored before; {self.tokens} tokens "
+            f"in {_seconds(self.seconds)} ({self.tokens_per_second:.0f} tokens/s), {_size(self.bytes)} stored"
+        )
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.0f} ms"
+
+
+def _size(value: int) -> str:
+    size = float(value)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"

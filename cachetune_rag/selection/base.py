@@ -1,0 +1,97 @@
+"""The interface of a selector, and what it may look at."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ReusedChunk:
+    """A chunk whose KV comes from the store, as it stands in one prompt.
+
+    Attributes:
+        start: place of its first token in the prompt.
+        order: int64 [tokens]; the offline ranking, least important token first (the row order of its file).
+        scores: float32 [tokens]; the offline score of each token, in token order.
+    """
+
+    start: int
+    order: Tensor
+    scores: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Number of its tokens."""
+        return int(self.order.shape[0])
+
+
+class SelectionContext(Protocol):
+    """What a selector sees of a request."""
+
+    @property
+    def chunks(self) -> Sequence[ReusedChunk]:
+        """The reused chunks, in prompt order."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of the whole prompt."""
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+
+    @property
+    def seed(self) -> int:
+        """A number that depends on the prompt's token ids alone."""
+
+    def observe_attention(
+        self, num_layers: int, queries: int, observe: Callable[[int, Tensor], None]
+    ) -> None:
+        """Run the tokens that are computed anyway (prefix, query, missed chunks) through the first layers.
+
+        `observe(layer, weights)` gets the attention of the last `queries` prompt tokens over the reused KV,
+        float32 [heads, queries, length].
+        """
+
+
+class Selector(ABC):
+    """Chooses online which tokens of the reused chunks are recomputed, one set for all layers."""
+
+    name: ClassVar[str]
+    """The name it is registered under."""
+
+    @abstractmethod
+    def select(self, context: SelectionContext, ratio: float) -> Tensor:
+        """Places in the prompt of the tokens to recompute.
+
+        Args:
+            context: the request.
+            ratio: share of the chunk tokens, in [0, 1].
+
+        Returns:
+            int64 [selected], places of chunk tokens, each at most once, in any order.
+        """
+
+
+def budget(ratio: float, tokens: int) -> int:
+    """floor(ratio * tokens), not thrown off by the ratio's binary representation (0.29 * 100 is 29)."""
+    return min(tokens, math.floor(ratio * tokens + 1e-9))
+
+
+def top(scores: Tensor, count: int) -> Tensor:
+    """Indices of the `count` largest of `scores` [n]; ties go to the smaller index."""
+    return torch.sort(scores, descending=True, stable=True).indices[:count]
+
+
+def all_places(chunks: Sequence[ReusedChunk]) -> Tensor:
+    """Places of every token of the chunks, int64, in prompt order."""
+    return torch.cat(
+        [torch.arange(c.start, c.start + c.tokens) for c in chunks] or [torch.empty(0, dtype=torch.int64)]
+    )

@@ -1,0 +1,19 @@
+"""EPIC's selection: the first tokens of each chunk, which were computed as if nothing stood before them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cachetune_rag.selection.base import SelectionContext, Selector, budget
+
+
+class ChunkHeadSelector(Selector):
+    """The first floor(r * N) tokens of each chunk (EPIC, arXiv 2410.15332)."""
+
+    name = "chunk_head"
+
+    def select(self, context: SelectionContext, ratio: float) -> Tensor:
+        """See `Selector.select`."""
+        picked = [torch.arange(c.start, c.start + budget(ratio, c.tokens)) for c in context.chunks]
+        return torch.cat(picked) if picked else torch.empty(0, dtype=torch.int64)

@@ -1,0 +1,28 @@
+"""The two ends: recompute nothing, recompute everything. Both ignore the ratio."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cachetune_rag.selection.base import SelectionContext, Selector, all_places
+
+
+class NoneSelector(Selector):
+    """No token is recomputed."""
+
+    name = "none"
+
+    def select(self, context: SelectionContext, ratio: float) -> Tensor:
+        """See `Selector.select`."""
+        return torch.empty(0, dtype=torch.int64)
+
+
+class AllSelector(Selector):
+    """Every token is recomputed: full prefill by another way."""
+
+    name = "all"
+
+    def select(self, context: SelectionContext, ratio: float) -> Tensor:
+        """See `Selector.select`."""
+        return all_places(context.chunks)

@@ -1,0 +1,36 @@
+"""Query-guided selection: recompute what the question attends to.
+
+Not in the paper. The query's tokens run through the first layers against the reused KV as those layers arrive, and the
+tokens of all chunks compete for one budget by the attention they receive (docs/selection.md has the measurements).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cachetune_rag.selection.base import SelectionContext, Selector, all_places, budget, top
+
+
+class ProbeSelector(Selector):
+    """The top r over all chunks by the attention of the prompt's last tokens in the first layers."""
+
+    name = "probe"
+
+    def __init__(self, depth: float = 0.25, queries: int = 16):
+        """`depth`: share of the layers that the probe runs through; `queries`: how many last tokens are watched."""
+        self.depth, self.queries = depth, queries
+
+    def select(self, context: SelectionContext, ratio: float) -> Tensor:
+        """See `Selector.select`."""
+        places = all_places(context.chunks)
+        count = budget(ratio, len(places))
+        if count in (0, len(places)):
+            return places[:count]
+        mass: list[Tensor] = []
+        layers = max(1, round(self.depth * context.num_layers))
+        context.observe_attention(
+            layers, self.queries, lambda _layer, weights: mass.append(weights.mean((0, 1)))
+        )
+        received = torch.stack(mass).sum(0).cpu()
+        return places[top(received[places], count)]

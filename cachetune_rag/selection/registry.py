@@ -1,0 +1,48 @@
+"""Selectors by name."""
+
+from __future__ import annotations
+
+from cachetune_rag.errors import ConfigError
+from cachetune_rag.selection.base import Selector
+from cachetune_rag.selection.chunk_head import ChunkHeadSelector
+from cachetune_rag.selection.constant import AllSelector, NoneSelector
+from cachetune_rag.selection.frequency import FrequencySelector
+from cachetune_rag.selection.probe import ProbeSelector
+from cachetune_rag.selection.random import RandomSelector
+
+_SELECTORS: dict[str, Selector] = {}
+
+
+def register_selector(selector: Selector) -> None:
+    """Make a selector available by its name; a name that is taken is refused."""
+    if selector.name in _SELECTORS or selector.name == "auto":
+        raise ConfigError(
+            f"selector name {selector.name!r} is taken; give it another name (taken: {', '.join(selector_names())})."
+        )
+    _SELECTORS[selector.name] = selector
+
+
+def selector_names() -> list[str]:
+    """Names of the registered selectors."""
+    return sorted(_SELECTORS)
+
+
+def get_selector(name: str) -> Selector:
+    """The selector registered as `name`."""
+    try:
+        return _SELECTORS[name]
+    except (KeyError, TypeError):
+        raise ConfigError(
+            f"unknown selector {name!r}: use 'auto' or one of {', '.join(selector_names())}."
+        ) from None
+
+
+for _selector in (
+    FrequencySelector(),
+    ProbeSelector(),
+    ChunkHeadSelector(),
+    RandomSelector(),
+    NoneSelector(),
+    AllSelector(),
+):
+    register_selector(_selector)

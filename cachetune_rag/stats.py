@@ -1,0 +1,82 @@
+"""Totals over an engine's requests."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+from cachetune_rag.report import Report
+from cachetune_store import StoreStats
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Totals since the engine was made, and the store as it is now.
+
+    Attributes:
+        requests: prompts read with reuse.
+        full_prefills: prompts read without.
+        prompt_tokens, reused, recomputed, missed: tokens, summed over the former; see `Report`.
+        damaged: chunks set aside while answering.
+        ttft_seconds: time to first token, summed.
+        store: the store's own figures.
+    """
+
+    requests: int
+    full_prefills: int
+    prompt_tokens: int
+    reused: int
+    recomputed: int
+    missed: int
+    damaged: int
+    ttft_seconds: float
+    store: StoreStats
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields, for JSON."""
+        return {
+            **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)},
+            "store": self.store.as_dict(),
+        }
+
+
+class RequestCounter:
+    """Adds reports up; safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._requests = self._full = self._prompt = self._reused = self._recomputed = self._missed = (
+            self._damaged
+        ) = 0
+        self._ttft = 0.0
+
+    def add(self, report: Report) -> None:
+        """Count one request."""
+        with self._lock:
+            if report.full:
+                self._full += 1
+                return
+            self._requests += 1
+            self._prompt += report.prompt_tokens
+            self._reused += report.reused
+            self._recomputed += report.recomputed
+            self._missed += report.missed
+            self._damaged += report.damaged
+            self._ttft += report.ttft
+
+    def stats(self, store: StoreStats) -> EngineStats:
+        """The totals."""
+        with self._lock:
+            return EngineStats(
+                self._requests,
+                self._full,
+                self._prompt,
+                self._reused,
+                self._recomputed,
+                self._missed,
+                self._damaged,
+                self._ttft,
+                store,
+            )
