@@ -44,9 +44,7 @@ class PrefillState:
 class Assembler:
     """Prefills prompts with one model from one store. The caller holds the model's lock."""
 
-    def __init__(
-        self, adapter: ModelAdapter, store: ChunkStore, namespace: Namespace, pool: ThreadPoolExecutor
-    ):
+    def __init__(self, adapter: ModelAdapter, store: ChunkStore, namespace: Namespace, pool: ThreadPoolExecutor):
         self._adapter, self._store, self._namespace, self._pool = adapter, store, namespace, pool
 
     def key(self, token_ids: Sequence[int]) -> ChunkKey:
@@ -84,13 +82,12 @@ class Assembler:
             if bool(chosen.all()):
                 logits, cache = self._adapter.full_forward(self._ids(prompt))
             else:
-                assert buffers is not None and loader is not None
+                assert buffers is not None
+                assert loader is not None
                 before = loader.seconds
                 loader.set_sources([_needed(start, reader, chosen) for start, reader in found])
                 places = chosen.nonzero()[:, 0].to(self._adapter.device)
-                logits = self._adapter.selective_forward(
-                    self._ids(prompt)[places], places, buffers, loader.load
-                )
+                logits = self._adapter.selective_forward(self._ids(prompt)[places], places, buffers, loader.load)
                 cache = buffers.to_cache()
                 timings["load"] = loader.seconds - before
             self._wait()
@@ -116,9 +113,7 @@ class Assembler:
             )
             return PrefillState(logits, cache, report, prompt, first_missed)
 
-    def _look_up(
-        self, prompt: Prompt, stack: ExitStack
-    ) -> tuple[list[tuple[int, ChunkReader]], int, tuple[int, ...]]:
+    def _look_up(self, prompt: Prompt, stack: ExitStack) -> tuple[list[tuple[int, ChunkReader]], int, tuple[int, ...]]:
         """Open the chunks of the prompt: (start, reader) of each that is stored, missed tokens, missed chunk numbers."""
         readers: dict[ChunkKey, ChunkReader | None] = {}
         found: list[tuple[int, ChunkReader]] = []
@@ -198,9 +193,7 @@ class _Context:
         """A number that depends on the prompt's token ids alone."""
         return int.from_bytes(hashlib.sha256(repr(self._prompt.ids).encode()).digest()[:7])
 
-    def observe_attention(
-        self, num_layers: int, queries: int, observe: Callable[[int, Tensor], None]
-    ) -> None:
+    def observe_attention(self, num_layers: int, queries: int, observe: Callable[[int, Tensor], None]) -> None:
         """See `SelectionContext`."""
         device = self._adapter.device
         places = self._base.nonzero()[:, 0].to(device)

@@ -116,9 +116,7 @@ class CacheTune:
             revision: branch, tag or commit on the hub.
             options: further arguments of the class.
         """
-        loaded, tokenizer = load_model(
-            model, gguf_file=gguf_file, device=device, dtype=dtype, revision=revision
-        )
+        loaded, tokenizer = load_model(model, gguf_file=gguf_file, device=device, dtype=dtype, revision=revision)
         return cls(loaded, tokenizer, store, **options)
 
     # -- indexing -------------------------------------------------------------------------------------------------
@@ -266,14 +264,10 @@ class CacheTune:
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
-    def _prompt(
-        self, query: str | None, chunks: Sequence[str], prefix: str | None, prompt: Prompt | None
-    ) -> Prompt:
+    def _prompt(self, query: str | None, chunks: Sequence[str], prefix: str | None, prompt: Prompt | None) -> Prompt:
         if prompt is None:
             if query is None:
-                raise ConfigError(
-                    "a request needs query= (with chunks=), or prompt= built by engine.prompts."
-                )
+                raise ConfigError("a request needs query= (with chunks=), or prompt= built by engine.prompts.")
             if isinstance(chunks, str):
                 raise ConfigError("chunks is a string: use a list of strings, one a retrieved passage.")
             prompt = self.prompts.build(query=query, chunks=chunks, prefix=prefix)
@@ -318,9 +312,7 @@ class CacheTune:
             return (self.prompts.first_token,)
         vocabulary = self.adapter.config.vocab_size
         if not all(isinstance(t, int) and 0 <= t < vocabulary for t in lead_in):
-            raise ConfigError(
-                f"lead_in is {list(lead_in)!r}: use token ids from 0 to {vocabulary - 1}, or 'auto'."
-            )
+            raise ConfigError(f"lead_in is {list(lead_in)!r}: use token ids from 0 to {vocabulary - 1}, or 'auto'.")
         return tuple(lead_in)
 
     def _check_open(self) -> None:

@@ -94,9 +94,7 @@ class ModelAdapter:
             keys, values = cached[layer]
             specs.append(LayerSpec(keys.shape[1], keys.shape[3], values.shape[3]))
             shape = taps.HeadShape(heads, keys.shape[1], keys.shape[3])
-            found.append(
-                self._match(layer, attention, shape, outputs[layer], keys[0].transpose(0, 1), tables)
-            )
+            found.append(self._match(layer, attention, shape, outputs[layer], keys[0].transpose(0, 1), tables))
         return found, tuple(specs)
 
     def _match(
@@ -267,9 +265,7 @@ class ModelAdapter:
         allowed = masks.allowed(self.config, self._layer_types[layer], positions, length)
         return scores.masked_fill_(~allowed[None], float("-inf")).softmax(-1)
 
-    def _masked_forward(
-        self, ids: Tensor, positions: Tensor, buffers: KVBuffers, cache: ScatterCache
-    ) -> Tensor:
+    def _masked_forward(self, ids: Tensor, positions: Tensor, buffers: KVBuffers, cache: ScatterCache) -> Tensor:
         with self._masked_attention() as implementation:
             mask = masks.build(self.config, positions, buffers.length, implementation, self.dtype)
             out = self.model(

@@ -22,9 +22,7 @@ class KVBuffers:
     def __init__(self, specs: Sequence[LayerSpec], length: int, dtype: torch.dtype, device: torch.device):
         self.length = length
         self.key_rows = [torch.empty(length, s.heads, s.head_dim, dtype=dtype, device=device) for s in specs]
-        self.value_rows = [
-            torch.empty(length, s.heads, s.v_head_dim, dtype=dtype, device=device) for s in specs
-        ]
+        self.value_rows = [torch.empty(length, s.heads, s.v_head_dim, dtype=dtype, device=device) for s in specs]
 
     def keys(self, layer: int) -> Tensor:
         """Keys of one layer, [1, kv_heads, length, head_dim]."""
@@ -84,9 +82,7 @@ class _ScatterLayer(CacheLayerMixin):
         self._buffers, self._layer, self._positions = buffers, layer, positions
         self._before, self._after = before, after
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Scatter [1, kv_heads, selected, head_dim] to the true positions; return the whole layer."""
         layer, buffers = self._layer, self._buffers
         if self._before is not None:

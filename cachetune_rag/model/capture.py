@@ -37,9 +37,7 @@ class _ValueLayer(CacheLayerMixin):
         super().__init__()
         self._layer, self._receive = layer, receive
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self._receive(self._layer, key_states, value_states)
         return key_states, value_states
 

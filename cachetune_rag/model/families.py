@@ -43,9 +43,7 @@ def check(model: Any) -> None:
             "even full prefill then depends on earlier requests. Use a static scaling (linear, yarn, llama3)."
         )
     if getattr(config, "use_bidirectional_attention", False) or getattr(config, "is_causal", True) is False:
-        raise UnsupportedModelError(
-            f"{name} attends in both directions, so a chunk's keys depend on what follows it."
-        )
+        raise UnsupportedModelError(f"{name} attends in both directions, so a chunk's keys depend on what follows it.")
     masks.check_layer_types(config, name)
     if not hasattr(model, "get_decoder") or not hasattr(model, "generate"):
         raise UnsupportedModelError(

@@ -29,9 +29,7 @@ def model_fingerprint(model: Any) -> str:
     cost one pass over memory, and are the same on every device.
     """
     digest = hashlib.sha256()
-    config = {
-        k: v for k, v in model.config.get_text_config(decoder=True).to_dict().items() if k not in _IRRELEVANT
-    }
+    config = {k: v for k, v in model.config.get_text_config(decoder=True).to_dict().items() if k not in _IRRELEVANT}
     digest.update(json.dumps([type(model).__name__, config], sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         if isinstance(tensor, torch.Tensor):

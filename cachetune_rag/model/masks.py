@@ -27,9 +27,7 @@ def check_layer_types(config: Any, architecture: str) -> None:
             "(linear-attention and state-space layers keep a running state, chunked attention has no true-position mask)."
         )
     if not kinds and getattr(config, "attention_chunk_size", None) is not None:
-        raise UnsupportedModelError(
-            f"{architecture} uses chunked attention, which has no mask by true positions here."
-        )
+        raise UnsupportedModelError(f"{architecture} uses chunked attention, which has no mask by true positions here.")
 
 
 def build(config: Any, positions: Tensor, length: int, implementation: str, dtype: torch.dtype) -> Any:
@@ -43,9 +41,7 @@ def build(config: Any, positions: Tensor, length: int, implementation: str, dtyp
         if implementation == "sdpa":
             return rows[None, None]
         floor = torch.finfo(dtype).min
-        return torch.zeros(rows.shape, dtype=dtype, device=positions.device).masked_fill_(~rows, floor)[
-            None, None
-        ]
+        return torch.zeros(rows.shape, dtype=dtype, device=positions.device).masked_fill_(~rows, floor)[None, None]
 
     kinds = set(getattr(config, "layer_types", None) or ())
     return {kind: make(kind) for kind in kinds} if kinds else make(None)

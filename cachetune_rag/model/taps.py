@@ -84,9 +84,7 @@ def candidates(attention: nn.Module, shape: HeadShape) -> Iterator[Tap]:
 
 
 @contextmanager
-def tapped(
-    attentions: list[nn.Module], modules: list[str], receive: Callable[[int, Tensor], None]
-) -> Iterator[None]:
+def tapped(attentions: list[nn.Module], modules: list[str], receive: Callable[[int, Tensor], None]) -> Iterator[None]:
     """While the context is open, `receive(layer, output)` gets what the named submodule of each layer returns.
 
     Hooks see every forward of the model, so the caller holds the lock under which the model runs.
@@ -105,9 +103,7 @@ def tapped(
             handle.remove()
 
 
-def first_matching(
-    taps: Iterator[Tap], outputs: dict[str, Tensor], wanted: Callable[[Tensor], bool]
-) -> Tap | None:
+def first_matching(taps: Iterator[Tap], outputs: dict[str, Tensor], wanted: Callable[[Tensor], bool]) -> Tap | None:
     """The first tap whose keys satisfy `wanted`; a tap whose layout does not fit its output is passed over."""
     for tap in taps:
         output = outputs.get(tap.key_module)

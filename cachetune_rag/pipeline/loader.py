@@ -47,9 +47,7 @@ class LayerLoader:
         pool: threads that read ahead.
     """
 
-    def __init__(
-        self, adapter: ModelAdapter, sources: Sequence[Source], buffers: KVBuffers, pool: ThreadPoolExecutor
-    ):
+    def __init__(self, adapter: ModelAdapter, sources: Sequence[Source], buffers: KVBuffers, pool: ThreadPoolExecutor):
         self._adapter, self._buffers, self._pool = adapter, buffers, pool
         self._tables = adapter.rotary_tables(buffers.length)
         self._loaded = [0] * adapter.num_layers

@@ -51,9 +51,7 @@ class SelectionContext(Protocol):
     def seed(self) -> int:
         """A number that depends on the prompt's token ids alone."""
 
-    def observe_attention(
-        self, num_layers: int, queries: int, observe: Callable[[int, Tensor], None]
-    ) -> None:
+    def observe_attention(self, num_layers: int, queries: int, observe: Callable[[int, Tensor], None]) -> None:
         """Run the tokens that are computed anyway (prefix, query, missed chunks) through the first layers.
 
         `observe(layer, weights)` gets the attention of the last `queries` prompt tokens over the reused KV,
@@ -92,6 +90,4 @@ def top(scores: Tensor, count: int) -> Tensor:
 
 def all_places(chunks: Sequence[ReusedChunk]) -> Tensor:
     """Places of every token of the chunks, int64, in prompt order."""
-    return torch.cat(
-        [torch.arange(c.start, c.start + c.tokens) for c in chunks] or [torch.empty(0, dtype=torch.int64)]
-    )
+    return torch.cat([torch.arange(c.start, c.start + c.tokens) for c in chunks] or [torch.empty(0, dtype=torch.int64)])

@@ -29,8 +29,6 @@ class ProbeSelector(Selector):
             return places[:count]
         mass: list[Tensor] = []
         layers = max(1, round(self.depth * context.num_layers))
-        context.observe_attention(
-            layers, self.queries, lambda _layer, weights: mass.append(weights.mean((0, 1)))
-        )
+        context.observe_attention(layers, self.queries, lambda _layer, weights: mass.append(weights.mean((0, 1))))
         received = torch.stack(mass).sum(0).cpu()
         return places[top(received[places], count)]

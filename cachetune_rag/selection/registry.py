@@ -32,9 +32,7 @@ def get_selector(name: str) -> Selector:
     try:
         return _SELECTORS[name]
     except (KeyError, TypeError):
-        raise ConfigError(
-            f"unknown selector {name!r}: use 'auto' or one of {', '.join(selector_names())}."
-        ) from None
+        raise ConfigError(f"unknown selector {name!r}: use 'auto' or one of {', '.join(selector_names())}.") from None
 
 
 for _selector in (
