@@ -1,8 +1,8 @@
 """Tiny random models of every family the engine serves, and of some that it has to refuse.
 
 A row is a config plus how to check it; `build` makes the model: float32, eval mode, the same weights for the
-same row every time. Weights are scaled by fan-in, so activations keep unit size and attention is peaked: a wrong
-position, a wrong row or a wrong mask moves the logits by 0.1 or more, while rounding moves them by about 1e-6.
+same row every time. Weights are scaled by fan-in, so activations keep unit size and attention is peaked: a
+wrong position, row or mask moves the logits by 0.1 or more, while rounding moves them by about 1e-6.
 """
 
 from __future__ import annotations
