@@ -103,8 +103,8 @@ LONG_ROPE = _rope(
     "longrope",
     short_factor=[1.0, 1.1, 1.3, 1.6],
     long_factor=[1.0, 2.0, 4.0, 8.0],
-    original_max_position_embeddings=64,
-    factor=8.0,
+    original_max_position_embeddings=128,
+    factor=4.0,
     partial_rotary_factor=0.5,
 )
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -173,7 +173,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "phi3-longrope",
         "phi3",
-        _dense(hidden_size=64, original_max_position_embeddings=64, rope_parameters=LONG_ROPE),
+        _dense(hidden_size=64, original_max_position_embeddings=128, rope_parameters=LONG_ROPE),
     ),
     Family("phi", "phi", _dense(hidden_size=64, rope_parameters=_rope(partial_rotary_factor=0.5))),
     Family(
