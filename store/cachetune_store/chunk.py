@@ -1,0 +1,208 @@
+"""A chunk in host memory: its head (everything but the rows) and its rows, laid out as in the file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import xxhash
+from torch import Tensor
+
+from .buffers import allocate, allocated_bytes, memory_of, round_up
+from .codecs import get_codec
+from .errors import NonFiniteError
+from .keys import ChunkKey, Namespace, make_key
+from .layout import ChunkLayout, LayerSpec, torch_dtype
+
+__all__ = ["BLOCK_ROWS", "Chunk", "ChunkHead", "SlabPlan", "encode_chunk", "plan_slab", "ranking_order"]
+
+BLOCK_ROWS = 64
+"""Rows of one checksummed block in new files."""
+
+
+@dataclass(frozen=True)
+class SlabPlan:
+    """Where the rows of each layer lie in a chunk's slab, which is the tail of its file, byte for byte.
+
+    Attributes:
+        row_bytes: bytes of one row, per layer.
+        offsets: first byte of each layer, a multiple of the page size.
+        total: bytes of the slab, a multiple of the page size.
+    """
+
+    row_bytes: tuple[int, ...]
+    offsets: tuple[int, ...]
+    total: int
+
+
+@lru_cache(maxsize=256)
+def plan_slab(layout: ChunkLayout) -> SlabPlan:
+    """The slab of chunks of this layout."""
+    codec = get_codec(layout.codec)
+    row_bytes = tuple(codec.row_bytes(spec, layout.dtype) for spec in layout.layers)
+    offsets = [0]
+    for count in row_bytes:
+        offsets.append(offsets[-1] + round_up(count * layout.tokens))
+    return SlabPlan(row_bytes, tuple(offsets[:-1]), offsets[-1])
+
+
+@dataclass(frozen=True, eq=False)
+class ChunkHead:
+    """Everything of a chunk but its rows.
+
+    Attributes:
+        order: int64 [tokens]; row i holds token order[i].
+        scores: float32 [tokens], in token order.
+        token_ids: int64 [tokens], in token order.
+        checksums: uint64 [layers, blocks], xxh3_64 of each block of rows.
+        text: what the tokens spell, if it was given.
+    """
+
+    key: ChunkKey
+    namespace: Namespace
+    layout: ChunkLayout
+    token_ids: Tensor
+    order: Tensor
+    scores: Tensor
+    checksums: npt.NDArray[np.uint64]
+    text: str | None = None
+    block_rows: int = BLOCK_ROWS
+
+    @property
+    def plan(self) -> SlabPlan:
+        """Where the rows lie."""
+        return plan_slab(self.layout)
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """A whole chunk: head and slab (uint8 [plan.total], page-aligned); `layers` are views, uint8 [tokens, row_bytes]."""
+
+    head: ChunkHead
+    slab: Tensor
+    layers: tuple[Tensor, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", layer_views(self.head.layout, self.slab))
+
+    @property
+    def key(self) -> ChunkKey:
+        """The chunk's key."""
+        return self.head.key
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of host memory that the rows take."""
+        return allocated_bytes(self.slab.numel(), pinned=self.slab.is_pinned())
+
+
+def layer_views(layout: ChunkLayout, slab: Tensor) -> tuple[Tensor, ...]:
+    """The layers of a slab, uint8 [tokens, row_bytes] each, without a copy."""
+    plan = plan_slab(layout)
+    return tuple(
+        slab[offset : offset + layout.tokens * width].view(layout.tokens, width)
+        for offset, width in zip(plan.offsets, plan.row_bytes, strict=True)
+    )
+
+
+def clear_padding(layout: ChunkLayout, slab: Tensor) -> None:
+    """Zero the bytes between layers, so that equal chunks are equal files."""
+    plan = plan_slab(layout)
+    ends = (*plan.offsets[1:], plan.total)
+    for offset, width, end in zip(plan.offsets, plan.row_bytes, ends, strict=True):
+        slab[offset + layout.tokens * width : end].zero_()
+
+
+def ranking_order(scores: Tensor) -> Tensor:
+    """Token of each row, int64 [tokens]: ascending score, ties to the larger index first.
+
+    So the last rows are the top of the ranking "descending score, ties to the smaller index", read backwards, and the
+    tokens left over for any ratio are the first rows.
+    """
+    return torch.sort(scores, descending=True, stable=True).indices.flip(0)
+
+
+def encode_chunk(
+    key: ChunkKey,
+    layers: Sequence[tuple[Tensor, Tensor]],
+    scores: Tensor,
+    *,
+    namespace: Namespace,
+    token_ids: Sequence[int],
+    text: str | None,
+    codec: str,
+    pinned: bool,
+) -> Chunk:
+    """The chunk of these keys and values, encoded and put in ranking order; arguments as for ChunkStore.put().
+
+    Raises:
+        ValueError: shapes, dtypes or key don't belong together.
+        NonFiniteError: a score is NaN or infinite, or the codec can't store a value.
+    """
+    layout = _check(key, layers, namespace, token_ids, codec)
+    flat = scores.detach().to("cpu", torch.float32).contiguous().clone()
+    if flat.shape != (layout.tokens,):
+        raise ValueError(f"scores have shape {tuple(scores.shape)}; need one a token, ({layout.tokens},)")
+    if not bool(torch.isfinite(flat).all()):
+        raise NonFiniteError("scores hold an infinity or NaN, so the tokens have no ranking; store finite scores")
+    order = ranking_order(flat)
+    encoder = get_codec(codec)
+    slab = allocate(plan_slab(layout).total, pinned=pinned)
+    for view, (k, v) in zip(layer_views(layout, slab), layers, strict=True):
+        rows = order.to(k.device)
+        view.copy_(encoder.encode(k.detach().index_select(0, rows), v.detach().index_select(0, rows)))
+    clear_padding(layout, slab)
+    head = ChunkHead(
+        key=key,
+        namespace=namespace,
+        layout=layout,
+        token_ids=torch.tensor(list(token_ids), dtype=torch.int64),
+        order=order,
+        scores=flat,
+        checksums=block_checksums(layout, slab, BLOCK_ROWS),
+        text=text,
+    )
+    return Chunk(head, slab)
+
+
+def block_checksums(layout: ChunkLayout, slab: Tensor, block_rows: int) -> npt.NDArray[np.uint64]:
+    """xxh3_64 of every block of rows of every layer, uint64 [layers, blocks]; the last block may be shorter."""
+    memory = memory_of(slab)
+    plan = plan_slab(layout)
+    blocks = -(-layout.tokens // block_rows)
+    sums = np.empty((len(layout.layers), blocks), dtype=np.uint64)
+    for layer, (offset, width) in enumerate(zip(plan.offsets, plan.row_bytes, strict=True)):
+        end = offset + layout.tokens * width
+        for block in range(blocks):
+            start = offset + block * block_rows * width
+            sums[layer, block] = xxhash.xxh3_64_intdigest(memory[start : min(end, start + block_rows * width)])
+    return sums
+
+
+def _check(
+    key: ChunkKey,
+    layers: Sequence[tuple[Tensor, Tensor]],
+    namespace: Namespace,
+    token_ids: Sequence[int],
+    codec: str,
+) -> ChunkLayout:
+    tokens = len(token_ids)
+    if not tokens or not layers:
+        raise ValueError(f"a stored chunk has 1 token and 1 layer at least, not {tokens} and {len(layers)}")
+    if make_key(namespace, token_ids) != key:
+        raise ValueError(f"key {key} is not that of these token ids in this namespace; build it with make_key()")
+    wanted = torch_dtype(namespace.dtype)
+    specs = []
+    for index, (k, v) in enumerate(layers):
+        if k.ndim != 3 or v.ndim != 3 or k.shape[0] != tokens or v.shape[:2] != k.shape[:2]:
+            raise ValueError(
+                f"layer {index}: keys {tuple(k.shape)} and values {tuple(v.shape)}; need [{tokens}, heads, head_dim] each"
+            )
+        if k.dtype != wanted or v.dtype != wanted:
+            raise ValueError(f"layer {index}: keys are {k.dtype}, values {v.dtype}; the namespace says {wanted}")
+        specs.append(LayerSpec(k.shape[1], k.shape[2], v.shape[2]))
+    return ChunkLayout(tokens, tuple(specs), namespace.dtype, codec)

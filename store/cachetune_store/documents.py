@@ -1,0 +1,135 @@
+"""Documents: which chunks each one holds, and how many documents hold each chunk.
+
+The index answers; each document is also a small JSON file, so that a lost index costs no document. File and record
+names are hashes of tenant and id, which may be any strings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import UnknownDocumentError
+from .files import TempFiles, make_directory, sync_directory, write_small
+from .index import Index
+from .keys import ChunkKey
+
+__all__ = ["Documents"]
+
+
+class Documents:
+    """The document book of a store.
+
+    Args:
+        index: where records and reference counts are.
+        directory: where the documents' files are; None for a store in memory.
+        temp: writes those files.
+    """
+
+    def __init__(self, index: Index, directory: Path | None, temp: TempFiles | None) -> None:
+        self._index = index
+        self._directory = directory
+        self._temp = temp
+
+    def put(self, tenant: str, doc_id: str, keys: Sequence[ChunkKey]) -> list[ChunkKey]:
+        """Put or replace a document; the chunks that no document holds any more."""
+        digests = [key.digest for key in keys]
+        name = _record_name(tenant, doc_id)
+        record = {"id": doc_id, "tenant": tenant, "chunks": digests}
+        with self._index.transaction():
+            old = self._index.get(name) or {"chunks": []}
+            if self._directory is not None and self._temp is not None:
+                path = self._path(tenant, doc_id)
+                make_directory(path.parent)
+                write_small(self._temp, path, json.dumps(record).encode())
+            self._index.set(name, record)
+            return self._count(set(digests) - set(old["chunks"]), set(old["chunks"]) - set(digests))
+
+    def delete(self, tenant: str, doc_id: str) -> list[ChunkKey]:
+        """Drop a document; the chunks that no document holds any more.
+
+        Raises:
+            UnknownDocumentError: there is no such document.
+        """
+        name = _record_name(tenant, doc_id)
+        with self._index.transaction():
+            record = self._index.get(name)
+            if record is None:
+                raise UnknownDocumentError(
+                    f"no document {doc_id!r} of tenant {tenant!r}; documents() lists those there are"
+                )
+            if self._directory is not None:
+                path = self._path(tenant, doc_id)
+                path.unlink(missing_ok=True)
+                if path.parent.is_dir():
+                    sync_directory(path.parent)
+            self._index.delete(name)
+            return self._count(set(), set(record["chunks"]))
+
+    def of(self, tenant: str) -> Iterator[tuple[str, tuple[ChunkKey, ...]]]:
+        """Ids and chunks of a tenant's documents."""
+        for _, record in self._index.items(f"doc/{_hash(tenant)}/"):
+            yield record["id"], tuple(ChunkKey(digest) for digest in record["chunks"])
+
+    def count(self) -> int:
+        """Documents of all tenants."""
+        return sum(1 for _ in self._index.names("doc/"))
+
+    def rebuild(self) -> None:
+        """Fill records from the files (where there are files), and count the references anew."""
+        with self._index.transaction():
+            if self._directory is not None:
+                for name in list(self._index.names("doc/")):
+                    self._index.delete(name)
+                for record in _read_all(self._directory):
+                    self._index.set(_record_name(record["tenant"], record["id"]), record)
+            for name in list(self._index.names("ref/")):
+                self._index.delete(name)
+            counts: dict[str, int] = {}
+            for _, record in self._index.items("doc/"):
+                for digest in set(record["chunks"]):
+                    counts[digest] = counts.get(digest, 0) + 1
+            for digest, count in counts.items():
+                self._index.set(f"ref/{digest}", count)
+
+    def _count(self, added: set[str], removed: set[str]) -> list[ChunkKey]:
+        """Adjust reference counts; the chunks whose count fell to 0."""
+        for digest in added:
+            self._index.set(f"ref/{digest}", (self._index.get(f"ref/{digest}") or 0) + 1)
+        free = []
+        for digest in sorted(removed):
+            left = (self._index.get(f"ref/{digest}") or 0) - 1
+            if left > 0:
+                self._index.set(f"ref/{digest}", left)
+            else:
+                self._index.delete(f"ref/{digest}")
+                free.append(ChunkKey(digest))
+        return free
+
+    def _path(self, tenant: str, doc_id: str) -> Path:
+        assert self._directory is not None
+        return self._directory / _hash(tenant)[:32] / f"{_hash(doc_id)}.json"
+
+
+def _read_all(directory: Path) -> Iterator[dict[str, Any]]:
+    """All documents on file; a file that is not a document is passed over."""
+    for path in directory.glob("*/*.json"):
+        try:
+            record = json.loads(path.read_bytes())
+            digests = [ChunkKey(digest).digest for digest in record["chunks"]]
+            found = {"id": record["id"], "tenant": record["tenant"], "chunks": digests}
+            if path.stem == _hash(found["id"]):
+                yield found
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            continue
+
+
+def _record_name(tenant: str, doc_id: str) -> str:
+    return f"doc/{_hash(tenant)}/{_hash(doc_id)}"
+
+
+def _hash(value: str) -> str:
+    return hashlib.sha256(value.encode("utf-8", "surrogatepass")).hexdigest()

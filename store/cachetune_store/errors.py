@@ -1,0 +1,61 @@
+"""Errors of the store. Every message names the bad value, what is allowed and what to do."""
+
+from __future__ import annotations
+
+__all__ = [
+    "BudgetError",
+    "DamagedChunkError",
+    "IndexDamagedError",
+    "NonFiniteError",
+    "StoreClosedError",
+    "StoreError",
+    "StoreFullError",
+    "StorePathError",
+    "StoreVersionError",
+    "UnknownCodecError",
+    "UnknownDocumentError",
+]
+
+
+class StoreError(Exception):
+    """Base of everything the store raises on its own account."""
+
+
+class StoreVersionError(StoreError):
+    """The directory holds a store of a format version that this release can't read."""
+
+
+class StorePathError(StoreError):
+    """The store's directory can't be made, read or written."""
+
+
+class StoreFullError(StorePathError):
+    """The file system has no room left; what was stored before is untouched."""
+
+
+class StoreClosedError(StoreError):
+    """The store was used after close()."""
+
+
+class BudgetError(StoreError):
+    """A chunk doesn't fit a tier's byte budget, alone or beside the chunks in use."""
+
+
+class DamagedChunkError(StoreError):
+    """A chunk file fails its length, shape or checksum; treat the chunk as missing."""
+
+
+class IndexDamagedError(StoreError):
+    """The index can't be read (or holds something it must never hold); it is rebuilt from the files."""
+
+
+class UnknownCodecError(StoreError, ValueError):
+    """No codec of that name is registered."""
+
+
+class UnknownDocumentError(StoreError, LookupError):
+    """No document of that id is known for that tenant."""
+
+
+class NonFiniteError(StoreError, ValueError):
+    """Keys, values or scores hold an infinity or NaN that a codec or the ranking can't represent."""

@@ -1,0 +1,137 @@
+"""Files that are there whole or not at all, and that survive a crash once written."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from .errors import StoreError, StoreFullError, StorePathError
+
+__all__ = ["TempFiles", "explain", "locked", "make_directory", "sync_directory", "write_all", "write_small"]
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_Buffer = bytes | memoryview
+
+
+def explain(error: OSError, path: Path | str) -> StoreError:
+    """The store's error for an OSError met at `path`."""
+    reason = error.strerror or str(error)
+    if error.errno in _FULL:
+        return StoreFullError(
+            f"no room to write {path} ({reason}); free space or lower disk_budget. Nothing was changed"
+        )
+    return StorePathError(f"can't use {path} ({reason}); give the store a directory that this user can write")
+
+
+def make_directory(path: Path) -> None:
+    """Make `path` and its parents, for this user's eyes only; durable."""
+    missing = []
+    while not path.exists():
+        missing.append(path)
+        path = path.parent
+    for directory in reversed(missing):
+        with contextlib.suppress(FileExistsError):
+            directory.mkdir(mode=0o700)
+        sync_directory(directory.parent)
+    if not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames and unlinks in `path` durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_all(fd: int, buffers: Sequence[_Buffer]) -> None:
+    """Write all bytes of `buffers` to `fd`, however few a single call takes."""
+    for buffer in buffers:
+        rest = memoryview(buffer)
+        while rest:
+            rest = rest[os.write(fd, rest[: 1 << 30]) :]
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, shared: bool = False) -> Iterator[None]:
+    """Hold an advisory lock on the file `path` (made if missing), across processes and threads.
+
+    Where the file system has no locks, nothing is locked.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+class TempFiles:
+    """A directory of files being written. Each is locked by its writer, so what a dead writer left can be told."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._gate = directory / "gate.lock"
+
+    def write(self, buffers: Sequence[_Buffer], publish: Callable[[Path], None], *, drop_cache: bool = False) -> None:
+        """Write a file, make it durable, and hand it to `publish`, which renames it to its place.
+
+        Whatever fails, no temporary file stays. With `drop_cache` its pages don't stay in the page cache either.
+        """
+        path = self.directory / f"{uuid.uuid4().hex}.tmp"
+        # Held while the new file has no lock yet; clean() takes the gate alone.
+        with locked(self._gate, shared=True):
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            _try_lock(fd)
+        try:
+            write_all(fd, buffers)
+            os.fsync(fd)
+            if drop_cache and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            publish(path)
+        finally:
+            path.unlink(missing_ok=True)
+            os.close(fd)
+
+    def clean(self) -> int:
+        """Delete the files of writers that are gone; how many there were."""
+        removed = 0
+        with locked(self._gate):
+            for path in self.directory.glob("*.tmp"):
+                try:
+                    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+                except OSError:
+                    continue
+                try:
+                    if _try_lock(fd):
+                        path.unlink(missing_ok=True)
+                        removed += 1
+                finally:
+                    os.close(fd)
+        return removed
+
+
+def write_small(temp: TempFiles, path: Path, content: bytes) -> None:
+    """Put `content` in the file `path`, atomically and durably."""
+
+    def publish(written: Path) -> None:
+        written.replace(path)
+        sync_directory(path.parent)
+
+    temp.write([content], publish)

@@ -1,0 +1,93 @@
+"""A file read by position, past the page cache where the file system allows."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+from pathlib import Path
+
+from .buffers import round_up
+
+__all__ = ["DirectIO", "RawFile"]
+
+_HEAD_GUESS = 32 << 10
+# What kernels answer where a file system knows no direct I/O (or wants another alignment).
+_NOT_DIRECT = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
+
+
+class DirectIO:
+    """Whether files are opened for direct I/O; turns itself off where that doesn't work.
+
+    Args:
+        wanted: True or None: where the file system supports it; False: never.
+    """
+
+    def __init__(self, wanted: bool | None) -> None:
+        self.active = wanted is not False and hasattr(os, "O_DIRECT")
+
+    def open(self, path: Path | str) -> int:
+        """A descriptor of `path`, direct if possible."""
+        if self.active:
+            try:
+                return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+            except OSError as error:
+                if error.errno not in _NOT_DIRECT:
+                    raise
+                self.active = False
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
+class RawFile:
+    """An open file. It stays readable when its name is gone, which is how open chunks outlive an eviction."""
+
+    def __init__(self, path: Path | str, direct: DirectIO) -> None:
+        self._fd = -1
+        self._direct = direct
+        self._fd = direct.open(path)
+        status = os.fstat(self._fd)
+        self.size = status.st_size
+        self.modified = status.st_mtime
+
+    def head(self, count: int) -> memoryview:
+        """At least the first `count` bytes, or all there are."""
+        want = min(round_up(max(count, _HEAD_GUESS)), round_up(self.size))
+        area = memoryview(mmap.mmap(-1, max(want, mmap.PAGESIZE)))
+        return area[: min(self.read(area[:want], 0), self.size)]
+
+    def read(self, area: memoryview, position: int) -> int:
+        """Fill `area` (page-aligned, whole pages) from `position`; how many bytes there were."""
+        done = 0
+        while done < len(area) and position + done < self.size:
+            try:
+                count = os.preadv(self._fd, [area[done:]], position + done)
+            except OSError as error:
+                if error.errno not in _NOT_DIRECT or not self._direct_off():
+                    raise
+                continue
+            if not count:
+                break
+            done += count
+        return done
+
+    def close(self) -> None:
+        """Close the descriptor. May be called again."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(OSError):
+            self.close()
+
+    def _direct_off(self) -> bool:
+        """Turn direct I/O off for this descriptor; False if it was off already."""
+        flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
+        direct = getattr(os, "O_DIRECT", 0)
+        if not flags & direct:
+            return False
+        fcntl.fcntl(self._fd, fcntl.F_SETFL, flags & ~direct)
+        self._direct.active = False
+        return True

@@ -1,0 +1,251 @@
+"""Readers: an open chunk, from which rows are taken layer by layer."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+from torch import Tensor
+
+from .buffers import allocate, memory_of, round_up
+from .chunk import Chunk, ChunkHead, clear_padding, layer_views
+from .errors import DamagedChunkError, StoreClosedError
+from .keys import ChunkKey
+from .layout import ChunkLayout
+from .rawfile import RawFile
+
+__all__ = ["ChunkReader", "DiskReader", "HostReader"]
+
+
+class ChunkReader(ABC):
+    """An open chunk. It stays readable until close(), whatever is evicted or deleted meanwhile; a context manager.
+
+    Attributes:
+        tier: name of the tier that the rows come from.
+        head: all of the chunk but its rows.
+        on_close: called once with the reader when it is closed.
+        on_promote: called with the chunk to be put into the tier above.
+    """
+
+    tier: str
+
+    def __init__(self, head: ChunkHead) -> None:
+        self.head = head
+        self.on_close: Callable[[ChunkReader], None] | None = None
+        self.on_promote: Callable[[Chunk], bool] | None = None
+        # One slot a layer, so that threads on different layers don't share a counter.
+        self._bytes = [0] * len(head.layout.layers)
+        self._closed = False
+
+    @property
+    def key(self) -> ChunkKey:
+        """The chunk's key."""
+        return self.head.key
+
+    @property
+    def layout(self) -> ChunkLayout:
+        """Tokens, layers, dtype and codec."""
+        return self.head.layout
+
+    @property
+    def order(self) -> Tensor:
+        """Int64 [tokens]: row i of every layer is token order[i]."""
+        return self.head.order
+
+    @property
+    def scores(self) -> Tensor:
+        """Float32 [tokens], by token (not by row)."""
+        return self.head.scores
+
+    @property
+    def token_ids(self) -> Tensor:
+        """Int64 [tokens]."""
+        return self.head.token_ids
+
+    @property
+    def text(self) -> str | None:
+        """The chunk's text, if it was stored."""
+        return self.head.text
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of rows that read() has moved so far: from disk whole blocks and pages, from host the rows asked for."""
+        return sum(self._bytes)
+
+    @abstractmethod
+    def read(self, layer: int, rows: int) -> Tensor:
+        """The first `rows` rows of a layer, uint8 [rows, row_bytes], on the host; threads may read different layers.
+
+        Treat it as read-only: it may be a view of what the store keeps.
+
+        Raises:
+            ValueError: there is no such layer, or not as many rows.
+            DamagedChunkError: the file fails a check; treat the chunk as missing and call ChunkStore.discard(key).
+        """
+
+    @abstractmethod
+    def promote(self) -> bool:
+        """Put the chunk into the host tier; rows not read yet are read now. True if it is there afterwards."""
+
+    def close(self) -> None:
+        """Release the chunk. May be called again."""
+        if not self._closed:
+            self._closed = True
+            if self.on_close is not None:
+                self.on_close(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # A forgotten reader must not hold its chunk for ever.
+        with contextlib.suppress(Exception):
+            ChunkReader.close(self)
+
+    def _check(self, layer: int, rows: int) -> None:
+        if self._closed:
+            raise StoreClosedError(f"reader of chunk {self.key} is closed; open the chunk again")
+        layout = self.head.layout
+        if not (0 <= layer < len(layout.layers) and 0 <= rows <= layout.tokens):
+            raise ValueError(
+                f"layer {layer}, rows {rows}: the chunk has layers 0 to {len(layout.layers) - 1} of {layout.tokens} rows"
+            )
+
+
+class HostReader(ChunkReader):
+    """Rows in host memory: every read is a view."""
+
+    tier = "host"
+
+    def __init__(self, chunk: Chunk) -> None:
+        super().__init__(chunk.head)
+        self._layers = chunk.layers
+        self._tokens = chunk.head.layout.tokens
+
+    def read(self, layer: int, rows: int) -> Tensor:
+        """See ChunkReader.read."""
+        self._check(layer, rows)
+        whole = self._layers[layer]
+        view = whole if rows == self._tokens else whole[:rows]
+        self._bytes[layer] += view.numel()
+        return view
+
+    def promote(self) -> bool:
+        """True: it is there."""
+        return True
+
+
+class DiskReader(ChunkReader):
+    """Rows in a file, read into memory that can become the host tier's copy."""
+
+    tier = "disk"
+
+    def __init__(self, head: ChunkHead, file: RawFile, rows_start: int, *, pinned: bool) -> None:
+        super().__init__(head)
+        self._file = file
+        self._start = rows_start
+        self._pinned = pinned
+        self._covered = [0] * len(head.layout.layers)
+        self._locks = [threading.Lock() for _ in head.layout.layers]
+        self._memory_lock = threading.Lock()
+        self._slab: Tensor | None = None
+        self._promoted = False
+
+    def read(self, layer: int, rows: int) -> Tensor:
+        """See ChunkReader.read. Rows that were read before are not read again."""
+        self._check(layer, rows)
+        with self._locks[layer]:
+            if rows > self._covered[layer]:
+                self._fetch(layer, rows)
+        self._prepare()
+        return self._views[layer][:rows]
+
+    @property
+    def complete(self) -> bool:
+        """True when every row of every layer has been read and verified."""
+        return min(self._covered) == self.head.layout.tokens
+
+    def read_all(self) -> Chunk:
+        """The whole chunk, verified.
+
+        Raises:
+            DamagedChunkError: a block fails its checksum, or the file is too short.
+        """
+        tokens = self.head.layout.tokens
+        for layer in range(len(self._covered)):
+            self.read(layer, tokens)
+        self._prepare()
+        assert self._slab is not None
+        return Chunk(self.head, self._slab)
+
+    def padding_is_clear(self) -> bool:
+        """True if the bytes between the layers are zero, as they were written. Only after read_all()."""
+        assert self._slab is not None
+        before = self._slab.numpy().copy()
+        clear_padding(self.head.layout, self._slab)
+        return bool(np.array_equal(before, self._slab.numpy()))
+
+    def promote(self) -> bool:
+        """See ChunkReader.promote."""
+        if self.on_promote is not None and not self._promoted:
+            chunk = self.read_all()
+            clear_padding(self.head.layout, chunk.slab)
+            self._promoted = self.on_promote(chunk)
+        return self._promoted
+
+    def close(self) -> None:
+        """Release the chunk; if all of it was read, the host tier gets it."""
+        if self._closed:
+            return
+        try:
+            if self.complete and not self._promoted:
+                self.promote()
+        finally:
+            super().close()
+            self._file.close()
+
+    def _prepare(self) -> None:
+        with self._memory_lock:
+            if self._slab is None:
+                self._slab = allocate(self.head.plan.total, pinned=self._pinned)
+                self._memory = memory_of(self._slab)
+                self._views = layer_views(self.head.layout, self._slab)
+
+    def _fetch(self, layer: int, rows: int) -> None:
+        """Read on from what is covered, to the end of the block that holds row `rows` - 1."""
+        self._prepare()
+        head, plan = self.head, self.head.plan
+        width, offset = plan.row_bytes[layer], plan.offsets[layer]
+        tokens, block = head.layout.tokens, head.block_rows
+        target = min(tokens, round_up(rows, block))
+        # Whole pages: what direct I/O asks for. A page that was read before is read, and its block checked, again.
+        begin = self._covered[layer] * width // 4096 * 4096
+        end = round_up(target * width)
+        area = self._memory[offset + begin : offset + end]
+        try:
+            found = self._file.read(area, self._start + offset + begin)
+        except OSError as error:
+            raise DamagedChunkError(f"chunk {self.key}: layer {layer} can't be read ({error.strerror})") from error
+        if found != len(area):
+            raise DamagedChunkError(f"chunk {self.key}: the file ends inside layer {layer}")
+        first = begin // (block * width)
+        sums: npt.NDArray[np.uint64] = head.checksums[layer]
+        for index in range(first, -(-target // block)):
+            start = index * block * width
+            stop = min(start + block * width, tokens * width)
+            if xxhash.xxh3_64_intdigest(self._memory[offset + start : offset + stop]) != sums[index]:
+                raise DamagedChunkError(f"chunk {self.key}: checksum mismatch in layer {layer}, block {index}")
+        self._covered[layer] = target
+        self._bytes[layer] += len(area)

@@ -1,0 +1,110 @@
+"""What the store tells about itself: frozen, and plain when asked."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .keys import ChunkKey
+
+__all__ = ["Counters", "DocumentInfo", "StoreStats", "TierStats", "VerifyReport"]
+
+
+@dataclass
+class Counters:
+    """Running counts of one tier in this process."""
+
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+    damaged: int = 0
+    promotions: int = 0
+    demotions: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+
+
+@dataclass(frozen=True)
+class TierStats:
+    """One tier: what it holds now, and what it did in this process.
+
+    Attributes:
+        chunks: chunks held (on disk: by all processes).
+        bytes: bytes held, against `budget`.
+        pinned: chunks in use by open readers of this process.
+        promotions: chunks that came up from the tier below.
+        demotions: chunks that came down from the tier above.
+    """
+
+    name: str
+    chunks: int
+    bytes: int
+    budget: int
+    pinned: int
+    hits: int
+    misses: int
+    evictions: int
+    damaged: int
+    promotions: int
+    demotions: int
+    bytes_read: int
+    bytes_written: int
+
+
+@dataclass(frozen=True)
+class StoreStats:
+    """The whole store. `hits` and `misses` count open(); a chunk found in any tier is a hit."""
+
+    hits: int
+    misses: int
+    damaged: int
+    documents: int
+    host: TierStats
+    disk: TierStats | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain dicts and numbers."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class DocumentInfo:
+    """A document: its id, its chunks in order, and how many of them (and bytes) the store holds now."""
+
+    id: str
+    tenant: str
+    chunks: tuple[ChunkKey, ...]
+    stored: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What a check found and repaired.
+
+    Attributes:
+        checked: chunk files read in full (by rebuild_index: heads read).
+        bytes: their bytes.
+        damaged: keys of files that were set aside.
+        temp_files: files of dead writers that were deleted.
+        adopted: files that the index didn't know.
+        dropped: index entries without a file.
+        documents: documents known afterwards.
+    """
+
+    checked: int
+    bytes: int
+    damaged: tuple[ChunkKey, ...]
+    temp_files: int
+    adopted: int
+    dropped: int
+    documents: int
+
+    @property
+    def ok(self) -> bool:
+        """True when no chunk was damaged."""
+        return not self.damaged
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain values."""
+        return asdict(self) | {"damaged": [str(key) for key in self.damaged]}

@@ -1,0 +1,48 @@
+"""Damaged files, kept for whoever wants to know what happened, within bounds."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from ..files import make_directory
+from ..keys import ChunkKey
+
+__all__ = ["DamagedFiles"]
+
+_LIMIT_FILES = 16
+_LIMIT_BYTES = 1 << 30
+
+
+class DamagedFiles:
+    """A directory of set-aside files: the newest 16, of 1 GiB (or the disk budget, if that is less) together."""
+
+    def __init__(self, directory: Path, *, limit_bytes: int) -> None:
+        self._directory = directory
+        self._limit_bytes = min(limit_bytes, _LIMIT_BYTES)
+
+    def take(self, path: Path, key: ChunkKey) -> bool:
+        """Move `path` here; False if there is no such file."""
+        make_directory(self._directory)
+        try:
+            path.replace(self._directory / f"{time.time_ns():020d}-{key.digest}{path.suffix}")
+        except FileNotFoundError:
+            return False
+        self._trim()
+        return True
+
+    def remove(self, key: ChunkKey) -> None:
+        """Delete what was set aside under `key`."""
+        for path in self._directory.glob(f"*-{key.digest}.*"):
+            path.unlink(missing_ok=True)
+
+    def _trim(self) -> None:
+        total = 0
+        # Names begin with the time, so this goes from new to old.
+        for count, path in enumerate(sorted(self._directory.iterdir(), reverse=True), start=1):
+            try:
+                total += path.stat().st_size
+                if count > _LIMIT_FILES or total > self._limit_bytes:
+                    path.unlink()
+            except FileNotFoundError:
+                continue

@@ -1,0 +1,296 @@
+"""Chunks in files of a directory that several processes may share.
+
+The files are the truth: a chunk is there if its file is. Names change (rename, unlink) only inside the index's
+transactions, so that processes agree on what the budget holds. A reader works on its open descriptor; whatever another
+process evicts or replaces, an open chunk stays whole, and a chunk gone before it is opened is a plain miss.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..buffers import memory_of
+from ..chunk import Chunk, ChunkHead
+from ..chunkfile import SUFFIX, encode_head, parse_head
+from ..errors import BudgetError, DamagedChunkError, StoreError, UnknownCodecError
+from ..files import TempFiles, explain, make_directory, sync_directory
+from ..index import Index
+from ..keys import ChunkKey
+from ..rawfile import DirectIO, RawFile
+from ..readers import DiskReader
+from ..stats import Counters, TierStats
+from ..units import format_bytes
+from .base import Pins, Tier
+from .damaged import DamagedFiles
+from .lru import LruOrder
+
+__all__ = ["DiskTier"]
+
+_FLUSH_SECONDS = 30.0
+
+
+class DiskTier(Tier):
+    """One file a chunk under `directory`/chunks, least recently used first out.
+
+    Args:
+        directory: the store's directory.
+        budget: bytes of all chunk files together.
+        index: sizes and last use; shared with other processes.
+        temp: files being written.
+        pins: chunks in use by this process.
+        pinned: whether rows are read into pinned memory.
+        direct: how files are opened.
+    """
+
+    name = "disk"
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        budget: int,
+        index: Index,
+        temp: TempFiles,
+        pins: Pins,
+        pinned: bool,
+        direct: DirectIO,
+    ) -> None:
+        self.directory = directory / "chunks"
+        self.budget = budget
+        self.counters = Counters()
+        self.index = index
+        self._temp = temp
+        self._pins = pins
+        self._pinned = pinned
+        self._direct = direct
+        self._lru = LruOrder(index)
+        self._damaged = DamagedFiles(directory / "damaged", limit_bytes=budget)
+        self._touched: dict[str, float] = {}
+        self._lock = threading.Lock()
+        self._flushed = time.monotonic()
+
+    def path_of(self, key: ChunkKey) -> Path:
+        """Where the chunk's file is or would be."""
+        return self.directory / key.digest[:2] / f"{key.digest}{SUFFIX}"
+
+    def stored_keys(self) -> Iterator[ChunkKey]:
+        """Keys of all files that are there."""
+        for path in self.directory.glob(f"*/*{SUFFIX}"):
+            with contextlib.suppress(ValueError):
+                yield ChunkKey(path.stem)
+
+    def contains(self, key: ChunkKey) -> bool:
+        """See Tier."""
+        return self.path_of(key).exists()
+
+    def open(self, key: ChunkKey) -> DiskReader | None:
+        """See Tier. A file whose head fails a check is set aside and counted; that is a miss."""
+        self._pins.add(key)
+        reader = self._open(key)
+        if reader is None:
+            self._pins.drop(key)
+        else:
+            self.touch(key)
+        with self._lock:
+            self.counters.hits += reader is not None
+            self.counters.misses += reader is None
+        return reader
+
+    def peek(self, key: ChunkKey) -> ChunkHead | None:
+        """The head of a chunk that is here and healthy as far as its head goes; counts as nothing."""
+        reader = self._open(key)
+        if reader is None:
+            return None
+        reader.close()
+        return reader.head
+
+    def touch(self, key: ChunkKey) -> None:
+        """See Tier. Uses are gathered and written to the index in one go, off the way of requests."""
+        self._touched[key.digest] = time.time()
+
+    def admit(self, chunk: Chunk) -> list[Chunk]:
+        """See Tier. On return the chunk would survive a power cut."""
+        key, target = chunk.key, self.path_of(chunk.key)
+        head = encode_head(chunk.head)
+        size = len(head) + chunk.slab.numel()
+        if size > self.budget:
+            raise BudgetError(
+                f"chunk {key} takes {format_bytes(size)} on disk, more than disk_budget ({format_bytes(self.budget)}); "
+                "raise the budget or store shorter chunks"
+            )
+
+        def publish(written: Path) -> None:
+            with self.index.transaction():
+                self._make_room(key, size)
+                written.replace(target)
+                self._record(chunk.head, size, time.time())
+            sync_directory(target.parent)
+
+        try:
+            # Room is made before the bytes are written too, so that disk use hardly passes the budget meanwhile.
+            with self.index.transaction():
+                self._make_room(key, size)
+            make_directory(target.parent)
+            self._temp.write([head, memory_of(chunk.slab)], publish, drop_cache=self._direct.active)
+        except OSError as error:
+            raise explain(error, target) from error
+        with self._lock:
+            self.counters.bytes_written += size
+        return []
+
+    def remove(self, key: ChunkKey) -> int:
+        """See Tier. What was set aside under the same key goes as well."""
+        try:
+            with self.index.transaction():
+                size = self._unlink(key)
+                self._forget(key)
+            self._damaged.remove(key)
+        except OSError as error:
+            raise explain(error, self.path_of(key)) from error
+        return size
+
+    def set_aside(self, key: ChunkKey) -> bool:
+        """Move a damaged file out of the way, and count it; False if there was none."""
+        try:
+            with self.index.transaction():
+                moved = self._damaged.take(self.path_of(key), key)
+                self._forget(key)
+        except (OSError, StoreError):
+            # It stays a miss at every use; nothing better can be done in a directory that refuses changes.
+            moved = True
+        with self._lock:
+            self.counters.damaged += moved
+        return moved
+
+    def adopt(self, head: ChunkHead, size: int, used: float) -> bool:
+        """Enter a file that the index doesn't know, or knows with another size; whether that was so."""
+        record = self.index.get(f"chunk/{head.key}")
+        if record is not None and record["size"] == size:
+            return False
+        self._record(head, size, used)
+        return True
+
+    def drop_missing(self) -> int:
+        """Drop index entries without a file; how many."""
+        dropped = 0
+        with self.index.transaction():
+            for name in list(self.index.names("chunk/")):
+                key = ChunkKey(name.removeprefix("chunk/"))
+                if not self.contains(key):
+                    self._forget(key)
+                    dropped += 1
+        return dropped
+
+    def size_of(self, key: ChunkKey) -> int:
+        """Bytes of the chunk's file; 0 if there is none."""
+        try:
+            return self.path_of(key).stat().st_size
+        except OSError:
+            return 0
+
+    def flush(self, *, force: bool = True) -> None:
+        """Write gathered uses to the index; without `force` only if that was long ago."""
+        if not self._touched or (not force and time.monotonic() - self._flushed < _FLUSH_SECONDS):
+            return
+        with self.index.transaction():
+            touched, self._touched = self._touched, {}
+            for digest, used in touched.items():
+                record = self.index.get(f"chunk/{digest}")
+                if record is not None and record["used"] < used:
+                    self.index.set(f"chunk/{digest}", record | {"used": used})
+        self._flushed = time.monotonic()
+
+    def stats(self) -> TierStats:
+        """See Tier."""
+        total = self._total()
+        with self._lock:
+            return TierStats(
+                self.name, total["chunks"], total["bytes"], self.budget, len(self._pins), **asdict(self.counters)
+            )
+
+    def close(self) -> None:
+        """See Tier."""
+        with contextlib.suppress(StoreError):
+            self.flush()
+
+    def _open(self, key: ChunkKey) -> DiskReader | None:
+        try:
+            file = RawFile(self.path_of(key), self._direct)
+        except OSError:
+            return None
+        try:
+            head, start = parse_head(key, file.size, file.head)
+        except UnknownCodecError:
+            # Good data for whoever has the codec.
+            file.close()
+            return None
+        except (DamagedChunkError, OSError):
+            file.close()
+            self.set_aside(key)
+            return None
+        return DiskReader(head, file, start, pinned=self._pinned)
+
+    def _make_room(self, key: ChunkKey, size: int) -> None:
+        """Evict until a chunk of `size` bytes fits in place of what `key` has now; inside a transaction."""
+        total = self._total()
+        old = self.index.get(f"chunk/{key}")
+        short = total["bytes"] + size - (old["size"] if old else 0) - self.budget
+        if short <= 0:
+            return
+        self.flush()
+        victims = self._lru.victims(short, lambda digest: digest == key.digest or digest in self._pins)
+        if victims is None:
+            raise BudgetError(
+                f"disk tier: {format_bytes(short)} too little for chunk {key} beside the chunks in use (disk_budget "
+                f"{format_bytes(self.budget)}); close readers first or raise the budget"
+            )
+        for digest in victims:
+            victim = ChunkKey(digest)
+            self._unlink(victim)
+            self._forget(victim)
+        with self._lock:
+            self.counters.evictions += len(victims)
+
+    def _record(self, head: ChunkHead, size: int, used: float) -> None:
+        with self.index.transaction():
+            old = self.index.get(f"chunk/{head.key}")
+            self.index.set(f"chunk/{head.key}", {"size": size, "used": used, "tokens": head.layout.tokens})
+            if head.text is not None:
+                self.index.set(f"text/{head.key}", text_record(head))
+            self._add_total(size - (old["size"] if old else 0), 0 if old else 1)
+        self._lru.add(used, head.key.digest)
+
+    def _forget(self, key: ChunkKey) -> None:
+        with self.index.transaction():
+            record = self.index.get(f"chunk/{key}")
+            if record is not None:
+                self.index.delete(f"chunk/{key}")
+                self.index.delete(f"text/{key}")
+                self._add_total(-record["size"], -1)
+
+    def _unlink(self, key: ChunkKey) -> int:
+        path = self.path_of(key)
+        try:
+            size = path.stat().st_size
+            path.unlink()
+        except FileNotFoundError:
+            return 0
+        return size
+
+    def _total(self) -> dict[str, int]:
+        return self.index.get("total") or {"bytes": 0, "chunks": 0}
+
+    def _add_total(self, size: int, chunks: int) -> None:
+        total = self._total()
+        self.index.set("total", {"bytes": total["bytes"] + size, "chunks": total["chunks"] + chunks})
+
+
+def text_record(head: ChunkHead) -> dict[str, Any]:
+    """What the index says about a chunk's text."""
+    return {"text": head.text, "tokens": head.layout.tokens, "namespace": head.namespace.digest}

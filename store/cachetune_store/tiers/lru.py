@@ -1,0 +1,68 @@
+"""Which chunk was used longest ago, without sorting the whole index at every eviction."""
+
+from __future__ import annotations
+
+import heapq
+import threading
+import time
+from collections.abc import Callable
+
+from ..index import Index
+
+__all__ = ["LruOrder"]
+
+_RELOAD_SECONDS = 60.0
+
+
+class LruOrder:
+    """A heap of (last use, digest), brought up to date from the index as entries come to its top.
+
+    Chunks that other processes add are seen when the heap runs out, or after a minute.
+    """
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+        self._heap: list[tuple[float, str]] = []
+        self._loaded = float("-inf")
+        self._lock = threading.RLock()
+
+    def add(self, used: float, digest: str) -> None:
+        """A chunk was stored."""
+        with self._lock:
+            heapq.heappush(self._heap, (used, digest))
+
+    def victims(self, short: int, spared: Callable[[str], bool]) -> list[str] | None:
+        """Digests of the least recently used chunks that free `short` bytes; None if all that may go are too few."""
+        with self._lock:
+            if time.monotonic() - self._loaded > _RELOAD_SECONDS:
+                self._load()
+            found = self._collect(short, spared)
+            if found is None:
+                self._load()
+                found = self._collect(short, spared)
+            return found
+
+    def _load(self) -> None:
+        self._heap = [(record["used"], name.removeprefix("chunk/")) for name, record in self._index.items("chunk/")]
+        heapq.heapify(self._heap)
+        self._loaded = time.monotonic()
+
+    def _collect(self, short: int, spared: Callable[[str], bool]) -> list[str] | None:
+        victims: dict[str, float] = {}
+        kept: dict[str, float] = {}
+        while short > 0 and self._heap:
+            used, digest = heapq.heappop(self._heap)
+            record = self._index.get(f"chunk/{digest}")
+            if record is None or digest in victims or digest in kept:
+                continue
+            if record["used"] > used:
+                heapq.heappush(self._heap, (record["used"], digest))
+            elif spared(digest):
+                kept[digest] = used
+            else:
+                victims[digest] = used
+                short -= record["size"]
+        back = kept if short <= 0 else kept | victims
+        for digest, used in back.items():
+            heapq.heappush(self._heap, (used, digest))
+        return list(victims) if short <= 0 else None
