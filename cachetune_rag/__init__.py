@@ -1,1 +1,76 @@
 """cachetune-rag: reuse the KV cache of retrieved chunks and recompute only what matters."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cachetune_rag.answer import Answer, AnswerStream
+    from cachetune_rag.assembly import PrefillState
+    from cachetune_rag.documents import Document
+    from cachetune_rag.engine import CacheTune
+    from cachetune_rag.errors import (
+        CacheTuneError,
+        ConfigError,
+        EngineClosedError,
+        ModelLoadError,
+        PromptError,
+        PromptTooLongError,
+        UnsupportedModelError,
+    )
+    from cachetune_rag.prompt import Chunk, Prompt, PromptBuilder, Text
+    from cachetune_rag.report import PrecomputeSummary, Report
+
+__version__ = "0.1.0"
+
+# Imported when first used: torch and transformers take seconds, and `cachetune --help` needs neither.
+_HOMES = {
+    "answer": ("Answer", "AnswerStream"),
+    "assembly": ("PrefillState",),
+    "documents": ("Document",),
+    "engine": ("CacheTune",),
+    "errors": (
+        "CacheTuneError",
+        "ConfigError",
+        "EngineClosedError",
+        "ModelLoadError",
+        "PromptError",
+        "PromptTooLongError",
+        "UnsupportedModelError",
+    ),
+    "prompt": ("Chunk", "Prompt", "PromptBuilder", "Text"),
+    "report": ("PrecomputeSummary", "Report"),
+}
+
+__all__ = [
+    "Answer",
+    "AnswerStream",
+    "CacheTune",
+    "CacheTuneError",
+    "Chunk",
+    "ConfigError",
+    "Document",
+    "EngineClosedError",
+    "ModelLoadError",
+    "PrecomputeSummary",
+    "PrefillState",
+    "Prompt",
+    "PromptBuilder",
+    "PromptError",
+    "PromptTooLongError",
+    "Report",
+    "Text",
+    "UnsupportedModelError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 
 from cachetune_rag.config import ReuseConfig
 from cachetune_rag.model import KVBuffers, ModelAdapter
-from cachetune_rag.pipeline.loader import LayerLoader, Source
+from cachetune_rag.pipeline.loader import DamagedSourceError, LayerLoader, Source
 from cachetune_rag.prompt import Prompt
 from cachetune_rag.report import Report
 from cachetune_rag.selection import ReusedChunk, get_selector
@@ -65,7 +65,7 @@ class Assembler:
         while True:
             try:
                 return self._attempt(prompt, config, started, damaged)
-            except DamagedChunkError as error:
+            except DamagedSourceError as error:
                 self._store.discard(error.key)
                 damaged += 1
 
@@ -96,7 +96,7 @@ class Assembler:
             read: dict[str, int] = {}
             for reader in {id(r): r for _, r in found}.values():
                 read[reader.tier] = read.get(reader.tier, 0) + reader.bytes_read
-                reader.promote()
+                self._promote(reader)
             stored = sum(r.layout.tokens for _, r in found)
             reused = int((~chosen).sum())
             report = Report(
@@ -112,6 +112,13 @@ class Assembler:
                 damaged,
             )
             return PrefillState(logits, cache, report, prompt, first_missed)
+
+    def _promote(self, reader: ChunkReader) -> None:
+        """Let the next request find the chunk in host memory. The answer is out, so damage is only set aside."""
+        try:
+            reader.promote()
+        except DamagedChunkError:
+            self._store.discard(reader.key)
 
     def _look_up(self, prompt: Prompt, stack: ExitStack) -> tuple[list[tuple[int, ChunkReader]], int, tuple[int, ...]]:
         """Open the chunks of the prompt: (start, reader) of each that is stored, missed tokens, missed chunk numbers."""

@@ -44,12 +44,7 @@ def resolve(selector: Any, ratio: Any, auto: ReuseConfig = AUTO) -> ReuseConfig:
     if isinstance(ratio, str) and ratio == "auto":
         ratio = auto.ratio
     elif (
-        isinstance(ratio, bool)
-        or not isinstance(ratio, int | float)
-        or not math.isfinite(ratio)
-        or not 0 <= ratio <= 1
+        isinstance(ratio, bool) or not isinstance(ratio, int | float) or not math.isfinite(ratio) or not 0 <= ratio <= 1
     ):
-        raise ConfigError(
-            f"ratio is {ratio!r}: use 'auto' or a number from 0 (recompute nothing) to 1 (everything)."
-        )
+        raise ConfigError(f"ratio is {ratio!r}: use 'auto' or a number from 0 (recompute nothing) to 1 (everything).")
     return ReuseConfig(selector, float(ratio))

@@ -25,9 +25,7 @@ class Document:
         if not isinstance(self.id, str) or not self.id:
             raise ConfigError(f"document id is {self.id!r}: use a non-empty string.")
         if isinstance(self.chunks, str) or not all(isinstance(c, str) for c in self.chunks):
-            raise ConfigError(
-                f"document {self.id!r}: chunks must be a list of strings, one a retrieved passage."
-            )
+            raise ConfigError(f"document {self.id!r}: chunks must be a list of strings, one a retrieved passage.")
 
     @classmethod
     def of(cls, item: Document | str) -> Document:
@@ -35,7 +33,5 @@ class Document:
         if isinstance(item, Document):
             return item
         if isinstance(item, str):
-            return cls(
-                "text-" + hashlib.sha256(item.encode("utf-8", "surrogatepass")).hexdigest()[:32], [item]
-            )
+            return cls("text-" + hashlib.sha256(item.encode("utf-8", "surrogatepass")).hexdigest()[:32], [item])
         raise ConfigError(f"document is a {type(item).__name__}: use a Document or a string.")

@@ -74,11 +74,7 @@ class Precomputer:
 
         def tell(document: Document) -> None:
             if progress is not None:
-                progress(
-                    Progress(
-                        document.id, count, chunks, skipped, tokens, stored, time.perf_counter() - started
-                    )
-                )
+                progress(Progress(document.id, count, chunks, skipped, tokens, stored, time.perf_counter() - started))
 
         # One writer: the next batch computes while the last one is encoded, written and synced.
         with ThreadPoolExecutor(1, "cachetune-write") as writer:

@@ -48,9 +48,7 @@ class Report:
 
     def __str__(self) -> str:
         if self.full:
-            return (
-                f"{self.prompt_tokens} prompt tokens, full prefill, first token after {_seconds(self.ttft)}"
-            )
+            return f"{self.prompt_tokens} prompt tokens, full prefill, first token after {_seconds(self.ttft)}"
         read = " + ".join(f"{_size(n)} {tier}" for tier, n in self.bytes_read.items() if n) or "nothing"
         damaged = f", {self.damaged} damaged chunks set aside" if self.damaged else ""
         return (

@@ -47,9 +47,7 @@ class RequestCounter:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._requests = self._full = self._prompt = self._reused = self._recomputed = self._missed = (
-            self._damaged
-        ) = 0
+        self._requests = self._full = self._prompt = self._reused = self._recomputed = self._missed = self._damaged = 0
         self._ttft = 0.0
 
     def add(self, report: Report) -> None:

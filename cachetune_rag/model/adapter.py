@@ -12,13 +12,11 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from cachetune_rag.errors import UnsupportedModelError
-from cachetune_rag.model import families, masks, taps
+from cachetune_rag.model import attention, families, masks, taps
 from cachetune_rag.model.buffers import KVBuffers, ScatterCache
 from cachetune_rag.model.capture import ChunkKV, ValueCache, pad_right
 from cachetune_rag.model.rope import Rotary, Tables
 from cachetune_store.layout import LayerSpec
-
-_MASKED = ("sdpa", "eager")
 
 
 class _StopForward(Exception):
@@ -69,8 +67,8 @@ class ModelAdapter:
         cached: dict[int, tuple[Tensor, Tensor]] = {}
         outputs: list[dict[str, Tensor]] = [{} for _ in self._attentions]
         handles = []
-        for layer, attention in enumerate(self._attentions):
-            for name, part in attention.named_children():
+        for layer, module in enumerate(self._attentions):
+            for name, part in module.named_children():
 
                 def hook(_m: Any, _a: Any, out: Any, layer: int = layer, name: str = name) -> None:
                     outputs[layer][name] = out
@@ -88,13 +86,13 @@ class ModelAdapter:
 
         found, specs = [], []
         tables = self.rotary_tables(length)
-        for layer, attention in enumerate(self._attentions):
+        for layer, module in enumerate(self._attentions):
             if layer not in cached:
                 raise UnsupportedModelError(f"{self.architecture}: layer {layer} wrote nothing to the cache.")
             keys, values = cached[layer]
             specs.append(LayerSpec(keys.shape[1], keys.shape[3], values.shape[3]))
             shape = taps.HeadShape(heads, keys.shape[1], keys.shape[3])
-            found.append(self._match(layer, attention, shape, outputs[layer], keys[0].transpose(0, 1), tables))
+            found.append(self._match(layer, module, shape, outputs[layer], keys[0].transpose(0, 1), tables))
         return found, tuple(specs)
 
     def _match(
@@ -266,8 +264,8 @@ class ModelAdapter:
         return scores.masked_fill_(~allowed[None], float("-inf")).softmax(-1)
 
     def _masked_forward(self, ids: Tensor, positions: Tensor, buffers: KVBuffers, cache: ScatterCache) -> Tensor:
-        with self._masked_attention() as implementation:
-            mask = masks.build(self.config, positions, buffers.length, implementation, self.dtype)
+        mask = masks.build(self.config, positions, buffers.length, self.dtype)
+        with self._masked_attention(), attention.by_position(positions):
             out = self.model(
                 input_ids=ids[None],
                 position_ids=positions[None],
@@ -279,14 +277,17 @@ class ModelAdapter:
         return out.logits[:, -1]
 
     @contextmanager
-    def _masked_attention(self) -> Iterator[str]:
-        """An attention implementation that takes a mask by position; others are swapped for the forward's length."""
+    def _masked_attention(self) -> Iterator[None]:
+        """For the length of a forward, an attention implementation that takes a mask by position.
+
+        Eager attention (families with soft-capping or learned sinks) takes one as it is.
+        """
         current = self.config._attn_implementation
-        if current in _MASKED:
-            yield current
+        if current == "eager":
+            yield
             return
-        self.model.set_attn_implementation("sdpa")
+        self.model.set_attn_implementation(attention.NAME)
         try:
-            yield self.config._attn_implementation
+            yield
         finally:
             self.model.set_attn_implementation(current)

@@ -30,17 +30,15 @@ def check_layer_types(config: Any, architecture: str) -> None:
         raise UnsupportedModelError(f"{architecture} uses chunked attention, which has no mask by true positions here.")
 
 
-def build(config: Any, positions: Tensor, length: int, implementation: str, dtype: torch.dtype) -> Any:
-    """Masks for queries at `positions` [queries] over keys 0..length-1.
+def build(config: Any, positions: Tensor, length: int, dtype: torch.dtype) -> Any:
+    """Additive masks for queries at `positions` [queries] over keys 0..length-1, each [1, 1, queries, length].
 
-    Each is [1, 1, queries, length]: bool (True = attend) for sdpa, additive in `dtype` for eager attention.
+    Additive rather than boolean: attention would turn a boolean mask into this form again in every layer.
     """
+    floor = torch.finfo(dtype).min
 
     def make(kind: str | None) -> Tensor:
         rows = allowed(config, kind, positions, length)
-        if implementation == "sdpa":
-            return rows[None, None]
-        floor = torch.finfo(dtype).min
         return torch.zeros(rows.shape, dtype=dtype, device=positions.device).masked_fill_(~rows, floor)[None, None]
 
     kinds = set(getattr(config, "layer_types", None) or ())

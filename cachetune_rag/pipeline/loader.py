@@ -15,10 +15,18 @@ import torch
 from torch import Tensor
 
 from cachetune_rag.model import KVBuffers, ModelAdapter
-from cachetune_store import ChunkReader, get_codec
+from cachetune_store import ChunkKey, ChunkReader, DamagedChunkError, get_codec
 
 READ_AHEAD = 4
 """Layers that are read ahead of the one that computes: bounds the memory between disk and buffers."""
+
+
+class DamagedSourceError(Exception):
+    """Rows of a chunk failed their check; `key` names the chunk."""
+
+    def __init__(self, key: ChunkKey):
+        super().__init__(str(key))
+        self.key = key
 
 
 @dataclass
@@ -105,10 +113,10 @@ class LayerLoader:
     def _rows(self, layer: int) -> list[Tensor]:
         """Encoded rows of every source, in the order of the groups."""
         if not self._read_ahead:
-            return [s.reader.read(layer, s.rows) for s in self._sources]
+            return [_read(s, layer) for s in self._sources]
         for ahead in range(layer, min(layer + 1 + READ_AHEAD, self._adapter.num_layers)):
             if ahead not in self._ahead and not self._loaded[ahead]:
-                self._ahead[ahead] = [self._pool.submit(s.reader.read, ahead, s.rows) for s in self._sources]
+                self._ahead[ahead] = [self._pool.submit(_read, s, ahead) for s in self._sources]
         return [f.result() for f in self._ahead.pop(layer)]
 
     def drain(self) -> None:
@@ -118,3 +126,10 @@ class LayerLoader:
                 if not future.cancel():
                     future.exception()
         self._ahead.clear()
+
+
+def _read(source: Source, layer: int) -> Tensor:
+    try:
+        return source.reader.read(layer, source.rows)
+    except DamagedChunkError as error:
+        raise DamagedSourceError(source.reader.key) from error
