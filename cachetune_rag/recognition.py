@@ -13,14 +13,16 @@ is what the store trusts for its keys, and it lets this index keep digests inste
 """
 
 import threading
-from collections.abc import Hashable, Iterable
+import time
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from hashlib import sha256
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from cachetune_rag.prompt import Chunk, Segment, Text
+from cachetune_store import ChunkKey, ChunkStore, Namespace
 
 ANCHOR = 32
 """Characters by which the beginning of a chunk is found; shorter chunks are never recognised (they save nothing)."""
@@ -189,6 +191,72 @@ class ChunkRecognizer:
         if not _discount(self._texts[entry.full], entry.digest):
             del self._texts[entry.full]
         return True
+
+
+class StoreRecognizer:
+    """Recognises the chunks of one namespace of a store in prompts, and follows what any process does to that store.
+
+    The store is read at the first use, and again when it has changed since. What this process adds is told by `add`.
+    Following others is bounded to a twentieth of the time, for reading a large store takes a while: until then their new
+    chunks are computed as plain text, which is as right.
+    """
+
+    def __init__(self, store: ChunkStore, namespace: Namespace):
+        self._store, self._namespace = store, namespace
+        self._known = ChunkRecognizer()
+        self._lock = threading.Lock()
+        self._keys: set[ChunkKey] = set()
+        self._revision: object = None
+        self._read = False
+        self._due = 0.0
+
+    def segments(self, content: str | Sequence[Segment | str]) -> list[Segment]:
+        """Content with the stored chunks in its texts as `Chunk`; the joined texts stay the same."""
+        self._follow()
+        parts: list[Segment | str] = [content] if isinstance(content, str) else list(content)
+        segments: list[Segment] = []
+        for part in parts:
+            if isinstance(part, str | Text):
+                segments += self._known.segment(part if isinstance(part, str) else part.text)
+            else:
+                segments.append(part)
+        return segments
+
+    def messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Chat messages with `segments` done to the content of each."""
+        return [{**message, "content": self.segments(message["content"])} for message in messages]
+
+    def add(self, key: ChunkKey, text: str) -> None:
+        """A chunk was just stored. (Before the first use there is nothing to tell: the store will be read then.)"""
+        with self._lock:
+            if self._read:
+                self._keys.add(key)
+                self._known.add(key, text)
+
+    def changed(self) -> None:
+        """Chunks may just have been deleted: read the store again before the next prompt."""
+        with self._lock:
+            self._due, self._revision = 0.0, None
+
+    def _follow(self) -> None:
+        with self._lock:
+            if time.monotonic() < self._due:
+                return
+            revision = self._store.revision() if hasattr(self._store, "revision") else None
+            if revision is not None and revision == self._revision:
+                return
+            self._read = True
+            started = time.monotonic()
+            keys: set[ChunkKey] = set()
+            for key, text, _ in self._store.texts(namespace=self._namespace):
+                keys.add(key)
+                if key not in self._keys:
+                    self._known.add(key, text)
+            for key in self._keys - keys:
+                self._known.remove(key)
+            self._keys, self._revision = keys, revision
+            now = time.monotonic()
+            self._due = now + 19 * (now - started)
 
 
 class _Prefix:
