@@ -282,7 +282,7 @@ class _Prefix:
     def slices_from(self, start: int, lengths: list[int]) -> list[int]:
         """Hash of the slice at `start` of each of `lengths`."""
         ends = self.sums[start + np.array(lengths, dtype=np.intp)]
-        return ((ends - self.sums[start]) * self._inverses[start]).tolist()  # type: ignore[no-any-return]
+        return ((ends - self.sums[start]) * self._inverses[start]).tolist()
 
 
 class _PowerTable:

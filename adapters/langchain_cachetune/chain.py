@@ -1,0 +1,115 @@
+"""The documents chain: retrieved documents as separate chunks, the prompt as the user wrote it."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from langchain_core.documents import Document
+from langchain_core.messages import BaseMessage
+from langchain_core.output_parsers import BaseOutputParser, StrOutputParser
+from langchain_core.prompts import BasePromptTemplate, ChatPromptTemplate
+from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
+
+from cachetune_rag import CacheTune
+from cachetune_rag.prompt import INSTRUCTIONS
+from langchain_cachetune.chat_model import ChatCacheTune
+from langchain_cachetune.messages import chunk_block, chunk_text
+
+DEFAULT_PROMPT = ChatPromptTemplate.from_messages([("human", INSTRUCTIONS + "\n\n{context}\n\nQuestion: {input}")])
+"""The engine's own prompt: used where none is given."""
+
+
+def create_cachetune_chain(
+    engine: CacheTune | ChatCacheTune,
+    prompt: BasePromptTemplate[Any] | None = None,
+    *,
+    output_parser: BaseOutputParser[Any] | None = None,
+    document_prompt: BasePromptTemplate[str] | None = None,
+    document_separator: str = "\n\n",
+    document_variable_name: str = "context",
+    **model_kwargs: Any,
+) -> Runnable[dict[str, Any], Any]:
+    """A chain over documents with the shape of `create_stuff_documents_chain`, in which their KV is reused.
+
+    Args:
+        engine: the engine, or a `ChatCacheTune` that has its settings already.
+        prompt: string or chat prompt that shows {context} once; default: a short one with {input}.
+        output_parser: default: the answer as a str.
+        document_prompt: how a document is shown; default: its content. `CacheTuneIndex` needs the same one.
+        document_separator: text between documents.
+        document_variable_name: the prompt's variable for the documents, and the chain's input key for them.
+        model_kwargs: settings of the `ChatCacheTune` made for an engine.
+
+    Returns:
+        A Runnable from {"context": list of documents, and the prompt's other variables} to the parser's output.
+
+    Raises:
+        ValueError: the prompt has no such variable, or settings were given along with a `ChatCacheTune`.
+    """
+    if isinstance(engine, ChatCacheTune):
+        if model_kwargs:
+            raise ValueError(f"{', '.join(model_kwargs)} belong to the ChatCacheTune: set them there.")
+        model = engine
+    else:
+        model = ChatCacheTune(engine=engine, **model_kwargs)
+    template = DEFAULT_PROMPT if prompt is None else prompt
+    variable = document_variable_name
+    if variable not in template.input_variables:
+        raise ValueError(
+            f"the prompt has the variables {template.input_variables}, not {variable!r}: show the documents as "
+            f"{{{variable}}} or set document_variable_name."
+        )
+
+    def texts(inputs: Mapping[str, Any]) -> list[str]:
+        documents: Sequence[Document] = inputs[variable]
+        return [text for text in (chunk_text(document, document_prompt) for document in documents) if text]
+
+    def fill(inputs: Mapping[str, Any], config: RunnableConfig) -> list[BaseMessage]:
+        mark = f"documents-{uuid.uuid4().hex}"
+        messages = template.invoke({**inputs, variable: mark}, config).to_messages()
+        return _filled(messages, mark, texts(inputs), document_separator, variable)
+
+    async def afill(inputs: Mapping[str, Any], config: RunnableConfig) -> list[BaseMessage]:
+        mark = f"documents-{uuid.uuid4().hex}"
+        messages = (await template.ainvoke({**inputs, variable: mark}, config)).to_messages()
+        return _filled(messages, mark, texts(inputs), document_separator, variable)
+
+    prompting: Runnable[dict[str, Any], list[BaseMessage]] = RunnableLambda(fill, afill, name="format_documents")
+    chain: Runnable[dict[str, Any], Any] = prompting | model | (output_parser or StrOutputParser())
+    return chain.with_config(run_name="cachetune_documents_chain")
+
+
+def _filled(
+    messages: list[BaseMessage], mark: str, texts: Sequence[str], separator: str, variable: str
+) -> list[BaseMessage]:
+    """The messages with chunk blocks in place of the mark."""
+    blocks: list[str | dict[str, Any]] = []
+    for i, text in enumerate(texts):
+        blocks += [_text(separator), chunk_block(text)] if i else [chunk_block(text)]
+    filled: list[BaseMessage] = []
+    places = 0
+    for message in messages:
+        content: list[str | dict[str, Any]] = []
+        parts = [_text(message.content)] if isinstance(message.content, str) else message.content
+        for part in parts:
+            text = part if isinstance(part, str) else part.get("text", "")
+            places += text.count(mark)
+            if mark in text:
+                before, _, after = text.partition(mark)
+                content += [_text(before), *blocks, _text(after)]
+            else:
+                content.append(part)
+        filled.append(
+            message if not any(mark in str(part) for part in parts) else message.model_copy(update={"content": content})
+        )
+    if places != 1:
+        raise ValueError(
+            f"the prompt shows {{{variable}}} {places} times: documents need exactly one place. Use {{{variable}}} once."
+        )
+    return filled
+
+
+def _text(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
