@@ -20,7 +20,7 @@ from rich.table import Table
 from smollm2 import model_path
 
 from cachetune_rag import CacheTune, Document
-from cachetune_rag.corpus import split_text
+from cachetune_rag.splitting import Splitter
 
 TOPICS = [
     "assert", "assignment", "async", "attribute-access", "break", "calls", "class", "comparisons", "context-managers",
@@ -50,11 +50,9 @@ def main() -> None:
 
     folder = model_path()
     with tempfile.TemporaryDirectory() as store, CacheTune.from_pretrained(folder, store) as engine:
-        documents = [
-            Document(name, split_text(pydoc_data.topics.topics[name], engine.tokenizer, args.chunk_tokens))
-            for name in TOPICS
-            if name in pydoc_data.topics.topics
-        ]
+        splitter = Splitter(lambda text: len(engine.prompts.encode(text)), args.chunk_tokens)
+        texts = pydoc_data.topics.topics
+        documents = [Document(name, splitter.split(texts[name])) for name in TOPICS if name in texts]
         index(engine, documents, console)
         retrieve = Retriever([chunk for document in documents for chunk in document.chunks])
         results = [

