@@ -27,7 +27,6 @@ class Answer:
         report: what happened to the prompt.
         token_ids: the generated tokens.
         finish_reason: "stop" (an end token or a stop string) or "length".
-        prompt_tokens: tokens of the prompt.
     """
 
     text: str
@@ -39,6 +38,11 @@ class Answer:
     def prompt_tokens(self) -> int:
         """Tokens of the prompt."""
         return self.report.prompt_tokens
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens of the answer, the end token included."""
+        return len(self.token_ids)
 
 
 class AnswerStream:

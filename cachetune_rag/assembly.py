@@ -110,6 +110,7 @@ class Assembler:
                 ttft,
                 timings,
                 damaged,
+                prompt.recognised,
             )
             return PrefillState(logits, cache, report, prompt, first_missed)
 

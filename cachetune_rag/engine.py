@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,10 +24,11 @@ from cachetune_rag.loading import load_model
 from cachetune_rag.model import ModelAdapter
 from cachetune_rag.model.fingerprint import model_fingerprint, tokenizer_fingerprint
 from cachetune_rag.precompute import Precomputer, Progress
-from cachetune_rag.prompt import Prompt, PromptBuilder
+from cachetune_rag.prompt import Chunk, Prompt, PromptBuilder, Segment
+from cachetune_rag.recognition import StoreRecognizer
 from cachetune_rag.report import PrecomputeSummary
 from cachetune_rag.stats import EngineStats, RequestCounter
-from cachetune_store import ChunkStore, Namespace
+from cachetune_store import ChunkStore, Namespace, UnknownDocumentError
 
 
 class CacheTune:
@@ -65,6 +67,7 @@ class CacheTune:
     ):
         self.adapter = ModelAdapter(model)
         self.tokenizer = tokenizer
+        self.model_name: str = getattr(model.config, "_name_or_path", "") or self.adapter.architecture
         self.prompts = PromptBuilder(tokenizer, template=prompt_template, chunk_separator=chunk_separator)
         self.namespace = Namespace(
             model=model_fingerprint(model),
@@ -87,8 +90,15 @@ class CacheTune:
         self._assembler = Assembler(self.adapter, self.store, self.namespace, self._pool)
         if batch_tokens is None:
             batch_tokens = 8192 if self.adapter.device.type == "cuda" else 0
+        self._recognizer = StoreRecognizer(self.store, self.namespace)
         self._precomputer = Precomputer(
-            self.adapter, self.store, self.namespace, self.prompts.encode, self._lock, batch_tokens
+            self.adapter,
+            self.store,
+            self.namespace,
+            self.prompts.encode,
+            self._lock,
+            batch_tokens,
+            self._recognizer.add,
         )
         self._counter = RequestCounter()
         self._closed = False
@@ -137,12 +147,55 @@ class CacheTune:
         self._check_open()
         if isinstance(documents, Document | str):
             documents = [documents]
-        return self._precomputer.run(documents, progress)
+        try:
+            return self._precomputer.run(documents, progress)
+        finally:
+            self._recognizer.changed()  # a document that was replaced may have freed chunks
 
-    def remove(self, document_id: str) -> int:
-        """Forget a document and free the chunks that no other document holds. Returns the bytes freed."""
+    def remove(self, document_id: str, *, missing_ok: bool = False) -> int:
+        """Forget a document and free the chunks that no other document holds. Returns the bytes freed.
+
+        Raises:
+            UnknownDocumentError: there is no such document, unless `missing_ok`.
+        """
         self._check_open()
-        return self.store.delete_document(document_id, tenant=self.namespace.tenant)
+        try:
+            return self.store.delete_document(document_id, tenant=self.namespace.tenant)
+        except UnknownDocumentError:
+            if missing_ok:
+                return 0
+            raise
+        finally:
+            self._recognizer.changed()
+
+    # -- prompts --------------------------------------------------------------------------------------------------
+
+    def prompt_from_text(self, text: str | Sequence[Segment | str], *, recognise: bool = True) -> Prompt:
+        """A plain completion prompt: BOS, if the tokenizer adds one, and the text.
+
+        Args:
+            text: a string, or texts and chunks. Control tokens in it stay text.
+            recognise: find chunks of the store inside the text and reuse them; each is verified in full.
+        """
+        if not recognise:
+            return self.prompts.build_text([text] if isinstance(text, str) else text)
+        segments = self._recognizer.segments(text)
+        given = 0 if isinstance(text, str) else _count_chunks(text)
+        return replace(self.prompts.build_text(segments), recognised=_count_chunks(segments) - given)
+
+    def prompt_from_messages(self, messages: Sequence[Mapping[str, Any]], *, recognise: bool = True) -> Prompt:
+        """A conversation through the tokenizer's chat template, up to where the assistant speaks.
+
+        Args:
+            messages: each {"role": ..., "content": ...}; content is a string, or a list of `Text`, `Chunk` and strings.
+            recognise: as for `prompt_from_text`.
+        """
+        if not recognise:
+            return self.prompts.build_messages(messages)
+        found = self._recognizer.messages(messages)
+        given = sum(_count_chunks(m["content"]) for m in messages if not isinstance(m["content"], str))
+        recognised = sum(_count_chunks(m["content"]) for m in found) - given
+        return replace(self.prompts.build_messages(found), recognised=recognised)
 
     # -- answering ------------------------------------------------------------------------------------------------
 
@@ -318,3 +371,7 @@ class CacheTune:
     def _check_open(self) -> None:
         if self._closed:
             raise EngineClosedError("the engine is closed: make a new one.")
+
+
+def _count_chunks(segments: Sequence[Segment | str]) -> int:
+    return sum(isinstance(segment, Chunk) for segment in segments)

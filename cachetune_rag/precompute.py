@@ -56,9 +56,10 @@ class Precomputer:
         encode: Callable[[str], Sequence[int]],
         lock: RLock,
         batch_tokens: int,
+        stored: Callable[[ChunkKey, str], None],
     ):
         self._adapter, self._store, self._namespace = adapter, store, namespace
-        self._encode, self._lock, self._batch_tokens = encode, lock, batch_tokens
+        self._encode, self._lock, self._batch_tokens, self._stored = encode, lock, batch_tokens, stored
 
     def store_chunks(self, chunks: Iterable[tuple[Sequence[int], str]]) -> int:
         """Compute and store chunks given as (token ids, text). Returns the bytes stored."""
@@ -125,14 +126,15 @@ class Precomputer:
             return self._adapter.capture([c.ids for c in batch], self._namespace.lead_in)
 
     def _write(self, batch: list[_Chunk], captured: list[ChunkKV]) -> int:
-        return sum(
-            self._store.put(
-                c.key,
+        total = 0
+        for chunk, kv in zip(batch, captured, strict=True):
+            total += self._store.put(
+                chunk.key,
                 kv.layers,
                 frequency_scores(kv.layers).cpu(),
                 namespace=self._namespace,
-                token_ids=c.ids,
-                text=c.text,
+                token_ids=chunk.ids,
+                text=chunk.text,
             )
-            for c, kv in zip(batch, captured, strict=True)
-        )
+            self._stored(chunk.key, chunk.text)
+        return total

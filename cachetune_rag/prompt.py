@@ -62,12 +62,14 @@ class Prompt:
         spans: where the chunks stand, by position; one for each chunk of the request.
         chunk_ids: token ids of each chunk, in the request's order.
         chunk_texts: text of each chunk, in the request's order.
+        recognised: how many of the chunks were found in plain text, rather than given as chunks.
     """
 
     ids: tuple[int, ...]
     spans: tuple[Span, ...]
     chunk_ids: tuple[tuple[int, ...], ...]
     chunk_texts: tuple[str, ...]
+    recognised: int = 0
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ class Report:
         ttft: seconds from the request to its first token (for `prefill`: to its logits).
         timings: seconds by phase: lookup, select, load, compute.
         damaged: chunks found damaged, set aside and computed instead.
+        recognised: chunks that were found in plain text (see `CacheTune.prompt_from_text`).
         full: True for the reference: nothing was reused by intent.
     """
 
@@ -35,6 +36,7 @@ class Report:
     ttft: float
     timings: dict[str, float] = field(default_factory=dict)
     damaged: int = 0
+    recognised: int = 0
     full: bool = False
 
     @property

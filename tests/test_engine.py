@@ -426,3 +426,25 @@ def test_a_closed_engine_says_so() -> None:
     engine.close()
     with pytest.raises(EngineClosedError):
         engine.generate(query=QUERY)
+
+
+# -- plain prompts -----------------------------------------------------------------------------------------------------
+
+
+def test_stored_chunks_are_recognised_in_a_plain_prompt(engine: CacheTune) -> None:
+    engine.precompute([Document("a", CHUNKS)])
+    text = f"Context:\n{CHUNKS[2]}\n\n{CHUNKS[0]}\n\nQuestion: {QUERY}"
+    report = engine.prefill(prompt=engine.prompt_from_text(text), ratio=0, selector="none").report
+    assert (report.recognised, report.reused, report.missed) == (2, len(CHUNKS[2]) + len(CHUNKS[0]), 0)
+    plain = engine.prefill(prompt=engine.prompt_from_text(text, recognise=False)).report
+    assert (plain.recognised, plain.reused) == (0, 0)
+    message = [{"role": "user", "content": text}]
+    assert engine.prefill(prompt=engine.prompt_from_messages(message), ratio=0, selector="none").report.recognised == 2
+    engine.remove("a")
+    assert engine.prefill(prompt=engine.prompt_from_text(text)).report.recognised == 0
+
+
+def test_removing_an_unknown_document(engine: CacheTune) -> None:
+    with pytest.raises(Exception, match="nothing-here"):
+        engine.remove("nothing-here")
+    assert engine.remove("nothing-here", missing_ok=True) == 0

@@ -62,7 +62,7 @@ class ScatterCache(Cache):
         after: Callable[[int, Tensor], None] | None = None,
     ):
         layers = [_ScatterLayer(buffers, i, positions, before, after) for i in range(len(buffers.key_rows))]
-        super().__init__(layers=layers)  # type: ignore[arg-type]
+        super().__init__(layers=layers)
 
 
 class _ScatterLayer(CacheLayerMixin):

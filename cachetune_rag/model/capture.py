@@ -27,7 +27,7 @@ class ValueCache(Cache):
     """Hands each layer's (rotated) keys and values on and keeps nothing."""
 
     def __init__(self, layers: int, receive: Callable[[int, Tensor, Tensor], None]):
-        super().__init__(layers=[_ValueLayer(i, receive) for i in range(layers)])  # type: ignore[arg-type]
+        super().__init__(layers=[_ValueLayer(i, receive) for i in range(layers)])
 
 
 class _ValueLayer(CacheLayerMixin):

@@ -59,11 +59,11 @@ def check(model: Any) -> None:
 
 def attention_layers(decoder: nn.Module, count: int, architecture: str) -> list[nn.Module]:
     """The attention modules of the decoder, in layer order."""
-    found = {
-        m.layer_idx: m
-        for m in decoder.modules()
-        if isinstance(getattr(m, "layer_idx", None), int) and any(hasattr(m, p) for p in _ATTENTION_PARTS)
-    }
+    found: dict[int, nn.Module] = {}
+    for module in decoder.modules():
+        number = getattr(module, "layer_idx", None)
+        if isinstance(number, int) and any(hasattr(module, part) for part in _ATTENTION_PARTS):
+            found[number] = module
     if sorted(found) != list(range(count)):
         raise UnsupportedModelError(
             f"{architecture}: found attention in layers {sorted(found)}, expected one in each of {count} layers. Layers "
