@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from .buffers import allocate, allocated_bytes, memory_of, round_up
+from .buffers import SlabPool, memory_of, round_up
 from .codecs import get_codec
 from .errors import NonFiniteError
 from .keys import ChunkKey, Namespace, make_key
@@ -72,7 +72,7 @@ class ChunkHead:
     text: str | None = None
     block_rows: int = BLOCK_ROWS
 
-    @property
+    @cached_property
     def plan(self) -> SlabPlan:
         """Where the rows lie."""
         return plan_slab(self.layout)
@@ -80,10 +80,18 @@ class ChunkHead:
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """A whole chunk: head and slab (uint8 [plan.total], page-aligned); `layers` are views, uint8 [tokens, row_bytes]."""
+    """A whole chunk.
+
+    Attributes:
+        head: all but the rows.
+        slab: uint8 [plan.total], page-aligned.
+        host_bytes: what the slab takes of host memory.
+        layers: views of the slab, uint8 [tokens, row_bytes] each.
+    """
 
     head: ChunkHead
     slab: Tensor
+    host_bytes: int
     layers: tuple[Tensor, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -94,15 +102,10 @@ class Chunk:
         """The chunk's key."""
         return self.head.key
 
-    @property
-    def host_bytes(self) -> int:
-        """Bytes of host memory that the rows take."""
-        return allocated_bytes(self.slab.numel(), pinned=self.slab.is_pinned())
-
 
 def layer_views(layout: ChunkLayout, slab: Tensor) -> tuple[Tensor, ...]:
     """The layers of a slab, uint8 [tokens, row_bytes] each, without a copy."""
-    plan = plan_slab(layout)
+    plan = plan_slab(layout)  # hashing a layout is slow: once a chunk, not once a layer
     return tuple(
         slab[offset : offset + layout.tokens * width].view(layout.tokens, width)
         for offset, width in zip(plan.offsets, plan.row_bytes, strict=True)
@@ -135,7 +138,7 @@ def encode_chunk(
     token_ids: Sequence[int],
     text: str | None,
     codec: str,
-    pinned: bool,
+    pool: SlabPool,
 ) -> Chunk:
     """The chunk of these keys and values, encoded and put in ranking order; arguments as for ChunkStore.put().
 
@@ -151,7 +154,8 @@ def encode_chunk(
         raise NonFiniteError("scores hold an infinity or NaN, so the tokens have no ranking; store finite scores")
     order = ranking_order(flat)
     encoder = get_codec(codec)
-    slab = allocate(plan_slab(layout).total, pinned=pinned)
+    total = plan_slab(layout).total
+    slab = pool.allocate(total)
     for view, (k, v) in zip(layer_views(layout, slab), layers, strict=True):
         rows = order.to(k.device)
         view.copy_(encoder.encode(k.detach().index_select(0, rows), v.detach().index_select(0, rows)))
@@ -166,7 +170,7 @@ def encode_chunk(
         checksums=block_checksums(layout, slab, BLOCK_ROWS),
         text=text,
     )
-    return Chunk(head, slab)
+    return Chunk(head, slab, pool.size_of(total))
 
 
 def block_checksums(layout: ChunkLayout, slab: Tensor, block_rows: int) -> npt.NDArray[np.uint64]:

@@ -90,7 +90,7 @@ def _parse(key: ChunkKey, file_bytes: int, read: Callable[[int], memoryview]) ->
     layout, block_rows, text_bytes = _read_layout(metadata["layout"])
     table, small_bytes = _tensor_table(layout, block_rows, text_bytes)
     end = start + small_bytes
-    if document != _offsets(table) or end + plan_slab(layout).total != file_bytes:
+    if document != _offsets(table) or start + sum(row[3] for row in table) != file_bytes:
         raise DamagedChunkError(f"chunk {key}: tensors, shapes or offsets don't fit the layout and {file_bytes} bytes")
     raw = read(end)[:end]
     small = raw[start + _DIGEST :]

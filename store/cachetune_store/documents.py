@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from .index import Index
 from .keys import ChunkKey
 
 __all__ = ["Documents"]
+
+Free = Callable[[Sequence[ChunkKey]], int]
 
 
 class Documents:
@@ -34,22 +36,24 @@ class Documents:
         self._directory = directory
         self._temp = temp
 
-    def put(self, tenant: str, doc_id: str, keys: Sequence[ChunkKey]) -> list[ChunkKey]:
-        """Put or replace a document; the chunks that no document holds any more."""
+    def put(self, tenant: str, doc_id: str, keys: Sequence[ChunkKey], free: Free) -> None:
+        """Put or replace a document, and free the chunks that no document holds any more."""
         digests = [key.digest for key in keys]
         name = _record_name(tenant, doc_id)
         record = {"id": doc_id, "tenant": tenant, "chunks": digests}
         with self._index.transaction():
             old = self._index.get(name) or {"chunks": []}
+            self._index.set(name, record)
+            free(self._count(set(digests) - set(old["chunks"]), set(old["chunks"]) - set(digests)))
             if self._directory is not None and self._temp is not None:
                 path = self._path(tenant, doc_id)
                 make_directory(path.parent)
                 write_small(self._temp, path, json.dumps(record).encode())
-            self._index.set(name, record)
-            return self._count(set(digests) - set(old["chunks"]), set(old["chunks"]) - set(digests))
 
-    def delete(self, tenant: str, doc_id: str) -> list[ChunkKey]:
-        """Drop a document; the chunks that no document holds any more.
+    def delete(self, tenant: str, doc_id: str, free: Free) -> int:
+        """Drop a document, and free the chunks that no document holds any more; what `free` says of them.
+
+        The document's file goes last: if anything fails before, the document is still there to be deleted.
 
         Raises:
             UnknownDocumentError: there is no such document.
@@ -61,13 +65,14 @@ class Documents:
                 raise UnknownDocumentError(
                     f"no document {doc_id!r} of tenant {tenant!r}; documents() lists those there are"
                 )
+            self._index.delete(name)
+            freed = free(self._count(set(), set(record["chunks"])))
             if self._directory is not None:
                 path = self._path(tenant, doc_id)
                 path.unlink(missing_ok=True)
                 if path.parent.is_dir():
                     sync_directory(path.parent)
-            self._index.delete(name)
-            return self._count(set(), set(record["chunks"]))
+            return freed
 
     def of(self, tenant: str) -> Iterator[tuple[str, tuple[ChunkKey, ...]]]:
         """Ids and chunks of a tenant's documents."""

@@ -69,7 +69,7 @@ def _check_file(tier: DiskTier, key: ChunkKey, *, full: bool) -> tuple[ChunkHead
         except UnknownCodecError:
             return None
         if full:
-            reader = DiskReader(head, file, start, pinned=False)
+            reader = DiskReader(head, file, start, tier.pool)
             reader.read_all()
             if not reader.padding_is_clear():
                 raise DamagedChunkError(f"chunk {key}: bytes between the layers have changed")

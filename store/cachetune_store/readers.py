@@ -14,7 +14,7 @@ import numpy.typing as npt
 import xxhash
 from torch import Tensor
 
-from .buffers import allocate, memory_of, round_up
+from .buffers import SlabPool, memory_of, round_up
 from .chunk import Chunk, ChunkHead, clear_padding, layer_views
 from .errors import DamagedChunkError, StoreClosedError
 from .keys import ChunkKey
@@ -152,11 +152,11 @@ class DiskReader(ChunkReader):
 
     tier = "disk"
 
-    def __init__(self, head: ChunkHead, file: RawFile, rows_start: int, *, pinned: bool) -> None:
+    def __init__(self, head: ChunkHead, file: RawFile, rows_start: int, pool: SlabPool) -> None:
         super().__init__(head)
         self._file = file
         self._start = rows_start
-        self._pinned = pinned
+        self._pool = pool
         self._covered = [0] * len(head.layout.layers)
         self._locks = [threading.Lock() for _ in head.layout.layers]
         self._memory_lock = threading.Lock()
@@ -188,7 +188,7 @@ class DiskReader(ChunkReader):
             self.read(layer, tokens)
         self._prepare()
         assert self._slab is not None
-        return Chunk(self.head, self._slab)
+        return Chunk(self.head, self._slab, self._pool.size_of(self._slab.numel()))
 
     def padding_is_clear(self) -> bool:
         """True if the bytes between the layers are zero, as they were written. Only after read_all()."""
@@ -219,7 +219,7 @@ class DiskReader(ChunkReader):
     def _prepare(self) -> None:
         with self._memory_lock:
             if self._slab is None:
-                self._slab = allocate(self.head.plan.total, pinned=self._pinned)
+                self._slab = self._pool.allocate(self.head.plan.total)
                 self._memory = memory_of(self._slab)
                 self._views = layer_views(self.head.layout, self._slab)
 

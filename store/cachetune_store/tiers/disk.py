@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..buffers import memory_of
+from ..buffers import SlabPool, memory_of
 from ..chunk import Chunk, ChunkHead
 from ..chunkfile import SUFFIX, encode_head, parse_head
 from ..errors import BudgetError, DamagedChunkError, StoreError, UnknownCodecError
@@ -44,7 +44,7 @@ class DiskTier(Tier):
         index: sizes and last use; shared with other processes.
         temp: files being written.
         pins: chunks in use by this process.
-        pinned: whether rows are read into pinned memory.
+        pool: memory that rows are read into.
         direct: how files are opened.
     """
 
@@ -58,7 +58,7 @@ class DiskTier(Tier):
         index: Index,
         temp: TempFiles,
         pins: Pins,
-        pinned: bool,
+        pool: SlabPool,
         direct: DirectIO,
     ) -> None:
         self.directory = directory / "chunks"
@@ -67,7 +67,7 @@ class DiskTier(Tier):
         self.index = index
         self._temp = temp
         self._pins = pins
-        self._pinned = pinned
+        self.pool = pool
         self._direct = direct
         self._lru = LruOrder(index)
         self._damaged = DamagedFiles(directory / "damaged", limit_bytes=budget)
@@ -234,7 +234,7 @@ class DiskTier(Tier):
             file.close()
             self.set_aside(key)
             return None
-        return DiskReader(head, file, start, pinned=self._pinned)
+        return DiskReader(head, file, start, self.pool)
 
     def _make_room(self, key: ChunkKey, size: int) -> None:
         """Evict until a chunk of `size` bytes fits in place of what `key` has now; inside a transaction."""

@@ -1,0 +1,82 @@
+"""A store's directory: what lies in it, its format version, and opening it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+from .diskindex import DiskIndex
+from .documents import Documents
+from .errors import IndexDamagedError, StoreVersionError
+from .files import TempFiles, locked, make_directory, write_small
+from .keys import FORMAT_VERSION
+from .maintenance import COMPLETE, check_files
+from .stats import VerifyReport
+from .tiers import DiskTier
+
+__all__ = ["StoreDirectory"]
+
+
+class StoreDirectory:
+    """The directory `path`, made if missing, for this user's eyes only.
+
+    It holds store.json (the format version), chunks/, documents/, index/, damaged/, tmp/ and a lock that is held while
+    the index is made or repaired.
+
+    Raises:
+        OSError: it can't be made or read.
+        StoreVersionError: it holds a store of another format version.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        make_directory(path)
+        for name in ("chunks", "documents", "tmp"):
+            make_directory(path / name)
+        self.temp = TempFiles(path / "tmp")
+        with self._lock():
+            _check_version(path / "store.json", self.temp)
+            self.index = DiskIndex(path / "index")
+
+    def bring_in_line(self, tier: DiskTier, documents: Documents) -> None:
+        """Clean up after dead writers; if the index was lost, make it anew from the files."""
+        with self._lock():
+            # A damaged index, or one whose making was cut short, is no better than none.
+            with contextlib.suppress(IndexDamagedError):
+                if self.index.get(COMPLETE) is not None:
+                    self.temp.clean()
+                    return
+            self.index.clear()
+            check_files(tier, documents, self.temp, full=False)
+
+    def check(self, tier: DiskTier, documents: Documents, *, full: bool, anew: bool) -> VerifyReport:
+        """Check the files, whole or heads only, and repair the index; `anew`: forget the old one first."""
+        with self._lock():
+            if anew:
+                self.index.clear()
+            return check_files(tier, documents, self.temp, full=full)
+
+    def _lock(self) -> contextlib.AbstractContextManager[None]:
+        return locked(self.path / "lock")
+
+
+def _check_version(path: Path, temp: TempFiles) -> None:
+    """Read the store's format version, or write it into a new store."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        write_small(temp, path, json.dumps({"format": "cachetune-store", "version": FORMAT_VERSION}).encode())
+        return
+    try:
+        version = json.loads(content)["version"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise StoreVersionError(
+            f"{path} is damaged; if the directory is a store of version {FORMAT_VERSION}, delete that file and open "
+            "the store again"
+        ) from error
+    if version != FORMAT_VERSION:
+        raise StoreVersionError(
+            f"{path.parent} holds a store of format version {version!r}; this release reads version {FORMAT_VERSION}. "
+            "Use a release that reads it, or give the store another directory and precompute again"
+        )

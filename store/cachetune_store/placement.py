@@ -1,0 +1,154 @@
+"""Where chunks are: the tiers of a store, and what moves between them."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+
+from .chunk import Chunk
+from .errors import BudgetError, StoreError
+from .index import Index
+from .keys import ChunkKey
+from .readers import ChunkReader
+from .tiers import DiskTier, HostTier, Pins
+from .tiers.disk import text_record
+
+__all__ = ["Placement"]
+
+
+class Placement:
+    """Host memory over disk, or host memory alone.
+
+    New chunks go to disk and, while there is room, to host memory. A chunk that was read whole from disk comes up; one
+    that must leave host memory and isn't on disk any more goes down.
+
+    Args:
+        host: the upper tier.
+        disk: the lower tier, if there is one.
+        pins: chunks in use.
+        index: where texts are noted if there is no disk tier, which else does it.
+    """
+
+    def __init__(self, host: HostTier, disk: DiskTier | None, pins: Pins, index: Index) -> None:
+        self.host = host
+        self.disk = disk
+        self._pins = pins
+        self._index = index
+        self._lock = threading.Lock()
+        self._closed = False
+        self.hits = self.misses = self.damaged = 0
+
+    def known(self, key: ChunkKey, text: str | None) -> int:
+        """Bytes of a chunk that needn't be stored again; 0 if it must be."""
+        if self.disk is not None:
+            head = self.disk.peek(key)
+            if head is None or (text and head.text is None):
+                return 0
+            self.disk.touch(key)
+            return self.disk.size_of(key)
+        if text and self._index.get(f"text/{key}") is None:
+            return 0
+        self.host.touch(key)
+        return self.host.size_of(key)
+
+    def put(self, chunk: Chunk) -> int:
+        """Take a chunk in; bytes it takes in the lowest tier."""
+        if self.disk is not None:
+            self.disk.admit(chunk)
+            self._admit_host(chunk)
+            return self.disk.size_of(chunk.key) or chunk.slab.numel()
+        for victim in self.host.admit(chunk):
+            self._index.delete(f"text/{victim.key}")
+        if chunk.head.text is not None:
+            self._index.set(f"text/{chunk.key}", text_record(chunk.head))
+        return chunk.host_bytes
+
+    def open(self, key: ChunkKey) -> ChunkReader | None:
+        """A reader from the highest tier that has the chunk."""
+        reader: ChunkReader | None = self.host.open(key)
+        if self.disk is not None:
+            if reader is None:
+                reader = self.disk.open(key)
+            else:
+                self.disk.touch(key)
+        with self._lock:
+            self.hits += reader is not None
+            self.misses += reader is None
+        if reader is not None:
+            reader.on_close = self._release
+            if reader.tier != self.host.name:
+                reader.on_promote = self._promote
+        return reader
+
+    def contains(self, key: ChunkKey) -> bool:
+        """Whether any tier has the chunk."""
+        return self.host.contains(key) or (self.disk is not None and self.disk.contains(key))
+
+    def discard(self, key: ChunkKey) -> None:
+        """Set a damaged chunk aside."""
+        removed = self.host.remove(key) > 0
+        if self.disk is not None:
+            self.disk.set_aside(key)
+        elif removed:
+            self._index.delete(f"text/{key}")
+            with self._lock:
+                self.damaged += 1
+
+    def remove(self, key: ChunkKey) -> int:
+        """Delete a chunk everywhere; bytes freed on disk, or in memory if there is no disk."""
+        in_memory = self.host.remove(key)
+        if self.disk is not None:
+            return self.disk.remove(key)
+        self._index.delete(f"text/{key}")
+        return in_memory
+
+    def size_of(self, key: ChunkKey) -> int:
+        """Bytes of a chunk in the lowest tier that has it; 0 if none has."""
+        on_disk = 0 if self.disk is None else self.disk.size_of(key)
+        return on_disk or self.host.size_of(key)
+
+    def close(self) -> None:
+        """Close the tiers; open readers keep working."""
+        self._closed = True
+        if self.disk is not None:
+            self.disk.close()
+        self.host.close()
+
+    def _admit_host(self, chunk: Chunk) -> bool:
+        """Keep a chunk in host memory too, if there is room; what must leave and isn't on disk goes down there."""
+        if not self.host.fits(chunk.host_bytes):
+            return False
+        try:
+            evicted = self.host.admit(chunk)
+        except BudgetError:
+            return False  # everything there is in use
+        for victim in evicted:
+            if self.disk is not None and not self.disk.contains(victim.key):
+                # A chunk that can't be kept is one to compute again, not an error of whoever came next.
+                with contextlib.suppress(StoreError):
+                    self.disk.admit(victim)
+                    self.disk.counters.demotions += 1
+        return True
+
+    def _promote(self, chunk: Chunk) -> bool:
+        if self._closed or self.disk is None:
+            return False
+        if self.host.contains(chunk.key):
+            return True
+        if not self._admit_host(chunk):
+            return False
+        if not self.disk.contains(chunk.key):
+            # Deleted while it was being read: a deleted chunk must not come back.
+            self.host.remove(chunk.key)
+            return False
+        self.host.counters.promotions += 1
+        return True
+
+    def _release(self, reader: ChunkReader) -> None:
+        self._pins.drop(reader.key)
+        tier = self.host if reader.tier == "host" or self.disk is None else self.disk
+        with self._lock:
+            tier.counters.bytes_read += reader.bytes_read
+        if self.disk is not None and not self._closed:
+            with contextlib.suppress(StoreError):
+                self.disk.flush(force=False)

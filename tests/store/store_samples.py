@@ -1,0 +1,130 @@
+"""Small chunks to store, and what other processes do with them."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cachetune_store import ChunkKey, ChunkReader, ChunkStore, Namespace, get_codec, make_key
+
+NAMESPACE = Namespace("model", "tokenizer", "float32", (1,))
+
+
+@dataclass
+class Sample:
+    key: ChunkKey
+    layers: list[tuple[Tensor, Tensor]]
+    scores: Tensor
+    namespace: Namespace
+    token_ids: list[int]
+
+    def put(self, store: ChunkStore, text: str | None = None) -> int:
+        return store.put(
+            self.key, self.layers, self.scores, namespace=self.namespace, token_ids=self.token_ids, text=text
+        )
+
+    def matches(self, reader: ChunkReader) -> bool:
+        """Whether every number comes back, bit for bit, at its token."""
+        codec = get_codec(reader.layout.codec)
+        for index, (k, v) in enumerate(self.layers):
+            rows = reader.read(index, reader.layout.tokens)
+            k2, v2 = codec.decode(rows, reader.layout.layers[index], reader.layout.dtype)
+            if not (torch.equal(k2, k[reader.order]) and torch.equal(v2, v[reader.order])):
+                return False
+        return True
+
+
+def sample(seed: int = 0, *, tokens: int = 150, layers: int = 3, **changes: Any) -> Sample:
+    namespace = Namespace(**({f: getattr(NAMESPACE, f) for f in NAMESPACE.__dataclass_fields__} | changes))
+    g = torch.Generator().manual_seed(seed)
+    dtype = getattr(torch, namespace.dtype)
+    ids = torch.randint(0, 50000, (tokens,), generator=g).tolist()
+    kv = [
+        (torch.randn(tokens, 2, 8, generator=g).to(dtype), torch.randn(tokens, 2, 12, generator=g).to(dtype))
+        for _ in range(layers)
+    ]
+    return Sample(make_key(namespace, ids), kv, torch.rand(tokens, generator=g), namespace, ids)
+
+
+def file_of(store_path: Path, key: ChunkKey) -> Path:
+    return store_path / "chunks" / key.digest[:2] / f"{key.digest}.safetensors"
+
+
+def flip(path: Path, position: int, bit: int = 0) -> None:
+    with path.open("r+b") as file:
+        file.seek(position)
+        byte = file.read(1)[0]
+        file.seek(position)
+        file.write(bytes([byte ^ (1 << bit)]))
+
+
+def write_until_killed(path: str, started: Any) -> None:
+    """Put chunks for ever; the parent kills this process at some moment."""
+    torch.set_num_threads(1)
+    store = ChunkStore(path)
+    seed = 0
+    while True:
+        sample(seed, tokens=600).put(store, text=str(seed))
+        seed += 1
+        started.set()
+
+
+def die_while_writing(path: str) -> None:
+    """Be killed between the last byte written and the rename."""
+    store = ChunkStore(path)
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(fd)
+
+    os.fsync = fsync
+    sample(1).put(store)
+
+
+def use_at_random(path: str, seed: int, rounds: int, budget: int, results: Any) -> None:
+    """Put, read, delete, under a budget that forces evictions; report what went wrong."""
+    torch.set_num_threads(1)
+    rng = random.Random(seed)
+    samples = [sample(i, tokens=100) for i in range(8)]
+    wrong: list[str] = []
+    hits = 0
+    try:
+        with ChunkStore(path, disk_budget=budget, host_budget=0) as store:
+            for _ in range(rounds):
+                one = rng.choice(samples)
+                action = rng.random()
+                if action < 0.4:
+                    one.put(store, text="text")
+                elif action < 0.5:
+                    store.set_document(f"doc{rng.randrange(3)}", [one.key, rng.choice(samples).key])
+                else:
+                    with store.open(one.key) or _Nothing() as reader:
+                        if reader is not None:
+                            hits += 1
+                            if not one.matches(reader):
+                                wrong.append(f"wrong rows of {one.key}")
+            if store.stats().damaged:
+                wrong.append("damaged files")
+            if store.stats().disk.bytes > budget:
+                wrong.append("over budget")
+    except BaseException as error:
+        wrong.append(repr(error))
+    results.put((hits, wrong))
+
+
+class _Nothing:
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        return None

@@ -1,0 +1,294 @@
+"""The chunk file: what a plain reader sees, and that no damage gets through."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+import xxhash
+from safetensors import safe_open
+from store_samples import file_of, flip, sample
+
+from cachetune_store import ChunkKey, ChunkStore, DamagedChunkError, register_codec
+from cachetune_store.chunkfile import parse_head
+from cachetune_store.codecs import ExactCodec, base
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+def stored(path: Path, codec: str = "exact", **changes: object) -> Path:
+    with ChunkStore(path, codec=codec) as store:
+        sample(**changes).put(store, text="some text")
+    return file_of(path, sample(**changes).key)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_plain_safetensors_reads_numbers(path: Path, dtype: str) -> None:
+    one = sample(dtype=dtype)
+    with safe_open(stored(path, dtype=dtype), framework="pt") as file:
+        order = file.get_tensor("order")
+        for index, (k, v) in enumerate(one.layers):
+            rows = file.get_tensor(f"layer.{index}")
+            assert rows.dtype == k.dtype
+            assert torch.equal(rows, torch.cat([k.flatten(1), v.flatten(1)], 1)[order])
+        assert file.get_tensor("token_ids").tolist() == one.token_ids
+        assert torch.equal(file.get_tensor("scores"), one.scores)
+        assert bytes(file.get_tensor("text").tolist()) == b"some text"
+        assert file.metadata()["key"] == str(one.key)
+
+
+def test_plain_safetensors_reads_quantised_rows_as_bytes(path: Path) -> None:
+    with safe_open(stored(path, "int8"), framework="pt") as file:
+        assert file.get_tensor("layer.0").dtype == torch.uint8
+        assert file.get_tensor("layer.0").shape == (150, 2 * (8 + 8 + 12))
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 150])
+def test_every_layer_begins_on_a_page(path: Path, tokens: int) -> None:
+    content = stored(path, tokens=tokens).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    for index in range(3):
+        assert (8 + length + header[f"layer.{index}"]["data_offsets"][0]) % 4096 == 0
+    assert len(content) % 4096 == 0
+
+
+def test_rows_stand_in_ranking_order_with_ties(path: Path) -> None:
+    one = sample(tokens=6)
+    one.scores = torch.tensor([0.5, 0.1, 0.5, 0.9, 0.1, 0.5])
+    with ChunkStore(path) as store:
+        one.put(store)
+        with store.open(one.key) as reader:
+            # Backwards it is "descending score, ties to the smaller index": 3, 0, 2, 5, 1, 4.
+            assert reader.order.tolist() == [4, 1, 5, 2, 0, 3]
+            assert torch.equal(reader.scores, one.scores)
+            assert one.matches(reader)
+
+
+@pytest.mark.parametrize("direct_io", [True, False])
+@pytest.mark.parametrize("rows", [0, 1, 63, 64, 65, 100, 128, 149, 150])
+def test_any_prefix_of_rows_is_read_and_checked(path: Path, rows: int, direct_io: bool) -> None:
+    one = sample()
+    stored(path)
+    with ChunkStore(path, host_budget=0, direct_io=direct_io) as store, store.open(one.key) as reader:
+        k, v = one.layers[1]
+        whole = torch.cat([k.flatten(1), v.flatten(1)], 1)[reader.order].view(torch.uint8)
+        assert torch.equal(reader.read(1, rows), whole[:rows])
+        assert torch.equal(reader.read(1, 150), whole)  # reading on from there
+        assert torch.equal(reader.read(1, rows), whole[:rows])
+
+
+def test_a_prefix_that_ends_inside_a_damaged_block_is_refused(path: Path) -> None:
+    file = stored(path)
+    one = sample()
+    start = layer_start(file, 1)
+    flip(file, start + 70 * 160)  # row 70, in the second block of 64
+    with ChunkStore(path, host_budget=0) as store, store.open(one.key) as reader:
+        assert reader.read(1, 64).shape == (64, 160)
+        with pytest.raises(DamagedChunkError, match="layer 1, block 1"):
+            reader.read(1, 65)
+        assert reader.read(0, 150).shape == (150, 160)
+
+
+def layer_start(file: Path, layer: int) -> int:
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    return 8 + length + json.loads(content[8 : 8 + length])[f"layer.{layer}"]["data_offsets"][0]
+
+
+def usable(path: Path, key: ChunkKey) -> bool:
+    """Whether a user gets rows; a miss or a DamagedChunkError is a no."""
+    with ChunkStore(path, host_budget=0) as store:
+        reader = store.open(key)
+        if reader is None:
+            return False
+        with reader:
+            try:
+                for layer in range(3):
+                    reader.read(layer, 150)
+            except DamagedChunkError:
+                store.discard(key)
+                return False
+    return True
+
+
+def test_every_flipped_bit_is_found_before_use(path: Path) -> None:
+    file = stored(path)
+    key = sample().key
+    good = file.read_bytes()
+    rng = random.Random(0)
+    rows = layer_start(file, 0)
+    header = 8 + int.from_bytes(good[:8], "little")
+    places = [*range(8), 8, 9, header - 1, header, header + 15, header + 16, rows - 1]
+    places += [rng.randrange(header) for _ in range(25)] + [rng.randrange(header, rows) for _ in range(25)]
+    for layer in range(3):
+        start = layer_start(file, layer)
+        places += [start, start + 150 * 160 - 1] + [rng.randrange(start, start + 150 * 160) for _ in range(8)]
+    for place in places:
+        file.write_bytes(good)
+        flip(file, place, rng.randrange(8))
+        assert not usable(path, key), f"byte {place}"
+        assert not file.exists()
+    file.write_bytes(good)
+    assert usable(path, key)
+
+
+def test_verify_finds_a_flip_between_the_layers_too(path: Path) -> None:
+    file = stored(path)
+    flip(file, layer_start(file, 1) - 1)
+    with ChunkStore(path) as store:
+        assert store.verify().damaged == (sample().key,)
+        assert store.open(sample().key) is None
+
+
+@pytest.mark.parametrize("left", [0, 1, 7, 8, 100, 4095, 4096, 9000, 12288, -4096, -1])
+def test_a_truncated_file_is_a_miss(path: Path, left: int) -> None:
+    file = stored(path)
+    content = file.read_bytes()
+    file.write_bytes(content[:left])
+    assert not usable(path, sample().key)
+    file.write_bytes(content + b"\0" * 4096)
+    assert not usable(path, sample().key)
+
+
+def test_a_damaged_file_is_set_aside_and_counted(path: Path) -> None:
+    file = stored(path)
+    flip(file, 100)
+    with ChunkStore(path) as store:
+        assert store.contains(sample().key)
+        assert store.open(sample().key) is None
+        assert not store.contains(sample().key)
+        assert store.stats().damaged == 1
+        assert store.stats().disk.chunks == 0
+        assert len(list((path / "damaged").iterdir())) == 1
+        sample().put(store)
+        assert usable(path, sample().key)
+
+
+def test_what_is_set_aside_is_bounded(path: Path) -> None:
+    with ChunkStore(path, host_budget=0) as store:
+        for seed in range(20):
+            one = sample(seed, tokens=5)
+            one.put(store)
+            flip(file_of(path, one.key), 100)
+            assert store.open(one.key) is None
+        assert store.stats().damaged == 20
+        assert len(list((path / "damaged").iterdir())) == 16
+
+
+def forge(file: Path, **changes: object) -> None:
+    """Change header entries of a chunk file and give it a valid digest, as an attacker (or a bug) could."""
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    for name, value in changes.items():
+        if name in header["__metadata__"]:
+            header["__metadata__"][name] = value
+        else:
+            header[name.replace("_", ".")] = value
+    raw = json.dumps(header).encode()
+    raw = raw.ljust(-(-(8 + len(raw)) // 4096) * 4096 - 8)
+    front = len(raw).to_bytes(8, "little") + raw
+    small = content[8 + length + 16 : layer_start(file, 0)]
+    digest = xxhash.xxh3_128(front + small).digest()
+    file.write_bytes(front + digest + small + content[layer_start(file, 0) :])
+
+
+def layout(**changes: object) -> str:
+    good = {
+        "tokens": 150,
+        "dtype": "float32",
+        "codec": "exact",
+        "layers": [[2, 8, 12]] * 3,
+        "block_rows": 64,
+        "text_bytes": 9,
+    }
+    return json.dumps(good | changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layout": layout(tokens=10**15)},
+        {"layout": layout(tokens=1 << 39)},
+        {"layout": layout(tokens=-1)},
+        {"layout": layout(tokens=True)},
+        {"layout": layout(tokens=149)},
+        {"layout": layout(block_rows=0)},
+        {"layout": layout(block_rows=32)},
+        {"layout": layout(text_bytes=1 << 30)},
+        {"layout": layout(layers=[])},
+        {"layout": layout(layers=[[2, 8, 12]] * 4)},
+        {"layout": layout(layers=[[2, 8]] * 3)},
+        {"layout": layout(layers=5)},
+        {"layout": layout(dtype="float64")},
+        {"layout": layout(dtype=5)},
+        {"layout": "[" * 100_000},
+        {"layout": "null"},
+        {"layout": 7},
+        {"namespace": "{}"},
+        {"format_version": "2"},
+        {"key": "0" * 64},
+        {"layer_0": {"dtype": "F32", "shape": [150, 40], "data_offsets": [0, 24000]}},
+        {"layer_9": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}},
+    ],
+)
+def test_a_forged_header_is_a_miss(path: Path, changes: dict[str, object]) -> None:
+    file = stored(path)
+    forge(file)
+    assert usable(path, sample().key), "the forgery itself is sound"
+    forge(file, **changes)
+    assert not usable(path, sample().key)
+
+
+def test_a_huge_header_length_allocates_nothing(path: Path) -> None:
+    asked: list[int] = []
+
+    def read(count: int) -> memoryview:
+        asked.append(count)
+        return memoryview((2**63 - 8).to_bytes(8, "little"))
+
+    with pytest.raises(DamagedChunkError):
+        parse_head(sample().key, 2**63, read)
+    assert asked == [8]
+
+
+def test_random_bytes_are_never_more_than_damaged() -> None:
+    rng = random.Random(1)
+    for _ in range(300):
+        body = rng.randbytes(rng.randrange(64)) if rng.random() < 0.5 else b'{"__metadata__":{"layout":"[]"}}'
+        raw = (4088).to_bytes(8, "little") + body.ljust(4088)
+        with pytest.raises(DamagedChunkError):
+            parse_head(sample().key, len(raw), lambda count, raw=raw: memoryview(raw))
+
+
+def test_a_file_under_another_name_is_a_miss(path: Path) -> None:
+    file = stored(path)
+    other = sample(1).key
+    target = file_of(path, other)
+    target.parent.mkdir(exist_ok=True)
+    file.rename(target)
+    assert not usable(path, other)
+
+
+def test_a_file_of_a_codec_that_is_not_loaded_stays(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Plugin(ExactCodec):
+        name = "plugin"
+
+    register_codec(Plugin())
+    try:
+        file = stored(path, "plugin")
+        assert usable(path, sample().key)
+        monkeypatch.delitem(base._CODECS, "plugin")
+        assert not usable(path, sample().key)
+        with ChunkStore(path) as store:
+            assert store.verify().ok
+        assert file.exists()
+    finally:
+        base._CODECS.pop("plugin", None)

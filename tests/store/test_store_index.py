@@ -1,0 +1,228 @@
+"""The index can be lost, broken or tampered with; the files say it all again."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import sqlite3
+import stat
+from pathlib import Path
+
+import pytest
+from store_samples import file_of, flip, sample
+
+from cachetune_store import ChunkStore, IndexDamagedError, StorePathError, StoreVersionError
+from cachetune_store.diskindex import DiskIndex
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A store with three chunks, two of them in a document."""
+    path = tmp_path / "store"
+    with ChunkStore(path) as store:
+        for seed in range(3):
+            sample(seed).put(store, text=f"text {seed}")
+        store.set_document("doc", [sample(0).key, sample(1).key], tenant="t")
+    return path
+
+
+def check_whole(store: ChunkStore, chunks: int = 3) -> None:
+    stats = store.stats()
+    files = list((store.path / "chunks").glob("*/*"))
+    assert stats.disk.chunks == chunks == len(files)
+    assert stats.disk.bytes == sum(file.stat().st_size for file in files)
+    assert stats.documents == 1
+    assert sorted(text for _, text, _ in store.texts())[:chunks] == [f"text {seed}" for seed in range(chunks)]
+    assert [info.id for info in store.documents(tenant="t")] == ["doc"]
+    store.delete_document("doc", tenant="t")
+    assert store.contains(sample(2).key)
+    assert not store.contains(sample(0).key)
+
+
+def delete_index(path: Path) -> None:
+    shutil.rmtree(path / "index")
+
+
+def delete_database(path: Path) -> None:
+    (path / "index" / "cache.db").unlink()
+
+
+def overwrite_database(path: Path) -> None:
+    for file in (path / "index").iterdir():
+        file.write_bytes(b"not a database" * 1000)
+
+
+def damage_pages(path: Path) -> None:
+    file = path / "index" / "cache.db"
+    content = file.read_bytes()
+    file.write_bytes(content[:4096] + bytes(len(content) - 4096))
+
+
+def empty_database(path: Path) -> None:
+    with sqlite3.connect(path / "index" / "cache.db") as db:
+        db.execute("DROP TABLE Cache")
+
+
+@pytest.mark.parametrize("harm", [delete_index, delete_database, overwrite_database, damage_pages, empty_database])
+def test_a_lost_index_is_made_anew_on_open(path: Path, harm: object) -> None:
+    harm(path)
+    with ChunkStore(path) as store:
+        check_whole(store)
+
+
+def test_a_rebuild_cut_short_is_done_again(path: Path) -> None:
+    delete_index(path)
+    index = DiskIndex(path / "index")
+    index.set("total", {"bytes": 1, "chunks": 1})
+    index.close()
+    with ChunkStore(path) as store:
+        check_whole(store)
+
+
+def test_an_index_that_breaks_while_in_use_heals(path: Path) -> None:
+    with ChunkStore(path) as store:
+        overwrite_database(path)
+        sample(0).put(store)
+        with store.open(sample(1).key) as reader:
+            assert sample(1).matches(reader)
+        store.verify()
+        check_whole(store)
+
+
+def test_an_index_replaced_by_another_process_is_followed(path: Path) -> None:
+    with ChunkStore(path) as one, ChunkStore(path) as two:
+        two.rebuild_index()
+        sample(5).put(one, text="text 5")
+        assert "text 5" in [text for _, text, _ in two.texts()]
+        assert two.stats().disk.chunks == 4
+
+
+class Bomb:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("name", ["meta/", "total", "chunk/", "text/", "doc/", "ref/"])
+def test_a_planted_pickle_is_never_loaded(path: Path, name: str, tmp_path: Path) -> None:
+    marker = tmp_path / "executed"
+    with sqlite3.connect(path / "index" / "cache.db") as db:
+        planted = db.execute(
+            "UPDATE Cache SET mode = 4, value = ? WHERE key LIKE ?", (pickle.dumps(Bomb(marker)), f"{name}%")
+        )
+        assert planted.rowcount > 0
+    with ChunkStore(path) as store:
+        check_whole(store)
+        sample(0).put(store)
+        store.verify()
+    assert not marker.exists()
+
+
+def test_a_pickled_name_is_never_loaded(path: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "executed"
+    with sqlite3.connect(path / "index" / "cache.db") as db:
+        db.execute(
+            "INSERT INTO Cache (key, raw, store_time, access_time, access_count, size, mode, value)"
+            " VALUES (?, 0, 0, 0, 0, 0, 1, '1')",
+            (sqlite3.Binary(pickle.dumps(Bomb(marker))),),
+        )
+    with ChunkStore(path) as store:
+        check_whole(store)
+    assert not marker.exists()
+
+
+def test_the_index_itself_refuses_pickles(tmp_path: Path) -> None:
+    index = DiskIndex(tmp_path / "index")
+    with pytest.raises(TypeError):
+        index.set("object", object())
+    with sqlite3.connect(tmp_path / "index" / "cache.db") as db:
+        db.execute(
+            "INSERT INTO Cache (key, raw, store_time, access_time, access_count, size, mode, value)"
+            " VALUES ('p', 1, 0, 0, 0, 0, 4, ?)",
+            (pickle.dumps([1]),),
+        )
+    with pytest.raises(IndexDamagedError, match="pickle"):
+        index.get("p")
+    index.close()
+
+
+def test_a_failed_transaction_changes_nothing(tmp_path: Path) -> None:
+    index = DiskIndex(tmp_path / "index")
+    index.set("a", 1)
+
+    def fail() -> None:
+        with index.transaction():
+            index.set("a", 2)
+            with index.transaction():
+                index.set("b", 2)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert (index.get("a"), index.get("b")) == (1, None)
+    assert list(index.items("")) == [("a", 1)]
+    index.close()
+
+
+def test_nothing_in_a_store_is_a_pickle(path: Path) -> None:
+    for file in path.rglob("*"):
+        assert file.suffix in {"", ".safetensors", ".json", ".db", ".lock", ".db-wal", ".db-shm"}
+    with sqlite3.connect(path / "index" / "cache.db") as db:
+        assert {mode for (mode,) in db.execute("SELECT DISTINCT mode FROM Cache")} == {1}
+        settings = dict(db.execute("SELECT key, value FROM Settings"))
+    assert settings["eviction_policy"] == "none"
+    assert settings["cull_limit"] == 0
+
+
+def test_verify_reads_everything_and_repairs(path: Path) -> None:
+    stray = path / "tmp" / "0123.tmp"
+    stray.write_bytes(b"half a chunk")
+    flip(file_of(path, sample(0).key), file_of(path, sample(0).key).stat().st_size - 5000)
+    file_of(path, sample(1).key).unlink()
+    extra = sample(7)
+    with ChunkStore(path.parent / "other") as other:
+        extra.put(other, text="text 7")
+    target = file_of(path, extra.key)
+    target.parent.mkdir(exist_ok=True)
+    shutil.copy(file_of(path.parent / "other", extra.key), target)
+    with ChunkStore(path, host_budget=0) as store:
+        report = store.verify()
+        assert report.damaged == (sample(0).key,)
+        assert not report.ok
+        assert (report.checked, report.adopted, report.dropped, report.documents) == (2, 1, 1, 1)
+        assert not stray.exists()
+        assert json.dumps(report.as_dict())
+        assert store.stats().disk.chunks == 2
+        assert store.stats().disk.bytes == report.bytes
+        assert sorted(text for _, text, _ in store.texts()) == ["text 2", "text 7"]
+        assert store.verify().ok
+
+
+def test_an_unknown_format_version_says_what_to_do(path: Path) -> None:
+    (path / "store.json").write_text('{"format": "cachetune-store", "version": 99}')
+    with pytest.raises(StoreVersionError, match=r"version 99.*reads version 1.*another directory"):
+        ChunkStore(path)
+    (path / "store.json").write_text("garbage")
+    with pytest.raises(StoreVersionError, match="delete that file"):
+        ChunkStore(path)
+    (path / "store.json").unlink()
+    with ChunkStore(path) as store:
+        check_whole(store)
+
+
+def test_directories_are_private(path: Path) -> None:
+    for directory in [path, *(p for p in path.rglob("*") if p.is_dir())]:
+        assert stat.S_IMODE(directory.stat().st_mode) == 0o700, directory
+    for file in path.rglob("*.safetensors"):
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+def test_a_path_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for bad in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(StorePathError, match=str(bad)):
+            ChunkStore(bad)

@@ -1,0 +1,447 @@
+"""What a user of the store relies on: chunks come back, budgets hold, what is in use stays."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from store_samples import NAMESPACE, file_of, flip, sample
+
+from cachetune_store import (
+    BudgetError,
+    ChunkStore,
+    DamagedChunkError,
+    NonFiniteError,
+    StoreClosedError,
+    UnknownCodecError,
+    make_key,
+)
+from cachetune_store.buffers import SlabPool
+
+SIZE = 81920
+"""Bytes of a sample's file."""
+ROWS = 73728
+"""Bytes of a sample's rows in host memory, as the allocator takes them."""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+def tier_of(store: ChunkStore, seed: int) -> str | None:
+    reader = store.open(sample(seed).key)
+    if reader is None:
+        return None
+    with reader:
+        return reader.tier
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("tokens", [1, 64, 150])
+@pytest.mark.parametrize("tier", ["host", "disk", "memory"])
+def test_a_chunk_comes_back_bit_for_bit(path: Path, dtype: str, tokens: int, tier: str) -> None:
+    one = sample(dtype=dtype, tokens=tokens)
+    with ChunkStore(None if tier == "memory" else path, host_budget=0 if tier == "disk" else "1GiB") as store:
+        assert not store.contains(one.key)
+        assert store.open(one.key) is None
+        assert one.put(store) > 0
+        assert store.contains(one.key)
+        with store.open(one.key) as reader:
+            assert reader.tier == ("disk" if tier == "disk" else "host")
+            assert reader.key == one.key
+            assert reader.token_ids.tolist() == one.token_ids
+            assert (reader.layout.tokens, reader.layout.codec, reader.layout.dtype) == (tokens, "exact", dtype)
+            assert one.matches(reader)
+            assert reader.bytes_read >= sum(r.numel() for r in (reader.read(i, tokens) for i in range(3)))
+
+
+def test_int8_chunks_come_back_close(path: Path) -> None:
+    from cachetune_store import get_codec
+
+    one = sample()
+    with ChunkStore(path, codec="int8") as store:
+        one.put(store)
+        with store.open(one.key) as reader:
+            k, _ = get_codec("int8").decode(reader.read(0, 150), reader.layout.layers[0], "float32")
+            assert torch.allclose(k, one.layers[0][0][reader.order], atol=0.05)
+    with ChunkStore(path, codec="exact") as store, store.open(one.key) as reader:
+        assert reader.layout.codec == "int8", "a store reads every codec, whatever it writes"
+
+
+def test_a_put_chunk_survives_reopening(path: Path) -> None:
+    with ChunkStore(path) as store:
+        size = sample().put(store)
+        assert size == file_of(path, sample().key).stat().st_size == SIZE
+    with ChunkStore(path) as store, store.open(sample().key) as reader:
+        assert reader.tier == "disk"
+        assert sample().matches(reader)
+
+
+def test_putting_twice_changes_nothing(path: Path) -> None:
+    with ChunkStore(path) as store:
+        assert sample().put(store) == sample().put(store)
+        before = file_of(path, sample().key).stat()
+        assert store.stats().disk.chunks == 1
+        assert store.stats().disk.bytes == before.st_size
+        sample().put(store)
+        assert file_of(path, sample().key).stat().st_ino == before.st_ino
+
+
+def test_putting_heals_a_damaged_file(path: Path) -> None:
+    with ChunkStore(path, host_budget=0) as store:
+        sample().put(store)
+        flip(file_of(path, sample().key), 9)
+        sample().put(store)
+        assert store.stats().damaged == 1
+        with store.open(sample().key) as reader:
+            assert sample().matches(reader)
+
+
+def test_keys_and_scores_may_be_views_and_need_no_grad_care(path: Path) -> None:
+    one = sample()
+    wide = [
+        (torch.cat([k, k], 2)[..., :8].requires_grad_(), v.transpose(0, 1).contiguous().transpose(0, 1))
+        for k, v in one.layers
+    ]
+    with ChunkStore(path) as store:
+        store.put(one.key, wide, one.scores.double().requires_grad_(), namespace=one.namespace, token_ids=one.token_ids)
+        with store.open(one.key) as reader:
+            assert one.matches(reader)
+
+
+def test_what_does_not_belong_together_is_refused(path: Path) -> None:
+    one = sample()
+    ids, layers, scores = one.token_ids, one.layers, one.scores
+
+    def put(key=one.key, layers=layers, scores=scores, token_ids=ids, namespace=NAMESPACE) -> None:
+        store.put(key, layers, scores, namespace=namespace, token_ids=token_ids)
+
+    with ChunkStore(path) as store:
+        with pytest.raises(ValueError, match="make_key"):
+            put(key=sample(1).key)
+        with pytest.raises(ValueError, match="make_key"):
+            put(namespace=sample(tenant="other").namespace)
+        with pytest.raises(ValueError, match="1 token and 1 layer"):
+            put(key=make_key(NAMESPACE, []), token_ids=[])
+        with pytest.raises(ValueError, match="1 token and 1 layer"):
+            put(layers=[])
+        with pytest.raises(ValueError, match="layer 1: keys"):
+            put(layers=[layers[0], (layers[1][0][:-1], layers[1][1])])
+        with pytest.raises(ValueError, match=r"torch\.bfloat16"):
+            put(layers=[(k.bfloat16(), v) for k, v in layers])
+        with pytest.raises(ValueError, match="scores have shape"):
+            put(scores=scores[:-1])
+        with pytest.raises(NonFiniteError, match="ranking"):
+            put(scores=scores * float("nan"))
+        assert store.stats().disk.chunks == 0
+        assert list((path / "chunks").iterdir()) == []
+
+
+def test_bad_settings_are_refused_by_name(path: Path) -> None:
+    with pytest.raises(UnknownCodecError, match="exact, int8"):
+        ChunkStore(path, codec="zip")
+    with pytest.raises(ValueError, match="host_budget is 'much'"):
+        ChunkStore(path, host_budget="much")
+    with pytest.raises(ValueError, match="disk_budget is -5"):
+        ChunkStore(path, disk_budget=-5)
+
+
+def test_reads_out_of_range_are_refused(path: Path) -> None:
+    for budget in ("1GiB", 0):
+        with ChunkStore(path, host_budget=budget) as store:
+            sample().put(store)
+            with store.open(sample().key) as reader:
+                for layer, rows in ((3, 1), (-1, 1), (0, 151), (0, -1)):
+                    with pytest.raises(ValueError, match="layers 0 to 2 of 150 rows"):
+                        reader.read(layer, rows)
+            with pytest.raises(StoreClosedError):
+                reader.read(0, 1)
+
+
+def test_a_closed_store_says_so(path: Path) -> None:
+    store = ChunkStore(path)
+    sample().put(store)
+    reader = store.open(sample().key)
+    store.close()
+    store.close()
+    assert sample().matches(reader), "an open chunk stays readable"
+    reader.close()
+    for use in (store.stats, store.verify, lambda: store.open(sample().key), lambda: sample().put(store)):
+        with pytest.raises(StoreClosedError):
+            use()
+
+
+def test_host_reads_are_views(path: Path) -> None:
+    with ChunkStore(path) as store:
+        sample().put(store)
+        with store.open(sample().key) as one, store.open(sample().key) as two:
+            assert one.read(0, 100).data_ptr() == two.read(0, 150).data_ptr()
+
+
+def test_a_full_read_makes_the_next_one_a_host_hit(path: Path) -> None:
+    with ChunkStore(path) as store:
+        sample().put(store)
+    with ChunkStore(path) as store:
+        with store.open(sample().key) as reader:
+            sample().matches(reader)
+        assert store.stats().disk.bytes_read == reader.bytes_read > 0
+        with store.open(sample().key) as reader:
+            assert reader.tier == "host"
+            assert sample().matches(reader)
+        stats = store.stats()
+        assert (stats.hits, stats.host.hits, stats.disk.hits, stats.host.promotions) == (2, 1, 1, 1)
+
+
+def test_a_partial_read_promotes_when_asked_only(path: Path) -> None:
+    with ChunkStore(path) as store:
+        sample().put(store)
+    with ChunkStore(path) as store:
+        with store.open(sample().key) as reader:
+            reader.read(0, 20)
+        assert tier_of(store, 0) == "disk"
+        with store.open(sample().key) as reader:
+            reader.read(0, 20)
+            assert reader.promote()
+            assert reader.promote()
+        with store.open(sample().key) as reader:
+            assert reader.tier == "host"
+            assert sample().matches(reader)
+            assert reader.promote()
+
+
+def test_a_damaged_chunk_is_not_promoted(path: Path) -> None:
+    with ChunkStore(path) as store:
+        sample().put(store)
+    flip(file_of(path, sample().key), SIZE - 4096)
+    with ChunkStore(path) as store:
+        with store.open(sample().key) as reader:
+            reader.read(0, 150)
+            with pytest.raises(DamagedChunkError):
+                reader.promote()
+            store.discard(sample().key)
+        assert store.open(sample().key) is None
+        assert store.stats().damaged == 1
+
+
+def test_host_memory_evicts_the_least_recently_used(path: Path) -> None:
+    with ChunkStore(path, host_budget=3 * ROWS) as store:
+        for seed in range(3):
+            sample(seed).put(store)
+        assert store.stats().host.bytes == 3 * ROWS
+        assert tier_of(store, 0) == "host"
+        sample(3).put(store)
+        assert [tier_of(store, seed) for seed in range(4)] == ["host", "disk", "host", "host"]
+        stats = store.stats().host
+        assert (stats.chunks, stats.evictions) == (3, 1)
+        assert stats.bytes <= stats.budget
+
+
+def test_host_memory_never_evicts_what_is_in_use(path: Path) -> None:
+    with ChunkStore(path, host_budget=2 * ROWS) as store:
+        sample(0).put(store)
+        with store.open(sample(0).key) as reader:
+            for seed in range(1, 5):
+                sample(seed).put(store)
+            assert store.stats().host.pinned == 1
+            assert sample(0).matches(reader)
+            assert tier_of(store, 0) == "host"
+        sample(5).put(store)
+        sample(6).put(store)
+        assert tier_of(store, 0) == "disk"
+
+
+def test_host_memory_in_use_up_to_the_budget_leaves_new_chunks_on_disk(path: Path) -> None:
+    with ChunkStore(path, host_budget=ROWS) as store:
+        sample(0).put(store)
+        with store.open(sample(0).key):
+            sample(1).put(store)
+            assert tier_of(store, 1) == "disk"
+            assert store.stats().host.bytes <= ROWS
+
+
+def test_a_chunk_too_big_for_host_memory_stays_on_disk(path: Path) -> None:
+    with ChunkStore(path, host_budget=ROWS - 1) as store:
+        sample().put(store)
+        with store.open(sample().key) as reader:
+            assert reader.tier == "disk"
+            assert sample().matches(reader)
+            assert not reader.promote()
+        assert store.stats().host.chunks == 0
+
+
+def test_disk_evicts_the_least_recently_used(path: Path) -> None:
+    with ChunkStore(path, host_budget=0, disk_budget=3 * SIZE) as store:
+        for seed in range(3):
+            sample(seed).put(store)
+        store.open(sample(0).key).close()
+        sample(3).put(store)
+        assert [store.contains(sample(seed).key) for seed in range(4)] == [True, False, True, True]
+        assert [key for key, *_ in store.texts()] == []
+        stats = store.stats().disk
+        assert (stats.chunks, stats.bytes, stats.evictions) == (3, 3 * SIZE, 1)
+    with ChunkStore(path, host_budget=0, disk_budget=3 * SIZE) as store:
+        sample(4).put(store)
+        assert not store.contains(sample(2).key), "the order of use outlives the process"
+        assert store.contains(sample(0).key)
+
+
+def test_a_use_from_host_memory_counts_on_disk_too(path: Path) -> None:
+    with ChunkStore(path, disk_budget=2 * SIZE) as store:
+        sample(0).put(store)
+        sample(1).put(store)
+        assert tier_of(store, 0) == "host"
+        sample(2).put(store)
+        assert file_of(path, sample(0).key).exists()
+        assert not file_of(path, sample(1).key).exists()
+
+
+def test_disk_never_evicts_what_is_in_use(path: Path) -> None:
+    with ChunkStore(path, host_budget=0, disk_budget=2 * SIZE) as store:
+        sample(0).put(store)
+        with store.open(sample(0).key) as reader:
+            for seed in range(1, 5):
+                sample(seed).put(store)
+            assert file_of(path, sample(0).key).exists()
+            assert sample(0).matches(reader)
+        sample(1).put(store)
+        with store.open(sample(1).key), store.open(sample(4).key):
+            with pytest.raises(BudgetError, match="close readers"):
+                sample(5).put(store)
+            assert store.stats().disk.chunks == 2
+        sample(5).put(store)
+
+
+def test_a_chunk_over_the_disk_budget_is_refused_and_nothing_else_goes(path: Path) -> None:
+    with ChunkStore(path, disk_budget=SIZE) as store:
+        sample(0).put(store)
+        with pytest.raises(BudgetError, match="disk_budget"):
+            sample(1, tokens=300).put(store)
+        assert store.contains(sample(0).key)
+        assert not store.contains(sample(1, tokens=300).key)
+
+
+def test_a_smaller_budget_takes_hold_at_the_next_put(path: Path) -> None:
+    with ChunkStore(path) as store:
+        for seed in range(5):
+            sample(seed).put(store)
+    with ChunkStore(path, disk_budget=2 * SIZE) as store:
+        sample(5).put(store)
+        assert store.stats().disk.bytes <= 2 * SIZE
+
+
+def test_what_leaves_host_memory_goes_down_if_disk_lost_it(path: Path) -> None:
+    with ChunkStore(path, host_budget=2 * ROWS, disk_budget=2 * SIZE) as store:
+        sample(0).put(store)
+        file_of(path, sample(0).key).unlink()
+        sample(1).put(store)
+        sample(2).put(store)
+        assert file_of(path, sample(0).key).exists()
+        assert store.stats().disk.demotions == 1
+        with store.open(sample(0).key) as reader:
+            assert reader.tier == "disk"
+            assert sample(0).matches(reader)
+
+
+def test_a_store_in_memory_keeps_its_budget(path: Path) -> None:
+    with ChunkStore(None, host_budget=2 * ROWS) as store:
+        for seed in range(4):
+            sample(seed).put(store, text=f"text {seed}")
+        assert [store.contains(sample(seed).key) for seed in range(4)] == [False, False, True, True]
+        assert sorted(text for _, text, _ in store.texts()) == ["text 2", "text 3"]
+        with pytest.raises(BudgetError, match="host_budget"):
+            sample(9, tokens=1000).put(store)
+        assert store.stats().disk is None
+        assert store.stats().as_dict()["disk"] is None
+        assert store.verify().ok
+
+
+def test_a_forgotten_reader_lets_go(path: Path) -> None:
+    with ChunkStore(path, host_budget=0) as store:
+        sample().put(store)
+        reader = store.open(sample().key)
+        assert store.stats().disk.pinned == 1
+        del reader
+        assert store.stats().disk.pinned == 0
+
+
+@pytest.mark.parametrize("budget", [0, "1GiB"])
+def test_threads_may_read_and_put_at_once(path: Path, budget: int | str) -> None:
+    samples = [sample(seed, layers=6) for seed in range(4)]
+    wrong: list[object] = []
+
+    def work(turn: int) -> None:
+        try:
+            for i in range(12):
+                one = samples[(i + turn) % 4]
+                one.put(store)
+                with store.open(one.key) as reader:
+                    if not one.matches(reader):
+                        wrong.append(one.key)
+        except Exception as error:
+            wrong.append(error)
+
+    with ChunkStore(path, host_budget=budget) as store:
+        threads = [threading.Thread(target=work, args=(turn,)) for turn in range(4)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        assert wrong == []
+        with store.open(samples[0].key) as reader:
+            rows: dict[int, torch.Tensor] = {}
+            threads = [threading.Thread(target=lambda i=i: rows.update({i: reader.read(i, 100)})) for i in range(6)]
+            [thread.start() for thread in threads]
+            [thread.join() for thread in threads]
+            for index, (k, v) in enumerate(samples[0].layers):
+                expected = torch.cat([k.flatten(1), v.flatten(1)], 1)[reader.order].view(torch.uint8)[:100]
+                assert torch.equal(rows[index], expected)
+
+
+def test_hundreds_of_requests_leak_nothing(path: Path) -> None:
+    descriptors = Path("/proc/self/fd")
+    with ChunkStore(path, host_budget=0) as store:
+        sample().put(store)
+        before = len(list(descriptors.iterdir()))
+        for _ in range(300):
+            with store.open(sample().key) as reader:
+                reader.read(0, 150)
+            assert store.open(sample(1).key) is None
+        assert len(list(descriptors.iterdir())) == before
+        assert store.stats().disk.pinned == 0
+
+
+def test_row_memory_is_reused_but_never_while_it_is_seen() -> None:
+    pool = SlabPool(pinned=False, limit=100_000)
+    first = pool.allocate(40_000)
+    address = first.data_ptr()
+    assert address % 4096 == 0
+    view = first[5:10]
+    del first
+    assert pool.idle_bytes == 0
+    assert pool.allocate(40_000).data_ptr() != address
+    del view
+    assert pool.allocate(39_000).data_ptr() in (address, pool.allocate(40_000).data_ptr())
+    for size in range(10_000, 60_000, 5000):
+        pool.allocate(size)
+    assert pool.idle_bytes <= 100_000
+    pool.clear()
+    pool.allocate(40_000)
+    assert pool.idle_bytes == 0
+
+
+@pytest.mark.gpu
+def test_rows_reach_a_gpu_from_pinned_memory(path: Path) -> None:
+    one = sample()
+    one.layers = [(k.cuda(), v.cuda()) for k, v in one.layers]
+    with ChunkStore(path) as store:
+        one.put(store)
+        with store.open(one.key) as reader:
+            assert reader.read(0, 100).is_pinned()
+    with ChunkStore(path) as store, store.open(one.key) as reader:
+        rows = reader.read(0, 150)
+        assert rows.is_pinned()
+        assert rows.data_ptr() % 4096 == 0
+        k, v = one.layers[0]
+        expected = torch.cat([k.flatten(1), v.flatten(1)], 1)[reader.order.cuda()].view(torch.uint8)
+        assert torch.equal(rows.cuda(non_blocking=True), expected)
