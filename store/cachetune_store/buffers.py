@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["PAGE", "SlabPool", "memory_of", "round_up"]
+__all__ = ["PAGE", "SlabPool", "memory_of", "private_pages", "round_up"]
 
 PAGE = 4096
 """Alignment, in bytes, of everything that is read from or written to a chunk file as a unit."""
@@ -56,7 +56,7 @@ class SlabPool:
             start = -raw.data_ptr() % PAGE
             return raw[start : start + count]
         size = self.size_of(count)
-        area = self._take(size) or _map(size)
+        area = self._take(size) or private_pages(size)
         array = np.frombuffer(area, dtype=np.uint8)
         # The array lives as long as any view of the tensor does.
         weakref.finalize(array, self._give_back, area, size).atexit = False
@@ -106,8 +106,9 @@ class SlabPool:
             self._idle_bytes += size
 
 
-def _map(size: int) -> mmap.mmap:
-    area = mmap.mmap(-1, size)
+def private_pages(size: int) -> mmap.mmap:
+    """`size` bytes of zeros that begin on a page. Private: a forked process must not write into its parent's rows."""
+    area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if size >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
         # Far fewer page faults while the first read fills the memory.
         area.madvise(mmap.MADV_HUGEPAGE)

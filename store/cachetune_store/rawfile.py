@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import mmap
 import os
 from pathlib import Path
 
-from .buffers import round_up
+from .buffers import PAGE, private_pages, round_up
 
 __all__ = ["DirectIO", "RawFile"]
 
@@ -54,7 +53,7 @@ class RawFile:
     def head(self, count: int) -> memoryview:
         """At least the first `count` bytes, or all there are."""
         want = min(round_up(max(count, _HEAD_GUESS)), round_up(self.size))
-        area = memoryview(mmap.mmap(-1, max(want, mmap.PAGESIZE)))
+        area = memoryview(private_pages(max(want, PAGE)))
         return area[: min(self.read(area[:want], 0), self.size)]
 
     def read(self, area: memoryview, position: int) -> int:

@@ -23,7 +23,7 @@ from cachetune_store.buffers import SlabPool
 SIZE = 81920
 """Bytes of a sample's file."""
 ROWS = 73728
-"""Bytes of a sample's rows in host memory, as the allocator takes them."""
+"""Bytes of a sample's rows in host memory (not pinned), as the allocator takes them."""
 
 
 @pytest.fixture
@@ -227,7 +227,7 @@ def test_a_damaged_chunk_is_not_promoted(path: Path) -> None:
 
 
 def test_host_memory_evicts_the_least_recently_used(path: Path) -> None:
-    with ChunkStore(path, host_budget=3 * ROWS) as store:
+    with ChunkStore(path, host_budget=3 * ROWS, pin_memory=False) as store:
         for seed in range(3):
             sample(seed).put(store)
         assert store.stats().host.bytes == 3 * ROWS
@@ -240,7 +240,7 @@ def test_host_memory_evicts_the_least_recently_used(path: Path) -> None:
 
 
 def test_host_memory_never_evicts_what_is_in_use(path: Path) -> None:
-    with ChunkStore(path, host_budget=2 * ROWS) as store:
+    with ChunkStore(path, host_budget=2 * ROWS, pin_memory=False) as store:
         sample(0).put(store)
         with store.open(sample(0).key) as reader:
             for seed in range(1, 5):
@@ -254,7 +254,7 @@ def test_host_memory_never_evicts_what_is_in_use(path: Path) -> None:
 
 
 def test_host_memory_in_use_up_to_the_budget_leaves_new_chunks_on_disk(path: Path) -> None:
-    with ChunkStore(path, host_budget=ROWS) as store:
+    with ChunkStore(path, host_budget=ROWS, pin_memory=False) as store:
         sample(0).put(store)
         with store.open(sample(0).key):
             sample(1).put(store)
@@ -333,7 +333,7 @@ def test_a_smaller_budget_takes_hold_at_the_next_put(path: Path) -> None:
 
 
 def test_what_leaves_host_memory_goes_down_if_disk_lost_it(path: Path) -> None:
-    with ChunkStore(path, host_budget=2 * ROWS, disk_budget=2 * SIZE) as store:
+    with ChunkStore(path, host_budget=2 * ROWS, pin_memory=False, disk_budget=2 * SIZE) as store:
         sample(0).put(store)
         file_of(path, sample(0).key).unlink()
         sample(1).put(store)
@@ -346,7 +346,7 @@ def test_what_leaves_host_memory_goes_down_if_disk_lost_it(path: Path) -> None:
 
 
 def test_a_store_in_memory_keeps_its_budget(path: Path) -> None:
-    with ChunkStore(None, host_budget=2 * ROWS) as store:
+    with ChunkStore(None, host_budget=2 * ROWS, pin_memory=False) as store:
         for seed in range(4):
             sample(seed).put(store, text=f"text {seed}")
         assert [store.contains(sample(seed).key) for seed in range(4)] == [False, False, True, True]
