@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -109,7 +110,7 @@ LONG_ROPE = _rope(
 )
 SLIDING, FULL = "sliding_attention", "full_attention"
 
-FAMILIES: tuple[Family, ...] = (
+_FAMILIES: tuple[Family, ...] = (
     Family("llama", "llama", _dense(rope_parameters=_rope())),
     Family("llama-eager", "llama", _dense(rope_parameters=_rope()), attn="eager"),
     Family("llama-llama3", "llama", _dense(rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True)),
@@ -118,6 +119,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("llama-head-dim", "llama", _dense(rope_parameters=_rope(), head_dim=20)),
     Family("mistral", "mistral", _dense(rope_parameters=_rope(), sliding_window=WINDOW), sliding=True),
     Family("mistral-full", "mistral", _dense(rope_parameters=_rope(), sliding_window=None)),
+    Family("starcoder2", "starcoder2", _dense(rope_parameters=_rope(), sliding_window=WINDOW), sliding=True),
     Family("qwen2", "qwen2", _dense(rope_parameters=_rope(theta=1e6))),
     Family(
         "qwen2-sliding",
@@ -131,6 +133,11 @@ FAMILIES: tuple[Family, ...] = (
         sliding=True,
     ),
     Family("qwen3", "qwen3", _dense(rope_parameters=_rope(theta=1e6), head_dim=16)),
+    Family(
+        "gemma",
+        "gemma",
+        _dense(head_dim=16, num_key_value_heads=1, tie_word_embeddings=True, rope_parameters=_rope()),
+    ),
     Family(
         "gemma2",
         "gemma2",
@@ -171,6 +178,16 @@ FAMILIES: tuple[Family, ...] = (
         ),
     ),
     Family(
+        "phi3-sliding",
+        "phi3",
+        _dense(
+            original_max_position_embeddings=MAX_POSITIONS,
+            rope_parameters=_rope(),
+            sliding_window=WINDOW,
+        ),
+        sliding=True,
+    ),
+    Family(
         "phi3-longrope",
         "phi3",
         _dense(hidden_size=64, original_max_position_embeddings=128, rope_parameters=LONG_ROPE),
@@ -198,6 +215,29 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family("olmo2", "olmo2", _dense(rope_parameters=_rope(theta=5e5))),
     Family(
+        "olmo3",
+        "olmo3",
+        _dense(
+            num_hidden_layers=4,
+            sliding_window=WINDOW,
+            layer_types=[SLIDING, SLIDING, SLIDING, FULL],
+            rope_parameters={SLIDING: _rope(theta=5e5), FULL: YARN_ROPE},
+        ),
+        sliding=True,
+    ),
+    # Unrotated keys on its full layers.
+    Family(
+        "exaone4",
+        "exaone4",
+        _dense(
+            num_hidden_layers=4,
+            sliding_window=WINDOW,
+            layer_types=[SLIDING, SLIDING, SLIDING, FULL],
+            rope_parameters=_rope(theta=1e6),
+        ),
+        sliding=True,
+    ),
+    Family(
         "granite",
         "granite",
         _dense(
@@ -212,6 +252,25 @@ FAMILIES: tuple[Family, ...] = (
         "mixtral",
         "mixtral",
         _dense(rope_parameters=_rope(), num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+        tolerance=1e-4,
+    ),
+    Family(
+        "mixtral-sliding",
+        "mixtral",
+        _dense(rope_parameters=_rope(), num_local_experts=4, num_experts_per_tok=2, sliding_window=WINDOW),
+        tolerance=1e-4,
+        sliding=True,
+    ),
+    Family(
+        "qwen2-moe",
+        "qwen2_moe",
+        _dense(
+            rope_parameters=_rope(),
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+            shared_expert_intermediate_size=32,
+        ),
         tolerance=1e-4,
     ),
     Family(
@@ -255,6 +314,22 @@ FAMILIES: tuple[Family, ...] = (
         "cohere",
         _dense(rope_parameters=_rope(), use_qk_norm=True, tie_word_embeddings=True, logit_scale=1.0),
     ),
+    # Unrotated keys on its full layers.
+    Family(
+        "cohere2",
+        "cohere2",
+        _dense(
+            num_hidden_layers=4,
+            head_dim=12,
+            sliding_window=WINDOW,
+            layer_types=[SLIDING, SLIDING, SLIDING, FULL],
+            rope_parameters=_rope(),
+            tie_word_embeddings=True,
+            logit_scale=1.0,
+        ),
+        sliding=True,
+    ),
+    Family("glm", "glm", _dense(head_dim=16, rope_parameters=_rope(partial_rotary_factor=0.5))),
     Family("glm4", "glm4", _dense(head_dim=16, rope_parameters=_rope(partial_rotary_factor=0.5))),
     Family("stablelm", "stablelm", _dense(hidden_size=64, rope_parameters=_rope(partial_rotary_factor=0.25))),
     Family(
@@ -268,6 +343,14 @@ FAMILIES: tuple[Family, ...] = (
         ),
     ),
 )
+
+
+def _known(rows: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Those that the installed transformers has: the oldest supported release knows fewer."""
+    return tuple(row for row in rows if row.model_type in CONFIG_MAPPING)
+
+
+FAMILIES: tuple[Family, ...] = _known(_FAMILIES)
 
 _MLA = _dense(
     num_key_value_heads=4,
@@ -287,7 +370,7 @@ _MLA = _dense(
 )
 _TINY_IDS = {"bos_token_id": BOS, "eos_token_id": None, "pad_token_id": 0, "vocab_size": VOCAB}
 
-REFUSALS: tuple[Refusal, ...] = (
+_REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "gpt2",
         "gpt2",
@@ -384,6 +467,7 @@ REFUSALS: tuple[Refusal, ...] = (
         r"dynamic",
     ),
 )
+REFUSALS: tuple[Refusal, ...] = _known(_REFUSALS)
 
 
 def ids_of(rows: tuple[Family, ...] | tuple[Refusal, ...]) -> list[str]:
