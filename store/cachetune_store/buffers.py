@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import pinning
+
 __all__ = ["PAGE", "SlabPool", "memory_of", "private_pages", "round_up"]
 
 PAGE = 4096
@@ -27,89 +29,94 @@ def memory_of(tensor: Tensor) -> memoryview:
     return memoryview(tensor.numpy().data)
 
 
+def private_pages(size: int) -> mmap.mmap:
+    """`size` bytes of zeros that begin on a page. Private: a forked process must not write into its parent's rows."""
+    area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if size >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        # Far fewer page faults while the first read fills the memory, and fewer pieces for the disk to fill.
+        area.madvise(mmap.MADV_HUGEPAGE)
+    return area
+
+
 class SlabPool:
     """Gives out page-aligned host memory, and keeps what comes back for the next one who asks.
 
-    Memory that is new to the process costs more to touch than a disk costs to fill it. Pinned memory comes from torch,
-    which keeps it for reuse itself (and knows when copies to a GPU are done with it).
+    Memory that is new to the process costs more to touch than a disk costs to fill it, and page-locking it costs more
+    still. A piece comes back when no tensor sees it any more. A GPU may then still be copying from it, so page-locked
+    memory is given out again only after all copies are done.
 
     Args:
         pinned: whether to give out page-locked memory.
-        limit: bytes kept at most while nobody uses them (unless pinned).
+        limit: bytes kept at most while nobody uses them.
     """
 
     def __init__(self, *, pinned: bool, limit: int) -> None:
         self.pinned = pinned
         self._limit = limit
         self._idle: dict[int, list[mmap.mmap]] = {}
-        self._idle_bytes = 0
-        # Reentrant, because memory may come back while the collector runs inside allocate().
+        self._returned: list[mmap.mmap] = []
+        # Reentrant, because memory may come back while the collector runs inside a method of this pool.
         self._lock = threading.RLock()
 
     def allocate(self, count: int) -> Tensor:
         """A uint8 tensor of `count` bytes that begins on a page; contents are arbitrary."""
-        if self.pinned:
-            raw = torch.empty(count, dtype=torch.uint8, pin_memory=True)
-            if raw.data_ptr() % PAGE == 0:
-                return raw
-            raw = torch.empty(count + PAGE, dtype=torch.uint8, pin_memory=True)
-            start = -raw.data_ptr() % PAGE
-            return raw[start : start + count]
         size = self.size_of(count)
-        area = self._take(size) or private_pages(size)
+        area = self._take(size)
+        if area is None:
+            area = private_pages(size)
+            if self.pinned and not pinning.pin(area):
+                # Torch's own page-locked memory is slower to fill, as its pages are small.
+                raw = torch.empty(count + PAGE, dtype=torch.uint8, pin_memory=True)
+                start = -raw.data_ptr() % PAGE
+                return raw[start : start + count]
         array = np.frombuffer(area, dtype=np.uint8)
         # The array lives as long as any view of the tensor does.
-        weakref.finalize(array, self._give_back, area, size).atexit = False
+        weakref.finalize(array, self._give_back, area).atexit = False
         return torch.from_numpy(array)[:count]
 
     def size_of(self, count: int) -> int:
-        """Bytes that allocate() really takes for `count`: few different sizes, so that memory finds new users.
-
-        Torch rounds pinned memory up to a power of two; here it is an eighth of one.
-        """
-        if self.pinned:
-            return 1 << (count - 1).bit_length()
+        """Bytes that allocate() really takes for `count`: few different sizes, so that memory finds new users."""
         return round_up(count, max(PAGE, 1 << max(0, count.bit_length() - 4)))
 
     @property
     def idle_bytes(self) -> int:
         """Bytes kept for reuse now."""
-        return self._idle_bytes
+        with self._lock:
+            return sum(map(len, self._returned)) + sum(size * len(areas) for size, areas in self._idle.items())
 
     def clear(self) -> None:
         """Give idle memory back to the system, and keep none from now on."""
         with self._lock:
             self._limit = 0
-            self._idle.clear()
-            self._idle_bytes = 0
+            self._settle()
 
     def _take(self, size: int) -> mmap.mmap | None:
         with self._lock:
+            if not self._idle.get(size) and self._returned:
+                self._settle()
             areas = self._idle.get(size)
-            if not areas:
-                return None
-            self._idle_bytes -= size
-            return areas.pop()
+            return areas.pop() if areas else None
 
-    def _give_back(self, area: mmap.mmap, size: int) -> None:
+    def _give_back(self, area: mmap.mmap) -> None:
+        # May run anywhere, in the collector. So page-locked memory only lines up here: freeing it means waiting for the
+        # GPU, which is done when somebody next asks for memory.
         with self._lock:
-            if size > self._limit:
-                return
-            # Sizes that nobody asks for any more must not crowd out the others.
-            while self._idle_bytes + size > self._limit:
-                other = next(key for key, areas in self._idle.items() if areas)
-                self._idle[other].pop()
-                self._idle_bytes -= other
-            areas = self._idle.pop(size, [])
+            self._returned.append(area)
+            if not self.pinned or not self._limit:
+                self._settle()
+
+    def _settle(self) -> None:
+        """Make what came back ready to be given out, and free what is too much."""
+        returned, self._returned = self._returned, []
+        if self.pinned and returned:
+            pinning.wait_for_copies()
+        for area in returned:
+            # A size that comes back moves to the end, so the front is what nobody asks for any more.
+            areas = self._idle.pop(len(area), [])
             areas.append(area)
-            self._idle[size] = areas
-            self._idle_bytes += size
-
-
-def private_pages(size: int) -> mmap.mmap:
-    """`size` bytes of zeros that begin on a page. Private: a forked process must not write into its parent's rows."""
-    area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if size >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        # Far fewer page faults while the first read fills the memory.
-        area.madvise(mmap.MADV_HUGEPAGE)
-    return area
+            self._idle[len(area)] = areas
+        while self.idle_bytes > self._limit:
+            areas = next(areas for areas in self._idle.values() if areas)
+            area = areas.pop()
+            if self.pinned:
+                pinning.unpin(area)

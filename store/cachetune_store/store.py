@@ -50,7 +50,7 @@ class ChunkStore:
         direct_io: read past the page cache; None: where the file system supports it.
 
     Raises:
-        ValueError: unknown codec, or a budget that is no byte count.
+        ValueError: unknown codec, a budget that is no byte count, or pin_memory=True without CUDA.
         StorePathError: the directory can't be used.
         StoreVersionError: it holds a store of another format version.
     """
@@ -69,6 +69,8 @@ class ChunkStore:
         self.codec = get_codec(codec).name
         host_bytes, disk_bytes = parse_bytes(host_budget, "host_budget"), parse_bytes(disk_budget, "disk_budget")
         pinned = torch.cuda.is_available() if pin_memory is None else pin_memory
+        if pinned and not torch.cuda.is_available():
+            raise ValueError("pin_memory is True, but there is no CUDA device; leave it out or set it to False")
         self._pool = SlabPool(pinned=pinned, limit=max(host_bytes // 8, _LEAST_IDLE))
         self._closed = False
         self._directory: StoreDirectory | None = None

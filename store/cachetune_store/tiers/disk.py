@@ -128,8 +128,8 @@ class DiskTier(Tier):
         def publish(written: Path) -> None:
             with self.index.transaction():
                 self._make_room(key, size)
-                written.replace(target)
                 self._record(chunk.head, size, time.time())
+                written.replace(target)
             sync_directory(target.parent)
 
         try:
