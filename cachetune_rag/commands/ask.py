@@ -1,0 +1,220 @@
+"""`cachetune ask`: a question over stored documents."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cachetune_rag.commands import options
+from cachetune_rag.commands.console import (
+    UsageError,
+    emit_json,
+    guarded,
+    instant_interrupt,
+    note,
+    number,
+    printable,
+    stdout,
+)
+from cachetune_rag.commands.lexical import rank
+from cachetune_rag.commands.session import load_engine, mismatch, open_existing, open_for_writing
+from cachetune_rag.commands.upkeep import check_known
+from cachetune_rag.corpus import read_text
+
+if TYPE_CHECKING:
+    from cachetune_rag.answer import Answer
+    from cachetune_rag.engine import CacheTune
+    from cachetune_store import ChunkKey, ChunkStore
+
+EPILOG = (
+    "[bold]Examples[/bold]\n\n\b\n"
+    '  cachetune ask "How do I reset it?" --model ./my-model --store kv-store\n'
+    '  cachetune ask "Sum it up." -d guide/setup.md -m ./my-model -s kv-store\n'
+    '  cachetune ask "How do I reset it?" -m ./my-model -s kv-store --top-k 8 --full\n\n'
+    "Use the --model and --dtype of precompute. For passages found by your own retriever, use the Python interface or "
+    "--chunk-file."
+)
+DEFAULT_TOP_K = 4
+
+
+@dataclass(frozen=True)
+class _Passage:
+    """A chunk of the prompt: its text, and where it comes from."""
+
+    text: str
+    source: str
+    key: str | None
+
+
+@guarded
+def ask(
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What you want to know.", show_default=False)],
+    model: options.Model,
+    store: options.Store,
+    document: Annotated[
+        list[str] | None,
+        typer.Option("--document", "-d", metavar="ID", help="Answer from this whole document. May be repeated."),
+    ] = None,
+    chunk_file: Annotated[
+        list[str] | None,
+        typer.Option("--chunk-file", metavar="FILE", help="Use this text file as one passage. May be repeated."),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            "--top-k",
+            "-k",
+            min=1,
+            help="Answer from the stored passages that share most with the question, at most so many; with -d, from "
+            f"those documents' only. {DEFAULT_TOP_K} if neither documents nor files are named.",
+            show_default=False,
+        ),
+    ] = None,
+    ratio: Annotated[
+        str, typer.Option("--ratio", "-r", metavar="R", help="Share of passage tokens to recompute, 0 to 1, or auto.")
+    ] = "auto",
+    selector: Annotated[
+        str,
+        typer.Option("--selector", metavar="NAME", help="What chooses those tokens: probe, frequency, ... or auto."),
+    ] = "auto",
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", min=1, help="Most tokens of the answer.")
+    ] = 256,
+    full: Annotated[
+        bool, typer.Option("--full", help="Answer a second time with nothing reused, to compare answer and time.")
+    ] = False,
+    gguf_file: options.GgufFile = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    json_output: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Ask a question over stored documents.
+
+    The answer appears as it is written; the line below says how many tokens were reused, and how long the first took.
+    """
+    if not question.strip():
+        raise UsageError("the question is empty: ask something.")
+    files = [_Passage(read_text(name), name, None) for name in chunk_file or ()]
+    share = _ratio(ratio)
+    with instant_interrupt():
+        from cachetune_rag.config import resolve
+
+    resolve(selector, share)
+    documents = list(dict.fromkeys(document or ()))
+    retrieve = top_k if top_k is not None or documents or files else DEFAULT_TOP_K
+    with ExitStack() as stack:
+        if documents or retrieve:
+            kv = open_existing(store)
+        else:
+            kv = open_for_writing(store, codec="exact", host_budget="0", disk_budget=str(1 << 62))
+        stack.enter_context(kv)
+        if documents:
+            check_known(documents, [info.id for info in kv.documents()])
+        engine = stack.enter_context(load_engine(model, kv, gguf_file=gguf_file, dtype=dtype, device=device))
+        passages = [*_stored(engine, kv, question, documents, retrieve), *files]
+        note(f"Using {number(len(passages), 'passage')}: {', '.join(p.source for p in passages)}")
+        request: dict[str, Any] = {
+            "query": question,
+            "chunks": [passage.text for passage in passages],
+            "max_new_tokens": max_new_tokens,
+        }
+        if full:
+            # What only a process's first forward pays must not count against reuse, which comes first.
+            engine.full_prefill(query=question)
+        if full and not json_output:
+            stdout().print("With reuse:", style="bold")
+        reused = _answer(engine, {**request, "ratio": share, "selector": selector}, quiet=json_output)
+        whole = None
+        if full:
+            if not json_output:
+                stdout().print("\nFull prefill:", style="bold")
+            whole = _answer(engine, {**request, "reuse": False}, quiet=json_output)
+    if json_output:
+        emit_json(_result(question, passages, reused, whole))
+    elif whole is not None:
+        _compare(reused, whole)
+
+
+def _answer(engine: CacheTune, request: dict[str, Any], *, quiet: bool) -> Answer:
+    """The answer, printed as it comes unless `quiet`."""
+    with engine.stream(**request) as pieces:
+        for piece in pieces:
+            if not quiet:
+                sys.stdout.write(printable(piece))
+                sys.stdout.flush()
+        answer = pieces.answer
+    if not quiet:
+        sys.stdout.write("\n")
+        stdout().print(f"[{answer.report}]", style="dim", markup=False)
+    return answer
+
+
+def _stored(
+    engine: CacheTune, store: ChunkStore, question: str, documents: list[str], top_k: int | None
+) -> list[_Passage]:
+    """Passages from the store: whole documents, or the best of them (of all, if none is named)."""
+    if not documents and top_k is None:
+        return []
+    known = {info.id: info.chunks for info in store.documents()}
+    sources: dict[ChunkKey, str] = {}
+    for name in documents or known:
+        for number_, key in enumerate(known[name], start=1):
+            sources.setdefault(key, f"{name}#{number_}")
+    if top_k is None:
+        return [_passage(engine, store, key, sources[key]) for name in documents for key in known[name]]
+    texts = ((key, text) for key, text, _ in store.texts(namespace=engine.namespace) if key in sources or not documents)
+    best = rank(question, texts)[:top_k]
+    if not best:
+        where = "the named documents" if documents else f"the store {store.path}"
+        raise UsageError(
+            f"no passage in {where} shares a word with the question: reword it, or name documents with --document."
+        )
+    return [_passage(engine, store, key, sources.get(key, "earlier question")) for key in best]
+
+
+def _passage(engine: CacheTune, store: ChunkStore, key: ChunkKey, source: str) -> _Passage:
+    reader = store.open(key)
+    if reader is None or reader.text is None:
+        raise UsageError(
+            f"{source} is no longer in the store (the disk budget ran out, or its file was damaged): precompute its "
+            "document again."
+        )
+    with reader:
+        if reader.head.namespace != engine.namespace:
+            raise UsageError(mismatch(reader.head.namespace, engine.namespace, store.path))
+        return _Passage(reader.text, source, str(key))
+
+
+def _ratio(given: str) -> float | str:
+    try:
+        return float(given)
+    except ValueError:
+        return given  # "auto", or refused with the others
+
+
+def _result(question: str, passages: list[_Passage], reused: Answer, whole: Answer | None) -> dict[str, Any]:
+    result = {
+        "question": question,
+        **_fields(reused),
+        "passages": [{"source": passage.source, "key": passage.key} for passage in passages],
+        "full": None if whole is None else _fields(whole),
+    }
+    if whole is not None:
+        result["same_answer"] = reused.token_ids == whole.token_ids
+    return result
+
+
+def _fields(answer: Answer) -> dict[str, Any]:
+    return {"answer": answer.text, "finish_reason": answer.finish_reason, "report": answer.report.as_dict()}
+
+
+def _compare(reused: Answer, whole: Answer) -> None:
+    same = "the same answer" if reused.token_ids == whole.token_ids else "another answer"
+    faster = whole.report.ttft / reused.report.ttft
+    speed = f"{faster:.1f} times sooner" if faster >= 1 else f"{1 / faster:.1f} times later"
+    stdout().print(f"\nReuse gave {same}, and its first token {speed}.", style="bold")

@@ -1,0 +1,171 @@
+"""`cachetune precompute`: run a corpus through the model and store it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cachetune_rag.commands import options
+from cachetune_rag.commands.console import INTERRUPTED, UsageError, emit_json, guarded, note, number, size, stdout
+from cachetune_rag.commands.meter import Meter
+from cachetune_rag.commands.session import load_engine, open_for_writing
+from cachetune_rag.corpus import Corpus, CorpusError
+from cachetune_rag.splitting import DEFAULT_CHUNK_TOKENS, MIN_CHUNK_TOKENS, Splitter
+
+if TYPE_CHECKING:
+    from cachetune_rag.documents import Document
+    from cachetune_rag.engine import CacheTune
+    from cachetune_rag.precompute import Progress
+    from cachetune_rag.report import PrecomputeSummary
+
+EPILOG = (
+    "[bold]Examples[/bold]\n\n\b\n"
+    "  cachetune precompute docs/ --model ./my-model --store kv-store\n"
+    "  cachetune precompute a.md faq.jsonl -m ./my-model -s kv-store --codec int8\n"
+    "  cachetune precompute docs/ -m ./folder --gguf-file model-q8.gguf -s kv-store\n\n"
+    "[bold]JSONL[/bold]: each line is an object with an id and either a text, which is split, or chunks, which are kept "
+    "as they are.\n\n\b\n"
+    '  {"id": "faq-1", "text": "To reset it, hold the button."}\n'
+    '  {"id": "faq-2", "chunks": ["First passage.", "Second passage."]}\n\n'
+    "Run the same command again after an interruption: what is stored is skipped."
+)
+
+
+@guarded
+def precompute(
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PATH",
+            help="Text, Markdown or JSONL files, or folders of them (.txt .md .markdown .rst .jsonl).",
+            show_default=False,
+        ),
+    ],
+    model: options.Model,
+    store: options.Store,
+    chunk_tokens: Annotated[
+        int,
+        typer.Option(
+            "--chunk-tokens",
+            min=MIN_CHUNK_TOKENS,
+            help="Most tokens of a chunk. Texts are split at paragraphs, then sentences, then words.",
+        ),
+    ] = DEFAULT_CHUNK_TOKENS,
+    gguf_file: options.GgufFile = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    codec: options.Codec = "exact",
+    host_budget: options.HostBudget = "0",
+    disk_budget: options.DiskBudget = options.DISK_BUDGET,
+    json_output: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Run documents through the model once and store them for later questions.
+
+    A text or Markdown file is a document, named by its path below PATH; in a JSONL file every line is one. Documents
+    that changed are replaced, and what is stored already is skipped.
+    """
+    corpus = Corpus.scan(paths)
+    with ExitStack() as stack:
+        kv = stack.enter_context(open_for_writing(store, codec=codec, host_budget=host_budget, disk_budget=disk_budget))
+        engine = stack.enter_context(load_engine(model, kv, gguf_file=gguf_file, dtype=dtype, device=device))
+        _check_fits(engine, chunk_tokens)
+        note(f"Precomputing {number(len(corpus.files), 'file')} ({size(corpus.size)}) into {store} ...")
+        job = _Job(corpus, engine, Splitter(lambda text: len(engine.prompts.encode(text)), chunk_tokens))
+        summary = job.run()
+        full = kv.stats().disk
+        evicted = 0 if full is None else full.evictions
+    if job.interrupted:
+        note(f"Interrupted at {job.meter.percent:.0f}%. What is stored stays: run the same command again to resume.")
+    elif not summary.documents:
+        raise CorpusError(f"no text in {', '.join(paths)}: every document is empty.")
+    if job.empty:
+        shown = ", ".join(job.empty_names) + (", ..." if job.empty > len(job.empty_names) else "")
+        note(f"Left out {number(job.empty, 'empty document')}: {shown}")
+    if evicted:
+        note(
+            f"The store is full: {number(evicted, 'chunk')} had to make room, and will be computed again when needed. "
+            f"A larger --disk-budget than {disk_budget} keeps them."
+        )
+    result = {
+        "store": str(store),
+        **summary.as_dict(),
+        "empty": job.empty,
+        "evicted": evicted,
+        "interrupted": job.interrupted,
+    }
+    if json_output:
+        emit_json(result)
+    else:
+        stdout().print(_lines(summary))
+    if job.interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
+class _Job:
+    """One run: feeds documents to the engine as it asks for them, and keeps count of where it is."""
+
+    def __init__(self, corpus: Corpus, engine: CacheTune, splitter: Splitter):
+        self.meter = Meter(corpus.size)
+        self.empty = 0
+        self.empty_names: list[str] = []
+        self.interrupted = False
+        self._corpus, self._engine, self._splitter = corpus, engine, splitter
+        self._last: Progress | None = None
+
+    def run(self) -> PrecomputeSummary:
+        """Precompute; a Ctrl-C ends it with what was done so far, any error says how much is stored."""
+        from cachetune_rag.report import PrecomputeSummary
+
+        try:
+            with self.meter:
+                return self._engine.precompute(self._documents(), progress=self._progress)
+        except KeyboardInterrupt:
+            self.interrupted = True
+            at = self._last
+            if at is None:
+                return PrecomputeSummary(0, 0, 0, 0, 0, 0.0)
+            return PrecomputeSummary(at.documents, at.chunks, at.skipped, at.tokens, at.bytes, at.seconds)
+        except CorpusError as error:
+            done = 0 if self._last is None else self._last.documents
+            kept = f"{number(done, 'document')} before it {'is' if done == 1 else 'are'} stored"
+            raise CorpusError(f"{error}\n{kept}; correct it and run the same command again.") from error
+
+    def _documents(self) -> Iterator[Document]:
+        from cachetune_rag.documents import Document
+
+        for source in self._corpus.documents():
+            if source.empty:
+                self.empty += 1
+                if len(self.empty_names) < 3:
+                    self.empty_names.append(source.id)
+                self.meter.skip(source.size)
+                continue
+            chunks = source.chunks or self._splitter.split(source.text or "")
+            self.meter.begin(source.size, len(chunks))
+            yield Document(source.id, chunks)
+            self.meter.end()
+
+    def _progress(self, progress: Progress) -> None:
+        self._last = progress
+        self.meter.update(progress)
+
+
+def _check_fits(engine: CacheTune, chunk_tokens: int) -> None:
+    limit = engine.adapter.max_positions
+    if limit is not None and chunk_tokens + len(engine.namespace.lead_in) > limit:
+        raise UsageError(
+            f"--chunk-tokens is {chunk_tokens}, but the model reads at most {limit} tokens: use "
+            f"{limit - len(engine.namespace.lead_in)} or fewer (a quarter of that leaves room for several chunks)."
+        )
+
+
+def _lines(summary: PrecomputeSummary) -> str:
+    return (
+        f"{number(summary.documents, 'document')}: {number(summary.chunks, 'new chunk')}, {summary.skipped:,} skipped "
+        f"(stored before)\n{number(summary.tokens, 'token')} at {summary.tokens_per_second:,.0f} tokens/s, "
+        f"{size(summary.bytes)} in {summary.seconds:,.1f} s"
+    )

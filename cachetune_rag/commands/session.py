@@ -1,0 +1,144 @@
+"""Opening a store and an engine for a command, with everything that can be refused refused before the model is loaded."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cachetune_rag.commands.console import UsageError, instant_interrupt, note, size
+
+if TYPE_CHECKING:
+    from cachetune_rag.engine import CacheTune
+    from cachetune_store import ChunkStore, Namespace
+
+_MARK = "store.json"
+_PARTS = {"chunks", "documents", "tmp", "lock", "index", "damaged", _MARK}
+_NO_LIMIT = 1 << 62
+"""Disk budget of commands that add nothing: opening a store must not shrink it."""
+
+
+def open_existing(path: Path) -> ChunkStore:
+    """The store at `path` as it is: nothing is evicted, and nothing is kept in memory.
+
+    Raises:
+        UsageError: there is no store.
+        StoreError: it can't be used.
+    """
+    if not (path / _MARK).is_file():
+        raise UsageError(
+            f"no store at {path}: check --store, or make one with 'cachetune precompute PATH --model M --store {path}'."
+        )
+    return _open(path, "exact", 0, _NO_LIMIT)
+
+
+def open_for_writing(path: Path, *, codec: str, host_budget: str, disk_budget: str) -> ChunkStore:
+    """The store at `path`, made if missing.
+
+    Raises:
+        UsageError: the folder holds something else, a budget is no byte count, or the store is larger already.
+        StoreError: it can't be used.
+    """
+    host, disk = parse_budget(host_budget, "--host-budget"), parse_budget(disk_budget, "--disk-budget")
+    if path.is_dir() and not (path / _MARK).exists():
+        others = sorted({entry.name for entry in path.iterdir()} - _PARTS)
+        if others:
+            raise UsageError(f"{path} is no store, but holds {others[0]!r}: give --store a new or empty folder.")
+    store = _open(path, codec, host, disk)
+    tier = store.stats().disk
+    if tier is not None and tier.bytes > disk:
+        store.close()
+        raise UsageError(
+            f"the store {path} holds {size(tier.bytes)}, more than --disk-budget {disk_budget}: give a larger budget, or "
+            "remove documents first (cachetune remove)."
+        )
+    return store
+
+
+def parse_budget(value: str, option: str) -> int:
+    """Bytes of a budget such as "4GiB".
+
+    Raises:
+        UsageError: names the option.
+    """
+    with instant_interrupt():
+        from cachetune_store.units import parse_bytes
+
+    try:
+        return parse_bytes(value, option)
+    except ValueError as error:
+        raise UsageError(f"{error}.") from None
+
+
+def load_engine(model: str, store: ChunkStore, *, gguf_file: str | None, dtype: str, device: str) -> CacheTune:
+    """An engine on an open store; a line on stderr says that the model loads.
+
+    Raises:
+        UsageError: the model is a path that doesn't exist, or the store was made with another model.
+    """
+    if model.startswith(("/", "./", "../", "~")) and not Path(model).expanduser().is_dir():
+        raise UsageError(f"model {model} is no folder: check --model, or give a hub id such as org/name.")
+    note(f"Loading {model} ...")
+    _quieten_transformers()
+    with instant_interrupt():
+        from cachetune_rag.engine import CacheTune
+
+        engine = CacheTune.from_pretrained(
+            str(Path(model).expanduser()) if model.startswith("~") else model,
+            store,
+            gguf_file=gguf_file,
+            dtype=dtype,
+            device=device,
+        )
+    try:
+        check_match(engine, store)
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+def check_match(engine: CacheTune, store: ChunkStore) -> None:
+    """Refuse a store that holds chunks, but none that this engine could use.
+
+    Raises:
+        UsageError: says what differs.
+    """
+    if next(store.texts(namespace=engine.namespace), None) is not None:
+        return
+    for key, *_ in store.texts():
+        found = store.open(key)
+        if found is not None:
+            with found:
+                raise UsageError(mismatch(found.head.namespace, engine.namespace, store.path))
+
+
+def mismatch(stored: Namespace, wanted: Namespace, path: Path | None) -> str:
+    """Why chunks of one engine are no use to another."""
+    if stored.model != wanted.model and stored.dtype == wanted.dtype:
+        what = "another model (or other weights of it)"
+    elif stored.tokenizer != wanted.tokenizer:
+        what = "another tokenizer"
+    elif stored.dtype != wanted.dtype:
+        what = f"dtype {stored.dtype}, and this run has {wanted.dtype}"
+    else:
+        what = "another lead-in"
+    return (
+        f"the store {path} does not match this model: it was made with {what}. Use the same --model and --dtype as then, "
+        "or another --store."
+    )
+
+
+def _open(path: Path, codec: str, host_budget: int, disk_budget: int) -> ChunkStore:
+    with instant_interrupt():
+        from cachetune_store import ChunkStore
+
+    return ChunkStore(path, codec=codec, host_budget=host_budget, disk_budget=disk_budget)
+
+
+def _quieten_transformers() -> None:
+    """No advice in between, and progress bars (of a download, say) on a terminal only. Set before it is imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

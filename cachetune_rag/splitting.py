@@ -1,0 +1,100 @@
+"""Cutting a text into chunks of bounded token count at the best places, without losing a character."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+from cachetune_rag.errors import ConfigError
+
+DEFAULT_CHUNK_TOKENS = 512
+MIN_CHUNK_TOKENS = 8
+
+# Where a text may be cut, best places first. White space stays with the paragraph or sentence before it; a word takes
+# the space in front of it along, as tokenizers do. Each pattern looks at a run of white space once: linear time.
+_BOUNDARIES = (
+    re.compile(r"\n[^\S\n]*\n\s*"),
+    re.compile(r"(?:(?<=[.!?…])|(?<=[.!?…][\"'”’»)\]]))\s+|(?<=[。！？])(?![。！？”’」』）])"),
+    re.compile(r"(?<=\S)(?=\s)"),
+)
+_LONGEST_TOKEN = 16
+"""Characters a token has at most in ordinary text: a longer piece is cut without counting it first."""
+
+
+class Splitter:
+    """Cuts texts at paragraphs, inside long paragraphs at sentences, inside long sentences at words.
+
+    Args:
+        count: number of tokens of a text tokenised alone.
+        chunk_tokens: most tokens of a chunk, at least `MIN_CHUNK_TOKENS`. Only a single character whose tokens are more
+            than that makes a larger chunk.
+
+    Raises:
+        ConfigError: chunk_tokens is too small.
+    """
+
+    def __init__(self, count: Callable[[str], int], chunk_tokens: int = DEFAULT_CHUNK_TOKENS):
+        if chunk_tokens < MIN_CHUNK_TOKENS:
+            raise ConfigError(f"chunk tokens is {chunk_tokens}: use {MIN_CHUNK_TOKENS} or more (512 is a good size).")
+        self._count, self._limit = count, chunk_tokens
+
+    def split(self, text: str) -> list[str]:
+        """Chunks of `text`, none empty; joined they are exactly `text`. The same text always gives the same chunks."""
+        chunks: list[str] = []
+        pieces: list[tuple[str, int]] = []
+        exact, extra = 0, 0  # tokens of the pieces joined when last counted, and of those added since, one by one
+        for piece, tokens in self._pieces(text, 0):
+            if pieces and exact + extra + tokens > self._limit:
+                # Pieces take more tokens apart than together, so count again before closing the chunk.
+                exact, extra = self._count(_joined(pieces)), 0
+                if exact + tokens > self._limit:
+                    pieces = self._close(pieces, chunks)
+                    exact, extra = 0, sum(n for _, n in pieces)
+            pieces.append((piece, tokens))
+            extra += tokens
+        while pieces:
+            pieces = self._close(pieces, chunks)
+        return chunks
+
+    def _close(self, pieces: list[tuple[str, int]], chunks: list[str]) -> list[tuple[str, int]]:
+        """Make a chunk of `pieces`; returns those that didn't fit, for the few texts that take more tokens joined."""
+        end = len(pieces)
+        while end > 1 and self._count(_joined(pieces[:end])) > self._limit:
+            end -= 1
+        chunks.append(_joined(pieces[:end]))
+        return pieces[end:]
+
+    def _pieces(self, text: str, level: int) -> Iterator[tuple[str, int]]:
+        """The largest pieces that fit, with their token counts: cut at `level`, and finer only where a piece is too long."""
+        for piece in _cut(text, level, self._limit):
+            tokens = self._count(piece) if len(piece) <= self._limit * _LONGEST_TOKEN else self._limit + 1
+            if tokens <= self._limit or len(piece) == 1:
+                yield piece, tokens
+            elif level < len(_BOUNDARIES):
+                yield from self._pieces(piece, level + 1)
+            else:
+                half = len(piece) // 2
+                yield from self._pieces(piece[:half], level)
+                yield from self._pieces(piece[half:], level)
+
+
+def _joined(pieces: list[tuple[str, int]]) -> str:
+    return "".join(piece for piece, _ in pieces)
+
+
+def _cut(text: str, level: int, width: int) -> Iterator[str]:
+    """`text` cut at every boundary of `level`; after the last level, every `width` characters."""
+    if level < len(_BOUNDARIES):
+        ends: Iterator[int] = (match.end() for match in _BOUNDARIES[level].finditer(text))
+    else:
+        ends = iter(range(width, len(text), width))
+    for start, end in pairwise(_with_ends(ends, len(text))):
+        if end > start:
+            yield text[start:end]
+
+
+def _with_ends(cuts: Iterator[int], length: int) -> Iterator[int]:
+    yield 0
+    yield from cuts
+    yield length
