@@ -75,7 +75,7 @@ def test_a_lost_index_is_made_anew_on_open(path: Path, harm: object) -> None:
 def test_a_rebuild_cut_short_is_done_again(path: Path) -> None:
     delete_index(path)
     index = DiskIndex(path / "index")
-    index.set("total", {"bytes": 1, "chunks": 1})
+    index.set("total", {"bytes": 1, "chunks": 1, "stored": 1})
     index.close()
     with ChunkStore(path) as store:
         check_whole(store)

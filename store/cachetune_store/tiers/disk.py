@@ -263,7 +263,7 @@ class DiskTier(Tier):
             self.index.set(f"chunk/{head.key}", {"size": size, "used": used, "tokens": head.layout.tokens})
             if head.text is not None:
                 self.index.set(f"text/{head.key}", text_record(head))
-            self._add_total(size - (old["size"] if old else 0), 0 if old else 1)
+            self._add_total(size - (old["size"] if old else 0), 0 if old else 1, stored=1)
         self._lru.add(used, head.key.digest)
 
     def _forget(self, key: ChunkKey) -> None:
@@ -272,7 +272,7 @@ class DiskTier(Tier):
             if record is not None:
                 self.index.delete(f"chunk/{key}")
                 self.index.delete(f"text/{key}")
-                self._add_total(-record["size"], -1)
+                self._add_total(-record["size"], -1, stored=0)
 
     def _unlink(self, key: ChunkKey) -> int:
         path = self.path_of(key)
@@ -284,11 +284,16 @@ class DiskTier(Tier):
         return size
 
     def _total(self) -> dict[str, int]:
-        return self.index.get("total") or {"bytes": 0, "chunks": 0}
+        return self.index.get("total") or {"bytes": 0, "chunks": 0, "stored": 0}
 
-    def _add_total(self, size: int, chunks: int) -> None:
+    def _add_total(self, size: int, chunks: int, *, stored: int) -> None:
         total = self._total()
-        self.index.set("total", {"bytes": total["bytes"] + size, "chunks": total["chunks"] + chunks})
+        new = {
+            "bytes": total["bytes"] + size,
+            "chunks": total["chunks"] + chunks,
+            "stored": total["stored"] + stored,
+        }
+        self.index.set("total", new)
 
 
 def text_record(head: ChunkHead) -> dict[str, Any]:

@@ -17,24 +17,27 @@ _RELOAD_SECONDS = 60.0
 class LruOrder:
     """A heap of (last use, digest), brought up to date from the index as entries come to its top.
 
-    Chunks that other processes add are seen when the heap runs out, or after a minute.
+    Chunks that other processes add are seen when the heap runs out, or after a minute. The index counts what was ever
+    stored under "total"; if all of that was stored here, there is nothing to see.
     """
 
     def __init__(self, index: Index) -> None:
         self._index = index
         self._heap: list[tuple[float, str]] = []
         self._loaded = float("-inf")
+        self._known = 0
         self._lock = threading.RLock()
 
     def add(self, used: float, digest: str) -> None:
         """A chunk was stored."""
         with self._lock:
             heapq.heappush(self._heap, (used, digest))
+            self._known += 1
 
     def victims(self, short: int, spared: Callable[[str], bool]) -> list[str] | None:
         """Digests of the least recently used chunks that free `short` bytes; None if all that may go are too few."""
         with self._lock:
-            if time.monotonic() - self._loaded > _RELOAD_SECONDS:
+            if time.monotonic() - self._loaded > _RELOAD_SECONDS and self._stored() != self._known:
                 self._load()
             found = self._collect(short, spared)
             if found is None:
@@ -42,7 +45,11 @@ class LruOrder:
                 found = self._collect(short, spared)
             return found
 
+    def _stored(self) -> int:
+        return int((self._index.get("total") or {}).get("stored", 0))
+
     def _load(self) -> None:
+        self._known = self._stored()
         self._heap = [(record["used"], name.removeprefix("chunk/")) for name, record in self._index.items("chunk/")]
         heapq.heapify(self._heap)
         self._loaded = time.monotonic()
