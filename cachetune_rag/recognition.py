@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cachetune_rag.prompt import Chunk, Segment, Text
-from cachetune_store import ChunkKey, ChunkStore, Namespace
+from cachetune_store import ChunkKey, ChunkStore, Namespace, StoreError
 
 ANCHOR = 32
 """Characters by which the beginning of a chunk is found; shorter chunks are never recognised (they save nothing)."""
@@ -34,6 +34,7 @@ _MIX = 0xBF58476D1CE4E5B9
 _BITMAP_BITS = 22
 _GROWTH = 1 << 17
 _STALE = 1 << 18
+_PATIENCE = 0.05  # seconds that a prompt waits for the store to be read again
 
 _Hashes = npt.NDArray[np.uint64]
 _K = TypeVar("_K")
@@ -197,18 +198,18 @@ class StoreRecognizer:
     """Recognises the chunks of one namespace of a store in prompts, and follows what any process does to that store.
 
     The store is read at the first use, and again when it has changed since. What this process adds is told by `add`.
-    Following others is bounded to a twentieth of the time, for reading a large store takes a while: until then their new
-    chunks are computed as plain text, which is as right.
+    Following others is bounded to a twentieth of the time, and done in the background where it takes long: until then
+    their new chunks are computed as plain text, which is as right.
     """
 
     def __init__(self, store: ChunkStore, namespace: Namespace):
         self._store, self._namespace = store, namespace
         self._known = ChunkRecognizer()
-        self._lock = threading.Lock()
+        self._lock, self._turn = threading.Lock(), threading.Lock()
         self._keys: set[ChunkKey] = set()
         self._revision: object = None
-        self._read = False
-        self._due = 0.0
+        self._read = self._reading = False
+        self._took = self._due = 0.0
 
     def segments(self, content: str | Sequence[Segment | str]) -> list[Segment]:
         """Content with the stored chunks in its texts as `Chunk`; the joined texts stay the same."""
@@ -239,24 +240,47 @@ class StoreRecognizer:
             self._due, self._revision = 0.0, None
 
     def _follow(self) -> None:
-        with self._lock:
-            if time.monotonic() < self._due:
-                return
-            revision = self._store.revision() if hasattr(self._store, "revision") else None
-            if revision is not None and revision == self._revision:
-                return
-            self._read = True
-            started = time.monotonic()
+        with self._turn:  # held through a reading in the foreground: whoever comes meanwhile waits for what it finds
+            with self._lock:
+                if self._reading or time.monotonic() < self._due:
+                    return
+                revision = self._store.revision() if hasattr(self._store, "revision") else None
+                if revision is not None and revision == self._revision:
+                    return
+                later = self._read and self._took > _PATIENCE
+                self._read = self._reading = True
+                self._revision = revision
+            if later:
+                threading.Thread(target=self._catch_up, args=(True,), name="cachetune-texts", daemon=True).start()
+            else:
+                self._catch_up(False)
+
+    def _catch_up(self, in_background: bool) -> None:
+        """Read the store's texts: learn those that are new, forget those that are gone."""
+        started = time.monotonic()
+        before = set(self._keys)
+        try:
             keys: set[ChunkKey] = set()
             for key, text, _ in self._store.texts(namespace=self._namespace):
                 keys.add(key)
-                if key not in self._keys:
+                if key not in before:
                     self._known.add(key, text)
-            for key in self._keys - keys:
+            if gone := before - keys:
+                # A chunk that was evicted while a document holds it stays known, for it will be computed and stored again.
+                documents = self._store.documents(tenant=self._namespace.tenant)
+                gone -= {key for document in documents for key in document.chunks}
+            for key in gone:
                 self._known.remove(key)
-            self._keys, self._revision = keys, revision
-            now = time.monotonic()
-            self._due = now + 19 * (now - started)
+            with self._lock:
+                self._keys = (self._keys | keys) - gone
+        except StoreError:
+            if not in_background:
+                raise
+        finally:
+            with self._lock:
+                self._reading = False
+                self._took = time.monotonic() - started
+                self._due = time.monotonic() + 19 * self._took
 
 
 class _Prefix:

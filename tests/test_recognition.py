@@ -108,7 +108,7 @@ def test_adding_replacing_and_removing() -> None:
     assert "b" in recognizer
     recognizer.clear()
     assert recognizer.segment(second) == [Text(second)]
-    assert not (recognizer._anchors or recognizer._groups or recognizer._texts)
+    assert not any((recognizer._anchors, recognizer._groups, recognizer._texts))
 
 
 def test_stale_bits_are_swept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,6 @@ from pydantic import ConfigDict, Field
 
 from cachetune_rag import CacheTune
 from cachetune_rag import Document as EngineDocument
-from cachetune_store import UnknownDocumentError
 from langchain_cachetune.messages import chunk_text
 
 
@@ -67,10 +66,7 @@ class CacheTuneIndex(DocumentIndex):
         if known:
             self.vectorstore.delete(known, **kwargs)
         for id in dict.fromkeys(ids):
-            try:
-                self.engine.remove(id)
-            except UnknownDocumentError:
-                continue
+            self.engine.remove(id, missing_ok=True)
         return DeleteResponse(succeeded=known, num_deleted=len(known), failed=[], num_failed=0)
 
     def get(self, ids: Sequence[str], /, **kwargs: Any) -> list[Document]:

@@ -13,7 +13,6 @@ from llama_index.core.schema import BaseNode, MetadataMode, TransformComponent
 from llama_index.core.storage.docstore import BaseDocumentStore
 
 from cachetune_rag import CacheTune, Document, PrecomputeSummary
-from cachetune_store import UnknownDocumentError
 
 _DELETERS = ("delete_ref_doc", "delete_document")
 
@@ -94,10 +93,7 @@ class KVPrecompute(TransformComponent):
 
     def delete_ref_doc(self, ref_doc_id: str) -> int:
         """Free the KV of a document that was deleted; bytes freed. Unknown documents are none."""
-        try:
-            return self.engine.remove(ref_doc_id)
-        except UnknownDocumentError:
-            return 0
+        return self.engine.remove(ref_doc_id, missing_ok=True)
 
     def follow(self, *targets: Any) -> None:
         """Free KV whenever one of these indexes or docstores deletes a document.
