@@ -396,7 +396,7 @@ def test_the_report_is_one_line(engine: CacheTune) -> None:
 
 
 def test_bad_requests_are_refused_by_name(engine: CacheTune) -> None:
-    with pytest.raises(ConfigError, match="'nope'.*frequency"):
+    with pytest.raises(ConfigError, match=r"'nope'.*frequency"):
         engine.prefill(query=QUERY, selector="nope")
     with pytest.raises(ConfigError, match="ratio is 2"):
         engine.prefill(query=QUERY, ratio=2)
@@ -416,7 +416,7 @@ def test_a_prompt_longer_than_the_context_is_refused() -> None:
     with CacheTune(llama(max_positions=128), tokenizer()) as engine:
         with pytest.raises(PromptTooLongError, match=r"128.*fewer or shorter"):
             engine.prefill(query=QUERY, chunks=CHUNKS)
-        with pytest.raises(PromptTooLongError, match="document 'long'.*128"):
+        with pytest.raises(PromptTooLongError, match=r"document 'long'.*128"):
             engine.precompute(Document("long", ["x" * 128]))
 
 

@@ -14,7 +14,10 @@ from cachetune_rag.model import ModelAdapter
 
 pytestmark = pytest.mark.gpu
 
-CHUNKS = ["The lighthouse was built in 1871 by three brothers.", "Visitors climb 214 steps; the last forty are a ladder."]
+CHUNKS = [
+    "The lighthouse was built in 1871 by three brothers.",
+    "Visitors climb 214 steps; the last forty are a ladder.",
+]
 QUERY = "How many steps?"
 
 

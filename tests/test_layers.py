@@ -48,8 +48,8 @@ def test_model_code_is_known_to_the_model_layer_alone() -> None:
 
 def test_the_store_and_the_engine_load_no_framework() -> None:
     code = (
-        "import sys, cachetune_store, cachetune_rag; print(sorted(m for m in sys.modules if m.split('.')[0] in %r))"
-        % (FRAMEWORKS,)
+        "import sys, cachetune_store, cachetune_rag\n"
+        f"print(sorted(m for m in sys.modules if m.split('.')[0] in {FRAMEWORKS!r}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
