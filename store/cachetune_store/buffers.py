@@ -65,7 +65,7 @@ class SlabPool:
         if area is None:
             area = private_pages(size)
             if self.pinned and not pinning.pin(area):
-                # Torch's own page-locked memory is slower to fill, as its pages are small.
+                # Torch's own page-locked memory takes up to twice the bytes: it is rounded up to powers of two.
                 raw = torch.empty(count + PAGE, dtype=torch.uint8, pin_memory=True)
                 start = -raw.data_ptr() % PAGE
                 return raw[start : start + count]

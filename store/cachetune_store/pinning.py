@@ -1,4 +1,8 @@
-"""Page-locking memory for a GPU. Memory of the process's own is locked, since torch's comes in small pages only."""
+"""Page-locking memory for a GPU.
+
+Memory of the process's own is locked, in huge pages and of the size that is needed; torch's page-locked memory is rounded
+up to powers of two, so that a budget would hold fewer chunks.
+"""
 
 from __future__ import annotations
 
