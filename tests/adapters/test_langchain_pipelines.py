@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from engines import EngineMaker, check_reuse, chunk_tokens, is_stored
-from langchain_cachetune import CacheTuneIndex, ChatCacheTune, create_cachetune_chain
 from langchain_core.documents import Document
 from langchain_core.indexing import InMemoryRecordManager, index
 from langchain_core.output_parsers import StrOutputParser
@@ -20,6 +19,7 @@ from langchain_faiss import FaissStore
 
 from cachetune_rag import CacheTune
 from cachetune_rag.prompt import INSTRUCTIONS
+from langchain_cachetune import CacheTuneIndex, ChatCacheTune, create_cachetune_chain
 
 pytestmark = pytest.mark.real_model
 

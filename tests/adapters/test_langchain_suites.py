@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import tiny
 from engines import EngineMaker
-from langchain_cachetune import CacheTuneIndex, ChatCacheTune, chunk_block
 from langchain_core.documents import Document
 from langchain_core.load import dumpd, load
 from langchain_core.messages import AIMessage, HumanMessage
@@ -19,6 +18,7 @@ from langchain_tests.integration_tests.indexer import AsyncDocumentIndexTestSuit
 from langchain_tests.unit_tests import ChatModelUnitTests
 
 from cachetune_rag import CacheTune
+from langchain_cachetune import CacheTuneIndex, ChatCacheTune, chunk_block
 
 PASSAGE = (
     "The lighthouse of Varnholm was built in 1874 by the engineer Ida Kessler. It is 41 metres tall and can be seen from "

@@ -15,11 +15,11 @@ from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.schema import MetadataMode, NodeWithScore
-from llama_index.llms.cachetune import CacheTuneLLM, CacheTuneSynthesizer, KVPrecompute
 from llama_index_faiss import FaissStore, LocalEmbedding
 
 from cachetune_rag import CacheTune
 from cachetune_rag.prompt import INSTRUCTIONS
+from llama_index.llms.cachetune import CacheTuneLLM, CacheTuneSynthesizer, KVPrecompute
 
 pytestmark = pytest.mark.real_model
 
@@ -143,7 +143,7 @@ def test_shuffled_order(pipeline: Pipeline) -> None:
 
 
 def test_after_deleting_a_document(pipeline: Pipeline) -> None:
-    gone = [text for text in texts(pipeline.nodes(12))]
+    gone = list(texts(pipeline.nodes(12)))
     pipeline.kv.follow(pipeline.index)
     pipeline.index.delete_ref_doc("nonlocal")
     left = texts(pipeline.nodes(12))
