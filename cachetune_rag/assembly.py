@@ -153,8 +153,8 @@ class Assembler:
         stack: ExitStack,
     ) -> tuple[Tensor, KVBuffers | None, LayerLoader | None]:
         """Which tokens are computed, bool [length]; with buffers and loader where something is reused."""
-        if not found:
-            return base, None, None
+        if not found or len(prompt.ids) <= self._adapter.reuse_beyond:
+            return torch.ones_like(base), None, None
         buffers = self._adapter.new_buffers(len(prompt.ids))
         loader = LayerLoader(
             self._adapter, [Source(r, start, r.layout.tokens) for start, r in found], buffers, self._pool

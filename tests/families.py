@@ -99,13 +99,13 @@ LLAMA3_ROPE = _rope(
     original_max_position_embeddings=64,
 )
 YARN_ROPE = _rope("yarn", factor=8.0, original_max_position_embeddings=64)
-# Chunks are captured at lengths that use the short factors and land in prompts long enough for the long ones.
+# A short chunk, run alone, would use the short factors; in the tests' prompts it has to use the long ones.
 LONG_ROPE = _rope(
     "longrope",
     short_factor=[1.0, 1.1, 1.3, 1.6],
     long_factor=[1.0, 2.0, 4.0, 8.0],
-    original_max_position_embeddings=128,
-    factor=4.0,
+    original_max_position_embeddings=64,
+    factor=8.0,
     partial_rotary_factor=0.5,
 )
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -190,7 +190,7 @@ _FAMILIES: tuple[Family, ...] = (
     Family(
         "phi3-longrope",
         "phi3",
-        _dense(hidden_size=64, original_max_position_embeddings=128, rope_parameters=LONG_ROPE),
+        _dense(hidden_size=64, original_max_position_embeddings=64, rope_parameters=LONG_ROPE),
     ),
     Family("phi", "phi", _dense(hidden_size=64, rope_parameters=_rope(partial_rotary_factor=0.5))),
     Family(
@@ -465,6 +465,16 @@ _REFUSALS: tuple[Refusal, ...] = (
         "llama",
         _dense(rope_parameters=_rope("dynamic", factor=4.0), max_position_embeddings=64),
         r"dynamic",
+    ),
+    # They normalise keys after the rotation, which only looks like keys without one.
+    Refusal("hunyuan", "hunyuan_v1_dense", _dense(head_dim=16, rope_parameters=_rope()), r"norm after"),
+    Refusal("nanochat", "nanochat", _dense(rope_parameters=_rope()), r"norm after"),
+    Refusal("dory", "dory", _dense(num_hidden_layers=4, hidden_size=64, head_dim=16), r"more than once"),
+    Refusal(
+        "gptj",
+        "gptj",
+        _TINY_IDS | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "rotary_dim": 4},
+        r"rotary|attention",
     ),
 )
 REFUSALS: tuple[Refusal, ...] = _known(_REFUSALS)

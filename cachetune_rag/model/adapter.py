@@ -15,8 +15,11 @@ from cachetune_rag.errors import UnsupportedModelError
 from cachetune_rag.model import attention, families, masks, taps
 from cachetune_rag.model.buffers import KVBuffers, ScatterCache
 from cachetune_rag.model.capture import ChunkKV, ValueCache, pad_right
-from cachetune_rag.model.rope import Rotary, Tables
+from cachetune_rag.model.rope import Rotary, Tables, longrope_boundary
 from cachetune_store.layout import LayerSpec
+
+# How far the load check moves keys that seem unrotated, and how far rounding alone may move them (relative).
+_SHIFT, _NOISE = 64, 0.2
 
 
 class _StopForward(Exception):
@@ -31,6 +34,10 @@ class ModelAdapter:
 
     Raises:
         UnsupportedModelError: the architecture can't be served exactly; the message says why.
+
+    Attributes:
+        reuse_beyond: prompts of at most so many tokens have to be computed whole (0 for most models); long-rope models
+            use other frequencies for them than for longer ones, and a chunk's KV is valid under one set only.
 
     The methods are not thread-safe: capture and probe hook into the model's modules while they run, so the caller
     holds one lock around every use of the model.
@@ -53,9 +60,26 @@ class ModelAdapter:
         # 5.24 renamed the argument; the old name warns there.
         names = inspect.signature(model.forward).parameters
         self._cache_argument = "cache" if "cache" in names else "past_key_values"
-        self._taps, self.layers = self._find_taps()
+        self.reuse_beyond: int = longrope_boundary(self.config)
+        self._window = masks.window_of(self.config, self._decoder)
+        self._taps, self.layers = self._check()
 
     # -- load-time check ------------------------------------------------------------------------------------------
+
+    def _check(self) -> tuple[list[taps.Tap], tuple[LayerSpec, ...]]:
+        """Find the taps and try a selective forward; whatever an unknown architecture trips over is a refusal."""
+        try:
+            self._taps, self.layers = self._find_taps()
+            ids = torch.arange(3, device=self.device)
+            self.selective_forward(ids, ids, self.new_buffers(3))
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as e:
+            raise UnsupportedModelError(
+                f"{self.architecture}: its attention can't be run through the calls that reuse needs "
+                f"({type(e).__name__}: {e}). Please open an issue that names the model."
+            ) from e
+        return self._taps, self.layers
 
     @torch.no_grad()
     def _find_taps(self) -> tuple[list[taps.Tap], tuple[LayerSpec, ...]]:
@@ -64,25 +88,12 @@ class ModelAdapter:
         Settles which submodule a family's unrotated keys come from, how they are laid out and which layers rotate.
         """
         heads = self.config.num_attention_heads
-        cached: dict[int, tuple[Tensor, Tensor]] = {}
-        outputs: list[dict[str, Tensor]] = [{} for _ in self._attentions]
-        handles = []
-        for layer, module in enumerate(self._attentions):
-            for name, part in module.named_children():
-
-                def hook(_m: Any, _a: Any, out: Any, layer: int = layer, name: str = name) -> None:
-                    outputs[layer][name] = out
-
-                handles.append(part.register_forward_hook(hook))
         # A length that no head count equals, so that a wrong layout can't pass by accident.
         kv_heads = getattr(self.config, "num_key_value_heads", None) or heads
         length = next(n for n in (11, 13, 17) if n not in (heads, kv_heads))
         ids = torch.arange(length, device=self.device)[None] * 7919 % self.config.vocab_size
-        try:
-            self._run_decoder(ids, ValueCache(self.num_layers, lambda i, k, v: cached.__setitem__(i, (k, v))))
-        finally:
-            for handle in handles:
-                handle.remove()
+        cached, outputs = self._observe(ids, start=0)
+        moved, _ = self._observe(ids, start=_SHIFT)
 
         found, specs = [], []
         tables = self.rotary_tables(length)
@@ -93,7 +104,42 @@ class ModelAdapter:
             specs.append(LayerSpec(keys.shape[1], keys.shape[3], values.shape[3]))
             shape = taps.HeadShape(heads, keys.shape[1], keys.shape[3])
             found.append(self._match(layer, module, shape, outputs[layer], keys[0].transpose(0, 1), tables))
+            # Keys that are normalised after their rotation look like keys that are not rotated, until they move.
+            if not self._rotary.rotated[layer] and _distance(keys, moved[layer][0]) > _NOISE:
+                raise UnsupportedModelError(
+                    f"{self.architecture}: layer {layer} ({type(module).__name__}) changes its keys after it has rotated "
+                    "them (a norm after the rotary embedding), so stored keys can't be moved to another position."
+                )
         return found, tuple(specs)
+
+    def _observe(self, ids: Tensor, start: int) -> tuple[dict[int, tuple[Tensor, Tensor]], list[dict[str, Tensor]]]:
+        """What each layer caches, and what its submodules return, when `ids` stand at `start`, `start` + 1, ..."""
+        cached: dict[int, tuple[Tensor, Tensor]] = {}
+        outputs: list[dict[str, Tensor]] = [{} for _ in self._attentions]
+        handles = []
+
+        def receive(layer: int, keys: Tensor, values: Tensor) -> None:
+            if layer in cached:
+                raise UnsupportedModelError(
+                    f"{self.architecture}: layer {layer} runs more than once a token (looped layers), so a token has "
+                    "several keys a layer, which the store has no layout for."
+                )
+            cached[layer] = (keys, values)
+
+        for layer, module in enumerate(self._attentions):
+            for name, part in module.named_children():
+
+                def hook(_m: Any, _a: Any, out: Any, layer: int = layer, name: str = name) -> None:
+                    outputs[layer][name] = out
+
+                handles.append(part.register_forward_hook(hook))
+        try:
+            positions = torch.arange(start, start + ids.shape[1], device=self.device)
+            self._run_decoder(ids, ValueCache(self.num_layers, receive), positions)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return cached, outputs
 
     def _match(
         self,
@@ -140,8 +186,13 @@ class ModelAdapter:
         def on_value(layer: int, _keys: Tensor, value: Tensor) -> None:
             values[layer] = value.transpose(1, 2)
 
+        positions = torch.arange(ids.shape[1], device=self.device)
+        if ids.shape[1] <= self.reuse_beyond:
+            # One more token, which no other sees, brings in the frequencies of the prompts that are served by reuse.
+            ids = torch.cat((ids, ids[:, -1:]), dim=1)
+            positions = torch.cat((positions, positions.new_tensor([self.reuse_beyond])))
         with taps.tapped(self._attentions, [t.key_module for t in self._taps], on_key):
-            self._run_decoder(ids, ValueCache(self.num_layers, on_value))
+            self._run_decoder(ids, ValueCache(self.num_layers, on_value), positions)
         start = len(lead_in)
         return [
             ChunkKV(
@@ -153,10 +204,11 @@ class ModelAdapter:
             for row, c in enumerate(chunks)
         ]
 
-    def _run_decoder(self, ids: Tensor, cache: Cache) -> None:
-        """A forward without the language-model head."""
-        positions = torch.arange(ids.shape[1], device=self.device)[None].expand_as(ids)
-        self._decoder(input_ids=ids, position_ids=positions, use_cache=True, **{self._cache_argument: cache})
+    def _run_decoder(self, ids: Tensor, cache: Cache, positions: Tensor) -> None:
+        """A forward without the language-model head, of ids [batch, tokens] at `positions` [tokens]."""
+        self._decoder(
+            input_ids=ids, position_ids=positions.expand_as(ids), use_cache=True, **{self._cache_argument: cache}
+        )
 
     # -- positions ------------------------------------------------------------------------------------------------
 
@@ -260,11 +312,11 @@ class ModelAdapter:
         scale = getattr(self._attentions[layer], "scaling", None) or dim**-0.5
         rows = query.transpose(0, 1).reshape(kv_heads, group * query.shape[0], dim)
         scores = (rows @ keys.transpose(1, 2)).float().view(kv_heads * group, -1, length) * scale
-        allowed = masks.allowed(self.config, self._layer_types[layer], positions, length)
+        allowed = masks.allowed(self._window, self._layer_types[layer], positions, length)
         return scores.masked_fill_(~allowed[None], float("-inf")).softmax(-1)
 
     def _masked_forward(self, ids: Tensor, positions: Tensor, buffers: KVBuffers, cache: ScatterCache) -> Tensor:
-        mask = masks.build(self.config, positions, buffers.length, self.dtype)
+        mask = masks.build(self.config, self._window, positions, buffers.length, self.dtype)
         with self._masked_attention(), attention.by_position(positions):
             out = self.model(
                 input_ids=ids[None],
@@ -280,14 +332,22 @@ class ModelAdapter:
     def _masked_attention(self) -> Iterator[None]:
         """For the length of a forward, an attention implementation that takes a mask by position.
 
-        Eager attention (families with soft-capping or learned sinks) takes one as it is.
+        Eager attention takes one as it is. It also stands in for kernels that do a family's soft-capping or learned
+        sinks, which are beyond sdpa.
         """
         current = self.config._attn_implementation
-        if current == "eager":
+        beyond_sdpa = not self.model._supports_sdpa or getattr(self.config, "attn_logit_softcapping", None) is not None
+        wanted = "eager" if current == "eager" or (beyond_sdpa and current != "sdpa") else attention.NAME
+        if current == wanted:
             yield
             return
-        self.model.set_attn_implementation(attention.NAME)
+        self.model.set_attn_implementation(wanted)
         try:
             yield
         finally:
             self.model.set_attn_implementation(current)
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """Relative distance of two tensors of one shape."""
+    return float((a - b).float().norm() / a.float().norm().clamp_min(1e-12))

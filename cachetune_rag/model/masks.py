@@ -7,10 +7,11 @@ mask, or a dict by layer type.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cachetune_rag.errors import UnsupportedModelError
 
@@ -30,7 +31,19 @@ def check_layer_types(config: Any, architecture: str) -> None:
         raise UnsupportedModelError(f"{architecture} uses chunked attention, which has no mask by true positions here.")
 
 
-def build(config: Any, positions: Tensor, length: int, dtype: torch.dtype) -> Any:
+def window_of(config: Any, decoder: nn.Module) -> int | None:
+    """The sliding window that the model applies, None where it has none.
+
+    A config may name a window that its architecture knows nothing of (a Mistral converted to Llama); whether the
+    modelling code builds masks with one tells.
+    """
+    code = sys.modules[type(decoder).__module__]
+    if not any(hasattr(code, name) for name in ("create_sliding_window_causal_mask", "create_masks_for_generate")):
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def build(config: Any, window: int | None, positions: Tensor, length: int, dtype: torch.dtype) -> Any:
     """Additive masks for queries at `positions` [queries] over keys 0..length-1, each [1, 1, queries, length].
 
     Additive rather than boolean: attention would turn a boolean mask into this form again in every layer.
@@ -38,21 +51,20 @@ def build(config: Any, positions: Tensor, length: int, dtype: torch.dtype) -> An
     floor = torch.finfo(dtype).min
 
     def make(kind: str | None) -> Tensor:
-        rows = allowed(config, kind, positions, length)
+        rows = allowed(window, kind, positions, length)
         return torch.zeros(rows.shape, dtype=dtype, device=positions.device).masked_fill_(~rows, floor)[None, None]
 
     kinds = set(getattr(config, "layer_types", None) or ())
     return {kind: make(kind) for kind in kinds} if kinds else make(None)
 
 
-def allowed(config: Any, kind: str | None, positions: Tensor, length: int) -> Tensor:
+def allowed(window: int | None, kind: str | None, positions: Tensor, length: int) -> Tensor:
     """Which keys 0..length-1 a query at each of `positions` may attend to, as bool [queries, length].
 
     `kind` is the layer's type, None where the config names none (then a window, if there is one, is every layer's).
     """
     keys = torch.arange(length, device=positions.device)
     rows = positions[:, None] >= keys[None]
-    window = getattr(config, "sliding_window", None)
     if window is not None and kind in (None, "sliding_attention"):
         rows &= positions[:, None] - keys[None] < window
     return rows

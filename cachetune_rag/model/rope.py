@@ -82,6 +82,15 @@ class Rotary:
         return min(width, head_dim)
 
 
+def longrope_boundary(config: Any) -> int:
+    """Prompts longer than this use long-rope's long factors; 0 for other kinds of scaling."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    for part in (rope, *rope.values()):  # one set, or one a layer type
+        if isinstance(part, dict) and part.get("rope_type") == "longrope":
+            return int(part["original_max_position_embeddings"])
+    return 0
+
+
 def _rotation_function(attention: nn.Module, architecture: str) -> Callable[..., tuple[Tensor, Tensor]]:
     function = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
     if function is None:

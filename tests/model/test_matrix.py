@@ -1,7 +1,7 @@
 """Every family against its own full prefill: capture, rotation, the selective forward, decoding, refusals.
 
 The references are transformers' own calls, never the adapter's. Prompts are several sliding windows long, span
-several blocks of the blocked attention, and in the long-rope row cross its original length.
+several blocks of the blocked attention, and are beyond the original length of the long-rope row.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from functools import cache
 import pytest
 import torch
 from families import BOS, FAMILIES, REFUSALS, WINDOW, Family, Refusal, ids_of, model_of, random_ids
+from families import family as family_of
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
@@ -28,7 +29,6 @@ LENGTH = 150
 """Tokens of a prompt: nine windows, two blocks of attention and a bit."""
 CHUNK = 90
 QUERY = 9
-"""A lead-in token, a chunk and a query stay below the original length of the long-rope row."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -101,15 +101,15 @@ def prefilled(adapter: ModelAdapter, kv: DynamicCache, length: int, places: Tens
     return buffers
 
 
-def chunk_behind_lead_in(adapter: ModelAdapter, ids: Tensor) -> tuple[Tensor, Tensor, KVBuffers]:
+def chunk_behind_lead_in(adapter: ModelAdapter, ids: Tensor, size: int = CHUNK) -> tuple[Tensor, Tensor, KVBuffers]:
     """`ids` = lead-in token, chunk, query. Returns what is recomputed (ids, positions), and the chunk in its place."""
-    chunk = ids[1 : 1 + CHUNK]
+    chunk = ids[1 : 1 + size]
     (captured,) = adapter.capture([chunk.tolist()], ids[:1].tolist())
-    places = torch.arange(1, 1 + CHUNK)
+    places = torch.arange(1, 1 + size)
     buffers, tables = poisoned(adapter, len(ids)), adapter.rotary_tables(len(ids))
     for layer, (k, v) in enumerate(captured.layers):
         fill(buffers, layer, places, adapter.rotate(layer, k, places, tables), v)
-    chosen = torch.cat((torch.tensor([0]), torch.arange(1 + CHUNK, len(ids))))
+    chosen = torch.cat((torch.tensor([0]), torch.arange(1 + size, len(ids))))
     return ids[chosen], chosen, buffers
 
 
@@ -151,6 +151,17 @@ def test_chunk_behind_its_lead_in_is_full_prefill(
     ids = prompt_of(1 + CHUNK + QUERY)
     logits = adapter.selective_forward(*chunk_behind_lead_in(adapter, ids))
     assert_close(logits, reference_logits(model, ids), family)
+
+
+@pytest.mark.parametrize("size", [1, WINDOW - 1, 40])
+def test_short_chunk_in_a_long_prompt(family: Family, adapter: ModelAdapter, model: PreTrainedModel, size: int) -> None:
+    ids = prompt_of(LENGTH, seed=size)
+    logits = adapter.selective_forward(*chunk_behind_lead_in(adapter, ids, size))
+    assert_close(logits, reference_logits(model, ids), family)
+
+
+def test_only_long_rope_needs_long_prompts(family: Family, adapter: ModelAdapter) -> None:
+    assert adapter.reuse_beyond == (64 if family.name == "phi3-longrope" else 0)
 
 
 def test_one_token_query(family: Family, adapter: ModelAdapter, model: PreTrainedModel) -> None:
@@ -228,6 +239,16 @@ def test_windows_show(row: Family) -> None:
     assert (reference_logits(wide, ids) - reference_logits(row.build(), ids)).abs().max() > 0.01
 
 
+def test_a_window_that_the_architecture_does_not_apply_is_not_applied() -> None:
+    """A Mistral converted to Llama keeps its config's window, which Llama's code doesn't know."""
+    plain = family_of("llama")
+    stray = replace(plain, config=plain.config | {"sliding_window": WINDOW})
+    ids = prompt_of(LENGTH)
+    adapter = ModelAdapter(stray.build())
+    logits = adapter.selective_forward(ids, torch.arange(LENGTH), poisoned(adapter, LENGTH))
+    assert_close(logits, reference_logits(plain.build(), ids), stray)
+
+
 def test_forward_leaves_the_model_as_it_was(family: Family, adapter: ModelAdapter, model: PreTrainedModel) -> None:
     before = (model.config._attn_implementation, sum(len(m._forward_hooks) for m in model.modules()))
     ids = prompt_of(LENGTH)
@@ -273,8 +294,8 @@ def test_stored_keys_move_to_any_place(
 ) -> None:
     """The same tokens, run at other positions by the model itself.
 
-    Layer 0 sees the same input there, so its keys agree to the bit. In deeper layers the model's own attention rounds
-    differently at other positions, and the long-rope row changes its frequencies, which its later layers notice.
+    Layer 0 sees the same input there, so its keys agree to the bit. In deeper layers the model's own attention
+    rounds differently at other positions.
     """
     ids = prompt_of(1 + CHUNK)
     (captured,) = adapter.capture([ids[1:].tolist()], [BOS])
@@ -285,7 +306,7 @@ def test_stored_keys_move_to_any_place(
         got, wanted = adapter.rotate(layer, k, places, tables), entry.keys[0, :, 1:].transpose(0, 1)
         if layer == 0:
             assert torch.equal(got, wanted)
-        elif "longrope" not in family.name or length <= 128:
+        else:
             torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3)
 
 
@@ -381,3 +402,22 @@ def test_refused(row: Refusal) -> None:
     message = str(caught.value)
     assert type(model).__name__ in message
     assert re.search(row.reason, message, re.IGNORECASE), message
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt-oss"])
+def test_kernels_that_take_no_mask_give_way_to_eager(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A family beyond sdpa (soft-capping, sinks) whose full prefill runs in some other kernel."""
+    seen: list[str] = []
+    model = family_of(name).build()
+    adapter, ids = ModelAdapter(model), prompt_of(LENGTH)
+    wanted = reference_logits(model, ids)
+    model.config._attn_implementation = "flash_attention_2"
+    switch = model.set_attn_implementation
+    monkeypatch.setattr(
+        model,
+        "set_attn_implementation",
+        lambda kind: seen.append(kind) if kind == "flash_attention_2" else [seen.append(kind), switch(kind)],
+    )
+    logits = adapter.selective_forward(ids, torch.arange(LENGTH), poisoned(adapter, LENGTH))
+    assert seen == ["eager", "flash_attention_2"]
+    assert_close(logits, wanted, family_of(name))
