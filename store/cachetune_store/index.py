@@ -1,7 +1,8 @@
 """The index: small records by name. It says what the files can't say quickly; they can always say it again.
 
 Names used by the store: "chunk/<digest>" (size, last use, tokens), "text/<digest>", "ref/<digest>" (how many documents
-hold a chunk), "doc/<tenant>/<id>" (both hashed) and "total" (bytes and chunks on disk, and how often one was stored).
+hold a chunk), "doc/<tenant>/<id>" (both hashed), "total" (bytes and chunks on disk, and how often one was stored) and
+"texts" (how often a text came or went).
 """
 
 from __future__ import annotations

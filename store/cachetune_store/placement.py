@@ -10,8 +10,8 @@ from .errors import BudgetError, StoreError
 from .index import Index
 from .keys import ChunkKey
 from .readers import ChunkReader
+from .texts import drop_text, evict_text, note_text
 from .tiers import DiskTier, HostTier, Pins
-from .tiers.disk import text_record
 
 __all__ = ["Placement"]
 
@@ -58,9 +58,8 @@ class Placement:
             self._admit_host(chunk)
             return self.disk.size_of(chunk.key) or chunk.slab.numel()
         for victim in self.host.admit(chunk):
-            self._index.delete(f"text/{victim.key}")
-        if chunk.head.text is not None:
-            self._index.set(f"text/{chunk.key}", text_record(chunk.head))
+            evict_text(self._index, victim.key)
+        note_text(self._index, chunk.head)
         return chunk.host_bytes
 
     def open(self, key: ChunkKey) -> ChunkReader | None:
@@ -90,7 +89,7 @@ class Placement:
         if self.disk is not None:
             self.disk.set_aside(key)
         elif removed:
-            self._index.delete(f"text/{key}")
+            evict_text(self._index, key)
             with self._lock:
                 self.damaged += 1
 
@@ -99,7 +98,7 @@ class Placement:
         in_memory = self.host.remove(key)
         if self.disk is not None:
             return self.disk.remove(key)
-        self._index.delete(f"text/{key}")
+        drop_text(self._index, key)
         return in_memory
 
     def size_of(self, key: ChunkKey) -> int:

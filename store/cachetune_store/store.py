@@ -23,6 +23,7 @@ from .placement import Placement
 from .rawfile import DirectIO
 from .readers import ChunkReader
 from .stats import DocumentInfo, StoreStats, VerifyReport
+from .texts import texts_revision
 from .tiers import DiskTier, HostTier, Pins
 from .units import parse_bytes
 
@@ -191,7 +192,10 @@ class ChunkStore:
         return sorted(found, key=lambda info: info.id)
 
     def texts(self, *, namespace: Namespace | None = None) -> Iterator[tuple[ChunkKey, str, int]]:
-        """Key, text and token count of every chunk stored with its text; only those of `namespace`, if given."""
+        """Key, text and token count of every chunk stored with its text; only those of `namespace`, if given.
+
+        A chunk that had to make room is among them as long as a document holds it.
+        """
         self._check_open()
         wanted = None if namespace is None else namespace.digest
         last = "text/"
@@ -205,6 +209,11 @@ class ChunkStore:
             except IndexDamagedError:
                 # Go on behind what was given out already.
                 self._check_files(full=False, anew=True)
+
+    def revision(self) -> int:
+        """A number that changes whenever any process adds or frees a chunk with a text: what texts() gives has changed."""
+        self._check_open()
+        return self._healed(lambda: texts_revision(self._index))
 
     def verify(self) -> VerifyReport:
         """Read and check every file in full; set damaged ones aside, delete orphans, repair the index."""

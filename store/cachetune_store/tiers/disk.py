@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from ..buffers import SlabPool, memory_of
 from ..chunk import Chunk, ChunkHead
@@ -25,6 +24,7 @@ from ..keys import ChunkKey
 from ..rawfile import DirectIO, RawFile
 from ..readers import DiskReader
 from ..stats import Counters, TierStats
+from ..texts import drop_text, evict_text, note_text
 from ..units import format_bytes
 from .base import Pins, Tier
 from .damaged import DamagedFiles
@@ -150,6 +150,7 @@ class DiskTier(Tier):
             with self.index.transaction():
                 size = self._unlink(key)
                 self._forget(key)
+                drop_text(self.index, key)
             self._damaged.remove(key)
         except OSError as error:
             raise explain(error, self.path_of(key)) from error
@@ -261,8 +262,7 @@ class DiskTier(Tier):
         with self.index.transaction():
             old = self.index.get(f"chunk/{head.key}")
             self.index.set(f"chunk/{head.key}", {"size": size, "used": used, "tokens": head.layout.tokens})
-            if head.text is not None:
-                self.index.set(f"text/{head.key}", text_record(head))
+            note_text(self.index, head)
             self._add_total(size - (old["size"] if old else 0), 0 if old else 1, stored=1)
         self._lru.add(used, head.key.digest)
 
@@ -271,7 +271,7 @@ class DiskTier(Tier):
             record = self.index.get(f"chunk/{key}")
             if record is not None:
                 self.index.delete(f"chunk/{key}")
-                self.index.delete(f"text/{key}")
+                evict_text(self.index, key)
                 self._add_total(-record["size"], -1, stored=0)
 
     def _unlink(self, key: ChunkKey) -> int:
@@ -294,8 +294,3 @@ class DiskTier(Tier):
             "stored": total["stored"] + stored,
         }
         self.index.set("total", new)
-
-
-def text_record(head: ChunkHead) -> dict[str, Any]:
-    """What the index says about a chunk's text."""
-    return {"text": head.text, "tokens": head.layout.tokens, "namespace": head.namespace.digest}

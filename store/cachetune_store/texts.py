@@ -1,0 +1,46 @@
+"""What the index knows of chunks' texts, so that a stored passage can be recognised in a prompt.
+
+A text outlives its chunk's eviction as long as a document holds the chunk: the passage is still recognised then, computed
+once more, and stored again. "texts" counts the changes, for those who follow them.
+"""
+
+from __future__ import annotations
+
+from .chunk import ChunkHead
+from .index import Index
+from .keys import ChunkKey
+
+__all__ = ["drop_text", "evict_text", "note_text", "texts_revision"]
+
+
+def note_text(index: Index, head: ChunkHead) -> None:
+    """Enter the text of a chunk, if it has one."""
+    if head.text is None:
+        return
+    record = {"text": head.text, "tokens": head.layout.tokens, "namespace": head.namespace.digest}
+    with index.transaction():
+        if index.get(f"text/{head.key}") != record:
+            index.set(f"text/{head.key}", record)
+            _changed(index)
+
+
+def drop_text(index: Index, key: ChunkKey) -> None:
+    """Forget the text of a chunk that was deleted."""
+    with index.transaction():
+        if index.delete(f"text/{key}"):
+            _changed(index)
+
+
+def evict_text(index: Index, key: ChunkKey) -> None:
+    """Forget the text of a chunk that had to make room, unless a document holds it."""
+    if index.get(f"ref/{key}") is None:
+        drop_text(index, key)
+
+
+def texts_revision(index: Index) -> int:
+    """A number that grows with every change of the texts."""
+    return int(index.get("texts") or 0)
+
+
+def _changed(index: Index) -> None:
+    index.set("texts", texts_revision(index) + 1)
