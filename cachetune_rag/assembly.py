@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 from cachetune_rag.config import ReuseConfig
 from cachetune_rag.model import KVBuffers, ModelAdapter
 from cachetune_rag.pipeline.loader import DamagedSourceError, LayerLoader, Source
+from cachetune_rag.prefix import PrefixCache
 from cachetune_rag.prompt import Prompt
 from cachetune_rag.report import Report
 from cachetune_rag.selection import ReusedChunk, get_selector
@@ -41,11 +42,30 @@ class PrefillState:
     missed: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """A prompt of which something is reused.
+
+    Attributes:
+        computed: bool [length], the tokens that go through the model.
+        prefix: ids of what stands before the first chunk; its first `kept` rows are known already.
+        kept: all of the prefix, or 0.
+        buffers, loader: where the KV is put together, and what brings it.
+    """
+
+    computed: Tensor
+    prefix: tuple[int, ...]
+    kept: int
+    buffers: KVBuffers
+    loader: LayerLoader
+
+
 class Assembler:
     """Prefills prompts with one model from one store. The caller holds the model's lock."""
 
     def __init__(self, adapter: ModelAdapter, store: ChunkStore, namespace: Namespace, pool: ThreadPoolExecutor):
         self._adapter, self._store, self._namespace, self._pool = adapter, store, namespace, pool
+        self._prefixes = PrefixCache()
 
     def key(self, token_ids: Sequence[int]) -> ChunkKey:
         """The key of a chunk."""
@@ -74,45 +94,66 @@ class Assembler:
             clock = _Clock()
             found, missed, first_missed = self._look_up(prompt, stack)
             timings = {"lookup": clock.lap()}
-            base = torch.ones(len(prompt.ids), dtype=torch.bool)  # computed whatever the selector says
-            for start, reader in found:
-                base[start : start + reader.layout.tokens] = False
-            chosen, buffers, loader = self._select(prompt, found, base, config, stack)
+            plan = self._plan(prompt, found, config, stack)
             timings["select"] = clock.lap()
-            if bool(chosen.all()):
+            if plan is None:
                 logits, cache = self._adapter.full_forward(self._ids(prompt))
             else:
-                assert buffers is not None
-                assert loader is not None
-                before = loader.seconds
-                loader.set_sources([_needed(start, reader, chosen) for start, reader in found])
-                places = chosen.nonzero()[:, 0].to(self._adapter.device)
-                logits = self._adapter.selective_forward(self._ids(prompt)[places], places, buffers, loader.load)
-                cache = buffers.to_cache()
-                timings["load"] = loader.seconds - before
+                loaded = plan.loader.seconds
+                plan.loader.set_sources([_needed(start, reader, plan.computed) for start, reader in found])
+                places = plan.computed.nonzero()[:, 0].to(self._adapter.device)
+                ids = self._ids(prompt)[places]
+                logits = self._adapter.selective_forward(ids, places, plan.buffers, plan.loader.load)
+                cache = plan.buffers.to_cache()
+                timings["load"] = plan.loader.seconds - loaded
             self._wait()
             timings["compute"] = clock.lap() - timings.get("load", 0.0)
             ttft = time.perf_counter() - started
+
             read: dict[str, int] = {}
             for reader in {id(r): r for _, r in found}.values():
                 read[reader.tier] = read.get(reader.tier, 0) + reader.bytes_read
                 self._promote(reader)
-            stored = sum(r.layout.tokens for _, r in found)
-            reused = int((~chosen).sum())
+            if plan is not None:
+                self._prefixes.keep(plan.prefix, plan.buffers)
+            kept = 0 if plan is None else plan.kept
+            reused = 0 if plan is None else int((~plan.computed).sum()) - kept
             report = Report(
-                len(prompt.ids),
-                reused,
-                stored - reused,
-                missed,
-                read,
-                config.ratio,
-                config.selector,
-                ttft,
-                timings,
-                damaged,
-                prompt.recognised,
+                prompt_tokens=len(prompt.ids),
+                reused=reused,
+                recomputed=sum(r.layout.tokens for _, r in found) - reused,
+                missed=missed,
+                bytes_read=read,
+                ratio=config.ratio,
+                selector=config.selector,
+                ttft=ttft,
+                timings=timings,
+                prefix_kept=kept,
+                damaged=damaged,
+                recognised=prompt.recognised,
             )
             return PrefillState(logits, cache, report, prompt, first_missed)
+
+    def _plan(
+        self, prompt: Prompt, found: list[tuple[int, ChunkReader]], config: ReuseConfig, stack: ExitStack
+    ) -> _Plan | None:
+        """What is computed and where the rest goes; None if all of the prompt is computed."""
+        if not found or len(prompt.ids) <= self._adapter.reuse_beyond:
+            return None
+        buffers = self._adapter.new_buffers(len(prompt.ids))
+        prefix = prompt.ids[: min(span.start for span in prompt.spans if span.end > span.start)]
+        kept = len(prefix) if self._prefixes.fill(prefix, buffers) else 0
+        computed = torch.ones(len(prompt.ids), dtype=torch.bool)  # before the selector adds to it
+        computed[:kept] = False
+        for start, reader in found:
+            computed[start : start + reader.layout.tokens] = False
+        sources = [Source(reader, start, reader.layout.tokens) for start, reader in found]
+        loader = LayerLoader(self._adapter, sources, buffers, self._pool)
+        stack.callback(loader.drain)
+        context = _Context(self._adapter, prompt, found, computed, buffers, loader)
+        chosen = get_selector(config.selector).select(context, config.ratio)
+        computed = computed.index_fill(0, chosen, True)
+        return None if bool(computed[kept:].all()) else _Plan(computed, prefix, kept, buffers, loader)
 
     def _promote(self, reader: ChunkReader) -> None:
         """Let the next request find the chunk in host memory. The answer is out, so damage is only set aside."""
@@ -143,28 +184,6 @@ class Assembler:
             else:
                 found.append((span.start, opened))
         return found, missed, tuple(first_missed)
-
-    def _select(
-        self,
-        prompt: Prompt,
-        found: list[tuple[int, ChunkReader]],
-        base: Tensor,
-        config: ReuseConfig,
-        stack: ExitStack,
-    ) -> tuple[Tensor, KVBuffers | None, LayerLoader | None]:
-        """Which tokens are computed, bool [length]; with buffers and loader where something is reused."""
-        if not found or len(prompt.ids) <= self._adapter.reuse_beyond:
-            return torch.ones_like(base), None, None
-        buffers = self._adapter.new_buffers(len(prompt.ids))
-        loader = LayerLoader(
-            self._adapter, [Source(r, start, r.layout.tokens) for start, r in found], buffers, self._pool
-        )
-        stack.callback(loader.drain)
-        context = _Context(self._adapter, prompt, found, base, buffers, loader)
-        places = get_selector(config.selector).select(context, config.ratio)
-        chosen = base.clone()
-        chosen[places] = True
-        return chosen, buffers, loader
 
     def _ids(self, prompt: Prompt) -> Tensor:
         return torch.tensor(prompt.ids, dtype=torch.int64, device=self._adapter.device)

@@ -21,6 +21,7 @@ class Report:
         selector: which selector chose them.
         ttft: seconds from the request to its first token (for `prefill`: to its logits).
         timings: seconds by phase: lookup, select, load, compute.
+        prefix_kept: tokens before the first chunk whose KV an earlier request with the same beginning had left.
         damaged: chunks found damaged, set aside and computed instead.
         recognised: chunks that were found in plain text (see `CacheTune.prompt_from_text`).
         full: True for the reference: nothing was reused by intent.
@@ -35,14 +36,15 @@ class Report:
     selector: str
     ttft: float
     timings: dict[str, float] = field(default_factory=dict)
+    prefix_kept: int = 0
     damaged: int = 0
     recognised: int = 0
     full: bool = False
 
     @property
     def computed(self) -> int:
-        """Prompt tokens that went through the model: everything but `reused`."""
-        return self.prompt_tokens - self.reused
+        """Prompt tokens that went through the model: everything but `reused` and `prefix_kept`."""
+        return self.prompt_tokens - self.reused - self.prefix_kept
 
     def as_dict(self) -> dict[str, Any]:
         """The fields, for JSON."""
