@@ -10,9 +10,10 @@ from threading import RLock
 
 from cachetune_rag.documents import Document
 from cachetune_rag.errors import PromptTooLongError
-from cachetune_rag.model import ChunkKV, ModelAdapter
+from cachetune_rag.model import ModelAdapter
 from cachetune_rag.report import PrecomputeSummary
 from cachetune_rag.selection.frequency import frequency_scores
+from cachetune_store import Chunk as StoredChunk
 from cachetune_store import ChunkKey, ChunkStore, Namespace, make_key
 
 
@@ -64,7 +65,7 @@ class Precomputer:
     def store_chunks(self, chunks: Iterable[tuple[Sequence[int], str]]) -> int:
         """Compute and store chunks given as (token ids, text). Returns the bytes stored."""
         wanted = [_Chunk(make_key(self._namespace, ids), tuple(ids), text) for ids, text in chunks]
-        return sum(self._write(batch, self._compute(batch)) for batch in self._batches(wanted))
+        return sum(self._write(self._compute(batch)) for batch in self._batches(wanted))
 
     def run(
         self, documents: Iterable[Document | str], progress: Callable[[Progress], None] | None
@@ -77,7 +78,7 @@ class Precomputer:
             if progress is not None:
                 progress(Progress(document.id, count, chunks, skipped, tokens, stored, time.perf_counter() - started))
 
-        # One writer: the next batch computes while the last one is encoded, written and synced.
+        # One writer: the next batch computes while the last one is written and synced.
         with ThreadPoolExecutor(1, "cachetune-write") as writer:
             for document in map(Document.of, documents):
                 every = [self._chunk(document, text) for text in document.chunks]
@@ -86,10 +87,10 @@ class Precomputer:
                 skipped += len(named) - len(new)
                 pending: Future[int] | None = None
                 for batch in self._batches(list(new.values())):
-                    kv = self._compute(batch)
+                    encoded = self._compute(batch)
                     if pending is not None:
                         stored += pending.result()
-                    pending = writer.submit(self._write, batch, kv)
+                    pending = writer.submit(self._write, encoded)
                     chunks += len(batch)
                     tokens += sum(len(c.ids) for c in batch)
                     tell(document)
@@ -121,20 +122,28 @@ class Precomputer:
         if batch:
             yield batch
 
-    def _compute(self, batch: list[_Chunk]) -> list[ChunkKV]:
+    def _compute(self, batch: list[_Chunk]) -> list[StoredChunk]:
+        """Capture, rank and encode. All on the thread that computes: a second thread with torch work would only fight
+        with this one for the cores.
+        """
         with self._lock:
-            return self._adapter.capture([c.ids for c in batch], self._namespace.lead_in)
+            captured = self._adapter.capture([c.ids for c in batch], self._namespace.lead_in)
+            return [
+                self._store.encode(
+                    chunk.key,
+                    kv.layers,
+                    frequency_scores(kv.layers).cpu(),
+                    namespace=self._namespace,
+                    token_ids=chunk.ids,
+                    text=chunk.text,
+                )
+                for chunk, kv in zip(batch, captured, strict=True)
+            ]
 
-    def _write(self, batch: list[_Chunk], captured: list[ChunkKV]) -> int:
+    def _write(self, encoded: list[StoredChunk]) -> int:
         total = 0
-        for chunk, kv in zip(batch, captured, strict=True):
-            total += self._store.put(
-                chunk.key,
-                kv.layers,
-                frequency_scores(kv.layers).cpu(),
-                namespace=self._namespace,
-                token_ids=chunk.ids,
-                text=chunk.text,
-            )
-            self._stored(chunk.key, chunk.text)
+        for chunk in encoded:
+            total += self._store.write(chunk)
+            if chunk.head.text is not None:
+                self._stored(chunk.key, chunk.head.text)
         return total

@@ -15,7 +15,7 @@ from cachetune_rag.errors import UnsupportedModelError
 from cachetune_rag.model import attention, families, masks, taps
 from cachetune_rag.model.buffers import KVBuffers, ScatterCache
 from cachetune_rag.model.capture import ChunkKV, ValueCache, pad_right
-from cachetune_rag.model.rope import Rotary, Tables, longrope_boundary
+from cachetune_rag.model.rope import Rotary, Tables, longrope_boundary, rows_of
 from cachetune_store.layout import LayerSpec
 
 # How far the load check moves keys that seem unrotated, and how far rounding alone may move them (relative).
@@ -218,10 +218,14 @@ class ModelAdapter:
 
     def rotate(self, layer: int, keys: Tensor, positions: Tensor, tables: dict[str | None, Tables]) -> Tensor:
         """Keys before rotation [tokens, kv_heads, head_dim] -> keys at `positions` [tokens]."""
+        return self.rotate_by(layer, keys, rows_of(tables, positions))
+
+    def rotate_by(self, layer: int, keys: Tensor, rows: dict[str | None, Tables]) -> Tensor:
+        """Keys before rotation -> rotated by `rows` of the tables, one a token (see `rows_of`)."""
         if not self._rotary.rotated[layer]:
             return keys
-        cos, sin = tables[self._layer_types[layer]]
-        return self._rotary.rotate(layer, keys, cos[positions], sin[positions])
+        cos, sin = rows[self._layer_types[layer]]
+        return self._rotary.rotate(layer, keys, cos, sin)
 
     def new_buffers(self, length: int) -> KVBuffers:
         """Uninitialised buffers for a prompt of `length` tokens."""

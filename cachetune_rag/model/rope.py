@@ -82,6 +82,13 @@ class Rotary:
         return min(width, head_dim)
 
 
+def rows_of(tables: dict[str | None, Tables], positions: Tensor) -> dict[str | None, Tables]:
+    """The rows of each table at `positions` [tokens]; worth keeping where many layers rotate the same tokens."""
+    unique = {id(pair): pair for pair in tables.values()}
+    rows = {key: (cos[positions], sin[positions]) for key, (cos, sin) in unique.items()}
+    return {kind: rows[id(pair)] for kind, pair in tables.items()}
+
+
 def longrope_boundary(config: Any) -> int:
     """Prompts longer than this use long-rope's long factors; 0 for other kinds of scaling."""
     rope = getattr(config, "rope_parameters", None) or {}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cachetune_rag.model import KVBuffers, ModelAdapter
+from cachetune_rag.model.rope import rows_of
 from cachetune_store import ChunkKey, ChunkReader, DamagedChunkError, get_codec
 
 READ_AHEAD = 4
@@ -81,6 +82,7 @@ class LayerLoader:
             key: torch.cat([s.start + s.reader.order[: s.rows] for s in group]).to(self._adapter.device)
             for key, group in self._groups.items()
         }
+        self._rows_of_tables = {key: rows_of(self._tables, places) for key, places in self._places.items()}
         self._read_ahead = any(s.reader.tier != "host" for s in self._sources)
 
     def load(self, layer: int) -> None:
@@ -104,7 +106,7 @@ class LayerLoader:
                 at += piece.shape[0]
             keys, values = codec.decode(encoded, spec, self._adapter.dtype)
             places = self._places[codec_name, _dtype]
-            keys = self._adapter.rotate(layer, keys, places, self._tables)
+            keys = self._adapter.rotate_by(layer, keys, self._rows_of_tables[codec_name, _dtype])
             self._buffers.key_rows[layer].index_copy_(0, places, keys)
             self._buffers.value_rows[layer].index_copy_(0, places, values)
         self._loaded[layer] = 1

@@ -6,6 +6,7 @@ A store keeps encoded rows by chunk key in host memory and in files. It knows by
 nothing of transformers or of any framework.
 """
 
+from .chunk import Chunk
 from .codecs import Codec, codec_names, get_codec, register_codec
 from .errors import (
     BudgetError,
@@ -29,6 +30,7 @@ from .store import ChunkStore
 __all__ = [
     "FORMAT_VERSION",
     "BudgetError",
+    "Chunk",
     "ChunkKey",
     "ChunkLayout",
     "ChunkReader",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .buffers import SlabPool
-from .chunk import encode_chunk
+from .chunk import Chunk, encode_chunk
 from .codecs import get_codec
 from .directory import StoreDirectory
 from .documents import Documents
@@ -133,9 +133,26 @@ class ChunkStore:
         """
         self._check_open()
         known = self._healed(lambda: self._placement.known(key, text))
-        if known:
-            return known
-        chunk = encode_chunk(
+        return known or self.write(
+            self.encode(key, layers, scores, namespace=namespace, token_ids=token_ids, text=text)
+        )
+
+    def encode(
+        self,
+        key: ChunkKey,
+        layers: Sequence[tuple[Tensor, Tensor]],
+        scores: Tensor,
+        *,
+        namespace: Namespace,
+        token_ids: Sequence[int],
+        text: str | None = None,
+    ) -> Chunk:
+        """The first half of put(), which computes: the chunk as its file will hold it. Nothing is stored.
+
+        Apart from write(), so that a job can encode where it computes and write on another thread.
+        """
+        self._check_open()
+        return encode_chunk(
             key,
             layers,
             scores,
@@ -145,7 +162,12 @@ class ChunkStore:
             codec=self.codec,
             pool=self._pool,
         )
-        return self._healed(lambda: self._placement.put(chunk))
+
+    def write(self, chunk: Chunk) -> int:
+        """The second half of put(): store an encoded chunk, durably. Returns and raises as put() does."""
+        self._check_open()
+        known = self._healed(lambda: self._placement.known(chunk.key, chunk.head.text))
+        return known or self._healed(lambda: self._placement.put(chunk))
 
     def open(self, key: ChunkKey) -> ChunkReader | None:
         """A reader of the chunk, which holds it until closed; None if it isn't stored.
