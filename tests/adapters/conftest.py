@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 from engines import EngineMaker, Retriever
 
 from cachetune_rag import CacheTune
@@ -33,6 +34,12 @@ def embed() -> Callable[[list[str]], Any]:
 @pytest.fixture(scope="session")
 def smollm2(smollm2_path: Path) -> tuple[Any, Any]:
     return load_model(smollm2_path, device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(_threads: None) -> None:
+    """Prompts are short here: more threads gain little, and lose a lot where something else runs on the machine."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

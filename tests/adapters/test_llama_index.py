@@ -101,6 +101,20 @@ def test_report_and_counts(llm: CacheTuneLLM, engine: CacheTune) -> None:
     assert first.raw["report"]["recognised"] == 1
 
 
+def test_evicted_kv_is_recognised_after_a_restart_and_comes_back(engines: EngineMaker) -> None:
+    budgets = {"host_budget": 0, "disk_budget": "120KiB"}
+    with engines(**budgets) as engine:
+        engine.precompute(FIRST)
+        engine.precompute("Something long enough to need the room of all else. " * 4)
+        assert not is_stored(engine, FIRST)
+    llm = CacheTuneLLM(engines(**budgets), max_new_tokens=2)
+    llm.complete(f"Read: {FIRST}")
+    assert llm.last_report is not None
+    assert (llm.last_report.recognised, llm.last_report.missed) == (1, len(FIRST))
+    llm.complete(f"Read: {FIRST}")
+    assert llm.last_report.reused + llm.last_report.recomputed == len(FIRST)
+
+
 def test_formatted_prompts_and_messages(llm: CacheTuneLLM, engine: CacheTune) -> None:
     asked = []
     stream = engine.stream
