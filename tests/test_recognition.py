@@ -2,7 +2,6 @@
 
 import random
 import threading
-import time
 
 import pytest
 from hypothesis import given, settings
@@ -167,19 +166,15 @@ def test_many_threads() -> None:
 
 
 @pytest.mark.parametrize("header", ["", "file_path: /data/documents/handbook.txt\ntitle: The handbook\n\n"])
-def test_a_long_prompt_over_a_hundred_thousand_chunks_takes_under_ten_milliseconds(header: str) -> None:
-    """130,000 characters are about 32k tokens; a shared header must not make every chunk a candidate."""
+def test_chunks_are_found_among_many_that_begin_alike(header: str) -> None:
+    """How long it takes is measured in benchmarks/recognition.py."""
     rng = random.Random(9)
     vocabulary = [words(rng, 1) for _ in range(3000)]
     texts = [header + " ".join(rng.choices(vocabulary, k=rng.randint(100, 400))) for _ in range(1000)]
     recognizer = known(*texts)
-    recognizer.update((i, f"{header}{i:06d} {texts[i % 1000][len(header) :]}") for i in range(1000, 100_000))
+    recognizer.update((i, f"{header}{i:06d} {texts[i % 1000][len(header) :]}") for i in range(1000, 20_000))
     picks = [rng.choice(texts) for _ in range(90)]
     prompt = "\n\n".join(picks)[:130_000] + "\nQuestion: what?"
-    took = []
-    for _ in range(10):
-        begin = time.perf_counter()
-        segments = recognizer.segment(prompt)
-        took.append(time.perf_counter() - begin)
+    segments = recognizer.segment(prompt)
     assert sum(isinstance(s, Chunk) for s in segments) > 50
-    assert min(took) < 0.010
+    assert "".join(s.text for s in segments) == prompt
