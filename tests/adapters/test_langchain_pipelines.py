@@ -183,7 +183,7 @@ def test_after_eviction(
     pipeline = Pipeline(engine, some, embed)
     chain = getattr(pipeline, way)()
     expected = check(pipeline, chain)
-    engine.precompute("An unrelated document. " * 70)  # so long that everything else must go
+    engine.precompute("An unrelated document. " * 80)  # so long that everything else must go
     chunks = texts(pipeline.found())
     assert not any(is_stored(engine, text) for text in chunks)
     missing = chain.invoke({"input": QUESTION})["answer"]

@@ -168,7 +168,7 @@ def test_after_eviction(
     pipeline = Pipeline(engine, some, embed)
     query_engine = getattr(pipeline, way)()
     expected = check(pipeline, query_engine)
-    engine.precompute("An unrelated document. " * 70)  # so long that everything else must go
+    engine.precompute("An unrelated document. " * 80)  # so long that everything else must go
     chunks = texts(pipeline.nodes())
     assert not any(is_stored(engine, text) for text in chunks)
     missing = query_engine.query(QUESTION)
