@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -28,7 +29,9 @@ from cachetune_rag.prompt import Chunk, Prompt, PromptBuilder, Segment
 from cachetune_rag.recognition import StoreRecognizer
 from cachetune_rag.report import PrecomputeSummary
 from cachetune_rag.stats import EngineStats, RequestCounter
-from cachetune_store import ChunkStore, Namespace, UnknownDocumentError
+from cachetune_store import ChunkStore, Namespace, StoreError, UnknownDocumentError
+
+_log = logging.getLogger(__name__)
 
 
 class CacheTune:
@@ -347,10 +350,16 @@ class CacheTune:
         return state
 
     def _store_missed(self, state: PrefillState) -> None:
-        """Keep what a request had to compute, for the next one."""
-        if state.missed:
-            prompt = state.prompt
+        """Keep what a request had to compute, for the next one. The answer doesn't depend on it, so no error ends it."""
+        if not state.missed:
+            return
+        prompt = state.prompt
+        try:
             self._precomputer.store_chunks((prompt.chunk_ids[i], prompt.chunk_texts[i]) for i in state.missed)
+        except StoreError as error:
+            _log.warning(
+                "%d chunks of a request could not be stored and will be computed again: %s", len(state.missed), error
+            )
 
     def _forward(self, token: int, cache: Any) -> torch.Tensor:
         """One decoding step: logits [1, vocab] after `token`."""

@@ -315,6 +315,8 @@ def test_ctrl_c_says_how_far_it_got_and_the_next_run_resumes(
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # A shell's background jobs, and so these tests where one runs them, have Ctrl-C switched off.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     deadline = time.monotonic() + 50
     while len(list((store / "chunks").glob("*/*"))) < 20 and process.poll() is None and time.monotonic() < deadline:
