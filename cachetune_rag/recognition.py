@@ -22,21 +22,18 @@ import numpy as np
 import numpy.typing as npt
 
 from cachetune_rag.prompt import Chunk, Segment, Text
+from cachetune_rag.rolling_hash import Hashes, PrefixHashes
 from cachetune_store import ChunkKey, ChunkStore, Namespace, StoreError
 
 ANCHOR = 32
 """Characters by which the beginning of a chunk is found; shorter chunks are never recognised (they save nothing)."""
 
-_BASE = 0x9E3779B97F4A7C15
-_INVERSE = pow(_BASE, -1, 1 << 64)
 _MASK = (1 << 64) - 1
 _MIX = 0xBF58476D1CE4E5B9
 _BITMAP_BITS = 22
-_GROWTH = 1 << 17
 _STALE = 1 << 18
 _PATIENCE = 0.05  # seconds that a prompt waits for the store to be read again
 
-_Hashes = npt.NDArray[np.uint64]
 _K = TypeVar("_K")
 
 
@@ -119,7 +116,7 @@ class ChunkRecognizer:
         """Where known chunks stand in `prompt`: `[start, end)` in characters, in order and without overlap."""
         if len(prompt) < ANCHOR or not self._entries:
             return []
-        prefix = _Prefix(prompt)
+        prefix = PrefixHashes(prompt)
         with self._lock:
             starts = self._candidates(prefix)
             probes = [
@@ -138,7 +135,7 @@ class ChunkRecognizer:
                     found.append((start, done))
         return found
 
-    def _candidates(self, prefix: "_Prefix") -> npt.NDArray[np.intp]:
+    def _candidates(self, prefix: PrefixHashes) -> npt.NDArray[np.intp]:
         """Places where the bitmap and then the table of anchors say that a chunk may begin."""
         hashes = prefix.slices(ANCHOR)
         slots = _slots(hashes)
@@ -146,7 +143,7 @@ class ChunkRecognizer:
         sure = [anchor in self._anchors for anchor in hashes[maybe].tolist()]
         return maybe[np.array(sure, dtype=bool)] if sure else maybe
 
-    def _longest_at(self, prompt: str, prefix: "_Prefix", start: int, probes: list[tuple[int, int]]) -> int | None:
+    def _longest_at(self, prompt: str, prefix: PrefixHashes, start: int, probes: list[tuple[int, int]]) -> int | None:
         """The end of the longest chunk at `start`; `probes` are (level, hash of that level's prefix), longest first."""
         for level, head in probes:
             if start + (ANCHOR << level) > len(prompt):
@@ -283,57 +280,7 @@ class StoreRecognizer:
                 self._due = time.monotonic() + 19 * self._took
 
 
-class _Prefix:
-    """Polynomial prefix hashes of a text, modulo 2**64: `sums[n]` is that of the first n characters."""
-
-    def __init__(self, text: str) -> None:
-        codes = _codes(text)
-        self._inverses = _powers(_INVERSE, len(codes) + 1)
-        self.sums = np.zeros(len(codes) + 1, dtype=np.uint64)
-        np.cumsum(codes * _powers(_BASE, len(codes)), out=self.sums[1:])
-
-    def slices(self, length: int) -> _Hashes:
-        """Hash of every slice of `length` characters, by where it begins."""
-        hashes: _Hashes = (self.sums[length:] - self.sums[:-length]) * self._inverses[: len(self.sums) - length]
-        return hashes
-
-    def slices_at(self, starts: npt.NDArray[np.intp], length: int) -> _Hashes:
-        """Hash of the slice of `length` characters at each of `starts`; cut short at the end of the text."""
-        ends = np.minimum(starts + length, len(self.sums) - 1)
-        hashes: _Hashes = (self.sums[ends] - self.sums[starts]) * self._inverses[starts]
-        return hashes
-
-    def slices_from(self, start: int, lengths: list[int]) -> list[int]:
-        """Hash of the slice at `start` of each of `lengths`."""
-        ends = self.sums[start + np.array(lengths, dtype=np.intp)]
-        return ((ends - self.sums[start]) * self._inverses[start]).tolist()
-
-
-class _PowerTable:
-    """Powers of the two bases, grown as longer texts come along and shared by all."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._tables: dict[int, _Hashes] = {}
-
-    def __call__(self, base: int, count: int) -> _Hashes:
-        table = self._tables.get(base)
-        if table is None or len(table) < count:
-            with self._lock:
-                steps = np.full(-(-count // _GROWTH) * _GROWTH, base, dtype=np.uint64)
-                steps[0] = 1
-                table = self._tables[base] = np.cumprod(steps)
-        return table[:count]
-
-
-_powers = _PowerTable()
-
-
-def _codes(text: str) -> _Hashes:
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.uint64)
-
-
-def _slots(hashes: _Hashes) -> npt.NDArray[np.uint32]:
+def _slots(hashes: Hashes) -> npt.NDArray[np.uint32]:
     """A hash's bit of the bitmap: its high bits after mixing, for the low ones of a product are weak."""
     mixed = (hashes ^ (hashes >> np.uint64(32))) * np.uint64(_MIX)
     return (mixed >> np.uint64(64 - _BITMAP_BITS)).astype(np.uint32)
@@ -354,7 +301,7 @@ def _digest(text: str) -> bytes:
 
 
 def _describe(text: str) -> _Entry:
-    prefix, length, level = _Prefix(text), len(text), _level(len(text))
+    prefix, length, level = PrefixHashes(text), len(text), _level(len(text))
     anchor, head, full = prefix.slices_from(0, [ANCHOR, ANCHOR << level, length])
     return _Entry(anchor, _tag(head, level), length, _tag(full, length), _digest(text))
 

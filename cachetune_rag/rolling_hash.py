@@ -1,0 +1,64 @@
+"""Polynomial hashes of all slices of a text, vectorised."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import numpy.typing as npt
+
+_BASE = 0x9E3779B97F4A7C15
+_INVERSE = pow(_BASE, -1, 1 << 64)
+_GROWTH = 1 << 17
+
+Hashes = npt.NDArray[np.uint64]
+
+
+class PrefixHashes:
+    """Polynomial prefix hashes of a text, modulo 2**64: `sums[n]` is that of the first n characters."""
+
+    def __init__(self, text: str) -> None:
+        codes = _codes(text)
+        self._inverses = _powers(_INVERSE, len(codes) + 1)
+        self.sums = np.zeros(len(codes) + 1, dtype=np.uint64)
+        np.cumsum(codes * _powers(_BASE, len(codes)), out=self.sums[1:])
+
+    def slices(self, length: int) -> Hashes:
+        """Hash of every slice of `length` characters, by where it begins."""
+        hashes: Hashes = (self.sums[length:] - self.sums[:-length]) * self._inverses[: len(self.sums) - length]
+        return hashes
+
+    def slices_at(self, starts: npt.NDArray[np.intp], length: int) -> Hashes:
+        """Hash of the slice of `length` characters at each of `starts`; cut short at the end of the text."""
+        ends = np.minimum(starts + length, len(self.sums) - 1)
+        hashes: Hashes = (self.sums[ends] - self.sums[starts]) * self._inverses[starts]
+        return hashes
+
+    def slices_from(self, start: int, lengths: list[int]) -> list[int]:
+        """Hash of the slice at `start` of each of `lengths`."""
+        ends = self.sums[start + np.array(lengths, dtype=np.intp)]
+        return ((ends - self.sums[start]) * self._inverses[start]).tolist()
+
+
+class _PowerTable:
+    """Powers of the two bases, grown as longer texts come along and shared by all."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._tables: dict[int, Hashes] = {}
+
+    def __call__(self, base: int, count: int) -> Hashes:
+        table = self._tables.get(base)
+        if table is None or len(table) < count:
+            with self._lock:
+                steps = np.full(-(-count // _GROWTH) * _GROWTH, base, dtype=np.uint64)
+                steps[0] = 1
+                table = self._tables[base] = np.cumprod(steps)
+        return table[:count]
+
+
+_powers = _PowerTable()
+
+
+def _codes(text: str) -> Hashes:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.uint64)
