@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cachetune_rag.errors import UnsupportedModelError
+from cachetune_rag.kernels.reference import turn_reference
 
 Tables = tuple[Tensor, Tensor]
 
@@ -74,6 +75,22 @@ class Rotary:
         _, keys = self._functions[layer](keys[:, :0], keys, cos[None], sin[None])
         keys = keys[0].transpose(0, 1)
         return keys if rest.shape[-1] == 0 else torch.cat((keys, rest), dim=-1)
+
+    def half_split(self, layer: int, cos: Tensor, sin: Tensor, heads: int, head_dim: int) -> bool:
+        """Whether the layer's rotation is, bit for bit, the common one: channel i turned with channel i + width / 2.
+
+        Args:
+            layer: which layer.
+            cos, sin: tables of some positions [tokens, rotary_dim].
+            heads, head_dim: shape of its keys.
+        """
+        if not self.rotated[layer]:
+            return True
+        if cos.shape[1] != self._width(cos, head_dim):
+            return False
+        generator = torch.Generator().manual_seed(0)
+        keys = torch.randn(cos.shape[0], heads, head_dim, generator=generator).to(cos)
+        return torch.equal(turn_reference(keys, cos, sin), self.rotate(layer, keys, cos, sin))
 
     def _width(self, cos: Tensor, head_dim: int) -> int:
         """How many leading channels are rotated. gpt-oss keeps half tables, so the frequencies decide, not the table."""

@@ -58,6 +58,11 @@ class SelectionContext(Protocol):
         float32 [heads, queries, length].
         """
 
+    def received_attention(self, num_layers: int, queries: int) -> Tensor:
+        """What `observe_attention` shows, added up where that is cheaper: float32 [length], the attention that each token
+        receives, averaged over heads and queries, summed over layers. On the model's device.
+        """
+
 
 class Selector(ABC):
     """Chooses online which tokens of the reused chunks are recomputed, one set for all layers."""
