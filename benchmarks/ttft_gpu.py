@@ -63,6 +63,9 @@ def main() -> None:
     parser.add_argument("--tiers", nargs="+", choices=["host", "disk"], default=["host"])
     parser.add_argument("--codecs", nargs="+", default=["exact", "int8"])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--no-warmup", action="store_true", help="leave capturing to the first rounds, which don't count"
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--commit", help="what to record where there is no git")
     parser.add_argument("--trace", type=Path, help="file for a profiler trace of one request of the last setting")
@@ -89,7 +92,10 @@ def main() -> None:
                 ) as engine:
                     engine.precompute(passages)
                     started = time.perf_counter()
-                    engine.warmup(int(max(args.ratios) * max(args.contexts)) + 256, [c + 256 for c in args.contexts])
+                    if not args.no_warmup:
+                        engine.warmup(
+                            int(max(args.ratios) * max(args.contexts)) + 256, [c + 256 for c in args.contexts]
+                        )
                     print(f"warm-up {time.perf_counter() - started:.1f} s", flush=True)
                     for context in args.contexts:
                         chunks = passages[: context // args.chunk_tokens]

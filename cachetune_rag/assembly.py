@@ -111,8 +111,7 @@ class Assembler:
                 loaded = plan.loader.seconds
                 plan.loader.set_sources(_needed(plan.sources, plan.computed))
                 plan.loader.begin()
-                places = plan.computed.nonzero()[:, 0]
-                ids = _ids(prompt)[places]
+                ids, places = _some(prompt, plan.computed)
                 logits = self._adapter.selective_forward(ids, places, plan.buffers, plan.loader.load)
                 cache = plan.buffers.to_cache()
                 timings["load"] = plan.loader.seconds - loaded
@@ -200,7 +199,7 @@ class Assembler:
         if device.type != "cuda":
             return LayerLoader(self._adapter, sources, buffers, self._pool)
         if self._streams is None:
-            self._streams = Streams(device)
+            self._streams = Streams(device, self._adapter.num_layers)
         return DeviceLoader(self._adapter, sources, buffers, self._pool, self._streams)
 
     def _ids(self, prompt: Prompt) -> Tensor:
@@ -240,8 +239,7 @@ class _Context:
 
     def received_attention(self, num_layers: int, queries: int) -> Tensor:
         """See `SelectionContext`."""
-        places = self._base.nonzero()[:, 0]
-        ids = _ids(self._prompt)[places]
+        ids, places = _some(self._prompt, self._base)
         return self._adapter.received_attention(
             ids, places, self._buffers, num_layers, queries, before=self._loader.load
         )
@@ -249,21 +247,30 @@ class _Context:
     def observe_attention(self, num_layers: int, queries: int, observe: Callable[[int, Tensor], None]) -> None:
         """See `SelectionContext`."""
         device = self._adapter.device
-        places = self._base.nonzero()[:, 0]
-        ids, places = _ids(self._prompt)[places].to(device), places.to(device)
+        ids, places = (numbers.to(device) for numbers in _some(self._prompt, self._base))
         self._adapter.observe_attention(
             ids, places, self._buffers, num_layers, queries, before=self._loader.load, observe=observe
         )
 
 
+# On the host, NumPy: it reads a long tuple faster than torch, and wakes no threads for a few thousand numbers.
+
+
 def _ids(prompt: Prompt) -> Tensor:
-    """The prompt's token ids on the host, int64 [length]; NumPy reads a long tuple several times faster than torch."""
+    """The prompt's token ids on the host, int64 [length]."""
     return torch.from_numpy(np.array(prompt.ids, dtype=np.int64))
+
+
+def _some(prompt: Prompt, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids and places of the tokens where `wanted` is true, on the host."""
+    places = wanted.numpy().nonzero()[0]
+    return torch.from_numpy(_ids(prompt).numpy()[places]), torch.from_numpy(places)
 
 
 def _needed(sources: Sequence[Source], computed: Tensor) -> list[Source]:
     """Rows to read of each chunk: all but the last ones in ranking order that are recomputed anyway (sparse transfer)."""
-    reused = (~computed[torch.cat([s.places for s in sources])]).numpy().nonzero()[0]
+    places = np.concatenate([s.places.numpy() for s in sources])
+    reused = (~computed.numpy()[places]).nonzero()[0]
     ends = np.cumsum([s.reader.layout.tokens for s in sources])
     needed = []
     for source, end, before in zip(sources, ends, np.searchsorted(reused, ends), strict=True):

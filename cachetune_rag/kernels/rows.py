@@ -93,6 +93,23 @@ def _scatter(
         tl.store(values + place * (HEADS * V_DIM) + h * V_DIM + dv, v, mask=ok)
 
 
+@triton.jit(do_not_specialize=["host", "count"])
+def _fetch(host, OUT, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    numbers = tl.load(host.to(tl.pointer_type(tl.int64)) + at, mask=at < count)
+    tl.store(OUT + at, numbers, mask=at < count)
+
+
+def fetch(host: Tensor, out: Tensor) -> None:
+    """Copy a few int64 numbers from page-locked memory, [n] each, by reading them on the device.
+
+    An ordinary copy would queue behind the megabytes that are on their way. `host` must stay as it is until the device has
+    read it; torch does not know of it.
+    """
+    count = out.shape[0]
+    _fetch[(triton.cdiv(count, 256),)](host.data_ptr(), out, count, BLOCK=256, num_warps=4)
+
+
 def place(
     rows: Tensor, places: Tensor, cos: Tensor | None, sin: Tensor | None, keys: Tensor, values: Tensor, *, codec: str
 ) -> None:

@@ -11,8 +11,9 @@ waits for them. Token counts are rounded up; padding stands in front, at positio
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -63,6 +64,8 @@ class DeviceForward:
         self._seen: set[Any] = set()
         self._pool: Any = None
         self._stream: Any = None
+        # Page-locked numbers that the device may not have read yet: a request has two forwards at most.
+        self._recent: deque[_Inputs] = deque(maxlen=4)
 
     def forward(
         self, ids: Tensor, positions: Tensor, buffers: KVBuffers, before: Callable[[int], None] | None
@@ -135,6 +138,7 @@ class DeviceForward:
             return graph.replay(before)
         inputs = _Inputs(tokens, len(self._specs), self._device)
         inputs.fill(ids, positions, buffers)
+        self._recent.append(inputs)
         return self._eager(inputs, before, self._call(inputs, buffers.length, layers, queries))
 
     def _key(self, size: int, length: int, layers: int | None, queries: int) -> tuple[Any, ...]:
@@ -163,8 +167,12 @@ class DeviceForward:
             self._pool = torch.cuda.graph_pool_handle()
         inputs = _Inputs(size, len(self._specs), self._device)
         inputs.fill_idle()
-        torch.cuda.synchronize(self._device)
         recorder = _Recorder(self._pool)
+        # What the collector frees on the way (another engine's page-locked memory, say) would end the capture.
+        collecting = gc.isenabled()
+        gc.collect()
+        gc.disable()
+        torch.cuda.synchronize(self._device)
         try:
             with torch.cuda.stream(self._stream):
                 recorder.begin()
@@ -180,6 +188,9 @@ class DeviceForward:
             self._graphs.clear()
             torch.cuda.synchronize(self._device)
             return None
+        finally:
+            if collecting:
+                gc.enable()
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
         self.captures += 1
         graph = self._graphs[key] = _Graph(inputs, recorder.pieces, out)
@@ -233,12 +244,16 @@ class _Inputs:
         self.tokens = tokens
         count = 3 * tokens + 2 * layers
         self._host = torch.zeros(count, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._device = torch.zeros(count, dtype=torch.int64, device=device)
-        self.ids, self.places = self._device[None, :tokens], self._device[None, tokens : 2 * tokens]
-        self.positions, self.table = self._device[2 * tokens : 3 * tokens], self._device[3 * tokens :]
+        self._device = device
+        self._read = torch.cuda.Event() if device.type == "cuda" else None
+        self._numbers = numbers = torch.zeros(count, dtype=torch.int64, device=device)
+        self.ids, self.places = numbers[None, :tokens], numbers[None, tokens : 2 * tokens]
+        self.positions, self.table = numbers[2 * tokens : 3 * tokens], numbers[3 * tokens :]
 
     def fill(self, ids: Tensor, positions: Tensor, buffers: KVBuffers) -> None:
-        """Write a request's numbers. The last fill's copy must be over, which every request waits for at its end."""
+        """Write a request's numbers."""
+        if self._read is not None:
+            self._read.synchronize()  # the last ones have been read long ago, unless nobody waited for that forward
         size, host = self.tokens, self._host
         padding = size - ids.shape[0]
         host[padding:size] = ids
@@ -248,13 +263,22 @@ class _Inputs:
         host[2 * size + padding : 3 * size] = positions
         host[2 * size : 2 * size + padding] = -1
         host[3 * size :] = torch.tensor(AddressTable.of(buffers.key_rows, buffers.value_rows))
-        self._device.copy_(host, non_blocking=True)
+        self._send()
 
     def fill_idle(self) -> None:
         """Padding alone: a forward that touches no buffer."""
         self._host.zero_()
         self._host[2 * self.tokens : 3 * self.tokens] = -1
-        self._device.copy_(self._host, non_blocking=True)
+        self._send()
+
+    def _send(self) -> None:
+        if self._read is not None:
+            from cachetune_rag.kernels.rows import fetch
+
+            fetch(self._host, self._numbers)
+            self._read.record()
+        else:
+            self._numbers.copy_(self._host)
 
 
 class _Graph:

@@ -20,6 +20,9 @@ from cachetune_rag.kernels.reference import turn_reference
 
 Tables = tuple[Tensor, Tensor]
 
+_FIXED = {"default", "linear", "llama3", "yarn"}
+"""Kinds of scaling whose frequencies don't depend on how long a prompt is."""
+
 
 class Rotary:
     """The rotation of one model: one table per layer type, one function per attention class."""
@@ -41,6 +44,11 @@ class Rotary:
         self._module: Any = module
         self._typed = "layer_type" in inspect.signature(module.forward).parameters
         self._layer_types = layer_types
+        kinds = getattr(module, "rope_type", None)
+        kinds = set(kinds.values()) if isinstance(kinds, dict) else {kinds}
+        self._fixed = kinds <= _FIXED
+        self._known: dict[str | None, Tables] | None = None
+        self._known_length = 0
         self._functions = [_rotation_function(a, architecture) for a in attentions]
         # Layers that apply no rotation at all (SmolLM3, Cohere 2); settled by the check at load.
         self.rotated = [True] * len(attentions)
@@ -51,6 +59,16 @@ class Rotary:
         Computed for the whole prompt at once, because families with dynamic scaling choose their frequencies by the
         largest position of the call. Each table is [length, rotary_dim] in the dtype of `like`.
         """
+        if not self._fixed:
+            return self._make(length, like)
+        # The same for every prompt: made once, for more positions than were asked for.
+        known = self._known
+        if known is None or self._known_length < length or next(iter(known.values()))[0].device != like.device:
+            self._known_length = -(-length // 4096) * 4096
+            known = self._known = self._make(self._known_length, like)
+        return {kind: (cos[:length], sin[:length]) for kind, (cos, sin) in known.items()}
+
+    def _make(self, length: int, like: Tensor) -> dict[str | None, Tables]:
         positions = torch.arange(length, device=like.device)[None]
         probe = like.new_empty((1, 1, 1))
         kinds = sorted({t or "" for t in self._layer_types}) if self._typed else [""]

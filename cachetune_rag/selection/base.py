@@ -93,6 +93,17 @@ def top(scores: Tensor, count: int) -> Tensor:
     return torch.sort(scores, descending=True, stable=True).indices[:count]
 
 
+def top_set(scores: Tensor, count: int) -> Tensor:
+    """Indices of the `count` largest of `scores` [n], ascending; ties go to the smaller index. `count` is from 1 to n.
+
+    The set that `top` gives, without sorting everything.
+    """
+    bound = scores.topk(count, sorted=False).values.min()
+    above = (scores > bound).nonzero()[:, 0]
+    level = (scores == bound).nonzero()[: count - len(above), 0]
+    return torch.cat((above, level)).sort().values
+
+
 def all_places(chunks: Sequence[ReusedChunk]) -> Tensor:
     """Places of every token of the chunks, int64, in prompt order."""
     return torch.cat([torch.arange(c.start, c.start + c.tokens) for c in chunks] or [torch.empty(0, dtype=torch.int64)])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cachetune_rag.selection.base import SelectionContext, Selector, all_places, budget, top
+from cachetune_rag.selection.base import SelectionContext, Selector, all_places, budget, top_set
 
 
 class ProbeSelector(Selector):
@@ -38,5 +38,5 @@ class ProbeSelector(Selector):
             mass: list[Tensor] = []
             context.observe_attention(layers, self.queries, lambda _layer, weights: mass.append(weights.mean((0, 1))))
             received = torch.stack(mass).sum(0)
-        # Sorted where the scores are: a GPU does it in no time.
-        return places[top(received[places.to(received.device)], count).cpu()]
+        # On the host: a copy to a GPU would wait for all the KV that is on its way there.
+        return places[top_set(received.cpu()[places], count)]

@@ -139,3 +139,14 @@ def test_scatter(dtype: torch.dtype) -> None:
     wanted_v[places[2:]] = fresh_v[0, :, 2:].transpose(0, 1)
     assert torch.equal(keys[2], wanted_k)
     assert torch.equal(values[2], wanted_v)
+
+
+@pytest.mark.parametrize("count", [1, 256, 1000])
+def test_fetch(count: int) -> None:
+    from cachetune_rag.kernels.rows import fetch
+
+    host = torch.randint(-(2**60), 2**60, (count,))
+    host = host.pin_memory() if CUDA else host
+    out = torch.zeros(count, dtype=torch.int64, device=DEVICE)
+    fetch(host, out)
+    assert torch.equal(out.cpu(), host)
