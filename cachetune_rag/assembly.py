@@ -9,12 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from cachetune_rag.config import ReuseConfig
 from cachetune_rag.model import KVBuffers, ModelAdapter
+from cachetune_rag.pipeline.device import DeviceLoader, Streams
 from cachetune_rag.pipeline.loader import DamagedSourceError, LayerLoader, Source
 from cachetune_rag.prefix import PrefixCache
 from cachetune_rag.prompt import Prompt
@@ -50,12 +52,14 @@ class _Plan:
         computed: bool [length], the tokens that go through the model.
         prefix: ids of what stands before the first chunk; its first `kept` rows are known already.
         kept: all of the prefix, or 0.
+        sources: the reused chunks, whole.
         buffers, loader: where the KV is put together, and what brings it.
     """
 
     computed: Tensor
     prefix: tuple[int, ...]
     kept: int
+    sources: list[Source]
     buffers: KVBuffers
     loader: LayerLoader
 
@@ -66,6 +70,7 @@ class Assembler:
     def __init__(self, adapter: ModelAdapter, store: ChunkStore, namespace: Namespace, pool: ThreadPoolExecutor):
         self._adapter, self._store, self._namespace, self._pool = adapter, store, namespace, pool
         self._prefixes = PrefixCache()
+        self._streams: Streams | None = None
 
     def key(self, token_ids: Sequence[int]) -> ChunkKey:
         """The key of a chunk."""
@@ -91,6 +96,10 @@ class Assembler:
 
     def _attempt(self, prompt: Prompt, config: ReuseConfig, started: float, damaged: int) -> PrefillState:
         with ExitStack() as stack:
+            if self._adapter.device.type == "cuda":
+                stack.enter_context(
+                    torch.cuda.device(self._adapter.device)
+                )  # kernels and streams go by the current one
             clock = _Clock()
             found, missed, first_missed = self._look_up(prompt, stack)
             timings = {"lookup": clock.lap()}
@@ -100,9 +109,9 @@ class Assembler:
                 logits, cache = self._adapter.full_forward(self._ids(prompt))
             else:
                 loaded = plan.loader.seconds
-                plan.loader.set_sources([_needed(start, reader, plan.computed) for start, reader in found])
-                places = plan.computed.nonzero()[:, 0].to(self._adapter.device)
-                ids = self._ids(prompt)[places]
+                plan.loader.set_sources(_needed(plan.sources, plan.computed))
+                plan.loader.begin()
+                ids, places = _some(prompt, plan.computed)
                 logits = self._adapter.selective_forward(ids, places, plan.buffers, plan.loader.load)
                 cache = plan.buffers.to_cache()
                 timings["load"] = plan.loader.seconds - loaded
@@ -148,12 +157,12 @@ class Assembler:
         for start, reader in found:
             computed[start : start + reader.layout.tokens] = False
         sources = [Source(reader, start, reader.layout.tokens) for start, reader in found]
-        loader = LayerLoader(self._adapter, sources, buffers, self._pool)
-        stack.callback(loader.drain)
+        loader = self._loader(sources, buffers)
+        stack.callback(loader.close)
         context = _Context(self._adapter, prompt, found, computed, buffers, loader)
         chosen = get_selector(config.selector).select(context, config.ratio)
         computed = computed.index_fill(0, chosen, True)
-        return None if bool(computed[kept:].all()) else _Plan(computed, prefix, kept, buffers, loader)
+        return None if bool(computed[kept:].all()) else _Plan(computed, prefix, kept, sources, buffers, loader)
 
     def _promote(self, reader: ChunkReader) -> None:
         """Let the next request find the chunk in host memory. The answer is out, so damage is only set aside."""
@@ -185,8 +194,16 @@ class Assembler:
                 found.append((span.start, opened))
         return found, missed, tuple(first_missed)
 
+    def _loader(self, sources: Sequence[Source], buffers: KVBuffers) -> LayerLoader:
+        device = self._adapter.device
+        if device.type != "cuda":
+            return LayerLoader(self._adapter, sources, buffers, self._pool)
+        if self._streams is None:
+            self._streams = Streams(device, self._adapter.num_layers)
+        return DeviceLoader(self._adapter, sources, buffers, self._pool, self._streams)
+
     def _ids(self, prompt: Prompt) -> Tensor:
-        return torch.tensor(prompt.ids, dtype=torch.int64, device=self._adapter.device)
+        return _ids(prompt).to(self._adapter.device)
 
     def _wait(self) -> None:
         if self._adapter.device.type == "cuda":
@@ -220,20 +237,48 @@ class _Context:
         """A number that depends on the prompt's token ids alone."""
         return int.from_bytes(hashlib.sha256(repr(self._prompt.ids).encode()).digest()[:7])
 
+    def received_attention(self, num_layers: int, queries: int) -> Tensor:
+        """See `SelectionContext`."""
+        ids, places = _some(self._prompt, self._base)
+        return self._adapter.received_attention(
+            ids, places, self._buffers, num_layers, queries, before=self._loader.load
+        )
+
     def observe_attention(self, num_layers: int, queries: int, observe: Callable[[int, Tensor], None]) -> None:
         """See `SelectionContext`."""
         device = self._adapter.device
-        places = self._base.nonzero()[:, 0].to(device)
-        ids = torch.tensor(self._prompt.ids, dtype=torch.int64, device=device)[places]
+        ids, places = (numbers.to(device) for numbers in _some(self._prompt, self._base))
         self._adapter.observe_attention(
             ids, places, self._buffers, num_layers, queries, before=self._loader.load, observe=observe
         )
 
 
-def _needed(start: int, reader: ChunkReader, chosen: Tensor) -> Source:
-    """Rows to read of a chunk: all but the last ones in ranking order that are recomputed anyway (sparse transfer)."""
-    kept = (~chosen[start + reader.order]).nonzero()
-    return Source(reader, start, int(kept[-1]) + 1 if len(kept) else 0)
+# On the host, NumPy: it reads a long tuple faster than torch, and wakes no threads for a few thousand numbers.
+
+
+def _ids(prompt: Prompt) -> Tensor:
+    """The prompt's token ids on the host, int64 [length]."""
+    return torch.from_numpy(np.array(prompt.ids, dtype=np.int64))
+
+
+def _some(prompt: Prompt, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids and places of the tokens where `wanted` is true, on the host."""
+    places = wanted.numpy().nonzero()[0]
+    return torch.from_numpy(_ids(prompt).numpy()[places]), torch.from_numpy(places)
+
+
+def _needed(sources: Sequence[Source], computed: Tensor) -> list[Source]:
+    """Rows to read of each chunk: all but the last ones in ranking order that are recomputed anyway (sparse transfer)."""
+    places = np.concatenate([s.places.numpy() for s in sources])
+    reused = (~computed.numpy()[places]).nonzero()[0]
+    ends = np.cumsum([s.reader.layout.tokens for s in sources])
+    needed = []
+    for source, end, before in zip(sources, ends, np.searchsorted(reused, ends), strict=True):
+        tokens = source.reader.layout.tokens
+        # The last reused row before the chunk's end, if it is one of this chunk.
+        last = int(reused[before - 1]) - (int(end) - tokens) if before else -1
+        needed.append(source.first(max(0, last + 1)))
+    return needed
 
 
 class _Clock:

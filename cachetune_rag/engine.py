@@ -28,6 +28,7 @@ from cachetune_rag.precompute import Precomputer, Progress
 from cachetune_rag.prompt import Chunk, Prompt, PromptBuilder, Segment
 from cachetune_rag.recognition import StoreRecognizer
 from cachetune_rag.report import PrecomputeSummary
+from cachetune_rag.selection.probe import ProbeSelector
 from cachetune_rag.stats import EngineStats, RequestCounter
 from cachetune_store import ChunkStore, Namespace, StoreError, UnknownDocumentError
 
@@ -293,6 +294,21 @@ class CacheTune:
         self._check_open()
         started = time.perf_counter()
         return self._run_prefill(self._prompt(query, chunks, prefix, prompt), None, started)
+
+    def warmup(self, computed_tokens: int = 2048, prompt_lengths: Sequence[int] = (8192, 32768)) -> None:
+        """Make ready for requests, so that none of them pays for compiling: on a GPU, compile kernels and capture a CUDA graph
+        for every size of request up to `computed_tokens`. Elsewhere there is nothing to do.
+
+        Args:
+            computed_tokens: most tokens that a request computes: ratio times its chunks' tokens, prefix and query. Larger
+                requests work as well; they run without a graph, which they gain little from.
+            prompt_lengths: lengths of prompts that selectors which look at the attention are made ready for.
+        """
+        self._check_open()
+        with self._lock:
+            probe = ProbeSelector()
+            watched = probe.layers(self.adapter.num_layers), probe.queries
+            self.adapter.warmup(computed_tokens, watched, prompt_lengths)
 
     # -- state ----------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
+import torch
 from torch import Tensor
 
 from cachetune_rag.model import KVBuffers
@@ -29,9 +30,8 @@ class PrefixCache:
         if layers is None:
             return False
         self._entries.move_to_end(prefix)
-        for layer, (keys, values) in enumerate(layers):
-            buffers.key_rows[layer][: len(prefix)].copy_(keys)
-            buffers.value_rows[layer][: len(prefix)].copy_(values)
+        rows = [rows[: len(prefix)] for pair in zip(buffers.key_rows, buffers.value_rows, strict=True) for rows in pair]
+        torch._foreach_copy_(rows, [kept for pair in layers for kept in pair])
         return True
 
     def keep(self, prefix: tuple[int, ...], buffers: KVBuffers) -> None:

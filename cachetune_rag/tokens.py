@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import re
 import threading
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,6 +20,8 @@ INSIDE = "\n"
 """The usual `after`: the text goes on inside a prompt, so nothing may be put before it."""
 
 _LOOKS_LIKE_CONTROL = re.compile(r"<[^<>\s]+>|<[|｜].*[|｜]>|\[/?[A-Za-z_][\w/ -]*\]", re.DOTALL)
+_REMEMBERED_IDS = 1 << 20
+"""Token ids that are remembered of texts seen before: what is retrieved is often retrieved again."""
 _NEVER = re.compile(r"(?!)")
 
 
@@ -40,6 +43,9 @@ class ContentTokenizer:
     def __init__(self, tokenizer: Any):
         self.tokenizer = copy.deepcopy(tokenizer)
         self._lock = threading.Lock()
+        self._known: OrderedDict[tuple[str, str], tuple[int, ...]] = OrderedDict()
+        self._known_ids = 0
+        self._known_lock = threading.Lock()
         try:
             plain = self._raw("a", special=False)
             with_bos = list(self.tokenizer.encode("a", add_special_tokens=True))
@@ -72,6 +78,25 @@ class ContentTokenizer:
         check_text(text)
         if not text:
             return []
+        with self._known_lock:
+            if (known := self._known.get((text, after))) is not None:
+                self._known.move_to_end((text, after))
+                return list(known)
+        ids = self._encode(text, after)
+        self._remember((text, after), tuple(ids))
+        return ids
+
+    def _remember(self, key: tuple[str, str], ids: tuple[int, ...]) -> None:
+        if len(ids) > _REMEMBERED_IDS // 8:
+            return
+        with self._known_lock:
+            if key not in self._known:
+                self._known[key] = ids
+                self._known_ids += len(ids)
+            while self._known_ids > _REMEMBERED_IDS:
+                self._known_ids -= len(self._known.popitem(last=False)[1])
+
+    def _encode(self, text: str, after: str) -> list[int]:
         ids: list[int] = []
         for piece in self._cut(text):
             if not ids and after not in ("", INSIDE):

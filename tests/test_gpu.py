@@ -77,3 +77,63 @@ def test_half_types_recompute_to_full_prefill(dtype: torch.dtype, batch_tokens: 
         ours = engine.prefill(query=QUERY, chunks=CHUNKS, ratio=0.99, selector="probe")
         assert float((ours.logits - full.logits).abs().max()) <= 0.5
         engine.generate(query=QUERY, chunks=CHUNKS, max_new_tokens=5, do_sample=True, seed=1)
+
+
+def test_graphs_give_what_launching_gives_and_nothing_is_captured_twice(tmp_path: Path) -> None:
+    with CacheTune(llama().cuda(), tokenizer(), tmp_path, batch_tokens=0) as engine:
+        engine.precompute([Document("a", CHUNKS)])
+        forward = engine.adapter.device_forward
+        assert forward is not None
+
+        def logits(selector: str, ratio: float, query: str = QUERY) -> torch.Tensor:
+            return engine.prefill(query=query, chunks=CHUNKS, ratio=ratio, selector=selector).logits
+
+        forward.graphs_enabled = False
+        wanted = {(s, r): logits(s, r) for s in ("frequency", "probe", "random") for r in (0.0, 0.2, 0.6, 0.9)}
+        forward.graphs_enabled = True
+        engine.warmup(512, [2048])
+        assert forward.graphs_enabled, "the tiny model was not captured"
+        captures = forward.captures
+        for _ in range(3):
+            for (selector, ratio), expected in wanted.items():
+                assert float((logits(selector, ratio) - expected).abs().max()) <= 1e-5, (selector, ratio)
+        for length in range(1, 60, 7):
+            logits("probe", 0.3, "q" * length)
+        assert forward.captures == captures, "something was captured after the warm-up"
+
+
+def test_a_state_keeps_its_cache_while_later_requests_run(tmp_path: Path) -> None:
+    with CacheTune(llama().cuda(), tokenizer(), tmp_path, batch_tokens=0) as engine:
+        engine.precompute([Document("a", CHUNKS)])
+        engine.warmup(512, [2048])
+        first = engine.prefill(query=QUERY, chunks=CHUNKS, ratio=0.3)
+        kept = [layer.keys.clone() for layer in first.cache.layers], first.logits.clone()
+        for ratio in (0.1, 0.5):
+            engine.prefill(query=QUERY, chunks=CHUNKS[::-1], ratio=ratio)
+        assert all(torch.equal(a, b.keys) for a, b in zip(kept[0], first.cache.layers, strict=True))
+        assert torch.equal(kept[1], first.logits)
+
+
+def test_codecs_and_tiers_together(tmp_path: Path) -> None:
+    """Chunks of two codecs in one prompt, from disk and from host memory, give what a CPU gives."""
+    found = {}
+    for device in ("cpu", "cuda"):
+        for codec, chunk in (("exact", CHUNKS[0]), ("int8", CHUNKS[1])):
+            with CacheTune(llama().to(device), tokenizer(), tmp_path / device, codec=codec, batch_tokens=0) as engine:
+                engine.precompute([Document(codec, [chunk])])
+        with CacheTune(llama().to(device), tokenizer(), tmp_path / device, batch_tokens=0) as engine:
+            for _ in range(2):  # from disk, then from host memory
+                found[device] = engine.prefill(query=QUERY, chunks=CHUNKS, ratio=0.2, selector="frequency")
+                assert found[device].report.missed == 0
+                assert float((found["cpu"].logits - found[device].logits.cpu()).abs().max()) <= 0.05
+
+
+def test_experts_run_without_graphs() -> None:
+    family = next(f for f in FAMILIES if "mixtral" in f.name)
+    adapter = ModelAdapter(family.build().cuda())
+    ids = torch.tensor(random_ids(70, seed=1), device="cuda")
+    full, _ = adapter.full_forward(ids)
+    for _ in range(3):
+        buffers = adapter.new_buffers(70)
+        ours = adapter.selective_forward(ids, torch.arange(70, device="cuda"), buffers)
+        assert float((ours - full).abs().max()) <= 5e-5

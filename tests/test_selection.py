@@ -13,7 +13,7 @@ from torch import Tensor
 from cachetune_rag.config import PAPER, resolve
 from cachetune_rag.errors import ConfigError
 from cachetune_rag.selection import ReusedChunk, Selector, get_selector, register_selector, selector_names
-from cachetune_rag.selection.base import budget
+from cachetune_rag.selection.base import budget, top, top_set
 from cachetune_rag.selection.frequency import frequency_scores
 from cachetune_rag.selection.probe import ProbeSelector
 
@@ -179,3 +179,10 @@ def test_ratios_out_of_range_are_refused(ratio: object) -> None:
 def test_the_papers_settings() -> None:
     assert resolve("auto", "auto", PAPER) == PAPER
     assert (PAPER.selector, PAPER.ratio) == ("frequency", 0.15)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 19, 20])
+def test_the_top_as_a_set_breaks_ties_like_the_sorted_top(count: int) -> None:
+    for seed in range(20):
+        scores = torch.randint(0, 6, (20,), generator=torch.Generator().manual_seed(seed)).float()
+        assert top_set(scores, count).tolist() == sorted(top(scores, count).tolist())

@@ -12,18 +12,17 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from cachetune_rag.errors import UnsupportedModelError
+from cachetune_rag.kernels import kernels_run_on
 from cachetune_rag.model import attention, families, masks, taps
+from cachetune_rag.model.attention import StopForward
 from cachetune_rag.model.buffers import KVBuffers, ScatterCache
 from cachetune_rag.model.capture import ChunkKV, ValueCache, pad_right
+from cachetune_rag.model.device import DeviceForward
 from cachetune_rag.model.rope import Rotary, Tables, longrope_boundary, rows_of
 from cachetune_store.layout import LayerSpec
 
 # How far the load check moves keys that seem unrotated, and how far rounding alone may move them (relative).
 _SHIFT, _NOISE = 64, 0.2
-
-
-class _StopForward(Exception):
-    """Ends a forward after the layers that were wanted."""
 
 
 class ModelAdapter:
@@ -62,7 +61,25 @@ class ModelAdapter:
         self._cache_argument = "cache" if "cache" in names else "past_key_values"
         self.reuse_beyond: int = longrope_boundary(self.config)
         self._window = masks.window_of(self.config, self._decoder)
+        self.device_forward: DeviceForward | None = None
         self._taps, self.layers = self._check()
+        self.device_forward = self._device_forward()
+        """Forwards through the kernels; None where they don't run."""
+        tables = self.rotary_tables(64)
+        self.half_split = [
+            self._rotary.half_split(i, *tables[self._layer_types[i]], spec.heads, spec.head_dim)
+            for i, spec in enumerate(self.layers)
+        ]
+        """By layer: whether the `place` kernel's rotation is the model's own."""
+
+    def _device_forward(self) -> DeviceForward | None:
+        if not kernels_run_on(self.device) or self._wanted_attention() != attention.NAME:
+            return None
+        mask = masks.placeholder(self.config, self.device)
+        windows = [masks.window_at(self._window, kind) for kind in self._layer_types]
+        return DeviceForward(
+            lambda ids, places, cache: self._selected(ids, places, mask, cache), self.layers, windows, self.device
+        )
 
     # -- load-time check ------------------------------------------------------------------------------------------
 
@@ -227,6 +244,10 @@ class ModelAdapter:
         cos, sin = rows[self._layer_types[layer]]
         return self._rotary.rotate(layer, keys, cos, sin)
 
+    def rotation(self, layer: int, tables: dict[str | None, Tables]) -> Tables | tuple[None, None]:
+        """The tables that a layer's keys are rotated by; (None, None) if it doesn't rotate."""
+        return tables[self._layer_types[layer]] if self._rotary.rotated[layer] else (None, None)
+
     def new_buffers(self, length: int) -> KVBuffers:
         """Uninitialised buffers for a prompt of `length` tokens."""
         return KVBuffers(self.layers, length, self.dtype, self.device)
@@ -254,6 +275,12 @@ class ModelAdapter:
         return out.logits[:, -1]
 
     @torch.no_grad()
+    def warmup(self, tokens: int, probe: tuple[int, int] | None, lengths: Sequence[int]) -> None:
+        """See `DeviceForward.warmup`; nothing to do without one."""
+        if self.device_forward is not None and self.device.type == "cuda":
+            self.device_forward.warmup(tokens, probe, lengths)
+
+    @torch.no_grad()
     def selective_forward(
         self, ids: Tensor, positions: Tensor, buffers: KVBuffers, before: Callable[[int], None] | None = None
     ) -> Tensor:
@@ -269,7 +296,37 @@ class ModelAdapter:
         Returns:
             Logits of the last token, [1, vocab].
         """
+        if self.device_forward is not None:
+            return self.device_forward.forward(ids, positions, buffers, before)
+        ids, positions = ids.to(self.device), positions.to(self.device)
         return self._masked_forward(ids, positions, buffers, ScatterCache(buffers, positions, before))
+
+    @torch.no_grad()
+    def received_attention(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        buffers: KVBuffers,
+        num_layers: int,
+        queries: int,
+        before: Callable[[int], None],
+    ) -> Tensor:
+        """The attention that each prompt token receives, float32 [length]: the sum over the first `num_layers` layers of
+        the mean over heads and the last `queries` tokens. Arguments and effects as for `observe_attention`.
+        """
+        if self.device_forward is not None:
+            return self.device_forward.received(ids, positions, buffers, num_layers, queries, before)
+        mass: list[Tensor] = []
+        self.observe_attention(
+            ids.to(self.device),
+            positions.to(self.device),
+            buffers,
+            num_layers,
+            queries,
+            before,
+            lambda _layer, weights: mass.append(weights.mean((0, 1))),
+        )
+        return torch.stack(mass).sum(0)
 
     @torch.no_grad()
     def observe_attention(
@@ -300,13 +357,13 @@ class ModelAdapter:
                 query = self.rotate(layer, tapped.pop(layer), place, tables)
                 observe(layer, self._attention(layer, query, keys[0], place))
             if layer >= num_layers - 1:
-                raise _StopForward
+                raise StopForward
 
         cache = ScatterCache(buffers, positions, before, after)
         with taps.tapped(self._attentions, [t.query_module for t in self._taps], on_query):
             try:
                 self._masked_forward(ids, positions, buffers, cache)
-            except _StopForward:
+            except StopForward:
                 return
 
     def _attention(self, layer: int, query: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
@@ -321,10 +378,15 @@ class ModelAdapter:
 
     def _masked_forward(self, ids: Tensor, positions: Tensor, buffers: KVBuffers, cache: ScatterCache) -> Tensor:
         mask = masks.build(self.config, self._window, positions, buffers.length, self.dtype)
-        with self._masked_attention(), attention.by_position(positions):
+        with attention.by_position(positions):
+            return self._selected(ids[None], positions[None], mask, cache)
+
+    def _selected(self, ids: Tensor, positions: Tensor, mask: Any, cache: Cache) -> Tensor:
+        """The model on some of a prompt's tokens, ids and positions [1, tokens]: logits of the last one, [1, vocab]."""
+        with self._masked_attention():
             out = self.model(
-                input_ids=ids[None],
-                position_ids=positions[None],
+                input_ids=ids,
+                position_ids=positions,
                 attention_mask=mask,
                 use_cache=True,
                 logits_to_keep=1,
@@ -339,9 +401,7 @@ class ModelAdapter:
         Eager attention takes one as it is. It also stands in for kernels that do a family's soft-capping or learned
         sinks, which are beyond sdpa.
         """
-        current = self.config._attn_implementation
-        beyond_sdpa = not self.model._supports_sdpa or getattr(self.config, "attn_logit_softcapping", None) is not None
-        wanted = "eager" if current == "eager" or (beyond_sdpa and current != "sdpa") else attention.NAME
+        current, wanted = self.config._attn_implementation, self._wanted_attention()
         if current == wanted:
             yield
             return
@@ -350,6 +410,12 @@ class ModelAdapter:
             yield
         finally:
             self.model.set_attn_implementation(current)
+
+    def _wanted_attention(self) -> str:
+        """The attention implementation of selective forwards."""
+        current = self.config._attn_implementation
+        beyond_sdpa = not self.model._supports_sdpa or getattr(self.config, "attn_logit_softcapping", None) is not None
+        return "eager" if current == "eager" or (beyond_sdpa and current != "sdpa") else attention.NAME
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

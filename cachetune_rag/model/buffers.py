@@ -21,8 +21,10 @@ class KVBuffers:
 
     def __init__(self, specs: Sequence[LayerSpec], length: int, dtype: torch.dtype, device: torch.device):
         self.length = length
-        self.key_rows = [torch.empty(length, s.heads, s.head_dim, dtype=dtype, device=device) for s in specs]
-        self.value_rows = [torch.empty(length, s.heads, s.v_head_dim, dtype=dtype, device=device) for s in specs]
+        key_shapes = [(length, s.heads, s.head_dim) for s in specs]
+        value_shapes = [(length, s.heads, s.v_head_dim) for s in specs]
+        self.key_rows = _empty(key_shapes, dtype, device)
+        self.value_rows = _empty(value_shapes, dtype, device)
 
     def keys(self, layer: int) -> Tensor:
         """Keys of one layer, [1, kv_heads, length, head_dim]."""
@@ -110,3 +112,10 @@ class _ScatterLayer(CacheLayerMixin):
         return self._buffers.length
 
     get_max_cache_shape = get_max_length  # its name before transformers 5.24
+
+
+def _empty(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Uninitialised tensors; on a GPU of one piece where they are alike, since each allocation takes the host time."""
+    if device.type == "cuda" and len(set(shapes)) == 1:
+        return list(torch.empty(len(shapes), *shapes[0], dtype=dtype, device=device).unbind())
+    return [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]

@@ -58,6 +58,18 @@ def build(config: Any, window: int | None, positions: Tensor, length: int, dtype
     return {kind: make(kind) for kind in kinds} if kinds else make(None)
 
 
+def placeholder(config: Any, device: torch.device) -> Any:
+    """What a model gets in place of masks when attention needs none, so that it builds none itself."""
+    empty = torch.zeros(1, 1, 1, 1, device=device)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    return dict.fromkeys(kinds, empty) if kinds else empty
+
+
+def window_at(window: int | None, kind: str | None) -> int | None:
+    """How many keys back, itself included, a query of a layer of this type sees; None for all."""
+    return window if kind in (None, "sliding_attention") else None
+
+
 def allowed(window: int | None, kind: str | None, positions: Tensor, length: int) -> Tensor:
     """Which keys 0..length-1 a query at each of `positions` may attend to, as bool [queries, length].
 
@@ -65,6 +77,6 @@ def allowed(window: int | None, kind: str | None, positions: Tensor, length: int
     """
     keys = torch.arange(length, device=positions.device)
     rows = positions[:, None] >= keys[None]
-    if window is not None and kind in (None, "sliding_attention"):
+    if (window := window_at(window, kind)) is not None:
         rows &= positions[:, None] - keys[None] < window
     return rows

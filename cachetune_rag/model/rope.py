@@ -16,8 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from cachetune_rag.errors import UnsupportedModelError
+from cachetune_rag.kernels.reference import turn_reference
 
 Tables = tuple[Tensor, Tensor]
+
+_FIXED = {"default", "linear", "llama3", "yarn"}
+"""Kinds of scaling whose frequencies don't depend on how long a prompt is."""
 
 
 class Rotary:
@@ -40,6 +44,11 @@ class Rotary:
         self._module: Any = module
         self._typed = "layer_type" in inspect.signature(module.forward).parameters
         self._layer_types = layer_types
+        kinds = getattr(module, "rope_type", None)
+        kinds = set(kinds.values()) if isinstance(kinds, dict) else {kinds}
+        self._fixed = kinds <= _FIXED
+        self._known: dict[str | None, Tables] | None = None
+        self._known_length = 0
         self._functions = [_rotation_function(a, architecture) for a in attentions]
         # Layers that apply no rotation at all (SmolLM3, Cohere 2); settled by the check at load.
         self.rotated = [True] * len(attentions)
@@ -50,6 +59,16 @@ class Rotary:
         Computed for the whole prompt at once, because families with dynamic scaling choose their frequencies by the
         largest position of the call. Each table is [length, rotary_dim] in the dtype of `like`.
         """
+        if not self._fixed:
+            return self._make(length, like)
+        # The same for every prompt: made once, for more positions than were asked for.
+        known = self._known
+        if known is None or self._known_length < length or next(iter(known.values()))[0].device != like.device:
+            self._known_length = -(-length // 4096) * 4096
+            known = self._known = self._make(self._known_length, like)
+        return {kind: (cos[:length], sin[:length]) for kind, (cos, sin) in known.items()}
+
+    def _make(self, length: int, like: Tensor) -> dict[str | None, Tables]:
         positions = torch.arange(length, device=like.device)[None]
         probe = like.new_empty((1, 1, 1))
         kinds = sorted({t or "" for t in self._layer_types}) if self._typed else [""]
@@ -74,6 +93,22 @@ class Rotary:
         _, keys = self._functions[layer](keys[:, :0], keys, cos[None], sin[None])
         keys = keys[0].transpose(0, 1)
         return keys if rest.shape[-1] == 0 else torch.cat((keys, rest), dim=-1)
+
+    def half_split(self, layer: int, cos: Tensor, sin: Tensor, heads: int, head_dim: int) -> bool:
+        """Whether the layer's rotation is, bit for bit, the common one: channel i turned with channel i + width / 2.
+
+        Args:
+            layer: which layer.
+            cos, sin: tables of some positions [tokens, rotary_dim].
+            heads, head_dim: shape of its keys.
+        """
+        if not self.rotated[layer]:
+            return True
+        if cos.shape[1] != self._width(cos, head_dim):
+            return False
+        generator = torch.Generator().manual_seed(0)
+        keys = torch.randn(cos.shape[0], heads, head_dim, generator=generator).to(cos)
+        return torch.equal(turn_reference(keys, cos, sin), self.rotate(layer, keys, cos, sin))
 
     def _width(self, cos: Tensor, head_dim: int) -> int:
         """How many leading channels are rotated. gpt-oss keeps half tables, so the frequencies decide, not the table."""

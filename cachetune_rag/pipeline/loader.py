@@ -10,12 +10,13 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from cachetune_rag.model import KVBuffers, ModelAdapter
-from cachetune_rag.model.rope import rows_of
+from cachetune_rag.model.rope import Tables, rows_of
 from cachetune_store import ChunkKey, ChunkReader, DamagedChunkError, get_codec
 
 READ_AHEAD = 4
@@ -44,6 +45,17 @@ class Source:
     reader: ChunkReader
     start: int
     rows: int
+
+    @cached_property
+    def places(self) -> Tensor:
+        """Place in the prompt of every row of the chunk, int64 [tokens]."""
+        return self.reader.order + self.start
+
+    def first(self, rows: int) -> Source:
+        """The same chunk at the same place, with fewer or more rows."""
+        other = Source(self.reader, self.start, rows)
+        other.__dict__["places"] = self.places
+        return other
 
 
 class LayerLoader:
@@ -78,11 +90,8 @@ class LayerLoader:
                 layout = source.reader.layout
                 self._groups.setdefault((layout.codec, layout.dtype), []).append(source)
         self._sources = [s for group in self._groups.values() for s in group]
-        self._places = {
-            key: torch.cat([s.start + s.reader.order[: s.rows] for s in group]).to(self._adapter.device)
-            for key, group in self._groups.items()
-        }
-        self._rows_of_tables = {key: rows_of(self._tables, places) for key, places in self._places.items()}
+        self._places: dict[tuple[str, str], Tensor] = {}
+        self._rows_of_tables: dict[tuple[str, str], dict[str | None, Tables]] = {}
         self._read_ahead = any(s.reader.tier != "host" for s in self._sources)
 
     def load(self, layer: int) -> None:
@@ -91,9 +100,7 @@ class LayerLoader:
             return
         started = time.perf_counter()
         rows = iter(self._rows(layer))
-        for (codec_name, _dtype), group in self._groups.items():
-            codec = get_codec(codec_name)
-            spec = self._adapter.layers[layer]
+        for key, group in self._groups.items():
             pieces = [next(rows) for _ in group]
             encoded = torch.empty(
                 (sum(p.shape[0] for p in pieces), pieces[0].shape[1]),
@@ -104,22 +111,54 @@ class LayerLoader:
             for piece in pieces:
                 encoded[at : at + piece.shape[0]].copy_(piece, non_blocking=True)
                 at += piece.shape[0]
-            keys, values = codec.decode(encoded, spec, self._adapter.dtype)
-            places = self._places[codec_name, _dtype]
-            keys = self._adapter.rotate_by(layer, keys, self._rows_of_tables[codec_name, _dtype])
-            self._buffers.key_rows[layer].index_copy_(0, places, keys)
-            self._buffers.value_rows[layer].index_copy_(0, places, values)
+            self._place_rows(layer, key, encoded, self._placed(key))
         self._loaded[layer] = 1
         self.seconds += time.perf_counter() - started
+
+    def _place_rows(self, layer: int, key: tuple[str, str], encoded: Tensor, places: Tensor) -> None:
+        """Decode a group's rows, rotate their keys to `places` and put keys and values there."""
+        keys, values = get_codec(key[0]).decode(encoded, self._adapter.layers[layer], self._adapter.dtype)
+        if key not in self._rows_of_tables:
+            self._rows_of_tables[key] = rows_of(self._tables, places)
+        keys = self._adapter.rotate_by(layer, keys, self._rows_of_tables[key])
+        self._buffers.key_rows[layer].index_copy_(0, places, keys)
+        self._buffers.value_rows[layer].index_copy_(0, places, values)
+
+    def begin(self) -> None:
+        """The sources are final: what can go ahead of the first `load` may."""
+
+    def _placed(self, key: tuple[str, str]) -> Tensor:
+        """Places of a group's rows, int64 [rows], on the device."""
+        places = self._places.get(key)
+        if places is None:
+            places = torch.cat([s.places[: s.rows] for s in self._groups[key]]).to(self._adapter.device)
+            self._places[key] = places
+        return places
+
+    def _row_bytes(self, layer: int, key: tuple[str, str]) -> int:
+        """Bytes of an encoded row of a group."""
+        codec, dtype = key
+        return get_codec(codec).row_bytes(self._adapter.layers[layer], dtype)
+
+    def _ready(self, layer: int) -> bool:
+        """Whether the rows of `layer` can be had without waiting."""
+        if not self._read_ahead:
+            return True
+        futures = self._ahead.get(layer)
+        return futures is not None and all(f.done() for f in futures)
 
     def _rows(self, layer: int) -> list[Tensor]:
         """Encoded rows of every source, in the order of the groups."""
         if not self._read_ahead:
             return [_read(s, layer) for s in self._sources]
+        self._read_on(layer)
+        return [f.result() for f in self._ahead.pop(layer)]
+
+    def _read_on(self, layer: int) -> None:
+        """Have the rows of `layer` and of the next ones read."""
         for ahead in range(layer, min(layer + 1 + READ_AHEAD, self._adapter.num_layers)):
             if ahead not in self._ahead and not self._loaded[ahead]:
                 self._ahead[ahead] = [self._pool.submit(_read, s, ahead) for s in self._sources]
-        return [f.result() for f in self._ahead.pop(layer)]
 
     def drain(self) -> None:
         """Wait for reads under way and drop them; the readers may be closed afterwards."""
@@ -128,6 +167,10 @@ class LayerLoader:
                 if not future.cancel():
                     future.exception()
         self._ahead.clear()
+
+    def close(self) -> None:
+        """The prompt is done, or given up: nothing reads or writes for it any more when this returns."""
+        self.drain()
 
 
 def _read(source: Source, layer: int) -> Tensor:

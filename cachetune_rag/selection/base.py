@@ -58,6 +58,11 @@ class SelectionContext(Protocol):
         float32 [heads, queries, length].
         """
 
+    def received_attention(self, num_layers: int, queries: int) -> Tensor:
+        """What `observe_attention` shows, added up where that is cheaper: float32 [length], the attention that each token
+        receives, averaged over heads and queries, summed over layers. On the model's device.
+        """
+
 
 class Selector(ABC):
     """Chooses online which tokens of the reused chunks are recomputed, one set for all layers."""
@@ -86,6 +91,17 @@ def budget(ratio: float, tokens: int) -> int:
 def top(scores: Tensor, count: int) -> Tensor:
     """Indices of the `count` largest of `scores` [n]; ties go to the smaller index."""
     return torch.sort(scores, descending=True, stable=True).indices[:count]
+
+
+def top_set(scores: Tensor, count: int) -> Tensor:
+    """Indices of the `count` largest of `scores` [n], ascending; ties go to the smaller index. `count` is from 1 to n.
+
+    The set that `top` gives, without sorting everything.
+    """
+    bound = scores.topk(count, sorted=False).values.min()
+    above = (scores > bound).nonzero()[:, 0]
+    level = (scores == bound).nonzero()[: count - len(above), 0]
+    return torch.cat((above, level)).sort().values
 
 
 def all_places(chunks: Sequence[ReusedChunk]) -> Tensor:

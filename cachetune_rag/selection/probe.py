@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cachetune_rag.selection.base import SelectionContext, Selector, all_places, budget, top
+from cachetune_rag.selection.base import SelectionContext, Selector, all_places, budget, top_set
 
 
 class ProbeSelector(Selector):
@@ -21,14 +21,22 @@ class ProbeSelector(Selector):
         """`depth`: share of the layers that the probe runs through; `queries`: how many last tokens are watched."""
         self.depth, self.queries = depth, queries
 
+    def layers(self, num_layers: int) -> int:
+        """How many layers of a model of `num_layers` it runs through."""
+        return max(1, round(self.depth * num_layers))
+
     def select(self, context: SelectionContext, ratio: float) -> Tensor:
         """See `Selector.select`."""
         places = all_places(context.chunks)
         count = budget(ratio, len(places))
         if count in (0, len(places)):
             return places[:count]
-        mass: list[Tensor] = []
-        layers = max(1, round(self.depth * context.num_layers))
-        context.observe_attention(layers, self.queries, lambda _layer, weights: mass.append(weights.mean((0, 1))))
-        received = torch.stack(mass).sum(0).cpu()
-        return places[top(received[places], count)]
+        layers = self.layers(context.num_layers)
+        if hasattr(context, "received_attention"):
+            received = context.received_attention(layers, self.queries)
+        else:
+            mass: list[Tensor] = []
+            context.observe_attention(layers, self.queries, lambda _layer, weights: mass.append(weights.mean((0, 1))))
+            received = torch.stack(mass).sum(0)
+        # On the host: a copy to a GPU would wait for all the KV that is on its way there.
+        return places[top_set(received.cpu()[places], count)]

@@ -102,6 +102,11 @@ class Chunk:
         """The chunk's key."""
         return self.head.key
 
+    @cached_property
+    def addresses(self) -> tuple[int, ...]:
+        """Where each layer begins in memory."""
+        return tuple(layer.data_ptr() for layer in self.layers)
+
 
 def layer_views(layout: ChunkLayout, slab: Tensor) -> tuple[Tensor, ...]:
     """The layers of a slab, uint8 [tokens, row_bytes] each, without a copy."""

@@ -90,6 +90,13 @@ class ChunkReader(ABC):
             DamagedChunkError: the file fails a check; treat the chunk as missing and call ChunkStore.discard(key).
         """
 
+    def locate(self, layer: int, rows: int) -> int:
+        """Address of what `read(layer, rows)` gives, for copies by address; counts as reading it.
+
+        It holds until close().
+        """
+        return self.read(layer, rows).data_ptr()
+
     @abstractmethod
     def promote(self) -> bool:
         """Put the chunk into the host tier; rows not read yet are read now. True if it is there afterwards."""
@@ -132,6 +139,8 @@ class HostReader(ChunkReader):
     def __init__(self, chunk: Chunk) -> None:
         super().__init__(chunk.head)
         self._layers = chunk.layers
+        self._addresses = chunk.addresses
+        self._widths = chunk.head.plan.row_bytes
         self._tokens = chunk.head.layout.tokens
 
     def read(self, layer: int, rows: int) -> Tensor:
@@ -141,6 +150,11 @@ class HostReader(ChunkReader):
         view = whole if rows == self._tokens else whole[:rows]
         self._bytes[layer] += view.numel()
         return view
+
+    def locate(self, layer: int, rows: int) -> int:
+        """See ChunkReader.locate; no view is made."""
+        self._bytes[layer] += rows * self._widths[layer]
+        return self._addresses[layer]
 
     def promote(self) -> bool:
         """True: it is there."""

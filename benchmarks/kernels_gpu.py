@@ -1,0 +1,70 @@
+"""The kernels alone on a GPU: attention by block sizes and splits, and rows into place, at an 8B model's shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from triton.testing import do_bench
+
+from cachetune_rag.kernels import AddressTable
+from cachetune_rag.kernels.attention import attend
+from cachetune_rag.kernels.rows import place, scatter
+
+HEADS, KV_HEADS, DIM = 32, 8, 128
+CASES = ((4096, 0.05), (4096, 0.15), (16384, 0.004), (16384, 0.05), (16384, 0.15), (32768, 0.05))
+BLOCKS = ((128, 64, 8, 3), (64, 64, 4, 3))
+SPLITS = (1, 2, 4, 8)
+
+
+def main() -> None:
+    """Measure and print."""
+    for length, share in CASES:
+        attention(length, int(length * share) + 64)
+    rows_into_place(16384)
+
+
+def attention(length: int, tokens: int) -> None:
+    keys = [torch.randn(length, KV_HEADS, DIM, dtype=torch.bfloat16, device="cuda")]
+    values = [torch.randn_like(keys[0])]
+    table = addresses(keys, values)
+    positions = torch.randperm(length, device="cuda")[:tokens].sort().values
+    query = torch.randn(1, HEADS, tokens, DIM, dtype=torch.bfloat16, device="cuda")
+    work = 4 * DIM * HEADS * float((positions + 1).sum())
+
+    def run(**how: Any) -> str:
+        def call() -> None:
+            attend(query, table, 0, positions, kv_heads=KV_HEADS, v_dim=DIM, scale=DIM**-0.5, **how)
+
+        took = microseconds(call)
+        return f"{took:.0f} us {work / took / 1e6:.0f} TFLOP/s"
+
+    found = [f"{b} x{s}: {run(blocks=b, splits=s)}" for b in BLOCKS for s in SPLITS]
+    print(length, tokens, "chosen: " + run(), *found, sep=" | ", flush=True)
+
+
+def rows_into_place(length: int) -> None:
+    keys = [torch.randn(length, KV_HEADS, DIM, dtype=torch.bfloat16, device="cuda")]
+    values = [torch.randn_like(keys[0])]
+    table, places = addresses(keys, values), torch.randperm(length, device="cuda")
+    cos = torch.randn(length, DIM, dtype=torch.bfloat16, device="cuda")
+    rows = torch.randn(length, 2 * KV_HEADS * DIM, device="cuda").to(torch.bfloat16).view(torch.uint8)
+    took = microseconds(lambda: place(rows, places, cos, cos, keys[0], values[0], codec="exact"))
+    print(f"place {length} rows: {took:.0f} us, {2 * rows.numel() / took / 1e6:.2f} TB/s")
+    fresh = torch.randn(1, KV_HEADS, 2048, DIM, dtype=torch.bfloat16, device="cuda")
+    print(f"scatter 2048 rows: {microseconds(lambda: scatter(fresh, fresh, table, 0, places[:2048])):.0f} us")
+
+
+def addresses(keys: list[torch.Tensor], values: list[torch.Tensor]) -> torch.Tensor:
+    table = AddressTable(len(keys), keys[0].device)
+    table.tensor.copy_(torch.tensor(AddressTable.of(keys, values)))
+    return table.tensor
+
+
+def microseconds(call: Callable[[], None]) -> float:
+    return float(do_bench(call, warmup=5, rep=25, return_mode="median")) * 1e3
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""What the kernels share: whether they can run, dtypes, and the table of buffer addresses."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+CODECS = frozenset({"exact", "int8"})
+"""Codecs whose rows the `place` kernel reads; the others are decoded by their own code."""
+
+
+def kernels_run_on(device: torch.device) -> bool:
+    """Whether tensors of `device` can be given to the kernels. On a CPU only Triton's interpreter runs them (tests)."""
+    if not HAS_TRITON:
+        return False
+    if device.type == "cuda":
+        # Below Ampere Triton's matrix products of half types are slow or missing, and so is bfloat16.
+        return torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] >= 8
+    return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class AddressTable:
+    """Device addresses of the key and value rows of every layer, int64 [2 * layers]: K of layer 0, V of layer 0, ...
+
+    The tensor stays where it is; `fill` changes what it says. A kernel reads it when it runs.
+    """
+
+    def __init__(self, layers: int, device: torch.device):
+        self.tensor = torch.zeros(2 * layers, dtype=torch.int64, device=device)
+
+    @staticmethod
+    def of(key_rows: Sequence[Tensor], value_rows: Sequence[Tensor]) -> list[int]:
+        """The addresses, in the table's order."""
+        return [t.data_ptr() for pair in zip(key_rows, value_rows, strict=True) for t in pair]
+
+
+def power_of_two(count: int, least: int = 1) -> int:
+    """The smallest power of two that is neither below `count` nor below `least`."""
+    return max(least, 1 << max(0, count - 1).bit_length())

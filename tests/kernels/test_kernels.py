@@ -1,0 +1,152 @@
+"""Every kernel against plain torch in float64. On a machine without a GPU, Triton's interpreter runs them if it is installed
+(TRITON_INTERPRET=1); elsewhere they are skipped.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from cachetune_store import LayerSpec, get_codec
+
+CUDA = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+pytestmark = pytest.mark.skipif(not (CUDA or INTERPRETED), reason="needs a CUDA device, or Triton's interpreter")
+DEVICE = "cuda" if CUDA else "cpu"
+# The interpreter has no arithmetic in bfloat16.
+HALF = [torch.bfloat16, torch.float16] if CUDA else [torch.float16]
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    """Relative error of the whole; NaN never passes a comparison."""
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def buffers(
+    length: int, heads: int, dim: int, v_dim: int, dtype: torch.dtype
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Three layers of random rows, and their address table."""
+    from cachetune_rag.kernels import AddressTable
+
+    keys = [torch.randn(length, heads, dim, device=DEVICE).to(dtype) for _ in range(3)]
+    values = [torch.randn(length, heads, v_dim, device=DEVICE).to(dtype) for _ in range(3)]
+    table = AddressTable(3, torch.device(DEVICE))
+    table.tensor.copy_(torch.tensor(AddressTable.of(keys, values)))
+    return keys, values, table.tensor
+
+
+def some_places(length: int, count: int) -> Tensor:
+    """Ascending, the last one the prompt's last token."""
+    picked = torch.randperm(length - 1)[: count - 1].sort().values
+    return torch.cat((picked, torch.tensor([length - 1]))).to(DEVICE)
+
+
+@pytest.mark.parametrize("splits", [1, None])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize(
+    ("length", "tokens", "heads", "kv_heads", "dim", "v_dim", "window", "padding"),
+    [
+        (200, 37, 4, 2, 16, 16, None, 0),
+        (200, 37, 4, 2, 16, 16, None, 27),
+        (130, 130, 7, 1, 8, 8, None, 0),
+        (257, 64, 4, 4, 80, 64, None, 3),
+        (300, 90, 4, 2, 32, 32, 40, 0),
+        (300, 90, 4, 2, 32, 32, 1, 6),
+        (65, 1, 2, 1, 16, 16, None, 0),
+    ],
+)
+def test_attention(
+    dtype: torch.dtype,
+    length: int,
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    v_dim: int,
+    window: int | None,
+    padding: int,
+    splits: int | None,
+) -> None:
+    from cachetune_rag.kernels.attention import attend, receive
+    from cachetune_rag.kernels.reference import attend_reference
+
+    torch.manual_seed(0)
+    keys, values, table = buffers(length, kv_heads, dim, v_dim, dtype)
+    positions = torch.cat((torch.full((padding,), -1, device=DEVICE), some_places(length, tokens)))
+    # Heads and tokens as a transformers attention hands them over: a transposed view.
+    query = torch.randn(1, padding + tokens, heads, dim, device=DEVICE).to(dtype).transpose(1, 2)
+    lse = torch.full((padding + tokens, heads), float("nan"), device=DEVICE)
+    given = {"kv_heads": kv_heads, "scale": dim**-0.5, "window": window}
+    out = attend(query, table, 1, positions, v_dim=v_dim, lse=lse, splits=splits, **given)
+    wanted, weights = attend_reference(query, keys[1], values[1], positions, scale=dim**-0.5, window=window)
+    assert bool(torch.isfinite(out).all())
+    assert error(out[:, padding:], wanted[:, padding:]) <= TOLERANCE[dtype]
+
+    mass = torch.zeros(length + 70, device=DEVICE)
+    receive(query, lse, table, 1, positions, mass, queries=9, **given)
+    receive(query, lse, table, 1, positions, mass, queries=9, **given)
+    seen = weights[:, -9:]
+    assert error(mass[:length], 2 * seen.mean((0, 1)) * (seen.shape[1] / min(9, padding + tokens))) <= TOLERANCE[dtype]
+    assert not mass[length:].any()
+
+
+@pytest.mark.parametrize("codec", ["exact", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize(
+    ("heads", "dim", "v_dim", "width"), [(2, 16, 16, 16), (3, 24, 8, 12), (1, 8, 8, 0), (8, 128, 128, 128)]
+)
+def test_place_is_the_codec_the_rotation_and_a_scatter(
+    codec: str, dtype: torch.dtype, heads: int, dim: int, v_dim: int, width: int
+) -> None:
+    from cachetune_rag.kernels.reference import turn_reference
+    from cachetune_rag.kernels.rows import place
+
+    torch.manual_seed(1)
+    length, count = 50, 21
+    k, v = torch.randn(count, heads, dim).to(dtype), torch.randn(count, heads, v_dim).to(dtype)
+    rows = get_codec(codec).encode(k, v).contiguous().to(DEVICE)
+    places = torch.randperm(length)[:count].to(DEVICE)
+    angles = torch.rand(length, width // 2, device=DEVICE) * 6
+    cos, sin = (torch.cat((f(angles), f(angles)), -1).to(dtype) for f in (torch.cos, torch.sin))
+    keys = torch.full((length, heads, dim), float("nan"), dtype=dtype, device=DEVICE)
+    values = torch.full((length, heads, v_dim), float("nan"), dtype=dtype, device=DEVICE)
+    wanted_k, wanted_v = keys.clone(), values.clone()
+    place(rows, places, cos if width else None, sin if width else None, keys, values, codec=codec)
+    found_k, found_v = get_codec(codec).decode(rows, LayerSpec(heads, dim, v_dim), dtype)
+    wanted_k[places] = turn_reference(found_k, cos[places], sin[places]) if width else found_k
+    wanted_v[places] = found_v
+    assert torch.equal(keys.nan_to_num(77.0), wanted_k.nan_to_num(77.0))
+    assert torch.equal(values.nan_to_num(77.0), wanted_v.nan_to_num(77.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_scatter(dtype: torch.dtype) -> None:
+    from cachetune_rag.kernels.rows import scatter
+
+    torch.manual_seed(2)
+    keys, values, table = buffers(40, 3, 8, 24, dtype)
+    wanted_k, wanted_v = keys[2].clone(), values[2].clone()
+    places = torch.cat((torch.tensor([-1, -1], device=DEVICE), some_places(40, 11)))
+    fresh_k = torch.randn(1, 13, 3, 8, device=DEVICE).to(dtype).transpose(1, 2)
+    fresh_v = torch.randn(1, 3, 13, 24, device=DEVICE).to(dtype)
+    scatter(fresh_k, fresh_v, table, 2, places)
+    wanted_k[places[2:]] = fresh_k[0, :, 2:].transpose(0, 1)
+    wanted_v[places[2:]] = fresh_v[0, :, 2:].transpose(0, 1)
+    assert torch.equal(keys[2], wanted_k)
+    assert torch.equal(values[2], wanted_v)
+
+
+@pytest.mark.parametrize("count", [1, 256, 1000])
+def test_fetch(count: int) -> None:
+    from cachetune_rag.kernels.rows import fetch
+
+    host = torch.randint(-(2**60), 2**60, (count,))
+    host = host.pin_memory() if CUDA else host
+    out = torch.zeros(count, dtype=torch.int64, device=DEVICE)
+    fetch(host, out)
+    assert torch.equal(out.cpu(), host)
