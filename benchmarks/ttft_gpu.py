@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--tiers", nargs="+", choices=["host", "disk"], default=["host"])
     parser.add_argument("--codecs", nargs="+", default=["exact", "int8"])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--plain", action="store_true", help="without the package's kernels, as by default")
     parser.add_argument(
         "--no-warmup", action="store_true", help="leave capturing to the first rounds, which don't count"
     )
@@ -87,9 +88,8 @@ def main() -> None:
                 path, host = (None, "48GiB") if tier == "host" else (Path(folder) / "kv", 0)
                 direct = None if tier == "host" else True
                 # One token between chunks, as a real tokenizer would have it.
-                with CacheTune(
-                    model, tokenizer(), path, codec=codec, host_budget=host, direct_io=direct, chunk_separator="\n"
-                ) as engine:
+                options = {"codec": codec, "host_budget": host, "direct_io": direct, "chunk_separator": "\n"}
+                with CacheTune(model, tokenizer(), path, cuda_kernels=not args.plain, **options) as engine:
                     engine.precompute(passages)
                     started = time.perf_counter()
                     if not args.no_warmup:

@@ -196,7 +196,7 @@ class Assembler:
 
     def _loader(self, sources: Sequence[Source], buffers: KVBuffers) -> LayerLoader:
         device = self._adapter.device
-        if device.type != "cuda":
+        if not self._adapter.cuda_kernels:
             return LayerLoader(self._adapter, sources, buffers, self._pool)
         if self._streams is None:
             self._streams = Streams(device, self._adapter.num_layers)

@@ -47,6 +47,8 @@ class CacheTune:
         lead_in: token ids put before a chunk when it is precomputed; "auto": the prompt's first token.
         tenant: chunks of different tenants never meet.
         batch_tokens: tokens that precompute runs at once; default: 8192 on a GPU, one chunk at a time on a CPU.
+        cuda_kernels: on a GPU, run requests through this package's kernels, CUDA graphs and copy streams: several times
+            sooner, but new and off by default (docs/gpu.md says what was verified).
         store_options: further arguments of `ChunkStore` (codec, host_budget, disk_budget, ...).
 
     Raises:
@@ -67,9 +69,10 @@ class CacheTune:
         lead_in: Sequence[int] | str = "auto",
         tenant: str = "",
         batch_tokens: int | None = None,
+        cuda_kernels: bool = False,
         **store_options: Any,
     ):
-        self.adapter = ModelAdapter(model)
+        self.adapter = ModelAdapter(model, cuda_kernels=cuda_kernels)
         self.tokenizer = tokenizer
         self.model_name: str = getattr(model.config, "_name_or_path", "") or self.adapter.architecture
         self.prompts = PromptBuilder(tokenizer, template=prompt_template, chunk_separator=chunk_separator)

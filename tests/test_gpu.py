@@ -14,6 +14,7 @@ from cachetune_rag.model import ModelAdapter
 
 pytestmark = pytest.mark.gpu
 
+WAYS = pytest.mark.parametrize("cuda_kernels", [False, True], ids=["plain", "kernels"])
 CHUNKS = [
     "The lighthouse was built in 1871 by three brothers.",
     "Visitors climb 214 steps; the last forty are a ladder.",
@@ -27,12 +28,14 @@ def _exact() -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
+@WAYS
 @pytest.mark.parametrize("selector", ["frequency", "probe", "chunk_head", "none", "all"])
 @pytest.mark.parametrize("codec", ["exact", "int8"])
-def test_cuda_equals_cpu(tmp_path: Path, selector: str, codec: str) -> None:
+def test_cuda_equals_cpu(tmp_path: Path, selector: str, codec: str, cuda_kernels: bool) -> None:
     logits = {}
     for device in ("cpu", "cuda"):
-        with CacheTune(llama().to(device), tokenizer(), tmp_path / device, codec=codec, batch_tokens=0) as engine:
+        options = {"codec": codec, "batch_tokens": 0, "cuda_kernels": cuda_kernels}
+        with CacheTune(llama().to(device), tokenizer(), tmp_path / device, **options) as engine:
             engine.precompute([Document("a", CHUNKS)])
             state = engine.prefill(query=QUERY, chunks=CHUNKS[::-1], ratio=0.3, selector=selector)
             logits[device] = state.logits.cpu()
@@ -56,9 +59,10 @@ def test_host_memory_is_pinned(tmp_path: Path) -> None:
             assert reader.read(0, 4).is_pinned()
 
 
+@WAYS
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
-def test_every_family_recomputes_to_its_full_prefill(family: Family) -> None:
-    adapter = ModelAdapter(family.build().cuda())
+def test_every_family_recomputes_to_its_full_prefill(family: Family, cuda_kernels: bool) -> None:
+    adapter = ModelAdapter(family.build().cuda(), cuda_kernels=cuda_kernels)
     ids = torch.tensor(random_ids(70, seed=1), device="cuda")
     full, _ = adapter.full_forward(ids)
     buffers = adapter.new_buffers(70)
@@ -68,10 +72,12 @@ def test_every_family_recomputes_to_its_full_prefill(family: Family) -> None:
     assert float((ours - full).abs().max()) <= 5e-5
 
 
+@WAYS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("batch_tokens", [0, 8192])
-def test_half_types_recompute_to_full_prefill(dtype: torch.dtype, batch_tokens: int) -> None:
-    with CacheTune(llama().to("cuda", dtype), tokenizer(), None, batch_tokens=batch_tokens) as engine:
+def test_half_types_recompute_to_full_prefill(dtype: torch.dtype, batch_tokens: int, cuda_kernels: bool) -> None:
+    options = {"batch_tokens": batch_tokens, "cuda_kernels": cuda_kernels}
+    with CacheTune(llama().to("cuda", dtype), tokenizer(), None, **options) as engine:
         engine.precompute([Document("a", CHUNKS)])
         full = engine.full_prefill(query=QUERY, chunks=CHUNKS)
         ours = engine.prefill(query=QUERY, chunks=CHUNKS, ratio=0.99, selector="probe")
@@ -80,7 +86,7 @@ def test_half_types_recompute_to_full_prefill(dtype: torch.dtype, batch_tokens: 
 
 
 def test_graphs_give_what_launching_gives_and_nothing_is_captured_twice(tmp_path: Path) -> None:
-    with CacheTune(llama().cuda(), tokenizer(), tmp_path, batch_tokens=0) as engine:
+    with CacheTune(llama().cuda(), tokenizer(), tmp_path, batch_tokens=0, cuda_kernels=True) as engine:
         engine.precompute([Document("a", CHUNKS)])
         forward = engine.adapter.device_forward
         assert forward is not None
@@ -103,7 +109,7 @@ def test_graphs_give_what_launching_gives_and_nothing_is_captured_twice(tmp_path
 
 
 def test_a_state_keeps_its_cache_while_later_requests_run(tmp_path: Path) -> None:
-    with CacheTune(llama().cuda(), tokenizer(), tmp_path, batch_tokens=0) as engine:
+    with CacheTune(llama().cuda(), tokenizer(), tmp_path, batch_tokens=0, cuda_kernels=True) as engine:
         engine.precompute([Document("a", CHUNKS)])
         engine.warmup(512, [2048])
         first = engine.prefill(query=QUERY, chunks=CHUNKS, ratio=0.3)
@@ -119,9 +125,11 @@ def test_codecs_and_tiers_together(tmp_path: Path) -> None:
     found = {}
     for device in ("cpu", "cuda"):
         for codec, chunk in (("exact", CHUNKS[0]), ("int8", CHUNKS[1])):
-            with CacheTune(llama().to(device), tokenizer(), tmp_path / device, codec=codec, batch_tokens=0) as engine:
+            with CacheTune(
+                llama().to(device), tokenizer(), tmp_path / device, codec=codec, batch_tokens=0, cuda_kernels=True
+            ) as engine:
                 engine.precompute([Document(codec, [chunk])])
-        with CacheTune(llama().to(device), tokenizer(), tmp_path / device, batch_tokens=0) as engine:
+        with CacheTune(llama().to(device), tokenizer(), tmp_path / device, batch_tokens=0, cuda_kernels=True) as engine:
             for _ in range(2):  # from disk, then from host memory
                 found[device] = engine.prefill(query=QUERY, chunks=CHUNKS, ratio=0.2, selector="frequency")
                 assert found[device].report.missed == 0
@@ -130,7 +138,7 @@ def test_codecs_and_tiers_together(tmp_path: Path) -> None:
 
 def test_experts_run_without_graphs() -> None:
     family = next(f for f in FAMILIES if "mixtral" in f.name)
-    adapter = ModelAdapter(family.build().cuda())
+    adapter = ModelAdapter(family.build().cuda(), cuda_kernels=True)
     ids = torch.tensor(random_ids(70, seed=1), device="cuda")
     full, _ = adapter.full_forward(ids)
     for _ in range(3):

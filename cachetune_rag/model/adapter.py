@@ -30,6 +30,7 @@ class ModelAdapter:
 
     Args:
         model: a causal LM of transformers, whole on one device. It is put into eval mode; nothing else changes.
+        cuda_kernels: run selective forwards through this package's kernels and CUDA graphs, where they can (docs/gpu.md).
 
     Raises:
         UnsupportedModelError: the architecture can't be served exactly; the message says why.
@@ -42,7 +43,7 @@ class ModelAdapter:
     holds one lock around every use of the model.
     """
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, *, cuda_kernels: bool = False):
         self.architecture = type(model).__name__
         families.check(model)
         self.model = model.eval()
@@ -61,9 +62,10 @@ class ModelAdapter:
         self._cache_argument = "cache" if "cache" in names else "past_key_values"
         self.reuse_beyond: int = longrope_boundary(self.config)
         self._window = masks.window_of(self.config, self._decoder)
+        self.cuda_kernels = cuda_kernels and self.device.type == "cuda"
         self.device_forward: DeviceForward | None = None
         self._taps, self.layers = self._check()
-        self.device_forward = self._device_forward()
+        self.device_forward = self._device_forward() if cuda_kernels else None
         """Forwards through the kernels; None where they don't run."""
         tables = self.rotary_tables(64)
         self.half_split = [
