@@ -18,11 +18,9 @@ from cachetune_rag.model.attention import StopForward
 from cachetune_rag.model.buffers import KVBuffers, ScatterCache
 from cachetune_rag.model.capture import ChunkKV, ValueCache, pad_right
 from cachetune_rag.model.device import DeviceForward
+from cachetune_rag.model.loadcheck import LoadCheck
 from cachetune_rag.model.rope import Rotary, Tables, longrope_boundary, rows_of
 from cachetune_store.layout import LayerSpec
-
-# How far the load check moves keys that seem unrotated, and how far rounding alone may move them (relative).
-_SHIFT, _NOISE = 64, 0.2
 
 
 class ModelAdapter:
@@ -83,12 +81,13 @@ class ModelAdapter:
             lambda ids, places, cache: self._selected(ids, places, mask, cache), self.layers, windows, self.device
         )
 
-    # -- load-time check ------------------------------------------------------------------------------------------
-
     def _check(self) -> tuple[list[taps.Tap], tuple[LayerSpec, ...]]:
         """Find the taps and try a selective forward; whatever an unknown architecture trips over is a refusal."""
         try:
-            self._taps, self.layers = self._find_taps()
+            check = LoadCheck(
+                self.architecture, self.config, self._attentions, self._layer_types, self._rotary, self._run_decoder
+            )
+            self._taps, self.layers = check.run(self.device, self.rotary_tables)
             ids = torch.arange(3, device=self.device)
             self.selective_forward(ids, ids, self.new_buffers(3))
         except torch.OutOfMemoryError:
@@ -99,91 +98,6 @@ class ModelAdapter:
                 f"({type(e).__name__}: {e}). Please open an issue that names the model."
             ) from e
         return self._taps, self.layers
-
-    @torch.no_grad()
-    def _find_taps(self) -> tuple[list[taps.Tap], tuple[LayerSpec, ...]]:
-        """Compare each layer's tapped and rotated keys with the keys the model hands to its cache.
-
-        Settles which submodule a family's unrotated keys come from, how they are laid out and which layers rotate.
-        """
-        heads = self.config.num_attention_heads
-        # A length that no head count equals, so that a wrong layout can't pass by accident.
-        kv_heads = getattr(self.config, "num_key_value_heads", None) or heads
-        length = next(n for n in (11, 13, 17) if n not in (heads, kv_heads))
-        ids = torch.arange(length, device=self.device)[None] * 7919 % self.config.vocab_size
-        cached, outputs = self._observe(ids, start=0)
-        moved, _ = self._observe(ids, start=_SHIFT)
-
-        found, specs = [], []
-        tables = self.rotary_tables(length)
-        for layer, module in enumerate(self._attentions):
-            if layer not in cached:
-                raise UnsupportedModelError(f"{self.architecture}: layer {layer} wrote nothing to the cache.")
-            keys, values = cached[layer]
-            specs.append(LayerSpec(keys.shape[1], keys.shape[3], values.shape[3]))
-            shape = taps.HeadShape(heads, keys.shape[1], keys.shape[3])
-            found.append(self._match(layer, module, shape, outputs[layer], keys[0].transpose(0, 1), tables))
-            # Keys that are normalised after their rotation look like keys that are not rotated, until they move.
-            if not self._rotary.rotated[layer] and _distance(keys, moved[layer][0]) > _NOISE:
-                raise UnsupportedModelError(
-                    f"{self.architecture}: layer {layer} ({type(module).__name__}) changes its keys after it has rotated "
-                    "them (a norm after the rotary embedding), so stored keys can't be moved to another position."
-                )
-        return found, tuple(specs)
-
-    def _observe(self, ids: Tensor, start: int) -> tuple[dict[int, tuple[Tensor, Tensor]], list[dict[str, Tensor]]]:
-        """What each layer caches, and what its submodules return, when `ids` stand at `start`, `start` + 1, ..."""
-        cached: dict[int, tuple[Tensor, Tensor]] = {}
-        outputs: list[dict[str, Tensor]] = [{} for _ in self._attentions]
-        handles = []
-
-        def receive(layer: int, keys: Tensor, values: Tensor) -> None:
-            if layer in cached:
-                raise UnsupportedModelError(
-                    f"{self.architecture}: layer {layer} runs more than once a token (looped layers), so a token has "
-                    "several keys a layer, which the store has no layout for."
-                )
-            cached[layer] = (keys, values)
-
-        for layer, module in enumerate(self._attentions):
-            for name, part in module.named_children():
-
-                def hook(_m: Any, _a: Any, out: Any, layer: int = layer, name: str = name) -> None:
-                    outputs[layer][name] = out
-
-                handles.append(part.register_forward_hook(hook))
-        try:
-            positions = torch.arange(start, start + ids.shape[1], device=self.device)
-            self._run_decoder(ids, ValueCache(self.num_layers, receive), positions)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return cached, outputs
-
-    def _match(
-        self,
-        layer: int,
-        attention: Any,
-        shape: taps.HeadShape,
-        outputs: dict[str, Tensor],
-        cached: Tensor,
-        tables: dict[str | None, Tables],
-    ) -> taps.Tap:
-        cos, sin = tables[self._layer_types[layer]]
-        for rotated in (True, False):
-            self._rotary.rotated[layer] = rotated
-            tap = taps.first_matching(
-                taps.candidates(attention, shape),
-                outputs,
-                lambda keys: torch.equal(self._rotary.rotate(layer, keys[0], cos, sin), cached),
-            )
-            if tap is not None:
-                return tap
-        raise UnsupportedModelError(
-            f"{self.architecture}: the keys that layer {layer} ({type(attention).__name__}) caches are not its projected "
-            "keys rotated by the model's own function, so stored keys could not be placed exactly. Families known to "
-            "work are listed in the README; please open an issue that names the model."
-        )
 
     # -- precompute -----------------------------------------------------------------------------------------------
 
@@ -418,8 +332,3 @@ class ModelAdapter:
         current = self.config._attn_implementation
         beyond_sdpa = not self.model._supports_sdpa or getattr(self.config, "attn_logit_softcapping", None) is not None
         return "eager" if current == "eager" or (beyond_sdpa and current != "sdpa") else attention.NAME
-
-
-def _distance(a: Tensor, b: Tensor) -> float:
-    """Relative distance of two tensors of one shape."""
-    return float((a - b).float().norm() / a.float().norm().clamp_min(1e-12))
