@@ -1,1 +1,0 @@
-"""Choosing the recompute ratio for the hardware at hand."""
