@@ -65,12 +65,15 @@ class ModelAdapter:
         self._taps, self.layers = self._check()
         self.device_forward = self._device_forward() if cuda_kernels else None
         """Forwards through the kernels; None where they don't run."""
+        self.half_split = self._half_split() if cuda_kernels else []
+        """By layer: whether the `place` kernel's rotation is the model's own; empty where the kernels aren't used."""
+
+    def _half_split(self) -> list[bool]:
         tables = self.rotary_tables(64)
-        self.half_split = [
+        return [
             self._rotary.half_split(i, *tables[self._layer_types[i]], spec.heads, spec.head_dim)
             for i, spec in enumerate(self.layers)
         ]
-        """By layer: whether the `place` kernel's rotation is the model's own."""
 
     def _device_forward(self) -> DeviceForward | None:
         if not kernels_run_on(self.device) or self._wanted_attention() != attention.NAME:

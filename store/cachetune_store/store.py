@@ -133,9 +133,10 @@ class ChunkStore:
         """
         self._check_open()
         known = self._healed(lambda: self._placement.known(key, text))
-        return known or self.write(
-            self.encode(key, layers, scores, namespace=namespace, token_ids=token_ids, text=text)
-        )
+        if known:
+            return known
+        chunk = self.encode(key, layers, scores, namespace=namespace, token_ids=token_ids, text=text)
+        return self._healed(lambda: self._placement.put(chunk))
 
     def encode(
         self,
