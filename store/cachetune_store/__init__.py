@@ -20,17 +20,19 @@ from .errors import (
     StoreVersionError,
     UnknownCodecError,
     UnknownDocumentError,
+    UnknownFormatError,
 )
 from .keys import FORMAT_VERSION, ChunkKey, Namespace, make_key
 from .layout import ChunkLayout, LayerSpec
 from .readers import ChunkReader
-from .stats import DocumentInfo, StoreStats, TierStats, VerifyReport
+from .stats import ChunkGroup, DocumentInfo, PruneReport, StoreStats, TierStats, TierUsage, VerifyReport
 from .store import ChunkStore
 
 __all__ = [
     "FORMAT_VERSION",
     "BudgetError",
     "Chunk",
+    "ChunkGroup",
     "ChunkKey",
     "ChunkLayout",
     "ChunkReader",
@@ -42,6 +44,7 @@ __all__ = [
     "LayerSpec",
     "Namespace",
     "NonFiniteError",
+    "PruneReport",
     "StoreClosedError",
     "StoreError",
     "StoreFullError",
@@ -49,8 +52,10 @@ __all__ = [
     "StoreStats",
     "StoreVersionError",
     "TierStats",
+    "TierUsage",
     "UnknownCodecError",
     "UnknownDocumentError",
+    "UnknownFormatError",
     "VerifyReport",
     "codec_names",
     "get_codec",

@@ -13,7 +13,7 @@ import xxhash
 from .buffers import round_up
 from .chunk import ChunkHead, plan_slab
 from .codecs import get_codec
-from .errors import DamagedChunkError, UnknownCodecError
+from .errors import DamagedChunkError, UnknownCodecError, UnknownFormatError
 from .keys import FORMAT_VERSION, ChunkKey, Namespace
 from .layout import ChunkLayout, LayerSpec
 
@@ -83,10 +83,10 @@ def _parse(key: ChunkKey, file_bytes: int, read: Callable[[int], memoryview]) ->
     raw = read(start)
     document = json.loads(bytes(raw[8:start]))
     metadata = document.pop("__metadata__")
-    if metadata["format_version"] != str(FORMAT_VERSION) or metadata["key"] != key.digest:
-        raise DamagedChunkError(
-            f"chunk {key}: the file says version {metadata['format_version']}, key {metadata['key']}"
-        )
+    if metadata["key"] != key.digest:
+        raise DamagedChunkError(f"chunk {key}: the file says key {metadata['key']!r}")
+    if metadata["format_version"] != str(FORMAT_VERSION):
+        raise UnknownFormatError(f"chunk {key}: the file says format version {metadata['format_version']!r}")
     layout, block_rows, text_bytes = _read_layout(metadata["layout"])
     table, small_bytes = _tensor_table(layout, block_rows, text_bytes)
     end = start + small_bytes

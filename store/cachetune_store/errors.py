@@ -14,6 +14,7 @@ __all__ = [
     "StoreVersionError",
     "UnknownCodecError",
     "UnknownDocumentError",
+    "UnknownFormatError",
 ]
 
 
@@ -43,6 +44,14 @@ class BudgetError(StoreError):
 
 class DamagedChunkError(StoreError):
     """A chunk file fails its length, shape or checksum; treat the chunk as missing."""
+
+
+class UnknownFormatError(DamagedChunkError):
+    """A chunk file says that another format version wrote it.
+
+    As the version is part of every key, no key of this release names such a file: opened by key it is a damaged one, met
+    in a walk over all files it is somebody else's.
+    """
 
 
 class IndexDamagedError(StoreError):

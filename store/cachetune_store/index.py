@@ -1,8 +1,8 @@
 """The index: small records by name. It says what the files can't say quickly; they can always say it again.
 
 Names used by the store: "chunk/<digest>" (size, last use, tokens), "text/<digest>", "ref/<digest>" (how many documents
-hold a chunk), "doc/<tenant>/<id>" (both hashed), "total" (bytes and chunks on disk, and how often one was stored) and
-"texts" (how often a text came or went).
+hold a chunk), "doc/<tenant>/<id>" (both hashed), "total" (bytes and chunks on disk, and how often one was stored),
+"texts" (how often a text came or went) and "usage/<tier>" (counters and read times of all processes).
 """
 
 from __future__ import annotations

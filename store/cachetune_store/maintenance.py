@@ -7,7 +7,7 @@ import contextlib
 from .chunk import ChunkHead
 from .chunkfile import parse_head
 from .documents import Documents
-from .errors import DamagedChunkError, UnknownCodecError
+from .errors import DamagedChunkError, UnknownCodecError, UnknownFormatError
 from .files import TempFiles
 from .keys import ChunkKey, make_key
 from .rawfile import DirectIO, RawFile
@@ -24,11 +24,18 @@ COMPLETE = "meta/complete"
 def check_files(tier: DiskTier, documents: Documents, temp: TempFiles, *, full: bool) -> VerifyReport:
     """Check every file (all of it, or the head only), set damaged ones aside, and bring the index in line."""
     removed = temp.clean()
-    checked = total = adopted = 0
+    checked = total = adopted = foreign = 0
     damaged: list[ChunkKey] = []
     for key in tier.stored_keys():
         try:
             found = _check_file(tier, key, full=full)
+        except UnknownFormatError:
+            # One that the index knows was written by this release, so its version is what was damaged.
+            if not tier.knows(key):
+                foreign += 1
+            elif tier.set_aside(key):
+                damaged.append(key)
+            continue
         except (DamagedChunkError, OSError):
             if tier.set_aside(key):
                 damaged.append(key)
@@ -52,6 +59,7 @@ def check_files(tier: DiskTier, documents: Documents, temp: TempFiles, *, full: 
         adopted=adopted,
         dropped=dropped,
         documents=documents.count(),
+        foreign=foreign,
     )
 
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 
 from .chunk import Chunk
 from .errors import BudgetError, StoreError
 from .index import Index
 from .keys import ChunkKey
 from .readers import ChunkReader
+from .stats import TierUsage
 from .texts import drop_text, evict_text, note_text
 from .tiers import DiskTier, HostTier, Pins
+from .usage import UsageLog
 
 __all__ = ["Placement"]
+
+_TELL_SECONDS = 30.0
 
 
 class Placement:
@@ -36,6 +41,9 @@ class Placement:
         self._index = index
         self._lock = threading.Lock()
         self._closed = False
+        tiers = [host] if disk is None else [host, disk]
+        self._usage = {tier.name: UsageLog(index, tier.name, tier.counters) for tier in tiers}
+        self._told = time.monotonic()
         self.hits = self.misses = self.damaged = 0
 
     def known(self, key: ChunkKey, text: str | None) -> int:
@@ -106,9 +114,15 @@ class Placement:
         on_disk = 0 if self.disk is None else self.disk.size_of(key)
         return on_disk or self.host.size_of(key)
 
+    def lifetime(self) -> dict[str, TierUsage]:
+        """What each tier did over all processes."""
+        return {name: log.lifetime() for name, log in self._usage.items()}
+
     def close(self) -> None:
         """Close the tiers; open readers keep working."""
         self._closed = True
+        with contextlib.suppress(StoreError):
+            self._tell()
         if self.disk is not None:
             self.disk.close()
         self.host.close()
@@ -148,6 +162,15 @@ class Placement:
         tier = self.host if reader.tier == "host" or self.disk is None else self.disk
         with self._lock:
             tier.counters.bytes_read += reader.bytes_read
+        if reader.seconds:
+            self._usage[tier.name].add_read(reader.seconds)
         if self.disk is not None and not self._closed:
             with contextlib.suppress(StoreError):
                 self.disk.flush(force=False)
+                if time.monotonic() - self._told > _TELL_SECONDS:
+                    self._tell()
+
+    def _tell(self) -> None:
+        self._told = time.monotonic()
+        for log in self._usage.values():
+            log.flush()

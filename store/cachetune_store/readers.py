@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from types import TracebackType
@@ -78,6 +79,11 @@ class ChunkReader(ABC):
     def bytes_read(self) -> int:
         """Bytes of rows that read() has moved so far: from disk whole blocks and pages, from host the rows asked for."""
         return sum(self._bytes)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that read() spent on moving and checking rows so far, summed over threads."""
+        return 0.0
 
     @abstractmethod
     def read(self, layer: int, rows: int) -> Tensor:
@@ -176,13 +182,21 @@ class DiskReader(ChunkReader):
         self._memory_lock = threading.Lock()
         self._slab: Tensor | None = None
         self._promoted = False
+        self._seconds = [0.0] * len(head.layout.layers)
+
+    @property
+    def seconds(self) -> float:
+        """See ChunkReader.seconds."""
+        return sum(self._seconds)
 
     def read(self, layer: int, rows: int) -> Tensor:
         """See ChunkReader.read. Rows that were read before are not read again."""
         self._check(layer, rows)
         with self._locks[layer]:
             if rows > self._covered[layer]:
+                started = time.perf_counter()
                 self._fetch(layer, rows)
+                self._seconds[layer] += time.perf_counter() - started
         self._prepare()
         return self._views[layer][:rows]
 

@@ -5,9 +5,18 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .keys import ChunkKey
+from .keys import ChunkKey, Namespace
 
-__all__ = ["Counters", "DocumentInfo", "StoreStats", "TierStats", "VerifyReport"]
+__all__ = [
+    "ChunkGroup",
+    "Counters",
+    "DocumentInfo",
+    "PruneReport",
+    "StoreStats",
+    "TierStats",
+    "TierUsage",
+    "VerifyReport",
+]
 
 
 @dataclass
@@ -52,8 +61,31 @@ class TierStats:
 
 
 @dataclass(frozen=True)
+class TierUsage:
+    """What a tier did over all processes that used the store (as far as they have told).
+
+    Attributes:
+        read_seconds: count, mean, p50, p95 and p99 of the seconds that reading a chunk took, without waiting for anything
+            else; host memory is read in place, so only the disk tier has them.
+    """
+
+    hits: int
+    misses: int
+    evictions: int
+    damaged: int
+    promotions: int
+    demotions: int
+    bytes_read: int
+    bytes_written: int
+    read_seconds: dict[str, float | int | None]
+
+
+@dataclass(frozen=True)
 class StoreStats:
-    """The whole store. `hits` and `misses` count open(); a chunk found in any tier is a hit."""
+    """The whole store. `hits` and `misses` count open(); a chunk found in any tier is a hit.
+
+    All but `lifetime`, which is by tier and of all processes, count what this process did.
+    """
 
     hits: int
     misses: int
@@ -61,6 +93,7 @@ class StoreStats:
     documents: int
     host: TierStats
     disk: TierStats | None
+    lifetime: dict[str, TierUsage]
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain dicts and numbers."""
@@ -79,6 +112,39 @@ class DocumentInfo:
 
 
 @dataclass(frozen=True)
+class ChunkGroup:
+    """Chunks that were made alike: by one model, tokenizer, dtype, lead-in and tenant (the namespace), in one codec."""
+
+    namespace: Namespace
+    codec: str
+    chunks: int
+    bytes: int
+
+    def __add__(self, other: ChunkGroup) -> ChunkGroup:
+        """Both together."""
+        return ChunkGroup(self.namespace, self.codec, self.chunks + other.chunks, self.bytes + other.bytes)
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What pruning removed (or would remove).
+
+    Attributes:
+        chunks: chunks of this format version.
+        foreign: files of other format versions.
+        bytes: bytes freed by both.
+    """
+
+    chunks: int
+    foreign: int
+    bytes: int
+
+    def as_dict(self) -> dict[str, int]:
+        """The same as plain numbers."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class VerifyReport:
     """What a check found and repaired.
 
@@ -90,6 +156,7 @@ class VerifyReport:
         adopted: files that the index didn't know.
         dropped: index entries without a file.
         documents: documents known afterwards.
+        foreign: files of other format versions; they are left alone (`prune` removes them).
     """
 
     checked: int
@@ -99,6 +166,7 @@ class VerifyReport:
     adopted: int
     dropped: int
     documents: int
+    foreign: int = 0
 
     @property
     def ok(self) -> bool:

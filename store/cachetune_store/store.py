@@ -20,9 +20,10 @@ from .files import explain
 from .index import Index, MemoryIndex
 from .keys import ChunkKey, Namespace
 from .placement import Placement
+from .pruning import Keep, groups, prune
 from .rawfile import DirectIO
 from .readers import ChunkReader
-from .stats import DocumentInfo, StoreStats, VerifyReport
+from .stats import ChunkGroup, DocumentInfo, PruneReport, StoreStats, VerifyReport
 from .texts import texts_revision
 from .tiers import DiskTier, HostTier, Pins
 from .units import parse_bytes
@@ -242,6 +243,30 @@ class ChunkStore:
         """Read and check every file in full; set damaged ones aside, delete orphans, repair the index."""
         return self._healed(lambda: self._check_files(full=True))
 
+    def groups(self) -> list[ChunkGroup]:
+        """The chunks by what they were made with, the largest group first. Reads the head of every file."""
+        self._check_open()
+        return groups(self._placement)
+
+    def prune(self, keep: Keep, *, foreign_too: bool = False, dry_run: bool = False) -> PruneReport:
+        """Remove every chunk that `keep` says False to.
+
+        Documents stay; precompute them again to fill the gaps. Damaged files are left to verify().
+
+        Args:
+            keep: called with the head of each chunk.
+            foreign_too: remove files of other format versions as well.
+            dry_run: only count.
+        """
+        self._check_open()
+        return self._healed(lambda: prune(self._placement, keep, foreign_too=foreign_too, dry_run=dry_run))
+
+    def delete_tenant(self, tenant: str) -> int:
+        """Delete all that is a tenant's: documents, and chunks whether a document holds them or not. Bytes freed."""
+        self._check_open()
+        freed = sum(self.delete_document(info.id, tenant=tenant) for info in self.documents(tenant=tenant))
+        return freed + self.prune(lambda head: head.namespace.tenant != tenant).bytes
+
     def rebuild_index(self) -> VerifyReport:
         """Make the index anew from the files. Happens by itself on open when the index is lost."""
         return self._check_files(full=False, anew=True)
@@ -258,6 +283,7 @@ class ChunkStore:
             documents=self._healed(self._documents.count),
             host=placement.host.stats(),
             disk=disk,
+            lifetime=self._healed(placement.lifetime),
         )
 
     def close(self) -> None:

@@ -177,6 +177,10 @@ class DiskTier(Tier):
         self._record(head, size, used)
         return True
 
+    def knows(self, key: ChunkKey) -> bool:
+        """Whether the index has the chunk."""
+        return self.index.get(f"chunk/{key}") is not None
+
     def drop_missing(self) -> int:
         """Drop index entries without a file; how many."""
         dropped = 0

@@ -6,7 +6,7 @@ import threading
 from collections import OrderedDict
 from dataclasses import asdict
 
-from ..chunk import Chunk
+from ..chunk import Chunk, ChunkHead
 from ..errors import BudgetError
 from ..keys import ChunkKey
 from ..readers import HostReader
@@ -96,6 +96,11 @@ class HostTier(Tier):
         """Bytes that a chunk takes here; 0 if it isn't here."""
         chunk = self._chunks.get(key.digest)
         return chunk.host_bytes if chunk else 0
+
+    def heads(self) -> list[ChunkHead]:
+        """Heads of the chunks held now."""
+        with self._lock:
+            return [chunk.head for chunk in self._chunks.values()]
 
     def stats(self) -> TierStats:
         """See Tier."""

@@ -1,0 +1,79 @@
+"""Which chunks of a store were made alike, and removing those that nobody will ask for again.
+
+A chunk of another model, dtype, lead-in or codec is never opened by mistake, because all but the codec are in its key: it
+only takes room until it is evicted or pruned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from .chunk import ChunkHead
+from .chunkfile import parse_head
+from .errors import DamagedChunkError, UnknownCodecError, UnknownFormatError
+from .keys import ChunkKey
+from .placement import Placement
+from .rawfile import DirectIO, RawFile
+from .stats import ChunkGroup, PruneReport
+from .tiers import DiskTier
+
+__all__ = ["Keep", "groups", "prune"]
+
+Keep = Callable[[ChunkHead], bool]
+"""Whether a chunk is to stay."""
+
+
+def groups(placement: Placement) -> list[ChunkGroup]:
+    """The chunks by what they were made with, the largest group first. Reads the head of every file."""
+    found: dict[tuple[str, str], ChunkGroup] = {}
+    for key, head in _heads(placement):
+        if isinstance(head, ChunkHead):
+            group = ChunkGroup(head.namespace, head.layout.codec, 1, placement.size_of(key))
+            old = found.get(name := (head.namespace.digest, head.layout.codec))
+            found[name] = group if old is None else old + group
+    return sorted(found.values(), key=lambda g: (-g.bytes, g.namespace.digest, g.codec))
+
+
+def prune(placement: Placement, keep: Keep, *, foreign_too: bool, dry_run: bool) -> PruneReport:
+    """Remove the chunks that `keep` is false for, and, if asked to, files of other format versions.
+
+    Damaged files are left to verify().
+    """
+    chunks = size = foreign = 0
+    for key, head in list(_doomed(placement, keep, foreign_too)):
+        size += placement.size_of(key) if dry_run else placement.remove(key)
+        foreign += head is None
+        chunks += head is not None
+    return PruneReport(chunks, foreign, size)
+
+
+def _doomed(placement: Placement, keep: Keep, foreign_too: bool) -> Iterator[tuple[ChunkKey, ChunkHead | None]]:
+    for key, head in _heads(placement):
+        if isinstance(head, ChunkHead):
+            if not keep(head):
+                yield key, head
+        elif foreign_too and isinstance(head, UnknownFormatError):
+            yield key, None
+
+
+def _heads(placement: Placement) -> Iterator[tuple[ChunkKey, ChunkHead | Exception]]:
+    """Head of every chunk, or why it can't be read; chunks that go meanwhile are left out."""
+    disk = placement.disk
+    in_files: set[ChunkKey] = set()
+    if disk is not None:
+        for key in disk.stored_keys():
+            in_files.add(key)
+            with contextlib.suppress(FileNotFoundError):
+                yield key, _read_head(disk, key)
+    for head in placement.host.heads():
+        if head.key not in in_files:
+            yield head.key, head
+
+
+def _read_head(disk: DiskTier, key: ChunkKey) -> ChunkHead | Exception:
+    try:
+        with contextlib.closing(RawFile(disk.path_of(key), DirectIO(False))) as file:
+            return parse_head(key, file.size, file.head)[0]
+    except (DamagedChunkError, UnknownCodecError) as error:
+        return error
