@@ -111,3 +111,4 @@ class AnswerStream:
             yield piece
         engine._store_missed(state)
         self._answer = Answer("".join(text), self._report, tuple(tokens), self._plan.finish_reason)
+        engine.observers.answered(self._report, self._answer, time.perf_counter() - self._started)

@@ -17,6 +17,8 @@ from cachetune_rag.commands.ask import EPILOG as ASK_EPILOG
 from cachetune_rag.commands.ask import ask
 from cachetune_rag.commands.precompute import EPILOG as PRECOMPUTE_EPILOG
 from cachetune_rag.commands.precompute import precompute
+from cachetune_rag.commands.prune import EPILOG as PRUNE_EPILOG
+from cachetune_rag.commands.prune import prune
 from cachetune_rag.commands.upkeep import REMOVE_EPILOG, STATS_EPILOG, VERIFY_EPILOG, remove, stats, verify
 
 _HELP = (
@@ -55,6 +57,7 @@ _add(ask, ASK_EPILOG)
 _add(stats, STATS_EPILOG)
 _add(verify, VERIFY_EPILOG)
 _add(remove, REMOVE_EPILOG)
+_add(prune, PRUNE_EPILOG)
 
 
 def _print_version(wanted: bool) -> None:

@@ -30,7 +30,9 @@ from cachetune_rag.recognition import StoreRecognizer
 from cachetune_rag.report import PrecomputeSummary
 from cachetune_rag.selection.probe import ProbeSelector
 from cachetune_rag.stats import EngineStats, RequestCounter
+from cachetune_rag.telemetry.observer import Observers, new_request_id
 from cachetune_store import ChunkStore, Namespace, StoreError, UnknownDocumentError
+from cachetune_store.histogram import Histogram
 
 _log = logging.getLogger(__name__)
 
@@ -108,6 +110,8 @@ class CacheTune:
             self._recognizer.add,
         )
         self._counter = RequestCounter()
+        self.observers = Observers()
+        """Who is told about requests (`cachetune_rag.telemetry`)."""
         self._closed = False
 
     @classmethod
@@ -319,6 +323,10 @@ class CacheTune:
         """Totals over this engine's requests, and the store's state."""
         return self._counter.stats(self.store.stats())
 
+    def ttft_histograms(self) -> dict[str, Histogram]:
+        """Times to first token of requests with reuse, by the slowest tier that each read from."""
+        return self._counter.ttft_histograms()
+
     def close(self) -> None:
         """Release threads and the store (if the engine opened it). Further requests are refused."""
         with self._lock:
@@ -365,8 +373,10 @@ class CacheTune:
                 state = self._assembler.full_prefill(prompt, started)
             else:
                 state = self._assembler.prefill(prompt, config, started)
-        self._counter.add(state.report)
-        return state
+        report = replace(state.report, request_id=new_request_id())
+        self._counter.add(report)
+        self.observers.prefilled(report)
+        return replace(state, report=report)
 
     def _store_missed(self, state: PrefillState) -> None:
         """Keep what a request had to compute, for the next one. The answer doesn't depend on it, so no error ends it."""

@@ -25,6 +25,7 @@ class Report:
         damaged: chunks found damaged, set aside and computed instead.
         recognised: chunks that were found in plain text (see `CacheTune.prompt_from_text`).
         full: True for the reference: nothing was reused by intent.
+        request_id: names the request in logs and spans.
     """
 
     prompt_tokens: int
@@ -40,6 +41,12 @@ class Report:
     damaged: int = 0
     recognised: int = 0
     full: bool = False
+    request_id: str = ""
+
+    @property
+    def slowest_tier(self) -> str:
+        """The slowest tier that rows were read from; "none" if there was none."""
+        return next((tier for tier in ("remote", "disk", "host", "device") if self.bytes_read.get(tier)), "none")
 
     @property
     def computed(self) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 from cachetune_rag.report import Report
 from cachetune_store import StoreStats
+from cachetune_store.histogram import Histogram
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class EngineStats:
         prompt_tokens, reused, recomputed, missed: tokens, summed over the former; see `Report`.
         damaged: chunks set aside while answering.
         ttft_seconds: time to first token, summed.
+        ttft: count, mean, p50, p95 and p99 of the time to first token, by the slowest tier that a request read from.
         store: the store's own figures.
     """
 
@@ -32,6 +34,7 @@ class EngineStats:
     missed: int
     damaged: int
     ttft_seconds: float
+    ttft: dict[str, dict[str, float | int | None]]
     store: StoreStats
 
     def as_dict(self) -> dict[str, Any]:
@@ -49,6 +52,7 @@ class RequestCounter:
         self._lock = threading.Lock()
         self._requests = self._full = self._prompt = self._reused = self._recomputed = self._missed = self._damaged = 0
         self._ttft = 0.0
+        self._by_tier: dict[str, Histogram] = {}
 
     def add(self, report: Report) -> None:
         """Count one request."""
@@ -63,6 +67,13 @@ class RequestCounter:
             self._missed += report.missed
             self._damaged += report.damaged
             self._ttft += report.ttft
+            histogram = self._by_tier.setdefault(report.slowest_tier, Histogram())
+        histogram.add(report.ttft)
+
+    def ttft_histograms(self) -> dict[str, Histogram]:
+        """Times to first token, by the slowest tier read from."""
+        with self._lock:
+            return dict(self._by_tier)
 
     def stats(self, store: StoreStats) -> EngineStats:
         """The totals."""
@@ -76,5 +87,6 @@ class RequestCounter:
                 self._missed,
                 self._damaged,
                 self._ttft,
+                {tier: histogram.summary() for tier, histogram in self._by_tier.items()},
                 store,
             )

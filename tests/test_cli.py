@@ -117,11 +117,11 @@ def test_help_imports_nothing_heavy_and_is_quick() -> None:
     seconds, modules = done.stdout.splitlines()[-1].split(" ", 1)
     assert modules == "[]"
     assert float(seconds) < 1.5  # about 0.15 where nobody else uses the machine
-    for word in ("precompute", "ask", "stats", "verify", "remove", "A first run", "--model ./my-model"):
+    for word in ("precompute", "ask", "stats", "verify", "remove", "prune", "A first run", "--model ./my-model"):
         assert word in done.stdout
 
 
-@pytest.mark.parametrize("command", ["precompute", "ask", "stats", "verify", "remove"])
+@pytest.mark.parametrize("command", ["precompute", "ask", "stats", "verify", "remove", "prune"])
 def test_every_command_explains_itself_with_an_example(cli: Cli, command: str) -> None:
     done = cli(command, "--help")
     assert "Example" in done.out
@@ -458,7 +458,10 @@ def test_a_model_that_does_not_match_the_store_is_refused(
     before = cli("stats", "-s", filled, "--documents", "--json").json
     done = cli(*words, "-m", other, "-s", filled, code=2)
     assert f"the store {filled} does not match this model: it was made with another model" in done.err
-    assert cli("stats", "-s", filled, "--documents", "--json").json == before
+    after = cli("stats", "-s", filled, "--documents", "--json").json
+    for told in (before, after):
+        del told["lifetime"]  # that the store was looked at counts
+    assert after == before
 
 
 def test_another_dtype_does_not_match_either(cli: Cli, filled: Path, model: Path) -> None:
@@ -471,7 +474,10 @@ def test_another_dtype_does_not_match_either(cli: Cli, filled: Path, model: Path
 
 def test_stats_as_text_and_json(cli: Cli, filled: Path) -> None:
     plain = cli("stats", "-s", filled, "--json").json
-    assert schema(plain) == {"store": str, "documents": int, "chunks": int, "tokens": int, "bytes": int}
+    totals = {"store": str, "documents": int, "chunks": int, "tokens": int, "bytes": int}
+    assert schema(plain) == {**totals, "groups": list, "lifetime": dict}
+    assert [group["chunks"] for group in plain["groups"]] == [plain["chunks"]]
+    assert plain["lifetime"]["disk"]["bytes_written"] == plain["bytes"]
     listed = cli("stats", "-s", filled, "--documents", "--json").json["document_list"]
     assert [schema(document) for document in listed] == [{"id": str, "chunks": int, "stored": int, "bytes": int}] * 4
     assert sum(document["bytes"] for document in listed) == plain["bytes"]
@@ -503,6 +509,33 @@ def test_remove_frees_documents_all_or_none(cli: Cli, filled: Path) -> None:
     assert result["bytes"] > 0
     assert cli("stats", "-s", filled, "--json").json["documents"] == 2
     assert "Removed 1 document, " in cli("remove", "faq-2", "-s", filled).out
+
+
+def test_prune_removes_what_the_model_cannot_use(
+    cli: Cli, filled: Path, model: Path, tmp_path: Path, docs: Path
+) -> None:
+    other = save_model(tmp_path / "other", seed=5)
+    before = cli("stats", "-s", filled, "--json").json
+    assert "nothing to prune" in cli("prune", "-m", other, "-s", filled, code=2).err
+    assert cli("prune", "--stale", "-m", model, "-s", filled, "--json").json["chunks"] == 0
+    dry = cli("prune", "--stale", "-m", other, "-s", filled, "--dry-run", "--json").json
+    assert schema(dry) == {"store": str, "dry_run": bool, "chunks": int, "foreign": int, "bytes": int}
+    assert cli("stats", "-s", filled, "--json").json["chunks"] == before["chunks"] == dry["chunks"]
+    assert f"Removed {before['chunks']} stale chunks" in cli("prune", "--stale", "-m", other, "-s", filled).out
+    after = cli("stats", "-s", filled, "--json").json
+    assert (after["chunks"], after["documents"]) == (0, before["documents"])
+    again = cli("precompute", docs, "-m", model, "-s", filled, "--chunk-tokens", 200, "--json").json
+    assert again["chunks"] == before["chunks"]
+
+
+def test_stats_tell_different_settings_apart(cli: Cli, filled: Path, model: Path, docs: Path) -> None:
+    assert "Made with different settings" not in cli("stats", "-s", filled).out
+    (docs / "more.txt").write_text("Gulls came in the morning.")
+    cli("precompute", docs, "-m", model, "-s", filled, "--chunk-tokens", 200, "--codec", "int8")
+    shown = cli("stats", "-s", filled).out
+    assert "Made with different settings" in shown
+    assert "int8" in shown
+    assert cli("prune", "--stale", "--codec", "exact", "-m", model, "-s", filled, "--json").json["chunks"] == 1
 
 
 @pytest.mark.parametrize("command", [["stats"], ["verify"], ["remove", "x"], ["ask", "q", "-m", "m"]])

@@ -71,8 +71,12 @@ def parse_budget(value: str, option: str) -> int:
         raise UsageError(f"{error}.") from None
 
 
-def load_engine(model: str, store: ChunkStore, *, gguf_file: str | None, dtype: str, device: str) -> CacheTune:
+def load_engine(
+    model: str, store: ChunkStore, *, gguf_file: str | None, dtype: str, device: str, any_store: bool = False
+) -> CacheTune:
     """An engine on an open store; a line on stderr says that the model loads.
+
+    `any_store`: also on one that holds nothing for this model.
 
     Raises:
         UsageError: the model is a path that doesn't exist, or the store was made with another model.
@@ -92,7 +96,8 @@ def load_engine(model: str, store: ChunkStore, *, gguf_file: str | None, dtype: 
             device=device,
         )
     try:
-        check_match(engine, store)
+        if not any_store:
+            check_match(engine, store)
     except BaseException:
         engine.close()
         raise

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 from collections.abc import Iterable
-from typing import Annotated, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cachetune_rag.commands import options
 from cachetune_rag.commands.console import UsageError, emit_json, guarded, number, size, stdout
 from cachetune_rag.commands.session import open_existing
+
+if TYPE_CHECKING:
+    from cachetune_store import ChunkGroup, Namespace, TierUsage
 
 DAMAGED = 1
 """Exit status of verify when it found damage."""
@@ -44,12 +49,15 @@ def stats(
         assert tier is not None  # a store at a path has a disk tier
         tokens = sum(count for *_, count in kv.texts())
         listed = kv.documents() if documents else []
+        groups = kv.groups()
     result: dict[str, Any] = {
         "store": str(store),
         "documents": totals.documents,
         "chunks": tier.chunks,
         "tokens": tokens,
         "bytes": tier.bytes,
+        "groups": [_group(group) for group in groups],
+        "lifetime": {name: asdict(usage) for name, usage in totals.lifetime.items()},
     }
     if documents:
         result["document_list"] = [
@@ -64,12 +72,57 @@ def stats(
         f"{size(tier.bytes)}",
         markup=False,
     )
+    _print_usage(console, totals.lifetime["disk"])
+    if len(groups) > 1:
+        console.print("Made with different settings (cachetune prune --stale removes what a model can't use):")
+        for group in map(_group, groups):
+            console.print(
+                f"{group['chunks']:>12,}  {size(group['bytes']):>10}  model {group['model'][:12]}, {group['dtype']}, {group['codec']}, "
+                f"{group['lead_in']}" + (", a tenant's" if group["tenant"] else ""),
+                markup=False,
+                soft_wrap=True,
+            )
     if documents:
         console.print(f"{'Chunks':>12}  {'Bytes':>10}  Document", style="bold")
         for info in listed:
             missing = len(set(info.chunks)) - info.stored
             held = f"{len(info.chunks) - missing} of {len(info.chunks)}" if missing else str(len(info.chunks))
             console.print(f"{held:>12}  {size(info.bytes):>10}  {info.id}", markup=False, soft_wrap=True)
+
+
+def _group(group: ChunkGroup) -> dict[str, Any]:
+    """A group for people and scripts; tenants by a hash, for their names may tell something."""
+    made = group.namespace
+    return {
+        "model": made.model,
+        "tokenizer": made.tokenizer,
+        "dtype": made.dtype,
+        "codec": group.codec,
+        "lead_in": describe_lead_in(made),
+        "tenant": hashlib.sha256(made.tenant.encode("utf-8", "surrogatepass")).hexdigest()[:12] if made.tenant else "",
+        "chunks": group.chunks,
+        "bytes": group.bytes,
+    }
+
+
+def describe_lead_in(namespace: Namespace) -> str:
+    """What stood before the chunks when they were computed, in a few words."""
+    return f"lead-in of {number(len(namespace.lead_in), 'token')}"
+
+
+def _print_usage(console: Any, usage: TierUsage) -> None:
+    """One line on what the disk tier did over all processes."""
+    looked = usage.hits + usage.misses
+    if not looked and not usage.damaged:
+        return
+    p50, p95 = usage.read_seconds["p50"], usage.read_seconds["p95"]
+    took = f"; a chunk was read in {1e3 * p50:.1f} ms (p95 {1e3 * p95:.1f} ms)" if p50 and p95 else ""
+    console.print(
+        f"So far: {usage.hits:,} of {number(looked, 'look-up')} found, {size(usage.bytes_read)} read, "
+        f"{number(usage.evictions, 'eviction')}, {number(usage.damaged, 'damaged chunk')}{took}",
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 @guarded
@@ -88,6 +141,7 @@ def verify(store: options.Store, json_output: options.Json = False, debug: optio
             number(report.temp_files, "leftover") + " deleted" if report.temp_files else "",
             number(report.adopted, "file") + " added to the index" if report.adopted else "",
             number(report.dropped, "missing file") + " dropped from the index" if report.dropped else "",
+            number(report.foreign, "file") + " of another format version left alone" if report.foreign else "",
         ]
         stdout().print(
             "; ".join(

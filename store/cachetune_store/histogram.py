@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 __all__ = ["Histogram"]
@@ -53,14 +52,14 @@ class Histogram:
                 return float(_FIRST * 2 ** ((number - 0.5) / _PER_DOUBLING)) if number else _FIRST
         return None
 
-    def cumulative(self) -> Iterator[tuple[float, int]]:
-        """Upper bounds in seconds, ascending, with how many durations lie at or below each; only bounds that are in use."""
+    def cumulative(self) -> list[tuple[float, int]]:
+        """Bounds in seconds, each twice the last (about 1 ms to 67 s), with how many durations lie at or below each."""
         with self._lock:
-            counts = sorted(self._counts.items())
-        seen = 0
-        for number, count in counts:
-            seen += count
-            yield _FIRST * 2 ** (number / _PER_DOUBLING), seen
+            counts = dict(self._counts)
+        return [
+            (_FIRST * 2**doubling, sum(c for number, c in counts.items() if number <= doubling * _PER_DOUBLING))
+            for doubling in range(10, 27)
+        ]
 
     def summary(self) -> dict[str, float | int | None]:
         """Count, mean and percentiles (seconds; None without any), as a reader wants them."""

@@ -1,0 +1,75 @@
+"""Who is told about requests, and the log line of each."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from typing import TYPE_CHECKING, Any, Protocol
+
+from cachetune_rag.report import Report
+
+if TYPE_CHECKING:
+    from cachetune_rag.answer import Answer
+
+_log = logging.getLogger("cachetune_rag.requests")
+
+
+class RequestObserver(Protocol):
+    """Told about requests on the thread that makes them, so it should be quick. What it raises is logged and dropped."""
+
+    def prefilled(self, report: Report) -> None:
+        """A prompt was read."""
+
+    def answered(self, report: Report, answer: Answer, seconds: float) -> None:
+        """An answer is finished, `seconds` after its request came."""
+
+
+class Observers:
+    """An engine's observers; also logs each request by its id, with counts and times alone."""
+
+    def __init__(self) -> None:
+        self._all: tuple[RequestObserver, ...] = ()
+
+    def add(self, observer: RequestObserver) -> None:
+        """Tell `observer` from now on."""
+        self._all = (*self._all, observer)
+
+    def remove(self, observer: RequestObserver) -> None:
+        """Tell it no more; one that isn't told is fine."""
+        self._all = tuple(o for o in self._all if o is not observer)
+
+    def prefilled(self, report: Report) -> None:
+        """Tell all."""
+        _log.debug("request %s: %s", report.request_id, report, extra={"request_id": report.request_id})
+        if report.damaged:
+            _log.warning(
+                "request %s: %d damaged chunks were set aside and computed instead",
+                report.request_id,
+                report.damaged,
+                extra={"request_id": report.request_id},
+            )
+        self._tell("prefilled", report)
+
+    def answered(self, report: Report, answer: Answer, seconds: float) -> None:
+        """Tell all."""
+        _log.debug(
+            "request %s: %d tokens answered in %.3f s (%s)",
+            report.request_id,
+            len(answer.token_ids),
+            seconds,
+            answer.finish_reason,
+            extra={"request_id": report.request_id},
+        )
+        self._tell("answered", report, answer, seconds)
+
+    def _tell(self, event: str, *arguments: Any) -> None:
+        for observer in self._all:
+            try:
+                getattr(observer, event)(*arguments)
+            except Exception:
+                _log.exception("an observer failed at %r; the request is not affected", event)
+
+
+def new_request_id() -> str:
+    """16 hex characters, unique for all practical purposes."""
+    return uuid.uuid4().hex[:16]

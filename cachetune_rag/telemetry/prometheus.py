@@ -1,0 +1,108 @@
+"""Prometheus metrics of an engine, through prometheus_client (extra `prometheus`).
+
+    from cachetune_rag.telemetry.prometheus import CacheTuneCollector
+    prometheus_client.REGISTRY.register(CacheTuneCollector(engine))
+
+Numbers are read when Prometheus asks for them; requests are not slowed down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+try:
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+    from prometheus_client.registry import Collector
+except ImportError as error:
+    raise ImportError("Prometheus metrics need prometheus_client: pip install 'cachetune-rag[prometheus]'.") from error
+
+if TYPE_CHECKING:
+    from cachetune_rag.engine import CacheTune
+    from cachetune_store.histogram import Histogram
+
+_TOKENS = ("prompt_tokens", "reused", "recomputed", "missed")
+_TIER_COUNTERS = {
+    "hits": "Chunks found",
+    "misses": "Chunks looked for in vain",
+    "evictions": "Chunks that had to make room",
+    "damaged": "Chunks found damaged and set aside",
+    "promotions": "Chunks that came up from the tier below",
+    "demotions": "Chunks that came down from the tier above",
+    "bytes_read": "Bytes read",
+    "bytes_written": "Bytes written",
+}
+
+
+class CacheTuneCollector(Collector):
+    """Metrics of one engine, all named `cachetune_...`, with the tenant's and the model's name left out.
+
+    Args:
+        engine: the engine. Register the collector with a registry of prometheus_client.
+        labels: further labels for all metrics, where one process has several engines.
+    """
+
+    def __init__(self, engine: CacheTune, labels: dict[str, str] | None = None):
+        self._engine, self._labels = engine, dict(labels or {})
+
+    def describe(self) -> list[Any]:
+        """Nothing ahead: registering must not ask the engine."""
+        return []
+
+    def collect(self) -> Iterator[Any]:
+        """All metrics as they are now."""
+        stats = self._engine.stats()
+        yield self._counter("requests", "Prompts read with reuse", stats.requests)
+        yield self._counter("full_prefills", "Prompts read without reuse", stats.full_prefills)
+        yield self._counter("request_damaged_chunks", "Chunks found damaged while answering", stats.damaged)
+        tokens = CounterMetricFamily(
+            "cachetune_tokens", "Tokens of prompts, by what became of them", labels=self._names("kind")
+        )
+        for kind in _TOKENS:
+            tokens.add_metric(self._values(kind), getattr(stats, kind))
+        yield tokens
+        ttft = HistogramMetricFamily(
+            "cachetune_ttft_seconds",
+            "Time to first token, by the slowest tier that was read",
+            labels=self._names("tier"),
+        )
+        for tier, histogram in self._engine.ttft_histograms().items():
+            self._add(ttft, tier, histogram)
+        yield ttft
+        yield self._gauge("documents", "Documents of all tenants", stats.store.documents)
+        tiers = [held for held in (stats.store.host, stats.store.disk) if held is not None]
+        for name, text in (
+            ("chunks", "Chunks held"),
+            ("bytes", "Bytes held"),
+            ("budget", "Most bytes"),
+            ("pinned", "Chunks in use"),
+        ):
+            family = GaugeMetricFamily(f"cachetune_tier_{name}", text, labels=self._names("tier"))
+            for held in tiers:
+                family.add_metric(self._values(held.name), getattr(held, name))
+            yield family
+        for name, text in _TIER_COUNTERS.items():
+            counter = CounterMetricFamily(f"cachetune_tier_{name}", text, labels=self._names("tier"))
+            for held in tiers:
+                counter.add_metric(self._values(held.name), getattr(held, name))
+            yield counter
+
+    def _names(self, *own: str) -> list[str]:
+        return [*own, *self._labels]
+
+    def _values(self, *own: str) -> list[str]:
+        return [*own, *self._labels.values()]
+
+    def _counter(self, name: str, text: str, value: float) -> Any:
+        family = CounterMetricFamily(f"cachetune_{name}", text, labels=self._names())
+        family.add_metric(self._values(), value)
+        return family
+
+    def _gauge(self, name: str, text: str, value: float) -> Any:
+        family = GaugeMetricFamily(f"cachetune_{name}", text, labels=self._names())
+        family.add_metric(self._values(), value)
+        return family
+
+    def _add(self, family: Any, label: str, histogram: Histogram) -> None:
+        buckets = [(repr(bound), count) for bound, count in histogram.cumulative()]
+        family.add_metric(self._values(label), [*buckets, ("+Inf", histogram.count)], histogram.sum)

@@ -1,0 +1,70 @@
+"""OpenTelemetry spans of an engine's requests, through opentelemetry-api (extra `opentelemetry`).
+
+    from cachetune_rag.telemetry.tracing import trace_requests
+    trace_requests(engine)
+
+A span `cachetune.prefill` for every prompt read and `cachetune.answer` for every finished answer, under whatever span is
+current in the thread that asks. Attributes are counts, times and names of settings; never a text.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from cachetune_rag.report import Report
+
+try:
+    from opentelemetry import trace
+except ImportError as error:
+    raise ImportError("spans need opentelemetry-api: pip install 'cachetune-rag[opentelemetry]'.") from error
+
+if TYPE_CHECKING:
+    from cachetune_rag.answer import Answer
+    from cachetune_rag.engine import CacheTune
+
+_FIELDS = ("prompt_tokens", "reused", "recomputed", "missed", "ratio", "selector", "prefix_kept", "damaged", "full")
+
+
+def trace_requests(engine: CacheTune, tracer_provider: Any = None) -> SpanObserver:
+    """Make spans of an engine's requests from now on; `engine.observers.remove` of what is returned ends it.
+
+    Args:
+        engine: the engine.
+        tracer_provider: an OpenTelemetry TracerProvider; default: the global one.
+    """
+    observer = SpanObserver(trace.get_tracer("cachetune_rag", tracer_provider=tracer_provider))
+    engine.observers.add(observer)
+    return observer
+
+
+class SpanObserver:
+    """Makes a span of every request that is over, with the times it had."""
+
+    def __init__(self, tracer: trace.Tracer):
+        self._tracer = tracer
+
+    def prefilled(self, report: Report) -> None:
+        """See `RequestObserver`."""
+        attributes: dict[str, Any] = {f"cachetune.{name}": getattr(report, name) for name in _FIELDS}
+        attributes |= {f"cachetune.seconds.{phase}": seconds for phase, seconds in report.timings.items()}
+        attributes |= {f"cachetune.bytes_read.{tier}": count for tier, count in report.bytes_read.items()}
+        self._span("cachetune.prefill", report, report.ttft, attributes)
+
+    def answered(self, report: Report, answer: Answer, seconds: float) -> None:
+        """See `RequestObserver`."""
+        attributes = {
+            "cachetune.completion_tokens": len(answer.token_ids),
+            "cachetune.finish_reason": answer.finish_reason,
+            "cachetune.ttft": report.ttft,
+        }
+        self._span("cachetune.answer", report, seconds, attributes)
+
+    def _span(self, name: str, report: Report, seconds: float, attributes: dict[str, Any]) -> None:
+        end = time.time_ns()
+        span = self._tracer.start_span(
+            name,
+            start_time=end - int(seconds * 1e9),
+            attributes={"cachetune.request_id": report.request_id, **attributes},
+        )
+        span.end(end)
