@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from typing import Any
 
 import torch
@@ -39,9 +40,12 @@ def load_model(
         except ImportError:
             pass  # older releases always dequantise
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **extra)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=resolve_dtype(dtype, place), **weights)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+        # A model folder is data: no code of it runs, and of a pickled checkpoint only tensors are read.
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **extra)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=resolve_dtype(dtype, place), trust_remote_code=False, weights_only=True, **weights
+        )
+    except (OSError, ValueError, ImportError, KeyError, pickle.UnpicklingError) as error:
         raise ModelLoadError(
             f"no model could be loaded from {os.fspath(source)!r}: {str(error).strip()} "
             "Give a folder made by save_pretrained, a hub id, or a folder with gguf_file=."
