@@ -36,7 +36,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, CacheTune(model, tokenizer, folder, codec=args.codec) as engine:
         for round_ in range(args.rounds + 1):
             chunks = texts[round_ * args.chunks : (round_ + 1) * args.chunks]
-            ids = [[*engine.namespace.lead_in, *engine.prompts.encode(c)] for c in chunks]
+            ids = [[*engine.namespace.lead_ins[0], *engine.prompts.encode(c)] for c in chunks]
 
             @torch.no_grad()
             def prefill(ids: list[list[int]] = ids) -> None:

@@ -82,7 +82,7 @@ class CacheTune:
             model=model_fingerprint(model),
             tokenizer=tokenizer_fingerprint(tokenizer),
             dtype=str(self.adapter.dtype).removeprefix("torch."),
-            lead_in=self._lead_in(lead_in),
+            lead_ins=(self._lead_in(lead_in),),
             tenant=tenant,
         )
         self._owns_store = not isinstance(store, ChunkStore)

@@ -104,7 +104,7 @@ class Precomputer:
     def _chunk(self, document: Document, text: str) -> _Chunk:
         ids = tuple(self._encode(text))
         limit = self._adapter.max_positions
-        if limit is not None and len(ids) + len(self._namespace.lead_in) > limit:
+        if limit is not None and len(ids) + len(self._namespace.lead_ins[0]) > limit:
             raise PromptTooLongError(
                 f"document {document.id!r} has a chunk of {len(ids)} tokens; the model reads at most {limit}. "
                 "Split it into smaller chunks (512 tokens is a good size)."
@@ -127,7 +127,7 @@ class Precomputer:
         with this one for the cores.
         """
         with self._lock:
-            captured = self._adapter.capture([c.ids for c in batch], self._namespace.lead_in)
+            captured = self._adapter.capture([c.ids for c in batch], self._namespace.lead_ins[0])
             return [
                 self._store.encode(
                     chunk.key,

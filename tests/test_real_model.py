@@ -66,5 +66,5 @@ def test_an_answer_is_text_about_the_question(engine: CacheTune, chunks: list[st
 
 def test_the_default_lead_in_is_what_the_prompt_begins_with(engine: CacheTune) -> None:
     prompt = engine.prompts.build(query=QUERY, chunks=[])
-    assert engine.namespace.lead_in == (prompt.ids[0],)
+    assert engine.namespace.lead_ins == ((prompt.ids[0],),)
     assert engine.tokenizer.decode([prompt.ids[0]]) == "<|im_start|>"

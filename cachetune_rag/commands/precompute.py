@@ -156,10 +156,10 @@ class _Job:
 
 def _check_fits(engine: CacheTune, chunk_tokens: int) -> None:
     limit = engine.adapter.max_positions
-    if limit is not None and chunk_tokens + len(engine.namespace.lead_in) > limit:
+    if limit is not None and chunk_tokens + len(engine.namespace.lead_ins[0]) > limit:
         raise UsageError(
             f"--chunk-tokens is {chunk_tokens}, but the model reads at most {limit} tokens: use "
-            f"{limit - len(engine.namespace.lead_in)} or fewer (a quarter of that leaves room for several chunks)."
+            f"{limit - len(engine.namespace.lead_ins[0])} or fewer (a quarter of that leaves room for several chunks)."
         )
 
 

@@ -59,6 +59,9 @@ class ChunkHead:
         scores: float32 [tokens], in token order.
         token_ids: int64 [tokens], in token order.
         checksums: uint64 [layers, blocks], xxh3_64 of each block of rows.
+        deviations: float16 [tokens, layout.deviation_columns], in token order: how far keys and values were apart behind
+            different lead-ins; None where there was one only. Layer by layer, a column for the keys of each head, then one
+            for the values of each.
         text: what the tokens spell, if it was given.
     """
 
@@ -71,11 +74,16 @@ class ChunkHead:
     checksums: npt.NDArray[np.uint64]
     text: str | None = None
     block_rows: int = BLOCK_ROWS
+    deviations: Tensor | None = None
 
     @cached_property
     def plan(self) -> SlabPlan:
         """Where the rows lie."""
         return plan_slab(self.layout)
+
+    def host_bytes(self, pool: SlabPool) -> int:
+        """What a chunk with this head takes of host memory: its slab, from `pool`, and the deviations."""
+        return pool.size_of(self.plan.total) + (0 if self.deviations is None else self.deviations.nbytes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +93,7 @@ class Chunk:
     Attributes:
         head: all but the rows.
         slab: uint8 [plan.total], page-aligned.
-        host_bytes: what the slab takes of host memory.
+        host_bytes: what the chunk takes of host memory.
         layers: views of the slab, uint8 [tokens, row_bytes] each.
     """
 
@@ -144,12 +152,13 @@ def encode_chunk(
     text: str | None,
     codec: str,
     pool: SlabPool,
+    deviations: Tensor | None = None,
 ) -> Chunk:
     """The chunk of these keys and values, encoded and put in ranking order; arguments as for ChunkStore.put().
 
     Raises:
         ValueError: shapes, dtypes or key don't belong together.
-        NonFiniteError: a score is NaN or infinite, or the codec can't store a value.
+        NonFiniteError: a score or deviation is NaN or infinite, or the codec can't store a value.
     """
     layout = _check(key, layers, namespace, token_ids, codec)
     flat = scores.detach().to("cpu", torch.float32).contiguous().clone()
@@ -157,6 +166,7 @@ def encode_chunk(
         raise ValueError(f"scores have shape {tuple(scores.shape)}; need one a token, ({layout.tokens},)")
     if not bool(torch.isfinite(flat).all()):
         raise NonFiniteError("scores hold an infinity or NaN, so the tokens have no ranking; store finite scores")
+    spread = None if deviations is None else _check_deviations(layout, deviations)
     order = ranking_order(flat)
     encoder = get_codec(codec)
     total = plan_slab(layout).total
@@ -174,8 +184,9 @@ def encode_chunk(
         scores=flat,
         checksums=block_checksums(layout, slab, BLOCK_ROWS),
         text=text,
+        deviations=spread,
     )
-    return Chunk(head, slab, pool.size_of(total))
+    return Chunk(head, slab, head.host_bytes(pool))
 
 
 def block_checksums(layout: ChunkLayout, slab: Tensor, block_rows: int) -> npt.NDArray[np.uint64]:
@@ -190,6 +201,18 @@ def block_checksums(layout: ChunkLayout, slab: Tensor, block_rows: int) -> npt.N
             start = offset + block * block_rows * width
             sums[layer, block] = xxhash.xxh3_64_intdigest(memory[start : min(end, start + block_rows * width)])
     return sums
+
+
+def _check_deviations(layout: ChunkLayout, deviations: Tensor) -> Tensor:
+    wanted = (layout.tokens, layout.deviation_columns)
+    if deviations.shape != wanted:
+        raise ValueError(
+            f"deviations have shape {tuple(deviations.shape)}; need {wanted}: keys and values of every layer's heads"
+        )
+    found = deviations.detach().to("cpu", torch.float16).contiguous().clone()
+    if not bool(torch.isfinite(found).all()):
+        raise NonFiniteError("deviations hold NaN or what float16 can't hold; clamp them to at most 65504")
+    return found
 
 
 def _check(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ def encode_head(head: ChunkHead) -> bytes:
     text = b"" if head.text is None else head.text.encode("utf-8", "surrogatepass")
     if len(text) > MAX_TEXT:
         raise ValueError(f"chunk text has {len(text)} bytes; at most {MAX_TEXT} can be stored, or pass text=None")
-    table, _ = _tensor_table(head.layout, head.block_rows, len(text))
+    table, _ = _tensor_table(head.layout, head.block_rows, len(text), head.deviations is not None)
     document: dict[str, Any] = {"__metadata__": _metadata(head)}
     document |= _offsets(table)
     header = json.dumps(document, separators=(",", ":")).encode()
@@ -44,11 +45,12 @@ def encode_head(head: ChunkHead) -> bytes:
     header = header.ljust(round_up(8 + len(header)) - 8)
     if len(header) > MAX_HEADER:
         raise ValueError(
-            f"the chunk's header has {len(header)} bytes, {MAX_HEADER} are allowed; shorten the tenant name"
+            f"the chunk's header has {len(header)} bytes, {MAX_HEADER} are allowed; shorten the tenant name or the lead-ins"
         )
     front = len(header).to_bytes(8, "little") + header
     small = head.order.numpy().tobytes() + head.token_ids.numpy().tobytes() + head.checksums.tobytes()
-    small += head.scores.numpy().tobytes() + text
+    small += head.scores.numpy().tobytes()
+    small += (b"" if head.deviations is None else head.deviations.numpy().tobytes()) + text
     small = small.ljust(round_up(_DIGEST + len(small)) - _DIGEST, b"\0")
     return front + _head_digest(front, small) + small
 
@@ -87,8 +89,8 @@ def _parse(key: ChunkKey, file_bytes: int, read: Callable[[int], memoryview]) ->
         raise DamagedChunkError(f"chunk {key}: the file says key {metadata['key']!r}")
     if metadata["format_version"] != str(FORMAT_VERSION):
         raise UnknownFormatError(f"chunk {key}: the file says format version {metadata['format_version']!r}")
-    layout, block_rows, text_bytes = _read_layout(metadata["layout"])
-    table, small_bytes = _tensor_table(layout, block_rows, text_bytes)
+    layout, block_rows, text_bytes, deviations = _read_layout(metadata["layout"])
+    table, small_bytes = _tensor_table(layout, block_rows, text_bytes, deviations)
     end = start + small_bytes
     if document != _offsets(table) or start + sum(row[3] for row in table) != file_bytes:
         raise DamagedChunkError(f"chunk {key}: tensors, shapes or offsets don't fit the layout and {file_bytes} bytes")
@@ -96,11 +98,18 @@ def _parse(key: ChunkKey, file_bytes: int, read: Callable[[int], memoryview]) ->
     small = raw[start + _DIGEST :]
     if len(raw) != end or raw[start : start + _DIGEST] != _head_digest(raw[:start], small):
         raise DamagedChunkError(f"chunk {key}: header checksum mismatch")
-    return _read_small(key, layout, block_rows, text_bytes, _read_namespace(metadata["namespace"]), small), end
+    namespace = _read_namespace(metadata["namespace"])
+    return _read_small(key, layout, block_rows, text_bytes, deviations, namespace, small), end
 
 
 def _read_small(
-    key: ChunkKey, layout: ChunkLayout, block_rows: int, text_bytes: int, namespace: Namespace, small: memoryview
+    key: ChunkKey,
+    layout: ChunkLayout,
+    block_rows: int,
+    text_bytes: int,
+    deviations: bool,
+    namespace: Namespace,
+    small: memoryview,
 ) -> ChunkHead:
     tokens, layers = layout.tokens, len(layout.layers)
     blocks = -(-tokens // block_rows)
@@ -114,6 +123,8 @@ def _read_small(
 
     order, token_ids = take(tokens, "<i8"), take(tokens, "<i8")
     checksums, scores = take(layers * blocks, "<u8").reshape(layers, blocks), take(tokens, "<f4")
+    columns = layout.deviation_columns
+    spread = torch.from_numpy(take(tokens * columns, "<f2").reshape(tokens, columns)) if deviations else None
     if not np.array_equal(np.sort(order), np.arange(tokens)):
         raise DamagedChunkError(f"chunk {key}: the row order is not a permutation of the tokens")
     text = bytes(small[position : position + text_bytes]).decode("utf-8", "surrogatepass") if text_bytes else None
@@ -127,10 +138,11 @@ def _read_small(
         checksums=checksums,
         text=text,
         block_rows=block_rows,
+        deviations=spread,
     )
 
 
-def _tensor_table(layout: ChunkLayout, block_rows: int, text_bytes: int) -> tuple[_Table, int]:
+def _tensor_table(layout: ChunkLayout, block_rows: int, text_bytes: int, deviations: bool) -> tuple[_Table, int]:
     """All tensors in file order as (name, dtype, shape, bytes), and how many bytes come before the first row."""
     tokens, layers = layout.tokens, len(layout.layers)
     blocks = -(-tokens // block_rows)
@@ -141,6 +153,9 @@ def _tensor_table(layout: ChunkLayout, block_rows: int, text_bytes: int) -> tupl
         ("checksums", "U64", [layers, blocks], 8 * layers * blocks),
         ("scores", "F32", [tokens], 4 * tokens),
     ]
+    if deviations:
+        columns = layout.deviation_columns
+        table.append(("deviations", "F16", [tokens, columns], 2 * tokens * columns))
     if text_bytes:
         table.append(("text", "U8", [text_bytes], text_bytes))
     small = sum(row[3] for row in table)
@@ -185,12 +200,13 @@ def _metadata(head: ChunkHead) -> dict[str, str]:
         "layers": [[spec.heads, spec.head_dim, spec.v_head_dim] for spec in layout.layers],
         "block_rows": head.block_rows,
         "text_bytes": 0 if head.text is None else len(head.text.encode("utf-8", "surrogatepass")),
+        "deviations": head.deviations is not None,
     }
     owner = {
         "model": namespace.model,
         "tokenizer": namespace.tokenizer,
         "dtype": namespace.dtype,
-        "lead_in": list(namespace.lead_in),
+        "lead_ins": [list(lead) for lead in namespace.lead_ins],
         "tenant": namespace.tenant,
     }
     return {
@@ -202,17 +218,20 @@ def _metadata(head: ChunkHead) -> dict[str, str]:
     }
 
 
-def _read_layout(raw: str) -> tuple[ChunkLayout, int, int]:
+def _read_layout(raw: str) -> tuple[ChunkLayout, int, int, bool]:
     shape = json.loads(raw)
     specs = tuple(LayerSpec(_count(heads), _count(dim), _count(v_dim)) for heads, dim, v_dim in shape["layers"])
     layout = ChunkLayout(_count(shape["tokens"]), specs, str(shape["dtype"]), str(shape["codec"]))
-    return layout, _count(shape["block_rows"]), _count(shape["text_bytes"], 0, MAX_TEXT)
+    if type(shape["deviations"]) is not bool:
+        raise ValueError(f"deviations is {shape['deviations']!r}, neither true nor false")
+    return layout, _count(shape["block_rows"]), _count(shape["text_bytes"], 0, MAX_TEXT), shape["deviations"]
 
 
+@lru_cache(maxsize=64)  # the same for nearly all files of a store, and lead-ins are long
 def _read_namespace(raw: str) -> Namespace:
     owner = json.loads(raw)
-    lead_in = tuple(_count(token, -(1 << 62)) for token in owner["lead_in"])
-    return Namespace(owner["model"], owner["tokenizer"], owner["dtype"], lead_in, owner["tenant"])
+    lead_ins = tuple(tuple(_count(token, -(1 << 62)) for token in lead) for lead in owner["lead_ins"])
+    return Namespace(owner["model"], owner["tokenizer"], owner["dtype"], lead_ins, owner["tenant"])
 
 
 def _count(value: Any, least: int = 1, most: int = 1 << 40) -> int:

@@ -1,6 +1,6 @@
 """Chunk keys: what a chunk's keys and values depend on, hashed.
 
-Everything that changes the numbers is in the hash (format version, model, tokenizer, dtype, lead-in, token ids), and
+Everything that changes the numbers is in the hash (format version, model, tokenizer, dtype, lead-ins, token ids), and
 so is the tenant, so that a key can only ever name bytes that are right for whoever asks.
 """
 
@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -47,14 +48,15 @@ class Namespace:
         model: fingerprint of architecture and weights.
         tokenizer: fingerprint of the tokenizer.
         dtype: "float32", "bfloat16" or "float16", the dtype of keys and values.
-        lead_in: token ids put before a chunk while it was computed.
+        lead_ins: what was put before a chunk while it was computed, token ids of each; one at least, which may be empty.
+            With several, what is stored is a mean over them.
         tenant: whose chunks these are; "" where there is only one.
     """
 
     model: str
     tokenizer: str
     dtype: str
-    lead_in: tuple[int, ...]
+    lead_ins: tuple[tuple[int, ...], ...]
     tenant: str = ""
 
     def __post_init__(self) -> None:
@@ -63,34 +65,43 @@ class Namespace:
                 raise ValueError(f"namespace {name} is {getattr(self, name)!r}; it must be a string")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype!r} is not stored; allowed: {', '.join(DTYPES)}")
-        object.__setattr__(self, "lead_in", tuple(int(token) for token in self.lead_in))
+        try:
+            leads = tuple(tuple(int(token) for token in lead) for lead in self.lead_ins)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"lead_ins is {self.lead_ins!r:.80}; it must be lists of token ids, one a lead-in"
+            ) from error
+        if not leads:
+            raise ValueError("lead_ins is empty; a chunk has one lead-in at least, () for none of any tokens")
+        object.__setattr__(self, "lead_ins", leads)
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """Hex digest of the whole namespace."""
-        return _digest("cachetune-namespace", self, ())
+        """SHA-256 of the whole namespace, in hex. Kept, because lead-ins are long and a request makes many keys."""
+        return _digest(
+            b"cachetune-namespace",
+            str(FORMAT_VERSION).encode(),
+            *map(_text, (self.model, self.tokenizer, self.dtype, self.tenant)),
+            *map(_ids, self.lead_ins),
+        )
 
 
 def make_key(ns: Namespace, token_ids: Sequence[int]) -> ChunkKey:
-    """The key of the chunk with these token ids: SHA-256 over a length-prefixed, hence unambiguous, encoding."""
-    return ChunkKey(_digest("cachetune-chunk", ns, token_ids))
+    """The key of the chunk with these token ids: SHA-256 over the namespace's digest and the ids."""
+    return ChunkKey(_digest(b"cachetune-chunk", ns.digest.encode(), _ids(token_ids)))
 
 
-def _digest(kind: str, ns: Namespace, token_ids: Sequence[int]) -> str:
+def _digest(*parts: bytes) -> str:
+    """SHA-256 over a length-prefixed, hence unambiguous, encoding of the parts."""
     sha = hashlib.sha256()
-    for part in (
-        kind.encode(),
-        str(FORMAT_VERSION).encode(),
-        _text(ns.model),
-        _text(ns.tokenizer),
-        _text(ns.dtype),
-        _text(ns.tenant),
-        np.asarray(ns.lead_in, dtype="<i8").tobytes(),
-        np.asarray(token_ids, dtype="<i8").tobytes(),
-    ):
+    for part in parts:
         sha.update(len(part).to_bytes(8, "little"))
         sha.update(part)
     return sha.hexdigest()
+
+
+def _ids(token_ids: Sequence[int]) -> bytes:
+    return np.asarray(token_ids, dtype="<i8").tobytes()
 
 
 def _text(value: str) -> bytes:

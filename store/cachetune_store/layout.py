@@ -53,3 +53,8 @@ class ChunkLayout:
         if self.tokens < 1 or not self.layers:
             raise ValueError(f"a chunk has 1 token and 1 layer at least, not {self.tokens} and {len(self.layers)}")
         torch_dtype(self.dtype)
+
+    @property
+    def deviation_columns(self) -> int:
+        """Deviations of a token: one for the keys and one for the values of every head of every layer."""
+        return 2 * sum(spec.heads for spec in self.layers)

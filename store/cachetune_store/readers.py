@@ -66,6 +66,11 @@ class ChunkReader(ABC):
         return self.head.scores
 
     @property
+    def deviations(self) -> Tensor | None:
+        """Float16 [tokens, columns], by token (see ChunkHead); None if the chunk has a single lead-in."""
+        return self.head.deviations
+
+    @property
     def token_ids(self) -> Tensor:
         """Int64 [tokens]."""
         return self.head.token_ids
@@ -216,7 +221,7 @@ class DiskReader(ChunkReader):
             self.read(layer, tokens)
         self._prepare()
         assert self._slab is not None
-        return Chunk(self.head, self._slab, self._pool.size_of(self._slab.numel()))
+        return Chunk(self.head, self._slab, self.head.host_bytes(self._pool))
 
     def padding_is_clear(self) -> bool:
         """True if the bytes between the layers are zero, as they were written. Only after read_all()."""

@@ -110,6 +110,7 @@ class ChunkStore:
         namespace: Namespace,
         token_ids: Sequence[int],
         text: str | None = None,
+        deviations: Tensor | None = None,
     ) -> int:
         """Store a chunk; when this returns, it survives a crash (unless the store has no directory).
 
@@ -123,6 +124,8 @@ class ChunkStore:
             namespace: what the key was made with.
             token_ids: the chunk's tokens.
             text: what they spell, for texts().
+            deviations: how far keys and values were apart behind different lead-ins, [tokens, columns] as ChunkHead has
+                them; stored as float16. None if there was one lead-in.
 
         Returns:
             Bytes the chunk takes in the store: its file, or its rows where there is no directory.
@@ -136,7 +139,9 @@ class ChunkStore:
         known = self._healed(lambda: self._placement.known(key, text))
         if known:
             return known
-        chunk = self.encode(key, layers, scores, namespace=namespace, token_ids=token_ids, text=text)
+        chunk = self.encode(
+            key, layers, scores, namespace=namespace, token_ids=token_ids, text=text, deviations=deviations
+        )
         return self._healed(lambda: self._placement.put(chunk))
 
     def encode(
@@ -148,6 +153,7 @@ class ChunkStore:
         namespace: Namespace,
         token_ids: Sequence[int],
         text: str | None = None,
+        deviations: Tensor | None = None,
     ) -> Chunk:
         """The first half of put(), which computes: the chunk as its file will hold it. Nothing is stored.
 
@@ -163,6 +169,7 @@ class ChunkStore:
             text=text or None,
             codec=self.codec,
             pool=self._pool,
+            deviations=deviations,
         )
 
     def write(self, chunk: Chunk) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cachetune_store import ChunkKey, ChunkReader, ChunkStore, Namespace, get_codec, make_key
 
-NAMESPACE = Namespace("model", "tokenizer", "float32", (1,))
+NAMESPACE = Namespace("model", "tokenizer", "float32", ((1,),))
 
 
 @dataclass

@@ -208,8 +208,13 @@ def layout(**changes: object) -> str:
         "layers": [[2, 8, 12]] * 3,
         "block_rows": 64,
         "text_bytes": 9,
+        "deviations": False,
     }
     return json.dumps(good | changes)
+
+
+def namespace(**changes: object) -> str:
+    return json.dumps({"model": "model", "tokenizer": "tokenizer", "dtype": "float32", "tenant": ""} | changes)
 
 
 @pytest.mark.parametrize(
@@ -227,12 +232,20 @@ def layout(**changes: object) -> str:
         {"layout": layout(layers=[[2, 8, 12]] * 4)},
         {"layout": layout(layers=[[2, 8]] * 3)},
         {"layout": layout(layers=5)},
+        {"layout": layout(deviations=True)},
+        {"layout": layout(deviations=0)},
+        {"layout": layout(deviations=None)},
         {"layout": layout(dtype="float64")},
         {"layout": layout(dtype=5)},
         {"layout": "[" * 100_000},
         {"layout": "null"},
         {"layout": 7},
         {"namespace": "{}"},
+        {"namespace": namespace(lead_ins=[])},
+        {"namespace": namespace(lead_ins=[1])},
+        {"namespace": namespace(lead_ins=[[True]])},
+        {"namespace": namespace(lead_ins=[[1 << 70]])},
+        {"namespace": namespace(lead_ins=5)},
         {"format_version": "2"},
         {"key": "0" * 64},
         {"layer_0": {"dtype": "F32", "shape": [150, 40], "data_offsets": [0, 24000]}},
@@ -241,7 +254,7 @@ def layout(**changes: object) -> str:
 )
 def test_a_forged_header_is_a_miss(path: Path, changes: dict[str, object]) -> None:
     file = stored(path)
-    forge(file)
+    forge(file, layout=layout(), namespace=namespace(lead_ins=[[1]]))
     assert usable(path, sample().key), "the forgery itself is sound"
     forge(file, **changes)
     assert not usable(path, sample().key)

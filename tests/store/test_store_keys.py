@@ -9,12 +9,12 @@ import pytest
 from cachetune_store import ChunkKey, Namespace, make_key
 from cachetune_store.units import parse_bytes
 
-NS = Namespace("model", "tokenizer", "float32", (1, 2), "tenant")
+NS = Namespace("model", "tokenizer", "float32", ((1, 2), (3, 4, 5)), "tenant")
 
 
 def test_a_key_never_changes_between_releases_of_one_format() -> None:
-    ns = Namespace("m", "t", "bfloat16", (1,), "")
-    assert str(make_key(ns, [1, 2, 3])) == "2aa5dce9d3b6669ccc2ec81297f991b12838445b9cf32b743d5b221f4a0f6020"
+    ns = Namespace("m", "t", "bfloat16", ((1,),), "")
+    assert str(make_key(ns, [1, 2, 3])) == "1de50365ed20593c51435e40cf636ae104f68e5a272d6303e9852632507f7565"
 
 
 @pytest.mark.parametrize(
@@ -23,8 +23,14 @@ def test_a_key_never_changes_between_releases_of_one_format() -> None:
         {"model": "model2"},
         {"tokenizer": "tokenizer2"},
         {"dtype": "float16"},
-        {"lead_in": (1,)},
-        {"lead_in": ()},
+        {"lead_ins": ((1, 2),)},
+        {"lead_ins": ((1, 2), (3, 4, 6))},
+        {"lead_ins": ((1, 2), (3, 4))},
+        {"lead_ins": ((3, 4, 5), (1, 2))},
+        {"lead_ins": ((1, 2, 3), (4, 5))},
+        {"lead_ins": ((1, 2, 3, 4, 5),)},
+        {"lead_ins": ((1, 2), (3, 4, 5), ())},
+        {"lead_ins": ((),)},
         {"tenant": ""},
         {"tenant": "tenant2"},
     ],
@@ -39,8 +45,11 @@ def test_fields_do_not_run_into_each_other() -> None:
     assert make_key(dataclasses.replace(NS, model="ab", tokenizer="c"), [1]) != make_key(
         dataclasses.replace(NS, model="a", tokenizer="bc"), [1]
     )
-    assert make_key(dataclasses.replace(NS, lead_in=(1, 2)), [3]) != make_key(
-        dataclasses.replace(NS, lead_in=(1,)), [2, 3]
+    assert make_key(dataclasses.replace(NS, lead_ins=((1, 2),)), [3]) != make_key(
+        dataclasses.replace(NS, lead_ins=((1,),)), [2, 3]
+    )
+    assert make_key(dataclasses.replace(NS, lead_ins=((1,), (2,))), [3]) != make_key(
+        dataclasses.replace(NS, lead_ins=((1,),)), [2, 3]
     )
     assert make_key(NS, [1, 2]) != make_key(NS, [2, 1])
 
@@ -58,7 +67,13 @@ def test_only_a_digest_can_be_a_key(digest: str) -> None:
 
 def test_an_unknown_dtype_is_refused() -> None:
     with pytest.raises(ValueError, match="float32, bfloat16, float16"):
-        Namespace("m", "t", "float8", ())
+        Namespace("m", "t", "float8", ((),))
+
+
+@pytest.mark.parametrize("lead_ins", [(), (1, 2), 5, None, "ab", (("a",),)])
+def test_lead_ins_are_lists_of_token_ids(lead_ins: object) -> None:
+    with pytest.raises(ValueError, match="lead_ins is"):
+        Namespace("m", "t", "float32", lead_ins)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
