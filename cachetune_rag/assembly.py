@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from cachetune_rag.config import ReuseConfig
+from cachetune_rag.leads import LeadIns
 from cachetune_rag.model import KVBuffers, ModelAdapter
 from cachetune_rag.pipeline.device import DeviceLoader, Streams
 from cachetune_rag.pipeline.loader import DamagedSourceError, LayerLoader, Source
@@ -22,7 +23,7 @@ from cachetune_rag.prefix import PrefixCache
 from cachetune_rag.prompt import Prompt
 from cachetune_rag.report import Report
 from cachetune_rag.selection import ReusedChunk, get_selector
-from cachetune_store import ChunkKey, ChunkReader, ChunkStore, DamagedChunkError, Namespace, make_key
+from cachetune_store import ChunkKey, ChunkReader, ChunkStore, DamagedChunkError, make_key
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,14 @@ class _Plan:
 class Assembler:
     """Prefills prompts with one model from one store. The caller holds the model's lock."""
 
-    def __init__(self, adapter: ModelAdapter, store: ChunkStore, namespace: Namespace, pool: ThreadPoolExecutor):
-        self._adapter, self._store, self._namespace, self._pool = adapter, store, namespace, pool
+    def __init__(self, adapter: ModelAdapter, store: ChunkStore, lead_ins: LeadIns, pool: ThreadPoolExecutor):
+        self._adapter, self._store, self._lead_ins, self._pool = adapter, store, lead_ins, pool
         self._prefixes = PrefixCache()
         self._streams: Streams | None = None
 
     def key(self, token_ids: Sequence[int]) -> ChunkKey:
         """The key of a chunk."""
-        return make_key(self._namespace, token_ids)
+        return make_key(self._lead_ins.namespace, token_ids)
 
     def full_prefill(self, prompt: Prompt, started: float) -> PrefillState:
         """The reference: every token through the model, nothing read."""
@@ -176,11 +177,12 @@ class Assembler:
         readers: dict[ChunkKey, ChunkReader | None] = {}
         found: list[tuple[int, ChunkReader]] = []
         missed, first_missed = 0, []
+        namespace = self._lead_ins.namespace
         for span in prompt.spans:
             ids = prompt.chunk_ids[span.chunk]
             if not ids:
                 continue
-            key = self.key(ids)
+            key = make_key(namespace, ids)
             if key not in readers:
                 reader = self._store.open(key)
                 readers[key] = reader

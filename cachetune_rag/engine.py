@@ -21,6 +21,7 @@ from cachetune_rag.config import ReuseConfig, resolve
 from cachetune_rag.decoding import prepare
 from cachetune_rag.documents import Document
 from cachetune_rag.errors import ConfigError, EngineClosedError, PromptTooLongError
+from cachetune_rag.leads import LeadIns, given_lead_ins
 from cachetune_rag.loading import load_model
 from cachetune_rag.model import ModelAdapter
 from cachetune_rag.model.fingerprint import model_fingerprint, tokenizer_fingerprint
@@ -46,7 +47,10 @@ class CacheTune:
         store: a folder for the KV store, an open `ChunkStore`, or None to keep KV in memory only.
         prompt_template: text with {prefix}, {chunks} and {query}; default: the tokenizer's chat template.
         chunk_separator: text between chunks; it is computed, never stored.
-        lead_in: token ids put before a chunk when it is precomputed; "auto": the prompt's first token.
+        lead_in: what is put before a chunk when it is precomputed. "auto": stretches of the texts that are stored, once they
+            have 1,024 tokens, and the prompt's first token before that; the mean of the KV behind them is kept. They are
+            chosen once for a store, model and tenant, and stay. "first_token": the prompt's first token. Or token ids, or a
+            list of several lists of these.
         tenant: chunks of different tenants never meet.
         batch_tokens: tokens that precompute runs at once; default: 8192 on a GPU, one chunk at a time on a CPU.
         cuda_kernels: on a GPU, run requests through this package's kernels, CUDA graphs and copy streams: several times
@@ -68,7 +72,7 @@ class CacheTune:
         *,
         prompt_template: str | None = None,
         chunk_separator: str = "\n\n",
-        lead_in: Sequence[int] | str = "auto",
+        lead_in: Sequence[int] | Sequence[Sequence[int]] | str = "auto",
         tenant: str = "",
         batch_tokens: int | None = None,
         cuda_kernels: bool = False,
@@ -78,11 +82,11 @@ class CacheTune:
         self.tokenizer = tokenizer
         self.model_name: str = getattr(model.config, "_name_or_path", "") or self.adapter.architecture
         self.prompts = PromptBuilder(tokenizer, template=prompt_template, chunk_separator=chunk_separator)
-        self.namespace = Namespace(
+        namespace = Namespace(
             model=model_fingerprint(model),
             tokenizer=tokenizer_fingerprint(tokenizer),
             dtype=str(self.adapter.dtype).removeprefix("torch."),
-            lead_ins=(self._lead_in(lead_in),),
+            lead_ins=given_lead_ins(lead_in, self.prompts.first_token, self.adapter.config.vocab_size),
             tenant=tenant,
         )
         self._owns_store = not isinstance(store, ChunkStore)
@@ -94,16 +98,24 @@ class CacheTune:
             self.store = store
         else:
             self.store = ChunkStore(None if store is None else Path(store), **store_options)
+        self.lead_ins = LeadIns(
+            self.store,
+            namespace,
+            choose=lead_in == "auto",
+            vocabulary=self.adapter.config.vocab_size,
+            limit=self.adapter.max_positions,
+        )
+        """What stands before chunks while they are computed."""
         self._lock = threading.RLock()
         self._pool = ThreadPoolExecutor(4, "cachetune-read")
-        self._assembler = Assembler(self.adapter, self.store, self.namespace, self._pool)
+        self._assembler = Assembler(self.adapter, self.store, self.lead_ins, self._pool)
         if batch_tokens is None:
             batch_tokens = 8192 if self.adapter.device.type == "cuda" else 0
-        self._recognizer = StoreRecognizer(self.store, self.namespace)
+        self._recognizer = StoreRecognizer(self.store, self.lead_ins)
         self._precomputer = Precomputer(
             self.adapter,
             self.store,
-            self.namespace,
+            self.lead_ins,
             self.prompts.encode,
             self._lock,
             batch_tokens,
@@ -139,6 +151,11 @@ class CacheTune:
         """
         loaded, tokenizer = load_model(model, gguf_file=gguf_file, device=device, dtype=dtype, revision=revision)
         return cls(loaded, tokenizer, store, **options)
+
+    @property
+    def namespace(self) -> Namespace:
+        """What keys of chunks are made with; it changes when lead-ins are chosen, by this process or another."""
+        return self.lead_ins.namespace
 
     # -- indexing -------------------------------------------------------------------------------------------------
 
@@ -395,16 +412,6 @@ class CacheTune:
         with self._lock:
             self._check_open()
             return self.adapter.forward(torch.tensor([token], device=self.adapter.device), cache)
-
-    def _lead_in(self, lead_in: Sequence[int] | str) -> tuple[int, ...]:
-        if isinstance(lead_in, str):
-            if lead_in != "auto":
-                raise ConfigError(f"lead_in is {lead_in!r}: use 'auto' or a list of token ids.")
-            return (self.prompts.first_token,)
-        vocabulary = self.adapter.config.vocab_size
-        if not all(isinstance(t, int) and 0 <= t < vocabulary for t in lead_in):
-            raise ConfigError(f"lead_in is {list(lead_in)!r}: use token ids from 0 to {vocabulary - 1}, or 'auto'.")
-        return tuple(lead_in)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,7 +11,9 @@ from threading import RLock
 
 from cachetune_rag.documents import Document
 from cachetune_rag.errors import PromptTooLongError
+from cachetune_rag.leads import MOST_TOKENS, LeadIns
 from cachetune_rag.model import ModelAdapter
+from cachetune_rag.model.mean import MeanCapture
 from cachetune_rag.report import PrecomputeSummary
 from cachetune_rag.selection.frequency import frequency_scores
 from cachetune_store import Chunk as StoredChunk
@@ -44,6 +47,15 @@ class _Chunk:
     key: ChunkKey
     ids: tuple[int, ...]
     text: str
+    lead_ins: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What stays the same while a job runs."""
+
+    namespace: Namespace
+    capture: MeanCapture
 
 
 class Precomputer:
@@ -53,19 +65,22 @@ class Precomputer:
         self,
         adapter: ModelAdapter,
         store: ChunkStore,
-        namespace: Namespace,
+        lead_ins: LeadIns,
         encode: Callable[[str], Sequence[int]],
         lock: RLock,
         batch_tokens: int,
         stored: Callable[[ChunkKey, str], None],
     ):
-        self._adapter, self._store, self._namespace = adapter, store, namespace
+        self._adapter, self._store, self._lead_ins = adapter, store, lead_ins
         self._encode, self._lock, self._batch_tokens, self._stored = encode, lock, batch_tokens, stored
 
     def store_chunks(self, chunks: Iterable[tuple[Sequence[int], str]]) -> int:
         """Compute and store chunks given as (token ids, text). Returns the bytes stored."""
-        wanted = [_Chunk(make_key(self._namespace, ids), tuple(ids), text) for ids, text in chunks]
-        return sum(self._write(self._compute(batch)) for batch in self._batches(wanted))
+        given = list(chunks)
+        self._lead_ins.offer((ids for ids, _ in given), indexing=False)
+        job = self._job()
+        wanted = [self._chunk(job, tuple(ids), text) for ids, text in given]
+        return sum(self._write(self._compute(job, batch)) for batch in self._batches(wanted))
 
     def run(
         self, documents: Iterable[Document | str], progress: Callable[[Progress], None] | None
@@ -78,16 +93,17 @@ class Precomputer:
             if progress is not None:
                 progress(Progress(document.id, count, chunks, skipped, tokens, stored, time.perf_counter() - started))
 
+        given = self._look_ahead(map(Document.of, documents))
+        job = self._job()
         # One writer: the next batch computes while the last one is written and synced.
         with ThreadPoolExecutor(1, "cachetune-write") as writer:
-            for document in map(Document.of, documents):
-                every = [self._chunk(document, text) for text in document.chunks]
-                named = [c for c in every if c.ids]
+            for document in given:
+                named = [c for c in (self._part(job, document, text) for text in document.chunks) if c.ids]
                 new = {c.key: c for c in named if not self._store.contains(c.key)}
                 skipped += len(named) - len(new)
                 pending: Future[int] | None = None
                 for batch in self._batches(list(new.values())):
-                    encoded = self._compute(batch)
+                    encoded = self._compute(job, batch)
                     if pending is not None:
                         stored += pending.result()
                     pending = writer.submit(self._write, encoded)
@@ -96,46 +112,75 @@ class Precomputer:
                     tell(document)
                 if pending is not None:
                     stored += pending.result()
-                self._store.set_document(document.id, [c.key for c in named], tenant=self._namespace.tenant)
+                self._store.set_document(document.id, [c.key for c in named], tenant=job.namespace.tenant)
                 count += 1
                 tell(document)
-        return PrecomputeSummary(count, chunks, skipped, tokens, stored, time.perf_counter() - started)
+        took = time.perf_counter() - started
+        return PrecomputeSummary(count, chunks, skipped, tokens, stored, took, len(job.namespace.lead_ins))
 
-    def _chunk(self, document: Document, text: str) -> _Chunk:
-        ids = tuple(self._encode(text))
+    def _look_ahead(self, documents: Iterator[Document]) -> Iterator[Document]:
+        """The same documents. While lead-ins are to be chosen, the first ones are read now, to choose from them."""
+        if not self._lead_ins.undecided:
+            return documents
+        held: deque[Document] = deque()
+        texts: list[Sequence[int]] = []
+        tokens, failure = 0, None
+        try:
+            for document in documents:
+                held.append(document)
+                encoded = [self._encode(text) for text in document.chunks]
+                texts += encoded
+                tokens += sum(map(len, encoded))
+                if tokens >= MOST_TOKENS:
+                    break
+        except Exception as error:  # told when its turn comes: the documents before it are stored first
+            failure = error
+        self._lead_ins.offer(texts, indexing=True)
+        return _resumed(held, failure, documents)
+
+    def _job(self) -> _Job:
+        return _Job(self._lead_ins.namespace, MeanCapture(self._adapter, self._lock))
+
+    def _part(self, job: _Job, document: Document, text: str) -> _Chunk:
+        chunk = self._chunk(job, tuple(self._encode(text)), text)
         limit = self._adapter.max_positions
-        if limit is not None and len(ids) + len(self._namespace.lead_ins[0]) > limit:
+        if limit is not None and len(chunk.ids) + len(chunk.lead_ins[0]) > limit:
             raise PromptTooLongError(
-                f"document {document.id!r} has a chunk of {len(ids)} tokens; the model reads at most {limit}. "
+                f"document {document.id!r} has a chunk of {len(chunk.ids)} tokens; the model reads at most {limit}. "
                 "Split it into smaller chunks (512 tokens is a good size)."
             )
-        return _Chunk(make_key(self._namespace, ids), ids, text)
+        return chunk
+
+    def _chunk(self, job: _Job, ids: tuple[int, ...], text: str) -> _Chunk:
+        return _Chunk(make_key(job.namespace, ids), ids, text, self._lead_ins.of(ids, job.namespace))
 
     def _batches(self, chunks: list[_Chunk]) -> Iterator[list[_Chunk]]:
-        """Neighbours of about one length, so that little is padded."""
+        """Chunks behind the same lead-ins, neighbours of about one length, so that little is padded."""
         batch: list[_Chunk] = []
-        for chunk in sorted(chunks, key=lambda c: len(c.ids)) if self._batch_tokens else chunks:
-            if batch and len(chunk.ids) * (len(batch) + 1) > self._batch_tokens:
+        for chunk in sorted(chunks, key=lambda c: (c.lead_ins, len(c.ids))) if self._batch_tokens else chunks:
+            run = MeanCapture.tokens_run(len(chunk.ids), chunk.lead_ins) * (len(batch) + 1)
+            if batch and (run > self._batch_tokens or chunk.lead_ins != batch[0].lead_ins):
                 yield batch
                 batch = []
             batch.append(chunk)
         if batch:
             yield batch
 
-    def _compute(self, batch: list[_Chunk]) -> list[StoredChunk]:
+    def _compute(self, job: _Job, batch: list[_Chunk]) -> list[StoredChunk]:
         """Capture, rank and encode. All on the thread that computes: a second thread with torch work would only fight
         with this one for the cores.
         """
+        captured = job.capture.capture([c.ids for c in batch], batch[0].lead_ins)
         with self._lock:
-            captured = self._adapter.capture([c.ids for c in batch], self._namespace.lead_ins[0])
             return [
                 self._store.encode(
                     chunk.key,
                     kv.layers,
                     frequency_scores(kv.layers).cpu(),
-                    namespace=self._namespace,
+                    namespace=job.namespace,
                     token_ids=chunk.ids,
                     text=chunk.text,
+                    deviations=kv.deviations,
                 )
                 for chunk, kv in zip(batch, captured, strict=True)
             ]
@@ -147,3 +192,11 @@ class Precomputer:
             if chunk.head.text is not None:
                 self._stored(chunk.key, chunk.head.text)
         return total
+
+
+def _resumed(held: deque[Document], failure: Exception | None, rest: Iterator[Document]) -> Iterator[Document]:
+    while held:
+        yield held.popleft()
+    if failure is not None:
+        raise failure
+    yield from rest

@@ -16,14 +16,16 @@ import threading
 import time
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from hashlib import sha256
+from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from cachetune_rag.leads import LeadIns
 from cachetune_rag.prompt import Chunk, Segment, Text
 from cachetune_rag.rolling_hash import Hashes, PrefixHashes
-from cachetune_store import ChunkKey, ChunkStore, Namespace, StoreError
+from cachetune_store import ChunkKey, ChunkStore, StoreError
 
 ANCHOR = 32
 """Characters by which the beginning of a chunk is found; shorter chunks are never recognised (they save nothing)."""
@@ -192,15 +194,15 @@ class ChunkRecognizer:
 
 
 class StoreRecognizer:
-    """Recognises the chunks of one namespace of a store in prompts, and follows what any process does to that store.
+    """Recognises the chunks of one engine in prompts, and follows what any process does to their store.
 
     The store is read at the first use, and again when it has changed since. What this process adds is told by `add`.
     Following others is bounded to a twentieth of the time, and done in the background where it takes long: until then
     their new chunks are computed as plain text, which is as right.
     """
 
-    def __init__(self, store: ChunkStore, namespace: Namespace):
-        self._store, self._namespace = store, namespace
+    def __init__(self, store: ChunkStore, lead_ins: LeadIns):
+        self._store, self._lead_ins = store, lead_ins
         self._known = ChunkRecognizer()
         self._lock, self._turn = threading.Lock(), threading.Lock()
         self._keys: set[ChunkKey] = set()
@@ -258,13 +260,14 @@ class StoreRecognizer:
         before = set(self._keys)
         try:
             keys: set[ChunkKey] = set()
-            for key, text, _ in self._store.texts(namespace=self._namespace):
+            namespaces = self._lead_ins.namespaces
+            for key, text, _ in chain.from_iterable(self._store.texts(namespace=n) for n in namespaces):
                 keys.add(key)
                 if key not in before:
                     self._known.add(key, text)
             if gone := before - keys:
                 # A chunk that was evicted while a document holds it stays known, for it will be computed and stored again.
-                documents = self._store.documents(tenant=self._namespace.tenant)
+                documents = self._store.documents(tenant=namespaces[0].tenant)
                 gone -= {key for document in documents for key in document.chunks}
             for key in gone:
                 self._known.remove(key)

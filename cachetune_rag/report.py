@@ -79,6 +79,7 @@ class PrecomputeSummary:
         tokens: tokens of the computed chunks.
         bytes: bytes stored for them.
         seconds: wall time.
+        lead_ins: lead-ins that chunks were computed behind; of several, the mean was stored.
     """
 
     documents: int
@@ -87,6 +88,7 @@ class PrecomputeSummary:
     tokens: int
     bytes: int
     seconds: float
+    lead_ins: int = 1
 
     @property
     def tokens_per_second(self) -> float:
@@ -101,6 +103,7 @@ class PrecomputeSummary:
         return (
             f"{self.documents} documents: {self.chunks} chunks computed, {self.skipped} stored before; {self.tokens} tokens "
             f"in {_seconds(self.seconds)} ({self.tokens_per_second:.0f} tokens/s), {_size(self.bytes)} stored"
+            f"{f', mean over {self.lead_ins} lead-ins' if self.lead_ins > 1 else ''}"
         )
 
 

@@ -25,7 +25,7 @@ from cachetune_store import ChunkStore
 
 SUMMARY = {
     "store": str, "documents": int, "chunks": int, "skipped": int, "tokens": int, "bytes": int, "seconds": float,
-    "tokens_per_second": float, "empty": int, "evicted": int, "interrupted": bool,
+    "tokens_per_second": float, "lead_ins": int, "empty": int, "evicted": int, "interrupted": bool,
 }  # fmt: skip
 
 
@@ -457,7 +457,7 @@ def test_a_model_that_does_not_match_the_store_is_refused(
     other = save_model(tmp_path / "other", seed=1)
     before = cli("stats", "-s", filled, "--documents", "--json").json
     done = cli(*words, "-m", other, "-s", filled, code=2)
-    assert f"the store {filled} does not match this model: it was made with another model" in done.err
+    assert f"the store {filled} does not match this run: it was made with another model" in done.err
     after = cli("stats", "-s", filled, "--documents", "--json").json
     for told in (before, after):
         del told["lifetime"]  # that the store was looked at counts

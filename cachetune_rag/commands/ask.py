@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,7 +23,13 @@ from cachetune_rag.commands.console import (
     stdout,
 )
 from cachetune_rag.commands.lexical import rank
-from cachetune_rag.commands.session import load_engine, mismatch, open_existing, open_for_writing
+from cachetune_rag.commands.session import (
+    load_engine,
+    mismatch,
+    open_existing,
+    open_for_writing,
+    same_but_lead_ins,
+)
 from cachetune_rag.commands.upkeep import check_known
 from cachetune_rag.corpus import read_text
 
@@ -167,7 +175,7 @@ def _stored(
             sources.setdefault(key, f"{name}#{number_}")
     if top_k is None:
         return [_passage(engine, store, key, sources[key]) for name in documents for key in known[name]]
-    texts = ((key, text) for key, text, _ in store.texts(namespace=engine.namespace) if key in sources or not documents)
+    texts = ((key, text) for key, text in _texts(engine, store) if key in sources or not documents)
     best = rank(question, texts)[:top_k]
     if not best:
         where = "the named documents" if documents else f"the store {store.path}"
@@ -175,6 +183,20 @@ def _stored(
             f"no passage in {where} shares a word with the question: reword it, or name documents with --document."
         )
     return [_passage(engine, store, key, sources.get(key, "earlier question")) for key in best]
+
+
+def _texts(engine: CacheTune, store: ChunkStore) -> Iterator[tuple[ChunkKey, str]]:
+    """The engine's texts, each once: it may be stored both as before lead-ins were chosen and as after."""
+    now, *before = engine.lead_ins.namespaces
+    seen: set[bytes] = set()
+    for namespace in (now, *before):
+        for key, text, _ in store.texts(namespace=namespace):
+            if before:
+                digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+                if digest in seen:
+                    continue
+                seen.add(digest)
+            yield key, text
 
 
 def _passage(engine: CacheTune, store: ChunkStore, key: ChunkKey, source: str) -> _Passage:
@@ -185,7 +207,7 @@ def _passage(engine: CacheTune, store: ChunkStore, key: ChunkKey, source: str) -
             "document again."
         )
     with reader:
-        if reader.head.namespace != engine.namespace:
+        if not same_but_lead_ins(reader.head.namespace, engine.namespace):
             raise UsageError(mismatch(reader.head.namespace, engine.namespace, store.path))
         return _Passage(reader.text, source, str(key))
 

@@ -27,10 +27,12 @@ class Meter:
 
     def __init__(self, total: int):
         self._total = total
-        self._read = 0  # bytes of finished documents
-        self._size = self._chunks = self._before = 0  # the document at hand; chunks done before it
-        self._done = 0  # chunks computed or skipped
-        self._inside = 0.0
+        self._read = self._finished = 0  # bytes and number of finished documents
+        self._due: deque[tuple[int, int]] = (
+            deque()
+        )  # bytes and chunks of those read and not finished: the job reads ahead
+        self._before = 0  # chunks done before the document at hand
+        self._inside = 0.0  # bytes of it that are done
         self._samples: deque[tuple[float, int]] = deque([(0.0, 0)])
         self._spoke = time.monotonic()
         console = stderr()
@@ -51,17 +53,11 @@ class Meter:
     @property
     def percent(self) -> float:
         """Share of the corpus that is done, in percent."""
-        return 100 * min(1.0, (self._read + self._inside * self._size) / max(self._total, 1))
+        return 100 * min(1.0, (self._read + self._inside) / max(self._total, 1))
 
     def begin(self, size: int, chunks: int) -> None:
-        """A document of so many bytes and chunks comes next."""
-        self._size, self._chunks, self._before = size, chunks, self._done
-
-    def end(self) -> None:
-        """That document is done."""
-        self.skip(self._size)
-        self._size = 0
-        self._inside = 0.0
+        """A document of so many bytes and chunks was handed to the job, which takes them in order."""
+        self._due.append((size, chunks))
 
     def skip(self, size: int) -> None:
         """Bytes that need no work."""
@@ -69,8 +65,13 @@ class Meter:
 
     def update(self, progress: JobProgress) -> None:
         """Show where the job is."""
-        self._done = progress.chunks + progress.skipped
-        self._inside = min(1.0, (self._done - self._before) / max(self._chunks, 1))
+        done = progress.chunks + progress.skipped
+        while self._finished < progress.documents:
+            self._finished += 1
+            self._before = done
+            self.skip(self._due.popleft()[0])
+        bytes_, chunks = self._due[0] if self._due else (0, 1)
+        self._inside = bytes_ * min(1.0, (done - self._before) / max(chunks, 1))
         if self._bar is not None:
             detail = f"{number(progress.documents, 'doc')} · {self._rate(progress):,.0f} tok/s · {size(progress.bytes)}"
             self._bar.update(self._task, completed=self.percent / 100 * max(self._total, 1), detail=detail)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from cachetune_rag.precompute import Progress
     from cachetune_rag.report import PrecomputeSummary
 
+LEAD_INS = ("auto", "first-token")
+
 EPILOG = (
     "[bold]Examples[/bold]\n\n\b\n"
     "  cachetune precompute docs/ --model ./my-model --store kv-store\n"
@@ -54,6 +56,15 @@ def precompute(
             help="Most tokens of a chunk. Texts are split at paragraphs, then sentences, then words.",
         ),
     ] = DEFAULT_CHUNK_TOKENS,
+    lead_in: Annotated[
+        str,
+        typer.Option(
+            "--lead-in",
+            metavar="HOW",
+            help="What stands before each chunk while it is computed. auto: stretches of your own texts, of which the mean "
+            "is stored; first-token: the prompt's first token alone, a quarter of the work.",
+        ),
+    ] = "auto",
     gguf_file: options.GgufFile = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -68,10 +79,14 @@ def precompute(
     A text or Markdown file is a document, named by its path below PATH; in a JSONL file every line is one. Documents
     that changed are replaced, and what is stored already is skipped.
     """
+    if lead_in not in LEAD_INS:
+        raise UsageError(f"--lead-in is {lead_in!r}: use {' or '.join(LEAD_INS)}.")
     corpus = Corpus.scan(paths)
     with ExitStack() as stack:
         kv = stack.enter_context(open_for_writing(store, codec=codec, host_budget=host_budget, disk_budget=disk_budget))
-        engine = stack.enter_context(load_engine(model, kv, gguf_file=gguf_file, dtype=dtype, device=device))
+        engine = stack.enter_context(
+            load_engine(model, kv, gguf_file=gguf_file, dtype=dtype, device=device, lead_in=lead_in.replace("-", "_"))
+        )
         _check_fits(engine, chunk_tokens)
         note(f"Precomputing {number(len(corpus.files), 'file')} ({size(corpus.size)}) into {store} ...")
         job = _Job(corpus, engine, Splitter(lambda text: len(engine.prompts.encode(text)), chunk_tokens))
@@ -128,7 +143,8 @@ class _Job:
             at = self._last
             if at is None:
                 return PrecomputeSummary(0, 0, 0, 0, 0, 0.0)
-            return PrecomputeSummary(at.documents, at.chunks, at.skipped, at.tokens, at.bytes, at.seconds)
+            leads = len(self._engine.namespace.lead_ins)
+            return PrecomputeSummary(at.documents, at.chunks, at.skipped, at.tokens, at.bytes, at.seconds, leads)
         except CorpusError as error:
             done = 0 if self._last is None else self._last.documents
             kept = f"{number(done, 'document')} before it {'is' if done == 1 else 'are'} stored"
@@ -147,7 +163,6 @@ class _Job:
             chunks = source.chunks or self._splitter.split(source.text or "")
             self.meter.begin(source.size, len(chunks))
             yield Document(source.id, chunks)
-            self.meter.end()
 
     def _progress(self, progress: Progress) -> None:
         self._last = progress
@@ -156,10 +171,10 @@ class _Job:
 
 def _check_fits(engine: CacheTune, chunk_tokens: int) -> None:
     limit = engine.adapter.max_positions
-    if limit is not None and chunk_tokens + len(engine.namespace.lead_ins[0]) > limit:
+    if limit is not None and chunk_tokens + 1 > limit:  # behind the first token at least
         raise UsageError(
-            f"--chunk-tokens is {chunk_tokens}, but the model reads at most {limit} tokens: use "
-            f"{limit - len(engine.namespace.lead_ins[0])} or fewer (a quarter of that leaves room for several chunks)."
+            f"--chunk-tokens is {chunk_tokens}, but the model reads at most {limit} tokens: use {limit - 1} or fewer (a "
+            "quarter of that leaves room for several chunks)."
         )
 
 
@@ -168,4 +183,5 @@ def _lines(summary: PrecomputeSummary) -> str:
         f"{number(summary.documents, 'document')}: {number(summary.chunks, 'new chunk')}, {summary.skipped:,} skipped "
         f"(stored before)\n{number(summary.tokens, 'token')} at {summary.tokens_per_second:,.0f} tokens/s, "
         f"{size(summary.bytes)} in {summary.seconds:,.1f} s"
+        f"{f', each chunk behind {summary.lead_ins} lead-ins' if summary.lead_ins > 1 else ''}"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from cachetune_store import ChunkStore, Namespace
 
 _MARK = "store.json"
-_PARTS = {"chunks", "documents", "tmp", "lock", "index", "damaged", _MARK}
+_PARTS = {"chunks", "documents", "notes", "tmp", "lock", "index", "damaged", _MARK}
 _NO_LIMIT = 1 << 62
 """Disk budget of commands that add nothing: opening a store must not shrink it."""
 
@@ -72,7 +73,14 @@ def parse_budget(value: str, option: str) -> int:
 
 
 def load_engine(
-    model: str, store: ChunkStore, *, gguf_file: str | None, dtype: str, device: str, any_store: bool = False
+    model: str,
+    store: ChunkStore,
+    *,
+    gguf_file: str | None,
+    dtype: str,
+    device: str,
+    lead_in: str = "auto",
+    any_store: bool = False,
 ) -> CacheTune:
     """An engine on an open store; a line on stderr says that the model loads.
 
@@ -94,6 +102,7 @@ def load_engine(
             gguf_file=gguf_file,
             dtype=dtype,
             device=device,
+            lead_in=lead_in,
         )
     try:
         if not any_store:
@@ -110,13 +119,18 @@ def check_match(engine: CacheTune, store: ChunkStore) -> None:
     Raises:
         UsageError: says what differs.
     """
-    if next(store.texts(namespace=engine.namespace), None) is not None:
+    if any(next(store.texts(namespace=known), None) is not None for known in engine.lead_ins.namespaces):
         return
     for key, *_ in store.texts():
         found = store.open(key)
         if found is not None:
             with found:
                 raise UsageError(mismatch(found.head.namespace, engine.namespace, store.path))
+
+
+def same_but_lead_ins(stored: Namespace, wanted: Namespace) -> bool:
+    """Whether a stored text can be a passage of this engine: one that was computed behind other lead-ins is a miss."""
+    return replace(stored, lead_ins=wanted.lead_ins) == wanted
 
 
 def mismatch(stored: Namespace, wanted: Namespace, path: Path | None) -> str:
@@ -128,10 +142,10 @@ def mismatch(stored: Namespace, wanted: Namespace, path: Path | None) -> str:
     elif stored.dtype != wanted.dtype:
         what = f"dtype {stored.dtype}, and this run has {wanted.dtype}"
     else:
-        what = "another lead-in"
+        what = "other lead-ins"
     return (
-        f"the store {path} does not match this model: it was made with {what}. Use the same --model and --dtype as then, "
-        "or another --store."
+        f"the store {path} does not match this run: it was made with {what}. Use the same --model, --dtype and --lead-in "
+        "as then, or another --store."
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,10 +14,10 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from cachetune_rag.errors import UnsupportedModelError
 from cachetune_rag.kernels import kernels_run_on
-from cachetune_rag.model import attention, families, masks, taps
+from cachetune_rag.model import attention, families, masks, output, taps
 from cachetune_rag.model.attention import StopForward
 from cachetune_rag.model.buffers import KVBuffers, ScatterCache
-from cachetune_rag.model.capture import ChunkKV, ValueCache, pad_right
+from cachetune_rag.model.capture import ChunkKV, LeadKV, ValueCache, pad_right
 from cachetune_rag.model.device import DeviceForward
 from cachetune_rag.model.loadcheck import LoadCheck
 from cachetune_rag.model.rope import Rotary, Tables, longrope_boundary, rows_of
@@ -104,6 +105,15 @@ class ModelAdapter:
 
     # -- precompute -----------------------------------------------------------------------------------------------
 
+    @cached_property
+    def value_grams(self) -> list[Tensor | None]:
+        """By layer: `output.gram` of its output projection; None where there is none to be found."""
+        grams: list[Tensor | None] = []
+        for module, spec in zip(self._attentions, self.layers, strict=True):
+            weight = output.output_heads(module, self.config.num_attention_heads, spec.v_head_dim)
+            grams.append(None if weight is None else output.gram(weight, spec.heads))
+        return grams
+
     @torch.no_grad()
     def capture(self, chunks: Sequence[Sequence[int]], lead_in: Sequence[int]) -> list[ChunkKV]:
         """Run each chunk behind the lead-in, in one batch, and return its keys before rotation and its values.
@@ -112,39 +122,75 @@ class ModelAdapter:
             chunks: token ids of each chunk, none empty.
             lead_in: token ids put before every chunk; their own rows are dropped.
         """
+        layers: list[tuple[Tensor, Tensor]] = []
         ids = pad_right([[*lead_in, *c] for c in chunks], self.device)
-        keys: list[Tensor] = [ids] * self.num_layers
-        values: list[Tensor] = [ids] * self.num_layers
-
-        def on_key(layer: int, output: Tensor) -> None:
-            keys[layer] = self._taps[layer].key(output)
-
-        def on_value(layer: int, _keys: Tensor, value: Tensor) -> None:
-            values[layer] = value.transpose(1, 2)
-
-        positions = torch.arange(ids.shape[1], device=self.device)
-        if ids.shape[1] <= self.reuse_beyond:
-            # One more token, which no other sees, brings in the frequencies of the prompts that are served by reuse.
-            ids = torch.cat((ids, ids[:, -1:]), dim=1)
-            positions = torch.cat((positions, positions.new_tensor([self.reuse_beyond])))
-        with taps.tapped(self._attentions, [t.key_module for t in self._taps], on_key):
-            self._run_decoder(ids, ValueCache(self.num_layers, on_value), positions)
+        self._capture(ids, None, lambda _layer, key, _rotated, value: layers.append((key, value)))
         start = len(lead_in)
         return [
-            ChunkKV(
-                [
-                    (k[row, start : start + len(c)], v[row, start : start + len(c)])
-                    for k, v in zip(keys, values, strict=True)
-                ]
-            )
+            ChunkKV([(k[row, start : start + len(c)], v[row, start : start + len(c)]) for k, v in layers])
             for row, c in enumerate(chunks)
         ]
 
-    def _run_decoder(self, ids: Tensor, cache: Cache, positions: Tensor) -> None:
+    @torch.no_grad()
+    def lead_kv(self, lead_in: Sequence[int]) -> LeadKV:
+        """Run a lead-in (at least one token), so that `capture_behind` needn't for every chunk."""
+        layers: list[tuple[Tensor, Tensor]] = []
+        ids, count = pad_right([lead_in], self.device), len(lead_in)
+
+        def keep(_layer: int, _key: Tensor, rotated: Tensor, value: Tensor) -> None:
+            layers.append((rotated[:, :, :count].clone(), value.transpose(1, 2)[:, :, :count].clone()))
+
+        self._capture(ids, None, keep)
+        return LeadKV(count, layers)
+
+    @torch.no_grad()
+    def capture_behind(
+        self, chunks: Sequence[Sequence[int]], lead: LeadKV | None, receive: Callable[[int, Tensor, Tensor], None]
+    ) -> None:
+        """Run each chunk behind a lead-in that was run before (or none), in one batch, and hand out every layer as it comes.
+
+        `receive(layer, keys, values)` gets keys before rotation and values, [batch, longest, kv_heads, head_dim] each;
+        rows of a shorter chunk behind its end mean nothing.
+        """
+        ids = pad_right(chunks, self.device)
+        self._capture(ids, lead, lambda layer, key, _rotated, value: receive(layer, key, value))
+
+    def _capture(
+        self, ids: Tensor, lead: LeadKV | None, receive: Callable[[int, Tensor, Tensor, Tensor], None]
+    ) -> None:
+        """Run ids [batch, tokens] behind `lead`.
+
+        `receive(layer, key, rotated, value)` gets keys before and after rotation and values: [batch, tokens, kv_heads,
+        head_dim], but the rotated ones with heads before tokens.
+        """
+        count, start = ids.shape[1], 0 if lead is None else lead.tokens
+        tapped: dict[int, Tensor] = {}
+
+        def on_key(layer: int, output: Tensor) -> None:
+            tapped[layer] = self._taps[layer].key(output)
+
+        def on_update(layer: int, rotated: Tensor, value: Tensor) -> None:
+            key = tapped.pop(layer)
+            receive(layer, key[:, :count], rotated[:, :, :count], value.transpose(1, 2)[:, :count])
+
+        positions = torch.arange(start, start + count, device=self.device)
+        if start + count <= self.reuse_beyond:
+            # One more token, which no other sees, brings in the frequencies of the prompts that are served by reuse.
+            ids = torch.cat((ids, ids[:, -1:]), dim=1)
+            positions = torch.cat((positions, positions.new_tensor([self.reuse_beyond])))
+        cache = ValueCache(self.num_layers, on_update, lead)
+        with taps.tapped(self._attentions, [t.key_module for t in self._taps], on_key):
+            if lead is None:
+                self._run_decoder(ids, cache, positions)
+                return
+            mask = masks.build(self.config, self._window, positions, start + ids.shape[1], self.dtype)
+            with self._masked_attention(), attention.by_position(positions):
+                self._run_decoder(ids, cache, positions, attention_mask=mask)
+
+    def _run_decoder(self, ids: Tensor, cache: Cache, positions: Tensor, **options: Any) -> None:
         """A forward without the language-model head, of ids [batch, tokens] at `positions` [tokens]."""
-        self._decoder(
-            input_ids=ids, position_ids=positions.expand_as(ids), use_cache=True, **{self._cache_argument: cache}
-        )
+        options[self._cache_argument] = cache
+        self._decoder(input_ids=ids, position_ids=positions.expand_as(ids), use_cache=True, **options)
 
     # -- positions ------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from .errors import IndexDamagedError, StoreClosedError
 from .files import explain
 from .index import Index, MemoryIndex
 from .keys import ChunkKey, Namespace
+from .notes import Notes
 from .placement import Placement
 from .pruning import Keep, groups, prune
 from .rawfile import DirectIO
@@ -81,12 +82,14 @@ class ChunkStore:
         if self.path is None:
             self._index: Index = MemoryIndex()
             self._documents = Documents(self._index, None, None)
+            self._notes = Notes(None, None)
             self._placement = Placement(host, None, pins, self._index)
             return
         try:
             self._directory = directory = StoreDirectory(self.path)
             self._index, temp = directory.index, directory.temp
             self._documents = Documents(self._index, self.path / "documents", temp)
+            self._notes = Notes(self.path / "notes", temp)
             disk = DiskTier(
                 self.path,
                 budget=disk_bytes,
@@ -240,6 +243,29 @@ class ChunkStore:
             except IndexDamagedError:
                 # Go on behind what was given out already.
                 self._check_files(full=False, anew=True)
+
+    def note(self, name: str) -> bytes | None:
+        """A note: a small record that all users of the store agree on; None if there is none of that name (64 hex digits).
+
+        It is read anew each time, so it tells what any process has written. One that is too long comes back cut.
+        """
+        self._check_open()
+        return self._healed(lambda: self._notes.get(name))
+
+    def settle_note(self, name: str, content: bytes) -> bytes:
+        """Write a note unless there is one of that name: the first writer wins. Returns the note that stands.
+
+        Raises:
+            ValueError: the name is no digest, or the content is longer than 1 MiB.
+            StoreFullError, StorePathError: it can't be written.
+        """
+        self._check_open()
+        return self._healed(lambda: self._notes.settle(name, content))
+
+    def discard_note(self, name: str, content: bytes) -> bool:
+        """Set aside a note that turned out damaged, if it still reads `content`; whether that was so."""
+        self._check_open()
+        return self._healed(lambda: self._notes.set_aside(name, content))
 
     def revision(self) -> int:
         """A number that changes whenever any process adds or frees a chunk with a text: what texts() gives has changed."""

@@ -1,0 +1,102 @@
+"""Notes: small records that all users of a store agree on. Whoever writes a name first, wins.
+
+They are files of their own, so a lost index costs none, and no check of the chunks touches them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import threading
+from pathlib import Path
+
+from .files import TempFiles, locked, make_directory, sync_directory
+
+__all__ = ["MAX_NOTE", "Notes"]
+
+MAX_NOTE = 1 << 20
+"""Longest note, in bytes."""
+_NAME = re.compile(r"[0-9a-f]{64}")
+
+
+class Notes:
+    """The notes of a store.
+
+    Args:
+        directory: where their files are, made when there is one to write; None keeps them in memory.
+        temp: writes those files.
+    """
+
+    def __init__(self, directory: Path | None, temp: TempFiles | None) -> None:
+        self._directory = directory
+        self._temp = temp
+        self._held: dict[str, bytes] = {}
+        self._lock = threading.Lock()
+
+    def get(self, name: str) -> bytes | None:
+        """What stands under `name` (64 hex characters); None if nothing does. A file that is too long comes back cut."""
+        if self._directory is None:
+            return self._held.get(_checked(name))
+        try:
+            with self._path(name).open("rb") as file:
+                return file.read(MAX_NOTE + 1)
+        except FileNotFoundError:
+            return None
+
+    def settle(self, name: str, content: bytes) -> bytes:
+        """Write `content` under `name` unless something stands there already; returns what stands there now, durably.
+
+        Raises:
+            ValueError: the name is no digest, or the content longer than MAX_NOTE.
+        """
+        if len(content) > MAX_NOTE:
+            raise ValueError(f"note has {len(content)} bytes; at most {MAX_NOTE} can be stored")
+        if self._directory is None or self._temp is None:
+            with self._lock:
+                return self._held.setdefault(_checked(name), content)
+        path = self._path(name)
+        make_directory(self._directory)
+        with locked(self._directory / "lock"):
+            if (known := self.get(name)) is not None:
+                return known
+            with contextlib.suppress(FileExistsError):
+                self._temp.write([content], lambda written: _publish(written, path))
+            sync_directory(self._directory)
+            return self.get(name) or content
+
+    def set_aside(self, name: str, content: bytes) -> bool:
+        """Take away a damaged note, if it still reads `content`; its file stays beside, under another name."""
+        if self._directory is None:
+            with self._lock:
+                return self._held.get(name) == content and self._held.pop(name) is not None
+        path = self._path(name)
+        make_directory(self._directory)
+        with locked(self._directory / "lock"):
+            if self.get(name) != content:
+                return False
+            path.replace(path.with_suffix(".damaged"))
+            sync_directory(self._directory)
+            return True
+
+    def _path(self, name: str) -> Path:
+        assert self._directory is not None
+        return self._directory / f"{_checked(name)}.json"
+
+
+def _publish(written: Path, path: Path) -> None:
+    """Give a written file its name, unless another has it."""
+    try:
+        os.link(written, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        # No hard links here: the lock is what keeps others out.
+        written.replace(path)
+
+
+def _checked(name: str) -> str:
+    # The name becomes a path.
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"note name {name!r} is not 64 lower-case hex characters")
+    return name
