@@ -133,6 +133,17 @@ class Rotary:
 
         return Turn(cos, sin, quarter)
 
+    def comes_apart(self, layer: int, cos: Tensor, sin: Tensor, head_dim: int) -> bool:
+        """Whether `turn` is the layer's rotation, up to rounding; tables of some positions [tokens, rotary_dim]."""
+        turn = self.turn(layer, cos, sin, head_dim)
+        if turn is None:
+            return True
+        generator = torch.Generator().manual_seed(0)
+        keys = torch.randn(cos.shape[0], 1, head_dim, generator=generator).to(cos)
+        ours = turn.cos[:, None] * keys + turn.sin[:, None] * turn.quarter(keys)
+        off = (ours - self.rotate(layer, keys, cos, sin)).float().norm() / keys.float().norm()
+        return float(off) <= 8 * torch.finfo(cos.dtype).eps
+
     def half_split(self, layer: int, cos: Tensor, sin: Tensor, heads: int, head_dim: int) -> bool:
         """Whether the layer's rotation is, bit for bit, the common one: channel i turned with channel i + width / 2.
 
