@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,8 +14,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from cachetune_rag.config import ReuseConfig
+from cachetune_rag.context import RequestContext, ids_of, some_of
 from cachetune_rag.leads import LeadIns
 from cachetune_rag.model import KVBuffers, ModelAdapter
+from cachetune_rag.model.shift import ChunkShift
 from cachetune_rag.pipeline.device import DeviceLoader, Streams
 from cachetune_rag.pipeline.loader import DamagedSourceError, LayerLoader, Source
 from cachetune_rag.prefix import PrefixCache
@@ -55,6 +56,7 @@ class _Plan:
         kept: all of the prefix, or 0.
         sources: the reused chunks, whole.
         buffers, loader: where the KV is put together, and what brings it.
+        shift: how the reused rows follow the recomputed ones, if they do.
     """
 
     computed: Tensor
@@ -63,6 +65,7 @@ class _Plan:
     sources: list[Source]
     buffers: KVBuffers
     loader: LayerLoader
+    shift: ChunkShift | None
 
 
 class Assembler:
@@ -104,16 +107,17 @@ class Assembler:
             clock = _Clock()
             found, missed, first_missed = self._look_up(prompt, stack)
             timings = {"lookup": clock.lap()}
-            plan = self._plan(prompt, found, config, stack)
+            plan, probed = self._plan(prompt, found, config, stack)
             timings["select"] = clock.lap()
             if plan is None:
                 logits, cache = self._adapter.full_forward(self._ids(prompt))
             else:
                 loaded = plan.loader.seconds
-                plan.loader.set_sources(_needed(plan.sources, plan.computed))
+                if plan.shift is None:
+                    plan.loader.set_sources(_needed(plan.sources, plan.computed))
                 plan.loader.begin()
-                ids, places = _some(prompt, plan.computed)
-                logits = self._adapter.selective_forward(ids, places, plan.buffers, plan.loader.load)
+                ids, places = some_of(prompt, plan.computed)
+                logits = self._adapter.selective_forward(ids, places, plan.buffers, plan.loader.load, plan.shift)
                 cache = plan.buffers.to_cache()
                 timings["load"] = plan.loader.seconds - loaded
             self._wait()
@@ -141,15 +145,16 @@ class Assembler:
                 prefix_kept=kept,
                 damaged=damaged,
                 recognised=prompt.recognised,
+                probed=probed,
             )
             return PrefillState(logits, cache, report, prompt, first_missed)
 
     def _plan(
         self, prompt: Prompt, found: list[tuple[int, ChunkReader]], config: ReuseConfig, stack: ExitStack
-    ) -> _Plan | None:
-        """What is computed and where the rest goes; None if all of the prompt is computed."""
+    ) -> tuple[_Plan | None, int]:
+        """What is computed and where the rest goes, None if all of the prompt is computed; and the token-layers probed."""
         if not found or len(prompt.ids) <= self._adapter.reuse_beyond:
-            return None
+            return None, 0
         buffers = self._adapter.new_buffers(len(prompt.ids))
         prefix = prompt.ids[: min(span.start for span in prompt.spans if span.end > span.start)]
         kept = len(prefix) if self._prefixes.fill(prefix, buffers) else 0
@@ -160,10 +165,14 @@ class Assembler:
         sources = [Source(reader, start, reader.layout.tokens) for start, reader in found]
         loader = self._loader(sources, buffers)
         stack.callback(loader.close)
-        context = _Context(self._adapter, prompt, found, computed, buffers, loader)
-        chosen = get_selector(config.selector).select(context, config.ratio)
-        computed = computed.index_fill(0, chosen, True)
-        return None if bool(computed[kept:].all()) else _Plan(computed, prefix, kept, sources, buffers, loader)
+        computed[-1] = True  # also where a prompt ends in a chunk: the answer starts from it
+        context = RequestContext(self._adapter, prompt, found, computed, buffers, loader)
+        selector = get_selector(config.selector)
+        computed = computed.index_fill(0, selector.select(context, config.ratio), True)
+        if bool(computed[kept:].all()):
+            return None, context.probed
+        shift = _shift(selector.shift, context.chunks, computed)
+        return _Plan(computed, prefix, kept, sources, buffers, loader, shift), context.probed
 
     def _promote(self, reader: ChunkReader) -> None:
         """Let the next request find the chunk in host memory. The answer is out, so damage is only set aside."""
@@ -205,68 +214,25 @@ class Assembler:
         return DeviceLoader(self._adapter, sources, buffers, self._pool, self._streams)
 
     def _ids(self, prompt: Prompt) -> Tensor:
-        return _ids(prompt).to(self._adapter.device)
+        return ids_of(prompt).to(self._adapter.device)
 
     def _wait(self) -> None:
         if self._adapter.device.type == "cuda":
             torch.cuda.synchronize(self._adapter.device)
 
 
-class _Context:
-    """What a selector sees; see `SelectionContext`."""
+def _shift(strength: float, chunks: Sequence[ReusedChunk], computed: Tensor) -> ChunkShift | None:
+    """The chunk shift of what is reused; None where nothing moves.
 
-    def __init__(
-        self,
-        adapter: ModelAdapter,
-        prompt: Prompt,
-        found: list[tuple[int, ChunkReader]],
-        base: Tensor,
-        buffers: KVBuffers,
-        loader: LayerLoader,
-    ):
-        self.chunks = [ReusedChunk(start, r.order, r.scores) for start, r in found]
-        self.length, self.num_layers = len(prompt.ids), adapter.num_layers
-        self._adapter, self._prompt, self._base, self._buffers, self._loader = (
-            adapter,
-            prompt,
-            base,
-            buffers,
-            loader,
-        )
-
-    @property
-    def seed(self) -> int:
-        """A number that depends on the prompt's token ids alone."""
-        return int.from_bytes(hashlib.sha256(repr(self._prompt.ids).encode()).digest()[:7])
-
-    def received_attention(self, num_layers: int, queries: int) -> Tensor:
-        """See `SelectionContext`."""
-        ids, places = _some(self._prompt, self._base)
-        return self._adapter.received_attention(
-            ids, places, self._buffers, num_layers, queries, before=self._loader.load
-        )
-
-    def observe_attention(self, num_layers: int, queries: int, observe: Callable[[int, Tensor], None]) -> None:
-        """See `SelectionContext`."""
-        device = self._adapter.device
-        ids, places = (numbers.to(device) for numbers in _some(self._prompt, self._base))
-        self._adapter.observe_attention(
-            ids, places, self._buffers, num_layers, queries, before=self._loader.load, observe=observe
-        )
-
-
-# On the host, NumPy: it reads a long tuple faster than torch, and wakes no threads for a few thousand numbers.
-
-
-def _ids(prompt: Prompt) -> Tensor:
-    """The prompt's token ids on the host, int64 [length]."""
-    return torch.from_numpy(np.array(prompt.ids, dtype=np.int64))
-
-
-def _some(prompt: Prompt, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids and places of the tokens where `wanted` is true, on the host."""
-    places = wanted.numpy().nonzero()[0]
-    return torch.from_numpy(_ids(prompt).numpy()[places]), torch.from_numpy(places)
+    Only a chunk that is a mean over lead-ins is shifted. What was captured behind one lead-in is off by that lead-in too,
+    which the shift would carry along (docs/selection.md, "Cautions about the shift").
+    """
+    spans = []
+    for chunk in chunks if strength else ():
+        start, end = chunk.start, chunk.start + chunk.tokens
+        if chunk.deviations is not None and 0 < int(computed[start:end].sum()) < chunk.tokens:
+            spans.append((start, end))
+    return ChunkShift(strength, spans) if spans else None
 
 
 def _needed(sources: Sequence[Source], computed: Tensor) -> list[Source]:

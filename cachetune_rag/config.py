@@ -19,7 +19,7 @@ class ReuseConfig:
         ratio: share of the chunk tokens that is recomputed, in [0, 1].
     """
 
-    selector: str = "probe"
+    selector: str = "expected_error"
     ratio: float = 0.15
 
 
@@ -27,7 +27,8 @@ AUTO = ReuseConfig()
 """What "auto" stands for: the best measured setting (docs/selection.md)."""
 
 PAPER = ReuseConfig(selector="frequency", ratio=0.15)
-"""As published: frequency ranking, a budget per chunk, r_min 0.15 (alpha 0.5 is the ranking's own)."""
+"""As published: frequency ranking, a budget per chunk, r_min 0.15 (alpha 0.5 is the ranking's own). `lead_in="first_token"`
+belongs to it: the paper's chunks are captured behind one token."""
 
 
 def resolve(selector: Any, ratio: Any, auto: ReuseConfig = AUTO) -> ReuseConfig:

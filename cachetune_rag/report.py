@@ -26,6 +26,8 @@ class Report:
         recognised: chunks that were found in plain text (see `CacheTune.prompt_from_text`).
         full: True for the reference: nothing was reused by intent.
         request_id: names the request in logs and spans.
+        probed: token-layers that the selector had run to choose (a token through a layer is one). `computed` times the
+            model's layers is what the rest of the request ran.
     """
 
     prompt_tokens: int
@@ -42,6 +44,7 @@ class Report:
     recognised: int = 0
     full: bool = False
     request_id: str = ""
+    probed: int = 0
 
     @property
     def slowest_tier(self) -> str:

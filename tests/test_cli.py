@@ -354,7 +354,7 @@ def test_ctrl_c_before_the_work_began(cli: Cli, docs: Path, monkeypatch: pytest.
 def test_ask_finds_passages_and_reports(cli: Cli, filled: Path, model: Path) -> None:
     done = cli("ask", "How do I reset the lamp?", "-m", model, "-s", filled, "-n", 5, "--top-k", 2)
     assert "Using 2 passages: guide/reset.md#1, " in done.err
-    assert "0 missed (probe, r=0.15); read " in done.out
+    assert "0 missed (expected_error, r=0.15); read " in done.out
     assert done.out.splitlines()[-1].startswith("[")
 
 

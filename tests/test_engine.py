@@ -22,7 +22,7 @@ CHUNKS = [
     "Visitors climb 214 steps; the last forty are a ladder.",
 ]
 QUERY = "How many steps are there?"
-SELECTORS = ["frequency", "probe", "chunk_head", "random", "none"]
+SELECTORS = ["frequency", "expected_error", "probe", "chunk_head", "kv_deviation", "layer0_value", "random", "none"]
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 # -- invariant 1: against full prefill ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("selector", ["frequency", "probe", "chunk_head", "random", "all"])
+@pytest.mark.parametrize("selector", [s for s in SELECTORS if s != "none"] + ["all"])
 def test_recomputing_everything_is_full_prefill(engine: CacheTune, selector: str) -> None:
     engine.precompute([Document("a", CHUNKS)])
     state = engine.prefill(query=QUERY, chunks=CHUNKS, ratio=1.0, selector=selector)

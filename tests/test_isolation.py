@@ -85,7 +85,7 @@ def test_no_name_leaves_the_store(tmp_path: Path, document: str, tenant: str) ->
     folder = tmp_path / "around"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    key = make_key(Namespace("m", "t", "float32", (1,), tenant), [1, 2, 3])
+    key = make_key(Namespace("m", "t", "float32", ((1,),), tenant), [1, 2, 3])
     with ChunkStore(folder / "kv") as store:
         store.set_document(document, [key], tenant=tenant)
         assert [info.id for info in store.documents(tenant=tenant)] == [document]

@@ -87,7 +87,9 @@ def ask(
     ] = "auto",
     selector: Annotated[
         str,
-        typer.Option("--selector", metavar="NAME", help="What chooses those tokens: probe, frequency, ... or auto."),
+        typer.Option(
+            "--selector", metavar="NAME", help="What chooses those tokens: expected_error, frequency, ... or auto."
+        ),
     ] = "auto",
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", "-n", min=1, help="Most tokens of the answer.")

@@ -107,7 +107,8 @@ def _group(group: ChunkGroup) -> dict[str, Any]:
 
 def describe_lead_in(namespace: Namespace) -> str:
     """What stood before the chunks when they were computed, in a few words."""
-    return f"lead-in of {number(len(namespace.lead_in), 'token')}"
+    leads = namespace.lead_ins
+    return f"mean over {len(leads)} lead-ins" if len(leads) > 1 else f"lead-in of {number(len(leads[0]), 'token')}"
 
 
 def _print_usage(console: Any, usage: TierUsage) -> None:

@@ -20,7 +20,9 @@ from cachetune_rag.model.buffers import KVBuffers, ScatterCache
 from cachetune_rag.model.capture import ChunkKV, LeadKV, ValueCache, pad_right
 from cachetune_rag.model.device import DeviceForward
 from cachetune_rag.model.loadcheck import LoadCheck
-from cachetune_rag.model.rope import Rotary, Tables, longrope_boundary, rows_of
+from cachetune_rag.model.probe import Probe
+from cachetune_rag.model.rope import Rotary, Tables, Turn, longrope_boundary, rows_of
+from cachetune_rag.model.shift import ChunkShift, RowShift
 from cachetune_store.layout import LayerSpec
 
 
@@ -61,9 +63,20 @@ class ModelAdapter:
         self._cache_argument = "cache" if "cache" in names else "past_key_values"
         self.reuse_beyond: int = longrope_boundary(self.config)
         self._window = masks.window_of(self.config, self._decoder)
+        self._windows = [masks.window_at(self._window, kind) for kind in layer_types]
         self.cuda_kernels = cuda_kernels and self.device.type == "cuda"
         self.device_forward: DeviceForward | None = None
         self._taps, self.layers = self._check()
+        self._probe = Probe(
+            self._attentions,
+            families.decoder_layers(self._decoder, self._attentions, self.architecture),
+            self._taps,
+            self.layers,
+            self._windows,
+            self.rotary_tables,
+            self.rotate_by,
+            self._masked_forward,
+        )
         self.device_forward = self._device_forward() if cuda_kernels else None
         """Forwards through the kernels; None where they don't run."""
         self.half_split = self._half_split() if cuda_kernels else []
@@ -80,9 +93,11 @@ class ModelAdapter:
         if not kernels_run_on(self.device) or self._wanted_attention() != attention.NAME:
             return None
         mask = masks.placeholder(self.config, self.device)
-        windows = [masks.window_at(self._window, kind) for kind in self._layer_types]
         return DeviceForward(
-            lambda ids, places, cache: self._selected(ids, places, mask, cache), self.layers, windows, self.device
+            lambda ids, places, cache: self._selected(ids, places, mask, cache),
+            self.layers,
+            self._windows,
+            self.device,
         )
 
     def _check(self) -> tuple[list[taps.Tap], tuple[LayerSpec, ...]]:
@@ -213,6 +228,18 @@ class ModelAdapter:
         """The tables that a layer's keys are rotated by; (None, None) if it doesn't rotate."""
         return tables[self._layer_types[layer]] if self._rotary.rotated[layer] else (None, None)
 
+    def _turns(self, length: int) -> list[Turn | None]:
+        """The rotation of each layer taken apart, for a prompt of `length` tokens; layers that rotate alike share one."""
+        tables, made = self.rotary_tables(length), dict[Any, Turn | None]()
+        for layer, (kind, spec) in enumerate(zip(self._layer_types, self.layers, strict=True)):
+            key = kind, spec.head_dim, self._rotary.rotated[layer]
+            if key not in made:
+                made[key] = self._rotary.turn(layer, *tables[kind], spec.head_dim)
+        return [
+            made[kind, spec.head_dim, rotated]
+            for kind, spec, rotated in zip(self._layer_types, self.layers, self._rotary.rotated, strict=True)
+        ]
+
     def new_buffers(self, length: int) -> KVBuffers:
         """Uninitialised buffers for a prompt of `length` tokens."""
         return KVBuffers(self.layers, length, self.dtype, self.device)
@@ -247,7 +274,12 @@ class ModelAdapter:
 
     @torch.no_grad()
     def selective_forward(
-        self, ids: Tensor, positions: Tensor, buffers: KVBuffers, before: Callable[[int], None] | None = None
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        buffers: KVBuffers,
+        before: Callable[[int], None] | None = None,
+        shift: ChunkShift | None = None,
     ) -> Tensor:
         """Run the selected tokens through every layer against the assembled KV.
 
@@ -257,14 +289,36 @@ class ModelAdapter:
             buffers: KV of the prompt; rows at `positions` are overwritten, all others must be there when
                 `before(layer)` has returned.
             before: called once a layer, before its buffer is used.
+            shift: how the reused rows of chunks follow the recomputed ones; they are changed in `buffers`.
 
         Returns:
             Logits of the last token, [1, vocab].
         """
-        if self.device_forward is not None:
+        if self.device_forward is not None and shift is None:
             return self.device_forward.forward(ids, positions, buffers, before)
+        rows = None if shift is None else RowShift(shift, positions, self._turns(buffers.length))
         ids, positions = ids.to(self.device), positions.to(self.device)
-        return self._masked_forward(ids, positions, buffers, ScatterCache(buffers, positions, before))
+        return self._masked_forward(ids, positions, buffers, ScatterCache(buffers, positions, before, shift=rows))
+
+    @torch.no_grad()
+    def fresh_states(self, ids: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys (rotated) and values of one layer in full prefill of `ids` [length]: each [length, kv_heads, dim].
+
+        The layers before it are run, and its own projections.
+        """
+        states: list[Tensor] = []
+
+        def receive(number: int, keys: Tensor, values: Tensor) -> None:
+            if number == layer:
+                states.extend(s[0].transpose(0, 1) for s in (keys, values))
+                raise StopForward
+
+        try:
+            positions = torch.arange(ids.shape[0], device=self.device)
+            self._run_decoder(ids.to(self.device)[None], ValueCache(self.num_layers, receive), positions)
+        except StopForward:
+            pass
+        return states[0], states[1]
 
     @torch.no_grad()
     def received_attention(
@@ -310,36 +364,39 @@ class ModelAdapter:
         (computed from the tapped queries; soft-capping and learned sinks are left out, which keeps the order within a
         head). Rows of `buffers` at `positions` are overwritten in those layers.
         """
-        tables = self.rotary_tables(buffers.length)
-        place = positions[-queries:]
-        tapped: dict[int, Tensor] = {}
+        self._probe.observe(ids, positions, buffers, num_layers, queries, before, observe)
 
-        def on_query(layer: int, output: Tensor) -> None:
-            tapped[layer] = self._taps[layer].query(output)[0, -queries:]
+    @torch.no_grad()
+    def expected_error(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        buffers: KVBuffers,
+        deviations: Tensor,
+        num_layers: int,
+        queries: int,
+        before: Callable[[int], None],
+    ) -> Tensor:
+        """How far off the watched tokens' layer outputs are expected to be because of each reused row, float32 [length].
 
-        def after(layer: int, keys: Tensor) -> None:
-            if layer < num_layers:
-                query = self.rotate(layer, tapped.pop(layer), place, tables)
-                observe(layer, self._attention(layer, query, keys[0], place))
-            if layer >= num_layers - 1:
-                raise StopForward
+        With j a row, g a query head that reads key-value head h, i a watched token, x_i its layer input, a its attention, o
+        a head's output, Q the rotated query, s the attention's scale and D the width of a key, the sum over the first
+        `num_layers` layers of
 
-        cache = ScatterCache(buffers, positions, before, after)
-        with taps.tapped(self._attentions, [t.query_module for t in self._taps], on_query):
-            try:
-                self._masked_forward(ids, positions, buffers, cache)
-            except StopForward:
-                return
+            Ev[j] = sum over g, i of a[g,i,j] / |x_i| * sV[h,j]
+            Ek[j] = sum over g, i of a[g,i,j] / |x_i| * |Q[g,i]| * |V[h,j] - o[g,i]| * sK[h,j] * gain[g] * s / sqrt(D)
 
-    def _attention(self, layer: int, query: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
-        """Attention weights [heads, queries, length] of rotated `query` [queries, heads, dim] on `keys` [kv_heads, length, dim]."""
-        kv_heads, length, dim = keys.shape
-        group = query.shape[1] // kv_heads
-        scale = getattr(self._attentions[layer], "scaling", None) or dim**-0.5
-        rows = query.transpose(0, 1).reshape(kv_heads, group * query.shape[0], dim)
-        scores = (rows @ keys.transpose(1, 2)).float().view(kv_heads * group, -1, length) * scale
-        allowed = masks.allowed(self._window, self._layer_types[layer], positions, length)
-        return scores.masked_fill_(~allowed[None], float("-inf")).softmax(-1)
+        The softmax turns an error e of key j into a[j] * (s Q.e) * (V_j - o) of the output, to first order, and sqrt(D)
+        stands for an error of no particular direction. (docs/selection.md, "Online"; a family's norm or gate behind the
+        output projection is left out, as are its learned sinks and soft-capping.)
+
+        Args:
+            ids, positions, buffers, num_layers, queries, before: as for `observe_attention`.
+            deviations: [length, columns], as chunks store them (sK of every head of layer 0, sV of them, layer 1, ...); 0
+                where a row isn't reused.
+        """
+        ids, positions, deviations = (t.to(self.device) for t in (ids, positions, deviations))
+        return self._probe.expected_error(ids, positions, buffers, deviations, num_layers, queries, before)
 
     def _masked_forward(self, ids: Tensor, positions: Tensor, buffers: KVBuffers, cache: ScatterCache) -> Tensor:
         mask = masks.build(self.config, self._window, positions, buffers.length, self.dtype)

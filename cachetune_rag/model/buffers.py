@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
+from cachetune_rag.model.shift import RowShift
 from cachetune_store.layout import LayerSpec
 
 
@@ -53,7 +54,8 @@ class ScatterCache(Cache):
     """Cache of a forward over selected tokens: fresh keys and values are scattered into the buffers.
 
     `before(layer)` runs when a layer's attention first needs its buffer (to bring the reused rows in); `after(layer,
-    keys)` runs when the buffer is complete, with keys [1, kv_heads, length, head_dim].
+    keys)` runs when the buffer is complete, with keys [1, kv_heads, length, head_dim]. `shift` moves the reused rows once they
+    and the fresh ones are there.
     """
 
     def __init__(
@@ -62,8 +64,9 @@ class ScatterCache(Cache):
         positions: Tensor,
         before: Callable[[int], None] | None = None,
         after: Callable[[int, Tensor], None] | None = None,
+        shift: RowShift | None = None,
     ):
-        layers = [_ScatterLayer(buffers, i, positions, before, after) for i in range(len(buffers.key_rows))]
+        layers = [_ScatterLayer(buffers, i, positions, before, after, shift) for i in range(len(buffers.key_rows))]
         super().__init__(layers=layers)
 
 
@@ -79,18 +82,23 @@ class _ScatterLayer(CacheLayerMixin):
         positions: Tensor,
         before: Callable[[int], None] | None,
         after: Callable[[int, Tensor], None] | None,
+        shift: RowShift | None,
     ):
         super().__init__()
         self._buffers, self._layer, self._positions = buffers, layer, positions
-        self._before, self._after = before, after
+        self._before, self._after, self._shift = before, after, shift
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Scatter [1, kv_heads, selected, head_dim] to the true positions; return the whole layer."""
         layer, buffers = self._layer, self._buffers
         if self._before is not None:
             self._before(layer)
-        buffers.key_rows[layer].index_copy_(0, self._positions, key_states[0].transpose(0, 1))
-        buffers.value_rows[layer].index_copy_(0, self._positions, value_states[0].transpose(0, 1))
+        key_rows, value_rows = buffers.key_rows[layer], buffers.value_rows[layer]
+        fresh_keys, fresh_values = key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)
+        if self._shift is not None:
+            self._shift.apply(layer, key_rows, value_rows, fresh_keys, fresh_values)
+        key_rows.index_copy_(0, self._positions, fresh_keys)
+        value_rows.index_copy_(0, self._positions, fresh_values)
         keys = buffers.keys(layer)
         if self._after is not None:
             self._after(layer, keys)

@@ -71,3 +71,16 @@ def attention_layers(decoder: nn.Module, count: int, architecture: str) -> list[
             "assembled from chunks."
         )
     return [found[i] for i in range(count)]
+
+
+def decoder_layers(decoder: nn.Module, attentions: list[nn.Module], architecture: str) -> list[nn.Module]:
+    """The decoder layer that each attention module stands in: its input is the residual stream."""
+    for stack in decoder.modules():
+        if isinstance(stack, nn.ModuleList) and len(stack) == len(attentions):
+            pairs = zip(stack, attentions, strict=True)
+            if all(any(part is attention for part in layer.modules()) for layer, attention in pairs):
+                return list(stack)
+    raise UnsupportedModelError(
+        f"{architecture}: its attention modules don't stand in a list of {len(attentions)} layers, one in each, so what goes "
+        "into a layer can't be read. Please open an issue that names the model."
+    )

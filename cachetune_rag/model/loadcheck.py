@@ -82,6 +82,12 @@ class LoadCheck:
                     f"{self._architecture}: layer {layer} ({type(module).__name__}) changes its keys after it has rotated "
                     "them (a norm after the rotary embedding), so stored keys can't be moved to another position."
                 )
+            if not self._rotary.comes_apart(layer, *tables[self._layer_types[layer]], specs[-1].head_dim):
+                raise UnsupportedModelError(
+                    f"{self._architecture}: layer {layer} ({type(module).__name__}) doesn't turn its keys' channels in pairs by "
+                    "the model's tables, so a change of keys can't be carried from one position to another. Please open an "
+                    "issue that names the model."
+                )
         return found, tuple(specs)
 
     def _observe(self, ids: Tensor, start: int) -> tuple[dict[int, tuple[Tensor, Tensor]], list[dict[str, Tensor]]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,23 @@ Tables = tuple[Tensor, Tensor]
 
 _FIXED = {"default", "linear", "llama3", "yarn"}
 """Kinds of scaling whose frequencies don't depend on how long a prompt is."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A layer's rotation taken apart: rotate(x)[token, head, i] = cos[token, i] * x[i] + sin[token, i] * quarter(x)[i].
+
+    Every rotary embedding turns channels in pairs, so this holds for all of them; families differ in which channels make a
+    pair, how their tables are laid out and how many channels they turn at all.
+
+    Attributes:
+        cos, sin: [length, head_dim], with 1 and 0 for channels that aren't turned.
+        quarter: states [tokens, heads, head_dim] turned by a quarter in every pair.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    quarter: Callable[[Tensor], Tensor]
 
 
 class Rotary:
@@ -93,6 +111,38 @@ class Rotary:
         _, keys = self._functions[layer](keys[:, :0], keys, cos[None], sin[None])
         keys = keys[0].transpose(0, 1)
         return keys if rest.shape[-1] == 0 else torch.cat((keys, rest), dim=-1)
+
+    def turn(self, layer: int, cos: Tensor, sin: Tensor, head_dim: int) -> Turn | None:
+        """A layer's rotation taken apart, for tables `cos`, `sin` [length, rotary_dim]; None if it rotates nothing."""
+        if not self.rotated[layer]:
+            return None
+        columns, width = cos.shape[1], self._width(cos, head_dim)
+        # Which column each channel is turned by: what the model's function makes of ones, by a table that counts.
+        count = torch.arange(columns, dtype=torch.float32, device=cos.device)[None]
+        ones = count.new_ones(1, 1, head_dim)
+        used = self.rotate(layer, ones, count, torch.zeros_like(count))[0, 0, :width].round().long()
+        if not torch.equal(used, torch.arange(columns, device=cos.device)):
+            cos, sin = cos[:, used], sin[:, used]
+        if width < head_dim:
+            rest = (cos.shape[0], head_dim - width)
+            cos, sin = torch.cat((cos, cos.new_ones(rest)), 1), torch.cat((sin, sin.new_zeros(rest)), 1)
+
+        def quarter(states: Tensor) -> Tensor:
+            table = states.new_ones(states.shape[0], columns)
+            return self.rotate(layer, states, torch.zeros_like(table), table)
+
+        return Turn(cos, sin, quarter)
+
+    def comes_apart(self, layer: int, cos: Tensor, sin: Tensor, head_dim: int) -> bool:
+        """Whether `turn` is the layer's rotation, up to rounding; tables of some positions [tokens, rotary_dim]."""
+        turn = self.turn(layer, cos, sin, head_dim)
+        if turn is None:
+            return True
+        generator = torch.Generator().manual_seed(0)
+        keys = torch.randn(cos.shape[0], 1, head_dim, generator=generator).to(cos)
+        ours = turn.cos[:, None] * keys + turn.sin[:, None] * turn.quarter(keys)
+        off = (ours - self.rotate(layer, keys, cos, sin)).float().norm() / keys.float().norm()
+        return float(off) <= 8 * torch.finfo(cos.dtype).eps
 
     def half_split(self, layer: int, cos: Tensor, sin: Tensor, heads: int, head_dim: int) -> bool:
         """Whether the layer's rotation is, bit for bit, the common one: channel i turned with channel i + width / 2.

@@ -103,6 +103,23 @@ def tapped(attentions: list[nn.Module], modules: list[str], receive: Callable[[i
             handle.remove()
 
 
+@contextmanager
+def inputs_tapped(layers: list[nn.Module], receive: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """While the context is open, `receive(layer, hidden)` gets each decoder layer's input, [batch, tokens, hidden]."""
+    handles = []
+    try:
+        for number, module in enumerate(layers):
+
+            def hook(_module: nn.Module, args: Any, kwargs: dict[str, Any], number: int = number) -> None:
+                receive(number, args[0] if args else kwargs["hidden_states"])
+
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def first_matching(taps: Iterator[Tap], outputs: dict[str, Tensor], wanted: Callable[[Tensor], bool]) -> Tap | None:
     """The first tap whose keys satisfy `wanted`; a tap whose layout does not fit its output is passed over."""
     for tap in taps:

@@ -20,11 +20,15 @@ class ReusedChunk:
         start: place of its first token in the prompt.
         order: int64 [tokens]; the offline ranking, least important token first (the row order of its file).
         scores: float32 [tokens]; the offline score of each token, in token order.
+        deviations: float16 [tokens, 2 * sum over layers of kv_heads], as stored: how far the token's key and value moved
+            from one lead-in to another, a column a head, keys before values, layer by layer. None where there was a single
+            lead-in and nothing is known.
     """
 
     start: int
     order: Tensor
     scores: Tensor
+    deviations: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -63,12 +67,30 @@ class SelectionContext(Protocol):
         receives, averaged over heads and queries, summed over layers. On the model's device.
         """
 
+    def expected_error(self, num_layers: int, queries: int) -> Tensor:
+        """How much the error that each reused token is expected to have disturbs the query: float32 [length], on the
+        model's device; the formula is in `ModelAdapter.expected_error`.
+
+        Watched are the last `queries` tokens behind the last reused chunk. A chunk without deviations counts with the mean
+        of the others'; where no chunk has any, this is `received_attention`.
+        """
+
+    def reused_states(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys at their places and values of a layer, [length, kv_heads, dim], as reuse has them: the rows of reused chunks
+        hold what is stored, other rows may hold anything. Not to be written to.
+        """
+
+    def fresh_states(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The same, as full prefill has them: every token of the prompt is run through the layers before this one."""
+
 
 class Selector(ABC):
     """Chooses online which tokens of the reused chunks are recomputed, one set for all layers."""
 
     name: ClassVar[str]
     """The name it is registered under."""
+    shift: ClassVar[float] = 0.0
+    """How far the reused tokens of a chunk follow what its recomputed ones show, from 0 to 1 (`ChunkShift`)."""
 
     @abstractmethod
     def select(self, context: SelectionContext, ratio: float) -> Tensor:

@@ -30,7 +30,7 @@ def frequency_scores(layers: Sequence[tuple[Tensor, Tensor]], alpha: float = ALP
     """
     total: Tensor | None = None
     for keys, values in layers:
-        score = (_low_pass_norm(keys, alpha) + _low_pass_norm(values, alpha)) / 2
+        score = (low_pass_norm(keys, alpha) + low_pass_norm(values, alpha)) / 2
         share = score.sum()
         # With alpha = 0 nothing passes; all tokens are then equally (un)important.
         score = torch.where(share > 0, score / share.clamp_min(torch.finfo(torch.float32).tiny), score)
@@ -40,8 +40,11 @@ def frequency_scores(layers: Sequence[tuple[Tensor, Tensor]], alpha: float = ALP
     return total / len(layers)
 
 
-def _low_pass_norm(states: Tensor, alpha: float) -> Tensor:
-    """Norm of each token's low-passed vector: [tokens, heads, dim] -> float32 [tokens]."""
+def low_pass_norm(states: Tensor, alpha: float) -> Tensor:
+    """Norm of each token's low-passed vector: [tokens, heads, dim] -> float32 [tokens].
+
+    Of the tokens // 2 + 1 frequencies along the tokens, the floor(alpha * (tokens // 2 + 1)) lowest are kept.
+    """
     tokens = states.shape[0]
     # Channel-major, because an FFT over a contiguous axis is several times faster.
     signal = states.float().flatten(1).T.contiguous()

@@ -6,7 +6,10 @@ from cachetune_rag.errors import ConfigError
 from cachetune_rag.selection.base import Selector
 from cachetune_rag.selection.chunk_head import ChunkHeadSelector
 from cachetune_rag.selection.constant import AllSelector, NoneSelector
+from cachetune_rag.selection.expected_error import ExpectedErrorSelector
 from cachetune_rag.selection.frequency import FrequencySelector
+from cachetune_rag.selection.kv_deviation import KVDeviationSelector
+from cachetune_rag.selection.layer0_value import Layer0ValueSelector
 from cachetune_rag.selection.probe import ProbeSelector
 from cachetune_rag.selection.random import RandomSelector
 
@@ -38,7 +41,10 @@ def get_selector(name: str) -> Selector:
 for _selector in (
     FrequencySelector(),
     ProbeSelector(),
+    ExpectedErrorSelector(),
     ChunkHeadSelector(),
+    KVDeviationSelector(),
+    Layer0ValueSelector(),
     RandomSelector(),
     NoneSelector(),
     AllSelector(),

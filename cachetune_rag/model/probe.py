@@ -1,0 +1,190 @@
+"""The probe: what some tokens' queries, in the first layers, make of the KV that a prompt was put together from.
+
+Plain torch, for any device. On a GPU the kernels add up the received attention themselves (`DeviceForward.received`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cachetune_rag.model import masks, output, taps
+from cachetune_rag.model.attention import StopForward
+from cachetune_rag.model.buffers import KVBuffers, ScatterCache
+from cachetune_rag.model.rope import Tables, rows_of
+from cachetune_store.layout import LayerSpec
+
+_TINY = 1e-6
+"""Shortest layer input that is divided by."""
+
+_Look = Callable[[int, Tensor, Tensor], None]
+"""Gets a layer's number, its rotated queries [queries, heads, head_dim] and 1 / |x| of their layer inputs x, [queries]."""
+
+
+class Probe:
+    """Forwards through the first layers that look at the last tokens' attention.
+
+    Args:
+        attentions: the attention module of each layer.
+        layers: the decoder layer that each stands in.
+        found: where each layer's queries are read.
+        specs: shapes of each layer's keys and values.
+        windows: how many keys back each layer sees; None for all.
+        tables: rotary tables of a prompt of so many tokens.
+        rotate: turns a layer's queries [tokens, heads, head_dim] by rows of the tables, one a token.
+        run: runs ids at positions, both [tokens], through the model with a cache over the buffers.
+
+    All methods take `ids` and `positions` [tokens] of the tokens that are computed, ascending, on the model's device, the
+    prompt's `buffers`, and `before(layer)`, called before a layer's buffer is used. Rows of `buffers` at `positions` are
+    overwritten in the layers that are run. The last `queries` of the tokens are watched.
+    """
+
+    def __init__(
+        self,
+        attentions: Sequence[nn.Module],
+        layers: Sequence[nn.Module],
+        found: Sequence[taps.Tap],
+        specs: Sequence[LayerSpec],
+        windows: Sequence[int | None],
+        tables: Callable[[int], dict[str | None, Tables]],
+        rotate: Callable[[int, Tensor, dict[str | None, Tables]], Tensor],
+        run: Callable[[Tensor, Tensor, KVBuffers, ScatterCache], Tensor],
+    ):
+        self._attentions, self._layers, self._taps = list(attentions), list(layers), list(found)
+        self._specs, self._windows = list(specs), list(windows)
+        self._tables, self._rotate, self._run = tables, rotate, run
+        self._gains: dict[int, Tensor | float] = {}
+
+    def observe(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        buffers: KVBuffers,
+        num_layers: int,
+        queries: int,
+        before: Callable[[int], None],
+        observe: Callable[[int, Tensor], None],
+    ) -> None:
+        """See `ModelAdapter.observe_attention`."""
+        place = positions[-queries:]
+
+        def look(layer: int, query: Tensor, _near: Tensor) -> None:
+            observe(layer, self._weights(layer, query, buffers, place))
+
+        self._watch(ids, positions, buffers, num_layers, queries, before, look)
+
+    def expected_error(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        buffers: KVBuffers,
+        deviations: Tensor,
+        num_layers: int,
+        queries: int,
+        before: Callable[[int], None],
+    ) -> Tensor:
+        """See `ModelAdapter.expected_error`."""
+        place = positions[-queries:]
+        by_layer = self._deviations(deviations)
+        total = torch.zeros(buffers.length, device=positions.device)
+
+        def look(layer: int, query: Tensor, near: Tensor) -> None:
+            weights = self._weights(layer, query, buffers, place)
+            values = buffers.values(layer)[0]
+            total.add_(self._layer_error(layer, query, near, weights, values, *by_layer[layer]))
+
+        self._watch(ids, positions, buffers, num_layers, queries, before, look)
+        return total
+
+    def _watch(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        buffers: KVBuffers,
+        num_layers: int,
+        queries: int,
+        before: Callable[[int], None],
+        look: _Look,
+    ) -> None:
+        """Run the first `num_layers` layers and look at each when its buffer is complete."""
+        rows = rows_of(self._tables(buffers.length), positions[-queries:])
+        asked: dict[int, Tensor] = {}
+        near: dict[int, Tensor] = {}
+
+        def on_query(layer: int, out: Tensor) -> None:
+            asked[layer] = self._taps[layer].query(out)[0, -queries:]
+
+        def on_input(layer: int, hidden: Tensor) -> None:
+            near[layer] = hidden[0, -queries:].float().norm(dim=-1).clamp_min_(_TINY).reciprocal_()
+
+        def after(layer: int, _keys: Tensor) -> None:
+            if layer < num_layers:
+                look(layer, self._rotate(layer, asked.pop(layer), rows), near.pop(layer))
+            if layer >= num_layers - 1:
+                raise StopForward
+
+        cache = ScatterCache(buffers, positions, before, after)
+        names = [t.query_module for t in self._taps]
+        with taps.tapped(self._attentions, names, on_query), taps.inputs_tapped(self._layers, on_input):
+            try:
+                self._run(ids, positions, buffers, cache)
+            except StopForward:
+                return
+
+    def _weights(self, layer: int, query: Tensor, buffers: KVBuffers, place: Tensor) -> Tensor:
+        """Attention weights [heads, queries, length] of rotated `query` [queries, heads, dim] at `place` on the layer's keys."""
+        keys = buffers.keys(layer)[0]
+        kv_heads, length, dim = keys.shape
+        # Query heads of one key-value head stand together, so grouped heads are one product each.
+        rows = query.transpose(0, 1).reshape(kv_heads, -1, dim)
+        scores = (rows @ keys.transpose(1, 2)).float().view(query.shape[1], -1, length).mul_(self._scale(layer, dim))
+        allowed = masks.allowed(self._windows[layer], None, place, length)
+        return scores.masked_fill_(~allowed[None], float("-inf")).softmax(-1)
+
+    def _layer_error(
+        self,
+        layer: int,
+        query: Tensor,
+        near: Tensor,
+        weights: Tensor,
+        values: Tensor,
+        key_deviation: Tensor,
+        value_deviation: Tensor,
+    ) -> Tensor:
+        """Ev + Ek of one layer, float32 [length]; `values` are [kv_heads, length, v_dim], deviations [kv_heads, length]."""
+        kv_heads, dim = values.shape[0], query.shape[2]
+        values, rows = values.float(), weights.view(kv_heads, -1, weights.shape[2])
+        outputs = rows @ values
+        # |V - o|^2 = |V|^2 + |o|^2 - 2 o V, which rounding may take below 0 where they are nearly the same.
+        off = torch.baddbmm(values.square().sum(-1)[:, None], outputs, values.transpose(1, 2), alpha=-2)
+        off.add_(outputs.square().sum(-1, keepdim=True)).clamp_min_(0).sqrt_().mul_(rows)
+        ahead = near.expand(query.shape[1], -1)
+        steep = query.float().norm(dim=-1).T * self._gain(layer, query.shape[1]) * ahead
+        by_value = (ahead.reshape(kv_heads, 1, -1) @ rows)[:, 0] * value_deviation
+        by_key = (
+            (steep.reshape(kv_heads, 1, -1) @ off)[:, 0] * key_deviation * (self._scale(layer, dim) / math.sqrt(dim))
+        )
+        return (by_value + by_key).sum(0)
+
+    def _deviations(self, deviations: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Stored columns [length, columns] -> of each layer, those of keys and of values, float32 [kv_heads, length]."""
+        sizes = [spec.heads for spec in self._specs for _ in range(2)]
+        if deviations.shape[1] != sum(sizes):
+            raise ValueError(f"deviations have {deviations.shape[1]} columns; this model's layers make {sum(sizes)}.")
+        parts = deviations.T.float().split(sizes)
+        return list(zip(parts[::2], parts[1::2], strict=True))
+
+    def _scale(self, layer: int, dim: int) -> float:
+        module: Any = self._attentions[layer]
+        return getattr(module, "scaling", None) or dim**-0.5
+
+    def _gain(self, layer: int, heads: int) -> Tensor | float:
+        """`output.gain` of the layer as [heads, 1]; 1 where its output projection isn't known."""
+        if layer not in self._gains:
+            weight = output.output_heads(self._attentions[layer], heads, self._specs[layer].v_head_dim)
+            self._gains[layer] = 1.0 if weight is None else output.gain(weight)[:, None]
+        return self._gains[layer]

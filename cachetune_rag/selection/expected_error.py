@@ -1,0 +1,40 @@
+"""Selection by what reuse is expected to cost: recompute what would disturb the query most.
+
+Not in the paper. A chunk that was captured behind several lead-ins knows how far each token's key and value moved from one
+to another. The query's tokens run through the model against the reused KV, and every chunk token's deviation is followed
+through their attention to the layers' outputs. What the recomputed tokens then show to have changed is carried over to the
+others of their chunk. docs/selection.md has the derivation and the measurements.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cachetune_rag.selection.base import SelectionContext, Selector, all_places, budget, top_set
+
+
+class ExpectedErrorSelector(Selector):
+    """The top r over all chunks by expected error, with chunk shift. Plain received attention where nothing is known of the
+    chunks' deviations.
+    """
+
+    name = "expected_error"
+    shift = 0.4
+
+    def __init__(self, depth: float = 1.0, queries: int = 64):
+        """`depth`: share of the layers that the probe runs through; `queries`: how many last tokens are watched."""
+        self.depth, self.queries = depth, queries
+
+    def layers(self, num_layers: int) -> int:
+        """How many layers of a model of `num_layers` it runs through."""
+        return max(1, round(self.depth * num_layers))
+
+    def select(self, context: SelectionContext, ratio: float) -> Tensor:
+        """See `Selector.select`."""
+        places = all_places(context.chunks)
+        count = budget(ratio, len(places))
+        if count in (0, len(places)):
+            return places[:count]
+        error = context.expected_error(self.layers(context.num_layers), self.queries)
+        # On the host: a copy to a GPU would wait for all the KV that is on its way there.
+        return places[top_set(error.cpu()[places], count)]

@@ -1,0 +1,214 @@
+"""Expected error: against float64 loops on a tiny Llama, and against transformers' own numbers for every family."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from families import BOS, FAMILIES, Family, ids_of, model_of, random_ids
+from plain_llama import PlainLlama
+from tiny import llama
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from cachetune_rag.model import taps
+from cachetune_rag.model.adapter import ModelAdapter
+from cachetune_rag.model.buffers import KVBuffers
+from cachetune_rag.model.output import gain, output_heads
+
+LENGTH = 120
+COMPUTED = [0, 1, 2, 50, *range(111, LENGTH)]
+"""A prefix, a separator, and a query behind two chunks."""
+
+
+@cache
+def adapter_of(name: str) -> ModelAdapter:
+    return ModelAdapter(model_of(name))
+
+
+@cache
+def tiny() -> ModelAdapter:
+    return ModelAdapter(llama())
+
+
+def columns(adapter: ModelAdapter) -> int:
+    return 2 * sum(spec.heads for spec in adapter.layers)
+
+
+def some_deviations(adapter: ModelAdapter, seed: int = 0) -> Tensor:
+    """As chunks store them, 0 for what is computed."""
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.rand(LENGTH, columns(adapter), generator=generator).half()
+    table[COMPUTED] = 0
+    return table
+
+
+def reused_rows(adapter: ModelAdapter, seed: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (
+            torch.randn(LENGTH, s.heads, s.head_dim, generator=generator),
+            torch.randn(LENGTH, s.heads, s.v_head_dim, generator=generator),
+        )
+        for s in adapter.layers
+    ]
+
+
+def buffers_with(adapter: ModelAdapter, stored: list[tuple[Tensor, Tensor]]) -> KVBuffers:
+    buffers, tables = adapter.new_buffers(LENGTH), adapter.rotary_tables(LENGTH)
+    for layer, (keys, values) in enumerate(stored):
+        buffers.key_rows[layer].copy_(adapter.rotate(layer, keys, torch.arange(LENGTH), tables))
+        buffers.value_rows[layer].copy_(values)
+        for rows in (buffers.key_rows[layer], buffers.value_rows[layer]):
+            rows[COMPUTED] = float("nan")
+    return buffers
+
+
+def expected_error(
+    adapter: ModelAdapter, buffers: KVBuffers, ids: Tensor, deviations: Tensor, layers: int, queries: int
+) -> Tensor:
+    chosen = torch.tensor(COMPUTED)
+    return adapter.expected_error(ids[chosen], chosen, buffers, deviations, layers, queries, lambda layer: None)
+
+
+@pytest.mark.parametrize("queries", [1, 4, len(COMPUTED)])
+@pytest.mark.parametrize("part", ["both", "keys", "values"])
+def test_expected_error_equals_a_float64_reference(queries: int, part: str) -> None:
+    adapter, ids = tiny(), torch.tensor([BOS, *range(20, 20 + LENGTH - 1)])
+    stored, deviations = reused_rows(adapter, 1), some_deviations(adapter)
+    is_key = torch.tensor([True, True, False, False]).repeat(adapter.num_layers)  # two heads of keys, two of values
+    if part != "both":
+        deviations[:, is_key if part == "values" else ~is_key] = 0
+    got = expected_error(adapter, buffers_with(adapter, stored), ids, deviations, adapter.num_layers, queries)
+    plain = [(k.double().numpy(), v.double().numpy()) for k, v in stored]
+    wanted = PlainLlama(adapter.model).forward(
+        ids.tolist(), COMPUTED, plain, queries=queries, deviations=deviations.double().numpy()
+    )
+    assert got.dtype == torch.float32
+    np.testing.assert_allclose(got.numpy(), wanted.error, rtol=1e-4, atol=1e-6)
+    assert (got[COMPUTED] == 0).all()
+    assert got.max() > 0.01
+
+
+def test_first_layers_alone_see_their_own_deviations_alone() -> None:
+    adapter, ids = tiny(), torch.tensor([BOS, *range(20, 20 + LENGTH - 1)])
+    stored, deviations = reused_rows(adapter, 2), some_deviations(adapter)
+    first = deviations.clone()
+    first[:, 4:] = 0
+    one = expected_error(adapter, buffers_with(adapter, stored), ids, deviations, 1, 9)
+    whole = expected_error(adapter, buffers_with(adapter, stored), ids, first, adapter.num_layers, 9)
+    torch.testing.assert_close(one, whole)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES, ids=ids_of(FAMILIES))
+def test_every_family_by_its_own_numbers(family: Family) -> None:
+    """Over exact rows, so that everything in the formula is what the model itself computes in a full prefill."""
+    adapter, model = adapter_of(family.name), model_of(family.name)
+    ids, queries = torch.tensor([BOS, *random_ids(LENGTH - 1, 7)]), 5
+    cache_, asked = DynamicCache(), {}
+    names = [t.query_module for t in adapter._taps]
+    with taps.tapped(adapter._attentions, names, lambda layer, out: asked.__setitem__(layer, out)):
+        hidden = model(
+            input_ids=ids[None], use_cache=True, output_hidden_states=True, **{adapter._cache_argument: cache_}
+        ).hidden_states
+    exact = [(entry.keys[0].transpose(0, 1), entry.values[0].transpose(0, 1)) for entry in cache_.layers]
+
+    def filled() -> KVBuffers:
+        buffers = adapter.new_buffers(LENGTH)
+        for layer, (keys, values) in enumerate(exact):
+            for rows, full in ((buffers.key_rows[layer], keys), (buffers.value_rows[layer], values)):
+                rows.copy_(full)
+                rows[COMPUTED] = float("nan")
+        return buffers
+
+    chosen, seen = torch.tensor(COMPUTED), {}
+    adapter.observe_attention(
+        ids[chosen], chosen, filled(), adapter.num_layers, queries, lambda layer: None, seen.__setitem__
+    )
+    deviations = some_deviations(adapter, 3)
+    got = expected_error(adapter, filled(), ids, deviations, adapter.num_layers, queries)
+
+    wanted, column = torch.zeros(LENGTH, dtype=torch.float64), 0
+    tables, last = adapter.rotary_tables(LENGTH), chosen[-queries:]
+    for layer, spec in enumerate(adapter.layers):
+        weights = seen[layer].double()  # [heads, queries, length]
+        heads = weights.shape[0]
+        query = adapter.rotate(layer, adapter._taps[layer].query(asked[layer])[0, last], last, tables).double()
+        scale = getattr(adapter._attentions[layer], "scaling", spec.head_dim**-0.5)
+        weight = output_heads(adapter._attentions[layer], heads, spec.v_head_dim)
+        assert weight is not None
+        gains = gain(weight).double()
+        lengths = hidden[layer][0, last].double().norm(dim=-1)
+        for g in range(heads):
+            h = g // (heads // spec.heads)
+            values = exact[layer][1][:, h].double()
+            off_k, off_v = (deviations[:, column + n * spec.heads + h].double() for n in range(2))
+            apart = (values[None] - (weights[g] @ values)[:, None]).norm(dim=-1)  # [queries, length]
+            by_key = query[:, g].norm(dim=-1)[:, None] * apart * off_k * gains[g] * scale / spec.head_dim**0.5
+            wanted += (weights[g] / lengths[:, None] * (off_v + by_key)).sum(0)
+        column += 2 * spec.heads
+    torch.testing.assert_close(got.double(), wanted, rtol=2e-3, atol=1e-5)
+
+
+def test_without_positions_only_what_a_row_holds_counts() -> None:
+    """Rows of chunks in another order have the same errors in that order, if keys don't know where they stand."""
+    adapter, ids = ModelAdapter(llama()), torch.tensor([BOS, *range(20, 20 + LENGTH - 1)])
+    adapter._rotary.rotated = [False] * adapter.num_layers
+    adapter.model.model.rotary_emb.inv_freq.zero_()
+    adapter._rotary._known = None
+    computed = [0, 1, 2, *range(111, LENGTH)]
+    order = torch.arange(LENGTH)
+    order[3:111] = torch.cat((torch.arange(60, 111), torch.arange(3, 60)))
+    stored, deviations, chosen = reused_rows(adapter, 4), some_deviations(adapter), torch.tensor(computed)
+
+    def error(rows: Tensor) -> Tensor:
+        buffers = adapter.new_buffers(LENGTH)
+        for layer, (keys, values) in enumerate(stored):
+            buffers.key_rows[layer].copy_(keys[rows])
+            buffers.value_rows[layer].copy_(values[rows])
+        return adapter.expected_error(
+            ids[chosen], chosen, buffers, deviations[rows], adapter.num_layers, 9, lambda layer: None
+        )
+
+    torch.testing.assert_close(error(order), error(torch.arange(LENGTH))[order], rtol=1e-4, atol=1e-6)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    adapter, ids = tiny(), torch.tensor([BOS, *range(20, 20 + LENGTH - 1)])
+    modules = list(adapter.model.modules())
+
+    def hooks() -> int:
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
+
+    before = hooks()
+
+    def fail(layer: int) -> None:
+        raise RuntimeError("the rows of a layer could not be loaded")
+
+    chosen = torch.tensor(COMPUTED)
+    buffers = buffers_with(adapter, reused_rows(adapter, 1))
+    with pytest.raises(RuntimeError, match="could not be loaded"):
+        adapter.expected_error(ids[chosen], chosen, buffers, some_deviations(adapter), 3, 9, fail)
+    expected_error(adapter, buffers_with(adapter, reused_rows(adapter, 1)), ids, some_deviations(adapter), 3, 9)
+    assert hooks() == before
+
+
+def test_deviations_of_another_model_are_refused() -> None:
+    adapter, ids = tiny(), torch.tensor([BOS, *range(20, 20 + LENGTH - 1)])
+    buffers = buffers_with(adapter, reused_rows(adapter, 1))
+    with pytest.raises(ValueError, match=r"10 columns.*12"):
+        expected_error(adapter, buffers, ids, torch.zeros(LENGTH, 10), 3, 9)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=ids_of(FAMILIES))
+def test_fresh_states_are_those_of_full_prefill(family: Family) -> None:
+    adapter = adapter_of(family.name)
+    ids = torch.tensor([BOS, *random_ids(LENGTH - 1, 9)])
+    _, wanted = adapter.full_forward(ids)
+    for layer in (0, 1, adapter.num_layers - 1):
+        keys, values = adapter.fresh_states(ids, layer)
+        torch.testing.assert_close(keys, wanted.layers[layer].keys[0].transpose(0, 1), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(values, wanted.layers[layer].values[0].transpose(0, 1), rtol=1e-4, atol=1e-4)
