@@ -50,33 +50,41 @@ class CalibrationProgress:
     seconds: float
 
 
-class Calibrator:
-    """Measures one selector on one engine.
+@dataclass(frozen=True)
+class CalibrationPlan:
+    """What is measured and what has to hold; made by `of`. Fields as for `CacheTune.calibrate`."""
 
-    Raises:
-        ConfigError: an argument is out of range.
-    """
+    measure: str
+    bound: float
+    quantile: float | None
+    selector: str
+    ratios: tuple[float, ...]
+    tokens: int
 
-    def __init__(
-        self,
-        engine: CacheTune,
+    @classmethod
+    def of(
+        cls,
         *,
-        bound: float | None,
-        measure: str,
-        selector: str,
-        ratios: Sequence[Any],
-        tokens: int,
-        quantile: float | None,
-        progress: Callable[[CalibrationProgress], None] | None,
-    ):
-        self.selector = resolve(selector, 0).selector
-        if self.selector in _NO_RATIO:
-            raise ConfigError(f"selector {self.selector!r} goes by no ratio, so there is none to find: use another.")
+        bound: float | None = None,
+        measure: str = "kl",
+        selector: str = "auto",
+        ratios: Sequence[Any] = RATIOS,
+        tokens: int = 32,
+        quantile: float | None = None,
+    ) -> CalibrationPlan:
+        """Check the arguments and fill in what is left out.
+
+        Raises:
+            ConfigError: an argument is out of range.
+        """
+        selector = resolve(selector, 0).selector
+        if selector in _NO_RATIO:
+            raise ConfigError(f"selector {selector!r} goes by no ratio, so there is none to find: use another.")
         if measure not in BOUNDS:
             raise ConfigError(f"measure is {measure!r}: use 'kl' or 'top1'.")
-        self.measure, self.bound = measure, BOUNDS[measure] if bound is None else bound
+        bound = BOUNDS[measure] if bound is None else bound
         most = math.inf if measure == "kl" else 1.0
-        if not _is_number(self.bound) or not 0 <= self.bound <= most or math.isinf(self.bound):
+        if not _is_number(bound) or not 0 <= bound <= most or math.isinf(bound):
             allowed = "nats a token, at least 0" if measure == "kl" else "a share of tokens from 0 to 1"
             raise ConfigError(f"bound is {bound!r} for measure {measure!r}: use {allowed}.")
         if quantile is not None and not (_is_number(quantile) and 0 < quantile <= 1):
@@ -85,11 +93,22 @@ class Calibrator:
             )
         if "auto" in ratios or not len(ratios):
             raise ConfigError(f"ratios is {ratios!r}: use a list of at least one number from 0 to 1.")
-        self.ratios = sorted({resolve(self.selector, ratio).ratio for ratio in ratios})
+        checked = sorted({resolve(selector, ratio).ratio for ratio in ratios})
         if isinstance(tokens, bool) or not isinstance(tokens, int) or not 1 <= tokens <= MAX_TOKENS:
             raise ConfigError(f"tokens is {tokens!r}: use an int from 1 to {MAX_TOKENS}.")
-        self.tokens, self.quantile = tokens, quantile
-        self._engine, self._progress = engine, progress
+        return cls(measure, float(bound), quantile, selector, tuple(checked), tokens)
+
+
+class Calibrator:
+    """Measures one selector on one engine."""
+
+    def __init__(
+        self,
+        engine: CacheTune,
+        plan: CalibrationPlan,
+        progress: Callable[[CalibrationProgress], None] | None = None,
+    ):
+        self._engine, self._plan, self._progress = engine, plan, progress
 
     def run(self, samples: Iterable[Any]) -> Calibration:
         """Measure; nothing is saved.
@@ -102,7 +121,7 @@ class Calibrator:
         if not prompts:
             raise ConfigError("there are no samples: give some of your own prompts (10 to 50 are a good number).")
         started = time.perf_counter()
-        total = len(prompts) * (1 + len(self.ratios))
+        total = len(prompts) * (1 + len(self._plan.ratios))
         done = 0
 
         def tell(number: int) -> None:
@@ -113,15 +132,17 @@ class Calibrator:
 
         self._store_missing(prompts)
         found = [self._measure(prompt, number, tell) for number, prompt in enumerate(prompts, start=1)]
-        figures = tuple(self._figures(ratio, [sample[i] for sample in found]) for i, ratio in enumerate(self.ratios))
+        figures = tuple(
+            self._figures(ratio, [sample[i] for sample in found]) for i, ratio in enumerate(self._plan.ratios)
+        )
         ratio = choose(figures)
         return Calibration(
             ratio=1.0 if ratio is None else ratio,
             met=ratio is not None and ratio < 1,
-            selector=self.selector,
-            measure=self.measure,
-            bound=float(self.bound),
-            quantile=self.quantile,
+            selector=self._plan.selector,
+            measure=self._plan.measure,
+            bound=self._plan.bound,
+            quantile=self._plan.quantile,
             samples=len(prompts),
             target_tokens=sum(len(sample[0].kl) for sample in found),
             figures=figures,
@@ -195,8 +216,8 @@ class Calibrator:
         target, reference = self._reference(prompt)
         tell(number)
         found = []
-        for ratio in self.ratios:
-            state = self._reuse(prompt, ReuseConfig(self.selector, ratio), number)
+        for ratio in self._plan.ratios:
+            state = self._reuse(prompt, ReuseConfig(self._plan.selector, ratio), number)
             divergence = Divergence.of(reference, self._logits(state, target))
             if not all(map(math.isfinite, divergence.kl)):
                 raise CacheTuneError(f"sample {number}: the model gives logits that are no numbers; try another dtype.")
@@ -209,7 +230,7 @@ class Calibrator:
         engine = self._engine
         state = self._prefill(prompt, None)
         limit = engine.adapter.max_positions
-        room = self.tokens if limit is None else min(self.tokens, limit - len(prompt.ids))
+        room = self._plan.tokens if limit is None else min(self._plan.tokens, limit - len(prompt.ids))
         plan = prepare(engine.adapter.model, engine.tokenizer, prompt.ids, max_new_tokens=room, do_sample=False)
         target = tuple(decode(lambda token: engine._forward(token, state.cache), plan, state.logits))
         # Computed once more, in one piece as for reuse: so where nothing differs, KL is exactly 0.
@@ -246,9 +267,11 @@ class Calibrator:
     def _figures(self, ratio: float, samples: Sequence[Divergence]) -> RatioFigures:
         kl, top1 = [s.mean_kl for s in samples], [s.top1 for s in samples]
         statistic = (
-            _statistic(kl, self.quantile) if self.measure == "kl" else -_statistic([-t for t in top1], self.quantile)
+            _statistic(kl, self._plan.quantile)
+            if self._plan.measure == "kl"
+            else -_statistic([-t for t in top1], self._plan.quantile)
         )
-        within = statistic <= self.bound if self.measure == "kl" else statistic >= self.bound
+        within = statistic <= self._plan.bound if self._plan.measure == "kl" else statistic >= self._plan.bound
         return RatioFigures(ratio, float(np.mean(kl)), max(kl), float(np.mean(top1)), min(top1), statistic, within)
 
 

@@ -17,7 +17,7 @@ import torch
 from cachetune_rag.answer import Answer, AnswerStream
 from cachetune_rag.assembly import Assembler, PrefillState
 from cachetune_rag.calibration import Calibration, profile_key, save, saved_ratio
-from cachetune_rag.calibrator import RATIOS, CalibrationProgress, Calibrator
+from cachetune_rag.calibrator import RATIOS, CalibrationPlan, CalibrationProgress, Calibrator
 from cachetune_rag.config import ReuseConfig, resolve
 from cachetune_rag.decoding import prepare
 from cachetune_rag.documents import Document
@@ -380,17 +380,10 @@ class CacheTune:
             CacheTuneError: the samples' chunks don't stay in the store.
         """
         self._check_open()
-        calibrator = Calibrator(
-            self,
-            bound=bound,
-            measure=measure,
-            selector=selector,
-            ratios=ratios,
-            tokens=tokens,
-            quantile=quantile,
-            progress=progress,
+        plan = CalibrationPlan.of(
+            bound=bound, measure=measure, selector=selector, ratios=ratios, tokens=tokens, quantile=quantile
         )
-        found = calibrator.run(samples)
+        found = Calibrator(self, plan, progress).run(samples)
         return save(found, self.profiles, self._profile_key(found.selector), self.model_name)
 
     def calibrated_ratio(self, selector: str = "auto") -> float | None:
