@@ -133,6 +133,17 @@ def same_but_lead_ins(stored: Namespace, wanted: Namespace) -> bool:
     return replace(stored, lead_ins=wanted.lead_ins) == wanted
 
 
+def match_codec(engine: CacheTune, store: ChunkStore) -> None:
+    """Encode what this run adds as the model's stored chunks are; what is saved for a codec is then found again as well."""
+    for namespace in engine.lead_ins.namespaces:
+        for key, *_ in store.texts(namespace=namespace):
+            found = store.open(key)
+            if found is not None:
+                with found:
+                    store.codec = found.layout.codec
+                return
+
+
 def mismatch(stored: Namespace, wanted: Namespace, path: Path | None) -> str:
     """Why chunks of one engine are no use to another."""
     if stored.model != wanted.model and stored.dtype == wanted.dtype:
