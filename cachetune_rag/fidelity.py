@@ -174,7 +174,8 @@ class FidelitySampler:
             try:
                 compared = self._attempt(sample)
             except Exception as error:  # whatever it is, it must not reach a request
-                _log.warning("a fidelity sample failed (%s: %s)", type(error).__name__, error)
+                request = sample.state.report.request_id
+                _log.warning("the fidelity of request %s is not known: %s: %s", request, type(error).__name__, error)
                 with self._mutex:
                     self._errors += 1
                     self._pending.popleft()
@@ -215,8 +216,9 @@ class FidelitySampler:
             self._first.add(first)
             self._kl.add(divergence.mean_kl)
         _log.info(
-            "fidelity sample: %d prompt tokens, %s, r=%g: KL %.4g at the first token, %.4g a token over %d answer tokens, "
+            "fidelity of request %s: %d prompt tokens, %s, r=%g: KL %.4g at the first token, %.4g a token over %d answer tokens, "
             "top-1 agreement %.3f",
+            sample.state.report.request_id,
             len(sample.state.prompt.ids),
             sample.state.report.selector,
             sample.state.report.ratio,

@@ -120,11 +120,30 @@ def test_stats_are_json(engine: CacheTune) -> None:
     assert set(found["kl"]) == set(found["first_kl"]) == {"mean", "max", "p50", "p95"}
 
 
+def test_prometheus_shows_it(engine: CacheTune) -> None:
+    pytest.importorskip("prometheus_client")
+    from prometheus_client import CollectorRegistry
+
+    from cachetune_rag.telemetry.prometheus import CacheTuneCollector
+
+    registry = CollectorRegistry()
+    registry.register(CacheTuneCollector(engine))
+    assert registry.get_sample_value("cachetune_fidelity_samples_total") == 0
+    assert registry.get_sample_value("cachetune_fidelity_top1") is None
+    ask(engine)
+    found = measured(engine)
+    assert found.kl is not None
+    assert registry.get_sample_value("cachetune_fidelity_samples_total") == 1
+    assert registry.get_sample_value("cachetune_fidelity_kl", {"statistic": "p95"}) == found.kl.p95
+    assert registry.get_sample_value("cachetune_fidelity_top1") == found.top1
+
+
 def test_the_log_line_has_figures_and_no_text(engine: CacheTune, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "cachetune_rag"):
         answer = ask(engine, ratio=0.25)
         measured(engine)
     (line,) = [r.getMessage() for r in caplog.records if r.name == "cachetune_rag.fidelity"]
+    assert answer.report.request_id in line
     assert "r=0.25" in line
     assert "over 6 answer tokens" in line
     for text in (*CHUNKS, QUERIES[0], answer.text):
