@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cachetune_rag.answer import Answer, AnswerStream
     from cachetune_rag.assembly import PrefillState
+    from cachetune_rag.calibration import Calibration
     from cachetune_rag.documents import Document
     from cachetune_rag.engine import CacheTune
     from cachetune_rag.errors import (
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "answer": ("Answer", "AnswerStream"),
     "assembly": ("PrefillState",),
+    "calibration": ("Calibration",),
     "documents": ("Document",),
     "engine": ("CacheTune",),
     "errors": (
@@ -48,6 +50,7 @@ __all__ = [
     "AnswerStream",
     "CacheTune",
     "CacheTuneError",
+    "Calibration",
     "Chunk",
     "ConfigError",
     "Document",

@@ -57,7 +57,7 @@ class AnswerStream:
         self._engine, self._prompt, self._config, self._plan, self._started = engine, prompt, config, plan, started
         self._report: Report | None = None
         self._answer: Answer | None = None
-        self._pieces = self._run()
+        self._pieces = self._reserving()
 
     def __iter__(self) -> Iterator[str]:
         return self._pieces
@@ -91,6 +91,11 @@ class AnswerStream:
     ) -> None:
         self.close()
 
+    def _reserving(self) -> Any:
+        """The pieces; in between, background work stays away from the model."""
+        with self._engine._lock.reserved():
+            yield from self._run()
+
     def _run(self) -> Any:
         engine = self._engine
         state = engine._run_prefill(self._prompt, self._config, self._started)
@@ -112,3 +117,4 @@ class AnswerStream:
         engine._store_missed(state)
         self._answer = Answer("".join(text), self._report, tuple(tokens), self._plan.finish_reason)
         engine.observers.answered(self._report, self._answer, time.perf_counter() - self._started)
+        engine._fidelity.offer(state, tokens)

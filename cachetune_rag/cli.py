@@ -15,6 +15,8 @@ import typer
 from cachetune_rag import __version__
 from cachetune_rag.commands.ask import EPILOG as ASK_EPILOG
 from cachetune_rag.commands.ask import ask
+from cachetune_rag.commands.calibrate import EPILOG as CALIBRATE_EPILOG
+from cachetune_rag.commands.calibrate import calibrate
 from cachetune_rag.commands.precompute import EPILOG as PRECOMPUTE_EPILOG
 from cachetune_rag.commands.precompute import precompute
 from cachetune_rag.commands.prune import EPILOG as PRUNE_EPILOG
@@ -54,6 +56,7 @@ def _add(command: Callable[..., None], epilog: str) -> None:
 
 _add(precompute, PRECOMPUTE_EPILOG)
 _add(ask, ASK_EPILOG)
+_add(calibrate, CALIBRATE_EPILOG)
 _add(stats, STATS_EPILOG)
 _add(verify, VERIFY_EPILOG)
 _add(remove, REMOVE_EPILOG)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,15 +16,20 @@ import torch
 
 from cachetune_rag.answer import Answer, AnswerStream
 from cachetune_rag.assembly import Assembler, PrefillState
+from cachetune_rag.calibration import Calibration, profile_key, save, saved_ratio
+from cachetune_rag.calibrator import RATIOS, CalibrationPlan, CalibrationProgress, Calibrator
 from cachetune_rag.config import ReuseConfig, resolve
 from cachetune_rag.decoding import prepare
 from cachetune_rag.documents import Document
 from cachetune_rag.errors import ConfigError, EngineClosedError, PromptTooLongError
+from cachetune_rag.fidelity import FidelitySampler
 from cachetune_rag.leads import LeadIns, given_lead_ins
 from cachetune_rag.loading import load_model
 from cachetune_rag.model import ModelAdapter
 from cachetune_rag.model.fingerprint import model_fingerprint, tokenizer_fingerprint
+from cachetune_rag.model_lock import ModelLock
 from cachetune_rag.precompute import Precomputer, Progress
+from cachetune_rag.profiles import Profiles
 from cachetune_rag.prompt import Chunk, Prompt, PromptBuilder, Segment
 from cachetune_rag.recognition import StoreRecognizer
 from cachetune_rag.report import PrecomputeSummary
@@ -55,6 +59,8 @@ class CacheTune:
         batch_tokens: tokens that precompute runs at once; default: 8192 on a GPU, one chunk at a time on a CPU.
         cuda_kernels: on a GPU, run requests through this package's kernels, CUDA graphs and copy streams: several times
             sooner, but new and off by default (docs/gpu.md says what was verified).
+        fidelity_sample: share of the answers, from 0 (off) to 1, that are compared with full prefill once they are out and the
+            model is idle; `stats()` gives the result. Up to two prompts' KV is kept for it (docs/calibration.md).
         store_options: further arguments of `ChunkStore` (codec, host_budget, disk_budget, ...).
 
     Raises:
@@ -76,9 +82,12 @@ class CacheTune:
         tenant: str = "",
         batch_tokens: int | None = None,
         cuda_kernels: bool = False,
+        fidelity_sample: float = 0.0,
         **store_options: Any,
     ):
+        self._lock = ModelLock()
         self.adapter = ModelAdapter(model, cuda_kernels=cuda_kernels)
+        self._fidelity = FidelitySampler(fidelity_sample, self.adapter, self._lock)
         self.tokenizer = tokenizer
         self.model_name: str = getattr(model.config, "_name_or_path", "") or self.adapter.architecture
         self.prompts = PromptBuilder(tokenizer, template=prompt_template, chunk_separator=chunk_separator)
@@ -106,7 +115,7 @@ class CacheTune:
             limit=self.adapter.max_positions,
         )
         """What stands before chunks while they are computed."""
-        self._lock = threading.RLock()
+        self.profiles = Profiles(self.store.path)
         self._pool = ThreadPoolExecutor(4, "cachetune-read")
         self._assembler = Assembler(self.adapter, self.store, self.lead_ins, self._pool)
         if batch_tokens is None:
@@ -259,7 +268,7 @@ class CacheTune:
                 exactly, and stored after the answer.
             prefix: text before the chunks; default: a short instruction, "" for none.
             prompt: a prompt from `engine.prompts`, instead of query, chunks and prefix.
-            ratio: share of the chunk tokens to recompute, in [0, 1], or "auto".
+            ratio: share of the chunk tokens to recompute, in [0, 1], or "auto": the calibrated one, if there is one.
             selector: which tokens those are: a registered name or "auto".
             reuse: False computes everything (the reference).
             max_new_tokens: most tokens of the answer; fewer where the model's context ends.
@@ -272,7 +281,7 @@ class CacheTune:
         """
         self._check_open()
         started = time.perf_counter()
-        config = resolve(selector, ratio)
+        config = self._config(selector, ratio)
         prompt = self._prompt(query, chunks, prefix, prompt)
         room = max_new_tokens
         if self.adapter.max_positions is not None:
@@ -301,7 +310,7 @@ class CacheTune:
         """Read a prompt with reuse and stop there: logits [1, vocab], cache, report. Missing chunks are stored."""
         self._check_open()
         started = time.perf_counter()
-        config = resolve(selector, ratio)
+        config = self._config(selector, ratio)
         state = self._run_prefill(self._prompt(query, chunks, prefix, prompt), config, started)
         self._store_missed(state)
         return state
@@ -334,11 +343,58 @@ class CacheTune:
             watched = probe.layers(self.adapter.num_layers), probe.queries
             self.adapter.warmup(computed_tokens, watched, prompt_lengths)
 
+    # -- fidelity -------------------------------------------------------------------------------------------------
+
+    def calibrate(
+        self,
+        samples: Iterable[Any],
+        *,
+        bound: float | None = None,
+        measure: str = "kl",
+        selector: str = "auto",
+        ratios: Sequence[float] = RATIOS,
+        tokens: int = 32,
+        quantile: float | None = None,
+        progress: Callable[[CalibrationProgress], None] | None = None,
+    ) -> Calibration:
+        """Find the smallest ratio that keeps reuse within a bound of full prefill on some of your own prompts, and save it.
+
+        For every sample, full prefill's greedy continuation is the reference; at each ratio, the distributions of the same
+        tokens behind a reused prompt are compared with it. Chunks that aren't stored are precomputed first. From then on
+        `ratio="auto"` means the ratio found, for this selector, in this engine and in later ones with the same model,
+        tokenizer, dtype, lead-in, tenant and codec on this store. docs/calibration.md says more.
+
+        Args:
+            samples: dicts (or objects) with query, chunks and perhaps prefix, as for `generate`; or prompts.
+            bound: what has to hold: at most so many nats a token ("kl"; default 0.05), or at least this share of tokens
+                ("top1"; default 0.95).
+            measure: "kl": KL(full || reuse) of each token; "top1": whether both find the same token the likeliest.
+            selector: whose ratio is sought: a registered name or "auto".
+            ratios: those to try.
+            tokens: most tokens of a continuation.
+            quantile: None: the mean over samples has to keep the bound; q in (0, 1]: at least this share of samples has to.
+            progress: called after every prefill.
+
+        Raises:
+            ConfigError, PromptError: an argument or a sample can't be used; nothing was computed.
+            CacheTuneError: the samples' chunks don't stay in the store.
+        """
+        self._check_open()
+        plan = CalibrationPlan.of(
+            bound=bound, measure=measure, selector=selector, ratios=ratios, tokens=tokens, quantile=quantile
+        )
+        found = Calibrator(self, plan, progress).run(samples)
+        return save(found, self.profiles, self._profile_key(found.selector), self.model_name)
+
+    def calibrated_ratio(self, selector: str = "auto") -> float | None:
+        """The ratio that `calibrate` saved for a selector, the least that keeps its bound; None if there is none."""
+        return saved_ratio(self.profiles, self._profile_key(resolve(selector, 0).selector))
+
     # -- state ----------------------------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
         """Totals over this engine's requests, and the store's state."""
-        return self._counter.stats(self.store.stats())
+        return self._counter.stats(self.store.stats(), self._fidelity.stats())
 
     def ttft_histograms(self) -> dict[str, Histogram]:
         """Times to first token of requests with reuse, by the slowest tier that each read from."""
@@ -350,6 +406,7 @@ class CacheTune:
             if self._closed:
                 return
             self._closed = True
+        self._fidelity.close()
         self._pool.shutdown(wait=True)
         if self._owns_store:
             self.store.close()
@@ -382,6 +439,14 @@ class CacheTune:
                 "answer: retrieve fewer or shorter chunks."
             )
         return prompt
+
+    def _config(self, selector: str, ratio: float | str) -> ReuseConfig:
+        config = resolve(selector, ratio)
+        calibrated = self.calibrated_ratio(config.selector) if ratio == "auto" else None
+        return config if calibrated is None else replace(config, ratio=calibrated)
+
+    def _profile_key(self, selector: str) -> dict[str, str]:
+        return profile_key(self.namespace, selector, self.store.codec)
 
     def _run_prefill(self, prompt: Prompt, config: ReuseConfig | None, started: float) -> PrefillState:
         with self._lock:

@@ -7,13 +7,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from threading import RLock
 
 from cachetune_rag.documents import Document
 from cachetune_rag.errors import PromptTooLongError
 from cachetune_rag.leads import MOST_TOKENS, LeadIns
 from cachetune_rag.model import ModelAdapter
 from cachetune_rag.model.mean import MeanCapture
+from cachetune_rag.model_lock import ModelLock
 from cachetune_rag.report import PrecomputeSummary
 from cachetune_rag.selection.frequency import frequency_scores
 from cachetune_store import Chunk as StoredChunk
@@ -67,7 +67,7 @@ class Precomputer:
         store: ChunkStore,
         lead_ins: LeadIns,
         encode: Callable[[str], Sequence[int]],
-        lock: RLock,
+        lock: ModelLock,
         batch_tokens: int,
         stored: Callable[[ChunkKey, str], None],
     ):

@@ -7,6 +7,7 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
+from cachetune_rag.fidelity import FidelityStats
 from cachetune_rag.report import Report
 from cachetune_store import StoreStats
 from cachetune_store.histogram import Histogram
@@ -24,6 +25,7 @@ class EngineStats:
         ttft_seconds: time to first token, summed.
         ttft: count, mean, p50, p95 and p99 of the time to first token, by the slowest tier that a request read from.
         store: the store's own figures.
+        fidelity: how far answers were from full prefill; None unless the engine samples it (`fidelity_sample`).
     """
 
     requests: int
@@ -36,12 +38,14 @@ class EngineStats:
     ttft_seconds: float
     ttft: dict[str, dict[str, float | int | None]]
     store: StoreStats
+    fidelity: FidelityStats | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The fields, for JSON."""
         return {
             **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)},
             "store": self.store.as_dict(),
+            "fidelity": None if self.fidelity is None else dataclasses.asdict(self.fidelity),
         }
 
 
@@ -75,7 +79,7 @@ class RequestCounter:
         with self._lock:
             return dict(self._by_tier)
 
-    def stats(self, store: StoreStats) -> EngineStats:
+    def stats(self, store: StoreStats, fidelity: FidelityStats | None = None) -> EngineStats:
         """The totals."""
         with self._lock:
             return EngineStats(
@@ -89,4 +93,5 @@ class RequestCounter:
                 self._ttft,
                 {tier: histogram.summary() for tier, histogram in self._by_tier.items()},
                 store,
+                fidelity,
             )

@@ -117,11 +117,21 @@ def test_help_imports_nothing_heavy_and_is_quick() -> None:
     seconds, modules = done.stdout.splitlines()[-1].split(" ", 1)
     assert modules == "[]"
     assert float(seconds) < 1.5  # about 0.15 where nobody else uses the machine
-    for word in ("precompute", "ask", "stats", "verify", "remove", "prune", "A first run", "--model ./my-model"):
+    for word in (
+        "precompute",
+        "ask",
+        "stats",
+        "verify",
+        "remove",
+        "prune",
+        "calibrate",
+        "A first run",
+        "--model ./my-model",
+    ):
         assert word in done.stdout
 
 
-@pytest.mark.parametrize("command", ["precompute", "ask", "stats", "verify", "remove", "prune"])
+@pytest.mark.parametrize("command", ["precompute", "ask", "stats", "verify", "remove", "prune", "calibrate"])
 def test_every_command_explains_itself_with_an_example(cli: Cli, command: str) -> None:
     done = cli(command, "--help")
     assert "Example" in done.out

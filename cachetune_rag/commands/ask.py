@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
-from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,21 +19,14 @@ from cachetune_rag.commands.console import (
     printable,
     stdout,
 )
-from cachetune_rag.commands.lexical import rank
-from cachetune_rag.commands.session import (
-    load_engine,
-    mismatch,
-    open_existing,
-    open_for_writing,
-    same_but_lead_ins,
-)
+from cachetune_rag.commands.passages import DEFAULT_TOP_K, Passage, retrieve
+from cachetune_rag.commands.session import load_engine, match_codec, open_existing, open_for_writing
 from cachetune_rag.commands.upkeep import check_known
 from cachetune_rag.corpus import read_text
 
 if TYPE_CHECKING:
     from cachetune_rag.answer import Answer
     from cachetune_rag.engine import CacheTune
-    from cachetune_store import ChunkKey, ChunkStore
 
 EPILOG = (
     "[bold]Examples[/bold]\n\n\b\n"
@@ -46,16 +36,6 @@ EPILOG = (
     "Use the --model and --dtype of precompute. For passages found by your own retriever, use the Python interface or "
     "--chunk-file."
 )
-DEFAULT_TOP_K = 4
-
-
-@dataclass(frozen=True)
-class _Passage:
-    """A chunk of the prompt: its text, and where it comes from."""
-
-    text: str
-    source: str
-    key: str | None
 
 
 @guarded
@@ -109,16 +89,16 @@ def ask(
     """
     if not question.strip():
         raise UsageError("the question is empty: ask something.")
-    files = [_Passage(read_text(name), name, None) for name in chunk_file or ()]
+    files = [Passage(read_text(name), name, None) for name in chunk_file or ()]
     share = _ratio(ratio)
     with instant_interrupt():
         from cachetune_rag.config import resolve
 
     resolve(selector, share)
     documents = list(dict.fromkeys(document or ()))
-    retrieve = top_k if top_k is not None or documents or files else DEFAULT_TOP_K
+    best = top_k if top_k is not None or documents or files else DEFAULT_TOP_K
     with ExitStack() as stack:
-        if documents or retrieve:
+        if documents or best:
             kv = open_existing(store)
         else:
             kv = open_for_writing(store, codec="exact", host_budget="0", disk_budget=str(1 << 62))
@@ -126,7 +106,8 @@ def ask(
         if documents:
             check_known(documents, [info.id for info in kv.documents()])
         engine = stack.enter_context(load_engine(model, kv, gguf_file=gguf_file, dtype=dtype, device=device))
-        passages = [*_stored(engine, kv, question, documents, retrieve), *files]
+        match_codec(engine, kv)
+        passages = [*retrieve(engine, kv, question, documents, best), *files]
         note(f"Using {number(len(passages), 'passage')}: {', '.join(p.source for p in passages)}")
         request: dict[str, Any] = {
             "query": question,
@@ -164,56 +145,6 @@ def _answer(engine: CacheTune, request: dict[str, Any], *, quiet: bool) -> Answe
     return answer
 
 
-def _stored(
-    engine: CacheTune, store: ChunkStore, question: str, documents: list[str], top_k: int | None
-) -> list[_Passage]:
-    """Passages from the store: whole documents, or the best of them (of all, if none is named)."""
-    if not documents and top_k is None:
-        return []
-    known = {info.id: info.chunks for info in store.documents()}
-    sources: dict[ChunkKey, str] = {}
-    for name in documents or known:
-        for number_, key in enumerate(known[name], start=1):
-            sources.setdefault(key, f"{name}#{number_}")
-    if top_k is None:
-        return [_passage(engine, store, key, sources[key]) for name in documents for key in known[name]]
-    texts = ((key, text) for key, text in _texts(engine, store) if key in sources or not documents)
-    best = rank(question, texts)[:top_k]
-    if not best:
-        where = "the named documents" if documents else f"the store {store.path}"
-        raise UsageError(
-            f"no passage in {where} shares a word with the question: reword it, or name documents with --document."
-        )
-    return [_passage(engine, store, key, sources.get(key, "earlier question")) for key in best]
-
-
-def _texts(engine: CacheTune, store: ChunkStore) -> Iterator[tuple[ChunkKey, str]]:
-    """The engine's texts, each once: it may be stored both as before lead-ins were chosen and as after."""
-    now, *before = engine.lead_ins.namespaces
-    seen: set[bytes] = set()
-    for namespace in (now, *before):
-        for key, text, _ in store.texts(namespace=namespace):
-            if before:
-                digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-                if digest in seen:
-                    continue
-                seen.add(digest)
-            yield key, text
-
-
-def _passage(engine: CacheTune, store: ChunkStore, key: ChunkKey, source: str) -> _Passage:
-    reader = store.open(key)
-    if reader is None or reader.text is None:
-        raise UsageError(
-            f"{source} is no longer in the store (the disk budget ran out, or its file was damaged): precompute its "
-            "document again."
-        )
-    with reader:
-        if not same_but_lead_ins(reader.head.namespace, engine.namespace):
-            raise UsageError(mismatch(reader.head.namespace, engine.namespace, store.path))
-        return _Passage(reader.text, source, str(key))
-
-
 def _ratio(given: str) -> float | str:
     try:
         return float(given)
@@ -221,7 +152,7 @@ def _ratio(given: str) -> float | str:
         return given  # "auto", or refused with the others
 
 
-def _result(question: str, passages: list[_Passage], reused: Answer, whole: Answer | None) -> dict[str, Any]:
+def _result(question: str, passages: list[Passage], reused: Answer, whole: Answer | None) -> dict[str, Any]:
     result = {
         "question": question,
         **_fields(reused),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cachetune_store import ChunkStore, Namespace
 
 _MARK = "store.json"
-_PARTS = {"chunks", "documents", "notes", "tmp", "lock", "index", "damaged", _MARK}
+_PARTS = {"chunks", "documents", "notes", "tmp", "lock", "index", "damaged", "profiles", _MARK}
 _NO_LIMIT = 1 << 62
 """Disk budget of commands that add nothing: opening a store must not shrink it."""
 
@@ -131,6 +131,17 @@ def check_match(engine: CacheTune, store: ChunkStore) -> None:
 def same_but_lead_ins(stored: Namespace, wanted: Namespace) -> bool:
     """Whether a stored text can be a passage of this engine: one that was computed behind other lead-ins is a miss."""
     return replace(stored, lead_ins=wanted.lead_ins) == wanted
+
+
+def match_codec(engine: CacheTune, store: ChunkStore) -> None:
+    """Encode what this run adds as the model's stored chunks are; what is saved for a codec is then found again as well."""
+    for namespace in engine.lead_ins.namespaces:
+        for key, *_ in store.texts(namespace=namespace):
+            found = store.open(key)
+            if found is not None:
+                with found:
+                    store.codec = found.layout.codec
+                return
 
 
 def mismatch(stored: Namespace, wanted: Namespace, path: Path | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +23,7 @@ from cachetune_rag.model.loadcheck import LoadCheck
 from cachetune_rag.model.probe import Probe
 from cachetune_rag.model.rope import Rotary, Tables, Turn, longrope_boundary, rows_of
 from cachetune_rag.model.shift import ChunkShift, RowShift
+from cachetune_rag.model.teacher import interruptible
 from cachetune_store.layout import LayerSpec
 
 
@@ -253,18 +254,22 @@ class ModelAdapter:
         return self.forward(ids, cache), cache
 
     @torch.no_grad()
-    def forward(self, ids: Tensor, cache: Cache) -> Tensor:
-        """Run `ids` [tokens] behind what `cache` holds, which grows by them. Returns logits [1, vocab]."""
+    def forward(self, ids: Tensor, cache: Cache, keep: int = 1) -> Tensor:
+        """Run `ids` [tokens] behind what `cache` holds, which grows by them. Returns logits of the last ones, [keep, vocab]."""
         start = cache.get_seq_length()
         positions = torch.arange(start, start + ids.shape[0], device=self.device)[None]
         out = self.model(
             input_ids=ids[None],
             position_ids=positions,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=keep,
             **{self._cache_argument: cache},
         )
-        return out.logits[:, -1]
+        return out.logits[0, -keep:]
+
+    def interruptible(self, stop: Callable[[], bool]) -> AbstractContextManager[None]:
+        """See `teacher.interruptible`."""
+        return interruptible(self._attentions, self.device, stop)
 
     @torch.no_grad()
     def warmup(self, tokens: int, probe: tuple[int, int] | None, lengths: Sequence[int]) -> None:

@@ -19,6 +19,7 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from cachetune_rag.engine import CacheTune
+    from cachetune_rag.fidelity import FidelityStats
     from cachetune_store.histogram import Histogram
 
 _TOKENS = ("prompt_tokens", "reused", "recomputed", "missed")
@@ -86,6 +87,23 @@ class CacheTuneCollector(Collector):
             for held in tiers:
                 counter.add_metric(self._values(held.name), getattr(held, name))
             yield counter
+        if stats.fidelity is not None:
+            yield from self._fidelity(stats.fidelity)
+
+    def _fidelity(self, found: FidelityStats) -> Iterator[Any]:
+        yield self._counter("fidelity_samples", "Answers compared with full prefill", found.samples)
+        yield self._counter("fidelity_dropped", "Answers chosen for it, but not compared", found.dropped)
+        yield self._counter("fidelity_errors", "Comparisons that failed", found.errors)
+        if found.kl is not None and found.top1 is not None:
+            family = GaugeMetricFamily(
+                "cachetune_fidelity_kl", "KL(full || reuse) of an answer, nats a token", labels=self._names("statistic")
+            )
+            for name in ("mean", "max", "p50", "p95"):
+                family.add_metric(self._values(name), getattr(found.kl, name))
+            yield family
+            yield self._gauge(
+                "fidelity_top1", "Share of answer tokens that full prefill finds likeliest too", found.top1
+            )
 
     def _names(self, *own: str) -> list[str]:
         return [*own, *self._labels]
