@@ -226,18 +226,18 @@ class ModelAdapter:
         return self.forward(ids, cache), cache
 
     @torch.no_grad()
-    def forward(self, ids: Tensor, cache: Cache) -> Tensor:
-        """Run `ids` [tokens] behind what `cache` holds, which grows by them. Returns logits [1, vocab]."""
+    def forward(self, ids: Tensor, cache: Cache, keep: int = 1) -> Tensor:
+        """Run `ids` [tokens] behind what `cache` holds, which grows by them. Returns logits of the last ones, [keep, vocab]."""
         start = cache.get_seq_length()
         positions = torch.arange(start, start + ids.shape[0], device=self.device)[None]
         out = self.model(
             input_ids=ids[None],
             position_ids=positions,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=keep,
             **{self._cache_argument: cache},
         )
-        return out.logits[:, -1]
+        return out.logits[0, -keep:]
 
     @torch.no_grad()
     def warmup(self, tokens: int, probe: tuple[int, int] | None, lengths: Sequence[int]) -> None:
