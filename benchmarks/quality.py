@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import environment
+from common import ROOT, environment
 from fidelity.documents import Shape, read_documents, shuffled
-from fidelity.evaluate import Evaluator
+from fidelity.evaluate import Engines, Evaluator
 from fidelity.musique import read_musique
 from fidelity.records import Dataset
 from fidelity.report import load, markdown, summarise
@@ -34,12 +34,13 @@ from cachetune_store import codec_names
 
 QUICK = {
     "musique_records": 1,
-    "documents": 3,
+    "passages": 4,
+    "documents": 2,
     "shuffled": 1,
     "chunks": 4,
     "chunk_tokens": 256,
     "ratios": [0.05, 0.15],
-    "selectors": list(dict.fromkeys((AUTO.selector, "probe", "frequency", "chunk_head"))),
+    "selectors": list(dict.fromkeys((AUTO.selector, "probe", "frequency"))),
     "codecs": ["exact"],
 }
 """A small run: the figures mean little, but every part has run."""
@@ -74,7 +75,8 @@ def main() -> None:
     rows = RowFile(args.out, args.shard, args.shards, header)
     options = {"cuda_kernels": args.cuda_kernels, "host_budget": args.host_budget}
     answer_ratios = args.answer_ratios if args.answers else ()
-    evaluators = {d.name: Evaluator(model, tokenizer, d, settings, answer_ratios, **options) for d in sets}
+    engines = Engines(model, tokenizer, **options)
+    evaluators = {d.name: Evaluator(engines, d, settings, answer_ratios) for d in sets}
     try:
         # The sets take turns, so that a run that is cut off has some of each.
         work = sorted((i, n) for n, d in enumerate(sets) for i in range(len(d.records)))
@@ -92,8 +94,7 @@ def main() -> None:
                 flush=True,
             )
     finally:
-        for evaluator in evaluators.values():
-            evaluator.close()
+        engines.close()
         rows.close()
     if args.shards == 1:
         report(args.out)
@@ -103,7 +104,7 @@ def datasets(args: argparse.Namespace, tokenizer: Any) -> list[Dataset]:
     """The sets that were asked for; MuSiQue only where its file is given."""
     sets = []
     if args.musique is not None:
-        sets.append(read_musique(args.musique, tokenizer, args.first, args.musique_records))
+        sets.append(read_musique(args.musique, tokenizer, args.first, args.musique_records, args.passages))
     if args.documents:
         sources = {} if args.docs_only else installed_sources()
         sources |= folder_sources(args.docs)
@@ -127,7 +128,7 @@ def report(folder: Path) -> None:
 
         plot(points, folder / "shares.svg", f"{header['model']}, {header['dtype']}")
     except ModuleNotFoundError as error:
-        print(f"no plot: {error}. For one: pip install --group bench", file=sys.stderr)
+        print(f"no plot: {error}. For one: pip install 'cachetune-rag[plot]'", file=sys.stderr)
 
 
 def arguments() -> argparse.Namespace:
@@ -135,7 +136,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--quick", action="store_true", help="a few records and settings: minutes on two cores")
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="only make table and plot of these results")
-    parser.add_argument("--out", type=Path, help="folder for the results (default: benchmarks/results/quality[-quick])")
+    parser.add_argument("--out", type=Path, help="folder for the results (default: one of this commit in build/)")
     parser.add_argument("--model", type=Path, help="folder of a model (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--gguf-file", help="name of a GGUF file in that folder")
     parser.add_argument("--name", help="what to call the model in the results")
@@ -153,6 +154,7 @@ def arguments() -> argparse.Namespace:
     data.add_argument("--docs-only", action="store_true", help="not those that come with Python and its packages")
     data.add_argument("--first", type=int, default=0, help="first record of each set")
     data.add_argument("--musique-records", type=int, default=40)
+    data.add_argument("--passages", type=int, help="of a question, the first so many (default: all)")
     data.add_argument("--documents", type=int, default=40, help="records of documents, 0 for none")
     data.add_argument("--shuffled", type=int, default=12, help="how many of them also with chunks in another order")
     data.add_argument("--chunks", type=int, default=8)
@@ -176,7 +178,8 @@ def arguments() -> argparse.Namespace:
     if any(not 0 <= r <= 1 for r in args.ratios):
         parser.error(f"--ratios are {args.ratios}: use numbers from 0 to 1.")
     if args.out is None:
-        args.out = Path(__file__).parent / "results" / ("quality-quick" if args.quick else "quality")
+        commit = args.commit or environment()["commit"]
+        args.out = ROOT / "build" / f"quality-{'quick-' if args.quick else ''}{commit}"
     return args
 
 

@@ -19,7 +19,7 @@ from cachetune_rag.prompt import PromptBuilder
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from fidelity import measures, report
 from fidelity.documents import Shape, read_documents, shuffled
-from fidelity.evaluate import Evaluator, equal_compute_ratio, greedy_answer, target_logits
+from fidelity.evaluate import Engines, Evaluator, equal_compute_ratio, greedy_answer, target_logits
 from fidelity.musique import LEADS, read_musique
 from fidelity.records import Dataset, Record
 from fidelity.rows import RowFile, key_of, read_rows
@@ -139,6 +139,7 @@ def test_musique_is_read_under_both_names_and_zipped(tmp_path: Path) -> None:
     assert (first.name, first.query, first.chunks) == ("q1", "Who is 1?", ("text 1", "Title\nmore 1"))
     assert first.target == (*PromptBuilder(tokenizer()).encode("number 1"), tokenizer().eos_token_id)
     assert first.answers == ("number 1", "nobody")
+    assert read_musique(tmp_path / "a.jsonl", tokenizer(), count=1, passages=1).records[0].chunks == ("text 0",)
     used = {chunk for record in ours.records for chunk in record.chunks}
     assert ours.leads[:2] == ("text 3", "text 4")
     assert used.isdisjoint(ours.leads)
@@ -275,10 +276,10 @@ SETTINGS = grid(["probe", "frequency"], (0.3,), ("first_token",), ("exact", "int
 
 
 def test_a_record_gives_a_row_for_every_setting() -> None:
-    data = dataset()
-    evaluator = Evaluator(llama(), tokenizer(), data, SETTINGS, answer_ratios=(0.0, 1.0))
+    data, engines = dataset(), Engines(llama(), tokenizer())
+    evaluator = Evaluator(engines, data, SETTINGS, answer_ratios=(0.0, 1.0))
     rows = list(evaluator.run(data.records[0], {}))
-    evaluator.close()
+    engines.close()
     found = {(r["codec"], r["selector"], r["ratio"], r["budget"]): r for r in rows}
     assert len(found) == len(rows)
     everything, nothing = found["exact", "all", 1.0, "ratio"], found["exact", "none", 0.0, "ratio"]
@@ -296,16 +297,20 @@ def test_a_record_gives_a_row_for_every_setting() -> None:
 
 def test_a_run_that_is_cut_off_continues_where_it_was() -> None:
     data, model = dataset(), llama()
-    whole = list(Evaluator(model, tokenizer(), data, SETTINGS).run(data.records[0], {}))
+
+    def fresh() -> Evaluator:
+        return Evaluator(Engines(model, tokenizer()), data, SETTINGS)
+
+    whole = list(fresh().run(data.records[0], {}))
     known: dict[object, dict[str, object]] = {}
-    cut = Evaluator(model, tokenizer(), data, SETTINGS).run(data.records[0], known)
+    cut = fresh().run(data.records[0], known)
     for made in islice(cut, 4):
         known[key_of(made)] = made
     cut.close()
-    rest = list(Evaluator(model, tokenizer(), data, SETTINGS).run(data.records[0], known))
+    rest = list(fresh().run(data.records[0], known))
     assert [*known.values(), *rest] == whole
     known.update((key_of(r), r) for r in rest)
-    assert list(Evaluator(model, tokenizer(), data, SETTINGS).run(data.records[0], known)) == []
+    assert list(fresh().run(data.records[0], known)) == []
 
 
 def test_target_logits_are_those_of_one_forward() -> None:

@@ -34,29 +34,51 @@ class Reference:
     answer: str | None
 
 
-class Evaluator:
-    """One model on one set. Engines, one a lead-in and codec, are made when they are first needed.
+class Engines:
+    """Engines of one model, made when first needed: one a corpus of lead-ins, lead-in and codec.
 
     Args:
         model, tokenizer: as for `CacheTune`.
+        options: further arguments of `CacheTune`.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, **options: Any):
+        self._model, self._tokenizer, self._options = model, tokenizer, options
+        self._made: dict[tuple[str, str, str], CacheTune] = {}
+
+    def get(self, dataset: Dataset, lead_in: str, codec: str) -> CacheTune:
+        """An engine that holds no chunks. "auto" lead-ins are chosen already, from texts that no record holds."""
+        key = (dataset.digest, lead_in, codec)
+        if key not in self._made:
+            lead: Any = "auto" if lead_in == "auto" else [PromptBuilder(self._tokenizer).first_token]
+            options = {"lead_in": lead, "codec": codec, "chunk_separator": dataset.separator, **self._options}
+            engine = self._made[key] = CacheTune(self._model, self._tokenizer, None, **options)
+            if lead_in == "auto":  # the engine takes them from the first texts that it precomputes
+                engine.precompute(Document("leads", list(dataset.leads)))
+                engine.remove("leads")
+        return self._made[key]
+
+    def close(self) -> None:
+        """Close all."""
+        for engine in self._made.values():
+            engine.close()
+
+
+class Evaluator:
+    """Measures the records of one set.
+
+    Args:
+        engines: of the model.
         dataset: the records' layout, and the texts that lead-ins are taken from.
         settings: what to measure, those of one lead-in and codec together.
         answer_ratios: at which ratios answers are generated, where a record has accepted ones.
-        engine_options: further arguments of `CacheTune`.
     """
 
     def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        dataset: Dataset,
-        settings: Sequence[Setting],
-        answer_ratios: Sequence[float] = (),
-        **engine_options: Any,
+        self, engines: Engines, dataset: Dataset, settings: Sequence[Setting], answer_ratios: Sequence[float] = ()
     ):
-        self._model, self._tokenizer, self._dataset, self._settings = model, tokenizer, dataset, settings
-        self._answer_ratios, self._options = frozenset(answer_ratios), engine_options
-        self._engines: dict[tuple[str, str], CacheTune] = {}
+        self._engines, self._dataset, self._settings = engines, dataset, settings
+        self._answer_ratios = frozenset(answer_ratios)
 
     def run(self, record: Record, known: dict[Key, Row]) -> Iterator[Row]:
         """The rows of a record that are not known yet, one by one."""
@@ -65,7 +87,7 @@ class Evaluator:
             settings = [s for s in group if not self._done(record, s, known)]
             if not settings:
                 continue
-            engine = self._engine(lead_in, codec)
+            engine = self._engines.get(self._dataset, lead_in, codec)
             if reference is None:
                 reference = self._reference(engine, record)
             engine.precompute(Document(record.name, list(record.chunks)))
@@ -77,31 +99,7 @@ class Evaluator:
             finally:
                 engine.remove(record.name)
 
-    def close(self) -> None:
-        """Close the engines."""
-        for engine in self._engines.values():
-            engine.close()
-
     # -- inside -------------------------------------------------------------------------------------------------------
-
-    def _engine(self, lead_in: str, codec: str) -> CacheTune:
-        if (lead_in, codec) not in self._engines:
-            separator = self._dataset.separator
-            lead: Any = "auto" if lead_in == "auto" else [PromptBuilder(self._tokenizer).first_token]
-            engine = CacheTune(
-                self._model,
-                self._tokenizer,
-                None,
-                lead_in=lead,
-                codec=codec,
-                chunk_separator=separator,
-                **self._options,
-            )
-            if lead_in == "auto":  # chosen from the first texts that are precomputed: these, which no record holds
-                engine.precompute(Document("leads", list(self._dataset.leads)))
-                engine.remove("leads")
-            self._engines[lead_in, codec] = engine
-        return self._engines[lead_in, codec]
 
     def _reference(self, engine: CacheTune, record: Record) -> Reference:
         prompt = self._dataset.prompt(engine.prompts, record)

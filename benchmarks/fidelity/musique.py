@@ -21,8 +21,14 @@ LEADS = 5
 """Records at the end of the file that are never evaluated; lead-ins are taken from their passages."""
 
 
-def read_musique(path: Path, tokenizer: Any, first: int = 0, count: int = 40) -> Dataset:
+def read_musique(path: Path, tokenizer: Any, first: int = 0, count: int = 40, passages: int | None = None) -> Dataset:
     """Records `first` to `first + count` of a MuSiQue file, plain or gzipped. The target is the first gold answer and the end token.
+
+    Args:
+        path: the file.
+        tokenizer: the model's.
+        first, count: which records; those at the end of the file are left for lead-ins.
+        passages: at most so many of each question, the first ones; None for all.
 
     Raises:
         ValueError: a line that can't be read, or too few of them.
@@ -30,9 +36,11 @@ def read_musique(path: Path, tokenizer: Any, first: int = 0, count: int = 40) ->
     prompts = PromptBuilder(tokenizer)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     records = []
-    for number, (question, answers, passages, name) in enumerate(_lines(path)):
+    for number, (question, answers, texts, name) in enumerate(_lines(path)):
         target = (*prompts.encode(answers[0]), *end)
-        records.append(Record(name or f"line-{number}", "musique", tuple(passages), question, target, tuple(answers)))
+        records.append(
+            Record(name or f"line-{number}", "musique", tuple(texts[:passages]), question, target, tuple(answers))
+        )
     chosen = slice_of(records, first, count, LEADS, str(path))
     # One passage of each held-out record in turn, so that the lead-ins come from different questions.
     leads = tuple(r.chunks[i] for i in range(2) for r in records[-LEADS:] if i < len(r.chunks))

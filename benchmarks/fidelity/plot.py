@@ -1,4 +1,4 @@
-"""Fidelity against compute, a panel a set. Needs matplotlib (`pip install --group bench`)."""
+"""Fidelity against compute, a panel a set. Needs matplotlib (the extra `plot`)."""
 
 from __future__ import annotations
 
