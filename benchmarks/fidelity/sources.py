@@ -84,7 +84,7 @@ def _pages(folder: Path) -> Iterator[Text]:
             raw = gzip.decompress(path.read_bytes()) if zipped else path.read_bytes()
         except (OSError, EOFError):
             continue
-        text = raw.decode("utf-8", errors="ignore")
+        text = raw.decode("utf-8", errors="ignore").replace("\r\n", "\n")
         yield Text(path.relative_to(folder).as_posix(), html_text(text) if kind in {".html", ".htm"} else text)
 
 
