@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import sys
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -311,6 +312,12 @@ def test_a_run_that_is_cut_off_continues_where_it_was() -> None:
     assert [*known.values(), *rest] == whole
     known.update((key_of(r), r) for r in rest)
     assert list(fresh().run(data.records[0], known)) == []
+
+
+def test_lead_ins_are_never_taken_from_the_records() -> None:
+    short = replace(dataset(), leads=("too short",))
+    with pytest.raises(ValueError, match="kept for lead-ins have 9 tokens"):
+        Engines(llama(), tokenizer()).get(short, "auto", "exact")
 
 
 def test_target_logits_are_those_of_one_forward() -> None:

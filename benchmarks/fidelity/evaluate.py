@@ -23,6 +23,8 @@ from .rows import Key, Row, key_of
 from .settings import NOTHING, Setting
 
 ANSWER_TOKENS = 16
+LEAD_TOKENS = 1024
+"""Fewer, and the engine would go on to choose lead-ins from the records themselves."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,12 @@ class Engines:
             options = {"lead_in": lead, "codec": codec, "chunk_separator": dataset.separator, **self._options}
             engine = self._made[key] = CacheTune(self._model, self._tokenizer, None, **options)
             if lead_in == "auto":  # the engine takes them from the first texts that it precomputes
+                tokens = sum(len(engine.prompts.encode(text)) for text in dataset.leads)
+                if tokens < LEAD_TOKENS:
+                    raise ValueError(
+                        f"the texts of {dataset.name} that are kept for lead-ins have {tokens} tokens, and an engine chooses from "
+                        f"{LEAD_TOKENS} or more: give more documents, or measure with --lead-ins first_token alone."
+                    )
                 engine.precompute(Document("leads", list(dataset.leads)))
                 engine.remove("leads")
         return self._made[key]
