@@ -13,7 +13,8 @@ from torch import Tensor
 from cachetune_rag import CacheTune, Document
 from cachetune_rag.assembly import PrefillState
 from cachetune_rag.decoding import decode, prepare
-from cachetune_rag.prompt import Prompt, PromptBuilder
+from cachetune_rag.leads import LEAST_TOKENS
+from cachetune_rag.prompt import Prompt
 from cachetune_rag.report import Report
 from cachetune_rag.selection import get_selector
 
@@ -23,8 +24,6 @@ from .rows import Key, Row, key_of
 from .settings import NOTHING, Setting
 
 ANSWER_TOKENS = 16
-LEAD_TOKENS = 1024
-"""Fewer, and the engine would go on to choose lead-ins from the records themselves."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +51,14 @@ class Engines:
         """An engine that holds no chunks. "auto" lead-ins are chosen already, from texts that no record holds."""
         key = (dataset.digest, lead_in, codec)
         if key not in self._made:
-            lead: Any = "auto" if lead_in == "auto" else [PromptBuilder(self._tokenizer).first_token]
-            options = {"lead_in": lead, "codec": codec, "chunk_separator": dataset.separator, **self._options}
+            options = {"lead_in": lead_in, "codec": codec, "chunk_separator": dataset.separator, **self._options}
             engine = self._made[key] = CacheTune(self._model, self._tokenizer, None, **options)
             if lead_in == "auto":  # the engine takes them from the first texts that it precomputes
                 tokens = sum(len(engine.prompts.encode(text)) for text in dataset.leads)
-                if tokens < LEAD_TOKENS:
+                if tokens < LEAST_TOKENS:  # it would go on to choose from the records themselves
                     raise ValueError(
                         f"the texts of {dataset.name} that are kept for lead-ins have {tokens} tokens, and an engine chooses from "
-                        f"{LEAD_TOKENS} or more: give more documents, or measure with --lead-ins first_token alone."
+                        f"{LEAST_TOKENS} or more: give more documents, or measure with --lead-ins first_token alone."
                     )
                 engine.precompute(Document("leads", list(dataset.leads)))
                 engine.remove("leads")
