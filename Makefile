@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format typecheck bench clean
+.PHONY: demo test lint format typecheck bench quality clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -25,6 +25,9 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/ttft.py
+
+quality: $(READY)
+	$(BIN)/python benchmarks/quality.py --quick
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "cachetune-rag needs Python 3.11 or newer; run make PYTHON=python3.11")'

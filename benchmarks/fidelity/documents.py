@@ -1,0 +1,148 @@
+"""Continuation of real documents: contiguous chunks of a text, its next tokens as the query, the ones after that as the target."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise, zip_longest
+from typing import Any
+
+from cachetune_rag.prompt import PromptBuilder
+
+from .records import Dataset, Record, slice_of
+from .sources import Text
+
+PREFIX = "Read the passages."
+LEADS = 8
+"""Documents that are never evaluated; lead-ins are taken from them."""
+LEAD_TOKENS = 300
+SKIPPED = 100
+"""Tokens left out at a document's start: titles, tables of contents."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Tokens of a record: so many chunks of so many tokens, a query and a target."""
+
+    chunks: int = 8
+    chunk_tokens: int = 512
+    query_tokens: int = 16
+    target_tokens: int = 64
+
+    @property
+    def tokens(self) -> int:
+        """Of all of it."""
+        return self.chunks * self.chunk_tokens + self.query_tokens + self.target_tokens
+
+
+def read_documents(
+    sources: Mapping[str, Iterable[Text]], tokenizer: Any, shape: Shape, first: int = 0, count: int = 40, seed: int = 0
+) -> Dataset:
+    """Records `first` to `first + count`, the sources taking turns; at most two records a document.
+
+    A chunk ends where a word ends, so it may be a few tokens shorter than asked for.
+
+    Raises:
+        ValueError: the documents are too few or too short.
+    """
+    prompts = PromptBuilder(tokenizer)
+    wanted = -(-(first + count) // max(1, len(sources))) * 2
+    leads: list[list[str]] = []
+    found: list[list[Record]] = []
+    for name, texts in sources.items():
+        kept = [text for text in texts if len(text.text) > 2 * shape.tokens]  # shorter ones can't have enough tokens
+        random.Random(f"{seed} {name}").shuffle(kept)
+        lead_texts: list[str] = []
+        records: list[Record] = []
+        for text in kept:
+            if len(records) >= wanted:
+                break
+            ids = _Tokens(text, tokenizer)
+            places = range(SKIPPED, len(ids) - shape.tokens - 32, shape.tokens)
+            if not places:
+                continue
+            if len(lead_texts) < LEADS // 2 and len(lead_texts) * 4 <= len(records):
+                lead_texts.append(ids.first(LEAD_TOKENS))
+                continue
+            made = (_record(ids, name, start, shape, prompts) for start in places)
+            records += [record for record in made if record is not None][:2]
+        leads.append(lead_texts)
+        found.append(records)
+    everything = _in_turn(found)
+    lead_ins = tuple(_in_turn(leads)[:LEADS])
+    if not lead_ins:
+        raise ValueError(f"no document of {', '.join(sources)} has {shape.tokens} tokens: use fewer or shorter chunks.")
+    chosen = slice_of(everything, first, count, 0, f"documents ({', '.join(sources)})")
+    return Dataset("documents", chosen, lead_ins, PREFIX, separator="", continues=True)
+
+
+def shuffled(documents: Dataset, count: int, seed: int = 0) -> Dataset:
+    """The first `count` records with all chunks but the last in another order."""
+    records = []
+    for record in documents.records[:count]:
+        *others, last = record.chunks
+        rng = random.Random(f"{seed} {record.name}")
+        rng.shuffle(others)
+        while tuple(others) == record.chunks[:-1] and len(set(others)) > 1:
+            rng.shuffle(others)
+        records.append(replace(record, chunks=(*others, last)))
+    return replace(documents, name="shuffled", records=tuple(records))
+
+
+class _Tokens:
+    """A document by its tokens: where each begins in the text."""
+
+    def __init__(self, text: Text, tokenizer: Any):
+        self.name, self._text = text.name, text.text
+        encoded = tokenizer(self._text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        self._starts = [start for start, _ in encoded["offset_mapping"]]
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def first(self, count: int) -> str:
+        """`count` tokens behind what is skipped."""
+        return self.between(self._starts[SKIPPED], self._starts[min(SKIPPED + count, len(self) - 1)])
+
+    def between(self, start: int, end: int) -> str:
+        """Of these characters."""
+        return self._text[start:end]
+
+    def cut(self, token: int) -> tuple[int, int] | None:
+        """The last place at or before `token` where a word ends, as (token, character); None if there is none near.
+
+        Cut before white space, texts have the same tokens apart as together.
+        """
+        for place in range(token, max(token - 32, 0), -1):
+            at = self._starts[place]  # with or without the space that belongs to the token
+            while at > 0 and self._text[at - 1].isspace():
+                at -= 1
+            if at > 0 and self._text[at].isspace():
+                return place, at
+        return None
+
+    def end(self, token: int) -> int:
+        """The character at which `token` begins."""
+        return self._starts[token]
+
+
+def _record(ids: _Tokens, source: str, start: int, shape: Shape, prompts: PromptBuilder) -> Record | None:
+    """None where the text has no place to cut."""
+    cuts: list[tuple[int, int]] = []
+    token = start
+    for size in [*[shape.chunk_tokens] * shape.chunks, shape.query_tokens, 0]:
+        found = ids.cut(token)
+        if found is None or (cuts and found[1] <= cuts[-1][1]):
+            return None
+        cuts.append(found)
+        token = found[0] + size
+    *chunks, query = (ids.between(a, b) for (_, a), (_, b) in pairwise(cuts))
+    rest = ids.between(cuts[-1][1], ids.end(cuts[-1][0] + shape.target_tokens + 8))
+    target = prompts.encode(rest)[: shape.target_tokens]
+    return Record(f"{source}/{ids.name}@{start}", source, tuple(chunks), query, tuple(target))
+
+
+def _in_turn(lists: list[list[Any]]) -> list[Any]:
+    """One of each, then the next of each, ..."""
+    return [item for turn in zip_longest(*lists) for item in turn if item is not None]

@@ -1,0 +1,108 @@
+"""How far a reused prompt's continuation is from full prefill's, and how sure a mean over records is."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+DRAWS = 10_000
+"""Bootstrap samples."""
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Between two distributions over each token of a target.
+
+    Attributes:
+        kl: mean over target tokens of KL(full || reuse), in nats.
+        top1: share of target tokens at which both rank the same token first.
+        top1_first: the same at the first target token: 0 or 1.
+        nll: mean negative log-likelihood of the target under reuse, in nats.
+        nll_difference: that minus full prefill's.
+    """
+
+    kl: float
+    top1: float
+    top1_first: int
+    nll: float
+    nll_difference: float
+
+
+def distance(full: Tensor, reuse: Tensor, target: Sequence[int]) -> Distance:
+    """Compare logits [target tokens, vocab], of which row i predicts token i of the target. In float64."""
+    if full.shape != reuse.shape or full.shape[0] != len(target):
+        raise ValueError(f"logits {tuple(full.shape)} and {tuple(reuse.shape)} don't fit {len(target)} target tokens.")
+    p, q = (logits.double().log_softmax(-1) for logits in (full, reuse))
+    kl = (p.exp() * (p - q)).sum(-1).mean()
+    same = p.argmax(-1) == q.argmax(-1)
+    ids = torch.tensor(list(target), device=full.device)[:, None]
+    nll, reference = (-logs.gather(1, ids).mean().item() for logs in (q, p))
+    return Distance(kl.item(), same.double().mean().item(), int(same[0]), nll, nll - reference)
+
+
+# -- answers ----------------------------------------------------------------------------------------------------------
+
+
+def normalise(answer: str) -> str:
+    """SQuAD's normal form (Rajpurkar et al. 2016): lower case, without punctuation, articles and extra spaces."""
+    bare = "".join(c for c in answer.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
+
+
+def exact_match(answer: str, accepted: Sequence[str]) -> float:
+    """1 if the answer is one of the accepted ones, in normal form."""
+    return float(any(normalise(answer) == normalise(a) for a in accepted))
+
+
+def f1(answer: str, accepted: Sequence[str]) -> float:
+    """The best F1 of words over the accepted answers, in normal form."""
+    return max((_f1(normalise(answer).split(), normalise(a).split()) for a in accepted), default=0.0)
+
+
+def _f1(given: list[str], wanted: list[str]) -> float:
+    if not given or not wanted:
+        return float(given == wanted)
+    common = (Counter(given) & Counter(wanted)).total()
+    return 2 * common / (len(given) + len(wanted))
+
+
+# -- means over records -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure over records and its 95% bootstrap interval; NaN where it isn't defined."""
+
+    value: float
+    low: float
+    high: float
+
+
+def mean(values: Sequence[float], seed: int = 0) -> Estimate:
+    """Mean over records."""
+    return _ratio(np.asarray(values, float), np.ones(len(values)), seed)
+
+
+def share_closed(kl: Sequence[float], kl_nothing: Sequence[float], seed: int = 0) -> Estimate:
+    """1 - sum KL(r) / sum KL(0), record by record: how much of the distance of recomputing nothing is gone."""
+    ratio = _ratio(np.asarray(kl, float), np.asarray(kl_nothing, float), seed)
+    return Estimate(1 - ratio.value, 1 - ratio.high, 1 - ratio.low)
+
+
+def _ratio(above: NDArray[np.float64], below: NDArray[np.float64], seed: int) -> Estimate:
+    """sum(above) / sum(below); records are drawn with replacement, the two numbers of a record together."""
+    if len(above) == 0 or below.sum() == 0:
+        return Estimate(float("nan"), float("nan"), float("nan"))
+    drawn = np.random.default_rng(seed).integers(0, len(above), (DRAWS, len(above)))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        samples = above[drawn].sum(1) / below[drawn].sum(1)
+    low, high = np.nanpercentile(samples, (2.5, 97.5))
+    return Estimate(float(above.sum() / below.sum()), float(low), float(high))

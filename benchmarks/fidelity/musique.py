@@ -1,0 +1,70 @@
+"""Questions over passages, from a MuSiQue file (Trivedi et al., TACL 2022).
+
+A line of the file is a JSON object. Read are `question`; `answers`, or `answer` and `answer_aliases`; `passages` (each
+`title`, `text`), or `paragraphs` (each `title`, `paragraph_text`); and, where they are there, `id` and `answerable`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cachetune_rag.prompt import PromptBuilder
+
+from .records import Dataset, Record, slice_of
+
+PREFIX = "Answer the question after reading several passages. Answer within 5 words."
+LEADS = 5
+"""Records at the end of the file that are never evaluated; lead-ins are taken from their passages."""
+
+
+def read_musique(path: Path, tokenizer: Any, first: int = 0, count: int = 40, passages: int | None = None) -> Dataset:
+    """Records `first` to `first + count` of a MuSiQue file, plain or gzipped. The target is the first gold answer and the end token.
+
+    Args:
+        path: the file.
+        tokenizer: the model's.
+        first, count: which records; those at the end of the file are left for lead-ins.
+        passages: at most so many of each question, the first ones; None for all.
+
+    Raises:
+        ValueError: a line that can't be read, or too few of them.
+    """
+    prompts = PromptBuilder(tokenizer)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    records = []
+    for number, (question, answers, texts, name) in enumerate(_lines(path)):
+        target = (*prompts.encode(answers[0]), *end)
+        records.append(
+            Record(name or f"line-{number}", "musique", tuple(texts[:passages]), question, target, tuple(answers))
+        )
+    chosen = slice_of(records, first, count, LEADS, str(path))
+    # One passage of each held-out record in turn, so that the lead-ins come from different questions.
+    leads = tuple(r.chunks[i] for i in range(2) for r in records[-LEADS:] if i < len(r.chunks))
+    return Dataset("musique", chosen, leads, PREFIX)
+
+
+def _lines(path: Path) -> Iterator[tuple[str, list[str], list[str], str]]:
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+                if not record.get("answerable", True):
+                    continue
+                answers = record["answers"] if "answers" in record else [record["answer"], *record["answer_aliases"]]
+                if "passages" in record:
+                    found = [(p["title"], p["text"]) for p in record["passages"]]
+                else:
+                    found = [(p["title"], p["paragraph_text"]) for p in record["paragraphs"]]
+                passages = [f"{title}\n{text}" if title else text for title, text in found]
+                yield record["question"], list(answers), passages, str(record.get("id", ""))
+            except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+                raise ValueError(
+                    f"{path}, line {number} is no MuSiQue record ({type(error).__name__}: {error}): it needs question; answers, "
+                    "or answer and answer_aliases; passages (title, text), or paragraphs (title, paragraph_text)."
+                ) from error

@@ -1,0 +1,187 @@
+"""How close reuse stays to full prefill, per selector, ratio, lead-in and codec, on real text: docs/quality.md.
+
+    python benchmarks/quality.py --quick
+    python benchmarks/quality.py --musique musique_ans_v1.0_dev.jsonl --out benchmarks/results/quality
+    python benchmarks/quality.py --report benchmarks/results/quality
+
+A run that is cut off continues where it was when it is started again with the same arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import ROOT, environment
+from fidelity.documents import Shape, read_documents, shuffled
+from fidelity.evaluate import Engines, Evaluator
+from fidelity.musique import read_musique
+from fidelity.records import Dataset
+from fidelity.report import load, markdown, summarise
+from fidelity.rows import RowFile
+from fidelity.settings import LEAD_INS, RATIOS, compared_selectors, grid
+from fidelity.sources import folder_sources, installed_sources
+from smollm2 import model_path
+
+from cachetune_rag.config import AUTO
+from cachetune_rag.loading import load_model
+from cachetune_rag.model.fingerprint import model_fingerprint
+from cachetune_store import codec_names
+
+QUICK = {
+    "musique_records": 1,
+    "passages": 4,
+    "documents": 2,
+    "shuffled": 1,
+    "chunks": 4,
+    "chunk_tokens": 256,
+    "ratios": [0.05, 0.15],
+    "selectors": list(dict.fromkeys((AUTO.selector, "probe", "frequency"))),
+    "codecs": ["exact"],
+}
+"""A small run: the figures mean little, but every part has run."""
+
+
+def main() -> None:
+    """Measure, or report what was measured."""
+    args = arguments()
+    if args.report is not None:
+        report(args.report)
+        return
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    model, tokenizer = load_model(
+        args.model or model_path(), gguf_file=args.gguf_file, device=args.device, dtype=args.dtype
+    )
+    sets = datasets(args, tokenizer)
+    settings = grid(args.selectors, args.ratios, args.lead_ins, args.codecs)
+    header = {
+        "benchmark": "quality",
+        "model": args.name or Path(model.config.name_or_path).name,
+        "weights": model_fingerprint(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "tf32": args.tf32,
+        "device": model.device.type,
+        "cuda_kernels": args.cuda_kernels,
+        "answer_ratios": args.answer_ratios if args.answers else [],
+        "seed": args.seed,
+        "sets": {d.name: d.digest for d in sets},
+        "commit": args.commit or environment()["commit"],
+        "environment": environment(),
+    }
+    rows = RowFile(args.out, args.shard, args.shards, header)
+    options = {"cuda_kernels": args.cuda_kernels, "host_budget": args.host_budget}
+    answer_ratios = args.answer_ratios if args.answers else ()
+    engines = Engines(model, tokenizer, **options)
+    evaluators = {d.name: Evaluator(engines, d, settings, answer_ratios) for d in sets}
+    try:
+        # The sets take turns, so that a run that is cut off has some of each.
+        work = sorted((i, n) for n, d in enumerate(sets) for i in range(len(d.records)))
+        for number, (i, n) in enumerate(work[args.shard :: args.shards], start=1):
+            dataset, record = sets[n], sets[n].records[i]
+            started, added = time.perf_counter(), 0
+            for row in evaluators[dataset.name].run(record, rows.known):
+                rows.add(row)
+                added += 1
+            took = time.perf_counter() - started
+            total = len(work[args.shard :: args.shards])
+            print(
+                f"{number}/{total} {dataset.name} {record.name}: {added} rows, {took:.1f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+    finally:
+        engines.close()
+        rows.close()
+    if args.shards == 1:
+        report(args.out)
+
+
+def datasets(args: argparse.Namespace, tokenizer: Any) -> list[Dataset]:
+    """The sets that were asked for; MuSiQue only where its file is given."""
+    sets = []
+    if args.musique is not None:
+        sets.append(read_musique(args.musique, tokenizer, args.first, args.musique_records, args.passages))
+    if args.documents:
+        sources = {} if args.docs_only else installed_sources()
+        sources |= folder_sources(args.docs)
+        shape = Shape(args.chunks, args.chunk_tokens)
+        documents = read_documents(sources, tokenizer, shape, args.first, args.documents, args.seed)
+        sets.append(documents)
+        if args.shuffled:
+            sets.append(shuffled(documents, args.shuffled, args.seed))
+    return sets
+
+
+def report(folder: Path) -> None:
+    """Write table.md and, with matplotlib, shares.svg beside the rows."""
+    header, rows = load(folder)
+    points = summarise(rows)
+    text = markdown(header, points)
+    (folder / "table.md").write_text(text)
+    print(text)
+    try:
+        from fidelity.plot import plot
+
+        plot(points, folder / "shares.svg", f"{header['model']}, {header['dtype']}")
+    except ModuleNotFoundError as error:
+        print(f"no plot: {error}. For one: pip install 'cachetune-rag[plot]'", file=sys.stderr)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line; --quick changes defaults, and what is given beside it still counts."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--quick", action="store_true", help="a few records and settings: minutes on two cores")
+    parser.add_argument("--report", type=Path, metavar="FOLDER", help="only make table and plot of these results")
+    parser.add_argument("--out", type=Path, help="folder for the results (default: one of this commit in build/)")
+    parser.add_argument("--model", type=Path, help="folder of a model (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--gguf-file", help="name of a GGUF file in that folder")
+    parser.add_argument("--name", help="what to call the model in the results")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--tf32", action="store_true", help="on a GPU, multiply matrices in TF32")
+    parser.add_argument("--cuda-kernels", action="store_true", help="on a GPU, through the package's kernels")
+    parser.add_argument("--host-budget", default="8GiB", help="memory for one record's chunks")
+    parser.add_argument("--commit", help="what to record where there is no git")
+    data = parser.add_argument_group("records")
+    data.add_argument("--musique", type=Path, metavar="FILE", help="questions as JSON lines, plain or gzipped")
+    data.add_argument(
+        "--docs", type=Path, nargs="+", default=[], metavar="FOLDER", help="more documents, a source each"
+    )
+    data.add_argument("--docs-only", action="store_true", help="not those that come with Python and its packages")
+    data.add_argument("--first", type=int, default=0, help="first record of each set")
+    data.add_argument("--musique-records", type=int, default=40)
+    data.add_argument("--passages", type=int, help="of a question, the first so many (default: all)")
+    data.add_argument("--documents", type=int, default=40, help="records of documents, 0 for none")
+    data.add_argument("--shuffled", type=int, default=12, help="how many of them also with chunks in another order")
+    data.add_argument("--chunks", type=int, default=8)
+    data.add_argument("--chunk-tokens", type=int, default=512)
+    data.add_argument("--seed", type=int, default=0)
+    grid_ = parser.add_argument_group("settings")
+    grid_.add_argument("--selectors", nargs="+", default=compared_selectors(), choices=compared_selectors())
+    grid_.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS), help="beside 0 and 1")
+    grid_.add_argument("--lead-ins", nargs="+", default=list(LEAD_INS), choices=LEAD_INS)
+    grid_.add_argument("--codecs", nargs="+", default=list(codec_names()), choices=codec_names())
+    grid_.add_argument("--answers", action="store_true", help="also let it answer the questions, and score the answers")
+    grid_.add_argument("--answer-ratios", type=float, nargs="+", default=[0.0, 0.05, 0.15, 1.0])
+    shards = parser.add_argument_group("several processes on one machine, each with the same arguments but --shard")
+    shards.add_argument("--shard", type=int, default=0)
+    shards.add_argument("--shards", type=int, default=1)
+    if parser.parse_known_args()[0].quick:
+        parser.set_defaults(**QUICK)
+    args = parser.parse_args()
+    if not 0 <= args.shard < args.shards:
+        parser.error(f"--shard is {args.shard}: use 0 to {args.shards - 1}, with --shards {args.shards}.")
+    if any(not 0 <= r <= 1 for r in args.ratios):
+        parser.error(f"--ratios are {args.ratios}: use numbers from 0 to 1.")
+    if args.out is None:
+        commit = args.commit or environment()["commit"]
+        args.out = ROOT / "build" / f"quality-{'quick-' if args.quick else ''}{commit}"
+    return args
+
+
+if __name__ == "__main__":
+    main()
