@@ -372,5 +372,5 @@ def test_the_grid_is_within_zero_and_one_and_ascending() -> None:
 def test_a_profile_key_is_strings_only() -> None:
     from cachetune_rag.calibration import profile_key
 
-    namespace = Namespace("m", "t", "float32", (1,))
+    namespace = Namespace("m", "t", "float32", ((1,),))
     assert set(profile_key(namespace, "probe", "exact")) == {"namespace", "selector", "codec"}

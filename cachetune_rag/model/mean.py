@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from threading import RLock
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ class MeanCapture:
         lock: held for one forward at a time, so that requests need not wait for all lead-ins.
     """
 
-    def __init__(self, adapter: ModelAdapter, lock: RLock):
+    def __init__(self, adapter: ModelAdapter, lock: AbstractContextManager[Any]):
         self._adapter, self._lock = adapter, lock
         self._leads: dict[tuple[int, ...], LeadKV] = {}
 
