@@ -301,8 +301,8 @@ class ModelAdapter:
         """
         if self.device_forward is not None and shift is None:
             return self.device_forward.forward(ids, positions, buffers, before)
-        rows = None if shift is None else RowShift(shift, positions, self._turns(buffers.length))
         ids, positions = ids.to(self.device), positions.to(self.device)
+        rows = None if shift is None else RowShift(shift, positions, self._turns(buffers.length))
         return self._masked_forward(ids, positions, buffers, ScatterCache(buffers, positions, before, shift=rows))
 
     @torch.no_grad()
