@@ -45,7 +45,8 @@ class LeadIns:
 
     Given ones are kept to. Otherwise chunks stand behind the prompt's first token alone, until texts were seen to choose
     better ones from. The choice is made once for a store (and model, tokenizer, dtype and tenant), written there as a note,
-    and followed by every engine on that store, whichever process made it. Safe to use from many threads.
+    and followed by every engine on that store, whichever process made it, until the tenant is deleted. Safe to use from many
+    threads.
 
     Args:
         store: where the choice is kept.
@@ -60,17 +61,15 @@ class LeadIns:
     ) -> None:
         self._store, self._base, self._choose = store, namespace, choose
         self._vocabulary, self._limit = vocabulary, limit
-        self._chosen: Namespace | None = None
+        self._chosen: tuple[bytes, Namespace] | None = None  # the note as it was read last, and what it says
         self._lock = threading.Lock()
         self._seen: dict[Lead, None] = {}  # different texts that were offered, too few to choose from, in order
         self._filled: bool | None = None
 
     @property
     def namespace(self) -> Namespace:
-        """That of chunks stored or looked up now. It changes at most once: take it once for all keys of a request."""
-        if self._choose and self._chosen is None:
-            self._chosen = self._read()
-        return self._chosen or self._base
+        """That of chunks stored or looked up now. It may change at any time: take it once for all keys of a request."""
+        return (self._choose and self._read()) or self._base
 
     @property
     def namespaces(self) -> tuple[Namespace, ...]:
@@ -100,7 +99,7 @@ class LeadIns:
             self._seen |= dict.fromkeys(tuple(ids) for ids in texts)
             leads = choose(list(self._seen), self._base.lead_ins[0], self._text_tokens())
             if leads is not None:
-                self._chosen = self._settle(replace(self._base, lead_ins=leads))
+                self._settle(replace(self._base, lead_ins=leads))
                 self._seen = {}
 
     def of(self, ids: Sequence[int], namespace: Namespace) -> tuple[Lead, ...]:
@@ -136,29 +135,37 @@ class LeadIns:
         return self._filled
 
     def _read(self) -> Namespace | None:
-        """The choice that stands in the store. A damaged one is set aside, so that it can be made again."""
-        content = self._store.note(self._base.digest)
-        return None if content is None else self._parse(content)
+        """The choice that stands in the store. A damaged one is set aside, and restored if this engine has read it before."""
+        content = self._store.note(self._base.digest, tenant=self._base.tenant)
+        if content is None:
+            self._chosen = None
+            return None
+        before = self._chosen
+        if before is not None and before[0] == content:
+            return before[1]
+        found = _decode(content, self._base, self._vocabulary)
+        if found is not None:
+            self._chosen = (content, found)
+            return found
+        if self._store.discard_note(self._base.digest, content, tenant=self._base.tenant):
+            _log.warning(
+                "the lead-ins of store %s were damaged and are set aside. Unless an engine still knows them, others will be "
+                "chosen, and chunks that were stored behind the old ones computed again",
+                self._store.path,
+            )
+        return None if before is None else self._settle(before[1])
 
     def _settle(self, wanted: Namespace) -> Namespace:
-        """The choice that stands in the store, which is `wanted` if there was none."""
+        """Write a choice, and return the one that stands: `wanted`, if there was none."""
         for _ in range(2):
-            found = self._parse(self._store.settle_note(self._base.digest, _encode(wanted)))
+            self._store.settle_note(self._base.digest, _encode(wanted), tenant=self._base.tenant)
+            self._chosen = None
+            found = self._read()
             if found is not None:
                 return found
         raise StoreError(
             f"lead-ins don't come back from store {self._store.path} as they were written: check its disk."
         )
-
-    def _parse(self, content: bytes) -> Namespace | None:
-        found = _decode(content, self._base, self._vocabulary)
-        if found is None and self._store.discard_note(self._base.digest, content):
-            _log.warning(
-                "the lead-ins of store %s were damaged and are set aside: others will be chosen, and chunks that were "
-                "stored behind the old ones computed again",
-                self._store.path,
-            )
-        return found
 
 
 def choose(texts: Sequence[Sequence[int]], first: Lead, length: int, count: int = COUNT) -> tuple[Lead, ...] | None:

@@ -314,7 +314,7 @@ def test_of_two_that_choose_at_once_the_first_wins(tmp_path: Path, monkeypatch: 
         assert first.namespace == second.namespace
         assert len(first.namespace.lead_ins) == 4
         assert first.prefill(query=QUERY, chunks=CHUNKS).report.missed == 0
-    assert len(list((tmp_path / "notes").glob("*.json"))) == 1
+    assert len(list((tmp_path / "notes").glob("*/*.json"))) == 1
 
 
 def test_another_tenant_sees_none_of_them(tmp_path: Path) -> None:
@@ -323,6 +323,19 @@ def test_another_tenant_sees_none_of_them(tmp_path: Path) -> None:
         assert len(other.namespace.lead_ins) == 1
         assert other.precompute([Document("x", [prose(600, 900), prose(600, 901)])]).lead_ins == 4
         assert not set(other.namespace.lead_ins) & set(engine.namespace.lead_ins)
+
+
+def test_deleting_a_tenant_takes_its_lead_ins_along(tmp_path: Path) -> None:
+    with fresh(tmp_path, tenant="a") as engine, fresh(tmp_path) as other:
+        engine.precompute(DOCUMENTS)
+        other.precompute(DOCUMENTS)
+        before = engine.namespace
+        engine.store.delete_tenant("a")
+        assert len(engine.namespace.lead_ins) == 1
+        assert engine.precompute(DOCUMENTS[::-1]).lead_ins == 4
+        assert engine.namespace != before
+        assert len(other.namespace.lead_ins) == 4
+        assert other.prefill(query=QUERY, chunks=CHUNKS[:2]).report.missed == 0
 
 
 def test_they_outlive_the_index_and_every_check(tmp_path: Path) -> None:
@@ -416,7 +429,7 @@ NOTE = leads_module._encode(Namespace("model", "tokenizer", "float32", ((1, 20, 
 
 def reading(content: bytes, vocabulary: int = 500) -> tuple[LeadIns, ChunkStore]:
     store = ChunkStore(None)
-    store.settle_note(BASE.digest, content)
+    store.settle_note(BASE.digest, content, tenant=BASE.tenant)
     return LeadIns(store, BASE, choose=True, vocabulary=vocabulary, limit=None), store
 
 
@@ -461,9 +474,14 @@ def test_a_damaged_or_forged_note_is_none(content: bytes) -> None:
 def test_a_damaged_choice_is_set_aside_and_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with fresh(tmp_path) as engine:
         engine.precompute(DOCUMENTS)
-        (note,) = (tmp_path / "notes").glob("*.json")
+        good, (note,) = engine.namespace, (tmp_path / "notes").glob("*/*.json")
         note.write_bytes(b"x" * (2 << 20))
-        assert engine.prefill(query=QUERY, chunks=CHUNKS[:2]).report.missed == 0  # it has read it before
+        assert (
+            engine.prefill(query=QUERY, chunks=CHUNKS[:2]).report.missed == 0
+        )  # it has read it before, and restores it
+    with fresh(tmp_path) as engine:
+        assert engine.namespace == good
+    note.write_bytes(b"x" * (2 << 20))
     with fresh(tmp_path) as engine, caplog.at_level(logging.WARNING):
         assert len(engine.namespace.lead_ins) == 1
         assert "set aside" in caplog.text

@@ -6,6 +6,7 @@ They are files of their own, so a lost index costs none, and no check of the chu
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import threading
@@ -21,7 +22,7 @@ _NAME = re.compile(r"[0-9a-f]{64}")
 
 
 class Notes:
-    """The notes of a store.
+    """The notes of a store, apart for each tenant.
 
     Args:
         directory: where their files are, made when there is one to write; None keeps them in memory.
@@ -31,20 +32,20 @@ class Notes:
     def __init__(self, directory: Path | None, temp: TempFiles | None) -> None:
         self._directory = directory
         self._temp = temp
-        self._held: dict[str, bytes] = {}
+        self._held: dict[tuple[str, str], bytes] = {}
         self._lock = threading.Lock()
 
-    def get(self, name: str) -> bytes | None:
+    def get(self, tenant: str, name: str) -> bytes | None:
         """What stands under `name` (64 hex characters); None if nothing does. A file that is too long comes back cut."""
         if self._directory is None:
-            return self._held.get(_checked(name))
+            return self._held.get((tenant, _checked(name)))
         try:
-            with self._path(name).open("rb") as file:
+            with self._path(tenant, name).open("rb") as file:
                 return file.read(MAX_NOTE + 1)
         except FileNotFoundError:
             return None
 
-    def settle(self, name: str, content: bytes) -> bytes:
+    def settle(self, tenant: str, name: str, content: bytes) -> bytes:
         """Write `content` under `name` unless something stands there already; returns what stands there now, durably.
 
         Raises:
@@ -54,34 +55,50 @@ class Notes:
             raise ValueError(f"note has {len(content)} bytes; at most {MAX_NOTE} can be stored")
         if self._directory is None or self._temp is None:
             with self._lock:
-                return self._held.setdefault(_checked(name), content)
-        path = self._path(name)
-        make_directory(self._directory)
+                return self._held.setdefault((tenant, _checked(name)), content)
+        path = self._path(tenant, name)
+        make_directory(path.parent)
         with locked(self._directory / "lock"):
-            if (known := self.get(name)) is not None:
+            if (known := self.get(tenant, name)) is not None:
                 return known
             with contextlib.suppress(FileExistsError):
                 self._temp.write([content], lambda written: _publish(written, path))
-            sync_directory(self._directory)
-            return self.get(name) or content
+            sync_directory(path.parent)
+            return self.get(tenant, name) or content
 
-    def set_aside(self, name: str, content: bytes) -> bool:
+    def set_aside(self, tenant: str, name: str, content: bytes) -> bool:
         """Take away a damaged note, if it still reads `content`; its file stays beside, under another name."""
         if self._directory is None:
             with self._lock:
-                return self._held.get(name) == content and self._held.pop(name) is not None
-        path = self._path(name)
-        make_directory(self._directory)
+                return self.get(tenant, name) == content and self._held.pop((tenant, name)) is not None
+        path = self._path(tenant, name)
+        make_directory(path.parent)
         with locked(self._directory / "lock"):
-            if self.get(name) != content:
+            if self.get(tenant, name) != content:
                 return False
             path.replace(path.with_suffix(".damaged"))
-            sync_directory(self._directory)
+            sync_directory(path.parent)
             return True
 
-    def _path(self, name: str) -> Path:
+    def delete_all(self, tenant: str) -> None:
+        """Delete a tenant's notes, and what was set aside of them."""
+        if self._directory is None:
+            with self._lock:
+                self._held = {place: content for place, content in self._held.items() if place[0] != tenant}
+            return
+        folder = self._folder(tenant)
+        if folder.is_dir():
+            with locked(self._directory / "lock"):
+                for path in folder.iterdir():
+                    path.unlink(missing_ok=True)
+                sync_directory(folder)
+
+    def _folder(self, tenant: str) -> Path:
         assert self._directory is not None
-        return self._directory / f"{_checked(name)}.json"
+        return self._directory / hashlib.sha256(tenant.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+    def _path(self, tenant: str, name: str) -> Path:
+        return self._folder(tenant) / f"{_checked(name)}.json"
 
 
 def _publish(written: Path, path: Path) -> None:

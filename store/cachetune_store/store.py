@@ -244,15 +244,15 @@ class ChunkStore:
                 # Go on behind what was given out already.
                 self._check_files(full=False, anew=True)
 
-    def note(self, name: str) -> bytes | None:
+    def note(self, name: str, *, tenant: str = "") -> bytes | None:
         """A note: a small record that all users of the store agree on; None if there is none of that name (64 hex digits).
 
         It is read anew each time, so it tells what any process has written. One that is too long comes back cut.
         """
         self._check_open()
-        return self._healed(lambda: self._notes.get(name))
+        return self._healed(lambda: self._notes.get(tenant, name))
 
-    def settle_note(self, name: str, content: bytes) -> bytes:
+    def settle_note(self, name: str, content: bytes, *, tenant: str = "") -> bytes:
         """Write a note unless there is one of that name: the first writer wins. Returns the note that stands.
 
         Raises:
@@ -260,12 +260,12 @@ class ChunkStore:
             StoreFullError, StorePathError: it can't be written.
         """
         self._check_open()
-        return self._healed(lambda: self._notes.settle(name, content))
+        return self._healed(lambda: self._notes.settle(tenant, name, content))
 
-    def discard_note(self, name: str, content: bytes) -> bool:
+    def discard_note(self, name: str, content: bytes, *, tenant: str = "") -> bool:
         """Set aside a note that turned out damaged, if it still reads `content`; whether that was so."""
         self._check_open()
-        return self._healed(lambda: self._notes.set_aside(name, content))
+        return self._healed(lambda: self._notes.set_aside(tenant, name, content))
 
     def revision(self) -> int:
         """A number that changes whenever any process adds or frees a chunk with a text: what texts() gives has changed."""
@@ -295,9 +295,10 @@ class ChunkStore:
         return self._healed(lambda: prune(self._placement, keep, foreign_too=foreign_too, dry_run=dry_run))
 
     def delete_tenant(self, tenant: str) -> int:
-        """Delete all that is a tenant's: documents, and chunks whether a document holds them or not. Bytes freed."""
+        """Delete all that is a tenant's: documents, notes, and chunks whether a document holds them or not. Bytes freed."""
         self._check_open()
         freed = sum(self.delete_document(info.id, tenant=tenant) for info in self.documents(tenant=tenant))
+        self._healed(lambda: self._notes.delete_all(tenant))
         return freed + self.prune(lambda head: head.namespace.tenant != tenant).bytes
 
     def rebuild_index(self) -> VerifyReport:
