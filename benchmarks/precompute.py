@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=8, help="chunks a round")
     parser.add_argument("--chunk-tokens", type=int, default=256)
     parser.add_argument("--codec", default="exact")
+    parser.add_argument("--lead-in", default="first_token", choices=("first_token", "auto"))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, help="file for the JSON (default: standard output)")
     args = parser.parse_args()
@@ -33,10 +34,13 @@ def main() -> None:
     model, tokenizer = load_model(args.model or model_path())
     texts = real_chunks(tokenizer, args.chunks * (args.rounds + 1), args.chunk_tokens)
     own, job = [], []
-    with tempfile.TemporaryDirectory() as folder, CacheTune(model, tokenizer, folder, codec=args.codec) as engine:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        CacheTune(model, tokenizer, folder, codec=args.codec, lead_in=args.lead_in) as engine,
+    ):
         for round_ in range(args.rounds + 1):
             chunks = texts[round_ * args.chunks : (round_ + 1) * args.chunks]
-            ids = [[*engine.namespace.lead_ins[0], *engine.prompts.encode(c)] for c in chunks]
+            ids = [[engine.prompts.first_token, *engine.prompts.encode(c)] for c in chunks]
 
             @torch.no_grad()
             def prefill(ids: list[list[int]] = ids) -> None:

@@ -54,7 +54,7 @@ class CacheTune:
         lead_in: what is put before a chunk when it is precomputed. "auto": stretches of the texts that are stored, once they
             have 1,024 tokens, and the prompt's first token before that; the mean of the KV behind them is kept. They are
             chosen once for a store, model and tenant, and stay. "first_token": the prompt's first token. Or token ids, or a
-            list of several lists of these.
+            list of several lists of these. Behind a single lead-in, KV is exact where the chunk stands right behind it.
         tenant: chunks of different tenants never meet.
         batch_tokens: tokens that precompute runs at once; default: 8192 on a GPU, one chunk at a time on a CPU.
         cuda_kernels: on a GPU, run requests through this package's kernels, CUDA graphs and copy streams: several times

@@ -222,6 +222,42 @@ def test_stored_chunks_join_to_the_document(filled: Path, docs: Path) -> None:
     assert documents["faq-2"] == ["Oil is in the cellar.", "So is rope."]
 
 
+def test_lead_ins_are_the_users_own_texts_unless_switched_off(
+    cli: Cli, docs: Path, model: Path, store: Path, tmp_path: Path
+) -> None:
+    command = ["precompute", docs, "-m", model, "--chunk-tokens", 200]
+    auto = cli(*command, "-s", store)
+    assert "each chunk behind 4 lead-ins" in auto.out
+    assert cli(*command, "-s", store, "--json").json["lead_ins"] == 4
+    single = cli(*command, "-s", tmp_path / "single", "--lead-in", "first-token", "--json").json
+    assert (single["lead_ins"], single["documents"]) == (1, 4)
+    assert [g["lead_in"] for g in cli("stats", "-s", store, "--json").json["groups"]] == ["mean over 4 lead-ins"]
+    assert [g["lead_in"] for g in cli("stats", "-s", tmp_path / "single", "--json").json["groups"]] == [
+        "lead-in of 1 token"
+    ]
+    refused = cli(*command, "-s", store, "--lead-in", "first-token", code=2)
+    assert "it was made with other lead-ins" in refused.err
+    assert (
+        "--lead-in is 'none': use auto or first-token." in cli(*command, "-s", store, "--lead-in", "none", code=2).err
+    )
+
+
+def test_a_question_finds_what_was_stored_before_there_were_lead_ins(
+    cli: Cli, docs: Path, model: Path, store: Path
+) -> None:
+    assert cli("precompute", docs / "guide", "-m", model, "-s", store, "--json").json["lead_ins"] == 1
+    assert cli("precompute", docs / "story.txt", "-m", model, "-s", store, "--json").json["lead_ins"] == 4
+    ask = ["ask", "red button or ship number 7?", "-m", model, "-s", store, "-n", 1, "--json", "-k", 2]
+    first = cli(*ask).json
+    assert {p["source"].split("#")[0] for p in first["passages"]} == {"reset.md", "story.txt"}
+    assert first["report"]["missed"] == len("# Reset\n\nTo reset the lamp, hold the red button for ten seconds.\n")
+    again = cli(*ask).json  # it is there twice now, and still one passage
+    assert len(again["passages"]) == 2
+    assert again["report"]["missed"] == 0
+    named = cli("ask", "How?", "-m", model, "-s", store, "-d", "reset.md", "-n", 1, "--json").json
+    assert named["report"]["missed"] == 0
+
+
 def test_a_changed_document_is_replaced(cli: Cli, filled: Path, docs: Path, model: Path) -> None:
     (docs / "guide" / "reset.md").write_text("Pull the plug.")
     summary = cli("precompute", docs, "-m", model, "-s", filled, "--chunk-tokens", 200, "--json").json

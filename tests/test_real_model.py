@@ -64,7 +64,26 @@ def test_an_answer_is_text_about_the_question(engine: CacheTune, chunks: list[st
     assert answer.report.reused + answer.report.recomputed == sum(len(engine.prompts.encode(c)) for c in chunks)
 
 
-def test_the_default_lead_in_is_what_the_prompt_begins_with(engine: CacheTune) -> None:
+def test_lead_ins_begin_as_prompts_do_and_go_on_as_the_corpus_does(engine: CacheTune, chunks: list[str]) -> None:
     prompt = engine.prompts.build(query=QUERY, chunks=[])
-    assert engine.namespace.lead_ins == ((prompt.ids[0],),)
+    leads = engine.namespace.lead_ins
+    assert [(lead[0], len(lead)) for lead in leads] == [(prompt.ids[0], 256)] * 4
     assert engine.tokenizer.decode([prompt.ids[0]]) == "<|im_start|>"
+    corpus = "".join(pydoc_data.topics.topics[topic] for topic in ("nonlocal", "with", "assert"))
+    assert all(engine.tokenizer.decode(lead[40:60]) in corpus for lead in leads)
+
+
+def test_the_mean_over_lead_ins_is_closer_than_the_first_token(
+    engine: CacheTune, chunks: list[str], tmp_path: Path
+) -> None:
+    orders = (chunks, chunks[::-1], chunks[2:] + chunks[:2])
+    with CacheTune(engine.adapter.model, engine.tokenizer, tmp_path, lead_in="first_token") as single:
+        single.precompute([Document("topics", chunks)])
+        total = {"mean": 0.0, "first": 0.0}
+        for order in orders:
+            full = engine.full_prefill(query=QUERY, chunks=order).logits
+            for name, one in (("mean", engine), ("first", single)):
+                state = one.prefill(query=QUERY, chunks=order, ratio=0, selector="none")
+                assert state.report.missed == 0
+                total[name] += divergence(full, state.logits)
+    assert total["mean"] < total["first"]

@@ -113,7 +113,7 @@ class DocumentInfo:
 
 @dataclass(frozen=True)
 class ChunkGroup:
-    """Chunks that were made alike: by one model, tokenizer, dtype, lead-in and tenant (the namespace), in one codec."""
+    """Chunks that were made alike: by one model, tokenizer, dtype, lead-ins and tenant (the namespace), in one codec."""
 
     namespace: Namespace
     codec: str

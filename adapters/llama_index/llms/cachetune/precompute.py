@@ -28,7 +28,7 @@ class KVPrecompute(TransformComponent):
     meanwhile is computed again by the first request that misses it, or for all by `rebuild`.
     """
 
-    namespace: str = Field(description="What the KV was computed with: model, tokenizer, dtype, lead-in, tenant.")
+    namespace: str = Field(description="What the KV was computed with: model, tokenizer, dtype, lead-ins, tenant.")
     store: str = Field(description="Where the KV is.")
     _engine: CacheTune | None = PrivateAttr(default=None)
     _summary: PrecomputeSummary | None = PrivateAttr(default=None)
