@@ -53,6 +53,7 @@ def read_documents(
     for name, texts in sources.items():
         kept = [text for text in texts if len(text.text) > 2 * shape.tokens]  # shorter ones can't have enough tokens
         random.Random(f"{seed} {name}").shuffle(kept)
+        given_up = max(1, min(-(-LEADS // len(sources)), len(kept) // 3))
         lead_texts: list[str] = []
         records: list[Record] = []
         for text in kept:
@@ -62,7 +63,7 @@ def read_documents(
             places = range(SKIPPED, len(ids) - shape.tokens - 32, shape.tokens)
             if not places:
                 continue
-            if len(lead_texts) < LEADS // 2 and len(lead_texts) * 4 <= len(records):
+            if len(lead_texts) < given_up:
                 lead_texts.append(ids.first(LEAD_TOKENS))
                 continue
             made = (_record(ids, name, start, shape, prompts) for start in places)

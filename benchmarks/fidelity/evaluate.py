@@ -52,7 +52,7 @@ class Engines:
         key = (dataset.digest, lead_in, codec)
         if key not in self._made:
             options = {"lead_in": lead_in, "codec": codec, "chunk_separator": dataset.separator, **self._options}
-            engine = self._made[key] = CacheTune(self._model, self._tokenizer, None, **options)
+            engine = CacheTune(self._model, self._tokenizer, None, **options)
             if lead_in == "auto":  # the engine takes them from the first texts that it precomputes
                 tokens = sum(len(engine.prompts.encode(text)) for text in dataset.leads)
                 if tokens < LEAST_TOKENS:  # it would go on to choose from the records themselves
@@ -62,6 +62,7 @@ class Engines:
                     )
                 engine.precompute(Document("leads", list(dataset.leads)))
                 engine.remove("leads")
+            self._made[key] = engine
         return self._made[key]
 
     def close(self) -> None:
