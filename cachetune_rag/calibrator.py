@@ -19,6 +19,7 @@ from cachetune_rag.divergence import Divergence
 from cachetune_rag.errors import CacheTuneError, ConfigError, PromptError
 from cachetune_rag.model.teacher import rewind, teacher_forced
 from cachetune_rag.prompt import Prompt
+from cachetune_store import Namespace
 
 if TYPE_CHECKING:
     from cachetune_rag.assembly import PrefillState
@@ -130,8 +131,12 @@ class Calibrator:
             if self._progress is not None:
                 self._progress(CalibrationProgress(number, len(prompts), done, total, time.perf_counter() - started))
 
-        self._store_missing(prompts)
+        namespace = self._store_all(prompts)
         found = [self._measure(prompt, number, tell) for number, prompt in enumerate(prompts, start=1)]
+        if self._engine.namespace != namespace:
+            raise CacheTuneError(
+                "lead-ins were chosen while it measured, so chunks are other ones now: calibrate again."
+            )
         figures = tuple(
             self._figures(ratio, [sample[i] for sample in found]) for i, ratio in enumerate(self._plan.ratios)
         )
@@ -182,6 +187,14 @@ class Calibrator:
                 "or a Prompt."
             )
         return self._engine._prompt(query, chunks, prefix, None)
+
+    def _store_all(self, prompts: Sequence[Prompt]) -> Namespace:
+        """Have all chunks stored, under the namespace that is returned: storing the first ones may choose lead-ins."""
+        while True:
+            namespace = self._engine.namespace
+            self._store_missing(prompts)
+            if self._engine.namespace == namespace:
+                return namespace
 
     def _store_missing(self, prompts: Iterable[Prompt]) -> None:
         """Precompute the chunks that aren't stored: computed in a request they would be exact, and hide what reuse does."""

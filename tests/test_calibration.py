@@ -24,7 +24,6 @@ from cachetune_rag.errors import CacheTuneError
 from cachetune_rag.model import ModelAdapter
 from cachetune_rag.model.attention import StopForward
 from cachetune_rag.model.teacher import rewind, teacher_forced
-from cachetune_store import Namespace
 
 CHUNKS = [
     "The lighthouse was built in 1871 by three brothers from the next valley.",
@@ -198,6 +197,16 @@ def test_missing_chunks_are_precomputed_first(engine: CacheTune) -> None:
     assert engine.prefill(**SAMPLES[0]).report.missed == 0
 
 
+def test_chunks_stored_before_lead_ins_were_chosen_are_stored_again_behind_them(engine: CacheTune) -> None:
+    engine.precompute(CHUNKS)
+    before = engine.namespace
+    more = [f"{i} ships came by that winter, and {i * i} gulls. " * 6 for i in range(6)]
+    found = engine.calibrate([*SAMPLES, {"query": "Gulls?", "chunks": more}], bound=100, ratios=[0.25], tokens=2)
+    assert engine.namespace != before
+    assert engine.prefill(**SAMPLES[0]).report.missed == 0
+    assert engine.calibrated_ratio() == found.ratio == 0.25
+
+
 def test_it_counts_as_no_request_and_tells_how_far_it_is(engine: CacheTune) -> None:
     seen: list[CalibrationProgress] = []
     engine.calibrate(SAMPLES, ratios=FEW, tokens=2, progress=seen.append)
@@ -367,10 +376,3 @@ def test_the_grid_is_within_zero_and_one_and_ascending() -> None:
     assert list(RATIOS) == sorted(set(RATIOS))
     assert RATIOS[0] == 0
     assert RATIOS[-1] < 1
-
-
-def test_a_profile_key_is_strings_only() -> None:
-    from cachetune_rag.calibration import profile_key
-
-    namespace = Namespace("m", "t", "float32", ((1,),))
-    assert set(profile_key(namespace, "probe", "exact")) == {"namespace", "selector", "codec"}
