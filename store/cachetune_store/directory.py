@@ -8,10 +8,11 @@ from pathlib import Path
 
 from .diskindex import DiskIndex
 from .documents import Documents
-from .errors import IndexDamagedError, StoreVersionError
+from .errors import IndexDamagedError, IndexReplacedError, StoreVersionError
 from .files import TempFiles, locked, make_directory, write_small
+from .index import COMPLETE
 from .keys import FORMAT_VERSION
-from .maintenance import COMPLETE, check_files
+from .maintenance import check_files, compare_files
 from .stats import VerifyReport
 from .tiers import DiskTier
 
@@ -40,15 +41,26 @@ class StoreDirectory:
             self.index = DiskIndex(path / "index")
 
     def bring_in_line(self, tier: DiskTier, documents: Documents) -> None:
-        """Clean up after dead writers; if the index was lost, make it anew from the files."""
+        """Clean up after dead writers; if the index was lost, make it anew from the files.
+
+        Where a writer died, files and index are compared: it may have changed one and not the other.
+        """
         with self._lock():
-            # A damaged index, or one whose making was cut short, is no better than none.
-            with contextlib.suppress(IndexDamagedError):
-                if self.index.get(COMPLETE) is not None:
-                    self.temp.clean()
-                    return
-            self.index.clear()
-            check_files(tier, documents, self.temp, full=False)
+            marks = self.temp.dead_marks()
+            self._bring_in_line(tier, documents, crashed=bool(marks))
+            for mark in marks:
+                mark.unlink(missing_ok=True)
+
+    def _bring_in_line(self, tier: DiskTier, documents: Documents, *, crashed: bool) -> None:
+        # A damaged index, or one whose making was cut short, is no better than none.
+        with contextlib.suppress(IndexDamagedError):
+            if self.index.get(COMPLETE) is not None:
+                self.temp.clean()
+                if crashed:
+                    compare_files(tier, documents)
+                return
+        self.index.clear()
+        check_files(tier, documents, self.temp, full=False)
 
     def check(self, tier: DiskTier, documents: Documents, *, full: bool, anew: bool) -> VerifyReport:
         """Check the files, whole or heads only, and repair the index; `anew`: forget the old one first."""
@@ -56,6 +68,19 @@ class StoreDirectory:
             if anew:
                 self.index.clear()
             return check_files(tier, documents, self.temp, full=full)
+
+    def heal(self, tier: DiskTier, documents: Documents, error: IndexDamagedError) -> None:
+        """Make the index anew from the files, unless another process has just done so."""
+        with self._lock():
+            if isinstance(error, IndexReplacedError) and self.index.get(COMPLETE) is not None:
+                return
+            self.index.clear()
+            check_files(tier, documents, self.temp, full=False)
+
+    def close(self) -> None:
+        """Release the index; what was changed is in it."""
+        self.index.close()
+        self.temp.unmark()
 
     def _lock(self) -> contextlib.AbstractContextManager[None]:
         return locked(self.path / "lock")

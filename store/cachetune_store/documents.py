@@ -41,6 +41,7 @@ class Documents:
         digests = [key.digest for key in keys]
         name = _record_name(tenant, doc_id)
         record = {"id": doc_id, "tenant": tenant, "chunks": digests}
+        self._announce()
         with self._index.transaction():
             old = self._index.get(name) or {"chunks": []}
             self._index.set(name, record)
@@ -59,6 +60,7 @@ class Documents:
             UnknownDocumentError: there is no such document.
         """
         name = _record_name(tenant, doc_id)
+        self._announce()
         with self._index.transaction():
             record = self._index.get(name)
             if record is None:
@@ -99,6 +101,10 @@ class Documents:
                     counts[digest] = counts.get(digest, 0) + 1
             for digest, count in counts.items():
                 self._index.set(f"ref/{digest}", count)
+
+    def _announce(self) -> None:
+        if self._temp is not None:
+            self._temp.mark()
 
     def _count(self, added: set[str], removed: set[str]) -> list[ChunkKey]:
         """Adjust reference counts; the chunks whose count fell to 0."""

@@ -14,7 +14,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["Index", "MemoryIndex"]
+__all__ = ["COMPLETE", "Index", "MemoryIndex"]
+
+COMPLETE = "meta/complete"
+"""Index record that says the index covers the files; missing in a new index, and in one whose rebuild was cut short."""
 
 
 class Index(ABC):

@@ -112,7 +112,8 @@ class DiskTier(Tier):
 
     def touch(self, key: ChunkKey) -> None:
         """See Tier. Uses are gathered and written to the index in one go, off the way of requests."""
-        self._touched[key.digest] = time.time()
+        with self._lock:
+            self._touched[key.digest] = time.time()
 
     def admit(self, chunk: Chunk) -> list[Chunk]:
         """See Tier. On return the chunk would survive a power cut."""
@@ -126,12 +127,17 @@ class DiskTier(Tier):
             )
 
         def publish(written: Path) -> None:
-            with self.index.transaction():
-                self._make_room(key, size)
-                self._record(chunk.head, size, time.time())
-                written.replace(target)
+            try:
+                with self.index.transaction():
+                    self._make_room(key, size)
+                    self._record(chunk.head, size, time.time())
+                    written.replace(target)
+            except BaseException:
+                self._withdraw(written, target, key)
+                raise
             sync_directory(target.parent)
 
+        self._temp.mark()
         try:
             # Room is made before the bytes are written too, so that disk use hardly passes the budget meanwhile.
             with self.index.transaction():
@@ -146,6 +152,7 @@ class DiskTier(Tier):
 
     def remove(self, key: ChunkKey) -> int:
         """See Tier. What was set aside under the same key goes as well."""
+        self._temp.mark()
         try:
             with self.index.transaction():
                 size = self._unlink(key)
@@ -158,6 +165,7 @@ class DiskTier(Tier):
 
     def set_aside(self, key: ChunkKey) -> bool:
         """Move a damaged file out of the way, and count it; False if there was none."""
+        self._temp.mark()
         try:
             with self.index.transaction():
                 moved = self._damaged.take(self.path_of(key), key)
@@ -192,6 +200,12 @@ class DiskTier(Tier):
                     dropped += 1
         return dropped
 
+    def recount(self) -> None:
+        """Add up anew what the entries say."""
+        with self.index.transaction():
+            sizes = [record["size"] for _, record in self.index.items("chunk/")]
+            self.index.set("total", self._total() | {"bytes": sum(sizes), "chunks": len(sizes)})
+
     def size_of(self, key: ChunkKey) -> int:
         """Bytes of the chunk's file; 0 if there is none."""
         try:
@@ -204,7 +218,8 @@ class DiskTier(Tier):
         if not self._touched or (not force and time.monotonic() - self._flushed < _FLUSH_SECONDS):
             return
         with self.index.transaction():
-            touched, self._touched = self._touched, {}
+            with self._lock:
+                touched, self._touched = self._touched, {}
             for digest, used in touched.items():
                 record = self.index.get(f"chunk/{digest}")
                 if record is not None and record["used"] < used:
@@ -286,6 +301,12 @@ class DiskTier(Tier):
         except FileNotFoundError:
             return 0
         return size
+
+    def _withdraw(self, written: Path, target: Path, key: ChunkKey) -> None:
+        """Delete a file that was put in its place by a transaction that then failed, unless it stands for an older one."""
+        with contextlib.suppress(OSError, StoreError):
+            if not written.exists() and self.index.get(f"chunk/{key}") is None:
+                target.unlink(missing_ok=True)
 
     def _total(self) -> dict[str, int]:
         return self.index.get("total") or {"bytes": 0, "chunks": 0, "stored": 0}
