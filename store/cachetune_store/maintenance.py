@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 
-from .chunk import ChunkHead
-from .chunkfile import parse_head
+from .checking import CheckedFile, check_file
 from .documents import Documents
-from .errors import DamagedChunkError, UnknownCodecError, UnknownFormatError
+from .errors import DamagedChunkError, UnknownFormatError
 from .files import TempFiles
 from .index import COMPLETE
-from .keys import ChunkKey, make_key
+from .keys import ChunkKey
 from .rawfile import DirectIO, RawFile
-from .readers import DiskReader
 from .stats import VerifyReport
 from .tiers.disk import DiskTier
 
@@ -26,7 +24,7 @@ def check_files(tier: DiskTier, documents: Documents, temp: TempFiles, *, full: 
     damaged: list[ChunkKey] = []
     for key in tier.stored_keys():
         try:
-            found = _check_file(tier, key, full=full)
+            found = _check(tier, key, full=full)
         except UnknownFormatError:
             # One that the index knows was written by this release, so its version is what was damaged.
             if not tier.knows(key):
@@ -39,10 +37,9 @@ def check_files(tier: DiskTier, documents: Documents, temp: TempFiles, *, full: 
                 damaged.append(key)
             continue
         if found is not None:
-            head, size, used = found
             checked += 1
-            total += size
-            adopted += _adopt(tier, key, head, size, used)
+            total += found.size
+            adopted += _adopt(tier, key, found)
     dropped = tier.drop_missing()
     tier.recount()
     documents.rebuild()
@@ -72,35 +69,21 @@ def compare_files(tier: DiskTier, documents: Documents) -> None:
     for key in sizes:
         if key.digest not in known or not in_line:
             with contextlib.suppress(DamagedChunkError, OSError):  # noticed, and set aside, when it is used
-                if (found := _check_file(tier, key, full=False)) is not None:
-                    _adopt(tier, key, *found)
+                if (found := _check(tier, key, full=False)) is not None:
+                    _adopt(tier, key, found)
     documents.rebuild()
 
 
-def _adopt(tier: DiskTier, key: ChunkKey, head: ChunkHead, size: int, used: float) -> bool:
+def _adopt(tier: DiskTier, key: ChunkKey, found: CheckedFile) -> bool:
     with tier.index.transaction():
         # Only if it is still there: another process may have evicted it meanwhile.
-        return tier.contains(key) and tier.adopt(head, size, used)
+        return tier.contains(key) and tier.adopt(found.head, found.size, found.modified)
 
 
-def _check_file(tier: DiskTier, key: ChunkKey, *, full: bool) -> tuple[ChunkHead, int, float] | None:
-    """Head, size and last change of a healthy file; None for one that is gone or needs a codec not loaded here."""
-    path = tier.path_of(key)
+def _check(tier: DiskTier, key: ChunkKey, *, full: bool) -> CheckedFile | None:
+    """The file of `key` if it is healthy; None for one that is gone or needs a codec not loaded here."""
     try:
         # Through the page cache: a check of all files must not end because one can't be read directly.
-        file = RawFile(path, DirectIO(False))
+        return check_file(key, RawFile(tier.path_of(key), DirectIO(False)), tier.pool, full=full)
     except FileNotFoundError:
         return None
-    with contextlib.closing(file):
-        try:
-            head, start = parse_head(key, file.size, file.head)
-        except UnknownCodecError:
-            return None
-        if full:
-            reader = DiskReader(head, file, start, tier.pool)
-            reader.read_all()
-            if not reader.padding_is_clear():
-                raise DamagedChunkError(f"chunk {key}: bytes between the layers have changed")
-            if make_key(head.namespace, head.token_ids.tolist()) != key:
-                raise DamagedChunkError(f"chunk {key}: the key is not that of the tokens in the file")
-        return head, file.size, file.modified

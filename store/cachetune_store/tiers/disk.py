@@ -15,13 +15,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..buffers import SlabPool, memory_of
+from ..checking import check_file
 from ..chunk import Chunk, ChunkHead
 from ..chunkfile import SUFFIX, encode_head, parse_head
 from ..errors import BudgetError, DamagedChunkError, StoreError, UnknownCodecError
 from ..files import TempFiles, explain, make_directory, sync_directory
 from ..index import Index
 from ..keys import ChunkKey
-from ..rawfile import DirectIO, RawFile
+from ..rawfile import DirectIO, RawFile, identity_of
 from ..readers import DiskReader
 from ..stats import Counters, TierStats
 from ..texts import drop_text, evict_text, note_text
@@ -164,18 +165,28 @@ class DiskTier(Tier):
         return size
 
     def set_aside(self, key: ChunkKey) -> bool:
-        """Move a damaged file out of the way, and count it; False if there was none."""
+        """Move the file of `key` out of the way, and count it, if it is damaged; False if it is not, or gone.
+
+        It is looked at again: another process may have put a good file in its place, and a read may fail for once.
+        """
         self._temp.mark()
         try:
+            seen = self._damage(key)
+            if seen is None:
+                return False
             with self.index.transaction():
-                moved = self._damaged.take(self.path_of(key), key)
+                path = self.path_of(key)
+                if identity_of(path.stat()) != seen or not self._damaged.take(path, key):
+                    return False
                 self._forget(key)
+        except FileNotFoundError:
+            return False
         except (OSError, StoreError):
             # It stays a miss at every use; nothing better can be done in a directory that refuses changes.
-            moved = True
+            pass
         with self._lock:
-            self.counters.damaged += moved
-        return moved
+            self.counters.damaged += 1
+        return True
 
     def adopt(self, head: ChunkHead, size: int, used: float) -> bool:
         """Enter a file that the index doesn't know, or knows with another size; whether that was so."""
@@ -255,6 +266,18 @@ class DiskTier(Tier):
             self.set_aside(key)
             return None
         return DiskReader(head, file, start, self.pool)
+
+    def _damage(self, key: ChunkKey) -> tuple[int, int, int] | None:
+        """Which file of `key` is damaged; None if the one that is there is not, or none can be opened."""
+        try:
+            file = RawFile(self.path_of(key), self._direct)
+        except OSError:
+            return None
+        try:
+            check_file(key, file, self.pool, full=True)
+        except (DamagedChunkError, OSError):
+            return file.identity
+        return None
 
     def _make_room(self, key: ChunkKey, size: int) -> None:
         """Evict until a chunk of `size` bytes fits in place of what `key` has now; inside a transaction."""
