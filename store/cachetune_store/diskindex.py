@@ -185,6 +185,8 @@ class DiskIndex(Index):
             cull_limit=0,
             statistics=0,
             tag_index=0,
+            # A page that can't be read from a mapped file would kill the process instead of raising an error.
+            sqlite_mmap_size=0,
         )
         try:
             return cache, self._file.stat().st_ino

@@ -17,7 +17,7 @@ from typing import Any
 __all__ = ["COMPLETE", "Index", "MemoryIndex"]
 
 COMPLETE = "meta/complete"
-"""Index record that says the index covers the files; missing in a new index, and in one whose rebuild was cut short."""
+"""Index record, the store's id, that says that the index covers its files; missing in one whose making was cut short."""
 
 
 class Index(ABC):

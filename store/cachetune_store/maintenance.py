@@ -8,7 +8,6 @@ from .checking import CheckedFile, check_file
 from .documents import Documents
 from .errors import DamagedChunkError, UnknownFormatError
 from .files import TempFiles
-from .index import COMPLETE
 from .keys import ChunkKey
 from .rawfile import DirectIO, RawFile
 from .stats import VerifyReport
@@ -43,7 +42,6 @@ def check_files(tier: DiskTier, documents: Documents, temp: TempFiles, *, full: 
     dropped = tier.drop_missing()
     tier.recount()
     documents.rebuild()
-    tier.index.set(COMPLETE, 1)
     return VerifyReport(
         checked=checked,
         bytes=total,

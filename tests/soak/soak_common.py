@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -24,6 +25,7 @@ import torch
 from tiny import llama, tokenizer
 
 from cachetune_rag import CacheTune, Document
+from cachetune_rag.model import ModelAdapter
 
 torch.set_num_threads(1)  # forked workers must not inherit a pool of threads
 
@@ -89,6 +91,7 @@ class Corpus:
 
     def __init__(self, prompts: int = 6, length: int = 60):
         self.model = llama()
+        self.adapter = ModelAdapter(self.model)
         self.tokenizer = tokenizer()
         self.prompts = []
         for i in range(prompts):
@@ -101,8 +104,9 @@ class Corpus:
                 self._compute(missing)
 
     def engine(self, store: Any = None, **options: Any) -> CacheTune:
-        """An engine of the corpus's model."""
-        return CacheTune(self.model, self.tokenizer, store, **options)
+        """An engine of the corpus's model, which is checked once and not again for every engine."""
+        with mock.patch("cachetune_rag.engine.ModelAdapter", return_value=self.adapter):
+            return CacheTune(self.model, self.tokenizer, store, **options)
 
     def ask(self, engine: CacheTune, number: int) -> str | None:
         """Ask prompt `number`; what is wrong with the answer."""

@@ -72,6 +72,27 @@ def test_a_lost_index_is_made_anew_on_open(path: Path, harm: object) -> None:
         check_whole(store)
 
 
+def test_another_stores_index_is_not_used(path: Path) -> None:
+    with ChunkStore(path.parent / "other") as other:
+        sample(8).put(other, text="not here")
+    shutil.rmtree(path / "index")
+    shutil.copytree(path.parent / "other" / "index", path / "index")
+    with ChunkStore(path) as store:
+        check_whole(store)
+
+
+def test_a_damaged_file_is_set_aside_though_the_index_is_damaged_too(path: Path) -> None:
+    file = file_of(path, sample(0).key)
+    with ChunkStore(path, host_budget=0) as store:
+        flip(file, 5000)
+        overwrite_database(path)
+        assert store.open(sample(0).key) is None
+        sample(0).put(store, text="text 0")
+        assert store.stats().damaged == 1
+        assert len(list((path / "damaged").iterdir())) == 1
+        check_whole(store)
+
+
 def test_a_rebuild_cut_short_is_done_again(path: Path) -> None:
     delete_index(path)
     index = DiskIndex(path / "index")
@@ -132,12 +153,30 @@ def test_a_changed_character_of_a_record_is_noticed(path: Path, name: str, place
         check_whole(store)
 
 
+@pytest.mark.parametrize("name", ["total", "meta/complete", "chunk/%", "text/%", "doc/%", "ref/%"])
+@pytest.mark.parametrize("character", ["0", "z"])
+def test_a_changed_character_of_a_name_is_noticed(path: Path, name: str, character: str) -> None:
+    with sqlite3.connect(path / "index" / "cache.db") as db:
+        (row, key) = db.execute("SELECT rowid, key FROM Cache WHERE key LIKE ?", (name,)).fetchone()
+        db.execute("UPDATE Cache SET key = ? WHERE rowid = ?", (key[:-1] + character, row))
+    with ChunkStore(path) as store:
+        store.verify()
+        check_whole(store)
+
+
 def test_a_record_under_another_name_is_noticed(path: Path) -> None:
     with sqlite3.connect(path / "index" / "cache.db") as db:
         rows = db.execute("SELECT rowid, value FROM Cache WHERE key LIKE 'chunk/%'").fetchall()
         for (row, _), (_, value) in zip(rows, rows[1:] + rows[:1], strict=True):
             db.execute("UPDATE Cache SET value = ? WHERE rowid = ?", (value, row))
     with ChunkStore(path) as store:
+        store.verify()
+        check_whole(store)
+
+
+def test_verify_enters_lost_texts(path: Path) -> None:
+    with ChunkStore(path) as store:
+        store._index.delete(f"text/{sample(0).key}")
         store.verify()
         check_whole(store)
 

@@ -18,7 +18,7 @@ from ..buffers import SlabPool, memory_of
 from ..checking import check_file
 from ..chunk import Chunk, ChunkHead
 from ..chunkfile import SUFFIX, encode_head, parse_head
-from ..errors import BudgetError, DamagedChunkError, StoreError, UnknownCodecError
+from ..errors import BudgetError, DamagedChunkError, IndexDamagedError, StoreError, UnknownCodecError
 from ..files import TempFiles, explain, make_directory, sync_directory
 from ..index import Index
 from ..keys import ChunkKey
@@ -174,13 +174,17 @@ class DiskTier(Tier):
             seen = self._damage(key)
             if seen is None:
                 return False
-            with self.index.transaction():
-                path = self.path_of(key)
-                if identity_of(path.stat()) != seen or not self._damaged.take(path, key):
-                    return False
-                self._forget(key)
-        except FileNotFoundError:
-            return False
+            moved = False
+            try:
+                with self.index.transaction():
+                    moved = self._move_aside(key, seen)
+                    if moved:
+                        self._forget(key)
+            except IndexDamagedError:
+                # The index will be made anew by whoever needs it next; the file must be out of the way by then.
+                moved = moved or self._move_aside(key, seen)
+            if not moved:
+                return False
         except (OSError, StoreError):
             # It stays a miss at every use; nothing better can be done in a directory that refuses changes.
             pass
@@ -192,6 +196,7 @@ class DiskTier(Tier):
         """Enter a file that the index doesn't know, or knows with another size; whether that was so."""
         record = self.index.get(f"chunk/{head.key}")
         if record is not None and record["size"] == size:
+            note_text(self.index, head)
             return False
         self._record(head, size, used)
         return True
@@ -205,7 +210,10 @@ class DiskTier(Tier):
         dropped = 0
         with self.index.transaction():
             for name in list(self.index.names("chunk/")):
-                key = ChunkKey(name.removeprefix("chunk/"))
+                try:
+                    key = ChunkKey(name.removeprefix("chunk/"))
+                except ValueError as error:
+                    raise IndexDamagedError(f"the index holds {name!r}, which names no chunk") from error
                 if not self.contains(key):
                     self._forget(key)
                     dropped += 1
@@ -278,6 +286,14 @@ class DiskTier(Tier):
         except (DamagedChunkError, OSError):
             return file.identity
         return None
+
+    def _move_aside(self, key: ChunkKey, seen: tuple[int, int, int]) -> bool:
+        """Move the file of `key` away if it is still the one that was `seen`; whether it was."""
+        path = self.path_of(key)
+        try:
+            return identity_of(path.stat()) == seen and self._damaged.take(path, key)
+        except FileNotFoundError:
+            return False
 
     def _make_room(self, key: ChunkKey, size: int) -> None:
         """Evict until a chunk of `size` bytes fits in place of what `key` has now; inside a transaction."""
