@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import diskcache
+import xxhash
 
-from .errors import IndexDamagedError, StoreError, StoreFullError, StorePathError
-from .index import Index
+from .errors import IndexDamagedError, IndexReplacedError, StoreError, StoreFullError, StorePathError
+from .files import explain, locked
+from .index import COMPLETE, Index
 
 __all__ = ["DiskIndex", "JsonDisk"]
 
+_CHECKSUM = 16  # characters
 _RAW = 1  # diskcache's mode of values that stand in the database as they are
 _BUSY_SECONDS = 60.0
 _PATIENCE = 600.0
@@ -27,7 +30,11 @@ _Result = TypeVar("_Result")
 
 
 class JsonDisk(diskcache.Disk):
-    """Keys are strings and values JSON text in the database; anything else, pickles above all, is refused unread."""
+    """Keys are strings and values JSON text in the database; anything else, pickles above all, is refused unread.
+
+    SQLite has no checksums of its own, so a value stands behind that of its text, [name, record]: a bit that flips in it,
+    or a page that takes another one's place, is noticed before it is used.
+    """
 
     def put(self, key: Any) -> tuple[Any, bool]:
         """Key to database."""
@@ -45,26 +52,34 @@ class JsonDisk(diskcache.Disk):
         """Value to database."""
         if read:
             raise TypeError("the index stores no files")
-        return 0, _RAW, None, json.dumps(value, separators=(",", ":"))
+        text = json.dumps([key, value], separators=(",", ":"))
+        return 0, _RAW, None, _checksum(text) + text
 
     def fetch(self, mode: int, filename: str | None, value: Any, read: bool) -> Any:
-        """Value from database."""
+        """Name and value from database."""
         if mode != _RAW or filename is not None or type(value) is not str:
             raise IndexDamagedError("the index holds a record that is not JSON (a pickle or a file); it is not read")
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise IndexDamagedError(f"the index holds a record that is not JSON ({error})") from error
+        text = value[_CHECKSUM:]
+        if value[:_CHECKSUM] != _checksum(text):
+            raise IndexDamagedError("the index holds a record that fails its checksum")
+        return json.loads(text)
+
+
+def _checksum(text: str) -> str:
+    # A damaged database may hand out what is no UTF-8, with surrogates in place of the odd bytes.
+    return str(xxhash.xxh3_64_hexdigest(text.encode("utf-8", "surrogatepass")))
 
 
 class DiskIndex(Index):
     """Index in a directory, shared by threads and processes.
 
-    If another process replaces the database (a rebuild), this one follows it at its next transaction.
+    If another process replaces the database (a rebuild), this one follows it. A database is replaced only while no
+    process is in a transaction, so that no change is made to one that nobody will read again.
     """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self._gate = directory.with_name(f"{directory.name}.lock")
         self._file = directory / "cache.db"
         self._lock = threading.RLock()
         self._depth = 0
@@ -78,11 +93,12 @@ class DiskIndex(Index):
             if self._depth:
                 yield
                 return
-            self._follow()
-            transact = self._patiently(self._begin)
-            self._depth += 1
-            try:
-                with self._translated():
+            with self._translated(), self._gated(shared=True):
+                if self._follow() and self._cache.get(COMPLETE) is None:
+                    raise IndexReplacedError(f"the index {self._directory} was replaced and is not filled yet")
+                transact = self._patiently(self._begin)
+                self._depth += 1
+                try:
                     try:
                         yield
                     except BaseException:
@@ -90,12 +106,23 @@ class DiskIndex(Index):
                             raise
                     else:
                         transact.__exit__(None, None, None)
-            finally:
-                self._depth -= 1
+                except sqlite3.Error:
+                    # What could neither be committed nor rolled back ends with its connection; the next use makes a new one.
+                    with contextlib.suppress(sqlite3.Error):
+                        self._cache.close()
+                    raise
+                finally:
+                    self._depth -= 1
 
     def get(self, name: str) -> Any:
         """See Index."""
-        return self._patiently(lambda: self._cache.get(name))
+        self._catch_up()
+        found = self._patiently(lambda: self._cache.get(name))
+        if found is None:
+            return None
+        if found[0] != name:
+            raise IndexDamagedError(f"the index holds the record of {found[0]!r} under {name!r}")
+        return found[1]
 
     def set(self, name: str, record: Any) -> None:
         """See Index."""
@@ -109,6 +136,7 @@ class DiskIndex(Index):
 
     def names(self, prefix: str) -> Iterator[str]:
         """See Index."""
+        self._catch_up()
         with self._translated():
             # iterkeys() goes through the names in order, so the range ends at the first name past it.
             for name in self._cache.iterkeys():
@@ -119,7 +147,7 @@ class DiskIndex(Index):
 
     def clear(self) -> None:
         """See Index. A new database takes the old one's place, whatever state that is in."""
-        with self._lock:
+        with self._lock, self._gated(shared=False):
             with contextlib.suppress(Exception):
                 self._cache.close()
             self._cache, self._inode = self._fresh()
@@ -142,7 +170,10 @@ class DiskIndex(Index):
             return self._connect()
 
     def _connect(self) -> tuple[Any, int]:
-        self._directory.mkdir(mode=0o700, exist_ok=True)
+        try:
+            self._directory.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise explain(error, self._directory) from error
         # Nothing of diskcache's own housekeeping: what goes, and when, is the store's to decide.
         cache = diskcache.Cache(
             str(self._directory),
@@ -154,19 +185,48 @@ class DiskIndex(Index):
             cull_limit=0,
             statistics=0,
             tag_index=0,
+            # A page that can't be read from a mapped file would kill the process instead of raising an error.
+            sqlite_mmap_size=0,
         )
-        return cache, self._file.stat().st_ino
-
-    def _follow(self) -> None:
-        """Move to the database that stands in the directory now."""
         try:
-            inode = self._file.stat().st_ino
+            return cache, self._file.stat().st_ino
+        except OSError as error:
+            raise explain(error, self._file) from error
+
+    @contextlib.contextmanager
+    def _gated(self, *, shared: bool) -> Iterator[None]:
+        """Shared by all transactions, over processes; alone while a database takes another one's place."""
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(locked(self._gate, shared=shared))
+            except OSError as error:
+                raise explain(error, self._gate) from error
+            yield
+
+    def _catch_up(self) -> None:
+        """As `_follow`, outside of a transaction."""
+        if self._is_replaced():
+            with self._lock:
+                if not self._depth:
+                    with self._gated(shared=True):
+                        self._follow()
+
+    def _follow(self) -> bool:
+        """Move to the database that stands in the directory now; whether that is another one."""
+        if not self._is_replaced():
+            return False
+        with contextlib.suppress(Exception):
+            self._cache.close()
+        self._cache, self._inode = self._open()
+        return True
+
+    def _is_replaced(self) -> bool:
+        try:
+            return self._file.stat().st_ino != self._inode
+        except FileNotFoundError:
+            return True
         except OSError:
-            inode = -1
-        if inode != self._inode:
-            with contextlib.suppress(Exception):
-                self._cache.close()
-            self._cache, self._inode = self._open()
+            return False  # not to be had now; what is open may still serve
 
     def _begin(self) -> Any:
         """A transaction that has begun. diskcache's own retry would spin for ever on errors that don't pass."""

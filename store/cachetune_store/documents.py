@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from .errors import UnknownDocumentError
 from .files import TempFiles, make_directory, sync_directory, write_small
@@ -19,6 +22,7 @@ from .keys import ChunkKey
 
 __all__ = ["Documents"]
 
+_log = logging.getLogger(__name__)
 Free = Callable[[Sequence[ChunkKey]], int]
 
 
@@ -41,6 +45,7 @@ class Documents:
         digests = [key.digest for key in keys]
         name = _record_name(tenant, doc_id)
         record = {"id": doc_id, "tenant": tenant, "chunks": digests}
+        self._announce()
         with self._index.transaction():
             old = self._index.get(name) or {"chunks": []}
             self._index.set(name, record)
@@ -48,7 +53,7 @@ class Documents:
             if self._directory is not None and self._temp is not None:
                 path = self._path(tenant, doc_id)
                 make_directory(path.parent)
-                write_small(self._temp, path, json.dumps(record).encode())
+                write_small(self._temp, path, _encode(record))
 
     def delete(self, tenant: str, doc_id: str, free: Free) -> int:
         """Drop a document, and free the chunks that no document holds any more; what `free` says of them.
@@ -59,6 +64,7 @@ class Documents:
             UnknownDocumentError: there is no such document.
         """
         name = _record_name(tenant, doc_id)
+        self._announce()
         with self._index.transaction():
             record = self._index.get(name)
             if record is None:
@@ -84,13 +90,13 @@ class Documents:
         return sum(1 for _ in self._index.names("doc/"))
 
     def rebuild(self) -> None:
-        """Fill records from the files (where there are files), and count the references anew."""
+        """Fill records from the files (where there are files), and count the references anew.
+
+        A file that is damaged is written again if the index still knows the document, and else passed over.
+        """
         with self._index.transaction():
-            if self._directory is not None:
-                for name in list(self._index.names("doc/")):
-                    self._index.delete(name)
-                for record in _read_all(self._directory):
-                    self._index.set(_record_name(record["tenant"], record["id"]), record)
+            if self._directory is not None and self._temp is not None:
+                self._fill(self._directory, self._temp)
             for name in list(self._index.names("ref/")):
                 self._index.delete(name)
             counts: dict[str, int] = {}
@@ -99,6 +105,31 @@ class Documents:
                     counts[digest] = counts.get(digest, 0) + 1
             for digest, count in counts.items():
                 self._index.set(f"ref/{digest}", count)
+
+    def _fill(self, directory: Path, temp: TempFiles) -> None:
+        known = dict(self._index.items("doc/"))
+        damaged: set[Path] = set()
+        for path in directory.glob("*/*.json"):
+            record = _read(path)
+            if record is None:
+                damaged.add(path)
+                continue
+            name = _record_name(record["tenant"], record["id"])
+            if known.pop(name, None) != record:
+                self._index.set(name, record)
+        for name, record in known.items():
+            path = self._path(record["tenant"], record["id"])
+            if path in damaged:
+                damaged.remove(path)
+                write_small(temp, path, _encode(record))
+            else:
+                self._index.delete(name)
+        for path in damaged:
+            _log.warning("%s is damaged, so its document is not known any more: index it again", path)
+
+    def _announce(self) -> None:
+        if self._temp is not None:
+            self._temp.mark()
 
     def _count(self, added: set[str], removed: set[str]) -> list[ChunkKey]:
         """Adjust reference counts; the chunks whose count fell to 0."""
@@ -116,24 +147,37 @@ class Documents:
 
     def _path(self, tenant: str, doc_id: str) -> Path:
         assert self._directory is not None
-        return self._directory / _hash(tenant)[:32] / f"{_hash(doc_id)}.json"
+        return _place(self._directory, tenant, doc_id)
 
 
-def _read_all(directory: Path) -> Iterator[dict[str, Any]]:
-    """All documents on file; a file that is not a document is passed over."""
-    for path in directory.glob("*/*.json"):
-        try:
-            record = json.loads(path.read_bytes())
-            digests = [ChunkKey(digest).digest for digest in record["chunks"]]
-            found = {"id": record["id"], "tenant": record["tenant"], "chunks": digests}
-            if path.stem == _hash(found["id"]):
-                yield found
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            continue
+def _encode(record: dict[str, Any]) -> bytes:
+    return json.dumps(record | {"checksum": _checksum(record)}).encode()
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The document in a file; None if it is damaged or no document."""
+    try:
+        record = json.loads(path.read_bytes())
+        digests = [ChunkKey(digest).digest for digest in record["chunks"]]
+        found = {"id": record["id"], "tenant": record["tenant"], "chunks": digests}
+        # Files of the first release have no checksum.
+        sound = record.get("checksum", _checksum(found)) == _checksum(found)
+        return found if sound and path == _place(path.parents[1], found["tenant"], found["id"]) else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    text = json.dumps([record["id"], record["tenant"], record["chunks"]])
+    return str(xxhash.xxh3_64_hexdigest(text.encode()))
 
 
 def _record_name(tenant: str, doc_id: str) -> str:
     return f"doc/{_hash(tenant)}/{_hash(doc_id)}"
+
+
+def _place(directory: Path, tenant: str, doc_id: str) -> Path:
+    return directory / _hash(tenant)[:32] / f"{_hash(doc_id)}.json"
 
 
 def _hash(value: str) -> str:

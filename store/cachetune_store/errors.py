@@ -58,6 +58,10 @@ class IndexDamagedError(StoreError):
     """The index can't be read (or holds something it must never hold); it is rebuilt from the files."""
 
 
+class IndexReplacedError(IndexDamagedError):
+    """Another process has put a new index in place and is still filling it, or the index was deleted meanwhile."""
+
+
 class UnknownCodecError(StoreError, ValueError):
     """No codec of that name is registered."""
 

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -82,12 +83,52 @@ def _try_lock(fd: int) -> bool:
     return True
 
 
+def _is_abandoned(path: Path) -> bool:
+    """Whether nobody holds the lock of a file any more."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return _try_lock(fd)
+    finally:
+        os.close(fd)
+
+
 class TempFiles:
-    """A directory of files being written. Each is locked by its writer, so what a dead writer left can be told."""
+    """A directory of files being written. Each is locked by its writer, so what a dead writer left can be told.
+
+    A store that changes its files keeps a mark here as well until it is closed. A mark without a writer says that files
+    and index may differ: a process was killed, or the machine lost its power, between the one and the other.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._gate = directory / "gate.lock"
+        self._mark: tuple[Path, int, int] | None = None
+        self._mark_lock = threading.Lock()
+
+    def mark(self) -> None:
+        """Files are about to be changed. Cheap after the first time; a directory that refuses it is none of its errors."""
+        held = self._mark
+        if held is not None and held[2] == os.getpid():
+            return
+        with self._mark_lock, contextlib.suppress(OSError):
+            path = self.directory / f"{uuid.uuid4().hex}.mark"
+            self._mark = path, self._create(path), os.getpid()
+
+    def unmark(self) -> None:
+        """All changes are in the index too."""
+        with self._mark_lock:
+            held, self._mark = self._mark, None
+            if held is not None and held[2] == os.getpid():
+                held[0].unlink(missing_ok=True)
+                os.close(held[1])
+
+    def dead_marks(self) -> list[Path]:
+        """Marks of processes that are gone; unlink them once files and index are in line."""
+        with locked(self._gate):
+            return [path for path in self.directory.glob("*.mark") if _is_abandoned(path)]
 
     def write(self, buffers: Sequence[_Buffer], publish: Callable[[Path], None], *, drop_cache: bool = False) -> None:
         """Write a file, make it durable, and hand it to `publish`, which renames it to its place.
@@ -95,10 +136,7 @@ class TempFiles:
         Whatever fails, no temporary file stays. With `drop_cache` its pages don't stay in the page cache either.
         """
         path = self.directory / f"{uuid.uuid4().hex}.tmp"
-        # Held while the new file has no lock yet; clean() takes the gate alone.
-        with locked(self._gate, shared=True):
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            _try_lock(fd)
+        fd = self._create(path)
         try:
             write_all(fd, buffers)
             os.fsync(fd)
@@ -114,17 +152,18 @@ class TempFiles:
         removed = 0
         with locked(self._gate):
             for path in self.directory.glob("*.tmp"):
-                try:
-                    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-                except OSError:
-                    continue
-                try:
-                    if _try_lock(fd):
-                        path.unlink(missing_ok=True)
-                        removed += 1
-                finally:
-                    os.close(fd)
+                if _is_abandoned(path):
+                    path.unlink(missing_ok=True)
+                    removed += 1
         return removed
+
+    def _create(self, path: Path) -> int:
+        """A descriptor of a new file that is locked as long as it is open."""
+        # The gate is held while the new file has no lock yet; who looks for abandoned files takes it alone.
+        with locked(self._gate, shared=True):
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            _try_lock(fd)
+        return fd
 
 
 def write_small(temp: TempFiles, path: Path, content: bytes) -> None:

@@ -14,7 +14,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["Index", "MemoryIndex"]
+__all__ = ["COMPLETE", "Index", "MemoryIndex"]
+
+COMPLETE = "meta/complete"
+"""Index record, the store's id, that says that the index covers its files; missing in one whose making was cut short."""
 
 
 class Index(ABC):

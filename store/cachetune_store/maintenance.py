@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import contextlib
 
-from .chunk import ChunkHead
-from .chunkfile import parse_head
+from .checking import CheckedFile, check_file
 from .documents import Documents
-from .errors import DamagedChunkError, UnknownCodecError, UnknownFormatError
+from .errors import DamagedChunkError, UnknownFormatError
 from .files import TempFiles
-from .keys import ChunkKey, make_key
+from .keys import ChunkKey
 from .rawfile import DirectIO, RawFile
-from .readers import DiskReader
 from .stats import VerifyReport
 from .tiers.disk import DiskTier
 
-__all__ = ["COMPLETE", "check_files"]
-
-COMPLETE = "meta/complete"
-"""Index record that says the index covers the files; missing in a new index, and in one whose rebuild was cut short."""
+__all__ = ["check_files", "compare_files"]
 
 
 def check_files(tier: DiskTier, documents: Documents, temp: TempFiles, *, full: bool) -> VerifyReport:
@@ -28,7 +23,7 @@ def check_files(tier: DiskTier, documents: Documents, temp: TempFiles, *, full: 
     damaged: list[ChunkKey] = []
     for key in tier.stored_keys():
         try:
-            found = _check_file(tier, key, full=full)
+            found = _check(tier, key, full=full)
         except UnknownFormatError:
             # One that the index knows was written by this release, so its version is what was damaged.
             if not tier.knows(key):
@@ -41,16 +36,12 @@ def check_files(tier: DiskTier, documents: Documents, temp: TempFiles, *, full: 
                 damaged.append(key)
             continue
         if found is not None:
-            head, size, used = found
             checked += 1
-            total += size
-            with tier.index.transaction():
-                # Only if it is still there: another process may have evicted it meanwhile.
-                if tier.contains(key):
-                    adopted += tier.adopt(head, size, used)
+            total += found.size
+            adopted += _adopt(tier, key, found)
     dropped = tier.drop_missing()
+    tier.recount()
     documents.rebuild()
-    tier.index.set(COMPLETE, 1)
     return VerifyReport(
         checked=checked,
         bytes=total,
@@ -63,24 +54,34 @@ def check_files(tier: DiskTier, documents: Documents, temp: TempFiles, *, full: 
     )
 
 
-def _check_file(tier: DiskTier, key: ChunkKey, *, full: bool) -> tuple[ChunkHead, int, float] | None:
-    """Head, size and last change of a healthy file; None for one that is gone or needs a codec not loaded here."""
-    path = tier.path_of(key)
+def compare_files(tier: DiskTier, documents: Documents) -> None:
+    """Bring the index in line with which files there are and how long they are; only unknown ones are opened.
+
+    What a check of all files does to the index, for a fraction of its time: a killed writer leaves no damage, but it may
+    have renamed or deleted files that its last transaction, rolled back since, would have told of.
+    """
+    sizes = {key: tier.size_of(key) for key in tier.stored_keys()}
+    tier.drop_missing()
+    known = {name.removeprefix("chunk/") for name in tier.index.names("chunk/")}
+    in_line = sum(sizes.values()) == tier.stats().bytes
+    for key in sizes:
+        if key.digest not in known or not in_line:
+            with contextlib.suppress(DamagedChunkError, OSError):  # noticed, and set aside, when it is used
+                if (found := _check(tier, key, full=False)) is not None:
+                    _adopt(tier, key, found)
+    documents.rebuild()
+
+
+def _adopt(tier: DiskTier, key: ChunkKey, found: CheckedFile) -> bool:
+    with tier.index.transaction():
+        # Only if it is still there: another process may have evicted it meanwhile.
+        return tier.contains(key) and tier.adopt(found.head, found.size, found.modified)
+
+
+def _check(tier: DiskTier, key: ChunkKey, *, full: bool) -> CheckedFile | None:
+    """The file of `key` if it is healthy; None for one that is gone or needs a codec not loaded here."""
     try:
         # Through the page cache: a check of all files must not end because one can't be read directly.
-        file = RawFile(path, DirectIO(False))
+        return check_file(key, RawFile(tier.path_of(key), DirectIO(False)), tier.pool, full=full)
     except FileNotFoundError:
         return None
-    with contextlib.closing(file):
-        try:
-            head, start = parse_head(key, file.size, file.head)
-        except UnknownCodecError:
-            return None
-        if full:
-            reader = DiskReader(head, file, start, tier.pool)
-            reader.read_all()
-            if not reader.padding_is_clear():
-                raise DamagedChunkError(f"chunk {key}: bytes between the layers have changed")
-            if make_key(head.namespace, head.token_ids.tolist()) != key:
-                raise DamagedChunkError(f"chunk {key}: the key is not that of the tokens in the file")
-        return head, file.size, file.modified

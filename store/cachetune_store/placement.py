@@ -83,7 +83,7 @@ class Placement:
             self.misses += reader is None
         if reader is not None:
             reader.on_close = self._release
-            if reader.tier != self.host.name:
+            if reader.tier != self.host.name and self.host.fits(reader.head.plan.total):
                 reader.on_promote = self._promote
         return reader
 

@@ -10,11 +10,16 @@ from pathlib import Path
 
 from .buffers import PAGE, private_pages, round_up
 
-__all__ = ["DirectIO", "RawFile"]
+__all__ = ["DirectIO", "RawFile", "identity_of"]
 
 _HEAD_GUESS = 32 << 10
 # What kernels answer where a file system knows no direct I/O (or wants another alignment).
 _NOT_DIRECT = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
+
+
+def identity_of(status: os.stat_result) -> tuple[int, int, int]:
+    """Tells whether two files that had one name are the same file."""
+    return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 class DirectIO:
@@ -49,6 +54,7 @@ class RawFile:
         status = os.fstat(self._fd)
         self.size = status.st_size
         self.modified = status.st_mtime
+        self.identity = identity_of(status)
 
     def head(self, count: int) -> memoryview:
         """At least the first `count` bytes, or all there are."""

@@ -32,7 +32,7 @@ class ChunkReader(ABC):
         tier: name of the tier that the rows come from.
         head: all of the chunk but its rows.
         on_close: called once with the reader when it is closed.
-        on_promote: called with the chunk to be put into the tier above.
+        on_promote: called with the chunk to be put into the tier above; None if it wouldn't fit there.
     """
 
     tier: str

@@ -240,9 +240,9 @@ class ChunkStore:
                         yield ChunkKey(name.removeprefix("text/")), record["text"], record["tokens"]
                     last = max(last, name)
                 return
-            except IndexDamagedError:
+            except IndexDamagedError as error:
                 # Go on behind what was given out already.
-                self._check_files(full=False, anew=True)
+                self._heal(error)
 
     def note(self, name: str, *, tenant: str = "") -> bytes | None:
         """A note: a small record that all users of the store agree on; None if there is none of that name (64 hex digits).
@@ -327,7 +327,10 @@ class ChunkStore:
         self._closed = True
         self._placement.close()
         self._pool.clear()
-        self._index.close()
+        if self._directory is not None:
+            self._directory.close()
+        else:
+            self._index.close()
 
     def __enter__(self) -> Self:
         return self
@@ -353,11 +356,19 @@ class ChunkStore:
         """The action's result; if the index turns out to be damaged, it is rebuilt and the action done again."""
         try:
             return action()
-        except IndexDamagedError:
-            self._check_files(full=False, anew=True)
+        except IndexDamagedError as error:
+            self._heal(error)
             return action()
         except OSError as error:
             raise explain(error, self.path or "memory") from error
+
+    def _heal(self, error: IndexDamagedError) -> None:
+        assert self._directory is not None
+        assert self._placement.disk is not None
+        try:
+            self._directory.heal(self._placement.disk, self._documents, error)
+        except OSError as failed:
+            raise explain(failed, self._directory.path) from failed
 
     def _free(self, keys: Sequence[ChunkKey]) -> int:
         return sum(self._placement.remove(key) for key in keys)

@@ -91,6 +91,23 @@ def die_while_writing(path: str) -> None:
     sample(1).put(store)
 
 
+def die_after(path: str, call: str, action: str) -> None:
+    """Be killed right after the first `call` that changes a chunk's or document's name, before the index is committed."""
+    store = ChunkStore(path, disk_budget=150_000, host_budget=0)
+    real = getattr(os, call)
+
+    def last_call(*args: Any, **kwargs: Any) -> None:
+        real(*args, **kwargs)
+        if Path(args[-1]).suffix in {".safetensors", ".json"}:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(os, call, last_call)
+    if action == "put":
+        sample(9).put(store)
+    else:
+        store.set_document("d", [sample(1).key])
+
+
 def use_at_random(path: str, seed: int, rounds: int, budget: int, results: Any) -> None:
     """Put, read, delete, under a budget that forces evictions; report what went wrong."""
     torch.set_num_threads(1)

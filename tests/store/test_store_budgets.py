@@ -72,6 +72,8 @@ def test_a_chunk_too_big_for_host_memory_stays_on_disk(path: Path) -> None:
         sample().put(store)
         with store.open(sample().key) as reader:
             assert reader.tier == "disk"
+            assert not reader.promote()
+            assert reader.bytes_read == 0, "nothing is read for a tier that can't hold it"
             assert sample().matches(reader)
             assert not reader.promote()
         assert store.stats().host.chunks == 0

@@ -5,13 +5,15 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import sqlite3
 import time
 from pathlib import Path
 
 import pytest
-from store_samples import die_while_writing, file_of, sample, use_at_random, write_until_killed
+from store_samples import die_after, die_while_writing, file_of, sample, use_at_random, write_until_killed
 
-from cachetune_store import ChunkStore, StoreFullError, StorePathError
+from cachetune_store import ChunkStore, StoreFullError, StorePathError, directory
+from cachetune_store.diskindex import DiskIndex
 from cachetune_store.files import TempFiles
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -49,6 +51,75 @@ def test_what_a_killed_writer_left_is_cleaned_up(tmp_path: Path) -> None:
         assert list((tmp_path / "tmp").glob("*.tmp")) == []
         assert not store.contains(sample(1).key)
         sample(1).put(store)
+
+
+@pytest.mark.parametrize(("call", "action"), [("replace", "put"), ("unlink", "put"), ("unlink", "document")])
+def test_names_changed_by_a_killed_writer_are_in_the_index_after_opening(
+    tmp_path: Path, call: str, action: str
+) -> None:
+    with ChunkStore(tmp_path) as store:
+        for seed in range(2):
+            sample(seed).put(store, text=f"text {seed}")
+        store.set_document("d", [sample(0).key])
+    process = SPAWN.Process(target=die_after, args=(str(tmp_path), call, action))
+    process.start()
+    process.join()
+    assert process.exitcode == -9
+    with ChunkStore(tmp_path) as store:
+        files = {file.stem: file.stat().st_size for file in (tmp_path / "chunks").glob("*/*")}
+        stats = store.stats().disk
+        assert (stats.chunks, stats.bytes) == (len(files), sum(files.values()))
+        assert store.contains(sample(9).key) == (call == "replace")
+        report = store.verify()
+        assert (report.damaged, report.adopted, report.dropped) == ((), 0, 0)
+    assert list((tmp_path / "tmp").glob("*.mark")) == []
+
+
+def test_files_and_index_are_compared_after_a_crash_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[int] = []
+    monkeypatch.setattr(directory, "compare_files", lambda *_: compared.append(1))
+    with ChunkStore(tmp_path) as store:
+        sample(0).put(store)
+        with ChunkStore(tmp_path):
+            pass
+    with ChunkStore(tmp_path) as store:
+        store.open(sample(0).key).close()
+    assert compared == []
+    (tmp_path / "tmp" / "dead.mark").touch()
+    for _ in range(2):
+        ChunkStore(tmp_path).close()
+    assert compared == [1]
+
+
+def test_a_chunk_whose_entry_cannot_be_committed_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = DiskIndex._begin
+
+    def begin(index: DiskIndex) -> object:
+        transact = real(index)
+        leave = transact.__exit__
+
+        def fail(*error: object) -> object:
+            if error[0] is None and file_of(tmp_path, sample(1).key).exists():
+                full = sqlite3.OperationalError("database or disk is full")
+                leave(type(full), full, None)
+                raise full
+            return leave(*error)
+
+        transact.__exit__ = fail
+        return transact
+
+    with ChunkStore(tmp_path, host_budget=0) as store:
+        sample(0).put(store)
+        with monkeypatch.context() as patch:
+            patch.setattr(DiskIndex, "_begin", begin)
+            with pytest.raises(StoreFullError):
+                sample(1).put(store)
+        assert not store.contains(sample(1).key)
+        assert store.stats().disk.chunks == 1
+        sample(1).put(store)
+        assert store.stats().disk.chunks == 2
 
 
 def test_the_file_of_a_living_writer_is_left_alone(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -156,3 +158,41 @@ def test_deleting_takes_what_was_set_aside_along(tmp_path: Path) -> None:
         sample().put(store, text="personal")
         store.delete_document("a")
         assert list(tmp_path.rglob("*.safetensors")) == []
+
+
+@pytest.mark.parametrize("index", ["kept", "lost"])
+@pytest.mark.parametrize("what", ["id", "chunk", "cut"])
+def test_a_damaged_document_file_is_noticed(tmp_path: Path, index: str, what: str) -> None:
+    with ChunkStore(tmp_path) as store:
+        sample(0).put(store)
+        store.set_document("doc", KEYS[:1], tenant="t")
+        store.set_document("other", KEYS[:1])
+    (file,) = (f for f in (tmp_path / "documents").glob("*/*.json") if b'"doc"' in f.read_bytes())
+    content = file.read_bytes()
+    harm = {
+        "id": content.replace(b'"doc"', b'"dob"'),
+        "chunk": content.replace(KEYS[0].digest.encode(), KEYS[0].digest[::-1].encode()),
+        "cut": content[:-5],
+    }
+    file.write_bytes(harm[what])
+    if index == "lost":
+        shutil.rmtree(tmp_path / "index")
+    with ChunkStore(tmp_path) as store:
+        store.verify()
+        kept = [(info.id, info.chunks) for info in store.documents(tenant="t")]
+        assert kept == ([("doc", (KEYS[0],))] if index == "kept" else [])
+        store.rebuild_index()
+        assert [(info.id, info.chunks) for info in store.documents(tenant="t")] == kept
+        assert [info.id for info in store.documents()] == ["other"]
+
+
+def test_a_document_file_of_the_first_release_is_read(tmp_path: Path) -> None:
+    with ChunkStore(tmp_path) as store:
+        store.set_document("doc", KEYS[:1])
+    (file,) = (tmp_path / "documents").glob("*/*.json")
+    record = json.loads(file.read_bytes())
+    del record["checksum"]
+    file.write_text(json.dumps(record))
+    shutil.rmtree(tmp_path / "index")
+    with ChunkStore(tmp_path) as store:
+        assert store.documents()[0].chunks == (KEYS[0],)

@@ -72,6 +72,27 @@ def test_a_lost_index_is_made_anew_on_open(path: Path, harm: object) -> None:
         check_whole(store)
 
 
+def test_another_stores_index_is_not_used(path: Path) -> None:
+    with ChunkStore(path.parent / "other") as other:
+        sample(8).put(other, text="not here")
+    shutil.rmtree(path / "index")
+    shutil.copytree(path.parent / "other" / "index", path / "index")
+    with ChunkStore(path) as store:
+        check_whole(store)
+
+
+def test_a_damaged_file_is_set_aside_though_the_index_is_damaged_too(path: Path) -> None:
+    file = file_of(path, sample(0).key)
+    with ChunkStore(path, host_budget=0) as store:
+        flip(file, 5000)
+        overwrite_database(path)
+        assert store.open(sample(0).key) is None
+        sample(0).put(store, text="text 0")
+        assert store.stats().damaged == 1
+        assert len(list((path / "damaged").iterdir())) == 1
+        check_whole(store)
+
+
 def test_a_rebuild_cut_short_is_done_again(path: Path) -> None:
     delete_index(path)
     index = DiskIndex(path / "index")
@@ -97,6 +118,74 @@ def test_an_index_replaced_by_another_process_is_followed(path: Path) -> None:
         sample(5).put(one, text="text 5")
         assert "text 5" in [text for _, text, _ in two.texts()]
         assert two.stats().disk.chunks == 4
+
+
+def test_an_index_deleted_while_in_use_is_made_anew(path: Path) -> None:
+    with ChunkStore(path) as store:
+        delete_index(path)
+        sample(0).put(store)
+        sample(3).put(store, text="text 3")
+        check_whole(store, chunks=4)
+
+
+def test_processes_heal_a_deleted_index_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    real = DiskIndex.clear
+    monkeypatch.setattr(DiskIndex, "clear", lambda index: (made.append(1), real(index)))
+    with ChunkStore(path) as one, ChunkStore(path) as two:
+        delete_index(path)
+        sample(5).put(one)
+        sample(6).put(two)
+        assert one.stats().disk.chunks == two.stats().disk.chunks == 5
+    assert made == [1]
+
+
+@pytest.mark.parametrize("name", ["meta/", "total", "chunk/", "text/", "doc/", "ref/"])
+@pytest.mark.parametrize("place", [0, 30, -3])
+def test_a_changed_character_of_a_record_is_noticed(path: Path, name: str, place: int) -> None:
+    with sqlite3.connect(path / "index" / "cache.db") as db:
+        for row, value in db.execute("SELECT rowid, value FROM Cache WHERE key LIKE ?", (f"{name}%",)).fetchall():
+            at = place % len(value)
+            changed = value[:at] + chr(ord(value[at]) ^ 1) + value[at + 1 :]
+            db.execute("UPDATE Cache SET value = ? WHERE rowid = ?", (changed, row))
+    with ChunkStore(path) as store:
+        store.verify()
+        check_whole(store)
+
+
+@pytest.mark.parametrize("name", ["total", "meta/complete", "chunk/%", "text/%", "doc/%", "ref/%"])
+@pytest.mark.parametrize("character", ["0", "z"])
+def test_a_changed_character_of_a_name_is_noticed(path: Path, name: str, character: str) -> None:
+    with sqlite3.connect(path / "index" / "cache.db") as db:
+        (row, key) = db.execute("SELECT rowid, key FROM Cache WHERE key LIKE ?", (name,)).fetchone()
+        db.execute("UPDATE Cache SET key = ? WHERE rowid = ?", (key[:-1] + character, row))
+    with ChunkStore(path) as store:
+        store.verify()
+        check_whole(store)
+
+
+def test_a_record_under_another_name_is_noticed(path: Path) -> None:
+    with sqlite3.connect(path / "index" / "cache.db") as db:
+        rows = db.execute("SELECT rowid, value FROM Cache WHERE key LIKE 'chunk/%'").fetchall()
+        for (row, _), (_, value) in zip(rows, rows[1:] + rows[:1], strict=True):
+            db.execute("UPDATE Cache SET value = ? WHERE rowid = ?", (value, row))
+    with ChunkStore(path) as store:
+        store.verify()
+        check_whole(store)
+
+
+def test_verify_enters_lost_texts(path: Path) -> None:
+    with ChunkStore(path) as store:
+        store._index.delete(f"text/{sample(0).key}")
+        store.verify()
+        check_whole(store)
+
+
+def test_a_wrong_total_is_counted_anew(path: Path) -> None:
+    with ChunkStore(path) as store:
+        store._index.set("total", {"bytes": 1, "chunks": 99, "stored": 3})
+        store.verify()
+        check_whole(store)
 
 
 class Bomb:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import os
 import threading
 from pathlib import Path
 
@@ -227,6 +229,41 @@ def test_a_damaged_chunk_is_not_promoted(path: Path) -> None:
             store.discard(sample().key)
         assert store.open(sample().key) is None
         assert store.stats().damaged == 1
+
+
+def test_a_chunk_that_was_repaired_meanwhile_is_not_set_aside(path: Path) -> None:
+    with ChunkStore(path, host_budget=0) as one, ChunkStore(path, host_budget=0) as two:
+        sample().put(one)
+        file = file_of(path, sample().key)
+        flip(file, file.stat().st_size - 5000)
+        with one.open(sample().key) as reader, pytest.raises(DamagedChunkError):
+            reader.read(2, 150)
+        two.discard(sample().key)
+        sample().put(two)
+        one.discard(sample().key)
+        assert (one.stats().damaged, two.stats().damaged) == (0, 1)
+        with one.open(sample().key) as reader:
+            assert sample().matches(reader)
+
+
+def test_a_read_that_fails_once_loses_no_chunk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with ChunkStore(path, host_budget=0) as store:
+        sample().put(store)
+        with store.open(sample().key) as reader, monkeypatch.context() as patch:
+            patch.setattr(os, "preadv", fail)
+            with pytest.raises(DamagedChunkError, match="can't be read"):
+                reader.read(0, 150)
+        store.discard(sample().key)
+        assert store.stats().damaged == 0
+        with store.open(sample().key) as reader:
+            assert sample().matches(reader)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "preadv", fail)
+            assert store.open(sample().key) is None
+        assert store.stats().damaged == 1, "it failed twice"
 
 
 def test_a_forgotten_reader_lets_go(path: Path) -> None:

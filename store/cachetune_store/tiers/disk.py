@@ -15,13 +15,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..buffers import SlabPool, memory_of
+from ..checking import check_file
 from ..chunk import Chunk, ChunkHead
 from ..chunkfile import SUFFIX, encode_head, parse_head
-from ..errors import BudgetError, DamagedChunkError, StoreError, UnknownCodecError
+from ..errors import BudgetError, DamagedChunkError, IndexDamagedError, StoreError, UnknownCodecError
 from ..files import TempFiles, explain, make_directory, sync_directory
 from ..index import Index
 from ..keys import ChunkKey
-from ..rawfile import DirectIO, RawFile
+from ..rawfile import DirectIO, RawFile, identity_of
 from ..readers import DiskReader
 from ..stats import Counters, TierStats
 from ..texts import drop_text, evict_text, note_text
@@ -112,7 +113,8 @@ class DiskTier(Tier):
 
     def touch(self, key: ChunkKey) -> None:
         """See Tier. Uses are gathered and written to the index in one go, off the way of requests."""
-        self._touched[key.digest] = time.time()
+        with self._lock:
+            self._touched[key.digest] = time.time()
 
     def admit(self, chunk: Chunk) -> list[Chunk]:
         """See Tier. On return the chunk would survive a power cut."""
@@ -126,12 +128,17 @@ class DiskTier(Tier):
             )
 
         def publish(written: Path) -> None:
-            with self.index.transaction():
-                self._make_room(key, size)
-                self._record(chunk.head, size, time.time())
-                written.replace(target)
+            try:
+                with self.index.transaction():
+                    self._make_room(key, size)
+                    self._record(chunk.head, size, time.time())
+                    written.replace(target)
+            except BaseException:
+                self._withdraw(written, target, key)
+                raise
             sync_directory(target.parent)
 
+        self._temp.mark()
         try:
             # Room is made before the bytes are written too, so that disk use hardly passes the budget meanwhile.
             with self.index.transaction():
@@ -146,6 +153,7 @@ class DiskTier(Tier):
 
     def remove(self, key: ChunkKey) -> int:
         """See Tier. What was set aside under the same key goes as well."""
+        self._temp.mark()
         try:
             with self.index.transaction():
                 size = self._unlink(key)
@@ -157,22 +165,38 @@ class DiskTier(Tier):
         return size
 
     def set_aside(self, key: ChunkKey) -> bool:
-        """Move a damaged file out of the way, and count it; False if there was none."""
+        """Move the file of `key` out of the way, and count it, if it is damaged; False if it is not, or gone.
+
+        It is looked at again: another process may have put a good file in its place, and a read may fail for once.
+        """
+        self._temp.mark()
         try:
-            with self.index.transaction():
-                moved = self._damaged.take(self.path_of(key), key)
-                self._forget(key)
+            seen = self._damage(key)
+            if seen is None:
+                return False
+            moved = False
+            try:
+                with self.index.transaction():
+                    moved = self._move_aside(key, seen)
+                    if moved:
+                        self._forget(key)
+            except IndexDamagedError:
+                # The index will be made anew by whoever needs it next; the file must be out of the way by then.
+                moved = moved or self._move_aside(key, seen)
+            if not moved:
+                return False
         except (OSError, StoreError):
             # It stays a miss at every use; nothing better can be done in a directory that refuses changes.
-            moved = True
+            pass
         with self._lock:
-            self.counters.damaged += moved
-        return moved
+            self.counters.damaged += 1
+        return True
 
     def adopt(self, head: ChunkHead, size: int, used: float) -> bool:
         """Enter a file that the index doesn't know, or knows with another size; whether that was so."""
         record = self.index.get(f"chunk/{head.key}")
         if record is not None and record["size"] == size:
+            note_text(self.index, head)
             return False
         self._record(head, size, used)
         return True
@@ -186,11 +210,20 @@ class DiskTier(Tier):
         dropped = 0
         with self.index.transaction():
             for name in list(self.index.names("chunk/")):
-                key = ChunkKey(name.removeprefix("chunk/"))
+                try:
+                    key = ChunkKey(name.removeprefix("chunk/"))
+                except ValueError as error:
+                    raise IndexDamagedError(f"the index holds {name!r}, which names no chunk") from error
                 if not self.contains(key):
                     self._forget(key)
                     dropped += 1
         return dropped
+
+    def recount(self) -> None:
+        """Add up anew what the entries say."""
+        with self.index.transaction():
+            sizes = [record["size"] for _, record in self.index.items("chunk/")]
+            self.index.set("total", self._total() | {"bytes": sum(sizes), "chunks": len(sizes)})
 
     def size_of(self, key: ChunkKey) -> int:
         """Bytes of the chunk's file; 0 if there is none."""
@@ -204,7 +237,8 @@ class DiskTier(Tier):
         if not self._touched or (not force and time.monotonic() - self._flushed < _FLUSH_SECONDS):
             return
         with self.index.transaction():
-            touched, self._touched = self._touched, {}
+            with self._lock:
+                touched, self._touched = self._touched, {}
             for digest, used in touched.items():
                 record = self.index.get(f"chunk/{digest}")
                 if record is not None and record["used"] < used:
@@ -240,6 +274,26 @@ class DiskTier(Tier):
             self.set_aside(key)
             return None
         return DiskReader(head, file, start, self.pool)
+
+    def _damage(self, key: ChunkKey) -> tuple[int, int, int] | None:
+        """Which file of `key` is damaged; None if the one that is there is not, or none can be opened."""
+        try:
+            file = RawFile(self.path_of(key), self._direct)
+        except OSError:
+            return None
+        try:
+            check_file(key, file, self.pool, full=True)
+        except (DamagedChunkError, OSError):
+            return file.identity
+        return None
+
+    def _move_aside(self, key: ChunkKey, seen: tuple[int, int, int]) -> bool:
+        """Move the file of `key` away if it is still the one that was `seen`; whether it was."""
+        path = self.path_of(key)
+        try:
+            return identity_of(path.stat()) == seen and self._damaged.take(path, key)
+        except FileNotFoundError:
+            return False
 
     def _make_room(self, key: ChunkKey, size: int) -> None:
         """Evict until a chunk of `size` bytes fits in place of what `key` has now; inside a transaction."""
@@ -286,6 +340,12 @@ class DiskTier(Tier):
         except FileNotFoundError:
             return 0
         return size
+
+    def _withdraw(self, written: Path, target: Path, key: ChunkKey) -> None:
+        """Delete a file that was put in its place by a transaction that then failed, unless it stands for an older one."""
+        with contextlib.suppress(OSError, StoreError):
+            if not written.exists() and self.index.get(f"chunk/{key}") is None:
+                target.unlink(missing_ok=True)
 
     def _total(self) -> dict[str, int]:
         return self.index.get("total") or {"bytes": 0, "chunks": 0, "stored": 0}

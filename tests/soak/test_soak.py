@@ -1,0 +1,27 @@
+"""The soak's parts, short. `make soak` runs them at full length."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import soak_crashes
+import soak_damage
+from soak_common import Corpus
+
+
+@pytest.fixture(scope="module")
+def corpus() -> Corpus:
+    return Corpus()
+
+
+def test_killed_processes_lose_nothing(tmp_path: Path, corpus: Corpus) -> None:
+    outcome = soak_crashes.run(tmp_path, kills=6, seed=3, corpus=corpus)
+    assert outcome.problems == []
+    assert outcome.figures["kills"] >= 6
+
+
+def test_random_damage_is_noticed_before_use(tmp_path: Path, corpus: Corpus) -> None:
+    outcome = soak_damage.run(tmp_path, examples=40, corpus=corpus)
+    assert outcome.problems == []
+    assert outcome.figures["files set aside"] > 0
