@@ -7,7 +7,7 @@ is decoded, rotated to its positions (deferred RoPE) and scattered in one go for
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -74,6 +74,8 @@ class LayerLoader:
         self._loaded = [0] * adapter.num_layers
         self._ahead: dict[int, list[Future[Tensor]]] = {}
         self.seconds = 0.0
+        self.when_asked: Callable[[], None] | None = None
+        """Called once the last reads from disk are on their way: the disk is free for others. Set it after the selection."""
         self._wanted: list[tuple[int, int, int]] | None = None
         self.set_sources(sources)
 
@@ -92,7 +94,7 @@ class LayerLoader:
         self._sources = [s for group in self._groups.values() for s in group]
         self._places: dict[tuple[str, str], Tensor] = {}
         self._rows_of_tables: dict[tuple[str, str], dict[str | None, Tables]] = {}
-        self._read_ahead = any(s.reader.tier != "host" for s in self._sources)
+        self._read_ahead = self.reads_disk = any(s.reader.tier != "host" for s in self._sources)
 
     def load(self, layer: int) -> None:
         """Make the reused rows of `layer` stand in the buffers. Later calls for the same layer do nothing."""
@@ -159,6 +161,9 @@ class LayerLoader:
         for ahead in range(layer, min(layer + 1 + READ_AHEAD, self._adapter.num_layers)):
             if ahead not in self._ahead and not self._loaded[ahead]:
                 self._ahead[ahead] = [self._pool.submit(_read, s, ahead) for s in self._sources]
+        if self.when_asked is not None and layer + 1 + READ_AHEAD >= self._adapter.num_layers:
+            asked, self.when_asked = self.when_asked, None
+            asked()
 
     def drain(self) -> None:
         """Wait for reads under way and drop them; the readers may be closed afterwards."""
