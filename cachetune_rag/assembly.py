@@ -173,10 +173,7 @@ class Assembler:
                 needed = _needed(plan.sources, plan.computed) if plan.shift is None else plan.sources
                 skipped = sum(s.reader.layout.tokens - s.rows for s in needed)
                 plan.loader.set_sources(needed)
-                if plan.loader.reads_disk:
-                    plan.loader.when_asked = when_read
-                else:
-                    when_read()
+                plan.loader.when_asked(when_read)
                 plan.loader.begin()
                 ids, places = some_of(prompt, plan.computed)
                 logits = self._adapter.selective_forward(ids, places, plan.buffers, plan.loader.load, plan.shift)

@@ -74,8 +74,7 @@ class LayerLoader:
         self._loaded = [0] * adapter.num_layers
         self._ahead: dict[int, list[Future[Tensor]]] = {}
         self.seconds = 0.0
-        self.when_asked: Callable[[], None] | None = None
-        """Called once the last reads from disk are on their way: the disk is free for others. Set it after the selection."""
+        self._when_asked: Callable[[], None] | None = None
         self._wanted: list[tuple[int, int, int]] | None = None
         self.set_sources(sources)
 
@@ -94,7 +93,7 @@ class LayerLoader:
         self._sources = [s for group in self._groups.values() for s in group]
         self._places: dict[tuple[str, str], Tensor] = {}
         self._rows_of_tables: dict[tuple[str, str], dict[str | None, Tables]] = {}
-        self._read_ahead = self.reads_disk = any(s.reader.tier != "host" for s in self._sources)
+        self._read_ahead = any(s.reader.tier != "host" for s in self._sources)
 
     def load(self, layer: int) -> None:
         """Make the reused rows of `layer` stand in the buffers. Later calls for the same layer do nothing."""
@@ -161,9 +160,23 @@ class LayerLoader:
         for ahead in range(layer, min(layer + 1 + READ_AHEAD, self._adapter.num_layers)):
             if ahead not in self._ahead and not self._loaded[ahead]:
                 self._ahead[ahead] = [self._pool.submit(_read, s, ahead) for s in self._sources]
-        if self.when_asked is not None and layer + 1 + READ_AHEAD >= self._adapter.num_layers:
-            asked, self.when_asked = self.when_asked, None
+        if self._when_asked is not None and self._all_asked():
+            asked, self._when_asked = self._when_asked, None
             asked()
+
+    def when_asked(self, call: Callable[[], None]) -> None:
+        """Have `call()` made once the last reads from disk are on their way, which may be now: the disk is free for others.
+
+        The sources must be final.
+        """
+        if self._all_asked():
+            call()
+        else:
+            self._when_asked = call
+
+    def _all_asked(self) -> bool:
+        layers = range(self._adapter.num_layers)
+        return not self._read_ahead or all(self._loaded[layer] or layer in self._ahead for layer in layers)
 
     def drain(self) -> None:
         """Wait for reads under way and drop them; the readers may be closed afterwards."""

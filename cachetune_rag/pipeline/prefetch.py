@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from cachetune_store import ChunkKey, ChunkReader, ChunkStore, DamagedChunkError, StoreError
@@ -36,10 +36,14 @@ class Prefetch:
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until it has ended, at most `timeout` seconds; whether it has."""
         end = None if timeout is None else time.monotonic() + timeout
-        for part in (slice(0, 1), slice(1, None)):
-            left = None if end is None else max(0.0, end - time.monotonic())
-            if wait(self.futures[part], left).not_done:
+        # Not all are there yet while the first one runs. And futures.wait() never hears of those that a closing pool cancels.
+        for future in self.futures:
+            try:
+                future.exception(None if end is None else max(0.0, end - time.monotonic()))
+            except TimeoutError:
                 return False
+            except CancelledError:
+                pass
         return True
 
     def cancel(self) -> None:
@@ -116,6 +120,9 @@ class Prefetcher:
         def work() -> int:
             try:
                 return reader.host_bytes if self._read(reader, self._stop) else 0
+            except DamagedChunkError:
+                self._store.discard(reader.key)
+                return 0
             except (StoreError, OSError) as error:
                 _log.debug("chunk %s was not brought into host memory: %s", reader.key, error)
                 return 0
@@ -181,23 +188,17 @@ class Prefetcher:
                     return reader.host_bytes
             room.left = 0  # all there is in use: what comes next won't fit either
         except (StoreError, OSError) as error:
+            # Damage too: the request finds it again, and its report then tells.
             _log.debug("chunk %s was not read ahead: %s", key, error)
         return 0
 
     def _read(self, reader: ChunkReader, stop: threading.Event) -> bool:
         """Read all rows, layer by layer, so that it can be stopped in between; whether the chunk is in host memory then."""
-        try:
-            for layer in range(len(reader.layout.layers)):
-                if stop.is_set() or self._stop.is_set():
-                    return False
-                reader.read(layer, reader.layout.tokens)
-            return reader.promote()
-        except DamagedChunkError as error:
-            # A read ahead leaves it to the request, whose report then tells.
-            if stop is self._stop:
-                self._store.discard(reader.key)
-            _log.debug("chunk %s was not brought into host memory: %s", reader.key, error)
-            return False
+        for layer in range(len(reader.layout.layers)):
+            if stop.is_set() or self._stop.is_set():
+                return False
+            reader.read(layer, reader.layout.tokens)
+        return reader.promote()
 
     def _release(self, reader: ChunkReader) -> None:
         with self._lock:
