@@ -40,7 +40,7 @@ from cachetune_rag.stats import EngineStats, RequestCounter
 from cachetune_rag.telemetry.observer import Observers, new_request_id
 from cachetune_rag.tuning import TuneProgress, TuningResult
 from cachetune_rag.tuning.saved import SavedTunings
-from cachetune_rag.tuning.tuner import R_MAX, ROUNDS, TOKENS, Tuner
+from cachetune_rag.tuning.tuner import R_MAX, ROUNDS, TOKENS, Tuner, TuningPlan
 from cachetune_store import ChunkKey, ChunkStore, Namespace, StoreError, UnknownDocumentError
 from cachetune_store.histogram import Histogram
 
@@ -471,17 +471,8 @@ class CacheTune:
             CacheTuneError: chunks left the store while it was tuned.
         """
         self._check_open()
-        tuner = Tuner(
-            self,
-            tier=tier,
-            selector=selector,
-            r_min=r_min,
-            r_max=r_max,
-            rounds=rounds,
-            tokens=tokens,
-            progress=progress,
-        )
-        return tuner.run(samples)
+        plan = TuningPlan.of(tier=tier, selector=selector, r_min=r_min, r_max=r_max, rounds=rounds, tokens=tokens)
+        return Tuner(self, plan, progress).run(samples)
 
     # -- state ----------------------------------------------------------------------------------------------------
 

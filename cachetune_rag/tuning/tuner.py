@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from cachetune_rag.assembly import TIERS
 from cachetune_rag.config import PAPER, resolve
 from cachetune_rag.errors import ConfigError
 from cachetune_rag.prompt import Prompt
@@ -46,27 +48,20 @@ MakeMeasure = Callable[["CacheTune", Sequence[Prompt], str, str], AbstractContex
 """(engine, prompts, tier, selector) -> what measures there."""
 
 
-class Tuner:
-    """Tunes one selector on one engine, and saves the result.
+@dataclass(frozen=True)
+class TuningPlan:
+    """What to tune, checked as far as that needs no engine. Attributes as the arguments of `CacheTune.tune`."""
 
-    Args:
-        engine: the engine.
-        tier: the tier to tune for, or "auto": each that chunks can come from.
-        selector: whose ratio is sought, or "auto".
-        r_min: the least ratio, in [0, 1]; None: the calibrated one, or the paper's 0.15 where there is none.
-        r_max: the largest ratio.
-        rounds: times that every setting is measured; the median counts.
-        tokens: chunk tokens of a made prompt.
-        progress: called after every measured setting.
-        measure: what measures; another one for tests.
+    tier: str
+    selector: str
+    r_min: float | None
+    r_max: float
+    rounds: int
+    tokens: int
 
-    Raises:
-        ConfigError: an argument is out of range.
-    """
-
-    def __init__(
-        self,
-        engine: CacheTune,
+    @classmethod
+    def of(
+        cls,
         *,
         tier: str = "auto",
         selector: str = "auto",
@@ -74,28 +69,61 @@ class Tuner:
         r_max: float = R_MAX,
         rounds: int = ROUNDS,
         tokens: int = TOKENS,
+    ) -> TuningPlan:
+        """Check the arguments.
+
+        Raises:
+            ConfigError: one of them is out of range.
+        """
+        if tier not in (*TIERS, "auto"):
+            raise ConfigError(f"tier is {tier!r}: use {', '.join(map(repr, TIERS))} or 'auto'.")
+        name = resolve(selector, 0).selector
+        if name in _NO_RATIO:
+            raise ConfigError(f"selector {name!r} goes by no ratio, so there is none to find: use another.")
+        for label, share in (("r_min", r_min), ("r_max", r_max)):
+            if share is not None and not _is_share(share):
+                raise ConfigError(f"{label} is {share!r}: use a number from 0 to 1.")
+        if r_min is not None:
+            _check_order(r_min, r_max)
+        for label, count in (("rounds", rounds), ("tokens", tokens)):
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise ConfigError(f"{label} is {count!r}: use a whole number, at least 1.")
+        return cls(tier, name, r_min, float(r_max), rounds, tokens)
+
+
+class Tuner:
+    """Tunes one selector on one engine, and saves the result.
+
+    Args:
+        engine: the engine.
+        plan: what to tune.
+        progress: called after every measured setting.
+        measure: what measures; another one for tests.
+
+    Raises:
+        ConfigError: the engine's store lacks the tier, or the floor is above r_max.
+    """
+
+    def __init__(
+        self,
+        engine: CacheTune,
+        plan: TuningPlan,
         progress: Callable[[TuneProgress], None] | None = None,
         measure: MakeMeasure = TierMeasure,
     ):
         there = tiers_of(engine)
         if not there:
             raise ConfigError("the store has no host_budget and no folder, so no chunk is kept: give it one of both.")
-        if tier != "auto" and tier not in there:
-            raise ConfigError(f"tier is {tier!r}: use 'auto' or a tier that this store has ({', '.join(there)}).")
-        self._tiers = there if tier == "auto" else (tier,)
-        self._selector = resolve(selector, 0).selector
-        if self._selector in _NO_RATIO:
-            raise ConfigError(f"selector {self._selector!r} goes by no ratio, so there is none to find: use another.")
+        if plan.tier != "auto" and plan.tier not in there:
+            raise ConfigError(f"tier is {plan.tier!r}: use 'auto' or a tier that this store has ({', '.join(there)}).")
+        self._tiers = there if plan.tier == "auto" else (plan.tier,)
+        self._selector = plan.selector
         calibrated = engine.calibrated_ratio(self._selector)
-        self._calibrated = r_min is None and calibrated is not None
-        self._r_min = _share("r_min", r_min if r_min is not None else R_MIN if calibrated is None else calibrated)
-        self._r_max = _share("r_max", r_max)
-        if self._r_min > self._r_max:
-            raise ConfigError(f"r_min is {self._r_min:g}, above r_max {self._r_max:g}: raise r_max, or lower r_min.")
-        for name, value, least in (("rounds", rounds, 1), ("tokens", tokens, 1)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name} is {value!r}: use a whole number, at least {least}.")
-        self._engine, self._rounds, self._tokens = engine, rounds, tokens
+        self._calibrated = plan.r_min is None and calibrated is not None
+        self._r_min = plan.r_min if plan.r_min is not None else R_MIN if calibrated is None else calibrated
+        self._r_max = plan.r_max
+        _check_order(self._r_min, self._r_max)
+        self._engine, self._rounds, self._tokens = engine, plan.rounds, plan.tokens
         self._progress, self._make_measure = progress, measure
         self._saved = engine._tunings
 
@@ -175,7 +203,10 @@ class Tuner:
         return lines
 
 
-def _share(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ConfigError(f"{name} is {value!r}: use a number from 0 to 1.")
-    return float(value)
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _check_order(r_min: float, r_max: float) -> None:
+    if r_min > r_max:
+        raise ConfigError(f"r_min is {r_min:g}, above r_max {r_max:g}: raise r_max, or lower r_min.")
