@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -57,6 +57,8 @@ class AnswerStream:
         self._engine, self._prompt, self._config, self._plan, self._started = engine, prompt, config, plan, started
         self._report: Report | None = None
         self._answer: Answer | None = None
+        self.when_read: Callable[[], None] = lambda: None
+        """Called once the prompt's last reads from disk are on their way; set it before the first piece."""
         self._pieces = self._reserving()
 
     def __iter__(self) -> Iterator[str]:
@@ -98,7 +100,7 @@ class AnswerStream:
 
     def _run(self) -> Any:
         engine = self._engine
-        state = engine._run_prefill(self._prompt, self._config, self._started)
+        state = engine._run_prefill(self._prompt, self._config, self._started, self.when_read)
         tokens: list[int] = []
         text: list[str] = []
         stream = self._plan.text_stream()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,11 +20,20 @@ from cachetune_rag.model import KVBuffers, ModelAdapter
 from cachetune_rag.model.shift import ChunkShift
 from cachetune_rag.pipeline.device import DeviceLoader, Streams
 from cachetune_rag.pipeline.loader import DamagedSourceError, LayerLoader, Source
+from cachetune_rag.pipeline.prefetch import Prefetcher
 from cachetune_rag.prefix import PrefixCache
 from cachetune_rag.prompt import Prompt
 from cachetune_rag.report import Report
 from cachetune_rag.selection import ReusedChunk, get_selector
-from cachetune_store import ChunkKey, ChunkReader, ChunkStore, DamagedChunkError, make_key
+from cachetune_rag.selection.base import budget
+from cachetune_store import ChunkKey, ChunkReader, ChunkStore, make_key
+
+TIERS = ("device", "host", "disk")
+"""Fast ones first; any other is slower than these."""
+
+
+def _nothing() -> None:
+    """Nobody waits for the disk."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +78,25 @@ class _Plan:
 
 
 class Assembler:
-    """Prefills prompts with one model from one store. The caller holds the model's lock."""
+    """Prefills prompts with one model from one store. The caller holds the model's lock.
 
-    def __init__(self, adapter: ModelAdapter, store: ChunkStore, lead_ins: LeadIns, pool: ThreadPoolExecutor):
+    Args:
+        pool: threads that read ahead, layer by layer.
+        prefetcher: takes over chunks that a request read in part; None: what a request leaves unread stays on disk.
+        tuned: settings for a tier and codec in place of a request's that left them to the engine.
+    """
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        store: ChunkStore,
+        lead_ins: LeadIns,
+        pool: ThreadPoolExecutor,
+        prefetcher: Prefetcher | None = None,
+        tuned: Callable[[ReuseConfig, str, str], ReuseConfig] | None = None,
+    ):
         self._adapter, self._store, self._lead_ins, self._pool = adapter, store, lead_ins, pool
+        self._prefetcher, self._tuned = prefetcher, tuned
         self._prefixes = PrefixCache()
         self._streams: Streams | None = None
 
@@ -88,33 +112,68 @@ class Assembler:
         report = Report(len(prompt.ids), 0, 0, 0, {}, 1.0, "all", took, {"compute": took}, full=True)
         return PrefillState(logits, cache, report, prompt)
 
-    def prefill(self, prompt: Prompt, config: ReuseConfig, started: float) -> PrefillState:
-        """Prefill with reuse. A damaged chunk is set aside and the request starts over with that chunk missing."""
+    def prefill(
+        self, prompt: Prompt, config: ReuseConfig, started: float, when_read: Callable[[], None] = _nothing
+    ) -> PrefillState:
+        """Prefill with reuse. A damaged chunk is set aside and the request starts over with that chunk missing.
+
+        `when_read()` is called once its last reads from disk are on their way (again if it starts over).
+        """
         damaged = 0
         while True:
             try:
-                return self._attempt(prompt, config, started, damaged)
+                return self._attempt(prompt, config, started, damaged, when_read)
             except DamagedSourceError as error:
                 self._store.discard(error.key)
                 damaged += 1
 
-    def _attempt(self, prompt: Prompt, config: ReuseConfig, started: float, damaged: int) -> PrefillState:
+    def transfer(self, prompt: Prompt) -> tuple[int, float]:
+        """Bring every row of a prompt's stored chunks to its place and compute nothing: (rows of a layer, seconds)."""
+        with ExitStack() as stack:
+            if self._adapter.device.type == "cuda":
+                stack.enter_context(torch.cuda.device(self._adapter.device))
+            readers: list[ChunkReader] = []
+            stack.callback(_close_all, readers)
+            found, *_ = self._look_up(prompt, readers)
+            buffers = self._adapter.new_buffers(len(prompt.ids))
+            self._wait()
+            clock = _Clock()
+            loader = self._loader([Source(r, start, r.layout.tokens) for start, r in found], buffers)
+            stack.callback(loader.close)
+            loader.begin()
+            for layer in range(self._adapter.num_layers):
+                loader.load(layer)
+            self._wait()
+            return sum(r.layout.tokens for _, r in found), clock.lap()
+
+    def _attempt(
+        self, prompt: Prompt, config: ReuseConfig, started: float, damaged: int, when_read: Callable[[], None]
+    ) -> PrefillState:
         with ExitStack() as stack:
             if self._adapter.device.type == "cuda":
                 stack.enter_context(
                     torch.cuda.device(self._adapter.device)
                 )  # kernels and streams go by the current one
             clock = _Clock()
-            found, missed, first_missed = self._look_up(prompt, stack)
+            readers: list[ChunkReader] = []
+            stack.callback(_close_all, readers)
+            found, missed, first_missed = self._look_up(prompt, readers)
             timings = {"lookup": clock.lap()}
+            if config.tunable and self._tuned is not None and found:
+                config = self._tuned(config, *_slowest(r for _, r in found))
             plan, probed = self._plan(prompt, found, config, stack)
             timings["select"] = clock.lap()
+            skipped = 0
             if plan is None:
+                when_read()
                 logits, cache = self._adapter.full_forward(self._ids(prompt))
             else:
                 loaded = plan.loader.seconds
-                if plan.shift is None:
-                    plan.loader.set_sources(_needed(plan.sources, plan.computed))
+                # A shift needs what is stored of the recomputed tokens too.
+                needed = _needed(plan.sources, plan.computed) if plan.shift is None else plan.sources
+                skipped = sum(s.reader.layout.tokens - s.rows for s in needed)
+                plan.loader.set_sources(needed)
+                plan.loader.when_asked(when_read)
                 plan.loader.begin()
                 ids, places = some_of(prompt, plan.computed)
                 logits = self._adapter.selective_forward(ids, places, plan.buffers, plan.loader.load, plan.shift)
@@ -127,7 +186,9 @@ class Assembler:
             read: dict[str, int] = {}
             for reader in {id(r): r for _, r in found}.values():
                 read[reader.tier] = read.get(reader.tier, 0) + reader.bytes_read
-                self._promote(reader)
+                if reader.tier == "disk" and self._prefetcher is not None:
+                    readers.remove(reader)
+                    self._prefetcher.finish(reader)
             if plan is not None:
                 self._prefixes.keep(plan.prefix, plan.buffers)
             kept = 0 if plan is None else plan.kept
@@ -146,6 +207,7 @@ class Assembler:
                 damaged=damaged,
                 recognised=prompt.recognised,
                 probed=probed,
+                skipped=skipped,
             )
             return PrefillState(logits, cache, report, prompt, first_missed)
 
@@ -160,49 +222,58 @@ class Assembler:
         kept = len(prefix) if self._prefixes.fill(prefix, buffers) else 0
         computed = torch.ones(len(prompt.ids), dtype=torch.bool)  # before the selector adds to it
         computed[:kept] = False
+        unread = torch.zeros_like(computed)
+        sources = []
         for start, reader in found:
-            computed[start : start + reader.layout.tokens] = False
-        sources = [Source(reader, start, reader.layout.tokens) for start, reader in found]
+            tokens = reader.layout.tokens
+            source = Source(reader, start, tokens - budget(config.skipped, tokens))
+            # What is skipped is computed from the first layer on, also by a selector that looks at layers.
+            computed.index_fill_(0, source.places[: source.rows], False)
+            unread.index_fill_(0, source.places[source.rows :], True)
+            sources.append(source)
         loader = self._loader(sources, buffers)
         stack.callback(loader.close)
         computed[-1] = True  # also where a prompt ends in a chunk: the answer starts from it
-        context = RequestContext(self._adapter, prompt, found, computed, buffers, loader)
-        selector = get_selector(config.selector)
-        computed = computed.index_fill(0, selector.select(context, config.ratio), True)
+        context = RequestContext(self._adapter, prompt, sources, computed, buffers, loader)
+        shift = None
+        if config.skipped < config.ratio or not config.skipped:
+            selector = get_selector(config.selector)
+            computed = computed.index_fill(0, selector.select(context, config.ratio), True)
+            shift = _shift(selector.shift, context.chunks, computed & ~unread)
         if bool(computed[kept:].all()):
             return None, context.probed
-        shift = _shift(selector.shift, context.chunks, computed)
         return _Plan(computed, prefix, kept, sources, buffers, loader, shift), context.probed
 
-    def _promote(self, reader: ChunkReader) -> None:
-        """Let the next request find the chunk in host memory. The answer is out, so damage is only set aside."""
-        try:
-            reader.promote()
-        except DamagedChunkError:
-            self._store.discard(reader.key)
+    def _look_up(
+        self, prompt: Prompt, opened: list[ChunkReader]
+    ) -> tuple[list[tuple[int, ChunkReader]], int, tuple[int, ...]]:
+        """Open the chunks of the prompt: (start, reader) of each that is stored, missed tokens, missed chunk numbers.
 
-    def _look_up(self, prompt: Prompt, stack: ExitStack) -> tuple[list[tuple[int, ChunkReader]], int, tuple[int, ...]]:
-        """Open the chunks of the prompt: (start, reader) of each that is stored, missed tokens, missed chunk numbers."""
+        `opened` gets every reader, for the caller to close.
+        """
+        namespace = self._lead_ins.namespace
+        keys = {ids: make_key(namespace, ids) for ids in dict.fromkeys(prompt.chunk_ids) if ids}
+        if self._prefetcher is not None:
+            self._prefetcher.settle(keys.values())
         readers: dict[ChunkKey, ChunkReader | None] = {}
         found: list[tuple[int, ChunkReader]] = []
         missed, first_missed = 0, []
-        namespace = self._lead_ins.namespace
         for span in prompt.spans:
             ids = prompt.chunk_ids[span.chunk]
             if not ids:
                 continue
-            key = make_key(namespace, ids)
+            key = keys[ids]
             if key not in readers:
                 reader = self._store.open(key)
                 readers[key] = reader
                 if reader is None:
                     first_missed.append(span.chunk)
                 else:
-                    stack.enter_context(reader)
-            if (opened := readers[key]) is None:
+                    opened.append(reader)
+            if (reader := readers[key]) is None:
                 missed += len(ids)
             else:
-                found.append((span.start, opened))
+                found.append((span.start, reader))
         return found, missed, tuple(first_missed)
 
     def _loader(self, sources: Sequence[Source], buffers: KVBuffers) -> LayerLoader:
@@ -221,18 +292,40 @@ class Assembler:
             torch.cuda.synchronize(self._adapter.device)
 
 
-def _shift(strength: float, chunks: Sequence[ReusedChunk], computed: Tensor) -> ChunkShift | None:
+def _shift(strength: float, chunks: Sequence[ReusedChunk], selected: Tensor) -> ChunkShift | None:
     """The chunk shift of what is reused; None where nothing moves.
 
     Only a chunk that is a mean over lead-ins is shifted. What was captured behind one lead-in is off by that lead-in too,
     which the shift would carry along (docs/selection.md, "Cautions about the shift").
+
+    Args:
+        strength: the selector's.
+        chunks: the reused chunks.
+        selected: bool [length], the recomputed tokens whose stored rows are read: of others no difference is known.
     """
     spans = []
     for chunk in chunks if strength else ():
         start, end = chunk.start, chunk.start + chunk.tokens
-        if chunk.deviations is not None and 0 < int(computed[start:end].sum()) < chunk.tokens:
+        if chunk.deviations is not None and 0 < int(selected[start:end].sum()) < chunk.tokens - chunk.skipped:
             spans.append((start, end))
-    return ChunkShift(strength, spans) if spans else None
+    return ChunkShift(strength, spans, selected if any(c.skipped for c in chunks) else None) if spans else None
+
+
+def _close_all(readers: Sequence[ChunkReader]) -> None:
+    for reader in readers:
+        reader.close()
+
+
+def _slowest(readers: Iterable[ChunkReader]) -> tuple[str, str]:
+    """The slowest tier among chunks, and the codec of most of their tokens there."""
+    tokens: dict[tuple[int, str, str], int] = {}
+    for reader in readers:
+        rank = TIERS.index(reader.tier) if reader.tier in TIERS else len(TIERS)
+        place = rank, reader.tier, reader.layout.codec
+        tokens[place] = tokens.get(place, 0) + reader.layout.tokens
+    slowest = max(rank for rank, *_ in tokens)
+    _, tier, codec = max((place for place in tokens if place[0] == slowest), key=lambda place: tokens[place])
+    return tier, codec
 
 
 def _needed(sources: Sequence[Source], computed: Tensor) -> list[Source]:

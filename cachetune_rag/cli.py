@@ -21,6 +21,8 @@ from cachetune_rag.commands.precompute import EPILOG as PRECOMPUTE_EPILOG
 from cachetune_rag.commands.precompute import precompute
 from cachetune_rag.commands.prune import EPILOG as PRUNE_EPILOG
 from cachetune_rag.commands.prune import prune
+from cachetune_rag.commands.tune import EPILOG as TUNE_EPILOG
+from cachetune_rag.commands.tune import tune
 from cachetune_rag.commands.upkeep import REMOVE_EPILOG, STATS_EPILOG, VERIFY_EPILOG, remove, stats, verify
 
 _HELP = (
@@ -57,6 +59,7 @@ def _add(command: Callable[..., None], epilog: str) -> None:
 _add(precompute, PRECOMPUTE_EPILOG)
 _add(ask, ASK_EPILOG)
 _add(calibrate, CALIBRATE_EPILOG)
+_add(tune, TUNE_EPILOG)
 _add(stats, STATS_EPILOG)
 _add(verify, VERIFY_EPILOG)
 _add(remove, REMOVE_EPILOG)

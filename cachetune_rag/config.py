@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cachetune_rag.errors import ConfigError
@@ -17,10 +17,21 @@ class ReuseConfig:
     Attributes:
         selector: name of a registered selector.
         ratio: share of the chunk tokens that is recomputed, in [0, 1].
+        skipped: how much of that is not even read: the top of each chunk's offline ranking is recomputed unseen, and the selector
+            chooses the rest of `ratio` among what is read. For tiers that are slow against compute; at most `ratio`.
+        tunable: the request left the ratio to the engine, so numbers tuned for the chunks' tier go before these.
     """
 
     selector: str = "expected_error"
     ratio: float = 0.15
+    skipped: float = 0.0
+    tunable: bool = field(default=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.skipped <= self.ratio:
+            raise ConfigError(
+                f"skipped is {self.skipped!r}, which is part of the ratio: use a share from 0 to {self.ratio!r}."
+            )
 
 
 AUTO = ReuseConfig()
@@ -43,9 +54,7 @@ def resolve(selector: Any, ratio: Any, auto: ReuseConfig = AUTO) -> ReuseConfig:
         raise ConfigError(f"selector is {selector!r}: use 'auto' or one of {', '.join(selector_names())}.")
     get_selector(selector)
     if isinstance(ratio, str) and ratio == "auto":
-        ratio = auto.ratio
-    elif (
-        isinstance(ratio, bool) or not isinstance(ratio, int | float) or not math.isfinite(ratio) or not 0 <= ratio <= 1
-    ):
+        return ReuseConfig(selector, auto.ratio, tunable=True)
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not math.isfinite(ratio) or not 0 <= ratio <= 1:
         raise ConfigError(f"ratio is {ratio!r}: use 'auto' or a number from 0 (recompute nothing) to 1 (everything).")
     return ReuseConfig(selector, float(ratio))

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from cachetune_rag.model import KVBuffers, ModelAdapter
-from cachetune_rag.pipeline.loader import LayerLoader
+from cachetune_rag.pipeline.loader import LayerLoader, Source
 from cachetune_rag.prompt import Prompt
 from cachetune_rag.selection import ReusedChunk
-from cachetune_store import ChunkReader
 
 
 class RequestContext:
@@ -22,7 +21,7 @@ class RequestContext:
     Args:
         adapter: the model.
         prompt: the prompt.
-        found: (start, reader) of each reused chunk.
+        sources: the reused chunks, with the rows of each that are read.
         computed: bool [length], the tokens that are computed whatever is selected.
         buffers, loader: where the KV is put together, and what brings it.
 
@@ -34,12 +33,12 @@ class RequestContext:
         self,
         adapter: ModelAdapter,
         prompt: Prompt,
-        found: Sequence[tuple[int, ChunkReader]],
+        sources: Sequence[Source],
         computed: Tensor,
         buffers: KVBuffers,
         loader: LayerLoader,
     ):
-        self.chunks = [ReusedChunk(at, r.order, r.scores, r.deviations) for at, r in found]
+        self.chunks = [_chunk(source) for source in sources]
         self.length, self.num_layers = len(prompt.ids), adapter.num_layers
         self.probed = 0
         self._adapter, self._prompt, self._computed = adapter, prompt, computed
@@ -107,6 +106,11 @@ class RequestContext:
                 usual = torch.cat(known).float().mean(0) if usual is None else usual
                 rows.copy_(usual.expand_as(rows))
         return table
+
+
+def _chunk(source: Source) -> ReusedChunk:
+    reader = source.reader
+    return ReusedChunk(source.start, reader.order, reader.scores, reader.deviations, reader.layout.tokens - source.rows)
 
 
 # On the host, NumPy: it reads a long tuple faster than torch, and wakes no threads for a few thousand numbers.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -28,15 +28,20 @@ from cachetune_rag.loading import load_model
 from cachetune_rag.model import ModelAdapter
 from cachetune_rag.model.fingerprint import model_fingerprint, tokenizer_fingerprint
 from cachetune_rag.model_lock import ModelLock
+from cachetune_rag.pipeline.prefetch import Prefetch, Prefetcher
 from cachetune_rag.precompute import Precomputer, Progress
 from cachetune_rag.profiles import Profiles
 from cachetune_rag.prompt import Chunk, Prompt, PromptBuilder, Segment
 from cachetune_rag.recognition import StoreRecognizer
 from cachetune_rag.report import PrecomputeSummary
+from cachetune_rag.request_queue import generate_many
 from cachetune_rag.selection.probe import ProbeSelector
 from cachetune_rag.stats import EngineStats, RequestCounter
 from cachetune_rag.telemetry.observer import Observers, new_request_id
-from cachetune_store import ChunkStore, Namespace, StoreError, UnknownDocumentError
+from cachetune_rag.tuning import TuneProgress, TuningResult
+from cachetune_rag.tuning.saved import SavedTunings
+from cachetune_rag.tuning.tuner import R_MAX, ROUNDS, TOKENS, Tuner, TuningPlan
+from cachetune_store import ChunkKey, ChunkStore, Namespace, StoreError, UnknownDocumentError
 from cachetune_store.histogram import Histogram
 
 _log = logging.getLogger(__name__)
@@ -117,7 +122,11 @@ class CacheTune:
         """What stands before chunks while they are computed."""
         self.profiles = Profiles(self.store.path)
         self._pool = ThreadPoolExecutor(4, "cachetune-read")
-        self._assembler = Assembler(self.adapter, self.store, self.lead_ins, self._pool)
+        self._prefetcher = Prefetcher(self.store)
+        self._tunings = SavedTunings(self)
+        self._assembler = Assembler(
+            self.adapter, self.store, self.lead_ins, self._pool, self._prefetcher, self._tunings.apply
+        )
         if batch_tokens is None:
             batch_tokens = 8192 if self.adapter.device.type == "cuda" else 0
         self._recognizer = StoreRecognizer(self.store, self.lead_ins)
@@ -297,6 +306,43 @@ class CacheTune:
         )
         return AnswerStream(self, prompt, config if reuse else None, plan, started)
 
+    def generate_many(self, requests: Iterable[Any], **options: Any) -> Iterator[Answer]:
+        """Answer requests one after another, in order; while one computes, the next one's chunks are read from disk.
+
+        They are read into host memory, within the store's `host_budget`; answers are those of `generate`. The next request is
+        taken from `requests` before the one at hand is answered.
+
+        Args:
+            requests: dicts of arguments of `generate`, or prompts; any iterable.
+            options: arguments for all of them, such as max_new_tokens; a request's own go first.
+
+        Raises:
+            ConfigError, PromptError, PromptTooLongError: on a request's turn; those before it were answered.
+        """
+        self._check_open()
+        return generate_many(self, requests, options)
+
+    def prefetch(self, chunks: Sequence[str] = (), *, prompt: Prompt | None = None) -> Prefetch:
+        """Have a coming request's chunks read from disk into host memory, on threads of their own; returns at once.
+
+        It fills at most the store's `host_budget`. Chunks that aren't stored are left to the request, and so is any error of
+        reading. A request that begins meanwhile ends the prefetch of its own chunks.
+
+        Args:
+            chunks: texts of the chunks, the most wanted first.
+            prompt: a prompt from `engine.prompts`, instead of chunks.
+        """
+        self._check_open()
+        if isinstance(chunks, str) or (chunks and prompt is not None):
+            raise ConfigError("prefetch takes either chunks=, a list of strings, or prompt=.")
+        texts = tuple(chunks)
+
+        def keys() -> list[ChunkKey]:
+            every = map(self.prompts.encode, texts) if prompt is None else prompt.chunk_ids
+            return [self._assembler.key(ids) for ids in every if ids]
+
+        return self._prefetcher.fetch(keys)
+
     def prefill(
         self,
         query: str | None = None,
@@ -390,6 +436,44 @@ class CacheTune:
         """The ratio that `calibrate` saved for a selector, the least that keeps its bound; None if there is none."""
         return saved_ratio(self.profiles, self._profile_key(resolve(selector, 0).selector))
 
+    # -- tuning ---------------------------------------------------------------------------------------------------
+
+    def tune(
+        self,
+        samples: Iterable[Any] | None = None,
+        *,
+        tier: str = "auto",
+        selector: str = "auto",
+        r_min: float | None = None,
+        r_max: float = R_MAX,
+        rounds: int = ROUNDS,
+        tokens: int = TOKENS,
+        progress: Callable[[TuneProgress], None] | None = None,
+    ) -> TuningResult:
+        """Measure, for each tier, at which ratio the first token comes soonest on this machine, and save it.
+
+        From then on `ratio="auto"` means that ratio for requests whose slowest chunk comes from that tier, in this engine and in
+        later ones on this store with the same model, hardware and codec. docs/tuning.md says how it is sought.
+
+        Args:
+            samples: dicts with query, chunks and perhaps prefix, as for `generate`, or prompts; chunks that aren't stored are
+                precomputed. None: prompts made of stored chunks.
+            tier: "host", "disk", or "auto": each that chunks can come from.
+            selector: whose ratio is sought: a registered name or "auto".
+            r_min: the least ratio; None: the calibrated one, or 0.15 where nothing was calibrated.
+            r_max: the largest ratio.
+            rounds: times that every setting is measured; the median counts.
+            tokens: chunk tokens of a made prompt. Times depend on it: take your prompts' size.
+            progress: called after every measured setting.
+
+        Raises:
+            ConfigError, PromptError: an argument or a sample can't be used, or there is nothing stored to measure with.
+            CacheTuneError: chunks left the store while it was tuned.
+        """
+        self._check_open()
+        plan = TuningPlan.of(tier=tier, selector=selector, r_min=r_min, r_max=r_max, rounds=rounds, tokens=tokens)
+        return Tuner(self, plan, progress).run(samples)
+
     # -- state ----------------------------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
@@ -407,6 +491,7 @@ class CacheTune:
                 return
             self._closed = True
         self._fidelity.close()
+        self._prefetcher.close()
         self._pool.shutdown(wait=True)
         if self._owns_store:
             self.store.close()
@@ -448,13 +533,20 @@ class CacheTune:
     def _profile_key(self, selector: str) -> dict[str, str]:
         return profile_key(self.namespace, selector, self.store.codec)
 
-    def _run_prefill(self, prompt: Prompt, config: ReuseConfig | None, started: float) -> PrefillState:
+    def _run_prefill(
+        self,
+        prompt: Prompt,
+        config: ReuseConfig | None,
+        started: float,
+        when_read: Callable[[], None] = lambda: None,
+    ) -> PrefillState:
         with self._lock:
             self._check_open()
             if config is None:
+                when_read()
                 state = self._assembler.full_prefill(prompt, started)
             else:
-                state = self._assembler.prefill(prompt, config, started)
+                state = self._assembler.prefill(prompt, config, started, when_read)
         report = replace(state.report, request_id=new_request_id())
         self._counter.add(report)
         self.observers.prefilled(report)

@@ -28,6 +28,7 @@ class Report:
         request_id: names the request in logs and spans.
         probed: token-layers that the selector had run to choose (a token through a layer is one). `computed` times the
             model's layers is what the rest of the request ran.
+        skipped: of the recomputed tokens, those whose stored KV was not read (but in layers that a selector looked at).
     """
 
     prompt_tokens: int
@@ -45,6 +46,7 @@ class Report:
     full: bool = False
     request_id: str = ""
     probed: int = 0
+    skipped: int = 0
 
     @property
     def slowest_tier(self) -> str:

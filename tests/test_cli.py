@@ -125,13 +125,14 @@ def test_help_imports_nothing_heavy_and_is_quick() -> None:
         "remove",
         "prune",
         "calibrate",
+        "tune",
         "A first run",
         "--model ./my-model",
     ):
         assert word in done.stdout
 
 
-@pytest.mark.parametrize("command", ["precompute", "ask", "stats", "verify", "remove", "prune", "calibrate"])
+@pytest.mark.parametrize("command", ["precompute", "ask", "stats", "verify", "remove", "prune", "calibrate", "tune"])
 def test_every_command_explains_itself_with_an_example(cli: Cli, command: str) -> None:
     done = cli(command, "--help")
     assert "Example" in done.out

@@ -20,18 +20,18 @@ _NO_LIMIT = 1 << 62
 """Disk budget of commands that add nothing: opening a store must not shrink it."""
 
 
-def open_existing(path: Path) -> ChunkStore:
-    """The store at `path` as it is: nothing is evicted, and nothing is kept in memory.
+def open_existing(path: Path, host_budget: str = "0") -> ChunkStore:
+    """The store at `path` as it is: nothing is evicted, and no more than `host_budget` is kept in memory.
 
     Raises:
-        UsageError: there is no store.
+        UsageError: there is no store, or the budget is no byte count.
         StoreError: it can't be used.
     """
     if not (path / _MARK).is_file():
         raise UsageError(
             f"no store at {path}: check --store, or make one with 'cachetune precompute PATH --model M --store {path}'."
         )
-    return _open(path, "exact", 0, _NO_LIMIT)
+    return _open(path, "exact", parse_budget(host_budget, "--host-budget"), _NO_LIMIT)
 
 
 def open_for_writing(path: Path, *, codec: str, host_budget: str, disk_budget: str) -> ChunkStore:

@@ -34,11 +34,13 @@ class ChunkShift:
         strength: lambda of docs/selection.md, from 0 to 1.
         spans: (start, end) of each chunk, ascending; all of their stored rows must stand in the buffers, those of recomputed
             tokens too.
+        known: bool [length], the recomputed tokens whose stored rows do stand there, where not all do: S is of these alone.
         kappa: how many tokens' worth of doubt.
     """
 
     strength: float
     spans: Sequence[tuple[int, int]]
+    known: Tensor | None = None
     kappa: float = KAPPA
 
 
@@ -53,6 +55,8 @@ class RowShift:
 
     def __init__(self, shift: ChunkShift, positions: Tensor, turns: Sequence[Turn | None]):
         places = positions.cpu()
+        known = torch.arange(len(places)) if shift.known is None else shift.known[places].nonzero()[:, 0]
+        places = places[known]
         bounds = torch.searchsorted(places, torch.tensor(shift.spans, dtype=torch.int64).view(-1, 2))
         touched = [(*span, *b) for span, b in zip(shift.spans, bounds.tolist(), strict=True) if b[0] < b[1]]
         self._spans = [(start, end) for start, end, _, _ in touched]
@@ -63,7 +67,7 @@ class RowShift:
         for row, (_, _, first, last) in enumerate(touched):
             weights[row, column : column + last - first] = shift.strength / (last - first + shift.kappa)
             column += last - first
-        self._inside, self._weights = inside.to(positions.device), weights.to(positions.device)
+        self._inside, self._weights = known[inside].to(positions.device), weights.to(positions.device)
         self._places = positions[self._inside]
         self._turns = turns
         self._back: dict[int, tuple[Tensor, Tensor]] = {}

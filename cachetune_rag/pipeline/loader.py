@@ -7,7 +7,7 @@ is decoded, rotated to its positions (deferred RoPE) and scattered in one go for
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -74,6 +74,7 @@ class LayerLoader:
         self._loaded = [0] * adapter.num_layers
         self._ahead: dict[int, list[Future[Tensor]]] = {}
         self.seconds = 0.0
+        self._when_asked: Callable[[], None] | None = None
         self._wanted: list[tuple[int, int, int]] | None = None
         self.set_sources(sources)
 
@@ -159,6 +160,23 @@ class LayerLoader:
         for ahead in range(layer, min(layer + 1 + READ_AHEAD, self._adapter.num_layers)):
             if ahead not in self._ahead and not self._loaded[ahead]:
                 self._ahead[ahead] = [self._pool.submit(_read, s, ahead) for s in self._sources]
+        if self._when_asked is not None and self._all_asked():
+            asked, self._when_asked = self._when_asked, None
+            asked()
+
+    def when_asked(self, call: Callable[[], None]) -> None:
+        """Have `call()` made once the last reads from disk are on their way, which may be now: the disk is free for others.
+
+        The sources must be final.
+        """
+        if self._all_asked():
+            call()
+        else:
+            self._when_asked = call
+
+    def _all_asked(self) -> bool:
+        layers = range(self._adapter.num_layers)
+        return not self._read_ahead or all(self._loaded[layer] or layer in self._ahead for layer in layers)
 
     def drain(self) -> None:
         """Wait for reads under way and drop them; the readers may be closed afterwards."""

@@ -23,17 +23,30 @@ class ReusedChunk:
         deviations: float16 [tokens, 2 * sum over layers of kv_heads], as stored: how far the token's key and value moved
             from one lead-in to another, a column a head, keys before values, layer by layer. None where there was a single
             lead-in and nothing is known.
+        skipped: the last `skipped` tokens of the ranking are recomputed whatever the selector says; their KV isn't read, so
+            there is nothing to choose about them.
     """
 
     start: int
     order: Tensor
     scores: Tensor
     deviations: Tensor | None = None
+    skipped: int = 0
 
     @property
     def tokens(self) -> int:
         """Number of its tokens."""
         return int(self.order.shape[0])
+
+    def budget(self, ratio: float) -> int:
+        """How many tokens of this chunk are left to choose, if `ratio` of all of it is to be recomputed."""
+        return max(0, budget(ratio, self.tokens) - self.skipped)
+
+    def places(self) -> Tensor:
+        """Places in the prompt of the tokens that can be chosen, int64, ascending."""
+        if not self.skipped:
+            return torch.arange(self.start, self.start + self.tokens)
+        return self.start + self.order[: self.tokens - self.skipped].sort().values
 
 
 class SelectionContext(Protocol):
@@ -98,10 +111,11 @@ class Selector(ABC):
 
         Args:
             context: the request.
-            ratio: share of the chunk tokens, in [0, 1].
+            ratio: share of the chunk tokens that is recomputed in all, in [0, 1]: those that a chunk's `skipped` counts, and
+                those to choose (`ReusedChunk.budget`, or `total_budget` over all chunks).
 
         Returns:
-            int64 [selected], places of chunk tokens, each at most once, in any order.
+            int64 [selected], places of chunk tokens that are not skipped, each at most once, in any order.
         """
 
 
@@ -126,6 +140,11 @@ def top_set(scores: Tensor, count: int) -> Tensor:
     return torch.cat((above, level)).sort().values
 
 
+def total_budget(chunks: Sequence[ReusedChunk], ratio: float) -> int:
+    """How many tokens are left to choose over all chunks, if `ratio` of their tokens is to be recomputed."""
+    return max(0, budget(ratio, sum(c.tokens for c in chunks)) - sum(c.skipped for c in chunks))
+
+
 def all_places(chunks: Sequence[ReusedChunk]) -> Tensor:
-    """Places of every token of the chunks, int64, in prompt order."""
-    return torch.cat([torch.arange(c.start, c.start + c.tokens) for c in chunks] or [torch.empty(0, dtype=torch.int64)])
+    """Places of every token of the chunks that can be chosen, int64, in prompt order."""
+    return torch.cat([c.places() for c in chunks] or [torch.empty(0, dtype=torch.int64)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cachetune_rag.selection.base import SelectionContext, Selector, budget
+from cachetune_rag.selection.base import SelectionContext, Selector
 
 
 class ChunkHeadSelector(Selector):
@@ -15,5 +15,5 @@ class ChunkHeadSelector(Selector):
 
     def select(self, context: SelectionContext, ratio: float) -> Tensor:
         """See `Selector.select`."""
-        picked = [torch.arange(c.start, c.start + budget(ratio, c.tokens)) for c in context.chunks]
+        picked = [c.places()[: c.budget(ratio)] for c in context.chunks]
         return torch.cat(picked) if picked else torch.empty(0, dtype=torch.int64)

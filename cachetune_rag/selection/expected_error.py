@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cachetune_rag.selection.base import SelectionContext, Selector, all_places, budget, top_set
+from cachetune_rag.selection.base import SelectionContext, Selector, all_places, top_set, total_budget
 
 
 class ExpectedErrorSelector(Selector):
@@ -32,7 +32,7 @@ class ExpectedErrorSelector(Selector):
     def select(self, context: SelectionContext, ratio: float) -> Tensor:
         """See `Selector.select`."""
         places = all_places(context.chunks)
-        count = budget(ratio, len(places))
+        count = total_budget(context.chunks, ratio)
         if count in (0, len(places)):
             return places[:count]
         error = context.expected_error(self.layers(context.num_layers), self.queries)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cachetune_rag.selection.base import SelectionContext, Selector, budget
+from cachetune_rag.selection.base import SelectionContext, Selector
 
 ALPHA = 0.5
 """Share of the lowest frequencies that is kept, as published."""
@@ -60,5 +60,6 @@ class FrequencySelector(Selector):
 
     def select(self, context: SelectionContext, ratio: float) -> Tensor:
         """See `Selector.select`. The last rows of a chunk's file are its top tokens, so they need not even be read."""
-        picked = [c.start + c.order[c.tokens - budget(ratio, c.tokens) :] for c in context.chunks]
+        ends = [(c, c.tokens - c.skipped) for c in context.chunks]
+        picked = [c.start + c.order[end - c.budget(ratio) : end] for c, end in ends]
         return torch.cat(picked) if picked else torch.empty(0, dtype=torch.int64)

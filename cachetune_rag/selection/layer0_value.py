@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cachetune_rag.selection.base import SelectionContext, Selector, all_places, budget, top_set
+from cachetune_rag.selection.base import SelectionContext, Selector, all_places, top_set, total_budget
 from cachetune_rag.selection.frequency import low_pass_norm
 
 ALPHA = 0.25
@@ -28,7 +28,7 @@ class Layer0ValueSelector(Selector):
     def select(self, context: SelectionContext, ratio: float) -> Tensor:
         """See `Selector.select`."""
         places = all_places(context.chunks)
-        count = budget(ratio, len(places))
+        count = total_budget(context.chunks, ratio)
         if count in (0, len(places)):
             return places[:count]
         _, values = context.reused_states(0)

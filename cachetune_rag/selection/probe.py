@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cachetune_rag.selection.base import SelectionContext, Selector, all_places, budget, top_set
+from cachetune_rag.selection.base import SelectionContext, Selector, all_places, top_set, total_budget
 
 
 class ProbeSelector(Selector):
@@ -28,7 +28,7 @@ class ProbeSelector(Selector):
     def select(self, context: SelectionContext, ratio: float) -> Tensor:
         """See `Selector.select`."""
         places = all_places(context.chunks)
-        count = budget(ratio, len(places))
+        count = total_budget(context.chunks, ratio)
         if count in (0, len(places)):
             return places[:count]
         layers = self.layers(context.num_layers)

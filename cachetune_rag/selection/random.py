@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cachetune_rag.selection.base import SelectionContext, Selector, all_places, budget
+from cachetune_rag.selection.base import SelectionContext, Selector, all_places, total_budget
 
 
 class RandomSelector(Selector):
@@ -17,4 +17,4 @@ class RandomSelector(Selector):
         """See `Selector.select`."""
         places = all_places(context.chunks)
         generator = torch.Generator().manual_seed(context.seed)
-        return places[torch.randperm(len(places), generator=generator)[: budget(ratio, len(places))]]
+        return places[torch.randperm(len(places), generator=generator)[: total_budget(context.chunks, ratio)]]

@@ -83,7 +83,8 @@ class Placement:
             self.misses += reader is None
         if reader is not None:
             reader.on_close = self._release
-            if reader.tier != self.host.name and self.host.fits(reader.head.plan.total):
+            # Nothing would be gained by reading all of a chunk that can't come up.
+            if reader.tier != self.host.name and self.host.fits(reader.host_bytes):
                 reader.on_promote = self._promote
         return reader
 

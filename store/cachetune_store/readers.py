@@ -90,6 +90,11 @@ class ChunkReader(ABC):
         """Seconds that read() spent on moving and checking rows so far, summed over threads."""
         return 0.0
 
+    @property
+    @abstractmethod
+    def host_bytes(self) -> int:
+        """Bytes of host memory that the whole chunk fills."""
+
     @abstractmethod
     def read(self, layer: int, rows: int) -> Tensor:
         """The first `rows` rows of a layer, uint8 [rows, row_bytes], on the host; threads may read different layers.
@@ -153,6 +158,12 @@ class HostReader(ChunkReader):
         self._addresses = chunk.addresses
         self._widths = chunk.head.plan.row_bytes
         self._tokens = chunk.head.layout.tokens
+        self._host_bytes = chunk.host_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        """See ChunkReader.host_bytes."""
+        return self._host_bytes
 
     def read(self, layer: int, rows: int) -> Tensor:
         """See ChunkReader.read."""
@@ -193,6 +204,11 @@ class DiskReader(ChunkReader):
     def seconds(self) -> float:
         """See ChunkReader.seconds."""
         return sum(self._seconds)
+
+    @property
+    def host_bytes(self) -> int:
+        """See ChunkReader.host_bytes."""
+        return self._pool.size_of(self.head.plan.total)
 
     def read(self, layer: int, rows: int) -> Tensor:
         """See ChunkReader.read. Rows that were read before are not read again."""

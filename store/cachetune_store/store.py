@@ -194,6 +194,17 @@ class ChunkStore:
         self._check_open()
         return self._placement.contains(key)
 
+    @property
+    def host_budget(self) -> int:
+        """Bytes that the host tier may hold."""
+        return self._placement.host.budget
+
+    def touch_host(self, key: ChunkKey) -> int:
+        """Bytes that a chunk fills in host memory, 0 if it isn't there; a use of it, but neither hit nor miss."""
+        self._check_open()
+        self._placement.host.touch(key)
+        return self._placement.host.size_of(key)
+
     def discard(self, key: ChunkKey) -> None:
         """Set aside a chunk whose read failed (DamagedChunkError), and count it. The next open() is a miss."""
         self._check_open()

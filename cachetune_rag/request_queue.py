@@ -1,0 +1,78 @@
+"""Several requests one after another, each one's chunks read from disk while the one before it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from cachetune_rag.errors import CacheTuneError, ConfigError
+from cachetune_rag.pipeline.prefetch import Prefetch
+from cachetune_rag.prompt import Prompt
+
+if TYPE_CHECKING:
+    from cachetune_rag.answer import Answer
+    from cachetune_rag.engine import CacheTune
+
+
+def generate_many(engine: CacheTune, requests: Iterable[Any], options: Mapping[str, Any]) -> Iterator[Answer]:
+    """See `CacheTune.generate_many`."""
+    queue = iter(requests)
+    request = _take(queue, options)
+    while request is not None:
+        if isinstance(request, Exception):
+            raise request
+        following = _take(queue, options)
+        ahead = _Ahead(engine, following)
+        try:
+            with engine.stream(**request) as pieces:
+                pieces.when_read = ahead.start
+                for _ in pieces:
+                    pass
+                answer = pieces.answer
+            yield answer
+        except BaseException:
+            ahead.cancel()
+            raise
+        request = following
+
+
+class _Ahead:
+    """The next request's chunks: read from when the disk is free. Reading ahead raises nothing."""
+
+    def __init__(self, engine: CacheTune, request: Mapping[str, Any] | Exception | None):
+        self._engine = engine
+        self._request = None if isinstance(request, Exception) else request
+        self._job: Prefetch | None = None
+
+    def start(self) -> None:
+        """Begin, once."""
+        request, self._request = self._request, None
+        if request is None or request.get("reuse") is False:
+            return
+        try:
+            self._job = self._engine.prefetch(request.get("chunks", ()), prompt=request.get("prompt"))
+        except (CacheTuneError, TypeError):
+            return  # the request itself will say so, when it is its turn
+
+    def cancel(self) -> None:
+        """The next request won't come."""
+        self._request = None
+        if self._job is not None:
+            self._job.cancel()
+
+
+def _take(queue: Iterator[Any], options: Mapping[str, Any]) -> dict[str, Any] | Exception | None:
+    """Arguments of the next request; None at the end. An error waits until it is the request's turn."""
+    try:
+        request = next(queue, None)
+    except Exception as error:
+        return error
+    if request is None:
+        return None
+    if isinstance(request, Prompt):
+        return {**options, "prompt": request}
+    if isinstance(request, Mapping):
+        return {**options, **request}
+    return ConfigError(
+        f"a request is a {type(request).__name__}: use a dict of arguments of generate (query, chunks, ...), or a Prompt."
+    )

@@ -1,0 +1,106 @@
+"""The search for one tier's setting, on whatever measures it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from cachetune_rag.tuning.golden import DIGITS, minimise
+from cachetune_rag.tuning.result import Point
+
+FINALISTS = 3
+"""Settings that are measured again, in turn, before one of them is chosen."""
+
+
+class Measured(Protocol):
+    """Times one setting."""
+
+    def ttft(self, ratio: float, skipped: float) -> float:
+        """Seconds to the first token, once: the mean over the prompts."""
+
+    def ready(self, ratio: float, skipped: float) -> None:
+        """Do what only a setting's first request pays for."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """The settings among which r is sought: at each r, how much of it is skipped.
+
+    `selected` is the selector's own share: what the quality floor asks for. Whatever is recomputed beyond it is so only because
+    that takes less time than reading, so it isn't read.
+    """
+
+    low: float
+    high: float
+    selected: float
+
+    def skipped(self, ratio: float) -> float:
+        """Share of the chunk tokens that is recomputed unread at `ratio`."""
+        return max(0.0, round(ratio - self.selected, DIGITS + 1))
+
+
+class Search:
+    """Golden-section search on medians of measured times.
+
+    Args:
+        measured: what times a setting.
+        rounds: times that each setting is measured; the median counts.
+        tolerance: how closely the ratio is sought.
+        tell: called after every setting, with its point and the best so far.
+    """
+
+    def __init__(
+        self,
+        measured: Measured,
+        *,
+        rounds: int = 3,
+        tolerance: float = 0.02,
+        tell: Callable[[Point, Point], None] | None = None,
+    ):
+        self._measured, self._rounds, self._tolerance, self._tell = measured, rounds, tolerance, tell
+        self._samples: dict[tuple[float, float], list[float]] = {}
+
+    def run(self, lines: list[Line], start: float) -> Point:
+        """The setting with the least time on any of the lines; `start` is the ratio to begin at."""
+        for line in lines:
+            minimise(
+                lambda ratio, line=line: self._time(ratio, line.skipped(ratio)),  # type: ignore[misc]
+                line.low,
+                line.high,
+                start=start,
+                tolerance=self._tolerance,
+            )
+        # One lucky round must not decide: the best are measured again, in turn, so that drift meets all of them alike.
+        best = sorted(self.points, key=lambda p: p.ttft)[:FINALISTS]
+        if len(best) > 1:
+            for _ in range(self._rounds):
+                for point in best:
+                    self._add(point.ratio, point.skipped)
+        return self._best()
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        """What was measured, by ratio."""
+        return tuple(self._point(*setting) for setting in sorted(self._samples))
+
+    def _time(self, ratio: float, skipped: float) -> float:
+        if (ratio, skipped) not in self._samples:
+            self._measured.ready(ratio, skipped)
+            for _ in range(self._rounds):
+                self._add(ratio, skipped)
+        point = self._point(ratio, skipped)
+        if self._tell is not None:
+            self._tell(point, self._best())
+        return point.ttft
+
+    def _add(self, ratio: float, skipped: float) -> None:
+        self._samples.setdefault((ratio, skipped), []).append(self._measured.ttft(ratio, skipped))
+
+    def _point(self, ratio: float, skipped: float) -> Point:
+        samples = self._samples[ratio, skipped]
+        return Point(ratio, skipped, statistics.median(samples), tuple(samples))
+
+    def _best(self) -> Point:
+        return min(self.points, key=lambda p: p.ttft)

@@ -1,0 +1,344 @@
+"""Reading ahead: what the next request needs comes from disk while this one computes, and nothing else changes.
+
+No test goes by the clock. A disk of one's own stops where it is told to, and waits end in a failure after a while.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import llama, tokenizer
+
+from cachetune_rag import CacheTune, ConfigError, Document, PromptError
+from cachetune_rag.errors import EngineClosedError
+from cachetune_rag.pipeline.prefetch import Prefetcher
+from cachetune_store import ChunkKey, ChunkStore, DamagedChunkError
+from cachetune_store.readers import DiskReader
+
+TEXTS = [
+    "The lighthouse was built in 1871 by three brothers from the next valley.",
+    "Its lamp burned whale oil until 1902, when paraffin reached the island.",
+    "The keeper's log for that winter names eleven ships and one balloon.",
+    "Visitors climb 214 steps; the last forty are a ladder.",
+]
+REQUESTS = [
+    {"query": "Who built it?", "chunks": TEXTS[:2]},
+    {"query": "How many steps?", "chunks": TEXTS[2:]},
+    {"query": "What burned?", "chunks": TEXTS[1:3], "ratio": 0.5},
+]
+PATIENCE = 20.0
+
+
+class Disk:
+    """Every read from disk, in order, by the thread that asks for it; `hold` makes reads of some chunks wait."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.reads: list[tuple[str, str]] = []
+        self.changed = threading.Condition()
+        self.hold: Callable[[str], bool] = lambda _key: False
+        self.fail: Callable[[str], bool] = lambda _key: False
+        real = DiskReader.read
+
+        def read(reader: DiskReader, layer: int, rows: int) -> torch.Tensor:
+            key = str(reader.key)
+            with self.changed:
+                self.reads.append((key, threading.current_thread().name))
+                self.changed.notify_all()
+                assert self.changed.wait_for(lambda: not self.hold(key), PATIENCE)
+            if self.fail(key):
+                raise DamagedChunkError(f"chunk {key}: made to fail")
+            return real(reader, layer, rows)
+
+        monkeypatch.setattr(DiskReader, "read", read)
+
+    def ahead(self) -> set[str]:
+        """Chunks that were read behind a request."""
+        return {key for key, thread in self.reads if thread.startswith("cachetune-prefetch")}
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        with self.changed:
+            assert self.changed.wait_for(condition, PATIENCE)
+
+    def release(self) -> None:
+        with self.changed:
+            self.hold = lambda _key: False
+            self.changed.notify_all()
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    return Disk(monkeypatch)
+
+
+@pytest.fixture
+def cold(tmp_path: Path) -> Iterator[CacheTune]:
+    """An engine whose chunks are on disk, with room for them in host memory."""
+    with opened(tmp_path) as engine:
+        yield engine
+
+
+def opened(folder: Path, **options: Any) -> CacheTune:
+    with CacheTune(llama(), tokenizer(), folder / "kv") as engine:
+        engine.precompute([Document("a", TEXTS)])
+    return CacheTune(llama(), tokenizer(), folder / "kv", **options)
+
+
+def key_of(engine: CacheTune, text: str) -> ChunkKey:
+    return engine._assembler.key(tuple(engine.prompts.encode(text)))
+
+
+def keys_of(engine: CacheTune, texts: list[str]) -> set[str]:
+    return {str(key_of(engine, text)) for text in texts}
+
+
+def in_host_memory(engine: CacheTune) -> set[str]:
+    return {str(key_of(engine, text)) for text in TEXTS if engine.store.touch_host(key_of(engine, text))}
+
+
+# -- generate_many ------------------------------------------------------------------------------------------------
+
+
+def test_the_answers_are_those_of_generate_in_order(cold: CacheTune) -> None:
+    answers = list(cold.generate_many(iter(REQUESTS), max_new_tokens=5, selector="frequency"))
+    with CacheTune(llama(), tokenizer()) as alone:
+        alone.precompute([Document("a", TEXTS)])
+        for request, answer in zip(REQUESTS, answers, strict=True):
+            expected = alone.generate(**{"max_new_tokens": 5, "selector": "frequency", **request})
+            assert (answer.text, answer.token_ids) == (expected.text, expected.token_ids)
+            assert answer.report.ratio == expected.report.ratio
+            assert answer.report.missed == 0
+
+
+def test_the_next_request_is_read_while_this_one_computes(
+    cold: CacheTune, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first request's last forward waits until all of the second's chunks were read: it would wait for ever otherwise."""
+    second = keys_of(cold, TEXTS[2:])
+    real = cold.adapter.forward
+    during: list[set[str]] = []
+
+    def forward(*args: Any) -> torch.Tensor:
+        if not during:
+            disk.wait_for(lambda: second <= disk.ahead())
+            during.append(disk.ahead())
+        return real(*args)
+
+    monkeypatch.setattr(cold.adapter, "forward", forward)
+    first, next_ = list(cold.generate_many(REQUESTS[:2], max_new_tokens=3, ratio=0.2, selector="frequency"))
+    assert set(first.report.bytes_read) == {"disk"}
+    assert second <= during[0]
+    assert set(next_.report.bytes_read) == {"host"}
+
+
+def test_it_begins_once_the_request_at_hand_has_all_its_reads_on_the_way(cold: CacheTune, disk: Disk) -> None:
+    # So two requests never share the disk while the first one waits for it.
+    first, second = keys_of(cold, TEXTS[:2]), keys_of(cold, TEXTS[2:])
+    list(cold.generate_many(REQUESTS[:2], max_new_tokens=1, ratio=0.2, selector="frequency"))
+    asked = [(key, layer) for layer, (key, _) in enumerate(disk.reads)]
+    began = min(place for key, place in asked if key in second)
+    threads = {thread.split("_")[0] for key, thread in disk.reads[:began] if key in first}
+    assert threads == {"cachetune-read"}
+    assert {key for key, _ in disk.reads[:began]} == first
+
+
+def test_what_is_under_way_when_its_request_comes_is_waited_for_and_the_rest_left_to_it(
+    cold: CacheTune, disk: Disk
+) -> None:
+    slow = str(key_of(cold, TEXTS[2]))
+    job = cold.prefetch(TEXTS[2:])
+    assert job.wait(PATIENCE)
+    assert in_host_memory(cold) == keys_of(cold, TEXTS[2:])
+
+    disk.hold = lambda key: key == str(key_of(cold, TEXTS[0]))
+    job = cold.prefetch(TEXTS[:1])
+    disk.wait_for(lambda: str(key_of(cold, TEXTS[0])) in disk.ahead())
+    found: list[Any] = []
+    request = threading.Thread(target=lambda: found.append(cold.prefill(query="?", chunks=TEXTS[:1])))
+    request.start()
+    assert not job.wait(0)
+    disk.release()
+    request.join(PATIENCE)
+    assert set(found[0].report.bytes_read) == {"host"}
+    assert slow in in_host_memory(cold)
+
+
+def test_a_bad_request_is_refused_on_its_turn(cold: CacheTune) -> None:
+    answers = cold.generate_many([REQUESTS[0], {"query": "?", "chunks": "no list"}, REQUESTS[1]], max_new_tokens=1)
+    assert next(answers).report.missed == 0
+    with pytest.raises(ConfigError, match="chunks is a string"):
+        next(answers)
+    assert list(answers) == []
+    answers = cold.generate_many([REQUESTS[0], "How many?"], max_new_tokens=1)
+    next(answers)
+    with pytest.raises(ConfigError, match="a request is a str: use a dict"):
+        next(answers)
+    answers = cold.generate_many([REQUESTS[0], {"query": "?", "chunks": ["\ud800"]}], max_new_tokens=1)
+    next(answers)
+    with pytest.raises(PromptError):
+        next(answers)
+
+
+def test_an_error_of_the_iterable_comes_after_the_answers_before_it(cold: CacheTune) -> None:
+    def requests() -> Iterator[Any]:
+        yield REQUESTS[0]
+        raise KeyError("the retriever failed")
+
+    answers = cold.generate_many(requests(), max_new_tokens=1)
+    next(answers)
+    with pytest.raises(KeyError, match="retriever"):
+        next(answers)
+
+
+def test_prompts_and_no_requests(cold: CacheTune) -> None:
+    assert list(cold.generate_many([])) == []
+    prompt = cold.prompts.build(query="Who built it?", chunks=TEXTS[:2])
+    (one,) = cold.generate_many([prompt], max_new_tokens=3)
+    assert one.token_ids == cold.generate(prompt=prompt, max_new_tokens=3).token_ids
+    (full,) = cold.generate_many([REQUESTS[1]], reuse=False, max_new_tokens=1)
+    assert full.report.full
+
+
+# -- giving up --------------------------------------------------------------------------------------------------------
+
+
+def test_a_generator_that_is_given_up_stops_reading(cold: CacheTune, disk: Disk) -> None:
+    second = keys_of(cold, TEXTS[2:])
+    disk.hold = second.__contains__
+    answers = cold.generate_many(REQUESTS[:2], max_new_tokens=1)
+    next(answers)
+    disk.wait_for(lambda: bool(second & disk.ahead()))
+    answers.close()  # type: ignore[attr-defined]
+    disk.release()
+    cold._prefetcher.settle([key_of(cold, text) for text in TEXTS])
+    assert not in_host_memory(cold) & second
+    assert cold.store.stats().disk.pinned == 0  # type: ignore[union-attr]
+    assert cold.generate(**REQUESTS[1], max_new_tokens=1).report.missed == 0  # type: ignore[arg-type]
+
+
+def test_closing_the_engine_ends_what_is_being_read(cold: CacheTune, disk: Disk) -> None:
+    disk.hold = lambda _key: True
+    job = cold.prefetch(TEXTS)
+    disk.wait_for(lambda: bool(disk.ahead()))
+    closing = threading.Thread(target=cold.close)
+    closing.start()
+    while not cold._prefetcher._stop.is_set():
+        closing.join(0.01)
+    disk.release()
+    closing.join(PATIENCE)
+    assert not closing.is_alive()
+    assert job.wait(0)
+    assert job.bytes == 0
+    layers = cold.adapter.num_layers
+    assert len(disk.reads) <= 2 * layers  # the two that had begun, at most, and each up to its next layer
+    with pytest.raises(EngineClosedError):
+        cold.prefetch(TEXTS)
+    with pytest.raises(EngineClosedError):
+        cold.generate_many(REQUESTS)
+
+
+def test_what_a_request_left_is_given_up_by_close_too(cold: CacheTune, disk: Disk) -> None:
+    state = cold._run_prefill(cold.prompts.build(query="?", chunks=TEXTS), _frequency(), 0.0)
+    cold.close()
+    assert state.report.missed == 0
+    assert cold._prefetcher._jobs == {}
+    assert cold._prefetcher._left == 0
+
+
+def _frequency() -> Any:
+    from cachetune_rag.config import ReuseConfig
+
+    return ReuseConfig("frequency", 0.5)
+
+
+# -- bounds and failures ------------------------------------------------------------------------------------------
+
+
+def test_it_fills_no_more_than_the_host_budget_and_keeps_what_came_first(tmp_path: Path, disk: Disk) -> None:
+    with opened(tmp_path) as engine:
+        assert engine.prefetch(TEXTS).wait(PATIENCE)
+        sizes = [engine.store.touch_host(key_of(engine, text)) for text in TEXTS]
+    budget = sizes[0] + sizes[1] + sizes[2] // 2
+    with CacheTune(llama(), tokenizer(), tmp_path / "kv", host_budget=budget) as engine:
+        job = engine.prefetch(TEXTS)
+        assert job.wait(PATIENCE)
+        assert in_host_memory(engine) == keys_of(engine, TEXTS[:2])
+        assert job.bytes == sizes[0] + sizes[1]
+        assert engine.store.stats().host.bytes <= budget
+        assert engine.store.stats().host.evictions == 0
+
+
+def test_a_bound_of_ones_own_is_kept(tmp_path: Path) -> None:
+    with opened(tmp_path) as engine:
+        keys = [key_of(engine, text) for text in TEXTS]
+        assert engine.prefetch(TEXTS[:1]).wait(PATIENCE)
+        size = engine.store.touch_host(keys[0])
+        store = engine.store
+        prefetcher = Prefetcher(store, limit=size + size // 2)
+        job = prefetcher.fetch(lambda: keys)
+        assert job.wait(PATIENCE)
+        prefetcher.close()
+        # The first is there already: it takes its part of the bound, and nothing is read for it.
+        assert in_host_memory(engine) == {str(keys[0])}
+        assert job.bytes == 0
+
+
+def test_without_host_memory_nothing_is_read_ahead(tmp_path: Path, disk: Disk) -> None:
+    with opened(tmp_path, host_budget=0) as engine:
+        job = engine.prefetch(TEXTS)
+        assert job.wait(0)
+        answers = list(engine.generate_many(REQUESTS, max_new_tokens=1))
+        assert [a.report.missed for a in answers] == [0, 0, 0]
+        assert disk.ahead() == set()
+
+
+def test_a_read_that_fails_is_no_error_and_the_request_handles_the_damage(tmp_path: Path, disk: Disk) -> None:
+    with opened(tmp_path) as engine:
+        bad = str(key_of(engine, TEXTS[2]))
+        disk.fail = lambda key: key == bad
+        job = engine.prefetch(TEXTS[2:])
+        assert job.wait(PATIENCE)
+        assert in_host_memory(engine) == keys_of(engine, TEXTS[3:])
+        assert engine.store.stats().damaged == 0
+        (answer,) = engine.generate_many([REQUESTS[1]], max_new_tokens=3)
+        assert (answer.report.damaged, answer.report.missed) == (1, len(TEXTS[2]))
+        expected = engine.generate(**REQUESTS[1], max_new_tokens=3, reuse=False)  # type: ignore[arg-type]
+        assert answer.report.recomputed + answer.report.reused == len(TEXTS[3])
+        assert expected.report.full
+
+
+def test_damage_in_what_a_request_left_is_set_aside(tmp_path: Path, disk: Disk) -> None:
+    with opened(tmp_path) as engine:
+        bad = str(key_of(engine, TEXTS[0]))
+        disk.fail = lambda key: key == bad and threading.current_thread().name.startswith("cachetune-prefetch")
+        engine._run_prefill(engine.prompts.build(query="?", chunks=TEXTS[:1]), _frequency(), 0.0)
+        disk.wait_for(lambda: bad in disk.ahead())
+        engine._prefetcher.settle([key_of(engine, TEXTS[0])])
+        assert engine.store.stats().damaged == 1
+        assert engine.prefill(query="?", chunks=TEXTS[:1]).report.missed == len(TEXTS[0])
+
+
+def test_chunks_that_are_not_stored_are_left_to_the_request(cold: CacheTune) -> None:
+    assert cold.prefetch(["This was never stored.", TEXTS[0], ""]).wait(PATIENCE)
+    assert in_host_memory(cold) == keys_of(cold, TEXTS[:1])
+
+
+def test_what_cannot_be_fetched_is_refused_by_name(cold: CacheTune) -> None:
+    with pytest.raises(ConfigError, match="either chunks="):
+        cold.prefetch("text")
+    with pytest.raises(ConfigError, match="either chunks="):
+        cold.prefetch(TEXTS, prompt=cold.prompts.build(query="?", chunks=TEXTS))
+    assert cold.prefetch(prompt=cold.prompts.build(query="?", chunks=TEXTS[:1])).wait(PATIENCE)
+    assert in_host_memory(cold) == keys_of(cold, TEXTS[:1])
+
+
+def test_a_prefetch_counts_as_no_hit_where_the_chunk_is_in_memory() -> None:
+    with ChunkStore(None) as store, CacheTune(llama(), tokenizer(), store) as engine:
+        engine.precompute([Document("a", TEXTS)])
+        before = store.stats().hits
+        assert engine.prefetch(TEXTS).wait(PATIENCE)
+        assert store.stats().hits == before
