@@ -101,8 +101,10 @@ class DeviceForward:
         inputs.fill(torch.arange(TOKENS) % vocabulary, torch.arange(TOKENS), buffers)
         done = self._fused.compile(lambda: self._eager(inputs, _nothing, self._call(inputs, TOKENS, None, 0)))
         if done:
-            self._graphs.clear()  # captured before, they don't hold what was compiled
+            # Captured before, they don't hold what was compiled. Without graphs their memory pool is gone as well.
+            self._graphs.clear()
             self._seen.clear()
+            self._pool = None
         return done
 
     def warmup(self, tokens: int, probe: tuple[int, int] | None = None, lengths: Sequence[int] = ()) -> None:
@@ -175,7 +177,7 @@ class DeviceForward:
         """The model on `inputs`: logits, or the attention received where `call` asks for it."""
         cache = KernelCache(call, before)
         if self._fused.ready:
-            cache.update = opaque(cache.update)
+            cache.update = opaque(cache.update)  # type: ignore[method-assign]
         with by_kernel(call), self._fused.active():
             try:
                 logits = self._run(inputs.ids, inputs.places, cache)
@@ -185,7 +187,7 @@ class DeviceForward:
         return logits
 
     def _capture(self, key: Any, size: int, length: int, layers: int | None, queries: int) -> _Graph | None:
-        if self._stream is None:
+        if self._pool is None:
             self._stream = torch.cuda.Stream(self._device)
             self._pool = torch.cuda.graph_pool_handle()
         inputs = _Inputs(size, len(self._specs), self._device)
@@ -206,7 +208,7 @@ class DeviceForward:
                     recorder.end()
         except RuntimeError as error:
             # Models whose forward asks the device for numbers (experts chosen on the host) run as they are.
-            _log.info("no CUDA graphs for this model: %s", error)
+            _log.info("no CUDA graphs for this model: %s", error, exc_info=True)
             self.graphs_enabled = False
             self._graphs.clear()
             torch.cuda.synchronize(self._device)

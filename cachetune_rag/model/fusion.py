@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -36,13 +36,14 @@ class FusedLayers:
     def __init__(self, layers: Sequence[nn.Module]):
         self._layers = list(layers)
         self._calls: list[Any] = []
+        self._compiling = False
 
     @property
     def ready(self) -> bool:
         """Whether the layers are compiled."""
         return bool(self._calls)
 
-    def compile(self, run: Callable[[], Tensor], backend: str = "inductor") -> bool:
+    def compile(self, run: Callable[[], Tensor], backend: str | Callable[..., Any] = "inductor") -> bool:
         """Compile the layers, and use them from now on if they compute what they did.
 
         Args:
@@ -63,6 +64,7 @@ class FusedLayers:
                 layer.compile(dynamic=True, backend=backend, options=options)
                 self._calls.append(layer._compiled_call_impl)
                 layer._compiled_call_impl = None
+            self._compiling = True
             # A layer's number must not make it another one to the compiler.
             with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):
                 found = run()
@@ -70,6 +72,8 @@ class FusedLayers:
             _log.warning("the model's layers can't be compiled and run as they are: %s", error)
             self._calls = []
             return False
+        finally:
+            self._compiling = False
         off = float((found - wanted).abs().max() / wanted.abs().max())
         if not off <= _TOLERANCE.get(wanted.dtype, 0.1):
             _log.warning("the model's layers come out different when compiled (by %.2g) and run as they are.", off)
@@ -84,8 +88,11 @@ class FusedLayers:
             return
         for layer, call in zip(self._layers, self._calls, strict=True):
             layer._compiled_call_impl = call
+        # What turns out not to be covered by what was compiled runs as it is: a request doesn't wait for a compiler.
+        stance = nullcontext() if self._compiling else torch.compiler.set_stance("eager_on_recompile")
         try:
-            yield
+            with stance:
+                yield
         finally:
             for layer in self._layers:
                 layer._compiled_call_impl = None
@@ -93,4 +100,5 @@ class FusedLayers:
 
 def opaque(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, called as it is from compiled code."""
-    return torch.compiler.disable(function)  # type: ignore[no-any-return]
+    made: Callable[..., Any] = torch.compiler.disable(function)
+    return made
