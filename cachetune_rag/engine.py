@@ -62,8 +62,8 @@ class CacheTune:
             list of several lists of these. Behind a single lead-in, KV is exact where the chunk stands right behind it.
         tenant: chunks of different tenants never meet.
         batch_tokens: tokens that precompute runs at once; default: 8192 on a GPU, one chunk at a time on a CPU.
-        cuda_kernels: on a GPU, run requests through this package's kernels, CUDA graphs and copy streams: several times
-            sooner, but new and off by default (docs/gpu.md says what was verified).
+        cuda_kernels: on a GPU that can (Ampere or newer, with Triton), run requests through this package's kernels, CUDA graphs
+            and copy streams: several times sooner (docs/gpu.md). False: as on a CPU.
         fidelity_sample: share of the answers, from 0 (off) to 1, that are compared with full prefill once they are out and the
             model is idle; `stats()` gives the result. Up to two prompts' KV is kept for it (docs/calibration.md).
         store_options: further arguments of `ChunkStore` (codec, host_budget, disk_budget, ...).
@@ -86,7 +86,7 @@ class CacheTune:
         lead_in: Sequence[int] | Sequence[Sequence[int]] | str = "auto",
         tenant: str = "",
         batch_tokens: int | None = None,
-        cuda_kernels: bool = False,
+        cuda_kernels: bool = True,
         fidelity_sample: float = 0.0,
         **store_options: Any,
     ):
@@ -375,8 +375,9 @@ class CacheTune:
         return self._run_prefill(self._prompt(query, chunks, prefix, prompt), None, started)
 
     def warmup(self, computed_tokens: int = 2048, prompt_lengths: Sequence[int] = (8192, 32768)) -> None:
-        """Make ready for requests, so that none of them pays for compiling: on a GPU, compile kernels and capture a CUDA graph
-        for every size of request up to `computed_tokens`. Elsewhere there is nothing to do.
+        """Make ready for requests, so that none of them pays for compiling: on a GPU, compile kernels and the model's layers and
+        capture a CUDA graph for every size of request up to `computed_tokens`. Takes about a minute. Elsewhere there is
+        nothing to do.
 
         Args:
             computed_tokens: most tokens that a request computes: ratio times its chunks' tokens, prefix and query. Larger

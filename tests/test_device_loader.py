@@ -18,6 +18,7 @@ from tiny import llama, tokenizer
 
 from cachetune_rag import CacheTune, Document
 from cachetune_rag.pipeline import device as device_module
+from cachetune_rag.pipeline.copies import HostCopies
 from cachetune_rag.pipeline.device import DeviceLoader, Streams
 from cachetune_rag.pipeline.loader import LayerLoader, Source
 
@@ -60,11 +61,12 @@ def _immediate(monkeypatch: pytest.MonkeyPatch) -> None:
 def engine(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CacheTune]:
     codec, by_address = request.param
 
-    def copy(to: int, at: int, count: int, stream: int) -> None:
+    def run(copies: list[tuple[int, int, int]], stream: int) -> None:
         assert stream == Stream.cuda_stream
-        ctypes.memmove(to, at, count)
+        for to, at, count in copies:
+            ctypes.memmove(to, at, count)
 
-    monkeypatch.setattr(device_module, "copy_to_device", lambda: copy if by_address else None)
+    monkeypatch.setattr(device_module, "host_copies", lambda: HostCopies(run) if by_address else None)
     with CacheTune(llama(layers=8), tokenizer(), tmp_path, codec=codec) as made:
         made.precompute([Document("a", TEXTS)])
         yield made

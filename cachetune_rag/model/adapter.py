@@ -14,11 +14,12 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from cachetune_rag.errors import UnsupportedModelError
 from cachetune_rag.kernels import kernels_run_on
-from cachetune_rag.model import attention, families, masks, output, taps
+from cachetune_rag.model import attention, families, fusion, masks, output, taps
 from cachetune_rag.model.attention import StopForward
 from cachetune_rag.model.buffers import KVBuffers, ScatterCache
 from cachetune_rag.model.capture import ChunkKV, LeadKV, ValueCache, pad_right
 from cachetune_rag.model.device import DeviceForward
+from cachetune_rag.model.fusion import FusedLayers
 from cachetune_rag.model.loadcheck import LoadCheck
 from cachetune_rag.model.probe import Probe
 from cachetune_rag.model.rope import Rotary, Tables, Turn, longrope_boundary, rows_of
@@ -32,7 +33,7 @@ class ModelAdapter:
 
     Args:
         model: a causal LM of transformers, whole on one device. It is put into eval mode; nothing else changes.
-        cuda_kernels: run selective forwards through this package's kernels and CUDA graphs, where they can (docs/gpu.md).
+        cuda_kernels: run selective forwards through this package's kernels and CUDA graphs, on a device that can (docs/gpu.md).
 
     Raises:
         UnsupportedModelError: the architecture can't be served exactly; the message says why.
@@ -45,7 +46,7 @@ class ModelAdapter:
     holds one lock around every use of the model.
     """
 
-    def __init__(self, model: Any, *, cuda_kernels: bool = False):
+    def __init__(self, model: Any, *, cuda_kernels: bool = True):
         self.architecture = type(model).__name__
         families.check(model)
         self.model = model.eval()
@@ -65,6 +66,7 @@ class ModelAdapter:
         self.reuse_beyond: int = longrope_boundary(self.config)
         self._window = masks.window_of(self.config, self._decoder)
         self._windows = [masks.window_at(self._window, kind) for kind in layer_types]
+        cuda_kernels = cuda_kernels and kernels_run_on(self.device)
         self.cuda_kernels = cuda_kernels and self.device.type == "cuda"
         self.device_forward: DeviceForward | None = None
         self._taps, self.layers = self._check()
@@ -91,14 +93,16 @@ class ModelAdapter:
         ]
 
     def _device_forward(self) -> DeviceForward | None:
-        if not kernels_run_on(self.device) or self._wanted_attention() != attention.NAME:
+        if self._wanted_attention() != attention.NAME:
             return None
         mask = masks.placeholder(self.config, self.device)
+        layers = families.decoder_layers(self._decoder, self._attentions, self.architecture)
         return DeviceForward(
             lambda ids, places, cache: self._selected(ids, places, mask, cache),
             self.layers,
             self._windows,
             self.device,
+            FusedLayers(layers),
         )
 
     def _check(self) -> tuple[list[taps.Tap], tuple[LayerSpec, ...]]:
@@ -272,10 +276,13 @@ class ModelAdapter:
         return interruptible(self._attentions, self.device, stop)
 
     @torch.no_grad()
-    def warmup(self, tokens: int, probe: tuple[int, int] | None, lengths: Sequence[int]) -> None:
-        """See `DeviceForward.warmup`; nothing to do without one."""
-        if self.device_forward is not None and self.device.type == "cuda":
-            self.device_forward.warmup(tokens, probe, lengths)
+    def warmup(self, tokens: int, probe: tuple[int, int] | None, lengths: Sequence[int], fuse: bool = True) -> None:
+        """See `DeviceForward.warmup`; nothing to do without one. `fuse`: compile the model's layers first."""
+        if self.device_forward is None or self.device.type != "cuda":
+            return
+        if fuse and (self.max_positions is None or self.max_positions >= fusion.TOKENS):
+            self.device_forward.fuse(self.new_buffers(fusion.TOKENS), self.config.vocab_size)
+        self.device_forward.warmup(tokens, probe, lengths)
 
     @torch.no_grad()
     def selective_forward(

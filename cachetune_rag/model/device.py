@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from cachetune_rag.kernels import AddressTable
 from cachetune_rag.model.attention import KernelCall, StopForward, by_kernel
 from cachetune_rag.model.buffers import KVBuffers
+from cachetune_rag.model.fusion import TOKENS, FusedLayers, opaque
 from cachetune_store.layout import LayerSpec
 
 MAX_GRAPH_TOKENS = 3072
@@ -40,7 +41,7 @@ RunModel = Callable[[Tensor, Tensor, Cache], Tensor]
 
 def bucket(tokens: int) -> int:
     """The token count that `tokens` is padded to: matrix products work in tiles of this size anyway."""
-    step = 64 if tokens <= 512 else 128
+    step = 64 if tokens <= 1536 else 128
     return -(-tokens // step) * step
 
 
@@ -52,12 +53,21 @@ class DeviceForward:
         specs: shapes of each layer's keys and values.
         windows: how many keys back each layer sees; None for all.
         device: where the model is.
+        fused: its decoder layers.
 
     One forward at a time: the graphs share their memory.
     """
 
-    def __init__(self, run: RunModel, specs: Sequence[LayerSpec], windows: Sequence[int | None], device: torch.device):
+    def __init__(
+        self,
+        run: RunModel,
+        specs: Sequence[LayerSpec],
+        windows: Sequence[int | None],
+        device: torch.device,
+        fused: FusedLayers,
+    ):
         self._run, self._specs, self._windows, self._device = run, list(specs), list(windows), device
+        self._fused = fused
         self.graphs_enabled = device.type == "cuda"
         self.captures = 0
         self._graphs: OrderedDict[Any, _Graph] = OrderedDict()
@@ -84,6 +94,18 @@ class DeviceForward:
     ) -> Tensor:
         """As `ModelAdapter.received_attention`."""
         return self._go(ids, positions, buffers, before, num_layers, queries)[: buffers.length]
+
+    def fuse(self, buffers: KVBuffers, vocabulary: int) -> bool:
+        """Compile the model's layers (`FusedLayers.compile`), trying them on `buffers` of `fusion.TOKENS` tokens."""
+        inputs = _Inputs(TOKENS, len(self._specs), self._device)
+        inputs.fill(torch.arange(TOKENS) % vocabulary, torch.arange(TOKENS), buffers)
+        done = self._fused.compile(lambda: self._eager(inputs, _nothing, self._call(inputs, TOKENS, None, 0)))
+        if done:
+            # Captured before, they don't hold what was compiled. Without graphs their memory pool is gone as well.
+            self._graphs.clear()
+            self._seen.clear()
+            self._pool = None
+        return done
 
     def warmup(self, tokens: int, probe: tuple[int, int] | None = None, lengths: Sequence[int] = ()) -> None:
         """Compile the kernels and capture the graphs of up to `tokens` computed tokens.
@@ -153,16 +175,19 @@ class DeviceForward:
 
     def _eager(self, inputs: _Inputs, before: Callable[[int], None], call: KernelCall) -> Tensor:
         """The model on `inputs`: logits, or the attention received where `call` asks for it."""
-        with by_kernel(call):
+        cache = KernelCache(call, before)
+        if self._fused.ready:
+            cache.update = opaque(cache.update)  # type: ignore[method-assign]
+        with by_kernel(call), self._fused.active():
             try:
-                logits = self._run(inputs.ids, inputs.places, KernelCache(call, before))
+                logits = self._run(inputs.ids, inputs.places, cache)
             except StopForward:
                 assert call.mass is not None
                 return call.mass
         return logits
 
     def _capture(self, key: Any, size: int, length: int, layers: int | None, queries: int) -> _Graph | None:
-        if self._stream is None:
+        if self._pool is None:
             self._stream = torch.cuda.Stream(self._device)
             self._pool = torch.cuda.graph_pool_handle()
         inputs = _Inputs(size, len(self._specs), self._device)
@@ -183,7 +208,7 @@ class DeviceForward:
                     recorder.end()
         except RuntimeError as error:
             # Models whose forward asks the device for numbers (experts chosen on the host) run as they are.
-            _log.info("no CUDA graphs for this model: %s", error)
+            _log.info("no CUDA graphs for this model: %s", error, exc_info=True)
             self.graphs_enabled = False
             self._graphs.clear()
             torch.cuda.synchronize(self._device)
@@ -204,6 +229,12 @@ class KernelCache(Cache):
 
     def __init__(self, call: KernelCall, before: Callable[[int], None]):
         super().__init__(layers=[_KernelLayer(call, i, before) for i in range(len(call.specs))])
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """See `_KernelLayer.update`."""
+        return self.layers[layer_idx].update(key_states, value_states)
 
 
 class _KernelLayer(CacheLayerMixin):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cachetune_rag.kernels import CODECS, kernels_run_on
 from cachetune_rag.model import KVBuffers, ModelAdapter
-from cachetune_rag.pipeline.copies import copy_to_device
+from cachetune_rag.pipeline.copies import host_copies
 from cachetune_rag.pipeline.loader import LayerLoader, Source
 
 STAGES = 2
@@ -59,7 +59,7 @@ class DeviceLoader(LayerLoader):
         self._stages: list[dict[tuple[str, str], Tensor]] = [{} for _ in range(STAGES)]
         self._next = 0
         self._kernel = kernels_run_on(adapter.device)
-        self._copy = copy_to_device()
+        self._copies = host_copies()
         self._held: list[Tensor] = []  # what launched work still reads
         super().__init__(adapter, sources, buffers, pool)
         # The buffers' memory may still be in use by what the computing stream was given before.
@@ -108,12 +108,14 @@ class DeviceLoader(LayerLoader):
             places = self._placed(key)
             encoded = self._stage(layer % STAGES, key, sum(sizes))
             if rows is None:
-                self._copy_by_address(layer, group, encoded.data_ptr(), width)
+                self._add_copies(layer, group, encoded.data_ptr(), width)
             else:
                 pieces = [next(rows).view(-1) for _ in group]
                 with torch.cuda.stream(streams.copy):
                     torch._foreach_copy_(list(encoded.split(sizes)), pieces, non_blocking=True)
             staged.append((key, encoded.view(-1, width), places))
+        if self._copies is not None:
+            self._copies.queue(streams.copy.cuda_stream)
         streams.copied[layer].record(streams.copy)
         streams.place.wait_event(streams.copied[layer])
         if staged:
@@ -127,14 +129,13 @@ class DeviceLoader(LayerLoader):
     @property
     def _in_host_memory(self) -> bool:
         """Whether every row lies in host memory, where it can be copied from by address."""
-        return self._copy is not None and not self._read_ahead
+        return self._copies is not None and not self._read_ahead
 
-    def _copy_by_address(self, layer: int, group: Sequence[Source], to: int, width: int) -> None:
-        copy, stream = self._copy, self._streams.copy.cuda_stream
-        assert copy is not None
+    def _add_copies(self, layer: int, group: Sequence[Source], to: int, width: int) -> None:
+        assert self._copies is not None
         for source in group:
             count = source.rows * width
-            copy(to, source.reader.locate(layer, source.rows), count, stream)
+            self._copies.add(to, source.reader.locate(layer, source.rows), count)
             to += count
 
     def _stage(self, slot: int, key: tuple[str, str], size: int) -> Tensor:
