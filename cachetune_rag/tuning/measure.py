@@ -48,7 +48,7 @@ class TierMeasure:
             self._owned = ChunkStore(engine.store.path, host_budget=0, disk_budget=_NO_LIMIT)
         elif engine.store.path is not None:
             self._owned = self._in_memory()
-        self._assembler = Assembler(engine.adapter, self._owned or engine.store, engine.namespace, engine._pool)
+        self._assembler = Assembler(engine.adapter, self._owned or engine.store, engine.lead_ins, engine._pool)
 
     def __enter__(self) -> Self:
         return self
