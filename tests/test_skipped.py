@@ -13,6 +13,7 @@ from tiny import llama, tokenizer
 from cachetune_rag import CacheTune, ConfigError, Document
 from cachetune_rag.assembly import PrefillState
 from cachetune_rag.config import ReuseConfig
+from cachetune_rag.model import ModelAdapter
 from cachetune_rag.model.rope import Turn
 from cachetune_rag.model.shift import ChunkShift, RowShift
 from cachetune_rag.selection import ReusedChunk, get_selector
@@ -116,10 +117,22 @@ def test_skipping_only_saves_reading_where_the_same_tokens_are_recomputed(engine
         assert torch.equal(prefill(engine, ReuseConfig("frequency", 0.5, skipped)).logits, expected)
 
 
-def test_what_was_never_read_decides_nothing(engine: CacheTune, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Buffers begin as arbitrary memory: whatever stands in a skipped row, the answer is the same."""
-    from cachetune_rag.model import ModelAdapter
+@pytest.fixture(scope="module")
+def shifted() -> Iterator[CacheTune]:
+    """Chunks that are means over two lead-ins: what expected error and the chunk shift go by."""
+    leads = [[1, *(tokenizer().encode(text))] for text in ("Once upon a time,", "In the valley below")]
+    with CacheTune(llama(), tokenizer(), lead_in=leads) as made:
+        made.precompute([Document("a", CHUNKS)])
+        yield made
 
+
+@pytest.mark.parametrize("chunks", ["engine", "shifted"])
+def test_what_was_never_read_decides_nothing(
+    chunks: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Buffers begin as arbitrary memory: whatever stands in a skipped row, the answer is the same."""
+    engine: CacheTune = request.getfixturevalue(chunks)
+    prefill(engine, ReuseConfig("none", 0.0))  # from now on its prefix is kept: all requests compute the same tokens
     real = ModelAdapter.new_buffers
 
     def filled(value: float) -> Any:
