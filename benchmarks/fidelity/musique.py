@@ -42,8 +42,8 @@ def read_musique(path: Path, tokenizer: Any, first: int = 0, count: int = 40, pa
             Record(name or f"line-{number}", "musique", tuple(texts[:passages]), question, target, tuple(answers))
         )
     chosen = slice_of(records, first, count, LEADS, str(path))
-    # One passage of each held-out record in turn, so that the lead-ins come from different questions.
-    leads = tuple(r.chunks[i] for i in range(2) for r in records[-LEADS:] if i < len(r.chunks))
+    # Record by record: an engine spreads its choice over all of the text, so the lead-ins are of different questions.
+    leads = tuple(chunk for r in records[-LEADS:] for chunk in r.chunks[:2])
     return Dataset("musique", chosen, leads, PREFIX)
 
 
