@@ -144,6 +144,11 @@ def test_musique_is_read_under_both_names_and_zipped(tmp_path: Path) -> None:
     used = {chunk for record in ours.records for chunk in record.chunks}
     assert ours.leads[:3] == ("text 3", "Title\nmore 3", "text 4")
     assert used.isdisjoint(ours.leads)
+    shared = [
+        question(i) | {"passages": question(0)["passages"]} if i == count - 1 else question(i) for i in range(count)
+    ]
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, shared)))
+    assert not {"text 0", "Title\nmore 0"} & set(read_musique(tmp_path / "c.jsonl", tokenizer(), count=1).leads)
 
 
 def test_musique_says_what_is_wrong(tmp_path: Path) -> None:

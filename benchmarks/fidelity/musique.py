@@ -43,8 +43,12 @@ def read_musique(path: Path, tokenizer: Any, first: int = 0, count: int = 40, pa
         )
     chosen = slice_of(records, first, count, LEADS, str(path))
     # Record by record: an engine spreads its choice over all of the text, so the lead-ins are of different questions.
-    leads = tuple(chunk for r in records[-LEADS:] for chunk in r.chunks[:2])
-    return Dataset("musique", chosen, leads, PREFIX)
+    # Questions share passages.
+    used = {chunk for record in chosen for chunk in record.chunks}
+    leads: dict[str, None] = {}
+    for record in records[-LEADS:]:
+        leads.update(dict.fromkeys([c for c in record.chunks if c not in used and c not in leads][:2]))
+    return Dataset("musique", chosen, tuple(leads), PREFIX)
 
 
 def _lines(path: Path) -> Iterator[tuple[str, list[str], list[str], str]]:
