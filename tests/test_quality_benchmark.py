@@ -142,8 +142,13 @@ def test_musique_is_read_under_both_names_and_zipped(tmp_path: Path) -> None:
     assert first.answers == ("number 1", "nobody")
     assert read_musique(tmp_path / "a.jsonl", tokenizer(), count=1, passages=1).records[0].chunks == ("text 0",)
     used = {chunk for record in ours.records for chunk in record.chunks}
-    assert ours.leads[:2] == ("text 3", "text 4")
+    assert ours.leads[:3] == ("text 3", "Title\nmore 3", "text 4")
     assert used.isdisjoint(ours.leads)
+    shared = [
+        question(i) | {"passages": question(0)["passages"]} if i == count - 1 else question(i) for i in range(count)
+    ]
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, shared)))
+    assert not {"text 0", "Title\nmore 0"} & set(read_musique(tmp_path / "c.jsonl", tokenizer(), count=1).leads)
 
 
 def test_musique_says_what_is_wrong(tmp_path: Path) -> None:
@@ -316,7 +321,7 @@ def test_a_run_that_is_cut_off_continues_where_it_was() -> None:
 
 def test_lead_ins_are_never_taken_from_the_records() -> None:
     short = replace(dataset(), leads=("too short",))
-    with pytest.raises(ValueError, match="kept for lead-ins have 9 tokens"):
+    with pytest.raises(ValueError, match="kept for lead-ins are too few"):
         Engines(llama(), tokenizer()).get(short, "auto", "exact")
 
 

@@ -15,7 +15,7 @@ from .sources import Text
 
 PREFIX = "Read the passages."
 LEADS = 8
-"""Documents that are never evaluated; lead-ins are taken from them."""
+"""About so many documents are never evaluated; lead-ins are taken from them."""
 LEAD_TOKENS = 300
 SKIPPED = 100
 """Tokens left out at a document's start: titles, tables of contents."""
@@ -71,7 +71,8 @@ def read_documents(
         leads.append(lead_texts)
         found.append(records)
     everything = _in_turn(found)
-    lead_ins = tuple(_in_turn(leads)[:LEADS])
+    # By source, since an engine spreads its choice over all of the text.
+    lead_ins = tuple(text for texts in leads for text in texts)
     if not lead_ins:
         raise ValueError(f"no document of {', '.join(sources)} has {shape.tokens} tokens: use fewer or shorter chunks.")
     chosen = slice_of(everything, first, count, 0, f"documents ({', '.join(sources)})")

@@ -13,10 +13,7 @@ from torch import Tensor
 from cachetune_rag import CacheTune, Document
 from cachetune_rag.assembly import PrefillState
 from cachetune_rag.decoding import decode, prepare
-from cachetune_rag.leads import LEAST_TOKENS
 from cachetune_rag.prompt import Prompt
-from cachetune_rag.report import Report
-from cachetune_rag.selection import get_selector
 
 from .measures import distance, exact_match, f1
 from .records import Dataset, Record
@@ -53,15 +50,13 @@ class Engines:
         if key not in self._made:
             options = {"lead_in": lead_in, "codec": codec, "chunk_separator": dataset.separator, **self._options}
             engine = CacheTune(self._model, self._tokenizer, None, **options)
-            if lead_in == "auto":  # the engine takes them from the first texts that it precomputes
-                tokens = sum(len(engine.prompts.encode(text)) for text in dataset.leads)
-                if tokens < LEAST_TOKENS:  # it would go on to choose from the records themselves
+            if lead_in == "auto":
+                engine.lead_ins.offer([engine.prompts.encode(text) for text in dataset.leads], indexing=True)
+                if engine.lead_ins.undecided:  # it would go on to choose from the records themselves
                     raise ValueError(
-                        f"the texts of {dataset.name} that are kept for lead-ins have {tokens} tokens, and an engine chooses from "
-                        f"{LEAST_TOKENS} or more: give more documents, or measure with --lead-ins first_token alone."
+                        f"the texts of {dataset.name} that are kept for lead-ins are too few for an engine to choose from: give "
+                        "more documents, or measure with --lead-ins first_token alone."
                     )
-                engine.precompute(Document("leads", list(dataset.leads)))
-                engine.remove("leads")
             self._made[key] = engine
         return self._made[key]
 
@@ -149,18 +144,14 @@ class Evaluator:
                 f"{record.name}: {report.missed} chunk tokens were not in the store any more: give it more --host-budget."
             )
         found = distance(reference.logits, target_logits(engine, state, record.target), record.target)
-        chunk_tokens, layers, probed = (
-            report.reused + report.recomputed,
-            engine.adapter.num_layers,
-            probed_by(report, engine),
-        )
+        chunk_tokens, layers = report.reused + report.recomputed, engine.adapter.num_layers
         row = self._head(record, setting, budget) | {
             "ratio_passed": ratio,
             "prompt_tokens": report.prompt_tokens,
             "chunk_tokens": chunk_tokens,
             "recomputed": report.recomputed,
-            "probed": probed,
-            "compute": (report.recomputed * layers + probed) / (chunk_tokens * layers),
+            "probed": report.probed,
+            "compute": (report.recomputed * layers + report.probed) / (chunk_tokens * layers),
             **asdict(found),
         }
         if reference.answer is not None and setting.ratio in self._answer_ratios:
@@ -186,16 +177,6 @@ def equal_compute_ratio(ratio: float, probed: int, total: int) -> float:
         0 where the probe alone costs more: such a selector can't be had for this budget, and nothing is recomputed.
     """
     return max(0.0, ratio - probed / total)
-
-
-def probed_by(report: Report, engine: CacheTune) -> int:
-    """Token-layers that choosing the tokens cost."""
-    if hasattr(report, "probed"):
-        return int(report.probed)
-    selector = get_selector(report.selector)
-    if not hasattr(selector, "layers") or report.recomputed == 0 or report.reused == 0:
-        return 0
-    return (report.computed - report.recomputed) * selector.layers(engine.adapter.num_layers)
 
 
 def target_logits(engine: CacheTune, state: PrefillState, target: Sequence[int]) -> Tensor:

@@ -42,9 +42,13 @@ def read_musique(path: Path, tokenizer: Any, first: int = 0, count: int = 40, pa
             Record(name or f"line-{number}", "musique", tuple(texts[:passages]), question, target, tuple(answers))
         )
     chosen = slice_of(records, first, count, LEADS, str(path))
-    # One passage of each held-out record in turn, so that the lead-ins come from different questions.
-    leads = tuple(r.chunks[i] for i in range(2) for r in records[-LEADS:] if i < len(r.chunks))
-    return Dataset("musique", chosen, leads, PREFIX)
+    # Record by record: an engine spreads its choice over all of the text, so the lead-ins are of different questions.
+    # Questions share passages.
+    used = {chunk for record in chosen for chunk in record.chunks}
+    leads: dict[str, None] = {}
+    for record in records[-LEADS:]:
+        leads.update(dict.fromkeys([c for c in record.chunks if c not in used and c not in leads][:2]))
+    return Dataset("musique", chosen, tuple(leads), PREFIX)
 
 
 def _lines(path: Path) -> Iterator[tuple[str, list[str], list[str], str]]:
