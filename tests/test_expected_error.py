@@ -1,8 +1,7 @@
-"""The default scheme in the engine: expected error and chunk shift over chunks whose deviations are known."""
+"""The default scheme in the engine: expected error and chunk shift over chunks that were captured behind several lead-ins."""
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -17,9 +16,11 @@ from torch import Tensor
 from cachetune_rag import CacheTune, Document
 from cachetune_rag.config import AUTO
 from cachetune_rag.context import RequestContext
+from cachetune_rag.model import KVBuffers
 from cachetune_rag.selection import ReusedChunk
 from cachetune_rag.selection.expected_error import ExpectedErrorSelector
-from cachetune_store import ChunkReader
+from cachetune_rag.selection.frequency import FrequencySelector
+from cachetune_store import ChunkReader, get_codec
 
 CHUNKS = [
     "The lighthouse was built in 1871 by three brothers from the next valley.",
@@ -30,20 +31,13 @@ CHUNKS = [
 QUERY = "How many steps are there?"
 
 
-def deviations_of(reader: ChunkReader) -> Tensor:
-    """Made up from the chunk's key, so that the same chunk always has the same."""
-    seed = int.from_bytes(hashlib.sha256(str(reader.key).encode()).digest()[:4])
-    columns = 2 * sum(spec.heads for spec in reader.layout.layers)
-    return torch.rand(reader.layout.tokens, columns, generator=torch.Generator().manual_seed(seed)).half()
-
-
-@pytest.fixture(autouse=True)
-def _known_deviations(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ChunkReader, "deviations", property(deviations_of), raising=False)
+LEADS = [
+    [1, *tokenizer()(text).input_ids] for text in ("Of lamps", "and stairs, many", "in the north", "a winter's log")
+]
 
 
 def fresh(**options: Any) -> CacheTune:
-    return CacheTune(llama(), tokenizer(), **options)
+    return CacheTune(llama(), tokenizer(), **{"lead_in": LEADS, **options})
 
 
 @pytest.fixture
@@ -57,17 +51,22 @@ def difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max())
 
 
-def stored_rows(engine: CacheTune, prompt: Any) -> list[tuple[Any, Any]]:
-    """Keys before rotation and values of the prompt's chunks in their places, captured by the model; 0 elsewhere."""
-    rows = [
-        tuple(np.zeros((len(prompt.ids), s.heads, d)) for d in (s.head_dim, s.v_head_dim))
-        for s in engine.adapter.layers
-    ]
+def stored_rows(engine: CacheTune, prompt: Any) -> tuple[list[tuple[Any, Any]], Any]:
+    """Of every token of the prompt, as the store has them and in NumPy: keys before rotation and values of each layer, and
+    deviations; 0 for what isn't stored.
+    """
+    specs, length = engine.adapter.layers, len(prompt.ids)
+    rows = [tuple(np.zeros((length, s.heads, d)) for d in (s.head_dim, s.v_head_dim)) for s in specs]
+    deviations = np.zeros((length, 2 * sum(s.heads for s in specs)))
     for span in prompt.spans:
-        (captured,) = engine.adapter.capture([prompt.chunk_ids[span.chunk]], [1])
-        for (keys, values), (k, v) in zip(rows, captured.layers, strict=True):
-            keys[span.start : span.end], values[span.start : span.end] = k, v
-    return rows
+        with engine.store.open(engine._assembler.key(prompt.chunk_ids[span.chunk])) as reader:
+            assert reader.deviations is not None
+            deviations[span.start : span.end] = reader.deviations.double().numpy()
+            places = span.start + reader.order.numpy()
+            for layer, (keys, values) in enumerate(rows):
+                encoded = reader.read(layer, reader.layout.tokens)
+                keys[places], values[places] = get_codec("exact").decode(encoded, specs[layer], torch.float32)
+    return rows, deviations
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1], [2, 2, 0]])
@@ -79,12 +78,9 @@ def test_a_request_equals_a_float64_reference(engine: CacheTune, order: list[int
     inside = {j for start, end in spans for j in range(start, end)}
     base = [j for j in range(len(prompt.ids)) if j not in inside]
     queries = min(64, len(prompt.ids) - spans[-1][1])
-    table = np.zeros((len(prompt.ids), 2 * sum(s.heads for s in engine.adapter.layers)))
-    for span in prompt.spans:
-        with engine.store.open(engine._assembler.key(prompt.chunk_ids[span.chunk])) as reader:
-            table[span.start : span.end] = deviations_of(reader).double().numpy()
-    plain, stored = PlainLlama(engine.adapter.model), stored_rows(engine, prompt)
-    error = plain.forward(prompt.ids, base, stored, queries=queries, deviations=table).error
+    stored, deviations = stored_rows(engine, prompt)
+    plain = PlainLlama(engine.adapter.model)
+    error = plain.forward(prompt.ids, base, stored, queries=queries, deviations=deviations).error
     best = sorted(inside, key=lambda j: (-error[j], j))[: int(ratio * len(inside) + 1e-9)]
     rows = sorted([*base, *best])
     shifted = [(a, b) for a, b in spans if any(a <= j < b for j in best)]
@@ -119,9 +115,12 @@ def test_recomputing_nothing_moves_nothing(engine: CacheTune) -> None:
     assert ours.report.probed == 0
 
 
-def test_one_chunk_right_behind_its_lead_in_is_full_prefill_whatever_is_recomputed() -> None:
-    """Its stored rows are exact, so the recomputed ones differ by rounding alone, and so do the shifted ones."""
-    with fresh(prompt_template="<s>{prefix}{chunks}{query}", lead_in=[1]) as engine:
+def test_what_is_exact_stays_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk right behind its lead-in: recomputed rows differ from stored ones by rounding alone, so nothing moves."""
+    monkeypatch.setattr(
+        ChunkReader, "deviations", property(lambda r: torch.rand(r.layout.tokens, r.layout.deviation_columns))
+    )
+    with fresh(prompt_template="<s>{prefix}{chunks}{query}", lead_in="first_token") as engine:
         engine.precompute(CHUNKS[0])
         full = engine.full_prefill(query=QUERY, chunks=CHUNKS[:1], prefix="")
         for ratio in (0, 0.1, 0.5, 0.9):
@@ -184,6 +183,33 @@ def test_the_shift_moves_reused_rows_of_the_touched_chunks_alone(
     assert max(shares) > 0.5
     for share, span in zip(shares, prompt.spans, strict=True):
         assert share == 0 or share >= 1 - recomputed / (span.end - span.start)
+
+
+def test_a_shift_needs_the_stored_rows_of_what_is_recomputed(
+    engine: CacheTune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a selector that looks at nothing, and whose rows stand last in the files: they must be read all the same."""
+    monkeypatch.setattr(FrequencySelector, "shift", 0.4)
+    made = engine.adapter.new_buffers
+
+    def poisoned(length: int) -> KVBuffers:
+        buffers = made(length)
+        for rows in (*buffers.key_rows, *buffers.value_rows):
+            rows.fill_(float("nan"))
+        return buffers
+
+    monkeypatch.setattr(engine.adapter, "new_buffers", poisoned)
+    prompt = engine.prompts.build(query=QUERY, chunks=CHUNKS)
+    spans = [(s.start, s.end) for s in prompt.spans]
+    rows = set(range(len(prompt.ids)))
+    for span in prompt.spans:
+        with engine.store.open(engine._assembler.key(prompt.chunk_ids[span.chunk])) as reader:
+            count = int(0.2 * reader.layout.tokens)
+            rows -= {span.start + int(j) for j in reader.order[: reader.layout.tokens - count]}
+    stored, _ = stored_rows(engine, prompt)
+    wanted = PlainLlama(engine.adapter.model).forward(prompt.ids, sorted(rows), stored, spans, 0.4)
+    state = engine.prefill(prompt=prompt, ratio=0.2, selector="frequency")
+    np.testing.assert_allclose(state.logits[0].numpy(), wanted.logits, rtol=0, atol=1e-3)
 
 
 def test_without_deviations_nothing_is_shifted_and_attention_alone_decides(

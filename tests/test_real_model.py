@@ -47,7 +47,7 @@ def test_recomputing_everything_is_full_prefill(engine: CacheTune, chunks: list[
 
 def test_recomputing_some_is_closer_than_recomputing_none(engine: CacheTune, chunks: list[str]) -> None:
     orders = (chunks, chunks[::-1], chunks[2:] + chunks[:2])
-    total = {"none": 0.0, "probe": 0.0}
+    total = {"none": 0.0, "probe": 0.0, "expected_error": 0.0}
     for order in orders:
         full = engine.full_prefill(query=QUERY, chunks=order).logits
         for selector in total:
@@ -55,6 +55,7 @@ def test_recomputing_some_is_closer_than_recomputing_none(engine: CacheTune, chu
             assert state.report.missed == 0
             total[selector] += divergence(full, state.logits)
     assert 0 < total["probe"] < total["none"]
+    assert 0 < total["expected_error"] < total["none"]
 
 
 def test_an_answer_is_text_about_the_question(engine: CacheTune, chunks: list[str]) -> None:

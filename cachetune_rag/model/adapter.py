@@ -22,7 +22,7 @@ from cachetune_rag.model.device import DeviceForward
 from cachetune_rag.model.fusion import FusedLayers
 from cachetune_rag.model.loadcheck import LoadCheck
 from cachetune_rag.model.probe import Probe
-from cachetune_rag.model.rope import Rotary, Tables, Turn, longrope_boundary, rows_of
+from cachetune_rag.model.rope import Rotary, Tables, longrope_boundary, rows_of
 from cachetune_rag.model.shift import ChunkShift, RowShift
 from cachetune_rag.model.teacher import interruptible
 from cachetune_store.layout import LayerSpec
@@ -233,18 +233,6 @@ class ModelAdapter:
         """The tables that a layer's keys are rotated by; (None, None) if it doesn't rotate."""
         return tables[self._layer_types[layer]] if self._rotary.rotated[layer] else (None, None)
 
-    def _turns(self, length: int) -> list[Turn | None]:
-        """The rotation of each layer taken apart, for a prompt of `length` tokens; layers that rotate alike share one."""
-        tables, made = self.rotary_tables(length), dict[Any, Turn | None]()
-        for layer, (kind, spec) in enumerate(zip(self._layer_types, self.layers, strict=True)):
-            key = kind, spec.head_dim, self._rotary.rotated[layer]
-            if key not in made:
-                made[key] = self._rotary.turn(layer, *tables[kind], spec.head_dim)
-        return [
-            made[kind, spec.head_dim, rotated]
-            for kind, spec, rotated in zip(self._layer_types, self.layers, self._rotary.rotated, strict=True)
-        ]
-
     def new_buffers(self, length: int) -> KVBuffers:
         """Uninitialised buffers for a prompt of `length` tokens."""
         return KVBuffers(self.layers, length, self.dtype, self.device)
@@ -309,7 +297,10 @@ class ModelAdapter:
         if self.device_forward is not None and shift is None:
             return self.device_forward.forward(ids, positions, buffers, before)
         ids, positions = ids.to(self.device), positions.to(self.device)
-        rows = None if shift is None else RowShift(shift, positions, self._turns(buffers.length))
+        rows = None
+        if shift is not None:
+            turns = self._rotary.turns(self.rotary_tables(buffers.length), [spec.head_dim for spec in self.layers])
+            rows = RowShift(shift, positions, turns)
         return self._masked_forward(ids, positions, buffers, ScatterCache(buffers, positions, before, shift=rows))
 
     @torch.no_grad()
@@ -342,22 +333,11 @@ class ModelAdapter:
         queries: int,
         before: Callable[[int], None],
     ) -> Tensor:
-        """The attention that each prompt token receives, float32 [length]: the sum over the first `num_layers` layers of
-        the mean over heads and the last `queries` tokens. Arguments and effects as for `observe_attention`.
-        """
+        """See `Probe.received`."""
         if self.device_forward is not None:
             return self.device_forward.received(ids, positions, buffers, num_layers, queries, before)
-        mass: list[Tensor] = []
-        self.observe_attention(
-            ids.to(self.device),
-            positions.to(self.device),
-            buffers,
-            num_layers,
-            queries,
-            before,
-            lambda _layer, weights: mass.append(weights.mean((0, 1))),
-        )
-        return torch.stack(mass).sum(0)
+        ids, positions = ids.to(self.device), positions.to(self.device)
+        return self._probe.received(ids, positions, buffers, num_layers, queries, before)
 
     @torch.no_grad()
     def observe_attention(
@@ -370,12 +350,8 @@ class ModelAdapter:
         before: Callable[[int], None],
         observe: Callable[[int, Tensor], None],
     ) -> None:
-        """Run tokens through the first `num_layers` layers and hand out the attention of the last `queries` of them.
-
-        `observe(layer, weights)` gets [heads, queries, length] in float32, each row a distribution over the prompt
-        (computed from the tapped queries; soft-capping and learned sinks are left out, which keeps the order within a
-        head). Rows of `buffers` at `positions` are overwritten in those layers.
-        """
+        """See `Probe.observe`."""
+        ids, positions = ids.to(self.device), positions.to(self.device)
         self._probe.observe(ids, positions, buffers, num_layers, queries, before, observe)
 
     @torch.no_grad()
@@ -389,24 +365,7 @@ class ModelAdapter:
         queries: int,
         before: Callable[[int], None],
     ) -> Tensor:
-        """How far off the watched tokens' layer outputs are expected to be because of each reused row, float32 [length].
-
-        With j a row, g a query head that reads key-value head h, i a watched token, x_i its layer input, a its attention, o
-        a head's output, Q the rotated query, s the attention's scale and D the width of a key, the sum over the first
-        `num_layers` layers of
-
-            Ev[j] = sum over g, i of a[g,i,j] / |x_i| * sV[h,j]
-            Ek[j] = sum over g, i of a[g,i,j] / |x_i| * |Q[g,i]| * |V[h,j] - o[g,i]| * sK[h,j] * gain[g] * s / sqrt(D)
-
-        The softmax turns an error e of key j into a[j] * (s Q.e) * (V_j - o) of the output, to first order, and sqrt(D)
-        stands for an error of no particular direction. (docs/selection.md, "Online"; a family's norm or gate behind the
-        output projection is left out, as are its learned sinks and soft-capping.)
-
-        Args:
-            ids, positions, buffers, num_layers, queries, before: as for `observe_attention`.
-            deviations: [length, columns], as chunks store them (sK of every head of layer 0, sV of them, layer 1, ...); 0
-                where a row isn't reused.
-        """
+        """See `Probe.expected_error`."""
         ids, positions, deviations = (t.to(self.device) for t in (ids, positions, deviations))
         return self._probe.expected_error(ids, positions, buffers, deviations, num_layers, queries, before)
 

@@ -39,8 +39,8 @@ class Probe:
         run: runs ids at positions, both [tokens], through the model with a cache over the buffers.
 
     All methods take `ids` and `positions` [tokens] of the tokens that are computed, ascending, on the model's device, the
-    prompt's `buffers`, and `before(layer)`, called before a layer's buffer is used. Rows of `buffers` at `positions` are
-    overwritten in the layers that are run. The last `queries` of the tokens are watched.
+    prompt's `buffers`, how many layers are run (`num_layers`, from the first), and `before(layer)`, called before a layer's
+    buffer is used. Rows of `buffers` at `positions` are overwritten in those layers. The last `queries` tokens are watched.
     """
 
     def __init__(
@@ -69,13 +69,37 @@ class Probe:
         before: Callable[[int], None],
         observe: Callable[[int, Tensor], None],
     ) -> None:
-        """See `ModelAdapter.observe_attention`."""
+        """Hand out the watched tokens' attention.
+
+        `observe(layer, weights)` gets [heads, queries, length] in float32, each row a distribution over the prompt (computed
+        from the tapped queries; soft-capping and learned sinks are left out, which keeps the order within a head).
+        """
         place = positions[-queries:]
 
         def look(layer: int, query: Tensor, _near: Tensor) -> None:
             observe(layer, self._weights(layer, query, buffers, place))
 
         self._watch(ids, positions, buffers, num_layers, queries, before, look)
+
+    def received(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        buffers: KVBuffers,
+        num_layers: int,
+        queries: int,
+        before: Callable[[int], None],
+    ) -> Tensor:
+        """The attention that each prompt token receives, float32 [length]: the sum over layers of the mean over heads and the
+        watched tokens.
+        """
+        total = torch.zeros(buffers.length, device=positions.device)
+
+        def add(_layer: int, weights: Tensor) -> None:
+            total.add_(weights.mean((0, 1)))
+
+        self.observe(ids, positions, buffers, num_layers, queries, before, add)
+        return total
 
     def expected_error(
         self,
@@ -87,7 +111,24 @@ class Probe:
         queries: int,
         before: Callable[[int], None],
     ) -> Tensor:
-        """See `ModelAdapter.expected_error`."""
+        """How far off the watched tokens' layer outputs are expected to be because of each reused row, float32 [length].
+
+        With j a row, g a query head that reads key-value head h, i a watched token, x_i its layer input, a its attention, o
+        a head's output, Q the rotated query, s the attention's scale and D the width of a key, the sum over the first
+        `num_layers` layers of
+
+            Ev[j] = sum over g, i of a[g,i,j] / |x_i| * sV[h,j]
+            Ek[j] = sum over g, i of a[g,i,j] / |x_i| * |Q[g,i]| * |V[h,j] - o[g,i]| * sK[h,j] * gain[g] * s / sqrt(D)
+
+        The softmax turns an error e of key j into a[j] * (s Q.e) * (V_j - o) of the output, to first order, and sqrt(D)
+        stands for an error of no particular direction. (docs/selection.md, "Online"; a family's norm or gate behind the
+        output projection is left out, as are its learned sinks and soft-capping.)
+
+        Args:
+            ids, positions, buffers, num_layers, queries, before: see the class.
+            deviations: [length, columns], as chunks store them (sK of every head of layer 0, sV of them, layer 1, ...); 0
+                where a row isn't reused.
+        """
         place = positions[-queries:]
         by_layer = self._deviations(deviations)
         total = torch.zeros(buffers.length, device=positions.device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,6 +132,15 @@ class Rotary:
             return self.rotate(layer, states, torch.zeros_like(table), table)
 
         return Turn(cos, sin, quarter)
+
+    def turns(self, tables: dict[str | None, Tables], head_dims: Sequence[int]) -> list[Turn | None]:
+        """`turn` of every layer, for the `tables` of a prompt; layers that rotate alike share one."""
+        made: dict[Any, Turn | None] = {}
+        keys = list(zip(self._layer_types, head_dims, self._functions, self.rotated, strict=True))
+        for layer, key in enumerate(keys):
+            if key not in made:
+                made[key] = self.turn(layer, *tables[self._layer_types[layer]], head_dims[layer])
+        return [made[key] for key in keys]
 
     def comes_apart(self, layer: int, cos: Tensor, sin: Tensor, head_dim: int) -> bool:
         """Whether `turn` is the layer's rotation, up to rounding; tables of some positions [tokens, rotary_dim]."""

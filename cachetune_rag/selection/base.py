@@ -82,7 +82,7 @@ class SelectionContext(Protocol):
 
     def expected_error(self, num_layers: int, queries: int) -> Tensor:
         """How much the error that each reused token is expected to have disturbs the query: float32 [length], on the
-        model's device; the formula is in `ModelAdapter.expected_error`.
+        model's device; the formula is in `Probe.expected_error`.
 
         Watched are the last `queries` tokens behind the last reused chunk. A chunk without deviations counts with the mean
         of the others'; where no chunk has any, this is `received_attention`.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cachetune_rag.model.adapter import ModelAdapter
 from cachetune_rag.model.buffers import KVBuffers
+from cachetune_rag.model.rope import Turn
 from cachetune_rag.model.shift import KAPPA, ChunkShift, RowShift
 
 LENGTH = 40
@@ -42,6 +43,10 @@ def buffers_with(adapter: ModelAdapter, stored: list[tuple[Tensor, Tensor]]) -> 
     return buffers
 
 
+def turns_of(adapter: ModelAdapter, length: int) -> list[Turn | None]:
+    return adapter._rotary.turns(adapter.rotary_tables(length), [spec.head_dim for spec in adapter.layers])
+
+
 def moved(stored: Tensor, fresh: Tensor, places: list[int], strength: float) -> Tensor:
     """The rule, row by row."""
     rows = stored.clone()
@@ -62,7 +67,7 @@ def test_every_familys_rows_move_as_they_would_before_rotation(family: Family) -
     buffers, positions = buffers_with(adapter, stored), torch.tensor(places)
     tables = adapter.rotary_tables(LENGTH + offset)
     spans = [(start + offset, end + offset) for start, end in SPANS]
-    shift = RowShift(ChunkShift(0.4, spans), positions, adapter._turns(LENGTH + offset))
+    shift = RowShift(ChunkShift(0.4, spans), positions, turns_of(adapter, LENGTH + offset))
     for layer, ((keys, values), (new_keys, new_values)) in enumerate(zip(stored, fresh, strict=True)):
         rotated = adapter.rotate(layer, new_keys, positions, tables)
         shift.apply(layer, buffers.key_rows[layer], buffers.value_rows[layer], rotated, new_values)
@@ -100,7 +105,7 @@ def test_what_is_computed_or_belongs_to_no_chunk_is_not_moved() -> None:
     stored, fresh = random_rows(adapter, 1), random_rows(adapter, 2, len(SELECTED))
     buffers = buffers_with(adapter, stored)
     before = [rows.clone() for rows in (*buffers.key_rows, *buffers.value_rows)]
-    shift = RowShift(ChunkShift(0.4, SPANS), torch.tensor(SELECTED), adapter._turns(LENGTH))
+    shift = RowShift(ChunkShift(0.4, SPANS), torch.tensor(SELECTED), turns_of(adapter, LENGTH))
     for layer, (keys, values) in enumerate(fresh):
         shift.apply(layer, buffers.key_rows[layer], buffers.value_rows[layer], keys, values)
     touched = set(range(1, 15)) | set(range(17, 30))  # the last chunk has nothing recomputed
@@ -116,7 +121,7 @@ def test_each_occurrence_of_a_chunk_moves_by_its_own_tokens() -> None:
     rows = [(torch.cat((k, k)), torch.cat((v, v))) for k, v in stored]
     buffers = buffers_with(adapter, rows)
     positions = torch.tensor([3])
-    shift = RowShift(ChunkShift(0.5, [(0, 12), (12, 24)]), positions, adapter._turns(24))
+    shift = RowShift(ChunkShift(0.5, [(0, 12), (12, 24)]), positions, turns_of(adapter, 24))
     before = buffers.value_rows[0].clone()
     fresh = random_rows(adapter, 6, 1)[0]
     shift.apply(0, buffers.key_rows[0], buffers.value_rows[0], *fresh)
@@ -131,6 +136,23 @@ def test_nothing_to_move() -> None:
     for spans in ([], SPANS):
         buffers = buffers_with(adapter, stored)
         before = buffers.key_rows[0].clone()
-        shift = RowShift(ChunkShift(0.4, spans), torch.tensor([0, 39]), adapter._turns(LENGTH))
+        shift = RowShift(ChunkShift(0.4, spans), torch.tensor([0, 39]), turns_of(adapter, LENGTH))
         shift.apply(0, buffers.key_rows[0], buffers.value_rows[0], *fresh)
         assert torch.equal(buffers.key_rows[0], before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types_round_and_no_more(dtype: torch.dtype) -> None:
+    exact, half = ModelAdapter(llama()), ModelAdapter(llama().to(dtype))
+    stored = [(k.to(dtype), v.to(dtype)) for k, v in random_rows(exact, 1)]
+    fresh = [(k.to(dtype), v.to(dtype)) for k, v in random_rows(exact, 2, len(SELECTED))]
+    positions, results = torch.tensor(SELECTED), []
+    for adapter in (exact, half):
+        buffers = buffers_with(adapter, [(k.to(adapter.dtype), v.to(adapter.dtype)) for k, v in stored])
+        shift = RowShift(ChunkShift(0.4, SPANS), positions, turns_of(adapter, LENGTH))
+        for layer, (keys, values) in enumerate(fresh):
+            rows = buffers.key_rows[layer], buffers.value_rows[layer]
+            shift.apply(layer, *rows, keys.to(adapter.dtype), values.to(adapter.dtype))
+        results.append(torch.stack((*buffers.key_rows, *buffers.value_rows)))
+    assert results[1].dtype == dtype
+    torch.testing.assert_close(results[1].float(), results[0], rtol=0, atol=16 * torch.finfo(dtype).eps)
