@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from cachetune_rag.errors import ConfigError
-from cachetune_store import ChunkStore, Namespace, StoreError
+from cachetune_store import ChunkStore, Namespace, StoreError, StorePathError
 
 COUNT = 4
 """Lead-ins that are chosen (docs/selection.md: 8 close 1.3 points more at ratio 0.05, at twice the cost)."""
@@ -69,7 +69,14 @@ class LeadIns:
     @property
     def namespace(self) -> Namespace:
         """That of chunks stored or looked up now. It may change at any time: take it once for all keys of a request."""
-        return (self._choose and self._read()) or self._base
+        if not self._choose:
+            return self._base
+        try:
+            return self._read() or self._base
+        except StorePathError as error:
+            # What can't be read for the moment is no reason to refuse an answer.
+            _log.warning("lead-ins: %s", error)
+            return self._chosen[1] if self._chosen else self._base
 
     @property
     def namespaces(self) -> tuple[Namespace, ...]:

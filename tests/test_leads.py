@@ -20,7 +20,7 @@ import cachetune_rag.precompute as precompute_module
 from cachetune_rag import CacheTune, Document
 from cachetune_rag.errors import ConfigError, PromptError
 from cachetune_rag.leads import LeadIns, choose
-from cachetune_store import ChunkStore, Namespace, get_codec, make_key
+from cachetune_store import ChunkStore, Namespace, StorePathError, get_codec, make_key
 
 BASE = Namespace("model", "tokenizer", "float32", ((1,),))
 QUERY = "How many?"
@@ -213,7 +213,7 @@ def _watch_batches(engine: CacheTune, monkeypatch: pytest.MonkeyPatch) -> list[l
     return sizes
 
 
-def test_a_lead_in_is_run_once_a_job(engine: CacheTune, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lead_in_is_run_once(engine: CacheTune, monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[tuple[int, ...]] = []
     real = engine.adapter.lead_kv
 
@@ -225,6 +225,7 @@ def test_a_lead_in_is_run_once_a_job(engine: CacheTune, monkeypatch: pytest.Monk
     engine.precompute(DOCUMENTS)
     assert sorted(runs) == sorted(engine.namespace.lead_ins)
     assert engine.precompute(DOCUMENTS).skipped == len(CHUNKS)
+    assert engine.prefill(query=QUERY, chunks=[prose(90, 700)]).report.missed == 90
     assert len(runs) == 4
 
 
@@ -323,6 +324,23 @@ def test_another_tenant_sees_none_of_them(tmp_path: Path) -> None:
         assert len(other.namespace.lead_ins) == 1
         assert other.precompute([Document("x", [prose(600, 900), prose(600, 901)])]).lead_ins == 4
         assert not set(other.namespace.lead_ins) & set(engine.namespace.lead_ins)
+
+
+def test_a_disk_that_fails_for_a_moment_costs_no_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with fresh(tmp_path) as engine:
+        engine.precompute(DOCUMENTS)
+    with fresh(tmp_path) as engine:
+        real = engine.namespace
+
+        def note(*_: Any, **__: Any) -> None:
+            raise StorePathError("can't use the store (Input/output error)")
+
+        monkeypatch.setattr(engine.store, "note", note)
+        assert engine.namespace == real
+        assert engine.prefill(query=QUERY, chunks=CHUNKS[:2]).report.missed == 0
+        assert "Input/output error" in caplog.text
 
 
 def test_deleting_a_tenant_takes_its_lead_ins_along(tmp_path: Path) -> None:
