@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     )
     from cachetune_rag.prompt import Chunk, Prompt, PromptBuilder, Text
     from cachetune_rag.report import PrecomputeSummary, Report
+    from cachetune_rag.tuning import TuningResult
 
 __version__ = "0.1.0"
 
@@ -43,6 +44,7 @@ _HOMES = {
     ),
     "prompt": ("Chunk", "Prompt", "PromptBuilder", "Text"),
     "report": ("PrecomputeSummary", "Report"),
+    "tuning": ("TuningResult",),
 }
 
 __all__ = [
@@ -64,6 +66,7 @@ __all__ = [
     "PromptTooLongError",
     "Report",
     "Text",
+    "TuningResult",
     "UnsupportedModelError",
 ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +16,10 @@ from cachetune_rag.calibration import Calibration, RatioFigures, choose
 from cachetune_rag.config import ReuseConfig, resolve
 from cachetune_rag.decoding import decode, prepare
 from cachetune_rag.divergence import Divergence
-from cachetune_rag.errors import CacheTuneError, ConfigError, PromptError
+from cachetune_rag.errors import CacheTuneError, ConfigError
 from cachetune_rag.model.teacher import rewind, teacher_forced
 from cachetune_rag.prompt import Prompt
-from cachetune_store import Namespace
+from cachetune_rag.samples import prompts_of, store_chunks
 
 if TYPE_CHECKING:
     from cachetune_rag.assembly import PrefillState
@@ -118,9 +118,7 @@ class Calibrator:
             ConfigError, PromptError: a sample is unusable; nothing was computed.
             CacheTuneError: samples' chunks don't stay in the store.
         """
-        prompts = [self._prompt(number, sample) for number, sample in enumerate(samples, start=1)]
-        if not prompts:
-            raise ConfigError("there are no samples: give some of your own prompts (10 to 50 are a good number).")
+        prompts = prompts_of(self._engine, samples)
         started = time.perf_counter()
         total = len(prompts) * (1 + len(self._plan.ratios))
         done = 0
@@ -131,7 +129,8 @@ class Calibrator:
             if self._progress is not None:
                 self._progress(CalibrationProgress(number, len(prompts), done, total, time.perf_counter() - started))
 
-        namespace = self._store_all(prompts)
+        self._store_all(prompts)
+        namespace = self._engine.namespace
         found = [self._measure(prompt, number, tell) for number, prompt in enumerate(prompts, start=1)]
         if self._engine.namespace != namespace:
             raise CacheTuneError(
@@ -153,67 +152,9 @@ class Calibrator:
             figures=figures,
         )
 
-    # -- samples --------------------------------------------------------------------------------------------------
-
-    def _prompt(self, number: int, sample: Any) -> Prompt:
+    def _store_all(self, prompts: Sequence[Prompt]) -> None:
         engine = self._engine
-        try:
-            prompt = engine._prompt(None, (), None, sample) if isinstance(sample, Prompt) else self._build(sample)
-        except PromptError as error:
-            raise type(error)(f"sample {number}: {error}") from error
-        except ConfigError as error:
-            raise ConfigError(f"sample {number}: {error}") from error
-        if not any(prompt.chunk_ids):
-            raise ConfigError(f"sample {number} has no chunks, so nothing could be reused: leave it out.")
-        if len(prompt.ids) <= engine.adapter.reuse_beyond:
-            raise ConfigError(
-                f"sample {number} has {len(prompt.ids)} tokens; this model's prompts of up to "
-                f"{engine.adapter.reuse_beyond} are computed whole: use longer samples."
-            )
-        return prompt
-
-    def _build(self, sample: Any) -> Prompt:
-        if isinstance(sample, Mapping):
-            unknown = sorted(set(map(str, sample)) - {"query", "chunks", "prefix"})
-            if unknown:
-                raise ConfigError(f"it has the key {unknown[0]!r}: use query, chunks and prefix.")
-            values = [sample.get(name) for name in ("query", "chunks", "prefix")]
-        else:
-            values = [getattr(sample, name, None) for name in ("query", "chunks", "prefix")]
-        query, chunks, prefix = values
-        if not isinstance(query, str) or isinstance(chunks, str) or not isinstance(chunks, Sequence):
-            raise ConfigError(
-                f"it is {sample!r:.80}: use a dict (or an object) with query, a string, and chunks, a list of strings; "
-                "or a Prompt."
-            )
-        return self._engine._prompt(query, chunks, prefix, None)
-
-    def _store_all(self, prompts: Sequence[Prompt]) -> Namespace:
-        """Have all chunks stored, under the namespace that is returned: storing the first ones may choose lead-ins."""
-        while True:
-            namespace = self._engine.namespace
-            self._store_missing(prompts)
-            if self._engine.namespace == namespace:
-                return namespace
-
-    def _store_missing(self, prompts: Iterable[Prompt]) -> None:
-        """Precompute the chunks that aren't stored: computed in a request they would be exact, and hide what reuse does."""
-        engine = self._engine
-        missing: dict[Any, tuple[Sequence[int], str]] = {}
-        codecs: set[str] = set()
-        for prompt in prompts:
-            for ids, text in zip(prompt.chunk_ids, prompt.chunk_texts, strict=True):
-                if not ids or (key := engine._assembler.key(ids)) in missing:
-                    continue
-                reader = engine.store.open(key)
-                if reader is None:
-                    missing[key] = ids, text
-                else:
-                    with reader:
-                        codecs.add(reader.layout.codec)
-        if missing:
-            engine._precomputer.store_chunks(missing.values())
-        if others := sorted(codecs - {engine.store.codec}):
+        if others := sorted(store_chunks(engine, prompts) - {engine.store.codec}):
             _log.warning(
                 "chunks of the samples are stored as %s, while this engine's codec is %s: the ratio is saved for engines "
                 "of codec %s. Open the store with the codec that most of its chunks have.",
@@ -255,7 +196,7 @@ class Calibrator:
             state = self._prefill(prompt, config)
             if not state.report.missed:
                 return state
-            self._store_missing([prompt])  # evicted, or found damaged, since
+            self._store_all([prompt])  # evicted, or found damaged, since
         raise CacheTuneError(
             f"sample {number}: {state.report.missed} tokens of its chunks don't stay in the store: give it a larger "
             "disk_budget (or host_budget, for a store in memory)."

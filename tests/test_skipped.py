@@ -202,6 +202,27 @@ def test_the_shift_goes_by_the_rows_that_were_read() -> None:
     assert torch.allclose(values[3], moved)
 
 
+def test_a_request_shifts_by_what_it_read_and_chose(shifted: CacheTune, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[ChunkShift] = []
+    real = ModelAdapter.selective_forward
+
+    def forward(self: ModelAdapter, *args: Any) -> torch.Tensor:
+        seen.extend(a for a in args if isinstance(a, ChunkShift))
+        return real(self, *args)
+
+    monkeypatch.setattr(ModelAdapter, "selective_forward", forward)
+    report = prefill(shifted, ReuseConfig("expected_error", 0.5, 0.3)).report
+    (shift,) = seen
+    assert shift.known is not None
+    inside = torch.cat([shift.known[start:end] for start, end in shift.spans])
+    assert int(inside.sum()) == report.recomputed - sum(budget(0.3, len(text)) for text in CHUNKS)
+    for skipped in (0.0, 0.5):
+        seen.clear()
+        prefill(shifted, ReuseConfig("expected_error", 0.5, skipped))
+        # Nothing skipped: all stored rows are there. Everything skipped: nothing is known to shift by.
+        assert [s.known for s in seen] == ([None] if skipped == 0.0 else [])
+
+
 # -- what a request leaves unread ---------------------------------------------------------------------------------
 
 

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 from tiny import llama, tokenizer
 
-from cachetune_rag import CacheTune, ConfigError, Document
+from cachetune_rag import CacheTune, ConfigError, Document, TuningResult
 from cachetune_rag.calibration import Calibration, save
 from cachetune_rag.config import AUTO, PAPER
 from cachetune_rag.errors import CacheTuneError
 from cachetune_rag.prompt import Prompt
-from cachetune_rag.tuning import TierTuning, TuneProgress, TuningResult
+from cachetune_rag.tuning import TierTuning, TuneProgress
 from cachetune_rag.tuning.cost import CostModel
 from cachetune_rag.tuning.golden import minimise
 from cachetune_rag.tuning.measure import TierMeasure, tiers_of
@@ -377,13 +377,22 @@ def test_samples_are_used_as_they_are_and_what_is_missing_is_stored(engine: Cach
     assert engine.prefill(prompt=machines.prompts[0][0]).report.missed == 0
 
 
+def test_lead_ins_that_the_samples_settle_are_settled_before_measuring() -> None:
+    long = [text * 5 for text in TEXTS]
+    with CacheTune(llama(), tokenizer()) as engine:
+        before = engine.namespace
+        tune(engine, Machines(host=FAST), [{"query": "?", "chunks": long}])
+        assert engine.namespace != before
+        assert engine.prefill(query="?", chunks=long).report.missed == 0
+
+
 @pytest.mark.parametrize(
     ("samples", "message"),
     [
         ([], "there are no samples"),
-        ([SAMPLE, {"query": "?", "chunks": []}], "sample 2: it has no chunks"),
+        ([SAMPLE, {"query": "?", "chunks": []}], "sample 2 has no chunks"),
         ([{"query": "?", "passages": TEXTS}], "sample 1: it has the key 'passages'"),
-        (["text"], "sample 1: it is a str|sample 1: it is 'text'"),
+        (["text"], "sample 1: it is 'text'"),
     ],
 )
 def test_samples_that_cannot_be_used_are_refused_by_number(engine: CacheTune, samples: list[Any], message: str) -> None:

@@ -1,13 +1,13 @@
-"""The prompts that a tuning measures: the user's own, or made of chunks of the store."""
+"""Prompts made of chunks of the store, for tuning without any of the user's own."""
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from cachetune_rag.errors import ConfigError, PromptError
+from cachetune_rag.errors import ConfigError
 from cachetune_rag.prompt import Prompt
 
 if TYPE_CHECKING:
@@ -17,25 +17,6 @@ QUERY = "Which of these passages matters most here, what does it say, and what f
 """The query of made prompts. What it asks doesn't matter; times depend on its length, which is a question's."""
 _LOOKED_AT = 256
 """Chunks of the store that are drawn from, at most: enough for any prompt, and quick to open."""
-
-
-def own(engine: CacheTune, samples: Iterable[Any]) -> list[Prompt]:
-    """Prompts of a user's samples: dicts with query, chunks and perhaps prefix, or prompts.
-
-    Raises:
-        ConfigError, PromptError: one of them can't be used; the message says which.
-    """
-    prompts = []
-    for number, sample in enumerate(samples, start=1):
-        try:
-            prompts.append(_prompt(engine, sample))
-        except PromptError as error:
-            raise type(error)(f"sample {number}: {error}") from error
-        except ConfigError as error:
-            raise ConfigError(f"sample {number}: {error}") from error
-    if not prompts:
-        raise ConfigError("there are no samples: give some of your own prompts, or None to have some made.")
-    return prompts
 
 
 def made(engine: CacheTune, *, tokens: int, count: int, codec: str | None = None) -> list[Prompt]:
@@ -84,26 +65,6 @@ def codec_of(engine: CacheTune, prompts: Sequence[Prompt]) -> str:
         found = f"are stored as {' and '.join(sorted(codecs))}" if codecs else "don't stay in the store"
         raise ConfigError(f"the samples' chunks {found}: tune with chunks of one codec, within the store's budgets.")
     return codecs.pop()
-
-
-def _prompt(engine: CacheTune, sample: Any) -> Prompt:
-    if isinstance(sample, Prompt):
-        prompt = engine._prompt(None, (), None, sample)
-    elif isinstance(sample, Mapping):
-        unknown = sorted(set(map(str, sample)) - {"query", "chunks", "prefix"})
-        if unknown:
-            raise ConfigError(f"it has the key {unknown[0]!r}: use query, chunks and prefix.")
-        prompt = engine._prompt(sample.get("query"), sample.get("chunks", ()), sample.get("prefix"), None)
-    else:
-        raise ConfigError(f"it is a {type(sample).__name__}: use a dict with query and chunks, or a Prompt.")
-    if not any(prompt.chunk_ids):
-        raise ConfigError("it has no chunks, so nothing could be reused: leave it out.")
-    if len(prompt.ids) <= engine.adapter.reuse_beyond:
-        raise ConfigError(
-            f"it has {len(prompt.ids)} tokens; this model's prompts of up to {engine.adapter.reuse_beyond} are computed "
-            "whole: use longer samples."
-        )
-    return prompt
 
 
 def _drawn(engine: CacheTune, generator: random.Random) -> list[tuple[str, int, str]]:

@@ -12,11 +12,12 @@ from cachetune_rag.assembly import TIERS
 from cachetune_rag.config import PAPER, resolve
 from cachetune_rag.errors import ConfigError
 from cachetune_rag.prompt import Prompt
+from cachetune_rag.samples import prompts_of, store_chunks
 from cachetune_rag.selection.frequency import FrequencySelector
-from cachetune_rag.tuning import samples as sampling
 from cachetune_rag.tuning.cost import CostModel
 from cachetune_rag.tuning.measure import TierMeasure, tiers_of
 from cachetune_rag.tuning.result import Point, TierTuning, TuneProgress, TuningResult
+from cachetune_rag.tuning.samples import codec_of, made
 from cachetune_rag.tuning.search import Line, Measured, Search
 
 if TYPE_CHECKING:
@@ -140,17 +141,11 @@ class Tuner:
         """
         engine, started = self._engine, time.perf_counter()
         if samples is None:
-            prompts = sampling.made(engine, tokens=self._tokens, count=PROMPTS)
+            prompts = made(engine, tokens=self._tokens, count=PROMPTS)
         else:
-            prompts = sampling.own(engine, samples)
-            missing = {
-                ids: text
-                for prompt in prompts
-                for ids, text in zip(prompt.chunk_ids, prompt.chunk_texts, strict=True)
-                if ids and not engine.store.contains(engine._assembler.key(ids))
-            }
-            engine._precomputer.store_chunks(missing.items())
-        codec = sampling.codec_of(engine, prompts)
+            prompts = prompts_of(engine, samples)
+            store_chunks(engine, prompts)
+        codec = codec_of(engine, prompts)
         tuned = [self._saved.save(self._tune(tier, codec, prompts, started)) for tier in self._tiers]
         return TuningResult(self._saved.hardware, tuple(tuned))
 
