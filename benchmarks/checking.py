@@ -1,0 +1,140 @@
+"""What checking stored bytes costs of the time to first token.
+
+    python benchmarks/checking.py --out benchmarks/results/checking-cpu.json
+
+Every hash that the store computes during a request is timed, on whichever thread, and their sum is set against the request's
+time to first token; much of it runs beside the model, so the share is the most that it can cost. Rows are checked when
+they come from disk (read with O_DIRECT here, the host tier empty); what is in host memory was checked on its way there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from common import environment, real_chunks, spread, write_json
+from smollm2 import model_path
+
+from cachetune_rag import CacheTune
+from cachetune_rag.loading import load_model
+from cachetune_store import chunkfile, readers
+
+QUERY = "What does the text say about the order in which expressions are evaluated?"
+
+
+class Clock:
+    """Seconds spent and bytes hashed, over all threads."""
+
+    def __init__(self) -> None:
+        self.seconds, self.bytes = 0.0, 0
+        self._lock = threading.Lock()
+
+    def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, its time and the length of its buffers counted."""
+
+        def call(*buffers: Any) -> Any:
+            started = time.perf_counter()
+            result = function(*buffers)
+            took = time.perf_counter() - started
+            with self._lock:
+                self.seconds += took
+                self.bytes += sum(len(buffer) for buffer in buffers)
+            return result
+
+        return call
+
+
+@contextmanager
+def counted() -> Iterator[Clock]:
+    """Count the hashes of rows and of heads."""
+    clock = Clock()
+    with (
+        mock.patch.object(readers.xxhash, "xxh3_64_intdigest", clock.timed(readers.xxhash.xxh3_64_intdigest)),
+        mock.patch.object(chunkfile, "_head_digest", clock.timed(chunkfile._head_digest)),
+    ):
+        yield clock
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--model", type=Path, help="folder of a model (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--chunks", type=int, default=8)
+    parser.add_argument("--chunk-tokens", type=int, default=256)
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.05, 0.15])
+    parser.add_argument("--selectors", nargs="+", default=["auto", "frequency"])
+    parser.add_argument("--codecs", nargs="+", default=["exact", "int8"])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--out", type=Path, help="file for the JSON (default: standard output)")
+    args = parser.parse_args()
+
+    model, tokenizer = load_model(args.model or model_path(), device=args.device, dtype=args.dtype)
+    chunks = real_chunks(tokenizer, args.chunks, args.chunk_tokens)
+    rows = []
+    for codec in args.codecs:
+        with tempfile.TemporaryDirectory() as folder:
+            engines = {
+                "host": CacheTune(model, tokenizer, None, codec=codec),
+                "disk": CacheTune(model, tokenizer, Path(folder) / "kv", codec=codec, host_budget=0, direct_io=True),
+            }
+            for tier, engine in engines.items():
+                engine.precompute(chunks)
+                rows += [
+                    measure(engine, chunks, tier=tier, codec=codec, selector=selector, ratio=ratio, rounds=args.rounds)
+                    for selector in args.selectors
+                    for ratio in args.ratios
+                ]
+                engine.close()
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "out"}
+    write_json(args.out, {"benchmark": "checking", "environment": environment(), "settings": settings, "rows": rows})
+    print(table(rows), file=sys.stderr)
+
+
+def measure(engine: CacheTune, chunks: list[str], *, rounds: int, **setting: Any) -> dict[str, Any]:
+    """Time to first token and seconds of hashing of one setting; the first round warms up."""
+    times, hashing, hashed = [], [], 0
+    for round_ in range(rounds + 1):
+        with counted() as clock:
+            report = engine.prefill(
+                query=QUERY, chunks=chunks, ratio=setting["ratio"], selector=setting["selector"]
+            ).report
+        assert report.missed == 0, report
+        if round_:
+            times.append(report.ttft)
+            hashing.append(clock.seconds)
+            hashed = clock.bytes
+    ttft, seconds = spread(times), spread(hashing)
+    return {
+        **setting,
+        "ttft": ttft,
+        "hashing": seconds,
+        "bytes_hashed": hashed,
+        "bytes_read": report.bytes_read,
+        "share": seconds["median"] / ttft["median"],
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows for people."""
+    lines = ["| tier | codec | selector | r | TTFT ms | hashing ms | MiB hashed | share |", "| --- " * 8 + "|"]
+    for row in rows:
+        lines.append(
+            f"| {row['tier']} | {row['codec']} | {row['selector']} | {row['ratio']:g} "
+            f"| {row['ttft']['median'] * 1e3:.0f} | {row['hashing']['median'] * 1e3:.2f} "
+            f"| {row['bytes_hashed'] / 2**20:.1f} | {row['share']:.2%} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Every byte is checked on its way from disk to whoever asked, and nothing can turn that off."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import xxhash
+from store_samples import file_of, flip, sample
+
+import cachetune_store
+from cachetune_store import ChunkReader, ChunkStore, DamagedChunkError, codec_names, readers
+
+LAYERS, TOKENS = 3, 150
+
+
+def read_rows(rows: int) -> Callable[[ChunkReader], object]:
+    return lambda reader: [reader.read(layer, rows) for layer in range(LAYERS)]
+
+
+def read_growing(reader: ChunkReader) -> None:
+    for rows in (1, 63, 64, 65, TOKENS):
+        read_rows(rows)(reader)
+
+
+PATHS: dict[str, Callable[[ChunkReader], object]] = {
+    "all rows": read_rows(TOKENS),
+    "more and more rows": read_growing,
+    "by address": lambda reader: [reader.locate(layer, TOKENS) for layer in range(LAYERS)],
+    "into host memory": lambda reader: reader.promote(),
+}
+
+
+@pytest.mark.parametrize("codec", codec_names())
+@pytest.mark.parametrize("direct_io", [True, False])
+@pytest.mark.parametrize("path", PATHS)
+def test_every_row_read_from_disk_was_hashed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str, direct_io: bool, path: str
+) -> None:
+    one = sample(tokens=TOKENS, layers=LAYERS)
+    hashed: set[bytes] = set()
+    real = xxhash.xxh3_64_intdigest
+    with ChunkStore(tmp_path, codec=codec, direct_io=direct_io) as store:
+        one.put(store)
+    with ChunkStore(tmp_path, codec=codec, direct_io=direct_io) as store, store.open(one.key) as reader:
+        with monkeypatch.context() as patch:
+            patch.setattr(readers.xxhash, "xxh3_64_intdigest", lambda data: (hashed.add(bytes(data)), real(data))[1])
+            PATHS[path](reader)
+        for layer in range(LAYERS):
+            for block in reader.read(layer, TOKENS).split(reader.head.block_rows):
+                assert block.numpy().tobytes() in hashed
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("layer", range(LAYERS))
+def test_damage_in_any_layer_stops_every_way_of_reading(tmp_path: Path, path: str, layer: int) -> None:
+    one = sample(tokens=TOKENS, layers=LAYERS)
+    with ChunkStore(tmp_path) as store:
+        one.put(store)
+        with store.open(one.key) as reader:
+            start = file_of(tmp_path, one.key).stat().st_size - reader.head.plan.total
+            offset = reader.head.plan.offsets[layer]
+    flip(file_of(tmp_path, one.key), start + offset + 77)
+    with ChunkStore(tmp_path) as store, store.open(one.key) as reader, pytest.raises(DamagedChunkError):
+        PATHS[path](reader)
+
+
+def test_no_option_and_no_environment_variable_turns_checks_off() -> None:
+    options = set(inspect.signature(ChunkStore).parameters)
+    assert options == {"path", "codec", "host_budget", "disk_budget", "pin_memory", "direct_io"}, "a new option: is it safe?"
+    for file in Path(cachetune_store.__file__).parent.rglob("*.py"):
+        names = {node.attr for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Attribute)}
+        assert not names & {"environ", "getenv", "environb"}, f"{file} depends on the environment"
