@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--chunk-tokens", type=int, default=512)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.05, 0.15])
     parser.add_argument("--selectors", nargs="+", default=["frequency", "probe"])
-    parser.add_argument("--tiers", nargs="+", choices=["host", "disk"], default=["host"])
+    parser.add_argument("--tiers", nargs="+", choices=["device", "host", "disk"], default=["host"])
     parser.add_argument("--codecs", nargs="+", default=["exact", "int8"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--plain", action="store_true", help="without the package's kernels, as by default")
@@ -85,10 +85,11 @@ def main() -> None:
     for codec in args.codecs:
         for tier in args.tiers:
             with tempfile.TemporaryDirectory() as folder:
-                path, host = (None, "48GiB") if tier == "host" else (Path(folder) / "kv", 0)
-                direct = None if tier == "host" else True
+                path, host = (Path(folder) / "kv", 0) if tier == "disk" else (None, "48GiB")
+                direct = True if tier == "disk" else None
                 # One token between chunks, as a real tokenizer would have it.
                 options = {"codec": codec, "host_budget": host, "direct_io": direct, "chunk_separator": "\n"}
+                options["device_budget"] = "24GiB" if tier == "device" else 0  # filled by the rounds that don't count
                 with CacheTune(model, tokenizer(), path, cuda_kernels=not args.plain, **options) as engine:
                     engine.precompute(passages)
                     started = time.perf_counter()
@@ -103,7 +104,8 @@ def main() -> None:
                         full.setdefault(context, base)
                         for row in found:
                             row = {"context": context, "tier": tier, "codec": codec, **row}
-                            row["copy"] = sum(row["bytes_read"].values()) / copy_speed
+                            moved = sum(size for where, size in row["bytes_read"].items() if where != "device")
+                            row["copy"] = moved / copy_speed
                             row["floor"] = max(base["median"] * row["computed"] / row["prompt_tokens"], row["copy"])
                             row["share_of_floor"] = row["floor"] / row["ttft"]["median"]
                             rows.append(row)

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -37,6 +36,7 @@ from cachetune_rag.report import PrecomputeSummary
 from cachetune_rag.request_queue import generate_many
 from cachetune_rag.selection.probe import ProbeSelector
 from cachetune_rag.stats import EngineStats, RequestCounter
+from cachetune_rag.storage import open_store
 from cachetune_rag.telemetry.observer import Observers, new_request_id
 from cachetune_rag.tuning import TuneProgress, TuningResult
 from cachetune_rag.tuning.saved import SavedTunings
@@ -66,7 +66,7 @@ class CacheTune:
             and copy streams: several times sooner (docs/gpu.md). False: as on a CPU.
         fidelity_sample: share of the answers, from 0 (off) to 1, that are compared with full prefill once they are out and the
             model is idle; `stats()` gives the result. Up to two prompts' KV is kept for it (docs/calibration.md).
-        store_options: further arguments of `ChunkStore` (codec, host_budget, disk_budget, ...).
+        store_options: further arguments of `ChunkStore` (codec, host_budget, disk_budget, device_budget, ...).
 
     Raises:
         UnsupportedModelError: reuse can't be exact for this architecture; the message says why.
@@ -104,14 +104,7 @@ class CacheTune:
             tenant=tenant,
         )
         self._owns_store = not isinstance(store, ChunkStore)
-        if isinstance(store, ChunkStore):
-            if store_options:
-                raise ConfigError(
-                    f"{', '.join(store_options)} belong to the store, which is open already: set them there."
-                )
-            self.store = store
-        else:
-            self.store = ChunkStore(None if store is None else Path(store), **store_options)
+        self.store = open_store(store, self.adapter.device, store_options)
         self.lead_ins = LeadIns(
             self.store,
             namespace,

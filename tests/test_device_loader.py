@@ -6,9 +6,11 @@ Whether streams really run side by side is for the card (tests/test_gpu.py); wha
 from __future__ import annotations
 
 import ctypes
+import importlib.util
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,15 @@ from cachetune_rag.pipeline import device as device_module
 from cachetune_rag.pipeline.copies import HostCopies
 from cachetune_rag.pipeline.device import DeviceLoader, Streams
 from cachetune_rag.pipeline.loader import LayerLoader, Source
+from cachetune_store import ChunkStore
 
-TEXTS = ["The lighthouse was built in 1871.", "Visitors climb 214 steps.", "The last forty are a ladder."]
+TEXTS = [
+    "The lighthouse was built in 1871.",
+    "Visitors climb 214 steps, of which the last forty are a ladder, and are given a certificate at the top.",
+    "The keeper's house is a museum.",
+]
+LENGTH = 200
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
 
 
 class Stream:
@@ -54,12 +63,22 @@ def _immediate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "stream", lambda _stream: nullcontext())
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
-    monkeypatch.setattr(device_module, "kernels_run_on", lambda _device: False)
 
 
-@pytest.fixture(params=[("exact", True), ("int8", True), ("exact", False)], ids=["exact", "int8", "without-addresses"])
+@pytest.fixture(
+    params=[
+        "exact", "int8", "int4", "exact without addresses",
+        *(
+            pytest.param(f"{codec} by kernel", marks=pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter"))
+            for codec in ("exact", "int4")
+        ),
+    ]
+)  # fmt: skip
 def engine(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CacheTune]:
-    codec, by_address = request.param
+    codec, by_address = request.param.split()[0], "without" not in request.param
+    by_kernel = "kernel" in request.param
+    layers = 3 if by_kernel else 8  # the interpreter is slow
+    monkeypatch.setattr(device_module, "kernels_run_on", lambda _device: by_kernel)
 
     def run(copies: list[tuple[int, int, int]], stream: int) -> None:
         assert stream == Stream.cuda_stream
@@ -67,8 +86,18 @@ def engine(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
             ctypes.memmove(to, at, count)
 
     monkeypatch.setattr(device_module, "host_copies", lambda: HostCopies(run) if by_address else None)
-    with CacheTune(llama(layers=8), tokenizer(), tmp_path, codec=codec) as made:
+    with opened(tmp_path, llama(layers=layers), codec=codec) as made:
         made.precompute([Document("a", TEXTS)])
+        assert made.adapter._half_split() == [True] * layers
+        yield made
+
+
+@contextmanager
+def opened(path: Path, model: Any, **options: Any) -> Iterator[CacheTune]:
+    """An engine whose store has a device tier, in the CPU's memory."""
+    store = ChunkStore(path, device="cpu", device_budget="64MiB", **options)
+    with store, CacheTune(model, tokenizer(), store) as made:
+        made.adapter.half_split = [True] * made.adapter.num_layers
         yield made
 
 
@@ -82,28 +111,31 @@ def sources(engine: CacheTune, shares: list[float]) -> list[Source]:
     return found
 
 
-@pytest.mark.parametrize("tier", ["host", "disk"])
+@pytest.mark.parametrize("tiers", ["host", "disk", "device", "device+host", "device+disk"])
 @pytest.mark.parametrize("probed", [0, 2])
-def test_buffers_are_as_the_plain_loader_fills_them(
-    engine: CacheTune, tier: str, probed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if tier == "disk":  # another engine over the same directory, with nothing in host memory
-        with CacheTune(engine.adapter.model, tokenizer(), tmp_path, host_budget=0) as cold:
-            check(cold, probed, "disk")
+def test_buffers_are_as_the_plain_loader_fills_them(engine: CacheTune, tiers: str, probed: int, tmp_path: Path) -> None:
+    if "disk" in tiers:  # another engine over the same directory, with nothing in host memory
+        with opened(tmp_path, engine.adapter.model, host_budget=0) as cold:
+            check(cold, probed, tiers)
     else:
-        check(engine, probed, "host")
+        check(engine, probed, tiers)
 
 
-def check(engine: CacheTune, probed: int, tier: str) -> None:
+def check(engine: CacheTune, probed: int, tiers: str) -> None:
     adapter = engine.adapter
+    if "device" in tiers:
+        for source in sources(engine, [1, 1, 1])[0 if tiers == "device" else 1 :]:
+            with source.reader:
+                source.reader.promote()
     filled = []
+    # Opened beforehand: a chunk that was read from disk whole is on the device when its reader is closed.
+    passes = [(plain, sources(engine, [1, 1, 1]), sources(engine, [0.5, 1, 0])) for plain in (True, False)]
     with ThreadPoolExecutor(2) as pool:
-        for plain in (True, False):
-            buffers = adapter.new_buffers(150)
+        for plain, whole, some in passes:
+            buffers = adapter.new_buffers(LENGTH)
             for rows in (*buffers.key_rows, *buffers.value_rows):
                 rows.zero_()
-            whole, some = sources(engine, [1, 1, 1]), sources(engine, [0.5, 1, 0])
-            assert {s.reader.tier for s in whole} == {tier}
+            assert {s.reader.tier for s in whole} == set(tiers.split("+"))
             if plain:
                 loader = LayerLoader(adapter, whole, buffers, pool)
             else:
@@ -117,10 +149,15 @@ def check(engine: CacheTune, probed: int, tier: str) -> None:
                 loader.load(layer)
                 assert loader._loaded[layer]
             loader.close()
+            if not plain and tiers == "device" and loader._kernel:
+                assert loader._stages == [{}, {}], "rows on the device are read where they lie"
+            read = [s.reader.bytes_read for s in (*whole, *some)]
             for source in (*whole, *some):
                 source.reader.close()
-            filled.append((buffers, ahead))
-    (wanted, _), (found, ahead) = filled
+            filled.append((buffers, ahead, read))
+    (wanted, _, plain_read), (found, ahead, read) = filled
+    if not probed and "disk" not in tiers:  # nothing was begun that the change of sources made needless
+        assert read == plain_read
     places = torch.cat([s.places[: s.rows] for s in some])
     for layer in range(adapter.num_layers):
         # Layers queued before the sources changed hold more rows than are needed: those at `places` are what counts.

@@ -48,7 +48,8 @@ Codec = Annotated[
     typer.Option(
         "--codec",
         metavar="NAME",
-        help="How new chunks are stored: exact, or int8 (about half to a quarter of the bytes, nearly exact).",
+        help="How new chunks are stored: exact; int8 or fp8 (half the bytes of 16-bit numbers, int8 being nearly exact); "
+        "int4 (a bit more than a quarter, coarser).",
         rich_help_panel=_STORE,
     ),
 ]

@@ -10,43 +10,90 @@ from cachetune_rag.kernels.support import power_of_two
 
 
 @triton.jit
-def _number(at, scale, ok, INT8: tl.constexpr, element: tl.constexpr):
-    """Stored numbers as the model's dtype. Integers times their scale in float32, as the codec itself decodes them."""
-    if INT8:
-        number = (tl.load(at, mask=ok, other=0).to(tl.float32) * scale).to(element)
+def _bfloat16(start, at, ok):
+    """Bfloat16 numbers stored from `start` on as float32, by their bits: the interpreter has no bfloat16."""
+    bits = tl.load(start.to(tl.pointer_type(tl.uint16)) + at, mask=ok, other=0).to(tl.uint32) << 16
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _number(numbers, at, scale, middle, ok, COUNT: tl.constexpr, CODEC: tl.constexpr, element: tl.constexpr):
+    """Number `at` of a row's `COUNT` keys or values as the model's dtype; in float32 on the way, as the codec decodes it."""
+    if CODEC == "exact":
+        number = tl.load(numbers.to(tl.pointer_type(element)) + at, mask=ok, other=0.0)
+    elif CODEC == "int8":
+        stored = tl.load(numbers.to(tl.pointer_type(tl.int8)) + at, mask=ok, other=0)
+        number = (stored.to(tl.float32) * scale).to(element)
+    elif CODEC == "fp8":
+        # By way of float16 (see Fp8Codec): e4m3 is no type of every card.
+        stored = tl.load(numbers.to(tl.pointer_type(tl.int8)) + at, mask=ok, other=0).to(tl.int16)
+        half = ((stored << 7) & -16385).to(tl.int16).to(tl.float16, bitcast=True)
+        number = (half.to(tl.float32) * (scale * 256.0)).to(element)
     else:
-        number = tl.load(at, mask=ok, other=0.0)
+        HALF: tl.constexpr = (COUNT + 1) // 2
+        upper = at >= HALF
+        stored = tl.load(numbers + at - tl.where(upper, HALF, 0), mask=ok, other=0).to(tl.int32)
+        step = (stored >> tl.where(upper, 4, 0)) & 15
+        number = ((step.to(tl.float32) - 7.5) * scale + middle).to(element)
     return number
 
 
 @triton.jit
+def _key(numbers, shared, at, scale, ok, COUNT: tl.constexpr, CODEC: tl.constexpr, element: tl.constexpr):
+    middle = 0.0
+    if CODEC == "int4":
+        scale = _bfloat16(shared, at, ok)
+        middle = _bfloat16(shared, COUNT + at, ok)
+    return _number(numbers, at, scale, middle, ok, COUNT, CODEC, element)
+
+
+@triton.jit
 def _place(
-    ROWS, PLACES, COS, SIN, KEYS, VALUES, row_bytes, table_stride,
-    HEADS: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, TURNED: tl.constexpr, INT8: tl.constexpr,
+    BASES, WHERE, PLACES, COS, SIN, KEYS, VALUES, table_stride,
+    HEADS: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, TURNED: tl.constexpr, CODEC: tl.constexpr,
+    ROW_BYTES: tl.constexpr, GROUP_ROWS: tl.constexpr, GROUP_BYTES: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     element = KEYS.dtype.element_ty
     row = tl.program_id(0)
     place = tl.load(PLACES + row)
-    start = ROWS + row.to(tl.int64) * row_bytes
+    where = tl.load(WHERE + row)
+    base = tl.load(BASES + (where >> 32)).to(tl.pointer_type(tl.uint8))
+    index = where & 0x7FFFFFFF
+    shared = base + index // GROUP_ROWS * (GROUP_BYTES + GROUP_ROWS * ROW_BYTES)
+    start = shared + (GROUP_BYTES + index % GROUP_ROWS * ROW_BYTES)
+    if ALIGNED:
+        # The addresses come from a table, so the compiler can't see that rows begin on 16 bytes.
+        shared = tl.multiple_of(shared, 16)
+        start = tl.multiple_of(start, 16)
     h = tl.arange(0, BLOCK_H)[:, None]
     some = h < HEADS
     k_scale = 1.0
     v_scale = 1.0
-    if INT8:
+    v_middle = 0.0
+    COUNT: tl.constexpr = HEADS * DIM
+    V_COUNT: tl.constexpr = HEADS * V_DIM
+    if CODEC == "exact":
+        numbers = start
+        v_numbers = start + COUNT * (KEYS.dtype.element_ty.primitive_bitwidth // 8)
+    elif CODEC == "int4":
+        v_scale = _bfloat16(start, h, some)
+        v_middle = _bfloat16(start, HEADS + h, some)
+        numbers = start + 4 * HEADS
+        v_numbers = numbers + (COUNT + 1) // 2
+    else:
         scales = start.to(tl.pointer_type(tl.float32))
         k_scale = tl.load(scales + h, mask=some, other=0.0)
         v_scale = tl.load(scales + HEADS + h, mask=some, other=0.0)
-        numbers = (start + 8 * HEADS).to(tl.pointer_type(tl.int8))
-    else:
-        numbers = start.to(tl.pointer_type(element))
-    out = KEYS + place * (HEADS * DIM)
+        numbers = start + 8 * HEADS
+        v_numbers = numbers + COUNT
+    out = KEYS + place * COUNT
     HALF: tl.constexpr = TURNED // 2
     if TURNED > 0:
         d = tl.arange(0, BLOCK_HALF)[None, :]
         ok = some & (d < HALF)
-        low = _number(numbers + h * DIM + d, k_scale, ok, INT8, element)
-        high = _number(numbers + h * DIM + HALF + d, k_scale, ok, INT8, element)
+        low = _key(numbers, shared, h * DIM + d, k_scale, ok, COUNT, CODEC, element)
+        high = _key(numbers, shared, h * DIM + HALF + d, k_scale, ok, COUNT, CODEC, element)
         table = place * table_stride
         cos_low = tl.load(COS + table + d, mask=d < HALF, other=0.0)
         cos_high = tl.load(COS + table + HALF + d, mask=d < HALF, other=0.0)
@@ -62,12 +109,12 @@ def _place(
     if TURNED < DIM:
         d = tl.arange(0, BLOCK_REST)[None, :]
         ok = some & (d < DIM - TURNED)
-        rest = _number(numbers + h * DIM + TURNED + d, k_scale, ok, INT8, element)
+        rest = _key(numbers, shared, h * DIM + TURNED + d, k_scale, ok, COUNT, CODEC, element)
         tl.store(out + h * DIM + TURNED + d, rest, mask=ok)
     d = tl.arange(0, BLOCK_V)[None, :]
     ok = some & (d < V_DIM)
-    value = _number(numbers + HEADS * DIM + h * V_DIM + d, v_scale, ok, INT8, element)
-    tl.store(VALUES + place * (HEADS * V_DIM) + h * V_DIM + d, value, mask=ok)
+    value = _number(v_numbers, h * V_DIM + d, v_scale, v_middle, ok, V_COUNT, CODEC, element)
+    tl.store(VALUES + place * V_COUNT + h * V_DIM + d, value, mask=ok)
 
 
 @triton.jit(do_not_specialize=["layer"])
@@ -111,27 +158,42 @@ def fetch(host: Tensor, out: Tensor) -> None:
 
 
 def place(
-    rows: Tensor, places: Tensor, cos: Tensor | None, sin: Tensor | None, keys: Tensor, values: Tensor, *, codec: str
+    bases: Tensor,
+    where: Tensor,
+    places: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    codec: str,
+    row_bytes: int,
+    group_rows: int = 1,
+    group_bytes: int = 0,
+    aligned: bool = False,
 ) -> None:
     """Decode stored rows, rotate their keys to their places and put both where they belong.
 
     Args:
-        rows: uint8 [n, row_bytes], contiguous, as the codec wrote them.
+        bases: int64 [sources], addresses on the device: where each source's rows begin, as the codec wrote them.
+        where: int64 [n], of each row the source (upper 32 bits) and its number there (lower); see `rows_of`.
         places: int64 [n], in the prompt.
         cos, sin: [length, width], the model's tables; None for a layer that does not rotate. The first `width` channels
             are turned, channel i with channel i + width / 2.
         keys, values: [length, heads, dim] and [length, heads, v_dim], contiguous; rows at `places` are written.
         codec: one of `kernels.CODECS`.
+        row_bytes, group_rows, group_bytes: how the rows lie behind a base: groups of rows, each behind bytes that they share.
+        aligned: whether all bases, `row_bytes` and `group_bytes` are multiples of 16.
     """
     heads, dim, v_dim = keys.shape[1], keys.shape[2], values.shape[2]
     turned = 0 if cos is None else cos.shape[1]
-    if not rows.shape[0]:
+    if not places.shape[0]:
         return
     some = keys if cos is None or sin is None else cos  # a pointer that is not read
-    _place[(rows.shape[0],)](
-        rows, places, some, keys if sin is None else sin, keys, values,
-        rows.stride(0), 0 if cos is None else cos.stride(0),
-        HEADS=heads, DIM=dim, V_DIM=v_dim, TURNED=turned, INT8=codec == "int8",
+    _place[(places.shape[0],)](
+        bases, where, places, some, keys if sin is None else sin, keys, values, 0 if cos is None else cos.stride(0),
+        HEADS=heads, DIM=dim, V_DIM=v_dim, TURNED=turned, CODEC=codec,
+        ROW_BYTES=row_bytes, GROUP_ROWS=group_rows, GROUP_BYTES=group_bytes, ALIGNED=aligned,
         BLOCK_H=power_of_two(heads), BLOCK_HALF=power_of_two(max(1, turned // 2)),
         BLOCK_REST=power_of_two(max(1, dim - turned)), BLOCK_V=power_of_two(v_dim),
         num_warps=4, enable_fp_fusion=False,

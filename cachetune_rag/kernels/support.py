@@ -6,11 +6,13 @@ import importlib.util
 import os
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-CODECS = frozenset({"exact", "int8"})
+CODECS = frozenset({"exact", "fp8", "int4", "int8"})
 """Codecs whose rows the `place` kernel reads; the others are decoded by their own code."""
 
 
@@ -37,6 +39,15 @@ class AddressTable:
     def of(key_rows: Sequence[Tensor], value_rows: Sequence[Tensor]) -> list[int]:
         """The addresses, in the table's order."""
         return [t.data_ptr() for pair in zip(key_rows, value_rows, strict=True) for t in pair]
+
+
+def rows_of(counts: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Source and number of every row, as `place` takes them: int64 [sum of counts], source << 32 | number.
+
+    By NumPy: torch would wake its threads, which takes longer than the work.
+    """
+    numbers = [np.arange(count, dtype=np.int64) + (source << 32) for source, count in enumerate(counts)]
+    return np.concatenate(numbers) if numbers else np.empty(0, np.int64)
 
 
 def power_of_two(count: int, least: int = 1) -> int:

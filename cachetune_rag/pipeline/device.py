@@ -1,25 +1,25 @@
 """Loading onto a CUDA device, beside the computation.
 
 One stream copies a layer's encoded rows into a ring of staging buffers; another decodes, rotates and scatters them from there
-into the prompt's buffers, layer after layer. The stream that computes waits for the event of the layer it needs and for nothing
+into the prompt's buffers, layer after layer. Rows of the device tier are decoded where they lie, without a copy. The stream that computes waits for the event of the layer it needs and for nothing
 else. The prompt's buffers hold every layer, so neither ever waits for the computation, only for the disk.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cachetune_rag.kernels import CODECS, kernels_run_on
+from cachetune_rag.kernels import CODECS, kernels_run_on, rows_of
 from cachetune_rag.model import KVBuffers, ModelAdapter
 from cachetune_rag.pipeline.copies import host_copies
 from cachetune_rag.pipeline.loader import LayerLoader, Source
+from cachetune_store.tiers import DeviceReader
 
 STAGES = 2
 """Staging buffers: while one is decoded, the next is copied into."""
@@ -57,6 +57,9 @@ class DeviceLoader(LayerLoader):
     ):
         self._streams, self._current = streams, torch.cuda.current_stream(adapter.device)
         self._stages: list[dict[tuple[str, str], Tensor]] = [{} for _ in range(STAGES)]
+        self._bases: dict[tuple[str, str], Tensor] = {}
+        self._where: dict[tuple[str, str], Tensor] = {}
+        self._in_place: dict[tuple[str, str], list[bool]] = {}
         self._next = 0
         self._kernel = kernels_run_on(adapter.device)
         self._copies = host_copies()
@@ -77,10 +80,10 @@ class DeviceLoader(LayerLoader):
     def begin(self) -> None:
         """See `LayerLoader.begin`."""
         started = time.perf_counter()
-        if self._in_host_memory:
-            self._launch_ahead(1)
-        else:
+        if self._slow:
             self._read_on(self._next)
+        else:
+            self._launch_ahead(1)
         self.seconds += time.perf_counter() - started
 
     def close(self) -> None:
@@ -100,83 +103,120 @@ class DeviceLoader(LayerLoader):
         layer, streams = self._next, self._streams
         if layer >= STAGES:
             streams.copy.wait_event(streams.placed[layer - STAGES])
-        rows = None if self._in_host_memory else iter(self._rows(layer))
-        staged = []
+        slow = iter(self._slow_rows(layer))
         for key, group in self._groups.items():
-            width = self._row_bytes(layer, key)
-            sizes = [source.rows * width for source in group]
-            places = self._placed(key)
-            encoded = self._stage(layer % STAGES, key, sum(sizes))
-            if rows is None:
-                self._add_copies(layer, group, encoded.data_ptr(), width)
-            else:
-                pieces = [next(rows).view(-1) for _ in group]
-                with torch.cuda.stream(streams.copy):
-                    torch._foreach_copy_(list(encoded.split(sizes)), pieces, non_blocking=True)
-            staged.append((key, encoded.view(-1, width), places))
+            self._prepare(key)
+            self._copy_rows(layer, key, group, slow)
         if self._copies is not None:
             self._copies.queue(streams.copy.cuda_stream)
         streams.copied[layer].record(streams.copy)
         streams.place.wait_event(streams.copied[layer])
-        if staged:
+        if self._groups:
             with torch.cuda.stream(streams.place):
-                for key, encoded, places in staged:
-                    self._place(layer, key, encoded, places)
+                for key in self._groups:
+                    self._place(layer, key)
         streams.placed[layer].record(streams.place)
         self._loaded[layer] = 1
         self._next += 1
 
-    @property
-    def _in_host_memory(self) -> bool:
-        """Whether every row lies in host memory, where it can be copied from by address."""
-        return self._copies is not None and not self._read_ahead
+    def _copy_rows(self, layer: int, key: tuple[str, str], group: Sequence[Source], slow: Iterator[Tensor]) -> None:
+        """Queue the copies of a group's rows into its staging memory; rows that are read where they lie are counted."""
+        form, stage = self._row_format(layer, key), self._stages[layer % STAGES].get(key)
+        targets, pieces, at = [], [], 0
+        with torch.cuda.stream(self._streams.copy):
+            for source, in_place in zip(group, self._in_place[key], strict=True):
+                reader, count = source.reader, form.size(source.rows)
+                if in_place:
+                    reader.locate(layer, source.rows)
+                    continue
+                assert stage is not None
+                if self._copies is not None and reader.tier == "host":
+                    self._copies.add(stage.data_ptr() + at, reader.locate(layer, source.rows), count)
+                else:
+                    pieces.append(reader.read(layer, source.rows) if reader.in_memory else next(slow))
+                    targets.append(stage[at : at + count])
+                at += form.span(source.rows)
+            if pieces:
+                torch._foreach_copy_(targets, pieces, non_blocking=True)
 
-    def _add_copies(self, layer: int, group: Sequence[Source], to: int, width: int) -> None:
-        assert self._copies is not None
-        for source in group:
-            count = source.rows * width
-            self._copies.add(to, source.reader.locate(layer, source.rows), count)
-            to += count
+    def _prepare(self, key: tuple[str, str]) -> None:
+        """Staging memory of a group, and what the device must know about its rows, ahead of the rows themselves."""
+        if key in self._places:
+            return
+        group, device = self._groups[key], self._adapter.device
+        forms = [self._row_format(layer, key) for layer in range(self._adapter.num_layers)]
+        by_kernel = self._kernel_for(key, range(len(forms)))
+        in_place = [
+            isinstance(source.reader, DeviceReader) and source.reader.device == device and by_kernel for source in group
+        ]
+        self._in_place[key] = in_place
+        # Every part of the table begins on 16 bytes: kernels are compiled for that.
+        bases = np.zeros((len(forms), len(group) + len(group) % 2), np.int64)
+        staged = [index for index, here in enumerate(in_place) if not here]
+        if staged:
+            spans = {form: [form.span(group[index].rows) for index in staged] for form in set(forms)}
+            room = max(sum(sizes) for sizes in spans.values())
+            stages = [self._stage(slot, key, room).data_ptr() for slot in range(STAGES)]
+            starts = {form: np.cumsum([0, *sizes[:-1]]) for form, sizes in spans.items()}
+            for layer, form in enumerate(forms):
+                bases[layer, staged] = stages[layer % STAGES] + starts[form]
+        for index, source in enumerate(group):
+            if in_place[index] and isinstance(source.reader, DeviceReader):
+                source.reader.wait_on(self._streams.place)
+                bases[:, index] = source.reader.addresses
+        where = rows_of([source.rows for source in group])
+        places = np.concatenate([source.places[: source.rows].numpy() for source in group])
+        count, even = len(where), np.zeros(len(where) % 2, np.int64)
+        host = torch.from_numpy(np.concatenate((bases.ravel(), where, even, places))).pin_memory()
+        with torch.cuda.stream(self._streams.copy):
+            there = host.to(device, non_blocking=True)
+        there.record_stream(self._streams.place)
+        self._held += [host, there]
+        self._bases[key] = there[: bases.size].view(bases.shape)
+        self._where[key] = there[bases.size : bases.size + count]
+        self._places[key] = there[there.shape[0] - count :]
+
+    def _kernel_for(self, key: tuple[str, str], layers: Sequence[int]) -> bool:
+        """Whether the kernel reads a group's rows in all of `layers`."""
+        codec, dtype = key
+        return (
+            self._kernel
+            and codec in CODECS
+            and dtype == str(self._adapter.dtype).removeprefix("torch.")
+            and all(self._adapter.half_split[layer] for layer in layers)
+        )
 
     def _stage(self, slot: int, key: tuple[str, str], size: int) -> Tensor:
-        """Staging memory of one slot, `size` bytes; made anew only where it is too small."""
+        """Staging memory of one slot, `size` bytes at least; made anew only where it is too small."""
         held = self._stages[slot].get(key)
         if held is None or held.numel() < size:
             with torch.cuda.stream(self._streams.copy):
                 held = torch.empty(size, dtype=torch.uint8, device=self._adapter.device)
             held.record_stream(self._streams.place)
             self._stages[slot][key] = held
-        return held[:size]
+        return held
 
-    def _placed(self, key: tuple[str, str]) -> Tensor:
-        """See `LayerLoader._placed`; copied before the rows that it is for, on the same stream."""
-        places = self._places.get(key)
-        if places is None:
-            host = torch.from_numpy(_host_places(self._groups[key])).pin_memory()
-            with torch.cuda.stream(self._streams.copy):
-                places = self._places[key] = host.to(self._adapter.device, non_blocking=True)
-            places.record_stream(self._streams.place)
-            self._held += [host, places]
-        return places
-
-    def _place(self, layer: int, key: tuple[str, str], encoded: Tensor, places: Tensor) -> None:
+    def _place(self, layer: int, key: tuple[str, str]) -> None:
         """Decode, rotate, scatter: the kernel where it is exact, the codec's and the model's own code elsewhere."""
-        codec, dtype = key
-        if (
-            self._kernel
-            and codec in CODECS
-            and self._adapter.half_split[layer]
-            and dtype == str(self._adapter.dtype).removeprefix("torch.")
-        ):
+        form = self._row_format(layer, key)
+        if self._kernel_for(key, [layer]):
             from cachetune_rag.kernels.rows import place
 
             cos, sin = self._adapter.rotation(layer, self._tables)
-            keys, values = self._buffers.key_rows[layer], self._buffers.value_rows[layer]
-            place(encoded, places, cos, sin, keys, values, codec=codec)
+            place(
+                self._bases[key][layer],
+                self._where[key],
+                self._places[key],
+                cos,
+                sin,
+                self._buffers.key_rows[layer],
+                self._buffers.value_rows[layer],
+                codec=key[0],
+                row_bytes=form.row_bytes,
+                group_rows=form.group_rows,
+                group_bytes=form.group_bytes,
+                aligned=not (form.row_bytes % 16 or form.group_bytes % 16),
+            )
         else:
-            self._place_rows(layer, key, encoded, places)
-
-
-def _host_places(group: Sequence[Source]) -> npt.NDArray[np.int64]:
-    """Places of a group's rows. By NumPy: torch would wake its threads, which takes longer than the work."""
-    return np.concatenate([source.places[: source.rows].numpy() for source in group])
+            size = sum(form.span(source.rows) for source in self._groups[key])
+            self._place_rows(layer, key, self._stages[layer % STAGES][key][:size], self._places[key])

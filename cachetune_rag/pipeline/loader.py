@@ -10,14 +10,14 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
 from cachetune_rag.model import KVBuffers, ModelAdapter
 from cachetune_rag.model.rope import Tables, rows_of
-from cachetune_store import ChunkKey, ChunkReader, DamagedChunkError, get_codec
+from cachetune_store import ChunkKey, ChunkReader, DamagedChunkError, LayerSpec, RowFormat, get_codec
 
 READ_AHEAD = 4
 """Layers that are read ahead of the one that computes: bounds the memory between disk and buffers."""
@@ -93,7 +93,8 @@ class LayerLoader:
         self._sources = [s for group in self._groups.values() for s in group]
         self._places: dict[tuple[str, str], Tensor] = {}
         self._rows_of_tables: dict[tuple[str, str], dict[str | None, Tables]] = {}
-        self._read_ahead = any(s.reader.tier != "host" for s in self._sources)
+        # In the order of `_sources`, those whose rows must be waited for.
+        self._slow = [s for s in self._sources if not s.reader.in_memory]
 
     def load(self, layer: int) -> None:
         """Make the reused rows of `layer` stand in the buffers. Later calls for the same layer do nothing."""
@@ -102,23 +103,25 @@ class LayerLoader:
         started = time.perf_counter()
         rows = iter(self._rows(layer))
         for key, group in self._groups.items():
-            pieces = [next(rows) for _ in group]
-            encoded = torch.empty(
-                (sum(p.shape[0] for p in pieces), pieces[0].shape[1]),
-                dtype=torch.uint8,
-                device=self._adapter.device,
-            )
+            form = self._row_format(layer, key)
+            size = sum(form.span(source.rows) for source in group)
+            encoded = torch.empty(size, dtype=torch.uint8, device=self._adapter.device)
             at = 0
-            for piece in pieces:
+            for source in group:
+                piece = next(rows)
                 encoded[at : at + piece.shape[0]].copy_(piece, non_blocking=True)
-                at += piece.shape[0]
+                at += form.span(source.rows)
             self._place_rows(layer, key, encoded, self._placed(key))
         self._loaded[layer] = 1
         self.seconds += time.perf_counter() - started
 
     def _place_rows(self, layer: int, key: tuple[str, str], encoded: Tensor, places: Tensor) -> None:
-        """Decode a group's rows, rotate their keys to `places` and put keys and values there."""
-        keys, values = get_codec(key[0]).decode(encoded, self._adapter.layers[layer], self._adapter.dtype)
+        """Decode a group's rows, rotate their keys to `places` and put keys and values there.
+
+        `encoded` holds the sources' rows, each source's RowFormat.span() behind the one before.
+        """
+        rows = [source.rows for source in self._groups[key]]
+        keys, values = get_codec(key[0]).decode(encoded, self._adapter.layers[layer], self._adapter.dtype, rows)
         if key not in self._rows_of_tables:
             self._rows_of_tables[key] = rows_of(self._tables, places)
         keys = self._adapter.rotate_by(layer, keys, self._rows_of_tables[key])
@@ -136,22 +139,26 @@ class LayerLoader:
             self._places[key] = places
         return places
 
-    def _row_bytes(self, layer: int, key: tuple[str, str]) -> int:
-        """Bytes of an encoded row of a group."""
-        codec, dtype = key
-        return get_codec(codec).row_bytes(self._adapter.layers[layer], dtype)
+    def _row_format(self, layer: int, key: tuple[str, str]) -> RowFormat:
+        """How a group's encoded rows lie."""
+        return _row_format(*key, self._adapter.layers[layer])
 
     def _ready(self, layer: int) -> bool:
         """Whether the rows of `layer` can be had without waiting."""
-        if not self._read_ahead:
+        if not self._slow:
             return True
         futures = self._ahead.get(layer)
         return futures is not None and all(f.done() for f in futures)
 
     def _rows(self, layer: int) -> list[Tensor]:
         """Encoded rows of every source, in the order of the groups."""
-        if not self._read_ahead:
-            return [_read(s, layer) for s in self._sources]
+        slow = iter(self._slow_rows(layer))
+        return [_read(s, layer) if s.reader.in_memory else next(slow) for s in self._sources]
+
+    def _slow_rows(self, layer: int) -> list[Tensor]:
+        """Encoded rows of the sources that are not in memory; waits for them."""
+        if not self._slow:
+            return []
         self._read_on(layer)
         return [f.result() for f in self._ahead.pop(layer)]
 
@@ -159,7 +166,7 @@ class LayerLoader:
         """Have the rows of `layer` and of the next ones read."""
         for ahead in range(layer, min(layer + 1 + READ_AHEAD, self._adapter.num_layers)):
             if ahead not in self._ahead and not self._loaded[ahead]:
-                self._ahead[ahead] = [self._pool.submit(_read, s, ahead) for s in self._sources]
+                self._ahead[ahead] = [self._pool.submit(_read, s, ahead) for s in self._slow]
         if self._when_asked is not None and self._all_asked():
             asked, self._when_asked = self._when_asked, None
             asked()
@@ -176,7 +183,7 @@ class LayerLoader:
 
     def _all_asked(self) -> bool:
         layers = range(self._adapter.num_layers)
-        return not self._read_ahead or all(self._loaded[layer] or layer in self._ahead for layer in layers)
+        return not self._slow or all(self._loaded[layer] or layer in self._ahead for layer in layers)
 
     def drain(self) -> None:
         """Wait for reads under way and drop them; the readers may be closed afterwards."""
@@ -189,6 +196,11 @@ class LayerLoader:
     def close(self) -> None:
         """The prompt is done, or given up: nothing reads or writes for it any more when this returns."""
         self.drain()
+
+
+@lru_cache(maxsize=256)
+def _row_format(codec: str, dtype: str, spec: LayerSpec) -> RowFormat:
+    return get_codec(codec).row_format(spec, dtype)
 
 
 def _read(source: Source, layer: int) -> Tensor:

@@ -71,7 +71,7 @@ class CacheTuneCollector(Collector):
             self._add(ttft, tier, histogram)
         yield ttft
         yield self._gauge("documents", "Documents of all tenants", stats.store.documents)
-        tiers = [held for held in (stats.store.host, stats.store.disk) if held is not None]
+        tiers = [held for held in (stats.store.device, stats.store.host, stats.store.disk) if held is not None]
         for name, text in (
             ("chunks", "Chunks held"),
             ("bytes", "Bytes held"),

@@ -23,7 +23,7 @@ from .errors import (
     UnknownFormatError,
 )
 from .keys import FORMAT_VERSION, ChunkKey, Namespace, make_key
-from .layout import ChunkLayout, LayerSpec
+from .layout import ChunkLayout, LayerSpec, RowFormat
 from .readers import ChunkReader
 from .stats import ChunkGroup, DocumentInfo, PruneReport, StoreStats, TierStats, TierUsage, VerifyReport
 from .store import ChunkStore
@@ -45,6 +45,7 @@ __all__ = [
     "Namespace",
     "NonFiniteError",
     "PruneReport",
+    "RowFormat",
     "StoreClosedError",
     "StoreError",
     "StoreFullError",

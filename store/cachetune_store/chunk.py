@@ -16,7 +16,7 @@ from .buffers import SlabPool, memory_of, round_up
 from .codecs import get_codec
 from .errors import NonFiniteError
 from .keys import ChunkKey, Namespace, make_key
-from .layout import ChunkLayout, LayerSpec, torch_dtype
+from .layout import ChunkLayout, LayerSpec, RowFormat, torch_dtype
 
 __all__ = ["BLOCK_ROWS", "Chunk", "ChunkHead", "SlabPlan", "encode_chunk", "plan_slab", "ranking_order"]
 
@@ -29,12 +29,12 @@ class SlabPlan:
     """Where the rows of each layer lie in a chunk's slab, which is the tail of its file, byte for byte.
 
     Attributes:
-        row_bytes: bytes of one row, per layer.
+        rows: how the rows of each layer lie.
         offsets: first byte of each layer, a multiple of the page size.
         total: bytes of the slab, a multiple of the page size.
     """
 
-    row_bytes: tuple[int, ...]
+    rows: tuple[RowFormat, ...]
     offsets: tuple[int, ...]
     total: int
 
@@ -43,11 +43,11 @@ class SlabPlan:
 def plan_slab(layout: ChunkLayout) -> SlabPlan:
     """The slab of chunks of this layout."""
     codec = get_codec(layout.codec)
-    row_bytes = tuple(codec.row_bytes(spec, layout.dtype) for spec in layout.layers)
+    rows = tuple(codec.row_format(spec, layout.dtype) for spec in layout.layers)
     offsets = [0]
-    for count in row_bytes:
-        offsets.append(offsets[-1] + round_up(count * layout.tokens))
-    return SlabPlan(row_bytes, tuple(offsets[:-1]), offsets[-1])
+    for form in rows:
+        offsets.append(offsets[-1] + round_up(form.size(layout.tokens)))
+    return SlabPlan(rows, tuple(offsets[:-1]), offsets[-1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +94,7 @@ class Chunk:
         head: all but the rows.
         slab: uint8 [plan.total], page-aligned.
         host_bytes: what the chunk takes of host memory.
-        layers: views of the slab, uint8 [tokens, row_bytes] each.
+        layers: views of the slab, uint8 [bytes of the layer's rows] each.
     """
 
     head: ChunkHead
@@ -117,11 +117,10 @@ class Chunk:
 
 
 def layer_views(layout: ChunkLayout, slab: Tensor) -> tuple[Tensor, ...]:
-    """The layers of a slab, uint8 [tokens, row_bytes] each, without a copy."""
+    """The layers of a slab, uint8 [bytes of the layer's rows] each, without a copy."""
     plan = plan_slab(layout)  # hashing a layout is slow: once a chunk, not once a layer
     return tuple(
-        slab[offset : offset + layout.tokens * width].view(layout.tokens, width)
-        for offset, width in zip(plan.offsets, plan.row_bytes, strict=True)
+        slab[offset : offset + form.size(layout.tokens)] for offset, form in zip(plan.offsets, plan.rows, strict=True)
     )
 
 
@@ -129,8 +128,8 @@ def clear_padding(layout: ChunkLayout, slab: Tensor) -> None:
     """Zero the bytes between layers, so that equal chunks are equal files."""
     plan = plan_slab(layout)
     ends = (*plan.offsets[1:], plan.total)
-    for offset, width, end in zip(plan.offsets, plan.row_bytes, ends, strict=True):
-        slab[offset + layout.tokens * width : end].zero_()
+    for offset, form, end in zip(plan.offsets, plan.rows, ends, strict=True):
+        slab[offset + form.size(layout.tokens) : end].zero_()
 
 
 def ranking_order(scores: Tensor) -> Tensor:
@@ -195,11 +194,10 @@ def block_checksums(layout: ChunkLayout, slab: Tensor, block_rows: int) -> npt.N
     plan = plan_slab(layout)
     blocks = -(-layout.tokens // block_rows)
     sums = np.empty((len(layout.layers), blocks), dtype=np.uint64)
-    for layer, (offset, width) in enumerate(zip(plan.offsets, plan.row_bytes, strict=True)):
-        end = offset + layout.tokens * width
+    for layer, (offset, form) in enumerate(zip(plan.offsets, plan.rows, strict=True)):
+        ends = [offset + form.size(min(layout.tokens, block * block_rows)) for block in range(blocks + 1)]
         for block in range(blocks):
-            start = offset + block * block_rows * width
-            sums[layer, block] = xxhash.xxh3_64_intdigest(memory[start : min(end, start + block_rows * width)])
+            sums[layer, block] = xxhash.xxh3_64_intdigest(memory[ends[block] : ends[block + 1]])
     return sums
 
 

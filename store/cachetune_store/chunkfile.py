@@ -161,10 +161,10 @@ def _tensor_table(layout: ChunkLayout, block_rows: int, text_bytes: int, deviati
     small = sum(row[3] for row in table)
     _pad(table, "pad.head", small)
     codec = get_codec(layout.codec)
-    for index, (spec, width) in enumerate(zip(layout.layers, plan_slab(layout).row_bytes, strict=True)):
-        dtype, columns = codec.columns(spec, layout.dtype)
-        table.append((f"layer.{index}", dtype, [tokens, columns], tokens * width))
-        _pad(table, f"pad.{index}", tokens * width)
+    for index, (spec, form) in enumerate(zip(layout.layers, plan_slab(layout).rows, strict=True)):
+        dtype, shape = codec.declare(tokens, spec, layout.dtype)
+        table.append((f"layer.{index}", dtype, shape, form.size(tokens)))
+        _pad(table, f"pad.{index}", form.size(tokens))
     return table, round_up(small)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from .keys import DTYPES
 
-__all__ = ["ChunkLayout", "LayerSpec", "dtype_name", "torch_dtype"]
+__all__ = ["ChunkLayout", "LayerSpec", "RowFormat", "dtype_name", "torch_dtype"]
 
 _TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NAMES = {value: name for name, value in _TORCH.items()}
@@ -38,6 +38,34 @@ class LayerSpec:
     def __post_init__(self) -> None:
         if min(self.heads, self.head_dim, self.v_head_dim) < 1:
             raise ValueError(f"{self} has a width below 1")
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """How the rows of one layer lie behind one another, as a codec writes them.
+
+    Rows form groups of `group_rows`, the last of which may be shorter. A group begins with `group_bytes` bytes that its
+    rows share (scales, say); its rows follow. So the bytes of any number of first rows are one contiguous range that
+    decodes alone.
+    """
+
+    row_bytes: int
+    group_rows: int = 1
+    group_bytes: int = 0
+
+    def size(self, rows: int) -> int:
+        """Bytes of the first `rows` rows, with what they share."""
+        return -(-rows // self.group_rows) * self.group_bytes + rows * self.row_bytes
+
+    def span(self, rows: int) -> int:
+        """The same with the last group in full: where the next piece begins when several lie in one buffer."""
+        groups = -(-rows // self.group_rows)
+        return groups * (self.group_bytes + self.group_rows * self.row_bytes)
+
+    def rows(self, size: int) -> int:
+        """How many rows `size` bytes hold; size() read backwards."""
+        groups, rest = divmod(size, self.group_bytes + self.group_rows * self.row_bytes)
+        return groups * self.group_rows + max(0, rest - self.group_bytes) // self.row_bytes
 
 
 @dataclass(frozen=True)

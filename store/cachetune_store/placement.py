@@ -13,7 +13,7 @@ from .keys import ChunkKey
 from .readers import ChunkReader
 from .stats import TierUsage
 from .texts import drop_text, evict_text, note_text
-from .tiers import DiskTier, HostTier, Pins
+from .tiers import DeviceTier, DiskTier, HostTier, Pins, Tier
 from .usage import UsageLog
 
 __all__ = ["Placement"]
@@ -22,27 +22,32 @@ _TELL_SECONDS = 30.0
 
 
 class Placement:
-    """Host memory over disk, or host memory alone.
+    """Host memory over disk, or host memory alone; and above it a device's memory, if there is one.
 
     New chunks go to disk and, while there is room, to host memory. A chunk that was read whole from disk comes up; one
-    that must leave host memory and isn't on disk any more goes down.
+    that must leave host memory and isn't on disk any more goes down. A chunk that is promoted out of host memory is copied
+    to the device; so is one from disk that host memory has no room for.
 
     Args:
         host: the upper tier.
         disk: the lower tier, if there is one.
         pins: chunks in use.
         index: where texts are noted if there is no disk tier, which else does it.
+        device: the tier on top, if there is one; it holds copies only.
     """
 
-    def __init__(self, host: HostTier, disk: DiskTier | None, pins: Pins, index: Index) -> None:
+    def __init__(
+        self, host: HostTier, disk: DiskTier | None, pins: Pins, index: Index, device: DeviceTier | None = None
+    ) -> None:
+        self.device = device
         self.host = host
         self.disk = disk
         self._pins = pins
         self._index = index
         self._lock = threading.Lock()
         self._closed = False
-        tiers = [host] if disk is None else [host, disk]
-        self._usage = {tier.name: UsageLog(index, tier.name, tier.counters) for tier in tiers}
+        self._tiers: dict[str, Tier] = {tier.name: tier for tier in (device, host, disk) if tier is not None}
+        self._usage = {name: UsageLog(index, name, tier.counters) for name, tier in self._tiers.items()}
         self._told = time.monotonic()
         self.hits = self.misses = self.damaged = 0
 
@@ -72,28 +77,32 @@ class Placement:
 
     def open(self, key: ChunkKey) -> ChunkReader | None:
         """A reader from the highest tier that has the chunk."""
-        reader: ChunkReader | None = self.host.open(key)
-        if self.disk is not None:
+        reader: ChunkReader | None = None
+        for tier in self._tiers.values():
+            # A use counts in the tiers below too, or they would let go of what is used most.
             if reader is None:
-                reader = self.disk.open(key)
+                reader = tier.open(key)
             else:
-                self.disk.touch(key)
+                tier.touch(key)
         with self._lock:
             self.hits += reader is not None
             self.misses += reader is None
         if reader is not None:
             reader.on_close = self._release
             # Nothing would be gained by reading all of a chunk that can't come up.
-            if reader.tier != self.host.name and self.host.fits(reader.host_bytes):
+            if reader.tier == "disk" and self._has_room(reader.host_bytes):
                 reader.on_promote = self._promote
+            elif reader.tier == "host" and self.device is not None:
+                reader.on_promote = self._promote_to_device
         return reader
 
     def contains(self, key: ChunkKey) -> bool:
         """Whether any tier has the chunk."""
-        return self.host.contains(key) or (self.disk is not None and self.disk.contains(key))
+        return any(tier.contains(key) for tier in self._tiers.values())
 
     def discard(self, key: ChunkKey) -> None:
         """Set a damaged chunk aside."""
+        self._remove_from_device(key)
         removed = self.host.remove(key) > 0
         if self.disk is not None:
             self.disk.set_aside(key)
@@ -104,7 +113,8 @@ class Placement:
 
     def remove(self, key: ChunkKey) -> int:
         """Delete a chunk everywhere; bytes freed on disk, or in memory if there is no disk."""
-        in_memory = self.host.remove(key)
+        on_device = self._remove_from_device(key)
+        in_memory = self.host.remove(key) or on_device
         if self.disk is not None:
             return self.disk.remove(key)
         drop_text(self._index, key)
@@ -113,7 +123,8 @@ class Placement:
     def size_of(self, key: ChunkKey) -> int:
         """Bytes of a chunk in the lowest tier that has it; 0 if none has."""
         on_disk = 0 if self.disk is None else self.disk.size_of(key)
-        return on_disk or self.host.size_of(key)
+        on_device = 0 if self.device is None else self.device.size_of(key)
+        return on_disk or self.host.size_of(key) or on_device
 
     def lifetime(self) -> dict[str, TierUsage]:
         """What each tier did over all processes."""
@@ -124,9 +135,8 @@ class Placement:
         self._closed = True
         with contextlib.suppress(StoreError):
             self._tell()
-        if self.disk is not None:
-            self.disk.close()
-        self.host.close()
+        for tier in reversed(self._tiers.values()):
+            tier.close()
 
     def _admit_host(self, chunk: Chunk) -> bool:
         """Keep a chunk in host memory too, if there is room; what must leave and isn't on disk goes down there."""
@@ -150,7 +160,7 @@ class Placement:
         if self.host.contains(chunk.key):
             return True
         if not self._admit_host(chunk):
-            return False
+            return self._promote_to_device(chunk)
         if not self.disk.contains(chunk.key):
             # Deleted while it was being read: a deleted chunk must not come back.
             self.host.remove(chunk.key)
@@ -158,9 +168,32 @@ class Placement:
         self.host.counters.promotions += 1
         return True
 
+    def _has_room(self, size: int) -> bool:
+        """Whether a tier above the disk could hold a chunk of `size` bytes at all."""
+        return self.host.fits(size) or (self.device is not None and self.device.fits(size))
+
+    def _promote_to_device(self, chunk: Chunk) -> bool:
+        if self._closed or self.device is None:
+            return False
+        if self.device.contains(chunk.key):
+            return True
+        try:
+            self.device.admit(chunk)
+        except BudgetError:
+            return False  # too large, or everything there is in use
+        if not self.host.contains(chunk.key) and not (self.disk is not None and self.disk.contains(chunk.key)):
+            # Deleted while it was in use: a deleted chunk must not come back.
+            self.device.remove(chunk.key)
+            return False
+        self.device.counters.promotions += 1
+        return True
+
+    def _remove_from_device(self, key: ChunkKey) -> int:
+        return 0 if self.device is None else self.device.remove(key)
+
     def _release(self, reader: ChunkReader) -> None:
         self._pins.drop(reader.key)
-        tier = self.host if reader.tier == "host" or self.disk is None else self.disk
+        tier = self._tiers[reader.tier]
         with self._lock:
             tier.counters.bytes_read += reader.bytes_read
         if reader.seconds:

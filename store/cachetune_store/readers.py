@@ -12,6 +12,7 @@ from typing import Self
 
 import numpy as np
 import numpy.typing as npt
+import torch
 import xxhash
 from torch import Tensor
 
@@ -30,12 +31,16 @@ class ChunkReader(ABC):
 
     Attributes:
         tier: name of the tier that the rows come from.
+        in_memory: whether read() gives what is there, without waiting.
+        device: where the rows are that read() gives.
         head: all of the chunk but its rows.
         on_close: called once with the reader when it is closed.
         on_promote: called with the chunk to be put into the tier above; None if it wouldn't fit there.
     """
 
     tier: str
+    in_memory = False
+    device = torch.device("cpu")
 
     def __init__(self, head: ChunkHead) -> None:
         self.head = head
@@ -97,7 +102,7 @@ class ChunkReader(ABC):
 
     @abstractmethod
     def read(self, layer: int, rows: int) -> Tensor:
-        """The first `rows` rows of a layer, uint8 [rows, row_bytes], on the host; threads may read different layers.
+        """The first `rows` rows of a layer, uint8 [bytes], as the codec wrote them; threads may read different layers.
 
         Treat it as read-only: it may be a view of what the store keeps.
 
@@ -115,7 +120,7 @@ class ChunkReader(ABC):
 
     @abstractmethod
     def promote(self) -> bool:
-        """Put the chunk into the host tier; rows not read yet are read now. True if it is there afterwards."""
+        """Put the chunk one tier up, where there is room; rows not read yet are read now. True if it is in memory then."""
 
     def close(self) -> None:
         """Release the chunk. May be called again."""
@@ -151,12 +156,14 @@ class HostReader(ChunkReader):
     """Rows in host memory: every read is a view."""
 
     tier = "host"
+    in_memory = True
 
     def __init__(self, chunk: Chunk) -> None:
         super().__init__(chunk.head)
+        self._chunk = chunk
         self._layers = chunk.layers
         self._addresses = chunk.addresses
-        self._widths = chunk.head.plan.row_bytes
+        self._rows = chunk.head.plan.rows
         self._tokens = chunk.head.layout.tokens
         self._host_bytes = chunk.host_bytes
 
@@ -169,17 +176,19 @@ class HostReader(ChunkReader):
         """See ChunkReader.read."""
         self._check(layer, rows)
         whole = self._layers[layer]
-        view = whole if rows == self._tokens else whole[:rows]
+        view = whole if rows == self._tokens else whole[: self._rows[layer].size(rows)]
         self._bytes[layer] += view.numel()
         return view
 
     def locate(self, layer: int, rows: int) -> int:
         """See ChunkReader.locate; no view is made."""
-        self._bytes[layer] += rows * self._widths[layer]
+        self._bytes[layer] += self._rows[layer].size(rows)
         return self._addresses[layer]
 
     def promote(self) -> bool:
-        """True: it is there."""
+        """See ChunkReader.promote: onto the device, if the store keeps chunks there."""
+        if self.on_promote is not None and not self._closed:
+            self.on_promote(self._chunk)
         return True
 
 
@@ -219,7 +228,7 @@ class DiskReader(ChunkReader):
                 self._fetch(layer, rows)
                 self._seconds[layer] += time.perf_counter() - started
         self._prepare()
-        return self._views[layer][:rows]
+        return self._views[layer][: self.head.plan.rows[layer].size(rows)]
 
     @property
     def complete(self) -> bool:
@@ -276,12 +285,12 @@ class DiskReader(ChunkReader):
         """Read on from what is covered, to the end of the block that holds row `rows` - 1."""
         self._prepare()
         head, plan = self.head, self.head.plan
-        width, offset = plan.row_bytes[layer], plan.offsets[layer]
+        form, offset = plan.rows[layer], plan.offsets[layer]
         tokens, block = head.layout.tokens, head.block_rows
         target = min(tokens, round_up(rows, block))
         # Whole pages: what direct I/O asks for. A page that was read before is read, and its block checked, again.
-        begin = self._covered[layer] * width // 4096 * 4096
-        end = round_up(target * width)
+        begin = form.size(self._covered[layer]) // 4096 * 4096
+        end = round_up(form.size(target))
         area = self._memory[offset + begin : offset + end]
         try:
             found = self._file.read(area, self._start + offset + begin)
@@ -289,11 +298,12 @@ class DiskReader(ChunkReader):
             raise DamagedChunkError(f"chunk {self.key}: layer {layer} can't be read ({error.strerror})") from error
         if found != len(area):
             raise DamagedChunkError(f"chunk {self.key}: the file ends inside layer {layer}")
-        first = begin // (block * width)
+        first = self._covered[layer] // block
+        while first and form.size(first * block) > begin:
+            first -= 1
         sums: npt.NDArray[np.uint64] = head.checksums[layer]
         for index in range(first, -(-target // block)):
-            start = index * block * width
-            stop = min(start + block * width, tokens * width)
+            start, stop = form.size(index * block), form.size(min(tokens, (index + 1) * block))
             if xxhash.xxh3_64_intdigest(self._memory[offset + start : offset + stop]) != sums[index]:
                 raise DamagedChunkError(f"chunk {self.key}: checksum mismatch in layer {layer}, block {index}")
         self._covered[layer] = target

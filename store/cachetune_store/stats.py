@@ -94,6 +94,7 @@ class StoreStats:
     host: TierStats
     disk: TierStats | None
     lifetime: dict[str, TierUsage]
+    device: TierStats | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain dicts and numbers."""

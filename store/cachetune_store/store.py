@@ -26,7 +26,7 @@ from .rawfile import DirectIO
 from .readers import ChunkReader
 from .stats import ChunkGroup, DocumentInfo, PruneReport, StoreStats, VerifyReport
 from .texts import texts_revision
-from .tiers import DiskTier, HostTier, Pins
+from .tiers import DeviceTier, DiskTier, HostTier, Pins
 from .units import parse_bytes
 
 __all__ = ["ChunkStore"]
@@ -39,8 +39,8 @@ class ChunkStore:
     """Keys and values of chunks, in host memory and on disk.
 
     A chunk is written to disk (durably) and kept in host memory while there is room; reading all of one from disk puts
-    it into host memory. Both tiers evict their least recently used chunks to stay within their budgets. Threads may
-    share a store, and processes may share its directory.
+    it into host memory. Chunks in use can be kept in a GPU's own memory as well. Every tier evicts its least recently used
+    chunks to stay within its budget. Threads may share a store, and processes may share its directory.
 
     Args:
         path: the store's directory, made if missing; None keeps everything in host memory only.
@@ -49,11 +49,15 @@ class ChunkStore:
             of it come what open readers of the disk tier and running put() calls hold, and memory kept for them: at
             most an eighth of the budget or 256 MiB, whichever is more.
         disk_budget: bytes of all chunk files together.
+        device_budget: bytes of a device's memory for chunks in use, as encoded; 0: none are kept there. A chunk is copied
+            there when it is promoted out of host memory (`ChunkReader.promote`), or out of disk if host memory has no room
+            for it.
+        device: that device; None: the current CUDA device.
         pin_memory: page-lock host memory, for faster copies to a GPU; None: if there is CUDA.
         direct_io: read past the page cache; None: where the file system supports it.
 
     Raises:
-        ValueError: unknown codec, a budget that is no byte count, or pin_memory=True without CUDA.
+        ValueError: unknown codec, a budget that is no byte count, or pin_memory=True or a device_budget without CUDA.
         StorePathError: the directory can't be used.
         StoreVersionError: it holds a store of another format version.
     """
@@ -65,6 +69,8 @@ class ChunkStore:
         codec: str = "exact",
         host_budget: int | str = "4GiB",
         disk_budget: int | str = "64GiB",
+        device_budget: int | str = 0,
+        device: str | torch.device | None = None,
         pin_memory: bool | None = None,
         direct_io: bool | None = None,
     ) -> None:
@@ -79,11 +85,12 @@ class ChunkStore:
         self._directory: StoreDirectory | None = None
         pins = Pins()
         host = HostTier(host_bytes, pins)
+        on_device = _device_tier(parse_bytes(device_budget, "device_budget"), device, pins)
         if self.path is None:
             self._index: Index = MemoryIndex()
             self._documents = Documents(self._index, None, None)
             self._notes = Notes(None, None)
-            self._placement = Placement(host, None, pins, self._index)
+            self._placement = Placement(host, None, pins, self._index, on_device)
             return
         try:
             self._directory = directory = StoreDirectory(self.path)
@@ -99,7 +106,7 @@ class ChunkStore:
                 pool=self._pool,
                 direct=DirectIO(direct_io),
             )
-            self._placement = Placement(host, disk, pins, self._index)
+            self._placement = Placement(host, disk, pins, self._index, on_device)
             directory.bring_in_line(disk, self._documents)
         except OSError as error:
             raise explain(error, self.path) from error
@@ -329,6 +336,7 @@ class ChunkStore:
             host=placement.host.stats(),
             disk=disk,
             lifetime=self._healed(placement.lifetime),
+            device=None if placement.device is None else placement.device.stats(),
         )
 
     def close(self) -> None:
@@ -387,3 +395,16 @@ class ChunkStore:
     def _check_open(self) -> None:
         if self._closed:
             raise StoreClosedError("the store is closed; open it again")
+
+
+def _device_tier(budget: int, device: str | torch.device | None, pins: Pins) -> DeviceTier | None:
+    if not budget:
+        return None
+    place = torch.device("cuda" if device is None else device)
+    if place.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device_budget is {budget}, but there is no CUDA device; leave it out or set it to 0")
+        place = torch.device("cuda", torch.cuda.current_device() if place.index is None else place.index)
+    elif place.type != "cpu":
+        raise ValueError(f"device is {str(device)!r}; a tier can be kept on a CUDA device (or, for tests, on 'cpu')")
+    return DeviceTier(budget, pins, place)

@@ -95,29 +95,46 @@ def test_attention(
     assert not mass[length:].any()
 
 
-@pytest.mark.parametrize("codec", ["exact", "int8"])
+@pytest.mark.parametrize("codec", ["exact", "fp8", "int4", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize(
-    ("heads", "dim", "v_dim", "width"), [(2, 16, 16, 16), (3, 24, 8, 12), (1, 8, 8, 0), (8, 128, 128, 128)]
+    ("heads", "dim", "v_dim", "width"),
+    [(2, 16, 16, 16), (3, 24, 8, 12), (1, 8, 8, 0), (8, 128, 128, 128), (3, 5, 3, 2), (4, 64, 64, 64)],
 )
 def test_place_is_the_codec_the_rotation_and_a_scatter(
     codec: str, dtype: torch.dtype, heads: int, dim: int, v_dim: int, width: int
 ) -> None:
+    """Bit for bit, with rows of several chunks that lie apart."""
     from cachetune_rag.kernels.reference import turn_reference
     from cachetune_rag.kernels.rows import place
 
     torch.manual_seed(1)
-    length, count = 50, 21
-    k, v = torch.randn(count, heads, dim).to(dtype), torch.randn(count, heads, v_dim).to(dtype)
-    rows = get_codec(codec).encode(k, v).contiguous().to(DEVICE)
-    places = torch.randperm(length)[:count].to(DEVICE)
+    # Rows of each chunk: of both groups of the second one, the last row of a whole group, the only row of one.
+    rows = [[0, 20], [0, 63, 64, 69], [], [63], [0]]
+    counts = [21, 70, 0, 64, 1]
+    length = 17
+    coder, spec = get_codec(codec), LayerSpec(heads, dim, v_dim)
+    form = coder.row_format(spec, dtype)
+    k, v = (torch.randn(90, heads, width_of).to(dtype) for width_of in (dim, v_dim))
+    k += torch.arange(dim) * 3
+    stored = [coder.encode(k * (i + 1), v / (i + 1)).to(DEVICE) for i in range(len(counts))]
+    bases = torch.tensor([rows.data_ptr() for rows in stored], device=DEVICE)
+    where = torch.tensor([source << 32 | row for source, some in enumerate(rows) for row in some], device=DEVICE)
+    places = torch.randperm(length)[: len(where)].to(DEVICE)
     angles = torch.rand(length, width // 2, device=DEVICE) * 6
     cos, sin = (torch.cat((f(angles), f(angles)), -1).to(dtype) for f in (torch.cos, torch.sin))
     keys = torch.full((length, heads, dim), float("nan"), dtype=dtype, device=DEVICE)
     values = torch.full((length, heads, v_dim), float("nan"), dtype=dtype, device=DEVICE)
     wanted_k, wanted_v = keys.clone(), values.clone()
-    place(rows, places, cos if width else None, sin if width else None, keys, values, codec=codec)
-    found_k, found_v = get_codec(codec).decode(rows, LayerSpec(heads, dim, v_dim), dtype)
+    place(
+        bases, where, places, cos if width else None, sin if width else None, keys, values, codec=codec,
+        row_bytes=form.row_bytes, group_rows=form.group_rows, group_bytes=form.group_bytes,
+        aligned=not any(n % 16 for n in (form.row_bytes, form.group_bytes, *bases.tolist())),
+    )  # fmt: skip
+    found_k, found_v = keys[:0], values[:0]
+    for encoded, count, some in zip(stored, counts, rows, strict=True):
+        part_k, part_v = coder.decode(encoded[: form.size(count)].clone(), spec, dtype)
+        found_k, found_v = torch.cat((found_k, part_k[some])), torch.cat((found_v, part_v[some]))
     wanted_k[places] = turn_reference(found_k, cos[places], sin[places]) if width else found_k
     wanted_v[places] = found_v
     assert torch.equal(keys.nan_to_num(77.0), wanted_k.nan_to_num(77.0))
@@ -139,6 +156,13 @@ def test_scatter(dtype: torch.dtype) -> None:
     wanted_v[places[2:]] = fresh_v[0, :, 2:].transpose(0, 1)
     assert torch.equal(keys[2], wanted_k)
     assert torch.equal(values[2], wanted_v)
+
+
+def test_rows_are_numbered_by_source() -> None:
+    from cachetune_rag.kernels import rows_of
+
+    assert rows_of([2, 0, 3]).tolist() == [0, 1, 2 << 32, (2 << 32) + 1, (2 << 32) + 2]
+    assert rows_of([]).tolist() == []
 
 
 @pytest.mark.parametrize("count", [1, 256, 1000])

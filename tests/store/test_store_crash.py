@@ -21,9 +21,9 @@ SPAWN = multiprocessing.get_context("spawn")
 
 def test_a_killed_writer_leaves_a_sound_store(tmp_path: Path) -> None:
     ChunkStore(tmp_path).close()
-    for moment in (0.0, 0.03):
+    for moment, codec in ((0.0, "exact"), (0.03, "int4")):
         started = SPAWN.Event()
-        process = SPAWN.Process(target=write_until_killed, args=(str(tmp_path), started))
+        process = SPAWN.Process(target=write_until_killed, args=(str(tmp_path), codec, started))
         process.start()
         assert started.wait(60)
         time.sleep(moment)
@@ -183,7 +183,8 @@ def test_processes_share_a_store(tmp_path: Path) -> None:
     results = SPAWN.Queue()
     budget = 250_000  # about four of the eight chunks
     processes = [
-        SPAWN.Process(target=use_at_random, args=(str(tmp_path), seed, 120, budget, results)) for seed in range(2)
+        SPAWN.Process(target=use_at_random, args=(str(tmp_path), codec, seed, 120, budget, results))
+        for seed, codec in enumerate(("exact", "int4"))
     ]
     for process in processes:
         process.start()

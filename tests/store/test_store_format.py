@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ import xxhash
 from safetensors import safe_open
 from store_samples import file_of, flip, sample
 
-from cachetune_store import ChunkKey, ChunkStore, DamagedChunkError, register_codec
+from cachetune_store import ChunkKey, ChunkStore, DamagedChunkError, LayerSpec, chunk, get_codec, register_codec
 from cachetune_store.chunkfile import parse_head
 from cachetune_store.codecs import ExactCodec, base
+
+CODECS = pytest.mark.parametrize("codec", ["exact", "fp8", "int4", "int8"])
 
 
 @pytest.fixture
@@ -43,15 +46,25 @@ def test_plain_safetensors_reads_numbers(path: Path, dtype: str) -> None:
         assert file.metadata()["key"] == str(one.key)
 
 
-def test_plain_safetensors_reads_quantised_rows_as_bytes(path: Path) -> None:
-    with safe_open(stored(path, "int8"), framework="pt") as file:
-        assert file.get_tensor("layer.0").dtype == torch.uint8
-        assert file.get_tensor("layer.0").shape == (150, 2 * (8 + 8 + 12))
+# int4: 3 groups of 16 channels' scales and middles; 2 heads' scales and middles, 16 and 24 steps
+@pytest.mark.parametrize(
+    ("codec", "shape"),
+    [("int8", (150, 2 * (8 + 8 + 12))), ("fp8", (150, 2 * (8 + 8 + 12))), ("int4", (3 * 64 + 150 * (8 + 8 + 12),))],
+)
+def test_plain_safetensors_reads_quantised_rows_as_bytes(path: Path, codec: str, shape: tuple[int, ...]) -> None:
+    one = sample()
+    with safe_open(stored(path, codec), framework="pt") as file:
+        rows = file.get_tensor("layer.0")
+        assert rows.dtype == torch.uint8
+        assert rows.shape == shape
+        k, v = (numbers[file.get_tensor("order")] for numbers in one.layers[0])
+        assert torch.equal(rows.flatten(), get_codec(codec).encode(k, v))
 
 
+@CODECS
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 150])
-def test_every_layer_begins_on_a_page(path: Path, tokens: int) -> None:
-    content = stored(path, tokens=tokens).read_bytes()
+def test_every_layer_begins_on_a_page(path: Path, tokens: int, codec: str) -> None:
+    content = stored(path, codec, tokens=tokens).read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     for index in range(3):
@@ -72,28 +85,59 @@ def test_rows_stand_in_ranking_order_with_ties(path: Path) -> None:
 
 
 @pytest.mark.parametrize("direct_io", [True, False])
+@CODECS
 @pytest.mark.parametrize("rows", [0, 1, 63, 64, 65, 100, 128, 149, 150])
-def test_any_prefix_of_rows_is_read_and_checked(path: Path, rows: int, direct_io: bool) -> None:
+def test_any_prefix_of_rows_is_read_and_checked(path: Path, rows: int, direct_io: bool, codec: str) -> None:
     one = sample()
-    stored(path)
+    stored(path, codec)
     with ChunkStore(path, host_budget=0, direct_io=direct_io) as store, store.open(one.key) as reader:
         k, v = one.layers[1]
-        whole = torch.cat([k.flatten(1), v.flatten(1)], 1)[reader.order].view(torch.uint8)
-        assert torch.equal(reader.read(1, rows), whole[:rows])
+        whole = get_codec(codec).encode(k[reader.order], v[reader.order])
+        wanted = whole[: size_of(codec, rows)]
+        assert torch.equal(reader.read(1, rows), wanted)
         assert torch.equal(reader.read(1, 150), whole)  # reading on from there
-        assert torch.equal(reader.read(1, rows), whole[:rows])
+        assert torch.equal(reader.read(1, rows), wanted)
 
 
-def test_a_prefix_that_ends_inside_a_damaged_block_is_refused(path: Path) -> None:
-    file = stored(path)
-    one = sample()
-    start = layer_start(file, 1)
-    flip(file, start + 70 * 160)  # row 70, in the second block of 64
+def size_of(codec: str, rows: int) -> int:
+    """Bytes of the first rows of a sample's layer."""
+    return get_codec(codec).row_format(LayerSpec(2, 8, 12), "float32").size(rows)
+
+
+@CODECS
+@pytest.mark.parametrize("block_rows", [1, 16, 64, 100])
+def test_blocks_of_any_length_are_checked(
+    path: Path, codec: str, block_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunk, "BLOCK_ROWS", block_rows)
+    monkeypatch.setattr(chunk, "ChunkHead", partial(chunk.ChunkHead, block_rows=block_rows))
+    one = sample(tokens=1500)
+    file = stored(path, codec, tokens=1500)
+    for rows in (1, 70, 1200, 1500):
+        with ChunkStore(path, host_budget=0) as store, store.open(one.key) as reader:
+            assert reader.head.block_rows == block_rows
+            reader.read(1, rows)
+            assert one.matches(reader)
+    flip(file, layer_start(file, 1) + size_of(codec, 900) - 1)
     with ChunkStore(path, host_budget=0) as store, store.open(one.key) as reader:
-        assert reader.read(1, 64).shape == (64, 160)
-        with pytest.raises(DamagedChunkError, match="layer 1, block 1"):
-            reader.read(1, 65)
-        assert reader.read(0, 150).shape == (150, 160)
+        reader.read(1, 800)
+        with pytest.raises(DamagedChunkError, match=f"layer 1, block {899 // block_rows}"):
+            reader.read(1, 900)
+
+
+@CODECS
+def test_a_prefix_that_ends_inside_a_damaged_block_is_refused(path: Path, codec: str) -> None:
+    file = stored(path, codec)
+    one = sample()
+    # Row 70 is in the second block of 64; what its rows share comes before the first of them.
+    for place in (size_of(codec, 70), size_of(codec, 64)):
+        flip(file, layer_start(file, 1) + place)
+        with ChunkStore(path, host_budget=0) as store, store.open(one.key) as reader:
+            assert reader.read(1, 64).numel() == size_of(codec, 64)
+            with pytest.raises(DamagedChunkError, match="layer 1, block 1"):
+                reader.read(1, 65)
+            assert reader.read(0, 150).numel() == size_of(codec, 150)
+        flip(file, layer_start(file, 1) + place)
 
 
 def layer_start(file: Path, layer: int) -> int:
@@ -118,8 +162,10 @@ def usable(path: Path, key: ChunkKey) -> bool:
     return True
 
 
-def test_every_flipped_bit_is_found_before_use(path: Path) -> None:
-    file = stored(path)
+@CODECS
+def test_every_flipped_bit_is_found_before_use(path: Path, codec: str) -> None:
+    file = stored(path, codec)
+    size = size_of(codec, 150)
     key = sample().key
     good = file.read_bytes()
     rng = random.Random(0)
@@ -129,7 +175,7 @@ def test_every_flipped_bit_is_found_before_use(path: Path) -> None:
     places += [rng.randrange(header) for _ in range(25)] + [rng.randrange(header, rows) for _ in range(25)]
     for layer in range(3):
         start = layer_start(file, layer)
-        places += [start, start + 150 * 160 - 1] + [rng.randrange(start, start + 150 * 160) for _ in range(8)]
+        places += [start, start + size - 1] + [rng.randrange(start, start + size) for _ in range(8)]
     for place in places:
         file.write_bytes(good)
         flip(file, place, rng.randrange(8))
@@ -148,8 +194,9 @@ def test_verify_finds_a_flip_between_the_layers_too(path: Path) -> None:
 
 
 @pytest.mark.parametrize("left", [0, 1, 7, 8, 100, 4095, 4096, 9000, 12288, -4096, -1])
-def test_a_truncated_file_is_a_miss(path: Path, left: int) -> None:
-    file = stored(path)
+@CODECS
+def test_a_truncated_file_is_a_miss(path: Path, left: int, codec: str) -> None:
+    file = stored(path, codec)
     content = file.read_bytes()
     file.write_bytes(content[:left])
     assert not usable(path, sample().key)
@@ -237,6 +284,8 @@ def namespace(**changes: object) -> str:
         {"layout": layout(deviations=None)},
         {"layout": layout(dtype="float64")},
         {"layout": layout(dtype=5)},
+        {"layout": layout(codec="int8")},
+        {"layout": layout(codec="int4")},
         {"layout": "[" * 100_000},
         {"layout": "null"},
         {"layout": 7},

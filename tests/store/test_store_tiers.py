@@ -18,6 +18,7 @@ from cachetune_store import (
     NonFiniteError,
     StoreClosedError,
     UnknownCodecError,
+    get_codec,
     make_key,
 )
 from cachetune_store.buffers import SlabPool
@@ -41,12 +42,14 @@ def tier_of(store: ChunkStore, seed: int) -> str | None:
         return reader.tier
 
 
+@pytest.mark.parametrize("codec", ["exact", "fp8", "int4", "int8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("tokens", [1, 64, 150])
 @pytest.mark.parametrize("tier", ["host", "disk", "memory"])
-def test_a_chunk_comes_back_bit_for_bit(path: Path, dtype: str, tokens: int, tier: str) -> None:
+def test_a_chunk_comes_back_bit_for_bit(path: Path, codec: str, dtype: str, tokens: int, tier: str) -> None:
     one = sample(dtype=dtype, tokens=tokens)
-    with ChunkStore(None if tier == "memory" else path, host_budget=0 if tier == "disk" else "1GiB") as store:
+    where, budget = (None if tier == "memory" else path), (0 if tier == "disk" else "1GiB")
+    with ChunkStore(where, codec=codec, host_budget=budget) as store:
         assert not store.contains(one.key)
         assert store.open(one.key) is None
         assert one.put(store) > 0
@@ -55,22 +58,22 @@ def test_a_chunk_comes_back_bit_for_bit(path: Path, dtype: str, tokens: int, tie
             assert reader.tier == ("disk" if tier == "disk" else "host")
             assert reader.key == one.key
             assert reader.token_ids.tolist() == one.token_ids
-            assert (reader.layout.tokens, reader.layout.codec, reader.layout.dtype) == (tokens, "exact", dtype)
+            assert (reader.layout.tokens, reader.layout.codec, reader.layout.dtype) == (tokens, codec, dtype)
             assert one.matches(reader)
             assert reader.bytes_read >= sum(r.numel() for r in (reader.read(i, tokens) for i in range(3)))
 
 
-def test_int8_chunks_come_back_close(path: Path) -> None:
-    from cachetune_store import get_codec
-
+@pytest.mark.parametrize(("codec", "error"), [("int8", 0.02), ("fp8", 0.2), ("int4", 0.3)])
+def test_quantised_chunks_come_back_close(path: Path, codec: str, error: float) -> None:
     one = sample()
-    with ChunkStore(path, codec="int8") as store:
+    with ChunkStore(path, codec=codec) as store:
         one.put(store)
         with store.open(one.key) as reader:
-            k, _ = get_codec("int8").decode(reader.read(0, 150), reader.layout.layers[0], "float32")
-            assert torch.allclose(k, one.layers[0][0][reader.order], atol=0.05)
+            found = get_codec(codec).decode(reader.read(0, 150), reader.layout.layers[0], "float32")
+            for numbers, exact in zip(found, one.layers[0], strict=True):
+                assert torch.allclose(numbers, exact[reader.order], atol=error)
     with ChunkStore(path, codec="exact") as store, store.open(one.key) as reader:
-        assert reader.layout.codec == "int8", "a store reads every codec, whatever it writes"
+        assert reader.layout.codec == codec, "a store reads every codec, whatever it writes"
 
 
 def test_a_put_chunk_survives_reopening(path: Path) -> None:
@@ -143,7 +146,7 @@ def test_what_does_not_belong_together_is_refused(path: Path) -> None:
 
 
 def test_bad_settings_are_refused_by_name(path: Path) -> None:
-    with pytest.raises(UnknownCodecError, match="exact, int8"):
+    with pytest.raises(UnknownCodecError, match="exact, fp8, int4, int8"):
         ChunkStore(path, codec="zip")
     with pytest.raises(ValueError, match="host_budget is 'much'"):
         ChunkStore(path, host_budget="much")
@@ -302,7 +305,7 @@ def test_threads_may_read_and_put_at_once(path: Path, budget: int | str) -> None
             [thread.start() for thread in threads]
             [thread.join() for thread in threads]
             for index, (k, v) in enumerate(samples[0].layers):
-                expected = torch.cat([k.flatten(1), v.flatten(1)], 1)[reader.order].view(torch.uint8)[:100]
+                expected = torch.cat([k.flatten(1), v.flatten(1)], 1)[reader.order].view(torch.uint8)[:100].flatten()
                 assert torch.equal(rows[index], expected)
 
 
@@ -352,7 +355,7 @@ def test_rows_reach_a_gpu_from_pinned_memory(path: Path) -> None:
         assert rows.is_pinned()
         assert rows.data_ptr() % 4096 == 0
         k, v = one.layers[0]
-        expected = torch.cat([k.flatten(1), v.flatten(1)], 1)[reader.order.cuda()].view(torch.uint8)
+        expected = torch.cat([k.flatten(1), v.flatten(1)], 1)[reader.order.cuda()].view(torch.uint8).flatten()
         assert torch.equal(rows.cuda(non_blocking=True), expected)
 
 

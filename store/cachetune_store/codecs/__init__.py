@@ -2,9 +2,20 @@
 
 from .base import Codec, codec_names, get_codec, register_codec
 from .exact import ExactCodec
+from .fp8 import Fp8Codec
+from .int4 import Int4Codec
 from .int8 import Int8Codec
 
-__all__ = ["Codec", "ExactCodec", "Int8Codec", "codec_names", "get_codec", "register_codec"]
+__all__ = [
+    "Codec",
+    "ExactCodec",
+    "Fp8Codec",
+    "Int4Codec",
+    "Int8Codec",
+    "codec_names",
+    "get_codec",
+    "register_codec",
+]
 
-register_codec(ExactCodec())
-register_codec(Int8Codec())
+for _codec in (ExactCodec(), Int8Codec(), Fp8Codec(), Int4Codec()):
+    register_codec(_codec)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..errors import UnknownCodecError
-from ..layout import LayerSpec
+from ..layout import LayerSpec, RowFormat
 
 __all__ = ["Codec", "codec_names", "get_codec", "register_codec"]
 
@@ -16,8 +17,8 @@ __all__ = ["Codec", "codec_names", "get_codec", "register_codec"]
 class Codec(ABC):
     """Turns keys and values of one layer into rows of bytes and back.
 
-    A row holds K and V of one token; rows are independent, so any prefix of a layer's rows decodes alone. Codecs know
-    nothing of tiers and hold no state.
+    A row holds K and V of one token. Rows stand by themselves, or share something (scales) with the other rows of their
+    group; either way any number of a layer's first rows decodes alone. Codecs know nothing of tiers and hold no state.
     """
 
     name: str
@@ -26,23 +27,36 @@ class Codec(ABC):
     """The codec's error, in words."""
 
     @abstractmethod
-    def row_bytes(self, spec: LayerSpec, dtype: str | torch.dtype) -> int:
-        """Bytes of one row."""
+    def row_format(self, spec: LayerSpec, dtype: str | torch.dtype) -> RowFormat:
+        """Bytes of a row, and of what a group of rows shares."""
 
     @abstractmethod
     def encode(self, k: Tensor, v: Tensor) -> Tensor:
-        """Rows, uint8 [n, row_bytes], of `k` [n, heads, head_dim] and `v` [n, heads, v_head_dim], on their device."""
+        """Bytes of `k` [n, heads, head_dim] and `v` [n, heads, v_head_dim]: uint8 [row_format().size(n)], on their device.
+
+        Rows come in the order in which they are to be stored, the first one at the beginning of a group.
+        """
 
     @abstractmethod
-    def decode(self, rows: Tensor, spec: LayerSpec, dtype: str | torch.dtype) -> tuple[Tensor, Tensor]:
-        """K [n, heads, head_dim] and V [n, heads, v_head_dim] of `rows` (uint8 [n, row_bytes]), on their device."""
+    def decode(
+        self, encoded: Tensor, spec: LayerSpec, dtype: str | torch.dtype, pieces: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """K [n, heads, head_dim] and V [n, heads, v_head_dim] of `encoded`, on its device.
 
-    def columns(self, spec: LayerSpec, dtype: str | torch.dtype) -> tuple[str, int]:
-        """How a layer's tensor is declared in the file: safetensors dtype and number of columns.
-
-        Bytes, unless a codec's rows are plain numbers of one dtype.
+        Args:
+            encoded: uint8 [bytes], contiguous: the first n rows of a layer as encode() wrote them, or such pieces of
+                several chunks, each row_format().span(its rows) behind the one before (what stands in between is not
+                read).
+            pieces: rows of each piece; None: all of `encoded` is one.
         """
-        return "U8", self.row_bytes(spec, dtype)
+
+    def declare(self, tokens: int, spec: LayerSpec, dtype: str | torch.dtype) -> tuple[str, list[int]]:
+        """How a layer of `tokens` rows is declared in the file: safetensors dtype and shape.
+
+        Bytes, a row each or (of grouped rows) in one piece, unless a codec's rows are plain numbers of one dtype.
+        """
+        rows = self.row_format(spec, dtype)
+        return "U8", [rows.size(tokens)] if rows.group_bytes else [tokens, rows.row_bytes]
 
 
 _CODECS: dict[str, Codec] = {}

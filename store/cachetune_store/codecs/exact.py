@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ..layout import LayerSpec, dtype_name, torch_dtype
+from ..layout import LayerSpec, RowFormat, dtype_name, torch_dtype
 from .base import Codec
 
 __all__ = ["ExactCodec"]
@@ -19,23 +21,29 @@ class ExactCodec(Codec):
     name = "exact"
     error = "none"
 
-    def row_bytes(self, spec: LayerSpec, dtype: str | torch.dtype) -> int:
-        """Bytes of one row: all of K and V."""
-        return self.columns(spec, dtype)[1] * torch_dtype(dtype).itemsize
+    def row_format(self, spec: LayerSpec, dtype: str | torch.dtype) -> RowFormat:
+        """All of K and V."""
+        return RowFormat(_numbers(spec) * torch_dtype(dtype).itemsize)
 
-    def columns(self, spec: LayerSpec, dtype: str | torch.dtype) -> tuple[str, int]:
+    def declare(self, tokens: int, spec: LayerSpec, dtype: str | torch.dtype) -> tuple[str, list[int]]:
         """The model's dtype, and the width of K plus that of V."""
-        return _SAFETENSORS[dtype_name(dtype)], spec.heads * (spec.head_dim + spec.v_head_dim)
+        return _SAFETENSORS[dtype_name(dtype)], [tokens, _numbers(spec)]
 
     def encode(self, k: Tensor, v: Tensor) -> Tensor:
         """K beside V, as bytes."""
-        return torch.cat((k.flatten(1), v.flatten(1)), dim=1).view(torch.uint8)
+        return torch.cat((k.flatten(1), v.flatten(1)), dim=1).view(torch.uint8).flatten()
 
-    def decode(self, rows: Tensor, spec: LayerSpec, dtype: str | torch.dtype) -> tuple[Tensor, Tensor]:
-        """Views of `rows`; a copy is made only of rows that don't lie on the dtype's boundaries."""
+    def decode(
+        self, encoded: Tensor, spec: LayerSpec, dtype: str | torch.dtype, pieces: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Views of `encoded`; a copy is made only of bytes that don't lie on the dtype's boundaries."""
         wanted = torch_dtype(dtype)
-        if rows.stride(1) != 1 or rows.storage_offset() % wanted.itemsize or rows.stride(0) % wanted.itemsize:
-            rows = rows.clone(memory_format=torch.contiguous_format)
-        numbers = rows.view(wanted)
+        if encoded.storage_offset() % wanted.itemsize:
+            encoded = encoded.clone()
+        numbers = encoded.view(wanted).view(-1, _numbers(spec))
         k, v = numbers.split((spec.heads * spec.head_dim, spec.heads * spec.v_head_dim), dim=1)
         return k.unflatten(1, (spec.heads, spec.head_dim)), v.unflatten(1, (spec.heads, spec.v_head_dim))
+
+
+def _numbers(spec: LayerSpec) -> int:
+    return spec.heads * (spec.head_dim + spec.v_head_dim)

@@ -41,7 +41,7 @@ class Pins:
 
 
 class Tier(ABC):
-    """A place for chunks: host and disk here; a device or a remote store fits the same shape.
+    """A place for chunks: device, host and disk here; a remote store fits the same shape.
 
     Tiers are ordered by the store, fast ones first. A tier evicts its least recently used chunks to stay within its
     budget, never one that is pinned. All methods may be called from several threads.

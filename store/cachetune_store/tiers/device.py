@@ -1,0 +1,191 @@
+"""Encoded rows in a GPU's own memory, where what reads them needs no copy."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..buffers import round_up
+from ..chunk import Chunk, ChunkHead, layer_views
+from ..errors import BudgetError, StoreClosedError
+from ..keys import ChunkKey
+from ..readers import ChunkReader
+from .base import Pins
+from .memory import MemoryTier
+
+__all__ = ["DeviceChunk", "DeviceReader", "DeviceTier"]
+
+_log = logging.getLogger(__name__)
+_LARGE = 2 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceChunk:
+    """A chunk's rows on a device.
+
+    Attributes:
+        slab: uint8 [plan.total], as in its file.
+        filled: recorded behind the copy that fills the slab; None where copies are done when they return (on a CPU).
+    """
+
+    head: ChunkHead
+    slab: Tensor
+    filled: torch.cuda.Event | None
+
+
+class DeviceTier(MemoryTier[DeviceChunk]):
+    """Copies of chunks on a device; what must leave is dropped, as the tiers below have it.
+
+    Memory is taken and filled on a stream of the tier's own. It is given back behind whatever the current stream was given
+    before the last reader of the chunk was closed, so that a chunk may be evicted while kernels that read it are queued.
+
+    Args:
+        budget: bytes of rows, counted as torch's allocator takes them; 0 turns the tier off.
+        pins: chunks in use.
+        device: a CUDA device; or the CPU, to test what uses the tier.
+    """
+
+    name = "device"
+
+    def __init__(self, budget: int, pins: Pins, device: torch.device) -> None:
+        super().__init__(budget, pins)
+        self.device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # Bytes of chunks whose memory is being taken, so that nobody else takes the room; and those removed meanwhile.
+        self._filling: dict[str, int] = {}
+        self._unwanted: set[str] = set()
+
+    def admit(self, chunk: Chunk) -> list[Chunk]:
+        """See Tier. The copy may be under way still on return: readers wait for it, on the device."""
+        key, size = chunk.key, self._size(chunk.slab.numel())
+        with self._lock:
+            if key.digest in self._held or key.digest in self._filling:
+                return []
+            self._make_room(size, key)
+            self._filling[key.digest] = size
+        filled = None
+        try:
+            filled = self._copy(chunk)
+        finally:
+            with self._lock:
+                del self._filling[key.digest]
+                if filled is not None and key.digest not in self._unwanted:
+                    self._hold(key, filled, size)
+                    self.counters.bytes_written += chunk.slab.numel()
+                self._unwanted.discard(key.digest)
+        return []
+
+    def remove(self, key: ChunkKey) -> int:
+        """See Tier."""
+        with self._lock:
+            if key.digest in self._filling:
+                self._unwanted.add(key.digest)
+        return super().remove(key)
+
+    def close(self) -> None:
+        """See Tier."""
+        with self._lock:
+            self._unwanted.update(self._filling)
+        super().close()
+
+    def _used(self) -> int:
+        return self._bytes + sum(self._filling.values())
+
+    def _copy(self, chunk: Chunk) -> DeviceChunk:
+        with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            try:
+                slab = torch.empty(chunk.slab.numel(), dtype=torch.uint8, device=self.device)
+            except torch.OutOfMemoryError as error:
+                _log.warning("device_budget is larger than what %s has left; chunks stay in host memory", self.device)
+                raise BudgetError(
+                    f"chunk {chunk.key}: {self.device} has no memory left for it; lower device_budget"
+                ) from error
+            # From page-locked memory the host doesn't wait. The pool gives it to nobody else before all copies are done.
+            slab.copy_(chunk.slab, non_blocking=chunk.slab.is_pinned())
+            filled = None
+            if self._stream is not None:
+                filled = torch.cuda.Event()
+                filled.record(self._stream)
+        return DeviceChunk(chunk.head, slab, filled)
+
+    def _size(self, count: int) -> int:
+        if self.device.type != "cuda":
+            return count
+        return round_up(count, _LARGE if count > _LARGE // 2 else 512)
+
+    def _reader(self, held: DeviceChunk) -> DeviceReader:
+        return DeviceReader(held, self._stream)
+
+    def _head(self, held: DeviceChunk) -> ChunkHead:
+        return held.head
+
+
+class DeviceReader(ChunkReader):
+    """Rows on a device: every read is a view of them.
+
+    Close it where the current stream comes behind all that reads its rows.
+
+    Attributes:
+        addresses: where each layer begins, on the device; as for locate().
+    """
+
+    tier = "device"
+    in_memory = True
+
+    def __init__(self, chunk: DeviceChunk, stream: torch.cuda.Stream | None) -> None:
+        super().__init__(chunk.head)
+        self._layers = layer_views(chunk.head.layout, chunk.slab)
+        self.addresses = [layer.data_ptr() for layer in self._layers]
+        self._filled = chunk.filled
+        self._stream = stream
+        self.device = chunk.slab.device
+
+    @property
+    def host_bytes(self) -> int:
+        """See ChunkReader.host_bytes."""
+        return self.head.plan.total
+
+    def read(self, layer: int, rows: int) -> Tensor:
+        """See ChunkReader.read: on the tier's device, for use on the current stream."""
+        self._check(layer, rows)
+        if self._stream is not None:
+            self.wait_on(torch.cuda.current_stream(self.device))
+        view = self._layers[layer][: self.head.plan.rows[layer].size(rows)]
+        self._bytes[layer] += view.numel()
+        return view
+
+    def locate(self, layer: int, rows: int) -> int:
+        """See ChunkReader.locate: an address on the device, for use on streams given to wait_on()."""
+        if self._closed:
+            raise StoreClosedError(f"reader of chunk {self.key} is closed; open the chunk again")
+        self._bytes[layer] += self.head.plan.rows[layer].size(rows)
+        return self.addresses[layer]
+
+    def wait_on(self, stream: torch.cuda.Stream) -> None:
+        """Have what `stream` is given from now on wait for the rows to be there. The host doesn't wait."""
+        if self._filled is not None and self._filled.query():
+            self._filled = None  # it was filled long ago, as nearly always
+        if self._filled is not None:
+            stream.wait_event(self._filled)
+
+    def promote(self) -> bool:
+        """True: it is there, and there is nothing above."""
+        return True
+
+    def close(self) -> None:
+        """Release the chunk; its memory is reused behind what the current stream was given so far."""
+        if not self._closed and self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        self._layers = ()
+        super().close()
+
+    def __del__(self) -> None:
+        # Forgotten: nobody knows which streams read the rows.
+        with contextlib.suppress(Exception):
+            if not self._closed and self._stream is not None:
+                torch.cuda.synchronize(self.device)
+        super().__del__()
