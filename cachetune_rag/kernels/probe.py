@@ -105,7 +105,9 @@ def _disturb(
                 mask=live[:, None] & (d[None, :] < DIM),
                 other=0.0,
             )
-            out = tl.load(OUT + at[:, None] * V_DIM + dv[None, :], mask=live[:, None] & (dv[None, :] < V_DIM), other=0.0)
+            out = tl.load(
+                OUT + at[:, None] * V_DIM + dv[None, :], mask=live[:, None] & (dv[None, :] < V_DIM), other=0.0
+            )
             near = tl.load(NEAR + token, mask=live, other=0.0)
             gain = tl.load(GAIN + q_head)
             lse = tl.load(LSE + at, mask=live, other=0.0)

@@ -74,7 +74,13 @@ def disturb_reference(
 
 
 def shift_reference(
-    stored: Tensor, fresh: Tensor, positions: Tensor, spans: list[tuple[int, int]], strength: float, turn: _Turning | None
+    stored: Tensor,
+    fresh: Tensor,
+    positions: Tensor,
+    known: Tensor,
+    spans: list[tuple[int, int]],
+    strength: float,
+    turn: _Turning | None,
 ) -> Tensor:
     """What `shift` makes of the stored keys or values of one layer: float64 [length, heads, dim].
 
@@ -82,13 +88,14 @@ def shift_reference(
         stored: [length, heads, dim].
         fresh: of the computed tokens, [tokens, heads, dim].
         positions: [tokens], below 0 for padding.
+        known: [tokens], 0 for tokens that are left out.
         spans: (start, end) of each chunk.
         strength: see `model.shift.ChunkShift`; its kappa is 2 here.
         turn: cos, sin [length, dim], partner and sign [dim] for keys that are rotated; None for values.
     """
     shifted = stored.double().clone()
     for start, end in spans:
-        inside = [i for i, p in enumerate(positions.tolist()) if start <= p < end]
+        inside = [i for i, p in enumerate(positions.tolist()) if start <= p < end and known[i]]
         if not inside:
             continue
         places = positions[inside]

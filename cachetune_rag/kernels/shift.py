@@ -23,7 +23,7 @@ _SHARES = 16
 
 @triton.jit(do_not_specialize=["layer"])
 def _gather(
-    KEYS, VALUES, TABLE, ROTATIONS, PARTNER, SIGN, POSITIONS, SPANS, MOVED_K, MOVED_V,
+    KEYS, VALUES, TABLE, ROTATIONS, PARTNER, SIGN, POSITIONS, KNOWN, SPANS, MOVED_K, MOVED_V,
     key_token, key_head, value_token, value_head, layer,
     HEADS: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, TURNED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -51,6 +51,7 @@ def _gather(
         for start in range(first, last, BLOCK_T):
             token = start + tl.arange(0, BLOCK_T)
             live = token < last
+            live &= tl.load(KNOWN + token, mask=live, other=0) != 0
             place = tl.load(POSITIONS + token, mask=live, other=0)
             ok = live[:, None] & some[None, :]
             fresh_at = KEYS + token[:, None].to(tl.int64) * key_token + head * key_head
@@ -129,6 +130,7 @@ def shift(
     table: Tensor,
     layer: int,
     positions: Tensor,
+    known: Tensor,
     spans: Tensor,
     rotations: Tensor,
     turning: tuple[Tensor, Tensor] | None,
@@ -141,6 +143,7 @@ def shift(
         table: addresses of the prompt's rows (`AddressTable.tensor`).
         layer: whose rows.
         positions: int64 [tokens].
+        known: int64 [tokens], 0 for recomputed tokens whose stored rows aren't there; they are left out of the sums.
         spans: int64 [chunks, SPAN]; a chunk whose recomputed tokens are none is left alone.
         rotations: int64 [2 * layers], addresses of every layer's cosines and sines, each [length, dim] in the keys' dtype.
         turning: partner (int32 [dim]) and sign (float32 [dim]) of each channel; None for a layer that doesn't rotate.
@@ -153,7 +156,7 @@ def shift(
     partner, sign = turning or (spans, spans)  # pointers that are not read
     shape = {"HEADS": heads, "DIM": dim, "V_DIM": v_dim, "TURNED": turning is not None}
     _gather[(chunks, heads)](
-        keys, values, table, rotations, partner, sign, positions, spans, *moved,
+        keys, values, table, rotations, partner, sign, positions, known, spans, *moved,
         keys.stride(2), keys.stride(1), values.stride(2), values.stride(1), layer,
         **shape, BLOCK_T=32, BLOCK_D=power_of_two(dim), BLOCK_V=power_of_two(v_dim), num_warps=4,
     )  # fmt: skip

@@ -19,7 +19,6 @@ from cachetune_rag.model.attention import StopForward
 from cachetune_rag.model.buffers import KVBuffers, ScatterCache
 from cachetune_rag.model.capture import ChunkKV, LeadKV, ValueCache, pad_right
 from cachetune_rag.model.device import DeviceForward
-from cachetune_rag.model.fusion import FusedLayers
 from cachetune_rag.model.loadcheck import LoadCheck
 from cachetune_rag.model.probe import Probe
 from cachetune_rag.model.rope import Rotary, Tables, Turn, longrope_boundary, rows_of
@@ -96,13 +95,14 @@ class ModelAdapter:
         if self._wanted_attention() != attention.NAME:
             return None
         mask = masks.placeholder(self.config, self.device)
-        layers = families.decoder_layers(self._decoder, self._attentions, self.architecture)
         return DeviceForward(
             lambda ids, places, cache: self._selected(ids, places, mask, cache),
+            families.decoder_layers(self._decoder, self._attentions, self.architecture),
             self.layers,
             self._windows,
+            self._probe.gains,
+            self._turns,
             self.device,
-            FusedLayers(layers),
         )
 
     def _check(self) -> tuple[list[taps.Tap], tuple[LayerSpec, ...]]:
@@ -276,13 +276,13 @@ class ModelAdapter:
         return interruptible(self._attentions, self.device, stop)
 
     @torch.no_grad()
-    def warmup(self, tokens: int, probe: tuple[int, int] | None, lengths: Sequence[int], fuse: bool = True) -> None:
-        """See `DeviceForward.warmup`; nothing to do without one. `fuse`: compile the model's layers first."""
+    def warmup(self, tokens: int, probe: tuple[int, bool] | None, lengths: Sequence[int], shift: bool) -> None:
+        """Compile the model's layers and see `DeviceForward.warmup`; nothing to do without one."""
         if self.device_forward is None or self.device.type != "cuda":
             return
-        if fuse and (self.max_positions is None or self.max_positions >= fusion.TOKENS):
+        if self.max_positions is None or self.max_positions >= fusion.TOKENS:
             self.device_forward.fuse(self.new_buffers(fusion.TOKENS), self.config.vocab_size)
-        self.device_forward.warmup(tokens, probe, lengths)
+        self.device_forward.warmup(tokens, probe, lengths, shift)
 
     @torch.no_grad()
     def selective_forward(
@@ -306,8 +306,8 @@ class ModelAdapter:
         Returns:
             Logits of the last token, [1, vocab].
         """
-        if self.device_forward is not None and shift is None:
-            return self.device_forward.forward(ids, positions, buffers, before)
+        if self.device_forward is not None:
+            return self.device_forward.forward(ids, positions, buffers, before, shift)
         ids, positions = ids.to(self.device), positions.to(self.device)
         rows = None if shift is None else RowShift(shift, positions, self._turns(buffers.length))
         return self._masked_forward(ids, positions, buffers, ScatterCache(buffers, positions, before, shift=rows))
@@ -407,7 +407,10 @@ class ModelAdapter:
             deviations: [length, columns], as chunks store them (sK of every head of layer 0, sV of them, layer 1, ...); 0
                 where a row isn't reused.
         """
-        ids, positions, deviations = (t.to(self.device) for t in (ids, positions, deviations))
+        deviations = deviations.to(self.device)
+        if self.device_forward is not None:
+            return self.device_forward.expected_error(ids, positions, buffers, deviations, num_layers, queries, before)
+        ids, positions = ids.to(self.device), positions.to(self.device)
         return self._probe.expected_error(ids, positions, buffers, deviations, num_layers, queries, before)
 
     def _masked_forward(self, ids: Tensor, positions: Tensor, buffers: KVBuffers, cache: ScatterCache) -> Tensor:

@@ -143,21 +143,22 @@ def test_shift(dtype: torch.dtype, turn: str, heads: int, dim: int, v_dim: int) 
         cos[:, 4:], sin[:, 4:] = 1, 0
         partner[:4], sign[:4] = channels[:4] ^ 1, (channels[:4] % 2) * 2.0 - 1
     rotations = torch.tensor([0, 0, cos.data_ptr(), sin.data_ptr(), 0, 0], device=DEVICE)
+    known = (torch.rand(padding + 30, device=DEVICE) < 0.8).long()
     rows = torch.zeros(6, SPAN, dtype=torch.int64)
     for row, (start, end) in zip(rows, spans, strict=False):
         inside = [i for i, p in enumerate(positions.tolist()) if start <= p < end]
         if inside:
-            weight = torch.tensor(strength / (len(inside) + 2)).view(torch.int32)
+            weight = torch.tensor(strength / (int(known[inside].sum()) + 2)).view(torch.int32)
             row[:] = torch.tensor([start, end, inside[0], inside[-1] + 1, int(weight)])
     moved = (
         torch.full((6, heads, dim), float("nan"), device=DEVICE),
         torch.full((6, heads, v_dim), float("nan"), device=DEVICE),
     )
     turning = None if turn == "none" else (partner.int(), sign.float())
-    shift(fresh_k, fresh_v, table, 1, positions, rows.to(DEVICE), rotations, turning, moved)
+    shift(fresh_k, fresh_v, table, 1, positions, known, rows.to(DEVICE), rotations, turning, moved)
     how = None if turn == "none" else (cos, sin, partner, sign.float())
-    wanted_k = shift_reference(stored_k, fresh_k[0].transpose(0, 1), positions, spans, strength, how)
-    wanted_v = shift_reference(stored_v, fresh_v[0].transpose(0, 1), positions, spans, strength, None)
+    wanted_k = shift_reference(stored_k, fresh_k[0].transpose(0, 1), positions, known, spans, strength, how)
+    wanted_v = shift_reference(stored_v, fresh_v[0].transpose(0, 1), positions, known, spans, strength, None)
     assert error(keys[1], wanted_k) <= TOLERANCE[dtype]
     assert error(values[1], wanted_v) <= TOLERANCE[dtype]
     assert not torch.equal(keys[1], stored_k)
