@@ -67,12 +67,13 @@ class RequestContext:
         end = max(chunk.start + chunk.tokens for chunk in self.chunks)
         # Where the prompt ends in a chunk, its last token is computed all the same.
         queries = min(queries, max(1, self.length - end))
+        self._loader.begin()  # rows are on their way while deviations are put together
         deviations = self._deviations()
         if deviations is None:
             return self.received_attention(num_layers, queries)
         ids, places = self._probe(num_layers)
         return self._adapter.expected_error(
-            ids, places, self._buffers, deviations, num_layers, queries, self._loader.load
+            ids, places, self._buffers, self._loader.bring(deviations), num_layers, queries, self._loader.load
         )
 
     def reused_states(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -96,15 +97,19 @@ class RequestContext:
         known = [chunk.deviations for chunk in self.chunks if chunk.deviations is not None]
         if not known:
             return None
-        table = torch.zeros(self.length, known[0].shape[1], dtype=known[0].dtype)
+        on_gpu = self._adapter.device.type == "cuda"
+        table = torch.empty(self.length, known[0].shape[1], dtype=known[0].dtype, pin_memory=on_gpu)
         usual: Tensor | None = None
-        for chunk in self.chunks:
-            rows = table[chunk.start : chunk.start + chunk.tokens]
+        at, rows = 0, table.numpy()  # NumPy copies without waking threads
+        for chunk in sorted(self.chunks, key=lambda c: c.start):
+            rows[at : chunk.start] = 0
+            at = chunk.start + chunk.tokens
             if chunk.deviations is not None:
-                rows.copy_(chunk.deviations)
+                rows[chunk.start : at] = chunk.deviations.numpy()
             else:
                 usual = torch.cat(known).float().mean(0) if usual is None else usual
-                rows.copy_(usual.expand_as(rows))
+                rows[chunk.start : at] = usual.numpy()
+        rows[at:] = 0
         return table
 
 

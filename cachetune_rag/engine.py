@@ -34,7 +34,7 @@ from cachetune_rag.prompt import Chunk, Prompt, PromptBuilder, Segment
 from cachetune_rag.recognition import StoreRecognizer
 from cachetune_rag.report import PrecomputeSummary
 from cachetune_rag.request_queue import generate_many
-from cachetune_rag.selection.probe import ProbeSelector
+from cachetune_rag.selection.expected_error import ExpectedErrorSelector
 from cachetune_rag.stats import EngineStats, RequestCounter
 from cachetune_rag.storage import open_store
 from cachetune_rag.telemetry.observer import Observers, new_request_id
@@ -375,13 +375,15 @@ class CacheTune:
         Args:
             computed_tokens: most tokens that a request computes: ratio times its chunks' tokens, prefix and query. Larger
                 requests work as well; they run without a graph, which they gain little from.
-            prompt_lengths: lengths of prompts that selectors which look at the attention are made ready for.
+            prompt_lengths: lengths of prompts that the default selector, which looks at the attention, is made ready for.
         """
         self._check_open()
         with self._lock:
-            probe = ProbeSelector()
-            watched = probe.layers(self.adapter.num_layers), probe.queries
-            self.adapter.warmup(computed_tokens, watched, prompt_lengths)
+            selector = ExpectedErrorSelector()
+            # What "auto" does with chunks that are a mean over lead-ins; with others it looks at the attention alone.
+            mean = len(self.lead_ins.namespace.lead_ins) > 1
+            probe = selector.layers(self.adapter.num_layers), mean
+            self.adapter.warmup(computed_tokens, probe, prompt_lengths, mean and selector.shift > 0)
 
     # -- fidelity -------------------------------------------------------------------------------------------------
 

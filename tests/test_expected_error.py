@@ -285,6 +285,8 @@ class _Recorder:
 
 
 class _Loader:
+    def begin(self) -> None: ...
+
     def load(self, layer: int) -> None: ...
 
 

@@ -14,9 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cachetune_rag.kernels.support import power_of_two
+from cachetune_rag.kernels.support import LOG2E, aligned, power_of_two, precision
 
-_LOG2E = 1.4426950408889634
 _PROGRAMS = 560
 """Programs that fill a large GPU well: with fewer, several share the keys of one block of queries (measured on an H100)."""
 
@@ -163,50 +162,6 @@ def _combine(
         tl.store(LSE + row, top + tl.math.log2(sums), mask=some)
 
 
-@triton.jit(do_not_specialize=["layer", "tokens", "first_token", "window"])
-def _receive(
-    QUERY, LSE, TABLE, POSITIONS, MASS,
-    query_token, query_head, layer, tokens, first_token, scale2, window, share,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    WINDOWED: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Adds to MASS the attention that each key receives from the tokens first_token..tokens-1."""
-    begin = tl.program_id(0) * BLOCK_N
-    if begin <= tl.load(POSITIONS + tokens - 1):
-        n = begin + tl.arange(0, BLOCK_N)
-        d = tl.arange(0, BLOCK_D)
-        row = tl.arange(0, ROWS)
-        token = first_token + row // GROUP
-        live = token < tokens
-        pos = tl.load(POSITIONS + token, mask=live, other=-1).to(tl.int32)
-        end = tl.load(POSITIONS + tokens - 1).to(tl.int32) + 1
-        seen = n[None, :] <= pos[:, None]
-        if WINDOWED:
-            seen &= pos[:, None] - n[None, :] < window
-        element = QUERY.dtype.element_ty
-        base = tl.load(TABLE + 2 * layer).to(tl.pointer_type(element))
-        total = tl.zeros([BLOCK_N], dtype=tl.float32)
-        for head in range(KV_HEADS):
-            q_head = head * GROUP + row % GROUP
-            query = tl.load(
-                QUERY + token[:, None].to(tl.int64) * query_token + q_head[:, None] * query_head + d[None, :],
-                mask=live[:, None] & (d[None, :] < DIM),
-                other=0.0,
-            )
-            key_at = base + (n[:, None].to(tl.int64) * KV_HEADS + head) * DIM + d[None, :]
-            if ALIGNED:
-                key_at = tl.multiple_of(key_at, [16, 16])
-            k = tl.load(key_at, mask=(n[:, None] < end) & (d[None, :] < DIM), other=0.0)
-            score = tl.dot(query, tl.trans(k), input_precision=PRECISION) * scale2
-            lse = tl.load(LSE + token.to(tl.int64) * (KV_HEADS * GROUP) + q_head, mask=live, other=0.0)
-            weight = tl.where(seen, tl.math.exp2(score - lse[:, None]), 0.0)
-            total += tl.sum(weight, 0)
-        inside = n < end
-        so_far = tl.load(MASS + n, mask=inside, other=0.0)
-        tl.store(MASS + n, so_far + total * share, mask=inside)
-
-
 def attend(
     query: Tensor,
     table: Tensor,
@@ -249,11 +204,11 @@ def attend(
         part_lse = torch.empty(splits, tokens, heads, dtype=torch.float32, device=query.device)
     _attend[(kv_heads, triton.cdiv(tokens * group, rows), splits)](
         query, parts, part_lse, table, positions,
-        query.stride(2), query.stride(1), layer, tokens, scale * _LOG2E, window or 0,
+        query.stride(2), query.stride(1), layer, tokens, scale * LOG2E, window or 0,
         KV_HEADS=kv_heads, GROUP=group, DIM=dim, V_DIM=v_dim,
         BLOCK_M=rows, BLOCK_N=keys, BLOCK_D=block_d, BLOCK_V=block_v,
-        WINDOWED=window is not None, ALIGNED=_aligned(dim, v_dim, query.dtype), SPLITS=splits,
-        WITH_LSE=lse is not None or splits > 1, PRECISION=_precision(query.dtype), num_warps=warps, num_stages=stages,
+        WINDOWED=window is not None, ALIGNED=aligned(dim, v_dim, query.dtype), SPLITS=splits,
+        WITH_LSE=lse is not None or splits > 1, PRECISION=precision(query.dtype), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if splits > 1:
         _combine[(tokens, triton.cdiv(heads, 8))](
@@ -263,50 +218,6 @@ def attend(
     return out
 
 
-def receive(
-    query: Tensor,
-    lse: Tensor,
-    table: Tensor,
-    layer: int,
-    positions: Tensor,
-    mass: Tensor,
-    *,
-    queries: int,
-    kv_heads: int,
-    scale: float,
-    window: int | None = None,
-) -> None:
-    """Add the attention that each key receives from the last `queries` tokens, averaged over them and the heads.
-
-    Args:
-        query, lse, table, layer, positions, kv_heads, scale, window: as `attend` took and gave them.
-        mass: float32 [at least length], added to; room beyond the prompt is left alone.
-        queries: how many last tokens; fewer if there are not as many.
-    """
-    _, heads, tokens, dim = query.shape
-    group = heads // kv_heads
-    queries = min(queries, tokens)
-    block = 64
-    _receive[(triton.cdiv(mass.shape[0], block),)](
-        query, lse, table, positions, mass,
-        query.stride(2), query.stride(1), layer, tokens, tokens - queries, scale * _LOG2E, window or 0,
-        1.0 / (heads * queries),
-        KV_HEADS=kv_heads, GROUP=group, DIM=dim, ROWS=power_of_two(queries * group, 16),
-        BLOCK_N=block, BLOCK_D=power_of_two(dim, 16),
-        WINDOWED=window is not None, ALIGNED=_aligned(dim, dim, query.dtype), PRECISION=_precision(query.dtype),
-        num_warps=4,
-    )  # fmt: skip
-
-
-def _aligned(dim: int, v_dim: int, dtype: torch.dtype) -> bool:
-    return dim * dtype.itemsize % 16 == 0 and v_dim * dtype.itemsize % 16 == 0
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """Float32 products stay float32: what recomputation promises is the model's own numbers."""
-    return "ieee" if dtype == torch.float32 else "tf32"
-
-
 def _blocks(rows: int, kv_heads: int, width: int, dtype: torch.dtype) -> Any:
     """Block sizes, warps and stages: large blocks once there are enough of them to fill a GPU."""
     if dtype == torch.float32:
@@ -314,5 +225,5 @@ def _blocks(rows: int, kv_heads: int, width: int, dtype: torch.dtype) -> Any:
     if width > 128:
         return 64, 32, 4, 2
     if rows * kv_heads >= 128 * 150:
-        return 128, 64, 8, 3
+        return 128, 64, 8, 4
     return 64, 64, 4, 3

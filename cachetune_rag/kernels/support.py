@@ -15,6 +15,8 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 CODECS = frozenset({"exact", "fp8", "int4", "int8"})
 """Codecs whose rows the `place` kernel reads; the others are decoded by their own code."""
 
+LOG2E = 1.4426950408889634
+
 
 def kernels_run_on(device: torch.device) -> bool:
     """Whether tensors of `device` can be given to the kernels. On a CPU only Triton's interpreter runs them (tests)."""
@@ -53,3 +55,13 @@ def rows_of(counts: Sequence[int]) -> npt.NDArray[np.int64]:
 def power_of_two(count: int, least: int = 1) -> int:
     """The smallest power of two that is neither below `count` nor below `least`."""
     return max(least, 1 << max(0, count - 1).bit_length())
+
+
+def aligned(dim: int, v_dim: int, dtype: torch.dtype) -> bool:
+    """Whether every head of every row begins on 16 bytes."""
+    return dim * dtype.itemsize % 16 == 0 and v_dim * dtype.itemsize % 16 == 0
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Float32 products stay float32: what recomputation promises is the model's own numbers."""
+    return "ieee" if dtype == torch.float32 else "tf32"

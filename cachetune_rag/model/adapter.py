@@ -19,10 +19,9 @@ from cachetune_rag.model.attention import StopForward
 from cachetune_rag.model.buffers import KVBuffers, ScatterCache
 from cachetune_rag.model.capture import ChunkKV, LeadKV, ValueCache, pad_right
 from cachetune_rag.model.device import DeviceForward
-from cachetune_rag.model.fusion import FusedLayers
 from cachetune_rag.model.loadcheck import LoadCheck
 from cachetune_rag.model.probe import Probe
-from cachetune_rag.model.rope import Rotary, Tables, longrope_boundary, rows_of
+from cachetune_rag.model.rope import Rotary, Tables, Turn, longrope_boundary, rows_of
 from cachetune_rag.model.shift import ChunkShift, RowShift
 from cachetune_rag.model.teacher import interruptible
 from cachetune_store.layout import LayerSpec
@@ -96,13 +95,14 @@ class ModelAdapter:
         if self._wanted_attention() != attention.NAME:
             return None
         mask = masks.placeholder(self.config, self.device)
-        layers = families.decoder_layers(self._decoder, self._attentions, self.architecture)
         return DeviceForward(
             lambda ids, places, cache: self._selected(ids, places, mask, cache),
+            families.decoder_layers(self._decoder, self._attentions, self.architecture),
             self.layers,
             self._windows,
+            self._probe.gains,
+            self._turns,
             self.device,
-            FusedLayers(layers),
         )
 
     def _check(self) -> tuple[list[taps.Tap], tuple[LayerSpec, ...]]:
@@ -233,6 +233,10 @@ class ModelAdapter:
         """The tables that a layer's keys are rotated by; (None, None) if it doesn't rotate."""
         return tables[self._layer_types[layer]] if self._rotary.rotated[layer] else (None, None)
 
+    def _turns(self, length: int) -> list[Turn | None]:
+        """See `Rotary.turns`; for prompts of `length` tokens."""
+        return self._rotary.turns(self.rotary_tables(length), [spec.head_dim for spec in self.layers])
+
     def new_buffers(self, length: int) -> KVBuffers:
         """Uninitialised buffers for a prompt of `length` tokens."""
         return KVBuffers(self.layers, length, self.dtype, self.device)
@@ -264,13 +268,13 @@ class ModelAdapter:
         return interruptible(self._attentions, self.device, stop)
 
     @torch.no_grad()
-    def warmup(self, tokens: int, probe: tuple[int, int] | None, lengths: Sequence[int], fuse: bool = True) -> None:
-        """See `DeviceForward.warmup`; nothing to do without one. `fuse`: compile the model's layers first."""
+    def warmup(self, tokens: int, probe: tuple[int, bool] | None, lengths: Sequence[int], shift: bool) -> None:
+        """Compile the model's layers and see `DeviceForward.warmup`; nothing to do without one."""
         if self.device_forward is None or self.device.type != "cuda":
             return
-        if fuse and (self.max_positions is None or self.max_positions >= fusion.TOKENS):
+        if self.max_positions is None or self.max_positions >= fusion.TOKENS:
             self.device_forward.fuse(self.new_buffers(fusion.TOKENS), self.config.vocab_size)
-        self.device_forward.warmup(tokens, probe, lengths)
+        self.device_forward.warmup(tokens, probe, lengths, shift)
 
     @torch.no_grad()
     def selective_forward(
@@ -294,13 +298,10 @@ class ModelAdapter:
         Returns:
             Logits of the last token, [1, vocab].
         """
-        if self.device_forward is not None and shift is None:
-            return self.device_forward.forward(ids, positions, buffers, before)
+        if self.device_forward is not None:
+            return self.device_forward.forward(ids, positions, buffers, before, shift)
         ids, positions = ids.to(self.device), positions.to(self.device)
-        rows = None
-        if shift is not None:
-            turns = self._rotary.turns(self.rotary_tables(buffers.length), [spec.head_dim for spec in self.layers])
-            rows = RowShift(shift, positions, turns)
+        rows = None if shift is None else RowShift(shift, positions, self._turns(buffers.length))
         return self._masked_forward(ids, positions, buffers, ScatterCache(buffers, positions, before, shift=rows))
 
     @torch.no_grad()
@@ -366,7 +367,10 @@ class ModelAdapter:
         before: Callable[[int], None],
     ) -> Tensor:
         """See `Probe.expected_error`."""
-        ids, positions, deviations = (t.to(self.device) for t in (ids, positions, deviations))
+        deviations = deviations.to(self.device)
+        if self.device_forward is not None:
+            return self.device_forward.expected_error(ids, positions, buffers, deviations, num_layers, queries, before)
+        ids, positions = ids.to(self.device), positions.to(self.device)
         return self._probe.expected_error(ids, positions, buffers, deviations, num_layers, queries, before)
 
     def _masked_forward(self, ids: Tensor, positions: Tensor, buffers: KVBuffers, cache: ScatterCache) -> Tensor:

@@ -10,11 +10,10 @@ On a CUDA device the kernels of `cachetune_rag.kernels` take its place: they nee
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -23,88 +22,19 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from cachetune_store.layout import LayerSpec
+if TYPE_CHECKING:
+    from cachetune_rag.model.kernel_call import KernelCall
 
 NAME = "cachetune_sdpa"
 BLOCK = 64
 """Selected tokens computed together (measured best on a CPU, flat from 32 to 96)."""
 
 _bounds: ContextVar[list[tuple[int, int, int]] | None] = ContextVar("cachetune_attention_bounds", default=None)
+_call: ContextVar[KernelCall | None] = ContextVar("cachetune_kernel_call", default=None)
 
 
 class StopForward(Exception):
     """Ends a forward after the layers that were wanted."""
-
-
-@dataclass
-class KernelCall:
-    """One forward through the kernels.
-
-    Attributes:
-        table: addresses of the prompt's buffers (`kernels.AddressTable`).
-        positions: int64 [tokens], ascending, -1 for padding in front.
-        specs, windows: of every layer.
-        layer: the layer whose attention comes next.
-        mass: float32 [at least length]; if given, adds up what every key receives from the last `queries` tokens.
-        last_layer: the forward ends after this layer's attention; None for all.
-    """
-
-    table: Tensor
-    positions: Tensor
-    specs: Sequence[LayerSpec]
-    windows: Sequence[int | None]
-    layer: int = 0
-    mass: Tensor | None = None
-    queries: int = 0
-    last_layer: int | None = None
-
-    def scatter(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Put a layer's fresh keys and values to their places; its attention comes next."""
-        from cachetune_rag.kernels.rows import scatter
-
-        self.layer = layer
-        scatter(keys, values, self.table, layer, self.positions)
-
-    def attention(self, query: Tensor, scaling: float | None) -> Tensor:
-        """Attention of query [1, heads, tokens, dim] over the layer's buffers: [1, tokens, heads, v_dim]."""
-        from cachetune_rag.kernels.attention import attend, receive
-
-        spec, window = self.specs[self.layer], self.windows[self.layer]
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        query = query if query.stride(3) == 1 else query.contiguous()
-        lse = None
-        if self.mass is not None:
-            lse = torch.empty(query.shape[2], query.shape[1], dtype=torch.float32, device=query.device)
-        out = attend(
-            query,
-            self.table,
-            self.layer,
-            self.positions,
-            kv_heads=spec.heads,
-            v_dim=spec.v_head_dim,
-            scale=scale,
-            window=window,
-            lse=lse,
-        )
-        if self.mass is not None and lse is not None:
-            receive(
-                query,
-                lse,
-                self.table,
-                self.layer,
-                self.positions,
-                self.mass,
-                queries=self.queries,
-                kv_heads=spec.heads,
-                scale=scale,
-                window=window,
-            )
-        if self.layer == self.last_layer:
-            raise StopForward
-        return out
-
-
-_call: ContextVar[KernelCall | None] = ContextVar("cachetune_kernel_call", default=None)
 
 
 @contextmanager

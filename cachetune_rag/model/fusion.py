@@ -81,13 +81,15 @@ class FusedLayers:
         return self.ready
 
     @contextmanager
-    def active(self) -> Iterator[None]:
-        """While the context is open, the layers run compiled, if they are ready."""
+    def active(self, see: Callable[[int, Tensor], None] | None = None) -> Iterator[None]:
+        """While the context is open, the layers run compiled, if they are ready, and `see(layer, hidden)` gets what goes
+        into each (a hook would be compiled in).
+        """
         if not self._calls:
             yield
             return
-        for layer, call in zip(self._layers, self._calls, strict=True):
-            layer._compiled_call_impl = call
+        for number, (layer, call) in enumerate(zip(self._layers, self._calls, strict=True)):
+            layer._compiled_call_impl = call if see is None else _seen(see, number, call)
         # What turns out not to be covered by what was compiled runs as it is: a request doesn't wait for a compiler.
         stance = nullcontext() if self._compiling else torch.compiler.set_stance("eager_on_recompile")
         try:
@@ -96,6 +98,14 @@ class FusedLayers:
         finally:
             for layer in self._layers:
                 layer._compiled_call_impl = None
+
+
+def _seen(see: Callable[[int, Tensor], None], number: int, call: Callable[..., Any]) -> Callable[..., Any]:
+    def seen(*args: Any, **kwargs: Any) -> Any:
+        see(number, args[0] if args else kwargs["hidden_states"])
+        return call(*args, **kwargs)
+
+    return seen
 
 
 def opaque(function: Callable[..., Any]) -> Callable[..., Any]:

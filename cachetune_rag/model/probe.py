@@ -229,3 +229,14 @@ class Probe:
             weight = output.output_heads(self._attentions[layer], heads, self._specs[layer].v_head_dim)
             self._gains[layer] = 1.0 if weight is None else output.gain(weight)[:, None]
         return self._gains[layer]
+
+    def gains(self) -> list[Tensor]:
+        """`output.gain` of every layer, float32 [heads]; ones where its output projection isn't known."""
+        made = []
+        for layer in range(len(self._specs)):
+            module: Any = self._attentions[layer]
+            heads = module.config.num_attention_heads
+            gain = self._gain(layer, heads)
+            device = next(module.parameters()).device
+            made.append(torch.ones(heads, device=device) if isinstance(gain, float) else gain[:, 0].contiguous())
+        return made

@@ -67,6 +67,7 @@ class Rotary:
         self._fixed = kinds <= _FIXED
         self._known: dict[str | None, Tables] | None = None
         self._known_length = 0
+        self._used: dict[Any, Tensor | None] = {}
         self._functions = [_rotation_function(a, architecture) for a in attentions]
         # Layers that apply no rotation at all (SmolLM3, Cohere 2); settled by the check at load.
         self.rotated = [True] * len(attentions)
@@ -117,11 +118,8 @@ class Rotary:
         if not self.rotated[layer]:
             return None
         columns, width = cos.shape[1], self._width(cos, head_dim)
-        # Which column each channel is turned by: what the model's function makes of ones, by a table that counts.
-        count = torch.arange(columns, dtype=torch.float32, device=cos.device)[None]
-        ones = count.new_ones(1, 1, head_dim)
-        used = self.rotate(layer, ones, count, torch.zeros_like(count))[0, 0, :width].round().long()
-        if not torch.equal(used, torch.arange(columns, device=cos.device)):
+        used = self._columns_used(layer, columns, width, head_dim, cos.device)
+        if used is not None:
             cos, sin = cos[:, used], sin[:, used]
         if width < head_dim:
             rest = (cos.shape[0], head_dim - width)
@@ -141,6 +139,17 @@ class Rotary:
             if key not in made:
                 made[key] = self.turn(layer, *tables[self._layer_types[layer]], head_dims[layer])
         return [made[key] for key in keys]
+
+    def _columns_used(self, layer: int, columns: int, width: int, head_dim: int, device: torch.device) -> Tensor | None:
+        """Which column of the tables each turned channel is turned by; None where it is the one of its number."""
+        key = layer, columns, head_dim, device
+        if key not in self._used:  # comparing waits for the device, which no request should
+            # What the model's function makes of ones, by a table that counts.
+            count = torch.arange(columns, dtype=torch.float32, device=device)[None]
+            ones = count.new_ones(1, 1, head_dim)
+            used = self.rotate(layer, ones, count, torch.zeros_like(count))[0, 0, :width].round().long()
+            self._used[key] = None if torch.equal(used, torch.arange(columns, device=device)) else used
+        return self._used[key]
 
     def comes_apart(self, layer: int, cos: Tensor, sin: Tensor, head_dim: int) -> bool:
         """Whether `turn` is the layer's rotation, up to rounding; tables of some positions [tokens, rotary_dim]."""

@@ -36,6 +36,7 @@ class Streams:
         # What places rows is short and awaited: it goes before whatever else is ready to run.
         self.place = torch.cuda.Stream(device, priority=-1)
         self.copied = [torch.cuda.Event() for _ in range(layers)]
+        self.brought = torch.cuda.Event()
         self.placed = [torch.cuda.Event() for _ in range(layers)]
 
 
@@ -61,6 +62,7 @@ class DeviceLoader(LayerLoader):
         self._where: dict[tuple[str, str], Tensor] = {}
         self._in_place: dict[tuple[str, str], list[bool]] = {}
         self._next = 0
+        self._brought = False
         self._kernel = kernels_run_on(adapter.device)
         self._copies = host_copies()
         self._held: list[Tensor] = []  # what launched work still reads
@@ -74,6 +76,9 @@ class DeviceLoader(LayerLoader):
         while self._next <= layer:
             self._launch()
         self._launch_ahead(LAUNCH_AHEAD)
+        if self._brought:
+            self._current.wait_event(self._streams.brought)
+            self._brought = False
         self._current.wait_event(self._streams.placed[layer])
         self.seconds += time.perf_counter() - started
 
@@ -85,6 +90,18 @@ class DeviceLoader(LayerLoader):
         else:
             self._launch_ahead(1)
         self.seconds += time.perf_counter() - started
+
+    def bring(self, numbers: Tensor) -> Tensor:
+        """See `LayerLoader.bring`: copied behind the rows that are queued already, and waited for by the first `load`."""
+        streams = self._streams
+        host = numbers if numbers.is_pinned() else numbers.pin_memory()
+        with torch.cuda.stream(streams.copy):
+            there = host.to(self._adapter.device, non_blocking=True)
+        streams.brought.record(streams.copy)
+        there.record_stream(self._current)
+        self._held += [host, there]
+        self._brought = True
+        return there
 
     def close(self) -> None:
         """See `LayerLoader.close`: what is under way on the device comes before what the computing stream does next."""

@@ -128,6 +128,10 @@ class LayerLoader:
         self._buffers.key_rows[layer].index_copy_(0, places, keys)
         self._buffers.value_rows[layer].index_copy_(0, places, values)
 
+    def bring(self, numbers: Tensor) -> Tensor:
+        """A tensor of host memory on the device; there once `load(0)` has returned."""
+        return numbers.to(self._adapter.device)
+
     def begin(self) -> None:
         """The sources are final: what can go ahead of the first `load` may."""
 

@@ -72,8 +72,9 @@ def test_attention(
     padding: int,
     splits: int | None,
 ) -> None:
-    from cachetune_rag.kernels.attention import attend, receive
-    from cachetune_rag.kernels.reference import attend_reference
+    from cachetune_rag.kernels.attention import attend
+    from cachetune_rag.kernels.probe import disturb, nearness, receive
+    from cachetune_rag.kernels.reference import attend_reference, disturb_reference
 
     torch.manual_seed(0)
     keys, values, table = buffers(length, kv_heads, dim, v_dim, dtype)
@@ -87,12 +88,80 @@ def test_attention(
     assert bool(torch.isfinite(out).all())
     assert error(out[:, padding:], wanted[:, padding:]) <= TOLERANCE[dtype]
 
+    watched = torch.tensor([9], device=DEVICE)
     mass = torch.zeros(length + 70, device=DEVICE)
-    receive(query, lse, table, 1, positions, mass, queries=9, **given)
-    receive(query, lse, table, 1, positions, mass, queries=9, **given)
+    receive(query, lse, table, 1, positions, watched, mass, **given)
+    receive(query, lse, table, 1, positions, watched, mass, **given)
     seen = weights[:, -9:]
     assert error(mass[:length], 2 * seen.mean((0, 1)) * (seen.shape[1] / min(9, padding + tokens))) <= TOLERANCE[dtype]
     assert not mass[length:].any()
+
+    hidden = 3 * torch.randn(1, padding + tokens, 50, device=DEVICE).to(dtype)
+    near = torch.full((padding + tokens,), float("nan"), device=DEVICE)
+    nearness(hidden, near)
+    assert error(near, 1 / hidden[0].double().norm(dim=-1)) <= 1e-5
+    gain = torch.rand(heads, device=DEVICE) + 0.5
+    # Columns of three layers; this one's are in the middle.
+    deviations = torch.rand(length, 6 * kv_heads, device=DEVICE).half()
+    address = torch.tensor([deviations.data_ptr()], device=DEVICE)
+    total = torch.zeros(kv_heads, length + 70, device=DEVICE)
+    columns = 2 * kv_heads, 6 * kv_heads
+    for _ in range(2):
+        disturb(query, out, lse, near, gain, table, 1, positions, watched, address, *columns, total, **given)
+    ours = deviations[:, 2 * kv_heads : 3 * kv_heads], deviations[:, 3 * kv_heads : 4 * kv_heads]
+    expected = disturb_reference(
+        query, keys[1], values[1], positions, hidden[0], gain, *ours, watched=9, scale=dim**-0.5, window=window
+    )
+    # A token that sees itself alone is at no distance from its value, but for rounding, of which the root is taken.
+    assert error(total.sum(0)[:length], 2 * expected) <= max(2 * TOLERANCE[dtype], 1e-3 if window == 1 else 0)
+    assert not total[:, length:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("turn", ["half", "pairs", "part", "none"])
+@pytest.mark.parametrize(("heads", "dim", "v_dim"), [(2, 16, 16), (3, 24, 8), (1, 8, 20)])
+def test_shift(dtype: torch.dtype, turn: str, heads: int, dim: int, v_dim: int) -> None:
+    from cachetune_rag.kernels.reference import shift_reference
+    from cachetune_rag.kernels.shift import SPAN, shift
+
+    torch.manual_seed(4)
+    length, padding, strength = 90, 3, 0.4
+    keys, values, table = buffers(length, heads, dim, v_dim, dtype)
+    stored_k, stored_v = keys[1].clone(), values[1].clone()
+    positions = torch.cat((torch.full((padding,), -1, device=DEVICE), some_places(length, 30)))
+    spans = [(2, 40), (40, 41), (45, 80)]
+    fresh_k = torch.randn(1, padding + 30, heads, dim, device=DEVICE).to(dtype).transpose(1, 2)
+    fresh_v = torch.randn(1, heads, padding + 30, v_dim, device=DEVICE).to(dtype)
+    channels = torch.arange(dim, device=DEVICE)
+    if turn == "pairs":
+        partner, sign = channels ^ 1, (channels % 2) * 2.0 - 1
+    else:
+        partner, sign = (channels + dim // 2) % dim, (channels >= dim // 2) * 2.0 - 1
+    # Tables that stretch, and whose channels are turned each by its own angle, as some families have them.
+    cos, sin = ((1.2 * torch.randn(length, dim, device=DEVICE)).to(dtype) for _ in range(2))
+    if turn == "part":
+        cos[:, 4:], sin[:, 4:] = 1, 0
+        partner[:4], sign[:4] = channels[:4] ^ 1, (channels[:4] % 2) * 2.0 - 1
+    rotations = torch.tensor([0, 0, cos.data_ptr(), sin.data_ptr(), 0, 0], device=DEVICE)
+    known = (torch.rand(padding + 30, device=DEVICE) < 0.8).long()
+    rows = torch.zeros(6, SPAN, dtype=torch.int64)
+    for row, (start, end) in zip(rows, spans, strict=False):
+        inside = [i for i, p in enumerate(positions.tolist()) if start <= p < end]
+        if inside:
+            weight = torch.tensor(strength / (int(known[inside].sum()) + 2)).view(torch.int32)
+            row[:] = torch.tensor([start, end, inside[0], inside[-1] + 1, int(weight)])
+    moved = (
+        torch.full((6, heads, dim), float("nan"), device=DEVICE),
+        torch.full((6, heads, v_dim), float("nan"), device=DEVICE),
+    )
+    turning = None if turn == "none" else (partner.int(), sign.float())
+    shift(fresh_k, fresh_v, table, 1, positions, known, rows.to(DEVICE), rotations, turning, moved)
+    how = None if turn == "none" else (cos, sin, partner, sign.float())
+    wanted_k = shift_reference(stored_k, fresh_k[0].transpose(0, 1), positions, known, spans, strength, how)
+    wanted_v = shift_reference(stored_v, fresh_v[0].transpose(0, 1), positions, known, spans, strength, None)
+    assert error(keys[1], wanted_k) <= TOLERANCE[dtype]
+    assert error(values[1], wanted_v) <= TOLERANCE[dtype]
+    assert not torch.equal(keys[1], stored_k)
 
 
 @pytest.mark.parametrize("codec", ["exact", "fp8", "int4", "int8"])

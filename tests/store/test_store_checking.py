@@ -70,7 +70,9 @@ def test_damage_in_any_layer_stops_every_way_of_reading(tmp_path: Path, path: st
 
 def test_no_option_and_no_environment_variable_turns_checks_off() -> None:
     options = set(inspect.signature(ChunkStore).parameters)
-    assert options == {"path", "codec", "host_budget", "disk_budget", "pin_memory", "direct_io"}, "a new option: is it safe?"
+    assert options == {"path", "codec", "host_budget", "disk_budget", "pin_memory", "direct_io"}, (
+        "a new option: is it safe?"
+    )
     for file in Path(cachetune_store.__file__).parent.rglob("*.py"):
         names = {node.attr for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Attribute)}
         assert not names & {"environ", "getenv", "environb"}, f"{file} depends on the environment"

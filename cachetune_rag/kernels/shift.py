@@ -1,0 +1,167 @@
+"""Chunk shift (`model/shift.py`): the reused rows of a chunk follow what its recomputed tokens show to have changed.
+
+Two kernels a layer, before the fresh keys and values are put to their places: one adds up, chunk by chunk, fresh minus
+stored over the recomputed tokens; the other adds each chunk's share of it to all of the chunk's rows. Sums are in float32.
+
+A rotation is taken apart as in `model.rope.Turn`: rotated[i] = cos[i] * x[i] + sin[i] * sign[i] * x[partner[i]].
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cachetune_rag.kernels.support import power_of_two
+
+SPAN = 5
+"""Numbers that a chunk takes in the table of spans: first row, behind the last row, first and behind the last of its
+recomputed tokens (numbers in the forward), and the bits of the float32 that their sum is multiplied by."""
+_SHARES = 16
+"""Programs that share a chunk's rows."""
+
+
+@triton.jit(do_not_specialize=["layer"])
+def _gather(
+    KEYS, VALUES, TABLE, ROTATIONS, PARTNER, SIGN, POSITIONS, KNOWN, SPANS, MOVED_K, MOVED_V,
+    key_token, key_head, value_token, value_head, layer,
+    HEADS: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, TURNED: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """MOVED[chunk, head] = weight * sum over the chunk's recomputed tokens of fresh - stored (keys before rotation)."""
+    chunk = tl.program_id(0)
+    head = tl.program_id(1)
+    first = tl.load(SPANS + chunk * 5 + 2).to(tl.int32)
+    last = tl.load(SPANS + chunk * 5 + 3).to(tl.int32)
+    if first < last:
+        element = KEYS.dtype.element_ty
+        keys = tl.load(TABLE + 2 * layer).to(tl.pointer_type(element)) + head * DIM
+        values = tl.load(TABLE + 2 * layer + 1).to(tl.pointer_type(element)) + head * V_DIM
+        weight = tl.load(SPANS + chunk * 5 + 4).to(tl.int32).to(tl.float32, bitcast=True)
+        d = tl.arange(0, BLOCK_D)
+        some = d < DIM
+        dv = tl.arange(0, BLOCK_V)
+        sum_k = tl.zeros([BLOCK_D], dtype=tl.float32)
+        sum_v = tl.zeros([BLOCK_V], dtype=tl.float32)
+        if TURNED:
+            cos = tl.load(ROTATIONS + 2 * layer).to(tl.pointer_type(element))
+            sin = tl.load(ROTATIONS + 2 * layer + 1).to(tl.pointer_type(element))
+            partner = tl.load(PARTNER + d, mask=some, other=0)
+            sign = tl.load(SIGN + d, mask=some, other=0.0)
+        for start in range(first, last, BLOCK_T):
+            token = start + tl.arange(0, BLOCK_T)
+            live = token < last
+            live &= tl.load(KNOWN + token, mask=live, other=0) != 0
+            place = tl.load(POSITIONS + token, mask=live, other=0)
+            ok = live[:, None] & some[None, :]
+            fresh_at = KEYS + token[:, None].to(tl.int64) * key_token + head * key_head
+            stored_at = keys + place[:, None] * (HEADS * DIM)
+            off = tl.load(fresh_at + d[None, :], mask=ok, other=0.0).to(tl.float32)
+            off -= tl.load(stored_at + d[None, :], mask=ok, other=0.0).to(tl.float32)
+            if TURNED:
+                across = tl.load(fresh_at + partner[None, :], mask=ok, other=0.0).to(tl.float32)
+                across -= tl.load(stored_at + partner[None, :], mask=ok, other=0.0).to(tl.float32)
+                c = tl.load(cos + place[:, None] * DIM + d[None, :], mask=ok, other=1.0).to(tl.float32)
+                s = tl.load(sin + place[:, None] * DIM + d[None, :], mask=ok, other=0.0).to(tl.float32)
+                # Also where the rotation stretches (yarn scales its tables).
+                off = (c * off - s * sign[None, :] * across) / (c * c + s * s)
+            sum_k += tl.sum(off, 0)
+            ok = live[:, None] & (dv[None, :] < V_DIM)
+            off = tl.load(
+                VALUES + token[:, None].to(tl.int64) * value_token + head * value_head + dv[None, :], mask=ok, other=0.0
+            ).to(tl.float32)
+            off -= tl.load(values + place[:, None] * (HEADS * V_DIM) + dv[None, :], mask=ok, other=0.0).to(tl.float32)
+            sum_v += tl.sum(off, 0)
+        tl.store(MOVED_K + (chunk * HEADS + head) * DIM + d, sum_k * weight, mask=some)
+        tl.store(MOVED_V + (chunk * HEADS + head) * V_DIM + dv, sum_v * weight, mask=dv < V_DIM)
+
+
+@triton.jit(do_not_specialize=["layer"])
+def _carry(
+    MOVED_K, MOVED_V, TABLE, ROTATIONS, PARTNER, SIGN, SPANS, LIKE, layer,
+    HEADS: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, TURNED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, SHARES: tl.constexpr,
+):  # fmt: skip
+    """Adds each chunk's MOVED to all of its rows, keys turned to their places."""
+    chunk = tl.program_id(0)
+    first = tl.load(SPANS + chunk * 5 + 2)
+    last = tl.load(SPANS + chunk * 5 + 3)
+    if first < last:
+        begin = tl.load(SPANS + chunk * 5).to(tl.int32)
+        end = tl.load(SPANS + chunk * 5 + 1).to(tl.int32)
+        element = LIKE.dtype.element_ty
+        keys = tl.load(TABLE + 2 * layer).to(tl.pointer_type(element))
+        values = tl.load(TABLE + 2 * layer + 1).to(tl.pointer_type(element))
+        i = tl.arange(0, BLOCK_K)
+        j = tl.arange(0, BLOCK_V)
+        some = i < HEADS * DIM
+        some_v = j < HEADS * V_DIM
+        moved = tl.load(MOVED_K + chunk * (HEADS * DIM) + i, mask=some, other=0.0)
+        moved_v = tl.load(MOVED_V + chunk * (HEADS * V_DIM) + j, mask=some_v, other=0.0)
+        if TURNED:
+            cos = tl.load(ROTATIONS + 2 * layer).to(tl.pointer_type(element))
+            sin = tl.load(ROTATIONS + 2 * layer + 1).to(tl.pointer_type(element))
+            channel = i % DIM
+            partner = tl.load(PARTNER + channel, mask=some, other=0)
+            across = tl.load(MOVED_K + chunk * (HEADS * DIM) + i - channel + partner, mask=some, other=0.0)
+            across *= tl.load(SIGN + channel, mask=some, other=0.0)
+        for start in range(begin + tl.program_id(1) * ROWS, end, SHARES * ROWS):
+            row = start + tl.arange(0, ROWS)
+            live = row < end
+            ok = live[:, None] & some[None, :]
+            at = keys + row[:, None].to(tl.int64) * (HEADS * DIM) + i[None, :]
+            k = tl.load(at, mask=ok, other=0.0).to(tl.float32)
+            if TURNED:
+                c = tl.load(cos + row[:, None].to(tl.int64) * DIM + channel[None, :], mask=ok, other=0.0).to(tl.float32)
+                s = tl.load(sin + row[:, None].to(tl.int64) * DIM + channel[None, :], mask=ok, other=0.0).to(tl.float32)
+                k += c * moved[None, :] + s * across[None, :]
+            else:
+                k += moved[None, :]
+            tl.store(at, k.to(element), mask=ok)
+            ok = live[:, None] & some_v[None, :]
+            at = values + row[:, None].to(tl.int64) * (HEADS * V_DIM) + j[None, :]
+            v = tl.load(at, mask=ok, other=0.0).to(tl.float32) + moved_v[None, :]
+            tl.store(at, v.to(element), mask=ok)
+
+
+def shift(
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    layer: int,
+    positions: Tensor,
+    known: Tensor,
+    spans: Tensor,
+    rotations: Tensor,
+    turning: tuple[Tensor, Tensor] | None,
+    moved: tuple[Tensor, Tensor],
+) -> None:
+    """Shift the rows of a layer in place, those of recomputed tokens too: they are overwritten afterwards.
+
+    Args:
+        keys, values: fresh ones, [1, kv_heads, tokens, dim]; keys are rotated.
+        table: addresses of the prompt's rows (`AddressTable.tensor`).
+        layer: whose rows.
+        positions: int64 [tokens].
+        known: int64 [tokens], 0 for recomputed tokens whose stored rows aren't there; they are left out of the sums.
+        spans: int64 [chunks, SPAN]; a chunk whose recomputed tokens are none is left alone.
+        rotations: int64 [2 * layers], addresses of every layer's cosines and sines, each [length, dim] in the keys' dtype.
+        turning: partner (int32 [dim]) and sign (float32 [dim]) of each channel; None for a layer that doesn't rotate.
+        moved: float32 [chunks, kv_heads, dim] and [chunks, kv_heads, v_dim], written over: what each chunk is shifted by.
+    """
+    _, heads, _, dim = keys.shape
+    v_dim, chunks = values.shape[3], spans.shape[0]
+    keys = keys if keys.stride(3) == 1 else keys.contiguous()
+    values = values if values.stride(3) == 1 else values.contiguous()
+    partner, sign = turning or (spans, spans)  # pointers that are not read
+    shape = {"HEADS": heads, "DIM": dim, "V_DIM": v_dim, "TURNED": turning is not None}
+    _gather[(chunks, heads)](
+        keys, values, table, rotations, partner, sign, positions, known, spans, *moved,
+        keys.stride(2), keys.stride(1), values.stride(2), values.stride(1), layer,
+        **shape, BLOCK_T=32, BLOCK_D=power_of_two(dim), BLOCK_V=power_of_two(v_dim), num_warps=4,
+    )  # fmt: skip
+    block_k, block_v = power_of_two(heads * dim), power_of_two(heads * v_dim)
+    _carry[(chunks, _SHARES)](
+        *moved, table, rotations, partner, sign, spans, keys, layer,
+        **shape, ROWS=max(1, 4096 // max(block_k, block_v)), BLOCK_K=block_k, BLOCK_V=block_v, SHARES=_SHARES, num_warps=4,
+    )  # fmt: skip
