@@ -189,6 +189,8 @@ class Assembler:
                 if reader.tier == "disk" and self._prefetcher is not None:
                     readers.remove(reader)
                     self._prefetcher.finish(reader)
+                elif reader.tier == "host":
+                    reader.promote()  # to the device, if the store keeps chunks there
             if plan is not None:
                 self._prefixes.keep(plan.prefix, plan.buffers)
             kept = 0 if plan is None else plan.kept

@@ -79,7 +79,8 @@ class Prefetcher:
 
     def __init__(self, store: ChunkStore, limit: int | None = None):
         self._store = store
-        self._limit = store.host_budget if limit is None else min(limit, store.host_budget)
+        budget = store.host_budget or store.device_budget  # without host memory chunks go straight to the device
+        self._limit = budget if limit is None else min(limit, budget)
         self._pool = ThreadPoolExecutor(THREADS, "cachetune-prefetch")
         self._lock = threading.Lock()
         self._stop = threading.Event()

@@ -69,6 +69,9 @@ class SavedTunings:
         A calibrated floor that the tuning doesn't keep, because it was calibrated later, goes before it: tune again.
         """
         tuning = self.load(tier, codec, config.selector)
+        if tuning is None and tier == "device":
+            # Rows of the host tier arrive under the computation, so what is best there is best here.
+            tuning = self.load("host", codec, config.selector)
         if tuning is None or not self._keeps_floor(tuning):
             return config
         return dataclasses.replace(config, ratio=tuning.ratio, skipped=tuning.skipped)

@@ -96,6 +96,14 @@ class Placement:
                 reader.on_promote = self._promote_to_device
         return reader
 
+    def touch_memory(self, key: ChunkKey) -> int:
+        """Note a use of a chunk in memory; bytes that it fills in host memory, or on the device if it is only there."""
+        self.host.touch(key)
+        if self.device is None:
+            return self.host.size_of(key)
+        self.device.touch(key)
+        return self.host.size_of(key) or self.device.size_of(key)
+
     def contains(self, key: ChunkKey) -> bool:
         """Whether any tier has the chunk."""
         return any(tier.contains(key) for tier in self._tiers.values())

@@ -206,11 +206,18 @@ class ChunkStore:
         """Bytes that the host tier may hold."""
         return self._placement.host.budget
 
+    @property
+    def device_budget(self) -> int:
+        """Bytes of a device's memory for chunks."""
+        return 0 if self._placement.device is None else self._placement.device.budget
+
     def touch_host(self, key: ChunkKey) -> int:
-        """Bytes that a chunk fills in host memory, 0 if it isn't there; a use of it, but neither hit nor miss."""
+        """Bytes that a chunk fills in host memory, or on the device if it is only there; 0 if neither has it.
+
+        A use of it, but neither hit nor miss.
+        """
         self._check_open()
-        self._placement.host.touch(key)
-        return self._placement.host.size_of(key)
+        return self._placement.touch_memory(key)
 
     def discard(self, key: ChunkKey) -> None:
         """Set aside a chunk whose read failed (DamagedChunkError), and count it. The next open() is a miss."""

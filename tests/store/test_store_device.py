@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from store_samples import file_of, sample
+from store_samples import file_of, flip, sample
 
 from cachetune_store import BudgetError, ChunkStore, StoreClosedError
 from cachetune_store.chunk import Chunk
@@ -148,7 +148,10 @@ def test_a_chunk_set_aside_leaves_the_device(tmp_path: Path) -> None:
         with opened(path) as store:
             sample().put(store)
             tier_of(store, 0, promote=True)
+            if path is not None:
+                flip(file_of(path, sample().key), 100)
             store.discard(sample().key)
+            assert store.stats().device.bytes == 0
             assert store.open(sample().key) is None
             assert store.stats().damaged == 1
 
