@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from store_samples import file_of, flip, sample
 
 import cachetune_store
 from cachetune_store import ChunkReader, ChunkStore, DamagedChunkError, codec_names, readers
+from cachetune_store.chunk import BLOCK_ROWS
 
 LAYERS, TOKENS = 3, 150
 
@@ -50,8 +52,10 @@ def test_every_row_read_from_disk_was_hashed(
             patch.setattr(readers.xxhash, "xxh3_64_intdigest", lambda data: (hashed.add(bytes(data)), real(data))[1])
             PATHS[path](reader)
         for layer in range(LAYERS):
-            for block in reader.read(layer, TOKENS).split(reader.head.block_rows):
-                assert block.numpy().tobytes() in hashed
+            rows, form = reader.read(layer, TOKENS), reader.head.plan.rows[layer]
+            ends = [form.size(min(row, TOKENS)) for row in range(0, TOKENS + BLOCK_ROWS, BLOCK_ROWS)]
+            for start, end in pairwise(ends):
+                assert rows[start:end].numpy().tobytes() in hashed
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -70,9 +74,8 @@ def test_damage_in_any_layer_stops_every_way_of_reading(tmp_path: Path, path: st
 
 def test_no_option_and_no_environment_variable_turns_checks_off() -> None:
     options = set(inspect.signature(ChunkStore).parameters)
-    assert options == {"path", "codec", "host_budget", "disk_budget", "pin_memory", "direct_io"}, (
-        "a new option: is it safe?"
-    )
+    known = {"path", "codec", "host_budget", "disk_budget", "device_budget", "device", "pin_memory", "direct_io"}
+    assert options == known, "a new option: is it safe?"
     for file in Path(cachetune_store.__file__).parent.rglob("*.py"):
         names = {node.attr for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Attribute)}
         assert not names & {"environ", "getenv", "environb"}, f"{file} depends on the environment"
