@@ -130,6 +130,12 @@ class LeadIns:
         )
         return kept or (leads[0][:1],)
 
+    @staticmethod
+    def least(namespace: Namespace) -> int:
+        """Tokens that stand before a chunk at least."""
+        leads = namespace.lead_ins
+        return len(leads[0]) if len(leads) == 1 else len(leads[0][:1])
+
     def _text_tokens(self) -> int:
         """Of a short context, a lead-in takes a quarter at most."""
         return TEXT_TOKENS if self._limit is None else max(1, min(TEXT_TOKENS, self._limit // 4 - 1))

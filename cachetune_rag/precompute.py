@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from cachetune_rag.documents import Document
 from cachetune_rag.errors import PromptTooLongError
-from cachetune_rag.leads import MOST_TOKENS, LeadIns
+from cachetune_rag.leads import MOST_TOKENS, Lead, LeadIns
 from cachetune_rag.model import ModelAdapter
 from cachetune_rag.model.mean import MeanCapture
 from cachetune_rag.model_lock import ModelLock
@@ -47,7 +47,14 @@ class _Chunk:
     key: ChunkKey
     ids: tuple[int, ...]
     text: str
-    lead_ins: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Chunks that are run together, behind the same lead-ins."""
+
+    lead_ins: tuple[Lead, ...]
+    chunks: list[_Chunk]
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ class Precomputer:
         self._lead_ins.offer((ids for ids, _ in given), indexing=False)
         job = self._job()
         wanted = [self._chunk(job, tuple(ids), text) for ids, text in given]
-        return sum(self._write(self._compute(job, batch)) for batch in self._batches(wanted))
+        return sum(self._write(self._compute(job, batch)) for batch in self._batches(job, wanted))
 
     def run(
         self, documents: Iterable[Document | str], progress: Callable[[Progress], None] | None
@@ -103,13 +110,13 @@ class Precomputer:
                 new = {c.key: c for c in named if not self._store.contains(c.key)}
                 skipped += len(named) - len(new)
                 pending: Future[int] | None = None
-                for batch in self._batches(list(new.values())):
+                for batch in self._batches(job, list(new.values())):
                     encoded = self._compute(job, batch)
                     if pending is not None:
                         stored += pending.result()
                     pending = writer.submit(self._write, encoded)
-                    chunks += len(batch)
-                    tokens += sum(len(c.ids) for c in batch)
+                    chunks += len(batch.chunks)
+                    tokens += sum(len(c.ids) for c in batch.chunks)
                     tell(document)
                 if pending is not None:
                     stored += pending.result()
@@ -149,7 +156,7 @@ class Precomputer:
     def _part(self, job: _Job, document: Document, text: str) -> _Chunk:
         chunk = self._chunk(job, tuple(self._encode(text)), text)
         limit = self._adapter.max_positions
-        if limit is not None and len(chunk.ids) + len(chunk.lead_ins[0]) > limit:
+        if limit is not None and len(chunk.ids) + self._lead_ins.least(job.namespace) > limit:
             raise PromptTooLongError(
                 f"document {document.id!r} has a chunk of {len(chunk.ids)} tokens; the model reads at most {limit}. "
                 "Split it into smaller chunks (512 tokens is a good size)."
@@ -157,25 +164,30 @@ class Precomputer:
         return chunk
 
     def _chunk(self, job: _Job, ids: tuple[int, ...], text: str) -> _Chunk:
-        return _Chunk(make_key(job.namespace, ids), ids, text, self._lead_ins.of(ids, job.namespace))
+        return _Chunk(make_key(job.namespace, ids), ids, text)
 
-    def _batches(self, chunks: list[_Chunk]) -> Iterator[list[_Chunk]]:
-        """Chunks behind the same lead-ins, neighbours of about one length, so that little is padded."""
-        batch: list[_Chunk] = []
-        for chunk in sorted(chunks, key=lambda c: (c.lead_ins, len(c.ids))) if self._batch_tokens else chunks:
-            run = MeanCapture.tokens_run(len(chunk.ids), chunk.lead_ins) * (len(batch) + 1)
-            if batch and (run > self._batch_tokens or chunk.lead_ins != batch[0].lead_ins):
+    def _batches(self, job: _Job, chunks: list[_Chunk]) -> Iterator[_Batch]:
+        """Neighbours of about one length, so that little is padded."""
+        behind = [(self._lead_ins.of(chunk.ids, job.namespace), chunk) for chunk in chunks]
+        if self._batch_tokens:
+            behind.sort(key=lambda pair: (pair[0], len(pair[1].ids)))
+        batch: _Batch | None = None
+        for lead_ins, chunk in behind:
+            if batch is not None:
+                run = MeanCapture.tokens_run(len(chunk.ids), lead_ins) * (len(batch.chunks) + 1)
+                if run <= self._batch_tokens and lead_ins == batch.lead_ins:
+                    batch.chunks.append(chunk)
+                    continue
                 yield batch
-                batch = []
-            batch.append(chunk)
-        if batch:
+            batch = _Batch(lead_ins, [chunk])
+        if batch is not None:
             yield batch
 
-    def _compute(self, job: _Job, batch: list[_Chunk]) -> list[StoredChunk]:
+    def _compute(self, job: _Job, batch: _Batch) -> list[StoredChunk]:
         """Capture, rank and encode. All on the thread that computes: a second thread with torch work would only fight
         with this one for the cores.
         """
-        captured = job.capture.capture([c.ids for c in batch], batch[0].lead_ins)
+        captured = job.capture.capture([c.ids for c in batch.chunks], batch.lead_ins)
         with self._lock:
             return [
                 self._store.encode(
@@ -187,7 +199,7 @@ class Precomputer:
                     text=chunk.text,
                     deviations=kv.deviations,
                 )
-                for chunk, kv in zip(batch, captured, strict=True)
+                for chunk, kv in zip(batch.chunks, captured, strict=True)
             ]
 
     def _write(self, encoded: list[StoredChunk]) -> int:
