@@ -39,7 +39,8 @@ def test_the_engine_imports_no_framework() -> None:
     code = (
         "import pkgutil, importlib, importlib.util, cachetune_rag\n"
         "# Kernels are imported where they run; Triton comes with torch's CUDA builds.\n"
-        "left_out = () if importlib.util.find_spec('triton') else ('kernels.attention', 'kernels.rows')\n"
+        "kernels = ('attention', 'probe', 'rows', 'shift')\n"
+        "left_out = () if importlib.util.find_spec('triton') else tuple(f'kernels.{name}' for name in kernels)\n"
         "for m in pkgutil.walk_packages(cachetune_rag.__path__, 'cachetune_rag.'):\n"
         "    if not m.name.endswith(('__main__', *left_out)): importlib.import_module(m.name)\n"
         "print([m for m in sys.modules if m.split('.')[0] in ('llama_index', 'langchain_core', 'faiss')])"
