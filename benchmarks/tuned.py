@@ -83,7 +83,7 @@ def compare(engine: CacheTune, sample: dict[str, Any], tuning: TierTuning, args:
         for setting in settings.values():
             measure.ready(*setting)
         for _ in range(args.rounds):
-            times["full"].append(measure.full(1))
+            times["full"] += measure.full(1)
             for name, setting in settings.items():
                 times[name].append(measure.ttft(*setting))
     base = statistics.median(times["full"])

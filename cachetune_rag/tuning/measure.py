@@ -72,13 +72,16 @@ class TierMeasure:
         config = ReuseConfig(self._selector, ratio, skipped)
         return statistics.mean(self._time(prompt, config) for prompt in self._prompts)
 
-    def full(self, rounds: int) -> float:
-        """Seconds of full prefill, the median of `rounds` means over the prompts."""
+    def full(self, rounds: int) -> list[float]:
+        """Seconds of full prefill, `rounds` times: means over the prompts."""
         times = [statistics.mean(self._time(prompt, None) for prompt in self._prompts) for _ in range(rounds + 1)]
-        return statistics.median(times[1:])  # the first warms up
+        return times[1:]  # the first warms up
 
     def cost(self, full: float, rounds: int) -> CostModel:
-        """Times to move and to compute a token of a layer, given seconds of full prefill."""
+        """Times to move and to compute a token of a layer, given seconds of full prefill.
+
+        They are what the machine can do, so of several times the least counts: whatever else ran can only have added.
+        """
         layers = self._engine.adapter.num_layers
         length = statistics.mean(len(prompt.ids) for prompt in self._prompts)
         rows = statistics.mean(sum(map(len, (p.chunk_ids[s.chunk] for s in p.spans))) for p in self._prompts)
@@ -88,7 +91,7 @@ class TierMeasure:
                 self._engine._check_open()
                 times.append(statistics.mean(self._assembler.transfer(prompt)[1] for prompt in self._prompts))
         return CostModel(
-            move=statistics.median(times[1:]) / (layers * rows),
+            move=min(times[1:]) / (layers * rows),
             compute=full / (layers * length),
             layers=layers,
             chunk_tokens=round(rows),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -38,8 +39,8 @@ _NO_RATIO = ("all", "none")
 class Measure(Measured, Protocol):
     """All that is measured on one tier."""
 
-    def full(self, rounds: int) -> float:
-        """Seconds of full prefill."""
+    def full(self, rounds: int) -> list[float]:
+        """Seconds of full prefill, several times."""
 
     def cost(self, full: float, rounds: int) -> CostModel:
         """Times to move and to compute a token of a layer."""
@@ -161,7 +162,7 @@ class Tuner:
 
         with self._make_measure(self._engine, prompts, tier, self._selector) as measure:
             full = measure.full(self._rounds)
-            cost = measure.cost(full, self._rounds)
+            cost = measure.cost(min(full), self._rounds)
             start = min(max(cost.balance, self._r_min), self._r_max)
             search = Search(measure, rounds=self._rounds, tell=tell)
             best = search.run(self._lines(), start)
@@ -172,7 +173,7 @@ class Tuner:
             ratio=best.ratio,
             skipped=best.skipped,
             ttft=best.ttft,
-            full=full,
+            full=statistics.median(full),
             r_min=self._r_min,
             r_max=self._r_max,
             calibrated=self._calibrated,
