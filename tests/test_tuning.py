@@ -27,6 +27,7 @@ from cachetune_rag.tuning.measure import TierMeasure, tiers_of
 from cachetune_rag.tuning.saved import KIND
 from cachetune_rag.tuning.search import Line, Search
 from cachetune_rag.tuning.tuner import Tuner, TuningPlan
+from cachetune_store import ChunkStore
 
 TEXTS = [
     "The lighthouse was built in 1871 by three brothers from the next valley.",
@@ -576,6 +577,39 @@ def test_each_tier_is_measured_where_it_says(engine: CacheTune) -> None:
             assert measure.cost(1.0, 1).other_tokens == len(prompts[0].ids) - sum(map(len, TEXTS))
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_chunks_on_the_device_are_a_tier_of_their_own(
+    tmp_path: Path, in_memory: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The tier's device is the host here; what matters is where each request finds its rows."""
+    path = None if in_memory else tmp_path / "kv"
+    with (
+        ChunkStore(path, device="cpu", device_budget="64MiB") as store,
+        CacheTune(llama(), tokenizer(), store) as engine,
+    ):
+        engine.precompute([Document("a", TEXTS)])
+        assert tiers_of(engine) == (("device", "host") if in_memory else ("device", "host", "disk"))
+        prompts = [engine.prompts.build(query="?", chunks=TEXTS)]
+        for _ in range(2):  # whether the engine's own chunks have come up or not
+            for tier in tiers_of(engine):
+                with TierMeasure(engine, prompts, tier, "frequency") as measure:
+                    for _ in range(2):
+                        state = measure._assembler.prefill(prompts[0], replace(PAPER, ratio=0.5), 0.0)
+                        assert set(state.report.bytes_read) == {tier}
+            engine.prefill(prompt=prompts[0])
+        device = tune(engine, Machines(device=FAST, host=SLOW, disk=SLOW)).tiers[0]
+        assert device.tier == "device"
+        assert engine.prefill(prompt=prompts[0]).report.ratio == device.ratio
+    small = ChunkStore(path, device="cpu", device_budget="4KiB")
+    with small, CacheTune(llama(), tokenizer(), small) as engine:
+        engine.precompute([Document("a", TEXTS)])
+        with pytest.raises(ConfigError, match=r"device_budget .4096 bytes. doesn't hold"):
+            engine.tune(tier="device", rounds=1)
+        tiers = engine.tune(rounds=1, tokens=100, r_max=0.2).tiers
+        assert [t.tier for t in tiers] == (["host"] if in_memory else ["host", "disk"])
+        assert "the tier device is left out" in caplog.text
+
+
 def test_memory_alone_can_be_tuned_and_a_chunk_that_goes_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with CacheTune(llama(), tokenizer()) as engine:
         engine.precompute([Document("a", TEXTS)])
@@ -583,6 +617,6 @@ def test_memory_alone_can_be_tuned_and_a_chunk_that_goes_is_an_error(monkeypatch
         assert not host.saved
         prompts = [engine.prompts.build(query="?", chunks=TEXTS)]
         with TierMeasure(engine, prompts, "host", "frequency") as measure:
-            engine.remove("a")
+            measure._store.discard(engine._assembler.key(prompts[0].chunk_ids[0]))
             with pytest.raises(CacheTuneError, match="left the store while it was tuned"):
                 measure.ttft(0.5, 0.0)

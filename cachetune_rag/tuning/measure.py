@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from cachetune_rag.assembly import Assembler
+from cachetune_rag.assembly import TIERS, Assembler
 from cachetune_rag.config import ReuseConfig
-from cachetune_rag.errors import CacheTuneError
+from cachetune_rag.errors import CacheTuneError, ConfigError
 from cachetune_rag.prompt import Prompt
 from cachetune_rag.tuning.cost import CostModel
-from cachetune_store import ChunkStore
-from cachetune_store.readers import DiskReader
+from cachetune_store import ChunkKey, ChunkStore
 
 if TYPE_CHECKING:
     from cachetune_rag.engine import CacheTune
@@ -24,31 +23,39 @@ _NO_LIMIT = 1 << 62
 
 def tiers_of(engine: CacheTune) -> tuple[str, ...]:
     """The tiers that an engine's chunks can come from, fast ones first."""
-    there = ["host"] if engine.store.host_budget else []
-    return (*there, "disk") if engine.store.path is not None else tuple(there)
+    store = engine.store
+    there = {"device": store.device_budget, "host": store.host_budget, "disk": store.path is not None}
+    return tuple(tier for tier in TIERS if there[tier])
+
+
+class TierTooSmallError(ConfigError):
+    """A tier doesn't hold the prompts that are to be measured on it."""
 
 
 class TierMeasure:
     """Requests over fixed prompts, with every chunk on one tier; nothing of it is counted as a request. A context manager.
 
     The disk is read as for a request that finds nothing in host memory, past the page cache where the file system allows it.
-    For the host tier the prompts' chunks are held in memory, besides what the store keeps there.
+    For the host tier the prompts' chunks are held in memory, besides what the store keeps there; for the device tier on the
+    device as well.
 
     Args:
         engine: whose model, store and threads are used. Other requests wait for each timed one.
         prompts: their chunks are all in the store.
-        tier: "host" or "disk".
+        tier: "device", "host" or "disk".
         selector: whose requests are timed.
+
+    Raises:
+        TierTooSmallError: the chunks don't fit the store's device_budget, or the device.
     """
 
     def __init__(self, engine: CacheTune, prompts: Sequence[Prompt], tier: str, selector: str):
         self._engine, self._prompts, self._selector = engine, prompts, selector
-        self._owned: ChunkStore | None = None
         if tier == "disk":
-            self._owned = ChunkStore(engine.store.path, host_budget=0, disk_budget=_NO_LIMIT)
-        elif engine.store.path is not None:
-            self._owned = self._in_memory()
-        self._assembler = Assembler(engine.adapter, self._owned or engine.store, engine.lead_ins, engine._pool)
+            self._store = ChunkStore(engine.store.path, host_budget=0, disk_budget=_NO_LIMIT)
+        else:
+            self._store = self._in_memory(tier)
+        self._assembler = Assembler(engine.adapter, self._store, engine.lead_ins, engine._pool)
 
     def __enter__(self) -> Self:
         return self
@@ -56,8 +63,7 @@ class TierMeasure:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._owned is not None:
-            self._owned.close()
+        self._store.close()
 
     def ready(self, ratio: float, skipped: float) -> None:
         """One request a prompt, not timed: kernels are compiled and graphs captured once for every size."""
@@ -113,15 +119,36 @@ class TierMeasure:
             )
         return report.ttft
 
-    def _in_memory(self) -> ChunkStore:
-        """The prompts' chunks, read from disk into a store of their own."""
+    def _in_memory(self, tier: str) -> ChunkStore:
+        """The prompts' chunks in a store of their own, all on one tier."""
         engine = self._engine
-        ids = dict.fromkeys(ids for prompt in self._prompts for ids in prompt.chunk_ids if ids)
-        memory = ChunkStore(None, host_budget=_NO_LIMIT)
-        with ChunkStore(engine.store.path, host_budget=0, disk_budget=_NO_LIMIT) as disk:
-            for key in map(engine._assembler.key, ids):
-                reader = disk.open(key)
-                if isinstance(reader, DiskReader):
-                    with reader:
-                        memory.write(reader.read_all())
+        budget = engine.store.device_budget if tier == "device" else 0
+        memory = ChunkStore(None, host_budget=_NO_LIMIT, device_budget=budget, device=engine.adapter.device)
+        try:
+            for key in dict.fromkeys(engine._assembler.key(i) for p in self._prompts for i in p.chunk_ids if i):
+                chunk = engine.store.whole(key)
+                if chunk is None:
+                    continue  # the first request will say so
+                memory.write(chunk)
+                if tier == "device" and not _bring_up(key, memory):
+                    raise TierTooSmallError(
+                        f"device_budget ({budget} bytes) doesn't hold the prompts' chunks: give a larger one, tune with "
+                        "shorter prompts (samples, or tokens), or tune another tier."
+                    )
+        except BaseException:
+            memory.close()
+            raise
         return memory
+
+
+def _bring_up(key: ChunkKey, store: ChunkStore) -> bool:
+    """Move a chunk to the device; whether it is there then."""
+    for _ in range(2):
+        reader = store.open(key)
+        if reader is None:
+            return False
+        with reader:
+            if reader.tier == "device":
+                return True
+            reader.promote()
+    return False

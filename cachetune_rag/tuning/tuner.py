@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +17,7 @@ from cachetune_rag.prompt import Prompt
 from cachetune_rag.samples import prompts_of, store_chunks
 from cachetune_rag.selection.frequency import FrequencySelector
 from cachetune_rag.tuning.cost import CostModel
-from cachetune_rag.tuning.measure import TierMeasure, tiers_of
+from cachetune_rag.tuning.measure import TierMeasure, TierTooSmallError, tiers_of
 from cachetune_rag.tuning.result import Point, TierTuning, TuneProgress, TuningResult
 from cachetune_rag.tuning.samples import codec_of, made
 from cachetune_rag.tuning.search import Line, Measured, Search
@@ -34,6 +35,7 @@ PROMPTS = 2
 """Made prompts."""
 
 _NO_RATIO = ("all", "none")
+_log = logging.getLogger(__name__)
 
 
 class Measure(Measured, Protocol):
@@ -147,7 +149,14 @@ class Tuner:
             prompts = prompts_of(engine, samples)
             store_chunks(engine, prompts)
         codec = codec_of(engine, prompts)
-        tuned = [self._saved.save(self._tune(tier, codec, prompts, started)) for tier in self._tiers]
+        tuned = []
+        for tier in self._tiers:
+            try:
+                tuned.append(self._saved.save(self._tune(tier, codec, prompts, started)))
+            except TierTooSmallError as error:
+                if len(self._tiers) == 1:
+                    raise
+                _log.warning("the tier %s is left out: %s", tier, error)
         return TuningResult(self._saved.hardware, tuple(tuned))
 
     def _tune(self, tier: str, codec: str, prompts: list[Prompt], started: float) -> TierTuning:

@@ -10,7 +10,7 @@ from .chunk import Chunk
 from .errors import BudgetError, StoreError
 from .index import Index
 from .keys import ChunkKey
-from .readers import ChunkReader
+from .readers import ChunkReader, DiskReader, HostReader
 from .stats import TierUsage
 from .texts import drop_text, evict_text, note_text
 from .tiers import DeviceTier, DiskTier, HostTier, Pins, Tier
@@ -95,6 +95,17 @@ class Placement:
             elif reader.tier == "host" and self.device is not None:
                 reader.on_promote = self._promote_to_device
         return reader
+
+    def whole(self, key: ChunkKey) -> Chunk | None:
+        """All of a chunk, from host memory or disk."""
+        reader: HostReader | DiskReader | None = self.host.open(key)
+        if reader is None and self.disk is not None:
+            reader = self.disk.open(key)
+        if reader is None:
+            return None
+        reader.on_close = self._release
+        with reader:
+            return reader.read_all()
 
     def touch_memory(self, key: ChunkKey) -> int:
         """Note a use of a chunk in memory; bytes that it fills in host memory, or on the device if it is only there."""

@@ -185,6 +185,10 @@ class HostReader(ChunkReader):
         self._bytes[layer] += self._rows[layer].size(rows)
         return self._addresses[layer]
 
+    def read_all(self) -> Chunk:
+        """The whole chunk, which the store goes on holding: not to be written to."""
+        return self._chunk
+
     def promote(self) -> bool:
         """See ChunkReader.promote: onto the device, if the store keeps chunks there."""
         if self.on_promote is not None and not self._closed:

@@ -219,6 +219,17 @@ class ChunkStore:
         self._check_open()
         return self._placement.touch_memory(key)
 
+    def whole(self, key: ChunkKey) -> Chunk | None:
+        """All of a chunk, from host memory or else from disk; None if neither has it. It stays where it is.
+
+        Treat it as read-only: it may be what the store keeps.
+
+        Raises:
+            DamagedChunkError: the file fails a check.
+        """
+        self._check_open()
+        return self._placement.whole(key)
+
     def discard(self, key: ChunkKey) -> None:
         """Set aside a chunk whose read failed (DamagedChunkError), and count it. The next open() is a miss."""
         self._check_open()
