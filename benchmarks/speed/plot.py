@@ -11,6 +11,7 @@ from .report import Content, Row, rows_of, setting
 _COLOURS = {"expected_error": "#0072B2", "frequency": "#D55E00", "probe": "#009E73", "none": "#CC79A7"}
 _LINES = {0.05: "-", 0.15: "--"}
 _GREY = "#8C8C8C"
+_SHOWN = ("target", "device", "int8", "disk", "peers", "kvboost")
 
 
 def plot(content: Content, folder: Path, stem: str) -> list[Path]:
@@ -19,11 +20,10 @@ def plot(content: Content, folder: Path, stem: str) -> list[Path]:
 
     matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [row for row in rows_of(content) if "floor" in row]
-    made = []
+    rows, made = rows_of(content), []
     for name, draw, shown in (
         ("ttft", _against_context, [r for r in rows if r["phase"] == "target"]),
-        ("speedup", _bars, [r for r in rows if r["phase"] in ("target", "device", "int8", "disk", "peers")]),
+        ("speedup", _bars, [r for r in rows if r["phase"] in _SHOWN]),
     ):
         if shown:
             made.append(folder / f"{stem}-{name}.svg")
@@ -33,6 +33,7 @@ def plot(content: Content, folder: Path, stem: str) -> list[Path]:
 
 def _against_context(rows: list[Row]) -> Any:
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator
 
     figure, panel = pyplot.subplots(figsize=(7, 5))
     full = {row["context"]: row["full"] for row in rows}
@@ -47,6 +48,8 @@ def _against_context(rows: list[Row]) -> Any:
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
     panel.set_xticks(list(full), [f"{context:,}" for context in full])
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter("{x:,g}")
     panel.minorticks_off()
     panel.set_xlabel("chunk tokens")
     panel.set_ylabel("time to first token, ms")
@@ -63,8 +66,8 @@ def _bars(rows: list[Row]) -> Any:
     figure, panels = pyplot.subplots(1, len(contexts), figsize=(4 * len(contexts), 6), squeeze=False)
     for panel, context in zip(panels[0], contexts, strict=True):
         own = [row for row in rows if row["context"] == context]
-        labels = [f"{r['tier']} {r['codec']}, {r['selector']} {r['ratio']:.2g}" for r in own]
-        colours = [_COLOURS.get(r["selector"], _GREY) for r in own]
+        labels = [_label(r) for r in own]
+        colours = [_COLOURS.get(r.get("selector", ""), _GREY) for r in own]
         bars = panel.barh(labels, [r["speedup"] for r in own], color=colours)
         panel.bar_label(bars, [f"{r['speedup']:.1f}x" for r in own], padding=2, fontsize="small")
         panel.axvline(1, color="black", linewidth=0.8)
@@ -74,6 +77,12 @@ def _bars(rows: list[Row]) -> Any:
         panel.set_title(f"{context:,} chunk tokens")
         panel.set_xlabel("full prefill / time to first token")
     return figure
+
+
+def _label(row: Row) -> str:
+    if "selector" not in row:
+        return str(row["name"])
+    return f"{row['tier']} {row['codec']}, {row['selector']} {row['ratio']:.2g}"
 
 
 def _save(figure: Any, path: Path, title: str) -> None:

@@ -89,7 +89,7 @@ class Run:
             return 0.0
         nearest = min(self._full, key=lambda c: abs(c - group.context))
         full = self._full[nearest] * group.context / nearest
-        before = sum(10 * full for s in group.settings if s.ratio is None)
+        before = sum(18 * full for s in group.settings if s.ratio is None)
         if group.settings and not self._subject.stored(group.codec):
             before += self._subject.timings.get("precompute exact", 0.0)
         return before + full * self._count * (10 if group.phase == "kvboost" else 1 + 0.2 * len(group.settings))
@@ -154,7 +154,7 @@ class Run:
             "ttft": samples.spread(), "full": full, "speedup": full / samples.median(),
         }  # fmt: skip
         if isinstance(samples.last, Report) and config is not None:
-            row |= self._reuse_columns(samples, samples.last, config, full)
+            row |= self._reuse_columns(group, samples, config, full)
         elif isinstance(samples.last, dict):
             row |= samples.last
         elif samples.last is not None:
@@ -162,8 +162,8 @@ class Run:
         row["peak_device_bytes"] = samples.peak
         return row
 
-    def _reuse_columns(self, samples: Samples, report: Report, config: ReuseConfig, full: float) -> dict[str, Any]:
-        subject, machine = self._subject, self._results.content["machine"]
+    def _reuse_columns(self, group: Group, samples: Samples, config: ReuseConfig, full: float) -> dict[str, Any]:
+        subject, machine, report = self._subject, self._results.content["machine"], samples.last
         moved = sum(size for tier, size in report.bytes_read.items() if tier != "device")
         floors = {"compute": full * report.computed / report.prompt_tokens}
         if machine.get("copy_bytes_per_second"):
@@ -172,14 +172,15 @@ class Run:
             floors["disk"] = report.bytes_read["disk"] / machine["disk_bytes_per_second"]
         bound = max(floors, key=lambda name: floors[name])
         kv = report.prompt_tokens * subject.kv_token_bytes
-        own = samples.peak - subject.device_tier_bytes
+        # What a peer keeps on the device beside it is not the request's.
+        own = samples.peak - subject.device_tier_bytes if samples.peak and group.phase != "peers" else 0
         return {
             "selector": config.selector, "ratio": config.ratio, "skipped": config.skipped,
             "prompt_tokens": report.prompt_tokens, "computed": report.computed, "probed": report.probed,
             "bytes_read": report.bytes_read, "timings": samples.split(), "floors": floors, "bound": bound,
             "floor": floors[bound], "share_of_floor": floors[bound] / samples.median(),
             "model_bytes": subject.model_bytes, "kv_bytes": kv,
-            "memory_over": own / (subject.model_bytes + kv) - 1 if samples.peak else None,
+            "memory_over": own / (subject.model_bytes + kv) - 1 if own else None,
         }  # fmt: skip
 
     def _timeline(self, group: Group) -> None:

@@ -35,7 +35,7 @@ SHAPES: dict[str, PreTrainedConfig] = {
     ),
     "mistral-7b": MistralConfig(
         vocab_size=32768, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, max_position_embeddings=131072, sliding_window=None, **_COMMON,
+        num_key_value_heads=8, max_position_embeddings=131072, sliding_window=None, rope_theta=1000000.0, **_COMMON,
     ),
     "tiny": LlamaConfig(
         vocab_size=261, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,

@@ -14,12 +14,11 @@ import torch
 
 from cachetune_rag import CacheTune, Document
 from cachetune_rag.assembly import Assembler
-from cachetune_rag.config import PAPER, ReuseConfig
+from cachetune_rag.config import ReuseConfig
 from cachetune_rag.report import Report
 from cachetune_store import ChunkStore, make_key
 
 from .machine import Attention, fastest_attention, synchronize
-from .rounds import WARM
 from .shapes import build, letters, tokenizer
 
 QUERY = "q" * 64
@@ -125,9 +124,6 @@ class Subject:
         """The ratio and the share skipped that the package's tuner finds for the disk tier."""
         key = context, codec, selector
         if key not in self._tuned:
-            warm = ReuseConfig(selector, PAPER.ratio, PAPER.ratio if selector == PAPER.selector else 0.0)
-            for _ in range(WARM):  # or the tuner's one round of its least ratio would be the one that captures a graph
-                self.reuse("disk", context, codec, warm)
             sample = {"query": QUERY, "chunks": self.chunks(context, codec), "prefix": ""}
             with self._timed("tune " + " ".join(map(str, key))):
                 found = self.engine.tune([sample], tier="disk", selector=selector, rounds=1).tiers[0]
