@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
 
     contents = [json.loads(path.read_text()) for path in args.files]
-    short, long = brief(contents[0]), "\n\n".join(map(details, contents))
+    short, long = brief(contents[0]), "\n\n".join(["## Results", *map(details, contents)])
     if args.readme is not None:
         put_between(args.readme, short)
     if args.docs is not None:

@@ -38,8 +38,8 @@ def main() -> None:
 
     config = ReuseConfig(args.selector, args.ratio)
     with Subject(args.shape, args.device, None, [args.context], args.chunk_tokens) as subject:
-        subject.warmup()
         subject.store(args.codec, "host")
+        subject.warmup()
 
         def run() -> float:
             return subject.reuse("host", args.context, args.codec, config).ttft

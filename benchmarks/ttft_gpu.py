@@ -61,6 +61,10 @@ def main(arguments: list[str] | None = None) -> None:
         with Subject(
             args.shape, args.device, store, args.contexts, args.chunk_tokens, args.lead_in, not args.plain
         ) as subject:
+            if wanted[0].settings:
+                subject.store(
+                    wanted[0].codec, "host"
+                )  # before the warm-up, which goes by the lead-ins that are chosen here
             if not args.no_warmup:
                 subject.warmup()
             machine["attention"] = subject.attention[0]

@@ -43,7 +43,8 @@ def brief(content: Content) -> str:
         cells = [rows.get((context, tier, "exact", selector, ratio)) for ratio in ratios for tier in tiers]
         full = next(row["full"] for row in cells if row)
         lines.append([f"{context:,}", _ms(full), f"`{selector}`", *map(_cell, cells)])
-    return f"{setting(content)}\n\n{_table(head, lines)}"
+    title = "On a GPU ([how it is measured, and everything else](docs/performance.md))"
+    return f"{title}: time to first token in ms and speed-up.\n{setting(content)}.\n\n{_table(head, lines)}"
 
 
 def details(content: Content) -> str:

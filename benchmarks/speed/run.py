@@ -123,8 +123,8 @@ class Run:
     def _ways(self, group: Group) -> tuple[dict[Any, Way], dict[Any, ReuseConfig]]:
         subject, context = self._subject, group.context
         ids = subject.ids(context, group.codec)
-        attention = subject.attention[1]
-        ways: dict[Any, Way] = {FULL: lambda: (subject.full(ids, attention), None)}
+        given, attention = torch.tensor(ids), subject.attention[1]
+        ways: dict[Any, Way] = {FULL: lambda: (subject.full(given, attention), None)}
         if context not in self._checked and self._full_rounds is None:
             # Once a context: it has nothing to do with tiers and codecs.
             ways[ENGINE] = lambda: (subject.engine_full(context, group.codec), None)
@@ -231,10 +231,8 @@ def _prefix_caching(subject: Subject, context: int, ids: list[int]) -> Iterator[
 
     # The query stands at the end and takes one token a letter.
     caching = PrefixCaching(subject.model, ids, len(QUERY))
-    chunks = subject.chunks(context, "exact")
     for name, step in _PREFIX.items():
-        prompt = list(subject.engine.prompts.build(query=QUERY, chunks=chunks[::step], prefix="").ids)
-        yield name, partial(caching.request, prompt)
+        yield name, partial(caching.request, subject.ids(context, step=step))
 
 
 def _kvboost(subject: Subject, context: int) -> Way:

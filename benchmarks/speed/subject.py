@@ -96,7 +96,10 @@ class Subject:
     # -- preparing --------------------------------------------------------------------------------------------------
 
     def warmup(self) -> None:
-        """Compile the layers and the kernels. Graphs are captured by the rounds that don't count, for the sizes in use."""
+        """Compile the layers and the kernels. Graphs are captured by the rounds that don't count, for the sizes in use.
+
+        Behind `store`: what the default selector does depends on the lead-ins that are chosen there.
+        """
         with self._timed("warmup"):
             self.engine.warmup(64, ())
 
@@ -136,9 +139,10 @@ class Subject:
         """The chunks of a prompt, in order."""
         return self._texts(codec)[: context // self.chunk_tokens]
 
-    def ids(self, context: int, codec: str = "exact") -> list[int]:
-        """The whole prompt."""
-        return list(self.engine.prompts.build(query=QUERY, chunks=self.chunks(context, codec), prefix="").ids)
+    def ids(self, context: int, codec: str = "exact", step: int = 1) -> list[int]:
+        """The whole prompt; with a step of -1, of the chunks in reverse order."""
+        chunks = self.chunks(context, codec)[::step]
+        return list(self.engine.prompts.build(query=QUERY, chunks=chunks, prefix="").ids)
 
     def reuse(self, tier: str, context: int, codec: str, config: ReuseConfig) -> Report:
         """One request as `CacheTune.prefill` serves it, with every chunk on one tier and nothing moved between tiers after it.
@@ -159,19 +163,18 @@ class Subject:
         return self.engine.full_prefill(query=QUERY, chunks=self.chunks(context, codec), prefix="").report.ttft
 
     @torch.no_grad()
-    def full(self, ids: list[int], attention: Attention | None = None) -> float:
-        """Seconds of full prefill by transformers alone, from token ids to the last token's logits."""
+    def full(self, ids: torch.Tensor, attention: Attention | None = None) -> float:
+        """Seconds of full prefill by transformers alone, from token ids [tokens] in host memory to the last token's logits."""
         started = time.perf_counter()
         with (attention or self.attention[1])():
-            given = torch.tensor([ids], device=self.device)
-            self.model(input_ids=given, use_cache=True, logits_to_keep=1)
+            self.model(input_ids=ids[None].to(self.device), use_cache=True, logits_to_keep=1)
         synchronize(self.device)
         return time.perf_counter() - started
 
     @cached_property
     def attention(self) -> tuple[str, Attention]:
         """The attention that full prefill is fastest with here."""
-        ids = self.ids(min(max(self.contexts), 8192))
+        ids = torch.tensor(self.ids(min(max(self.contexts), 8192)))
         with self._timed("attention"):
             return fastest_attention(lambda: self.full(ids, nullcontext), self.device)
 
