@@ -48,9 +48,13 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
 
     env = environment() | ({"commit": args.commit} if args.commit else {}) | {"driver": driver()}
-    settings = {k: getattr(args, k) for k in ("shape", "chunk_tokens", "rounds", "lead_in", "plain", "device")}
+    settings = {
+        k: getattr(args, k) for k in ("shape", "chunk_tokens", "rounds", "lead_in", "plain", "no_warmup", "device")
+    }
     results = Results(args.out, env, settings)
     wanted = groups(args.phases, args.contexts, args.ratios, args.selectors)
+    if not wanted:
+        parser.error(f"phases {args.phases} measure nothing at contexts {args.contexts}: kvboost goes up to 16384")
     on_disk = any(group.tier != "host" for group in wanted)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         machine = results.content["machine"]
@@ -62,9 +66,8 @@ def main(arguments: list[str] | None = None) -> None:
             args.shape, args.device, store, args.contexts, args.chunk_tokens, args.lead_in, not args.plain
         ) as subject:
             if wanted[0].settings:
-                subject.store(
-                    wanted[0].codec, "host"
-                )  # before the warm-up, which goes by the lead-ins that are chosen here
+                # Before the warm-up, which goes by the lead-ins that are chosen here.
+                subject.store(wanted[0].codec, "host")
             if not args.no_warmup:
                 subject.warmup()
             machine["attention"] = subject.attention[0]

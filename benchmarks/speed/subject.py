@@ -22,7 +22,7 @@ from .machine import Attention, fastest_attention, synchronize
 from .shapes import build, letters, tokenizer
 
 QUERY = "q" * 64
-_TEMPLATE = "{prefix}{chunks}{query}"
+_TEMPLATE = "<s>{prefix}{chunks}{query}"  # real tokenizers begin so
 _NO_LIMIT = 1 << 62
 DEVICE_BUDGET = 24 << 30
 """Bytes of the device tier: a prompt of 32,768 tokens of an 8B model in `exact`, `int8` and `int4` takes 7 GiB."""
