@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that choose the subject."""
     parser.add_argument("--model", type=Path, help="folder of a model (default: SmolLM2-135M-Instruct)")
     parser.add_argument(
-        "--shape", help="a random model of this shape instead: a name of ttft_gpu.py, such as llama-3.1-8b"
+        "--shape", help="a random model of this shape instead: a name of speed/shapes.py, such as llama-3.1-8b"
     )
     parser.add_argument("--chunks", type=int, default=8, help="chunks of a prompt")
     parser.add_argument("--chunk-tokens", type=int, default=256)
@@ -32,7 +32,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
 
         return load_model(args.model or model_path(), device=args.device, dtype=args.dtype)
     import torch
-    from ttft_gpu import build, tokenizer
+    from speed.shapes import build, tokenizer
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     return build(args.shape, device), tokenizer()

@@ -66,8 +66,9 @@ class TierMeasure:
         self._store.close()
 
     def ready(self, ratio: float, skipped: float) -> None:
-        """One request a prompt, not timed: kernels are compiled and graphs captured once for every size."""
-        self.ttft(ratio, skipped)
+        """Requests that are not timed: the first of a size compiles kernels, the second captures its CUDA graph."""
+        for _ in range(2 if self._engine.adapter.cuda_kernels else 1):
+            self.ttft(ratio, skipped)
 
     def ttft(self, ratio: float, skipped: float) -> float:
         """Seconds to a prompt's logits, the mean over the prompts.

@@ -1,0 +1,61 @@
+"""The JSON file of a run. It is written after every round, so a run that is cut off keeps what it has, and goes on from there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+_SAME = ("gpu", "driver", "torch", "transformers", "commit")
+
+
+class OtherRunError(ValueError):
+    """The file holds a run of something else, which is not to be mixed with this one."""
+
+
+class Results:
+    """Groups of rows, by name.
+
+    Args:
+        path: the file; None keeps it in memory only.
+        environment: where it is measured.
+        settings: what shape, and how.
+
+    Raises:
+        OtherRunError: the file was measured elsewhere, or with other settings.
+    """
+
+    def __init__(self, path: Path | None, environment: dict[str, Any], settings: dict[str, Any]):
+        self._path = path
+        self.content: dict[str, Any] = {
+            "benchmark": "ttft_gpu", "environment": environment, "settings": settings, "machine": {}, "groups": {},
+        }  # fmt: skip
+        if path is not None and path.exists():
+            before = json.loads(path.read_text())
+            for name, old, new in (
+                ("settings", before["settings"], settings),
+                *((k, before["environment"].get(k), environment.get(k)) for k in _SAME),
+            ):
+                if old != new:
+                    raise OtherRunError(
+                        f"{path} holds a run whose {name} was {old!r}; now it is {new!r}. Remove the file or choose another."
+                    )
+            self.content = before
+
+    def done(self, name: str, rounds: int) -> bool:
+        """Whether a group was measured in full."""
+        return bool(self.content["groups"].get(name, {}).get("rounds", 0) >= rounds)
+
+    def put(self, name: str, group: dict[str, Any]) -> None:
+        """Note a group, and write all there is."""
+        self.content["groups"][name] = group
+        self.write()
+
+    def write(self) -> None:
+        """Replace the file."""
+        if self._path is None:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        temp = self._path.with_name(self._path.name + ".part")
+        temp.write_text(json.dumps(self.content, indent=1) + "\n")
+        temp.replace(self._path)
