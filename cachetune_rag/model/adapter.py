@@ -78,6 +78,8 @@ class ModelAdapter:
             self.rotary_tables,
             self.rotate_by,
             self._masked_forward,
+            # In half types, fused attention is more exact than what could be shown.
+            lambda: self.dtype == torch.float32 and self._wanted_attention() == attention.NAME,
         )
         self.device_forward = self._device_forward() if cuda_kernels else None
         """Forwards through the kernels; None where they don't run."""

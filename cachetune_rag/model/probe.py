@@ -13,16 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from cachetune_rag.model import masks, output, taps
-from cachetune_rag.model.attention import StopForward
+from cachetune_rag.model.attention import StopForward, watched
 from cachetune_rag.model.buffers import KVBuffers, ScatterCache
 from cachetune_rag.model.rope import Tables, rows_of
+from cachetune_rag.model.watch import Shown, Watch, heads_of_rows, rows_of_heads
 from cachetune_store.layout import LayerSpec
 
 _TINY = 1e-6
 """Shortest layer input that is divided by."""
 
-_Look = Callable[[int, Tensor, Tensor], None]
-"""Gets a layer's number, its rotated queries [queries, heads, head_dim] and 1 / |x| of their layer inputs x, [queries]."""
+_Look = Callable[[Shown, Tensor], None]
+"""Gets what a layer shows, and 1 / |x| of the watched tokens' layer inputs x, [queries]."""
 
 
 class Probe:
@@ -37,6 +38,7 @@ class Probe:
         tables: rotary tables of a prompt of so many tokens.
         rotate: turns a layer's queries [tokens, heads, head_dim] by rows of the tables, one a token.
         run: runs ids at positions, both [tokens], through the model with a cache over the buffers.
+        shows: whether attention in `run` can be watched (`attention.watched`).
 
     All methods take `ids` and `positions` [tokens] of the tokens that are computed, ascending, on the model's device, the
     prompt's `buffers`, how many layers are run (`num_layers`, from the first), and `before(layer)`, called before a layer's
@@ -53,10 +55,11 @@ class Probe:
         tables: Callable[[int], dict[str | None, Tables]],
         rotate: Callable[[int, Tensor, dict[str | None, Tables]], Tensor],
         run: Callable[[Tensor, Tensor, KVBuffers, ScatterCache], Tensor],
+        shows: Callable[[], bool],
     ):
         self._attentions, self._layers, self._taps = list(attentions), list(layers), list(found)
         self._specs, self._windows = list(specs), list(windows)
-        self._tables, self._rotate, self._run = tables, rotate, run
+        self._tables, self._rotate, self._run, self._shows = tables, rotate, run, shows
         self._gains: dict[int, Tensor | float] = {}
 
     def observe(
@@ -71,13 +74,12 @@ class Probe:
     ) -> None:
         """Hand out the watched tokens' attention.
 
-        `observe(layer, weights)` gets [heads, queries, length] in float32, each row a distribution over the prompt (computed
-        from the tapped queries; soft-capping and learned sinks are left out, which keeps the order within a head).
+        `observe(layer, weights)` gets [heads, queries, length] in float32, each row a distribution over the prompt
+        (soft-capping and learned sinks are left out, which keeps the order within a head).
         """
-        place = positions[-queries:]
 
-        def look(layer: int, query: Tensor, _near: Tensor) -> None:
-            observe(layer, self._weights(layer, query, buffers, place))
+        def look(shown: Shown, near: Tensor) -> None:
+            observe(shown.layer, heads_of_rows(shown.weights, near.shape[0]))
 
         self._watch(ids, positions, buffers, num_layers, queries, before, look)
 
@@ -95,10 +97,10 @@ class Probe:
         """
         total = torch.zeros(buffers.length, device=positions.device)
 
-        def add(_layer: int, weights: Tensor) -> None:
-            total.add_(weights.mean((0, 1)))
+        def look(shown: Shown, _near: Tensor) -> None:
+            total.add_(shown.weights.mean((0, 1)))
 
-        self.observe(ids, positions, buffers, num_layers, queries, before, add)
+        self._watch(ids, positions, buffers, num_layers, queries, before, look)
         return total
 
     def expected_error(
@@ -129,14 +131,12 @@ class Probe:
             deviations: [length, columns], as chunks store them (sK of every head of layer 0, sV of them, layer 1, ...); 0
                 where a row isn't reused.
         """
-        place = positions[-queries:]
         by_layer = self._deviations(deviations)
         total = torch.zeros(buffers.length, device=positions.device)
 
-        def look(layer: int, query: Tensor, near: Tensor) -> None:
-            weights = self._weights(layer, query, buffers, place)
-            values = buffers.values(layer)[0]
-            total.add_(self._layer_error(layer, query, near, weights, values, *by_layer[layer]))
+        def look(shown: Shown, near: Tensor) -> None:
+            values = buffers.values(shown.layer)[0]
+            total.add_(self._layer_error(shown, near, values, *by_layer[shown.layer]))
 
         self._watch(ids, positions, buffers, num_layers, queries, before, look)
         return total
@@ -152,63 +152,79 @@ class Probe:
         look: _Look,
     ) -> None:
         """Run the first `num_layers` layers and look at each when its buffer is complete."""
-        rows = rows_of(self._tables(buffers.length), positions[-queries:])
-        asked: dict[int, Tensor] = {}
+        queries = min(queries, positions.shape[0])
         near: dict[int, Tensor] = {}
-
-        def on_query(layer: int, out: Tensor) -> None:
-            asked[layer] = self._taps[layer].query(out)[0, -queries:]
 
         def on_input(layer: int, hidden: Tensor) -> None:
             near[layer] = hidden[0, -queries:].float().norm(dim=-1).clamp_min_(_TINY).reciprocal_()
 
-        def after(layer: int, _keys: Tensor) -> None:
-            if layer < num_layers:
-                look(layer, self._rotate(layer, asked.pop(layer), rows), near.pop(layer))
-            if layer >= num_layers - 1:
+        def show(shown: Shown) -> None:
+            look(shown, near.pop(shown.layer))
+            if shown.layer >= num_layers - 1:
                 raise StopForward
 
-        cache = ScatterCache(buffers, positions, before, after)
-        names = [t.query_module for t in self._taps]
-        with taps.tapped(self._attentions, names, on_query), taps.inputs_tapped(self._layers, on_input):
+        run = self._run_shown if self._shows() else self._run_tapped
+        with taps.inputs_tapped(self._layers, on_input):
             try:
-                self._run(ids, positions, buffers, cache)
+                run(ids, positions, buffers, before, Watch(queries, show))
             except StopForward:
                 return
 
+    def _run_shown(
+        self, ids: Tensor, positions: Tensor, buffers: KVBuffers, before: Callable[[int], None], watch: Watch
+    ) -> None:
+        """What attention computes anyway is shown."""
+        with watched(watch):
+            self._run(ids, positions, buffers, ScatterCache(buffers, positions, before))
+
+    def _run_tapped(
+        self, ids: Tensor, positions: Tensor, buffers: KVBuffers, before: Callable[[int], None], watch: Watch
+    ) -> None:
+        """Attention is a family's own: what is shown is computed beside it."""
+        place = positions[-watch.tokens :]
+        rows = rows_of(self._tables(buffers.length), place)
+        asked: dict[int, Tensor] = {}
+
+        def on_query(layer: int, out: Tensor) -> None:
+            asked[layer] = self._taps[layer].query(out)[0, -watch.tokens :]
+
+        def after(layer: int, _keys: Tensor) -> None:
+            rotated = self._rotate(layer, asked.pop(layer), rows)
+            query = rows_of_heads(rotated.transpose(0, 1), self._specs[layer].heads)
+            watch.show(Shown(layer, query, self._weights(layer, query, buffers, place), None))
+
+        names = [t.query_module for t in self._taps]
+        with taps.tapped(self._attentions, names, on_query):
+            self._run(ids, positions, buffers, ScatterCache(buffers, positions, before, after))
+
     def _weights(self, layer: int, query: Tensor, buffers: KVBuffers, place: Tensor) -> Tensor:
-        """Attention weights [heads, queries, length] of rotated `query` [queries, heads, dim] at `place` on the layer's keys."""
+        """Attention weights of a layer's `query` over its keys; `Shown` has their shapes, `place` [queries] their positions."""
         keys = buffers.keys(layer)[0]
-        kv_heads, length, dim = keys.shape
-        # Query heads of one key-value head stand together, so grouped heads are one product each.
-        rows = query.transpose(0, 1).reshape(kv_heads, -1, dim)
-        scores = (rows @ keys.transpose(1, 2)).float().view(query.shape[1], -1, length).mul_(self._scale(layer, dim))
-        allowed = masks.allowed(self._windows[layer], None, place, length)
-        return scores.masked_fill_(~allowed[None], float("-inf")).softmax(-1)
+        scores = (query @ keys.transpose(1, 2)).float().mul_(self._scale(layer, keys.shape[2]))
+        allowed = masks.allowed(self._windows[layer], None, place, buffers.length)
+        scores.unflatten(1, (len(place), -1)).masked_fill_(~allowed[:, None], float("-inf"))
+        return scores.softmax(-1)
 
     def _layer_error(
-        self,
-        layer: int,
-        query: Tensor,
-        near: Tensor,
-        weights: Tensor,
-        values: Tensor,
-        key_deviation: Tensor,
-        value_deviation: Tensor,
+        self, shown: Shown, near: Tensor, values: Tensor, key_deviation: Tensor, value_deviation: Tensor
     ) -> Tensor:
         """Ev + Ek of one layer, float32 [length]; `values` are [kv_heads, length, v_dim], deviations [kv_heads, length]."""
-        kv_heads, dim = values.shape[0], query.shape[2]
-        values, rows = values.float(), weights.view(kv_heads, -1, weights.shape[2])
-        outputs = rows @ values
+        kv_heads, dim = values.shape[0], shown.query.shape[2]
+        group = shown.query.shape[1] // near.shape[0]
+        values = values.float()
+        outputs = shown.weights @ values if shown.outputs is None else shown.outputs
         # |V - o|^2 = |V|^2 + |o|^2 - 2 o V, which rounding may take below 0 where they are nearly the same.
-        off = torch.baddbmm(values.square().sum(-1)[:, None], outputs, values.transpose(1, 2), alpha=-2)
-        off.add_(outputs.square().sum(-1, keepdim=True)).clamp_min_(0).sqrt_().mul_(rows)
-        ahead = near.expand(query.shape[1], -1)
-        steep = query.float().norm(dim=-1).T * self._gain(layer, query.shape[1]) * ahead
-        by_value = (ahead.reshape(kv_heads, 1, -1) @ rows)[:, 0] * value_deviation
-        by_key = (
-            (steep.reshape(kv_heads, 1, -1) @ off)[:, 0] * key_deviation * (self._scale(layer, dim) / math.sqrt(dim))
-        )
+        lengths = torch.linalg.vector_norm(values, dim=-1)[:, None].square_()
+        off = torch.baddbmm(lengths, outputs, values.transpose(1, 2), alpha=-2)
+        off.add_(outputs.square().sum(-1, keepdim=True)).clamp_min_(0).sqrt_().mul_(shown.weights)
+        gain = self._gain(shown.layer, kv_heads * group)
+        if isinstance(gain, Tensor):
+            gain = gain.view(kv_heads, 1, group)
+        ahead = near[:, None].expand(kv_heads, -1, group)
+        steep = shown.query.float().norm(dim=-1).view(kv_heads, -1, group) * gain * ahead
+        by_value = (ahead.reshape(kv_heads, 1, -1) @ shown.weights)[:, 0] * value_deviation
+        scale = self._scale(shown.layer, dim) / math.sqrt(dim)
+        by_key = (steep.view(kv_heads, 1, -1) @ off)[:, 0] * key_deviation * scale
         return (by_value + by_key).sum(0)
 
     def _deviations(self, deviations: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -13,7 +13,7 @@ from tiny import llama
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from cachetune_rag.model import taps
+from cachetune_rag.model import taps, watch
 from cachetune_rag.model.adapter import ModelAdapter
 from cachetune_rag.model.buffers import KVBuffers
 from cachetune_rag.model.output import gain, output_heads
@@ -75,8 +75,17 @@ def expected_error(
 
 @pytest.mark.parametrize("queries", [1, 4, len(COMPUTED)])
 @pytest.mark.parametrize("part", ["both", "keys", "values"])
-def test_expected_error_equals_a_float64_reference(queries: int, part: str) -> None:
+@pytest.mark.parametrize("attention", ["written out for all", "written out for the last", "the model's"])
+def test_expected_error_equals_a_float64_reference(
+    queries: int, part: str, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if attention == "written out for the last":
+        monkeypatch.setattr(watch, "FEW", 0)
     adapter, ids = tiny(), torch.tensor([BOS, *range(20, 20 + LENGTH - 1)])
+    if attention == "the model's":
+        model = llama()
+        model.set_attn_implementation("eager")
+        adapter = ModelAdapter(model)
     stored, deviations = reused_rows(adapter, 1), some_deviations(adapter)
     is_key = torch.tensor([True, True, False, False]).repeat(adapter.num_layers)  # two heads of keys, two of values
     if part != "both":
