@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cached_property
 from typing import Any
 
@@ -194,6 +194,8 @@ class ModelAdapter:
         def on_update(layer: int, rotated: Tensor, value: Tensor) -> None:
             key = tapped.pop(layer)
             receive(layer, key[:, :count], rotated[:, :, :count], value.transpose(1, 2)[:, :count])
+            if layer == self.num_layers - 1:
+                raise StopForward  # what the last layer makes of them is not asked for
 
         positions = torch.arange(start, start + count, device=self.device)
         if start + count <= self.reuse_beyond:
@@ -201,7 +203,7 @@ class ModelAdapter:
             ids = torch.cat((ids, ids[:, -1:]), dim=1)
             positions = torch.cat((positions, positions.new_tensor([self.reuse_beyond])))
         cache = ValueCache(self.num_layers, on_update, lead)
-        with taps.tapped(self._attentions, [t.key_module for t in self._taps], on_key):
+        with taps.tapped(self._attentions, [t.key_module for t in self._taps], on_key), suppress(StopForward):
             if lead is None:
                 self._run_decoder(ids, cache, positions)
                 return
