@@ -98,14 +98,13 @@ class Placement:
 
     def whole(self, key: ChunkKey) -> Chunk | None:
         """All of a chunk, from host memory or disk."""
-        reader: HostReader | DiskReader | None = self.host.open(key)
-        if reader is None and self.disk is not None:
-            reader = self.disk.open(key)
-        if reader is None:
-            return None
-        reader.on_close = self._release
-        with reader:
-            return reader.read_all()
+        for name in ("host", "disk"):
+            reader = self._tiers[name].open(key) if name in self._tiers else None
+            if isinstance(reader, HostReader | DiskReader):
+                reader.on_close = self._release
+                with reader:
+                    return reader.read_all()
+        return None
 
     def touch_memory(self, key: ChunkKey) -> int:
         """Note a use of a chunk in memory; bytes that it fills in host memory, or on the device if it is only there."""
