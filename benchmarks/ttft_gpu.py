@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from common import ROOT, environment, spread, write_json
+from timeline import describe, read
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
 
 from cachetune_rag import CacheTune
@@ -59,11 +60,11 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 8192, 16384, 32768])
     parser.add_argument("--chunk-tokens", type=int, default=512)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.05, 0.15])
-    parser.add_argument("--selectors", nargs="+", default=["frequency", "probe"])
+    parser.add_argument("--selectors", nargs="+", default=["frequency", "expected_error"])
     parser.add_argument("--tiers", nargs="+", choices=["device", "host", "disk"], default=["host"])
     parser.add_argument("--codecs", nargs="+", default=["exact", "int8"])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--plain", action="store_true", help="without the package's kernels, as by default")
+    parser.add_argument("--plain", action="store_true", help="without the package's kernels")
     parser.add_argument(
         "--no-warmup", action="store_true", help="leave capturing to the first rounds, which don't count"
     )
@@ -171,6 +172,7 @@ def trace(engine: CacheTune, chunks: list[str], args: Any) -> None:
     with torch.profiler.profile() as profiler:
         engine.prefill(query=QUERY, chunks=chunks, prefix="", selector=args.selectors[-1], ratio=args.ratios[-1])
     profiler.export_chrome_trace(str(args.trace))
+    print(describe(read(args.trace)), file=sys.stderr)
 
 
 def host_to_device_speed(size: int = 1 << 30) -> float:

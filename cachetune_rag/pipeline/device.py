@@ -38,6 +38,9 @@ class Streams:
         self.copied = [torch.cuda.Event() for _ in range(layers)]
         self.brought = torch.cuda.Event()
         self.placed = [torch.cuda.Event() for _ in range(layers)]
+        # On the stream that computes, around its wait for a layer.
+        self.asked = [torch.cuda.Event(enable_timing=True) for _ in range(layers)]
+        self.given = [torch.cuda.Event(enable_timing=True) for _ in range(layers)]
 
 
 class DeviceLoader(LayerLoader):
@@ -79,7 +82,9 @@ class DeviceLoader(LayerLoader):
         if self._brought:
             self._current.wait_event(self._streams.brought)
             self._brought = False
+        self._streams.asked[layer].record(self._current)
         self._current.wait_event(self._streams.placed[layer])
+        self._streams.given[layer].record(self._current)
         self.seconds += time.perf_counter() - started
 
     def begin(self) -> None:
@@ -90,6 +95,13 @@ class DeviceLoader(LayerLoader):
         else:
             self._launch_ahead(1)
         self.seconds += time.perf_counter() - started
+
+    def waited(self) -> float:
+        """Seconds by the device's clock that the computing stream waited for rows; once it is done with every layer's last
+        `load`, and of these alone.
+        """
+        pairs = zip(self._streams.asked, self._streams.given, strict=True)
+        return sum(asked.elapsed_time(given) for asked, given in pairs) / 1e3
 
     def bring(self, numbers: Tensor) -> Tensor:
         """See `LayerLoader.bring`: copied behind the rows that are queued already, and waited for by the first `load`."""
