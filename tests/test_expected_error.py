@@ -292,11 +292,6 @@ class _Loader:
 
     def load(self, layer: int) -> None: ...
 
-    def begin(self) -> None: ...
-
-    def bring(self, numbers: Tensor) -> Tensor:
-        return numbers
-
 
 def _context(chunks: list[tuple[int, int, Tensor | None]], length: int = 20) -> tuple[RequestContext, _Recorder]:
     engine, prompt = _Recorder(), type("P", (), {"ids": tuple(range(length))})()

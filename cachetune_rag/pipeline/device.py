@@ -18,7 +18,7 @@ from torch import Tensor
 from cachetune_rag.kernels import CODECS, kernels_run_on, rows_of
 from cachetune_rag.model import KVBuffers, ModelAdapter
 from cachetune_rag.pipeline.copies import host_copies
-from cachetune_rag.pipeline.loader import LayerLoader, Source
+from cachetune_rag.pipeline.loader import LayerLoader, Source, row_format
 from cachetune_store.tiers import DeviceReader
 
 STAGES = 2
@@ -41,6 +41,32 @@ class Streams:
         # On the stream that computes, around its wait for a layer.
         self.asked = [torch.cuda.Event(enable_timing=True) for _ in range(layers)]
         self.given = [torch.cuda.Event(enable_timing=True) for _ in range(layers)]
+
+
+def warm_up(adapter: ModelAdapter, codec: str) -> None:
+    """Compile the kernel that puts rows of `codec` into place, for all shapes of layers."""
+    if codec not in CODECS or not adapter.cuda_kernels:
+        return
+    from cachetune_rag.kernels.rows import place
+
+    tables, buffers = adapter.rotary_tables(1), adapter.new_buffers(1)
+    dtype, done = str(adapter.dtype).removeprefix("torch."), set()
+    for layer, spec in enumerate(adapter.layers):
+        cos, sin = adapter.rotation(layer, tables)
+        shape = spec, cos is None
+        if shape in done or not adapter.half_split[layer]:
+            continue
+        done.add(shape)
+        form = row_format(codec, dtype, spec)
+        row = torch.zeros(form.span(1), dtype=torch.uint8, device=adapter.device)
+        bases = torch.tensor([row.data_ptr(), 0], device=adapter.device)
+        nothing = torch.zeros(1, dtype=torch.int64, device=adapter.device)
+        place(
+            bases, nothing, nothing, cos, sin, buffers.key_rows[layer], buffers.value_rows[layer], codec=codec,
+            row_bytes=form.row_bytes, group_rows=form.group_rows, group_bytes=form.group_bytes,
+            aligned=not (form.row_bytes % 16 or form.group_bytes % 16),
+        )  # fmt: skip
+    torch.cuda.synchronize(adapter.device)
 
 
 class DeviceLoader(LayerLoader):
