@@ -20,6 +20,7 @@ from cachetune_rag.model import KVBuffers, ModelAdapter
 from cachetune_rag.model.shift import ChunkShift
 from cachetune_rag.pipeline.device import DeviceLoader, Streams
 from cachetune_rag.pipeline.loader import DamagedSourceError, LayerLoader, Source
+from cachetune_rag.pipeline.phases import ForwardPhases
 from cachetune_rag.pipeline.prefetch import Prefetcher
 from cachetune_rag.prefix import PrefixCache
 from cachetune_rag.prompt import Prompt
@@ -163,25 +164,26 @@ class Assembler:
                 config = self._tuned(config, *_slowest(r for _, r in found))
             plan, probed = self._plan(prompt, found, config, stack)
             timings["select"] = clock.lap()
-            skipped = 0
+            skipped, phases = 0, None
             if plan is None:
                 when_read()
                 logits, cache = self._adapter.full_forward(self._ids(prompt))
             else:
-                loaded = plan.loader.seconds
                 # A shift needs what is stored of the recomputed tokens too.
                 needed = _needed(plan.sources, plan.computed) if plan.shift is None else plan.sources
                 skipped = sum(s.reader.layout.tokens - s.rows for s in needed)
                 plan.loader.set_sources(needed)
                 plan.loader.when_asked(when_read)
+                phases = ForwardPhases(self._adapter, plan.loader)
                 plan.loader.begin()
                 ids, places = some_of(prompt, plan.computed)
                 logits = self._adapter.selective_forward(ids, places, plan.buffers, plan.loader.load, plan.shift)
                 cache = plan.buffers.to_cache()
-                timings["load"] = plan.loader.seconds - loaded
+                phases.finish()
             self._wait()
-            timings["compute"] = clock.lap() - timings.get("load", 0.0)
-            ttft = time.perf_counter() - started
+            ended = time.perf_counter()
+            ttft = ended - started
+            timings |= {"compute": clock.lap()} if phases is None else phases.timings(ended)
 
             read: dict[str, int] = {}
             for reader in {id(r): r for _, r in found}.values():

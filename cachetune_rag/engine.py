@@ -27,6 +27,7 @@ from cachetune_rag.loading import load_model
 from cachetune_rag.model import ModelAdapter
 from cachetune_rag.model.fingerprint import model_fingerprint, tokenizer_fingerprint
 from cachetune_rag.model_lock import ModelLock
+from cachetune_rag.pipeline.device import warm_up as warm_up_loading
 from cachetune_rag.pipeline.prefetch import Prefetch, Prefetcher
 from cachetune_rag.precompute import Precomputer, Progress
 from cachetune_rag.profiles import Profiles
@@ -384,6 +385,7 @@ class CacheTune:
             mean = len(self.lead_ins.namespace.lead_ins) > 1
             probe = selector.layers(self.adapter.num_layers), mean
             self.adapter.warmup(computed_tokens, probe, prompt_lengths, mean and selector.shift > 0)
+            warm_up_loading(self.adapter, self.store.codec)
 
     # -- fidelity -------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,10 @@ class Report:
         ratio: share of the stored chunk tokens that was asked to be recomputed.
         selector: which selector chose them.
         ttft: seconds from the request to its first token (for `prefill`: to its logits).
-        timings: seconds by phase: lookup, select, load, compute.
+        timings: seconds by phase of what follows the building of the prompt. lookup: finding and opening its chunks; select:
+            choosing what is recomputed, a selector's own look at the model included; load: bringing reused rows to their
+            places, or on a GPU, where that happens meanwhile, how long the computation had to wait for them; compute: the
+            forward over what is recomputed; launch (GPU): until the device began with it, and until the host saw it done.
         prefix_kept: tokens before the first chunk whose KV an earlier request with the same beginning had left.
         damaged: chunks found damaged, set aside and computed instead.
         recognised: chunks that were found in plain text (see `CacheTune.prompt_from_text`).

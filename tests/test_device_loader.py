@@ -50,6 +50,8 @@ class Stream:
 class Event:
     recorded = False
 
+    def __init__(self, enable_timing: bool = False): ...
+
     def record(self, stream: Any = None) -> None:
         self.recorded = True
 

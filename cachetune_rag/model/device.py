@@ -85,6 +85,8 @@ class DeviceForward:
         self._fused = FusedLayers(layers)
         self.graphs_enabled = device.type == "cuda"
         self.captures = 0
+        self.began: torch.cuda.Event | None = None
+        """Recorded when the device began with the last forward."""
         self._graphs: OrderedDict[Kind, Graph] = OrderedDict()
         self._seen: set[Kind] = set()
         self._pool: Any = None
@@ -201,13 +203,19 @@ class DeviceForward:
             if graph is None and kind in self._seen:
                 graph = self._capture(kind)
             self._seen.add(kind)
+        else:
+            # Nothing is shared, so there is no room to leave.
+            chunks = numbers["shift"].spans.shape[0] if kind.chunks else 0
+            kind = Kind(ids.shape[0], kind.probed, kind.errors, buffers.length if kind.length else 0, chunks)
         if graph is not None:
             self._graphs.move_to_end(kind)
             graph.inputs.fill(ids, positions, buffers, **numbers)
+            self.began = graph.inputs.read
             return graph.replay(before)
         inputs = Inputs(kind, len(self._specs), self._device)
         inputs.fill(ids, positions, buffers, **numbers)
         self._recent.append(inputs)
+        self.began = inputs.read
         return self._eager(inputs, before, self._call(kind, inputs))
 
     def _call(self, kind: Kind, inputs: Inputs) -> KernelCall:

@@ -108,6 +108,7 @@ class Inputs:
         table: addresses of the prompt's buffers.
         watched, deviations: [1], see `kernel_call.Probing`.
         known, rotations, spans: see `kernels.shift`.
+        read: recorded when the device has read the numbers, with which it begins; None on a CPU.
     """
 
     def __init__(self, kind: Kind, layers: int, device: torch.device):
@@ -116,7 +117,7 @@ class Inputs:
         sizes += [kind.tokens, 2 * layers, SPAN * kind.chunks] if kind.chunks else [0, 0, 0]
         cuda = device.type == "cuda"
         self._host = torch.zeros(sum(sizes), dtype=torch.int64, pin_memory=cuda)
-        self._read = torch.cuda.Event() if cuda else None
+        self.read = torch.cuda.Event(enable_timing=True) if cuda else None
         self._numbers = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
         self._parts = self._host.split(sizes)
         ids, places, self.positions, self.table, self.watched, self.deviations, *rest = self._numbers.split(sizes)
@@ -159,15 +160,15 @@ class Inputs:
         self._send()
 
     def _wait(self) -> None:
-        if self._read is not None:
-            self._read.synchronize()  # the last ones have been read long ago, unless nobody waited for that forward
+        if self.read is not None:
+            self.read.synchronize()  # the last ones have been read long ago, unless nobody waited for that forward
 
     def _send(self) -> None:
-        if self._read is not None:
+        if self.read is not None:
             from cachetune_rag.kernels.rows import fetch
 
             fetch(self._host, self._numbers)
-            self._read.record()
+            self.read.record()
         else:
             self._numbers.copy_(self._host)
 

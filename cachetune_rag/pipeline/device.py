@@ -18,7 +18,7 @@ from torch import Tensor
 from cachetune_rag.kernels import CODECS, kernels_run_on, rows_of
 from cachetune_rag.model import KVBuffers, ModelAdapter
 from cachetune_rag.pipeline.copies import host_copies
-from cachetune_rag.pipeline.loader import LayerLoader, Source
+from cachetune_rag.pipeline.loader import LayerLoader, Source, row_format
 from cachetune_store.tiers import DeviceReader
 
 STAGES = 2
@@ -38,6 +38,35 @@ class Streams:
         self.copied = [torch.cuda.Event() for _ in range(layers)]
         self.brought = torch.cuda.Event()
         self.placed = [torch.cuda.Event() for _ in range(layers)]
+        # On the stream that computes, around its wait for a layer.
+        self.asked = [torch.cuda.Event(enable_timing=True) for _ in range(layers)]
+        self.given = [torch.cuda.Event(enable_timing=True) for _ in range(layers)]
+
+
+def warm_up(adapter: ModelAdapter, codec: str) -> None:
+    """Compile the kernel that puts rows of `codec` into place, for all shapes of layers."""
+    if codec not in CODECS or not adapter.cuda_kernels:
+        return
+    from cachetune_rag.kernels.rows import place
+
+    tables, buffers = adapter.rotary_tables(1), adapter.new_buffers(1)
+    dtype, done = str(adapter.dtype).removeprefix("torch."), set()
+    for layer, spec in enumerate(adapter.layers):
+        cos, sin = adapter.rotation(layer, tables)
+        shape = spec, cos is None
+        if shape in done or not adapter.half_split[layer]:
+            continue
+        done.add(shape)
+        form = row_format(codec, dtype, spec)
+        row = torch.zeros(form.span(1), dtype=torch.uint8, device=adapter.device)
+        bases = torch.tensor([row.data_ptr(), 0], device=adapter.device)
+        nothing = torch.zeros(1, dtype=torch.int64, device=adapter.device)
+        place(
+            bases, nothing, nothing, cos, sin, buffers.key_rows[layer], buffers.value_rows[layer], codec=codec,
+            row_bytes=form.row_bytes, group_rows=form.group_rows, group_bytes=form.group_bytes,
+            aligned=not (form.row_bytes % 16 or form.group_bytes % 16),
+        )  # fmt: skip
+    torch.cuda.synchronize(adapter.device)
 
 
 class DeviceLoader(LayerLoader):
@@ -79,7 +108,9 @@ class DeviceLoader(LayerLoader):
         if self._brought:
             self._current.wait_event(self._streams.brought)
             self._brought = False
+        self._streams.asked[layer].record(self._current)
         self._current.wait_event(self._streams.placed[layer])
+        self._streams.given[layer].record(self._current)
         self.seconds += time.perf_counter() - started
 
     def begin(self) -> None:
@@ -90,6 +121,13 @@ class DeviceLoader(LayerLoader):
         else:
             self._launch_ahead(1)
         self.seconds += time.perf_counter() - started
+
+    def waited(self) -> float:
+        """Seconds by the device's clock that the computing stream waited for rows; once it is done with every layer's last
+        `load`, and of these alone.
+        """
+        pairs = zip(self._streams.asked, self._streams.given, strict=True)
+        return sum(asked.elapsed_time(given) for asked, given in pairs) / 1e3
 
     def bring(self, numbers: Tensor) -> Tensor:
         """See `LayerLoader.bring`: copied behind the rows that are queued already, and waited for by the first `load`."""

@@ -145,7 +145,7 @@ class LayerLoader:
 
     def _row_format(self, layer: int, key: tuple[str, str]) -> RowFormat:
         """How a group's encoded rows lie."""
-        return _row_format(*key, self._adapter.layers[layer])
+        return row_format(*key, self._adapter.layers[layer])
 
     def _ready(self, layer: int) -> bool:
         """Whether the rows of `layer` can be had without waiting."""
@@ -203,7 +203,8 @@ class LayerLoader:
 
 
 @lru_cache(maxsize=256)
-def _row_format(codec: str, dtype: str, spec: LayerSpec) -> RowFormat:
+def row_format(codec: str, dtype: str, spec: LayerSpec) -> RowFormat:
+    """How rows of a layer of this shape lie, as `codec` writes them."""
     return get_codec(codec).row_format(spec, dtype)
 
 

@@ -1,0 +1,92 @@
+"""A model's forwards through the kernels give what they give without, in every kind of family. As the kernels' own tests, these
+run on a CUDA device, or on a CPU under Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import FAMILIES, Family, random_ids
+from test_kernels import DEVICE, pytestmark  # noqa: F401 - skips where no kernel runs
+from torch import Tensor
+
+from cachetune_rag.model import KVBuffers, ModelAdapter
+from cachetune_rag.model.shift import ChunkShift
+
+# One of each way to rotate (half split, by pairs, in part, stretched, none), to group heads, to see a window.
+NAMES = {
+    "llama",
+    "llama-yarn",
+    "llama-head-dim",
+    "mistral",
+    "phi",
+    "glm4",
+    "cohere",
+    "cohere2",
+    "smollm3",
+    "gemma3-text",
+}
+SOME = [f for f in FAMILIES if f.name in NAMES]
+LENGTH = 60
+SPANS = [(3, 25), (26, 50)]
+
+
+@pytest.fixture(params=SOME, ids=lambda f: f.name)
+def pair(request: pytest.FixtureRequest) -> tuple[ModelAdapter, ModelAdapter]:
+    """The same model with the kernels and without."""
+    family: Family = request.param
+    torch.backends.cuda.matmul.allow_tf32 = False
+    ours = ModelAdapter(family.build().to(DEVICE))
+    if ours.device_forward is None:
+        pytest.skip("its attention is beyond the kernels")
+    return ours, ModelAdapter(family.build().to(DEVICE), cuda_kernels=False)
+
+
+def filled(adapter: ModelAdapter) -> KVBuffers:
+    """Rows of a prompt, the same each time."""
+    buffers = adapter.new_buffers(LENGTH)
+    generator = torch.Generator().manual_seed(5)
+    for rows in (*buffers.key_rows, *buffers.value_rows):
+        rows.copy_(torch.randn(rows.shape, generator=generator))
+    return buffers
+
+
+def some(places: list[int]) -> tuple[Tensor, Tensor]:
+    ids = torch.tensor(random_ids(LENGTH, seed=1))
+    return ids[places], torch.tensor(places)
+
+
+def same(a: Tensor, b: Tensor, tolerance: float = 5e-5) -> bool:
+    return float((a - b).abs().max() / b.abs().max()) <= tolerance
+
+
+@pytest.mark.parametrize("known", [None, 20])
+def test_shifted_forward(pair: tuple[ModelAdapter, ModelAdapter], known: int | None) -> None:
+    # Chunks of which some, none (the second, in `known` alone) and a last token outside are computed.
+    ids, places = some([0, 1, 5, 11, 12, 20, 30, 55, LENGTH - 1])
+    stale = None if known is None else torch.arange(LENGTH) < known
+    shift = ChunkShift(0.4, SPANS, stale)
+    results = []
+    for adapter in pair:
+        buffers, asked = filled(adapter), list[int]()
+        results.append((adapter.selective_forward(ids, places, buffers, asked.append, shift), buffers))
+        assert asked == list(range(adapter.num_layers))
+    (ours, moved), (wanted, expected) = results
+    assert same(ours, wanted)
+    for layer in range(pair[0].num_layers):
+        assert same(moved.key_rows[layer], expected.key_rows[layer])
+        assert same(moved.value_rows[layer], expected.value_rows[layer])
+
+
+def test_expected_error(pair: tuple[ModelAdapter, ModelAdapter]) -> None:
+    ids, places = some([0, 1, 2, 25, *range(50, LENGTH)])
+    columns = 2 * sum(spec.heads for spec in pair[0].layers)
+    deviations = torch.rand(LENGTH, columns, generator=torch.Generator().manual_seed(6)).half().to(DEVICE)
+    for layers, queries in ((pair[0].num_layers, 64), (1, 3)):
+        ours, wanted = (
+            a.expected_error(ids, places, filled(a), deviations, layers, queries, lambda _layer: None) for a in pair
+        )
+        # A token that sees itself alone is at no distance from its value, but for rounding, of which the root is taken.
+        assert same(ours, wanted, 1e-3)
+    ours, wanted = (a.received_attention(ids, places, filled(a), layers, queries, lambda _layer: None) for a in pair)
+    assert same(ours, wanted)
