@@ -1,0 +1,77 @@
+"""A chunk in one piece, and uses that are no look-ups: what measuring and reading ahead ask of a store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from store_samples import file_of, flip, sample
+
+from cachetune_store import ChunkStore, DamagedChunkError, StoreClosedError
+
+
+@pytest.mark.parametrize("where", ["memory", "host", "disk", "device"])
+def test_a_chunk_is_given_whole_and_stays_where_it_is(tmp_path: Path, where: str) -> None:
+    path = None if where == "memory" else tmp_path
+    options = {"device": "cpu", "device_budget": "1MiB"} if where == "device" else {}
+    with ChunkStore(path, host_budget=0 if where == "disk" else "1MiB", **options) as store:
+        one = sample()
+        assert store.whole(one.key) is None
+        one.put(store)
+        if where == "device":
+            with store.open(one.key) as reader:
+                reader.promote()
+        before = store.stats()
+        chunk = store.whole(one.key)
+        after = store.stats()
+        assert (after.host.chunks, after.hits) == (before.host.chunks, before.hits)
+        assert after.host.pinned == 0
+        assert after.disk is None or after.disk.pinned == 0
+    with ChunkStore(None) as other:
+        other.write(chunk)
+        with other.open(one.key) as reader:
+            assert one.matches(reader)
+
+
+def test_a_damaged_file_is_no_chunk(tmp_path: Path) -> None:
+    with ChunkStore(tmp_path, host_budget=0) as store:
+        sample().put(store)
+        with store.open(sample().key) as reader:
+            rows = reader.head.plan
+        file = file_of(tmp_path, sample().key)
+        flip(file, file.stat().st_size - rows.total + rows.offsets[-1])
+        with pytest.raises(DamagedChunkError):
+            store.whole(sample().key)
+        store.discard(sample().key)
+        assert store.whole(sample().key) is None
+    with pytest.raises(StoreClosedError):
+        store.whole(sample().key)
+
+
+def test_a_use_in_memory_is_no_look_up_and_keeps_a_chunk_longest(tmp_path: Path) -> None:
+    with ChunkStore(tmp_path) as store:
+        sample(0).put(store)
+        size = store.touch_host(sample(0).key)
+    with ChunkStore(tmp_path, host_budget=2 * size) as store:
+        assert store.host_budget == 2 * size
+        assert store.touch_host(sample(0).key) == 0, "it is on disk"
+        for seed in (0, 1):
+            sample(seed).put(store)
+            with store.open(sample(seed).key) as reader:
+                reader.promote()
+        before = store.stats().hits, store.stats().misses
+        assert store.touch_host(sample(0).key) == size
+        assert (store.stats().hits, store.stats().misses) == before
+        sample(2).put(store)
+        assert store.touch_host(sample(0).key) == size
+        assert store.touch_host(sample(1).key) == 0
+
+
+def test_what_cannot_come_up_is_not_read_for_it(tmp_path: Path) -> None:
+    with ChunkStore(tmp_path, host_budget=0) as store:
+        sample().put(store)
+        with store.open(sample().key) as reader:
+            reader.read(0, 1)
+            read = reader.bytes_read
+            assert not reader.promote()
+            assert reader.bytes_read == read
