@@ -116,7 +116,7 @@ class AnswerStream:
         if piece := stream.finish():
             text.append(piece)
             yield piece
-        engine._store_missed(state)
+        self._report = replace(self._report, unstored=engine._store_missed(state))
         self._answer = Answer("".join(text), self._report, tuple(tokens), self._plan.finish_reason)
         engine.observers.answered(self._report, self._answer, time.perf_counter() - self._started)
         engine._fidelity.offer(state, tokens)

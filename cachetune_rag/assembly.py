@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -15,11 +14,13 @@ from transformers.cache_utils import Cache
 
 from cachetune_rag.config import ReuseConfig
 from cachetune_rag.context import RequestContext, ids_of, some_of
+from cachetune_rag.deadline import DeadlinePool, StoreTimeoutError
 from cachetune_rag.leads import LeadIns
 from cachetune_rag.model import KVBuffers, ModelAdapter
 from cachetune_rag.model.shift import ChunkShift
 from cachetune_rag.pipeline.device import DeviceLoader, Streams
 from cachetune_rag.pipeline.loader import DamagedSourceError, LayerLoader, Source
+from cachetune_rag.pipeline.lookup import Faults, OpenReaders
 from cachetune_rag.pipeline.phases import ForwardPhases
 from cachetune_rag.pipeline.prefetch import Prefetcher
 from cachetune_rag.prefix import PrefixCache
@@ -46,7 +47,7 @@ class PrefillState:
         cache: an ordinary transformers cache of the whole prompt, in position order.
         report: what happened.
         prompt: the prompt.
-        missed: numbers of the chunks of the prompt that were not in the store (each key once).
+        missed: numbers of the chunks of the prompt that were not in the store (each key once) and are to be stored.
     """
 
     logits: Tensor
@@ -82,7 +83,7 @@ class Assembler:
     """Prefills prompts with one model from one store. The caller holds the model's lock.
 
     Args:
-        pool: threads that read ahead, layer by layer.
+        pool: threads that read ahead, layer by layer, and look chunks up.
         prefetcher: takes over chunks that a request read in part; None: what a request leaves unread stays on disk.
         tuned: settings for a tier and codec in place of a request's that left them to the engine.
     """
@@ -92,7 +93,7 @@ class Assembler:
         adapter: ModelAdapter,
         store: ChunkStore,
         lead_ins: LeadIns,
-        pool: ThreadPoolExecutor,
+        pool: DeadlinePool,
         prefetcher: Prefetcher | None = None,
         tuned: Callable[[ReuseConfig, str, str], ReuseConfig] | None = None,
     ):
@@ -116,26 +117,29 @@ class Assembler:
     def prefill(
         self, prompt: Prompt, config: ReuseConfig, started: float, when_read: Callable[[], None] = _nothing
     ) -> PrefillState:
-        """Prefill with reuse. A damaged chunk is set aside and the request starts over with that chunk missing.
+        """Prefill with reuse. When a chunk can't be read the request starts over with that chunk missing (a damaged one is set
+        aside), and when the disk doesn't answer in time, with the chunks in host memory alone.
 
         `when_read()` is called once its last reads from disk are on their way (again if it starts over).
         """
-        damaged = 0
+        faults = Faults()
         while True:
             try:
-                return self._attempt(prompt, config, started, damaged, when_read)
-            except DamagedSourceError as error:
-                self._store.discard(error.key)
-                damaged += 1
+                try:
+                    return self._attempt(prompt, config, started, faults, when_read)
+                except DamagedSourceError as error:
+                    faults.failed(error.key, set_aside=self._pool.call(self._store.discard, error.key))
+            except StoreTimeoutError:
+                faults.disk_gone = True
 
     def transfer(self, prompt: Prompt) -> tuple[int, float]:
         """Bring every row of a prompt's stored chunks to its place and compute nothing: (rows of a layer, seconds)."""
         with ExitStack() as stack:
             if self._adapter.device.type == "cuda":
                 stack.enter_context(torch.cuda.device(self._adapter.device))
-            readers: list[ChunkReader] = []
-            stack.callback(_close_all, readers)
-            found, *_ = self._look_up(prompt, readers)
+            readers = OpenReaders()
+            stack.callback(readers.close)
+            found, *_ = self._look_up(prompt, readers, Faults())
             buffers = self._adapter.new_buffers(len(prompt.ids))
             self._wait()
             clock = _Clock()
@@ -148,7 +152,7 @@ class Assembler:
             return sum(r.layout.tokens for _, r in found), clock.lap()
 
     def _attempt(
-        self, prompt: Prompt, config: ReuseConfig, started: float, damaged: int, when_read: Callable[[], None]
+        self, prompt: Prompt, config: ReuseConfig, started: float, faults: Faults, when_read: Callable[[], None]
     ) -> PrefillState:
         with ExitStack() as stack:
             if self._adapter.device.type == "cuda":
@@ -156,9 +160,12 @@ class Assembler:
                     torch.cuda.device(self._adapter.device)
                 )  # kernels and streams go by the current one
             clock = _Clock()
-            readers: list[ChunkReader] = []
-            stack.callback(_close_all, readers)
-            found, missed, first_missed = self._look_up(prompt, readers)
+            readers = OpenReaders()
+            stack.callback(readers.close)
+            if faults.disk_gone:
+                found, missed, first_missed = self._look_up(prompt, readers, faults)
+            else:
+                found, missed, first_missed = self._pool.call(self._look_up, prompt, readers, faults)
             timings = {"lookup": clock.lap()}
             if config.tunable and self._tuned is not None and found:
                 config = self._tuned(config, *_slowest(r for _, r in found))
@@ -189,7 +196,7 @@ class Assembler:
             for reader in {id(r): r for _, r in found}.values():
                 read[reader.tier] = read.get(reader.tier, 0) + reader.bytes_read
                 if reader.tier == "disk" and self._prefetcher is not None:
-                    readers.remove(reader)
+                    readers.release(reader)
                     self._prefetcher.finish(reader)
                 elif reader.tier == "host":
                     reader.promote()  # to the device, if the store keeps chunks there
@@ -208,7 +215,9 @@ class Assembler:
                 ttft=ttft,
                 timings=timings,
                 prefix_kept=kept,
-                damaged=damaged,
+                damaged=len(faults.damaged),
+                unreadable=len(faults.unreadable),
+                timed_out=len(faults.timed_out),
                 recognised=prompt.recognised,
                 probed=probed,
                 skipped=skipped,
@@ -249,15 +258,15 @@ class Assembler:
         return _Plan(computed, prefix, kept, sources, buffers, loader, shift), context.probed
 
     def _look_up(
-        self, prompt: Prompt, opened: list[ChunkReader]
+        self, prompt: Prompt, opened: OpenReaders, faults: Faults
     ) -> tuple[list[tuple[int, ChunkReader]], int, tuple[int, ...]]:
         """Open the chunks of the prompt: (start, reader) of each that is stored, missed tokens, missed chunk numbers.
 
         `opened` gets every reader, for the caller to close.
         """
-        namespace = self._lead_ins.namespace
+        namespace = self._lead_ins.last_known if faults.disk_gone else self._lead_ins.namespace
         keys = {ids: make_key(namespace, ids) for ids in dict.fromkeys(prompt.chunk_ids) if ids}
-        if self._prefetcher is not None:
+        if self._prefetcher is not None and not faults.disk_gone:
             self._prefetcher.settle(keys.values())
         readers: dict[ChunkKey, ChunkReader | None] = {}
         found: list[tuple[int, ChunkReader]] = []
@@ -268,12 +277,12 @@ class Assembler:
                 continue
             key = keys[ids]
             if key not in readers:
-                reader = self._store.open(key)
+                reader = faults.open(self._store, key)
                 readers[key] = reader
-                if reader is None:
+                if reader is not None:
+                    opened.add(reader)
+                elif key not in faults.timed_out:
                     first_missed.append(span.chunk)
-                else:
-                    opened.append(reader)
             if (reader := readers[key]) is None:
                 missed += len(ids)
             else:
@@ -313,11 +322,6 @@ def _shift(strength: float, chunks: Sequence[ReusedChunk], selected: Tensor) -> 
         if chunk.deviations is not None and 0 < int(selected[start:end].sum()) < chunk.tokens - chunk.skipped:
             spans.append((start, end))
     return ChunkShift(strength, spans, selected if any(c.skipped for c in chunks) else None) if spans else None
-
-
-def _close_all(readers: Sequence[ChunkReader]) -> None:
-    for reader in readers:
-        reader.close()
 
 
 def _slowest(readers: Iterable[ChunkReader]) -> tuple[str, str]:

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
@@ -18,6 +18,7 @@ from cachetune_rag.assembly import Assembler, PrefillState
 from cachetune_rag.calibration import Calibration, profile_key, save, saved_ratio
 from cachetune_rag.calibrator import RATIOS, CalibrationPlan, CalibrationProgress, Calibrator
 from cachetune_rag.config import ReuseConfig, resolve
+from cachetune_rag.deadline import DeadlinePool, StoreTimeoutError
 from cachetune_rag.decoding import prepare
 from cachetune_rag.documents import Document
 from cachetune_rag.errors import ConfigError, EngineClosedError, PromptTooLongError
@@ -67,6 +68,8 @@ class CacheTune:
             and copy streams: several times sooner (docs/gpu.md). False: as on a CPU.
         fidelity_sample: share of the answers, from 0 (off) to 1, that are compared with full prefill once they are out and the
             model is idle; `stats()` gives the result. Up to two prompts' KV is kept for it (docs/calibration.md).
+        read_timeout: seconds that a request waits for the store's disk each time it needs it; then it goes on without it, and
+            computes what isn't in host memory. None: as long as it takes.
         store_options: further arguments of `ChunkStore` (codec, host_budget, disk_budget, device_budget, ...).
 
     Raises:
@@ -89,6 +92,7 @@ class CacheTune:
         batch_tokens: int | None = None,
         cuda_kernels: bool = True,
         fidelity_sample: float = 0.0,
+        read_timeout: float | None = 30.0,
         **store_options: Any,
     ):
         self._lock = ModelLock()
@@ -106,16 +110,17 @@ class CacheTune:
         )
         self._owns_store = not isinstance(store, ChunkStore)
         self.store = open_store(store, self.adapter.device, store_options)
+        self._pool = DeadlinePool(None if self.store.path is None else read_timeout)
         self.lead_ins = LeadIns(
             self.store,
             namespace,
             choose=lead_in == "auto",
             vocabulary=self.adapter.config.vocab_size,
             limit=self.adapter.max_positions,
+            call=self._pool.call,
         )
         """What stands before chunks while they are computed."""
-        self.profiles = Profiles(self.store.path)
-        self._pool = ThreadPoolExecutor(4, "cachetune-read")
+        self.profiles = Profiles(self.store.path, self._pool.call)
         self._prefetcher = Prefetcher(self.store)
         self._tunings = SavedTunings(self)
         self._assembler = Assembler(
@@ -123,7 +128,7 @@ class CacheTune:
         )
         if batch_tokens is None:
             batch_tokens = 8192 if self.adapter.device.type == "cuda" else 0
-        self._recognizer = StoreRecognizer(self.store, self.lead_ins)
+        self._recognizer = StoreRecognizer(self.store, self.lead_ins, self._pool.call)
         self._precomputer = Precomputer(
             self.adapter,
             self.store,
@@ -352,8 +357,7 @@ class CacheTune:
         started = time.perf_counter()
         config = self._config(selector, ratio)
         state = self._run_prefill(self._prompt(query, chunks, prefix, prompt), config, started)
-        self._store_missed(state)
-        return state
+        return replace(state, report=replace(state.report, unstored=self._store_missed(state)))
 
     def full_prefill(
         self,
@@ -489,10 +493,11 @@ class CacheTune:
                 return
             self._closed = True
         self._fidelity.close()
-        self._prefetcher.close()
-        self._pool.shutdown(wait=True)
-        if self._owns_store:
-            self.store.close()
+        with suppress(StoreTimeoutError):
+            self._pool.call(self._prefetcher.close)
+            if self._owns_store:
+                self._pool.call(self.store.close)
+        self._pool.close()
 
     def __enter__(self) -> Self:
         return self
@@ -550,17 +555,25 @@ class CacheTune:
         self.observers.prefilled(report)
         return replace(state, report=report)
 
-    def _store_missed(self, state: PrefillState) -> None:
-        """Keep what a request had to compute, for the next one. The answer doesn't depend on it, so no error ends it."""
+    def _store_missed(self, state: PrefillState) -> int:
+        """Keep what a request had to compute, for the next one; how many chunks could not be kept.
+
+        The answer doesn't depend on it, so no error ends it.
+        """
         if not state.missed:
-            return
+            return 0
         prompt = state.prompt
+        kept: list[ChunkKey] = []
         try:
-            self._precomputer.store_chunks((prompt.chunk_ids[i], prompt.chunk_texts[i]) for i in state.missed)
+            given = [(prompt.chunk_ids[i], prompt.chunk_texts[i]) for i in state.missed]
+            self._precomputer.store_chunks(given, call=self._pool.call, kept=kept.append)
         except StoreError as error:
             _log.warning(
-                "%d chunks of a request could not be stored and will be computed again: %s", len(state.missed), error
+                "%d chunks of a request could not be stored and will be computed again: %s",
+                len(state.missed) - len(kept),
+                error,
             )
+        return len(state.missed) - len(kept)
 
     def _forward(self, token: int, cache: Any) -> torch.Tensor:
         """One decoding step: logits [1, vocab] after `token`."""

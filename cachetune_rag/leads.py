@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from cachetune_rag.deadline import Call, call_directly
 from cachetune_rag.errors import ConfigError
 from cachetune_store import ChunkStore, Namespace, StoreError, StorePathError
 
@@ -54,12 +55,20 @@ class LeadIns:
         choose: whether they may give way to chosen ones.
         vocabulary: token ids are below this.
         limit: most tokens that the model reads.
+        call: `call(work, *args)` makes a call that may touch the store's disk.
     """
 
     def __init__(
-        self, store: ChunkStore, namespace: Namespace, *, choose: bool, vocabulary: int, limit: int | None
+        self,
+        store: ChunkStore,
+        namespace: Namespace,
+        *,
+        choose: bool,
+        vocabulary: int,
+        limit: int | None,
+        call: Call = call_directly,
     ) -> None:
-        self._store, self._base, self._choose = store, namespace, choose
+        self._store, self._base, self._choose, self._call = store, namespace, choose, call
         self._vocabulary, self._limit = vocabulary, limit
         self._chosen: tuple[bytes, Namespace] | None = None  # the note as it was read last, and what it says
         self._lock = threading.Lock()
@@ -77,6 +86,12 @@ class LeadIns:
             # What can't be read for the moment is no reason to refuse an answer.
             _log.warning("lead-ins: %s", error)
             return self._chosen[1] if self._chosen else self._base
+
+    @property
+    def last_known(self) -> Namespace:
+        """`namespace` as it was when last asked for; the store isn't."""
+        chosen = self._chosen
+        return self._base if chosen is None else chosen[1]
 
     @property
     def namespaces(self) -> tuple[Namespace, ...]:
@@ -148,6 +163,16 @@ class LeadIns:
         return self._filled
 
     def _read(self) -> Namespace | None:
+        """The choice that stands in the store; the one that was read last if that can't be had now."""
+        before = self._chosen
+        try:
+            found: Namespace | None = self._call(self._look)
+            return found
+        except StoreError as error:
+            _log.warning("the lead-ins of store %s can't be read: %s", self._store.path, error)
+            return None if before is None else before[1]
+
+    def _look(self) -> Namespace | None:
         """The choice that stands in the store. A damaged one is set aside, and restored if this engine has read it before."""
         content = self._store.note(self._base.digest, tenant=self._base.tenant)
         if content is None:
@@ -173,7 +198,7 @@ class LeadIns:
         for _ in range(2):
             self._store.settle_note(self._base.digest, _encode(wanted), tenant=self._base.tenant)
             self._chosen = None
-            found = self._read()
+            found = self._look()
             if found is not None:
                 return found
         raise StoreError(

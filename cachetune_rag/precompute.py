@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+from cachetune_rag.deadline import Call, call_directly
 from cachetune_rag.documents import Document
 from cachetune_rag.errors import PromptTooLongError
 from cachetune_rag.leads import MOST_TOKENS, Lead, LeadIns
@@ -82,13 +83,30 @@ class Precomputer:
         self._encode, self._lock, self._batch_tokens, self._stored = encode, lock, batch_tokens, stored
         self._last: _Job | None = None
 
-    def store_chunks(self, chunks: Iterable[tuple[Sequence[int], str]]) -> int:
-        """Compute and store chunks given as (token ids, text). Returns the bytes stored."""
+    def store_chunks(
+        self,
+        chunks: Iterable[tuple[Sequence[int], str]],
+        *,
+        call: Call = call_directly,
+        kept: Callable[[ChunkKey], None] = lambda _: None,
+    ) -> int:
+        """Compute and store chunks given as (token ids, text). Returns the bytes stored.
+
+        Args:
+            chunks: what to store.
+            call: makes the calls that may touch the store's disk.
+            kept: told the key of each chunk that is stored.
+        """
         given = list(chunks)
-        self._lead_ins.offer((ids for ids, _ in given), indexing=False)
+        call(self._lead_ins.offer, [ids for ids, _ in given], indexing=False)
         job = self._job()
         wanted = [self._chunk(job, tuple(ids), text) for ids, text in given]
-        return sum(self._write(self._compute(job, batch)) for batch in self._batches(job, wanted))
+        stored = 0
+        for batch in self._batches(job, wanted):
+            stored += call(self._write, self._compute(job, batch))
+            for chunk in batch.chunks:
+                kept(chunk.key)
+        return stored
 
     def run(
         self, documents: Iterable[Document | str], progress: Callable[[Progress], None] | None

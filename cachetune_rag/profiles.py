@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cachetune_rag.deadline import Call, StoreTimeoutError, call_directly
 from cachetune_store.files import TempFiles, explain, make_directory, write_small
 
 FORMAT = "cachetune-profile"
@@ -36,10 +37,11 @@ class Profiles:
 
     Args:
         store: the store's folder; None (a store in memory) keeps profiles in this object only.
+        call: makes the calls that may touch its disk.
     """
 
-    def __init__(self, store: Path | None):
-        self._store = store
+    def __init__(self, store: Path | None, call: Call = call_directly):
+        self._store, self._call = store, call
         self._lock = threading.Lock()
         self._known: dict[str, str | None] = {}
 
@@ -82,9 +84,14 @@ class Profiles:
         """What was saved under `key`, a copy; None if nothing was, or its file is damaged (which is logged)."""
         name = _name(kind, key)
         with self._lock:
-            if name not in self._known:
-                self._known[name] = self._read(name, kind, dict(key))
-            text = self._known[name]
+            known, text = name in self._known, self._known.get(name)
+        if not known:
+            try:
+                text = self._call(self._read, name, kind, dict(key))
+            except StoreTimeoutError:
+                return None  # looked for again the next time
+            with self._lock:
+                text = self._known.setdefault(name, text)
         return None if text is None else json.loads(text)
 
     def _read(self, name: str, kind: str, key: dict[str, str]) -> str | None:

@@ -12,6 +12,7 @@ How it stays right: a place counts only when the SHA-256 of the whole slice is t
 is what the store trusts for its keys, and it lets this index keep digests instead of texts.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from cachetune_rag.deadline import Call, call_directly
 from cachetune_rag.leads import LeadIns
 from cachetune_rag.prompt import Chunk, Segment, Text
 from cachetune_rag.rolling_hash import Hashes, PrefixHashes
@@ -37,6 +39,7 @@ _STALE = 1 << 18
 _PATIENCE = 0.05  # seconds that a prompt waits for the store to be read again
 
 _K = TypeVar("_K")
+_log = logging.getLogger(__name__)
 
 
 class _Entry(NamedTuple):
@@ -201,8 +204,8 @@ class StoreRecognizer:
     their new chunks are computed as plain text, which is as right.
     """
 
-    def __init__(self, store: ChunkStore, lead_ins: LeadIns):
-        self._store, self._lead_ins = store, lead_ins
+    def __init__(self, store: ChunkStore, lead_ins: LeadIns, call: Call = call_directly):
+        self._store, self._lead_ins, self._call = store, lead_ins, call
         self._known = ChunkRecognizer()
         self._lock, self._turn = threading.Lock(), threading.Lock()
         self._keys: set[ChunkKey] = set()
@@ -212,7 +215,11 @@ class StoreRecognizer:
 
     def segments(self, content: str | Sequence[Segment | str]) -> list[Segment]:
         """Content with the stored chunks in its texts as `Chunk`; the joined texts stay the same."""
-        self._follow()
+        try:
+            self._call(self._follow)
+        except StoreError as error:
+            # Chunks that aren't recognised are computed as plain text, which is as right.
+            _log.warning("the store can't be asked for its texts: %s", error)
         parts: list[Segment | str] = [content] if isinstance(content, str) else list(content)
         segments: list[Segment] = []
         for part in parts:
@@ -274,6 +281,8 @@ class StoreRecognizer:
             with self._lock:
                 self._keys = (self._keys | keys) - gone
         except StoreError:
+            with self._lock:
+                self._revision = None
             if not in_background:
                 raise
         finally:

@@ -26,6 +26,10 @@ class Report:
             forward over what is recomputed; launch (GPU): until the device began with it, and until the host saw it done.
         prefix_kept: tokens before the first chunk whose KV an earlier request with the same beginning had left.
         damaged: chunks found damaged, set aside and computed instead.
+        unreadable: chunks that the system refused to read (an I/O error, no permission), computed instead.
+        timed_out: chunks that the store's disk didn't give within `read_timeout`, computed instead; so are all chunks that aren't
+            in host memory as long as the disk doesn't come back.
+        unstored: missed chunks that could not be stored afterwards (no room, no permission, no time).
         recognised: chunks that were found in plain text (see `CacheTune.prompt_from_text`).
         full: True for the reference: nothing was reused by intent.
         request_id: names the request in logs and spans.
@@ -50,6 +54,9 @@ class Report:
     request_id: str = ""
     probed: int = 0
     skipped: int = 0
+    unreadable: int = 0
+    timed_out: int = 0
+    unstored: int = 0
 
     @property
     def slowest_tier(self) -> str:
@@ -69,10 +76,16 @@ class Report:
         if self.full:
             return f"{self.prompt_tokens} prompt tokens, full prefill, first token after {_seconds(self.ttft)}"
         read = " + ".join(f"{_size(n)} {tier}" for tier, n in self.bytes_read.items() if n) or "nothing"
-        damaged = f", {self.damaged} damaged chunks set aside" if self.damaged else ""
+        faults = {
+            "damaged chunks set aside": self.damaged,
+            "chunks unreadable": self.unreadable,
+            "chunks not read in time": self.timed_out,
+            "chunks could not be stored": self.unstored,
+        }
+        told = "".join(f", {count} {what}" for what, count in faults.items() if count)
         return (
             f"{self.prompt_tokens} prompt tokens: {self.reused} reused, {self.recomputed} recomputed, {self.missed} missed "
-            f"({self.selector}, r={self.ratio:g}); read {read}; first token after {_seconds(self.ttft)}{damaged}"
+            f"({self.selector}, r={self.ratio:g}); read {read}; first token after {_seconds(self.ttft)}{told}"
         )
 
 

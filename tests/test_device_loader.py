@@ -9,8 +9,7 @@ import ctypes
 import importlib.util
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from tiny import llama, tokenizer
 
 from cachetune_rag import CacheTune, Document
+from cachetune_rag.deadline import DeadlinePool
 from cachetune_rag.pipeline import device as device_module
 from cachetune_rag.pipeline.copies import HostCopies
 from cachetune_rag.pipeline.device import DeviceLoader, Streams
@@ -132,7 +132,7 @@ def check(engine: CacheTune, probed: int, tiers: str) -> None:
     filled = []
     # Opened beforehand: a chunk that was read from disk whole is on the device when its reader is closed.
     passes = [(plain, sources(engine, [1, 1, 1]), sources(engine, [0.5, 1, 0])) for plain in (True, False)]
-    with ThreadPoolExecutor(2) as pool:
+    with closing(DeadlinePool(None)) as pool:
         for plain, whole, some in passes:
             buffers = adapter.new_buffers(LENGTH)
             for rows in (*buffers.key_rows, *buffers.value_rows):

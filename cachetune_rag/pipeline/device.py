@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cachetune_rag.deadline import DeadlinePool
 from cachetune_rag.kernels import CODECS, kernels_run_on, rows_of
 from cachetune_rag.model import KVBuffers, ModelAdapter
 from cachetune_rag.pipeline.copies import host_copies
@@ -82,7 +82,7 @@ class DeviceLoader(LayerLoader):
         adapter: ModelAdapter,
         sources: Sequence[Source],
         buffers: KVBuffers,
-        pool: ThreadPoolExecutor,
+        pool: DeadlinePool,
         streams: Streams,
     ):
         self._streams, self._current = streams, torch.cuda.current_stream(adapter.device)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
+from cachetune_rag.deadline import DeadlinePool
 from cachetune_rag.model import KVBuffers, ModelAdapter
 from cachetune_rag.model.rope import Tables, rows_of
 from cachetune_store import ChunkKey, ChunkReader, DamagedChunkError, LayerSpec, RowFormat, get_codec
@@ -68,7 +69,7 @@ class LayerLoader:
         pool: threads that read ahead.
     """
 
-    def __init__(self, adapter: ModelAdapter, sources: Sequence[Source], buffers: KVBuffers, pool: ThreadPoolExecutor):
+    def __init__(self, adapter: ModelAdapter, sources: Sequence[Source], buffers: KVBuffers, pool: DeadlinePool):
         self._adapter, self._buffers, self._pool = adapter, buffers, pool
         self._tables = adapter.rotary_tables(buffers.length)
         self._loaded = [0] * adapter.num_layers
@@ -164,7 +165,9 @@ class LayerLoader:
         if not self._slow:
             return []
         self._read_on(layer)
-        return [f.result() for f in self._ahead.pop(layer)]
+        rows = [self._pool.result(f) for f in self._ahead[layer]]
+        del self._ahead[layer]
+        return rows
 
     def _read_on(self, layer: int) -> None:
         """Have the rows of `layer` and of the next ones read."""
@@ -190,11 +193,10 @@ class LayerLoader:
         return not self._slow or all(self._loaded[layer] or layer in self._ahead for layer in layers)
 
     def drain(self) -> None:
-        """Wait for reads under way and drop them; the readers may be closed afterwards."""
+        """Wait for reads under way and drop them; the readers may be closed afterwards. What is overdue goes on alone."""
         for futures in self._ahead.values():
             for future in futures:
-                if not future.cancel():
-                    future.exception()
+                self._pool.settle(future)
         self._ahead.clear()
 
     def close(self) -> None:

@@ -13,7 +13,16 @@ from pathlib import Path
 
 from .errors import StoreError, StoreFullError, StorePathError
 
-__all__ = ["TempFiles", "explain", "locked", "make_directory", "sync_directory", "write_all", "write_small"]
+__all__ = [
+    "TempFiles",
+    "explain",
+    "locked",
+    "make_directory",
+    "sync_directory",
+    "unreadable",
+    "write_all",
+    "write_small",
+]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _Buffer = bytes | memoryview
@@ -27,6 +36,11 @@ def explain(error: OSError, path: Path | str) -> StoreError:
             f"no room to write {path} ({reason}); free space or lower disk_budget. Nothing was changed"
         )
     return StorePathError(f"can't use {path} ({reason}); give the store a directory that this user can write")
+
+
+def unreadable(error: OSError, path: Path) -> StoreError:
+    """The store's error for an OSError met while `path` was read."""
+    return StorePathError(f"can't read {path} ({error.strerror or error}); check the disk and the file's permissions")
 
 
 def make_directory(path: Path) -> None:
@@ -144,7 +158,9 @@ class TempFiles:
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             publish(path)
         finally:
-            path.unlink(missing_ok=True)
+            # Where it can't be deleted now, it is once it has no lock any more: when the store is opened or verified.
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
             os.close(fd)
 
     def clean(self) -> int:

@@ -49,6 +49,7 @@ class Placement:
         self._tiers: dict[str, Tier] = {tier.name: tier for tier in (device, host, disk) if tier is not None}
         self._usage = {name: UsageLog(index, name, tier.counters) for name, tier in self._tiers.items()}
         self._told = time.monotonic()
+        self._telling: threading.Thread | None = None
         self.hits = self.misses = self.damaged = 0
 
     def known(self, key: ChunkKey, text: str | None) -> int:
@@ -75,25 +76,21 @@ class Placement:
         note_text(self._index, chunk.head)
         return chunk.host_bytes
 
-    def open(self, key: ChunkKey) -> ChunkReader | None:
-        """A reader from the highest tier that has the chunk."""
-        reader: ChunkReader | None = None
-        for tier in self._tiers.values():
-            # A use counts in the tiers below too, or they would let go of what is used most.
-            if reader is None:
-                reader = tier.open(key)
-            else:
-                tier.touch(key)
+    def open(self, key: ChunkKey, errors: list[StoreError]) -> ChunkReader | None:
+        """A reader from the highest tier that has the chunk; `errors` gets why a file that is there can't be used."""
+        reader = self.open_in_memory(key)
+        if reader is not None:
+            return reader
+        if self.disk is not None:
+            reader = self.disk.open(key, errors)
         with self._lock:
             self.hits += reader is not None
             self.misses += reader is None
         if reader is not None:
             reader.on_close = self._release
             # Nothing would be gained by reading all of a chunk that can't come up.
-            if reader.tier == "disk" and self._has_room(reader.host_bytes):
+            if self._has_room(reader.host_bytes):
                 reader.on_promote = self._promote
-            elif reader.tier == "host" and self.device is not None:
-                reader.on_promote = self._promote_to_device
         return reader
 
     def whole(self, key: ChunkKey) -> Chunk | None:
@@ -114,20 +111,38 @@ class Placement:
         self.device.touch(key)
         return self.host.size_of(key) or self.device.size_of(key)
 
+    def open_in_memory(self, key: ChunkKey) -> ChunkReader | None:
+        """As open(), but the disk is left alone; a miss counts as nothing yet."""
+        reader: ChunkReader | None = None
+        for tier in self._tiers.values():
+            # A use counts in the tiers below too, or they would let go of what is used most.
+            if reader is not None:
+                tier.touch(key)
+            elif tier is not self.disk:
+                reader = tier.open(key)
+        if reader is not None:
+            reader.on_close = self._release
+            if reader.tier == "host" and self.device is not None:
+                reader.on_promote = self._promote_to_device
+            with self._lock:
+                self.hits += 1
+        return reader
+
     def contains(self, key: ChunkKey) -> bool:
         """Whether any tier has the chunk."""
         return any(tier.contains(key) for tier in self._tiers.values())
 
-    def discard(self, key: ChunkKey) -> None:
-        """Set a damaged chunk aside."""
+    def discard(self, key: ChunkKey) -> bool:
+        """Set a damaged chunk aside; whether it was damaged."""
         self._remove_from_device(key)
         removed = self.host.remove(key) > 0
         if self.disk is not None:
-            self.disk.set_aside(key)
-        elif removed:
+            return self.disk.set_aside(key)
+        if removed:
             evict_text(self._index, key)
             with self._lock:
                 self.damaged += 1
+        return removed
 
     def remove(self, key: ChunkKey) -> int:
         """Delete a chunk everywhere; bytes freed on disk, or in memory if there is no disk."""
@@ -151,8 +166,9 @@ class Placement:
     def close(self) -> None:
         """Close the tiers; open readers keep working."""
         self._closed = True
-        with contextlib.suppress(StoreError):
-            self._tell()
+        if self._telling is not None:
+            self._telling.join(_TELL_SECONDS)
+        self._tell()
         for tier in reversed(self._tiers.values()):
             tier.close()
 
@@ -217,12 +233,20 @@ class Placement:
         if reader.seconds:
             self._usage[tier.name].add_read(reader.seconds)
         if self.disk is not None and not self._closed:
-            with contextlib.suppress(StoreError):
-                self.disk.flush(force=False)
-                if time.monotonic() - self._told > _TELL_SECONDS:
-                    self._tell()
+            self._tell_later()
+
+    def _tell_later(self) -> None:
+        """Now and then, write to the index what was gathered: on a thread, for no request waits for a file that it needn't."""
+        with self._lock:
+            if time.monotonic() - self._told < _TELL_SECONDS or (self._telling and self._telling.is_alive()):
+                return
+            self._told = time.monotonic()
+            self._telling = threading.Thread(target=self._tell, name="cachetune-index", daemon=True)
+            self._telling.start()
 
     def _tell(self) -> None:
-        self._told = time.monotonic()
-        for log in self._usage.values():
-            log.flush()
+        with contextlib.suppress(StoreError):
+            if self.disk is not None:
+                self.disk.flush()
+            for log in self._usage.values():
+                log.flush()

@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self
 
@@ -211,6 +211,7 @@ class DiskReader(ChunkReader):
         self._memory_lock = threading.Lock()
         self._slab: Tensor | None = None
         self._promoted = False
+        self._users = 0
         self._seconds = [0.0] * len(head.layout.layers)
 
     @property
@@ -226,7 +227,7 @@ class DiskReader(ChunkReader):
     def read(self, layer: int, rows: int) -> Tensor:
         """See ChunkReader.read. Rows that were read before are not read again."""
         self._check(layer, rows)
-        with self._locks[layer]:
+        with self._in_use(), self._locks[layer]:
             if rows > self._covered[layer]:
                 started = time.perf_counter()
                 self._fetch(layer, rows)
@@ -276,6 +277,25 @@ class DiskReader(ChunkReader):
                 self.promote()
         finally:
             super().close()
+            with self._memory_lock:
+                self._close_file_if_unused()
+
+    @contextlib.contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """Keep the file open: a read that the disk doesn't answer may still be under way when the reader is closed."""
+        with self._memory_lock:
+            if self._closed:
+                raise StoreClosedError(f"reader of chunk {self.key} is closed; open the chunk again")
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._memory_lock:
+                self._users -= 1
+                self._close_file_if_unused()
+
+    def _close_file_if_unused(self) -> None:
+        if self._closed and not self._users:
             self._file.close()
 
     def _prepare(self) -> None:

@@ -15,7 +15,7 @@ from .chunk import Chunk, encode_chunk
 from .codecs import get_codec
 from .directory import StoreDirectory
 from .documents import Documents
-from .errors import IndexDamagedError, StoreClosedError
+from .errors import IndexDamagedError, StoreClosedError, StoreError
 from .files import explain
 from .index import Index, MemoryIndex
 from .keys import ChunkKey, Namespace
@@ -188,13 +188,19 @@ class ChunkStore:
         known = self._healed(lambda: self._placement.known(chunk.key, chunk.head.text))
         return known or self._healed(lambda: self._placement.put(chunk))
 
-    def open(self, key: ChunkKey) -> ChunkReader | None:
+    def open(self, key: ChunkKey, *, errors: list[StoreError] | None = None) -> ChunkReader | None:
         """A reader of the chunk, which holds it until closed; None if it isn't stored.
 
-        A file that fails a check is set aside and counted, and is a miss as well.
+        A file that fails a check is set aside and counted, and is a miss as well; so is one that the system refuses to read.
+        `errors` gets a DamagedChunkError or StorePathError then.
         """
         self._check_open()
-        return self._placement.open(key)
+        return self._placement.open(key, [] if errors is None else errors)
+
+    def open_in_memory(self, key: ChunkKey) -> ChunkReader | None:
+        """As open(), but only if the chunk is in host memory; the disk is not touched."""
+        self._check_open()
+        return self._placement.open_in_memory(key)
 
     def contains(self, key: ChunkKey) -> bool:
         """Whether the chunk is stored; nothing is read or checked."""
@@ -230,10 +236,13 @@ class ChunkStore:
         self._check_open()
         return self._placement.whole(key)
 
-    def discard(self, key: ChunkKey) -> None:
-        """Set aside a chunk whose read failed (DamagedChunkError), and count it. The next open() is a miss."""
+    def discard(self, key: ChunkKey) -> bool:
+        """Look again at a chunk whose read failed (DamagedChunkError); if it is damaged, set it aside and count it.
+
+        Whether that was so. The next open() is then a miss.
+        """
         self._check_open()
-        self._placement.discard(key)
+        return self._placement.discard(key)
 
     def set_document(self, doc_id: str, keys: Sequence[ChunkKey], *, tenant: str = "") -> None:
         """Say which chunks a document holds, in order; replaces what it held.

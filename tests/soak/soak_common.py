@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import itertools
 import json
-import logging
 import os
 import random
 import select
@@ -28,7 +27,6 @@ from tiny import llama, tokenizer
 from cachetune_rag import CacheTune, Document
 from cachetune_rag.model import ModelAdapter
 
-logging.getLogger("cachetune_rag").setLevel(logging.ERROR)  # warnings of damage are what is asked for here
 torch.set_num_threads(1)  # forked workers must not inherit a pool of threads
 
 RATIO = 0.2

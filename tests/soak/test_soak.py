@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import soak_crashes
 import soak_damage
+import soak_faults
 from soak_common import Corpus
 
 
 @pytest.fixture(scope="module")
 def corpus() -> Corpus:
-    return Corpus()
+    return Corpus(prompts=2)
 
 
 def test_killed_processes_lose_nothing(tmp_path: Path, corpus: Corpus) -> None:
@@ -22,6 +23,12 @@ def test_killed_processes_lose_nothing(tmp_path: Path, corpus: Corpus) -> None:
 
 
 def test_random_damage_is_noticed_before_use(tmp_path: Path, corpus: Corpus) -> None:
-    outcome = soak_damage.run(tmp_path, examples=40, corpus=corpus)
+    outcome = soak_damage.run(tmp_path, examples=25, corpus=corpus)
     assert outcome.problems == []
     assert outcome.figures["files set aside"] > 0
+
+
+def test_a_failing_disk_gives_no_wrong_answer_and_no_hang(tmp_path: Path, corpus: Corpus) -> None:
+    outcome = soak_faults.run(tmp_path, most=12, corpus=corpus)
+    assert outcome.problems == []
+    assert outcome.figures["faults met"] > 0

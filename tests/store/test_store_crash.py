@@ -165,6 +165,23 @@ def test_a_disk_that_refuses_loses_nothing(
         sample(1).put(store)
 
 
+def test_a_temporary_file_that_cannot_be_deleted_goes_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with ChunkStore(tmp_path) as store:
+        descriptors = len(list(Path("/proc/self/fd").iterdir()))
+        with monkeypatch.context() as patch:
+            patch.setattr("cachetune_store.files.write_all", refuse)
+            patch.setattr(os, "unlink", refuse)
+            with pytest.raises(StorePathError, match="Read-only"):
+                sample(0).put(store)
+        assert len(list((tmp_path / "tmp").glob("*.tmp"))) == 1
+        assert store.verify().temp_files == 1
+        assert list((tmp_path / "tmp").glob("*.tmp")) == []
+        assert len(list(Path("/proc/self/fd").iterdir())) <= descriptors + 4, "but for the index and the mark"
+
+
 def test_a_file_gone_between_any_two_steps_is_a_miss(tmp_path: Path) -> None:
     with ChunkStore(tmp_path, host_budget=0) as store:
         sample().put(store)

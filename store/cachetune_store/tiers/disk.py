@@ -19,7 +19,7 @@ from ..checking import check_file
 from ..chunk import Chunk, ChunkHead
 from ..chunkfile import SUFFIX, encode_head, parse_head
 from ..errors import BudgetError, DamagedChunkError, IndexDamagedError, StoreError, UnknownCodecError
-from ..files import TempFiles, explain, make_directory, sync_directory
+from ..files import TempFiles, explain, make_directory, sync_directory, unreadable
 from ..index import Index
 from ..keys import ChunkKey
 from ..rawfile import DirectIO, RawFile, identity_of
@@ -32,8 +32,6 @@ from .damaged import DamagedFiles
 from .lru import LruOrder
 
 __all__ = ["DiskTier"]
-
-_FLUSH_SECONDS = 30.0
 
 
 class DiskTier(Tier):
@@ -74,7 +72,6 @@ class DiskTier(Tier):
         self._damaged = DamagedFiles(directory / "damaged", limit_bytes=budget)
         self._touched: dict[str, float] = {}
         self._lock = threading.Lock()
-        self._flushed = time.monotonic()
 
     def path_of(self, key: ChunkKey) -> Path:
         """Where the chunk's file is or would be."""
@@ -88,12 +85,15 @@ class DiskTier(Tier):
 
     def contains(self, key: ChunkKey) -> bool:
         """See Tier."""
-        return self.path_of(key).exists()
+        return self.size_of(key) > 0
 
-    def open(self, key: ChunkKey) -> DiskReader | None:
-        """See Tier. A file whose head fails a check is set aside and counted; that is a miss."""
+    def open(self, key: ChunkKey, errors: list[StoreError] | None = None) -> DiskReader | None:
+        """See Tier. A file whose head fails a check is set aside and counted; that is a miss.
+
+        `errors` gets why a file that is there can't be used.
+        """
         self._pins.add(key)
-        reader = self._open(key)
+        reader = self._open(key, errors)
         if reader is None:
             self._pins.drop(key)
         else:
@@ -232,9 +232,9 @@ class DiskTier(Tier):
         except OSError:
             return 0
 
-    def flush(self, *, force: bool = True) -> None:
-        """Write gathered uses to the index; without `force` only if that was long ago."""
-        if not self._touched or (not force and time.monotonic() - self._flushed < _FLUSH_SECONDS):
+    def flush(self) -> None:
+        """Write gathered uses to the index."""
+        if not self._touched:
             return
         with self.index.transaction():
             with self._lock:
@@ -243,7 +243,6 @@ class DiskTier(Tier):
                 record = self.index.get(f"chunk/{digest}")
                 if record is not None and record["used"] < used:
                     self.index.set(f"chunk/{digest}", record | {"used": used})
-        self._flushed = time.monotonic()
 
     def stats(self) -> TierStats:
         """See Tier."""
@@ -258,10 +257,15 @@ class DiskTier(Tier):
         with contextlib.suppress(StoreError):
             self.flush()
 
-    def _open(self, key: ChunkKey) -> DiskReader | None:
+    def _open(self, key: ChunkKey, errors: list[StoreError] | None = None) -> DiskReader | None:
+        errors = [] if errors is None else errors
+        path = self.path_of(key)
         try:
-            file = RawFile(self.path_of(key), self._direct)
-        except OSError:
+            file = RawFile(path, self._direct)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            errors.append(unreadable(error, path))
             return None
         try:
             head, start = parse_head(key, file.size, file.head)
@@ -269,9 +273,12 @@ class DiskTier(Tier):
             # Good data for whoever has the codec.
             file.close()
             return None
-        except (DamagedChunkError, OSError):
+        except (DamagedChunkError, OSError) as error:
             file.close()
-            self.set_aside(key)
+            if self.set_aside(key):
+                errors.append(DamagedChunkError(f"chunk {key} was damaged and is set aside: {error}"))
+            elif isinstance(error, OSError):
+                errors.append(unreadable(error, path))
             return None
         return DiskReader(head, file, start, self.pool)
 

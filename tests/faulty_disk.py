@@ -1,0 +1,140 @@
+"""A disk that fails: the calls by which the store reads and writes its files, with faults put in."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import random
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+READS = ("open", "preadv", "stat")
+WRITES = ("create", "write", "fsync", "replace", "unlink", "mkdir")
+
+
+@dataclass
+class Fault:
+    """What goes wrong, and how often.
+
+    Attributes:
+        kind: name of an errno ("EIO"), or "short" (a read gives less than was asked for, as it may), "garbage" (a read gives
+            wrong bytes), "cut" (a read ends early, as if the file did), "slow" (a call takes `seconds`) or "stuck" (a call
+            doesn't return before the fault is over).
+        calls: which calls.
+        chance: of each call to fail.
+        after: calls that go well first.
+        count: most calls that fail; None for no limit.
+    """
+
+    kind: str
+    calls: tuple[str, ...]
+    chance: float = 1.0
+    after: int = 0
+    count: int | None = None
+    seconds: float = 0.0
+    seed: int = 0
+    met: int = field(default=0, init=False)
+    seen: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self._rng = random.Random(self.seed)
+        self._over = threading.Event()
+        self._lock = threading.Lock()
+
+    def strikes(self, name: str) -> bool:
+        """Whether this call is to fail."""
+        with self._lock:
+            if name not in self.calls or self._over.is_set():
+                return False
+            self.seen += 1
+            if self.seen <= self.after or (self.count is not None and self.met >= self.count):
+                return False
+            hit = self._rng.random() < self.chance
+            self.met += hit
+            return hit
+
+    def error(self) -> OSError:
+        """The error of a kind that is an errno."""
+        number = getattr(errno, self.kind)
+        return OSError(number, os.strerror(number))
+
+    def wait(self) -> None:
+        """Be slow, or stuck."""
+        self._over.wait(self.seconds if self.kind == "slow" else None)
+
+    def end(self) -> None:
+        """Let go whoever waits, and fail no more."""
+        self._over.set()
+
+
+@contextmanager
+def faulty_disk(folder: Path, fault: Fault) -> Iterator[Fault]:
+    """Have calls on files below `folder` fail, in all threads of this process. (SQLite makes its calls itself.)"""
+    below = str(folder)
+
+    def concerns(target: Any) -> bool:
+        try:
+            path = Path(f"/proc/self/fd/{target}").readlink() if isinstance(target, int) else os.fspath(target)
+        except (OSError, TypeError):
+            return False
+        return str(path).startswith(below)
+
+    def strikes(name: str, target: Any) -> bool:
+        if not concerns(target) or not fault.strikes(name):
+            return False
+        if fault.kind in ("slow", "stuck"):
+            fault.wait()
+            return False
+        return True
+
+    def plain(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(target: Any, *args: Any, **kwargs: Any) -> Any:
+            if strikes(name, target):
+                raise fault.error()
+            return real(target, *args, **kwargs)
+
+        return call
+
+    def opening(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(target: Any, flags: int = os.O_RDONLY, *args: Any, **kwargs: Any) -> Any:
+            creates = isinstance(flags, int) and flags & os.O_CREAT
+            if strikes("create" if creates else "open", target):
+                raise fault.error()
+            return real(target, flags, *args, **kwargs)
+
+        return call
+
+    def reading(real: Callable[..., int]) -> Callable[..., int]:
+        def call(fd: int, buffers: list[memoryview], position: int) -> int:
+            if not strikes("preadv", fd):
+                return real(fd, buffers, position)
+            (area,) = buffers
+            if fault.kind == "short":
+                return real(fd, [area[: max(1, len(area) // 4096 // 2) * 4096]], position)
+            if fault.kind == "cut":
+                return 0
+            if fault.kind == "garbage":
+                count = real(fd, buffers, position)
+                if count:
+                    area[(position // 7) % count] ^= 0x10
+                return count
+            raise fault.error()
+
+        return call
+
+    with ExitStack() as stack:
+        for name in ("write", "fsync", "replace", "unlink", "mkdir", "stat"):
+            stack.enter_context(mock.patch.object(os, name, plain(name, getattr(os, name))))
+        stack.enter_context(mock.patch.object(os, "open", opening(os.open)))
+        stack.enter_context(mock.patch.object(os, "preadv", reading(os.preadv)))
+        stack.enter_context(mock.patch.object(io, "open", plain("open", io.open)))
+        try:
+            yield fault
+        finally:
+            fault.end()
