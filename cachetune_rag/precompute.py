@@ -20,6 +20,10 @@ from cachetune_rag.selection.frequency import frequency_scores
 from cachetune_store import Chunk as StoredChunk
 from cachetune_store import ChunkKey, ChunkStore, Namespace, make_key
 
+PATIENCE = 60.0
+"""Seconds that a job waits for chunks that another one is computing."""
+_LOOK_AGAIN = 0.02
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -100,12 +104,17 @@ class Precomputer:
         given = list(chunks)
         call(self._lead_ins.offer, [ids for ids, _ in given], indexing=False)
         job = self._job()
-        wanted = [self._chunk(job, tuple(ids), text) for ids, text in given]
+        wanted = {chunk.key: chunk for chunk in (self._chunk(job, tuple(ids), text) for ids, text in given)}
         stored = 0
-        for batch in self._batches(job, wanted):
-            stored += call(self._write, self._compute(job, batch))
-            for chunk in batch.chunks:
-                kept(chunk.key)
+        with call(self._store.claim, wanted) as claim:
+            new = call(self._missing, [wanted[key] for key in claim.keys])
+            # The others are stored meanwhile, or another thread or process is at them.
+            for key in wanted.keys() - {chunk.key for chunk in new}:
+                kept(key)
+            for batch in self._batches(job, new):
+                stored += call(self._write, self._compute(job, batch))
+                for chunk in batch.chunks:
+                    kept(chunk.key)
         return stored
 
     def run(
@@ -125,19 +134,20 @@ class Precomputer:
         with ThreadPoolExecutor(1, "cachetune-write") as writer:
             for document in given:
                 named = [c for c in (self._part(job, document, text) for text in document.chunks) if c.ids]
-                new = {c.key: c for c in named if not self._store.contains(c.key)}
-                skipped += len(named) - len(new)
-                pending: Future[int] | None = None
-                for batch in self._batches(job, list(new.values())):
-                    encoded = self._compute(job, batch)
+                before = chunks
+                for new in self._turns({c.key: c for c in named}):
+                    pending: Future[int] | None = None
+                    for batch in self._batches(job, new):
+                        encoded = self._compute(job, batch)
+                        if pending is not None:
+                            stored += pending.result()
+                        pending = writer.submit(self._write, encoded)
+                        chunks += len(batch.chunks)
+                        tokens += sum(len(c.ids) for c in batch.chunks)
+                        tell(document)
                     if pending is not None:
                         stored += pending.result()
-                    pending = writer.submit(self._write, encoded)
-                    chunks += len(batch.chunks)
-                    tokens += sum(len(c.ids) for c in batch.chunks)
-                    tell(document)
-                if pending is not None:
-                    stored += pending.result()
+                skipped += len(named) - (chunks - before)
                 self._store.set_document(document.id, [c.key for c in named], tenant=job.namespace.tenant)
                 count += 1
                 tell(document)
@@ -183,6 +193,31 @@ class Precomputer:
 
     def _chunk(self, job: _Job, ids: tuple[int, ...], text: str) -> _Chunk:
         return _Chunk(make_key(job.namespace, ids), ids, text)
+
+    def _turns(self, chunks: dict[ChunkKey, _Chunk]) -> Iterator[list[_Chunk]]:
+        """The chunks that are to be computed here: in one turn, unless another thread or process is just computing some.
+
+        Those are waited for, and come in a later turn if they weren't stored then. A holder that makes no headway (one that
+        was stopped, say) is waited for PATIENCE seconds.
+        """
+        left = {chunk.key: chunk for chunk in self._missing(chunks.values())}
+        since = time.monotonic()
+        while left:
+            with self._store.claim(left) as claim:
+                # Somebody may have stored one between the look and the claim.
+                if new := self._missing(left[key] for key in left if key in claim.keys):
+                    yield new
+            if claim.keys:
+                since = time.monotonic()
+            elif time.monotonic() - since > PATIENCE:
+                yield list(left.values())
+                return
+            else:
+                time.sleep(_LOOK_AGAIN)
+            left = {chunk.key: chunk for chunk in self._missing(left.values()) if chunk.key not in claim.keys}
+
+    def _missing(self, chunks: Iterable[_Chunk]) -> list[_Chunk]:
+        return [chunk for chunk in chunks if not self._store.contains(chunk.key)]
 
     def _batches(self, job: _Job, chunks: list[_Chunk]) -> Iterator[_Batch]:
         """Neighbours of about one length, so that little is padded."""

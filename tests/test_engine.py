@@ -360,6 +360,31 @@ def test_precompute_is_idempotent_and_resumable(engine: CacheTune) -> None:
     assert (again.documents, again.chunks, again.skipped) == (3, 1, 3)
 
 
+def test_jobs_on_one_store_compute_no_chunk_twice(tmp_path: Path) -> None:
+    documents = [Document(f"{i}", [f"{i} and {j}: {CHUNKS[j]}" for j in range(4)]) for i in range(6)]
+    summaries = []
+    engines = [fresh(store=tmp_path, lead_in="first_token") for _ in range(3)]
+    jobs = [threading.Thread(target=lambda e=e: summaries.append(e.precompute(documents))) for e in engines]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    assert [s.documents for s in summaries] == [6, 6, 6]
+    assert sum(s.chunks for s in summaries) == 24
+    assert [s.chunks + s.skipped for s in summaries] == [24, 24, 24]
+    for engine in engines:
+        assert engine.prefill(query=QUERY, chunks=documents[5].chunks).report.missed == 0
+        engine.close()
+
+
+def test_a_job_that_stands_still_is_not_waited_for_for_ever(engine: CacheTune, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cachetune_rag.precompute.PATIENCE", 0.05)
+    keys = [engine._assembler.key(engine.prompts.encode(text)) for text in CHUNKS]
+    with engine.store.claim(keys[:2]):
+        summary = engine.precompute([Document("a", CHUNKS)])
+    assert (summary.chunks, summary.skipped) == (4, 0)
+
+
 def test_removing_a_document_frees_what_nobody_else_holds(engine: CacheTune) -> None:
     engine.precompute([Document("a", CHUNKS[:2]), Document("b", CHUNKS[1:3])])
     assert engine.remove("a") > 0

@@ -7,6 +7,7 @@ nothing of transformers or of any framework.
 """
 
 from .chunk import Chunk
+from .claims import Claim
 from .codecs import Codec, codec_names, get_codec, register_codec
 from .errors import (
     BudgetError,
@@ -37,6 +38,7 @@ __all__ = [
     "ChunkLayout",
     "ChunkReader",
     "ChunkStore",
+    "Claim",
     "Codec",
     "DamagedChunkError",
     "DocumentInfo",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .buffers import SlabPool
 from .chunk import Chunk, encode_chunk
+from .claims import Claim, Claims, FileClaims, MemoryClaims
 from .codecs import get_codec
 from .directory import StoreDirectory
 from .documents import Documents
@@ -90,6 +91,7 @@ class ChunkStore:
             self._index: Index = MemoryIndex()
             self._documents = Documents(self._index, None, None)
             self._notes = Notes(None, None)
+            self._claims: Claims = MemoryClaims()
             self._placement = Placement(host, None, pins, self._index, on_device)
             return
         try:
@@ -97,6 +99,7 @@ class ChunkStore:
             self._index, temp = directory.index, directory.temp
             self._documents = Documents(self._index, self.path / "documents", temp)
             self._notes = Notes(self.path / "notes", temp)
+            self._claims = FileClaims(self.path / "claims.lock")
             disk = DiskTier(
                 self.path,
                 budget=disk_bytes,
@@ -243,6 +246,15 @@ class ChunkStore:
         """
         self._check_open()
         return self._placement.discard(key)
+
+    def claim(self, keys: Iterable[ChunkKey]) -> Claim:
+        """Say that these chunks are being computed; the claim's `keys` are those that nobody else says it of.
+
+        For jobs that share a store: what another thread or process computes needn't be computed here. Close the claim once the
+        chunks are stored. A claim ends with its process, and keeps nobody from storing anything.
+        """
+        self._check_open()
+        return self._healed(lambda: self._claims.claim(keys))
 
     def set_document(self, doc_id: str, keys: Sequence[ChunkKey], *, tenant: str = "") -> None:
         """Say which chunks a document holds, in order; replaces what it held.
