@@ -138,6 +138,10 @@ class Precomputer:
                 for new in self._turns({c.key: c for c in named}):
                     pending: Future[int] | None = None
                     for batch in self._batches(job, new):
+                        # Since the chunks were claimed, one may have come down from another process's memory.
+                        batch.chunks[:] = self._missing(batch.chunks)
+                        if not batch.chunks:
+                            continue
                         encoded = self._compute(job, batch)
                         if pending is not None:
                             stored += pending.result()

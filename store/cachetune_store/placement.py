@@ -173,7 +173,10 @@ class Placement:
             tier.close()
 
     def _admit_host(self, chunk: Chunk) -> bool:
-        """Keep a chunk in host memory too, if there is room; what must leave and isn't on disk goes down there."""
+        """Keep a chunk in host memory too, if there is room; what must leave and isn't on disk goes down there.
+
+        Only if a document holds it: what another process has deleted must not come back.
+        """
         if not self.host.fits(chunk.host_bytes):
             return False
         try:
@@ -184,8 +187,9 @@ class Placement:
             if self.disk is not None and not self.disk.contains(victim.key):
                 # A chunk that can't be kept is one to compute again, not an error of whoever came next.
                 with contextlib.suppress(StoreError):
-                    self.disk.admit(victim)
-                    self.disk.counters.demotions += 1
+                    if self._index.get(f"ref/{victim.key}") is not None:
+                        self.disk.admit(victim)
+                        self.disk.counters.demotions += 1
         return True
 
     def _promote(self, chunk: Chunk) -> bool:

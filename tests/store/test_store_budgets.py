@@ -142,6 +142,7 @@ def test_a_smaller_budget_takes_hold_at_the_next_put(path: Path) -> None:
 def test_what_leaves_host_memory_goes_down_if_disk_lost_it(path: Path) -> None:
     with ChunkStore(path, host_budget=2 * ROWS, pin_memory=False, disk_budget=2 * SIZE) as store:
         sample(0).put(store)
+        store.set_document("d", [sample(0).key])
         file_of(path, sample(0).key).unlink()
         sample(1).put(store)
         sample(2).put(store)
@@ -150,6 +151,18 @@ def test_what_leaves_host_memory_goes_down_if_disk_lost_it(path: Path) -> None:
         with store.open(sample(0).key) as reader:
             assert reader.tier == "disk"
             assert sample(0).matches(reader)
+
+
+def test_what_another_process_deleted_does_not_come_back(path: Path) -> None:
+    with ChunkStore(path, host_budget=ROWS, pin_memory=False) as store, ChunkStore(path) as other:
+        sample(0).put(store)
+        store.set_document("d", [sample(0).key])
+        other.delete_document("d")
+        sample(1).put(store)
+        assert tier_of(store, 1) == "host"
+        assert not store.contains(sample(0).key)
+        assert not file_of(path, sample(0).key).exists()
+        assert store.verify().checked == 1
 
 
 def test_a_store_in_memory_keeps_its_budget(path: Path) -> None:
