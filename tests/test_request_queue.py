@@ -135,15 +135,26 @@ def test_the_next_request_is_read_while_this_one_computes(
     assert set(next_.report.bytes_read) == {"host"}
 
 
-def test_it_begins_once_the_request_at_hand_has_all_its_reads_on_the_way(cold: CacheTune, disk: Disk) -> None:
+def test_it_begins_once_the_request_at_hand_has_all_its_reads_on_the_way(
+    cold: CacheTune, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # So two requests never share the disk while the first one waits for it.
-    first, second = keys_of(cold, TEXTS[:2]), keys_of(cold, TEXTS[2:])
+    order: list[str] = []
+    submit, prefetch = cold._pool.submit, cold.prefetch
+
+    def submitted(*args: Any) -> Any:
+        order.append("read")
+        return submit(*args)
+
+    def fetched(*args: Any, **kwargs: Any) -> Any:
+        order.append("prefetch")
+        return prefetch(*args, **kwargs)
+
+    monkeypatch.setattr(cold._pool, "submit", submitted)
+    monkeypatch.setattr(cold, "prefetch", fetched)
     list(cold.generate_many(REQUESTS[:2], max_new_tokens=1, ratio=0.2, selector="frequency"))
-    asked = [(key, layer) for layer, (key, _) in enumerate(disk.reads)]
-    began = min(place for key, place in asked if key in second)
-    threads = {thread.split("_")[0] for key, thread in disk.reads[:began] if key in first}
-    assert threads == {"cachetune-read"}
-    assert {key for key, _ in disk.reads[:began]} == first
+    reads = 2 * cold.adapter.num_layers
+    assert order[: reads + 1] == ["read"] * reads + ["prefetch"]
 
 
 def test_what_is_under_way_when_its_request_comes_is_waited_for_and_the_rest_left_to_it(

@@ -201,6 +201,12 @@ def test_the_best_are_measured_again_in_turn() -> None:
     assert sorted(machine.made_ready) == sorted(set(machine.made_ready))
 
 
+def test_the_floor_is_always_looked_at() -> None:
+    search = Search(Machine(SLOW))
+    search.run([Line(0.15, 1.0, selected=0.15)], SLOW.balance)
+    assert (search.points[0].ratio, search.points[0].skipped) == (0.15, 0.0)
+
+
 def test_a_lucky_round_does_not_decide() -> None:
     # The first look at one bad setting comes out best; the finalists' rounds put it right.
     luck = iter([0.0])

@@ -65,6 +65,8 @@ class Search:
     def run(self, lines: list[Line], start: float) -> Point:
         """The setting with the least time on any of the lines; `start` is the ratio to begin at."""
         for line in lines:
+            # The floor is what a fast tier wants: it is looked at even if a disturbed round sends the search elsewhere.
+            self._time(line.low, line.skipped(line.low))
             minimise(
                 lambda ratio, line=line: self._time(ratio, line.skipped(ratio)),  # type: ignore[misc]
                 line.low,
@@ -86,10 +88,11 @@ class Search:
         return tuple(self._point(*setting) for setting in sorted(self._samples))
 
     def _time(self, ratio: float, skipped: float) -> float:
-        if (ratio, skipped) not in self._samples:
-            self._measured.ready(ratio, skipped)
-            for _ in range(self._rounds):
-                self._add(ratio, skipped)
+        if (ratio, skipped) in self._samples:
+            return self._point(ratio, skipped).ttft
+        self._measured.ready(ratio, skipped)
+        for _ in range(self._rounds):
+            self._add(ratio, skipped)
         point = self._point(ratio, skipped)
         if self._tell is not None:
             self._tell(point, self._best())
