@@ -308,9 +308,10 @@ def _shift(strength: float, chunks: Sequence[ReusedChunk], selected: Tensor) -> 
         selected: bool [length], the recomputed tokens whose stored rows are read: of others no difference is known.
     """
     spans = []
+    before = [0, *np.cumsum(selected.numpy()).tolist()] if strength else []
     for chunk in chunks if strength else ():
         start, end = chunk.start, chunk.start + chunk.tokens
-        if chunk.deviations is not None and 0 < int(selected[start:end].sum()) < chunk.tokens - chunk.skipped:
+        if chunk.deviations is not None and 0 < before[end] - before[start] < chunk.tokens - chunk.skipped:
             spans.append((start, end))
     return ChunkShift(strength, spans, selected if any(c.skipped for c in chunks) else None) if spans else None
 
