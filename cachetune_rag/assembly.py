@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -35,6 +36,10 @@ TIERS = ("device", "host", "disk")
 
 def _nothing() -> None:
     """Nobody waits for the disk."""
+
+
+KNOWN_KEYS = 2048
+"""Chunks whose key is remembered: those of a few dozen long prompts."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,8 @@ class Assembler:
         self._prefetcher, self._tuned = prefetcher, tuned
         self._prefixes = PrefixCache()
         self._streams: Streams | None = None
+        # Hashing a prompt's chunks takes the host a millisecond, and prompts repeat chunks.
+        self._keys = lru_cache(KNOWN_KEYS)(make_key)
 
     def key(self, token_ids: Sequence[int]) -> ChunkKey:
         """The key of a chunk."""
@@ -237,6 +244,7 @@ class Assembler:
             sources.append(source)
         loader = self._loader(sources, buffers)
         stack.callback(loader.close)
+        loader.hurry()
         computed[-1] = True  # also where a prompt ends in a chunk: the answer starts from it
         context = RequestContext(self._adapter, prompt, sources, computed, buffers, loader)
         shift = None
@@ -256,7 +264,7 @@ class Assembler:
         `opened` gets every reader, for the caller to close.
         """
         namespace = self._lead_ins.namespace
-        keys = {ids: make_key(namespace, ids) for ids in dict.fromkeys(prompt.chunk_ids) if ids}
+        keys = {ids: self._keys(namespace, ids) for ids in dict.fromkeys(prompt.chunk_ids) if ids}
         if self._prefetcher is not None:
             self._prefetcher.settle(keys.values())
         readers: dict[ChunkKey, ChunkReader | None] = {}

@@ -142,6 +142,7 @@ def check(engine: CacheTune, probed: int, tiers: str) -> None:
                 loader = LayerLoader(adapter, whole, buffers, pool)
             else:
                 loader = DeviceLoader(adapter, whole, buffers, pool, Streams(adapter.device, adapter.num_layers))
+            loader.hurry()
             for layer in range(probed):
                 loader.load(layer)
             ahead = list(loader._loaded)

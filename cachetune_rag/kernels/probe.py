@@ -90,8 +90,9 @@ def _disturb(
         k = tl.load(key_at, mask=inside[:, None] & (d[None, :] < DIM), other=0.0)
         v = tl.load(value_at, mask=inside[:, None] & (dv[None, :] < V_DIM), other=0.0)
         v_square = tl.sum(v.to(tl.float32) * v.to(tl.float32), 1)
-        by_value = tl.zeros([BLOCK_N], dtype=tl.float32)
-        by_key = tl.zeros([BLOCK_N], dtype=tl.float32)
+        # Summed over rows behind the loop: each sum over rows goes through shared memory.
+        by_value = tl.zeros([ROWS, BLOCK_N], dtype=tl.float32)
+        by_key = tl.zeros([ROWS, BLOCK_N], dtype=tl.float32)
         for start in range(0, watched * GROUP, ROWS):
             row = start + tl.arange(0, ROWS)
             token = tokens - watched + row // GROUP
@@ -115,20 +116,21 @@ def _disturb(
                 seen &= pos[:, None] - n[None, :] < window
             score = tl.dot(query, tl.trans(k), input_precision=PRECISION) * scale2
             weight = tl.where(seen, tl.math.exp2(score - lse[:, None]), 0.0)
-            by_value += tl.sum(weight * near[:, None], 0)
+            by_value += weight * near[:, None]
             # |V - o|^2 = |V|^2 + |o|^2 - 2 o V, which rounding may take below 0 where they are nearly the same.
             out_square = tl.sum(out.to(tl.float32) * out.to(tl.float32), 1)
             apart = v_square[None, :] + out_square[:, None]
             apart -= 2 * tl.dot(out, tl.trans(v), input_precision=PRECISION)
             query_square = tl.sum(query.to(tl.float32) * query.to(tl.float32), 1)
             steep = tl.sqrt(query_square) * gain * near
-            by_key += tl.sum(weight * tl.sqrt(tl.maximum(apart, 0.0)) * steep[:, None], 0)
+            by_key += weight * tl.sqrt(tl.maximum(apart, 0.0)) * steep[:, None]
         spread = tl.load(DEVIATIONS).to(tl.pointer_type(tl.float16)) + n.to(tl.int64) * columns + column + head
         key_off = tl.load(spread, mask=inside, other=0.0).to(tl.float32)
         value_off = tl.load(spread + KV_HEADS, mask=inside, other=0.0).to(tl.float32)
         to = TOTAL + head * room + n
         so_far = tl.load(to, mask=inside, other=0.0)
-        tl.store(to, so_far + by_value * value_off + by_key * key_off * key_scale, mask=inside)
+        more = tl.sum(by_value, 0) * value_off + tl.sum(by_key, 0) * key_off * key_scale
+        tl.store(to, so_far + more, mask=inside)
 
 
 @triton.jit
