@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -36,6 +37,10 @@ TIERS = ("device", "host", "disk")
 
 def _nothing() -> None:
     """Nobody waits for the disk."""
+
+
+KNOWN_KEYS = 2048
+"""Chunks whose key is remembered: those of a few dozen long prompts."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,8 @@ class Assembler:
         self._prefetcher, self._tuned = prefetcher, tuned
         self._prefixes = PrefixCache()
         self._streams: Streams | None = None
+        # Hashing a prompt's chunks takes the host a millisecond, and prompts repeat chunks.
+        self._keys = lru_cache(KNOWN_KEYS)(make_key)
 
     def key(self, token_ids: Sequence[int]) -> ChunkKey:
         """The key of a chunk."""
@@ -246,6 +253,7 @@ class Assembler:
             sources.append(source)
         loader = self._loader(sources, buffers)
         stack.callback(loader.close)
+        loader.hurry()
         computed[-1] = True  # also where a prompt ends in a chunk: the answer starts from it
         context = RequestContext(self._adapter, prompt, sources, computed, buffers, loader)
         shift = None
@@ -265,7 +273,7 @@ class Assembler:
         `opened` gets every reader, for the caller to close.
         """
         namespace = self._lead_ins.last_known if faults.disk_gone else self._lead_ins.namespace
-        keys = {ids: make_key(namespace, ids) for ids in dict.fromkeys(prompt.chunk_ids) if ids}
+        keys = {ids: self._keys(namespace, ids) for ids in dict.fromkeys(prompt.chunk_ids) if ids}
         if self._prefetcher is not None and not faults.disk_gone:
             self._prefetcher.settle(keys.values())
         readers: dict[ChunkKey, ChunkReader | None] = {}
@@ -317,9 +325,10 @@ def _shift(strength: float, chunks: Sequence[ReusedChunk], selected: Tensor) -> 
         selected: bool [length], the recomputed tokens whose stored rows are read: of others no difference is known.
     """
     spans = []
+    before = [0, *np.cumsum(selected.numpy()).tolist()] if strength else []
     for chunk in chunks if strength else ():
         start, end = chunk.start, chunk.start + chunk.tokens
-        if chunk.deviations is not None and 0 < int(selected[start:end].sum()) < chunk.tokens - chunk.skipped:
+        if chunk.deviations is not None and 0 < before[end] - before[start] < chunk.tokens - chunk.skipped:
             spans.append((start, end))
     return ChunkShift(strength, spans, selected if any(c.skipped for c in chunks) else None) if spans else None
 

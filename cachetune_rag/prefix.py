@@ -22,35 +22,31 @@ class PrefixCache:
 
     def __init__(self, budget: int = BUDGET):
         self._budget, self._bytes = budget, 0
-        self._entries: OrderedDict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = OrderedDict()
+        self._entries: OrderedDict[tuple[int, ...], list[Tensor]] = OrderedDict()
 
     def fill(self, prefix: tuple[int, ...], buffers: KVBuffers) -> bool:
         """Put the prefix's rows at the beginning of the buffers; False if it isn't known."""
-        layers = self._entries.get(prefix)
-        if layers is None:
+        kept = self._entries.get(prefix)
+        if kept is None:
             return False
         self._entries.move_to_end(prefix)
-        rows = [rows[: len(prefix)] for pair in zip(buffers.key_rows, buffers.value_rows, strict=True) for rows in pair]
-        torch._foreach_copy_(rows, [kept for pair in layers for kept in pair])
+        torch._foreach_copy_(buffers.first_rows(len(prefix)), kept)
         return True
 
     def keep(self, prefix: tuple[int, ...], buffers: KVBuffers) -> None:
         """Remember the first rows of buffers in which the prefix was computed."""
         if prefix in self._entries or not prefix:
             return
-        count = len(prefix)
-        layers = [
-            (k[:count].clone(), v[:count].clone()) for k, v in zip(buffers.key_rows, buffers.value_rows, strict=True)
-        ]
-        size = _size(layers)
+        rows = [first.clone() for first in buffers.first_rows(len(prefix))]
+        size = _size(rows)
         if size > self._budget:
             return
-        self._entries[prefix] = layers
+        self._entries[prefix] = rows
         self._bytes += size
         while self._bytes > self._budget:
             _, oldest = self._entries.popitem(last=False)
             self._bytes -= _size(oldest)
 
 
-def _size(layers: list[tuple[Tensor, Tensor]]) -> int:
-    return sum(t.numel() * t.element_size() for pair in layers for t in pair)
+def _size(rows: list[Tensor]) -> int:
+    return sum(part.numel() * part.element_size() for part in rows)

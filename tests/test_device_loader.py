@@ -114,8 +114,10 @@ def sources(engine: CacheTune, shares: list[float]) -> list[Source]:
 
 
 @pytest.mark.parametrize("tiers", ["host", "disk", "device", "device+host", "device+disk"])
-@pytest.mark.parametrize("probed", [0, 2])
-def test_buffers_are_as_the_plain_loader_fills_them(engine: CacheTune, tiers: str, probed: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("probed", [0, 2, "hurried"])
+def test_buffers_are_as_the_plain_loader_fills_them(
+    engine: CacheTune, tiers: str, probed: int | str, tmp_path: Path
+) -> None:
     if "disk" in tiers:  # another engine over the same directory, with nothing in host memory
         with opened(tmp_path, engine.adapter.model, host_budget=0) as cold:
             check(cold, probed, tiers)
@@ -123,7 +125,8 @@ def test_buffers_are_as_the_plain_loader_fills_them(engine: CacheTune, tiers: st
         check(engine, probed, tiers)
 
 
-def check(engine: CacheTune, probed: int, tiers: str) -> None:
+def check(engine: CacheTune, probed: int | str, tiers: str) -> None:
+    looked = probed if isinstance(probed, int) else 0
     adapter = engine.adapter
     if "device" in tiers:
         for source in sources(engine, [1, 1, 1])[0 if tiers == "device" else 1 :]:
@@ -142,7 +145,9 @@ def check(engine: CacheTune, probed: int, tiers: str) -> None:
                 loader = LayerLoader(adapter, whole, buffers, pool)
             else:
                 loader = DeviceLoader(adapter, whole, buffers, pool, Streams(adapter.device, adapter.num_layers))
-            for layer in range(probed):
+            if probed == "hurried":
+                loader.hurry()
+            for layer in range(looked):
                 loader.load(layer)
             ahead = list(loader._loaded)
             loader.set_sources(some)
@@ -163,6 +168,6 @@ def check(engine: CacheTune, probed: int, tiers: str) -> None:
     places = torch.cat([s.places[: s.rows] for s in some])
     for layer in range(adapter.num_layers):
         # Layers queued before the sources changed hold more rows than are needed: those at `places` are what counts.
-        at = slice(None) if not ahead[layer] or layer < probed else places
+        at = slice(None) if not ahead[layer] or layer < looked else places
         assert torch.equal(found.key_rows[layer][at], wanted.key_rows[layer][at])
         assert torch.equal(found.value_rows[layer][at], wanted.value_rows[layer][at])

@@ -89,10 +89,10 @@ def _disturb(
             value_at = tl.multiple_of(value_at, [16, 16])
         k = tl.load(key_at, mask=inside[:, None] & (d[None, :] < DIM), other=0.0)
         v = tl.load(value_at, mask=inside[:, None] & (dv[None, :] < V_DIM), other=0.0)
-        long = v.to(tl.float32)
-        v_square = tl.sum(long * long, 1)
-        by_value = tl.zeros([BLOCK_N], dtype=tl.float32)
-        by_key = tl.zeros([BLOCK_N], dtype=tl.float32)
+        v_square = tl.sum(v.to(tl.float32) * v.to(tl.float32), 1)
+        # Summed over rows behind the loop: each sum over rows goes through shared memory.
+        by_value = tl.zeros([ROWS, BLOCK_N], dtype=tl.float32)
+        by_key = tl.zeros([ROWS, BLOCK_N], dtype=tl.float32)
         for start in range(0, watched * GROUP, ROWS):
             row = start + tl.arange(0, ROWS)
             token = tokens - watched + row // GROUP
@@ -116,20 +116,21 @@ def _disturb(
                 seen &= pos[:, None] - n[None, :] < window
             score = tl.dot(query, tl.trans(k), input_precision=PRECISION) * scale2
             weight = tl.where(seen, tl.math.exp2(score - lse[:, None]), 0.0)
-            by_value += tl.sum(weight * near[:, None], 0)
+            by_value += weight * near[:, None]
             # |V - o|^2 = |V|^2 + |o|^2 - 2 o V, which rounding may take below 0 where they are nearly the same.
-            long = out.to(tl.float32)
-            apart = v_square[None, :] + tl.sum(long * long, 1)[:, None]
+            out_square = tl.sum(out.to(tl.float32) * out.to(tl.float32), 1)
+            apart = v_square[None, :] + out_square[:, None]
             apart -= 2 * tl.dot(out, tl.trans(v), input_precision=PRECISION)
-            long = query.to(tl.float32)
-            steep = tl.sqrt(tl.sum(long * long, 1)) * gain * near
-            by_key += tl.sum(weight * tl.sqrt(tl.maximum(apart, 0.0)) * steep[:, None], 0)
+            query_square = tl.sum(query.to(tl.float32) * query.to(tl.float32), 1)
+            steep = tl.sqrt(query_square) * gain * near
+            by_key += weight * tl.sqrt(tl.maximum(apart, 0.0)) * steep[:, None]
         spread = tl.load(DEVIATIONS).to(tl.pointer_type(tl.float16)) + n.to(tl.int64) * columns + column + head
         key_off = tl.load(spread, mask=inside, other=0.0).to(tl.float32)
         value_off = tl.load(spread + KV_HEADS, mask=inside, other=0.0).to(tl.float32)
         to = TOTAL + head * room + n
         so_far = tl.load(to, mask=inside, other=0.0)
-        tl.store(to, so_far + by_value * value_off + by_key * key_off * key_scale, mask=inside)
+        more = tl.sum(by_value, 0) * value_off + tl.sum(by_key, 0) * key_off * key_scale
+        tl.store(to, so_far + more, mask=inside)
 
 
 @triton.jit
@@ -164,7 +165,7 @@ def receive(
         mass: float32 [at least length], added to; room beyond the prompt is left alone.
     """
     _, heads, tokens, dim = query.shape
-    block, rows = 64, 64
+    block, rows = (64, 64) if query.element_size() == 2 else (32, 16)
     _receive[(triton.cdiv(mass.shape[0], block),)](
         query, lse, table, positions, watched, mass,
         query.stride(2), query.stride(1), layer, tokens, scale * LOG2E, window or 0,
@@ -209,15 +210,17 @@ def disturb(
     """
     _, heads, tokens, dim = query.shape
     v_dim, room = out.shape[3], total.shape[1]
-    wide = max(dim, v_dim) > 128 or query.element_size() == 4
-    block, rows = (32, 32) if wide else (64, 64)
+    if query.element_size() == 4:
+        block, rows, warps = 32, 16, 4
+    else:
+        block, rows, warps = (32, 64, 8) if max(dim, v_dim) > 128 else (64, 64, 8)
     _disturb[(triton.cdiv(room, block), kv_heads)](
         query, out, lse, near, gain, table, positions, watched, deviations, total,
         query.stride(2), query.stride(1), layer, tokens, column, columns, room,
         scale * LOG2E, scale * dim**-0.5, window or 0,
         KV_HEADS=kv_heads, GROUP=heads // kv_heads, DIM=dim, V_DIM=v_dim, ROWS=rows, BLOCK_N=block,
         BLOCK_D=power_of_two(dim, 16), BLOCK_V=power_of_two(v_dim, 16),
-        WINDOWED=window is not None, ALIGNED=aligned(dim, v_dim, query.dtype), PRECISION=precision(query.dtype), num_warps=4,
+        WINDOWED=window is not None, ALIGNED=aligned(dim, v_dim, query.dtype), PRECISION=precision(query.dtype), num_warps=warps,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cachetune_rag.kernels.support import power_of_two
+from cachetune_rag.kernels.support import aligned, power_of_two
 
 SPAN = 5
 """Numbers that a chunk takes in the table of spans: first row, behind the last row, first and behind the last of its
@@ -25,7 +25,7 @@ _SHARES = 16
 def _gather(
     KEYS, VALUES, TABLE, ROTATIONS, PARTNER, SIGN, POSITIONS, KNOWN, SPANS, MOVED_K, MOVED_V,
     key_token, key_head, value_token, value_head, layer,
-    HEADS: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, TURNED: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, TURNED: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """MOVED[chunk, head] = weight * sum over the chunk's recomputed tokens of fresh - stored (keys before rotation)."""
@@ -56,13 +56,22 @@ def _gather(
             ok = live[:, None] & some[None, :]
             fresh_at = KEYS + token[:, None].to(tl.int64) * key_token + head * key_head
             stored_at = keys + place[:, None] * (HEADS * DIM)
+            old_at = stored_at + d[None, :]
+            if ALIGNED:
+                # The addresses come from a table, so the compiler can't see that rows begin on 16 bytes.
+                old_at = tl.multiple_of(old_at, [16, 16])
             off = tl.load(fresh_at + d[None, :], mask=ok, other=0.0).to(tl.float32)
-            off -= tl.load(stored_at + d[None, :], mask=ok, other=0.0).to(tl.float32)
+            off -= tl.load(old_at, mask=ok, other=0.0).to(tl.float32)
             if TURNED:
                 across = tl.load(fresh_at + partner[None, :], mask=ok, other=0.0).to(tl.float32)
                 across -= tl.load(stored_at + partner[None, :], mask=ok, other=0.0).to(tl.float32)
-                c = tl.load(cos + place[:, None] * DIM + d[None, :], mask=ok, other=1.0).to(tl.float32)
-                s = tl.load(sin + place[:, None] * DIM + d[None, :], mask=ok, other=0.0).to(tl.float32)
+                cos_at = cos + place[:, None] * DIM + d[None, :]
+                sin_at = sin + place[:, None] * DIM + d[None, :]
+                if ALIGNED:
+                    cos_at = tl.multiple_of(cos_at, [16, 16])
+                    sin_at = tl.multiple_of(sin_at, [16, 16])
+                c = tl.load(cos_at, mask=ok, other=1.0).to(tl.float32)
+                s = tl.load(sin_at, mask=ok, other=0.0).to(tl.float32)
                 # Also where the rotation stretches (yarn scales its tables).
                 off = (c * off - s * sign[None, :] * across) / (c * c + s * s)
             sum_k += tl.sum(off, 0)
@@ -70,7 +79,10 @@ def _gather(
             off = tl.load(
                 VALUES + token[:, None].to(tl.int64) * value_token + head * value_head + dv[None, :], mask=ok, other=0.0
             ).to(tl.float32)
-            off -= tl.load(values + place[:, None] * (HEADS * V_DIM) + dv[None, :], mask=ok, other=0.0).to(tl.float32)
+            old_at = values + place[:, None] * (HEADS * V_DIM) + dv[None, :]
+            if ALIGNED:
+                old_at = tl.multiple_of(old_at, [16, 16])
+            off -= tl.load(old_at, mask=ok, other=0.0).to(tl.float32)
             sum_v += tl.sum(off, 0)
         tl.store(MOVED_K + (chunk * HEADS + head) * DIM + d, sum_k * weight, mask=some)
         tl.store(MOVED_V + (chunk * HEADS + head) * V_DIM + dv, sum_v * weight, mask=dv < V_DIM)
@@ -79,7 +91,7 @@ def _gather(
 @triton.jit(do_not_specialize=["layer"])
 def _carry(
     MOVED_K, MOVED_V, TABLE, ROTATIONS, PARTNER, SIGN, SPANS, LIKE, layer,
-    HEADS: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, TURNED: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, TURNED: tl.constexpr, ALIGNED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
     """Adds each chunk's MOVED to all of its rows, keys turned to their places."""
@@ -110,16 +122,24 @@ def _carry(
             live = row < end
             ok = live[:, None] & some[None, :]
             at = keys + row[:, None].to(tl.int64) * (HEADS * DIM) + i[None, :]
+            if ALIGNED:
+                at = tl.multiple_of(at, [16, 16])
             k = tl.load(at, mask=ok, other=0.0).to(tl.float32)
             if TURNED:
-                c = tl.load(cos + row[:, None].to(tl.int64) * DIM + channel[None, :], mask=ok, other=0.0).to(tl.float32)
-                s = tl.load(sin + row[:, None].to(tl.int64) * DIM + channel[None, :], mask=ok, other=0.0).to(tl.float32)
-                k += c * moved[None, :] + s * across[None, :]
+                cos_at = cos + row[:, None].to(tl.int64) * DIM + channel[None, :]
+                sin_at = sin + row[:, None].to(tl.int64) * DIM + channel[None, :]
+                if ALIGNED:
+                    cos_at = tl.multiple_of(cos_at, [16, 16])
+                    sin_at = tl.multiple_of(sin_at, [16, 16])
+                k += tl.load(cos_at, mask=ok, other=0.0).to(tl.float32) * moved[None, :]
+                k += tl.load(sin_at, mask=ok, other=0.0).to(tl.float32) * across[None, :]
             else:
                 k += moved[None, :]
             tl.store(at, k.to(element), mask=ok)
             ok = live[:, None] & some_v[None, :]
             at = values + row[:, None].to(tl.int64) * (HEADS * V_DIM) + j[None, :]
+            if ALIGNED:
+                at = tl.multiple_of(at, [16, 16])
             v = tl.load(at, mask=ok, other=0.0).to(tl.float32) + moved_v[None, :]
             tl.store(at, v.to(element), mask=ok)
 
@@ -155,10 +175,11 @@ def shift(
     values = values if values.stride(3) == 1 else values.contiguous()
     partner, sign = turning or (spans, spans)  # pointers that are not read
     shape = {"HEADS": heads, "DIM": dim, "V_DIM": v_dim, "TURNED": turning is not None}
+    shape["ALIGNED"] = aligned(dim, v_dim, keys.dtype)
     _gather[(chunks, heads)](
         keys, values, table, rotations, partner, sign, positions, known, spans, *moved,
         keys.stride(2), keys.stride(1), values.stride(2), values.stride(1), layer,
-        **shape, BLOCK_T=32, BLOCK_D=power_of_two(dim), BLOCK_V=power_of_two(v_dim), num_warps=4,
+        **shape, BLOCK_T=16, BLOCK_D=power_of_two(dim), BLOCK_V=power_of_two(v_dim), num_warps=4,
     )  # fmt: skip
     block_k, block_v = power_of_two(heads * dim), power_of_two(heads * v_dim)
     _carry[(chunks, _SHARES)](

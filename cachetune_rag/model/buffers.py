@@ -24,8 +24,8 @@ class KVBuffers:
         self.length = length
         key_shapes = [(length, s.heads, s.head_dim) for s in specs]
         value_shapes = [(length, s.heads, s.v_head_dim) for s in specs]
-        self.key_rows = _empty(key_shapes, dtype, device)
-        self.value_rows = _empty(value_shapes, dtype, device)
+        self._keys, self.key_rows = _empty(key_shapes, dtype, device)
+        self._values, self.value_rows = _empty(value_shapes, dtype, device)
 
     def keys(self, layer: int) -> Tensor:
         """Keys of one layer, [1, kv_heads, length, head_dim]."""
@@ -34,6 +34,12 @@ class KVBuffers:
     def values(self, layer: int) -> Tensor:
         """Values of one layer, [1, kv_heads, length, v_head_dim]."""
         return self.value_rows[layer].transpose(0, 1)[None]
+
+    def first_rows(self, count: int) -> list[Tensor]:
+        """Views of the first `count` keys and values: of all layers at once where they are of one piece."""
+        if self._keys is not None and self._values is not None:
+            return [self._keys[:, :count], self._values[:, :count]]
+        return [rows[:count] for rows in (*self.key_rows, *self.value_rows)]
 
     def to_cache(self) -> DynamicCache:
         """An ordinary transformers cache over the same memory, for decoding.
@@ -122,8 +128,11 @@ class _ScatterLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name before transformers 5.24
 
 
-def _empty(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+def _empty(
+    shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor | None, list[Tensor]]:
     """Uninitialised tensors; on a GPU of one piece where they are alike, since each allocation takes the host time."""
     if device.type == "cuda" and len(set(shapes)) == 1:
-        return list(torch.empty(len(shapes), *shapes[0], dtype=dtype, device=device).unbind())
-    return [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+        whole = torch.empty(len(shapes), *shapes[0], dtype=dtype, device=device)
+        return whole, list(whole.unbind())
+    return None, [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]

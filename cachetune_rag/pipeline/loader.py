@@ -133,6 +133,9 @@ class LayerLoader:
         """A tensor of host memory on the device; there once `load(0)` has returned."""
         return numbers.to(self._adapter.device)
 
+    def hurry(self) -> None:
+        """What is asked for first may be on its way already, whole, whatever will be known of it when it is asked for."""
+
     def begin(self) -> None:
         """The sources are final: what can go ahead of the first `load` may."""
 

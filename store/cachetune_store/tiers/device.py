@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -35,6 +36,16 @@ class DeviceChunk:
     head: ChunkHead
     slab: Tensor
     filled: torch.cuda.Event | None
+
+    @cached_property
+    def layers(self) -> tuple[Tensor, ...]:
+        """Views of the slab, one a layer; made once, as a request opens many chunks."""
+        return tuple(layer_views(self.head.layout, self.slab))
+
+    @cached_property
+    def addresses(self) -> list[int]:
+        """Where each layer begins."""
+        return [layer.data_ptr() for layer in self.layers]
 
 
 class DeviceTier(MemoryTier[DeviceChunk]):
@@ -138,8 +149,7 @@ class DeviceReader(ChunkReader):
 
     def __init__(self, chunk: DeviceChunk, stream: torch.cuda.Stream | None) -> None:
         super().__init__(chunk.head)
-        self._layers = layer_views(chunk.head.layout, chunk.slab)
-        self.addresses = [layer.data_ptr() for layer in self._layers]
+        self._layers, self.addresses = chunk.layers, chunk.addresses
         self._filled = chunk.filled
         self._stream = stream
         self.device = chunk.slab.device
