@@ -61,12 +61,18 @@ class Prefetch:
 
 @dataclass(eq=False)
 class _Job:
-    """One chunk that is, or will be, read. `reader`: one that was taken over; the job closes it."""
+    """One chunk that is, or will be, read; the job closes its reader.
+
+    Attributes:
+        ahead: for a request to come, which may as well read it itself; else it is what a request left.
+        taken: the work is done elsewhere, though the future was cancelled.
+    """
 
     work: Callable[[], int]
-    reader: ChunkReader | None
+    reader: ChunkReader
+    ahead: bool
     future: Future[int]
-    taken: bool = False  # the work is done elsewhere, though the future was cancelled
+    taken: bool = False
 
 
 class Prefetcher:
@@ -95,12 +101,13 @@ class Prefetcher:
         prefetch, room = Prefetch(), _Room(self._limit)
 
         def begin() -> int:
+            # Opened here, one after another, so that room goes to the first ones.
             for key in dict.fromkeys(keys()):
-                if prefetch.stop.is_set():
+                if not room.left or prefetch.stop.is_set() or self._stop.is_set():
                     break
-                job = self._submit(key, lambda key=key: self._bring(key, prefetch.stop, room))  # type: ignore[misc]
-                if job is not None:
-                    prefetch.futures.append(job.future)
+                future = self._open(key, prefetch.stop, room)
+                if future is not None:
+                    prefetch.futures.append(future)
             return 0
 
         # Nothing to do without room; and nothing can be begun any more when the engine is closed.
@@ -128,10 +135,10 @@ class Prefetcher:
                 _log.debug("chunk %s was not brought into host memory: %s", reader.key, error)
                 return 0
             finally:
-                self._release(reader)
+                self._release(reader, ahead=False)
 
-        if busy or self._submit(reader.key, work, reader) is None:
-            self._release(reader)
+        if busy or self._submit(work, reader, ahead=False) is None:
+            self._release(reader, ahead=False)
 
     def settle(self, keys: Iterable[ChunkKey]) -> None:
         """A request begins that needs these chunks: no thread is reading any of them when this returns.
@@ -142,7 +149,7 @@ class Prefetcher:
         with self._lock:
             jobs = [self._jobs[key] for key in keys if key in self._jobs]
         for job in jobs:
-            job.taken = job.reader is not None
+            job.taken = not job.ahead
             if not job.future.cancel():
                 wait([job.future])
             elif job.taken:
@@ -153,45 +160,54 @@ class Prefetcher:
         self._stop.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _submit(self, key: ChunkKey, work: Callable[[], int], reader: ChunkReader | None = None) -> _Job | None:
-        """None if the chunk is being read already, or nothing is read any more."""
+    def _submit(self, work: Callable[[], int], reader: ChunkReader, *, ahead: bool) -> Future[int] | None:
+        """None if the chunk is being read already, or nothing is read any more: the reader stays the caller's then."""
+        key = reader.key
         with self._lock:
             if key in self._jobs or self._stop.is_set():
                 return None
             try:
-                job = self._jobs[key] = _Job(work, reader, self._pool.submit(work))
+                job = self._jobs[key] = _Job(work, reader, ahead, self._pool.submit(work))
             except RuntimeError:  # closed meanwhile
                 return None
         job.future.add_done_callback(lambda _: self._ended(key, job))
-        return job
+        return job.future
 
     def _ended(self, key: ChunkKey, job: _Job) -> None:
         with self._lock:
             self._jobs.pop(key, None)
-        if job.future.cancelled() and job.reader is not None and not job.taken:
-            self._release(job.reader)
+        if job.future.cancelled() and not job.taken:
+            self._release(job.reader, ahead=job.ahead)
 
-    def _bring(self, key: ChunkKey, stop: threading.Event, room: _Room) -> int:
-        """Read a chunk whole, if it is on disk, and put it into host memory; bytes that it fills there."""
-        if stop.is_set() or self._stop.is_set() or not room.left:
-            return 0
+    def _open(self, key: ChunkKey, stop: threading.Event, room: _Room) -> Future[int] | None:
+        """Have a chunk read whole, if it is on disk and there is room; the future gives the bytes that it fills."""
         try:
             if there := self._store.touch_host(key):
                 room.take(there)
-                return 0
+                return None
             reader = self._store.open(key)
-            if reader is None:
-                return 0
-            with reader:
-                if not room.take(reader.host_bytes):
-                    return 0
+        except (StoreError, OSError) as error:
+            _log.debug("chunk %s was not read ahead: %s", key, error)
+            return None
+        if reader is None:
+            return None
+
+        def work() -> int:
+            try:
                 if self._read(reader, stop):
                     return reader.host_bytes
-            room.left = 0  # all there is in use: what comes next won't fit either
-        except (StoreError, OSError) as error:
-            # Damage too: the request finds it again, and its report then tells.
-            _log.debug("chunk %s was not read ahead: %s", key, error)
-        return 0
+                room.left = 0  # all there is in use: what comes next won't fit either
+            except (StoreError, OSError) as error:
+                # Damage too: the request finds it again, and its report then tells.
+                _log.debug("chunk %s was not read ahead: %s", key, error)
+            finally:
+                reader.close()
+            return 0
+
+        future = self._submit(work, reader, ahead=True) if room.take(reader.host_bytes) else None
+        if future is None:
+            reader.close()
+        return future
 
     def _read(self, reader: ChunkReader, stop: threading.Event) -> bool:
         """Read all rows, layer by layer, so that it can be stopped in between; whether the chunk is in host memory then."""
@@ -201,9 +217,10 @@ class Prefetcher:
             reader.read(layer, reader.layout.tokens)
         return reader.promote()
 
-    def _release(self, reader: ChunkReader) -> None:
-        with self._lock:
-            self._left -= reader.host_bytes
+    def _release(self, reader: ChunkReader, *, ahead: bool) -> None:
+        if not ahead:
+            with self._lock:
+                self._left -= reader.host_bytes
         reader.close()
 
 
