@@ -7,6 +7,7 @@ import threading
 import time
 
 from .chunk import Chunk
+from .claims import Claims
 from .errors import BudgetError, StoreError
 from .index import Index
 from .keys import ChunkKey
@@ -33,17 +34,25 @@ class Placement:
         disk: the lower tier, if there is one.
         pins: chunks in use.
         index: where texts are noted if there is no disk tier, which else does it.
+        claims: who computes which chunk.
         device: the tier on top, if there is one; it holds copies only.
     """
 
     def __init__(
-        self, host: HostTier, disk: DiskTier | None, pins: Pins, index: Index, device: DeviceTier | None = None
+        self,
+        host: HostTier,
+        disk: DiskTier | None,
+        pins: Pins,
+        index: Index,
+        claims: Claims,
+        device: DeviceTier | None = None,
     ) -> None:
         self.device = device
         self.host = host
         self.disk = disk
         self._pins = pins
         self._index = index
+        self._claims = claims
         self._lock = threading.Lock()
         self._closed = False
         self._tiers: dict[str, Tier] = {tier.name: tier for tier in (device, host, disk) if tier is not None}
@@ -186,11 +195,18 @@ class Placement:
         for victim in evicted:
             if self.disk is not None and not self.disk.contains(victim.key):
                 # A chunk that can't be kept is one to compute again, not an error of whoever came next.
-                with contextlib.suppress(StoreError):
-                    if self._index.get(f"ref/{victim.key}") is not None:
-                        self.disk.admit(victim)
-                        self.disk.counters.demotions += 1
+                with contextlib.suppress(StoreError, OSError):
+                    self._demote(victim, self.disk)
         return True
+
+    def _demote(self, chunk: Chunk, disk: DiskTier) -> None:
+        if self._index.get(f"ref/{chunk.key}") is None:
+            return
+        # Who is computing it stores it.
+        with self._claims.claim([chunk.key]) as claim:
+            if claim.keys and not disk.contains(chunk.key):
+                disk.admit(chunk)
+                disk.counters.demotions += 1
 
     def _promote(self, chunk: Chunk) -> bool:
         if self._closed or self.disk is None:

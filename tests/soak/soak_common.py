@@ -96,7 +96,7 @@ class Corpus:
         self.tokenizer = tokenizer()
         self.prompts = []
         for i in range(prompts):
-            sizes = (length + i, 2 * length + i, 4 * length + i)
+            sizes = (length + i, 2 * (length + i), 4 * (length + i))  # no two sets of them have the same sum
             chunks = tuple(passage(10 * i + j, size) for j, size in enumerate(sizes))
             self.prompts.append(Prompt(f"question {i}?", chunks, Document(f"document {i}", chunks)))
         self._expected: dict[tuple[int, frozenset[int]], tuple[torch.Tensor, tuple[int, ...]]] = {}
