@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import time
@@ -378,8 +377,8 @@ class CacheTune:
         capture a CUDA graph for every size of request up to `computed_tokens`. Takes about a minute. Elsewhere there is
         nothing to do.
 
-        Objects that exist by then are put out of sight of Python's garbage collector (`gc.freeze`): its full passes over all
-        that torch and transformers consist of would hold up a request now and then for longer than the request takes.
+        A full pass of Python's garbage collector over all that torch and transformers consist of can take longer than a request.
+        A server that wants none of them calls `gc.collect(); gc.freeze()` behind this; a library should not.
 
         Args:
             computed_tokens: most tokens that a request computes: ratio times its chunks' tokens, prefix and query. Larger
@@ -394,9 +393,6 @@ class CacheTune:
             probe = selector.layers(self.adapter.num_layers), mean
             self.adapter.warmup(computed_tokens, probe, prompt_lengths, mean and selector.shift > 0)
             warm_up_loading(self.adapter, self.store.codec)
-        if self.adapter.device.type == "cuda":
-            gc.collect()
-            gc.freeze()
 
     # -- fidelity -------------------------------------------------------------------------------------------------
 
