@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -82,7 +81,7 @@ class Subject:
                     cuda_kernels=cuda_kernels,
                 )
             )
-        self._pool = self._stack.enter_context(ThreadPoolExecutor(4, "read"))
+        self._pool = self.engine._pool
         self._assemblers = {"host": self._assembler(store)}
 
     def __enter__(self) -> Self:

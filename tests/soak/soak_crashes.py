@@ -224,7 +224,7 @@ def _examine(corpus: Corpus, path: Path, book: _Book, options: dict[str, Any], t
         found += 3
     tell("found", found)
     with corpus.engine(store) as engine:
-        for number in random.sample(range(len(corpus.prompts)), 3):
+        for number in random.sample(range(len(corpus.prompts)), min(3, len(corpus.prompts))):
             if wrong := corpus.ask(engine, number):
                 tell("wrong", wrong)
     store.close()
