@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format typecheck bench quality clean
+.PHONY: demo test soak lint format typecheck bench quality clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -18,6 +18,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy adapters
+
+soak: $(READY)
+	$(BIN)/python tests/soak/run.py
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

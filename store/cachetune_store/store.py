@@ -16,7 +16,7 @@ from .claims import Claim, Claims, FileClaims, MemoryClaims
 from .codecs import get_codec
 from .directory import StoreDirectory
 from .documents import Documents
-from .errors import IndexDamagedError, StoreClosedError, StoreError
+from .errors import IndexDamagedError, IndexReplacedError, StoreClosedError, StoreError
 from .files import explain
 from .index import Index, MemoryIndex
 from .keys import ChunkKey, Namespace
@@ -34,6 +34,8 @@ __all__ = ["ChunkStore"]
 
 _Result = TypeVar("_Result")
 _LEAST_IDLE = 256 << 20
+_FOLLOWS = 16
+"""Times in a row that an index which others replace is followed."""
 
 
 class ChunkStore:
@@ -413,9 +415,14 @@ class ChunkStore:
     def _healed(self, action: Callable[[], _Result]) -> _Result:
         """The action's result; if the index turns out to be damaged, it is rebuilt and the action done again."""
         try:
-            return action()
-        except IndexDamagedError as error:
-            self._heal(error)
+            for _ in range(_FOLLOWS):
+                try:
+                    return action()
+                except IndexReplacedError as error:
+                    self._heal(error)  # others may replace it once more while this one follows
+                except IndexDamagedError as error:
+                    self._heal(error)
+                    break
             return action()
         except OSError as error:
             raise explain(error, self.path or "memory") from error

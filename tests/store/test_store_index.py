@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from store_samples import file_of, flip, sample
 
-from cachetune_store import ChunkStore, IndexDamagedError, StorePathError, StoreVersionError
+from cachetune_store import Chunk, ChunkStore, IndexDamagedError, StorePathError, StoreVersionError
 from cachetune_store.diskindex import DiskIndex
+from cachetune_store.errors import IndexReplacedError
 
 
 @pytest.fixture
@@ -316,3 +317,21 @@ def test_a_path_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     for bad in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(StorePathError, match=str(bad)):
             ChunkStore(bad)
+
+
+def test_an_index_that_others_replace_again_and_again_is_followed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ChunkStore(path) as store:
+        times, real = [], store._placement.disk.admit  # type: ignore[union-attr]
+
+        def admit(chunk: Chunk) -> list[Chunk]:
+            if len(times) < 5:
+                times.append(1)
+                raise IndexReplacedError("another process mends the store")
+            return real(chunk)
+
+        monkeypatch.setattr(store._placement.disk, "admit", admit)
+        one = sample(5)
+        one.put(store)
+        assert len(times) == 5
+        with store.open(one.key) as reader:  # type: ignore[union-attr]
+            assert one.matches(reader)
