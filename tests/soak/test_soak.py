@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import soak_bounds
 import soak_crashes
 import soak_damage
 import soak_faults
+import soak_load
 from soak_common import Corpus
 
 
@@ -32,3 +34,15 @@ def test_a_failing_disk_gives_no_wrong_answer_and_no_hang(tmp_path: Path, corpus
     outcome = soak_faults.run(tmp_path, most=12, corpus=corpus)
     assert outcome.problems == []
     assert outcome.figures["faults met"] > 0
+
+
+def test_memory_and_files_stay_flat(tmp_path: Path, corpus: Corpus) -> None:
+    outcome = soak_bounds.run(tmp_path, requests=60, budget_mib=2, corpus=corpus)
+    assert outcome.problems == []
+    assert outcome.figures["pinned at the end"] == 0
+
+
+def test_processes_and_threads_on_a_store_far_too_small(tmp_path: Path) -> None:
+    outcome = soak_load.run(tmp_path, seconds=4, processes=2, threads=2, corpus=Corpus(prompts=12, length=30))
+    assert outcome.problems == []
+    assert outcome.figures["answers"] > 0
