@@ -205,7 +205,7 @@ class Calibrator:
     def _prefill(self, prompt: Prompt, config: ReuseConfig | None) -> PrefillState:
         """A prefill that doesn't count as a request. The lock is free in between, for requests."""
         engine = self._engine
-        with engine._lock:
+        with engine._lock.reserved(), engine._lock:
             engine._check_open()
             started = time.perf_counter()
             if config is None:
@@ -214,7 +214,7 @@ class Calibrator:
 
     def _logits(self, state: PrefillState, target: Sequence[int]) -> list[Tensor]:
         engine = self._engine
-        with engine._lock:
+        with engine._lock.reserved(), engine._lock:
             engine._check_open()
             return list(teacher_forced(engine.adapter, state.logits, state.cache, target))
 

@@ -386,7 +386,7 @@ class CacheTune:
             prompt_lengths: lengths of prompts that the default selector, which looks at the attention, is made ready for.
         """
         self._check_open()
-        with self._lock:
+        with self._lock.reserved(), self._lock:
             selector = ExpectedErrorSelector()
             # What "auto" does with chunks that are a mean over lead-ins; with others it looks at the attention alone.
             mean = len(self.lead_ins.namespace.lead_ins) > 1
@@ -546,7 +546,7 @@ class CacheTune:
         started: float,
         when_read: Callable[[], None] = lambda: None,
     ) -> PrefillState:
-        with self._lock:
+        with self._lock.reserved(), self._lock:
             self._check_open()
             if config is None:
                 when_read()

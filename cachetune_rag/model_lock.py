@@ -6,63 +6,62 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
+from weakref import WeakSet
 
 
-class ModelLock:
-    """A reentrant lock that knows who wants it. `with lock:` is for requests; `background` never keeps one waiting.
+class _Token:
+    """Somebody wants the model, for as long as this lives."""
+
+
+class ModelLock(type(threading.RLock())):  # type: ignore[misc]
+    """A reentrant lock that knows whether a request wants it: `with lock.reserved(), lock:`. `background` never keeps one waiting.
 
     Taking it in the background means to let go soon after `wanted` has become true.
+
+    It *is* Python's lock, and who wants it is kept apart from who holds it, because Ctrl-C may come between any two steps of
+    Python code: around a lock that would leave it locked for ever.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._requests = 0
-        self._changed = threading.Condition()
+        self._requests: WeakSet[_Token] = WeakSet()
+        self._mutex = threading.Lock()
+        self._changed = threading.Condition(self._mutex)
         self._idle_since = time.monotonic()
 
     @property
     def wanted(self) -> bool:
-        """Whether a request holds the lock, waits for it, or has reserved the model."""
-        return self._requests > 0
-
-    def __enter__(self) -> None:
-        self._arrive()
-        try:
-            self._lock.acquire()
-        except BaseException:
-            self._leave()
-            raise
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._lock.release()
-        self._leave()
+        """Whether a request has reserved the model."""
+        return len(self._requests) > 0
 
     @contextmanager
     def reserved(self) -> Iterator[None]:
-        """Keep background work away between two uses of the lock (two tokens of an answer, say)."""
-        self._arrive()
+        """Keep background work away; also between two uses of the lock (two tokens of an answer, say)."""
+        token = _Token()
         try:
+            with self._mutex:
+                self._requests.add(token)
             yield
         finally:
-            self._leave()
+            with self._mutex:
+                self._requests.discard(token)
+                if not self._requests:
+                    self._idle_since = time.monotonic()
+                    self._changed.notify_all()
 
     @contextmanager
     def background(self) -> Iterator[bool]:
         """Hold the lock if no request wants it; gives whether it is held."""
-        with self._changed:
-            held = not self._requests and self._lock.acquire(blocking=False)
+        with self._mutex:
+            held = not self._requests and self.acquire(blocking=False)
         try:
             yield held
         finally:
             if held:
-                self._lock.release()
+                self.release()
 
     def wait_idle(self, seconds: float, stop: Callable[[], bool]) -> bool:
         """Wait until no request has wanted the model for so long; False as soon as `stop()` (see `wake`)."""
-        with self._changed:
+        with self._mutex:
             while not stop():
                 rest = None if self._requests else self._idle_since + seconds - time.monotonic()
                 if rest is not None and rest <= 0:
@@ -72,16 +71,5 @@ class ModelLock:
 
     def wake(self) -> None:
         """Let `wait_idle` look at its `stop` again."""
-        with self._changed:
+        with self._mutex:
             self._changed.notify_all()
-
-    def _arrive(self) -> None:
-        with self._changed:
-            self._requests += 1
-
-    def _leave(self) -> None:
-        with self._changed:
-            self._requests -= 1
-            if not self._requests:
-                self._idle_since = time.monotonic()
-                self._changed.notify_all()

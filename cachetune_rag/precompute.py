@@ -244,20 +244,21 @@ class Precomputer:
         """Capture, rank and encode. All on the thread that computes: a second thread with torch work would only fight
         with this one for the cores.
         """
-        captured = job.capture.capture([c.ids for c in batch.chunks], batch.lead_ins)
-        with self._lock:
-            return [
-                self._store.encode(
-                    chunk.key,
-                    kv.layers,
-                    frequency_scores(kv.layers).cpu(),
-                    namespace=job.namespace,
-                    token_ids=chunk.ids,
-                    text=chunk.text,
-                    deviations=kv.deviations,
-                )
-                for chunk, kv in zip(batch.chunks, captured, strict=True)
-            ]
+        with self._lock.reserved():
+            captured = job.capture.capture([c.ids for c in batch.chunks], batch.lead_ins)
+            with self._lock:
+                return [
+                    self._store.encode(
+                        chunk.key,
+                        kv.layers,
+                        frequency_scores(kv.layers).cpu(),
+                        namespace=job.namespace,
+                        token_ids=chunk.ids,
+                        text=chunk.text,
+                        deviations=kv.deviations,
+                    )
+                    for chunk, kv in zip(batch.chunks, captured, strict=True)
+                ]
 
     def _write(self, encoded: list[StoredChunk]) -> int:
         total = 0

@@ -241,7 +241,7 @@ def test_background_work_gets_the_lock_only_where_no_request_is() -> None:
     with lock.background() as held:
         assert held
         assert not lock.wanted
-    with lock, lock:
+    with lock.reserved(), lock, lock:
         assert lock.wanted
         in_background: list[bool] = []
 

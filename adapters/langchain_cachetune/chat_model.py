@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from typing import Any
 
-from langchain_core.callbacks import CallbackManagerForLLMRun
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel, LangSmithParams
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.runnables.config import run_in_executor
 from langchain_core.utils import from_env
 from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
@@ -112,9 +114,30 @@ class ChatCacheTune(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        with self._start(messages, stop, kwargs) as pieces:
+        return self._answer(messages, stop, kwargs, threading.Event())
+
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        # In another thread, as by default, but it stops when the task is cancelled.
+        cancelled = threading.Event()
+        try:
+            return await run_in_executor(None, self._answer, messages, stop, kwargs, cancelled)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    def _answer(
+        self, messages: list[BaseMessage], stop: list[str] | None, options: dict[str, Any], cancelled: threading.Event
+    ) -> ChatResult:
+        with self._start(messages, stop, options) as pieces:
             for _ in pieces:
-                pass
+                if cancelled.is_set():
+                    raise RuntimeError("cancelled")  # nobody hears it
             answer = pieces.answer
         self._last_report = answer.report
         message = AIMessage(

@@ -94,7 +94,7 @@ class TierMeasure:
         rows = statistics.mean(sum(map(len, (p.chunk_ids[s.chunk] for s in p.spans))) for p in self._prompts)
         times = []
         for _ in range(rounds + 1):
-            with self._engine._lock:
+            with self._engine._lock.reserved(), self._engine._lock:
                 self._engine._check_open()
                 times.append(statistics.mean(self._assembler.transfer(prompt)[1] for prompt in self._prompts))
         return CostModel(
@@ -107,7 +107,7 @@ class TierMeasure:
 
     def _time(self, prompt: Prompt, config: ReuseConfig | None) -> float:
         engine = self._engine
-        with engine._lock:
+        with engine._lock.reserved(), engine._lock:
             engine._check_open()
             started = time.perf_counter()
             if config is None:

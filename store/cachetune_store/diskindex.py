@@ -93,26 +93,46 @@ class DiskIndex(Index):
             if self._depth:
                 yield
                 return
-            with self._translated(), self._gated(shared=True):
-                if self._follow() and self._cache.get(COMPLETE) is None:
-                    raise IndexReplacedError(f"the index {self._directory} was replaced and is not filled yet")
-                transact = self._patiently(self._begin)
-                self._depth += 1
+            try:
+                yield from self._transaction()
+            except (Exception, GeneratorExit):
+                raise
+            except BaseException:
+                self._start_over()
+                raise
+
+    def _transaction(self) -> Iterator[None]:
+        """The outermost transaction; the lock is held."""
+        with self._translated(), self._gated(shared=True):
+            if self._follow() and self._cache.get(COMPLETE) is None:
+                raise IndexReplacedError(f"the index {self._directory} was replaced and is not filled yet")
+            transact = self._patiently(self._begin)
+            self._depth += 1
+            try:
                 try:
-                    try:
-                        yield
-                    except BaseException:
-                        if not transact.__exit__(*sys.exc_info()):
-                            raise
-                    else:
-                        transact.__exit__(None, None, None)
-                except sqlite3.Error:
-                    # What could neither be committed nor rolled back ends with its connection; the next use makes a new one.
-                    with contextlib.suppress(sqlite3.Error):
-                        self._cache.close()
-                    raise
-                finally:
-                    self._depth -= 1
+                    yield
+                except BaseException:
+                    if not transact.__exit__(*sys.exc_info()):
+                        raise
+                else:
+                    transact.__exit__(None, None, None)
+            except sqlite3.Error:
+                # What could neither be committed nor rolled back ends with its connection; the next use makes a new one.
+                with contextlib.suppress(sqlite3.Error):
+                    self._cache.close()
+                raise
+            finally:
+                self._depth -= 1
+
+    def _start_over(self) -> None:
+        """Roll back whatever is open, on a new connection.
+
+        Ctrl-C may come between any two steps of diskcache, which then takes for open what is not, or the other way round.
+        """
+        self._depth = 0
+        with contextlib.suppress(sqlite3.Error, StoreError):
+            self._cache.close()
+            self._cache, self._inode = self._connect()
 
     def get(self, name: str) -> Any:
         """See Index."""

@@ -144,10 +144,8 @@ class CacheTuneLLM(CustomLLM):
     async def acomplete(
         self, prompt: str, formatted: bool = False, *, segments: Sequence[Segment] | None = None, **kwargs: Any
     ) -> CompletionResponse:
-        """As `complete`; the model runs in another thread."""
-        return await asyncio.to_thread(
-            lambda: _completion(self._last(self._steps(self._completion(prompt, formatted, segments, kwargs))))
-        )
+        """As `complete`; the model runs in another thread, and stops when the task is cancelled."""
+        return _completion(await self._alast(lambda: self._completion(prompt, formatted, segments, kwargs)))
 
     @llm_completion_callback()
     async def astream_complete(
@@ -177,8 +175,8 @@ class CacheTuneLLM(CustomLLM):
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        """As `chat`; the model runs in another thread."""
-        return await asyncio.to_thread(lambda: _chat(self._last(self._steps(self._conversation(messages, kwargs)))))
+        """As `chat`; the model runs in another thread, and stops when the task is cancelled."""
+        return _chat(await self._alast(lambda: self._conversation(messages, kwargs)))
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
@@ -268,6 +266,23 @@ class CacheTuneLLM(CustomLLM):
                 },
             },
         )
+
+    async def _alast(self, begin: Callable[[], AnswerStream]) -> _Step:
+        cancelled = threading.Event()
+
+        def answer() -> _Step:
+            last = _Step("", "", {})
+            for step in self._steps(begin()):
+                last = step
+                if cancelled.is_set():
+                    break  # which closes the stream
+            return last
+
+        try:
+            return await asyncio.to_thread(answer)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
 
     @staticmethod
     def _last(steps: Iterator[_Step]) -> _Step:
