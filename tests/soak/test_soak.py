@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import soak_bounds
+import soak_cancel
 import soak_crashes
 import soak_damage
 import soak_faults
@@ -46,3 +47,8 @@ def test_processes_and_threads_on_a_store_far_too_small(tmp_path: Path) -> None:
     outcome = soak_load.run(tmp_path, seconds=4, processes=2, threads=2, corpus=Corpus(prompts=12, length=30))
     assert outcome.problems == []
     assert outcome.figures["answers"] > 0
+
+
+def test_interrupts_and_cancelled_tasks_leave_nothing_behind(tmp_path: Path) -> None:
+    outcome = soak_cancel.run(tmp_path, interrupts=8, cancels=3)
+    assert outcome.problems == []
