@@ -406,8 +406,8 @@ class ModelAdapter:
         if current == wanted:
             yield
             return
-        self.model.set_attn_implementation(wanted)
         try:
+            self.model.set_attn_implementation(wanted)
             yield
         finally:
             self.model.set_attn_implementation(current)

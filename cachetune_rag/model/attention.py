@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from cachetune_rag.model.watch import Watch
 if TYPE_CHECKING:
     from cachetune_rag.model.kernel_call import KernelCall
 
+_T = TypeVar("_T")
 NAME = "cachetune_sdpa"
 BLOCK = 48
 """Selected tokens computed together (measured best on a CPU for 133 and 338 of them; 64 takes up to 7% longer)."""
@@ -41,13 +42,21 @@ class StopForward(Exception):
 
 
 @contextmanager
-def by_kernel(call: KernelCall) -> Iterator[None]:
-    """While the context is open, attention calls are `call`'s."""
-    token = _call.set(call)
+def _holding(variable: ContextVar[_T | None], value: _T) -> Iterator[None]:
+    """While the context is open, the variable has that value. Set inside of `try`, for Ctrl-C may come right behind it."""
+    before = variable.get()
     try:
+        variable.set(value)
         yield
     finally:
-        _call.reset(token)
+        variable.set(before)
+
+
+@contextmanager
+def by_kernel(call: KernelCall) -> Iterator[None]:
+    """While the context is open, attention calls are `call`'s."""
+    with _holding(_call, call):
+        yield
 
 
 @contextmanager
@@ -57,21 +66,15 @@ def by_position(positions: Tensor) -> Iterator[None]:
     count = positions.shape[0]
     if len(ends) * BLOCK < count:
         ends.append(int(positions[-1]))
-    token = _bounds.set([(i * BLOCK, min((i + 1) * BLOCK, count), end + 1) for i, end in enumerate(ends)])
-    try:
+    with _holding(_bounds, [(i * BLOCK, min((i + 1) * BLOCK, count), end + 1) for i, end in enumerate(ends)]):
         yield
-    finally:
-        _bounds.reset(token)
 
 
 @contextmanager
 def watched(watch: Watch) -> Iterator[None]:
     """While the context is open, attention calls inside of `by_position` show their last tokens to `watch`."""
-    token = _watch.set(watch)
-    try:
+    with _holding(_watch, watch):
         yield
-    finally:
-        _watch.reset(token)
 
 
 def blocked_attention(

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 # (key submodule, query submodule), most processed first: a norm over the keys comes after their projection.
 _SEPARATE = (
@@ -83,41 +84,60 @@ def candidates(attention: nn.Module, shape: HeadShape) -> Iterator[Tap]:
                 yield Tap(name, name, _interleaved(1, kv, dim), _interleaved(0, heads, dim))
 
 
+class Hooks:
+    """Hooks for a while; end it by `hooks.live = False` and `remove()`.
+
+    Each hook looks at `live` first: where Ctrl-C comes between the making of one and the noting of its handle, it stays on its
+    module, and must do nothing there. (Setting an attribute is one step; entering a method is not.)
+    """
+
+    def __init__(self) -> None:
+        self.live = True
+        self.handles: list[RemovableHandle] = []
+
+    def remove(self) -> None:
+        """Take them off their modules."""
+        for handle in self.handles:
+            handle.remove()
+
+
 @contextmanager
 def tapped(attentions: list[nn.Module], modules: list[str], receive: Callable[[int, Tensor], None]) -> Iterator[None]:
     """While the context is open, `receive(layer, output)` gets what the named submodule of each layer returns.
 
     Hooks see every forward of the model, so the caller holds the lock under which the model runs.
     """
-    handles = []
+    hooks = Hooks()
     try:
         for layer, (attention, name) in enumerate(zip(attentions, modules, strict=True)):
 
             def hook(_module: nn.Module, _args: Any, output: Tensor, layer: int = layer) -> None:
-                receive(layer, output)
+                if hooks.live:
+                    receive(layer, output)
 
-            handles.append(getattr(attention, name).register_forward_hook(hook))
+            hooks.handles.append(getattr(attention, name).register_forward_hook(hook))
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        hooks.live = False
+        hooks.remove()
 
 
 @contextmanager
 def inputs_tapped(layers: list[nn.Module], receive: Callable[[int, Tensor], None]) -> Iterator[None]:
     """While the context is open, `receive(layer, hidden)` gets each decoder layer's input, [batch, tokens, hidden]."""
-    handles = []
+    hooks = Hooks()
     try:
         for number, module in enumerate(layers):
 
             def hook(_module: nn.Module, args: Any, kwargs: dict[str, Any], number: int = number) -> None:
-                receive(number, args[0] if args else kwargs["hidden_states"])
+                if hooks.live:
+                    receive(number, args[0] if args else kwargs["hidden_states"])
 
-            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            hooks.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        hooks.live = False
+        hooks.remove()
 
 
 def first_matching(taps: Iterator[Tap], outputs: dict[str, Tensor], wanted: Callable[[Tensor], bool]) -> Tap | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from cachetune_rag.model.attention import StopForward
+from cachetune_rag.model.taps import Hooks
 
 if TYPE_CHECKING:
     from cachetune_rag.model.adapter import ModelAdapter
@@ -54,12 +55,13 @@ def interruptible(attentions: Sequence[nn.Module], device: torch.device, stop: C
     def check(*_: object) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # the host is layers ahead, and what it has launched can't be taken back
-        if stop():
+        if hooks.live and stop():
             raise StopForward
 
-    handles = [attention.register_forward_pre_hook(check) for attention in attentions]
+    hooks = Hooks()
     try:
+        hooks.handles += [attention.register_forward_pre_hook(check) for attention in attentions]
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        hooks.live = False
+        hooks.remove()

@@ -14,7 +14,7 @@ from .keys import ChunkKey
 from .readers import ChunkReader, DiskReader, HostReader
 from .stats import TierUsage
 from .texts import drop_text, evict_text, note_text
-from .tiers import DeviceTier, DiskTier, HostTier, Pins, Tier
+from .tiers import DeviceTier, DiskTier, HostTier, Tier
 from .usage import UsageLog
 
 __all__ = ["Placement"]
@@ -32,7 +32,6 @@ class Placement:
     Args:
         host: the upper tier.
         disk: the lower tier, if there is one.
-        pins: chunks in use.
         index: where texts are noted if there is no disk tier, which else does it.
         claims: who computes which chunk.
         device: the tier on top, if there is one; it holds copies only.
@@ -42,7 +41,6 @@ class Placement:
         self,
         host: HostTier,
         disk: DiskTier | None,
-        pins: Pins,
         index: Index,
         claims: Claims,
         device: DeviceTier | None = None,
@@ -50,7 +48,6 @@ class Placement:
         self.device = device
         self.host = host
         self.disk = disk
-        self._pins = pins
         self._index = index
         self._claims = claims
         self._lock = threading.Lock()
@@ -246,7 +243,6 @@ class Placement:
         return 0 if self.device is None else self.device.remove(key)
 
     def _release(self, reader: ChunkReader) -> None:
-        self._pins.drop(reader.key)
         tier = self._tiers[reader.tier]
         with self._lock:
             tier.counters.bytes_read += reader.bytes_read

@@ -34,6 +34,7 @@ class ChunkReader(ABC):
         in_memory: whether read() gives what is there, without waiting.
         device: where the rows are that read() gives.
         head: all of the chunk but its rows.
+        pin: what keeps the chunk from being evicted until close().
         on_close: called once with the reader when it is closed.
         on_promote: called with the chunk to be put into the tier above; None if it wouldn't fit there.
     """
@@ -44,6 +45,7 @@ class ChunkReader(ABC):
 
     def __init__(self, head: ChunkHead) -> None:
         self.head = head
+        self.pin: object = None
         self.on_close: Callable[[ChunkReader], None] | None = None
         self.on_promote: Callable[[Chunk], bool] | None = None
         # One slot a layer, so that threads on different layers don't share a counter.
@@ -126,6 +128,7 @@ class ChunkReader(ABC):
         """Release the chunk. May be called again."""
         if not self._closed:
             self._closed = True
+            self.pin = None
             if self.on_close is not None:
                 self.on_close(self)
 

@@ -94,7 +94,7 @@ class ChunkStore:
             self._documents = Documents(self._index, None, None)
             self._notes = Notes(None, None)
             self._claims: Claims = MemoryClaims()
-            self._placement = Placement(host, None, pins, self._index, self._claims, on_device)
+            self._placement = Placement(host, None, self._index, self._claims, on_device)
             return
         try:
             self._directory = directory = StoreDirectory(self.path)
@@ -111,7 +111,7 @@ class ChunkStore:
                 pool=self._pool,
                 direct=DirectIO(direct_io),
             )
-            self._placement = Placement(host, disk, pins, self._index, self._claims, on_device)
+            self._placement = Placement(host, disk, self._index, self._claims, on_device)
             directory.bring_in_line(disk, self._documents)
         except OSError as error:
             raise explain(error, self.path) from error

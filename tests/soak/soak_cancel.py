@@ -141,7 +141,7 @@ def _all_free(outcome: Outcome, corpus: Corpus, engine: CacheTune, name: str) ->
     """Nothing is held, and the next request is right, on this thread and on others."""
     gc.collect()
     until = time.monotonic() + PATIENCE
-    while (pinned := len(engine.store._placement._pins)) and time.monotonic() < until:
+    while (pinned := len(engine.store._placement.disk._pins)) and time.monotonic() < until:
         time.sleep(0.005)
     outcome.expect(not pinned, f"{name}: {pinned} chunks stay pinned")
     said: list[str | None] = []

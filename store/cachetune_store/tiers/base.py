@@ -3,41 +3,62 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from abc import ABC, abstractmethod
-from collections import Counter
 
 from ..chunk import Chunk
 from ..keys import ChunkKey
 from ..readers import ChunkReader
 from ..stats import Counters, TierStats
 
-__all__ = ["Pins", "Tier"]
+__all__ = ["Pin", "Pins", "Tier"]
+
+_FEW = 64
+
+
+class Pin:
+    """A chunk is in use as long as this lives."""
+
+    __slots__ = ("__weakref__", "digest")
+
+    def __init__(self, digest: str) -> None:
+        self.digest = digest
 
 
 class Pins:
-    """Chunks in use by this process, counted. No tier evicts one of them."""
+    """Chunks in use by this process. No tier evicts one of them.
+
+    A use ends when its pin does, however that comes about: counts that are taken back by hand would be off for ever if
+    Ctrl-C came in between.
+    """
 
     def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
+        self._uses: dict[str, list[weakref.ref[Pin]]] = {}
+        self._many = _FEW
         self._lock = threading.Lock()
 
-    def add(self, key: ChunkKey) -> None:
-        """One more user of a chunk."""
+    def add(self, key: ChunkKey) -> Pin:
+        """One more user of a chunk, for as long as it keeps what is returned."""
+        pin = Pin(key.digest)
         with self._lock:
-            self._counts[key.digest] += 1
-
-    def drop(self, key: ChunkKey) -> None:
-        """One user less."""
-        with self._lock:
-            self._counts[key.digest] -= 1
-            if self._counts[key.digest] <= 0:
-                del self._counts[key.digest]
+            live = [use for use in self._uses.get(key.digest, ()) if use() is not None]
+            self._uses[key.digest] = [*live, weakref.ref(pin)]
+            if len(self._uses) > self._many:
+                self._sweep()
+                self._many = 2 * len(self._uses) + _FEW
+        return pin
 
     def __contains__(self, key: object) -> bool:
-        return (key.digest if isinstance(key, ChunkKey) else key) in self._counts
+        digest = key.digest if isinstance(key, ChunkKey) else key
+        return any(use() is not None for use in self._uses.get(digest, ()))  # type: ignore[call-overload]
 
     def __len__(self) -> int:
-        return len(self._counts)
+        with self._lock:
+            self._sweep()
+            return len(self._uses)
+
+    def _sweep(self) -> None:
+        self._uses = {digest: uses for digest, uses in self._uses.items() if any(use() is not None for use in uses)}
 
 
 class Tier(ABC):

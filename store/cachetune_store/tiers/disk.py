@@ -92,11 +92,10 @@ class DiskTier(Tier):
 
         `errors` gets why a file that is there can't be used.
         """
-        self._pins.add(key)
+        pin = self._pins.add(key)
         reader = self._open(key, errors)
-        if reader is None:
-            self._pins.drop(key)
-        else:
+        if reader is not None:
+            reader.pin = pin
             self.touch(key)
         with self._lock:
             self.counters.hits += reader is not None

@@ -58,9 +58,11 @@ class MemoryTier(Tier, Generic[Held]):
                 self.counters.misses += 1
                 return None
             self._held.move_to_end(key.digest)
-            self._pins.add(key)
+            pin = self._pins.add(key)
             self.counters.hits += 1
-        return self._reader(entry[0])
+        reader = self._reader(entry[0])
+        reader.pin = pin
+        return reader
 
     def touch(self, key: ChunkKey) -> None:
         """See Tier."""
