@@ -51,7 +51,7 @@ def _in_a_process(outcome: Outcome, work: Callable[[Tell], None]) -> None:
 def _many_requests(corpus: Corpus, path: Path, requests: int, tell: Tell) -> None:
     rng = random.Random(0)
     options = {"disk_budget": "1MB", "host_budget": "300KB"}
-    every = max(1, requests // 200)
+    every = max(10, requests // 200)
     numbers, memory, files = [], [], []
     with corpus.engine(path, **options) as engine:
         for number in range(requests):

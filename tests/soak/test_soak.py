@@ -38,7 +38,7 @@ def test_a_failing_disk_gives_no_wrong_answer_and_no_hang(tmp_path: Path, corpus
 
 
 def test_memory_and_files_stay_flat(tmp_path: Path, corpus: Corpus) -> None:
-    outcome = soak_bounds.run(tmp_path, requests=60, budget_mib=2, corpus=corpus)
+    outcome = soak_bounds.run(tmp_path, requests=120, budget_mib=2, corpus=corpus)
     assert outcome.problems == []
     assert outcome.figures["pinned at the end"] == 0
 
@@ -49,6 +49,9 @@ def test_processes_and_threads_on_a_store_far_too_small(tmp_path: Path) -> None:
     assert outcome.figures["answers"] > 0
 
 
-def test_interrupts_and_cancelled_tasks_leave_nothing_behind(tmp_path: Path) -> None:
-    outcome = soak_cancel.run(tmp_path, interrupts=8, cancels=3)
+def test_cancelling_leaves_nothing_behind(tmp_path: Path, corpus: Corpus) -> None:
+    pytest.importorskip("llama_index.core")
+    pytest.importorskip("langchain_core")
+    outcome = soak_cancel.run(tmp_path, interrupts=24, cancels=1, corpus=corpus)
     assert outcome.problems == []
+    assert outcome.figures["interrupts"] > 0

@@ -335,3 +335,20 @@ def test_an_index_that_others_replace_again_and_again_is_followed(path: Path, mo
         assert len(times) == 5
         with store.open(one.key) as reader:  # type: ignore[union-attr]
             assert one.matches(reader)
+
+
+def test_an_interrupted_transaction_keeps_nobody_out(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(index: DiskIndex) -> None:
+        # As if Ctrl-C came inside of diskcache, behind its BEGIN and before it takes note of that.
+        index._cache._sql("BEGIN IMMEDIATE")
+        raise KeyboardInterrupt
+
+    with ChunkStore(path) as store, ChunkStore(path) as other:
+        with monkeypatch.context() as patch:
+            patch.setattr(DiskIndex, "_begin", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                store._index.set("a", 1)
+        other._index.set("b", 2)
+        store._index.set("a", 3)
+        assert (other._index.get("a"), store._index.get("b")) == (3, 2)
+        check_whole(store)
