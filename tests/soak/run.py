@@ -34,7 +34,6 @@ PARTS: dict[str, Callable[[Path], Outcome]] = {
     "damage": lambda folder: soak_damage.run(folder, examples=1000),
     "faults": lambda folder: soak_faults.run(folder),
     "load": lambda folder: soak_load.run(folder, seconds=600, processes=8, threads=4),
-    "cancel": lambda folder: soak_cancel.run(folder, interrupts=200, cancels=50),
     "bounds": lambda folder: soak_bounds.run(folder, requests=10_000, budget_mib=64),
     "cancel": lambda folder: soak_cancel.run(folder, interrupts=1000, cancels=10),
 }
