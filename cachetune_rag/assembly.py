@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -210,7 +211,7 @@ class Assembler:
             if plan is not None:
                 self._prefixes.keep(plan.prefix, plan.buffers)
             kept = 0 if plan is None else plan.kept
-            reused = 0 if plan is None else int((~plan.computed).sum()) - kept
+            reused = 0 if plan is None else int((~plan.computed.numpy()).sum()) - kept
             report = Report(
                 prompt_tokens=len(prompt.ids),
                 reused=reused,
@@ -240,30 +241,35 @@ class Assembler:
         buffers = self._adapter.new_buffers(len(prompt.ids))
         prefix = prompt.ids[: min(span.start for span in prompt.spans if span.end > span.start)]
         kept = len(prefix) if self._prefixes.fill(prefix, buffers) else 0
-        computed = torch.ones(len(prompt.ids), dtype=torch.bool)  # before the selector adds to it
+        # NumPy throughout: for some ten thousand numbers, waking torch's threads takes longer than the work, and as long as
+        # other processes please where the processor is busy.
+        computed = np.ones(len(prompt.ids), np.bool_)  # before the selector adds to it
         computed[:kept] = False
-        unread = torch.zeros_like(computed)
+        unread = np.zeros_like(computed)
         sources = []
         for start, reader in found:
             tokens = reader.layout.tokens
             source = Source(reader, start, tokens - budget(config.skipped, tokens))
             # What is skipped is computed from the first layer on, also by a selector that looks at layers.
-            computed.index_fill_(0, source.places[: source.rows], False)
-            unread.index_fill_(0, source.places[source.rows :], True)
+            places = source.places.numpy()
+            computed[places[: source.rows]] = False
+            unread[places[source.rows :]] = True
             sources.append(source)
         loader = self._loader(sources, buffers)
         stack.callback(loader.close)
         loader.hurry()
         computed[-1] = True  # also where a prompt ends in a chunk: the answer starts from it
-        context = RequestContext(self._adapter, prompt, sources, computed, buffers, loader)
+        context = RequestContext(self._adapter, prompt, sources, torch.from_numpy(computed), buffers, loader)
         shift = None
         if config.skipped < config.ratio or not config.skipped:
             selector = get_selector(config.selector)
-            computed = computed.index_fill(0, selector.select(context, config.ratio), True)
+            selected = selector.select(context, config.ratio)
+            computed = computed.copy()  # the context keeps what it was given
+            computed[selected.numpy()] = True
             shift = _shift(selector.shift, context.chunks, computed & ~unread)
-        if bool(computed[kept:].all()):
+        if computed[kept:].all():
             return None, context.probed
-        return _Plan(computed, prefix, kept, sources, buffers, loader, shift), context.probed
+        return _Plan(torch.from_numpy(computed), prefix, kept, sources, buffers, loader, shift), context.probed
 
     def _look_up(
         self, prompt: Prompt, opened: OpenReaders, faults: Faults
@@ -313,7 +319,7 @@ class Assembler:
             torch.cuda.synchronize(self._adapter.device)
 
 
-def _shift(strength: float, chunks: Sequence[ReusedChunk], selected: Tensor) -> ChunkShift | None:
+def _shift(strength: float, chunks: Sequence[ReusedChunk], selected: NDArray[np.bool_]) -> ChunkShift | None:
     """The chunk shift of what is reused; None where nothing moves.
 
     Only a chunk that is a mean over lead-ins is shifted. What was captured behind one lead-in is off by that lead-in too,
@@ -325,12 +331,14 @@ def _shift(strength: float, chunks: Sequence[ReusedChunk], selected: Tensor) -> 
         selected: bool [length], the recomputed tokens whose stored rows are read: of others no difference is known.
     """
     spans = []
-    before = [0, *np.cumsum(selected.numpy()).tolist()] if strength else []
+    before = [0, *np.cumsum(selected).tolist()] if strength else []
     for chunk in chunks if strength else ():
         start, end = chunk.start, chunk.start + chunk.tokens
         if chunk.deviations is not None and 0 < before[end] - before[start] < chunk.tokens - chunk.skipped:
             spans.append((start, end))
-    return ChunkShift(strength, spans, selected if any(c.skipped for c in chunks) else None) if spans else None
+    if not spans:
+        return None
+    return ChunkShift(strength, spans, torch.from_numpy(selected) if any(c.skipped for c in chunks) else None)
 
 
 def _slowest(readers: Iterable[ChunkReader]) -> tuple[str, str]:

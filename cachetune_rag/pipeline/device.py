@@ -229,7 +229,9 @@ class DeviceLoader(LayerLoader):
         where = rows_of([source.rows for source in group])
         places = np.concatenate([source.places[: source.rows].numpy() for source in group])
         count, even = len(where), np.zeros(len(where) % 2, np.int64)
-        host = torch.from_numpy(np.concatenate((bases.ravel(), where, even, places))).pin_memory()
+        parts = bases.ravel(), where, even, places
+        host = torch.empty(sum(map(len, parts)), dtype=torch.int64, pin_memory=device.type == "cuda")
+        np.concatenate(parts, out=host.numpy())  # torch would copy with all its threads
         with torch.cuda.stream(self._streams.copy):
             there = host.to(device, non_blocking=True)
         there.record_stream(self._streams.place)

@@ -143,6 +143,12 @@ def top_set(scores: Tensor, count: int) -> Tensor:
     return torch.from_numpy(np.flatnonzero(chosen))
 
 
+def top_places(scores: Tensor, places: Tensor, count: int) -> Tensor:
+    """Those `count` of `places` [n] at which `scores` [length] is largest, both on the host; see `top_set`."""
+    among = places.numpy()
+    return torch.from_numpy(among[top_set(torch.from_numpy(scores.numpy()[among]), count).numpy()])
+
+
 def total_budget(chunks: Sequence[ReusedChunk], ratio: float) -> int:
     """How many tokens are left to choose over all chunks, if `ratio` of their tokens is to be recomputed."""
     return max(0, budget(ratio, sum(c.tokens for c in chunks)) - sum(c.skipped for c in chunks))
@@ -150,4 +156,4 @@ def total_budget(chunks: Sequence[ReusedChunk], ratio: float) -> int:
 
 def all_places(chunks: Sequence[ReusedChunk]) -> Tensor:
     """Places of every token of the chunks that can be chosen, int64, in prompt order."""
-    return torch.cat([c.places() for c in chunks] or [torch.empty(0, dtype=torch.int64)])
+    return torch.from_numpy(np.concatenate([c.places().numpy() for c in chunks] or [np.empty(0, np.int64)]))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cachetune_rag.selection.base import SelectionContext, Selector, all_places, top_set, total_budget
+from cachetune_rag.selection.base import SelectionContext, Selector, all_places, top_places, total_budget
 
 
 class ExpectedErrorSelector(Selector):
@@ -37,4 +37,4 @@ class ExpectedErrorSelector(Selector):
             return places[:count]
         error = context.expected_error(self.layers(context.num_layers), self.queries)
         # On the host: a copy to a GPU would wait for all the KV that is on its way there.
-        return places[top_set(error.cpu()[places], count)]
+        return top_places(error.cpu(), places, count)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cachetune_rag.selection.base import SelectionContext, Selector, all_places, top_set, total_budget
+from cachetune_rag.selection.base import SelectionContext, Selector, all_places, top_places, total_budget
 
 
 class ProbeSelector(Selector):
@@ -39,4 +39,4 @@ class ProbeSelector(Selector):
             context.observe_attention(layers, self.queries, lambda _layer, weights: mass.append(weights.mean((0, 1))))
             received = torch.stack(mass).sum(0)
         # On the host: a copy to a GPU would wait for all the KV that is on its way there.
-        return places[top_set(received.cpu()[places], count)]
+        return top_places(received.cpu(), places, count)
