@@ -15,7 +15,7 @@ from cachetune_rag.prompt import Prompt
 from cachetune_rag.report import Report
 
 if TYPE_CHECKING:
-    from cachetune_rag.engine import CacheTune
+    from cachetune_rag.request_runner import RequestRunner
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class AnswerStream:
     """
 
     def __init__(
-        self, engine: CacheTune, prompt: Prompt, config: ReuseConfig | None, plan: DecodingPlan, started: float
+        self, requests: RequestRunner, prompt: Prompt, config: ReuseConfig | None, plan: DecodingPlan, started: float
     ):
-        self._engine, self._prompt, self._config, self._plan, self._started = engine, prompt, config, plan, started
+        self._requests, self._prompt, self._config, self._plan, self._started = requests, prompt, config, plan, started
         self._report: Report | None = None
         self._answer: Answer | None = None
         self.when_read: Callable[[], None] = lambda: None
@@ -95,17 +95,17 @@ class AnswerStream:
 
     def _reserving(self) -> Any:
         """The pieces; in between, background work stays away from the model."""
-        with self._engine._lock.reserved():
+        with self._requests.reserved():
             yield from self._run()
 
     def _run(self) -> Any:
-        engine = self._engine
-        state = engine._run_prefill(self._prompt, self._config, self._started, self.when_read)
+        requests = self._requests
+        state = requests.prefill(self._prompt, self._config, self._started, self.when_read)
         tokens: list[int] = []
         text: list[str] = []
         stream = self._plan.text_stream()
         self._report = state.report
-        for token in decode(lambda t: engine._forward(t, state.cache), self._plan, state.logits):
+        for token in decode(lambda t: requests.forward(t, state.cache), self._plan, state.logits):
             if not tokens:
                 # Choosing the first token is part of waiting for it.
                 self._report = replace(state.report, ttft=time.perf_counter() - self._started)
@@ -116,7 +116,6 @@ class AnswerStream:
         if piece := stream.finish():
             text.append(piece)
             yield piece
-        self._report = replace(self._report, unstored=engine._store_missed(state))
+        self._report = replace(self._report, unstored=requests.store_missed(state))
         self._answer = Answer("".join(text), self._report, tuple(tokens), self._plan.finish_reason)
-        engine.observers.answered(self._report, self._answer, time.perf_counter() - self._started)
-        engine._fidelity.offer(state, tokens)
+        requests.answered(state, self._answer, self._started)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cachetune_rag.profiles import Profiles
-from cachetune_store import Namespace, StoreError
+from cachetune_rag.config import resolve
+from cachetune_store import StoreError
+
+if TYPE_CHECKING:
+    from cachetune_rag.parts import EngineParts
 
 KIND = "calibration"
 
@@ -86,26 +89,32 @@ def choose(figures: Sequence[RatioFigures]) -> float | None:
     return found
 
 
-def profile_key(namespace: Namespace, selector: str, codec: str) -> dict[str, str]:
-    """What a calibrated ratio depends on; the namespace is model, tokenizer, dtype, lead-in and tenant."""
-    return {"namespace": namespace.digest, "selector": selector, "codec": codec}
+class SavedCalibrations:
+    """The calibrated ratios of one engine: by model, tokenizer, dtype, lead-in, tenant, selector and codec."""
 
+    def __init__(self, engine: EngineParts):
+        self._engine = engine
 
-def save(calibration: Calibration, profiles: Profiles, key: Mapping[str, str], model_name: str) -> Calibration:
-    """Keep the result for this engine and later ones. A store that can't be written is logged, and `saved` is False."""
-    record = {**calibration.as_dict(), "saved": True, "model_name": model_name}
-    try:
-        path = profiles.save(KIND, key, record)
-    except StoreError as error:
-        _log.warning("the calibrated ratio holds for this engine only, since it could not be saved: %s", error)
-        return calibration
-    return dataclasses.replace(calibration, saved=path is not None)
+    def save(self, calibration: Calibration) -> Calibration:
+        """Keep the result for this engine and later ones. A store that can't be written is logged, and `saved` is False."""
+        engine = self._engine
+        record = {**calibration.as_dict(), "saved": True, "model_name": engine.model_name}
+        try:
+            path = engine.profiles.save(KIND, self._key(calibration.selector), record)
+        except StoreError as error:
+            _log.warning("the calibrated ratio holds for this engine only, since it could not be saved: %s", error)
+            return calibration
+        return dataclasses.replace(calibration, saved=path is not None)
 
+    def ratio(self, selector: str) -> float | None:
+        """The ratio that was saved for a selector or "auto"; None if there is none (or none that makes sense)."""
+        content = self._engine.profiles.load(KIND, self._key(resolve(selector, 0).selector))
+        ratio = None if content is None else content.get("ratio")
+        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
+            return None
+        return float(ratio)
 
-def saved_ratio(profiles: Profiles, key: Mapping[str, str]) -> float | None:
-    """The ratio that was saved under `profile_key`; None if there is none (or none that makes sense)."""
-    content = profiles.load(KIND, key)
-    ratio = None if content is None else content.get("ratio")
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
-        return None
-    return float(ratio)
+    def _key(self, selector: str) -> dict[str, str]:
+        """What a calibrated ratio depends on; the namespace is model, tokenizer, dtype, lead-in and tenant."""
+        engine = self._engine
+        return {"namespace": engine.namespace.digest, "selector": selector, "codec": engine.store.codec}

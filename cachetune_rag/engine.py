@@ -1,55 +1,36 @@
-"""The engine, as a user sees it."""
+"""The engine, as a user sees it.
+
+It is opened in `parts.py`; what a request goes through is in `request_runner.py`.
+"""
 
 from __future__ import annotations
 
-import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
-from types import TracebackType
-from typing import Any, Self
-
-import torch
+from typing import Any
 
 from cachetune_rag.answer import Answer, AnswerStream
-from cachetune_rag.assembly import Assembler, PrefillState
-from cachetune_rag.calibration import Calibration, profile_key, save, saved_ratio
+from cachetune_rag.assembly import PrefillState
+from cachetune_rag.calibration import Calibration
 from cachetune_rag.calibrator import RATIOS, CalibrationPlan, CalibrationProgress, Calibrator
-from cachetune_rag.config import ReuseConfig, resolve
-from cachetune_rag.deadline import DeadlinePool, StoreTimeoutError
-from cachetune_rag.decoding import prepare
 from cachetune_rag.documents import Document
-from cachetune_rag.errors import ConfigError, EngineClosedError, PromptTooLongError
-from cachetune_rag.fidelity import FidelitySampler
-from cachetune_rag.leads import LeadIns, given_lead_ins
-from cachetune_rag.loading import load_model
-from cachetune_rag.model import ModelAdapter
-from cachetune_rag.model.fingerprint import model_fingerprint, tokenizer_fingerprint
-from cachetune_rag.model_lock import ModelLock
+from cachetune_rag.parts import EngineParts
 from cachetune_rag.pipeline.device import warm_up as warm_up_loading
-from cachetune_rag.pipeline.prefetch import Prefetch, Prefetcher
-from cachetune_rag.precompute import Precomputer, Progress
-from cachetune_rag.profiles import Profiles
-from cachetune_rag.prompt import Chunk, Prompt, PromptBuilder, Segment
-from cachetune_rag.recognition import StoreRecognizer
+from cachetune_rag.pipeline.prefetch import Prefetch
+from cachetune_rag.precompute import Progress
+from cachetune_rag.prompt import Chunk, Prompt, Segment
 from cachetune_rag.report import PrecomputeSummary
 from cachetune_rag.request_queue import generate_many
 from cachetune_rag.selection.expected_error import ExpectedErrorSelector
-from cachetune_rag.stats import EngineStats, RequestCounter
-from cachetune_rag.storage import open_store
-from cachetune_rag.telemetry.observer import Observers, new_request_id
+from cachetune_rag.stats import EngineStats
 from cachetune_rag.tuning import TuneProgress, TuningResult
-from cachetune_rag.tuning.saved import SavedTunings
 from cachetune_rag.tuning.tuner import R_MAX, ROUNDS, TOKENS, Tuner, TuningPlan
-from cachetune_store import ChunkKey, ChunkStore, Namespace, StoreError, UnknownDocumentError
+from cachetune_store import UnknownDocumentError
 from cachetune_store.histogram import Histogram
 
-_log = logging.getLogger(__name__)
 
-
-class CacheTune:
+class CacheTune(EngineParts):
     """Answers prompts whose document chunks were run through the model beforehand.
 
     Args:
@@ -78,101 +59,6 @@ class CacheTune:
 
     Any number of threads may use one engine; the model runs one forward at a time.
     """
-
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        store: str | os.PathLike[str] | ChunkStore | None = None,
-        *,
-        prompt_template: str | None = None,
-        chunk_separator: str = "\n\n",
-        lead_in: Sequence[int] | Sequence[Sequence[int]] | str = "auto",
-        tenant: str = "",
-        batch_tokens: int | None = None,
-        cuda_kernels: bool = True,
-        fidelity_sample: float = 0.0,
-        read_timeout: float | None = 30.0,
-        **store_options: Any,
-    ):
-        self._lock = ModelLock()
-        self.adapter = ModelAdapter(model, cuda_kernels=cuda_kernels)
-        self._fidelity = FidelitySampler(fidelity_sample, self.adapter, self._lock)
-        self.tokenizer = tokenizer
-        self.model_name: str = getattr(model.config, "_name_or_path", "") or self.adapter.architecture
-        self.prompts = PromptBuilder(tokenizer, template=prompt_template, chunk_separator=chunk_separator)
-        namespace = Namespace(
-            model=model_fingerprint(model),
-            tokenizer=tokenizer_fingerprint(tokenizer),
-            dtype=str(self.adapter.dtype).removeprefix("torch."),
-            lead_ins=given_lead_ins(lead_in, self.prompts.first_token, self.adapter.config.vocab_size),
-            tenant=tenant,
-        )
-        self._owns_store = not isinstance(store, ChunkStore)
-        self.store = open_store(store, self.adapter.device, store_options)
-        self._pool = DeadlinePool(None if self.store.path is None else read_timeout)
-        self.lead_ins = LeadIns(
-            self.store,
-            namespace,
-            choose=lead_in == "auto",
-            vocabulary=self.adapter.config.vocab_size,
-            limit=self.adapter.max_positions,
-            call=self._pool.call,
-        )
-        """What stands before chunks while they are computed."""
-        self.profiles = Profiles(self.store.path, self._pool.call)
-        self._prefetcher = Prefetcher(self.store)
-        self._tunings = SavedTunings(self)
-        self._assembler = Assembler(
-            self.adapter, self.store, self.lead_ins, self._pool, self._prefetcher, self._tunings.apply
-        )
-        if batch_tokens is None:
-            batch_tokens = 8192 if self.adapter.device.type == "cuda" else 0
-        self._recognizer = StoreRecognizer(self.store, self.lead_ins, self._pool.call)
-        self._precomputer = Precomputer(
-            self.adapter,
-            self.store,
-            self.lead_ins,
-            self.prompts.encode,
-            self._lock,
-            batch_tokens,
-            self._recognizer.add,
-        )
-        self._counter = RequestCounter()
-        self.observers = Observers()
-        """Who is told about requests (`cachetune_rag.telemetry`)."""
-        self._closed = False
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model: str | os.PathLike[str],
-        store: str | os.PathLike[str] | ChunkStore | None = None,
-        *,
-        gguf_file: str | None = None,
-        device: str = "auto",
-        dtype: str | torch.dtype = "auto",
-        revision: str | None = None,
-        **options: Any,
-    ) -> Self:
-        """Load model and tokenizer by path or hub id, and open the store.
-
-        Args:
-            model: a folder or a hub id, as transformers takes it.
-            store: see the class.
-            gguf_file: name of a GGUF file in that folder; its weights are dequantised.
-            device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1".
-            dtype: "auto" (the checkpoint's own; float32 on a CPU, where half types are slow), or a torch dtype or its name.
-            revision: branch, tag or commit on the hub.
-            options: further arguments of the class.
-        """
-        loaded, tokenizer = load_model(model, gguf_file=gguf_file, device=device, dtype=dtype, revision=revision)
-        return cls(loaded, tokenizer, store, **options)
-
-    @property
-    def namespace(self) -> Namespace:
-        """What keys of chunks are made with; it changes when lead-ins are chosen, by this process or another."""
-        return self.lead_ins.namespace
 
     # -- indexing -------------------------------------------------------------------------------------------------
 
@@ -289,21 +175,16 @@ class CacheTune:
         """
         self._check_open()
         started = time.perf_counter()
-        config = self._config(selector, ratio)
-        prompt = self._prompt(query, chunks, prefix, prompt)
-        room = max_new_tokens
-        if self.adapter.max_positions is not None:
-            room = min(room, self.adapter.max_positions - len(prompt.ids))
-        plan = prepare(
-            self.adapter.model,
-            self.tokenizer,
-            list(prompt.ids),
+        config = self._requests.config(selector, ratio)
+        return self._requests.stream(
+            self._requests.prompt(query, chunks, prefix, prompt),
+            config if reuse else None,
+            started,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
             generation_config=generation_config,
-            max_new_tokens=room,
-            stop=[stop] if isinstance(stop, str) else list(stop or ()),
-            **sampling,
+            sampling=sampling,
         )
-        return AnswerStream(self, prompt, config if reuse else None, plan, started)
 
     def generate_many(self, requests: Iterable[Any], **options: Any) -> Iterator[Answer]:
         """Answer requests one after another, in order; while one computes, the next one's chunks are read from disk.
@@ -332,15 +213,7 @@ class CacheTune:
             prompt: a prompt from `engine.prompts`, instead of chunks.
         """
         self._check_open()
-        if isinstance(chunks, str) or (chunks and prompt is not None):
-            raise ConfigError("prefetch takes either chunks=, a list of strings, or prompt=.")
-        texts = tuple(chunks)
-
-        def keys() -> list[ChunkKey]:
-            every = map(self.prompts.encode, texts) if prompt is None else prompt.chunk_ids
-            return [self._assembler.key(ids) for ids in every if ids]
-
-        return self._prefetcher.fetch(keys)
+        return self._requests.prefetch(chunks, prompt)
 
     def prefill(
         self,
@@ -355,9 +228,9 @@ class CacheTune:
         """Read a prompt with reuse and stop there: logits [1, vocab], cache, report. Missing chunks are stored."""
         self._check_open()
         started = time.perf_counter()
-        config = self._config(selector, ratio)
-        state = self._run_prefill(self._prompt(query, chunks, prefix, prompt), config, started)
-        return replace(state, report=replace(state.report, unstored=self._store_missed(state)))
+        config = self._requests.config(selector, ratio)
+        state = self._requests.prefill(self._requests.prompt(query, chunks, prefix, prompt), config, started)
+        return replace(state, report=replace(state.report, unstored=self._requests.store_missed(state)))
 
     def full_prefill(
         self,
@@ -370,7 +243,7 @@ class CacheTune:
         """Read the same tokens without reuse: what `prefill` is measured against."""
         self._check_open()
         started = time.perf_counter()
-        return self._run_prefill(self._prompt(query, chunks, prefix, prompt), None, started)
+        return self._requests.prefill(self._requests.prompt(query, chunks, prefix, prompt), None, started)
 
     def warmup(self, computed_tokens: int = 2048, prompt_lengths: Sequence[int] = (8192, 32768)) -> None:
         """Make ready for requests, so that none of them pays for compiling: on a GPU, compile kernels and the model's layers and
@@ -434,12 +307,11 @@ class CacheTune:
         plan = CalibrationPlan.of(
             bound=bound, measure=measure, selector=selector, ratios=ratios, tokens=tokens, quantile=quantile
         )
-        found = Calibrator(self, plan, progress).run(samples)
-        return save(found, self.profiles, self._profile_key(found.selector), self.model_name)
+        return self._calibrations.save(Calibrator(self, plan, progress).run(samples))
 
     def calibrated_ratio(self, selector: str = "auto") -> float | None:
         """The ratio that `calibrate` saved for a selector, the least that keeps its bound; None if there is none."""
-        return saved_ratio(self.profiles, self._profile_key(resolve(selector, 0).selector))
+        return self._calibrations.ratio(selector)
 
     # -- tuning ---------------------------------------------------------------------------------------------------
 
@@ -488,105 +360,6 @@ class CacheTune:
     def ttft_histograms(self) -> dict[str, Histogram]:
         """Times to first token of requests with reuse, by the slowest tier that each read from."""
         return self._counter.ttft_histograms()
-
-    def close(self) -> None:
-        """Release threads and the store (if the engine opened it). Further requests are refused."""
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-        self._fidelity.close()
-        with suppress(StoreTimeoutError):
-            self._pool.call(self._prefetcher.close)
-            if self._owns_store:
-                self._pool.call(self.store.close)
-        self._pool.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    # -- inside ---------------------------------------------------------------------------------------------------
-
-    def _prompt(self, query: str | None, chunks: Sequence[str], prefix: str | None, prompt: Prompt | None) -> Prompt:
-        if prompt is None:
-            if query is None:
-                raise ConfigError("a request needs query= (with chunks=), or prompt= built by engine.prompts.")
-            if isinstance(chunks, str):
-                raise ConfigError("chunks is a string: use a list of strings, one a retrieved passage.")
-            prompt = self.prompts.build(query=query, chunks=chunks, prefix=prefix)
-        elif query is not None or chunks or prefix is not None:
-            raise ConfigError("a request takes either prompt= or query=, chunks= and prefix=, not both.")
-        if not prompt.ids:
-            raise ConfigError("the prompt has no tokens: give a query or a prefix.")
-        limit = self.adapter.max_positions
-        if limit is not None and len(prompt.ids) >= limit:
-            raise PromptTooLongError(
-                f"the prompt has {len(prompt.ids)} tokens and the model's context is {limit}, which must also hold the "
-                "answer: retrieve fewer or shorter chunks."
-            )
-        return prompt
-
-    def _config(self, selector: str, ratio: float | str) -> ReuseConfig:
-        config = resolve(selector, ratio)
-        calibrated = self.calibrated_ratio(config.selector) if ratio == "auto" else None
-        return config if calibrated is None else replace(config, ratio=calibrated)
-
-    def _profile_key(self, selector: str) -> dict[str, str]:
-        return profile_key(self.namespace, selector, self.store.codec)
-
-    def _run_prefill(
-        self,
-        prompt: Prompt,
-        config: ReuseConfig | None,
-        started: float,
-        when_read: Callable[[], None] = lambda: None,
-    ) -> PrefillState:
-        with self._lock.reserved(), self._lock:
-            self._check_open()
-            if config is None:
-                when_read()
-                state = self._assembler.full_prefill(prompt, started)
-            else:
-                state = self._assembler.prefill(prompt, config, started, when_read)
-        report = replace(state.report, request_id=new_request_id())
-        self._counter.add(report)
-        self.observers.prefilled(report)
-        return replace(state, report=report)
-
-    def _store_missed(self, state: PrefillState) -> int:
-        """Keep what a request had to compute, for the next one; how many chunks could not be kept.
-
-        The answer doesn't depend on it, so no error ends it.
-        """
-        if not state.missed:
-            return 0
-        prompt = state.prompt
-        kept: list[ChunkKey] = []
-        try:
-            given = [(prompt.chunk_ids[i], prompt.chunk_texts[i]) for i in state.missed]
-            self._precomputer.store_chunks(given, call=self._pool.call, kept=kept.append)
-        except StoreError as error:
-            _log.warning(
-                "%d chunks of a request could not be stored and will be computed again: %s",
-                len(state.missed) - len(kept),
-                error,
-            )
-        return len(state.missed) - len(kept)
-
-    def _forward(self, token: int, cache: Any) -> torch.Tensor:
-        """One decoding step: logits [1, vocab] after `token`."""
-        with self._lock:
-            self._check_open()
-            return self.adapter.forward(torch.tensor([token], device=self.adapter.device), cache)
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise EngineClosedError("the engine is closed: make a new one.")
 
 
 def _count_chunks(segments: Sequence[Segment | str]) -> int:

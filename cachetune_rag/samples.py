@@ -60,7 +60,9 @@ def _store_missing(engine: CacheTune, prompts: Sequence[Prompt]) -> set[str]:
 
 def _prompt(engine: CacheTune, number: int, sample: Any) -> Prompt:
     try:
-        prompt = engine._prompt(None, (), None, sample) if isinstance(sample, Prompt) else _build(engine, sample)
+        prompt = (
+            engine._requests.prompt(None, (), None, sample) if isinstance(sample, Prompt) else _build(engine, sample)
+        )
     except PromptError as error:
         raise type(error)(f"sample {number}: {error}") from error
     except ConfigError as error:
@@ -89,4 +91,4 @@ def _build(engine: CacheTune, sample: Any) -> Prompt:
             f"it is {sample!r:.80}: use a dict (or an object) with query, a string, and chunks, a list of strings; "
             "or a Prompt."
         )
-    return engine._prompt(query, chunks, prefix, None)
+    return engine._requests.prompt(query, chunks, prefix, None)

@@ -253,7 +253,7 @@ def test_closing_the_engine_ends_what_is_being_read(cold: CacheTune, disk: Disk)
 
 
 def test_what_a_request_left_is_given_up_by_close_too(cold: CacheTune, disk: Disk) -> None:
-    state = cold._run_prefill(cold.prompts.build(query="?", chunks=TEXTS), _frequency(), 0.0)
+    state = cold._requests.prefill(cold.prompts.build(query="?", chunks=TEXTS), _frequency(), 0.0)
     cold.close()
     assert state.report.missed == 0
     assert cold._prefetcher._jobs == {}
@@ -326,7 +326,7 @@ def test_damage_in_what_a_request_left_is_set_aside(tmp_path: Path, disk: Disk) 
     with opened(tmp_path) as engine:
         bad = str(key_of(engine, TEXTS[0]))
         disk.fail = lambda key: key == bad and threading.current_thread().name.startswith("cachetune-prefetch")
-        engine._run_prefill(engine.prompts.build(query="?", chunks=TEXTS[:1]), _frequency(), 0.0)
+        engine._requests.prefill(engine.prompts.build(query="?", chunks=TEXTS[:1]), _frequency(), 0.0)
         disk.wait_for(lambda: bad in disk.ahead())
         engine._prefetcher.settle([key_of(engine, TEXTS[0])])
         assert engine.store.stats().damaged == 1

@@ -40,7 +40,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CacheTune]:
 
 
 def prefill(engine: CacheTune, config: ReuseConfig, chunks: list[str] = CHUNKS) -> PrefillState:
-    return engine._run_prefill(engine.prompts.build(query=QUERY, chunks=chunks), config, 0.0)
+    return engine._requests.prefill(engine.prompts.build(query=QUERY, chunks=chunks), config, 0.0)
 
 
 def rows_read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:

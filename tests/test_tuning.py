@@ -16,7 +16,7 @@ import pytest
 from tiny import llama, tokenizer
 
 from cachetune_rag import CacheTune, ConfigError, Document, TuningResult
-from cachetune_rag.calibration import Calibration, save
+from cachetune_rag.calibration import Calibration
 from cachetune_rag.config import AUTO, PAPER
 from cachetune_rag.errors import CacheTuneError
 from cachetune_rag.prompt import Prompt
@@ -255,7 +255,7 @@ def calibrate(engine: CacheTune, selector: str, ratio: float) -> None:
         ratio=ratio, met=True, selector=selector, measure="kl", bound=0.05, quantile=None, samples=1, target_tokens=1,
         figures=(),
     )  # fmt: skip
-    save(found, engine.profiles, engine._profile_key(selector), "tiny")
+    engine._calibrations.save(found)
 
 
 def test_a_tier_that_is_slow_against_compute_gets_the_larger_ratio(engine: CacheTune) -> None:

@@ -45,7 +45,7 @@ def made(engine: CacheTune, *, tokens: int, count: int, codec: str | None = None
     prompts = []
     for _ in range(count):
         generator.shuffle(chunks)
-        prompts.append(engine._prompt(QUERY, _up_to(engine, chunks, tokens), None, None))
+        prompts.append(engine._requests.prompt(QUERY, _up_to(engine, chunks, tokens), None, None))
     return prompts
 
 

@@ -17,7 +17,7 @@ from cachetune_rag.tuning.result import TierTuning
 from cachetune_store import StoreError
 
 if TYPE_CHECKING:
-    from cachetune_rag.engine import CacheTune
+    from cachetune_rag.parts import EngineParts
 
 KIND = "tuning"
 
@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 class SavedTunings:
     """The tunings of one engine: by model, hardware, tier, codec and selector."""
 
-    def __init__(self, engine: CacheTune):
+    def __init__(self, engine: EngineParts):
         self._engine = engine
         self._known: dict[tuple[str, str, str], TierTuning | None] = {}
 
@@ -79,7 +79,7 @@ class SavedTunings:
     def _keeps_floor(self, tuning: TierTuning) -> bool:
         """Whether the selector's own share of r (or all of r, where the offline ranking chooses it) is as large as calibrated."""
         offline = tuning.skipped == tuning.ratio
-        floor = self._engine.calibrated_ratio(FrequencySelector.name if offline else tuning.selector)
+        floor = self._engine._calibrations.ratio(FrequencySelector.name if offline else tuning.selector)
         # Rounded as the ratios that are searched are.
         return floor is None or tuning.ratio - (0 if offline else tuning.skipped) >= floor - 1e-3
 

@@ -213,13 +213,13 @@ class _Forwards:
 
     def __init__(self, engine: CacheTune):
         self.count = 0
-        forward = engine._forward
+        forward = engine._requests.forward
 
         def counted(*arguments: Any) -> Any:
             self.count += 1
             return forward(*arguments)
 
-        engine._forward = counted  # type: ignore[method-assign]
+        engine._requests.forward = counted  # type: ignore[method-assign]
 
 
 async def _cancel_one(ask: Callable[[], Any], forwards: _Forwards, after: int) -> int:

@@ -1,0 +1,163 @@
+"""What an engine is made of: opened together, closed together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from cachetune_rag.assembly import Assembler
+from cachetune_rag.calibration import SavedCalibrations
+from cachetune_rag.deadline import DeadlinePool, StoreTimeoutError
+from cachetune_rag.errors import EngineClosedError
+from cachetune_rag.fidelity import FidelitySampler
+from cachetune_rag.leads import LeadIns, given_lead_ins
+from cachetune_rag.loading import load_model
+from cachetune_rag.model import ModelAdapter
+from cachetune_rag.model.fingerprint import model_fingerprint, tokenizer_fingerprint
+from cachetune_rag.model_lock import ModelLock
+from cachetune_rag.pipeline.prefetch import Prefetcher
+from cachetune_rag.precompute import Precomputer
+from cachetune_rag.profiles import Profiles
+from cachetune_rag.prompt import PromptBuilder
+from cachetune_rag.recognition import StoreRecognizer
+from cachetune_rag.request_runner import RequestRunner
+from cachetune_rag.stats import RequestCounter
+from cachetune_rag.storage import open_store
+from cachetune_rag.telemetry.observer import Observers
+from cachetune_rag.tuning.saved import SavedTunings
+from cachetune_store import ChunkStore, Namespace
+
+
+class EngineParts:
+    """A model, a store and all that works between them: opened here, and closed here.
+
+    Users make a `CacheTune`, which says what the arguments mean. What runs requests and measures (`RequestRunner`, `Calibrator`,
+    `Tuner`) uses the parts whose names begin with an underscore; nothing outside of the package should.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        store: str | os.PathLike[str] | ChunkStore | None = None,
+        *,
+        prompt_template: str | None = None,
+        chunk_separator: str = "\n\n",
+        lead_in: Sequence[int] | Sequence[Sequence[int]] | str = "auto",
+        tenant: str = "",
+        batch_tokens: int | None = None,
+        cuda_kernels: bool = True,
+        fidelity_sample: float = 0.0,
+        read_timeout: float | None = 30.0,
+        **store_options: Any,
+    ):
+        self._lock = ModelLock()
+        self.adapter = ModelAdapter(model, cuda_kernels=cuda_kernels)
+        self._fidelity = FidelitySampler(fidelity_sample, self.adapter, self._lock)
+        self.tokenizer = tokenizer
+        self.model_name: str = getattr(model.config, "_name_or_path", "") or self.adapter.architecture
+        self.prompts = PromptBuilder(tokenizer, template=prompt_template, chunk_separator=chunk_separator)
+        namespace = Namespace(
+            model=model_fingerprint(model),
+            tokenizer=tokenizer_fingerprint(tokenizer),
+            dtype=str(self.adapter.dtype).removeprefix("torch."),
+            lead_ins=given_lead_ins(lead_in, self.prompts.first_token, self.adapter.config.vocab_size),
+            tenant=tenant,
+        )
+        self._owns_store = not isinstance(store, ChunkStore)
+        self.store = open_store(store, self.adapter.device, store_options)
+        self._pool = DeadlinePool(None if self.store.path is None else read_timeout)
+        self.lead_ins = LeadIns(
+            self.store,
+            namespace,
+            choose=lead_in == "auto",
+            vocabulary=self.adapter.config.vocab_size,
+            limit=self.adapter.max_positions,
+            call=self._pool.call,
+        )
+        """What stands before chunks while they are computed."""
+        self.profiles = Profiles(self.store.path, self._pool.call)
+        self._prefetcher = Prefetcher(self.store)
+        self._calibrations = SavedCalibrations(self)
+        self._tunings = SavedTunings(self)
+        self._assembler = Assembler(
+            self.adapter, self.store, self.lead_ins, self._pool, self._prefetcher, self._tunings.apply
+        )
+        if batch_tokens is None:
+            batch_tokens = 8192 if self.adapter.device.type == "cuda" else 0
+        self._recognizer = StoreRecognizer(self.store, self.lead_ins, self._pool.call)
+        self._precomputer = Precomputer(
+            self.adapter,
+            self.store,
+            self.lead_ins,
+            self.prompts.encode,
+            self._lock,
+            batch_tokens,
+            self._recognizer.add,
+        )
+        self._counter = RequestCounter()
+        self.observers = Observers()
+        """Who is told about requests (`cachetune_rag.telemetry`)."""
+        self._requests = RequestRunner(self)
+        self._closed = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike[str],
+        store: str | os.PathLike[str] | ChunkStore | None = None,
+        *,
+        gguf_file: str | None = None,
+        device: str = "auto",
+        dtype: str | torch.dtype = "auto",
+        revision: str | None = None,
+        **options: Any,
+    ) -> Self:
+        """Load model and tokenizer by path or hub id, and open the store.
+
+        Args:
+            model: a folder or a hub id, as transformers takes it.
+            store: see the class.
+            gguf_file: name of a GGUF file in that folder; its weights are dequantised.
+            device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1".
+            dtype: "auto" (the checkpoint's own; float32 on a CPU, where half types are slow), or a torch dtype or its name.
+            revision: branch, tag or commit on the hub.
+            options: further arguments of the class.
+        """
+        loaded, tokenizer = load_model(model, gguf_file=gguf_file, device=device, dtype=dtype, revision=revision)
+        return cls(loaded, tokenizer, store, **options)
+
+    @property
+    def namespace(self) -> Namespace:
+        """What keys of chunks are made with; it changes when lead-ins are chosen, by this process or another."""
+        return self.lead_ins.namespace
+
+    def close(self) -> None:
+        """Release threads and the store (if the engine opened it). Further requests are refused."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._fidelity.close()
+        with suppress(StoreTimeoutError):
+            self._pool.call(self._prefetcher.close)
+            if self._owns_store:
+                self._pool.call(self.store.close)
+        self._pool.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineClosedError("the engine is closed: make a new one.")

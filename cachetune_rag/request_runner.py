@@ -1,0 +1,176 @@
+"""Requests, from what a caller asked for to what is kept of them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cachetune_rag.answer import Answer, AnswerStream
+from cachetune_rag.assembly import PrefillState
+from cachetune_rag.config import ReuseConfig, resolve
+from cachetune_rag.decoding import prepare
+from cachetune_rag.errors import ConfigError, PromptTooLongError
+from cachetune_rag.pipeline.prefetch import Prefetch
+from cachetune_rag.prompt import Prompt
+from cachetune_rag.telemetry.observer import new_request_id
+from cachetune_store import ChunkKey, StoreError
+
+if TYPE_CHECKING:
+    from cachetune_rag.parts import EngineParts
+
+_log = logging.getLogger(__name__)
+
+
+class RequestRunner:
+    """Serves one engine's requests: checks them, runs them under the model's lock, and keeps the records.
+
+    What it raises and what the arguments mean is said by `CacheTune`.
+    """
+
+    def __init__(self, engine: EngineParts):
+        self._engine = engine
+
+    # -- what is asked for ----------------------------------------------------------------------------------------
+
+    def prompt(self, query: str | None, chunks: Sequence[str], prefix: str | None, prompt: Prompt | None) -> Prompt:
+        """The prompt that was given or is to be built, if it fits the model's context.
+
+        Raises:
+            ConfigError, PromptError, PromptTooLongError: the request can't be served.
+        """
+        if prompt is None:
+            if query is None:
+                raise ConfigError("a request needs query= (with chunks=), or prompt= built by engine.prompts.")
+            if isinstance(chunks, str):
+                raise ConfigError("chunks is a string: use a list of strings, one a retrieved passage.")
+            prompt = self._engine.prompts.build(query=query, chunks=chunks, prefix=prefix)
+        elif query is not None or chunks or prefix is not None:
+            raise ConfigError("a request takes either prompt= or query=, chunks= and prefix=, not both.")
+        if not prompt.ids:
+            raise ConfigError("the prompt has no tokens: give a query or a prefix.")
+        limit = self._engine.adapter.max_positions
+        if limit is not None and len(prompt.ids) >= limit:
+            raise PromptTooLongError(
+                f"the prompt has {len(prompt.ids)} tokens and the model's context is {limit}, which must also hold the "
+                "answer: retrieve fewer or shorter chunks."
+            )
+        return prompt
+
+    def config(self, selector: str, ratio: float | str) -> ReuseConfig:
+        """The settings of a request; "auto" is the calibrated ratio, if there is one."""
+        config = resolve(selector, ratio)
+        calibrated = self._engine._calibrations.ratio(config.selector) if ratio == "auto" else None
+        return config if calibrated is None else replace(config, ratio=calibrated)
+
+    # -- reading the prompt ---------------------------------------------------------------------------------------
+
+    def prefetch(self, chunks: Sequence[str], prompt: Prompt | None) -> Prefetch:
+        """Begin to read a coming request's chunks into host memory."""
+        engine = self._engine
+        if isinstance(chunks, str) or (chunks and prompt is not None):
+            raise ConfigError("prefetch takes either chunks=, a list of strings, or prompt=.")
+        texts = tuple(chunks)
+
+        def keys() -> list[ChunkKey]:
+            every = map(engine.prompts.encode, texts) if prompt is None else prompt.chunk_ids
+            return [engine._assembler.key(ids) for ids in every if ids]
+
+        return engine._prefetcher.fetch(keys)
+
+    def prefill(
+        self,
+        prompt: Prompt,
+        config: ReuseConfig | None,
+        started: float,
+        when_read: Callable[[], None] = lambda: None,
+    ) -> PrefillState:
+        """Read a prompt, and count it as a request.
+
+        Args:
+            prompt: from `prompt`.
+            config: from `config`; None computes everything.
+            started: when the request came (`time.perf_counter`).
+            when_read: called once its last reads from disk are on their way.
+        """
+        engine = self._engine
+        with engine._lock.reserved(), engine._lock:
+            engine._check_open()
+            if config is None:
+                when_read()
+                state = engine._assembler.full_prefill(prompt, started)
+            else:
+                state = engine._assembler.prefill(prompt, config, started, when_read)
+        report = replace(state.report, request_id=new_request_id())
+        engine._counter.add(report)
+        engine.observers.prefilled(report)
+        return replace(state, report=report)
+
+    def store_missed(self, state: PrefillState) -> int:
+        """Keep what a request had to compute, for the next one; how many chunks could not be kept.
+
+        The answer doesn't depend on it, so no error ends it.
+        """
+        if not state.missed:
+            return 0
+        engine, prompt = self._engine, state.prompt
+        kept: list[ChunkKey] = []
+        try:
+            given = [(prompt.chunk_ids[i], prompt.chunk_texts[i]) for i in state.missed]
+            engine._precomputer.store_chunks(given, call=engine._pool.call, kept=kept.append)
+        except StoreError as error:
+            _log.warning(
+                "%d chunks of a request could not be stored and will be computed again: %s",
+                len(state.missed) - len(kept),
+                error,
+            )
+        return len(state.missed) - len(kept)
+
+    # -- answering ------------------------------------------------------------------------------------------------
+
+    def stream(
+        self,
+        prompt: Prompt,
+        config: ReuseConfig | None,
+        started: float,
+        *,
+        max_new_tokens: int,
+        stop: str | Sequence[str] | None,
+        generation_config: Any,
+        sampling: Mapping[str, Any],
+    ) -> AnswerStream:
+        """An answer to come; the first arguments as for `prefill`, the others as for `CacheTune.stream`."""
+        engine, room = self._engine, max_new_tokens
+        if engine.adapter.max_positions is not None:
+            room = min(room, engine.adapter.max_positions - len(prompt.ids))
+        plan = prepare(
+            engine.adapter.model,
+            engine.tokenizer,
+            list(prompt.ids),
+            generation_config=generation_config,
+            max_new_tokens=room,
+            stop=[stop] if isinstance(stop, str) else list(stop or ()),
+            **sampling,
+        )
+        return AnswerStream(self, prompt, config, plan, started)
+
+    def reserved(self) -> AbstractContextManager[None]:
+        """While the context is open, background work stays away from the model."""
+        return self._engine._lock.reserved()
+
+    def forward(self, token: int, cache: Any) -> torch.Tensor:
+        """One decoding step: logits [1, vocab] after `token`."""
+        engine = self._engine
+        with engine._lock:
+            engine._check_open()
+            return engine.adapter.forward(torch.tensor([token], device=engine.adapter.device), cache)
+
+    def answered(self, state: PrefillState, answer: Answer, started: float) -> None:
+        """Tell the observers of a finished answer, and perhaps compare it with full prefill later on."""
+        self._engine.observers.answered(answer.report, answer, time.perf_counter() - started)
+        self._engine._fidelity.offer(state, answer.token_ids)
