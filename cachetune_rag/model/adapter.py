@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
 
@@ -17,8 +16,9 @@ from cachetune_rag.kernels import kernels_run_on
 from cachetune_rag.model import attention, families, fusion, masks, output, taps
 from cachetune_rag.model.attention import StopForward
 from cachetune_rag.model.buffers import KVBuffers, ScatterCache
-from cachetune_rag.model.capture import ChunkKV, LeadKV, ValueCache, pad_right
+from cachetune_rag.model.capture import ChunkCapture, ChunkKV, LeadKV, ValueCache
 from cachetune_rag.model.device import DeviceForward
+from cachetune_rag.model.forward import ModelForward
 from cachetune_rag.model.loadcheck import LoadCheck
 from cachetune_rag.model.probe import Probe
 from cachetune_rag.model.rope import Rotary, Tables, Turn, longrope_boundary, rows_of
@@ -59,16 +59,14 @@ class ModelAdapter:
         layer_types = list(getattr(self.config, "layer_types", None) or [None] * self.num_layers)
         self._layer_types: list[str | None] = layer_types
         self._rotary = Rotary(self._decoder, self._attentions, layer_types, self.architecture)
-        # 5.24 renamed the argument; the old name warns there.
-        names = inspect.signature(model.forward).parameters
-        self._cache_argument = "cache" if "cache" in names else "past_key_values"
+        self._forward = ModelForward(model, self.config, self._decoder)
         self.reuse_beyond: int = longrope_boundary(self.config)
-        self._window = masks.window_of(self.config, self._decoder)
-        self._windows = [masks.window_at(self._window, kind) for kind in layer_types]
+        self._windows = [masks.window_at(self._forward.window, kind) for kind in layer_types]
         cuda_kernels = cuda_kernels and kernels_run_on(self.device)
         self.cuda_kernels = cuda_kernels and self.device.type == "cuda"
         self.device_forward: DeviceForward | None = None
         self._taps, self.layers = self._check()
+        self._capture = ChunkCapture(self._forward, self._attentions, self._taps, self.reuse_beyond, self.device)
         self._probe = Probe(
             self._attentions,
             families.decoder_layers(self._decoder, self._attentions, self.architecture),
@@ -77,9 +75,9 @@ class ModelAdapter:
             self._windows,
             self.rotary_tables,
             self.rotate_by,
-            self._masked_forward,
+            self._forward.scattered,
             # In half types, fused attention is more exact than what could be shown.
-            lambda: self.dtype == torch.float32 and self._wanted_attention() == attention.NAME,
+            lambda: self.dtype == torch.float32 and self._forward.wanted_attention() == attention.NAME,
         )
         self.device_forward = self._device_forward() if cuda_kernels else None
         """Forwards through the kernels; None where they don't run."""
@@ -94,11 +92,11 @@ class ModelAdapter:
         ]
 
     def _device_forward(self) -> DeviceForward | None:
-        if self._wanted_attention() != attention.NAME:
+        if self._forward.wanted_attention() != attention.NAME:
             return None
         mask = masks.placeholder(self.config, self.device)
         return DeviceForward(
-            lambda ids, places, cache: self._selected(ids, places, mask, cache),
+            lambda ids, places, cache: self._forward.selected(ids, places, mask, cache),
             families.decoder_layers(self._decoder, self._attentions, self.architecture),
             self.layers,
             self._windows,
@@ -111,7 +109,12 @@ class ModelAdapter:
         """Find the taps and try a selective forward; whatever an unknown architecture trips over is a refusal."""
         try:
             check = LoadCheck(
-                self.architecture, self.config, self._attentions, self._layer_types, self._rotary, self._run_decoder
+                self.architecture,
+                self.config,
+                self._attentions,
+                self._layer_types,
+                self._rotary,
+                self._forward.without_head,
             )
             self._taps, self.layers = check.run(self.device, self.rotary_tables)
             ids = torch.arange(3, device=self.device)
@@ -138,83 +141,20 @@ class ModelAdapter:
 
     @torch.no_grad()
     def capture(self, chunks: Sequence[Sequence[int]], lead_in: Sequence[int]) -> list[ChunkKV]:
-        """Run each chunk behind the lead-in, in one batch, and return its keys before rotation and its values.
-
-        Args:
-            chunks: token ids of each chunk, none empty.
-            lead_in: token ids put before every chunk; their own rows are dropped.
-        """
-        layers: list[tuple[Tensor, Tensor]] = []
-        ids = pad_right([[*lead_in, *c] for c in chunks], self.device)
-        self._capture(ids, None, lambda _layer, key, _rotated, value: layers.append((key, value)))
-        start = len(lead_in)
-        return [
-            ChunkKV([(k[row, start : start + len(c)], v[row, start : start + len(c)]) for k, v in layers])
-            for row, c in enumerate(chunks)
-        ]
+        """See `ChunkCapture.capture`."""
+        return self._capture.capture(chunks, lead_in)
 
     @torch.no_grad()
     def lead_kv(self, lead_in: Sequence[int]) -> LeadKV:
-        """Run a lead-in (at least one token), so that `capture_behind` needn't for every chunk."""
-        layers: list[tuple[Tensor, Tensor]] = []
-        ids, count = pad_right([lead_in], self.device), len(lead_in)
-
-        def keep(_layer: int, _key: Tensor, rotated: Tensor, value: Tensor) -> None:
-            layers.append((rotated[:, :, :count].clone(), value.transpose(1, 2)[:, :, :count].clone()))
-
-        self._capture(ids, None, keep)
-        return LeadKV(count, layers)
+        """See `ChunkCapture.lead_kv`."""
+        return self._capture.lead_kv(lead_in)
 
     @torch.no_grad()
     def capture_behind(
         self, chunks: Sequence[Sequence[int]], lead: LeadKV | None, receive: Callable[[int, Tensor, Tensor], None]
     ) -> None:
-        """Run each chunk behind a lead-in that was run before (or none), in one batch, and hand out every layer as it comes.
-
-        `receive(layer, keys, values)` gets keys before rotation and values, [batch, longest, kv_heads, head_dim] each;
-        rows of a shorter chunk behind its end mean nothing.
-        """
-        ids = pad_right(chunks, self.device)
-        self._capture(ids, lead, lambda layer, key, _rotated, value: receive(layer, key, value))
-
-    def _capture(
-        self, ids: Tensor, lead: LeadKV | None, receive: Callable[[int, Tensor, Tensor, Tensor], None]
-    ) -> None:
-        """Run ids [batch, tokens] behind `lead`.
-
-        `receive(layer, key, rotated, value)` gets keys before and after rotation and values: [batch, tokens, kv_heads,
-        head_dim], but the rotated ones with heads before tokens.
-        """
-        count, start = ids.shape[1], 0 if lead is None else lead.tokens
-        tapped: dict[int, Tensor] = {}
-
-        def on_key(layer: int, output: Tensor) -> None:
-            tapped[layer] = self._taps[layer].key(output)
-
-        def on_update(layer: int, rotated: Tensor, value: Tensor) -> None:
-            key = tapped.pop(layer)
-            receive(layer, key[:, :count], rotated[:, :, :count], value.transpose(1, 2)[:, :count])
-            if layer == self.num_layers - 1:
-                raise StopForward  # what the last layer makes of them is not asked for
-
-        positions = torch.arange(start, start + count, device=self.device)
-        if start + count <= self.reuse_beyond:
-            # One more token, which no other sees, brings in the frequencies of the prompts that are served by reuse.
-            ids = torch.cat((ids, ids[:, -1:]), dim=1)
-            positions = torch.cat((positions, positions.new_tensor([self.reuse_beyond])))
-        cache = ValueCache(self.num_layers, on_update, lead)
-        with taps.tapped(self._attentions, [t.key_module for t in self._taps], on_key), suppress(StopForward):
-            if lead is None:
-                self._run_decoder(ids, cache, positions)
-                return
-            mask = masks.build(self.config, self._window, positions, start + ids.shape[1], self.dtype)
-            with self._masked_attention(), attention.by_position(positions):
-                self._run_decoder(ids, cache, positions, attention_mask=mask)
-
-    def _run_decoder(self, ids: Tensor, cache: Cache, positions: Tensor, **options: Any) -> None:
-        """A forward without the language-model head, of ids [batch, tokens] at `positions` [tokens]."""
-        options[self._cache_argument] = cache
-        self._decoder(input_ids=ids, position_ids=positions.expand_as(ids), use_cache=True, **options)
+        """See `ChunkCapture.capture_behind`."""
+        self._capture.capture_behind(chunks, lead, receive)
 
     # -- positions ------------------------------------------------------------------------------------------------
 
@@ -256,16 +196,7 @@ class ModelAdapter:
     @torch.no_grad()
     def forward(self, ids: Tensor, cache: Cache, keep: int = 1) -> Tensor:
         """Run `ids` [tokens] behind what `cache` holds, which grows by them. Returns logits of the last ones, [keep, vocab]."""
-        start = cache.get_seq_length()
-        positions = torch.arange(start, start + ids.shape[0], device=self.device)[None]
-        out = self.model(
-            input_ids=ids[None],
-            position_ids=positions,
-            use_cache=True,
-            logits_to_keep=keep,
-            **{self._cache_argument: cache},
-        )
-        return out.logits[0, -keep:]
+        return self._forward.behind(ids, cache, keep)
 
     def interruptible(self, stop: Callable[[], bool]) -> AbstractContextManager[None]:
         """See `teacher.interruptible`."""
@@ -306,7 +237,7 @@ class ModelAdapter:
             return self.device_forward.forward(ids, positions, buffers, before, shift)
         ids, positions = ids.to(self.device), positions.to(self.device)
         rows = None if shift is None else RowShift(shift, positions, self._turns(buffers.length))
-        return self._masked_forward(ids, positions, buffers, ScatterCache(buffers, positions, before, shift=rows))
+        return self._forward.scattered(ids, positions, buffers, ScatterCache(buffers, positions, before, shift=rows))
 
     @torch.no_grad()
     def fresh_states(self, ids: Tensor, layer: int) -> tuple[Tensor, Tensor]:
@@ -323,7 +254,7 @@ class ModelAdapter:
 
         try:
             positions = torch.arange(ids.shape[0], device=self.device)
-            self._run_decoder(ids.to(self.device)[None], ValueCache(self.num_layers, receive), positions)
+            self._forward.without_head(ids.to(self.device)[None], ValueCache(self.num_layers, receive), positions)
         except StopForward:
             pass
         return states[0], states[1]
@@ -376,44 +307,3 @@ class ModelAdapter:
             return self.device_forward.expected_error(ids, positions, buffers, deviations, num_layers, queries, before)
         ids, positions = ids.to(self.device), positions.to(self.device)
         return self._probe.expected_error(ids, positions, buffers, deviations, num_layers, queries, before)
-
-    def _masked_forward(self, ids: Tensor, positions: Tensor, buffers: KVBuffers, cache: ScatterCache) -> Tensor:
-        mask = masks.build(self.config, self._window, positions, buffers.length, self.dtype)
-        with attention.by_position(positions):
-            return self._selected(ids[None], positions[None], mask, cache)
-
-    def _selected(self, ids: Tensor, positions: Tensor, mask: Any, cache: Cache) -> Tensor:
-        """The model on some of a prompt's tokens, ids and positions [1, tokens]: logits of the last one, [1, vocab]."""
-        with self._masked_attention():
-            out = self.model(
-                input_ids=ids,
-                position_ids=positions,
-                attention_mask=mask,
-                use_cache=True,
-                logits_to_keep=1,
-                **{self._cache_argument: cache},
-            )
-        return out.logits[:, -1]
-
-    @contextmanager
-    def _masked_attention(self) -> Iterator[None]:
-        """For the length of a forward, an attention implementation that takes a mask by position.
-
-        Eager attention takes one as it is. It also stands in for kernels that do a family's soft-capping or learned
-        sinks, which are beyond sdpa.
-        """
-        current, wanted = self.config._attn_implementation, self._wanted_attention()
-        if current == wanted:
-            yield
-            return
-        try:
-            self.model.set_attn_implementation(wanted)
-            yield
-        finally:
-            self.model.set_attn_implementation(current)
-
-    def _wanted_attention(self) -> str:
-        """The attention implementation of selective forwards."""
-        current = self.config._attn_implementation
-        beyond_sdpa = not self.model._supports_sdpa or getattr(self.config, "attn_logit_softcapping", None) is not None
-        return "eager" if current == "eager" or (beyond_sdpa and current != "sdpa") else attention.NAME

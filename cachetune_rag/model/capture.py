@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+from cachetune_rag.model import attention, taps
+from cachetune_rag.model.attention import StopForward
+from cachetune_rag.model.forward import ModelForward
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,101 @@ class _ValueLayer(CacheLayerMixin):
         return -1
 
     get_max_cache_shape = get_max_length
+
+
+class ChunkCapture:
+    """Runs chunks through one model and hands out what is stored of them. Gradients are the caller's to switch off.
+
+    Args:
+        forward: the model.
+        attentions: the attention module of each layer.
+        found: where each layer's keys are read before rotation.
+        reuse_beyond: see `ModelAdapter`.
+        device: where the model is.
+
+    Hooks see every forward of the model, so the caller holds the lock under which the model runs.
+    """
+
+    def __init__(
+        self,
+        forward: ModelForward,
+        attentions: list[nn.Module],
+        found: list[taps.Tap],
+        reuse_beyond: int,
+        device: torch.device,
+    ):
+        self._forward, self._attentions, self._taps = forward, attentions, found
+        self._reuse_beyond, self._device = reuse_beyond, device
+
+    def capture(self, chunks: Sequence[Sequence[int]], lead_in: Sequence[int]) -> list[ChunkKV]:
+        """Run each chunk behind the lead-in, in one batch, and return its keys before rotation and its values.
+
+        Args:
+            chunks: token ids of each chunk, none empty.
+            lead_in: token ids put before every chunk; their own rows are dropped.
+        """
+        layers: list[tuple[Tensor, Tensor]] = []
+        ids = pad_right([[*lead_in, *c] for c in chunks], self._device)
+        self._run(ids, None, lambda _layer, key, _rotated, value: layers.append((key, value)))
+        start = len(lead_in)
+        return [
+            ChunkKV([(k[row, start : start + len(c)], v[row, start : start + len(c)]) for k, v in layers])
+            for row, c in enumerate(chunks)
+        ]
+
+    def lead_kv(self, lead_in: Sequence[int]) -> LeadKV:
+        """Run a lead-in (at least one token), so that `capture_behind` needn't for every chunk."""
+        layers: list[tuple[Tensor, Tensor]] = []
+        ids, count = pad_right([lead_in], self._device), len(lead_in)
+
+        def keep(_layer: int, _key: Tensor, rotated: Tensor, value: Tensor) -> None:
+            layers.append((rotated[:, :, :count].clone(), value.transpose(1, 2)[:, :, :count].clone()))
+
+        self._run(ids, None, keep)
+        return LeadKV(count, layers)
+
+    def capture_behind(
+        self, chunks: Sequence[Sequence[int]], lead: LeadKV | None, receive: Callable[[int, Tensor, Tensor], None]
+    ) -> None:
+        """Run each chunk behind a lead-in that was run before (or none), in one batch, and hand out every layer as it comes.
+
+        `receive(layer, keys, values)` gets keys before rotation and values, [batch, longest, kv_heads, head_dim] each;
+        rows of a shorter chunk behind its end mean nothing.
+        """
+        ids = pad_right(chunks, self._device)
+        self._run(ids, lead, lambda layer, key, _rotated, value: receive(layer, key, value))
+
+    def _run(self, ids: Tensor, lead: LeadKV | None, receive: Callable[[int, Tensor, Tensor, Tensor], None]) -> None:
+        """Run ids [batch, tokens] behind `lead`.
+
+        `receive(layer, key, rotated, value)` gets keys before and after rotation and values: [batch, tokens, kv_heads,
+        head_dim], but the rotated ones with heads before tokens.
+        """
+        count, start = ids.shape[1], 0 if lead is None else lead.tokens
+        tapped: dict[int, Tensor] = {}
+
+        def on_key(layer: int, output: Tensor) -> None:
+            tapped[layer] = self._taps[layer].key(output)
+
+        def on_update(layer: int, rotated: Tensor, value: Tensor) -> None:
+            key = tapped.pop(layer)
+            receive(layer, key[:, :count], rotated[:, :, :count], value.transpose(1, 2)[:, :count])
+            if layer == len(self._attentions) - 1:
+                raise StopForward  # what the last layer makes of them is not asked for
+
+        positions = torch.arange(start, start + count, device=self._device)
+        if start + count <= self._reuse_beyond:
+            # One more token, which no other sees, brings in the frequencies of the prompts that are served by reuse.
+            ids = torch.cat((ids, ids[:, -1:]), dim=1)
+            positions = torch.cat((positions, positions.new_tensor([self._reuse_beyond])))
+        cache = ValueCache(len(self._attentions), on_update, lead)
+        with taps.tapped(self._attentions, [t.key_module for t in self._taps], on_key), suppress(StopForward):
+            if lead is None:
+                self._forward.without_head(ids, cache, positions)
+                return
+            mask = self._forward.mask(positions, start + ids.shape[1])
+            with self._forward.masked_attention(), attention.by_position(positions):
+                self._forward.without_head(ids, cache, positions, attention_mask=mask)
 
 
 def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:

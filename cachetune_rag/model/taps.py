@@ -4,7 +4,7 @@ RoPE runs before `cache.update`, so what a cache receives is rotated already, an
 vectors before the rotation are the output of a submodule of the attention: a norm over keys where the family has
 one, the key projection elsewhere, or a slice of a fused projection. Forward hooks read them there; no model code is
 replaced. Which submodule it is, and how its output is laid out, is settled once at load by comparing what a tap gives
-with what the model puts into its cache (see `adapter.py`).
+with what the model puts into its cache (see `loadcheck.py`).
 """
 
 from __future__ import annotations

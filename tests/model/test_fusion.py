@@ -43,7 +43,7 @@ def forward(adapter: ModelAdapter, fused: FusedLayers, tokens: int) -> Tensor:
         cache.update = opaque(cache.update)  # type: ignore[method-assign]
     ids = torch.arange(tokens)[None] % adapter.config.vocab_size
     with torch.no_grad(), by_kernel(call), fused.active():
-        logits = adapter._selected(ids, torch.arange(tokens)[None], None, cache)
+        logits = adapter._forward.selected(ids, torch.arange(tokens)[None], None, cache)
     assert cuts == list(range(adapter.num_layers))
     assert call.seen == adapter.num_layers
     return logits

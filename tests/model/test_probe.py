@@ -121,7 +121,7 @@ def test_every_family_by_its_own_numbers(family: Family) -> None:
     names = [t.query_module for t in adapter._taps]
     with taps.tapped(adapter._attentions, names, lambda layer, out: asked.__setitem__(layer, out)):
         hidden = model(
-            input_ids=ids[None], use_cache=True, output_hidden_states=True, **{adapter._cache_argument: cache_}
+            input_ids=ids[None], use_cache=True, output_hidden_states=True, **{adapter._forward.cache_argument: cache_}
         ).hidden_states
     exact = [(entry.keys[0].transpose(0, 1), entry.values[0].transpose(0, 1)) for entry in cache_.layers]
 
