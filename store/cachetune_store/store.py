@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from .claims import Claim, Claims, FileClaims, MemoryClaims
 from .codecs import get_codec
 from .directory import StoreDirectory
 from .documents import Documents
-from .errors import IndexDamagedError, IndexReplacedError, StoreClosedError, StoreError
+from .errors import IndexDamagedError, StoreClosedError, StoreError
 from .files import explain
 from .index import Index, MemoryIndex
 from .keys import ChunkKey, Namespace
@@ -25,6 +25,7 @@ from .placement import Placement
 from .pruning import Keep, groups, prune
 from .rawfile import DirectIO
 from .readers import ChunkReader
+from .repair import Repair
 from .stats import ChunkGroup, DocumentInfo, PruneReport, StoreStats, VerifyReport
 from .texts import texts_revision
 from .tiers import DeviceTier, DiskTier, HostTier, Pins
@@ -32,10 +33,7 @@ from .units import parse_bytes
 
 __all__ = ["ChunkStore"]
 
-_Result = TypeVar("_Result")
 _LEAST_IDLE = 256 << 20
-_FOLLOWS = 16
-"""Times in a row that an index which others replace is followed."""
 
 
 class ChunkStore:
@@ -95,6 +93,7 @@ class ChunkStore:
             self._notes = Notes(None, None)
             self._claims: Claims = MemoryClaims()
             self._placement = Placement(host, None, self._index, self._claims, on_device)
+            self._repair = Repair(None, self._placement, self._documents)
             return
         try:
             self._directory = directory = StoreDirectory(self.path)
@@ -112,6 +111,7 @@ class ChunkStore:
                 direct=DirectIO(direct_io),
             )
             self._placement = Placement(host, disk, self._index, self._claims, on_device)
+            self._repair = Repair(directory, self._placement, self._documents)
             directory.bring_in_line(disk, self._documents)
         except OSError as error:
             raise explain(error, self.path) from error
@@ -151,13 +151,13 @@ class ChunkStore:
             StoreFullError, StorePathError: it can't be written; what was stored before stays.
         """
         self._check_open()
-        known = self._healed(lambda: self._placement.known(key, text))
+        known = self._repair.healed(lambda: self._placement.known(key, text))
         if known:
             return known
         chunk = self.encode(
             key, layers, scores, namespace=namespace, token_ids=token_ids, text=text, deviations=deviations
         )
-        return self._healed(lambda: self._placement.put(chunk))
+        return self._repair.healed(lambda: self._placement.put(chunk))
 
     def encode(
         self,
@@ -190,8 +190,8 @@ class ChunkStore:
     def write(self, chunk: Chunk) -> int:
         """The second half of put(): store an encoded chunk, durably. Returns and raises as put() does."""
         self._check_open()
-        known = self._healed(lambda: self._placement.known(chunk.key, chunk.head.text))
-        return known or self._healed(lambda: self._placement.put(chunk))
+        known = self._repair.healed(lambda: self._placement.known(chunk.key, chunk.head.text))
+        return known or self._repair.healed(lambda: self._placement.put(chunk))
 
     def open(self, key: ChunkKey, *, errors: list[StoreError] | None = None) -> ChunkReader | None:
         """A reader of the chunk, which holds it until closed; None if it isn't stored.
@@ -256,7 +256,7 @@ class ChunkStore:
         chunks are stored. A claim ends with its process, and keeps nobody from storing anything.
         """
         self._check_open()
-        return self._healed(lambda: self._claims.claim(keys))
+        return self._repair.healed(lambda: self._claims.claim(keys))
 
     def set_document(self, doc_id: str, keys: Sequence[ChunkKey], *, tenant: str = "") -> None:
         """Say which chunks a document holds, in order; replaces what it held.
@@ -264,7 +264,7 @@ class ChunkStore:
         Chunks it no longer holds, nor any other document, are deleted. Ids are any strings, apart for each tenant.
         """
         self._check_open()
-        self._healed(lambda: self._documents.put(tenant, doc_id, keys, self._free))
+        self._repair.healed(lambda: self._documents.put(tenant, doc_id, keys, self._free))
 
     def delete_document(self, doc_id: str, *, tenant: str = "") -> int:
         """Forget a document and delete the chunks that no other document holds; bytes freed.
@@ -273,13 +273,13 @@ class ChunkStore:
             UnknownDocumentError: there is no such document.
         """
         self._check_open()
-        return self._healed(lambda: self._documents.delete(tenant, doc_id, self._free))
+        return self._repair.healed(lambda: self._documents.delete(tenant, doc_id, self._free))
 
     def documents(self, *, tenant: str = "") -> list[DocumentInfo]:
         """The tenant's documents, by id."""
         self._check_open()
         found = []
-        for doc_id, keys in self._healed(lambda: list(self._documents.of(tenant))):
+        for doc_id, keys in self._repair.healed(lambda: list(self._documents.of(tenant))):
             sizes = [size for size in map(self._placement.size_of, dict.fromkeys(keys)) if size]
             found.append(DocumentInfo(doc_id, tenant, keys, len(sizes), sum(sizes)))
         return sorted(found, key=lambda info: info.id)
@@ -301,7 +301,7 @@ class ChunkStore:
                 return
             except IndexDamagedError as error:
                 # Go on behind what was given out already.
-                self._heal(error)
+                self._repair.heal(error)
 
     def note(self, name: str, *, tenant: str = "") -> bytes | None:
         """A note: a small record that all users of the store agree on; None if there is none of that name (64 hex digits).
@@ -309,7 +309,7 @@ class ChunkStore:
         It is read anew each time, so it tells what any process has written. One that is too long comes back cut.
         """
         self._check_open()
-        return self._healed(lambda: self._notes.get(tenant, name))
+        return self._repair.healed(lambda: self._notes.get(tenant, name))
 
     def settle_note(self, name: str, content: bytes, *, tenant: str = "") -> bytes:
         """Write a note unless there is one of that name: the first writer wins. Returns the note that stands.
@@ -319,21 +319,22 @@ class ChunkStore:
             StoreFullError, StorePathError: it can't be written.
         """
         self._check_open()
-        return self._healed(lambda: self._notes.settle(tenant, name, content))
+        return self._repair.healed(lambda: self._notes.settle(tenant, name, content))
 
     def discard_note(self, name: str, content: bytes, *, tenant: str = "") -> bool:
         """Set aside a note that turned out damaged, if it still reads `content`; whether that was so."""
         self._check_open()
-        return self._healed(lambda: self._notes.set_aside(tenant, name, content))
+        return self._repair.healed(lambda: self._notes.set_aside(tenant, name, content))
 
     def revision(self) -> int:
         """A number that changes whenever any process adds or frees a chunk with a text: what texts() gives has changed."""
         self._check_open()
-        return self._healed(lambda: texts_revision(self._index))
+        return self._repair.healed(lambda: texts_revision(self._index))
 
     def verify(self) -> VerifyReport:
         """Read and check every file in full; set damaged ones aside, delete orphans, repair the index."""
-        return self._healed(lambda: self._check_files(full=True))
+        self._check_open()
+        return self._repair.healed(lambda: self._repair.check(full=True))
 
     def groups(self) -> list[ChunkGroup]:
         """The chunks by what they were made with, the largest group first. Reads the head of every file."""
@@ -351,32 +352,33 @@ class ChunkStore:
             dry_run: only count.
         """
         self._check_open()
-        return self._healed(lambda: prune(self._placement, keep, foreign_too=foreign_too, dry_run=dry_run))
+        return self._repair.healed(lambda: prune(self._placement, keep, foreign_too=foreign_too, dry_run=dry_run))
 
     def delete_tenant(self, tenant: str) -> int:
         """Delete all that is a tenant's: documents, notes, and chunks whether a document holds them or not. Bytes freed."""
         self._check_open()
         freed = sum(self.delete_document(info.id, tenant=tenant) for info in self.documents(tenant=tenant))
-        self._healed(lambda: self._notes.delete_all(tenant))
+        self._repair.healed(lambda: self._notes.delete_all(tenant))
         return freed + self.prune(lambda head: head.namespace.tenant != tenant).bytes
 
     def rebuild_index(self) -> VerifyReport:
         """Make the index anew from the files. Happens by itself on open when the index is lost."""
-        return self._check_files(full=False, anew=True)
+        self._check_open()
+        return self._repair.check(full=False, anew=True)
 
     def stats(self) -> StoreStats:
         """What the store holds, and what it did in this process."""
         self._check_open()
         placement = self._placement
-        disk = None if placement.disk is None else self._healed(placement.disk.stats)
+        disk = None if placement.disk is None else self._repair.healed(placement.disk.stats)
         return StoreStats(
             hits=placement.hits,
             misses=placement.misses,
             damaged=placement.damaged + (disk.damaged if disk else 0),
-            documents=self._healed(self._documents.count),
+            documents=self._repair.healed(self._documents.count),
             host=placement.host.stats(),
             disk=disk,
-            lifetime=self._healed(placement.lifetime),
+            lifetime=self._repair.healed(placement.lifetime),
             device=None if placement.device is None else placement.device.stats(),
         )
 
@@ -399,41 +401,6 @@ class ChunkStore:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _check_files(self, *, full: bool, anew: bool = False) -> VerifyReport:
-        self._check_open()
-        placement = self._placement
-        if self._directory is None or placement.disk is None:
-            # Nothing on disk to differ from: rows in memory are as they were put.
-            stats = placement.host.stats()
-            return VerifyReport(stats.chunks, stats.bytes, (), 0, 0, 0, self._documents.count())
-        try:
-            return self._directory.check(placement.disk, self._documents, full=full, anew=anew)
-        except OSError as error:
-            raise explain(error, self._directory.path) from error
-
-    def _healed(self, action: Callable[[], _Result]) -> _Result:
-        """The action's result; if the index turns out to be damaged, it is rebuilt and the action done again."""
-        try:
-            for _ in range(_FOLLOWS):
-                try:
-                    return action()
-                except IndexReplacedError as error:
-                    self._heal(error)  # others may replace it once more while this one follows
-                except IndexDamagedError as error:
-                    self._heal(error)
-                    break
-            return action()
-        except OSError as error:
-            raise explain(error, self.path or "memory") from error
-
-    def _heal(self, error: IndexDamagedError) -> None:
-        assert self._directory is not None
-        assert self._placement.disk is not None
-        try:
-            self._directory.heal(self._placement.disk, self._documents, error)
-        except OSError as failed:
-            raise explain(failed, self._directory.path) from failed
 
     def _free(self, keys: Sequence[ChunkKey]) -> int:
         return sum(self._placement.remove(key) for key in keys)
