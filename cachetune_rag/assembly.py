@@ -282,25 +282,21 @@ class Assembler:
         keys = {ids: self._keys(namespace, ids) for ids in dict.fromkeys(prompt.chunk_ids) if ids}
         if self._prefetcher is not None and not faults.disk_gone:
             self._prefetcher.settle(keys.values())
-        readers: dict[ChunkKey, ChunkReader | None] = {}
+        readers = faults.open(self._store, dict.fromkeys(keys.values()), opened, self._pool.submit)
         found: list[tuple[int, ChunkReader]] = []
-        missed, first_missed = 0, []
+        missed, first_missed, seen = 0, [], set()
         for span in prompt.spans:
             ids = prompt.chunk_ids[span.chunk]
             if not ids:
                 continue
             key = keys[ids]
-            if key not in readers:
-                reader = faults.open(self._store, key)
-                readers[key] = reader
-                if reader is not None:
-                    opened.add(reader)
-                elif key not in faults.timed_out:
-                    first_missed.append(span.chunk)
-            if (reader := readers[key]) is None:
-                missed += len(ids)
-            else:
+            if (reader := readers[key]) is not None:
                 found.append((span.start, reader))
+                continue
+            missed += len(ids)
+            if key not in faults.timed_out and key not in seen:
+                first_missed.append(span.chunk)
+            seen.add(key)
         return found, missed, tuple(first_missed)
 
     def _loader(self, sources: Sequence[Source], buffers: KVBuffers) -> LayerLoader:

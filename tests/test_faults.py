@@ -242,3 +242,15 @@ def test_without_a_deadline_calls_are_made_directly() -> None:
 def test_a_deadline_that_makes_no_sense_is_refused(seconds: object) -> None:
     with pytest.raises(ConfigError, match="read_timeout"):
         DeadlinePool(seconds)  # type: ignore[arg-type]
+
+
+def test_chunks_on_disk_are_opened_side_by_side(engine: CacheTune, monkeypatch: pytest.MonkeyPatch) -> None:
+    both, open_one = threading.Barrier(len(CHUNKS), timeout=10), engine.store.open
+
+    def opened(*args: object, **kwargs: object) -> object:
+        both.wait()  # raises if the others are not opened meanwhile
+        return open_one(*args, **kwargs)
+
+    engine._pool.seconds = 30
+    monkeypatch.setattr(engine.store, "open", opened)
+    assert engine.prefill(**ASK).report.missed == 0

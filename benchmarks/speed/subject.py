@@ -212,7 +212,7 @@ class Subject:
         if self._folder is None:
             raise ValueError(f"the tier {tier!r} needs a folder")
         store = ChunkStore(
-            self._folder, host_budget=0, disk_budget=_NO_LIMIT,
+            self._folder, host_budget=0, disk_budget=_NO_LIMIT, read_memory=_NO_LIMIT,
             device=self.device, device_budget=DEVICE_BUDGET if tier == "device" else 0,
         )  # fmt: skip
         self._stores[tier] = self._stack.enter_context(store)

@@ -102,13 +102,14 @@ class DeviceLoader(LayerLoader):
     def load(self, layer: int) -> None:
         """Make the computing stream wait for the reused rows of `layer`."""
         started = time.perf_counter()
+        # Before the host itself waits for the disk: the device then has nothing to do.
+        self._streams.asked[layer].record(self._current)
         while self._next <= layer:
             self._launch()
         self._launch_ahead(LAUNCH_AHEAD)
         if self._brought:
             self._current.wait_event(self._streams.brought)
             self._brought = False
-        self._streams.asked[layer].record(self._current)
         self._current.wait_event(self._streams.placed[layer])
         self._streams.given[layer].record(self._current)
         self.seconds += time.perf_counter() - started

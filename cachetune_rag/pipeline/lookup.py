@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from typing import Any
 
 from cachetune_store import ChunkKey, ChunkReader, ChunkStore, DamagedChunkError, StoreError
+
+Start = Callable[..., Future[Any]]
+"""`start(work, *args)` begins a call on another thread."""
 
 
 class OpenReaders:
@@ -54,21 +60,43 @@ class Faults:
         self.timed_out: set[ChunkKey] = set()
         self.disk_gone = False
 
-    def open(self, store: ChunkStore, key: ChunkKey) -> ChunkReader | None:
-        """The chunk's reader, unless it has failed in this request before."""
-        if key in self.damaged or key in self.unreadable:
-            return None
-        if self.disk_gone:
-            reader = store.open_in_memory(key)
-            if reader is None:
+    def open(
+        self, store: ChunkStore, keys: Iterable[ChunkKey], opened: OpenReaders, start: Start
+    ) -> dict[ChunkKey, ChunkReader | None]:
+        """Readers of chunks, None for those that aren't stored or have failed in this request before.
+
+        Args:
+            store: where they are.
+            keys: of the chunks, each once.
+            opened: gets every reader.
+            start: begins a call on a thread. Files are opened side by side: a disk takes far longer to answer than to read a
+                file's head.
+        """
+        readers: dict[ChunkKey, ChunkReader | None] = {}
+        waiting: dict[ChunkKey, Future[tuple[ChunkReader | None, list[StoreError]]]] = {}
+        for key in keys:
+            failed = key in self.damaged or key in self.unreadable
+            reader = readers[key] = None if failed else store.open_in_memory(key)
+            if reader is not None:
+                opened.add(reader)
+            elif self.disk_gone and not failed:
                 self.timed_out.add(key)
-            return reader
-        errors: list[StoreError] = []
-        reader = store.open(key, errors=errors)
-        for error in errors:
-            self.failed(key, set_aside=isinstance(error, DamagedChunkError))
-        return reader
+            elif not failed:
+                waiting[key] = start(_open, store, key, opened)
+        for key, future in waiting.items():
+            readers[key], errors = future.result()
+            for error in errors:
+                self.failed(key, set_aside=isinstance(error, DamagedChunkError))
+        return readers
 
     def failed(self, key: ChunkKey, *, set_aside: bool) -> None:
         """A read failed: because the chunk is damaged, and now set aside, or for another reason."""
         (self.damaged if set_aside else self.unreadable).add(key)
+
+
+def _open(store: ChunkStore, key: ChunkKey, opened: OpenReaders) -> tuple[ChunkReader | None, list[StoreError]]:
+    errors: list[StoreError] = []
+    reader = store.open(key, errors=errors)
+    if reader is not None:
+        opened.add(reader)  # at once: whoever asked may have given up
+    return reader, errors

@@ -52,7 +52,8 @@ class TierMeasure:
     def __init__(self, engine: CacheTune, prompts: Sequence[Prompt], tier: str, selector: str):
         self._engine, self._prompts, self._selector = engine, prompts, selector
         if tier == "disk":
-            self._store = ChunkStore(engine.store.path, host_budget=0, disk_budget=_NO_LIMIT)
+            # What the rows are read into is used again, as it is by requests where host memory is full.
+            self._store = ChunkStore(engine.store.path, host_budget=0, disk_budget=_NO_LIMIT, read_memory=_NO_LIMIT)
         else:
             self._store = self._in_memory(tier)
         self._assembler = Assembler(engine.adapter, self._store, engine.lead_ins, engine._pool)

@@ -47,9 +47,11 @@ class DirectIO:
 class RawFile:
     """An open file. It stays readable when its name is gone, which is how open chunks outlive an eviction."""
 
-    def __init__(self, path: Path | str, direct: DirectIO) -> None:
+    def __init__(self, path: Path | str, direct: DirectIO, head: int = _HEAD_GUESS) -> None:
+        """`head`: how long the file's head probably is; asked for it, at least so much is read."""
         self._fd = -1
-        self._direct = direct
+        self._direct, self._guess = direct, max(head, _HEAD_GUESS)
+        self._head: memoryview | None = None
         self._fd = direct.open(path)
         status = os.fstat(self._fd)
         self.size = status.st_size
@@ -57,10 +59,16 @@ class RawFile:
         self.identity = identity_of(status)
 
     def head(self, count: int) -> memoryview:
-        """At least the first `count` bytes, or all there are."""
-        want = min(round_up(max(count, _HEAD_GUESS)), round_up(self.size))
-        area = memoryview(private_pages(max(want, PAGE)))
-        return area[: min(self.read(area[:want], 0), self.size)]
+        """At least the first `count` bytes, or all there are; kept until `drop_head`."""
+        if self._head is None or len(self._head) < min(count, self.size):
+            want = min(round_up(max(count, self._guess)), round_up(self.size))
+            area = memoryview(private_pages(max(want, PAGE)))
+            self._head = area[: min(self.read(area[:want], 0), self.size)]
+        return self._head
+
+    def drop_head(self) -> None:
+        """Let go of the memory behind `head`."""
+        self._head = None
 
     def read(self, area: memoryview, position: int) -> int:
         """Fill `area` (page-aligned, whole pages) from `position`; how many bytes there were."""

@@ -47,13 +47,15 @@ class ChunkStore:
         path: the store's directory, made if missing; None keeps everything in host memory only.
         codec: how new chunks are encoded; chunks of any registered codec are read.
         host_budget: bytes of host memory for chunks, an int or such as "4GiB"; 0 for none. On top
-            of it come what open readers of the disk tier and running put() calls hold, and memory kept for them: at
-            most an eighth of the budget or 256 MiB, whichever is more.
+            of it come what open readers of the disk tier and running put() calls hold, and `read_memory`.
         disk_budget: bytes of all chunk files together.
         device_budget: bytes of a device's memory for chunks in use, as encoded; 0: none are kept there. A chunk is copied
             there when it is promoted out of host memory (`ChunkReader.promote`), or out of disk if host memory has no room
             for it.
         device: that device; None: the current CUDA device.
+        read_memory: bytes of host memory that reads from disk went into and that are kept for the next ones, as new memory
+            costs more to touch and to page-lock than a disk to fill it; None: an eighth of host_budget or 256 MiB,
+            whichever is more.
         pin_memory: page-lock host memory, for faster copies to a GPU; None: if there is CUDA.
         direct_io: read past the page cache; None: where the file system supports it.
 
@@ -72,6 +74,7 @@ class ChunkStore:
         disk_budget: int | str = "64GiB",
         device_budget: int | str = 0,
         device: str | torch.device | None = None,
+        read_memory: int | str | None = None,
         pin_memory: bool | None = None,
         direct_io: bool | None = None,
     ) -> None:
@@ -81,7 +84,8 @@ class ChunkStore:
         pinned = torch.cuda.is_available() if pin_memory is None else pin_memory
         if pinned and not torch.cuda.is_available():
             raise ValueError("pin_memory is True, but there is no CUDA device; leave it out or set it to False")
-        self._pool = SlabPool(pinned=pinned, limit=max(host_bytes // 8, _LEAST_IDLE))
+        idle = max(host_bytes // 8, _LEAST_IDLE) if read_memory is None else parse_bytes(read_memory, "read_memory")
+        self._pool = SlabPool(pinned=pinned, limit=idle)
         self._closed = False
         self._directory: StoreDirectory | None = None
         pins = Pins()

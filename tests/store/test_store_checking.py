@@ -74,7 +74,17 @@ def test_damage_in_any_layer_stops_every_way_of_reading(tmp_path: Path, path: st
 
 def test_no_option_and_no_environment_variable_turns_checks_off() -> None:
     options = set(inspect.signature(ChunkStore).parameters)
-    known = {"path", "codec", "host_budget", "disk_budget", "device_budget", "device", "pin_memory", "direct_io"}
+    known = {
+        "path",
+        "codec",
+        "host_budget",
+        "disk_budget",
+        "device_budget",
+        "device",
+        "pin_memory",
+        "read_memory",
+        "direct_io",
+    }
     assert options == known, "a new option: is it safe?"
     for file in Path(cachetune_store.__file__).parent.rglob("*.py"):
         names = {node.attr for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Attribute)}

@@ -377,3 +377,33 @@ def test_row_memory_that_a_gpu_still_reads_is_not_given_out_again() -> None:
     assert pool.idle_bytes == size
     pool.clear()
     assert pool.idle_bytes == 0
+
+
+@pytest.mark.parametrize("text", ["short", "x" * (200 << 10)], ids=["short head", "long head"])
+def test_the_head_of_a_file_is_read_in_one_go_once_its_length_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    one, two = sample(0), sample(1)
+    with ChunkStore(tmp_path) as store:
+        one.put(store, text=text)
+        two.put(store, text=text)
+    with ChunkStore(tmp_path, host_budget=0) as store:
+        store.open(one.key).close()
+        reads, real = [], os.preadv
+        monkeypatch.setattr(os, "preadv", lambda *a: reads.append(a) or real(*a))
+        with store.open(two.key) as reader:
+            assert len(reads) == 1
+            assert two.matches(reader)
+
+
+@pytest.mark.parametrize("read_memory", [0, "1MiB"])
+def test_memory_for_reads_is_kept_up_to_its_budget(tmp_path: Path, read_memory: int | str) -> None:
+    one = sample()
+    with ChunkStore(tmp_path) as store:
+        one.put(store)
+    with ChunkStore(tmp_path, host_budget=0, read_memory=read_memory) as store:
+        with store.open(one.key) as reader:
+            assert one.matches(reader)
+        del reader
+        kept = store._pool.idle_bytes
+    assert kept >= one.layers[0][0].nbytes if read_memory else kept == 0
