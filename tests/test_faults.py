@@ -124,6 +124,16 @@ def test_a_read_that_fails_for_once_is_computed_and_told(tmp_path: Path, engine:
     assert engine.prefill(**ASK).report.missed == 0
 
 
+@pytest.mark.parametrize(("kind", "lost"), [("EIO", True), ("ENOMEM", False), ("ESTALE", False)])
+def test_a_file_is_set_aside_only_if_the_disk_lost_it(tmp_path: Path, engine: CacheTune, kind: str, lost: bool) -> None:
+    """Reads that fail again and again while memory is short, say, are no damage: the chunk is good."""
+    with faulty_disk(tmp_path, Fault(kind, ("preadv",))):
+        report = engine.prefill(**ASK).report
+    assert (report.damaged, report.unreadable, report.missed) == ((2, 0, TOKENS) if lost else (0, 2, TOKENS))
+    assert len(list(tmp_path.glob("damaged/*"))) == report.damaged
+    assert engine.prefill(**ASK).report.missed == 0
+
+
 def test_damage_in_a_head_is_told(tmp_path: Path, engine: CacheTune) -> None:
     for file in (tmp_path / "chunks").glob("*/*"):
         content = bytearray(file.read_bytes())
