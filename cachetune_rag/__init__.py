@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     )
     from cachetune_rag.prompt import Chunk, Prompt, PromptBuilder, Text
     from cachetune_rag.report import PrecomputeSummary, Report
+    from cachetune_rag.splitting import Splitter
     from cachetune_rag.tuning import TuningResult
 
 __version__ = "0.1.0"
@@ -44,6 +45,7 @@ _HOMES = {
     ),
     "prompt": ("Chunk", "Prompt", "PromptBuilder", "Text"),
     "report": ("PrecomputeSummary", "Report"),
+    "splitting": ("Splitter",),
     "tuning": ("TuningResult",),
 }
 
@@ -65,6 +67,7 @@ __all__ = [
     "PromptError",
     "PromptTooLongError",
     "Report",
+    "Splitter",
     "Text",
     "TuningResult",
     "UnsupportedModelError",

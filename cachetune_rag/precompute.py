@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from cachetune_rag.deadline import Call, call_directly
 from cachetune_rag.documents import Document
-from cachetune_rag.errors import PromptTooLongError
+from cachetune_rag.errors import ConfigError, PromptTooLongError
 from cachetune_rag.leads import MOST_TOKENS, Lead, LeadIns
 from cachetune_rag.model import ModelAdapter
 from cachetune_rag.model.mean import MeanCapture
@@ -83,6 +83,8 @@ class Precomputer:
         batch_tokens: int,
         stored: Callable[[ChunkKey, str], None],
     ):
+        if isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 0:
+            raise ConfigError(f"batch_tokens is {batch_tokens!r}: use an int, 0 for one chunk at a time.")
         self._adapter, self._store, self._lead_ins = adapter, store, lead_ins
         self._encode, self._lock, self._batch_tokens, self._stored = encode, lock, batch_tokens, stored
         self._last: _Job | None = None
@@ -121,6 +123,10 @@ class Precomputer:
         self, documents: Iterable[Document | str], progress: Callable[[Progress], None] | None
     ) -> PrecomputeSummary:
         """The job. A document is registered when all its chunks are stored, so a run that is cut off resumes there."""
+        if isinstance(documents, Mapping) or not isinstance(documents, Iterable):
+            raise ConfigError(
+                f"documents is a {type(documents).__name__}: use a list of Documents or strings, or one of them."
+            )
         started = time.perf_counter()
         count = chunks = skipped = tokens = stored = 0
 

@@ -12,6 +12,9 @@ from cachetune_rag.report import Report
 from cachetune_store import StoreStats
 from cachetune_store.histogram import Histogram
 
+_SUMMED = ("prompt_tokens", "reused", "recomputed", "missed", "damaged", "unreadable", "timed_out")
+"""Fields of `Report` that are added up."""
+
 
 @dataclass(frozen=True)
 class EngineStats:
@@ -21,7 +24,7 @@ class EngineStats:
         requests: prompts read with reuse.
         full_prefills: prompts read without.
         prompt_tokens, reused, recomputed, missed: tokens, summed over the former; see `Report`.
-        damaged: chunks set aside while answering.
+        damaged, unreadable, timed_out: chunks that were in the store and had to be computed, summed; see `Report`.
         ttft_seconds: time to first token, summed.
         ttft: count, mean, p50, p95 and p99 of the time to first token, by the slowest tier that a request read from.
         store: the store's own figures.
@@ -35,6 +38,8 @@ class EngineStats:
     recomputed: int
     missed: int
     damaged: int
+    unreadable: int
+    timed_out: int
     ttft_seconds: float
     ttft: dict[str, dict[str, float | int | None]]
     store: StoreStats
@@ -54,7 +59,8 @@ class RequestCounter:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._requests = self._full = self._prompt = self._reused = self._recomputed = self._missed = self._damaged = 0
+        self._requests = self._full = 0
+        self._sums = dict.fromkeys(_SUMMED, 0)
         self._ttft = 0.0
         self._by_tier: dict[str, Histogram] = {}
 
@@ -65,11 +71,8 @@ class RequestCounter:
                 self._full += 1
                 return
             self._requests += 1
-            self._prompt += report.prompt_tokens
-            self._reused += report.reused
-            self._recomputed += report.recomputed
-            self._missed += report.missed
-            self._damaged += report.damaged
+            for name in _SUMMED:
+                self._sums[name] += getattr(report, name)
             self._ttft += report.ttft
             histogram = self._by_tier.setdefault(report.slowest_tier, Histogram())
         histogram.add(report.ttft)
@@ -83,15 +86,11 @@ class RequestCounter:
         """The totals."""
         with self._lock:
             return EngineStats(
-                self._requests,
-                self._full,
-                self._prompt,
-                self._reused,
-                self._recomputed,
-                self._missed,
-                self._damaged,
-                self._ttft,
-                {tier: histogram.summary() for tier, histogram in self._by_tier.items()},
-                store,
-                fidelity,
+                requests=self._requests,
+                full_prefills=self._full,
+                **self._sums,
+                ttft_seconds=self._ttft,
+                ttft={tier: histogram.summary() for tier, histogram in self._by_tier.items()},
+                store=store,
+                fidelity=fidelity,
             )

@@ -19,8 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from smollm2 import model_path
 
-from cachetune_rag import CacheTune, Document
-from cachetune_rag.splitting import Splitter
+from cachetune_rag import CacheTune, Document, Splitter
 
 TOPICS = [
     "assert", "break", "calls", "comparisons", "context-managers", "continue", "del", "exceptions", "for", "global", "if", "nonlocal",

@@ -10,8 +10,7 @@ from langchain_core.runnables import RunnablePassthrough
 from langchain_core.vectorstores import InMemoryVectorStore
 from smollm2 import model_path
 
-from cachetune_rag import CacheTune
-from cachetune_rag.splitting import Splitter
+from cachetune_rag import CacheTune, Splitter
 from langchain_cachetune import CacheTuneIndex, ChatCacheTune, create_cachetune_chain
 
 TOPICS = ["nonlocal", "global", "with", "assert", "del"]

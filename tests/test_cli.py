@@ -298,6 +298,15 @@ def test_a_smaller_budget_does_not_empty_a_store(cli: Cli, filled: Path, docs: P
     assert cli("stats", "-s", filled, "--json").json == before
 
 
+def test_a_store_whose_description_was_deleted_is_opened_again(cli: Cli, filled: Path, model: Path, docs: Path) -> None:
+    """As the error about a damaged one says."""
+    (filled / "store.json").write_text("garbage")
+    assert "delete that file" in cli("precompute", docs, "-m", model, "-s", filled, code=2).err
+    (filled / "store.json").unlink()
+    done = cli("precompute", docs, "-m", model, "-s", filled, "--chunk-tokens", 200, "--json").json
+    assert (done["chunks"], done["skipped"] > 0) == (0, True)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

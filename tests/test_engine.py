@@ -481,6 +481,25 @@ def test_bad_requests_are_refused_by_name(engine: CacheTune) -> None:
         Document("x", "one string")
     with pytest.raises(ConfigError, match="lead_in"):
         fresh(lead_in=[10**6])
+    with pytest.raises(ConfigError, match="documents is a dict"):
+        engine.precompute({"id": "a", "chunks": CHUNKS})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="documents is a int"):
+        engine.precompute(5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"codek": "int8"}, "'codek' is no argument of CacheTune, nor of its store: did you mean 'codec'"),
+        ({"torch_dtype": "bfloat16"}, "the store has codec, host_budget, disk_budget"),
+        ({"codec": "zip"}, "unknown codec 'zip'; registered: exact, fp8, int4, int8"),
+        ({"host_budget": "lots"}, "host_budget is 'lots'; give bytes"),
+        ({"batch_tokens": -1}, "batch_tokens is -1: use an int"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        fresh(**options)
 
 
 def test_a_prompt_longer_than_the_context_is_refused() -> None:

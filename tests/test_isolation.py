@@ -143,15 +143,32 @@ def test_code_in_a_model_folder_is_not_executed(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
+def _check_private(top: Path) -> None:
+    assert top.stat().st_mode & 0o777 == 0o700
+    for path in top.rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600), path
+
+
 def test_everything_in_a_store_is_for_its_user_alone(tmp_path: Path) -> None:
     old = os.umask(0)
     try:
-        with CacheTune(llama(), tokenizer(), tmp_path / "kv") as engine:
-            engine.precompute(Document("doc", [TEXT]))
+        with CacheTune(llama(), tokenizer(), tmp_path / "kv", host_budget=0) as engine:
+            engine.precompute(Document("doc", [TEXT * 40]))
+            engine.calibrate([{"query": "Who?", "chunks": [TEXT * 40]}], tokens=1)
+            next((tmp_path / "kv" / "chunks").rglob("*.safetensors")).write_bytes(b"damaged")
+            engine.generate("Who?", [TEXT * 40, "Never stored."], max_new_tokens=1)
+            _check_private(tmp_path / "kv")  # the index's log lies beside it as long as it is open
+        _check_private(tmp_path / "kv")
+        names = {path.name for path in (tmp_path / "kv").iterdir()}
+        assert names >= {"chunks", "claims.lock", "damaged", "documents", "index", "notes", "profiles", "store.json"}
     finally:
         os.umask(old)
-    top = tmp_path / "kv"
-    assert top.stat().st_mode & 0o777 == 0o700
-    for path in top.rglob("*"):
-        if path.is_dir():
-            assert path.stat().st_mode & 0o777 == 0o700, path
+
+
+def test_an_index_that_others_could_read_is_closed_to_them(tmp_path: Path) -> None:
+    """As earlier releases left it."""
+    ChunkStore(tmp_path / "kv").close()
+    database = tmp_path / "kv" / "index" / "cache.db"
+    database.chmod(0o644)
+    with ChunkStore(tmp_path / "kv"):
+        assert database.stat().st_mode & 0o777 == 0o600

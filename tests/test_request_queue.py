@@ -153,7 +153,7 @@ def test_it_begins_once_the_request_at_hand_has_all_its_reads_on_the_way(
     monkeypatch.setattr(cold._pool, "submit", submitted)
     monkeypatch.setattr(cold, "prefetch", fetched)
     list(cold.generate_many(REQUESTS[:2], max_new_tokens=1, ratio=0.2, selector="frequency"))
-    reads = 2 * cold.adapter.num_layers
+    reads = 2 * (1 + cold.adapter.num_layers)  # two chunks, their heads first
     assert order[: reads + 1] == ["read"] * reads + ["prefetch"]
 
 

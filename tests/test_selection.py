@@ -44,10 +44,12 @@ class FakeContext:
             self.layers_run.append(layer)
             observe(layer, self.attention[layer].expand(2, queries, self.length))
 
-    def expected_error(self, num_layers: int, queries: int) -> Tensor:
+    def received_attention(self, num_layers: int, queries: int) -> Tensor:
         assert self.attention is not None
         self.layers_run += range(num_layers)
         return self.attention[:num_layers].sum(0)
+
+    expected_error = received_attention
 
     def reused_states(self, layer: int) -> tuple[Tensor, Tensor]:
         return self.reused[0, layer], self.reused[1, layer]

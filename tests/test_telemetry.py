@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from faulty_disk import Fault, faulty_disk
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -83,6 +84,19 @@ def test_prometheus_shows_the_engines_numbers(engine: CacheTune) -> None:
     assert read("cachetune_tier_hits_total", {"tier": "disk", "pool": "a"}) == 2
     assert read("cachetune_ttft_seconds_count", {"tier": "disk", "pool": "a"}) == 1
     assert read("cachetune_ttft_seconds_bucket", {"tier": "disk", "pool": "a", "le": "+Inf"}) == 1
+
+
+def test_chunks_that_could_not_be_read_are_counted_and_told(
+    tmp_path: Path, engine: CacheTune, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry = CollectorRegistry()
+    registry.register(CacheTuneCollector(engine))
+    with faulty_disk(tmp_path / "kv" / "chunks", Fault("EACCES", ("open",))):
+        report = engine.generate("Who?", CHUNKS, max_new_tokens=1).report
+    stats = engine.stats()
+    assert (stats.damaged, stats.unreadable, stats.timed_out) == (0, report.unreadable, 0)
+    assert registry.get_sample_value("cachetune_request_unreadable_chunks_total") == report.unreadable > 0
+    assert f"request {report.request_id}: chunks were computed instead of read: 2 unreadable" in caplog.text
 
 
 def test_spans_lie_under_the_callers_and_hold_no_text(engine: CacheTune) -> None:

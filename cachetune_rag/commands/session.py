@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from cachetune_store import ChunkStore, Namespace
 
 _MARK = "store.json"
-_PARTS = {"chunks", "documents", "notes", "tmp", "lock", "index", "damaged", "profiles", _MARK}
+_PARTS = {"chunks", "documents", "notes", "tmp", "index", "damaged", "profiles", _MARK}
+_PARTS |= {"lock", "index.lock", "claims.lock"}
 _NO_LIMIT = 1 << 62
 """Disk budget of commands that add nothing: opening a store must not shrink it."""
 

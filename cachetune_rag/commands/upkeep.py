@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cachetune_store import ChunkGroup, Namespace, TierUsage
 
 DAMAGED = 1
-"""Exit status of verify when it found damage."""
+"""Exit status of verify when it found damage, or files that it couldn't read."""
 
 STATS_EPILOG = (
     "[bold]Examples[/bold]\n\n\b\n  cachetune stats --store kv-store\n  cachetune stats --store kv-store --documents"
@@ -26,7 +26,8 @@ STATS_EPILOG = (
 VERIFY_EPILOG = (
     "[bold]Example[/bold]\n\n\b\n"
     "  cachetune verify --store kv-store\n\n"
-    "Exit status 0: all is well; 1: damage was found and set aside. Precompute again to fill the gaps."
+    "Exit status 0: all is well; 1: damage was found and set aside (precompute again to fill the gaps), or a file could "
+    "not be read."
 )
 REMOVE_EPILOG = (
     "[bold]Examples[/bold]\n\n\b\n"
@@ -137,7 +138,11 @@ def verify(store: options.Store, json_output: options.Json = False, debug: optio
     if json_output:
         emit_json({"store": str(store), "ok": report.ok, **report.as_dict()})
     else:
-        found = "all in order" if report.ok else f"{number(len(report.damaged), 'damaged file')} set aside"
+        wrong = [
+            f"{number(len(report.damaged), 'damaged file')} set aside" if report.damaged else "",
+            f"{number(len(report.unreadable), 'file')} could not be read" if report.unreadable else "",
+        ]
+        found = ", ".join(filter(None, wrong)) or "all in order"
         repairs = [
             number(report.temp_files, "leftover") + " deleted" if report.temp_files else "",
             number(report.adopted, "file") + " added to the index" if report.adopted else "",
@@ -149,7 +154,7 @@ def verify(store: options.Store, json_output: options.Json = False, debug: optio
                 [f"{number(report.checked, 'file')} checked ({size(report.bytes)}): {found}", *filter(None, repairs)]
             ),
         )
-        for key in report.damaged:
+        for key in (*report.damaged, *report.unreadable):
             stdout().print(f"  {key}")
     if not report.ok:
         raise typer.Exit(DAMAGED)

@@ -6,7 +6,6 @@ tokens of all chunks compete for one budget by the attention they receive (docs/
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from cachetune_rag.selection.base import SelectionContext, Selector, all_places, top_places, total_budget
@@ -31,12 +30,6 @@ class ProbeSelector(Selector):
         count = total_budget(context.chunks, ratio)
         if count in (0, len(places)):
             return places[:count]
-        layers = self.layers(context.num_layers)
-        if hasattr(context, "received_attention"):
-            received = context.received_attention(layers, self.queries)
-        else:
-            mass: list[Tensor] = []
-            context.observe_attention(layers, self.queries, lambda _layer, weights: mass.append(weights.mean((0, 1))))
-            received = torch.stack(mass).sum(0)
+        received = context.received_attention(self.layers(context.num_layers), self.queries)
         # On the host: a copy to a GPU would wait for all the KV that is on its way there.
         return top_places(received.cpu(), places, count)

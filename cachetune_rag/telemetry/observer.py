@@ -41,11 +41,11 @@ class Observers:
     def prefilled(self, report: Report) -> None:
         """Tell all."""
         _log.debug("request %s: %s", report.request_id, report, extra={"request_id": report.request_id})
-        if report.damaged:
+        if told := ", ".join(f"{count} {what}" for what, count in _faults(report).items() if count):
             _log.warning(
-                "request %s: %d damaged chunks were set aside and computed instead",
+                "request %s: chunks were computed instead of read: %s",
                 report.request_id,
-                report.damaged,
+                told,
                 extra={"request_id": report.request_id},
             )
         self._tell("prefilled", report)
@@ -68,6 +68,14 @@ class Observers:
                 getattr(observer, event)(*arguments)
             except Exception:
                 _log.exception("an observer failed at %r; the request is not affected", event)
+
+
+def _faults(report: Report) -> dict[str, int]:
+    return {
+        "damaged and set aside": report.damaged,
+        "unreadable": report.unreadable,
+        "not read in time": report.timed_out,
+    }
 
 
 def new_request_id() -> str:

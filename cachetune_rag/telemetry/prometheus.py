@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from cachetune_store.histogram import Histogram
 
 _TOKENS = ("prompt_tokens", "reused", "recomputed", "missed")
+_FAULTS = {
+    "damaged": "Chunks found damaged and set aside",
+    "unreadable": "Chunks that the system refused to read",
+    "timed_out": "Chunks that the disk didn't give in time",
+}
 _TIER_COUNTERS = {
     "hits": "Chunks found",
     "misses": "Chunks looked for in vain",
@@ -55,7 +60,8 @@ class CacheTuneCollector(Collector):
         stats = self._engine.stats()
         yield self._counter("requests", "Prompts read with reuse", stats.requests)
         yield self._counter("full_prefills", "Prompts read without reuse", stats.full_prefills)
-        yield self._counter("request_damaged_chunks", "Chunks found damaged while answering", stats.damaged)
+        for name, text in _FAULTS.items():
+            yield self._counter(f"request_{name}_chunks", f"{text} while answering", getattr(stats, name))
         tokens = CounterMetricFamily(
             "cachetune_tokens", "Tokens of prompts, by what became of them", labels=self._names("kind")
         )

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from cachetune_rag.answer import Answer
     from cachetune_rag.engine import CacheTune
 
-_FIELDS = ("prompt_tokens", "reused", "recomputed", "missed", "ratio", "selector", "prefix_kept", "damaged", "full")
+_COUNTS = ("prompt_tokens", "reused", "recomputed", "missed", "skipped", "probed", "prefix_kept", "recognised")
+_FAULTS = ("damaged", "unreadable", "timed_out")
+_FIELDS = (*_COUNTS, *_FAULTS, "ratio", "selector", "full")
 
 
 def trace_requests(engine: CacheTune, tracer_provider: Any = None) -> SpanObserver:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import sqlite3
+import stat
 import sys
 import threading
 import time
@@ -192,6 +194,7 @@ class DiskIndex(Index):
     def _connect(self) -> tuple[Any, int]:
         try:
             self._directory.mkdir(mode=0o700, exist_ok=True)
+            _make_private(self._file)
         except OSError as error:
             raise explain(error, self._directory) from error
         # Nothing of diskcache's own housekeeping: what goes, and when, is the store's to decide.
@@ -286,6 +289,19 @@ class DiskIndex(Index):
         if any(word in text for word in ("unable to open", "readonly", "disk I/O")):
             return StorePathError(f"can't use the index {self._directory} ({text}); check its permissions")
         return IndexDamagedError(f"the index {self._directory} is damaged ({text}); call rebuild_index()")
+
+
+def _make_private(file: Path) -> None:
+    """Make the database's file, or an older one of it, its user's alone; sqlite gives the files beside it the same mode.
+
+    Without opening it: to close it again would drop the locks of every connection that this process has to it.
+    """
+    try:
+        os.mknod(file, stat.S_IFREG | 0o600)
+    except FileExistsError:
+        with contextlib.suppress(FileNotFoundError):  # replaced by another process just now
+            if file.stat().st_mode & 0o077:
+                file.chmod(0o600)
 
 
 class _BusyError(StoreError):

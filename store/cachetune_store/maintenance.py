@@ -21,6 +21,7 @@ def check_files(tier: DiskTier, documents: Documents, temp: TempFiles, *, full: 
     removed = temp.clean()
     checked = total = adopted = foreign = 0
     damaged: list[ChunkKey] = []
+    unreadable: list[ChunkKey] = []
     for key in tier.stored_keys():
         try:
             found = _check(tier, key, full=full)
@@ -31,9 +32,11 @@ def check_files(tier: DiskTier, documents: Documents, temp: TempFiles, *, full: 
             elif tier.set_aside(key):
                 damaged.append(key)
             continue
-        except (DamagedChunkError, OSError):
+        except (DamagedChunkError, OSError) as error:
             if tier.set_aside(key):
                 damaged.append(key)
+            elif isinstance(error, OSError):
+                unreadable.append(key)
             continue
         if found is not None:
             checked += 1
@@ -51,6 +54,7 @@ def check_files(tier: DiskTier, documents: Documents, temp: TempFiles, *, full: 
         dropped=dropped,
         documents=documents.count(),
         foreign=foreign,
+        unreadable=tuple(unreadable),
     )
 
 

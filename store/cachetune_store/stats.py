@@ -158,6 +158,7 @@ class VerifyReport:
         dropped: index entries without a file.
         documents: documents known afterwards.
         foreign: files of other format versions; they are left alone (`prune` removes them).
+        unreadable: keys of files that could not be read and are not known to be damaged; they are left alone.
     """
 
     checked: int
@@ -168,12 +169,14 @@ class VerifyReport:
     dropped: int
     documents: int
     foreign: int = 0
+    unreadable: tuple[ChunkKey, ...] = ()
 
     @property
     def ok(self) -> bool:
-        """True when no chunk was damaged."""
-        return not self.damaged
+        """True when every chunk could be read and none was damaged."""
+        return not self.damaged and not self.unreadable
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain values."""
-        return asdict(self) | {"damaged": [str(key) for key in self.damaged]}
+        keys = {"damaged": self.damaged, "unreadable": self.unreadable}
+        return asdict(self) | {name: [str(key) for key in found] for name, found in keys.items()}

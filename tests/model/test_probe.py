@@ -162,8 +162,9 @@ def test_every_family_by_its_own_numbers(family: Family) -> None:
     torch.testing.assert_close(got.double(), wanted, rtol=2e-3, atol=1e-5)
 
 
-def test_without_positions_only_what_a_row_holds_counts() -> None:
-    """Rows of chunks in another order have the same errors in that order, if keys don't know where they stand."""
+@pytest.mark.parametrize("look", ["expected error", "received attention"])
+def test_without_positions_only_what_a_row_holds_counts(look: str) -> None:
+    """Rows of chunks in another order have the same errors (attention) in that order, if keys don't know where they stand."""
     adapter, ids = ModelAdapter(llama()), torch.tensor([BOS, *range(20, 20 + LENGTH - 1)])
     adapter._rotary.rotated = [False] * adapter.num_layers
     adapter.model.model.rotary_emb.inv_freq.zero_()
@@ -178,6 +179,8 @@ def test_without_positions_only_what_a_row_holds_counts() -> None:
         for layer, (keys, values) in enumerate(stored):
             buffers.key_rows[layer].copy_(keys[rows])
             buffers.value_rows[layer].copy_(values[rows])
+        if look == "received attention":
+            return adapter.received_attention(ids[chosen], chosen, buffers, adapter.num_layers, 9, lambda layer: None)
         return adapter.expected_error(
             ids[chosen], chosen, buffers, deviations[rows], adapter.num_layers, 9, lambda layer: None
         )

@@ -1,7 +1,8 @@
 """Load: processes with several threads precompute, answer and delete on one store whose budget is a tenth of the data.
 
 Everything is evicted all the time, mostly by somebody else. No answer may be wrong, no thread may hang or meet an error, the
-budget may never be exceeded by more than a chunk, and no chunk may be computed while it is stored.
+budget may never be exceeded by more than a chunk, and hardly a chunk may be computed while it is stored, or stored by another
+while it is computed.
 """
 
 from __future__ import annotations
@@ -72,9 +73,10 @@ def _judge(outcome: Outcome, counts: Counter[str], watch: _Watch, budget: int, l
     outcome.expect(watch.fullest <= budget + largest, f"{watch.fullest} bytes in a budget of {budget}")
     outcome.expect(watch.looks > 0, "the budget was never looked at")
     outcome.expect(counts["answers"] > 0, "nothing was answered")
-    share = counts["computed while stored"] / max(1, counts["computed"])
+    twice = counts["computed while stored"] + counts["stored meanwhile"]
+    share = twice / max(1, counts["computed"])
     outcome.figures["double work"] = round(share, 4)
-    outcome.expect(share <= 0.01, f"{counts['computed while stored']} of {counts['computed']} chunks computed twice")
+    outcome.expect(share <= 0.01, f"{twice} of {counts['computed']} chunks computed twice")
 
 
 def _measure(corpus: Corpus, path: Path) -> tuple[int, int]:

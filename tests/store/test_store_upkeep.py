@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from faulty_disk import Fault, faulty_disk
 from store_samples import file_of, sample
 
 from cachetune_store import ChunkKey, ChunkStore
@@ -70,6 +71,18 @@ def test_files_of_another_version_are_left_alone_and_reported(path: Path) -> Non
         assert file.exists()
         assert store.prune(lambda head: True, foreign_too=True).foreign == 1
         assert not file.exists()
+        assert store.contains(one.key)
+
+
+def test_a_file_that_cannot_be_read_is_told_and_left_alone(path: Path) -> None:
+    with ChunkStore(path) as store:
+        one = sample()
+        one.put(store)
+        with faulty_disk(path / "chunks", Fault("ENOMEM", ("preadv",))):
+            report = store.verify()
+        assert (report.ok, report.damaged, report.unreadable, report.checked) == (False, (), (one.key,), 0)
+        assert report.as_dict()["unreadable"] == [one.key.digest]
+        assert store.verify().ok
         assert store.contains(one.key)
 
 

@@ -8,6 +8,7 @@ process evicts or replaces, an open chunk stays whole, and a chunk gone before i
 from __future__ import annotations
 
 import contextlib
+import errno
 import threading
 import time
 from collections.abc import Iterator
@@ -35,6 +36,8 @@ __all__ = ["DiskTier"]
 
 _LONGEST_GUESS = 4 << 20
 """Most bytes of a head that are read before it is known how long it is."""
+_LOST = {errno.EIO, errno.EBADMSG, errno.EUCLEAN}
+"""Errors of reading that say that the disk or the file system has lost what stood there. Others pass."""
 
 
 class DiskTier(Tier):
@@ -289,15 +292,17 @@ class DiskTier(Tier):
         return DiskReader(head, file, start, self.pool)
 
     def _damage(self, key: ChunkKey) -> tuple[int, int, int] | None:
-        """Which file of `key` is damaged; None if the one that is there is not, or none can be opened."""
+        """Which file of `key` is damaged; None if the one that is there is not, or can't be read just now."""
         try:
             file = RawFile(self.path_of(key), self._direct)
         except OSError:
             return None
         try:
             check_file(key, file, self.pool, full=True)
-        except (DamagedChunkError, OSError):
+        except DamagedChunkError:
             return file.identity
+        except OSError as error:
+            return file.identity if error.errno in _LOST else None
         return None
 
     def _move_aside(self, key: ChunkKey, seen: tuple[int, int, int]) -> bool:

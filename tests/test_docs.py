@@ -1,0 +1,127 @@
+"""What README and docs name is there: links, files, commands, options, selectors, metrics; and the first example runs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer.main
+from tiny import llama, tokenizer
+
+from cachetune_rag import CacheTune
+from cachetune_rag.cli import app
+from cachetune_rag.selection import selector_names
+
+ROOT = Path(__file__).parent.parent
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("benchmarks/**/README.md"))]
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def page(name: str) -> str:
+    return (ROOT / name).read_text()
+
+
+def options(text: str) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text))
+
+
+def headings(text: str) -> set[str]:
+    """Anchors that GitHub makes of them."""
+    titles = re.findall(r"^#+ (.+)$", FENCE.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_and_files_are_there(path: Path) -> None:
+    text = path.read_text()
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        there = path.parent / name if name else path
+        assert there.exists(), target
+        if anchor:
+            assert anchor in headings(there.read_text()), target
+    for name in re.findall(r"`((?:benchmarks|tests|examples|docs|store|adapters|cachetune_rag)/[\w./-]+)`", text):
+        assert (ROOT / name).exists(), name
+
+
+def commands_of(text: str, start: str) -> Iterator[list[str]]:
+    """Words of the command lines in fenced blocks that begin with `start`."""
+    for _, block in FENCE.findall(text):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = line.split("#")[0].removeprefix("$ ").split()
+            if " ".join(words).startswith(start):
+                yield words
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_commands_have_the_options_that_they_are_shown_with(path: Path) -> None:
+    text = path.read_text()
+    for _, script, *rest in commands_of(text, "python benchmarks/"):
+        code = (ROOT / script).read_text()
+        if "add_arguments(parser)" in code:
+            code += page("benchmarks/subjects.py")
+        assert {f'"{option}"' for option in options(" ".join(rest))} <= set(re.findall(r'"--[\w-]+"', code)), script
+    for _, name, *rest in commands_of(text, "cachetune "):
+        assert options(" ".join(rest)) <= options_of(name), name
+    for _, target, *_ in commands_of(text, "make "):
+        assert re.search(rf"^{target}:", page("Makefile"), re.MULTILINE), target
+
+
+def options_of(command: str) -> set[str]:
+    return {option for parameter in COMMANDS[command].params for option in parameter.opts} | {"--help"}
+
+
+def test_the_command_line_page_names_commands_and_options_that_there_are() -> None:
+    every = set().union(*map(options_of, COMMANDS), {"--debug", "--json"})
+    told: set[str] = set()
+    for section in re.split(r"^## ", page("docs/cli.md"), flags=re.MULTILINE)[1:]:
+        names = [name for name in section.splitlines()[0].split(", ") if name in COMMANDS]
+        told.update(names)
+        tables = "\n".join(re.findall(r"^\| (`-.*?) \|", section, re.MULTILINE))
+        if names:
+            assert options(tables) <= set().union(*map(options_of, names)), names
+        assert options(section) <= every, section.splitlines()[0]
+    assert told == set(COMMANDS)
+
+
+def test_the_selection_page_has_every_selector() -> None:
+    table = page("docs/selection.md").split("## The selectors")[1].split("\n## ")[0].split("\n\n")[1]
+    assert set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == set(selector_names())
+
+
+def test_the_first_example_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (code,) = (block for language, block in FENCE.findall(page("README.md")) if language == "python")
+    llama().save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    asked = re.findall(r'from_pretrained\("([^"]+)"', code)
+    assert len(asked) == 1
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code.replace(asked[0], str(tmp_path / "model")), "README.md", "exec"), {})
+    assert re.search(r"\b0 missed", capsys.readouterr().out)
+    with CacheTune(llama(), tokenizer(), tmp_path / "kv-store") as engine:
+        assert [info.id for info in engine.store.documents()] == ["lighthouse"]
+
+
+def test_the_metrics_named_are_there(tmp_path: Path) -> None:
+    registry = pytest.importorskip("prometheus_client").CollectorRegistry()
+    from cachetune_rag.telemetry.prometheus import CacheTuneCollector
+
+    with CacheTune(llama(), tokenizer(), tmp_path / "kv", fidelity_sample=1) as engine:
+        registry.register(CacheTuneCollector(engine))
+        there = {family.name for family in registry.collect()}
+    section = page("docs/operations.md").split("## Prometheus")[1].split("\n## ")[0]
+    for line in re.findall(r"^\| (`.+?) \| .*\|$", section, re.MULTILINE):
+        first = ""
+        for name in re.findall(r"`(cachetune_\w+|_\w+)`", line.split(" | ")[0]):
+            if not name.startswith("_"):
+                first = re.sub(r"^(cachetune(?:_tier|_fidelity)?).*", r"\1", name)
+            full = first + name if name.startswith("_") else name
+            if full not in ("cachetune_fidelity_top1", "cachetune_fidelity_kl"):  # only once something was compared
+                assert full.removesuffix("_total") in there, full
