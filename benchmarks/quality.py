@@ -58,6 +58,8 @@ def main() -> None:
     )
     sets = datasets(args, tokenizer)
     settings = grid(args.selectors, args.ratios, args.lead_ins, args.codecs)
+    if args.together is None:
+        args.together = 6 if model.device.type == "cuda" else 1
     header = {
         "benchmark": "quality",
         "model": args.name or Path(model.config.name_or_path).name,
@@ -76,7 +78,7 @@ def main() -> None:
     options = {"cuda_kernels": args.cuda_kernels, "host_budget": args.host_budget}
     answer_ratios = args.answer_ratios if args.answers else ()
     engines = Engines(model, tokenizer, **options)
-    evaluators = {d.name: Evaluator(engines, d, settings, answer_ratios) for d in sets}
+    evaluators = {d.name: Evaluator(engines, d, settings, answer_ratios, args.together) for d in sets}
     try:
         # The sets take turns, so that a run that is cut off has some of each.
         work = sorted((i, n) for n, d in enumerate(sets) for i in range(len(d.records)))
@@ -145,6 +147,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tf32", action="store_true", help="on a GPU, multiply matrices in TF32")
     parser.add_argument("--cuda-kernels", action="store_true", help="on a GPU, through the package's kernels")
     parser.add_argument("--host-budget", default="8GiB", help="memory for one record's chunks")
+    parser.add_argument(
+        "--together", type=int, help="settings whose targets are computed in one forward (default: 6 on a GPU, else 1)"
+    )
     parser.add_argument("--commit", help="what to record where there is no git")
     data = parser.add_argument_group("records")
     data.add_argument("--musique", type=Path, metavar="FILE", help="questions as JSON lines, plain or gzipped")

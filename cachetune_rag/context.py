@@ -83,7 +83,7 @@ class RequestContext:
 
     def fresh_states(self, layer: int) -> tuple[Tensor, Tensor]:
         """See `SelectionContext`."""
-        self.probed += self.length * (layer + 1)
+        self.probed += round(self.length * self._adapter.fresh_layers(layer))
         return self._adapter.fresh_states(ids_of(self._prompt), layer)
 
     def _probe(self, num_layers: int) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from cachetune_store import StoreError
 Call = Callable[..., Any]
 """`call(work, *args)` makes a call that may touch the store's disk, and returns what it returns."""
 
-_READERS = 4
+_READERS = 8
 _CALLERS = 4
 _P = ParamSpec("_P")
 _T = TypeVar("_T")

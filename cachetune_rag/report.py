@@ -33,8 +33,8 @@ class Report:
         recognised: chunks that were found in plain text (see `CacheTune.prompt_from_text`).
         full: True for the reference: nothing was reused by intent.
         request_id: names the request in logs and spans.
-        probed: token-layers that the selector had run to choose (a token through a layer is one). `computed` times the
-            model's layers is what the rest of the request ran.
+        probed: token-layers that the selector had run to choose (a token through a layer is one; through a part of one,
+            that part of its weights). `computed` times the model's layers is what the rest of the request ran.
         skipped: of the recomputed tokens, those whose stored KV was not read (but in layers that a selector looked at).
     """
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +14,8 @@ from families import FAMILIES, Family, random_ids
 from tiny import llama, tokenizer
 
 from cachetune_rag import CacheTune, Document
-from cachetune_rag.model import ModelAdapter
+from cachetune_rag.model import KVBuffers, ModelAdapter
+from cachetune_rag.model import device as device_forward
 
 pytestmark = pytest.mark.gpu
 
@@ -145,6 +149,31 @@ def test_nothing_is_captured_or_compiled_in_steady_state(tmp_path: Path, monkeyp
         assert forward.captures == captures
         assert counters["stats"]["unique_graphs"] == graphs
         assert not compiled
+
+
+@pytest.mark.parametrize("most", [0, 6144], ids=["launched", "graphs"])
+def test_a_request_lets_go_of_its_memory_without_the_collector(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    made: list[weakref.ref[KVBuffers]] = []
+    init = KVBuffers.__init__
+
+    def noted(self: KVBuffers, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        made.append(weakref.ref(self))
+
+    with CacheTune(llama().cuda(), tokenizer(), None, batch_tokens=0, lead_in=LEADS) as engine:
+        engine.precompute([Document("a", CHUNKS)])
+        engine.warmup(256, [2048])
+        monkeypatch.setattr(device_forward, "MAX_TOKENS", most)
+        monkeypatch.setattr(KVBuffers, "__init__", noted)
+        gc.collect()
+        gc.disable()
+        try:
+            for selector in ("frequency", "probe", "expected_error"):
+                engine.prefill(query=QUERY, chunks=CHUNKS, ratio=0.3, selector=selector)
+            assert len(made) == 3
+            assert all(buffers() is None for buffers in made)
+        finally:
+            gc.enable()
 
 
 def test_a_state_keeps_its_cache_while_later_requests_run(tmp_path: Path) -> None:

@@ -301,6 +301,17 @@ def test_a_record_gives_a_row_for_every_setting() -> None:
     assert found["int8", "none", 0.0, "ratio"]["kl"] != nothing["kl"]
 
 
+def test_targets_together_give_what_one_by_one_gives() -> None:
+    data, model = dataset(), llama()
+    alone, together = (
+        list(Evaluator(Engines(model, tokenizer()), data, SETTINGS, together=count).run(data.records[0], {}))
+        for count in (1, 4)
+    )
+    assert [key_of(row) for row in together] == [key_of(row) for row in alone]
+    for one, other in zip(alone, together, strict=True):
+        assert other == pytest.approx(one, abs=1e-6)
+
+
 def test_a_run_that_is_cut_off_continues_where_it_was() -> None:
     data, model = dataset(), llama()
 
@@ -329,7 +340,7 @@ def test_target_logits_are_those_of_one_forward() -> None:
     with CacheTune(llama(), tokenizer(), None) as engine:
         state = engine.full_prefill(query="what?", chunks=["some passage"])
         target = list(b"abcde")
-        found = target_logits(engine, state, target)
+        found = target_logits(engine, [state], target)[0]
         ids = torch.tensor([[*state.prompt.ids, *target]])
         whole = engine.adapter.model(ids).logits[0, len(state.prompt.ids) - 1 : -1]
         torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-5)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
 
 from cachetune_rag import CacheTune, Document
 from cachetune_rag.assembly import PrefillState
@@ -74,12 +76,19 @@ class Evaluator:
         dataset: the records' layout, and the texts that lead-ins are taken from.
         settings: what to measure, those of one lead-in and codec together.
         answer_ratios: at which ratios answers are generated, where a record has accepted ones.
+        together: for how many settings the target goes through the model in one forward. On a GPU that is several times quicker
+            than one by one; it takes the memory of so many prompts, twice.
     """
 
     def __init__(
-        self, engines: Engines, dataset: Dataset, settings: Sequence[Setting], answer_ratios: Sequence[float] = ()
+        self,
+        engines: Engines,
+        dataset: Dataset,
+        settings: Sequence[Setting],
+        answer_ratios: Sequence[float] = (),
+        together: int = 1,
     ):
-        self._engines, self._dataset, self._settings = engines, dataset, settings
+        self._engines, self._dataset, self._settings, self._together = engines, dataset, settings, together
         self._answer_ratios = frozenset(answer_ratios)
 
     def run(self, record: Record, known: dict[Key, Row]) -> Iterator[Row]:
@@ -96,8 +105,12 @@ class Evaluator:
             try:
                 # What a probe costs depends on whether the prefix is known already: from here on it is.
                 engine.prefill(prompt=reference.prompt, selector=NOTHING, ratio=0.0)
-                for setting in settings:
-                    yield from self._rows(engine, record, reference, setting, known)
+                read = (s for setting in settings for s in self._states(engine, record, reference, setting, known))
+                while some := list(islice(read, self._together)):
+                    targets = target_logits(engine, [state for _, state in some], record.target)
+                    for (row, state), logits in zip(some, targets, strict=True):
+                        yield self._measure(engine, record, reference, row, state, logits)
+                    del some, state
             finally:
                 engine.remove(record.name)
 
@@ -106,7 +119,7 @@ class Evaluator:
     def _reference(self, engine: CacheTune, record: Record) -> Reference:
         prompt = self._dataset.prompt(engine.prompts, record)
         state = engine.full_prefill(prompt=prompt)
-        logits = target_logits(engine, state, record.target)
+        logits = target_logits(engine, [state], record.target)[0]
         answer = greedy_answer(engine, state) if record.answers and self._answer_ratios else None
         return Reference(prompt, logits, answer)
 
@@ -121,29 +134,30 @@ class Evaluator:
         named = {"set": self._dataset.name, "record": record.name, "digest": record.digest, "source": record.source}
         return {**named, **asdict(setting), "budget": budget}
 
-    def _rows(
+    def _states(
         self, engine: CacheTune, record: Record, reference: Reference, setting: Setting, known: dict[Key, Row]
-    ) -> Iterator[Row]:
-        """A row at the ratio as it is, and, if choosing the tokens took compute, one that pays for that from its budget."""
+    ) -> Iterator[tuple[Row, PrefillState]]:
+        """The prompt as read at the ratio as it is, and, if choosing the tokens took compute, read once more with that paid
+        from the budget; each with the row that it begins.
+        """
         plain = known.get(self._key(record, setting, "ratio"))
         if plain is None:
-            plain = self._measure(engine, record, reference, setting, "ratio", setting.ratio)
-            yield plain
+            plain, state = self._read(engine, record, reference, setting, "ratio", setting.ratio)
+            yield plain, state
         if plain["probed"]:
             total = plain["chunk_tokens"] * engine.adapter.num_layers
             ratio = equal_compute_ratio(setting.ratio, plain["probed"], total)
-            yield self._measure(engine, record, reference, setting, "compute", ratio)
+            yield self._read(engine, record, reference, setting, "compute", ratio)
 
-    def _measure(
+    def _read(
         self, engine: CacheTune, record: Record, reference: Reference, setting: Setting, budget: str, ratio: float
-    ) -> Row:
+    ) -> tuple[Row, PrefillState]:
         state = engine.prefill(prompt=reference.prompt, selector=setting.selector, ratio=ratio)
         report = state.report
         if report.missed:
             raise RuntimeError(
                 f"{record.name}: {report.missed} chunk tokens were not in the store any more: give it more --host-budget."
             )
-        found = distance(reference.logits, target_logits(engine, state, record.target), record.target)
         chunk_tokens, layers = report.reused + report.recomputed, engine.adapter.num_layers
         row = self._head(record, setting, budget) | {
             "ratio_passed": ratio,
@@ -152,9 +166,14 @@ class Evaluator:
             "recomputed": report.recomputed,
             "probed": report.probed,
             "compute": (report.recomputed * layers + report.probed) / (chunk_tokens * layers),
-            **asdict(found),
         }
-        if reference.answer is not None and setting.ratio in self._answer_ratios:
+        return row, state
+
+    def _measure(
+        self, engine: CacheTune, record: Record, reference: Reference, row: Row, state: PrefillState, logits: Tensor
+    ) -> Row:
+        row = row | asdict(distance(reference.logits, logits, record.target))
+        if reference.answer is not None and row["ratio"] in self._answer_ratios:
             answer = greedy_answer(engine, state)
             row |= {
                 "f1": f1(answer, record.answers),
@@ -179,17 +198,40 @@ def equal_compute_ratio(ratio: float, probed: int, total: int) -> float:
     return max(0.0, ratio - probed / total)
 
 
-def target_logits(engine: CacheTune, state: PrefillState, target: Sequence[int]) -> Tensor:
-    """Logits that predict each target token, given the prompt and the target tokens before it: [target tokens, vocab].
+def target_logits(engine: CacheTune, states: Sequence[PrefillState], target: Sequence[int]) -> list[Tensor]:
+    """Logits that predict each target token, given a prompt and the target tokens before it, for several readings of one
+    prompt: [target tokens, vocab] each.
 
-    The state's cache is left as it was.
+    The states' caches are left as they were.
     """
     if len(target) == 1:
-        return state.logits
+        return [state.logits for state in states]
     ids = torch.tensor(target[:-1], device=engine.adapter.device)
-    after = engine.adapter.forward(ids, state.cache, keep=len(ids))
-    state.cache.crop(-len(ids))
-    return torch.cat((state.logits, after))
+    if len(states) == 1:
+        cache = states[0].cache
+        after = engine.adapter.forward(ids, cache, keep=len(ids))[None]
+        cache.crop(-len(ids))
+    else:
+        after = _forward_together(engine, ids, [state.cache for state in states])
+    return [torch.cat((state.logits, rows)) for state, rows in zip(states, after, strict=True)]
+
+
+@torch.no_grad()
+def _forward_together(engine: CacheTune, ids: Tensor, caches: Sequence[Cache]) -> Tensor:
+    """`ids` behind each of several caches of one length, in one forward: logits [caches, tokens, vocab]."""
+    whole, model = DynamicCache(), engine.adapter.model
+    for number, layers in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
+        whole.update(torch.cat([layer.keys for layer in layers]), torch.cat([layer.values for layer in layers]), number)
+    start = whole.get_seq_length()
+    out = model(
+        input_ids=ids.expand(len(caches), -1),
+        position_ids=torch.arange(start, start + len(ids), device=ids.device).expand(len(caches), -1),
+        use_cache=True,
+        logits_to_keep=len(ids),
+        # 5.24 renamed the argument; the old name warns there.
+        **{"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": whole},
+    )
+    return out.logits
 
 
 def greedy_answer(engine: CacheTune, state: PrefillState) -> str:

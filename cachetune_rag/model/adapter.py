@@ -67,9 +67,10 @@ class ModelAdapter:
         self.device_forward: DeviceForward | None = None
         self._taps, self.layers = self._check()
         self._capture = ChunkCapture(self._forward, self._attentions, self._taps, self.reuse_beyond, self.device)
+        self._decoder_layers = families.decoder_layers(self._decoder, self._attentions, self.architecture)
         self._probe = Probe(
             self._attentions,
-            families.decoder_layers(self._decoder, self._attentions, self.architecture),
+            self._decoder_layers,
             self._taps,
             self.layers,
             self._windows,
@@ -97,7 +98,7 @@ class ModelAdapter:
         mask = masks.placeholder(self.config, self.device)
         return DeviceForward(
             lambda ids, places, cache: self._forward.selected(ids, places, mask, cache),
-            families.decoder_layers(self._decoder, self._attentions, self.architecture),
+            self._decoder_layers,
             self.layers,
             self._windows,
             self._probe.gains,
@@ -238,6 +239,10 @@ class ModelAdapter:
         ids, positions = ids.to(self.device), positions.to(self.device)
         rows = None if shift is None else RowShift(shift, positions, self._turns(buffers.length))
         return self._forward.scattered(ids, positions, buffers, ScatterCache(buffers, positions, before, shift=rows))
+
+    def fresh_layers(self, layer: int) -> float:
+        """What `fresh_states` of a layer costs a token, in layers."""
+        return layer + output.input_share(self._attentions[layer], self._decoder_layers[layer])
 
     @torch.no_grad()
     def fresh_states(self, ids: Tensor, layer: int) -> tuple[Tensor, Tensor]:

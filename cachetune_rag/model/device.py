@@ -15,7 +15,7 @@ import gc
 import logging
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,7 @@ class DeviceForward:
         """Recorded when the device began with the last forward."""
         self._graphs: OrderedDict[Kind, Graph] = OrderedDict()
         self._seen: set[Kind] = set()
+        self._refused: set[Kind] = set()
         self._pool: Any = None
         self._stream: Any = None
         # Page-locked numbers that the device may not have read yet: a request has two forwards at most.
@@ -200,7 +201,7 @@ class DeviceForward:
         if self.graphs_enabled and kind.tokens <= MAX_TOKENS:
             graph = self._graphs.get(kind)
             # The first request of its kind runs as it is, which also compiles what a capture could not.
-            if graph is None and kind in self._seen:
+            if graph is None and kind in self._seen and kind not in self._refused:
                 graph = self._capture(kind)
             self._seen.add(kind)
         else:
@@ -240,9 +241,7 @@ class DeviceForward:
 
     def _eager(self, inputs: Inputs, before: Callable[[int], None], call: KernelCall) -> Tensor:
         """The model on `inputs`: logits, or what `call` adds up where it probes."""
-        cache = KernelCache(call, before)
-        if self._fused.ready:
-            cache.update = opaque(cache.update)  # type: ignore[method-assign]
+        cache = (opaque_cache() if self._fused.ready else KernelCache)(call, before)
         with by_kernel(call), self._running(call):
             try:
                 logits = self._run(inputs.ids, inputs.places, cache)
@@ -307,8 +306,16 @@ class DeviceForward:
                 finally:
                     recorder.end()
         except RuntimeError as error:
+            if _out_of_memory(error):
+                _log.warning(
+                    "no memory for a CUDA graph of %d tokens: requests of this size run as they are", kind.tokens
+                )
+                self._refused.add(kind)
+                torch.cuda.synchronize(self._device)
+                torch.cuda.empty_cache()
+                return None
             # Models whose forward asks the device for numbers (experts chosen on the host) run as they are.
-            _log.info("no CUDA graphs for this model: %s", error, exc_info=True)
+            _log.warning("no CUDA graphs for this model: %s", error)
             self.graphs_enabled = False
             self._graphs.clear()
             torch.cuda.synchronize(self._device)
@@ -322,6 +329,25 @@ class DeviceForward:
         while len(self._graphs) > MAX_GRAPHS:
             self._graphs.popitem(last=False)
         return graph
+
+
+def _out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or what it came of, is that the device's memory is full."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@cache
+def opaque_cache() -> type[KernelCache]:
+    """`KernelCache`, called as it is from compiled code.
+
+    A class, since a method put on the object would make the object part of a cycle, and with it a prompt's buffers: gigabytes
+    that stay until Python's garbage collector comes by.
+    """
+    return type("OpaqueKernelCache", (KernelCache,), {"update": opaque(KernelCache.update)})
 
 
 def _nothing(_layer: int) -> None:

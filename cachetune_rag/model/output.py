@@ -39,6 +39,19 @@ def output_heads(attention: nn.Module, heads: int, v_head_dim: int) -> Tensor | 
     return weight.detach().float().unflatten(1, (heads, v_head_dim))
 
 
+def input_share(attention: nn.Module, layer: nn.Module) -> float:
+    """Share of a decoder layer's matrix weights that an attention module needs for queries, keys and values: all of its own but
+    the output projection's. What a token costs up to there, in layers (of experts, all are counted).
+    """
+    count = {id(p): p.numel() for p in layer.parameters() if p.dim() > 1}
+    inputs = [
+        count.get(id(parameter), 0)
+        for name, parameter in attention.named_parameters()
+        if name.split(".")[0] not in _NAMES
+    ]
+    return sum(inputs) / max(1, sum(count.values()))
+
+
 def gram(heads_weight: Tensor, kv_heads: int) -> Tensor:
     """The mean over a key-value head's query heads g of Wo[:, g]^T Wo[:, g], float32 [kv_heads, v_dim, v_dim].
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from typing import Any
 
 import pytest
@@ -14,8 +16,8 @@ from torch._dynamo.utils import counters
 
 from cachetune_rag.model import ModelAdapter
 from cachetune_rag.model.attention import by_kernel
-from cachetune_rag.model.device import KernelCache
-from cachetune_rag.model.fusion import FusedLayers, opaque
+from cachetune_rag.model.device import KernelCache, opaque_cache
+from cachetune_rag.model.fusion import FusedLayers
 
 
 class Plain:
@@ -38,9 +40,7 @@ class Plain:
 def forward(adapter: ModelAdapter, fused: FusedLayers, tokens: int) -> Tensor:
     call: Any = Plain(adapter.layers)
     cuts: list[int] = []
-    cache = KernelCache(call, cuts.append)
-    if fused.ready:
-        cache.update = opaque(cache.update)  # type: ignore[method-assign]
+    cache = (opaque_cache() if fused.ready else KernelCache)(call, cuts.append)
     ids = torch.arange(tokens)[None] % adapter.config.vocab_size
     with torch.no_grad(), by_kernel(call), fused.active():
         logits = adapter._forward.selected(ids, torch.arange(tokens)[None], None, cache)
@@ -65,6 +65,24 @@ def test_compiled_once_for_all_layers_and_token_counts() -> None:
             assert float((forward(adapter, fused, tokens) - logits).abs().max()) <= 1e-5
     assert counters["stats"]["unique_graphs"] == graphs, "something was compiled again"
     assert all(layer._compiled_call_impl is None for layer in model.model.layers)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_cache_is_gone_with_its_last_user(fused: bool) -> None:
+    # What it calls holds a prompt's buffers: gigabytes are not to wait for the garbage collector.
+    def before(_layer: int) -> None:
+        pass
+
+    watched = weakref.ref(before)
+    gc.collect()
+    gc.disable()
+    try:
+        cache = (opaque_cache() if fused else KernelCache)(Plain(ModelAdapter(llama()).layers), before)  # type: ignore[arg-type]
+        assert cache.get_seq_length() == 0
+        del cache, before
+        assert watched() is None
+    finally:
+        gc.enable()
 
 
 def test_layers_that_come_out_different_are_not_used(caplog: pytest.LogCaptureFixture) -> None:
