@@ -9,6 +9,7 @@ run was cut off. `speed_report.py` makes tables and plots of it.
 from __future__ import annotations
 
 import argparse
+import gc
 import tempfile
 import time
 from pathlib import Path
@@ -70,6 +71,9 @@ def main(arguments: list[str] | None = None) -> None:
                 subject.store(wanted[0].codec, "host")
             if not args.no_warmup:
                 subject.warmup()
+            # As docs/gpu.md advises servers: a full pass of the collector takes longer than a request.
+            gc.collect()
+            gc.freeze()
             machine["attention"] = subject.attention[0]
             print(f"ready after {time.perf_counter() - started:.1f} s: {machine}", flush=True)
             run = Run(

@@ -9,7 +9,7 @@ SELECTORS = ("frequency", "expected_error")
 PHASES = ("target", "device", "timeline", "int8", "disk", "peers", "codecs", "selectors", "kvboost")
 """In order of priority. target: host tier, exact codec. device: the same from the device tier. timeline: one request under the
 profiler. int8: host tier. disk: read past the page cache, at the tuned ratio. peers: prefix caching, reuse without recompute.
-codecs: fp8 and int4 from host, int8 from the device. selectors: probe. kvboost: the package of that name (seconds a request).
+codecs: fp8 and int4 from host, int8 and int4 from the device. selectors: probe. kvboost: the package of that name (seconds a request).
 """
 
 
@@ -64,7 +64,7 @@ def _phase(phase: str, contexts: Sequence[int], ratios: Sequence[float], both: t
         return [Group(phase, c, codec="int8", settings=both) for c in contexts]
     if phase == "disk":
         long = [c for c in contexts if c >= 16384] or [max(contexts)]
-        tuned = [("int4", "frequency"), ("int4", "expected_error"), ("int8", "frequency"), ("exact", "frequency")]
+        tuned = [("int4", "frequency"), ("int8", "frequency"), ("int4", "expected_error"), ("exact", "frequency")]
         return [Group(phase, c, "disk", codec, (Setting(s, None),)) for codec, s in tuned for c in long]
     if phase == "peers":
         return [Group(phase, c, settings=(Setting("none", 0.0),)) for c in contexts]
