@@ -26,7 +26,7 @@ from cachetune_rag.tuning.golden import minimise
 from cachetune_rag.tuning.measure import TierMeasure, tiers_of
 from cachetune_rag.tuning.saved import KIND
 from cachetune_rag.tuning.search import Line, Search
-from cachetune_rag.tuning.tuner import Tuner, TuningPlan
+from cachetune_rag.tuning.tuner import Tuner, TuningPlan, block_steps
 from cachetune_store import ChunkStore
 
 TEXTS = [
@@ -172,6 +172,29 @@ def test_of_two_lines_the_faster_one_wins() -> None:
     assert slow.skipped == slow.ratio == pytest.approx(2 / 3, abs=0.02)
     fast = Search(Machine(FAST)).run(lines, FAST.balance)
     assert (fast.ratio, fast.skipped) == (0.1, 0.0)
+
+
+class Blocks(Machine):
+    """Reads chunks of `tokens` tokens in whole blocks of 64 rows."""
+
+    def __init__(self, cost: CostModel, tokens: int):
+        super().__init__(cost)
+        self.tokens = tokens
+
+    def ttft(self, ratio: float, skipped: float) -> float:
+        kept = self.tokens - math.floor(skipped * self.tokens + 1e-9)
+        return self.model.roofline(ratio, 1 - min(self.tokens, -(-kept // 64) * 64) / self.tokens)
+
+
+@pytest.mark.parametrize("tokens", [512, 510, 700])
+@pytest.mark.parametrize("move", [0.3e-6, 0.6e-6, 1.5e-6, 3e-6])
+@pytest.mark.parametrize("selected", [0.0, 0.15])
+def test_where_blocks_are_read_the_best_step_is_found(tokens: int, move: float, selected: float) -> None:
+    machine, low = Blocks(cost(move), tokens), 0.15
+    found = Search(machine).run([Line(low, 1.0, selected, block_steps(tokens, selected))], start=0.4)
+    grid = [low + (1 - low) * n / 2000 for n in range(2001)]
+    least = min(machine.ttft(r, max(0.0, round(r - selected, 6))) for r in grid)
+    assert found.ttft <= least * 1.001
 
 
 def test_noise_is_met_by_medians() -> None:

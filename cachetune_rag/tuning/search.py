@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -30,11 +31,20 @@ class Line:
 
     `selected` is the selector's own share: what the quality floor asks for. Whatever is recomputed beyond it is so only because
     that takes less time than reading, so it isn't read.
+
+    `steps` are ratios from which on a block of rows less is read of each chunk, ascending, where a tier is read in blocks: the time
+    grows from one step to the next and falls at each. Found by halving intervals, the minimum is one of them only by luck.
     """
 
     low: float
     high: float
     selected: float
+    steps: tuple[float, ...] = ()
+
+    def around(self, ratio: float) -> list[float]:
+        """The two steps at or below `ratio` and the one above it."""
+        above = bisect_right(self.steps, ratio)
+        return [step for step in self.steps[max(0, above - 2) : above + 1] if self.low <= step <= self.high]
 
     def skipped(self, ratio: float) -> float:
         """Share of the chunk tokens that is recomputed unread at `ratio`."""
@@ -67,13 +77,17 @@ class Search:
         for line in lines:
             # The floor is what a fast tier wants: it is looked at even if a disturbed round sends the search elsewhere.
             self._time(line.low, line.skipped(line.low))
-            minimise(
+            known = minimise(
                 lambda ratio, line=line: self._time(ratio, line.skipped(ratio)),  # type: ignore[misc]
                 line.low,
                 line.high,
                 start=start,
                 tolerance=self._tolerance,
             )
+            looked_at: set[float] = set()
+            while (at := min(known, key=known.__getitem__)) not in looked_at:
+                looked_at.add(at)
+                known |= {ratio: self._time(ratio, line.skipped(ratio)) for ratio in line.around(at)}
         # One lucky round must not decide: the best are measured again, in turn, so that drift meets all of them alike.
         best = sorted(self.points, key=lambda p: p.ttft)[:FINALISTS]
         if len(best) > 1:

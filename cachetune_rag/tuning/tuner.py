@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -21,6 +22,7 @@ from cachetune_rag.tuning.measure import TierMeasure, TierTooSmallError, tiers_o
 from cachetune_rag.tuning.result import Point, TierTuning, TuneProgress, TuningResult
 from cachetune_rag.tuning.samples import codec_of, made
 from cachetune_rag.tuning.search import Line, Measured, Search
+from cachetune_store.chunk import BLOCK_ROWS
 
 if TYPE_CHECKING:
     from cachetune_rag.engine import CacheTune
@@ -174,7 +176,7 @@ class Tuner:
             cost = measure.cost(min(full), self._rounds)
             start = min(max(cost.balance, self._r_min), self._r_max)
             search = Search(measure, rounds=self._rounds, tell=tell)
-            best = search.run(self._lines(), start)
+            best = search.run(self._lines(tier, prompts), start)
         return TierTuning(
             tier=tier,
             codec=codec,
@@ -192,7 +194,7 @@ class Tuner:
             points=search.points,
         )
 
-    def _lines(self) -> list[Line]:
+    def _lines(self, tier: str, prompts: Sequence[Prompt]) -> list[Line]:
         """What r may be.
 
         The selector's own share stays r_min, its quality floor. Instead of it, the offline ranking may choose all of r, so that
@@ -200,12 +202,28 @@ class Tuner:
         """
         offline = FrequencySelector.name
         if self._selector == offline:
-            return [Line(self._r_min, self._r_max, selected=0.0)]
-        lines = [Line(self._r_min, self._r_max, selected=self._r_min)]
+            return [self._line(self._r_min, 0.0, tier, prompts)]
+        lines = [self._line(self._r_min, self._r_min, tier, prompts)]
         floor = self._engine.calibrated_ratio(offline)
         if floor is not None and floor <= self._r_max:
-            lines.append(Line(max(floor, self._r_min), self._r_max, selected=0.0))
+            lines.append(self._line(max(floor, self._r_min), 0.0, tier, prompts))
         return lines
+
+    def _line(self, low: float, selected: float, tier: str, prompts: Sequence[Prompt]) -> Line:
+        steps: tuple[float, ...] = ()
+        if tier == "disk":
+            # Chunks of a corpus are of about one length; of others the steps are elsewhere, and nothing is lost.
+            tokens = statistics.median_low([len(p.chunk_ids[s.chunk]) for p in prompts for s in p.spans] or [0])
+            steps = block_steps(tokens, selected)
+        return Line(low, self._r_max, selected, steps)
+
+
+def block_steps(tokens: int, selected: float) -> tuple[float, ...]:
+    """Ratios, ascending, from which on one block of rows less is read of a chunk of `tokens` tokens, `selected` of it being chosen
+    among what is read. Rounded up, so that a share of the tokens that is rounded down comes out as meant.
+    """
+    shares = (1 - kept / tokens for kept in range((tokens - 1) // BLOCK_ROWS * BLOCK_ROWS, 0, -BLOCK_ROWS))
+    return tuple(round(selected + math.ceil(share * 1e4 - 1e-6) / 1e4, 6) for share in shares)
 
 
 def _is_share(value: Any) -> bool:
