@@ -14,6 +14,7 @@ from cachetune_rag.answer import Answer, AnswerStream
 from cachetune_rag.assembly import PrefillState
 from cachetune_rag.calibration import Calibration
 from cachetune_rag.calibrator import RATIOS, CalibrationPlan, CalibrationProgress, Calibrator
+from cachetune_rag.config import resolve
 from cachetune_rag.documents import Document
 from cachetune_rag.parts import EngineParts
 from cachetune_rag.pipeline.device import warm_up as warm_up_loading
@@ -22,6 +23,7 @@ from cachetune_rag.precompute import Progress
 from cachetune_rag.prompt import Chunk, Prompt, Segment
 from cachetune_rag.report import PrecomputeSummary
 from cachetune_rag.request_queue import generate_many
+from cachetune_rag.selection import get_selector
 from cachetune_rag.selection.expected_error import ExpectedErrorSelector
 from cachetune_rag.stats import EngineStats
 from cachetune_rag.tuning import TuneProgress, TuningResult
@@ -245,7 +247,9 @@ class CacheTune(EngineParts):
         started = time.perf_counter()
         return self._requests.prefill(self._requests.prompt(query, chunks, prefix, prompt), None, started)
 
-    def warmup(self, computed_tokens: int = 2048, prompt_lengths: Sequence[int] = (8192, 32768)) -> None:
+    def warmup(
+        self, computed_tokens: int = 2048, prompt_lengths: Sequence[int] = (8192, 32768), *, selector: str = "auto"
+    ) -> None:
         """Make ready for requests, so that none of them pays for compiling: on a GPU, compile kernels and the model's layers and
         capture a CUDA graph for every size of request up to `computed_tokens`. Takes about a minute. Elsewhere there is
         nothing to do.
@@ -256,15 +260,20 @@ class CacheTune(EngineParts):
         Args:
             computed_tokens: most tokens that a request computes: ratio times its chunks' tokens, prefix and query. Larger
                 requests work as well; they run without a graph, which they gain little from.
-            prompt_lengths: lengths of prompts that the default selector, which looks at the attention, is made ready for.
+            prompt_lengths: lengths of prompts that a selector that looks at the attention is made ready for.
+            selector: which selector requests will use.
+
+        Raises:
+            ConfigError: there is no such selector.
         """
         self._check_open()
         with self._lock.reserved(), self._lock:
-            selector = ExpectedErrorSelector()
-            # What "auto" does with chunks that are a mean over lead-ins; with others it looks at the attention alone.
+            chosen = get_selector(resolve(selector, 0).selector)
+            # Of chunks that aren't a mean over lead-ins no deviations are known: what is looked at is the attention alone.
             mean = len(self.lead_ins.namespace.lead_ins) > 1
-            probe = selector.layers(self.adapter.num_layers), mean
-            self.adapter.warmup(computed_tokens, probe, prompt_lengths, mean and selector.shift > 0)
+            layers = chosen.layers(self.adapter.num_layers)
+            probe = (layers, mean and isinstance(chosen, ExpectedErrorSelector)) if layers else None
+            self.adapter.warmup(computed_tokens, probe, prompt_lengths, mean and chosen.shift > 0)
             warm_up_loading(self.adapter, self.store.codec)
 
     # -- fidelity -------------------------------------------------------------------------------------------------

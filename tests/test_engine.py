@@ -22,7 +22,17 @@ CHUNKS = [
     "Visitors climb 214 steps; the last forty are a ladder.",
 ]
 QUERY = "How many steps are there?"
-SELECTORS = ["frequency", "expected_error", "probe", "chunk_head", "kv_deviation", "layer0_value", "random", "none"]
+SELECTORS = [
+    "frequency",
+    "expected_error",
+    "expected_error_early",
+    "probe",
+    "chunk_head",
+    "kv_deviation",
+    "layer0_value",
+    "random",
+    "none",
+]
 
 
 @pytest.fixture

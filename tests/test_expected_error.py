@@ -240,7 +240,7 @@ def test_the_report_counts_what_the_selector_ran(engine: CacheTune) -> None:
         report = engine.prefill(prompt=prompt, ratio=0.2, selector=selector).report
         return report.probed, report.computed - report.recomputed
 
-    for selector, depth in (("expected_error", layers), ("probe", 1)):
+    for selector, depth in (("expected_error", layers), ("expected_error_early", 1), ("probe", 1)):
         ran, always = probed(selector)
         assert ran == always * depth
     # Layer 0, and layer 1 up to its keys and values.

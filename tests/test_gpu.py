@@ -38,12 +38,14 @@ LEADS = [[1, 40, 41, 42, 43], [1, 70, 71], [1, 90, 12, 13]]
 
 
 @WAYS
-@pytest.mark.parametrize("selector", ["frequency", "probe", "expected_error", "chunk_head", "none", "all"])
+@pytest.mark.parametrize(
+    "selector", ["frequency", "probe", "expected_error", "expected_error_early", "chunk_head", "none", "all"]
+)
 @pytest.mark.parametrize("codec", ["exact", "int8", "fp8", "int4"])
 def test_cuda_equals_cpu(tmp_path: Path, selector: str, codec: str, cuda_kernels: bool) -> None:
     logits = {}
     for device in ("cpu", "cuda"):
-        lead_in = LEADS if selector == "expected_error" else "first_token"
+        lead_in = LEADS if selector.startswith("expected_error") else "first_token"
         options = {"codec": codec, "batch_tokens": 0, "cuda_kernels": cuda_kernels, "lead_in": lead_in}
         with CacheTune(llama().to(device), tokenizer(), tmp_path / device, **options) as engine:
             engine.precompute([Document("a", CHUNKS)])
@@ -106,7 +108,7 @@ def test_graphs_give_what_launching_gives(tmp_path: Path) -> None:
             return engine.prefill(query=query, chunks=CHUNKS, ratio=ratio, selector=selector).logits
 
         forward.graphs_enabled = False
-        selectors = ("frequency", "probe", "expected_error", "random")
+        selectors = ("frequency", "probe", "expected_error", "expected_error_early", "random")
         wanted = {(s, r): logits(s, r) for s in selectors for r in (0.0, 0.2, 0.6, 0.9)}
         forward.graphs_enabled = True
         for _ in range(3):

@@ -59,7 +59,7 @@ class FakeContext:
 
 
 PER_CHUNK = ["frequency", "chunk_head"]
-OVER_ALL = ["probe", "expected_error", "kv_deviation", "layer0_value", "random"]
+OVER_ALL = ["probe", "expected_error", "expected_error_early", "kv_deviation", "layer0_value", "random"]
 
 
 def numpy_scores(layers: list[tuple[np.ndarray, np.ndarray]], alpha: float) -> np.ndarray:
@@ -144,7 +144,10 @@ def test_expected_error_looks_at_all_layers_and_shares_one_budget() -> None:
 
 def test_only_expected_error_shifts() -> None:
     """The published selectors are compared as published."""
-    assert {n: get_selector(n).shift for n in selector_names() if get_selector(n).shift} == {"expected_error": 0.4}
+    assert {n: get_selector(n).shift for n in selector_names() if get_selector(n).shift} == {
+        "expected_error": 0.4,
+        "expected_error_early": 0.4,
+    }
 
 
 def test_kv_deviation_equals_a_numpy_reference() -> None:

@@ -9,7 +9,7 @@ SELECTORS = ("frequency", "expected_error")
 PHASES = ("target", "device", "timeline", "int8", "disk", "peers", "codecs", "selectors", "kvboost")
 """In order of priority. target: host tier, exact codec. device: the same from the device tier. timeline: one request under the
 profiler. int8: host tier. disk: read past the page cache, at the tuned ratio. peers: prefix caching, reuse without recompute.
-codecs: fp8 and int4 from host, int8 and int4 from the device. selectors: probe. kvboost: the package of that name (seconds a request).
+codecs: fp8 and int4 from host, int8 and int4 from the device. selectors: expected_error_early, probe. kvboost: the package of that name (seconds a request).
 """
 
 
@@ -72,7 +72,10 @@ def _phase(phase: str, contexts: Sequence[int], ratios: Sequence[float], both: t
         places = [("host", "int4"), ("host", "fp8"), ("device", "int8"), ("device", "int4")]
         return [Group(phase, c, tier, codec, both) for tier, codec in places for c in contexts]
     if phase == "selectors":
-        return [Group(phase, c, settings=tuple(Setting("probe", r) for r in ratios)) for c in contexts]
+        return [
+            Group(phase, c, settings=tuple(Setting(s, r) for s in ("expected_error_early", "probe") for r in ratios))
+            for c in contexts
+        ]
     return [Group(phase, c) for c in sorted(contexts) if c <= 16384]
 
 

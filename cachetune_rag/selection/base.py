@@ -106,6 +106,12 @@ class Selector(ABC):
     shift: ClassVar[float] = 0.0
     """How far the reused tokens of a chunk follow what its recomputed ones show, from 0 to 1 (`ChunkShift`)."""
 
+    def layers(self, num_layers: int) -> int:
+        """Through how many layers of a model of `num_layers`, from the first, it runs what is computed anyway to see what that
+        attends to; 0 if it doesn't.
+        """
+        return 0
+
     @abstractmethod
     def select(self, context: SelectionContext, ratio: float) -> Tensor:
         """Places in the prompt of the tokens to recompute.

@@ -26,7 +26,7 @@ class ExpectedErrorSelector(Selector):
         self.depth, self.queries = depth, queries
 
     def layers(self, num_layers: int) -> int:
-        """How many layers of a model of `num_layers` it runs through."""
+        """See `Selector.layers`."""
         return max(1, round(self.depth * num_layers))
 
     def select(self, context: SelectionContext, ratio: float) -> Tensor:
@@ -38,3 +38,16 @@ class ExpectedErrorSelector(Selector):
         error = context.expected_error(self.layers(context.num_layers), self.queries)
         # On the host: a copy to a GPU would wait for all the KV that is on its way there.
         return top_places(error.cpu(), places, count)
+
+
+class EarlyExpectedErrorSelector(ExpectedErrorSelector):
+    """The same from the first quarter of the layers: recomputing begins while the rows of the others are still on their way.
+
+    Where chunks come from a GPU's host memory, the whole of `expected_error` can't end before all rows are there. This gives up a
+    few points of fidelity for most of that time (docs/selection.md, "How deep the probe looks").
+    """
+
+    name = "expected_error_early"
+
+    def __init__(self, depth: float = 0.25, queries: int = 64):
+        super().__init__(depth, queries)

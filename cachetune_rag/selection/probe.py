@@ -21,7 +21,7 @@ class ProbeSelector(Selector):
         self.depth, self.queries = depth, queries
 
     def layers(self, num_layers: int) -> int:
-        """How many layers of a model of `num_layers` it runs through."""
+        """See `Selector.layers`."""
         return max(1, round(self.depth * num_layers))
 
     def select(self, context: SelectionContext, ratio: float) -> Tensor:

@@ -6,7 +6,7 @@ from cachetune_rag.errors import ConfigError
 from cachetune_rag.selection.base import Selector
 from cachetune_rag.selection.chunk_head import ChunkHeadSelector
 from cachetune_rag.selection.constant import AllSelector, NoneSelector
-from cachetune_rag.selection.expected_error import ExpectedErrorSelector
+from cachetune_rag.selection.expected_error import EarlyExpectedErrorSelector, ExpectedErrorSelector
 from cachetune_rag.selection.frequency import FrequencySelector
 from cachetune_rag.selection.kv_deviation import KVDeviationSelector
 from cachetune_rag.selection.layer0_value import Layer0ValueSelector
@@ -42,6 +42,7 @@ for _selector in (
     FrequencySelector(),
     ProbeSelector(),
     ExpectedErrorSelector(),
+    EarlyExpectedErrorSelector(),
     ChunkHeadSelector(),
     KVDeviationSelector(),
     Layer0ValueSelector(),
