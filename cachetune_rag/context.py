@@ -68,7 +68,7 @@ class RequestContext:
         # Where the prompt ends in a chunk, its last token is computed all the same.
         queries = min(queries, max(1, self.length - end))
         self._loader.begin()  # rows are on their way while deviations are put together
-        deviations = self._deviations()
+        deviations = self._deviations(num_layers)
         if deviations is None:
             return self.received_attention(num_layers, queries)
         ids, places = self._probe(num_layers)
@@ -92,9 +92,12 @@ class RequestContext:
         self.probed += len(ids) * num_layers
         return ids, places
 
-    def _deviations(self) -> Tensor | None:
-        """Deviations of every token of the prompt, [length, columns], 0 outside of reused chunks; None if none are known."""
-        known = [chunk.deviations for chunk in self.chunks if chunk.deviations is not None]
+    def _deviations(self, num_layers: int) -> Tensor | None:
+        """Deviations of every token of the prompt in the first layers, [length, columns], 0 outside of reused chunks; None if none
+        are known.
+        """
+        columns = 2 * sum(spec.heads for spec in self._adapter.layers[:num_layers])
+        known = [chunk.deviations[:, :columns] for chunk in self.chunks if chunk.deviations is not None]
         if not known:
             return None
         on_gpu = self._adapter.device.type == "cuda"
@@ -105,7 +108,7 @@ class RequestContext:
             rows[at : chunk.start] = 0
             at = chunk.start + chunk.tokens
             if chunk.deviations is not None:
-                rows[chunk.start : at] = chunk.deviations.numpy()
+                rows[chunk.start : at] = chunk.deviations.numpy()[:, :columns]
             else:
                 usual = torch.cat(known).float().mean(0) if usual is None else usual
                 rows[chunk.start : at] = usual.numpy()

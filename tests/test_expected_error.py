@@ -20,7 +20,7 @@ from cachetune_rag.model import KVBuffers
 from cachetune_rag.selection import ReusedChunk
 from cachetune_rag.selection.expected_error import ExpectedErrorSelector
 from cachetune_rag.selection.frequency import FrequencySelector
-from cachetune_store import ChunkReader, get_codec
+from cachetune_store import ChunkReader, LayerSpec, get_codec
 
 CHUNKS = [
     "The lighthouse was built in 1871 by three brothers from the next valley.",
@@ -276,6 +276,7 @@ class _Recorder:
     """Stands in for the model: keeps what it is asked."""
 
     num_layers = 2
+    layers = (LayerSpec(1, 8, 8),) * 2
     device = torch.device("cpu")
 
     def __init__(self) -> None:
@@ -310,6 +311,9 @@ def _context(chunks: list[tuple[int, int, Tensor | None]], length: int = 20) -> 
 def test_deviations_stand_where_their_tokens_do() -> None:
     one, two = torch.rand(3, 4).half(), torch.rand(2, 4).half()
     context, engine = _context([(2, 3, one), (6, 2, two)])
+    context.expected_error(1, 64)
+    assert torch.equal(engine.asked[3][2:5], one[:, :2]), "of the layers that are looked at, and no others"
+    context.probed = 0
     context.expected_error(2, 64)
     ids, places, _, table, layers, queries, _ = engine.asked
     assert torch.equal(table[2:5], one)

@@ -134,10 +134,9 @@ class DeviceForward:
         before: Callable[[int], None],
     ) -> Tensor:
         """As `ModelAdapter.expected_error`; `deviations` on the device, there once `before(0)` has returned."""
-        if deviations.shape[1] != self._columns[-1]:
-            raise ValueError(
-                f"deviations have {deviations.shape[1]} columns; this model's layers make {self._columns[-1]}."
-            )
+        columns = self._columns[num_layers]
+        if deviations.shape[1] != columns:
+            raise ValueError(f"deviations have {deviations.shape[1]} columns; {num_layers} layers make {columns}.")
         kind = Kind(bucket(ids.shape[0]), num_layers, True, length_room(buffers.length))
         watched, address = min(queries, ids.shape[0]), deviations.contiguous()
         total = self._go(kind, ids, positions, buffers, before, watched=watched, deviations=address.data_ptr())
@@ -229,7 +228,7 @@ class DeviceForward:
                 kind.probed - 1,
                 torch.zeros(rows, kind.length, **empty),
                 inputs.deviations if kind.errors else None,
-                self._columns,
+                self._columns[: kind.probed + 1],
                 self._gains if kind.errors else (),
                 torch.empty(kind.tokens, **empty),
             )

@@ -128,10 +128,10 @@ class Probe:
 
         Args:
             ids, positions, buffers, num_layers, queries, before: see the class.
-            deviations: [length, columns], as chunks store them (sK of every head of layer 0, sV of them, layer 1, ...); 0
-                where a row isn't reused.
+            deviations: [length, columns], as chunks store them (sK of every head of layer 0, sV of them, layer 1, ...), of the
+                first `num_layers` layers; 0 where a row isn't reused.
         """
-        by_layer = self._deviations(deviations)
+        by_layer = self._deviations(deviations, num_layers)
         total = torch.zeros(buffers.length, device=positions.device)
 
         def look(shown: Shown, near: Tensor) -> None:
@@ -227,11 +227,11 @@ class Probe:
         by_key = (steep.view(kv_heads, 1, -1) @ off)[:, 0] * key_deviation * scale
         return (by_value + by_key).sum(0)
 
-    def _deviations(self, deviations: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def _deviations(self, deviations: Tensor, num_layers: int) -> list[tuple[Tensor, Tensor]]:
         """Stored columns [length, columns] -> of each layer, those of keys and of values, float32 [kv_heads, length]."""
-        sizes = [spec.heads for spec in self._specs for _ in range(2)]
+        sizes = [spec.heads for spec in self._specs[:num_layers] for _ in range(2)]
         if deviations.shape[1] != sum(sizes):
-            raise ValueError(f"deviations have {deviations.shape[1]} columns; this model's layers make {sum(sizes)}.")
+            raise ValueError(f"deviations have {deviations.shape[1]} columns; {num_layers} layers make {sum(sizes)}.")
         parts = deviations.T.float().split(sizes)
         return list(zip(parts[::2], parts[1::2], strict=True))
 

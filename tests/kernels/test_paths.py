@@ -80,9 +80,9 @@ def test_shifted_forward(pair: tuple[ModelAdapter, ModelAdapter], known: int | N
 
 def test_expected_error(pair: tuple[ModelAdapter, ModelAdapter]) -> None:
     ids, places = some([0, 1, 2, 25, *range(50, LENGTH)])
-    columns = 2 * sum(spec.heads for spec in pair[0].layers)
-    deviations = torch.rand(LENGTH, columns, generator=torch.Generator().manual_seed(6)).half().to(DEVICE)
     for layers, queries in ((pair[0].num_layers, 64), (1, 3)):
+        columns = 2 * sum(spec.heads for spec in pair[0].layers[:layers])
+        deviations = torch.rand(LENGTH, columns, generator=torch.Generator().manual_seed(6)).half().to(DEVICE)
         ours, wanted = (
             a.expected_error(ids, places, filled(a), deviations, layers, queries, lambda _layer: None) for a in pair
         )

@@ -70,6 +70,7 @@ def expected_error(
     adapter: ModelAdapter, buffers: KVBuffers, ids: Tensor, deviations: Tensor, layers: int, queries: int
 ) -> Tensor:
     chosen = torch.tensor(COMPUTED)
+    deviations = deviations[:, : 2 * sum(spec.heads for spec in adapter.layers[:layers])]
     return adapter.expected_error(ids[chosen], chosen, buffers, deviations, layers, queries, lambda layer: None)
 
 
