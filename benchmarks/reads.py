@@ -1,15 +1,19 @@
 """How reads scale over processes that share one store.
 
-    python benchmarks/reads.py --out benchmarks/results/reads.json --plot benchmarks/results/reads.svg
+    python benchmarks/reads.py --out benchmarks/results/reads.json
+    python benchmarks/reads.py --direct --out benchmarks/results/reads-direct.json
+    python benchmarks/reads.py --results benchmarks/results/reads*.json --plot benchmarks/results/reads.svg
 
 Each process opens the store with an empty host tier and reads whole chunks in random order, every row checked, for some
 seconds; all begin at once. Chunks have the shape of SmolLM2-135M's KV in float32 unless told otherwise. With --direct the page
-cache is left out (the disk's speed), else reads come from it once it is warm (what memory and checking give).
+cache is left out (the disk's speed), else reads come from it once it is warm (what memory and checking give). With --results
+nothing is measured: the plot shows what was.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import random
 import statistics
@@ -44,14 +48,22 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to put the store (default: a temporary folder)")
     parser.add_argument("--out", type=Path, help="file for the JSON (default: standard output)")
     parser.add_argument("--plot", type=Path, help="file for a plot (needs matplotlib)")
+    parser.add_argument("--results", type=Path, nargs="+", metavar="JSON", help="plot these, and measure nothing")
     args = parser.parse_args()
+    if args.results:
+        if args.plot is None:
+            parser.error("--results needs --plot: a file for the plot")
+        plot([json.loads(path.read_text()) for path in args.results], args.plot)
+        return
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         path = Path(folder) / "kv"
         size = fill(path, args)
         rows = [measure(path, count, args) for count in args.processes]
     for row in rows:
         row["scaling"] = row["bytes_per_second"] / rows[0]["bytes_per_second"]
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("out", "plot")}
+    settings = {
+        k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("out", "plot", "results")
+    }
     result = {
         "benchmark": "reads",
         "environment": environment(),
@@ -62,7 +74,7 @@ def main() -> None:
     write_json(args.out, result)
     print(table(rows), file=sys.stderr)
     if args.plot is not None:
-        plot(rows, args.plot)
+        plot([result], args.plot)
 
 
 def fill(path: Path, args: argparse.Namespace) -> int:
@@ -145,20 +157,25 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Throughput and time a chunk, against processes."""
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """Throughput and time a chunk, against processes; a colour for each way of reading."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    processes = [row["processes"] for row in rows]
-    left.plot(processes, [row["bytes_per_second"] / 1e9 for row in rows], marker="o")
+    for number, result in enumerate(results):
+        name = "past the page cache" if result["settings"]["direct"] else "page cache warm"
+        rows, color = result["rows"], f"C{number}"
+        processes = [row["processes"] for row in rows]
+        left.plot(processes, [row["bytes_per_second"] / 1e9 for row in rows], marker="o", color=color, label=name)
+        for part, line in (("p50", "-"), ("p99", "--")):
+            times = [row[f"chunk_ms_{part}"] for row in rows]
+            right.plot(processes, times, line, marker="o", color=color, label=f"{name}, {part}")
     left.set(xlabel="processes", ylabel="GB/s, all together", ylim=(0, None))
-    for name in ("p50", "p99"):
-        right.plot(processes, [row[f"chunk_ms_{name}"] for row in rows], marker="o", label=name)
     right.set(xlabel="processes", ylabel="ms a chunk", ylim=(0, None))
-    right.legend()
-    figure.savefig(path)
+    for axes in (left, right):
+        axes.legend(fontsize="small")
+    figure.savefig(path, metadata={"Date": None})
 
 
 if __name__ == "__main__":

@@ -21,9 +21,11 @@ from cachetune_rag.commands.precompute import EPILOG as PRECOMPUTE_EPILOG
 from cachetune_rag.commands.precompute import precompute
 from cachetune_rag.commands.prune import EPILOG as PRUNE_EPILOG
 from cachetune_rag.commands.prune import prune
+from cachetune_rag.commands.stats import EPILOG as STATS_EPILOG
+from cachetune_rag.commands.stats import stats
 from cachetune_rag.commands.tune import EPILOG as TUNE_EPILOG
 from cachetune_rag.commands.tune import tune
-from cachetune_rag.commands.upkeep import REMOVE_EPILOG, STATS_EPILOG, VERIFY_EPILOG, remove, stats, verify
+from cachetune_rag.commands.upkeep import REMOVE_EPILOG, VERIFY_EPILOG, remove, verify
 
 _HELP = (
     "Answer questions over your documents sooner.\n\n"

@@ -531,7 +531,8 @@ def test_another_dtype_does_not_match_either(cli: Cli, filled: Path, model: Path
 def test_stats_as_text_and_json(cli: Cli, filled: Path) -> None:
     plain = cli("stats", "-s", filled, "--json").json
     totals = {"store": str, "documents": int, "chunks": int, "tokens": int, "bytes": int}
-    assert schema(plain) == {**totals, "groups": list, "lifetime": dict}
+    assert schema(plain) == {**totals, "groups": list, "tenants": list, "lifetime": dict}
+    assert plain["tenants"] == [{"tenant": "", **{name: plain[name] for name in ("documents", "chunks", "bytes")}}]
     assert [group["chunks"] for group in plain["groups"]] == [plain["chunks"]]
     assert plain["lifetime"]["disk"]["bytes_written"] == plain["bytes"]
     listed = cli("stats", "-s", filled, "--documents", "--json").json["document_list"]

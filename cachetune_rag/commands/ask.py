@@ -77,6 +77,7 @@ def ask(
     full: Annotated[
         bool, typer.Option("--full", help="Answer a second time with nothing reused, to compare answer and time.")
     ] = False,
+    tenant: options.Tenant = "",
     gguf_file: options.GgufFile = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -104,8 +105,10 @@ def ask(
             kv = open_for_writing(store, codec="exact", host_budget="0", disk_budget=str(1 << 62))
         stack.enter_context(kv)
         if documents:
-            check_known(documents, [info.id for info in kv.documents()])
-        engine = stack.enter_context(load_engine(model, kv, gguf_file=gguf_file, dtype=dtype, device=device))
+            check_known(documents, kv, tenant)
+        engine = stack.enter_context(
+            load_engine(model, kv, gguf_file=gguf_file, dtype=dtype, device=device, tenant=tenant)
+        )
         match_codec(engine, kv)
         passages = [*retrieve(engine, kv, question, documents, best), *files]
         note(f"Using {number(len(passages), 'passage')}: {', '.join(p.source for p in passages)}")

@@ -102,6 +102,7 @@ def calibrate(
         Path | None,
         typer.Option("--plot", metavar="FILE", help="Plot the figures into this file (.svg, .png, .pdf)."),
     ] = None,
+    tenant: options.Tenant = "",
     gguf_file: options.GgufFile = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -132,8 +133,10 @@ def calibrate(
     with ExitStack() as stack:
         kv = stack.enter_context(open_existing(store))
         if documents:
-            check_known(documents, [info.id for info in kv.documents()])
-        engine = stack.enter_context(load_engine(model, kv, gguf_file=gguf_file, dtype=dtype, device=device))
+            check_known(documents, kv, tenant)
+        engine = stack.enter_context(
+            load_engine(model, kv, gguf_file=gguf_file, dtype=dtype, device=device, tenant=tenant)
+        )
         match_codec(engine, kv)
         prompts = [_prompt(engine, kv, sample, documents, top_k) for sample in given]
         note(f"Calibrating with {number(len(prompts), 'prompt')} ...")

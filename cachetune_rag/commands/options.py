@@ -43,6 +43,16 @@ Store = Annotated[
     Path,
     typer.Option("--store", "-s", metavar="FOLDER", help="Folder of the KV store.", rich_help_panel=_STORE),
 ]
+Tenant = Annotated[
+    str,
+    typer.Option(
+        "--tenant",
+        metavar="NAME",
+        help="Whose documents and chunks; those of others are never used. Left out: those stored without a tenant.",
+        show_default=False,
+        rich_help_panel=_STORE,
+    ),
+]
 Codec = Annotated[
     str,
     typer.Option(

@@ -37,7 +37,7 @@ def retrieve(
     """
     if not documents and top_k is None:
         return []
-    known = {info.id: info.chunks for info in store.documents()}
+    known = {info.id: info.chunks for info in store.documents(tenant=engine.namespace.tenant)}
     sources: dict[ChunkKey, str] = {}
     for name in documents or known:
         for number_, key in enumerate(known[name], start=1):

@@ -65,6 +65,7 @@ def precompute(
             "is stored; first-token: the prompt's first token alone, a quarter of the work.",
         ),
     ] = "auto",
+    tenant: options.Tenant = "",
     gguf_file: options.GgufFile = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -85,7 +86,15 @@ def precompute(
     with ExitStack() as stack:
         kv = stack.enter_context(open_for_writing(store, codec=codec, host_budget=host_budget, disk_budget=disk_budget))
         engine = stack.enter_context(
-            load_engine(model, kv, gguf_file=gguf_file, dtype=dtype, device=device, lead_in=lead_in.replace("-", "_"))
+            load_engine(
+                model,
+                kv,
+                gguf_file=gguf_file,
+                dtype=dtype,
+                device=device,
+                tenant=tenant,
+                lead_in=lead_in.replace("-", "_"),
+            )
         )
         _check_fits(engine, chunk_tokens)
         note(f"Precomputing {number(len(corpus.files), 'file')} ({size(corpus.size)}) into {store} ...")

@@ -35,6 +35,16 @@ def prune(
         str | None, typer.Option("--codec", metavar="NAME", help="Remove chunks of other codecs than this, too.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    tenant: Annotated[
+        str,
+        typer.Option(
+            "--tenant",
+            metavar="NAME",
+            help="Whose chunks behind other lead-ins go. Left out: those without a tenant. (Of all tenants, chunks of other "
+            "models, tokenizers and dtypes go.)",
+            show_default=False,
+        ),
+    ] = "",
     gguf_file: options.GgufFile = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -50,7 +60,7 @@ def prune(
     with ExitStack() as stack:
         kv = stack.enter_context(open_existing(store))
         engine = stack.enter_context(
-            load_engine(model, kv, gguf_file=gguf_file, dtype=dtype, device=device, any_store=True)
+            load_engine(model, kv, gguf_file=gguf_file, dtype=dtype, device=device, tenant=tenant, any_store=True)
         )
         report = kv.prune(keeper(engine.namespace, codec), foreign_too=True, dry_run=dry_run)
     if json_output:

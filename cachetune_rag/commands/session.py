@@ -80,6 +80,7 @@ def load_engine(
     gguf_file: str | None,
     dtype: str,
     device: str,
+    tenant: str = "",
     lead_in: str = "auto",
     any_store: bool = False,
 ) -> CacheTune:
@@ -104,6 +105,7 @@ def load_engine(
             dtype=dtype,
             device=device,
             lead_in=lead_in,
+            tenant=tenant,
         )
     try:
         if not any_store:
@@ -115,14 +117,16 @@ def load_engine(
 
 
 def check_match(engine: CacheTune, store: ChunkStore) -> None:
-    """Refuse a store that holds chunks, but none that this engine could use.
+    """Refuse a store that holds documents of this engine's tenant, but no chunk that the engine could use.
 
     Raises:
         UsageError: says what differs.
     """
     if any(next(store.texts(namespace=known), None) is not None for known in engine.lead_ins.namespaces):
         return
-    for key, *_ in store.texts():
+    # Only the tenant's own: another's tell nothing about this run, and are none of its business.
+    documents = store.documents(tenant=engine.namespace.tenant)
+    for key in dict.fromkeys(key for document in documents for key in document.chunks):
         found = store.open(key)
         if found is not None:
             with found:

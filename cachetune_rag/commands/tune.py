@@ -84,6 +84,7 @@ def tune(
         Path | None,
         typer.Option("--plot", metavar="FILE", help="Plot times against ratios into this file (.svg, .png, .pdf)."),
     ] = None,
+    tenant: options.Tenant = "",
     gguf_file: options.GgufFile = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -108,7 +109,9 @@ def tune(
     TuningPlan.of(**wanted)  # refuses what makes no sense before the model is loaded
     with ExitStack() as stack:
         kv = stack.enter_context(open_existing(store, host_budget))
-        engine = stack.enter_context(load_engine(model, kv, gguf_file=gguf_file, dtype=dtype, device=device))
+        engine = stack.enter_context(
+            load_engine(model, kv, gguf_file=gguf_file, dtype=dtype, device=device, tenant=tenant)
+        )
         match_codec(engine, kv)
         prompts = None if given is None else [_prompt(engine, kv, sample, top_k) for sample in given]
         note("Tuning ..." if prompts is None else f"Tuning with {number(len(prompts), 'prompt')} ...")

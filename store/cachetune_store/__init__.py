@@ -26,7 +26,7 @@ from .errors import (
 from .keys import FORMAT_VERSION, ChunkKey, Namespace, make_key
 from .layout import ChunkLayout, LayerSpec, RowFormat
 from .readers import ChunkReader
-from .stats import ChunkGroup, DocumentInfo, PruneReport, StoreStats, TierStats, TierUsage, VerifyReport
+from .stats import ChunkGroup, DocumentInfo, PruneReport, StoreStats, TenantStats, TierStats, TierUsage, VerifyReport
 from .store import ChunkStore
 
 __all__ = [
@@ -54,6 +54,7 @@ __all__ = [
     "StorePathError",
     "StoreStats",
     "StoreVersionError",
+    "TenantStats",
     "TierStats",
     "TierUsage",
     "UnknownCodecError",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,10 @@ class Documents:
         """Ids and chunks of a tenant's documents."""
         for _, record in self._index.items(f"doc/{_hash(tenant)}/"):
             yield record["id"], tuple(ChunkKey(digest) for digest in record["chunks"])
+
+    def by_tenant(self) -> Counter[str]:
+        """How many documents each tenant has."""
+        return Counter(record["tenant"] for _, record in self._index.items("doc/"))
 
     def count(self) -> int:
         """Documents of all tenants."""

@@ -7,7 +7,8 @@ only takes room until it is evicted or pruned.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from .chunk import ChunkHead
 from .chunkfile import parse_head
@@ -15,10 +16,10 @@ from .errors import DamagedChunkError, UnknownCodecError, UnknownFormatError
 from .keys import ChunkKey
 from .placement import Placement
 from .rawfile import DirectIO, RawFile
-from .stats import ChunkGroup, PruneReport
+from .stats import ChunkGroup, PruneReport, TenantStats
 from .tiers import DiskTier
 
-__all__ = ["Keep", "groups", "prune"]
+__all__ = ["Keep", "by_tenant", "groups", "prune"]
 
 Keep = Callable[[ChunkHead], bool]
 """Whether a chunk is to stay."""
@@ -33,6 +34,19 @@ def groups(placement: Placement) -> list[ChunkGroup]:
             old = found.get(name := (head.namespace.digest, head.layout.codec))
             found[name] = group if old is None else old + group
     return sorted(found.values(), key=lambda g: (-g.bytes, g.namespace.digest, g.codec))
+
+
+def by_tenant(found: Iterable[ChunkGroup], documents: Mapping[str, int]) -> list[TenantStats]:
+    """Groups and counts of documents summed up by tenant, the largest first."""
+    chunks: Counter[str] = Counter()
+    size: Counter[str] = Counter()
+    for group in found:
+        chunks[group.namespace.tenant] += group.chunks
+        size[group.namespace.tenant] += group.bytes
+    all_of_them = (
+        TenantStats(name, documents.get(name, 0), chunks[name], size[name]) for name in {*chunks, *documents}
+    )
+    return sorted(all_of_them, key=lambda each: (-each.bytes, each.tenant))
 
 
 def prune(placement: Placement, keep: Keep, *, foreign_too: bool, dry_run: bool) -> PruneReport:

@@ -13,6 +13,7 @@ __all__ = [
     "DocumentInfo",
     "PruneReport",
     "StoreStats",
+    "TenantStats",
     "TierStats",
     "TierUsage",
     "VerifyReport",
@@ -124,6 +125,23 @@ class ChunkGroup:
     def __add__(self, other: ChunkGroup) -> ChunkGroup:
         """Both together."""
         return ChunkGroup(self.namespace, self.codec, self.chunks + other.chunks, self.bytes + other.bytes)
+
+
+@dataclass(frozen=True)
+class TenantStats:
+    """What a tenant has in the store.
+
+    Attributes:
+        tenant: its name, as given; "" for chunks and documents stored without one.
+        documents: documents of that tenant.
+        chunks: chunks stored now.
+        bytes: their bytes.
+    """
+
+    tenant: str
+    documents: int
+    chunks: int
+    bytes: int
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,11 @@ from .index import Index, MemoryIndex
 from .keys import ChunkKey, Namespace
 from .notes import Notes
 from .placement import Placement
-from .pruning import Keep, groups, prune
+from .pruning import Keep, by_tenant, groups, prune
 from .rawfile import DirectIO
 from .readers import ChunkReader
 from .repair import Repair
-from .stats import ChunkGroup, DocumentInfo, PruneReport, StoreStats, VerifyReport
+from .stats import ChunkGroup, DocumentInfo, PruneReport, StoreStats, TenantStats, VerifyReport
 from .texts import texts_revision
 from .tiers import DeviceTier, DiskTier, HostTier, Pins
 from .units import parse_bytes
@@ -345,6 +345,15 @@ class ChunkStore:
         self._check_open()
         return groups(self._placement)
 
+    def tenants(self, found: Iterable[ChunkGroup] | None = None) -> list[TenantStats]:
+        """What each tenant has in the store, by name, the largest first: for who runs the store, not for its tenants.
+
+        Args:
+            found: what groups() gave just now; None: it is asked for, which reads the head of every file.
+        """
+        self._check_open()
+        return by_tenant(self.groups() if found is None else found, self._repair.healed(self._documents.by_tenant))
+
     def prune(self, keep: Keep, *, foreign_too: bool = False, dry_run: bool = False) -> PruneReport:
         """Remove every chunk that `keep` says False to.
 
@@ -371,7 +380,7 @@ class ChunkStore:
         return self._repair.check(full=False, anew=True)
 
     def stats(self) -> StoreStats:
-        """What the store holds, and what it did in this process."""
+        """What the store holds, and what it did in this process: of all tenants together."""
         self._check_open()
         placement = self._placement
         disk = None if placement.disk is None else self._repair.healed(placement.disk.stats)

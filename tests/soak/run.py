@@ -1,19 +1,21 @@
 """All of the soak at full length: `make soak`, or `python tests/soak/run.py`.
 
-    python tests/soak/run.py --parts crashes damage --out benchmarks/results/soak.json
+    python tests/soak/run.py --parts crashes damage --out build/soak.json
+    python tests/soak/run.py --report build/soak.json
 
-Prints a table at the end and ends with 1 if anything happened that must not. docs/reliability.md says what each part does.
+Writes figures and series as JSON after every part, plots beside it, prints a table last, and ends with 1 if anything happened
+that must not. With --report it runs nothing, and makes plots and table from such a file. docs/reliability.md says what each part
+does.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -25,6 +27,7 @@ import soak_crashes
 import soak_damage
 import soak_faults
 import soak_load
+import soak_report
 import torch
 from common import environment
 from soak_common import Outcome
@@ -39,65 +42,44 @@ PARTS: dict[str, Callable[[Path], Outcome]] = {
 }
 
 
+OUT = HERE.parent.parent / "build" / "soak.json"
+
+
 def main() -> None:
     """Run and report."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--parts", nargs="+", choices=sorted(PARTS), default=list(PARTS))
-    parser.add_argument("--out", type=Path, help="file for the JSON; plots of series go beside it")
+    parser.add_argument("--out", type=Path, default=OUT, help="file for the JSON (default: build/soak.json)")
+    parser.add_argument("--plot", type=Path, help="where plots go, without -PART.svg (default: beside the JSON)")
+    parser.add_argument("--report", type=Path, metavar="JSON", help="run nothing; plots and table of this file")
     args = parser.parse_args()
-    torch.set_num_threads(1)  # workers are forked, and many at once
-    outcomes = [run(name) for name in args.parts]
-    print(table(outcomes))
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(
-            json.dumps(
-                {"benchmark": "soak", "environment": environment(), "parts": [asdict(o) for o in outcomes]}, indent=1
-            )
-            + "\n"
-        )
-        plot(outcomes, args.out)
+    if args.report is not None:
+        outcomes, out = soak_report.read(args.report), args.report
+    else:
+        torch.set_num_threads(1)  # workers are forked, and many at once
+        outcomes, out, where = [], args.out, environment()
+        for name in args.parts:
+            outcomes.append(run(name))
+            soak_report.write(outcomes, where, out)
+    made = soak_report.plot(outcomes, args.plot or out.with_suffix(""))
+    print(f"{', '.join(map(str, [out, *made]))}\n", file=sys.stderr, flush=True)
+    print(soak_report.table(outcomes))
     sys.exit(any(o.problems for o in outcomes))
 
 
 def run(name: str) -> Outcome:
-    """One part, in a folder of its own."""
+    """One part, in a folder of its own; one that breaks off is a problem, and the next ones run."""
     print(f"{name} ...", file=sys.stderr, flush=True)
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        outcome = PARTS[name](Path(folder))
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            outcome = PARTS[name](Path(folder))
+    except Exception:
+        outcome = Outcome(name, problems=[traceback.format_exc()])
     outcome.seconds = time.perf_counter() - started
     for problem in outcome.problems[:20]:
         print(f"{name}: {problem}", file=sys.stderr)
     return outcome
-
-
-def table(outcomes: list[Outcome]) -> str:
-    """The summary, for people."""
-    lines = ["| part | seconds | problems | figures |", "| --- | --- | --- | --- |"]
-    for o in outcomes:
-        figures = ", ".join(f"{name} {value}" for name, value in o.figures.items())
-        lines.append(f"| {o.part} | {o.seconds:.0f} | {len(o.problems) or 'none'} | {figures} |")
-    return "\n".join(lines)
-
-
-def plot(outcomes: list[Outcome], out: Path) -> None:
-    """A line for each series, a picture for each part that has some; nothing without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no plots: matplotlib is missing (pip install 'cachetune-rag[plot]')", file=sys.stderr)
-        return
-    for o in outcomes:
-        series = {name: values for name, values in o.series.items() if isinstance(values, list) and len(values) > 1}
-        if not series:
-            continue
-        figure = Figure(figsize=(8, 2.2 * len(series)), layout="constrained")
-        for axis, (name, values) in zip(figure.subplots(len(series), squeeze=False)[:, 0], series.items(), strict=True):
-            axis.plot(values, linewidth=1)
-            axis.set_title(name, fontsize=9)
-            axis.set_ylim(bottom=0)
-        figure.savefig(out.with_name(f"{out.stem}-{o.part}.svg"))
 
 
 if __name__ == "__main__":

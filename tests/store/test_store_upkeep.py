@@ -9,7 +9,7 @@ import pytest
 from faulty_disk import Fault, faulty_disk
 from store_samples import file_of, sample
 
-from cachetune_store import ChunkKey, ChunkStore
+from cachetune_store import ChunkKey, ChunkStore, TenantStats
 
 
 @pytest.fixture
@@ -97,6 +97,21 @@ def test_a_version_damaged_in_place_is_damage(path: Path) -> None:
         report = store.verify()
         assert (report.damaged, report.foreign) == ((one.key,), 0)
         assert not store.contains(one.key)
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_what_each_tenant_has(path: Path, in_memory: bool) -> None:
+    with ChunkStore(None if in_memory else path) as store:
+        sizes = {}
+        for tenant, seeds in (("a", (1, 2)), ("", (1,))):
+            ours = [sample(seed, tenant=tenant) for seed in seeds]
+            sizes[tenant] = sum(one.put(store) for one in ours)
+            store.set_document("doc", [ours[0].key], tenant=tenant)
+        store.set_document("gone", [sample(9, tenant="c").key], tenant="c")
+        expected = [TenantStats("a", 1, 2, sizes["a"]), TenantStats("", 1, 1, sizes[""]), TenantStats("c", 1, 0, 0)]
+        assert store.tenants() == store.tenants(store.groups()) == expected
+        store.delete_tenant("a")
+        assert store.tenants() == expected[1:]
 
 
 def test_deleting_a_tenant_takes_all_of_it_and_nothing_else(path: Path) -> None:
