@@ -116,6 +116,6 @@ class AnswerStream:
         if piece := stream.finish():
             text.append(piece)
             yield piece
-        self._report = replace(self._report, unstored=requests.store_missed(state))
+        self._report = requests.store_later(state, self._report)
         self._answer = Answer("".join(text), self._report, tuple(tokens), self._plan.finish_reason)
         requests.answered(state, self._answer, self._started)

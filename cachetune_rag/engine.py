@@ -161,7 +161,7 @@ class CacheTune(EngineParts):
         Args:
             query: the user's question.
             chunks: texts of the retrieved chunks, in prompt order. Those not in the store are computed in this request,
-                exactly, and stored after the answer.
+                exactly, and stored behind the answer, when the model has time for it (see `flush`).
             prefix: text before the chunks; default: a short instruction, "" for none.
             prompt: a prompt from `engine.prompts`, instead of query, chunks and prefix.
             ratio: share of the chunk tokens to recompute, in [0, 1], or "auto": the calibrated one, if there is one.
@@ -227,12 +227,12 @@ class CacheTune(EngineParts):
         ratio: float | str = "auto",
         selector: str = "auto",
     ) -> PrefillState:
-        """Read a prompt with reuse and stop there: logits [1, vocab], cache, report. Missing chunks are stored."""
+        """Read a prompt with reuse and stop there: logits [1, vocab], cache, report. Missing chunks are stored before it returns."""
         self._check_open()
         started = time.perf_counter()
         config = self._requests.config(selector, ratio)
         state = self._requests.prefill(self._requests.prompt(query, chunks, prefix, prompt), config, started)
-        return replace(state, report=replace(state.report, unstored=self._requests.store_missed(state)))
+        return self._requests.store_missed(state)
 
     def full_prefill(
         self,
@@ -362,9 +362,23 @@ class CacheTune(EngineParts):
 
     # -- state ----------------------------------------------------------------------------------------------------
 
+    def flush(self, timeout: float | None = None) -> bool:
+        """Store now what answers have missed, and wait until that is done; False if it takes longer than `timeout` seconds.
+
+        By itself it is stored once no request has wanted the model for a moment, or taking turns with requests after two
+        seconds. Until then a request for it computes it itself. `close()` waits for it as well.
+        """
+        self._check_open()
+        return self._missed.wait(timeout)
+
     def stats(self) -> EngineStats:
         """Totals over this engine's requests, and the store's state."""
-        return self._counter.stats(self.store.stats(), self._fidelity.stats())
+        return self._counter.stats(
+            self.store.stats(),
+            self._fidelity.stats(),
+            unstored=self._missed.unstored,
+            storing=self._missed.waiting,
+        )
 
     def ttft_histograms(self) -> dict[str, Histogram]:
         """Times to first token of requests with reuse, by the slowest tier that each read from."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -59,14 +60,19 @@ class ModelLock(type(threading.RLock())):  # type: ignore[misc]
             if held:
                 self.release()
 
-    def wait_idle(self, seconds: float, stop: Callable[[], bool]) -> bool:
-        """Wait until no request has wanted the model for so long; False as soon as `stop()` (see `wake`)."""
+    def wait_idle(self, seconds: float, stop: Callable[[], bool], timeout: float | None = None) -> bool:
+        """Wait until no request has wanted the model for so long; False as soon as `stop()` (see `wake`), or after `timeout` seconds."""
+        until = math.inf if timeout is None else time.monotonic() + timeout
         with self._mutex:
             while not stop():
-                rest = None if self._requests else self._idle_since + seconds - time.monotonic()
-                if rest is not None and rest <= 0:
+                now = time.monotonic()
+                rest = math.inf if self._requests else self._idle_since + seconds - now
+                if rest <= 0:
                     return True
-                self._changed.wait(rest)
+                if until <= now:
+                    return False
+                least = min(rest, until - now)
+                self._changed.wait(None if least == math.inf else least)
         return False
 
     def wake(self) -> None:

@@ -17,6 +17,7 @@ from cachetune_rag.errors import EngineClosedError
 from cachetune_rag.fidelity import FidelitySampler
 from cachetune_rag.leads import LeadIns, given_lead_ins
 from cachetune_rag.loading import load_model
+from cachetune_rag.missed import MissedChunks
 from cachetune_rag.model import ModelAdapter
 from cachetune_rag.model.fingerprint import model_fingerprint, tokenizer_fingerprint
 from cachetune_rag.model_lock import ModelLock
@@ -100,6 +101,7 @@ class EngineParts:
             batch_tokens,
             self._recognizer.add,
         )
+        self._missed = MissedChunks(self._precomputer, self._pool.call, self._lock)
         self._counter = RequestCounter()
         self.observers = Observers()
         """Who is told about requests (`cachetune_rag.telemetry`)."""
@@ -138,17 +140,24 @@ class EngineParts:
         return self.lead_ins.namespace
 
     def close(self) -> None:
-        """Release threads and the store (if the engine opened it). Further requests are refused."""
+        """Store what answers have missed, then release threads and the store (if the engine opened it). Further requests are refused.
+
+        Ctrl-C while it stores ends that behind the forward at hand, drops what still waits, and releases the rest all the same.
+        A process that ends without closing its engines drops what waits.
+        """
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-        self._fidelity.close()
-        with suppress(StoreTimeoutError):
-            self._pool.call(self._prefetcher.close)
-            if self._owns_store:
-                self._pool.call(self.store.close)
-        self._pool.close()
+        try:
+            self._fidelity.close()
+            self._missed.close()
+        finally:
+            with suppress(StoreTimeoutError):
+                self._pool.call(self._prefetcher.close)
+                if self._owns_store:
+                    self._pool.call(self.store.close)
+            self._pool.close()
 
     def __enter__(self) -> Self:
         return self

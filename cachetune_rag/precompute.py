@@ -6,7 +6,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
 
 from cachetune_rag.deadline import Call, call_directly
 from cachetune_rag.documents import Document
@@ -64,10 +66,15 @@ class _Batch:
 
 @dataclass(frozen=True)
 class _Job:
-    """What stays the same while a job runs, and the KV of its lead-ins."""
+    """What stays the same while a job runs, and the KV of its lead-ins.
+
+    Attributes:
+        turn: entered to use the model, in the background; None: a job that requests wait for, as they do for each other.
+    """
 
     namespace: Namespace
     capture: MeanCapture
+    turn: AbstractContextManager[Any] | None = None
 
 
 class Precomputer:
@@ -95,6 +102,7 @@ class Precomputer:
         *,
         call: Call = call_directly,
         kept: Callable[[ChunkKey], None] = lambda _: None,
+        turn: AbstractContextManager[Any] | None = None,
     ) -> int:
         """Compute and store chunks given as (token ids, text). Returns the bytes stored.
 
@@ -102,10 +110,12 @@ class Precomputer:
             chunks: what to store.
             call: makes the calls that may touch the store's disk.
             kept: told the key of each chunk that is stored.
+            turn: entered for every use of the model; it has to hold the model's lock. Chunks are then run one at a time, so that
+                none of them takes long. None: the lock is taken as a request does.
         """
         given = list(chunks)
         call(self._lead_ins.offer, [ids for ids, _ in given], indexing=False)
-        job = self._job()
+        job = replace(self._job(), turn=turn)
         wanted = {chunk.key: chunk for chunk in (self._chunk(job, tuple(ids), text) for ids, text in given)}
         stored = 0
         with call(self._store.claim, wanted) as claim:
@@ -232,13 +242,14 @@ class Precomputer:
     def _batches(self, job: _Job, chunks: list[_Chunk]) -> Iterator[_Batch]:
         """Neighbours of about one length, so that little is padded."""
         behind = [(self._lead_ins.of(chunk.ids, job.namespace), chunk) for chunk in chunks]
-        if self._batch_tokens:
+        most = self._batch_tokens if job.turn is None else 0
+        if most:
             behind.sort(key=lambda pair: (pair[0], len(pair[1].ids)))
         batch: _Batch | None = None
         for lead_ins, chunk in behind:
             if batch is not None:
                 run = MeanCapture.tokens_run(len(chunk.ids), lead_ins) * (len(batch.chunks) + 1)
-                if run <= self._batch_tokens and lead_ins == batch.lead_ins:
+                if run <= most and lead_ins == batch.lead_ins:
                     batch.chunks.append(chunk)
                     continue
                 yield batch
@@ -250,9 +261,9 @@ class Precomputer:
         """Capture, rank and encode. All on the thread that computes: a second thread with torch work would only fight
         with this one for the cores.
         """
-        with self._lock.reserved():
-            captured = job.capture.capture([c.ids for c in batch.chunks], batch.lead_ins)
-            with self._lock:
+        with self._lock.reserved() if job.turn is None else nullcontext():
+            captured = job.capture.capture([c.ids for c in batch.chunks], batch.lead_ins, job.turn)
+            with self._lock if job.turn is None else job.turn:
                 return [
                     self._store.encode(
                         chunk.key,

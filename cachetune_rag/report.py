@@ -15,7 +15,7 @@ class Report:
         prompt_tokens: tokens of the whole prompt.
         reused: chunk tokens whose stored KV was used as it is.
         recomputed: chunk tokens that are stored but were computed again.
-        missed: chunk tokens that were not in the store; they were computed exactly, and stored afterwards.
+        missed: chunk tokens that were not in the store; they were computed exactly, and their chunks are stored afterwards.
         bytes_read: bytes of KV read, by tier.
         ratio: share of the stored chunk tokens that was asked to be recomputed.
         selector: which selector chose them.
@@ -29,7 +29,10 @@ class Report:
         unreadable: chunks that the system refused to read (an I/O error, no permission), computed instead.
         timed_out: chunks that the store's disk didn't give within `read_timeout`, computed instead; so are all chunks that aren't
             in host memory as long as the disk doesn't come back.
-        unstored: missed chunks that could not be stored afterwards (no room, no permission, no time).
+        storing: missed chunks that an answer left to be stored when the model has time for it. What becomes of them is not known
+            yet: `stats().storing` counts those that still wait, `stats().unstored` those that could not be stored.
+        unstored: missed chunks that are not stored: by `prefill`, because they could not be (no room, no permission, no time);
+            behind an answer, because too many wait already, or the engine is being closed.
         recognised: chunks that were found in plain text (see `CacheTune.prompt_from_text`).
         full: True for the reference: nothing was reused by intent.
         request_id: names the request in logs and spans.
@@ -57,6 +60,7 @@ class Report:
     unreadable: int = 0
     timed_out: int = 0
     unstored: int = 0
+    storing: int = 0
 
     @property
     def slowest_tier(self) -> str:
@@ -80,7 +84,7 @@ class Report:
             "damaged chunks set aside": self.damaged,
             "chunks unreadable": self.unreadable,
             "chunks not read in time": self.timed_out,
-            "chunks could not be stored": self.unstored,
+            "chunks not stored": self.unstored,
         }
         told = "".join(f", {count} {what}" for what, count in faults.items() if count)
         return (

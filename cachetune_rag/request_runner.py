@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -18,13 +17,12 @@ from cachetune_rag.decoding import prepare
 from cachetune_rag.errors import ConfigError, PromptTooLongError
 from cachetune_rag.pipeline.prefetch import Prefetch
 from cachetune_rag.prompt import Prompt
+from cachetune_rag.report import Report
 from cachetune_rag.telemetry.observer import new_request_id
-from cachetune_store import ChunkKey, StoreError
+from cachetune_store import ChunkKey
 
 if TYPE_CHECKING:
     from cachetune_rag.parts import EngineParts
-
-_log = logging.getLogger(__name__)
 
 
 class RequestRunner:
@@ -111,25 +109,15 @@ class RequestRunner:
         engine.observers.prefilled(report)
         return replace(state, report=report)
 
-    def store_missed(self, state: PrefillState) -> int:
-        """Keep what a request had to compute, for the next one; how many chunks could not be kept.
+    def store_missed(self, state: PrefillState) -> PrefillState:
+        """Keep what a request had to compute, for the next one. The logits don't depend on it, so no error of the store ends it."""
+        unstored = self._engine._missed.store(state.prompt, state.missed)
+        return replace(state, report=replace(state.report, unstored=unstored))
 
-        The answer doesn't depend on it, so no error ends it.
-        """
-        if not state.missed:
-            return 0
-        engine, prompt = self._engine, state.prompt
-        kept: list[ChunkKey] = []
-        try:
-            given = [(prompt.chunk_ids[i], prompt.chunk_texts[i]) for i in state.missed]
-            engine._precomputer.store_chunks(given, call=engine._pool.call, kept=kept.append)
-        except StoreError as error:
-            _log.warning(
-                "%d chunks of a request could not be stored and will be computed again: %s",
-                len(state.missed) - len(kept),
-                error,
-            )
-        return len(state.missed) - len(kept)
+    def store_later(self, state: PrefillState, report: Report) -> Report:
+        """Keep what a request had to compute when the model has time for it; the report with how much that is."""
+        storing = self._engine._missed.offer(state.prompt, state.missed)
+        return replace(report, storing=storing, unstored=len(state.missed) - storing)
 
     # -- answering ------------------------------------------------------------------------------------------------
 

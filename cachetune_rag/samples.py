@@ -33,6 +33,7 @@ def store_chunks(engine: CacheTune, prompts: Sequence[Prompt]) -> set[str]:
     Returns:
         The codecs of those that were stored before.
     """
+    engine.flush()  # chunks that are just being stored can't be stored here
     while True:
         namespace = engine.namespace
         codecs = _store_missing(engine, prompts)

@@ -27,6 +27,8 @@ class EngineStats:
         damaged, unreadable, timed_out: chunks that were in the store and had to be computed, summed; see `Report`.
         ttft_seconds: time to first token, summed.
         ttft: count, mean, p50, p95 and p99 of the time to first token, by the slowest tier that a request read from.
+        unstored: chunks that requests missed and that could not be stored afterwards; the reason is in the log.
+        storing: such chunks that wait to be stored now.
         store: the store's own figures.
         fidelity: how far answers were from full prefill; None unless the engine samples it (`fidelity_sample`).
     """
@@ -44,6 +46,8 @@ class EngineStats:
     ttft: dict[str, dict[str, float | int | None]]
     store: StoreStats
     fidelity: FidelityStats | None = None
+    unstored: int = 0
+    storing: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """The fields, for JSON."""
@@ -82,8 +86,8 @@ class RequestCounter:
         with self._lock:
             return dict(self._by_tier)
 
-    def stats(self, store: StoreStats, fidelity: FidelityStats | None = None) -> EngineStats:
-        """The totals."""
+    def stats(self, store: StoreStats, fidelity: FidelityStats | None, *, unstored: int, storing: int) -> EngineStats:
+        """The totals, and the others' figures; see `EngineStats`."""
         with self._lock:
             return EngineStats(
                 requests=self._requests,
@@ -93,4 +97,6 @@ class RequestCounter:
                 ttft={tier: histogram.summary() for tier, histogram in self._by_tier.items()},
                 store=store,
                 fidelity=fidelity,
+                unstored=unstored,
+                storing=storing,
             )

@@ -243,6 +243,7 @@ def test_a_chunk_that_stands_twice_is_stored_once(engine: CacheTune) -> None:
 
 def test_generate_stores_what_it_missed(engine: CacheTune) -> None:
     assert engine.generate(query=QUERY, chunks=CHUNKS, max_new_tokens=1).report.missed > 0
+    assert engine.flush()
     assert engine.generate(query=QUERY, chunks=CHUNKS, max_new_tokens=1).report.missed == 0
 
 
@@ -250,6 +251,7 @@ def test_a_store_without_room_costs_no_answer(tmp_path: Path, caplog: pytest.Log
     with fresh(store=tmp_path, disk_budget=10_000, host_budget=0) as engine:
         answer = engine.generate(query=QUERY, chunks=CHUNKS[:1], max_new_tokens=2)
         assert answer.report.missed == len(CHUNKS[0])
+        engine.flush()
         assert "could not be stored" in caplog.text
         assert engine.generate(query=QUERY, chunks=CHUNKS[:1], max_new_tokens=2).text == answer.text
 

@@ -125,6 +125,7 @@ def ask(
         reused = _answer(engine, {**request, "ratio": share, "selector": selector}, quiet=json_output)
         whole = None
         if full:
+            engine.flush()  # what it missed is not to be stored while the other is timed
             if not json_output:
                 stdout().print("\nFull prefill:", style="bold")
             whole = _answer(engine, {**request, "reuse": False}, quiet=json_output)

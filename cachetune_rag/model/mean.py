@@ -91,14 +91,23 @@ class MeanCapture:
         """Tokens that go through the model at once for a chunk of so many: a single lead-in is run with every chunk."""
         return tokens + (len(lead_ins[0]) if len(lead_ins) == 1 else 0)
 
-    def capture(self, chunks: Sequence[Sequence[int]], lead_ins: Sequence[tuple[int, ...]]) -> list[ChunkKV]:
-        """The chunks' KV, in one batch: exact behind a single lead-in, else the mean over them and the deviations."""
+    def capture(
+        self,
+        chunks: Sequence[Sequence[int]],
+        lead_ins: Sequence[tuple[int, ...]],
+        turn: AbstractContextManager[Any] | None = None,
+    ) -> list[ChunkKV]:
+        """The chunks' KV, in one batch: exact behind a single lead-in, else the mean over them and the deviations.
+
+        `turn` is entered for every forward instead of the lock, which it has to hold.
+        """
+        lock = self._lock if turn is None else turn
         if len(lead_ins) == 1:
-            with self._lock:
+            with lock:
                 return self._adapter.capture(chunks, lead_ins[0])
         mean = MeanKV(self._adapter.value_grams)
         for lead_in in lead_ins:
-            with self._lock:
+            with lock:
                 mean.begin()
                 self._adapter.capture_behind(chunks, self._lead(lead_in), mean.add)
         return mean.take([len(c) for c in chunks])

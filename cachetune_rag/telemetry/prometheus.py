@@ -62,6 +62,10 @@ class CacheTuneCollector(Collector):
         yield self._counter("full_prefills", "Prompts read without reuse", stats.full_prefills)
         for name, text in _FAULTS.items():
             yield self._counter(f"request_{name}_chunks", f"{text} while answering", getattr(stats, name))
+        yield self._counter(
+            "unstored_chunks", "Chunks that requests missed and that could not be stored", stats.unstored
+        )
+        yield self._gauge("storing_chunks", "Chunks that requests missed and that wait to be stored", stats.storing)
         tokens = CounterMetricFamily(
             "cachetune_tokens", "Tokens of prompts, by what became of them", labels=self._names("kind")
         )
