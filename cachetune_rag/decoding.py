@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -297,6 +297,8 @@ def _settle(settings: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
 def _stop_strings(*sources: str | Sequence[str] | None) -> tuple[str, ...]:
     found: list[str] = []
     for source in sources:
+        if source is not None and (isinstance(source, Mapping) or not isinstance(source, Iterable)):
+            raise ConfigError(f"stop is {source!r}: use a string, or a list of strings.")
         for text in [source] if isinstance(source, str) else source or ():
             if not isinstance(text, str) or not text:
                 raise ConfigError(f"stop contains {text!r}: use strings of at least one character.")

@@ -53,6 +53,22 @@ def load_model(
     return model.to(place).eval(), tokenizer
 
 
+def check_loaded(model: Any, tokenizer: Any) -> None:
+    """Refuse a path or hub id where a loaded model or tokenizer belongs.
+
+    Raises:
+        ConfigError: names `from_pretrained`, which loads both.
+    """
+    for value, name in ((model, "model"), (tokenizer, "tokenizer")):
+        if isinstance(value, str | bytes | os.PathLike) or not hasattr(
+            value, "config" if name == "model" else "encode"
+        ):
+            raise ConfigError(
+                f"{name} is {value!r:.80}: CacheTune(model, tokenizer) takes both loaded, as transformers makes them; "
+                'CacheTune.from_pretrained("path-or-hub-id") loads them.'
+            )
+
+
 def resolve_device(device: str) -> torch.device:
     """ "auto" is a GPU if there is one."""
     if device == "auto":

@@ -16,7 +16,7 @@ from cachetune_rag.deadline import DeadlinePool, StoreTimeoutError
 from cachetune_rag.errors import EngineClosedError
 from cachetune_rag.fidelity import FidelitySampler
 from cachetune_rag.leads import LeadIns, given_lead_ins
-from cachetune_rag.loading import load_model
+from cachetune_rag.loading import check_loaded, load_model
 from cachetune_rag.missed import MissedChunks
 from cachetune_rag.model import ModelAdapter
 from cachetune_rag.model.fingerprint import model_fingerprint, tokenizer_fingerprint
@@ -57,6 +57,7 @@ class EngineParts:
         read_timeout: float | None = 30.0,
         **store_options: Any,
     ):
+        check_loaded(model, tokenizer)
         self._lock = ModelLock()
         self.adapter = ModelAdapter(model, cuda_kernels=cuda_kernels)
         self._fidelity = FidelitySampler(fidelity_sample, self.adapter, self._lock)

@@ -134,7 +134,8 @@ class RequestRunner:
     ) -> AnswerStream:
         """An answer to come; the first arguments as for `prefill`, the others as for `CacheTune.stream`."""
         engine, room = self._engine, max_new_tokens
-        if engine.adapter.max_positions is not None:
+        # What is no int is refused by `prepare`.
+        if engine.adapter.max_positions is not None and isinstance(room, int):
             room = min(room, engine.adapter.max_positions - len(prompt.ids))
         plan = prepare(
             engine.adapter.model,
@@ -142,7 +143,7 @@ class RequestRunner:
             list(prompt.ids),
             generation_config=generation_config,
             max_new_tokens=room,
-            stop=[stop] if isinstance(stop, str) else list(stop or ()),
+            stop=stop,
             **sampling,
         )
         return AnswerStream(self, prompt, config, plan, started)

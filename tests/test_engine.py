@@ -514,6 +514,31 @@ def test_bad_settings_are_refused_by_name(options: dict[str, object], message: s
         fresh(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stop": 5}, "stop is 5: use a string, or a list of strings"),
+        ({"stop": ["a", 5]}, "stop contains 5"),
+        ({"stop": {"a": 1}}, "stop is {'a': 1}"),
+        ({"max_new_tokens": "5"}, "max_new_tokens is '5'"),
+        ({"temprature": 1}, "temperature"),
+    ],
+)
+def test_bad_answer_settings_are_refused_by_name(engine: CacheTune, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        engine.generate(QUERY, **options)  # type: ignore[arg-type]
+
+
+def test_names_instead_of_a_model_are_refused(tmp_path: Path) -> None:
+    for name in ("org/model", tmp_path):
+        with pytest.raises(ConfigError, match=r"model is .*from_pretrained"):
+            CacheTune(name, tokenizer())
+    with pytest.raises(ConfigError, match=r"tokenizer is 'org/model'.*from_pretrained"):
+        CacheTune(llama(), "org/model")
+    with pytest.raises(ConfigError, match=r"model is None.*from_pretrained"):
+        CacheTune(None, None)
+
+
 def test_a_prompt_longer_than_the_context_is_refused() -> None:
     with CacheTune(llama(max_positions=128), tokenizer()) as engine:
         with pytest.raises(PromptTooLongError, match=r"128.*fewer or shorter"):
