@@ -53,7 +53,8 @@ class CacheTune(EngineParts):
             model is idle; `stats()` gives the result. Up to two prompts' KV is kept for it (docs/calibration.md).
         read_timeout: seconds that a request waits for the store's disk each time it needs it; then it goes on without it, and
             computes what isn't in host memory. None: as long as it takes.
-        store_options: further arguments of `ChunkStore` (codec, host_budget, disk_budget, device_budget, ...).
+        store_options: further arguments of `ChunkStore`: codec, host_budget, disk_budget, device_budget, device, read_memory,
+            pin_memory, direct_io.
 
     Raises:
         UnsupportedModelError: reuse can't be exact for this architecture; the message says why.
@@ -133,10 +134,34 @@ class CacheTune(EngineParts):
     # -- answering ------------------------------------------------------------------------------------------------
 
     def generate(
-        self, query: str | None = None, chunks: Sequence[str] = (), prefix: str | None = None, **options: Any
+        self,
+        query: str | None = None,
+        chunks: Sequence[str] = (),
+        prefix: str | None = None,
+        *,
+        prompt: Prompt | None = None,
+        ratio: float | str = "auto",
+        selector: str = "auto",
+        reuse: bool = True,
+        max_new_tokens: int = 256,
+        stop: str | Sequence[str] | None = None,
+        generation_config: Any = None,
+        **sampling: Any,
     ) -> Answer:
         """Answer a query over retrieved chunks; arguments as for `stream`. Returns the whole answer."""
-        with self.stream(query, chunks, prefix, **options) as pieces:
+        with self.stream(
+            query,
+            chunks,
+            prefix,
+            prompt=prompt,
+            ratio=ratio,
+            selector=selector,
+            reuse=reuse,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            generation_config=generation_config,
+            **sampling,
+        ) as pieces:
             for _ in pieces:
                 pass
             return pieces.answer

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import torch
 
@@ -21,6 +22,7 @@ from cachetune_rag.missed import MissedChunks
 from cachetune_rag.model import ModelAdapter
 from cachetune_rag.model.fingerprint import model_fingerprint, tokenizer_fingerprint
 from cachetune_rag.model_lock import ModelLock
+from cachetune_rag.options import ENGINE_NAMES, EngineOptions, StoreOptions, check_names
 from cachetune_rag.pipeline.prefetch import Prefetcher
 from cachetune_rag.precompute import Precomputer
 from cachetune_rag.profiles import Profiles
@@ -28,10 +30,13 @@ from cachetune_rag.prompt import PromptBuilder
 from cachetune_rag.recognition import StoreRecognizer
 from cachetune_rag.request_runner import RequestRunner
 from cachetune_rag.stats import RequestCounter
-from cachetune_rag.storage import open_store
+from cachetune_rag.storage import check_not_open, open_store
 from cachetune_rag.telemetry.observer import Observers
 from cachetune_rag.tuning.saved import SavedTunings
 from cachetune_store import ChunkStore, Namespace
+
+_LOADING = ("gguf_file", "device", "dtype", "revision")
+"""What `from_pretrained` takes itself: among them is what a wrong name may mean."""
 
 
 class EngineParts:
@@ -55,7 +60,7 @@ class EngineParts:
         cuda_kernels: bool = True,
         fidelity_sample: float = 0.0,
         read_timeout: float | None = 30.0,
-        **store_options: Any,
+        **store_options: Unpack[StoreOptions],
     ):
         check_loaded(model, tokenizer)
         self._lock = ModelLock()
@@ -72,19 +77,29 @@ class EngineParts:
             tenant=tenant,
         )
         self._owns_store = not isinstance(store, ChunkStore)
+        path = store.path if isinstance(store, ChunkStore) else store
+        self._pool = DeadlinePool(None if path is None else read_timeout)
         self.store = open_store(store, self.adapter.device, store_options)
-        self._pool = DeadlinePool(None if self.store.path is None else read_timeout)
+        self._prefetcher = Prefetcher(self.store)
+        try:
+            self._connect(namespace, choose_leads=lead_in == "auto", batch_tokens=batch_tokens)
+        except BaseException:
+            self._release()
+            raise
+        self._closed = False
+
+    def _connect(self, namespace: Namespace, *, choose_leads: bool, batch_tokens: int | None) -> None:
+        """Make what works between model and store."""
         self.lead_ins = LeadIns(
             self.store,
             namespace,
-            choose=lead_in == "auto",
+            choose=choose_leads,
             vocabulary=self.adapter.config.vocab_size,
             limit=self.adapter.max_positions,
             call=self._pool.call,
         )
         """What stands before chunks while they are computed."""
         self.profiles = Profiles(self.store.path, self._pool.call)
-        self._prefetcher = Prefetcher(self.store)
         self._calibrations = SavedCalibrations(self)
         self._tunings = SavedTunings(self)
         self._assembler = Assembler(
@@ -107,7 +122,6 @@ class EngineParts:
         self.observers = Observers()
         """Who is told about requests (`cachetune_rag.telemetry`)."""
         self._requests = RequestRunner(self)
-        self._closed = False
 
     @classmethod
     def from_pretrained(
@@ -119,7 +133,7 @@ class EngineParts:
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
         revision: str | None = None,
-        **options: Any,
+        **options: Unpack[EngineOptions],
     ) -> Self:
         """Load model and tokenizer by path or hub id, and open the store.
 
@@ -130,8 +144,15 @@ class EngineParts:
             device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1".
             dtype: "auto" (the checkpoint's own; float32 on a CPU, where half types are slow), or a torch dtype or its name.
             revision: branch, tag or commit on the hub.
-            options: further arguments of the class.
+            options: further arguments of the class, and of its store.
+
+        Raises:
+            ConfigError: an option that doesn't exist; nothing was loaded.
+            ModelLoadError: nothing loadable at `model`.
         """
+        names = (*ENGINE_NAMES, *_LOADING, *inspect.signature(cls).parameters)  # a subclass may have more
+        check_names(options, names, "CacheTune.from_pretrained")
+        check_not_open(store, options)
         loaded, tokenizer = load_model(model, gguf_file=gguf_file, device=device, dtype=dtype, revision=revision)
         return cls(loaded, tokenizer, store, **options)
 
@@ -154,11 +175,14 @@ class EngineParts:
             self._fidelity.close()
             self._missed.close()
         finally:
-            with suppress(StoreTimeoutError):
-                self._pool.call(self._prefetcher.close)
-                if self._owns_store:
-                    self._pool.call(self.store.close)
-            self._pool.close()
+            self._release()
+
+    def _release(self) -> None:
+        with suppress(StoreTimeoutError):
+            self._pool.call(self._prefetcher.close)
+            if self._owns_store:
+                self._pool.call(self.store.close)
+        self._pool.close()
 
     def __enter__(self) -> Self:
         return self

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -13,7 +15,9 @@ from tiny import llama, tokenizer
 
 from cachetune_rag import CacheTune, Document
 from cachetune_rag.errors import ConfigError, EngineClosedError, PromptTooLongError
+from cachetune_rag.options import EngineOptions, StoreOptions
 from cachetune_rag.prefix import PrefixCache
+from cachetune_store import ChunkStore
 
 CHUNKS = [
     "The lighthouse was built in 1871 by three brothers from the next valley.",
@@ -512,6 +516,43 @@ def test_bad_requests_are_refused_by_name(engine: CacheTune) -> None:
 def test_bad_settings_are_refused_by_name(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         fresh(**options)
+
+
+def test_wrong_options_are_refused_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cachetune_rag.parts.load_model", lambda *_, **__: pytest.fail("it was loaded"))
+    with pytest.raises(ConfigError, match=r"'torch_dtype' is no argument of CacheTune\.from_pretrained.*'dtype'"):
+        CacheTune.from_pretrained("org/model", torch_dtype="bfloat16")  # type: ignore[call-arg]
+    with pytest.raises(ConfigError, match="did you mean 'codec'"):
+        CacheTune.from_pretrained("org/model", tmp_path, codek="int8")  # type: ignore[call-arg]
+    with ChunkStore(None) as store, pytest.raises(ConfigError, match="codec belong to the store, which is open"):
+        CacheTune.from_pretrained("org/model", store, codec="int8")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_options_that_editors_show_are_those_that_there_are() -> None:
+    def arguments(function: object, *without: str) -> dict[str, object]:
+        hints = get_type_hints(function)
+        return {name: hint for name, hint in hints.items() if name not in (*without, "return")}
+
+    store = arguments(ChunkStore.__init__, "path")
+    assert get_type_hints(StoreOptions) == store
+    own = arguments(CacheTune.__init__, "model", "tokenizer", "store", "store_options")
+    assert get_type_hints(EngineOptions) == own | {name: store[name] for name in store if name != "device"}
+    answered = [inspect.signature(method).parameters for method in (CacheTune.generate, CacheTune.stream)]
+    assert answered[0] == answered[1]
+
+
+def test_an_engine_that_cannot_be_made_leaves_no_store_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[ChunkStore] = []
+    close = ChunkStore.close
+    monkeypatch.setattr(ChunkStore, "close", lambda store: (closed.append(store), close(store)))
+    with pytest.raises(ConfigError, match="batch_tokens"):
+        fresh(store=tmp_path, batch_tokens=-1)
+    assert [store.path for store in closed] == [tmp_path]
+    with ChunkStore(None) as own:
+        with pytest.raises(ConfigError, match="batch_tokens"):
+            fresh(store=own, batch_tokens=-1)
+        assert own.stats().documents == 0, "a store that was given stays open"
 
 
 @pytest.mark.parametrize(
