@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from cachetune_rag.answer import Answer, AnswerStream
     from cachetune_rag.assembly import PrefillState
     from cachetune_rag.calibration import Calibration
+    from cachetune_rag.deadline import StoreTimeoutError
     from cachetune_rag.documents import Document
     from cachetune_rag.engine import CacheTune
     from cachetune_rag.errors import (
@@ -24,6 +25,18 @@ if TYPE_CHECKING:
     from cachetune_rag.report import PrecomputeSummary, Report
     from cachetune_rag.splitting import Splitter
     from cachetune_rag.tuning import TuningResult
+    from cachetune_store import (
+        BudgetError,
+        DamagedChunkError,
+        DocumentInfo,
+        NonFiniteError,
+        StoreClosedError,
+        StoreError,
+        StoreFullError,
+        StorePathError,
+        StoreVersionError,
+        UnknownDocumentError,
+    )
 
 __version__ = "0.1.0"
 
@@ -32,6 +45,7 @@ _HOMES = {
     "answer": ("Answer", "AnswerStream"),
     "assembly": ("PrefillState",),
     "calibration": ("Calibration",),
+    "deadline": ("StoreTimeoutError",),
     "documents": ("Document",),
     "engine": ("CacheTune",),
     "errors": (
@@ -48,18 +62,35 @@ _HOMES = {
     "splitting": ("Splitter",),
     "tuning": ("TuningResult",),
 }
+_STORES = (
+    "BudgetError",
+    "DamagedChunkError",
+    "DocumentInfo",
+    "NonFiniteError",
+    "StoreClosedError",
+    "StoreError",
+    "StoreFullError",
+    "StorePathError",
+    "StoreVersionError",
+    "UnknownDocumentError",
+)
+"""Of the store, what its users meet."""
 
 __all__ = [
     "Answer",
     "AnswerStream",
+    "BudgetError",
     "CacheTune",
     "CacheTuneError",
     "Calibration",
     "Chunk",
     "ConfigError",
+    "DamagedChunkError",
     "Document",
+    "DocumentInfo",
     "EngineClosedError",
     "ModelLoadError",
+    "NonFiniteError",
     "PrecomputeSummary",
     "PrefillState",
     "Prompt",
@@ -68,13 +99,22 @@ __all__ = [
     "PromptTooLongError",
     "Report",
     "Splitter",
+    "StoreClosedError",
+    "StoreError",
+    "StoreFullError",
+    "StorePathError",
+    "StoreTimeoutError",
+    "StoreVersionError",
     "Text",
     "TuningResult",
+    "UnknownDocumentError",
     "UnsupportedModelError",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _STORES:
+        return getattr(import_module("cachetune_store"), name)
     for module, names in _HOMES.items():
         if name in names:
             return getattr(import_module(f"{__name__}.{module}"), name)

@@ -28,7 +28,7 @@ from cachetune_rag.selection.expected_error import ExpectedErrorSelector
 from cachetune_rag.stats import EngineStats
 from cachetune_rag.tuning import TuneProgress, TuningResult
 from cachetune_rag.tuning.tuner import R_MAX, ROUNDS, TOKENS, Tuner, TuningPlan
-from cachetune_store import UnknownDocumentError
+from cachetune_store import DocumentInfo, UnknownDocumentError
 from cachetune_store.histogram import Histogram
 
 
@@ -101,6 +101,11 @@ class CacheTune(EngineParts):
             raise
         finally:
             self._recognizer.changed()
+
+    def documents(self) -> list[DocumentInfo]:
+        """The documents of this engine's tenant, by id: each one's chunks, and how many of them and bytes the store holds now."""
+        self._check_open()
+        return self.store.documents(tenant=self.namespace.tenant)
 
     # -- prompts --------------------------------------------------------------------------------------------------
 

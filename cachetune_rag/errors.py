@@ -1,4 +1,7 @@
-"""Errors that a user can act on. Each message names the value, what is allowed and what to do."""
+"""Errors that a user can act on. Each message names the value, what is allowed and what to do.
+
+What the store raises is a `StoreError`, which has no base with these in common; `cachetune_rag` names those too.
+"""
 
 from __future__ import annotations
 

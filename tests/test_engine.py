@@ -13,7 +13,8 @@ import pytest
 import torch
 from tiny import llama, tokenizer
 
-from cachetune_rag import CacheTune, Document
+import cachetune_rag
+from cachetune_rag import CacheTune, Document, UnknownDocumentError
 from cachetune_rag.errors import ConfigError, EngineClosedError, PromptTooLongError
 from cachetune_rag.options import EngineOptions, StoreOptions
 from cachetune_rag.prefix import PrefixCache
@@ -613,6 +614,25 @@ def test_stored_chunks_are_recognised_in_a_plain_prompt(engine: CacheTune) -> No
 
 
 def test_removing_an_unknown_document(engine: CacheTune) -> None:
-    with pytest.raises(Exception, match="nothing-here"):
+    with pytest.raises(UnknownDocumentError, match="nothing-here"):
         engine.remove("nothing-here")
     assert engine.remove("nothing-here", missing_ok=True) == 0
+
+
+def test_documents_are_listed_with_their_sizes(tmp_path: Path) -> None:
+    with fresh(store=tmp_path, tenant="one") as engine, fresh(store=tmp_path, tenant="two") as other:
+        other.precompute(Document("theirs", CHUNKS[:1]))
+        engine.precompute([Document("b", CHUNKS[:1]), Document("a", [*CHUNKS[1:3], CHUNKS[1]])])
+        listed = engine.documents()
+        assert [(info.id, len(info.chunks), info.stored) for info in listed] == [("a", 3, 2), ("b", 1, 1)]
+        assert listed[0].bytes > listed[1].bytes > 0
+        assert engine.remove("b") == listed[1].bytes
+        assert [info.id for info in engine.documents()] == ["a"]
+
+
+def test_what_users_catch_is_named_by_the_package(engine: CacheTune) -> None:
+    assert all(getattr(cachetune_rag, name) is not None for name in cachetune_rag.__all__)
+    with pytest.raises(cachetune_rag.StoreError):
+        engine.remove("nothing-here")
+    errors = [getattr(cachetune_rag, name) for name in cachetune_rag.__all__ if name.endswith("Error")]
+    assert all(issubclass(error, cachetune_rag.CacheTuneError | cachetune_rag.StoreError) for error in errors)
