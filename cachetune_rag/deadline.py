@@ -51,6 +51,7 @@ class DeadlinePool:
         self._callers = ThreadPoolExecutor(_CALLERS, "cachetune-store")
         self._lock = threading.Lock()
         self._overdue: set[Future[Any]] = set()
+        self._apart: set[Future[Any]] = set()  # of `begin`
         self._inside = threading.local()
 
     @property
@@ -96,10 +97,18 @@ class DeadlinePool:
             raise StoreTimeoutError("the store's disk hasn't come back from an earlier call")
         return self.result(self._callers.submit(lambda: self._inner(work, *args, **kwargs)))
 
+    def begin(self, work: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
+        """Begin a call for somebody who waits for it on terms of his own: it never counts as overdue."""
+        future = self._callers.submit(lambda: self._inner(work, *args, **kwargs))
+        with self._lock:
+            self._apart.add(future)
+        future.add_done_callback(self._come_back)
+        return future
+
     def close(self) -> None:
-        """End the threads; what is overdue is not waited for."""
+        """End the threads; what is overdue, or was begun by `begin`, is not waited for."""
         for pool in (self._readers, self._callers):
-            pool.shutdown(wait=not self.overdue)
+            pool.shutdown(wait=not self.overdue and not self._apart)
 
     def _inner(self, work: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
         # A call inside of a call is waited for with that one; threads that wait for each other could all be taken.
@@ -115,3 +124,4 @@ class DeadlinePool:
     def _come_back(self, future: Future[Any]) -> None:
         with self._lock:
             self._overdue.discard(future)
+            self._apart.discard(future)

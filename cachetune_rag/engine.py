@@ -402,10 +402,16 @@ class CacheTune(EngineParts):
         return self._missed.wait(timeout)
 
     def stats(self) -> EngineStats:
-        """Totals over this engine's requests, and the store's state."""
+        """Totals over this engine's requests, and the store's state: the last known one (`store_age`) if its disk doesn't answer.
+
+        Raises:
+            StoreError: the store can't be read.
+        """
+        store, age = (self.store.stats(), 0.0) if self._closed else self._figures.get()
         return self._counter.stats(
-            self.store.stats(),
+            store,
             self._fidelity.stats(),
+            store_age=age,
             unstored=self._missed.unstored,
             storing=self._missed.waiting,
         )

@@ -16,6 +16,7 @@ from cachetune_rag.calibration import SavedCalibrations
 from cachetune_rag.deadline import DeadlinePool, StoreTimeoutError
 from cachetune_rag.errors import EngineClosedError
 from cachetune_rag.fidelity import FidelitySampler
+from cachetune_rag.figures import StoreFigures
 from cachetune_rag.leads import LeadIns, given_lead_ins
 from cachetune_rag.loading import check_loaded, load_model
 from cachetune_rag.missed import MissedChunks
@@ -119,6 +120,7 @@ class EngineParts:
         )
         self._missed = MissedChunks(self._precomputer, self._pool.call, self._lock)
         self._counter = RequestCounter()
+        self._figures = StoreFigures(self.store, self._pool)
         self.observers = Observers()
         """Who is told about requests (`cachetune_rag.telemetry`)."""
         self._requests = RequestRunner(self)

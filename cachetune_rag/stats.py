@@ -30,6 +30,7 @@ class EngineStats:
         unstored: chunks that requests missed and that could not be stored afterwards; the reason is in the log.
         storing: such chunks that wait to be stored now.
         store: the store's own figures.
+        store_age: seconds since they were read; 0.0 unless the store's disk doesn't answer.
         fidelity: how far answers were from full prefill; None unless the engine samples it (`fidelity_sample`).
     """
 
@@ -48,6 +49,7 @@ class EngineStats:
     fidelity: FidelityStats | None = None
     unstored: int = 0
     storing: int = 0
+    store_age: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """The fields, for JSON."""
@@ -86,7 +88,9 @@ class RequestCounter:
         with self._lock:
             return dict(self._by_tier)
 
-    def stats(self, store: StoreStats, fidelity: FidelityStats | None, *, unstored: int, storing: int) -> EngineStats:
+    def stats(
+        self, store: StoreStats, fidelity: FidelityStats | None, *, store_age: float, unstored: int, storing: int
+    ) -> EngineStats:
         """The totals, and the others' figures; see `EngineStats`."""
         with self._lock:
             return EngineStats(
@@ -99,4 +103,5 @@ class RequestCounter:
                 fidelity=fidelity,
                 unstored=unstored,
                 storing=storing,
+                store_age=store_age,
             )

@@ -17,7 +17,7 @@ from cachetune_rag import CacheTune, Document
 from cachetune_rag.deadline import DeadlinePool, StoreTimeoutError
 from cachetune_rag.errors import ConfigError
 from cachetune_rag.pipeline.lookup import OpenReaders
-from cachetune_store import StoreFullError
+from cachetune_store import StoreFullError, StoreStats
 
 CHUNKS = [
     "The lighthouse was built in 1871 by three brothers from the next valley.",
@@ -208,6 +208,47 @@ def test_a_reader_that_is_opened_too_late_is_closed(engine: CacheTune) -> None:
     assert engine.store.stats().disk.pinned == 0
 
 
+def test_stats_do_not_wait_for_a_disk_that_hangs(engine: CacheTune, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = engine.stats()
+    assert (known.store_age, known.store.documents) == (0.0, 1)
+    stop, asked, real = threading.Event(), [], engine.store.stats
+
+    def hangs() -> StoreStats:
+        asked.append(threading.current_thread().name)
+        assert stop.wait(30)
+        return real()
+
+    monkeypatch.setattr(engine.store, "stats", hangs)
+    for _ in range(3):
+        stats = engine.stats()
+        assert stats.store_age > 0
+        assert stats.store == known.store
+    assert len(asked) == 1, "no other is begun while one is under way"
+    assert not engine._pool.overdue
+    assert engine.prefill(**ASK).report.missed == 0, "requests go on as before"
+    assert engine.stats().requests == known.requests + 1
+    registry = pytest.importorskip("prometheus_client").CollectorRegistry()
+    from cachetune_rag.telemetry.prometheus import CacheTuneCollector
+
+    registry.register(CacheTuneCollector(engine))
+    assert registry.get_sample_value("cachetune_store_age_seconds") > 0
+    assert registry.get_sample_value("cachetune_documents") == 1
+    stop.set()
+    engine._figures._left.result(30)
+    monkeypatch.undo()
+    assert engine.stats().store_age == 0
+
+
+def test_stats_without_an_index_to_be_read_are_the_last_known(tmp_path: Path, engine: CacheTune) -> None:
+    engine.stats()
+    with faulty_disk(tmp_path, Fault("stuck", READS)):
+        engine.prefill(**ASK)
+        assert engine._pool.overdue
+        assert engine.stats().store_age > 0
+    come_back(engine)
+    assert engine.stats().store_age == 0
+
+
 # -- the deadline itself -----------------------------------------------------------------------------------------------
 
 
@@ -224,6 +265,16 @@ def test_a_call_that_overruns_keeps_others_from_being_made() -> None:
         while pool.overdue:
             time.sleep(0.001)
         assert pool.call(lambda: 2) == 2
+
+
+def test_closing_does_not_wait_for_what_was_begun_apart() -> None:
+    stop = threading.Event()
+    pool = DeadlinePool(30)
+    begun = pool.begin(stop.wait)
+    pool.close()
+    assert not pool.overdue
+    stop.set()
+    assert begun.result(30)
 
 
 def test_errors_of_a_call_come_through() -> None:

@@ -80,6 +80,9 @@ class CacheTuneCollector(Collector):
         for tier, histogram in self._engine.ttft_histograms().items():
             self._add(ttft, tier, histogram)
         yield ttft
+        yield self._gauge(
+            "store_age_seconds", "Age of the store's figures: above 0 while its disk doesn't answer", stats.store_age
+        )
         yield self._gauge("documents", "Documents of all tenants", stats.store.documents)
         tiers = [held for held in (stats.store.device, stats.store.host, stats.store.disk) if held is not None]
         for name, text in (
