@@ -40,6 +40,7 @@ class Recorder(BaseCallbackHandler):
 async def test_config_and_callbacks_reach_the_model(engine: CacheTune, way: str) -> None:
     chain = create_cachetune_chain(engine, max_tokens=6, ratio=1.0)
     expected = chain.invoke(INPUTS)
+    engine.flush()
     seen = Recorder()
     config: Any = {"callbacks": [seen], "tags": ["mine"], "metadata": {"request": 7}}
     if way == "invoke":

@@ -111,6 +111,7 @@ def test_evicted_kv_is_recognised_after_a_restart_and_comes_back(engines: Engine
     llm.complete(f"Read: {FIRST}")
     assert llm.last_report is not None
     assert (llm.last_report.recognised, llm.last_report.missed) == (1, len(FIRST))
+    llm.engine.flush()
     llm.complete(f"Read: {FIRST}")
     assert llm.last_report.reused + llm.last_report.recomputed == len(FIRST)
 
@@ -239,6 +240,7 @@ async def test_a_stream_given_up_or_cancelled_leaves_the_engine_usable(llm: Cach
 def test_nodes_are_chunks_with_their_metadata(llm: CacheTuneLLM, engine: CacheTune) -> None:
     nodes = [node(FIRST, metadata={"page": 3}), node(SECOND, metadata={"page": 4})]
     response = CacheTuneSynthesizer(llm).synthesize("Who built it?", nodes)
+    engine.flush()
     assert is_stored(engine, f"page: 3\n\n{FIRST}"), "computed on the miss and stored, as MetadataMode.LLM has it"
     assert len(response.source_nodes) == 2
     CacheTuneSynthesizer(llm).synthesize("Who built it?", nodes[::-1])
@@ -258,6 +260,19 @@ def test_the_prompt_is_the_stock_one(llm: CacheTuneLLM, engine: CacheTune) -> No
     assert llm.last_report is not None
     assert (first.recognised, llm.last_report.recognised) == (2, 0)
     assert first.prompt_tokens == llm.last_report.prompt_tokens
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_prompt_is_built_once(engines: EngineMaker, monkeypatch: pytest.MonkeyPatch, chat: bool) -> None:
+    """To see whether the nodes fit it has to be tokenised; that is what is answered then."""
+    engine = engines(tokenizer=tiny.tokenizer(chat=chat))
+    built: list[Any] = []
+    for name in ("build_messages", "build_text", "build"):
+        real = getattr(engine.prompts, name)
+        monkeypatch.setattr(engine.prompts, name, lambda *a, real=real: built.append(a) or real(*a))
+    llm = CacheTuneLLM(engine, max_new_tokens=3)
+    assert str(CacheTuneSynthesizer(llm).synthesize("Who built it?", [node(FIRST), node(SECOND)]))
+    assert len(built) == 1
 
 
 def test_without_a_chat_template(engines: EngineMaker) -> None:

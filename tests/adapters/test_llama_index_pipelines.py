@@ -176,6 +176,7 @@ def test_after_eviction(
     assert report is not None
     assert report.missed == chunk_tokens(engine, chunks), "computed in the same request"
     assert str(missing) == engine.generate(QUESTION, chunks, max_new_tokens=TOKENS, reuse=False).text
+    assert engine.flush()
     assert all(is_stored(engine, text) for text in chunks), "and stored again"
     assert check(pipeline, query_engine) == expected
 

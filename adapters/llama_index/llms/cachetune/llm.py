@@ -25,7 +25,6 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from llama_index.core.llms.custom import CustomLLM
 
 from cachetune_rag import AnswerStream, CacheTune, Prompt, Report, Text
-from cachetune_rag.prompt import Segment
 from llama_index.llms.cachetune.blocks import engine_messages, plain_segments
 
 _LOADING = threading.Lock()
@@ -120,39 +119,39 @@ class CacheTuneLLM(CustomLLM):
 
     @llm_completion_callback()
     def complete(
-        self, prompt: str, formatted: bool = False, *, segments: Sequence[Segment] | None = None, **kwargs: Any
+        self, prompt: str, formatted: bool = False, *, built: Prompt | None = None, **kwargs: Any
     ) -> CompletionResponse:
         """Answer a prompt.
 
         Args:
             prompt: the prompt; a chat model takes it as one user message, unless `formatted`.
             formatted: the prompt is complete as it is.
-            segments: the same prompt in pieces, where chunks are known already; instead of `prompt`.
+            built: the same prompt as the engine reads it, if that is known already; `prompt` is for callbacks then.
             kwargs: max_new_tokens, stop, ratio, selector and sampling settings of this request.
         """
-        return _completion(self._last(self._steps(self._completion(prompt, formatted, segments, kwargs))))
+        return _completion(self._last(self._steps(self._completion(prompt, formatted, built, kwargs))))
 
     @llm_completion_callback()
     def stream_complete(
-        self, prompt: str, formatted: bool = False, *, segments: Sequence[Segment] | None = None, **kwargs: Any
+        self, prompt: str, formatted: bool = False, *, built: Prompt | None = None, **kwargs: Any
     ) -> CompletionResponseGen:
         """As `complete`, piece by piece."""
-        stream = self._completion(prompt, formatted, segments, kwargs)
+        stream = self._completion(prompt, formatted, built, kwargs)
         return (_completion(step) for step in self._steps(stream))
 
     @llm_completion_callback()
     async def acomplete(
-        self, prompt: str, formatted: bool = False, *, segments: Sequence[Segment] | None = None, **kwargs: Any
+        self, prompt: str, formatted: bool = False, *, built: Prompt | None = None, **kwargs: Any
     ) -> CompletionResponse:
         """As `complete`; the model runs in another thread, and stops when the task is cancelled."""
-        return _completion(await self._alast(lambda: self._completion(prompt, formatted, segments, kwargs)))
+        return _completion(await self._alast(lambda: self._completion(prompt, formatted, built, kwargs)))
 
     @llm_completion_callback()
     async def astream_complete(
-        self, prompt: str, formatted: bool = False, *, segments: Sequence[Segment] | None = None, **kwargs: Any
+        self, prompt: str, formatted: bool = False, *, built: Prompt | None = None, **kwargs: Any
     ) -> CompletionResponseAsyncGen:
         """As `stream_complete`; the model runs in another thread."""
-        stream = await asyncio.to_thread(self._completion, prompt, formatted, segments, kwargs)
+        stream = await asyncio.to_thread(self._completion, prompt, formatted, built, kwargs)
 
         async def responses() -> CompletionResponseAsyncGen:
             async for step in self._asteps(stream):
@@ -163,25 +162,37 @@ class CacheTuneLLM(CustomLLM):
     # -- chat -----------------------------------------------------------------------------------------------------
 
     @llm_chat_callback()
-    def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        """Answer a conversation. A `ChunkBlock` in a message is a chunk; others are found in the text."""
-        return _chat(self._last(self._steps(self._conversation(messages, kwargs))))
+    def chat(self, messages: Sequence[ChatMessage], *, built: Prompt | None = None, **kwargs: Any) -> ChatResponse:
+        """Answer a conversation. A `ChunkBlock` in a message is a chunk; others are found in the text.
+
+        Args:
+            messages: the conversation.
+            built: the same as the engine reads it, if that is known already; `messages` are for callbacks then.
+            kwargs: as for `complete`.
+        """
+        return _chat(self._last(self._steps(self._conversation(messages, built, kwargs))))
 
     @llm_chat_callback()
-    def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
+    def stream_chat(
+        self, messages: Sequence[ChatMessage], *, built: Prompt | None = None, **kwargs: Any
+    ) -> ChatResponseGen:
         """As `chat`, piece by piece."""
-        stream = self._conversation(messages, kwargs)
+        stream = self._conversation(messages, built, kwargs)
         return (_chat(step) for step in self._steps(stream))
 
     @llm_chat_callback()
-    async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+    async def achat(
+        self, messages: Sequence[ChatMessage], *, built: Prompt | None = None, **kwargs: Any
+    ) -> ChatResponse:
         """As `chat`; the model runs in another thread, and stops when the task is cancelled."""
-        return _chat(await self._alast(lambda: self._conversation(messages, kwargs)))
+        return _chat(await self._alast(lambda: self._conversation(messages, built, kwargs)))
 
     @llm_chat_callback()
-    async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
+    async def astream_chat(
+        self, messages: Sequence[ChatMessage], *, built: Prompt | None = None, **kwargs: Any
+    ) -> ChatResponseAsyncGen:
         """As `stream_chat`; the model runs in another thread."""
-        stream = await asyncio.to_thread(self._conversation, messages, kwargs)
+        stream = await asyncio.to_thread(self._conversation, messages, built, kwargs)
 
         async def responses() -> ChatResponseAsyncGen:
             async for step in self._asteps(stream):
@@ -191,15 +202,19 @@ class CacheTuneLLM(CustomLLM):
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
-    def _completion(
-        self, prompt: str, formatted: bool, segments: Sequence[Segment] | None, options: dict[str, Any]
-    ) -> AnswerStream:
-        content = [Text(prompt)] if segments is None else list(segments)
+    def _completion(self, prompt: str, formatted: bool, built: Prompt | None, options: dict[str, Any]) -> AnswerStream:
+        if built is not None:
+            return self._start(built, options)
+        content = [Text(prompt)]
         if formatted or not self.metadata.is_chat_model:
             return self._start(self.engine.prompt_from_text(content), options)
         return self._start(self.engine.prompt_from_messages([{"role": "user", "content": content}]), options)
 
-    def _conversation(self, messages: Sequence[ChatMessage], options: dict[str, Any]) -> AnswerStream:
+    def _conversation(
+        self, messages: Sequence[ChatMessage], built: Prompt | None, options: dict[str, Any]
+    ) -> AnswerStream:
+        if built is not None:
+            return self._start(built, options)
         if self.metadata.is_chat_model:
             return self._start(self.engine.prompt_from_messages(engine_messages(messages)), options)
         return self._start(self.engine.prompt_from_text(plain_segments(messages)), options)

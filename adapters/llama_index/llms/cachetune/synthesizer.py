@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from functools import cached_property
 from typing import Any
 
 from llama_index.core.base.llms.types import ChatMessage, TextBlock
@@ -108,7 +109,7 @@ class CacheTuneSynthesizer(BaseSynthesizer):
         room = self._llm.metadata.context_window - self._llm.max_new_tokens
         while True:
             request = _Request(self._llm, template, variable, shown[:count], extra)
-            length = request.length()
+            length = len(request.prompt.ids)
             if length <= room or count <= 1:
                 break
             # Usually right at the first try; never more tries than chunks.
@@ -152,34 +153,38 @@ class _Request:
                 f"with {{{variable}}} once."
             )
 
-    def length(self) -> int:
-        """Tokens of the prompt."""
-        return len(self._prompt().ids)
+    @cached_property
+    def prompt(self) -> Prompt:
+        """The prompt as the engine reads it; chunks in the texts around the nodes are found as well."""
+        engine = self._llm.engine
+        if self._messages is not None:
+            return engine.prompt_from_messages(engine_messages(self._messages))
+        return engine.prompt_from_text(self._segments)
 
     def run(self) -> str:
         if self._messages is not None:
-            return self._llm.chat(self._messages).message.content or ""
-        return str(self._llm.complete("", formatted=True, segments=self._segments).text)
+            return self._llm.chat(self._messages, built=self.prompt).message.content or ""
+        return str(self._llm.complete("", formatted=True, built=self.prompt).text)
 
     async def arun(self) -> str:
         if self._messages is not None:
-            return (await self._llm.achat(self._messages)).message.content or ""
-        return str((await self._llm.acomplete("", formatted=True, segments=self._segments)).text)
+            return (await self._llm.achat(self._messages, built=self.prompt)).message.content or ""
+        return str((await self._llm.acomplete("", formatted=True, built=self.prompt)).text)
 
     def stream(self) -> Generator[str, None, None]:
         responses: Any
         if self._messages is not None:
-            responses = self._llm.stream_chat(self._messages)
+            responses = self._llm.stream_chat(self._messages, built=self.prompt)
         else:
-            responses = self._llm.stream_complete("", formatted=True, segments=self._segments)
+            responses = self._llm.stream_complete("", formatted=True, built=self.prompt)
         return (response.delta or "" for response in responses)
 
     async def astream(self) -> AsyncGenerator[str, None]:
         responses: Any
         if self._messages is not None:
-            responses = await self._llm.astream_chat(self._messages)
+            responses = await self._llm.astream_chat(self._messages, built=self.prompt)
         else:
-            responses = await self._llm.astream_complete("", formatted=True, segments=self._segments)
+            responses = await self._llm.astream_complete("", formatted=True, built=self.prompt)
         async for response in responses:
             yield response.delta or ""
 
@@ -187,12 +192,6 @@ class _Request:
         """The answer through the template's output parser, if it has one."""
         parse: Callable[[str], str] = self._llm._parse_output
         return str(parse(text))
-
-    def _prompt(self) -> Prompt:
-        prompts = self._llm.engine.prompts
-        if self._messages is not None:
-            return prompts.build_messages(engine_messages(self._messages))
-        return prompts.build_text(self._segments)
 
 
 def _separated(chunks: Sequence[str]) -> list[Segment]:
