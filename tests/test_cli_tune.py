@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import test_cli
+import torch
 from test_cli import Cli
 
 from cachetune_rag.commands import tune as command
+from cachetune_rag.commands.session import open_existing
 from cachetune_rag.config import AUTO
 
 cli, docs, model, store, filled = test_cli.cli, test_cli.docs, test_cli.model, test_cli.store, test_cli.filled
@@ -36,6 +38,26 @@ def test_what_it_finds_is_what_ask_uses_from_then_on(cli: Cli, model: Path, fill
     assert report["ratio"] == disk["ratio"]
     assert report_of_ask(cli, model, filled, "--ratio", 0.4)["ratio"] == 0.4
     assert report_of_ask(cli, model, filled, "--selector", "frequency")["ratio"] == AUTO.ratio
+
+
+def test_a_device_tier_needs_a_device(cli: Cli, model: Path, filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cachetune_rag.parts.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    given = ("tune", "-m", model, "-s", filled, "--device-budget")
+    assert (
+        "--device-budget is 1MiB, but the model runs on the CPU" in cli(*given, "1MiB", "--device", "cpu", code=2).err
+    )
+    assert "--device-budget is 'much'" in cli(*given, "much", code=2).err
+
+
+def test_the_device_tier_is_beside_the_model(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine without a GPU: what the store would be opened with."""
+    monkeypatch.setattr("cachetune_rag.loading.resolve_device", torch.device)
+    opened: list[dict[str, object]] = []
+    monkeypatch.setattr("cachetune_store.ChunkStore", lambda _path, **options: opened.append(options))
+    open_existing(filled, "1KiB", device_budget="2KiB", device="cuda:1")
+    open_existing(filled)
+    budgets = [tuple(options[name] for name in ("host_budget", "device_budget", "device")) for options in opened]
+    assert budgets == [(1024, 2048, torch.device("cuda:1")), (0, 0, None)]
 
 
 def test_in_words(cli: Cli, model: Path, filled: Path, tmp_path: Path) -> None:

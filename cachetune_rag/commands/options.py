@@ -72,6 +72,15 @@ HostBudget = Annotated[
         rich_help_panel=_STORE,
     ),
 ]
+DeviceBudget = Annotated[
+    str,
+    typer.Option(
+        "--device-budget",
+        metavar="BYTES",
+        help="Memory of the GPU that keeps chunks in use at hand, beside the model; 0: none.",
+        rich_help_panel=_STORE,
+    ),
+]
 DiskBudget = Annotated[
     str,
     typer.Option(

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from cachetune_rag.commands.console import UsageError, instant_interrupt, note, size
 
 if TYPE_CHECKING:
+    import torch
+
     from cachetune_rag.engine import CacheTune
     from cachetune_store import ChunkStore, Namespace
 
@@ -21,18 +23,28 @@ _NO_LIMIT = 1 << 62
 """Disk budget of commands that add nothing: opening a store must not shrink it."""
 
 
-def open_existing(path: Path, host_budget: str = "0") -> ChunkStore:
+def open_existing(path: Path, host_budget: str = "0", *, device_budget: str = "0", device: str = "auto") -> ChunkStore:
     """The store at `path` as it is: nothing is evicted, and no more than `host_budget` is kept in memory.
 
+    Args:
+        path: the store's folder.
+        host_budget, device_budget: as the user wrote them.
+        device: the model's, as the user wrote it.
+
     Raises:
-        UsageError: there is no store, or the budget is no byte count.
+        UsageError: there is no store, a budget is no byte count, or one of a device's memory is given for the CPU.
+        ConfigError: there is no such device.
         StoreError: it can't be used.
     """
     if not (path / _MARK).is_file():
         raise UsageError(
             f"no store at {path}: check --store, or make one with 'cachetune precompute PATH --model M --store {path}'."
         )
-    return _open(path, "exact", parse_budget(host_budget, "--host-budget"), _NO_LIMIT)
+    on_device = parse_budget(device_budget, "--device-budget")
+    host = parse_budget(host_budget, "--host-budget")
+    return _open(
+        path, "exact", host, _NO_LIMIT, on_device, _device_of_tier(device_budget, device) if on_device else None
+    )
 
 
 def open_for_writing(path: Path, *, codec: str, host_budget: str, disk_budget: str) -> ChunkStore:
@@ -165,11 +177,38 @@ def mismatch(stored: Namespace, wanted: Namespace, path: Path | None) -> str:
     )
 
 
-def _open(path: Path, codec: str, host_budget: int, disk_budget: int) -> ChunkStore:
+def _device_of_tier(budget: str, name: str) -> torch.device:
+    with instant_interrupt():
+        from cachetune_rag.loading import resolve_device
+
+    device = resolve_device(name)
+    if device.type == "cpu":
+        raise UsageError(
+            f"--device-budget is {budget}, but the model runs on the CPU, whose memory is --host-budget: leave it out, or use "
+            "--device cuda where there is a GPU."
+        )
+    return device
+
+
+def _open(
+    path: Path,
+    codec: str,
+    host_budget: int,
+    disk_budget: int,
+    device_budget: int = 0,
+    device: torch.device | None = None,
+) -> ChunkStore:
     with instant_interrupt():
         from cachetune_store import ChunkStore
 
-    return ChunkStore(path, codec=codec, host_budget=host_budget, disk_budget=disk_budget)
+    return ChunkStore(
+        path,
+        codec=codec,
+        host_budget=host_budget,
+        disk_budget=disk_budget,
+        device_budget=device_budget,
+        device=device,
+    )
 
 
 def _quieten_transformers() -> None:

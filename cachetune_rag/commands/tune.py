@@ -38,7 +38,8 @@ EPILOG = (
     "[bold]Examples[/bold]\n\n\b\n"
     "  cachetune tune --model ./my-model --store kv-store\n"
     "  cachetune tune questions.txt -m ./my-model -s kv-store --top-k 8\n"
-    "  cachetune tune -m ./my-model -s kv-store --tier disk --selector frequency --plot ttft.svg\n\n"
+    "  cachetune tune -m ./my-model -s kv-store --tier disk --selector frequency --plot ttft.svg\n"
+    "  cachetune tune -m ./my-model -s kv-store --device-budget 8GiB\n\n"
     "Without files, prompts are made of stored passages; give --tokens the size of yours. Files are those of calibrate: "
     "text with a question a line, or JSONL with query and chunks.\n\n"
     "Run 'cachetune calibrate' before: its ratio is the least that is tried."
@@ -60,7 +61,11 @@ def tune(
     ] = None,
     tier: Annotated[
         str,
-        typer.Option("--tier", metavar="NAME", help="host, disk, or auto: both. (disk is read as if never before.)"),
+        typer.Option(
+            "--tier",
+            metavar="NAME",
+            help="device, host, disk, or auto: each that has a budget. (disk is read as if never before.)",
+        ),
     ] = "auto",
     selector: Annotated[
         str, typer.Option("--selector", metavar="NAME", help="Whose ratio: probe, frequency, ... or auto.")
@@ -89,10 +94,11 @@ def tune(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     host_budget: options.HostBudget = options.HOST_BUDGET,
+    device_budget: options.DeviceBudget = "0",
     json_output: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Find the ratio at which the first token comes soonest, for passages in memory and on disk, and save it.
+    """Find the ratio at which the first token comes soonest, for passages in each kind of memory and on disk, and save it.
 
     Every later --ratio auto on this store means that ratio, on the same machine, for the same model, selector and codec.
     Nothing else should use the machine meanwhile.
@@ -108,7 +114,7 @@ def tune(
     }  # fmt: skip
     TuningPlan.of(**wanted)  # refuses what makes no sense before the model is loaded
     with ExitStack() as stack:
-        kv = stack.enter_context(open_existing(store, host_budget))
+        kv = stack.enter_context(open_existing(store, host_budget, device_budget=device_budget, device=device))
         engine = stack.enter_context(
             load_engine(model, kv, gguf_file=gguf_file, dtype=dtype, device=device, tenant=tenant)
         )
