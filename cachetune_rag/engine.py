@@ -81,6 +81,7 @@ class CacheTune(EngineParts):
         self._check_open()
         if isinstance(documents, Document | str):
             documents = [documents]
+        self._missed.wait()  # in the order in which it came: lead-ins are chosen from what is stored first
         try:
             return self._precomputer.run(documents, progress)
         finally:
