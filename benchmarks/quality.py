@@ -106,7 +106,7 @@ def datasets(args: argparse.Namespace, tokenizer: Any) -> list[Dataset]:
     """The sets that were asked for; MuSiQue only where its file is given."""
     sets = []
     if args.musique is not None:
-        sets.append(read_musique(args.musique, tokenizer, args.first, args.musique_records, args.passages))
+        sets.append(read_musique(args.musique, tokenizer, args.first, args.musique_records, args.passages, args.query))
     if args.documents:
         sources = {} if args.docs_only else installed_sources()
         sources |= folder_sources(args.docs)
@@ -160,6 +160,9 @@ def arguments() -> argparse.Namespace:
     data.add_argument("--first", type=int, default=0, help="first record of each set")
     data.add_argument("--musique-records", type=int, default=40)
     data.add_argument("--passages", type=int, help="of a question, the first so many (default: all)")
+    data.add_argument(
+        "--query", default="{}", help="what stands behind the passages, {} for the question (default: it alone)"
+    )
     data.add_argument("--documents", type=int, default=40, help="records of documents, 0 for none")
     data.add_argument("--shuffled", type=int, default=12, help="how many of them also with chunks in another order")
     data.add_argument("--chunks", type=int, default=8)
@@ -182,6 +185,8 @@ def arguments() -> argparse.Namespace:
         parser.error(f"--shard is {args.shard}: use 0 to {args.shards - 1}, with --shards {args.shards}.")
     if any(not 0 <= r <= 1 for r in args.ratios):
         parser.error(f"--ratios are {args.ratios}: use numbers from 0 to 1.")
+    if "{}" not in args.query:
+        parser.error(f"--query is {args.query!r}: it needs {{}} where the question goes.")
     if args.out is None:
         commit = args.commit or environment()["commit"]
         args.out = ROOT / "build" / f"quality-{'quick-' if args.quick else ''}{commit}"

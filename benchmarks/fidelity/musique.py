@@ -21,7 +21,9 @@ LEADS = 5
 """Records at the end of the file that are never evaluated; lead-ins are taken from their passages."""
 
 
-def read_musique(path: Path, tokenizer: Any, first: int = 0, count: int = 40, passages: int | None = None) -> Dataset:
+def read_musique(
+    path: Path, tokenizer: Any, first: int = 0, count: int = 40, passages: int | None = None, query: str = "{}"
+) -> Dataset:
     """Records `first` to `first + count` of a MuSiQue file, plain or gzipped. The target is the first gold answer and the end token.
 
     Args:
@@ -29,6 +31,7 @@ def read_musique(path: Path, tokenizer: Any, first: int = 0, count: int = 40, pa
         tokenizer: the model's.
         first, count: which records; those at the end of the file are left for lead-ins.
         passages: at most so many of each question, the first ones; None for all.
+        query: what stands behind the passages, {} for the question.
 
     Raises:
         ValueError: a line that can't be read, or too few of them.
@@ -39,7 +42,14 @@ def read_musique(path: Path, tokenizer: Any, first: int = 0, count: int = 40, pa
     for number, (question, answers, texts, name) in enumerate(_lines(path)):
         target = (*prompts.encode(answers[0]), *end)
         records.append(
-            Record(name or f"line-{number}", "musique", tuple(texts[:passages]), question, target, tuple(answers))
+            Record(
+                name or f"line-{number}",
+                "musique",
+                tuple(texts[:passages]),
+                query.replace("{}", question),
+                target,
+                tuple(answers),
+            )
         )
     chosen = slice_of(records, first, count, LEADS, str(path))
     # Record by record: an engine spreads its choice over all of the text, so the lead-ins are of different questions.

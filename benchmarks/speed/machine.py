@@ -92,7 +92,8 @@ def driver() -> str:
     """The GPU driver's version."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+        found = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
+        return ", ".join(dict.fromkeys(found))  # one line a card
     except (OSError, subprocess.CalledProcessError):
         return "none"
 
