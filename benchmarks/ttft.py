@@ -32,7 +32,9 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=8)
     parser.add_argument("--chunk-tokens", type=int, default=256)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.05, 0.15])
-    parser.add_argument("--selectors", nargs="+", default=["expected_error", "probe", "frequency"])
+    parser.add_argument(
+        "--selectors", nargs="+", default=["expected_error", "expected_error_early", "probe", "frequency"]
+    )
     parser.add_argument("--tiers", nargs="+", choices=["host", "disk"], default=["host", "disk"])
     parser.add_argument("--codec", default="exact")
     parser.add_argument("--rounds", type=int, default=7)

@@ -26,6 +26,7 @@ class Point:
             what recomputing that share of the tokens does.
         records: how many.
         compute: mean token-layers spent over those of all chunk tokens.
+        probed: whether choosing the tokens was part of that.
         kl, share, top1, top1_first, nll_difference: see `Distance` and `share_closed`.
         answers: F1 and exact match against the gold answers and against full prefill's answer, where they were measured.
     """
@@ -35,6 +36,7 @@ class Point:
     budget: str
     records: int
     compute: float
+    probed: bool
     kl: Estimate
     share: Estimate
     top1: Estimate
@@ -80,6 +82,7 @@ def summarise(rows: Iterable[Row]) -> list[Point]:
                 budget,
                 len(ordered),
                 sum(r["compute"] for r in ordered) / len(ordered),
+                any(r["probed"] for r in ordered),
                 share=share_closed([found[r]["kl"] for r in shared], [nothing[r]["kl"] for r in shared]),
                 answers={k: mean([r[k] for r in ordered]) for k in asked},
                 **figures,
@@ -89,9 +92,10 @@ def summarise(rows: Iterable[Row]) -> list[Point]:
 
 
 def equal_compute(points: Sequence[Point]) -> list[Point]:
-    """Of each setting the point whose compute is what its ratio says: paid from the budget where choosing costs something."""
-    paid = {(p.set, p.setting) for p in points if p.budget == "compute"}
-    return [p for p in points if p.budget == "compute" or (p.set, p.setting) not in paid]
+    """Of each setting the point whose compute is what its ratio says: paid from the budget where choosing costs something, and
+    none where only the other was measured.
+    """
+    return [p for p in points if p.budget == "compute" or not p.probed]
 
 
 def markdown(header: dict[str, Any], points: Sequence[Point]) -> str:
