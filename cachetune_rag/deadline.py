@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
 from cachetune_rag.errors import ConfigError
+from cachetune_rag.workers import Job, Workers
 from cachetune_store import StoreError
 
 Call = Callable[..., Any]
@@ -47,11 +47,11 @@ class DeadlinePool:
         if seconds is not None and not (isinstance(seconds, int | float) and seconds > 0):
             raise ConfigError(f"read_timeout is {seconds!r}: use seconds above 0, or None to wait for ever.")
         self.seconds = seconds
-        self._readers = ThreadPoolExecutor(_READERS, "cachetune-read")
-        self._callers = ThreadPoolExecutor(_CALLERS, "cachetune-store")
+        self._readers = Workers(_READERS, "cachetune-read")
+        self._callers = Workers(_CALLERS, "cachetune-store")
         self._lock = threading.Lock()
-        self._overdue: set[Future[Any]] = set()
-        self._apart: set[Future[Any]] = set()  # of `begin`
+        self._overdue: set[Job[Any]] = set()
+        self._apart: set[Job[Any]] = set()  # of `begin`
         self._inside = threading.local()
 
     @property
@@ -59,11 +59,11 @@ class DeadlinePool:
         """Whether something that was given up is still under way."""
         return bool(self._overdue)
 
-    def submit(self, work: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
+    def submit(self, work: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Job[_T]:
         """Have rows read; `result` waits for them."""
         return self._readers.submit(work, *args, **kwargs)
 
-    def result(self, future: Future[_T]) -> _T:
+    def result(self, future: Job[_T]) -> _T:
         """What the work returned.
 
         Raises:
@@ -77,7 +77,7 @@ class DeadlinePool:
             self._leave(future)
             raise StoreTimeoutError(f"the store's disk didn't answer within {self.seconds:g} s") from None
 
-    def settle(self, future: Future[Any]) -> None:
+    def settle(self, future: Job[Any]) -> None:
         """Return when the work has ended one way or the other, or is overdue."""
         if not future.cancel() and not self.overdue:
             try:
@@ -97,7 +97,7 @@ class DeadlinePool:
             raise StoreTimeoutError("the store's disk hasn't come back from an earlier call")
         return self.result(self._callers.submit(lambda: self._inner(work, *args, **kwargs)))
 
-    def begin(self, work: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
+    def begin(self, work: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Job[_T]:
         """Begin a call for somebody who waits for it on terms of his own: it never counts as overdue."""
         future = self._callers.submit(lambda: self._inner(work, *args, **kwargs))
         with self._lock:
@@ -115,13 +115,13 @@ class DeadlinePool:
         self._inside.call = True
         return work(*args, **kwargs)
 
-    def _leave(self, future: Future[Any]) -> None:
+    def _leave(self, future: Job[Any]) -> None:
         with self._lock:
             self._overdue.add(future)
         # If it was still in the queue, what keeps the threads busy is overdue: it counts as under way until its turn comes.
         future.add_done_callback(self._come_back)
 
-    def _come_back(self, future: Future[Any]) -> None:
+    def _come_back(self, future: Job[Any]) -> None:
         with self._lock:
             self._overdue.discard(future)
             self._apart.discard(future)

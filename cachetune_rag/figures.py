@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from concurrent.futures import Future
 from contextlib import suppress
 
 from cachetune_rag.deadline import DeadlinePool, StoreTimeoutError
+from cachetune_rag.workers import Job
 from cachetune_store import ChunkStore, StoreError, StoreStats
 
 WAIT = 5.0
@@ -27,7 +27,7 @@ class StoreFigures:
     def __init__(self, store: ChunkStore, pool: DeadlinePool):
         self._store, self._pool = store, pool
         self._last: tuple[StoreStats, float] | None = None
-        self._left: Future[StoreStats] | None = None
+        self._left: Job[StoreStats] | None = None
         with suppress(StoreError):
             self.get()  # so that there are some later on
 

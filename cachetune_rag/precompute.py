@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +18,7 @@ from cachetune_rag.model.mean import MeanCapture
 from cachetune_rag.model_lock import ModelLock
 from cachetune_rag.report import PrecomputeSummary
 from cachetune_rag.selection.frequency import frequency_scores
+from cachetune_rag.workers import Job, Workers
 from cachetune_store import Chunk as StoredChunk
 from cachetune_store import ChunkKey, ChunkStore, Namespace, make_key
 
@@ -147,12 +147,12 @@ class Precomputer:
         given = self._look_ahead(map(Document.of, documents))
         job = self._job()
         # One writer: the next batch computes while the last one is written and synced.
-        with ThreadPoolExecutor(1, "cachetune-write") as writer:
+        with Workers(1, "cachetune-write") as writer:
             for document in given:
                 named = [c for c in (self._part(job, document, text) for text in document.chunks) if c.ids]
                 before = chunks
                 for new in self._turns({c.key: c for c in named}):
-                    pending: Future[int] | None = None
+                    pending: Job[int] | None = None
                     for batch in self._batches(job, new):
                         # Since the chunks were claimed, one may have come down from another process's memory.
                         batch.chunks[:] = self._missing(batch.chunks)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from cachetune_rag.deadline import DeadlinePool
 from cachetune_rag.model import KVBuffers, ModelAdapter
 from cachetune_rag.model.rope import Tables, rows_of
+from cachetune_rag.workers import Job
 from cachetune_store import ChunkKey, ChunkReader, DamagedChunkError, LayerSpec, RowFormat, get_codec
 
 READ_AHEAD = 4
@@ -73,7 +73,7 @@ class LayerLoader:
         self._adapter, self._buffers, self._pool = adapter, buffers, pool
         self._tables = adapter.rotary_tables(buffers.length)
         self._loaded = [0] * adapter.num_layers
-        self._ahead: dict[int, list[Future[Tensor]]] = {}
+        self._ahead: dict[int, list[Job[Tensor]]] = {}
         self.seconds = 0.0
         self._when_asked: Callable[[], None] | None = None
         self._wanted: list[tuple[int, int, int]] | None = None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
 from typing import Any
 
+from cachetune_rag.workers import Job
 from cachetune_store import ChunkKey, ChunkReader, ChunkStore, DamagedChunkError, StoreError
 
-Start = Callable[..., Future[Any]]
+Start = Callable[..., Job[Any]]
 """`start(work, *args)` begins a call on another thread."""
 
 
@@ -73,7 +73,7 @@ class Faults:
                 file's head.
         """
         readers: dict[ChunkKey, ChunkReader | None] = {}
-        waiting: dict[ChunkKey, Future[tuple[ChunkReader | None, list[StoreError]]]] = {}
+        waiting: dict[ChunkKey, Job[tuple[ChunkReader | None, list[StoreError]]]] = {}
         for key in keys:
             failed = key in self.damaged or key in self.unreadable
             reader = readers[key] = None if failed else store.open_in_memory(key)

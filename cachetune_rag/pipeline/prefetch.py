@@ -11,9 +11,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 
+from cachetune_rag.workers import Job, Workers
 from cachetune_store import ChunkKey, ChunkReader, ChunkStore, DamagedChunkError, StoreError
 
 _log = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ class Prefetch:
 
     def __init__(self) -> None:
         self.stop = threading.Event()
-        self.futures: list[Future[int]] = []
+        self.futures: list[Job[int]] = []
         """The search for its chunks, and then one a chunk: the first ends when all others are there."""
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -71,7 +72,7 @@ class _Job:
     work: Callable[[], int]
     reader: ChunkReader
     ahead: bool
-    future: Future[int]
+    future: Job[int]
     taken: bool = False
 
 
@@ -87,7 +88,7 @@ class Prefetcher:
         self._store = store
         budget = store.host_budget or store.device_budget  # without host memory chunks go straight to the device
         self._limit = budget if limit is None else min(limit, budget)
-        self._pool = ThreadPoolExecutor(THREADS, "cachetune-prefetch")
+        self._pool = Workers(THREADS, "cachetune-prefetch")
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._jobs: dict[ChunkKey, _Job] = {}
@@ -151,7 +152,7 @@ class Prefetcher:
         for job in jobs:
             job.taken = not job.ahead
             if not job.future.cancel():
-                wait([job.future])
+                job.future.wait()
             elif job.taken:
                 job.work()
 
@@ -160,7 +161,7 @@ class Prefetcher:
         self._stop.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _submit(self, work: Callable[[], int], reader: ChunkReader, *, ahead: bool) -> Future[int] | None:
+    def _submit(self, work: Callable[[], int], reader: ChunkReader, *, ahead: bool) -> Job[int] | None:
         """None if the chunk is being read already, or nothing is read any more: the reader stays the caller's then."""
         key = reader.key
         with self._lock:
@@ -179,7 +180,7 @@ class Prefetcher:
         if job.future.cancelled() and not job.taken:
             self._release(job.reader, ahead=job.ahead)
 
-    def _open(self, key: ChunkKey, stop: threading.Event, room: _Room) -> Future[int] | None:
+    def _open(self, key: ChunkKey, stop: threading.Event, room: _Room) -> Job[int] | None:
         """Have a chunk read whole, if it is on disk and there is room; the future gives the bytes that it fills."""
         try:
             if there := self._store.touch_host(key):
