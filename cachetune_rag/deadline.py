@@ -95,11 +95,11 @@ class DeadlinePool:
             return work(*args, **kwargs)
         if self.overdue:
             raise StoreTimeoutError("the store's disk hasn't come back from an earlier call")
-        return self.result(self._callers.submit(lambda: self._inner(work, *args, **kwargs)))
+        return self.result(self._callers.submit(self._inner, work, *args, **kwargs))
 
     def begin(self, work: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Job[_T]:
         """Begin a call for somebody who waits for it on terms of his own: it never counts as overdue."""
-        future = self._callers.submit(lambda: self._inner(work, *args, **kwargs))
+        future = self._callers.submit(self._inner, work, *args, **kwargs)
         with self._lock:
             self._apart.add(future)
         future.add_done_callback(self._come_back)

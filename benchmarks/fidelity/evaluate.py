@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby, islice
@@ -219,17 +218,16 @@ def target_logits(engine: CacheTune, states: Sequence[PrefillState], target: Seq
 @torch.no_grad()
 def _forward_together(engine: CacheTune, ids: Tensor, caches: Sequence[Cache]) -> Tensor:
     """`ids` behind each of several caches of one length, in one forward: logits [caches, tokens, vocab]."""
-    whole, model = DynamicCache(), engine.adapter.model
+    whole = DynamicCache()
     for number, layers in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
         whole.update(torch.cat([layer.keys for layer in layers]), torch.cat([layer.values for layer in layers]), number)
     start = whole.get_seq_length()
-    out = model(
+    out = engine.adapter.model(
         input_ids=ids.expand(len(caches), -1),
         position_ids=torch.arange(start, start + len(ids), device=ids.device).expand(len(caches), -1),
         use_cache=True,
         logits_to_keep=len(ids),
-        # 5.24 renamed the argument; the old name warns there.
-        **{"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": whole},
+        **{engine.adapter._forward.cache_argument: whole},
     )
     return out.logits
 

@@ -37,7 +37,7 @@ class Prefetch:
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until it has ended, at most `timeout` seconds; whether it has."""
         end = None if timeout is None else time.monotonic() + timeout
-        # Not all are there yet while the first one runs. And futures.wait() never hears of those that a closing pool cancels.
+        # Not all are there yet while the first one runs.
         for future in self.futures:
             try:
                 future.exception(None if end is None else max(0.0, end - time.monotonic()))

@@ -8,28 +8,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cachetune_rag.selection.base import SelectionContext, Selector, all_places, top_places, total_budget
+from cachetune_rag.selection.base import SelectionContext
+from cachetune_rag.selection.probing import ProbingSelector
 
 
-class ProbeSelector(Selector):
+class ProbeSelector(ProbingSelector):
     """The top r over all chunks by the attention of the prompt's last tokens in the first layers."""
 
     name = "probe"
 
     def __init__(self, depth: float = 0.25, queries: int = 16):
-        """`depth`: share of the layers that the probe runs through; `queries`: how many last tokens are watched."""
-        self.depth, self.queries = depth, queries
+        super().__init__(depth, queries)
 
-    def layers(self, num_layers: int) -> int:
-        """See `Selector.layers`."""
-        return max(1, round(self.depth * num_layers))
-
-    def select(self, context: SelectionContext, ratio: float) -> Tensor:
-        """See `Selector.select`."""
-        places = all_places(context.chunks)
-        count = total_budget(context.chunks, ratio)
-        if count in (0, len(places)):
-            return places[:count]
-        received = context.received_attention(self.layers(context.num_layers), self.queries)
-        # On the host: a copy to a GPU would wait for all the KV that is on its way there.
-        return top_places(received.cpu(), places, count)
+    def look(self, context: SelectionContext, num_layers: int) -> Tensor:
+        """See `ProbingSelector.look`."""
+        return context.received_attention(num_layers, self.queries)
