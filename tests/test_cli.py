@@ -106,17 +106,15 @@ def schema(value: Any) -> Any:
 # -- help -------------------------------------------------------------------------------------------------------------
 
 
-def test_help_imports_nothing_heavy_and_is_quick() -> None:
+def test_help_imports_nothing_heavy() -> None:
     code = (
-        "import sys, time; start = time.perf_counter()\n"
+        "import sys\n"
         "from cachetune_rag.cli import main\n"
         "try: main(['--help'])\n"
-        "finally: print(time.perf_counter() - start, sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+        "finally: print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     )
     done = run_python("-c", code)
-    seconds, modules = done.stdout.splitlines()[-1].split(" ", 1)
-    assert modules == "[]"
-    assert float(seconds) < 1.5  # about 0.15 where nobody else uses the machine
+    assert done.stdout.splitlines()[-1] == "[]"
     for word in (
         "precompute",
         "ask",

@@ -83,7 +83,7 @@ def test_rows_that_do_not_arrive_are_computed(tmp_path: Path, engine: CacheTune,
 
 
 def test_chunks_in_host_memory_are_used_without_the_disk(tmp_path: Path, engine: CacheTune) -> None:
-    with CacheTune(llama(), tokenizer(), tmp_path, read_timeout=0.2, lead_in="first_token") as warm:
+    with CacheTune(llama(), tokenizer(), tmp_path, read_timeout=0.5, lead_in="first_token") as warm:
         for _ in range(2):  # the second one waits until the chunk is in host memory
             warm.prefill(**{**ASK, "chunks": CHUNKS[:1]})
         with faulty_disk(tmp_path, Fault("stuck", (*READS, *WRITES))):

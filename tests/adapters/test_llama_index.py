@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
-import time
+import threading
 from typing import Any
 
 import pytest
@@ -195,26 +195,28 @@ def test_callbacks(llm: CacheTuneLLM) -> None:
 
 async def test_the_event_loop_keeps_turning(llm: CacheTuneLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     full_forward = type(llm.engine.adapter).full_forward
+    entered, turned = threading.Event(), threading.Event()
 
-    def slow(self: Any, ids: Any) -> Any:
-        time.sleep(0.4)
+    def waits_for_the_loop(self: Any, ids: Any) -> Any:
+        entered.set()
+        assert turned.wait(60), "the event loop stood still while the model ran"
         return full_forward(self, ids)
 
-    monkeypatch.setattr(type(llm.engine.adapter), "full_forward", slow)
+    monkeypatch.setattr(type(llm.engine.adapter), "full_forward", waits_for_the_loop)
     for call in (
         lambda: llm.acomplete("Hello"),
         lambda: llm.achat([ChatMessage(content="Hello")]),
         lambda: _drain(llm.astream_chat([ChatMessage(content="Hello")])),
         lambda: _drain(llm.astream_complete("Hello")),
     ):
+        entered.clear()
+        turned.clear()
         task = asyncio.ensure_future(call())
-        longest, last = 0.0, time.perf_counter()
-        while not task.done():
-            await asyncio.sleep(0.01)
-            now = time.perf_counter()
-            longest, last = max(longest, now - last), now
+        while not entered.is_set() and not task.done():
+            await asyncio.sleep(0.001)
+        turned.set()
         await task
-        assert longest < 0.3
+        assert entered.is_set()
 
 
 async def _drain(stream: Any) -> list[Any]:
