@@ -25,7 +25,7 @@ from cachetune_store import ChunkStore, Namespace, StoreError, StorePathError
 COUNT = 4
 """Lead-ins that are chosen (docs/selection.md: 8 close 1.3 points more at ratio 0.05, at twice the cost)."""
 TEXT_TOKENS = 255
-"""Tokens of text in each, behind the first token."""
+"""Tokens in each behind the first: text, and what stands between the chunks of a prompt."""
 LEAST_TOKENS = 1024
 """Tokens of different texts there must be to choose from."""
 MOST_TOKENS = 1 << 16
@@ -55,6 +55,7 @@ class LeadIns:
         choose: whether they may give way to chosen ones.
         vocabulary: token ids are below this.
         limit: most tokens that the model reads.
+        separator: what stands between the chunks of a prompt, and so right before most of them.
         call: `call(work, *args)` makes a call that may touch the store's disk.
     """
 
@@ -66,10 +67,11 @@ class LeadIns:
         choose: bool,
         vocabulary: int,
         limit: int | None,
+        separator: Sequence[int] = (),
         call: Call = call_directly,
     ) -> None:
         self._store, self._base, self._choose, self._call = store, namespace, choose, call
-        self._vocabulary, self._limit = vocabulary, limit
+        self._vocabulary, self._limit, self._separator = vocabulary, limit, tuple(separator)
         self._chosen: tuple[bytes, Namespace] | None = None  # the note as it was read last, and what it says
         self._lock = threading.Lock()
         self._seen: dict[Lead, None] = {}  # different texts that were offered, too few to choose from, in order
@@ -119,7 +121,7 @@ class LeadIns:
             if not self.undecided or (self._filled_before() and not indexing):
                 return
             self._seen |= dict.fromkeys(tuple(ids) for ids in texts)
-            leads = choose(list(self._seen), self._base.lead_ins[0], self._text_tokens())
+            leads = choose(list(self._seen), self._base.lead_ins[0], self._text_tokens(), self._separator)
             if leads is not None:
                 self._settle(replace(self._base, lead_ins=leads))
                 self._seen = {}
@@ -206,15 +208,19 @@ class LeadIns:
         )
 
 
-def choose(texts: Sequence[Sequence[int]], first: Lead, length: int, count: int = COUNT) -> tuple[Lead, ...] | None:
+def choose(
+    texts: Sequence[Sequence[int]], first: Lead, length: int, separator: Lead = (), count: int = COUNT
+) -> tuple[Lead, ...] | None:
     """Lead-ins from texts: as many stretches, spread evenly over all of the text; None if that has too few tokens.
 
-    Each is taken from the middle of its part, at the beginning of the text nearest to there.
+    Each is taken from the middle of its part, at the beginning of the text nearest to there, and ends with the separator: in a
+    prompt a chunk begins behind one, not in the midst of a sentence (docs/quality.md#what-stands-right-before-a-chunk).
 
     Args:
         texts: token ids of different texts, in order.
         first: what each begins with.
-        length: tokens of text in each.
+        length: tokens in each behind that.
+        separator: what each ends with; left away where it would take more than a quarter of the length.
         count: how many.
     """
     stream = list(chain.from_iterable(texts))
@@ -228,7 +234,8 @@ def choose(texts: Sequence[Sequence[int]], first: Lead, length: int, count: int 
         inside = starts[(starts >= low) & (starts <= high)]
         if len(inside):
             start = int(inside[np.abs(inside - start).argmin()])
-        leads.append((*first, *stream[start : start + length]))
+        end = separator if 4 * len(separator) <= length else ()
+        leads.append((*first, *stream[start : start + length - len(end)], *end))
     return tuple(leads)
 
 

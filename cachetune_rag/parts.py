@@ -97,6 +97,7 @@ class EngineParts:
             choose=choose_leads,
             vocabulary=self.adapter.config.vocab_size,
             limit=self.adapter.max_positions,
+            separator=self.prompts.separator_ids,
             call=self._pool.call,
         )
         """What stands before chunks while they are computed."""

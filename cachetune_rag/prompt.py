@@ -101,6 +101,7 @@ class PromptBuilder:
 
     Attributes:
         first_token: id that the default prompt begins with (BOS, or what stands there).
+        separator_ids: token ids of the separator by itself.
 
     Raises:
         ConfigError: template or separator can't be used.
@@ -126,6 +127,7 @@ class PromptBuilder:
             raise ConfigError(str(error)) from error
         first = self.build(query="?", chunks=[]).ids or self.encode("\n") or [0]
         self.first_token = first[0]
+        self.separator_ids = tuple(self.encode(chunk_separator))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of content (a chunk, say), exactly as `build` puts them into a prompt; never a control token.

@@ -86,6 +86,19 @@ def test_lead_ins_are_spread_over_all_of_the_text() -> None:
     assert choose(numbers(*[100] * 40), (7,), 255) == leads
 
 
+def test_lead_ins_end_as_what_stands_before_a_chunk_does() -> None:
+    leads, plain = choose(numbers(2000), (7,), 255, (3, 4)), choose(numbers(2000), (7,), 255)
+    assert leads is not None
+    assert plain is not None
+    assert leads == tuple((*lead[:-2], 3, 4) for lead in plain)
+    assert choose(numbers(2000), (7,), 7, (3, 4)) == choose(numbers(2000), (7,), 7), "it would be most of the lead-in"
+    with CacheTune(llama(), tokenizer(), chunk_separator=" -- ") as engine:
+        engine.precompute(DOCUMENTS)
+        end = engine.prompts.encode(" -- ")
+        assert all(list(lead[-len(end) :]) == end for lead in engine.lead_ins.namespace.lead_ins)
+        assert len(engine.lead_ins.namespace.lead_ins) > 1
+
+
 def test_a_single_text_is_enough_if_it_is_long() -> None:
     leads = choose(numbers(1024), (7,), 255)
     assert leads is not None
@@ -143,7 +156,9 @@ def test_a_corpus_is_stored_as_the_mean_over_four_lead_ins(engine: CacheTune) ->
     leads = engine.namespace.lead_ins
     assert [(len(lead), lead[0]) for lead in leads] == [(256, engine.prompts.first_token)] * 4
     everything = "".join(CHUNKS)
-    assert all(tokenizer().decode(lead[1:]) in everything for lead in leads)
+    separator = engine.prompts.separator_ids
+    assert all(lead[-len(separator) :] == separator for lead in leads)
+    assert all(tokenizer().decode(lead[1 : -len(separator)]) in everything for lead in leads)
     left_out = 0
     for text in CHUNKS:
         ids = engine.prompts.encode(text)
