@@ -227,6 +227,7 @@ def choose(
     if len(stream) < max(LEAST_TOKENS, count * length):
         return None
     starts = np.cumsum([0, *map(len, texts)])
+    end = separator if 4 * len(separator) <= length else ()
     leads = []
     for part in range(count):
         low, high = part * len(stream) // count, (part + 1) * len(stream) // count - length
@@ -234,7 +235,6 @@ def choose(
         inside = starts[(starts >= low) & (starts <= high)]
         if len(inside):
             start = int(inside[np.abs(inside - start).argmin()])
-        end = separator if 4 * len(separator) <= length else ()
         leads.append((*first, *stream[start : start + length - len(end)], *end))
     return tuple(leads)
 

@@ -94,9 +94,9 @@ def test_lead_ins_end_as_what_stands_before_a_chunk_does() -> None:
     assert choose(numbers(2000), (7,), 7, (3, 4)) == choose(numbers(2000), (7,), 7), "it would be most of the lead-in"
     with CacheTune(llama(), tokenizer(), chunk_separator=" -- ") as engine:
         engine.precompute(DOCUMENTS)
-        end = engine.prompts.encode(" -- ")
-        assert all(list(lead[-len(end) :]) == end for lead in engine.lead_ins.namespace.lead_ins)
-        assert len(engine.lead_ins.namespace.lead_ins) > 1
+        end, leads = tuple(engine.prompts.encode(" -- ")), engine.namespace.lead_ins
+        assert all(lead[-len(end) :] == end for lead in leads)
+        assert len(leads) > 1
 
 
 def test_a_single_text_is_enough_if_it_is_long() -> None:
