@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from cachetune_rag.prompt import Prompt
 from cachetune_rag.report import Report
 from cachetune_rag.selection import ReusedChunk, get_selector
 from cachetune_rag.selection.base import budget
-from cachetune_store import ChunkKey, ChunkReader, ChunkStore, make_key
+from cachetune_store import ChunkKey, ChunkReader, ChunkStore, Namespace, make_key
 
 TIERS = ("device", "host", "disk")
 """Fast ones first; any other is slower than these."""
@@ -107,8 +107,7 @@ class Assembler:
         self._prefetcher, self._tuned = prefetcher, tuned
         self._prefixes = PrefixCache()
         self._streams: Streams | None = None
-        # Hashing a prompt's chunks takes the host a millisecond, and prompts repeat chunks.
-        self._keys = lru_cache(KNOWN_KEYS)(make_key)
+        self._known_keys: tuple[Namespace, Callable[[tuple[int, ...]], ChunkKey]] | None = None
 
     def key(self, token_ids: Sequence[int]) -> ChunkKey:
         """The key of a chunk."""
@@ -190,7 +189,6 @@ class Assembler:
                 plan.loader.set_sources(needed)
                 plan.loader.when_asked(when_read)
                 phases = ForwardPhases(self._adapter, plan.loader)
-                plan.loader.begin()
                 ids, places = some_of(prompt, plan.computed)
                 logits = self._adapter.selective_forward(ids, places, plan.buffers, plan.loader.load, plan.shift)
                 cache = plan.buffers.to_cache()
@@ -251,9 +249,8 @@ class Assembler:
             tokens = reader.layout.tokens
             source = Source(reader, start, tokens - budget(config.skipped, tokens))
             # What is skipped is computed from the first layer on, also by a selector that looks at layers.
-            places = source.places.numpy()
-            computed[places[: source.rows]] = False
-            unread[places[source.rows :]] = True
+            computed[source.places[: source.rows]] = False
+            unread[source.places[source.rows :]] = True
             sources.append(source)
         loader = self._loader(sources, buffers)
         stack.callback(loader.close)
@@ -278,26 +275,34 @@ class Assembler:
 
         `opened` gets every reader, for the caller to close.
         """
-        namespace = self._lead_ins.last_known if faults.disk_gone else self._lead_ins.namespace
-        keys = {ids: self._keys(namespace, ids) for ids in dict.fromkeys(prompt.chunk_ids) if ids}
+        key_of = self._keys(self._lead_ins.last_known if faults.disk_gone else self._lead_ins.lately)
+        keys = [key_of(ids) if ids else None for ids in prompt.chunk_ids]
+        wanted = dict.fromkeys(key for key in keys if key is not None)
         if self._prefetcher is not None and not faults.disk_gone:
-            self._prefetcher.settle(keys.values())
-        readers = faults.open(self._store, dict.fromkeys(keys.values()), opened, self._pool.submit)
+            self._prefetcher.settle(wanted)
+        readers = faults.open(self._store, wanted, opened, self._pool.submit)
         found: list[tuple[int, ChunkReader]] = []
         missed, first_missed, seen = 0, [], set()
         for span in prompt.spans:
-            ids = prompt.chunk_ids[span.chunk]
-            if not ids:
+            key = keys[span.chunk]
+            if key is None:
                 continue
-            key = keys[ids]
             if (reader := readers[key]) is not None:
                 found.append((span.start, reader))
                 continue
-            missed += len(ids)
+            missed += len(prompt.chunk_ids[span.chunk])
             if key not in faults.timed_out and key not in seen:
                 first_missed.append(span.chunk)
             seen.add(key)
         return found, missed, tuple(first_missed)
+
+    def _keys(self, namespace: Namespace) -> Callable[[tuple[int, ...]], ChunkKey]:
+        """Keys by token ids. Hashing a prompt's chunks takes the host a millisecond, and prompts repeat chunks."""
+        known = self._known_keys
+        if known is None or known[0] is not namespace:
+            # A namespace as part of each entry would be hashed for each chunk: a thousand numbers of lead-ins.
+            known = self._known_keys = namespace, lru_cache(KNOWN_KEYS)(partial(make_key, namespace))
+        return known[1]
 
     def _loader(self, sources: Sequence[Source], buffers: KVBuffers) -> LayerLoader:
         device = self._adapter.device
@@ -351,7 +356,7 @@ def _slowest(readers: Iterable[ChunkReader]) -> tuple[str, str]:
 
 def _needed(sources: Sequence[Source], computed: Tensor) -> list[Source]:
     """Rows to read of each chunk: all but the last ones in ranking order that are recomputed anyway (sparse transfer)."""
-    places = np.concatenate([s.places.numpy() for s in sources])
+    places = np.concatenate([s.places for s in sources])
     reused = (~computed.numpy()[places]).nonzero()[0]
     ends = np.cumsum([s.reader.layout.tokens for s in sources])
     needed = []

@@ -132,4 +132,6 @@ def ids_of(prompt: Prompt) -> Tensor:
 def some_of(prompt: Prompt, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Ids and places of the tokens where `wanted` is true, on the host."""
     places = wanted.numpy().nonzero()[0]
-    return torch.from_numpy(ids_of(prompt).numpy()[places]), torch.from_numpy(places)
+    # Not all of a long tuple becomes an array: each number in it costs a trip to memory.
+    ids = np.array([prompt.ids[place] for place in places.tolist()], dtype=np.int64)
+    return torch.from_numpy(ids), torch.from_numpy(places)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -32,6 +33,9 @@ MOST_TOKENS = 1 << 16
 """Tokens of texts that are looked at before choosing."""
 OVERLAP = 32
 """A lead-in that shares so many tokens in a row with a chunk is left out of the chunk's mean."""
+
+LATELY = 1.0
+"""Seconds for which a choice that was read is taken to stand, where requests look chunks up."""
 
 _FORMAT = "cachetune-lead-ins"
 _MOST_LEADS, _MOST_LENGTH = 64, 1 << 14
@@ -73,6 +77,7 @@ class LeadIns:
         self._store, self._base, self._choose, self._call = store, namespace, choose, call
         self._vocabulary, self._limit, self._separator = vocabulary, limit, tuple(separator)
         self._chosen: tuple[bytes, Namespace] | None = None  # the note as it was read last, and what it says
+        self._read_at = 0.0
         self._lock = threading.Lock()
         self._seen: dict[Lead, None] = {}  # different texts that were offered, too few to choose from, in order
         self._filled: bool | None = None
@@ -88,6 +93,12 @@ class LeadIns:
             # What can't be read for the moment is no reason to refuse an answer.
             _log.warning("lead-ins: %s", error)
             return self._chosen[1] if self._chosen else self._base
+
+    @property
+    def lately(self) -> Namespace:
+        """`namespace` as a choice said within the last second: for looking chunks up, where all that an old one costs is a miss."""
+        chosen = self._chosen
+        return self.namespace if chosen is None or time.monotonic() - self._read_at > LATELY else chosen[1]
 
     @property
     def last_known(self) -> Namespace:
@@ -176,6 +187,7 @@ class LeadIns:
 
     def _look(self) -> Namespace | None:
         """The choice that stands in the store. A damaged one is set aside, and restored if this engine has read it before."""
+        self._read_at = time.monotonic()
         content = self._store.note(self._base.digest, tenant=self._base.tenant)
         if content is None:
             self._chosen = None

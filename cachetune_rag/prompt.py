@@ -135,7 +135,7 @@ class PromptBuilder:
         Raises:
             PromptError: `text` is no str, or has lone surrogates.
         """
-        return self._content.encode(text)
+        return list(self._content.encode(text))
 
     def build(self, *, query: str, chunks: Sequence[str], prefix: str | None = None) -> Prompt:
         """The engine's standard prompt: prefix, chunks, query.
@@ -232,7 +232,7 @@ class PromptBuilder:
                         text += piece
             else:
                 flush()
-                chunk = tuple(self.encode(part.text))
+                chunk = self._content.encode(part.text)
                 spans.append(Span(len(ids), len(ids) + len(chunk), part.number))
                 passages[part.number] = (chunk, part.text)
                 ids.extend(chunk)

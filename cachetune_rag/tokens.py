@@ -64,7 +64,7 @@ class ContentTokenizer:
         head, both = self._raw(INSIDE, special=False), self._raw(INSIDE + "a", special=False)
         self._adds_space = both[: len(head)] == head and both[len(head) :] != plain
 
-    def encode(self, text: str, after: str = INSIDE) -> list[int]:
+    def encode(self, text: str, after: str = INSIDE) -> tuple[int, ...]:
         """Token ids of content, never a control id; the same text gives the same ids wherever it stands.
 
         Args:
@@ -77,13 +77,13 @@ class ContentTokenizer:
         """
         check_text(text)
         if not text:
-            return []
+            return ()
         with self._known_lock:
             if (known := self._known.get((text, after))) is not None:
                 self._known.move_to_end((text, after))
-                return list(known)
-        ids = self._encode(text, after)
-        self._remember((text, after), tuple(ids))
+                return known
+        ids = tuple(self._encode(text, after))
+        self._remember((text, after), ids)
         return ids
 
     def _remember(self, key: tuple[str, str], ids: tuple[int, ...]) -> None:

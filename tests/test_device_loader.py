@@ -13,6 +13,7 @@ from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import llama, tokenizer
@@ -165,7 +166,7 @@ def check(engine: CacheTune, probed: int | str, tiers: str) -> None:
     (wanted, _, plain_read), (found, ahead, read) = filled
     if not probed and "disk" not in tiers:  # nothing was begun that the change of sources made needless
         assert read == plain_read
-    places = torch.cat([s.places[: s.rows] for s in some])
+    places = np.concatenate([s.places[: s.rows] for s in some])
     for layer in range(adapter.num_layers):
         # Layers queued before the sources changed hold more rows than are needed: those at `places` are what counts.
         at = slice(None) if not ahead[layer] or layer < looked else places

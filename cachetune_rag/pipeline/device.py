@@ -23,9 +23,11 @@ from cachetune_store.tiers import DeviceReader
 
 STAGES = 2
 """Staging buffers: while one is decoded, the next is copied into."""
-LAUNCH_AHEAD = 3
-"""Further layers queued each time one is asked for, so that the copy engine never runs dry; few, as queuing takes the host
-time in which the device waits for its next piece of work."""
+LAUNCH_AHEAD = 2
+"""Layers queued beyond the one that is asked for, so that the copy engine never runs dry; few, as queuing takes the host time in
+which the device waits for its next piece of work."""
+HURRY_BYTES = 48 << 20
+"""About what an H100's host copies in the time in which a selector chooses and a forward begins."""
 
 
 class Streams:
@@ -106,7 +108,8 @@ class DeviceLoader(LayerLoader):
         self._streams.asked[layer].record(self._current)
         while self._next <= layer:
             self._launch()
-        self._launch_ahead(LAUNCH_AHEAD)
+        # Fewer at first, when the device has the least to do meanwhile.
+        self._launch_up_to(layer + min(layer + 1, LAUNCH_AHEAD))
         if self._brought:
             self._current.wait_event(self._streams.brought)
             self._brought = False
@@ -115,11 +118,12 @@ class DeviceLoader(LayerLoader):
         self.seconds += time.perf_counter() - started
 
     def hurry(self) -> None:
-        """See `LayerLoader.hurry`: rows in memory only. Where copying takes longer than computing, each moment before the first
-        copy is one more to wait at the end.
+        """See `LayerLoader.hurry`: rows in memory only. Where copying takes longer than computing, each moment without a copy is
+        one more to wait at the end.
         """
         if not self._slow:
-            self._launch_ahead(1)
+            layer = sum(self._row_format(0, key).size(s.rows) for key, group in self._groups.items() for s in group)
+            self._launch_up_to(min(LAUNCH_AHEAD, HURRY_BYTES // max(1, layer)))
 
     def begin(self) -> None:
         """See `LayerLoader.begin`."""
@@ -127,7 +131,7 @@ class DeviceLoader(LayerLoader):
         if self._slow:
             self._read_on(self._next)
         else:
-            self._launch_ahead(1)
+            self._launch_up_to(self._next)
         self.seconds += time.perf_counter() - started
 
     def waited(self) -> float:
@@ -155,10 +159,9 @@ class DeviceLoader(LayerLoader):
         self._current.wait_stream(self._streams.copy)
         self._current.wait_stream(self._streams.place)
 
-    def _launch_ahead(self, layers: int) -> None:
-        for _ in range(layers):
-            if self._next >= self._adapter.num_layers or not self._ready(self._next):
-                return
+    def _launch_up_to(self, layer: int) -> None:
+        """Queue the layers up to this one, as far as their rows can be had without waiting."""
+        while self._next <= min(layer, self._adapter.num_layers - 1) and self._ready(self._next):
             self._launch()
 
     def _launch(self) -> None:
@@ -228,7 +231,7 @@ class DeviceLoader(LayerLoader):
                 source.reader.wait_on(self._streams.place)
                 bases[:, index] = source.reader.addresses
         where = rows_of([source.rows for source in group])
-        places = np.concatenate([source.places[: source.rows].numpy() for source in group])
+        places = np.concatenate([source.places[: source.rows] for source in group])
         count, even = len(where), np.zeros(len(where) % 2, np.int64)
         parts = bases.ravel(), where, even, places
         host = torch.empty(sum(map(len, parts)), dtype=torch.int64, pin_memory=device.type == "cuda")

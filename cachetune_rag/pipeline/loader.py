@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cachetune_rag.deadline import DeadlinePool
@@ -48,9 +50,9 @@ class Source:
     rows: int
 
     @cached_property
-    def places(self) -> Tensor:
+    def places(self) -> NDArray[np.int64]:
         """Place in the prompt of every row of the chunk, int64 [tokens]."""
-        return self.reader.order + self.start
+        return self.reader.order.numpy() + self.start
 
     def first(self, rows: int) -> Source:
         """The same chunk at the same place, with fewer or more rows."""
@@ -73,6 +75,7 @@ class LayerLoader:
         self._adapter, self._buffers, self._pool = adapter, buffers, pool
         self._tables = adapter.rotary_tables(buffers.length)
         self._loaded = [0] * adapter.num_layers
+        self._forms: dict[tuple[str, str], list[RowFormat]] = {}
         self._ahead: dict[int, list[Job[Tensor]]] = {}
         self.seconds = 0.0
         self._when_asked: Callable[[], None] | None = None
@@ -137,19 +140,22 @@ class LayerLoader:
         """What is asked for first may be on its way already, whole, whatever will be known of it when it is asked for."""
 
     def begin(self) -> None:
-        """The sources are final: what can go ahead of the first `load` may."""
+        """The sources are final: what takes long can go ahead of the first `load`."""
 
     def _placed(self, key: tuple[str, str]) -> Tensor:
         """Places of a group's rows, int64 [rows], on the device."""
         places = self._places.get(key)
         if places is None:
-            places = torch.cat([s.places[: s.rows] for s in self._groups[key]]).to(self._adapter.device)
-            self._places[key] = places
+            rows = np.concatenate([s.places[: s.rows] for s in self._groups[key]])
+            places = self._places[key] = torch.from_numpy(rows).to(self._adapter.device)
         return places
 
     def _row_format(self, layer: int, key: tuple[str, str]) -> RowFormat:
         """How a group's encoded rows lie."""
-        return row_format(*key, self._adapter.layers[layer])
+        forms = self._forms.get(key)
+        if forms is None:
+            forms = self._forms[key] = [row_format(*key, spec) for spec in self._adapter.layers]
+        return forms[layer]
 
     def _ready(self, layer: int) -> bool:
         """Whether the rows of `layer` can be had without waiting."""
