@@ -189,6 +189,7 @@ class Assembler:
                 plan.loader.set_sources(needed)
                 plan.loader.when_asked(when_read)
                 phases = ForwardPhases(self._adapter, plan.loader)
+                plan.loader.begin()
                 ids, places = some_of(prompt, plan.computed)
                 logits = self._adapter.selective_forward(ids, places, plan.buffers, plan.loader.load, plan.shift)
                 cache = plan.buffers.to_cache()
@@ -254,12 +255,13 @@ class Assembler:
             sources.append(source)
         loader = self._loader(sources, buffers)
         stack.callback(loader.close)
-        loader.hurry()
+        selector = get_selector(config.selector) if config.skipped < config.ratio or not config.skipped else None
+        if selector is not None and selector.layers(self._adapter.num_layers):
+            loader.hurry()
         computed[-1] = True  # also where a prompt ends in a chunk: the answer starts from it
         context = RequestContext(self._adapter, prompt, sources, torch.from_numpy(computed), buffers, loader)
         shift = None
-        if config.skipped < config.ratio or not config.skipped:
-            selector = get_selector(config.selector)
+        if selector is not None:
             selected = selector.select(context, config.ratio)
             computed = computed.copy()  # the context keeps what it was given
             computed[selected.numpy()] = True

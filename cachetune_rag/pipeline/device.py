@@ -27,7 +27,7 @@ LAUNCH_AHEAD = 2
 """Layers queued beyond the one that is asked for, so that the copy engine never runs dry; few, as queuing takes the host time in
 which the device waits for its next piece of work."""
 HURRY_BYTES = 48 << 20
-"""About what an H100's host copies in the time in which a selector chooses and a forward begins."""
+"""About what is copied to an H100 while a selector makes ready to look."""
 
 
 class Streams:
@@ -220,12 +220,13 @@ class DeviceLoader(LayerLoader):
         bases = np.zeros((len(forms), len(group) + len(group) % 2), np.int64)
         staged = [index for index, here in enumerate(in_place) if not here]
         if staged:
-            spans = {form: [form.span(group[index].rows) for index in staged] for form in set(forms)}
-            room = max(sum(sizes) for sizes in spans.values())
+            # By identity, as layers share their formats: hashing these takes longer than all else here.
+            different = {id(form): form for form in forms}.items()
+            ends = {name: np.cumsum([0, *(form.span(group[i].rows) for i in staged)]) for name, form in different}
+            room = max(int(sums[-1]) for sums in ends.values())
             stages = [self._stage(slot, key, room).data_ptr() for slot in range(STAGES)]
-            starts = {form: np.cumsum([0, *sizes[:-1]]) for form, sizes in spans.items()}
             for layer, form in enumerate(forms):
-                bases[layer, staged] = stages[layer % STAGES] + starts[form]
+                bases[layer, staged] = stages[layer % STAGES] + ends[id(form)][:-1]
         for index, source in enumerate(group):
             if in_place[index] and isinstance(source.reader, DeviceReader):
                 source.reader.wait_on(self._streams.place)

@@ -13,7 +13,7 @@ import xxhash
 
 from .buffers import round_up
 from .chunk import ChunkHead, plan_slab
-from .codecs import get_codec
+from .codecs import Codec, get_codec
 from .errors import DamagedChunkError, UnknownCodecError, UnknownFormatError
 from .keys import FORMAT_VERSION, ChunkKey, Namespace
 from .layout import ChunkLayout, LayerSpec
@@ -160,12 +160,18 @@ def _tensor_table(layout: ChunkLayout, block_rows: int, text_bytes: int, deviati
         table.append(("text", "U8", [text_bytes], text_bytes))
     small = sum(row[3] for row in table)
     _pad(table, "pad.head", small)
-    codec = get_codec(layout.codec)
+    return [*table, *_row_tensors(get_codec(layout.codec), layout)], round_up(small)
+
+
+@lru_cache(maxsize=64)  # the same for many chunks, of whose opening it would be half
+def _row_tensors(codec: Codec, layout: ChunkLayout) -> _Table:
+    table: _Table = []
+    tokens = layout.tokens
     for index, (spec, form) in enumerate(zip(layout.layers, plan_slab(layout).rows, strict=True)):
         dtype, shape = codec.declare(tokens, spec, layout.dtype)
         table.append((f"layer.{index}", dtype, shape, form.size(tokens)))
         _pad(table, f"pad.{index}", form.size(tokens))
-    return table, round_up(small)
+    return table
 
 
 def _pad(table: _Table, name: str, used: int) -> None:
@@ -220,11 +226,16 @@ def _metadata(head: ChunkHead) -> dict[str, str]:
 
 def _read_layout(raw: str) -> tuple[ChunkLayout, int, int, bool]:
     shape = json.loads(raw)
-    specs = tuple(LayerSpec(_count(heads), _count(dim), _count(v_dim)) for heads, dim, v_dim in shape["layers"])
+    specs = _read_specs(json.dumps(shape["layers"]))
     layout = ChunkLayout(_count(shape["tokens"]), specs, str(shape["dtype"]), str(shape["codec"]))
     if type(shape["deviations"]) is not bool:
         raise ValueError(f"deviations is {shape['deviations']!r}, neither true nor false")
     return layout, _count(shape["block_rows"]), _count(shape["text_bytes"], 0, MAX_TEXT), shape["deviations"]
+
+
+@lru_cache(maxsize=64)
+def _read_specs(raw: str) -> tuple[LayerSpec, ...]:
+    return tuple(LayerSpec(_count(heads), _count(dim), _count(v_dim)) for heads, dim, v_dim in json.loads(raw))
 
 
 @lru_cache(maxsize=64)  # the same for nearly all files of a store, and lead-ins are long
