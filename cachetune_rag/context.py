@@ -67,13 +67,13 @@ class RequestContext:
         end = max(chunk.start + chunk.tokens for chunk in self.chunks)
         # Where the prompt ends in a chunk, its last token is computed all the same.
         queries = min(queries, max(1, self.length - end))
-        self._loader.begin()  # rows are on their way while deviations are put together
-        deviations = self._deviations(num_layers)
-        if deviations is None:
+        self._loader.begin()
+        pieces, columns = self._deviations(), 2 * sum(spec.heads for spec in self._adapter.layers[:num_layers])
+        if not pieces:
             return self.received_attention(num_layers, queries)
         ids, places = self._probe(num_layers)
         return self._adapter.expected_error(
-            ids, places, self._buffers, self._loader.bring(deviations), num_layers, queries, self._loader.load
+            ids, places, self._buffers, self._loader.bring(pieces, columns), num_layers, queries, self._loader.load
         )
 
     def reused_states(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -92,28 +92,17 @@ class RequestContext:
         self.probed += len(ids) * num_layers
         return ids, places
 
-    def _deviations(self, num_layers: int) -> Tensor | None:
-        """Deviations of every token of the prompt in the first layers, [length, columns], 0 outside of reused chunks; None if none
-        are known.
-        """
-        columns = 2 * sum(spec.heads for spec in self._adapter.layers[:num_layers])
-        known = [chunk.deviations[:, :columns] for chunk in self.chunks if chunk.deviations is not None]
+    def _deviations(self) -> list[tuple[int, Tensor]]:
+        """Place and deviations of every reused chunk, in order; nothing if none are known."""
+        chunks = sorted(self.chunks, key=lambda c: c.start)
+        known = [chunk.deviations for chunk in chunks if chunk.deviations is not None]
         if not known:
-            return None
-        on_gpu = self._adapter.device.type == "cuda"
-        table = torch.empty(self.length, known[0].shape[1], dtype=known[0].dtype, pin_memory=on_gpu)
-        usual: Tensor | None = None
-        at, rows = 0, table.numpy()  # NumPy copies without waking threads
-        for chunk in sorted(self.chunks, key=lambda c: c.start):
-            rows[at : chunk.start] = 0
-            at = chunk.start + chunk.tokens
-            if chunk.deviations is not None:
-                rows[chunk.start : at] = chunk.deviations.numpy()[:, :columns]
-            else:
-                usual = torch.cat(known).float().mean(0) if usual is None else usual
-                rows[chunk.start : at] = usual.numpy()
-        rows[at:] = 0
-        return table
+            return []
+        if len(known) == len(chunks):
+            return list(zip((chunk.start for chunk in chunks), known, strict=True))
+        usual = torch.cat(known).float().mean(0).to(known[0].dtype)
+        rows = [usual.expand(c.tokens, -1) if c.deviations is None else c.deviations for c in chunks]
+        return list(zip((chunk.start for chunk in chunks), rows, strict=True))
 
 
 def _chunk(source: Source) -> ReusedChunk:

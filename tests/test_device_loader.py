@@ -172,3 +172,25 @@ def check(engine: CacheTune, probed: int | str, tiers: str) -> None:
         at = slice(None) if not ahead[layer] or layer < looked else places
         assert torch.equal(found.key_rows[layer][at], wanted.key_rows[layer][at])
         assert torch.equal(found.value_rows[layer][at], wanted.value_rows[layer][at])
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+@pytest.mark.parametrize("columns", [4, 2])
+def test_numbers_of_tokens_stand_in_a_table(
+    engine: CacheTune, columns: int, pinned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: pinned)
+    pieces = [(at, torch.rand(tokens, 4).half()) for at, tokens in ((3, 7), (10, 2), (50, 100))]
+    wanted = torch.zeros(LENGTH, columns).half()
+    for at, numbers in pieces:
+        wanted[at : at + len(numbers)] = numbers[:, :columns]
+    adapter, buffers = engine.adapter, engine.adapter.new_buffers(LENGTH)
+    with closing(DeadlinePool(None)) as pool:
+        plain = LayerLoader(adapter, [], buffers, pool)
+        loader = DeviceLoader(adapter, [], buffers, pool, Streams(adapter.device, adapter.num_layers))
+        assert torch.equal(plain.bring(pieces, columns), wanted)
+        found = loader.bring(pieces, columns)
+        loader.load(0)
+        assert torch.equal(found, wanted)
+        assert loader._streams.brought in loader._current.waited, "what computes waits for it"  # type: ignore[attr-defined]
+        loader.close()

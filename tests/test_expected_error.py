@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from cachetune_rag import CacheTune, Document
 from cachetune_rag.config import AUTO
 from cachetune_rag.context import RequestContext
 from cachetune_rag.model import KVBuffers
+from cachetune_rag.pipeline.loader import LayerLoader
 from cachetune_rag.selection import ReusedChunk
 from cachetune_rag.selection.expected_error import ExpectedErrorSelector
 from cachetune_rag.selection.frequency import FrequencySelector
@@ -289,19 +291,15 @@ class _Recorder:
     received_attention = expected_error
 
 
-class _Loader:
-    def begin(self) -> None: ...
-
-    def bring(self, deviations: Tensor) -> Tensor:
-        return deviations
-
-    def load(self, layer: int) -> None: ...
+class _Loader(LayerLoader):
+    def __init__(self, length: int) -> None:
+        self._buffers, self._adapter = SimpleNamespace(length=length), _Recorder()  # type: ignore[assignment]
 
 
 def _context(chunks: list[tuple[int, int, Tensor | None]], length: int = 20) -> tuple[RequestContext, _Recorder]:
     engine, prompt = _Recorder(), type("P", (), {"ids": tuple(range(length))})()
     computed = torch.ones(length, dtype=torch.bool)
-    context = RequestContext(engine, prompt, [], computed, None, _Loader())  # type: ignore[arg-type]
+    context = RequestContext(engine, prompt, [], computed, None, _Loader(length))  # type: ignore[arg-type]
     for start, tokens, deviations in chunks:
         computed[start : start + tokens] = False
         context.chunks.append(ReusedChunk(start, torch.arange(tokens), torch.zeros(tokens), deviations))

@@ -132,9 +132,27 @@ class LayerLoader:
         self._buffers.key_rows[layer].index_copy_(0, places, keys)
         self._buffers.value_rows[layer].index_copy_(0, places, values)
 
-    def bring(self, numbers: Tensor) -> Tensor:
-        """A tensor of host memory on the device; there once `load(0)` has returned."""
-        return numbers.to(self._adapter.device)
+    def bring(self, pieces: Sequence[tuple[int, Tensor]], columns: int) -> Tensor:
+        """Numbers of tokens as a table [prompt length, columns] on the device, there once `load(0)` has returned.
+
+        Args:
+            pieces: place of a first token, and the numbers of it and those behind it, [tokens, `columns` or more] in host memory;
+                in order of places. Other tokens' are 0.
+            columns: how many of the first columns are wanted.
+        """
+        return self._table(pieces, columns).to(self._adapter.device)
+
+    def _table(self, pieces: Sequence[tuple[int, Tensor]], columns: int) -> Tensor:
+        """See `bring`; in host memory, page-locked where there is a GPU."""
+        length, pinned = self._buffers.length, self._adapter.device.type == "cuda"
+        table = torch.empty(length, columns, dtype=pieces[0][1].dtype, pin_memory=pinned)
+        at, rows = 0, table.numpy()  # NumPy copies without waking threads
+        for start, numbers in pieces:
+            rows[at:start] = 0
+            at = start + numbers.shape[0]
+            rows[start:at] = numbers.numpy()[:, :columns]
+        rows[at:] = 0
+        return table
 
     def hurry(self) -> None:
         """What is asked for first may be on its way already, whole, whatever will be known of it when it is asked for."""

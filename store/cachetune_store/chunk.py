@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -18,7 +18,7 @@ from .errors import NonFiniteError
 from .keys import ChunkKey, Namespace, make_key
 from .layout import ChunkLayout, LayerSpec, RowFormat, torch_dtype
 
-__all__ = ["BLOCK_ROWS", "Chunk", "ChunkHead", "SlabPlan", "encode_chunk", "plan_slab", "ranking_order"]
+__all__ = ["BLOCK_ROWS", "Chunk", "ChunkHead", "SlabPlan", "encode_chunk", "in_pool", "plan_slab", "ranking_order"]
 
 BLOCK_ROWS = 64
 """Rows of one checksummed block in new files."""
@@ -83,7 +83,8 @@ class ChunkHead:
 
     def host_bytes(self, pool: SlabPool) -> int:
         """What a chunk with this head takes of host memory: its slab, from `pool`, and the deviations."""
-        return pool.size_of(self.plan.total) + (0 if self.deviations is None else self.deviations.nbytes)
+        beside = 0 if self.deviations is None else self.deviations.nbytes
+        return pool.size_of(self.plan.total) + (pool.size_of(beside) if beside and pool.pinned else beside)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +115,14 @@ class Chunk:
     def addresses(self) -> tuple[int, ...]:
         """Where each layer begins in memory."""
         return tuple(layer.data_ptr() for layer in self.layers)
+
+
+def in_pool(head: ChunkHead, pool: SlabPool) -> ChunkHead:
+    """The head with its deviations in memory of the pool, if that is page-locked: a GPU then fetches them by itself."""
+    if head.deviations is None or not pool.pinned:
+        return head
+    room = pool.allocate(head.deviations.nbytes).view(torch.float16).view(head.deviations.shape)
+    return replace(head, deviations=room.copy_(head.deviations))
 
 
 def layer_views(layout: ChunkLayout, slab: Tensor) -> tuple[Tensor, ...]:
@@ -185,7 +194,7 @@ def encode_chunk(
         text=text,
         deviations=spread,
     )
-    return Chunk(head, slab, head.host_bytes(pool))
+    return Chunk(in_pool(head, pool), slab, head.host_bytes(pool))
 
 
 def block_checksums(layout: ChunkLayout, slab: Tensor, block_rows: int) -> npt.NDArray[np.uint64]:

@@ -17,7 +17,7 @@ import xxhash
 from torch import Tensor
 
 from .buffers import SlabPool, memory_of, round_up
-from .chunk import Chunk, ChunkHead, clear_padding, layer_views
+from .chunk import Chunk, ChunkHead, clear_padding, in_pool, layer_views
 from .errors import DamagedChunkError, StoreClosedError
 from .keys import ChunkKey
 from .layout import ChunkLayout
@@ -254,7 +254,7 @@ class DiskReader(ChunkReader):
             self.read(layer, tokens)
         self._prepare()
         assert self._slab is not None
-        return Chunk(self.head, self._slab, self.head.host_bytes(self._pool))
+        return Chunk(in_pool(self.head, self._pool), self._slab, self.head.host_bytes(self._pool))
 
     def padding_is_clear(self) -> bool:
         """True if the bytes between the layers are zero, as they were written. Only after read_all()."""

@@ -346,10 +346,12 @@ def test_row_memory_is_reused_but_never_while_it_is_seen() -> None:
 def test_rows_reach_a_gpu_from_pinned_memory(path: Path) -> None:
     one = sample()
     one.layers = [(k.cuda(), v.cuda()) for k, v in one.layers]
+    spread = torch.rand(150, 2 * sum(k.shape[1] for k, _ in one.layers)).half()
     with ChunkStore(path) as store:
-        one.put(store)
+        store.put(one.key, one.layers, one.scores, namespace=NAMESPACE, token_ids=one.token_ids, deviations=spread)
         with store.open(one.key) as reader:
             assert reader.read(0, 100).is_pinned()
+            assert reader.deviations.is_pinned()
     with ChunkStore(path) as store, store.open(one.key) as reader:
         rows = reader.read(0, 150)
         assert rows.is_pinned()
@@ -407,3 +409,30 @@ def test_memory_for_reads_is_kept_up_to_its_budget(tmp_path: Path, read_memory: 
         del reader
         kept = store._pool.idle_bytes
     assert kept >= one.layers[0][0].nbytes if read_memory else kept == 0
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_deviations_lie_where_a_gpu_fetches_rows_from(
+    path: Path, pinned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    allocate = SlabPool.allocate
+    monkeypatch.setattr(SlabPool, "allocate", lambda pool, count: taken.append(count) or allocate(pool, count))
+    monkeypatch.setattr("cachetune_store.buffers.pinning.pin", lambda area: True)
+    monkeypatch.setattr("cachetune_store.buffers.pinning.unpin", lambda area: None)
+    one = sample()
+    deviations = torch.rand(150, 2 * sum(k.shape[1] for k, _ in one.layers)).half()
+    with ChunkStore(path) as store:
+        store._pool.pinned = pinned
+        store.put(one.key, one.layers, one.scores, namespace=NAMESPACE, token_ids=one.token_ids, deviations=deviations)
+        with store.open(one.key) as reader:
+            assert torch.equal(reader.deviations, deviations)
+    with ChunkStore(path) as store:
+        store._pool.pinned = pinned
+        with store.open(one.key) as reader:
+            assert reader.tier == "disk"
+            assert reader.promote()
+        with store.open(one.key) as reader:
+            assert reader.tier == "host"
+            assert torch.equal(reader.deviations, deviations)
+    assert taken.count(deviations.nbytes) == (2 if pinned else 0)
