@@ -8,7 +8,7 @@ import fcntl
 import os
 from pathlib import Path
 
-from .buffers import PAGE, private_pages, round_up
+from .buffers import PAGE, SlabPool, memory_of, round_up
 
 __all__ = ["DirectIO", "RawFile", "identity_of"]
 
@@ -47,9 +47,19 @@ class DirectIO:
 class RawFile:
     """An open file. It stays readable when its name is gone, which is how open chunks outlive an eviction."""
 
-    def __init__(self, path: Path | str, direct: DirectIO, head: int = _HEAD_GUESS) -> None:
-        """`head`: how long the file's head probably is; asked for it, at least so much is read."""
+    def __init__(
+        self, path: Path | str, direct: DirectIO, head: int = _HEAD_GUESS, memory: SlabPool | None = None
+    ) -> None:
+        """Open it.
+
+        Args:
+            path: of the file.
+            direct: how.
+            head: how long the file's head probably is; asked for it, at least so much is read.
+            memory: where the head is read into. Memory that is new costs as much time as reading into it.
+        """
         self._fd = -1
+        self._memory = memory or SlabPool(pinned=False, limit=0)
         self._direct, self._guess = direct, max(head, _HEAD_GUESS)
         self._head: memoryview | None = None
         self._fd = direct.open(path)
@@ -62,7 +72,7 @@ class RawFile:
         """At least the first `count` bytes, or all there are; kept until `drop_head`."""
         if self._head is None or len(self._head) < min(count, self.size):
             want = min(round_up(max(count, self._guess)), round_up(self.size))
-            area = memoryview(private_pages(max(want, PAGE)))
+            area = memory_of(self._memory.allocate(max(want, PAGE)))
             self._head = area[: min(self.read(area[:want], 0), self.size)]
         return self._head
 

@@ -36,6 +36,8 @@ __all__ = ["DiskTier"]
 
 _LONGEST_GUESS = 4 << 20
 """Most bytes of a head that are read before it is known how long it is."""
+HEAD_MEMORY = 64 << 20
+"""Bytes of memory that heads were read into and that are kept for the next ones: those of a hundred long chunks."""
 _LOST = {errno.EIO, errno.EBADMSG, errno.EUCLEAN}
 """Errors of reading that say that the disk or the file system has lost what stood there. Others pass."""
 
@@ -78,6 +80,7 @@ class DiskTier(Tier):
         self._damaged = DamagedFiles(directory / "damaged", limit_bytes=budget)
         self._touched: dict[str, float] = {}
         self._head_bytes = 0
+        self._heads = SlabPool(pinned=False, limit=HEAD_MEMORY)
         self._lock = threading.Lock()
 
     def path_of(self, key: ChunkKey) -> Path:
@@ -267,7 +270,7 @@ class DiskTier(Tier):
         errors = [] if errors is None else errors
         path = self.path_of(key)
         try:
-            file = RawFile(path, self._direct, self._head_bytes)
+            file = RawFile(path, self._direct, self._head_bytes, self._heads)
         except FileNotFoundError:
             return None
         except OSError as error:
