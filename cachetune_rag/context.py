@@ -95,14 +95,13 @@ class RequestContext:
     def _deviations(self) -> list[tuple[int, Tensor]]:
         """Place and deviations of every reused chunk, in order; nothing if none are known."""
         chunks = sorted(self.chunks, key=lambda c: c.start)
-        known = [chunk.deviations for chunk in chunks if chunk.deviations is not None]
+        rows = known = [chunk.deviations for chunk in chunks if chunk.deviations is not None]
         if not known:
             return []
-        if len(known) == len(chunks):
-            return list(zip((chunk.start for chunk in chunks), known, strict=True))
-        usual = torch.cat(known).float().mean(0).to(known[0].dtype)
-        rows = [usual.expand(c.tokens, -1) if c.deviations is None else c.deviations for c in chunks]
-        return list(zip((chunk.start for chunk in chunks), rows, strict=True))
+        if len(known) < len(chunks):
+            usual = torch.cat(known).float().mean(0).to(known[0].dtype)
+            rows = [usual.expand(c.tokens, -1) if c.deviations is None else c.deviations for c in chunks]
+        return [(chunk.start, numbers) for chunk, numbers in zip(chunks, rows, strict=True)]
 
 
 def _chunk(source: Source) -> ReusedChunk:
