@@ -119,7 +119,7 @@ class Inputs:
         self._host = torch.zeros(sum(sizes), dtype=torch.int64, pin_memory=cuda)
         self.read = torch.cuda.Event(enable_timing=True) if cuda else None
         self._numbers = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
-        # NumPy: for so few numbers, torch takes the host ten times as long.
+        # NumPy: for so few numbers, torch takes the host far longer.
         self._parts = [part.numpy() for part in self._host.split(sizes)]
         ids, places, self.positions, self.table, self.watched, self.deviations, *rest = self._numbers.split(sizes)
         self.known, self.rotations, spans = rest

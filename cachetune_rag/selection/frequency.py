@@ -62,6 +62,6 @@ class FrequencySelector(Selector):
     def select(self, context: SelectionContext, ratio: float) -> Tensor:
         """See `Selector.select`. The last rows of a chunk's file are its top tokens, so they need not even be read."""
         ends = [(c, c.tokens - c.skipped) for c in context.chunks]
-        # NumPy: torch takes the host several times as long for a few numbers, and there are many chunks.
+        # NumPy: torch takes the host longer for a few numbers, and there are many chunks.
         picked = [c.start + c.order.numpy()[end - c.budget(ratio) : end] for c, end in ends]
         return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *picked]))
