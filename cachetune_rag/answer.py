@@ -100,12 +100,14 @@ class AnswerStream:
 
     def _run(self) -> Any:
         requests = self._requests
-        state = requests.prefill(self._prompt, self._config, self._started, self.when_read)
+        most = self._plan.max_new_tokens
+        state = requests.prefill(self._prompt, self._config, self._started, self.when_read, most)
         tokens: list[int] = []
         text: list[str] = []
         stream = self._plan.text_stream()
         self._report = state.report
-        for token in decode(lambda t: requests.forward(t, state.cache), self._plan, state.logits):
+        steps = requests.steps(state, most)
+        for token in decode(lambda t: requests.forward(t, steps), self._plan, state.logits):
             if not tokens:
                 # Choosing the first token is part of waiting for it.
                 self._report = replace(state.report, ttft=time.perf_counter() - self._started)

@@ -53,6 +53,7 @@ class PrefillState:
         cache: an ordinary transformers cache of the whole prompt, in position order.
         report: what happened.
         prompt: the prompt.
+        buffers: the memory that `cache` shows; None where the whole prompt was computed.
         missed: numbers of the chunks of the prompt that were not in the store (each key once) and are to be stored.
     """
 
@@ -61,6 +62,7 @@ class PrefillState:
     report: Report
     prompt: Prompt
     missed: tuple[int, ...] = ()
+    buffers: KVBuffers | None = None
 
 
 @dataclass(frozen=True)
@@ -122,18 +124,24 @@ class Assembler:
         return PrefillState(logits, cache, report, prompt)
 
     def prefill(
-        self, prompt: Prompt, config: ReuseConfig, started: float, when_read: Callable[[], None] = _nothing
+        self,
+        prompt: Prompt,
+        config: ReuseConfig,
+        started: float,
+        when_read: Callable[[], None] = _nothing,
+        room: int = 0,
     ) -> PrefillState:
         """Prefill with reuse. When a chunk can't be read the request starts over with that chunk missing (a damaged one is set
         aside), and when the disk doesn't answer in time, with the chunks in host memory alone.
 
-        `when_read()` is called once its last reads from disk are on their way (again if it starts over).
+        `when_read()` is called once its last reads from disk are on their way (again if it starts over). An answer of `room` tokens
+        is to be expected behind it.
         """
         faults = Faults()
         while True:
             try:
                 try:
-                    return self._attempt(prompt, config, started, faults, when_read)
+                    return self._attempt(prompt, config, started, faults, when_read, room)
                 except DamagedSourceError as error:
                     faults.failed(error.key, set_aside=self._pool.call(self._store.discard, error.key))
             except StoreTimeoutError:
@@ -159,7 +167,13 @@ class Assembler:
             return sum(r.layout.tokens for _, r in found), clock.lap()
 
     def _attempt(
-        self, prompt: Prompt, config: ReuseConfig, started: float, faults: Faults, when_read: Callable[[], None]
+        self,
+        prompt: Prompt,
+        config: ReuseConfig,
+        started: float,
+        faults: Faults,
+        when_read: Callable[[], None],
+        room: int,
     ) -> PrefillState:
         with ExitStack() as stack:
             if self._adapter.device.type == "cuda":
@@ -176,7 +190,7 @@ class Assembler:
             timings = {"lookup": clock.lap()}
             if config.tunable and self._tuned is not None and found:
                 config = self._tuned(config, *_slowest(r for _, r in found))
-            plan, probed = self._plan(prompt, found, config, stack)
+            plan, probed = self._plan(prompt, found, config, stack, room)
             timings["select"] = clock.lap()
             skipped, phases = 0, None
             if plan is None:
@@ -229,15 +243,15 @@ class Assembler:
                 probed=probed,
                 skipped=skipped,
             )
-            return PrefillState(logits, cache, report, prompt, first_missed)
+            return PrefillState(logits, cache, report, prompt, first_missed, None if plan is None else plan.buffers)
 
     def _plan(
-        self, prompt: Prompt, found: list[tuple[int, ChunkReader]], config: ReuseConfig, stack: ExitStack
+        self, prompt: Prompt, found: list[tuple[int, ChunkReader]], config: ReuseConfig, stack: ExitStack, room: int
     ) -> tuple[_Plan | None, int]:
         """What is computed and where the rest goes, None if all of the prompt is computed; and the token-layers probed."""
         if not found or len(prompt.ids) <= self._adapter.reuse_beyond:
             return None, 0
-        buffers = self._adapter.new_buffers(len(prompt.ids))
+        buffers = self._adapter.new_buffers(len(prompt.ids), room)
         prefix = prompt.ids[: min(span.start for span in prompt.spans if span.end > span.start)]
         kept = len(prefix) if self._prefixes.fill(prefix, buffers) else 0
         # NumPy throughout: for some ten thousand numbers, waking torch's threads takes longer than the work, and as long as

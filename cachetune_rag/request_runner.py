@@ -87,6 +87,7 @@ class RequestRunner:
         config: ReuseConfig | None,
         started: float,
         when_read: Callable[[], None] = lambda: None,
+        new_tokens: int = 1,
     ) -> PrefillState:
         """Read a prompt, and count it as a request.
 
@@ -95,6 +96,7 @@ class RequestRunner:
             config: from `config`; None computes everything.
             started: when the request came (`time.perf_counter`).
             when_read: called once its last reads from disk are on their way.
+            new_tokens: most tokens of the answer.
         """
         engine = self._engine
         with engine._lock.reserved(), engine._lock:
@@ -103,7 +105,7 @@ class RequestRunner:
                 when_read()
                 state = engine._assembler.full_prefill(prompt, started)
             else:
-                state = engine._assembler.prefill(prompt, config, started, when_read)
+                state = engine._assembler.prefill(prompt, config, started, when_read, new_tokens - 1)
         report = replace(state.report, request_id=new_request_id())
         engine._counter.add(report)
         engine.observers.prefilled(report)
@@ -152,12 +154,18 @@ class RequestRunner:
         """While the context is open, background work stays away from the model."""
         return self._engine._lock.reserved()
 
-    def forward(self, token: int, cache: Any) -> torch.Tensor:
+    def steps(self, state: PrefillState, new_tokens: int) -> Callable[[int], torch.Tensor]:
+        """Decoding steps behind a prompt, for `forward`: those of full prefill are transformers' own throughout."""
+        adapter = self._engine.adapter
+        if state.report.full:
+            return adapter.steps(state.cache)
+        return adapter.quick_steps(state.cache, state.buffers, new_tokens - 1)
+
+    def forward(self, token: int, steps: Callable[[int], torch.Tensor]) -> torch.Tensor:
         """One decoding step: logits [1, vocab] after `token`."""
-        engine = self._engine
-        with engine._lock:
-            engine._check_open()
-            return engine.adapter.forward(torch.tensor([token], device=engine.adapter.device), cache)
+        with self._engine._lock:
+            self._engine._check_open()
+            return steps(token)
 
     def answered(self, state: PrefillState, answer: Answer, started: float) -> None:
         """Tell the observers of a finished answer, and perhaps compare it with full prefill later on."""

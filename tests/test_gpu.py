@@ -14,7 +14,8 @@ from families import FAMILIES, Family, random_ids
 from tiny import llama, tokenizer
 
 from cachetune_rag import CacheTune, Document
-from cachetune_rag.model import KVBuffers, ModelAdapter
+from cachetune_rag.model import KVBuffers, ModelAdapter, steps
+from cachetune_rag.model import adapter as adapter_module
 from cachetune_rag.model import device as device_forward
 
 pytestmark = pytest.mark.gpu
@@ -98,6 +99,26 @@ def test_half_types_recompute_to_full_prefill(dtype: torch.dtype, batch_tokens: 
         engine.generate(query=QUERY, chunks=CHUNKS, max_new_tokens=5, do_sample=True, seed=1)
 
 
+@WAYS
+def test_answers_are_those_of_a_cpu(tmp_path: Path, cuda_kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With more tokens than there is room for at first; of chunks that are stored and of some that are not."""
+    monkeypatch.setattr(steps, "ROOM", 16)
+    monkeypatch.setattr(adapter_module, "ROOM", 16)
+    answers = {}
+    for device in ("cpu", "cuda"):
+        with CacheTune(llama().to(device), tokenizer(), tmp_path / device, cuda_kernels=cuda_kernels) as engine:
+            engine.precompute([Document("a", CHUNKS)])
+            for _ in range(2):  # launched, then captured
+                found = [
+                    engine.generate(query=QUERY, chunks=chunks, max_new_tokens=50, min_new_tokens=50, ratio=0.3)
+                    for chunks in (CHUNKS, ["A chunk that nobody has seen before."])
+                ]
+                answers[device] = [answer.token_ids for answer in found]
+                assert found[0].report.reused
+                assert len(found[0].token_ids) == 50
+    assert answers["cpu"] == answers["cuda"]
+
+
 def test_graphs_give_what_launching_gives(tmp_path: Path) -> None:
     with CacheTune(llama().cuda(), tokenizer(), tmp_path, batch_tokens=0, lead_in=LEADS) as engine:
         engine.precompute([Document("a", CHUNKS)])
@@ -148,6 +169,7 @@ def test_nothing_is_captured_or_compiled_in_steady_state(tmp_path: Path, monkeyp
             assert report.computed <= 768, number
             assert set(report.timings) == {"lookup", "select", "load", "compute", "launch"}
             assert all(0 <= seconds <= report.ttft for seconds in report.timings.values())
+            engine.generate(query=query, chunks=chunks, max_new_tokens=3, min_new_tokens=3, ratio=0.05)
         assert forward.captures == captures
         assert counters["stats"]["unique_graphs"] == graphs
         assert not compiled

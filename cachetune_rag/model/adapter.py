@@ -23,6 +23,7 @@ from cachetune_rag.model.loadcheck import LoadCheck
 from cachetune_rag.model.probe import Probe
 from cachetune_rag.model.rope import Rotary, Tables, Turn, longrope_boundary, rows_of
 from cachetune_rag.model.shift import ChunkShift, RowShift
+from cachetune_rag.model.steps import ROOM, KernelSteps
 from cachetune_rag.model.teacher import interruptible
 from cachetune_store.layout import LayerSpec
 
@@ -182,9 +183,10 @@ class ModelAdapter:
         """See `Rotary.turns`; for prompts of `length` tokens."""
         return self._rotary.turns(self.rotary_tables(length), [spec.head_dim for spec in self.layers])
 
-    def new_buffers(self, length: int) -> KVBuffers:
-        """Uninitialised buffers for a prompt of `length` tokens."""
-        return KVBuffers(self.layers, length, self.dtype, self.device)
+    def new_buffers(self, length: int, room: int = 0) -> KVBuffers:
+        """Uninitialised buffers for a prompt of `length` tokens; where decoding needs it, with room for an answer of `room`."""
+        room = 0 if self.device_forward is None else min(room, ROOM)
+        return KVBuffers(self.layers, length, self.dtype, self.device, room)
 
     # -- forwards -------------------------------------------------------------------------------------------------
 
@@ -198,6 +200,30 @@ class ModelAdapter:
     def forward(self, ids: Tensor, cache: Cache, keep: int = 1) -> Tensor:
         """Run `ids` [tokens] behind what `cache` holds, which grows by them. Returns logits of the last ones, [keep, vocab]."""
         return self._forward.behind(ids, cache, keep)
+
+    def steps(self, cache: Cache) -> Callable[[int], Tensor]:
+        """Decoding steps by transformers' own forward: token -> logits behind it, [1, vocab]. `cache` grows."""
+        return lambda token: self.forward(torch.tensor([token], device=self.device), cache)
+
+    def quick_steps(self, cache: Cache, buffers: KVBuffers | None, room: int) -> Callable[[int], Tensor]:
+        """As `steps`, but through the kernels where they run; `cache` stays as it is.
+
+        Args:
+            cache: of a prompt.
+            buffers: the memory that it shows; None where it has memory of its own, from which it is moved.
+            room: how many steps to expect; there may be more.
+        """
+        if self.device_forward is None:
+            return self.steps(cache)
+
+        def find() -> KVBuffers:
+            if buffers is not None:
+                return buffers
+            made = self.new_buffers(cache.get_seq_length(), room)
+            made.take(cache)
+            return made
+
+        return KernelSteps(self.device_forward, find, cache)
 
     def interruptible(self, stop: Callable[[], bool]) -> AbstractContextManager[None]:
         """See `teacher.interruptible`."""

@@ -18,14 +18,38 @@ class KVBuffers:
 
     Memory is token-major, [length, kv_heads, head_dim], so that a stored row is copied in one piece; `keys` and
     `values` are the views [1, kv_heads, length, head_dim] that attention reads.
+
+    Args:
+        specs: shapes of each layer's keys and values.
+        length: tokens of the prompt.
+        dtype, device: of the memory, which is not initialised.
+        room: rows behind the prompt's, for tokens of an answer; no view shows them.
+
+    Attributes:
+        key_rows, value_rows: of each layer, [length, kv_heads, head_dim].
     """
 
-    def __init__(self, specs: Sequence[LayerSpec], length: int, dtype: torch.dtype, device: torch.device):
-        self.length = length
-        key_shapes = [(length, s.heads, s.head_dim) for s in specs]
-        value_shapes = [(length, s.heads, s.v_head_dim) for s in specs]
-        self._keys, self.key_rows = _empty(key_shapes, dtype, device)
-        self._values, self.value_rows = _empty(value_shapes, dtype, device)
+    def __init__(
+        self, specs: Sequence[LayerSpec], length: int, dtype: torch.dtype, device: torch.device, room: int = 0
+    ):
+        self.length, self.room = length, room
+        self.dtype, self.device, self._specs = dtype, device, list(specs)
+        self._allocate()
+
+    def _allocate(self) -> None:
+        rows = self.length + self.room
+        key_shapes = [(rows, s.heads, s.head_dim) for s in self._specs]
+        value_shapes = [(rows, s.heads, s.v_head_dim) for s in self._specs]
+        self._keys, self._all_keys, self.key_rows = _empty(key_shapes, self.length, self.dtype, self.device)
+        self._values, self._all_values, self.value_rows = _empty(value_shapes, self.length, self.dtype, self.device)
+
+    def grow(self, room: int) -> None:
+        """Make room for `room` tokens more. All rows move, which takes twice the memory meanwhile."""
+        before = [*self._all_keys, *self._all_values]
+        self.room += room
+        self._allocate()
+        for old, new in zip(before, [*self._all_keys, *self._all_values], strict=True):
+            new[: old.shape[0]].copy_(old)
 
     def keys(self, layer: int) -> Tensor:
         """Keys of one layer, [1, kv_heads, length, head_dim]."""
@@ -49,11 +73,22 @@ class KVBuffers:
         cache = DynamicCache()
         for layer in range(len(self.key_rows)):
             entry = DynamicLayer()
-            keys, values = self.keys(layer), self.values(layer)
-            entry.lazy_initialization(keys, values)
-            entry.keys, entry.values = keys, values
+            entry.lazy_initialization(self.keys(layer), self.values(layer))
             cache.layers.append(entry)
+        self.show_in(cache)
         return cache
+
+    def show_in(self, cache: Cache) -> None:
+        """Make the prompt's rows what `cache`, of as many layers, consists of."""
+        for layer, entry in enumerate(cache.layers):
+            entry.keys, entry.values = self.keys(layer), self.values(layer)
+
+    def take(self, cache: Cache) -> None:
+        """Move a cache of `length` tokens here, layer by layer; it shows these rows afterwards."""
+        for layer, entry in enumerate(cache.layers):
+            self.keys(layer).copy_(entry.keys)
+            self.values(layer).copy_(entry.values)
+            entry.keys, entry.values = self.keys(layer), self.values(layer)
 
 
 class ScatterCache(Cache):
@@ -129,10 +164,14 @@ class _ScatterLayer(CacheLayerMixin):
 
 
 def _empty(
-    shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor | None, list[Tensor]]:
-    """Uninitialised tensors; on a GPU of one piece where they are alike, since each allocation takes the host time."""
+    shapes: Sequence[tuple[int, ...]], shown: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+    """Uninitialised tensors, and views of their first `shown` rows; on a GPU of one piece (the first result) where they are
+    alike, since each allocation takes the host time.
+    """
     if device.type == "cuda" and len(set(shapes)) == 1:
         whole = torch.empty(len(shapes), *shapes[0], dtype=dtype, device=device)
-        return whole, list(whole.unbind())
-    return None, [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+        every = list(whole.unbind())
+        return whole, every, every if shown == shapes[0][0] else list(whole[:, :shown].unbind())
+    every = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+    return None, every, [rows[:shown] for rows in every]

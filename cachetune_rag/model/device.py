@@ -29,6 +29,7 @@ from cachetune_rag.model.buffers import KVBuffers
 from cachetune_rag.model.fusion import TOKENS, FusedLayers, opaque
 from cachetune_rag.model.graphs import (
     MAX_TOKENS,
+    STEP_TOKENS,
     Graph,
     Inputs,
     Kind,
@@ -109,6 +110,10 @@ class DeviceForward:
         kind = Kind(bucket(ids.shape[0]), chunks=0 if numbers is None else chunk_room(numbers.spans.shape[0]))
         return self._go(kind, ids, positions, buffers, before or _nothing, shift=numbers)
 
+    def step(self, token: int, place: int, buffers: KVBuffers) -> Tensor:
+        """The model on one more token, at `place` behind those that `buffers` holds: logits [1, vocab]. Its row has to exist."""
+        return self._go(Kind(STEP_TOKENS), torch.tensor([token]), torch.tensor([place]), buffers, _nothing)
+
     def received(
         self,
         ids: Tensor,
@@ -159,7 +164,7 @@ class DeviceForward:
     def warmup(
         self, tokens: int, probe: tuple[int, bool] | None = None, lengths: Sequence[int] = (), shift: bool = False
     ) -> None:
-        """Compile the kernels and capture the graphs of up to `tokens` computed tokens.
+        """Compile the kernels and capture the graphs of a decoding step and of up to `tokens` computed tokens.
 
         Args:
             tokens: most tokens that a forward computes.
@@ -168,6 +173,7 @@ class DeviceForward:
             lengths: prompt lengths that the probe is made ready for.
             shift: whether forwards shift chunks.
         """
+        self._warm(Kind(STEP_TOKENS))
         for size in buckets(tokens):
             self._warm(Kind(size, chunks=chunk_room(int(shift))))
         if probe is not None:

@@ -16,6 +16,8 @@ from cachetune_rag.model.shift import ChunkShift
 
 MAX_TOKENS = 6144
 """Above, a layer computes for longer than it takes to launch, and a graph would only hold memory."""
+STEP_TOKENS = 8
+"""What a decoding step's one token is padded to: compiled layers take one token for a case of its own, and so few cost nothing."""
 _LENGTHS = (8192, 32768, 131072)
 """Rooms for prompts that are probed: few, so that prompts of many lengths share their graphs."""
 _CHUNKS = (128, 1024)

@@ -10,7 +10,7 @@ from families import FAMILIES, Family, random_ids
 from test_kernels import DEVICE, pytestmark  # noqa: F401 - skips where no kernel runs
 from torch import Tensor
 
-from cachetune_rag.model import KVBuffers, ModelAdapter
+from cachetune_rag.model import KVBuffers, ModelAdapter, steps
 from cachetune_rag.model.shift import ChunkShift
 
 # One of each way to rotate (half split, by pairs, in part, stretched, none), to group heads, to see a window.
@@ -90,3 +90,32 @@ def test_expected_error(pair: tuple[ModelAdapter, ModelAdapter]) -> None:
         assert same(ours, wanted, 1e-3)
     ours, wanted = (a.received_attention(ids, places, filled(a), layers, queries, lambda _layer: None) for a in pair)
     assert same(ours, wanted)
+
+
+@pytest.mark.parametrize("reused", [True, False], ids=["reused", "computed"])
+def test_decoding_steps(pair: tuple[ModelAdapter, ModelAdapter], reused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes behind a prompt, past the room that was made for it: the same as with transformers' own cache."""
+    monkeypatch.setattr(steps, "ROOM", 5)
+    ids, answer = torch.tensor(random_ids(LENGTH, seed=1)), random_ids(12, seed=7)
+    quick, plain = pair
+    if reused:
+        buffers, expected = quick.new_buffers(LENGTH, 3), filled(plain)
+        for ours, theirs in zip(rows_of(buffers), rows_of(filled(quick)), strict=True):
+            ours.copy_(theirs)
+        cache, reference = buffers.to_cache(), expected.to_cache()
+    else:
+        buffers = None
+        (_, cache), (_, reference) = (a.full_forward(ids.to(DEVICE)) for a in pair)
+    step, wanted = quick.quick_steps(cache, buffers, 3), plain.quick_steps(reference, None, 3)
+    assert isinstance(step, steps.KernelSteps)
+    prompt = [layer.keys.clone() for layer in cache.layers]
+    for token in answer:
+        assert same(step(token), wanted(token))
+    # What others see of the prompt is what it was.
+    assert cache.get_seq_length() == LENGTH
+    assert all(torch.equal(layer.keys, before) for layer, before in zip(cache.layers, prompt, strict=True))
+    assert reference.get_seq_length() == LENGTH + len(answer)
+
+
+def rows_of(buffers: KVBuffers) -> list[Tensor]:
+    return [*buffers.key_rows, *buffers.value_rows]
