@@ -58,7 +58,7 @@ class AnswerStream:
         self._report: Report | None = None
         self._answer: Answer | None = None
         self.when_read: Callable[[], None] = lambda: None
-        """Called once the prompt's last reads from disk are on their way; set it before the first piece."""
+        """Called once the prompt's last rows have been read from disk, on any thread; set it before the first piece."""
         self._pieces = self._reserving()
 
     def __iter__(self) -> Iterator[str]:

@@ -134,7 +134,7 @@ class Assembler:
         """Prefill with reuse. When a chunk can't be read the request starts over with that chunk missing (a damaged one is set
         aside), and when the disk doesn't answer in time, with the chunks in host memory alone.
 
-        `when_read()` is called once its last reads from disk are on their way (again if it starts over). An answer of `room` tokens
+        `when_read()` is called once its last rows have been read from disk (again if it starts over). An answer of `room` tokens
         is to be expected behind it.
         """
         faults = Faults()
@@ -201,7 +201,7 @@ class Assembler:
                 needed = _needed(plan.sources, plan.computed) if plan.shift is None else plan.sources
                 skipped = sum(s.reader.layout.tokens - s.rows for s in needed)
                 plan.loader.set_sources(needed)
-                plan.loader.when_asked(when_read)
+                plan.loader.settled(when_read)
                 phases = ForwardPhases(self._adapter, plan.loader)
                 plan.loader.begin()
                 ids, places = some_of(prompt, plan.computed)

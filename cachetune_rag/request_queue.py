@@ -43,9 +43,10 @@ class _Ahead:
         self._engine = engine
         self._request = None if isinstance(request, Exception) else request
         self._job: Prefetch | None = None
+        self._cancelled = False
 
     def start(self) -> None:
-        """Begin, once."""
+        """Begin, once; on any thread."""
         request, self._request = self._request, None
         if request is None or request.get("reuse") is False:
             return
@@ -53,10 +54,12 @@ class _Ahead:
             self._job = self._engine.prefetch(request.get("chunks", ()), prompt=request.get("prompt"))
         except (CacheTuneError, TypeError):
             return  # the request itself will say so, when it is its turn
+        if self._cancelled:
+            self._job.cancel()
 
     def cancel(self) -> None:
         """The next request won't come."""
-        self._request = None
+        self._request, self._cancelled = None, True
         if self._job is not None:
             self._job.cancel()
 

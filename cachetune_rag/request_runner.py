@@ -95,7 +95,7 @@ class RequestRunner:
             prompt: from `prompt`.
             config: from `config`; None computes everything.
             started: when the request came (`time.perf_counter`).
-            when_read: called once its last reads from disk are on their way.
+            when_read: called once its last rows have been read from disk, on any thread.
             new_tokens: most tokens of the answer.
         """
         engine = self._engine

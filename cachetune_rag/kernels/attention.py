@@ -20,6 +20,10 @@ _PROGRAMS = 560
 """Programs that fill a large GPU well: with fewer, several share the keys of one block of queries (measured on an H100)."""
 
 
+_PROCESSORS = 128
+"""About as many multiprocessors as a large GPU has."""
+
+
 @triton.jit
 def _walk(
     acc, sums, top, query, keys, values, start, stop, pos,
@@ -196,8 +200,9 @@ def attend(
     block_d, block_v = power_of_two(dim, 16), power_of_two(v_dim, 16)
     rows, keys, warps, stages = blocks or _blocks(tokens * group, kv_heads, max(block_d, block_v), query.dtype)
     programs = triton.cdiv(tokens * group, rows) * kv_heads
-    # A power of two, so that few variants are compiled.
-    splits = splits or min(8, 1 << max(1, _PROGRAMS // programs).bit_length() - 1)
+    # A power of two, so that few variants are compiled. More than 8 only where they would leave processors idle.
+    most = max(8, _PROCESSORS // programs)
+    splits = splits or 1 << max(1, min(most, _PROGRAMS // programs)).bit_length() - 1
     parts, part_lse = out, out if lse is None else lse
     if splits > 1:
         parts = torch.empty(splits, tokens, heads, v_dim, dtype=torch.float32, device=query.device)

@@ -6,7 +6,7 @@ the prompt but the numbers in one small input tensor, and the whole of it can be
 an eager forward of 32 layers costs some 50 ms of launches, a replay next to nothing.
 
 A graph is cut before each layer's attention, where the layer's reused rows must have arrived: between the pieces, the stream
-waits for them. Token counts are rounded up; padding stands in front, at position -1, where it sees and writes nothing.
+waits for them (a decoding step needs no cuts). Token counts are rounded up; padding stands in front, at position -1, where it sees and writes nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from cachetune_rag.model.buffers import KVBuffers
 from cachetune_rag.model.fusion import TOKENS, FusedLayers, opaque
 from cachetune_rag.model.graphs import (
     MAX_TOKENS,
-    STEP_TOKENS,
+    STEP,
     Graph,
     Inputs,
     Kind,
@@ -112,7 +112,7 @@ class DeviceForward:
 
     def step(self, token: int, place: int, buffers: KVBuffers) -> Tensor:
         """The model on one more token, at `place` behind those that `buffers` holds: logits [1, vocab]. Its row has to exist."""
-        return self._go(Kind(STEP_TOKENS), torch.tensor([token]), torch.tensor([place]), buffers, _nothing)
+        return self._go(STEP, torch.tensor([token]), torch.tensor([place]), buffers, _nothing)
 
     def received(
         self,
@@ -173,7 +173,7 @@ class DeviceForward:
             lengths: prompt lengths that the probe is made ready for.
             shift: whether forwards shift chunks.
         """
-        self._warm(Kind(STEP_TOKENS))
+        self._warm(STEP)
         for size in buckets(tokens):
             self._warm(Kind(size, chunks=chunk_room(int(shift))))
         if probe is not None:
@@ -307,7 +307,8 @@ class DeviceForward:
             with torch.cuda.stream(self._stream):
                 recorder.begin()
                 try:
-                    out = self._eager(inputs, lambda _layer: recorder.cut(), self._call(kind, inputs))
+                    cut = _nothing if kind.whole else lambda _layer: recorder.cut()
+                    out = self._eager(inputs, cut, self._call(kind, inputs))
                 finally:
                     recorder.end()
         except RuntimeError as error:

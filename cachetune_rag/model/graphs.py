@@ -16,8 +16,10 @@ from cachetune_rag.model.shift import ChunkShift
 
 MAX_TOKENS = 6144
 """Above, a layer computes for longer than it takes to launch, and a graph would only hold memory."""
-STEP_TOKENS = 8
-"""What a decoding step's one token is padded to: compiled layers take one token for a case of its own, and so few cost nothing."""
+_STEP_TOKENS = 8
+"""What a decoding step's one token is padded to: compiled layers take a single token for a case of its own, and these few cost
+nothing.
+"""
 _LENGTHS = (8192, 32768, 131072)
 """Rooms for prompts that are probed: few, so that prompts of many lengths share their graphs."""
 _CHUNKS = (128, 1024)
@@ -47,6 +49,7 @@ class Kind:
         errors: whether the expected error is added up rather than the attention.
         length: room for the prompt, where it is probed.
         chunks: room for chunks that are shifted.
+        whole: whether every layer's rows are there from the start, so that a graph needs no cuts.
     """
 
     tokens: int
@@ -54,6 +57,11 @@ class Kind:
     errors: bool = False
     length: int = 0
     chunks: int = 0
+    whole: bool = False
+
+
+STEP = Kind(_STEP_TOKENS, whole=True)
+"""A decoding step."""
 
 
 def length_room(length: int) -> int:

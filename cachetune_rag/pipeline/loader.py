@@ -23,7 +23,9 @@ from cachetune_rag.workers import Job
 from cachetune_store import ChunkKey, ChunkReader, DamagedChunkError, LayerSpec, RowFormat, get_codec
 
 READ_AHEAD = 4
-"""Layers that are read ahead of the one that computes: bounds the memory between disk and buffers."""
+"""Layers that are read ahead of the one that computes while it is not settled which rows later ones need."""
+SETTLED_AHEAD = 16
+"""The same once it is: a disk that falls idle because computing lags, or the other way round, is time lost at the end."""
 
 
 class DamagedSourceError(Exception):
@@ -78,7 +80,8 @@ class LayerLoader:
         self._forms: dict[tuple[str, str], list[RowFormat]] = {}
         self._ahead: dict[int, list[Job[Tensor]]] = {}
         self.seconds = 0.0
-        self._when_asked: Callable[[], None] | None = None
+        self._horizon = READ_AHEAD
+        self._when_read: Callable[[], None] | None = None
         self._wanted: list[tuple[int, int, int]] | None = None
         self.set_sources(sources)
 
@@ -198,22 +201,31 @@ class LayerLoader:
 
     def _read_on(self, layer: int) -> None:
         """Have the rows of `layer` and of the next ones read."""
-        for ahead in range(layer, min(layer + 1 + READ_AHEAD, self._adapter.num_layers)):
+        last = None
+        for ahead in range(layer, min(layer + 1 + self._horizon, self._adapter.num_layers)):
             if ahead not in self._ahead and not self._loaded[ahead]:
                 self._ahead[ahead] = [self._pool.submit(_read, s, ahead) for s in self._slow]
-        if self._when_asked is not None and self._all_asked():
-            asked, self._when_asked = self._when_asked, None
-            asked()
+                last = self._ahead[ahead][-1]
+        if self._when_read is not None and self._all_asked():
+            self._tell_when_read(last)
 
-    def when_asked(self, call: Callable[[], None]) -> None:
-        """Have `call()` made once the last reads from disk are on their way, which may be now: the disk is free for others.
-
-        The sources must be final.
+    def settled(self, when_read: Callable[[], None]) -> None:
+        """The sources will change no more. `when_read()` is called once the last of their rows have been read from disk, on
+        whatever thread that ends on, which may be at once: the disk is free for others then. Not if this is closed before.
         """
+        self._horizon, self._when_read = SETTLED_AHEAD, when_read
         if self._all_asked():
+            left = self._ahead.get(self._adapter.num_layers - 1)
+            self._tell_when_read(left[-1] if left else None)
+
+    def _tell_when_read(self, last: Job[Tensor] | None) -> None:
+        """Call who waits for the disk; where the last read is under way, when it ends."""
+        call, self._when_read = self._when_read, None
+        assert call is not None
+        if last is None:
             call()
         else:
-            self._when_asked = call
+            last.add_done_callback(lambda job: None if job.cancelled() else call())
 
     def _all_asked(self) -> bool:
         layers = range(self._adapter.num_layers)

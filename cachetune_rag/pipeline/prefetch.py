@@ -19,8 +19,10 @@ from cachetune_store import ChunkKey, ChunkReader, ChunkStore, DamagedChunkError
 
 _log = logging.getLogger(__name__)
 
-THREADS = 2
-"""One chunk is checked while the next is on its way; more would only take the disk from requests."""
+AHEAD_THREADS = 8
+"""For a request to come, begun when the disk is free: as many as a request itself reads with."""
+REST_THREADS = 2
+"""For what requests left: one chunk is checked while the next is on its way; more would only take the disk from requests."""
 
 
 class Prefetch:
@@ -88,7 +90,8 @@ class Prefetcher:
         self._store = store
         budget = store.host_budget or store.device_budget  # without host memory chunks go straight to the device
         self._limit = budget if limit is None else min(limit, budget)
-        self._pool = Workers(THREADS, "cachetune-prefetch")
+        self._pool = Workers(AHEAD_THREADS, "cachetune-prefetch")
+        self._rest = Workers(REST_THREADS, "cachetune-prefetch-rest")
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._jobs: dict[ChunkKey, _Job] = {}
@@ -159,7 +162,8 @@ class Prefetcher:
     def close(self) -> None:
         """Stop; when this returns, nothing is read any more."""
         self._stop.set()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        for pool in (self._pool, self._rest):
+            pool.shutdown(wait=True, cancel_futures=True)
 
     def _submit(self, work: Callable[[], int], reader: ChunkReader, *, ahead: bool) -> Job[int] | None:
         """None if the chunk is being read already, or nothing is read any more: the reader stays the caller's then."""
@@ -168,7 +172,8 @@ class Prefetcher:
             if key in self._jobs or self._stop.is_set():
                 return None
             try:
-                job = self._jobs[key] = _Job(work, reader, ahead, self._pool.submit(work))
+                pool = self._pool if ahead else self._rest
+                job = self._jobs[key] = _Job(work, reader, ahead, pool.submit(work))
             except RuntimeError:  # closed meanwhile
                 return None
         job.future.add_done_callback(lambda _: self._ended(key, job))
