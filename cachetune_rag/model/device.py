@@ -43,9 +43,14 @@ from cachetune_rag.model.graphs import (
 from cachetune_rag.model.kernel_call import KernelCache, KernelCall, Probing, Shifting
 from cachetune_rag.model.rope import Turn
 from cachetune_rag.model.shift import ChunkShift
+from cachetune_store import pinning
 from cachetune_store.layout import LayerSpec
 
 MAX_GRAPHS = 96
+_INVALIDATED = "due to a previous error during capture"
+"""What CUDA says to one who captures when somebody else has done what can't be done meanwhile."""
+_ATTEMPTS = 5
+"""Captures that may fail for that."""
 _PROBED_TOKENS = 256
 """Computed tokens that a probe is made ready for: a query, a prefix, and what stands between chunks."""
 
@@ -91,6 +96,7 @@ class DeviceForward:
         self._graphs: OrderedDict[Kind, Graph] = OrderedDict()
         self._seen: set[Kind] = set()
         self._refused: set[Kind] = set()
+        self._disturbed = 0
         self._pool: Any = None
         self._stream: Any = None
         # Page-locked numbers that the device may not have read yet: a request has two forwards at most.
@@ -304,7 +310,7 @@ class DeviceForward:
         gc.disable()
         torch.cuda.synchronize(self._device)
         try:
-            with torch.cuda.stream(self._stream):
+            with pinning.capturing(), torch.cuda.stream(self._stream):
                 recorder.begin()
                 try:
                     cut = _nothing if kind.whole else lambda _layer: recorder.cut()
@@ -312,19 +318,7 @@ class DeviceForward:
                 finally:
                     recorder.end()
         except RuntimeError as error:
-            if _out_of_memory(error):
-                _log.warning(
-                    "no memory for a CUDA graph of %d tokens: requests of this size run as they are", kind.tokens
-                )
-                self._refused.add(kind)
-                torch.cuda.synchronize(self._device)
-                torch.cuda.empty_cache()
-                return None
-            # Models whose forward asks the device for numbers (experts chosen on the host) run as they are.
-            _log.warning("no CUDA graphs for this model: %s", error)
-            self.graphs_enabled = False
-            self._graphs.clear()
-            torch.cuda.synchronize(self._device)
+            self._give_up(kind, error)
             return None
         finally:
             if collecting:
@@ -335,6 +329,28 @@ class DeviceForward:
         while len(self._graphs) > MAX_GRAPHS:
             self._graphs.popitem(last=False)
         return graph
+
+    def _give_up(self, kind: Kind, error: RuntimeError) -> None:
+        """A capture failed: go on without this graph, or without any, or try again with the next request."""
+        torch.cuda.synchronize(self._device)
+        if not self._graphs:
+            self._pool = None  # it goes with the last graph
+        if _out_of_memory(error):
+            _log.warning("no memory for a CUDA graph of %d tokens: requests of this size run as they are", kind.tokens)
+            self._refused.add(kind)
+            torch.cuda.empty_cache()
+            return
+        self._disturbed += 1
+        if _INVALIDATED in str(error) and self._disturbed < _ATTEMPTS:
+            # By another thread of the program's that waited for the device meanwhile, most likely.
+            _log.warning(
+                "a CUDA graph of %d tokens was not captured, the next request tries again: %s", kind.tokens, error
+            )
+            return
+        # Models whose forward asks the device for numbers (experts chosen on the host) run as they are.
+        _log.warning("no CUDA graphs for this model: %s", error)
+        self.graphs_enabled = False
+        self._graphs.clear()
 
 
 def _out_of_memory(error: BaseException | None) -> bool:

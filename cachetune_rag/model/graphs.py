@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,10 @@ from cachetune_rag.kernels import AddressTable
 from cachetune_rag.model.buffers import KVBuffers
 from cachetune_rag.model.shift import ChunkShift
 
-MAX_TOKENS = 6144
-"""Above, a layer computes for longer than it takes to launch, and a graph would only hold memory."""
+MAX_TOKENS = 8192
+"""Above, a layer computes for longer than it takes to launch even while other threads read from disk, and a graph would only hold
+memory.
+"""
 _STEP_TOKENS = 8
 """What a decoding step's one token is padded to: compiled layers take a single token for a case of its own, and these few cost
 nothing.
@@ -223,4 +226,18 @@ class Recorder:
         """End the last piece."""
         if self._open:
             self._open = False
-            self.pieces[-1].capture_end()
+            try:
+                self.pieces[-1].capture_end()
+            except RuntimeError:
+                _leave(self._pool)
+                raise
+
+
+def _leave(pool: Any) -> None:
+    """Tell torch's allocator that a capture which failed is over. Before 2.12 it isn't told, and as long as it takes one to be under
+    way, memory that several streams have used is never free again. Torch has no public call for it.
+    """
+    end = getattr(torch._C, "_cuda_endAllocateToPool", None)
+    if end is not None:
+        with suppress(RuntimeError):  # it has been told
+            end(torch.cuda.current_device(), pool)

@@ -13,7 +13,8 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-import torch
+
+from cachetune_store import cudart
 
 _HOST_TO_DEVICE = 1
 _IN_STREAM_ORDER = 1
@@ -63,14 +64,13 @@ class _Attributes(ctypes.Structure):
 
 @cache
 def _runtime() -> _Run | None:
-    if torch.version.cuda is None:
+    library = cudart.runtime()
+    if library is None:
         return None
-    major = int(torch.version.cuda.split(".")[0])
     try:
-        library = ctypes.CDLL(f"libcudart.so.{major}")
         # Before 13 the call has another signature, and needs a driver newer than the runtime asks for.
-        return _batched(library.cudaMemcpyBatchAsync) if major >= 13 else _one_by_one(library.cudaMemcpyAsync)
-    except (OSError, AttributeError):
+        return _batched(library.cudaMemcpyBatchAsync) if cudart.major() >= 13 else _one_by_one(library.cudaMemcpyAsync)
+    except AttributeError:
         return None
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import threading
 import weakref
+from collections import deque
 
 import numpy as np
 import torch
@@ -54,7 +56,7 @@ class SlabPool:
         self.pinned = pinned
         self._limit = limit
         self._idle: dict[int, list[mmap.mmap]] = {}
-        self._returned: list[mmap.mmap] = []
+        self._returned: deque[mmap.mmap] = deque()
         # Reentrant, because memory may come back while the collector runs inside a method of this pool.
         self._lock = threading.RLock()
 
@@ -82,7 +84,7 @@ class SlabPool:
     def idle_bytes(self) -> int:
         """Bytes kept for reuse now."""
         with self._lock:
-            return sum(map(len, self._returned)) + sum(size * len(areas) for size, areas in self._idle.items())
+            return sum(map(len, list(self._returned))) + sum(size * len(areas) for size, areas in self._idle.items())
 
     def clear(self) -> None:
         """Give idle memory back to the system, and keep none from now on."""
@@ -99,15 +101,19 @@ class SlabPool:
 
     def _give_back(self, area: mmap.mmap) -> None:
         # May run anywhere, in the collector. So page-locked memory only lines up here: freeing it means waiting for the
-        # GPU, which is done when somebody next asks for memory.
-        with self._lock:
-            self._returned.append(area)
-            if not self.pinned or not self._limit:
+        # GPU, which is done when somebody next asks for memory. Without the lock: who holds it may be waiting for a capture to
+        # end, which this may be in the midst of.
+        self._returned.append(area)
+        if not self.pinned or not self._limit:
+            with self._lock:
                 self._settle()
 
     def _settle(self) -> None:
         """Make what came back ready to be given out, and free what is too much."""
-        returned, self._returned = self._returned, []
+        returned = []
+        with contextlib.suppress(IndexError):
+            while True:
+                returned.append(self._returned.popleft())
         if self.pinned and returned:
             pinning.wait_for_copies()
         for area in returned:

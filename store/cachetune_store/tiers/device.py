@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .. import pinning
 from ..buffers import round_up
 from ..chunk import Chunk, ChunkHead, layer_views
 from ..errors import BudgetError, StoreClosedError
@@ -197,5 +198,5 @@ class DeviceReader(ChunkReader):
         # Forgotten: nobody knows which streams read the rows.
         with contextlib.suppress(Exception):
             if not self._closed and self._stream is not None:
-                torch.cuda.synchronize(self.device)
+                pinning.wait_for_copies(self.device)
         super().__del__()
