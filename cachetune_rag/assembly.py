@@ -30,6 +30,7 @@ from cachetune_rag.prompt import Prompt
 from cachetune_rag.report import Report
 from cachetune_rag.selection import ReusedChunk, get_selector
 from cachetune_rag.selection.base import budget
+from cachetune_rag.selection.frequency import FrequencySelector
 from cachetune_store import ChunkKey, ChunkReader, ChunkStore, Namespace, make_key
 
 TIERS = ("device", "host", "disk")
@@ -147,6 +148,14 @@ class Assembler:
             except StoreTimeoutError:
                 faults.disk_gone = True
 
+    def rows_needed(self, config: ReuseConfig, reader: ChunkReader) -> int:
+        """How many rows of each layer of a chunk a request will read, as far as that is known before it comes."""
+        if config.tunable and self._tuned is not None:
+            config = self._tuned(config, reader.tier, reader.layout.codec)
+        offline = config.selector == FrequencySelector.name and not FrequencySelector.shift
+        tokens = reader.layout.tokens
+        return tokens - budget(config.ratio if offline else config.skipped, tokens)
+
     def transfer(self, prompt: Prompt) -> tuple[int, float]:
         """Bring every row of a prompt's stored chunks to its place and compute nothing: (rows of a layer, seconds)."""
         with ExitStack() as stack:
@@ -188,20 +197,31 @@ class Assembler:
             else:
                 found, missed, first_missed = self._pool.call(self._look_up, prompt, readers, faults)
             timings = {"lookup": clock.lap()}
+            hold = None
+            if self._prefetcher is not None and not all(r.in_memory for _, r in found):
+                # Until its rows are there, what is read behind requests would be read at the cost of this one.
+                hold = self._prefetcher.hold()
+                stack.callback(hold.release)
+
+            def disk_free() -> None:
+                if hold is not None:
+                    hold.release()
+                when_read()
+
             if config.tunable and self._tuned is not None and found:
                 config = self._tuned(config, *_slowest(r for _, r in found))
             plan, probed = self._plan(prompt, found, config, stack, room)
             timings["select"] = clock.lap()
             skipped, phases = 0, None
             if plan is None:
-                when_read()
+                disk_free()
                 logits, cache = self._adapter.full_forward(self._ids(prompt))
             else:
                 # A shift needs what is stored of the recomputed tokens too.
                 needed = _needed(plan.sources, plan.computed) if plan.shift is None else plan.sources
                 skipped = sum(s.reader.layout.tokens - s.rows for s in needed)
                 plan.loader.set_sources(needed)
-                plan.loader.settled(when_read)
+                plan.loader.settled(disk_free)
                 phases = ForwardPhases(self._adapter, plan.loader)
                 plan.loader.begin()
                 ids, places = some_of(prompt, plan.computed)
@@ -294,9 +314,10 @@ class Assembler:
         key_of = self._keys(self._lead_ins.last_known if faults.disk_gone else self._lead_ins.lately)
         keys = [key_of(ids) if ids else None for ids in prompt.chunk_ids]
         wanted = dict.fromkeys(key for key in keys if key is not None)
+        taken: dict[ChunkKey, ChunkReader] = {}
         if self._prefetcher is not None and not faults.disk_gone:
-            self._prefetcher.settle(wanted)
-        readers = faults.open(self._store, wanted, opened, self._pool.submit)
+            taken = self._prefetcher.take(wanted)
+        readers = faults.open(self._store, wanted, opened, self._pool.submit, taken)
         found: list[tuple[int, ChunkReader]] = []
         missed, first_missed, seen = 0, [], set()
         for span in prompt.spans:

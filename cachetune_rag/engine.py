@@ -239,7 +239,7 @@ class CacheTune(EngineParts):
         """Have a coming request's chunks read from disk into host memory, on threads of their own; returns at once.
 
         It fills at most the store's `host_budget`. Chunks that aren't stored are left to the request, and so is any error of
-        reading. A request that begins meanwhile ends the prefetch of its own chunks.
+        reading. A request that begins meanwhile takes its chunks over, with what was read of them so far.
 
         Args:
             chunks: texts of the chunks, the most wanted first.

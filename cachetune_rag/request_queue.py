@@ -51,7 +51,9 @@ class _Ahead:
         if request is None or request.get("reuse") is False:
             return
         try:
-            self._job = self._engine.prefetch(request.get("chunks", ()), prompt=request.get("prompt"))
+            config = self._engine._requests.config(request.get("selector", "auto"), request.get("ratio", "auto"))
+            self._engine._check_open()
+            self._job = self._engine._requests.prefetch(request.get("chunks", ()), request.get("prompt"), config)
         except (CacheTuneError, TypeError):
             return  # the request itself will say so, when it is its turn
         if self._cancelled:

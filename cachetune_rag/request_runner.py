@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,8 +69,8 @@ class RequestRunner:
 
     # -- reading the prompt ---------------------------------------------------------------------------------------
 
-    def prefetch(self, chunks: Sequence[str], prompt: Prompt | None) -> Prefetch:
-        """Begin to read a coming request's chunks into host memory."""
+    def prefetch(self, chunks: Sequence[str], prompt: Prompt | None, config: ReuseConfig | None = None) -> Prefetch:
+        """Begin to read a coming request's chunks into host memory; what a request with `config` needs of them first."""
         engine = self._engine
         if isinstance(chunks, str) or (chunks and prompt is not None):
             raise ConfigError("prefetch takes either chunks=, a list of strings, or prompt=.")
@@ -79,7 +80,8 @@ class RequestRunner:
             every = map(engine.prompts.encode, texts) if prompt is None else prompt.chunk_ids
             return [engine._assembler.key(ids) for ids in every if ids]
 
-        return engine._prefetcher.fetch(keys)
+        rows = None if config is None else partial(engine._assembler.rows_needed, config)
+        return engine._prefetcher.fetch(keys, rows)
 
     def prefill(
         self,

@@ -5,6 +5,7 @@ No test goes by the clock. A disk of one's own stops where it is told to, and wa
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from tiny import llama, tokenizer
 
 from cachetune_rag import CacheTune, ConfigError, Document, PromptError
 from cachetune_rag.errors import EngineClosedError
+from cachetune_rag.pipeline import ahead
 from cachetune_rag.pipeline.prefetch import Prefetcher
 from cachetune_store import ChunkKey, ChunkStore, DamagedChunkError
 from cachetune_store.readers import DiskReader
@@ -132,7 +134,9 @@ def test_the_next_request_is_read_while_this_one_computes(
     first, next_ = list(cold.generate_many(REQUESTS[:2], max_new_tokens=3, ratio=0.2, selector="frequency"))
     assert set(first.report.bytes_read) == {"disk"}
     assert second <= during[0]
-    assert set(next_.report.bytes_read) == {"host"}
+    # In memory by then, or taken over as far as it was read.
+    assert set(next_.report.bytes_read) <= {"host", "disk"}
+    assert next_.report.missed == 0
 
 
 def test_it_begins_once_the_request_at_hand_has_all_its_reads_on_the_way(
@@ -140,7 +144,7 @@ def test_it_begins_once_the_request_at_hand_has_all_its_reads_on_the_way(
 ) -> None:
     # So two requests never share the disk while the first one waits for it.
     order: list[str] = []
-    submit, prefetch = cold._pool.submit, cold.prefetch
+    submit, prefetch = cold._pool.submit, cold._requests.prefetch
 
     def submitted(*args: Any) -> Any:
         order.append("read")
@@ -151,31 +155,147 @@ def test_it_begins_once_the_request_at_hand_has_all_its_reads_on_the_way(
         return prefetch(*args, **kwargs)
 
     monkeypatch.setattr(cold._pool, "submit", submitted)
-    monkeypatch.setattr(cold, "prefetch", fetched)
+    monkeypatch.setattr(cold._requests, "prefetch", fetched)
     list(cold.generate_many(REQUESTS[:2], max_new_tokens=1, ratio=0.2, selector="frequency"))
     reads = 2 * (1 + cold.adapter.num_layers)  # two chunks, their heads first
     assert order[: reads + 1] == ["read"] * reads + ["prefetch"]
 
 
-def test_what_is_under_way_when_its_request_comes_is_waited_for_and_the_rest_left_to_it(
-    cold: CacheTune, disk: Disk
-) -> None:
-    slow = str(key_of(cold, TEXTS[2]))
-    job = cold.prefetch(TEXTS[2:])
-    assert job.wait(PATIENCE)
-    assert in_host_memory(cold) == keys_of(cold, TEXTS[2:])
+class Fetches:
+    """What is really read from files: (chunk, layer, rows), in order; chunks by their number in `TEXTS`."""
 
-    disk.hold = lambda key: key == str(key_of(cold, TEXTS[0]))
-    job = cold.prefetch(TEXTS[:1])
-    disk.wait_for(lambda: str(key_of(cold, TEXTS[0])) in disk.ahead())
+    def __init__(self, engine: CacheTune, monkeypatch: pytest.MonkeyPatch):
+        self.seen: list[tuple[int, int, int]] = []
+        numbers = {str(key_of(engine, text)): number for number, text in enumerate(TEXTS)}
+        real = DiskReader._fetch
+
+        def fetch(reader: DiskReader, layer: int, rows: int) -> None:
+            self.seen.append((numbers[str(reader.key)], layer, rows))
+            real(reader, layer, rows)
+
+        monkeypatch.setattr(DiskReader, "_fetch", fetch)
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_a_request_goes_on_from_what_was_read_ahead_of_it(
+    cold: CacheTune, disk: Disk, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """Whichever read is under way when it comes: nothing is read twice."""
+    fetches = Fetches(cold, monkeypatch)
+    monkeypatch.setattr(ahead, "THREADS", 1)
+    layers = cold.adapter.num_layers
+    assert 2 * layers == 6
+    disk.hold = lambda _key: len(disk.reads) == at + 1 and len(fetches.seen) == at
+    job = cold.prefetch(TEXTS[:2])
+    disk.wait_for(lambda: len(disk.reads) == at + 1)
     found: list[Any] = []
-    request = threading.Thread(target=lambda: found.append(cold.prefill(query="?", chunks=TEXTS[:1])))
+    request = threading.Thread(target=lambda: found.append(cold.prefill(query="?", chunks=TEXTS[:2])))
     request.start()
+    while cold._prefetcher._ahead._chunks:
+        request.join(0.01)  # until they are the request's
     assert not job.wait(0)
     disk.release()
     request.join(PATIENCE)
-    assert set(found[0].report.bytes_read) == {"host"}
-    assert slow in in_host_memory(cold)
+    assert job.wait(PATIENCE)
+    assert sorted(fetches.seen) == [(n, layer, len(TEXTS[n])) for n in range(2) for layer in range(layers)]
+    assert set(found[0].report.bytes_read) == {"disk"}
+    cold._prefetcher.take([key_of(cold, text) for text in TEXTS])  # what the request left is in memory then
+    assert in_host_memory(cold) == keys_of(cold, TEXTS[:2])
+    with CacheTune(llama(), tokenizer()) as alone:
+        alone.precompute([Document("a", TEXTS)])
+        expected = alone.prefill(query="?", chunks=TEXTS[:2])
+    assert float((found[0].logits - expected.logits).abs().max()) <= 1e-5
+
+
+def test_the_first_layers_of_all_chunks_come_first(cold: CacheTune, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetches = Fetches(cold, monkeypatch)
+    monkeypatch.setattr(ahead, "THREADS", 1)
+    assert cold.prefetch(TEXTS).wait(PATIENCE)
+    assert [(n, layer) for n, layer, _ in fetches.seen] == [(n, layer) for layer in range(3) for n in range(4)]
+
+
+def test_what_the_request_will_read_comes_before_the_rest(cold: CacheTune, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    real = DiskReader.read
+
+    def read(reader: DiskReader, layer: int, rows: int) -> torch.Tensor:
+        seen.append(rows)
+        return real(reader, layer, rows)
+
+    monkeypatch.setattr(DiskReader, "read", read)
+    monkeypatch.setattr(ahead, "THREADS", 1)
+    count = len(TEXTS[0])
+    for selector, first in (("frequency", count - int(0.25 * count)), ("expected_error", count)):
+        seen.clear()
+        config = cold._requests.config(selector, 0.25)
+        assert cold._requests.prefetch(TEXTS[:1], None, config).wait(PATIENCE)
+        assert seen[:3] == 3 * [first]
+        assert in_host_memory(cold) == keys_of(cold, TEXTS[:1])
+        cold.store._placement.host.remove(key_of(cold, TEXTS[0]))
+
+
+def test_while_a_request_waits_for_the_disk_nothing_else_is_read(
+    cold: CacheTune, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paused: list[bool] = []
+    real = cold.adapter.selective_forward
+
+    def forward(*args: Any) -> torch.Tensor:
+        before = args[3]
+
+        def watched(layer: int) -> None:
+            paused.append(cold._prefetcher._paused())
+            before(layer)
+
+        return real(*args[:3], watched, *args[4:])
+
+    monkeypatch.setattr(cold.adapter, "selective_forward", forward)
+    cold.prefill(query="?", chunks=TEXTS[:1], ratio=0.5, selector="frequency")
+    assert paused[0]
+    assert not cold._prefetcher._paused()
+
+    hold, third = cold._prefetcher.hold(), key_of(cold, TEXTS[2])
+    disk.reads.clear()
+    job = cold.prefetch(TEXTS[2:3])
+    while not cold._prefetcher._ahead.has(third):
+        assert not job.wait(0.001)
+    assert str(third) not in disk.ahead()
+    hold.release()
+    assert job.wait(PATIENCE)
+    assert in_host_memory(cold) >= {str(third)}
+
+
+def test_requests_and_reading_ahead_share_chunks_without_harm(cold: CacheTune) -> None:
+    """Prefetches that are given up or not, of the chunks that requests want at the same time."""
+    wanted = {n: cold.prefill(query="?", chunks=TEXTS[: n + 1]).logits for n in range(4)}
+    errors: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        randoms = random.Random(seed)
+        try:
+            for _ in range(30):
+                job = cold.prefetch(randoms.sample(TEXTS, randoms.randint(1, 4)))
+                if randoms.random() < 0.5:
+                    job.cancel()
+                number = randoms.randrange(4)
+                state = cold.prefill(query="?", chunks=TEXTS[: number + 1])
+                assert state.report.missed == 0
+                assert float((state.logits - wanted[number]).abs().max()) <= 1e-5
+                for text in randoms.sample(TEXTS, 2):
+                    cold.store._placement.host.remove(key_of(cold, text))
+                if randoms.random() < 0.3:
+                    assert job.wait(PATIENCE)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert not errors, errors
+    cold._prefetcher.close()
+    assert not cold._prefetcher._ahead._chunks
+    assert not cold._prefetcher._paused()
+    assert cold.store.stats().disk.pinned == 0  # type: ignore[union-attr]
 
 
 def test_a_bad_request_is_refused_on_its_turn(cold: CacheTune) -> None:
@@ -217,9 +337,12 @@ def test_prompts_and_no_requests(cold: CacheTune) -> None:
 # -- giving up --------------------------------------------------------------------------------------------------------
 
 
-def test_a_generator_that_is_given_up_stops_reading(cold: CacheTune, disk: Disk) -> None:
+def test_a_generator_that_is_given_up_stops_reading(
+    cold: CacheTune, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
     second = keys_of(cold, TEXTS[2:])
     disk.hold = second.__contains__
+    monkeypatch.setattr(ahead, "THREADS", 2)  # so that not all is under way at once
     answers = cold.generate_many(REQUESTS[:2], max_new_tokens=1)
     next(answers)
     disk.wait_for(lambda: bool(second & disk.ahead()))
@@ -231,20 +354,23 @@ def test_a_generator_that_is_given_up_stops_reading(cold: CacheTune, disk: Disk)
     assert cold.generate(**REQUESTS[1], max_new_tokens=1).report.missed == 0  # type: ignore[arg-type]
 
 
-def test_closing_the_engine_ends_what_is_being_read(cold: CacheTune, disk: Disk) -> None:
+def test_closing_the_engine_ends_what_is_being_read(
+    cold: CacheTune, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
     disk.hold = lambda _key: True
+    monkeypatch.setattr(ahead, "THREADS", 2)
     job = cold.prefetch(TEXTS)
     disk.wait_for(lambda: bool(disk.ahead()))
     closing = threading.Thread(target=cold.close)
     closing.start()
-    while not cold._prefetcher._stop.is_set():
+    while not cold._prefetcher._ahead._stop.is_set():
         closing.join(0.01)
     disk.release()
     closing.join(PATIENCE)
     assert not closing.is_alive()
     assert job.wait(0)
     assert job.bytes == 0
-    assert len(disk.reads) <= len(TEXTS)  # those that had begun, each up to its next layer
+    assert len(disk.reads) <= 2  # those that had begun
     with pytest.raises(EngineClosedError):
         cold.prefetch(TEXTS)
     with pytest.raises(EngineClosedError):
@@ -255,8 +381,8 @@ def test_what_a_request_left_is_given_up_by_close_too(cold: CacheTune, disk: Dis
     state = cold._requests.prefill(cold.prompts.build(query="?", chunks=TEXTS), _frequency(), 0.0)
     cold.close()
     assert state.report.missed == 0
-    assert cold._prefetcher._jobs == {}
-    assert cold._prefetcher._left == 0
+    assert cold._prefetcher._leftovers._jobs == {}
+    assert cold._prefetcher._leftovers._bytes == 0
 
 
 def _frequency() -> Any:
@@ -327,7 +453,7 @@ def test_damage_in_what_a_request_left_is_set_aside(tmp_path: Path, disk: Disk) 
         disk.fail = lambda key: key == bad and threading.current_thread().name.startswith("cachetune-prefetch")
         engine._requests.prefill(engine.prompts.build(query="?", chunks=TEXTS[:1]), _frequency(), 0.0)
         disk.wait_for(lambda: bad in disk.ahead())
-        engine._prefetcher.settle([key_of(engine, TEXTS[0])])
+        engine._prefetcher.take([key_of(engine, TEXTS[0])])
         assert engine.store.stats().damaged == 1
         assert engine.prefill(query="?", chunks=TEXTS[:1]).report.missed == len(TEXTS[0])
 

@@ -232,7 +232,7 @@ def test_a_store_without_host_memory_reads_no_more_than_a_request_needs(
 ) -> None:
     seen = rows_read(monkeypatch)
     prefill(engine, ReuseConfig("frequency", 0.5))
-    engine._prefetcher.settle([engine._assembler.key(tuple(engine.prompts.encode(text))) for text in CHUNKS])
+    engine._prefetcher.take([engine._assembler.key(tuple(engine.prompts.encode(text))) for text in CHUNKS])
     assert max(rows for _, _, rows in seen) < min(map(len, CHUNKS))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from cachetune_rag.workers import Job
@@ -61,7 +61,12 @@ class Faults:
         self.disk_gone = False
 
     def open(
-        self, store: ChunkStore, keys: Iterable[ChunkKey], opened: OpenReaders, start: Start
+        self,
+        store: ChunkStore,
+        keys: Iterable[ChunkKey],
+        opened: OpenReaders,
+        start: Start,
+        taken: Mapping[ChunkKey, ChunkReader],
     ) -> dict[ChunkKey, ChunkReader | None]:
         """Readers of chunks, None for those that aren't stored or have failed in this request before.
 
@@ -71,10 +76,16 @@ class Faults:
             opened: gets every reader.
             start: begins a call on a thread. Files are opened side by side: a disk takes far longer to answer than to read a
                 file's head.
+            taken: those that are open already.
         """
         readers: dict[ChunkKey, ChunkReader | None] = {}
         waiting: dict[ChunkKey, Job[tuple[ChunkReader | None, list[StoreError]]]] = {}
+        for there in taken.values():
+            opened.add(there)
+        readers.update(taken)
         for key in keys:
+            if key in taken:
+                continue
             failed = key in self.damaged or key in self.unreadable
             reader = readers[key] = None if failed else store.open_in_memory(key)
             if reader is not None:
