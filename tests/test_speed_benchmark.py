@@ -18,6 +18,7 @@ from tiny import llama
 from transformers import LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import decoding
 import speed_report
 import ttft_gpu
 from peers import KVBoost, PeerMissingError, PrefixCaching
@@ -311,3 +312,14 @@ def test_the_disk_is_read_and_left_as_it_was(tmp_path: Path) -> None:
     speed, _direct = machine.disk_speed(tmp_path, size=1 << 26)
     assert speed > 0
     assert not list(tmp_path.iterdir())
+
+
+def test_decoding_is_timed_both_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "decoding.json"
+    decoding.main([*SMALL, "--new-tokens", "4", "--out", str(out)])
+    (row,) = json.loads(out.read_text())["rows"]
+    samples = {name: found["samples"] for name, found in row["seconds_a_token"].items()}
+    assert {name: len(found) for name, found in samples.items()} == {"transformers": 2, "engine": 2}
+    theirs, ours = (row["seconds_a_token"][name]["median"] for name in ("transformers", "engine"))
+    assert row["speedup"] == theirs / ours
+    assert "| 512 |" in capsys.readouterr().out

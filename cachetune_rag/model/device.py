@@ -50,7 +50,7 @@ MAX_GRAPHS = 96
 _INVALIDATED = "due to a previous error during capture"
 """What CUDA says to one who captures when somebody else has done what can't be done meanwhile."""
 _ATTEMPTS = 5
-"""Captures that may fail for that."""
+"""Captures in a row that may fail for that."""
 _PROBED_TOKENS = 256
 """Computed tokens that a probe is made ready for: a query, a prefix, and what stands between chunks."""
 
@@ -325,6 +325,7 @@ class DeviceForward:
                 gc.enable()
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
         self.captures += 1
+        self._disturbed = 0
         graph = self._graphs[kind] = Graph(inputs, recorder.pieces, out)
         while len(self._graphs) > MAX_GRAPHS:
             self._graphs.popitem(last=False)
