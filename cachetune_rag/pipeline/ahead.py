@@ -260,7 +260,7 @@ class ReadAhead:
 
     def _next(self, batch: _Batch) -> tuple[_Chunk, int, int] | None:
         while self._paused() and not self._stopped(batch):
-            time.sleep(4 * _BREATH)
+            time.sleep(10 * _BREATH)
         with self._lock:
             for chunk, layer, rows in batch.order:
                 if self._stopped(batch):
