@@ -202,6 +202,7 @@ class Assembler:
                 # Until its rows are there, what is read behind requests would be read at the cost of this one.
                 hold = self._prefetcher.hold()
                 stack.callback(hold.release)
+                hold.begin()
 
             def disk_free() -> None:
                 if hold is not None:

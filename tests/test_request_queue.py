@@ -255,6 +255,7 @@ def test_while_a_request_waits_for_the_disk_nothing_else_is_read(
     assert not cold._prefetcher._paused()
 
     hold, third = cold._prefetcher.hold(), key_of(cold, TEXTS[2])
+    hold.begin()
     disk.reads.clear()
     job = cold.prefetch(TEXTS[2:3])
     while not cold._prefetcher._ahead.has(third):

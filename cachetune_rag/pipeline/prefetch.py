@@ -16,11 +16,14 @@ __all__ = ["Hold", "Prefetch", "Prefetcher"]
 
 
 class Hold:
-    """While one isn't released, nothing is read behind requests: one of them waits for the disk."""
+    """From `begin` to `release`, nothing is read behind requests: one of them waits for the disk."""
 
     def __init__(self, held: set[Hold]):
         self._held = held
-        held.add(self)
+
+    def begin(self) -> None:
+        """From now on. Apart from making it, so that whoever makes it can see to its end first: Ctrl-C may come in between."""
+        self._held.add(self)
 
     def release(self) -> None:
         """The disk is free. May be called again, on any thread."""
@@ -66,7 +69,7 @@ class Prefetcher:
         return self._ahead.take(wanted)
 
     def hold(self) -> Hold:
-        """A request waits for the disk from now on."""
+        """For a request that waits for the disk."""
         return Hold(self._held)
 
     def close(self) -> None:
