@@ -245,7 +245,6 @@ class CacheTune(EngineParts):
             chunks: texts of the chunks, the most wanted first.
             prompt: a prompt from `engine.prompts`, instead of chunks.
         """
-        self._check_open()
         return self._requests.prefetch(chunks, prompt)
 
     def prefill(

@@ -52,7 +52,6 @@ class _Ahead:
             return
         try:
             config = self._engine._requests.config(request.get("selector", "auto"), request.get("ratio", "auto"))
-            self._engine._check_open()
             self._job = self._engine._requests.prefetch(request.get("chunks", ()), request.get("prompt"), config)
         except (CacheTuneError, TypeError):
             return  # the request itself will say so, when it is its turn

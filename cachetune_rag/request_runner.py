@@ -72,6 +72,7 @@ class RequestRunner:
     def prefetch(self, chunks: Sequence[str], prompt: Prompt | None, config: ReuseConfig | None = None) -> Prefetch:
         """Begin to read a coming request's chunks into host memory; what a request with `config` needs of them first."""
         engine = self._engine
+        engine._check_open()
         if isinstance(chunks, str) or (chunks and prompt is not None):
             raise ConfigError("prefetch takes either chunks=, a list of strings, or prompt=.")
         texts = tuple(chunks)

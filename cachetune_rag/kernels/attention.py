@@ -18,8 +18,6 @@ from cachetune_rag.kernels.support import LOG2E, aligned, power_of_two, precisio
 
 _PROGRAMS = 560
 """Programs that fill a large GPU well: with fewer, several share the keys of one block of queries (measured on an H100)."""
-
-
 _PROCESSORS = 128
 """About as many multiprocessors as a large GPU has."""
 

@@ -6,7 +6,8 @@ the prompt but the numbers in one small input tensor, and the whole of it can be
 an eager forward of 32 layers costs some 50 ms of launches, a replay next to nothing.
 
 A graph is cut before each layer's attention, where the layer's reused rows must have arrived: between the pieces, the stream
-waits for them (a decoding step needs no cuts). Token counts are rounded up; padding stands in front, at position -1, where it sees and writes nothing.
+waits for them (a decoding step needs no cuts). Token counts are rounded up; padding stands in front, at position -1, where it
+sees and writes nothing.
 """
 
 from __future__ import annotations

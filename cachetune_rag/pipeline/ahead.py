@@ -124,8 +124,8 @@ class ReadAhead:
         self,
         store: ChunkStore,
         limit: int,
-        paused: Callable[[], bool] = lambda: False,
-        elsewhere: Callable[[ChunkKey], bool] = lambda _key: False,
+        paused: Callable[[], bool],
+        elsewhere: Callable[[ChunkKey], bool],
     ):
         self._store, self._limit, self._paused, self._elsewhere = store, limit, paused, elsewhere
         self._pool = Workers(THREADS, "cachetune-prefetch")
@@ -232,15 +232,15 @@ class ReadAhead:
     def _begin_reading(self, batch: _Batch, rows: Callable[[ChunkReader], int]) -> None:
         """All are open: give room to the first ones, and read them."""
         unwanted = []
-        for _, found in sorted(batch.found.items(), key=lambda item: item[0]):
+        for number in sorted(batch.found):
+            found = batch.found[number]
             if isinstance(found, int):
                 batch.take_room(found)
                 continue
-            key = found.key
+            key, first, layers = found.key, rows(found), len(found.layout.layers)
             fits = batch.room > 0 and not self._stopped(batch) and batch.take_room(found.host_bytes)
             with self._lock:
                 if fits and key not in self._chunks and not self._elsewhere(key):
-                    layers, first = len(found.layout.layers), rows(found)
                     chunk = _Chunk(found, first, layers if first == found.layout.tokens else 2 * layers)
                     self._chunks[key] = chunk
                     batch.chunks.append(chunk)

@@ -42,7 +42,7 @@ class Leftovers:
         paused: whether to read nothing for now.
     """
 
-    def __init__(self, store: ChunkStore, limit: int, paused: Callable[[], bool] = lambda: False):
+    def __init__(self, store: ChunkStore, limit: int, paused: Callable[[], bool]):
         self._store, self._limit, self._paused = store, limit, paused
         self._pool = Workers(THREADS, "cachetune-prefetch-rest")
         self._lock = threading.Lock()

@@ -201,13 +201,11 @@ class LayerLoader:
 
     def _read_on(self, layer: int) -> None:
         """Have the rows of `layer` and of the next ones read."""
-        last = None
         for ahead in range(layer, min(layer + 1 + self._horizon, self._adapter.num_layers)):
             if ahead not in self._ahead and not self._loaded[ahead]:
                 self._ahead[ahead] = [self._pool.submit(_read, s, ahead) for s in self._slow]
-                last = self._ahead[ahead][-1]
         if self._when_read is not None and self._all_asked():
-            self._tell_when_read(last)
+            self._tell_when_read()
 
     def settled(self, when_read: Callable[[], None]) -> None:
         """The sources will change no more. `when_read()` is called once the last of their rows have been read from disk, on
@@ -215,17 +213,17 @@ class LayerLoader:
         """
         self._horizon, self._when_read = SETTLED_AHEAD, when_read
         if self._all_asked():
-            left = self._ahead.get(self._adapter.num_layers - 1)
-            self._tell_when_read(left[-1] if left else None)
+            self._tell_when_read()
 
-    def _tell_when_read(self, last: Job[Tensor] | None) -> None:
+    def _tell_when_read(self) -> None:
         """Call who waits for the disk; where the last read is under way, when it ends."""
         call, self._when_read = self._when_read, None
         assert call is not None
-        if last is None:
+        under_way = self._ahead.get(self._adapter.num_layers - 1)
+        if not under_way:
             call()
         else:
-            last.add_done_callback(lambda job: None if job.cancelled() else call())
+            under_way[-1].add_done_callback(lambda job: None if job.cancelled() else call())
 
     def _all_asked(self) -> bool:
         layers = range(self._adapter.num_layers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import threading
 import weakref
@@ -110,10 +109,7 @@ class SlabPool:
 
     def _settle(self) -> None:
         """Make what came back ready to be given out, and free what is too much."""
-        returned = []
-        with contextlib.suppress(IndexError):
-            while True:
-                returned.append(self._returned.popleft())
+        returned = [self._returned.popleft() for _ in range(len(self._returned))]
         if self.pinned and returned:
             pinning.wait_for_copies()
         for area in returned:

@@ -52,9 +52,12 @@ def unpin(area: mmap.mmap) -> None:
 def wait_for_copies(device: torch.device | None = None) -> None:
     """Return when no GPU that this process uses is copying any more, or when `device` isn't."""
     with _device:
-        for number in range(torch.cuda.device_count()) if device is None else [device]:
+        if device is not None:
+            torch.cuda.synchronize(device)
+            return
+        for number in range(torch.cuda.device_count()):
             # Asking the others to wait would set them up first.
-            if device is not None or torch.cuda.memory_reserved(number):
+            if torch.cuda.memory_reserved(number):
                 torch.cuda.synchronize(number)
 
 
