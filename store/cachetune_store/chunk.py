@@ -9,10 +9,10 @@ from functools import cached_property, lru_cache
 import numpy as np
 import numpy.typing as npt
 import torch
-import xxhash
 from torch import Tensor
 
 from .buffers import SlabPool, memory_of, round_up
+from .checksums import rows_checksum
 from .codecs import get_codec
 from .errors import NonFiniteError
 from .keys import ChunkKey, Namespace, make_key
@@ -206,7 +206,7 @@ def block_checksums(layout: ChunkLayout, slab: Tensor, block_rows: int) -> npt.N
     for layer, (offset, form) in enumerate(zip(plan.offsets, plan.rows, strict=True)):
         ends = [offset + form.size(min(layout.tokens, block * block_rows)) for block in range(blocks + 1)]
         for block in range(blocks):
-            sums[layer, block] = xxhash.xxh3_64_intdigest(memory[ends[block] : ends[block + 1]])
+            sums[layer, block] = rows_checksum(memory[ends[block] : ends[block + 1]])
     return sums
 
 

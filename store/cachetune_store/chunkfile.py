@@ -12,6 +12,7 @@ import torch
 import xxhash
 
 from .buffers import round_up
+from .checksums import update
 from .chunk import ChunkHead, plan_slab
 from .codecs import Codec, get_codec
 from .errors import DamagedChunkError, UnknownCodecError, UnknownFormatError
@@ -192,8 +193,9 @@ def _offsets(table: _Table) -> dict[str, Any]:
 
 def _head_digest(front: bytes | memoryview, small: bytes | memoryview) -> bytes:
     """xxh3_128 of everything before the first row, except the digest itself."""
-    state = xxhash.xxh3_128(front)
-    state.update(small)
+    state = xxhash.xxh3_128()
+    update(state, front)
+    update(state, small)
     return bytes(state.digest())
 
 

@@ -13,10 +13,10 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 import torch
-import xxhash
 from torch import Tensor
 
 from .buffers import SlabPool, memory_of, round_up
+from .checksums import rows_checksum
 from .chunk import Chunk, ChunkHead, clear_padding, in_pool, layer_views
 from .errors import DamagedChunkError, StoreClosedError
 from .keys import ChunkKey
@@ -331,7 +331,7 @@ class DiskReader(ChunkReader):
         sums: npt.NDArray[np.uint64] = head.checksums[layer]
         for index in range(first, -(-target // block)):
             start, stop = form.size(index * block), form.size(min(tokens, (index + 1) * block))
-            if xxhash.xxh3_64_intdigest(self._memory[offset + start : offset + stop]) != sums[index]:
+            if rows_checksum(self._memory[offset + start : offset + stop]) != sums[index]:
                 raise DamagedChunkError(f"chunk {self.key}: checksum mismatch in layer {layer}, block {index}")
         self._covered[layer] = target
         self._bytes[layer] += len(area)
