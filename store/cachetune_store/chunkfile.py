@@ -26,6 +26,8 @@ MAX_HEADER = 1 << 20
 """Longest JSON header, in bytes, that is written, or read at all."""
 MAX_TEXT = 16 << 20
 _DIGEST = 16
+_FIRST = '{"__metadata__":{'
+_DECODER = json.JSONDecoder()
 _Table = list[tuple[str, str, list[int], int]]
 
 
@@ -38,10 +40,8 @@ def encode_head(head: ChunkHead) -> bytes:
     text = b"" if head.text is None else head.text.encode("utf-8", "surrogatepass")
     if len(text) > MAX_TEXT:
         raise ValueError(f"chunk text has {len(text)} bytes; at most {MAX_TEXT} can be stored, or pass text=None")
-    table, _ = _tensor_table(head.layout, head.block_rows, len(text), head.deviations is not None)
-    document: dict[str, Any] = {"__metadata__": _metadata(head)}
-    document |= _offsets(table)
-    header = json.dumps(document, separators=(",", ":")).encode()
+    table, rows_at = _small_tensors(head.layout, head.block_rows, len(text), head.deviations is not None)
+    header = (_FIRST + _spell(_metadata(head))[1:] + _rest_of_header(head.layout, table, rows_at)).encode()
     # Spaces after the JSON are part of safetensors; with them the tensors begin on a page.
     header = header.ljust(round_up(8 + len(header)) - 8)
     if len(header) > MAX_HEADER:
@@ -84,16 +84,20 @@ def _parse(key: ChunkKey, file_bytes: int, read: Callable[[int], memoryview]) ->
     if start > min(8 + MAX_HEADER, file_bytes) or start != round_up(start):
         raise DamagedChunkError(f"chunk {key}: header length {start - 8} doesn't fit the format or the file")
     raw = read(start)
-    document = json.loads(bytes(raw[8:start]))
-    metadata = document.pop("__metadata__")
+    header = str(raw[8:start], "utf-8")
+    metadata, rest = _take_metadata(header)
     if metadata["key"] != key.digest:
         raise DamagedChunkError(f"chunk {key}: the file says key {metadata['key']!r}")
     if metadata["format_version"] != str(FORMAT_VERSION):
         raise UnknownFormatError(f"chunk {key}: the file says format version {metadata['format_version']!r}")
     layout, block_rows, text_bytes, deviations = _read_layout(metadata["layout"])
-    table, small_bytes = _tensor_table(layout, block_rows, text_bytes, deviations)
+    table, small_bytes = _small_tensors(layout, block_rows, text_bytes, deviations)
     end = start + small_bytes
-    if document != _offsets(table) or start + sum(row[3] for row in table) != file_bytes:
+    # As we write it, or the same in other words. Comparing what JSON says of seventy tensors takes longer than reading the head.
+    fits = rest == _rest_of_header(layout, table, small_bytes) or _describes(
+        header, metadata, layout, table, small_bytes
+    )
+    if not fits or end + plan_slab(layout).total != file_bytes:
         raise DamagedChunkError(f"chunk {key}: tensors, shapes or offsets don't fit the layout and {file_bytes} bytes")
     raw = read(end)[:end]
     small = raw[start + _DIGEST :]
@@ -118,13 +122,14 @@ def _read_small(
 
     def take(count: int, dtype: str) -> Any:
         nonlocal position
-        found = np.frombuffer(small, dtype=dtype, count=count, offset=position).copy()
+        found = np.frombuffer(small, dtype=dtype, count=count, offset=position)
         position += found.nbytes
         return found
 
-    order, token_ids = take(tokens, "<i8"), take(tokens, "<i8")
-    checksums, scores = take(layers * blocks, "<u8").reshape(layers, blocks), take(tokens, "<f4")
+    order, token_ids = take(tokens, "<i8").copy(), take(tokens, "<i8").copy()
+    checksums, scores = take(layers * blocks, "<u8").reshape(layers, blocks).copy(), take(tokens, "<f4").copy()
     columns = layout.deviation_columns
+    # Most of the head: left where it was read, which costs the memory around it and no time.
     spread = torch.from_numpy(take(tokens * columns, "<f2").reshape(tokens, columns)) if deviations else None
     if not np.array_equal(np.sort(order), np.arange(tokens)):
         raise DamagedChunkError(f"chunk {key}: the row order is not a permutation of the tokens")
@@ -143,8 +148,8 @@ def _read_small(
     )
 
 
-def _tensor_table(layout: ChunkLayout, block_rows: int, text_bytes: int, deviations: bool) -> tuple[_Table, int]:
-    """All tensors in file order as (name, dtype, shape, bytes), and how many bytes come before the first row."""
+def _small_tensors(layout: ChunkLayout, block_rows: int, text_bytes: int, deviations: bool) -> tuple[_Table, int]:
+    """The tensors before the first row in file order as (name, dtype, shape, bytes), and their bytes together."""
     tokens, layers = layout.tokens, len(layout.layers)
     blocks = -(-tokens // block_rows)
     table: _Table = [
@@ -161,13 +166,13 @@ def _tensor_table(layout: ChunkLayout, block_rows: int, text_bytes: int, deviati
         table.append(("text", "U8", [text_bytes], text_bytes))
     small = sum(row[3] for row in table)
     _pad(table, "pad.head", small)
-    return [*table, *_row_tensors(get_codec(layout.codec), layout)], round_up(small)
+    return table, round_up(small)
 
 
-@lru_cache(maxsize=64)  # the same for many chunks, of whose opening it would be half
-def _row_tensors(codec: Codec, layout: ChunkLayout) -> _Table:
+def _row_tensors(layout: ChunkLayout) -> _Table:
+    """The tensors from the first row on."""
     table: _Table = []
-    tokens = layout.tokens
+    tokens, codec = layout.tokens, get_codec(layout.codec)
     for index, (spec, form) in enumerate(zip(layout.layers, plan_slab(layout).rows, strict=True)):
         dtype, shape = codec.declare(tokens, spec, layout.dtype)
         table.append((f"layer.{index}", dtype, shape, form.size(tokens)))
@@ -181,14 +186,41 @@ def _pad(table: _Table, name: str, used: int) -> None:
         table.append((name, "U8", [short], short))
 
 
-def _offsets(table: _Table) -> dict[str, Any]:
-    """The table as safetensors' header spells it."""
-    position = 0
+def _offsets(table: _Table, position: int = 0) -> dict[str, Any]:
+    """The table as safetensors' header spells it, from `position` on."""
     entries = {}
     for name, dtype, shape, count in table:
         entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + count]}
         position += count
     return entries
+
+
+def _rest_of_header(layout: ChunkLayout, small: _Table, rows_at: int) -> str:
+    """The header's JSON behind its metadata."""
+    return f",{_spell(_offsets(small))[1:-1]},{_spelled_rows(layout, get_codec(layout.codec), rows_at)}}}"
+
+
+@lru_cache(maxsize=64)  # the same for many chunks
+def _spelled_rows(layout: ChunkLayout, codec: Codec, rows_at: int) -> str:
+    return _spell(_offsets(_row_tensors(layout), rows_at))[1:-1]
+
+
+def _describes(header: str, metadata: object, layout: ChunkLayout, small: _Table, rows_at: int) -> bool:
+    """Whether a header holds these metadata and says of the tensors what it must, whatever its spelling."""
+    expected = {"__metadata__": metadata} | _offsets(small) | _offsets(_row_tensors(layout), rows_at)
+    return bool(json.loads(header) == expected)
+
+
+def _take_metadata(header: str) -> tuple[dict[str, Any], str]:
+    """The header's metadata, and what comes behind them if they come first: they alone say how to read the rest."""
+    if header.startswith(_FIRST):
+        metadata, end = _DECODER.raw_decode(header, len(_FIRST) - 1)
+        return metadata, header[end:].rstrip(" ")
+    return json.loads(header)["__metadata__"], ""
+
+
+def _spell(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
 
 
 def _head_digest(front: bytes | memoryview, small: bytes | memoryview) -> bytes:
@@ -221,11 +253,12 @@ def _metadata(head: ChunkHead) -> dict[str, str]:
         "format": "cachetune-chunk",
         "format_version": str(FORMAT_VERSION),
         "key": head.key.digest,
-        "layout": json.dumps(shape, separators=(",", ":")),
-        "namespace": json.dumps(owner, separators=(",", ":")),
+        "layout": _spell(shape),
+        "namespace": _spell(owner),
     }
 
 
+@lru_cache(maxsize=256)
 def _read_layout(raw: str) -> tuple[ChunkLayout, int, int, bool]:
     shape = json.loads(raw)
     specs = _read_specs(json.dumps(shape["layers"]))

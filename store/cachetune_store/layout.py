@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -82,7 +84,19 @@ class ChunkLayout:
             raise ValueError(f"a chunk has 1 token and 1 layer at least, not {self.tokens} and {len(self.layers)}")
         torch_dtype(self.dtype)
 
-    @property
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # Layouts are keys of caches that are asked for every chunk, and dozens of layers take as long as reading the chunk's head.
+        return hash((self.tokens, self.layers, self.dtype, self.codec))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Another process hashes strings otherwise.
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @cached_property
     def deviation_columns(self) -> int:
         """Deviations of a token: one for the keys and one for the values of every head of every layer."""
         return 2 * sum(spec.heads for spec in self.layers)
