@@ -57,8 +57,8 @@ class AnswerStream:
         self._requests, self._prompt, self._config, self._plan, self._started = requests, prompt, config, plan, started
         self._report: Report | None = None
         self._answer: Answer | None = None
-        self.when_read: Callable[[], None] = lambda: None
-        """Called once the prompt's last rows have been read from disk, on any thread; set it before the first piece."""
+        self.looked_up: Callable[[], None] = lambda: None
+        """Called once the prompt's chunks are open; set it before the first piece."""
         self._pieces = self._reserving()
 
     def __iter__(self) -> Iterator[str]:
@@ -101,7 +101,7 @@ class AnswerStream:
     def _run(self) -> Any:
         requests = self._requests
         most = self._plan.max_new_tokens
-        state = requests.prefill(self._prompt, self._config, self._started, self.when_read, most)
+        state = requests.prefill(self._prompt, self._config, self._started, self.looked_up, most)
         tokens: list[int] = []
         text: list[str] = []
         stream = self._plan.text_stream()

@@ -129,20 +129,20 @@ class Assembler:
         prompt: Prompt,
         config: ReuseConfig,
         started: float,
-        when_read: Callable[[], None] = _nothing,
+        looked_up: Callable[[], None] = _nothing,
         room: int = 0,
     ) -> PrefillState:
         """Prefill with reuse. When a chunk can't be read the request starts over with that chunk missing (a damaged one is set
         aside), and when the disk doesn't answer in time, with the chunks in host memory alone.
 
-        `when_read()` is called once its last rows have been read from disk (again if it starts over). An answer of `room` tokens
-        is to be expected behind it.
+        `looked_up()` is called once its chunks are open (again if it starts over): what is read behind requests from then on gives
+        way to it. An answer of `room` tokens is to be expected behind it.
         """
         faults = Faults()
         while True:
             try:
                 try:
-                    return self._attempt(prompt, config, started, faults, when_read, room)
+                    return self._attempt(prompt, config, started, faults, looked_up, room)
                 except DamagedSourceError as error:
                     faults.failed(error.key, set_aside=self._pool.call(self._store.discard, error.key))
             except StoreTimeoutError:
@@ -181,7 +181,7 @@ class Assembler:
         config: ReuseConfig,
         started: float,
         faults: Faults,
-        when_read: Callable[[], None],
+        looked_up: Callable[[], None],
         room: int,
     ) -> PrefillState:
         with ExitStack() as stack:
@@ -189,6 +189,8 @@ class Assembler:
                 stack.enter_context(
                     torch.cuda.device(self._adapter.device)
                 )  # kernels and streams go by the current one
+                # Now that the device is idle: who reads ahead while it computes would wait for it.
+                self._store.settle_memory()
             clock = _Clock()
             readers = OpenReaders()
             stack.callback(readers.close)
@@ -197,18 +199,14 @@ class Assembler:
             else:
                 found, missed, first_missed = self._pool.call(self._look_up, prompt, readers, faults)
             timings = {"lookup": clock.lap()}
-            hold = None
+            disk_free = _nothing
             if self._prefetcher is not None and not all(r.in_memory for _, r in found):
                 # Until its rows are there, what is read behind requests would be read at the cost of this one.
-                hold = self._prefetcher.hold()
+                hold = self._prefetcher.hold(r.key for _, r in found if not r.in_memory)
                 stack.callback(hold.release)
                 hold.begin()
-
-            def disk_free() -> None:
-                if hold is not None:
-                    hold.release()
-                when_read()
-
+                disk_free = hold.release
+            looked_up()
             if config.tunable and self._tuned is not None and found:
                 config = self._tuned(config, *_slowest(r for _, r in found))
             plan, probed = self._plan(prompt, found, config, stack, room)

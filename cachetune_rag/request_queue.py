@@ -25,7 +25,7 @@ def generate_many(engine: CacheTune, requests: Iterable[Any], options: Mapping[s
         ahead = _Ahead(engine, following)
         try:
             with engine.stream(**request) as pieces:
-                pieces.when_read = ahead.start
+                pieces.looked_up = ahead.start
                 for _ in pieces:
                     pass
                 answer = pieces.answer
@@ -37,7 +37,7 @@ def generate_many(engine: CacheTune, requests: Iterable[Any], options: Mapping[s
 
 
 class _Ahead:
-    """The next request's chunks: read from when the disk is free. Reading ahead raises nothing."""
+    """The next request's chunks: opened once those of the request before it are, and read from when the disk is free. Raises nothing."""
 
     def __init__(self, engine: CacheTune, request: Mapping[str, Any] | Exception | None):
         self._engine = engine
@@ -46,7 +46,7 @@ class _Ahead:
         self._cancelled = False
 
     def start(self) -> None:
-        """Begin, once; on any thread."""
+        """Begin, once."""
         request, self._request = self._request, None
         if request is None or request.get("reuse") is False:
             return

@@ -89,7 +89,7 @@ class RequestRunner:
         prompt: Prompt,
         config: ReuseConfig | None,
         started: float,
-        when_read: Callable[[], None] = lambda: None,
+        looked_up: Callable[[], None] = lambda: None,
         new_tokens: int = 1,
     ) -> PrefillState:
         """Read a prompt, and count it as a request.
@@ -98,17 +98,17 @@ class RequestRunner:
             prompt: from `prompt`.
             config: from `config`; None computes everything.
             started: when the request came (`time.perf_counter`).
-            when_read: called once its last rows have been read from disk, on any thread.
+            looked_up: called once its chunks are open.
             new_tokens: most tokens of the answer.
         """
         engine = self._engine
         with engine._lock.reserved(), engine._lock:
             engine._check_open()
             if config is None:
-                when_read()
+                looked_up()
                 state = engine._assembler.full_prefill(prompt, started)
             else:
-                state = engine._assembler.prefill(prompt, config, started, when_read, new_tokens - 1)
+                state = engine._assembler.prefill(prompt, config, started, looked_up, new_tokens - 1)
         report = replace(state.report, request_id=new_request_id())
         engine._counter.add(report)
         engine.observers.prefilled(report)

@@ -139,26 +139,45 @@ def test_the_next_request_is_read_while_this_one_computes(
     assert next_.report.missed == 0
 
 
-def test_it_begins_once_the_request_at_hand_has_all_its_reads_on_the_way(
+def test_it_opens_chunks_once_those_of_the_request_at_hand_are_open_and_reads_them_once_its_rows_are_read(
+    cold: CacheTune, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # So two requests never share the disk while the first one waits for it, and the disk has work the moment it is free.
+    opened: list[str] = []
+    real, own = cold.store.open, keys_of(cold, TEXTS[:2])
+
+    def open_(key: Any, **kwargs: Any) -> Any:
+        opened.append(str(key))
+        return real(key, **kwargs)
+
+    monkeypatch.setattr(cold.store, "open", open_)
+    disk.hold = own.__contains__
+    answers = cold.generate_many(REQUESTS[:2], max_new_tokens=1, ratio=0.2, selector="frequency")
+    first = threading.Thread(target=lambda: next(answers))
+    first.start()
+    while len(opened) < 4:  # none of the first one's rows is read
+        assert first.is_alive()
+        first.join(0.005)
+    disk.release()
+    first.join(PATIENCE)
+    assert not first.is_alive()
+    assert set(opened[:2]) == own
+    assert set(opened[2:]) == keys_of(cold, TEXTS[2:])
+    ahead_at = [n for n, (_, thread) in enumerate(disk.reads) if thread.startswith("cachetune-prefetch")]
+    needed = [n for n, (_, thread) in enumerate(disk.reads) if thread.startswith("cachetune-read")]
+    assert len(needed) == 2 * cold.adapter.num_layers
+    assert not ahead_at or max(needed) < min(ahead_at)
+    list(answers)
+
+
+def test_chunks_that_the_request_at_hand_has_open_are_not_read_for_the_next_one_too(
     cold: CacheTune, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # So two requests never share the disk while the first one waits for it.
-    order: list[str] = []
-    submit, prefetch = cold._pool.submit, cold._requests.prefetch
-
-    def submitted(*args: Any) -> Any:
-        order.append("read")
-        return submit(*args)
-
-    def fetched(*args: Any, **kwargs: Any) -> Any:
-        order.append("prefetch")
-        return prefetch(*args, **kwargs)
-
-    monkeypatch.setattr(cold._pool, "submit", submitted)
-    monkeypatch.setattr(cold._requests, "prefetch", fetched)
-    list(cold.generate_many(REQUESTS[:2], max_new_tokens=1, ratio=0.2, selector="frequency"))
-    reads = 2 * (1 + cold.adapter.num_layers)  # two chunks, their heads first
-    assert order[: reads + 1] == ["read"] * reads + ["prefetch"]
+    fetches = Fetches(cold, monkeypatch)
+    shared = [{"query": "?", "chunks": TEXTS[:2]}, {"query": "And?", "chunks": TEXTS[1:3]}]
+    answers = list(cold.generate_many(shared, max_new_tokens=1))
+    assert [a.report.missed for a in answers] == [0, 0]
+    assert sorted(fetches.seen) == [(n, layer, len(TEXTS[n])) for n in range(3) for layer in range(3)]
 
 
 class Fetches:

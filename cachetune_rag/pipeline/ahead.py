@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from cachetune_rag.workers import Job, Workers
 from cachetune_store import ChunkKey, ChunkReader, ChunkStore, StoreError
 
-THREADS = 8
-"""As many as a request reads with; it is begun when the disk is free."""
+THREADS = 4
+"""Enough to keep a disk busy. Each of them takes the interpreter from the request at hand now and then, whose answer gets slower."""
+OPENERS = 2
+"""Threads that open chunks: what that takes is the interpreter, which the request at hand needs more, and there is time."""
 _BREATH = 0.0005
 """Seconds between two looks at whether a read is over, of one who can't do anything but wait."""
 
@@ -148,7 +150,7 @@ class ReadAhead:
         def begin() -> int:
             wanted = list(dict.fromkeys(keys()))
             batch.keys = enumerate(wanted)
-            self._together(batch, len(wanted), self._open_some, lambda: self._begin_reading(batch, count))
+            self._together(batch, min(OPENERS, len(wanted)), self._open_some, lambda: self._begin_reading(batch, count))
             return 0
 
         # Nothing to do without room; and nothing can be begun any more when the engine is closed.
@@ -249,6 +251,7 @@ class ReadAhead:
         for reader in unwanted:
             reader.close()
         batch.order = batch.reads()
+        self._wait(batch)
         self._together(batch, sum(c.left for c in batch.chunks), self._read_some, lambda: self._end(batch))
 
     def _read_some(self, batch: _Batch) -> int:
@@ -258,9 +261,13 @@ class ReadAhead:
             filled += self._read(batch, *read)
         return filled
 
-    def _next(self, batch: _Batch) -> tuple[_Chunk, int, int] | None:
+    def _wait(self, batch: _Batch) -> None:
+        """Until something may be read."""
         while self._paused() and not self._stopped(batch):
-            time.sleep(10 * _BREATH)
+            time.sleep(4 * _BREATH)
+
+    def _next(self, batch: _Batch) -> tuple[_Chunk, int, int] | None:
+        self._wait(batch)
         with self._lock:
             for chunk, layer, rows in batch.order:
                 if self._stopped(batch):

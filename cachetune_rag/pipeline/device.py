@@ -118,20 +118,19 @@ class DeviceLoader(LayerLoader):
         self.seconds += time.perf_counter() - started
 
     def hurry(self) -> None:
-        """See `LayerLoader.hurry`: rows in memory only. Where copying takes longer than computing, each moment without a copy is
-        one more to wait at the end.
+        """See `LayerLoader.hurry`. Where copying takes longer than computing, each moment without a copy is one more to wait at the
+        end.
         """
-        if not self._slow:
-            layer = sum(self._row_format(0, key).size(s.rows) for key, group in self._groups.items() for s in group)
-            self._launch_up_to(min(LAUNCH_AHEAD, HURRY_BYTES // max(1, layer)))
+        super().hurry()
+        layer = sum(self._row_format(0, key).size(s.rows) for key, group in self._groups.items() for s in group)
+        self._launch_up_to(min(LAUNCH_AHEAD, HURRY_BYTES // max(1, layer)))
 
     def begin(self) -> None:
         """See `LayerLoader.begin`."""
         started = time.perf_counter()
         if self._slow:
             self._read_on(self._next)
-        else:
-            self._launch_up_to(self._next)
+        self._launch_up_to(self._next)
         self.seconds += time.perf_counter() - started
 
     def waited(self) -> float:

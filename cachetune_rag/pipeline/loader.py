@@ -100,8 +100,11 @@ class LayerLoader:
         self._sources = [s for group in self._groups.values() for s in group]
         self._places: dict[tuple[str, str], Tensor] = {}
         self._rows_of_tables: dict[tuple[str, str], dict[str | None, Tables]] = {}
-        # In the order of `_sources`, those whose rows must be waited for.
+        # In the order of `_sources`, those whose rows must be waited for; and in which layers, for of what was read ahead of the
+        # request some layers are there.
         self._slow = [s for s in self._sources if not s.reader.in_memory]
+        layers = range(self._adapter.num_layers)
+        self._waits = [not all(s.reader.has(layer, s.rows) for s in self._slow) for layer in layers]
 
     def load(self, layer: int) -> None:
         """Make the reused rows of `layer` stand in the buffers. Later calls for the same layer do nothing."""
@@ -159,6 +162,8 @@ class LayerLoader:
 
     def hurry(self) -> None:
         """What is asked for first may be on its way already, whole, whatever will be known of it when it is asked for."""
+        if self._slow:
+            self._read_on(0)
 
     def begin(self) -> None:
         """The sources are final: what takes long can go ahead of the first `load`."""
@@ -180,7 +185,7 @@ class LayerLoader:
 
     def _ready(self, layer: int) -> bool:
         """Whether the rows of `layer` can be had without waiting."""
-        if not self._slow:
+        if not self._waits[layer]:
             return True
         futures = self._ahead.get(layer)
         return futures is not None and all(f.done() for f in futures)
@@ -195,13 +200,16 @@ class LayerLoader:
         if not self._slow:
             return []
         self._read_on(layer)
+        if not self._waits[layer]:
+            return [_read(s, layer) for s in self._slow]
         rows = [self._pool.result(f) for f in self._ahead[layer]]
         del self._ahead[layer]
         return rows
 
     def _read_on(self, layer: int) -> None:
-        """Have the rows of `layer` and of the next ones read."""
-        for ahead in range(layer, min(layer + 1 + self._horizon, self._adapter.num_layers)):
+        """Have the rows of `layer` and of the next ones read; those that are there don't count."""
+        unread = [number for number in range(layer, self._adapter.num_layers) if self._waits[number]]
+        for ahead in unread[: 1 + self._horizon]:
             if ahead not in self._ahead and not self._loaded[ahead]:
                 self._ahead[ahead] = [self._pool.submit(_read, s, ahead) for s in self._slow]
         if self._when_read is not None and self._all_asked():
@@ -219,7 +227,7 @@ class LayerLoader:
         """Call who waits for the disk; where the last read is under way, when it ends."""
         call, self._when_read = self._when_read, None
         assert call is not None
-        under_way = self._ahead.get(self._adapter.num_layers - 1)
+        under_way = self._ahead.get(max(self._ahead, default=-1))
         if not under_way:
             call()
         else:
@@ -227,7 +235,7 @@ class LayerLoader:
 
     def _all_asked(self) -> bool:
         layers = range(self._adapter.num_layers)
-        return not self._slow or all(self._loaded[layer] or layer in self._ahead for layer in layers)
+        return all(self._loaded[layer] or layer in self._ahead or not self._waits[layer] for layer in layers)
 
     def drain(self) -> None:
         """Wait for reads under way and drop them; the readers may be closed afterwards. What is overdue goes on alone."""

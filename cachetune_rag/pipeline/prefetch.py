@@ -16,10 +16,15 @@ __all__ = ["Hold", "Prefetch", "Prefetcher"]
 
 
 class Hold:
-    """From `begin` to `release`, nothing is read behind requests: one of them waits for the disk."""
+    """From `begin` to `release`, nothing is read behind requests: one of them waits for the disk.
 
-    def __init__(self, held: set[Hold]):
-        self._held = held
+    Args:
+        held: all that were begun.
+        keys: chunks that the request has open. They are in host memory behind it, and nobody else need read them.
+    """
+
+    def __init__(self, held: set[Hold], keys: Iterable[ChunkKey]):
+        self._held, self.keys = held, frozenset(keys)
 
     def begin(self) -> None:
         """From now on. Apart from making it, so that whoever makes it can see to its end first: Ctrl-C may come in between."""
@@ -43,7 +48,7 @@ class Prefetcher:
         limit = budget if limit is None else min(limit, budget)
         self._held: set[Hold] = set()
         self._leftovers = Leftovers(store, limit, self._paused)
-        self._ahead = ReadAhead(store, limit, self._paused, self._leftovers.has)
+        self._ahead = ReadAhead(store, limit, self._paused, self._elsewhere)
 
     def fetch(
         self, keys: Callable[[], Iterable[ChunkKey]], rows: Callable[[ChunkReader], int] | None = None
@@ -68,9 +73,9 @@ class Prefetcher:
         self._leftovers.settle(wanted)
         return self._ahead.take(wanted)
 
-    def hold(self) -> Hold:
-        """For a request that waits for the disk."""
-        return Hold(self._held)
+    def hold(self, keys: Iterable[ChunkKey] = ()) -> Hold:
+        """For a request that waits for the disk, with the chunks that it has open."""
+        return Hold(self._held, keys)
 
     def close(self) -> None:
         """Stop; when this returns, nothing is read any more."""
@@ -79,3 +84,6 @@ class Prefetcher:
 
     def _paused(self) -> bool:
         return bool(self._held)
+
+    def _elsewhere(self, key: ChunkKey) -> bool:
+        return self._leftovers.has(key) or any(key in hold.keys for hold in list(self._held))

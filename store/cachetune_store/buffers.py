@@ -85,6 +85,12 @@ class SlabPool:
         with self._lock:
             return sum(map(len, list(self._returned))) + sum(size * len(areas) for size, areas in self._idle.items())
 
+    def settle(self) -> None:
+        """Make what came back ready to be given out. Page-locked memory waits for the GPU: best while that has nothing to do."""
+        if self._returned:
+            with self._lock:
+                self._settle()
+
     def clear(self) -> None:
         """Give idle memory back to the system, and keep none from now on."""
         with self._lock:

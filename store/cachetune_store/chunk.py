@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +49,13 @@ def plan_slab(layout: ChunkLayout) -> SlabPlan:
     for form in rows:
         offsets.append(offsets[-1] + round_up(form.size(layout.tokens)))
     return SlabPlan(rows, tuple(offsets[:-1]), offsets[-1])
+
+
+@lru_cache(maxsize=256)
+def block_ends(layout: ChunkLayout, block_rows: int) -> tuple[tuple[int, ...], ...]:
+    """For each layer, where its blocks of rows begin, in bytes from the layer's beginning, and where the last one ends."""
+    rows = [min(layout.tokens, start) for start in range(0, layout.tokens + block_rows, block_rows)]
+    return tuple(tuple(map(form.size, rows)) for form in plan_slab(layout).rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,18 +135,25 @@ def in_pool(head: ChunkHead, pool: SlabPool) -> ChunkHead:
 
 def layer_views(layout: ChunkLayout, slab: Tensor) -> tuple[Tensor, ...]:
     """The layers of a slab, uint8 [bytes of the layer's rows] each, without a copy."""
-    plan = plan_slab(layout)  # hashing a layout is slow: once a chunk, not once a layer
-    return tuple(
-        slab[offset : offset + form.size(layout.tokens)] for offset, form in zip(plan.offsets, plan.rows, strict=True)
-    )
+    return slab.split(_pieces(layout))[::2]
+
+
+@lru_cache(maxsize=256)
+def _pieces(layout: ChunkLayout) -> list[int]:
+    """Bytes of each layer's rows and of the padding behind them, in turn."""
+    plan = plan_slab(layout)
+    ends = (*plan.offsets[1:], plan.total)
+    sizes = [form.size(layout.tokens) for form in plan.rows]
+    return [n for offset, size, end in zip(plan.offsets, sizes, ends, strict=True) for n in (size, end - offset - size)]
 
 
 def clear_padding(layout: ChunkLayout, slab: Tensor) -> None:
     """Zero the bytes between layers, so that equal chunks are equal files."""
-    plan = plan_slab(layout)
-    ends = (*plan.offsets[1:], plan.total)
-    for offset, form, end in zip(plan.offsets, plan.rows, ends, strict=True):
-        slab[offset + form.size(layout.tokens) : end].zero_()
+    memory, at = slab.numpy(), 0
+    for number, size in enumerate(_pieces(layout)):
+        if number % 2 and size:
+            memory[at : at + size] = 0
+        at += size
 
 
 def ranking_order(scores: Tensor) -> Tensor:
@@ -200,14 +215,11 @@ def encode_chunk(
 def block_checksums(layout: ChunkLayout, slab: Tensor, block_rows: int) -> npt.NDArray[np.uint64]:
     """xxh3_64 of every block of rows of every layer, uint64 [layers, blocks]; the last block may be shorter."""
     memory = memory_of(slab)
-    plan = plan_slab(layout)
-    blocks = -(-layout.tokens // block_rows)
-    sums = np.empty((len(layout.layers), blocks), dtype=np.uint64)
-    for layer, (offset, form) in enumerate(zip(plan.offsets, plan.rows, strict=True)):
-        ends = [offset + form.size(min(layout.tokens, block * block_rows)) for block in range(blocks + 1)]
-        for block in range(blocks):
-            sums[layer, block] = rows_checksum(memory[ends[block] : ends[block + 1]])
-    return sums
+    sums = [
+        [rows_checksum(memory[offset + start : offset + end]) for start, end in pairwise(ends)]
+        for offset, ends in zip(plan_slab(layout).offsets, block_ends(layout, block_rows), strict=True)
+    ]
+    return np.array(sums, np.uint64)
 
 
 def _check_deviations(layout: ChunkLayout, deviations: Tensor) -> Tensor:

@@ -6,18 +6,17 @@ import contextlib
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .buffers import SlabPool, memory_of, round_up
+from .buffers import PAGE, SlabPool, memory_of, round_up
 from .checksums import rows_checksum
-from .chunk import Chunk, ChunkHead, clear_padding, in_pool, layer_views
+from .chunk import Chunk, ChunkHead, block_ends, clear_padding, in_pool, layer_views
 from .errors import DamagedChunkError, StoreClosedError
 from .keys import ChunkKey
 from .layout import ChunkLayout
@@ -112,6 +111,10 @@ class ChunkReader(ABC):
             ValueError: there is no such layer, or not as many rows.
             DamagedChunkError: the file fails a check; treat the chunk as missing and call ChunkStore.discard(key).
         """
+
+    def has(self, layer: int, rows: int) -> bool:
+        """Whether `read(layer, rows)` gives what is there, without waiting."""
+        return self.in_memory
 
     def locate(self, layer: int, rows: int) -> int:
         """Address of what `read(layer, rows)` gives, for copies by address; counts as reading it.
@@ -230,13 +233,23 @@ class DiskReader(ChunkReader):
     def read(self, layer: int, rows: int) -> Tensor:
         """See ChunkReader.read. Rows that were read before are not read again."""
         self._check(layer, rows)
-        with self._in_use(), self._locks[layer]:
+        # Every moment here is one that other threads may wait for the interpreter: a prompt's rows are a thousand reads.
+        with self._locks[layer]:
             if rows > self._covered[layer]:
-                started = time.perf_counter()
-                self._fetch(layer, rows)
-                self._seconds[layer] += time.perf_counter() - started
-        self._prepare()
+                self._begin()
+                try:
+                    started = time.perf_counter()
+                    self._fetch(layer, rows)
+                    self._seconds[layer] += time.perf_counter() - started
+                finally:
+                    self._end()
+        if self._slab is None:
+            self._prepare()
         return self._views[layer][: self.head.plan.rows[layer].size(rows)]
+
+    def has(self, layer: int, rows: int) -> bool:
+        """See ChunkReader.has."""
+        return self._covered[layer] >= rows
 
     @property
     def complete(self) -> bool:
@@ -250,8 +263,9 @@ class DiskReader(ChunkReader):
             DamagedChunkError: a block fails its checksum, or the file is too short.
         """
         tokens = self.head.layout.tokens
-        for layer in range(len(self._covered)):
-            self.read(layer, tokens)
+        for layer, covered in enumerate(self._covered):
+            if covered < tokens:
+                self.read(layer, tokens)
         self._prepare()
         assert self._slab is not None
         return Chunk(in_pool(self.head, self._pool), self._slab, self.head.host_bytes(self._pool))
@@ -283,19 +297,17 @@ class DiskReader(ChunkReader):
             with self._memory_lock:
                 self._close_file_if_unused()
 
-    @contextlib.contextmanager
-    def _in_use(self) -> Iterator[None]:
-        """Keep the file open: a read that the disk doesn't answer may still be under way when the reader is closed."""
+    def _begin(self) -> None:
+        """Until `_end`, keep the file open: a read that the disk doesn't answer may still be under way when the reader is closed."""
         with self._memory_lock:
             if self._closed:
                 raise StoreClosedError(f"reader of chunk {self.key} is closed; open the chunk again")
             self._users += 1
-        try:
-            yield
-        finally:
-            with self._memory_lock:
-                self._users -= 1
-                self._close_file_if_unused()
+
+    def _end(self) -> None:
+        with self._memory_lock:
+            self._users -= 1
+            self._close_file_if_unused()
 
     def _close_file_if_unused(self) -> None:
         if self._closed and not self._users:
@@ -307,17 +319,16 @@ class DiskReader(ChunkReader):
                 self._slab = self._pool.allocate(self.head.plan.total)
                 self._memory = memory_of(self._slab)
                 self._views = layer_views(self.head.layout, self._slab)
+                self._ends = block_ends(self.head.layout, self.head.block_rows)
 
     def _fetch(self, layer: int, rows: int) -> None:
         """Read on from what is covered, to the end of the block that holds row `rows` - 1."""
-        self._prepare()
-        head, plan = self.head, self.head.plan
-        form, offset = plan.rows[layer], plan.offsets[layer]
-        tokens, block = head.layout.tokens, head.block_rows
-        target = min(tokens, round_up(rows, block))
+        if self._slab is None:
+            self._prepare()
+        head, ends, offset = self.head, self._ends[layer], self.head.plan.offsets[layer]
+        first, last = self._covered[layer] // head.block_rows, -(-rows // head.block_rows)
         # Whole pages: what direct I/O asks for. A page that was read before is read, and its block checked, again.
-        begin = form.size(self._covered[layer]) // 4096 * 4096
-        end = round_up(form.size(target))
+        begin, end = ends[first] // PAGE * PAGE, round_up(ends[last])
         area = self._memory[offset + begin : offset + end]
         try:
             found = self._file.read(area, self._start + offset + begin)
@@ -325,13 +336,11 @@ class DiskReader(ChunkReader):
             raise DamagedChunkError(f"chunk {self.key}: layer {layer} can't be read ({error.strerror})") from error
         if found != len(area):
             raise DamagedChunkError(f"chunk {self.key}: the file ends inside layer {layer}")
-        first = self._covered[layer] // block
-        while first and form.size(first * block) > begin:
+        while first and ends[first] > begin:
             first -= 1
-        sums: npt.NDArray[np.uint64] = head.checksums[layer]
-        for index in range(first, -(-target // block)):
-            start, stop = form.size(index * block), form.size(min(tokens, (index + 1) * block))
-            if rows_checksum(self._memory[offset + start : offset + stop]) != sums[index]:
+        sums = head.checksums[layer].tolist()
+        for index in range(first, last):
+            if rows_checksum(self._memory[offset + ends[index] : offset + ends[index + 1]]) != sums[index]:
                 raise DamagedChunkError(f"chunk {self.key}: checksum mismatch in layer {layer}, block {index}")
-        self._covered[layer] = target
+        self._covered[layer] = min(head.layout.tokens, last * head.block_rows)
         self._bytes[layer] += len(area)

@@ -226,6 +226,10 @@ class ChunkStore:
         """Bytes of a device's memory for chunks."""
         return 0 if self._placement.device is None else self._placement.device.budget
 
+    def settle_memory(self) -> None:
+        """Make host memory that is no longer used ready for new chunks; see `SlabPool.settle`."""
+        self._pool.settle()
+
     def touch_host(self, key: ChunkKey) -> int:
         """Bytes that a chunk fills in host memory, or on the device if it is only there; 0 if neither has it.
 

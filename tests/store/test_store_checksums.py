@@ -36,6 +36,6 @@ def test_no_more_is_hashed_at_a_time_than_xxhash_keeps_the_lock_for(monkeypatch:
             return 0
 
     monkeypatch.setattr(xxhash, "xxh3_64", Spy)
-    rows_checksum(bytes(200_000))
+    rows_checksum(memoryview(bytes(200_000)))
     assert sum(pieces) == 200_000
     assert max(pieces) <= 65536
