@@ -203,7 +203,7 @@ class Assembler:
             if self._prefetcher is not None and not all(r.in_memory for _, r in found):
                 # Until its rows are there, what is read behind requests would be read at the cost of this one.
                 hold = self._prefetcher.hold(r.key for _, r in found if not r.in_memory)
-                stack.callback(hold.release)
+                stack.callback(hold.end)
                 hold.begin()
                 disk_free = hold.release
             looked_up()

@@ -217,7 +217,8 @@ def test_a_request_goes_on_from_what_was_read_ahead_of_it(
     request.join(PATIENCE)
     assert job.wait(PATIENCE)
     assert sorted(fetches.seen) == [(n, layer, len(TEXTS[n])) for n in range(2) for layer in range(layers)]
-    assert set(found[0].report.bytes_read) == {"disk"}
+    whole = {"host"} if at == 5 else set()  # the first chunk was, when the request came
+    assert set(found[0].report.bytes_read) == {"disk"} | whole
     cold._prefetcher.take([key_of(cold, text) for text in TEXTS])  # what the request left is in memory then
     assert in_host_memory(cold) == keys_of(cold, TEXTS[:2])
     with CacheTune(llama(), tokenizer()) as alone:

@@ -16,23 +16,32 @@ __all__ = ["Hold", "Prefetch", "Prefetcher"]
 
 
 class Hold:
-    """From `begin` to `release`, nothing is read behind requests: one of them waits for the disk.
+    """What a request at hand keeps from those who read behind requests.
+
+    From `begin` to `release` nothing is read behind requests, for this one waits for the disk. From `begin` to `end` its chunks
+    aren't read for others: they are in host memory behind it.
 
     Args:
-        held: all that were begun.
-        keys: chunks that the request has open. They are in host memory behind it, and nobody else need read them.
+        waiting, open: all that were begun, and not released or not ended.
+        keys: chunks that the request has open.
     """
 
-    def __init__(self, held: set[Hold], keys: Iterable[ChunkKey]):
-        self._held, self.keys = held, frozenset(keys)
+    def __init__(self, waiting: set[Hold], open: set[Hold], keys: Iterable[ChunkKey]):
+        self._waiting, self._open, self.keys = waiting, open, frozenset(keys)
 
     def begin(self) -> None:
         """From now on. Apart from making it, so that whoever makes it can see to its end first: Ctrl-C may come in between."""
-        self._held.add(self)
+        self._open.add(self)
+        self._waiting.add(self)
 
     def release(self) -> None:
         """The disk is free. May be called again, on any thread."""
-        self._held.discard(self)
+        self._waiting.discard(self)
+
+    def end(self) -> None:
+        """The request is done with its chunks."""
+        self.release()
+        self._open.discard(self)
 
 
 class Prefetcher:
@@ -46,7 +55,8 @@ class Prefetcher:
     def __init__(self, store: ChunkStore, limit: int | None = None):
         budget = store.host_budget or store.device_budget  # without host memory chunks go straight to the device
         limit = budget if limit is None else min(limit, budget)
-        self._held: set[Hold] = set()
+        self._waiting: set[Hold] = set()
+        self._open: set[Hold] = set()
         self._leftovers = Leftovers(store, limit, self._paused)
         self._ahead = ReadAhead(store, limit, self._paused, self._elsewhere)
 
@@ -75,7 +85,7 @@ class Prefetcher:
 
     def hold(self, keys: Iterable[ChunkKey] = ()) -> Hold:
         """For a request that waits for the disk, with the chunks that it has open."""
-        return Hold(self._held, keys)
+        return Hold(self._waiting, self._open, keys)
 
     def close(self) -> None:
         """Stop; when this returns, nothing is read any more."""
@@ -83,7 +93,7 @@ class Prefetcher:
         self._leftovers.close()
 
     def _paused(self) -> bool:
-        return bool(self._held)
+        return bool(self._waiting)
 
     def _elsewhere(self, key: ChunkKey) -> bool:
-        return self._leftovers.has(key) or any(key in hold.keys for hold in list(self._held))
+        return self._leftovers.has(key) or any(key in hold.keys for hold in list(self._open))
