@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ import torch
 from tiny import llama, tokenizer
 
 from cachetune_rag import CacheTune, ConfigError, Document, PromptError
+from cachetune_rag.deadline import DeadlinePool
 from cachetune_rag.errors import EngineClosedError
 from cachetune_rag.pipeline import ahead
+from cachetune_rag.pipeline.loader import READ_AHEAD, LayerLoader, Source
 from cachetune_rag.pipeline.prefetch import Prefetcher
 from cachetune_store import ChunkKey, ChunkStore, DamagedChunkError
 from cachetune_store.readers import DiskReader
@@ -225,6 +228,43 @@ def test_a_request_goes_on_from_what_was_read_ahead_of_it(
         alone.precompute([Document("a", TEXTS)])
         expected = alone.prefill(query="?", chunks=TEXTS[:2])
     assert float((found[0].logits - expected.logits).abs().max()) <= 1e-5
+
+
+def test_a_request_that_takes_over_reads_on_at_once_where_reading_ahead_stopped(tmp_path: Path) -> None:
+    """Not only when what computes comes near: the disk would do nothing until then."""
+    layers, there = 3 * READ_AHEAD, 2 * READ_AHEAD
+    asked: list[int] = []
+
+    class Pool(DeadlinePool):
+        def submit(self, work: Any, /, *args: Any, **kwargs: Any) -> Any:
+            asked.append(args[1])
+            return super().submit(work, *args, **kwargs)
+
+    with CacheTune(llama(layers=layers), tokenizer(), tmp_path / "kv", host_budget=0) as engine:
+        engine.precompute([Document("a", TEXTS[:1])])
+        with closing(Pool(None)) as pool, engine.store.open(key_of(engine, TEXTS[0])) as reader:
+            rows = reader.layout.tokens
+            for layer in range(there):
+                reader.read(layer, rows)
+            buffers = engine.adapter.new_buffers(rows)
+            loader = LayerLoader(engine.adapter, [Source(reader, 0, rows)], buffers, pool)
+            loader.hurry()
+            assert asked == list(range(there, layers))
+            for layer in range(layers):
+                loader.load(layer)
+            assert asked == list(range(there, layers))  # what was there is not read by a thread
+            loader.close()
+        with CacheTune(llama(layers=layers), tokenizer()) as alone:
+            alone.precompute([Document("a", TEXTS[:1])])
+            with alone.store.open(key_of(alone, TEXTS[0])) as reader:
+                expected = alone.adapter.new_buffers(rows)
+                whole = LayerLoader(alone.adapter, [Source(reader, 0, rows)], expected, alone._pool)
+                for layer in range(layers):
+                    whole.load(layer)
+        for one, other in zip(
+            buffers.key_rows + buffers.value_rows, expected.key_rows + expected.value_rows, strict=True
+        ):
+            assert torch.equal(one, other)
 
 
 def test_the_first_layers_of_all_chunks_come_first(cold: CacheTune, monkeypatch: pytest.MonkeyPatch) -> None:

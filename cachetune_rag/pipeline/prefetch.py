@@ -22,16 +22,16 @@ class Hold:
     aren't read for others: they are in host memory behind it.
 
     Args:
-        waiting, open: all that were begun, and not released or not ended.
+        waiting, opened: all that were begun, and not released or not ended.
         keys: chunks that the request has open.
     """
 
-    def __init__(self, waiting: set[Hold], open: set[Hold], keys: Iterable[ChunkKey]):
-        self._waiting, self._open, self.keys = waiting, open, frozenset(keys)
+    def __init__(self, waiting: set[Hold], opened: set[Hold], keys: Iterable[ChunkKey]):
+        self._waiting, self._opened, self.keys = waiting, opened, frozenset(keys)
 
     def begin(self) -> None:
         """From now on. Apart from making it, so that whoever makes it can see to its end first: Ctrl-C may come in between."""
-        self._open.add(self)
+        self._opened.add(self)
         self._waiting.add(self)
 
     def release(self) -> None:
@@ -41,7 +41,7 @@ class Hold:
     def end(self) -> None:
         """The request is done with its chunks."""
         self.release()
-        self._open.discard(self)
+        self._opened.discard(self)
 
 
 class Prefetcher:
@@ -56,7 +56,7 @@ class Prefetcher:
         budget = store.host_budget or store.device_budget  # without host memory chunks go straight to the device
         limit = budget if limit is None else min(limit, budget)
         self._waiting: set[Hold] = set()
-        self._open: set[Hold] = set()
+        self._opened: set[Hold] = set()
         self._leftovers = Leftovers(store, limit, self._paused)
         self._ahead = ReadAhead(store, limit, self._paused, self._elsewhere)
 
@@ -85,7 +85,7 @@ class Prefetcher:
 
     def hold(self, keys: Iterable[ChunkKey] = ()) -> Hold:
         """For a request that waits for the disk, with the chunks that it has open."""
-        return Hold(self._waiting, self._open, keys)
+        return Hold(self._waiting, self._opened, keys)
 
     def close(self) -> None:
         """Stop; when this returns, nothing is read any more."""
@@ -96,4 +96,4 @@ class Prefetcher:
         return bool(self._waiting)
 
     def _elsewhere(self, key: ChunkKey) -> bool:
-        return self._leftovers.has(key) or any(key in hold.keys for hold in list(self._open))
+        return self._leftovers.has(key) or any(key in hold.keys for hold in list(self._opened))

@@ -126,9 +126,11 @@ class Chunk:
 
 
 def in_pool(head: ChunkHead, pool: SlabPool) -> ChunkHead:
-    """The head with its deviations in memory of the pool, if that is page-locked: a GPU then fetches them by itself."""
-    if head.deviations is None or not pool.pinned:
+    """The head with its deviations in memory of their own; of the pool, if that is page-locked: a GPU then fetches them by itself."""
+    if head.deviations is None:
         return head
+    if not pool.pinned:
+        return replace(head, deviations=head.deviations.clone())
     room = pool.allocate(head.deviations.nbytes).view(torch.float16).view(head.deviations.shape)
     return replace(head, deviations=room.copy_(head.deviations))
 

@@ -20,6 +20,7 @@ from cachetune_store import (
     UnknownCodecError,
     get_codec,
     make_key,
+    pinning,
 )
 from cachetune_store.buffers import SlabPool
 
@@ -379,6 +380,25 @@ def test_row_memory_that_a_gpu_still_reads_is_not_given_out_again() -> None:
     assert pool.idle_bytes == size
     pool.clear()
     assert pool.idle_bytes == 0
+
+
+def test_memory_that_was_settled_is_given_out_without_waiting_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[None] = []
+    monkeypatch.setattr(pinning, "pin", lambda area: True)
+    monkeypatch.setattr(pinning, "wait_for_copies", lambda: waits.append(None))
+    pool = SlabPool(pinned=True, limit=1 << 30)
+    for _ in range(3):
+        rows = [pool.allocate(1 << 20) for _ in range(4)]
+        del rows
+        pool.settle()
+        settled = len(waits)
+        rows = [pool.allocate(1 << 20) for _ in range(4)]
+        assert len(waits) == settled
+        del rows
+    pool.settle()
+    before = len(waits)
+    pool.settle()
+    assert len(waits) == before  # nothing came back meanwhile
 
 
 @pytest.mark.parametrize("text", ["short", "x" * (200 << 10)], ids=["short head", "long head"])
