@@ -43,7 +43,6 @@ class _Ahead:
         self._engine = engine
         self._request = None if isinstance(request, Exception) else request
         self._job: Prefetch | None = None
-        self._cancelled = False
 
     def start(self) -> None:
         """Begin, once."""
@@ -55,12 +54,10 @@ class _Ahead:
             self._job = self._engine._requests.prefetch(request.get("chunks", ()), request.get("prompt"), config)
         except (CacheTuneError, TypeError):
             return  # the request itself will say so, when it is its turn
-        if self._cancelled:
-            self._job.cancel()
 
     def cancel(self) -> None:
         """The next request won't come."""
-        self._request, self._cancelled = None, True
+        self._request = None
         if self._job is not None:
             self._job.cancel()
 
