@@ -189,8 +189,6 @@ class Assembler:
                 stack.enter_context(
                     torch.cuda.device(self._adapter.device)
                 )  # kernels and streams go by the current one
-                # Now that the device is idle: who reads ahead while it computes would wait for it.
-                self._store.settle_memory()
             clock = _Clock()
             readers = OpenReaders()
             stack.callback(readers.close)
@@ -231,6 +229,8 @@ class Assembler:
             ended = time.perf_counter()
             ttft = ended - started
             timings |= {"compute": clock.lap()} if phases is None else phases.timings(ended)
+            # While the device has nothing to do: who reads ahead while it computes would wait for it.
+            self._store.settle_memory()
 
             read: dict[str, int] = {}
             for reader in {id(r): r for _, r in found}.values():

@@ -86,8 +86,10 @@ class SlabPool:
             return sum(map(len, list(self._returned))) + sum(size * len(areas) for size, areas in self._idle.items())
 
     def settle(self) -> None:
-        """Make what came back ready to be given out. Page-locked memory waits for the GPU: best while that has nothing to do."""
-        if self._returned:
+        """Make what came back ready to be given out, when the GPU has nothing to do: page-locked memory waits for it. Where the
+        process uses several GPUs that is left to who asks for memory, for another one may be at work.
+        """
+        if self._returned and not (self.pinned and pinning.devices_in_use() > 1):
             with self._lock:
                 self._settle()
 

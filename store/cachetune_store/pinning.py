@@ -19,7 +19,7 @@ import torch
 
 from . import cudart
 
-__all__ = ["capturing", "pin", "unpin", "wait_for_copies"]
+__all__ = ["capturing", "devices_in_use", "pin", "unpin", "wait_for_copies"]
 
 _PORTABLE = 1  # cudaHostRegisterPortable: locked for every GPU
 
@@ -55,10 +55,18 @@ def wait_for_copies(device: torch.device | None = None) -> None:
         if device is not None:
             torch.cuda.synchronize(device)
             return
-        for number in range(torch.cuda.device_count()):
-            # Asking the others to wait would set them up first.
-            if torch.cuda.memory_reserved(number):
-                torch.cuda.synchronize(number)
+        for number in _in_use():
+            torch.cuda.synchronize(number)
+
+
+def devices_in_use() -> int:
+    """How many GPUs this process has memory on."""
+    return len(_in_use())
+
+
+def _in_use() -> list[int]:
+    # Asking the others to wait would set them up first.
+    return [number for number in range(torch.cuda.device_count()) if torch.cuda.memory_reserved(number)]
 
 
 def _done(status: object) -> bool:

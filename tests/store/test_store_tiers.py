@@ -401,6 +401,19 @@ def test_memory_that_was_settled_is_given_out_without_waiting_for_the_gpu(monkey
     assert len(waits) == before  # nothing came back meanwhile
 
 
+def test_settling_waits_for_no_second_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[None] = []
+    monkeypatch.setattr(pinning, "pin", lambda area: True)
+    monkeypatch.setattr(pinning, "wait_for_copies", lambda: waits.append(None))
+    monkeypatch.setattr(pinning, "devices_in_use", lambda: 2)
+    pool = SlabPool(pinned=True, limit=1 << 30)
+    pool.allocate(1 << 20)
+    pool.settle()
+    assert not waits
+    pool.allocate(1 << 20)  # who needs it waits
+    assert waits
+
+
 @pytest.mark.parametrize("text", ["short", "x" * (200 << 10)], ids=["short head", "long head"])
 def test_the_head_of_a_file_is_read_in_one_go_once_its_length_is_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
