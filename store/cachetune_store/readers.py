@@ -243,8 +243,7 @@ class DiskReader(ChunkReader):
                     self._seconds[layer] += time.perf_counter() - started
                 finally:
                     self._end()
-        if self._slab is None:
-            self._prepare()
+        self._prepare()
         return self._views[layer][: self.head.plan.rows[layer].size(rows)]
 
     def has(self, layer: int, rows: int) -> bool:
@@ -314,17 +313,19 @@ class DiskReader(ChunkReader):
             self._file.close()
 
     def _prepare(self) -> None:
+        if self._slab is not None:
+            return
         with self._memory_lock:
             if self._slab is None:
-                self._slab = self._pool.allocate(self.head.plan.total)
-                self._memory = memory_of(self._slab)
-                self._views = layer_views(self.head.layout, self._slab)
+                slab = self._pool.allocate(self.head.plan.total)
+                self._memory = memory_of(slab)
+                self._views = layer_views(self.head.layout, slab)
                 self._ends = block_ends(self.head.layout, self.head.block_rows)
+                self._slab = slab  # last: who finds it doesn't take the lock
 
     def _fetch(self, layer: int, rows: int) -> None:
         """Read on from what is covered, to the end of the block that holds row `rows` - 1."""
-        if self._slab is None:
-            self._prepare()
+        self._prepare()
         head, ends, offset = self.head, self._ends[layer], self.head.plan.offsets[layer]
         first, last = self._covered[layer] // head.block_rows, -(-rows // head.block_rows)
         # Whole pages: what direct I/O asks for. A page that was read before is read, and its block checked, again.

@@ -7,6 +7,7 @@ import gc
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from cachetune_store import (
     get_codec,
     make_key,
     pinning,
+    readers,
 )
 from cachetune_store.buffers import SlabPool
 
@@ -380,6 +382,48 @@ def test_row_memory_that_a_gpu_still_reads_is_not_given_out_again() -> None:
     assert pool.idle_bytes == size
     pool.clear()
     assert pool.idle_bytes == 0
+
+
+def test_threads_that_read_the_first_rows_of_a_chunk_together_find_its_memory_ready(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = sample()
+    with ChunkStore(tmp_path) as store:
+        one.put(store)
+    begun, making, go_on = threading.Event(), threading.Event(), threading.Event()
+    errors: list[Exception] = []
+    real_views, real_fetch = readers.layer_views, readers.DiskReader._fetch
+
+    def views(*args: Any) -> tuple[torch.Tensor, ...]:
+        making.set()
+        assert go_on.wait(20)
+        return real_views(*args)
+
+    def fetch(reader: readers.DiskReader, layer: int, rows: int) -> None:
+        if layer == 1:  # it comes while the other one makes ready
+            begun.set()
+            assert making.wait(20)
+        real_fetch(reader, layer, rows)
+
+    def read(reader: readers.ChunkReader, layer: int) -> None:
+        try:
+            reader.read(layer, 150)
+        except Exception as error:
+            errors.append(error)
+
+    monkeypatch.setattr(readers, "layer_views", views)
+    monkeypatch.setattr(readers.DiskReader, "_fetch", fetch)
+    with ChunkStore(tmp_path) as store, store.open(one.key) as reader:
+        second, first = (threading.Thread(target=read, args=(reader, layer)) for layer in (1, 0))
+        second.start()
+        assert begun.wait(20)
+        first.start()
+        second.join(0.2)  # it waits for the first one, or has failed
+        go_on.set()
+        first.join()
+        second.join()
+        assert not errors
+        assert one.matches(reader)
 
 
 def test_memory_that_was_settled_is_given_out_without_waiting_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
