@@ -38,7 +38,7 @@ TIERS = ("device", "host", "disk")
 
 
 def _nothing() -> None:
-    """Nobody waits for the disk."""
+    """Nobody is to be told."""
 
 
 KNOWN_KEYS = 2048

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
+from functools import partial
 
 from cachetune_rag.workers import Job, Workers
 from cachetune_store import ChunkKey, ChunkReader, ChunkStore, StoreError
@@ -118,7 +119,7 @@ class ReadAhead:
     Args:
         store: where chunks come from and whose host tier they go to.
         limit: most bytes of host memory that one prompt may fill.
-        paused: whether to read nothing for now.
+        wait: `wait(stopped)` returns once something may be read, or `stopped()`.
         elsewhere: whether a chunk is being read for another reason.
     """
 
@@ -126,10 +127,10 @@ class ReadAhead:
         self,
         store: ChunkStore,
         limit: int,
-        paused: Callable[[], bool],
+        wait: Callable[[Callable[[], bool]], None],
         elsewhere: Callable[[ChunkKey], bool],
     ):
-        self._store, self._limit, self._paused, self._elsewhere = store, limit, paused, elsewhere
+        self._store, self._limit, self._wait, self._elsewhere = store, limit, wait, elsewhere
         self._pool = Workers(THREADS, "cachetune-prefetch")
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -251,7 +252,7 @@ class ReadAhead:
         for reader in unwanted:
             reader.close()
         batch.order = batch.reads()
-        self._wait(batch)
+        self._wait(partial(self._stopped, batch))  # one thread does, instead of all
         self._together(batch, sum(c.left for c in batch.chunks), self._read_some, lambda: self._end(batch))
 
     def _read_some(self, batch: _Batch) -> int:
@@ -261,13 +262,8 @@ class ReadAhead:
             filled += self._read(batch, *read)
         return filled
 
-    def _wait(self, batch: _Batch) -> None:
-        """Until something may be read."""
-        while self._paused() and not self._stopped(batch):
-            time.sleep(4 * _BREATH)
-
     def _next(self, batch: _Batch) -> tuple[_Chunk, int, int] | None:
-        self._wait(batch)
+        self._wait(partial(self._stopped, batch))
         with self._lock:
             for chunk, layer, rows in batch.order:
                 if self._stopped(batch):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -13,8 +12,6 @@ from cachetune_store import ChunkKey, ChunkReader, ChunkStore, DamagedChunkError
 
 THREADS = 2
 """One chunk is checked while the next is on its way; more would only take the disk from requests."""
-_BREATH = 0.002
-"""Seconds between two looks at whether the disk is free."""
 
 _log = logging.getLogger(__name__)
 
@@ -39,11 +36,11 @@ class Leftovers:
     Args:
         store: where chunks come from and whose host tier they go to.
         limit: most bytes of host memory that what waits may come to fill; beyond, chunks stay on disk.
-        paused: whether to read nothing for now.
+        wait: `wait(stopped)` returns once something may be read, or `stopped()`.
     """
 
-    def __init__(self, store: ChunkStore, limit: int, paused: Callable[[], bool]):
-        self._store, self._limit, self._paused = store, limit, paused
+    def __init__(self, store: ChunkStore, limit: int, wait: Callable[[Callable[[], bool]], None]):
+        self._store, self._limit, self._wait = store, limit, wait
         self._pool = Workers(THREADS, "cachetune-prefetch-rest")
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -104,8 +101,7 @@ class Leftovers:
         """Layer by layer, so that it can be stopped in between."""
         try:
             for layer in range(len(reader.layout.layers)):
-                while self._paused() and not self._stop.is_set():
-                    time.sleep(_BREATH)
+                self._wait(self._stop.is_set)
                 if self._stop.is_set():
                     return
                 reader.read(layer, reader.layout.tokens)

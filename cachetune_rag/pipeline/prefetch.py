@@ -6,6 +6,7 @@ itself, and handles damage as it always does.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 
 from cachetune_rag.pipeline.ahead import Prefetch, ReadAhead
@@ -13,6 +14,9 @@ from cachetune_rag.pipeline.leftovers import Leftovers
 from cachetune_store import ChunkKey, ChunkReader, ChunkStore
 
 __all__ = ["Hold", "Prefetch", "Prefetcher"]
+
+_BREATH = 0.002
+"""Seconds between two looks at whether the disk is free."""
 
 
 class Hold:
@@ -57,8 +61,8 @@ class Prefetcher:
         limit = budget if limit is None else min(limit, budget)
         self._waiting: set[Hold] = set()
         self._opened: set[Hold] = set()
-        self._leftovers = Leftovers(store, limit, self._paused)
-        self._ahead = ReadAhead(store, limit, self._paused, self._elsewhere)
+        self._leftovers = Leftovers(store, limit, self._wait)
+        self._ahead = ReadAhead(store, limit, self._wait, self._elsewhere)
 
     def fetch(
         self, keys: Callable[[], Iterable[ChunkKey]], rows: Callable[[ChunkReader], int] | None = None
@@ -94,6 +98,11 @@ class Prefetcher:
 
     def _paused(self) -> bool:
         return bool(self._waiting)
+
+    def _wait(self, stopped: Callable[[], bool]) -> None:
+        """Return once nobody waits for the disk, or `stopped()`."""
+        while self._paused() and not stopped():
+            time.sleep(_BREATH)
 
     def _elsewhere(self, key: ChunkKey) -> bool:
         return self._leftovers.has(key) or any(key in hold.keys for hold in list(self._opened))

@@ -24,13 +24,11 @@ def rows_checksum(rows: memoryview) -> int:
     if len(rows) <= _PIECE:
         return int(xxhash.xxh3_64_intdigest(rows))
     state = xxhash.xxh3_64()
-    for start in range(0, len(rows), _PIECE):
-        state.update(rows[start : start + _PIECE])
+    update(state, rows)
     return int(state.intdigest())
 
 
 def update(state: _Hash, data: bytes | memoryview) -> None:
     """`state.update(data)`."""
-    view = memoryview(data)
-    for start in range(0, len(view), _PIECE):
-        state.update(view[start : start + _PIECE])
+    for start in range(0, len(data), _PIECE):
+        state.update(data[start : start + _PIECE])

@@ -55,17 +55,13 @@ def wait_for_copies(device: torch.device | None = None) -> None:
         if device is not None:
             torch.cuda.synchronize(device)
             return
-        for number in _in_use():
+        # Asking the others to wait would set them up first.
+        for number in devices_in_use():
             torch.cuda.synchronize(number)
 
 
-def devices_in_use() -> int:
-    """How many GPUs this process has memory on."""
-    return len(_in_use())
-
-
-def _in_use() -> list[int]:
-    # Asking the others to wait would set them up first.
+def devices_in_use() -> list[int]:
+    """Numbers of the GPUs that this process has memory on."""
     return [number for number in range(torch.cuda.device_count()) if torch.cuda.memory_reserved(number)]
 
 

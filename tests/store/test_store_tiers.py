@@ -449,7 +449,7 @@ def test_settling_waits_for_no_second_gpu(monkeypatch: pytest.MonkeyPatch) -> No
     waits: list[None] = []
     monkeypatch.setattr(pinning, "pin", lambda area: True)
     monkeypatch.setattr(pinning, "wait_for_copies", lambda: waits.append(None))
-    monkeypatch.setattr(pinning, "devices_in_use", lambda: 2)
+    monkeypatch.setattr(pinning, "devices_in_use", lambda: [0, 1])
     pool = SlabPool(pinned=True, limit=1 << 30)
     pool.allocate(1 << 20)
     pool.settle()
