@@ -121,7 +121,9 @@ class Assembler:
         logits, cache = self._adapter.full_forward(self._ids(prompt))
         self._wait()
         took = time.perf_counter() - started
-        report = Report(len(prompt.ids), 0, 0, 0, {}, 1.0, "all", took, {"compute": took}, full=True)
+        report = Report(
+            len(prompt.ids), 0, 0, 0, {}, 1.0, "all", took, {"compute": took}, full=True, retrieved=prompt.retrieved
+        )
         return PrefillState(logits, cache, report, prompt)
 
     def prefill(
@@ -261,6 +263,7 @@ class Assembler:
                 recognised=prompt.recognised,
                 probed=probed,
                 skipped=skipped,
+                retrieved=prompt.retrieved,
             )
             return PrefillState(logits, cache, report, prompt, first_missed, None if plan is None else plan.buffers)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from cachetune_rag.answer import Answer, AnswerStream
@@ -20,7 +19,7 @@ from cachetune_rag.parts import EngineParts
 from cachetune_rag.pipeline.device import warm_up as warm_up_loading
 from cachetune_rag.pipeline.prefetch import Prefetch
 from cachetune_rag.precompute import Progress
-from cachetune_rag.prompt import Chunk, Prompt, Segment
+from cachetune_rag.prompt import Prompt, Segment
 from cachetune_rag.report import PrecomputeSummary
 from cachetune_rag.request_queue import generate_many
 from cachetune_rag.selection import get_selector
@@ -110,32 +109,30 @@ class CacheTune(EngineParts):
 
     # -- prompts --------------------------------------------------------------------------------------------------
 
-    def prompt_from_text(self, text: str | Sequence[Segment | str], *, recognise: bool = True) -> Prompt:
+    def prompt_from_text(
+        self, text: str | Sequence[Segment | str], *, recognise: bool = True, retrieved: Sequence[str] = ()
+    ) -> Prompt:
         """A plain completion prompt: BOS, if the tokenizer adds one, and the text.
 
         Args:
             text: a string, or texts and chunks. Control tokens in it stay text.
             recognise: find chunks of the store inside the text and reuse them; each is verified in full.
+            retrieved: the texts that your retriever returned, as it returned them. They change nothing in the prompt; they say
+                what there was to find, so that the report and `stats()` tell which share of it was found, and the log why
+                little was.
         """
-        if not recognise:
-            return self.prompts.build_text([text] if isinstance(text, str) else text)
-        segments = self._recognizer.segments(text)
-        given = 0 if isinstance(text, str) else _count_chunks(text)
-        return replace(self.prompts.build_text(segments), recognised=_count_chunks(segments) - given)
+        return self._plain.from_text(text, recognise=recognise, retrieved=retrieved)
 
-    def prompt_from_messages(self, messages: Sequence[Mapping[str, Any]], *, recognise: bool = True) -> Prompt:
+    def prompt_from_messages(
+        self, messages: Sequence[Mapping[str, Any]], *, recognise: bool = True, retrieved: Sequence[str] = ()
+    ) -> Prompt:
         """A conversation through the tokenizer's chat template, up to where the assistant speaks.
 
         Args:
             messages: each {"role": ..., "content": ...}; content is a string, or a list of `Text`, `Chunk` and strings.
-            recognise: as for `prompt_from_text`.
+            recognise, retrieved: as for `prompt_from_text`.
         """
-        if not recognise:
-            return self.prompts.build_messages(messages)
-        found = self._recognizer.messages(messages)
-        given = sum(_count_chunks(m["content"]) for m in messages if not isinstance(m["content"], str))
-        recognised = sum(_count_chunks(m["content"]) for m in found) - given
-        return replace(self.prompts.build_messages(found), recognised=recognised)
+        return self._plain.from_messages(messages, recognise=recognise, retrieved=retrieved)
 
     # -- answering ------------------------------------------------------------------------------------------------
 
@@ -419,7 +416,3 @@ class CacheTune(EngineParts):
     def ttft_histograms(self) -> dict[str, Histogram]:
         """Times to first token of requests with reuse, by the slowest tier that each read from."""
         return self._counter.ttft_histograms()
-
-
-def _count_chunks(segments: Sequence[Segment | str]) -> int:
-    return sum(isinstance(segment, Chunk) for segment in segments)

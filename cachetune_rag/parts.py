@@ -25,6 +25,7 @@ from cachetune_rag.model.fingerprint import model_fingerprint, tokenizer_fingerp
 from cachetune_rag.model_lock import ModelLock
 from cachetune_rag.options import ENGINE_NAMES, EngineOptions, StoreOptions, check_names
 from cachetune_rag.pipeline.prefetch import Prefetcher
+from cachetune_rag.plain_prompts import PlainPrompts
 from cachetune_rag.precompute import Precomputer
 from cachetune_rag.profiles import Profiles
 from cachetune_rag.prompt import PromptBuilder
@@ -110,6 +111,7 @@ class EngineParts:
         if batch_tokens is None:
             batch_tokens = 8192 if self.adapter.device.type == "cuda" else 0
         self._recognizer = StoreRecognizer(self.store, self.lead_ins, self._pool.call)
+        self._plain = PlainPrompts(self.prompts, self._recognizer)
         self._precomputer = Precomputer(
             self.adapter,
             self.store,

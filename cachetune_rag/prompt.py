@@ -63,6 +63,7 @@ class Prompt:
         chunk_ids: token ids of each chunk, in the request's order.
         chunk_texts: text of each chunk, in the request's order.
         recognised: how many of the chunks were found in plain text, rather than given as chunks.
+        retrieved: tokens of the texts that the caller's retriever returned, each tokenised alone; 0 where it didn't say.
     """
 
     ids: tuple[int, ...]
@@ -70,6 +71,7 @@ class Prompt:
     chunk_ids: tuple[tuple[int, ...], ...]
     chunk_texts: tuple[str, ...]
     recognised: int = 0
+    retrieved: int = 0
 
 
 @dataclass(frozen=True)

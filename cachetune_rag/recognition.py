@@ -229,9 +229,13 @@ class StoreRecognizer:
                 segments.append(part)
         return segments
 
-    def messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Chat messages with `segments` done to the content of each."""
-        return [{**message, "content": self.segments(message["content"])} for message in messages]
+    def messages(self, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """Chat messages with `segments` done to the content of each. What is none is left for the prompt's builder to refuse."""
+        return [self._message(message) for message in messages]
+
+    def _message(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        return {**message, "content": self.segments(content)} if isinstance(content, Sequence) else message
 
     def add(self, key: ChunkKey, text: str) -> None:
         """A chunk was just stored. (Before the first use there is nothing to tell: the store will be read then.)"""

@@ -34,6 +34,7 @@ class Report:
         unstored: missed chunks that are not stored: by `prefill`, because they could not be (no room, no permission, no time);
             behind an answer, because too many wait already, or the engine is being closed.
         recognised: chunks that were found in plain text (see `CacheTune.prompt_from_text`).
+        retrieved: tokens of the texts that the caller's retriever returned; 0 where nobody said what those were.
         full: True for the reference: nothing was reused by intent.
         request_id: names the request in logs and spans.
         probed: token-layers that the selector had run to choose (a token through a layer is one; through a part of one,
@@ -61,6 +62,13 @@ class Report:
     timed_out: int = 0
     unstored: int = 0
     storing: int = 0
+    retrieved: int = 0
+
+    @property
+    def found_share(self) -> float:
+        """Share of the retrieved tokens that was in the store and found, from 0 to 1; of the prompt's tokens where nobody said
+        what was retrieved."""
+        return share_found(self.reused + self.recomputed, self.retrieved or self.prompt_tokens)
 
     @property
     def slowest_tier(self) -> str:
@@ -73,8 +81,8 @@ class Report:
         return self.prompt_tokens - self.reused - self.prefix_kept
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields, for JSON."""
-        return dataclasses.asdict(self)
+        """The fields and `found_share`, for JSON."""
+        return {**dataclasses.asdict(self), "found_share": self.found_share}
 
     def __str__(self) -> str:
         if self.full:
@@ -87,8 +95,9 @@ class Report:
             "chunks not stored": self.unstored,
         }
         told = "".join(f", {count} {what}" for what, count in faults.items() if count)
+        found = f", {self.found_share:.0%} of {self.retrieved} retrieved found" if self.retrieved else ""
         return (
-            f"{self.prompt_tokens} prompt tokens: {self.reused} reused, {self.recomputed} recomputed, {self.missed} missed "
+            f"{self.prompt_tokens} prompt tokens: {self.reused} reused, {self.recomputed} recomputed, {self.missed} missed{found} "
             f"({self.selector}, r={self.ratio:g}); read {read}; first token after {_seconds(self.ttft)}{told}"
         )
 
@@ -130,6 +139,11 @@ class PrecomputeSummary:
             f"in {_seconds(self.seconds)} ({self.tokens_per_second:.0f} tokens/s), {_size(self.bytes)} stored"
             f"{f', mean over {self.lead_ins} lead-ins' if self.lead_ins > 1 else ''}"
         )
+
+
+def share_found(found: int, tokens: int) -> float:
+    """What part of so many tokens was found. Never above 1: a text that is shown twice is found twice."""
+    return min(1.0, found / tokens) if tokens else 0.0
 
 
 def _seconds(value: float) -> str:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from cachetune_rag.fidelity import FidelityStats
-from cachetune_rag.report import Report
+from cachetune_rag.report import Report, share_found
 from cachetune_store import StoreStats
 from cachetune_store.histogram import Histogram
 
-_SUMMED = ("prompt_tokens", "reused", "recomputed", "missed", "damaged", "unreadable", "timed_out")
+_SUMMED = ("prompt_tokens", "reused", "recomputed", "missed", "damaged", "unreadable", "timed_out", "retrieved")
 """Fields of `Report` that are added up."""
 
 
@@ -25,6 +25,8 @@ class EngineStats:
         full_prefills: prompts read without.
         prompt_tokens, reused, recomputed, missed: tokens, summed over the former; see `Report`.
         damaged, unreadable, timed_out: chunks that were in the store and had to be computed, summed; see `Report`.
+        retrieved: tokens of texts that callers said they had retrieved, summed; see `Report`.
+        retrieved_found: of those, tokens that were in the store and found.
         ttft_seconds: time to first token, summed.
         ttft: count, mean, p50, p95 and p99 of the time to first token, by the slowest tier that a request read from.
         unstored: chunks that requests missed and that could not be stored afterwards; the reason is in the log.
@@ -43,6 +45,8 @@ class EngineStats:
     damaged: int
     unreadable: int
     timed_out: int
+    retrieved: int
+    retrieved_found: int
     ttft_seconds: float
     ttft: dict[str, dict[str, float | int | None]]
     store: StoreStats
@@ -51,10 +55,19 @@ class EngineStats:
     storing: int = 0
     store_age: float = 0.0
 
+    @property
+    def found_share(self) -> float:
+        """Share of the retrieved tokens that was in the store and found; of all prompts' tokens where nobody ever said what was
+        retrieved."""
+        if self.retrieved:
+            return share_found(self.retrieved_found, self.retrieved)
+        return share_found(self.reused + self.recomputed, self.prompt_tokens)
+
     def as_dict(self) -> dict[str, Any]:
-        """The fields, for JSON."""
+        """The fields and `found_share`, for JSON."""
         return {
             **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)},
+            "found_share": self.found_share,
             "store": self.store.as_dict(),
             "fidelity": None if self.fidelity is None else dataclasses.asdict(self.fidelity),
         }
@@ -67,6 +80,7 @@ class RequestCounter:
         self._lock = threading.Lock()
         self._requests = self._full = 0
         self._sums = dict.fromkeys(_SUMMED, 0)
+        self._retrieved_found = 0
         self._ttft = 0.0
         self._by_tier: dict[str, Histogram] = {}
 
@@ -79,6 +93,8 @@ class RequestCounter:
             self._requests += 1
             for name in _SUMMED:
                 self._sums[name] += getattr(report, name)
+            if report.retrieved:
+                self._retrieved_found += min(report.reused + report.recomputed, report.retrieved)
             self._ttft += report.ttft
             histogram = self._by_tier.setdefault(report.slowest_tier, Histogram())
         histogram.add(report.ttft)
@@ -97,6 +113,7 @@ class RequestCounter:
                 requests=self._requests,
                 full_prefills=self._full,
                 **self._sums,
+                retrieved_found=self._retrieved_found,
                 ttft_seconds=self._ttft,
                 ttft={tier: histogram.summary() for tier, histogram in self._by_tier.items()},
                 store=store,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cachetune_rag.fidelity import FidelityStats
     from cachetune_store.histogram import Histogram
 
-_TOKENS = ("prompt_tokens", "reused", "recomputed", "missed")
+_TOKENS = ("prompt_tokens", "reused", "recomputed", "missed", "retrieved", "retrieved_found")
 _FAULTS = {
     "damaged": "Chunks found damaged and set aside",
     "unreadable": "Chunks that the system refused to read",
@@ -67,7 +67,9 @@ class CacheTuneCollector(Collector):
         )
         yield self._gauge("storing_chunks", "Chunks that requests missed and that wait to be stored", stats.storing)
         tokens = CounterMetricFamily(
-            "cachetune_tokens", "Tokens of prompts, by what became of them", labels=self._names("kind")
+            "cachetune_tokens",
+            "Tokens of prompts, by what became of them, and of retrieved texts",
+            labels=self._names("kind"),
         )
         for kind in _TOKENS:
             tokens.add_metric(self._values(kind), getattr(stats, kind))

@@ -23,9 +23,19 @@ if TYPE_CHECKING:
     from cachetune_rag.answer import Answer
     from cachetune_rag.engine import CacheTune
 
-_COUNTS = ("prompt_tokens", "reused", "recomputed", "missed", "skipped", "probed", "prefix_kept", "recognised")
+_COUNTS = (
+    "prompt_tokens",
+    "reused",
+    "recomputed",
+    "missed",
+    "skipped",
+    "probed",
+    "prefix_kept",
+    "recognised",
+    "retrieved",
+)
 _FAULTS = ("damaged", "unreadable", "timed_out")
-_FIELDS = (*_COUNTS, *_FAULTS, "ratio", "selector", "full")
+_FIELDS = (*_COUNTS, *_FAULTS, "ratio", "selector", "full", "found_share")
 
 
 def trace_requests(engine: CacheTune, tracer_provider: Any = None) -> SpanObserver:

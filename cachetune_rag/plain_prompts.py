@@ -1,0 +1,64 @@
+"""Prompts from plain strings and chat messages: stored chunks are found in them, and what was retrieved is counted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from cachetune_rag.errors import PromptError
+from cachetune_rag.prompt import Chunk, Prompt, PromptBuilder, Segment
+from cachetune_rag.recognition import StoreRecognizer
+
+
+class PlainPrompts:
+    """Builds prompts in which the retrieved passages don't stand apart. Safe to use from many threads.
+
+    Args:
+        prompts: lays them out.
+        recognizer: finds the stored chunks in them.
+    """
+
+    def __init__(self, prompts: PromptBuilder, recognizer: StoreRecognizer):
+        self._prompts, self._recognizer = prompts, recognizer
+
+    def from_text(self, text: str | Sequence[Segment | str], *, recognise: bool, retrieved: Sequence[str]) -> Prompt:
+        """See `CacheTune.prompt_from_text`."""
+        told = self._tokens(retrieved)
+        if not recognise:
+            return replace(self._prompts.build_text([text] if isinstance(text, str) else text), retrieved=told)
+        segments = self._recognizer.segments(text)
+        recognised = _count(segments) - _count(text)
+        return replace(self._prompts.build_text(segments), recognised=recognised, retrieved=told)
+
+    def from_messages(
+        self, messages: Sequence[Mapping[str, Any]], *, recognise: bool, retrieved: Sequence[str], **layout: Any
+    ) -> Prompt:
+        """See `CacheTune.prompt_from_messages`; `layout` goes to `PromptBuilder.build_messages`."""
+        told = self._tokens(retrieved)
+        if not recognise:
+            return replace(self._prompts.build_messages(messages, **layout), retrieved=told)
+        found = self._recognizer.messages(messages)
+        recognised = _count_in(found) - _count_in(messages)
+        return replace(self._prompts.build_messages(found, **layout), recognised=recognised, retrieved=told)
+
+    def _tokens(self, retrieved: Sequence[str]) -> int:
+        """Tokens of retrieved texts.
+
+        Raises:
+            PromptError: they are no texts.
+        """
+        if isinstance(retrieved, str) or not isinstance(retrieved, Sequence):
+            raise PromptError(f"retrieved is {retrieved!r:.80}: use a list of strings, one a retrieved passage.")
+        return sum(len(self._prompts.encode(text)) for text in retrieved)
+
+
+def _count_in(messages: Sequence[object]) -> int:
+    return sum(_count(message.get("content")) for message in messages if isinstance(message, Mapping))
+
+
+def _count(content: object) -> int:
+    """The chunks in a content that is a string, or a list of segments."""
+    if isinstance(content, str) or not isinstance(content, Sequence):
+        return 0
+    return sum(isinstance(segment, Chunk) for segment in content)
