@@ -25,6 +25,7 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from llama_index.core.llms.custom import CustomLLM
 
 from cachetune_rag import AnswerStream, CacheTune, Prompt, Report, Text
+from cachetune_rag.async_calls import call_in_thread
 from llama_index.llms.cachetune.blocks import engine_messages, plain_segments
 
 _LOADING = threading.Lock()
@@ -151,7 +152,7 @@ class CacheTuneLLM(CustomLLM):
         self, prompt: str, formatted: bool = False, *, built: Prompt | None = None, **kwargs: Any
     ) -> CompletionResponseAsyncGen:
         """As `stream_complete`; the model runs in another thread."""
-        stream = await asyncio.to_thread(self._completion, prompt, formatted, built, kwargs)
+        stream = await call_in_thread(self._completion, prompt, formatted, built, kwargs)
 
         async def responses() -> CompletionResponseAsyncGen:
             async for step in self._asteps(stream):
@@ -192,7 +193,7 @@ class CacheTuneLLM(CustomLLM):
         self, messages: Sequence[ChatMessage], *, built: Prompt | None = None, **kwargs: Any
     ) -> ChatResponseAsyncGen:
         """As `stream_chat`; the model runs in another thread."""
-        stream = await asyncio.to_thread(self._conversation, messages, built, kwargs)
+        stream = await call_in_thread(self._conversation, messages, built, kwargs)
 
         async def responses() -> ChatResponseAsyncGen:
             async for step in self._asteps(stream):
@@ -244,7 +245,7 @@ class CacheTuneLLM(CustomLLM):
         text = ""
         pull: Callable[[], str | None] = lambda: next(stream, None)  # noqa: E731
         while True:
-            turn = asyncio.ensure_future(asyncio.to_thread(pull))
+            turn = asyncio.ensure_future(call_in_thread(pull))
             try:
                 piece = await asyncio.shield(turn)
             except asyncio.CancelledError:
@@ -294,7 +295,7 @@ class CacheTuneLLM(CustomLLM):
             return last
 
         try:
-            return await asyncio.to_thread(answer)
+            return await call_in_thread(answer)
         except asyncio.CancelledError:
             cancelled.set()
             raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from llama_index.core.schema import BaseNode, MetadataMode, TransformComponent
 from llama_index.core.storage.docstore import BaseDocumentStore
 
 from cachetune_rag import CacheTune, Document, PrecomputeSummary
+from cachetune_rag.async_calls import call_in_thread
 
 _DELETERS = ("delete_ref_doc", "delete_document")
 
@@ -74,7 +74,7 @@ class KVPrecompute(TransformComponent):
 
     async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         """The same in another thread."""
-        return await asyncio.to_thread(self, nodes, **kwargs)
+        return await call_in_thread(self, nodes, **kwargs)
 
     def rebuild(
         self, docstore: BaseDocumentStore, transformations: Sequence[TransformComponent] = ()
@@ -118,7 +118,7 @@ class KVPrecompute(TransformComponent):
         @functools.wraps(delete)
         async def adeleting(doc_id: str, *args: Any, **kwargs: Any) -> Any:
             result = await delete(doc_id, *args, **kwargs)
-            await asyncio.to_thread(self.delete_ref_doc, doc_id)
+            await call_in_thread(self.delete_ref_doc, doc_id)
             return result
 
         return adeleting if is_async else deleting

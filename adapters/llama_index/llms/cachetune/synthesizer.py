@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from functools import cached_property
@@ -18,6 +17,7 @@ from llama_index.core.settings import Settings
 from llama_index.core.types import RESPONSE_TEXT_TYPE
 
 from cachetune_rag import Chunk, Prompt, PromptTooLongError, Text
+from cachetune_rag.async_calls import call_in_thread
 from cachetune_rag.prompt import Segment
 from llama_index.llms.cachetune.blocks import ChunkBlock, engine_messages
 from llama_index.llms.cachetune.llm import CacheTuneLLM
@@ -80,10 +80,10 @@ class CacheTuneSynthesizer(BaseSynthesizer):
         self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any
     ) -> RESPONSE_TEXT_TYPE:
         """As `get_response`, asynchronously."""
-        request, rest = await asyncio.to_thread(self._first, query_str, text_chunks, response_kwargs)
+        request, rest = await call_in_thread(self._first, query_str, text_chunks, response_kwargs)
         while rest:
             answer = request.parsed(await request.arun())
-            request, rest = await asyncio.to_thread(self._next, query_str, rest, answer, response_kwargs)
+            request, rest = await call_in_thread(self._next, query_str, rest, answer, response_kwargs)
         if self._streaming:
             return request.astream()
         return request.parsed(await request.arun()) or self._empty_response
