@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from cachetune_rag.errors import ConfigError
+
+_CHUNKS = "use a list of strings, one a retrieved passage."
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,7 @@ class Document:
 
     Attributes:
         id: its name in the store; indexing the same name again replaces the document.
-        chunks: chunk texts, in document order.
+        chunks: chunk texts, in document order: any iterable, kept as a tuple. A generator is consumed when the document is made.
     """
 
     id: str
@@ -24,8 +26,15 @@ class Document:
     def __post_init__(self) -> None:
         if not isinstance(self.id, str) or not self.id:
             raise ConfigError(f"document id is {self.id!r}: use a non-empty string.")
-        if isinstance(self.chunks, str) or not all(isinstance(c, str) for c in self.chunks):
-            raise ConfigError(f"document {self.id!r}: chunks must be a list of strings, one a retrieved passage.")
+        if isinstance(self.chunks, str | Mapping) or not isinstance(self.chunks, Iterable):
+            raise ConfigError(f"document {self.id!r}: chunks is {self.chunks!r:.60}: {_CHUNKS}")
+        chunks = tuple(self.chunks)
+        for i, chunk in enumerate(chunks):
+            if not isinstance(chunk, str):
+                raise ConfigError(
+                    f"document {self.id!r}: chunks[{i}] is {chunk!r:.60}, a {type(chunk).__name__}: {_CHUNKS}"
+                )
+        object.__setattr__(self, "chunks", chunks)
 
     @classmethod
     def of(cls, item: Document | str) -> Document:

@@ -1,6 +1,19 @@
 """Errors that a user can act on. Each message names the value, what is allowed and what to do.
 
+* CacheTuneError
+  x ConfigError
+  x PromptError
+    + PromptTooLongError
+  x NonFiniteLogitsError
+  x UnsupportedModelError
+  x ModelLoadError
+  x EngineClosedError (a RuntimeError too)
+  x ForkedError (a RuntimeError too)
+
 What the store raises is a `StoreError`, which has no base with these in common; `cachetune_rag` names those too.
+
+None of these is a `ValueError` or a `TypeError`. Frameworks take those for a fault of one answer and go on without it: LlamaIndex's
+synthesizers turn them into an empty answer, so a misspelt setting would look like a model with nothing to say.
 """
 
 from __future__ import annotations
@@ -10,16 +23,20 @@ class CacheTuneError(Exception):
     """Base of all errors of this package."""
 
 
-class ConfigError(CacheTuneError, ValueError):
+class ConfigError(CacheTuneError):
     """An argument or setting is out of range."""
 
 
-class PromptError(CacheTuneError, ValueError):
+class PromptError(CacheTuneError):
     """A prompt can't be built from what was given."""
 
 
 class PromptTooLongError(PromptError):
     """More tokens than the model's context holds."""
+
+
+class NonFiniteLogitsError(CacheTuneError):
+    """The model gave logits that are no numbers, so there is no next token."""
 
 
 class UnsupportedModelError(CacheTuneError):
@@ -32,3 +49,7 @@ class ModelLoadError(CacheTuneError):
 
 class EngineClosedError(CacheTuneError, RuntimeError):
     """The engine was closed."""
+
+
+class ForkedError(CacheTuneError, RuntimeError):
+    """The engine was made before this process was forked: it belongs to the parent."""

@@ -37,8 +37,6 @@ def open_store(
             )
         given: StoreOptions = {"device": device, **options}
         return ChunkStore(None if store is None else Path(store), **given)
-    except ConfigError:
-        raise
     except ValueError as error:
         raise ConfigError(f"{error}.") from error
 

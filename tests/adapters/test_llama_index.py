@@ -23,7 +23,7 @@ from llama_index.core.retrievers import BaseRetriever
 from llama_index.core.schema import NodeWithScore, TextNode, TransformComponent
 from llama_index.core.storage.docstore import SimpleDocumentStore
 
-from cachetune_rag import CacheTune, Chunk, Text
+from cachetune_rag import CacheTune, Chunk, ConfigError, PromptTooLongError, Text
 from llama_index.llms.cachetune import CacheTuneLLM, CacheTuneSynthesizer, ChunkBlock, KVPrecompute
 
 FIRST = "The lighthouse of Varnholm was built in 1874 by the engineer Ida Kessler."
@@ -157,7 +157,7 @@ def test_settings_of_instance_and_request(engine: CacheTune) -> None:
     assert llm.last_report.ratio == 0.5
     llm.complete(FIRST, ratio=0.0, selector="none")
     assert llm.last_report.recomputed == 0
-    with pytest.raises(ValueError, match="ratio"):
+    with pytest.raises(ConfigError, match="ratio"):
         llm.complete("Hello", ratio=3)
 
 
@@ -313,7 +313,7 @@ def test_more_nodes_than_fit_are_refined(engines: EngineMaker) -> None:
     assert str(CacheTuneSynthesizer(llm).synthesize("Who?", nodes))
     assert 1 < len(debug.get_event_pairs(CBEventType.LLM)) <= 4
     assert asyncio.run(CacheTuneSynthesizer(llm).asynthesize("Who?", nodes)).source_nodes == nodes
-    with pytest.raises(ValueError, match="smaller nodes"):
+    with pytest.raises(PromptTooLongError, match="smaller nodes"):
         CacheTuneSynthesizer(llm).synthesize("Who?", [node(FIRST * 30)])
 
 
