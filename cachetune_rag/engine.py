@@ -19,7 +19,7 @@ from cachetune_rag.parts import EngineParts
 from cachetune_rag.pipeline.device import warm_up as warm_up_loading
 from cachetune_rag.pipeline.prefetch import Prefetch
 from cachetune_rag.precompute import Progress
-from cachetune_rag.prompt import Prompt, Segment
+from cachetune_rag.prompt import Chunk, Prompt, Segment
 from cachetune_rag.report import PrecomputeSummary
 from cachetune_rag.request_queue import generate_many
 from cachetune_rag.selection import get_selector
@@ -139,7 +139,7 @@ class CacheTune(EngineParts):
     def generate(
         self,
         query: str | None = None,
-        chunks: Sequence[str] = (),
+        chunks: Iterable[str | Chunk] = (),
         prefix: str | None = None,
         *,
         prompt: Prompt | None = None,
@@ -172,7 +172,7 @@ class CacheTune(EngineParts):
     def stream(
         self,
         query: str | None = None,
-        chunks: Sequence[str] = (),
+        chunks: Iterable[str | Chunk] = (),
         prefix: str | None = None,
         *,
         prompt: Prompt | None = None,
@@ -188,8 +188,9 @@ class CacheTune(EngineParts):
 
         Args:
             query: the user's question.
-            chunks: texts of the retrieved chunks, in prompt order. Those not in the store are computed in this request,
-                exactly, and stored behind the answer, when the model has time for it (see `flush`).
+            chunks: the retrieved chunks, in prompt order: texts, or `Chunk`s, which can name the document that they belong to.
+                Those not in the store are computed in this request, exactly, and stored behind the answer, when the model has
+                time for it (see `flush`).
             prefix: text before the chunks; default: a short instruction, "" for none.
             prompt: a prompt from `engine.prompts`, instead of query, chunks and prefix.
             ratio: share of the chunk tokens to recompute, in [0, 1], or "auto": the calibrated one, if there is one.
@@ -232,14 +233,14 @@ class CacheTune(EngineParts):
         self._check_open()
         return generate_many(self, requests, options)
 
-    def prefetch(self, chunks: Sequence[str] = (), *, prompt: Prompt | None = None) -> Prefetch:
+    def prefetch(self, chunks: Iterable[str | Chunk] = (), *, prompt: Prompt | None = None) -> Prefetch:
         """Have a coming request's chunks read from disk into host memory, on threads of their own; returns at once.
 
         It fills at most the store's `host_budget`. Chunks that aren't stored are left to the request, and so is any error of
         reading. A request that begins meanwhile takes its chunks over, with what was read of them so far.
 
         Args:
-            chunks: texts of the chunks, the most wanted first.
+            chunks: the chunks, texts or `Chunk`s, the most wanted first.
             prompt: a prompt from `engine.prompts`, instead of chunks.
         """
         return self._requests.prefetch(chunks, prompt)
@@ -247,7 +248,7 @@ class CacheTune(EngineParts):
     def prefill(
         self,
         query: str | None = None,
-        chunks: Sequence[str] = (),
+        chunks: Iterable[str | Chunk] = (),
         prefix: str | None = None,
         *,
         prompt: Prompt | None = None,
@@ -264,7 +265,7 @@ class CacheTune(EngineParts):
     def full_prefill(
         self,
         query: str | None = None,
-        chunks: Sequence[str] = (),
+        chunks: Iterable[str | Chunk] = (),
         prefix: str | None = None,
         *,
         prompt: Prompt | None = None,

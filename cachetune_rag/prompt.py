@@ -7,15 +7,28 @@ two chunks is tokenised together, as the model's own chat format would have it. 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
 
 from jinja2 import TemplateError
 
 from cachetune_rag.errors import ConfigError, PromptError
+from cachetune_rag.segments import (
+    Chunk,
+    Part,
+    Passage,
+    Prompt,
+    Segment,
+    Span,
+    TemplateText,
+    Text,
+    given_chunks,
+    numbered_parts,
+)
 from cachetune_rag.tokens import INSIDE, ContentTokenizer, check_text
+
+__all__ = ["INSTRUCTIONS", "PLACEHOLDERS", "Chunk", "Prompt", "PromptBuilder", "Segment", "Span", "Text"]
 
 INSTRUCTIONS = "Answer the question using only the passages below."
 """What stands before the chunks where a request gives no prefix. Short on purpose: every added condition ("if they do
@@ -25,69 +38,6 @@ PLACEHOLDERS = ("{prefix}", "{chunks}", "{query}")
 
 _PLACEHOLDER = re.compile("|".join(re.escape(name) for name in PLACEHOLDERS))
 _ROLE = re.compile(r"[A-Za-z0-9_-]+")
-
-
-@dataclass(frozen=True)
-class Text:
-    """Content that is always computed."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A retrieved passage, whose KV can be reused."""
-
-    text: str
-
-
-Segment = Text | Chunk
-
-
-@dataclass(frozen=True)
-class Span:
-    """Tokens [start, end) of the prompt are chunk number `chunk` of the request; an empty chunk has start == end."""
-
-    start: int
-    end: int
-    chunk: int
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A tokenised prompt.
-
-    Attributes:
-        ids: token ids of the whole prompt.
-        spans: where the chunks stand, by position; one for each chunk of the request.
-        chunk_ids: token ids of each chunk, in the request's order.
-        chunk_texts: text of each chunk, in the request's order.
-        recognised: how many of the chunks were found in plain text, rather than given as chunks.
-        retrieved: tokens of the texts that the caller's retriever returned, each tokenised alone; 0 where it didn't say.
-    """
-
-    ids: tuple[int, ...]
-    spans: tuple[Span, ...]
-    chunk_ids: tuple[tuple[int, ...], ...]
-    chunk_texts: tuple[str, ...]
-    recognised: int = 0
-    retrieved: int = 0
-
-
-@dataclass(frozen=True)
-class _Template:
-    """The developer's own text: it may contain control tokens."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class _Passage:
-    number: int
-    text: str
-
-
-_Part = Text | _Passage | _Template
 
 
 class PromptBuilder:
@@ -139,22 +89,20 @@ class PromptBuilder:
         """
         return list(self._content.encode(text))
 
-    def build(self, *, query: str, chunks: Sequence[str], prefix: str | None = None) -> Prompt:
+    def build(self, *, query: str, chunks: Iterable[str | Chunk], prefix: str | None = None) -> Prompt:
         """The engine's standard prompt: prefix, chunks, query.
 
         Args:
             query: the user's question.
-            chunks: texts of the retrieved passages, in prompt order. An empty one adds no tokens and no separator.
+            chunks: the retrieved passages, texts or `Chunk`s, in prompt order. An empty one adds no tokens and no separator.
             prefix: text before the chunks; None for the default instructions, "" for none.
 
         Raises:
             PromptError: a text is no str, or has lone surrogates.
         """
-        if isinstance(chunks, str):
-            raise PromptError(f"chunks is the string {chunks!r:.60}: use a list of strings, one a passage.")
         check_text(query, "query")
         prefix = self._instructions if prefix is None else check_text(prefix, "prefix")
-        passages = [_Passage(i, check_text(chunk, f"chunks[{i}]")) for i, chunk in enumerate(chunks)]
+        passages = [Passage(i, chunk.text, chunk.document) for i, chunk in enumerate(given_chunks(chunks))]
         body = list(self._separated(passages))
         if self._template is not None:
             start, before_chunks, before_query, end = self._template
@@ -187,7 +135,7 @@ class PromptBuilder:
         for i, message in enumerate(messages):
             role, content = _check_message(message, f"messages[{i}]")
             roles.append(role)
-            contents.append(list(_parts(content, f"messages[{i}].content", counter)))
+            contents.append(list(numbered_parts(content, f"messages[{i}].content", counter)))
         return self._assemble(self._chat.render(roles, contents), bos=False)
 
     def build_text(self, segments: Sequence[Segment | str]) -> Prompt:
@@ -196,11 +144,11 @@ class PromptBuilder:
         Raises:
             PromptError: a segment is unusable.
         """
-        return self._assemble(list(_parts(segments, "segments", count())), bos=True)
+        return self._assemble(list(numbered_parts(segments, "segments", count())), bos=True)
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
-    def _separated(self, passages: Sequence[_Passage]) -> Iterator[_Part]:
+    def _separated(self, passages: Sequence[Passage]) -> Iterator[Part]:
         started = False
         for passage in passages:
             if started and passage.text:
@@ -208,11 +156,11 @@ class PromptBuilder:
             started = started or bool(passage.text)
             yield passage
 
-    def _assemble(self, parts: Sequence[_Part], *, bos: bool) -> Prompt:
+    def _assemble(self, parts: Sequence[Part], *, bos: bool) -> Prompt:
         """Tokenise: chunks alone, control tokens of the template as such, and each stretch of text between as one."""
         ids: list[int] = []
         spans: list[Span] = []
-        passages: dict[int, tuple[tuple[int, ...], str]] = {}
+        passages: dict[int, tuple[tuple[int, ...], Passage]] = {}
         text, after = "", ""
 
         def flush() -> None:
@@ -224,7 +172,7 @@ class PromptBuilder:
         for part in parts:
             if isinstance(part, Text):
                 text += part.text
-            elif isinstance(part, _Template):
+            elif isinstance(part, TemplateText):
                 for piece, control in self._content.split_template(part.text):
                     if control:
                         flush()
@@ -236,7 +184,7 @@ class PromptBuilder:
                 flush()
                 chunk = self._content.encode(part.text)
                 spans.append(Span(len(ids), len(ids) + len(chunk), part.number))
-                passages[part.number] = (chunk, part.text)
+                passages[part.number] = (chunk, part)
                 ids.extend(chunk)
                 after = INSIDE if chunk else after
         flush()
@@ -245,7 +193,13 @@ class PromptBuilder:
             ids[:0] = lead
             spans = [Span(span.start + len(lead), span.end + len(lead), span.chunk) for span in spans]
         ordered = [passages[number] for number in sorted(passages)]
-        return Prompt(tuple(ids), tuple(spans), tuple(c for c, _ in ordered), tuple(t for _, t in ordered))
+        return Prompt(
+            tuple(ids),
+            tuple(spans),
+            chunk_ids=tuple(chunk for chunk, _ in ordered),
+            chunk_texts=tuple(passage.text for _, passage in ordered),
+            chunk_documents=tuple(passage.document for _, passage in ordered),
+        )
 
 
 class _ChatTemplate:
@@ -254,7 +208,7 @@ class _ChatTemplate:
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
 
-    def render(self, roles: Sequence[str], contents: Sequence[Sequence[_Part]]) -> list[_Part]:
+    def render(self, roles: Sequence[str], contents: Sequence[Sequence[Part]]) -> list[Part]:
         """Parts of the whole prompt: the template's text, and the contents in their places.
 
         The contents themselves never get into the template, so it can't be misled by them, nor trim them.
@@ -270,12 +224,12 @@ class _ChatTemplate:
                 text = ""
             if not text:
                 raise
-        parts: list[_Part] = []
+        parts: list[Part] = []
         done = 0
         for start, i in sorted((text.index(mark), i) for i, mark in enumerate(marks)):
-            parts += [_Template(text[done:start]), *contents[i]]
+            parts += [TemplateText(text[done:start]), *contents[i]]
             done = start + len(marks[i])
-        return [*parts, _Template(text[done:])]
+        return [*parts, TemplateText(text[done:])]
 
     def _marked(self, roles: Sequence[str], marks: Sequence[str], contents: Sequence[Any]) -> str:
         """The rendered conversation, in which every mark occurs exactly once."""
@@ -305,7 +259,7 @@ def _mark(i: int) -> str:
     return f"SlotQ7x{i} \"'<&>\\é\n{i}x7Qtols"
 
 
-def _split_template(template: object) -> tuple[_Template, _Template, _Template, _Template]:
+def _split_template(template: object) -> tuple[TemplateText, TemplateText, TemplateText, TemplateText]:
     """The four texts around the placeholders."""
     hint = "use a str with {prefix}, {chunks} and {query}, each exactly once and in this order."
     if not isinstance(template, str):
@@ -325,7 +279,7 @@ def _split_template(template: object) -> tuple[_Template, _Template, _Template, 
         check_text(template, "the prompt template")
     except PromptError as error:
         raise ConfigError(str(error)) from error
-    start, before_chunks, before_query, end = (_Template(text) for text in _PLACEHOLDER.split(template))
+    start, before_chunks, before_query, end = (TemplateText(text) for text in _PLACEHOLDER.split(template))
     return start, before_chunks, before_query, end
 
 
@@ -336,18 +290,3 @@ def _check_message(message: object, name: str) -> tuple[str, Any]:
     if not isinstance(role, str) or not _ROLE.fullmatch(role):
         raise PromptError(f"{name} has the role {role!r:.80}: use a word such as 'user', 'assistant' or 'system'.")
     return role, [content] if isinstance(content, str) else content
-
-
-def _parts(segments: object, name: str, counter: Iterator[int]) -> Iterator[_Part]:
-    """Segments with their chunks numbered and their texts checked."""
-    if isinstance(segments, str) or not isinstance(segments, Sequence):
-        raise PromptError(f"{name} is {segments!r:.80}: use a list of Text, Chunk and str.")
-    for i, segment in enumerate(segments):
-        if isinstance(segment, Chunk):
-            yield _Passage(next(counter), check_text(segment.text, f"{name}[{i}]"))
-        elif isinstance(segment, Text):
-            yield Text(check_text(segment.text, f"{name}[{i}]"))
-        elif isinstance(segment, str):
-            yield Text(check_text(segment, f"{name}[{i}]"))
-        else:
-            raise PromptError(f"{name}[{i}] is {segment!r:.80}: use Text, Chunk or a str.")

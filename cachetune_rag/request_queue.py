@@ -73,7 +73,10 @@ def _take(queue: Iterator[Any], options: Mapping[str, Any]) -> dict[str, Any] | 
     if isinstance(request, Prompt):
         return {**options, "prompt": request}
     if isinstance(request, Mapping):
-        return {**options, **request}
+        taken = {**options, **request}
+        if isinstance(chunks := taken.get("chunks"), Iterator):
+            taken["chunks"] = list(chunks)  # they are read twice: ahead, and by the request
+        return taken
     return ConfigError(
         f"a request is a {type(request).__name__}: use a dict of arguments of generate (query, chunks, ...), or a Prompt."
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -15,10 +15,10 @@ from cachetune_rag.answer import Answer, AnswerStream
 from cachetune_rag.assembly import PrefillState
 from cachetune_rag.config import ReuseConfig, resolve
 from cachetune_rag.decoding import prepare
-from cachetune_rag.errors import ConfigError, PromptTooLongError
+from cachetune_rag.errors import ConfigError, PromptError, PromptTooLongError
 from cachetune_rag.pipeline.prefetch import Prefetch
-from cachetune_rag.prompt import Prompt
 from cachetune_rag.report import Report
+from cachetune_rag.segments import Chunk, Prompt, given_chunks
 from cachetune_rag.telemetry.observer import new_request_id
 from cachetune_store import ChunkKey
 
@@ -37,18 +37,24 @@ class RequestRunner:
 
     # -- what is asked for ----------------------------------------------------------------------------------------
 
-    def prompt(self, query: str | None, chunks: Sequence[str], prefix: str | None, prompt: Prompt | None) -> Prompt:
+    def prompt(
+        self, query: str | None, chunks: Iterable[str | Chunk], prefix: str | None, prompt: Prompt | None
+    ) -> Prompt:
         """The prompt that was given or is to be built, if it fits the model's context.
 
         Raises:
             ConfigError, PromptError, PromptTooLongError: the request can't be served.
         """
+        chunks = given_chunks(chunks)
         if prompt is None:
             if query is None:
                 raise ConfigError("a request needs query= (with chunks=), or prompt= built by engine.prompts.")
-            if isinstance(chunks, str):
-                raise ConfigError("chunks is a string: use a list of strings, one a retrieved passage.")
             prompt = self._engine.prompts.build(query=query, chunks=chunks, prefix=prefix)
+        elif not isinstance(prompt, Prompt):
+            raise PromptError(
+                f"prompt is {prompt!r:.60}, a {type(prompt).__name__}: build one with engine.prompts.build(...), "
+                "engine.prompt_from_messages(...) or engine.prompt_from_text(...), or pass query= and chunks=."
+            )
         elif query is not None or chunks or prefix is not None:
             raise ConfigError("a request takes either prompt= or query=, chunks= and prefix=, not both.")
         if not prompt.ids:
@@ -69,13 +75,15 @@ class RequestRunner:
 
     # -- reading the prompt ---------------------------------------------------------------------------------------
 
-    def prefetch(self, chunks: Sequence[str], prompt: Prompt | None, config: ReuseConfig | None = None) -> Prefetch:
+    def prefetch(
+        self, chunks: Iterable[str | Chunk], prompt: Prompt | None, config: ReuseConfig | None = None
+    ) -> Prefetch:
         """Begin to read a coming request's chunks into host memory; what a request with `config` needs of them first."""
         engine = self._engine
         engine._check_open()
-        if isinstance(chunks, str) or (chunks and prompt is not None):
-            raise ConfigError("prefetch takes either chunks=, a list of strings, or prompt=.")
-        texts = tuple(chunks)
+        texts = tuple(chunk.text for chunk in given_chunks(chunks))
+        if texts and prompt is not None:
+            raise ConfigError("prefetch takes either chunks=, a list of strings, or prompt=, not both.")
 
         def keys() -> list[ChunkKey]:
             every = map(engine.prompts.encode, texts) if prompt is None else prompt.chunk_ids

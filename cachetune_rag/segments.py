@@ -1,0 +1,132 @@
+"""What a prompt is made of, before and after it is tokenised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+
+from cachetune_rag.errors import PromptError
+from cachetune_rag.tokens import check_text
+
+
+@dataclass(frozen=True)
+class Text:
+    """Content that is always computed."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A retrieved passage, whose KV can be reused.
+
+    Attributes:
+        text: the passage exactly as the prompt shows it.
+        document: the id of the document that it belongs to. What a request computes of it is stored under that document,
+            and removed with it. None: of no document.
+    """
+
+    text: str
+    document: str | None = None
+
+
+Segment = Text | Chunk
+
+
+@dataclass(frozen=True)
+class TemplateText:
+    """The developer's own text: it may contain control tokens."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A chunk with its number in the request."""
+
+    number: int
+    text: str
+    document: str | None = None
+
+
+Part = Text | Passage | TemplateText
+"""What prompts are tokenised from."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens [start, end) of the prompt are chunk number `chunk` of the request; an empty chunk has start == end."""
+
+    start: int
+    end: int
+    chunk: int
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A tokenised prompt.
+
+    Attributes:
+        ids: token ids of the whole prompt.
+        spans: where the chunks stand, by position; one for each chunk of the request.
+        chunk_ids: token ids of each chunk, in the request's order.
+        chunk_texts: text of each chunk, in the request's order.
+        recognised: how many of the chunks were found in plain text, rather than given as chunks.
+        retrieved: tokens of the texts that the caller's retriever returned, each tokenised alone; 0 where it didn't say.
+        chunk_documents: the document that each chunk belongs to, in the request's order; None where none was named.
+    """
+
+    ids: tuple[int, ...]
+    spans: tuple[Span, ...]
+    chunk_ids: tuple[tuple[int, ...], ...]
+    chunk_texts: tuple[str, ...]
+    recognised: int = 0
+    retrieved: int = 0
+    chunk_documents: tuple[str | None, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.chunk_documents:
+            object.__setattr__(self, "chunk_documents", (None,) * len(self.chunk_texts))
+
+
+def given_chunks(chunks: Iterable[str | Chunk], name: str = "chunks") -> tuple[Chunk, ...]:
+    """The chunks of a request, each checked; a bare string is a chunk of no document.
+
+    Raises:
+        PromptError: `chunks` is no list (or other ordered collection) of str and `Chunk`.
+    """
+    if isinstance(chunks, str | bytes | Mapping | Set) or not isinstance(chunks, Iterable):
+        raise PromptError(
+            f"{name} is {chunks!r:.60}, a {type(chunks).__name__}: use a list of strings (or Chunks), one a retrieved "
+            "passage, in the prompt's order; [] for none."
+        )
+    return tuple(_chunk(chunk, f"{name}[{i}]") for i, chunk in enumerate(chunks))
+
+
+def numbered_parts(segments: object, name: str, counter: Iterator[int]) -> Iterator[Part]:
+    """Segments with their chunks numbered and their texts checked.
+
+    Raises:
+        PromptError: `segments` is no list of `Text`, `Chunk` and str.
+    """
+    if isinstance(segments, str) or not isinstance(segments, Sequence):
+        raise PromptError(f"{name} is {segments!r:.80}: use a list of Text, Chunk and str.")
+    for i, segment in enumerate(segments):
+        if isinstance(segment, Chunk):
+            chunk = _chunk(segment, f"{name}[{i}]")
+            yield Passage(next(counter), chunk.text, chunk.document)
+        elif isinstance(segment, Text):
+            yield Text(check_text(segment.text, f"{name}[{i}]"))
+        elif isinstance(segment, str):
+            yield Text(check_text(segment, f"{name}[{i}]"))
+        else:
+            raise PromptError(f"{name}[{i}] is {segment!r:.80}: use Text, Chunk or a str.")
+
+
+def _chunk(chunk: object, name: str) -> Chunk:
+    if not isinstance(chunk, Chunk):
+        return Chunk(check_text(chunk, name))
+    check_text(chunk.text, name)
+    if chunk.document is not None and (not isinstance(chunk.document, str) or not chunk.document):
+        raise PromptError(f"{name} has the document {chunk.document!r:.80}: use a document's id, a str, or None.")
+    return chunk
