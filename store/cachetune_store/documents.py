@@ -44,17 +44,33 @@ class Documents:
     def put(self, tenant: str, doc_id: str, keys: Sequence[ChunkKey], free: Free) -> None:
         """Put or replace a document, and free the chunks that no document holds any more."""
         digests = [key.digest for key in keys]
-        name = _record_name(tenant, doc_id)
-        record = {"id": doc_id, "tenant": tenant, "chunks": digests}
         self._announce()
         with self._index.transaction():
-            old = self._index.get(name) or {"chunks": []}
-            self._index.set(name, record)
-            free(self._count(set(digests) - set(old["chunks"]), set(old["chunks"]) - set(digests)))
-            if self._directory is not None and self._temp is not None:
-                path = self._path(tenant, doc_id)
-                make_directory(path.parent)
-                write_small(self._temp, path, _encode(record))
+            self._replace(tenant, doc_id, digests, free)
+
+    def extend(self, tenant: str, doc_id: str, keys: Sequence[ChunkKey], free: Free) -> None:
+        """Add chunks behind those that a document holds, but for those it holds already; make it if there is none."""
+        added = [key.digest for key in keys]
+        self._announce()
+        with self._index.transaction():
+            record = self._index.get(_record_name(tenant, doc_id))
+            held: list[str] = [] if record is None else record["chunks"]
+            known = set(held)
+            new = [digest for digest in dict.fromkeys(added) if digest not in known]
+            if new or record is None:
+                self._replace(tenant, doc_id, held + new, free)
+
+    def _replace(self, tenant: str, doc_id: str, digests: list[str], free: Free) -> None:
+        """Write a document's record and file, and count its chunks; inside a transaction."""
+        name = _record_name(tenant, doc_id)
+        record = {"id": doc_id, "tenant": tenant, "chunks": digests}
+        old = self._index.get(name) or {"chunks": []}
+        self._index.set(name, record)
+        free(self._count(set(digests) - set(old["chunks"]), set(old["chunks"]) - set(digests)))
+        if self._directory is not None and self._temp is not None:
+            path = self._path(tenant, doc_id)
+            make_directory(path.parent)
+            write_small(self._temp, path, _encode(record))
 
     def delete(self, tenant: str, doc_id: str, free: Free) -> int:
         """Drop a document, and free the chunks that no document holds any more; what `free` says of them.

@@ -9,6 +9,7 @@ __all__ = [
     "NonFiniteError",
     "StoreClosedError",
     "StoreError",
+    "StoreForkedError",
     "StoreFullError",
     "StorePathError",
     "StoreVersionError",
@@ -36,6 +37,10 @@ class StoreFullError(StorePathError):
 
 class StoreClosedError(StoreError):
     """The store was used after close()."""
+
+
+class StoreForkedError(StoreError):
+    """The store was opened before this process was forked off; open it in each process."""
 
 
 class BudgetError(StoreError):

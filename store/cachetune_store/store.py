@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +17,7 @@ from .claims import Claim, Claims, FileClaims, MemoryClaims
 from .codecs import get_codec
 from .directory import StoreDirectory
 from .documents import Documents
-from .errors import IndexDamagedError, StoreClosedError, StoreError
+from .errors import IndexDamagedError, StoreClosedError, StoreError, StoreForkedError
 from .files import explain
 from .index import Index, MemoryIndex
 from .keys import ChunkKey, Namespace
@@ -87,6 +88,7 @@ class ChunkStore:
         idle = max(host_bytes // 8, _LEAST_IDLE) if read_memory is None else parse_bytes(read_memory, "read_memory")
         self._pool = SlabPool(pinned=pinned, limit=idle)
         self._closed = False
+        self._process = os.getpid()
         self._directory: StoreDirectory | None = None
         pins = Pins()
         host = HostTier(host_bytes, pins)
@@ -274,6 +276,15 @@ class ChunkStore:
         self._check_open()
         self._repair.healed(lambda: self._documents.put(tenant, doc_id, keys, self._free))
 
+    def extend_document(self, document_id: str, keys: Sequence[ChunkKey], *, tenant: str = "") -> None:
+        """Say that a document holds these chunks as well, behind those it holds; it is made if there is none of that id.
+
+        Chunks that it holds already stay where they are, so that doing this twice changes nothing. For a document that comes
+        in parts: one whose chunks are ingested in several runs, or stored when a request missed them.
+        """
+        self._check_open()
+        self._repair.healed(lambda: self._documents.extend(tenant, document_id, keys, self._free))
+
     def delete_document(self, doc_id: str, *, tenant: str = "") -> int:
         """Forget a document and delete the chunks that no other document holds; bytes freed.
 
@@ -400,10 +411,12 @@ class ChunkStore:
         )
 
     def close(self) -> None:
-        """Release memory and files. Open readers keep working; the store can't be used any more."""
+        """Release memory and files; in a process forked off since it was opened, nothing, as they are the parent's. Open readers keep working; the store can't be used any more."""
         if self._closed:
             return
         self._closed = True
+        if os.getpid() != self._process:
+            return  # what there is to release is the parent's
         self._placement.close()
         self._pool.clear()
         if self._directory is not None:
@@ -425,6 +438,12 @@ class ChunkStore:
     def _check_open(self) -> None:
         if self._closed:
             raise StoreClosedError("the store is closed; open it again")
+        if os.getpid() != self._process:
+            raise StoreForkedError(
+                f"the store {self.path or 'in memory'} was opened by process {self._process}, from which this one was "
+                "forked: its files and locks are that process's. Open a store in each process after the fork (with "
+                "gunicorn in post_fork or without preload), or start processes by 'spawn'"
+            )
 
 
 def _device_tier(budget: int, device: str | torch.device | None, pins: Pins) -> DeviceTier | None:

@@ -196,3 +196,25 @@ def test_a_document_file_of_the_first_release_is_read(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "index")
     with ChunkStore(tmp_path) as store:
         assert store.documents()[0].chunks == (KEYS[0],)
+
+
+def test_a_document_that_comes_in_parts_keeps_them_all(store: ChunkStore) -> None:
+    store.extend_document("a", KEYS[:2])
+    store.extend_document("a", [KEYS[1], KEYS[2], KEYS[2]])
+    store.extend_document("a", KEYS[:3])
+    assert [info.chunks for info in store.documents()] == [tuple(KEYS[:3])]
+    store.extend_document("b", [])
+    assert [(info.id, info.chunks) for info in store.documents()] == [("a", tuple(KEYS[:3])), ("b", ())]
+    store.extend_document("a", KEYS[3:], tenant="other")
+    store.set_document("c", KEYS[2:3])
+    store.delete_document("a")
+    assert held(store) == [2, 3], "chunk 2 is held by c, chunk 3 by another tenant's document"
+
+
+def test_an_extended_document_is_in_its_file(tmp_path: Path) -> None:
+    with ChunkStore(tmp_path) as store:
+        store.set_document("a", [KEYS[0], KEYS[0]])
+        store.extend_document("a", KEYS[:2])
+    shutil.rmtree(tmp_path / "index")
+    with ChunkStore(tmp_path) as store:
+        assert store.documents()[0].chunks == (KEYS[0], KEYS[0], KEYS[1])
