@@ -110,7 +110,7 @@ class CacheTune(EngineParts):
     # -- prompts --------------------------------------------------------------------------------------------------
 
     def prompt_from_text(
-        self, text: str | Sequence[Segment | str], *, recognise: bool = True, retrieved: Sequence[str] = ()
+        self, text: str | Sequence[Segment | str], *, recognise: bool = True, retrieved: Sequence[str | Chunk] = ()
     ) -> Prompt:
         """A plain completion prompt: BOS, if the tokenizer adds one, and the text.
 
@@ -119,12 +119,13 @@ class CacheTune(EngineParts):
             recognise: find chunks of the store inside the text and reuse them; each is verified in full.
             retrieved: the texts that your retriever returned, as it returned them. They change nothing in the prompt; they say
                 what there was to find, so that the report and `stats()` tell which share of it was found, and the log why
-                little was.
+                little was. A `Chunk` that names its document is found in the text even where it isn't stored: it is
+                computed in this request and stored behind it, under that document.
         """
         return self._plain.from_text(text, recognise=recognise, retrieved=retrieved)
 
     def prompt_from_messages(
-        self, messages: Sequence[Mapping[str, Any]], *, recognise: bool = True, retrieved: Sequence[str] = ()
+        self, messages: Sequence[Mapping[str, Any]], *, recognise: bool = True, retrieved: Sequence[str | Chunk] = ()
     ) -> Prompt:
         """A conversation through the tokenizer's chat template, up to where the assistant speaks.
 

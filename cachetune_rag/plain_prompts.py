@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from cachetune_rag.errors import PromptError
-from cachetune_rag.prompt import Chunk, Prompt, PromptBuilder, Segment
+from cachetune_rag.prompt import Chunk, Prompt, PromptBuilder
 from cachetune_rag.recognition import StoreRecognizer
+from cachetune_rag.retrieved import Content, Retrieved
 
 
 class PlainPrompts:
@@ -22,27 +23,28 @@ class PlainPrompts:
     def __init__(self, prompts: PromptBuilder, recognizer: StoreRecognizer):
         self._prompts, self._recognizer = prompts, recognizer
 
-    def from_text(self, text: str | Sequence[Segment | str], *, recognise: bool, retrieved: Sequence[str]) -> Prompt:
+    def from_text(self, text: Content, *, recognise: bool, retrieved: Sequence[str | Chunk]) -> Prompt:
         """See `CacheTune.prompt_from_text`."""
         told = self._tokens(retrieved)
         if not recognise:
             return replace(self._prompts.build_text([text] if isinstance(text, str) else text), retrieved=told)
-        segments = self._recognizer.segments(text)
+        segments = Retrieved(retrieved, self._recognizer.segments).segments(text)
         recognised = _count(segments) - _count(text)
         return replace(self._prompts.build_text(segments), recognised=recognised, retrieved=told)
 
     def from_messages(
-        self, messages: Sequence[Mapping[str, Any]], *, recognise: bool, retrieved: Sequence[str], **layout: Any
+        self, messages: Sequence[Mapping[str, Any]], *, recognise: bool, retrieved: Sequence[str | Chunk], **layout: Any
     ) -> Prompt:
         """See `CacheTune.prompt_from_messages`; `layout` goes to `PromptBuilder.build_messages`."""
         told = self._tokens(retrieved)
         if not recognise:
             return replace(self._prompts.build_messages(messages, **layout), retrieved=told)
-        found = self._recognizer.messages(messages)
+        chunks = Retrieved(retrieved, self._recognizer.segments)
+        found = [_with_content(message, chunks) for message in messages]
         recognised = _count_in(found) - _count_in(messages)
         return replace(self._prompts.build_messages(found, **layout), recognised=recognised, retrieved=told)
 
-    def _tokens(self, retrieved: Sequence[str]) -> int:
+    def _tokens(self, retrieved: Sequence[str | Chunk]) -> int:
         """Tokens of retrieved texts.
 
         Raises:
@@ -50,7 +52,14 @@ class PlainPrompts:
         """
         if isinstance(retrieved, str) or not isinstance(retrieved, Sequence):
             raise PromptError(f"retrieved is {retrieved!r:.80}: use a list of strings, one a retrieved passage.")
-        return sum(len(self._prompts.encode(text)) for text in retrieved)
+        texts = (passage.text if isinstance(passage, Chunk) else passage for passage in retrieved)
+        return sum(len(self._prompts.encode(text)) for text in texts)
+
+
+def _with_content(message: Mapping[str, Any], chunks: Retrieved) -> Mapping[str, Any]:
+    """A message with its chunks found. What is no message is left for the prompt's builder to refuse."""
+    content = message.get("content") if isinstance(message, Mapping) else None
+    return {**message, "content": chunks.segments(content)} if isinstance(content, Sequence) else message
 
 
 def _count_in(messages: Sequence[object]) -> int:

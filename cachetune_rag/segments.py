@@ -30,14 +30,14 @@ class Chunk:
     document: str | None = None
 
 
-Segment = Text | Chunk
-
-
 @dataclass(frozen=True)
 class TemplateText:
-    """The developer's own text: it may contain control tokens."""
+    """The developer's own text, always computed: what spells a control token in it is one. Never for what users write."""
 
     text: str
+
+
+Segment = Text | Chunk | TemplateText
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,8 @@ def numbered_parts(segments: object, name: str, counter: Iterator[int]) -> Itera
             yield Passage(next(counter), chunk.text, chunk.document)
         elif isinstance(segment, Text):
             yield Text(check_text(segment.text, f"{name}[{i}]"))
+        elif isinstance(segment, TemplateText):
+            yield TemplateText(check_text(segment.text, f"{name}[{i}]"))
         elif isinstance(segment, str):
             yield Text(check_text(segment, f"{name}[{i}]"))
         else:
