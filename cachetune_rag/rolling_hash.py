@@ -23,14 +23,21 @@ class PrefixHashes:
         self.sums = np.zeros(len(codes) + 1, dtype=np.uint64)
         np.cumsum(codes * _powers(_BASE, len(codes)), out=self.sums[1:])
 
-    def slices(self, length: int) -> Hashes:
-        """Hash of every slice of `length` characters, by where it begins."""
-        hashes: Hashes = (self.sums[length:] - self.sums[:-length]) * self._inverses[: len(self.sums) - length]
+    def slices(self, length: int, first: int, last: int) -> Hashes:
+        """Hash of every slice of `length` characters that begins at `first` or behind it and before `last`."""
+        last = min(last, len(self.sums) - length)
+        sums = self.sums
+        hashes: Hashes = (sums[first + length : last + length] - sums[first:last]) * self._inverses[first:last]
         return hashes
 
     def slices_at(self, starts: npt.NDArray[np.intp], length: int) -> Hashes:
         """Hash of the slice of `length` characters at each of `starts`; cut short at the end of the text."""
         ends = np.minimum(starts + length, len(self.sums) - 1)
+        hashes: Hashes = (self.sums[ends] - self.sums[starts]) * self._inverses[starts]
+        return hashes
+
+    def between(self, starts: npt.NDArray[np.intp], ends: npt.NDArray[np.intp]) -> Hashes:
+        """Hash of each slice `[start, end)`."""
         hashes: Hashes = (self.sums[ends] - self.sums[starts]) * self._inverses[starts]
         return hashes
 

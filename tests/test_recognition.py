@@ -107,17 +107,17 @@ def test_adding_replacing_and_removing() -> None:
     assert "b" in recognizer
     recognizer.clear()
     assert recognizer.segment(second) == [Text(second)]
-    assert not any((recognizer._anchors, recognizer._groups, recognizer._texts))
+    assert (len(recognizer), recognizer.find(first)) == (0, [])
 
 
 def test_stale_bits_are_swept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cachetune_rag.recognition._STALE", 10)
+    monkeypatch.setattr("cachetune_rag.chunk_recognizer.STALE", 10)
     rng = random.Random(7)
     kept = words(rng, 30)
     recognizer = known(kept)
     for i in range(50):
         recognizer.add("passing", words(rng, 30) + str(i))
-    assert int(recognizer._bitmap.astype(bool).sum()) <= 15
+    assert recognizer._anchor_bits.count() <= 15
     assert recognizer.segment(kept) == [Chunk(kept)]
 
 
