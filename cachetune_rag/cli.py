@@ -17,6 +17,7 @@ from cachetune_rag.commands.ask import EPILOG as ASK_EPILOG
 from cachetune_rag.commands.ask import ask
 from cachetune_rag.commands.calibrate import EPILOG as CALIBRATE_EPILOG
 from cachetune_rag.commands.calibrate import calibrate
+from cachetune_rag.commands.console import warnings_on_stderr
 from cachetune_rag.commands.precompute import EPILOG as PRECOMPUTE_EPILOG
 from cachetune_rag.commands.precompute import precompute
 from cachetune_rag.commands.prune import EPILOG as PRUNE_EPILOG
@@ -94,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             # An answer may hold characters that the terminal's encoding lacks.
             stream.reconfigure(errors="replace")
     try:
-        app(args=None if arguments is None else list(arguments), prog_name="cachetune")
+        with warnings_on_stderr():
+            app(args=None if arguments is None else list(arguments), prog_name="cachetune")
     except BrokenPipeError:
         # The reader (head, less) has seen enough. Nothing may be flushed into the closed pipe at exit.
         with contextlib.suppress(OSError):

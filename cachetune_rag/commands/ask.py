@@ -23,6 +23,7 @@ from cachetune_rag.commands.passages import DEFAULT_TOP_K, Passage, retrieve
 from cachetune_rag.commands.session import load_engine, match_codec, open_existing, open_for_writing
 from cachetune_rag.commands.upkeep import check_known
 from cachetune_rag.corpus import read_text
+from cachetune_rag.escaping import visible_line
 
 if TYPE_CHECKING:
     from cachetune_rag.answer import Answer
@@ -111,7 +112,7 @@ def ask(
         )
         match_codec(engine, kv)
         passages = [*retrieve(engine, kv, question, documents, best), *files]
-        note(f"Using {number(len(passages), 'passage')}: {', '.join(p.source for p in passages)}")
+        note(f"Using {number(len(passages), 'passage')}: {', '.join(visible_line(p.source) for p in passages)}")
         request: dict[str, Any] = {
             "query": question,
             "chunks": [passage.text for passage in passages],
@@ -145,7 +146,7 @@ def _answer(engine: CacheTune, request: dict[str, Any], *, quiet: bool) -> Answe
         answer = pieces.answer
     if not quiet:
         sys.stdout.write("\n")
-        stdout().print(f"[{answer.report}]", style="dim", markup=False)
+        stdout().print(f"[{answer.report}]", style="dim")
     return answer
 
 

@@ -147,7 +147,7 @@ def calibrate(
     if json_output:
         emit_json({"store": str(store), **found.as_dict(), "plot": None if plot is None else str(plot)})
     else:
-        stdout().print("\n".join([*_table(found), "", _conclusion(found)]), markup=False)
+        stdout().print("\n".join([*_table(found), "", _conclusion(found)]))
     if not found.saved:
         raise UsageError(f"the ratio could not be saved in {store}: check that this user can write there.")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
+import math
 import os
 import signal
 import sys
@@ -14,15 +16,15 @@ from contextlib import contextmanager
 from typing import Any, ParamSpec
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
+from rich.segment import Segment
 from rich.text import Text
 
 from cachetune_rag.errors import CacheTuneError
+from cachetune_rag.escaping import visible, visible_line
 
 DEBUG_VARIABLE = "CACHETUNE_DEBUG"
 ERROR, INTERRUPTED = 2, 130
-
-_CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 _P = ParamSpec("_P")
 
@@ -31,14 +33,39 @@ class UsageError(CacheTuneError):
     """What was asked for can't be done; the message says why and what to do."""
 
 
+class _Visible:
+    """Something to print, with the harmful characters of its text spelt out; colours and line ends stay."""
+
+    def __init__(self, inner: ConsoleRenderable):
+        self._inner = inner
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for segment in console.render(self._inner, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+
+class _Escaping(RenderHook):
+    """Lets nothing on a console that a terminal would take for a command."""
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Visible(each) for each in renderables]
+
+
 def stderr() -> Console:
     """The console for everything that is not the result. Lines are wrapped on a terminal only."""
-    return Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+    return _console(sys.stderr.isatty(), stderr=True)
 
 
 def stdout() -> Console:
     """The console for results."""
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    return _console(sys.stdout.isatty())
+
+
+def _console(terminal: bool, *, stderr: bool = False) -> Console:
+    # Neither markup nor emoji: what is printed holds ids and messages, in which [red] and :cat: mean themselves.
+    console = Console(stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=not terminal)
+    console.push_render_hook(_Escaping())
+    return console
 
 
 def note(message: str) -> None:
@@ -47,13 +74,43 @@ def note(message: str) -> None:
 
 
 def emit_json(result: dict[str, Any]) -> None:
-    """The result as the one JSON document on stdout."""
-    sys.stdout.write(json.dumps(result, indent=2) + "\n")
+    """The result as the one JSON document on stdout. A figure that is no finite number is null, as JSON has no word for it."""
+    sys.stdout.write(json.dumps(_finite(result), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def printable(text: str) -> str:
-    """A model's text for stdout: on a terminal without control characters, which could restyle or rewrite it."""
-    return text.translate(_CONTROLS) if sys.stdout.isatty() else text
+    """A model's text for stdout: on a terminal with control characters spelt out, which could restyle or rewrite it."""
+    return visible(text.replace("\r", "")) if sys.stdout.isatty() else text
+
+
+@contextmanager
+def warnings_on_stderr() -> Iterator[None]:
+    """Warnings of the engine and the store become lines like those of `note`; they hold ids and paths, too."""
+    handler = _LineHandler(logging.WARNING)
+    loggers = [logging.getLogger(name) for name in ("cachetune_rag", "cachetune_store")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+
+
+class _LineHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            note(f"Warning: {record.getMessage()}")
+        except Exception:
+            self.handleError(record)
 
 
 def guarded(command: Callable[_P, None]) -> Callable[_P, None]:
@@ -77,7 +134,7 @@ def guarded(command: Callable[_P, None]) -> Callable[_P, None]:
                 raise
             _flush()
             if kwargs.get("debug") or os.environ.get(DEBUG_VARIABLE, "") not in ("", "0"):
-                traceback.print_exc()
+                stderr().print(traceback.format_exc(), soft_wrap=True)
             stderr().print(Text.assemble(("Error: ", "bold red"), _message(error)))
             raise typer.Exit(ERROR) from None
 
@@ -119,7 +176,7 @@ def _message(error: Exception) -> str:
     if isinstance(error, CacheTuneError) or _from_store(error):
         return str(error)
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+        return f"{visible_line(error.filename)}: {error.strerror}"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"out of memory: use a smaller model, fewer or smaller chunks, or a smaller --host-budget. ({error})"
     return f"unexpected {type(error).__name__}: {error} (--debug shows where)"

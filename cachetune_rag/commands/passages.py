@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from cachetune_rag.commands.console import UsageError
 from cachetune_rag.commands.lexical import rank
 from cachetune_rag.commands.session import mismatch, same_but_lead_ins
+from cachetune_rag.escaping import visible_line
 
 if TYPE_CHECKING:
     from cachetune_rag.engine import CacheTune
@@ -47,7 +48,7 @@ def retrieve(
     texts = ((key, text) for key, text in _texts(engine, store) if key in sources or not documents)
     best = rank(question, texts)[:top_k]
     if not best:
-        where = "the named documents" if documents else f"the store {store.path}"
+        where = "the named documents" if documents else f"the store {visible_line(store.path)}"
         raise UsageError(
             f"no passage in {where} shares a word with the question: reword it, or name documents with --document."
         )
@@ -72,7 +73,7 @@ def _passage(engine: CacheTune, store: ChunkStore, key: ChunkKey, source: str) -
     reader = store.open(key)
     if reader is None or reader.text is None:
         raise UsageError(
-            f"{source} is no longer in the store (the disk budget ran out, or its file was damaged): precompute its "
+            f"{visible_line(source)} is no longer in the store (the disk budget ran out, or its file was damaged): precompute its "
             "document again."
         )
     with reader:

@@ -13,6 +13,7 @@ from cachetune_rag.commands.console import INTERRUPTED, UsageError, emit_json, g
 from cachetune_rag.commands.meter import Meter
 from cachetune_rag.commands.session import load_engine, open_for_writing
 from cachetune_rag.corpus import Corpus, CorpusError
+from cachetune_rag.escaping import visible_line
 from cachetune_rag.splitting import DEFAULT_CHUNK_TOKENS, MIN_CHUNK_TOKENS, Splitter
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def precompute(
             )
         )
         _check_fits(engine, chunk_tokens)
-        note(f"Precomputing {number(len(corpus.files), 'file')} ({size(corpus.size)}) into {store} ...")
+        note(f"Precomputing {number(len(corpus.files), 'file')} ({size(corpus.size)}) into {visible_line(store)} ...")
         job = _Job(corpus, engine, Splitter(lambda text: len(engine.prompts.encode(text)), chunk_tokens))
         summary = job.run()
         full = kv.stats().disk
@@ -107,7 +108,7 @@ def precompute(
     elif not summary.documents:
         raise CorpusError(f"no text in {', '.join(paths)}: every document is empty.")
     if job.empty:
-        shown = ", ".join(job.empty_names) + (", ..." if job.empty > len(job.empty_names) else "")
+        shown = ", ".join(map(visible_line, job.empty_names)) + (", ..." if job.empty > len(job.empty_names) else "")
         note(f"Left out {number(job.empty, 'empty document')}: {shown}")
     if evicted:
         note(

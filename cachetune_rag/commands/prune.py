@@ -68,7 +68,7 @@ def prune(
         return
     verb = "Would remove" if dry_run else "Removed"
     foreign = f" and {number(report.foreign, 'file')} of another format version" if report.foreign else ""
-    stdout().print(f"{verb} {number(report.chunks, 'stale chunk')}{foreign}: {size(report.bytes)}", markup=False)
+    stdout().print(f"{verb} {number(report.chunks, 'stale chunk')}{foreign}: {size(report.bytes)}")
 
 
 def keeper(namespace: Namespace, codec: str | None = None) -> Callable[[ChunkHead], bool]:

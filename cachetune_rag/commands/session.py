@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cachetune_rag.commands.console import UsageError, instant_interrupt, note, size
+from cachetune_rag.escaping import visible_line
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +59,9 @@ def open_for_writing(path: Path, *, codec: str, host_budget: str, disk_budget: s
     if path.is_dir() and not (path / _MARK).exists():
         others = sorted({entry.name for entry in path.iterdir()} - _PARTS)
         if others:
-            raise UsageError(f"{path} is no store, but holds {others[0]!r}: give --store a new or empty folder.")
+            raise UsageError(
+                f"{visible_line(path)} is no store, but holds {others[0]!r}: give --store a new or empty folder."
+            )
     store = _open(path, codec, host, disk)
     tier = store.stats().disk
     if tier is not None and tier.bytes > disk:
@@ -105,7 +108,7 @@ def load_engine(
     """
     if model.startswith(("/", "./", "../", "~")) and not Path(model).expanduser().is_dir():
         raise UsageError(f"model {model} is no folder: check --model, or give a hub id such as org/name.")
-    note(f"Loading {model} ...")
+    note(f"Loading {visible_line(model)} ...")
     _quieten_transformers()
     with instant_interrupt():
         from cachetune_rag.engine import CacheTune

@@ -11,6 +11,7 @@ import typer
 from cachetune_rag.commands import options
 from cachetune_rag.commands.console import emit_json, guarded, number, size, stdout
 from cachetune_rag.commands.session import open_existing
+from cachetune_rag.escaping import visible_line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -76,9 +77,8 @@ def stats(
     console = stdout()
     whose = f", tenant {tenant!r}" if tenant else ", without a tenant" if tenant == "" else ""
     console.print(
-        f"{store}{whose}: {number(result['documents'], 'document')}, {number(result['chunks'], 'chunk')}, "
+        f"{visible_line(store)}{whose}: {number(result['documents'], 'document')}, {number(result['chunks'], 'chunk')}, "
         f"{number(tokens, 'token')}, {size(result['bytes'])}",
-        markup=False,
         soft_wrap=True,
     )
     if tenant is None:
@@ -130,7 +130,6 @@ def _print_usage(console: Any, usage: TierUsage) -> None:
     console.print(
         f"So far: {usage.hits:,} of {number(looked, 'look-up')} found, {size(usage.bytes_read)} read, "
         f"{number(usage.evictions, 'eviction')}, {number(usage.damaged, 'damaged chunk')}{took}",
-        markup=False,
         soft_wrap=True,
     )
 
@@ -141,7 +140,6 @@ def _print_groups(console: Any, groups: Sequence[ChunkGroup]) -> None:
         console.print(
             f"{group['chunks']:>12,}  {size(group['bytes']):>10}  model {group['model'][:12]}, {group['dtype']}, {group['codec']}, "
             f"{group['lead_in']}" + (f", tenant {group['tenant']}" if group["tenant"] else ""),
-            markup=False,
             soft_wrap=True,
         )
 
@@ -151,7 +149,6 @@ def _print_tenants(console: Any, found: Sequence[TenantStats]) -> None:
     for each in found:
         console.print(
             f"{each.chunks:>12,}  {size(each.bytes):>10}  {each.documents:>9,}  {_hashed(each.tenant) or '(none)'}",
-            markup=False,
             soft_wrap=True,
         )
 
@@ -161,4 +158,4 @@ def _print_documents(console: Any, listed: Sequence[DocumentInfo]) -> None:
     for info in listed:
         missing = len(set(info.chunks)) - info.stored
         held = f"{len(info.chunks) - missing} of {len(info.chunks)}" if missing else str(len(info.chunks))
-        console.print(f"{held:>12}  {size(info.bytes):>10}  {info.id}", markup=False, soft_wrap=True)
+        console.print(f"{held:>12}  {size(info.bytes):>10}  {visible_line(info.id)}", soft_wrap=True)

@@ -129,7 +129,7 @@ def tune(
         emit_json({"store": str(store), **found.as_dict(), "plot": None if plot is None else str(plot)})
     else:
         lines = [found.hardware, *(line for each in found.tiers for line in ("", *_table(each), "", _conclusion(each)))]
-        stdout().print("\n".join(lines), markup=False)
+        stdout().print("\n".join(lines))
     if not all(each.saved for each in found.tiers):
         raise UsageError(f"the ratios could not be saved in {store}: check that this user can write there.")
 

@@ -11,6 +11,7 @@ import typer
 from cachetune_rag.commands import options
 from cachetune_rag.commands.console import UsageError, emit_json, guarded, number, size, stdout
 from cachetune_rag.commands.session import open_existing
+from cachetune_rag.escaping import visible_line
 
 if TYPE_CHECKING:
     from cachetune_store import ChunkStore
@@ -60,7 +61,7 @@ def verify(store: options.Store, json_output: options.Json = False, debug: optio
             ),
         )
         for key in (*report.damaged, *report.unreadable):
-            stdout().print(f"  {key}")
+            stdout().print(f"  {visible_line(key)}")
     if not report.ok:
         raise typer.Exit(DAMAGED)
 
@@ -98,7 +99,7 @@ def remove(
         removed = [{"id": name, "bytes": count} for name, count in freed.items()]
         emit_json({"store": str(store), "removed": removed, "bytes": total})
     else:
-        stdout().print(f"Removed {number(len(freed), 'document')}, {size(total)} freed", markup=False)
+        stdout().print(f"Removed {number(len(freed), 'document')}, {size(total)} freed")
 
 
 def check_known(wanted: Iterable[str], store: ChunkStore, tenant: str) -> None:
