@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable
 from typing import TypeVar
 
+from cachetune_rag.commands.words import asked, words
+
 _K1, _B = 1.2, 0.75
-# A run of letters and digits is a word; scripts written without spaces go by single characters.
-_UNSPACED = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
-_WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
 
 _Key = TypeVar("_Key")
 
@@ -21,7 +19,7 @@ def rank(question: str, texts: Iterable[tuple[_Key, str]]) -> list[_Key]:
 
     `texts` is gone through once, and of each text only the counts of the question's words are kept.
     """
-    wanted = set(words(question))
+    wanted = asked(question)
     found: list[tuple[_Key, Counter[str], int]] = []
     holders: Counter[str] = Counter()
     total = length = 0
@@ -43,8 +41,3 @@ def rank(question: str, texts: Iterable[tuple[_Key, str]]) -> list[_Key]:
         ((score(counts, size), -i, key) for i, (key, counts, size) in enumerate(found)), key=lambda r: r[:2]
     )
     return [key for *_, key in reversed(ranked)]
-
-
-def words(text: str) -> list[str]:
-    """The words of a text, without regard to case."""
-    return _WORD.findall(text.casefold())
