@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 import numpy as np
@@ -141,6 +141,8 @@ class Assembler:
         way to it. An answer of `room` tokens is to be expected behind it.
         """
         faults = Faults()
+        if config.namespace is None:
+            config = replace(config, namespace=self._lead_ins.lately)
         while True:
             try:
                 try:
@@ -165,7 +167,7 @@ class Assembler:
                 stack.enter_context(torch.cuda.device(self._adapter.device))
             readers = OpenReaders()
             stack.callback(readers.close)
-            found, *_ = self._look_up(prompt, readers, Faults())
+            found, *_ = self._look_up(prompt, self._lead_ins.lately, readers, Faults())
             buffers = self._adapter.new_buffers(len(prompt.ids))
             self._wait()
             clock = _Clock()
@@ -194,10 +196,11 @@ class Assembler:
             clock = _Clock()
             readers = OpenReaders()
             stack.callback(readers.close)
+            namespace = config.namespace or self._lead_ins.last_known
             if faults.disk_gone:
-                found, missed, first_missed = self._look_up(prompt, readers, faults)
+                found, missed, first_missed = self._look_up(prompt, namespace, readers, faults)
             else:
-                found, missed, first_missed = self._pool.call(self._look_up, prompt, readers, faults)
+                found, missed, first_missed = self._pool.call(self._look_up, prompt, namespace, readers, faults)
             timings = {"lookup": clock.lap()}
             disk_free = _nothing
             if self._prefetcher is not None and not all(r.in_memory for _, r in found):
@@ -307,13 +310,13 @@ class Assembler:
         return _Plan(torch.from_numpy(computed), prefix, kept, sources, buffers, loader, shift), context.probed
 
     def _look_up(
-        self, prompt: Prompt, opened: OpenReaders, faults: Faults
+        self, prompt: Prompt, namespace: Namespace, opened: OpenReaders, faults: Faults
     ) -> tuple[list[tuple[int, ChunkReader]], int, tuple[int, ...]]:
         """Open the chunks of the prompt: (start, reader) of each that is stored, missed tokens, missed chunk numbers.
 
         `opened` gets every reader, for the caller to close.
         """
-        key_of = self._keys(self._lead_ins.last_known if faults.disk_gone else self._lead_ins.lately)
+        key_of = self._keys(namespace)
         keys = [key_of(ids) if ids else None for ids in prompt.chunk_ids]
         wanted = dict.fromkeys(key for key in keys if key is not None)
         taken: dict[ChunkKey, ChunkReader] = {}

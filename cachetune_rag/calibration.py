@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cachetune_rag.config import resolve
-from cachetune_store import StoreError
+from cachetune_store import Namespace, StoreError
 
 if TYPE_CHECKING:
     from cachetune_rag.parts import EngineParts
@@ -106,15 +106,20 @@ class SavedCalibrations:
             return calibration
         return dataclasses.replace(calibration, saved=path is not None)
 
-    def ratio(self, selector: str) -> float | None:
-        """The ratio that was saved for a selector or "auto"; None if there is none (or none that makes sense)."""
-        content = self._engine.profiles.load(KIND, self._key(resolve(selector, 0).selector))
+    def ratio(self, selector: str, namespace: Namespace | None = None) -> float | None:
+        """The ratio that was saved for a selector or "auto"; None if there is none (or none that makes sense).
+
+        Args:
+            selector: whose ratio.
+            namespace: of the chunks that it is asked for; None: of those that are stored now.
+        """
+        content = self._engine.profiles.load(KIND, self._key(resolve(selector, 0).selector, namespace))
         ratio = None if content is None else content.get("ratio")
         if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
             return None
         return float(ratio)
 
-    def _key(self, selector: str) -> dict[str, str]:
+    def _key(self, selector: str, namespace: Namespace | None = None) -> dict[str, str]:
         """What a calibrated ratio depends on; the namespace is model, tokenizer, dtype, lead-in and tenant."""
         engine = self._engine
-        return {"namespace": engine.namespace.digest, "selector": selector, "codec": engine.store.codec}
+        return {"namespace": (namespace or engine.namespace).digest, "selector": selector, "codec": engine.store.codec}

@@ -8,6 +8,7 @@ from typing import Any
 
 from cachetune_rag.errors import ConfigError
 from cachetune_rag.selection import get_selector, selector_names
+from cachetune_store import Namespace
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,15 @@ class ReuseConfig:
         skipped: how much of that is not even read: the top of each chunk's offline ranking is recomputed unseen, and the selector
             chooses the rest of `ratio` among what is read. For tiers that are slow against compute; at most `ratio`.
         tunable: the request left the ratio to the engine, so numbers tuned for the chunks' tier go before these.
+        namespace: what the keys of the request's chunks are made with, and what its calibrated ratio belongs to: read once, when
+            the request came, for another process may change it at any moment. None: read when its chunks are looked up.
     """
 
     selector: str = "expected_error"
     ratio: float = 0.15
     skipped: float = 0.0
     tunable: bool = field(default=False, compare=False)
+    namespace: Namespace | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.skipped <= self.ratio:

@@ -117,7 +117,7 @@ class LeadIns:
         """Whether lead-ins may still be chosen from texts that are offered."""
         return self._choose and self.namespace is self._base
 
-    def offer(self, texts: Iterable[Sequence[int]], *, indexing: bool) -> None:
+    def offer(self, texts: Iterable[Sequence[int]], *, indexing: bool) -> Namespace:
         """Choose lead-ins from texts (token ids of chunks), if that is still to be done and there is text enough.
 
         Args:
@@ -125,17 +125,23 @@ class LeadIns:
             indexing: False for chunks that a request missed. They never change the lead-ins of a store that was filled
                 behind the first token: whoever did that may have wanted it so.
 
+        Returns:
+            The namespace that these texts are to be stored with.
+
         Raises:
             StoreError: the choice can't be written.
         """
         with self._lock:
-            if not self.undecided or (self._filled_before() and not indexing):
-                return
+            now = self.namespace if indexing else self.lately
+            if not self._choose or now is not self._base or (self._filled_before() and not indexing):
+                return now
             self._seen |= dict.fromkeys(tuple(ids) for ids in texts)
             leads = choose(list(self._seen), self._base.lead_ins[0], self._text_tokens(), self._separator)
-            if leads is not None:
-                self._settle(replace(self._base, lead_ins=leads))
-                self._seen = {}
+            if leads is None:
+                return now
+            chosen = self._settle(replace(self._base, lead_ins=leads))
+            self._seen = {}
+            return chosen
 
     def of(self, ids: Sequence[int], namespace: Namespace) -> tuple[Lead, ...]:
         """The lead-ins over which a chunk's mean is taken: a function of the chunk and the namespace alone.

@@ -114,8 +114,8 @@ class Precomputer:
                 none of them takes long. None: the lock is taken as a request does.
         """
         given = list(chunks)
-        call(self._lead_ins.offer, [ids for ids, _ in given], indexing=False)
-        job = replace(self._job(), turn=turn)
+        namespace = call(self._lead_ins.offer, [ids for ids, _ in given], indexing=False)
+        job = replace(self._job(namespace), turn=turn)
         wanted = {chunk.key: chunk for chunk in (self._chunk(job, tuple(ids), text) for ids, text in given)}
         stored = 0
         with call(self._store.claim, wanted) as claim:
@@ -145,7 +145,7 @@ class Precomputer:
                 progress(Progress(document.id, count, chunks, skipped, tokens, stored, time.perf_counter() - started))
 
         given = self._look_ahead(map(Document.of, documents))
-        job = self._job()
+        job = self._job(self._lead_ins.namespace)
         # One writer: the next batch computes while the last one is written and synced.
         with Workers(1, "cachetune-write") as writer:
             for document in given:
@@ -194,9 +194,8 @@ class Precomputer:
         self._lead_ins.offer(texts, indexing=True)
         return _resumed(held, failure, documents)
 
-    def _job(self) -> _Job:
+    def _job(self, namespace: Namespace) -> _Job:
         """The last one goes on if it can: it has run the lead-ins already, which a request's missed chunks shouldn't wait for."""
-        namespace = self._lead_ins.namespace
         if self._last is None or self._last.namespace != namespace:
             self._last = _Job(namespace, MeanCapture(self._adapter, self._lock))
         return self._last

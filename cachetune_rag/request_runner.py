@@ -20,7 +20,7 @@ from cachetune_rag.pipeline.prefetch import Prefetch
 from cachetune_rag.report import Report
 from cachetune_rag.segments import Chunk, Prompt, given_chunks
 from cachetune_rag.telemetry.observer import new_request_id
-from cachetune_store import ChunkKey
+from cachetune_store import ChunkKey, make_key
 
 if TYPE_CHECKING:
     from cachetune_rag.parts import EngineParts
@@ -68,9 +68,12 @@ class RequestRunner:
         return prompt
 
     def config(self, selector: str, ratio: float | str) -> ReuseConfig:
-        """The settings of a request; "auto" is the calibrated ratio, if there is one."""
-        config = resolve(selector, ratio)
-        calibrated = self._engine._calibrations.ratio(config.selector) if ratio == "auto" else None
+        """The settings of a request that comes now, with the namespace that holds for all of it; "auto" is the calibrated ratio,
+        if there is one."""
+        config = replace(resolve(selector, ratio), namespace=self._engine.lead_ins.lately)
+        if not config.tunable:
+            return config
+        calibrated = self._engine._calibrations.ratio(config.selector, config.namespace)
         return config if calibrated is None else replace(config, ratio=calibrated)
 
     # -- reading the prompt ---------------------------------------------------------------------------------------
@@ -87,7 +90,8 @@ class RequestRunner:
 
         def keys() -> list[ChunkKey]:
             every = map(engine.prompts.encode, texts) if prompt is None else prompt.chunk_ids
-            return [engine._assembler.key(ids) for ids in every if ids]
+            namespace = (config and config.namespace) or engine.lead_ins.lately
+            return [make_key(namespace, ids) for ids in every if ids]
 
         rows = None if config is None else partial(engine._assembler.rows_needed, config)
         return engine._prefetcher.fetch(keys, rows)

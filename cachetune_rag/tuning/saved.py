@@ -14,7 +14,7 @@ import torch
 from cachetune_rag.config import ReuseConfig
 from cachetune_rag.selection.frequency import FrequencySelector
 from cachetune_rag.tuning.result import TierTuning
-from cachetune_store import StoreError
+from cachetune_store import Namespace, StoreError
 
 if TYPE_CHECKING:
     from cachetune_rag.parts import EngineParts
@@ -72,19 +72,19 @@ class SavedTunings:
         if tuning is None and tier == "device":
             # Rows of the host tier arrive under the computation, so what is best there is best here.
             tuning = self.load("host", codec, config.selector)
-        if tuning is None or not self._keeps_floor(tuning):
+        if tuning is None or not self._keeps_floor(tuning, config.namespace):
             return config
         return dataclasses.replace(config, ratio=tuning.ratio, skipped=tuning.skipped)
 
-    def _keeps_floor(self, tuning: TierTuning) -> bool:
+    def _keeps_floor(self, tuning: TierTuning, namespace: Namespace | None) -> bool:
         """Whether the selector's own share of r (or all of r, where the offline ranking chooses it) is as large as calibrated."""
         offline = tuning.skipped == tuning.ratio
-        floor = self._engine._calibrations.ratio(FrequencySelector.name if offline else tuning.selector)
+        floor = self._engine._calibrations.ratio(FrequencySelector.name if offline else tuning.selector, namespace)
         # Rounded as the ratios that are searched are.
         return floor is None or tuning.ratio - (0 if offline else tuning.skipped) >= floor - 1e-3
 
     def _key(self, tier: str, codec: str, selector: str) -> dict[str, str]:
-        namespace = self._engine.namespace
+        namespace = self._engine.lead_ins.last_known  # model and dtype are the same, whatever lead-ins are chosen
         return {
             "model": namespace.model,
             "dtype": namespace.dtype,
