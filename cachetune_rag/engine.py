@@ -413,6 +413,8 @@ class CacheTune(EngineParts):
             store_age=age,
             unstored=self._missed.unstored,
             storing=self._missed.waiting,
+            little_found=self._watch.prompts,
+            cut_short=self._recognizer.cut_short,
         )
 
     def ttft_histograms(self) -> dict[str, Histogram]:

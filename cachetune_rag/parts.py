@@ -17,6 +17,7 @@ from cachetune_rag.deadline import DeadlinePool, StoreTimeoutError
 from cachetune_rag.errors import EngineClosedError
 from cachetune_rag.fidelity import FidelitySampler
 from cachetune_rag.figures import StoreFigures
+from cachetune_rag.found_watch import FoundWatch
 from cachetune_rag.leads import LeadIns, given_lead_ins
 from cachetune_rag.loading import check_loaded, load_model
 from cachetune_rag.missed import MissedChunks
@@ -111,7 +112,8 @@ class EngineParts:
         if batch_tokens is None:
             batch_tokens = 8192 if self.adapter.device.type == "cuda" else 0
         self._recognizer = StoreRecognizer(self.store, self.lead_ins, self._pool.call)
-        self._plain = PlainPrompts(self.prompts, self._recognizer)
+        self._watch = FoundWatch(self._recognizer)
+        self._plain = PlainPrompts(self.prompts, self._recognizer, self._watch)
         self._precomputer = Precomputer(
             self.adapter,
             self.store,

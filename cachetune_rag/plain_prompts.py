@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from cachetune_rag.errors import PromptError
-from cachetune_rag.prompt import Chunk, Prompt, PromptBuilder
+from cachetune_rag.found_watch import FoundWatch
+from cachetune_rag.prompt import Chunk, Prompt, PromptBuilder, Segment
 from cachetune_rag.recognition import StoreRecognizer
 from cachetune_rag.retrieved import Content, Retrieved
 
@@ -18,10 +19,11 @@ class PlainPrompts:
     Args:
         prompts: lays them out.
         recognizer: finds the stored chunks in them.
+        watch: looks at how much was found.
     """
 
-    def __init__(self, prompts: PromptBuilder, recognizer: StoreRecognizer):
-        self._prompts, self._recognizer = prompts, recognizer
+    def __init__(self, prompts: PromptBuilder, recognizer: StoreRecognizer, watch: FoundWatch):
+        self._prompts, self._recognizer, self._watch = prompts, recognizer, watch
 
     def from_text(self, text: Content, *, recognise: bool, retrieved: Sequence[str | Chunk]) -> Prompt:
         """See `CacheTune.prompt_from_text`."""
@@ -30,7 +32,8 @@ class PlainPrompts:
             return replace(self._prompts.build_text([text] if isinstance(text, str) else text), retrieved=told)
         segments = Retrieved(retrieved, self._recognizer.segments).segments(text)
         recognised = _count(segments) - _count(text)
-        return replace(self._prompts.build_text(segments), recognised=recognised, retrieved=told)
+        prompt = replace(self._prompts.build_text(segments), recognised=recognised, retrieved=told)
+        return self._watched(prompt, segments, retrieved)
 
     def from_messages(
         self, messages: Sequence[Mapping[str, Any]], *, recognise: bool, retrieved: Sequence[str | Chunk], **layout: Any
@@ -42,7 +45,14 @@ class PlainPrompts:
         chunks = Retrieved(retrieved, self._recognizer.segments)
         found = [_with_content(message, chunks) for message in messages]
         recognised = _count_in(found) - _count_in(messages)
-        return replace(self._prompts.build_messages(found, **layout), recognised=recognised, retrieved=told)
+        prompt = replace(self._prompts.build_messages(found, **layout), recognised=recognised, retrieved=told)
+        contents = [message.get("content") or () for message in found]
+        segments = [part for each in contents for part in ([each] if isinstance(each, str) else each)]
+        return self._watched(prompt, segments, retrieved)
+
+    def _watched(self, prompt: Prompt, segments: Sequence[Segment | str], retrieved: Sequence[str | Chunk]) -> Prompt:
+        self._watch.look(prompt, segments, [text.text if isinstance(text, Chunk) else text for text in retrieved])
+        return prompt
 
     def _tokens(self, retrieved: Sequence[str | Chunk]) -> int:
         """Tokens of retrieved texts.

@@ -8,9 +8,9 @@ are found is in `chunk_search`.
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
-from typing import Any
+from typing import TypeVar
 
 from cachetune_rag.chunk_recognizer import ChunkRecognizer
 from cachetune_rag.chunk_search import ANCHOR
@@ -21,6 +21,7 @@ from cachetune_store import ChunkKey, ChunkStore, StoreError
 
 _PATIENCE = 0.05  # seconds that a prompt waits for the store to be read again
 
+_T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
 __all__ = ["ANCHOR", "ChunkRecognizer", "StoreRecognizer"]
@@ -59,13 +60,30 @@ class StoreRecognizer:
                 segments.append(part)
         return segments
 
-    def messages(self, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """Chat messages with `segments` done to the content of each. What is none is left for the prompt's builder to refuse."""
-        return [self._message(message) for message in messages]
+    @property
+    def cut_short(self) -> int:
+        """See `ChunkRecognizer`."""
+        return self._known.cut_short
 
-    def _message(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
-        content = message.get("content") if isinstance(message, Mapping) else None
-        return {**message, "content": self.segments(content)} if isinstance(content, Sequence) else message
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def knows(self, text: str) -> bool:
+        """Whether exactly this text is that of a stored chunk."""
+        return self._known.knows(text)
+
+    def scan(self, look: Callable[[Iterable[str]], _T]) -> _T:
+        """What `look` makes of the stored texts, which are read from the store one after another.
+
+        Raises:
+            StoreError: they can't be read.
+        """
+        return self._call(lambda: look(self._texts()))
+
+    def _texts(self) -> Iterator[str]:
+        for namespace in self._lead_ins.namespaces:
+            for _, text, _ in self._store.texts(namespace=namespace):
+                yield text
 
     def add(self, key: ChunkKey, text: str) -> None:
         """A chunk was just stored. (Before the first use there is nothing to tell: the store will be read then.)"""

@@ -31,6 +31,9 @@ class EngineStats:
         ttft: count, mean, p50, p95 and p99 of the time to first token, by the slowest tier that a request read from.
         unstored: chunks that requests missed and that could not be stored afterwards; the reason is in the log.
         storing: such chunks that wait to be stored now.
+        little_found: prompts from text or messages in which much was retrieved and less than half of it found, or that are longer
+            than 1,000 tokens and of which less than a tenth was; the likely reasons are in the log.
+        cut_short: prompts that repeat the beginnings of stored chunks so often that not every place in them was looked at.
         store: the store's own figures.
         store_age: seconds since they were read; 0.0 unless the store's disk doesn't answer.
         fidelity: how far answers were from full prefill; None unless the engine samples it (`fidelity_sample`).
@@ -53,6 +56,8 @@ class EngineStats:
     fidelity: FidelityStats | None = None
     unstored: int = 0
     storing: int = 0
+    little_found: int = 0
+    cut_short: int = 0
     store_age: float = 0.0
 
     @property
@@ -105,9 +110,9 @@ class RequestCounter:
             return dict(self._by_tier)
 
     def stats(
-        self, store: StoreStats, fidelity: FidelityStats | None, *, store_age: float, unstored: int, storing: int
+        self, store: StoreStats, fidelity: FidelityStats | None, *, store_age: float, **counts: int
     ) -> EngineStats:
-        """The totals, and the others' figures; see `EngineStats`."""
+        """The totals, and the others' figures (`counts` by their names); see `EngineStats`."""
         with self._lock:
             return EngineStats(
                 requests=self._requests,
@@ -118,7 +123,6 @@ class RequestCounter:
                 ttft={tier: histogram.summary() for tier, histogram in self._by_tier.items()},
                 store=store,
                 fidelity=fidelity,
-                unstored=unstored,
-                storing=storing,
+                **counts,
                 store_age=store_age,
             )

@@ -65,6 +65,12 @@ class CacheTuneCollector(Collector):
         yield self._counter(
             "unstored_chunks", "Chunks that requests missed and that could not be stored", stats.unstored
         )
+        yield self._counter(
+            "little_found_prompts", "Prompts in which little was found of much that was retrieved", stats.little_found
+        )
+        yield self._counter(
+            "cut_short_prompts", "Prompts in which not every place was looked at for stored chunks", stats.cut_short
+        )
         yield self._gauge("storing_chunks", "Chunks that requests missed and that wait to be stored", stats.storing)
         tokens = CounterMetricFamily(
             "cachetune_tokens",
