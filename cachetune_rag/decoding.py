@@ -7,48 +7,37 @@ there, while the loop itself is a plain generator over the engine's cache.
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from transformers import (
     EosTokenCriteria,
-    GenerationConfig,
     LogitsProcessorList,
     MaxLengthCriteria,
     MaxTimeCriteria,
     StoppingCriteriaList,
 )
 
-from cachetune_rag.errors import ConfigError, PromptError, UnsupportedModelError
+from cachetune_rag.errors import ConfigError, NonFiniteLogitsError, PromptError, UnsupportedModelError
+from cachetune_rag.generation_settings import (
+    DEFAULT_NEW_TOKENS,
+    REFUSED,
+    SEEDS,
+    answer_length,
+    callables,
+    check_ids,
+    check_names,
+    given_settings,
+    settle,
+    stop_strings,
+)
 from cachetune_rag.text_stream import TextStream
 
-__all__ = ["DEFAULT_NEW_TOKENS", "DecodingPlan", "TextStream", "decode", "prepare"]
-
-DEFAULT_NEW_TOKENS = 256
-"""Most tokens of an answer where neither the request nor the configuration says."""
-
-_SAMPLING = {"temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
-"""Settings that do nothing in greedy decoding."""
-
-_RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
-    ("temperature", "a number from 0 (greedy decoding) upwards", lambda value: 0 <= value < math.inf),
-    ("top_p", "a number above 0, up to 1", lambda value: 0 < value <= 1),
-    ("top_k", "an int of at least 0 (0: no limit)", lambda value: value >= 0 and value == int(value)),
-)
-"""Where transformers says little, or takes a value that can't be meant."""
-
-_REFUSED = {
-    "max_length": "use max_new_tokens, which does not count the prompt",
-    "stop_strings": "use stop",
-    "num_return_sequences": "a request has one answer; ask again, with another seed",
-    "token_healing": "it would change the prompt's tokens",
-    "guidance_scale": "it needs a second model run beside every reused one",
-}
+__all__ = ["DEFAULT_NEW_TOKENS", "DecodingPlan", "TextStream", "check_finite", "decode", "decode_text", "prepare"]
 
 
 @dataclass
@@ -91,11 +80,12 @@ def prepare(
     ids: Sequence[int],
     *,
     generation_config: Any = None,
-    max_new_tokens: int | None = None,
+    max_new_tokens: int | str | None = "auto",
+    room: int | None = None,
     stop: str | Sequence[str] | None = None,
     seed: int | None = None,
-    logits_processor: Sequence[Any] = (),
-    stopping_criteria: Sequence[Any] = (),
+    logits_processor: Sequence[Any] | None = None,
+    stopping_criteria: Sequence[Any] | None = None,
     **settings: Any,
 ) -> DecodingPlan:
     """Work out how an answer is decoded. The model isn't run.
@@ -108,7 +98,10 @@ def prepare(
         tokenizer: its tokenizer.
         ids: token ids of the prompt.
         generation_config: a transformers `GenerationConfig`.
-        max_new_tokens: most tokens of the answer; None for the configuration's number or `DEFAULT_NEW_TOKENS`.
+        max_new_tokens: most tokens of the answer, which never goes beyond `room`. "auto" and None: as `generation_config` says
+            (max_new_tokens or max_length), or else the model's own; where neither does, "auto" means `DEFAULT_NEW_TOKENS` and
+            None all that there is room for.
+        room: tokens that the model's context still holds; None: it has no end.
         stop: strings that end the answer, in addition to the configuration's.
         seed: makes sampling repeatable: the same as `torch.manual_seed(seed)` before `generate`.
         logits_processor: further processors, run after those that the settings ask for.
@@ -126,25 +119,22 @@ def prepare(
         raise UnsupportedModelError(f"{type(model).__name__} can't generate: load it with AutoModelForCausalLM.")
     if not len(ids):
         raise PromptError("the prompt has no tokens, so there is nothing to continue: give a query or a prefix.")
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-        raise ConfigError(f"seed is {seed!r}: use an int, or None.")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed not in SEEDS):
+        raise ConfigError(f"seed is {seed!r}: use an int from -2**63 to 2**64 - 1, or None.")
     settings = {name: value for name, value in settings.items() if value is not None}
-    _check_names(settings)
-    base = _given(generation_config)
-    stops = _stop_strings(
-        stop, base.pop("stop_strings", None) or getattr(model.generation_config, "stop_strings", None)
-    )
-    chosen = _settle(settings, base)
-    limit = max_new_tokens if max_new_tokens is not None else chosen.get("max_new_tokens")
-    if limit is None:
-        limit = getattr(model.generation_config, "max_new_tokens", None) or DEFAULT_NEW_TOKENS
-    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-        raise ConfigError(f"max_new_tokens is {limit!r}: use an int of at least 1.")
+    check_names(settings)
+    base = given_settings(generation_config)
+    for given in (settings, base):
+        check_ids(given, model.config.get_text_config().vocab_size)
+    stops = stop_strings(stop, base.pop("stop_strings", None) or getattr(model.generation_config, "stop_strings", None))
+    limit = answer_length(max_new_tokens, (base, vars(model.generation_config)), len(ids), room)
+    chosen = settle(settings, base)
     eos = chosen.get("eos_token_id", getattr(model.generation_config, "eos_token_id", None))
     if eos is None:  # files converted from other formats may know their end token only in the tokenizer
         eos = chosen["eos_token_id"] = tokenizer.eos_token_id
     if chosen.get("pad_token_id", getattr(model.generation_config, "pad_token_id", None)) is None and eos is not None:
-        chosen["pad_token_id"] = eos if isinstance(eos, int) else eos[0]  # unused, but missing it is warned about
+        # It is never used, but missing it is warned about. Without end tokens (an empty list) any will do.
+        chosen["pad_token_id"] = int(next(iter(torch.as_tensor(eos).flatten()), 0))
     prompt = torch.tensor([list(ids)], dtype=torch.int64, device=model.device)
     # max_length rather than max_new_tokens: many models ship a max_length, and having both is warned about.
     chosen |= {"max_length": len(ids) + limit, "max_new_tokens": None, "stop_strings": None}
@@ -152,8 +142,8 @@ def prepare(
         model,
         inputs=prompt,
         attention_mask=torch.ones_like(prompt),
-        logits_processor=LogitsProcessorList(logits_processor),
-        stopping_criteria=StoppingCriteriaList(stopping_criteria),
+        logits_processor=LogitsProcessorList(callables(logits_processor, "logits_processor")),
+        stopping_criteria=StoppingCriteriaList(callables(stopping_criteria, "stopping_criteria")),
         **chosen,
     )
     ends = {
@@ -179,25 +169,43 @@ def decode(forward: Callable[[int], Tensor], plan: DecodingPlan, first_logits: T
         forward: gives the logits [1, vocab] that follow a token, which it appends to the cache.
         plan: from `prepare`. Its `finish_reason` is set before the last token is yielded.
         first_logits: logits [1, vocab] of the prompt's last token.
+
+    Raises:
+        NonFiniteLogitsError: the model gives logits that are no numbers.
+        ConfigError: the generation settings leave no token to choose.
     """
+    for token, _ in _decode(forward, plan, first_logits, plan.text_stream() if plan.stop else None):
+        yield token
+
+
+def decode_text(
+    forward: Callable[[int], Tensor], plan: DecodingPlan, first_logits: Tensor
+) -> Iterator[tuple[int, str]]:
+    """As `decode`, each token with the text that is certain once it is there, possibly none."""
+    yield from _decode(forward, plan, first_logits, plan.text_stream())
+
+
+# -- inside -----------------------------------------------------------------------------------------------------------
+
+
+def _decode(
+    forward: Callable[[int], Tensor], plan: DecodingPlan, first_logits: Tensor, text: TextStream | None
+) -> Iterator[tuple[int, str]]:
     plan.finish_reason = ""
     generator = None
     if plan.do_sample and plan.seed is not None:
         generator = torch.Generator(device=plan.ids.device).manual_seed(plan.seed)
-    text = plan.text_stream() if plan.stop else None
     ids, logits = plan.ids, first_logits
     while True:
         token, ids, scores = _choose(plan, ids, logits, generator)
-        if text is not None:
-            text.push(token)
+        piece = "" if text is None else text.push(token)
         plan.finish_reason = _finish(plan, ids, token, scores, text is not None and text.stopped)
-        yield token
+        if plan.finish_reason and text is not None:
+            piece += text.finish()
+        yield token, piece
         if plan.finish_reason:
             return
         logits = forward(token)
-
-
-# -- inside -----------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -208,10 +216,40 @@ def _choose(
     # Processors may write into what they get, and expect float32.
     scores = plan.logits_processor(ids, logits.to(device=ids.device, dtype=torch.float32, copy=True))
     if plan.do_sample:
-        token = torch.multinomial(torch.softmax(scores, dim=-1), 1, generator=generator)
+        odds = torch.softmax(scores, dim=-1)
+        # Odds that are no numbers would end the process's use of a GPU; drawn from others, the token is never looked at.
+        sound = odds.sum(dim=-1, keepdim=True)
+        token = torch.multinomial(odds.where(sound.isfinite(), 1.0), 1, generator=generator)
     else:
-        token = scores.argmax(dim=-1, keepdim=True)
-    return int(token), torch.cat([ids, token], dim=-1), scores
+        sound, token = scores.max(dim=-1, keepdim=True)  # a number only if all are
+    # Both in one read, which is what waits for a GPU. Doubles hold every token id.
+    chosen, known = torch.cat([token.double(), sound.double()], dim=-1).flatten().tolist()
+    if not math.isfinite(known):
+        _refuse(logits)
+    return int(chosen), torch.cat([ids, token], dim=-1), scores
+
+
+def check_finite(logits: Tensor) -> None:
+    """Refuse logits from which no token can be chosen.
+
+    Raises:
+        NonFiniteLogitsError: the largest is no number.
+    """
+    if not bool(logits.max().isfinite()):
+        raise NonFiniteLogitsError(
+            f"the model's logits are no numbers ({int(logits.isnan().sum())} of {logits.numel()} are NaN), so there is no next "
+            "token: check its weights for NaN, and where it runs in float16, whose range many models exceed, load it in bfloat16 "
+            "or float32."
+        )
+
+
+def _refuse(logits: Tensor) -> NoReturn:
+    """No token can be chosen: because of the model, or else because of what processors did to its logits."""
+    check_finite(logits)
+    raise ConfigError(
+        "the generation settings (or a logits_processor) leave no token to choose, all scores being -inf or no numbers: leave out "
+        "some of those that rule tokens out, such as suppress_tokens and bad_words_ids."
+    )
 
 
 def _finish(plan: DecodingPlan, ids: Tensor, token: int, scores: Tensor, stopped: bool) -> str:
@@ -235,8 +273,8 @@ def _ask_generate(model: Any, **arguments: Any) -> tuple[LogitsProcessorList, St
 
     try:
         model.generate(**arguments, custom_generate=record)
-    except (ValueError, TypeError, NotImplementedError) as error:
-        raise ConfigError(f"transformers refuses these generation settings: {error}") from error
+    except Exception as error:  # the model isn't run, so whatever it is, the settings are the reason
+        raise ConfigError(f"transformers refuses these generation settings: {error or type(error).__name__}") from error
     processors, criteria, config = recorded
     mode = str(config.get_generation_mode().value)
     if mode not in ("greedy_search", "sample"):
@@ -247,60 +285,5 @@ def _ask_generate(model: Any, **arguments: Any) -> tuple[LogitsProcessorList, St
     for name in ("num_return_sequences", "guidance_scale", "token_healing"):
         value = getattr(config, name, None)
         if value is not None and value not in (1, False):
-            raise ConfigError(f"{name} is {value!r} in the generation settings: leave it out ({_REFUSED[name]}).")
+            raise ConfigError(f"{name} is {value!r} in the generation settings: leave it out ({REFUSED[name]}).")
     return processors, criteria, config
-
-
-def _known() -> set[str]:
-    return {name for name in vars(GenerationConfig()) if not name.startswith("_")} - {"transformers_version"}
-
-
-def _check_names(settings: dict[str, Any]) -> None:
-    known = _known() - set(_REFUSED)
-    for name in settings:
-        if name in _REFUSED:
-            raise ConfigError(f"{name}={settings[name]!r} is no setting of an answer: {_REFUSED[name]}.")
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else "see transformers' GenerationConfig for those there are."
-            raise ConfigError(f"{name!r} is no generation setting: {hint}")
-
-
-def _given(config: Any) -> dict[str, Any]:
-    """What a `GenerationConfig` sets, as keyword arguments: so it can be mixed with others without a warning."""
-    if config is None:
-        return {}
-    if not isinstance(config, GenerationConfig):
-        raise ConfigError(f"generation_config is {config!r:.80}: use a transformers GenerationConfig, or None.")
-    return {name: vars(config)[name] for name in _known() if vars(config).get(name) is not None}
-
-
-def _settle(settings: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
-    """Lay a request's settings over a configuration's, and decide between greedy decoding and sampling."""
-    for name, allowed, fits in _RANGES:
-        value = settings.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not fits(value)):
-            raise ConfigError(f"{name} is {value!r}: use {allowed}.")
-    settings = dict(settings)
-    if settings.get("temperature") == 0:
-        if settings.get("do_sample"):
-            raise ConfigError("temperature is 0 with do_sample=True: use a temperature above 0, or do_sample=False.")
-        settings["do_sample"] = False
-    elif not _SAMPLING.isdisjoint(settings):
-        settings.setdefault("do_sample", True)
-    chosen = base | settings
-    if settings.get("do_sample") is False:
-        return {name: value for name, value in chosen.items() if name not in _SAMPLING}
-    return chosen
-
-
-def _stop_strings(*sources: str | Sequence[str] | None) -> tuple[str, ...]:
-    found: list[str] = []
-    for source in sources:
-        if source is not None and (isinstance(source, Mapping) or not isinstance(source, Iterable)):
-            raise ConfigError(f"stop is {source!r}: use a string, or a list of strings.")
-        for text in [source] if isinstance(source, str) else source or ():
-            if not isinstance(text, str) or not text:
-                raise ConfigError(f"stop contains {text!r}: use strings of at least one character.")
-            found.append(text)
-    return tuple(dict.fromkeys(found))

@@ -24,8 +24,7 @@ class Document:
     chunks: Sequence[str]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.id, str) or not self.id:
-            raise ConfigError(f"document id is {self.id!r}: use a non-empty string.")
+        check_id(self.id)
         if isinstance(self.chunks, str | Mapping) or not isinstance(self.chunks, Iterable):
             raise ConfigError(f"document {self.id!r}: chunks is {self.chunks!r:.60}: {_CHUNKS}")
         chunks = tuple(self.chunks)
@@ -44,3 +43,14 @@ class Document:
         if isinstance(item, str):
             return cls("text-" + hashlib.sha256(item.encode("utf-8", "surrogatepass")).hexdigest()[:32], [item])
         raise ConfigError(f"document is a {type(item).__name__}: use a Document or a string.")
+
+
+def check_id(given: object) -> str:
+    """`given`, if it can be a document's id.
+
+    Raises:
+        ConfigError: it can't.
+    """
+    if not isinstance(given, str) or not given:
+        raise ConfigError(f"document id is {given!r:.80}: use a non-empty string.")
+    return given

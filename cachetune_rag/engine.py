@@ -14,7 +14,7 @@ from cachetune_rag.assembly import PrefillState
 from cachetune_rag.calibration import Calibration
 from cachetune_rag.calibrator import RATIOS, CalibrationPlan, CalibrationProgress, Calibrator
 from cachetune_rag.config import resolve
-from cachetune_rag.documents import Document
+from cachetune_rag.documents import Document, check_id
 from cachetune_rag.parts import EngineParts
 from cachetune_rag.pipeline.device import warm_up as warm_up_loading
 from cachetune_rag.pipeline.prefetch import Prefetch
@@ -68,6 +68,7 @@ class CacheTune(EngineParts):
         self,
         documents: Iterable[Document | str] | Document | str,
         *,
+        replace: bool = True,
         progress: Callable[[Progress], None] | None = None,
     ) -> PrecomputeSummary:
         """Compute and store the KV of documents' chunks. What is stored already is skipped, so a cut-off run resumes.
@@ -75,6 +76,8 @@ class CacheTune(EngineParts):
         Args:
             documents: documents, or strings (each a document of one chunk), as any iterable: a generator is consumed
                 one document at a time.
+            replace: False: a document whose id is known keeps the chunks that it holds, and gets these as well (two runs that
+                bring a part of it each). True: what it held before and doesn't hold any more is freed.
             progress: called after every stored batch.
         """
         self._check_open()
@@ -82,7 +85,7 @@ class CacheTune(EngineParts):
             documents = [documents]
         self._missed.wait()  # in the order in which it came: lead-ins are chosen from what is stored first
         try:
-            return self._precomputer.run(documents, progress)
+            return self._precomputer.run(documents, progress, replace_documents=replace)
         finally:
             self._recognizer.changed()  # a document that was replaced may have freed chunks
 
@@ -93,6 +96,8 @@ class CacheTune(EngineParts):
             UnknownDocumentError: there is no such document, unless `missing_ok`.
         """
         self._check_open()
+        check_id(document_id)
+        self._missed.forget(document_id)
         try:
             return self.store.delete_document(document_id, tenant=self.namespace.tenant)
         except UnknownDocumentError:
@@ -147,7 +152,7 @@ class CacheTune(EngineParts):
         ratio: float | str = "auto",
         selector: str = "auto",
         reuse: bool = True,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | str | None = "auto",
         stop: str | Sequence[str] | None = None,
         generation_config: Any = None,
         **sampling: Any,
@@ -180,7 +185,7 @@ class CacheTune(EngineParts):
         ratio: float | str = "auto",
         selector: str = "auto",
         reuse: bool = True,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | str | None = "auto",
         stop: str | Sequence[str] | None = None,
         generation_config: Any = None,
         **sampling: Any,
@@ -197,7 +202,8 @@ class CacheTune(EngineParts):
             ratio: share of the chunk tokens to recompute, in [0, 1], or "auto": the calibrated one, if there is one.
             selector: which tokens those are: a registered name or "auto".
             reuse: False computes everything (the reference).
-            max_new_tokens: most tokens of the answer; fewer where the model's context ends.
+            max_new_tokens: most tokens of the answer; fewer where the model's context ends. "auto": as `generation_config` says,
+                or the model's own, or 256 where neither does. None: the same, but to the context's end where neither does.
             stop: strings that end the answer; they are not part of it.
             generation_config: a transformers GenerationConfig; default: the model's own.
             sampling: overrides of it, e.g. do_sample, temperature, top_p, repetition_penalty; and seed.
@@ -260,7 +266,7 @@ class CacheTune(EngineParts):
         self._check_open()
         started = time.perf_counter()
         config = self._requests.config(selector, ratio)
-        state = self._requests.prefill(self._requests.prompt(query, chunks, prefix, prompt), config, started)
+        state = self._requests.read(self._requests.prompt(query, chunks, prefix, prompt), config, started)
         return self._requests.store_missed(state)
 
     def full_prefill(
@@ -274,7 +280,7 @@ class CacheTune(EngineParts):
         """Read the same tokens without reuse: what `prefill` is measured against."""
         self._check_open()
         started = time.perf_counter()
-        return self._requests.prefill(self._requests.prompt(query, chunks, prefix, prompt), None, started)
+        return self._requests.read(self._requests.prompt(query, chunks, prefix, prompt), None, started)
 
     def warmup(
         self, computed_tokens: int = 2048, prompt_lengths: Sequence[int] = (8192, 32768), *, selector: str = "auto"

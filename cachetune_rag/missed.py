@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from cachetune_rag.deadline import Call
+from cachetune_rag.forks import Origin
 from cachetune_rag.model_lock import ModelLock
 from cachetune_rag.prompt import Prompt
 from cachetune_store import ChunkKey, StoreError
@@ -29,10 +33,23 @@ PATIENCE = 2.0
 SPACING = 0.01
 """Seconds for requests between two forwards of chunks that wait no longer."""
 
+_LOOK_AGAIN = 0.01
+
 _log = logging.getLogger(__name__)
 
-MissedChunk = tuple[tuple[int, ...], str]
-"""Token ids and text of a chunk."""
+
+@dataclass(eq=False)
+class MissedChunk:
+    """A chunk that is to be stored.
+
+    Attributes:
+        ids, text: its token ids and its text.
+        owners: the documents that it belongs to; None stands for somebody who named no document.
+    """
+
+    ids: tuple[int, ...]
+    text: str
+    owners: set[str | None] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -55,6 +72,8 @@ class MissedChunks:
     that a request which comes meanwhile waits for one at most; after `PATIENCE` seconds its forwards take turns with requests. A
     request for a chunk that waits computes it itself, exactly, like any that is missing.
 
+    A chunk of a document is stored as that document's, so that it goes when the document is removed.
+
     Args:
         precomputer: computes and stores.
         call: makes the calls that may touch the store's disk.
@@ -65,7 +84,11 @@ class MissedChunks:
         self._precomputer, self._call, self._model = precomputer, call, lock
         self._mutex = threading.Lock()
         self._pending: deque[_Group] = deque()
-        self._known: set[tuple[int, ...]] = set()  # token ids of all that is pending
+        self._known: dict[tuple[int, ...], MissedChunk] = {}  # all that is pending, by its token ids
+        self._late: SimpleQueue[tuple[Prompt, Sequence[int]]] = SimpleQueue()
+        self._offering = threading.RLock()  # held while something of that is offered
+        self._storing = threading.RLock()  # held while chunks are stored at once
+        self._origin = Origin()
         self._thread: threading.Thread | None = None
         self._closed = self._dropped = False
         self._hurried = 0
@@ -74,11 +97,13 @@ class MissedChunks:
     @property
     def waiting(self) -> int:
         """Chunks that are still to be stored."""
+        self._offer_late()
         return len(self._known)
 
     @property
     def unstored(self) -> int:
         """Chunks that could not be stored, so far."""
+        self._offer_late()
         return self._unstored
 
     def store(self, prompt: Prompt, missed: Sequence[int]) -> int:
@@ -89,12 +114,13 @@ class MissedChunks:
             missed: which of its chunks, each at most once.
         """
         chunks = _chunks(prompt, missed)
-        if not self._known.isdisjoint(ids for ids, _ in chunks):
+        if not self._known.keys().isdisjoint(chunk.ids for chunk in chunks):
             self.wait()  # the thread may be at them
         kept: list[ChunkKey] = []
         try:
             if chunks:
-                self._precomputer.store_chunks(chunks, call=self._call, kept=kept.append)
+                with self._storing:
+                    self._precomputer.store_chunks(chunks, call=self._call, kept=kept.append)
         except StoreError as error:
             _tell(len(chunks) - len(kept), error)
         with self._mutex:
@@ -103,14 +129,21 @@ class MissedChunks:
 
     def offer(self, prompt: Prompt, missed: Sequence[int]) -> int:
         """Store chunks of a prompt when there is time for it; how many will be. Returns at once. Arguments as for `store`."""
+        if not self._origin.here:
+            return 0
         chunks = _chunks(prompt, missed)
         with self._mutex:
-            new = [chunk for chunk in chunks if chunk[0] not in self._known]
-            room = 0 if self._closed else WAITING - len(self._known)
+            new = []
+            for chunk in chunks:
+                if (known := self._known.get(chunk.ids)) is None:
+                    new.append(chunk)
+                else:
+                    known.owners |= chunk.owners
+            room = 0 if self._closed else max(0, WAITING - len(self._known))
             taken, refused = new[:room], len(new[room:])
             self._unstored += refused
             if taken:
-                self._known.update(ids for ids, _ in taken)
+                self._known.update((chunk.ids, chunk) for chunk in taken)
                 self._pending.append(_Group(taken, time.monotonic()))
             # Ctrl-C may have kept the last one from being started.
             if self._pending and (self._thread is None or not self._thread.is_alive()):
@@ -120,9 +153,43 @@ class MissedChunks:
                 self._thread.start()
         return len(chunks) - refused
 
+    def offer_from_anywhere(self, prompt: Prompt, missed: Sequence[int]) -> None:
+        """As `offer`, also for somebody who may hold a lock that it would wait for: one who collects garbage, say."""
+        if not missed or not self._origin.here:
+            return
+        self._late.put((prompt, missed))
+        with suppress(RuntimeError):  # the interpreter is going away
+            _thread.start_new_thread(self._offer_late, ())
+
+    def forget(self, document: str) -> None:
+        """Drop what waits and belongs to this document alone. When this returns, nothing of it is being stored either."""
+        self._offer_late()
+        with self._mutex:
+            at_hand = self._pending[0] if self._pending else None
+            for group in self._pending:
+                for chunk in list(group.chunks):
+                    if document not in chunk.owners:
+                        continue
+                    chunk.owners.discard(document)
+                    if not chunk.owners and group is not at_hand:
+                        group.chunks.remove(chunk)
+                        self._known.pop(chunk.ids, None)
+        with self._storing:  # nobody is at it any more
+            pass
+        self._hurry(1)
+        try:
+            while at_hand is not None and at_hand in list(self._pending):
+                thread = self._thread
+                if thread is None or not thread.is_alive():
+                    break
+                thread.join(_LOOK_AGAIN)
+        finally:
+            self._hurry(-1)
+
     def wait(self, timeout: float | None = None) -> bool:
         """Store what waits without waiting for the model to be idle; False if that took longer than `timeout` seconds."""
         until = None if timeout is None else time.monotonic() + timeout
+        self._offer_late()
         self._hurry(1)
         try:
             while (thread := self._thread) is not None and thread.is_alive():
@@ -135,6 +202,7 @@ class MissedChunks:
 
     def close(self) -> None:
         """Store what waits, and take no more. Interrupted by an exception (Ctrl-C), it drops what still waits."""
+        self._offer_late()
         with self._mutex:
             self._closed = True
         try:
@@ -145,6 +213,8 @@ class MissedChunks:
 
     def drop(self) -> None:
         """Drop what waits, and end what runs behind the forward at hand."""
+        if not self._origin.here:
+            return
         with self._mutex:
             self._closed = self._dropped = True
         self.wait()
@@ -155,6 +225,18 @@ class MissedChunks:
         with self._mutex:
             self._hurried += more
         self._model.wake()
+
+    def _offer_late(self) -> None:
+        """Offer what came from anywhere."""
+        if not self._origin.here:
+            return
+        with self._offering:
+            while True:
+                try:
+                    late = self._late.get_nowait()
+                except Empty:
+                    return
+                self.offer(*late)
 
     def _run(self) -> None:
         """Store what is pending; the thread ends when nothing is."""
@@ -169,11 +251,18 @@ class MissedChunks:
                     atexit.unregister(self.drop)
                     return
                 group = self._pending[0]
+            before = [chunk.owners.copy() for chunk in group.chunks]
             lost = self._attempt(group)
             with self._mutex:
                 self._pending.popleft()
-                self._known.difference_update(ids for ids, _ in group.chunks)
+                for chunk in group.chunks:
+                    self._known.pop(chunk.ids, None)
                 self._unstored += lost
+                # What another request missed meanwhile, as another document's: it is stored by now.
+                late = [chunk for chunk, owners in zip(group.chunks, before, strict=True) if chunk.owners - owners]
+                if late and not self._closed:
+                    self._known.update((chunk.ids, chunk) for chunk in late)
+                    self._pending.append(_Group(late, group.since))
 
     def _attempt(self, group: _Group) -> int:
         """How many of the chunks could not be stored. Whatever went wrong, no request is told of it."""
@@ -187,7 +276,7 @@ class MissedChunks:
         except Exception as error:
             if not self._dropped:
                 _tell(len(group.chunks) - len(kept), error)
-        return len(group.chunks) - len(kept)
+        return max(0, sum(1 for chunk in group.chunks if chunk.owners) - len(kept))
 
 
 class _Turn:
@@ -214,7 +303,14 @@ class _Turn:
 
 
 def _chunks(prompt: Prompt, places: Sequence[int]) -> list[MissedChunk]:
-    return [(tuple(prompt.chunk_ids[i]), prompt.chunk_texts[i]) for i in places]
+    # A chunk that stands in a prompt several times may be several documents'.
+    owners: dict[tuple[int, ...], set[str | None]] = {}
+    for ids, document in zip(prompt.chunk_ids, prompt.chunk_documents, strict=True):
+        owners.setdefault(tuple(ids), set()).add(document)
+    chunks = [MissedChunk(tuple(prompt.chunk_ids[i]), prompt.chunk_texts[i]) for i in places]
+    for chunk in chunks:
+        chunk.owners |= owners[chunk.ids]
+    return chunks
 
 
 def _tell(count: int, error: Exception) -> None:

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cachetune_rag.deadline import Call, call_directly
 from cachetune_rag.documents import Document
@@ -21,6 +21,9 @@ from cachetune_rag.selection.frequency import frequency_scores
 from cachetune_rag.workers import Job, Workers
 from cachetune_store import Chunk as StoredChunk
 from cachetune_store import ChunkKey, ChunkStore, Namespace, make_key
+
+if TYPE_CHECKING:
+    from cachetune_rag.missed import MissedChunk
 
 PATIENCE = 60.0
 """Seconds that a job waits for chunks that another one is computing."""
@@ -98,13 +101,16 @@ class Precomputer:
 
     def store_chunks(
         self,
-        chunks: Iterable[tuple[Sequence[int], str]],
+        chunks: Iterable[MissedChunk],
         *,
         call: Call = call_directly,
         kept: Callable[[ChunkKey], None] = lambda _: None,
         turn: AbstractContextManager[Any] | None = None,
     ) -> int:
-        """Compute and store chunks given as (token ids, text). Returns the bytes stored.
+        """Compute and store chunks. Returns the bytes stored.
+
+        A chunk of documents is added to them first, so that at no time it is stored and belongs to none. One that has lost all
+        its owners meanwhile is left out.
 
         Args:
             chunks: what to store.
@@ -114,25 +120,47 @@ class Precomputer:
                 none of them takes long. None: the lock is taken as a request does.
         """
         given = list(chunks)
-        namespace = call(self._lead_ins.offer, [ids for ids, _ in given], indexing=False)
+        namespace = call(self._lead_ins.offer, [chunk.ids for chunk in given], indexing=False)
         job = replace(self._job(namespace), turn=turn)
-        wanted = {chunk.key: chunk for chunk in (self._chunk(job, tuple(ids), text) for ids, text in given)}
+        sources = {make_key(job.namespace, chunk.ids): chunk for chunk in given}
+        wanted = {key: _Chunk(key, chunk.ids, chunk.text) for key, chunk in sources.items()}
+
+        def add_to_documents(key: ChunkKey) -> bool:
+            """Whether anybody still wants the chunk."""
+            owners = sources[key].owners.copy()
+            for document in sorted(owner for owner in owners if owner is not None):
+                call(self._store.extend_document, document, [key], tenant=job.namespace.tenant)
+            return bool(owners)
+
         stored = 0
         with call(self._store.claim, wanted) as claim:
             new = call(self._missing, [wanted[key] for key in claim.keys])
             # The others are stored meanwhile, or another thread or process is at them.
             for key in wanted.keys() - {chunk.key for chunk in new}:
+                add_to_documents(key)
                 kept(key)
             for batch in self._batches(job, new):
-                stored += call(self._write, self._compute(job, batch))
-                for chunk in batch.chunks:
-                    kept(chunk.key)
+                batch.chunks[:] = [chunk for chunk in batch.chunks if sources[chunk.key].owners]
+                for encoded in self._compute(job, batch) if batch.chunks else ():
+                    if add_to_documents(encoded.key):
+                        stored += call(self._write, [encoded])
+                        kept(encoded.key)
         return stored
 
     def run(
-        self, documents: Iterable[Document | str], progress: Callable[[Progress], None] | None
+        self,
+        documents: Iterable[Document | str],
+        progress: Callable[[Progress], None] | None,
+        *,
+        replace_documents: bool = True,
     ) -> PrecomputeSummary:
-        """The job. A document is registered when all its chunks are stored, so a run that is cut off resumes there."""
+        """The job. A document is registered when all its chunks are stored, so a run that is cut off resumes there.
+
+        Args:
+            documents: what to store.
+            progress: told how far it is.
+            replace_documents: False: a document of an id that is known keeps the chunks that it holds, and gets these as well.
+        """
         if isinstance(documents, Mapping) or not isinstance(documents, Iterable):
             raise ConfigError(
                 f"documents is a {type(documents).__name__}: use a list of Documents or strings, or one of them."
@@ -168,7 +196,8 @@ class Precomputer:
                     if pending is not None:
                         stored += pending.result()
                 skipped += len(named) - (chunks - before)
-                self._store.set_document(document.id, [c.key for c in named], tenant=job.namespace.tenant)
+                register = self._store.set_document if replace_documents else self._store.extend_document
+                register(document.id, [c.key for c in named], tenant=job.namespace.tenant)
                 count += 1
                 tell(document)
         took = time.perf_counter() - started

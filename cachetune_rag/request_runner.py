@@ -14,7 +14,7 @@ import torch
 from cachetune_rag.answer import Answer, AnswerStream
 from cachetune_rag.assembly import PrefillState
 from cachetune_rag.config import ReuseConfig, resolve
-from cachetune_rag.decoding import prepare
+from cachetune_rag.decoding import check_finite, prepare
 from cachetune_rag.errors import ConfigError, PromptError, PromptTooLongError
 from cachetune_rag.pipeline.prefetch import Prefetch
 from cachetune_rag.report import Report
@@ -104,7 +104,7 @@ class RequestRunner:
         looked_up: Callable[[], None] = lambda: None,
         new_tokens: int = 1,
     ) -> PrefillState:
-        """Read a prompt, and count it as a request.
+        """Read a prompt. Whoever asked for it has it counted once it is served (`served`): a request that fails is none.
 
         Args:
             prompt: from `prompt`.
@@ -114,6 +114,7 @@ class RequestRunner:
             new_tokens: most tokens of the answer.
         """
         engine = self._engine
+        engine._check_open()
         with engine._lock.reserved(), engine._lock:
             engine._check_open()
             if config is None:
@@ -121,10 +122,23 @@ class RequestRunner:
                 state = engine._assembler.full_prefill(prompt, started)
             else:
                 state = engine._assembler.prefill(prompt, config, started, looked_up, new_tokens - 1)
-        report = replace(state.report, request_id=new_request_id())
-        engine._counter.add(report)
-        engine.observers.prefilled(report)
-        return replace(state, report=report)
+        return replace(state, report=replace(state.report, request_id=new_request_id()))
+
+    def served(self, report: Report) -> None:
+        """Count a request, and tell the observers of it: its prompt is read, and its first token chosen if it wants one."""
+        self._engine._counter.add(report)
+        self._engine.observers.prefilled(report)
+
+    def read(self, prompt: Prompt, config: ReuseConfig | None, started: float) -> PrefillState:
+        """A request for a prompt's logits alone; arguments as for `prefill`.
+
+        Raises:
+            NonFiniteLogitsError: they are no numbers.
+        """
+        state = self.prefill(prompt, config, started)
+        check_finite(state.logits)
+        self.served(state.report)
+        return state
 
     def store_missed(self, state: PrefillState) -> PrefillState:
         """Keep what a request had to compute, for the next one. The logits don't depend on it, so no error of the store ends it."""
@@ -136,6 +150,10 @@ class RequestRunner:
         storing = self._engine._missed.offer(state.prompt, state.missed)
         return replace(report, storing=storing, unstored=len(state.missed) - storing)
 
+    def store_whenever(self, state: PrefillState) -> None:
+        """As `store_later`, for somebody who may hold any lock already: it takes none that it would have to wait for."""
+        self._engine._missed.offer_from_anywhere(state.prompt, state.missed)
+
     # -- answering ------------------------------------------------------------------------------------------------
 
     def stream(
@@ -144,22 +162,21 @@ class RequestRunner:
         config: ReuseConfig | None,
         started: float,
         *,
-        max_new_tokens: int,
+        max_new_tokens: int | str | None,
         stop: str | Sequence[str] | None,
         generation_config: Any,
         sampling: Mapping[str, Any],
     ) -> AnswerStream:
         """An answer to come; the first arguments as for `prefill`, the others as for `CacheTune.stream`."""
-        engine, room = self._engine, max_new_tokens
-        # What is no int is refused by `prepare`.
-        if engine.adapter.max_positions is not None and isinstance(room, int):
-            room = min(room, engine.adapter.max_positions - len(prompt.ids))
+        engine = self._engine
+        limit = engine.adapter.max_positions
         plan = prepare(
             engine.adapter.model,
             engine.tokenizer,
             list(prompt.ids),
             generation_config=generation_config,
-            max_new_tokens=room,
+            max_new_tokens=max_new_tokens,
+            room=None if limit is None else limit - len(prompt.ids),
             stop=stop,
             **sampling,
         )
@@ -178,6 +195,7 @@ class RequestRunner:
 
     def forward(self, token: int, steps: Callable[[int], torch.Tensor]) -> torch.Tensor:
         """One decoding step: logits [1, vocab] after `token`."""
+        self._engine._check_open()
         with self._engine._lock:
             self._engine._check_open()
             return steps(token)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cachetune_rag.errors import ConfigError, PromptError
+from cachetune_rag.missed import MissedChunk
 from cachetune_rag.prompt import Prompt
 from cachetune_store import ChunkKey
 
@@ -42,15 +43,15 @@ def store_chunks(engine: CacheTune, prompts: Sequence[Prompt]) -> set[str]:
 
 
 def _store_missing(engine: CacheTune, prompts: Sequence[Prompt]) -> set[str]:
-    missing: dict[ChunkKey, tuple[Sequence[int], str]] = {}
+    missing: dict[ChunkKey, MissedChunk] = {}
     codecs: set[str] = set()
     for prompt in prompts:
-        for ids, text in zip(prompt.chunk_ids, prompt.chunk_texts, strict=True):
+        for ids, text, document in zip(prompt.chunk_ids, prompt.chunk_texts, prompt.chunk_documents, strict=True):
             if not ids or (key := engine._assembler.key(ids)) in missing:
                 continue
             reader = engine.store.open(key)
             if reader is None:
-                missing[key] = ids, text
+                missing[key] = MissedChunk(ids, text, {document})
             else:
                 with reader:
                     codecs.add(reader.layout.codec)

@@ -17,7 +17,8 @@ _CLEANED_UP = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 'r
 class TextStream:
     """Turns tokens into text pieces that never have to be taken back.
 
-    All pieces joined are `tokenizer.decode(ids, skip_special_tokens=True)`, cut where the first stop string begins.
+    All pieces joined are `tokenizer.decode(ids, skip_special_tokens=True)`, cut where the first stop string begins. Stop strings
+    are sought in the text with its special tokens too, as transformers does: "<|im_end|>" stops, although it isn't shown.
     Held back until the next token decides: incomplete characters, and what may be the beginning of a stop string.
 
     Args:
@@ -38,6 +39,8 @@ class TextStream:
         self._ids: list[int] = []  # a window over the last tokens: all that are not out, and some before them
         self._text = ""  # text of the window
         self._out = 0  # characters of it that are out
+        self._whole = ""  # text of the window with its special tokens, if it has any
+        self._special: list[tuple[int, int]] = []  # where they stand in that
         self._in_bytes = False
         self._compact_at = 4 * _CONTEXT
 
@@ -47,18 +50,22 @@ class TextStream:
             return ""
         self._ids.append(token)
         text = self._decode(self._ids)
+        silent = text == self._text
         # A run of byte tokens that turns out invalid changes as a whole. Tokens without text don't end it.
-        self._in_bytes = self._is_byte(token) or (self._in_bytes and text == self._text)
+        self._in_bytes = self._is_byte(token) or (self._in_bytes and silent)
         self._text = text
-        certain = len(self._text.rstrip(_INCOMPLETE))
-        for end in self._first_stop(certain):
+        certain = len(text.rstrip(_INCOMPLETE))
+        if self._stop and (silent or self._special):
+            self._see_special(silent)
+        for end in sorted([*self._first_stop(certain), *self._first_special_stop()])[:1]:
             self.stopped = True
             return self._take(end)
         if self._in_bytes:
             return ""
-        certain -= _overlap(self._text[self._out : certain], self._unstable)
-        piece = self._take(certain - _overlap(self._text[self._out : certain], self._stop))
-        if len(self._ids) >= self._compact_at and self._out == len(self._text):
+        certain -= _overlap(text[self._out : certain], self._unstable)
+        certain -= _overlap(text[self._out : certain], self._stop)
+        piece = self._take(min(certain, self._special_certain()))
+        if len(self._ids) >= self._compact_at and self._out == len(text):
             self._compact()
         return piece
 
@@ -76,18 +83,55 @@ class TextStream:
         found = [self._text.find(text, self._out, certain) for text in self._stop]
         return sorted(place for place in found if place >= 0)[:1]
 
+    # Special tokens add nothing to the text, so that only behind a token without text another text is to be looked at.
+
+    def _see_special(self, silent: bool) -> None:
+        before = self._whole if self._special else self._text
+        self._whole = self._decode(self._ids, special=True)
+        added = self._whole[len(before) :]
+        if silent and (literal := added.strip()):
+            start = len(before) + added.index(literal)
+            self._special.append((start, start + len(literal)))
+
+    def _first_special_stop(self) -> list[int]:
+        """Where in the text the first stop string begins that is a special token, or has one in it."""
+        places = []
+        for text in self._stop if self._special else ():
+            for start, end in self._special:
+                place = self._whole.find(text, max(0, start - len(text) + 1), end - 1 + len(text))
+                if place >= 0:
+                    places.append(max(self._out, self._shown(place)))
+        return places
+
+    def _special_certain(self) -> int:
+        """How much of the text can't be the beginning of such a stop string."""
+        if not self._special:
+            return len(self._text)
+        held = _overlap(self._whole[self._special[0][0] - max(map(len, self._stop)) :], self._stop)
+        return self._shown(len(self._whole) - held)
+
+    def _shown(self, place: int) -> int:
+        """Where a place in the text with its special tokens is in the text without them."""
+        # Counted from the end: a tokenizer may strip the space at the beginning of one of the two.
+        behind = len(self._whole) - place - sum(max(0, end - max(start, place)) for start, end in self._special)
+        return max(0, len(self._text) - behind)
+
     def _compact(self) -> None:
         """Shorten the window, if its end reads the same without its beginning."""
         for keep in range(_CONTEXT, _CONTEXT + 4):  # a window that begins inside a character would not
-            text = self._decode(self._ids[-keep:])
-            if text and self._text.endswith(text):
-                self._ids, self._text, self._out = self._ids[-keep:], text, len(text)
+            ids = self._ids[-keep:]
+            text = self._decode(ids)
+            whole = self._decode(ids, special=True) if self._special else ""
+            if text and self._text.endswith(text) and self._whole.endswith(whole):
+                cut = len(self._whole) - len(whole)
+                self._special = [(start - cut, end - cut) for start, end in self._special if start >= cut]
+                self._ids, self._text, self._whole, self._out = ids, text, whole, len(text)
                 self._compact_at = 4 * _CONTEXT
                 return
         self._compact_at = 2 * len(self._ids)
 
-    def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+    def _decode(self, ids: list[int], *, special: bool = False) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=not special))
 
     def _is_byte(self, token: int) -> bool:
         written = self._tokenizer.convert_ids_to_tokens(token)

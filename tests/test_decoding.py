@@ -90,7 +90,7 @@ def ours(prompt: list[int] = PROMPT, **settings: Any) -> list[int]:
         {"repetition_penalty": 1.7},
         {"no_repeat_ngram_size": 2},
         {"min_new_tokens": 20, "eos_token_id": [EOS, *range(200, 300)]},
-        {"eos_token_id": list(range(200, 420))},
+        {"eos_token_id": list(range(200, len(byte_level())))},
         {"bad_words_ids": [[i] for i in range(100, 400)]},
         {"suppress_tokens": list(range(100, 350))},
         {"forced_eos_token_id": EOS},

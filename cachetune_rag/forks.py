@@ -1,0 +1,47 @@
+"""Whether this process is the one that something was made in, or was forked off it since.
+
+Of all threads only the one that forks goes on in the child. What the others held stays locked there for ever, and what they were to do
+is never done. So nothing that has threads can be used on; it has to be made anew (gunicorn's `post_fork`, or "spawn").
+"""
+
+from __future__ import annotations
+
+import os
+
+from cachetune_rag.errors import ForkedError
+
+_process = object()
+
+
+def _forked() -> None:
+    global _process
+    _process = object()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
+class Origin:
+    """The process that this was made in."""
+
+    def __init__(self) -> None:
+        self._process, self._pid = _process, os.getpid()
+
+    @property
+    def here(self) -> bool:
+        """Whether it is the one that runs."""
+        return self._process is _process
+
+    def check(self) -> None:
+        """Raise where it isn't.
+
+        Raises:
+            ForkedError: says what to do.
+        """
+        if not self.here:
+            raise ForkedError(
+                f"the engine was made in process {self._pid}, which this one ({os.getpid()}) was forked off: its threads and its "
+                "store stayed there. Make an engine in each process, behind the fork: in gunicorn's post_fork, or in the app's own "
+                "start without --preload; with multiprocessing, in the child, or start it by 'spawn'."
+            )
