@@ -37,6 +37,9 @@ OVERLAP = 32
 LATELY = 1.0
 """Seconds for which a choice that was read is taken to stand, where requests look chunks up."""
 
+RETRY = 5.0
+"""Seconds until requests try again to write a choice that couldn't be written. Precompute tries at once."""
+
 _FORMAT = "cachetune-lead-ins"
 _MOST_LEADS, _MOST_LENGTH = 64, 1 << 14
 
@@ -80,6 +83,8 @@ class LeadIns:
         self._read_at = 0.0
         self._lock = threading.Lock()
         self._seen: dict[Lead, None] = {}  # different texts that were offered, too few to choose from, in order
+        self._wanted: Namespace | None = None  # a choice that is made, and couldn't be written yet
+        self._retry_at, self._reason = 0.0, ""
         self._filled: bool | None = None
 
     @property
@@ -134,14 +139,37 @@ class LeadIns:
         with self._lock:
             now = self.namespace if indexing else self.lately
             if not self._choose or now is not self._base or (self._filled_before() and not indexing):
+                self._seen, self._wanted = {}, None
                 return now
-            self._seen |= dict.fromkeys(tuple(ids) for ids in texts)
-            leads = choose(list(self._seen), self._base.lead_ins[0], self._text_tokens(), self._separator)
-            if leads is None:
+            if self._wanted is None:
+                self._wanted = self._choice(texts)
+            elif not indexing and time.monotonic() < self._retry_at:
+                raise StoreError(f"the store's lead-ins couldn't be written a moment ago: {self._reason}")
+            if self._wanted is None:
                 return now
-            chosen = self._settle(replace(self._base, lead_ins=leads))
-            self._seen = {}
+            try:
+                chosen = self._settle(self._wanted)
+            except StoreError as error:
+                self._retry_at, self._reason = time.monotonic() + RETRY, str(error)
+                raise
+            self._wanted = None
             return chosen
+
+    def _choice(self, texts: Iterable[Sequence[int]]) -> Namespace | None:
+        """What is chosen once these texts were seen too; None if all that was seen is still too little.
+
+        Nothing is kept once there is a choice: one that can't be written is tried again as it is.
+        """
+        room = MOST_TOKENS - sum(map(len, self._seen))
+        for ids in texts:
+            if ids and room > 0:
+                self._seen[tuple(ids)] = None
+                room -= len(ids)
+        leads = choose(list(self._seen), self._base.lead_ins[0], self._text_tokens(), self._separator)
+        if leads is None:
+            return None
+        self._seen = {}
+        return replace(self._base, lead_ins=leads)
 
     def of(self, ids: Sequence[int], namespace: Namespace) -> tuple[Lead, ...]:
         """The lead-ins over which a chunk's mean is taken: a function of the chunk and the namespace alone.

@@ -67,7 +67,7 @@ def test_max_length_counts_the_prompt(engine: CacheTune) -> None:
 
 @pytest.mark.parametrize("given", [0, -1, True, 2.5, "many", float("nan"), [3]])
 def test_what_is_no_length_is_refused(engine: CacheTune, given: Any) -> None:
-    with pytest.raises(ConfigError, match="max_new_tokens is .*'auto'.*None"):
+    with pytest.raises(ConfigError, match=r"max_new_tokens is .*'auto'.*None"):
         engine.generate("Who?", max_new_tokens=given)
 
 

@@ -96,7 +96,7 @@ def test_one_thread_reads_it_at_a_time(engine: CacheTune) -> None:
 def test_it_cant_be_copied(engine: CacheTune) -> None:
     stream = engine.stream("Who?", CHUNKS, **ENDS)
     for made in (pickle.dumps, copy.copy, copy.deepcopy):
-        with pytest.raises(CacheTuneError, match="can't be pickled or copied.*send its answer"):
+        with pytest.raises(CacheTuneError, match=r"can't be pickled or copied.*send its answer"):
             made(stream)
 
 
