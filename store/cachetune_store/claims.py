@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Self
 
 from .keys import ChunkKey
+from .locks import OwnDescriptor, open_lock
 
 __all__ = ["Claim", "Claims", "FileClaims", "MemoryClaims"]
 
@@ -30,9 +31,11 @@ class Claim(ABC):
 
     Attributes:
         keys: those of the wanted ones that were free.
+        own: those that this very thread has claimed already, and so would wait for in vain.
     """
 
     keys: frozenset[ChunkKey]
+    own: frozenset[ChunkKey]
 
     @abstractmethod
     def close(self) -> None:
@@ -55,33 +58,51 @@ class Claim(ABC):
 class Claims(ABC):
     """All claims on a store."""
 
+    def __init__(self) -> None:
+        self._threads = threading.local()
+
     @abstractmethod
     def claim(self, keys: Iterable[ChunkKey]) -> Claim:
         """Claim those keys that nobody holds; never waits."""
+
+    @property
+    def mine(self) -> set[ChunkKey]:
+        """What this thread has claimed."""
+        held: set[ChunkKey] | None = getattr(self._threads, "held", None)
+        if held is None:
+            held = self._threads.held = set()
+        return held
 
 
 class MemoryClaims(Claims):
     """Claims of the threads of this process."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.held: set[ChunkKey] = set()
         self.lock = threading.Lock()
 
     def claim(self, keys: Iterable[ChunkKey]) -> Claim:
         """See Claims."""
+        wanted = frozenset(keys)
         with self.lock:
-            free = frozenset(keys) - self.held
+            free = wanted - self.held
             self.held |= free
-        return _MemoryClaim(self, free)
+        return _MemoryClaim(self, free, wanted)
 
 
 class _MemoryClaim(Claim):
-    def __init__(self, claims: MemoryClaims, keys: frozenset[ChunkKey]) -> None:
+    def __init__(self, claims: MemoryClaims, keys: frozenset[ChunkKey], wanted: frozenset[ChunkKey]) -> None:
         self._claims, self.keys, self._open = claims, keys, True
+        self._process, self._mine = os.getpid(), claims.mine
+        self.own = wanted & self._mine
+        self._mine |= keys
 
     def close(self) -> None:
-        if self._open:
+        # In a process forked off since, a thread that is not there may hold the lock, and nobody waits for the keys.
+        if self._open and self._process == os.getpid():
             self._open = False
+            self._mine -= self.keys
             with self._claims.lock:
                 self._claims.held -= self.keys
 
@@ -90,10 +111,15 @@ class FileClaims(Claims):
     """Claims over processes: locks on bytes of one file, a byte a key, which the system takes back when their holder dies.
 
     They are locks of an open file, not of a process, so that threads keep each other out as well.
+
+    Raises:
+        StorePathError: there is something else than a plain file at `path`.
     """
 
     def __init__(self, path: Path) -> None:
+        super().__init__()
         self._path = path
+        open_lock(path).close()
 
     def claim(self, keys: Iterable[ChunkKey]) -> Claim:
         """See Claims. Where there are no such locks, every key is free.
@@ -101,22 +127,27 @@ class FileClaims(Claims):
         Raises:
             OSError: the file can't be opened.
         """
-        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        wanted = frozenset(keys)
+        held = open_lock(self._path)
         try:
-            return _FileClaim(fd, frozenset(key for key in keys if _lock(fd, key)))
+            return _FileClaim(held, frozenset(key for key in wanted if _lock(held.fd, key)), wanted, self.mine)
         except BaseException:
-            os.close(fd)
+            held.close()
             raise
 
 
 class _FileClaim(Claim):
-    def __init__(self, fd: int, keys: frozenset[ChunkKey]) -> None:
-        self._fd, self.keys = fd, keys
+    def __init__(
+        self, held: OwnDescriptor, keys: frozenset[ChunkKey], wanted: frozenset[ChunkKey], mine: set[ChunkKey]
+    ) -> None:
+        self._held, self.keys, self._mine = held, keys, mine
+        self.own = wanted & mine - keys
+        mine |= keys
 
     def close(self) -> None:
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        if self._held.fd >= 0:
+            self._mine -= self.keys
+            self._held.close()
 
 
 def _lock(fd: int, key: ChunkKey) -> bool:

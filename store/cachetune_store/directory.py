@@ -3,81 +3,123 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import logging
+import os
+import time
 import uuid
 from pathlib import Path
 
 from .diskindex import DiskIndex
 from .documents import Documents
 from .errors import IndexDamagedError, IndexReplacedError, StoreVersionError
-from .files import TempFiles, locked, make_directory, write_small
-from .index import COMPLETE
+from .files import TempFiles, make_directory, write_small
+from .index import COMPLETE, Index
 from .keys import FORMAT_VERSION
-from .maintenance import check_files, compare_files
+from .locks import locked, open_lock
+from .maintenance import check_files, compare_files, settle
+from .plainfiles import UnfitFileError, read_plain
+from .readonlyindex import ReadOnlyIndex
 from .stats import VerifyReport
 from .tiers import DiskTier
 
 __all__ = ["StoreDirectory"]
+
+_MOST_DESCRIPTION = 1 << 16
+"""Longest store.json, in bytes, that is read."""
+_READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
+_log = logging.getLogger(__name__)
 
 
 class StoreDirectory:
     """The directory `path`, made if missing, for this user's eyes only.
 
     It holds store.json (the format version), chunks/, documents/, index/, damaged/, tmp/ and a lock that is held while
-    the index is made or repaired.
+    the index is made or repaired. To open a store that is in order takes no lock. One that may be read only is read.
 
     Raises:
         OSError: it can't be made or read.
+        StorePathError: something else stands in a file's place.
         StoreVersionError: it holds a store of another format version.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         make_directory(path)
+        self.read_only = _refusal(path)
+        self.temp = TempFiles(path / "tmp")
+        if self.read_only is not None:
+            self._id = _identify(path / "store.json") or ""
+            self.index: Index = ReadOnlyIndex(path / "index")
+            return
         for name in ("chunks", "documents", "tmp"):
             make_directory(path / name)
-        self.temp = TempFiles(path / "tmp")
-        with self._lock():
-            self._id = _identify(path / "store.json", self.temp)
-            self.index = DiskIndex(path / "index")
+        self._id = _identify(path / "store.json") or self._describe()
+        self.index = DiskIndex(path / "index")
 
     def bring_in_line(self, tier: DiskTier, documents: Documents) -> None:
         """Clean up after dead writers; if the index was lost, make it anew from the files.
 
         Where a writer died, files and index are compared: it may have changed one and not the other.
         """
+        if self.read_only is not None:
+            if not self._is_complete():
+                self._make_index(tier, documents)
+            return
+        if not self.temp.dead_marks() and self._is_complete():
+            self.temp.clean()
+            return
         with self._lock():
             marks = self.temp.dead_marks()
-            self._bring_in_line(tier, documents, crashed=bool(marks))
+            # A damaged index, or one whose making was cut short, is no better than none.
+            if not self._is_complete():
+                self._make_index(tier, documents)
+            else:
+                self.temp.clean()
+                if marks:
+                    self._compare(tier, documents)
             for mark in marks:
                 mark.unlink(missing_ok=True)
 
-    def _bring_in_line(self, tier: DiskTier, documents: Documents, *, crashed: bool) -> None:
-        # A damaged index, or one whose making was cut short, is no better than none.
-        with contextlib.suppress(IndexDamagedError):
-            if self.index.get(COMPLETE) == self._id:
-                self.temp.clean()
-                if crashed:
-                    compare_files(tier, documents)
-                return
-        self._make_index(tier, documents)
-
     def check(self, tier: DiskTier, documents: Documents, *, full: bool, anew: bool) -> VerifyReport:
         """Check the files, whole or heads only, and repair the index; `anew`: forget the old one first."""
-        with self._lock():
-            if anew:
+        if anew:
+            with self._lock():
                 return self._make_index(tier, documents)
-            return check_files(tier, documents, self.temp, full=full)
+        # To read all files may take hours, and nobody need wait for it: each is looked at for itself.
+        found = check_files(tier, full=full)
+        with self._lock():
+            return settle(found, tier, documents, self.temp)
 
     def heal(self, tier: DiskTier, documents: Documents, error: IndexDamagedError) -> None:
         """Make the index anew from the files, unless another process has just done so."""
+        if self.read_only is not None:
+            self._make_index(tier, documents)
+            return
         with self._lock():
             if not isinstance(error, IndexReplacedError) or self.index.get(COMPLETE) != self._id:
                 self._make_index(tier, documents)
 
+    def _is_complete(self) -> bool:
+        with contextlib.suppress(IndexDamagedError):
+            return bool(self.index.get(COMPLETE) == self._id)
+        return False
+
+    def _compare(self, tier: DiskTier, documents: Documents) -> None:
+        try:
+            compare_files(tier, documents)
+        except IndexDamagedError:
+            self._make_index(tier, documents)
+
     def _make_index(self, tier: DiskTier, documents: Documents) -> VerifyReport:
         self.index.clear()
-        report = check_files(tier, documents, self.temp, full=False)
+        if self.read_only is not None:
+            # In memory, from what can be read. Damage is noticed when it is used.
+            compare_files(tier, documents)
+            self.index.set(COMPLETE, self._id)
+            return VerifyReport(0, 0, (), 0, 0, 0, documents.count())
+        report = settle(check_files(tier, full=False), tier, documents, self.temp)
         self.index.set(COMPLETE, self._id)
         return report
 
@@ -86,23 +128,49 @@ class StoreDirectory:
         self.index.close()
         self.temp.unmark()
 
+    def _describe(self) -> str:
+        """Write the description of a store that has none, and return its id; what stands in its place is set aside."""
+        path = self.path / "store.json"
+        with self._lock():
+            identity = _identify(path)  # another process may have been first
+            if identity is not None:
+                return identity
+            if os.path.lexists(path):
+                aside = self.path / "damaged"
+                make_directory(aside)
+                _log.warning("%s is no plain file of a store's: it is set aside, and the index made anew", path)
+                path.replace(aside / f"{time.time_ns():020d}-{path.name}")
+            identity = uuid.uuid4().hex
+            described = {"format": "cachetune-store", "version": FORMAT_VERSION, "id": identity}
+            write_small(self.temp, path, json.dumps(described).encode())
+            return identity
+
     def _lock(self) -> contextlib.AbstractContextManager[None]:
         return locked(self.path / "lock")
 
 
-def _identify(path: Path, temp: TempFiles) -> str:
-    """The store's own id ("" if an early release made it); a new store's description is written."""
+def _refusal(path: Path) -> OSError | None:
+    """Why nothing can be written into a store that is there; None if it can, or if there is none."""
     try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        described = {"format": "cachetune-store", "version": FORMAT_VERSION, "id": uuid.uuid4().hex}
-        write_small(temp, path, json.dumps(described).encode())
-        return str(described["id"])
+        open_lock(path / "lock").close()
+    except OSError as error:
+        if error.errno not in _READ_ONLY or not (path / "store.json").exists():
+            raise
+        return error
+    return None
+
+
+def _identify(path: Path) -> str | None:
+    """The store's own id ("" if an early release made it); None if there is no description, or something that is none."""
+    try:
+        content = read_plain(path, _MOST_DESCRIPTION)
+    except (FileNotFoundError, UnfitFileError):
+        return None
     try:
         described = json.loads(content)
         version = described["version"]
         identity = str(described.get("id", ""))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise StoreVersionError(
             f"{path} is damaged; if the directory is a store of version {FORMAT_VERSION}, delete that file and open "
             "the store again"

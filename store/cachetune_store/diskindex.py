@@ -3,73 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import shutil
 import sqlite3
 import stat
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import diskcache
-import xxhash
 
-from .errors import IndexDamagedError, IndexReplacedError, StoreError, StoreFullError, StorePathError
-from .files import explain, locked
+from .database import Database, JsonDisk
+from .errors import IndexDamagedError, IndexReplacedError, StoreError, StoreFullError, StoreLockedError, StorePathError
+from .files import MORE_DESCRIPTORS, descriptors_used_up, explain
 from .index import COMPLETE, Index
+from .locks import Wait, locked
+from .plainfiles import kind_of, remove_any
+from .records import checked
 
 __all__ = ["DiskIndex", "JsonDisk"]
 
-_CHECKSUM = 16  # characters
-_RAW = 1  # diskcache's mode of values that stand in the database as they are
-_BUSY_SECONDS = 60.0
-_PATIENCE = 600.0
+_FILES = ("cache.db", "cache.db-wal", "cache.db-shm", "cache.db-journal")
 _Result = TypeVar("_Result")
-
-
-class JsonDisk(diskcache.Disk):
-    """Keys are strings and values JSON text in the database; anything else, pickles above all, is refused unread.
-
-    SQLite has no checksums of its own, so a value stands behind that of its text, [name, record]: a bit that flips in it,
-    or a page that takes another one's place, is noticed before it is used.
-    """
-
-    def put(self, key: Any) -> tuple[Any, bool]:
-        """Key to database."""
-        if type(key) is not str:
-            raise TypeError(f"index names are strings, not {key!r}")
-        return key, True
-
-    def get(self, key: Any, raw: Any) -> Any:
-        """Key from database."""
-        if not raw or type(key) is not str:
-            raise IndexDamagedError("the index holds a name that is no string; it is not used")
-        return key
-
-    def store(self, value: Any, read: bool, key: Any = None) -> tuple[int, int, None, str]:
-        """Value to database."""
-        if read:
-            raise TypeError("the index stores no files")
-        text = json.dumps([key, value], separators=(",", ":"))
-        return 0, _RAW, None, _checksum(text) + text
-
-    def fetch(self, mode: int, filename: str | None, value: Any, read: bool) -> Any:
-        """Name and value from database."""
-        if mode != _RAW or filename is not None or type(value) is not str:
-            raise IndexDamagedError("the index holds a record that is not JSON (a pickle or a file); it is not read")
-        text = value[_CHECKSUM:]
-        if value[:_CHECKSUM] != _checksum(text):
-            raise IndexDamagedError("the index holds a record that fails its checksum")
-        return json.loads(text)
-
-
-def _checksum(text: str) -> str:
-    # A damaged database may hand out what is no UTF-8, with surrogates in place of the odd bytes.
-    return str(xxhash.xxh3_64_hexdigest(text.encode("utf-8", "surrogatepass")))
 
 
 class DiskIndex(Index):
@@ -85,7 +41,10 @@ class DiskIndex(Index):
         self._file = directory / "cache.db"
         self._lock = threading.RLock()
         self._depth = 0
-        self._cache, self._inode = self._open()
+        try:
+            self._database = self._connect()
+        except IndexDamagedError:
+            self._database = self._fresh()
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
@@ -106,25 +65,26 @@ class DiskIndex(Index):
     def _transaction(self) -> Iterator[None]:
         """The outermost transaction; the lock is held."""
         with self._translated(), self._gated(shared=True):
-            if self._follow() and self._cache.get(COMPLETE) is None:
+            if self._follow() and self._get(COMPLETE) is None:
                 raise IndexReplacedError(f"the index {self._directory} was replaced and is not filled yet")
-            transact = self._patiently(self._begin)
-            self._depth += 1
-            try:
+            database = self._database
+            with database.lent():
+                transact = self._patiently(self._begin)
+                self._depth += 1
                 try:
-                    yield
-                except BaseException:
-                    if not transact.__exit__(*sys.exc_info()):
-                        raise
-                else:
-                    transact.__exit__(None, None, None)
-            except sqlite3.Error:
-                # What could neither be committed nor rolled back ends with its connection; the next use makes a new one.
-                with contextlib.suppress(sqlite3.Error):
-                    self._cache.close()
-                raise
-            finally:
-                self._depth -= 1
+                    try:
+                        yield
+                    except BaseException:
+                        if not transact.__exit__(*sys.exc_info()):
+                            raise
+                    else:
+                        transact.__exit__(None, None, None)
+                except sqlite3.Error:
+                    # What could neither be committed nor rolled back ends with its connection.
+                    self._reconnect()
+                    raise
+                finally:
+                    self._depth -= 1
 
     def _start_over(self) -> None:
         """Roll back whatever is open, on a new connection.
@@ -132,89 +92,95 @@ class DiskIndex(Index):
         Ctrl-C may come between any two steps of diskcache, which then takes for open what is not, or the other way round.
         """
         self._depth = 0
+        self._reconnect()
+
+    def _reconnect(self) -> None:
+        self._database.close_all()
         with contextlib.suppress(sqlite3.Error, StoreError):
-            self._cache.close()
-            self._cache, self._inode = self._connect()
+            self._database = self._connect()
 
     def get(self, name: str) -> Any:
         """See Index."""
         self._catch_up()
-        found = self._patiently(lambda: self._cache.get(name))
+        return self._patiently(lambda: self._get(name))
+
+    def _get(self, name: str) -> Any:
+        database = self._database
+        with database.lent():
+            found = database.get(name)
         if found is None:
             return None
         if found[0] != name:
             raise IndexDamagedError(f"the index holds the record of {found[0]!r} under {name!r}")
-        return found[1]
+        return checked(name, found[1])
 
     def set(self, name: str, record: Any) -> None:
         """See Index."""
         with self.transaction():
-            self._cache.set(name, record)
+            self._database.set(name, record)
 
     def delete(self, name: str) -> bool:
         """See Index."""
         with self.transaction():
-            return bool(self._cache.delete(name))
+            return bool(self._database.delete(name))
 
     def names(self, prefix: str) -> Iterator[str]:
         """See Index."""
         self._catch_up()
         with self._translated():
-            # iterkeys() goes through the names in order, so the range ends at the first name past it.
-            for name in self._cache.iterkeys():
-                if name.startswith(prefix):
-                    yield name
-                elif name > prefix:
-                    return
+            yield from self._database.names(prefix)
+
+    def count(self, prefix: str) -> int:
+        """See Index."""
+        self._catch_up()
+        return self._patiently(lambda: self._database.count_of(prefix))
 
     def clear(self) -> None:
         """See Index. A new database takes the old one's place, whatever state that is in."""
-        with self._lock, self._gated(shared=False):
-            with contextlib.suppress(Exception):
-                self._cache.close()
-            self._cache, self._inode = self._fresh()
+        with self._lock:
+            self._database.close_all()
+            self._database = self._fresh()
 
     def close(self) -> None:
         """See Index."""
-        with contextlib.suppress(sqlite3.Error):
-            self._cache.close()
+        self._database.close_all()
 
-    def _open(self) -> tuple[Any, int]:
-        try:
-            with self._translated():
-                return self._connect()
-        except IndexDamagedError:
-            return self._fresh()
-
-    def _fresh(self) -> tuple[Any, int]:
-        shutil.rmtree(self._directory, ignore_errors=True)
-        with self._translated():
+    def _fresh(self) -> Database:
+        with self._gated(shared=False):
+            if not self._directory.is_dir():
+                remove_any(self._directory)
+            for name in _FILES:
+                remove_any(self._directory / name)
             return self._connect()
 
-    def _connect(self) -> tuple[Any, int]:
+    def _connect(self) -> Database:
         try:
-            self._directory.mkdir(mode=0o700, exist_ok=True)
-            _make_private(self._file)
+            self._make_plain()
         except OSError as error:
             raise explain(error, self._directory) from error
-        # Nothing of diskcache's own housekeeping: what goes, and when, is the store's to decide.
-        cache = diskcache.Cache(
-            str(self._directory),
-            timeout=_BUSY_SECONDS,
-            disk=JsonDisk,
-            disk_min_file_size=1 << 40,
-            eviction_policy="none",
-            size_limit=1 << 62,
-            cull_limit=0,
-            statistics=0,
-            tag_index=0,
-            # A page that can't be read from a mapped file would kill the process instead of raising an error.
-            sqlite_mmap_size=0,
-        )
+        with self._translated():
+            try:
+                return Database(self._directory)
+            except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+                raise IndexDamagedError(
+                    f"the index {self._directory} is no database of this store ({error})"
+                ) from error
+            except OSError as error:
+                raise explain(error, self._directory) from error
+
+    def _make_plain(self) -> None:
+        """Make the directory and the database's file where they are missing; nothing else may stand in their places."""
         try:
-            return cache, self._file.stat().st_ino
-        except OSError as error:
-            raise explain(error, self._file) from error
+            self._directory.mkdir(mode=0o700)
+        except FileExistsError:
+            if not self._directory.is_dir():
+                raise IndexDamagedError(f"{self._directory} is no directory") from None
+        for name in _FILES:
+            with contextlib.suppress(FileNotFoundError):
+                mode = (self._directory / name).lstat().st_mode
+                if not stat.S_ISREG(mode):
+                    raise IndexDamagedError(f"{self._directory / name} is {kind_of(mode)}, not a plain file")
+        _make_private(self._file)
 
     @contextlib.contextmanager
     def _gated(self, *, shared: bool) -> Iterator[None]:
@@ -228,46 +194,46 @@ class DiskIndex(Index):
 
     def _catch_up(self) -> None:
         """As `_follow`, outside of a transaction."""
-        if self._is_replaced():
+        if self._is_out_of_date():
             with self._lock:
                 if not self._depth:
                     with self._gated(shared=True):
                         self._follow()
 
     def _follow(self) -> bool:
-        """Move to the database that stands in the directory now; whether that is another one."""
-        if not self._is_replaced():
+        """Move to the database that stands in the directory now; whether that is another one.
+
+        Raises:
+            IndexDamagedError: the open one has lost what was written last, or the new one is damaged.
+        """
+        if not self._is_out_of_date():
             return False
-        with contextlib.suppress(Exception):
-            self._cache.close()
-        self._cache, self._inode = self._open()
+        if not self._database.is_replaced():
+            raise IndexDamagedError(f"the log of the index {self._directory} was removed while it was in use")
+        self._database.close_all()
+        self._database = self._connect()
         return True
 
-    def _is_replaced(self) -> bool:
-        try:
-            return self._file.stat().st_ino != self._inode
-        except FileNotFoundError:
-            return True
-        except OSError:
-            return False  # not to be had now; what is open may still serve
+    def _is_out_of_date(self) -> bool:
+        return self._database.is_replaced() or self._database.has_lost_its_log()
 
     def _begin(self) -> Any:
         """A transaction that has begun. diskcache's own retry would spin for ever on errors that don't pass."""
-        transact = self._cache.transact(retry=False)
+        transact = self._database.transact(retry=False)
         transact.__enter__()
         return transact
 
     def _patiently(self, action: Callable[[], _Result]) -> _Result:
         """The action's result; a database that is only busy is waited for."""
-        give_up = time.monotonic() + _PATIENCE
+        wait = None
         while True:
             try:
                 with self._translated():
                     return action()
             except _BusyError:
-                if time.monotonic() > give_up:
-                    raise
-                time.sleep(0.05)
+                # Who writes has a lock on a byte of this file.
+                wait = wait or Wait(self._file.with_name("cache.db-shm"))
+                wait.again()
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
@@ -287,7 +253,8 @@ class DiskIndex(Index):
         if "locked" in text or "busy" in text or isinstance(cause, diskcache.Timeout):
             return _BusyError(f"the index {self._directory} is locked by another process; try again")
         if any(word in text for word in ("unable to open", "readonly", "disk I/O")):
-            return StorePathError(f"can't use the index {self._directory} ({text}); check its permissions")
+            advice = MORE_DESCRIPTORS if descriptors_used_up() else "check its permissions"
+            return StorePathError(f"can't use the index {self._directory} ({text}); {advice}")
         return IndexDamagedError(f"the index {self._directory} is damaged ({text}); call rebuild_index()")
 
 
@@ -304,5 +271,5 @@ def _make_private(file: Path) -> None:
                 file.chmod(0o600)
 
 
-class _BusyError(StoreError):
+class _BusyError(StoreLockedError):
     """Another process holds the database."""

@@ -16,12 +16,16 @@ from typing import Any
 
 import xxhash
 
-from .errors import UnknownDocumentError
+from .errors import StoreError, UnknownDocumentError
 from .files import TempFiles, make_directory, sync_directory, write_small
 from .index import Index
 from .keys import ChunkKey
+from .plainfiles import read_plain
 
 __all__ = ["Documents"]
+
+MAX_DOCUMENT = 64 << 20
+"""Longest file of a document, in bytes, that is written, or read at all: about 900,000 chunks."""
 
 _log = logging.getLogger(__name__)
 Free = Callable[[Sequence[ChunkKey]], int]
@@ -64,13 +68,19 @@ class Documents:
         """Write a document's record and file, and count its chunks; inside a transaction."""
         name = _record_name(tenant, doc_id)
         record = {"id": doc_id, "tenant": tenant, "chunks": digests}
+        content = _encode(record)
+        if len(content) > MAX_DOCUMENT:
+            raise StoreError(
+                f"document {doc_id!r:.80} has {len(digests)} chunks; its record takes {len(content)} bytes of {MAX_DOCUMENT} "
+                "allowed: split it into several documents"
+            )
         old = self._index.get(name) or {"chunks": []}
         self._index.set(name, record)
         free(self._count(set(digests) - set(old["chunks"]), set(old["chunks"]) - set(digests)))
         if self._directory is not None and self._temp is not None:
             path = self._path(tenant, doc_id)
             make_directory(path.parent)
-            write_small(self._temp, path, _encode(record))
+            write_small(self._temp, path, content)
 
     def delete(self, tenant: str, doc_id: str, free: Free) -> int:
         """Drop a document, and free the chunks that no document holds any more; what `free` says of them.
@@ -108,7 +118,7 @@ class Documents:
 
     def count(self) -> int:
         """Documents of all tenants."""
-        return sum(1 for _ in self._index.names("doc/"))
+        return self._index.count("doc/")
 
     def rebuild(self) -> None:
         """Fill records from the files (where there are files), and count the references anew.
@@ -178,7 +188,7 @@ def _encode(record: dict[str, Any]) -> bytes:
 def _read(path: Path) -> dict[str, Any] | None:
     """The document in a file; None if it is damaged or no document."""
     try:
-        record = json.loads(path.read_bytes())
+        record = json.loads(read_plain(path, MAX_DOCUMENT))
         digests = [ChunkKey(digest).digest for digest in record["chunks"]]
         found = {"id": record["id"], "tenant": record["tenant"], "chunks": digests}
         # Files of the first release have no checksum.

@@ -11,7 +11,9 @@ __all__ = [
     "StoreError",
     "StoreForkedError",
     "StoreFullError",
+    "StoreLockedError",
     "StorePathError",
+    "StoreReadOnlyError",
     "StoreVersionError",
     "UnknownCodecError",
     "UnknownDocumentError",
@@ -31,8 +33,16 @@ class StorePathError(StoreError):
     """The store's directory can't be made, read or written."""
 
 
+class StoreReadOnlyError(StorePathError):
+    """The store's directory may be read here, but not written: it answers from what it has, and stores nothing."""
+
+
 class StoreFullError(StorePathError):
     """The file system has no room left; what was stored before is untouched."""
+
+
+class StoreLockedError(StoreError):
+    """Another process holds a lock of the store's, and doesn't let go of it."""
 
 
 class StoreClosedError(StoreError):

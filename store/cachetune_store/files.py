@@ -8,15 +8,17 @@ import fcntl
 import os
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .errors import StoreError, StoreFullError, StorePathError
+from .locks import OwnDescriptor, locked, open_lock
 
 __all__ = [
+    "MORE_DESCRIPTORS",
     "TempFiles",
+    "descriptors_used_up",
     "explain",
-    "locked",
     "make_directory",
     "sync_directory",
     "unreadable",
@@ -25,6 +27,9 @@ __all__ = [
 ]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_USED_UP = {errno.EMFILE, errno.ENFILE}
+_WRONG_KIND = {errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO}
+MORE_DESCRIPTORS = "this process has as many files open as it may: close some, or raise the limit (ulimit -n)"
 _Buffer = bytes | memoryview
 
 
@@ -35,12 +40,29 @@ def explain(error: OSError, path: Path | str) -> StoreError:
         return StoreFullError(
             f"no room to write {path} ({reason}); free space or lower disk_budget. Nothing was changed"
         )
+    if error.errno in _USED_UP:
+        return StorePathError(f"can't use {path} ({reason}); {MORE_DESCRIPTORS}")
+    if error.errno in _WRONG_KIND:
+        where = error.filename if isinstance(error.filename, str | Path) else path
+        return StorePathError(
+            f"can't use {where} ({reason}); remove what stands there, or give the store another directory"
+        )
     return StorePathError(f"can't use {path} ({reason}); give the store a directory that this user can write")
 
 
 def unreadable(error: OSError, path: Path) -> StoreError:
     """The store's error for an OSError met while `path` was read."""
-    return StorePathError(f"can't read {path} ({error.strerror or error}); check the disk and the file's permissions")
+    advice = MORE_DESCRIPTORS if error.errno in _USED_UP else "check the disk and the file's permissions"
+    return StorePathError(f"can't read {path} ({error.strerror or error}); {advice}")
+
+
+def descriptors_used_up() -> bool:
+    """Whether this process can't open any more files; SQLite says only that it couldn't open one."""
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+    except OSError as error:
+        return error.errno in _USED_UP
+    return False
 
 
 def make_directory(path: Path) -> None:
@@ -74,21 +96,6 @@ def write_all(fd: int, buffers: Sequence[_Buffer]) -> None:
             rest = rest[os.write(fd, rest[: 1 << 30]) :]
 
 
-@contextlib.contextmanager
-def locked(path: Path, *, shared: bool = False) -> Iterator[None]:
-    """Hold an advisory lock on the file `path` (made if missing), across processes and threads.
-
-    Where the file system has no locks, nothing is locked.
-    """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
-
-
 def _try_lock(fd: int) -> bool:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -98,15 +105,15 @@ def _try_lock(fd: int) -> bool:
 
 
 def _is_abandoned(path: Path) -> bool:
-    """Whether nobody holds the lock of a file any more."""
+    """Whether a plain file is locked by nobody any more."""
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    except OSError:
+        held = open_lock(path, 0)
+    except (OSError, StoreError):
         return False
     try:
-        return _try_lock(fd)
+        return _try_lock(held.fd)
     finally:
-        os.close(fd)
+        held.close()
 
 
 class TempFiles:
@@ -119,7 +126,7 @@ class TempFiles:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._gate = directory / "gate.lock"
-        self._mark: tuple[Path, int, int] | None = None
+        self._mark: tuple[Path, OwnDescriptor, int] | None = None
         self._mark_lock = threading.Lock()
 
     def mark(self) -> None:
@@ -127,7 +134,7 @@ class TempFiles:
         held = self._mark
         if held is not None and held[2] == os.getpid():
             return
-        with self._mark_lock, contextlib.suppress(OSError):
+        with self._mark_lock, contextlib.suppress(OSError, StoreError):
             path = self.directory / f"{uuid.uuid4().hex}.mark"
             self._mark = path, self._create(path), os.getpid()
 
@@ -137,7 +144,7 @@ class TempFiles:
             held, self._mark = self._mark, None
             if held is not None and held[2] == os.getpid():
                 held[0].unlink(missing_ok=True)
-                os.close(held[1])
+                held[1].close()
 
     def dead_marks(self) -> list[Path]:
         """Marks of processes that are gone; unlink them once files and index are in line."""
@@ -150,7 +157,8 @@ class TempFiles:
         Whatever fails, no temporary file stays. With `drop_cache` its pages don't stay in the page cache either.
         """
         path = self.directory / f"{uuid.uuid4().hex}.tmp"
-        fd = self._create(path)
+        held = self._create(path)
+        fd = held.fd
         try:
             write_all(fd, buffers)
             os.fsync(fd)
@@ -161,7 +169,7 @@ class TempFiles:
             # Where it can't be deleted now, it is once it has no lock any more: when the store is opened or verified.
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
-            os.close(fd)
+            held.close()
 
     def clean(self) -> int:
         """Delete the files of writers that are gone; how many there were."""
@@ -173,20 +181,24 @@ class TempFiles:
                     removed += 1
         return removed
 
-    def _create(self, path: Path) -> int:
-        """A descriptor of a new file that is locked as long as it is open."""
+    def _create(self, path: Path) -> OwnDescriptor:
+        """A new file that is locked as long as it is open."""
         # The gate is held while the new file has no lock yet; who looks for abandoned files takes it alone.
         with locked(self._gate, shared=True):
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            _try_lock(fd)
-        return fd
+            held = open_lock(path, os.O_CREAT | os.O_EXCL)
+            _try_lock(held.fd)
+        return held
 
 
 def write_small(temp: TempFiles, path: Path, content: bytes) -> None:
     """Put `content` in the file `path`, atomically and durably."""
 
     def publish(written: Path) -> None:
-        written.replace(path)
+        try:
+            written.replace(path)
+        except IsADirectoryError:
+            path.replace(path.with_name(f"{path.name}.{uuid.uuid4().hex}.damaged"))
+            written.replace(path)
         sync_directory(path.parent)
 
     temp.write([content], publish)

@@ -43,6 +43,10 @@ class Index(ABC):
     def names(self, prefix: str) -> Iterator[str]:
         """Names that begin with `prefix`, in order."""
 
+    def count(self, prefix: str) -> int:
+        """How many names begin with `prefix`."""
+        return sum(1 for _ in self.names(prefix))
+
     @abstractmethod
     def clear(self) -> None:
         """Drop all records."""

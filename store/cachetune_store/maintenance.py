@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass, field
 
 from .checking import CheckedFile, check_file
 from .documents import Documents
@@ -13,48 +14,63 @@ from .rawfile import DirectIO, RawFile
 from .stats import VerifyReport
 from .tiers.disk import DiskTier
 
-__all__ = ["check_files", "compare_files"]
+__all__ = ["Found", "check_files", "compare_files", "settle"]
 
 
-def check_files(tier: DiskTier, documents: Documents, temp: TempFiles, *, full: bool) -> VerifyReport:
-    """Check every file (all of it, or the head only), set damaged ones aside, and bring the index in line."""
-    removed = temp.clean()
-    checked = total = adopted = foreign = 0
-    damaged: list[ChunkKey] = []
-    unreadable: list[ChunkKey] = []
+@dataclass
+class Found:
+    """What a check of all files came upon."""
+
+    checked: int = 0
+    bytes: int = 0
+    adopted: int = 0
+    foreign: int = 0
+    damaged: list[ChunkKey] = field(default_factory=list)
+    unreadable: list[ChunkKey] = field(default_factory=list)
+
+
+def check_files(tier: DiskTier, *, full: bool) -> Found:
+    """Check every file (all of it, or the head only), set damaged ones aside, and enter those that the index doesn't know."""
+    found = Found()
     for key in tier.stored_keys():
         try:
-            found = _check(tier, key, full=full)
+            file = _check(tier, key, full=full)
         except UnknownFormatError:
             # One that the index knows was written by this release, so its version is what was damaged.
             if not tier.knows(key):
-                foreign += 1
+                found.foreign += 1
             elif tier.set_aside(key):
-                damaged.append(key)
+                found.damaged.append(key)
             continue
         except (DamagedChunkError, OSError) as error:
             if tier.set_aside(key):
-                damaged.append(key)
+                found.damaged.append(key)
             elif isinstance(error, OSError):
-                unreadable.append(key)
+                found.unreadable.append(key)
             continue
-        if found is not None:
-            checked += 1
-            total += found.size
-            adopted += _adopt(tier, key, found)
+        if file is not None:
+            found.checked += 1
+            found.bytes += file.size
+            found.adopted += _adopt(tier, key, file)
+    return found
+
+
+def settle(found: Found, tier: DiskTier, documents: Documents, temp: TempFiles) -> VerifyReport:
+    """The end of a check: drop what has no file, count anew, and clean up after dead writers."""
+    removed = temp.clean()
     dropped = tier.drop_missing()
     tier.recount()
     documents.rebuild()
     return VerifyReport(
-        checked=checked,
-        bytes=total,
-        damaged=tuple(damaged),
+        checked=found.checked,
+        bytes=found.bytes,
+        damaged=tuple(found.damaged),
         temp_files=removed,
-        adopted=adopted,
+        adopted=found.adopted,
         dropped=dropped,
         documents=documents.count(),
-        foreign=foreign,
-        unreadable=tuple(unreadable),
+        foreign=found.foreign,
+        unreadable=tuple(found.unreadable),
     )
 
 

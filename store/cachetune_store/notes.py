@@ -12,7 +12,9 @@ import re
 import threading
 from pathlib import Path
 
-from .files import TempFiles, locked, make_directory, sync_directory
+from .files import TempFiles, make_directory, sync_directory
+from .locks import locked
+from .plainfiles import UnfitFileError, open_plain, remove_any
 
 __all__ = ["MAX_NOTE", "Notes"]
 
@@ -36,14 +38,19 @@ class Notes:
         self._lock = threading.Lock()
 
     def get(self, tenant: str, name: str) -> bytes | None:
-        """What stands under `name` (64 hex characters); None if nothing does. A file that is too long comes back cut."""
+        """What stands under `name` (64 hex characters); None if nothing does.
+
+        A file that is too long comes back cut, and what is no plain file as b"".
+        """
         if self._directory is None:
             return self._held.get((tenant, _checked(name)))
         try:
-            with self._path(tenant, name).open("rb") as file:
+            with os.fdopen(open_plain(self._path(tenant, name)), "rb") as file:
                 return file.read(MAX_NOTE + 1)
         except FileNotFoundError:
             return None
+        except UnfitFileError:
+            return b""
 
     def settle(self, tenant: str, name: str, content: bytes) -> bytes:
         """Write `content` under `name` unless something stands there already; returns what stands there now, durably.
@@ -90,7 +97,7 @@ class Notes:
         if folder.is_dir():
             with locked(self._directory / "lock"):
                 for path in folder.iterdir():
-                    path.unlink(missing_ok=True)
+                    remove_any(path)
                 sync_directory(folder)
 
     def _folder(self, tenant: str) -> Path:

@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 
 from .buffers import PAGE, SlabPool, memory_of, round_up
+from .errors import DamagedChunkError
+from .plainfiles import UnfitFileError, open_plain
 
 __all__ = ["DirectIO", "RawFile", "identity_of"]
 
@@ -33,15 +35,26 @@ class DirectIO:
         self.active = wanted is not False and hasattr(os, "O_DIRECT")
 
     def open(self, path: Path | str) -> int:
-        """A descriptor of `path`, direct if possible."""
+        """A descriptor of the plain file `path`, direct if possible.
+
+        Raises:
+            DamagedChunkError: it is no plain file.
+            OSError: it can't be opened.
+        """
+        try:
+            return self._open(path)
+        except UnfitFileError as error:
+            raise DamagedChunkError(str(error)) from error
+
+    def _open(self, path: Path | str) -> int:
         if self.active:
             try:
-                return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+                return open_plain(path, os.O_DIRECT)
             except OSError as error:
                 if error.errno not in _NOT_DIRECT:
                     raise
                 self.active = False
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return open_plain(path)
 
 
 class RawFile:
@@ -57,6 +70,10 @@ class RawFile:
             direct: how.
             head: how long the file's head probably is; asked for it, at least so much is read.
             memory: where the head is read into. Memory that is new costs as much time as reading into it.
+
+        Raises:
+            DamagedChunkError: it is no plain file.
+            OSError: it can't be opened.
         """
         self._fd = -1
         self._memory = memory or SlabPool(pinned=False, limit=0)

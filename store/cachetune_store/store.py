@@ -17,11 +17,12 @@ from .claims import Claim, Claims, FileClaims, MemoryClaims
 from .codecs import get_codec
 from .directory import StoreDirectory
 from .documents import Documents
-from .errors import IndexDamagedError, StoreClosedError, StoreError, StoreForkedError
+from .errors import IndexDamagedError, StoreClosedError, StoreError, StoreForkedError, StoreReadOnlyError
 from .files import explain
 from .index import Index, MemoryIndex
 from .keys import ChunkKey, Namespace
 from .notes import Notes
+from .paths import store_path
 from .placement import Placement
 from .pruning import Keep, by_tenant, groups, prune
 from .rawfile import DirectIO
@@ -45,7 +46,9 @@ class ChunkStore:
     chunks to stay within its budget. Threads may share a store, and processes may share its directory.
 
     Args:
-        path: the store's directory, made if missing; None keeps everything in host memory only.
+        path: the store's directory, made if missing; ~ and $VARIABLES are filled in, and a relative path is taken from the
+            current directory, once. One that may only be read is read: nothing is stored then (`read_only`). None keeps
+            everything in host memory only.
         codec: how new chunks are encoded; chunks of any registered codec are read.
         host_budget: bytes of host memory for chunks, an int or such as "4GiB"; 0 for none. On top
             of it come what open readers of the disk tier and running put() calls hold, and `read_memory`.
@@ -79,7 +82,7 @@ class ChunkStore:
         pin_memory: bool | None = None,
         direct_io: bool | None = None,
     ) -> None:
-        self.path = None if path is None else Path(path)
+        self.path = None if path is None else store_path(path)
         self.codec = get_codec(codec).name
         host_bytes, disk_bytes = parse_bytes(host_budget, "host_budget"), parse_bytes(disk_budget, "disk_budget")
         pinned = torch.cuda.is_available() if pin_memory is None else pin_memory
@@ -106,7 +109,7 @@ class ChunkStore:
             self._index, temp = directory.index, directory.temp
             self._documents = Documents(self._index, self.path / "documents", temp)
             self._notes = Notes(self.path / "notes", temp)
-            self._claims = FileClaims(self.path / "claims.lock")
+            self._claims = FileClaims(self.path / "claims.lock") if directory.read_only is None else MemoryClaims()
             disk = DiskTier(
                 self.path,
                 budget=disk_bytes,
@@ -160,6 +163,7 @@ class ChunkStore:
         known = self._repair.healed(lambda: self._placement.known(key, text))
         if known:
             return known
+        self._check_writable()
         chunk = self.encode(
             key, layers, scores, namespace=namespace, token_ids=token_ids, text=text, deviations=deviations
         )
@@ -197,7 +201,10 @@ class ChunkStore:
         """The second half of put(): store an encoded chunk, durably. Returns and raises as put() does."""
         self._check_open()
         known = self._repair.healed(lambda: self._placement.known(chunk.key, chunk.head.text))
-        return known or self._repair.healed(lambda: self._placement.put(chunk))
+        if known:
+            return known
+        self._check_writable()
+        return self._repair.healed(lambda: self._placement.put(chunk))
 
     def open(self, key: ChunkKey, *, errors: list[StoreError] | None = None) -> ChunkReader | None:
         """A reader of the chunk, which holds it until closed; None if it isn't stored.
@@ -217,6 +224,11 @@ class ChunkStore:
         """Whether the chunk is stored; nothing is read or checked."""
         self._check_open()
         return self._placement.contains(key)
+
+    @property
+    def read_only(self) -> bool:
+        """Whether the directory may be read but not written. Nothing is then stored."""
+        return self._directory is not None and self._directory.read_only is not None
 
     @property
     def host_budget(self) -> int:
@@ -273,7 +285,7 @@ class ChunkStore:
 
         Chunks it no longer holds, nor any other document, are deleted. Ids are any strings, apart for each tenant.
         """
-        self._check_open()
+        self._check_writable()
         self._repair.healed(lambda: self._documents.put(tenant, doc_id, keys, self._free))
 
     def extend_document(self, document_id: str, keys: Sequence[ChunkKey], *, tenant: str = "") -> None:
@@ -282,7 +294,7 @@ class ChunkStore:
         Chunks that it holds already stay where they are, so that doing this twice changes nothing. For a document that comes
         in parts: one whose chunks are ingested in several runs, or stored when a request missed them.
         """
-        self._check_open()
+        self._check_writable()
         self._repair.healed(lambda: self._documents.extend(tenant, document_id, keys, self._free))
 
     def delete_document(self, doc_id: str, *, tenant: str = "") -> int:
@@ -291,7 +303,7 @@ class ChunkStore:
         Raises:
             UnknownDocumentError: there is no such document.
         """
-        self._check_open()
+        self._check_writable()
         return self._repair.healed(lambda: self._documents.delete(tenant, doc_id, self._free))
 
     def documents(self, *, tenant: str = "") -> list[DocumentInfo]:
@@ -337,12 +349,12 @@ class ChunkStore:
             ValueError: the name is no digest, or the content is longer than 1 MiB.
             StoreFullError, StorePathError: it can't be written.
         """
-        self._check_open()
+        self._check_writable()
         return self._repair.healed(lambda: self._notes.settle(tenant, name, content))
 
     def discard_note(self, name: str, content: bytes, *, tenant: str = "") -> bool:
         """Set aside a note that turned out damaged, if it still reads `content`; whether that was so."""
-        self._check_open()
+        self._check_writable()
         return self._repair.healed(lambda: self._notes.set_aside(tenant, name, content))
 
     def revision(self) -> int:
@@ -352,7 +364,7 @@ class ChunkStore:
 
     def verify(self) -> VerifyReport:
         """Read and check every file in full; set damaged ones aside, delete orphans, repair the index."""
-        self._check_open()
+        self._check_writable()
         return self._repair.healed(lambda: self._repair.check(full=True))
 
     def groups(self) -> list[ChunkGroup]:
@@ -379,19 +391,21 @@ class ChunkStore:
             foreign_too: remove files of other format versions as well.
             dry_run: only count.
         """
+        if not dry_run:
+            self._check_writable()
         self._check_open()
         return self._repair.healed(lambda: prune(self._placement, keep, foreign_too=foreign_too, dry_run=dry_run))
 
     def delete_tenant(self, tenant: str) -> int:
         """Delete all that is a tenant's: documents, notes, and chunks whether a document holds them or not. Bytes freed."""
-        self._check_open()
+        self._check_writable()
         freed = sum(self.delete_document(info.id, tenant=tenant) for info in self.documents(tenant=tenant))
         self._repair.healed(lambda: self._notes.delete_all(tenant))
         return freed + self.prune(lambda head: head.namespace.tenant != tenant).bytes
 
     def rebuild_index(self) -> VerifyReport:
         """Make the index anew from the files. Happens by itself on open when the index is lost."""
-        self._check_open()
+        self._check_writable()
         return self._repair.check(full=False, anew=True)
 
     def stats(self) -> StoreStats:
@@ -434,6 +448,15 @@ class ChunkStore:
 
     def _free(self, keys: Sequence[ChunkKey]) -> int:
         return sum(self._placement.remove(key) for key in keys)
+
+    def _check_writable(self) -> None:
+        self._check_open()
+        refusal = None if self._directory is None else self._directory.read_only
+        if refusal is not None:
+            raise StoreReadOnlyError(
+                f"the store {self.path} can only be read here ({refusal.strerror}): it answers from what it "
+                "has, and nothing is stored, removed or repaired. Open it where this user may write, or use another folder"
+            )
 
     def _check_open(self) -> None:
         if self._closed:

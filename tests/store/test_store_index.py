@@ -340,7 +340,7 @@ def test_an_index_that_others_replace_again_and_again_is_followed(path: Path, mo
 def test_an_interrupted_transaction_keeps_nobody_out(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(index: DiskIndex) -> None:
         # As if Ctrl-C came inside of diskcache, behind its BEGIN and before it takes note of that.
-        index._cache._sql("BEGIN IMMEDIATE")
+        index._database._sql("BEGIN IMMEDIATE")
         raise KeyboardInterrupt
 
     with ChunkStore(path) as store, ChunkStore(path) as other:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..files import make_directory
 from ..keys import ChunkKey
+from ..plainfiles import remove_any
 
 __all__ = ["DamagedFiles"]
 
@@ -34,15 +35,15 @@ class DamagedFiles:
     def remove(self, key: ChunkKey) -> None:
         """Delete what was set aside under `key`."""
         for path in self._directory.glob(f"*-{key.digest}.*"):
-            path.unlink(missing_ok=True)
+            remove_any(path)
 
     def _trim(self) -> None:
         total = 0
         # Names begin with the time, so this goes from new to old.
         for count, path in enumerate(sorted(self._directory.iterdir(), reverse=True), start=1):
             try:
-                total += path.stat().st_size
-                if count > _LIMIT_FILES or total > self._limit_bytes:
-                    path.unlink()
+                total += path.lstat().st_size
             except FileNotFoundError:
                 continue
+            if count > _LIMIT_FILES or total > self._limit_bytes:
+                remove_any(path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from ..errors import BudgetError, DamagedChunkError, IndexDamagedError, StoreErr
 from ..files import TempFiles, explain, make_directory, sync_directory, unreadable
 from ..index import Index
 from ..keys import ChunkKey
+from ..plainfiles import remove_any
 from ..rawfile import DirectIO, RawFile, identity_of
 from ..readers import DiskReader
 from ..stats import Counters, TierStats
@@ -141,7 +143,11 @@ class DiskTier(Tier):
                 with self.index.transaction():
                     self._make_room(key, size)
                     self._record(chunk.head, size, time.time())
-                    written.replace(target)
+                    try:
+                        written.replace(target)
+                    except IsADirectoryError:
+                        self._damaged.take(target, key)
+                        written.replace(target)
             except BaseException:
                 self._withdraw(written, target, key)
                 raise
@@ -235,11 +241,12 @@ class DiskTier(Tier):
             self.index.set("total", self._total() | {"bytes": sum(sizes), "chunks": len(sizes)})
 
     def size_of(self, key: ChunkKey) -> int:
-        """Bytes of the chunk's file; 0 if there is none."""
+        """Bytes of the chunk's file; 0 if there is none, or something that is no plain file."""
         try:
-            return self.path_of(key).stat().st_size
+            status = self.path_of(key).lstat()
         except OSError:
             return 0
+        return status.st_size if stat.S_ISREG(status.st_mode) else 0
 
     def flush(self) -> None:
         """Write gathered uses to the index."""
@@ -273,6 +280,9 @@ class DiskTier(Tier):
             file = RawFile(path, self._direct, self._head_bytes, self._heads)
         except FileNotFoundError:
             return None
+        except DamagedChunkError as error:
+            self._note_damage(key, error, errors)
+            return None
         except OSError as error:
             errors.append(unreadable(error, path))
             return None
@@ -284,20 +294,28 @@ class DiskTier(Tier):
             return None
         except (DamagedChunkError, OSError) as error:
             file.close()
-            if self.set_aside(key):
-                errors.append(DamagedChunkError(f"chunk {key} was damaged and is set aside: {error}"))
-            elif isinstance(error, OSError):
-                errors.append(unreadable(error, path))
+            self._note_damage(key, error, errors)
             return None
         file.drop_head()
         # Chunks of a corpus have heads of about one length, and a disk takes as long for two short reads as for two long ones.
         self._head_bytes = min(start, _LONGEST_GUESS)
         return DiskReader(head, file, start, self.pool)
 
+    def _note_damage(self, key: ChunkKey, error: DamagedChunkError | OSError, errors: list[StoreError]) -> None:
+        if self.set_aside(key):
+            errors.append(DamagedChunkError(f"chunk {key} was damaged and is set aside: {error}"))
+        elif isinstance(error, OSError):
+            errors.append(unreadable(error, self.path_of(key)))
+
     def _damage(self, key: ChunkKey) -> tuple[int, int, int] | None:
         """Which file of `key` is damaged; None if the one that is there is not, or can't be read just now."""
+        path = self.path_of(key)
         try:
-            file = RawFile(self.path_of(key), self._direct)
+            file = RawFile(path, self._direct)
+        except DamagedChunkError:
+            with contextlib.suppress(OSError):
+                return identity_of(path.lstat())
+            return None
         except OSError:
             return None
         try:
@@ -312,7 +330,7 @@ class DiskTier(Tier):
         """Move the file of `key` away if it is still the one that was `seen`; whether it was."""
         path = self.path_of(key)
         try:
-            return identity_of(path.stat()) == seen and self._damaged.take(path, key)
+            return identity_of(path.lstat()) == seen and self._damaged.take(path, key)
         except FileNotFoundError:
             return False
 
@@ -356,8 +374,8 @@ class DiskTier(Tier):
     def _unlink(self, key: ChunkKey) -> int:
         path = self.path_of(key)
         try:
-            size = path.stat().st_size
-            path.unlink()
+            size = path.lstat().st_size
+            remove_any(path)
         except FileNotFoundError:
             return 0
         return size

@@ -1,0 +1,183 @@
+"""Connections to an SQLite database, lent to threads for as long as they use one.
+
+None is left behind by a thread that ended, all are closed when the database is, and none is inherited by a forked process: SQLite
+can't bear that, not even to close one there. Before a fork they are closed, and made again when they are needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sqlite3
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+__all__ = ["Connections"]
+
+_FORK_SECONDS = 5.0
+"""Seconds that a fork waits for threads that are in the database."""
+
+
+class Connections:
+    """Connections to `file`, one a thread at a time.
+
+    Args:
+        file: the database.
+        connect: makes one, usable by any thread.
+    """
+
+    def __init__(self, file: Path, connect: Callable[[Path], sqlite3.Connection]) -> None:
+        self._file, self._connect = file, connect
+        self._mine = threading.local()
+        self._ready = threading.Condition()
+        self._idle: list[sqlite3.Connection] = []
+        self._lent: list[sqlite3.Connection] = []
+        self._closed = self._forking = False
+        self._identity: tuple[int | None, ...] | None = None
+        _all.add(self)
+
+    @property
+    def mine(self) -> sqlite3.Connection | None:
+        """The one that this thread has been lent."""
+        return getattr(self._mine, "connection", None)
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[sqlite3.Connection]:
+        """This thread's connection; the same one inside of itself."""
+        mine = self.mine
+        if mine is not None:
+            yield mine
+            return
+        taken = self._take()
+        self._mine.connection = taken
+        try:
+            yield taken
+        finally:
+            self._mine.connection = None
+            self._give_back(taken)
+
+    def close(self) -> None:
+        """Close them: those that nobody uses and this thread's now, others when they are given back."""
+        mine, self._mine.connection = self.mine, None
+        with self._ready:
+            self._closed = True
+            idle, self._idle = self._idle, []
+            if mine is not None and mine in self._lent:
+                self._lent.remove(mine)
+                idle.append(mine)
+        for connection in idle:
+            _close(connection)
+
+    def note(self) -> None:
+        """Remember which files are open; those beside the database are there once it has been read."""
+        self._identity = tuple(_inode(path) for path in (self._file, *_logs(self._file)))
+
+    def is_replaced(self) -> bool:
+        """Whether another database stands in the file's place than the one that is open, or none."""
+        known = self._identity
+        return known is not None and _inode(self._file) not in (known[0], _UNKNOWN)
+
+    def has_lost_its_log(self) -> bool:
+        """Whether the log of an open database was removed or replaced, so that others see something else than this process."""
+        known = self._identity
+        if known is None:
+            return False
+        pairs = zip(_logs(self._file), known[1:], strict=True)
+        return any(old is not None and _inode(path) not in (old, _UNKNOWN) for path, old in pairs)
+
+    def _take(self) -> sqlite3.Connection:
+        with self._ready:
+            while self._forking:
+                self._ready.wait()
+            if self._idle:
+                taken = self._idle.pop()
+            else:
+                alone = not self._lent
+                taken = self._connect(self._file)
+                if alone:
+                    self.note()
+            self._lent.append(taken)
+            return taken
+
+    def _give_back(self, connection: sqlite3.Connection) -> None:
+        with self._ready:
+            if connection not in self._lent:
+                return  # closed meanwhile, or another process's
+            self._lent.remove(connection)
+            if not self._closed:
+                self._idle.append(connection)
+            self._ready.notify_all()
+        if self._closed:
+            _close(connection)
+
+    def _before_fork(self, until: float) -> None:
+        if not self._ready.acquire(timeout=max(0.0, until - time.monotonic())):
+            return
+        try:
+            self._forking = True
+            own = 0 if self.mine is None else 1
+            self._ready.wait_for(lambda: len(self._lent) <= own, timeout=max(0.0, until - time.monotonic()))
+            idle, self._idle = self._idle, []
+        finally:
+            self._ready.release()
+        for connection in idle:
+            _close(connection)
+
+    def _after_fork(self) -> None:
+        with self._ready:
+            self._forking = False
+            self._ready.notify_all()
+
+    def _in_child(self) -> None:
+        self._ready = threading.Condition()
+        self._forking = False
+        for connection in self._idle + self._lent:
+            # Kept for ever: to close one here would write to files that the parent has open.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
+        self._idle, self._lent, self._identity = [], [], None
+
+
+_UNKNOWN = -1
+_all: weakref.WeakSet[Connections] = weakref.WeakSet()
+
+
+def _logs(file: Path) -> tuple[Path, Path]:
+    return file.with_name(f"{file.name}-wal"), file.with_name(f"{file.name}-shm")
+
+
+def _inode(path: Path) -> int | None:
+    """What tells a file from another one that takes its name; None if there is none."""
+    try:
+        return path.stat().st_ino
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError:
+        return _UNKNOWN  # not to be had now; what is open may still serve
+
+
+def _close(connection: sqlite3.Connection) -> None:
+    with contextlib.suppress(sqlite3.Error):
+        connection.close()
+
+
+def _before_fork() -> None:
+    until = time.monotonic() + _FORK_SECONDS
+    for each in list(_all):
+        each._before_fork(until)
+
+
+def _after_fork() -> None:
+    for each in list(_all):
+        each._after_fork()
+
+
+def _in_child() -> None:
+    for each in list(_all):
+        each._in_child()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_in_child)

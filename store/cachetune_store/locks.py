@@ -1,0 +1,188 @@
+"""Locks on files: over processes and threads, never waited for without end, and not inherited by forked processes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import StoreLockedError
+from .plainfiles import not_plain
+
+__all__ = ["OwnDescriptor", "Wait", "locked", "open_lock"]
+
+_SOON = 1.0
+"""Seconds that a lock is waited for before that is told."""
+_STOPPED = 10.0
+_UNKNOWN = 60.0
+_AT_WORK = 600.0
+"""Seconds that a lock is waited for: of a process that was stopped, of one that can't be told, and of one that runs."""
+_TELL_AGAIN = 30.0
+_NAPS = (0.001, 0.05)
+_WRONG_KIND = {errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.ENODEV}
+
+_log = logging.getLogger(__name__)
+_open: set[OwnDescriptor] = set()
+
+
+class OwnDescriptor:
+    """A descriptor that is this process's alone: a process that is forked off closes its copy at once.
+
+    A lock belongs to the open file, which a forked process shares. It would be held for as long as that process lives, whoever
+    took it being done with it, or dead.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        _open.add(self)
+
+    def close(self) -> None:
+        """Close it, which lets go of its lock. May be called again."""
+        _open.discard(self)
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def _close_inherited() -> None:
+    for held in list(_open):
+        with contextlib.suppress(OSError):
+            held.close()
+
+
+os.register_at_fork(after_in_child=_close_inherited)
+
+
+def open_lock(path: Path, flags: int = os.O_CREAT) -> OwnDescriptor:
+    """The file `path`, made if missing, to be locked. Never blocks.
+
+    Raises:
+        StorePathError: it is something else than a plain file.
+        OSError: it can't be opened.
+    """
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | flags, 0o600)
+    except OSError as error:
+        if error.errno in _WRONG_KIND:
+            raise not_plain(path) from error
+        raise
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise not_plain(path)
+    return OwnDescriptor(fd)
+
+
+def _try_lock(fd: int, *, shared: bool) -> bool:
+    """Lock an open file if nobody else has it locked; whether that was so, or the file system has no locks."""
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, shared: bool = False) -> Iterator[None]:
+    """Hold an advisory lock on the file `path` (made if missing), across processes and threads.
+
+    Where the file system has no locks, nothing is locked.
+
+    Raises:
+        StorePathError: `path` is something else than a plain file.
+        StoreLockedError: another process doesn't let go of it.
+        OSError: it can't be opened.
+    """
+    held = open_lock(path)
+    try:
+        wait = None
+        while not _try_lock(held.fd, shared=shared):
+            wait = wait or Wait(path)
+            wait.again()
+        yield
+    finally:
+        held.close()
+
+
+class Wait:
+    """Waiting for a lock of a file that somebody else has: told in the log, and not for ever.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._since = time.monotonic()
+        self._look = self._since + _SOON
+        self._tell = self._look
+        self._nap, self._longest_nap = _NAPS
+
+    def again(self) -> None:
+        """Wait a moment before the next try.
+
+        Raises:
+            StoreLockedError: it has been waited for long enough.
+        """
+        now = time.monotonic()
+        waited = now - self._since
+        if now >= self._look:
+            pids = _holders(self._path)
+            stopped = [pid for pid in pids if _state(pid) in ("T", "t")]
+            who = _named(pids, stopped)
+            if waited > (_STOPPED if stopped else _AT_WORK if pids else _UNKNOWN):
+                what = f"continue it (kill -CONT {stopped[0]}) or end it" if stopped else "wait for it or end it"
+                raise StoreLockedError(
+                    f"the lock {self._path} has been held for {waited:.0f} s by {who}: {what}, and try again"
+                )
+            if now >= self._tell:
+                _log.warning("waiting for the lock %s, which is held by %s", self._path, who)
+                self._tell = now + _TELL_AGAIN
+            self._look = now + _SOON
+        time.sleep(self._nap)
+        self._nap = min(2 * self._nap, self._longest_nap)
+
+
+def _holders(path: Path) -> list[int]:
+    """Processes that have `path` locked, where the system tells (Linux does, of those that it shows to this process)."""
+    try:
+        status = path.stat()
+        lines = Path("/proc/locks").read_text().splitlines()
+    except OSError:
+        return []
+    place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    rows = [fields for fields in map(str.split, lines) if len(fields) == 8 and fields[5] == place]  # waiters have "->"
+    found = dict.fromkeys(int(fields[4]) for fields in rows)
+    return [pid for pid in found if pid > 0 and pid != os.getpid()]
+
+
+def _state(pid: int) -> str:
+    """A process's state, "T" if it was stopped; "" if the system doesn't tell."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""
+
+
+def _named(pids: list[int], stopped: list[int]) -> str:
+    if not pids:
+        return "another process, or another thread of this one"
+    parts = []
+    for pid in pids[:4]:
+        try:
+            command = (
+                Path(f"/proc/{pid}/cmdline").read_bytes()[:80].replace(b"\0", b" ").decode(errors="replace").strip()
+            )
+        except OSError:
+            command = ""
+        parts.append(
+            f"process {pid}" + (f" ({command!r})" if command else "") + (", stopped" if pid in stopped else "")
+        )
+    return "; ".join(parts)

@@ -1,0 +1,52 @@
+"""What the index's records look like. A checksum shows that one is as it was written, not that the store wrote it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .errors import IndexDamagedError
+
+__all__ = ["checked"]
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_time(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _is_text(value: Any) -> bool:
+    return type(value) is str
+
+
+def _are_texts(value: Any) -> bool:
+    return type(value) is list and all(map(_is_text, value))
+
+
+_FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
+    "chunk": {"size": _is_count, "used": _is_time, "tokens": _is_count},
+    "text": {"text": _is_text, "tokens": _is_count, "namespace": _is_text},
+    "doc": {"id": _is_text, "tenant": _is_text, "chunks": _are_texts},
+    # What is counted may be off, even below 0, until it is counted anew.
+    "total": {name: lambda value: type(value) is int for name in ("bytes", "chunks", "stored")},
+}
+_WHOLE: dict[str, Callable[[Any], bool]] = {"ref": _is_count, "texts": _is_count, "meta": _is_text}
+
+
+def checked(name: str, record: Any) -> Any:
+    """The record.
+
+    Raises:
+        IndexDamagedError: nothing that the store writes under such a name.
+    """
+    kind = name.partition("/")[0]
+    if (fields := _FIELDS.get(kind)) is not None:
+        sound = type(record) is dict and all(field in record and fits(record[field]) for field, fits in fields.items())
+    else:
+        sound = kind not in _WHOLE or _WHOLE[kind](record)
+    if not sound:
+        raise IndexDamagedError(f"the index holds {record!r:.80} under {name!r}, which the store never writes")
+    return record
