@@ -432,7 +432,7 @@ def test_ask_gives_the_engines_answer(cli: Cli, filled: Path, model: Path) -> No
     )
     result = done.json
     assert schema(result) == {
-        "question": str, "answer": str, "finish_reason": str, "report": dict, "passages": list, "full": type(None),
+        "question": str, "answer": str, "finish_reason": str, "report": dict, "passages": list, "full": type(None), "seed": type(None),
     }  # fmt: skip
     assert [passage["source"] for passage in result["passages"]] == ["faq-2#1", "faq-2#2"]
     report = result["report"]
@@ -452,6 +452,23 @@ def test_ask_with_everything_recomputed_is_full_prefill(cli: Cli, filled: Path, 
     assert result["full"]["report"]["full"] is True
     shown = cli(*command).out
     assert shown.index("With reuse:") < shown.index("Full prefill:") < shown.index("Reuse gave the same answer")
+
+
+def test_both_answers_of_a_model_that_samples_are_drawn_alike(
+    cli: Cli, docs: Path, store: Path, tmp_path: Path
+) -> None:
+    """Many models' generation configs sample, and two draws differ whatever is reused."""
+    sampling = save_model(tmp_path / "sampling", seed=0)
+    config = json.loads((sampling / "generation_config.json").read_text())
+    (sampling / "generation_config.json").write_text(json.dumps(config | {"do_sample": True, "temperature": 1.0}))
+    cli("precompute", docs, "-m", sampling, "-s", store)
+    command = ["ask", "Which ship?", "-m", sampling, "-s", store, "-d", "faq-2", "-r", 1, "-n", 12, "--json"]
+    done = cli(*command, "--full")
+    assert done.json["same_answer"] is True
+    drawn = done.json["seed"]
+    assert f"The model's generation config samples (temperature 1, top_k 50): --seed {drawn} gives the same" in done.err
+    assert cli(*command, "--seed", drawn).json["answer"] == done.json["answer"]
+    assert len({cli(*command, "--seed", seed).json["answer"] for seed in range(3)}) > 1
 
 
 def test_ask_keeps_a_file_for_the_next_time(cli: Cli, model: Path, store: Path, tmp_path: Path) -> None:
