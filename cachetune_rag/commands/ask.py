@@ -23,7 +23,7 @@ from cachetune_rag.commands.console import (
 from cachetune_rag.commands.passages import DEFAULT_TOP_K, Passage, retrieve
 from cachetune_rag.commands.session import load_engine, match_codec, open_existing, open_for_writing
 from cachetune_rag.commands.upkeep import check_known
-from cachetune_rag.corpus import read_text
+from cachetune_rag.corpus import read_passage
 from cachetune_rag.escaping import visible_line
 
 if TYPE_CHECKING:
@@ -54,7 +54,9 @@ def ask(
     ] = None,
     chunk_file: Annotated[
         list[str] | None,
-        typer.Option("--chunk-file", metavar="FILE", help="Use this text file as one passage. May be repeated."),
+        typer.Option(
+            "--chunk-file", metavar="FILE", help="Use this file (text, HTML, PDF, CSV) as one passage. May be repeated."
+        ),
     ] = None,
     top_k: Annotated[
         int | None,
@@ -105,7 +107,7 @@ def ask(
     """
     if not question.strip():
         raise UsageError("the question is empty: ask something.")
-    files = [Passage(read_text(name), name, None) for name in chunk_file or ()]
+    files = [Passage(read_passage(name), name, None) for name in chunk_file or ()]
     share = _ratio(ratio)
     with instant_interrupt():
         from cachetune_rag.config import resolve
