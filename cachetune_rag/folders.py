@@ -55,9 +55,7 @@ def refuse_others(info: os.stat_result, path: Path) -> None:
         CorpusError: names it.
     """
     if not stat.S_ISREG(info.st_mode):
-        raise CorpusError(
-            f"{visible_line(path)} is no regular file: give a text file."
-        )
+        raise CorpusError(f"{visible_line(path)} is no regular file: give a text file.")
 
 
 def why(error: OSError | ValueError, path: Path) -> str:
