@@ -32,8 +32,12 @@ class OwnThread:
         context = contextvars.copy_context()
         return await asyncio.get_running_loop().run_in_executor(self._executor, context.run, function, *args)
 
+    def later(self, function: Callable[..., object], *args: object) -> None:
+        """Have `function(*args)` called behind the call that runs; returns at once, and nobody is told what becomes of it."""
+        self._executor.submit(function, *args)
+
     def close(self) -> None:
-        """Let the thread end once its call has; returns at once."""
+        """Let the thread end once its calls have; returns at once."""
         self._executor.shutdown(wait=False)
 
     def __enter__(self) -> Self:

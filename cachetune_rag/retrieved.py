@@ -16,6 +16,9 @@ from cachetune_rag.segments import Chunk, Segment, Text
 SHORTEST = 32
 """Characters of a passage; shorter ones are never found in plain text (they save nothing)."""
 
+_COVERED = 0.75
+"""Share of a passage that stored chunks are from which on it is left to them."""
+
 Content = str | Sequence[Segment | str]
 
 
@@ -37,7 +40,9 @@ class Retrieved:
     def segments(self, content: Content) -> list[Segment]:
         """Content with stored and retrieved chunks as `Chunk`; the joined texts stay the same.
 
-        Of chunks that overlap, the one that begins first counts, and of several that begin there, the longest.
+        Of chunks that overlap, the one that begins first counts, and of several that begin there, the longest. But a passage that
+        consists of stored chunks for the most part (children of a parent, a chunk behind a number) gives way to these: nothing is
+        to be stored twice.
         """
         if not self._documents:
             return self._stored(content)
@@ -53,14 +58,14 @@ class Retrieved:
     def _cut(self, text: str) -> list[Segment]:
         segments = self._stored(text)
         known = _spans(segments)
-        mine = [span for span in self._find(text) if not any(_goes_before(other, span) for other in known)]
+        mine = [span for span in self._find(text) if not _is_taken(span, known)]
         if not mine:
             return segments
         segments, done = [], 0
         for start, end in mine:
             if start > done:
                 segments += self._stored(text[done:start])
-            segments.append(Chunk(text[start:end], self._documents[text[start:end]], found=True))
+            segments.append(Chunk(text[start:end], self._documents[text[start:end]]))
             done = end
         return segments + (self._stored(text[done:]) if done < len(text) else [])
 
@@ -88,7 +93,9 @@ def _spans(segments: Sequence[Segment]) -> list[tuple[int, int]]:
     ]
 
 
-def _goes_before(stored: tuple[int, int], span: tuple[int, int]) -> bool:
-    """Whether a stored chunk takes a place that a passage wants."""
-    (start, end), (wanted, wanted_end) = stored, span
-    return start < wanted < end or (start == wanted and end >= wanted_end)
+def _is_taken(span: tuple[int, int], stored: Sequence[tuple[int, int]]) -> bool:
+    """Whether stored chunks have the place that a passage wants."""
+    start, end = span
+    if any(a < start < b or (a == start and b >= end) for a, b in stored):
+        return True
+    return sum(b - a for a, b in stored if start <= a and b <= end) >= _COVERED * (end - start)

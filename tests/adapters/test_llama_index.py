@@ -23,7 +23,7 @@ from llama_index.core.retrievers import BaseRetriever
 from llama_index.core.schema import NodeWithScore, TextNode, TransformComponent
 from llama_index.core.storage.docstore import SimpleDocumentStore
 
-from cachetune_rag import CacheTune, Chunk, ConfigError, PromptTooLongError, Text
+from cachetune_rag import CacheTune, Chunk, ConfigError, PromptError, PromptTooLongError, Text
 from llama_index.llms.cachetune import CacheTuneLLM, CacheTuneSynthesizer, ChunkBlock, KVPrecompute
 
 FIRST = "The lighthouse of Varnholm was built in 1874 by the engineer Ida Kessler."
@@ -142,7 +142,7 @@ def test_formatted_prompts_and_messages(llm: CacheTuneLLM, engine: CacheTune) ->
             {"role": "user", "content": [Text("x"), Chunk("chunk"), Text("y")]},
         ]
     )
-    with pytest.raises(ValueError, match="ImageBlock"):
+    with pytest.raises(PromptError, match="ImageBlock"):
         llm.chat([ChatMessage(blocks=[ImageBlock(url="http://x.org/a.png")])])
 
 
@@ -239,11 +239,13 @@ async def test_a_stream_given_up_or_cancelled_leaves_the_engine_usable(llm: Cach
 # -- synthesizer ------------------------------------------------------------------------------------------------------
 
 
-def test_nodes_are_chunks_with_their_metadata(llm: CacheTuneLLM, engine: CacheTune) -> None:
+def test_nodes_are_chunks_behind_their_metadata(llm: CacheTuneLLM, engine: CacheTune) -> None:
     nodes = [node(FIRST, metadata={"page": 3}), node(SECOND, metadata={"page": 4})]
     response = CacheTuneSynthesizer(llm).synthesize("Who built it?", nodes)
     engine.flush()
-    assert is_stored(engine, f"page: 3\n\n{FIRST}"), "computed on the miss and stored, as MetadataMode.LLM has it"
+    assert is_stored(engine, FIRST), "computed on the miss and stored, without its header"
+    assert not is_stored(engine, f"page: 3\n\n{FIRST}")
+    assert [info.id for info in engine.documents()] == sorted(n.node.node_id for n in nodes)
     assert len(response.source_nodes) == 2
     CacheTuneSynthesizer(llm).synthesize("Who built it?", nodes[::-1])
     assert llm.last_report is not None
@@ -300,7 +302,7 @@ def test_prompts_get_and_update(llm: CacheTuneLLM) -> None:
     synthesizer.get_response("it", [FIRST], style="verse")
     for wrong in ("No place for {query_str}", "{context_str} twice {context_str} {query_str}"):
         synthesizer.update_prompts({"text_qa_template": PromptTemplate(wrong)})
-        with pytest.raises(ValueError, match="exactly one place"):
+        with pytest.raises(PromptError, match="exactly one place"):
             synthesizer.get_response("it", [FIRST])
 
 
@@ -359,7 +361,7 @@ def test_ingestion_precomputes_what_retrieval_shows(engine: CacheTune) -> None:
     kv = KVPrecompute(engine)
     nodes = pipeline(kv).run(documents=[Document(text=LONG, doc_id="doc", metadata={"title": "squares"})])
     assert len(nodes) > 2
-    assert all(is_stored(engine, n.get_content(metadata_mode="llm")) for n in nodes)
+    assert all(is_stored(engine, n.get_content()) for n in nodes)
     assert [info.id for info in engine.store.documents()] == ["doc"]
     assert kv.last_summary is not None
     assert kv.last_summary.chunks == len(nodes)
@@ -424,9 +426,12 @@ async def test_async_ingestion_and_deletion(engine: CacheTune) -> None:
 
 
 def test_whitespace_at_the_ends_of_a_node(llm: CacheTuneLLM, engine: CacheTune) -> None:
-    """The compact synthesizer strips nodes, the explicit one doesn't: both forms are stored."""
+    """The compact synthesizer strips nodes, the explicit one doesn't: the stripped text stands in both."""
     padded = node(f"  {FIRST}  ")
-    KVPrecompute(engine)([padded.node])
+    kv = KVPrecompute(engine)
+    kv([padded.node])
+    assert kv.last_summary is not None
+    assert kv.last_summary.chunks == 1
     for synthesizer in (get_response_synthesizer(llm=llm), CacheTuneSynthesizer(llm)):
         synthesizer.synthesize("Who?", [padded])
         assert llm.last_report is not None

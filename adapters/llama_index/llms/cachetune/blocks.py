@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
-from llama_index.core.base.llms.types import ChatMessage, MessageRole, TextBlock
+from llama_index.core.base.llms.types import ChatMessage, MessageRole, TextBlock, ToolCallBlock
 
-from cachetune_rag import Chunk, Text
+from cachetune_rag import Chunk, PromptError, Text
 from cachetune_rag.prompt import Segment
 
 _ROLES = {
@@ -23,35 +24,73 @@ class ChunkBlock(TextBlock):
 
     In a message that has one, the blocks follow each other as they are; otherwise a newline stands between text blocks,
     as in `ChatMessage.content`.
+
+    Attributes:
+        document: the id of the document that it belongs to; what is computed of it is removed with that document.
     """
+
+    document: str | None = None
 
 
 def engine_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """Messages as the engine takes them: {"role": str, "content": list of Text and Chunk}."""
-    return [{"role": _role(message), "content": _content(message)} for message in messages]
+    """Messages as the engine takes them: role, content (a list of Text and Chunk), and the tool calls that they make or answer."""
+    return [{"role": _role(message), "content": contents(message), **_tool_fields(message)} for message in messages]
 
 
 def plain_segments(messages: Sequence[ChatMessage]) -> list[Segment]:
     """The same for a model without a chat template: "role: content" lines, up to where the assistant speaks."""
     segments: list[Segment] = []
     for message in messages:
-        segments += [Text(f"{_role(message)}: "), *_content(message), Text("\n")]
+        segments += [Text(f"{_role(message)}: "), *contents(message), Text("\n")]
     return [*segments, Text("assistant: ")]
+
+
+def contents(message: ChatMessage) -> list[Segment]:
+    """A message's text, with its chunks apart.
+
+    Raises:
+        PromptError: it holds what is no text.
+    """
+    texts: list[TextBlock] = []
+    for block in message.blocks:
+        if isinstance(block, ToolCallBlock):
+            continue
+        if not isinstance(block, TextBlock):
+            raise PromptError(
+                f"a message holds a {type(block).__name__}; CacheTuneLLM reads text only: leave the block out or use "
+                "a model that takes it."
+            )
+        texts.append(block)
+    if any(isinstance(block, ChunkBlock) for block in texts):
+        return [
+            Chunk(block.text, block.document) if isinstance(block, ChunkBlock) else Text(block.text) for block in texts
+        ]
+    return [Text("\n".join(block.text for block in texts))]
 
 
 def _role(message: ChatMessage) -> str:
     return _ROLES.get(message.role, message.role.value)
 
 
-def _content(message: ChatMessage) -> list[Segment]:
-    texts: list[TextBlock] = []
-    for block in message.blocks:
-        if not isinstance(block, TextBlock):
-            raise ValueError(
-                f"a message holds a {type(block).__name__}; CacheTuneLLM reads text only: leave the block out or use "
-                "a model that takes it."
-            )
-        texts.append(block)
-    if any(isinstance(block, ChunkBlock) for block in texts):
-        return [Chunk(block.text) if isinstance(block, ChunkBlock) else Text(block.text) for block in texts]
-    return [Text("\n".join(block.text for block in texts))]
+def _tool_fields(message: ChatMessage) -> dict[str, Any]:
+    """What a chat template that knows tools reads beside role and content."""
+    calls = [_call(block) for block in message.blocks if isinstance(block, ToolCallBlock)]
+    if calls:
+        return {"tool_calls": calls}
+    if _role(message) != "tool":
+        return {}
+    names = ("tool_call_id", "name")
+    return {name: value for name in names if isinstance(value := message.additional_kwargs.get(name), str)}
+
+
+def _call(block: ToolCallBlock) -> dict[str, Any]:
+    arguments = block.tool_kwargs
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except ValueError:
+            raise PromptError(
+                f"a message calls the tool {block.tool_name!r} with arguments that are no JSON: {arguments!r:.80}."
+            ) from None
+    call: dict[str, Any] = {"type": "function", "function": {"name": block.tool_name, "arguments": arguments}}
+    return {"id": block.tool_call_id, **call} if block.tool_call_id else call

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
+import pickle
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
+from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
 from llama_index.core.base.llms.types import (
     ChatMessage,
     ChatResponse,
@@ -17,35 +17,36 @@ from llama_index.core.base.llms.types import (
     CompletionResponseAsyncGen,
     CompletionResponseGen,
     LLMMetadata,
-    MessageRole,
 )
-from llama_index.core.bridge.pydantic import Field, PrivateAttr
-from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW
+from llama_index.core.bridge.pydantic import Field, PrivateAttr, model_validator
+from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW, DEFAULT_NUM_OUTPUTS
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.custom import CustomLLM
+from llama_index.core.llms.llm import default_completion_to_prompt
+from llama_index.core.prompts import BasePromptTemplate
+from llama_index.core.types import PydanticProgramMode
 
-from cachetune_rag import AnswerStream, CacheTune, Prompt, Report, Text
-from cachetune_rag.async_calls import call_in_thread
-from llama_index.llms.cachetune.blocks import engine_messages, plain_segments
+from cachetune_rag import AnswerStream, CacheTune, Prompt, PromptTooLongError, Report
+from llama_index.llms.cachetune import last_reports
+from llama_index.llms.cachetune.answers import Request
+from llama_index.llms.cachetune.arguments import (
+    check_engine_kwargs,
+    check_generate_kwargs,
+    check_reuse,
+    settle_names,
+)
+from llama_index.llms.cachetune.prompts import PromptMaker
+from llama_index.llms.cachetune.tools import ToolCalling
+from llama_index.llms.cachetune.traces import TRACES, Trace
 
 _LOADING = threading.Lock()
 
 
-@dataclass(frozen=True)
-class _Step:
-    """What a stream has given so far: the whole text, the newest piece, and what goes into a response's raw."""
-
-    text: str
-    delta: str
-    raw: dict[str, Any]
-
-    @property
-    def counts(self) -> dict[str, Any]:
-        """Token counts, where LlamaIndex's token counter looks for them."""
-        return dict(self.raw.get("usage", {}))
+class Unlaid(str):
+    """A prompt that is complete but for the layout by `completion_to_prompt`."""
 
 
-class CacheTuneLLM(CustomLLM):
+class CacheTuneLLM(ToolCalling, CustomLLM):
     """A LlamaIndex LLM that reuses the KV of the stored chunks it finds in its prompts.
 
     Args:
@@ -53,24 +54,36 @@ class CacheTuneLLM(CustomLLM):
         model: path or hub id for `CacheTune.from_pretrained`; with an engine, only a name.
         store: folder of the KV store.
         engine_kwargs: further arguments of `CacheTune.from_pretrained`.
-        max_new_tokens: most tokens of an answer.
+        max_new_tokens: most tokens of an answer (`max_tokens` is the same); None: what the model's configuration says.
+        context_window: plan prompts for fewer tokens than the model's context has.
         ratio, selector: what is recomputed, see `CacheTune.stream`.
-        generate_kwargs: sampling settings (do_sample, temperature, top_p, ...) and stop, for every request. A request's
-            own keyword arguments override them.
+        generate_kwargs: sampling settings (do_sample, temperature, top_p, ...) and stop, for every request. They can be given
+            as arguments of their own, too. A request's own keyword arguments override them.
+        learn_retrieved: nodes that the framework has retrieved for a request, and that stand in its prompt but aren't stored, are
+            computed as chunks and stored behind the answer under their `ref_doc_id`, so that the next request finds them.
+            False: only what was precomputed is found.
+        system_prompt, query_wrapper_prompt, messages_to_prompt, completion_to_prompt, output_parser, callback_manager, ...: as in
+            LlamaIndex's own LLMs.
 
-    The report of a request is at `raw["report"]` of its response and at `last_report`. Any number of threads may use one
-    instance; the model runs one forward at a time.
+    The report of a request is at `raw["report"]` of its response and at `last_report`; a query engine's response has those of all
+    its requests at `metadata["cachetune_reports"]`. Any number of threads and tasks may use one instance; the model runs one
+    forward at a time.
     """
 
     model: str = Field(default="", description="Path or hub id of the model.")
     store: str | None = Field(default=None, description="Folder of the KV store.")
     engine_kwargs: dict[str, Any] = Field(default_factory=dict, description="Arguments of CacheTune.from_pretrained.")
-    max_new_tokens: int = Field(default=256, gt=0, description="Most tokens of an answer.")
+    max_new_tokens: int | None = Field(default=256, gt=0, description="Most tokens of an answer.")
+    context_window: int | None = Field(default=None, gt=0, description="Tokens that prompts are planned for.")
     ratio: float | str = Field(default="auto", description="Share of the chunk tokens to recompute, or 'auto'.")
     selector: str = Field(default="auto", description="Which tokens are recomputed.")
     generate_kwargs: dict[str, Any] = Field(default_factory=dict, description="Sampling settings of every request.")
+    learn_retrieved: bool = Field(default=True, description="Whether retrieved nodes are stored where they aren't yet.")
+    # Local models seldom write a tool call for a schema's sake; they follow a schema in the prompt's text.
+    pydantic_program_mode: PydanticProgramMode = PydanticProgramMode.LLM
 
     _engine: CacheTune | None = PrivateAttr(default=None)
+    _was_given: bool = PrivateAttr(default=False)
     _last_report: Report | None = PrivateAttr(default=None)
 
     def __init__(self, engine: CacheTune | None = None, **kwargs: Any):
@@ -81,7 +94,20 @@ class CacheTuneLLM(CustomLLM):
         elif not kwargs.get("model"):
             raise ValueError("CacheTuneLLM needs engine=, or model= (a path or hub id) and store= to load one.")
         super().__init__(**kwargs)
-        self._engine = engine
+        self._engine, self._was_given = engine, engine is not None
+        check_generate_kwargs(self.generate_kwargs, None if engine is None else PromptMaker(engine).template_names)
+        TRACES.install()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settle_names(cls, given: Any) -> Any:
+        return settle_names(given, cls.model_fields) if isinstance(given, Mapping) else given
+
+    @model_validator(mode="after")
+    def _check_values(self) -> Self:
+        check_reuse(self.selector, self.ratio)
+        check_engine_kwargs(self.engine_kwargs)
+        return self
 
     @classmethod
     def class_name(cls) -> str:
@@ -102,19 +128,43 @@ class CacheTuneLLM(CustomLLM):
 
     @property
     def last_report(self) -> Report | None:
-        """Report of the request that got furthest most recently, whichever thread made it."""
-        return self._last_report
+        """Report of the last request of this thread or task, and of those that it began; where there is none, of any's."""
+        return last_reports.last(self) or self._last_report
 
     @property
     def metadata(self) -> LLMMetadata:
         """What the framework plans prompts by."""
-        engine = self.engine
+        maker = self.prompt_maker
+        context = self.engine.adapter.max_positions or self.context_window or DEFAULT_CONTEXT_WINDOW
         return LLMMetadata(
-            context_window=engine.adapter.max_positions or DEFAULT_CONTEXT_WINDOW,
-            num_output=self.max_new_tokens,
-            is_chat_model=bool(getattr(engine.tokenizer, "chat_template", None)),
+            context_window=min(context, self.context_window or context),
+            num_output=self.max_new_tokens or DEFAULT_NUM_OUTPUTS,
+            is_chat_model=maker.is_chat,
+            is_function_calling_model=maker.takes_tools,
             model_name=self.model,
         )
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        """A copy of the settings; the engine, a model's weights and an open store, is shared."""
+        memo = {} if memo is None else memo
+        if self._engine is not None:
+            memo[id(self._engine)] = self._engine
+        return super().__deepcopy__(memo)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle: without the engine, which is loaded again at the first use there.
+
+        Raises:
+            pickle.PicklingError: the engine was handed in, so nothing says how to load it.
+        """
+        if getattr(self, "_was_given", False):
+            raise pickle.PicklingError(
+                "this CacheTuneLLM was given an engine, which stays in its process: make it with model=, store= and "
+                "engine_kwargs= instead, and each process loads an engine of its own."
+            )
+        bare = self.model_copy()
+        bare._engine = None
+        return super(CacheTuneLLM, bare).__getstate__()
 
     # -- completion -----------------------------------------------------------------------------------------------
 
@@ -128,37 +178,33 @@ class CacheTuneLLM(CustomLLM):
             prompt: the prompt; a chat model takes it as one user message, unless `formatted`.
             formatted: the prompt is complete as it is.
             built: the same prompt as the engine reads it, if that is known already; `prompt` is for callbacks then.
-            kwargs: max_new_tokens, stop, ratio, selector and sampling settings of this request.
+            kwargs: max_new_tokens, stop, ratio, selector and sampling settings of this request; and `retrieved`, the nodes
+                that a retriever of your own returned, where the framework doesn't know them.
         """
-        return _completion(self._last(self._steps(self._completion(prompt, formatted, built, kwargs))))
+        return self._completion(prompt, formatted, built, kwargs).answer().completion()
 
     @llm_completion_callback()
     def stream_complete(
         self, prompt: str, formatted: bool = False, *, built: Prompt | None = None, **kwargs: Any
     ) -> CompletionResponseGen:
         """As `complete`, piece by piece."""
-        stream = self._completion(prompt, formatted, built, kwargs)
-        return (_completion(step) for step in self._steps(stream))
+        steps = self._completion(prompt, formatted, built, kwargs).steps()
+        return (step.completion() for step in steps)
 
     @llm_completion_callback()
     async def acomplete(
         self, prompt: str, formatted: bool = False, *, built: Prompt | None = None, **kwargs: Any
     ) -> CompletionResponse:
         """As `complete`; the model runs in another thread, and stops when the task is cancelled."""
-        return _completion(await self._alast(lambda: self._completion(prompt, formatted, built, kwargs)))
+        return (await self._completion(prompt, formatted, built, kwargs).aanswer()).completion()
 
     @llm_completion_callback()
     async def astream_complete(
         self, prompt: str, formatted: bool = False, *, built: Prompt | None = None, **kwargs: Any
     ) -> CompletionResponseAsyncGen:
         """As `stream_complete`; the model runs in another thread."""
-        stream = await call_in_thread(self._completion, prompt, formatted, built, kwargs)
-
-        async def responses() -> CompletionResponseAsyncGen:
-            async for step in self._asteps(stream):
-                yield _completion(step)
-
-        return responses()
+        steps = await self._completion(prompt, formatted, built, kwargs).asteps()
+        return (step.completion() async for step in steps)
 
     # -- chat -----------------------------------------------------------------------------------------------------
 
@@ -169,147 +215,99 @@ class CacheTuneLLM(CustomLLM):
         Args:
             messages: the conversation.
             built: the same as the engine reads it, if that is known already; `messages` are for callbacks then.
-            kwargs: as for `complete`.
+            kwargs: as for `complete`; and `tools`, descriptions as in OpenAI's API, for a chat template that shows them.
         """
-        return _chat(self._last(self._steps(self._conversation(messages, built, kwargs))))
+        return self._conversation(messages, built, kwargs).answer().chat()
 
     @llm_chat_callback()
     def stream_chat(
         self, messages: Sequence[ChatMessage], *, built: Prompt | None = None, **kwargs: Any
     ) -> ChatResponseGen:
         """As `chat`, piece by piece."""
-        stream = self._conversation(messages, built, kwargs)
-        return (_chat(step) for step in self._steps(stream))
+        steps = self._conversation(messages, built, kwargs).steps()
+        return (step.chat() for step in steps)
 
     @llm_chat_callback()
     async def achat(
         self, messages: Sequence[ChatMessage], *, built: Prompt | None = None, **kwargs: Any
     ) -> ChatResponse:
         """As `chat`; the model runs in another thread, and stops when the task is cancelled."""
-        return _chat(await self._alast(lambda: self._conversation(messages, built, kwargs)))
+        return (await self._conversation(messages, built, kwargs).aanswer()).chat()
 
     @llm_chat_callback()
     async def astream_chat(
         self, messages: Sequence[ChatMessage], *, built: Prompt | None = None, **kwargs: Any
     ) -> ChatResponseAsyncGen:
         """As `stream_chat`; the model runs in another thread."""
-        stream = await call_in_thread(self._conversation, messages, built, kwargs)
-
-        async def responses() -> ChatResponseAsyncGen:
-            async for step in self._asteps(stream):
-                yield _chat(step)
-
-        return responses()
+        steps = await self._conversation(messages, built, kwargs).asteps()
+        return (step.chat() async for step in steps)
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
-    def _completion(self, prompt: str, formatted: bool, built: Prompt | None, options: dict[str, Any]) -> AnswerStream:
-        if built is not None:
-            return self._start(built, options)
-        content = [Text(prompt)]
-        if formatted or not self.metadata.is_chat_model:
-            return self._start(self.engine.prompt_from_text(content), options)
-        return self._start(self.engine.prompt_from_messages([{"role": "user", "content": content}]), options)
-
-    def _conversation(
-        self, messages: Sequence[ChatMessage], built: Prompt | None, options: dict[str, Any]
-    ) -> AnswerStream:
-        if built is not None:
-            return self._start(built, options)
-        if self.metadata.is_chat_model:
-            return self._start(self.engine.prompt_from_messages(engine_messages(messages)), options)
-        return self._start(self.engine.prompt_from_text(plain_segments(messages)), options)
-
-    def _start(self, prompt: Prompt, options: dict[str, Any]) -> AnswerStream:
-        settings = {
-            "max_new_tokens": self.max_new_tokens,
-            "ratio": self.ratio,
-            "selector": self.selector,
-            **self.generate_kwargs,
-            **options,
-        }
-        if "max_tokens" in settings:  # what most other LLMs of the framework call it
-            settings["max_new_tokens"] = settings.pop("max_tokens")
-        return self.engine.stream(prompt=prompt, **settings)
-
-    def _steps(self, stream: AnswerStream) -> Iterator[_Step]:
-        text = ""
-        with stream:
-            for piece in stream:
-                text += piece
-                yield self._step(stream, text, piece)
-            # One more, so that the counts arrive, and an empty answer is an answer.
-            yield self._end(stream, text)
-
-    async def _asteps(self, stream: AnswerStream) -> AsyncIterator[_Step]:
-        text = ""
-        pull: Callable[[], str | None] = lambda: next(stream, None)  # noqa: E731
-        while True:
-            turn = asyncio.ensure_future(call_in_thread(pull))
-            try:
-                piece = await asyncio.shield(turn)
-            except asyncio.CancelledError:
-                # The forward under way can't be stopped, only waited for; nobody is left to wait.
-                turn.add_done_callback(lambda _: stream.close())
-                raise
-            if piece is None:
-                break
-            text += piece
-            try:
-                yield self._step(stream, text, piece)
-            except GeneratorExit:
-                stream.close()
-                raise
-        yield self._end(stream, text)
-
-    def _step(self, stream: AnswerStream, text: str, piece: str) -> _Step:
-        self._last_report = stream.report
-        return _Step(text, piece, {"report": stream.report.as_dict()})
-
-    def _end(self, stream: AnswerStream, text: str) -> _Step:
-        answer = stream.answer
-        self._last_report = answer.report
-        return _Step(
-            text,
-            "",
-            {
-                "report": answer.report.as_dict(),
-                "finish_reason": answer.finish_reason,
-                "usage": {
-                    "prompt_tokens": answer.prompt_tokens,
-                    "completion_tokens": len(answer.token_ids),
-                    "total_tokens": answer.prompt_tokens + len(answer.token_ids),
-                },
-            },
+    @property
+    def prompt_maker(self) -> PromptMaker:
+        """Lays out prompts by this model's settings."""
+        given, completion = self.messages_to_prompt, self.completion_to_prompt
+        return PromptMaker(
+            self.engine,
+            learn=self.learn_retrieved,
+            system_prompt=self.system_prompt,
+            query_wrapper=self.query_wrapper_prompt,
+            messages_layout=None if given is generic_messages_to_prompt else given,
+            completion_layout=None if completion is default_completion_to_prompt else completion,
         )
 
-    async def _alast(self, begin: Callable[[], AnswerStream]) -> _Step:
-        cancelled = threading.Event()
+    def _get_prompt(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:
+        """A completion's prompt from a template. The framework would lay it out by `completion_to_prompt` right here; then its
+        control tokens could not be told from the content's, so `complete` does that."""
+        if self.prompt_maker.completion_layout is None:
+            return super()._get_prompt(prompt, **prompt_args)
+        text = prompt.format(llm=self, **prompt_args)
+        if self.output_parser is not None:
+            text = self.output_parser.format(text)
+        return Unlaid(self._extend_prompt(text))
 
-        def answer() -> _Step:
-            last = _Step("", "", {})
-            for step in self._steps(begin()):
-                last = step
-                if cancelled.is_set():
-                    break  # which closes the stream
-            return last
+    def _completion(self, prompt: str, formatted: bool, built: Prompt | None, options: dict[str, Any]) -> Request:
+        trace, retrieved = TRACES.current(), options.pop("retrieved", None)
+        formatted = formatted and not isinstance(prompt, Unlaid)
+        make = lambda: self.prompt_maker.completion(prompt, formatted, trace.chunks if retrieved is None else retrieved)  # noqa: E731
+        return self._request(trace, make if built is None else lambda: built, options)
 
+    def _conversation(self, messages: Sequence[ChatMessage], built: Prompt | None, options: dict[str, Any]) -> Request:
+        trace, retrieved, tools = TRACES.current(), options.pop("retrieved", None), options.pop("tools", None)
+        make = lambda: self.prompt_maker.conversation(messages, trace.chunks if retrieved is None else retrieved, tools)  # noqa: E731
+        return self._request(trace, make if built is None else lambda: built, options, tools)
+
+    def _request(
+        self, trace: Trace, make: Callable[[], Prompt], options: dict[str, Any], tools: Sequence[Any] | None = None
+    ) -> Request:
+        def begin() -> AnswerStream:
+            stream = self._start(make(), options)
+            trace.begun()
+            return stream
+
+        def told(report: Report) -> None:
+            self._last_report = report
+            last_reports.tell(self, report)
+
+        names = None if not tools else [str(tool["function"]["name"]) for tool in tools]
+        return Request(begin, told, lambda report: trace.add(report.as_dict()), names)
+
+    def _start(self, prompt: Prompt, options: dict[str, Any]) -> AnswerStream:
+        own = {name: getattr(self, name) for name in ("ratio", "selector")}
+        if "max_new_tokens" in self.model_fields_set:  # a generation_config may have a limit of its own
+            own["max_new_tokens"] = self.max_new_tokens
+        settings = {**own, **_renamed(self.generate_kwargs), **_renamed(options)}
         try:
-            return await call_in_thread(answer)
-        except asyncio.CancelledError:
-            cancelled.set()
-            raise
-
-    @staticmethod
-    def _last(steps: Iterator[_Step]) -> _Step:
-        *_, last = steps
-        return last
+            return self.engine.stream(prompt=prompt, **settings)
+        except PromptTooLongError as error:
+            raise PromptTooLongError(
+                f"{error} LlamaIndex fits prompts into the context by its own count, of another tokenizer's tokens unless told: "
+                "set Settings.tokenizer = llm.engine.tokenizer.encode, retrieve fewer or smaller nodes, or use "
+                "CacheTuneSynthesizer, which counts the model's tokens."
+            ) from error
 
 
-def _completion(step: _Step) -> CompletionResponse:
-    return CompletionResponse(text=step.text, delta=step.delta, raw=step.raw, additional_kwargs=step.counts)
-
-
-def _chat(step: _Step) -> ChatResponse:
-    message = ChatMessage(role=MessageRole.ASSISTANT, content=step.text)
-    return ChatResponse(message=message, delta=step.delta, raw=step.raw, additional_kwargs=step.counts)
+def _renamed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A request's options with `max_tokens`, as most other LLMs of the framework call it, under its name here."""
+    return {"max_new_tokens" if name == "max_tokens" else name: value for name, value in options.items()}

@@ -2,46 +2,68 @@
 
 from __future__ import annotations
 
-import functools
+import threading
+import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from dataclasses import fields, replace
+from typing import Any, Self
 
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.ingestion.pipeline import run_transformations
-from llama_index.core.schema import BaseNode, MetadataMode, TransformComponent
-from llama_index.core.storage.docstore import BaseDocumentStore
+from llama_index.core.schema import BaseNode, TransformComponent
 
 from cachetune_rag import CacheTune, Document, PrecomputeSummary
 from cachetune_rag.async_calls import call_in_thread
+from llama_index.llms.cachetune.following import deletions, follow
+from llama_index.llms.cachetune.shown import body, document_of
+from llama_index.llms.cachetune.sources import Source, nodes_of
+from llama_index.llms.cachetune.traces import TRACES
 
-_DELETERS = ("delete_ref_doc", "delete_document")
+Shown = Callable[[BaseNode], str | Iterable[str]]
+
+_VERSIONS: weakref.WeakKeyDictionary[CacheTune, dict[str, str]] = weakref.WeakKeyDictionary()
+"""Of documents that were ingested in this process: the hash of the source that they were made of."""
+_VERSIONS_LOCK = threading.Lock()
 
 
 class KVPrecompute(TransformComponent):
     """Computes and stores the KV of the nodes that pass through, as retrieval will show them. Put it after the splitter.
 
-    The nodes of one source document are one document in the store, under its `ref_doc_id`: ingesting it again replaces
-    them. A node of no document goes by its own id.
+    The body of a node, without its header of metadata and stripped, is one chunk: prompts show it in whatever header they put
+    before it. The nodes of one source document are one document in the store, under its `ref_doc_id`; a node of no document
+    goes by its own id. Nodes of another version of a source (its hash says so) replace the document, further nodes of the same
+    version are added to it.
 
     An `IngestionPipeline` caches what its transformations return and skips them the next time. Model, tokenizer, dtype,
     tenant and store are part of this one's key there, so another model or store computes anew; KV that was evicted
     meanwhile is computed again by the first request that misses it, or for all by `rebuild`.
+
+    Args:
+        engine: the engine.
+        shown: the text, or texts, that prompts will show of a node, where that isn't its body: with sentence windows, for
+            instance, `lambda node: node.metadata["window"]`. They are stored instead.
     """
 
     namespace: str = Field(description="What the KV was computed with: model, tokenizer, dtype, lead-ins, tenant.")
     store: str = Field(description="Where the KV is.")
+    shows: str = Field(default="", description="Which function says what prompts show.")
     _engine: CacheTune | None = PrivateAttr(default=None)
+    _shown: Shown | None = PrivateAttr(default=None)
     _summary: PrecomputeSummary | None = PrivateAttr(default=None)
 
-    def __init__(self, engine: CacheTune):
+    def __init__(self, engine: CacheTune, *, shown: Shown | None = None):
         path = engine.store.path
-        fields: dict[str, Any] = {
+        values: dict[str, Any] = {
             "namespace": engine.namespace.digest,
             # KV in memory is gone with its engine, and so must be what says it was computed.
             "store": f"memory-{id(engine.store)}" if path is None else str(path.resolve()),
+            # The same of a function without a name that another process would know.
+            "shows": "" if shown is None else _name(shown),
         }
-        super().__init__(**fields)
+        super().__init__(**values)
         self._engine = engine
+        self._shown = shown
+        TRACES.install()
 
     @classmethod
     def class_name(cls) -> str:
@@ -64,67 +86,111 @@ class KVPrecompute(TransformComponent):
         """What the last call computed."""
         return self._summary
 
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        """A copy that shares the engine."""
+        memo = {} if memo is None else memo
+        memo[id(self._engine)] = self._engine
+        return super().__deepcopy__(memo)
+
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         """Precompute the nodes' chunks; returns the nodes as they came."""
-        by_document: dict[str, list[str]] = {}
+        known = self._versions()
+        new: list[BaseNode] = []
+        more: list[BaseNode] = []
         for node in nodes:
-            by_document.setdefault(node.ref_doc_id or node.node_id, []).extend(_shown(node))
-        self._summary = self.engine.precompute(Document(id, chunks) for id, chunks in by_document.items())
+            again = known.get(document_of(node)) == _version(node) and not self._was_deleted(node)
+            (more if again else new).append(node)
+        self._summary = _sum(self._compute(new, replace=True), self._compute(more, replace=False))
         return nodes
 
     async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         """The same in another thread."""
-        return await call_in_thread(self, nodes, **kwargs)
+        return await call_in_thread(self, nodes)
 
-    def rebuild(
-        self, docstore: BaseDocumentStore, transformations: Sequence[TransformComponent] = ()
-    ) -> PrecomputeSummary:
-        """Compute what is missing for everything in a docstore, whatever caches say.
-
-        Args:
-            docstore: an index's (it holds nodes), or a pipeline's (it holds whole documents: give the transformations
-                that split them, such as the pipeline's other ones).
-            transformations: run on the docstore's content first.
-        """
-        nodes = run_transformations(list(docstore.docs.values()), [t for t in transformations if t is not self])
+    def insert(self, nodes: Sequence[BaseNode]) -> PrecomputeSummary:
+        """Compute nodes, and add them to their documents; a document that was deleted in the update under way consists of them."""
         self(nodes)
         assert self._summary is not None
         return self._summary
 
+    def replace(self, nodes: Iterable[BaseNode]) -> PrecomputeSummary:
+        """Make documents consist of these nodes: their KV is computed where it isn't stored, and what else they had is freed."""
+        self._summary = self._compute(list(nodes), replace=True)
+        return self._summary
+
+    def rebuild(
+        self, source: Source, transformations: Sequence[TransformComponent] = (), *, queries: Sequence[str] = ()
+    ) -> PrecomputeSummary:
+        """Compute what is missing for everything in an index that exists, whatever caches say.
+
+        Args:
+            source: the index, its docstore, or its vector store (one that can list its nodes); a pipeline's docstore, which holds
+                whole documents: give the transformations that split them, such as the pipeline's other ones; nodes; or a
+                retriever.
+            transformations: run on the source's content first.
+            queries: questions to ask the retriever. What it returns is added to its documents.
+
+        Raises:
+            ConfigError: the source can't say what it holds.
+        """
+        held = nodes_of(source, queries)
+        nodes = run_transformations(held, [t for t in transformations if t is not self])
+        self._summary = self._compute(list(nodes), replace=not queries)
+        return self._summary
+
     def delete_ref_doc(self, ref_doc_id: str) -> int:
         """Free the KV of a document that was deleted; bytes freed. Unknown documents are none."""
+        self._versions().pop(ref_doc_id, None)
         return self.engine.remove(ref_doc_id, missing_ok=True)
 
     def follow(self, *targets: Any) -> None:
-        """Free KV whenever one of these indexes or docstores deletes a document.
+        """Keep the store in step with indexes or docstores: what they delete is freed, what they insert is computed.
 
         Args:
-            targets: an index (`index.delete_ref_doc` then frees KV too), or the docstore of a pipeline.
+            targets: an index (`insert`, `refresh_ref_docs`, `update_ref_doc`, `delete_ref_doc`), also one that was loaded and so
+                knows no transformation; or the docstore of a pipeline. What an update deletes and inserts again is neither
+                freed nor computed again.
         """
         for target in targets:
-            names = [f"{a}{name}" for name in _DELETERS for a in ("", "a") if hasattr(target, f"{a}{name}")]
-            if not names:
-                raise TypeError(f"{type(target).__name__} deletes no documents: give an index or a docstore.")
-            for name in names:
-                setattr(target, name, self._following(getattr(target, name), name.startswith("a")))
+            follow(self, target)
 
-    def _following(self, delete: Callable[..., Any], is_async: bool) -> Callable[..., Any]:
-        @functools.wraps(delete)
-        def deleting(doc_id: str, *args: Any, **kwargs: Any) -> Any:
-            result = delete(doc_id, *args, **kwargs)
-            self.delete_ref_doc(doc_id)
-            return result
+    # -- inside ---------------------------------------------------------------------------------------------------
 
-        @functools.wraps(delete)
-        async def adeleting(doc_id: str, *args: Any, **kwargs: Any) -> Any:
-            result = await delete(doc_id, *args, **kwargs)
-            await call_in_thread(self.delete_ref_doc, doc_id)
-            return result
+    def _compute(self, nodes: Sequence[BaseNode], *, replace: bool) -> PrecomputeSummary:
+        by_document: dict[str, dict[str, None]] = {}
+        for node in nodes:
+            shown = (self._shown or body)(node)
+            texts = [shown] if isinstance(shown, str) else shown
+            by_document.setdefault(document_of(node), {}).update((text, None) for text in texts if text)
+        documents = (Document(id, list(texts)) for id, texts in by_document.items())
+        summary = self.engine.precompute(documents, replace=replace)
+        self._versions().update((document_of(node), _version(node)) for node in nodes)
+        if (waiting := deletions()) is not None and replace:
+            for id in by_document:
+                waiting.came_back(self, id)
+        return summary
 
-        return adeleting if is_async else deleting
+    def _was_deleted(self, node: BaseNode) -> bool:
+        waiting = deletions()
+        return waiting is not None and waiting.holds(self, document_of(node))
+
+    def _versions(self) -> dict[str, str]:
+        with _VERSIONS_LOCK:
+            return _VERSIONS.setdefault(self.engine, {})
 
 
-def _shown(node: BaseNode) -> Iterable[str]:
-    """The texts by which prompts may show a node: as it is, and stripped, as the compact synthesizer has it."""
-    text = node.get_content(metadata_mode=MetadataMode.LLM)
-    return dict.fromkeys(t for t in (text, text.strip()) if t)
+def _version(node: BaseNode) -> str:
+    source = node.source_node
+    return (source.hash if source is not None else None) or node.hash
+
+
+def _name(shown: Shown) -> str:
+    named = getattr(shown, "__qualname__", "<")
+    return f"{id(shown)}" if "<" in named else f"{shown.__module__}.{named}"
+
+
+def _sum(first: PrecomputeSummary, second: PrecomputeSummary) -> PrecomputeSummary:
+    if not second.documents:
+        return first
+    names = [f.name for f in fields(first) if f.name != "lead_ins"]
+    return replace(second, **{name: getattr(first, name) + getattr(second, name) for name in names})

@@ -1,0 +1,190 @@
+"""The engine's answers as LlamaIndex takes them: steps of a stream, whole or piece by piece, from threads or an event loop."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import uuid4
+
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    ChatResponse,
+    CompletionResponse,
+    MessageRole,
+    TextBlock,
+    ToolCallBlock,
+)
+
+from cachetune_rag import AnswerStream, Report
+from cachetune_rag.async_calls import OwnThread, call_in_thread
+from cachetune_rag.tool_calls import ToolCall, ToolCallStream
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a stream has given so far: the whole text, the newest piece, what goes into a response's raw, and at the end the
+    tools that the answer calls."""
+
+    text: str
+    delta: str
+    raw: dict[str, Any]
+    calls: tuple[ToolCall, ...] = ()
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """Token counts, where LlamaIndex's token counter looks for them."""
+        return dict(self.raw.get("usage", {}))
+
+    def completion(self) -> CompletionResponse:
+        """The step of a completion."""
+        return CompletionResponse(text=self.text, delta=self.delta, raw=self.raw, additional_kwargs=self.counts)
+
+    def chat(self) -> ChatResponse:
+        """The step of a chat."""
+        message = ChatMessage(role=MessageRole.ASSISTANT, content=self.text)
+        if self.calls:
+            blocks = [ToolCallBlock(tool_call_id=_id(), tool_name=c.name, tool_kwargs=c.arguments) for c in self.calls]
+            message.blocks = [TextBlock(text=self.text), *blocks] if self.text else [*blocks]
+            # Where the framework's parser of streamed objects looks for them.
+            message.additional_kwargs["tool_calls"] = [_openai(block) for block in blocks]
+        return ChatResponse(message=message, delta=self.delta, raw=self.raw, additional_kwargs=self.counts)
+
+
+@dataclass
+class Request:
+    """One request to the engine.
+
+    Attributes:
+        begin: starts it.
+        told: is told the report, in the context of whoever reads the answer, at each step.
+        ended: is told the report once the answer is finished.
+        tools: the names of the tools that the model was shown; None where it was shown none.
+    """
+
+    begin: Callable[[], AnswerStream]
+    told: Callable[[Report], None]
+    ended: Callable[[Report], None]
+    tools: Collection[str] | None = None
+
+    def answer(self) -> Step:
+        """The last step."""
+        *_, last = self.steps()
+        return last
+
+    def steps(self) -> Iterator[Step]:
+        """The answer piece by piece; the request is begun at once, and not when the first piece is asked for."""
+        stream = self.begin()
+        return self._steps(stream)
+
+    async def aanswer(self) -> Step:
+        """As `answer`, on a thread of its own; the model stops when the task is cancelled."""
+        cancelled = threading.Event()
+
+        def answer() -> Step:
+            last = Step("", "", {})
+            for step in self.steps():
+                last = step
+                if cancelled.is_set():
+                    break  # which closes the stream
+            return last
+
+        try:
+            last = await call_in_thread(answer)
+        except BaseException:
+            cancelled.set()
+            raise
+        if self._report is not None:
+            self.told(self._report)
+        return last
+
+    async def asteps(self) -> AsyncIterator[Step]:
+        """As `steps`; everything that waits for the model runs on one thread of the request's own."""
+        thread = OwnThread()
+        try:
+            stream = await thread.call(self.begin)
+        except BaseException:
+            thread.close()
+            raise
+        return self._asteps(stream, thread)
+
+    # -- inside ---------------------------------------------------------------------------------------------------
+
+    _report: Report | None = field(default=None, init=False)
+
+    def _steps(self, stream: AnswerStream) -> Iterator[Step]:
+        progress = _Progress(self.tools)
+        with stream:
+            for piece in stream:
+                yield progress.step(piece, self._raw(stream))
+            # One more, so that the counts arrive, and an empty answer is an answer.
+            yield progress.end(self._end(stream))
+
+    async def _asteps(self, stream: AnswerStream, thread: OwnThread) -> AsyncIterator[Step]:
+        progress = _Progress(self.tools)
+        finished = False
+        try:
+            while (piece := await thread.call(next, stream, None)) is not None:
+                yield progress.step(piece, self._raw(stream))
+            finished = True
+            yield progress.end(self._end(stream))
+        finally:
+            if not finished:
+                # Whoever was cancelled, or gave the stream up, waits no longer; what the model is at can't be stopped, and the
+                # stream is closed on its thread behind that.
+                thread.later(stream.close)
+            thread.close()
+
+    def _raw(self, stream: AnswerStream) -> dict[str, Any]:
+        self._report = stream.report
+        self.told(stream.report)
+        return {"report": stream.report.as_dict()}
+
+    def _end(self, stream: AnswerStream) -> dict[str, Any]:
+        answer = stream.answer
+        self._report = answer.report
+        self.told(answer.report)
+        self.ended(answer.report)
+        return {
+            "report": answer.report.as_dict(),
+            "finish_reason": answer.finish_reason,
+            "usage": {
+                "prompt_tokens": answer.prompt_tokens,
+                "completion_tokens": len(answer.token_ids),
+                "total_tokens": answer.prompt_tokens + len(answer.token_ids),
+            },
+        }
+
+
+class _Progress:
+    """The text so far; what may be a tool call is held back until it is clear."""
+
+    def __init__(self, tools: Collection[str] | None):
+        self._text = ""
+        self._calls = None if tools is None else ToolCallStream(tools)
+
+    def step(self, piece: str, raw: dict[str, Any]) -> Step:
+        if self._calls is not None:
+            piece = self._calls.push(piece)
+        self._text += piece
+        return Step(self._text, piece, raw)
+
+    def end(self, raw: dict[str, Any]) -> Step:
+        rest, calls = ("", []) if self._calls is None else self._calls.finish()
+        self._text += rest
+        return Step(self._text, rest, raw, tuple(calls))
+
+
+def _id() -> str:
+    return f"call_{uuid4().hex}"
+
+
+def _openai(block: ToolCallBlock) -> dict[str, Any]:
+    arguments = json.dumps(block.tool_kwargs, ensure_ascii=False)
+    return {
+        "id": block.tool_call_id,
+        "type": "function",
+        "function": {"name": block.tool_name, "arguments": arguments},
+    }

@@ -1,0 +1,108 @@
+"""Checking the arguments of `CacheTuneLLM` when it is made.
+
+LlamaIndex's synthesizers take a ValueError of a request for a failed parse and answer "Empty Response". So what can be known
+when the model is made is checked then.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from transformers import GenerationConfig
+
+from cachetune_rag import CacheTune, ConfigError
+from cachetune_rag.config import resolve
+from cachetune_rag.options import ENGINE_NAMES, STORE_NAMES
+
+OTHER_NAMES = {"max_tokens": "max_new_tokens", "additional_kwargs": "generate_kwargs"}
+"""What most other LLMs of the framework call an argument, and its name here."""
+
+_REQUEST = frozenset(inspect.signature(CacheTune.stream).parameters) - {
+    "self",
+    "query",
+    "chunks",
+    "prefix",
+    "prompt",
+    "sampling",
+}
+_SAMPLING = frozenset(name for name in vars(GenerationConfig()) if not name.startswith("_")) | {"seed"}
+REQUEST_NAMES = _REQUEST | _SAMPLING | {"max_tokens"}
+"""What a request takes by name, beside the variables of a chat template."""
+
+
+def settle_names(given: Mapping[str, Any], fields: Iterable[str]) -> dict[str, Any]:
+    """Constructor arguments under their names here; sampling settings (temperature, stop, ...) go into `generate_kwargs`.
+
+    Raises:
+        ValueError: an argument has no such name, or is given under two.
+    """
+    known = set(fields) | {"class_name"}
+    settled: dict[str, Any] = {}
+    sampling: dict[str, Any] = {}
+    for name, value in given.items():
+        target = OTHER_NAMES.get(name, name)
+        if target not in known and name in _SAMPLING | {"stop", "generation_config"}:
+            sampling[name] = value
+        elif target not in known:
+            everything = known | _SAMPLING | set(OTHER_NAMES) | {"engine", "stop"} - {"class_name"}
+            raise ValueError(f"{name!r} is no argument of CacheTuneLLM: {_hint(name, everything)}")
+        elif target in settled and target != "generate_kwargs":
+            raise ValueError(f"{name!r} and {target!r} are the same argument: give one of them.")
+        else:
+            settled[target] = {**settled.get(target, {}), **value} if target in settled else value
+    if sampling:
+        settled["generate_kwargs"] = {**sampling, **(settled.get("generate_kwargs") or {})}
+    return settled
+
+
+def check_reuse(selector: Any, ratio: Any) -> None:
+    """Refuse a selector or ratio that there isn't.
+
+    Raises:
+        ValueError: says what there is.
+    """
+    try:
+        resolve(selector, ratio)
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+
+
+def check_generate_kwargs(given: Mapping[str, Any], more: Iterable[str] | None) -> None:
+    """Refuse names that no request takes.
+
+    Args:
+        given: settings of every request.
+        more: names that the chat template takes; None where they aren't known yet. Then only what is close to a known name,
+            and so is a typing error, is refused, and the request will say what else is wrong.
+
+    Raises:
+        ValueError: names the nearest there is.
+    """
+    for name in given:
+        if name in REQUEST_NAMES or name in (more or ()):
+            continue
+        if more is not None or difflib.get_close_matches(name, REQUEST_NAMES, n=1, cutoff=0.8):
+            raise ValueError(f"{name!r} in generate_kwargs is no setting of a request: {_hint(name, REQUEST_NAMES)}")
+
+
+def check_engine_kwargs(given: Mapping[str, Any]) -> None:
+    """Refuse names that `CacheTune.from_pretrained` doesn't take.
+
+    Raises:
+        ValueError: names the nearest there is.
+    """
+    own = set(inspect.signature(CacheTune.from_pretrained).parameters) - {"cls", "model", "store", "options"}
+    known = own | set(ENGINE_NAMES) | set(STORE_NAMES)
+    for name in given:
+        if name not in known:
+            raise ValueError(
+                f"{name!r} in engine_kwargs is no argument of CacheTune.from_pretrained: {_hint(name, known)}"
+            )
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sorted(known))}."

@@ -1,0 +1,96 @@
+"""Keeping the KV store in step with an index or docstore, by calling its own methods through."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from llama_index.core.schema import BaseNode
+
+from cachetune_rag.async_calls import call_in_thread
+from llama_index.llms.cachetune.deletions import Deletions, Freeing, of_update, update
+from llama_index.llms.cachetune.traces import TRACES
+
+
+class Followed(Freeing, Protocol):
+    """What follows: a `KVPrecompute`."""
+
+    def insert(self, nodes: Sequence[BaseNode]) -> object:
+        """Compute further nodes of documents."""
+
+
+def deletions() -> Deletions | None:
+    """Where a deletion here waits to be settled: in the update or ingestion run under way; None where it counts at once."""
+    return of_update() or TRACES.current().ingestion
+
+
+def follow(owner: Followed, target: Any) -> None:
+    """Have an index or a docstore tell `owner` of what it inserts, updates and deletes.
+
+    Raises:
+        TypeError: it deletes no documents.
+    """
+    makers: dict[str, Callable[..., Any]] = {
+        "delete_ref_doc": _after_deletion,
+        "delete_document": _after_deletion,
+        "delete_nodes": _after_deletion,
+        "insert_nodes": _after_insertion,
+        "update_ref_doc": _as_update,
+    }
+    if not any(hasattr(target, name) for name in ("delete_ref_doc", "delete_document")):
+        raise TypeError(f"{type(target).__name__} deletes no documents: give an index or a docstore.")
+    for name, make in makers.items():
+        for real in (name, f"a{name}"):
+            if hasattr(target, real):
+                setattr(target, real, make(owner, getattr(target, real), real.startswith("a")))
+
+
+def _after_deletion(owner: Followed, delete: Callable[..., Any], is_async: bool) -> Callable[..., Any]:
+    """By the id of a document, or of nodes: those that belong to no document have one of their own."""
+
+    def deleted(ids: str | Sequence[str]) -> None:
+        waiting = deletions()
+        for id in [ids] if isinstance(ids, str) else ids:
+            if waiting is None:
+                owner.delete_ref_doc(id)
+            else:
+                waiting.add(owner, id)
+
+    return _then(delete, deleted, is_async)
+
+
+def _after_insertion(owner: Followed, insert: Callable[..., Any], is_async: bool) -> Callable[..., Any]:
+    return _then(insert, lambda nodes: owner.insert(list(nodes)), is_async)
+
+
+def _then(call: Callable[..., Any], told: Callable[[Any], object], is_async: bool) -> Callable[..., Any]:
+    """`call`, and then `told` with its first argument."""
+
+    @functools.wraps(call)
+    def calling(first: Any, *args: Any, **kwargs: Any) -> Any:
+        result = call(first, *args, **kwargs)
+        told(first)
+        return result
+
+    @functools.wraps(call)
+    async def acalling(first: Any, *args: Any, **kwargs: Any) -> Any:
+        result = await call(first, *args, **kwargs)
+        await call_in_thread(told, first)
+        return result
+
+    return acalling if is_async else calling
+
+
+def _as_update(owner: Followed, call: Callable[..., Any], is_async: bool) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def updating(*args: Any, **kwargs: Any) -> Any:
+        with update():
+            return call(*args, **kwargs)
+
+    @functools.wraps(call)
+    async def aupdating(*args: Any, **kwargs: Any) -> Any:
+        with update():
+            return await call(*args, **kwargs)
+
+    return aupdating if is_async else updating

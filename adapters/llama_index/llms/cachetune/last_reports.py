@@ -1,0 +1,71 @@
+"""The last report, as whoever asks means it: of the own thread or task, and of what that has begun.
+
+Of requests that run side by side (`asyncio.gather`, threads), each sees its own; who waits for them sees the latest of theirs,
+also where a synchronous call of the framework runs an event loop inside.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from cachetune_rag import Report
+
+_DEEPEST = 16
+
+
+@dataclass(eq=False)
+class _Scope:
+    """A thread or task that made a request.
+
+    Attributes:
+        owner: names the thread and task.
+        around: the scope that it was begun in.
+        depth: how many are around it.
+        last: the model that was asked last in here, and the report.
+    """
+
+    owner: tuple[int, int]
+    around: _Scope | None
+    depth: int
+    last: tuple[weakref.ref[Any], Report] | None = None
+
+
+_SCOPE: ContextVar[_Scope | None] = ContextVar("_SCOPE", default=None)
+
+
+def tell(model: object, report: Report) -> None:
+    """A request to `model` has this report."""
+    scope: _Scope | None = _here()
+    while scope is not None:
+        scope.last = (weakref.ref(model), report)
+        scope = scope.around
+
+
+def last(model: object) -> Report | None:
+    """The latest report of this thread or task; None if the last request in here was to another model, or there was none."""
+    scope = _SCOPE.get()
+    told = None if scope is None else scope.last
+    return told[1] if told is not None and told[0]() is model else None
+
+
+def _here() -> _Scope:
+    scope, owner = _SCOPE.get(), _owner()
+    if scope is None or scope.owner != owner:
+        # Tasks that begin each other for ever would make an endless chain.
+        around = scope if scope is not None and scope.depth < _DEEPEST else None
+        scope = _Scope(owner, around, 0 if around is None else around.depth + 1)
+        _SCOPE.set(scope)
+    return scope
+
+
+def _owner() -> tuple[int, int]:
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:
+        task = None
+    return threading.get_ident(), 0 if task is None else id(task)

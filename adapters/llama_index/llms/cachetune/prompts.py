@@ -1,0 +1,114 @@
+"""A request's prompt, from what LlamaIndex hands over."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llama_index.core.base.llms.types import ChatMessage
+from llama_index.core.prompts import BasePromptTemplate
+
+from cachetune_rag import CacheTune, Chunk, Prompt, Text
+from cachetune_rag.prompt import Segment
+from llama_index.llms.cachetune.blocks import contents, engine_messages, plain_segments
+from llama_index.llms.cachetune.layouts import lay_out_completion, lay_out_messages
+from llama_index.llms.cachetune.shown import chunks_of, standing_in
+
+_TOOLS = re.compile(r"\btools\b")
+
+
+@dataclass(frozen=True)
+class PromptMaker:
+    """Lays out prompts for one engine.
+
+    Attributes:
+        engine: the engine.
+        learn: whether retrieved nodes that aren't stored become chunks all the same, to be stored.
+        system_prompt, query_wrapper: put around completions that aren't formatted yet.
+        messages_layout, completion_layout: functions of the user's that lay out prompts in the chat template's place.
+    """
+
+    engine: CacheTune
+    learn: bool = True
+    system_prompt: str | None = None
+    query_wrapper: BasePromptTemplate | None = None
+    messages_layout: Callable[[Sequence[ChatMessage]], str] | None = None
+    completion_layout: Callable[[str], str] | None = None
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether conversations have a layout."""
+        return self.messages_layout is not None or self._has_template
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the chat template shows tools to the model."""
+        return self.messages_layout is None and bool(_TOOLS.search(self._template))
+
+    @property
+    def template_names(self) -> frozenset[str]:
+        """Words of the chat template: the variables that it takes are among them."""
+        return frozenset(re.findall(r"[A-Za-z_]\w*", self._template)) if self._has_template else frozenset()
+
+    def completion(self, prompt: str, formatted: bool, nodes: Iterable[object]) -> Prompt:
+        """A completion's prompt.
+
+        Args:
+            prompt: its text.
+            formatted: it is complete as it is.
+            nodes: what was retrieved for it.
+        """
+        told = self._told([prompt], nodes)
+        if formatted:
+            return self.engine.prompt_from_text([Text(prompt)], retrieved=told)
+        wrapped = prompt if self.query_wrapper is None else self.query_wrapper.format(query_str=prompt)
+        if self.completion_layout is not None:
+            segments = lay_out_completion(self.engine, self.completion_layout, [Text(wrapped)])
+            return self.engine.prompt_from_text(segments, retrieved=told)
+        if self._has_template:
+            messages = [{"role": "user", "content": [Text(wrapped)]}]
+            if self.system_prompt:
+                messages.insert(0, {"role": "system", "content": [Text(self.system_prompt)]})
+            return self.engine.prompt_from_messages(messages, retrieved=told)
+        whole = f"{self.system_prompt}\n\n{wrapped}" if self.system_prompt else wrapped
+        return self.engine.prompt_from_text([Text(whole)], retrieved=told)
+
+    def conversation(
+        self, messages: Sequence[ChatMessage], nodes: Iterable[object], tools: Sequence[Any] | None = None
+    ) -> Prompt:
+        """A conversation's prompt; arguments as for `completion`, and the tools that the model is shown."""
+        parts = [contents(message) for message in messages]
+        told = self._told(["".join(segment.text for segment in part) for part in parts], nodes)
+        if self.messages_layout is not None:
+            segments = lay_out_messages(self.engine, self.messages_layout, messages, parts)
+            return self.engine.prompt_from_text(segments, retrieved=told)
+        if not self._has_template:
+            return self.engine.prompt_from_text(plain_segments(messages), retrieved=told)
+        more: dict[str, Any] = {"tools": tools} if tools else {}
+        return self.engine.prompt_from_messages(engine_messages(messages), retrieved=told, **more)
+
+    def text(self, segments: Sequence[Segment], nodes: Iterable[object]) -> Prompt:
+        """A formatted prompt whose chunks stand apart."""
+        told = self._told(["".join(segment.text for segment in segments)], nodes)
+        return self.engine.prompt_from_text(segments, retrieved=told)
+
+    def _told(self, texts: Sequence[str], nodes: Iterable[object]) -> list[str | Chunk]:
+        """What the engine is told was retrieved: of all nodes those that this prompt shows."""
+        chunks = standing_in(texts, chunks_of(nodes))
+        return [*chunks] if self.learn else [chunk.text for chunk in chunks]
+
+    @property
+    def _has_template(self) -> bool:
+        return bool(getattr(self.engine.tokenizer, "chat_template", None))
+
+    @property
+    def _template(self) -> str:
+        """The chat template that conversations with tools get."""
+        if not self._has_template:
+            return ""
+        try:
+            return str(self.engine.tokenizer.get_chat_template(None, tools=[{}]))
+        except ValueError:  # several named ones, and none is the default: the engine says so when it is used
+            return ""

@@ -1,0 +1,122 @@
+"""Nodes as prompts show them: a header of metadata, which is plain text, and the body, which is the chunk.
+
+The header differs from prompt to prompt: a citation engine, an evaluator or an agent's tool shows none, and a transformation may
+add to it after the KV was computed. The body is the same everywhere, so the body is what is stored.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore
+
+from cachetune_rag import Chunk, PromptError, Text
+from cachetune_rag.prompt import Segment
+
+_WORDS = re.compile(r"\w+")
+_RUN, _SAMPLES = 6, 12
+_WRAPPED = 0.75
+"""Share of a text that other chunks are from which on it is these in a wrapping."""
+
+
+def document_of(node: BaseNode) -> str:
+    """The id of the document that a node's KV belongs to: its source document's, or the node's own where it has none."""
+    return node.ref_doc_id or node.node_id
+
+
+def body(node: BaseNode) -> str:
+    """A node's text without its header, and without the white space around it, which most prompts strip."""
+    return node.get_content(metadata_mode=MetadataMode.NONE).strip()
+
+
+def with_body_apart(text: str, node: BaseNode | None) -> list[Segment]:
+    """A node's text as a prompt shows it, with its body as a chunk of its document.
+
+    Args:
+        text: what the prompt shows of the node.
+        node: the node; None if it isn't known: then all is plain text, in which stored chunks are found, for what is stored
+            has to belong to a document.
+    """
+    if node is None:
+        return [Text(text)]
+    shown = body(node)
+    start = text.rfind(shown) if shown else -1
+    if start < 0:  # a node that shows its text otherwise, or another one
+        shown = text.strip()
+        start = text.find(shown)
+    if not shown:
+        return [Text(text)]
+    before, after = text[:start], text[start + len(shown) :]
+    parts: list[Segment] = [Text(before), Chunk(shown, document_of(node)), Text(after)]
+    return [part for part in parts if part.text]
+
+
+def chunks_of(retrieved: Iterable[object]) -> list[Chunk]:
+    """The bodies of nodes as chunks of their documents, each once; a str is a chunk of no document.
+
+    Raises:
+        PromptError: an item is neither.
+    """
+    chunks: dict[str, Chunk] = {}
+    for item in retrieved:
+        node = item.node if isinstance(item, NodeWithScore) else item
+        if isinstance(node, Chunk):
+            chunk = node
+        elif isinstance(node, BaseNode):
+            chunk = Chunk(body(node), document_of(node))
+        elif isinstance(node, str):
+            chunk = Chunk(node.strip())
+        else:
+            raise PromptError(f"retrieved holds {item!r:.80}, a {type(item).__name__}: use nodes, or strings.")
+        if chunk.text:
+            chunks.setdefault(chunk.text, chunk)
+    return list(chunks.values())
+
+
+def standing_in(texts: Sequence[str], chunks: Iterable[Chunk]) -> list[Chunk]:
+    """Those of the chunks that a prompt of these texts shows, as they are or altered (quoted, escaped, cut).
+
+    What was retrieved and isn't shown here (the nodes of another step of a refinement, say) can't be found here.
+    """
+    whole = "\n".join(texts)
+    words: str | None = None
+    shown = []
+    for chunk in chunks:
+        if chunk.text in whole:
+            shown.append(chunk)
+            continue
+        if words is None:
+            words = _plain(whole)
+        if _echoes(chunk.text, words):
+            shown.append(chunk)
+    return _once(shown)
+
+
+def _once(chunks: Sequence[Chunk]) -> list[Chunk]:
+    """The chunks without those that say the same again.
+
+    A framework may wrap a node's text ("Source 1: ...") or show what surrounds it. What consists of other chunks for the most part
+    gives way to these: they are the texts that are shown elsewhere as well. Of the rest, what stands within another is part of it.
+    """
+    whole = [chunk for chunk in chunks if _covered(chunk, chunks) < _WRAPPED * len(chunk.text)]
+    return [chunk for chunk in whole if not any(chunk is not other and chunk.text in other.text for other in whole)]
+
+
+def _covered(chunk: Chunk, others: Iterable[Chunk]) -> int:
+    """Characters of a chunk that are those of others within it."""
+    return sum(len(other.text) for other in others if other is not chunk and other.text in chunk.text)
+
+
+def _echoes(text: str, words: str) -> bool:
+    """Whether at least a quarter of some runs of words of a text occur among `words`."""
+    own = _plain(text).split()
+    if len(own) < _RUN:
+        return False
+    places = sorted({i * (len(own) - _RUN) // (_SAMPLES - 1) for i in range(_SAMPLES)})
+    found = sum(f" {' '.join(own[place : place + _RUN])} " in words for place in places)
+    return 4 * found >= len(places)
+
+
+def _plain(text: str) -> str:
+    return f" {' '.join(_WORDS.findall(text.lower()))} "

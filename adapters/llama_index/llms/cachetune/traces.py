@@ -1,0 +1,175 @@
+"""What LlamaIndex's own signals say about a request: which nodes were retrieved for it, and whose response it belongs to.
+
+The framework opens a span around each call of a query engine, retriever, postprocessor, synthesizer, agent and LLM, and hands the
+current span on through context variables, over tasks and threads. `Traces` listens at the root dispatcher: nodes that a span
+returns, or a synthesizer is given, belong to the spans around it, and so do the reports of its requests. A request sees what belongs to its own spans and
+nothing of other requests; with the outermost span all of it is gone.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from llama_index.core.base.response.schema import (
+    AsyncStreamingResponse,
+    PydanticResponse,
+    Response,
+    StreamingResponse,
+)
+from llama_index.core.bridge.pydantic import PrivateAttr
+from llama_index.core.chat_engine.types import AgentChatResponse
+from llama_index.core.ingestion import IngestionPipeline
+from llama_index.core.instrumentation.span import BaseSpan
+from llama_index.core.instrumentation.span_handlers import BaseSpanHandler
+from llama_index.core.response_synthesizers.base import BaseSynthesizer
+from llama_index.core.schema import NodeWithScore
+from llama_index_instrumentation import root_dispatcher
+from llama_index_instrumentation.span import active_span_id
+
+from cachetune_rag import Chunk
+from llama_index.llms.cachetune.deletions import Deletions
+from llama_index.llms.cachetune.shown import chunks_of
+
+REPORTS = "cachetune_reports"
+"""Where a response's `metadata` has the reports of all requests that were made for it, in order."""
+
+_RESPONSES = (Response, StreamingResponse, AsyncStreamingResponse, PydanticResponse, AgentChatResponse)
+
+
+@dataclass(eq=False)
+class Trace:
+    """One open span.
+
+    Attributes:
+        parent: the span around it.
+        retrieved: the bodies of nodes that spans within it returned or were given to show, by text.
+        reports: reports of the requests within it; a list that grows as streams end.
+        requests: how many requests were begun within it.
+        deletions: what was deleted within it, in the span that is the run of an ingestion pipeline.
+    """
+
+    parent: Trace | None = None
+    retrieved: dict[str, Chunk] = field(default_factory=dict)
+    reports: list[dict[str, Any]] = field(default_factory=list)
+    requests: int = 0
+    deletions: Deletions | None = None
+
+    def around(self) -> Iterator[Trace]:
+        """This span and those around it, the innermost first."""
+        span: Trace | None = self
+        while span is not None:
+            yield span
+            span = span.parent
+
+    @property
+    def chunks(self) -> list[Chunk]:
+        """What was retrieved within the outermost span so far: what the prompt of a request in here may show."""
+        *_, outermost = self.around()
+        return list(outermost.retrieved.values())
+
+    def holds(self, nodes: object) -> None:
+        """Nodes were retrieved, or are going to be shown. Their texts are taken now: the framework changes nodes in place."""
+        if isinstance(nodes, Sequence) and not isinstance(nodes, str):
+            found = chunks_of(item for item in nodes if isinstance(item, NodeWithScore))
+            for span in self.around():
+                for chunk in found:
+                    span.retrieved.setdefault(chunk.text, chunk)
+
+    @property
+    def ingestion(self) -> Deletions | None:
+        """What the ingestion run around this span has deleted; None where there is none."""
+        return next((span.deletions for span in self.around() if span.deletions is not None), None)
+
+    def begun(self) -> None:
+        """A request begins."""
+        for span in self.around():
+            span.requests += 1
+
+    def add(self, report: dict[str, Any]) -> None:
+        """A request has ended, possibly after the span has."""
+        for span in self.around():
+            span.reports.append(report)
+
+
+class Traces(BaseSpanHandler[BaseSpan]):
+    """The open spans of this process. One instance, `TRACES`, serves all models."""
+
+    _open: dict[str, Trace] = PrivateAttr(default_factory=dict)
+    _guard: Any = PrivateAttr(default_factory=threading.Lock)
+
+    def install(self) -> None:
+        """Listen at the root dispatcher; a program that has replaced its handlers gets this one again."""
+        root = root_dispatcher
+        with self._guard:
+            if not any(handler is self for handler in root.span_handlers):
+                root.add_span_handler(self)
+
+    def current(self) -> Trace:
+        """The span that runs here; one of its own where none does."""
+        return self._open.get(active_span_id.get() or "") or Trace()
+
+    # -- what the dispatcher calls: a handler that fails is passed over, so nothing here may ----------------------
+
+    def span_enter(
+        self,
+        id_: str,
+        bound_args: inspect.BoundArguments,
+        instance: Any | None = None,
+        parent_id: str | None = None,
+        tags: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """A span begins."""
+        trace = Trace(self._open.get(parent_id or ""))
+        if isinstance(instance, BaseSynthesizer):
+            trace.holds(bound_args.arguments.get("nodes"))
+        if isinstance(instance, IngestionPipeline):
+            trace.deletions = Deletions()
+        self._open[id_] = trace
+
+    def span_exit(
+        self,
+        id_: str,
+        bound_args: inspect.BoundArguments,
+        instance: Any | None = None,
+        result: Any | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """A span has returned `result`."""
+        trace = self._open.pop(id_, None)
+        if trace is None:
+            return
+        if trace.deletions is not None:
+            trace.deletions.settle(result or ())
+        trace.holds(result)
+        if trace.requests and isinstance(result, _RESPONSES):
+            result.metadata = {**(result.metadata or {}), REPORTS: trace.reports}
+
+    def span_drop(
+        self,
+        id_: str,
+        bound_args: inspect.BoundArguments,
+        instance: Any | None = None,
+        err: BaseException | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """A span has raised an exception."""
+        trace = self._open.pop(id_, None)
+        if trace is not None and trace.deletions is not None:
+            trace.deletions.settle()
+
+    def new_span(self, *args: Any, **kwargs: Any) -> None:
+        """Not used: spans are kept by `span_enter`."""
+
+    def prepare_to_exit_span(self, *args: Any, **kwargs: Any) -> None:
+        """Not used: spans are kept by `span_enter`."""
+
+    def prepare_to_drop_span(self, *args: Any, **kwargs: Any) -> None:
+        """Not used: spans are kept by `span_enter`."""
+
+
+TRACES = Traces()
