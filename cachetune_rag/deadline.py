@@ -29,6 +29,19 @@ def call_directly(work: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs
     return work(*args, **kwargs)
 
 
+def check_timeout(seconds: float | None) -> None:
+    """Refuse a `read_timeout` that can't be waited for.
+
+    Raises:
+        ConfigError: it is neither None nor a number of seconds above 0.
+    """
+    if seconds is None:
+        return
+    fits = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    if not fits or not 0 < seconds <= threading.TIMEOUT_MAX:
+        raise ConfigError(f"read_timeout is {seconds!r}: use seconds above 0, or None to wait for ever.")
+
+
 class StoreTimeoutError(StoreError):
     """The store's disk took longer than `read_timeout`, or hasn't come back from a call that did."""
 
@@ -44,8 +57,7 @@ class DeadlinePool:
     """
 
     def __init__(self, seconds: float | None):
-        if seconds is not None and not (isinstance(seconds, int | float) and seconds > 0):
-            raise ConfigError(f"read_timeout is {seconds!r}: use seconds above 0, or None to wait for ever.")
+        check_timeout(seconds)
         self.seconds = seconds
         self._readers = Workers(_READERS, "cachetune-read")
         self._callers = Workers(_CALLERS, "cachetune-store")

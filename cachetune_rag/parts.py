@@ -13,7 +13,7 @@ import torch
 
 from cachetune_rag.assembly import Assembler
 from cachetune_rag.calibration import SavedCalibrations
-from cachetune_rag.deadline import DeadlinePool, StoreTimeoutError
+from cachetune_rag.deadline import DeadlinePool, StoreTimeoutError, check_timeout
 from cachetune_rag.errors import EngineClosedError
 from cachetune_rag.fidelity import FidelitySampler
 from cachetune_rag.figures import StoreFigures
@@ -81,6 +81,7 @@ class EngineParts:
         )
         self._owns_store = not isinstance(store, ChunkStore)
         path = store.path if isinstance(store, ChunkStore) else store
+        check_timeout(read_timeout)  # of a store in memory too, which waits for no disk
         self._pool = DeadlinePool(None if path is None else read_timeout)
         self.store = open_store(store, self.adapter.device, store_options)
         self._prefetcher = Prefetcher(self.store)

@@ -252,6 +252,11 @@ class Precomputer:
         since = time.monotonic()
         while left:
             with self._store.claim(left) as claim:
+                if claim.own:
+                    raise ConfigError(
+                        f"precompute() was called for {len(claim.own)} chunks that the same thread is just computing, from the "
+                        "progress callback or the documents of that call: it would wait for itself. Call it when the other has returned."
+                    )
                 # Somebody may have stored one between the look and the claim.
                 if new := self._missing(left[key] for key in left if key in claim.keys):
                     yield new

@@ -10,9 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
-import stat
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any
 
 from cachetune_rag.deadline import Call, StoreTimeoutError, call_directly
 from cachetune_store.files import TempFiles, explain, make_directory, write_small
+from cachetune_store.plainfiles import read_plain
 
 FORMAT = "cachetune-profile"
 VERSION = 1
@@ -99,7 +98,7 @@ class Profiles:
             return None
         path = self._store / "profiles" / name
         try:
-            record = json.loads(_bytes(path), parse_constant=_refuse)
+            record = json.loads(read_plain(path, MAX_BYTES), parse_constant=_refuse)
             if not isinstance(record, dict) or record.get("format") != FORMAT:
                 raise ValueError("it is no profile")
             if record.get("version") != VERSION:
@@ -122,18 +121,6 @@ def _name(kind: str, key: Mapping[str, str]) -> str:
         raise ValueError(f"a profile's key has {wrong[0]!r}; use strings")
     digest = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()
     return f"{kind}-{digest[:32]}.json"
-
-
-def _bytes(path: Path) -> bytes:
-    """The content of a plain file of bounded length. A link is not followed, and nothing that blocks is waited for."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise ValueError("it is no plain file")
-        data = file.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
-        raise ValueError(f"it is longer than {MAX_BYTES} bytes")
-    return data
 
 
 def _refuse(name: str) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 
@@ -36,7 +35,7 @@ def open_store(
                 "and set host_budget, or load the model on a GPU."
             )
         given: StoreOptions = {"device": device, **options}
-        return ChunkStore(None if store is None else Path(store), **given)
+        return ChunkStore(store, **given)
     except ValueError as error:
         raise ConfigError(f"{error}.") from error
 

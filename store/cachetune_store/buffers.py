@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import threading
 import weakref
 from collections import deque
@@ -58,6 +59,7 @@ class SlabPool:
         self._returned: deque[mmap.mmap] = deque()
         # Reentrant, because memory may come back while the collector runs inside a method of this pool.
         self._lock = threading.RLock()
+        self._process = os.getpid()
 
     def allocate(self, count: int) -> Tensor:
         """A uint8 tensor of `count` bytes that begins on a page; contents are arbitrary."""
@@ -109,7 +111,9 @@ class SlabPool:
     def _give_back(self, area: mmap.mmap) -> None:
         # May run anywhere, in the collector. So page-locked memory only lines up here: freeing it means waiting for the
         # GPU, which is done when somebody next asks for memory. Without the lock: who holds it may be waiting for a capture to
-        # end, which this may be in the midst of.
+        # end, which this may be in the midst of. In a process forked off since, a thread that is not there may hold it for ever.
+        if self._process != os.getpid():
+            return
         self._returned.append(area)
         if not self.pinned or not self._limit:
             with self._lock:

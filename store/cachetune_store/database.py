@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,11 @@ class Database(diskcache.Cache):
         mine = self._connections.mine
         assert mine is not None, "the database is used outside of lent()"
         return mine
+
+    @property
+    def _sql_retry(self) -> Callable[..., sqlite3.Cursor]:
+        # Without diskcache's own minute of retries: who waits for a lock, and for how long, is told by the index.
+        return self._con.execute
 
     def lent(self) -> AbstractContextManager[sqlite3.Connection]:
         """A connection for this thread, which all calls inside use."""

@@ -158,7 +158,8 @@ class DiskIndex(Index):
             self._make_plain()
         except OSError as error:
             raise explain(error, self._directory) from error
-        with self._translated():
+
+        def connected() -> Database:
             try:
                 return Database(self._directory)
             except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
@@ -167,6 +168,8 @@ class DiskIndex(Index):
                 ) from error
             except OSError as error:
                 raise explain(error, self._directory) from error
+
+        return self._patiently(connected)
 
     def _make_plain(self) -> None:
         """Make the directory and the database's file where they are missing; nothing else may stand in their places."""

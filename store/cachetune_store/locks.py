@@ -137,14 +137,14 @@ class Wait:
             pids = _holders(self._path)
             stopped = [pid for pid in pids if _state(pid) in ("T", "t")]
             who = _named(pids, stopped)
+            if now >= self._tell:
+                _log.warning("waiting for the lock %s, which is held by %s", self._path, who)
+                self._tell = now + _TELL_AGAIN
             if waited > (_STOPPED if stopped else _AT_WORK if pids else _UNKNOWN):
                 what = f"continue it (kill -CONT {stopped[0]}) or end it" if stopped else "wait for it or end it"
                 raise StoreLockedError(
                     f"the lock {self._path} has been held for {waited:.0f} s by {who}: {what}, and try again"
                 )
-            if now >= self._tell:
-                _log.warning("waiting for the lock %s, which is held by %s", self._path, who)
-                self._tell = now + _TELL_AGAIN
             self._look = now + _SOON
         time.sleep(self._nap)
         self._nap = min(2 * self._nap, self._longest_nap)

@@ -13,7 +13,7 @@ __all__ = ["store_path"]
 _VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
 
 
-def store_path(given: str | os.PathLike[str]) -> Path:
+def store_path(given: object) -> Path:
     """The absolute path that `given` names: with ~ and $VARIABLES filled in, as a shell would, and from the current directory.
 
     All files of a store are named from it, so it stays the same store whatever the current directory or the environment become.
@@ -21,6 +21,8 @@ def store_path(given: str | os.PathLike[str]) -> Path:
     Raises:
         StorePathError: it names a home directory or a variable that there isn't, or is empty.
     """
+    if not isinstance(given, str | os.PathLike):
+        raise StorePathError(f"store path is {given!r:.80}, a {type(given).__name__}; use a string or a path, or None")
     text = os.fsdecode(given)
     if not text or "\0" in text:
         raise StorePathError(

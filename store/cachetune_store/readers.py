@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -50,6 +51,12 @@ class ChunkReader(ABC):
         # One slot a layer, so that threads on different layers don't share a counter.
         self._bytes = [0] * len(head.layout.layers)
         self._closed = False
+        self._process = os.getpid()
+
+    @property
+    def forked(self) -> bool:
+        """Whether it was opened before this process was forked off. What it holds, and the locks around it, are the parent's then."""
+        return self._process != os.getpid()
 
     @property
     def key(self) -> ChunkKey:
@@ -132,7 +139,7 @@ class ChunkReader(ABC):
         if not self._closed:
             self._closed = True
             self.pin = None
-            if self.on_close is not None:
+            if self.on_close is not None and not self.forked:
                 self.on_close(self)
 
     def __enter__(self) -> Self:
@@ -287,6 +294,9 @@ class DiskReader(ChunkReader):
     def close(self) -> None:
         """Release the chunk; if all of it was read, the host tier gets it."""
         if self._closed:
+            return
+        if self.forked:
+            super().close()
             return
         try:
             if self.complete and not self._promoted:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import torch
 from torch import Tensor
 
+from .arguments import check_key, check_keys, check_text
 from .buffers import SlabPool
 from .chunk import Chunk, encode_chunk
 from .claims import Claim, Claims, FileClaims, MemoryClaims
@@ -71,7 +71,7 @@ class ChunkStore:
 
     def __init__(
         self,
-        path: str | Path | None,
+        path: str | os.PathLike[str] | None,
         *,
         codec: str = "exact",
         host_budget: int | str = "4GiB",
@@ -213,16 +213,19 @@ class ChunkStore:
         `errors` gets a DamagedChunkError or StorePathError then.
         """
         self._check_open()
+        check_key(key)
         return self._placement.open(key, [] if errors is None else errors)
 
     def open_in_memory(self, key: ChunkKey) -> ChunkReader | None:
         """As open(), but only if the chunk is in host memory; the disk is not touched."""
         self._check_open()
+        check_key(key)
         return self._placement.open_in_memory(key)
 
     def contains(self, key: ChunkKey) -> bool:
         """Whether the chunk is stored; nothing is read or checked."""
         self._check_open()
+        check_key(key)
         return self._placement.contains(key)
 
     @property
@@ -250,6 +253,7 @@ class ChunkStore:
         A use of it, but neither hit nor miss.
         """
         self._check_open()
+        check_key(key)
         return self._placement.touch_memory(key)
 
     def whole(self, key: ChunkKey) -> Chunk | None:
@@ -261,6 +265,7 @@ class ChunkStore:
             DamagedChunkError: the file fails a check.
         """
         self._check_open()
+        check_key(key)
         return self._placement.whole(key)
 
     def discard(self, key: ChunkKey) -> bool:
@@ -269,6 +274,7 @@ class ChunkStore:
         Whether that was so. The next open() is then a miss.
         """
         self._check_open()
+        check_key(key)
         return self._placement.discard(key)
 
     def claim(self, keys: Iterable[ChunkKey]) -> Claim:
@@ -278,7 +284,8 @@ class ChunkStore:
         chunks are stored. A claim ends with its process, and keeps nobody from storing anything.
         """
         self._check_open()
-        return self._repair.healed(lambda: self._claims.claim(keys))
+        wanted = check_keys(keys)
+        return self._repair.healed(lambda: self._claims.claim(wanted))
 
     def set_document(self, doc_id: str, keys: Sequence[ChunkKey], *, tenant: str = "") -> None:
         """Say which chunks a document holds, in order; replaces what it held.
@@ -286,7 +293,10 @@ class ChunkStore:
         Chunks it no longer holds, nor any other document, are deleted. Ids are any strings, apart for each tenant.
         """
         self._check_writable()
-        self._repair.healed(lambda: self._documents.put(tenant, doc_id, keys, self._free))
+        check_text(doc_id, "document id")
+        check_text(tenant, "tenant")
+        held = check_keys(keys)
+        self._repair.healed(lambda: self._documents.put(tenant, doc_id, held, self._free))
 
     def extend_document(self, document_id: str, keys: Sequence[ChunkKey], *, tenant: str = "") -> None:
         """Say that a document holds these chunks as well, behind those it holds; it is made if there is none of that id.
@@ -295,7 +305,10 @@ class ChunkStore:
         in parts: one whose chunks are ingested in several runs, or stored when a request missed them.
         """
         self._check_writable()
-        self._repair.healed(lambda: self._documents.extend(tenant, document_id, keys, self._free))
+        check_text(document_id, "document id")
+        check_text(tenant, "tenant")
+        held = check_keys(keys)
+        self._repair.healed(lambda: self._documents.extend(tenant, document_id, held, self._free))
 
     def delete_document(self, doc_id: str, *, tenant: str = "") -> int:
         """Forget a document and delete the chunks that no other document holds; bytes freed.
@@ -304,11 +317,14 @@ class ChunkStore:
             UnknownDocumentError: there is no such document.
         """
         self._check_writable()
+        check_text(doc_id, "document id")
+        check_text(tenant, "tenant")
         return self._repair.healed(lambda: self._documents.delete(tenant, doc_id, self._free))
 
     def documents(self, *, tenant: str = "") -> list[DocumentInfo]:
         """The tenant's documents, by id."""
         self._check_open()
+        check_text(tenant, "tenant")
         found = []
         for doc_id, keys in self._repair.healed(lambda: list(self._documents.of(tenant))):
             sizes = [size for size in map(self._placement.size_of, dict.fromkeys(keys)) if size]
@@ -340,6 +356,7 @@ class ChunkStore:
         It is read anew each time, so it tells what any process has written. One that is too long comes back cut.
         """
         self._check_open()
+        check_text(tenant, "tenant")
         return self._repair.healed(lambda: self._notes.get(tenant, name))
 
     def settle_note(self, name: str, content: bytes, *, tenant: str = "") -> bytes:
@@ -350,11 +367,13 @@ class ChunkStore:
             StoreFullError, StorePathError: it can't be written.
         """
         self._check_writable()
+        check_text(tenant, "tenant")
         return self._repair.healed(lambda: self._notes.settle(tenant, name, content))
 
     def discard_note(self, name: str, content: bytes, *, tenant: str = "") -> bool:
         """Set aside a note that turned out damaged, if it still reads `content`; whether that was so."""
         self._check_writable()
+        check_text(tenant, "tenant")
         return self._repair.healed(lambda: self._notes.set_aside(tenant, name, content))
 
     def revision(self) -> int:
@@ -399,6 +418,7 @@ class ChunkStore:
     def delete_tenant(self, tenant: str) -> int:
         """Delete all that is a tenant's: documents, notes, and chunks whether a document holds them or not. Bytes freed."""
         self._check_writable()
+        check_text(tenant, "tenant")
         freed = sum(self.delete_document(info.id, tenant=tenant) for info in self.documents(tenant=tenant))
         self._repair.healed(lambda: self._notes.delete_all(tenant))
         return freed + self.prune(lambda head: head.namespace.tenant != tenant).bytes

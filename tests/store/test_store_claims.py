@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from store_samples import sample
 
-from cachetune_store import ChunkStore
+from cachetune_store import ChunkKey, ChunkStore
 
 SPAWN = multiprocessing.get_context("spawn")
 KEYS = [sample(seed).key for seed in range(4)]
@@ -47,6 +47,23 @@ def test_a_claim_ends_when_it_is_closed_or_forgotten(store: ChunkStore) -> None:
     del forgotten
     with store.claim(KEYS) as again:
         assert again.keys == set(KEYS)
+
+
+def test_a_claim_tells_what_its_own_thread_holds_already(store: ChunkStore) -> None:
+    with store.claim(KEYS[:2]) as one:
+        assert one.own == frozenset()
+        with store.claim(KEYS[1:3]) as two:
+            assert two.own == {KEYS[1]}
+        found: list[frozenset[ChunkKey]] = []
+        thread = threading.Thread(target=lambda: found.append(store.claim(KEYS[:2]).own))
+        thread.start()
+        thread.join()
+        assert found == [frozenset()]
+    with store.claim(KEYS) as again:
+        assert again.own == frozenset()
+        one.close()
+    with store.claim(KEYS) as last:
+        assert (last.keys, last.own) == (frozenset(KEYS), frozenset())
 
 
 def test_threads_share_no_key(store: ChunkStore) -> None:

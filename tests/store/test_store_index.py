@@ -352,3 +352,38 @@ def test_an_interrupted_transaction_keeps_nobody_out(path: Path, monkeypatch: py
         store._index.set("a", 3)
         assert (other._index.get("a"), store._index.get("b")) == (3, 2)
         check_whole(store)
+
+
+def test_what_stands_before_a_name_is_not_walked(tmp_path: Path) -> None:
+    """Documents come behind all chunks in the order of names, and there may be many."""
+    index = DiskIndex(tmp_path / "index")
+    with index.transaction():
+        for number in range(3000):
+            index.set(f"chunk/{number:064}", {"size": 1, "used": 0, "tokens": 1})
+        index.set("doc/a/b", {"id": "", "tenant": "", "chunks": []})
+    steps = 0
+
+    def step() -> int:
+        nonlocal steps
+        steps += 1
+        return 0
+
+    with index._database.lent() as connection:
+        connection.set_progress_handler(step, 10)
+        assert list(index.names("doc/")) == ["doc/a/b"]
+        assert index.count("doc/") == 1
+        assert steps < 20, "SQLite's own instructions, in tens"
+        assert index.count("chunk/") == len(list(index.names("chunk/"))) == 3000
+        connection.set_progress_handler(None, 0)
+    assert list(index.names("")) == [*index.names("chunk/"), "doc/a/b"]
+    index.close()
+
+
+def test_counting_what_is_stored_reads_a_few_records(path: Path) -> None:
+    with ChunkStore(path) as store:
+        statements: list[str] = []
+        with store._index._database.lent() as connection:
+            connection.set_trace_callback(statements.append)
+            store.stats()
+            connection.set_trace_callback(None)
+        assert len(statements) < 10

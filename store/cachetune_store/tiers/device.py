@@ -189,7 +189,7 @@ class DeviceReader(ChunkReader):
 
     def close(self) -> None:
         """Release the chunk; its memory is reused behind what the current stream was given so far."""
-        if not self._closed and self._stream is not None:
+        if not self._closed and self._stream is not None and not self.forked:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
         self._layers = ()
         super().close()
@@ -197,6 +197,6 @@ class DeviceReader(ChunkReader):
     def __del__(self) -> None:
         # Forgotten: nobody knows which streams read the rows.
         with contextlib.suppress(Exception):
-            if not self._closed and self._stream is not None:
+            if not self._closed and self._stream is not None and not self.forked:
                 pinning.wait_for_copies(self.device)
         super().__del__()

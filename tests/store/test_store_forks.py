@@ -1,0 +1,206 @@
+"""A store that was open when its process was forked: refused in the child at once, whole in the parent, opened anew in both."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import sqlite3
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from store_samples import sample
+
+from cachetune_store import ChunkStore, StoreForkedError, connections
+from cachetune_store.connections import Connections
+
+KEY = sample(0).key
+
+
+def in_child(work: Callable[[], None]) -> None:
+    """Run `work` in a forked process; an error there, or 30 seconds, is an error here."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(30)
+            work()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+@pytest.fixture(params=["disk", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> ChunkStore:
+    with ChunkStore(tmp_path / "store" if request.param == "disk" else None) as opened:
+        sample(0).put(opened, text="text")
+        opened.set_document("d", [KEY])
+        yield opened
+
+
+def test_every_use_is_refused_in_the_child(store: ChunkStore) -> None:
+    def use() -> None:
+        for action in (
+            lambda: store.open(KEY),
+            lambda: store.contains(KEY),
+            lambda: sample(1).put(store),
+            lambda: store.set_document("e", [KEY]),
+            lambda: store.claim([KEY]),
+            lambda: list(store.texts()),
+            store.documents,
+            store.stats,
+            store.verify,
+        ):
+            with pytest.raises(StoreForkedError, match=r"post_fork.*spawn"):
+                action()
+
+    in_child(use)
+    assert [info.id for info in store.documents()] == ["d"]
+
+
+def test_the_child_releases_nothing_of_the_parents(store: ChunkStore) -> None:
+    reader = store.open(KEY)
+    claim = store.claim([KEY])
+
+    def leave() -> None:
+        nonlocal reader, claim
+        claim.close()
+        reader.close()  # type: ignore[union-attr]
+        store.close()
+        store.close()
+        reader = claim = None  # type: ignore[assignment]
+        gc.collect()
+
+    in_child(leave)
+    with store.claim([KEY]) as other:
+        assert other.keys == frozenset()
+    assert sample(0).matches(reader)  # type: ignore[arg-type]
+    reader.close()  # type: ignore[union-attr]
+    claim.close()
+    sample(2).put(store)
+    assert store.verify().ok
+
+
+def test_the_child_waits_for_no_thread_that_is_not_there(store: ChunkStore) -> None:
+    """Locks that other threads hold at the moment of the fork stay locked in the child."""
+    reader, claim = store.open(KEY), store.claim([KEY])
+    inside, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with store._placement._lock, store._pool._lock, store._placement.host._lock, store._index.transaction():
+            inside.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert inside.wait(60)
+
+    def close() -> None:
+        reader.close()  # type: ignore[union-attr]
+        claim.close()
+        store.close()
+
+    previous, connections._FORK_SECONDS = connections._FORK_SECONDS, 0.1
+    try:
+        in_child(close)
+    finally:
+        connections._FORK_SECONDS = previous
+        leave.set()
+        thread.join()
+    sample(3).put(store)
+    assert store.verify().ok
+    reader.close()  # type: ignore[union-attr]
+    claim.close()
+
+
+def test_parent_and_child_each_open_the_folder(tmp_path: Path) -> None:
+    with ChunkStore(tmp_path) as store:
+        sample(0).put(store)
+
+        def work() -> None:
+            with ChunkStore(tmp_path) as own:
+                sample(1).put(own, text="from the child")
+                own.set_document("child", [sample(1).key])
+
+        for _ in range(2):
+            in_child(work)
+            sample(2).put(store)
+        assert [info.id for info in store.documents()] == ["child"]
+        assert store.verify().ok
+        assert store.stats().disk.chunks == 3  # type: ignore[union-attr]
+
+
+def test_a_child_keeps_no_lock_of_the_parents(tmp_path: Path) -> None:
+    """The child lives on when the parent is done: its claims are free then, and its mark is no dead writer's."""
+    ready, done = os.pipe(), os.pipe()
+    with ChunkStore(tmp_path) as store:
+        sample(0).put(store)
+        claim = store.claim([KEY])
+        pid = os.fork()
+        if pid == 0:
+            os.write(ready[1], b"x")
+            os.read(done[0], 1)
+            os._exit(0)
+        os.read(ready[0], 1)
+        claim.close()
+        with store.claim([KEY]) as again:
+            assert again.keys == {KEY}
+    os.write(done[1], b"x")
+    os.waitpid(pid, 0)
+    for end in (*ready, *done):
+        os.close(end)
+
+
+def test_no_connection_is_inherited(tmp_path: Path) -> None:
+    open_ones: list[sqlite3.Connection] = []
+
+    def connect(file: Path) -> sqlite3.Connection:
+        open_ones.append(sqlite3.connect(file, check_same_thread=False))
+        return open_ones[-1]
+
+    lines = Connections(tmp_path / "db", connect)
+    with lines.lent() as connection:
+        connection.execute("CREATE TABLE t (a)")
+        with lines.lent() as same:
+            assert same is connection
+
+    def look() -> None:
+        with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+            open_ones[0].execute("SELECT 1")
+
+    in_child(look)
+    with lines.lent() as connection:
+        assert connection.execute("SELECT COUNT(*) FROM t").fetchall() == [(0,)]
+    lines.close()
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        open_ones[-1].execute("SELECT 1")
+
+
+def test_threads_leave_no_connection_behind(tmp_path: Path) -> None:
+    def files() -> int:
+        return sum("cache.db" in str(fd.readlink()) for fd in Path("/proc/self/fd").iterdir() if fd.exists())
+
+    gc.collect()
+    before = files()
+    gc.disable()
+    try:
+        store = ChunkStore(tmp_path)
+        sample(0).put(store, text="text")
+        threads = [threading.Thread(target=lambda: list(store.texts())) for _ in range(8)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        store.close()
+        assert files() == before
+        # SQLite would have to wait for those that are left, on an index that must be made anew.
+        (tmp_path / "index" / "cache.db").write_bytes(b"")
+        with ChunkStore(tmp_path) as again:
+            assert [text for _, text, _ in again.texts()] == ["text"]
+    finally:
+        gc.enable()

@@ -1,0 +1,175 @@
+"""Where a store lies: one folder, settled when it is opened; and one that may only be read."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from store_samples import file_of, sample
+
+from cachetune_store import ChunkStore, StoreError, StorePathError, StoreReadOnlyError, directory
+from cachetune_store.locks import OwnDescriptor
+
+KEY = sample(0).key
+
+
+@pytest.mark.parametrize("given", ["~/kv", "$PLACE/kv", "${PLACE}/kv", "~/../home/$NAME"])
+def test_a_path_with_home_and_variables_names_one_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    home, here, there = tmp_path / "home", tmp_path / "here", tmp_path / "there"
+    for folder in (home, here, there):
+        folder.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("PLACE", str(home))
+    monkeypatch.setenv("NAME", "kv")
+    monkeypatch.chdir(here)
+    old = os.umask(0o022)
+    try:
+        with ChunkStore(given) as store:
+            sample(0).put(store, text="secret")
+            store.set_document("secret", [KEY])
+            monkeypatch.chdir(there)
+            monkeypatch.setenv("PLACE", "/nowhere")
+            monkeypatch.setenv("HOME", "/nowhere")
+            sample(1).put(store)
+            store.rebuild_index()
+            with store.claim([KEY]):
+                assert store.settle_note("0" * 64, b"note") == b"note"
+    finally:
+        os.umask(old)
+    assert list(here.iterdir()) == list(there.iterdir()) == []
+    assert [entry.name for entry in home.iterdir()] == ["kv"]
+    for entry in (home / "kv").rglob("*"):
+        assert stat.S_IMODE(entry.stat().st_mode) == (0o700 if entry.is_dir() else 0o600), entry
+    with ChunkStore(home / "kv") as store:
+        assert store.stats().disk.chunks == 2  # type: ignore[union-attr]
+
+
+def test_a_relative_path_stays_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with ChunkStore("kv", host_budget=0) as store:
+        assert store.path == tmp_path / "kv"
+        sample(0).put(store)
+        monkeypatch.chdir("below")
+        with store.open(KEY) as reader:  # type: ignore[union-attr]
+            assert sample(0).matches(reader)
+        sample(1).put(store)
+        assert store.verify().ok
+    assert list((tmp_path / "below").iterdir()) == []
+
+
+@pytest.mark.parametrize("given", ["", "$UNSET_ANYWHERE/kv", "${UNSET_ANYWHERE}", "~no-such-user/kv", "a\0b", 7, b"kv"])
+def test_a_path_that_names_nothing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: object) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StorePathError, match="store path"):
+        ChunkStore(given)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A store in a folder that turned read-only."""
+    path = tmp_path / "store"
+    with ChunkStore(path) as store:
+        for seed in range(2):
+            sample(seed).put(store, text=f"text {seed}")
+        store.set_document("doc", [KEY, sample(1).key])
+        store.settle_note("0" * 64, b"note")
+    make_read_only(path, monkeypatch)
+    return path
+
+
+def make_read_only(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a mount that may only be read looks to this process, whatever its user may do."""
+    for entry in (path, *path.rglob("*")):
+        entry.chmod(0o500 if entry.is_dir() else 0o400)
+    if os.geteuid() != 0:
+        return
+    real = os.open
+    refused = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+    def open_(place: str, flags: int, *args: object, **options: object) -> int:
+        if flags & refused and str(place).startswith(str(path)):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(place))
+        return real(place, flags, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "open", open_)
+
+
+def names_and_times(path: Path) -> dict[str, int]:
+    # But for what SQLite keeps beside a database, where this user may write after all.
+    entries = [entry for entry in path.rglob("*") if entry.is_file() and not entry.name.startswith("cache.db-")]
+    return {str(entry): entry.stat().st_mtime_ns for entry in entries}
+
+
+@pytest.mark.parametrize("index", ["there", "lost", "with a log"])
+def test_a_store_that_may_only_be_read_answers(path: Path, index: str) -> None:
+    for entry in (path / "index").iterdir():
+        if index == "lost":
+            (path / "index").chmod(0o700)
+            entry.unlink()
+    if index == "with a log":
+        (path / "index").chmod(0o700)
+        (path / "index" / "cache.db-wal").write_bytes(b"left behind")
+        (path / "index").chmod(0o500)
+    before = names_and_times(path)
+    with ChunkStore(path, host_budget=0) as store:
+        assert store.read_only
+        for seed in range(2):
+            with store.open(sample(seed).key) as reader:  # type: ignore[union-attr]
+                assert sample(seed).matches(reader)
+        assert [info.id for info in store.documents()] == ["doc"]
+        assert sorted(text for _, text, _ in store.texts()) == ["text 0", "text 1"]
+        assert store.note("0" * 64) == b"note"
+        assert store.stats().documents == 1
+        assert [group.chunks for group in store.groups()] == [2]
+        assert sample(0).put(store) > 0, "it is stored already"
+        with store.claim([KEY]) as claim:
+            assert claim.keys == {KEY}
+        store.prune(lambda _: False, dry_run=True)
+    assert names_and_times(path) == before
+
+
+def test_a_store_that_may_only_be_read_says_why_it_changes_nothing(path: Path) -> None:
+    with ChunkStore(path) as store:
+        for action in (
+            lambda: sample(5).put(store),
+            lambda: store.set_document("doc", []),
+            lambda: store.extend_document("doc", []),
+            lambda: store.delete_document("doc"),
+            lambda: store.delete_tenant(""),
+            lambda: store.settle_note("1" * 64, b"new"),
+            lambda: store.prune(lambda _: False),
+            store.verify,
+            store.rebuild_index,
+        ):
+            with pytest.raises(StoreReadOnlyError, match=r"can only be read here \(.*\)"):
+                action()
+        assert [info.id for info in store.documents()] == ["doc"]
+
+
+def test_a_damaged_chunk_of_a_store_that_may_only_be_read_is_a_miss(path: Path) -> None:
+    file = file_of(path, KEY)
+    file.chmod(0o600)
+    file.write_bytes(b"short")
+    with ChunkStore(path, host_budget=0) as store:
+        errors: list[StoreError] = []
+        assert store.open(KEY, errors=errors) is None
+        with store.open(sample(1).key) as reader:  # type: ignore[union-attr]
+            assert sample(1).matches(reader)
+
+
+def test_a_new_store_in_a_folder_that_may_only_be_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> OwnDescriptor:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(directory, "open_lock", refuse)
+    with pytest.raises(StorePathError, match="that this user can write"):
+        ChunkStore(tmp_path)
