@@ -41,6 +41,10 @@ def _nothing() -> None:
     """Nobody is to be told."""
 
 
+SHARE_WORTH = 0.125
+"""Share of a prompt without stored chunks that must be kept for the rest to be computed behind it: attention takes longer with the mask
+that this needs than in a prompt that is computed whole."""
+
 KNOWN_KEYS = 2048
 """Chunks whose key is remembered: those of a few dozen long prompts."""
 
@@ -72,15 +76,15 @@ class _Plan:
 
     Attributes:
         computed: bool [length], the tokens that go through the model.
-        prefix: ids of what stands before the first chunk; its first `kept` rows are known already.
-        kept: all of the prefix, or 0.
+        exact: tokens before the first chunk that is reused: their rows are those of full prefill.
+        kept: how many of them were there from an earlier prompt.
         sources: the reused chunks, whole.
         buffers, loader: where the KV is put together, and what brings it.
         shift: how the reused rows follow the recomputed ones, if they do.
     """
 
     computed: Tensor
-    prefix: tuple[int, ...]
+    exact: int
     kept: int
     sources: list[Source]
     buffers: KVBuffers
@@ -217,8 +221,9 @@ class Assembler:
             skipped, phases = 0, None
             if plan is None:
                 disk_free()
-                logits, cache = self._adapter.full_forward(self._ids(prompt))
+                logits, cache, kept = self._compute_all(prompt, behind=not found)
             else:
+                kept = plan.kept
                 # A shift needs what is stored of the recomputed tokens too.
                 needed = _needed(plan.sources, plan.computed) if plan.shift is None else plan.sources
                 skipped = sum(s.reader.layout.tokens - s.rows for s in needed)
@@ -245,9 +250,7 @@ class Assembler:
                     self._prefetcher.finish(reader)
                 elif reader.tier == "host":
                     reader.promote()  # to the device, if the store keeps chunks there
-            if plan is not None:
-                self._prefixes.keep(plan.prefix, plan.buffers)
-            kept = 0 if plan is None else plan.kept
+            self._keep_beginning(prompt, cache, plan)
             reused = 0 if plan is None else int((~plan.computed.numpy()).sum()) - kept
             report = Report(
                 prompt_tokens=len(prompt.ids),
@@ -270,6 +273,36 @@ class Assembler:
             )
             return PrefillState(logits, cache, report, prompt, first_missed, None if plan is None else plan.buffers)
 
+    def _compute_all(self, prompt: Prompt, *, behind: bool) -> tuple[Tensor, Cache, int]:
+        """A prompt without reuse of chunks: logits, cache, and how many tokens were there from an earlier prompt.
+
+        Args:
+            prompt: the prompt.
+            behind: compute it behind what is kept of its beginning. Where stored chunks are all recomputed, nothing but the
+                model's own prefill of the whole will do: it is what a ratio of 1 promises.
+        """
+        ids = ids_of(prompt)
+        beginning = self._prefixes.find(ids.numpy(), len(ids) - 1, self._short(prompt)) if behind else None
+        if beginning is None or beginning.count < SHARE_WORTH * len(ids):
+            return *self._adapter.full_forward(ids.to(self._adapter.device)), 0
+        cache = beginning.buffers.to_cache(beginning.count)
+        logits = self._adapter.forward(ids[beginning.count :].to(self._adapter.device), cache)
+        return logits, cache, beginning.count
+
+    def _keep_beginning(self, prompt: Prompt, cache: Cache, plan: _Plan | None) -> None:
+        """Keep what is exact of a prompt that was just read, for prompts that begin alike."""
+        ids = ids_of(prompt).numpy()
+        if plan is not None:
+            buffers = plan.buffers
+            self._prefixes.keep(ids[: plan.exact], buffers.row_bytes, buffers.copy_first)
+        else:
+            copy = partial(self._adapter.rows_of_cache, cache)
+            self._prefixes.keep(ids, self._adapter.row_bytes, copy, self._short(prompt))
+
+    def _short(self, prompt: Prompt) -> bool:
+        """Whether a long-rope model computes the prompt with its short factors."""
+        return len(prompt.ids) <= self._adapter.reuse_beyond
+
     def _plan(
         self, prompt: Prompt, found: list[tuple[int, ChunkReader]], config: ReuseConfig, stack: ExitStack, room: int
     ) -> tuple[_Plan | None, int]:
@@ -277,8 +310,12 @@ class Assembler:
         if not found or len(prompt.ids) <= self._adapter.reuse_beyond:
             return None, 0
         buffers = self._adapter.new_buffers(len(prompt.ids), room)
-        prefix = prompt.ids[: min(span.start for span in prompt.spans if span.end > span.start)]
-        kept = len(prefix) if self._prefixes.fill(prefix, buffers) else 0
+        exact = min(start for start, _ in found)
+        beginning = self._prefixes.find(ids_of(prompt).numpy(), exact)
+        kept = 0
+        if beginning is not None:
+            kept = beginning.count
+            buffers.fill_first(kept, beginning.buffers)
         # NumPy throughout: for some ten thousand numbers, waking torch's threads takes longer than the work, and as long as
         # other processes please where the processor is busy.
         computed = np.ones(len(prompt.ids), np.bool_)  # before the selector adds to it
@@ -307,7 +344,7 @@ class Assembler:
             shift = _shift(selector.shift, context.chunks, computed & ~unread)
         if computed[kept:].all():
             return None, context.probed
-        return _Plan(torch.from_numpy(computed), prefix, kept, sources, buffers, loader, shift), context.probed
+        return _Plan(torch.from_numpy(computed), exact, kept, sources, buffers, loader, shift), context.probed
 
     def _look_up(
         self, prompt: Prompt, namespace: Namespace, opened: OpenReaders, faults: Faults

@@ -112,7 +112,7 @@ class ChunkRecognizer:
         for start, end in self.find(prompt):
             if start > done:
                 segments.append(Text(prompt[done:start]))
-            segments.append(Chunk(prompt[start:end]))
+            segments.append(Chunk(prompt[start:end], found=True))
             done = end
         if done < len(prompt):
             segments.append(Text(prompt[done:]))

@@ -1,29 +1,33 @@
-"""Reading a corpus from files: text and Markdown (a file is a document) and JSONL (a line is a document).
+"""Reading a corpus from files, of the kinds in `readers`.
 
 Nothing but the list of files is held: documents come one at a time, so a corpus may be larger than memory.
+
+What the user named has to be readable, or the run ends with the reason. What a folder holds besides is no reason to end it:
+a file there that can't be read is left out, and told (`Corpus.left_out`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
-from cachetune_rag.errors import CacheTuneError
+from cachetune_rag.escaping import visible_line
+from cachetune_rag.folders import open_file, status, walk, why
+from cachetune_rag.left_out import LeftOut
+from cachetune_rag.readers import PLAIN, SUFFIXES, CorpusError, Reader, SourceDocument, reader_for
+from cachetune_rag.readers.base import MOST_BYTES, read_whole, too_large
+from cachetune_rag.readers.json_lines import JSONL_SUFFIXES
+from cachetune_rag.readers.plain import decode
 
-TEXT_SUFFIXES = (".txt", ".md", ".markdown", ".rst")
-JSONL_SUFFIX = ".jsonl"
+__all__ = ["JSONL_SUFFIXES", "Corpus", "CorpusError", "SourceDocument", "SourceFile", "read_passage", "read_text"]
+
 _SNIFF = 8192
-_BOM = b"\xef\xbb\xbf"
-
-
-class CorpusError(CacheTuneError):
-    """A file or line can't be read as documents; the message names it, what is allowed and what to do."""
 
 
 @dataclass(frozen=True)
@@ -32,274 +36,200 @@ class SourceFile:
 
     Attributes:
         path: where it is.
-        id: document id if it is a text file: its path below the folder that was given, or its name if it was given itself.
+        id: its document's, if it is one document: its path below the folder that was given, or its name if it was given
+            itself.
         size: bytes.
+        reader: who reads it.
+        named: whether it was given itself, so that the run can't go on without it.
     """
 
     path: Path
     id: str
     size: int
-
-    @property
-    def jsonl(self) -> bool:
-        """Whether every line is a document of its own."""
-        return self.path.suffix.lower() == JSONL_SUFFIX
-
-
-@dataclass(frozen=True)
-class SourceDocument:
-    """A document as read: `text` is still to be split, `chunks` are as the author cut them; exactly one is set.
-
-    `size` is what it takes in its file, in bytes, and `where` names that place for messages.
-    """
-
-    id: str
-    text: str | None
-    chunks: tuple[str, ...] | None
-    size: int
-    where: str
-
-    @property
-    def empty(self) -> bool:
-        """No text but white space."""
-        return not any(part.strip() for part in (self.chunks or (self.text or "",)))
+    reader: Reader
+    named: bool
 
 
 class Corpus:
-    """The documents below some paths, in an order that depends on the names only."""
+    """The documents below some paths, in an order that depends on the names only.
 
-    def __init__(self, files: list[SourceFile]):
+    Attributes:
+        files: those that are read.
+        size: their bytes.
+        left_out: what folders hold besides; it grows while documents are read.
+    """
+
+    def __init__(self, files: list[SourceFile], left_out: LeftOut):
         self.files = files
         self.size = sum(file.size for file in files)
+        self.left_out = left_out
 
     @classmethod
     def scan(cls, paths: Iterable[str | os.PathLike[str]]) -> Corpus:
-        """Find the files and check that each opens and looks like text; documents are read later.
+        """Find the files and check that each opens and looks like its kind; documents are read later.
 
-        A folder is walked: hidden files and folders, links to folders and other extensions are left out. A file that is
-        named itself is read whatever its extension. A file reached twice is read once.
+        A folder is walked: hidden files and folders, links to folders, other endings and what can't be read are left out. A
+        file that is named itself is read whatever its ending, as text if nobody else reads it. A file reached twice is read
+        once.
 
         Raises:
-            CorpusError: a path is missing, unreadable or binary, nothing was found, or two files get the same id.
+            CorpusError: a path that was given is missing or unreadable, nothing was found, or two files get the same id.
         """
         files: list[SourceFile] = []
+        left_out = LeftOut()
         seen: set[tuple[int, int]] = set()
         ids: dict[str, Path] = {}
-        for given in map(Path, paths):
-            for path, name in _find(given):
-                info = _status(path)
+        given = [_expanded(path) for path in paths]
+        for path, name, named in (found for each in given for found in _find(each, left_out)):
+            try:
+                info = status(path)
                 if (info.st_dev, info.st_ino) in seen:
                     continue
-                seen.add((info.st_dev, info.st_ino))
-                file = SourceFile(path, _checked_name(name, path), info.st_size)
-                _sniff(path)
-                if not file.jsonl and ids.setdefault(file.id, path) is not path:
-                    raise CorpusError(
-                        f"{ids[file.id]} and {path} would both be document {file.id!r}: give the folder above both, so "
-                        "that their ids (paths below it) differ."
-                    )
-                files.append(file)
+                file = _checked(path, name, info.st_size, named=named)
+            except CorpusError as error:
+                if named:
+                    raise
+                left_out.failed.append((path, str(error)))
+                continue
+            seen.add((info.st_dev, info.st_ino))
+            if not file.reader.own_ids and ids.setdefault(file.id, path) is not path:
+                raise CorpusError(
+                    f"{visible_line(ids[file.id])} and {visible_line(path)} would both be document {file.id!r}: give the folder "
+                    "above both, so that their ids (paths below it) differ."
+                )
+            files.append(file)
         if not files:
-            allowed = ", ".join([*TEXT_SUFFIXES, JSONL_SUFFIX])
             raise CorpusError(
-                f"no documents in {', '.join(map(str, paths))}: folders are searched for files that end in {allowed} "
-                "and are not hidden; a file with another ending has to be named itself."
+                f"no documents in {', '.join(map(visible_line, given))}: folders are searched for files that end in "
+                f"{', '.join(SUFFIXES)} and are not hidden; a file with another ending has to be named itself."
+                + "".join(f"\n{line}" for line in left_out.lines())
             )
-        return cls(files)
+        return cls(files, left_out)
 
-    def documents(self) -> Iterator[SourceDocument]:
+    def documents(self, skipped: Callable[[int], None] = lambda size: None) -> Iterator[SourceDocument]:
         """Every document, read as it is asked for.
 
+        Args:
+            skipped: told how many bytes won't come, of a file that is left out.
+
         Raises:
-            CorpusError: a file is not UTF-8, a JSONL line is broken, or an id comes twice; names the file and line.
+            CorpusError: a file that was named can't be read on, all others can't, or an id comes twice; names file and line.
         """
         # 16 bytes of the id's hash instead of id and place, so that millions of documents cost little memory.
         seen: dict[bytes, tuple[int, int]] = {}
         for number, file in enumerate(self.files):
-            for line, document in enumerate(_read(file), start=1):
+            for line, document in enumerate(self._read(file, skipped), start=1):
                 digest = hashlib.blake2b(document.id.encode(), digest_size=16).digest()
                 if digest in seen:
                     first = self.files[seen[digest][0]].path
                     raise CorpusError(
-                        f"{document.where}: document {document.id!r} came before, as document {seen[digest][1]} of {first}. "
-                        "Ids must be unique; the later document would replace the earlier."
+                        f"{visible_line(document.where)}: document {document.id!r} came before, as document {seen[digest][1]} of "
+                        f"{visible_line(first)}. Ids must be unique; the later document would replace the earlier."
                     )
                 seen[digest] = (number, line)
                 yield document
+        if not seen and self.left_out.failed:
+            raise CorpusError("\n".join(["nothing could be read.", *self.left_out.lines()]))
+
+    def _read(self, file: SourceFile, skipped: Callable[[int], None]) -> Iterator[SourceDocument]:
+        """A file's documents; what a folder's file doesn't give is left out."""
+        given = 0
+        try:
+            for document in _documents(file):
+                given += document.size
+                yield document
+        except CorpusError as error:
+            if file.named:
+                raise
+            after = " What comes before it in the file was read." if given else ""
+            self.left_out.failed.append((file.path, f"{error}{after}"))
+            skipped(max(0, file.size - given))
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """The whole text of one file.
+    """The whole text of one file, whatever its ending.
 
     Raises:
         CorpusError: it is missing, unreadable, binary or not UTF-8.
     """
-    file = Path(path)
-    if not stat.S_ISREG(_status(file).st_mode):
-        raise CorpusError(f"{file} is no regular file: give a text file.")
-    _sniff(file)
-    return _decode(file.read_bytes(), file)
+    file = _expanded(path)
+    with open_file(file) as stream:
+        PLAIN.check(_head(stream, file), file)
+        try:
+            return decode(read_whole(stream, file), file)
+        except OSError as error:
+            raise CorpusError(why(error, file)) from error
 
 
-def _find(given: Path) -> Iterator[tuple[Path, str]]:
-    """Files below a path, each with its id."""
-    mode = _status(given).st_mode
+def read_passage(path: str | os.PathLike[str]) -> str:
+    """What one file says, in one piece: the text of a page, PDF or table, or the file's own text.
+
+    Raises:
+        CorpusError: it can't be read.
+    """
+    file = _expanded(path)
+    reader = reader_for(file)
+    if reader is None or reader is PLAIN or reader.own_ids:
+        return read_text(file)
+    found = _documents(_checked(file, file.name, status(file).st_size, named=True))
+    return "\n\n".join(part for document in found for part in document.cut(lambda text: [text]))
+
+
+def _find(given: Path, left_out: LeftOut) -> Iterator[tuple[Path, str, bool]]:
+    """Files below a path, each with its id, and whether it is the path itself."""
+    mode = status(given).st_mode
     if stat.S_ISDIR(mode):
-        yield from ((path, path.relative_to(given).as_posix()) for path in _walk(given))
+        yield from ((path, path.relative_to(given).as_posix(), False) for path in walk(given, left_out))
     elif stat.S_ISREG(mode):
-        yield given, given.name
+        yield given, given.name, True
     else:
-        raise CorpusError(f"{given} is no regular file or folder: give text, Markdown or JSONL files.")
+        raise CorpusError(f"{visible_line(given)} is no regular file or folder: give files, or folders of them.")
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _checked(path: Path, name: str, size: int, *, named: bool) -> SourceFile:
+    """A file that can be opened and looks like what its ending says."""
+    reader = reader_for(path) or PLAIN
+    if reader.missing:
+        raise CorpusError(f"{visible_line(path)} can't be read yet: {reader.needs}.")
+    _check_name(name, path)
+    with open_file(path) as stream:
+        reader.check(_head(stream, path), path)
+    if reader.whole and size > MOST_BYTES:
+        raise CorpusError(too_large(path))
+    return SourceFile(path, name, size, reader, named)
+
+
+def _documents(file: SourceFile) -> Iterator[SourceDocument]:
     try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        with open_file(file.path) as stream:
+            yield from file.reader.read(stream, file.id, file.path)
     except OSError as error:
-        raise CorpusError(f"{folder} can't be searched: {error.strerror}. Check its permissions.") from error
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        path = folder / entry.name
-        if entry.is_dir(follow_symlinks=False):
-            yield from _walk(path)
-        elif path.suffix.lower() in (*TEXT_SUFFIXES, JSONL_SUFFIX) and entry.is_file():
-            yield path
+        raise CorpusError(why(error, file.path)) from error
 
 
-def _status(path: Path) -> os.stat_result:
+def _head(stream: BinaryIO, path: Path) -> bytes:
+    """The first bytes; the stream is at its beginning afterwards."""
     try:
-        return path.stat()
-    except FileNotFoundError:
-        raise CorpusError(f"{path} does not exist: check the path.") from None
+        head = stream.read(_SNIFF)
+        stream.seek(0)
+        return head
     except OSError as error:
-        raise CorpusError(f"{path} can't be read: {error.strerror}.") from error
+        raise CorpusError(why(error, path)) from error
 
 
-def _checked_name(name: str, path: Path) -> str:
+def _check_name(name: str, path: Path) -> None:
     try:
         name.encode()
     except UnicodeEncodeError:
         raise CorpusError(
-            f"the name of {os.fsencode(path)!r} is not UTF-8 and can't be a document id: rename it."
+            f"the name of {visible_line(path)} is not UTF-8 and can't be a document id: rename it."
         ) from None
-    return name
 
 
-def _sniff(path: Path) -> None:
-    """Refuse what is clearly no text before any work is done."""
-    try:
-        with path.open("rb") as stream:
-            head = stream.read(_SNIFF)
-    except OSError as error:
-        raise CorpusError(f"{path} can't be read: {error.strerror}. Check its permissions.") from error
-    if head.startswith((b"%PDF-", b"PK\x03\x04", b"\x1f\x8b")) or (b"\0" in head and not _utf16(head)):
-        raise CorpusError(
-            f"{path} is a binary file: only text can be indexed (plain text, Markdown, JSONL). Convert it first."
-        )
-    if _utf16(head):
-        raise CorpusError(f"{path} is UTF-16, not UTF-8: convert it, e.g. with iconv -f UTF-16 -t UTF-8.")
-
-
-def _utf16(head: bytes) -> bool:
-    return head.startswith((b"\xff\xfe", b"\xfe\xff"))
-
-
-def _read(file: SourceFile) -> Iterator[SourceDocument]:
-    try:
-        with file.path.open("rb") as stream:
-            if file.jsonl:
-                for number, line in enumerate(stream, start=1):
-                    document = _parse_line(line, number, file.path)
-                    if document is not None:
-                        yield document
-            else:
-                data = stream.read()
-                yield SourceDocument(file.id, _decode(data, file.path), None, len(data), str(file.path))
-    except OSError as error:
-        raise CorpusError(f"{file.path} can't be read: {error.strerror}.") from error
-
-
-def _decode(data: bytes, path: Path) -> str:
-    """Text exactly as in the file, line ends included; only a byte order mark is dropped."""
-    try:
-        text = data.removeprefix(_BOM).decode()
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise CorpusError(_not_utf8(f"{path}:{line}", error)) from None
-    if "\0" in text:
-        raise CorpusError(
-            f"{path} holds NUL bytes, so it is a binary file: only text can be indexed. Convert it first."
-        )
-    return text
-
-
-def _parse_line(line: bytes, number: int, path: Path) -> SourceDocument | None:
-    where = f"{path}:{number}"
-    if number == 1:
-        line = line.removeprefix(_BOM)
-    if not line.strip():
-        return None
-    try:
-        record = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise CorpusError(_not_utf8(where, error)) from None
-    except (ValueError, RecursionError) as error:
-        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-        raise CorpusError(f'{where} is not JSON ({reason}): each line must be {{"id": ..., "text": ...}}.') from None
-    if not isinstance(record, dict):
-        raise CorpusError(f'{where} is {_kind(record)}, not an object: each line must be {{"id": ..., "text": ...}}.')
-    name = _check_id(record, where)
-    if ("text" in record) == ("chunks" in record):
-        given = "both" if "text" in record else "neither"
-        raise CorpusError(f'{where} (document {name!r}) has {given} of "text" and "chunks": give exactly one.')
-    if "text" in record:
-        return SourceDocument(name, _check_text(record["text"], "text", where), None, len(line), where)
-    chunks = record["chunks"]
-    if not isinstance(chunks, list):
-        raise CorpusError(f'{where}: "chunks" is {_kind(chunks)}: use a list of strings.')
-    texts = tuple(_check_text(chunk, f"chunks[{i}]", where) for i, chunk in enumerate(chunks))
-    return SourceDocument(name, None, texts, len(line), where)
-
-
-def _check_id(record: dict[str, Any], where: str) -> str:
-    if "id" not in record:
-        raise CorpusError(f'{where} has no "id": give each document a unique string.')
-    name = record["id"]
-    if isinstance(name, int) and not isinstance(name, bool):
-        name = str(name)
-    if not isinstance(name, str) or not name:
-        raise CorpusError(f'{where}: "id" is {_kind(name)}: use a string that is not empty (or a whole number).')
-    return _check_text(name, "id", where)
-
-
-def _check_text(value: object, field: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise CorpusError(f'{where}: "{field}" is {_kind(value)}: use a string.')
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise CorpusError(
-            f'{where}: "{field}" holds half of a surrogate pair, which is no Unicode text: repair it.'
-        ) from None
-    return value
-
-
-def _kind(value: object) -> str:
-    """What JSON calls a value."""
-    if value == "":
-        return "an empty string"
-    names = {
-        dict: "an object",
-        list: "a list",
-        str: "a string",
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-    }
-    return "null" if value is None else names[type(value)]
-
-
-def _not_utf8(where: str, error: UnicodeDecodeError) -> str:
-    byte = error.object[error.start]
-    return f"{where} is not UTF-8 (byte 0x{byte:02x}): convert it, e.g. with iconv -f LATIN1 -t UTF-8."
+def _expanded(path: str | os.PathLike[str]) -> Path:
+    """A path as the user meant it: a leading ~ is the home folder, unless something is called that."""
+    given = Path(path)
+    if not os.path.lexists(given):
+        with contextlib.suppress(RuntimeError):  # nobody's home folder: it is then a name like any other
+            return given.expanduser()
+    return given

@@ -39,6 +39,8 @@ class CacheTune(EngineParts):
         tokenizer: its tokenizer.
         store: a folder for the KV store, an open `ChunkStore`, or None to keep KV in memory only.
         prompt_template: text with {prefix}, {chunks} and {query}; default: the tokenizer's chat template.
+        chat_template_kwargs: variables of the chat template for every prompt that doesn't give its own, e.g.
+            {"enable_thinking": False}; or chat_template, the name of another of the tokenizer's templates, or a text.
         chunk_separator: text between chunks; it is computed, never stored.
         lead_in: what is put before a chunk when it is precomputed. "auto": stretches of the texts that are stored, once they
             have 1,024 tokens, and the prompt's first token before that; the mean of the KV behind them is kept. They are
@@ -130,15 +132,31 @@ class CacheTune(EngineParts):
         return self._plain.from_text(text, recognise=recognise, retrieved=retrieved)
 
     def prompt_from_messages(
-        self, messages: Sequence[Mapping[str, Any]], *, recognise: bool = True, retrieved: Sequence[str | Chunk] = ()
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        recognise: bool = True,
+        retrieved: Sequence[str | Chunk] = (),
+        tools: Sequence[Any] | None = None,
+        **template_arguments: Any,
     ) -> Prompt:
         """A conversation through the tokenizer's chat template, up to where the assistant speaks.
 
         Args:
-            messages: each {"role": ..., "content": ...}; content is a string, or a list of `Text`, `Chunk` and strings.
-            recognise, retrieved: as for `prompt_from_text`.
+            messages: each {"role": ..., "content": ...}; content is a string, or a list of `Text`, `Chunk` and strings. What else
+                the chat template knows goes along: tool_calls, tool_call_id, name, reasoning_content.
+            recognise, retrieved: as for `prompt_from_text`. A stored chunk that the template alters is no chunk there.
+            tools: JSON schemas or functions that the model may call, as for transformers' `apply_chat_template`.
+            template_arguments: variables of the chat template, e.g. enable_thinking=False. One that it doesn't use is refused.
+                Also chat_template (another template's name, or its text), add_generation_prompt, continue_final_message.
+
+        Raises:
+            PromptError: the template refuses the conversation, drops a message, alters a chunk that was given as one, or has no
+                such variable.
         """
-        return self._plain.from_messages(messages, recognise=recognise, retrieved=retrieved)
+        return self._plain.from_messages(
+            messages, recognise=recognise, retrieved=retrieved, tools=tools, **template_arguments
+        )
 
     # -- answering ------------------------------------------------------------------------------------------------
 
@@ -206,7 +224,8 @@ class CacheTune(EngineParts):
                 or the model's own, or 256 where neither does. None: the same, but to the context's end where neither does.
             stop: strings that end the answer; they are not part of it.
             generation_config: a transformers GenerationConfig; default: the model's own.
-            sampling: overrides of it, e.g. do_sample, temperature, top_p, repetition_penalty; and seed.
+            sampling: overrides of it, e.g. do_sample, temperature, top_p, repetition_penalty; and seed. A name that the chat
+                template uses as a variable goes to the template: enable_thinking=False, tools=[...].
 
         Raises:
             ConfigError, PromptError, PromptTooLongError: the request can't be served; nothing was computed.
@@ -214,8 +233,9 @@ class CacheTune(EngineParts):
         self._check_open()
         started = time.perf_counter()
         config = self._requests.config(selector, ratio)
+        template_arguments, sampling = self._requests.split(sampling)
         return self._requests.stream(
-            self._requests.prompt(query, chunks, prefix, prompt),
+            self._requests.prompt(query, chunks, prefix, prompt, template_arguments),
             config if reuse else None,
             started,
             max_new_tokens=max_new_tokens,
@@ -261,12 +281,17 @@ class CacheTune(EngineParts):
         prompt: Prompt | None = None,
         ratio: float | str = "auto",
         selector: str = "auto",
+        **template_arguments: Any,
     ) -> PrefillState:
-        """Read a prompt with reuse and stop there: logits [1, vocab], cache, report. Missing chunks are stored before it returns."""
+        """Read a prompt with reuse and stop there: logits [1, vocab], cache, report. Missing chunks are stored before it returns.
+
+        `template_arguments` are variables of the chat template, e.g. enable_thinking=False.
+        """
         self._check_open()
         started = time.perf_counter()
         config = self._requests.config(selector, ratio)
-        state = self._requests.read(self._requests.prompt(query, chunks, prefix, prompt), config, started)
+        built = self._requests.prompt(query, chunks, prefix, prompt, template_arguments)
+        state = self._requests.read(built, config, started)
         return self._requests.store_missed(state)
 
     def full_prefill(
@@ -276,11 +301,13 @@ class CacheTune(EngineParts):
         prefix: str | None = None,
         *,
         prompt: Prompt | None = None,
+        **template_arguments: Any,
     ) -> PrefillState:
         """Read the same tokens without reuse: what `prefill` is measured against."""
         self._check_open()
         started = time.perf_counter()
-        return self._requests.read(self._requests.prompt(query, chunks, prefix, prompt), None, started)
+        built = self._requests.prompt(query, chunks, prefix, prompt, template_arguments)
+        return self._requests.read(built, None, started)
 
     def warmup(
         self, computed_tokens: int = 2048, prompt_lengths: Sequence[int] = (8192, 32768), *, selector: str = "auto"

@@ -112,6 +112,11 @@ def _known() -> set[str]:
     return {name for name in vars(GenerationConfig()) if not name.startswith("_")} - {"transformers_version"}
 
 
+def is_setting(name: str) -> bool:
+    """Whether `prepare` takes an argument of this name, or refuses it with a reason of its own."""
+    return name in _known() or name in ("seed", "logits_processor", "stopping_criteria")
+
+
 def check_names(settings: dict[str, Any]) -> None:
     """Refuse settings that there aren't, or that an answer can't have.
 

@@ -34,6 +34,7 @@ class EngineOptions(_Shared, total=False):
     """Arguments of `CacheTune` but its model, tokenizer and store, and but the store's device, which is the model's."""
 
     prompt_template: str | None
+    chat_template_kwargs: Mapping[str, Any] | None
     chunk_separator: str
     lead_in: Sequence[int] | Sequence[Sequence[int]] | str
     tenant: str

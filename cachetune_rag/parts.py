@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -35,6 +35,7 @@ from cachetune_rag.request_runner import RequestRunner
 from cachetune_rag.stats import RequestCounter
 from cachetune_rag.storage import check_not_open, open_store
 from cachetune_rag.telemetry.observer import Observers
+from cachetune_rag.tokens import private_copy
 from cachetune_rag.tuning.saved import SavedTunings
 from cachetune_store import ChunkStore, Namespace
 
@@ -56,6 +57,7 @@ class EngineParts:
         store: str | os.PathLike[str] | ChunkStore | None = None,
         *,
         prompt_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         chunk_separator: str = "\n\n",
         lead_in: Sequence[int] | Sequence[Sequence[int]] | str = "auto",
         tenant: str = "",
@@ -69,9 +71,15 @@ class EngineParts:
         self._lock = ModelLock()
         self.adapter = ModelAdapter(model, cuda_kernels=cuda_kernels)
         self._fidelity = FidelitySampler(fidelity_sample, self.adapter, self._lock)
-        self.tokenizer = tokenizer
+        self.tokenizer = private_copy(tokenizer)
+        """The engine's own: what happens to the caller's later has no effect."""
         self.model_name: str = getattr(model.config, "_name_or_path", "") or self.adapter.architecture
-        self.prompts = PromptBuilder(tokenizer, template=prompt_template, chunk_separator=chunk_separator)
+        self.prompts = PromptBuilder(
+            tokenizer,
+            template=prompt_template,
+            chunk_separator=chunk_separator,
+            chat_template_kwargs=chat_template_kwargs,
+        )
         namespace = Namespace(
             model=model_fingerprint(model),
             tokenizer=tokenizer_fingerprint(tokenizer),

@@ -31,8 +31,7 @@ class PlainPrompts:
         if not recognise:
             return replace(self._prompts.build_text([text] if isinstance(text, str) else text), retrieved=told)
         segments = Retrieved(retrieved, self._recognizer.segments).segments(text)
-        recognised = _count(segments) - _count(text)
-        prompt = replace(self._prompts.build_text(segments), recognised=recognised, retrieved=told)
+        prompt = replace(self._prompts.build_text(segments), retrieved=told)
         return self._watched(prompt, segments, retrieved)
 
     def from_messages(
@@ -44,8 +43,7 @@ class PlainPrompts:
             return replace(self._prompts.build_messages(messages, **layout), retrieved=told)
         chunks = Retrieved(retrieved, self._recognizer.segments)
         found = [_with_content(message, chunks) for message in messages]
-        recognised = _count_in(found) - _count_in(messages)
-        prompt = replace(self._prompts.build_messages(found, **layout), recognised=recognised, retrieved=told)
+        prompt = replace(self._prompts.build_messages(found, **layout), retrieved=told)
         contents = [message.get("content") or () for message in found]
         segments = [part for each in contents for part in ([each] if isinstance(each, str) else each)]
         return self._watched(prompt, segments, retrieved)
@@ -70,14 +68,3 @@ def _with_content(message: Mapping[str, Any], chunks: Retrieved) -> Mapping[str,
     """A message with its chunks found. What is no message is left for the prompt's builder to refuse."""
     content = message.get("content") if isinstance(message, Mapping) else None
     return {**message, "content": chunks.segments(content)} if isinstance(content, Sequence) else message
-
-
-def _count_in(messages: Sequence[object]) -> int:
-    return sum(_count(message.get("content")) for message in messages if isinstance(message, Mapping))
-
-
-def _count(content: object) -> int:
-    """The chunks in a content that is a string, or a list of segments."""
-    if isinstance(content, str) or not isinstance(content, Sequence):
-        return 0
-    return sum(isinstance(segment, Chunk) for segment in content)

@@ -1,52 +1,94 @@
-"""KV of prompt prefixes that were computed lately.
+"""KV of the beginnings of prompts that were computed lately.
 
-What stands before the first chunk (system text, instructions) is mostly the same in every request. Its keys and values depend
-on nothing but itself, so keeping them is exact; a request then computes the chosen chunk tokens and the query only.
+What stands before the first stored chunk (system text, instructions, few-shot examples, an agent's steps so far) is often the
+same as in an earlier prompt, wholly or up to some place. Keys and values depend on nothing but what stands before them, so
+those of the longest common beginning can be taken over, and that is exact. Only rows that were computed from computed rows
+alone may be kept: what stands behind a reused chunk has seen approximate rows, and is approximate itself.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from cachetune_rag.model import KVBuffers
 
 BUDGET = 256 << 20
-"""Bytes of prefixes kept, on the model's device."""
+"""Bytes of beginnings kept, on the model's device."""
+MOST = 64
+"""Beginnings kept: each is compared with every prompt."""
+WORTH = 64
+"""Tokens that a beginning must have beyond what it shares with one that is kept, unless that is much shorter: a prompt that ends in
+another question is no reason to keep a thousand tokens twice. One that goes on where another ended takes its place."""
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """The KV of the first `count` tokens of a prompt: the first rows of `buffers`, which may have more."""
+
+    buffers: KVBuffers
+    count: int
+
+
+@dataclass(frozen=True)
+class _Entry:
+    ids: Ids
+    kind: bool
+    buffers: KVBuffers
+
+    def common(self, ids: Ids) -> int:
+        """How many tokens of a prompt are the same from its beginning on."""
+        count = min(len(ids), len(self.ids))
+        differ = self.ids[:count] != ids[:count]
+        return int(differ.argmax()) if differ.any() else count
 
 
 class PrefixCache:
-    """The most recently used prefixes by their token ids, within a budget of bytes. The caller holds the model's lock."""
+    """The most recently used beginnings, within a budget of bytes. The caller holds the model's lock.
+
+    Beginnings of one kind are never given to prompts of another: a long-rope model computes short prompts with other rotations.
+    """
 
     def __init__(self, budget: int = BUDGET):
-        self._budget, self._bytes = budget, 0
-        self._entries: OrderedDict[tuple[int, ...], list[Tensor]] = OrderedDict()
+        self._budget = budget
+        self._entries: list[_Entry] = []  # the one that was used longest ago first
 
-    def fill(self, prefix: tuple[int, ...], buffers: KVBuffers) -> bool:
-        """Put the prefix's rows at the beginning of the buffers; False if it isn't known."""
-        kept = self._entries.get(prefix)
-        if kept is None:
-            return False
-        self._entries.move_to_end(prefix)
-        torch._foreach_copy_(buffers.first_rows(len(prefix)), kept)
-        return True
+    def find(self, ids: Ids, limit: int, kind: bool = False) -> KeptRows | None:
+        """The longest beginning of a prompt that is kept, of at most `limit` tokens; None if there is none."""
+        best, count = None, 0
+        for entry in self._entries:
+            if entry.kind == kind and (common := min(limit, entry.common(ids))) > count:
+                best, count = entry, common
+        if best is None:
+            return None
+        self._entries = [*(entry for entry in self._entries if entry is not best), best]
+        return KeptRows(best.buffers, count)
 
-    def keep(self, prefix: tuple[int, ...], buffers: KVBuffers) -> None:
-        """Remember the first rows of buffers in which the prefix was computed."""
-        if prefix in self._entries or not prefix:
+    def keep(self, ids: Ids, row_bytes: int, copy: Callable[[int], KVBuffers], kind: bool = False) -> None:
+        """Keep the beginning of a prompt, or as much of it as half of the budget holds: others are to have room too.
+
+        Args:
+            ids: the tokens whose rows are exact.
+            row_bytes: what one takes, over all layers.
+            copy: makes buffers of the first so many rows.
+            kind: see the class.
+        """
+        count = min(len(ids), self._budget // 2 // row_bytes)
+        ids = ids[:count]
+        common = [entry.common(ids) if entry.kind == kind else 0 for entry in self._entries]
+        new = count - max(common, default=0)
+        # What is a beginning of this one goes up in it.
+        left = [e for e, same in zip(self._entries, common, strict=True) if e.kind != kind or same < len(e.ids)]
+        if new <= 0 or (new < min(WORTH, count // 4) and len(left) == len(self._entries)):
             return
-        rows = [first.clone() for first in buffers.first_rows(len(prefix))]
-        size = _size(rows)
-        if size > self._budget:
-            return
-        self._entries[prefix] = rows
-        self._bytes += size
-        while self._bytes > self._budget:
-            _, oldest = self._entries.popitem(last=False)
-            self._bytes -= _size(oldest)
-
-
-def _size(rows: list[Tensor]) -> int:
-    return sum(part.numel() * part.element_size() for part in rows)
+        self._entries = [*left, _Entry(ids.copy(), kind, copy(count))]
+        sizes = [entry.buffers.row_bytes * len(entry.ids) for entry in self._entries]
+        gone = max(0, len(sizes) - MOST)
+        while sum(sizes[gone:]) > self._budget:
+            gone += 1
+        del self._entries[:gone]

@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import count
 from typing import Any
 
-from jinja2 import TemplateError
-
+from cachetune_rag.chat_messages import Message
+from cachetune_rag.chat_template import ChatTemplate
 from cachetune_rag.errors import ConfigError, PromptError
 from cachetune_rag.segments import (
     Chunk,
     Part,
-    Passage,
     Prompt,
     Segment,
     Span,
     TemplateText,
     Text,
+    checked_segments,
     given_chunks,
-    numbered_parts,
+    numbered,
 )
 from cachetune_rag.tokens import INSIDE, ContentTokenizer, check_text
 
@@ -36,8 +35,8 @@ not contain the answer, say so") made a 135M model miss answers that stood in th
 
 PLACEHOLDERS = ("{prefix}", "{chunks}", "{query}")
 
+_ODD_CHUNK = "A \"chunk\" shows any change: of 'case', <quotes> & \\ markup, \u00e9,\n  inner white space."
 _PLACEHOLDER = re.compile("|".join(re.escape(name) for name in PLACEHOLDERS))
-_ROLE = re.compile(r"[A-Za-z0-9_-]+")
 
 
 class PromptBuilder:
@@ -50,6 +49,8 @@ class PromptBuilder:
             template, or a plain layout where there is none.
         chunk_separator: text between chunks; always computed.
         instructions: the prefix of requests that give none; default: `INSTRUCTIONS`, "" for nothing.
+        chat_template_kwargs: arguments of the chat template for every prompt that doesn't give its own, e.g.
+            {"enable_thinking": False}.
 
     Attributes:
         first_token: id that the default prompt begins with (BOS, or what stands there).
@@ -68,15 +69,18 @@ class PromptBuilder:
         template: str | None = None,
         chunk_separator: str = "\n\n",
         instructions: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ):
         self._content = ContentTokenizer(tokenizer)
-        self._chat = _ChatTemplate(self._content.tokenizer) if getattr(tokenizer, "chat_template", None) else None
+        self._chat = self._chat_template(chat_template_kwargs)
         self._template = None if template is None else _split_template(template)
         try:
             self._separator = check_text(chunk_separator, "chunk_separator")
             self._instructions = INSTRUCTIONS if instructions is None else check_text(instructions, "instructions")
         except PromptError as error:
             raise ConfigError(str(error)) from error
+        if self._chat is not None and self._template is None:
+            self.build(query="?", chunks=[_ODD_CHUNK])  # a chat template that can't be used is refused now
         first = self.build(query="?", chunks=[]).ids or self.encode("\n") or [0]
         self.first_token = first[0]
         self.separator_ids = tuple(self.encode(chunk_separator))
@@ -89,58 +93,83 @@ class PromptBuilder:
         """
         return list(self._content.encode(text))
 
+    @property
+    def argument_names(self) -> frozenset[str]:
+        """What the chat template takes by name in `build`: the variables that it uses. None where it isn't used."""
+        return self._chat.names if self._chat is not None and self._template is None else frozenset()
+
     def split_template(self, text: str) -> list[tuple[str, bool]]:
         """Cut a developer's text into `(piece, is a control token)`; the pieces joined are the text."""
         return self._content.split_template(check_text(text))
 
-    def build(self, *, query: str, chunks: Iterable[str | Chunk], prefix: str | None = None) -> Prompt:
+    def build(
+        self, *, query: str, chunks: Iterable[str | Chunk], prefix: str | None = None, **template_arguments: Any
+    ) -> Prompt:
         """The engine's standard prompt: prefix, chunks, query.
 
         Args:
             query: the user's question.
             chunks: the retrieved passages, texts or `Chunk`s, in prompt order. An empty one adds no tokens and no separator.
             prefix: text before the chunks; None for the default instructions, "" for none.
+            template_arguments: variables of the chat template, e.g. enable_thinking=False; and tools, as for `build_messages`.
 
         Raises:
-            PromptError: a text is no str, or has lone surrogates.
+            PromptError: a text is no str, or has lone surrogates; or the chat template refuses or doesn't know an argument.
         """
         check_text(query, "query")
         prefix = self._instructions if prefix is None else check_text(prefix, "prefix")
-        passages = [Passage(i, chunk.text, chunk.document) for i, chunk in enumerate(given_chunks(chunks))]
+        passages = given_chunks(chunks)
         body = list(self._separated(passages))
+        chat = self._chat if self._template is None else None
+        if chat is None and template_arguments:
+            raise PromptError(
+                f"{next(iter(template_arguments))!r} is an argument for a chat template, and this prompt is laid out by "
+                f"{'prompt_template' if self._template is not None else 'no template'}: leave it out."
+            )
         if self._template is not None:
             start, before_chunks, before_query, end = self._template
-            parts = [start, Text(prefix), before_chunks, *body, before_query, Text(query), end]
+            parts = [start, Text(prefix), before_chunks, *numbered(body), before_query, Text(query), end]
             return self._assemble(parts, bos=True)
         lead = "\n\n" if any(passage.text for passage in passages) else ""
         content = [Text(f"{prefix}\n\n" if prefix else ""), *body, Text(f"{lead}Question: {query}")]
-        if self._chat is not None:
-            return self._assemble(self._chat.render(["user"], [content]), bos=False)
-        return self._assemble([*content, Text("\n\nAnswer:")], bos=True)
+        if chat is not None:
+            tools = template_arguments.pop("tools", None)
+            return self._assemble(
+                chat.parts([Message("user", tuple(content), {})], tools, template_arguments), bos=False
+            )
+        return self._assemble([*numbered(content), Text("\n\nAnswer:")], bos=True)
 
-    def build_messages(self, messages: Sequence[Mapping[str, Any]]) -> Prompt:
+    def build_messages(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Any] | None = None,
+        **template_arguments: Any,
+    ) -> Prompt:
         """A conversation, laid out by the tokenizer's chat template, up to where the assistant speaks.
 
         Args:
-            messages: each {"role": ..., "content": ...}; content is a str or a list of `Text`, `Chunk` and str.
+            messages: each {"role": ..., "content": ...}; content is a str or a list of `Text`, `Chunk` and str. What else the
+                template knows goes along: tool_calls, tool_call_id, name, reasoning_content.
+            tools: JSON schemas or functions that the model may call, as for transformers' `apply_chat_template`.
+            template_arguments: further variables of the template, e.g. enable_thinking=False; or chat_template, the name of
+                another template of the tokenizer's or its text; add_generation_prompt, continue_final_message.
 
         Raises:
-            PromptError: no chat template, one that refuses or alters these messages, or an unusable message.
+            PromptError: no chat template, one that refuses these messages, drops one or alters a chunk, or doesn't know an
+                argument; or an unusable message.
         """
         if self._chat is None:
             raise PromptError(
                 "this tokenizer has no chat template, so messages have no layout: set tokenizer.chat_template, or use "
                 "a plain prompt."
             )
+        if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
+            raise PromptError(f"messages is {messages!r:.80}: use a list of mappings with the keys role and content.")
         if not messages:
             raise PromptError("messages is empty: give at least one, such as {'role': 'user', 'content': '...'}.")
-        counter = count()
-        roles, contents = [], []
-        for i, message in enumerate(messages):
-            role, content = _check_message(message, f"messages[{i}]")
-            roles.append(role)
-            contents.append(list(numbered_parts(content, f"messages[{i}].content", counter)))
-        return self._assemble(self._chat.render(roles, contents), bos=False)
+        checked = [Message.of(message, f"messages[{i}]") for i, message in enumerate(messages)]
+        return self._assemble(self._chat.parts(checked, tools, template_arguments), bos=False)
 
     def build_text(self, segments: Sequence[Segment | str]) -> Prompt:
         """A plain prompt: BOS, if the tokenizer adds one, and the segments; control tokens in them stay text.
@@ -148,11 +177,27 @@ class PromptBuilder:
         Raises:
             PromptError: a segment is unusable.
         """
-        return self._assemble(list(numbered_parts(segments, "segments", count())), bos=True)
+        return self._assemble(list(numbered(checked_segments(segments, "segments"))), bos=True)
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
-    def _separated(self, passages: Sequence[Passage]) -> Iterator[Part]:
+    def _chat_template(self, defaults: Mapping[str, Any] | None) -> ChatTemplate | None:
+        if defaults is not None and not isinstance(defaults, Mapping):
+            raise ConfigError(
+                f"chat_template_kwargs is {defaults!r:.80}: use a dict, such as {{'enable_thinking': False}}."
+            )
+        if not getattr(self._content.tokenizer, "chat_template", None):
+            if defaults:
+                raise ConfigError(
+                    f"chat_template_kwargs is {dict(defaults)!r:.80}, and this tokenizer has no chat template: leave it out."
+                )
+            return None
+        try:
+            return ChatTemplate(self._content, defaults or {})
+        except PromptError as error:
+            raise ConfigError(f"chat_template_kwargs: {error}") from error
+
+    def _separated(self, passages: Sequence[Chunk]) -> Iterator[Segment]:
         started = False
         for passage in passages:
             if started and passage.text:
@@ -164,7 +209,7 @@ class PromptBuilder:
         """Tokenise: chunks alone, control tokens of the template as such, and each stretch of text between as one."""
         ids: list[int] = []
         spans: list[Span] = []
-        passages: dict[int, tuple[tuple[int, ...], Passage]] = {}
+        passages: dict[int, tuple[tuple[int, ...], Chunk]] = {}
         text, after = "", ""
 
         def flush() -> None:
@@ -186,9 +231,9 @@ class PromptBuilder:
                         text += piece
             else:
                 flush()
-                chunk = self._content.encode(part.text)
+                chunk = self._content.encode(part.chunk.text)
                 spans.append(Span(len(ids), len(ids) + len(chunk), part.number))
-                passages[part.number] = (chunk, part)
+                passages[part.number] = (chunk, part.chunk)
                 ids.extend(chunk)
                 after = INSIDE if chunk else after
         flush()
@@ -203,64 +248,8 @@ class PromptBuilder:
             chunk_ids=tuple(chunk for chunk, _ in ordered),
             chunk_texts=tuple(passage.text for _, passage in ordered),
             chunk_documents=tuple(passage.document for _, passage in ordered),
+            recognised=sum(passage.found for _, passage in ordered),
         )
-
-
-class _ChatTemplate:
-    """A tokenizer's chat template, rendered around marks that stand for the contents."""
-
-    def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
-
-    def render(self, roles: Sequence[str], contents: Sequence[Sequence[Part]]) -> list[Part]:
-        """Parts of the whole prompt: the template's text, and the contents in their places.
-
-        The contents themselves never get into the template, so it can't be misled by them, nor trim them.
-        """
-        marks = [_mark(i) for i in range(len(roles))]
-        try:
-            text = self._marked(roles, marks, marks)
-        except PromptError:
-            # Templates of multimodal models may want a list of typed parts; if that isn't it, the first error stands.
-            try:
-                text = self._marked(roles, marks, [[{"type": "text", "text": mark}] for mark in marks])
-            except PromptError:
-                text = ""
-            if not text:
-                raise
-        parts: list[Part] = []
-        done = 0
-        for start, i in sorted((text.index(mark), i) for i, mark in enumerate(marks)):
-            parts += [TemplateText(text[done:start]), *contents[i]]
-            done = start + len(marks[i])
-        return [*parts, TemplateText(text[done:])]
-
-    def _marked(self, roles: Sequence[str], marks: Sequence[str], contents: Sequence[Any]) -> str:
-        """The rendered conversation, in which every mark occurs exactly once."""
-        messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
-        try:
-            text = str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise PromptError(
-                f"the tokenizer's chat template refuses messages with the roles {', '.join(roles)}: {error}. Change "
-                "their order or roles (many templates know no system role, or want user and assistant in turn), or "
-                "pass a prompt template with {prefix}, {chunks} and {query}."
-            ) from error
-        for i, mark in enumerate(marks):
-            found = text.count(mark)
-            if found != 1:
-                raise PromptError(
-                    f"the tokenizer's chat template {'repeats' if found else 'drops or alters'} the content of message "
-                    f"{i + 1} of {len(roles)} (role {roles[i]!r}), which must come out once and unchanged: leave this "
-                    "message out, give it another role, set another tokenizer.chat_template, or pass a prompt template "
-                    "with {prefix}, {chunks} and {query}."
-                )
-        return text
-
-
-def _mark(i: int) -> str:
-    """A content that shows any change: of case, quotes, markup, inner whitespace. Trimming leaves it alone."""
-    return f"SlotQ7x{i} \"'<&>\\é\n{i}x7Qtols"
 
 
 def _split_template(template: object) -> tuple[TemplateText, TemplateText, TemplateText, TemplateText]:
@@ -285,12 +274,3 @@ def _split_template(template: object) -> tuple[TemplateText, TemplateText, Templ
         raise ConfigError(str(error)) from error
     start, before_chunks, before_query, end = (TemplateText(text) for text in _PLACEHOLDER.split(template))
     return start, before_chunks, before_query, end
-
-
-def _check_message(message: object, name: str) -> tuple[str, Any]:
-    if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-        raise PromptError(f"{name} is {message!r:.120}: use a mapping with the keys role and content, and no others.")
-    role, content = message["role"], message["content"]
-    if not isinstance(role, str) or not _ROLE.fullmatch(role):
-        raise PromptError(f"{name} has the role {role!r:.80}: use a word such as 'user', 'assistant' or 'system'.")
-    return role, [content] if isinstance(content, str) else content

@@ -24,7 +24,8 @@ class Report:
             choosing what is recomputed, a selector's own look at the model included; load: bringing reused rows to their
             places, or on a GPU, where that happens meanwhile, how long the computation had to wait for them; compute: the
             forward over what is recomputed; launch (GPU): until the device began with it, and until the host saw it done.
-        prefix_kept: tokens before the first chunk whose KV an earlier request with the same beginning had left.
+        prefix_kept: tokens at the prompt's beginning whose KV an earlier prompt that begins alike had left: at most those before
+            the first chunk that is in the store.
         damaged: chunks found damaged, set aside and computed instead.
         unreadable: chunks that the system refused to read (an I/O error, no permission), computed instead.
         timed_out: chunks that the store's disk didn't give within `read_timeout`, computed instead; so are all chunks that aren't

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -16,6 +17,7 @@ from cachetune_rag.assembly import PrefillState
 from cachetune_rag.config import ReuseConfig, resolve
 from cachetune_rag.decoding import check_finite, prepare
 from cachetune_rag.errors import ConfigError, PromptError, PromptTooLongError
+from cachetune_rag.generation_settings import is_setting
 from cachetune_rag.pipeline.prefetch import Prefetch
 from cachetune_rag.report import Report
 from cachetune_rag.segments import Chunk, Prompt, given_chunks
@@ -37,8 +39,28 @@ class RequestRunner:
 
     # -- what is asked for ----------------------------------------------------------------------------------------
 
+    def split(self, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What of a request's further arguments the chat template uses, and the rest, which are generation settings.
+
+        Raises:
+            ConfigError: a name is neither, and near to one that the template uses.
+        """
+        names = self._engine.prompts.argument_names
+        for name in arguments:
+            if name not in names and not is_setting(name) and (near := difflib.get_close_matches(name, names, 1, 0.75)):
+                raise ConfigError(
+                    f"{name!r} is neither a generation setting nor a variable of the chat template: did you mean {near[0]!r}?"
+                )
+        mine = {name: value for name, value in arguments.items() if name in names}
+        return mine, {name: value for name, value in arguments.items() if name not in names}
+
     def prompt(
-        self, query: str | None, chunks: Iterable[str | Chunk], prefix: str | None, prompt: Prompt | None
+        self,
+        query: str | None,
+        chunks: Iterable[str | Chunk],
+        prefix: str | None,
+        prompt: Prompt | None,
+        template_arguments: Mapping[str, Any] | None = None,
     ) -> Prompt:
         """The prompt that was given or is to be built, if it fits the model's context.
 
@@ -49,7 +71,7 @@ class RequestRunner:
         if prompt is None:
             if query is None:
                 raise ConfigError("a request needs query= (with chunks=), or prompt= built by engine.prompts.")
-            prompt = self._engine.prompts.build(query=query, chunks=chunks, prefix=prefix)
+            prompt = self._engine.prompts.build(query=query, chunks=chunks, prefix=prefix, **(template_arguments or {}))
         elif not isinstance(prompt, Prompt):
             raise PromptError(
                 f"prompt is {prompt!r:.60}, a {type(prompt).__name__}: build one with engine.prompts.build(...), "
@@ -57,6 +79,11 @@ class RequestRunner:
             )
         elif query is not None or chunks or prefix is not None:
             raise ConfigError("a request takes either prompt= or query=, chunks= and prefix=, not both.")
+        elif template_arguments:
+            raise ConfigError(
+                f"{next(iter(template_arguments))!r} is an argument for a chat template, and prompt= is laid out already: give it "
+                "to engine.prompt_from_messages(...) or engine.prompts.build(...)."
+            )
         if not prompt.ids:
             raise ConfigError("the prompt has no tokens: give a query or a prefix.")
         limit = self._engine.adapter.max_positions

@@ -65,7 +65,7 @@ class Retrieved:
         for start, end in mine:
             if start > done:
                 segments += self._stored(text[done:start])
-            segments.append(Chunk(text[start:end], self._documents[text[start:end]]))
+            segments.append(Chunk(text[start:end], self._documents[text[start:end]], found=True))
             done = end
         return segments + (self._stored(text[done:]) if done < len(text) else [])
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count
 
 from cachetune_rag.errors import PromptError
 from cachetune_rag.tokens import check_text
@@ -24,10 +25,13 @@ class Chunk:
         text: the passage exactly as the prompt shows it.
         document: the id of the document that it belongs to. What a request computes of it is stored under that document,
             and removed with it. None: of no document.
+        found: whether it was recognised in plain text. Where a chat template alters such a text, the prompt has what the
+            template makes of it, computed; a chunk that was given as one is refused then.
     """
 
     text: str
     document: str | None = None
+    found: bool = field(default=False, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,7 @@ class Passage:
     """A chunk with its number in the request."""
 
     number: int
-    text: str
-    document: str | None = None
+    chunk: Chunk
 
 
 Part = Text | Passage | TemplateText
@@ -103,8 +106,8 @@ def given_chunks(chunks: Iterable[str | Chunk], name: str = "chunks") -> tuple[C
     return tuple(_chunk(chunk, f"{name}[{i}]") for i, chunk in enumerate(chunks))
 
 
-def numbered_parts(segments: object, name: str, counter: Iterator[int]) -> Iterator[Part]:
-    """Segments with their chunks numbered and their texts checked.
+def checked_segments(segments: object, name: str) -> Iterator[Segment]:
+    """Segments, each a `Text` or `Chunk` whose text can be used.
 
     Raises:
         PromptError: `segments` is no list of `Text`, `Chunk` and str.
@@ -113,8 +116,7 @@ def numbered_parts(segments: object, name: str, counter: Iterator[int]) -> Itera
         raise PromptError(f"{name} is {segments!r:.80}: use a list of Text, Chunk and str.")
     for i, segment in enumerate(segments):
         if isinstance(segment, Chunk):
-            chunk = _chunk(segment, f"{name}[{i}]")
-            yield Passage(next(counter), chunk.text, chunk.document)
+            yield _chunk(segment, f"{name}[{i}]")
         elif isinstance(segment, Text):
             yield Text(check_text(segment.text, f"{name}[{i}]"))
         elif isinstance(segment, TemplateText):
@@ -123,6 +125,13 @@ def numbered_parts(segments: object, name: str, counter: Iterator[int]) -> Itera
             yield Text(check_text(segment, f"{name}[{i}]"))
         else:
             raise PromptError(f"{name}[{i}] is {segment!r:.80}: use Text, Chunk or a str.")
+
+
+def numbered(segments: Iterable[Segment]) -> Iterator[Part]:
+    """Segments with their chunks numbered."""
+    number = count()
+    for segment in segments:
+        yield Passage(next(number), segment) if isinstance(segment, Chunk) else segment
 
 
 def _chunk(chunk: object, name: str) -> Chunk:

@@ -19,6 +19,9 @@ from cachetune_rag.errors import PromptError, UnsupportedModelError
 INSIDE = "\n"
 """The usual `after`: the text goes on inside a prompt, so nothing may be put before it."""
 
+_INSIDE = (INSIDE, ")", "0")
+"""What is put before a text that goes on inside a prompt, to be tokenised: what doesn't merge with it."""
+
 _LOOKS_LIKE_CONTROL = re.compile(r"<[^<>\s]+>|<[|｜].*[|｜]>|\[/?[A-Za-z_][\w/ -]*\]", re.DOTALL)
 _REMEMBERED_IDS = 1 << 20
 """Token ids that are remembered of texts seen before: what is retrieved is often retrieved again."""
@@ -41,7 +44,7 @@ class ContentTokenizer:
     """
 
     def __init__(self, tokenizer: Any):
-        self.tokenizer = copy.deepcopy(tokenizer)
+        self.tokenizer = private_copy(tokenizer)
         self._lock = threading.Lock()
         self._known: OrderedDict[tuple[str, str], tuple[int, ...]] = OrderedDict()
         self._known_ids = 0
@@ -59,6 +62,10 @@ class ContentTokenizer:
         controls, self._strip_left, self._strip_right = self._find_controls(added)
         self.control = frozenset(controls.values()) - self._unknown_id()
         self._cuts = _starts_of(controls)
+        self._controls = frozenset(controls)
+        self._longest = max(map(len, controls), default=0)
+        self._heads = frozenset(literal[:n] for literal in controls for n in range(1, len(literal)))
+        self._tails = frozenset(literal[n:] for literal in controls for n in range(1, len(literal)))
         self._literals = self._template_pattern(controls)
         # Sentencepiece-like tokenizers put a space before every text; inside a prompt that would be a second one.
         head, both = self._raw(INSIDE, special=False), self._raw(INSIDE + "a", special=False)
@@ -125,6 +132,36 @@ class ContentTokenizer:
         pieces.append((text[done:], False))
         return [piece for piece in pieces if piece[0]]
 
+    # -- what is spelt like a control token -----------------------------------------------------------------------
+
+    def is_control(self, text: str) -> bool:
+        """Whether `text` is how a control token is written."""
+        return text in self._controls
+
+    def cuts(self, text: str) -> list[int]:
+        """Where to cut a text so that no piece of it contains what is spelt like a control token."""
+        return [match.start() + 1 for match in self._cuts.finditer(text)]
+
+    def found(self, text: str) -> list[tuple[int, str]]:
+        """Everything in a text that is spelt like a control token, overlaps included: (place, the longest there)."""
+        found = []
+        for match in self._cuts.finditer(text):
+            start = match.start()
+            lengths = range(min(self._longest, len(text) - start), 1, -1)
+            found.append(
+                (start, next(text[start : start + n] for n in lengths if text[start : start + n] in self._controls))
+            )
+        return found
+
+    def loose_ends(self, text: str) -> tuple[bool, bool]:
+        """Whether a text could complete a control token together with what stands before it, and with what stands behind it."""
+        if not text:
+            return False, False
+        inside = len(text) <= self._longest and any(text in literal for literal in self._controls)
+        lengths = range(1, self._longest)
+        start = inside or any(text[:n] in self._tails for n in lengths)
+        return start, inside or any(text[-n:] in self._heads for n in lengths)
+
     # -- inside ---------------------------------------------------------------------------------------------------
 
     def _raw(self, text: str, *, special: bool) -> list[int]:
@@ -142,14 +179,15 @@ class ContentTokenizer:
     def _continue(self, after: str, text: str, *, special: bool) -> list[int]:
         """Ids of `text` right behind `after`; where their tokens can't be told apart, ids of `text` alone."""
         if after and self._adds_space:
-            head, both = self._raw(after, special=special), self._raw(after + text, special=special)
-            if both[: len(head)] == head:
-                return both[len(head) :]
+            for before in _INSIDE if after == INSIDE else (after,):
+                head, both = self._raw(before, special=special), self._raw(before + text, special=special)
+                if both[: len(head)] == head:
+                    return both[len(head) :]
         return self._raw(text, special=special)
 
     def _cut(self, text: str) -> list[str]:
         """Cut inside every literal of a control token, so that no piece contains one."""
-        places = [match.start() + 1 for match in self._cuts.finditer(text)]
+        places = self.cuts(text)
         return [text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True)]
 
     def _encode_piece(self, piece: str, after: str) -> list[int]:
@@ -194,6 +232,22 @@ class ContentTokenizer:
                 for literal in found
             )
         )
+
+
+def private_copy(tokenizer: Any) -> Any:
+    """A copy of a tokenizer without the truncation and padding that calls leave behind in it.
+
+    Whoever else uses the tokenizer, on other threads or to change it, then doesn't come in the way, nor is disturbed.
+    """
+    own = copy.deepcopy(tokenizer)
+    backend = getattr(own, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+    templates = getattr(own, "chat_template", None)
+    if isinstance(templates, list):  # as some tokenizers' files have them
+        own.chat_template = {named["name"]: named["template"] for named in templates}
+    return own
 
 
 def check_text(text: object, name: str = "text") -> str:

@@ -25,7 +25,7 @@ from cachetune_store import ChunkStore
 
 SUMMARY = {
     "store": str, "documents": int, "chunks": int, "skipped": int, "tokens": int, "bytes": int, "seconds": float,
-    "tokens_per_second": float, "lead_ins": int, "empty": int, "evicted": int, "interrupted": bool,
+    "tokens_per_second": float, "lead_ins": int, "empty": int, "left_out": dict, "evicted": int, "interrupted": bool,
 }  # fmt: skip
 
 
@@ -192,6 +192,33 @@ def test_precompute_in_words(cli: Cli, docs: Path, model: Path, store: Path) -> 
     assert f"Loading {model} ..." in done.err
     assert "Precomputing 4 files" in done.err
     assert "Left out 1 empty document: empty.md" in done.err
+
+
+def test_a_run_over_a_folder_goes_on_and_names_what_it_left_out(cli: Cli, docs: Path, model: Path, store: Path) -> None:
+    (docs / "self.txt").symlink_to("self.txt")
+    (docs / "guide" / "photo.jpg").write_bytes(b"\xff\xd8")
+    (docs / "prices.csv").write_text("part,price\noil,3\nrope,5\n")
+    done = cli("precompute", docs, "-m", model, "-s", store, "--json")
+    assert done.json["documents"] == 5
+    assert "Left out, as nothing reads them: 1 .jpg." in done.err
+    assert f"Left out: {docs / 'self.txt'} is a link that leads back to itself" in done.err
+    told = done.json["left_out"]
+    assert (told["unread"], [Path(each["path"]).name for each in told["failed"]]) == ({".jpg": 1}, ["self.txt"])
+    assert "part: rope\nprice: 5\n" in texts(store)
+    (docs / "photo.txt").write_bytes(b"caf\xe9")  # found out while documents are read
+    again = cli("precompute", docs, "-m", model, "-s", store)
+    assert "photo.txt:1 is not UTF-8" in again.err
+    assert "Left out" not in cli("precompute", docs / "story.txt", "-m", model, "-s", store).err
+
+
+def test_a_tilde_in_an_option_is_the_home_folder(
+    cli: Cli, docs: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(docs)
+    cli("precompute", "~/docs/story.txt", "-m", model, "--store=~/kv")
+    assert cli("stats", "-s", tmp_path / "kv", "--json").json["documents"] == 1
+    assert not (docs / "~").exists()
 
 
 def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(
@@ -432,7 +459,7 @@ def test_ask_gives_the_engines_answer(cli: Cli, filled: Path, model: Path) -> No
     )
     result = done.json
     assert schema(result) == {
-        "question": str, "answer": str, "finish_reason": str, "report": dict, "passages": list, "full": type(None),
+        "question": str, "answer": str, "finish_reason": str, "report": dict, "passages": list, "full": type(None), "seed": type(None),
     }  # fmt: skip
     assert [passage["source"] for passage in result["passages"]] == ["faq-2#1", "faq-2#2"]
     report = result["report"]
@@ -452,6 +479,23 @@ def test_ask_with_everything_recomputed_is_full_prefill(cli: Cli, filled: Path, 
     assert result["full"]["report"]["full"] is True
     shown = cli(*command).out
     assert shown.index("With reuse:") < shown.index("Full prefill:") < shown.index("Reuse gave the same answer")
+
+
+def test_both_answers_of_a_model_that_samples_are_drawn_alike(
+    cli: Cli, docs: Path, store: Path, tmp_path: Path
+) -> None:
+    """Many models' generation configs sample, and two draws differ whatever is reused."""
+    sampling = save_model(tmp_path / "sampling", seed=0)
+    config = json.loads((sampling / "generation_config.json").read_text())
+    (sampling / "generation_config.json").write_text(json.dumps(config | {"do_sample": True, "temperature": 1.0}))
+    cli("precompute", docs, "-m", sampling, "-s", store)
+    command = ["ask", "Which ship?", "-m", sampling, "-s", store, "-d", "faq-2", "-r", 1, "-n", 12, "--json"]
+    done = cli(*command, "--full")
+    assert done.json["same_answer"] is True
+    drawn = done.json["seed"]
+    assert f"The model's generation config samples (temperature 1): --seed {drawn} gives the same" in done.err
+    assert cli(*command, "--seed", drawn).json["answer"] == done.json["answer"]
+    assert len({cli(*command, "--seed", seed).json["answer"] for seed in range(3)}) > 1
 
 
 def test_ask_keeps_a_file_for_the_next_time(cli: Cli, model: Path, store: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import tracemalloc
 from pathlib import Path
 
@@ -121,6 +122,157 @@ def test_a_file_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.txt")).write_text("t")
     with pytest.raises(CorpusError, match="not UTF-8 and can't be a document id"):
         Corpus.scan([tmp_path])
+
+
+# -- what folders hold besides ----------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_read_in_a_folder_is_left_out_and_told(tmp_path: Path) -> None:
+    (tmp_path / "ok.md").write_text("steps")
+    (tmp_path / "self.txt").symlink_to("self.txt")
+    (tmp_path / "gone.txt").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "device.txt").symlink_to("/dev/zero")
+    (tmp_path / "binary.txt").write_bytes(b"a\0b")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    jsonl(tmp_path / "lines.jsonl", {"id": "first", "text": "t"}, "{broken")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.txt")).write_text("t")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.path.relpath(tmp_path / "socket.txt"))
+        corpus = Corpus.scan([tmp_path])
+        assert ids(corpus) == ["first", "ok.md"]
+    told = {path.name: reason for path, reason in corpus.left_out.failed}
+    assert "leads back to itself" in told["self.txt"]
+    assert "is a link to something that does not exist" in told["gone.txt"]
+    for name in ("pipe.txt", "device.txt", "socket.txt"):
+        assert "is no regular file" in told[name]
+    assert "is a binary file" in told["binary.txt"]
+    assert "latin.txt:1 is not UTF-8" in told["latin.txt"]
+    assert "lines.jsonl:2 is not JSON" in told["lines.jsonl"]
+    assert "What comes before it in the file was read." in told["lines.jsonl"]
+    assert "is not UTF-8 and can't be a document id" in told["\udcff.txt"]
+    assert len(told) == 9
+    lines = corpus.left_out.lines()
+    assert len(lines) == 9
+    assert all(line.startswith("Left out: ") for line in lines)
+    assert sorted(entry["path"] for entry in corpus.left_out.as_dict()["failed"]) == sorted(
+        str(tmp_path / name) for name in told
+    )
+
+
+def test_other_endings_hidden_files_and_linked_folders_are_counted(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.png", "c.PNG", "d.docx", "README", ".git", "e.\x1b[2J", "f.and so on and on"):
+        (tmp_path / name).write_text("t")
+    (tmp_path / "link").symlink_to(tmp_path)
+    corpus = Corpus.scan([tmp_path])
+    assert ids(corpus) == ["a.txt"]
+    assert corpus.left_out.lines() == [
+        "Left out, as nothing reads them: 2 .png, 1 without an ending, 1 .docx, 1 .\\x1b[2j, 1 with other endings.",
+        "Left out 1 hidden file or folder and 1 link to a folder.",
+    ]
+    counts = corpus.left_out.as_dict()
+    assert (counts["unread"][".png"], counts["hidden"], counts["linked_folders"]) == (2, 1, 1)
+
+
+def test_many_unreadable_files_are_named_in_part_and_counted(tmp_path: Path) -> None:
+    (tmp_path / "ok.md").write_text("steps")
+    for i in range(30):
+        (tmp_path / f"{i:02}.txt").symlink_to(f"{i:02}.txt")
+    *named, more = Corpus.scan([tmp_path]).left_out.lines()
+    assert len(named) == 10
+    assert more == "Left out, as they can't be read either: 20 .txt; --json names them all."
+
+
+def test_files_that_vanish_or_change_meanwhile_are_left_out(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (tmp_path / name).write_text("text")
+    corpus = Corpus.scan([tmp_path])
+    (tmp_path / "a.txt").unlink()
+    (tmp_path / "b.txt").unlink()
+    os.mkfifo(tmp_path / "b.txt")  # whose opening would wait for a writer
+    skipped: list[int] = []
+    assert [document.id for document in corpus.documents(skipped.append)] == ["c.txt"]
+    assert sum(skipped) == 8
+    assert [path.name for path, _ in corpus.left_out.failed] == ["a.txt", "b.txt"]
+
+
+def test_what_was_named_ends_the_run_where_it_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "ok.md").write_text("steps")
+    (tmp_path / "self.txt").symlink_to("self.txt")
+    with pytest.raises(CorpusError, match=r"self\.txt is a link that leads back to itself"):
+        Corpus.scan([tmp_path / "ok.md", tmp_path / "self.txt"])
+    corpus = Corpus.scan([tmp_path / "ok.md"])
+    (tmp_path / "ok.md").unlink()
+    with pytest.raises(CorpusError, match=r"ok\.md does not exist"):
+        ids(corpus)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_what_may_not_be_read_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "ok.md").write_text("steps")
+    (tmp_path / "mine.txt").write_text("t")
+    (tmp_path / "mine.txt").chmod(0)
+    (tmp_path / "closed").mkdir(mode=0)
+    try:
+        corpus = Corpus.scan([tmp_path])
+        assert ids(corpus) == ["ok.md"]
+        assert [path.name for path, _ in corpus.left_out.failed] == ["closed", "mine.txt"]
+        assert all("Check its permissions." in reason for _, reason in corpus.left_out.failed)
+    finally:
+        (tmp_path / "closed").chmod(0o700)
+
+
+def test_a_folder_that_refuses_to_be_searched_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ok.md").write_text("steps")
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refuse(folder: Path) -> object:
+        if Path(folder).name == "closed":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    corpus = Corpus.scan([tmp_path])
+    assert ids(corpus) == ["ok.md"]
+    assert [reason for _, reason in corpus.left_out.failed] == [
+        f"{tmp_path / 'closed'} can't be searched: Permission denied. Check its permissions."
+    ]
+    with pytest.raises(CorpusError, match="closed can't be searched"):
+        Corpus.scan([tmp_path / "closed"])
+
+
+def test_folders_may_be_nested_deeper_than_calls(tmp_path: Path) -> None:
+    depth = 1500
+    here = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(depth):
+        os.mkdir("d", dir_fd=here)
+        below = os.open("d", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = below
+    os.close(os.open("a.txt", os.O_CREAT | os.O_WRONLY, dir_fd=here))
+    os.close(here)
+    (tmp_path / "b.txt").write_text("t")
+    bottom = tmp_path.joinpath(*["d"] * depth)
+    try:
+        assert ids(Corpus.scan([tmp_path])) == ["b.txt", "d/" * depth + "a.txt"]
+    finally:
+        (bottom / "a.txt").unlink()
+        os.removedirs(bottom)  # what removes folders after tests is recursive itself
+
+
+def test_odd_names_are_ids_like_others(tmp_path: Path) -> None:
+    for name in ("two\nlines.txt", "\x1b[2J.txt", " .txt", "-r.txt", "灯台.md"):
+        (tmp_path / name).write_text("t")
+    assert set(ids(Corpus.scan([tmp_path]))) == {"two\nlines.txt", "\x1b[2J.txt", " .txt", "-r.txt", "灯台.md"}
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "home" / "docs").mkdir(parents=True)
+    (tmp_path / "home" / "docs" / "a.txt").write_text("t")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert ids(Corpus.scan(["~/docs"])) == ["a.txt"]
+    assert read_text("~/docs/a.txt") == "t"
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------

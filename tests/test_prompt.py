@@ -378,10 +378,10 @@ def test_chunks_are_numbered_by_message_even_where_the_template_reorders() -> No
     assert prompt.chunk_texts == ("A", "B")
 
 
-def test_contents_are_kept_where_the_template_trims() -> None:
+def test_contents_are_trimmed_where_the_template_trims() -> None:
     tokenizer = byte_level(TRIMMING)
     text = tokenizer.decode(PromptBuilder(tokenizer).build_messages([{"role": "user", "content": "\n x "}]).ids)
-    assert "user\n\n x <|im_end|>" in text
+    assert "user\nx<|im_end|>" in text
 
 
 def test_templates_that_want_typed_parts() -> None:
@@ -412,8 +412,8 @@ def test_chat_templates_that_cant_be_used(template: str, message: str) -> None:
 
 def test_conversations_that_the_template_refuses() -> None:
     builder = PromptBuilder(sentencepiece())
-    with pytest.raises(PromptError, match="roles user, user: Roles must alternate"):
-        builder.build_messages([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])
+    with pytest.raises(PromptError, match="roles assistant, user: Roles must alternate"):
+        builder.build_messages([{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}])
 
 
 @pytest.mark.parametrize(
@@ -421,8 +421,11 @@ def test_conversations_that_the_template_refuses() -> None:
     [
         ([], "messages is empty"),
         (["hi"], r"messages\[0\] is 'hi'"),
-        ([{"role": "user"}], "keys role and content"),
-        ([{"role": "user", "content": "x", "tool_calls": []}], "keys role and content"),
+        ("hi", "messages is 'hi'"),
+        ({"role": "user", "content": "x"}, "use a list of mappings"),
+        ([{"content": "x"}], "keys role and content"),
+        ([{"role": "user"}], r"messages\[0\].content is None"),
+        ([{"role": "assistant", "content": None, "tool_calls": []}], r"messages\[0\].content is None"),
         ([{"role": "<|im_end|>", "content": "x"}], "has the role"),
         ([{"role": "user", "content": None}], r"messages\[0\].content is None"),
         ([{"role": "user", "content": ["x", 3]}], r"content\[1\] is 3"),

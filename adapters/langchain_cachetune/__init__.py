@@ -13,5 +13,6 @@ from langchain_cachetune.chain import create_cachetune_chain
 from langchain_cachetune.chat_model import ChatCacheTune
 from langchain_cachetune.document_index import CacheTuneIndex
 from langchain_cachetune.messages import chunk_block
+from langchain_cachetune.runs import collect_reports
 
-__all__ = ["CacheTuneIndex", "ChatCacheTune", "chunk_block", "create_cachetune_chain"]
+__all__ = ["CacheTuneIndex", "ChatCacheTune", "chunk_block", "collect_reports", "create_cachetune_chain"]

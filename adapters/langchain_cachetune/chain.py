@@ -12,13 +12,18 @@ from langchain_core.output_parsers import BaseOutputParser, StrOutputParser
 from langchain_core.prompts import BasePromptTemplate, ChatPromptTemplate
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
 
-from cachetune_rag import CacheTune
-from cachetune_rag.prompt import INSTRUCTIONS
+from cachetune_rag import CacheTune, Chunk
+from cachetune_rag.errors import ConfigError, PromptError
+from cachetune_rag.prompt import INSTRUCTIONS, Segment
+from langchain_cachetune import settings
 from langchain_cachetune.chat_model import ChatCacheTune
-from langchain_cachetune.messages import chunk_block, chunk_text
+from langchain_cachetune.messages import chunk_block
+from langchain_cachetune.shown import segments
 
 DEFAULT_PROMPT = ChatPromptTemplate.from_messages([("human", INSTRUCTIONS + "\n\n{context}\n\nQuestion: {input}")])
 """The engine's own prompt: used where none is given."""
+
+_OWN = ("prompt", "output_parser", "document_prompt", "document_separator", "document_variable_name")
 
 
 def create_cachetune_chain(
@@ -37,44 +42,49 @@ def create_cachetune_chain(
         engine: the engine, or a `ChatCacheTune` that has its settings already.
         prompt: string or chat prompt that shows {context} once; default: a short one with {input}.
         output_parser: default: the answer as a str.
-        document_prompt: how a document is shown; default: its content. `CacheTuneIndex` needs the same one.
+        document_prompt: how a document is shown; default: its content. The content is the chunk, and what stands around it is
+            text, so that a document is stored once, however it is shown.
         document_separator: text between documents.
         document_variable_name: the prompt's variable for the documents, and the chain's input key for them.
         model_kwargs: settings of the `ChatCacheTune` made for an engine.
 
     Returns:
-        A Runnable from {"context": list of documents, and the prompt's other variables} to the parser's output.
+        A Runnable from {"context": list of documents, and the prompt's other variables} to the parser's output. For its
+        reports, see `collect_reports`.
 
     Raises:
-        ValueError: the prompt has no such variable, or settings were given along with a `ChatCacheTune`.
+        ConfigError: the prompt has no such variable, settings were given along with a `ChatCacheTune`, or there is no such
+            setting.
     """
     if isinstance(engine, ChatCacheTune):
         if model_kwargs:
-            raise ValueError(f"{', '.join(model_kwargs)} belong to the ChatCacheTune: set them there.")
+            raise ConfigError(f"{', '.join(model_kwargs)} belong to the ChatCacheTune: set them there.")
         model = engine
     else:
+        known = {*ChatCacheTune.model_fields, *settings.ALIASES, *settings.generation_names(), *_OWN} - {"engine"}
+        settings.refuse_unknown(model_kwargs, known, "create_cachetune_chain")
         model = ChatCacheTune(engine=engine, **model_kwargs)
     template = DEFAULT_PROMPT if prompt is None else prompt
     variable = document_variable_name
     if variable not in template.input_variables:
-        raise ValueError(
+        raise ConfigError(
             f"the prompt has the variables {template.input_variables}, not {variable!r}: show the documents as "
             f"{{{variable}}} or set document_variable_name."
         )
 
-    def texts(inputs: Mapping[str, Any]) -> list[str]:
+    def shown(inputs: Mapping[str, Any]) -> list[list[Segment]]:
         documents: Sequence[Document] = inputs[variable]
-        return [text for text in (chunk_text(document, document_prompt) for document in documents) if text]
+        return [made for document in documents if (made := segments(document, document_prompt))]
 
     def fill(inputs: Mapping[str, Any], config: RunnableConfig) -> list[BaseMessage]:
         mark = f"documents-{uuid.uuid4().hex}"
         messages = template.invoke({**inputs, variable: mark}, config).to_messages()
-        return _filled(messages, mark, texts(inputs), document_separator, variable)
+        return _filled(messages, mark, shown(inputs), document_separator, variable)
 
     async def afill(inputs: Mapping[str, Any], config: RunnableConfig) -> list[BaseMessage]:
         mark = f"documents-{uuid.uuid4().hex}"
         messages = (await template.ainvoke({**inputs, variable: mark}, config)).to_messages()
-        return _filled(messages, mark, texts(inputs), document_separator, variable)
+        return _filled(messages, mark, shown(inputs), document_separator, variable)
 
     prompting: Runnable[dict[str, Any], list[BaseMessage]] = RunnableLambda(fill, afill, name="format_documents")
     chain: Runnable[dict[str, Any], Any] = prompting | model | (output_parser or StrOutputParser())
@@ -82,12 +92,13 @@ def create_cachetune_chain(
 
 
 def _filled(
-    messages: list[BaseMessage], mark: str, texts: Sequence[str], separator: str, variable: str
+    messages: list[BaseMessage], mark: str, documents: Sequence[Sequence[Segment]], separator: str, variable: str
 ) -> list[BaseMessage]:
-    """The messages with chunk blocks in place of the mark."""
+    """The messages with the documents in place of the mark."""
     blocks: list[str | dict[str, Any]] = []
-    for i, text in enumerate(texts):
-        blocks += [_text(separator), chunk_block(text)] if i else [chunk_block(text)]
+    for i, document in enumerate(documents):
+        blocks += [_text(separator)] if i else []
+        blocks += [_block(segment) for segment in document]
     filled: list[BaseMessage] = []
     places = 0
     for message in messages:
@@ -105,10 +116,14 @@ def _filled(
             message if not any(mark in str(part) for part in parts) else message.model_copy(update={"content": content})
         )
     if places != 1:
-        raise ValueError(
+        raise PromptError(
             f"the prompt shows {{{variable}}} {places} times: documents need exactly one place. Use {{{variable}}} once."
         )
     return filled
+
+
+def _block(segment: Segment) -> dict[str, Any]:
+    return chunk_block(segment.text, segment.document) if isinstance(segment, Chunk) else _text(segment.text)
 
 
 def _text(text: str) -> dict[str, Any]:

@@ -3,23 +3,43 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import pickle
 import threading
-from collections.abc import Iterator
-from typing import Any
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from typing import Any, Self
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
-from langchain_core.language_models import BaseChatModel, LangSmithParams
+from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
-from langchain_core.runnables.config import run_in_executor
+from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
+from langchain_core.tools import BaseTool
 from langchain_core.utils import from_env
-from pydantic import ConfigDict, Field, PrivateAttr, model_validator
+from langchain_core.utils.function_calling import convert_to_openai_tool
+from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, model_validator
 
-from cachetune_rag import Answer, AnswerStream, CacheTune, Prompt, Report
-from langchain_cachetune.messages import engine_messages
+from cachetune_rag import Answer, AnswerStream, CacheTune, Report
+from cachetune_rag.async_calls import OwnThread, call_in_thread
+from cachetune_rag.errors import CacheTuneError, ConfigError
+from cachetune_rag.tool_calls import ToolCallStream, parse
+from langchain_cachetune import settings
+from langchain_cachetune.prompting import build_prompt, takes_tools, template_names
+from langchain_cachetune.runs import RunRecord, latest_report
+from langchain_cachetune.tools import (
+    METHODS,
+    ToolRequest,
+    call_chunks,
+    langchain_calls,
+    output_parser,
+    schema_format,
+)
 
 _LOADING = threading.Lock()
+_REQUEST = {"max_tokens", "temperature", "stop", "timeout", *settings.REUSE, *settings.TOOLS}
+"""What a request can be given beside generation settings and the chat template's own arguments."""
 
 
 class ChatCacheTune(BaseChatModel):
@@ -32,34 +52,74 @@ class ChatCacheTune(BaseChatModel):
     Args:
         engine: the engine; or else it is loaded from `model` at the first use.
         model: path or hub id for `CacheTune.from_pretrained` (default: $CACHETUNE_MODEL); with an engine, only a name.
+            Also as model_name.
         store: folder of the KV store (default: $CACHETUNE_STORE).
         engine_kwargs: further arguments of `CacheTune.from_pretrained`.
-        max_tokens: most tokens of an answer.
+        max_tokens: most tokens of an answer; None: as many as the model's generation config says, or 256. Also as
+            max_new_tokens or max_completion_tokens.
         temperature: above 0 samples, 0 is greedy; default: the model's own generation config.
-        stop: strings that end an answer.
+        stop: strings that end an answer. Also as stop_sequences.
+        timeout: seconds for an answer, looked at between its pieces; one that takes longer raises `TimeoutError`.
         ratio, selector: what is recomputed, see `CacheTune.stream`.
-        generate_kwargs: further sampling settings (top_p, repetition_penalty, seed, ...).
+        generate_kwargs: further sampling settings (top_p, repetition_penalty, seed, ...). They can be given as arguments of
+            their own as well: `ChatCacheTune(..., top_p=0.9)`.
+        learn: what retrievers returned and a prompt shows word for word, but the store doesn't have, is stored behind the
+            answer under its document's id, as if it had been precomputed. Documents without an id never are.
+        streaming: answer piece by piece also where `invoke` is called, for callbacks that want tokens.
+        max_retries, api_key: usual names of LangChain's, accepted; a model in this process needs neither.
 
-    All but the first four can be given per request too. Any number of threads may use one instance.
+    All but the first four can be given per request too, as can arguments of the tokenizer's chat template. An argument that
+    there isn't is refused. Any number of threads may use one instance. A deep copy shares the engine; a pickle of a model that
+    loads its engine itself loads it again, and any other is refused.
     """
 
     engine: CacheTune | None = Field(default=None, exclude=True, repr=False)
     model: str = Field(default_factory=from_env("CACHETUNE_MODEL", default=""))
     store: str | None = Field(default_factory=from_env("CACHETUNE_STORE", default=None))
     engine_kwargs: dict[str, Any] = Field(default_factory=dict)
-    max_tokens: int = Field(default=256, gt=0)
+    max_tokens: int | None = Field(default=256, gt=0)
     temperature: float | None = Field(default=None, ge=0)
     stop: list[str] | None = Field(default=None, alias="stop_sequences")
+    timeout: float | None = Field(default=None, gt=0)
     ratio: float | str = "auto"
     selector: str = "auto"
     generate_kwargs: dict[str, Any] = Field(default_factory=dict)
+    learn: bool = True
+    streaming: bool = False
+    max_retries: int | None = Field(default=None, exclude=True)
+    api_key: SecretStr | None = Field(default=None, exclude=True, repr=False)
 
-    _last_report: Report | None = PrivateAttr(default=None)
+    _loads: bool = PrivateAttr(default=False)
+    _latest: Report | None = PrivateAttr(default=None)
+    _reports: object = PrivateAttr(default_factory=object)
 
-    model_config = ConfigDict(populate_by_name=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(populate_by_name=True, arbitrary_types_allowed=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, values: Any) -> Any:
+        """Usual names of other models' arguments, and sampling settings, go where they belong; others are refused."""
+        if not isinstance(values, Mapping):
+            return values
+        fields = cls.model_fields
+        try:
+            given = settings.renamed(values, "ChatCacheTune")
+            sampling = {name: given.pop(name) for name in settings.generation_names() if name in given}
+            twice = sorted(sampling.keys() & (given.get("generate_kwargs") or {}).keys())
+            if twice:
+                raise ConfigError(f"{', '.join(twice)} stands in generate_kwargs as well: give it once.")
+            if sampling:
+                given["generate_kwargs"] = {**(given.get("generate_kwargs") or {}), **sampling}
+            known = {*fields, *settings.ALIASES, *settings.generation_names()}
+            settings.refuse_unknown(given, known, "ChatCacheTune")
+        except ConfigError as error:
+            raise ValueError(str(error)) from error  # as pydantic wants it
+        if isinstance(given.get("stop"), str):
+            given["stop"] = [given["stop"]]
+        return given
 
     @model_validator(mode="after")
-    def _name_engine(self) -> ChatCacheTune:
+    def _name_engine(self) -> Self:
         if self.engine is not None:
             # Whoever loads a saved copy of this model needs to know what the engine was made of.
             if "model" not in self.model_fields_set:
@@ -68,7 +128,27 @@ class ChatCacheTune(BaseChatModel):
                 self.store = str(self.engine.store.path)
         elif not self.model:
             raise ValueError("ChatCacheTune needs engine=, or model= (a path or hub id, or $CACHETUNE_MODEL).")
+        else:
+            self._loads = True
+        try:
+            settings.check_reuse(self.ratio, self.selector)
+            settings.check_engine_options(self.engine_kwargs)
+            self._check_generation(self.generate_kwargs)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
         return self
+
+    def _check_generation(self, given: Mapping[str, Any]) -> None:
+        known = {*settings.generation_names(), *settings.REUSE}
+        if self.engine is None:
+            # Which arguments the chat template has isn't known yet: those are checked once it is loaded.
+            return
+        arguments = template_names(self.engine, given)
+        settings.refuse_unknown(given, known | arguments, "generate_kwargs")
+        sampling = {name: value for name, value in given.items() if name not in arguments | set(settings.REUSE)}
+        settings.check_sampling(self.engine, sampling)
+
+    # -- what LangChain asks of a model ---------------------------------------------------------------------------
 
     @classmethod
     def is_lc_serializable(cls) -> bool:
@@ -82,8 +162,9 @@ class ChatCacheTune(BaseChatModel):
 
     @property
     def last_report(self) -> Report | None:
-        """Report of the latest request, whichever thread made it."""
-        return self._last_report
+        """Report of this model's latest request: of the run in this context (a thread, an asyncio task) if it made one, or
+        of whichever made one last. `collect_reports` has those of a whole chain."""
+        return latest_report(self._reports) or self._latest
 
     @property
     def _llm_type(self) -> str:
@@ -99,6 +180,50 @@ class ChatCacheTune(BaseChatModel):
         params["ls_provider"] = "cachetune"
         return params
 
+    def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
+        """What LangChain's cache keeps answers by: with it goes what the model's name doesn't say, above all its weights."""
+        engine = self._loaded()
+        namespace, config = engine.namespace, getattr(engine.adapter.model, "generation_config", None)
+        parts = {
+            "model": namespace.model,
+            "tokenizer": namespace.tokenizer,
+            "dtype": namespace.dtype,
+            "tenant": namespace.tenant,
+            "lead_ins": namespace.digest,
+            "chat_template": str(getattr(engine.tokenizer, "chat_template", None)),
+            "generation_config": config.to_json_string() if config is not None else "",
+            "settings": {name: repr(value) for name, value in self._identifying_params.items()},
+        }
+        return f"{super()._get_llm_string(stop=stop, **kwargs)}---{json.dumps(parts, sort_keys=True)}"
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        """A copy with settings of its own and the same engine: models and stores can't be copied."""
+        memo = {} if memo is None else memo
+        memo[id(self.engine)] = self.engine
+        return super().__deepcopy__(memo)
+
+    def __getstate__(self) -> dict[Any, Any]:
+        """What a pickle holds: how to load the engine again, if this is known.
+
+        Raises:
+            PicklingError: the engine was made by somebody else.
+        """
+        if not self._loads:
+            raise pickle.PicklingError(
+                "this ChatCacheTune was given an engine, and how that was made is not known, so it can't be loaded again "
+                "elsewhere: make it with model=, store= and engine_kwargs= instead of engine=, or in each process anew."
+            )
+        state: dict[Any, Any] = super().__getstate__()
+        return {
+            **state,
+            "__dict__": {**state["__dict__"], "engine": None},
+            "__pydantic_private__": {"_loads": True, "_latest": None},
+        }
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        """Take over what a pickle held; the engine is loaded at the first use."""
+        super().__setstate__({**state, "__pydantic_private__": {**state["__pydantic_private__"], "_reports": object()}})
+
     def get_num_tokens(self, text: str) -> int:
         """Tokens of a text as it would stand in a prompt."""
         return len(self._loaded().prompts.encode(text))
@@ -107,6 +232,88 @@ class ChatCacheTune(BaseChatModel):
         """Token ids of a text as it would stand in a prompt."""
         return self._loaded().prompts.encode(text)
 
+    # -- tools and structured output ------------------------------------------------------------------------------
+
+    def bind_tools(
+        self,
+        tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
+        *,
+        tool_choice: Any = None,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        """A model that is shown these tools and may call them.
+
+        The tokenizer's chat template lays them out if it knows tools; otherwise the system message describes them, as for
+        Hermes. Calls are read from the answer's text. Whether a model calls well is up to the model.
+
+        Args:
+            tools: tools, functions, pydantic classes or schemas.
+            tool_choice: "auto"; "none"; "any" (or True, "required"): the prompt asks for a call; a tool's name: only this one
+                is shown, and the prompt asks for it. A prompt can only ask.
+            strict: goes into the tools' schemas; a text model isn't held to them.
+            kwargs: further arguments of the requests.
+
+        Raises:
+            ConfigError: no such choice, or an unknown argument.
+        """
+        formats = {name: value for name, value in kwargs.items() if name != "ls_structured_output_format"}
+        self._check_request(formats)
+        made = [convert_to_openai_tool(tool, strict=strict) for tool in tools]
+        ToolRequest.of(made, tool_choice)
+        if tool_choice is not None:
+            kwargs["tool_choice"] = tool_choice
+        return self.bind(tools=made, **kwargs)
+
+    def with_structured_output(
+        self,
+        schema: dict[str, Any] | type,
+        *,
+        include_raw: bool = False,
+        method: str | None = None,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, Any]:
+        """A model whose answers are read into a schema. The prompt asks for it; nothing holds the model to it, so an answer that
+        can't be read raises `OutputParserException` (or is in `parsing_error`).
+
+        Args:
+            schema: a pydantic class, TypedDict, or JSON schema.
+            include_raw: return {"raw", "parsed", "parsing_error"}.
+            method: "function_calling": a tool call; "json_schema": the prompt has the schema; "json_mode": your own prompt
+                describes the JSON. Default: "function_calling" where the tokenizer's chat template knows tools, else
+                "json_schema".
+            strict: as for `bind_tools`.
+            kwargs: further arguments of the requests.
+
+        Raises:
+            ConfigError: an unknown method or argument.
+        """
+        if method is None:
+            # Without an engine the template isn't known yet; a schema in the prompt suits every model.
+            method = METHODS[0] if self.engine is not None and takes_tools(self.engine) else METHODS[1]
+        if method not in METHODS:
+            raise ConfigError(f"method is {method!r}: use {', '.join(METHODS)}.")
+        described = {"kwargs": {"method": method, "strict": strict}, "schema": schema}
+        model: Runnable[LanguageModelInput, AIMessage]
+        if method == "function_calling":
+            model = self.bind_tools(
+                [schema], tool_choice="any", strict=strict, ls_structured_output_format=described, **kwargs
+            )
+        else:
+            self._check_request(kwargs)
+            model = self.bind(
+                response_format=schema_format(schema, method), ls_structured_output_format=described, **kwargs
+            )
+        parser = output_parser(schema, method)
+        if not include_raw:
+            return model | parser
+        parsed = RunnablePassthrough.assign(parsed=lambda raw: parser.invoke(raw["raw"]), parsing_error=lambda _: None)
+        failed = RunnablePassthrough.assign(parsed=lambda _: None)
+        return RunnableMap(raw=model) | parsed.with_fallbacks([failed], exception_key="parsing_error")
+
+    # -- answering ------------------------------------------------------------------------------------------------
+
     def _generate(
         self,
         messages: list[BaseMessage],
@@ -114,7 +321,7 @@ class ChatCacheTune(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        return self._answer(messages, stop, kwargs, threading.Event())
+        return self._answer(messages, stop, kwargs, RunRecord(), threading.Event())
 
     async def _agenerate(
         self,
@@ -123,25 +330,36 @@ class ChatCacheTune(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        # In another thread, as by default, but it stops when the task is cancelled.
+        # On a thread of its own, since it may wait long for the model; it stops when the task is cancelled.
         cancelled = threading.Event()
         try:
-            return await run_in_executor(None, self._answer, messages, stop, kwargs, cancelled)
+            return await call_in_thread(self._answer, messages, stop, kwargs, RunRecord(), cancelled)
         except asyncio.CancelledError:
             cancelled.set()
             raise
 
     def _answer(
-        self, messages: list[BaseMessage], stop: list[str] | None, options: dict[str, Any], cancelled: threading.Event
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None,
+        options: dict[str, Any],
+        run: RunRecord,
+        cancelled: threading.Event,
     ) -> ChatResult:
-        with self._start(messages, stop, options) as pieces:
+        request = _ChatRequest(self, messages, stop, options, run)
+        with request.stream as pieces:
             for _ in pieces:
+                request.check_time()
                 if cancelled.is_set():
-                    raise RuntimeError("cancelled")  # nobody hears it
+                    raise CacheTuneError("cancelled")  # nobody hears it
             answer = pieces.answer
-        self._last_report = answer.report
+        self._told(run, answer.report)
+        content, calls = parse(answer.text, request.tools.names) if request.tools.tools else (answer.text, [])
         message = AIMessage(
-            content=answer.text, response_metadata=self._metadata(answer), usage_metadata=_usage(answer)
+            content=content,
+            tool_calls=langchain_calls(calls),
+            response_metadata=self._metadata(answer, bool(calls)),
+            usage_metadata=_usage(answer),
         )
         return ChatResult(generations=[ChatGeneration(message=message)])
 
@@ -152,59 +370,124 @@ class ChatCacheTune(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        with self._start(messages, stop, kwargs) as pieces:
+        for chunk in self._chunks(messages, stop, kwargs, RunRecord()):
+            if run_manager is not None:
+                run_manager.on_llm_new_token(str(chunk.message.content), chunk=chunk)
+            yield chunk
+
+    async def _astream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[ChatGenerationChunk]:
+        chunks = self._chunks(messages, stop, kwargs, RunRecord())
+        with OwnThread() as thread:
+            try:
+                while (chunk := await thread.call(next, chunks, None)) is not None:
+                    if run_manager is not None:
+                        await run_manager.on_llm_new_token(str(chunk.message.content), chunk=chunk)
+                    yield chunk
+            finally:
+                # Behind a piece that is still being computed, on the same thread.
+                await asyncio.shield(thread.call(chunks.close))
+
+    def _chunks(
+        self, messages: list[BaseMessage], stop: list[str] | None, options: dict[str, Any], run: RunRecord
+    ) -> Any:
+        """Parts of the answer's message. What may be a tool call comes at the end, whole."""
+        request = _ChatRequest(self, messages, stop, options, run)
+        reader = ToolCallStream(request.tools.names) if request.tools.tools else None
+        with request.stream as pieces:
             for piece in pieces:
-                self._last_report = pieces.report
-                chunk = ChatGenerationChunk(message=AIMessageChunk(content=piece))
-                if run_manager is not None:
-                    run_manager.on_llm_new_token(piece, chunk=chunk)
-                yield chunk
+                self._told(run, pieces.report, whole=False)
+                request.check_time()
+                shown = reader.push(piece) if reader else piece
+                if shown:
+                    yield ChatGenerationChunk(message=AIMessageChunk(content=shown))
             answer = pieces.answer
-        self._last_report = answer.report
+        self._told(run, answer.report)
+        rest, found = reader.finish() if reader else ("", [])
+        calls = langchain_calls(found)
         last = AIMessageChunk(
-            content="",
-            response_metadata=self._metadata(answer),
+            content=rest,
+            tool_call_chunks=call_chunks(calls),
+            response_metadata=self._metadata(answer, bool(calls)),
             usage_metadata=_usage(answer),
             chunk_position="last",
         )
-        chunk = ChatGenerationChunk(message=last)
-        if run_manager is not None:
-            run_manager.on_llm_new_token("", chunk=chunk)
-        yield chunk
+        yield ChatGenerationChunk(message=last)
 
-    def _start(self, messages: list[BaseMessage], stop: list[str] | None, options: dict[str, Any]) -> AnswerStream:
-        settings: dict[str, Any] = {"ratio": self.ratio, "selector": self.selector, **self.generate_kwargs}
-        settings["max_new_tokens"] = options.pop("max_tokens", self.max_tokens)
-        temperature = options.pop("temperature", self.temperature)
-        if temperature is not None:
-            settings["do_sample"] = temperature > 0
-            if temperature > 0:
-                settings["temperature"] = temperature
-        settings["stop"] = stop or self.stop
-        return self._loaded().stream(prompt=self._prompt(messages), **{**settings, **options})
+    def _told(self, run: RunRecord, report: Report, *, whole: bool = True) -> None:
+        self._latest = report
+        run.report(self._reports, report, whole=whole)
 
-    def _prompt(self, messages: list[BaseMessage]) -> Prompt:
-        engine = self._loaded()
-        converted = engine_messages(messages)
-        if getattr(engine.tokenizer, "chat_template", None) or len(converted) != 1:
-            return engine.prompt_from_messages(converted)
-        # A base model knows no conversations, but it does continue a single text.
-        return engine.prompt_from_text(converted[0]["content"])
+    def _check_request(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """A request's arguments under this class's names.
+
+        Raises:
+            ConfigError: there is no such argument.
+        """
+        given = settings.renamed(options, "a request")
+        known = {*_REQUEST, *settings.generation_names()}
+        others = [name for name in given if name not in known]
+        if others and self.engine is not None:
+            known |= template_names(self.engine, others)
+        settings.refuse_unknown(others, known, "a request to ChatCacheTune")
+        return given
 
     def _loaded(self) -> CacheTune:
         if self.engine is None:
             with _LOADING:
                 if self.engine is None:
-                    self.engine = CacheTune.from_pretrained(self.model, self.store, **self.engine_kwargs)
+                    engine = CacheTune.from_pretrained(self.model, self.store, **self.engine_kwargs)
+                    self.engine = engine
+                    self._check_generation(self.generate_kwargs)
         return self.engine
 
-    def _metadata(self, answer: Answer) -> dict[str, Any]:
+    def _metadata(self, answer: Answer, called: bool) -> dict[str, Any]:
         return {
             "report": answer.report.as_dict(),
-            "finish_reason": answer.finish_reason,
+            "finish_reason": "tool_calls" if called else answer.finish_reason,
             "model_name": self.model,
             "model_provider": "cachetune",
         }
+
+
+class _ChatRequest:
+    """One request: its arguments sorted by whom they are for, its prompt, and the answer's stream."""
+
+    def __init__(
+        self,
+        model: ChatCacheTune,
+        messages: list[BaseMessage],
+        stop: list[str] | None,
+        options: Mapping[str, Any],
+        run: RunRecord,
+    ):
+        started = time.monotonic()
+        engine = model._loaded()
+        given = model._check_request(options)
+        self.tools = ToolRequest.of(*(given.pop(name, None) for name in settings.TOOLS))
+        self._timeout: float | None = given.pop("timeout", model.timeout)
+        self._ends = None if self._timeout is None else started + self._timeout
+        decoding = settings.decoding_settings(
+            max_tokens=given.pop("max_tokens", model.max_tokens),
+            temperature=given.pop("temperature", model.temperature),
+            stop=stop or given.pop("stop", None) or model.stop,
+            others={"ratio": model.ratio, "selector": model.selector, **model.generate_kwargs, **given},
+        )
+        layout = {name: decoding.pop(name) for name in template_names(engine, decoding)}
+        prompt = build_prompt(engine, messages, self.tools, layout, run.documents, learn=model.learn)
+        self.stream: AnswerStream = engine.stream(prompt=prompt, **decoding)
+
+    def check_time(self) -> None:
+        """Refuse to go on behind the time that was given."""
+        if self._ends is not None and time.monotonic() > self._ends:
+            raise TimeoutError(
+                f"the answer took longer than timeout={self._timeout:g} seconds: give it more, or fewer tokens."
+            )
 
 
 def _usage(answer: Answer) -> UsageMetadata:

@@ -1,34 +1,45 @@
-"""A document index that keeps the KV store in step with a vector store."""
+"""A vector store and document index that keeps the KV store in step with another vector store."""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Self
 
-from langchain_core.callbacks import CallbackManagerForRetrieverRun
+from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
+from langchain_core.embeddings import Embeddings
 from langchain_core.indexing import UpsertResponse
 from langchain_core.indexing.base import DeleteResponse, DocumentIndex
 from langchain_core.prompts import BasePromptTemplate
-from langchain_core.vectorstores import VectorStore
-from pydantic import ConfigDict, Field
+from langchain_core.vectorstores import InMemoryVectorStore, VectorStore
+from pydantic import ConfigDict, Field, model_validator
 
-from cachetune_rag import CacheTune
+from cachetune_rag import CacheTune, PrecomputeSummary
 from cachetune_rag import Document as EngineDocument
-from langchain_cachetune.messages import chunk_text
+from cachetune_rag.async_calls import call_in_thread
+from cachetune_rag.errors import ConfigError
+from cachetune_store import make_key
+from langchain_cachetune import settings
+from langchain_cachetune.searching import SearchesAnother
+from langchain_cachetune.shown import Shown, content_id, stored_texts
+from langchain_cachetune.sources import documents_of
 
 
-class CacheTuneIndex(DocumentIndex):
+class CacheTuneIndex(DocumentIndex, SearchesAnother):
     """A vector store whose documents have their KV precomputed: `index(docs, records, CacheTuneIndex(...))`.
 
-    Documents live in the vector store; this adds their KV when they come and frees it when they go. It is a retriever as
-    well, by similarity.
+    Documents live in the vector store; this adds their KV when they come and frees it when they go. It can stand wherever
+    LangChain takes a vector store (`as_retriever`, `ParentDocumentRetriever(vectorstore=...)`), a document index, or a
+    retriever, by similarity. For documents that the vector store held before, or that were added past this index, see
+    `rebuild`.
 
     Args:
         engine: the engine.
         vectorstore: any vector store that can give documents back by id (`get_by_ids`).
-        document_prompt: how the chain shows a document; give both the same one.
+        document_prompt: how the chain shows a document. Only one that changes a document's content makes a difference here.
+        shown: says which texts prompts will show of a document, where that isn't its content: a window or parent that its
+            metadata holds; an empty list for documents that are searched but never shown.
         k: documents that a search returns.
         search_kwargs: further arguments of `similarity_search`.
     """
@@ -36,51 +47,237 @@ class CacheTuneIndex(DocumentIndex):
     engine: CacheTune = Field(exclude=True, repr=False)
     vectorstore: VectorStore
     document_prompt: BasePromptTemplate[str] | None = None
+    shown: Shown | None = Field(default=None, exclude=True, repr=False)
     k: int = Field(default=4, gt=0)
     search_kwargs: dict[str, Any] = Field(default_factory=dict)
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, values: Any) -> Any:
+        if isinstance(values, Mapping):
+            try:
+                settings.refuse_unknown(values, cls.model_fields, "CacheTuneIndex")
+            except ConfigError as error:
+                raise ValueError(str(error)) from error  # as pydantic wants it
+        return values
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        """A copy of the vector store, beside the same engine: models and KV stores can't be copied."""
+        memo = {} if memo is None else memo
+        memo[id(self.engine)] = self.engine
+        return super().__deepcopy__(memo)
+
+    @classmethod
+    def from_texts(
+        cls,
+        texts: list[str],
+        embedding: Embeddings,
+        metadatas: list[dict[str, Any]] | None = None,
+        *,
+        ids: list[str] | None = None,
+        engine: CacheTune | None = None,
+        vectorstore: VectorStore | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """An index of these texts.
+
+        Args:
+            texts: the texts.
+            embedding: of the vector store, where none is given.
+            metadatas: one a text.
+            ids: one a text.
+            engine: the engine.
+            vectorstore: where they live; default: in memory.
+            kwargs: further arguments of the class.
+        """
+        if engine is None:
+            raise ConfigError("CacheTuneIndex.from_texts needs engine=, the engine that computes the texts' KV.")
+        store = InMemoryVectorStore(embedding) if vectorstore is None else vectorstore
+        index = cls(engine=engine, vectorstore=store, **kwargs)
+        index.add_texts(texts, metadatas, ids=ids)
+        return index
+
+    # -- adding ---------------------------------------------------------------------------------------------------
+
     def upsert(self, items: Sequence[Document], /, **kwargs: Any) -> UpsertResponse:
         """Add or replace documents and precompute their KV. Documents without an id are given one.
 
-        The KV comes first: a failure there leaves nothing that could be retrieved.
+        The KV comes first: a failure there leaves nothing that could be retrieved. What is stored already isn't computed again.
         """
-        documents = [item if item.id is not None else _with_id(item) for item in items]
-        latest = {str(document.id): document for document in documents}
-        self.engine.precompute(
-            EngineDocument(id, [text] if (text := chunk_text(document, self.document_prompt)) else [])
-            for id, document in latest.items()
-        )
-        known = self._known(list(latest))
-        if known:
+        latest = _identified(items)
+        self._precompute(latest.values())
+        if known := self._known(list(latest)):
             self.vectorstore.delete(known)  # not every store replaces on its own
         self.vectorstore.add_documents(list(latest.values()), ids=list(latest), **kwargs)
         return UpsertResponse(succeeded=list(latest), failed=[])
 
-    def delete(self, ids: list[str] | None = None, **kwargs: Any) -> DeleteResponse:
-        """Delete documents and free KV that no other document holds. Unknown ids are no failure."""
-        if ids is None:
-            raise ValueError("delete() needs ids: a list of document ids.")
-        known = self._known(ids)
+    async def aupsert(self, items: Sequence[Document], /, **kwargs: Any) -> UpsertResponse:
+        """The same, the KV on a thread of its own and the rest as the vector store does it."""
+        latest = _identified(items)
+        await call_in_thread(self._precompute, latest.values())
+        if known := await self._aknown(list(latest)):
+            await self.vectorstore.adelete(known)
+        await self.vectorstore.aadd_documents(list(latest.values()), ids=list(latest), **kwargs)
+        return UpsertResponse(succeeded=list(latest), failed=[])
+
+    def add_documents(self, documents: list[Document], **kwargs: Any) -> list[str]:
+        """Add or replace documents and precompute their KV; returns their ids."""
+        named = _named(documents, kwargs.pop("ids", None))
+        self.upsert(named, **kwargs)
+        return [str(document.id) for document in named]
+
+    async def aadd_documents(self, documents: list[Document], **kwargs: Any) -> list[str]:
+        """Add or replace documents and precompute their KV; returns their ids."""
+        named = _named(documents, kwargs.pop("ids", None))
+        await self.aupsert(named, **kwargs)
+        return [str(document.id) for document in named]
+
+    def add_texts(
+        self,
+        texts: Iterable[str],
+        metadatas: list[dict[str, Any]] | None = None,
+        *,
+        ids: list[str] | None = None,
+        **kwargs: Any,
+    ) -> list[str]:
+        """Add or replace texts as documents and precompute their KV; returns their ids."""
+        return self.add_documents(_documents(texts, metadatas), ids=ids, **kwargs)
+
+    async def aadd_texts(
+        self,
+        texts: Iterable[str],
+        metadatas: list[dict[str, Any]] | None = None,
+        *,
+        ids: list[str] | None = None,
+        **kwargs: Any,
+    ) -> list[str]:
+        """Add or replace texts as documents and precompute their KV; returns their ids."""
+        return await self.aadd_documents(_documents(texts, metadatas), ids=ids, **kwargs)
+
+    def rebuild(self, source: Any = None, *, ids: Iterable[str] | None = None) -> PrecomputeSummary:
+        """Compute what is missing for documents that didn't come through this index; nothing is added to the vector store.
+
+        Args:
+            source: the vector store (default: this index's own), a retriever (of what it returns: a `ParentDocumentRetriever`'s
+                parents), a docstore, or documents.
+            ids: of the vector store's documents, where it can't list them: `ids=record_manager.list_keys()`.
+
+        Raises:
+            ConfigError: the source can't list its documents.
+        """
+        return self._precompute(documents_of(self.vectorstore if source is None else source, ids))
+
+    # -- deleting -------------------------------------------------------------------------------------------------
+
+    # A vector store says bool | None, a document index DeleteResponse: this one is true, as success has to be.
+    def delete(self, ids: list[str] | None = None, **kwargs: Any) -> DeleteResponse:  # type: ignore[override]
+        """Delete documents and free KV that no other document holds. Unknown ids are no failure.
+
+        That includes what requests stored because they missed it.
+        """
+        found = self.vectorstore.get_by_ids(_given(ids))
+        known = [str(document.id) for document in found]
         if known:
             self.vectorstore.delete(known, **kwargs)
-        for id in dict.fromkeys(ids):
-            self.engine.remove(id, missing_ok=True)
+        self._forget(found, _given(ids))
         return DeleteResponse(succeeded=known, num_deleted=len(known), failed=[], num_failed=0)
+
+    async def adelete(self, ids: list[str] | None = None, **kwargs: Any) -> DeleteResponse:  # type: ignore[override]
+        """The same, the KV on a thread of its own and the rest as the vector store does it."""
+        found = await self.vectorstore.aget_by_ids(_given(ids))
+        known = [str(document.id) for document in found]
+        if known:
+            await self.vectorstore.adelete(known, **kwargs)
+        await call_in_thread(self._forget, found, _given(ids))
+        return DeleteResponse(succeeded=known, num_deleted=len(known), failed=[], num_failed=0)
+
+    # -- reading --------------------------------------------------------------------------------------------------
 
     def get(self, ids: Sequence[str], /, **kwargs: Any) -> list[Document]:
         """Documents by id; those not found are left out."""
         return self.vectorstore.get_by_ids(list(ids))
+
+    async def aget(self, ids: Sequence[str], /, **kwargs: Any) -> list[Document]:
+        """Documents by id; those not found are left out."""
+        return await self.vectorstore.aget_by_ids(list(ids))
 
     def _get_relevant_documents(
         self, query: str, *, run_manager: CallbackManagerForRetrieverRun, **kwargs: Any
     ) -> list[Document]:
         return self.vectorstore.similarity_search(query, **{"k": self.k, **self.search_kwargs, **kwargs})
 
+    async def _aget_relevant_documents(
+        self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, **kwargs: Any
+    ) -> list[Document]:
+        return await self.vectorstore.asimilarity_search(query, **{"k": self.k, **self.search_kwargs, **kwargs})
+
+    # -- inside ---------------------------------------------------------------------------------------------------
+
+    def _texts(self, document: Document) -> list[str]:
+        return stored_texts(document, self.document_prompt, self.shown)
+
+    def _precompute(self, documents: Iterable[Document]) -> PrecomputeSummary:
+        return self.engine.precompute(
+            EngineDocument(
+                content_id(document.page_content) if document.id is None else document.id, self._texts(document)
+            )
+            for document in documents
+        )
+
+    def _forget(self, found: Sequence[Document], ids: Sequence[str]) -> None:
+        """Free documents' KV, whether it was stored under their ids, or by requests that didn't know them."""
+        names = dict.fromkeys(ids)
+        store, namespace = self.engine.store, self.engine.namespace
+        if found:
+            self.engine.flush()  # what requests left to be stored is then stored, and found
+        for document in found:
+            keys = [make_key(namespace, self.engine.prompts.encode(text)) for text in self._texts(document)]
+            if stored := [key for key in keys if store.contains(key)]:
+                store.extend_document(str(document.id), stored, tenant=namespace.tenant)
+            names[content_id(document.page_content)] = None
+        for id in names:
+            self.engine.remove(id, missing_ok=True)
+
     def _known(self, ids: Sequence[str]) -> list[str]:
         return [str(document.id) for document in self.vectorstore.get_by_ids(list(dict.fromkeys(ids)))]
 
+    async def _aknown(self, ids: Sequence[str]) -> list[str]:
+        return [str(document.id) for document in await self.vectorstore.aget_by_ids(list(dict.fromkeys(ids)))]
 
-def _with_id(document: Document) -> Document:
-    return document.model_copy(update={"id": str(uuid.uuid4())})
+
+def _given(ids: list[str] | None) -> list[str]:
+    if ids is None:
+        raise ValueError("delete() needs ids: a list of document ids.")  # LangChain asks for a ValueError here
+    return list(dict.fromkeys(ids))
+
+
+def _identified(items: Iterable[Document]) -> dict[str, Document]:
+    """Documents by id, the last of each; those without are given one."""
+    documents = [item if item.id is not None else _with_id(item, str(uuid.uuid4())) for item in items]
+    return {str(document.id): document for document in documents}
+
+
+def _named(documents: Sequence[Document], ids: Sequence[str | None] | None) -> list[Document]:
+    if ids is not None and len(ids) != len(documents):
+        raise ConfigError(f"there are {len(documents)} documents and {len(ids)} ids: give one a document.")
+    given = [document.id for document in documents] if ids is None else ids
+    return [
+        _with_id(document, str(uuid.uuid4()) if id is None else id)
+        for document, id in zip(documents, given, strict=True)
+    ]
+
+
+def _documents(texts: Iterable[str], metadatas: Sequence[dict[str, Any]] | None) -> list[Document]:
+    listed = list(texts)
+    if metadatas is not None and len(metadatas) != len(listed):
+        raise ConfigError(f"there are {len(listed)} texts and {len(metadatas)} metadatas: give one a text.")
+    return [
+        Document(page_content=text, metadata=dict(metadata))
+        for text, metadata in zip(listed, metadatas or [{}] * len(listed), strict=True)
+    ]
+
+
+def _with_id(document: Document, id: str) -> Document:
+    return document if document.id == id else document.model_copy(update={"id": id})

@@ -2,37 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from langchain_core.documents import Document
-from langchain_core.messages import BaseMessage
-from langchain_core.prompts import BasePromptTemplate, format_document
+from langchain_core.messages import AIMessage, BaseMessage, ToolMessage
 
 from cachetune_rag import Chunk, Text
+from cachetune_rag.errors import PromptError
 from cachetune_rag.prompt import Segment
 
 _ROLES = {"human": "user", "ai": "assistant", "function": "tool"}
-_MARK = "cachetune_chunk"
+_MARK, _DOCUMENT = "cachetune_chunk", "cachetune_document"
+_CALLS = {"tool_use", "tool_call", "function_call", "input_json_delta"}
+"""Blocks that repeat what `AIMessage.tool_calls` says, as other providers' models write them."""
 
 
-def chunk_block(text: str) -> dict[str, Any]:
-    """A text content block that is one retrieved chunk: its KV is reused, or computed alone and stored."""
-    return {"type": "text", "text": text, "extras": {_MARK: True}}
+def chunk_block(text: str, document: str | None = None) -> dict[str, Any]:
+    """A text content block that is one retrieved chunk: its KV is reused, or computed alone and stored.
 
-
-def chunk_text(document: Document, document_prompt: BasePromptTemplate[str] | None) -> str:
-    """What a prompt shows of a document: its content, or what the document prompt makes of it."""
-    return document.page_content if document_prompt is None else format_document(document, document_prompt)
+    Args:
+        text: the chunk.
+        document: id of the document that it belongs to: a chunk that is stored because it was missed goes with that document.
+    """
+    extras = {_MARK: True} if document is None else {_MARK: True, _DOCUMENT: document}
+    return {"type": "text", "text": text, "extras": extras}
 
 
 def engine_messages(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
-    """Messages as the engine takes them: {"role": str, "content": list of Text and Chunk}.
+    """Messages as the engine takes them: {"role": str, "content": list of Text and Chunk}, and what belongs to tool calls.
 
     Raises:
-        ValueError: a message holds what is no text, or tool calls.
+        PromptError: a message holds what is no text.
     """
-    return [{"role": _role(message), "content": _content(message)} for message in messages]
+    converted: list[dict[str, Any]] = []
+    called: dict[str, str] = {}  # which tool a call's id named: results often don't say
+    for message in messages:
+        made: dict[str, Any] = {"role": _role(message), "content": _content(message.content)}
+        if isinstance(message, AIMessage) and message.tool_calls:
+            called |= {call["id"]: call["name"] for call in message.tool_calls if call["id"]}
+            made["tool_calls"] = [_call(call) for call in message.tool_calls]
+        if isinstance(message, ToolMessage):
+            made["tool_call_id"] = message.tool_call_id
+            if name := message.name or called.get(message.tool_call_id):
+                made["name"] = name
+        converted.append(made)
+    return converted
+
+
+def tools_as_text(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The same conversation for a chat template that knows no tools: calls and their results as text, as Hermes writes them."""
+    converted: list[dict[str, Any]] = []
+    for message in messages:
+        content = list(message["content"])
+        for call in message.get("tool_calls", ()):
+            content.append(Text(f"\n<tool_call>\n{json.dumps(call['function'], ensure_ascii=False)}\n</tool_call>"))
+        role = message["role"]
+        if role == "tool":
+            role, content = "user", [Text("<tool_response>\n"), *content, Text("\n</tool_response>")]
+        if converted and converted[-1]["role"] == role == "user" and message["role"] == "tool":
+            converted[-1]["content"] += [
+                Text("\n"),
+                *content,
+            ]  # results of one turn; many templates want turns to alternate
+        else:
+            converted.append({"role": role, "content": content})
+    return converted
+
+
+def instructed(messages: Sequence[Mapping[str, Any]], text: str, *, system: bool = False) -> list[dict[str, Any]]:
+    """The messages with a request of ours: at the end of the user's last words, or of the system's."""
+    copied = [{**message, "content": list(message["content"])} for message in messages]
+    if system:
+        if not copied or copied[0]["role"] not in ("system", "developer"):
+            return [{"role": "system", "content": [Text(text)]}, *copied]
+        copied[0]["content"].append(Text(f"\n\n{text}"))
+        return copied
+    for message in reversed(copied):
+        if message["role"] == "user":
+            message["content"].append(Text(f"\n\n{text}"))
+            return copied
+    return [*copied, {"role": "user", "content": [Text(text)]}]
 
 
 def _role(message: BaseMessage) -> str:
@@ -40,20 +90,22 @@ def _role(message: BaseMessage) -> str:
     return _ROLES.get(kind, kind)
 
 
-def _content(message: BaseMessage) -> list[Segment]:
-    if getattr(message, "tool_calls", None):
-        raise ValueError("a message holds tool calls; ChatCacheTune has no tools: leave such messages out.")
-    content = message.content
+def _call(call: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "id": call["id"], "function": {"name": call["name"], "arguments": call["args"]}}
+
+
+def _content(content: str | list[str | dict[str, Any]]) -> list[Segment]:
     blocks = [content] if isinstance(content, str) else content
     segments: list[Segment] = []
     for block in blocks:
         if isinstance(block, str):
             segments.append(Text(block))
         elif block.get("type") == "text":
-            marked = (block.get("extras") or {}).get(_MARK)
-            segments.append(Chunk(block["text"]) if marked else Text(block["text"]))
-        else:
-            raise ValueError(
+            extras = block.get("extras") or {}
+            marked = extras.get(_MARK)
+            segments.append(Chunk(block["text"], document=extras.get(_DOCUMENT)) if marked else Text(block["text"]))
+        elif block.get("type") not in _CALLS:
+            raise PromptError(
                 f"a message holds a block of type {block.get('type')!r}; ChatCacheTune reads text only: leave the block "
                 "out or use a model that takes it."
             )

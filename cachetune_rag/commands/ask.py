@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,12 +23,15 @@ from cachetune_rag.commands.console import (
 from cachetune_rag.commands.passages import DEFAULT_TOP_K, Passage, retrieve
 from cachetune_rag.commands.session import load_engine, match_codec, open_existing, open_for_writing
 from cachetune_rag.commands.upkeep import check_known
-from cachetune_rag.corpus import read_text
+from cachetune_rag.corpus import read_passage
 from cachetune_rag.escaping import visible_line
 
 if TYPE_CHECKING:
     from cachetune_rag.answer import Answer
     from cachetune_rag.engine import CacheTune
+
+_SEEDS = 1 << 31
+"""Seeds are below this: every generator takes them, and they are short enough to type."""
 
 EPILOG = (
     "[bold]Examples[/bold]\n\n\b\n"
@@ -50,7 +54,9 @@ def ask(
     ] = None,
     chunk_file: Annotated[
         list[str] | None,
-        typer.Option("--chunk-file", metavar="FILE", help="Use this text file as one passage. May be repeated."),
+        typer.Option(
+            "--chunk-file", metavar="FILE", help="Use this file (text, HTML, PDF, CSV) as one passage. May be repeated."
+        ),
     ] = None,
     top_k: Annotated[
         int | None,
@@ -75,6 +81,16 @@ def ask(
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", "-n", min=1, help="Most tokens of the answer.")
     ] = 256,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            "--seed",
+            min=0,
+            max=_SEEDS - 1,
+            help="Where the model samples its answers: the same seed gives the same answer again. Drawn if left out.",
+            show_default=False,
+        ),
+    ] = None,
     full: Annotated[
         bool, typer.Option("--full", help="Answer a second time with nothing reused, to compare answer and time.")
     ] = False,
@@ -91,7 +107,7 @@ def ask(
     """
     if not question.strip():
         raise UsageError("the question is empty: ask something.")
-    files = [Passage(read_text(name), name, None) for name in chunk_file or ()]
+    files = [Passage(read_passage(name), name, None) for name in chunk_file or ()]
     share = _ratio(ratio)
     with instant_interrupt():
         from cachetune_rag.config import resolve
@@ -118,6 +134,11 @@ def ask(
             "chunks": [passage.text for passage in passages],
             "max_new_tokens": max_new_tokens,
         }
+        sampling = _sampling(engine)
+        if sampling is not None:
+            # One seed for both answers of --full: two draws would differ though nothing else does.
+            request["seed"] = seed = secrets.randbelow(_SEEDS) if seed is None else seed
+            note(f"The model's generation config samples{sampling}: --seed {seed} gives the same again.")
         if full:
             # What only a process's first forward pays must not count against reuse, which comes first.
             engine.full_prefill(query=question)
@@ -131,7 +152,7 @@ def ask(
                 stdout().print("\nFull prefill:", style="bold")
             whole = _answer(engine, {**request, "reuse": False}, quiet=json_output)
     if json_output:
-        emit_json(_result(question, passages, reused, whole))
+        emit_json(_result(question, passages, reused, whole, request.get("seed")))
     elif whole is not None:
         _compare(reused, whole)
 
@@ -150,6 +171,16 @@ def _answer(engine: CacheTune, request: dict[str, Any], *, quiet: bool) -> Answe
     return answer
 
 
+def _sampling(engine: CacheTune) -> str | None:
+    """How the model's own configuration has answers sampled, in words; None where the likeliest token is taken."""
+    config = engine.adapter.model.generation_config
+    if not config.do_sample:
+        return None
+    given = {name: getattr(config, name, None) for name in ("temperature", "top_p", "top_k")}
+    told = ", ".join(f"{name} {value:g}" for name, value in given.items() if value is not None)
+    return f" ({told})" if told else ""
+
+
 def _ratio(given: str) -> float | str:
     try:
         return float(given)
@@ -157,10 +188,13 @@ def _ratio(given: str) -> float | str:
         return given  # "auto", or refused with the others
 
 
-def _result(question: str, passages: list[Passage], reused: Answer, whole: Answer | None) -> dict[str, Any]:
+def _result(
+    question: str, passages: list[Passage], reused: Answer, whole: Answer | None, seed: int | None
+) -> dict[str, Any]:
     result = {
         "question": question,
         **_fields(reused),
+        "seed": seed,
         "passages": [{"source": passage.source, "key": passage.key} for passage in passages],
         "full": None if whole is None else _fields(whole),
     }

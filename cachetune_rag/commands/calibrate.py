@@ -100,7 +100,12 @@ def calibrate(
     ] = DEFAULT_TOP_K,
     plot: Annotated[
         Path | None,
-        typer.Option("--plot", metavar="FILE", help="Plot the figures into this file (.svg, .png, .pdf)."),
+        typer.Option(
+            "--plot",
+            metavar="FILE",
+            callback=options.expanded,
+            help="Plot the figures into this file (.svg, .png, .pdf).",
+        ),
     ] = None,
     tenant: options.Tenant = "",
     gguf_file: options.GgufFile = None,

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 _MODEL, _STORE = "Model", "Store"
+
+
+def expanded(path: Path | None) -> Path | None:
+    """A path whose leading ~ is the home folder: shells leave it as it is behind `--store=`, and in quotes."""
+    if path is not None:
+        with contextlib.suppress(RuntimeError):  # nobody's home folder: it is then a name like any other
+            return path.expanduser()
+    return path
+
 
 Model = Annotated[
     str,
@@ -41,7 +51,14 @@ Device = Annotated[
 ]
 Store = Annotated[
     Path,
-    typer.Option("--store", "-s", metavar="FOLDER", help="Folder of the KV store.", rich_help_panel=_STORE),
+    typer.Option(
+        "--store",
+        "-s",
+        metavar="FOLDER",
+        help="Folder of the KV store.",
+        callback=expanded,
+        rich_help_panel=_STORE,
+    ),
 ]
 Tenant = Annotated[
     str,

@@ -14,6 +14,7 @@ from cachetune_rag.commands.meter import Meter
 from cachetune_rag.commands.session import load_engine, open_for_writing
 from cachetune_rag.corpus import Corpus, CorpusError
 from cachetune_rag.escaping import visible_line
+from cachetune_rag.readers import SUFFIXES
 from cachetune_rag.splitting import DEFAULT_CHUNK_TOKENS, MIN_CHUNK_TOKENS, Splitter
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def precompute(
         list[str],
         typer.Argument(
             metavar="PATH",
-            help="Text, Markdown or JSONL files, or folders of them (.txt .md .markdown .rst .jsonl).",
+            help=f"Files of text, Markdown, JSONL, CSV, HTML or PDF, or folders of them ({' '.join(SUFFIXES)}).",
             show_default=False,
         ),
     ],
@@ -78,12 +79,14 @@ def precompute(
 ) -> None:
     """Run documents through the model once and store them for later questions.
 
-    A text or Markdown file is a document, named by its path below PATH; in a JSONL file every line is one. Documents
-    that changed are replaced, and what is stored already is skipped.
+    A file is a document, named by its path below PATH; in a JSONL file every line is one. Documents that changed are
+    replaced, and what is stored already is skipped. What was left out is named at the end.
     """
     if lead_in not in LEAD_INS:
         raise UsageError(f"--lead-in is {lead_in!r}: use {' or '.join(LEAD_INS)}.")
     corpus = Corpus.scan(paths)
+    for line in corpus.left_out.needs():
+        note(line)  # before the model loads: who wants those files read can stop here
     with ExitStack() as stack:
         kv = stack.enter_context(open_for_writing(store, codec=codec, host_budget=host_budget, disk_budget=disk_budget))
         engine = stack.enter_context(
@@ -100,7 +103,11 @@ def precompute(
         _check_fits(engine, chunk_tokens)
         note(f"Precomputing {number(len(corpus.files), 'file')} ({size(corpus.size)}) into {visible_line(store)} ...")
         job = _Job(corpus, engine, Splitter(lambda text: len(engine.prompts.encode(text)), chunk_tokens))
-        summary = job.run()
+        try:
+            summary = job.run()
+        finally:
+            for line in corpus.left_out.lines():
+                note(line)
         full = kv.stats().disk
         evicted = 0 if full is None else full.evictions
     if job.interrupted:
@@ -119,6 +126,7 @@ def precompute(
         "store": str(store),
         **summary.as_dict(),
         "empty": job.empty,
+        "left_out": corpus.left_out.as_dict(),
         "evicted": evicted,
         "interrupted": job.interrupted,
     }
@@ -163,14 +171,14 @@ class _Job:
     def _documents(self) -> Iterator[Document]:
         from cachetune_rag.documents import Document
 
-        for source in self._corpus.documents():
+        for source in self._corpus.documents(self.meter.skip):
             if source.empty:
                 self.empty += 1
                 if len(self.empty_names) < 3:
                     self.empty_names.append(source.id)
                 self.meter.skip(source.size)
                 continue
-            chunks = source.chunks or self._splitter.split(source.text or "")
+            chunks = source.cut(self._splitter.split)
             self.meter.begin(source.size, len(chunks))
             yield Document(source.id, chunks)
 

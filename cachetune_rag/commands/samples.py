@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cachetune_rag.commands.console import UsageError
-from cachetune_rag.corpus import JSONL_SUFFIX, read_text
+from cachetune_rag.corpus import JSONL_SUFFIXES, read_text
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def _lines(path: str) -> Iterator[Sample]:
         if not (line := line.strip()):
             continue
         where = f"{path}:{number}"
-        yield _from_json(line, where) if path.lower().endswith(JSONL_SUFFIX) else Sample(line, None, None, where)
+        yield _from_json(line, where) if path.lower().endswith(JSONL_SUFFIXES) else Sample(line, None, None, where)
 
 
 def _from_json(line: str, where: str) -> Sample:

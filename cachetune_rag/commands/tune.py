@@ -87,7 +87,12 @@ def tune(
     ] = DEFAULT_TOP_K,
     plot: Annotated[
         Path | None,
-        typer.Option("--plot", metavar="FILE", help="Plot times against ratios into this file (.svg, .png, .pdf)."),
+        typer.Option(
+            "--plot",
+            metavar="FILE",
+            callback=options.expanded,
+            help="Plot times against ratios into this file (.svg, .png, .pdf).",
+        ),
     ] = None,
     tenant: options.Tenant = "",
     gguf_file: options.GgufFile = None,

@@ -188,6 +188,17 @@ class ModelAdapter:
         room = 0 if self.device_forward is None else min(room, ROOM)
         return KVBuffers(self.layers, length, self.dtype, self.device, room)
 
+    @cached_property
+    def row_bytes(self) -> int:
+        """What the keys and values of a token take, over all layers."""
+        return self.new_buffers(0).row_bytes
+
+    def rows_of_cache(self, cache: Cache, count: int) -> KVBuffers:
+        """New buffers with the first `count` rows of a cache."""
+        buffers = self.new_buffers(count)
+        buffers.take_first(cache)
+        return buffers
+
     # -- forwards -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()

@@ -65,17 +65,33 @@ class KVBuffers:
             return [self._keys[:, :count], self._values[:, :count]]
         return [rows[:count] for rows in (*self.key_rows, *self.value_rows)]
 
-    def to_cache(self) -> DynamicCache:
-        """An ordinary transformers cache over the same memory, for decoding.
+    @property
+    def row_bytes(self) -> int:
+        """What a token takes, over all layers."""
+        return sum(s.heads * (s.head_dim + s.v_head_dim) for s in self._specs) * self.dtype.itemsize
+
+    def fill_first(self, count: int, other: KVBuffers) -> None:
+        """Copy the first `count` rows of other buffers of the same model here."""
+        torch._foreach_copy_(self.first_rows(count), other.first_rows(count))
+
+    def copy_first(self, count: int) -> KVBuffers:
+        """New buffers with the first `count` rows."""
+        made = KVBuffers(self._specs, count, self.dtype, self.device)
+        made.fill_first(count, self)
+        return made
+
+    def to_cache(self, count: int | None = None) -> DynamicCache:
+        """An ordinary transformers cache over the same memory, for going on behind it; of the first `count` rows, if given.
 
         Built without a config, so that every layer keeps its full length (DESIGN: decoding).
         """
         cache = DynamicCache()
         for layer in range(len(self.key_rows)):
             entry = DynamicLayer()
-            entry.lazy_initialization(self.keys(layer), self.values(layer))
+            keys, values = self.keys(layer)[:, :, :count], self.values(layer)[:, :, :count]
+            entry.lazy_initialization(keys, values)
+            entry.keys, entry.values = keys, values
             cache.layers.append(entry)
-        self.show_in(cache)
         return cache
 
     def show_in(self, cache: Cache) -> None:
@@ -85,10 +101,14 @@ class KVBuffers:
 
     def take(self, cache: Cache) -> None:
         """Move a cache of `length` tokens here, layer by layer; it shows these rows afterwards."""
+        self.take_first(cache)
+        self.show_in(cache)
+
+    def take_first(self, cache: Cache) -> None:
+        """Copy as many rows of a cache as there are here; it stays as it is."""
         for layer, entry in enumerate(cache.layers):
-            self.keys(layer).copy_(entry.keys)
-            self.values(layer).copy_(entry.values)
-            entry.keys, entry.values = self.keys(layer), self.values(layer)
+            self.keys(layer).copy_(entry.keys[:, :, : self.length])
+            self.values(layer).copy_(entry.values[:, :, : self.length])
 
 
 class ScatterCache(Cache):

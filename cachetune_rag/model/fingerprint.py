@@ -6,6 +6,7 @@ quantised copies), so the weights themselves are hashed, on the device they lie 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from typing import Any
@@ -38,13 +39,44 @@ def model_fingerprint(model: Any) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 (hex) over the tokenizer's whole definition."""
+    """SHA-256 (hex) over all of a tokenizer that decides a content's tokens.
+
+    What a call leaves behind in it (truncation, padding) isn't: content is tokenised with neither. Nor is a padding token that
+    was set after the tokenizer was made, which content never becomes. The tokenizer itself is left as it is.
+    """
+    pad = _later_pad_token(tokenizer)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        definition = backend.to_str()
+        if backend.truncation is not None or backend.padding is not None:
+            backend = copy.deepcopy(backend)
+            backend.no_truncation()
+            backend.no_padding()
+        definition = backend.to_str() if pad is None else _without_token(backend, pad)
     else:
-        definition = json.dumps([sorted(tokenizer.get_vocab().items()), str(tokenizer.special_tokens_map)])
+        vocabulary = {token: i for token, i in tokenizer.get_vocab().items() if token != pad}
+        named = tokenizer.special_tokens_map
+        if named.get("pad_token") != getattr(tokenizer, "init_kwargs", {}).get("pad_token"):
+            named = {name: token for name, token in named.items() if name != "pad_token"}
+        definition = json.dumps([sorted(vocabulary.items()), str(named)])
     return hashlib.sha256(f"{type(tokenizer).__name__}|{definition}".encode()).hexdigest()
+
+
+def _later_pad_token(tokenizer: Any) -> str | None:
+    """The padding token, if it was added to the vocabulary after the tokenizer was made: behind all others."""
+    pad = getattr(tokenizer, "pad_token", None)
+    if pad is None or getattr(tokenizer, "init_kwargs", {}).get("pad_token") is not None:
+        return None
+    added = tokenizer.added_tokens_decoder
+    last = max(added, default=-1)
+    behind = last == max(tokenizer.get_vocab().values()) and last > min(added)
+    return str(pad) if behind and str(added[last]) == str(pad) else None
+
+
+def _without_token(backend: Any, literal: str) -> str:
+    """The backend's definition as it was before this token was added."""
+    definition = json.loads(backend.to_str())
+    definition["added_tokens"] = [token for token in definition["added_tokens"] if token["content"] != literal]
+    return str(type(backend).from_str(json.dumps(definition)).to_str())
 
 
 @torch.no_grad()

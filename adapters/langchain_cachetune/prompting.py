@@ -1,0 +1,75 @@
+"""From LangChain's messages to the engine's prompt."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from langchain_core.documents import Document
+from langchain_core.messages import BaseMessage
+
+from cachetune_rag import CacheTune, Chunk, Prompt
+from langchain_cachetune import settings
+from langchain_cachetune.messages import engine_messages, instructed, tools_as_text
+from langchain_cachetune.runs import shown_documents
+from langchain_cachetune.tools import ToolRequest
+
+
+def build_prompt(
+    engine: CacheTune,
+    messages: Sequence[BaseMessage],
+    tools: ToolRequest,
+    layout: Mapping[str, Any],
+    documents: Iterable[Document],
+    *,
+    learn: bool,
+) -> Prompt:
+    """The prompt of a request.
+
+    Args:
+        engine: whose prompt it is.
+        messages: the conversation.
+        tools: what the prompt says of tools.
+        layout: arguments of the chat template.
+        documents: what was retrieved for this request, and perhaps more.
+        learn: say which documents they are, so that those that the prompt shows word for word are stored if they aren't.
+    """
+    converted = engine_messages(messages)
+    layout = dict(layout)
+    if takes_tools(engine):
+        if tools.tools:
+            layout["tools"] = list(tools.tools)
+    elif tools.tools or any("tool_calls" in message or message["role"] == "tool" for message in converted):
+        converted = tools_as_text(converted)
+        if tools.tools:
+            converted = instructed(converted, tools.as_text(), system=True)
+    if tools.instruction:
+        converted = instructed(converted, tools.instruction)
+    segments = [segment for message in converted for segment in message["content"]]
+    given = [segment.text for segment in segments if isinstance(segment, Chunk)]
+    texts = [segment.text for segment in segments if not isinstance(segment, Chunk)]
+    shown = [document for document in shown_documents(documents, texts) if document.page_content not in given]
+    retrieved = [
+        *dict.fromkeys(given),
+        *(Chunk(d.page_content, document=d.id) if learn else d.page_content for d in shown),
+    ]
+    if getattr(engine.tokenizer, "chat_template", None) or len(converted) != 1:
+        return engine.prompt_from_messages(converted, retrieved=retrieved, **layout)
+    # A base model knows no conversations, but it does continue a single text.
+    return engine.prompt_from_text(converted[0]["content"], retrieved=retrieved)
+
+
+def takes_tools(engine: CacheTune) -> bool:
+    """Whether the tokenizer's chat template lays out tools."""
+    return bool(template_names(engine, ["tools"], reserved=()))
+
+
+def template_names(
+    engine: CacheTune, names: Iterable[str], *, reserved: Iterable[str] = (*settings.REUSE, *settings.TOOLS)
+) -> set[str]:
+    """Those names that the tokenizer's chat template uses, and that mean nothing to the engine."""
+    template = getattr(engine.tokenizer, "chat_template", None)
+    text = "\n".join(template.values()) if isinstance(template, dict) else template or ""
+    own = {*reserved, *settings.generation_names(), "messages", "add_generation_prompt"}
+    return {name for name in names if name not in own and re.search(rf"\b{re.escape(name)}\b", text)}

@@ -1,0 +1,110 @@
+"""Names and values of a chat model's settings, checked where they are given rather than where they are first used."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from functools import cache
+from inspect import signature
+from typing import Any
+
+from transformers import GenerationConfig
+
+from cachetune_rag import CacheTune
+from cachetune_rag.config import resolve
+from cachetune_rag.decoding import prepare
+from cachetune_rag.errors import ConfigError
+from cachetune_rag.options import ENGINE_NAMES, STORE_NAMES
+
+ALIASES = {
+    "model_name": "model",
+    "max_new_tokens": "max_tokens",
+    "max_completion_tokens": "max_tokens",
+    "stop_sequences": "stop",
+}
+"""Other usual names, and the one that this class has for it."""
+
+REUSE = ("ratio", "selector", "reuse")
+TOOLS = ("tools", "tool_choice", "response_format")
+DIRECT = ("seed", "generation_config", "logits_processor", "stopping_criteria")
+"""Arguments of `CacheTune.stream` beside those of transformers' generation configuration."""
+
+
+@cache
+def generation_names() -> frozenset[str]:
+    """What transformers' generation configuration has, and what goes with it."""
+    return frozenset({name for name in vars(GenerationConfig()) if not name.startswith("_")} | set(DIRECT))
+
+
+def refuse_unknown(given: Iterable[str], known: Iterable[str], whose: str) -> None:
+    """Refuse a name that there isn't.
+
+    Raises:
+        ConfigError: names it, and the nearest one that there is.
+    """
+    names = set(known)
+    for name in given:
+        if name not in names:
+            near = difflib.get_close_matches(name, sorted(names), 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(names))}."
+            raise ConfigError(f"{name!r} is no argument of {whose}: {hint}")
+
+
+def renamed(options: Mapping[str, Any], whose: str) -> dict[str, Any]:
+    """Options under this class's own names.
+
+    Raises:
+        ConfigError: one setting was given twice, under two names.
+    """
+    made: dict[str, Any] = {}
+    for name, value in options.items():
+        own = ALIASES.get(name, name)
+        if own in made:
+            raise ConfigError(f"{whose} got {own!r} twice, also as {name!r}: give it once.")
+        made[own] = value
+    return made
+
+
+def check_reuse(ratio: Any, selector: Any) -> None:
+    """Refuse a ratio or selector that no request could use.
+
+    Raises:
+        ConfigError: what was given, and what is allowed.
+    """
+    resolve(selector, ratio)
+
+
+def check_engine_options(options: Mapping[str, Any]) -> None:
+    """Refuse an argument that `CacheTune.from_pretrained` doesn't have.
+
+    Raises:
+        ConfigError: names it, and the nearest one.
+    """
+    loading = [name for name in signature(CacheTune.from_pretrained).parameters if name not in ("model", "store")]
+    refuse_unknown(options, {*ENGINE_NAMES, *STORE_NAMES, *loading} - {"options"}, "CacheTune.from_pretrained")
+
+
+def check_sampling(engine: CacheTune, settings: Mapping[str, Any]) -> None:
+    """Work out how an answer would be decoded, as a request does, and throw the result away.
+
+    Raises:
+        ConfigError: a setting is unknown or out of range.
+    """
+    prepare(engine.adapter.model, engine.tokenizer, [0], **settings)
+
+
+def decoding_settings(
+    *,
+    max_tokens: int | None,
+    temperature: float | None,
+    stop: list[str] | None,
+    others: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Settings in the engine's words: at a temperature above 0 it samples, at 0 it takes the likeliest token."""
+    settings = dict(others)
+    settings["max_new_tokens"] = max_tokens
+    if temperature is not None:
+        settings["do_sample"] = temperature > 0
+        settings["temperature"] = temperature if temperature > 0 else None
+    settings["stop"] = stop
+    return settings
