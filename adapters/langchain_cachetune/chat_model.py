@@ -450,7 +450,7 @@ class ChatCacheTune(BaseChatModel):
         return {
             "report": answer.report.as_dict(),
             "finish_reason": "tool_calls" if called else answer.finish_reason,
-            "model_name": self.model,
+            "model_name": self.model or self._loaded().model_name,
             "model_provider": "cachetune",
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
@@ -19,11 +20,14 @@ from cachetune_rag import CacheTune, PrecomputeSummary
 from cachetune_rag import Document as EngineDocument
 from cachetune_rag.async_calls import call_in_thread
 from cachetune_rag.errors import ConfigError
-from cachetune_store import make_key
+from cachetune_store import ChunkKey, make_key
 from langchain_cachetune import settings
 from langchain_cachetune.searching import SearchesAnother
 from langchain_cachetune.shown import Shown, content_id, stored_texts
-from langchain_cachetune.sources import documents_of
+from langchain_cachetune.sources import documents_of, shows_itself, some_of
+
+_log = logging.getLogger(__name__)
+_SAMPLE = 8
 
 
 class CacheTuneIndex(DocumentIndex, SearchesAnother):
@@ -62,6 +66,18 @@ class CacheTuneIndex(DocumentIndex, SearchesAnother):
             except ConfigError as error:
                 raise ValueError(str(error)) from error  # as pydantic wants it
         return values
+
+    @model_validator(mode="after")
+    def _look_at_what_is_there(self) -> Self:
+        """A record manager skips documents that it knows, so their KV would never be computed, and nobody would know why."""
+        there = [document for document in some_of(self.vectorstore, _SAMPLE) if self._texts(document)]
+        if there and not any(self.engine.store.contains(key) for document in there for key in self._keys(document)):
+            _log.warning(
+                "the vector store of a CacheTuneIndex holds documents whose KV isn't stored (none of the first %d is): call the "
+                "index's rebuild() once to compute it. Until then requests compute them as they meet them",
+                len(there),
+            )
+        return self
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
         """A copy of the vector store, beside the same engine: models and KV stores can't be copied."""
@@ -107,7 +123,7 @@ class CacheTuneIndex(DocumentIndex, SearchesAnother):
         The KV comes first: a failure there leaves nothing that could be retrieved. What is stored already isn't computed again.
         """
         latest = _identified(items)
-        self._precompute(latest.values())
+        self._precompute(latest.values(), self.shown)
         if known := self._known(list(latest)):
             self.vectorstore.delete(known)  # not every store replaces on its own
         self.vectorstore.add_documents(list(latest.values()), ids=list(latest), **kwargs)
@@ -116,7 +132,7 @@ class CacheTuneIndex(DocumentIndex, SearchesAnother):
     async def aupsert(self, items: Sequence[Document], /, **kwargs: Any) -> UpsertResponse:
         """The same, the KV on a thread of its own and the rest as the vector store does it."""
         latest = _identified(items)
-        await call_in_thread(self._precompute, latest.values())
+        await call_in_thread(self._precompute, latest.values(), self.shown)
         if known := await self._aknown(list(latest)):
             await self.vectorstore.adelete(known)
         await self.vectorstore.aadd_documents(list(latest.values()), ids=list(latest), **kwargs)
@@ -161,13 +177,14 @@ class CacheTuneIndex(DocumentIndex, SearchesAnother):
 
         Args:
             source: the vector store (default: this index's own), a retriever (of what it returns: a `ParentDocumentRetriever`'s
-                parents), a docstore, or documents.
+                parents), a docstore, or documents. `shown` is asked about all but a docstore's, which are shown as they are.
             ids: of the vector store's documents, where it can't list them: `ids=record_manager.list_keys()`.
 
         Raises:
             ConfigError: the source can't list its documents.
         """
-        return self._precompute(documents_of(self.vectorstore if source is None else source, ids))
+        shown = None if shows_itself(source) else self.shown
+        return self._precompute(documents_of(self.vectorstore if source is None else source, ids), shown)
 
     # -- deleting -------------------------------------------------------------------------------------------------
 
@@ -218,10 +235,15 @@ class CacheTuneIndex(DocumentIndex, SearchesAnother):
     def _texts(self, document: Document) -> list[str]:
         return stored_texts(document, self.document_prompt, self.shown)
 
-    def _precompute(self, documents: Iterable[Document]) -> PrecomputeSummary:
+    def _keys(self, document: Document) -> list[ChunkKey]:
+        namespace = self.engine.namespace
+        return [make_key(namespace, self.engine.prompts.encode(text)) for text in self._texts(document)]
+
+    def _precompute(self, documents: Iterable[Document], shown: Shown | None) -> PrecomputeSummary:
         return self.engine.precompute(
             EngineDocument(
-                content_id(document.page_content) if document.id is None else document.id, self._texts(document)
+                content_id(document.page_content) if document.id is None else document.id,
+                stored_texts(document, self.document_prompt, shown),
             )
             for document in documents
         )
@@ -229,13 +251,12 @@ class CacheTuneIndex(DocumentIndex, SearchesAnother):
     def _forget(self, found: Sequence[Document], ids: Sequence[str]) -> None:
         """Free documents' KV, whether it was stored under their ids, or by requests that didn't know them."""
         names = dict.fromkeys(ids)
-        store, namespace = self.engine.store, self.engine.namespace
+        store, tenant = self.engine.store, self.engine.namespace.tenant
         if found:
             self.engine.flush()  # what requests left to be stored is then stored, and found
         for document in found:
-            keys = [make_key(namespace, self.engine.prompts.encode(text)) for text in self._texts(document)]
-            if stored := [key for key in keys if store.contains(key)]:
-                store.extend_document(str(document.id), stored, tenant=namespace.tenant)
+            if stored := [key for key in self._keys(document) if store.contains(key)]:
+                store.extend_document(str(document.id), stored, tenant=tenant)
             names[content_id(document.page_content)] = None
         for id in names:
             self.engine.remove(id, missing_ok=True)

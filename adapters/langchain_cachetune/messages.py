@@ -39,13 +39,15 @@ def engine_messages(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
     called: dict[str, str] = {}  # which tool a call's id named: results often don't say
     for message in messages:
         made: dict[str, Any] = {"role": _role(message), "content": _content(message.content)}
+        if message.name:
+            made["name"] = message.name
         if isinstance(message, AIMessage) and message.tool_calls:
             called |= {call["id"]: call["name"] for call in message.tool_calls if call["id"]}
             made["tool_calls"] = [_call(call) for call in message.tool_calls]
         if isinstance(message, ToolMessage):
             made["tool_call_id"] = message.tool_call_id
-            if name := message.name or called.get(message.tool_call_id):
-                made["name"] = name
+            if not message.name and message.tool_call_id in called:
+                made["name"] = called[message.tool_call_id]
         converted.append(made)
     return converted
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -69,7 +68,5 @@ def template_names(
     engine: CacheTune, names: Iterable[str], *, reserved: Iterable[str] = (*settings.REUSE, *settings.TOOLS)
 ) -> set[str]:
     """Those names that the tokenizer's chat template uses, and that mean nothing to the engine."""
-    template = getattr(engine.tokenizer, "chat_template", None)
-    text = "\n".join(template.values()) if isinstance(template, dict) else template or ""
-    own = {*reserved, *settings.generation_names(), "messages", "add_generation_prompt"}
-    return {name for name in names if name not in own and re.search(rf"\b{re.escape(name)}\b", text)}
+    own = {*reserved, *settings.generation_names()}
+    return {name for name in names if name in engine.prompts.argument_names and name not in own}

@@ -41,6 +41,21 @@ def documents_of(source: Any, ids: Iterable[str] | None = None) -> Iterator[Docu
     )
 
 
+def some_of(store: VectorStore, count: int) -> list[Document]:
+    """A few documents of a vector store that can name them without reading them all; none, if it can't."""
+    held, numbered = getattr(store, "store", None), getattr(store, "index_to_docstore_id", None)
+    ids = list(held) if isinstance(held, dict) else list(numbered.values()) if isinstance(numbered, dict) else []
+    try:
+        return store.get_by_ids(ids[:count]) if ids else []
+    except NotImplementedError:
+        return []
+
+
+def shows_itself(source: Any) -> bool:
+    """Whether a source holds what prompts show, rather than what is searched: a docstore, or a retriever that has one."""
+    return isinstance(source, BaseStore) or isinstance(getattr(source, "docstore", None), BaseStore)
+
+
 def _checked(documents: Iterable[Any]) -> Iterator[Document]:
     for i, document in enumerate(documents):
         if not isinstance(document, Document):
