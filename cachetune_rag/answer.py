@@ -145,6 +145,7 @@ class _Run:
 
     def pieces(self) -> Generator[str]:
         """The pieces; in between, background work stays away from the model."""
+        self._requests.check_open()
         with self._requests.reserved():
             state = self._requests.prefill(
                 self._prompt, self._config, self._started, self.looked_up, self._plan.max_new_tokens

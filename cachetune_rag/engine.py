@@ -27,7 +27,7 @@ from cachetune_rag.selection.expected_error import ExpectedErrorSelector
 from cachetune_rag.stats import EngineStats
 from cachetune_rag.tuning import TuneProgress, TuningResult
 from cachetune_rag.tuning.tuner import R_MAX, ROUNDS, TOKENS, Tuner, TuningPlan
-from cachetune_store import DocumentInfo, UnknownDocumentError
+from cachetune_store import DocumentInfo, StoreClosedError, UnknownDocumentError
 from cachetune_store.histogram import Histogram
 
 
@@ -80,7 +80,10 @@ class CacheTune(EngineParts):
                 one document at a time.
             replace: False: a document whose id is known keeps the chunks that it holds, and gets these as well (two runs that
                 bring a part of it each). True: what it held before and doesn't hold any more is freed.
-            progress: called after every stored batch.
+            progress: called after every stored batch. It may do anything but precompute.
+
+        Raises:
+            ConfigError: an argument or a document can't be used. Those before it are stored.
         """
         self._check_open()
         if isinstance(documents, Document | str):
@@ -88,6 +91,9 @@ class CacheTune(EngineParts):
         self._missed.wait()  # in the order in which it came: lead-ins are chosen from what is stored first
         try:
             return self._precomputer.run(documents, progress, replace_documents=replace)
+        except StoreClosedError:
+            self._check_open()  # by a callback or another thread, meanwhile
+            raise
         finally:
             self._recognizer.changed()  # a document that was replaced may have freed chunks
 
@@ -129,6 +135,7 @@ class CacheTune(EngineParts):
                 little was. A `Chunk` that names its document is found in the text even where it isn't stored: it is
                 computed in this request and stored behind it, under that document.
         """
+        self._origin.check()
         return self._plain.from_text(text, recognise=recognise, retrieved=retrieved)
 
     def prompt_from_messages(
@@ -154,6 +161,7 @@ class CacheTune(EngineParts):
             PromptError: the template refuses the conversation, drops a message, alters a chunk that was given as one, or has no
                 such variable.
         """
+        self._origin.check()
         return self._plain.from_messages(
             messages, recognise=recognise, retrieved=retrieved, tools=tools, **template_arguments
         )
@@ -382,6 +390,7 @@ class CacheTune(EngineParts):
 
     def calibrated_ratio(self, selector: str = "auto") -> float | None:
         """The ratio that `calibrate` saved for a selector, the least that keeps its bound; None if there is none."""
+        self._origin.check()
         return self._calibrations.ratio(selector)
 
     # -- tuning ---------------------------------------------------------------------------------------------------
@@ -439,6 +448,7 @@ class CacheTune(EngineParts):
         Raises:
             StoreError: the store can't be read.
         """
+        self._origin.check()
         store, age = (self.store.stats(), 0.0) if self._closed else self._figures.get()
         return self._counter.stats(
             store,
@@ -452,4 +462,5 @@ class CacheTune(EngineParts):
 
     def ttft_histograms(self) -> dict[str, Histogram]:
         """Times to first token of requests with reuse, by the slowest tier that each read from."""
+        self._origin.check()
         return self._counter.ttft_histograms()

@@ -16,6 +16,7 @@ import torch
 
 from cachetune_rag.divergence import Divergence, kl_divergence
 from cachetune_rag.errors import ConfigError
+from cachetune_rag.forks import this_process
 from cachetune_rag.model import ModelAdapter
 from cachetune_rag.model.attention import StopForward
 from cachetune_rag.model.teacher import rewind, teacher_forced
@@ -96,6 +97,7 @@ class FidelitySampler:
         self._pending: deque[_Sample] = deque()
         self._thread: threading.Thread | None = None
         self._closed = False
+        self._origin = this_process()
         self._answers = self._samples = self._dropped = self._errors = self._tokens = self._same = 0
         self._first, self._kl = _Series(), _Series()
 
@@ -148,6 +150,8 @@ class FidelitySampler:
 
     def close(self) -> None:
         """Drop what is pending, and end what runs at its next layer."""
+        if not self._origin.here:
+            return
         with self._mutex:
             self._closed = True
             thread = self._thread

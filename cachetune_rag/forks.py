@@ -10,28 +10,17 @@ import os
 
 from cachetune_rag.errors import ForkedError
 
-_process = object()
-
-
-def _forked() -> None:
-    global _process
-    _process = object()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked)
-
 
 class Origin:
-    """The process that this was made in."""
+    """A process, as what was made in it knows it."""
 
     def __init__(self) -> None:
-        self._process, self._pid = _process, os.getpid()
+        self._pid = os.getpid()
 
     @property
     def here(self) -> bool:
         """Whether it is the one that runs."""
-        return self._process is _process
+        return self is _this
 
     def check(self) -> None:
         """Raise where it isn't.
@@ -45,3 +34,20 @@ class Origin:
                 "store stayed there. Make an engine in each process, behind the fork: in gunicorn's post_fork, or in the app's own "
                 "start without --preload; with multiprocessing, in the child, or start it by 'spawn'."
             )
+
+
+_this = Origin()
+
+
+def this_process() -> Origin:
+    """The process that runs now."""
+    return _this
+
+
+def _forked() -> None:
+    global _this
+    _this = Origin()
+
+
+if hasattr(os, "register_at_fork"):  # not where there is no fork
+    os.register_at_fork(after_in_child=_forked)

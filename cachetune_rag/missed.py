@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from cachetune_rag.deadline import Call
-from cachetune_rag.forks import Origin
+from cachetune_rag.forks import this_process
 from cachetune_rag.model_lock import ModelLock
 from cachetune_rag.prompt import Prompt
 from cachetune_store import ChunkKey, StoreError
@@ -88,7 +88,7 @@ class MissedChunks:
         self._late: SimpleQueue[tuple[Prompt, Sequence[int]]] = SimpleQueue()
         self._offering = threading.RLock()  # held while something of that is offered
         self._storing = threading.RLock()  # held while chunks are stored at once
-        self._origin = Origin()
+        self._origin = this_process()
         self._thread: threading.Thread | None = None
         self._closed = self._dropped = False
         self._hurried = 0

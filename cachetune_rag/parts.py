@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import _thread
 import inspect
+import logging
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -13,10 +14,11 @@ import torch
 
 from cachetune_rag.assembly import Assembler
 from cachetune_rag.calibration import SavedCalibrations
-from cachetune_rag.deadline import DeadlinePool, StoreTimeoutError, check_timeout
-from cachetune_rag.errors import EngineClosedError
+from cachetune_rag.deadline import DeadlinePool, check_timeout
+from cachetune_rag.errors import CacheTuneError, ConfigError, EngineClosedError
 from cachetune_rag.fidelity import FidelitySampler
 from cachetune_rag.figures import StoreFigures
+from cachetune_rag.forks import this_process
 from cachetune_rag.found_watch import FoundWatch
 from cachetune_rag.leads import LeadIns, given_lead_ins
 from cachetune_rag.loading import check_loaded, load_model
@@ -37,10 +39,27 @@ from cachetune_rag.storage import check_not_open, open_store
 from cachetune_rag.telemetry.observer import Observers
 from cachetune_rag.tokens import private_copy
 from cachetune_rag.tuning.saved import SavedTunings
+from cachetune_rag.workers import Job
 from cachetune_store import ChunkStore, Namespace
 
 _LOADING = ("gguf_file", "device", "dtype", "revision")
 """What `from_pretrained` takes itself: among them is what a wrong name may mean."""
+
+_log = logging.getLogger(__name__)
+
+
+def check_tenant(tenant: object) -> None:
+    """Refuse what is no name of a tenant.
+
+    Raises:
+        ConfigError: it isn't.
+    """
+    if not isinstance(tenant, str):
+        raise ConfigError(f'tenant is {tenant!r:.80}: use a string, "" for the only one there is.')
+    try:
+        tenant.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"tenant is {tenant!r:.80}, which is no valid Unicode: use another name.") from None
 
 
 class EngineParts:
@@ -68,6 +87,7 @@ class EngineParts:
         **store_options: Unpack[StoreOptions],
     ):
         check_loaded(model, tokenizer)
+        self._origin = this_process()
         self._lock = ModelLock()
         self.adapter = ModelAdapter(model, cuda_kernels=cuda_kernels)
         self._fidelity = FidelitySampler(fidelity_sample, self.adapter, self._lock)
@@ -80,6 +100,7 @@ class EngineParts:
             chunk_separator=chunk_separator,
             chat_template_kwargs=chat_template_kwargs,
         )
+        check_tenant(tenant)
         namespace = Namespace(
             model=model_fingerprint(model),
             tokenizer=tokenizer_fingerprint(tokenizer),
@@ -175,6 +196,7 @@ class EngineParts:
     @property
     def namespace(self) -> Namespace:
         """What keys of chunks are made with; it changes when lead-ins are chosen, by this process or another."""
+        self._origin.check()
         return self.lead_ins.namespace
 
     def close(self) -> None:
@@ -182,7 +204,13 @@ class EngineParts:
 
         Ctrl-C while it stores ends that behind the forward at hand, drops what still waits, and releases the rest all the same.
         A process that ends without closing its engines drops what waits.
+
+        Where the store's disk doesn't answer, this returns after `read_timeout`, and the rest is released once the disk does. In a
+        process that was forked since the engine was made, nothing is released: it all belongs to the other one.
         """
+        if not self._origin.here:
+            self._closed = True
+            return
         with self._lock:
             if self._closed:
                 return
@@ -194,11 +222,25 @@ class EngineParts:
             self._release()
 
     def _release(self) -> None:
-        with suppress(StoreTimeoutError):
-            self._pool.call(self._prefetcher.close)
-            if self._owns_store:
-                self._pool.call(self.store.close)
-        self._pool.close()
+        """End the threads and close the store, waiting for the disk as long as a request would."""
+
+        def release() -> None:
+            try:
+                self._prefetcher.close()
+                if self._owns_store:
+                    self.store.close()
+            finally:
+                self._pool.close()
+
+        if self._pool.seconds is None:
+            release()
+            return
+        job = Job(release)
+        _thread.start_new_thread(job.run, ())
+        if job.wait(0 if self._pool.overdue else self._pool.seconds):
+            job.result()
+        else:
+            _log.warning("the disk of store %s doesn't answer: it is closed once it does", self.store.path)
 
     def __enter__(self) -> Self:
         return self
@@ -208,6 +250,13 @@ class EngineParts:
     ) -> None:
         self.close()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise CacheTuneError(
+            "an engine can't be pickled or copied: it has threads, locks and an open store. Threads may share one; another process "
+            "makes its own, of the same model and store."
+        )
+
     def _check_open(self) -> None:
+        self._origin.check()
         if self._closed:
             raise EngineClosedError("the engine is closed: make a new one.")

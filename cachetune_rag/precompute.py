@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -98,6 +99,7 @@ class Precomputer:
         self._adapter, self._store, self._lead_ins = adapter, store, lead_ins
         self._encode, self._lock, self._batch_tokens, self._stored = encode, lock, batch_tokens, stored
         self._last: _Job | None = None
+        self._telling = threading.local()
 
     def store_chunks(
         self,
@@ -165,12 +167,25 @@ class Precomputer:
             raise ConfigError(
                 f"documents is a {type(documents).__name__}: use a list of Documents or strings, or one of them."
             )
+        if progress is not None and not callable(progress):
+            raise ConfigError(f"progress is {progress!r:.60}: use a function that takes a Progress, or None.")
+        if getattr(self._telling, "active", False):
+            # It would wait for chunks that are being computed, by itself.
+            raise ConfigError(
+                "precompute was called by the progress callback of another precompute: let that one return first, and precompute "
+                "behind it."
+            )
         started = time.perf_counter()
         count = chunks = skipped = tokens = stored = 0
 
         def tell(document: Document) -> None:
-            if progress is not None:
+            if progress is None:
+                return
+            self._telling.active = True
+            try:
                 progress(Progress(document.id, count, chunks, skipped, tokens, stored, time.perf_counter() - started))
+            finally:
+                self._telling.active = False
 
         given = self._look_ahead(map(Document.of, documents))
         job = self._job(self._lead_ins.namespace)

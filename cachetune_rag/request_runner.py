@@ -209,6 +209,14 @@ class RequestRunner:
         )
         return AnswerStream(self, prompt, config, plan, started)
 
+    def check_open(self) -> None:
+        """Refuse what comes when the engine is closed, or another process's.
+
+        Raises:
+            EngineClosedError, ForkedError: it is.
+        """
+        self._engine._check_open()
+
     def reserved(self) -> AbstractContextManager[None]:
         """While the context is open, background work stays away from the model."""
         return self._engine._lock.reserved()

@@ -21,6 +21,8 @@ from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, Generic, ParamSpec, Self, TypeVar
 
+from cachetune_rag.forks import this_process
+
 _LOOK = 1.0
 """Seconds after which one who waits looks whether it is over, in case another who waited was interrupted."""
 _P = ParamSpec("_P")
@@ -37,6 +39,7 @@ class Job(Generic[_T]):
         self._ended = _thread.allocate_lock()
         self._ended.acquire()
         self._done = self._cancelled = False
+        self._origin = this_process()
         self._value: _T | None = None
         self._error: BaseException | None = None
         self._callbacks: deque[Callable[[Job[_T]], Any]] = deque()
@@ -70,9 +73,14 @@ class Job(Generic[_T]):
         return self._done
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Return when it is over; False if that took longer than `timeout` seconds."""
+        """Return when it is over; False if that took longer than `timeout` seconds.
+
+        Raises:
+            ForkedError: this process was forked meanwhile; the worker is another's.
+        """
         until = None if timeout is None else time.monotonic() + timeout
         while not self._done:
+            self._origin.check()
             left = _LOOK if until is None else min(_LOOK, until - time.monotonic())
             if left <= 0:
                 return False
@@ -143,7 +151,7 @@ class Workers:
 
     def __init__(self, count: int, name: str):
         self._count, self._begun, self._closed = count, 0, False
-        self._name = name
+        self._name, self._origin = name, this_process()
         self._queue: SimpleQueue[Job[Any] | None] = SimpleQueue()
         self._running: list[Any] = []  # a lock of each thread, which it releases when it ends
         weakref.finalize(self, self._queue.put, None)
@@ -153,7 +161,9 @@ class Workers:
 
         Raises:
             RuntimeError: this is closed.
+            ForkedError: this process was forked since this was made, and its threads stayed in the other one.
         """
+        self._origin.check()
         if self._is_closed():
             raise RuntimeError("the threads have been ended")
         job = Job(partial(work, *args, **kwargs))
@@ -174,6 +184,8 @@ class Workers:
             cancel_futures: cancel what has not begun.
         """
         self._closed = True
+        if not self._origin.here:
+            return
         while cancel_futures:
             try:
                 job = self._queue.get_nowait()

@@ -63,7 +63,9 @@ def test_it_is_stored_by_itself_as_precompute_would_have(engine: CacheTune) -> N
     state = engine.prefill("Who?", CHUNKS, ratio=0, selector="none")
     with fresh() as other:
         other.precompute(CHUNKS)
-        assert torch.equal(other.prefill("Who?", CHUNKS, ratio=0, selector="none").logits, state.logits)
+        # (Not to the last bit: this one computes what the other kept of its first prompt.)
+        expected = other.prefill("Who?", CHUNKS, ratio=0, selector="none").logits
+        assert torch.allclose(expected, state.logits, atol=1e-5)
     assert not [t for t in threading.enumerate() if t.name == "cachetune-missed"]
 
 
