@@ -73,7 +73,10 @@ class ChatTemplate:
                 argument.
         """
         given = self._arguments(arguments or {}, tools)
-        return self._accepted(messages, tools, given)
+        try:
+            return self._accepted(messages, tools, given)
+        except RecursionError:
+            raise PromptError("a message, a tool or an argument is nested too deeply for a chat template.") from None
 
     # -- what a caller gives --------------------------------------------------------------------------------------
 

@@ -19,6 +19,8 @@ from cachetune_rag.tokens import ContentTokenizer
 _PRIVATE = (range(0x100000, 0x10FFFE), range(0xF0000, 0xFFFFE))
 """Private-use characters: neither letters nor white space, without case, and in almost no text."""
 
+_ANY = re.compile("[\U000f0000-\U0010ffff]")
+
 ChunkPlace = tuple[int, int]
 """Message and segment that a chunk is."""
 
@@ -37,7 +39,8 @@ class Marks:
         for text in texts:
             used.update(character for character in set(text) if character >= "\U000f0000")
         self._free = (chr(code) for codes in _PRIVATE for code in codes if chr(code) not in used)
-        self._cut, self._side = next(self._free), next(self._free)
+        self._cut, self._left, self._right = next(self._free), next(self._free), next(self._free)
+        self._spelt: dict[str, list[tuple[int, str]]] = {}
         self._chunks: dict[str, ChunkPlace] = {}
         self._places: dict[ChunkPlace, str] = {}
 
@@ -66,11 +69,13 @@ class Marks:
     def around(self, text: str, spelling: Callable[[str], str]) -> str:
         """`text` with what is spelt like control tokens marked as `spelling` says: "inside", "around" or "" for not at all."""
         done, pieces = 0, []
-        for start, literal in self._content.found(text):
+        if text not in self._spelt:
+            self._spelt[text] = self._content.found(text)
+        for start, literal in self._spelt[text]:
             if start < done:
                 continue
             how = spelling(literal)
-            marked = {"around": f"{self._side}{literal}{self._side}", "inside": self.cut(literal)}.get(how, literal)
+            marked = {"around": f"{self._left}{literal}{self._right}", "inside": self.cut(literal)}.get(how, literal)
             pieces += [text[done:start], marked]
             done = start + len(literal)
         return "".join([*pieces, text[done:]])
@@ -93,7 +98,8 @@ class Marks:
 
     def without(self, rendered: str) -> str:
         """What the template's output would be without marks."""
-        return re.sub(f"[{self._cut}{self._side}{''.join(self._chunks)}]", "", rendered)
+        marks = {self._cut, self._left, self._right, *self._chunks}
+        return _ANY.sub(lambda match: "" if match.group() in marks else match.group(), rendered)
 
     def altered(self, rendered: str, messages: Sequence[Message]) -> list[ChunkPlace]:
         """Chunks that didn't come out once and as they are."""
@@ -128,14 +134,16 @@ class Marks:
     def _found(self, rendered: str) -> dict[str, list[int]]:
         found: dict[str, list[int]] = {}
         if self._chunks:
-            for match in re.finditer(f"[{''.join(self._chunks)}]", rendered):
-                found.setdefault(match.group(), []).append(match.start())
+            for match in _ANY.finditer(rendered):
+                if match.group() in self._chunks:
+                    found.setdefault(match.group(), []).append(match.start())
         return found
 
     def _texts(self, rendered: str) -> Iterator[Part]:
         """Output between chunks: cut at the marks, so that no control token is read across one."""
-        for i, piece in enumerate(re.split(f"{self._side}([^{self._side}]*){self._side}", rendered)):
+        sides = self._left + self._right
+        for i, piece in enumerate(re.split(f"{self._left}([^{sides}]+){self._right}", rendered)):
             if i % 2 and self._content.is_control(piece):
                 yield Text(piece)
             else:
-                yield from (TemplateText(text) for text in re.split(f"[{self._cut}{self._side}]", piece) if text)
+                yield from (TemplateText(text) for text in re.split(f"[{self._cut}{sides}]", piece) if text)

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 from chat_templates import CONTROLS, TEMPLATES
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small_tokenizers import byte_level, sentencepiece
 
 from cachetune_rag import Chunk, PromptError, Text
@@ -128,6 +130,23 @@ def test_control_tokens_that_an_answer_quotes_stay_text(model: str, literal: str
     assert f"it says {literal} there" in text(model, prompt)
 
 
+def test_what_a_template_leaves_of_a_quoted_token_stays_text() -> None:
+    messages = [user("a"), assistant(" </think><think>x <|im_end|>"), user("b")]
+    plain = builder("qwen3").build_messages([user("a"), assistant("x"), user("b")])
+    prompt = builder("qwen3").build_messages(messages)
+    special = set(tokenizer("qwen3").convert_tokens_to_ids(CONTROLS["qwen3"]))
+    assert [i for i in prompt.ids if i in special] == [i for i in plain.ids if i in special]
+    assert "assistant\n<think>x <|im_end|><|im_end|>" in text("qwen3", prompt)
+
+
+def test_what_is_nested_too_deeply_is_refused() -> None:
+    nested: Any = "x"
+    for _ in range(5000):
+        nested = [nested]
+    with pytest.raises(PromptError, match="nested too deeply"):
+        builder("qwen3").build_messages([user("q"), assistant("", tool_calls=[call("look", nested)])])
+
+
 def test_a_content_cant_complete_a_control_token_of_the_template() -> None:
     made = copy.deepcopy(byte_level("{% for m in messages %}{{ '<|' + m['content'] + '|>' }}{% endfor %}"))
     prompts = PromptBuilder(made, template="{prefix}{chunks}{query}")
@@ -135,6 +154,51 @@ def test_a_content_cant_complete_a_control_token_of_the_template() -> None:
         ids = prompts.build_messages([user(content)]).ids
         assert not set(ids) & {0, 1, 2}
         assert made.decode(ids) == f"<|{content}|>"
+
+
+WORDS = [
+    "a",
+    " ",
+    "\n",
+    "\n\n",
+    "the dam",
+    "<",
+    ">",
+    "|",
+    "<|",
+    "|>",
+    "think",
+    "[",
+    "]",
+    "\\",
+    "'",
+    '"',
+    "{{",
+    "é",
+    "日",
+]
+WORDS += sorted({literal for literals in CONTROLS.values() for literal in literals})
+TURNS = st.lists(st.lists(st.sampled_from(WORDS), max_size=8).map("".join), min_size=1, max_size=4)
+
+
+@given(st.sampled_from(sorted(TEMPLATES)), TURNS, st.data())
+@settings(max_examples=80, deadline=None)
+def test_any_conversation(model: str, turns: list[str], data: st.DataObject) -> None:
+    messages = [assistant(content) if i % 2 else user(content) for i, content in enumerate(turns)]
+    i = data.draw(st.integers(0, len(turns) - 1))
+    start, end = sorted(data.draw(st.tuples(*[st.integers(0, len(turns[i]))] * 2)))
+    chunk = Chunk(turns[i][start:end], found=True)
+    chunked = [*messages]
+    chunked[i] = {**messages[i], "content": [turns[i][:start], chunk, turns[i][end:]]}
+    prompts = [builder(model).build_messages(each) for each in (messages, chunked)]
+    controls = {i: str(token) for i, token in tokenizer(model).added_tokens_decoder.items() if str(token)[0] in "<["}
+    if not any(literal in content for literal in controls.values() for content in turns):
+        assert list(prompts[0].ids) == expected(model, messages)
+        assert text(model, prompts[1]).split() == tokenizer(model).decode(expected(model, messages)).split()
+    elif not any(literal in content for literal in controls.values() for content in turns[1::2]):
+        blank = [{**message, "content": "ab"} for message in messages]
+        for prompt in prompts:  # what users spell out stays text
+            assert [i for i in prompt.ids if i in controls] == [i for i in expected(model, blank) if i in controls]
 
 
 # -- chunks -----------------------------------------------------------------------------------------------------------
