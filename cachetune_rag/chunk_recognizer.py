@@ -103,7 +103,11 @@ class ChunkRecognizer:
 
     def knows(self, text: str) -> bool:
         """Whether exactly this text is known."""
-        return len(text) >= ANCHOR and self.find(text) == [(0, len(text))]
+        if len(text) < ANCHOR:
+            return False
+        entry = _describe(text)
+        digests = self._texts.get(entry.full, b"")
+        return entry.digest == digests if isinstance(digests, bytes) else entry.digest in digests
 
     def segment(self, prompt: str) -> list[Segment]:
         """Cut `prompt` into `Text` and `Chunk` segments whose texts joined are exactly `prompt`; none is empty."""

@@ -36,6 +36,7 @@ MOST = 100_000
 
 _PIECE, _PIECES = 24, 6
 _LETTERS = re.compile(r"[\W\d_]+")
+_HEADER_PARTS = 8  # paragraphs
 _HEADER_LINE = re.compile(r"\s*[\w .\-]{1,40}:(\s|$)")
 _LINE_MARK = re.compile(r"^[ \t]*(?:[>|*#-]+|[(\[]?\d+[.:)\]]*)?[ \t]*", re.MULTILINE)
 _JSON_ESCAPE = re.compile(r'\\(?:u([0-9a-fA-F]{4})|([nrtbf"\'\\/]))')
@@ -107,8 +108,8 @@ def _changed_lines(body: str, shown: str) -> str | None:
 def _part(body: str, shown: str) -> str | None:
     """Whether a part of it is there as it is: all but the lines of metadata before it, or any other part."""
     head, _, rest = body.partition("\n\n")
-    while rest:
-        if not all(_HEADER_LINE.match(line) for line in head.splitlines() if line.strip()):
+    for _ in range(_HEADER_PARTS):
+        if not rest or not all(_HEADER_LINE.match(line) for line in head.splitlines() if line.strip()):
             break
         if len(rest.strip()) >= ANCHOR and rest.strip() in shown:
             return "header"

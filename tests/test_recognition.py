@@ -178,3 +178,13 @@ def test_chunks_are_found_among_many_that_begin_alike(header: str) -> None:
     segments = recognizer.segment(prompt)
     assert sum(isinstance(s, Chunk) for s in segments) > 50
     assert "".join(s.text for s in segments) == prompt
+
+
+def test_a_text_is_known_only_as_a_whole() -> None:
+    text = words(random.Random(10), 40)
+    recognizer = known(text, text)
+    assert [recognizer.knows(each) for each in (text, text[:-1], f"{text} ", "short")] == [True, False, False, False]
+    recognizer.remove(0)
+    assert recognizer.knows(text), "still known under the other key"
+    recognizer.remove(1)
+    assert not recognizer.knows(text)
