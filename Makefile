@@ -34,9 +34,10 @@ quality: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "cachetune-rag needs Python 3.11 or newer; run make PYTHON=python3.11")'
+	@echo "Setting up $(VENV): a virtual environment, then the packages of constraints.txt (some GB, a few minutes, once)."
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip==25.3"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[all]" --group dev
+	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[all]" --group dev
 	touch $(READY)
 
 clean:

@@ -20,6 +20,7 @@ from rich.table import Table
 from smollm2 import model_path
 
 from cachetune_rag import CacheTune, Document, Splitter
+from cachetune_rag.precompute import Progress as PrecomputeProgress
 
 TOPICS = [
     "assert", "break", "calls", "comparisons", "context-managers", "continue", "del", "exceptions", "for", "global", "if", "nonlocal",
@@ -46,21 +47,32 @@ def main() -> None:
     console = Console(width=None if sys.stdout.isatty() else 150)
 
     folder = model_path()
+    step(f"loading {folder.name} ...")
     with tempfile.TemporaryDirectory() as store, CacheTune.from_pretrained(folder, store) as engine:
         splitter = Splitter(lambda text: len(engine.prompts.encode(text)), args.chunk_tokens)
         texts = pydoc_data.topics.topics
         documents = [Document(name, splitter.split(texts[name])) for name in TOPICS if name in texts]
         index(engine, documents, console)
         retrieve = Retriever([chunk for document in documents for chunk in document.chunks])
-        results = [
-            ask(engine, question, retrieve(question, args.passages), args.answer_tokens) for question in QUESTIONS
-        ]
+        results = []
+        for number, question in enumerate(QUESTIONS, start=1):
+            step(f"question {number} of {len(QUESTIONS)}: {question}")
+            results.append(ask(engine, question, retrieve(question, args.passages), args.answer_tokens))
         show(console, results)
+
+
+def step(message: str) -> None:
+    """What happens now, at once: where there is no terminal, too."""
+    print(message, file=sys.stderr, flush=True)
 
 
 def index(engine: CacheTune, documents: list[Document], console: Console) -> None:
     """The precompute job, once per document collection."""
     total = sum(len(d.chunks) for d in documents)
+    step(f"precomputing {total} chunks of {len(documents)} documents ...")
+    if not console.is_terminal:
+        console.print(str(engine.precompute(documents, progress=Lines(total))))
+        return
     columns = (
         TextColumn("precompute"),
         BarColumn(),
@@ -71,6 +83,18 @@ def index(engine: CacheTune, documents: list[Document], console: Console) -> Non
         task = bar.add_task("", total=total)
         summary = engine.precompute(documents, progress=lambda p: bar.update(task, completed=p.chunks + p.skipped))
     console.print(str(summary))
+
+
+class Lines:
+    """Progress in lines, one every ten seconds, for where a bar can't be drawn."""
+
+    def __init__(self, total: int):
+        self._total, self._spoke = total, time.monotonic()
+
+    def __call__(self, progress: PrecomputeProgress) -> None:
+        if time.monotonic() - self._spoke >= 10:
+            self._spoke = time.monotonic()
+            step(f"{progress.chunks + progress.skipped} of {self._total} chunks")
 
 
 def ask(engine: CacheTune, question: str, passages: list[str], answer_tokens: int) -> dict:
