@@ -144,7 +144,7 @@ class ChatCacheTune(BaseChatModel):
             # Which arguments the chat template has isn't known yet: those are checked once it is loaded.
             return
         arguments = template_names(self.engine, given)
-        settings.refuse_unknown(given, known | arguments, "generate_kwargs")
+        settings.refuse_unknown(given, known | self.engine.prompts.argument_names, "generate_kwargs")
         sampling = {name: value for name, value in given.items() if name not in arguments | set(settings.REUSE)}
         settings.check_sampling(self.engine, sampling)
 
@@ -433,7 +433,7 @@ class ChatCacheTune(BaseChatModel):
         known = {*_REQUEST, *settings.generation_names()}
         others = [name for name in given if name not in known]
         if others and self.engine is not None:
-            known |= template_names(self.engine, others)
+            known |= self.engine.prompts.argument_names
         settings.refuse_unknown(others, known, "a request to ChatCacheTune")
         return given
 

@@ -46,7 +46,9 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str], whose: str) -> No
     for name in given:
         if name not in names:
             near = difflib.get_close_matches(name, sorted(names), 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(names))}."
+            some = ", ".join(sorted(names - generation_names()))
+            more = ", and generation settings of transformers" if names & generation_names() else ""
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {some}{more}."
             raise ConfigError(f"{name!r} is no argument of {whose}: {hint}")
 
 

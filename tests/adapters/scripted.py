@@ -26,11 +26,16 @@ class Scripted:
         self.prompts: list[str] = []
         self._answer, self._tokenizer = answer, tiny.tokenizer()
         self._turn = self._tokenizer.convert_tokens_to_ids("<|im_start|>")
+        self._thought = self._tokenizer.encode(
+            "<think>\n\n</think>\n\n", add_special_tokens=False
+        )  # some templates' own
         self._known: dict[tuple[int, ...], list[int]] = {}
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         told = ids[0].tolist()
         start = len(told) - told[::-1].index(self._turn) + len("assistant\n")
+        if told[start : start + len(self._thought)] == self._thought:
+            start += len(self._thought)
         prompt = tuple(told[:start])
         if prompt not in self._known:
             self.prompts.append(self._tokenizer.decode(prompt))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import tiny
+from chat_templates import QWEN3
+from engines import EngineMaker
 from langchain_core.exceptions import OutputParserException
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import tool
+from langchain_core.utils.function_calling import convert_to_openai_tool
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 from pydantic import BaseModel
 from scripted import Scripted, obedient
@@ -159,3 +163,52 @@ def test_wrong_arguments_are_refused_at_once(engine: CacheTune) -> None:
         model.bind_tools([retrieve], parallel_tool_calls=False)
     with pytest.raises(ConfigError, match="response_format"):
         model.invoke("?", response_format="json")
+
+
+def test_a_template_that_knows_tools_lays_them_out(engines: EngineMaker) -> None:
+    tokenizer = copy.deepcopy(engines.tokenizer)
+    tokenizer.chat_template = QWEN3
+    engine = engines(None, tokenizer=tokenizer)
+    script = Scripted(obedient)
+    model = ChatCacheTune(engine=engine, max_tokens=512, logits_processor=[script])
+    bound = model.bind_tools([retrieve])
+    history: list[Any] = [HumanMessage("Call retrieve.")]
+    history.append(bound.invoke(history))
+    history.append(retrieve.invoke(history[-1].tool_calls[0]))
+    bound.invoke(history)
+    expected = tokenizer.apply_chat_template(
+        [
+            {"role": "user", "content": "Call retrieve."},
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [
+                    {"type": "function", "function": {"name": "retrieve", "arguments": {"query": "a text"}}}
+                ],
+            },
+            {"role": "tool", "content": PASSAGE, "name": "retrieve"},
+        ],
+        tools=[convert_to_openai_tool(retrieve)],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    assert script.prompts[-1] == expected
+    assert model.with_structured_output(Steps).invoke("?") == Steps(steps=3)
+    assert "<tools>" in script.prompts[-1], "a call, as the template knows them"
+
+
+def test_arguments_of_the_template_go_to_the_template(engines: EngineMaker) -> None:
+    tokenizer = copy.deepcopy(engines.tokenizer)
+    tokenizer.chat_template = QWEN3
+    engine = engines(None, tokenizer=tokenizer)
+    script = Scripted(lambda _: "Yes.")
+    model = ChatCacheTune(engine=engine, logits_processor=[script])
+    assert model.invoke("?", enable_thinking=False).content == "Yes."
+    assert script.prompts[-1].endswith("<think>\n\n</think>\n\n")
+    set_once = ChatCacheTune(engine=engine, generate_kwargs={"enable_thinking": False, "logits_processor": [script]})
+    set_once.invoke("?")
+    assert script.prompts[-1].endswith("<think>\n\n</think>\n\n")
+    model.invoke("?")
+    assert script.prompts[-1].endswith("<|im_start|>assistant\n")
+    with pytest.raises(ConfigError, match="did you mean 'enable_thinking'"):
+        model.invoke("?", enable_thinkin=False)
