@@ -194,15 +194,19 @@ def test_callbacks(llm: CacheTuneLLM) -> None:
 
 
 async def test_the_event_loop_keeps_turning(llm: CacheTuneLLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    full_forward = type(llm.engine.adapter).full_forward
     entered, turned = threading.Event(), threading.Event()
+    begin = llm.engine.stream
 
-    def waits_for_the_loop(self: Any, ids: Any) -> Any:
-        entered.set()
-        assert turned.wait(60), "the event loop stood still while the model ran"
-        return full_forward(self, ids)
+    def waits_for_the_loop(**options: Any) -> Any:
+        def wait() -> None:
+            entered.set()
+            assert turned.wait(60), "the event loop stood still while the model ran"
 
-    monkeypatch.setattr(type(llm.engine.adapter), "full_forward", waits_for_the_loop)
+        stream = begin(**options)
+        stream.looked_up = wait
+        return stream
+
+    monkeypatch.setattr(llm.engine, "stream", waits_for_the_loop)
     for call in (
         lambda: llm.acomplete("Hello"),
         lambda: llm.achat([ChatMessage(content="Hello")]),
@@ -273,7 +277,7 @@ def test_a_prompt_is_built_once(engines: EngineMaker, monkeypatch: pytest.Monkey
     built: list[Any] = []
     for name in ("build_messages", "build_text", "build"):
         real = getattr(engine.prompts, name)
-        monkeypatch.setattr(engine.prompts, name, lambda *a, real=real: built.append(a) or real(*a))
+        monkeypatch.setattr(engine.prompts, name, lambda *a, real=real, **k: built.append(a) or real(*a, **k))
     llm = CacheTuneLLM(engine, max_new_tokens=3)
     assert str(CacheTuneSynthesizer(llm).synthesize("Who built it?", [node(FIRST), node(SECOND)]))
     assert len(built) == 1

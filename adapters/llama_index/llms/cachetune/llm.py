@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
@@ -37,7 +37,7 @@ from llama_index.llms.cachetune.arguments import (
 )
 from llama_index.llms.cachetune.prompts import PromptMaker
 from llama_index.llms.cachetune.tools import ToolCalling
-from llama_index.llms.cachetune.traces import TRACES, Trace
+from llama_index.llms.cachetune.traces import TRACES
 
 _LOADING = threading.Lock()
 
@@ -95,7 +95,7 @@ class CacheTuneLLM(ToolCalling, CustomLLM):
             raise ValueError("CacheTuneLLM needs engine=, or model= (a path or hub id) and store= to load one.")
         super().__init__(**kwargs)
         self._engine, self._was_given = engine, engine is not None
-        check_generate_kwargs(self.generate_kwargs, None if engine is None else PromptMaker(engine).template_names)
+        check_generate_kwargs(self.generate_kwargs, None if engine is None else PromptMaker(engine).argument_names)
         TRACES.install()
 
     @model_validator(mode="before")
@@ -268,21 +268,35 @@ class CacheTuneLLM(ToolCalling, CustomLLM):
         return Unlaid(self._extend_prompt(text))
 
     def _completion(self, prompt: str, formatted: bool, built: Prompt | None, options: dict[str, Any]) -> Request:
-        trace, retrieved = TRACES.current(), options.pop("retrieved", None)
         formatted = formatted and not isinstance(prompt, Unlaid)
-        make = lambda: self.prompt_maker.completion(prompt, formatted, trace.chunks if retrieved is None else retrieved)  # noqa: E731
-        return self._request(trace, make if built is None else lambda: built, options)
+
+        def make(nodes: Iterable[object], layout: dict[str, Any]) -> Prompt:
+            return built or self.prompt_maker.completion(prompt, formatted, nodes, **layout)
+
+        return self._request(make, options)
 
     def _conversation(self, messages: Sequence[ChatMessage], built: Prompt | None, options: dict[str, Any]) -> Request:
-        trace, retrieved, tools = TRACES.current(), options.pop("retrieved", None), options.pop("tools", None)
-        make = lambda: self.prompt_maker.conversation(messages, trace.chunks if retrieved is None else retrieved, tools)  # noqa: E731
-        return self._request(trace, make if built is None else lambda: built, options, tools)
+        tools = options.pop("tools", None)
+
+        def make(nodes: Iterable[object], layout: dict[str, Any]) -> Prompt:
+            return built or self.prompt_maker.conversation(messages, nodes, tools, **layout)
+
+        return self._request(make, options, tools)
 
     def _request(
-        self, trace: Trace, make: Callable[[], Prompt], options: dict[str, Any], tools: Sequence[Any] | None = None
+        self,
+        make: Callable[[Iterable[object], dict[str, Any]], Prompt],
+        options: dict[str, Any],
+        tools: Sequence[Any] | None = None,
     ) -> Request:
+        """A request, whose prompt is made of what was retrieved and the chat template's arguments once it begins."""
+        trace, retrieved = TRACES.current(), options.pop("retrieved", None)
+
         def begin() -> AnswerStream:
-            stream = self._start(make(), options)
+            names = self.prompt_maker.argument_names
+            settings = {**_renamed(self.generate_kwargs), **_renamed(options)}
+            layout = {name: settings.pop(name) for name in list(settings) if name in names}
+            stream = self._start(make(trace.chunks if retrieved is None else retrieved, layout), settings)
             trace.begun()
             return stream
 
@@ -293,13 +307,12 @@ class CacheTuneLLM(ToolCalling, CustomLLM):
         names = None if not tools else [str(tool["function"]["name"]) for tool in tools]
         return Request(begin, told, lambda report: trace.add(report.as_dict()), names)
 
-    def _start(self, prompt: Prompt, options: dict[str, Any]) -> AnswerStream:
+    def _start(self, prompt: Prompt, given: dict[str, Any]) -> AnswerStream:
         own = {name: getattr(self, name) for name in ("ratio", "selector")}
         if "max_new_tokens" in self.model_fields_set:  # a generation_config may have a limit of its own
             own["max_new_tokens"] = self.max_new_tokens
-        settings = {**own, **_renamed(self.generate_kwargs), **_renamed(options)}
         try:
-            return self.engine.stream(prompt=prompt, **settings)
+            return self.engine.stream(prompt=prompt, **{**own, **given})
         except PromptTooLongError as error:
             raise PromptTooLongError(
                 f"{error} LlamaIndex fits prompts into the context by its own count, of another tokenizer's tokens unless told: "

@@ -41,7 +41,7 @@ class KVPrecompute(TransformComponent):
     Args:
         engine: the engine.
         shown: the text, or texts, that prompts will show of a node, where that isn't its body: with sentence windows, for
-            instance, `lambda node: node.metadata["window"]`. They are stored instead.
+            instance, `lambda node: node.metadata["window"]`. They are stored instead, stripped, as most prompts show them.
     """
 
     namespace: str = Field(description="What the KV was computed with: model, tokenizer, dtype, lead-ins, tenant.")
@@ -161,7 +161,7 @@ class KVPrecompute(TransformComponent):
         for node in nodes:
             shown = (self._shown or body)(node)
             texts = [shown] if isinstance(shown, str) else shown
-            by_document.setdefault(document_of(node), {}).update((text, None) for text in texts if text)
+            by_document.setdefault(document_of(node), {}).update((t, None) for text in texts if (t := text.strip()))
         documents = (Document(id, list(texts)) for id, texts in by_document.items())
         summary = self.engine.precompute(documents, replace=replace)
         self._versions().update((document_of(node), _version(node)) for node in nodes)

@@ -48,17 +48,18 @@ class PromptMaker:
         return self.messages_layout is None and bool(_TOOLS.search(self._template))
 
     @property
-    def template_names(self) -> frozenset[str]:
-        """Words of the chat template: the variables that it takes are among them."""
-        return frozenset(re.findall(r"[A-Za-z_]\w*", self._template)) if self._has_template else frozenset()
+    def argument_names(self) -> frozenset[str]:
+        """What the chat template takes by name, such as enable_thinking."""
+        return self.engine.prompts.argument_names if self._has_template else frozenset()
 
-    def completion(self, prompt: str, formatted: bool, nodes: Iterable[object]) -> Prompt:
+    def completion(self, prompt: str, formatted: bool, nodes: Iterable[object], **layout: Any) -> Prompt:
         """A completion's prompt.
 
         Args:
             prompt: its text.
             formatted: it is complete as it is.
             nodes: what was retrieved for it.
+            layout: arguments of the chat template.
         """
         told = self._told([prompt], nodes)
         if formatted:
@@ -71,12 +72,16 @@ class PromptMaker:
             messages = [{"role": "user", "content": [Text(wrapped)]}]
             if self.system_prompt:
                 messages.insert(0, {"role": "system", "content": [Text(self.system_prompt)]})
-            return self.engine.prompt_from_messages(messages, retrieved=told)
+            return self.engine.prompt_from_messages(messages, retrieved=told, **layout)
         whole = f"{self.system_prompt}\n\n{wrapped}" if self.system_prompt else wrapped
         return self.engine.prompt_from_text([Text(whole)], retrieved=told)
 
     def conversation(
-        self, messages: Sequence[ChatMessage], nodes: Iterable[object], tools: Sequence[Any] | None = None
+        self,
+        messages: Sequence[ChatMessage],
+        nodes: Iterable[object],
+        tools: Sequence[Any] | None = None,
+        **layout: Any,
     ) -> Prompt:
         """A conversation's prompt; arguments as for `completion`, and the tools that the model is shown."""
         parts = [contents(message) for message in messages]
@@ -86,8 +91,9 @@ class PromptMaker:
             return self.engine.prompt_from_text(segments, retrieved=told)
         if not self._has_template:
             return self.engine.prompt_from_text(plain_segments(messages), retrieved=told)
-        more: dict[str, Any] = {"tools": tools} if tools else {}
-        return self.engine.prompt_from_messages(engine_messages(messages), retrieved=told, **more)
+        return self.engine.prompt_from_messages(
+            engine_messages(messages), retrieved=told, tools=tools or None, **layout
+        )
 
     def text(self, segments: Sequence[Segment], nodes: Iterable[object]) -> Prompt:
         """A formatted prompt whose chunks stand apart."""

@@ -53,7 +53,7 @@ def with_body_apart(text: str, node: BaseNode | None) -> list[Segment]:
 
 
 def chunks_of(retrieved: Iterable[object]) -> list[Chunk]:
-    """The bodies of nodes as chunks of their documents, each once; a str is a chunk of no document.
+    """The bodies of nodes as chunks of their source documents, each once; a str, or a node without a source, is of none.
 
     Raises:
         PromptError: an item is neither.
@@ -64,7 +64,7 @@ def chunks_of(retrieved: Iterable[object]) -> list[Chunk]:
         if isinstance(node, Chunk):
             chunk = node
         elif isinstance(node, BaseNode):
-            chunk = Chunk(body(node), document_of(node))
+            chunk = Chunk(body(node), node.ref_doc_id)
         elif isinstance(node, str):
             chunk = Chunk(node.strip())
         else:

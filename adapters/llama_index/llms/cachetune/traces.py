@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +39,10 @@ REPORTS = "cachetune_reports"
 """Where a response's `metadata` has the reports of all requests that were made for it, in order."""
 
 _RESPONSES = (Response, StreamingResponse, AsyncStreamingResponse, PydanticResponse, AgentChatResponse)
+
+
+_STREAM: ContextVar[Trace | None] = ContextVar("_STREAM", default=None)
+"""The span that a stream came from, while it is asked for a piece."""
 
 
 @dataclass(eq=False)
@@ -110,7 +115,7 @@ class Traces(BaseSpanHandler[BaseSpan]):
 
     def current(self) -> Trace:
         """The span that runs here; one of its own where none does."""
-        return self._open.get(active_span_id.get() or "") or Trace()
+        return self._open.get(active_span_id.get() or "") or Trace(_STREAM.get())
 
     # -- what the dispatcher calls: a handler that fails is passed over, so nothing here may ----------------------
 
@@ -124,7 +129,7 @@ class Traces(BaseSpanHandler[BaseSpan]):
         **kwargs: Any,
     ) -> None:
         """A span begins."""
-        trace = Trace(self._open.get(parent_id or ""))
+        trace = Trace(self._open.get(parent_id or "") or _STREAM.get())
         if isinstance(instance, BaseSynthesizer):
             trace.holds(bound_args.arguments.get("nodes"))
         if isinstance(instance, IngestionPipeline):
@@ -146,7 +151,14 @@ class Traces(BaseSpanHandler[BaseSpan]):
         if trace.deletions is not None:
             trace.deletions.settle(result or ())
         trace.holds(result)
-        if trace.requests and isinstance(result, _RESPONSES):
+        if isinstance(instance, BaseSynthesizer):
+            # Some synthesizers make the request of a stream when its first piece is asked for, behind their span.
+            if isinstance(result, StreamingResponse):
+                result.response_gen = _resumed(result.response_gen, trace)
+            elif isinstance(result, AsyncStreamingResponse):
+                result.response_gen = _aresumed(result.response_gen, trace)
+        streams = isinstance(result, StreamingResponse | AsyncStreamingResponse)
+        if isinstance(result, _RESPONSES) and (trace.requests or streams):
             result.metadata = {**(result.metadata or {}), REPORTS: trace.reports}
 
     def span_drop(
@@ -170,6 +182,38 @@ class Traces(BaseSpanHandler[BaseSpan]):
 
     def prepare_to_drop_span(self, *args: Any, **kwargs: Any) -> None:
         """Not used: spans are kept by `span_enter`."""
+
+
+def _resumed(pieces: Generator[Any, None, None], trace: Trace) -> Generator[Any, None, None]:
+    """A stream whose spans belong to the span that it came from."""
+    try:
+        while True:
+            token = _STREAM.set(trace)
+            try:
+                piece = next(pieces)
+            except StopIteration:
+                return
+            finally:
+                _STREAM.reset(token)
+            yield piece
+    finally:
+        pieces.close()
+
+
+async def _aresumed(pieces: AsyncGenerator[Any, None], trace: Trace) -> AsyncGenerator[Any, None]:
+    """The same of an asynchronous stream."""
+    try:
+        while True:
+            token = _STREAM.set(trace)
+            try:
+                piece = await anext(pieces)
+            except StopAsyncIteration:
+                return
+            finally:
+                _STREAM.reset(token)
+            yield piece
+    finally:
+        await pieces.aclose()
 
 
 TRACES = Traces()
