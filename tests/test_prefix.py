@@ -198,3 +198,28 @@ def test_no_more_than_a_few_beginnings_are_compared() -> None:
         cache.keep(np.array([first, first]), buffers.row_bytes, buffers.copy_first)
     kept = [first for first in range(MOST + 10) if cache.find(np.array([first]), 1) is not None]
     assert kept == list(range(10, MOST + 10))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cuda_kernels", [False, True], ids=["plain", "kernels"])
+def test_beginnings_are_taken_over_on_a_gpu(cuda_kernels: bool) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    options = {"lead_in": "first_token", "cuda_kernels": cuda_kernels}
+    with CacheTune(llama().cuda(), tokenizer(), **options) as engine:
+        engine.precompute(CHUNKS)
+        for build in (
+            lambda tail: engine.prompts.build(query=tail, chunks=[], prefix=SYSTEM),
+            lambda tail: engine.prompts.build(query=tail, chunks=CHUNKS, prefix=SYSTEM),
+        ):
+            for tail in ("How many steps?", "Who wrote it?", "How many steps?"):
+                prompt = build(tail)
+                reused, full = (
+                    engine.generate(prompt=prompt, ratio=1.0, max_new_tokens=8, reuse=reuse) for reuse in (True, False)
+                )
+                assert reused.text == full.text
+        plain = engine.prompts.build(query="How many steps?", chunks=[], prefix=SYSTEM)
+        state = read(engine, plain)
+        assert state.report.prefix_kept == len(plain.ids) - 1
+        assert difference(state.logits, engine.full_prefill(prompt=plain).logits) <= 1e-4
+        behind = engine.prompts.build(query="Who?", chunks=CHUNKS, prefix=SYSTEM)
+        assert read(engine, behind).report.prefix_kept == behind.spans[0].start
