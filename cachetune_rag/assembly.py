@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
@@ -17,8 +17,10 @@ from transformers.cache_utils import Cache
 from cachetune_rag.config import ReuseConfig
 from cachetune_rag.context import RequestContext, ids_of, some_of
 from cachetune_rag.deadline import DeadlinePool, StoreTimeoutError
+from cachetune_rag.errors import ModelChangedError
 from cachetune_rag.leads import LeadIns
 from cachetune_rag.model import KVBuffers, ModelAdapter
+from cachetune_rag.model.neutral import neutrally
 from cachetune_rag.model.shift import ChunkShift
 from cachetune_rag.pipeline.device import DeviceLoader, Streams
 from cachetune_rag.pipeline.loader import DamagedSourceError, LayerLoader, Source
@@ -99,6 +101,7 @@ class Assembler:
         pool: threads that read ahead, layer by layer, and look chunks up.
         prefetcher: takes over chunks that a request read in part; None: what a request leaves unread stays on disk.
         tuned: settings for a tier and codec in place of a request's that left them to the engine.
+        check: refuses a model whose weights were changed, before and behind each prompt.
     """
 
     def __init__(
@@ -109,9 +112,10 @@ class Assembler:
         pool: DeadlinePool,
         prefetcher: Prefetcher | None = None,
         tuned: Callable[[ReuseConfig, str, str], ReuseConfig] | None = None,
+        check: Callable[[], None] = _nothing,
     ):
         self._adapter, self._store, self._lead_ins, self._pool = adapter, store, lead_ins, pool
-        self._prefetcher, self._tuned = prefetcher, tuned
+        self._prefetcher, self._tuned, self._check = prefetcher, tuned, check
         self._prefixes = PrefixCache()
         self._streams: Streams | None = None
         self._known_keys: tuple[Namespace, Callable[[tuple[int, ...]], ChunkKey]] | None = None
@@ -120,8 +124,28 @@ class Assembler:
         """The key of a chunk."""
         return make_key(self._lead_ins.namespace, token_ids)
 
+    def forget(self) -> None:
+        """Drop what is kept of the model's weights: prefixes."""
+        self._prefixes = PrefixCache()
+
+    @contextmanager
+    def _same_weights(self) -> Iterator[None]:
+        """While the context is open, a prompt goes through weights that must not change meanwhile."""
+        try:
+            self._check()
+            yield
+            self._check()
+        except ModelChangedError:
+            self.forget()  # a prefix may be of both
+            raise
+
+    @neutrally
     def full_prefill(self, prompt: Prompt, started: float) -> PrefillState:
         """The reference: every token through the model, nothing read."""
+        with self._same_weights():
+            return self._full(prompt, started)
+
+    def _full(self, prompt: Prompt, started: float) -> PrefillState:
         logits, cache = self._adapter.full_forward(self._ids(prompt))
         self._wait()
         took = time.perf_counter() - started
@@ -130,6 +154,7 @@ class Assembler:
         )
         return PrefillState(logits, cache, report, prompt)
 
+    @neutrally
     def prefill(
         self,
         prompt: Prompt,
@@ -144,8 +169,15 @@ class Assembler:
         `looked_up()` is called once its chunks are open (again if it starts over): what is read behind requests from then on gives
         way to it. An answer of `room` tokens is to be expected behind it.
         """
+        with self._same_weights():
+            return self._prefill(prompt, config, started, looked_up, room)
+
+    def _prefill(
+        self, prompt: Prompt, config: ReuseConfig, started: float, looked_up: Callable[[], None], room: int
+    ) -> PrefillState:
         faults = Faults()
-        if config.namespace is None:
+        if config.namespace is None or config.namespace.model != self._lead_ins.model:
+            # (A request that came before the engine took in another model's weights is answered by those.)
             config = replace(config, namespace=self._lead_ins.lately)
         while True:
             try:
@@ -164,6 +196,7 @@ class Assembler:
         tokens = reader.layout.tokens
         return tokens - budget(config.ratio if offline else config.skipped, tokens)
 
+    @neutrally
     def transfer(self, prompt: Prompt) -> tuple[int, float]:
         """Bring every row of a prompt's stored chunks to its place and compute nothing: (rows of a layer, seconds)."""
         with ExitStack() as stack:

@@ -217,7 +217,9 @@ class Calibrator:
         engine = self._engine
         with engine._lock.reserved(), engine._lock:
             engine._check_open()
-            return list(teacher_forced(engine.adapter, state.logits, state.cache, target))
+            logits = list(teacher_forced(engine.adapter, state.logits, state.cache, target))
+            engine._check_model()
+            return logits
 
     def _figures(self, ratio: float, samples: Sequence[Divergence]) -> RatioFigures:
         kl, top1 = [s.mean_kl for s in samples], [s.top1 for s in samples]

@@ -35,7 +35,8 @@ class CacheTune(EngineParts):
     """Answers prompts whose document chunks were run through the model beforehand.
 
     Args:
-        model: a causal language model of transformers, whole on one device. It is put into eval mode.
+        model: a causal language model of transformers, whole on one device. It stays as it is, and yours to use: engines run its
+            weights through modules of their own, in eval mode. Several engines may be made on one model.
         tokenizer: its tokenizer.
         store: a folder for the KV store, an open `ChunkStore`, or None to keep KV in memory only.
         prompt_template: text with {prefix}, {chunks} and {query}; default: the tokenizer's chat template.
@@ -441,6 +442,24 @@ class CacheTune(EngineParts):
         """
         self._check_open()
         return self._missed.wait(timeout)
+
+    def model_changed(self) -> bool:
+        """Go on with the model as it is now: for callers who change its weights (merge or switch an adapter, train on).
+
+        An engine notices most changes by itself and refuses with `ModelChangedError` until this was called; what it can't notice
+        is in docs/reliability.md ("The model belongs to you"). Call it when all changes are made and before the next request. It
+        reads all weights once. Stored chunks of other weights are misses from then on, and stay in the store for engines on those
+        weights. Other engines on the same model have to be told as well.
+
+        Returns:
+            Whether the weights are others than before. If they aren't, nothing that is stored is lost.
+
+        Raises:
+            ModelChangedError: dtype, device or shape have changed as well (make a new engine), or weights are changing just now.
+            UnsupportedModelError: the model can't be served as it is now.
+        """
+        self._check_open()
+        return self._take_model()
 
     def stats(self) -> EngineStats:
         """Totals over this engine's requests, and the store's state: the last known one (`store_age`) if its disk doesn't answer.

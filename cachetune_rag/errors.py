@@ -5,6 +5,7 @@
   x PromptError
     + PromptTooLongError
   x NonFiniteLogitsError
+  x ModelChangedError
   x UnsupportedModelError
   x ModelLoadError
   x EngineClosedError (a RuntimeError too)
@@ -37,6 +38,10 @@ class PromptTooLongError(PromptError):
 
 class NonFiniteLogitsError(CacheTuneError):
     """The model gave logits that are no numbers, so there is no next token."""
+
+
+class ModelChangedError(CacheTuneError):
+    """The model's weights are no longer those that stored keys and values were computed with."""
 
 
 class UnsupportedModelError(CacheTuneError):

@@ -7,7 +7,7 @@ import logging
 import math
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -82,17 +82,19 @@ class FidelitySampler:
 
     Args:
         share: of the answers with something reused, in [0, 1]. Which ones is a matter of counting, not of chance.
+        adapter, lock: the model.
+        check: refuses a model whose weights were changed.
 
     Raises:
         ConfigError: share is out of range.
     """
 
-    def __init__(self, share: Any, adapter: ModelAdapter, lock: ModelLock):
+    def __init__(self, share: Any, adapter: ModelAdapter, lock: ModelLock, check: Callable[[], None] = lambda: None):
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
             raise ConfigError(
                 f"fidelity_sample is {share!r}: use a share of the requests, a number from 0 (none) to 1 (all)."
             )
-        self._share, self._adapter, self._model = float(share), adapter, lock
+        self._share, self._adapter, self._model, self._check = float(share), adapter, lock, check
         self._mutex = threading.Lock()
         self._pending: deque[_Sample] = deque()
         self._thread: threading.Thread | None = None
@@ -148,6 +150,12 @@ class FidelitySampler:
         thread.join(timeout)
         return not thread.is_alive()
 
+    def drop(self) -> None:
+        """Leave out what is pending: it was answered by other weights than the model has now. The caller holds the model's lock."""
+        with self._mutex:
+            self._dropped += len(self._pending)
+            self._pending.clear()
+
     def close(self) -> None:
         """Drop what is pending, and end what runs at its next layer."""
         if not self._origin.here:
@@ -191,13 +199,20 @@ class FidelitySampler:
     def _attempt(self, sample: _Sample) -> tuple[float, Divergence] | None:
         """KL of the first token, and the whole answer's divergence; None if a request came in between."""
         with self._model.background() as held:
-            if not held:
+            if not held or not self._waits(sample):
                 return None
             try:
                 with self._adapter.interruptible(lambda: self._closed or self._model.wanted):
-                    return self._compare(sample)
+                    self._check()
+                    compared = self._compare(sample)
+                    self._check()
+                    return compared
             except StopForward:
                 return None
+
+    def _waits(self, sample: _Sample) -> bool:
+        with self._mutex:
+            return bool(self._pending) and self._pending[0] is sample
 
     def _compare(self, sample: _Sample) -> tuple[float, Divergence]:
         adapter, state = self._adapter, sample.state

@@ -79,7 +79,7 @@ class LeadIns:
     ) -> None:
         self._store, self._base, self._choose, self._call = store, namespace, choose, call
         self._vocabulary, self._limit, self._separator = vocabulary, limit, tuple(separator)
-        self._chosen: tuple[bytes, Namespace] | None = None  # the note as it was read last, and what it says
+        self._last_read: tuple[bytes, Namespace] | None = None
         self._read_at = 0.0
         self._lock = threading.Lock()
         self._seen: dict[Lead, None] = {}  # different texts that were offered, too few to choose from, in order
@@ -116,6 +116,27 @@ class LeadIns:
         """That one, and the one that held before it: its chunks are misses now, but their texts are this engine's."""
         now = self.namespace
         return (now,) if now is self._base else (now, self._base)
+
+    def follow(self, model: str) -> None:
+        """Make keys of another model's chunks from now on: that model's own choice holds, or is to be made."""
+        with self._lock:
+            self._base = replace(self._base, model=model)
+            self._chosen, self._seen, self._filled = None, {}, None
+
+    @property
+    def model(self) -> str:
+        """The fingerprint that all namespaces have in common."""
+        return self._base.model
+
+    @property
+    def _chosen(self) -> tuple[bytes, Namespace] | None:
+        """The note as it was read last, and what it says; never another model's, should one be read while `follow` changes it."""
+        read = self._last_read
+        return read if read is not None and read[1].model == self._base.model else None
+
+    @_chosen.setter
+    def _chosen(self, read: tuple[bytes, Namespace] | None) -> None:
+        self._last_read = read
 
     @property
     def undecided(self) -> bool:

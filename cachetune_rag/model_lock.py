@@ -25,7 +25,8 @@ class ModelLock(type(threading.RLock())):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self._requests: WeakSet[_Token] = WeakSet()
-        self._mutex = threading.Lock()
+        # Reentrant as well: a stream that is given up is finished by the garbage collector, which may come by anywhere.
+        self._mutex = threading.RLock()
         self._changed = threading.Condition(self._mutex)
         self._idle_since = time.monotonic()
 

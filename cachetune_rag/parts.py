@@ -15,7 +15,7 @@ import torch
 from cachetune_rag.assembly import Assembler
 from cachetune_rag.calibration import SavedCalibrations
 from cachetune_rag.deadline import DeadlinePool, check_timeout
-from cachetune_rag.errors import CacheTuneError, ConfigError, EngineClosedError
+from cachetune_rag.errors import CacheTuneError, ConfigError, EngineClosedError, ModelChangedError
 from cachetune_rag.fidelity import FidelitySampler
 from cachetune_rag.figures import StoreFigures
 from cachetune_rag.forks import this_process
@@ -23,9 +23,9 @@ from cachetune_rag.found_watch import FoundWatch
 from cachetune_rag.leads import LeadIns, given_lead_ins
 from cachetune_rag.loading import check_loaded, load_model
 from cachetune_rag.missed import MissedChunks
-from cachetune_rag.model import ModelAdapter
-from cachetune_rag.model.fingerprint import model_fingerprint, tokenizer_fingerprint
-from cachetune_rag.model_lock import ModelLock
+from cachetune_rag.model.fingerprint import tokenizer_fingerprint
+from cachetune_rag.model.private import loaded_from
+from cachetune_rag.model.shared import SharedModel
 from cachetune_rag.options import ENGINE_NAMES, EngineOptions, StoreOptions, check_names
 from cachetune_rag.pipeline.prefetch import Prefetcher
 from cachetune_rag.plain_prompts import PlainPrompts
@@ -88,12 +88,15 @@ class EngineParts:
     ):
         check_loaded(model, tokenizer)
         self._origin = this_process()
-        self._lock = ModelLock()
-        self.adapter = ModelAdapter(model, cuda_kernels=cuda_kernels)
-        self._fidelity = FidelitySampler(fidelity_sample, self.adapter, self._lock)
+        self._shared = SharedModel.of(model)
+        self._lock = self._shared.lock
+        self._fingerprint = self._shared.read()
+        self.adapter = self._shared.adapter(cuda_kernels=cuda_kernels)
+        self._layout = self.adapter.layout
+        self._fidelity = FidelitySampler(fidelity_sample, self.adapter, self._lock, self._check_model)
         self.tokenizer = private_copy(tokenizer)
         """The engine's own: what happens to the caller's later has no effect."""
-        self.model_name: str = getattr(model.config, "_name_or_path", "") or self.adapter.architecture
+        self.model_name: str = loaded_from(model.config) or self.adapter.architecture
         self.prompts = PromptBuilder(
             tokenizer,
             template=prompt_template,
@@ -102,7 +105,7 @@ class EngineParts:
         )
         check_tenant(tenant)
         namespace = Namespace(
-            model=model_fingerprint(model),
+            model=self._fingerprint,
             tokenizer=tokenizer_fingerprint(tokenizer),
             dtype=str(self.adapter.dtype).removeprefix("torch."),
             lead_ins=given_lead_ins(lead_in, self.prompts.first_token, self.adapter.config.vocab_size),
@@ -137,7 +140,13 @@ class EngineParts:
         self._calibrations = SavedCalibrations(self)
         self._tunings = SavedTunings(self)
         self._assembler = Assembler(
-            self.adapter, self.store, self.lead_ins, self._pool, self._prefetcher, self._tunings.apply
+            self.adapter,
+            self.store,
+            self.lead_ins,
+            self._pool,
+            self._prefetcher,
+            self._tunings.apply,
+            self._check_model,
         )
         if batch_tokens is None:
             batch_tokens = 8192 if self.adapter.device.type == "cuda" else 0
@@ -152,6 +161,7 @@ class EngineParts:
             self._lock,
             batch_tokens,
             self._recognizer.add,
+            self._shared.check,
         )
         self._missed = MissedChunks(self._precomputer, self._pool.call, self._lock)
         self._counter = RequestCounter()
@@ -260,3 +270,26 @@ class EngineParts:
         self._origin.check()
         if self._closed:
             raise EngineClosedError("the engine is closed: make a new one.")
+
+    def _check_model(self) -> None:
+        """Refuse to go on with weights that aren't those this engine stores for. The caller holds the model's lock."""
+        self._shared.check(self._fingerprint)
+
+    def _take_model(self) -> bool:
+        """See `CacheTune.model_changed`."""
+        with self._lock.reserved(), self._lock:
+            found = self._shared.read()
+            layout = self.adapter.layout
+            if layout != self._layout:
+                raise ModelChangedError(
+                    f"the model was changed to {layout.told}; this engine was made for {self._layout.told}. Close it and make a new one."
+                )
+            changed, self._fingerprint = found != self._fingerprint, found
+            self._assembler.forget()
+            self._precomputer.forget()
+            if changed:
+                self._fidelity.drop()
+                self.lead_ins.follow(found)
+                self._tunings.forget()
+                self._recognizer.changed()
+            return changed

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from cachetune_rag.deadline import Call, call_directly
 from cachetune_rag.documents import Document
-from cachetune_rag.errors import ConfigError, PromptTooLongError
+from cachetune_rag.errors import ConfigError, ModelChangedError, PromptTooLongError
 from cachetune_rag.leads import MOST_TOKENS, Lead, LeadIns
 from cachetune_rag.model import ModelAdapter
 from cachetune_rag.model.mean import MeanCapture
+from cachetune_rag.model.neutral import neutral
 from cachetune_rag.model_lock import ModelLock
 from cachetune_rag.report import PrecomputeSummary
 from cachetune_rag.selection.frequency import frequency_scores
@@ -93,11 +94,13 @@ class Precomputer:
         lock: ModelLock,
         batch_tokens: int,
         stored: Callable[[ChunkKey, str], None],
+        check: Callable[[str], None] = lambda _: None,
     ):
         if isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 0:
             raise ConfigError(f"batch_tokens is {batch_tokens!r}: use an int, 0 for one chunk at a time.")
         self._adapter, self._store, self._lead_ins = adapter, store, lead_ins
         self._encode, self._lock, self._batch_tokens, self._stored = encode, lock, batch_tokens, stored
+        self._check = check
         self._last: _Job | None = None
         self._telling = threading.local()
 
@@ -244,6 +247,10 @@ class Precomputer:
             self._last = _Job(namespace, MeanCapture(self._adapter, self._lock))
         return self._last
 
+    def forget(self) -> None:
+        """Drop what is kept of the model's weights: lead-ins' KV."""
+        self._last = None
+
     def _part(self, job: _Job, document: Document, text: str) -> _Chunk:
         chunk = self._chunk(job, tuple(self._encode(text)), text)
         limit = self._adapter.max_positions
@@ -309,9 +316,19 @@ class Precomputer:
         """Capture, rank and encode. All on the thread that computes: a second thread with torch work would only fight
         with this one for the cores.
         """
-        with self._lock.reserved() if job.turn is None else nullcontext():
-            captured = job.capture.capture([c.ids for c in batch.chunks], batch.lead_ins, job.turn)
-            with self._lock if job.turn is None else job.turn:
+        lock: AbstractContextManager[Any] = self._lock if job.turn is None else job.turn
+        with self._lock.reserved() if job.turn is None else nullcontext(), neutral():
+            try:
+                with lock:
+                    self._check(job.namespace.model)
+                captured = job.capture.capture([c.ids for c in batch.chunks], batch.lead_ins, job.turn)
+                with lock:
+                    # Whatever was changed since is noticed now: nothing of other weights gets under this namespace's keys.
+                    self._check(job.namespace.model)
+            except ModelChangedError:
+                self.forget()
+                raise
+            with lock:
                 return [
                     self._store.encode(
                         chunk.key,

@@ -223,10 +223,19 @@ class RequestRunner:
 
     def steps(self, state: PrefillState, new_tokens: int) -> Callable[[int], torch.Tensor]:
         """Decoding steps behind a prompt, for `forward`: those of full prefill are transformers' own throughout."""
-        adapter = self._engine.adapter
+        engine, adapter = self._engine, self._engine.adapter
         if state.report.full:
-            return adapter.steps(state.cache)
-        return adapter.quick_steps(state.cache, state.buffers, new_tokens - 1)
+            steps = adapter.steps(state.cache)
+        else:
+            steps = adapter.quick_steps(state.cache, state.buffers, new_tokens - 1)
+        fingerprint = engine._fingerprint
+
+        def step(token: int) -> torch.Tensor:
+            # An answer isn't finished with other weights than it was begun with.
+            engine._shared.check(fingerprint, thorough=False)
+            return steps(token)
+
+        return step
 
     def forward(self, token: int, steps: Callable[[int], torch.Tensor]) -> torch.Tensor:
         """One decoding step: logits [1, vocab] after `token`."""

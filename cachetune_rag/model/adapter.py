@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -20,36 +21,70 @@ from cachetune_rag.model.capture import ChunkCapture, ChunkKV, LeadKV, ValueCach
 from cachetune_rag.model.device import DeviceForward
 from cachetune_rag.model.forward import ModelForward
 from cachetune_rag.model.loadcheck import LoadCheck
+from cachetune_rag.model.neutral import neutral, neutrally
 from cachetune_rag.model.probe import Probe
 from cachetune_rag.model.rope import Rotary, Tables, Turn, longrope_boundary, rows_of
 from cachetune_rag.model.shift import ChunkShift, RowShift
 from cachetune_rag.model.steps import ROOM, KernelSteps
 from cachetune_rag.model.teacher import interruptible
+from cachetune_rag.model.view import unwrapped, view_of
 from cachetune_store.layout import LayerSpec
+
+
+@dataclass(frozen=True)
+class ModelLayout:
+    """What has to stay the same of a model while an engine is on it, whatever its weights are."""
+
+    dtype: torch.dtype
+    device: str
+    layers: tuple[LayerSpec, ...]
+    vocabulary: int
+
+    @property
+    def told(self) -> str:
+        """In words."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{dtype} on {self.device}, {len(self.layers)} layers, {self.vocabulary} token ids"
 
 
 class ModelAdapter:
     """Capture, rotation and forwards of one causal language model, through transformers' public surface.
 
     Args:
-        model: a causal LM of transformers, whole on one device. It is put into eval mode; nothing else changes.
+        model: a causal LM of transformers, whole on one device. It stays as it is: forwards go through a tree of modules of the
+            adapter's own over the same weights (`view.view_of`).
         cuda_kernels: run selective forwards through this package's kernels and CUDA graphs, on a device that can (docs/gpu.md).
 
     Raises:
         UnsupportedModelError: the architecture can't be served exactly; the message says why.
 
     Attributes:
+        model: the caller's.
+        view: what forwards go through.
         reuse_beyond: prompts of at most so many tokens have to be computed whole (0 for most models); long-rope models
             use other frequencies for them than for longer ones, and a chunk's KV is valid under one set only.
 
-    The methods are not thread-safe: capture and probe hook into the model's modules while they run, so the caller
-    holds one lock around every use of the model.
+    The methods are not thread-safe: capture and probe hook into the adapter's modules while they run, so the caller
+    holds one lock around every use of the adapter. The caller of the model needs none.
     """
 
     def __init__(self, model: Any, *, cuda_kernels: bool = True):
-        self.architecture = type(model).__name__
-        families.check(model)
-        self.model = model.eval()
+        self.model, self._cuda_kernels = model, cuda_kernels
+        with neutral():
+            self._open()
+
+    def renew(self) -> None:
+        """Take the model as it is now: drop all that was made of its weights before."""
+        self.__dict__.pop("value_grams", None)
+        with neutral():
+            self._open()
+
+    def _open(self) -> None:
+        given = unwrapped(self.model)
+        self.architecture = type(given).__name__
+        families.check(given)
+        self.view = model = view_of(given)
+        cuda_kernels = self._cuda_kernels
         self.config = model.config.get_text_config(decoder=True)
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
@@ -85,6 +120,11 @@ class ModelAdapter:
         """Forwards through the kernels; None where they don't run."""
         self.half_split = self._half_split() if cuda_kernels else []
         """By layer: whether the `place` kernel's rotation is the model's own; empty where the kernels aren't used."""
+
+    @property
+    def layout(self) -> ModelLayout:
+        """What a prompt's KV looks like."""
+        return ModelLayout(self.dtype, str(self.device), self.layers, self.config.vocab_size)
 
     def _half_split(self) -> list[bool]:
         tables = self.rotary_tables(64)
@@ -141,17 +181,17 @@ class ModelAdapter:
             grams.append(None if weight is None else output.gram(weight, spec.heads))
         return grams
 
-    @torch.no_grad()
+    @neutrally
     def capture(self, chunks: Sequence[Sequence[int]], lead_in: Sequence[int]) -> list[ChunkKV]:
         """See `ChunkCapture.capture`."""
         return self._capture.capture(chunks, lead_in)
 
-    @torch.no_grad()
+    @neutrally
     def lead_kv(self, lead_in: Sequence[int]) -> LeadKV:
         """See `ChunkCapture.lead_kv`."""
         return self._capture.lead_kv(lead_in)
 
-    @torch.no_grad()
+    @neutrally
     def capture_behind(
         self, chunks: Sequence[Sequence[int]], lead: LeadKV | None, receive: Callable[[int, Tensor, Tensor], None]
     ) -> None:
@@ -201,13 +241,13 @@ class ModelAdapter:
 
     # -- forwards -------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @neutrally
     def full_forward(self, ids: Tensor) -> tuple[Tensor, DynamicCache]:
         """The model's own prefill of `ids` [length]: logits of the last token [1, vocab], and the cache."""
         cache = DynamicCache()
         return self.forward(ids, cache), cache
 
-    @torch.no_grad()
+    @neutrally
     def forward(self, ids: Tensor, cache: Cache, keep: int = 1) -> Tensor:
         """Run `ids` [tokens] behind what `cache` holds, which grows by them. Returns logits of the last ones, [keep, vocab]."""
         return self._forward.behind(ids, cache, keep)
@@ -240,7 +280,7 @@ class ModelAdapter:
         """See `teacher.interruptible`."""
         return interruptible(self._attentions, self.device, stop)
 
-    @torch.no_grad()
+    @neutrally
     def warmup(self, tokens: int, probe: tuple[int, bool] | None, lengths: Sequence[int], shift: bool) -> None:
         """Compile the model's layers and see `DeviceForward.warmup`; nothing to do without one."""
         if self.device_forward is None or self.device.type != "cuda":
@@ -249,7 +289,7 @@ class ModelAdapter:
             self.device_forward.fuse(self.new_buffers(fusion.TOKENS), self.config.vocab_size)
         self.device_forward.warmup(tokens, probe, lengths, shift)
 
-    @torch.no_grad()
+    @neutrally
     def selective_forward(
         self,
         ids: Tensor,
@@ -281,7 +321,7 @@ class ModelAdapter:
         """What `fresh_states` of a layer costs a token, in layers."""
         return layer + output.input_share(self._attentions[layer], self._decoder_layers[layer])
 
-    @torch.no_grad()
+    @neutrally
     def fresh_states(self, ids: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Keys (rotated) and values of one layer in full prefill of `ids` [length]: each [length, kv_heads, dim].
 
@@ -301,7 +341,7 @@ class ModelAdapter:
             pass
         return states[0], states[1]
 
-    @torch.no_grad()
+    @neutrally
     def received_attention(
         self,
         ids: Tensor,
@@ -317,7 +357,7 @@ class ModelAdapter:
         ids, positions = ids.to(self.device), positions.to(self.device)
         return self._probe.received(ids, positions, buffers, num_layers, queries, before)
 
-    @torch.no_grad()
+    @neutrally
     def observe_attention(
         self,
         ids: Tensor,
@@ -332,7 +372,7 @@ class ModelAdapter:
         ids, positions = ids.to(self.device), positions.to(self.device)
         self._probe.observe(ids, positions, buffers, num_layers, queries, before, observe)
 
-    @torch.no_grad()
+    @neutrally
     def expected_error(
         self,
         ids: Tensor,

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cachetune_rag.model.changes import adapters_of
+from cachetune_rag.model.view import unwrapped
+
 _BLOCK = 1 << 22
 # Settings that decide how a forward is run or what is generated, not what a key or value is.
 _IRRELEVANT = {
@@ -29,12 +32,16 @@ def model_fingerprint(model: Any) -> str:
     The weights enter as exact integer sums with position-dependent odd factors (mod 2^64), which detect any change,
     cost one pass over memory, and are the same on every device.
     """
+    model = unwrapped(model)
     digest = hashlib.sha256()
     config = {k: v for k, v in model.config.get_text_config(decoder=True).to_dict().items() if k not in _IRRELEVANT}
     digest.update(json.dumps([type(model).__name__, config], sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         if isinstance(tensor, torch.Tensor):
             digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|{_checksum(tensor)}\n".encode())
+    # Weights of all adapters are among them; which of them are active decides what the model computes.
+    if adapters := list(adapters_of(model)):
+        digest.update(repr(adapters).encode())
     return digest.hexdigest()
 
 

@@ -13,13 +13,14 @@ from transformers.cache_utils import Cache
 
 from cachetune_rag.model import attention, masks
 from cachetune_rag.model.buffers import KVBuffers, ScatterCache
+from cachetune_rag.model.private import attention_set, sdpa_is_right
 
 
 class ModelForward:
     """The forwards of one model, through transformers' public surface.
 
     Args:
-        model: a causal LM of transformers.
+        model: a causal LM of transformers; nobody but engines runs it, one at a time (`view.view_of`).
         config: its text config.
         decoder: the model without its language-model head.
 
@@ -86,7 +87,7 @@ class ModelForward:
         Eager attention takes one as it is. It also stands in for kernels that do a family's soft-capping or learned
         sinks, which are beyond sdpa.
         """
-        current, wanted = self._config._attn_implementation, self.wanted_attention()
+        current, wanted = attention_set(self._config), self.wanted_attention()
         if current == wanted:
             yield
             return
@@ -98,8 +99,8 @@ class ModelForward:
 
     def wanted_attention(self) -> str:
         """The attention implementation of selective forwards."""
-        current = self._config._attn_implementation
+        current = attention_set(self._config)
         beyond_sdpa = (
-            not self._model._supports_sdpa or getattr(self._config, "attn_logit_softcapping", None) is not None
+            not sdpa_is_right(self._model) or getattr(self._config, "attn_logit_softcapping", None) is not None
         )
         return "eager" if current == "eager" or (beyond_sdpa and current != "sdpa") else attention.NAME

@@ -18,6 +18,13 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from cachetune_rag.model import attention
+from cachetune_rag.model.private import (
+    can_swap_compiled,
+    compiled_code,
+    compiler_errors,
+    numbers_not_compiled_in,
+    run_compiled,
+)
 
 TOKENS = 1088
 """Token count that is compiled with. Unlike any width of a model, so that the compiler takes no width for it."""
@@ -53,8 +60,8 @@ class FusedLayers:
         Returns:
             Whether they are used. Where not (a family whose code can't be compiled, or comes out different), the log says why.
         """
-        if self.ready or any(layer._compiled_call_impl is not None for layer in self._layers):
-            return self.ready  # a user who compiled them has what there is to gain
+        if self.ready or not can_swap_compiled():
+            return self.ready
         wanted = run()
         # Attention and cache read Python state that must not be compiled in.
         AttentionInterface.register(attention.NAME, opaque(attention.blocked_attention))
@@ -62,13 +69,13 @@ class FusedLayers:
         try:
             for layer in self._layers:
                 layer.compile(dynamic=True, backend=backend, options=options)
-                self._calls.append(layer._compiled_call_impl)
-                layer._compiled_call_impl = None
+                self._calls.append(compiled_code(layer))
+                run_compiled(layer, None)
             self._compiling = True
             # A layer's number must not make it another one to the compiler.
-            with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):
+            with numbers_not_compiled_in():
                 found = run()
-        except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
+        except compiler_errors() as error:
             _log.warning("the model's layers can't be compiled and run as they are: %s", error)
             self._calls = []
             return False
@@ -89,7 +96,7 @@ class FusedLayers:
             yield
             return
         for number, (layer, call) in enumerate(zip(self._layers, self._calls, strict=True)):
-            layer._compiled_call_impl = call if see is None else _seen(see, number, call)
+            run_compiled(layer, call if see is None else _seen(see, number, call))
         # What turns out not to be covered by what was compiled runs as it is: a request doesn't wait for a compiler.
         stance = nullcontext() if self._compiling else torch.compiler.set_stance("eager_on_recompile")
         try:
@@ -97,7 +104,7 @@ class FusedLayers:
                 yield
         finally:
             for layer in self._layers:
-                layer._compiled_call_impl = None
+                run_compiled(layer, None)
 
 
 def _seen(see: Callable[[int, Tensor], None], number: int, call: Callable[..., Any]) -> Callable[..., Any]:

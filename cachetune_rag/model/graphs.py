@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from cachetune_rag.kernels import AddressTable
 from cachetune_rag.model.buffers import KVBuffers
+from cachetune_rag.model.private import end_allocation
 from cachetune_rag.model.shift import ChunkShift
 
 MAX_TOKENS = 8192
@@ -229,15 +229,5 @@ class Recorder:
             try:
                 self.pieces[-1].capture_end()
             except RuntimeError:
-                _leave(self._pool)
+                end_allocation(self._pool)
                 raise
-
-
-def _leave(pool: Any) -> None:
-    """Tell torch's allocator that a capture which failed is over. Before 2.12 it isn't told, and as long as it takes one to be under
-    way, memory that several streams have used is never free again. Torch has no public call for it.
-    """
-    end = getattr(torch._C, "_cuda_endAllocateToPool", None)
-    if end is not None:
-        with suppress(RuntimeError):  # it has been told
-            end(torch.cuda.current_device(), pool)

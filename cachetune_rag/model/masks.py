@@ -60,7 +60,7 @@ def build(config: Any, window: int | None, positions: Tensor, length: int, dtype
 
 def placeholder(config: Any, device: torch.device) -> Any:
     """What a model gets in place of masks when attention needs none, so that it builds none itself."""
-    empty = torch.zeros(1, 1, 1, 1, device=device)
+    empty = torch.zeros(1, 1, 1, 1, dtype=torch.float32, device=device)
     kinds = set(getattr(config, "layer_types", None) or ())
     return dict.fromkeys(kinds, empty) if kinds else empty
 

@@ -95,7 +95,7 @@ class Probe:
         """The attention that each prompt token receives, float32 [length]: the sum over layers of the mean over heads and the
         watched tokens.
         """
-        total = torch.zeros(buffers.length, device=positions.device)
+        total = torch.zeros(buffers.length, dtype=torch.float32, device=positions.device)
 
         def look(shown: Shown, _near: Tensor) -> None:
             total.add_(shown.weights.mean((0, 1)))
@@ -132,7 +132,7 @@ class Probe:
                 first `num_layers` layers; 0 where a row isn't reused.
         """
         by_layer = self._deviations(deviations, num_layers)
-        total = torch.zeros(buffers.length, device=positions.device)
+        total = torch.zeros(buffers.length, dtype=torch.float32, device=positions.device)
 
         def look(shown: Shown, near: Tensor) -> None:
             values = buffers.values(shown.layer)[0]
@@ -254,5 +254,9 @@ class Probe:
             heads = module.config.num_attention_heads
             gain = self._gain(layer, heads)
             device = next(module.parameters()).device
-            made.append(torch.ones(heads, device=device) if isinstance(gain, float) else gain[:, 0].contiguous())
+            made.append(
+                torch.ones(heads, dtype=torch.float32, device=device)
+                if isinstance(gain, float)
+                else gain[:, 0].contiguous()
+            )
         return made

@@ -157,7 +157,7 @@ class Rotary:
         if turn is None:
             return True
         generator = torch.Generator().manual_seed(0)
-        keys = torch.randn(cos.shape[0], 1, head_dim, generator=generator).to(cos)
+        keys = torch.randn(cos.shape[0], 1, head_dim, dtype=torch.float32, generator=generator).to(cos)
         ours = turn.cos[:, None] * keys + turn.sin[:, None] * turn.quarter(keys)
         off = (ours - self.rotate(layer, keys, cos, sin)).float().norm() / keys.float().norm()
         return float(off) <= 8 * torch.finfo(cos.dtype).eps
@@ -175,7 +175,7 @@ class Rotary:
         if cos.shape[1] != self._width(cos, head_dim):
             return False
         generator = torch.Generator().manual_seed(0)
-        keys = torch.randn(cos.shape[0], heads, head_dim, generator=generator).to(cos)
+        keys = torch.randn(cos.shape[0], heads, head_dim, dtype=torch.float32, generator=generator).to(cos)
         return torch.equal(turn_reference(keys, cos, sin), self.rotate(layer, keys, cos, sin))
 
     def _width(self, cos: Tensor, head_dim: int) -> int:

@@ -62,7 +62,7 @@ class RowShift:
         self._spans = [(start, end) for start, end, _, _ in touched]
         inside = torch.cat([torch.arange(first, last) for _, _, first, last in touched] or [places.new_empty(0)])
         # A row a chunk: applied to all differences at once, it gives every chunk's shift.
-        weights = torch.zeros(len(touched), len(inside))
+        weights = torch.zeros(len(touched), len(inside), dtype=torch.float32)
         column = 0
         for row, (_, _, first, last) in enumerate(touched):
             weights[row, column : column + last - first] = shift.strength / (last - first + shift.kappa)

@@ -17,6 +17,7 @@ from torch import Tensor
 from cachetune_rag.deadline import DeadlinePool
 from cachetune_rag.kernels import CODECS, kernels_run_on, rows_of
 from cachetune_rag.model import KVBuffers, ModelAdapter
+from cachetune_rag.model.private import copy_all
 from cachetune_rag.pipeline.copies import host_copies
 from cachetune_rag.pipeline.loader import LayerLoader, Source, row_format
 from cachetune_store.tiers import DeviceReader
@@ -215,7 +216,7 @@ class DeviceLoader(LayerLoader):
                     targets.append(stage[at : at + count])
                 at += form.span(source.rows)
             if pieces:
-                torch._foreach_copy_(targets, pieces, non_blocking=True)
+                copy_all(targets, pieces, non_blocking=True)
 
     def _prepare(self, key: tuple[str, str]) -> None:
         """Staging memory of a group, and what the device must know about its rows, ahead of the rows themselves."""

@@ -31,6 +31,10 @@ class SavedTunings:
         self._engine = engine
         self._known: dict[tuple[str, str, str], TierTuning | None] = {}
 
+    def forget(self) -> None:
+        """Ask the store anew: the model is another one."""
+        self._known.clear()
+
     @property
     def hardware(self) -> str:
         """What times depend on besides the model: the card and how it is used, or the processor and its threads."""

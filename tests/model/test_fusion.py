@@ -54,7 +54,7 @@ def test_compiled_once_for_all_layers_and_token_counts() -> None:
     counters.clear()
     model = llama(layers=3)
     adapter = ModelAdapter(model)
-    fused = FusedLayers(model.model.layers)
+    fused = FusedLayers(adapter._decoder_layers)
     wanted = {n: forward(adapter, fused, n) for n in (24, 40, 64)}
     # What the compiler's front end sees is what matters here; turning it into kernels takes long.
     assert fused.compile(lambda: forward(adapter, fused, 40), backend="aot_eager")
@@ -88,7 +88,8 @@ def test_a_cache_is_gone_with_its_last_user(fused: bool) -> None:
 def test_layers_that_come_out_different_are_not_used(caplog: pytest.LogCaptureFixture) -> None:
     torch._dynamo.reset()
     model = llama(layers=2)
-    adapter, fused = ModelAdapter(model), FusedLayers(model.model.layers)
+    adapter = ModelAdapter(model)
+    fused = FusedLayers(adapter._decoder_layers)
 
     def wrong(graph: Any, _inputs: Any) -> Any:
         return lambda *args: tuple(x * 1.5 if isinstance(x, Tensor) else x for x in graph(*args))
@@ -102,7 +103,8 @@ def test_layers_that_come_out_different_are_not_used(caplog: pytest.LogCaptureFi
 def test_layers_that_cannot_be_compiled_run_as_they_are(caplog: pytest.LogCaptureFixture) -> None:
     torch._dynamo.reset()
     model = llama(layers=2)
-    adapter, fused = ModelAdapter(model), FusedLayers(model.model.layers)
+    adapter = ModelAdapter(model)
+    fused = FusedLayers(adapter._decoder_layers)
     wanted = forward(adapter, fused, 40)
 
     def broken(_graph: Any, _inputs: Any) -> Any:

@@ -250,7 +250,13 @@ def test_a_window_that_the_architecture_does_not_apply_is_not_applied() -> None:
 
 
 def test_forward_leaves_the_model_as_it_was(family: Family, adapter: ModelAdapter, model: PreTrainedModel) -> None:
-    before = (model.config._attn_implementation, sum(len(m._forward_hooks) for m in model.modules()))
+    def settings() -> list[tuple[str, int]]:
+        return [
+            (each.config._attn_implementation, sum(len(m._forward_hooks) for m in each.modules()))
+            for each in (model, adapter.view)
+        ]
+
+    before = settings()
     ids = prompt_of(LENGTH)
     wanted = reference_logits(model, ids)
 
@@ -260,8 +266,7 @@ def test_forward_leaves_the_model_as_it_was(family: Family, adapter: ModelAdapte
     adapter.capture([ids[1:].tolist()], ids[:1].tolist())
     with pytest.raises(RuntimeError, match="could not be loaded"):
         adapter.selective_forward(ids, torch.arange(LENGTH), poisoned(adapter, LENGTH), fail)
-    after = (model.config._attn_implementation, sum(len(m._forward_hooks) for m in model.modules()))
-    assert after == before
+    assert settings() == before
     assert torch.equal(reference_logits(model, ids), wanted)
 
 
@@ -411,10 +416,10 @@ def test_kernels_that_take_no_mask_give_way_to_eager(name: str, monkeypatch: pyt
     model = family_of(name).build()
     adapter, ids = ModelAdapter(model), prompt_of(LENGTH)
     wanted = reference_logits(model, ids)
-    model.config._attn_implementation = "flash_attention_2"
-    switch = model.set_attn_implementation
+    adapter.view.config._attn_implementation = "flash_attention_2"
+    switch = adapter.view.set_attn_implementation
     monkeypatch.setattr(
-        model,
+        adapter.view,
         "set_attn_implementation",
         lambda kind: seen.append(kind) if kind == "flash_attention_2" else [seen.append(kind), switch(kind)],
     )

@@ -103,10 +103,15 @@ def test_a_single_lead_in_is_exact_to_the_bit(family: Family, adapter: ModelAdap
 
 
 def test_the_model_is_left_as_it_was(family: Family, adapter: ModelAdapter) -> None:
-    model = model_of(family.name)
-    before = (model.config._attn_implementation, sum(len(m._forward_hooks) for m in model.modules()))
+    def settings() -> list[tuple[str, int]]:
+        return [
+            (each.config._attn_implementation, sum(len(m._forward_hooks) for m in each.modules()))
+            for each in (model_of(family.name), adapter.view)
+        ]
+
+    before = settings()
     MeanCapture(adapter, RLock()).capture([random_ids(9, 1)], [lead_of(5, 2), lead_of(5, 3)])
-    assert (model.config._attn_implementation, sum(len(m._forward_hooks) for m in model.modules())) == before
+    assert settings() == before
 
 
 # -- the arithmetic -----------------------------------------------------------------------------------------------------

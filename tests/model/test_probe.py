@@ -116,12 +116,12 @@ def test_first_layers_alone_see_their_own_deviations_alone() -> None:
 @pytest.mark.parametrize("family", FAMILIES, ids=ids_of(FAMILIES))
 def test_every_family_by_its_own_numbers(family: Family) -> None:
     """Over exact rows, so that everything in the formula is what the model itself computes in a full prefill."""
-    adapter, model = adapter_of(family.name), model_of(family.name)
+    adapter = adapter_of(family.name)
     ids, queries = torch.tensor([BOS, *random_ids(LENGTH - 1, 7)]), 5
     cache_, asked = DynamicCache(), {}
     names = [t.query_module for t in adapter._taps]
     with taps.tapped(adapter._attentions, names, lambda layer, out: asked.__setitem__(layer, out)):
-        hidden = model(
+        hidden = adapter.view(
             input_ids=ids[None], use_cache=True, output_hidden_states=True, **{adapter._forward.cache_argument: cache_}
         ).hidden_states
     exact = [(entry.keys[0].transpose(0, 1), entry.values[0].transpose(0, 1)) for entry in cache_.layers]
@@ -168,7 +168,7 @@ def test_without_positions_only_what_a_row_holds_counts(look: str) -> None:
     """Rows of chunks in another order have the same errors (attention) in that order, if keys don't know where they stand."""
     adapter, ids = ModelAdapter(llama()), torch.tensor([BOS, *range(20, 20 + LENGTH - 1)])
     adapter._rotary.rotated = [False] * adapter.num_layers
-    adapter.model.model.rotary_emb.inv_freq.zero_()
+    adapter.view.model.rotary_emb.inv_freq.zero_()
     adapter._rotary._known = None
     computed = [0, 1, 2, *range(111, LENGTH)]
     order = torch.arange(LENGTH)
@@ -191,7 +191,7 @@ def test_without_positions_only_what_a_row_holds_counts(look: str) -> None:
 
 def test_the_model_is_left_as_it_was() -> None:
     adapter, ids = tiny(), torch.tensor([BOS, *range(20, 20 + LENGTH - 1)])
-    modules = list(adapter.model.modules())
+    modules = [*adapter.model.modules(), *adapter.view.modules()]
 
     def hooks() -> int:
         return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)

@@ -44,7 +44,7 @@ def release(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
         # Another release of transformers may describe the same model otherwise; then its chunks are rightly left alone.
         with ChunkStore(store) as opened:
             made = opened.groups()[0].namespace
-        monkeypatch.setattr("cachetune_rag.parts.model_fingerprint", lambda _: made.model)
+        monkeypatch.setattr("cachetune_rag.model.shared.model_fingerprint", lambda _: made.model)
         monkeypatch.setattr("cachetune_rag.parts.tokenizer_fingerprint", lambda _: made.tokenizer)
     monkeypatch.setattr(SavedTunings, "hardware", expected["hardware"])
     return Release(folder, store, expected, model, tokenizer)

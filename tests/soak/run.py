@@ -28,6 +28,7 @@ import soak_damage
 import soak_faults
 import soak_load
 import soak_report
+import soak_shared
 import torch
 from common import environment
 from soak_common import Outcome
@@ -36,6 +37,7 @@ PARTS: dict[str, Callable[[Path], Outcome]] = {
     "crashes": lambda folder: soak_crashes.run(folder, kills=200),
     "damage": lambda folder: soak_damage.run(folder, examples=1000),
     "faults": lambda folder: soak_faults.run(folder),
+    "shared": lambda folder: soak_shared.run(folder, rounds=20),
     "load": lambda folder: soak_load.run(folder, seconds=600, processes=8, threads=4),
     "bounds": lambda folder: soak_bounds.run(folder, requests=10_000, budget_mib=64),
     "cancel": lambda folder: soak_cancel.run(folder, interrupts=1000, cancels=10),

@@ -108,7 +108,7 @@ class Corpus:
         """An engine of the corpus's model, which is checked once and not again for every engine."""
         # Given lead-ins, because chosen ones depend on which texts an engine sees first.
         options = {"lead_in": LEAD_INS, **options}
-        with mock.patch("cachetune_rag.parts.ModelAdapter", return_value=self.adapter):
+        with mock.patch("cachetune_rag.model.shared.ModelAdapter", return_value=self.adapter):
             return CacheTune(self.model, self.tokenizer, store, **options)
 
     def ask(self, engine: CacheTune, number: int) -> str | None:

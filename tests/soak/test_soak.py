@@ -11,6 +11,7 @@ import soak_crashes
 import soak_damage
 import soak_faults
 import soak_load
+import soak_shared
 from soak_common import Corpus
 
 
@@ -41,6 +42,12 @@ def test_memory_and_files_stay_flat(tmp_path: Path, corpus: Corpus) -> None:
     outcome = soak_bounds.run(tmp_path, requests=120, budget_mib=2, corpus=corpus)
     assert outcome.problems == []
     assert outcome.figures["pinned at the end"] == 0
+
+
+def test_engines_on_one_model_and_the_program_that_owns_it(tmp_path: Path) -> None:
+    outcome = soak_shared.run(tmp_path, rounds=2, passages=6, tenants=2)
+    assert outcome.problems == []
+    assert outcome.figures["the program's answers"] > 0
 
 
 def test_processes_and_threads_on_a_store_far_too_small(tmp_path: Path) -> None:

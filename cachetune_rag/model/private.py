@@ -1,0 +1,129 @@
+"""Names of torch and transformers that aren't public, all of them, and what is done where a release has them no more.
+
+Everything else in this package goes through public interfaces. For what stands here there is none; each name is used by one
+function, which says what is lost without it. tests/model/test_private.py tells which installed release lacks one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cachetune_rag.errors import UnsupportedModelError
+
+MODULES, PARAMETERS, BUFFERS, NON_PERSISTENT = "_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"
+"""Where a module keeps its parts."""
+RUN_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Where a module keeps hooks that run with it."""
+HOOKS = (*RUN_HOOKS, "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+COMPILED = "_compiled_call_impl"
+"""What a module runs in place of itself, once compiled."""
+
+
+def check_modules() -> None:
+    """Refuse a torch whose modules keep their parts elsewhere: without them a model can't be shared with its caller.
+
+    Raises:
+        UnsupportedModelError: names what is missing.
+    """
+    missing = [name for name in (MODULES, PARAMETERS, BUFFERS, NON_PERSISTENT, *HOOKS) if name not in vars(nn.Module())]
+    if missing:
+        raise UnsupportedModelError(
+            f"torch {torch.__version__} keeps its modules' parts in other places than this release knows ({', '.join(missing)}): "
+            "install a torch that its documentation names, or a newer cachetune-rag."
+        )
+
+
+# -- compiled layers ----------------------------------------------------------------------------------------------------
+
+
+def can_swap_compiled() -> bool:
+    """Whether a module's compiled code can be put in place for one forward; layers run as they are where not."""
+    return hasattr(nn.Module, COMPILED)
+
+
+def compiled_code(layer: nn.Module) -> Callable[..., Any] | None:
+    """What a layer runs in place of itself."""
+    made: Callable[..., Any] | None = getattr(layer, COMPILED, None)
+    return made
+
+
+def run_compiled(layer: nn.Module, code: Callable[..., Any] | None) -> None:
+    """From now on a layer runs `code` in place of itself, or itself."""
+    setattr(layer, COMPILED, code)
+
+
+def numbers_not_compiled_in() -> AbstractContextManager[Any]:
+    """While open, a number that is an attribute of a module doesn't make it another one to the compiler; without it, every layer is
+    compiled for itself.
+    """
+    try:
+        patch: AbstractContextManager[Any] = torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True)
+    except (AttributeError, KeyError):
+        return nullcontext()
+    return patch
+
+
+def compiler_errors() -> tuple[type[BaseException], ...]:
+    """What torch.compile raises of its own, besides RuntimeError."""
+    error = getattr(getattr(getattr(torch, "_dynamo", None), "exc", None), "TorchDynamoException", None)
+    return (RuntimeError,) if error is None else (RuntimeError, error)
+
+
+# -- memory ---------------------------------------------------------------------------------------------------------------
+
+
+def end_allocation(pool: Any) -> None:
+    """Tell torch's allocator that a capture which failed is over. Before 2.12 it isn't told, and as long as it takes one to be under
+    way, memory that several streams have used is never free again.
+    """
+    end = getattr(torch._C, "_cuda_endAllocateToPool", None)
+    if end is not None:
+        with suppress(RuntimeError):  # it has been told
+            end(torch.cuda.current_device(), pool)
+
+
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor], *, non_blocking: bool = False) -> None:
+    """Copy each source into its target, all with one call where torch has one."""
+    together = getattr(torch, "_foreach_copy_", None)
+    if together is not None:
+        together(list(targets), list(sources), non_blocking=non_blocking)
+        return
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source, non_blocking=non_blocking)
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was changed in place, as autograd counts; -1 where it doesn't (made in inference mode)."""
+    try:
+        return int(tensor._version)
+    except (AttributeError, RuntimeError):
+        return -1
+
+
+def versions_of(tensors: Sequence[Tensor]) -> list[int]:
+    """`version_of` for tensors that count; hundreds of them with every request."""
+    return [tensor._version for tensor in tensors]
+
+
+# -- transformers ---------------------------------------------------------------------------------------------------------
+
+
+def attention_set(config: Any) -> str | None:
+    """The attention implementation that a configuration names."""
+    named: str | None = getattr(config, "_attn_implementation", None)
+    return named
+
+
+def sdpa_is_right(model: Any) -> bool:
+    """Whether a family says that sdpa computes its attention; one that doesn't say runs as it is set (eager, mostly)."""
+    return bool(getattr(model, "_supports_sdpa", False))
+
+
+def loaded_from(config: Any) -> str:
+    """The path or hub id that a model was loaded from; "" where it isn't known."""
+    return str(getattr(config, "_name_or_path", "") or "")
