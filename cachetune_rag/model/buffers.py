@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
+from cachetune_rag.model.private import copy_all
 from cachetune_rag.model.shift import RowShift
 from cachetune_store.layout import LayerSpec
 
@@ -72,7 +73,7 @@ class KVBuffers:
 
     def fill_first(self, count: int, other: KVBuffers) -> None:
         """Copy the first `count` rows of other buffers of the same model here."""
-        torch._foreach_copy_(self.first_rows(count), other.first_rows(count))
+        copy_all(self.first_rows(count), other.first_rows(count))
 
     def copy_first(self, count: int) -> KVBuffers:
         """New buffers with the first `count` rows."""
