@@ -34,7 +34,12 @@ _SAMPLING = {"temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "ep
 _RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     ("temperature", "a number from 0 (greedy decoding) upwards", lambda value: 0 <= value < math.inf),
     ("top_p", "a number above 0, up to 1", lambda value: 0 < value <= 1),
-    ("top_k", "an int of at least 0 (0: no limit)", lambda value: value >= 0 and value == int(value)),
+    ("top_k", "an int of at least 0 (0: no limit)", lambda value: 0 <= value < math.inf and value == int(value)),
+    ("max_time", "seconds above 0", lambda value: 0 < value < math.inf),
+    *(
+        (name, "an int of at least 0", lambda value: isinstance(value, int) and 0 <= value < 1 << 63)
+        for name in ("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_new_tokens", "min_length")
+    ),
 )
 """Where transformers says little, or takes a value that can't be meant."""
 
@@ -75,7 +80,8 @@ def answer_length(asked: Any, configs: Sequence[Mapping[str, Any]], prompt_token
 def check_ids(settings: Mapping[str, Any], vocabulary: int) -> None:
     """Refuse token ids that the model doesn't know."""
     for name in _IDS:
-        for found in _leaves(settings.get(name)):
+        value = settings.get(name)
+        for found in () if value is None else _leaves(value):
             if isinstance(found, float) and name == "sequence_bias":
                 continue
             if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found < vocabulary:
@@ -91,7 +97,7 @@ def _leaves(value: Any) -> Iterator[Any]:
     if isinstance(value, list | tuple | set | frozenset | Mapping):
         for inner in value:
             yield from _leaves(inner)
-    elif value is not None:
+    else:
         yield value
 
 

@@ -23,7 +23,8 @@ class Report:
         timings: seconds by phase of what follows the building of the prompt. lookup: finding and opening its chunks; select:
             choosing what is recomputed, a selector's own look at the model included; load: bringing reused rows to their
             places, or on a GPU, where that happens meanwhile, how long the computation had to wait for them; compute: the
-            forward over what is recomputed; launch (GPU): until the device began with it, and until the host saw it done.
+            forward over what is recomputed; launch (GPU): until the device began with it, and until the host saw it done; choose:
+            choosing the first token of an answer.
         prefix_kept: tokens at the prompt's beginning whose KV an earlier prompt that begins alike had left: at most those before
             the first chunk that is in the store.
         damaged: chunks found damaged, set aside and computed instead.

@@ -83,3 +83,34 @@ def test_the_models_own_end_tokens_and_stop_strings_count(engine: CacheTune) -> 
     text = next(c for c in free.text if c != "\ufffd")
     config.stop_strings = [text]
     assert engine.generate("Who?", prefix="", max_new_tokens=12).text == free.text[: free.text.index(text)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"seed": 2**64},
+        {"seed": True},
+        {"eos_token_id": [None]},
+        {"eos_token_id": 261},
+        {"pad_token_id": -1},
+        {"bad_words_ids": [[5], [261]]},
+        {"suppress_tokens": [10**6]},
+        {"sequence_bias": [[[300], -10.0]]},
+        {"top_k": float("inf")},
+        {"max_time": "x"},
+        {"max_time": float("nan")},
+        {"no_repeat_ngram_size": True},
+        {"min_new_tokens": 2**64},
+        {"logits_processor": [3]},
+        {"logits_processor": "x"},
+        {"stopping_criteria": 3},
+    ],
+    ids=str,
+)
+def test_settings_that_would_fail_amid_the_answer_are_refused_before(
+    engine: CacheTune, options: dict[str, Any]
+) -> None:
+    (name,) = options
+    with pytest.raises(ConfigError, match=name):
+        engine.generate("Who?", max_new_tokens=2, **options)
+    assert engine.stats().requests == 0
