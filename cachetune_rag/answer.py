@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 from cachetune_rag.config import ReuseConfig
 from cachetune_rag.decoding import DecodingPlan, decode_text
 from cachetune_rag.errors import CacheTuneError
+from cachetune_rag.model.neutral import each_neutrally
 from cachetune_rag.prompt import Prompt
 from cachetune_rag.report import Report
 
@@ -161,7 +162,7 @@ class _Run:
         tokens: list[int] = []
         text: list[str] = []
         steps = requests.steps(state, most)
-        for token, piece in decode_text(lambda t: requests.forward(t, steps), self._plan, state.logits):
+        for token, piece in each_neutrally(decode_text(lambda t: requests.forward(t, steps), self._plan, state.logits)):
             if not tokens:
                 # Choosing the first token is part of waiting for it.
                 now = time.perf_counter()

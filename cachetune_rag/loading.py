@@ -69,6 +69,25 @@ def check_loaded(model: Any, tokenizer: Any) -> None:
             )
 
 
+def check_vocabulary(model: Any, tokenizer: Any) -> None:
+    """Refuse a tokenizer whose texts can become ids that the model has no embedding for. More rows than ids are fine (padding).
+
+    Raises:
+        ConfigError: names both numbers.
+    """
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    # Special tokens never come out of a text (a padding token that nobody embeds does no harm).
+    beyond = {i: token for token, i in tokenizer.get_vocab().items() if i >= rows}
+    beyond = {i: token for i, token in beyond.items() if i not in added or not added[i].special}
+    if beyond:
+        first = min(beyond)
+        raise ConfigError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model embeds {rows}: {beyond[first]!r} would be token {first}, which it "
+            "doesn't know. Use the tokenizer that belongs to the model, or model.resize_token_embeddings(len(tokenizer))."
+        )
+
+
 def resolve_device(device: str) -> torch.device:
     """ "auto" is a GPU if there is one."""
     if device == "auto":

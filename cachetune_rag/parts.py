@@ -21,7 +21,7 @@ from cachetune_rag.figures import StoreFigures
 from cachetune_rag.forks import this_process
 from cachetune_rag.found_watch import FoundWatch
 from cachetune_rag.leads import LeadIns, given_lead_ins
-from cachetune_rag.loading import check_loaded, load_model
+from cachetune_rag.loading import check_loaded, check_vocabulary, load_model
 from cachetune_rag.missed import MissedChunks
 from cachetune_rag.model.fingerprint import tokenizer_fingerprint
 from cachetune_rag.model.private import loaded_from
@@ -88,6 +88,7 @@ class EngineParts:
     ):
         check_loaded(model, tokenizer)
         self._origin = this_process()
+        check_vocabulary(model, tokenizer)
         self._shared = SharedModel.of(model)
         self._lock = self._shared.lock
         self._fingerprint = self._shared.read()

@@ -18,6 +18,7 @@ from cachetune_rag.config import ReuseConfig, resolve
 from cachetune_rag.decoding import check_finite, prepare
 from cachetune_rag.errors import ConfigError, PromptError, PromptTooLongError
 from cachetune_rag.generation_settings import is_setting
+from cachetune_rag.model.neutral import neutrally
 from cachetune_rag.pipeline.prefetch import Prefetch
 from cachetune_rag.report import Report
 from cachetune_rag.segments import Chunk, Prompt, given_chunks
@@ -183,6 +184,7 @@ class RequestRunner:
 
     # -- answering ------------------------------------------------------------------------------------------------
 
+    @neutrally
     def stream(
         self,
         prompt: Prompt,

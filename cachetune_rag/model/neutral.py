@@ -16,6 +16,7 @@ import torch
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+_T = TypeVar("_T")
 
 
 @contextmanager
@@ -35,6 +36,17 @@ def neutral() -> Iterator[None]:
             stack.enter_context(torch.device("cpu"))
         stack.enter_context(torch.no_grad())
         yield
+
+
+def each_neutrally(items: Iterator[_T]) -> Iterator[_T]:
+    """The same items, each made inside of `neutral`; between two of them the caller's settings hold."""
+    while True:
+        with neutral():
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+        yield item
 
 
 def neutrally(function: Callable[_P, _R]) -> Callable[_P, _R]:
