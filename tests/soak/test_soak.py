@@ -11,6 +11,7 @@ import soak_crashes
 import soak_damage
 import soak_faults
 import soak_load
+import soak_planted
 import soak_shared
 from soak_common import Corpus
 
@@ -54,6 +55,11 @@ def test_processes_and_threads_on_a_store_far_too_small(tmp_path: Path) -> None:
     outcome = soak_load.run(tmp_path, seconds=4, processes=2, threads=2, corpus=Corpus(prompts=12, length=30))
     assert outcome.problems == []
     assert outcome.figures["answers"] > 0
+
+
+def test_planted_files_neither_block_nor_are_followed(tmp_path: Path, corpus: Corpus) -> None:
+    outcome = soak_planted.run(tmp_path, rounds=8, corpus=corpus)
+    assert outcome.problems == []
 
 
 def test_cancelling_leaves_nothing_behind(tmp_path: Path, corpus: Corpus) -> None:
