@@ -7,6 +7,8 @@ import re
 
 import pytest
 
+import cachetune_rag
+import cachetune_store
 from cachetune_rag import CacheTuneError, ConfigError, Document, errors
 
 
@@ -30,6 +32,13 @@ def test_no_error_is_one_that_frameworks_turn_into_an_empty_answer() -> None:
     for kind in found:
         found += kind.__subclasses__()
         assert not issubclass(kind, ValueError | TypeError)
+
+
+def test_the_package_names_what_the_store_raises_at_its_users() -> None:
+    inside = {"IndexDamagedError", "UnknownCodecError", "UnknownFormatError"}  # answered by the store or the engine
+    store = {name for name in cachetune_store.__all__ if name.endswith("Error")} - inside
+    assert store <= set(cachetune_rag.__all__)
+    assert all(getattr(cachetune_rag, name) is getattr(cachetune_store, name) for name in store)
 
 
 @pytest.mark.parametrize(
