@@ -125,18 +125,18 @@ class Assembler:
         return make_key(self._lead_ins.namespace, token_ids)
 
     def forget(self) -> None:
-        """Drop what is kept of the model's weights: prefixes."""
+        """Drop the kept beginnings of prompts, which were computed with the weights before."""
         self._prefixes = PrefixCache()
 
     @contextmanager
     def _same_weights(self) -> Iterator[None]:
-        """While the context is open, a prompt goes through weights that must not change meanwhile."""
+        """Check before and after what is done inside that the model's weights didn't change."""
         try:
             self._check()
             yield
             self._check()
         except ModelChangedError:
-            self.forget()  # a prefix may be of both
+            self.forget()  # a kept beginning may hold rows of old and of new weights
             raise
 
     @neutrally
@@ -177,7 +177,7 @@ class Assembler:
     ) -> PrefillState:
         faults = Faults()
         if config.namespace is None or config.namespace.model != self._lead_ins.model:
-            # (A request that came before the engine took in another model's weights is answered by those.)
+            # The request came before `model_changed()`, and is answered with the weights as they are now.
             config = replace(config, namespace=self._lead_ins.lately)
         while True:
             try:

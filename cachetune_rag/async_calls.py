@@ -33,7 +33,7 @@ class OwnThread:
         return await asyncio.get_running_loop().run_in_executor(self._executor, context.run, function, *args)
 
     def later(self, function: Callable[..., object], *args: object) -> None:
-        """Have `function(*args)` called behind the call that runs; returns at once, and nobody is told what becomes of it."""
+        """Have `function(*args)` called behind the call that runs; returns at once; its result and errors are dropped."""
         self._executor.submit(function, *args)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""A set of hashes that may hold more than was put in: asked of a whole array of them at once."""
+"""An approximate set of hashes: it never denies one that was added, and may affirm one that wasn't. Asked about whole arrays."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Bitmap:
 
 
 def _places(hashes: Hashes) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint8]]:
-    """Byte and bit of each: its high bits after mixing, for the low ones of a product are weak."""
+    """Byte and bit of each: its high bits after mixing, since the low bits of a product are poorly mixed."""
     mixed = (hashes ^ (hashes >> np.uint64(32))) * np.uint64(MIX)
     slots = (mixed >> np.uint64(64 - _BITS)).astype(np.uint32)
     return slots >> np.uint32(3), np.uint8(1) << (slots & np.uint32(7)).astype(np.uint8)

@@ -14,9 +14,9 @@ from cachetune_rag.segments import Chunk, Part, Segment, TemplateText, Text
 from cachetune_rag.tokens import ContentTokenizer
 
 _CERTAIN = 12
-"""Characters from which a text that occurs in the output is taken for the content, not for a coincidence."""
+"""A content of at least so many characters that occurs in the output was put there by the template; a shorter one may be chance."""
 _MOST_SPELLINGS = 64
-"""Spellings of control tokens in the assistant's messages that are looked at one by one."""
+"""At most so many control tokens spelt out in the assistant's messages are tried one by one."""
 _WAY_OUT = (
     "Change the messages' order or roles, set another tokenizer.chat_template, or pass a prompt template with {prefix}, "
     "{chunks} and {query}."
@@ -53,7 +53,7 @@ class ChatRun:
         plain, spelling = self._plain(messages, marks)
         self._check_dropped(messages, marks, marks.without(plain))
         patience = 3  # a template may show the time, which goes on between two of its outputs
-        # A text that was recognised as a chunk is the template's to alter; then it is no chunk any more.
+        # The template may alter a text that was only recognised as a chunk; it is then no chunk any more.
         while True:
             rendered = self._render(messages, marks, chunks=True, spelling=spelling)
             wrong = marks.altered(rendered, messages)
@@ -68,7 +68,7 @@ class ChatRun:
                 continue
             loose = found & set(wrong) or self._looked_into(messages, marks, plain, found, spelling)
             if not loose:
-                break  # the template looks into chunks that were given as such: it is not to
+                break  # the template looks into chunks that the caller gave, which is refused
             messages = [
                 _without(message, {j for i, j in loose if i == number}) for number, message in enumerate(messages)
             ]
@@ -199,7 +199,7 @@ class ChatRun:
                     **{name: marks.cut_all(value) for name, value in arguments.items()},
                 )
             )
-        except Exception as error:  # a template is a program of others: whatever goes wrong in it is its refusal
+        except Exception as error:  # a template is somebody else's program: any error in it counts as its refusal
             roles = ", ".join(message.role for message in messages)
             raise PromptError(
                 f"the tokenizer's chat template refuses messages with the roles {roles}: {error}. {_WAY_OUT}"

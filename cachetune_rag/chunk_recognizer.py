@@ -24,7 +24,7 @@ from cachetune_rag.prompt import Chunk, Segment, Text
 from cachetune_rag.rolling_hash import PrefixHashes
 
 STALE = 1 << 18
-"""Bits that no chunk needs any more, before the bitmaps are made anew."""
+"""The bitmaps are made anew once so many of their bits belong to no chunk any more."""
 
 _PACKED = struct.Struct("<QQQI32s")
 _K = TypeVar("_K")
@@ -154,11 +154,11 @@ class ChunkRecognizer:
         )
         return search(prompt, known)
 
-    # -- inside, under the lock of who writes -----------------------------------------------------------------------
+    # -- inside, under the lock of writers -----------------------------------------------------------------------
 
     def _learn(self, key: Hashable, entry: _Entry) -> None:
         self._entries[key] = _PACKED.pack(*entry)
-        # What leads to a chunk is made last, so that a search that comes by finds all of it or none.
+        # The table that searches look into first is filled last, so a search meanwhile finds all of a chunk or nothing.
         self._learn_text(entry)
         self._learn_length(entry)
         level = level_of(entry.length)
@@ -240,7 +240,7 @@ def _describe(text: str) -> _Entry:
 
 
 def _discount(table: dict[_K, int], key: _K) -> bool:
-    """Take one off; False when that leaves none of `key`."""
+    """Lower the count of `key` by one; False when that was the last."""
     table[key] -= 1
     if not table[key]:
         del table[key]

@@ -30,11 +30,11 @@ ANCHOR = 32
 
 CREDIT = 1 << 20
 RATE = 16
-"""Hashes of slices: a dozen nanoseconds each."""
+"""Hashes of slices that any prompt may cost, and that each character adds; one takes a dozen nanoseconds."""
 
 _ONE_BY_ONE = 64  # what looking at a single place costs, in hashes
 _CALL = 1024  # what looking at many places costs besides
-_RESERVE = 1 << 18  # what is saved up before looking goes on
+_RESERVE = 1 << 18  # hashes that must be due again before looking goes on
 _PATIENCE = 8  # places in vain before many are looked at at a time
 _FIRST_BLOCK, _BLOCK = 64, 8192  # places
 _AT_A_TIME = 1 << 17  # hashes in memory
@@ -93,7 +93,7 @@ def level_of(length: int) -> int:
 
 
 def tag_of(value: int, salt: int) -> int:
-    """A hash told apart by what it is the hash of (a level or a length)."""
+    """A hash mixed with its level or length, so that equal hashes of different ones have different tags."""
     return (value ^ (salt * MIX)) & _MASK
 
 
@@ -118,7 +118,7 @@ class _Search:
         while row < len(starts):
             start = int(starts[row])
             if self._used_up(start):
-                # Far enough for some places at a time to be looked at again, or there would be no end of beginning to.
+                # Skip far enough to pay for many places at once; otherwise every place would be tried and given up again.
                 after = int(np.searchsorted(starts, (self._spent - CREDIT + _RESERVE) // RATE, side="right"))
                 left_out += after - row
                 row = after
@@ -138,7 +138,7 @@ class _Search:
         return Found(found, left_out, self._spent)
 
     def _used_up(self, start: int) -> bool:
-        """Whether more was spent than is due up to this place."""
+        """Whether the search has cost more hashes than the prompt up to this place allows."""
         return self._spent > CREDIT + RATE * start
 
     def _starts(self) -> Places:

@@ -230,6 +230,6 @@ def _expanded(path: str | os.PathLike[str]) -> Path:
     """A path as the user meant it: a leading ~ is the home folder, unless something is called that."""
     given = Path(path)
     if not os.path.lexists(given):
-        with contextlib.suppress(RuntimeError):  # nobody's home folder: it is then a name like any other
+        with contextlib.suppress(RuntimeError):  # there is no such user: ~ is then part of the name
             return given.expanduser()
     return given

@@ -217,7 +217,7 @@ def _choose(
     scores = plan.logits_processor(ids, logits.to(device=ids.device, dtype=torch.float32, copy=True))
     if plan.do_sample:
         odds = torch.softmax(scores, dim=-1)
-        # Odds that are no numbers would end the process's use of a GPU; drawn from others, the token is never looked at.
+        # Drawing from NaN breaks CUDA for the whole process, so harmless odds replace them; that token is never used.
         sound = odds.sum(dim=-1, keepdim=True)
         token = torch.multinomial(odds.where(sound.isfinite(), 1.0), 1, generator=generator)
     else:

@@ -37,10 +37,10 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def status(path: Path) -> os.stat_result:
-    """Of what the path leads to.
+    """The status (`os.stat`) of what a path leads to.
 
     Raises:
-        CorpusError: to nothing, or nowhere that can be looked at.
+        CorpusError: it leads to nothing, or to what can't be examined.
     """
     try:
         return path.stat()

@@ -15,17 +15,17 @@ from cachetune_rag.text_changes import REASONS, change_of, likeness, pieces_of
 from cachetune_store import StoreError
 
 MUCH = 100
-"""Retrieved tokens from which it matters that they are found."""
+"""With fewer retrieved tokens than these, it doesn't matter whether they are found."""
 LITTLE = 0.5
-"""Share of them, found, below which something is wrong."""
+"""If less than this share of them is found, something is wrong."""
 LONG = 1000
-"""Tokens of a prompt from which some are expected to be stored chunks, where nobody says what was retrieved."""
+"""Where nobody says what was retrieved, a prompt of more tokens than these is expected to hold stored chunks."""
 LITTLE_OF_PROMPT = 0.1
 
 SECONDS = 0.1
-"""For which stored texts are compared with one prompt, at most."""
-_AT_ONCE = 0.5  # seconds in all before comparing is spread out
-_SPREAD = 100  # times as long as it took, it then waits
+"""At most so long one prompt is compared with stored texts."""
+_AT_ONCE = 0.5  # seconds that comparing may take in all before it is rationed
+_SPREAD = 100  # then each comparison is followed by a pause so many times as long
 _TEXTS = 4
 
 _log = logging.getLogger(__name__)

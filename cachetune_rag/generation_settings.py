@@ -41,7 +41,7 @@ _RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
         for name in ("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_new_tokens", "min_length")
     ),
 )
-"""Where transformers says little, or takes a value that can't be meant."""
+"""Settings that are checked here, since transformers' own error says little, or it accepts nonsense."""
 
 REFUSED = {
     "max_length": "use max_new_tokens, which does not count the prompt",

@@ -69,7 +69,7 @@ class LeftOut:
 
 
 def _kind(path: Path) -> str:
-    """A file's ending, unless it is no such thing but the rest of a sentence."""
+    """A file's ending, unless it looks like part of a sentence rather than an ending (a long one, or one with blanks)."""
     suffix = path.suffix.lower()
     return suffix if len(suffix) <= _LONGEST_SUFFIX and " " not in suffix else "with other endings"
 

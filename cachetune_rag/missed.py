@@ -154,7 +154,7 @@ class MissedChunks:
         return len(chunks) - refused
 
     def offer_from_anywhere(self, prompt: Prompt, missed: Sequence[int]) -> None:
-        """As `offer`, also for somebody who may hold a lock that it would wait for: one who collects garbage, say."""
+        """As `offer`, for a caller that may hold any lock (garbage collection): it waits for none."""
         if not missed or not self._origin.here:
             return
         self._late.put((prompt, missed))
@@ -174,7 +174,7 @@ class MissedChunks:
                     if not chunk.owners and group is not at_hand:
                         group.chunks.remove(chunk)
                         self._known.pop(chunk.ids, None)
-        with self._storing:  # nobody is at it any more
+        with self._storing:  # wait for the chunk that is being stored right now
             pass
         self._hurry(1)
         try:
@@ -227,7 +227,7 @@ class MissedChunks:
         self._model.wake()
 
     def _offer_late(self) -> None:
-        """Offer what came from anywhere."""
+        """Offer what `offer_from_anywhere` took in."""
         if not self._origin.here:
             return
         with self._offering:

@@ -140,7 +140,7 @@ class Precomputer:
         stored = 0
         with call(self._store.claim, wanted) as claim:
             new = call(self._missing, [wanted[key] for key in claim.keys])
-            # The others are stored meanwhile, or another thread or process is at them.
+            # The others were stored meanwhile, or another thread or process is computing them.
             for key in wanted.keys() - {chunk.key for chunk in new}:
                 add_to_documents(key)
                 kept(key)

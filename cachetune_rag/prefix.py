@@ -82,7 +82,7 @@ class PrefixCache:
         ids = ids[:count]
         common = [entry.common(ids) if entry.kind == kind else 0 for entry in self._entries]
         new = count - max(common, default=0)
-        # What is a beginning of this one goes up in it.
+        # Kept ones that this one begins with are dropped, since it contains them.
         left = [e for e, same in zip(self._entries, common, strict=True) if e.kind != kind or same < len(e.ids)]
         if new <= 0 or (new < min(WORTH, count // 4) and len(left) == len(self._entries)):
             return

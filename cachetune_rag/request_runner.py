@@ -179,7 +179,7 @@ class RequestRunner:
         return replace(report, storing=storing, unstored=len(state.missed) - storing)
 
     def store_whenever(self, state: PrefillState) -> None:
-        """As `store_later`, for somebody who may hold any lock already: it takes none that it would have to wait for."""
+        """As `store_later`, for a caller that may already hold any lock (garbage collection): it waits for none."""
         self._engine._missed.offer_from_anywhere(state.prompt, state.missed)
 
     # -- answering ------------------------------------------------------------------------------------------------

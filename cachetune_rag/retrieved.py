@@ -14,10 +14,10 @@ from itertools import accumulate
 from cachetune_rag.segments import Chunk, Segment, Text
 
 SHORTEST = 32
-"""Characters of a passage; shorter ones are never found in plain text (they save nothing)."""
+"""Passages of fewer characters are never found in plain text (they save nothing)."""
 
 _COVERED = 0.75
-"""Share of a passage that stored chunks are from which on it is left to them."""
+"""A passage of which stored chunks make up at least this share gives way to these chunks."""
 
 Content = str | Sequence[Segment | str]
 
@@ -94,7 +94,7 @@ def _spans(segments: Sequence[Segment]) -> list[tuple[int, int]]:
 
 
 def _is_taken(span: tuple[int, int], stored: Sequence[tuple[int, int]]) -> bool:
-    """Whether stored chunks have the place that a passage wants."""
+    """Whether stored chunks already cover the place of a passage."""
     start, end = span
     if any(a < start < b or (a == start and b >= end) for a, b in stored):
         return True

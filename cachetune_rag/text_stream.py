@@ -83,7 +83,7 @@ class TextStream:
         found = [self._text.find(text, self._out, certain) for text in self._stop]
         return sorted(place for place in found if place >= 0)[:1]
 
-    # Special tokens add nothing to the text, so that only behind a token without text another text is to be looked at.
+    # Special tokens add no text. So only after a token that added none is the text with special tokens looked at as well.
 
     def _see_special(self, silent: bool) -> None:
         before = self._whole if self._special else self._text

@@ -20,7 +20,7 @@ INSIDE = "\n"
 """The usual `after`: the text goes on inside a prompt, so nothing may be put before it."""
 
 _INSIDE = (INSIDE, ")", "0")
-"""What is put before a text that goes on inside a prompt, to be tokenised: what doesn't merge with it."""
+"""Candidates to put before a text while it is tokenised as the middle of a prompt; the first that doesn't merge with it is taken."""
 
 _LOOKS_LIKE_CONTROL = re.compile(r"<[^<>\s]+>|<[|｜].*[|｜]>|\[/?[A-Za-z_][\w/ -]*\]", re.DOTALL)
 _REMEMBERED_IDS = 1 << 20

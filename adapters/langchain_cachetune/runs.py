@@ -36,8 +36,8 @@ class _Run:
         self.documents: deque[Document] = deque(before.documents if before else (), maxlen=_KEPT)
         self.reports: dict[object, Report] = {}
         self.around: list[weakref.ref[_Run]]
-        # Runs that this one began inside of, as a batch's parts do: the latest report is theirs as well. Those that came
-        # before it in the same context are gone by the time of the next one.
+        # The runs that this one began inside of (a batch, for its parts): its reports are theirs as well. Runs that merely came
+        # before it in the same context have ended, and vanish from this list.
         around = [*before.around, weakref.ref(before)] if before else []
         self.around = [reference for reference in around if reference() is not None]
         self._retrieves = False
@@ -48,14 +48,14 @@ class _Run:
                 run.reports[key] = report
 
     def retrieved(self, documents: Iterable[Document]) -> None:
-        """Documents came; what an earlier run retrieved is no longer meant."""
+        """Add documents that were retrieved. The first ones of a run replace those of earlier runs."""
         if not self._retrieves:
             self.documents.clear()
             self._retrieves = True
         self.documents.extend(documents)
 
     def end(self) -> None:
-        """What it retrieved stays for whoever is handed it, until somebody retrieves anew."""
+        """The run is over. Its documents stay known to the runs that follow, until one of these retrieves anew."""
         self._retrieves = False
 
 

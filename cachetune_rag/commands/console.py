@@ -45,7 +45,7 @@ class _Visible:
 
 
 class _Escaping(RenderHook):
-    """Lets nothing on a console that a terminal would take for a command."""
+    """Keeps what a terminal would take for a command off a console."""
 
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
         return [_Visible(each) for each in renderables]

@@ -14,7 +14,7 @@ _MODEL, _STORE = "Model", "Store"
 def expanded(path: Path | None) -> Path | None:
     """A path whose leading ~ is the home folder: shells leave it as it is behind `--store=`, and in quotes."""
     if path is not None:
-        with contextlib.suppress(RuntimeError):  # nobody's home folder: it is then a name like any other
+        with contextlib.suppress(RuntimeError):  # there is no such user: ~ is then part of the name
             return path.expanduser()
     return path
 

@@ -117,7 +117,7 @@ def _told(change: str) -> str:
     )
 
 
-_mutex = threading.RLock()  # a finaliser may come by
+_mutex = threading.RLock()  # garbage collection may run a finaliser in between
 _known: WeakValueDictionary[tuple[int, int], SharedModel] = WeakValueDictionary()
 
 

@@ -84,7 +84,7 @@ class _Copier:
     def _copied(self, value: Any) -> Any:
         if id(value) in self._seen:
             return self._seen[id(value)]
-        self._note(value, value)  # should it hold itself
+        self._note(value, value)  # in case it contains itself
         if isinstance(value, PretrainedConfig):
             made = copy.deepcopy(value, self._configs)  # parts of one configuration stay parts of one
         elif isinstance(value, Tensor):

@@ -32,7 +32,7 @@ class SavedTunings:
         self._known: dict[tuple[str, str, str], TierTuning | None] = {}
 
     def forget(self) -> None:
-        """Ask the store anew: the model is another one."""
+        """Drop what was read from the store: the model's weights are others now."""
         self._known.clear()
 
     @property

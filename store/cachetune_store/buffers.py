@@ -110,8 +110,8 @@ class SlabPool:
 
     def _give_back(self, area: mmap.mmap) -> None:
         # May run anywhere, in the collector. So page-locked memory only lines up here: freeing it means waiting for the
-        # GPU, which is done when somebody next asks for memory. Without the lock: who holds it may be waiting for a capture to
-        # end, which this may be in the midst of. In a process forked off since, a thread that is not there may hold it for ever.
+        # GPU, which is done when somebody next asks for memory. Without the lock: its holder may be waiting for a
+        # CUDA graph's capture to end, and this may run inside that capture. In a process forked off since, a thread that is not there may hold it for ever.
         if self._process != os.getpid():
             return
         self._returned.append(area)

@@ -34,8 +34,8 @@ _open: set[OwnDescriptor] = set()
 class OwnDescriptor:
     """A descriptor that is this process's alone: a process that is forked off closes its copy at once.
 
-    A lock belongs to the open file, which a forked process shares. It would be held for as long as that process lives, whoever
-    took it being done with it, or dead.
+    A lock belongs to the open file, which a forked process shares. Otherwise the lock would stay held as long as that process
+    lives, even after the one that took it has released it or died.
     """
 
     def __init__(self, fd: int) -> None:

@@ -1,4 +1,4 @@
-"""Helpers of the adapters' tests."""
+"""What the tests of the adapters share."""
 
 from __future__ import annotations
 

@@ -14,14 +14,14 @@ from llama_index.llms.cachetune.traces import TRACES
 
 
 class Followed(Freeing, Protocol):
-    """What follows: a `KVPrecompute`."""
+    """What is kept in step: a `KVPrecompute`."""
 
     def insert(self, nodes: Sequence[BaseNode]) -> object:
         """Compute further nodes of documents."""
 
 
 def deletions() -> Deletions | None:
-    """Where a deletion here waits to be settled: in the update or ingestion run under way; None where it counts at once."""
+    """The deletions of the update or ingestion run under way, which are settled at its end; None outside of one."""
     return of_update() or TRACES.current().ingestion
 
 
@@ -47,7 +47,7 @@ def follow(owner: Followed, target: Any) -> None:
 
 
 def _after_deletion(owner: Followed, delete: Callable[..., Any], is_async: bool) -> Callable[..., Any]:
-    """By the id of a document, or of nodes: those that belong to no document have one of their own."""
+    """`delete`, after which the KV is freed. Ids are documents', or those of nodes that belong to no document."""
 
     def deleted(ids: str | Sequence[str]) -> None:
         waiting = deletions()

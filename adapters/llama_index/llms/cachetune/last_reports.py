@@ -1,4 +1,4 @@
-"""The last report, as whoever asks means it: of the own thread or task, and of what that has begun.
+"""The last report of the calling thread or task, and of those that it has begun.
 
 Of requests that run side by side (`asyncio.gather`, threads), each sees its own; who waits for them sees the latest of theirs,
 also where a synchronous call of the framework runs an event loop inside.

@@ -17,7 +17,7 @@ from cachetune_rag.prompt import Segment
 _WORDS = re.compile(r"\w+")
 _RUN, _SAMPLES = 6, 12
 _WRAPPED = 0.75
-"""Share of a text that other chunks are from which on it is these in a wrapping."""
+"""A text of which other chunks make up at least this share is taken for these chunks with something around them."""
 
 
 def document_of(node: BaseNode) -> str:
