@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from cachetune_rag.chat_messages import Message, layouts
 from cachetune_rag.chat_run import ChatRun
 from cachetune_rag.errors import PromptError
+from cachetune_rag.nearest import hint
 from cachetune_rag.segments import Part
 from cachetune_rag.template_arguments import ALWAYS, variables
 from cachetune_rag.tokens import ContentTokenizer, check_text
@@ -82,9 +82,8 @@ class ChatTemplate:
         known = sorted(used | ALWAYS)
         for name in arguments:
             if name not in known:
-                near = difflib.get_close_matches(name, known, 1)
-                hint = f"did you mean {near[0]!r}?" if near else f"it uses {', '.join(known)}."
-                raise PromptError(f"the chat template has no variable {name!r}: {hint}")
+                advice = hint(name, known, f"it uses {', '.join(known)}.")
+                raise PromptError(f"the chat template has no variable {name!r}: {advice}")
         if tools is not None:
             if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence):
                 raise PromptError(f"tools is {tools!r:.80}: use a list of JSON schemas (dicts) or functions.")

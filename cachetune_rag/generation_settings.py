@@ -6,7 +6,6 @@ only later, in the middle of torch, or not at all, is refused here.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from cachetune_rag.errors import ConfigError
+from cachetune_rag.nearest import hint
 
 DEFAULT_NEW_TOKENS = 256
 """Most tokens of an answer where neither the request nor the configuration says."""
@@ -134,9 +134,8 @@ def check_names(settings: dict[str, Any]) -> None:
         if name in REFUSED:
             raise ConfigError(f"{name}={settings[name]!r} is no setting of an answer: {REFUSED[name]}.")
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else "see transformers' GenerationConfig for those there are."
-            raise ConfigError(f"{name!r} is no generation setting: {hint}")
+            advice = hint(name, known, "see transformers' GenerationConfig for those there are.")
+            raise ConfigError(f"{name!r} is no generation setting: {advice}")
 
 
 def given_settings(config: Any) -> dict[str, Any]:

@@ -5,13 +5,13 @@ The arguments themselves are documented where they are used: `ChunkStore` and `C
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
 import torch
 
 from cachetune_rag.errors import ConfigError
+from cachetune_rag.nearest import hint
 
 
 class _Shared(TypedDict, total=False):
@@ -62,6 +62,5 @@ def check_names(options: Mapping[str, Any], known: Iterable[str], whose: str) ->
     names = list(known)
     for name in options:
         if name not in names:
-            close = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"the store has {', '.join(STORE_NAMES)}."
-            raise ConfigError(f"{name!r} is no argument of {whose}, nor of its store: {hint}")
+            advice = hint(name, names, f"the store has {', '.join(STORE_NAMES)}.")
+            raise ConfigError(f"{name!r} is no argument of {whose}, nor of its store: {advice}")

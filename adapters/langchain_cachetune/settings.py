@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from functools import cache
 from inspect import signature
@@ -14,6 +13,7 @@ from cachetune_rag import CacheTune
 from cachetune_rag.config import resolve
 from cachetune_rag.decoding import prepare
 from cachetune_rag.errors import ConfigError
+from cachetune_rag.nearest import hint
 from cachetune_rag.options import ENGINE_NAMES, STORE_NAMES
 
 ALIASES = {
@@ -45,11 +45,9 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str], whose: str) -> No
     names = set(known)
     for name in given:
         if name not in names:
-            near = difflib.get_close_matches(name, sorted(names), 1)
             some = ", ".join(sorted(names - generation_names()))
             more = ", and generation settings of transformers" if names & generation_names() else ""
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {some}{more}."
-            raise ConfigError(f"{name!r} is no argument of {whose}: {hint}")
+            raise ConfigError(f"{name!r} is no argument of {whose}: {hint(name, names, f'there are {some}{more}.')}")
 
 
 def renamed(options: Mapping[str, Any], whose: str) -> dict[str, Any]:

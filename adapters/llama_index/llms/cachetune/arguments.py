@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 
 from cachetune_rag import CacheTune, ConfigError
 from cachetune_rag.config import resolve
+from cachetune_rag.nearest import hint
 from cachetune_rag.options import ENGINE_NAMES, STORE_NAMES
 
 OTHER_NAMES = {"max_tokens": "max_new_tokens", "additional_kwargs": "generate_kwargs"}
@@ -104,5 +105,4 @@ def check_engine_kwargs(given: Mapping[str, Any]) -> None:
 
 
 def _hint(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sorted(known))}."
+    return hint(name, known, f"there are {', '.join(sorted(known))}.", cutoff=0.5)
