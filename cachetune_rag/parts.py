@@ -273,8 +273,11 @@ class EngineParts:
             raise EngineClosedError("the engine is closed: make a new one.")
 
     def _check_model(self) -> None:
-        """Refuse to go on with weights that aren't those this engine stores for. The caller holds the model's lock."""
-        self._shared.check(self._fingerprint)
+        """Refuse to go on with weights that aren't those this engine stores for. The caller holds the model's lock.
+
+        With every request, so nothing here may take a GPU long (`Weights.change`).
+        """
+        self._shared.check(self._fingerprint, every=False)
 
     def _take_model(self) -> bool:
         """See `CacheTune.model_changed`."""

@@ -61,6 +61,33 @@ def test_collected_amid_anything_it_waits_for_no_lock(engine: CacheTune) -> None
     assert stored(engine) == [True, True]
 
 
+@pytest.mark.parametrize("lock", ["model's users", "model", "fidelity"])
+def test_collected_inside_of_any_lock_it_ends(lock: str) -> None:
+    """On a thread of its own, so that a lock which waits for itself fails the test rather than the suite."""
+    with CacheTune(llama(), tokenizer(), lead_in="first_token", fidelity_sample=1.0) as engine:
+        stream = engine.stream("Who?", CHUNKS, **ENDS)
+        next(stream)
+        held = [stream]
+        del stream
+        mutex: Any = {
+            "model's users": engine._lock._mutex,
+            "model": engine._lock,
+            "fidelity": engine._fidelity._mutex,
+        }[lock]
+
+        def collect() -> None:
+            with mutex:
+                held.clear()
+
+        thread = threading.Thread(target=collect, daemon=True)
+        thread.start()
+        thread.join(60)
+        assert not thread.is_alive()
+        assert not engine._lock.wanted
+        assert engine.flush(60)
+        assert stored(engine) == [True, True]
+
+
 def test_failing_it_keeps_what_it_missed(engine: CacheTune) -> None:
     def fail(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         raise OSError("of the caller's own")
@@ -127,8 +154,11 @@ def test_time_to_first_token_has_the_choosing_in_it(engine: CacheTune) -> None:
 @pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "seed": 1}], ids=["greedy", "sampling"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_logits_that_are_no_numbers_are_said_so(engine: CacheTune, sampling: dict[str, Any], value: float) -> None:
-    with torch.no_grad():
-        engine.adapter.model.lm_head.weight[5] = value
+    def overflow(_module: Any, _args: Any, logits: torch.Tensor) -> torch.Tensor:
+        return logits.index_fill(-1, torch.tensor([5]), value)
+
+    # Not by its weights: changed ones are refused, and so are those that are no numbers.
+    engine.adapter.view.lm_head.register_forward_hook(overflow)
     requests: list[Any] = [
         lambda: engine.generate("Who?", CHUNKS, **sampling),
         lambda: engine.prefill("Who?", CHUNKS),

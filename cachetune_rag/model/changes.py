@@ -6,7 +6,8 @@ and behind each use an engine looks at what costs next to nothing:
 - which modules and parameters there are (a layer wrapped by an adapter, a parameter replaced),
 - how often autograd has counted a change in place (an optimiser's step, `load_state_dict`, `add_`),
 - where each weight's memory is, and its dtype (`model.to(...)`, `weight.data = ...`),
-- a few elements of each weight (`weight.data += ...`, which nothing counts),
+- a few elements of each weight (`weight.data += ...`, which nothing counts); where asking for them means waiting for a device, of
+  some weights with each request, by turns,
 - which adapters of PEFT's are active, merged or scaled otherwise.
 
 A change of a few single elements through `.data` or NumPy goes unnoticed, and so do other attributes of modules; the caller says
@@ -15,6 +16,7 @@ so (`CacheTune.model_changed`).
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from itertools import accumulate, chain
 from typing import Any
@@ -26,6 +28,8 @@ from cachetune_rag.model.private import BUFFERS, MODULES, NON_PERSISTENT, PARAME
 
 SAMPLES = 8
 """Elements that are looked at in each of two places of a weight."""
+TOGETHER = 32
+"""Places that are looked at together where weights lie on a device, which takes one kernel."""
 
 
 class Weights:
@@ -41,8 +45,7 @@ class Weights:
         parts = [vars(module) for module in model.modules()]
         # Each module's dictionaries themselves: what is put in or taken out shows.
         self._dicts = [part[kind] for part in parts for kind in (PARAMETERS, MODULES) if part[kind]]
-        self._kept = list(self._parts())
-        self._ids = list(map(id, self._kept))
+        self._copies = [dict(part) for part in self._dicts]
         self._buffers = [
             (part[BUFFERS], name, buffer)
             for part in parts
@@ -57,24 +60,28 @@ class Weights:
         self._versions = versions_of(self._counted)
         placed = {name: tensor for name, tensor in self._tensors.items() if _address(tensor) is not None}
         self._placed, self._placed_names = list(placed.values()), list(placed)
-        self._addresses = [tensor.data_ptr() for tensor in self._placed]
+        self._addresses = list(map(Tensor.data_ptr, self._placed))
         self._samples = _samples(placed)
         self._adapters = list(adapters_of(model))
         self._tuners = [module for module in model.modules() if _is_tuner(module)]
 
-    def change(self) -> str | None:
-        """What is different now, as words that fit behind "the model was changed: "; None if nothing seems to be."""
-        if list(map(id, self._parts())) != self._ids:
+    def change(self, *, every: bool = True) -> str | None:
+        """What is different now, as words that fit behind "the model was changed: "; None if nothing seems to be.
+
+        Args:
+            every: look at elements of every weight; False: on a device, of some of them, each time of others.
+        """
+        if not self._same_parts():
             return self._structure()
         for parts, name, buffer in self._buffers:
             if parts.get(name) is not buffer:
                 return f"buffer {name} was replaced"
         if (change := self.counted_change()) is not None:
             return change
-        if (addresses := [tensor.data_ptr() for tensor in self._placed]) != self._addresses:
+        if (addresses := list(map(Tensor.data_ptr, self._placed))) != self._addresses:
             return f"{_first(self._placed_names, addresses, self._addresses)} lies in other memory (moved, or its data replaced)"
         for sample in self._samples:
-            if (name := sample.change()) is not None:
+            if (name := sample.change(every=every)) is not None:
                 return f"{name} has other values"
         if self._tuners and (now := list(adapters_of(self._model))) != self._adapters:
             return f"its adapters are {_told(now)} instead of {_told(self._adapters)}"
@@ -87,12 +94,17 @@ class Weights:
             return None
         return f"{_first(self._counted_names, versions, self._versions)} was changed in place"
 
-    def _parts(self) -> Iterator[Any]:
-        return chain.from_iterable(map(dict.values, self._dicts))
+    def _same_parts(self) -> bool:
+        # A dictionary compares what it holds by identity first, in a third of the time that Python code takes. What is another
+        # tensor, it compares element by element, which has no single answer.
+        try:
+            return self._dicts == self._copies
+        except (RuntimeError, TypeError, ValueError):
+            return False
 
     def _structure(self) -> str:
         """Which module or parameter isn't what it was."""
-        known = set(self._ids)
+        known = {id(part) for copy in self._copies for part in copy.values()}
         for name, module in self._model.named_modules():
             if id(module) not in known and module is not self._model:
                 return f"module {name} ({type(module).__name__}) was put in"
@@ -111,7 +123,7 @@ class _HostSample:
         self._names, self._views = names, [memoryview(array).cast("B") for array in arrays]
         self._values = b"".join(self._views)
 
-    def change(self) -> str | None:
+    def change(self, *, every: bool) -> str | None:
         """The name of a weight whose elements are different."""
         if (now := b"".join(self._views)) == self._values:
             return None
@@ -124,11 +136,25 @@ class _DeviceSample:
     """Some elements of all weights of one width that lie on a device."""
 
     def __init__(self, names: list[str], views: list[Tensor]):
-        self._names, self._views = names, views
-        self._values = torch.cat(views)
+        pairs = list(zip(names, views, strict=True))
+        # Mixed, for what is changed is mostly of one kind: the same projection of every layer.
+        random.Random(0).shuffle(pairs)
+        self._parts = [_DevicePart(pairs[at : at + TOGETHER]) for at in range(0, len(pairs), TOGETHER)]
+        self._next = 0
+
+    def change(self, *, every: bool) -> str | None:
+        """The name of a weight whose elements are different."""
+        parts = self._parts if every else [self._parts[self._next]]
+        self._next = (self._next + 1) % len(self._parts)
+        return next((name for part in parts if (name := part.change()) is not None), None)
+
+
+class _DevicePart:
+    def __init__(self, pairs: list[tuple[str, Tensor]]):
+        self._names, self._views = [name for name, _ in pairs], [view for _, view in pairs]
+        self._values = torch.cat(self._views)
 
     def change(self) -> str | None:
-        """The name of a weight whose elements are different."""
         now = torch.cat(self._views)
         if torch.equal(now, self._values):
             return None
@@ -145,9 +171,14 @@ def _samples(tensors: dict[str, Tensor]) -> list[_HostSample | _DeviceSample]:
             names.append(name)
             views.append(view)
     return [
-        (_HostSample if device.type == "cpu" else _DeviceSample)(names, views)
+        (_HostSample if in_host_memory(device) else _DeviceSample)(names, views)
         for (_, device), (names, views) in groups.items()
     ]
+
+
+def in_host_memory(device: torch.device) -> bool:
+    """Whether elements of tensors there can be looked at without waiting for anything."""
+    return device.type == "cpu"
 
 
 def _some(tensor: Tensor) -> Iterator[Tensor]:

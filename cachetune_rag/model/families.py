@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from cachetune_rag.errors import UnsupportedModelError
 from cachetune_rag.model import masks
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ATTENTION_PARTS = ("k_proj", "qkv_proj", "query_key_value", "Wqkv", "c_attn")
 
 
@@ -45,6 +47,11 @@ def check(model: Any) -> None:
     if getattr(config, "use_bidirectional_attention", False) or getattr(config, "is_causal", True) is False:
         raise UnsupportedModelError(f"{name} attends in both directions, so a chunk's keys depend on what follows it.")
     masks.check_layer_types(config, name)
+    if (dtype := getattr(model, "dtype", None)) not in _DTYPES:
+        raise UnsupportedModelError(
+            f"{name} computes in {dtype}, whose keys and values the store has no form for. Load it with dtype=torch.float32, "
+            "torch.bfloat16 or torch.float16; a model that was made without one takes torch's default dtype."
+        )
     if not hasattr(model, "get_decoder") or not hasattr(model, "generate"):
         raise UnsupportedModelError(
             f"{name} is no causal language model of transformers (it has no get_decoder/generate)."

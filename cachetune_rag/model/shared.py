@@ -92,19 +92,20 @@ class SharedModel:
             self._fingerprint, self._weights = found, known
             return found
 
-    def check(self, fingerprint: str, *, thorough: bool = True) -> None:
+    def check(self, fingerprint: str, *, thorough: bool = True, every: bool = True) -> None:
         """Refuse weights that seem to be others than those of `fingerprint`. The caller holds the lock.
 
         Args:
             fingerprint: of the weights that are wanted.
             thorough: False looks at autograd's counts alone, for use before every token.
+            every: see `Weights.change`.
 
         Raises:
             ModelChangedError: names what was changed.
         """
         if self._weights is None or fingerprint != self._fingerprint:
             raise ModelChangedError(_told(self._why))
-        change = self._weights.change() if thorough else self._weights.counted_change()
+        change = self._weights.change(every=every) if thorough else self._weights.counted_change()
         if change is not None:
             raise ModelChangedError(_told(change))
 
