@@ -292,7 +292,7 @@ class Precomputer:
             left = {chunk.key: chunk for chunk in self._missing(left.values()) if chunk.key not in claim.keys}
 
     def _missing(self, chunks: Iterable[_Chunk]) -> list[_Chunk]:
-        return [chunk for chunk in chunks if not self._store.contains(chunk.key)]
+        return [chunk for chunk in chunks if not self._store.contains(chunk.key, lasting=True)]
 
     def _batches(self, job: _Job, chunks: list[_Chunk]) -> Iterator[_Batch]:
         """Neighbours of about one length, so that little is padded."""

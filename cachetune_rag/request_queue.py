@@ -16,7 +16,15 @@ if TYPE_CHECKING:
 
 def generate_many(engine: CacheTune, requests: Iterable[Any], options: Mapping[str, Any]) -> Iterator[Answer]:
     """See `CacheTune.generate_many`."""
-    queue = iter(requests)
+    if isinstance(requests, str | Mapping | Prompt) or not hasattr(type(requests), "__iter__"):
+        raise ConfigError(
+            f"requests is {requests!r:.60}, a {type(requests).__name__}: use a list (or another iterable) of dicts of arguments of "
+            "generate, or of Prompts."
+        )
+    return _answers(engine, iter(requests), options)
+
+
+def _answers(engine: CacheTune, queue: Iterator[Any], options: Mapping[str, Any]) -> Iterator[Answer]:
     request = _take(queue, options)
     while request is not None:
         if isinstance(request, Exception):
@@ -65,17 +73,24 @@ class _Ahead:
 def _take(queue: Iterator[Any], options: Mapping[str, Any]) -> dict[str, Any] | Exception | None:
     """Arguments of the next request; None at the end. An error waits until it is the request's turn."""
     try:
-        request = next(queue, None)
+        request = next(queue)
+    except StopIteration:
+        return None
     except Exception as error:
         return error
-    if request is None:
-        return None
     if isinstance(request, Prompt):
         return {**options, "prompt": request}
     if isinstance(request, Mapping):
+        if wrong := [name for name in request if not isinstance(name, str)]:
+            return ConfigError(
+                f"a request has an argument named {wrong[0]!r:.60}: use the names of generate's arguments."
+            )
         taken = {**options, **request}
         if isinstance(chunks := taken.get("chunks"), Iterator):
-            taken["chunks"] = list(chunks)  # they are read twice: ahead, and by the request
+            try:
+                taken["chunks"] = list(chunks)  # they are read twice: ahead, and by the request
+            except Exception as error:
+                return error
         return taken
     return ConfigError(
         f"a request is a {type(request).__name__}: use a dict of arguments of generate (query, chunks, ...), or a Prompt."

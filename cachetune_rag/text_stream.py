@@ -107,8 +107,9 @@ class TextStream:
         """How much of the text can't be the beginning of such a stop string."""
         if not self._special:
             return len(self._text)
-        held = _overlap(self._whole[self._special[0][0] - max(map(len, self._stop)) :], self._stop)
-        return self._shown(len(self._whole) - held)
+        known = self._whole.rstrip(_INCOMPLETE)
+        held = _overlap(known[max(0, self._special[0][0] - max(map(len, self._stop))) :], self._stop)
+        return self._shown(len(known) - held)
 
     def _shown(self, place: int) -> int:
         """Where a place in the text with its special tokens is in the text without them."""

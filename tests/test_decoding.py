@@ -438,6 +438,22 @@ def test_special_tokens_have_no_text() -> None:
     assert joined(TextStream(tokenizer), tokens) == "ab"
 
 
+@pytest.mark.parametrize(
+    ("text", "stop", "shown"),
+    [
+        ("Hello there<|im_end|>\nUser: hi", "<|im_end|>\nUser:", "Hello there"),
+        ("abcde<|im_end|>xyz tail", "cde<|im_end|>xyz", "ab"),
+        ("<|im_start|>a<|im_end|>\nb<|im_start|>c", "a<|im_end|>\nb<|im_start|>", ""),
+        ("a much longer text é<|im_end|>日本 b", "é<|im_end|>日本", "a much longer text "),
+    ],
+)
+def test_what_may_begin_a_stop_string_with_a_special_token_is_held_back_whole(text: str, stop: str, shown: str) -> None:
+    tokenizer = byte_level()
+    stream = TextStream(tokenizer, [stop])
+    assert joined(stream, tokenizer.encode(text)) == shown
+    assert stream.stopped
+
+
 def test_long_answers_stay_cheap() -> None:
     tokenizer = byte_level()
     stream = TextStream(tokenizer)

@@ -387,6 +387,35 @@ def test_an_error_of_the_iterable_comes_after_the_answers_before_it(cold: CacheT
         next(answers)
 
 
+def test_chunks_that_fail_as_they_come_fail_on_their_requests_turn(cold: CacheTune) -> None:
+    def chunks() -> Iterator[str]:
+        yield TEXTS[0]
+        raise KeyError("the retriever failed")
+
+    answers = cold.generate_many([REQUESTS[0], {"query": "?", "chunks": chunks()}], max_new_tokens=1)
+    next(answers)
+    with pytest.raises(KeyError, match="retriever"):
+        next(answers)
+
+
+def test_a_request_that_is_none_ends_nothing_in_silence(cold: CacheTune) -> None:
+    answers = cold.generate_many([REQUESTS[0], None, REQUESTS[1]], max_new_tokens=1)
+    next(answers)
+    with pytest.raises(ConfigError, match="a request is a NoneType: use a dict"):
+        next(answers)
+
+
+@pytest.mark.parametrize("requests", [5, None, "Who?", {"query": "Who?"}])
+def test_what_is_no_list_of_requests_is_refused_at_once(cold: CacheTune, requests: Any) -> None:
+    with pytest.raises(ConfigError, match="use a list"):
+        cold.generate_many(requests)
+
+
+def test_arguments_of_a_request_have_names(cold: CacheTune) -> None:
+    with pytest.raises(ConfigError, match="an argument named 5"):
+        list(cold.generate_many([{5: "Who?"}]))
+
+
 def test_prompts_and_no_requests(cold: CacheTune) -> None:
     assert list(cold.generate_many([])) == []
     prompt = cold.prompts.build(query="Who built it?", chunks=TEXTS[:2])

@@ -256,7 +256,9 @@ class DiskIndex(Index):
         if "locked" in text or "busy" in text or isinstance(cause, diskcache.Timeout):
             return _BusyError(f"the index {self._directory} is locked by another process; try again")
         if any(word in text for word in ("unable to open", "readonly", "disk I/O")):
-            advice = MORE_DESCRIPTORS if descriptors_used_up() else "check its permissions"
+            advice = "check the disk and its free space" if "disk I/O" in text else "check its permissions"
+            if descriptors_used_up():
+                advice = MORE_DESCRIPTORS
             return StorePathError(f"can't use the index {self._directory} ({text}); {advice}")
         return IndexDamagedError(f"the index {self._directory} is damaged ({text}); call rebuild_index()")
 

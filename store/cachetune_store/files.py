@@ -42,8 +42,13 @@ def explain(error: OSError, path: Path | str) -> StoreError:
         )
     if error.errno in _USED_UP:
         return StorePathError(f"can't use {path} ({reason}); {MORE_DESCRIPTORS}")
+    where = error.filename if isinstance(error.filename, str | Path) else path
+    if error.errno == errno.ENOENT:
+        return StorePathError(
+            f"can't use {where} ({reason}): a folder of the store was removed or renamed while it was open, or is a link that leads "
+            "nowhere; put it back, or open the store again, which makes what is missing"
+        )
     if error.errno in _WRONG_KIND:
-        where = error.filename if isinstance(error.filename, str | Path) else path
         return StorePathError(
             f"can't use {where} ({reason}); remove what stands there, or give the store another directory"
         )

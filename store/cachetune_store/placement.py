@@ -134,8 +134,10 @@ class Placement:
                 self.hits += 1
         return reader
 
-    def contains(self, key: ChunkKey) -> bool:
-        """Whether any tier has the chunk."""
+    def contains(self, key: ChunkKey, *, lasting: bool = False) -> bool:
+        """Whether any tier has the chunk; with `lasting`, whether it would be there after a restart, if there is a disk."""
+        if lasting and self.disk is not None:
+            return self.disk.contains(key)
         return any(tier.contains(key) for tier in self._tiers.values())
 
     def discard(self, key: ChunkKey) -> bool:

@@ -222,11 +222,15 @@ class ChunkStore:
         check_key(key)
         return self._placement.open_in_memory(key)
 
-    def contains(self, key: ChunkKey) -> bool:
-        """Whether the chunk is stored; nothing is read or checked."""
+    def contains(self, key: ChunkKey, *, lasting: bool = False) -> bool:
+        """Whether the chunk is stored; nothing is read or checked.
+
+        With `lasting`, a chunk of a store on disk counts only if its file is there: memory may still hold one that another process
+        has deleted or evicted.
+        """
         self._check_open()
         check_key(key)
-        return self._placement.contains(key)
+        return self._placement.contains(key, lasting=lasting)
 
     @property
     def read_only(self) -> bool:

@@ -173,3 +173,14 @@ def test_a_new_store_in_a_folder_that_may_only_be_read_is_refused(
     monkeypatch.setattr(directory, "open_lock", refuse)
     with pytest.raises(StorePathError, match="that this user can write"):
         ChunkStore(tmp_path)
+
+
+def test_a_store_whose_folder_is_removed_while_open_says_so(tmp_path: Path) -> None:
+    place = tmp_path / "kv"
+    with ChunkStore(place) as store:
+        sample(0).put(store)
+        place.rename(tmp_path / "elsewhere")
+        with pytest.raises(StorePathError, match="removed or renamed while it was open"):
+            sample(1).put(store)
+        with pytest.raises(StorePathError, match="removed or renamed while it was open"):
+            store.verify()
