@@ -5,7 +5,7 @@ two multiplications. A bitmap over the hashes of every chunk's first `ANCHOR` ch
 chunk may begin. Only there, longer prefixes (twice, four times the anchor, ...) narrow the chunks down to those of a few
 lengths, so many chunks that share a header cost no more than one that doesn't.
 
-What is stored and what is asked may be somebody's who means harm, or a table of a thousand dashes: then a chunk may begin
+Stored texts and prompts may be made to do harm, or be a table of a thousand dashes: then a chunk may begin
 everywhere, and have any of a thousand lengths. Two things keep the search linear in the prompt. Places in a row where nothing
 was found are looked at many at a time. And hashes of slices are counted: there are `CREDIT` of them for any prompt, and `RATE`
 more a character of what lies behind. Where they are used up, the next places are passed over until enough of the prompt lies
