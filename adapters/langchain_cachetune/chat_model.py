@@ -104,7 +104,8 @@ class ChatCacheTune(BaseChatModel):
         fields = cls.model_fields
         try:
             given = settings.renamed(values, "ChatCacheTune")
-            sampling = {name: given.pop(name) for name in settings.generation_names() if name in given}
+            others = settings.generation_names() - set(fields)
+            sampling = {name: given.pop(name) for name in others if name in given}
             twice = sorted(sampling.keys() & (given.get("generate_kwargs") or {}).keys())
             if twice:
                 raise ConfigError(f"{', '.join(twice)} stands in generate_kwargs as well: give it once.")

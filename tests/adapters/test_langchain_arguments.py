@@ -106,6 +106,7 @@ def test_usual_names_mean_what_they_say(engine: CacheTune) -> None:
         ChatCacheTune(engine=engine, max_tokens=8, temperature=2.0, seed=i).invoke("hi").content for i in (1, 1, 2)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
+    assert ChatCacheTune(engine=engine, temperature=0.5).temperature == 0.5
     direct = engine.generate(
         prompt=engine.prompt_from_messages([{"role": "user", "content": "hi"}]),
         max_new_tokens=8,

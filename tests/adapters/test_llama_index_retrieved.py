@@ -10,7 +10,7 @@ from engines import is_stored
 from llama_index.core import Document, PromptTemplate, VectorStoreIndex, get_response_synthesizer
 from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.embeddings import MockEmbedding
-from llama_index.core.evaluation import RelevancyEvaluator
+from llama_index.core.evaluation import ContextRelevancyEvaluator, FaithfulnessEvaluator, RelevancyEvaluator
 from llama_index.core.indices.base import BaseIndex
 from llama_index.core.node_parser import SentenceSplitter, SentenceWindowNodeParser
 from llama_index.core.postprocessor import MetadataReplacementPostProcessor
@@ -98,13 +98,33 @@ def test_learning_can_be_switched_off(engine: CacheTune) -> None:
     assert (report_of(llm).retrieved, report_of(llm).found_share) == (sum(map(len, TEXTS)), 0)
 
 
-def test_nodes_that_belong_to_no_document_are_not_learned(engine: CacheTune, llm: CacheTuneLLM) -> None:
+@pytest.mark.parametrize("make", [get_response_synthesizer, CacheTuneSynthesizer])
+def test_nodes_that_belong_to_no_document_are_not_learned(engine: CacheTune, llm: CacheTuneLLM, make: Any) -> None:
     """A sub-question engine makes nodes of answers: deleting a document would never reach them."""
-    synthesizer = get_response_synthesizer(llm=llm)
-    synthesizer.synthesize(QUESTION, [NodeWithScore(node=TextNode(text=TEXTS[0]))])
+    node = TextNode(text=TEXTS[0])
+    make(llm=llm).synthesize(QUESTION, [NodeWithScore(node=node)])
     engine.flush()
     assert engine.documents() == []
+    assert list(engine.store.texts(namespace=engine.namespace)) == []
     assert report_of(llm).retrieved == len(TEXTS[0])
+    KVPrecompute(engine)([node])
+    make(llm=llm).synthesize(QUESTION, [NodeWithScore(node=node)])
+    check_all_found(report_of(llm), TEXTS[:1])
+
+
+@pytest.mark.parametrize("evaluator", [FaithfulnessEvaluator, RelevancyEvaluator, ContextRelevancyEvaluator])
+async def test_what_an_evaluator_judges_is_not_learned(engine: CacheTune, llm: CacheTuneLLM, evaluator: Any) -> None:
+    """It puts the contexts into an index of its own, under document ids that nobody will delete."""
+    await evaluator(llm=llm).aevaluate(query=QUESTION, response="214", contexts=TEXTS)
+    assert report_of(llm).retrieved == sum(map(len, TEXTS))
+    engine.flush()
+    assert engine.documents() == []
+    assert list(engine.store.texts(namespace=engine.namespace)) == []
+    await index_of().as_query_engine(llm=llm, similarity_top_k=3).aquery(QUESTION)
+    engine.flush()
+    await evaluator(llm=llm).aevaluate(query=QUESTION, response="214", contexts=TEXTS)
+    check_all_found(report_of(llm))
+    assert {info.id for info in engine.documents()} == {"d0", "d1", "d2"}
 
 
 def test_a_retriever_of_ones_own_is_told(engine: CacheTune, llm: CacheTuneLLM) -> None:
@@ -144,6 +164,16 @@ async def test_a_streams_report_comes_with_its_end(engine: CacheTune, llm: Cache
     assert len(aresponse.metadata["cachetune_reports"]) == 1
 
 
+async def test_a_chat_engines_stream_has_its_reports(engine: CacheTune, llm: CacheTuneLLM) -> None:
+    chat_engine = index_of().as_chat_engine(chat_mode="context", llm=llm, similarity_top_k=2)
+    response: Any = chat_engine.stream_chat(QUESTION)
+    assert "".join(response.response_gen)
+    assert response.metadata["cachetune_reports"] == [report_of(llm).as_dict()]
+    aresponse: Any = await chat_engine.astream_chat(QUESTION)
+    assert "".join([piece async for piece in aresponse.async_response_gen()])
+    assert len(aresponse.metadata["cachetune_reports"]) == 1
+
+
 def test_sentence_windows(engine: CacheTune, llm: CacheTuneLLM) -> None:
     """What is shown is what is stored, once."""
     kv = KVPrecompute(engine, shown=lambda node: node.metadata["window"])
@@ -156,7 +186,7 @@ def test_sentence_windows(engine: CacheTune, llm: CacheTuneLLM) -> None:
     assert kv.last_summary.chunks == 7
     response = index.as_query_engine(
         llm=llm,
-        similarity_top_k=2,
+        similarity_top_k=1,
         node_postprocessors=[MetadataReplacementPostProcessor(target_metadata_key="window")],
     ).query(QUESTION)
     check_all_found(report_of(llm), [n.node.get_content().strip() for n in response.source_nodes])
@@ -170,7 +200,9 @@ def test_function_mappings_see_what_they_map(engine: CacheTune, llm: CacheTuneLL
         return "\n".join(f"> {line}" for line in values["context_str"].split("\n"))
 
     template = PromptTemplate("{context_str}\n{query_str}", function_mappings={"context_str": quoted})
-    nodes = [NodeWithScore(node=TextNode(text=text)) for text in TEXTS]
+    nodes = [NodeWithScore(node=node) for node in index_of().docstore.docs.values()]
+    for item in nodes:
+        item.node.metadata = {}
     CacheTuneSynthesizer(llm, text_qa_template=template).synthesize(QUESTION, nodes)
     assert seen == ["\n\n".join(TEXTS)]
     assert report_of(llm).missed == sum(map(len, TEXTS)), "the nodes' texts stand in what it made of them"

@@ -35,10 +35,10 @@ def with_body_apart(text: str, node: BaseNode | None) -> list[Segment]:
 
     Args:
         text: what the prompt shows of the node.
-        node: the node; None if it isn't known: then all is plain text, in which stored chunks are found, for what is stored
-            has to belong to a document.
+        node: the node; None if it isn't known. Then, and if it has no source document, all is plain text, in which stored chunks
+            are found: what is stored has to belong to a document that can be deleted.
     """
-    if node is None:
+    if node is None or node.ref_doc_id is None:
         return [Text(text)]
     shown = body(node)
     start = text.rfind(shown) if shown else -1
@@ -48,7 +48,7 @@ def with_body_apart(text: str, node: BaseNode | None) -> list[Segment]:
     if not shown:
         return [Text(text)]
     before, after = text[:start], text[start + len(shown) :]
-    parts: list[Segment] = [Text(before), Chunk(shown, document_of(node)), Text(after)]
+    parts: list[Segment] = [Text(before), Chunk(shown, node.ref_doc_id), Text(after)]
     return [part for part in parts if part.text]
 
 

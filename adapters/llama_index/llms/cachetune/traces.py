@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import inspect
 import threading
+import weakref
 from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+from llama_index.core.base.base_query_engine import BaseQueryEngine
 from llama_index.core.base.response.schema import (
     AsyncStreamingResponse,
     PydanticResponse,
@@ -22,7 +24,8 @@ from llama_index.core.base.response.schema import (
     StreamingResponse,
 )
 from llama_index.core.bridge.pydantic import PrivateAttr
-from llama_index.core.chat_engine.types import AgentChatResponse
+from llama_index.core.chat_engine.types import AgentChatResponse, StreamingAgentChatResponse
+from llama_index.core.evaluation import BaseEvaluator
 from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.instrumentation.span import BaseSpan
 from llama_index.core.instrumentation.span_handlers import BaseSpanHandler
@@ -55,6 +58,7 @@ class Trace:
         reports: reports of the requests within it; a list that grows as streams end.
         requests: how many requests were begun within it.
         deletions: what was deleted within it, in the span that is the run of an ingestion pipeline.
+        judged: it is the query of an evaluator, whose documents are made for this query and known to no index.
     """
 
     parent: Trace | None = None
@@ -62,6 +66,7 @@ class Trace:
     reports: list[dict[str, Any]] = field(default_factory=list)
     requests: int = 0
     deletions: Deletions | None = None
+    judged: bool = False
 
     def around(self) -> Iterator[Trace]:
         """This span and those around it, the innermost first."""
@@ -80,9 +85,13 @@ class Trace:
         """Nodes were retrieved, or are going to be shown. Their texts are taken now: the framework changes nodes in place."""
         if isinstance(nodes, Sequence) and not isinstance(nodes, str):
             found = chunks_of(item for item in nodes if isinstance(item, NodeWithScore))
+            if any(span.judged for span in self.around()):
+                found = [Chunk(chunk.text) for chunk in found]  # of no document, so that it isn't learned
             for span in self.around():
                 for chunk in found:
-                    span.retrieved.setdefault(chunk.text, chunk)
+                    known = span.retrieved.get(chunk.text)
+                    if known is None or known.document is None:
+                        span.retrieved[chunk.text] = chunk
 
     @property
     def ingestion(self) -> Deletions | None:
@@ -104,6 +113,7 @@ class Traces(BaseSpanHandler[BaseSpan]):
     """The open spans of this process. One instance, `TRACES`, serves all models."""
 
     _open: dict[str, Trace] = PrivateAttr(default_factory=dict)
+    _left: weakref.WeakValueDictionary[str, Trace] = PrivateAttr(default_factory=weakref.WeakValueDictionary)
     _guard: Any = PrivateAttr(default_factory=threading.Lock)
 
     def install(self) -> None:
@@ -115,7 +125,7 @@ class Traces(BaseSpanHandler[BaseSpan]):
 
     def current(self) -> Trace:
         """The span that runs here; one of its own where none does."""
-        return self._open.get(active_span_id.get() or "") or Trace(_STREAM.get())
+        return self._span(active_span_id.get()) or Trace(_STREAM.get())
 
     # -- what the dispatcher calls: a handler that fails is passed over, so nothing here may ----------------------
 
@@ -129,11 +139,12 @@ class Traces(BaseSpanHandler[BaseSpan]):
         **kwargs: Any,
     ) -> None:
         """A span begins."""
-        trace = Trace(self._open.get(parent_id or "") or _STREAM.get())
+        trace = Trace(self._span(parent_id) or _STREAM.get())
         if isinstance(instance, BaseSynthesizer):
             trace.holds(bound_args.arguments.get("nodes"))
         if isinstance(instance, IngestionPipeline):
             trace.deletions = Deletions()
+        trace.judged = isinstance(instance, BaseQueryEngine) and _is_evaluation()
         self._open[id_] = trace
 
     def span_exit(
@@ -160,6 +171,10 @@ class Traces(BaseSpanHandler[BaseSpan]):
         streams = isinstance(result, StreamingResponse | AsyncStreamingResponse)
         if isinstance(result, _RESPONSES) and (trace.requests or streams):
             result.metadata = {**(result.metadata or {}), REPORTS: trace.reports}
+        elif isinstance(result, StreamingAgentChatResponse):  # the one response that has no such field of its own
+            result.__dict__["metadata"] = {REPORTS: trace.reports}
+            # It is answered in a task of its own, behind this span.
+            result.__dict__["cachetune_trace"] = self._left[id_] = trace
 
     def span_drop(
         self,
@@ -174,6 +189,9 @@ class Traces(BaseSpanHandler[BaseSpan]):
         if trace is not None and trace.deletions is not None:
             trace.deletions.settle()
 
+    def _span(self, id: str | None) -> Trace | None:
+        return self._open.get(id or "") or self._left.get(id or "")
+
     def new_span(self, *args: Any, **kwargs: Any) -> None:
         """Not used: spans are kept by `span_enter`."""
 
@@ -182,6 +200,20 @@ class Traces(BaseSpanHandler[BaseSpan]):
 
     def prepare_to_drop_span(self, *args: Any, **kwargs: Any) -> None:
         """Not used: spans are kept by `span_enter`."""
+
+
+def _is_evaluation() -> bool:
+    """Whether an evaluator's own code asks here.
+
+    Evaluators put the contexts that they judge into an index that lives for one query, under document ids that nobody will ever
+    delete. They open no span, so it is the stack that tells.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name in ("evaluate", "aevaluate") and isinstance(frame.f_locals.get("self"), BaseEvaluator):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _resumed(pieces: Generator[Any, None, None], trace: Trace) -> Generator[Any, None, None]:
