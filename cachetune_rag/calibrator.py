@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
+from cachetune_rag.arguments import check_callback
 from cachetune_rag.calibration import Calibration, RatioFigures, choose
 from cachetune_rag.config import ReuseConfig, resolve
 from cachetune_rag.decoding import decode, prepare
@@ -30,6 +32,7 @@ BOUNDS = {"kl": 0.05, "top1": 0.95}
 """Bounds where none is given: nats a token, and share of tokens. A choice, not a finding."""
 MAX_TOKENS = 1024
 
+_LARGEST = sys.float_info.max
 _NO_RATIO = ("all", "none")
 _log = logging.getLogger(__name__)
 
@@ -81,19 +84,24 @@ class CalibrationPlan:
         selector = resolve(selector, 0).selector
         if selector in _NO_RATIO:
             raise ConfigError(f"selector {selector!r} goes by no ratio, so there is none to find: use another.")
-        if measure not in BOUNDS:
-            raise ConfigError(f"measure is {measure!r}: use 'kl' or 'top1'.")
+        if not isinstance(measure, str) or measure not in BOUNDS:
+            raise ConfigError(f"measure is {measure!r:.80}: use 'kl' or 'top1'.")
         bound = BOUNDS[measure] if bound is None else bound
         most = math.inf if measure == "kl" else 1.0
-        if not _is_number(bound) or not 0 <= bound <= most or math.isinf(bound):
+        if not _is_number(bound) or not 0 <= bound <= most or bound > _LARGEST:
             allowed = "nats a token, at least 0" if measure == "kl" else "a share of tokens from 0 to 1"
             raise ConfigError(f"bound is {bound!r} for measure {measure!r}: use {allowed}.")
         if quantile is not None and not (_is_number(quantile) and 0 < quantile <= 1):
             raise ConfigError(
                 f"quantile is {quantile!r}: use a share of the samples above 0, up to 1, or None (the mean)."
             )
-        if "auto" in ratios or not len(ratios):
-            raise ConfigError(f"ratios is {ratios!r}: use a list of at least one number from 0 to 1.")
+        if (
+            isinstance(ratios, str | bytes | bytearray | Mapping)
+            or not isinstance(ratios, Sequence)
+            or "auto" in ratios
+            or not ratios
+        ):
+            raise ConfigError(f"ratios is {ratios!r:.80}: use a list of at least one number from 0 to 1.")
         checked = sorted({resolve(selector, ratio).ratio for ratio in ratios})
         if isinstance(tokens, bool) or not isinstance(tokens, int) or not 1 <= tokens <= MAX_TOKENS:
             raise ConfigError(f"tokens is {tokens!r}: use an int from 1 to {MAX_TOKENS}.")
@@ -109,6 +117,7 @@ class Calibrator:
         plan: CalibrationPlan,
         progress: Callable[[CalibrationProgress], None] | None = None,
     ):
+        check_callback(progress, "progress")
         self._engine, self._plan, self._progress = engine, plan, progress
 
     def run(self, samples: Iterable[Any]) -> Calibration:
@@ -240,4 +249,4 @@ def _statistic(values: Sequence[float], quantile: float | None) -> float:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +58,6 @@ def resolve(selector: Any, ratio: Any, auto: ReuseConfig = AUTO) -> ReuseConfig:
     get_selector(selector)
     if isinstance(ratio, str) and ratio == "auto":
         return ReuseConfig(selector, auto.ratio, tunable=True)
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not math.isfinite(ratio) or not 0 <= ratio <= 1:
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
         raise ConfigError(f"ratio is {ratio!r}: use 'auto' or a number from 0 (recompute nothing) to 1 (everything).")
     return ReuseConfig(selector, float(ratio))

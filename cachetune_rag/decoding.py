@@ -282,7 +282,7 @@ def _ask_generate(model: Any, **arguments: Any) -> tuple[LogitsProcessorList, St
             f"the generation settings ask for {mode.replace('_', ' ')}, which can't run on a reused cache: use greedy "
             "decoding or sampling (num_beams=1, and no assistant, lookup or contrastive settings)."
         )
-    for name in ("num_return_sequences", "guidance_scale", "token_healing"):
+    for name in ("num_return_sequences", "guidance_scale", "token_healing", "is_assistant"):
         value = getattr(config, name, None)
         if value is not None and value not in (1, False):
             raise ConfigError(f"{name} is {value!r} in the generation settings: leave it out ({REFUSED[name]}).")

@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from cachetune_rag.answer import Answer, AnswerStream
+from cachetune_rag.arguments import check_flag, check_wait
 from cachetune_rag.assembly import PrefillState
 from cachetune_rag.calibration import Calibration
 from cachetune_rag.calibrator import RATIOS, CalibrationPlan, CalibrationProgress, Calibrator
 from cachetune_rag.config import resolve
 from cachetune_rag.documents import Document, check_id
+from cachetune_rag.errors import ConfigError
 from cachetune_rag.parts import EngineParts
 from cachetune_rag.pipeline.device import warm_up as warm_up_loading
 from cachetune_rag.pipeline.prefetch import Prefetch
@@ -106,6 +108,7 @@ class CacheTune(EngineParts):
         """
         self._check_open()
         check_id(document_id)
+        check_flag(missing_ok, "missing_ok")
         self._missed.forget(document_id)
         try:
             return self.store.delete_document(document_id, tenant=self.namespace.tenant)
@@ -241,6 +244,7 @@ class CacheTune(EngineParts):
         """
         self._check_open()
         started = time.perf_counter()
+        check_flag(reuse, "reuse")
         config = self._requests.config(selector, ratio)
         template_arguments, sampling = self._requests.split(sampling)
         return self._requests.stream(
@@ -335,9 +339,22 @@ class CacheTune(EngineParts):
             selector: which selector requests will use.
 
         Raises:
-            ConfigError: there is no such selector.
+            ConfigError: there is no such selector, or a number of tokens is none.
         """
         self._check_open()
+        if (
+            isinstance(computed_tokens, bool)
+            or not isinstance(computed_tokens, int)
+            or not 0 < computed_tokens < 1 << 31
+        ):
+            raise ConfigError(
+                f"computed_tokens is {computed_tokens!r:.80}: use a number of tokens, an int of at least 1."
+            )
+        sequence = isinstance(prompt_lengths, Sequence) and not isinstance(prompt_lengths, str | bytes)
+        if not sequence or not all(type(length) is int and 0 < length < 1 << 31 for length in prompt_lengths):
+            raise ConfigError(
+                f"prompt_lengths is {prompt_lengths!r:.80}: use a list of numbers of tokens, ints of at least 1; [] for none."
+            )
         with self._lock.reserved(), self._lock:
             chosen = get_selector(resolve(selector, 0).selector)
             # Of chunks that aren't a mean over lead-ins no deviations are known: what is looked at is the attention alone.
@@ -441,6 +458,7 @@ class CacheTune(EngineParts):
         seconds. Until then a request for it computes it itself. `close()` waits for it as well.
         """
         self._check_open()
+        check_wait(timeout)
         return self._missed.wait(timeout)
 
     def model_changed(self) -> bool:

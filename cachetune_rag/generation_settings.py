@@ -31,6 +31,12 @@ _IDS = (
 _SAMPLING = {"temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
 """Settings that do nothing in greedy decoding."""
 
+_FLAGS = (
+    "do_sample", "renormalize_logits", "remove_invalid_values", "use_cache", "low_memory", "output_scores", "output_logits",
+    "output_attentions", "output_hidden_states", "return_dict_in_generate", "disable_compile", "is_assistant",
+)  # fmt: skip
+"""Settings that are on or off. Any text would count as on, "no" too."""
+
 _RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     ("temperature", "a number from 0 (greedy decoding) upwards", lambda value: 0 <= value < math.inf),
     ("top_p", "a number above 0, up to 1", lambda value: 0 < value <= 1),
@@ -44,6 +50,7 @@ _RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
 """Settings that are checked here, since transformers' own error says little, or it accepts nonsense."""
 
 REFUSED = {
+    "is_assistant": "an answer is decoded by one model",
     "max_length": "use max_new_tokens, which does not count the prompt",
     "stop_strings": "use stop",
     "num_return_sequences": "a request has one answer; ask again, with another seed",
@@ -81,6 +88,8 @@ def check_ids(settings: Mapping[str, Any], vocabulary: int) -> None:
     """Refuse token ids that the model doesn't know."""
     for name in _IDS:
         value = settings.get(name)
+        if isinstance(value, set | frozenset) or (isinstance(value, Mapping) and name != "sequence_bias"):
+            raise ConfigError(f"{name} is {value!r:.80}: use token ids of this model, an int or a list of them.")
         for found in () if value is None else _leaves(value):
             if isinstance(found, float) and name == "sequence_bias":
                 continue
@@ -90,13 +99,13 @@ def check_ids(settings: Mapping[str, Any], vocabulary: int) -> None:
                 )
 
 
-def _leaves(value: Any) -> Iterator[Any]:
-    """What stands inside of nested lists, tensors and dicts of ids."""
+def _leaves(value: Any, depth: int = 5) -> Iterator[Any]:
+    """What stands inside of nested lists, tensors and dicts of ids; what is nested deeper than any setting is no id."""
     if isinstance(value, Tensor):
         value = value.tolist()
-    if isinstance(value, list | tuple | set | frozenset | Mapping):
+    if depth and isinstance(value, list | tuple | set | frozenset | Mapping):
         for inner in value:
-            yield from _leaves(inner)
+            yield from _leaves(inner, depth - 1)
     else:
         yield value
 
@@ -123,6 +132,12 @@ def is_setting(name: str) -> bool:
     return name in _known() or name in ("seed", "logits_processor", "stopping_criteria")
 
 
+def nearest(name: str, *further: Iterable[str]) -> str:
+    """What somebody may have meant who wrote `name`: a generation setting, or one of these other names."""
+    names = (_known() - set(REFUSED)).union(("seed", "logits_processor", "stopping_criteria"), *further)
+    return hint(name, names, "see transformers' GenerationConfig for those there are.")
+
+
 def check_names(settings: dict[str, Any]) -> None:
     """Refuse settings that there aren't, or that an answer can't have.
 
@@ -134,8 +149,7 @@ def check_names(settings: dict[str, Any]) -> None:
         if name in REFUSED:
             raise ConfigError(f"{name}={settings[name]!r} is no setting of an answer: {REFUSED[name]}.")
         if name not in known:
-            advice = hint(name, known, "see transformers' GenerationConfig for those there are.")
-            raise ConfigError(f"{name!r} is no generation setting: {advice}")
+            raise ConfigError(f"{name!r} is no generation setting: {nearest(name)}")
 
 
 def given_settings(config: Any) -> dict[str, Any]:
@@ -153,6 +167,9 @@ def settle(settings: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
         value = settings.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not fits(value)):
             raise ConfigError(f"{name} is {value!r}: use {allowed}.")
+    for name in _FLAGS:
+        if not isinstance(settings.get(name), bool | None):
+            raise ConfigError(f"{name} is {settings[name]!r:.80}: use True or False.")
     settings = dict(settings)
     if settings.get("temperature") == 0:
         if settings.get("do_sample"):

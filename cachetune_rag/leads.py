@@ -320,7 +320,11 @@ def given_lead_ins(
     several = isinstance(lead_in, Sequence) and bool(lead_in) and all(isinstance(lead, Sequence) for lead in lead_in)
     leads: Any = lead_in if several and not isinstance(lead_in, str) else [lead_in]
     for lead in leads:
-        if isinstance(lead, str) or not isinstance(lead, Sequence) or not all(_is_id(i, vocabulary) for i in lead):
+        if (
+            isinstance(lead, str | bytes | bytearray)
+            or not isinstance(lead, Sequence)
+            or not all(_is_id(i, vocabulary) for i in lead)
+        ):
             raise ConfigError(
                 f"lead_in is {lead_in!r:.120}: use 'auto', 'first_token', a list of token ids from 0 to {vocabulary - 1}, or a "
                 "list of such lists."

@@ -27,6 +27,11 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if not isinstance(source, str | os.PathLike) or not os.fspath(source):
+        raise ConfigError(f"model is {source!r:.80}: use a folder made by save_pretrained, or a hub id.")
+    for value, name in ((gguf_file, "gguf_file"), (revision, "revision")):
+        if value is not None and (not isinstance(value, str) or not value):
+            raise ConfigError(f"{name} is {value!r:.80}: use a string, or None.")
     place = resolve_device(device)
     extra: dict[str, Any] = {} if revision is None else {"revision": revision}
     if gguf_file is not None:
@@ -90,6 +95,8 @@ def check_vocabulary(model: Any, tokenizer: Any) -> None:
 
 def resolve_device(device: str) -> torch.device:
     """ "auto" is a GPU if there is one."""
+    if not isinstance(device, str | torch.device):
+        raise ConfigError(f"device is {device!r:.80}: use 'auto', 'cpu', 'cuda' or 'cuda:<number>'.")
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -107,6 +114,8 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     """ "auto" is the checkpoint's dtype on a GPU and float32 on a CPU, where half types are several times slower."""
     if isinstance(dtype, torch.dtype):
         return dtype
+    if not isinstance(dtype, str):
+        raise ConfigError(f"dtype is {dtype!r:.80}: use 'auto', 'float32', 'bfloat16' or 'float16'.")
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
     named = getattr(torch, dtype, None)

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from cachetune_rag.arguments import check_flag
 from cachetune_rag.errors import PromptError
 from cachetune_rag.found_watch import FoundWatch
 from cachetune_rag.prompt import Chunk, Prompt, PromptBuilder, Segment
 from cachetune_rag.recognition import StoreRecognizer
 from cachetune_rag.retrieved import Content, Retrieved
+from cachetune_rag.segments import checked_segments
 
 
 class PlainPrompts:
@@ -28,6 +30,8 @@ class PlainPrompts:
     def from_text(self, text: Content, *, recognise: bool, retrieved: Sequence[str | Chunk]) -> Prompt:
         """See `CacheTune.prompt_from_text`."""
         told = self._tokens(retrieved)
+        check_flag(recognise, "recognise")
+        text = text if isinstance(text, str) else list(checked_segments(text, "text"))
         if not recognise:
             return replace(self._prompts.build_text([text] if isinstance(text, str) else text), retrieved=told)
         segments = Retrieved(retrieved, self._recognizer.segments).segments(text)
@@ -39,10 +43,14 @@ class PlainPrompts:
     ) -> Prompt:
         """See `CacheTune.prompt_from_messages`; `layout` goes to `PromptBuilder.build_messages`."""
         told = self._tokens(retrieved)
+        check_flag(recognise, "recognise")
         if not recognise:
             return replace(self._prompts.build_messages(messages, **layout), retrieved=told)
         chunks = Retrieved(retrieved, self._recognizer.segments)
-        found = [_with_content(message, chunks) for message in messages]
+        given: object = messages
+        if not isinstance(given, Sequence) or not all(isinstance(message, Mapping) for message in given):
+            return self._prompts.build_messages(messages, **layout)  # which refuses it
+        found = [_with_content(message, chunks, f"messages[{i}].content") for i, message in enumerate(messages)]
         prompt = replace(self._prompts.build_messages(found, **layout), retrieved=told)
         contents = [message.get("content") or () for message in found]
         segments = [part for each in contents for part in ([each] if isinstance(each, str) else each)]
@@ -64,7 +72,10 @@ class PlainPrompts:
         return sum(len(self._prompts.encode(text)) for text in texts)
 
 
-def _with_content(message: Mapping[str, Any], chunks: Retrieved) -> Mapping[str, Any]:
+def _with_content(message: Mapping[str, Any], chunks: Retrieved, name: str) -> Mapping[str, Any]:
     """A message with its chunks found. What is no message is left for the prompt's builder to refuse."""
     content = message.get("content") if isinstance(message, Mapping) else None
-    return {**message, "content": chunks.segments(content)} if isinstance(content, Sequence) else message
+    if not isinstance(content, Sequence):
+        return message
+    checked = content if isinstance(content, str) else list(checked_segments(content, name))
+    return {**message, "content": chunks.segments(checked)}

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from cachetune_rag.arguments import check_callback, check_flag
 from cachetune_rag.deadline import Call, call_directly
 from cachetune_rag.documents import Document
 from cachetune_rag.errors import ConfigError, ModelChangedError, PromptTooLongError
@@ -166,7 +167,11 @@ class Precomputer:
             progress: told how far it is.
             replace_documents: False: a document of an id that is known keeps the chunks that it holds, and gets these as well.
         """
-        if isinstance(documents, Mapping) or not isinstance(documents, Iterable):
+        check_flag(replace_documents, "replace")
+        check_callback(progress, "progress")
+        if isinstance(documents, Mapping | bytes | bytearray | memoryview | range) or not isinstance(
+            documents, Iterable
+        ):
             raise ConfigError(
                 f"documents is a {type(documents).__name__}: use a list of Documents or strings, or one of them."
             )

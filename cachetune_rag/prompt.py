@@ -186,6 +186,8 @@ class PromptBuilder:
             raise ConfigError(
                 f"chat_template_kwargs is {defaults!r:.80}: use a dict, such as {{'enable_thinking': False}}."
             )
+        if odd := [name for name in defaults or () if not isinstance(name, str)]:
+            raise ConfigError(f"chat_template_kwargs has the key {odd[0]!r:.80}: use names of variables, strings.")
         if not getattr(self._content.tokenizer, "chat_template", None):
             if defaults:
                 raise ConfigError(

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 def generate_many(engine: CacheTune, requests: Iterable[Any], options: Mapping[str, Any]) -> Iterator[Answer]:
     """See `CacheTune.generate_many`."""
-    if isinstance(requests, str | Mapping | Prompt) or not hasattr(type(requests), "__iter__"):
+    if isinstance(requests, str | bytes | Mapping | Prompt) or not isinstance(requests, Iterable):
         raise ConfigError(
-            f"requests is {requests!r:.60}, a {type(requests).__name__}: use a list (or another iterable) of dicts of arguments of "
+            f"requests is {requests!r:.80}, a {type(requests).__name__}: use a list (or another iterable) of dicts of arguments of "
             "generate, or of Prompts."
         )
     return _answers(engine, iter(requests), options)

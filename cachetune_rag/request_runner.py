@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -17,7 +16,7 @@ from cachetune_rag.assembly import PrefillState
 from cachetune_rag.config import ReuseConfig, resolve
 from cachetune_rag.decoding import check_finite, prepare
 from cachetune_rag.errors import ConfigError, PromptError, PromptTooLongError
-from cachetune_rag.generation_settings import is_setting
+from cachetune_rag.generation_settings import is_setting, nearest
 from cachetune_rag.model.neutral import neutrally
 from cachetune_rag.pipeline.prefetch import Prefetch
 from cachetune_rag.report import Report
@@ -27,6 +26,12 @@ from cachetune_store import ChunkKey, make_key
 
 if TYPE_CHECKING:
     from cachetune_rag.parts import EngineParts
+
+
+_ARGUMENTS = (
+    "query", "chunks", "prefix", "prompt", "ratio", "selector", "reuse", "max_new_tokens", "stop", "generation_config",
+)  # fmt: skip
+"""What a request takes by name besides generation settings and variables of the chat template."""
 
 
 class RequestRunner:
@@ -44,13 +49,14 @@ class RequestRunner:
         """What of a request's further arguments the chat template uses, and the rest, which are generation settings.
 
         Raises:
-            ConfigError: a name is neither, and near to one that the template uses.
+            ConfigError: a name is neither; the message names the nearest that there is, of the request's own arguments too.
         """
         names = self._engine.prompts.argument_names
         for name in arguments:
-            if name not in names and not is_setting(name) and (near := difflib.get_close_matches(name, names, 1, 0.75)):
+            if name not in names and not is_setting(name):
                 raise ConfigError(
-                    f"{name!r} is neither a generation setting nor a variable of the chat template: did you mean {near[0]!r}?"
+                    f"{name!r} is no generation setting, no argument of a request and no variable of the chat template: "
+                    f"{nearest(name, _ARGUMENTS, names)}"
                 )
         mine = {name: value for name, value in arguments.items() if name in names}
         return mine, {name: value for name, value in arguments.items() if name not in names}

@@ -20,6 +20,10 @@ def prompts_of(engine: CacheTune, samples: Iterable[Any]) -> list[Prompt]:
     Raises:
         ConfigError, PromptError: there is none, or one of them can't be used; the message says which and why.
     """
+    if isinstance(samples, str | bytes | Mapping) or not isinstance(samples, Iterable):
+        raise ConfigError(
+            f"samples is {samples!r:.80}, a {type(samples).__name__}: use a list of dicts with query and chunks, or of Prompts."
+        )
     prompts = [_prompt(engine, number, sample) for number, sample in enumerate(samples, start=1)]
     if not prompts:
         raise ConfigError("there are no samples: give some of your own prompts (10 to 50 are a good number).")

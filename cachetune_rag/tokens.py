@@ -44,6 +44,10 @@ class ContentTokenizer:
     """
 
     def __init__(self, tokenizer: Any):
+        if not hasattr(tokenizer, "encode"):
+            raise UnsupportedModelError(
+                f"tokenizer is {tokenizer!r:.80}, which can't encode text: load one with transformers.AutoTokenizer."
+            )
         self.tokenizer = private_copy(tokenizer)
         self._lock = threading.Lock()
         self._known: OrderedDict[tuple[str, str], tuple[int, ...]] = OrderedDict()

@@ -84,7 +84,7 @@ def test_defaults_that_the_template_doesnt_use_are_refused(template: Any, kwargs
 
 
 def test_other_arguments_are_refused_with_the_nearest_name(engine: CacheTune) -> None:
-    with pytest.raises(ConfigError, match=r"'enable_thinkin' is neither .* did you mean 'enable_thinking'"):
+    with pytest.raises(ConfigError, match=r"'enable_thinkin' is no .* did you mean 'enable_thinking'"):
         engine.generate("q", enable_thinkin=False)
     with pytest.raises(ConfigError, match="did you mean 'temperature'"):
         engine.generate("q", temperatur=0.5)

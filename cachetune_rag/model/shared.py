@@ -12,6 +12,7 @@ import threading
 from typing import Any
 from weakref import WeakValueDictionary
 
+from cachetune_rag.arguments import check_flag
 from cachetune_rag.errors import ModelChangedError
 from cachetune_rag.model import families
 from cachetune_rag.model.adapter import ModelAdapter
@@ -57,6 +58,7 @@ class SharedModel:
         Raises:
             UnsupportedModelError: the architecture can't be served exactly; the message says why.
         """
+        check_flag(cuda_kernels, "cuda_kernels")
         with self.lock, neutral():
             if cuda_kernels not in self._adapters:
                 self._adapters[cuda_kernels] = ModelAdapter(self.model, cuda_kernels=cuda_kernels)

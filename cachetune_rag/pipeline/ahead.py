@@ -15,6 +15,7 @@ from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from functools import partial
 
+from cachetune_rag.arguments import check_wait
 from cachetune_rag.workers import Job, Workers
 from cachetune_store import ChunkKey, ChunkReader, ChunkStore, StoreError
 
@@ -41,6 +42,7 @@ class Prefetch:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until it has ended, at most `timeout` seconds; whether it has."""
+        check_wait(timeout)
         end = None if timeout is None else time.monotonic() + timeout
         # More may be added meanwhile.
         for future in self.futures:

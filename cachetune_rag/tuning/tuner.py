@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from cachetune_rag.arguments import check_callback
 from cachetune_rag.assembly import TIERS
 from cachetune_rag.config import PAPER, resolve
 from cachetune_rag.errors import ConfigError
@@ -87,7 +88,7 @@ class TuningPlan:
         if name in _NO_RATIO:
             raise ConfigError(f"selector {name!r} goes by no ratio, so there is none to find: use another.")
         for label, share in (("r_min", r_min), ("r_max", r_max)):
-            if share is not None and not _is_share(share):
+            if not _is_share(share) and not (share is None and label == "r_min"):
                 raise ConfigError(f"{label} is {share!r}: use a number from 0 to 1.")
         if r_min is not None:
             _check_order(r_min, r_max)
@@ -122,6 +123,7 @@ class Tuner:
             raise ConfigError("the store has no host_budget and no folder, so no chunk is kept: give it one of both.")
         if plan.tier != "auto" and plan.tier not in there:
             raise ConfigError(f"tier is {plan.tier!r}: use 'auto' or a tier that this store has ({', '.join(there)}).")
+        check_callback(progress, "progress")
         self._tiers = there if plan.tier == "auto" else (plan.tier,)
         self._selector = plan.selector
         calibrated = engine.calibrated_ratio(self._selector)

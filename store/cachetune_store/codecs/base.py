@@ -78,8 +78,8 @@ def get_codec(name: str) -> Codec:
     """
     try:
         return _CODECS[name]
-    except KeyError:
-        raise UnknownCodecError(f"unknown codec {name!r}; registered: {', '.join(codec_names())}") from None
+    except (KeyError, TypeError):  # TypeError: nothing that could be a name
+        raise UnknownCodecError(f"unknown codec {name!r:.80}; registered: {', '.join(codec_names())}") from None
 
 
 def codec_names() -> tuple[str, ...]:

@@ -1,0 +1,41 @@
+"""What several public methods take, checked where it comes in: flags, callbacks, and seconds to wait."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from cachetune_rag.errors import ConfigError
+
+
+def check_flag(value: Any, name: str) -> None:
+    """Refuse what is neither True nor False: any text would count as True, "no" and "false" too.
+
+    Raises:
+        ConfigError: says so.
+    """
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} is {value!r:.80}: use True or False.")
+
+
+def check_callback(value: Any, name: str) -> None:
+    """Refuse what can't be called and isn't None.
+
+    Raises:
+        ConfigError: says so.
+    """
+    if value is not None and not callable(value):
+        raise ConfigError(f"{name} is {value!r:.80}, which can't be called: use a function of one argument, or None.")
+
+
+def check_wait(seconds: Any, name: str = "timeout") -> None:
+    """Refuse what nobody can wait for.
+
+    Raises:
+        ConfigError: it is neither None nor a number of seconds of at least 0.
+    """
+    if seconds is None:
+        return
+    fits = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    if not fits or not 0 <= seconds <= threading.TIMEOUT_MAX:
+        raise ConfigError(f"{name} is {seconds!r:.80}: use seconds, from 0 upwards, or None to wait until it is done.")

@@ -1,0 +1,68 @@
+"""Values that nobody should hand to anything, and what comes of handing them over."""
+
+from __future__ import annotations
+
+import math
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from cachetune_rag import CacheTuneError, StoreError
+
+
+class Awkward:
+    """An object that is nothing of what is asked for."""
+
+    def __repr__(self) -> str:
+        return "<awkward>"
+
+
+def _generator() -> Iterator[object]:
+    yield None
+
+
+def nested(depth: int) -> list[Any]:
+    """A list in a list in a list."""
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def odd_values() -> list[Any]:
+    """Made anew each time: some of them can be used only once."""
+    return [
+        None, True, 0, -1, 3, 2**64, 10**30, 10**400, 0.5, math.nan, math.inf, -math.inf, 1e308, 1j,
+        "", "x", "auto", "\ud800", "a\0b", b"", b"b", bytearray(b"b"),
+        [], ["a"], [None], [3], [b"b"], ["\ud800"], [[]], (), {}, {"a": 1}, {3: None}, set(), {"a"}, range(2),
+        _generator(), object(), Awkward(), Awkward, lambda *args, **named: None, len, Path("x"),
+    ]  # fmt: skip
+
+
+def foreign(call: Callable[[Any], Any], values: list[Any] | None = None) -> list[str]:
+    """What `call` raises for odd values that is no error of this project, one line each."""
+    found = []
+    for value in odd_values() if values is None else values:
+        name = f"{value!r:.40}"
+        try:
+            call(value)
+        except (CacheTuneError, StoreError) as error:
+            if not str(error):
+                found.append(f"{name}: {type(error).__name__} without a word")
+        except Exception as error:
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            found.append(f"{name}: {type(error).__name__}: {error!s:.120} ({Path(at.filename).name}:{at.lineno})")
+    return found
+
+
+def accepted(call: Callable[[Any], Any], values: list[Any]) -> list[str]:
+    """Which of these values are taken without a word."""
+    found = []
+    for value in values:
+        try:
+            call(value)
+        except (CacheTuneError, StoreError):
+            continue
+        found.append(f"{value!r:.60}")
+    return found
