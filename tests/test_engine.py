@@ -6,6 +6,7 @@ import inspect
 import random
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import get_type_hints
 
@@ -404,8 +405,13 @@ def test_jobs_on_one_store_compute_no_chunk_twice(tmp_path: Path) -> None:
 def test_a_job_that_stands_still_is_not_waited_for_for_ever(engine: CacheTune, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cachetune_rag.precompute.PATIENCE", 0.05)
     keys = [engine._assembler.key(engine.prompts.encode(text)) for text in CHUNKS]
-    with engine.store.claim(keys[:2]):
-        summary = engine.precompute([Document("a", CHUNKS)])
+    # Claimed by another thread: a thread's own claim is refused at once.
+    with ThreadPoolExecutor(1) as other:
+        claim = other.submit(lambda: engine.store.claim(keys[:2]).__enter__()).result()
+        try:
+            summary = engine.precompute([Document("a", CHUNKS)])
+        finally:
+            other.submit(claim.__exit__, None, None, None).result()
     assert (summary.chunks, summary.skipped) == (4, 0)
 
 
