@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 from cachetune_rag.config import ReuseConfig
 from cachetune_rag.decoding import DecodingPlan, decode_text
 from cachetune_rag.errors import CacheTuneError
+from cachetune_rag.forks import this_process
 from cachetune_rag.model.neutral import each_neutrally
 from cachetune_rag.prompt import Prompt
 from cachetune_rag.report import Report
@@ -76,6 +77,7 @@ class AnswerStream:
         return self
 
     def __next__(self) -> str:
+        self._run.check_process()
         with self._run.entered():
             return next(self._pieces)
 
@@ -94,7 +96,9 @@ class AnswerStream:
         return self._run.answer
 
     def close(self) -> None:
-        """End the answer here."""
+        """End the answer here. In a process that was forked since, nothing is to be done."""
+        if not self._run.origin.here:
+            return
         with self._run.entered():
             self._run.closing = True
             self._pieces.close()
@@ -120,6 +124,7 @@ class _Run:
         report, answer: as soon as there are any.
         looked_up: called once the prompt's chunks are open.
         closing: the stream is being closed, by somebody who holds it.
+        origin: the process that the stream was made in.
     """
 
     def __init__(
@@ -127,10 +132,19 @@ class _Run:
     ):
         self._requests, self._prompt, self._config, self._plan, self._started = requests, prompt, config, plan, started
         self._reader = threading.Lock()
+        self.origin = this_process()
         self.report: Report | None = None
         self.answer: Answer | None = None
         self.looked_up: Callable[[], None] = lambda: None
         self.closing = False
+
+    def check_process(self) -> None:
+        """Refuse what comes in another process than the stream's.
+
+        Raises:
+            ForkedError: it does.
+        """
+        self.origin.check("the stream", "its engine stayed there")
 
     @contextmanager
     def entered(self) -> Iterator[None]:

@@ -57,4 +57,5 @@ class EngineClosedError(CacheTuneError, RuntimeError):
 
 
 class ForkedError(CacheTuneError, RuntimeError):
-    """The engine was made before this process was forked: it belongs to the parent."""
+    """The engine (or a stream, a prompt builder) was made before this process was forked: it belongs to the parent. Or torch can't be
+    used in this process, for a model was computing at the fork."""

@@ -22,17 +22,21 @@ class Origin:
         """Whether it is the one that runs."""
         return self is _this
 
-    def check(self) -> None:
+    def check(self, what: str = "the engine", left: str = "its threads and its store stayed there") -> None:
         """Raise where it isn't.
+
+        Args:
+            what: was made here.
+            left: what it can't do without.
 
         Raises:
             ForkedError: says what to do.
         """
         if not self.here:
             raise ForkedError(
-                f"the engine was made in process {self._pid}, which this one ({os.getpid()}) was forked off: its threads and its "
-                "store stayed there. Make an engine in each process, behind the fork: in gunicorn's post_fork, or in the app's own "
-                "start without --preload; with multiprocessing, in the child, or start it by 'spawn'."
+                f"{what} was made in process {self._pid}, which this one ({os.getpid()}) was forked off: {left}. "
+                f"Make one in each process, behind the fork: in gunicorn's post_fork, or in the app's own start "
+                "without --preload; with multiprocessing, in the child, or start it by 'spawn'."
             )
 
 

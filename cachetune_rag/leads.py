@@ -21,6 +21,7 @@ import numpy as np
 
 from cachetune_rag.deadline import Call, call_directly
 from cachetune_rag.errors import ConfigError
+from cachetune_rag.forks import this_process
 from cachetune_store import ChunkStore, Namespace, StoreError, StorePathError
 
 COUNT = 4
@@ -81,7 +82,7 @@ class LeadIns:
         self._vocabulary, self._limit, self._separator = vocabulary, limit, tuple(separator)
         self._last_read: tuple[bytes, Namespace] | None = None
         self._read_at = 0.0
-        self._lock = threading.Lock()
+        self._lock, self._origin = threading.Lock(), this_process()
         self._seen: dict[Lead, None] = {}  # different texts that were offered, too few to choose from, in order
         self._wanted: Namespace | None = None  # a choice that is made, and couldn't be written yet
         self._retry_at, self._reason = 0.0, ""
@@ -90,6 +91,7 @@ class LeadIns:
     @property
     def namespace(self) -> Namespace:
         """That of chunks stored or looked up now. It may change at any time: take it once for all keys of a request."""
+        self._origin.check()
         if not self._choose:
             return self._base
         try:
@@ -157,6 +159,7 @@ class LeadIns:
         Raises:
             StoreError: the choice can't be written.
         """
+        self._origin.check()
         with self._lock:
             now = self.namespace if indexing else self.lately
             if not self._choose or now is not self._base or (self._filled_before() and not indexing):

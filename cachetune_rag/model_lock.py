@@ -30,6 +30,12 @@ class ModelLock(type(threading.RLock())):  # type: ignore[misc]
         self._changed = threading.Condition(self._mutex)
         self._idle_since = time.monotonic()
 
+    def renew(self) -> None:
+        """In a forked process: what another thread held inside of here at the fork is free again. Whoever held the lock itself has
+        stayed in the parent, so nothing is to be run under it any more."""
+        self._mutex = threading.RLock()
+        self._changed = threading.Condition(self._mutex)
+
     @property
     def wanted(self) -> bool:
         """Whether a request has reserved the model."""

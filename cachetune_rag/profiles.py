@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cachetune_rag.deadline import Call, StoreTimeoutError, call_directly
+from cachetune_rag.forks import this_process
 from cachetune_store.files import TempFiles, explain, make_directory, write_small
 from cachetune_store.plainfiles import read_plain
 
@@ -41,7 +42,7 @@ class Profiles:
 
     def __init__(self, store: Path | None, call: Call = call_directly):
         self._store, self._call = store, call
-        self._lock = threading.Lock()
+        self._lock, self._origin = threading.Lock(), this_process()
         self._known: dict[str, str | None] = {}
 
     def save(self, kind: str, key: Mapping[str, str], content: Mapping[str, Any]) -> Path | None:
@@ -61,6 +62,7 @@ class Profiles:
             ValueError: content or key is nothing that JSON can hold, or too large.
             StoreError: the file can't be written.
         """
+        self._origin.check()
         name = _name(kind, key)
         text = json.dumps(dict(content), allow_nan=False)
         record = {"format": FORMAT, "version": VERSION, "kind": kind, "key": dict(key), "content": json.loads(text)}
@@ -81,6 +83,7 @@ class Profiles:
 
     def load(self, kind: str, key: Mapping[str, str]) -> dict[str, Any] | None:
         """What was saved under `key`, a copy; None if nothing was, or its file is damaged (which is logged)."""
+        self._origin.check()
         name = _name(kind, key)
         with self._lock:
             known, text = name in self._known, self._known.get(name)

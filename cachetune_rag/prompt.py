@@ -40,7 +40,8 @@ _PLACEHOLDER = re.compile("|".join(re.escape(name) for name in PLACEHOLDERS))
 
 
 class PromptBuilder:
-    """Builds prompts for one tokenizer. Safe to use from many threads.
+    """Builds prompts for one tokenizer. Safe to use from many threads, of one process: in a process that was forked since it was
+    made, its methods raise `ForkedError`.
 
     Args:
         tokenizer: the model's tokenizer; a copy is kept, so later changes to it have no effect.
@@ -100,6 +101,7 @@ class PromptBuilder:
 
     def split_template(self, text: str) -> list[tuple[str, bool]]:
         """Cut a developer's text into `(piece, is a control token)`; the pieces joined are the text."""
+        self._content.check_process()
         return self._content.split_template(check_text(text))
 
     def build(
@@ -116,6 +118,7 @@ class PromptBuilder:
         Raises:
             PromptError: a text is no str, or has lone surrogates; or the chat template refuses or doesn't know an argument.
         """
+        self._content.check_process()
         check_text(query, "query")
         prefix = self._instructions if prefix is None else check_text(prefix, "prefix")
         passages = given_chunks(chunks)
@@ -159,6 +162,7 @@ class PromptBuilder:
             PromptError: no chat template, one that refuses these messages, drops one or alters a chunk, or doesn't know an
                 argument; or an unusable message.
         """
+        self._content.check_process()
         if self._chat is None:
             raise PromptError(
                 "this tokenizer has no chat template, so messages have no layout: set tokenizer.chat_template, or use "
@@ -177,6 +181,7 @@ class PromptBuilder:
         Raises:
             PromptError: a segment is unusable.
         """
+        self._content.check_process()
         return self._assemble(list(numbered(checked_segments(segments, "segments"))), bos=True)
 
     # -- inside ---------------------------------------------------------------------------------------------------

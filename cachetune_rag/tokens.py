@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from cachetune_rag.errors import PromptError, UnsupportedModelError
+from cachetune_rag.forks import this_process
 
 INSIDE = "\n"
 """The usual `after`: the text goes on inside a prompt, so nothing may be put before it."""
@@ -49,6 +50,7 @@ class ContentTokenizer:
                 f"tokenizer is {tokenizer!r:.80}, which can't encode text: load one with transformers.AutoTokenizer."
             )
         self.tokenizer = private_copy(tokenizer)
+        self._origin = this_process()
         self._lock = threading.Lock()
         self._known: OrderedDict[tuple[str, str], tuple[int, ...]] = OrderedDict()
         self._known_ids = 0
@@ -86,6 +88,7 @@ class ContentTokenizer:
         Raises:
             PromptError: the text is no valid Unicode (lone surrogates), or can't be kept apart from control tokens.
         """
+        self.check_process()
         check_text(text)
         if not text:
             return ()
@@ -117,6 +120,15 @@ class ContentTokenizer:
                     continue
             ids += self._encode_piece(piece, after if not ids and after == "" else INSIDE)
         return ids
+
+    def check_process(self) -> None:
+        """Refuse what comes in a process that was forked since this was made: another thread may have held its locks at the fork, and
+        those inside of the tokenizer, for ever.
+
+        Raises:
+            ForkedError: it does.
+        """
+        self._origin.check("the prompt builder", "its tokenizer may have been in use there, and stays locked here")
 
     def encode_control(self, literal: str) -> list[int]:
         """Token ids of one control token of a template, as `split_template` gives it."""

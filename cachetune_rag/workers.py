@@ -58,6 +58,8 @@ class Job(Generic[_T]):
 
     def cancel(self) -> bool:
         """Whether the call won't be made."""
+        if not self._origin.here:
+            return True  # not here; who waits for it to end is told so
         if not self._begun.acquire(blocking=False):
             return self._cancelled
         self._cancelled, self._work, self._error = True, None, CancelledError()

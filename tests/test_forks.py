@@ -12,14 +12,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FunctionType, ModuleType
 from typing import Any
 
 import pytest
 from tiny import llama, tokenizer
 
 from cachetune_rag import CacheTune, Document, ForkedError
+from cachetune_rag.model import shared
 from cachetune_rag.workers import Workers
+from cachetune_store import ChunkReader, StoreForkedError
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here"),
@@ -64,6 +68,23 @@ def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[CacheTune
         yield made
 
 
+LOCKS = (type(threading.Lock()), type(threading.RLock()))
+
+
+def iter_readers(engine: CacheTune) -> Iterator[ChunkReader]:
+    """Open chunks."""
+    for document in engine.documents():
+        for key in document.chunks:
+            reader = engine.store.open(key)
+            assert reader is not None
+            yield reader
+
+
+def connections() -> list[Any]:
+    """All of this process's to databases."""
+    return [each for each in gc.get_objects() if type(each).__name__ == "Connections"]
+
+
 def every_use(engine: CacheTune, stream: Any) -> list[Callable[[], Any]]:
     prompt = engine.prompts.build(query="Who?", chunks=CHUNKS)
     return [
@@ -87,6 +108,17 @@ def every_use(engine: CacheTune, stream: Any) -> list[Callable[[], Any]]:
         lambda: engine.stats(),
         lambda: engine.ttft_histograms(),
         lambda: engine.namespace,
+        lambda: engine.model_changed(),
+        lambda: engine.ttft_histograms(),
+        lambda: engine.prompts.build(query="Who?", chunks=CHUNKS),
+        lambda: engine.prompts.build_messages([{"role": "user", "content": "Who?"}]),
+        lambda: engine.prompts.build_text(["Who?"]),
+        lambda: engine.prompts.encode("Who?"),
+        lambda: engine.prompts.split_template("Who?"),
+        lambda: engine.lead_ins.namespace,
+        lambda: engine.lead_ins.offer([[5, 6]], indexing=True),
+        lambda: engine.profiles.load("ratio", {}),
+        lambda: engine.profiles.save("ratio", {}, {}),
     ]
 
 
@@ -110,6 +142,87 @@ def test_every_use_is_refused_at_once_and_the_parent_goes_on(engine: CacheTune) 
     rest = list(stream)
     assert rest
     assert engine.generate("Who?", CHUNKS, max_new_tokens=2).report.missed == 0
+
+
+def locks_of(root: Any) -> list[Any]:
+    """Every lock that `root` has, itself or in what it consists of."""
+    found, seen, todo = [], {id(root)}, [root]
+    while todo:
+        each = todo.pop()
+        if isinstance(each, LOCKS):
+            found.append(each)
+        ours = type(each).__module__.split(".")[0] in ("cachetune_rag", "cachetune_store", "threading")
+        if ours or isinstance(each, (dict, list, tuple, set, *LOCKS)):
+            for part in gc.get_referents(each):
+                if id(part) not in seen and not isinstance(part, type | ModuleType | FunctionType | str | int):
+                    seen.add(id(part))
+                    todo.append(part)
+    return found
+
+
+@contextmanager
+def held_elsewhere(locks: list[Any]) -> Iterator[None]:
+    """Hold those that nobody holds, on another thread."""
+    ready, over = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        mine = [lock for lock in locks if lock.acquire(blocking=False)]
+        ready.set()
+        over.wait()
+        for lock in mine:
+            lock.release()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    ready.wait()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_no_lock_that_another_thread_held_at_the_fork_is_waited_for(engine: CacheTune) -> None:
+    stream = engine.stream("Who?", [*CHUNKS, "This one is missed."], max_new_tokens=50, eos_token_id=[])
+    next(stream)
+    prefetch, reader = engine.prefetch(CHUNKS), next(iter_readers(engine))
+    uses = every_use(engine, stream)
+
+    def try_all() -> str:
+        accepted = []
+        for i, use in enumerate(
+            [*uses, lambda: reader.read(0, 1), lambda: engine.store.stats(), lambda: engine.store.revision()]
+        ):
+            try:
+                use()
+            except (ForkedError, StoreForkedError):
+                continue
+            accepted.append(i)
+        prefetch.cancel()
+        stream.close()
+        reader.close()
+        engine.store.settle_memory()
+        engine.close()
+        return str(accepted)
+
+    given = [engine, stream, prefetch, reader]
+
+    def leave() -> str:
+        given.clear()
+        uses.clear()
+        gc.collect()
+        return "left"
+
+    # A fork waits for what holds these, rather than leave them held.
+    waited_for = {id(engine._lock)} | {id(lock) for c in connections() for lock in locks_of(c)}
+    locks = [lock for lock in locks_of([engine, stream, prefetch, reader]) if id(lock) not in waited_for]
+    assert len(locks) > 20
+    with held_elsewhere(locks):
+        assert in_child(try_all) == "[]"
+        assert in_child(leave) == "left"
+    reader.close()
+    assert list(stream)
+    assert engine.flush(60)
 
 
 def test_closing_and_collecting_in_the_child_release_nothing(engine: CacheTune) -> None:
@@ -230,3 +343,43 @@ def test_workers_of_another_process_are_refused_rather_than_waited_for() -> None
         assert time.monotonic() - began < 3 * QUICK
         release.set()
         assert job.result() is True
+
+
+def test_torch_computes_with_several_threads_in_a_child_of_a_process_that_did() -> None:
+    """GNU's OpenMP would wait for the parent's threads for ever."""
+    code = """
+import os, signal, torch
+import cachetune_rag.model.shared
+torch.set_num_threads(2)
+numbers = torch.ones(1 << 20)
+expected = float((numbers + numbers).sum())
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    os._exit(7 if float((numbers + numbers).sum()) == expected else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), float((numbers + numbers).sum()) == expected)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env={**environment, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.split() == ["7", "True"], done.stderr
+
+
+def test_an_engine_is_refused_in_a_child_that_was_forked_in_the_middle_of_a_forward(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What torch had locked then is locked for ever there."""
+    model = llama()
+    with CacheTune(model, tokenizer(), None, lead_in="first_token") as engine:
+        with held_elsewhere([engine._lock]):
+            with monkeypatch.context() as patch:
+                patch.setattr(shared, "FORK_SECONDS", 0.01)
+                said = in_child(lambda: CacheTune(model, tokenizer(), None))
+        assert said.startswith("ForkedError: ") and "spawn" in said
+        assert "ForkedError" not in in_child(lambda: CacheTune(model, tokenizer(), None))
+        assert engine.generate("Who?", CHUNKS, max_new_tokens=2).report.missed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import pickle
 import threading
 import time
@@ -37,9 +38,18 @@ from langchain_cachetune.tools import (
     schema_format,
 )
 
-_LOADING = threading.Lock()
+_loading = threading.Lock()
 _REQUEST = {"max_tokens", "temperature", "stop", "timeout", *settings.REUSE, *settings.TOOLS}
 """What a request can be given beside generation settings and the chat template's own arguments."""
+
+
+def _after_fork() -> None:
+    """In the child nobody is loading, whoever held the lock at the fork."""
+    global _loading
+    _loading = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class ChatCacheTune(BaseChatModel):
@@ -440,7 +450,7 @@ class ChatCacheTune(BaseChatModel):
 
     def _loaded(self) -> CacheTune:
         if self.engine is None:
-            with _LOADING:
+            with _loading:
                 if self.engine is None:
                     engine = CacheTune.from_pretrained(self.model, self.store, **self.engine_kwargs)
                     self.engine = engine

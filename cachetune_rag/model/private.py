@@ -6,6 +6,7 @@ function, which says what is lost without it. tests/model/test_private.py tells 
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
@@ -20,6 +21,7 @@ MODULES, PARAMETERS, BUFFERS, NON_PERSISTENT = "_modules", "_parameters", "_buff
 RUN_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """Where a module keeps hooks that run with it."""
 HOOKS = (*RUN_HOOKS, "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+_OPENMP_PAUSE_HARD = 2
 COMPILED = "_compiled_call_impl"
 """What a module runs in place of itself, once compiled."""
 
@@ -108,6 +110,22 @@ def version_of(tensor: Tensor) -> int:
 def versions_of(tensors: Sequence[Tensor]) -> list[int]:
     """`version_of` for tensors that count; hundreds of them with every request."""
     return [tensor._version for tensor in tensors]
+
+
+# -- threads of torch -----------------------------------------------------------------------------------------------------
+
+
+def end_openmp_threads() -> None:
+    """End the threads with which torch computes on a CPU for this thread; the next operation begins new ones.
+
+    Before a fork: GNU's OpenMP would wait in the child, for ever, for threads that have stayed in the parent. The function is public
+    in OpenMP 5; other makers' libraries look after forks themselves, and where there is none nothing is done.
+    """
+    try:
+        pause = ctypes.CDLL(None).omp_pause_resource_all
+    except (AttributeError, OSError, TypeError):
+        return
+    pause(_OPENMP_PAUSE_HARD)
 
 
 # -- transformers ---------------------------------------------------------------------------------------------------------

@@ -3,23 +3,30 @@
 Two engines (two tenants, two stores) may be made on one model. They run it through the same adapter, so they have one lock: one
 forward at a time, and what one engine does in the background gives way to the other one's requests. They also notice together that
 the model's weights were changed, and each engine is served again once it has taken in the change (`CacheTune.model_changed`).
+
+A process that is forked while a thread computes has torch's and its libraries' own locks locked, for ever, and everything that
+computes there may wait for one. So a fork waits for the forward at hand of each model, and where that takes too long, the child is
+refused an engine.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
+import time
+from contextlib import suppress
 from typing import Any
 from weakref import WeakValueDictionary
 
 from cachetune_rag.arguments import check_flag
-from cachetune_rag.errors import ModelChangedError
+from cachetune_rag.errors import ForkedError, ModelChangedError
 from cachetune_rag.model import families
 from cachetune_rag.model.adapter import ModelAdapter
 from cachetune_rag.model.changes import Weights
 from cachetune_rag.model.fingerprint import model_fingerprint
 from cachetune_rag.model.neutral import neutral
-from cachetune_rag.model.private import check_modules
+from cachetune_rag.model.private import check_modules, end_openmp_threads
 from cachetune_rag.model.view import unwrapped
 from cachetune_rag.model.weights import check_finite
 from cachetune_rag.model_lock import ModelLock
@@ -43,7 +50,17 @@ class SharedModel:
 
     @staticmethod
     def of(model: Any) -> SharedModel:
-        """What engines on this model share; it lives as long as one of them."""
+        """What engines on this model share; it lives as long as one of them.
+
+        Raises:
+            ForkedError: this process was forked in the middle of a forward; nothing can be computed in it for sure.
+        """
+        if _torn:
+            raise ForkedError(
+                f"process {_torn} was computing when this one ({os.getpid()}) was forked off it, longer than the fork waited "
+                f"({FORK_SECONDS:g} s): locks inside of torch may stay locked here for ever. Fork while no request is being answered, "
+                "before the first engine is made, or start processes by 'spawn'."
+            )
         # A forked child's engines share nothing with its parent's, whose threads may have held the lock.
         place = os.getpid(), id(unwrapped(model))
         with _mutex:
@@ -122,11 +139,51 @@ def _told(change: str) -> str:
 
 _mutex = threading.RLock()  # garbage collection may run a finaliser in between
 _known: WeakValueDictionary[tuple[int, int], SharedModel] = WeakValueDictionary()
+FORK_SECONDS = 5.0
+"""Seconds that a fork waits for the forwards at hand."""
+_stopped: list[SharedModel] = []  # whose locks the thread that forks holds
+_torn = 0
+"""The process that this one was forked off in the middle of a forward; 0 where that isn't so."""
+_busy = False
+_log = logging.getLogger(__name__)
 
 
-def _after_fork() -> None:
-    global _mutex
+def _models() -> list[SharedModel]:
+    # Another thread may be making one: then the dictionary is looked at anew.
+    while True:
+        with suppress(RuntimeError):
+            return list(_known.values())
+
+
+def _before_fork() -> None:
+    """Let no forward be under way at the fork."""
+    global _busy
+    until = time.monotonic() + FORK_SECONDS
+    for shared in _models():
+        if shared.lock.acquire(timeout=max(0.0, until - time.monotonic())):
+            _stopped.append(shared)
+        else:
+            _busy = True
+    end_openmp_threads()
+
+
+def _in_parent() -> None:
+    global _busy
+    if _busy:
+        _log.warning("the process was forked while a model was computing: an engine can't be made in the child")
+    _busy = False
+    while _stopped:
+        _stopped.pop().lock.release()
+
+
+def _in_child() -> None:
+    global _mutex, _torn, _busy
     _mutex = threading.RLock()
+    if _busy:
+        _torn, _busy = os.getppid(), False
+    _stopped.clear()
+    for shared in _models():
+        shared.lock.renew()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(before=_before_fork, after_in_parent=_in_parent, after_in_child=_in_child)

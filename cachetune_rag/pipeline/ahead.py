@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from cachetune_rag.arguments import check_wait
+from cachetune_rag.forks import this_process
 from cachetune_rag.workers import Job, Workers
 from cachetune_store import ChunkKey, ChunkReader, ChunkStore, StoreError
 
@@ -36,6 +37,7 @@ class Prefetch:
     """
 
     def __init__(self) -> None:
+        self._origin = this_process()
         self.stop = threading.Event()
         self.futures: list[Job[int]] = []
         """What is done for it; each is added before the one that led to it has ended."""
@@ -56,6 +58,8 @@ class Prefetch:
 
     def cancel(self) -> None:
         """Read nothing more; what is half read is dropped."""
+        if not self._origin.here:
+            return
         self.stop.set()
         for future in list(self.futures):
             future.cancel()

@@ -91,6 +91,8 @@ class SlabPool:
         """Make what came back ready to be given out, when the GPU has nothing to do: page-locked memory waits for it. Where the
         process uses several GPUs that is left to who asks for memory, for another one may be at work.
         """
+        if self._process != os.getpid():
+            return
         if self._returned and not (self.pinned and len(pinning.devices_in_use()) > 1):
             with self._lock:
                 self._settle()

@@ -164,19 +164,26 @@ def _close(connection: sqlite3.Connection) -> None:
         connection.close()
 
 
+def _every() -> list[Connections]:
+    # Another thread may be opening a store: then they are looked at anew.
+    while True:
+        with contextlib.suppress(RuntimeError):
+            return list(_all)
+
+
 def _before_fork() -> None:
     until = time.monotonic() + _FORK_SECONDS
-    for each in list(_all):
+    for each in _every():
         each._before_fork(until)
 
 
 def _after_fork() -> None:
-    for each in list(_all):
+    for each in _every():
         each._after_fork()
 
 
 def _in_child() -> None:
-    for each in list(_all):
+    for each in _every():
         each._in_child()
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from .buffers import PAGE, SlabPool, memory_of, round_up
 from .checksums import rows_checksum
 from .chunk import Chunk, ChunkHead, block_ends, clear_padding, in_pool, layer_views
-from .errors import DamagedChunkError, StoreClosedError
+from .errors import DamagedChunkError, StoreClosedError, StoreForkedError
 from .keys import ChunkKey
 from .layout import ChunkLayout
 from .rawfile import RawFile
@@ -158,6 +158,10 @@ class ChunkReader(ABC):
     def _check(self, layer: int, rows: int) -> None:
         if self._closed:
             raise StoreClosedError(f"reader of chunk {self.key} is closed; open the chunk again")
+        if self.forked:
+            raise StoreForkedError(
+                f"reader of chunk {self.key} was opened before this process was forked: open a store in each process"
+            )
         layout = self.head.layout
         if not (0 <= layer < len(layout.layers) and 0 <= rows <= layout.tokens):
             raise ValueError(
@@ -204,7 +208,7 @@ class HostReader(ChunkReader):
 
     def promote(self) -> bool:
         """See ChunkReader.promote: onto the device, if the store keeps chunks there."""
-        if self.on_promote is not None and not self._closed:
+        if self.on_promote is not None and not self._closed and not self.forked:
             self.on_promote(self._chunk)
         return True
 

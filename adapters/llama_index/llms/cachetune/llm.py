@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -39,7 +40,16 @@ from llama_index.llms.cachetune.prompts import PromptMaker
 from llama_index.llms.cachetune.tools import ToolCalling
 from llama_index.llms.cachetune.traces import TRACES
 
-_LOADING = threading.Lock()
+_loading = threading.Lock()
+
+
+def _after_fork() -> None:
+    """In the child nobody is loading, whoever held the lock at the fork."""
+    global _loading
+    _loading = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class Unlaid(str):
@@ -119,7 +129,7 @@ class CacheTuneLLM(ToolCalling, CustomLLM):
         """The engine, loaded at the first use."""
         engine: CacheTune | None = getattr(self, "_engine", None)  # a copy that came through pickle has lost it
         if engine is None:
-            with _LOADING:
+            with _loading:
                 engine = getattr(self, "_engine", None)
                 if engine is None:
                     engine = CacheTune.from_pretrained(self.model, self.store, **self.engine_kwargs)

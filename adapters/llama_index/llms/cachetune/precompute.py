@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -23,7 +24,15 @@ Shown = Callable[[BaseNode], str | Iterable[str]]
 
 _VERSIONS: weakref.WeakKeyDictionary[CacheTune, dict[str, str]] = weakref.WeakKeyDictionary()
 """Of documents that were ingested in this process: the hash of the source that they were made of."""
-_VERSIONS_LOCK = threading.Lock()
+_versions_lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    global _versions_lock
+    _versions_lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class KVPrecompute(TransformComponent):
@@ -175,7 +184,7 @@ class KVPrecompute(TransformComponent):
         return waiting is not None and waiting.holds(self, document_of(node))
 
     def _versions(self) -> dict[str, str]:
-        with _VERSIONS_LOCK:
+        with _versions_lock:
             return _VERSIONS.setdefault(self.engine, {})
 
 
