@@ -376,10 +376,10 @@ def test_an_engine_is_refused_in_a_child_that_was_forked_in_the_middle_of_a_forw
     """What torch had locked then is locked for ever there."""
     model = llama()
     with CacheTune(model, tokenizer(), None, lead_in="first_token") as engine:
-        with held_elsewhere([engine._lock]):
-            with monkeypatch.context() as patch:
-                patch.setattr(shared, "FORK_SECONDS", 0.01)
-                said = in_child(lambda: CacheTune(model, tokenizer(), None))
-        assert said.startswith("ForkedError: ") and "spawn" in said
+        with held_elsewhere([engine._lock]), monkeypatch.context() as patch:
+            patch.setattr(shared, "FORK_SECONDS", 0.01)
+            said = in_child(lambda: CacheTune(model, tokenizer(), None))
+        assert said.startswith("ForkedError: ")
+        assert "spawn" in said
         assert "ForkedError" not in in_child(lambda: CacheTune(model, tokenizer(), None))
         assert engine.generate("Who?", CHUNKS, max_new_tokens=2).report.missed
