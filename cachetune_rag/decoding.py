@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import (
     EosTokenCriteria,
+    GenerationConfig,
     LogitsProcessorList,
     MaxLengthCriteria,
     MaxTimeCriteria,
@@ -119,6 +120,10 @@ def prepare(
         raise UnsupportedModelError(f"{type(model).__name__} can't generate: load it with AutoModelForCausalLM.")
     if not len(ids):
         raise PromptError("the prompt has no tokens, so there is nothing to continue: give a query or a prefix.")
+    if not isinstance(model.generation_config, GenerationConfig):
+        raise ConfigError(
+            f"the model's generation_config is {model.generation_config!r:.80}: set it to a transformers GenerationConfig."
+        )
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed not in SEEDS):
         raise ConfigError(f"seed is {seed!r}: use an int from -2**63 to 2**64 - 1, or None.")
     settings = {name: value for name, value in settings.items() if value is not None}

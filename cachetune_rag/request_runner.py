@@ -74,7 +74,7 @@ class RequestRunner:
         Raises:
             ConfigError, PromptError, PromptTooLongError: the request can't be served.
         """
-        chunks = given_chunks(chunks)
+        chunks = given_chunks(chunks, refusal=ConfigError)
         if prompt is None:
             if query is None:
                 raise ConfigError("a request needs query= (with chunks=), or prompt= built by engine.prompts.")
@@ -118,7 +118,7 @@ class RequestRunner:
         """Begin to read a coming request's chunks into host memory; what a request with `config` needs of them first."""
         engine = self._engine
         engine._check_open()
-        texts = tuple(chunk.text for chunk in given_chunks(chunks))
+        texts = tuple(chunk.text for chunk in given_chunks(chunks, refusal=ConfigError))
         if texts and prompt is not None:
             raise ConfigError("prefetch takes either chunks=, a list of strings, or prompt=, not both.")
 

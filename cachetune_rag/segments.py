@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import count
 
-from cachetune_rag.errors import PromptError
+from cachetune_rag.errors import CacheTuneError, PromptError
 from cachetune_rag.tokens import check_text
 
 
@@ -92,16 +92,24 @@ class Prompt:
             object.__setattr__(self, "chunk_documents", (None,) * len(self.chunk_texts))
 
 
-def given_chunks(chunks: Iterable[str | Chunk], name: str = "chunks") -> tuple[Chunk, ...]:
+def given_chunks(
+    chunks: Iterable[str | Chunk], name: str = "chunks", refusal: type[CacheTuneError] = PromptError
+) -> tuple[Chunk, ...]:
     """The chunks of a request, each checked; a bare string is a chunk of no document.
 
+    Args:
+        chunks: as they were given.
+        name: what messages call them.
+        refusal: what is raised for something that isn't a list (or other ordered collection) at all.
+
     Raises:
-        PromptError: `chunks` is no list (or other ordered collection) of str and `Chunk`.
+        PromptError: one of them is no str and no `Chunk`.
     """
     if isinstance(chunks, str | bytes | Mapping | Set) or not isinstance(chunks, Iterable):
-        raise PromptError(
-            f"{name} is {chunks!r:.60}, a {type(chunks).__name__}: use a list of strings (or Chunks), one a retrieved "
-            "passage, in the prompt's order; [] for none."
+        kind = "a string" if isinstance(chunks, str) else f"a {type(chunks).__name__}"
+        raise refusal(
+            f"{name} is {kind} ({chunks!r:.60}): use a list of strings (or Chunks), one a retrieved passage, in the prompt's order; "
+            "[] for none."
         )
     return tuple(_chunk(chunk, f"{name}[{i}]") for i, chunk in enumerate(chunks))
 

@@ -114,3 +114,9 @@ def test_settings_that_would_fail_amid_the_answer_are_refused_before(
     with pytest.raises(ConfigError, match=name):
         engine.generate("Who?", max_new_tokens=2, **options)
     assert engine.stats().requests == 0
+
+
+def test_a_model_without_a_configuration_says_so(engine: CacheTune) -> None:
+    engine.adapter.model.generation_config = None
+    with pytest.raises(ConfigError, match="generation_config is None"):
+        engine.generate("Who?", max_new_tokens=1)

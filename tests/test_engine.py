@@ -17,7 +17,7 @@ from tiny import llama, tokenizer
 
 import cachetune_rag
 from cachetune_rag import CacheTune, Document, UnknownDocumentError
-from cachetune_rag.errors import ConfigError, EngineClosedError, PromptError, PromptTooLongError
+from cachetune_rag.errors import ConfigError, EngineClosedError, PromptTooLongError
 from cachetune_rag.options import EngineOptions, StoreOptions
 from cachetune_rag.prefix import PrefixCache
 from cachetune_store import ChunkStore
@@ -501,7 +501,7 @@ def test_bad_requests_are_refused_by_name(engine: CacheTune) -> None:
         engine.prefill(query=QUERY, selector="nope")
     with pytest.raises(ConfigError, match="ratio is 2"):
         engine.prefill(query=QUERY, ratio=2)
-    with pytest.raises(PromptError, match="use a list of strings"):
+    with pytest.raises(ConfigError, match=r"chunks is a string.*use a list of strings"):
         engine.prefill(query=QUERY, chunks="one")
     with pytest.raises(ConfigError, match="needs query"):
         engine.prefill(chunks=CHUNKS)

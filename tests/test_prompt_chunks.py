@@ -61,7 +61,9 @@ def test_every_request_takes_chunks_with_their_documents(engine: CacheTune) -> N
 @pytest.mark.parametrize("call", ["generate", "stream", "prefill", "full_prefill", "prefetch", "build"])
 def test_other_chunks_are_refused(engine: CacheTune, call: str, chunks: Any) -> None:
     function = engine.prompts.build if call == "build" else getattr(engine, call)
-    with pytest.raises(PromptError, match="chunks"):
+    # What is no list is an argument that can't be meant; a text in it that can't be used is the prompt's fault.
+    refusal = PromptError if call == "build" or isinstance(chunks, list) else ConfigError
+    with pytest.raises(refusal, match="chunks"):
         function(chunks=chunks, **({} if call == "prefetch" else {"query": "q"}))
 
 

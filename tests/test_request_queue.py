@@ -363,7 +363,7 @@ def test_requests_and_reading_ahead_share_chunks_without_harm(cold: CacheTune) -
 def test_a_bad_request_is_refused_on_its_turn(cold: CacheTune) -> None:
     answers = cold.generate_many([REQUESTS[0], {"query": "?", "chunks": "no list"}, REQUESTS[1]], max_new_tokens=1)
     assert next(answers).report.missed == 0
-    with pytest.raises(PromptError, match="use a list of strings"):
+    with pytest.raises(ConfigError, match=r"chunks is a string.*use a list of strings"):
         next(answers)
     assert list(answers) == []
     answers = cold.generate_many([REQUESTS[0], "How many?"], max_new_tokens=1)
@@ -555,7 +555,7 @@ def test_chunks_that_are_not_stored_are_left_to_the_request(cold: CacheTune) -> 
 
 
 def test_what_cannot_be_fetched_is_refused_by_name(cold: CacheTune) -> None:
-    with pytest.raises(PromptError, match="use a list of strings"):
+    with pytest.raises(ConfigError, match=r"chunks is a string.*use a list of strings"):
         cold.prefetch("text")
     with pytest.raises(ConfigError, match="either chunks="):
         cold.prefetch(TEXTS, prompt=cold.prompts.build(query="?", chunks=TEXTS))

@@ -97,6 +97,22 @@ def test_what_changes_no_number_is_no_change(tmp_path: Path, change: Callable[[A
         assert later.prefill("?", TEXTS).report.missed == 0
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [{"return_dict": False}, {"output_hidden_states": True}, {"use_cache": False}],
+    ids=lambda s: next(iter(s)),
+)
+def test_what_the_callers_forwards_return_is_the_callers_choice(setting: dict[str, bool]) -> None:
+    model = llama()
+    with engine_on(llama()) as engine:
+        wanted = engine.generate("?", TEXTS, max_new_tokens=3).token_ids
+    for name, value in setting.items():
+        setattr(model.config, name, value)
+    with engine_on(model) as engine:
+        assert engine.generate("?", TEXTS, max_new_tokens=3).token_ids == wanted
+    assert all(getattr(model.config, name) is value for name, value in setting.items())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_another_dtype_needs_another_engine(dtype: torch.dtype) -> None:
     model = llama()

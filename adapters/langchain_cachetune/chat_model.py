@@ -65,8 +65,8 @@ class ChatCacheTune(BaseChatModel):
             Also as model_name.
         store: folder of the KV store (default: $CACHETUNE_STORE).
         engine_kwargs: further arguments of `CacheTune.from_pretrained`.
-        max_tokens: most tokens of an answer; None: as many as the model's generation config says, or 256. Also as
-            max_new_tokens or max_completion_tokens.
+        max_tokens: most tokens of an answer, also as max_new_tokens or max_completion_tokens. Not given: as `generation_config`
+            says, or the model's own, or 256 where neither does. None: the same, but to the context's end where neither does.
         temperature: above 0 samples, 0 is greedy; default: the model's own generation config.
         stop: strings that end an answer. Also as stop_sequences.
         timeout: seconds for an answer, looked at between its pieces; one that takes longer raises `TimeoutError`.
@@ -119,6 +119,7 @@ class ChatCacheTune(BaseChatModel):
             twice = sorted(sampling.keys() & (given.get("generate_kwargs") or {}).keys())
             if twice:
                 raise ConfigError(f"{', '.join(twice)} stands in generate_kwargs as well: give it once.")
+            settings.take_length(given)
             if sampling:
                 given["generate_kwargs"] = {**(given.get("generate_kwargs") or {}), **sampling}
             known = {*fields, *settings.ALIASES, *settings.generation_names()}
@@ -484,7 +485,8 @@ class _ChatRequest:
         self._timeout: float | None = given.pop("timeout", model.timeout)
         self._ends = None if self._timeout is None else started + self._timeout
         decoding = settings.decoding_settings(
-            max_tokens=given.pop("max_tokens", model.max_tokens),
+            # Unless it was given, a generation config may have a limit of its own.
+            max_tokens=given.pop("max_tokens", model.max_tokens if "max_tokens" in model.model_fields_set else "auto"),
             temperature=given.pop("temperature", model.temperature),
             stop=stop or given.pop("stop", None) or model.stop,
             others={"ratio": model.ratio, "selector": model.selector, **model.generate_kwargs, **given},

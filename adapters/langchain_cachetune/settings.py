@@ -65,6 +65,23 @@ def renamed(options: Mapping[str, Any], whose: str) -> dict[str, Any]:
     return made
 
 
+def take_length(given: dict[str, Any]) -> None:
+    """Move an answer's length out of `generate_kwargs`, where it may stand as well, to `max_tokens`.
+
+    Raises:
+        ConfigError: it was given twice.
+    """
+    further = given.get("generate_kwargs")
+    if not isinstance(further, Mapping):
+        return
+    names = [name for name in further if ALIASES.get(name, name) == "max_tokens"]
+    if len(names) + ("max_tokens" in given) > 1:
+        raise ConfigError(f"{names[0]} stands in generate_kwargs as well: give the answer's length once.")
+    if names:
+        given["generate_kwargs"] = {name: value for name, value in further.items() if name not in names}
+        given["max_tokens"] = further[names[0]]
+
+
 def check_reuse(ratio: Any, selector: Any) -> None:
     """Refuse a ratio or selector that no request could use.
 
@@ -95,7 +112,7 @@ def check_sampling(engine: CacheTune, settings: Mapping[str, Any]) -> None:
 
 def decoding_settings(
     *,
-    max_tokens: int | None,
+    max_tokens: int | str | None,
     temperature: float | None,
     stop: list[str] | None,
     others: Mapping[str, Any],

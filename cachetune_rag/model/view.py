@@ -87,6 +87,8 @@ class _Copier:
         self._note(value, value)  # in case it contains itself
         if isinstance(value, PretrainedConfig):
             made = copy.deepcopy(value, self._configs)  # parts of one configuration stay parts of one
+            # What a forward gives back is the caller's choice for the caller's forwards.
+            made.return_dict, made.output_hidden_states, made.output_attentions = True, False, False
         elif isinstance(value, Tensor):
             return value
         elif isinstance(value, dict | list | tuple | set):

@@ -19,6 +19,7 @@ from langchain_core.globals import set_llm_cache
 from langchain_core.messages import HumanMessage
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.vectorstores import InMemoryVectorStore
+from transformers import GenerationConfig
 
 from cachetune_rag import CacheTune, CacheTuneError, ConfigError
 from langchain_cachetune import CacheTuneIndex, ChatCacheTune, collect_reports, create_cachetune_chain
@@ -95,6 +96,22 @@ def test_what_requests_are_refused_for_is_swallowed_by_no_framework(engine: Cach
         with pytest.raises(CacheTuneError) as caught:
             request()
         assert not isinstance(caught.value, ValueError | TypeError)
+
+
+def test_the_length_of_an_answer_is_the_nearest_that_was_given(engine: CacheTune) -> None:
+    def length(*, request: dict[str, Any] | None = None, **given: Any) -> int:
+        model = ChatCacheTune(engine=engine, eos_token_id=[], **given)
+        return int(model.invoke("hi", **(request or {})).usage_metadata["output_tokens"])
+
+    config = GenerationConfig(max_new_tokens=3)
+    assert length(generation_config=config) == length(generation_config=config, max_tokens=None) == 3
+    assert length(generate_kwargs={"generation_config": config}) == length(request={"generation_config": config}) == 3
+    assert length(generation_config=config, max_tokens=4) == length(generate_kwargs={"max_new_tokens": 4}) == 4
+    engine.adapter.model.generation_config.max_new_tokens = 5
+    assert length() == length(max_tokens=None) == 5
+    assert length(generation_config=config) == 3
+    with pytest.raises(ValueError, match="give the answer's length once"):
+        ChatCacheTune(engine=engine, max_tokens=3, generate_kwargs={"max_new_tokens": 4})
 
 
 def test_usual_names_mean_what_they_say(engine: CacheTune) -> None:
