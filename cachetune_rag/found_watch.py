@@ -1,4 +1,4 @@
-"""Says once why little of what was retrieved was found in prompts; otherwise that would show in times alone."""
+"""Says how much of what was retrieved was found in prompts, and once why where that is little; otherwise times alone would show it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ _log = logging.getLogger(__name__)
 class FoundWatch:
     """Looks at each prompt that went through recognition. Where much was retrieved and little found, it compares the prompt with
     stored texts, for a tenth of a second at most and a hundredth of the time in the long run, and warns of the likely reason:
-    of each kind once. No log line holds a text. Safe to use from many threads.
+    of each kind once. The share found is logged too: of the first prompt whose retrieved texts were told at INFO, so that
+    somebody who just set a pipeline up sees that it works, and of later ones at DEBUG. No log line holds a text. Safe to use from
+    many threads.
 
     Args:
         recognizer: knows what is stored.
@@ -47,6 +49,7 @@ class FoundWatch:
         self._recognizer = recognizer
         self._lock, self._comparing = threading.Lock(), threading.Lock()
         self._told: set[str] = set()
+        self._said_share = False
         self._spent = self._due = 0.0
         self.prompts = 0
 
@@ -60,6 +63,7 @@ class FoundWatch:
         """
         found = sum(span.end - span.start for span in prompt.spans)
         if retrieved:
+            self._say_share(min(found, prompt.retrieved), prompt.retrieved)
             little = prompt.retrieved >= MUCH and found < LITTLE * prompt.retrieved
         else:
             little = len(prompt.ids) > LONG and found < LITTLE_OF_PROMPT * len(prompt.ids) and len(self._recognizer) > 0
@@ -73,6 +77,15 @@ class FoundWatch:
             self._explain(prompt, found, segments, retrieved)
         finally:
             self._comparing.release()
+
+    def _say_share(self, found: int, retrieved: int) -> None:
+        if not retrieved:
+            return
+        with self._lock:
+            level, self._said_share = logging.DEBUG if self._said_share else logging.INFO, True
+        _log.log(
+            level, "found %d of %d retrieved tokens in the store (%d%%)", found, retrieved, 100 * found // retrieved
+        )
 
     def _explain(self, prompt: Prompt, found: int, segments: Sequence[Segment | str], retrieved: Sequence[str]) -> None:
         started = time.monotonic()

@@ -87,6 +87,27 @@ def test_the_engine_warns_once_of_a_kind(
     assert engine.stats().little_found == 3
 
 
+def test_the_share_found_is_said_once_and_then_to_who_debugs(
+    engine: CacheTune, caplog: pytest.LogCaptureFixture
+) -> None:
+    """So that somebody who has just set a pipeline up sees that it works."""
+    engine.precompute(PASSAGES[:2])
+    tokens = [len(engine.prompts.encode(text)) for text in PASSAGES]
+    with caplog.at_level(logging.DEBUG, logger="cachetune_rag.found_watch"):
+        engine.prompt_from_text("Nothing was retrieved for this.")
+        assert not caplog.records
+        engine.prompt_from_text("\n".join(PASSAGES[:2]) + "\nWho?", retrieved=PASSAGES[:2])
+        engine.prompt_from_text("\n".join(PASSAGES[1:3]) + "\nWho?", retrieved=PASSAGES[1:3])
+    assert [(r.levelname, r.getMessage()) for r in caplog.records if r.levelno < logging.WARNING] == [
+        ("INFO", f"found {sum(tokens[:2])} of {sum(tokens[:2])} retrieved tokens in the store (100%)"),
+        (
+            "DEBUG",
+            f"found {tokens[1]} of {sum(tokens[1:3])} retrieved tokens in the store "
+            f"({100 * tokens[1] // sum(tokens[1:3])}%)",
+        ),
+    ]
+
+
 def test_each_kind_is_said_by_itself(engine: CacheTune, caplog: pytest.LogCaptureFixture) -> None:
     engine.precompute(PASSAGES)
     for kind in ("stripped", "quoted", "stripped"):
