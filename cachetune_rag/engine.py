@@ -154,7 +154,8 @@ class CacheTune(EngineParts):
         """A conversation through the tokenizer's chat template, up to where the assistant speaks.
 
         Args:
-            messages: each {"role": ..., "content": ...}; content is a string, or a list of `Text`, `Chunk` and strings. What else
+            messages: each {"role": ..., "content": ...}; content is a string, or a list of `Text`, `Chunk`, strings
+                and parts {"type": "text", "text": ...}. What else
                 the chat template knows goes along: tool_calls, tool_call_id, name, reasoning_content.
             recognise, retrieved: as for `prompt_from_text`. A stored chunk that the template alters is no chunk there.
             tools: JSON schemas or functions that the model may call, as for transformers' `apply_chat_template`.

@@ -132,10 +132,11 @@ def is_setting(name: str) -> bool:
     return name in _known() or name in ("seed", "logits_processor", "stopping_criteria")
 
 
-def nearest(name: str, *further: Iterable[str]) -> str:
-    """What somebody may have meant who wrote `name`: a generation setting, or one of these other names."""
+def nearest(name: str, *further: Iterable[str], otherwise: str = "") -> str:
+    """What somebody may have meant who wrote `name`: a generation setting, or one of these other names. `otherwise` comes first where
+    no name is near."""
     names = (_known() - set(REFUSED)).union(("seed", "logits_processor", "stopping_criteria"), *further)
-    return hint(name, names, "see transformers' GenerationConfig for those there are.")
+    return hint(name, names, f"{otherwise}see transformers' GenerationConfig for the settings that there are.")
 
 
 def check_names(settings: dict[str, Any]) -> None:

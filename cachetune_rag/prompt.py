@@ -152,7 +152,8 @@ class PromptBuilder:
         """A conversation, laid out by the tokenizer's chat template, up to where the assistant speaks.
 
         Args:
-            messages: each {"role": ..., "content": ...}; content is a str or a list of `Text`, `Chunk` and str. What else the
+            messages: each {"role": ..., "content": ...}; content is a str or a list of `Text`, `Chunk`, str and parts
+                {"type": "text", "text": ...}. What else the
                 template knows goes along: tool_calls, tool_call_id, name, reasoning_content.
             tools: JSON schemas or functions that the model may call, as for transformers' `apply_chat_template`.
             template_arguments: further variables of the template, e.g. enable_thinking=False; or chat_template, the name of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -34,6 +34,13 @@ _ARGUMENTS = (
 """What a request takes by name besides generation settings and variables of the chat template."""
 
 
+def _variables(names: Collection[str]) -> str:
+    """Which variables of the chat template a request can be given."""
+    if not names:
+        return "these prompts are laid out without a chat template, so there are no variables; "
+    return f"the chat template has no such variable, only {', '.join(sorted(names))}; "
+
+
 class RequestRunner:
     """Serves one engine's requests: checks them, runs them under the model's lock, and keeps the records.
 
@@ -56,7 +63,7 @@ class RequestRunner:
             if name not in names and not is_setting(name):
                 raise ConfigError(
                     f"{name!r} is no generation setting, no argument of a request and no variable of the chat template: "
-                    f"{nearest(name, _ARGUMENTS, names)}"
+                    f"{nearest(name, _ARGUMENTS, names, otherwise=_variables(names))}"
                 )
         mine = {name: value for name, value in arguments.items() if name in names}
         return mine, {name: value for name, value in arguments.items() if name not in names}

@@ -115,7 +115,7 @@ def given_chunks(
 
 
 def checked_segments(segments: object, name: str) -> Iterator[Segment]:
-    """Segments, each a `Text` or `Chunk` whose text can be used.
+    """Segments, each a `Text` or `Chunk` whose text can be used. A part {"type": "text", "text": ...}, as in OpenAI's API, is a text.
 
     Raises:
         PromptError: `segments` is no list of `Text`, `Chunk` and str.
@@ -131,6 +131,8 @@ def checked_segments(segments: object, name: str) -> Iterator[Segment]:
             yield TemplateText(check_text(segment.text, f"{name}[{i}]"))
         elif isinstance(segment, str):
             yield Text(check_text(segment, f"{name}[{i}]"))
+        elif isinstance(segment, Mapping):
+            yield Text(_text_part(segment, f"{name}[{i}]"))
         else:
             raise PromptError(f"{name}[{i}] is {segment!r:.80}: use Text, Chunk or a str.")
 
@@ -140,6 +142,17 @@ def numbered(segments: Iterable[Segment]) -> Iterator[Part]:
     number = count()
     for segment in segments:
         yield Passage(next(number), segment) if isinstance(segment, Chunk) else segment
+
+
+def _text_part(part: Mapping[str, object], name: str) -> str:
+    """The text of a content part of OpenAI's API."""
+    kind = part.get("type")
+    if kind != "text":
+        raise PromptError(
+            f"{name} is a part of type {kind!r:.60}, and the engine reads text alone: use {{'type': 'text', 'text': ...}}, Text, Chunk "
+            "or a str."
+        )
+    return check_text(part.get("text"), f"{name}['text']")
 
 
 def _chunk(chunk: object, name: str) -> Chunk:

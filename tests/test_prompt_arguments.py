@@ -97,6 +97,32 @@ def test_other_arguments_are_refused_with_the_nearest_name(engine: CacheTune) ->
         engine.generate(prompt=prompt, enable_thinking=False)
 
 
+def test_a_variable_that_the_template_doesnt_have_is_said_to_be_none() -> None:
+    message = r"the chat template has no such variable, only .*chat_template"
+    with (
+        CacheTune(llama(), thinking_tokenizer(GEMMA2), None, lead_in="first_token") as engine,
+        pytest.raises(ConfigError, match=message),
+    ):
+        engine.generate("q", enable_thinking=False)
+
+
+def test_contents_as_openais_clients_send_them(engine: CacheTune) -> None:
+    parts = [{"type": "text", "text": "How "}, {"type": "text", "text": "high?"}]
+    messages = [{"role": "user", "content": parts}]
+    plain = engine.prompt_from_messages([{"role": "user", "content": "How high?"}])
+    assert engine.prompt_from_messages(messages) == plain
+    assert engine.prompt_from_messages(messages, recognise=False) == plain
+    assert engine.prompts.build_messages(messages) == plain
+    for part, named in (
+        ({"type": "image_url", "image_url": {"url": "x"}}, "'image_url'"),
+        ({"text": "no type"}, "None"),
+        ({"type": "text"}, "None"),
+        ({"type": "text", "text": 3}, "3"),
+    ):
+        with pytest.raises(PromptError, match=rf"content\[1\].* {named}"):
+            engine.prompt_from_messages([{"role": "user", "content": ["How?", part]}])
+
+
 def test_a_prompt_template_takes_no_arguments() -> None:
     template = "{prefix}{chunks}{query}"
     with CacheTune(llama(), thinking_tokenizer(), None, prompt_template=template, lead_in="first_token") as engine:

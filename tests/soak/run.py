@@ -26,6 +26,7 @@ import soak_cancel
 import soak_crashes
 import soak_damage
 import soak_faults
+import soak_forks
 import soak_load
 import soak_planted
 import soak_report
@@ -41,6 +42,7 @@ PARTS: dict[str, Callable[[Path], Outcome]] = {
     "shared": lambda folder: soak_shared.run(folder, rounds=20),
     "load": lambda folder: soak_load.run(folder, seconds=600, processes=8, threads=4),
     "bounds": lambda folder: soak_bounds.run(folder, requests=10_000, budget_mib=64),
+    "forks": lambda folder: soak_forks.run(folder, forks=500),
     "planted": lambda folder: soak_planted.run(folder, rounds=150),
     "cancel": lambda folder: soak_cancel.run(folder, interrupts=1000, cancels=10),
 }

@@ -10,6 +10,7 @@ import soak_cancel
 import soak_crashes
 import soak_damage
 import soak_faults
+import soak_forks
 import soak_load
 import soak_planted
 import soak_shared
@@ -53,6 +54,12 @@ def test_engines_on_one_model_and_the_program_that_owns_it(tmp_path: Path) -> No
 
 def test_processes_and_threads_on_a_store_far_too_small(tmp_path: Path) -> None:
     outcome = soak_load.run(tmp_path, seconds=4, processes=2, threads=2, corpus=Corpus(prompts=12, length=30))
+    assert outcome.problems == []
+    assert outcome.figures["answers"] > 0
+
+
+def test_forks_at_any_moment_are_refused_at_once_and_harm_nobody(tmp_path: Path, corpus: Corpus) -> None:
+    outcome = soak_forks.run(tmp_path, forks=9, corpus=corpus)
     assert outcome.problems == []
     assert outcome.figures["answers"] > 0
 
