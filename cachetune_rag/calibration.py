@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cachetune_rag.config import resolve
-from cachetune_store import Namespace, StoreError
+from cachetune_store import ChunkStore, Namespace, StoreError, StoreReadOnlyError
 
 if TYPE_CHECKING:
     from cachetune_rag.parts import EngineParts
@@ -87,6 +87,19 @@ def choose(figures: Sequence[RatioFigures]) -> float | None:
             break
         found = each.ratio
     return found
+
+
+def check_savable(store: ChunkStore, what: str) -> None:
+    """Refuse to measure what couldn't be saved.
+
+    Raises:
+        StoreReadOnlyError: the store can't be written.
+    """
+    if store.read_only:
+        raise StoreReadOnlyError(
+            f"the store {store.path} can only be read here, so the {what} ratio could not be saved in it: nothing was measured. "
+            "Measure where this user may write the store, or pass ratio= with each request"
+        )
 
 
 class SavedCalibrations:

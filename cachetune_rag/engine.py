@@ -12,7 +12,7 @@ from typing import Any
 from cachetune_rag.answer import Answer, AnswerStream
 from cachetune_rag.arguments import check_flag, check_wait
 from cachetune_rag.assembly import PrefillState
-from cachetune_rag.calibration import Calibration
+from cachetune_rag.calibration import Calibration, check_savable
 from cachetune_rag.calibrator import RATIOS, CalibrationPlan, CalibrationProgress, Calibrator
 from cachetune_rag.config import resolve
 from cachetune_rag.documents import Document, check_id
@@ -399,12 +399,14 @@ class CacheTune(EngineParts):
 
         Raises:
             ConfigError, PromptError: an argument or a sample can't be used; nothing was computed.
+            StoreReadOnlyError: the store can't be written, so nothing could be saved; nothing was computed.
             CacheTuneError: the samples' chunks don't stay in the store.
         """
         self._check_open()
         plan = CalibrationPlan.of(
             bound=bound, measure=measure, selector=selector, ratios=ratios, tokens=tokens, quantile=quantile
         )
+        check_savable(self.store, "calibrated")
         return self._calibrations.save(Calibrator(self, plan, progress).run(samples))
 
     def calibrated_ratio(self, selector: str = "auto") -> float | None:
@@ -444,10 +446,12 @@ class CacheTune(EngineParts):
 
         Raises:
             ConfigError, PromptError: an argument or a sample can't be used, or there is nothing stored to measure with.
+            StoreReadOnlyError: the store can't be written, so nothing could be saved; nothing was measured.
             CacheTuneError: chunks left the store while it was tuned.
         """
         self._check_open()
         plan = TuningPlan.of(tier=tier, selector=selector, r_min=r_min, r_max=r_max, rounds=rounds, tokens=tokens)
+        check_savable(self.store, "tuned")
         return Tuner(self, plan, progress).run(samples)
 
     # -- state ----------------------------------------------------------------------------------------------------
@@ -493,6 +497,7 @@ class CacheTune(EngineParts):
             self._fidelity.stats(),
             store_age=age,
             unstored=self._missed.unstored,
+            withdrawn=self._missed.withdrawn,
             storing=self._missed.waiting,
             little_found=self._watch.prompts,
             cut_short=self._recognizer.cut_short,

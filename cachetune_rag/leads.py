@@ -87,6 +87,7 @@ class LeadIns:
         self._wanted: Namespace | None = None  # a choice that is made, and couldn't be written yet
         self._retry_at, self._reason = 0.0, ""
         self._filled: bool | None = None
+        self._texts_gone = 0  # the store's `texts_gone` when texts were last seen
 
     @property
     def namespace(self) -> Namespace:
@@ -165,6 +166,9 @@ class LeadIns:
             if not self._choose or now is not self._base or (self._filled_before() and not indexing):
                 self._seen, self._wanted = {}, None
                 return now
+            if self._texts_gone != (gone := self._store.texts_gone):
+                # Which of the texts seen so far were those of a removed document is not known: none of them is written any more.
+                self._seen, self._wanted, self._texts_gone = {}, None, gone
             if self._wanted is None:
                 self._wanted = self._choice(texts)
             elif not indexing and time.monotonic() < self._retry_at:

@@ -44,12 +44,28 @@ class MissedChunk:
 
     Attributes:
         ids, text: its token ids and its text.
-        owners: the documents that it belongs to; None stands for somebody who named no document.
+        owners: the documents that it belongs to, each with the number of changes since when that is known (`changes_so_far`);
+            None stands for somebody who named no document.
+        recognised: that number of a request that found it among the stored chunks by its text, and then missed it. It belongs to
+            whatever document holds it, and isn't wanted if none does any more.
     """
 
     ids: tuple[int, ...]
     text: str
-    owners: set[str | None] = field(default_factory=set)
+    owners: dict[str | None, int] = field(default_factory=dict)
+    recognised: int | None = None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether it has an owner, or perhaps has one."""
+        return bool(self.owners) or self.recognised is not None
+
+    def join(self, other: MissedChunk) -> None:
+        """The same chunk was missed by another request, or stands in the prompt once more."""
+        for owner, since in other.owners.items():
+            self.owners[owner] = max(since, self.owners.get(owner, since))
+        if other.recognised is not None:
+            self.recognised = max(other.recognised, self.recognised or 0)
 
 
 @dataclass(frozen=True)
@@ -72,7 +88,8 @@ class MissedChunks:
     that a request which comes meanwhile waits for one at most; after `PATIENCE` seconds its forwards take turns with requests. A
     request for a chunk that waits computes it itself, exactly, like any that is missing.
 
-    A chunk of a document is stored as that document's, so that it goes when the document is removed.
+    A chunk of a document is stored as that document's, so that it goes when the document is removed. Was it removed, or replaced
+    by a version without this chunk, since the request knew of it, the chunk isn't stored at all.
 
     Args:
         precomputer: computes and stores.
@@ -92,7 +109,13 @@ class MissedChunks:
         self._thread: threading.Thread | None = None
         self._closed = self._dropped = False
         self._hurried = 0
-        self._unstored = 0
+        self._unstored = self._withdrawn = 0
+
+    @property
+    def withdrawn(self) -> int:
+        """Chunks that were not stored because their document was removed or replaced meanwhile, so far."""
+        self._offer_late()
+        return self._withdrawn
 
     @property
     def waiting(self) -> int:
@@ -117,14 +140,18 @@ class MissedChunks:
         if not self._known.keys().isdisjoint(chunk.ids for chunk in chunks):
             self.wait()  # the thread may be at them
         kept: list[ChunkKey] = []
+        withdrawn: list[ChunkKey] = []
         try:
             if chunks:
                 with self._storing:
-                    self._precomputer.store_chunks(chunks, call=self._call, kept=kept.append)
+                    self._precomputer.store_chunks(
+                        chunks, call=self._call, kept=kept.append, withdrawn=withdrawn.append
+                    )
         except StoreError as error:
-            _tell(len(chunks) - len(kept), error)
+            _tell(len(chunks) - len(kept) - len(withdrawn), error)
         with self._mutex:
-            self._unstored += len(chunks) - len(kept)
+            self._unstored += len(chunks) - len(kept) - len(withdrawn)
+            self._withdrawn += len(withdrawn)
         return len(chunks) - len(kept)
 
     def offer(self, prompt: Prompt, missed: Sequence[int]) -> int:
@@ -138,7 +165,7 @@ class MissedChunks:
                 if (known := self._known.get(chunk.ids)) is None:
                     new.append(chunk)
                 else:
-                    known.owners |= chunk.owners
+                    known.join(chunk)
             room = 0 if self._closed else max(0, WAITING - len(self._known))
             taken, refused = new[:room], len(new[room:])
             self._unstored += refused
@@ -170,10 +197,11 @@ class MissedChunks:
                 for chunk in list(group.chunks):
                     if document not in chunk.owners:
                         continue
-                    chunk.owners.discard(document)
-                    if not chunk.owners and group is not at_hand:
+                    del chunk.owners[document]
+                    if not chunk.wanted and group is not at_hand:
                         group.chunks.remove(chunk)
                         self._known.pop(chunk.ids, None)
+                        self._withdrawn += 1
         with self._storing:  # wait for the chunk that is being stored right now
             pass
         self._hurry(1)
@@ -251,32 +279,39 @@ class MissedChunks:
                     atexit.unregister(self.drop)
                     return
                 group = self._pending[0]
-            before = [chunk.owners.copy() for chunk in group.chunks]
-            lost = self._attempt(group)
+            before = [set(chunk.owners) for chunk in group.chunks]
+            lost, withdrawn = self._attempt(group)
             with self._mutex:
                 self._pending.popleft()
                 for chunk in group.chunks:
                     self._known.pop(chunk.ids, None)
                 self._unstored += lost
+                self._withdrawn += withdrawn
                 # What another request missed meanwhile, as another document's: it is stored by now.
-                late = [chunk for chunk, owners in zip(group.chunks, before, strict=True) if chunk.owners - owners]
+                late = [
+                    chunk for chunk, owners in zip(group.chunks, before, strict=True) if chunk.owners.keys() - owners
+                ]
                 if late and not self._closed:
                     self._known.update((chunk.ids, chunk) for chunk in late)
                     self._pending.append(_Group(late, group.since))
 
-    def _attempt(self, group: _Group) -> int:
-        """How many of the chunks could not be stored. Whatever went wrong, no request is told of it."""
+    def _attempt(self, group: _Group) -> tuple[int, int]:
+        """How many of the chunks could not be stored, and how many are not wanted any more. Whatever went wrong, no request is told
+        of it."""
         kept: list[ChunkKey] = []
+        withdrawn: list[ChunkKey] = []
         try:
             turn = _Turn(self, group.since + PATIENCE)
             turn.await_idle()
-            self._precomputer.store_chunks(group.chunks, call=self._call, kept=kept.append, turn=turn)
+            self._precomputer.store_chunks(
+                group.chunks, call=self._call, kept=kept.append, withdrawn=withdrawn.append, turn=turn
+            )
         except _Dropped:
             pass
         except Exception as error:
             if not self._dropped:
-                _tell(len(group.chunks) - len(kept), error)
-        return max(0, sum(1 for chunk in group.chunks if chunk.owners) - len(kept))
+                _tell(len(group.chunks) - len(kept) - len(withdrawn), error)
+        return max(0, len(group.chunks) - len(kept) - len(withdrawn)), len(withdrawn)
 
 
 class _Turn:
@@ -304,13 +339,16 @@ class _Turn:
 
 def _chunks(prompt: Prompt, places: Sequence[int]) -> list[MissedChunk]:
     # A chunk that stands in a prompt several times may be several documents'.
-    owners: dict[tuple[int, ...], set[str | None]] = {}
-    for ids, document in zip(prompt.chunk_ids, prompt.chunk_documents, strict=True):
-        owners.setdefault(tuple(ids), set()).add(document)
-    chunks = [MissedChunk(tuple(prompt.chunk_ids[i]), prompt.chunk_texts[i]) for i in places]
-    for chunk in chunks:
-        chunk.owners |= owners[chunk.ids]
-    return chunks
+    missed = {prompt.chunk_ids[i]: MissedChunk(prompt.chunk_ids[i], prompt.chunk_texts[i]) for i in places}
+    for ids, document, found, since in zip(
+        prompt.chunk_ids, prompt.chunk_documents, prompt.chunk_found, prompt.chunk_since, strict=True
+    ):
+        if (chunk := missed.get(ids)) is not None:
+            recognised = found and document is None
+            chunk.join(
+                MissedChunk(ids, chunk.text, {} if recognised else {document: since}, since if recognised else None)
+            )
+    return list(missed.values())
 
 
 def _tell(count: int, error: Exception) -> None:

@@ -19,6 +19,7 @@ from cachetune_rag.model import ModelAdapter
 from cachetune_rag.model.mean import MeanCapture
 from cachetune_rag.model.neutral import neutral
 from cachetune_rag.model_lock import ModelLock
+from cachetune_rag.owners import Owners
 from cachetune_rag.report import PrecomputeSummary
 from cachetune_rag.selection.frequency import frequency_scores
 from cachetune_rag.workers import Job, Workers
@@ -111,47 +112,54 @@ class Precomputer:
         *,
         call: Call = call_directly,
         kept: Callable[[ChunkKey], None] = lambda _: None,
+        withdrawn: Callable[[ChunkKey], None] = lambda _: None,
         turn: AbstractContextManager[Any] | None = None,
     ) -> int:
         """Compute and store chunks. Returns the bytes stored.
 
-        A chunk of documents is added to them first, so that at no time it is stored and belongs to none. One that has lost all
-        its owners meanwhile is left out.
+        A chunk of documents is added to them first, so that at no time it is stored and belongs to none. One whose documents were
+        all removed or replaced since they were named is left out, or deleted again where that happens while it is written.
 
         Args:
             chunks: what to store.
             call: makes the calls that may touch the store's disk.
             kept: told the key of each chunk that is stored.
+            withdrawn: told the key of each chunk that is not wanted any more.
             turn: entered for every use of the model; it has to hold the model's lock. Chunks are then run one at a time, so that
                 none of them takes long. None: the lock is taken as a request does.
         """
         given = list(chunks)
-        namespace = call(self._lead_ins.offer, [chunk.ids for chunk in given], indexing=False)
+        tenant = self._lead_ins.last_known.tenant
+        owners = Owners(self._store, tenant, call)
+        # Looked at under the lead-ins' lock: nothing of a document that was removed before goes into them.
+        texts = (chunk.ids for chunk in given if owners.may_want(chunk))
+        namespace = call(self._lead_ins.offer, texts, indexing=False)
         job = replace(self._job(namespace), turn=turn)
         sources = {make_key(job.namespace, chunk.ids): chunk for chunk in given}
         wanted = {key: _Chunk(key, chunk.ids, chunk.text) for key, chunk in sources.items()}
-
-        def add_to_documents(key: ChunkKey) -> bool:
-            """Whether anybody still wants the chunk."""
-            owners = sources[key].owners.copy()
-            for document in sorted(owner for owner in owners if owner is not None):
-                call(self._store.extend_document, document, [key], tenant=job.namespace.tenant)
-            return bool(owners)
+        for key in [key for key, chunk in sources.items() if not owners.want(key, chunk, self._keys)]:
+            del wanted[key]
+            withdrawn(key)
 
         stored = 0
         with call(self._store.claim, wanted) as claim:
             new = call(self._missing, [wanted[key] for key in claim.keys])
             # The others were stored meanwhile, or another thread or process is computing them.
             for key in wanted.keys() - {chunk.key for chunk in new}:
-                add_to_documents(key)
-                kept(key)
+                (kept if owners.take(key, sources[key]) else withdrawn)(key)
             for batch in self._batches(job, new):
-                batch.chunks[:] = [chunk for chunk in batch.chunks if sources[chunk.key].owners]
-                for encoded in self._compute(job, batch) if batch.chunks else ():
-                    if add_to_documents(encoded.key):
+                for encoded in self._compute(job, batch):
+                    key, chunk = encoded.key, sources[encoded.key]
+                    taken = owners.take(key, chunk)
+                    if taken:
                         stored += call(self._write, [encoded])
-                        kept(encoded.key)
+                        taken = owners.keep(key, chunk)
+                    (kept if taken else withdrawn)(key)
         return stored
+
+    def _keys(self, ids: Sequence[int]) -> list[ChunkKey]:
+        """A chunk's keys in the namespaces whose texts are recognised."""
+        return [make_key(namespace, ids) for namespace in self._lead_ins.namespaces]
 
     def run(
         self,
@@ -183,6 +191,7 @@ class Precomputer:
                 "precompute was called by the progress callback of another precompute: let that one return first, and precompute "
                 "behind it."
             )
+        self._store.check_writable()  # before anything is computed
         started = time.perf_counter()
         count = chunks = skipped = tokens = stored = 0
 

@@ -26,6 +26,7 @@ from cachetune_rag.segments import (
     numbered,
 )
 from cachetune_rag.tokens import INSIDE, ContentTokenizer, check_text
+from cachetune_store import changes_so_far
 
 __all__ = ["INSTRUCTIONS", "PLACEHOLDERS", "Chunk", "Prompt", "PromptBuilder", "Segment", "Span", "Text"]
 
@@ -250,6 +251,7 @@ class PromptBuilder:
             ids[:0] = lead
             spans = [Span(span.start + len(lead), span.end + len(lead), span.chunk) for span in spans]
         ordered = [passages[number] for number in sorted(passages)]
+        now = changes_so_far()
         return Prompt(
             tuple(ids),
             tuple(spans),
@@ -257,6 +259,8 @@ class PromptBuilder:
             chunk_texts=tuple(passage.text for _, passage in ordered),
             chunk_documents=tuple(passage.document for _, passage in ordered),
             recognised=sum(passage.found for _, passage in ordered),
+            chunk_found=tuple(passage.found for _, passage in ordered),
+            chunk_since=tuple(now if passage.since is None else min(now, passage.since) for _, passage in ordered),
         )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cachetune_rag.errors import CacheTuneError, ConfigError
 from cachetune_rag.pipeline.prefetch import Prefetch
-from cachetune_rag.prompt import Prompt
+from cachetune_rag.prompt import Chunk, Prompt
+from cachetune_store import changes_so_far
 
 if TYPE_CHECKING:
     from cachetune_rag.answer import Answer
@@ -21,15 +23,19 @@ def generate_many(engine: CacheTune, requests: Iterable[Any], options: Mapping[s
             f"requests is {requests!r:.80}, a {type(requests).__name__}: use a list (or another iterable) of dicts of arguments of "
             "generate, or of Prompts."
         )
-    return _answers(engine, iter(requests), options)
+    # The requests of a list are all there now; those of a generator come when they are taken.
+    since = changes_so_far() if isinstance(requests, Sequence) else None
+    return _answers(engine, iter(requests), options, since)
 
 
-def _answers(engine: CacheTune, queue: Iterator[Any], options: Mapping[str, Any]) -> Iterator[Answer]:
-    request = _take(queue, options)
+def _answers(
+    engine: CacheTune, queue: Iterator[Any], options: Mapping[str, Any], since: int | None
+) -> Iterator[Answer]:
+    request = _take(queue, options, since)
     while request is not None:
         if isinstance(request, Exception):
             raise request
-        following = _take(queue, options)
+        following = _take(queue, options, since)
         ahead = _Ahead(engine, following)
         try:
             with engine.stream(**request) as pieces:
@@ -70,8 +76,14 @@ class _Ahead:
             self._job.cancel()
 
 
-def _take(queue: Iterator[Any], options: Mapping[str, Any]) -> dict[str, Any] | Exception | None:
-    """Arguments of the next request; None at the end. An error waits until it is the request's turn."""
+def _take(queue: Iterator[Any], options: Mapping[str, Any], since: int | None) -> dict[str, Any] | Exception | None:
+    """Arguments of the next request; None at the end. An error waits until it is the request's turn.
+
+    Args:
+        queue: where it is taken from.
+        options: arguments of all requests.
+        since: when it came (`changes_so_far`): documents may be removed before its turn. None: it comes now.
+    """
     try:
         request = next(queue)
     except StopIteration:
@@ -91,7 +103,14 @@ def _take(queue: Iterator[Any], options: Mapping[str, Any]) -> dict[str, Any] | 
                 taken["chunks"] = list(chunks)  # they are read twice: ahead, and by the request
             except Exception as error:
                 return error
+        if isinstance(chunks := taken.get("chunks"), list | tuple):
+            came = changes_so_far() if since is None else since
+            taken["chunks"] = [_known_since(chunk, came) for chunk in chunks]
         return taken
     return ConfigError(
         f"a request is a {type(request).__name__}: use a dict of arguments of generate (query, chunks, ...), or a Prompt."
     )
+
+
+def _known_since(chunk: Any, since: int) -> Any:
+    return replace(chunk, since=since) if isinstance(chunk, Chunk) and chunk.since is None else chunk

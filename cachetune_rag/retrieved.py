@@ -9,6 +9,7 @@ chunks. The request computes it and stores it under its document, and the next o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 from cachetune_rag.segments import Chunk, Segment, Text
@@ -32,10 +33,10 @@ class Retrieved:
 
     def __init__(self, passages: Sequence[str | Chunk], stored: Callable[[Content], list[Segment]]):
         self._stored = stored
-        self._documents: dict[str, str] = {}
+        self._documents: dict[str, Chunk] = {}
         for passage in passages:
             if isinstance(passage, Chunk) and passage.document is not None and len(passage.text) >= SHORTEST:
-                self._documents.setdefault(passage.text, passage.document)
+                self._documents.setdefault(passage.text, replace(passage, found=True))
 
     def segments(self, content: Content) -> list[Segment]:
         """Content with stored and retrieved chunks as `Chunk`; the joined texts stay the same.
@@ -65,7 +66,7 @@ class Retrieved:
         for start, end in mine:
             if start > done:
                 segments += self._stored(text[done:start])
-            segments.append(Chunk(text[start:end], self._documents[text[start:end]], found=True))
+            segments.append(self._documents[text[start:end]])
             done = end
         return segments + (self._stored(text[done:]) if done < len(text) else [])
 

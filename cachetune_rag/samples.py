@@ -50,12 +50,14 @@ def _store_missing(engine: CacheTune, prompts: Sequence[Prompt]) -> set[str]:
     missing: dict[ChunkKey, MissedChunk] = {}
     codecs: set[str] = set()
     for prompt in prompts:
-        for ids, text, document in zip(prompt.chunk_ids, prompt.chunk_texts, prompt.chunk_documents, strict=True):
+        for ids, text, document, since in zip(
+            prompt.chunk_ids, prompt.chunk_texts, prompt.chunk_documents, prompt.chunk_since, strict=True
+        ):
             if not ids or (key := engine._assembler.key(ids)) in missing:
                 continue
             reader = engine.store.open(key)
             if reader is None:
-                missing[key] = MissedChunk(ids, text, {document})
+                missing[key] = MissedChunk(ids, text, {document: since})
             else:
                 with reader:
                     codecs.add(reader.layout.codec)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Any
 
 from cachetune_rag.errors import CacheTuneError, PromptError
 from cachetune_rag.tokens import check_text
+from cachetune_store import changes_so_far
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,15 @@ class Chunk:
             and removed with it. None: of no document.
         found: whether it was recognised in plain text. Where a chat template alters such a text, the prompt has what the
             template makes of it, computed; a chunk that was given as one is refused then.
+        since: a number from `cachetune_store.changes_so_far`, from when the text was known to be the document's (it was
+            retrieved then). If the document is removed or replaced after that, nothing is stored under it. None: the time
+            at which the prompt is made.
     """
 
     text: str
     document: str | None = None
     found: bool = field(default=False, compare=False, repr=False)
+    since: int | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,8 @@ class Prompt:
         recognised: how many of the chunks were found in plain text, rather than given as chunks.
         retrieved: tokens of the texts that the caller's retriever returned, each tokenised alone; 0 where it didn't say.
         chunk_documents: the document that each chunk belongs to, in the request's order; None where none was named.
+        chunk_found: which of the chunks were found among the stored ones, in the request's order.
+        chunk_since: since when each chunk is known to be its document's; see `Chunk`.
     """
 
     ids: tuple[int, ...]
@@ -86,10 +94,22 @@ class Prompt:
     recognised: int = 0
     retrieved: int = 0
     chunk_documents: tuple[str | None, ...] = ()
+    chunk_found: tuple[bool, ...] = field(default=(), compare=False, repr=False)
+    chunk_since: tuple[int, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.chunk_documents:
             object.__setattr__(self, "chunk_documents", (None,) * len(self.chunk_texts))
+        if not self.chunk_found:
+            object.__setattr__(self, "chunk_found", (False,) * len(self.chunk_texts))
+        if not self.chunk_since:
+            object.__setattr__(self, "chunk_since", (changes_so_far(),) * len(self.chunk_texts))
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__dict__.update(state)
+        # Another process counts otherwise: there, what is known now is not known for longer than it has been here.
+        since = tuple(min(number, changes_so_far()) for number in self.chunk_since)
+        object.__setattr__(self, "chunk_since", since)
 
 
 def given_chunks(

@@ -30,6 +30,7 @@ class EngineStats:
         ttft_seconds: time to first token, summed.
         ttft: count, mean, p50, p95 and p99 of the time to first token, by the slowest tier that a request read from.
         unstored: chunks that requests missed and that could not be stored afterwards; the reason is in the log.
+        withdrawn: chunks that requests missed and that were not stored, because their document was removed or replaced meanwhile.
         storing: such chunks that wait to be stored now.
         little_found: prompts from text or messages in which much was retrieved and less than half of it found, or that are longer
             than 1,000 tokens and of which less than a tenth was; the likely reasons are in the log.
@@ -55,6 +56,7 @@ class EngineStats:
     store: StoreStats
     fidelity: FidelityStats | None = None
     unstored: int = 0
+    withdrawn: int = 0
     storing: int = 0
     little_found: int = 0
     cut_short: int = 0

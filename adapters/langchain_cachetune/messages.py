@@ -11,9 +11,10 @@ from langchain_core.messages import AIMessage, BaseMessage, ToolMessage
 from cachetune_rag import Chunk, Text
 from cachetune_rag.errors import PromptError
 from cachetune_rag.prompt import Segment
+from cachetune_store import changes_so_far
 
 _ROLES = {"human": "user", "ai": "assistant", "function": "tool"}
-_MARK, _DOCUMENT = "cachetune_chunk", "cachetune_document"
+_MARK, _DOCUMENT, _SINCE = "cachetune_chunk", "cachetune_document", "cachetune_since"
 _CALLS = {"tool_use", "tool_call", "function_call", "input_json_delta"}
 """Blocks that repeat what `AIMessage.tool_calls` says, as other providers' models write them."""
 
@@ -25,7 +26,10 @@ def chunk_block(text: str, document: str | None = None) -> dict[str, Any]:
         text: the chunk.
         document: id of the document that it belongs to: a chunk that is stored because it was missed goes with that document.
     """
-    extras = {_MARK: True} if document is None else {_MARK: True, _DOCUMENT: document}
+    # A message may be kept, and shown again when the document was deleted long ago.
+    extras: dict[str, Any] = {_MARK: True}
+    if document is not None:
+        extras |= {_DOCUMENT: document, _SINCE: changes_so_far()}
     return {"type": "text", "text": text, "extras": extras}
 
 
@@ -105,7 +109,11 @@ def _content(content: str | list[str | dict[str, Any]]) -> list[Segment]:
         elif block.get("type") == "text":
             extras = block.get("extras") or {}
             marked = extras.get(_MARK)
-            segments.append(Chunk(block["text"], document=extras.get(_DOCUMENT)) if marked else Text(block["text"]))
+            since = extras.get(_SINCE)
+            chunk = Chunk(
+                block["text"], document=extras.get(_DOCUMENT), since=since if isinstance(since, int) else None
+            )
+            segments.append(chunk if marked else Text(block["text"]))
         elif block.get("type") not in _CALLS:
             raise PromptError(
                 f"a message holds a block of type {block.get('type')!r}; ChatCacheTune reads text only: leave the block "

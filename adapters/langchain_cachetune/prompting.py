@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from langchain_core.documents import Document
 from langchain_core.messages import BaseMessage
 
 from cachetune_rag import CacheTune, Chunk, Prompt
 from langchain_cachetune import settings
 from langchain_cachetune.messages import engine_messages, instructed, tools_as_text
-from langchain_cachetune.runs import shown_documents
+from langchain_cachetune.runs import Retrieved, shown_documents
 from langchain_cachetune.tools import ToolRequest
 
 
@@ -20,7 +19,7 @@ def build_prompt(
     messages: Sequence[BaseMessage],
     tools: ToolRequest,
     layout: Mapping[str, Any],
-    documents: Iterable[Document],
+    documents: Iterable[Retrieved],
     *,
     learn: bool,
 ) -> Prompt:
@@ -48,10 +47,10 @@ def build_prompt(
     segments = [segment for message in converted for segment in message["content"]]
     given = [segment.text for segment in segments if isinstance(segment, Chunk)]
     texts = [segment.text for segment in segments if not isinstance(segment, Chunk)]
-    shown = [document for document in shown_documents(documents, texts) if document.page_content not in given]
+    shown = [(d, since) for d, since in shown_documents(documents, texts) if d.page_content not in given]
     retrieved = [
         *dict.fromkeys(given),
-        *(Chunk(d.page_content, document=d.id) if learn else d.page_content for d in shown),
+        *(Chunk(d.page_content, document=d.id, since=since) if learn else d.page_content for d, since in shown),
     ]
     if getattr(engine.tokenizer, "chat_template", None) or len(converted) != 1:
         return engine.prompt_from_messages(converted, retrieved=retrieved, **layout)

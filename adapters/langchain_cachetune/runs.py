@@ -21,6 +21,10 @@ from langchain_core.messages import BaseMessage
 from langchain_core.tracers.context import register_configure_hook
 
 from cachetune_rag import Report
+from cachetune_store import changes_so_far
+
+Retrieved = tuple[Document, int]
+"""A document, and since when it is known to be there (`changes_so_far`): what is deleted later isn't stored again."""
 
 _KEPT = 256
 """Retrieved documents that a context keeps, the latest ones."""
@@ -33,7 +37,7 @@ class _Run:
 
     def __init__(self, before: _Run | None, id: UUID | None = None):
         self.id = id
-        self.documents: deque[Document] = deque(before.documents if before else (), maxlen=_KEPT)
+        self.documents: deque[Retrieved] = deque(before.documents if before else (), maxlen=_KEPT)
         self.reports: dict[object, Report] = {}
         self.around: list[weakref.ref[_Run]]
         # The runs that this one began inside of (a batch, for its parts): its reports are theirs as well. Runs that merely came
@@ -52,7 +56,8 @@ class _Run:
         if not self._retrieves:
             self.documents.clear()
             self._retrieves = True
-        self.documents.extend(documents)
+        now = changes_so_far()
+        self.documents.extend((document, now) for document in documents)
 
     def end(self) -> None:
         """The run is over. Its documents stay known to the runs that follow, until one of these retrieves anew."""
@@ -116,7 +121,7 @@ class RunRecord:
         self._run, self._collecting = _run.get(), _collecting.get()
 
     @property
-    def documents(self) -> list[Document]:
+    def documents(self) -> list[Retrieved]:
         """What was retrieved in this run, or before it in the same context."""
         return list(self._run.documents) if self._run else []
 
@@ -150,20 +155,20 @@ def collect_reports() -> Iterator[list[Report]]:
         _collecting.reset(token)
 
 
-def shown_documents(documents: Iterable[Document], texts: Iterable[str]) -> list[Document]:
+def shown_documents(documents: Iterable[Retrieved], texts: Iterable[str]) -> list[Retrieved]:
     """Those documents of which the texts show something, if perhaps stripped, quoted or cut; each once.
 
     What was retrieved isn't always for this request: a chain may rank documents one by one, or only ask for a better query.
     """
     prompt = _letters("\n".join(texts))
-    made: dict[tuple[str | None, str], Document] = {}
-    for document in documents:
+    made: dict[tuple[str | None, str], Retrieved] = {}
+    for document, since in documents:
         letters = _letters(document.page_content)
         if not letters:
             continue
         starts = {0, max(0, len(letters) // 2 - _PROBE // 2), max(0, len(letters) - _PROBE)}
         if any(letters[start : start + _PROBE] in prompt for start in starts):
-            made[document.id, document.page_content] = document
+            made[document.id, document.page_content] = document, since
     return list(made.values())
 
 

@@ -123,6 +123,7 @@ def calibrate(
     if plot is not None:
         check_plot(plot)
     with instant_interrupt():
+        from cachetune_rag.calibration import check_savable
         from cachetune_rag.calibrator import RATIOS, CalibrationPlan
 
     wanted: dict[str, Any] = {
@@ -137,6 +138,7 @@ def calibrate(
     documents = list(dict.fromkeys(document or ()))
     with ExitStack() as stack:
         kv = stack.enter_context(open_existing(store))
+        check_savable(kv, "calibrated")  # before the model is loaded
         if documents:
             check_known(documents, kv, tenant)
         engine = stack.enter_context(

@@ -63,6 +63,11 @@ def open_for_writing(path: Path, *, codec: str, host_budget: str, disk_budget: s
                 f"{visible_line(path)} is no store, but holds {others[0]!r}: give --store a new or empty folder."
             )
     store = _open(path, codec, host, disk)
+    try:
+        store.check_writable()  # before a model is loaded
+    except BaseException:
+        store.close()
+        raise
     tier = store.stats().disk
     if tier is not None and tier.bytes > disk:
         store.close()

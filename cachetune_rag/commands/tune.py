@@ -112,6 +112,7 @@ def tune(
     if plot is not None:
         check_plot(plot)
     with instant_interrupt():
+        from cachetune_rag.calibration import check_savable
         from cachetune_rag.tuning.tuner import TuningPlan
 
     wanted: dict[str, Any] = {
@@ -120,6 +121,7 @@ def tune(
     TuningPlan.of(**wanted)  # refuses what makes no sense before the model is loaded
     with ExitStack() as stack:
         kv = stack.enter_context(open_existing(store, host_budget, device_budget=device_budget, device=device))
+        check_savable(kv, "tuned")  # before the model is loaded
         engine = stack.enter_context(
             load_engine(model, kv, gguf_file=gguf_file, dtype=dtype, device=device, tenant=tenant)
         )

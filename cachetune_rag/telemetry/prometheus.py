@@ -66,6 +66,11 @@ class CacheTuneCollector(Collector):
             "unstored_chunks", "Chunks that requests missed and that could not be stored", stats.unstored
         )
         yield self._counter(
+            "withdrawn_chunks",
+            "Chunks that requests missed and that were not stored, as their document was removed meanwhile",
+            stats.withdrawn,
+        )
+        yield self._counter(
             "little_found_prompts", "Prompts in which little was found of much that was retrieved", stats.little_found
         )
         yield self._counter(

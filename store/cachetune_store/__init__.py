@@ -29,6 +29,7 @@ from .errors import (
 from .keys import FORMAT_VERSION, ChunkKey, Namespace, make_key
 from .layout import ChunkLayout, LayerSpec, RowFormat
 from .readers import ChunkReader
+from .removals import changes_so_far
 from .stats import ChunkGroup, DocumentInfo, PruneReport, StoreStats, TenantStats, TierStats, TierUsage, VerifyReport
 from .store import ChunkStore
 
@@ -67,6 +68,7 @@ __all__ = [
     "UnknownDocumentError",
     "UnknownFormatError",
     "VerifyReport",
+    "changes_so_far",
     "codec_names",
     "get_codec",
     "make_key",

@@ -21,6 +21,7 @@ from .files import TempFiles, make_directory, sync_directory, write_small
 from .index import Index
 from .keys import ChunkKey
 from .plainfiles import read_plain
+from .removals import Removals
 
 __all__ = ["Documents"]
 
@@ -38,22 +39,37 @@ class Documents:
         index: where records and reference counts are.
         directory: where the documents' files are; None for a store in memory.
         temp: writes those files.
+        removals: told of documents that are removed or replaced.
     """
 
-    def __init__(self, index: Index, directory: Path | None, temp: TempFiles | None) -> None:
+    def __init__(self, index: Index, directory: Path | None, temp: TempFiles | None, removals: Removals) -> None:
         self._index = index
         self._directory = directory
         self._temp = temp
+        self._removals = removals
 
     def put(self, tenant: str, doc_id: str, keys: Sequence[ChunkKey], free: Free) -> None:
         """Put or replace a document, and free the chunks that no document holds any more."""
         digests = [key.digest for key in keys]
         self._announce()
         with self._index.transaction():
+            old = set((self._index.get(_record_name(tenant, doc_id)) or {"chunks": []})["chunks"])
+            if old != set(digests):
+                self._removals.note(tenant, doc_id, gone=not old <= set(digests))
             self._replace(tenant, doc_id, digests, free)
 
-    def extend(self, tenant: str, doc_id: str, keys: Sequence[ChunkKey], free: Free) -> None:
-        """Add chunks behind those that a document holds, but for those it holds already; make it if there is none."""
+    def extend(self, tenant: str, doc_id: str, keys: Sequence[ChunkKey], free: Free, since: int | None = None) -> bool:
+        """Add chunks behind those that a document holds, but for those it holds already; make it if there is none.
+
+        Args:
+            tenant, doc_id: which one.
+            keys: the chunks.
+            free: unused chunks go there.
+            since: if the document was removed or replaced after this number, nothing is added.
+
+        Returns:
+            Whether the document holds the chunks now.
+        """
         added = [key.digest for key in keys]
         self._announce()
         with self._index.transaction():
@@ -61,8 +77,11 @@ class Documents:
             held: list[str] = [] if record is None else record["chunks"]
             known = set(held)
             new = [digest for digest in dict.fromkeys(added) if digest not in known]
+            if since is not None and self._removals.since(since, tenant, doc_id):
+                return record is not None and not new
             if new or record is None:
                 self._replace(tenant, doc_id, held + new, free)
+            return True
 
     def _replace(self, tenant: str, doc_id: str, digests: list[str], free: Free) -> None:
         """Write a document's record and file, and count its chunks; inside a transaction."""
@@ -93,6 +112,8 @@ class Documents:
         name = _record_name(tenant, doc_id)
         self._announce()
         with self._index.transaction():
+            # Of one that isn't known, a request may be about to make it known.
+            self._removals.note(tenant, doc_id)
             record = self._index.get(name)
             if record is None:
                 raise UnknownDocumentError(
@@ -111,6 +132,29 @@ class Documents:
         """Ids and chunks of a tenant's documents."""
         for _, record in self._index.items(f"doc/{_hash(tenant)}/"):
             yield record["id"], tuple(ChunkKey(digest) for digest in record["chunks"])
+
+    def holders(self, tenant: str, keys: Sequence[ChunkKey]) -> list[str]:
+        """Ids of a tenant's documents that hold one of these chunks; reads all of its records, if any document holds one."""
+        wanted = {key.digest for key in keys if self.holds(key)}
+        if not wanted:
+            return []
+        return [
+            record["id"]
+            for _, record in self._index.items(f"doc/{_hash(tenant)}/")
+            if not wanted.isdisjoint(record["chunks"])
+        ]
+
+    def holds(self, key: ChunkKey) -> bool:
+        """Whether any document holds a chunk."""
+        return self._index.get(f"ref/{key.digest}") is not None
+
+    def free_unheld(self, key: ChunkKey, free: Free) -> bool:
+        """Free a chunk that no document holds; whether that was so."""
+        with self._index.transaction():
+            if self.holds(key):
+                return False
+            free([key])
+            return True
 
     def by_tenant(self) -> Counter[str]:
         """How many documents each tenant has."""

@@ -27,6 +27,7 @@ from .placement import Placement
 from .pruning import Keep, by_tenant, groups, prune
 from .rawfile import DirectIO
 from .readers import ChunkReader
+from .removals import removals_of
 from .repair import Repair
 from .stats import ChunkGroup, DocumentInfo, PruneReport, StoreStats, TenantStats, VerifyReport
 from .texts import texts_revision
@@ -93,12 +94,13 @@ class ChunkStore:
         self._closed = False
         self._process = os.getpid()
         self._directory: StoreDirectory | None = None
+        self._removals = removals_of(self.path)
         pins = Pins()
         host = HostTier(host_bytes, pins)
         on_device = _device_tier(parse_bytes(device_budget, "device_budget"), device, pins)
         if self.path is None:
             self._index: Index = MemoryIndex()
-            self._documents = Documents(self._index, None, None)
+            self._documents = Documents(self._index, None, None, self._removals)
             self._notes = Notes(None, None)
             self._claims: Claims = MemoryClaims()
             self._placement = Placement(host, None, self._index, self._claims, on_device)
@@ -107,7 +109,7 @@ class ChunkStore:
         try:
             self._directory = directory = StoreDirectory(self.path)
             self._index, temp = directory.index, directory.temp
-            self._documents = Documents(self._index, self.path / "documents", temp)
+            self._documents = Documents(self._index, self.path / "documents", temp, self._removals)
             self._notes = Notes(self.path / "notes", temp)
             self._claims = FileClaims(self.path / "claims.lock") if directory.read_only is None else MemoryClaims()
             disk = DiskTier(
@@ -124,6 +126,20 @@ class ChunkStore:
             directory.bring_in_line(disk, self._documents)
         except OSError as error:
             raise explain(error, self.path) from error
+
+    def check_writable(self) -> None:
+        """Refuse at once what would end in writing.
+
+        Raises:
+            StoreReadOnlyError: the directory may only be read.
+        """
+        self._check_open()
+        refusal = None if self._directory is None else self._directory.read_only
+        if refusal is not None:
+            raise StoreReadOnlyError(
+                f"the store {self.path} can only be read here ({refusal.strerror}): it answers from what it "
+                "has, and nothing is stored, removed or repaired. Open it where this user may write, or use another folder"
+            )
 
     def put(
         self,
@@ -163,7 +179,7 @@ class ChunkStore:
         known = self._repair.healed(lambda: self._placement.known(key, text))
         if known:
             return known
-        self._check_writable()
+        self.check_writable()
         chunk = self.encode(
             key, layers, scores, namespace=namespace, token_ids=token_ids, text=text, deviations=deviations
         )
@@ -203,7 +219,7 @@ class ChunkStore:
         known = self._repair.healed(lambda: self._placement.known(chunk.key, chunk.head.text))
         if known:
             return known
-        self._check_writable()
+        self.check_writable()
         return self._repair.healed(lambda: self._placement.put(chunk))
 
     def open(self, key: ChunkKey, *, errors: list[StoreError] | None = None) -> ChunkReader | None:
@@ -296,23 +312,66 @@ class ChunkStore:
 
         Chunks it no longer holds, nor any other document, are deleted. Ids are any strings, apart for each tenant.
         """
-        self._check_writable()
+        self.check_writable()
         check_text(doc_id, "document id")
         check_text(tenant, "tenant")
         held = check_keys(keys)
         self._repair.healed(lambda: self._documents.put(tenant, doc_id, held, self._free))
 
-    def extend_document(self, document_id: str, keys: Sequence[ChunkKey], *, tenant: str = "") -> None:
+    def extend_document(
+        self, document_id: str, keys: Sequence[ChunkKey], *, tenant: str = "", since: int | None = None
+    ) -> bool:
         """Say that a document holds these chunks as well, behind those it holds; it is made if there is none of that id.
 
         Chunks that it holds already stay where they are, so that doing this twice changes nothing. For a document that comes
         in parts: one whose chunks are ingested in several runs, or stored when a request missed them.
+
+        Args:
+            document_id: the document.
+            keys: the chunks.
+            tenant: whose.
+            since: a number from `changes_so_far`, from when it was known that these are the document's. If it was removed or
+                replaced since, by this process, nothing is added. None: it is known to be so now.
+
+        Returns:
+            Whether the document holds the chunks now.
         """
-        self._check_writable()
+        self.check_writable()
         check_text(document_id, "document id")
         check_text(tenant, "tenant")
         held = check_keys(keys)
-        self._repair.healed(lambda: self._documents.extend(tenant, document_id, held, self._free))
+        return self._repair.healed(lambda: self._documents.extend(tenant, document_id, held, self._free, since))
+
+    def removed_since(self, number: int, document_id: str | None = None, *, tenant: str = "") -> bool:
+        """Whether a document was removed or replaced, or a tenant deleted, after a number from `changes_so_far`: by this process."""
+        return self._removals.since(number, tenant, document_id)
+
+    @property
+    def texts_gone(self) -> int:
+        """How often this process has taken texts out of documents: it grows with each time."""
+        return self._removals.texts_gone
+
+    def holders(self, keys: Sequence[ChunkKey], *, tenant: str = "") -> list[str]:
+        """Ids of the tenant's documents that hold one of these chunks. If there are any, all of its records are read."""
+        self._check_open()
+        check_text(tenant, "tenant")
+        wanted = check_keys(keys)
+        return self._repair.healed(lambda: self._documents.holders(tenant, wanted))
+
+    def holds(self, key: ChunkKey) -> bool:
+        """Whether any document holds a chunk, stored or not."""
+        self._check_open()
+        check_key(key)
+        return self._repair.healed(lambda: self._documents.holds(key))
+
+    def free_unheld(self, key: ChunkKey) -> bool:
+        """Delete a chunk unless a document holds it; whether it was deleted.
+
+        For whoever stores a chunk of a document: another may have removed the document between adding it and writing it.
+        """
+        self.check_writable()
+        check_key(key)
+        return self._repair.healed(lambda: self._documents.free_unheld(key, self._free))
 
     def delete_document(self, doc_id: str, *, tenant: str = "") -> int:
         """Forget a document and delete the chunks that no other document holds; bytes freed.
@@ -320,7 +379,7 @@ class ChunkStore:
         Raises:
             UnknownDocumentError: there is no such document.
         """
-        self._check_writable()
+        self.check_writable()
         check_text(doc_id, "document id")
         check_text(tenant, "tenant")
         return self._repair.healed(lambda: self._documents.delete(tenant, doc_id, self._free))
@@ -370,13 +429,13 @@ class ChunkStore:
             ValueError: the name is no digest, or the content is longer than 1 MiB.
             StoreFullError, StorePathError: it can't be written.
         """
-        self._check_writable()
+        self.check_writable()
         check_text(tenant, "tenant")
         return self._repair.healed(lambda: self._notes.settle(tenant, name, content))
 
     def discard_note(self, name: str, content: bytes, *, tenant: str = "") -> bool:
         """Set aside a note that turned out damaged, if it still reads `content`; whether that was so."""
-        self._check_writable()
+        self.check_writable()
         check_text(tenant, "tenant")
         return self._repair.healed(lambda: self._notes.set_aside(tenant, name, content))
 
@@ -387,7 +446,7 @@ class ChunkStore:
 
     def verify(self) -> VerifyReport:
         """Read and check every file in full; set damaged ones aside, delete orphans, repair the index."""
-        self._check_writable()
+        self.check_writable()
         return self._repair.healed(lambda: self._repair.check(full=True))
 
     def groups(self) -> list[ChunkGroup]:
@@ -415,21 +474,22 @@ class ChunkStore:
             dry_run: only count.
         """
         if not dry_run:
-            self._check_writable()
+            self.check_writable()
         self._check_open()
         return self._repair.healed(lambda: prune(self._placement, keep, foreign_too=foreign_too, dry_run=dry_run))
 
     def delete_tenant(self, tenant: str) -> int:
         """Delete all that is a tenant's: documents, notes, and chunks whether a document holds them or not. Bytes freed."""
-        self._check_writable()
+        self.check_writable()
         check_text(tenant, "tenant")
+        self._removals.note(tenant, None)
         freed = sum(self.delete_document(info.id, tenant=tenant) for info in self.documents(tenant=tenant))
         self._repair.healed(lambda: self._notes.delete_all(tenant))
         return freed + self.prune(lambda head: head.namespace.tenant != tenant).bytes
 
     def rebuild_index(self) -> VerifyReport:
         """Make the index anew from the files. Happens by itself on open when the index is lost."""
-        self._check_writable()
+        self.check_writable()
         return self._repair.check(full=False, anew=True)
 
     def stats(self) -> StoreStats:
@@ -472,15 +532,6 @@ class ChunkStore:
 
     def _free(self, keys: Sequence[ChunkKey]) -> int:
         return sum(self._placement.remove(key) for key in keys)
-
-    def _check_writable(self) -> None:
-        self._check_open()
-        refusal = None if self._directory is None else self._directory.read_only
-        if refusal is not None:
-            raise StoreReadOnlyError(
-                f"the store {self.path} can only be read here ({refusal.strerror}): it answers from what it "
-                "has, and nothing is stored, removed or repaired. Open it where this user may write, or use another folder"
-            )
 
     def _check_open(self) -> None:
         if self._closed:

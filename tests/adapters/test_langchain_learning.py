@@ -11,6 +11,7 @@ from engines import EngineMaker, is_stored
 from langchain_core.callbacks import CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
 from langchain_core.embeddings import DeterministicFakeEmbedding
+from langchain_core.messages import HumanMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
 from langchain_core.retrievers import BaseRetriever
@@ -18,7 +19,7 @@ from langchain_core.runnables import Runnable, RunnablePassthrough
 from langchain_core.vectorstores import InMemoryVectorStore
 
 from cachetune_rag import CacheTune, Report
-from langchain_cachetune import CacheTuneIndex, ChatCacheTune, collect_reports, create_cachetune_chain
+from langchain_cachetune import CacheTuneIndex, ChatCacheTune, chunk_block, collect_reports, create_cachetune_chain
 
 STEPS = Document(id="steps", page_content="The lighthouse of Varnholm has 214 steps.", metadata={"source": "a.txt"})
 BAKER = Document(id="baker", page_content="The baker opens at five in the morning.", metadata={"source": "b.txt"})
@@ -216,3 +217,21 @@ def test_a_document_prompt_that_changes_the_content_is_the_chunk(engine: CacheTu
     assert is_stored(engine, STEPS.page_content.upper())
     report = ask(create_cachetune_chain(engine, document_prompt=loud, max_tokens=2), {"context": [STEPS], "input": "?"})
     assert report.missed == 0
+
+
+def test_what_was_deleted_since_it_was_retrieved_is_not_learned_again(engine: CacheTune) -> None:
+    index = CacheTuneIndex(engine=engine, vectorstore=InMemoryVectorStore(DeterministicFakeEmbedding(size=8)))
+    index.add_documents([STEPS])
+    model = ChatCacheTune(engine=engine, max_tokens=2)
+    found = Fixed(found=[STEPS]).invoke("?")
+    chain = create_cachetune_chain(model, ChatPromptTemplate.from_template("{context}\n{question}"))
+    message = chunk_block(STEPS.page_content, "steps")
+    index.delete(["steps"])
+    model.invoke(f"Use: {joined(found)}")
+    assert model.last_report.retrieved == len(STEPS.page_content)
+    model.invoke([HumanMessage([message])])
+    assert engine.flush()
+    assert (texts(engine), engine.documents()) == (set(), [])
+    chain.invoke({"context": [STEPS], "question": "how many?"})  # somebody says anew that it is there
+    assert engine.flush()
+    assert texts(engine) == {STEPS.page_content}

@@ -14,7 +14,7 @@ from llama_index.core.evaluation import ContextRelevancyEvaluator, FaithfulnessE
 from llama_index.core.indices.base import BaseIndex
 from llama_index.core.node_parser import SentenceSplitter, SentenceWindowNodeParser
 from llama_index.core.postprocessor import MetadataReplacementPostProcessor
-from llama_index.core.query_engine import CitationQueryEngine
+from llama_index.core.query_engine import CitationQueryEngine, CustomQueryEngine
 from llama_index.core.response_synthesizers import ResponseMode
 from llama_index.core.schema import NodeWithScore, TextNode
 
@@ -215,3 +215,24 @@ def test_what_no_document_is_named_for_is_not_stored(engine: CacheTune, llm: Cac
     CacheTuneSynthesizer(llm).get_response(QUESTION, TEXTS)
     engine.flush()
     assert list(engine.store.texts(namespace=engine.namespace)) == []
+
+
+def test_what_is_deleted_while_its_question_is_open_is_not_learned_again(engine: CacheTune, llm: CacheTuneLLM) -> None:
+    """An agent's run retrieves, somebody deletes, and a later step of the same run shows it."""
+    index = index_of()
+    memory = KVPrecompute(engine)
+    memory.follow(index)
+
+    class Deleting(CustomQueryEngine):
+        """Retrieves, and shows what was found after its deletion."""
+
+        def custom_query(self, query_str: str) -> str:
+            nodes = index.as_retriever(similarity_top_k=3).retrieve(query_str)
+            index.delete_ref_doc("d0")
+            return llm.complete("Use:\n" + "\n\n".join(node.node.get_content() for node in nodes)).text
+
+    Deleting().query(QUESTION)
+    assert report_of(llm).retrieved == sum(map(len, TEXTS))
+    assert engine.flush()
+    assert {info.id for info in engine.documents()} == {"d1", "d2"}
+    assert not is_stored(engine, TEXTS[0])

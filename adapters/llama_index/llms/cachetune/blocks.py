@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from llama_index.core.base.llms.types import ChatMessage, MessageRole, TextBlock, ToolCallBlock
+from llama_index.core.bridge.pydantic import PrivateAttr
 
 from cachetune_rag import Chunk, PromptError, Text
 from cachetune_rag.prompt import Segment
+from cachetune_store import changes_so_far
 
 _ROLES = {
     MessageRole.DEVELOPER: "system",
@@ -30,6 +32,12 @@ class ChunkBlock(TextBlock):
     """
 
     document: str | None = None
+    # A message may be kept, and shown again when the document was deleted long ago.
+    _since: int = PrivateAttr(default_factory=changes_so_far)
+
+    def as_chunk(self) -> Chunk:
+        """The block as the engine takes it."""
+        return Chunk(self.text, self.document, since=self._since)
 
 
 def engine_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
@@ -62,9 +70,7 @@ def contents(message: ChatMessage) -> list[Segment]:
             )
         texts.append(block)
     if any(isinstance(block, ChunkBlock) for block in texts):
-        return [
-            Chunk(block.text, block.document) if isinstance(block, ChunkBlock) else Text(block.text) for block in texts
-        ]
+        return [block.as_chunk() if isinstance(block, ChunkBlock) else Text(block.text) for block in texts]
     return [Text("\n".join(block.text for block in texts))]
 
 

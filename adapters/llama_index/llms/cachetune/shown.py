@@ -13,6 +13,7 @@ from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore
 
 from cachetune_rag import Chunk, PromptError, Text
 from cachetune_rag.prompt import Segment
+from cachetune_store import changes_so_far
 
 _WORDS = re.compile(r"\w+")
 _RUN, _SAMPLES = 6, 12
@@ -59,12 +60,13 @@ def chunks_of(retrieved: Iterable[object]) -> list[Chunk]:
         PromptError: an item is neither.
     """
     chunks: dict[str, Chunk] = {}
+    now = changes_so_far()  # a document that is deleted later isn't stored again, however long its nodes are kept
     for item in retrieved:
         node = item.node if isinstance(item, NodeWithScore) else item
         if isinstance(node, Chunk):
             chunk = node
         elif isinstance(node, BaseNode):
-            chunk = Chunk(body(node), node.ref_doc_id)
+            chunk = Chunk(body(node), node.ref_doc_id, since=now)
         elif isinstance(node, str):
             chunk = Chunk(node.strip())
         else:

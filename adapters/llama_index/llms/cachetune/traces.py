@@ -90,7 +90,8 @@ class Trace:
             for span in self.around():
                 for chunk in found:
                     known = span.retrieved.get(chunk.text)
-                    if known is None or known.document is None:
+                    # What is retrieved again is known to be there now.
+                    if known is None or known.document is None or known.document == chunk.document:
                         span.retrieved[chunk.text] = chunk
 
     @property
