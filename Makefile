@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Processes that run tests at once; 0: no further ones, as a plain `pytest`.
+WORKERS ?= 0
 
 .PHONY: demo test soak lint format typecheck bench quality clean
 
@@ -11,7 +13,7 @@ demo: $(READY)
 
 test: lint
 	$(BIN)/python examples/smollm2.py
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .

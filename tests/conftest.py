@@ -6,13 +6,19 @@ import importlib.util
 import os
 from pathlib import Path
 
-# Before torch starts its pools: the machine's cores are for the tests that run real models.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
+    # Before torch starts its pools, and for the processes that tests start: two processes with a thread for every core
+    # wait for each other far longer than they compute.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+"""Processes that run tests at once (`pytest -n`). They share the machine's cores."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -25,8 +31,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _threads(request: pytest.FixtureRequest) -> None:
-    """All cores for a real model; one thread for tiny ones, which more would only slow down."""
-    torch.set_num_threads((os.cpu_count() or 1) if "real_model" in request.keywords else 1)
+    """This process's share of the cores for a real model; one thread for tiny ones, which more would only slow down."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS) if "real_model" in request.keywords else 1)
 
 
 @pytest.fixture(scope="session")
