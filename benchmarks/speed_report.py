@@ -1,9 +1,9 @@
 """Tables and plots of what `ttft_gpu.py` measured.
 
-    python benchmarks/speed_report.py benchmarks/results/ttft-h100*.json --readme README.md --docs docs/performance.md \\
+    python benchmarks/speed_report.py benchmarks/results/ttft-h100*.json --readme docs/speed.md --docs docs/performance.md \\
         --plot benchmarks/results
 
-Without --readme and --docs it prints the tables. The first file is the one that the README's table and the plots are of.
+Without --readme and --docs it prints the tables. The first file is the one that the short table and the plots are of.
 """
 
 from __future__ import annotations

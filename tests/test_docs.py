@@ -127,3 +127,52 @@ def test_the_metrics_named_are_there(tmp_path: Path) -> None:
             full = first + name if name.startswith("_") else name
             if full not in ("cachetune_fidelity_top1", "cachetune_fidelity_kl"):  # only once something was compared
                 assert full.removesuffix("_total") in there, full
+
+
+def test_the_readme_is_short_and_its_figures_stand_in_the_docs() -> None:
+    text = page("README.md")
+    assert len(text.splitlines()) <= 120
+    rows = [line for line in text.splitlines() if re.match(r"\| [\d,]+ \|", line)]
+    assert rows
+    table = page("docs/speed.md").split("## On a GPU")[1]
+    for row in rows:
+        context, full, *cells = (cell.strip() for cell in row.strip("|").split("|"))
+        (measured,) = (
+            line for line in table.splitlines() if line.startswith(f"| {context} | ") and "`expected_error`" in line
+        )
+        assert full.removesuffix(" ms") in measured.split(" | ")
+        assert all(cell in measured for cell in cells), row
+
+
+GLOSSARY = re.findall(r"^\| \*\*(.+?)\*\* \| (.+?) \|(.*)\|$", page("docs/glossary.md"), re.MULTILINE)
+"""Terms, what they mean, and the spellings that are not used for them."""
+
+
+def prose(text: str) -> str:
+    """A page's text without code, and without the targets of links."""
+    return re.sub(r"`[^`]*`|\]\([^)]*\)", "", FENCE.sub("", text))
+
+
+def written(word: str, text: str) -> list[str]:
+    """Where a word stands, with what is around it; capitals count only in a word that has some."""
+    capitals = 0 if re.search("[A-Z]", word) else re.IGNORECASE
+    found = re.finditer(rf"(?<![\w-]){re.escape(word)}(?![\w-])", text, capitals)
+    return [text[max(0, match.start() - 40) : match.end() + 40] for match in found]
+
+
+def test_the_glossary_explains_each_term_once_and_only_what_the_pages_use() -> None:
+    terms = [term for term, _, _ in GLOSSARY]
+    assert len(terms) > 50
+    assert len(terms) == len(set(terms))
+    pages = "\n".join(path.read_text() for path in PAGES if path.name != "glossary.md").lower().replace("\n", " ")
+    assert not [term for term in terms if term.lower() not in pages]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_term_has_one_spelling(path: Path) -> None:
+    if path.name == "glossary.md" or "benchmarks" in path.parts or path.name == "CHANGELOG.md":
+        return
+    text = prose(path.read_text())
+    for term, _, others in GLOSSARY:
+        for other in filter(None, map(str.strip, others.split(","))):
+            assert not written(other, text), f"{path.name}: {other!r} is spelt {term!r} (docs/glossary.md)"

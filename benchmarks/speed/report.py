@@ -33,7 +33,7 @@ def put_between(path: Path, text: str) -> None:
 
 
 def brief(content: Content) -> str:
-    """A table of one line a context and selector, for the README."""
+    """A table of one line a context and selector, for docs/speed.md."""
     rows = {_place(row): row for row in rows_of(content) if row["phase"] in ("target", "device")}
     ratios = sorted({place[4] for place in rows})
     tiers = [t for t in ("host", "device") if any(place[1] == t for place in rows)]
@@ -43,7 +43,7 @@ def brief(content: Content) -> str:
         cells = [rows.get((context, tier, "exact", selector, ratio)) for ratio in ratios for tier in tiers]
         full = next(row["full"] for row in cells if row)
         lines.append([f"{context:,}", _ms(full), f"`{selector}`", *map(_cell, cells)])
-    title = "On a GPU ([how it is measured, and everything else](docs/performance.md))"
+    title = "On a GPU ([how it is measured, and everything else](performance.md))"
     return f"{title}: time to first token in ms and speed-up.\n{setting(content)}.\n\n{_table(head, lines)}"
 
 
