@@ -6,6 +6,7 @@ import threading
 from typing import Any
 
 from cachetune_rag.errors import ConfigError
+from cachetune_store.printing import shown
 
 
 def check_flag(value: Any, name: str) -> None:
@@ -15,7 +16,7 @@ def check_flag(value: Any, name: str) -> None:
         ConfigError: says so.
     """
     if not isinstance(value, bool):
-        raise ConfigError(f"{name} is {value!r:.80}: use True or False.")
+        raise ConfigError(f"{name} is {shown(value)}: use True or False.")
 
 
 def check_callback(value: Any, name: str) -> None:
@@ -25,7 +26,7 @@ def check_callback(value: Any, name: str) -> None:
         ConfigError: says so.
     """
     if value is not None and not callable(value):
-        raise ConfigError(f"{name} is {value!r:.80}, which can't be called: use a function of one argument, or None.")
+        raise ConfigError(f"{name} is {shown(value)}, which can't be called: use a function of one argument, or None.")
 
 
 def check_wait(seconds: Any, name: str = "timeout") -> None:
@@ -38,4 +39,4 @@ def check_wait(seconds: Any, name: str = "timeout") -> None:
         return
     fits = isinstance(seconds, int | float) and not isinstance(seconds, bool)
     if not fits or not 0 <= seconds <= threading.TIMEOUT_MAX:
-        raise ConfigError(f"{name} is {seconds!r:.80}: use seconds, from 0 upwards, or None to wait until it is done.")
+        raise ConfigError(f"{name} is {shown(seconds)}: use seconds, from 0 upwards, or None to wait until it is done.")

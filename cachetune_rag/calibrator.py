@@ -22,6 +22,7 @@ from cachetune_rag.errors import CacheTuneError, ConfigError
 from cachetune_rag.model.teacher import rewind, teacher_forced
 from cachetune_rag.prompt import Prompt
 from cachetune_rag.samples import prompts_of, store_chunks
+from cachetune_store.printing import shown
 
 if TYPE_CHECKING:
     from cachetune_rag.assembly import PrefillState
@@ -83,17 +84,17 @@ class CalibrationPlan:
         """
         selector = resolve(selector, 0).selector
         if selector in _NO_RATIO:
-            raise ConfigError(f"selector {selector!r} goes by no ratio, so there is none to find: use another.")
+            raise ConfigError(f"selector {shown(selector)} goes by no ratio, so there is none to find: use another.")
         if not isinstance(measure, str) or measure not in BOUNDS:
-            raise ConfigError(f"measure is {measure!r:.80}: use 'kl' or 'top1'.")
+            raise ConfigError(f"measure is {shown(measure)}: use 'kl' or 'top1'.")
         bound = BOUNDS[measure] if bound is None else bound
         most = math.inf if measure == "kl" else 1.0
         if not _is_number(bound) or not 0 <= bound <= most or bound > _LARGEST:
             allowed = "nats a token, at least 0" if measure == "kl" else "a share of tokens from 0 to 1"
-            raise ConfigError(f"bound is {bound!r} for measure {measure!r}: use {allowed}.")
+            raise ConfigError(f"bound is {shown(bound)} for measure {shown(measure)}: use {allowed}.")
         if quantile is not None and not (_is_number(quantile) and 0 < quantile <= 1):
             raise ConfigError(
-                f"quantile is {quantile!r}: use a share of the samples above 0, up to 1, or None (the mean)."
+                f"quantile is {shown(quantile)}: use a share of the samples above 0, up to 1, or None (the mean)."
             )
         if (
             isinstance(ratios, str | bytes | bytearray | Mapping)
@@ -101,10 +102,10 @@ class CalibrationPlan:
             or "auto" in ratios
             or not ratios
         ):
-            raise ConfigError(f"ratios is {ratios!r:.80}: use a list of at least one number from 0 to 1.")
+            raise ConfigError(f"ratios is {shown(ratios)}: use a list of at least one number from 0 to 1.")
         checked = sorted({resolve(selector, ratio).ratio for ratio in ratios})
         if isinstance(tokens, bool) or not isinstance(tokens, int) or not 1 <= tokens <= MAX_TOKENS:
-            raise ConfigError(f"tokens is {tokens!r}: use an int from 1 to {MAX_TOKENS}.")
+            raise ConfigError(f"tokens is {shown(tokens)}: use an int from 1 to {MAX_TOKENS}.")
         return cls(measure, float(bound), quantile, selector, tuple(checked), tokens)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from cachetune_rag.errors import PromptError
 from cachetune_rag.segments import Segment, Text, checked_segments
+from cachetune_store.printing import shown
 
 _ROLE = re.compile(r"[A-Za-z0-9_-]+")
 _SYSTEM = ("system", "developer")
@@ -44,13 +45,13 @@ class Message:
         """
         if not isinstance(message, Mapping) or not {"role"} <= set(message):
             raise PromptError(
-                f"{name} is {message!r:.120}: use a mapping with the keys role and content (and tool_calls, "
+                f"{name} is {shown(message)}: use a mapping with the keys role and content (and tool_calls, "
                 "tool_call_id, name where the chat template knows them)."
             )
         fields = {key: value for key, value in message.items() if value is not None}
         role, content = fields.pop("role", None), fields.pop("content", None)
         if not isinstance(role, str) or not _ROLE.fullmatch(role):
-            raise PromptError(f"{name} has the role {role!r:.80}: use a word such as 'user', 'assistant' or 'system'.")
+            raise PromptError(f"{name} has the role {shown(role)}: use a word such as 'user', 'assistant' or 'system'.")
         if content is None and not fields.get("tool_calls"):
             raise PromptError(f"{name}.content is None: use a str, or a list of Text, Chunk and str.")
         if isinstance(content, str):

@@ -12,6 +12,7 @@ from cachetune_rag.content_marks import Marks
 from cachetune_rag.errors import PromptError
 from cachetune_rag.segments import Chunk, Part, Segment, TemplateText, Text
 from cachetune_rag.tokens import ContentTokenizer
+from cachetune_store.printing import shown
 
 _CERTAIN = 12
 """A content of at least so many characters that occurs in the output was put there by the template; a shorter one may be chance."""
@@ -143,8 +144,8 @@ class ChatRun:
     def _refuse_altered(self, messages: Sequence[Message], i: int, j: int) -> None:
         chunk = (messages[i].content or ())[j]
         raise PromptError(
-            f"the tokenizer's chat template drops or alters the chunk {chunk.text!r:.60} of message {i + 1} of "
-            f"{len(messages)} (role {messages[i].role!r}), or repeats it; a chunk must come out once and unchanged: give the "
+            f"the tokenizer's chat template drops or alters the chunk {shown(chunk.text)} of message {i + 1} of "
+            f"{len(messages)} (role {shown(messages[i].role)}), or repeats it; a chunk must come out once and unchanged: give the "
             f"message another role, or its text as Text. {_WAY_OUT}"
         )
 
@@ -171,7 +172,7 @@ class ChatRun:
             if number not in rendered:
                 raise PromptError(
                     f"the tokenizer's chat template drops or alters the content of message {i + 1} of {len(messages)} "
-                    f"(role {messages[i].role!r}): leave this message out, or give it another role. {_WAY_OUT}"
+                    f"(role {shown(messages[i].role)}): leave this message out, or give it another role. {_WAY_OUT}"
                 )
 
     # -- rendering ------------------------------------------------------------------------------------------------

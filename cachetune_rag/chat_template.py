@@ -13,6 +13,7 @@ from cachetune_rag.nearest import hint
 from cachetune_rag.segments import Part
 from cachetune_rag.template_arguments import ALWAYS, variables
 from cachetune_rag.tokens import ContentTokenizer, check_text
+from cachetune_store.printing import shown
 
 _log = logging.getLogger(__name__)
 
@@ -83,10 +84,10 @@ class ChatTemplate:
         for name in arguments:
             if name not in known:
                 advice = hint(name, known, f"it uses {', '.join(known)}.")
-                raise PromptError(f"the chat template has no variable {name!r}: {advice}")
+                raise PromptError(f"the chat template has no variable {shown(name)}: {advice}")
         if tools is not None:
             if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence):
-                raise PromptError(f"tools is {tools!r:.80}: use a list of JSON schemas (dicts) or functions.")
+                raise PromptError(f"tools is {shown(tools)}: use a list of JSON schemas (dicts) or functions.")
             if tools and "tools" not in used:
                 raise PromptError(
                     "the chat template has no place for tools: leave them out, say in a message what they are, or set a "

@@ -8,6 +8,7 @@ from typing import Any
 from cachetune_rag.errors import ConfigError
 from cachetune_rag.selection import get_selector, selector_names
 from cachetune_store import Namespace
+from cachetune_store.printing import shown
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class ReuseConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.skipped <= self.ratio:
             raise ConfigError(
-                f"skipped is {self.skipped!r}, which is part of the ratio: use a share from 0 to {self.ratio!r}."
+                f"skipped is {shown(self.skipped)}, which is part of the ratio: use a share from 0 to {shown(self.ratio)}."
             )
 
 
@@ -54,10 +55,12 @@ def resolve(selector: Any, ratio: Any, auto: ReuseConfig = AUTO) -> ReuseConfig:
     if selector == "auto":
         selector = auto.selector
     elif not isinstance(selector, str):
-        raise ConfigError(f"selector is {selector!r}: use 'auto' or one of {', '.join(selector_names())}.")
+        raise ConfigError(f"selector is {shown(selector)}: use 'auto' or one of {', '.join(selector_names())}.")
     get_selector(selector)
     if isinstance(ratio, str) and ratio == "auto":
         return ReuseConfig(selector, auto.ratio, tunable=True)
     if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
-        raise ConfigError(f"ratio is {ratio!r}: use 'auto' or a number from 0 (recompute nothing) to 1 (everything).")
+        raise ConfigError(
+            f"ratio is {shown(ratio)}: use 'auto' or a number from 0 (recompute nothing) to 1 (everything)."
+        )
     return ReuseConfig(selector, float(ratio))

@@ -24,6 +24,7 @@ from cachetune_rag.readers import PLAIN, SUFFIXES, CorpusError, Reader, SourceDo
 from cachetune_rag.readers.base import MOST_BYTES, read_whole, too_large
 from cachetune_rag.readers.json_lines import JSONL_SUFFIXES
 from cachetune_rag.readers.plain import decode
+from cachetune_store.printing import shown
 
 __all__ = ["JSONL_SUFFIXES", "Corpus", "CorpusError", "SourceDocument", "SourceFile", "read_passage", "read_text"]
 
@@ -94,7 +95,7 @@ class Corpus:
             seen.add((info.st_dev, info.st_ino))
             if not file.reader.own_ids and ids.setdefault(file.id, path) is not path:
                 raise CorpusError(
-                    f"{visible_line(ids[file.id])} and {visible_line(path)} would both be document {file.id!r}: give the folder "
+                    f"{visible_line(ids[file.id])} and {visible_line(path)} would both be document {shown(file.id)}: give the folder "
                     "above both, so that their ids (paths below it) differ."
                 )
             files.append(file)
@@ -123,7 +124,7 @@ class Corpus:
                 if digest in seen:
                     first = self.files[seen[digest][0]].path
                     raise CorpusError(
-                        f"{visible_line(document.where)}: document {document.id!r} came before, as document {seen[digest][1]} of "
+                        f"{visible_line(document.where)}: document {shown(document.id)} came before, as document {seen[digest][1]} of "
                         f"{visible_line(first)}. Ids must be unique; the later document would replace the earlier."
                     )
                 seen[digest] = (number, line)

@@ -14,6 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 from cachetune_rag.errors import ConfigError
 from cachetune_rag.workers import Job, Workers
 from cachetune_store import StoreError
+from cachetune_store.printing import shown
 
 Call = Callable[..., Any]
 """`call(work, *args)` makes a call that may touch the store's disk, and returns what it returns."""
@@ -39,7 +40,7 @@ def check_timeout(seconds: float | None) -> None:
         return
     fits = isinstance(seconds, int | float) and not isinstance(seconds, bool)
     if not fits or not 0 < seconds <= threading.TIMEOUT_MAX:
-        raise ConfigError(f"read_timeout is {seconds!r}: use seconds above 0, or None to wait for ever.")
+        raise ConfigError(f"read_timeout is {shown(seconds)}: use seconds above 0, or None to wait for ever.")
 
 
 class StoreTimeoutError(StoreError):

@@ -37,6 +37,7 @@ from cachetune_rag.generation_settings import (
     stop_strings,
 )
 from cachetune_rag.text_stream import TextStream
+from cachetune_store.printing import shown
 
 __all__ = ["DEFAULT_NEW_TOKENS", "DecodingPlan", "TextStream", "check_finite", "decode", "decode_text", "prepare"]
 
@@ -125,7 +126,7 @@ def prepare(
             f"the model's generation_config is {model.generation_config!r:.80}: set it to a transformers GenerationConfig."
         )
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed not in SEEDS):
-        raise ConfigError(f"seed is {seed!r}: use an int from -2**63 to 2**64 - 1, or None.")
+        raise ConfigError(f"seed is {shown(seed)}: use an int from -2**63 to 2**64 - 1, or None.")
     settings = {name: value for name, value in settings.items() if value is not None}
     check_names(settings)
     base = given_settings(generation_config)
@@ -290,5 +291,5 @@ def _ask_generate(model: Any, **arguments: Any) -> tuple[LogitsProcessorList, St
     for name in ("num_return_sequences", "guidance_scale", "token_healing", "is_assistant"):
         value = getattr(config, name, None)
         if value is not None and value not in (1, False):
-            raise ConfigError(f"{name} is {value!r} in the generation settings: leave it out ({REFUSED[name]}).")
+            raise ConfigError(f"{name} is {shown(value)} in the generation settings: leave it out ({REFUSED[name]}).")
     return processors, criteria, config

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from cachetune_rag.errors import ConfigError
+from cachetune_store.printing import shown
 
 _CHUNKS = "use a list of strings, one a retrieved passage."
 
@@ -26,12 +27,12 @@ class Document:
     def __post_init__(self) -> None:
         check_id(self.id)
         if isinstance(self.chunks, str | Mapping) or not isinstance(self.chunks, Iterable):
-            raise ConfigError(f"document {self.id!r}: chunks is {self.chunks!r:.60}: {_CHUNKS}")
+            raise ConfigError(f"document {shown(self.id)}: chunks is {shown(self.chunks)}: {_CHUNKS}")
         chunks = tuple(self.chunks)
         for i, chunk in enumerate(chunks):
             if not isinstance(chunk, str):
                 raise ConfigError(
-                    f"document {self.id!r}: chunks[{i}] is {chunk!r:.60}, a {type(chunk).__name__}: {_CHUNKS}"
+                    f"document {shown(self.id)}: chunks[{i}] is {shown(chunk)}, a {type(chunk).__name__}: {_CHUNKS}"
                 )
         object.__setattr__(self, "chunks", chunks)
 
@@ -52,5 +53,5 @@ def check_id(given: object) -> str:
         ConfigError: it can't.
     """
     if not isinstance(given, str) or not given:
-        raise ConfigError(f"document id is {given!r:.80}: use a non-empty string.")
+        raise ConfigError(f"document id is {shown(given)}: use a non-empty string.")
     return given

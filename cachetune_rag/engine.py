@@ -31,6 +31,7 @@ from cachetune_rag.tuning import TuneProgress, TuningResult
 from cachetune_rag.tuning.tuner import R_MAX, ROUNDS, TOKENS, Tuner, TuningPlan
 from cachetune_store import DocumentInfo, StoreClosedError, UnknownDocumentError
 from cachetune_store.histogram import Histogram
+from cachetune_store.printing import shown
 
 
 class CacheTune(EngineParts):
@@ -349,12 +350,12 @@ class CacheTune(EngineParts):
             or not 0 < computed_tokens < 1 << 31
         ):
             raise ConfigError(
-                f"computed_tokens is {computed_tokens!r:.80}: use a number of tokens, an int of at least 1."
+                f"computed_tokens is {shown(computed_tokens)}: use a number of tokens, an int of at least 1."
             )
         sequence = isinstance(prompt_lengths, Sequence) and not isinstance(prompt_lengths, str | bytes)
         if not sequence or not all(type(length) is int and 0 < length < 1 << 31 for length in prompt_lengths):
             raise ConfigError(
-                f"prompt_lengths is {prompt_lengths!r:.80}: use a list of numbers of tokens, ints of at least 1; [] for none."
+                f"prompt_lengths is {shown(prompt_lengths)}: use a list of numbers of tokens, ints of at least 1; [] for none."
             )
         with self._lock.reserved(), self._lock:
             chosen = get_selector(resolve(selector, 0).selector)

@@ -21,6 +21,7 @@ from cachetune_rag.model import ModelAdapter
 from cachetune_rag.model.attention import StopForward
 from cachetune_rag.model.teacher import rewind, teacher_forced
 from cachetune_rag.model_lock import ModelLock
+from cachetune_store.printing import shown
 
 if TYPE_CHECKING:
     from cachetune_rag.assembly import PrefillState
@@ -92,7 +93,7 @@ class FidelitySampler:
     def __init__(self, share: Any, adapter: ModelAdapter, lock: ModelLock, check: Callable[[], None] = lambda: None):
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
             raise ConfigError(
-                f"fidelity_sample is {share!r}: use a share of the requests, a number from 0 (none) to 1 (all)."
+                f"fidelity_sample is {shown(share)}: use a share of the requests, a number from 0 (none) to 1 (all)."
             )
         self._share, self._adapter, self._model, self._check = float(share), adapter, lock, check
         self._mutex = threading.Lock()

@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 
 from cachetune_rag.errors import ConfigError
 from cachetune_rag.nearest import hint
+from cachetune_store.printing import shown
 
 DEFAULT_NEW_TOKENS = 256
 """Most tokens of an answer where neither the request nor the configuration says."""
@@ -71,14 +72,14 @@ def answer_length(asked: Any, configs: Sequence[Mapping[str, Any]], prompt_token
             if (whole := config.get("max_length")) is not None:
                 if isinstance(whole, bool) or not isinstance(whole, int) or whole <= prompt_tokens:
                     raise ConfigError(
-                        f"max_length of the generation config is {whole!r}, which counts the prompt's {prompt_tokens} tokens: use a "
+                        f"max_length of the generation config is {shown(whole)}, which counts the prompt's {prompt_tokens} tokens: use a "
                         "larger one, or max_new_tokens, which doesn't count them."
                     )
                 limit = whole - prompt_tokens
                 break
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
         raise ConfigError(
-            f"{whose} is {limit!r}: use an int of at least 1, 'auto' (as the generation config says, or {DEFAULT_NEW_TOKENS}) or "
+            f"{whose} is {shown(limit)}: use an int of at least 1, 'auto' (as the generation config says, or {DEFAULT_NEW_TOKENS}) or "
             "None (as the generation config says, or to the context's end)."
         )
     return limit if room is None else min(limit, room)
@@ -89,13 +90,13 @@ def check_ids(settings: Mapping[str, Any], vocabulary: int) -> None:
     for name in _IDS:
         value = settings.get(name)
         if isinstance(value, set | frozenset) or (isinstance(value, Mapping) and name != "sequence_bias"):
-            raise ConfigError(f"{name} is {value!r:.80}: use token ids of this model, an int or a list of them.")
+            raise ConfigError(f"{name} is {shown(value)}: use token ids of this model, an int or a list of them.")
         for found in () if value is None else _leaves(value):
             if isinstance(found, float) and name == "sequence_bias":
                 continue
             if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found < vocabulary:
                 raise ConfigError(
-                    f"{name} holds {found!r:.60}: use token ids of this model, from 0 to {vocabulary - 1}."
+                    f"{name} holds {shown(found)}: use token ids of this model, from 0 to {vocabulary - 1}."
                 )
 
 
@@ -119,7 +120,7 @@ def callables(given: Any, name: str) -> list[Any]:
     if given is None:
         return []
     if not isinstance(given, list | tuple) or not all(map(callable, given)):
-        raise ConfigError(f"{name} is {given!r:.80}: use a list of objects that can be called, as transformers' own.")
+        raise ConfigError(f"{name} is {shown(given)}: use a list of objects that can be called, as transformers' own.")
     return list(given)
 
 
@@ -148,9 +149,9 @@ def check_names(settings: dict[str, Any]) -> None:
     known = _known() - set(REFUSED)
     for name in settings:
         if name in REFUSED:
-            raise ConfigError(f"{name}={settings[name]!r} is no setting of an answer: {REFUSED[name]}.")
+            raise ConfigError(f"{name}={shown(settings[name])} is no setting of an answer: {REFUSED[name]}.")
         if name not in known:
-            raise ConfigError(f"{name!r} is no generation setting: {nearest(name)}")
+            raise ConfigError(f"{shown(name)} is no generation setting: {nearest(name)}")
 
 
 def given_settings(config: Any) -> dict[str, Any]:
@@ -158,7 +159,7 @@ def given_settings(config: Any) -> dict[str, Any]:
     if config is None:
         return {}
     if not isinstance(config, GenerationConfig):
-        raise ConfigError(f"generation_config is {config!r:.80}: use a transformers GenerationConfig, or None.")
+        raise ConfigError(f"generation_config is {shown(config)}: use a transformers GenerationConfig, or None.")
     return {name: vars(config)[name] for name in _known() if vars(config).get(name) is not None}
 
 
@@ -167,10 +168,10 @@ def settle(settings: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     for name, allowed, fits in _RANGES:
         value = settings.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not fits(value)):
-            raise ConfigError(f"{name} is {value!r}: use {allowed}.")
+            raise ConfigError(f"{name} is {shown(value)}: use {allowed}.")
     for name in _FLAGS:
         if not isinstance(settings.get(name), bool | None):
-            raise ConfigError(f"{name} is {settings[name]!r:.80}: use True or False.")
+            raise ConfigError(f"{name} is {shown(settings[name])}: use True or False.")
     settings = dict(settings)
     if settings.get("temperature") == 0:
         if settings.get("do_sample"):
@@ -193,9 +194,9 @@ def stop_strings(*sources: str | Sequence[str] | None) -> tuple[str, ...]:
     found: list[str] = []
     for source in sources:
         if source is not None and (isinstance(source, Mapping) or not isinstance(source, Iterable)):
-            raise ConfigError(f"stop is {source!r}: use a string, or a list of strings.")
+            raise ConfigError(f"stop is {shown(source)}: use a string, or a list of strings.")
         for text in [source] if isinstance(source, str) else source or ():
             if not isinstance(text, str) or not text:
-                raise ConfigError(f"stop contains {text!r}: use strings of at least one character.")
+                raise ConfigError(f"stop contains {shown(text)}: use strings of at least one character.")
             found.append(text)
     return tuple(dict.fromkeys(found))

@@ -23,6 +23,7 @@ from cachetune_rag.deadline import Call, call_directly
 from cachetune_rag.errors import ConfigError
 from cachetune_rag.forks import this_process
 from cachetune_store import ChunkStore, Namespace, StoreError, StorePathError
+from cachetune_store.printing import shown
 
 COUNT = 4
 """Lead-ins that are chosen (docs/selection.md: 8 close 1.3 points more at ratio 0.05, at twice the cost)."""
@@ -333,7 +334,7 @@ def given_lead_ins(
             or not all(_is_id(i, vocabulary) for i in lead)
         ):
             raise ConfigError(
-                f"lead_in is {lead_in!r:.120}: use 'auto', 'first_token', a list of token ids from 0 to {vocabulary - 1}, or a "
+                f"lead_in is {shown(lead_in)}: use 'auto', 'first_token', a list of token ids from 0 to {vocabulary - 1}, or a "
                 "list of such lists."
             )
     return tuple(tuple(lead) for lead in leads)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from cachetune_rag.errors import ConfigError, ModelLoadError
+from cachetune_store.printing import shown
 
 
 def load_model(
@@ -28,10 +29,10 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if not isinstance(source, str | os.PathLike) or not os.fspath(source):
-        raise ConfigError(f"model is {source!r:.80}: use a folder made by save_pretrained, or a hub id.")
+        raise ConfigError(f"model is {shown(source)}: use a folder made by save_pretrained, or a hub id.")
     for value, name in ((gguf_file, "gguf_file"), (revision, "revision")):
         if value is not None and (not isinstance(value, str) or not value):
-            raise ConfigError(f"{name} is {value!r:.80}: use a string, or None.")
+            raise ConfigError(f"{name} is {shown(value)}: use a string, or None.")
     place = resolve_device(device)
     extra: dict[str, Any] = {} if revision is None else {"revision": revision}
     if gguf_file is not None:
@@ -52,7 +53,7 @@ def load_model(
         )
     except (OSError, ValueError, ImportError, KeyError, pickle.UnpicklingError) as error:
         raise ModelLoadError(
-            f"no model could be loaded from {os.fspath(source)!r}: {str(error).strip()} "
+            f"no model could be loaded from {shown(os.fspath(source))}: {str(error).strip()} "
             "Give a folder made by save_pretrained, a hub id, or a folder with gguf_file=."
         ) from error
     return model.to(place).eval(), tokenizer
@@ -69,7 +70,7 @@ def check_loaded(model: Any, tokenizer: Any) -> None:
             value, "config" if name == "model" else "encode"
         ):
             raise ConfigError(
-                f"{name} is {value!r:.80}: CacheTune(model, tokenizer) takes both loaded, as transformers makes them; "
+                f"{name} is {shown(value)}: CacheTune(model, tokenizer) takes both loaded, as transformers makes them; "
                 'CacheTune.from_pretrained("path-or-hub-id") loads them.'
             )
 
@@ -88,7 +89,7 @@ def check_vocabulary(model: Any, tokenizer: Any) -> None:
     if beyond:
         first = min(beyond)
         raise ConfigError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model embeds {rows}: {beyond[first]!r} would be token {first}, which it "
+            f"the tokenizer has {len(tokenizer)} tokens and the model embeds {rows}: {shown(beyond[first])} would be token {first}, which it "
             "doesn't know. Use the tokenizer that belongs to the model, or model.resize_token_embeddings(len(tokenizer))."
         )
 
@@ -96,16 +97,16 @@ def check_vocabulary(model: Any, tokenizer: Any) -> None:
 def resolve_device(device: str) -> torch.device:
     """ "auto" is a GPU if there is one."""
     if not isinstance(device, str | torch.device):
-        raise ConfigError(f"device is {device!r:.80}: use 'auto', 'cpu', 'cuda' or 'cuda:<number>'.")
+        raise ConfigError(f"device is {shown(device)}: use 'auto', 'cpu', 'cuda' or 'cuda:<number>'.")
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         place = torch.device(device)
     except RuntimeError:
-        raise ConfigError(f"device is {device!r}: use 'auto', 'cpu', 'cuda' or 'cuda:<number>'.") from None
+        raise ConfigError(f"device is {shown(device)}: use 'auto', 'cpu', 'cuda' or 'cuda:<number>'.") from None
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
-            f"device is {device!r}, but this machine shows {torch.cuda.device_count()} CUDA devices: use 'auto' or 'cpu'."
+            f"device is {shown(device)}, but this machine shows {torch.cuda.device_count()} CUDA devices: use 'auto' or 'cpu'."
         )
     return place
 
@@ -115,10 +116,10 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     if isinstance(dtype, torch.dtype):
         return dtype
     if not isinstance(dtype, str):
-        raise ConfigError(f"dtype is {dtype!r:.80}: use 'auto', 'float32', 'bfloat16' or 'float16'.")
+        raise ConfigError(f"dtype is {shown(dtype)}: use 'auto', 'float32', 'bfloat16' or 'float16'.")
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
     named = getattr(torch, dtype, None)
     if named not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ConfigError(f"dtype is {dtype!r}: use 'auto', 'float32', 'bfloat16' or 'float16'.")
+        raise ConfigError(f"dtype is {shown(dtype)}: use 'auto', 'float32', 'bfloat16' or 'float16'.")
     return named

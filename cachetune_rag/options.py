@@ -12,6 +12,7 @@ import torch
 
 from cachetune_rag.errors import ConfigError
 from cachetune_rag.nearest import hint
+from cachetune_store.printing import shown
 
 
 class _Shared(TypedDict, total=False):
@@ -63,4 +64,4 @@ def check_names(options: Mapping[str, Any], known: Iterable[str], whose: str) ->
     for name in options:
         if name not in names:
             advice = hint(name, names, f"the store has {', '.join(STORE_NAMES)}.")
-            raise ConfigError(f"{name!r} is no argument of {whose}, nor of its store: {advice}")
+            raise ConfigError(f"{shown(name)} is no argument of {whose}, nor of its store: {advice}")

@@ -41,6 +41,7 @@ from cachetune_rag.tokens import private_copy
 from cachetune_rag.tuning.saved import SavedTunings
 from cachetune_rag.workers import Job
 from cachetune_store import ChunkStore, Namespace
+from cachetune_store.printing import shown
 
 _LOADING = ("gguf_file", "device", "dtype", "revision")
 """What `from_pretrained` takes itself: among them is what a wrong name may mean."""
@@ -55,11 +56,11 @@ def check_tenant(tenant: object) -> None:
         ConfigError: it isn't.
     """
     if not isinstance(tenant, str):
-        raise ConfigError(f'tenant is {tenant!r:.80}: use a string, "" for the only one there is.')
+        raise ConfigError(f'tenant is {shown(tenant)}: use a string, "" for the only one there is.')
     try:
         tenant.encode()
     except UnicodeEncodeError:
-        raise ConfigError(f"tenant is {tenant!r:.80}, which is no valid Unicode: use another name.") from None
+        raise ConfigError(f"tenant is {shown(tenant)}, which is no valid Unicode: use another name.") from None
 
 
 class EngineParts:

@@ -13,6 +13,7 @@ from cachetune_rag.prompt import Chunk, Prompt, PromptBuilder, Segment
 from cachetune_rag.recognition import StoreRecognizer
 from cachetune_rag.retrieved import Content, Retrieved
 from cachetune_rag.segments import checked_segments
+from cachetune_store.printing import shown
 
 
 class PlainPrompts:
@@ -67,7 +68,7 @@ class PlainPrompts:
             PromptError: they are no texts.
         """
         if isinstance(retrieved, str) or not isinstance(retrieved, Sequence):
-            raise PromptError(f"retrieved is {retrieved!r:.80}: use a list of strings, one a retrieved passage.")
+            raise PromptError(f"retrieved is {shown(retrieved)}: use a list of strings, one a retrieved passage.")
         texts = (passage.text if isinstance(passage, Chunk) else passage for passage in retrieved)
         return sum(len(self._prompts.encode(text)) for text in texts)
 

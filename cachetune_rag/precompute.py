@@ -25,6 +25,7 @@ from cachetune_rag.selection.frequency import frequency_scores
 from cachetune_rag.workers import Job, Workers
 from cachetune_store import Chunk as StoredChunk
 from cachetune_store import ChunkKey, ChunkStore, Namespace, make_key
+from cachetune_store.printing import shown
 
 if TYPE_CHECKING:
     from cachetune_rag.missed import MissedChunk
@@ -99,7 +100,7 @@ class Precomputer:
         check: Callable[[str], None] = lambda _: None,
     ):
         if isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 0:
-            raise ConfigError(f"batch_tokens is {batch_tokens!r}: use an int, 0 for one chunk at a time.")
+            raise ConfigError(f"batch_tokens is {shown(batch_tokens)}: use an int, 0 for one chunk at a time.")
         self._adapter, self._store, self._lead_ins = adapter, store, lead_ins
         self._encode, self._lock, self._batch_tokens, self._stored = encode, lock, batch_tokens, stored
         self._check = check
@@ -184,7 +185,7 @@ class Precomputer:
                 f"documents is a {type(documents).__name__}: use a list of Documents or strings, or one of them."
             )
         if progress is not None and not callable(progress):
-            raise ConfigError(f"progress is {progress!r:.60}: use a function that takes a Progress, or None.")
+            raise ConfigError(f"progress is {shown(progress)}: use a function that takes a Progress, or None.")
         if getattr(self._telling, "active", False):
             # It would wait for chunks that are being computed, by itself.
             raise ConfigError(
@@ -270,7 +271,7 @@ class Precomputer:
         limit = self._adapter.max_positions
         if limit is not None and len(chunk.ids) + self._lead_ins.least(job.namespace) > limit:
             raise PromptTooLongError(
-                f"document {document.id!r} has a chunk of {len(chunk.ids)} tokens; the model reads at most {limit}. "
+                f"document {shown(document.id)} has a chunk of {len(chunk.ids)} tokens; the model reads at most {limit}. "
                 "Split it into smaller chunks (512 tokens is a good size)."
             )
         return chunk

@@ -20,6 +20,7 @@ from cachetune_rag.deadline import Call, StoreTimeoutError, call_directly
 from cachetune_rag.forks import this_process
 from cachetune_store.files import TempFiles, explain, make_directory, write_small
 from cachetune_store.plainfiles import read_plain
+from cachetune_store.printing import shown
 
 FORMAT = "cachetune-profile"
 VERSION = 1
@@ -105,7 +106,7 @@ class Profiles:
             if not isinstance(record, dict) or record.get("format") != FORMAT:
                 raise ValueError("it is no profile")
             if record.get("version") != VERSION:
-                raise ValueError(f"its format version is {record.get('version')!r}, this release reads {VERSION}")
+                raise ValueError(f"its format version is {shown(record.get('version'))}, this release reads {VERSION}")
             if record.get("kind") != kind or record.get("key") != key or not isinstance(record.get("content"), dict):
                 raise ValueError("it is another profile than its name says")
         except FileNotFoundError:
@@ -118,10 +119,10 @@ class Profiles:
 
 def _name(kind: str, key: Mapping[str, str]) -> str:
     if not _KIND.fullmatch(kind):
-        raise ValueError(f"a profile's kind is {kind!r}; use lower-case letters")
+        raise ValueError(f"a profile's kind is {shown(kind)}; use lower-case letters")
     wrong = [k for k, v in key.items() if not isinstance(k, str) or not isinstance(v, str)]
     if wrong:
-        raise ValueError(f"a profile's key has {wrong[0]!r}; use strings")
+        raise ValueError(f"a profile's key has {shown(wrong[0])}; use strings")
     digest = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()
     return f"{kind}-{digest[:32]}.json"
 

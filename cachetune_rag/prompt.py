@@ -27,6 +27,7 @@ from cachetune_rag.segments import (
 )
 from cachetune_rag.tokens import INSIDE, ContentTokenizer, check_text
 from cachetune_store import changes_so_far
+from cachetune_store.printing import shown
 
 __all__ = ["INSTRUCTIONS", "PLACEHOLDERS", "Chunk", "Prompt", "PromptBuilder", "Segment", "Span", "Text"]
 
@@ -127,7 +128,7 @@ class PromptBuilder:
         chat = self._chat if self._template is None else None
         if chat is None and template_arguments:
             raise PromptError(
-                f"{next(iter(template_arguments))!r} is an argument for a chat template, and this prompt is laid out by "
+                f"{shown(next(iter(template_arguments)))} is an argument for a chat template, and this prompt is laid out by "
                 f"{'prompt_template' if self._template is not None else 'no template'}: leave it out."
             )
         if self._template is not None:
@@ -171,7 +172,7 @@ class PromptBuilder:
                 "a plain prompt."
             )
         if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
-            raise PromptError(f"messages is {messages!r:.80}: use a list of mappings with the keys role and content.")
+            raise PromptError(f"messages is {shown(messages)}: use a list of mappings with the keys role and content.")
         if not messages:
             raise PromptError("messages is empty: give at least one, such as {'role': 'user', 'content': '...'}.")
         checked = [Message.of(message, f"messages[{i}]") for i, message in enumerate(messages)]
@@ -191,14 +192,14 @@ class PromptBuilder:
     def _chat_template(self, defaults: Mapping[str, Any] | None) -> ChatTemplate | None:
         if defaults is not None and not isinstance(defaults, Mapping):
             raise ConfigError(
-                f"chat_template_kwargs is {defaults!r:.80}: use a dict, such as {{'enable_thinking': False}}."
+                f"chat_template_kwargs is {shown(defaults)}: use a dict, such as {{'enable_thinking': False}}."
             )
         if odd := [name for name in defaults or () if not isinstance(name, str)]:
-            raise ConfigError(f"chat_template_kwargs has the key {odd[0]!r:.80}: use names of variables, strings.")
+            raise ConfigError(f"chat_template_kwargs has the key {shown(odd[0])}: use names of variables, strings.")
         if not getattr(self._content.tokenizer, "chat_template", None):
             if defaults:
                 raise ConfigError(
-                    f"chat_template_kwargs is {dict(defaults)!r:.80}, and this tokenizer has no chat template: leave it out."
+                    f"chat_template_kwargs is {shown(dict(defaults))}, and this tokenizer has no chat template: leave it out."
                 )
             return None
         try:
@@ -268,7 +269,7 @@ def _split_template(template: object) -> tuple[TemplateText, TemplateText, Templ
     """The four texts around the placeholders."""
     hint = "use a str with {prefix}, {chunks} and {query}, each exactly once and in this order."
     if not isinstance(template, str):
-        raise ConfigError(f"the prompt template is {template!r:.80}, a {type(template).__name__}: {hint}")
+        raise ConfigError(f"the prompt template is {shown(template)}, a {type(template).__name__}: {hint}")
     found = _PLACEHOLDER.findall(template)
     if tuple(found) != PLACEHOLDERS:
         missing = [name for name in PLACEHOLDERS if name not in found]
@@ -279,7 +280,7 @@ def _split_template(template: object) -> tuple[TemplateText, TemplateText, Templ
             what = f"has {' and '.join(repeated)} more than once"
         else:
             what = f"has the order {', '.join(found)}"
-        raise ConfigError(f"the prompt template {template!r:.200} {what}: {hint}")
+        raise ConfigError(f"the prompt template {shown(template, 200)} {what}: {hint}")
     try:
         check_text(template, "the prompt template")
     except PromptError as error:

@@ -10,6 +10,7 @@ from cachetune_rag.errors import CacheTuneError, ConfigError
 from cachetune_rag.pipeline.prefetch import Prefetch
 from cachetune_rag.prompt import Chunk, Prompt
 from cachetune_store import changes_so_far
+from cachetune_store.printing import shown
 
 if TYPE_CHECKING:
     from cachetune_rag.answer import Answer
@@ -20,7 +21,7 @@ def generate_many(engine: CacheTune, requests: Iterable[Any], options: Mapping[s
     """See `CacheTune.generate_many`."""
     if isinstance(requests, str | bytes | Mapping | Prompt) or not isinstance(requests, Iterable):
         raise ConfigError(
-            f"requests is {requests!r:.80}, a {type(requests).__name__}: use a list (or another iterable) of dicts of arguments of "
+            f"requests is {shown(requests)}, a {type(requests).__name__}: use a list (or another iterable) of dicts of arguments of "
             "generate, or of Prompts."
         )
     # The requests of a list are all there now; those of a generator come when they are taken.
@@ -95,7 +96,7 @@ def _take(queue: Iterator[Any], options: Mapping[str, Any], since: int | None) -
     if isinstance(request, Mapping):
         if wrong := [name for name in request if not isinstance(name, str)]:
             return ConfigError(
-                f"a request has an argument named {wrong[0]!r:.60}: use the names of generate's arguments."
+                f"a request has an argument named {shown(wrong[0])}: use the names of generate's arguments."
             )
         taken = {**options, **request}
         if isinstance(chunks := taken.get("chunks"), Iterator):

@@ -23,6 +23,7 @@ from cachetune_rag.report import Report
 from cachetune_rag.segments import Chunk, Prompt, given_chunks
 from cachetune_rag.telemetry.observer import new_request_id
 from cachetune_store import ChunkKey, make_key
+from cachetune_store.printing import shown
 
 if TYPE_CHECKING:
     from cachetune_rag.parts import EngineParts
@@ -62,7 +63,7 @@ class RequestRunner:
         for name in arguments:
             if name not in names and not is_setting(name):
                 raise ConfigError(
-                    f"{name!r} is no generation setting, no argument of a request and no variable of the chat template: "
+                    f"{shown(name)} is no generation setting, no argument of a request and no variable of the chat template: "
                     f"{nearest(name, _ARGUMENTS, names, otherwise=_variables(names))}"
                 )
         mine = {name: value for name, value in arguments.items() if name in names}
@@ -88,14 +89,14 @@ class RequestRunner:
             prompt = self._engine.prompts.build(query=query, chunks=chunks, prefix=prefix, **(template_arguments or {}))
         elif not isinstance(prompt, Prompt):
             raise PromptError(
-                f"prompt is {prompt!r:.60}, a {type(prompt).__name__}: build one with engine.prompts.build(...), "
+                f"prompt is {shown(prompt)}, a {type(prompt).__name__}: build one with engine.prompts.build(...), "
                 "engine.prompt_from_messages(...) or engine.prompt_from_text(...), or pass query= and chunks=."
             )
         elif query is not None or chunks or prefix is not None:
             raise ConfigError("a request takes either prompt= or query=, chunks= and prefix=, not both.")
         elif template_arguments:
             raise ConfigError(
-                f"{next(iter(template_arguments))!r} is an argument for a chat template, and prompt= is laid out already: give it "
+                f"{shown(next(iter(template_arguments)))} is an argument for a chat template, and prompt= is laid out already: give it "
                 "to engine.prompt_from_messages(...) or engine.prompts.build(...)."
             )
         if not prompt.ids:

@@ -9,6 +9,7 @@ from cachetune_rag.errors import ConfigError, PromptError
 from cachetune_rag.missed import MissedChunk
 from cachetune_rag.prompt import Prompt
 from cachetune_store import ChunkKey
+from cachetune_store.printing import shown
 
 if TYPE_CHECKING:
     from cachetune_rag.engine import CacheTune
@@ -22,7 +23,7 @@ def prompts_of(engine: CacheTune, samples: Iterable[Any]) -> list[Prompt]:
     """
     if isinstance(samples, str | bytes | Mapping) or not isinstance(samples, Iterable):
         raise ConfigError(
-            f"samples is {samples!r:.80}, a {type(samples).__name__}: use a list of dicts with query and chunks, or of Prompts."
+            f"samples is {shown(samples)}, a {type(samples).__name__}: use a list of dicts with query and chunks, or of Prompts."
         )
     prompts = [_prompt(engine, number, sample) for number, sample in enumerate(samples, start=1)]
     if not prompts:
@@ -89,14 +90,14 @@ def _build(engine: CacheTune, sample: Any) -> Prompt:
     if isinstance(sample, Mapping):
         unknown = sorted(set(map(str, sample)) - {"query", "chunks", "prefix"})
         if unknown:
-            raise ConfigError(f"it has the key {unknown[0]!r}: use query, chunks and prefix.")
+            raise ConfigError(f"it has the key {shown(unknown[0])}: use query, chunks and prefix.")
         values = [sample.get(name) for name in ("query", "chunks", "prefix")]
     else:
         values = [getattr(sample, name, None) for name in ("query", "chunks", "prefix")]
     query, chunks, prefix = values
     if not isinstance(query, str) or isinstance(chunks, str) or not isinstance(chunks, Sequence):
         raise ConfigError(
-            f"it is {sample!r:.80}: use a dict (or an object) with query, a string, and chunks, a list of strings; "
+            f"it is {shown(sample)}: use a dict (or an object) with query, a string, and chunks, a list of strings; "
             "or a Prompt."
         )
     return engine._requests.prompt(query, chunks, prefix, None)

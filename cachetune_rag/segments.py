@@ -10,6 +10,7 @@ from typing import Any
 from cachetune_rag.errors import CacheTuneError, PromptError
 from cachetune_rag.tokens import check_text
 from cachetune_store import changes_so_far
+from cachetune_store.printing import shown
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def given_chunks(
     if isinstance(chunks, str | bytes | Mapping | Set) or not isinstance(chunks, Iterable):
         kind = "a string" if isinstance(chunks, str) else f"a {type(chunks).__name__}"
         raise refusal(
-            f"{name} is {kind} ({chunks!r:.60}): use a list of strings (or Chunks), one a retrieved passage, in the prompt's order; "
+            f"{name} is {kind} ({shown(chunks, 60)}): use a list of strings (or Chunks), one a retrieved passage, in the prompt's order; "
             "[] for none."
         )
     return tuple(_chunk(chunk, f"{name}[{i}]") for i, chunk in enumerate(chunks))
@@ -141,7 +142,7 @@ def checked_segments(segments: object, name: str) -> Iterator[Segment]:
         PromptError: `segments` is no list of `Text`, `Chunk` and str.
     """
     if isinstance(segments, str) or not isinstance(segments, Sequence):
-        raise PromptError(f"{name} is {segments!r:.80}: use a list of Text, Chunk and str.")
+        raise PromptError(f"{name} is {shown(segments)}: use a list of Text, Chunk and str.")
     for i, segment in enumerate(segments):
         if isinstance(segment, Chunk):
             yield _chunk(segment, f"{name}[{i}]")
@@ -154,7 +155,7 @@ def checked_segments(segments: object, name: str) -> Iterator[Segment]:
         elif isinstance(segment, Mapping):
             yield Text(_text_part(segment, f"{name}[{i}]"))
         else:
-            raise PromptError(f"{name}[{i}] is {segment!r:.80}: use Text, Chunk or a str.")
+            raise PromptError(f"{name}[{i}] is {shown(segment)}: use Text, Chunk or a str.")
 
 
 def numbered(segments: Iterable[Segment]) -> Iterator[Part]:
@@ -180,5 +181,5 @@ def _chunk(chunk: object, name: str) -> Chunk:
         return Chunk(check_text(chunk, name))
     check_text(chunk.text, name)
     if chunk.document is not None and (not isinstance(chunk.document, str) or not chunk.document):
-        raise PromptError(f"{name} has the document {chunk.document!r:.80}: use a document's id, a str, or None.")
+        raise PromptError(f"{name} has the document {shown(chunk.document)}: use a document's id, a str, or None.")
     return chunk

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 from cachetune_rag.errors import ConfigError
+from cachetune_store.printing import shown
 
 DEFAULT_CHUNK_TOKENS = 512
 MIN_CHUNK_TOKENS = 8
@@ -36,17 +37,17 @@ class Splitter:
 
     def __init__(self, count: Callable[[str], int], chunk_tokens: int = DEFAULT_CHUNK_TOKENS):
         if not callable(count):
-            raise ConfigError(f"count is {count!r:.80}: use a function that gives the number of tokens of a text.")
+            raise ConfigError(f"count is {shown(count)}: use a function that gives the number of tokens of a text.")
         if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < MIN_CHUNK_TOKENS:
             raise ConfigError(
-                f"chunk tokens is {chunk_tokens!r:.80}: use {MIN_CHUNK_TOKENS} or more (512 is a good size)."
+                f"chunk tokens is {shown(chunk_tokens)}: use {MIN_CHUNK_TOKENS} or more (512 is a good size)."
             )
         self._count, self._limit = count, chunk_tokens
 
     def split(self, text: str) -> list[str]:
         """Chunks of `text`, none empty; joined they are exactly `text`. The same text always gives the same chunks."""
         if not isinstance(text, str):
-            raise ConfigError(f"text is {text!r:.80}, a {type(text).__name__}: use a string.")
+            raise ConfigError(f"text is {shown(text)}, a {type(text).__name__}: use a string.")
         chunks: list[str] = []
         pieces: list[tuple[str, int]] = []
         exact, extra = 0, 0  # tokens of the pieces joined when last counted, and of those added since, one by one

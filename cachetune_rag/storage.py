@@ -10,6 +10,7 @@ import torch
 from cachetune_rag.errors import ConfigError
 from cachetune_rag.options import STORE_NAMES, StoreOptions, check_names
 from cachetune_store import ChunkStore
+from cachetune_store.printing import shown
 from cachetune_store.units import parse_bytes
 
 
@@ -31,7 +32,7 @@ def open_store(
     try:
         if parse_bytes(budget, "device_budget") and device.type == "cpu":
             raise ConfigError(
-                f"device_budget is {budget!r}, but the model is on the CPU, whose memory is the host tier's: leave it out "
+                f"device_budget is {shown(budget)}, but the model is on the CPU, whose memory is the host tier's: leave it out "
                 "and set host_budget, or load the model on a GPU."
             )
         given: StoreOptions = {"device": device, **options}

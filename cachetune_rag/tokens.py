@@ -16,6 +16,7 @@ from typing import Any
 
 from cachetune_rag.errors import PromptError, UnsupportedModelError
 from cachetune_rag.forks import this_process
+from cachetune_store.printing import shown
 
 INSIDE = "\n"
 """The usual `after`: the text goes on inside a prompt, so nothing may be put before it."""
@@ -47,7 +48,7 @@ class ContentTokenizer:
     def __init__(self, tokenizer: Any):
         if not hasattr(tokenizer, "encode"):
             raise UnsupportedModelError(
-                f"tokenizer is {tokenizer!r:.80}, which can't encode text: load one with transformers.AutoTokenizer."
+                f"tokenizer is {shown(tokenizer)}, which can't encode text: load one with transformers.AutoTokenizer."
             )
         self.tokenizer = private_copy(tokenizer)
         self._origin = this_process()
@@ -214,7 +215,7 @@ class ContentTokenizer:
         # ordinary entry of its vocabulary. Halving ends up cutting it, and leaves all other text alone.
         if len(piece) == 1:
             raise PromptError(
-                f"{piece!r} (U+{ord(piece):04X}) is a control token for this tokenizer and has no spelling as plain "
+                f"{shown(piece)} (U+{ord(piece):04X}) is a control token for this tokenizer and has no spelling as plain "
                 "text: remove it from the prompt's texts."
             )
         middle = len(piece) // 2
@@ -273,7 +274,7 @@ def check_text(text: object, name: str = "text") -> str:
         PromptError: it is not.
     """
     if not isinstance(text, str):
-        raise PromptError(f"{name} is {text!r:.80}, a {type(text).__name__}: use a str.")
+        raise PromptError(f"{name} is {shown(text)}, a {type(text).__name__}: use a str.")
     try:
         text.encode()
     except UnicodeEncodeError as error:

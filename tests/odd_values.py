@@ -8,7 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cachetune_rag import CacheTuneError, StoreError
+from cachetune_store.printing import shown
 
 
 class Awkward:
@@ -40,14 +43,50 @@ def odd_values() -> list[Any]:
     ]  # fmt: skip
 
 
+class Mute:
+    """An object that can't even be shown."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no")
+
+
+class Talkative:
+    """An object that has much to say, some of it to the terminal."""
+
+    def __repr__(self) -> str:
+        return "\x1b[2J talk" * 300_000
+
+
+class Word(str):
+    """A string of another class."""
+
+    __slots__ = ()
+
+
+class Count(int):
+    """An int of another class."""
+
+
+def hard_values() -> list[Any]:
+    """Values that are hard to put into a message, or nearly what is asked for."""
+    text = "long" * 1000
+    return [
+        nested(5000), 10**5000, -(10**5000), [10**5000], text, text.encode(), [text], Word(text), Word("x"), Count(3), Count(10**5000),
+        Mute(), [Mute()], Talkative(), "\ud800\udc00", np.int64(3), np.float32(0.5), np.bool_(True), np.str_("x"), np.array(3),
+        math.nan, [math.nan],
+    ]  # fmt: skip
+
+
 def foreign(call: Callable[[Any], Any], values: list[Any] | None = None) -> list[str]:
     """What `call` raises for odd values that is no error of this project, one line each."""
     found = []
     for value in odd_values() if values is None else values:
-        name = f"{value!r:.40}"
+        name = shown(value, 40)
         try:
             call(value)
         except (CacheTuneError, StoreError) as error:
+            if len(str(error)) > 2000 or not str(error).replace("\n", "").isprintable():
+                found.append(f"{name}: {type(error).__name__} of {len(str(error))} characters: {shown(str(error), 80)}")
             if not str(error):
                 found.append(f"{name}: {type(error).__name__} without a word")
         except Exception as error:
@@ -64,5 +103,5 @@ def accepted(call: Callable[[Any], Any], values: list[Any]) -> list[str]:
             call(value)
         except (CacheTuneError, StoreError):
             continue
-        found.append(f"{value!r:.60}")
+        found.append(shown(value, 60))
     return found

@@ -15,6 +15,7 @@ from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
 from cachetune_rag import CacheTune, Chunk
 from cachetune_rag.errors import ConfigError, PromptError
 from cachetune_rag.prompt import INSTRUCTIONS, Segment
+from cachetune_store.printing import shown
 from langchain_cachetune import settings
 from langchain_cachetune.chat_model import ChatCacheTune
 from langchain_cachetune.messages import chunk_block
@@ -68,23 +69,23 @@ def create_cachetune_chain(
     variable = document_variable_name
     if variable not in template.input_variables:
         raise ConfigError(
-            f"the prompt has the variables {template.input_variables}, not {variable!r}: show the documents as "
+            f"the prompt has the variables {template.input_variables}, not {shown(variable)}: show the documents as "
             f"{{{variable}}} or set document_variable_name."
         )
 
-    def shown(inputs: Mapping[str, Any]) -> list[list[Segment]]:
+    def laid_out(inputs: Mapping[str, Any]) -> list[list[Segment]]:
         documents: Sequence[Document] = inputs[variable]
         return [made for document in documents if (made := segments(document, document_prompt))]
 
     def fill(inputs: Mapping[str, Any], config: RunnableConfig) -> list[BaseMessage]:
         mark = f"documents-{uuid.uuid4().hex}"
         messages = template.invoke({**inputs, variable: mark}, config).to_messages()
-        return _filled(messages, mark, shown(inputs), document_separator, variable)
+        return _filled(messages, mark, laid_out(inputs), document_separator, variable)
 
     async def afill(inputs: Mapping[str, Any], config: RunnableConfig) -> list[BaseMessage]:
         mark = f"documents-{uuid.uuid4().hex}"
         messages = (await template.ainvoke({**inputs, variable: mark}, config)).to_messages()
-        return _filled(messages, mark, shown(inputs), document_separator, variable)
+        return _filled(messages, mark, laid_out(inputs), document_separator, variable)
 
     prompting: Runnable[dict[str, Any], list[BaseMessage]] = RunnableLambda(fill, afill, name="format_documents")
     chain: Runnable[dict[str, Any], Any] = prompting | model | (output_parser or StrOutputParser())

@@ -26,6 +26,7 @@ from cachetune_rag import Answer, AnswerStream, CacheTune, Report
 from cachetune_rag.async_calls import OwnThread, call_in_thread
 from cachetune_rag.errors import CacheTuneError, ConfigError
 from cachetune_rag.tool_calls import ToolCallStream, parse
+from cachetune_store.printing import shown
 from langchain_cachetune import settings
 from langchain_cachetune.prompting import build_prompt, takes_tools, template_names
 from langchain_cachetune.runs import RunRecord, latest_report
@@ -305,7 +306,7 @@ class ChatCacheTune(BaseChatModel):
             # Without an engine the template isn't known yet; a schema in the prompt suits every model.
             method = METHODS[0] if self.engine is not None and takes_tools(self.engine) else METHODS[1]
         if method not in METHODS:
-            raise ConfigError(f"method is {method!r}: use {', '.join(METHODS)}.")
+            raise ConfigError(f"method is {shown(method)}: use {', '.join(METHODS)}.")
         described = {"kwargs": {"method": method, "strict": strict}, "schema": schema}
         model: Runnable[LanguageModelInput, AIMessage]
         if method == "function_calling":

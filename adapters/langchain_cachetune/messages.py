@@ -12,6 +12,7 @@ from cachetune_rag import Chunk, Text
 from cachetune_rag.errors import PromptError
 from cachetune_rag.prompt import Segment
 from cachetune_store import changes_so_far
+from cachetune_store.printing import shown
 
 _ROLES = {"human": "user", "ai": "assistant", "function": "tool"}
 _MARK, _DOCUMENT, _SINCE = "cachetune_chunk", "cachetune_document", "cachetune_since"
@@ -116,7 +117,7 @@ def _content(content: str | list[str | dict[str, Any]]) -> list[Segment]:
             segments.append(chunk if marked else Text(block["text"]))
         elif block.get("type") not in _CALLS:
             raise PromptError(
-                f"a message holds a block of type {block.get('type')!r}; ChatCacheTune reads text only: leave the block "
+                f"a message holds a block of type {shown(block.get('type'))}; ChatCacheTune reads text only: leave the block "
                 "out or use a model that takes it."
             )
     return segments

@@ -15,6 +15,7 @@ from cachetune_rag.decoding import prepare
 from cachetune_rag.errors import ConfigError
 from cachetune_rag.nearest import hint
 from cachetune_rag.options import ENGINE_NAMES, STORE_NAMES
+from cachetune_store.printing import shown
 
 ALIASES = {
     "model_name": "model",
@@ -47,7 +48,9 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str], whose: str) -> No
         if name not in names:
             some = ", ".join(sorted(names - generation_names()))
             more = ", and generation settings of transformers" if names & generation_names() else ""
-            raise ConfigError(f"{name!r} is no argument of {whose}: {hint(name, names, f'there are {some}{more}.')}")
+            raise ConfigError(
+                f"{shown(name)} is no argument of {whose}: {hint(name, names, f'there are {some}{more}.')}"
+            )
 
 
 def renamed(options: Mapping[str, Any], whose: str) -> dict[str, Any]:
@@ -60,7 +63,7 @@ def renamed(options: Mapping[str, Any], whose: str) -> dict[str, Any]:
     for name, value in options.items():
         own = ALIASES.get(name, name)
         if own in made:
-            raise ConfigError(f"{whose} got {own!r} twice, also as {name!r}: give it once.")
+            raise ConfigError(f"{whose} got {shown(own)} twice, also as {shown(name)}: give it once.")
         made[own] = value
     return made
 

@@ -12,6 +12,7 @@ from langchain_core.stores import BaseStore
 from langchain_core.vectorstores import VectorStore
 
 from cachetune_rag.errors import ConfigError
+from cachetune_store.printing import shown
 
 _BATCH = 256
 
@@ -37,7 +38,7 @@ def documents_of(source: Any, ids: Iterable[str] | None = None) -> Iterator[Docu
     if isinstance(source, Iterable) and not isinstance(source, str | Mapping):
         return _checked(source)
     raise ConfigError(
-        f"source is {source!r:.80}, a {type(source).__name__}: use a vector store, a retriever, a docstore or documents."
+        f"source is {shown(source)}, a {type(source).__name__}: use a vector store, a retriever, a docstore or documents."
     )
 
 
@@ -59,7 +60,7 @@ def shows_itself(source: Any) -> bool:
 def _checked(documents: Iterable[Any]) -> Iterator[Document]:
     for i, document in enumerate(documents):
         if not isinstance(document, Document):
-            raise ConfigError(f"item {i} of source is {document!r:.80}: use langchain_core.documents.Document.")
+            raise ConfigError(f"item {i} of source is {shown(document)}: use langchain_core.documents.Document.")
         yield document
 
 
@@ -111,7 +112,7 @@ def _of_docstore(store: BaseStore[str, Any]) -> Iterator[Document]:
                 yield document if document.id is not None else document.model_copy(update={"id": key})
             elif document is not None:
                 raise ConfigError(
-                    f"the docstore's {key!r} is a {type(document).__name__}, no Document: give a store of documents "
+                    f"the docstore's {shown(key)} is a {type(document).__name__}, no Document: give a store of documents "
                     "(langchain's create_kv_docstore makes one of bytes)."
                 )
 

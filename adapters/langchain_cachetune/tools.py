@@ -18,6 +18,7 @@ from langchain_core.utils.pydantic import is_basemodel_subclass
 
 from cachetune_rag import tool_calls
 from cachetune_rag.errors import ConfigError
+from cachetune_store.printing import shown
 
 METHODS = ("function_calling", "json_schema", "json_mode")
 
@@ -69,11 +70,11 @@ class ToolRequest:
         names = [tool["function"]["name"] for tool in made]
         if named in (True, "any", "required"):
             if not made:
-                raise ConfigError(f"tool_choice is {tool_choice!r}, but there are no tools: bind some.")
+                raise ConfigError(f"tool_choice is {shown(tool_choice)}, but there are no tools: bind some.")
             return cls(made, "Answer by calling a function." if len(made) > 1 else f"Call the function {names[0]}.")
         if named not in names:
             raise ConfigError(
-                f"tool_choice is {tool_choice!r}: use 'auto', 'any', 'none' or one of the tools, {', '.join(names)}."
+                f"tool_choice is {shown(tool_choice)}: use 'auto', 'any', 'none' or one of the tools, {', '.join(names)}."
             )
         return cls(tuple(tool for tool in made if tool["function"]["name"] == named), f"Call the function {named}.")
 
@@ -127,7 +128,7 @@ def _format(response_format: Any) -> str:
         schema = json.dumps(given.get("schema", given), ensure_ascii=False)
         return f"Answer with one JSON object that keeps to this JSON schema, and nothing else:\n{schema}"
     raise ConfigError(
-        f"response_format is {response_format!r:.200}: use {{'type': 'json_object'}} or {{'type': 'json_schema', "
+        f"response_format is {shown(response_format, 200)}: use {{'type': 'json_object'}} or {{'type': 'json_schema', "
         "'json_schema': {'schema': ...}}, or with_structured_output."
     )
 
@@ -138,7 +139,7 @@ def _check_called(result: Sequence[Any], partial: bool) -> None:
     if not partial and isinstance(message, AIMessage) and not message.tool_calls:
         raise OutputParserException(
             "the model answered without a call, so there is nothing to read: use method='json_schema', a larger model, or "
-            f"more max_tokens if the answer was cut off. It said: {str(message.content)[:500]!r}",
+            f"more max_tokens if the answer was cut off. It said: {shown(str(message.content)[:500])}",
             llm_output=str(message.content),
         )
 

@@ -28,6 +28,7 @@ from cachetune_rag.commands.plotting import check_plot, save_plot
 from cachetune_rag.commands.samples import Sample, read_samples
 from cachetune_rag.commands.session import load_engine, match_codec, open_existing
 from cachetune_rag.commands.upkeep import check_known
+from cachetune_store.printing import shown
 
 if TYPE_CHECKING:
     from cachetune_rag.calibration import Calibration
@@ -176,7 +177,7 @@ def _numbers(given: str) -> list[float]:
         return [float(part) for part in given.split(",")]
     except ValueError:
         raise UsageError(
-            f"--ratios is {given!r}: use numbers from 0 to 1 with commas between, such as 0.05,0.1."
+            f"--ratios is {shown(given)}: use numbers from 0 to 1 with commas between, such as 0.05,0.1."
         ) from None
 
 

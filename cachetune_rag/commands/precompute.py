@@ -16,6 +16,7 @@ from cachetune_rag.corpus import Corpus, CorpusError
 from cachetune_rag.escaping import visible_line
 from cachetune_rag.readers import SUFFIXES
 from cachetune_rag.splitting import DEFAULT_CHUNK_TOKENS, MIN_CHUNK_TOKENS, Splitter
+from cachetune_store.printing import shown
 
 if TYPE_CHECKING:
     from cachetune_rag.documents import Document
@@ -83,7 +84,7 @@ def precompute(
     replaced, and what is stored already is skipped. What was left out is named at the end.
     """
     if lead_in not in LEAD_INS:
-        raise UsageError(f"--lead-in is {lead_in!r}: use {' or '.join(LEAD_INS)}.")
+        raise UsageError(f"--lead-in is {shown(lead_in)}: use {' or '.join(LEAD_INS)}.")
     corpus = Corpus.scan(paths)
     for line in corpus.left_out.needs():
         note(line)  # before the model loads: who wants those files read can stop here
@@ -115,8 +116,8 @@ def precompute(
     elif not summary.documents:
         raise CorpusError(f"no text in {', '.join(paths)}: every document is empty.")
     if job.empty:
-        shown = ", ".join(map(visible_line, job.empty_names)) + (", ..." if job.empty > len(job.empty_names) else "")
-        note(f"Left out {number(job.empty, 'empty document')}: {shown}")
+        named = ", ".join(map(visible_line, job.empty_names)) + (", ..." if job.empty > len(job.empty_names) else "")
+        note(f"Left out {number(job.empty, 'empty document')}: {named}")
     if evicted:
         note(
             f"The store is full: {number(evicted, 'chunk')} had to make room, and will be computed again when needed. "

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from cachetune_rag.commands.console import UsageError, instant_interrupt, note, size
 from cachetune_rag.escaping import visible_line
+from cachetune_store.printing import shown
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +61,7 @@ def open_for_writing(path: Path, *, codec: str, host_budget: str, disk_budget: s
         others = sorted({entry.name for entry in path.iterdir()} - _PARTS)
         if others:
             raise UsageError(
-                f"{visible_line(path)} is no store, but holds {others[0]!r}: give --store a new or empty folder."
+                f"{visible_line(path)} is no store, but holds {shown(others[0])}: give --store a new or empty folder."
             )
     store = _open(path, codec, host, disk)
     try:

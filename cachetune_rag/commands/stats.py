@@ -12,6 +12,7 @@ from cachetune_rag.commands import options
 from cachetune_rag.commands.console import emit_json, guarded, number, size, stdout
 from cachetune_rag.commands.session import open_existing
 from cachetune_rag.escaping import visible_line
+from cachetune_store.printing import shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -75,7 +76,7 @@ def stats(
         emit_json(result)
         return
     console = stdout()
-    whose = f", tenant {tenant!r}" if tenant else ", without a tenant" if tenant == "" else ""
+    whose = f", tenant {shown(tenant)}" if tenant else ", without a tenant" if tenant == "" else ""
     console.print(
         f"{visible_line(store)}{whose}: {number(result['documents'], 'document')}, {number(result['chunks'], 'chunk')}, "
         f"{number(tokens, 'token')}, {size(result['bytes'])}",

@@ -12,6 +12,7 @@ from cachetune_rag.commands import options
 from cachetune_rag.commands.console import UsageError, emit_json, guarded, number, size, stdout
 from cachetune_rag.commands.session import open_existing
 from cachetune_rag.escaping import visible_line
+from cachetune_store.printing import shown
 
 if TYPE_CHECKING:
     from cachetune_store import ChunkStore
@@ -109,10 +110,10 @@ def check_known(wanted: Iterable[str], store: ChunkStore, tenant: str) -> None:
         UsageError: names the id, and those like it.
     """
     known = [info.id for info in store.documents(tenant=tenant)]
-    whose = f" of tenant {tenant!r}" if tenant else ""
+    whose = f" of tenant {shown(tenant)}" if tenant else ""
     for name in wanted:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
             hint = f"Did you mean {' or '.join(map(repr, close))}? " if close else ""
             listing = "'cachetune stats --documents" + (" --tenant ...'" if tenant else "'")
-            raise UsageError(f"no document {name!r}{whose} in the store. {hint}{listing} lists them.")
+            raise UsageError(f"no document {shown(name)}{whose} in the store. {hint}{listing} lists them.")

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 from cachetune_rag.escaping import visible_line
 from cachetune_rag.readers.base import MOST_BYTES, CorpusError, Reader, SourceDocument
 from cachetune_rag.readers.plain import BOM, not_utf8, refuse_binary
+from cachetune_store.printing import shown
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 
@@ -58,7 +59,7 @@ def _parse_line(line: bytes, number: int, path: Path) -> SourceDocument | None:
     name = _check_id(record, where)
     if ("text" in record) == ("chunks" in record):
         given = "both" if "text" in record else "neither"
-        raise CorpusError(f'{where} (document {name!r}) has {given} of "text" and "chunks": give exactly one.')
+        raise CorpusError(f'{where} (document {shown(name)}) has {given} of "text" and "chunks": give exactly one.')
     if "text" in record:
         return SourceDocument(name, _check_text(record["text"], "text", where), None, len(line), where)
     chunks = record["chunks"]

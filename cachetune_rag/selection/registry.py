@@ -12,6 +12,7 @@ from cachetune_rag.selection.kv_deviation import KVDeviationSelector
 from cachetune_rag.selection.layer0_value import Layer0ValueSelector
 from cachetune_rag.selection.probe import ProbeSelector
 from cachetune_rag.selection.random import RandomSelector
+from cachetune_store.printing import shown
 
 _SELECTORS: dict[str, Selector] = {}
 
@@ -20,7 +21,7 @@ def register_selector(selector: Selector) -> None:
     """Make a selector available by its name; a name that is taken is refused."""
     if selector.name in _SELECTORS or selector.name == "auto":
         raise ConfigError(
-            f"selector name {selector.name!r} is taken; give it another name (taken: {', '.join(selector_names())})."
+            f"selector name {shown(selector.name)} is taken; give it another name (taken: {', '.join(selector_names())})."
         )
     _SELECTORS[selector.name] = selector
 
@@ -35,7 +36,9 @@ def get_selector(name: str) -> Selector:
     try:
         return _SELECTORS[name]
     except (KeyError, TypeError):
-        raise ConfigError(f"unknown selector {name!r}: use 'auto' or one of {', '.join(selector_names())}.") from None
+        raise ConfigError(
+            f"unknown selector {shown(name)}: use 'auto' or one of {', '.join(selector_names())}."
+        ) from None
 
 
 for _selector in (

@@ -24,6 +24,7 @@ from cachetune_rag.tuning.result import Point, TierTuning, TuneProgress, TuningR
 from cachetune_rag.tuning.samples import codec_of, made
 from cachetune_rag.tuning.search import Line, Measured, Search
 from cachetune_store.chunk import BLOCK_ROWS
+from cachetune_store.printing import shown
 
 if TYPE_CHECKING:
     from cachetune_rag.engine import CacheTune
@@ -83,18 +84,18 @@ class TuningPlan:
             ConfigError: one of them is out of range.
         """
         if tier not in (*TIERS, "auto"):
-            raise ConfigError(f"tier is {tier!r}: use {', '.join(map(repr, TIERS))} or 'auto'.")
+            raise ConfigError(f"tier is {shown(tier)}: use {', '.join(map(repr, TIERS))} or 'auto'.")
         name = resolve(selector, 0).selector
         if name in _NO_RATIO:
-            raise ConfigError(f"selector {name!r} goes by no ratio, so there is none to find: use another.")
+            raise ConfigError(f"selector {shown(name)} goes by no ratio, so there is none to find: use another.")
         for label, share in (("r_min", r_min), ("r_max", r_max)):
             if not _is_share(share) and not (share is None and label == "r_min"):
-                raise ConfigError(f"{label} is {share!r}: use a number from 0 to 1.")
+                raise ConfigError(f"{label} is {shown(share)}: use a number from 0 to 1.")
         if r_min is not None:
             _check_order(r_min, r_max)
         for label, count in (("rounds", rounds), ("tokens", tokens)):
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise ConfigError(f"{label} is {count!r}: use a whole number, at least 1.")
+                raise ConfigError(f"{label} is {shown(count)}: use a whole number, at least 1.")
         return cls(tier, name, r_min, float(r_max), rounds, tokens)
 
 
@@ -122,7 +123,9 @@ class Tuner:
         if not there:
             raise ConfigError("the store has no host_budget and no folder, so no chunk is kept: give it one of both.")
         if plan.tier != "auto" and plan.tier not in there:
-            raise ConfigError(f"tier is {plan.tier!r}: use 'auto' or a tier that this store has ({', '.join(there)}).")
+            raise ConfigError(
+                f"tier is {shown(plan.tier)}: use 'auto' or a tier that this store has ({', '.join(there)})."
+            )
         check_callback(progress, "progress")
         self._tiers = there if plan.tier == "auto" else (plan.tier,)
         self._selector = plan.selector

@@ -6,32 +6,87 @@ A store keeps encoded rows by chunk key in host memory and in files. It knows by
 nothing of transformers or of any framework.
 """
 
-from .chunk import Chunk
-from .claims import Claim
-from .codecs import Codec, codec_names, get_codec, register_codec
-from .errors import (
-    BudgetError,
-    DamagedChunkError,
-    IndexDamagedError,
-    NonFiniteError,
-    StoreClosedError,
-    StoreError,
-    StoreForkedError,
-    StoreFullError,
-    StoreLockedError,
-    StorePathError,
-    StoreReadOnlyError,
-    StoreVersionError,
-    UnknownCodecError,
-    UnknownDocumentError,
-    UnknownFormatError,
-)
-from .keys import FORMAT_VERSION, ChunkKey, Namespace, make_key
-from .layout import ChunkLayout, LayerSpec, RowFormat
-from .readers import ChunkReader
-from .removals import changes_so_far
-from .stats import ChunkGroup, DocumentInfo, PruneReport, StoreStats, TenantStats, TierStats, TierUsage, VerifyReport
-from .store import ChunkStore
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .chunk import Chunk
+    from .claims import Claim
+    from .codecs import Codec, codec_names, get_codec, register_codec
+    from .errors import (
+        BudgetError,
+        DamagedChunkError,
+        IndexDamagedError,
+        NonFiniteError,
+        StoreArgumentError,
+        StoreClosedError,
+        StoreError,
+        StoreForkedError,
+        StoreFullError,
+        StoreLockedError,
+        StorePathError,
+        StoreReadOnlyError,
+        StoreVersionError,
+        UnknownCodecError,
+        UnknownDocumentError,
+        UnknownFormatError,
+    )
+    from .keys import FORMAT_VERSION, ChunkKey, Namespace, make_key
+    from .layout import ChunkLayout, LayerSpec, RowFormat
+    from .readers import ChunkReader
+    from .stats import (
+        ChunkGroup,
+        DocumentInfo,
+        PruneReport,
+        StoreStats,
+        TenantStats,
+        TierStats,
+        TierUsage,
+        VerifyReport,
+    )
+    from .store import ChunkStore
+
+# Imported when first used: torch takes seconds, and neither an error nor a byte count needs it.
+_HOMES = {
+    "chunk": ("Chunk",),
+    "claims": ("Claim",),
+    "codecs": ("Codec", "codec_names", "get_codec", "register_codec"),
+    "errors": (
+        "BudgetError",
+        "DamagedChunkError",
+        "IndexDamagedError",
+        "NonFiniteError",
+        "StoreArgumentError",
+        "StoreClosedError",
+        "StoreError",
+        "StoreForkedError",
+        "StoreFullError",
+        "StoreLockedError",
+        "StorePathError",
+        "StoreReadOnlyError",
+        "StoreVersionError",
+        "UnknownCodecError",
+        "UnknownDocumentError",
+        "UnknownFormatError",
+    ),
+    "keys": ("FORMAT_VERSION", "ChunkKey", "Namespace", "make_key"),
+    "layout": ("ChunkLayout", "LayerSpec", "RowFormat"),
+    "readers": ("ChunkReader",),
+    "removals": ("changes_so_far",),
+    "stats": (
+        "ChunkGroup",
+        "DocumentInfo",
+        "PruneReport",
+        "StoreStats",
+        "TenantStats",
+        "TierStats",
+        "TierUsage",
+        "VerifyReport",
+    ),
+    "store": ("ChunkStore",),
+}
 
 __all__ = [
     "FORMAT_VERSION",
@@ -52,6 +107,7 @@ __all__ = [
     "NonFiniteError",
     "PruneReport",
     "RowFormat",
+    "StoreArgumentError",
     "StoreClosedError",
     "StoreError",
     "StoreForkedError",
@@ -74,3 +130,14 @@ __all__ = [
     "make_key",
     "register_codec",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -12,12 +12,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .arguments import check_key, check_kind, check_tensor
 from .buffers import SlabPool, memory_of, round_up
 from .checksums import rows_checksum
 from .codecs import get_codec
-from .errors import NonFiniteError
+from .errors import NonFiniteError, StoreArgumentError
 from .keys import ChunkKey, Namespace, make_key
 from .layout import ChunkLayout, LayerSpec, RowFormat, torch_dtype
+from .printing import shown
 
 __all__ = ["BLOCK_ROWS", "Chunk", "ChunkHead", "SlabPlan", "encode_chunk", "in_pool", "plan_slab", "ranking_order"]
 
@@ -182,13 +184,14 @@ def encode_chunk(
     """The chunk of these keys and values, encoded and put in ranking order; arguments as for ChunkStore.put().
 
     Raises:
-        ValueError: shapes, dtypes or key don't belong together.
+        StoreArgumentError: shapes, dtypes or key don't belong together.
         NonFiniteError: a score or deviation is NaN or infinite, or the codec can't store a value.
     """
     layout = _check(key, layers, namespace, token_ids, codec)
+    check_tensor(scores, "scores")
     flat = scores.detach().to("cpu", torch.float32).contiguous().clone()
     if flat.shape != (layout.tokens,):
-        raise ValueError(f"scores have shape {tuple(scores.shape)}; need one a token, ({layout.tokens},)")
+        raise StoreArgumentError(f"scores have shape {tuple(scores.shape)}; need one a token, ({layout.tokens},)")
     if not bool(torch.isfinite(flat).all()):
         raise NonFiniteError("scores hold an infinity or NaN, so the tokens have no ranking; store finite scores")
     spread = None if deviations is None else _check_deviations(layout, deviations)
@@ -225,9 +228,10 @@ def block_checksums(layout: ChunkLayout, slab: Tensor, block_rows: int) -> npt.N
 
 
 def _check_deviations(layout: ChunkLayout, deviations: Tensor) -> Tensor:
+    check_tensor(deviations, "deviations")
     wanted = (layout.tokens, layout.deviation_columns)
     if deviations.shape != wanted:
-        raise ValueError(
+        raise StoreArgumentError(
             f"deviations have shape {tuple(deviations.shape)}; need {wanted}: keys and values of every layer's heads"
         )
     found = deviations.detach().to("cpu", torch.float16).contiguous().clone()
@@ -243,19 +247,31 @@ def _check(
     token_ids: Sequence[int],
     codec: str,
 ) -> ChunkLayout:
+    check_key(key)
+    wanted_key = make_key(namespace, token_ids)  # which looks at both
     tokens = len(token_ids)
+    check_kind(layers, (list, tuple), "layers", "use a list of pairs of tensors, keys and values")
     if not tokens or not layers:
-        raise ValueError(f"a stored chunk has 1 token and 1 layer at least, not {tokens} and {len(layers)}")
-    if make_key(namespace, token_ids) != key:
-        raise ValueError(f"key {key} is not that of these token ids in this namespace; build it with make_key()")
+        raise StoreArgumentError(f"a stored chunk has 1 token and 1 layer at least, not {tokens} and {len(layers)}")
+    if wanted_key != key:
+        raise StoreArgumentError(
+            f"key {key} is not that of these token ids in this namespace; build it with make_key()"
+        )
     wanted = torch_dtype(namespace.dtype)
     specs = []
-    for index, (k, v) in enumerate(layers):
+    for index, pair in enumerate(layers):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise StoreArgumentError(f"layer {index} is {shown(pair)}; use a pair of tensors, keys and values")
+        k, v = pair
+        check_tensor(k, f"keys of layer {index}")
+        check_tensor(v, f"values of layer {index}")
         if k.ndim != 3 or v.ndim != 3 or k.shape[0] != tokens or v.shape[:2] != k.shape[:2]:
-            raise ValueError(
+            raise StoreArgumentError(
                 f"layer {index}: keys {tuple(k.shape)} and values {tuple(v.shape)}; need [{tokens}, heads, head_dim] each"
             )
         if k.dtype != wanted or v.dtype != wanted:
-            raise ValueError(f"layer {index}: keys are {k.dtype}, values {v.dtype}; the namespace says {wanted}")
+            raise StoreArgumentError(
+                f"layer {index}: keys are {k.dtype}, values {v.dtype}; the namespace says {wanted}"
+            )
         specs.append(LayerSpec(k.shape[1], k.shape[2], v.shape[2]))
     return ChunkLayout(tokens, tuple(specs), namespace.dtype, codec)

@@ -15,9 +15,10 @@ from .buffers import round_up
 from .checksums import update
 from .chunk import ChunkHead, plan_slab
 from .codecs import Codec, get_codec
-from .errors import DamagedChunkError, UnknownCodecError, UnknownFormatError
+from .errors import DamagedChunkError, StoreArgumentError, UnknownCodecError, UnknownFormatError
 from .keys import FORMAT_VERSION, ChunkKey, Namespace
 from .layout import ChunkLayout, LayerSpec
+from .printing import shown
 
 __all__ = ["MAX_HEADER", "MAX_TEXT", "SUFFIX", "encode_head", "parse_head"]
 
@@ -35,17 +36,19 @@ def encode_head(head: ChunkHead) -> bytes:
     """The file up to the first row, a whole number of pages; the chunk's slab follows it.
 
     Raises:
-        ValueError: the text or the header is longer than the format allows.
+        StoreArgumentError: the text or the header is longer than the format allows.
     """
     text = b"" if head.text is None else head.text.encode("utf-8", "surrogatepass")
     if len(text) > MAX_TEXT:
-        raise ValueError(f"chunk text has {len(text)} bytes; at most {MAX_TEXT} can be stored, or pass text=None")
+        raise StoreArgumentError(
+            f"chunk text has {len(text)} bytes; at most {MAX_TEXT} can be stored, or pass text=None"
+        )
     table, rows_at = _small_tensors(head.layout, head.block_rows, len(text), head.deviations is not None)
     header = (_FIRST + _spell(_metadata(head))[1:] + _rest_of_header(head.layout, table, rows_at)).encode()
     # Spaces after the JSON are part of safetensors; with them the tensors begin on a page.
     header = header.ljust(round_up(8 + len(header)) - 8)
     if len(header) > MAX_HEADER:
-        raise ValueError(
+        raise StoreArgumentError(
             f"the chunk's header has {len(header)} bytes, {MAX_HEADER} are allowed; shorten the tenant name or the lead-ins"
         )
     front = len(header).to_bytes(8, "little") + header
@@ -73,7 +76,7 @@ def parse_head(key: ChunkKey, file_bytes: int, read: Callable[[int], memoryview]
     except (DamagedChunkError, UnknownCodecError):
         raise
     except (ValueError, TypeError, KeyError, IndexError, RecursionError, OverflowError) as error:
-        raise DamagedChunkError(f"chunk {key}: the header is not one of this format ({error!r})") from error
+        raise DamagedChunkError(f"chunk {key}: the header is not one of this format ({shown(error)})") from error
 
 
 def _parse(key: ChunkKey, file_bytes: int, read: Callable[[int], memoryview]) -> tuple[ChunkHead, int]:
@@ -87,9 +90,9 @@ def _parse(key: ChunkKey, file_bytes: int, read: Callable[[int], memoryview]) ->
     header = str(raw[8:start], "utf-8")
     metadata, rest = _take_metadata(header)
     if metadata["key"] != key.digest:
-        raise DamagedChunkError(f"chunk {key}: the file says key {metadata['key']!r}")
+        raise DamagedChunkError(f"chunk {key}: the file says key {shown(metadata['key'])}")
     if metadata["format_version"] != str(FORMAT_VERSION):
-        raise UnknownFormatError(f"chunk {key}: the file says format version {metadata['format_version']!r}")
+        raise UnknownFormatError(f"chunk {key}: the file says format version {shown(metadata['format_version'])}")
     layout, block_rows, text_bytes, deviations = _read_layout(metadata["layout"])
     table, small_bytes = _small_tensors(layout, block_rows, text_bytes, deviations)
     end = start + small_bytes
@@ -264,7 +267,7 @@ def _read_layout(raw: str) -> tuple[ChunkLayout, int, int, bool]:
     specs = _read_specs(json.dumps(shape["layers"]))
     layout = ChunkLayout(_count(shape["tokens"]), specs, str(shape["dtype"]), str(shape["codec"]))
     if type(shape["deviations"]) is not bool:
-        raise ValueError(f"deviations is {shape['deviations']!r}, neither true nor false")
+        raise ValueError(f"deviations is {shown(shape['deviations'])}, neither true nor false")
     return layout, _count(shape["block_rows"]), _count(shape["text_bytes"], 0, MAX_TEXT), shape["deviations"]
 
 
@@ -282,5 +285,5 @@ def _read_namespace(raw: str) -> Namespace:
 
 def _count(value: Any, least: int = 1, most: int = 1 << 40) -> int:
     if type(value) is not int or not least <= value <= most:
-        raise ValueError(f"{value!r} is not a whole number from {least} to {most}")
+        raise ValueError(f"{shown(value)} is not a whole number from {least} to {most}")
     return value

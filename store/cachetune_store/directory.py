@@ -20,6 +20,7 @@ from .keys import FORMAT_VERSION
 from .locks import locked, open_lock
 from .maintenance import check_files, compare_files, settle
 from .plainfiles import UnfitFileError, read_plain
+from .printing import shown
 from .readonlyindex import ReadOnlyIndex
 from .stats import VerifyReport
 from .tiers import DiskTier
@@ -177,7 +178,7 @@ def _identify(path: Path) -> str | None:
         ) from error
     if version != FORMAT_VERSION:
         raise StoreVersionError(
-            f"{path.parent} holds a store of format version {version!r}; this release reads version {FORMAT_VERSION}. "
+            f"{path.parent} holds a store of format version {shown(version)}; this release reads version {FORMAT_VERSION}. "
             "Use a release that reads it, or give the store another directory and precompute again"
         )
     return identity

@@ -20,6 +20,7 @@ from .files import MORE_DESCRIPTORS, descriptors_used_up, explain
 from .index import COMPLETE, Index
 from .locks import Wait, locked
 from .plainfiles import kind_of, remove_any
+from .printing import shown
 from .records import checked
 
 __all__ = ["DiskIndex", "JsonDisk"]
@@ -111,7 +112,7 @@ class DiskIndex(Index):
         if found is None:
             return None
         if found[0] != name:
-            raise IndexDamagedError(f"the index holds the record of {found[0]!r} under {name!r}")
+            raise IndexDamagedError(f"the index holds the record of {shown(found[0])} under {shown(name)}")
         return checked(name, found[1])
 
     def set(self, name: str, record: Any) -> None:

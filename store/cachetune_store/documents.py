@@ -21,6 +21,7 @@ from .files import TempFiles, make_directory, sync_directory, write_small
 from .index import Index
 from .keys import ChunkKey
 from .plainfiles import read_plain
+from .printing import shown
 from .removals import Removals
 
 __all__ = ["Documents"]
@@ -90,7 +91,7 @@ class Documents:
         content = _encode(record)
         if len(content) > MAX_DOCUMENT:
             raise StoreError(
-                f"document {doc_id!r:.80} has {len(digests)} chunks; its record takes {len(content)} bytes of {MAX_DOCUMENT} "
+                f"document {shown(doc_id)} has {len(digests)} chunks; its record takes {len(content)} bytes of {MAX_DOCUMENT} "
                 "allowed: split it into several documents"
             )
         old = self._index.get(name) or {"chunks": []}
@@ -117,7 +118,7 @@ class Documents:
             record = self._index.get(name)
             if record is None:
                 raise UnknownDocumentError(
-                    f"no document {doc_id!r} of tenant {tenant!r}; documents() lists those there are"
+                    f"no document {shown(doc_id)} of tenant {shown(tenant)}; documents() lists those there are"
                 )
             self._index.delete(name)
             freed = free(self._count(set(), set(record["chunks"])))

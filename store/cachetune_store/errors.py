@@ -7,6 +7,7 @@ __all__ = [
     "DamagedChunkError",
     "IndexDamagedError",
     "NonFiniteError",
+    "StoreArgumentError",
     "StoreClosedError",
     "StoreError",
     "StoreForkedError",
@@ -23,6 +24,10 @@ __all__ = [
 
 class StoreError(Exception):
     """Base of everything the store raises on its own account."""
+
+
+class StoreArgumentError(StoreError, ValueError):
+    """An argument can't be meant: it is of the wrong kind, out of range, or doesn't belong to the others."""
 
 
 class StoreVersionError(StoreError):
@@ -77,7 +82,7 @@ class IndexReplacedError(IndexDamagedError):
     """Another process has put a new index in place and is still filling it, or the index was deleted meanwhile."""
 
 
-class UnknownCodecError(StoreError, ValueError):
+class UnknownCodecError(StoreArgumentError):
     """No codec of that name is registered."""
 
 
@@ -85,5 +90,5 @@ class UnknownDocumentError(StoreError, LookupError):
     """No document of that id is known for that tenant."""
 
 
-class NonFiniteError(StoreError, ValueError):
+class NonFiniteError(StoreArgumentError):
     """Keys, values or scores hold an infinity or NaN that a codec or the ranking can't represent."""

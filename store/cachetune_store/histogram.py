@@ -6,6 +6,8 @@ import math
 import threading
 from typing import Any
 
+from .printing import shown
+
 __all__ = ["Histogram"]
 
 _FIRST = 1e-6
@@ -89,9 +91,9 @@ class Histogram:
             counts = {int(number): int(count) for number, count in record["counts"].items()}
             total = float(record["sum"])
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{record!r} is no histogram") from error
+            raise ValueError(f"{shown(record)} is no histogram") from error
         if not all(0 <= number <= _LAST and count >= 0 for number, count in counts.items()):
-            raise ValueError(f"{record!r} has buckets or counts that no histogram has")
+            raise ValueError(f"{shown(record)} has buckets or counts that no histogram has")
         with self._lock:
             for number, count in counts.items():
                 self._counts[number] = self._counts.get(number, 0) + count

@@ -11,8 +11,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import index
 
 import numpy as np
+
+from .errors import StoreArgumentError
+from .printing import shown
 
 __all__ = ["FORMAT_VERSION", "ChunkKey", "Namespace", "make_key"]
 
@@ -20,6 +24,8 @@ FORMAT_VERSION = 1
 """Version of the chunk file format; part of every key."""
 
 DTYPES = ("float32", "bfloat16", "float16")
+LEAST_LEAD, MOST_LEAD = -(1 << 62), 1 << 40
+"""Token ids that a lead-in can hold, as a file's header is read."""
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -32,8 +38,8 @@ class ChunkKey:
     def __post_init__(self) -> None:
         # The digest becomes a path, so nothing but a digest may pass.
         if not isinstance(self.digest, str) or not _HEX64.fullmatch(self.digest):
-            raise ValueError(
-                f"chunk key {self.digest!r} is not 64 lower-case hex characters; build keys with make_key()"
+            raise StoreArgumentError(
+                f"chunk key {shown(self.digest)} is not 64 lower-case hex characters; build keys with make_key()"
             )
 
     def __str__(self) -> str:
@@ -62,17 +68,19 @@ class Namespace:
     def __post_init__(self) -> None:
         for name in ("model", "tokenizer", "dtype", "tenant"):
             if not isinstance(getattr(self, name), str):
-                raise ValueError(f"namespace {name} is {getattr(self, name)!r}; it must be a string")
+                raise StoreArgumentError(f"namespace {name} is {shown(getattr(self, name))}; it must be a string")
         if self.dtype not in DTYPES:
-            raise ValueError(f"dtype {self.dtype!r} is not stored; allowed: {', '.join(DTYPES)}")
+            raise StoreArgumentError(f"dtype {shown(self.dtype)} is not stored; allowed: {', '.join(DTYPES)}")
         try:
-            leads = tuple(tuple(int(token) for token in lead) for lead in self.lead_ins)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"lead_ins is {self.lead_ins!r:.80}; it must be lists of token ids, one a lead-in"
+            leads = tuple(tuple(map(index, lead)) for lead in self.lead_ins)
+        except TypeError as error:
+            raise StoreArgumentError(
+                f"lead_ins is {shown(self.lead_ins)}; it must be lists of token ids, one a lead-in"
             ) from error
+        if any(lead and not (min(lead) >= LEAST_LEAD and max(lead) <= MOST_LEAD) for lead in leads):
+            raise StoreArgumentError(f"lead_ins is {shown(self.lead_ins)}; token ids go up to {MOST_LEAD}")
         if not leads:
-            raise ValueError("lead_ins is empty; a chunk has one lead-in at least, () for none of any tokens")
+            raise StoreArgumentError("lead_ins is empty; a chunk has one lead-in at least, () for none of any tokens")
         object.__setattr__(self, "lead_ins", leads)
 
     @cached_property
@@ -87,7 +95,13 @@ class Namespace:
 
 
 def make_key(ns: Namespace, token_ids: Sequence[int]) -> ChunkKey:
-    """The key of the chunk with these token ids: SHA-256 over the namespace's digest and the ids."""
+    """The key of the chunk with these token ids: SHA-256 over the namespace's digest and the ids.
+
+    Raises:
+        StoreArgumentError: they are no token ids, or `ns` is no namespace.
+    """
+    if not isinstance(ns, Namespace):
+        raise StoreArgumentError(f"namespace is {shown(ns)}, a {type(ns).__name__}; use a Namespace")
     return ChunkKey(_digest(b"cachetune-chunk", ns.digest.encode(), _ids(token_ids)))
 
 
@@ -101,7 +115,14 @@ def _digest(*parts: bytes) -> str:
 
 
 def _ids(token_ids: Sequence[int]) -> bytes:
-    return np.asarray(token_ids, dtype="<i8").tobytes()
+    try:
+        ids = np.asarray(token_ids)
+        whole = ids.dtype.kind == "i" or (ids.dtype.kind == "u" and int(ids.max(initial=0)) < 1 << 63)
+        if ids.ndim == 1 and (whole or not ids.size):
+            return ids.astype("<i8").tobytes()
+    except (TypeError, ValueError, OverflowError, RuntimeError, RecursionError):
+        pass
+    raise StoreArgumentError(f"token ids are {shown(token_ids)}; use a list of ints that fit into 64 bits")
 
 
 def _text(value: str) -> bytes:

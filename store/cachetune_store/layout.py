@@ -8,25 +8,33 @@ from typing import Any
 
 import torch
 
+from .errors import StoreArgumentError
 from .keys import DTYPES
+from .printing import shown
 
 __all__ = ["ChunkLayout", "LayerSpec", "RowFormat", "dtype_name", "torch_dtype"]
 
 _TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_MOST = 1 << 40
 _NAMES = {value: name for name, value in _TORCH.items()}
 
 
 def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """The torch dtype named `dtype` ("float32", "bfloat16", "float16")."""
     found = _TORCH.get(dtype) if isinstance(dtype, str) else dtype
-    if found not in _NAMES:
-        raise ValueError(f"dtype {dtype!r} is not stored; allowed: {', '.join(DTYPES)}")
+    if not isinstance(found, torch.dtype) or found not in _NAMES:
+        raise StoreArgumentError(f"dtype {shown(dtype)} is not stored; allowed: {', '.join(DTYPES)}")
     return found
 
 
 def dtype_name(dtype: str | torch.dtype) -> str:
     """The name of `dtype` as a layout spells it."""
     return _NAMES[torch_dtype(dtype)]
+
+
+def _check_count(value: Any, what: str, least: int) -> None:
+    if type(value) is not int or not least <= value <= _MOST:
+        raise StoreArgumentError(f"{what} is {shown(value)}; use an int from {least} to {_MOST}")
 
 
 @dataclass(frozen=True)
@@ -38,8 +46,8 @@ class LayerSpec:
     v_head_dim: int
 
     def __post_init__(self) -> None:
-        if min(self.heads, self.head_dim, self.v_head_dim) < 1:
-            raise ValueError(f"{self} has a width below 1")
+        for name in ("heads", "head_dim", "v_head_dim"):
+            _check_count(getattr(self, name), f"{name} of a layer", 1)
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,11 @@ class RowFormat:
     row_bytes: int
     group_rows: int = 1
     group_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        _check_count(self.row_bytes, "row_bytes", 1)
+        _check_count(self.group_rows, "group_rows", 1)
+        _check_count(self.group_bytes, "group_bytes", 0)
 
     def size(self, rows: int) -> int:
         """Bytes of the first `rows` rows, with what they share."""
@@ -80,8 +93,19 @@ class ChunkLayout:
     codec: str
 
     def __post_init__(self) -> None:
-        if self.tokens < 1 or not self.layers:
-            raise ValueError(f"a chunk has 1 token and 1 layer at least, not {self.tokens} and {len(self.layers)}")
+        _check_count(self.tokens, "tokens of a chunk", 1)
+        if (
+            not isinstance(self.layers, tuple)
+            or not self.layers
+            or not all(isinstance(s, LayerSpec) for s in self.layers)
+        ):
+            raise StoreArgumentError(
+                f"layers of a chunk are {shown(self.layers)}; use a tuple of one LayerSpec at least"
+            )
+        if not isinstance(self.codec, str) or not isinstance(self.dtype, str):
+            raise StoreArgumentError(
+                f"dtype and codec are {shown(self.dtype)} and {shown(self.codec)}; use their names"
+            )
         torch_dtype(self.dtype)
 
     def __hash__(self) -> int:

@@ -12,9 +12,12 @@ import re
 import threading
 from pathlib import Path
 
+from .arguments import check_kind
+from .errors import StoreArgumentError
 from .files import TempFiles, make_directory, sync_directory
 from .locks import locked
 from .plainfiles import UnfitFileError, open_plain, remove_any
+from .printing import shown
 
 __all__ = ["MAX_NOTE", "Notes"]
 
@@ -56,10 +59,11 @@ class Notes:
         """Write `content` under `name` unless something stands there already; returns what stands there now, durably.
 
         Raises:
-            ValueError: the name is no digest, or the content longer than MAX_NOTE.
+            StoreArgumentError: the name is no digest, or the content longer than MAX_NOTE.
         """
+        check_kind(content, bytes, "note", "use bytes")
         if len(content) > MAX_NOTE:
-            raise ValueError(f"note has {len(content)} bytes; at most {MAX_NOTE} can be stored")
+            raise StoreArgumentError(f"note has {len(content)} bytes; at most {MAX_NOTE} can be stored")
         if self._directory is None or self._temp is None:
             with self._lock:
                 return self._held.setdefault((tenant, _checked(name)), content)
@@ -75,6 +79,7 @@ class Notes:
 
     def set_aside(self, tenant: str, name: str, content: bytes) -> bool:
         """Take away a damaged note, if it still reads `content`; its file stays beside, under another name."""
+        check_kind(content, bytes, "note", "use bytes")
         if self._directory is None:
             with self._lock:
                 return self.get(tenant, name) == content and self._held.pop((tenant, name)) is not None
@@ -121,6 +126,6 @@ def _publish(written: Path, path: Path) -> None:
 
 def _checked(name: str) -> str:
     # The name becomes a path.
-    if not _NAME.fullmatch(name):
-        raise ValueError(f"note name {name!r} is not 64 lower-case hex characters")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise StoreArgumentError(f"note name {shown(name)} is not 64 lower-case hex characters; use a SHA-256 in hex")
     return name

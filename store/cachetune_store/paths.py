@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from .errors import StorePathError
+from .printing import shown
 
 __all__ = ["store_path"]
 
@@ -22,21 +23,21 @@ def store_path(given: object) -> Path:
         StorePathError: it names a home directory or a variable that there isn't, or is empty.
     """
     if not isinstance(given, str | os.PathLike):
-        raise StorePathError(f"store path is {given!r:.80}, a {type(given).__name__}; use a string or a path, or None")
+        raise StorePathError(f"store path is {shown(given)}, a {type(given).__name__}; use a string or a path, or None")
     text = os.fsdecode(given)
     if not text or "\0" in text:
         raise StorePathError(
-            f"store path {text!r} names no folder; give the path of one, or None for a store in memory"
+            f"store path {shown(text)} names no folder; give the path of one, or None for a store in memory"
         )
     try:
         path = os.path.expandvars(Path(text).expanduser())
     except RuntimeError as error:
         raise StorePathError(
-            f"store path {text!r} names a home directory that there isn't; write the folder's whole path"
+            f"store path {shown(text)} names a home directory that there isn't; write the folder's whole path"
         ) from error
     unset = _VARIABLE.search(path)
     if unset is not None and not Path(path).exists():
         raise StorePathError(
-            f"store path {text!r} names {unset.group()}, which is not set in the environment; set it first"
+            f"store path {shown(text)} names {unset.group()}, which is not set in the environment; set it first"
         )
     return Path(path).absolute()

@@ -8,6 +8,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from operator import index
 from types import TracebackType
 from typing import Self
 
@@ -18,9 +19,10 @@ from torch import Tensor
 from .buffers import PAGE, SlabPool, memory_of, round_up
 from .checksums import rows_checksum
 from .chunk import Chunk, ChunkHead, block_ends, clear_padding, in_pool, layer_views
-from .errors import DamagedChunkError, StoreClosedError, StoreForkedError
+from .errors import DamagedChunkError, StoreArgumentError, StoreClosedError, StoreForkedError
 from .keys import ChunkKey
 from .layout import ChunkLayout
+from .printing import shown
 from .rawfile import RawFile
 
 __all__ = ["ChunkReader", "DiskReader", "HostReader"]
@@ -115,7 +117,7 @@ class ChunkReader(ABC):
         Treat it as read-only: it may be a view of what the store keeps.
 
         Raises:
-            ValueError: there is no such layer, or not as many rows.
+            StoreArgumentError: there is no such layer, or not as many rows.
             DamagedChunkError: the file fails a check; treat the chunk as missing and call ChunkStore.discard(key).
         """
 
@@ -155,18 +157,28 @@ class ChunkReader(ABC):
         with contextlib.suppress(Exception):
             ChunkReader.close(self)
 
-    def _check(self, layer: int, rows: int) -> None:
+    def _check(self, layer: int, rows: int) -> tuple[int, int]:
+        """Both as plain ints, if this can be read."""
         if self._closed:
             raise StoreClosedError(f"reader of chunk {self.key} is closed; open the chunk again")
         if self.forked:
             raise StoreForkedError(
                 f"reader of chunk {self.key} was opened before this process was forked: open a store in each process"
             )
+        return self._check_range(layer, rows)
+
+    def _check_range(self, layer: int, rows: int) -> tuple[int, int]:
         layout = self.head.layout
-        if not (0 <= layer < len(layout.layers) and 0 <= rows <= layout.tokens):
-            raise ValueError(
-                f"layer {layer}, rows {rows}: the chunk has layers 0 to {len(layout.layers) - 1} of {layout.tokens} rows"
+        try:
+            number, count = index(layer), index(rows)
+        except TypeError:  # no whole numbers
+            number = count = -1
+        if not (0 <= number < len(layout.layers) and 0 <= count <= layout.tokens):
+            raise StoreArgumentError(
+                f"layer {shown(layer)}, rows {shown(rows)}; the chunk has layers 0 to {len(layout.layers) - 1} of "
+                f"{layout.tokens} rows: use ints in these ranges"
             )
+        return number, count
 
 
 class HostReader(ChunkReader):
@@ -191,7 +203,7 @@ class HostReader(ChunkReader):
 
     def read(self, layer: int, rows: int) -> Tensor:
         """See ChunkReader.read."""
-        self._check(layer, rows)
+        layer, rows = self._check(layer, rows)
         whole = self._layers[layer]
         view = whole if rows == self._tokens else whole[: self._rows[layer].size(rows)]
         self._bytes[layer] += view.numel()
@@ -199,6 +211,7 @@ class HostReader(ChunkReader):
 
     def locate(self, layer: int, rows: int) -> int:
         """See ChunkReader.locate; no view is made."""
+        layer, rows = self._check(layer, rows)
         self._bytes[layer] += self._rows[layer].size(rows)
         return self._addresses[layer]
 
@@ -243,7 +256,7 @@ class DiskReader(ChunkReader):
 
     def read(self, layer: int, rows: int) -> Tensor:
         """See ChunkReader.read. Rows that were read before are not read again."""
-        self._check(layer, rows)
+        layer, rows = self._check(layer, rows)
         # Every moment here is one that other threads may wait for the interpreter: a prompt's rows are a thousand reads.
         with self._locks[layer]:
             if rows > self._covered[layer]:
@@ -259,6 +272,7 @@ class DiskReader(ChunkReader):
 
     def has(self, layer: int, rows: int) -> bool:
         """See ChunkReader.has."""
+        layer, rows = self._check_range(layer, rows)
         return self._covered[layer] >= rows
 
     @property
@@ -354,8 +368,8 @@ class DiskReader(ChunkReader):
         while first and ends[first] > begin:
             first -= 1
         sums = head.checksums[layer].tolist()
-        for index in range(first, last):
-            if rows_checksum(self._memory[offset + ends[index] : offset + ends[index + 1]]) != sums[index]:
-                raise DamagedChunkError(f"chunk {self.key}: checksum mismatch in layer {layer}, block {index}")
+        for block in range(first, last):
+            if rows_checksum(self._memory[offset + ends[block] : offset + ends[block + 1]]) != sums[block]:
+                raise DamagedChunkError(f"chunk {self.key}: checksum mismatch in layer {layer}, block {block}")
         self._covered[layer] = min(head.layout.tokens, last * head.block_rows)
         self._bytes[layer] += len(area)

@@ -16,6 +16,7 @@ from .connections import Connections
 from .database import BUSY_SECONDS, count_names, decode, select_names
 from .errors import IndexDamagedError, StoreReadOnlyError
 from .index import Index, MemoryIndex
+from .printing import shown
 from .records import checked
 
 __all__ = ["ReadOnlyIndex"]
@@ -51,7 +52,7 @@ class ReadOnlyIndex(Index):
             return None
         found, record = decode(*rows[0])
         if found != name:
-            raise IndexDamagedError(f"the index holds the record of {found!r} under {name!r}")
+            raise IndexDamagedError(f"the index holds the record of {shown(found)} under {shown(name)}")
         return checked(name, record)
 
     def set(self, name: str, record: Any) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .errors import IndexDamagedError
+from .printing import shown
 
 __all__ = ["checked"]
 
@@ -48,5 +49,5 @@ def checked(name: str, record: Any) -> Any:
     else:
         sound = kind not in _WHOLE or _WHOLE[kind](record)
     if not sound:
-        raise IndexDamagedError(f"the index holds {record!r:.80} under {name!r}, which the store never writes")
+        raise IndexDamagedError(f"the index holds {shown(record)} under {shown(name)}, which the store never writes")
     return record

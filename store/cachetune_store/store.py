@@ -10,20 +10,28 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from .arguments import check_key, check_keys, check_text
+from .arguments import check_flag, check_items, check_key, check_keys, check_kind, check_text
 from .buffers import SlabPool
 from .chunk import Chunk, encode_chunk
 from .claims import Claim, Claims, FileClaims, MemoryClaims
 from .codecs import get_codec
 from .directory import StoreDirectory
 from .documents import Documents
-from .errors import IndexDamagedError, StoreClosedError, StoreError, StoreForkedError, StoreReadOnlyError
+from .errors import (
+    IndexDamagedError,
+    StoreArgumentError,
+    StoreClosedError,
+    StoreError,
+    StoreForkedError,
+    StoreReadOnlyError,
+)
 from .files import explain
 from .index import Index, MemoryIndex
 from .keys import ChunkKey, Namespace
 from .notes import Notes
 from .paths import store_path
 from .placement import Placement
+from .printing import shown
 from .pruning import Keep, by_tenant, groups, prune
 from .rawfile import DirectIO
 from .readers import ChunkReader
@@ -65,7 +73,7 @@ class ChunkStore:
         direct_io: read past the page cache; None: where the file system supports it.
 
     Raises:
-        ValueError: unknown codec, a budget that is no byte count, or pin_memory=True or a device_budget without CUDA.
+        StoreArgumentError: unknown codec, a budget that is no byte count, or pin_memory=True or a device_budget without CUDA.
         StorePathError: the directory can't be used.
         StoreVersionError: it holds a store of another format version.
     """
@@ -86,9 +94,12 @@ class ChunkStore:
         self.path = None if path is None else store_path(path)
         self.codec = get_codec(codec).name
         host_bytes, disk_bytes = parse_bytes(host_budget, "host_budget"), parse_bytes(disk_budget, "disk_budget")
+        for name, flag in (("pin_memory", pin_memory), ("direct_io", direct_io)):
+            if flag is not None:
+                check_flag(flag, name)
         pinned = torch.cuda.is_available() if pin_memory is None else pin_memory
         if pinned and not torch.cuda.is_available():
-            raise ValueError("pin_memory is True, but there is no CUDA device; leave it out or set it to False")
+            raise StoreArgumentError("pin_memory is True, but there is no CUDA device; leave it out or set it to False")
         idle = max(host_bytes // 8, _LEAST_IDLE) if read_memory is None else parse_bytes(read_memory, "read_memory")
         self._pool = SlabPool(pinned=pinned, limit=idle)
         self._closed = False
@@ -171,11 +182,14 @@ class ChunkStore:
             Bytes the chunk takes in the store: its file, or its rows where there is no directory.
 
         Raises:
-            ValueError: shapes, dtypes, key, or a value that the codec can't store (NonFiniteError).
+            StoreArgumentError: shapes, dtypes, key, or a value that the codec can't store (NonFiniteError).
             BudgetError: the chunk doesn't fit the budget of the disk tier (or of the host tier, if that is all).
             StoreFullError, StorePathError: it can't be written; what was stored before stays.
         """
         self._check_open()
+        check_key(key)
+        if text is not None:
+            check_text(text, "text")
         known = self._repair.healed(lambda: self._placement.known(key, text))
         if known:
             return known
@@ -201,6 +215,8 @@ class ChunkStore:
         Apart from write(), so that a job can encode where it computes and write on another thread.
         """
         self._check_open()
+        if text is not None:
+            check_text(text, "text")
         return encode_chunk(
             key,
             layers,
@@ -216,6 +232,7 @@ class ChunkStore:
     def write(self, chunk: Chunk) -> int:
         """The second half of put(): store an encoded chunk, durably. Returns and raises as put() does."""
         self._check_open()
+        check_kind(chunk, Chunk, "chunk", "use what encode() gave")
         known = self._repair.healed(lambda: self._placement.known(chunk.key, chunk.head.text))
         if known:
             return known
@@ -230,6 +247,8 @@ class ChunkStore:
         """
         self._check_open()
         check_key(key)
+        if errors is not None:
+            check_kind(errors, list, "errors", "use a list to be filled, or None")
         return self._placement.open(key, [] if errors is None else errors)
 
     def open_in_memory(self, key: ChunkKey) -> ChunkReader | None:
@@ -246,6 +265,7 @@ class ChunkStore:
         """
         self._check_open()
         check_key(key)
+        check_flag(lasting, "lasting")
         return self._placement.contains(key, lasting=lasting)
 
     @property
@@ -400,7 +420,11 @@ class ChunkStore:
         A chunk that had to make room is among them as long as a document holds it.
         """
         self._check_open()
-        wanted = None if namespace is None else namespace.digest
+        if namespace is not None:
+            check_kind(namespace, Namespace, "namespace", "use a Namespace, or None for all")
+        return self._texts(None if namespace is None else namespace.digest)
+
+    def _texts(self, wanted: str | None) -> Iterator[tuple[ChunkKey, str, int]]:
         last = "text/"
         while True:
             try:
@@ -426,7 +450,7 @@ class ChunkStore:
         """Write a note unless there is one of that name: the first writer wins. Returns the note that stands.
 
         Raises:
-            ValueError: the name is no digest, or the content is longer than 1 MiB.
+            StoreArgumentError: the name is no digest, or the content is longer than 1 MiB.
             StoreFullError, StorePathError: it can't be written.
         """
         self.check_writable()
@@ -461,6 +485,10 @@ class ChunkStore:
             found: what groups() gave just now; None: it is asked for, which reads the head of every file.
         """
         self._check_open()
+        if found is not None:
+            found = check_items(found, "groups", "use what groups() gave, or None")
+            for group in found:
+                check_kind(group, ChunkGroup, "group", "use what groups() gave")
         return by_tenant(self.groups() if found is None else found, self._repair.healed(self._documents.by_tenant))
 
     def prune(self, keep: Keep, *, foreign_too: bool = False, dry_run: bool = False) -> PruneReport:
@@ -473,6 +501,10 @@ class ChunkStore:
             foreign_too: remove files of other format versions as well.
             dry_run: only count.
         """
+        if not callable(keep):
+            raise StoreArgumentError(f"keep is {shown(keep)}, which can't be called; use a function of a chunk's head")
+        check_flag(foreign_too, "foreign_too")
+        check_flag(dry_run, "dry_run")
         if not dry_run:
             self.check_writable()
         self._check_open()
@@ -547,11 +579,18 @@ class ChunkStore:
 def _device_tier(budget: int, device: str | torch.device | None, pins: Pins) -> DeviceTier | None:
     if not budget:
         return None
-    place = torch.device("cuda" if device is None else device)
+    try:
+        place = torch.device("cuda" if device is None else device)
+    except (TypeError, RuntimeError, ValueError, OverflowError) as error:
+        raise StoreArgumentError(f"device is {shown(device)}; use such as 'cuda' or 'cuda:0'") from error
     if place.type == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError(f"device_budget is {budget}, but there is no CUDA device; leave it out or set it to 0")
+            raise StoreArgumentError(
+                f"device_budget is {budget}, but there is no CUDA device; leave it out or set it to 0"
+            )
         place = torch.device("cuda", torch.cuda.current_device() if place.index is None else place.index)
     elif place.type != "cpu":
-        raise ValueError(f"device is {str(device)!r}; a tier can be kept on a CUDA device (or, for tests, on 'cpu')")
+        raise StoreArgumentError(
+            f"device is {shown(str(device))}; a tier can be kept on a CUDA device (or, for tests, on 'cpu')"
+        )
     return DeviceTier(budget, pins, place)

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..errors import UnknownCodecError
+from ..errors import StoreArgumentError, UnknownCodecError
 from ..layout import LayerSpec, RowFormat
+from ..printing import shown
 
 __all__ = ["Codec", "codec_names", "get_codec", "register_codec"]
 
@@ -64,9 +65,13 @@ _CODECS: dict[str, Codec] = {}
 
 def register_codec(codec: Codec) -> None:
     """Make `codec` known under its name. A name can't change hands: files of that name would be misread."""
+    if not isinstance(codec, Codec) or not isinstance(codec.name, str):
+        raise StoreArgumentError(
+            f"codec is {shown(codec)}, a {type(codec).__name__}; use an instance of a class of Codec with a name"
+        )
     known = _CODECS.get(codec.name)
     if known is not None and type(known) is not type(codec):
-        raise ValueError(f"codec {codec.name!r} is already registered; give the new one another name")
+        raise StoreArgumentError(f"codec {shown(codec.name)} is already registered; give the new one another name")
     _CODECS[codec.name] = codec
 
 
@@ -79,7 +84,7 @@ def get_codec(name: str) -> Codec:
     try:
         return _CODECS[name]
     except (KeyError, TypeError):  # TypeError: nothing that could be a name
-        raise UnknownCodecError(f"unknown codec {name!r:.80}; registered: {', '.join(codec_names())}") from None
+        raise UnknownCodecError(f"unknown codec {shown(name)}; registered: {', '.join(codec_names())}") from None
 
 
 def codec_names() -> tuple[str, ...]:

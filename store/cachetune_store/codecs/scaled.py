@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import NonFiniteError
 from ..layout import LayerSpec, RowFormat, torch_dtype
+from ..printing import shown
 from .base import Codec
 
 __all__ = ["ScaledCodec"]
@@ -70,7 +71,7 @@ class ScaledCodec(Codec):
         largest = exact.abs().amax(dim=-1)
         if not bool(torch.isfinite(largest).all()):
             raise NonFiniteError(
-                f"{what} hold an infinity or NaN, which codec {self.name!r} can't store; use codec 'exact'"
+                f"{what} hold an infinity or NaN, which codec {shown(self.name)} can't store; use codec 'exact'"
             )
         scale = largest / self.largest
         # The quotient may round up so far that the largest float32 would come back as infinity.

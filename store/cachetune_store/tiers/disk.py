@@ -25,6 +25,7 @@ from ..files import TempFiles, explain, make_directory, sync_directory, unreadab
 from ..index import Index
 from ..keys import ChunkKey
 from ..plainfiles import remove_any
+from ..printing import shown
 from ..rawfile import DirectIO, RawFile, identity_of
 from ..readers import DiskReader
 from ..stats import Counters, TierStats
@@ -228,7 +229,7 @@ class DiskTier(Tier):
                 try:
                     key = ChunkKey(name.removeprefix("chunk/"))
                 except ValueError as error:
-                    raise IndexDamagedError(f"the index holds {name!r}, which names no chunk") from error
+                    raise IndexDamagedError(f"the index holds {shown(name)}, which names no chunk") from error
                 if not self.contains(key):
                     self._forget(key)
                     dropped += 1

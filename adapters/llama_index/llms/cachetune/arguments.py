@@ -17,6 +17,7 @@ from cachetune_rag import CacheTune, ConfigError
 from cachetune_rag.config import resolve
 from cachetune_rag.nearest import hint
 from cachetune_rag.options import ENGINE_NAMES, STORE_NAMES
+from cachetune_store.printing import shown
 
 OTHER_NAMES = {"max_tokens": "max_new_tokens", "additional_kwargs": "generate_kwargs"}
 """What most other LLMs of the framework call an argument, and its name here."""
@@ -49,9 +50,9 @@ def settle_names(given: Mapping[str, Any], fields: Iterable[str]) -> dict[str, A
             sampling[name] = value
         elif target not in known:
             everything = known | _SAMPLING | set(OTHER_NAMES) | {"engine", "stop"} - {"class_name"}
-            raise ValueError(f"{name!r} is no argument of CacheTuneLLM: {_hint(name, everything)}")
+            raise ValueError(f"{shown(name)} is no argument of CacheTuneLLM: {_hint(name, everything)}")
         elif target in settled and target != "generate_kwargs":
-            raise ValueError(f"{name!r} and {target!r} are the same argument: give one of them.")
+            raise ValueError(f"{shown(name)} and {shown(target)} are the same argument: give one of them.")
         else:
             settled[target] = {**settled.get(target, {}), **value} if target in settled else value
     if sampling:
@@ -86,7 +87,9 @@ def check_generate_kwargs(given: Mapping[str, Any], more: Iterable[str] | None) 
         if name in REQUEST_NAMES or name in (more or ()):
             continue
         if more is not None or difflib.get_close_matches(name, REQUEST_NAMES, n=1, cutoff=0.8):
-            raise ValueError(f"{name!r} in generate_kwargs is no setting of a request: {_hint(name, REQUEST_NAMES)}")
+            raise ValueError(
+                f"{shown(name)} in generate_kwargs is no setting of a request: {_hint(name, REQUEST_NAMES)}"
+            )
 
 
 def check_engine_kwargs(given: Mapping[str, Any]) -> None:
@@ -100,7 +103,7 @@ def check_engine_kwargs(given: Mapping[str, Any]) -> None:
     for name in given:
         if name not in known:
             raise ValueError(
-                f"{name!r} in engine_kwargs is no argument of CacheTune.from_pretrained: {_hint(name, known)}"
+                f"{shown(name)} in engine_kwargs is no argument of CacheTune.from_pretrained: {_hint(name, known)}"
             )
 
 

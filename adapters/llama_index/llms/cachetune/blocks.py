@@ -12,6 +12,7 @@ from llama_index.core.bridge.pydantic import PrivateAttr
 from cachetune_rag import Chunk, PromptError, Text
 from cachetune_rag.prompt import Segment
 from cachetune_store import changes_so_far
+from cachetune_store.printing import shown
 
 _ROLES = {
     MessageRole.DEVELOPER: "system",
@@ -96,7 +97,7 @@ def _call(block: ToolCallBlock) -> dict[str, Any]:
             arguments = json.loads(arguments or "{}")
         except ValueError:
             raise PromptError(
-                f"a message calls the tool {block.tool_name!r} with arguments that are no JSON: {arguments!r:.80}."
+                f"a message calls the tool {shown(block.tool_name)} with arguments that are no JSON: {shown(arguments)}."
             ) from None
     call: dict[str, Any] = {"type": "function", "function": {"name": block.tool_name, "arguments": arguments}}
     return {"id": block.tool_call_id, **call} if block.tool_call_id else call

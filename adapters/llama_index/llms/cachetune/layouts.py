@@ -14,6 +14,7 @@ from llama_index.core.base.llms.types import ChatMessage
 from cachetune_rag import CacheTune, PromptError, Text
 from cachetune_rag.prompt import Segment
 from cachetune_rag.segments import TemplateText
+from cachetune_store.printing import shown
 
 
 def lay_out_messages(
@@ -92,5 +93,7 @@ def _with_content(message: ChatMessage, text: str) -> ChatMessage:
 
 def _checked(text: Any, name: str) -> str:
     if not isinstance(text, str):
-        raise PromptError(f"{name} returned {text!r:.80}, a {type(text).__name__}: it has to return the prompt, a str.")
+        raise PromptError(
+            f"{name} returned {shown(text)}, a {type(text).__name__}: it has to return the prompt, a str."
+        )
     return text

@@ -14,6 +14,7 @@ from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore
 from cachetune_rag import Chunk, PromptError, Text
 from cachetune_rag.prompt import Segment
 from cachetune_store import changes_so_far
+from cachetune_store.printing import shown
 
 _WORDS = re.compile(r"\w+")
 _RUN, _SAMPLES = 6, 12
@@ -70,7 +71,7 @@ def chunks_of(retrieved: Iterable[object]) -> list[Chunk]:
         elif isinstance(node, str):
             chunk = Chunk(node.strip())
         else:
-            raise PromptError(f"retrieved holds {item!r:.80}, a {type(item).__name__}: use nodes, or strings.")
+            raise PromptError(f"retrieved holds {shown(item)}, a {type(item).__name__}: use nodes, or strings.")
         if chunk.text:
             chunks.setdefault(chunk.text, chunk)
     return list(chunks.values())

@@ -13,6 +13,7 @@ from llama_index.core.storage.docstore import BaseDocumentStore
 from llama_index.core.vector_stores.types import BasePydanticVectorStore
 
 from cachetune_rag import ConfigError
+from cachetune_store.printing import shown
 
 _log = logging.getLogger(__name__)
 
@@ -30,7 +31,9 @@ def nodes_of(source: Source, queries: Sequence[str] = ()) -> list[BaseNode]:
         ConfigError: the source can't say what it holds.
     """
     if isinstance(source, str | bytes):
-        raise ConfigError(f"source is {source!r:.60}: give an index, a docstore, a vector store, a retriever or nodes.")
+        raise ConfigError(
+            f"source is {shown(source)}: give an index, a docstore, a vector store, a retriever or nodes."
+        )
     if isinstance(source, BaseRetriever):
         if not queries:
             raise ConfigError("a retriever doesn't list what it holds: give queries=, the questions to retrieve for.")

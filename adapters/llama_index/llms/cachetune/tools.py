@@ -11,6 +11,7 @@ from llama_index.core.llms.llm import ToolSelection
 from llama_index.core.tools.types import BaseTool
 
 from cachetune_rag import CacheTuneError
+from cachetune_store.printing import shown
 
 NO_TOOLS = (
     "this model's chat template shows no tools, so it can't be asked to call them: use ReActAgent, which describes tools in the "
@@ -69,7 +70,7 @@ class ToolCalling(FunctionCallingLLM):
         calls = [block for block in response.message.blocks if isinstance(block, ToolCallBlock)]
         if not calls and error_on_no_tool_call:
             raise CacheTuneError(
-                f"the model's answer calls no tool: {response.message.content!r:.200}. Ask again, or use a larger model."
+                f"the model's answer calls no tool: {shown(response.message.content, 200)}. Ask again, or use a larger model."
             )
         return [
             ToolSelection(

@@ -1,0 +1,79 @@
+"""A value that somebody handed over, shown in an error's message.
+
+It may be anything, so Python's own `repr` won't do: it raises for an int of 5,000 digits, for lists nested too deep and whenever an
+object's own `__repr__` does; it makes a string of 100 MB from one; and what an object's `__repr__` returns may steer a terminal.
+"""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from itertools import islice
+
+__all__ = ["shown"]
+
+_MOST = 160
+_BITS = 128
+"""Bits of the longest int whose digits are shown."""
+_ITEMS, _LEVELS = 10, 3
+"""How many items of a list are shown, and how many lists inside of one another: what is looked at stays little."""
+
+
+def shown(value: object, most: int = _MOST) -> str:
+    """`value` as Python would write it, on one line of at most `most` characters, of which none steers a terminal. Never raises."""
+    try:
+        text = _Short(most).repr(value)
+    except Exception:
+        text = _nameless(value)
+    # Unpaired surrogates are no text that a log or a terminal could write; other such characters would be taken for commands.
+    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: most + 1])
+    return plain if len(plain) <= most else f"{plain[: most - 3]}..."
+
+
+class _Short(reprlib.Repr):
+    """Python's own way to write a value in short; no more of it is looked at than is shown."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most = most
+        self.maxlevel = _LEVELS
+        self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = self.maxdeque = self.maxarray = _ITEMS
+
+    def repr_str(self, x: str, level: int) -> str:
+        """Its beginning, of which a message's reader knows it; reprlib would cut out the middle."""
+        return repr(x[: self._most])
+
+    def repr_bytes(self, x: bytes | bytearray, level: int) -> str:
+        """As a string."""
+        return repr(x[: self._most])
+
+    repr_bytearray = repr_bytes
+
+    def repr_int(self, x: int, level: int) -> str:
+        """Its digits, unless they are so many that Python won't write them."""
+        if x.bit_length() <= _BITS:
+            return repr(x)
+        return f"<an int of about {math.ceil(x.bit_length() * math.log10(2))} digits>"
+
+    def repr_dict(self, x: dict[object, object], level: int) -> str:
+        """In its own order; reprlib sorts."""
+        if level <= 0:
+            return "{...}"
+        first = islice(x.items(), _ITEMS)
+        pieces = [f"{self.repr1(key, level - 1)}: {self.repr1(item, level - 1)}" for key, item in first]
+        return f"{{{', '.join(pieces + ['...'] * (len(x) > _ITEMS))}}}"
+
+    def repr_instance(self, x: object, level: int) -> str:
+        """What the object says of itself, if it does."""
+        if isinstance(x, str) and type(x).__repr__ is str.__repr__:
+            return repr(str.__getitem__(x, slice(self._most)))
+        if isinstance(x, int) and type(x).__repr__ is int.__repr__:
+            return self.repr_int(int.__index__(x), level)
+        try:
+            return " ".join(repr(x).split())
+        except Exception:
+            return _nameless(x)
+
+
+def _nameless(value: object) -> str:
+    return f"<{type(value).__name__} object, which can't be shown>"
