@@ -40,3 +40,12 @@ def check_wait(seconds: Any, name: str = "timeout") -> None:
     fits = isinstance(seconds, int | float) and not isinstance(seconds, bool)
     if not fits or not 0 <= seconds <= threading.TIMEOUT_MAX:
         raise ConfigError(f"{name} is {shown(seconds)}: use seconds, from 0 upwards, or None to wait until it is done.")
+
+
+def is_iterable(value: Any) -> bool:
+    """Whether it can be gone through; NumPy's arrays of no dimension only look as if they could."""
+    try:
+        iter(value)
+    except TypeError:
+        return False
+    return True

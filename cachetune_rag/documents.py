@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from cachetune_rag.arguments import is_iterable
 from cachetune_rag.errors import ConfigError
 from cachetune_store.printing import shown
 
@@ -26,7 +27,7 @@ class Document:
 
     def __post_init__(self) -> None:
         check_id(self.id)
-        if isinstance(self.chunks, str | Mapping) or not isinstance(self.chunks, Iterable):
+        if isinstance(self.chunks, str | Mapping) or not is_iterable(self.chunks):
             raise ConfigError(f"document {shown(self.id)}: chunks is {shown(self.chunks)}: {_CHUNKS}")
         chunks = tuple(self.chunks)
         for i, chunk in enumerate(chunks):

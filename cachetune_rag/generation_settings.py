@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationConfig
 
+from cachetune_rag.arguments import is_iterable
 from cachetune_rag.errors import ConfigError
 from cachetune_rag.nearest import hint
 from cachetune_store.printing import shown
@@ -193,7 +194,7 @@ def stop_strings(*sources: str | Sequence[str] | None) -> tuple[str, ...]:
     """
     found: list[str] = []
     for source in sources:
-        if source is not None and (isinstance(source, Mapping) or not isinstance(source, Iterable)):
+        if source is not None and (isinstance(source, Mapping) or not is_iterable(source)):
             raise ConfigError(f"stop is {shown(source)}: use a string, or a list of strings.")
         for text in [source] if isinstance(source, str) else source or ():
             if not isinstance(text, str) or not text:

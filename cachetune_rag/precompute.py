@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from cachetune_rag.arguments import check_callback, check_flag
+from cachetune_rag.arguments import check_callback, check_flag, is_iterable
 from cachetune_rag.deadline import Call, call_directly
 from cachetune_rag.documents import Document
 from cachetune_rag.errors import ConfigError, ModelChangedError, PromptTooLongError
@@ -178,9 +178,7 @@ class Precomputer:
         """
         check_flag(replace_documents, "replace")
         check_callback(progress, "progress")
-        if isinstance(documents, Mapping | bytes | bytearray | memoryview | range) or not isinstance(
-            documents, Iterable
-        ):
+        if isinstance(documents, Mapping | bytes | bytearray | memoryview | range) or not is_iterable(documents):
             raise ConfigError(
                 f"documents is a {type(documents).__name__}: use a list of Documents or strings, or one of them."
             )

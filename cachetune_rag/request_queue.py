@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from cachetune_rag.arguments import is_iterable
 from cachetune_rag.errors import CacheTuneError, ConfigError
 from cachetune_rag.pipeline.prefetch import Prefetch
 from cachetune_rag.prompt import Chunk, Prompt
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 def generate_many(engine: CacheTune, requests: Iterable[Any], options: Mapping[str, Any]) -> Iterator[Answer]:
     """See `CacheTune.generate_many`."""
-    if isinstance(requests, str | bytes | Mapping | Prompt) or not isinstance(requests, Iterable):
+    if isinstance(requests, str | bytes | Mapping | Prompt) or not is_iterable(requests):
         raise ConfigError(
             f"requests is {shown(requests)}, a {type(requests).__name__}: use a list (or another iterable) of dicts of arguments of "
             "generate, or of Prompts."

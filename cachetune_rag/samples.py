@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from cachetune_rag.arguments import is_iterable
 from cachetune_rag.errors import ConfigError, PromptError
 from cachetune_rag.missed import MissedChunk
 from cachetune_rag.prompt import Prompt
@@ -21,7 +22,7 @@ def prompts_of(engine: CacheTune, samples: Iterable[Any]) -> list[Prompt]:
     Raises:
         ConfigError, PromptError: there is none, or one of them can't be used; the message says which and why.
     """
-    if isinstance(samples, str | bytes | Mapping) or not isinstance(samples, Iterable):
+    if isinstance(samples, str | bytes | Mapping) or not is_iterable(samples):
         raise ConfigError(
             f"samples is {shown(samples)}, a {type(samples).__name__}: use a list of dicts with query and chunks, or of Prompts."
         )

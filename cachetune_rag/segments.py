@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
+from cachetune_rag.arguments import is_iterable
 from cachetune_rag.errors import CacheTuneError, PromptError
 from cachetune_rag.tokens import check_text
 from cachetune_store import changes_so_far
@@ -126,7 +127,7 @@ def given_chunks(
     Raises:
         PromptError: one of them is no str and no `Chunk`.
     """
-    if isinstance(chunks, str | bytes | Mapping | Set) or not isinstance(chunks, Iterable):
+    if isinstance(chunks, str | bytes | Mapping | Set) or not is_iterable(chunks):
         kind = "a string" if isinstance(chunks, str) else f"a {type(chunks).__name__}"
         raise refusal(
             f"{name} is {kind} ({shown(chunks, 60)}): use a list of strings (or Chunks), one a retrieved passage, in the prompt's order; "
