@@ -24,7 +24,7 @@ from common import environment, real_chunks, spread, write_json
 from smollm2 import model_path
 
 from cachetune_rag import CacheTune
-from cachetune_rag.loading import load_model
+from cachetune_rag.model.loading import load_model
 from cachetune_store import chunkfile, readers
 
 QUERY = "What does the text say about the order in which expressions are evaluated?"

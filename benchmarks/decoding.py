@@ -23,7 +23,7 @@ from speed.machine import driver
 from speed.shapes import SHAPES
 from speed.subject import QUERY, Subject
 
-from cachetune_rag.config import ReuseConfig
+from cachetune_rag.reuse.config import ReuseConfig
 
 
 def main(arguments: list[str] | None = None) -> None:

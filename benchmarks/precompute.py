@@ -21,7 +21,7 @@ from common import environment, real_chunks, seconds, spread, write_json
 from smollm2 import model_path
 
 from cachetune_rag import CacheTune, Document
-from cachetune_rag.loading import load_model
+from cachetune_rag.model.loading import load_model
 
 LEAD_INS = ("first_token", "auto")
 

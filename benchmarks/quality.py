@@ -27,9 +27,9 @@ from fidelity.settings import LEAD_INS, RATIOS, compared_selectors, grid
 from fidelity.sources import folder_sources, installed_sources
 from smollm2 import model_path
 
-from cachetune_rag.config import AUTO
-from cachetune_rag.loading import load_model
-from cachetune_rag.model.fingerprint import model_fingerprint
+from cachetune_rag.model.loaded.fingerprint import model_fingerprint
+from cachetune_rag.model.loading import load_model
+from cachetune_rag.reuse.config import AUTO
 from cachetune_store import codec_names
 
 QUICK = {

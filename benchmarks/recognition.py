@@ -20,8 +20,8 @@ from pathlib import Path
 
 from common import environment, seconds, spread, write_json
 
-from cachetune_rag.prompt import Chunk
-from cachetune_rag.recognition import ChunkRecognizer
+from cachetune_rag.chunks.recognition import ChunkRecognizer
+from cachetune_rag.text.prompts.prompt import Chunk
 
 WORST_CHARACTERS = 200_000
 WORST = {

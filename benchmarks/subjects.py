@@ -10,7 +10,7 @@ from typing import Any
 
 from common import real_chunks
 
-from cachetune_rag.loading import load_model
+from cachetune_rag.model.loading import load_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,7 +18,7 @@ from speed.shapes import SHAPES
 from speed.subject import Subject
 from speed.timeline import profile, summary
 
-from cachetune_rag.config import ReuseConfig
+from cachetune_rag.reuse.config import ReuseConfig
 
 
 def main() -> None:

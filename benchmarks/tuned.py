@@ -20,8 +20,8 @@ from common import environment, spread, write_json
 from subjects import add_arguments, load, passages
 
 from cachetune_rag import CacheTune
-from cachetune_rag.tuning import TierTuning
-from cachetune_rag.tuning.measure import TierMeasure
+from cachetune_rag.measuring.tuning import TierTuning
+from cachetune_rag.measuring.tuning.measure import TierMeasure
 
 QUERY = "What does the text say about the order in which expressions are evaluated?"
 
@@ -61,8 +61,8 @@ def main() -> None:
                     progress=lambda p: print(f"{p.tier} {p.point.ratio:g}: {p.point.ttft * 1e3:.1f} ms", file=sys.stderr),
                 )  # fmt: skip
                 if args.plot is not None:
-                    from cachetune_rag.commands.plotting import save_plot
-                    from cachetune_rag.commands.tuning_plot import draw
+                    from cachetune_rag.cli.plots import save_plot
+                    from cachetune_rag.cli.tuning_plot import draw
 
                     name = f"{args.plot.stem}-{codec}-{found.tiers[0].selector}{args.plot.suffix}"
                     save_plot(draw(found), args.plot.with_name(name))

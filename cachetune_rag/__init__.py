@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cachetune_rag.answer import Answer, AnswerStream
-    from cachetune_rag.assembly import PrefillState
-    from cachetune_rag.calibration import Calibration
-    from cachetune_rag.deadline import StoreTimeoutError
-    from cachetune_rag.documents import Document
+    from cachetune_rag.answering.answer import Answer, AnswerStream
+    from cachetune_rag.concurrency.deadline import StoreTimeoutError
     from cachetune_rag.engine import CacheTune
     from cachetune_rag.errors import (
         CacheTuneError,
@@ -24,10 +26,13 @@ if TYPE_CHECKING:
         PromptTooLongError,
         UnsupportedModelError,
     )
-    from cachetune_rag.prompt import Chunk, Prompt, PromptBuilder, Text
+    from cachetune_rag.measuring.calibration.result import Calibration
+    from cachetune_rag.measuring.tuning import TuningResult
     from cachetune_rag.report import PrecomputeSummary, Report
-    from cachetune_rag.splitting import Splitter
-    from cachetune_rag.tuning import TuningResult
+    from cachetune_rag.reuse.prefill import PrefillState
+    from cachetune_rag.text.documents import Document
+    from cachetune_rag.text.prompts.prompt import Chunk, Prompt, PromptBuilder, Text
+    from cachetune_rag.text.splitting import Splitter
     from cachetune_store import (
         BudgetError,
         DamagedChunkError,
@@ -49,11 +54,11 @@ __version__ = "0.1.0"
 
 # Imported when first used: torch and transformers take seconds, and `cachetune --help` needs neither.
 _HOMES = {
-    "answer": ("Answer", "AnswerStream"),
-    "assembly": ("PrefillState",),
-    "calibration": ("Calibration",),
-    "deadline": ("StoreTimeoutError",),
-    "documents": ("Document",),
+    "answering.answer": ("Answer", "AnswerStream"),
+    "reuse.prefill": ("PrefillState",),
+    "measuring.calibration.result": ("Calibration",),
+    "concurrency.deadline": ("StoreTimeoutError",),
+    "text.documents": ("Document",),
     "engine": ("CacheTune",),
     "errors": (
         "CacheTuneError",
@@ -67,10 +72,10 @@ _HOMES = {
         "PromptTooLongError",
         "UnsupportedModelError",
     ),
-    "prompt": ("Chunk", "Prompt", "PromptBuilder", "Text"),
+    "text.prompts.prompt": ("Chunk", "Prompt", "PromptBuilder", "Text"),
     "report": ("PrecomputeSummary", "Report"),
-    "splitting": ("Splitter",),
-    "tuning": ("TuningResult",),
+    "text.splitting": ("Splitter",),
+    "measuring.tuning": ("TuningResult",),
 }
 _STORES = (
     "BudgetError",
@@ -144,3 +149,45 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return [*globals(), *__all__]
+
+
+_MOVED = {
+    "answer": "answering.answer",
+    "assembly": "reuse.prefill",
+    "calibration": "measuring.calibration.result",
+    "commands": "cli",
+    "commands.lexical": "cli.lexical",
+    "config": "reuse.config",
+    "deadline": "concurrency.deadline",
+    "documents": "text.documents",
+    "loading": "model.loading",
+    "precompute": "chunks.precompute",
+    "prompt": "text.prompts.prompt",
+    "recognition": "text.recognising.chunk_recognizer",
+    "splitting": "text.splitting",
+    "tuning": "measuring.tuning",
+}
+"""Modules that have moved since 0.1.0 and may stand in users' imports and pickles: old path -> new path."""
+
+
+class _MovedModules(MetaPathFinder, Loader):
+    """Lets moved modules be imported by their old paths until 1.0, with a warning. Files that only import others would look like places to work in."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        package, _, name = fullname.partition(".")
+        if package != __name__ or name not in _MOVED:
+            return None
+        return ModuleSpec(fullname, self, is_package=name == "commands")
+
+    def exec_module(self, module: ModuleType) -> None:
+        new = f"{__name__}.{_MOVED[module.__name__.partition('.')[2]]}"
+        warnings.warn(
+            f"{module.__name__} is {new} now; the old path goes with 1.0: change the import.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        home = import_module(new)
+        vars(module)["__getattr__"] = lambda name: getattr(home, name)
+
+
+sys.meta_path.append(_MovedModules())

@@ -9,26 +9,26 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from cachetune_rag.answer import Answer, AnswerStream
-from cachetune_rag.arguments import check_flag, check_wait
-from cachetune_rag.assembly import PrefillState
-from cachetune_rag.calibration import Calibration, check_savable
-from cachetune_rag.calibrator import RATIOS, CalibrationPlan, CalibrationProgress, Calibrator
-from cachetune_rag.config import resolve
-from cachetune_rag.documents import Document, check_id
+from cachetune_rag.answering.answer import Answer, AnswerStream
+from cachetune_rag.answering.many import generate_many
+from cachetune_rag.checking.arguments import check_flag, check_wait
+from cachetune_rag.chunks.precompute import Progress
 from cachetune_rag.errors import ConfigError
-from cachetune_rag.parts import EngineParts
-from cachetune_rag.pipeline.device import warm_up as warm_up_loading
-from cachetune_rag.pipeline.prefetch import Prefetch
-from cachetune_rag.precompute import Progress
-from cachetune_rag.prompt import Chunk, Prompt, Segment
+from cachetune_rag.measuring.calibration.calibrator import RATIOS, CalibrationPlan, CalibrationProgress, Calibrator
+from cachetune_rag.measuring.calibration.result import Calibration, check_savable
+from cachetune_rag.measuring.tuning import TuneProgress, TuningResult
+from cachetune_rag.measuring.tuning.tuner import R_MAX, ROUNDS, TOKENS, Tuner, TuningPlan
+from cachetune_rag.readahead.prefetcher import Prefetch
 from cachetune_rag.report import PrecomputeSummary
-from cachetune_rag.request_queue import generate_many
+from cachetune_rag.reuse.config import resolve
+from cachetune_rag.reuse.device_loader import warm_up as warm_up_loading
+from cachetune_rag.reuse.prefill import PrefillState
+from cachetune_rag.runtime import EngineParts
 from cachetune_rag.selection import get_selector
 from cachetune_rag.selection.expected_error import ExpectedErrorSelector
-from cachetune_rag.stats import EngineStats
-from cachetune_rag.tuning import TuneProgress, TuningResult
-from cachetune_rag.tuning.tuner import R_MAX, ROUNDS, TOKENS, Tuner, TuningPlan
+from cachetune_rag.telemetry.stats import EngineStats
+from cachetune_rag.text.documents import Document, check_id
+from cachetune_rag.text.prompts.prompt import Chunk, Prompt, Segment
 from cachetune_store import DocumentInfo, StoreClosedError, UnknownDocumentError
 from cachetune_store.histogram import Histogram
 from cachetune_store.printing import shown

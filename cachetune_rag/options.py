@@ -10,8 +10,8 @@ from typing import Any, TypedDict
 
 import torch
 
+from cachetune_rag.checking.nearest import hint
 from cachetune_rag.errors import ConfigError
-from cachetune_rag.nearest import hint
 from cachetune_store.printing import shown
 
 

@@ -20,7 +20,7 @@ from rich.table import Table
 from smollm2 import model_path
 
 from cachetune_rag import CacheTune, Document, Splitter
-from cachetune_rag.precompute import Progress as PrecomputeProgress
+from cachetune_rag.chunks.precompute import Progress as PrecomputeProgress
 
 TOPICS = [
     "assert", "break", "calls", "comparisons", "context-managers", "continue", "del", "exceptions", "for", "global", "if", "nonlocal",

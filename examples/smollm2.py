@@ -64,7 +64,7 @@ def _fetch(folder: Path) -> Path:
 
 
 def _convert(gguf: Path, target: Path) -> Path:
-    from cachetune_rag.loading import load_model
+    from cachetune_rag.model.loading import load_model
 
     model, tokenizer = load_model(gguf.parent, gguf_file=gguf.name, device="cpu", dtype="float32")
     model.save_pretrained(target)

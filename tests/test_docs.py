@@ -11,7 +11,7 @@ import typer.main
 from tiny import llama, tokenizer
 
 from cachetune_rag import CacheTune
-from cachetune_rag.cli import app
+from cachetune_rag.cli.app import app
 from cachetune_rag.selection import get_selector, selector_names
 
 ROOT = Path(__file__).parent.parent

@@ -19,7 +19,7 @@ import cachetune_rag
 from cachetune_rag import CacheTune, Document, UnknownDocumentError
 from cachetune_rag.errors import ConfigError, EngineClosedError, PromptTooLongError
 from cachetune_rag.options import EngineOptions, StoreOptions
-from cachetune_rag.prefix import PrefixCache
+from cachetune_rag.reuse.prefix_cache import PrefixCache
 from cachetune_store import ChunkStore
 
 CHUNKS = [
@@ -403,7 +403,7 @@ def test_jobs_on_one_store_compute_no_chunk_twice(tmp_path: Path) -> None:
 
 
 def test_a_job_that_stands_still_is_not_waited_for_for_ever(engine: CacheTune, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cachetune_rag.precompute.PATIENCE", 0.05)
+    monkeypatch.setattr("cachetune_rag.chunks.precompute.PATIENCE", 0.05)
     keys = [engine._assembler.key(engine.prompts.encode(text)) for text in CHUNKS]
     # Claimed by another thread: a thread's own claim is refused at once.
     with ThreadPoolExecutor(1) as other:
@@ -533,7 +533,7 @@ def test_bad_settings_are_refused_by_name(options: dict[str, object], message: s
 
 
 def test_wrong_options_are_refused_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cachetune_rag.parts.load_model", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr("cachetune_rag.runtime.load_model", lambda *_, **__: pytest.fail("it was loaded"))
     with pytest.raises(ConfigError, match=r"'torch_dtype' is no argument of CacheTune\.from_pretrained.*'dtype'"):
         CacheTune.from_pretrained("org/model", torch_dtype="bfloat16")  # type: ignore[call-arg]
     with pytest.raises(ConfigError, match="did you mean 'codec'"):

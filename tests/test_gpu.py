@@ -15,9 +15,9 @@ from families import FAMILIES, Family, random_ids
 from tiny import llama, tokenizer
 
 from cachetune_rag import CacheTune, Document, ModelChangedError
-from cachetune_rag.model import KVBuffers, ModelAdapter, steps
+from cachetune_rag.model import KVBuffers, ModelAdapter
 from cachetune_rag.model import adapter as adapter_module
-from cachetune_rag.model import device as device_forward
+from cachetune_rag.model.cuda import device_forward, steps
 from cachetune_store import pinning
 from cachetune_store.buffers import SlabPool, private_pages
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cachetune_rag import CacheTune, Document
-from cachetune_rag.splitting import Splitter
+from cachetune_rag.text.splitting import Splitter
 
 pytestmark = pytest.mark.real_model
 

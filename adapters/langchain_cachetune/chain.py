@@ -14,7 +14,7 @@ from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
 
 from cachetune_rag import CacheTune, Chunk
 from cachetune_rag.errors import ConfigError, PromptError
-from cachetune_rag.prompt import INSTRUCTIONS, Segment
+from cachetune_rag.text.prompts.prompt import INSTRUCTIONS, Segment
 from cachetune_store.printing import shown
 from langchain_cachetune import settings
 from langchain_cachetune.chat_model import ChatCacheTune

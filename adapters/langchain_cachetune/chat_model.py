@@ -23,9 +23,9 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, model_validator
 
 from cachetune_rag import Answer, AnswerStream, CacheTune, Report
-from cachetune_rag.async_calls import OwnThread, call_in_thread
+from cachetune_rag.concurrency.async_calls import OwnThread, call_in_thread
 from cachetune_rag.errors import CacheTuneError, ConfigError
-from cachetune_rag.tool_calls import ToolCallStream, parse
+from cachetune_rag.text.tool_calls import ToolCallStream, parse
 from cachetune_store.printing import shown
 from langchain_cachetune import settings
 from langchain_cachetune.prompting import build_prompt, takes_tools, template_names

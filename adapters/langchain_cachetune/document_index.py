@@ -18,7 +18,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from cachetune_rag import CacheTune, PrecomputeSummary
 from cachetune_rag import Document as EngineDocument
-from cachetune_rag.async_calls import call_in_thread
+from cachetune_rag.concurrency.async_calls import call_in_thread
 from cachetune_rag.errors import ConfigError
 from cachetune_store import ChunkKey, make_key
 from langchain_cachetune import settings

@@ -10,7 +10,7 @@ from langchain_core.messages import AIMessage, BaseMessage, ToolMessage
 
 from cachetune_rag import Chunk, Text
 from cachetune_rag.errors import PromptError
-from cachetune_rag.prompt import Segment
+from cachetune_rag.text.prompts.prompt import Segment
 from cachetune_store import changes_so_far
 from cachetune_store.printing import shown
 

@@ -10,11 +10,11 @@ from typing import Any
 from transformers import GenerationConfig
 
 from cachetune_rag import CacheTune
-from cachetune_rag.config import resolve
-from cachetune_rag.decoding import prepare
+from cachetune_rag.answering.decoding import prepare
+from cachetune_rag.checking.nearest import hint
 from cachetune_rag.errors import ConfigError
-from cachetune_rag.nearest import hint
 from cachetune_rag.options import ENGINE_NAMES, STORE_NAMES
+from cachetune_rag.reuse.config import resolve
 from cachetune_store.printing import shown
 
 ALIASES = {

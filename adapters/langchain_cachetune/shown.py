@@ -10,7 +10,7 @@ from langchain_core.documents import Document
 from langchain_core.prompts import BasePromptTemplate, format_document
 
 from cachetune_rag import Chunk, Text
-from cachetune_rag.prompt import Segment
+from cachetune_rag.text.prompts.prompt import Segment
 
 Shown = Callable[[Document], Iterable[str] | str]
 """Says which texts of a document prompts will show, such as a window that its metadata holds; none, if it is never shown."""

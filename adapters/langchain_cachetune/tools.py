@@ -16,8 +16,8 @@ from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser,
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from langchain_core.utils.pydantic import is_basemodel_subclass
 
-from cachetune_rag import tool_calls
 from cachetune_rag.errors import ConfigError
+from cachetune_rag.text import tool_calls
 from cachetune_store.printing import shown
 
 METHODS = ("function_calling", "json_schema", "json_mode")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise, zip_longest
 from typing import Any
 
-from cachetune_rag.prompt import PromptBuilder
+from cachetune_rag.text.prompts.prompt import PromptBuilder
 
 from .records import Dataset, Record, slice_of
 from .sources import Text

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from cachetune_rag import CacheTune, Document
-from cachetune_rag.assembly import PrefillState
-from cachetune_rag.decoding import decode, prepare
-from cachetune_rag.prompt import Prompt
+from cachetune_rag.answering.decoding import decode, prepare
+from cachetune_rag.reuse.prefill import PrefillState
+from cachetune_rag.text.prompts.prompt import Prompt
 
 from .measures import distance, exact_match, f1
 from .records import Dataset, Record

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cachetune_rag.prompt import PromptBuilder
+from cachetune_rag.text.prompts.prompt import PromptBuilder
 
 from .records import Dataset, Record, slice_of
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from cachetune_rag.prompt import Prompt, PromptBuilder
+from cachetune_rag.text.prompts.prompt import Prompt, PromptBuilder
 
 
 @dataclass(frozen=True)

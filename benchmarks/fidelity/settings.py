@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cachetune_rag.config import AUTO
+from cachetune_rag.reuse.config import AUTO
 from cachetune_rag.selection import selector_names
 
 RATIOS = (0.02, 0.05, 0.10, 0.15, 0.30, 0.50)

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from cachetune_rag.config import ReuseConfig
 from cachetune_rag.report import Report
+from cachetune_rag.reuse.config import ReuseConfig
 
 from .machine import synchronize
 from .plan import Group, Setting

@@ -12,9 +12,9 @@ from typing import Any, Self
 import torch
 
 from cachetune_rag import CacheTune, Document
-from cachetune_rag.assembly import Assembler
-from cachetune_rag.config import ReuseConfig
 from cachetune_rag.report import Report
+from cachetune_rag.reuse.config import ReuseConfig
+from cachetune_rag.reuse.prefill import Assembler
 from cachetune_store import ChunkStore, make_key
 
 from .machine import Attention, fastest_attention, synchronize

@@ -1,4 +1,4 @@
-"""Chunk shift (`model/shift.py`): the reused rows of a chunk follow what its recomputed tokens show to have changed.
+"""Chunk shift (`model/plain/shift.py`): the reused rows of a chunk follow what its recomputed tokens show to have changed.
 
 Two kernels a layer, before the fresh keys and values are put to their places: one adds up, chunk by chunk, fresh minus
 stored over the recomputed tokens; the other adds each chunk's share of it to all of the chunk's rows. Sums are in float32.

@@ -14,20 +14,22 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from cachetune_rag.errors import UnsupportedModelError
 from cachetune_rag.kernels import kernels_run_on
-from cachetune_rag.model import attention, families, fusion, masks, output, taps
-from cachetune_rag.model.attention import StopForward
-from cachetune_rag.model.buffers import KVBuffers, ScatterCache
-from cachetune_rag.model.capture import ChunkCapture, ChunkKV, LeadKV, ValueCache
-from cachetune_rag.model.device import DeviceForward
-from cachetune_rag.model.forward import ModelForward
-from cachetune_rag.model.loadcheck import LoadCheck
-from cachetune_rag.model.neutral import neutral, neutrally
-from cachetune_rag.model.probe import Probe
-from cachetune_rag.model.rope import Rotary, Tables, Turn, longrope_boundary, rows_of
-from cachetune_rag.model.shift import ChunkShift, RowShift
-from cachetune_rag.model.steps import ROOM, KernelSteps
+from cachetune_rag.model.cuda import compiled_layers as fusion
+from cachetune_rag.model.cuda.device_forward import DeviceForward
+from cachetune_rag.model.cuda.steps import ROOM, KernelSteps
+from cachetune_rag.model.family import families, masks, output, taps
+from cachetune_rag.model.family.rope import Rotary, Tables, Turn, longrope_boundary, rows_of
+from cachetune_rag.model.libraries.neutral import neutral, neutrally
+from cachetune_rag.model.loaded.view import unwrapped, view_of
+from cachetune_rag.model.plain import attention
+from cachetune_rag.model.plain.attention import StopForward
+from cachetune_rag.model.plain.buffers import KVBuffers, ScatterCache
+from cachetune_rag.model.plain.capture import ChunkCapture, ChunkKV, LeadKV, ValueCache
+from cachetune_rag.model.plain.forward import ModelForward
+from cachetune_rag.model.plain.loadcheck import LoadCheck
+from cachetune_rag.model.plain.probe import Probe
+from cachetune_rag.model.plain.shift import ChunkShift, RowShift
 from cachetune_rag.model.teacher import interruptible
-from cachetune_rag.model.view import unwrapped, view_of
 from cachetune_store.layout import LayerSpec
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cachetune_rag.model.adapter import ModelAdapter
-from cachetune_rag.model.capture import ChunkKV, LeadKV
+from cachetune_rag.model.plain.capture import ChunkKV, LeadKV
 
 _MOST = torch.finfo(torch.float16).max
 

@@ -19,17 +19,17 @@ from contextlib import suppress
 from typing import Any
 from weakref import WeakValueDictionary
 
-from cachetune_rag.arguments import check_flag
+from cachetune_rag.checking.arguments import check_flag
+from cachetune_rag.concurrency.model_lock import ModelLock
 from cachetune_rag.errors import ForkedError, ModelChangedError
-from cachetune_rag.model import families
 from cachetune_rag.model.adapter import ModelAdapter
-from cachetune_rag.model.changes import Weights
-from cachetune_rag.model.fingerprint import model_fingerprint
-from cachetune_rag.model.neutral import neutral
-from cachetune_rag.model.private import check_modules, end_openmp_threads
-from cachetune_rag.model.view import unwrapped
-from cachetune_rag.model.weights import check_finite
-from cachetune_rag.model_lock import ModelLock
+from cachetune_rag.model.family import families
+from cachetune_rag.model.libraries.neutral import neutral
+from cachetune_rag.model.libraries.private import check_modules, end_openmp_threads
+from cachetune_rag.model.loaded.changes import Weights
+from cachetune_rag.model.loaded.fingerprint import model_fingerprint
+from cachetune_rag.model.loaded.view import unwrapped
+from cachetune_rag.model.loaded.weights import check_finite
 
 
 class SharedModel:

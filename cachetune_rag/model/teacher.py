@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from cachetune_rag.model.attention import StopForward
-from cachetune_rag.model.taps import Hooks
+from cachetune_rag.model.family.taps import Hooks
+from cachetune_rag.model.plain.attention import StopForward
 
 if TYPE_CHECKING:
     from cachetune_rag.model.adapter import ModelAdapter

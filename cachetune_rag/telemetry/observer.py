@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from cachetune_rag.report import Report
 
 if TYPE_CHECKING:
-    from cachetune_rag.answer import Answer
+    from cachetune_rag.answering.answer import Answer
 
 _log = logging.getLogger("cachetune_rag.requests")
 

@@ -19,7 +19,7 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from cachetune_rag.engine import CacheTune
-    from cachetune_rag.fidelity import FidelityStats
+    from cachetune_rag.measuring.fidelity import FidelityStats
     from cachetune_store.histogram import Histogram
 
 _TOKENS = ("prompt_tokens", "reused", "recomputed", "missed", "retrieved", "retrieved_found")

@@ -20,7 +20,7 @@ except ImportError as error:
     raise ImportError("spans need opentelemetry-api: pip install 'cachetune-rag[opentelemetry]'.") from error
 
 if TYPE_CHECKING:
-    from cachetune_rag.answer import Answer
+    from cachetune_rag.answering.answer import Answer
     from cachetune_rag.engine import CacheTune
 
 _COUNTS = (

@@ -14,7 +14,7 @@ import torch
 from engines import EngineMaker, Retriever
 
 from cachetune_rag import CacheTune
-from cachetune_rag.loading import load_model
+from cachetune_rag.model.loading import load_model
 
 TOPICS = ("assert", "break", "continue", "del", "global", "nonlocal", "pass", "return")
 

@@ -18,7 +18,7 @@ from langchain_core.runnables import Runnable, RunnableLambda, RunnablePassthrou
 from langchain_faiss import FaissStore
 
 from cachetune_rag import CacheTune
-from cachetune_rag.prompt import INSTRUCTIONS
+from cachetune_rag.text.prompts.prompt import INSTRUCTIONS
 from langchain_cachetune import CacheTuneIndex, ChatCacheTune, create_cachetune_chain
 
 pytestmark = pytest.mark.real_model

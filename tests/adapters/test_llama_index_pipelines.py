@@ -18,7 +18,7 @@ from llama_index.core.schema import MetadataMode, NodeWithScore
 from llama_index_faiss import FaissStore, LocalEmbedding
 
 from cachetune_rag import CacheTune
-from cachetune_rag.prompt import INSTRUCTIONS
+from cachetune_rag.text.prompts.prompt import INSTRUCTIONS
 from llama_index.llms.cachetune import CacheTuneLLM, CacheTuneSynthesizer, KVPrecompute
 
 pytestmark = pytest.mark.real_model

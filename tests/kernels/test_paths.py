@@ -10,8 +10,9 @@ from families import FAMILIES, Family, random_ids
 from test_kernels import DEVICE, pytestmark  # noqa: F401 - skips where no kernel runs
 from torch import Tensor
 
-from cachetune_rag.model import KVBuffers, ModelAdapter, steps
-from cachetune_rag.model.shift import ChunkShift
+from cachetune_rag.model import KVBuffers, ModelAdapter
+from cachetune_rag.model.cuda import steps
+from cachetune_rag.model.plain.shift import ChunkShift
 
 # One of each way to rotate (half split, by pairs, in part, stretched, none), to group heads, to see a window.
 NAMES = {

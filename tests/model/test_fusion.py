@@ -15,9 +15,9 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from cachetune_rag.model import ModelAdapter
-from cachetune_rag.model.attention import by_kernel
-from cachetune_rag.model.device import KernelCache, opaque_cache
-from cachetune_rag.model.fusion import FusedLayers
+from cachetune_rag.model.cuda.compiled_layers import FusedLayers
+from cachetune_rag.model.cuda.device_forward import KernelCache, opaque_cache
+from cachetune_rag.model.plain.attention import by_kernel
 
 
 class Plain:

@@ -9,8 +9,9 @@ import torch
 from tiny import llama
 from torch import nn
 
-from cachetune_rag.model import attention, taps
-from cachetune_rag.model.watch import Watch
+from cachetune_rag.model.family import taps
+from cachetune_rag.model.plain import attention
+from cachetune_rag.model.plain.watch import Watch
 
 
 @pytest.mark.parametrize("last", [0, 1, 2])

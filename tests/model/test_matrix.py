@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicCache
 
 from cachetune_rag.errors import UnsupportedModelError
 from cachetune_rag.model.adapter import ModelAdapter
-from cachetune_rag.model.buffers import KVBuffers
+from cachetune_rag.model.plain.buffers import KVBuffers
 from cachetune_store.codecs import get_codec
 
 LENGTH = 150

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from cachetune_rag.model.adapter import ModelAdapter
-from cachetune_rag.model.output import gain, gram, output_heads
+from cachetune_rag.model.family.output import gain, gram, output_heads
 
 
 @torch.no_grad()

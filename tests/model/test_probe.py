@@ -13,10 +13,11 @@ from tiny import llama
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from cachetune_rag.model import taps, watch
 from cachetune_rag.model.adapter import ModelAdapter
-from cachetune_rag.model.buffers import KVBuffers
-from cachetune_rag.model.output import gain, output_heads
+from cachetune_rag.model.family import taps
+from cachetune_rag.model.family.output import gain, output_heads
+from cachetune_rag.model.plain import watch
+from cachetune_rag.model.plain.buffers import KVBuffers
 
 LENGTH = 120
 COMPUTED = [0, 1, 2, 50, *range(111, LENGTH)]

@@ -11,9 +11,9 @@ from tiny import llama
 from torch import Tensor
 
 from cachetune_rag.model.adapter import ModelAdapter
-from cachetune_rag.model.buffers import KVBuffers
-from cachetune_rag.model.rope import Turn
-from cachetune_rag.model.shift import KAPPA, ChunkShift, RowShift
+from cachetune_rag.model.family.rope import Turn
+from cachetune_rag.model.plain.buffers import KVBuffers
+from cachetune_rag.model.plain.shift import KAPPA, ChunkShift, RowShift
 
 LENGTH = 40
 SPANS = [(1, 14), (14, 15), (17, 30), (30, 36)]

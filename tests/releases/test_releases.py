@@ -15,8 +15,8 @@ from make_store import CALIBRATED, CODECS, DATA, QUERY, SELECTOR, TENANT, ask
 from safetensors.torch import load_file
 
 from cachetune_rag import CacheTune, Document
-from cachetune_rag.loading import load_model
-from cachetune_rag.tuning.saved import SavedTunings
+from cachetune_rag.measuring.tuning.saved import SavedTunings
+from cachetune_rag.model.loading import load_model
 from cachetune_store import ChunkStore
 
 
@@ -45,7 +45,7 @@ def release(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
         with ChunkStore(store) as opened:
             made = opened.groups()[0].namespace
         monkeypatch.setattr("cachetune_rag.model.shared.model_fingerprint", lambda _: made.model)
-        monkeypatch.setattr("cachetune_rag.parts.tokenizer_fingerprint", lambda _: made.tokenizer)
+        monkeypatch.setattr("cachetune_rag.runtime.tokenizer_fingerprint", lambda _: made.tokenizer)
     monkeypatch.setattr(SavedTunings, "hardware", expected["hardware"])
     return Release(folder, store, expected, model, tokenizer)
 

@@ -19,8 +19,8 @@ from llama_index.core.base.llms.types import (
 )
 
 from cachetune_rag import AnswerStream, Report
-from cachetune_rag.async_calls import OwnThread, call_in_thread
-from cachetune_rag.tool_calls import ToolCall, ToolCallStream
+from cachetune_rag.concurrency.async_calls import OwnThread, call_in_thread
+from cachetune_rag.text.tool_calls import ToolCall, ToolCallStream
 
 
 @dataclass(frozen=True)

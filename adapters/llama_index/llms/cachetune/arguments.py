@@ -14,9 +14,9 @@ from typing import Any
 from transformers import GenerationConfig
 
 from cachetune_rag import CacheTune, ConfigError
-from cachetune_rag.config import resolve
-from cachetune_rag.nearest import hint
+from cachetune_rag.checking.nearest import hint
 from cachetune_rag.options import ENGINE_NAMES, STORE_NAMES
+from cachetune_rag.reuse.config import resolve
 from cachetune_store.printing import shown
 
 OTHER_NAMES = {"max_tokens": "max_new_tokens", "additional_kwargs": "generate_kwargs"}

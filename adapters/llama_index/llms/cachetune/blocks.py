@@ -10,7 +10,7 @@ from llama_index.core.base.llms.types import ChatMessage, MessageRole, TextBlock
 from llama_index.core.bridge.pydantic import PrivateAttr
 
 from cachetune_rag import Chunk, PromptError, Text
-from cachetune_rag.prompt import Segment
+from cachetune_rag.text.prompts.prompt import Segment
 from cachetune_store import changes_so_far
 from cachetune_store.printing import shown
 

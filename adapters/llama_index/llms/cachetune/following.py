@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from llama_index.core.schema import BaseNode
 
-from cachetune_rag.async_calls import call_in_thread
+from cachetune_rag.concurrency.async_calls import call_in_thread
 from llama_index.llms.cachetune.deletions import Deletions, Freeing, of_update, update
 from llama_index.llms.cachetune.traces import TRACES
 

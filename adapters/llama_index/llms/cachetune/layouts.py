@@ -12,8 +12,8 @@ from typing import Any
 from llama_index.core.base.llms.types import ChatMessage
 
 from cachetune_rag import CacheTune, PromptError, Text
-from cachetune_rag.prompt import Segment
-from cachetune_rag.segments import TemplateText
+from cachetune_rag.text.prompts.prompt import Segment
+from cachetune_rag.text.prompts.segments import TemplateText
 from cachetune_store.printing import shown
 
 

@@ -14,7 +14,7 @@ from llama_index.core.prompts.base import SelectorPromptTemplate
 from llama_index.core.schema import BaseNode
 
 from cachetune_rag import Chunk, Prompt, PromptError, Text
-from cachetune_rag.prompt import Segment
+from cachetune_rag.text.prompts.prompt import Segment
 from llama_index.llms.cachetune.blocks import ChunkBlock
 from llama_index.llms.cachetune.llm import CacheTuneLLM
 

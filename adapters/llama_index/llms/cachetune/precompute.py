@@ -14,7 +14,7 @@ from llama_index.core.ingestion.pipeline import run_transformations
 from llama_index.core.schema import BaseNode, TransformComponent
 
 from cachetune_rag import CacheTune, Document, PrecomputeSummary
-from cachetune_rag.async_calls import call_in_thread
+from cachetune_rag.concurrency.async_calls import call_in_thread
 from llama_index.llms.cachetune.following import deletions, follow
 from llama_index.llms.cachetune.shown import body, document_of
 from llama_index.llms.cachetune.sources import Source, nodes_of

@@ -11,7 +11,7 @@ from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.prompts import BasePromptTemplate
 
 from cachetune_rag import CacheTune, Chunk, Prompt, Text
-from cachetune_rag.prompt import Segment
+from cachetune_rag.text.prompts.prompt import Segment
 from llama_index.llms.cachetune.blocks import contents, engine_messages, plain_segments
 from llama_index.llms.cachetune.layouts import lay_out_completion, lay_out_messages
 from llama_index.llms.cachetune.shown import chunks_of, standing_in

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore
 
 from cachetune_rag import Chunk, PromptError, Text
-from cachetune_rag.prompt import Segment
+from cachetune_rag.text.prompts.prompt import Segment
 from cachetune_store import changes_so_far
 from cachetune_store.printing import shown
 

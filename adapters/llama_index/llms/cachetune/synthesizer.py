@@ -18,7 +18,7 @@ from llama_index.core.settings import Settings
 from llama_index.core.types import RESPONSE_TEXT_TYPE
 
 from cachetune_rag import PromptTooLongError
-from cachetune_rag.async_calls import call_in_thread
+from cachetune_rag.concurrency.async_calls import call_in_thread
 from llama_index.llms.cachetune.llm import CacheTuneLLM
 from llama_index.llms.cachetune.node_prompts import NodePrompt, ShownNode
 from llama_index.llms.cachetune.shown import with_body_apart

@@ -1,0 +1,1 @@
+"""Checking what callers give, and showing it safely in messages."""

@@ -1,0 +1,144 @@
+"""Says how much of what was retrieved was found in prompts, and once why where that is little; otherwise times alone would show it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from heapq import nlargest
+
+from cachetune_rag.chunks.recognition import StoreRecognizer
+from cachetune_rag.text.prompts.prompt import Prompt, Segment, Text
+from cachetune_rag.text.recognising.text_changes import REASONS, change_of, likeness, pieces_of
+from cachetune_store import StoreError
+
+MUCH = 100
+"""With fewer retrieved tokens than these, it doesn't matter whether they are found."""
+LITTLE = 0.5
+"""If less than this share of them is found, something is wrong."""
+LONG = 1000
+"""Where nobody says what was retrieved, a prompt of more tokens than these is expected to hold stored chunks."""
+LITTLE_OF_PROMPT = 0.1
+
+SECONDS = 0.1
+"""At most so long one prompt is compared with stored texts."""
+_AT_ONCE = 0.5  # seconds that comparing may take in all before it is rationed
+_SPREAD = 100  # then each comparison is followed by a pause so many times as long
+_TEXTS = 4
+
+_log = logging.getLogger(__name__)
+
+
+class FoundWatch:
+    """Looks at each prompt that went through recognition. Where much was retrieved and little found, it compares the prompt with
+    stored texts, for a tenth of a second at most and a hundredth of the time in the long run, and warns of the likely reason:
+    of each kind once. The share found is logged too: of the first prompt whose retrieved texts were told at INFO, so that
+    somebody who just set a pipeline up sees that it works, and of later ones at DEBUG. No log line holds a text. Safe to use from
+    many threads.
+
+    Args:
+        recognizer: knows what is stored.
+
+    Attributes:
+        prompts: those in which little was found, so far.
+    """
+
+    def __init__(self, recognizer: StoreRecognizer):
+        self._recognizer = recognizer
+        self._lock, self._comparing = threading.Lock(), threading.Lock()
+        self._told: set[str] = set()
+        self._said_share = False
+        self._spent = self._due = 0.0
+        self.prompts = 0
+
+    def look(self, prompt: Prompt, segments: Sequence[Segment | str], retrieved: Sequence[str]) -> None:
+        """A prompt was built.
+
+        Args:
+            prompt: the prompt.
+            segments: its contents, in which the chunks that were found stand apart.
+            retrieved: the texts that were retrieved, if the caller said.
+        """
+        found = sum(span.end - span.start for span in prompt.spans)
+        if retrieved:
+            self._say_share(min(found, prompt.retrieved), prompt.retrieved)
+            little = prompt.retrieved >= MUCH and found < LITTLE * prompt.retrieved
+        else:
+            little = len(prompt.ids) > LONG and found < LITTLE_OF_PROMPT * len(prompt.ids) and len(self._recognizer) > 0
+        if not little:
+            return
+        with self._lock:
+            self.prompts += 1
+        if time.monotonic() < self._due or not self._comparing.acquire(blocking=False):
+            return
+        try:
+            self._explain(prompt, found, segments, retrieved)
+        finally:
+            self._comparing.release()
+
+    def _say_share(self, found: int, retrieved: int) -> None:
+        if not retrieved:
+            return
+        with self._lock:
+            level, self._said_share = logging.DEBUG if self._said_share else logging.INFO, True
+        _log.log(
+            level, "found %d of %d retrieved tokens in the store (%d%%)", found, retrieved, 100 * found // retrieved
+        )
+
+    def _explain(self, prompt: Prompt, found: int, segments: Sequence[Segment | str], retrieved: Sequence[str]) -> None:
+        started = time.monotonic()
+        shown = "\n".join(s.text if isinstance(s, Text) else s for s in segments if isinstance(s, Text | str))
+        reason = self._reason(shown, retrieved)
+        took = time.monotonic() - started
+        self._spent += took
+        if self._spent > _AT_ONCE:
+            self._due = time.monotonic() + _SPREAD * took
+        if reason is None or reason in self._told:
+            return
+        self._told.add(reason)
+        what = (
+            f"of {prompt.retrieved} retrieved tokens, {found} were found as stored chunks in their prompt"
+            if retrieved
+            else f"of {len(prompt.ids)} tokens of a prompt, {found} were found to be stored chunks"
+        )
+        _log.warning(
+            "%s. The likely reason: %s (%s). What is not found is computed as plain text, which is as right and slower. A stored "
+            "chunk is found where the prompt shows it to the character: docs/operations.md, 'Little was found'. Each reason is "
+            "said once; stats() counts such prompts",
+            what,
+            reason,
+            REASONS[reason],
+        )
+
+    def _reason(self, shown: str, retrieved: Sequence[str]) -> str | None:
+        """The likely reason, a key of `REASONS`; None if the store can't be asked."""
+        stored = [text for text in retrieved[:64] if self._recognizer.knows(text)]
+        reasons = Counter(change_of(text, shown) or "not shown" for text in stored[:_TEXTS] if text not in shown)
+        if not reasons:
+            try:
+                alike = self._alike(shown)
+            except StoreError:
+                return None
+            reasons = Counter(kind for text in alike if (kind := change_of(text, shown)) is not None)
+        return reasons.most_common(1)[0][0] if reasons else "not stored"
+
+    def _alike(self, shown: str) -> list[str]:
+        """Stored texts that the prompt seems to show, changed; the likeliest first."""
+        pieces = pieces_of(shown)
+        until = time.monotonic() + SECONDS
+
+        def look(texts: Iterable[str]) -> list[str]:
+            shares: list[tuple[float, str]] = []
+            sure = 0
+            for text in texts:
+                share = likeness(text, pieces)
+                if share and text not in shown:
+                    shares = nlargest(_TEXTS, [*shares, (share, text)])
+                    sure += share > LITTLE
+                if sure == _TEXTS or time.monotonic() > until:
+                    break
+            return [text for _, text in shares]
+
+        return self._recognizer.scan(look)

@@ -1,0 +1,78 @@
+"""Whether a chunk that was missed is still somebody's by the time it is stored.
+
+Between a request and the storing of what it missed, documents may be removed or replaced. The store decides: a chunk is added to its
+document in one transaction with the look at the document's changes, and looked at once more when it is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from cachetune_rag.concurrency.deadline import Call
+from cachetune_store import ChunkKey, ChunkStore, changes_so_far
+
+if TYPE_CHECKING:
+    from cachetune_rag.chunks.backfill import MissedChunk
+
+
+class Owners:
+    """The owners of missed chunks, while some are stored.
+
+    Args:
+        store: where.
+        tenant: whose chunks they are.
+        call: makes the calls that may touch the store's disk.
+    """
+
+    def __init__(self, store: ChunkStore, tenant: str, call: Call):
+        self._store, self._tenant, self._call = store, tenant, call
+
+    def may_want(self, chunk: MissedChunk) -> bool:
+        """Whether none of a chunk's owners is known to have gone; the disk isn't asked."""
+        return self._any_left(chunk)
+
+    def want(self, key: ChunkKey, chunk: MissedChunk, keys_of: Callable[[Sequence[int]], Sequence[ChunkKey]]) -> bool:
+        """Whether anybody wants a chunk, before it is computed.
+
+        Args:
+            key: the chunk's key.
+            chunk: the chunk. If it was recognised, the documents that hold it become its owners.
+            keys_of: says under which keys a chunk of these token ids may be recognised.
+        """
+        if chunk.recognised is not None and not self._call(self._store.holds, key):
+            now, since, keys = changes_so_far(), chunk.recognised, keys_of(chunk.ids)
+            found = self._call(self._store.holders, keys, tenant=self._tenant)
+            for document in found:
+                chunk.owners.setdefault(document, now)
+            if not found and any(self._call(self._store.contains, each) for each in keys):
+                chunk.owners.setdefault(None, since)  # stored by a request that named no document
+        return self._any_left(chunk) or self._held(key, chunk)
+
+    def take(self, key: ChunkKey, chunk: MissedChunk) -> bool:
+        """Add a chunk to its documents; whether anybody wants it."""
+        taken = False
+        for document, since in list(chunk.owners.items()):
+            if document is None:
+                taken |= not self._store.removed_since(since, tenant=self._tenant)
+            else:
+                taken |= self._call(self._store.extend_document, document, [key], tenant=self._tenant, since=since)
+        return taken or self._held(key, chunk)
+
+    def keep(self, key: ChunkKey, chunk: MissedChunk) -> bool:
+        """Look again once a chunk is written: it is deleted if it has lost its owners meanwhile. Whether it is kept."""
+        nobodys = chunk.owners.get(None)
+        if nobodys is not None and not self._store.removed_since(nobodys, tenant=self._tenant):
+            return True
+        return not self._call(self._store.free_unheld, key)
+
+    def _any_left(self, chunk: MissedChunk) -> bool:
+        return any(
+            not self._store.removed_since(since, document, tenant=self._tenant)
+            for document, since in list(chunk.owners.items())
+        )
+
+    def _held(self, key: ChunkKey, chunk: MissedChunk) -> bool:
+        """Whether a document holds a chunk that was recognised, or that is an older version's and the new one's as well."""
+        named = chunk.recognised is not None or any(owner is not None for owner in list(chunk.owners))
+        return named and self._call(self._store.holds, key)

@@ -1,0 +1,106 @@
+"""The command line: `cachetune`, or `python -m cachetune_rag`. Each command is a file of `commands`."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Sequence
+from io import TextIOWrapper
+from typing import Annotated
+
+import typer
+
+from cachetune_rag import __version__
+from cachetune_rag.cli.ask import EPILOG as ASK_EPILOG
+from cachetune_rag.cli.ask import ask
+from cachetune_rag.cli.calibrate import EPILOG as CALIBRATE_EPILOG
+from cachetune_rag.cli.calibrate import calibrate
+from cachetune_rag.cli.console import warnings_on_stderr
+from cachetune_rag.cli.precompute import EPILOG as PRECOMPUTE_EPILOG
+from cachetune_rag.cli.precompute import precompute
+from cachetune_rag.cli.prune import EPILOG as PRUNE_EPILOG
+from cachetune_rag.cli.prune import prune
+from cachetune_rag.cli.stats import EPILOG as STATS_EPILOG
+from cachetune_rag.cli.stats import stats
+from cachetune_rag.cli.tune import EPILOG as TUNE_EPILOG
+from cachetune_rag.cli.tune import tune
+from cachetune_rag.cli.upkeep import REMOVE_EPILOG, VERIFY_EPILOG, remove, verify
+
+_HELP = (
+    "Answer questions over your documents sooner.\n\n"
+    "Run the documents through the model once ([bold]precompute[/bold]) and keep the result in a store; every question "
+    "([bold]ask[/bold]) then reuses it, instead of reading the documents again."
+)
+_EPILOG = (
+    "[bold]A first run[/bold]\n\n\b\n"
+    "  cachetune precompute docs/ --model ./my-model --store kv-store\n"
+    '  cachetune ask "How do I reset it?" --model ./my-model --store kv-store\n'
+    "  cachetune stats --store kv-store\n\n"
+    "'cachetune COMMAND --help' explains a command. Set CACHETUNE_DEBUG=1 for full tracebacks."
+)
+
+# Tracebacks are this program's own business (see commands.console), so typer's are off.
+app = typer.Typer(
+    name="cachetune",
+    epilog=_EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _add(command: Callable[..., None], epilog: str) -> None:
+    # Help keeps single line ends, so a docstring's paragraphs have to become lines for the terminal to wrap.
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    app.command(help="\n\n".join(" ".join(p.split()) for p in paragraphs), epilog=epilog)(command)
+
+
+_add(precompute, PRECOMPUTE_EPILOG)
+_add(ask, ASK_EPILOG)
+_add(calibrate, CALIBRATE_EPILOG)
+_add(tune, TUNE_EPILOG)
+_add(stats, STATS_EPILOG)
+_add(verify, VERIFY_EPILOG)
+_add(remove, REMOVE_EPILOG)
+_add(prune, PRUNE_EPILOG)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"cachetune {__version__}")
+        raise typer.Exit
+
+
+@app.callback(help=_HELP)
+def _cachetune(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options of the program itself."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 damage found by verify, 2 an error, 130 interrupted.
+
+    Args:
+        arguments: words after the program's name; None: those of this process.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            # An answer may hold characters that the terminal's encoding lacks.
+            stream.reconfigure(errors="replace")
+    try:
+        with warnings_on_stderr():
+            app(args=None if arguments is None else list(arguments), prog_name="cachetune")
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough. Nothing may be flushed into the closed pipe at exit.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

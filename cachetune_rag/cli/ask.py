@@ -1,0 +1,214 @@
+"""`cachetune ask`: a question over stored documents."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cachetune_rag.checking.escaping import visible_line
+from cachetune_rag.cli import options
+from cachetune_rag.cli.console import (
+    UsageError,
+    emit_json,
+    guarded,
+    instant_interrupt,
+    note,
+    number,
+    printable,
+    stdout,
+)
+from cachetune_rag.cli.passages import DEFAULT_TOP_K, Passage, retrieve
+from cachetune_rag.cli.session import load_engine, match_codec, open_existing, open_for_writing
+from cachetune_rag.cli.upkeep import check_known
+from cachetune_rag.text.files.corpus import read_passage
+
+if TYPE_CHECKING:
+    from cachetune_rag.answering.answer import Answer
+    from cachetune_rag.engine import CacheTune
+
+_SEEDS = 1 << 31
+"""Seeds are below this: every generator takes them, and they are short enough to type."""
+
+EPILOG = (
+    "[bold]Examples[/bold]\n\n\b\n"
+    '  cachetune ask "How do I reset it?" --model ./my-model --store kv-store\n'
+    '  cachetune ask "Sum it up." -d guide/setup.md -m ./my-model -s kv-store\n'
+    '  cachetune ask "How do I reset it?" -m ./my-model -s kv-store --top-k 8 --full\n\n'
+    "Use the --model and --dtype of precompute. For passages found by your own retriever, use the Python interface or "
+    "--chunk-file."
+)
+
+
+@guarded
+def ask(
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What you want to know.", show_default=False)],
+    model: options.Model,
+    store: options.Store,
+    document: Annotated[
+        list[str] | None,
+        typer.Option("--document", "-d", metavar="ID", help="Answer from this whole document. May be repeated."),
+    ] = None,
+    chunk_file: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--chunk-file", metavar="FILE", help="Use this file (text, HTML, PDF, CSV) as one passage. May be repeated."
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            "--top-k",
+            "-k",
+            min=1,
+            help="Answer from the stored passages that share most with the question, at most so many; with -d, from "
+            f"those documents' only. {DEFAULT_TOP_K} if neither documents nor files are named.",
+            show_default=False,
+        ),
+    ] = None,
+    ratio: Annotated[
+        str, typer.Option("--ratio", "-r", metavar="R", help="Share of passage tokens to recompute, 0 to 1, or auto.")
+    ] = "auto",
+    selector: Annotated[
+        str,
+        typer.Option(
+            "--selector", metavar="NAME", help="What chooses those tokens: expected_error, frequency, ... or auto."
+        ),
+    ] = "auto",
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", min=1, help="Most tokens of the answer.")
+    ] = 256,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            "--seed",
+            min=0,
+            max=_SEEDS - 1,
+            help="Where the model samples its answers: the same seed gives the same answer again. Drawn if left out.",
+            show_default=False,
+        ),
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Answer a second time with nothing reused, to compare answer and time.")
+    ] = False,
+    tenant: options.Tenant = "",
+    gguf_file: options.GgufFile = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    json_output: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Ask a question over stored documents.
+
+    The answer appears as it is written; the line below says how many tokens were reused, and how long the first took.
+    """
+    if not question.strip():
+        raise UsageError("the question is empty: ask something.")
+    files = [Passage(read_passage(name), name, None) for name in chunk_file or ()]
+    share = _ratio(ratio)
+    with instant_interrupt():
+        from cachetune_rag.reuse.config import resolve
+
+    resolve(selector, share)
+    documents = list(dict.fromkeys(document or ()))
+    best = top_k if top_k is not None or documents or files else DEFAULT_TOP_K
+    with ExitStack() as stack:
+        if documents or best:
+            kv = open_existing(store)
+        else:
+            kv = open_for_writing(store, codec="exact", host_budget="0", disk_budget=str(1 << 62))
+        stack.enter_context(kv)
+        if documents:
+            check_known(documents, kv, tenant)
+        engine = stack.enter_context(
+            load_engine(model, kv, gguf_file=gguf_file, dtype=dtype, device=device, tenant=tenant)
+        )
+        match_codec(engine, kv)
+        passages = [*retrieve(engine, kv, question, documents, best), *files]
+        note(f"Using {number(len(passages), 'passage')}: {', '.join(visible_line(p.source) for p in passages)}")
+        request: dict[str, Any] = {
+            "query": question,
+            "chunks": [passage.text for passage in passages],
+            "max_new_tokens": max_new_tokens,
+        }
+        sampling = _sampling(engine)
+        if sampling is not None:
+            # One seed for both answers of --full: two draws would differ though nothing else does.
+            request["seed"] = seed = secrets.randbelow(_SEEDS) if seed is None else seed
+            note(f"The model's generation config samples{sampling}: --seed {seed} gives the same again.")
+        if full:
+            # What only a process's first forward pays must not count against reuse, which comes first.
+            engine.full_prefill(query=question)
+        if full and not json_output:
+            stdout().print("With reuse:", style="bold")
+        reused = _answer(engine, {**request, "ratio": share, "selector": selector}, quiet=json_output)
+        whole = None
+        if full:
+            engine.flush()  # what it missed is not to be stored while the other is timed
+            if not json_output:
+                stdout().print("\nFull prefill:", style="bold")
+            whole = _answer(engine, {**request, "reuse": False}, quiet=json_output)
+    if json_output:
+        emit_json(_result(question, passages, reused, whole, request.get("seed")))
+    elif whole is not None:
+        _compare(reused, whole)
+
+
+def _answer(engine: CacheTune, request: dict[str, Any], *, quiet: bool) -> Answer:
+    """The answer, printed as it comes unless `quiet`."""
+    with engine.stream(**request) as pieces:
+        for piece in pieces:
+            if not quiet:
+                sys.stdout.write(printable(piece))
+                sys.stdout.flush()
+        answer = pieces.answer
+    if not quiet:
+        sys.stdout.write("\n")
+        stdout().print(f"[{answer.report}]", style="dim")
+    return answer
+
+
+def _sampling(engine: CacheTune) -> str | None:
+    """How the model's own configuration has answers sampled, in words; None where the likeliest token is taken."""
+    config = engine.adapter.model.generation_config
+    if not config.do_sample:
+        return None
+    given = {name: getattr(config, name, None) for name in ("temperature", "top_p", "top_k")}
+    told = ", ".join(f"{name} {value:g}" for name, value in given.items() if value is not None)
+    return f" ({told})" if told else ""
+
+
+def _ratio(given: str) -> float | str:
+    try:
+        return float(given)
+    except ValueError:
+        return given  # "auto", or refused with the others
+
+
+def _result(
+    question: str, passages: list[Passage], reused: Answer, whole: Answer | None, seed: int | None
+) -> dict[str, Any]:
+    result = {
+        "question": question,
+        **_fields(reused),
+        "seed": seed,
+        "passages": [{"source": passage.source, "key": passage.key} for passage in passages],
+        "full": None if whole is None else _fields(whole),
+    }
+    if whole is not None:
+        result["same_answer"] = reused.token_ids == whole.token_ids
+    return result
+
+
+def _fields(answer: Answer) -> dict[str, Any]:
+    return {"answer": answer.text, "finish_reason": answer.finish_reason, "report": answer.report.as_dict()}
+
+
+def _compare(reused: Answer, whole: Answer) -> None:
+    same = "the same answer" if reused.token_ids == whole.token_ids else "another answer"
+    faster = whole.report.ttft / reused.report.ttft
+    speed = f"{faster:.1f} times sooner" if faster >= 1 else f"{1 / faster:.1f} times later"
+    stdout().print(f"\nReuse gave {same}, and its first token {speed}.", style="bold")

@@ -1,0 +1,248 @@
+"""`cachetune calibrate`: the ratio that one's own prompts need."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Any, Self
+
+import typer
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from cachetune_rag.cli import options
+from cachetune_rag.cli.calibration_plot import draw
+from cachetune_rag.cli.console import (
+    UsageError,
+    emit_json,
+    guarded,
+    instant_interrupt,
+    note,
+    number,
+    stderr,
+    stdout,
+)
+from cachetune_rag.cli.passages import DEFAULT_TOP_K, retrieve
+from cachetune_rag.cli.plots import check_plot, save_plot
+from cachetune_rag.cli.prompt_files import Sample, read_samples
+from cachetune_rag.cli.session import load_engine, match_codec, open_existing
+from cachetune_rag.cli.upkeep import check_known
+from cachetune_store.printing import shown
+
+if TYPE_CHECKING:
+    from cachetune_rag.engine import CacheTune
+    from cachetune_rag.measuring.calibration.calibrator import CalibrationProgress
+    from cachetune_rag.measuring.calibration.result import Calibration
+    from cachetune_store import ChunkStore
+
+EPILOG = (
+    "[bold]Examples[/bold]\n\n\b\n"
+    "  cachetune calibrate questions.txt --model ./my-model --store kv-store\n"
+    "  cachetune calibrate prompts.jsonl -m ./my-model -s kv-store --bound 0.02 --plot kl.svg\n"
+    "  cachetune calibrate prompts.jsonl -m ./my-model -s kv-store --measure top1 --bound 0.98\n\n"
+    "[bold]JSONL[/bold]: each line is a prompt as your application makes it. Without chunks they are retrieved as by ask."
+    "\n\n\b\n"
+    '  {"query": "How do I reset it?", "chunks": ["First passage.", "Second passage."]}\n'
+    '  {"query": "What does it weigh?"}\n\n'
+    "Use 10 to 50 prompts that are like those to come."
+)
+_LINE_SECONDS = 10.0
+
+
+@guarded
+def calibrate(
+    samples: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILE", help="JSONL files of prompts, or text files with a question a line.", show_default=False
+        ),
+    ],
+    model: options.Model,
+    store: options.Store,
+    measure: Annotated[
+        str,
+        typer.Option(
+            "--measure",
+            metavar="NAME",
+            help="What has to stay within the bound: kl (KL divergence from full prefill, in nats a token), or top1 "
+            "(share of tokens that both find the likeliest).",
+        ),
+    ] = "kl",
+    bound: Annotated[
+        float | None,
+        typer.Option(
+            "--bound", metavar="X", help="Most KL, or least share. 0.05 for kl, 0.95 for top1.", show_default=False
+        ),
+    ] = None,
+    quantile: Annotated[
+        float | None,
+        typer.Option(
+            "--quantile",
+            metavar="Q",
+            help="Let at least this share of the prompts keep the bound, each by itself, rather than their mean.",
+            show_default=False,
+        ),
+    ] = None,
+    selector: Annotated[
+        str, typer.Option("--selector", metavar="NAME", help="Whose ratio: probe, frequency, ... or auto.")
+    ] = "auto",
+    ratios: Annotated[
+        str | None,
+        typer.Option("--ratios", metavar="R,R,...", help="Ratios to try; a grid from 0 to 0.7 if left out."),
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", help="Most tokens to compare after each prompt.")] = 32,
+    document: Annotated[
+        list[str] | None,
+        typer.Option("--document", "-d", metavar="ID", help="Retrieve from this document only. May be repeated."),
+    ] = None,
+    top_k: Annotated[
+        int, typer.Option("--top-k", "-k", min=1, help="Passages to retrieve for a question without chunks.")
+    ] = DEFAULT_TOP_K,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            "--plot",
+            metavar="FILE",
+            callback=options.expanded,
+            help="Plot the figures into this file (.svg, .png, .pdf).",
+        ),
+    ] = None,
+    tenant: options.Tenant = "",
+    gguf_file: options.GgufFile = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    json_output: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Find the smallest ratio that stays close enough to full prefill on your own prompts, and save it.
+
+    Every later --ratio auto on this store means that ratio, for the same model, selector and codec. The prompts run once
+    in full and once at every ratio; passages that aren't stored are precomputed first.
+    """
+    given = read_samples(samples)
+    if plot is not None:
+        check_plot(plot)
+    with instant_interrupt():
+        from cachetune_rag.measuring.calibration.calibrator import RATIOS, CalibrationPlan
+        from cachetune_rag.measuring.calibration.result import check_savable
+
+    wanted: dict[str, Any] = {
+        "measure": measure,
+        "bound": bound,
+        "quantile": quantile,
+        "selector": selector,
+        "ratios": RATIOS if ratios is None else _numbers(ratios),
+        "tokens": tokens,
+    }
+    CalibrationPlan.of(**wanted)  # refuses what makes no sense before the model is loaded
+    documents = list(dict.fromkeys(document or ()))
+    with ExitStack() as stack:
+        kv = stack.enter_context(open_existing(store))
+        check_savable(kv, "calibrated")  # before the model is loaded
+        if documents:
+            check_known(documents, kv, tenant)
+        engine = stack.enter_context(
+            load_engine(model, kv, gguf_file=gguf_file, dtype=dtype, device=device, tenant=tenant)
+        )
+        match_codec(engine, kv)
+        prompts = [_prompt(engine, kv, sample, documents, top_k) for sample in given]
+        note(f"Calibrating with {number(len(prompts), 'prompt')} ...")
+        with _Meter() as meter:
+            found = engine.calibrate(prompts, progress=meter.update, **wanted)
+    if plot is not None:
+        save_plot(draw(found), plot)
+    if json_output:
+        emit_json({"store": str(store), **found.as_dict(), "plot": None if plot is None else str(plot)})
+    else:
+        stdout().print("\n".join([*_table(found), "", _conclusion(found)]))
+    if not found.saved:
+        raise UsageError(f"the ratio could not be saved in {store}: check that this user can write there.")
+
+
+def _prompt(
+    engine: CacheTune, store: ChunkStore, sample: Sample, documents: list[str], top_k: int
+) -> dict[str, str | list[str] | None]:
+    chunks = sample.chunks
+    if chunks is None:
+        try:
+            chunks = [passage.text for passage in retrieve(engine, store, sample.query, documents, top_k)]
+        except UsageError as error:
+            raise UsageError(f"{sample.where}: {error}") from error
+    return {"query": sample.query, "chunks": chunks, "prefix": sample.prefix}
+
+
+def _numbers(given: str) -> list[float]:
+    try:
+        return [float(part) for part in given.split(",")]
+    except ValueError:
+        raise UsageError(
+            f"--ratios is {shown(given)}: use numbers from 0 to 1 with commas between, such as 0.05,0.1."
+        ) from None
+
+
+def _table(found: Calibration) -> list[str]:
+    lines = [f"{'ratio':>6}  {'KL':>8}  {'worst':>8}  {'top-1':>6}  {'worst':>6}"]
+    for each in found.figures:
+        mark = "  <-" if each.ratio == found.ratio else ""
+        lines.append(
+            f"{each.ratio:>6g}  {each.kl:>8.4f}  {each.kl_worst:>8.4f}  {each.top1:>6.3f}  {each.top1_worst:>6.3f}{mark}"
+        )
+    return lines
+
+
+def _conclusion(found: Calibration) -> str:
+    held = (
+        f"at most {found.bound:g} nats of KL a token"
+        if found.measure == "kl"
+        else f"top-1 agreement of {found.bound:g}"
+    )
+    of = "on average" if found.quantile is None else f"for {found.quantile:.0%} of the prompts"
+    over = f"{number(found.samples, 'prompt')}, {number(found.target_tokens, 'token')}"
+    if found.met:
+        return (
+            f"Ratio {found.ratio:g} of selector {found.selector} keeps {held} {of} ({over}). --ratio auto now means it."
+        )
+    return (
+        f"No ratio below 1 of selector {found.selector} keeps {held} {of} ({over}). --ratio auto now computes everything: "
+        "allow more with --bound, or try another --selector."
+    )
+
+
+class _Meter:
+    """A bar on a terminal, now and then a line elsewhere."""
+
+    def __init__(self) -> None:
+        console = stderr()
+        self._spoke = time.monotonic()
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("Calibrating"),
+                BarColumn(bar_width=None),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[detail]}"),
+                TimeRemainingColumn(compact=True),
+                console=console,
+                expand=True,
+            )
+            self._task = self._bar.add_task("", total=None, detail="")
+
+    def update(self, progress: CalibrationProgress) -> None:
+        detail = f"prompt {progress.sample} of {progress.samples}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=progress.done, total=progress.total, detail=detail)
+        elif time.monotonic() - self._spoke >= _LINE_SECONDS:
+            self._spoke = time.monotonic()
+            note(f"{100 * progress.done / progress.total:3.0f}%  {detail}")
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,82 @@
+"""Stored passages for a question, for commands that have no retriever of the user's own."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cachetune_rag.checking.escaping import visible_line
+from cachetune_rag.cli.console import UsageError
+from cachetune_rag.cli.lexical import rank
+from cachetune_rag.cli.session import mismatch, same_but_lead_ins
+
+if TYPE_CHECKING:
+    from cachetune_rag.engine import CacheTune
+    from cachetune_store import ChunkKey, ChunkStore
+
+DEFAULT_TOP_K = 4
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A chunk of the prompt: its text, and where it comes from."""
+
+    text: str
+    source: str
+    key: str | None
+
+
+def retrieve(
+    engine: CacheTune, store: ChunkStore, question: str, documents: list[str], top_k: int | None
+) -> list[Passage]:
+    """Passages from the store: whole documents, or the best `top_k` of them (of all, if none is named).
+
+    Raises:
+        UsageError: none shares a word with the question, or one is no longer stored or of another model.
+    """
+    if not documents and top_k is None:
+        return []
+    known = {info.id: info.chunks for info in store.documents(tenant=engine.namespace.tenant)}
+    sources: dict[ChunkKey, str] = {}
+    for name in documents or known:
+        for number_, key in enumerate(known[name], start=1):
+            sources.setdefault(key, f"{name}#{number_}")
+    if top_k is None:
+        return [_passage(engine, store, key, sources[key]) for name in documents for key in known[name]]
+    texts = ((key, text) for key, text in _texts(engine, store) if key in sources or not documents)
+    best = rank(question, texts)[:top_k]
+    if not best:
+        where = "the named documents" if documents else f"the store {visible_line(store.path)}"
+        raise UsageError(
+            f"no passage in {where} shares a word with the question: reword it, or name documents with --document."
+        )
+    return [_passage(engine, store, key, sources.get(key, "earlier question")) for key in best]
+
+
+def _texts(engine: CacheTune, store: ChunkStore) -> Iterator[tuple[ChunkKey, str]]:
+    """The engine's texts, each once: it may be stored both as before lead-ins were chosen and as after."""
+    now, *before = engine.lead_ins.namespaces
+    seen: set[bytes] = set()
+    for namespace in (now, *before):
+        for key, text, _ in store.texts(namespace=namespace):
+            if before:
+                digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+                if digest in seen:
+                    continue
+                seen.add(digest)
+            yield key, text
+
+
+def _passage(engine: CacheTune, store: ChunkStore, key: ChunkKey, source: str) -> Passage:
+    reader = store.open(key)
+    if reader is None or reader.text is None:
+        raise UsageError(
+            f"{visible_line(source)} is no longer in the store (the disk budget ran out, or its file was damaged): precompute its "
+            "document again."
+        )
+    with reader:
+        if not same_but_lead_ins(reader.head.namespace, engine.namespace):
+            raise UsageError(mismatch(reader.head.namespace, engine.namespace, store.path))
+        return Passage(reader.text, source, str(key))

@@ -1,0 +1,206 @@
+"""`cachetune precompute`: run a corpus through the model and store it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cachetune_rag.checking.escaping import visible_line
+from cachetune_rag.cli import options
+from cachetune_rag.cli.console import INTERRUPTED, UsageError, emit_json, guarded, note, number, size, stdout
+from cachetune_rag.cli.meter import Meter
+from cachetune_rag.cli.session import load_engine, open_for_writing
+from cachetune_rag.text.files.corpus import Corpus, CorpusError
+from cachetune_rag.text.files.readers import SUFFIXES
+from cachetune_rag.text.splitting import DEFAULT_CHUNK_TOKENS, MIN_CHUNK_TOKENS, Splitter
+from cachetune_store.printing import shown
+
+if TYPE_CHECKING:
+    from cachetune_rag.chunks.precompute import Progress
+    from cachetune_rag.engine import CacheTune
+    from cachetune_rag.report import PrecomputeSummary
+    from cachetune_rag.text.documents import Document
+
+LEAD_INS = ("auto", "first-token")
+
+EPILOG = (
+    "[bold]Examples[/bold]\n\n\b\n"
+    "  cachetune precompute docs/ --model ./my-model --store kv-store\n"
+    "  cachetune precompute a.md faq.jsonl -m ./my-model -s kv-store --codec int8\n"
+    "  cachetune precompute docs/ -m ./folder --gguf-file model-q8.gguf -s kv-store\n\n"
+    "[bold]JSONL[/bold]: each line is an object with an id and either a text, which is split, or chunks, which are kept "
+    "as they are.\n\n\b\n"
+    '  {"id": "faq-1", "text": "To reset it, hold the button."}\n'
+    '  {"id": "faq-2", "chunks": ["First passage.", "Second passage."]}\n\n'
+    "Run the same command again after an interruption: what is stored is skipped."
+)
+
+
+@guarded
+def precompute(
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PATH",
+            help=f"Files of text, Markdown, JSONL, CSV, HTML or PDF, or folders of them ({' '.join(SUFFIXES)}).",
+            show_default=False,
+        ),
+    ],
+    model: options.Model,
+    store: options.Store,
+    chunk_tokens: Annotated[
+        int,
+        typer.Option(
+            "--chunk-tokens",
+            min=MIN_CHUNK_TOKENS,
+            help="Most tokens of a chunk. Texts are split at paragraphs, then sentences, then words.",
+        ),
+    ] = DEFAULT_CHUNK_TOKENS,
+    lead_in: Annotated[
+        str,
+        typer.Option(
+            "--lead-in",
+            metavar="HOW",
+            help="What stands before each chunk while it is computed. auto: stretches of your own texts, of which the mean "
+            "is stored; first-token: the prompt's first token alone, a quarter of the work.",
+        ),
+    ] = "auto",
+    tenant: options.Tenant = "",
+    gguf_file: options.GgufFile = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    codec: options.Codec = "exact",
+    host_budget: options.HostBudget = "0",
+    disk_budget: options.DiskBudget = options.DISK_BUDGET,
+    json_output: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Run documents through the model once and store them for later questions.
+
+    A file is a document, named by its path below PATH; in a JSONL file every line is one. Documents that changed are
+    replaced, and what is stored already is skipped. What was left out is named at the end.
+    """
+    if lead_in not in LEAD_INS:
+        raise UsageError(f"--lead-in is {shown(lead_in)}: use {' or '.join(LEAD_INS)}.")
+    corpus = Corpus.scan(paths)
+    for line in corpus.left_out.needs():
+        note(line)  # before the model loads: who wants those files read can stop here
+    with ExitStack() as stack:
+        kv = stack.enter_context(open_for_writing(store, codec=codec, host_budget=host_budget, disk_budget=disk_budget))
+        engine = stack.enter_context(
+            load_engine(
+                model,
+                kv,
+                gguf_file=gguf_file,
+                dtype=dtype,
+                device=device,
+                tenant=tenant,
+                lead_in=lead_in.replace("-", "_"),
+            )
+        )
+        _check_fits(engine, chunk_tokens)
+        note(f"Precomputing {number(len(corpus.files), 'file')} ({size(corpus.size)}) into {visible_line(store)} ...")
+        job = _Job(corpus, engine, Splitter(lambda text: len(engine.prompts.encode(text)), chunk_tokens))
+        try:
+            summary = job.run()
+        finally:
+            for line in corpus.left_out.lines():
+                note(line)
+        full = kv.stats().disk
+        evicted = 0 if full is None else full.evictions
+    if job.interrupted:
+        note(f"Interrupted at {job.meter.percent:.0f}%. What is stored stays: run the same command again to resume.")
+    elif not summary.documents:
+        raise CorpusError(f"no text in {', '.join(paths)}: every document is empty.")
+    if job.empty:
+        named = ", ".join(map(visible_line, job.empty_names)) + (", ..." if job.empty > len(job.empty_names) else "")
+        note(f"Left out {number(job.empty, 'empty document')}: {named}")
+    if evicted:
+        note(
+            f"The store is full: {number(evicted, 'chunk')} had to make room, and will be computed again when needed. "
+            f"A larger --disk-budget than {disk_budget} keeps them."
+        )
+    result = {
+        "store": str(store),
+        **summary.as_dict(),
+        "empty": job.empty,
+        "left_out": corpus.left_out.as_dict(),
+        "evicted": evicted,
+        "interrupted": job.interrupted,
+    }
+    if json_output:
+        emit_json(result)
+    else:
+        stdout().print(_lines(summary))
+    if job.interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
+class _Job:
+    """One run: feeds documents to the engine as it asks for them, and keeps count of where it is."""
+
+    def __init__(self, corpus: Corpus, engine: CacheTune, splitter: Splitter):
+        self.meter = Meter(corpus.size)
+        self.empty = 0
+        self.empty_names: list[str] = []
+        self.interrupted = False
+        self._corpus, self._engine, self._splitter = corpus, engine, splitter
+        self._last: Progress | None = None
+
+    def run(self) -> PrecomputeSummary:
+        """Precompute; a Ctrl-C ends it with what was done so far, any error says how much is stored."""
+        from cachetune_rag.report import PrecomputeSummary
+
+        try:
+            with self.meter:
+                return self._engine.precompute(self._documents(), progress=self._progress)
+        except KeyboardInterrupt:
+            self.interrupted = True
+            at = self._last
+            if at is None:
+                return PrecomputeSummary(0, 0, 0, 0, 0, 0.0)
+            leads = len(self._engine.namespace.lead_ins)
+            return PrecomputeSummary(at.documents, at.chunks, at.skipped, at.tokens, at.bytes, at.seconds, leads)
+        except CorpusError as error:
+            done = 0 if self._last is None else self._last.documents
+            kept = f"{number(done, 'document')} before it {'is' if done == 1 else 'are'} stored"
+            raise CorpusError(f"{error}\n{kept}; correct it and run the same command again.") from error
+
+    def _documents(self) -> Iterator[Document]:
+        from cachetune_rag.text.documents import Document
+
+        for source in self._corpus.documents(self.meter.skip):
+            if source.empty:
+                self.empty += 1
+                if len(self.empty_names) < 3:
+                    self.empty_names.append(source.id)
+                self.meter.skip(source.size)
+                continue
+            chunks = source.cut(self._splitter.split)
+            self.meter.begin(source.size, len(chunks))
+            yield Document(source.id, chunks)
+
+    def _progress(self, progress: Progress) -> None:
+        self._last = progress
+        self.meter.update(progress)
+
+
+def _check_fits(engine: CacheTune, chunk_tokens: int) -> None:
+    limit = engine.adapter.max_positions
+    if limit is not None and chunk_tokens + 1 > limit:  # behind the first token at least
+        raise UsageError(
+            f"--chunk-tokens is {chunk_tokens}, but the model reads at most {limit} tokens: use {limit - 1} or fewer (a "
+            "quarter of that leaves room for several chunks)."
+        )
+
+
+def _lines(summary: PrecomputeSummary) -> str:
+    return (
+        f"{number(summary.documents, 'document')}: {number(summary.chunks, 'new chunk')}, {summary.skipped:,} skipped "
+        f"(stored before)\n{number(summary.tokens, 'token')} at {summary.tokens_per_second:,.0f} tokens/s, "
+        f"{size(summary.bytes)} in {summary.seconds:,.1f} s"
+        f"{f', each chunk behind {summary.lead_ins} lead-ins' if summary.lead_ins > 1 else ''}"
+    )

@@ -1,0 +1,227 @@
+"""Opening a store and an engine for a command, with everything that can be refused refused before the model is loaded."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cachetune_rag.checking.escaping import visible_line
+from cachetune_rag.cli.console import UsageError, instant_interrupt, note, size
+from cachetune_store.printing import shown
+
+if TYPE_CHECKING:
+    import torch
+
+    from cachetune_rag.engine import CacheTune
+    from cachetune_store import ChunkStore, Namespace
+
+_MARK = "store.json"
+_PARTS = {"chunks", "documents", "notes", "tmp", "index", "damaged", "profiles", _MARK}
+_PARTS |= {"lock", "index.lock", "claims.lock"}
+_NO_LIMIT = 1 << 62
+"""Disk budget of commands that add nothing: opening a store must not shrink it."""
+
+
+def open_existing(path: Path, host_budget: str = "0", *, device_budget: str = "0", device: str = "auto") -> ChunkStore:
+    """The store at `path` as it is: nothing is evicted, and no more than `host_budget` is kept in memory.
+
+    Args:
+        path: the store's folder.
+        host_budget, device_budget: as the user wrote them.
+        device: the model's, as the user wrote it.
+
+    Raises:
+        UsageError: there is no store, a budget is no byte count, or one of a device's memory is given for the CPU.
+        ConfigError: there is no such device.
+        StoreError: it can't be used.
+    """
+    if not (path / _MARK).is_file():
+        raise UsageError(
+            f"no store at {path}: check --store, or make one with 'cachetune precompute PATH --model M --store {path}'."
+        )
+    on_device = parse_budget(device_budget, "--device-budget")
+    host = parse_budget(host_budget, "--host-budget")
+    return _open(
+        path, "exact", host, _NO_LIMIT, on_device, _device_of_tier(device_budget, device) if on_device else None
+    )
+
+
+def open_for_writing(path: Path, *, codec: str, host_budget: str, disk_budget: str) -> ChunkStore:
+    """The store at `path`, made if missing.
+
+    Raises:
+        UsageError: the folder holds something else, a budget is no byte count, or the store is larger already.
+        StoreError: it can't be used.
+    """
+    host, disk = parse_budget(host_budget, "--host-budget"), parse_budget(disk_budget, "--disk-budget")
+    if path.is_dir() and not (path / _MARK).exists():
+        others = sorted({entry.name for entry in path.iterdir()} - _PARTS)
+        if others:
+            raise UsageError(
+                f"{visible_line(path)} is no store, but holds {shown(others[0])}: give --store a new or empty folder."
+            )
+    store = _open(path, codec, host, disk)
+    try:
+        store.check_writable()  # before a model is loaded
+    except BaseException:
+        store.close()
+        raise
+    tier = store.stats().disk
+    if tier is not None and tier.bytes > disk:
+        store.close()
+        raise UsageError(
+            f"the store {path} holds {size(tier.bytes)}, more than --disk-budget {disk_budget}: give a larger budget, or "
+            "remove documents first (cachetune remove)."
+        )
+    return store
+
+
+def parse_budget(value: str, option: str) -> int:
+    """Bytes of a budget such as "4GiB".
+
+    Raises:
+        UsageError: names the option.
+    """
+    with instant_interrupt():
+        from cachetune_store.units import parse_bytes
+
+    try:
+        return parse_bytes(value, option)
+    except ValueError as error:
+        raise UsageError(f"{error}.") from None
+
+
+def load_engine(
+    model: str,
+    store: ChunkStore,
+    *,
+    gguf_file: str | None,
+    dtype: str,
+    device: str,
+    tenant: str = "",
+    lead_in: str = "auto",
+    any_store: bool = False,
+) -> CacheTune:
+    """An engine on an open store; a line on stderr says that the model loads.
+
+    `any_store`: also on one that holds nothing for this model.
+
+    Raises:
+        UsageError: the model is a path that doesn't exist, or the store was made with another model.
+    """
+    if model.startswith(("/", "./", "../", "~")) and not Path(model).expanduser().is_dir():
+        raise UsageError(f"model {model} is no folder: check --model, or give a hub id such as org/name.")
+    note(f"Loading {visible_line(model)} ...")
+    _quieten_transformers()
+    with instant_interrupt():
+        from cachetune_rag.engine import CacheTune
+
+        engine = CacheTune.from_pretrained(
+            str(Path(model).expanduser()) if model.startswith("~") else model,
+            store,
+            gguf_file=gguf_file,
+            dtype=dtype,
+            device=device,
+            lead_in=lead_in,
+            tenant=tenant,
+        )
+    try:
+        if not any_store:
+            check_match(engine, store)
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+def check_match(engine: CacheTune, store: ChunkStore) -> None:
+    """Refuse a store that holds documents of this engine's tenant, but no chunk that the engine could use.
+
+    Raises:
+        UsageError: says what differs.
+    """
+    if any(next(store.texts(namespace=known), None) is not None for known in engine.lead_ins.namespaces):
+        return
+    # Only the tenant's own: another's tell nothing about this run, and are none of its business.
+    documents = store.documents(tenant=engine.namespace.tenant)
+    for key in dict.fromkeys(key for document in documents for key in document.chunks):
+        found = store.open(key)
+        if found is not None:
+            with found:
+                raise UsageError(mismatch(found.head.namespace, engine.namespace, store.path))
+
+
+def same_but_lead_ins(stored: Namespace, wanted: Namespace) -> bool:
+    """Whether a stored text can be a passage of this engine: one that was computed behind other lead-ins is a miss."""
+    return replace(stored, lead_ins=wanted.lead_ins) == wanted
+
+
+def match_codec(engine: CacheTune, store: ChunkStore) -> None:
+    """Encode what this run adds as the model's stored chunks are; what is saved for a codec is then found again as well."""
+    for namespace in engine.lead_ins.namespaces:
+        for key, *_ in store.texts(namespace=namespace):
+            found = store.open(key)
+            if found is not None:
+                with found:
+                    store.codec = found.layout.codec
+                return
+
+
+def mismatch(stored: Namespace, wanted: Namespace, path: Path | None) -> str:
+    """Why chunks of one engine are no use to another."""
+    if stored.model != wanted.model and stored.dtype == wanted.dtype:
+        what = "another model (or other weights of it)"
+    elif stored.tokenizer != wanted.tokenizer:
+        what = "another tokenizer"
+    elif stored.dtype != wanted.dtype:
+        what = f"dtype {stored.dtype}, and this run has {wanted.dtype}"
+    else:
+        what = "other lead-ins"
+    return (
+        f"the store {path} does not match this run: it was made with {what}. Use the same --model, --dtype and --lead-in "
+        "as then, or another --store."
+    )
+
+
+def _device_of_tier(budget: str, name: str) -> torch.device:
+    with instant_interrupt():
+        from cachetune_rag.model.loading import resolve_device
+
+    device = resolve_device(name)
+    if device.type == "cpu":
+        raise UsageError(
+            f"--device-budget is {budget}, but the model runs on the CPU, whose memory is --host-budget: leave it out, or use "
+            "--device cuda where there is a GPU."
+        )
+    return device
+
+
+def _open(
+    path: Path,
+    codec: str,
+    host_budget: int,
+    disk_budget: int,
+    device_budget: int = 0,
+    device: torch.device | None = None,
+) -> ChunkStore:
+    with instant_interrupt():
+        from cachetune_store import ChunkStore
+
+    return ChunkStore(
+        path,
+        codec=codec,
+        host_budget=host_budget,
+        disk_budget=disk_budget,
+        device_budget=device_budget,
+        device=device,
+    )
+
+
+def _quieten_transformers() -> None:
+    """No advice in between, and progress bars (of a download, say) on a terminal only. Set before it is imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

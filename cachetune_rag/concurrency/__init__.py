@@ -1,0 +1,1 @@
+"""Threads, deadlines, forks, and turns at the model."""

@@ -1,0 +1,1 @@
+"""What full prefill would have said, and what a setting costs: calibration, tuning, fidelity."""

@@ -1,0 +1,253 @@
+"""Measuring a calibrated ratio: the smallest at which reuse stays close enough to full prefill on a user's own prompts."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from cachetune_rag.answering.decoding import decode, prepare
+from cachetune_rag.checking.arguments import check_callback
+from cachetune_rag.errors import CacheTuneError, ConfigError
+from cachetune_rag.measuring.calibration.result import Calibration, RatioFigures, choose
+from cachetune_rag.measuring.divergence import Divergence
+from cachetune_rag.measuring.samples import prompts_of, store_chunks
+from cachetune_rag.model.teacher import rewind, teacher_forced
+from cachetune_rag.reuse.config import ReuseConfig, resolve
+from cachetune_rag.text.prompts.prompt import Prompt
+from cachetune_store.printing import shown
+
+if TYPE_CHECKING:
+    from cachetune_rag.engine import CacheTune
+    from cachetune_rag.reuse.prefill import PrefillState
+
+RATIOS = (0.0, 0.02, 0.05, 0.10, 0.15, 0.20, 0.30, 0.40, 0.50, 0.70)
+BOUNDS = {"kl": 0.05, "top1": 0.95}
+"""Bounds where none is given: nats a token, and share of tokens. A choice, not a finding."""
+MAX_TOKENS = 1024
+
+_LARGEST = sys.float_info.max
+_NO_RATIO = ("all", "none")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CalibrationProgress:
+    """How far a calibration is; handed to its callback after every prefill.
+
+    Attributes:
+        sample, samples: number of the sample at hand, from 1, and how many there are.
+        done, total: prefills.
+        seconds: since the start.
+    """
+
+    sample: int
+    samples: int
+    done: int
+    total: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CalibrationPlan:
+    """What is measured and what has to hold; made by `of`. Fields as for `CacheTune.calibrate`."""
+
+    measure: str
+    bound: float
+    quantile: float | None
+    selector: str
+    ratios: tuple[float, ...]
+    tokens: int
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        bound: float | None = None,
+        measure: str = "kl",
+        selector: str = "auto",
+        ratios: Sequence[Any] = RATIOS,
+        tokens: int = 32,
+        quantile: float | None = None,
+    ) -> CalibrationPlan:
+        """Check the arguments and fill in what is left out.
+
+        Raises:
+            ConfigError: an argument is out of range.
+        """
+        selector = resolve(selector, 0).selector
+        if selector in _NO_RATIO:
+            raise ConfigError(f"selector {shown(selector)} goes by no ratio, so there is none to find: use another.")
+        if not isinstance(measure, str) or measure not in BOUNDS:
+            raise ConfigError(f"measure is {shown(measure)}: use 'kl' or 'top1'.")
+        bound = BOUNDS[measure] if bound is None else bound
+        most = math.inf if measure == "kl" else 1.0
+        if not _is_number(bound) or not 0 <= bound <= most or bound > _LARGEST:
+            allowed = "nats a token, at least 0" if measure == "kl" else "a share of tokens from 0 to 1"
+            raise ConfigError(f"bound is {shown(bound)} for measure {shown(measure)}: use {allowed}.")
+        if quantile is not None and not (_is_number(quantile) and 0 < quantile <= 1):
+            raise ConfigError(
+                f"quantile is {shown(quantile)}: use a share of the samples above 0, up to 1, or None (the mean)."
+            )
+        if (
+            isinstance(ratios, str | bytes | bytearray | Mapping)
+            or not isinstance(ratios, Sequence)
+            or "auto" in ratios
+            or not ratios
+        ):
+            raise ConfigError(f"ratios is {shown(ratios)}: use a list of at least one number from 0 to 1.")
+        checked = sorted({resolve(selector, ratio).ratio for ratio in ratios})
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or not 1 <= tokens <= MAX_TOKENS:
+            raise ConfigError(f"tokens is {shown(tokens)}: use an int from 1 to {MAX_TOKENS}.")
+        return cls(measure, float(bound), quantile, selector, tuple(checked), tokens)
+
+
+class Calibrator:
+    """Measures one selector on one engine."""
+
+    def __init__(
+        self,
+        engine: CacheTune,
+        plan: CalibrationPlan,
+        progress: Callable[[CalibrationProgress], None] | None = None,
+    ):
+        check_callback(progress, "progress")
+        self._engine, self._plan, self._progress = engine, plan, progress
+
+    def run(self, samples: Iterable[Any]) -> Calibration:
+        """Measure; nothing is saved.
+
+        Raises:
+            ConfigError, PromptError: a sample is unusable; nothing was computed.
+            CacheTuneError: samples' chunks don't stay in the store.
+        """
+        prompts = prompts_of(self._engine, samples)
+        started = time.perf_counter()
+        total = len(prompts) * (1 + len(self._plan.ratios))
+        done = 0
+
+        def tell(number: int) -> None:
+            nonlocal done
+            done += 1
+            if self._progress is not None:
+                self._progress(CalibrationProgress(number, len(prompts), done, total, time.perf_counter() - started))
+
+        self._store_all(prompts)
+        namespace = self._engine.namespace
+        found = [self._measure(prompt, number, tell) for number, prompt in enumerate(prompts, start=1)]
+        if self._engine.namespace != namespace:
+            raise CacheTuneError(
+                "lead-ins were chosen while it measured, so chunks are other ones now: calibrate again."
+            )
+        figures = tuple(
+            self._figures(ratio, [sample[i] for sample in found]) for i, ratio in enumerate(self._plan.ratios)
+        )
+        ratio = choose(figures)
+        return Calibration(
+            ratio=1.0 if ratio is None else ratio,
+            met=ratio is not None and ratio < 1,
+            selector=self._plan.selector,
+            measure=self._plan.measure,
+            bound=self._plan.bound,
+            quantile=self._plan.quantile,
+            samples=len(prompts),
+            target_tokens=sum(len(sample[0].kl) for sample in found),
+            figures=figures,
+        )
+
+    def _store_all(self, prompts: Sequence[Prompt]) -> None:
+        engine = self._engine
+        if others := sorted(store_chunks(engine, prompts) - {engine.store.codec}):
+            _log.warning(
+                "chunks of the samples are stored as %s, while this engine's codec is %s: the ratio is saved for engines "
+                "of codec %s. Open the store with the codec that most of its chunks have.",
+                " and ".join(others),
+                engine.store.codec,
+                engine.store.codec,
+            )
+
+    # -- measuring ------------------------------------------------------------------------------------------------
+
+    def _measure(self, prompt: Prompt, number: int, tell: Callable[[int], None]) -> list[Divergence]:
+        """One sample: what each ratio does to the reference continuation."""
+        target, reference = self._reference(prompt)
+        tell(number)
+        found = []
+        for ratio in self._plan.ratios:
+            state = self._reuse(prompt, ReuseConfig(self._plan.selector, ratio), number)
+            divergence = Divergence.of(reference, self._logits(state, target))
+            if not all(map(math.isfinite, divergence.kl)):
+                raise CacheTuneError(f"sample {number}: the model gives logits that are no numbers; try another dtype.")
+            found.append(divergence)
+            tell(number)
+        return found
+
+    def _reference(self, prompt: Prompt) -> tuple[tuple[int, ...], list[Tensor]]:
+        """Full prefill's greedy continuation, and the logits that each token of it was chosen from."""
+        engine = self._engine
+        state = self._prefill(prompt, None)
+        limit = engine.adapter.max_positions
+        room = self._plan.tokens if limit is None else min(self._plan.tokens, limit - len(prompt.ids))
+        plan = prepare(engine.adapter.model, engine.tokenizer, prompt.ids, max_new_tokens=room, do_sample=False)
+        steps = engine.adapter.steps(state.cache)
+        target = tuple(decode(lambda token: engine._requests.forward(token, steps), plan, state.logits))
+        # Computed once more, in one piece as for reuse: so where nothing differs, KL is exactly 0.
+        rewind(state.cache, len(prompt.ids))
+        return target, self._logits(state, target)
+
+    def _reuse(self, prompt: Prompt, config: ReuseConfig, number: int) -> PrefillState:
+        for _ in range(2):
+            state = self._prefill(prompt, config)
+            if not state.report.missed:
+                return state
+            self._store_all([prompt])  # evicted, or found damaged, since
+        raise CacheTuneError(
+            f"sample {number}: {state.report.missed} tokens of its chunks don't stay in the store: give it a larger "
+            "disk_budget (or host_budget, for a store in memory)."
+        )
+
+    def _prefill(self, prompt: Prompt, config: ReuseConfig | None) -> PrefillState:
+        """A prefill that doesn't count as a request. The lock is free in between, for requests."""
+        engine = self._engine
+        with engine._lock.reserved(), engine._lock:
+            engine._check_open()
+            started = time.perf_counter()
+            if config is None:
+                return engine._assembler.full_prefill(prompt, started)
+            return engine._assembler.prefill(prompt, config, started)
+
+    def _logits(self, state: PrefillState, target: Sequence[int]) -> list[Tensor]:
+        engine = self._engine
+        with engine._lock.reserved(), engine._lock:
+            engine._check_open()
+            logits = list(teacher_forced(engine.adapter, state.logits, state.cache, target))
+            engine._check_model()
+            return logits
+
+    def _figures(self, ratio: float, samples: Sequence[Divergence]) -> RatioFigures:
+        kl, top1 = [s.mean_kl for s in samples], [s.top1 for s in samples]
+        statistic = (
+            _statistic(kl, self._plan.quantile)
+            if self._plan.measure == "kl"
+            else -_statistic([-t for t in top1], self._plan.quantile)
+        )
+        within = statistic <= self._plan.bound if self._plan.measure == "kl" else statistic >= self._plan.bound
+        return RatioFigures(ratio, float(np.mean(kl)), max(kl), float(np.mean(top1)), min(top1), statistic, within)
+
+
+def _statistic(values: Sequence[float], quantile: float | None) -> float:
+    """The mean; or the smallest of the values that at least a share `quantile` of them doesn't exceed."""
+    if quantile is None:
+        return float(np.mean(values))
+    return float(np.quantile(values, quantile, method="inverted_cdf"))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value

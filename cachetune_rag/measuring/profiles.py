@@ -1,0 +1,131 @@
+"""Profiles: small results of measurements (a calibrated ratio, a tuned one) that later engines on the same store use.
+
+A profile is one JSON file in the store's folder, `profiles/KIND-DIGEST.json`, named by a digest of its key: what the
+result depends on (model, selector, codec, hardware, ...). The file holds the key itself as well. A file that can't be trusted
+counts as missing: a profile can always be measured again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cachetune_rag.concurrency.deadline import Call, StoreTimeoutError, call_directly
+from cachetune_rag.concurrency.forks import this_process
+from cachetune_store.files import TempFiles, explain, make_directory, write_small
+from cachetune_store.plainfiles import read_plain
+from cachetune_store.printing import shown
+
+FORMAT = "cachetune-profile"
+VERSION = 1
+MAX_BYTES = 1 << 20
+"""Longest file that is read (and written)."""
+
+_KIND = re.compile(r"[a-z]{1,32}")
+_log = logging.getLogger(__name__)
+
+
+class Profiles:
+    """The profiles of one store. Threads may share it.
+
+    What was loaded, or found missing, is remembered: a running engine goes on with the profiles it began with and its own.
+
+    Args:
+        store: the store's folder; None (a store in memory) keeps profiles in this object only.
+        call: makes the calls that may touch its disk.
+    """
+
+    def __init__(self, store: Path | None, call: Call = call_directly):
+        self._store, self._call = store, call
+        self._lock, self._origin = threading.Lock(), this_process()
+        self._known: dict[str, str | None] = {}
+
+    def save(self, kind: str, key: Mapping[str, str], content: Mapping[str, Any]) -> Path | None:
+        """Keep `content` under `key`, in place of what was there; when this returns, it survives a crash.
+
+        It counts in this object even if writing it fails.
+
+        Args:
+            kind: a word of lower-case letters: whose profile it is.
+            key: all that the content depends on.
+            content: anything that JSON can hold; no NaN or infinity.
+
+        Returns:
+            The file; None for a store in memory.
+
+        Raises:
+            ValueError: content or key is nothing that JSON can hold, or too large.
+            StoreError: the file can't be written.
+        """
+        self._origin.check()
+        name = _name(kind, key)
+        text = json.dumps(dict(content), allow_nan=False)
+        record = {"format": FORMAT, "version": VERSION, "kind": kind, "key": dict(key), "content": json.loads(text)}
+        data = json.dumps(record, indent=2).encode()
+        if len(data) > MAX_BYTES:
+            raise ValueError(f"the profile {kind} takes {len(data)} bytes; at most {MAX_BYTES} are kept")
+        with self._lock:
+            self._known[name] = text
+        if self._store is None:
+            return None
+        path = self._store / "profiles" / name
+        try:
+            make_directory(path.parent)
+            write_small(TempFiles(self._store / "tmp"), path, data)
+        except OSError as error:
+            raise explain(error, path) from error
+        return path
+
+    def load(self, kind: str, key: Mapping[str, str]) -> dict[str, Any] | None:
+        """What was saved under `key`, a copy; None if nothing was, or its file is damaged (which is logged)."""
+        self._origin.check()
+        name = _name(kind, key)
+        with self._lock:
+            known, text = name in self._known, self._known.get(name)
+        if not known:
+            try:
+                text = self._call(self._read, name, kind, dict(key))
+            except StoreTimeoutError:
+                return None  # looked for again the next time
+            with self._lock:
+                text = self._known.setdefault(name, text)
+        return None if text is None else json.loads(text)
+
+    def _read(self, name: str, kind: str, key: dict[str, str]) -> str | None:
+        if self._store is None:
+            return None
+        path = self._store / "profiles" / name
+        try:
+            record = json.loads(read_plain(path, MAX_BYTES), parse_constant=_refuse)
+            if not isinstance(record, dict) or record.get("format") != FORMAT:
+                raise ValueError("it is no profile")
+            if record.get("version") != VERSION:
+                raise ValueError(f"its format version is {shown(record.get('version'))}, this release reads {VERSION}")
+            if record.get("kind") != kind or record.get("key") != key or not isinstance(record.get("content"), dict):
+                raise ValueError("it is another profile than its name says")
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, RecursionError) as error:
+            _log.warning("profile %s is left out: %s. Measure it again to replace it.", path, error)
+            return None
+        return json.dumps(record["content"])
+
+
+def _name(kind: str, key: Mapping[str, str]) -> str:
+    if not _KIND.fullmatch(kind):
+        raise ValueError(f"a profile's kind is {shown(kind)}; use lower-case letters")
+    wrong = [k for k, v in key.items() if not isinstance(k, str) or not isinstance(v, str)]
+    if wrong:
+        raise ValueError(f"a profile's key has {shown(wrong[0])}; use strings")
+    digest = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()
+    return f"{kind}-{digest[:32]}.json"
+
+
+def _refuse(name: str) -> float:
+    raise ValueError(f"it holds {name}")

@@ -1,0 +1,156 @@
+"""Timing requests whose chunks come from one tier, on an engine's own model."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from cachetune_rag.errors import CacheTuneError, ConfigError
+from cachetune_rag.measuring.tuning.cost import CostModel
+from cachetune_rag.reuse.config import ReuseConfig
+from cachetune_rag.reuse.prefill import TIERS, Assembler
+from cachetune_rag.text.prompts.prompt import Prompt
+from cachetune_store import ChunkKey, ChunkStore
+
+if TYPE_CHECKING:
+    from cachetune_rag.engine import CacheTune
+
+_NO_LIMIT = 1 << 62
+
+
+def tiers_of(engine: CacheTune) -> tuple[str, ...]:
+    """The tiers that an engine's chunks can come from, fast ones first."""
+    store = engine.store
+    there = {"device": store.device_budget, "host": store.host_budget, "disk": store.path is not None}
+    return tuple(tier for tier in TIERS if there[tier])
+
+
+class TierTooSmallError(ConfigError):
+    """A tier doesn't hold the prompts that are to be measured on it."""
+
+
+class TierMeasure:
+    """Requests over fixed prompts, with every chunk on one tier; nothing of it is counted as a request. A context manager.
+
+    The disk is read as for a request that finds nothing in host memory, past the page cache where the file system allows it.
+    For the host tier the prompts' chunks are held in memory, besides what the store keeps there; for the device tier on the
+    device as well.
+
+    Args:
+        engine: whose model, store and threads are used. Other requests wait for each timed one.
+        prompts: their chunks are all in the store.
+        tier: "device", "host" or "disk".
+        selector: whose requests are timed.
+
+    Raises:
+        TierTooSmallError: the chunks don't fit the store's device_budget, or the device.
+    """
+
+    def __init__(self, engine: CacheTune, prompts: Sequence[Prompt], tier: str, selector: str):
+        self._engine, self._prompts, self._selector = engine, prompts, selector
+        if tier == "disk":
+            # What the rows are read into is used again, as it is by requests where host memory is full.
+            self._store = ChunkStore(engine.store.path, host_budget=0, disk_budget=_NO_LIMIT, read_memory=_NO_LIMIT)
+        else:
+            self._store = self._in_memory(tier)
+        self._assembler = Assembler(engine.adapter, self._store, engine.lead_ins, engine._pool)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._store.close()
+
+    def ready(self, ratio: float, skipped: float) -> None:
+        """Requests that are not timed: the first of a size compiles kernels, the second captures its CUDA graph."""
+        for _ in range(2 if self._engine.adapter.cuda_kernels else 1):
+            self.ttft(ratio, skipped)
+
+    def ttft(self, ratio: float, skipped: float) -> float:
+        """Seconds to a prompt's logits, the mean over the prompts.
+
+        Raises:
+            CacheTuneError: a chunk is gone from the store, so the time would be that of something else.
+        """
+        config = ReuseConfig(self._selector, ratio, skipped)
+        return statistics.mean(self._time(prompt, config) for prompt in self._prompts)
+
+    def full(self, rounds: int) -> list[float]:
+        """Seconds of full prefill, `rounds` times: means over the prompts."""
+        times = [statistics.mean(self._time(prompt, None) for prompt in self._prompts) for _ in range(rounds + 1)]
+        return times[1:]  # the first warms up
+
+    def cost(self, full: float, rounds: int) -> CostModel:
+        """Times to move and to compute a token of a layer, given seconds of full prefill.
+
+        They are what the machine can do, so of several times the least counts: whatever else ran can only have added.
+        """
+        layers = self._engine.adapter.num_layers
+        length = statistics.mean(len(prompt.ids) for prompt in self._prompts)
+        rows = statistics.mean(sum(map(len, (p.chunk_ids[s.chunk] for s in p.spans))) for p in self._prompts)
+        times = []
+        for _ in range(rounds + 1):
+            with self._engine._lock.reserved(), self._engine._lock:
+                self._engine._check_open()
+                times.append(statistics.mean(self._assembler.transfer(prompt)[1] for prompt in self._prompts))
+        return CostModel(
+            move=min(times[1:]) / (layers * rows),
+            compute=full / (layers * length),
+            layers=layers,
+            chunk_tokens=round(rows),
+            other_tokens=round(length - rows),
+        )
+
+    def _time(self, prompt: Prompt, config: ReuseConfig | None) -> float:
+        engine = self._engine
+        with engine._lock.reserved(), engine._lock:
+            engine._check_open()
+            started = time.perf_counter()
+            if config is None:
+                return self._assembler.full_prefill(prompt, started).report.ttft
+            report = self._assembler.prefill(prompt, config, started).report
+        if report.missed:
+            raise CacheTuneError(
+                f"{report.missed} tokens of the prompts' chunks left the store while it was tuned: give it a larger budget "
+                "and tune again."
+            )
+        return report.ttft
+
+    def _in_memory(self, tier: str) -> ChunkStore:
+        """The prompts' chunks in a store of their own, all on one tier."""
+        engine = self._engine
+        budget = engine.store.device_budget if tier == "device" else 0
+        memory = ChunkStore(None, host_budget=_NO_LIMIT, device_budget=budget, device=engine.adapter.device)
+        try:
+            for key in dict.fromkeys(engine._assembler.key(i) for p in self._prompts for i in p.chunk_ids if i):
+                chunk = engine.store.whole(key)
+                if chunk is None:
+                    continue  # the first request will say so
+                memory.write(chunk)
+                if tier == "device" and not _bring_up(key, memory):
+                    raise TierTooSmallError(
+                        f"device_budget ({budget} bytes) doesn't hold the prompts' chunks: give a larger one, tune with "
+                        "shorter prompts (samples, or tokens), or tune another tier."
+                    )
+        except BaseException:
+            memory.close()
+            raise
+        return memory
+
+
+def _bring_up(key: ChunkKey, store: ChunkStore) -> bool:
+    """Move a chunk to the device; whether it is there then."""
+    for _ in range(2):
+        reader = store.open(key)
+        if reader is None:
+            return False
+        with reader:
+            if reader.tier == "device":
+                return True
+            reader.promote()
+    return False

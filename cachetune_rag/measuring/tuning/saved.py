@@ -1,0 +1,110 @@
+"""Tunings in the store's folder, and their use by requests."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import platform
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from cachetune_rag.measuring.tuning.result import TierTuning
+from cachetune_rag.reuse.config import ReuseConfig
+from cachetune_rag.selection.frequency import FrequencySelector
+from cachetune_store import Namespace, StoreError
+
+if TYPE_CHECKING:
+    from cachetune_rag.runtime import EngineParts
+
+KIND = "tuning"
+
+_log = logging.getLogger(__name__)
+
+
+class SavedTunings:
+    """The tunings of one engine: by model, hardware, tier, codec and selector."""
+
+    def __init__(self, engine: EngineParts):
+        self._engine = engine
+        self._known: dict[tuple[str, str, str], TierTuning | None] = {}
+
+    def forget(self) -> None:
+        """Drop what was read from the store: the model's weights are others now."""
+        self._known.clear()
+
+    @property
+    def hardware(self) -> str:
+        """What times depend on besides the model: the card and how it is used, or the processor and its threads."""
+        adapter = self._engine.adapter
+        if adapter.device.type == "cuda":
+            return f"{torch.cuda.get_device_name(adapter.device)}{', kernels' if adapter.cuda_kernels else ''}"
+        return f"{_processor()}, {torch.get_num_threads()} threads"
+
+    def save(self, tuning: TierTuning) -> TierTuning:
+        """Keep a tuning for this engine and later ones. A store that can't be written is logged, and `saved` is False."""
+        place = tuning.tier, tuning.codec, tuning.selector
+        self._known[place] = tuning
+        content = dataclasses.replace(tuning, saved=True).as_dict()
+        try:
+            path = self._engine.profiles.save(KIND, self._key(*place), content)
+        except StoreError as error:
+            _log.warning("the tuned ratio holds for this engine only, since it could not be saved: %s", error)
+            return tuning
+        return dataclasses.replace(tuning, saved=path is not None)
+
+    def load(self, tier: str, codec: str, selector: str) -> TierTuning | None:
+        """What was saved for a tier, codec and selector; None if nothing was (or nothing that makes sense)."""
+        place = tier, codec, selector
+        if place not in self._known:
+            content = self._engine.profiles.load(KIND, self._key(*place))
+            try:
+                self._known[place] = None if content is None else TierTuning.from_dict(content)
+            except (KeyError, TypeError, ValueError) as error:
+                _log.warning("the tuning of %s (%s, %s) is left out: %s. Tune again.", *place, error)
+                self._known[place] = None
+        return self._known[place]
+
+    def apply(self, config: ReuseConfig, tier: str, codec: str) -> ReuseConfig:
+        """The settings of a request that left the ratio to the engine, for chunks of a tier and codec.
+
+        A calibrated floor that the tuning doesn't keep, because it was calibrated later, goes before it: tune again.
+        """
+        tuning = self.load(tier, codec, config.selector)
+        if tuning is None and tier == "device":
+            # Rows of the host tier arrive under the computation, so what is best there is best here.
+            tuning = self.load("host", codec, config.selector)
+        if tuning is None or not self._keeps_floor(tuning, config.namespace):
+            return config
+        return dataclasses.replace(config, ratio=tuning.ratio, skipped=tuning.skipped)
+
+    def _keeps_floor(self, tuning: TierTuning, namespace: Namespace | None) -> bool:
+        """Whether the selector's own share of r (or all of r, where the offline ranking chooses it) is as large as calibrated."""
+        offline = tuning.skipped == tuning.ratio
+        floor = self._engine._calibrations.ratio(FrequencySelector.name if offline else tuning.selector, namespace)
+        # Rounded as the ratios that are searched are.
+        return floor is None or tuning.ratio - (0 if offline else tuning.skipped) >= floor - 1e-3
+
+    def _key(self, tier: str, codec: str, selector: str) -> dict[str, str]:
+        namespace = self._engine.lead_ins.last_known  # model and dtype are the same, whatever lead-ins are chosen
+        return {
+            "model": namespace.model,
+            "dtype": namespace.dtype,
+            "hardware": self.hardware,
+            "tier": tier,
+            "codec": codec,
+            "selector": selector,
+        }
+
+
+@cache
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )

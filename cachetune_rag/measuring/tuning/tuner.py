@@ -1,0 +1,240 @@
+"""Tuning an engine: for each tier the ratio, and the share of it that isn't read, at which the first token comes soonest."""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from cachetune_rag.checking.arguments import check_callback
+from cachetune_rag.errors import ConfigError
+from cachetune_rag.measuring.samples import prompts_of, store_chunks
+from cachetune_rag.measuring.tuning.cost import CostModel
+from cachetune_rag.measuring.tuning.made_prompts import codec_of, made
+from cachetune_rag.measuring.tuning.measure import TierMeasure, TierTooSmallError, tiers_of
+from cachetune_rag.measuring.tuning.result import Point, TierTuning, TuneProgress, TuningResult
+from cachetune_rag.measuring.tuning.search import Line, Measured, Search
+from cachetune_rag.reuse.config import PAPER, resolve
+from cachetune_rag.reuse.prefill import TIERS
+from cachetune_rag.selection.frequency import FrequencySelector
+from cachetune_rag.text.prompts.prompt import Prompt
+from cachetune_store.chunk import BLOCK_ROWS
+from cachetune_store.printing import shown
+
+if TYPE_CHECKING:
+    from cachetune_rag.engine import CacheTune
+
+R_MIN = PAPER.ratio
+"""The quality floor where none was calibrated: the paper's."""
+R_MAX = 1.0
+ROUNDS = 3
+TOKENS = 4096
+"""Chunk tokens of a made prompt."""
+PROMPTS = 2
+"""Made prompts."""
+
+_NO_RATIO = ("all", "none")
+_log = logging.getLogger(__name__)
+
+
+class Measure(Measured, Protocol):
+    """All that is measured on one tier."""
+
+    def full(self, rounds: int) -> list[float]:
+        """Seconds of full prefill, several times."""
+
+    def cost(self, full: float, rounds: int) -> CostModel:
+        """Times to move and to compute a token of a layer."""
+
+
+MakeMeasure = Callable[["CacheTune", Sequence[Prompt], str, str], AbstractContextManager[Measure]]
+"""(engine, prompts, tier, selector) -> what measures there."""
+
+
+@dataclass(frozen=True)
+class TuningPlan:
+    """What to tune, checked as far as that needs no engine. Attributes as the arguments of `CacheTune.tune`."""
+
+    tier: str
+    selector: str
+    r_min: float | None
+    r_max: float
+    rounds: int
+    tokens: int
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        tier: str = "auto",
+        selector: str = "auto",
+        r_min: float | None = None,
+        r_max: float = R_MAX,
+        rounds: int = ROUNDS,
+        tokens: int = TOKENS,
+    ) -> TuningPlan:
+        """Check the arguments.
+
+        Raises:
+            ConfigError: one of them is out of range.
+        """
+        if tier not in (*TIERS, "auto"):
+            raise ConfigError(f"tier is {shown(tier)}: use {', '.join(map(repr, TIERS))} or 'auto'.")
+        name = resolve(selector, 0).selector
+        if name in _NO_RATIO:
+            raise ConfigError(f"selector {shown(name)} goes by no ratio, so there is none to find: use another.")
+        for label, share in (("r_min", r_min), ("r_max", r_max)):
+            if not _is_share(share) and not (share is None and label == "r_min"):
+                raise ConfigError(f"{label} is {shown(share)}: use a number from 0 to 1.")
+        if r_min is not None:
+            _check_order(r_min, r_max)
+        for label, count in (("rounds", rounds), ("tokens", tokens)):
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise ConfigError(f"{label} is {shown(count)}: use a whole number, at least 1.")
+        return cls(tier, name, r_min, float(r_max), rounds, tokens)
+
+
+class Tuner:
+    """Tunes one selector on one engine, and saves the result.
+
+    Args:
+        engine: the engine.
+        plan: what to tune.
+        progress: called after every measured setting.
+        measure: what measures; another one for tests.
+
+    Raises:
+        ConfigError: the engine's store lacks the tier, or the floor is above r_max.
+    """
+
+    def __init__(
+        self,
+        engine: CacheTune,
+        plan: TuningPlan,
+        progress: Callable[[TuneProgress], None] | None = None,
+        measure: MakeMeasure = TierMeasure,
+    ):
+        there = tiers_of(engine)
+        if not there:
+            raise ConfigError("the store has no host_budget and no folder, so no chunk is kept: give it one of both.")
+        if plan.tier != "auto" and plan.tier not in there:
+            raise ConfigError(
+                f"tier is {shown(plan.tier)}: use 'auto' or a tier that this store has ({', '.join(there)})."
+            )
+        check_callback(progress, "progress")
+        self._tiers = there if plan.tier == "auto" else (plan.tier,)
+        self._selector = plan.selector
+        calibrated = engine.calibrated_ratio(self._selector)
+        self._calibrated = plan.r_min is None and calibrated is not None
+        self._r_min = plan.r_min if plan.r_min is not None else R_MIN if calibrated is None else calibrated
+        self._r_max = plan.r_max
+        _check_order(self._r_min, self._r_max)
+        self._engine, self._rounds, self._tokens = engine, plan.rounds, plan.tokens
+        self._progress, self._make_measure = progress, measure
+        self._saved = engine._tunings
+
+    def run(self, samples: Iterable[Any] | None = None) -> TuningResult:
+        """Measure and save.
+
+        Args:
+            samples: prompts to measure (dicts with query, chunks and perhaps prefix; or `Prompt`s); chunks that aren't stored are
+                precomputed. None: prompts made of stored chunks.
+
+        Raises:
+            ConfigError, PromptError: a sample can't be used, or the store holds nothing; nothing was measured.
+            CacheTuneError: chunks left the store meanwhile.
+        """
+        engine, started = self._engine, time.perf_counter()
+        if samples is None:
+            prompts = made(engine, tokens=self._tokens, count=PROMPTS)
+        else:
+            prompts = prompts_of(engine, samples)
+            store_chunks(engine, prompts)
+        codec = codec_of(engine, prompts)
+        tuned = []
+        for tier in self._tiers:
+            try:
+                tuned.append(self._saved.save(self._tune(tier, codec, prompts, started)))
+            except TierTooSmallError as error:
+                if len(self._tiers) == 1:
+                    raise
+                _log.warning("the tier %s is left out: %s", tier, error)
+        return TuningResult(self._saved.hardware, tuple(tuned))
+
+    def _tune(self, tier: str, codec: str, prompts: list[Prompt], started: float) -> TierTuning:
+        measured = 0
+
+        def tell(point: Point, best: Point) -> None:
+            nonlocal measured
+            measured += 1
+            if self._progress is not None:
+                seconds = time.perf_counter() - started
+                self._progress(TuneProgress(tier, self._tiers, measured, point, best, seconds))
+
+        with self._make_measure(self._engine, prompts, tier, self._selector) as measure:
+            full = measure.full(self._rounds)
+            cost = measure.cost(min(full), self._rounds)
+            start = min(max(cost.balance, self._r_min), self._r_max)
+            search = Search(measure, rounds=self._rounds, tell=tell)
+            best = search.run(self._lines(tier, prompts), start)
+        return TierTuning(
+            tier=tier,
+            codec=codec,
+            selector=self._selector,
+            ratio=best.ratio,
+            skipped=best.skipped,
+            ttft=best.ttft,
+            full=statistics.median(full),
+            r_min=self._r_min,
+            r_max=self._r_max,
+            calibrated=self._calibrated,
+            warm_start=start,
+            cost=cost,
+            prompts=len(prompts),
+            points=search.points,
+        )
+
+    def _lines(self, tier: str, prompts: Sequence[Prompt]) -> list[Line]:
+        """What r may be.
+
+        The selector's own share stays r_min, its quality floor. Instead of it, the offline ranking may choose all of r, so that
+        no selector waits for rows; but only above a floor that was calibrated for that ranking itself.
+        """
+        offline = FrequencySelector.name
+        if self._selector == offline:
+            return [self._line(self._r_min, 0.0, tier, prompts)]
+        lines = [self._line(self._r_min, self._r_min, tier, prompts)]
+        floor = self._engine.calibrated_ratio(offline)
+        if floor is not None and floor <= self._r_max:
+            lines.append(self._line(max(floor, self._r_min), 0.0, tier, prompts))
+        return lines
+
+    def _line(self, low: float, selected: float, tier: str, prompts: Sequence[Prompt]) -> Line:
+        steps: tuple[float, ...] = ()
+        if tier == "disk":
+            # Chunks of a corpus are of about one length; of others the steps are elsewhere, and nothing is lost.
+            tokens = statistics.median_low([len(p.chunk_ids[s.chunk]) for p in prompts for s in p.spans] or [0])
+            steps = block_steps(tokens, selected)
+        return Line(low, self._r_max, selected, steps)
+
+
+def block_steps(tokens: int, selected: float) -> tuple[float, ...]:
+    """Ratios, ascending, from which on one block of rows less is read of a chunk of `tokens` tokens, `selected` of it being chosen
+    among what is read. Rounded up, so that a share of the tokens that is rounded down comes out as meant.
+    """
+    shares = (1 - kept / tokens for kept in range((tokens - 1) // BLOCK_ROWS * BLOCK_ROWS, 0, -BLOCK_ROWS))
+    return tuple(round(selected + math.ceil(share * 1e4 - 1e-6) / 1e4, 6) for share in shares)
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _check_order(r_min: float, r_max: float) -> None:
+    if r_min > r_max:
+        raise ConfigError(f"r_min is {r_min:g}, above r_max {r_max:g}: raise r_max, or lower r_min.")

@@ -1,0 +1,1 @@
+"""The model's forwards on a CUDA device: kernels, graphs, compiled layers."""

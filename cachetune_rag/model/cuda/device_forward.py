@@ -1,0 +1,378 @@
+"""Selective forwards on a CUDA device: own kernels, replayed as CUDA graphs.
+
+The model's code runs as it is. Its cache and its attention function, both handed to it through transformers' public
+interfaces, are kernels that find a prompt's buffers through a table of addresses. So nothing that a forward does depends on
+the prompt but the numbers in one small input tensor, and the whole of it can be captured once per token count and replayed:
+an eager forward of 32 layers costs some 50 ms of launches, a replay next to nothing.
+
+A graph is cut before each layer's attention, where the layer's reused rows must have arrived: between the pieces, the stream
+waits for them (a decoding step needs no cuts). Token counts are rounded up; padding stands in front, at position -1, where it
+sees and writes nothing.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from functools import cache, cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from cachetune_rag.model.cuda.compiled_layers import TOKENS, FusedLayers, opaque
+from cachetune_rag.model.cuda.graphs import (
+    MAX_TOKENS,
+    STEP,
+    Graph,
+    Inputs,
+    Kind,
+    Recorder,
+    bucket,
+    buckets,
+    chunk_room,
+    length_room,
+    shift_numbers,
+)
+from cachetune_rag.model.cuda.kernel_call import KernelCache, KernelCall, Probing, Shifting
+from cachetune_rag.model.family import taps
+from cachetune_rag.model.family.rope import Turn
+from cachetune_rag.model.plain.attention import StopForward, by_kernel
+from cachetune_rag.model.plain.buffers import KVBuffers
+from cachetune_rag.model.plain.shift import ChunkShift
+from cachetune_store import pinning
+from cachetune_store.layout import LayerSpec
+
+MAX_GRAPHS = 96
+_INVALIDATED = "due to a previous error during capture"
+"""What CUDA says to one who captures when somebody else has done what can't be done meanwhile."""
+_ATTEMPTS = 5
+"""Captures in a row that may fail for that."""
+_PROBED_TOKENS = 256
+"""Computed tokens that a probe is made ready for: a query, a prefix, and what stands between chunks."""
+
+_log = logging.getLogger(__name__)
+
+RunModel = Callable[[Tensor, Tensor, Cache], Tensor]
+"""Runs the model on ids and positions [1, tokens] with a cache; logits of the last token [1, vocab]."""
+
+
+class DeviceForward:
+    """Selective forwards of one model on one device.
+
+    Args:
+        run: runs the model with the kernels' attention in place.
+        layers: its decoder layers.
+        specs: shapes of each layer's keys and values.
+        windows: how many keys back each layer sees; None for all.
+        gains: makes `output.gain` of each layer, float32 [heads].
+        turns: makes the rotation of each layer, for a prompt of so many tokens.
+        device: where the model is.
+
+    One forward at a time: the graphs share their memory.
+    """
+
+    def __init__(
+        self,
+        run: RunModel,
+        layers: Sequence[nn.Module],
+        specs: Sequence[LayerSpec],
+        windows: Sequence[int | None],
+        gains: Callable[[], list[Tensor]],
+        turns: Callable[[int], list[Turn | None]],
+        device: torch.device,
+    ):
+        self._run, self._layers, self._device = run, list(layers), device
+        self._specs, self._windows = list(specs), list(windows)
+        self._make_gains, self._turns = gains, turns
+        self._fused = FusedLayers(layers)
+        self.graphs_enabled = device.type == "cuda"
+        self.captures = 0
+        self.began: torch.cuda.Event | None = None
+        """Recorded when the device began with the last forward."""
+        self._graphs: OrderedDict[Kind, Graph] = OrderedDict()
+        self._seen: set[Kind] = set()
+        self._refused: set[Kind] = set()
+        self._disturbed = 0
+        self._pool: Any = None
+        self._stream: Any = None
+        # Page-locked numbers that the device may not have read yet: a request has two forwards at most.
+        self._recent: deque[Inputs] = deque(maxlen=4)
+        self._held: list[Turn | None] = []
+
+    def forward(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        buffers: KVBuffers,
+        before: Callable[[int], None] | None,
+        shift: ChunkShift | None = None,
+    ) -> Tensor:
+        """As `ModelAdapter.selective_forward`; `ids` and `positions` on the host are cheapest."""
+        numbers = None if shift is None else shift_numbers(shift, positions, self._rotations(buffers.length))
+        kind = Kind(bucket(ids.shape[0]), chunks=0 if numbers is None else chunk_room(numbers.spans.shape[0]))
+        return self._go(kind, ids, positions, buffers, before or _nothing, shift=numbers)
+
+    def step(self, token: int, place: int, buffers: KVBuffers) -> Tensor:
+        """The model on one more token, at `place` behind those that `buffers` holds: logits [1, vocab]. Its row has to exist."""
+        return self._go(STEP, torch.tensor([token]), torch.tensor([place]), buffers, _nothing)
+
+    def received(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        buffers: KVBuffers,
+        num_layers: int,
+        queries: int,
+        before: Callable[[int], None],
+    ) -> Tensor:
+        """As `ModelAdapter.received_attention`."""
+        kind = Kind(bucket(ids.shape[0]), num_layers, length=length_room(buffers.length))
+        watched = min(queries, ids.shape[0])
+        return self._go(kind, ids, positions, buffers, before, watched=watched)[: buffers.length]
+
+    def expected_error(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        buffers: KVBuffers,
+        deviations: Tensor,
+        num_layers: int,
+        queries: int,
+        before: Callable[[int], None],
+    ) -> Tensor:
+        """As `ModelAdapter.expected_error`; `deviations` on the device, there once `before(0)` has returned."""
+        columns = self._columns[num_layers]
+        if deviations.shape[1] != columns:
+            raise ValueError(f"deviations have {deviations.shape[1]} columns; {num_layers} layers make {columns}.")
+        kind = Kind(bucket(ids.shape[0]), num_layers, True, length_room(buffers.length))
+        watched, address = min(queries, ids.shape[0]), deviations.contiguous()
+        total = self._go(kind, ids, positions, buffers, before, watched=watched, deviations=address.data_ptr())
+        return total[: buffers.length]
+
+    def fuse(self, buffers: KVBuffers, vocabulary: int) -> bool:
+        """Compile the model's layers (`FusedLayers.compile`), trying them on `buffers` of `fusion.TOKENS` tokens."""
+        kind = Kind(TOKENS)
+        inputs = Inputs(kind, len(self._specs), self._device)
+        inputs.fill(torch.arange(TOKENS) % vocabulary, torch.arange(TOKENS), buffers)
+        before = self._fused.ready
+        done = self._fused.compile(lambda: self._eager(inputs, _nothing, self._call(kind, inputs)))
+        if done and not before:
+            # Captured before, they don't hold what was compiled. Without graphs their memory pool is gone as well.
+            self._graphs.clear()
+            self._seen.clear()
+            self._pool = None
+        return done
+
+    def warmup(
+        self, tokens: int, probe: tuple[int, bool] | None = None, lengths: Sequence[int] = (), shift: bool = False
+    ) -> None:
+        """Compile the kernels and capture the graphs of a decoding step and of up to `tokens` computed tokens.
+
+        Args:
+            tokens: most tokens that a forward computes.
+            probe: layers of a probe, and whether it adds up the expected error; its graphs are captured too, for up to 256
+                tokens.
+            lengths: prompt lengths that the probe is made ready for.
+            shift: whether forwards shift chunks.
+        """
+        self._warm(STEP)
+        for size in buckets(tokens):
+            self._warm(Kind(size, chunks=chunk_room(int(shift))))
+        if probe is not None:
+            for room in sorted({length_room(n) for n in lengths}):
+                for size in buckets(min(tokens, _PROBED_TOKENS)):
+                    self._warm(Kind(size, *probe, length=room))
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def _warm(self, kind: Kind) -> None:
+        if kind in self._graphs:
+            return
+        inputs = Inputs(kind, len(self._specs), self._device)
+        inputs.fill_idle()
+        self._eager(inputs, _nothing, self._call(kind, inputs))
+        self._seen.add(kind)
+        if self.graphs_enabled and kind.tokens <= MAX_TOKENS:
+            self._capture(kind)
+
+    def _go(
+        self,
+        kind: Kind,
+        ids: Tensor,
+        positions: Tensor,
+        buffers: KVBuffers,
+        before: Callable[[int], None],
+        **numbers: Any,
+    ) -> Tensor:
+        graph = None
+        if self.graphs_enabled and kind.tokens <= MAX_TOKENS:
+            graph = self._graphs.get(kind)
+            # The first request of its kind runs as it is, which also compiles what a capture could not.
+            if graph is None and kind in self._seen and kind not in self._refused:
+                graph = self._capture(kind)
+            self._seen.add(kind)
+        else:
+            # Nothing is shared, so there is no room to leave.
+            chunks = numbers["shift"].spans.shape[0] if kind.chunks else 0
+            kind = Kind(ids.shape[0], kind.probed, kind.errors, buffers.length if kind.length else 0, chunks)
+        if graph is not None:
+            self._graphs.move_to_end(kind)
+            graph.inputs.fill(ids, positions, buffers, **numbers)
+            self.began = graph.inputs.read
+            return graph.replay(before)
+        inputs = Inputs(kind, len(self._specs), self._device)
+        inputs.fill(ids, positions, buffers, **numbers)
+        self._recent.append(inputs)
+        self.began = inputs.read
+        return self._eager(inputs, before, self._call(kind, inputs))
+
+    def _call(self, kind: Kind, inputs: Inputs) -> KernelCall:
+        call = KernelCall(inputs.table, inputs.positions, self._specs, self._windows)
+        empty: Any = {"dtype": torch.float32, "device": self._device}
+        if kind.probed is not None:
+            rows = max(spec.heads for spec in self._specs) if kind.errors else 1
+            call.probing = Probing(
+                inputs.watched,
+                kind.probed - 1,
+                torch.zeros(rows, kind.length, **empty),
+                inputs.deviations if kind.errors else None,
+                self._columns[: kind.probed + 1],
+                self._gains if kind.errors else (),
+                torch.empty(kind.tokens, **empty),
+            )
+        if kind.chunks:
+            widths = (max(s.heads * s.head_dim for s in self._specs), max(s.heads * s.v_head_dim for s in self._specs))
+            moved = (torch.empty(kind.chunks, widths[0], **empty), torch.empty(kind.chunks, widths[1], **empty))
+            call.shifting = Shifting(inputs.known, inputs.spans, inputs.rotations, self._turnings, moved)
+        return call
+
+    def _eager(self, inputs: Inputs, before: Callable[[int], None], call: KernelCall) -> Tensor:
+        """The model on `inputs`: logits, or what `call` adds up where it probes."""
+        cache = (opaque_cache() if self._fused.ready else KernelCache)(call, before)
+        with by_kernel(call), self._running(call):
+            try:
+                logits = self._run(inputs.ids, inputs.places, cache)
+            except StopForward:
+                assert call.probing is not None
+                return call.probing.total.sum(0)
+        return logits
+
+    def _running(self, call: KernelCall) -> Any:
+        """The context in which the model runs: compiled or not, its layers' inputs watched or not."""
+        see = call.see_input if call.watches_inputs else None
+        if self._fused.ready or see is None:
+            return self._fused.active(see)
+        return taps.inputs_tapped(self._layers, see)
+
+    def _rotations(self, length: int) -> list[int]:
+        """Addresses of every layer's cosines and sines for a prompt, good until the next one's."""
+        self._held = self._turns(length)
+        tables = [(0, 0) if turn is None else (turn.cos.data_ptr(), turn.sin.data_ptr()) for turn in self._held]
+        return [address for pair in tables for address in pair]
+
+    @cached_property
+    def _gains(self) -> list[Tensor]:
+        return self._make_gains()
+
+    @cached_property
+    def _columns(self) -> list[int]:
+        """First column of each layer's deviations, and behind the last one how many there are."""
+        return [0, *np.cumsum([2 * spec.heads for spec in self._specs]).tolist()]
+
+    @cached_property
+    def _turnings(self) -> list[tuple[Tensor, Tensor] | None]:
+        """By layer, which channel each channel is turned with, and its sign."""
+        made: list[tuple[Tensor, Tensor] | None] = []
+        for turn, spec in zip(self._turns(1), self._specs, strict=True):
+            if turn is None:
+                made.append(None)
+                continue
+            count = torch.arange(1, spec.head_dim + 1, dtype=torch.float32, device=self._device)
+            across = turn.quarter(count[None, None])[0, 0]
+            made.append(((across.abs() - 1).round().int().contiguous(), across.sign().contiguous()))
+        return made
+
+    def _capture(self, kind: Kind) -> Graph | None:
+        if self._pool is None:
+            self._stream = torch.cuda.Stream(self._device)
+            self._pool = torch.cuda.graph_pool_handle()
+        inputs = Inputs(kind, len(self._specs), self._device)
+        inputs.fill_idle()
+        self._call(kind, inputs)  # what is made once is made outside of the graph
+        recorder = Recorder(self._pool)
+        # What the collector frees on the way (another engine's page-locked memory, say) would end the capture.
+        collecting = gc.isenabled()
+        gc.collect()
+        gc.disable()
+        torch.cuda.synchronize(self._device)
+        try:
+            with pinning.capturing(), torch.cuda.stream(self._stream):
+                recorder.begin()
+                try:
+                    cut = _nothing if kind.whole else lambda _layer: recorder.cut()
+                    out = self._eager(inputs, cut, self._call(kind, inputs))
+                finally:
+                    recorder.end()
+        except RuntimeError as error:
+            self._give_up(kind, error)
+            return None
+        finally:
+            if collecting:
+                gc.enable()
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        self.captures += 1
+        self._disturbed = 0
+        graph = self._graphs[kind] = Graph(inputs, recorder.pieces, out)
+        while len(self._graphs) > MAX_GRAPHS:
+            self._graphs.popitem(last=False)
+        return graph
+
+    def _give_up(self, kind: Kind, error: RuntimeError) -> None:
+        """A capture failed: go on without this graph, or without any, or try again with the next request."""
+        torch.cuda.synchronize(self._device)
+        if not self._graphs:
+            self._pool = None  # it goes with the last graph
+        if _out_of_memory(error):
+            _log.warning("no memory for a CUDA graph of %d tokens: requests of this size run as they are", kind.tokens)
+            self._refused.add(kind)
+            torch.cuda.empty_cache()
+            return
+        self._disturbed += 1
+        if _INVALIDATED in str(error) and self._disturbed < _ATTEMPTS:
+            # By another thread of the program's that waited for the device meanwhile, most likely.
+            _log.warning(
+                "a CUDA graph of %d tokens was not captured, the next request tries again: %s", kind.tokens, error
+            )
+            return
+        # Models whose forward asks the device for numbers (experts chosen on the host) run as they are.
+        _log.warning("no CUDA graphs for this model: %s", error)
+        self.graphs_enabled = False
+        self._graphs.clear()
+
+
+def _out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or what it came of, is that the device's memory is full."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@cache
+def opaque_cache() -> type[KernelCache]:
+    """`KernelCache`, called as it is from compiled code.
+
+    A class, since a method put on the object would make the object part of a cycle, and with it a prompt's buffers: gigabytes
+    that stay until Python's garbage collector comes by.
+    """
+    return type("OpaqueKernelCache", (KernelCache,), {"update": opaque(KernelCache.update)})
+
+
+def _nothing(_layer: int) -> None:
+    pass

@@ -1,0 +1,47 @@
+"""Decoding steps: the model on one token after another, behind a prompt's keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from cachetune_rag.model.cuda.device_forward import DeviceForward
+from cachetune_rag.model.plain.buffers import KVBuffers
+
+ROOM = 1024
+"""Rows for an answer's tokens that are made at once, at most: an answer may be far shorter than it is allowed to be."""
+
+
+class KernelSteps:
+    """Decoding steps through the kernels: each writes its token's keys and values into the row behind the last one.
+
+    transformers' own step launches some thousand kernels from Python and copies every layer's keys and values to append one
+    row; here one captured graph serves every step of every answer.
+
+    Args:
+        forward: the model's forwards.
+        find: gives the prompt's keys and values, with room behind them or without; called at the first step.
+        cache: what shows the prompt's rows to others; it stays as long as the prompt.
+    """
+
+    def __init__(self, forward: DeviceForward, find: Callable[[], KVBuffers], cache: Cache):
+        self._forward, self._find, self._cache = forward, find, cache
+        self._buffers: KVBuffers | None = None
+        self._taken = 0
+
+    @torch.no_grad()
+    def __call__(self, token: int) -> Tensor:
+        """The logits behind one more token, [1, vocab]."""
+        buffers = self._buffers = self._buffers or self._find()
+        if self._taken == buffers.room:
+            buffers.grow(ROOM)
+            buffers.show_in(self._cache)  # or the old memory would stay
+        # Kernels go by the current device.
+        with torch.cuda.device(buffers.device) if buffers.device.type == "cuda" else nullcontext():
+            logits = self._forward.step(token, buffers.length + self._taken, buffers)
+        self._taken += 1
+        return logits

@@ -1,0 +1,1 @@
+"""What differs between architectures: checks, taps, rotary positions, masks, output projections."""

@@ -1,0 +1,1 @@
+"""Torch and transformers themselves: their private names, and their per-thread state."""

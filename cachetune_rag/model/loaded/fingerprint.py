@@ -1,0 +1,112 @@
+"""Identity of a model and of a tokenizer, as parts of every chunk key.
+
+A stored chunk is valid for exactly the weights that made it. Hub revisions are not enough (local folders, merged adapters,
+quantised copies), so the weights themselves are hashed, on the device they lie on.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cachetune_rag.model.loaded.changes import adapters_of
+from cachetune_rag.model.loaded.view import unwrapped
+
+_BLOCK = 1 << 22
+# Settings that decide how a forward is run or what is generated, not what a key or value is.
+_IRRELEVANT = {
+    "_name_or_path", "_commit_hash", "transformers_version", "torch_dtype", "dtype", "_attn_implementation", "use_cache",
+    "_attn_implementation_internal", "output_attentions", "output_hidden_states", "return_dict", "bos_token_id",
+    "eos_token_id", "pad_token_id", "id2label", "label2id", "problem_type", "chunk_size_feed_forward",
+}  # fmt: skip
+
+
+def model_fingerprint(model: Any) -> str:
+    """SHA-256 (hex) over architecture, configuration, and every weight and buffer that is saved with the model.
+
+    The weights enter as exact integer sums with position-dependent odd factors (mod 2^64), which detect any change,
+    cost one pass over memory, and are the same on every device.
+    """
+    model = unwrapped(model)
+    digest = hashlib.sha256()
+    config = {k: v for k, v in model.config.get_text_config(decoder=True).to_dict().items() if k not in _IRRELEVANT}
+    digest.update(json.dumps([type(model).__name__, config], sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if isinstance(tensor, torch.Tensor):
+            digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|{_checksum(tensor)}\n".encode())
+    # Weights of all adapters are among them; which of them are active decides what the model computes.
+    if adapters := list(adapters_of(model)):
+        digest.update(repr(adapters).encode())
+    return digest.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 (hex) over all of a tokenizer that decides a content's tokens.
+
+    What a call leaves behind in it (truncation, padding) isn't: content is tokenised with neither. Nor is a padding token that
+    was set after the tokenizer was made, which content never becomes. The tokenizer itself is left as it is.
+    """
+    pad = _later_pad_token(tokenizer)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        if backend.truncation is not None or backend.padding is not None:
+            backend = copy.deepcopy(backend)
+            backend.no_truncation()
+            backend.no_padding()
+        definition = backend.to_str() if pad is None else _without_token(backend, pad)
+    else:
+        vocabulary = {token: i for token, i in tokenizer.get_vocab().items() if token != pad}
+        named = tokenizer.special_tokens_map
+        if named.get("pad_token") != getattr(tokenizer, "init_kwargs", {}).get("pad_token"):
+            named = {name: token for name, token in named.items() if name != "pad_token"}
+        definition = json.dumps([sorted(vocabulary.items()), str(named)])
+    return hashlib.sha256(f"{type(tokenizer).__name__}|{definition}".encode()).hexdigest()
+
+
+def _later_pad_token(tokenizer: Any) -> str | None:
+    """The padding token, if it was added to the vocabulary after the tokenizer was made: behind all others."""
+    pad = getattr(tokenizer, "pad_token", None)
+    if pad is None or getattr(tokenizer, "init_kwargs", {}).get("pad_token") is not None:
+        return None
+    added = tokenizer.added_tokens_decoder
+    last = max(added, default=-1)
+    behind = last == max(tokenizer.get_vocab().values()) and last > min(added)
+    return str(pad) if behind and str(added[last]) == str(pad) else None
+
+
+def _without_token(backend: Any, literal: str) -> str:
+    """The backend's definition as it was before this token was added."""
+    definition = json.loads(backend.to_str())
+    definition["added_tokens"] = [token for token in definition["added_tokens"] if token["content"] != literal]
+    return str(type(backend).from_str(json.dumps(definition)).to_str())
+
+
+@torch.no_grad()
+def _checksum(tensor: Tensor) -> int:
+    """Sum over elements of bits * odd(place), mod 2^64, as a signed integer."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    width = flat.element_size()
+    bits = (
+        flat.view(torch.uint8)
+        if flat.dtype == torch.bool or width == 1
+        else flat.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[width])
+    )
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    factors = _factors(min(_BLOCK, bits.numel()), flat.device)
+    for block, start in enumerate(range(0, bits.numel(), _BLOCK)):
+        part = bits[start : start + _BLOCK].long()
+        total = total * 6364136223846793005 + (part * factors[: part.numel()]).sum() + block
+    return int(total.item())
+
+
+def _factors(count: int, device: torch.device) -> Tensor:
+    """Odd 64-bit factors that look random (splitmix64), equal on every device."""
+    x = torch.arange(1, count + 1, dtype=torch.int64, device=device) * -7046029254386353131
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
+    return (x ^ ((x >> 31) & 0x1FFFFFFFF)) | 1

@@ -1,0 +1,1 @@
+"""The model's forwards on any device, by transformers' own layers."""

@@ -1,0 +1,198 @@
+"""The KV of one prompt, assembled in position order, and the cache through which a model fills and reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+
+from cachetune_rag.model.libraries.private import copy_all
+from cachetune_rag.model.plain.shift import RowShift
+from cachetune_store.layout import LayerSpec
+
+
+class KVBuffers:
+    """Keys (rotated) and values of a prompt, per layer.
+
+    Memory is token-major, [length, kv_heads, head_dim], so that a stored row is copied in one piece; `keys` and
+    `values` are the views [1, kv_heads, length, head_dim] that attention reads.
+
+    Args:
+        specs: shapes of each layer's keys and values.
+        length: tokens of the prompt.
+        dtype, device: of the memory, which is not initialised.
+        room: rows behind the prompt's, for tokens of an answer; no view shows them.
+
+    Attributes:
+        key_rows, value_rows: of each layer, [length, kv_heads, head_dim].
+    """
+
+    def __init__(
+        self, specs: Sequence[LayerSpec], length: int, dtype: torch.dtype, device: torch.device, room: int = 0
+    ):
+        self.length, self.room = length, room
+        self.dtype, self.device, self._specs = dtype, device, list(specs)
+        self._allocate()
+
+    def _allocate(self) -> None:
+        rows = self.length + self.room
+        key_shapes = [(rows, s.heads, s.head_dim) for s in self._specs]
+        value_shapes = [(rows, s.heads, s.v_head_dim) for s in self._specs]
+        self._keys, self._all_keys, self.key_rows = _empty(key_shapes, self.length, self.dtype, self.device)
+        self._values, self._all_values, self.value_rows = _empty(value_shapes, self.length, self.dtype, self.device)
+
+    def grow(self, room: int) -> None:
+        """Make room for `room` tokens more. All rows move, which takes twice the memory meanwhile."""
+        before = [*self._all_keys, *self._all_values]
+        self.room += room
+        self._allocate()
+        for old, new in zip(before, [*self._all_keys, *self._all_values], strict=True):
+            new[: old.shape[0]].copy_(old)
+
+    def keys(self, layer: int) -> Tensor:
+        """Keys of one layer, [1, kv_heads, length, head_dim]."""
+        return self.key_rows[layer].transpose(0, 1)[None]
+
+    def values(self, layer: int) -> Tensor:
+        """Values of one layer, [1, kv_heads, length, v_head_dim]."""
+        return self.value_rows[layer].transpose(0, 1)[None]
+
+    def first_rows(self, count: int) -> list[Tensor]:
+        """Views of the first `count` keys and values: of all layers at once where they are of one piece."""
+        if self._keys is not None and self._values is not None:
+            return [self._keys[:, :count], self._values[:, :count]]
+        return [rows[:count] for rows in (*self.key_rows, *self.value_rows)]
+
+    @property
+    def row_bytes(self) -> int:
+        """What a token takes, over all layers."""
+        return sum(s.heads * (s.head_dim + s.v_head_dim) for s in self._specs) * self.dtype.itemsize
+
+    def fill_first(self, count: int, other: KVBuffers) -> None:
+        """Copy the first `count` rows of other buffers of the same model here."""
+        copy_all(self.first_rows(count), other.first_rows(count))
+
+    def copy_first(self, count: int) -> KVBuffers:
+        """New buffers with the first `count` rows."""
+        made = KVBuffers(self._specs, count, self.dtype, self.device)
+        made.fill_first(count, self)
+        return made
+
+    def to_cache(self, count: int | None = None) -> DynamicCache:
+        """An ordinary transformers cache over the same memory, for going on behind it; of the first `count` rows, if given.
+
+        Built without a config, so that every layer keeps its full length (DESIGN: decoding).
+        """
+        cache = DynamicCache()
+        for layer in range(len(self.key_rows)):
+            entry = DynamicLayer()
+            keys, values = self.keys(layer)[:, :, :count], self.values(layer)[:, :, :count]
+            entry.lazy_initialization(keys, values)
+            entry.keys, entry.values = keys, values
+            cache.layers.append(entry)
+        return cache
+
+    def show_in(self, cache: Cache) -> None:
+        """Make the prompt's rows what `cache`, of as many layers, consists of."""
+        for layer, entry in enumerate(cache.layers):
+            entry.keys, entry.values = self.keys(layer), self.values(layer)
+
+    def take(self, cache: Cache) -> None:
+        """Move a cache of `length` tokens here, layer by layer; it shows these rows afterwards."""
+        self.take_first(cache)
+        self.show_in(cache)
+
+    def take_first(self, cache: Cache) -> None:
+        """Copy as many rows of a cache as there are here; it stays as it is."""
+        for layer, entry in enumerate(cache.layers):
+            self.keys(layer).copy_(entry.keys[:, :, : self.length])
+            self.values(layer).copy_(entry.values[:, :, : self.length])
+
+
+class ScatterCache(Cache):
+    """Cache of a forward over selected tokens: fresh keys and values are scattered into the buffers.
+
+    `before(layer)` runs when a layer's attention first needs its buffer (to bring the reused rows in); `after(layer,
+    keys)` runs when the buffer is complete, with keys [1, kv_heads, length, head_dim]. `shift` moves the reused rows once they
+    and the fresh ones are there.
+    """
+
+    def __init__(
+        self,
+        buffers: KVBuffers,
+        positions: Tensor,
+        before: Callable[[int], None] | None = None,
+        after: Callable[[int, Tensor], None] | None = None,
+        shift: RowShift | None = None,
+    ):
+        layers = [_ScatterLayer(buffers, i, positions, before, after, shift) for i in range(len(buffers.key_rows))]
+        super().__init__(layers=layers)
+
+
+class _ScatterLayer(CacheLayerMixin):
+    """One layer of a `ScatterCache`."""
+
+    is_sliding = False
+
+    def __init__(
+        self,
+        buffers: KVBuffers,
+        layer: int,
+        positions: Tensor,
+        before: Callable[[int], None] | None,
+        after: Callable[[int, Tensor], None] | None,
+        shift: RowShift | None,
+    ):
+        super().__init__()
+        self._buffers, self._layer, self._positions = buffers, layer, positions
+        self._before, self._after, self._shift = before, after, shift
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Scatter [1, kv_heads, selected, head_dim] to the true positions; return the whole layer."""
+        layer, buffers = self._layer, self._buffers
+        if self._before is not None:
+            self._before(layer)
+        key_rows, value_rows = buffers.key_rows[layer], buffers.value_rows[layer]
+        fresh_keys, fresh_values = key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)
+        if self._shift is not None:
+            self._shift.apply(layer, key_rows, value_rows, fresh_keys, fresh_values)
+        key_rows.index_copy_(0, self._positions, fresh_keys)
+        value_rows.index_copy_(0, self._positions, fresh_values)
+        keys = buffers.keys(layer)
+        if self._after is not None:
+            self._after(layer, keys)
+        return keys, buffers.values(layer)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the buffers exist."""
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys; the mask is explicit, so only consistency matters."""
+        return self._buffers.length, 0
+
+    def get_seq_length(self) -> int:
+        """No tokens came before: positions are explicit."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """The buffers' length."""
+        return self._buffers.length
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.24
+
+
+def _empty(
+    shapes: Sequence[tuple[int, ...]], shown: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+    """Uninitialised tensors, and views of their first `shown` rows; on a GPU of one piece (the first result) where they are
+    alike, since each allocation takes the host time.
+    """
+    if device.type == "cuda" and len(set(shapes)) == 1:
+        whole = torch.empty(len(shapes), *shapes[0], dtype=dtype, device=device)
+        every = list(whole.unbind())
+        return whole, every, every if shown == shapes[0][0] else list(whole[:, :shown].unbind())
+    every = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+    return None, every, [rows[:shown] for rows in every]

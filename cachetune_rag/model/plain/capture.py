@@ -1,0 +1,191 @@
+"""Precompute: runs of chunks through the model behind a lead-in, keeping keys before rotation, and values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from cachetune_rag.model.family import taps
+from cachetune_rag.model.plain import attention
+from cachetune_rag.model.plain.attention import StopForward
+from cachetune_rag.model.plain.forward import ModelForward
+
+
+@dataclass(frozen=True)
+class ChunkKV:
+    """What is stored of a chunk.
+
+    Attributes:
+        layers: per layer, keys before rotation and values, each [tokens, kv_heads, head_dim].
+        deviations: how far they were apart behind different lead-ins (see `MeanKV`); None if there was one.
+    """
+
+    layers: list[tuple[Tensor, Tensor]]
+    deviations: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Number of chunk tokens."""
+        return int(self.layers[0][0].shape[0])
+
+
+@dataclass(frozen=True)
+class LeadKV:
+    """The KV of a lead-in, to stand before any number of chunks.
+
+    Attributes:
+        tokens: its length.
+        layers: per layer, keys as rotated for positions 0, 1, ... and values, each [1, kv_heads, tokens, head_dim].
+    """
+
+    tokens: int
+    layers: list[tuple[Tensor, Tensor]]
+
+
+class ValueCache(Cache):
+    """Hands each layer's (rotated) keys and values [batch, kv_heads, tokens, head_dim] on and keeps nothing.
+
+    Args:
+        layers: how many.
+        receive: gets layer, keys, values.
+        lead: what attention finds before them.
+    """
+
+    def __init__(self, layers: int, receive: Callable[[int, Tensor, Tensor], None], lead: LeadKV | None = None):
+        super().__init__(layers=[_ValueLayer(i, receive, lead) for i in range(layers)])
+
+
+class _ValueLayer(CacheLayerMixin):
+    is_sliding = False
+
+    def __init__(self, layer: int, receive: Callable[[int, Tensor, Tensor], None], lead: LeadKV | None):
+        super().__init__()
+        self._layer, self._receive = layer, receive
+        self._lead = None if lead is None else lead.layers[layer]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self._receive(self._layer, key_states, value_states)
+        if self._lead is None:
+            return key_states, value_states
+        keys, values = (rows.expand(key_states.shape[0], -1, -1, -1) for rows in self._lead)
+        return torch.cat((keys, key_states), dim=2), torch.cat((values, value_states), dim=2)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None: ...
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length + (0 if self._lead is None else self._lead[0].shape[2]), 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+
+class ChunkCapture:
+    """Runs chunks through one model and hands out what is stored of them. Gradients are the caller's to switch off.
+
+    Args:
+        forward: the model.
+        attentions: the attention module of each layer.
+        found: where each layer's keys are read before rotation.
+        reuse_beyond: see `ModelAdapter`.
+        device: where the model is.
+
+    Hooks see every forward of the model, so the caller holds the lock under which the model runs.
+    """
+
+    def __init__(
+        self,
+        forward: ModelForward,
+        attentions: list[nn.Module],
+        found: list[taps.Tap],
+        reuse_beyond: int,
+        device: torch.device,
+    ):
+        self._forward, self._attentions, self._taps = forward, attentions, found
+        self._reuse_beyond, self._device = reuse_beyond, device
+
+    def capture(self, chunks: Sequence[Sequence[int]], lead_in: Sequence[int]) -> list[ChunkKV]:
+        """Run each chunk behind the lead-in, in one batch, and return its keys before rotation and its values.
+
+        Args:
+            chunks: token ids of each chunk, none empty.
+            lead_in: token ids put before every chunk; their own rows are dropped.
+        """
+        layers: list[tuple[Tensor, Tensor]] = []
+        ids = pad_right([[*lead_in, *c] for c in chunks], self._device)
+        self._run(ids, None, lambda _layer, key, _rotated, value: layers.append((key, value)))
+        start = len(lead_in)
+        return [
+            ChunkKV([(k[row, start : start + len(c)], v[row, start : start + len(c)]) for k, v in layers])
+            for row, c in enumerate(chunks)
+        ]
+
+    def lead_kv(self, lead_in: Sequence[int]) -> LeadKV:
+        """Run a lead-in (at least one token), so that `capture_behind` needn't for every chunk."""
+        layers: list[tuple[Tensor, Tensor]] = []
+        ids, count = pad_right([lead_in], self._device), len(lead_in)
+
+        def keep(_layer: int, _key: Tensor, rotated: Tensor, value: Tensor) -> None:
+            layers.append((rotated[:, :, :count].clone(), value.transpose(1, 2)[:, :, :count].clone()))
+
+        self._run(ids, None, keep)
+        return LeadKV(count, layers)
+
+    def capture_behind(
+        self, chunks: Sequence[Sequence[int]], lead: LeadKV | None, receive: Callable[[int, Tensor, Tensor], None]
+    ) -> None:
+        """Run each chunk behind a lead-in that was run before (or none), in one batch, and hand out every layer as it comes.
+
+        `receive(layer, keys, values)` gets keys before rotation and values, [batch, longest, kv_heads, head_dim] each;
+        rows of a shorter chunk behind its end mean nothing.
+        """
+        ids = pad_right(chunks, self._device)
+        self._run(ids, lead, lambda layer, key, _rotated, value: receive(layer, key, value))
+
+    def _run(self, ids: Tensor, lead: LeadKV | None, receive: Callable[[int, Tensor, Tensor, Tensor], None]) -> None:
+        """Run ids [batch, tokens] behind `lead`.
+
+        `receive(layer, key, rotated, value)` gets keys before and after rotation and values: [batch, tokens, kv_heads,
+        head_dim], but the rotated ones with heads before tokens.
+        """
+        count, start = ids.shape[1], 0 if lead is None else lead.tokens
+        tapped: dict[int, Tensor] = {}
+
+        def on_key(layer: int, output: Tensor) -> None:
+            tapped[layer] = self._taps[layer].key(output)
+
+        def on_update(layer: int, rotated: Tensor, value: Tensor) -> None:
+            key = tapped.pop(layer)
+            receive(layer, key[:, :count], rotated[:, :, :count], value.transpose(1, 2)[:, :count])
+            if layer == len(self._attentions) - 1:
+                raise StopForward  # what the last layer makes of them is not asked for
+
+        positions = torch.arange(start, start + count, device=self._device)
+        if start + count <= self._reuse_beyond:
+            # One more token, which no other sees, brings in the frequencies of the prompts that are served by reuse.
+            ids = torch.cat((ids, ids[:, -1:]), dim=1)
+            positions = torch.cat((positions, positions.new_tensor([self._reuse_beyond])))
+        cache = ValueCache(len(self._attentions), on_update, lead)
+        with taps.tapped(self._attentions, [t.key_module for t in self._taps], on_key), suppress(StopForward):
+            if lead is None:
+                self._forward.without_head(ids, cache, positions)
+                return
+            mask = self._forward.mask(positions, start + ids.shape[1])
+            with self._forward.masked_attention(), attention.by_position(positions):
+                self._forward.without_head(ids, cache, positions, attention_mask=mask)
+
+
+def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Token ids [batch, longest]. Padding stands on the right, where causal attention never looks."""
+    longest = max(len(r) for r in rows)
+    return torch.tensor([[*r, *([r[-1]] * (longest - len(r)))] for r in rows], device=device)

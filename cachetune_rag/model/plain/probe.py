@@ -1,0 +1,262 @@
+"""The probe: what some tokens' queries, in the first layers, make of the KV that a prompt was put together from.
+
+Plain torch, for any device. On a GPU the kernels add up the received attention themselves (`DeviceForward.received`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cachetune_rag.model.family import masks, output, taps
+from cachetune_rag.model.family.rope import Tables, rows_of
+from cachetune_rag.model.plain.attention import StopForward, watched
+from cachetune_rag.model.plain.buffers import KVBuffers, ScatterCache
+from cachetune_rag.model.plain.watch import Shown, Watch, heads_of_rows, rows_of_heads
+from cachetune_store.layout import LayerSpec
+
+_TINY = 1e-6
+"""Shortest layer input that is divided by."""
+
+_Look = Callable[[Shown, Tensor], None]
+"""Gets what a layer shows, and 1 / |x| of the watched tokens' layer inputs x, [queries]."""
+
+
+class Probe:
+    """Forwards through the first layers that look at the last tokens' attention.
+
+    Args:
+        attentions: the attention module of each layer.
+        layers: the decoder layer that each stands in.
+        found: where each layer's queries are read.
+        specs: shapes of each layer's keys and values.
+        windows: how many keys back each layer sees; None for all.
+        tables: rotary tables of a prompt of so many tokens.
+        rotate: turns a layer's queries [tokens, heads, head_dim] by rows of the tables, one a token.
+        run: runs ids at positions, both [tokens], through the model with a cache over the buffers.
+        shows: whether attention in `run` can be watched (`attention.watched`).
+
+    All methods take `ids` and `positions` [tokens] of the tokens that are computed, ascending, on the model's device, the
+    prompt's `buffers`, how many layers are run (`num_layers`, from the first), and `before(layer)`, called before a layer's
+    buffer is used. Rows of `buffers` at `positions` are overwritten in those layers. The last `queries` tokens are watched.
+    """
+
+    def __init__(
+        self,
+        attentions: Sequence[nn.Module],
+        layers: Sequence[nn.Module],
+        found: Sequence[taps.Tap],
+        specs: Sequence[LayerSpec],
+        windows: Sequence[int | None],
+        tables: Callable[[int], dict[str | None, Tables]],
+        rotate: Callable[[int, Tensor, dict[str | None, Tables]], Tensor],
+        run: Callable[[Tensor, Tensor, KVBuffers, ScatterCache], Tensor],
+        shows: Callable[[], bool],
+    ):
+        self._attentions, self._layers, self._taps = list(attentions), list(layers), list(found)
+        self._specs, self._windows = list(specs), list(windows)
+        self._tables, self._rotate, self._run, self._shows = tables, rotate, run, shows
+        self._gains: dict[int, Tensor | float] = {}
+
+    def observe(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        buffers: KVBuffers,
+        num_layers: int,
+        queries: int,
+        before: Callable[[int], None],
+        observe: Callable[[int, Tensor], None],
+    ) -> None:
+        """Hand out the watched tokens' attention.
+
+        `observe(layer, weights)` gets [heads, queries, length] in float32, each row a distribution over the prompt
+        (soft-capping and learned sinks are left out, which keeps the order within a head).
+        """
+
+        def look(shown: Shown, near: Tensor) -> None:
+            observe(shown.layer, heads_of_rows(shown.weights, near.shape[0]))
+
+        self._watch(ids, positions, buffers, num_layers, queries, before, look)
+
+    def received(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        buffers: KVBuffers,
+        num_layers: int,
+        queries: int,
+        before: Callable[[int], None],
+    ) -> Tensor:
+        """The attention that each prompt token receives, float32 [length]: the sum over layers of the mean over heads and the
+        watched tokens.
+        """
+        total = torch.zeros(buffers.length, dtype=torch.float32, device=positions.device)
+
+        def look(shown: Shown, _near: Tensor) -> None:
+            total.add_(shown.weights.mean((0, 1)))
+
+        self._watch(ids, positions, buffers, num_layers, queries, before, look)
+        return total
+
+    def expected_error(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        buffers: KVBuffers,
+        deviations: Tensor,
+        num_layers: int,
+        queries: int,
+        before: Callable[[int], None],
+    ) -> Tensor:
+        """How far off the watched tokens' layer outputs are expected to be because of each reused row, float32 [length].
+
+        With j a row, g a query head that reads key-value head h, i a watched token, x_i its layer input, a its attention, o
+        a head's output, Q the rotated query, s the attention's scale and D the width of a key, the sum over the first
+        `num_layers` layers of
+
+            Ev[j] = sum over g, i of a[g,i,j] / |x_i| * sV[h,j]
+            Ek[j] = sum over g, i of a[g,i,j] / |x_i| * |Q[g,i]| * |V[h,j] - o[g,i]| * sK[h,j] * gain[g] * s / sqrt(D)
+
+        The softmax turns an error e of key j into a[j] * (s Q.e) * (V_j - o) of the output, to first order, and sqrt(D)
+        stands for an error of no particular direction. (docs/selection.md, "Online"; a family's norm or gate behind the
+        output projection is left out, as are its learned sinks and soft-capping.)
+
+        Args:
+            ids, positions, buffers, num_layers, queries, before: see the class.
+            deviations: [length, columns], as chunks store them (sK of every head of layer 0, sV of them, layer 1, ...), of the
+                first `num_layers` layers; 0 where a row isn't reused.
+        """
+        by_layer = self._deviations(deviations, num_layers)
+        total = torch.zeros(buffers.length, dtype=torch.float32, device=positions.device)
+
+        def look(shown: Shown, near: Tensor) -> None:
+            values = buffers.values(shown.layer)[0]
+            total.add_(self._layer_error(shown, near, values, *by_layer[shown.layer]))
+
+        self._watch(ids, positions, buffers, num_layers, queries, before, look)
+        return total
+
+    def _watch(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        buffers: KVBuffers,
+        num_layers: int,
+        queries: int,
+        before: Callable[[int], None],
+        look: _Look,
+    ) -> None:
+        """Run the first `num_layers` layers and look at each when its buffer is complete."""
+        queries = min(queries, positions.shape[0])
+        near: dict[int, Tensor] = {}
+
+        def on_input(layer: int, hidden: Tensor) -> None:
+            near[layer] = hidden[0, -queries:].float().norm(dim=-1).clamp_min_(_TINY).reciprocal_()
+
+        def show(shown: Shown) -> None:
+            look(shown, near.pop(shown.layer))
+            if shown.layer >= num_layers - 1:
+                raise StopForward
+
+        run = self._run_shown if self._shows() else self._run_tapped
+        with taps.inputs_tapped(self._layers, on_input):
+            try:
+                run(ids, positions, buffers, before, Watch(queries, show))
+            except StopForward:
+                return
+
+    def _run_shown(
+        self, ids: Tensor, positions: Tensor, buffers: KVBuffers, before: Callable[[int], None], watch: Watch
+    ) -> None:
+        """What attention computes anyway is shown."""
+        with watched(watch):
+            self._run(ids, positions, buffers, ScatterCache(buffers, positions, before))
+
+    def _run_tapped(
+        self, ids: Tensor, positions: Tensor, buffers: KVBuffers, before: Callable[[int], None], watch: Watch
+    ) -> None:
+        """Attention is a family's own: what is shown is computed beside it."""
+        place = positions[-watch.tokens :]
+        rows = rows_of(self._tables(buffers.length), place)
+        asked: dict[int, Tensor] = {}
+
+        def on_query(layer: int, out: Tensor) -> None:
+            asked[layer] = self._taps[layer].query(out)[0, -watch.tokens :]
+
+        def after(layer: int, _keys: Tensor) -> None:
+            rotated = self._rotate(layer, asked.pop(layer), rows)
+            query = rows_of_heads(rotated.transpose(0, 1), self._specs[layer].heads)
+            watch.show(Shown(layer, query, self._weights(layer, query, buffers, place), None))
+
+        names = [t.query_module for t in self._taps]
+        with taps.tapped(self._attentions, names, on_query):
+            self._run(ids, positions, buffers, ScatterCache(buffers, positions, before, after))
+
+    def _weights(self, layer: int, query: Tensor, buffers: KVBuffers, place: Tensor) -> Tensor:
+        """Attention weights of a layer's `query` over its keys; `Shown` has their shapes, `place` [queries] their positions."""
+        keys = buffers.keys(layer)[0]
+        scores = (query @ keys.transpose(1, 2)).float().mul_(self._scale(layer, keys.shape[2]))
+        allowed = masks.allowed(self._windows[layer], None, place, buffers.length)
+        scores.unflatten(1, (len(place), -1)).masked_fill_(~allowed[:, None], float("-inf"))
+        return scores.softmax(-1)
+
+    def _layer_error(
+        self, shown: Shown, near: Tensor, values: Tensor, key_deviation: Tensor, value_deviation: Tensor
+    ) -> Tensor:
+        """Ev + Ek of one layer, float32 [length]; `values` are [kv_heads, length, v_dim], deviations [kv_heads, length]."""
+        kv_heads, dim = values.shape[0], shown.query.shape[2]
+        group = shown.query.shape[1] // near.shape[0]
+        values = values.float()
+        outputs = shown.weights @ values if shown.outputs is None else shown.outputs
+        # |V - o|^2 = |V|^2 + |o|^2 - 2 o V, which rounding may take below 0 where they are nearly the same.
+        lengths = torch.linalg.vector_norm(values, dim=-1)[:, None].square_()
+        off = torch.baddbmm(lengths, outputs, values.transpose(1, 2), alpha=-2)
+        off.add_(outputs.square().sum(-1, keepdim=True)).clamp_min_(0).sqrt_().mul_(shown.weights)
+        gain = self._gain(shown.layer, kv_heads * group)
+        if isinstance(gain, Tensor):
+            gain = gain.view(kv_heads, 1, group)
+        ahead = near[:, None].expand(kv_heads, -1, group)
+        steep = shown.query.float().norm(dim=-1).view(kv_heads, -1, group) * gain * ahead
+        by_value = (ahead.reshape(kv_heads, 1, -1) @ shown.weights)[:, 0] * value_deviation
+        scale = self._scale(shown.layer, dim) / math.sqrt(dim)
+        by_key = (steep.view(kv_heads, 1, -1) @ off)[:, 0] * key_deviation * scale
+        return (by_value + by_key).sum(0)
+
+    def _deviations(self, deviations: Tensor, num_layers: int) -> list[tuple[Tensor, Tensor]]:
+        """Stored columns [length, columns] -> of each layer, those of keys and of values, float32 [kv_heads, length]."""
+        sizes = [spec.heads for spec in self._specs[:num_layers] for _ in range(2)]
+        if deviations.shape[1] != sum(sizes):
+            raise ValueError(f"deviations have {deviations.shape[1]} columns; {num_layers} layers make {sum(sizes)}.")
+        parts = deviations.T.float().split(sizes)
+        return list(zip(parts[::2], parts[1::2], strict=True))
+
+    def _scale(self, layer: int, dim: int) -> float:
+        module: Any = self._attentions[layer]
+        return getattr(module, "scaling", None) or dim**-0.5
+
+    def _gain(self, layer: int, heads: int) -> Tensor | float:
+        """`output.gain` of the layer as [heads, 1]; 1 where its output projection isn't known."""
+        if layer not in self._gains:
+            weight = output.output_heads(self._attentions[layer], heads, self._specs[layer].v_head_dim)
+            self._gains[layer] = 1.0 if weight is None else output.gain(weight)[:, None]
+        return self._gains[layer]
+
+    def gains(self) -> list[Tensor]:
+        """`output.gain` of every layer, float32 [heads]; ones where its output projection isn't known."""
+        made = []
+        for layer in range(len(self._specs)):
+            module: Any = self._attentions[layer]
+            heads = module.config.num_attention_heads
+            gain = self._gain(layer, heads)
+            device = next(module.parameters()).device
+            made.append(
+                torch.ones(heads, dtype=torch.float32, device=device)
+                if isinstance(gain, float)
+                else gain[:, 0].contiguous()
+            )
+        return made

@@ -1,1 +1,0 @@
-"""Moving KV from the store into a prompt's buffers."""

@@ -1,0 +1,304 @@
+"""Loading onto a CUDA device, beside the computation.
+
+One stream copies a layer's encoded rows into a ring of staging buffers; another decodes, rotates and scatters them from there
+into the prompt's buffers, layer after layer. Rows of the device tier are decoded where they lie, without a copy. The stream that computes waits for the event of the layer it needs and for nothing
+else. The prompt's buffers hold every layer, so neither ever waits for the computation, only for the disk.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cachetune_rag.concurrency.deadline import DeadlinePool
+from cachetune_rag.kernels import CODECS, kernels_run_on, rows_of
+from cachetune_rag.model import KVBuffers, ModelAdapter
+from cachetune_rag.model.libraries.private import copy_all
+from cachetune_rag.reuse.host_copies import host_copies
+from cachetune_rag.reuse.layer_loader import LayerLoader, Source, row_format
+from cachetune_store.tiers import DeviceReader
+
+STAGES = 2
+"""Staging buffers: while one is decoded, the next is copied into."""
+LAUNCH_AHEAD = 2
+"""Layers queued beyond the one that is asked for, so that the copy engine never runs dry; few, as queuing takes the host time in
+which the device waits for its next piece of work."""
+HURRY_BYTES = 48 << 20
+"""About what is copied to an H100 while a selector makes ready to look."""
+
+
+class Streams:
+    """The streams and events beside the stream that computes; made once, used by one request after another."""
+
+    def __init__(self, device: torch.device, layers: int):
+        self.copy = torch.cuda.Stream(device)
+        # What places rows is short and awaited: it goes before whatever else is ready to run.
+        self.place = torch.cuda.Stream(device, priority=-1)
+        self.copied = [torch.cuda.Event() for _ in range(layers)]
+        self.brought = torch.cuda.Event()
+        self.placed = [torch.cuda.Event() for _ in range(layers)]
+        # On the stream that computes, around its wait for a layer.
+        self.asked = [torch.cuda.Event(enable_timing=True) for _ in range(layers)]
+        self.given = [torch.cuda.Event(enable_timing=True) for _ in range(layers)]
+
+
+def warm_up(adapter: ModelAdapter, codec: str) -> None:
+    """Compile the kernel that puts rows of `codec` into place, for all shapes of layers."""
+    if codec not in CODECS or not adapter.cuda_kernels:
+        return
+    from cachetune_rag.kernels.rows import place
+
+    tables, buffers = adapter.rotary_tables(1), adapter.new_buffers(1)
+    dtype, done = str(adapter.dtype).removeprefix("torch."), set()
+    for layer, spec in enumerate(adapter.layers):
+        cos, sin = adapter.rotation(layer, tables)
+        shape = spec, cos is None
+        if shape in done or not adapter.half_split[layer]:
+            continue
+        done.add(shape)
+        form = row_format(codec, dtype, spec)
+        row = torch.zeros(form.span(1), dtype=torch.uint8, device=adapter.device)
+        bases = torch.tensor([row.data_ptr(), 0], device=adapter.device)
+        nothing = torch.zeros(1, dtype=torch.int64, device=adapter.device)
+        place(
+            bases, nothing, nothing, cos, sin, buffers.key_rows[layer], buffers.value_rows[layer], codec=codec,
+            row_bytes=form.row_bytes, group_rows=form.group_rows, group_bytes=form.group_bytes,
+            aligned=not (form.row_bytes % 16 or form.group_bytes % 16),
+        )  # fmt: skip
+    torch.cuda.synchronize(adapter.device)
+
+
+class DeviceLoader(LayerLoader):
+    """As `LayerLoader`, on streams of its own. Where rows come from host memory, nothing here waits for anything.
+
+    A copy to the device, however small, waits for all copies that were queued before it, whatever stream it is on: there is
+    one engine for them. So nothing but this class copies to the device while it is at work, and it copies in the order in
+    which things are needed.
+    """
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        sources: Sequence[Source],
+        buffers: KVBuffers,
+        pool: DeadlinePool,
+        streams: Streams,
+    ):
+        self._streams, self._current = streams, torch.cuda.current_stream(adapter.device)
+        self._stages: list[dict[tuple[str, str], Tensor]] = [{} for _ in range(STAGES)]
+        self._bases: dict[tuple[str, str], Tensor] = {}
+        self._where: dict[tuple[str, str], Tensor] = {}
+        self._in_place: dict[tuple[str, str], list[bool]] = {}
+        self._next = 0
+        self._brought = False
+        self._kernel = kernels_run_on(adapter.device)
+        self._copies = host_copies()
+        self._held: list[Tensor] = []  # what launched work still reads
+        super().__init__(adapter, sources, buffers, pool)
+        # The buffers' memory may still be in use by what the computing stream was given before.
+        streams.place.wait_stream(self._current)
+
+    def load(self, layer: int) -> None:
+        """Make the computing stream wait for the reused rows of `layer`."""
+        started = time.perf_counter()
+        # Before the host itself waits for the disk: the device then has nothing to do.
+        self._streams.asked[layer].record(self._current)
+        while self._next <= layer:
+            self._launch()
+        # Fewer at first, when the device has the least to do meanwhile.
+        self._launch_up_to(layer + min(layer + 1, LAUNCH_AHEAD))
+        if self._brought:
+            self._current.wait_event(self._streams.brought)
+            self._brought = False
+        self._current.wait_event(self._streams.placed[layer])
+        self._streams.given[layer].record(self._current)
+        self.seconds += time.perf_counter() - started
+
+    def hurry(self) -> None:
+        """See `LayerLoader.hurry`. Where copying takes longer than computing, each moment without a copy is one more to wait at the
+        end.
+        """
+        super().hurry()
+        layer = sum(self._row_format(0, key).size(s.rows) for key, group in self._groups.items() for s in group)
+        self._launch_up_to(min(LAUNCH_AHEAD, HURRY_BYTES // max(1, layer)))
+
+    def begin(self) -> None:
+        """See `LayerLoader.begin`."""
+        started = time.perf_counter()
+        if self._slow:
+            self._read_on(self._next)
+        self._launch_up_to(self._next)
+        self.seconds += time.perf_counter() - started
+
+    def waited(self) -> float:
+        """Seconds by the device's clock that the computing stream waited for rows; once it is done with every layer's last
+        `load`, and of these alone.
+        """
+        pairs = zip(self._streams.asked, self._streams.given, strict=True)
+        return sum(asked.elapsed_time(given) for asked, given in pairs) / 1e3
+
+    def bring(self, pieces: Sequence[tuple[int, Tensor]], columns: int) -> Tensor:
+        """See `LayerLoader.bring`: copied behind the rows that are queued already, and waited for by the first `load`.
+
+        Page-locked pieces are copied as they lie. A table of them takes the host milliseconds, in which the device has nothing to do.
+        """
+        streams, device = self._streams, self._adapter.device
+        if self._copies is not None and all(numbers.is_pinned() and numbers.is_contiguous() for _, numbers in pieces):
+            first = pieces[0][1]
+            with torch.cuda.stream(streams.copy):
+                whole = torch.zeros(self._buffers.length, first.shape[1], dtype=first.dtype, device=device)
+                for start, numbers in pieces:
+                    self._copies.add(whole[start].data_ptr(), numbers.data_ptr(), numbers.nbytes)
+                self._copies.queue(streams.copy.cuda_stream)
+                there = whole[:, :columns].contiguous()
+        else:
+            host = self._table(pieces, columns)
+            with torch.cuda.stream(streams.copy):
+                there = host.to(device, non_blocking=True)
+            self._held.append(host)
+        streams.brought.record(streams.copy)
+        there.record_stream(self._current)
+        self._held.append(there)
+        self._brought = True
+        return there
+
+    def close(self) -> None:
+        """See `LayerLoader.close`: what is under way on the device comes before what the computing stream does next."""
+        super().close()
+        self._current.wait_stream(self._streams.copy)
+        self._current.wait_stream(self._streams.place)
+
+    def _launch_up_to(self, layer: int) -> None:
+        """Queue the layers up to this one, as far as their rows can be had without waiting."""
+        while self._next <= min(layer, self._adapter.num_layers - 1) and self._ready(self._next):
+            self._launch()
+
+    def _launch(self) -> None:
+        """Queue the next layer's copies and what turns them into keys and values. Waits only for rows on the disk."""
+        layer, streams = self._next, self._streams
+        if layer >= STAGES:
+            streams.copy.wait_event(streams.placed[layer - STAGES])
+        slow = iter(self._slow_rows(layer))
+        for key, group in self._groups.items():
+            self._prepare(key)
+            self._copy_rows(layer, key, group, slow)
+        if self._copies is not None:
+            self._copies.queue(streams.copy.cuda_stream)
+        streams.copied[layer].record(streams.copy)
+        streams.place.wait_event(streams.copied[layer])
+        if self._groups:
+            with torch.cuda.stream(streams.place):
+                for key in self._groups:
+                    self._place(layer, key)
+        streams.placed[layer].record(streams.place)
+        self._loaded[layer] = 1
+        self._next += 1
+
+    def _copy_rows(self, layer: int, key: tuple[str, str], group: Sequence[Source], slow: Iterator[Tensor]) -> None:
+        """Queue the copies of a group's rows into its staging memory; rows that are read where they lie are counted."""
+        form, stage = self._row_format(layer, key), self._stages[layer % STAGES].get(key)
+        targets, pieces, at = [], [], 0
+        with torch.cuda.stream(self._streams.copy):
+            for source, in_place in zip(group, self._in_place[key], strict=True):
+                reader, count = source.reader, form.size(source.rows)
+                if in_place:
+                    reader.locate(layer, source.rows)
+                    continue
+                assert stage is not None
+                if self._copies is not None and reader.tier == "host":
+                    self._copies.add(stage.data_ptr() + at, reader.locate(layer, source.rows), count)
+                else:
+                    pieces.append(reader.read(layer, source.rows) if reader.in_memory else next(slow))
+                    targets.append(stage[at : at + count])
+                at += form.span(source.rows)
+            if pieces:
+                copy_all(targets, pieces, non_blocking=True)
+
+    def _prepare(self, key: tuple[str, str]) -> None:
+        """Staging memory of a group, and what the device must know about its rows, ahead of the rows themselves."""
+        if key in self._places:
+            return
+        group, device = self._groups[key], self._adapter.device
+        forms = [self._row_format(layer, key) for layer in range(self._adapter.num_layers)]
+        by_kernel = self._kernel_for(key, range(len(forms)))
+        in_place = [
+            isinstance(source.reader, DeviceReader) and source.reader.device == device and by_kernel for source in group
+        ]
+        self._in_place[key] = in_place
+        # Every part of the table begins on 16 bytes: kernels are compiled for that.
+        bases = np.zeros((len(forms), len(group) + len(group) % 2), np.int64)
+        staged = [index for index, here in enumerate(in_place) if not here]
+        if staged:
+            # By identity, as layers share their formats: hashing these takes longer than all else here.
+            different = {id(form): form for form in forms}.items()
+            ends = {name: np.cumsum([0, *(form.span(group[i].rows) for i in staged)]) for name, form in different}
+            room = max(int(sums[-1]) for sums in ends.values())
+            stages = [self._stage(slot, key, room).data_ptr() for slot in range(STAGES)]
+            for layer, form in enumerate(forms):
+                bases[layer, staged] = stages[layer % STAGES] + ends[id(form)][:-1]
+        for index, source in enumerate(group):
+            if in_place[index] and isinstance(source.reader, DeviceReader):
+                source.reader.wait_on(self._streams.place)
+                bases[:, index] = source.reader.addresses
+        where = rows_of([source.rows for source in group])
+        places = np.concatenate([source.places[: source.rows] for source in group])
+        count, even = len(where), np.zeros(len(where) % 2, np.int64)
+        parts = bases.ravel(), where, even, places
+        host = torch.empty(sum(map(len, parts)), dtype=torch.int64, pin_memory=device.type == "cuda")
+        np.concatenate(parts, out=host.numpy())  # torch would copy with all its threads
+        with torch.cuda.stream(self._streams.copy):
+            there = host.to(device, non_blocking=True)
+        there.record_stream(self._streams.place)
+        self._held += [host, there]
+        self._bases[key] = there[: bases.size].view(bases.shape)
+        self._where[key] = there[bases.size : bases.size + count]
+        self._places[key] = there[there.shape[0] - count :]
+
+    def _kernel_for(self, key: tuple[str, str], layers: Sequence[int]) -> bool:
+        """Whether the kernel reads a group's rows in all of `layers`."""
+        codec, dtype = key
+        return (
+            self._kernel
+            and codec in CODECS
+            and dtype == str(self._adapter.dtype).removeprefix("torch.")
+            and all(self._adapter.half_split[layer] for layer in layers)
+        )
+
+    def _stage(self, slot: int, key: tuple[str, str], size: int) -> Tensor:
+        """Staging memory of one slot, `size` bytes at least; made anew only where it is too small."""
+        held = self._stages[slot].get(key)
+        if held is None or held.numel() < size:
+            with torch.cuda.stream(self._streams.copy):
+                held = torch.empty(size, dtype=torch.uint8, device=self._adapter.device)
+            held.record_stream(self._streams.place)
+            self._stages[slot][key] = held
+        return held
+
+    def _place(self, layer: int, key: tuple[str, str]) -> None:
+        """Decode, rotate, scatter: the kernel where it is exact, the codec's and the model's own code elsewhere."""
+        form = self._row_format(layer, key)
+        if self._kernel_for(key, [layer]):
+            from cachetune_rag.kernels.rows import place
+
+            cos, sin = self._adapter.rotation(layer, self._tables)
+            place(
+                self._bases[key][layer],
+                self._where[key],
+                self._places[key],
+                cos,
+                sin,
+                self._buffers.key_rows[layer],
+                self._buffers.value_rows[layer],
+                codec=key[0],
+                row_bytes=form.row_bytes,
+                group_rows=form.group_rows,
+                group_bytes=form.group_bytes,
+                aligned=not (form.row_bytes % 16 or form.group_bytes % 16),
+            )
+        else:
+            size = sum(form.span(source.rows) for source in self._groups[key])
+            self._place_rows(layer, key, self._stages[layer % STAGES][key][:size], self._places[key])

@@ -1,0 +1,262 @@
+"""Layer by layer, stored rows become keys and values at their places in the prompt.
+
+Rows of disk chunks are read ahead on threads while earlier layers compute; rows of host chunks are views. What arrives
+is decoded, rotated to its positions (deferred RoPE) and scattered in one go for all chunks of the prompt.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cachetune_rag.concurrency.deadline import DeadlinePool
+from cachetune_rag.concurrency.workers import Job
+from cachetune_rag.model import KVBuffers, ModelAdapter
+from cachetune_rag.model.family.rope import Tables, rows_of
+from cachetune_store import ChunkKey, ChunkReader, DamagedChunkError, LayerSpec, RowFormat, get_codec
+
+READ_AHEAD = 4
+"""Layers that are read ahead of the one that computes while it is not settled which rows later ones need."""
+SETTLED_AHEAD = 16
+"""The same once it is: a disk that falls idle because computing lags, or the other way round, is time lost at the end."""
+
+
+class DamagedSourceError(Exception):
+    """Rows of a chunk failed their check; `key` names the chunk."""
+
+    def __init__(self, key: ChunkKey):
+        super().__init__(str(key))
+        self.key = key
+
+
+@dataclass
+class Source:
+    """One reused chunk at one place of the prompt.
+
+    Attributes:
+        reader: the open chunk.
+        start: place of the chunk's first token.
+        rows: how many rows of each layer are needed, counted from the least important; the rest (skipped rows) is
+            recomputed and not read.
+    """
+
+    reader: ChunkReader
+    start: int
+    rows: int
+
+    @cached_property
+    def places(self) -> NDArray[np.int64]:
+        """Place in the prompt of every row of the chunk, int64 [tokens]."""
+        return self.reader.order.numpy() + self.start
+
+    def first(self, rows: int) -> Source:
+        """The same chunk at the same place, with fewer or more rows."""
+        other = Source(self.reader, self.start, rows)
+        other.__dict__["places"] = self.places
+        return other
+
+
+class LayerLoader:
+    """Brings the reused rows of a prompt into its buffers, each layer once, when it is asked for.
+
+    Args:
+        adapter: the model, for rotation.
+        sources: the reused chunks with the rows needed of each.
+        buffers: where they go.
+        pool: threads that read ahead.
+    """
+
+    def __init__(self, adapter: ModelAdapter, sources: Sequence[Source], buffers: KVBuffers, pool: DeadlinePool):
+        self._adapter, self._buffers, self._pool = adapter, buffers, pool
+        self._tables = adapter.rotary_tables(buffers.length)
+        self._loaded = [0] * adapter.num_layers
+        self._forms: dict[tuple[str, str], list[RowFormat]] = {}
+        self._ahead: dict[int, list[Job[Tensor]]] = {}
+        self.seconds = 0.0
+        self._horizon = READ_AHEAD
+        self._when_read: Callable[[], None] | None = None
+        self._wanted: list[tuple[int, int, int]] | None = None
+        self.set_sources(sources)
+
+    def set_sources(self, sources: Sequence[Source]) -> None:
+        """Change how many rows the layers not yet loaded will bring (a selector may decide after the first layers)."""
+        wanted = [(id(s.reader), s.start, s.rows) for s in sources]
+        if wanted == self._wanted:
+            return  # what is being read ahead stays wanted
+        self.drain()
+        self._wanted = wanted
+        self._groups: dict[tuple[str, str], list[Source]] = {}
+        for source in sources:
+            if source.rows:
+                layout = source.reader.layout
+                self._groups.setdefault((layout.codec, layout.dtype), []).append(source)
+        self._sources = [s for group in self._groups.values() for s in group]
+        self._places: dict[tuple[str, str], Tensor] = {}
+        self._rows_of_tables: dict[tuple[str, str], dict[str | None, Tables]] = {}
+        # In the order of `_sources`, those whose rows must be waited for; and in which layers, for of what was read ahead of the
+        # request some layers are there.
+        self._slow = [s for s in self._sources if not s.reader.in_memory]
+        layers = range(self._adapter.num_layers)
+        self._waits = [not all(s.reader.has(layer, s.rows) for s in self._slow) for layer in layers]
+
+    def load(self, layer: int) -> None:
+        """Make the reused rows of `layer` stand in the buffers. Later calls for the same layer do nothing."""
+        if self._loaded[layer]:
+            return
+        started = time.perf_counter()
+        rows = iter(self._rows(layer))
+        for key, group in self._groups.items():
+            form = self._row_format(layer, key)
+            size = sum(form.span(source.rows) for source in group)
+            encoded = torch.empty(size, dtype=torch.uint8, device=self._adapter.device)
+            at = 0
+            for source in group:
+                piece = next(rows)
+                encoded[at : at + piece.shape[0]].copy_(piece, non_blocking=True)
+                at += form.span(source.rows)
+            self._place_rows(layer, key, encoded, self._placed(key))
+        self._loaded[layer] = 1
+        self.seconds += time.perf_counter() - started
+
+    def _place_rows(self, layer: int, key: tuple[str, str], encoded: Tensor, places: Tensor) -> None:
+        """Decode a group's rows, rotate their keys to `places` and put keys and values there.
+
+        `encoded` holds the sources' rows, each source's RowFormat.span() behind the one before.
+        """
+        rows = [source.rows for source in self._groups[key]]
+        keys, values = get_codec(key[0]).decode(encoded, self._adapter.layers[layer], self._adapter.dtype, rows)
+        if key not in self._rows_of_tables:
+            self._rows_of_tables[key] = rows_of(self._tables, places)
+        keys = self._adapter.rotate_by(layer, keys, self._rows_of_tables[key])
+        self._buffers.key_rows[layer].index_copy_(0, places, keys)
+        self._buffers.value_rows[layer].index_copy_(0, places, values)
+
+    def bring(self, pieces: Sequence[tuple[int, Tensor]], columns: int) -> Tensor:
+        """Numbers of tokens as a table [prompt length, columns] on the device, there once `load(0)` has returned.
+
+        Args:
+            pieces: place of a first token, and the numbers of it and those behind it, [tokens, `columns` or more] in host memory;
+                in order of places. Other tokens' are 0.
+            columns: how many of the first columns are wanted.
+        """
+        return self._table(pieces, columns).to(self._adapter.device)
+
+    def _table(self, pieces: Sequence[tuple[int, Tensor]], columns: int) -> Tensor:
+        """See `bring`; in host memory, page-locked where there is a GPU."""
+        length, pinned = self._buffers.length, self._adapter.device.type == "cuda"
+        table = torch.empty(length, columns, dtype=pieces[0][1].dtype, pin_memory=pinned)
+        at, rows = 0, table.numpy()  # NumPy copies without waking threads
+        for start, numbers in pieces:
+            rows[at:start] = 0
+            at = start + numbers.shape[0]
+            rows[start:at] = numbers.numpy()[:, :columns]
+        rows[at:] = 0
+        return table
+
+    def hurry(self) -> None:
+        """What is asked for first may be on its way already, whole, whatever will be known of it when it is asked for."""
+        if self._slow:
+            self._read_on(0)
+
+    def begin(self) -> None:
+        """The sources are final: what takes long can go ahead of the first `load`."""
+
+    def _placed(self, key: tuple[str, str]) -> Tensor:
+        """Places of a group's rows, int64 [rows], on the device."""
+        places = self._places.get(key)
+        if places is None:
+            rows = np.concatenate([s.places[: s.rows] for s in self._groups[key]])
+            places = self._places[key] = torch.from_numpy(rows).to(self._adapter.device)
+        return places
+
+    def _row_format(self, layer: int, key: tuple[str, str]) -> RowFormat:
+        """How a group's encoded rows lie."""
+        forms = self._forms.get(key)
+        if forms is None:
+            forms = self._forms[key] = [row_format(*key, spec) for spec in self._adapter.layers]
+        return forms[layer]
+
+    def _ready(self, layer: int) -> bool:
+        """Whether the rows of `layer` can be had without waiting."""
+        if not self._waits[layer]:
+            return True
+        futures = self._ahead.get(layer)
+        return futures is not None and all(f.done() for f in futures)
+
+    def _rows(self, layer: int) -> list[Tensor]:
+        """Encoded rows of every source, in the order of the groups."""
+        slow = iter(self._slow_rows(layer))
+        return [_read(s, layer) if s.reader.in_memory else next(slow) for s in self._sources]
+
+    def _slow_rows(self, layer: int) -> list[Tensor]:
+        """Encoded rows of the sources that are not in memory; waits for them."""
+        if not self._slow:
+            return []
+        self._read_on(layer)
+        if not self._waits[layer]:
+            return [_read(s, layer) for s in self._slow]
+        rows = [self._pool.result(f) for f in self._ahead[layer]]
+        del self._ahead[layer]
+        return rows
+
+    def _read_on(self, layer: int) -> None:
+        """Have the rows of `layer` and of the next ones read; those that are there don't count."""
+        unread = [number for number in range(layer, self._adapter.num_layers) if self._waits[number]]
+        for ahead in unread[: 1 + self._horizon]:
+            if ahead not in self._ahead and not self._loaded[ahead]:
+                self._ahead[ahead] = [self._pool.submit(_read, s, ahead) for s in self._slow]
+        if self._when_read is not None and self._all_asked():
+            self._tell_when_read()
+
+    def settled(self, when_read: Callable[[], None]) -> None:
+        """The sources will change no more. `when_read()` is called once the last of their rows have been read from disk, on
+        whatever thread that ends on, which may be at once: the disk is free for others then. Not if this is closed before.
+        """
+        self._horizon, self._when_read = SETTLED_AHEAD, when_read
+        if self._all_asked():
+            self._tell_when_read()
+
+    def _tell_when_read(self) -> None:
+        """Call who waits for the disk; where the last read is under way, when it ends."""
+        call, self._when_read = self._when_read, None
+        assert call is not None
+        under_way = self._ahead.get(max(self._ahead, default=-1))
+        if not under_way:
+            call()
+        else:
+            under_way[-1].add_done_callback(lambda job: None if job.cancelled() else call())
+
+    def _all_asked(self) -> bool:
+        layers = range(self._adapter.num_layers)
+        return all(self._loaded[layer] or layer in self._ahead or not self._waits[layer] for layer in layers)
+
+    def drain(self) -> None:
+        """Wait for reads under way and drop them; the readers may be closed afterwards. What is overdue goes on alone."""
+        for futures in self._ahead.values():
+            for future in futures:
+                self._pool.settle(future)
+        self._ahead.clear()
+
+    def close(self) -> None:
+        """The prompt is done, or given up: nothing reads or writes for it any more when this returns."""
+        self.drain()
+
+
+@lru_cache(maxsize=256)
+def row_format(codec: str, dtype: str, spec: LayerSpec) -> RowFormat:
+    """How rows of a layer of this shape lie, as `codec` writes them."""
+    return get_codec(codec).row_format(spec, dtype)
+
+
+def _read(source: Source, layer: int) -> Tensor:
+    try:
+        return source.reader.read(layer, source.rows)
+    except DamagedChunkError as error:
+        raise DamagedSourceError(source.reader.key) from error

@@ -1,0 +1,44 @@
+"""Where the time of a forward over assembled KV went."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from cachetune_rag.model import ModelAdapter
+from cachetune_rag.reuse.device_loader import DeviceLoader
+from cachetune_rag.reuse.layer_loader import LayerLoader
+
+
+class ForwardPhases:
+    """Measures one forward, from its making to `finish` and the wait for the device that follows.
+
+    Through the kernels by CUDA events, which cost the device a microsecond each and the host no waiting; elsewhere by the
+    host's clock.
+    """
+
+    def __init__(self, adapter: ModelAdapter, loader: LayerLoader):
+        self._adapter, self._loader = adapter, loader
+        self._started, self._loaded = time.perf_counter(), loader.seconds
+        self._end: torch.cuda.Event | None = None
+
+    def finish(self) -> None:
+        """All of it is queued."""
+        if isinstance(self._loader, DeviceLoader):
+            self._end = torch.cuda.Event(enable_timing=True)
+            self._end.record()
+
+    def timings(self, ended: float) -> dict[str, float]:
+        """Seconds by phase (see `Report.timings`), once the device is done.
+
+        Args:
+            ended: when the host knew that, by `time.perf_counter`.
+        """
+        took, loader = ended - self._started, self._loader
+        began = None if self._adapter.device_forward is None else self._adapter.device_forward.began
+        if not isinstance(loader, DeviceLoader) or self._end is None or began is None:
+            load = loader.seconds - self._loaded
+            return {"load": load, "compute": took - load}
+        load, busy = loader.waited(), began.elapsed_time(self._end) / 1e3
+        return {"load": load, "compute": busy - load, "launch": took - busy}

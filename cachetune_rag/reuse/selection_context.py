@@ -1,0 +1,125 @@
+"""What a selector may look at of one request (`SelectionContext`), backed by the model and the store."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cachetune_rag.model import KVBuffers, ModelAdapter
+from cachetune_rag.reuse.layer_loader import LayerLoader, Source
+from cachetune_rag.selection import ReusedChunk
+from cachetune_rag.text.prompts.prompt import Prompt
+
+
+class RequestContext:
+    """See `SelectionContext`.
+
+    Args:
+        adapter: the model.
+        prompt: the prompt.
+        sources: the reused chunks, with the rows of each that are read.
+        computed: bool [length], the tokens that are computed whatever is selected.
+        buffers, loader: where the KV is put together, and what brings it.
+
+    Attributes:
+        probed: token-layers that the selector had run so far.
+    """
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        prompt: Prompt,
+        sources: Sequence[Source],
+        computed: Tensor,
+        buffers: KVBuffers,
+        loader: LayerLoader,
+    ):
+        self.chunks = [_chunk(source) for source in sources]
+        self.length, self.num_layers = len(prompt.ids), adapter.num_layers
+        self.probed = 0
+        self._adapter, self._prompt, self._computed = adapter, prompt, computed
+        self._buffers, self._loader = buffers, loader
+
+    @property
+    def seed(self) -> int:
+        """A number that depends on the prompt's token ids alone."""
+        return int.from_bytes(hashlib.sha256(repr(self._prompt.ids).encode()).digest()[:7])
+
+    def observe_attention(self, num_layers: int, queries: int, observe: Callable[[int, Tensor], None]) -> None:
+        """See `SelectionContext`."""
+        ids, places = self._probe(num_layers)
+        device = self._adapter.device
+        self._adapter.observe_attention(
+            ids.to(device), places.to(device), self._buffers, num_layers, queries, self._loader.load, observe
+        )
+
+    def received_attention(self, num_layers: int, queries: int) -> Tensor:
+        """See `SelectionContext`."""
+        ids, places = self._probe(num_layers)
+        return self._adapter.received_attention(ids, places, self._buffers, num_layers, queries, self._loader.load)
+
+    def expected_error(self, num_layers: int, queries: int) -> Tensor:
+        """See `SelectionContext`."""
+        end = max(chunk.start + chunk.tokens for chunk in self.chunks)
+        # Where the prompt ends in a chunk, its last token is computed all the same.
+        queries = min(queries, max(1, self.length - end))
+        self._loader.begin()
+        pieces, columns = self._deviations(), 2 * sum(spec.heads for spec in self._adapter.layers[:num_layers])
+        if not pieces:
+            return self.received_attention(num_layers, queries)
+        ids, places = self._probe(num_layers)
+        return self._adapter.expected_error(
+            ids, places, self._buffers, self._loader.bring(pieces, columns), num_layers, queries, self._loader.load
+        )
+
+    def reused_states(self, layer: int) -> tuple[Tensor, Tensor]:
+        """See `SelectionContext`."""
+        self._loader.load(layer)
+        return self._buffers.key_rows[layer], self._buffers.value_rows[layer]
+
+    def fresh_states(self, layer: int) -> tuple[Tensor, Tensor]:
+        """See `SelectionContext`."""
+        self.probed += round(self.length * self._adapter.fresh_layers(layer))
+        return self._adapter.fresh_states(ids_of(self._prompt), layer)
+
+    def _probe(self, num_layers: int) -> tuple[Tensor, Tensor]:
+        """Ids and places of what a probe computes; counted."""
+        ids, places = some_of(self._prompt, self._computed)
+        self.probed += len(ids) * num_layers
+        return ids, places
+
+    def _deviations(self) -> list[tuple[int, Tensor]]:
+        """Place and deviations of every reused chunk, in order; nothing if none are known."""
+        chunks = sorted(self.chunks, key=lambda c: c.start)
+        rows = known = [chunk.deviations for chunk in chunks if chunk.deviations is not None]
+        if not known:
+            return []
+        if len(known) < len(chunks):
+            usual = torch.cat(known).float().mean(0).to(known[0].dtype)
+            rows = [usual.expand(c.tokens, -1) if c.deviations is None else c.deviations for c in chunks]
+        return [(chunk.start, numbers) for chunk, numbers in zip(chunks, rows, strict=True)]
+
+
+def _chunk(source: Source) -> ReusedChunk:
+    reader = source.reader
+    return ReusedChunk(source.start, reader.order, reader.scores, reader.deviations, reader.layout.tokens - source.rows)
+
+
+# On the host, NumPy: it reads a long tuple faster than torch, and wakes no threads for a few thousand numbers.
+
+
+def ids_of(prompt: Prompt) -> Tensor:
+    """The prompt's token ids on the host, int64 [length]."""
+    return torch.from_numpy(np.array(prompt.ids, dtype=np.int64))
+
+
+def some_of(prompt: Prompt, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids and places of the tokens where `wanted` is true, on the host."""
+    places = wanted.numpy().nonzero()[0]
+    # Not all of a long tuple becomes an array: each number in it costs a trip to memory.
+    ids = np.array([prompt.ids[place] for place in places.tolist()], dtype=np.int64)
+    return torch.from_numpy(ids), torch.from_numpy(places)

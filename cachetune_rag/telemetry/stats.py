@@ -1,0 +1,130 @@
+"""Totals over an engine's requests."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+from cachetune_rag.measuring.fidelity import FidelityStats
+from cachetune_rag.report import Report, share_found
+from cachetune_store import StoreStats
+from cachetune_store.histogram import Histogram
+
+_SUMMED = ("prompt_tokens", "reused", "recomputed", "missed", "damaged", "unreadable", "timed_out", "retrieved")
+"""Fields of `Report` that are added up."""
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Totals since the engine was made, and the store as it is now.
+
+    Attributes:
+        requests: prompts read with reuse.
+        full_prefills: prompts read without.
+        prompt_tokens, reused, recomputed, missed: tokens, summed over the former; see `Report`.
+        damaged, unreadable, timed_out: chunks that were in the store and had to be computed, summed; see `Report`.
+        retrieved: tokens of texts that callers said they had retrieved, summed; see `Report`.
+        retrieved_found: of those, tokens that were in the store and found.
+        ttft_seconds: time to first token, summed.
+        ttft: count, mean, p50, p95 and p99 of the time to first token, by the slowest tier that a request read from.
+        unstored: chunks that requests missed and that could not be stored afterwards; the reason is in the log.
+        withdrawn: chunks that requests missed and that were not stored, because their document was removed or replaced meanwhile.
+        storing: such chunks that wait to be stored now.
+        little_found: prompts from text or messages in which much was retrieved and less than half of it found, or that are longer
+            than 1,000 tokens and of which less than a tenth was; the likely reasons are in the log.
+        cut_short: prompts that repeat the beginnings of stored chunks so often that not every place in them was looked at.
+        store: the store's own figures.
+        store_age: seconds since they were read; 0.0 unless the store's disk doesn't answer.
+        fidelity: how far answers were from full prefill; None unless the engine samples it (`fidelity_sample`).
+    """
+
+    requests: int
+    full_prefills: int
+    prompt_tokens: int
+    reused: int
+    recomputed: int
+    missed: int
+    damaged: int
+    unreadable: int
+    timed_out: int
+    retrieved: int
+    retrieved_found: int
+    ttft_seconds: float
+    ttft: dict[str, dict[str, float | int | None]]
+    store: StoreStats
+    fidelity: FidelityStats | None = None
+    unstored: int = 0
+    withdrawn: int = 0
+    storing: int = 0
+    little_found: int = 0
+    cut_short: int = 0
+    store_age: float = 0.0
+
+    @property
+    def found_share(self) -> float:
+        """Share of the retrieved tokens that was in the store and found; of all prompts' tokens where nobody ever said what was
+        retrieved."""
+        if self.retrieved:
+            return share_found(self.retrieved_found, self.retrieved)
+        return share_found(self.reused + self.recomputed, self.prompt_tokens)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields and `found_share`, for JSON."""
+        return {
+            **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)},
+            "found_share": self.found_share,
+            "store": self.store.as_dict(),
+            "fidelity": None if self.fidelity is None else dataclasses.asdict(self.fidelity),
+        }
+
+
+class RequestCounter:
+    """Adds reports up; safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._requests = self._full = 0
+        self._sums = dict.fromkeys(_SUMMED, 0)
+        self._retrieved_found = 0
+        self._ttft = 0.0
+        self._by_tier: dict[str, Histogram] = {}
+
+    def add(self, report: Report) -> None:
+        """Count one request."""
+        with self._lock:
+            if report.full:
+                self._full += 1
+                return
+            self._requests += 1
+            for name in _SUMMED:
+                self._sums[name] += getattr(report, name)
+            if report.retrieved:
+                self._retrieved_found += min(report.reused + report.recomputed, report.retrieved)
+            self._ttft += report.ttft
+            histogram = self._by_tier.setdefault(report.slowest_tier, Histogram())
+        histogram.add(report.ttft)
+
+    def ttft_histograms(self) -> dict[str, Histogram]:
+        """Times to first token, by the slowest tier read from."""
+        with self._lock:
+            return dict(self._by_tier)
+
+    def stats(
+        self, store: StoreStats, fidelity: FidelityStats | None, *, store_age: float, **counts: int
+    ) -> EngineStats:
+        """The totals, and the others' figures (`counts` by their names); see `EngineStats`."""
+        with self._lock:
+            return EngineStats(
+                requests=self._requests,
+                full_prefills=self._full,
+                **self._sums,
+                retrieved_found=self._retrieved_found,
+                ttft_seconds=self._ttft,
+                ttft={tier: histogram.summary() for tier, histogram in self._by_tier.items()},
+                store=store,
+                fidelity=fidelity,
+                **counts,
+                store_age=store_age,
+            )

@@ -1,0 +1,56 @@
+"""Web pages: what a page says as Markdown, without its scripts and styles. By Beautiful Soup and markdownify."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from cachetune_rag.checking.escaping import visible_line
+from cachetune_rag.text.files.readers.base import CorpusError, Reader, SourceDocument, clean, read_whole
+
+_NOT_SAID = ["head", "script", "style", "template", "noscript", "svg", "iframe", "object", "canvas"]
+
+
+class HtmlReader(Reader):
+    """A file is a document. Its encoding is the one that it states; links and pictures leave their words."""
+
+    what = "HTML"
+    suffixes = (".html", ".htm", ".xhtml")
+    packages = ("bs4", "markdownify")
+
+    def check(self, head: bytes, path: Path) -> None:
+        """Refuse what other formats begin with; a page may be in any encoding, so zeros say nothing."""
+        if head.startswith((b"%PDF-", b"PK\x03\x04", b"\x1f\x8b", b"\x89PNG")):
+            raise CorpusError(f"{visible_line(path)} is a binary file, not HTML: give it the ending of what it is.")
+
+    def read(self, stream: BinaryIO, name: str, path: Path) -> Iterator[SourceDocument]:
+        """One document."""
+        data = read_whole(stream, path)
+        try:
+            text = clean(_markdown(data))
+        except (RecursionError, ValueError, AssertionError) as error:
+            raise CorpusError(
+                f"{visible_line(path)} can't be read as HTML ({type(error).__name__}: {error}): repair it, or convert it to text."
+            ) from None
+        yield SourceDocument(name, text, None, len(data), str(path))
+
+
+def _markdown(data: bytes) -> str:
+    from bs4 import BeautifulSoup
+    from markdownify import MarkdownConverter
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice to programmers: that it looks like XML, or like a file's name
+        page = BeautifulSoup(data, "html.parser")
+    title = page.title.get_text(" ", strip=True) if page.title else ""
+    for tag in page.find_all(_NOT_SAID):
+        tag.decompose()
+    convert = MarkdownConverter(
+        heading_style="atx", bullets="-", strip=["a", "img"], escape_asterisks=False, escape_underscores=False, escape_misc=False
+    )  # fmt: skip
+    heading = f"# {title}\n\n" if title and page.h1 is None else ""
+    body = re.sub(r"[ \t]+\n", "\n", convert.convert_soup(page)).strip()
+    return re.sub(r"\n{3,}", "\n\n", f"{heading}{body}\n") if heading or body else ""

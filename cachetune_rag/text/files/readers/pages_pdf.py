@@ -1,0 +1,56 @@
+"""The text of PDFs, by pypdf."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from cachetune_rag.checking.escaping import visible_line
+from cachetune_rag.text.files.readers.base import CorpusError, Reader, SourceDocument, clean
+
+_MARK_WITHIN = 1024
+"""A PDF may have this many bytes of something else in front."""
+
+
+class PdfReader(Reader):
+    """A file is a document; its pages follow each other with an empty line between. Scanned pages have no text."""
+
+    what = "PDF"
+    suffixes = (".pdf",)
+    packages = ("pypdf",)
+    whole = False
+
+    def check(self, head: bytes, path: Path) -> None:
+        """Refuse what isn't marked as a PDF."""
+        if b"%PDF-" not in head[:_MARK_WITHIN]:
+            raise CorpusError(f"{visible_line(path)} is no PDF, although it is named like one: give it another ending.")
+
+    def read(self, stream: BinaryIO, name: str, path: Path) -> Iterator[SourceDocument]:
+        """One document."""
+        try:
+            text = clean(_text(stream, path))
+        except (CorpusError, OSError, MemoryError):
+            raise
+        except Exception as error:  # a broken file may raise whatever pypdf stumbles over
+            raise CorpusError(
+                f"{visible_line(path)} can't be read as a PDF ({type(error).__name__}: {error}): save it anew, or convert it to "
+                "text."
+            ) from None
+        if not text.strip():
+            raise CorpusError(
+                f"{visible_line(path)} holds no text (its pages may be pictures): run text recognition (OCR) over it first."
+            )
+        yield SourceDocument(name, text, None, path.stat().st_size, str(path))
+
+
+def _text(stream: BinaryIO, path: Path) -> str:
+    import pypdf
+
+    logging.getLogger("pypdf").setLevel(logging.ERROR)  # it warns, a line each, about flaws that it reads over
+    document = pypdf.PdfReader(stream)
+    if document.is_encrypted and not document.decrypt(""):
+        raise CorpusError(f"{visible_line(path)} is encrypted: save it without a password.")
+    pages = (page.extract_text().strip() for page in document.pages)
+    return "\n\n".join(filter(None, pages)) + "\n"

@@ -1,0 +1,1 @@
+"""Prompts: chat templates, where the chunks stand, and the ids of the whole."""

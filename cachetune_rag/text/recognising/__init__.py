@@ -1,0 +1,1 @@
+"""Finding known chunk texts inside a prompt."""

@@ -1,0 +1,44 @@
+"""An approximate set of hashes: it never denies one that was added, and may affirm one that wasn't. Asked about whole arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from cachetune_rag.text.recognising.rolling_hash import Hashes
+
+MIX = 0xBF58476D1CE4E5B9
+"""An odd number that spreads a hash's bits, from SplitMix64."""
+_BITS = 22
+
+
+class Bitmap:
+    """Four million bits, of which each hash sets one. Only bits are ever added, so reading needs no lock."""
+
+    def __init__(self, hashes: Iterable[int] = ()) -> None:
+        self._bytes = np.zeros(1 << (_BITS - 3), dtype=np.uint8)
+        self.mark(list(hashes))
+
+    def mark(self, hashes: list[int]) -> None:
+        """Put these in."""
+        at, bits = _places(np.array(hashes, dtype=np.uint64))
+        np.bitwise_or.at(self._bytes, at, bits)
+
+    def may_hold(self, hashes: Hashes) -> npt.NDArray[np.bool_]:
+        """For each, False if it is not in here; True if it is, or another that shares its bit."""
+        at, bit = _places(hashes)
+        found: npt.NDArray[np.bool_] = (self._bytes[at] & bit) != 0
+        return found
+
+    def count(self) -> int:
+        """Bits that are set."""
+        return int(np.bitwise_count(self._bytes).sum())
+
+
+def _places(hashes: Hashes) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint8]]:
+    """Byte and bit of each: its high bits after mixing, since the low bits of a product are poorly mixed."""
+    mixed = (hashes ^ (hashes >> np.uint64(32))) * np.uint64(MIX)
+    slots = (mixed >> np.uint64(64 - _BITS)).astype(np.uint32)
+    return slots >> np.uint32(3), np.uint8(1) << (slots & np.uint32(7)).astype(np.uint8)

@@ -1,0 +1,249 @@
+"""Searching one prompt for all known chunks.
+
+One vectorised pass gives the polynomial prefix hash of the prompt, from which the hash of any slice costs a subtraction and
+two multiplications. A bitmap over the hashes of every chunk's first `ANCHOR` characters then leaves the few places where a
+chunk may begin. Only there, longer prefixes (twice, four times the anchor, ...) narrow the chunks down to those of a few
+lengths, so many chunks that share a header cost no more than one that doesn't.
+
+Stored texts and prompts may be made to do harm, or be a table of a thousand dashes: then a chunk may begin
+everywhere, and have any of a thousand lengths. Two things keep the search linear in the prompt. Places in a row where nothing
+was found are looked at many at a time. And hashes of slices are counted: there are `CREDIT` of them for any prompt, and `RATE`
+more a character of what lies behind. Where they are used up, the next places are passed over until enough of the prompt lies
+behind; chunks further on are found again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from cachetune_rag.text.recognising.bitmap import MIX, Bitmap
+from cachetune_rag.text.recognising.rolling_hash import Hashes, PrefixHashes
+
+ANCHOR = 32
+"""Characters by which the beginning of a chunk is found; shorter chunks are never recognised (they save nothing)."""
+
+CREDIT = 1 << 20
+RATE = 16
+"""Hashes of slices that any prompt may cost, and that each character adds; one takes a dozen nanoseconds."""
+
+_ONE_BY_ONE = 64  # what looking at a single place costs, in hashes
+_CALL = 1024  # what looking at many places costs besides
+_RESERVE = 1 << 18  # hashes that must be due again before looking goes on
+_PATIENCE = 8  # places in vain before many are looked at at a time
+_FIRST_BLOCK, _BLOCK = 64, 8192  # places
+_AT_A_TIME = 1 << 17  # hashes in memory
+_STRETCH = 1 << 14  # characters whose hashes stay in the processor's cache
+
+_MASK = (1 << 64) - 1
+
+Lengths = int | tuple[int, ...]
+"""A length, or several, longest first. Most chunks have their beginning to themselves, and a number takes less memory."""
+Places = npt.NDArray[np.intp]
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of the chunks (`ChunkRecognizer`). It may grow and shrink during a search.
+
+    Attributes:
+        anchors: by the hash of a chunk's first ANCHOR characters.
+        groups: by the tag of its longest prefix of ANCHOR << level characters, the lengths of the chunks that have it.
+        texts: by the tag of the whole text, its SHA-256, or those of several.
+        levels: of all chunks, the highest first.
+        anchor_bits, group_bits, text_bits: the keys of the three.
+    """
+
+    anchors: Mapping[int, int]
+    groups: Mapping[int, Lengths]
+    texts: Mapping[int, bytes | dict[bytes, int]]
+    levels: tuple[int, ...]
+    anchor_bits: Bitmap
+    group_bits: Bitmap
+    text_bits: Bitmap
+
+
+class Found(NamedTuple):
+    """What a search found.
+
+    Attributes:
+        places: where chunks stand, `[start, end)` in characters.
+        left_out: how many places where one may begin were not looked at.
+        hashes: of slices that were looked at, about: what the search cost beyond one pass over the prompt.
+    """
+
+    places: list[tuple[int, int]]
+    left_out: int = 0
+    hashes: int = 0
+
+
+def search(prompt: str, known: Known) -> Found:
+    """Known chunks in a prompt: leftmost first, the longest at a place, verified in full, without overlap."""
+    return _Search(prompt, known).run()
+
+
+def level_of(length: int) -> int:
+    """The largest n with ANCHOR * 2**n <= length."""
+    return (length // ANCHOR).bit_length() - 1
+
+
+def tag_of(value: int, salt: int) -> int:
+    """A hash mixed with its level or length, so that equal hashes of different ones have different tags."""
+    return (value ^ (salt * MIX)) & _MASK
+
+
+def lengths_of(lengths: Lengths) -> tuple[int, ...]:
+    """All of them, longest first."""
+    return lengths if isinstance(lengths, tuple) else (lengths,)
+
+
+class _Search:
+    def __init__(self, prompt: str, known: Known):
+        self._prompt, self._known, self._length = prompt, known, len(prompt)
+        self._prefix = PrefixHashes(prompt)
+        self._spent = 0
+        self._heads_from = self._heads_to = 0
+        self._heads: list[tuple[int, list[int]]] = []
+
+    def run(self) -> Found:
+        starts = self._starts()
+        found: list[tuple[int, int]] = []
+        row = left_out = vain = 0
+        block = _FIRST_BLOCK
+        while row < len(starts):
+            start = int(starts[row])
+            if self._used_up(start):
+                # Skip far enough to pay for many places at once; otherwise every place would be tried and given up again.
+                after = int(np.searchsorted(starts, (self._spent - CREDIT + _RESERVE) // RATE, side="right"))
+                left_out += after - row
+                row = after
+                continue
+            if vain >= _PATIENCE:
+                looked = self._in_vain(starts[row : row + block])
+                block = min(2 * block, _BLOCK) if looked == block else _FIRST_BLOCK
+                if looked:
+                    row += looked
+                    continue
+            end = self._longest_at(starts, row)
+            if end is None:
+                row, vain = row + 1, vain + 1
+            else:
+                found.append((start, end))
+                row, vain, block = int(np.searchsorted(starts, end)), 0, _FIRST_BLOCK
+        return Found(found, left_out, self._spent)
+
+    def _used_up(self, start: int) -> bool:
+        """Whether the search has cost more hashes than the prompt up to this place allows."""
+        return self._spent > CREDIT + RATE * start
+
+    def _starts(self) -> Places:
+        """Places where the bitmap and then the table of anchors say that a chunk may begin."""
+        anchors, found = self._known.anchors, []
+        for first in range(0, self._length - ANCHOR + 1, _STRETCH):
+            hashes = self._prefix.slices(ANCHOR, first, first + _STRETCH)
+            maybe = np.flatnonzero(self._known.anchor_bits.may_hold(hashes))
+            sure = np.fromiter((anchor in anchors for anchor in hashes[maybe].tolist()), np.bool_, len(maybe))
+            found.append(maybe[sure] + first)
+        return np.concatenate(found)
+
+    def _longest_at(self, starts: Places, row: int) -> int | None:
+        """The end of the longest chunk at a place."""
+        self._spent += _ONE_BY_ONE
+        start = int(starts[row])
+        for level, head in self._heads_at(starts, row):
+            if start + (ANCHOR << level) > self._length:
+                continue
+            group = self._known.groups.get(tag_of(head, level))
+            if group is None:
+                continue
+            fitting = [length for length in lengths_of(group) if start + length <= self._length]
+            self._spent += 4 * len(fitting)
+            for length, tag in self._likely(start, fitting):
+                digests = self._known.texts.get(tag)
+                if digests is not None and self._is_one_of(digests, start, start + length):
+                    return start + length
+        return None
+
+    def _likely(self, start: int, lengths: list[int]) -> list[tuple[int, int]]:
+        """(length, tag) of the slices at a place that may be whole chunks; of many lengths, few are left."""
+        if len(lengths) <= _PATIENCE:
+            fulls = self._prefix.slices_from(start, lengths)
+            return [(length, tag_of(full, length)) for length, full in zip(lengths, fulls, strict=True)]
+        array = np.array(lengths, dtype=np.intp)
+        tags = _tags(self._prefix.between(np.full_like(array, start), start + array), array.astype(np.uint64))
+        likely = np.flatnonzero(self._known.text_bits.may_hold(tags)).tolist()
+        return [(lengths[i], int(tags[i])) for i in likely]
+
+    def _is_one_of(self, digests: bytes | dict[bytes, int], start: int, end: int) -> bool:
+        digest = sha256(self._prompt[start:end].encode("utf-8", "surrogatepass")).digest()
+        if digest == digests if isinstance(digests, bytes) else digest in digests:
+            return True
+        self._spent += end - start  # two texts with one hash, which can only be on purpose
+        return False
+
+    def _heads_at(self, starts: Places, row: int) -> list[tuple[int, int]]:
+        """(level, hash of that level's prefix) at a place, longest first; made for some places ahead at once."""
+        if not self._heads_from <= row < self._heads_to:
+            some = starts[row : row + _FIRST_BLOCK]
+            self._heads_from, self._heads_to = row, row + len(some)
+            self._heads = [
+                (level, self._prefix.slices_at(some, ANCHOR << level).tolist()) for level in self._known.levels
+            ]
+        return [(level, hashes[row - self._heads_from]) for level, hashes in self._heads]
+
+    def _in_vain(self, starts: Places) -> int:
+        """How many of these places, from the first on, can be passed over because no chunk begins at them."""
+        looked = len(starts)
+        for level in self._known.levels:
+            self._spent += _CALL + looked
+            some = starts[:looked]
+            inside = np.flatnonzero(some + (ANCHOR << level) <= self._length)
+            tags = _tags(self._prefix.slices_at(some[inside], ANCHOR << level), level)
+            likely = self._known.group_bits.may_hold(tags)
+            rows, tags = inside[likely], tags[likely]
+            if len(rows):
+                looked = min(looked, self._first_at_level(some, rows, tags))
+        return looked
+
+    def _first_at_level(self, starts: Places, rows: Places, tags: Hashes) -> int:
+        """The first of the rows at which the hash of a whole chunk is right, or from which on nothing was looked at."""
+        distinct, which = np.unique(tags, return_inverse=True)
+        lengths = [lengths_of(self._known.groups.get(tag, ())) for tag in distinct.tolist()]
+        sizes = np.array([len(each) for each in lengths], dtype=np.intp)
+        flat = np.array([length for each in lengths for length in each], dtype=np.intp)
+        self._spent += 4 * len(flat)
+        first = np.cumsum(sizes) - sizes
+        counts = sizes[which]
+        done = np.cumsum(counts)
+        at = 0
+        while at < len(rows):
+            before = int(done[at - 1]) if at else 0
+            end = max(at + 1, int(np.searchsorted(done, before + _AT_A_TIME, side="right")))
+            if self._used_up(int(starts[rows[at]])):
+                return int(rows[at])
+            some, count = rows[at:end], counts[at:end]
+            total = int(done[end - 1]) - before
+            self._spent += total
+            within = np.arange(total) - np.repeat(done[at:end] - count - before, count)
+            length = flat[np.repeat(first[which[at:end]], count) + within]
+            place = np.repeat(some, count)
+            fits = starts[place] + length <= self._length
+            place, length = place[fits], length[fits]
+            full = _tags(self._prefix.between(starts[place], starts[place] + length), length.astype(np.uint64))
+            for i in np.flatnonzero(self._known.text_bits.may_hold(full)).tolist():
+                if int(full[i]) in self._known.texts:
+                    return int(place[i])
+            at = end
+        return len(starts)
+
+
+def _tags(hashes: Hashes, salts: Hashes | int) -> Hashes:
+    """`tag_of`, for arrays."""
+    mixed = np.uint64(salts * MIX & _MASK) if isinstance(salts, int) else salts * np.uint64(MIX)
+    tags: Hashes = hashes ^ mixed
+    return tags

@@ -1,0 +1,196 @@
+"""The loader for GPUs, over streams that do everything at once: what is queued, in which order, and for which layer.
+
+Whether streams really run side by side is for the card (tests/test_gpu.py); what the loader asks of them is seen here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import llama, tokenizer
+
+from cachetune_rag import CacheTune, Document
+from cachetune_rag.concurrency.deadline import DeadlinePool
+from cachetune_rag.reuse import device_loader as device_module
+from cachetune_rag.reuse.device_loader import DeviceLoader, Streams
+from cachetune_rag.reuse.host_copies import HostCopies
+from cachetune_rag.reuse.layer_loader import LayerLoader, Source
+from cachetune_store import ChunkStore
+
+TEXTS = [
+    "The lighthouse was built in 1871.",
+    "Visitors climb 214 steps, of which the last forty are a ladder, and are given a certificate at the top.",
+    "The keeper's house is a museum.",
+]
+LENGTH = 200
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+
+
+class Stream:
+    cuda_stream = 7
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.waited: list[Any] = []
+
+    def wait_event(self, event: Any) -> None:
+        assert event.recorded, "waits for an event that nothing has recorded"
+        self.waited.append(event)
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+
+class Event:
+    recorded = False
+
+    def __init__(self, enable_timing: bool = False): ...
+
+    def record(self, stream: Any = None) -> None:
+        self.recorded = True
+
+
+@pytest.fixture(autouse=True)
+def _immediate(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = Stream()
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device=None: current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _stream: nullcontext())
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
+
+
+@pytest.fixture(
+    params=[
+        "exact", "int8", "int4", "exact without addresses",
+        *(
+            pytest.param(f"{codec} by kernel", marks=pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter"))
+            for codec in ("exact", "int4")
+        ),
+    ]
+)  # fmt: skip
+def engine(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CacheTune]:
+    codec, by_address = request.param.split()[0], "without" not in request.param
+    by_kernel = "kernel" in request.param
+    layers = 3 if by_kernel else 8  # the interpreter is slow
+    monkeypatch.setattr(device_module, "kernels_run_on", lambda _device: by_kernel)
+
+    def run(copies: list[tuple[int, int, int]], stream: int) -> None:
+        assert stream == Stream.cuda_stream
+        for to, at, count in copies:
+            ctypes.memmove(to, at, count)
+
+    monkeypatch.setattr(device_module, "host_copies", lambda: HostCopies(run) if by_address else None)
+    with opened(tmp_path, llama(layers=layers), codec=codec) as made:
+        made.precompute([Document("a", TEXTS)])
+        assert made.adapter._half_split() == [True] * layers
+        yield made
+
+
+@contextmanager
+def opened(path: Path, model: Any, **options: Any) -> Iterator[CacheTune]:
+    """An engine whose store has a device tier, in the CPU's memory."""
+    store = ChunkStore(path, device="cpu", device_budget="64MiB", **options)
+    with store, CacheTune(model, tokenizer(), store) as made:
+        made.adapter.half_split = [True] * made.adapter.num_layers
+        yield made
+
+
+def sources(engine: CacheTune, shares: list[float]) -> list[Source]:
+    start, found = 5, []
+    for text, share in zip(TEXTS, shares, strict=True):
+        reader = engine.store.open(engine._assembler.key(engine.prompts.encode(text)))
+        assert reader is not None
+        found.append(Source(reader, start, int(share * reader.layout.tokens)))
+        start += reader.layout.tokens + 2
+    return found
+
+
+@pytest.mark.parametrize("tiers", ["host", "disk", "device", "device+host", "device+disk"])
+@pytest.mark.parametrize("probed", [0, 2, "hurried"])
+def test_buffers_are_as_the_plain_loader_fills_them(
+    engine: CacheTune, tiers: str, probed: int | str, tmp_path: Path
+) -> None:
+    if "disk" in tiers:  # another engine over the same directory, with nothing in host memory
+        with opened(tmp_path, engine.adapter.model, host_budget=0) as cold:
+            check(cold, probed, tiers)
+    else:
+        check(engine, probed, tiers)
+
+
+def check(engine: CacheTune, probed: int | str, tiers: str) -> None:
+    looked = probed if isinstance(probed, int) else 0
+    adapter = engine.adapter
+    if "device" in tiers:
+        for source in sources(engine, [1, 1, 1])[0 if tiers == "device" else 1 :]:
+            with source.reader:
+                source.reader.promote()
+    filled = []
+    # Opened beforehand: a chunk that was read from disk whole is on the device when its reader is closed.
+    passes = [(plain, sources(engine, [1, 1, 1]), sources(engine, [0.5, 1, 0])) for plain in (True, False)]
+    with closing(DeadlinePool(None)) as pool:
+        for plain, whole, some in passes:
+            buffers = adapter.new_buffers(LENGTH)
+            for rows in (*buffers.key_rows, *buffers.value_rows):
+                rows.zero_()
+            assert {s.reader.tier for s in whole} == set(tiers.split("+"))
+            if plain:
+                loader = LayerLoader(adapter, whole, buffers, pool)
+            else:
+                loader = DeviceLoader(adapter, whole, buffers, pool, Streams(adapter.device, adapter.num_layers))
+            if probed == "hurried":
+                loader.hurry()
+            for layer in range(looked):
+                loader.load(layer)
+            ahead = list(loader._loaded)
+            loader.set_sources(some)
+            loader.begin()
+            for layer in range(adapter.num_layers):
+                loader.load(layer)
+                assert loader._loaded[layer]
+            loader.close()
+            if not plain and tiers == "device" and loader._kernel:
+                assert loader._stages == [{}, {}], "rows on the device are read where they lie"
+            read = [s.reader.bytes_read for s in (*whole, *some)]
+            for source in (*whole, *some):
+                source.reader.close()
+            filled.append((buffers, ahead, read))
+    (wanted, _, plain_read), (found, ahead, read) = filled
+    if not probed and "disk" not in tiers:  # nothing was begun that the change of sources made needless
+        assert read == plain_read
+    places = np.concatenate([s.places[: s.rows] for s in some])
+    for layer in range(adapter.num_layers):
+        # Layers queued before the sources changed hold more rows than are needed: those at `places` are what counts.
+        at = slice(None) if not ahead[layer] or layer < looked else places
+        assert torch.equal(found.key_rows[layer][at], wanted.key_rows[layer][at])
+        assert torch.equal(found.value_rows[layer][at], wanted.value_rows[layer][at])
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+@pytest.mark.parametrize("columns", [4, 2])
+def test_numbers_of_tokens_stand_in_a_table(
+    engine: CacheTune, columns: int, pinned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: pinned)
+    pieces = [(at, torch.rand(tokens, 4).half()) for at, tokens in ((3, 7), (10, 2), (50, 100))]
+    wanted = torch.zeros(LENGTH, columns).half()
+    for at, numbers in pieces:
+        wanted[at : at + len(numbers)] = numbers[:, :columns]
+    adapter, buffers = engine.adapter, engine.adapter.new_buffers(LENGTH)
+    with closing(DeadlinePool(None)) as pool:
+        plain = LayerLoader(adapter, [], buffers, pool)
+        loader = DeviceLoader(adapter, [], buffers, pool, Streams(adapter.device, adapter.num_layers))
+        assert torch.equal(plain.bring(pieces, columns), wanted)
+        found = loader.bring(pieces, columns)
+        loader.load(0)
+        assert torch.equal(found, wanted)
+        assert loader._streams.brought in loader._current.waited, "what computes waits for it"  # type: ignore[attr-defined]
+        loader.close()
