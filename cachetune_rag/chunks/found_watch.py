@@ -28,7 +28,7 @@ _AT_ONCE = 0.5  # seconds that comparing may take in all before it is rationed
 _SPREAD = 100  # then each comparison is followed by a pause so many times as long
 _TEXTS = 4
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("cachetune_rag.found_watch")
 
 
 class FoundWatch:

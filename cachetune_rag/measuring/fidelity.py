@@ -33,7 +33,7 @@ IDLE_SECONDS = 0.05
 RECENT = 1000
 """Samples over which quantiles are taken."""
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("cachetune_rag.fidelity")
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def test_the_engine_warns_once_of_a_kind(
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             engine.prompt_from_text(prompt, retrieved=PASSAGES if told else ())
-    assert [record.name for record in caplog.records] == ["cachetune_rag.chunks.found_watch"]
+    assert [record.name for record in caplog.records] == ["cachetune_rag.found_watch"]
     assert f"The likely reason: {kind} ({REASONS[kind]})" in caplog.text
     assert "keeper" not in caplog.text, "no log line holds a text"
     assert engine.stats().little_found == 3
@@ -93,7 +93,7 @@ def test_the_share_found_is_said_once_and_then_to_who_debugs(
     """So that somebody who has just set a pipeline up sees that it works."""
     engine.precompute(PASSAGES[:2])
     tokens = [len(engine.prompts.encode(text)) for text in PASSAGES]
-    with caplog.at_level(logging.DEBUG, logger="cachetune_rag.chunks.found_watch"):
+    with caplog.at_level(logging.DEBUG, logger="cachetune_rag.found_watch"):
         engine.prompt_from_text("Nothing was retrieved for this.")
         assert not caplog.records
         engine.prompt_from_text("\n".join(PASSAGES[:2]) + "\nWho?", retrieved=PASSAGES[:2])

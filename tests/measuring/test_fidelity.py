@@ -142,7 +142,7 @@ def test_the_log_line_has_figures_and_no_text(engine: CacheTune, caplog: pytest.
     with caplog.at_level(logging.INFO, "cachetune_rag"):
         answer = ask(engine, ratio=0.25)
         measured(engine)
-    (line,) = [r.getMessage() for r in caplog.records if r.name == "cachetune_rag.measuring.fidelity"]
+    (line,) = [r.getMessage() for r in caplog.records if r.name == "cachetune_rag.fidelity"]
     assert answer.report.request_id in line
     assert "r=0.25" in line
     assert "over 6 answer tokens" in line
