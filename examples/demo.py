@@ -1,4 +1,4 @@
-"""`make demo`: a real model answers questions over real documents from reused KV, beside full prefill.
+"""`make demo`: a real model answers questions over real documents, with reuse and by full prefill.
 
 Documents: topics of Python's language reference, which ship with Python (`pydoc_data.topics`). Passages are picked by a faiss
 retriever over real embeddings. The model is SmolLM2-135M-Instruct, float32, on the CPU (or a GPU if there is one).
@@ -62,12 +62,12 @@ def main() -> None:
 
 
 def step(message: str) -> None:
-    """What happens now, at once: where there is no terminal, too."""
+    """Say what happens now, also where there is no terminal to draw a bar on."""
     print(message, file=sys.stderr, flush=True)
 
 
 def index(engine: CacheTune, documents: list[Document], console: Console) -> None:
-    """The precompute job, once per document collection."""
+    """Store the documents' chunks. This is needed once for a collection of documents."""
     total = sum(len(d.chunks) for d in documents)
     step(f"precomputing {total} chunks of {len(documents)} documents ...")
     if not console.is_terminal:
@@ -86,7 +86,7 @@ def index(engine: CacheTune, documents: list[Document], console: Console) -> Non
 
 
 class Lines:
-    """Progress in lines, one every ten seconds, for where a bar can't be drawn."""
+    """Shows progress in lines, one every ten seconds, where a bar can't be drawn."""
 
     def __init__(self, total: int):
         self._total, self._spoke = total, time.monotonic()
@@ -98,7 +98,7 @@ class Lines:
 
 
 def ask(engine: CacheTune, question: str, passages: list[str], answer_tokens: int) -> dict:
-    """One question by full prefill and by reuse: times, token counts, how far the next token's odds moved, answers."""
+    """Answer one question by full prefill and with reuse: reports, KL of the next token, and answers."""
     full = engine.full_prefill(query=question, chunks=passages)
     reference = full.logits.log_softmax(-1)
     rows = []
@@ -117,7 +117,7 @@ def ask(engine: CacheTune, question: str, passages: list[str], answer_tokens: in
 
 
 def show(console: Console, results: list[dict]) -> None:
-    """The table, and the answers under it."""
+    """Print the table, and the answers below it."""
     table = Table(title="Time to first token: full prefill and reuse", header_style="bold")
     for name in (
         "question",

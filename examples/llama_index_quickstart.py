@@ -25,10 +25,10 @@ def main() -> None:
             embed_model=for_llama_index(),
         )
 
-        # Drop-in: the default synthesizer; the engine finds the nodes in its prompt.
+        # With the default synthesizer, the engine finds the nodes in the prompt.
         print(index.as_query_engine(llm=llm, similarity_top_k=4).query(QUESTION))
         print(llm.last_report)
-        # Explicit, streamed: the nodes are handed over one by one.
+        # With ours, the nodes are handed over one by one. This one streams.
         synthesizer = CacheTuneSynthesizer(llm, streaming=True)
         query_engine = index.as_query_engine(response_synthesizer=synthesizer, llm=llm, similarity_top_k=4)
         query_engine.query(QUESTION).print_response_stream()

@@ -14,7 +14,7 @@ class Retriever:
     """Finds the passages nearest to a question by cosine similarity."""
 
     def __init__(self, passages: Sequence[str]):
-        # The package carries its weights and tokenizer; its default loader would look for the tokenizer elsewhere.
+        # The package contains its weights and tokenizer, but its default loader looks for the tokenizer elsewhere.
         self._embedder = wordllama.WordLlama.load(cache_dir=Path(wordllama.__file__).parent, disable_download=True)
         self._passages = list(passages)
         vectors = self.embed(self._passages)

@@ -40,7 +40,7 @@ def model_path() -> Path:
         print("converting the model once ...", file=sys.stderr, flush=True)
         made = _convert(gguf, Path(work) / "converted")
         try:
-            made.rename(target)  # whole or not at all, also when two processes convert at once
+            made.rename(target)  # so the folder is there whole or not at all, even if two processes convert at once
         except OSError:
             if not (target / "model.safetensors").exists():
                 shutil.rmtree(target, ignore_errors=True)
