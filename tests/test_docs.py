@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -221,3 +222,47 @@ def test_the_architecture_page_has_every_folder() -> None:
     assert {name for name in tops if f"| `{name}` |" not in text} == set()
     files = {path.name for path in (ROOT / "cachetune_rag").glob("[a-z]*.py")}
     assert {name for name in files if f"`{name}`" not in text} == set()
+
+
+OURS = ("cachetune_rag", "cachetune_store", "langchain_cachetune", "llama_index.llms.cachetune")
+
+
+def resolves(dotted: str) -> bool:
+    """Whether a dotted name is a module, or something in one."""
+    module, names = dotted, list[str]()
+    while module:
+        try:
+            found = importlib.import_module(module)
+        except ModuleNotFoundError:
+            module, _, name = module.rpartition(".")
+            names.insert(0, name)
+            continue
+        for name in names:
+            if not hasattr(found, name):
+                return False
+            found = getattr(found, name)
+        return True
+    return False
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_code_is_python_and_imports_what_there_is(path: Path) -> None:
+    if path.name == "CHANGELOG.md":
+        return
+    named: set[str] = set()
+    for language, block in FENCE.findall(path.read_text()):
+        if language == "diff":
+            block = "\n".join(line[1:] for line in block.splitlines() if line.startswith("+"))
+            block = "\n".join(re.findall(r"^(?:from|import) .*", block, re.MULTILINE))
+        elif language != "python":
+            continue
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(OURS):
+                named |= {f"{node.module}.{name.name}" for name in node.names}
+    loggers = {
+        name
+        for file in (ROOT / "cachetune_rag").rglob("*.py")
+        for name in re.findall(r'getLogger\("([\w.]+)"\)', file.read_text())
+    }
+    named |= set(re.findall(r"`((?:cachetune_rag|cachetune_store)(?:\.\w+)+)`", path.read_text())) - loggers
+    assert {name for name in named if not resolves(name)} == set()
