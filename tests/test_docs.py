@@ -266,3 +266,26 @@ def test_code_is_python_and_imports_what_there_is(path: Path) -> None:
     }
     named |= set(re.findall(r"`((?:cachetune_rag|cachetune_store)(?:\.\w+)+)`", path.read_text())) - loggers
     assert {name for name in named if not resolves(name)} == set()
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        "a codec",
+        "a selector",
+        "what a miss does",
+        "a metric",
+        "a model family",
+        "a tier",
+        "a kind of prompt template",
+        "an option of the command line",
+        "a kernel",
+        "a bound or statistic of calibration",
+    ],
+)
+def test_the_architecture_page_says_which_files_a_change_touches(task: str) -> None:
+    section = page("docs/architecture.md").split("## Where to add things")[1]
+    rows = [line.split(" | ") for line in section.splitlines() if line.startswith(f"| {task}")]
+    assert rows
+    for _, touch, *_ in rows:
+        assert any(find(name) for name in re.findall(r"`([\w./]+/[\w./]*)`", touch)), touch
