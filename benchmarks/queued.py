@@ -105,8 +105,8 @@ def measure(engine: CacheTune, first: list[str], second: list[str], args: Any) -
 
 def empty_host_memory(engine: CacheTune, chunks: list[str]) -> None:
     """Leave the chunks on disk alone. Users have no need of it, so there is no public call."""
-    keys = [engine._assembler.key(engine.prompts.encode(text)) for text in chunks]
-    for reader in engine._prefetcher.take(keys).values():
+    keys = [engine.runtime.assembler.key(engine.prompts.encode(text)) for text in chunks]
+    for reader in engine.runtime.prefetcher.take(keys).values():
         reader.close()
     for key in keys:
         engine.store._placement.host.remove(key)

@@ -89,17 +89,17 @@ class CacheTune(EngineParts):
         Raises:
             ConfigError: an argument or a document can't be used. Those before it are stored.
         """
-        self._check_open()
+        self.runtime.lifetime.check()
         if isinstance(documents, Document | str):
             documents = [documents]
-        self._missed.wait()  # in the order in which it came: lead-ins are chosen from what is stored first
+        self.runtime.backfill.wait()  # in the order in which it came: lead-ins are chosen from what is stored first
         try:
-            return self._precomputer.run(documents, progress, replace_documents=replace)
+            return self.runtime.precomputer.run(documents, progress, replace_documents=replace)
         except StoreClosedError:
-            self._check_open()  # by a callback or another thread, meanwhile
+            self.runtime.lifetime.check()  # by a callback or another thread, meanwhile
             raise
         finally:
-            self._recognizer.changed()  # a document that was replaced may have freed chunks
+            self.runtime.recognizer.changed()  # a document that was replaced may have freed chunks
 
     def remove(self, document_id: str, *, missing_ok: bool = False) -> int:
         """Forget a document and free the chunks that no other document holds. Returns the bytes freed.
@@ -107,10 +107,10 @@ class CacheTune(EngineParts):
         Raises:
             UnknownDocumentError: there is no such document, unless `missing_ok`.
         """
-        self._check_open()
+        self.runtime.lifetime.check()
         check_id(document_id)
         check_flag(missing_ok, "missing_ok")
-        self._missed.forget(document_id)
+        self.runtime.backfill.forget(document_id)
         try:
             return self.store.delete_document(document_id, tenant=self.namespace.tenant)
         except UnknownDocumentError:
@@ -118,11 +118,11 @@ class CacheTune(EngineParts):
                 return 0
             raise
         finally:
-            self._recognizer.changed()
+            self.runtime.recognizer.changed()
 
     def documents(self) -> list[DocumentInfo]:
         """The documents of this engine's tenant, by id: each one's chunks, and how many of them and bytes the store holds now."""
-        self._check_open()
+        self.runtime.lifetime.check()
         return self.store.documents(tenant=self.namespace.tenant)
 
     # -- prompts --------------------------------------------------------------------------------------------------
@@ -140,8 +140,8 @@ class CacheTune(EngineParts):
                 little was. A `Chunk` that names its document is found in the text even where it isn't stored: it is
                 computed in this request and stored behind it, under that document.
         """
-        self._origin.check()
-        return self._plain.from_text(text, recognise=recognise, retrieved=retrieved)
+        self.runtime.lifetime.check_process()
+        return self.runtime.plain_prompts.from_text(text, recognise=recognise, retrieved=retrieved)
 
     def prompt_from_messages(
         self,
@@ -167,8 +167,8 @@ class CacheTune(EngineParts):
             PromptError: the template refuses the conversation, drops a message, alters a chunk that was given as one, or has no
                 such variable.
         """
-        self._origin.check()
-        return self._plain.from_messages(
+        self.runtime.lifetime.check_process()
+        return self.runtime.plain_prompts.from_messages(
             messages, recognise=recognise, retrieved=retrieved, tools=tools, **template_arguments
         )
 
@@ -244,13 +244,13 @@ class CacheTune(EngineParts):
         Raises:
             ConfigError, PromptError, PromptTooLongError: the request can't be served; nothing was computed.
         """
-        self._check_open()
+        self.runtime.lifetime.check()
         started = time.perf_counter()
         check_flag(reuse, "reuse")
-        config = self._requests.config(selector, ratio)
-        template_arguments, sampling = self._requests.split(sampling)
-        return self._requests.stream(
-            self._requests.prompt(query, chunks, prefix, prompt, template_arguments),
+        config = self.runtime.admission.config(selector, ratio)
+        template_arguments, sampling = self.runtime.admission.split(sampling)
+        return self.runtime.admission.stream(
+            self.runtime.admission.prompt(query, chunks, prefix, prompt, template_arguments),
             config if reuse else None,
             started,
             max_new_tokens=max_new_tokens,
@@ -272,7 +272,7 @@ class CacheTune(EngineParts):
         Raises:
             ConfigError, PromptError, PromptTooLongError: on a request's turn; those before it were answered.
         """
-        self._check_open()
+        self.runtime.lifetime.check()
         return generate_many(self, requests, options)
 
     def prefetch(self, chunks: Iterable[str | Chunk] = (), *, prompt: Prompt | None = None) -> Prefetch:
@@ -285,7 +285,7 @@ class CacheTune(EngineParts):
             chunks: the chunks, texts or `Chunk`s, the most wanted first.
             prompt: a prompt from `engine.prompts`, instead of chunks.
         """
-        return self._requests.prefetch(chunks, prompt)
+        return self.runtime.admission.prefetch(chunks, prompt)
 
     def prefill(
         self,
@@ -302,12 +302,12 @@ class CacheTune(EngineParts):
 
         `template_arguments` are variables of the chat template, e.g. enable_thinking=False.
         """
-        self._check_open()
+        self.runtime.lifetime.check()
         started = time.perf_counter()
-        config = self._requests.config(selector, ratio)
-        built = self._requests.prompt(query, chunks, prefix, prompt, template_arguments)
-        state = self._requests.read(built, config, started)
-        return self._requests.store_missed(state)
+        config = self.runtime.admission.config(selector, ratio)
+        built = self.runtime.admission.prompt(query, chunks, prefix, prompt, template_arguments)
+        state = self.runtime.admission.read(built, config, started)
+        return self.runtime.admission.store_missed(state)
 
     def full_prefill(
         self,
@@ -319,10 +319,10 @@ class CacheTune(EngineParts):
         **template_arguments: Any,
     ) -> PrefillState:
         """Read the same tokens without reuse: what `prefill` is measured against."""
-        self._check_open()
+        self.runtime.lifetime.check()
         started = time.perf_counter()
-        built = self._requests.prompt(query, chunks, prefix, prompt, template_arguments)
-        return self._requests.read(built, None, started)
+        built = self.runtime.admission.prompt(query, chunks, prefix, prompt, template_arguments)
+        return self.runtime.admission.read(built, None, started)
 
     def warmup(
         self, computed_tokens: int = 2048, prompt_lengths: Sequence[int] = (8192, 32768), *, selector: str = "auto"
@@ -343,7 +343,7 @@ class CacheTune(EngineParts):
         Raises:
             ConfigError: there is no such selector, or a number of tokens is none.
         """
-        self._check_open()
+        self.runtime.lifetime.check()
         if (
             isinstance(computed_tokens, bool)
             or not isinstance(computed_tokens, int)
@@ -357,7 +357,7 @@ class CacheTune(EngineParts):
             raise ConfigError(
                 f"prompt_lengths is {shown(prompt_lengths)}: use a list of numbers of tokens, ints of at least 1; [] for none."
             )
-        with self._lock.reserved(), self._lock:
+        with self.runtime.model.lock.reserved(), self.runtime.model.lock:
             chosen = get_selector(resolve(selector, 0).selector)
             # Of chunks that aren't a mean over lead-ins no deviations are known: what is looked at is the attention alone.
             mean = len(self.lead_ins.namespace.lead_ins) > 1
@@ -403,17 +403,17 @@ class CacheTune(EngineParts):
             StoreReadOnlyError: the store can't be written, so nothing could be saved; nothing was computed.
             CacheTuneError: the samples' chunks don't stay in the store.
         """
-        self._check_open()
+        self.runtime.lifetime.check()
         plan = CalibrationPlan.of(
             bound=bound, measure=measure, selector=selector, ratios=ratios, tokens=tokens, quantile=quantile
         )
         check_savable(self.store, "calibrated")
-        return self._calibrations.save(Calibrator(self, plan, progress).run(samples))
+        return self.runtime.calibrations.save(Calibrator(self, plan, progress).run(samples))
 
     def calibrated_ratio(self, selector: str = "auto") -> float | None:
         """The ratio that `calibrate` saved for a selector, the least that keeps its bound; None if there is none."""
-        self._origin.check()
-        return self._calibrations.ratio(selector)
+        self.runtime.lifetime.check_process()
+        return self.runtime.calibrations.ratio(selector)
 
     # -- tuning ---------------------------------------------------------------------------------------------------
 
@@ -450,7 +450,7 @@ class CacheTune(EngineParts):
             StoreReadOnlyError: the store can't be written, so nothing could be saved; nothing was measured.
             CacheTuneError: chunks left the store while it was tuned.
         """
-        self._check_open()
+        self.runtime.lifetime.check()
         plan = TuningPlan.of(tier=tier, selector=selector, r_min=r_min, r_max=r_max, rounds=rounds, tokens=tokens)
         check_savable(self.store, "tuned")
         return Tuner(self, plan, progress).run(samples)
@@ -463,9 +463,9 @@ class CacheTune(EngineParts):
         By itself it is stored once no request has wanted the model for a moment, or taking turns with requests after two
         seconds. Until then a request for it computes it itself. `close()` waits for it as well.
         """
-        self._check_open()
+        self.runtime.lifetime.check()
         check_wait(timeout)
-        return self._missed.wait(timeout)
+        return self.runtime.backfill.wait(timeout)
 
     def model_changed(self) -> bool:
         """Go on with the model as it is now: for callers who change its weights (merge or switch an adapter, train on).
@@ -482,7 +482,7 @@ class CacheTune(EngineParts):
             ModelChangedError: dtype, device or shape have changed as well (make a new engine), or weights are changing just now.
             UnsupportedModelError: the model can't be served as it is now.
         """
-        self._check_open()
+        self.runtime.lifetime.check()
         return self._take_model()
 
     def stats(self) -> EngineStats:
@@ -491,20 +491,20 @@ class CacheTune(EngineParts):
         Raises:
             StoreError: the store can't be read.
         """
-        self._origin.check()
-        store, age = (self.store.stats(), 0.0) if self._closed else self._figures.get()
-        return self._counter.stats(
+        self.runtime.lifetime.check_process()
+        store, age = (self.store.stats(), 0.0) if self.runtime.lifetime.closed else self.runtime.store_stats.get()
+        return self.runtime.counter.stats(
             store,
-            self._fidelity.stats(),
+            self.runtime.fidelity.stats(),
             store_age=age,
-            unstored=self._missed.unstored,
-            withdrawn=self._missed.withdrawn,
-            storing=self._missed.waiting,
-            little_found=self._watch.prompts,
-            cut_short=self._recognizer.cut_short,
+            unstored=self.runtime.backfill.unstored,
+            withdrawn=self.runtime.backfill.withdrawn,
+            storing=self.runtime.backfill.waiting,
+            little_found=self.runtime.found_watch.prompts,
+            cut_short=self.runtime.recognizer.cut_short,
         )
 
     def ttft_histograms(self) -> dict[str, Histogram]:
         """Times to first token of requests with reuse, by the slowest tier that each read from."""
-        self._origin.check()
-        return self._counter.ttft_histograms()
+        self.runtime.lifetime.check_process()
+        return self.runtime.counter.ttft_histograms()

@@ -20,17 +20,17 @@ from cachetune_rag.chunks.lead_ins import LeadIns, given_lead_ins
 from cachetune_rag.chunks.precompute import Precomputer
 from cachetune_rag.chunks.recognition import StoreRecognizer
 from cachetune_rag.concurrency.deadline import DeadlinePool, check_timeout
-from cachetune_rag.concurrency.forks import this_process
+from cachetune_rag.concurrency.lifetime import Lifetime
 from cachetune_rag.concurrency.workers import Job
-from cachetune_rag.errors import CacheTuneError, ConfigError, EngineClosedError, ModelChangedError
+from cachetune_rag.errors import CacheTuneError, ConfigError
 from cachetune_rag.measuring.calibration.result import SavedCalibrations
 from cachetune_rag.measuring.fidelity import FidelitySampler
 from cachetune_rag.measuring.profiles import Profiles
 from cachetune_rag.measuring.tuning.saved import SavedTunings
+from cachetune_rag.model.engine_model import EngineModel
 from cachetune_rag.model.libraries.private import loaded_from
 from cachetune_rag.model.loaded.fingerprint import tokenizer_fingerprint
 from cachetune_rag.model.loading import check_loaded, check_vocabulary, load_model
-from cachetune_rag.model.shared import SharedModel
 from cachetune_rag.options import ENGINE_NAMES, EngineOptions, StoreOptions, check_names
 from cachetune_rag.readahead.prefetcher import Prefetcher
 from cachetune_rag.reuse.prefill import Assembler
@@ -88,14 +88,11 @@ class EngineParts:
         **store_options: Unpack[StoreOptions],
     ):
         check_loaded(model, tokenizer)
-        self._origin = this_process()
+        self.lifetime = Lifetime()
         check_vocabulary(model, tokenizer)
-        self._shared = SharedModel.of(model)
-        self._lock = self._shared.lock
-        self._fingerprint = self._shared.read()
-        self.adapter = self._shared.adapter(cuda_kernels=cuda_kernels)
-        self._layout = self.adapter.layout
-        self._fidelity = FidelitySampler(fidelity_sample, self.adapter, self._lock, self._check_model)
+        self.model = EngineModel(model, cuda_kernels=cuda_kernels)
+        self.adapter = self.model.adapter
+        self.fidelity = FidelitySampler(fidelity_sample, self.adapter, self.model.lock, self.model.check)
         self.tokenizer = private_copy(tokenizer)
         """The engine's own: what happens to the caller's later has no effect."""
         self.model_name: str = loaded_from(model.config) or self.adapter.architecture
@@ -107,7 +104,7 @@ class EngineParts:
         )
         check_tenant(tenant)
         namespace = Namespace(
-            model=self._fingerprint,
+            model=self.model.fingerprint,
             tokenizer=tokenizer_fingerprint(tokenizer),
             dtype=str(self.adapter.dtype).removeprefix("torch."),
             lead_ins=given_lead_ins(lead_in, self.prompts.first_token, self.adapter.config.vocab_size),
@@ -116,15 +113,14 @@ class EngineParts:
         self._owns_store = not isinstance(store, ChunkStore)
         path = store.path if isinstance(store, ChunkStore) else store
         check_timeout(read_timeout)  # of a store in memory too, which waits for no disk
-        self._pool = DeadlinePool(None if path is None else read_timeout)
+        self.pool = DeadlinePool(None if path is None else read_timeout)
         self.store = open_store(store, self.adapter.device, store_options)
-        self._prefetcher = Prefetcher(self.store)
+        self.prefetcher = Prefetcher(self.store)
         try:
             self._connect(namespace, choose_leads=lead_in == "auto", batch_tokens=batch_tokens)
         except BaseException:
             self._release()
             raise
-        self._closed = False
 
     def _connect(self, namespace: Namespace, *, choose_leads: bool, batch_tokens: int | None) -> None:
         """Make what works between model and store."""
@@ -135,42 +131,42 @@ class EngineParts:
             vocabulary=self.adapter.config.vocab_size,
             limit=self.adapter.max_positions,
             separator=self.prompts.separator_ids,
-            call=self._pool.call,
+            call=self.pool.call,
         )
         """What stands before chunks while they are computed."""
-        self.profiles = Profiles(self.store.path, self._pool.call)
-        self._calibrations = SavedCalibrations(self)
-        self._tunings = SavedTunings(self)
-        self._assembler = Assembler(
+        self.profiles = Profiles(self.store.path, self.pool.call)
+        self.calibrations = SavedCalibrations(self)
+        self.tunings = SavedTunings(self)
+        self.assembler = Assembler(
             self.adapter,
             self.store,
             self.lead_ins,
-            self._pool,
-            self._prefetcher,
-            self._tunings.apply,
-            self._check_model,
+            self.pool,
+            self.prefetcher,
+            self.tunings.apply,
+            self.model.check,
         )
         if batch_tokens is None:
             batch_tokens = 8192 if self.adapter.device.type == "cuda" else 0
-        self._recognizer = StoreRecognizer(self.store, self.lead_ins, self._pool.call)
-        self._watch = FoundWatch(self._recognizer)
-        self._plain = PlainPrompts(self.prompts, self._recognizer, self._watch)
-        self._precomputer = Precomputer(
+        self.recognizer = StoreRecognizer(self.store, self.lead_ins, self.pool.call)
+        self.found_watch = FoundWatch(self.recognizer)
+        self.plain_prompts = PlainPrompts(self.prompts, self.recognizer, self.found_watch)
+        self.precomputer = Precomputer(
             self.adapter,
             self.store,
             self.lead_ins,
             self.prompts.encode,
-            self._lock,
+            self.model.lock,
             batch_tokens,
-            self._recognizer.add,
-            self._shared.check,
+            self.recognizer.add,
+            self.model.check_all,
         )
-        self._missed = MissedChunks(self._precomputer, self._pool.call, self._lock)
-        self._counter = RequestCounter()
-        self._figures = StoreFigures(self.store, self._pool)
+        self.backfill = MissedChunks(self.precomputer, self.pool.call, self.model.lock)
+        self.counter = RequestCounter()
+        self.store_stats = StoreFigures(self.store, self.pool)
         self.observers = Observers()
         """Who is told about requests (`cachetune_rag.telemetry`)."""
-        self._requests = RequestRunner(self)
+        self.admission = self.executor = RequestRunner(self)
 
     @classmethod
     def from_pretrained(
@@ -206,9 +202,14 @@ class EngineParts:
         return cls(loaded, tokenizer, store, **options)
 
     @property
+    def runtime(self) -> Self:
+        """What the engine is made of: for tests and for servers that build on it. It may change in any release."""
+        return self
+
+    @property
     def namespace(self) -> Namespace:
         """What keys of chunks are made with; it changes when lead-ins are chosen, by this process or another."""
-        self._origin.check()
+        self.lifetime.check_process()
         return self.lead_ins.namespace
 
     def close(self) -> None:
@@ -220,16 +221,15 @@ class EngineParts:
         Where the store's disk doesn't answer, this returns after `read_timeout`, and the rest is released once the disk does. In a
         process that was forked since the engine was made, nothing is released: it all belongs to the other one.
         """
-        if not self._origin.here:
-            self._closed = True
+        if not self.lifetime.here:
+            self.lifetime.end()
             return
-        with self._lock:
-            if self._closed:
+        with self.model.lock:
+            if not self.lifetime.end():
                 return
-            self._closed = True
         try:
-            self._fidelity.close()
-            self._missed.close()
+            self.fidelity.close()
+            self.backfill.close()
         finally:
             self._release()
 
@@ -238,18 +238,18 @@ class EngineParts:
 
         def release() -> None:
             try:
-                self._prefetcher.close()
+                self.prefetcher.close()
                 if self._owns_store:
                     self.store.close()
             finally:
-                self._pool.close()
+                self.pool.close()
 
-        if self._pool.seconds is None:
+        if self.pool.seconds is None:
             release()
             return
         job = Job(release)
         _thread.start_new_thread(job.run, ())
-        if job.wait(0 if self._pool.overdue else self._pool.seconds):
+        if job.wait(0 if self.pool.overdue else self.pool.seconds):
             job.result()
         else:
             _log.warning("the disk of store %s doesn't answer: it is closed once it does", self.store.path)
@@ -268,33 +268,15 @@ class EngineParts:
             "makes its own, of the same model and store."
         )
 
-    def _check_open(self) -> None:
-        self._origin.check()
-        if self._closed:
-            raise EngineClosedError("the engine is closed: make a new one.")
-
-    def _check_model(self) -> None:
-        """Refuse to go on with weights that aren't those this engine stores for. The caller holds the model's lock.
-
-        With every request, so nothing here may take a GPU long (`Weights.change`).
-        """
-        self._shared.check(self._fingerprint, every=False)
-
     def _take_model(self) -> bool:
         """See `CacheTune.model_changed`."""
-        with self._lock.reserved(), self._lock:
-            found = self._shared.read()
-            layout = self.adapter.layout
-            if layout != self._layout:
-                raise ModelChangedError(
-                    f"the model was changed to {layout.told}; this engine was made for {self._layout.told}. Close it and make a new one."
-                )
-            changed, self._fingerprint = found != self._fingerprint, found
-            self._assembler.forget()
-            self._precomputer.forget()
+        with self.model.lock.reserved(), self.model.lock:
+            changed = self.model.renew()
+            self.assembler.forget()
+            self.precomputer.forget()
             if changed:
-                self._fidelity.drop()
-                self.lead_ins.follow(found)
-                self._tunings.forget()
-                self._recognizer.changed()
+                self.fidelity.drop()
+                self.lead_ins.follow(self.model.fingerprint)
+                self.tunings.forget()
+                self.recognizer.changed()
             return changed

@@ -71,7 +71,7 @@ def test_a_store_made_on_a_gpu_serves_a_cpu_and_back(tmp_path: Path) -> None:
 def test_host_memory_is_pinned(tmp_path: Path) -> None:
     with CacheTune(llama().cuda(), tokenizer(), None) as engine:
         engine.precompute([Document("a", CHUNKS)])
-        key = engine._assembler.key(engine.prompts.encode(CHUNKS[0]))
+        key = engine.runtime.assembler.key(engine.prompts.encode(CHUNKS[0]))
         with engine.store.open(key) as reader:
             assert reader.read(0, 4).is_pinned()
 
@@ -271,7 +271,7 @@ def test_a_request_lets_go_of_its_memory_without_the_collector(monkeypatch: pyte
         try:
             for selector in ("frequency", "probe", "expected_error"):
                 engine.prefill(query=QUERY, chunks=CHUNKS, ratio=0.3, selector=selector)
-            engine._assembler.forget()  # the beginning that is kept for prompts to come
+            engine.runtime.assembler.forget()  # the beginning that is kept for prompts to come
             assert len(made) >= 3
             assert all(buffers() is None for buffers in made)
         finally:

@@ -33,7 +33,7 @@ def test_it_is_refused_before_the_model_runs(
     with CacheTune(llama(), tokenizer(), tmp_path, lead_in="first_token") as engine:
         assert engine.store.read_only
         for name in ("prefill", "full_prefill"):
-            monkeypatch.setattr(engine._assembler, name, lambda *_: pytest.fail("the model ran"))
-        monkeypatch.setattr(engine._precomputer, "_compute", lambda *_: pytest.fail("the model ran"))
+            monkeypatch.setattr(engine.runtime.assembler, name, lambda *_: pytest.fail("the model ran"))
+        monkeypatch.setattr(engine.runtime.precomputer, "_compute", lambda *_: pytest.fail("the model ran"))
         with pytest.raises(StoreReadOnlyError):
             work(engine, lambda progress: None)

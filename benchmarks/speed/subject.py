@@ -81,7 +81,7 @@ class Subject:
                     cuda_kernels=cuda_kernels,
                 )
             )
-        self._pool = self.engine._pool
+        self._pool = self.engine.runtime.pool
         self._assemblers = {"host": self._assembler(store)}
 
     def __enter__(self) -> Self:

@@ -14,13 +14,13 @@ import torch
 from cachetune_rag.answering.answer import Answer, AnswerStream
 from cachetune_rag.answering.decoding import check_finite, prepare
 from cachetune_rag.answering.generation_settings import is_setting, nearest
+from cachetune_rag.answering.request import new_request_id
 from cachetune_rag.errors import ConfigError, PromptError, PromptTooLongError
 from cachetune_rag.model.libraries.neutral import neutrally
 from cachetune_rag.readahead.prefetcher import Prefetch
 from cachetune_rag.report import Report
 from cachetune_rag.reuse.config import ReuseConfig, resolve
 from cachetune_rag.reuse.prefill import PrefillState
-from cachetune_rag.telemetry.observer import new_request_id
 from cachetune_rag.text.prompts.segments import Chunk, Prompt, given_chunks
 from cachetune_store import ChunkKey, make_key
 from cachetune_store.printing import shown
@@ -115,7 +115,7 @@ class RequestRunner:
         config = replace(resolve(selector, ratio), namespace=self._engine.lead_ins.lately)
         if not config.tunable:
             return config
-        calibrated = self._engine._calibrations.ratio(config.selector, config.namespace)
+        calibrated = self._engine.runtime.calibrations.ratio(config.selector, config.namespace)
         return config if calibrated is None else replace(config, ratio=calibrated)
 
     # -- reading the prompt ---------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ class RequestRunner:
     ) -> Prefetch:
         """Begin to read a coming request's chunks into host memory; what a request with `config` needs of them first."""
         engine = self._engine
-        engine._check_open()
+        engine.runtime.lifetime.check()
         texts = tuple(chunk.text for chunk in given_chunks(chunks, refusal=ConfigError))
         if texts and prompt is not None:
             raise ConfigError("prefetch takes either chunks=, a list of strings, or prompt=, not both.")
@@ -135,8 +135,8 @@ class RequestRunner:
             namespace = (config and config.namespace) or engine.lead_ins.lately
             return [make_key(namespace, ids) for ids in every if ids]
 
-        rows = None if config is None else partial(engine._assembler.rows_needed, config)
-        return engine._prefetcher.fetch(keys, rows)
+        rows = None if config is None else partial(engine.runtime.assembler.rows_needed, config)
+        return engine.runtime.prefetcher.fetch(keys, rows)
 
     def prefill(
         self,
@@ -156,19 +156,19 @@ class RequestRunner:
             new_tokens: most tokens of the answer.
         """
         engine = self._engine
-        engine._check_open()
-        with engine._lock.reserved(), engine._lock:
-            engine._check_open()
+        engine.runtime.lifetime.check()
+        with engine.runtime.model.lock.reserved(), engine.runtime.model.lock:
+            engine.runtime.lifetime.check()
             if config is None:
                 looked_up()
-                state = engine._assembler.full_prefill(prompt, started)
+                state = engine.runtime.assembler.full_prefill(prompt, started)
             else:
-                state = engine._assembler.prefill(prompt, config, started, looked_up, new_tokens - 1)
+                state = engine.runtime.assembler.prefill(prompt, config, started, looked_up, new_tokens - 1)
         return replace(state, report=replace(state.report, request_id=new_request_id()))
 
     def served(self, report: Report) -> None:
         """Count a request, and tell the observers of it: its prompt is read, and its first token chosen if it wants one."""
-        self._engine._counter.add(report)
+        self._engine.runtime.counter.add(report)
         self._engine.observers.prefilled(report)
 
     def read(self, prompt: Prompt, config: ReuseConfig | None, started: float) -> PrefillState:
@@ -184,17 +184,17 @@ class RequestRunner:
 
     def store_missed(self, state: PrefillState) -> PrefillState:
         """Keep what a request had to compute, for the next one. The logits don't depend on it, so no error of the store ends it."""
-        unstored = self._engine._missed.store(state.prompt, state.missed)
+        unstored = self._engine.runtime.backfill.store(state.prompt, state.missed)
         return replace(state, report=replace(state.report, unstored=unstored))
 
     def store_later(self, state: PrefillState, report: Report) -> Report:
         """Keep what a request had to compute when the model has time for it; the report with how much that is."""
-        storing = self._engine._missed.offer(state.prompt, state.missed)
+        storing = self._engine.runtime.backfill.offer(state.prompt, state.missed)
         return replace(report, storing=storing, unstored=len(state.missed) - storing)
 
     def store_whenever(self, state: PrefillState) -> None:
         """As `store_later`, for a caller that may already hold any lock (garbage collection): it waits for none."""
-        self._engine._missed.offer_from_anywhere(state.prompt, state.missed)
+        self._engine.runtime.backfill.offer_from_anywhere(state.prompt, state.missed)
 
     # -- answering ------------------------------------------------------------------------------------------------
 
@@ -231,11 +231,11 @@ class RequestRunner:
         Raises:
             EngineClosedError, ForkedError: it is.
         """
-        self._engine._check_open()
+        self._engine.runtime.lifetime.check()
 
     def reserved(self) -> AbstractContextManager[None]:
         """While the context is open, background work stays away from the model."""
-        return self._engine._lock.reserved()
+        return self._engine.runtime.model.lock.reserved()
 
     def steps(self, state: PrefillState, new_tokens: int) -> Callable[[int], torch.Tensor]:
         """Decoding steps behind a prompt, for `forward`: those of full prefill are transformers' own throughout."""
@@ -244,23 +244,22 @@ class RequestRunner:
             steps = adapter.steps(state.cache)
         else:
             steps = adapter.quick_steps(state.cache, state.buffers, new_tokens - 1)
-        fingerprint = engine._fingerprint
+        check = engine.runtime.model.step_check()
 
         def step(token: int) -> torch.Tensor:
-            # An answer isn't finished with other weights than it was begun with.
-            engine._shared.check(fingerprint, thorough=False)
+            check()  # an answer isn't finished with other weights than it was begun with
             return steps(token)
 
         return step
 
     def forward(self, token: int, steps: Callable[[int], torch.Tensor]) -> torch.Tensor:
         """One decoding step: logits [1, vocab] after `token`."""
-        self._engine._check_open()
-        with self._engine._lock:
-            self._engine._check_open()
+        self._engine.runtime.lifetime.check()
+        with self._engine.runtime.model.lock:
+            self._engine.runtime.lifetime.check()
             return steps(token)
 
     def answered(self, state: PrefillState, answer: Answer, started: float) -> None:
         """Tell the observers of a finished answer, and perhaps compare it with full prefill later on."""
         self._engine.observers.answered(answer.report, answer, time.perf_counter() - started)
-        self._engine._fidelity.offer(state, answer.token_ids)
+        self._engine.runtime.fidelity.offer(state, answer.token_ids)

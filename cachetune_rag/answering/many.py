@@ -66,8 +66,12 @@ class _Ahead:
         if request is None or request.get("reuse") is False:
             return
         try:
-            config = self._engine._requests.config(request.get("selector", "auto"), request.get("ratio", "auto"))
-            self._job = self._engine._requests.prefetch(request.get("chunks", ()), request.get("prompt"), config)
+            config = self._engine.runtime.admission.config(
+                request.get("selector", "auto"), request.get("ratio", "auto")
+            )
+            self._job = self._engine.runtime.admission.prefetch(
+                request.get("chunks", ()), request.get("prompt"), config
+            )
         except (CacheTuneError, TypeError):
             return  # the request itself will say so, when it is its turn
 

@@ -55,7 +55,7 @@ def _store_missing(engine: CacheTune, prompts: Sequence[Prompt]) -> set[str]:
         for ids, text, document, since in zip(
             prompt.chunk_ids, prompt.chunk_texts, prompt.chunk_documents, prompt.chunk_since, strict=True
         ):
-            if not ids or (key := engine._assembler.key(ids)) in missing:
+            if not ids or (key := engine.runtime.assembler.key(ids)) in missing:
                 continue
             reader = engine.store.open(key)
             if reader is None:
@@ -64,14 +64,16 @@ def _store_missing(engine: CacheTune, prompts: Sequence[Prompt]) -> set[str]:
                 with reader:
                     codecs.add(reader.layout.codec)
     if missing:
-        engine._precomputer.store_chunks(missing.values())
+        engine.runtime.precomputer.store_chunks(missing.values())
     return codecs
 
 
 def _prompt(engine: CacheTune, number: int, sample: Any) -> Prompt:
     try:
         prompt = (
-            engine._requests.prompt(None, (), None, sample) if isinstance(sample, Prompt) else _build(engine, sample)
+            engine.runtime.admission.prompt(None, (), None, sample)
+            if isinstance(sample, Prompt)
+            else _build(engine, sample)
         )
     except PromptError as error:
         raise type(error)(f"sample {number}: {error}") from error
@@ -101,4 +103,4 @@ def _build(engine: CacheTune, sample: Any) -> Prompt:
             f"it is {shown(sample)}: use a dict (or an object) with query, a string, and chunks, a list of strings; "
             "or a Prompt."
         )
-    return engine._requests.prompt(query, chunks, prefix, None)
+    return engine.runtime.admission.prompt(query, chunks, prefix, None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import uuid
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cachetune_rag.report import Report
@@ -76,8 +75,3 @@ def _faults(report: Report) -> dict[str, int]:
         "unreadable": report.unreadable,
         "not read in time": report.timed_out,
     }
-
-
-def new_request_id() -> str:
-    """16 hex characters, unique for all practical purposes."""
-    return uuid.uuid4().hex[:16]

@@ -242,7 +242,7 @@ async def test_waiting_requests_leave_asyncio_its_threads(engine: CacheTune) -> 
     async def streamed() -> str:
         return "".join([str(piece.content) async for piece in model.astream("hi")])
 
-    with engine._lock:
+    with engine.runtime.model.lock:
         waiting = [asyncio.ensure_future(model.ainvoke("hi")) for _ in range(4)]
         waiting += [asyncio.ensure_future(streamed()) for _ in range(4)]
         assert await asyncio.wait_for(loop.run_in_executor(None, lambda: 7), 30) == 7

@@ -94,7 +94,7 @@ def opened(folder: Path, **options: Any) -> CacheTune:
 
 
 def key_of(engine: CacheTune, text: str) -> ChunkKey:
-    return engine._assembler.key(tuple(engine.prompts.encode(text)))
+    return engine.runtime.assembler.key(tuple(engine.prompts.encode(text)))
 
 
 def keys_of(engine: CacheTune, texts: list[str]) -> set[str]:
@@ -214,7 +214,7 @@ def test_a_request_goes_on_from_what_was_read_ahead_of_it(
     found: list[Any] = []
     request = threading.Thread(target=lambda: found.append(cold.prefill(query="?", chunks=TEXTS[:2])))
     request.start()
-    while cold._prefetcher._ahead._chunks:
+    while cold.runtime.prefetcher._ahead._chunks:
         request.join(0.01)  # until they are the request's
     assert not job.wait(0)
     disk.release()
@@ -223,7 +223,7 @@ def test_a_request_goes_on_from_what_was_read_ahead_of_it(
     assert sorted(fetches.seen) == [(n, layer, len(TEXTS[n])) for n in range(2) for layer in range(layers)]
     whole = {"host"} if at == 5 else set()  # the first chunk was, when the request came
     assert set(found[0].report.bytes_read) == {"disk"} | whole
-    cold._prefetcher.take([key_of(cold, text) for text in TEXTS])  # what the request left is in memory then
+    cold.runtime.prefetcher.take([key_of(cold, text) for text in TEXTS])  # what the request left is in memory then
     assert in_host_memory(cold) == keys_of(cold, TEXTS[:2])
     with CacheTune(llama(), tokenizer()) as alone:
         alone.precompute([Document("a", TEXTS)])
@@ -259,7 +259,7 @@ def test_a_request_that_takes_over_reads_on_at_once_where_reading_ahead_stopped(
             alone.precompute([Document("a", TEXTS[:1])])
             with alone.store.open(key_of(alone, TEXTS[0])) as reader:
                 expected = alone.adapter.new_buffers(rows)
-                whole = LayerLoader(alone.adapter, [Source(reader, 0, rows)], expected, alone._pool)
+                whole = LayerLoader(alone.adapter, [Source(reader, 0, rows)], expected, alone.runtime.pool)
                 for layer in range(layers):
                     whole.load(layer)
         for one, other in zip(
@@ -288,8 +288,8 @@ def test_what_the_request_will_read_comes_before_the_rest(cold: CacheTune, monke
     count = len(TEXTS[0])
     for selector, first in (("frequency", count - int(0.25 * count)), ("expected_error", count)):
         seen.clear()
-        config = cold._requests.config(selector, 0.25)
-        assert cold._requests.prefetch(TEXTS[:1], None, config).wait(PATIENCE)
+        config = cold.runtime.admission.config(selector, 0.25)
+        assert cold.runtime.admission.prefetch(TEXTS[:1], None, config).wait(PATIENCE)
         assert seen[:3] == 3 * [first]
         assert in_host_memory(cold) == keys_of(cold, TEXTS[:1])
         cold.store._placement.host.remove(key_of(cold, TEXTS[0]))
@@ -305,7 +305,7 @@ def test_while_a_request_waits_for_the_disk_nothing_else_is_read(
         before = args[3]
 
         def watched(layer: int) -> None:
-            paused.append(cold._prefetcher._paused())
+            paused.append(cold.runtime.prefetcher._paused())
             before(layer)
 
         return real(*args[:3], watched, *args[4:])
@@ -313,13 +313,13 @@ def test_while_a_request_waits_for_the_disk_nothing_else_is_read(
     monkeypatch.setattr(cold.adapter, "selective_forward", forward)
     cold.prefill(query="?", chunks=TEXTS[:1], ratio=0.5, selector="frequency")
     assert paused[0]
-    assert not cold._prefetcher._paused()
+    assert not cold.runtime.prefetcher._paused()
 
-    hold, third = cold._prefetcher.hold(), key_of(cold, TEXTS[2])
+    hold, third = cold.runtime.prefetcher.hold(), key_of(cold, TEXTS[2])
     hold.begin()
     disk.reads.clear()
     job = cold.prefetch(TEXTS[2:3])
-    while not cold._prefetcher._ahead.has(third):
+    while not cold.runtime.prefetcher._ahead.has(third):
         assert not job.wait(0.001)
     assert str(third) not in disk.ahead()
     hold.release()
@@ -354,9 +354,9 @@ def test_requests_and_reading_ahead_share_chunks_without_harm(cold: CacheTune) -
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert not errors, errors
-    cold._prefetcher.close()
-    assert not cold._prefetcher._ahead._chunks
-    assert not cold._prefetcher._paused()
+    cold.runtime.prefetcher.close()
+    assert not cold.runtime.prefetcher._ahead._chunks
+    assert not cold.runtime.prefetcher._paused()
     assert cold.store.stats().disk.pinned == 0  # type: ignore[union-attr]
 
 
@@ -439,7 +439,7 @@ def test_a_generator_that_is_given_up_stops_reading(
     disk.wait_for(lambda: bool(second & disk.ahead()))
     answers.close()  # type: ignore[attr-defined]
     disk.release()
-    cold._prefetcher.close()  # waits for what had begun
+    cold.runtime.prefetcher.close()  # waits for what had begun
     assert not in_host_memory(cold) & second
     assert cold.store.stats().disk.pinned == 0  # type: ignore[union-attr]
     assert cold.generate(**REQUESTS[1], max_new_tokens=1).report.missed == 0  # type: ignore[arg-type]
@@ -454,7 +454,7 @@ def test_closing_the_engine_ends_what_is_being_read(
     disk.wait_for(lambda: bool(disk.ahead()))
     closing = threading.Thread(target=cold.close)
     closing.start()
-    while not cold._prefetcher._ahead._stop.is_set():
+    while not cold.runtime.prefetcher._ahead._stop.is_set():
         closing.join(0.01)
     disk.release()
     closing.join(PATIENCE)
@@ -469,11 +469,11 @@ def test_closing_the_engine_ends_what_is_being_read(
 
 
 def test_what_a_request_left_is_given_up_by_close_too(cold: CacheTune, disk: Disk) -> None:
-    state = cold._requests.prefill(cold.prompts.build(query="?", chunks=TEXTS), _frequency(), 0.0)
+    state = cold.runtime.admission.prefill(cold.prompts.build(query="?", chunks=TEXTS), _frequency(), 0.0)
     cold.close()
     assert state.report.missed == 0
-    assert cold._prefetcher._leftovers._jobs == {}
-    assert cold._prefetcher._leftovers._bytes == 0
+    assert cold.runtime.prefetcher._leftovers._jobs == {}
+    assert cold.runtime.prefetcher._leftovers._bytes == 0
 
 
 def _frequency() -> Any:
@@ -542,9 +542,9 @@ def test_damage_in_what_a_request_left_is_set_aside(tmp_path: Path, disk: Disk) 
     with opened(tmp_path) as engine:
         bad = str(key_of(engine, TEXTS[0]))
         disk.fail = lambda key: key == bad and threading.current_thread().name.startswith("cachetune-prefetch")
-        engine._requests.prefill(engine.prompts.build(query="?", chunks=TEXTS[:1]), _frequency(), 0.0)
+        engine.runtime.admission.prefill(engine.prompts.build(query="?", chunks=TEXTS[:1]), _frequency(), 0.0)
         disk.wait_for(lambda: bad in disk.ahead())
-        engine._prefetcher.take([key_of(engine, TEXTS[0])])
+        engine.runtime.prefetcher.take([key_of(engine, TEXTS[0])])
         assert engine.store.stats().damaged == 1
         assert engine.prefill(query="?", chunks=TEXTS[:1]).report.missed == len(TEXTS[0])
 

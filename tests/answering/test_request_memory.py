@@ -62,7 +62,7 @@ def test_nothing_of_a_request_waits_for_the_collector(
             for selector in ("frequency", "probe", "expected_error"):
                 WAYS[way](engine, chunks, {"ratio": 0.3, "selector": selector})
             assert engine.flush(60)
-            engine._assembler.forget()  # the beginnings that are kept for prompts to come
+            engine.runtime.assembler.forget()  # the beginnings that are kept for prompts to come
             assert len(made) >= 3
             assert [type(thing()).__name__ for thing in made if thing() is not None] == []
         finally:

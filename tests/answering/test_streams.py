@@ -29,7 +29,7 @@ def engine() -> Iterator[CacheTune]:
 
 
 def stored(engine: CacheTune) -> list[bool]:
-    return [engine.store.contains(engine._assembler.key(engine.prompts.encode(text))) for text in CHUNKS]
+    return [engine.store.contains(engine.runtime.assembler.key(engine.prompts.encode(text))) for text in CHUNKS]
 
 
 def test_closed_early_it_keeps_what_it_missed(engine: CacheTune) -> None:
@@ -45,7 +45,7 @@ def test_held_by_nobody_it_ends_at_once_and_keeps_what_it_missed(engine: CacheTu
     try:
         for _ in engine.stream("Who?", CHUNKS, **ENDS):
             break
-        assert not engine._lock.wanted
+        assert not engine.runtime.model.lock.wanted
         assert engine.flush(60)
     finally:
         gc.enable()
@@ -55,7 +55,7 @@ def test_held_by_nobody_it_ends_at_once_and_keeps_what_it_missed(engine: CacheTu
 def test_collected_amid_anything_it_waits_for_no_lock(engine: CacheTune) -> None:
     stream = engine.stream("Who?", CHUNKS, **ENDS)
     next(stream)
-    with engine._missed._mutex:  # as if the collector ran right inside of it
+    with engine.runtime.backfill._mutex:  # as if the collector ran right inside of it
         del stream
     assert engine.flush(60)
     assert stored(engine) == [True, True]
@@ -70,9 +70,9 @@ def test_collected_inside_of_any_lock_it_ends(lock: str) -> None:
         held = [stream]
         del stream
         mutex: Any = {
-            "model's users": engine._lock._mutex,
-            "model": engine._lock,
-            "fidelity": engine._fidelity._mutex,
+            "model's users": engine.runtime.model.lock._mutex,
+            "model": engine.runtime.model.lock,
+            "fidelity": engine.runtime.fidelity._mutex,
         }[lock]
 
         def collect() -> None:
@@ -83,7 +83,7 @@ def test_collected_inside_of_any_lock_it_ends(lock: str) -> None:
         thread.start()
         thread.join(60)
         assert not thread.is_alive()
-        assert not engine._lock.wanted
+        assert not engine.runtime.model.lock.wanted
         assert engine.flush(60)
         assert stored(engine) == [True, True]
 

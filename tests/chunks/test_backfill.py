@@ -50,7 +50,7 @@ def ask(engine: CacheTune, chunks: list[str] = CHUNKS, **options: Any) -> Any:
 
 
 def stored(engine: CacheTune) -> list[bool]:
-    return [engine.store.contains(engine._assembler.key(engine.prompts.encode(text))) for text in CHUNKS]
+    return [engine.store.contains(engine.runtime.assembler.key(engine.prompts.encode(text))) for text in CHUNKS]
 
 
 def test_it_is_stored_by_itself_as_precompute_would_have(engine: CacheTune) -> None:
@@ -83,7 +83,7 @@ def test_nothing_is_stored_before_the_answer_is_out_or_while_another_is_read(eng
 
 @pytest.mark.usefixtures("patient")
 def test_a_request_for_a_chunk_that_waits_computes_it_itself(engine: CacheTune) -> None:
-    with engine._lock.reserved():
+    with engine.runtime.model.lock.reserved():
         ask(engine)
         again = ask(engine)
         assert (again.report.missed, again.report.storing, engine.stats().storing) == (TOKENS, 3, 3)
@@ -93,7 +93,7 @@ def test_a_request_for_a_chunk_that_waits_computes_it_itself(engine: CacheTune) 
 
 
 def test_prefill_stores_before_it_returns_even_what_was_waiting(engine: CacheTune) -> None:
-    with engine._lock.reserved():
+    with engine.runtime.model.lock.reserved():
         ask(engine, CHUNKS[:2])
         assert engine.prefill("Who?", CHUNKS).report.unstored == 0
         assert stored(engine) == [True] * 3
@@ -101,7 +101,7 @@ def test_prefill_stores_before_it_returns_even_what_was_waiting(engine: CacheTun
 
 def test_a_model_that_is_never_idle_is_shared(engine: CacheTune, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(missed, "PATIENCE", 0.0)
-    with engine._lock.reserved():
+    with engine.runtime.model.lock.reserved():
         ask(engine)
         until = time.monotonic() + WAIT
         while engine.stats().storing:
@@ -125,7 +125,7 @@ def test_a_request_waits_for_one_forward_at_most(engine: CacheTune, monkeypatch:
     def captured(*arguments: Any) -> None:
         if not order:
             threading.Thread(target=request).start()
-            while not engine._lock.wanted:
+            while not engine.runtime.model.lock.wanted:
                 time.sleep(0.001)
         order.append("capture")
         capture(*arguments)
@@ -149,7 +149,7 @@ def test_close_that_is_interrupted_drops_it_and_releases_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = fresh(tmp_path)
-    wait, calls = engine._missed.wait, []
+    wait, calls = engine.runtime.backfill.wait, []
 
     def interrupted(timeout: float | None = None) -> bool:
         calls.append(timeout)
@@ -157,12 +157,12 @@ def test_close_that_is_interrupted_drops_it_and_releases_the_rest(
             raise KeyboardInterrupt
         return wait(timeout)
 
-    monkeypatch.setattr(engine._missed, "wait", interrupted)
-    with engine._lock.reserved():
+    monkeypatch.setattr(engine.runtime.backfill, "wait", interrupted)
+    with engine.runtime.model.lock.reserved():
         ask(engine)
         with pytest.raises(KeyboardInterrupt):
             engine.close()
-    assert (engine._missed.waiting, engine._missed.unstored) == (0, 3)
+    assert (engine.runtime.backfill.waiting, engine.runtime.backfill.unstored) == (0, 3)
     assert engine.store._closed
     with fresh(tmp_path) as engine:
         assert engine.store.verify().ok
@@ -173,15 +173,15 @@ def test_dropping_ends_a_chunk_between_two_forwards(engine: CacheTune, monkeypat
     capture, dropped = engine.adapter.capture_behind, []
 
     def captured(*arguments: Any) -> None:
-        dropped.append(threading.Thread(target=engine._missed.drop))
+        dropped.append(threading.Thread(target=engine.runtime.backfill.drop))
         dropped[-1].start()
-        while not engine._missed._dropped:
+        while not engine.runtime.backfill._dropped:
             time.sleep(0.001)
         capture(*arguments)
 
     monkeypatch.setattr(engine.adapter, "capture_behind", captured)
     ask(engine)
-    assert engine._missed.wait(WAIT)
+    assert engine.runtime.backfill.wait(WAIT)
     dropped[0].join()
     assert (len(dropped), engine.stats().unstored, stored(engine)) == (1, 3, [False] * 3)
     assert ask(engine).report.unstored == 3, "nothing is taken any more"
@@ -189,7 +189,7 @@ def test_dropping_ends_a_chunk_between_two_forwards(engine: CacheTune, monkeypat
 
 def test_a_process_that_does_not_close_ends_cleanly(tmp_path: Path) -> None:
     code = (
-        "import test_backfill, sys; engine = test_missed.fresh(sys.argv[1]); context = engine._lock.reserved(); "
+        "import test_backfill, sys; engine = test_missed.fresh(sys.argv[1]); context = engine.runtime.model.lock.reserved(); "
         "context.__enter__(); print(test_missed.ask(engine).report.storing)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
@@ -223,7 +223,7 @@ def test_a_full_disk_is_counted(tmp_path: Path) -> None:
 
 def test_too_many_are_left_to_later_requests(engine: CacheTune, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(missed, "WAITING", 2)
-    with engine._lock.reserved():
+    with engine.runtime.model.lock.reserved():
         report = ask(engine).report
         assert (report.storing, report.unstored, engine.stats().unstored) == (2, 1, 1)
     engine.flush(WAIT)
@@ -240,7 +240,7 @@ def test_a_thread_that_was_kept_from_starting_is_made_up_for(
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            engine._missed.offer(engine.prompts.build(query="?", chunks=CHUNKS), [0])
+            engine.runtime.backfill.offer(engine.prompts.build(query="?", chunks=CHUNKS), [0])
     ask(engine, CHUNKS[1:])
     assert engine.flush(WAIT)
     assert stored(engine) == [True] * 3

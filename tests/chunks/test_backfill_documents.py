@@ -31,7 +31,7 @@ def chunks_of(engine: CacheTune) -> dict[str, int]:
 
 
 def stored(engine: CacheTune) -> list[bool]:
-    return [engine.store.contains(engine._assembler.key(engine.prompts.encode(text))) for text in TEXTS]
+    return [engine.store.contains(engine.runtime.assembler.key(engine.prompts.encode(text))) for text in TEXTS]
 
 
 def test_it_is_stored_as_its_documents_and_goes_with_it(engine: CacheTune) -> None:
@@ -47,7 +47,7 @@ def test_it_is_stored_as_its_documents_and_goes_with_it(engine: CacheTune) -> No
 
 
 def test_a_chunk_of_two_documents_stays_until_both_are_gone(engine: CacheTune) -> None:
-    with engine._lock.reserved():
+    with engine.runtime.model.lock.reserved():
         ask(engine, Chunk(TEXTS[0], "a"))
         ask(engine, Chunk(TEXTS[0], "b"), TEXTS[1], Chunk(TEXTS[1], "c"))
     assert engine.flush(60)
@@ -60,7 +60,7 @@ def test_a_chunk_of_two_documents_stays_until_both_are_gone(engine: CacheTune) -
 
 def test_removing_a_document_drops_what_waits_of_it(engine: CacheTune, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(missed, "PATIENCE", 1e6)
-    with engine._lock.reserved():
+    with engine.runtime.model.lock.reserved():
         ask(engine, "The first of all waits as well.")
         ask(engine, Chunk(TEXTS[0], "a"), Chunk(TEXTS[1], "b"), TEXTS[2])
         engine.remove("a", missing_ok=True)
@@ -73,18 +73,18 @@ def test_what_is_being_stored_when_its_document_is_removed_is_gone_too(
     engine: CacheTune, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     removed: list[threading.Thread] = []
-    compute = engine._precomputer._compute
+    compute = engine.runtime.precomputer._compute
 
     def compute_and_remove(job: Any, batch: Any) -> Any:
         encoded = compute(job, batch)
         if not removed:
             removed.append(threading.Thread(target=engine.remove, args=["a"], kwargs={"missing_ok": True}))
             removed[0].start()
-            while not engine._missed._hurried:  # it has dropped what it could, and waits for this
+            while not engine.runtime.backfill._hurried:  # it has dropped what it could, and waits for this
                 time.sleep(0.001)
         return encoded
 
-    monkeypatch.setattr(engine._precomputer, "_compute", compute_and_remove)
+    monkeypatch.setattr(engine.runtime.precomputer, "_compute", compute_and_remove)
     ask(engine, Chunk(TEXTS[0], "a"), Chunk(TEXTS[1], "a"))
     until = time.monotonic() + 60
     while engine.stats().storing and time.monotonic() < until:

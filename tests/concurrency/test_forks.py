@@ -214,7 +214,7 @@ def test_no_lock_that_another_thread_held_at_the_fork_is_waited_for(engine: Cach
         return "left"
 
     # A fork waits for what holds these, rather than leave them held.
-    waited_for = {id(engine._lock)} | {id(lock) for c in connections() for lock in locks_of(c)}
+    waited_for = {id(engine.runtime.model.lock)} | {id(lock) for c in connections() for lock in locks_of(c)}
     locks = [lock for lock in locks_of([engine, stream, prefetch, reader]) if id(lock) not in waited_for]
     assert len(locks) > 20
     with held_elsewhere(locks):
@@ -313,7 +313,7 @@ from tiny import llama, tokenizer
 from cachetune_rag import CacheTune, missed
 missed.PATIENCE = 1e6
 engine = CacheTune(llama(), tokenizer(), sys.argv[1], lead_in="first_token", fidelity_sample=1.0)
-with engine._lock.reserved():
+with engine.runtime.model.lock.reserved():
     engine.generate("Who?", ["A passage.", "Another."], max_new_tokens=2)
     child = os.fork()
     if child == 0:
@@ -376,7 +376,7 @@ def test_an_engine_is_refused_in_a_child_that_was_forked_in_the_middle_of_a_forw
     """What torch had locked then is locked for ever there."""
     model = llama()
     with CacheTune(model, tokenizer(), None, lead_in="first_token") as engine:
-        with held_elsewhere([engine._lock]), monkeypatch.context() as patch:
+        with held_elsewhere([engine.runtime.model.lock]), monkeypatch.context() as patch:
             patch.setattr(shared, "FORK_SECONDS", 0.01)
             said = in_child(lambda: CacheTune(model, tokenizer(), None))
         assert said.startswith("ForkedError: ")

@@ -43,7 +43,7 @@ def ask(engine: CacheTune, query: str = QUERIES[0], **options: Any) -> Any:
 
 
 def measured(engine: CacheTune) -> FidelityStats:
-    assert engine._fidelity.wait(WAIT)
+    assert engine.runtime.fidelity.wait(WAIT)
     found = engine.stats().fidelity
     assert found is not None
     return found
@@ -57,7 +57,7 @@ def test_answers_are_the_same_and_stats_fill(engine: CacheTune) -> None:
         expected = [ask(plain, q).token_ids for q in QUERIES]
         sampled = [ask(plain, q, do_sample=True, seed=3).token_ids for q in QUERIES]
         assert plain.stats().fidelity is None
-        assert plain._fidelity._thread is None
+        assert plain.runtime.fidelity._thread is None
     assert [ask(engine, q).token_ids for q in QUERIES[:2]] == expected[:2]
     first = measured(engine)
     assert [ask(engine, q).token_ids for q in QUERIES[2:]] == expected[2:]
@@ -98,7 +98,7 @@ def test_the_share_is_kept_by_counting(share: float, expected: int) -> None:
     with fresh(share) as engine:
         for query in QUERIES:
             ask(engine, query, max_new_tokens=1)
-            engine._fidelity.wait(WAIT)
+            engine.runtime.fidelity.wait(WAIT)
         assert measured(engine).samples == expected
 
 
@@ -158,7 +158,7 @@ def test_nothing_is_compared_while_an_answer_is_being_read(engine: CacheTune) ->
         next(iter(open_stream))
         for query in (QUERIES * 2)[: PENDING + 3]:
             ask(engine, query)
-        assert not engine._fidelity.wait(0.2)
+        assert not engine.runtime.fidelity.wait(0.2)
         busy = engine.stats().fidelity
         assert busy is not None
         assert (busy.samples, busy.dropped) == (0, 3)
@@ -180,7 +180,7 @@ def test_a_comparison_gives_way_to_a_request_and_begins_anew(
             if len(attempts) == 1:
                 request = threading.Thread(target=lambda: (ask(engine, QUERIES[1]), answered.set()), name="request")
                 request.start()
-                while not engine._lock.wanted:
+                while not engine.runtime.model.lock.wanted:
                     pass
         return real(ids)
 
@@ -211,13 +211,13 @@ def test_an_error_is_counted_and_logged_and_reaches_no_request(
 
 def test_close_drops_what_waits() -> None:
     engine = fresh(1)
-    with engine._lock.reserved():
+    with engine.runtime.model.lock.reserved():
         ask(engine)
         engine.close()
-    found = engine._fidelity.stats()
+    found = engine.runtime.fidelity.stats()
     assert found is not None
     assert (found.samples, found.dropped) == (0, 1)
-    assert engine._fidelity._thread is None
+    assert engine.runtime.fidelity._thread is None
 
 
 def test_no_thread_stays_and_no_hook_either(engine: CacheTune) -> None:

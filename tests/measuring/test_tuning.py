@@ -278,7 +278,7 @@ def calibrate(engine: CacheTune, selector: str, ratio: float) -> None:
         ratio=ratio, met=True, selector=selector, measure="kl", bound=0.05, quantile=None, samples=1, target_tokens=1,
         figures=(),
     )  # fmt: skip
-    engine._calibrations.save(found)
+    engine.runtime.calibrations.save(found)
 
 
 def test_a_tier_that_is_slow_against_compute_gets_the_larger_ratio(engine: CacheTune) -> None:
@@ -483,16 +483,16 @@ def test_a_tuning_holds_for_its_model_hardware_tier_codec_and_selector(
         engine.precompute([Document("a", TEXTS)])
         saved = tune(engine, tier="host").tiers[0]
     with CacheTune(llama(), tokenizer(), path) as engine:
-        found = engine._tunings.load("host", "exact", AUTO.selector)
+        found = engine.runtime.tunings.load("host", "exact", AUTO.selector)
         assert found == saved
-        assert engine._tunings.load("disk", "exact", AUTO.selector) is None
-        assert engine._tunings.load("host", "int8", AUTO.selector) is None
-        assert engine._tunings.load("host", "exact", "frequency") is None
+        assert engine.runtime.tunings.load("disk", "exact", AUTO.selector) is None
+        assert engine.runtime.tunings.load("host", "int8", AUTO.selector) is None
+        assert engine.runtime.tunings.load("host", "exact", "frequency") is None
     with CacheTune(llama(seed=1), tokenizer(), path) as other:
-        assert other._tunings.load("host", "exact", AUTO.selector) is None
+        assert other.runtime.tunings.load("host", "exact", AUTO.selector) is None
     monkeypatch.setattr("cachetune_rag.measuring.tuning.saved._processor", lambda: "another machine")
     with CacheTune(llama(), tokenizer(), path) as engine:
-        assert engine._tunings.load("host", "exact", AUTO.selector) is None
+        assert engine.runtime.tunings.load("host", "exact", AUTO.selector) is None
 
 
 def test_a_floor_calibrated_later_goes_before_a_tuning_that_does_not_keep_it(engine: CacheTune) -> None:
@@ -525,8 +525,8 @@ def test_a_saved_tuning_that_makes_no_sense_is_left_out(engine: CacheTune, caplo
         {**good, "points": [{"ratio": 1}]},
         {"ratio": 0.5},
     ):
-        engine.profiles.save(KIND, engine._tunings._key("host", "exact", AUTO.selector), bad)
-        engine._tunings._known.clear()
+        engine.profiles.save(KIND, engine.runtime.tunings._key("host", "exact", AUTO.selector), bad)
+        engine.runtime.tunings._known.clear()
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             assert engine.prefill(query="?", chunks=TEXTS).report.ratio == AUTO.ratio
@@ -646,6 +646,6 @@ def test_memory_alone_can_be_tuned_and_a_chunk_that_goes_is_an_error(monkeypatch
         assert not host.saved
         prompts = [engine.prompts.build(query="?", chunks=TEXTS)]
         with TierMeasure(engine, prompts, "host", "frequency") as measure:
-            measure._store.discard(engine._assembler.key(prompts[0].chunk_ids[0]))
+            measure._store.discard(engine.runtime.assembler.key(prompts[0].chunk_ids[0]))
             with pytest.raises(CacheTuneError, match="left the store while it was tuned"):
                 measure.ttft(0.5, 0.0)

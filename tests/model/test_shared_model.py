@@ -64,7 +64,7 @@ def test_changed_weights_are_refused_until_the_engine_is_told(tmp_path: Path, ch
 def test_two_engines_have_one_lock_and_the_model_stays_as_it_is() -> None:
     model = llama().train()
     with engine_on(model) as a, engine_on(model) as b:
-        assert a._lock is b._lock
+        assert a.runtime.model.lock is b.runtime.model.lock
         assert a.adapter is b.adapter
         assert model.training
         assert not a.adapter.view.training

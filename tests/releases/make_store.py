@@ -94,7 +94,7 @@ def fill(path: Path, model: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor
         calibration = engine.calibrate(samples, selector=SELECTOR, ratios=(0.1, 0.5), tokens=2)
         tuning = engine.tune(samples, selector=SELECTOR, tier="disk", rounds=1).tiers[0]
         answers |= ask(engine, documents, logits)
-        leads, hardware = engine.namespace.lead_ins, engine._tunings.hardware
+        leads, hardware = engine.namespace.lead_ins, engine.runtime.tunings.hardware
     with CacheTune(model, tokenizer(), path, host_budget=0, tenant=TENANT, codec=CALIBRATED) as engine:
         documents[TENANT] = [passage(TENANT, TOKENS)]
         engine.precompute(Document(TENANT, documents[TENANT]))

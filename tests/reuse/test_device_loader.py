@@ -107,7 +107,7 @@ def opened(path: Path, model: Any, **options: Any) -> Iterator[CacheTune]:
 def sources(engine: CacheTune, shares: list[float]) -> list[Source]:
     start, found = 5, []
     for text, share in zip(TEXTS, shares, strict=True):
-        reader = engine.store.open(engine._assembler.key(engine.prompts.encode(text)))
+        reader = engine.store.open(engine.runtime.assembler.key(engine.prompts.encode(text)))
         assert reader is not None
         found.append(Source(reader, start, int(share * reader.layout.tokens)))
         start += reader.layout.tokens + 2

@@ -46,7 +46,7 @@ def alone() -> torch.Tensor:
 def come_back(engine: CacheTune) -> None:
     """Wait until nothing that was left behind is under way."""
     until = time.monotonic() + 30
-    while engine._pool.overdue:
+    while engine.runtime.pool.overdue:
         assert time.monotonic() < until
         time.sleep(0.01)
 
@@ -186,7 +186,7 @@ def test_plain_prompts_are_answered_without_the_disk(tmp_path: Path, engine: Cac
 
 
 def test_a_reader_keeps_its_file_while_it_is_read(tmp_path: Path, engine: CacheTune) -> None:
-    key = engine._assembler.key(engine.prompts.encode(CHUNKS[0]))
+    key = engine.runtime.assembler.key(engine.prompts.encode(CHUNKS[0]))
     reader = engine.store.open(key)
     assert reader is not None
     rows: list[torch.Tensor] = []
@@ -204,7 +204,7 @@ def test_a_reader_keeps_its_file_while_it_is_read(tmp_path: Path, engine: CacheT
 def test_a_reader_that_is_opened_too_late_is_closed(engine: CacheTune) -> None:
     readers = OpenReaders()
     readers.close()
-    readers.add(engine.store.open(engine._assembler.key(engine.prompts.encode(CHUNKS[0]))))
+    readers.add(engine.store.open(engine.runtime.assembler.key(engine.prompts.encode(CHUNKS[0]))))
     assert engine.store.stats().disk.pinned == 0
 
 
@@ -224,7 +224,7 @@ def test_stats_do_not_wait_for_a_disk_that_hangs(engine: CacheTune, monkeypatch:
         assert stats.store_age > 0
         assert stats.store == known.store
     assert len(asked) == 1, "no other is begun while one is under way"
-    assert not engine._pool.overdue
+    assert not engine.runtime.pool.overdue
     assert engine.prefill(**ASK).report.missed == 0, "requests go on as before"
     assert engine.stats().requests == known.requests + 1
     registry = pytest.importorskip("prometheus_client").CollectorRegistry()
@@ -234,7 +234,7 @@ def test_stats_do_not_wait_for_a_disk_that_hangs(engine: CacheTune, monkeypatch:
     assert registry.get_sample_value("cachetune_store_age_seconds") > 0
     assert registry.get_sample_value("cachetune_documents") == 1
     stop.set()
-    engine._figures._left.result(30)
+    engine.runtime.store_stats._left.result(30)
     monkeypatch.undo()
     assert engine.stats().store_age == 0
 
@@ -243,7 +243,7 @@ def test_stats_without_an_index_to_be_read_are_the_last_known(tmp_path: Path, en
     engine.stats()
     with faulty_disk(tmp_path, Fault("stuck", READS)):
         engine.prefill(**ASK)
-        assert engine._pool.overdue
+        assert engine.runtime.pool.overdue
         assert engine.stats().store_age > 0
     come_back(engine)
     assert engine.stats().store_age == 0
@@ -315,6 +315,6 @@ def test_chunks_on_disk_are_opened_side_by_side(engine: CacheTune, monkeypatch: 
         both.wait()  # raises if the others are not opened meanwhile
         return open_one(*args, **kwargs)
 
-    engine._pool.seconds = 30
+    engine.runtime.pool.seconds = 30
     monkeypatch.setattr(engine.store, "open", opened)
     assert engine.prefill(**ASK).report.missed == 0

@@ -115,7 +115,7 @@ def test_what_saw_a_reused_chunk_is_never_kept(engine: CacheTune) -> None:
 def test_a_chunk_in_the_midst_ends_the_beginning_though_an_earlier_one_was_missed(engine: CacheTune) -> None:
     engine.precompute(CHUNKS[1])
     prompt = engine.prompts.build(query="Who?", chunks=CHUNKS, prefix=SYSTEM)
-    engine._missed.store = lambda *_: 1  # type: ignore[method-assign]  # a store that is full
+    engine.runtime.backfill.store = lambda *_: 1  # type: ignore[method-assign]  # a store that is full
     assert engine.prefill(prompt=prompt, ratio=0, selector="none").report.missed == len(CHUNKS[0])
     again = engine.prefill(prompt=prompt, ratio=0, selector="none")
     assert again.report.prefix_kept == prompt.spans[1].start

@@ -40,7 +40,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CacheTune]:
 
 
 def prefill(engine: CacheTune, config: ReuseConfig, chunks: list[str] = CHUNKS) -> PrefillState:
-    return engine._requests.prefill(engine.prompts.build(query=QUERY, chunks=chunks), config, 0.0)
+    return engine.runtime.admission.prefill(engine.prompts.build(query=QUERY, chunks=chunks), config, 0.0)
 
 
 def rows_read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
@@ -64,7 +64,7 @@ def test_skipped_rows_are_never_read_and_the_ratio_stays_the_total(
     seen = rows_read(monkeypatch)
     report = prefill(engine, ReuseConfig(selector, ratio, skipped)).report
     sizes = {len(text): len(text) - budget(skipped, len(text)) for text in CHUNKS}
-    most = {str(engine._assembler.key(tuple(engine.prompts.encode(text)))): sizes[len(text)] for text in CHUNKS}
+    most = {str(engine.runtime.assembler.key(tuple(engine.prompts.encode(text)))): sizes[len(text)] for text in CHUNKS}
     assert seen
     assert all(rows <= most[key] for key, _, rows in seen)
     floors = sum(budget(ratio, len(text)) for text in CHUNKS), budget(ratio, TOKENS)
@@ -232,7 +232,9 @@ def test_a_store_without_host_memory_reads_no_more_than_a_request_needs(
 ) -> None:
     seen = rows_read(monkeypatch)
     prefill(engine, ReuseConfig("frequency", 0.5))
-    engine._prefetcher.take([engine._assembler.key(tuple(engine.prompts.encode(text))) for text in CHUNKS])
+    engine.runtime.prefetcher.take(
+        [engine.runtime.assembler.key(tuple(engine.prompts.encode(text))) for text in CHUNKS]
+    )
     assert max(rows for _, _, rows in seen) < min(map(len, CHUNKS))
 
 

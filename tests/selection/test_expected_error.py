@@ -61,7 +61,7 @@ def stored_rows(engine: CacheTune, prompt: Any) -> tuple[list[tuple[Any, Any]], 
     rows = [tuple(np.zeros((length, s.heads, d)) for d in (s.head_dim, s.v_head_dim)) for s in specs]
     deviations = np.zeros((length, 2 * sum(s.heads for s in specs)))
     for span in prompt.spans:
-        with engine.store.open(engine._assembler.key(prompt.chunk_ids[span.chunk])) as reader:
+        with engine.store.open(engine.runtime.assembler.key(prompt.chunk_ids[span.chunk])) as reader:
             assert reader.deviations is not None
             deviations[span.start : span.end] = reader.deviations.double().numpy()
             places = span.start + reader.order.numpy()
@@ -205,7 +205,7 @@ def test_a_shift_needs_the_stored_rows_of_what_is_recomputed(
     spans = [(s.start, s.end) for s in prompt.spans]
     rows = set(range(len(prompt.ids)))
     for span in prompt.spans:
-        with engine.store.open(engine._assembler.key(prompt.chunk_ids[span.chunk])) as reader:
+        with engine.store.open(engine.runtime.assembler.key(prompt.chunk_ids[span.chunk])) as reader:
             count = int(0.2 * reader.layout.tokens)
             rows -= {span.start + int(j) for j in reader.order[: reader.layout.tokens - count]}
     stored, _ = stored_rows(engine, prompt)

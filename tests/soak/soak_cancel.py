@@ -160,7 +160,7 @@ def _all_free(outcome: Outcome, corpus: Corpus, engine: CacheTune, name: str) ->
     outcome.expect(said == [None], f"{name}: the next request on another thread: {said or 'hangs'}")
     wrong = corpus.ask(engine, 1) if said else None
     outcome.expect(wrong is None, f"{name}: the next request: {wrong}")
-    outcome.expect(not engine._lock.wanted, f"{name}: the model's lock still counts a request")
+    outcome.expect(not engine.runtime.model.lock.wanted, f"{name}: the model's lock still counts a request")
 
 
 # -- cancelled tasks -----------------------------------------------------------------------------------------------------
@@ -213,13 +213,13 @@ class _Forwards:
 
     def __init__(self, engine: CacheTune):
         self.count = 0
-        forward = engine._requests.forward
+        forward = engine.runtime.admission.forward
 
         def counted(*arguments: Any) -> Any:
             self.count += 1
             return forward(*arguments)
 
-        engine._requests.forward = counted  # type: ignore[method-assign]
+        engine.runtime.admission.forward = counted  # type: ignore[method-assign]
 
 
 async def _cancel_one(ask: Callable[[], Any], forwards: _Forwards, after: int) -> int:

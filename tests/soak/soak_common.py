@@ -150,7 +150,7 @@ class Corpus:
                 assert prompt.missing(state.report.missed) == missing
                 engine.remove(f"{number}")
                 for i in missing:  # computed and stored by that request
-                    engine.store.discard(engine._assembler.key(state.prompt.chunk_ids[i]))
+                    engine.store.discard(engine.runtime.assembler.key(state.prompt.chunk_ids[i]))
                 engine.precompute([Document(f"{number}", stored)])
                 answer = engine.generate(query=prompt.query, chunks=prompt.chunks, max_new_tokens=NEW_TOKENS, **options)
                 assert prompt.missing(answer.report.missed) == missing

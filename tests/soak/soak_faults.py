@@ -232,9 +232,9 @@ class _Bench:
     def _settled(self, engine: CacheTune) -> None:
         """Wait until what was left behind has come back."""
         until = time.monotonic() + LONGEST
-        while engine._pool.overdue and time.monotonic() < until:
+        while engine.runtime.pool.overdue and time.monotonic() < until:
             time.sleep(0.01)
-        self._outcome.expect(not engine._pool.overdue, "calls that were left behind never came back")
+        self._outcome.expect(not engine.runtime.pool.overdue, "calls that were left behind never came back")
 
     def _copy(self, *, missing: bool = False) -> Path:
         path = self._folder / "copy"

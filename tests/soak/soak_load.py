@@ -123,7 +123,7 @@ def _work(corpus: Corpus, path: Path, budget: int, threads: int, until: float, s
             thread.join()
         pinned = engine.store.stats().disk.pinned
         if pinned:
-            engine._prefetcher.close()  # what it took over is closed then
+            engine.runtime.prefetcher.close()  # what it took over is closed then
             pinned = engine.store.stats().disk.pinned
         if pinned:
             tell("wrong", f"{pinned} chunks are still pinned")
@@ -165,7 +165,7 @@ class _Counts:
     def __init__(self, engine: CacheTune):
         self.counts: Counter[str] = Counter()
         self._lock = threading.Lock()
-        compute, store = engine._precomputer._compute, engine.store
+        compute, store = engine.runtime.precomputer._compute, engine.store
 
         def counted(job: Any, batch: Any) -> Any:
             stored = sum(store._placement.disk.contains(chunk.key) for chunk in batch.chunks)
@@ -177,7 +177,7 @@ class _Counts:
             self.add("stored meanwhile", both - stored)
             return encoded
 
-        engine._precomputer._compute = counted  # type: ignore[method-assign]
+        engine.runtime.precomputer._compute = counted  # type: ignore[method-assign]
 
     def add(self, what: str, count: int = 1) -> None:
         """Count, from any thread."""

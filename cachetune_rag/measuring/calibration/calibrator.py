@@ -197,7 +197,7 @@ class Calibrator:
         room = self._plan.tokens if limit is None else min(self._plan.tokens, limit - len(prompt.ids))
         plan = prepare(engine.adapter.model, engine.tokenizer, prompt.ids, max_new_tokens=room, do_sample=False)
         steps = engine.adapter.steps(state.cache)
-        target = tuple(decode(lambda token: engine._requests.forward(token, steps), plan, state.logits))
+        target = tuple(decode(lambda token: engine.runtime.admission.forward(token, steps), plan, state.logits))
         # Computed once more, in one piece as for reuse: so where nothing differs, KL is exactly 0.
         rewind(state.cache, len(prompt.ids))
         return target, self._logits(state, target)
@@ -216,19 +216,19 @@ class Calibrator:
     def _prefill(self, prompt: Prompt, config: ReuseConfig | None) -> PrefillState:
         """A prefill that doesn't count as a request. The lock is free in between, for requests."""
         engine = self._engine
-        with engine._lock.reserved(), engine._lock:
-            engine._check_open()
+        with engine.runtime.model.lock.reserved(), engine.runtime.model.lock:
+            engine.runtime.lifetime.check()
             started = time.perf_counter()
             if config is None:
-                return engine._assembler.full_prefill(prompt, started)
-            return engine._assembler.prefill(prompt, config, started)
+                return engine.runtime.assembler.full_prefill(prompt, started)
+            return engine.runtime.assembler.prefill(prompt, config, started)
 
     def _logits(self, state: PrefillState, target: Sequence[int]) -> list[Tensor]:
         engine = self._engine
-        with engine._lock.reserved(), engine._lock:
-            engine._check_open()
+        with engine.runtime.model.lock.reserved(), engine.runtime.model.lock:
+            engine.runtime.lifetime.check()
             logits = list(teacher_forced(engine.adapter, state.logits, state.cache, target))
-            engine._check_model()
+            engine.runtime.model.check()
             return logits
 
     def _figures(self, ratio: float, samples: Sequence[Divergence]) -> RatioFigures:

@@ -45,7 +45,7 @@ def made(engine: CacheTune, *, tokens: int, count: int, codec: str | None = None
     prompts = []
     for _ in range(count):
         generator.shuffle(chunks)
-        prompts.append(engine._requests.prompt(QUERY, _up_to(engine, chunks, tokens), None, None))
+        prompts.append(engine.runtime.admission.prompt(QUERY, _up_to(engine, chunks, tokens), None, None))
     return prompts
 
 
@@ -57,7 +57,7 @@ def codec_of(engine: CacheTune, prompts: Sequence[Prompt]) -> str:
     """
     codecs = set()
     for ids in {ids for prompt in prompts for ids in prompt.chunk_ids if ids}:
-        reader = engine.store.open(engine._assembler.key(ids))
+        reader = engine.store.open(engine.runtime.assembler.key(ids))
         if reader is not None:
             with reader:
                 codecs.add(reader.layout.codec)

@@ -56,7 +56,7 @@ class TierMeasure:
             self._store = ChunkStore(engine.store.path, host_budget=0, disk_budget=_NO_LIMIT, read_memory=_NO_LIMIT)
         else:
             self._store = self._in_memory(tier)
-        self._assembler = Assembler(engine.adapter, self._store, engine.lead_ins, engine._pool)
+        self._assembler = Assembler(engine.adapter, self._store, engine.lead_ins, engine.runtime.pool)
 
     def __enter__(self) -> Self:
         return self
@@ -95,8 +95,8 @@ class TierMeasure:
         rows = statistics.mean(sum(map(len, (p.chunk_ids[s.chunk] for s in p.spans))) for p in self._prompts)
         times = []
         for _ in range(rounds + 1):
-            with self._engine._lock.reserved(), self._engine._lock:
-                self._engine._check_open()
+            with self._engine.runtime.model.lock.reserved(), self._engine.runtime.model.lock:
+                self._engine.runtime.lifetime.check()
                 times.append(statistics.mean(self._assembler.transfer(prompt)[1] for prompt in self._prompts))
         return CostModel(
             move=min(times[1:]) / (layers * rows),
@@ -108,8 +108,8 @@ class TierMeasure:
 
     def _time(self, prompt: Prompt, config: ReuseConfig | None) -> float:
         engine = self._engine
-        with engine._lock.reserved(), engine._lock:
-            engine._check_open()
+        with engine.runtime.model.lock.reserved(), engine.runtime.model.lock:
+            engine.runtime.lifetime.check()
             started = time.perf_counter()
             if config is None:
                 return self._assembler.full_prefill(prompt, started).report.ttft
@@ -127,7 +127,7 @@ class TierMeasure:
         budget = engine.store.device_budget if tier == "device" else 0
         memory = ChunkStore(None, host_budget=_NO_LIMIT, device_budget=budget, device=engine.adapter.device)
         try:
-            for key in dict.fromkeys(engine._assembler.key(i) for p in self._prompts for i in p.chunk_ids if i):
+            for key in dict.fromkeys(engine.runtime.assembler.key(i) for p in self._prompts for i in p.chunk_ids if i):
                 chunk = engine.store.whole(key)
                 if chunk is None:
                     continue  # the first request will say so

@@ -83,7 +83,9 @@ class SavedTunings:
     def _keeps_floor(self, tuning: TierTuning, namespace: Namespace | None) -> bool:
         """Whether the selector's own share of r (or all of r, where the offline ranking chooses it) is as large as calibrated."""
         offline = tuning.skipped == tuning.ratio
-        floor = self._engine._calibrations.ratio(FrequencySelector.name if offline else tuning.selector, namespace)
+        floor = self._engine.runtime.calibrations.ratio(
+            FrequencySelector.name if offline else tuning.selector, namespace
+        )
         # Rounded as the ratios that are searched are.
         return floor is None or tuning.ratio - (0 if offline else tuning.skipped) >= floor - 1e-3
 

@@ -136,7 +136,7 @@ class Tuner:
         _check_order(self._r_min, self._r_max)
         self._engine, self._rounds, self._tokens = engine, plan.rounds, plan.tokens
         self._progress, self._make_measure = progress, measure
-        self._saved = engine._tunings
+        self._saved = engine.runtime.tunings
 
     def run(self, samples: Iterable[Any] | None = None) -> TuningResult:
         """Measure and save.

@@ -1,0 +1,77 @@
+"""One engine's view of a model that several engines may share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from cachetune_rag.errors import ModelChangedError
+from cachetune_rag.model.shared import SharedModel
+
+
+class EngineModel:
+    """One engine's part in a model that several engines may share.
+
+    Attributes:
+        adapter: runs the model.
+        lock: held around every use of the model, by all engines on it. Always write `with model.lock.reserved(), model.lock:` in full
+            where it is used: a context manager of our own around both could be interrupted by Ctrl-C between acquiring and entering.
+        fingerprint: identifies the weights that this engine stores chunks for.
+
+    Raises:
+        UnsupportedModelError: the architecture can't be served exactly; the message says why.
+        ModelChangedError: the weights are being changed while they are read.
+        ForkedError: this process was forked while the model was computing.
+    """
+
+    def __init__(self, model: Any, *, cuda_kernels: bool):
+        self._shared = SharedModel.of(model)
+        self.lock = self._shared.lock
+        self.fingerprint = self._shared.read()
+        self.adapter = self._shared.adapter(cuda_kernels=cuda_kernels)
+        self._layout = self.adapter.layout
+
+    def check(self) -> None:
+        """Refuse to go on with weights other than those this engine stores for. The caller holds the lock.
+
+        This happens with every request, so it must not keep a GPU busy for long (`Weights.change` explains what is left out).
+
+        Raises:
+            ModelChangedError: names what was changed.
+        """
+        self._shared.check(self.fingerprint, every=False)
+
+    def check_all(self, fingerprint: str) -> None:
+        """As `check`, but look at every weight: before chunks are stored under `fingerprint`. The caller holds the lock.
+
+        Raises:
+            ModelChangedError: names what was changed.
+        """
+        self._shared.check(fingerprint)
+
+    def step_check(self) -> Callable[[], None]:
+        """A check to call before each token of one answer, so that no answer is finished with other weights than it began with.
+
+        The returned function looks at autograd's counters alone, which is fast. Its caller holds the lock.
+        """
+        fingerprint = self.fingerprint
+        return lambda: self._shared.check(fingerprint, thorough=False)
+
+    def renew(self) -> bool:
+        """Go on with the weights as they are now. The caller holds the lock.
+
+        Returns:
+            Whether they differ from those before.
+
+        Raises:
+            ModelChangedError: dtype, device or shapes have changed, or weights are being changed.
+            UnsupportedModelError: the model can't be served as it is now.
+        """
+        found = self._shared.read()
+        layout = self.adapter.layout
+        if layout != self._layout:
+            raise ModelChangedError(
+                f"the model was changed to {layout.told}; this engine was made for {self._layout.told}. Close it and make a new one."
+            )
+        changed, self.fingerprint = found != self.fingerprint, found
+        return changed
