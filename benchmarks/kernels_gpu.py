@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from triton.testing import do_bench
 
-from cachetune_rag.kernels import AddressTable, rows_of
+from cachetune_rag.kernels import row_addresses, rows_of
 from cachetune_rag.kernels.attention import attend
 from cachetune_rag.kernels.rows import place, scatter
 from cachetune_store import LayerSpec, get_codec
@@ -77,9 +77,7 @@ def rows_into_place(length: int) -> None:
 
 
 def addresses(keys: list[torch.Tensor], values: list[torch.Tensor]) -> torch.Tensor:
-    table = AddressTable(len(keys), keys[0].device)
-    table.tensor.copy_(torch.tensor(AddressTable.of(keys, values)))
-    return table.tensor
+    return torch.tensor(row_addresses(keys, values), device=keys[0].device)
 
 
 def microseconds(call: Callable[[], None]) -> float:

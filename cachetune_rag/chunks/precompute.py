@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cachetune_rag.checking.arguments import check_callback, check_flag, is_iterable
 from cachetune_rag.chunks.lead_ins import MOST_TOKENS, Lead, LeadIns
+from cachetune_rag.chunks.mean_capture import MeanCapture
 from cachetune_rag.chunks.owners import Owners
 from cachetune_rag.concurrency.deadline import Call, call_directly
 from cachetune_rag.concurrency.model_lock import ModelLock
@@ -19,7 +20,6 @@ from cachetune_rag.concurrency.workers import Job, Workers
 from cachetune_rag.errors import ConfigError, ModelChangedError, PromptTooLongError
 from cachetune_rag.model import ModelAdapter
 from cachetune_rag.model.libraries.neutral import neutral
-from cachetune_rag.model.mean import MeanCapture
 from cachetune_rag.report import PrecomputeSummary
 from cachetune_rag.selection.frequency import frequency_scores
 from cachetune_rag.text.documents import Document

@@ -7,6 +7,6 @@ buffers lie in.
 
 from __future__ import annotations
 
-from cachetune_rag.kernels.support import CODECS, HAS_TRITON, AddressTable, kernels_run_on, rows_of
+from cachetune_rag.kernels.support import CODECS, HAS_TRITON, kernels_run_on, row_addresses, rows_of
 
-__all__ = ["CODECS", "HAS_TRITON", "AddressTable", "kernels_run_on", "rows_of"]
+__all__ = ["CODECS", "HAS_TRITON", "kernels_run_on", "row_addresses", "rows_of"]

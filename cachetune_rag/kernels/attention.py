@@ -182,7 +182,7 @@ def attend(
 
     Args:
         query: [1, heads, tokens, dim], rotated; the last dimension contiguous.
-        table: `AddressTable.tensor`; keys are [length, kv_heads, dim] and values [length, kv_heads, v_dim] there.
+        table: `row_addresses`, int64 on the device; keys are [length, kv_heads, dim] and values [length, kv_heads, v_dim] there.
         layer: whose keys and values.
         positions: int64 [tokens], ascending; -1 in front for padding (its output is arbitrary, but finite).
         kv_heads, v_dim: shape of the keys and values.

@@ -160,7 +160,7 @@ def shift(
 
     Args:
         keys, values: fresh ones, [1, kv_heads, tokens, dim]; keys are rotated.
-        table: addresses of the prompt's rows (`AddressTable.tensor`).
+        table: addresses of the prompt's rows (`row_addresses`, int64 on the device).
         layer: whose rows.
         positions: int64 [tokens].
         known: int64 [tokens], 0 for recomputed tokens whose stored rows aren't there; they are left out of the sums.

@@ -1,4 +1,4 @@
-"""What the kernels share: whether they can run, dtypes, and the table of buffer addresses."""
+"""What the kernels share: whether they can run, dtypes, and the table of the buffers' addresses."""
 
 from __future__ import annotations
 
@@ -28,19 +28,12 @@ def kernels_run_on(device: torch.device) -> bool:
     return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
-class AddressTable:
-    """Device addresses of the key and value rows of every layer, int64 [2 * layers]: K of layer 0, V of layer 0, ...
+def row_addresses(key_rows: Sequence[Tensor], value_rows: Sequence[Tensor]) -> list[int]:
+    """The table of addresses that kernels find a prompt's rows by: K of layer 0, V of layer 0, K of layer 1, ...
 
-    The tensor stays where it is; `fill` changes what it says. A kernel reads it when it runs.
+    A kernel reads the table, int64 [2 * layers] in device memory, when it runs, and not when it is captured.
     """
-
-    def __init__(self, layers: int, device: torch.device):
-        self.tensor = torch.zeros(2 * layers, dtype=torch.int64, device=device)
-
-    @staticmethod
-    def of(key_rows: Sequence[Tensor], value_rows: Sequence[Tensor]) -> list[int]:
-        """The addresses, in the table's order."""
-        return [t.data_ptr() for pair in zip(key_rows, value_rows, strict=True) for t in pair]
+    return [t.data_ptr() for pair in zip(key_rows, value_rows, strict=True) for t in pair]
 
 
 def rows_of(counts: Sequence[int]) -> npt.NDArray[np.int64]:

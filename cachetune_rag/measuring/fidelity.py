@@ -18,9 +18,9 @@ from cachetune_rag.concurrency.forks import this_process
 from cachetune_rag.concurrency.model_lock import ModelLock
 from cachetune_rag.errors import ConfigError
 from cachetune_rag.measuring.divergence import Divergence, kl_divergence
+from cachetune_rag.measuring.teacher import rewind, teacher_forced
 from cachetune_rag.model import ModelAdapter
-from cachetune_rag.model.plain.attention import StopForward
-from cachetune_rag.model.teacher import rewind, teacher_forced
+from cachetune_rag.model.family.taps import StopForward
 from cachetune_store.printing import shown
 
 if TYPE_CHECKING:

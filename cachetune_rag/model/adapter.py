@@ -19,17 +19,17 @@ from cachetune_rag.model.cuda.device_forward import DeviceForward
 from cachetune_rag.model.cuda.steps import ROOM, KernelSteps
 from cachetune_rag.model.family import families, masks, output, taps
 from cachetune_rag.model.family.rope import Rotary, Tables, Turn, longrope_boundary, rows_of
+from cachetune_rag.model.family.taps import StopForward, interruptible
+from cachetune_rag.model.family.value_cache import ValueCache
 from cachetune_rag.model.libraries.neutral import neutral, neutrally
 from cachetune_rag.model.loaded.view import unwrapped, view_of
 from cachetune_rag.model.plain import attention
-from cachetune_rag.model.plain.attention import StopForward
 from cachetune_rag.model.plain.buffers import KVBuffers, ScatterCache
-from cachetune_rag.model.plain.capture import ChunkCapture, ChunkKV, LeadKV, ValueCache
+from cachetune_rag.model.plain.capture import ChunkCapture, ChunkKV, LeadKV
 from cachetune_rag.model.plain.forward import ModelForward
 from cachetune_rag.model.plain.loadcheck import LoadCheck
 from cachetune_rag.model.plain.probe import Probe
 from cachetune_rag.model.plain.shift import ChunkShift, RowShift
-from cachetune_rag.model.teacher import interruptible
 from cachetune_store.layout import LayerSpec
 
 
@@ -279,7 +279,7 @@ class ModelAdapter:
         return KernelSteps(self.device_forward, find, cache)
 
     def interruptible(self, stop: Callable[[], bool]) -> AbstractContextManager[None]:
-        """See `teacher.interruptible`."""
+        """See `taps.interruptible`."""
         return interruptible(self._attentions, self.device, stop)
 
     @neutrally

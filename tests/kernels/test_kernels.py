@@ -9,8 +9,10 @@ import os
 
 import pytest
 import torch
+from kernel_reference import attend_reference, disturb_reference, shift_reference
 from torch import Tensor
 
+from cachetune_rag.model.family.rope import turn_half_split
 from cachetune_store import LayerSpec, get_codec
 
 CUDA = torch.cuda.is_available()
@@ -31,13 +33,12 @@ def buffers(
     length: int, heads: int, dim: int, v_dim: int, dtype: torch.dtype
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """Three layers of random rows, and their address table."""
-    from cachetune_rag.kernels import AddressTable
+    from cachetune_rag.kernels import row_addresses
 
     keys = [torch.randn(length, heads, dim, device=DEVICE).to(dtype) for _ in range(3)]
     values = [torch.randn(length, heads, v_dim, device=DEVICE).to(dtype) for _ in range(3)]
-    table = AddressTable(3, torch.device(DEVICE))
-    table.tensor.copy_(torch.tensor(AddressTable.of(keys, values)))
-    return keys, values, table.tensor
+    table = torch.tensor(row_addresses(keys, values), device=DEVICE)
+    return keys, values, table
 
 
 def some_places(length: int, count: int) -> Tensor:
@@ -73,8 +74,7 @@ def test_attention(
     splits: int | None,
 ) -> None:
     from cachetune_rag.kernels.attention import attend
-    from cachetune_rag.kernels.probe import disturb, nearness, receive
-    from cachetune_rag.kernels.reference import attend_reference, disturb_reference
+    from cachetune_rag.kernels.watched_attention import disturb, nearness, receive
 
     torch.manual_seed(0)
     keys, values, table = buffers(length, kv_heads, dim, v_dim, dtype)
@@ -121,7 +121,6 @@ def test_attention(
 @pytest.mark.parametrize("turn", ["half", "pairs", "part", "none"])
 @pytest.mark.parametrize(("heads", "dim", "v_dim"), [(2, 16, 16), (3, 24, 8), (1, 8, 20)])
 def test_shift(dtype: torch.dtype, turn: str, heads: int, dim: int, v_dim: int) -> None:
-    from cachetune_rag.kernels.reference import shift_reference
     from cachetune_rag.kernels.shift import SPAN, shift
 
     torch.manual_seed(4)
@@ -174,7 +173,6 @@ def test_place_is_the_codec_the_rotation_and_a_scatter(
     codec: str, dtype: torch.dtype, heads: int, dim: int, v_dim: int, width: int
 ) -> None:
     """Bit for bit, with rows of several chunks that lie apart."""
-    from cachetune_rag.kernels.reference import turn_reference
     from cachetune_rag.kernels.rows import place
 
     torch.manual_seed(1)
@@ -204,7 +202,7 @@ def test_place_is_the_codec_the_rotation_and_a_scatter(
     for encoded, count, some in zip(stored, counts, rows, strict=True):
         part_k, part_v = coder.decode(encoded[: form.size(count)].clone(), spec, dtype)
         found_k, found_v = torch.cat((found_k, part_k[some])), torch.cat((found_v, part_v[some]))
-    wanted_k[places] = turn_reference(found_k, cos[places], sin[places]) if width else found_k
+    wanted_k[places] = turn_half_split(found_k, cos[places], sin[places]) if width else found_k
     wanted_v[places] = found_v
     assert torch.equal(keys.nan_to_num(77.0), wanted_k.nan_to_num(77.0))
     assert torch.equal(values.nan_to_num(77.0), wanted_v.nan_to_num(77.0))

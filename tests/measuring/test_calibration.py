@@ -20,9 +20,9 @@ from cachetune_rag.errors import CacheTuneError
 from cachetune_rag.measuring.calibration.calibrator import RATIOS, CalibrationProgress
 from cachetune_rag.measuring.calibration.result import RatioFigures, choose
 from cachetune_rag.measuring.divergence import Divergence, kl_divergence
+from cachetune_rag.measuring.teacher import rewind, teacher_forced
 from cachetune_rag.model import ModelAdapter
-from cachetune_rag.model.plain.attention import StopForward
-from cachetune_rag.model.teacher import rewind, teacher_forced
+from cachetune_rag.model.family.taps import StopForward
 from cachetune_rag.reuse.config import AUTO
 
 CHUNKS = [

@@ -19,7 +19,7 @@ from cachetune_rag.errors import CacheTuneError, ConfigError
 from cachetune_rag.measuring.calibration.result import Calibration, RatioFigures, choose
 from cachetune_rag.measuring.divergence import Divergence
 from cachetune_rag.measuring.samples import prompts_of, store_chunks
-from cachetune_rag.model.teacher import rewind, teacher_forced
+from cachetune_rag.measuring.teacher import rewind, teacher_forced
 from cachetune_rag.reuse.config import ReuseConfig, resolve
 from cachetune_rag.text.prompts.prompt import Prompt
 from cachetune_store.printing import shown

@@ -41,7 +41,8 @@ from cachetune_rag.model.cuda.graphs import (
 from cachetune_rag.model.cuda.kernel_call import KernelCache, KernelCall, Probing, Shifting
 from cachetune_rag.model.family import taps
 from cachetune_rag.model.family.rope import Turn
-from cachetune_rag.model.plain.attention import StopForward, by_kernel
+from cachetune_rag.model.family.taps import StopForward
+from cachetune_rag.model.plain.attention import by_kernel
 from cachetune_rag.model.plain.buffers import KVBuffers
 from cachetune_rag.model.plain.shift import ChunkShift
 from cachetune_store import pinning

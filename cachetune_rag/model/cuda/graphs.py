@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cachetune_rag.kernels import AddressTable
+from cachetune_rag.kernels import row_addresses
 from cachetune_rag.model.libraries.private import end_allocation
 from cachetune_rag.model.plain.buffers import KVBuffers
 from cachetune_rag.model.plain.shift import ChunkShift
@@ -155,7 +155,7 @@ class Inputs:
             part[:padding] = filler
             part[padding:] = numbers
         _, _, _, table, watched_at, deviations_at, known, rotations, spans = self._parts
-        table[:] = AddressTable.of(buffers.key_rows, buffers.value_rows)
+        table[:] = row_addresses(buffers.key_rows, buffers.value_rows)
         watched_at[0], deviations_at[0] = watched, deviations
         if spans.shape[0]:
             spans[:] = 0

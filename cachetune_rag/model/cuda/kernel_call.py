@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from cachetune_rag.model.plain.attention import StopForward
+from cachetune_rag.model.family.taps import StopForward
 from cachetune_store.layout import LayerSpec
 
 
@@ -55,7 +55,7 @@ class KernelCall:
     """One forward through the kernels.
 
     Attributes:
-        table: addresses of the prompt's buffers (`kernels.AddressTable`).
+        table: addresses of the prompt's buffers (`kernels.row_addresses`).
         positions: int64 [tokens], ascending, -1 for padding in front.
         specs, windows: of every layer.
         probing, shifting: what is done besides.
@@ -77,7 +77,7 @@ class KernelCall:
 
     def see_input(self, layer: int, hidden: Tensor) -> None:
         """Take what goes into a decoder layer, [1, tokens, width]."""
-        from cachetune_rag.kernels.probe import nearness
+        from cachetune_rag.kernels.watched_attention import nearness
 
         assert self.probing is not None
         if layer <= self.probing.last_layer:
@@ -136,7 +136,7 @@ class KernelCall:
     def _add_up(
         self, probing: Probing, query: Tensor, out: Tensor, lse: Tensor, scale: float, window: int | None
     ) -> None:
-        from cachetune_rag.kernels.probe import disturb, receive
+        from cachetune_rag.kernels.watched_attention import disturb, receive
 
         layer, kv_heads = self.layer, self.specs[self.layer].heads
         if probing.deviations is None:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from cachetune_rag.errors import UnsupportedModelError
-from cachetune_rag.kernels.reference import turn_reference
 
 Tables = tuple[Tensor, Tensor]
 
@@ -176,13 +175,27 @@ class Rotary:
             return False
         generator = torch.Generator().manual_seed(0)
         keys = torch.randn(cos.shape[0], heads, head_dim, dtype=torch.float32, generator=generator).to(cos)
-        return torch.equal(turn_reference(keys, cos, sin), self.rotate(layer, keys, cos, sin))
+        return torch.equal(turn_half_split(keys, cos, sin), self.rotate(layer, keys, cos, sin))
 
     def _width(self, cos: Tensor, head_dim: int) -> int:
         """How many leading channels are rotated. gpt-oss keeps half tables, so the frequencies decide, not the table."""
         frequencies = [b for n, b in self._module.named_buffers(recurse=False) if n.endswith("inv_freq")]
         width = 2 * frequencies[0].numel() if frequencies else cos.shape[-1]
         return min(width, head_dim)
+
+
+def turn_half_split(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The half-split rotation, in the dtype of `keys`: channel i turned together with channel i + width / 2.
+
+    Args:
+        keys: [n, heads, dim]; only the first `width` channels are rotated.
+        cos, sin: [n, width].
+    """
+    width = cos.shape[1]
+    turned, rest = keys[..., :width], keys[..., width:]
+    low, high = turned.chunk(2, -1)
+    swapped = torch.cat((-high, low), -1)
+    return torch.cat((turned * cos[:, None] + swapped * sin[:, None], rest), -1)
 
 
 def rows_of(tables: dict[str | None, Tables], positions: Tensor) -> dict[str | None, Tables]:

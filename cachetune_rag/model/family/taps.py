@@ -9,7 +9,7 @@ with what the model puts into its cache (see `loadcheck.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+
+class StopForward(Exception):
+    """Raised inside a forward to end it early, when all wanted layers have run or when a request is waiting."""
+
 
 # (key submodule, query submodule), most processed first: a norm over the keys comes after their projection.
 _SEPARATE = (
@@ -134,6 +139,29 @@ def inputs_tapped(layers: list[nn.Module], receive: Callable[[int, Tensor], None
                     receive(number, args[0] if args else kwargs["hidden_states"])
 
             hooks.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        yield
+    finally:
+        hooks.live = False
+        hooks.remove()
+
+
+@contextmanager
+def interruptible(attentions: Sequence[nn.Module], device: torch.device, stop: Callable[[], bool]) -> Iterator[None]:
+    """While the context is open, a forward ends with `StopForward` before the first layer at which `stop()` is true.
+
+    Hooks see every forward of the model, so the caller holds the lock under which the model runs.
+    """
+
+    def check(*_: object) -> None:
+        if device.type == "cuda":
+            # The host queues work several layers ahead of the device, and queued work can't be taken back.
+            torch.cuda.synchronize(device)
+        if hooks.live and stop():
+            raise StopForward
+
+    hooks = Hooks()
+    try:
+        hooks.handles += [attention.register_forward_pre_hook(check) for attention in attentions]
         yield
     finally:
         hooks.live = False

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,21 +24,23 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from cachetune_rag.model.plain.watch import Watch
 
-if TYPE_CHECKING:
-    from cachetune_rag.model.cuda.kernel_call import KernelCall
-
 _T = TypeVar("_T")
 NAME = "cachetune_sdpa"
 BLOCK = 48
 """Selected tokens computed together (measured best on a CPU for 133 and 338 of them; 64 takes up to 7% longer)."""
 
+
+class AttentionCall(Protocol):
+    """Computes the attention of one forward in place of torch (on a GPU: `KernelCall`)."""
+
+    def attention(self, query: Tensor, scaling: float | None) -> Tensor:
+        """Attention of `query` [1, heads, queries, dim] over the prompt's buffers, [1, queries, heads, dim]."""
+        ...
+
+
 _bounds: ContextVar[list[tuple[int, int, int]] | None] = ContextVar("cachetune_attention_bounds", default=None)
 _watch: ContextVar[Watch | None] = ContextVar("cachetune_watch", default=None)
-_call: ContextVar[KernelCall | None] = ContextVar("cachetune_kernel_call", default=None)
-
-
-class StopForward(Exception):
-    """Ends a forward after the layers that were wanted."""
+_call: ContextVar[AttentionCall | None] = ContextVar("cachetune_kernel_call", default=None)
 
 
 @contextmanager
@@ -53,7 +55,7 @@ def _holding(variable: ContextVar[_T | None], value: _T) -> Iterator[None]:
 
 
 @contextmanager
-def by_kernel(call: KernelCall) -> Iterator[None]:
+def by_kernel(call: AttentionCall) -> Iterator[None]:
     """While the context is open, attention calls are `call`'s."""
     with _holding(_call, call):
         yield

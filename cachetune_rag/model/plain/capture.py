@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin
 
 from cachetune_rag.model.family import taps
+from cachetune_rag.model.family.taps import StopForward
+from cachetune_rag.model.family.value_cache import ValueCache
 from cachetune_rag.model.plain import attention
-from cachetune_rag.model.plain.attention import StopForward
 from cachetune_rag.model.plain.forward import ModelForward
 
 
@@ -46,48 +45,6 @@ class LeadKV:
 
     tokens: int
     layers: list[tuple[Tensor, Tensor]]
-
-
-class ValueCache(Cache):
-    """Hands each layer's (rotated) keys and values [batch, kv_heads, tokens, head_dim] on and keeps nothing.
-
-    Args:
-        layers: how many.
-        receive: gets layer, keys, values.
-        lead: what attention finds before them.
-    """
-
-    def __init__(self, layers: int, receive: Callable[[int, Tensor, Tensor], None], lead: LeadKV | None = None):
-        super().__init__(layers=[_ValueLayer(i, receive, lead) for i in range(layers)])
-
-
-class _ValueLayer(CacheLayerMixin):
-    is_sliding = False
-
-    def __init__(self, layer: int, receive: Callable[[int, Tensor, Tensor], None], lead: LeadKV | None):
-        super().__init__()
-        self._layer, self._receive = layer, receive
-        self._lead = None if lead is None else lead.layers[layer]
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self._receive(self._layer, key_states, value_states)
-        if self._lead is None:
-            return key_states, value_states
-        keys, values = (rows.expand(key_states.shape[0], -1, -1, -1) for rows in self._lead)
-        return torch.cat((keys, key_states), dim=2), torch.cat((values, value_states), dim=2)
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None: ...
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length + (0 if self._lead is None else self._lead[0].shape[2]), 0
-
-    def get_seq_length(self) -> int:
-        return 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    get_max_cache_shape = get_max_length
 
 
 class ChunkCapture:
@@ -175,7 +132,7 @@ class ChunkCapture:
             # One more token, which no other sees, brings in the frequencies of the prompts that are served by reuse.
             ids = torch.cat((ids, ids[:, -1:]), dim=1)
             positions = torch.cat((positions, positions.new_tensor([self._reuse_beyond])))
-        cache = ValueCache(len(self._attentions), on_update, lead)
+        cache = ValueCache(len(self._attentions), on_update, None if lead is None else lead.layers)
         with taps.tapped(self._attentions, [t.key_module for t in self._taps], on_key), suppress(StopForward):
             if lead is None:
                 self._forward.without_head(ids, cache, positions)

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from cachetune_rag.errors import UnsupportedModelError
 from cachetune_rag.model.family import taps
 from cachetune_rag.model.family.rope import Rotary, Tables
-from cachetune_rag.model.plain.capture import ValueCache
+from cachetune_rag.model.family.value_cache import ValueCache
 from cachetune_store.layout import LayerSpec
 
 # How far the check moves keys that seem unrotated, and how far rounding alone may move them (relative).

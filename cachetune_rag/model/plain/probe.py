@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from cachetune_rag.model.family import masks, output, taps
 from cachetune_rag.model.family.rope import Tables, rows_of
-from cachetune_rag.model.plain.attention import StopForward, watched
+from cachetune_rag.model.family.taps import StopForward
+from cachetune_rag.model.plain.attention import watched
 from cachetune_rag.model.plain.buffers import KVBuffers, ScatterCache
 from cachetune_rag.model.plain.watch import Shown, Watch, heads_of_rows, rows_of_heads
 from cachetune_store.layout import LayerSpec

@@ -27,15 +27,6 @@ def attend_reference(
     return (weights @ v).transpose(0, 1)[None], weights
 
 
-def turn_reference(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The half-split rotation that `place` applies: keys [n, heads, dim] by cos and sin [n, width], in their dtype."""
-    width = cos.shape[1]
-    turned, rest = keys[..., :width], keys[..., width:]
-    low, high = turned.chunk(2, -1)
-    swapped = torch.cat((-high, low), -1)
-    return torch.cat((turned * cos[:, None] + swapped * sin[:, None], rest), -1)
-
-
 def disturb_reference(
     query: Tensor,
     keys: Tensor,

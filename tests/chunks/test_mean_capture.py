@@ -11,9 +11,9 @@ import torch
 from families import BOS, FAMILIES, Family, ids_of, model_of, random_ids
 from torch import Tensor
 
+from cachetune_rag.chunks.mean_capture import MeanCapture, MeanKV
 from cachetune_rag.model.adapter import ModelAdapter
 from cachetune_rag.model.family.output import output_heads
-from cachetune_rag.model.mean import MeanCapture, MeanKV
 from cachetune_rag.model.plain.capture import ChunkKV
 
 

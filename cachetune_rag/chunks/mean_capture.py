@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cachetune_rag.model.adapter import ModelAdapter
-from cachetune_rag.model.plain.capture import ChunkKV, LeadKV
+from cachetune_rag.model import ChunkKV, ModelAdapter
+from cachetune_rag.model.plain.capture import LeadKV
 
 _MOST = torch.finfo(torch.float16).max
 
