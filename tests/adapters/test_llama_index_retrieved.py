@@ -164,6 +164,19 @@ async def test_a_streams_report_comes_with_its_end(engine: CacheTune, llm: Cache
     assert len(aresponse.metadata["cachetune_reports"]) == 1
 
 
+async def test_a_stream_closed_early_has_its_report(engine: CacheTune, llm: CacheTuneLLM) -> None:
+    query_engine = index_of().as_query_engine(llm=llm, similarity_top_k=2, streaming=True)
+    response: Any = query_engine.query(QUESTION)
+    next(response.response_gen)
+    response.response_gen.close()
+    (report,) = response.metadata["cachetune_reports"]
+    assert report["retrieved"] == sum(len(n.node.get_content()) for n in response.source_nodes)
+    aresponse: Any = await query_engine.aquery(QUESTION)
+    await anext(aresponse.async_response_gen())
+    await aresponse.response_gen.aclose()
+    assert len(aresponse.metadata["cachetune_reports"]) == 1
+
+
 async def test_a_chat_engines_stream_has_its_reports(engine: CacheTune, llm: CacheTuneLLM) -> None:
     chat_engine = index_of().as_chat_engine(chat_mode="context", llm=llm, similarity_top_k=2)
     response: Any = chat_engine.stream_chat(QUESTION)

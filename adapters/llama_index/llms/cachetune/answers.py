@@ -58,15 +58,16 @@ class Request:
     """One request to the engine.
 
     Attributes:
-        begin: starts it.
-        told: is told the report, in the context of whoever reads the answer, at each step.
-        ended: is told the report once the answer is finished.
+        begin: starts the request.
+        on_step: called with the report so far at each step, in the context of the code that reads the answer.
+        keep_report: called with the report so far at each step, and once more when the stream is closed before its end. That last
+            call may come from any thread and in any context, such as the garbage collector's.
         tools: the names of the tools that the model was shown; None where it was shown none.
     """
 
     begin: Callable[[], AnswerStream]
-    told: Callable[[Report], None]
-    ended: Callable[[Report], None]
+    on_step: Callable[[Report], None]
+    keep_report: Callable[[Report], None]
     tools: Collection[str] | None = None
 
     def answer(self) -> Step:
@@ -97,7 +98,7 @@ class Request:
             cancelled.set()
             raise
         if self._report is not None:
-            self.told(self._report)
+            self.on_step(self._report)  # the thread that answered has a context of its own
         return last
 
     async def asteps(self) -> AsyncIterator[Step]:
@@ -116,11 +117,16 @@ class Request:
 
     def _steps(self, stream: AnswerStream) -> Iterator[Step]:
         progress = _Progress(self.tools)
-        with stream:
+        finished = False
+        try:
             for piece in stream:
                 yield progress.step(piece, self._raw(stream))
-            # One more, so that the counts arrive, and an empty answer is an answer.
+            finished = True
+            # One more step, so that the counts arrive, and an empty answer is an answer.
             yield progress.end(self._end(stream))
+        finally:
+            if not finished:
+                self._close_early(stream)
 
     async def _asteps(self, stream: AnswerStream, thread: OwnThread) -> AsyncIterator[Step]:
         progress = _Progress(self.tools)
@@ -132,21 +138,28 @@ class Request:
             yield progress.end(self._end(stream))
         finally:
             if not finished:
-                # Whoever was cancelled, or gave the stream up, waits no longer; what the model is at can't be stopped, and the
-                # stream is closed on its thread behind that.
-                thread.later(stream.close)
+                # The reader was cancelled or has closed this generator, and must not be kept waiting. The model's current step
+                # can't be stopped, so the stream is closed after it, on the same thread.
+                thread.later(self._close_early, stream)
             thread.close()
 
+    def _close_early(self, stream: AnswerStream) -> None:
+        stream.close()
+        if self._report is not None:  # closing has added to it which chunks are going to be stored
+            self.keep_report(stream.report)
+
+    def _tell(self, report: Report) -> None:
+        self._report = report
+        self.on_step(report)
+        self.keep_report(report)
+
     def _raw(self, stream: AnswerStream) -> dict[str, Any]:
-        self._report = stream.report
-        self.told(stream.report)
+        self._tell(stream.report)
         return {"report": stream.report.as_dict()}
 
     def _end(self, stream: AnswerStream) -> dict[str, Any]:
         answer = stream.answer
-        self._report = answer.report
-        self.told(answer.report)
-        self.ended(answer.report)
+        self._tell(answer.report)
         return {
             "report": answer.report.as_dict(),
             "finish_reason": answer.finish_reason,

@@ -310,12 +310,12 @@ class CacheTuneLLM(ToolCalling, CustomLLM):
             trace.begun()
             return stream
 
-        def told(report: Report) -> None:
+        def on_step(report: Report) -> None:
             self._last_report = report
             last_reports.tell(self, report)
 
         names = None if not tools else [str(tool["function"]["name"]) for tool in tools]
-        return Request(begin, told, lambda report: trace.add(report.as_dict()), names)
+        return Request(begin, on_step, trace.reports_of_one_request(), names)
 
     def _start(self, prompt: Prompt, given: dict[str, Any]) -> AnswerStream:
         own = {name: getattr(self, name) for name in ("ratio", "selector")}

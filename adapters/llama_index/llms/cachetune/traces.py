@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,7 +34,7 @@ from llama_index.core.schema import NodeWithScore
 from llama_index_instrumentation import root_dispatcher
 from llama_index_instrumentation.span import active_span_id
 
-from cachetune_rag import Chunk
+from cachetune_rag import Chunk, Report
 from llama_index.llms.cachetune.deletions import Deletions
 from llama_index.llms.cachetune.shown import chunks_of
 
@@ -55,7 +55,7 @@ class Trace:
     Attributes:
         parent: the span around it.
         retrieved: the bodies of nodes that spans within it returned or were given to show, by text.
-        reports: reports of the requests within it; a list that grows as streams end.
+        reports: reports of the requests within it, in the order of their first pieces; a request's report changes until it ends.
         requests: how many requests were begun within it.
         deletions: what was deleted within it, in the span that is the run of an ingestion pipeline.
         judged: it is the query of an evaluator, whose documents are made for this query and known to no index.
@@ -104,10 +104,22 @@ class Trace:
         for span in self.around():
             span.requests += 1
 
-    def add(self, report: dict[str, Any]) -> None:
-        """A request has ended, possibly after the span has."""
-        for span in self.around():
-            span.reports.append(report)
+    def reports_of_one_request(self) -> Callable[[Report], None]:
+        """A function that takes each report of one request, possibly after the span has ended.
+
+        The first one adds an entry to the reports of the spans; later ones bring this entry up to date. So a stream has its entry
+        from its first piece on, however and whenever it is closed.
+        """
+        entry: dict[str, Any] = {}
+
+        def keep(report: Report) -> None:
+            is_first = not entry
+            entry.update(report.as_dict())
+            if is_first:
+                for span in self.around():
+                    span.reports.append(entry)
+
+        return keep
 
 
 class Traces(BaseSpanHandler[BaseSpan]):
