@@ -125,7 +125,8 @@ def prepare(
         raise ConfigError(
             f"the model's generation_config is {model.generation_config!r:.80}: set it to a transformers GenerationConfig."
         )
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed not in SEEDS):
+    # Compared, since `in` goes through a range number by number for an int of another class.
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not SEEDS[0] <= seed <= SEEDS[-1]):
         raise ConfigError(f"seed is {shown(seed)}: use an int from -2**63 to 2**64 - 1, or None.")
     settings = {name: value for name, value in settings.items() if value is not None}
     check_names(settings)
