@@ -11,7 +11,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cachetune_rag.answering.answer import Answer, AnswerStream
+    from cachetune_rag.answering.answer import Answer
+    from cachetune_rag.answering.stream import AnswerStream
     from cachetune_rag.concurrency.deadline import StoreTimeoutError
     from cachetune_rag.engine import CacheTune
     from cachetune_rag.errors import (
@@ -54,7 +55,8 @@ __version__ = "0.1.0"
 
 # Imported when first used: torch and transformers take seconds, and `cachetune --help` needs neither.
 _HOMES = {
-    "answering.answer": ("Answer", "AnswerStream"),
+    "answering.answer": ("Answer",),
+    "answering.stream": ("AnswerStream",),
     "reuse.prefill": ("PrefillState",),
     "measuring.calibration.result": ("Calibration",),
     "concurrency.deadline": ("StoreTimeoutError",),

@@ -1,40 +1,48 @@
 """The engine, as a user sees it.
 
-It is opened in `parts.py`; what a request goes through is in `request_runner.py`.
+`runtime.py` makes and connects what it consists of; docs/architecture.md follows a request through it.
 """
 
 from __future__ import annotations
 
+import inspect
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Self, Unpack
 
-from cachetune_rag.answering.answer import Answer, AnswerStream
-from cachetune_rag.answering.many import generate_many
+import torch
+
+from cachetune_rag.answering.answer import Answer
+from cachetune_rag.answering.many import answer_many
+from cachetune_rag.answering.stream import AnswerStream
 from cachetune_rag.checking.arguments import check_flag, check_wait
 from cachetune_rag.chunks.precompute import Progress
-from cachetune_rag.errors import ConfigError
+from cachetune_rag.errors import CacheTuneError, ConfigError
 from cachetune_rag.measuring.calibration.calibrator import RATIOS, CalibrationPlan, CalibrationProgress, Calibrator
 from cachetune_rag.measuring.calibration.result import Calibration, check_savable
 from cachetune_rag.measuring.tuning import TuneProgress, TuningResult
 from cachetune_rag.measuring.tuning.tuner import R_MAX, ROUNDS, TOKENS, Tuner, TuningPlan
+from cachetune_rag.model.loading import load_model
+from cachetune_rag.options import ENGINE_NAMES, EngineOptions, check_names
 from cachetune_rag.readahead.prefetcher import Prefetch
 from cachetune_rag.report import PrecomputeSummary
-from cachetune_rag.reuse.config import resolve
-from cachetune_rag.reuse.device_loader import warm_up as warm_up_loading
 from cachetune_rag.reuse.prefill import PrefillState
-from cachetune_rag.runtime import EngineParts
-from cachetune_rag.selection import get_selector
-from cachetune_rag.selection.expected_error import ExpectedErrorSelector
+from cachetune_rag.runtime import Runtime, check_not_open
 from cachetune_rag.telemetry.stats import EngineStats
 from cachetune_rag.text.documents import Document, check_id
 from cachetune_rag.text.prompts.prompt import Chunk, Prompt, Segment
-from cachetune_store import DocumentInfo, StoreClosedError, UnknownDocumentError
+from cachetune_store import ChunkStore, DocumentInfo, Namespace, StoreClosedError, UnknownDocumentError
 from cachetune_store.histogram import Histogram
 from cachetune_store.printing import shown
 
+_LOADING = ("gguf_file", "device", "dtype", "revision")
+"""Arguments of `from_pretrained` itself, which a misspelt option may have meant."""
 
-class CacheTune(EngineParts):
+
+class CacheTune:
     """Answers prompts whose document chunks were run through the model beforehand.
 
     Args:
@@ -67,6 +75,88 @@ class CacheTune(EngineParts):
 
     Any number of threads may use one engine; the model runs one forward at a time.
     """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        store: str | os.PathLike[str] | ChunkStore | None = None,
+        **options: Unpack[EngineOptions],
+    ):
+        self.runtime = Runtime(model, tokenizer, store, **options)
+        """What the engine is made of: for tests, and for servers that build on this package. Any release may change it."""
+        self.adapter = self.runtime.adapter
+        self.tokenizer = self.runtime.tokenizer
+        self.model_name = self.runtime.model_name
+        self.prompts = self.runtime.prompts
+        self.store = self.runtime.store
+        self.lead_ins = self.runtime.lead_ins
+        self.profiles = self.runtime.profiles
+        self.observers = self.runtime.observers
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike[str],
+        store: str | os.PathLike[str] | ChunkStore | None = None,
+        *,
+        gguf_file: str | None = None,
+        device: str = "auto",
+        dtype: str | torch.dtype = "auto",
+        revision: str | None = None,
+        **options: Unpack[EngineOptions],
+    ) -> Self:
+        """Load model and tokenizer by path or hub id, and open the store.
+
+        Args:
+            model: a folder or a hub id, as transformers takes it.
+            store: see the class.
+            gguf_file: name of a GGUF file in that folder; its weights are dequantised.
+            device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1".
+            dtype: "auto" (the checkpoint's own; float32 on a CPU, where half types are slow), or a torch dtype or its name.
+            revision: branch, tag or commit on the hub.
+            options: further arguments of the class, and of its store.
+
+        Raises:
+            ConfigError: an option that doesn't exist; nothing was loaded.
+            ModelLoadError: nothing loadable at `model`.
+        """
+        names = (*ENGINE_NAMES, *_LOADING, *inspect.signature(cls).parameters)  # a subclass may have more
+        check_names(options, names, "CacheTune.from_pretrained")
+        check_not_open(store, options)
+        loaded, tokenizer = load_model(model, gguf_file=gguf_file, device=device, dtype=dtype, revision=revision)
+        return cls(loaded, tokenizer, store, **options)
+
+    @property
+    def namespace(self) -> Namespace:
+        """What chunks' keys are made with; it changes when lead-ins are chosen, by this process or another."""
+        self.runtime.lifetime.check_process()
+        return self.runtime.namespace
+
+    def close(self) -> None:
+        """Store what answers have missed, then release threads and the store (if the engine opened it). Further requests are refused.
+
+        Ctrl-C while it stores ends that behind the forward at hand, drops what still waits, and releases the rest all the same.
+        A process that ends without closing its engines drops what waits.
+
+        Where the store's disk doesn't answer, this returns after `read_timeout`, and the rest is released once the disk does. In a
+        process that was forked since the engine was made, nothing is released: it all belongs to the other one.
+        """
+        self.runtime.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise CacheTuneError(
+            "an engine can't be pickled or copied: it has threads, locks and an open store. Threads may share one; another process "
+            "makes its own, of the same model and store."
+        )
 
     # -- indexing -------------------------------------------------------------------------------------------------
 
@@ -245,19 +335,21 @@ class CacheTune(EngineParts):
             ConfigError, PromptError, PromptTooLongError: the request can't be served; nothing was computed.
         """
         self.runtime.lifetime.check()
-        started = time.perf_counter()
-        check_flag(reuse, "reuse")
-        config = self.runtime.admission.config(selector, ratio)
-        template_arguments, sampling = self.runtime.admission.split(sampling)
-        return self.runtime.admission.stream(
-            self.runtime.admission.prompt(query, chunks, prefix, prompt, template_arguments),
-            config if reuse else None,
-            started,
+        request = self.runtime.admission.for_answer(
+            query,
+            chunks,
+            prefix,
+            prompt,
+            sampling,
+            started=time.perf_counter(),
+            ratio=ratio,
+            selector=selector,
+            reuse=reuse,
             max_new_tokens=max_new_tokens,
             stop=stop,
             generation_config=generation_config,
-            sampling=sampling,
         )
+        return AnswerStream(self.runtime.executor, request)
 
     def generate_many(self, requests: Iterable[Any], **options: Any) -> Iterator[Answer]:
         """Answer requests one after another, in order; while one computes, the next one's chunks are read from disk.
@@ -273,7 +365,7 @@ class CacheTune(EngineParts):
             ConfigError, PromptError, PromptTooLongError: on a request's turn; those before it were answered.
         """
         self.runtime.lifetime.check()
-        return generate_many(self, requests, options)
+        return answer_many(self.stream, self.runtime.admission, self.runtime.executor, requests, options)
 
     def prefetch(self, chunks: Iterable[str | Chunk] = (), *, prompt: Prompt | None = None) -> Prefetch:
         """Have a coming request's chunks read from disk into host memory, on threads of their own; returns at once.
@@ -285,7 +377,8 @@ class CacheTune(EngineParts):
             chunks: the chunks, texts or `Chunk`s, the most wanted first.
             prompt: a prompt from `engine.prompts`, instead of chunks.
         """
-        return self.runtime.admission.prefetch(chunks, prompt)
+        self.runtime.lifetime.check()
+        return self.runtime.executor.prefetch(self.runtime.admission.chunk_ids(chunks, prompt))
 
     def prefill(
         self,
@@ -304,10 +397,15 @@ class CacheTune(EngineParts):
         """
         self.runtime.lifetime.check()
         started = time.perf_counter()
-        config = self.runtime.admission.config(selector, ratio)
-        built = self.runtime.admission.prompt(query, chunks, prefix, prompt, template_arguments)
-        state = self.runtime.admission.read(built, config, started)
-        return self.runtime.admission.store_missed(state)
+        admission = self.runtime.admission
+        config = admission.config(selector, ratio)
+        request = admission.for_prefill(
+            query, chunks, prefix, prompt, template_arguments, config=config, started=started
+        )
+        state = self.runtime.executor.read(request)
+        # The logits don't depend on whether chunks can be stored, so no error of the store ends the request.
+        unstored = self.runtime.backfill.store(state.prompt, state.missed)
+        return replace(state, report=replace(state.report, unstored=unstored))
 
     def full_prefill(
         self,
@@ -321,8 +419,10 @@ class CacheTune(EngineParts):
         """Read the same tokens without reuse: what `prefill` is measured against."""
         self.runtime.lifetime.check()
         started = time.perf_counter()
-        built = self.runtime.admission.prompt(query, chunks, prefix, prompt, template_arguments)
-        return self.runtime.admission.read(built, None, started)
+        request = self.runtime.admission.for_prefill(
+            query, chunks, prefix, prompt, template_arguments, config=None, started=started
+        )
+        return self.runtime.executor.read(request)
 
     def warmup(
         self, computed_tokens: int = 2048, prompt_lengths: Sequence[int] = (8192, 32768), *, selector: str = "auto"
@@ -357,14 +457,7 @@ class CacheTune(EngineParts):
             raise ConfigError(
                 f"prompt_lengths is {shown(prompt_lengths)}: use a list of numbers of tokens, ints of at least 1; [] for none."
             )
-        with self.runtime.model.lock.reserved(), self.runtime.model.lock:
-            chosen = get_selector(resolve(selector, 0).selector)
-            # Of chunks that aren't a mean over lead-ins no deviations are known: what is looked at is the attention alone.
-            mean = len(self.lead_ins.namespace.lead_ins) > 1
-            layers = chosen.layers(self.adapter.num_layers)
-            probe = (layers, mean and isinstance(chosen, ExpectedErrorSelector)) if layers else None
-            self.adapter.warmup(computed_tokens, probe, prompt_lengths, mean and chosen.shift > 0)
-            warm_up_loading(self.adapter, self.store.codec)
+        self.runtime.warmup(computed_tokens, prompt_lengths, selector)
 
     # -- fidelity -------------------------------------------------------------------------------------------------
 
@@ -483,7 +576,7 @@ class CacheTune(EngineParts):
             UnsupportedModelError: the model can't be served as it is now.
         """
         self.runtime.lifetime.check()
-        return self._take_model()
+        return self.runtime.model_changed()
 
     def stats(self) -> EngineStats:
         """Totals over this engine's requests, and the store's state: the last known one (`store_age`) if its disk doesn't answer.
@@ -492,17 +585,7 @@ class CacheTune(EngineParts):
             StoreError: the store can't be read.
         """
         self.runtime.lifetime.check_process()
-        store, age = (self.store.stats(), 0.0) if self.runtime.lifetime.closed else self.runtime.store_stats.get()
-        return self.runtime.counter.stats(
-            store,
-            self.runtime.fidelity.stats(),
-            store_age=age,
-            unstored=self.runtime.backfill.unstored,
-            withdrawn=self.runtime.backfill.withdrawn,
-            storing=self.runtime.backfill.waiting,
-            little_found=self.runtime.found_watch.prompts,
-            cut_short=self.runtime.recognizer.cut_short,
-        )
+        return self.runtime.stats()
 
     def ttft_histograms(self) -> dict[str, Histogram]:
         """Times to first token of requests with reuse, by the slowest tier that each read from."""

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import _thread
-import inspect
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from types import TracebackType
-from typing import Any, Self, Unpack
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Unpack
 
 import torch
 
-from cachetune_rag.answering.executor import RequestRunner
+from cachetune_rag.answering.admission import Admission
+from cachetune_rag.answering.executor import Executor
+from cachetune_rag.answering.listeners import BackfillListener
 from cachetune_rag.answering.plain_prompts import PlainPrompts
 from cachetune_rag.chunks.backfill import MissedChunks
 from cachetune_rag.chunks.found_watch import FoundWatch
@@ -22,7 +22,7 @@ from cachetune_rag.chunks.recognition import StoreRecognizer
 from cachetune_rag.concurrency.deadline import DeadlinePool, check_timeout
 from cachetune_rag.concurrency.lifetime import Lifetime
 from cachetune_rag.concurrency.workers import Job
-from cachetune_rag.errors import CacheTuneError, ConfigError
+from cachetune_rag.errors import ConfigError
 from cachetune_rag.measuring.calibration.result import SavedCalibrations
 from cachetune_rag.measuring.fidelity import FidelitySampler
 from cachetune_rag.measuring.profiles import Profiles
@@ -30,30 +30,30 @@ from cachetune_rag.measuring.tuning.saved import SavedTunings
 from cachetune_rag.model.engine_model import EngineModel
 from cachetune_rag.model.libraries.private import loaded_from
 from cachetune_rag.model.loaded.fingerprint import tokenizer_fingerprint
-from cachetune_rag.model.loading import check_loaded, check_vocabulary, load_model
-from cachetune_rag.options import ENGINE_NAMES, EngineOptions, StoreOptions, check_names
+from cachetune_rag.model.loading import check_loaded, check_vocabulary
+from cachetune_rag.options import STORE_NAMES, StoreOptions, check_names
 from cachetune_rag.readahead.prefetcher import Prefetcher
+from cachetune_rag.reuse.config import resolve
+from cachetune_rag.reuse.device_loader import warm_up as warm_up_loading
 from cachetune_rag.reuse.prefill import Assembler
-from cachetune_rag.storage import check_not_open, open_store
-from cachetune_rag.telemetry.figures import StoreFigures
-from cachetune_rag.telemetry.observer import Observers
-from cachetune_rag.telemetry.stats import RequestCounter
+from cachetune_rag.selection import get_selector
+from cachetune_rag.selection.expected_error import ExpectedErrorSelector
+from cachetune_rag.telemetry.observer import ObserverListener, Observers
+from cachetune_rag.telemetry.stats import EngineStats, LastKnownStoreStats, RequestCounter
 from cachetune_rag.text.prompts.prompt import PromptBuilder
 from cachetune_rag.text.tokenizer import private_copy
 from cachetune_store import ChunkStore, Namespace
 from cachetune_store.printing import shown
-
-_LOADING = ("gguf_file", "device", "dtype", "revision")
-"""What `from_pretrained` takes itself: among them is what a wrong name may mean."""
+from cachetune_store.units import parse_bytes
 
 _log = logging.getLogger(__name__)
 
 
 def check_tenant(tenant: object) -> None:
-    """Refuse what is no name of a tenant.
+    """Refuse a tenant's name that is no string, or no valid Unicode.
 
     Raises:
-        ConfigError: it isn't.
+        ConfigError: says which.
     """
     if not isinstance(tenant, str):
         raise ConfigError(f'tenant is {shown(tenant)}: use a string, "" for the only one there is.')
@@ -63,11 +63,37 @@ def check_tenant(tenant: object) -> None:
         raise ConfigError(f"tenant is {shown(tenant)}, which is no valid Unicode: use another name.") from None
 
 
-class EngineParts:
-    """A model, a store and all that works between them: opened here, and closed here.
+class Runtime:
+    """Opens a model's adapter and a store, makes everything that works between the two, and closes it again.
 
-    Users make a `CacheTune`, which says what the arguments mean. What runs requests and measures (`RequestRunner`, `Calibrator`,
-    `Tuner`) uses the parts whose names begin with an underscore; nothing outside of the package should.
+    `CacheTune` documents the arguments. Tests, and servers that build on this package, may use the attributes, but any release may
+    change them.
+
+    Attributes:
+        lifetime: whether the engine may still be used.
+        model: the model, its lock, and the weights that chunks are stored for.
+        adapter: runs the model.
+        tokenizer: the engine's own copy of the tokenizer: changes to the caller's have no effect.
+        model_name: path or hub id that the model was loaded from, or its architecture.
+        prompts: lays prompts out.
+        store: where chunks are kept.
+        pool: makes the store's disk calls, with a limit on the time that they may take.
+        prefetcher: reads chunks from disk before the requests that need them.
+        lead_ins: choose and know what stands before chunks while they are computed.
+        profiles: saved results of measurements.
+        calibrations, tunings: saved ratios.
+        assembler: reads prompts, with stored chunks reused.
+        recognizer: finds stored chunks inside of texts.
+        found_watch: warns where little of what was retrieved is found.
+        plain_prompts: builds prompts from texts and messages.
+        precomputer: computes and stores documents.
+        backfill: stores the chunks that requests missed.
+        fidelity: compares a share of the answers with full prefill.
+        counter: adds up requests.
+        observers: users' own listeners (`cachetune_rag.telemetry`).
+        store_stats: the store's statistics, also while its disk doesn't answer.
+        admission: turns callers' arguments into requests.
+        executor: runs requests.
     """
 
     def __init__(
@@ -94,7 +120,6 @@ class EngineParts:
         self.adapter = self.model.adapter
         self.fidelity = FidelitySampler(fidelity_sample, self.adapter, self.model.lock, self.model.check)
         self.tokenizer = private_copy(tokenizer)
-        """The engine's own: what happens to the caller's later has no effect."""
         self.model_name: str = loaded_from(model.config) or self.adapter.architecture
         self.prompts = PromptBuilder(
             tokenizer,
@@ -114,7 +139,7 @@ class EngineParts:
         path = store.path if isinstance(store, ChunkStore) else store
         check_timeout(read_timeout)  # of a store in memory too, which waits for no disk
         self.pool = DeadlinePool(None if path is None else read_timeout)
-        self.store = open_store(store, self.adapter.device, store_options)
+        self.store = opened_store(store, self.adapter.device, store_options)
         self.prefetcher = Prefetcher(self.store)
         try:
             self._connect(namespace, choose_leads=lead_in == "auto", batch_tokens=batch_tokens)
@@ -123,7 +148,7 @@ class EngineParts:
             raise
 
     def _connect(self, namespace: Namespace, *, choose_leads: bool, batch_tokens: int | None) -> None:
-        """Make what works between model and store."""
+        """Make everything that works between model and store."""
         self.lead_ins = LeadIns(
             self.store,
             namespace,
@@ -133,7 +158,6 @@ class EngineParts:
             separator=self.prompts.separator_ids,
             call=self.pool.call,
         )
-        """What stands before chunks while they are computed."""
         self.profiles = Profiles(self.store.path, self.pool.call)
         self.calibrations = SavedCalibrations(self)
         self.tunings = SavedTunings(self)
@@ -163,64 +187,24 @@ class EngineParts:
         )
         self.backfill = MissedChunks(self.precomputer, self.pool.call, self.model.lock)
         self.counter = RequestCounter()
-        self.store_stats = StoreFigures(self.store, self.pool)
+        self.store_stats = LastKnownStoreStats(self.store, self.pool)
         self.observers = Observers()
-        """Who is told about requests (`cachetune_rag.telemetry`)."""
-        self.admission = self.executor = RequestRunner(self)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model: str | os.PathLike[str],
-        store: str | os.PathLike[str] | ChunkStore | None = None,
-        *,
-        gguf_file: str | None = None,
-        device: str = "auto",
-        dtype: str | torch.dtype = "auto",
-        revision: str | None = None,
-        **options: Unpack[EngineOptions],
-    ) -> Self:
-        """Load model and tokenizer by path or hub id, and open the store.
-
-        Args:
-            model: a folder or a hub id, as transformers takes it.
-            store: see the class.
-            gguf_file: name of a GGUF file in that folder; its weights are dequantised.
-            device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1".
-            dtype: "auto" (the checkpoint's own; float32 on a CPU, where half types are slow), or a torch dtype or its name.
-            revision: branch, tag or commit on the hub.
-            options: further arguments of the class, and of its store.
-
-        Raises:
-            ConfigError: an option that doesn't exist; nothing was loaded.
-            ModelLoadError: nothing loadable at `model`.
-        """
-        names = (*ENGINE_NAMES, *_LOADING, *inspect.signature(cls).parameters)  # a subclass may have more
-        check_names(options, names, "CacheTune.from_pretrained")
-        check_not_open(store, options)
-        loaded, tokenizer = load_model(model, gguf_file=gguf_file, device=device, dtype=dtype, revision=revision)
-        return cls(loaded, tokenizer, store, **options)
-
-    @property
-    def runtime(self) -> Self:
-        """What the engine is made of: for tests and for servers that build on it. It may change in any release."""
-        return self
+        self.admission = Admission(self.adapter, self.tokenizer, self.prompts, self.lead_ins, self.calibrations.ratio)
+        listeners = (
+            BackfillListener(self.backfill),
+            self.counter,
+            ObserverListener(self.observers),
+            self.fidelity,
+        )
+        self.executor = Executor(self.model, self.assembler, self.prefetcher, self.lead_ins, self.lifetime, listeners)
 
     @property
     def namespace(self) -> Namespace:
-        """What keys of chunks are made with; it changes when lead-ins are chosen, by this process or another."""
-        self.lifetime.check_process()
+        """What chunks' keys are made with; it changes when lead-ins are chosen, by this process or another."""
         return self.lead_ins.namespace
 
     def close(self) -> None:
-        """Store what answers have missed, then release threads and the store (if the engine opened it). Further requests are refused.
-
-        Ctrl-C while it stores ends that behind the forward at hand, drops what still waits, and releases the rest all the same.
-        A process that ends without closing its engines drops what waits.
-
-        Where the store's disk doesn't answer, this returns after `read_timeout`, and the rest is released once the disk does. In a
-        process that was forked since the engine was made, nothing is released: it all belongs to the other one.
-        """
+        """Do what `CacheTune.close` documents."""
         if not self.lifetime.here:
             self.lifetime.end()
             return
@@ -254,22 +238,19 @@ class EngineParts:
         else:
             _log.warning("the disk of store %s doesn't answer: it is closed once it does", self.store.path)
 
-    def __enter__(self) -> Self:
-        return self
+    def warmup(self, computed_tokens: int, prompt_lengths: Sequence[int], selector: str) -> None:
+        """Do what `CacheTune.warmup` documents."""
+        with self.model.lock.reserved(), self.model.lock:
+            chosen = get_selector(resolve(selector, 0).selector)
+            # Deviations are known only of chunks that are a mean over lead-ins; of others, the attention alone is looked at.
+            mean = len(self.lead_ins.namespace.lead_ins) > 1
+            layers = chosen.layers(self.adapter.num_layers)
+            probe = (layers, mean and isinstance(chosen, ExpectedErrorSelector)) if layers else None
+            self.adapter.warmup(computed_tokens, probe, prompt_lengths, mean and chosen.shift > 0)
+            warm_up_loading(self.adapter, self.store.codec)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise CacheTuneError(
-            "an engine can't be pickled or copied: it has threads, locks and an open store. Threads may share one; another process "
-            "makes its own, of the same model and store."
-        )
-
-    def _take_model(self) -> bool:
-        """See `CacheTune.model_changed`."""
+    def model_changed(self) -> bool:
+        """Do what `CacheTune.model_changed` documents."""
         with self.model.lock.reserved(), self.model.lock:
             changed = self.model.renew()
             self.assembler.forget()
@@ -280,3 +261,54 @@ class EngineParts:
                 self.tunings.forget()
                 self.recognizer.changed()
             return changed
+
+    def stats(self) -> EngineStats:
+        """Do what `CacheTune.stats` documents."""
+        store, age = (self.store.stats(), 0.0) if self.lifetime.closed else self.store_stats.get()
+        return self.counter.stats(
+            store,
+            self.fidelity.stats(),
+            store_age=age,
+            unstored=self.backfill.unstored,
+            withdrawn=self.backfill.withdrawn,
+            storing=self.backfill.waiting,
+            little_found=self.found_watch.prompts,
+            cut_short=self.recognizer.cut_short,
+        )
+
+
+def opened_store(
+    store: str | os.PathLike[str] | ChunkStore | None, device: torch.device, options: StoreOptions
+) -> ChunkStore:
+    """The given store if it is open already, or else a new one with these options, its device tier on the model's device.
+
+    Raises:
+        ConfigError: options for a store that is open already, unknown ones, or values out of range; or a device tier for a model
+            on the CPU.
+        StoreError: the folder can't be used.
+    """
+    check_names(options, STORE_NAMES, "CacheTune")
+    check_not_open(store, options)
+    if isinstance(store, ChunkStore):
+        return store
+    budget = options.get("device_budget", 0)
+    try:
+        if parse_bytes(budget, "device_budget") and device.type == "cpu":
+            raise ConfigError(
+                f"device_budget is {shown(budget)}, but the model is on the CPU, whose memory is the host tier's: leave it out "
+                "and set host_budget, or load the model on a GPU."
+            )
+        given: StoreOptions = {"device": device, **options}
+        return ChunkStore(store, **given)
+    except ValueError as error:
+        raise ConfigError(f"{error}.") from error
+
+
+def check_not_open(store: str | os.PathLike[str] | ChunkStore | None, names: Iterable[str]) -> None:
+    """Refuse store options, given by name, for a store that is open already.
+
+    Raises:
+        ConfigError: names the options.
+    """
+    if isinstance(store, ChunkStore) and (given := [name for name in names if name in STORE_NAMES]):
+        raise ConfigError(f"{', '.join(given)} belong to the store, which is open already: set them there.")

@@ -533,7 +533,7 @@ def test_bad_settings_are_refused_by_name(options: dict[str, object], message: s
 
 
 def test_wrong_options_are_refused_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cachetune_rag.runtime.load_model", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr("cachetune_rag.engine.load_model", lambda *_, **__: pytest.fail("it was loaded"))
     with pytest.raises(ConfigError, match=r"'torch_dtype' is no argument of CacheTune\.from_pretrained.*'dtype'"):
         CacheTune.from_pretrained("org/model", torch_dtype="bfloat16")  # type: ignore[call-arg]
     with pytest.raises(ConfigError, match="did you mean 'codec'"):

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ from cachetune_store.printing import shown
 __all__ = ["DEFAULT_NEW_TOKENS", "DecodingPlan", "TextStream", "check_finite", "decode", "decode_text", "prepare"]
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class DecodingPlan:
     """How one answer is decoded; made by `prepare`.
 
@@ -56,8 +56,6 @@ class DecodingPlan:
         stop: strings that end the answer.
         seed: makes drawing repeatable; None draws from torch's global generator.
         tokenizer: turns tokens into text, to find stop strings.
-        finish_reason: set by `decode` before it yields the last token: "stop" (an end token, a stop string, a criterion
-            of the caller's) or "length" (max_new_tokens or max_time); "" until then.
     """
 
     ids: Tensor
@@ -69,11 +67,25 @@ class DecodingPlan:
     stop: tuple[str, ...]
     seed: int | None
     tokenizer: Any
-    finish_reason: str = field(default="", init=False)
 
     def text_stream(self) -> TextStream:
         """Turns the tokens of this answer into text: without stop strings, end tokens and special tokens."""
         return TextStream(self.tokenizer, self.stop, skip=self.eos_ids)
+
+
+class Decoded(NamedTuple):
+    """One token of an answer.
+
+    Attributes:
+        token: its id.
+        text: the text that became certain with it, possibly none.
+        finish_reason: why the answer ends with it: "stop" (an end token, a stop string, or one of the caller's criteria) or "length"
+            (max_new_tokens or max_time); "" before the last token.
+    """
+
+    token: int
+    text: str
+    finish_reason: str
 
 
 def prepare(
@@ -174,21 +186,19 @@ def decode(forward: Callable[[int], Tensor], plan: DecodingPlan, first_logits: T
 
     Args:
         forward: gives the logits [1, vocab] that follow a token, which it appends to the cache.
-        plan: from `prepare`. Its `finish_reason` is set before the last token is yielded.
+        plan: from `prepare`.
         first_logits: logits [1, vocab] of the prompt's last token.
 
     Raises:
         NonFiniteLogitsError: the model gives logits that are no numbers.
         ConfigError: the generation settings leave no token to choose.
     """
-    for token, _ in _decode(forward, plan, first_logits, plan.text_stream() if plan.stop else None):
-        yield token
+    for decoded in _decode(forward, plan, first_logits, plan.text_stream() if plan.stop else None):
+        yield decoded.token
 
 
-def decode_text(
-    forward: Callable[[int], Tensor], plan: DecodingPlan, first_logits: Tensor
-) -> Iterator[tuple[int, str]]:
-    """As `decode`, each token with the text that is certain once it is there, possibly none."""
+def decode_text(forward: Callable[[int], Tensor], plan: DecodingPlan, first_logits: Tensor) -> Iterator[Decoded]:
+    """As `decode`, with the text and the end of the answer."""
     yield from _decode(forward, plan, first_logits, plan.text_stream())
 
 
@@ -197,8 +207,7 @@ def decode_text(
 
 def _decode(
     forward: Callable[[int], Tensor], plan: DecodingPlan, first_logits: Tensor, text: TextStream | None
-) -> Iterator[tuple[int, str]]:
-    plan.finish_reason = ""
+) -> Iterator[Decoded]:
     generator = None
     if plan.do_sample and plan.seed is not None:
         generator = torch.Generator(device=plan.ids.device).manual_seed(plan.seed)
@@ -206,11 +215,11 @@ def _decode(
     while True:
         token, ids, scores = _choose(plan, ids, logits, generator)
         piece = "" if text is None else text.push(token)
-        plan.finish_reason = _finish(plan, ids, token, scores, text is not None and text.stopped)
-        if plan.finish_reason and text is not None:
+        reason = _finish(plan, ids, token, scores, text is not None and text.stopped)
+        if reason and text is not None:
             piece += text.finish()
-        yield token, piece
-        if plan.finish_reason:
+        yield Decoded(token, piece, reason)
+        if reason:
             return
         logits = forward(token)
 

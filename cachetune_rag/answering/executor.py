@@ -1,265 +1,159 @@
-"""Requests, from what a caller asked for to what is kept of them."""
+"""Runs requests on the model, and tells listeners what becomes of them."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
-import torch
+from torch import Tensor
 
-from cachetune_rag.answering.answer import Answer, AnswerStream
-from cachetune_rag.answering.decoding import check_finite, prepare
-from cachetune_rag.answering.generation_settings import is_setting, nearest
-from cachetune_rag.answering.request import new_request_id
-from cachetune_rag.errors import ConfigError, PromptError, PromptTooLongError
-from cachetune_rag.model.libraries.neutral import neutrally
-from cachetune_rag.readahead.prefetcher import Prefetch
+from cachetune_rag.answering.decoding import check_finite
+from cachetune_rag.answering.request import Finished, Request, RequestListener
+from cachetune_rag.chunks.lead_ins import LeadIns
+from cachetune_rag.concurrency.lifetime import Lifetime
+from cachetune_rag.model.engine_model import EngineModel
+from cachetune_rag.readahead.prefetcher import Prefetch, Prefetcher
 from cachetune_rag.report import Report
-from cachetune_rag.reuse.config import ReuseConfig, resolve
-from cachetune_rag.reuse.prefill import PrefillState
-from cachetune_rag.text.prompts.segments import Chunk, Prompt, given_chunks
+from cachetune_rag.reuse.config import ReuseConfig
+from cachetune_rag.reuse.prefill import Assembler, PrefillState
 from cachetune_store import ChunkKey, make_key
-from cachetune_store.printing import shown
-
-if TYPE_CHECKING:
-    from cachetune_rag.runtime import EngineParts
 
 
-_ARGUMENTS = (
-    "query", "chunks", "prefix", "prompt", "ratio", "selector", "reuse", "max_new_tokens", "stop", "generation_config",
-)  # fmt: skip
-"""What a request takes by name besides generation settings and variables of the chat template."""
+def _nothing() -> None:
+    pass
 
 
-def _variables(names: Collection[str]) -> str:
-    """Which variables of the chat template a request can be given."""
-    if not names:
-        return "these prompts are laid out without a chat template, so there are no variables; "
-    return f"the chat template has no such variable, only {', '.join(sorted(names))}; "
+class Executor:
+    """Reads prompts and decodes answers under the model's lock. Safe to use from many threads.
 
-
-class RequestRunner:
-    """Serves one engine's requests: checks them, runs them under the model's lock, and keeps the records.
-
-    What it raises and what the arguments mean is said by `CacheTune`.
+    Args:
+        model: runs one forward at a time.
+        assembler: reads a prompt, with stored chunks reused.
+        prefetcher: reads chunks from disk before the requests that need them.
+        lead_ins: know under which namespace chunks are stored.
+        lifetime: ends requests once the engine is closed.
+        listeners: told about each request, in this order.
     """
 
-    def __init__(self, engine: EngineParts):
-        self._engine = engine
-
-    # -- what is asked for ----------------------------------------------------------------------------------------
-
-    def split(self, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What of a request's further arguments the chat template uses, and the rest, which are generation settings.
-
-        Raises:
-            ConfigError: a name is neither; the message names the nearest that there is, of the request's own arguments too.
-        """
-        names = self._engine.prompts.argument_names
-        for name in arguments:
-            if name not in names and not is_setting(name):
-                raise ConfigError(
-                    f"{shown(name)} is no generation setting, no argument of a request and no variable of the chat template: "
-                    f"{nearest(name, _ARGUMENTS, names, otherwise=_variables(names))}"
-                )
-        mine = {name: value for name, value in arguments.items() if name in names}
-        return mine, {name: value for name, value in arguments.items() if name not in names}
-
-    def prompt(
+    def __init__(
         self,
-        query: str | None,
-        chunks: Iterable[str | Chunk],
-        prefix: str | None,
-        prompt: Prompt | None,
-        template_arguments: Mapping[str, Any] | None = None,
-    ) -> Prompt:
-        """The prompt that was given or is to be built, if it fits the model's context.
-
-        Raises:
-            ConfigError, PromptError, PromptTooLongError: the request can't be served.
-        """
-        chunks = given_chunks(chunks, refusal=ConfigError)
-        if prompt is None:
-            if query is None:
-                raise ConfigError("a request needs query= (with chunks=), or prompt= built by engine.prompts.")
-            prompt = self._engine.prompts.build(query=query, chunks=chunks, prefix=prefix, **(template_arguments or {}))
-        elif not isinstance(prompt, Prompt):
-            raise PromptError(
-                f"prompt is {shown(prompt)}, a {type(prompt).__name__}: build one with engine.prompts.build(...), "
-                "engine.prompt_from_messages(...) or engine.prompt_from_text(...), or pass query= and chunks=."
-            )
-        elif query is not None or chunks or prefix is not None:
-            raise ConfigError("a request takes either prompt= or query=, chunks= and prefix=, not both.")
-        elif template_arguments:
-            raise ConfigError(
-                f"{shown(next(iter(template_arguments)))} is an argument for a chat template, and prompt= is laid out already: give it "
-                "to engine.prompt_from_messages(...) or engine.prompts.build(...)."
-            )
-        if not prompt.ids:
-            raise ConfigError("the prompt has no tokens: give a query or a prefix.")
-        limit = self._engine.adapter.max_positions
-        if limit is not None and len(prompt.ids) >= limit:
-            raise PromptTooLongError(
-                f"the prompt has {len(prompt.ids)} tokens and the model's context is {limit}, which must also hold the "
-                "answer: retrieve fewer or shorter chunks."
-            )
-        return prompt
-
-    def config(self, selector: str, ratio: float | str) -> ReuseConfig:
-        """The settings of a request that comes now, with the namespace that holds for all of it; "auto" is the calibrated ratio,
-        if there is one."""
-        config = replace(resolve(selector, ratio), namespace=self._engine.lead_ins.lately)
-        if not config.tunable:
-            return config
-        calibrated = self._engine.runtime.calibrations.ratio(config.selector, config.namespace)
-        return config if calibrated is None else replace(config, ratio=calibrated)
-
-    # -- reading the prompt ---------------------------------------------------------------------------------------
-
-    def prefetch(
-        self, chunks: Iterable[str | Chunk], prompt: Prompt | None, config: ReuseConfig | None = None
-    ) -> Prefetch:
-        """Begin to read a coming request's chunks into host memory; what a request with `config` needs of them first."""
-        engine = self._engine
-        engine.runtime.lifetime.check()
-        texts = tuple(chunk.text for chunk in given_chunks(chunks, refusal=ConfigError))
-        if texts and prompt is not None:
-            raise ConfigError("prefetch takes either chunks=, a list of strings, or prompt=, not both.")
-
-        def keys() -> list[ChunkKey]:
-            every = map(engine.prompts.encode, texts) if prompt is None else prompt.chunk_ids
-            namespace = (config and config.namespace) or engine.lead_ins.lately
-            return [make_key(namespace, ids) for ids in every if ids]
-
-        rows = None if config is None else partial(engine.runtime.assembler.rows_needed, config)
-        return engine.runtime.prefetcher.fetch(keys, rows)
-
-    def prefill(
-        self,
-        prompt: Prompt,
-        config: ReuseConfig | None,
-        started: float,
-        looked_up: Callable[[], None] = lambda: None,
-        new_tokens: int = 1,
-    ) -> PrefillState:
-        """Read a prompt. Whoever asked for it has it counted once it is served (`served`): a request that fails is none.
-
-        Args:
-            prompt: from `prompt`.
-            config: from `config`; None computes everything.
-            started: when the request came (`time.perf_counter`).
-            looked_up: called once its chunks are open.
-            new_tokens: most tokens of the answer.
-        """
-        engine = self._engine
-        engine.runtime.lifetime.check()
-        with engine.runtime.model.lock.reserved(), engine.runtime.model.lock:
-            engine.runtime.lifetime.check()
-            if config is None:
-                looked_up()
-                state = engine.runtime.assembler.full_prefill(prompt, started)
-            else:
-                state = engine.runtime.assembler.prefill(prompt, config, started, looked_up, new_tokens - 1)
-        return replace(state, report=replace(state.report, request_id=new_request_id()))
-
-    def served(self, report: Report) -> None:
-        """Count a request, and tell the observers of it: its prompt is read, and its first token chosen if it wants one."""
-        self._engine.runtime.counter.add(report)
-        self._engine.observers.prefilled(report)
-
-    def read(self, prompt: Prompt, config: ReuseConfig | None, started: float) -> PrefillState:
-        """A request for a prompt's logits alone; arguments as for `prefill`.
-
-        Raises:
-            NonFiniteLogitsError: they are no numbers.
-        """
-        state = self.prefill(prompt, config, started)
-        check_finite(state.logits)
-        self.served(state.report)
-        return state
-
-    def store_missed(self, state: PrefillState) -> PrefillState:
-        """Keep what a request had to compute, for the next one. The logits don't depend on it, so no error of the store ends it."""
-        unstored = self._engine.runtime.backfill.store(state.prompt, state.missed)
-        return replace(state, report=replace(state.report, unstored=unstored))
-
-    def store_later(self, state: PrefillState, report: Report) -> Report:
-        """Keep what a request had to compute when the model has time for it; the report with how much that is."""
-        storing = self._engine.runtime.backfill.offer(state.prompt, state.missed)
-        return replace(report, storing=storing, unstored=len(state.missed) - storing)
-
-    def store_whenever(self, state: PrefillState) -> None:
-        """As `store_later`, for a caller that may already hold any lock (garbage collection): it waits for none."""
-        self._engine.runtime.backfill.offer_from_anywhere(state.prompt, state.missed)
-
-    # -- answering ------------------------------------------------------------------------------------------------
-
-    @neutrally
-    def stream(
-        self,
-        prompt: Prompt,
-        config: ReuseConfig | None,
-        started: float,
-        *,
-        max_new_tokens: int | str | None,
-        stop: str | Sequence[str] | None,
-        generation_config: Any,
-        sampling: Mapping[str, Any],
-    ) -> AnswerStream:
-        """An answer to come; the first arguments as for `prefill`, the others as for `CacheTune.stream`."""
-        engine = self._engine
-        limit = engine.adapter.max_positions
-        plan = prepare(
-            engine.adapter.model,
-            engine.tokenizer,
-            list(prompt.ids),
-            generation_config=generation_config,
-            max_new_tokens=max_new_tokens,
-            room=None if limit is None else limit - len(prompt.ids),
-            stop=stop,
-            **sampling,
-        )
-        return AnswerStream(self, prompt, config, plan, started)
+        model: EngineModel,
+        assembler: Assembler,
+        prefetcher: Prefetcher,
+        lead_ins: LeadIns,
+        lifetime: Lifetime,
+        listeners: Sequence[RequestListener] = (),
+    ):
+        self._model, self._assembler, self._prefetcher = model, assembler, prefetcher
+        self._lead_ins, self._lifetime, self._listeners = lead_ins, lifetime, tuple(listeners)
 
     def check_open(self) -> None:
-        """Refuse what comes when the engine is closed, or another process's.
+        """Refuse requests once the engine is closed, and in other processes.
 
         Raises:
-            EngineClosedError, ForkedError: it is.
+            EngineClosedError, ForkedError: it is so.
         """
-        self._engine.runtime.lifetime.check()
+        self._lifetime.check()
 
     def reserved(self) -> AbstractContextManager[None]:
         """While the context is open, background work stays away from the model."""
-        return self._engine.runtime.model.lock.reserved()
+        return self._model.lock.reserved()
 
-    def steps(self, state: PrefillState, new_tokens: int) -> Callable[[int], torch.Tensor]:
-        """Decoding steps behind a prompt, for `forward`: those of full prefill are transformers' own throughout."""
-        engine, adapter = self._engine, self._engine.adapter
+    # -- the prompt -----------------------------------------------------------------------------------------------
+
+    def prefill(self, request: Request, chunks_open: Callable[[], None] = _nothing) -> PrefillState:
+        """Read the prompt. The listeners are not told yet: a request that fails before its first token is not counted.
+
+        Args:
+            request: what to read.
+            chunks_open: called once the prompt's chunks are open.
+        """
+        model = self._model
+        self._lifetime.check()
+        with model.lock.reserved(), model.lock:
+            self._lifetime.check()
+            if request.config is None:
+                chunks_open()
+                state = self._assembler.full_prefill(request.prompt, request.started)
+            else:
+                state = self._assembler.prefill(
+                    request.prompt, request.config, request.started, chunks_open, request.new_tokens - 1
+                )
+        return replace(state, report=replace(state.report, request_id=request.id))
+
+    def read(self, request: Request) -> PrefillState:
+        """Read the prompt of a request that wants its logits alone, and tell the listeners.
+
+        Raises:
+            NonFiniteLogitsError: the logits are NaN or infinite.
+        """
+        state = self.prefill(request)
+        check_finite(state.logits)
+        self.prefilled(request, state.report)
+        return state
+
+    def prefetch(self, chunk_ids: Callable[[], Iterable[Sequence[int]]], config: ReuseConfig | None = None) -> Prefetch:
+        """Begin to read a coming request's chunks into host memory.
+
+        Args:
+            chunk_ids: gives the chunks' token ids; called on the thread that reads.
+            config: the coming request's settings: the rows that it needs are read first. None: not known yet.
+        """
+
+        def keys() -> list[ChunkKey]:
+            namespace = (config and config.namespace) or self._lead_ins.lately
+            return [make_key(namespace, ids) for ids in chunk_ids() if ids]
+
+        rows = None if config is None else partial(self._assembler.rows_needed, config)
+        return self._prefetcher.fetch(keys, rows)
+
+    # -- the answer -----------------------------------------------------------------------------------------------
+
+    def steps(self, state: PrefillState, new_tokens: int) -> Callable[[int], Tensor]:
+        """A function that decodes: it appends a token to the cache and returns the logits [1, vocab] that follow it.
+
+        It takes the model's lock for one token at a time. Behind full prefill the steps are transformers' own, so that the reference
+        stays a reference.
+
+        Args:
+            state: the prompt as it was read.
+            new_tokens: the most tokens of the answer.
+        """
+        model, adapter = self._model, self._model.adapter
         if state.report.full:
-            steps = adapter.steps(state.cache)
+            forward = adapter.steps(state.cache)
         else:
-            steps = adapter.quick_steps(state.cache, state.buffers, new_tokens - 1)
-        check = engine.runtime.model.step_check()
+            forward = adapter.quick_steps(state.cache, state.buffers, new_tokens - 1)
+        check_weights = model.step_check()
 
-        def step(token: int) -> torch.Tensor:
-            check()  # an answer isn't finished with other weights than it was begun with
-            return steps(token)
+        def step(token: int) -> Tensor:
+            self._lifetime.check()
+            with model.lock:
+                self._lifetime.check()
+                check_weights()
+                return forward(token)
 
         return step
 
-    def forward(self, token: int, steps: Callable[[int], torch.Tensor]) -> torch.Tensor:
-        """One decoding step: logits [1, vocab] after `token`."""
-        self._engine.runtime.lifetime.check()
-        with self._engine.runtime.model.lock:
-            self._engine.runtime.lifetime.check()
-            return steps(token)
+    # -- listeners ------------------------------------------------------------------------------------------------
 
-    def answered(self, state: PrefillState, answer: Answer, started: float) -> None:
-        """Tell the observers of a finished answer, and perhaps compare it with full prefill later on."""
-        self._engine.observers.answered(answer.report, answer, time.perf_counter() - started)
-        self._engine.runtime.fidelity.offer(state, answer.token_ids)
+    def prefilled(self, request: Request, report: Report) -> None:
+        """Tell the listeners that the prompt was read, and the first token chosen if one is wanted."""
+        for listener in self._listeners:
+            listener.prefilled(request, report)
+
+    def finish(self, end: Finished) -> Finished:
+        """Tell the listeners that a request is over. Returns it with what they add to its report."""
+        for listener in self._listeners:
+            report = listener.finished(end)
+            if report is not end.report:
+                answer = None if end.answer is None else replace(end.answer, report=report)
+                end = replace(end, report=report, answer=answer)
+        return end
+
+    def abandon(self, request: Request, state: PrefillState) -> None:
+        """Tell the listeners that an answer was given up, perhaps by the garbage collector: no lock is waited for."""
+        for listener in self._listeners:
+            listener.abandoned(request, state)

@@ -1,11 +1,15 @@
-"""Several requests one after another, each one's chunks read from disk while the one before it computes."""
+"""Answers several requests one after another; while one computes, the chunks of the next are read from disk."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from cachetune_rag.answering.admission import Admission
+from cachetune_rag.answering.answer import Answer
+from cachetune_rag.answering.executor import Executor
+from cachetune_rag.answering.stream import AnswerStream
 from cachetune_rag.checking.arguments import is_iterable
 from cachetune_rag.errors import CacheTuneError, ConfigError
 from cachetune_rag.readahead.prefetcher import Prefetch
@@ -13,13 +17,22 @@ from cachetune_rag.text.prompts.prompt import Chunk, Prompt
 from cachetune_store import changes_so_far
 from cachetune_store.printing import shown
 
-if TYPE_CHECKING:
-    from cachetune_rag.answering.answer import Answer
-    from cachetune_rag.engine import CacheTune
 
+def answer_many(
+    stream: Callable[..., AnswerStream],
+    admission: Admission,
+    executor: Executor,
+    requests: Iterable[Any],
+    options: Mapping[str, Any],
+) -> Iterator[Answer]:
+    """Does what `CacheTune.generate_many` documents.
 
-def generate_many(engine: CacheTune, requests: Iterable[Any], options: Mapping[str, Any]) -> Iterator[Answer]:
-    """See `CacheTune.generate_many`."""
+    Args:
+        stream: begins an answer: `CacheTune.stream`.
+        admission, executor: find out which chunks the next request needs, and read them.
+        requests: what is to be answered.
+        options: arguments of all requests.
+    """
     if isinstance(requests, str | bytes | Mapping | Prompt) or not is_iterable(requests):
         raise ConfigError(
             f"requests is {shown(requests)}, a {type(requests).__name__}: use a list (or another iterable) of dicts of arguments of "
@@ -27,20 +40,25 @@ def generate_many(engine: CacheTune, requests: Iterable[Any], options: Mapping[s
         )
     # The requests of a list are all there now; those of a generator come when they are taken.
     since = changes_so_far() if isinstance(requests, Sequence) else None
-    return _answers(engine, iter(requests), options, since)
+    return _answers(stream, admission, executor, iter(requests), options, since)
 
 
 def _answers(
-    engine: CacheTune, queue: Iterator[Any], options: Mapping[str, Any], since: int | None
+    stream: Callable[..., AnswerStream],
+    admission: Admission,
+    executor: Executor,
+    queue: Iterator[Any],
+    options: Mapping[str, Any],
+    since: int | None,
 ) -> Iterator[Answer]:
     request = _take(queue, options, since)
     while request is not None:
         if isinstance(request, Exception):
             raise request
         following = _take(queue, options, since)
-        ahead = _Ahead(engine, following)
+        ahead = _Ahead(admission, executor, following)
         try:
-            with engine.stream(**request) as pieces:
+            with stream(**request) as pieces:
                 pieces.looked_up = ahead.start
                 for _ in pieces:
                     pass
@@ -53,42 +71,40 @@ def _answers(
 
 
 class _Ahead:
-    """The next request's chunks: opened once those of the request before it are, and read from when the disk is free. Raises nothing."""
+    """Reads the next request's chunks ahead, once those of the request before it are open. Raises nothing."""
 
-    def __init__(self, engine: CacheTune, request: Mapping[str, Any] | Exception | None):
-        self._engine = engine
+    def __init__(self, admission: Admission, executor: Executor, request: Mapping[str, Any] | Exception | None):
+        self._admission, self._executor = admission, executor
         self._request = None if isinstance(request, Exception) else request
         self._job: Prefetch | None = None
 
     def start(self) -> None:
-        """Begin, once."""
+        """Begin reading; a second call does nothing."""
         request, self._request = self._request, None
         if request is None or request.get("reuse") is False:
             return
         try:
-            config = self._engine.runtime.admission.config(
-                request.get("selector", "auto"), request.get("ratio", "auto")
-            )
-            self._job = self._engine.runtime.admission.prefetch(
-                request.get("chunks", ()), request.get("prompt"), config
-            )
+            config = self._admission.config(request.get("selector", "auto"), request.get("ratio", "auto"))
+            self._executor.check_open()
+            ids = self._admission.chunk_ids(request.get("chunks", ()), request.get("prompt"))
+            self._job = self._executor.prefetch(ids, config)
         except (CacheTuneError, TypeError):
-            return  # the request itself will say so, when it is its turn
+            return  # the request raises it when its turn comes
 
     def cancel(self) -> None:
-        """The next request won't come."""
+        """Stop reading: the next request won't be made."""
         self._request = None
         if self._job is not None:
             self._job.cancel()
 
 
 def _take(queue: Iterator[Any], options: Mapping[str, Any], since: int | None) -> dict[str, Any] | Exception | None:
-    """Arguments of the next request; None at the end. An error waits until it is the request's turn.
+    """The arguments of the next request; None at the end. An error is returned, to be raised when the request's turn comes.
 
     Args:
-        queue: where it is taken from.
+        queue: the requests that are left.
         options: arguments of all requests.
-        since: when it came (`changes_so_far`): documents may be removed before its turn. None: it comes now.
+        since: when the request was made (`changes_so_far`), because documents may be removed before its turn. None: now.
     """
     try:
         request = next(queue)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from cachetune_rag.answering.request import Finished, RequestListener
 from cachetune_rag.concurrency.forks import this_process
 from cachetune_rag.concurrency.model_lock import ModelLock
 from cachetune_rag.errors import ConfigError
@@ -21,6 +22,7 @@ from cachetune_rag.measuring.divergence import Divergence, kl_divergence
 from cachetune_rag.measuring.teacher import rewind, teacher_forced
 from cachetune_rag.model import ModelAdapter
 from cachetune_rag.model.family.taps import StopForward
+from cachetune_rag.report import Report
 from cachetune_store.printing import shown
 
 if TYPE_CHECKING:
@@ -75,7 +77,7 @@ class _Sample:
     answer: tuple[int, ...]
 
 
-class FidelitySampler:
+class FidelitySampler(RequestListener):
     """Chooses answers, keeps them until the model is idle, and compares them on a thread of its own.
 
     A request never waits for it: a comparison begins when no request is in flight, and gives way between two layers when one
@@ -125,6 +127,12 @@ class FidelitySampler:
                 atexit.register(self.close)
                 self._thread = threading.Thread(target=self._run, name="cachetune-fidelity", daemon=True)
                 self._thread.start()
+
+    def finished(self, end: Finished) -> Report:
+        """Perhaps choose a complete answer for comparison."""
+        if end.answer is not None:
+            self.offer(end.state, end.answer.token_ids)
+        return end.report
 
     def stats(self) -> FidelityStats | None:
         """What was found so far; None if nothing is sampled."""

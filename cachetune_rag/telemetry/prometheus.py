@@ -18,8 +18,8 @@ except ImportError as error:
     raise ImportError("Prometheus metrics need prometheus_client: pip install 'cachetune-rag[prometheus]'.") from error
 
 if TYPE_CHECKING:
-    from cachetune_rag.engine import CacheTune
     from cachetune_rag.measuring.fidelity import FidelityStats
+    from cachetune_rag.telemetry.observer import HasStats
     from cachetune_store.histogram import Histogram
 
 _TOKENS = ("prompt_tokens", "reused", "recomputed", "missed", "retrieved", "retrieved_found")
@@ -48,11 +48,11 @@ class CacheTuneCollector(Collector):
         labels: further labels for all metrics, where one process has several engines.
     """
 
-    def __init__(self, engine: CacheTune, labels: dict[str, str] | None = None):
+    def __init__(self, engine: HasStats, labels: dict[str, str] | None = None):
         self._engine, self._labels = engine, dict(labels or {})
 
     def describe(self) -> list[Any]:
-        """Nothing ahead: registering must not ask the engine."""
+        """Describe nothing in advance: registering must not ask the engine."""
         return []
 
     def collect(self) -> Iterator[Any]:

@@ -1,19 +1,26 @@
-"""Totals over an engine's requests."""
+"""Totals over an engine's requests, and its store's statistics."""
 
 from __future__ import annotations
 
 import dataclasses
 import threading
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from cachetune_rag.answering.request import Request, RequestListener
+from cachetune_rag.concurrency.deadline import DeadlinePool, StoreTimeoutError
+from cachetune_rag.concurrency.workers import Job
 from cachetune_rag.measuring.fidelity import FidelityStats
 from cachetune_rag.report import Report, share_found
-from cachetune_store import StoreStats
+from cachetune_store import ChunkStore, StoreError, StoreStats
 from cachetune_store.histogram import Histogram
 
 _SUMMED = ("prompt_tokens", "reused", "recomputed", "missed", "damaged", "unreadable", "timed_out", "retrieved")
 """Fields of `Report` that are added up."""
+WAIT = 5.0
+"""Seconds to wait for the store's statistics: half of Prometheus' default limit for all metrics together."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +87,8 @@ class EngineStats:
         }
 
 
-class RequestCounter:
-    """Adds reports up; safe to use from several threads."""
+class RequestCounter(RequestListener):
+    """Adds up reports. Safe to use from several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -91,7 +98,7 @@ class RequestCounter:
         self._ttft = 0.0
         self._by_tier: dict[str, Histogram] = {}
 
-    def add(self, report: Report) -> None:
+    def prefilled(self, request: Request, report: Report) -> None:
         """Count one request."""
         with self._lock:
             if report.full:
@@ -114,7 +121,7 @@ class RequestCounter:
     def stats(
         self, store: StoreStats, fidelity: FidelityStats | None, *, store_age: float, **counts: int
     ) -> EngineStats:
-        """The totals, and the others' figures (`counts` by their names); see `EngineStats`."""
+        """The totals, together with what others have counted (`counts`, by field); see `EngineStats`."""
         with self._lock:
             return EngineStats(
                 requests=self._requests,
@@ -128,3 +135,53 @@ class RequestCounter:
                 **counts,
                 store_age=store_age,
             )
+
+
+class LastKnownStoreStats:
+    """The store's statistics, which it reads from its index on disk; the last known ones where the disk doesn't answer.
+
+    Reading statistics must not change how requests are served. So a reading that takes long is left behind, but it does not count as
+    overdue, which would make requests avoid the disk. Until it has ended, no other is begun.
+
+    Args:
+        store: the store.
+        pool: makes the calls.
+    """
+
+    def __init__(self, store: ChunkStore, pool: DeadlinePool):
+        self._store, self._pool = store, pool
+        self._last: tuple[StoreStats, float] | None = None
+        self._pending: Job[StoreStats] | None = None
+        with suppress(StoreError):
+            self.get()  # so that some are known later on
+
+    @property
+    def pending(self) -> Job[StoreStats] | None:
+        """The last reading that took too long and was left behind; None if there was none."""
+        return self._pending
+
+    def get(self) -> tuple[StoreStats, float]:
+        """The statistics, and how many seconds old they are: 0.0 if they were read now.
+
+        Raises:
+            StoreTimeoutError: the disk hasn't answered since this object was made.
+            StoreError: the index can't be read.
+        """
+        seconds = self._pool.seconds
+        if seconds is None:
+            return self._store.stats(), 0.0
+        if not self._pool.overdue and (self._pending is None or self._pending.done()):
+            reading = self._pool.begin(self._store.stats)
+            try:
+                stats = reading.result(min(seconds, WAIT))
+            except TimeoutError:
+                if reading.done():
+                    raise  # the store's own
+                self._pending = reading
+            else:
+                self._last = stats, time.monotonic()
+                return stats, 0.0
+        if self._last is None:
+            raise StoreTimeoutError("the store's disk doesn't answer, and what it holds was never known")
+        stats, since = self._last
+        return stats, time.monotonic() - since

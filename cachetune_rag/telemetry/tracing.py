@@ -3,8 +3,8 @@
     from cachetune_rag.telemetry.tracing import trace_requests
     trace_requests(engine)
 
-A span `cachetune.prefill` for every prompt read and `cachetune.answer` for every finished answer, under whatever span is
-current in the thread that asks. Attributes are counts, times and names of settings; never a text.
+A span `cachetune.prefill` for every prompt read and `cachetune.answer` for every finished answer, as children of the
+span that is current in the thread that asks. Attributes are counts, times and names of settings; never a text.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from cachetune_rag.answering.answer import Answer
-    from cachetune_rag.engine import CacheTune
+    from cachetune_rag.telemetry.observer import Observed
 
 _COUNTS = (
     "prompt_tokens",
@@ -38,8 +38,8 @@ _FAULTS = ("damaged", "unreadable", "timed_out")
 _FIELDS = (*_COUNTS, *_FAULTS, "ratio", "selector", "full", "found_share")
 
 
-def trace_requests(engine: CacheTune, tracer_provider: Any = None) -> SpanObserver:
-    """Make spans of an engine's requests from now on; `engine.observers.remove` of what is returned ends it.
+def trace_requests(engine: Observed, tracer_provider: Any = None) -> SpanObserver:
+    """Make spans of an engine's requests from now on; pass the returned observer to `engine.observers.remove` to stop.
 
     Args:
         engine: the engine.
@@ -51,7 +51,7 @@ def trace_requests(engine: CacheTune, tracer_provider: Any = None) -> SpanObserv
 
 
 class SpanObserver:
-    """Makes a span of every request that is over, with the times it had."""
+    """Makes a span of every finished request, with its times."""
 
     def __init__(self, tracer: trace.Tracer):
         self._tracer = tracer

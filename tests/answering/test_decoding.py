@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerFast as Fast
 
-from cachetune_rag.answering.decoding import DEFAULT_NEW_TOKENS, TextStream, decode, prepare
+from cachetune_rag.answering.decoding import DEFAULT_NEW_TOKENS, Decoded, TextStream, decode, decode_text, prepare
 from cachetune_rag.errors import ConfigError, PromptError, UnsupportedModelError
 
 EOS = 2
@@ -59,7 +59,19 @@ def llama() -> LlamaForCausalLM:
 
 
 def run(plan: Any) -> list[int]:
-    """Decode a plan with the model and a plain cache."""
+    """The tokens that a plan decodes with the model and a plain cache."""
+    forward, first = _model_of(plan)
+    return list(decode(forward, plan, first))
+
+
+def reason(plan: Any) -> str:
+    """Why the answer that a plan decodes ends."""
+    forward, first = _model_of(plan)
+    return [decoded.finish_reason for decoded in decode_text(forward, plan, first)][-1]
+
+
+def _model_of(plan: Any) -> tuple[Callable[[int], torch.Tensor], torch.Tensor]:
+    """The model's steps behind the plan's prompt, and the prompt's logits."""
     model, cache = llama(), DynamicCache()
     name = "cache" if "cache" in LlamaForCausalLM.forward.__annotations__ else "past_key_values"
 
@@ -67,7 +79,7 @@ def run(plan: Any) -> list[int]:
     def forward(ids: torch.Tensor) -> torch.Tensor:
         return model(input_ids=ids, **{name: cache}).logits[:, -1]
 
-    return list(decode(lambda token: forward(torch.tensor([[token]])), plan, forward(plan.ids)))
+    return lambda token: forward(torch.tensor([[token]])), forward(plan.ids)
 
 
 def generate(prompt: list[int] = PROMPT, **settings: Any) -> list[int]:
@@ -162,7 +174,7 @@ def test_processors_and_criteria_of_the_caller() -> None:
 
     plan = prepare(llama(), byte_level(), PROMPT, max_new_tokens=9, stopping_criteria=[third])
     assert run(plan) == free[:3] == generate(stopping_criteria=StoppingCriteriaList([third]))
-    assert plan.finish_reason == "stop"
+    assert reason(plan) == "stop"
 
 
 def test_the_models_own_configuration_counts() -> None:
@@ -220,23 +232,19 @@ def test_finish_reasons() -> None:
     ):
         plan = prepare(llama(), byte_level(), PROMPT, **{"max_new_tokens": 24} | options)
         seen = []
-        for token in decode_lazily(plan):
-            seen.append((token, plan.finish_reason))
+        for decoded in _Recorded(plan):
+            seen.append((decoded.token, decoded.finish_reason))
         assert [token for token, _ in seen] == expected
         assert [r for _, r in seen] == [""] * (len(expected) - 1) + [reason]
 
 
-def decode_lazily(plan: Any) -> Iterator[int]:
-    return iter(_Recorded(plan))
-
-
 class _Recorded:
-    """Runs `decode` step by step, and counts that no forward runs after the last token."""
+    """Runs `decode_text` step by step, and counts that no forward runs after the last token."""
 
     def __init__(self, plan: Any):
         self.plan = plan
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Decoded]:
         model, forwards, tokens = llama(), 0, list(PROMPT)
 
         @torch.no_grad()
@@ -250,9 +258,9 @@ class _Recorded:
             return logits()
 
         count = 0
-        for token in decode(forward, self.plan, logits()):
+        for decoded in decode_text(forward, self.plan, logits()):
             count += 1
-            yield token
+            yield decoded
         assert forwards == count - 1
 
 
@@ -266,7 +274,7 @@ def test_stop_strings_stop_where_generate_stops(length: int) -> None:
     plan = prepare(llama(), tokenizer, PROMPT, max_new_tokens=24, stop=["never", stop])
     tokens = run(plan)
     assert tokens == expected
-    assert plan.finish_reason == "stop"
+    assert reason(plan) == "stop"
     assert joined(plan.text_stream(), tokens) == text[: text.index(stop)]
 
 
@@ -288,7 +296,6 @@ def test_closing_early_runs_nothing_more() -> None:
     stream = decode(lambda token: pytest.fail("ran on"), plan, torch.zeros(1, len(byte_level())))
     next(stream)
     stream.close()
-    assert plan.finish_reason == ""
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import torch
 from tiny import llama, tokenizer
 
 from cachetune_rag import CacheTune, ConfigError, Document, PromptError
+from cachetune_rag.answering.request import Request
 from cachetune_rag.concurrency.deadline import DeadlinePool
 from cachetune_rag.errors import EngineClosedError
 from cachetune_rag.readahead import coming as ahead
@@ -289,7 +290,7 @@ def test_what_the_request_will_read_comes_before_the_rest(cold: CacheTune, monke
     for selector, first in (("frequency", count - int(0.25 * count)), ("expected_error", count)):
         seen.clear()
         config = cold.runtime.admission.config(selector, 0.25)
-        assert cold.runtime.admission.prefetch(TEXTS[:1], None, config).wait(PATIENCE)
+        assert cold.runtime.executor.prefetch(cold.runtime.admission.chunk_ids(TEXTS[:1], None), config).wait(PATIENCE)
         assert seen[:3] == 3 * [first]
         assert in_host_memory(cold) == keys_of(cold, TEXTS[:1])
         cold.store._placement.host.remove(key_of(cold, TEXTS[0]))
@@ -469,7 +470,7 @@ def test_closing_the_engine_ends_what_is_being_read(
 
 
 def test_what_a_request_left_is_given_up_by_close_too(cold: CacheTune, disk: Disk) -> None:
-    state = cold.runtime.admission.prefill(cold.prompts.build(query="?", chunks=TEXTS), _frequency(), 0.0)
+    state = cold.runtime.executor.prefill(Request.measured(cold.prompts.build(query="?", chunks=TEXTS), _frequency()))
     cold.close()
     assert state.report.missed == 0
     assert cold.runtime.prefetcher._leftovers._jobs == {}
@@ -542,7 +543,9 @@ def test_damage_in_what_a_request_left_is_set_aside(tmp_path: Path, disk: Disk) 
     with opened(tmp_path) as engine:
         bad = str(key_of(engine, TEXTS[0]))
         disk.fail = lambda key: key == bad and threading.current_thread().name.startswith("cachetune-prefetch")
-        engine.runtime.admission.prefill(engine.prompts.build(query="?", chunks=TEXTS[:1]), _frequency(), 0.0)
+        engine.runtime.executor.prefill(
+            Request.measured(engine.prompts.build(query="?", chunks=TEXTS[:1]), _frequency())
+        )
         disk.wait_for(lambda: bad in disk.ahead())
         engine.runtime.prefetcher.take([key_of(engine, TEXTS[0])])
         assert engine.store.stats().damaged == 1

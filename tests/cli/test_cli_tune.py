@@ -41,7 +41,7 @@ def test_what_it_finds_is_what_ask_uses_from_then_on(cli: Cli, model: Path, fill
 
 
 def test_a_device_tier_needs_a_device(cli: Cli, model: Path, filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cachetune_rag.runtime.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("cachetune_rag.engine.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     given = ("tune", "-m", model, "-s", filled, "--device-budget")
     assert (
         "--device-budget is 1MiB, but the model runs on the CPU" in cli(*given, "1MiB", "--device", "cpu", code=2).err

@@ -234,7 +234,9 @@ def test_stats_do_not_wait_for_a_disk_that_hangs(engine: CacheTune, monkeypatch:
     assert registry.get_sample_value("cachetune_store_age_seconds") > 0
     assert registry.get_sample_value("cachetune_documents") == 1
     stop.set()
-    engine.runtime.store_stats._left.result(30)
+    pending = engine.runtime.store_stats.pending
+    assert pending is not None
+    pending.result(30)
     monkeypatch.undo()
     assert engine.stats().store_age == 0
 

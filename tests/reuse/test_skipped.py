@@ -11,6 +11,7 @@ import torch
 from tiny import llama, tokenizer
 
 from cachetune_rag import CacheTune, ConfigError, Document
+from cachetune_rag.answering.request import Request
 from cachetune_rag.model import ModelAdapter
 from cachetune_rag.model.family.rope import Turn
 from cachetune_rag.model.plain.shift import ChunkShift, RowShift
@@ -40,7 +41,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CacheTune]:
 
 
 def prefill(engine: CacheTune, config: ReuseConfig, chunks: list[str] = CHUNKS) -> PrefillState:
-    return engine.runtime.admission.prefill(engine.prompts.build(query=QUERY, chunks=chunks), config, 0.0)
+    return engine.runtime.executor.prefill(Request.measured(engine.prompts.build(query=QUERY, chunks=chunks), config))
 
 
 def rows_read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:

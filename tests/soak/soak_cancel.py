@@ -213,13 +213,18 @@ class _Forwards:
 
     def __init__(self, engine: CacheTune):
         self.count = 0
-        forward = engine.runtime.admission.forward
+        steps = engine.runtime.executor.steps
 
-        def counted(*arguments: Any) -> Any:
-            self.count += 1
-            return forward(*arguments)
+        def counting(*arguments: Any) -> Callable[[int], Any]:
+            step = steps(*arguments)
 
-        engine.runtime.admission.forward = counted  # type: ignore[method-assign]
+            def counted(token: int) -> Any:
+                self.count += 1
+                return step(token)
+
+            return counted
+
+        engine.runtime.executor.steps = counting  # type: ignore[method-assign]
 
 
 async def _cancel_one(ask: Callable[[], Any], forwards: _Forwards, after: int) -> int:

@@ -196,8 +196,7 @@ class Calibrator:
         limit = engine.adapter.max_positions
         room = self._plan.tokens if limit is None else min(self._plan.tokens, limit - len(prompt.ids))
         plan = prepare(engine.adapter.model, engine.tokenizer, prompt.ids, max_new_tokens=room, do_sample=False)
-        steps = engine.adapter.steps(state.cache)
-        target = tuple(decode(lambda token: engine.runtime.admission.forward(token, steps), plan, state.logits))
+        target = tuple(decode(engine.runtime.executor.steps(state, room), plan, state.logits))
         # Computed once more, in one piece as for reuse: so where nothing differs, KL is exactly 0.
         rewind(state.cache, len(prompt.ids))
         return target, self._logits(state, target)

@@ -12,7 +12,7 @@ from cachetune_rag.reuse.config import resolve
 from cachetune_store import ChunkStore, Namespace, StoreError, StoreReadOnlyError
 
 if TYPE_CHECKING:
-    from cachetune_rag.runtime import EngineParts
+    from cachetune_rag.runtime import Runtime
 
 KIND = "calibration"
 
@@ -105,7 +105,7 @@ def check_savable(store: ChunkStore, what: str) -> None:
 class SavedCalibrations:
     """The calibrated ratios of one engine: by model, tokenizer, dtype, lead-in, tenant, selector and codec."""
 
-    def __init__(self, engine: EngineParts):
+    def __init__(self, engine: Runtime):
         self._engine = engine
 
     def save(self, calibration: Calibration) -> Calibration:

@@ -17,7 +17,7 @@ from cachetune_rag.selection.frequency import FrequencySelector
 from cachetune_store import Namespace, StoreError
 
 if TYPE_CHECKING:
-    from cachetune_rag.runtime import EngineParts
+    from cachetune_rag.runtime import Runtime
 
 KIND = "tuning"
 
@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 class SavedTunings:
     """The tunings of one engine: by model, hardware, tier, codec and selector."""
 
-    def __init__(self, engine: EngineParts):
+    def __init__(self, engine: Runtime):
         self._engine = engine
         self._known: dict[tuple[str, str, str], TierTuning | None] = {}
 
@@ -83,9 +83,7 @@ class SavedTunings:
     def _keeps_floor(self, tuning: TierTuning, namespace: Namespace | None) -> bool:
         """Whether the selector's own share of r (or all of r, where the offline ranking chooses it) is as large as calibrated."""
         offline = tuning.skipped == tuning.ratio
-        floor = self._engine.runtime.calibrations.ratio(
-            FrequencySelector.name if offline else tuning.selector, namespace
-        )
+        floor = self._engine.calibrations.ratio(FrequencySelector.name if offline else tuning.selector, namespace)
         # Rounded as the ratios that are searched are.
         return floor is None or tuning.ratio - (0 if offline else tuning.skipped) >= floor - 1e-3
 
