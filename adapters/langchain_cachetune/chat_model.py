@@ -403,8 +403,9 @@ class ChatCacheTune(BaseChatModel):
                         await run_manager.on_llm_new_token(str(chunk.message.content), chunk=chunk)
                     yield chunk
             finally:
-                # Behind a piece that is still being computed, on the same thread.
-                await asyncio.shield(thread.call(chunks.close))
+                # Nothing is awaited here: this also runs while an event loop shuts down, which would drop the waiting task. The
+                # stream is closed after the piece that is being computed, on the same thread.
+                thread.later(chunks.close)
 
     def _chunks(
         self, messages: list[BaseMessage], stop: list[str] | None, options: dict[str, Any], run: RunRecord
@@ -413,12 +414,17 @@ class ChatCacheTune(BaseChatModel):
         request = _ChatRequest(self, messages, stop, options, run)
         reader = ToolCallStream(request.tools.names) if request.tools.tools else None
         with request.stream as pieces:
-            for piece in pieces:
-                self._told(run, pieces.report, whole=False)
-                request.check_time()
-                shown = reader.push(piece) if reader else piece
-                if shown:
-                    yield ChatGenerationChunk(message=AIMessageChunk(content=shown))
+            try:
+                for piece in pieces:
+                    self._told(run, pieces.report, whole=False)
+                    request.check_time()
+                    shown = reader.push(piece) if reader else piece
+                    if shown:
+                        yield ChatGenerationChunk(message=AIMessageChunk(content=shown))
+            except GeneratorExit:  # the stream is closed early, which ends the request
+                pieces.close()
+                self._told(run, pieces.report)
+                raise
             answer = pieces.answer
         self._told(run, answer.report)
         rest, found = reader.finish() if reader else ("", [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import copy
 import pickle
 from pathlib import Path
@@ -161,12 +162,18 @@ def test_the_cache_tells_models_and_settings_apart(engines: EngineMaker) -> None
         ]
         plain = [model.invoke("who are you?").content for model in models]
         assert len(set(plain)) == 4
-        cache = InMemoryCache()
-        set_llm_cache(cache)
+        kept: set[tuple[str, str]] = set()
+
+        class Recording(InMemoryCache):
+            def update(self, prompt: str, llm_string: str, return_val: Any) -> None:
+                kept.add((prompt, llm_string))
+                super().update(prompt, llm_string, return_val)
+
+        set_llm_cache(Recording())
         try:
             for _ in range(2):
                 assert [model.invoke("who are you?").content for model in models] == plain
-            assert len(cache._cache) == 4
+            assert len(kept) == 4
         finally:
             set_llm_cache(None)
 
@@ -249,6 +256,33 @@ async def test_waiting_requests_leave_asyncio_its_threads(engine: CacheTune) -> 
         assert not any(task.done() for task in waiting)
     answers = await asyncio.gather(*waiting)
     assert len({getattr(answer, "content", answer) for answer in answers}) == 1
+
+
+def test_a_stream_closed_early_has_its_report(engine: CacheTune) -> None:
+    model = ChatCacheTune(engine=engine, max_tokens=20)
+    with collect_reports() as reports:
+        stream = model.stream("hi")
+        next(stream)
+        stream.close()
+        model.invoke("hi")
+    assert [report.prompt_tokens for report in reports] == [reports[0].prompt_tokens] * 2
+
+
+def test_a_loop_may_end_while_a_stream_is_open(engine: CacheTune, caplog: pytest.LogCaptureFixture) -> None:
+    """`asyncio.run` cancels what still runs; a stream whose closing had to be awaited would be dropped with a message."""
+    model = ChatCacheTune(engine=engine, max_tokens=20)
+
+    async def first_piece() -> str:
+        async for piece in model.astream("hi"):
+            return str(piece.content)
+        return ""
+
+    with caplog.at_level("ERROR", logger="asyncio"):
+        for _ in range(3):
+            asyncio.run(first_piece())
+        gc.collect()
+    assert [record.message for record in caplog.records if record.name == "asyncio"] == []
+    assert model.invoke("hi").usage_metadata is not None, "the model is free again"
 
 
 def test_a_tiny_model_without_a_chat_template_still_continues_one_text() -> None:

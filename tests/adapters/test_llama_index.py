@@ -329,7 +329,9 @@ def test_no_nodes_and_wrong_models(llm: CacheTuneLLM, monkeypatch: pytest.Monkey
     with pytest.raises(TypeError, match="MockLLM"):
         CacheTuneSynthesizer(MockLLM())  # type: ignore[arg-type]
     monkeypatch.setattr(Settings, "_llm", llm)
-    assert CacheTuneSynthesizer()._llm is llm
+    assert llm.last_report is None
+    assert str(CacheTuneSynthesizer().synthesize("Who?", [node(FIRST)]))
+    assert llm.last_report is not None, "Settings.llm answers"
 
 
 async def test_async_and_streaming_synthesis(llm: CacheTuneLLM) -> None:

@@ -172,8 +172,9 @@ class CacheTuneLLM(ToolCalling, CustomLLM):
                 "this CacheTuneLLM was given an engine, which stays in its process: make it with model=, store= and "
                 "engine_kwargs= instead, and each process loads an engine of its own."
             )
+        # A copy, because the framework's own method deletes from the object what it can't pickle.
         bare = self.model_copy()
-        bare._engine = None
+        bare.__pydantic_private__ = {**(bare.__pydantic_private__ or {}), "_engine": None}
         return super(CacheTuneLLM, bare).__getstate__()
 
     # -- completion -----------------------------------------------------------------------------------------------

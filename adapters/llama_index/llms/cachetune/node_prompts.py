@@ -57,11 +57,13 @@ class NodePrompt:
         values = {**extra, variable: place.value}
         self._messages: list[ChatMessage] | None = None
         self._segments: list[Segment] = []
+        # LlamaIndex's own synthesizers fill templates by the LLM's underscored methods too: there are no public ones that give
+        # the messages and texts without asking the model.
         if llm.metadata.is_chat_model:
-            messages = llm._get_messages(template, **values)
+            messages = llm._get_messages(template, **values)  # noqa: SLF001
             self._messages = [_filled(message, place) for message in messages]
         else:
-            self._segments = place.cut(llm._get_prompt(template, **values))
+            self._segments = place.cut(llm._get_prompt(template, **values))  # noqa: SLF001
         place.check(variable)
 
     @cached_property
@@ -110,7 +112,7 @@ class NodePrompt:
 
     def _parsed(self, text: str) -> str:
         """The answer through the template's output parser, if it has one."""
-        parse: Callable[[str], str] = self._llm._parse_output
+        parse: Callable[[str], str] = self._llm._parse_output  # noqa: SLF001 (the framework has no public one)
         return str(parse(text))
 
 
