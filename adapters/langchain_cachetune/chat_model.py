@@ -14,7 +14,6 @@ from typing import Any, Self
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
-from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
 from langchain_core.tools import BaseTool
@@ -22,19 +21,17 @@ from langchain_core.utils import from_env
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, model_validator
 
-from cachetune_rag import Answer, AnswerStream, CacheTune, Report
+from cachetune_rag import CacheTune, Report
 from cachetune_rag.concurrency.async_calls import OwnThread, call_in_thread
 from cachetune_rag.errors import CacheTuneError, ConfigError
-from cachetune_rag.text.tool_calls import ToolCallStream, parse
 from cachetune_store.printing import shown
 from langchain_cachetune import settings
+from langchain_cachetune.chat_request import ChatRequest, Deadline
 from langchain_cachetune.prompting import build_prompt, takes_tools, template_names
 from langchain_cachetune.runs import RunRecord, latest_report
 from langchain_cachetune.tools import (
     METHODS,
     ToolRequest,
-    call_chunks,
-    langchain_calls,
     output_parser,
     schema_format,
 )
@@ -359,22 +356,15 @@ class ChatCacheTune(BaseChatModel):
         run: RunRecord,
         cancelled: threading.Event,
     ) -> ChatResult:
-        request = _ChatRequest(self, messages, stop, options, run)
+        request = self._request(messages, stop, options, run)
         with request.stream as pieces:
             for _ in pieces:
                 request.check_time()
                 if cancelled.is_set():
                     raise CacheTuneError("cancelled")  # nobody hears it
             answer = pieces.answer
-        self._told(run, answer.report)
-        content, calls = parse(answer.text, request.tools.names) if request.tools.tools else (answer.text, [])
-        message = AIMessage(
-            content=content,
-            tool_calls=langchain_calls(calls),
-            response_metadata=self._metadata(answer, bool(calls)),
-            usage_metadata=_usage(answer),
-        )
-        return ChatResult(generations=[ChatGeneration(message=message)])
+        self._keep_report(run, answer.report)
+        return ChatResult(generations=[ChatGeneration(message=request.message(answer))])
 
     def _stream(
         self,
@@ -411,34 +401,51 @@ class ChatCacheTune(BaseChatModel):
         self, messages: list[BaseMessage], stop: list[str] | None, options: dict[str, Any], run: RunRecord
     ) -> Any:
         """Parts of the answer's message. What may be a tool call comes at the end, whole."""
-        request = _ChatRequest(self, messages, stop, options, run)
-        reader = ToolCallStream(request.tools.names) if request.tools.tools else None
+        request = self._request(messages, stop, options, run)
+        reader = request.tool_call_reader()
         with request.stream as pieces:
             try:
                 for piece in pieces:
-                    self._told(run, pieces.report, whole=False)
+                    self._keep_report(run, pieces.report, whole=False)
                     request.check_time()
                     shown = reader.push(piece) if reader else piece
                     if shown:
                         yield ChatGenerationChunk(message=AIMessageChunk(content=shown))
             except GeneratorExit:  # the stream is closed early, which ends the request
                 pieces.close()
-                self._told(run, pieces.report)
+                self._keep_report(run, pieces.report)
                 raise
             answer = pieces.answer
-        self._told(run, answer.report)
-        rest, found = reader.finish() if reader else ("", [])
-        calls = langchain_calls(found)
-        last = AIMessageChunk(
-            content=rest,
-            tool_call_chunks=call_chunks(calls),
-            response_metadata=self._metadata(answer, bool(calls)),
-            usage_metadata=_usage(answer),
-            chunk_position="last",
-        )
-        yield ChatGenerationChunk(message=last)
+        self._keep_report(run, answer.report)
+        rest, calls = reader.finish() if reader else ("", [])
+        yield ChatGenerationChunk(message=request.last_chunk(answer, rest, calls))
 
-    def _told(self, run: RunRecord, report: Report, *, whole: bool = True) -> None:
+    def _request(
+        self, messages: list[BaseMessage], stop: list[str] | None, options: dict[str, Any], run: RunRecord
+    ) -> ChatRequest:
+        started = time.monotonic()
+        engine = self._loaded()
+        given = self._check_request(options)
+        tools = ToolRequest.of(*(given.pop(name, None) for name in settings.TOOLS))
+        timeout: float | None = given.pop("timeout", self.timeout)
+        # Unless a limit was given, a generation config may have one of its own.
+        own_limit = self.max_tokens if "max_tokens" in self.model_fields_set else "auto"
+        decoding = settings.decoding_settings(
+            max_tokens=given.pop("max_tokens", own_limit),
+            temperature=given.pop("temperature", self.temperature),
+            stop=stop or given.pop("stop", None) or self.stop,
+            others={"ratio": self.ratio, "selector": self.selector, **self.generate_kwargs, **given},
+        )
+        layout = {name: decoding.pop(name) for name in template_names(engine, decoding)}
+        prompt = build_prompt(engine, messages, tools, layout, run.documents, learn=self.learn)
+        return ChatRequest(
+            stream=engine.stream(prompt=prompt, **decoding),
+            tools=tools,
+            model_name=self.model or engine.model_name,
+            deadline=None if timeout is None else Deadline(started, timeout),
+        )
+
+    def _keep_report(self, run: RunRecord, report: Report, *, whole: bool = True) -> None:
         self._latest = report
         run.report(self._reports, report, whole=whole)
 
@@ -464,57 +471,3 @@ class ChatCacheTune(BaseChatModel):
                     self.engine = engine
                     self._check_generation(self.generate_kwargs)
         return self.engine
-
-    def _metadata(self, answer: Answer, called: bool) -> dict[str, Any]:
-        return {
-            "report": answer.report.as_dict(),
-            "finish_reason": "tool_calls" if called else answer.finish_reason,
-            "model_name": self.model or self._loaded().model_name,
-            "model_provider": "cachetune",
-        }
-
-
-class _ChatRequest:
-    """One request: its arguments sorted by whom they are for, its prompt, and the answer's stream."""
-
-    def __init__(
-        self,
-        model: ChatCacheTune,
-        messages: list[BaseMessage],
-        stop: list[str] | None,
-        options: Mapping[str, Any],
-        run: RunRecord,
-    ):
-        started = time.monotonic()
-        engine = model._loaded()
-        given = model._check_request(options)
-        self.tools = ToolRequest.of(*(given.pop(name, None) for name in settings.TOOLS))
-        self._timeout: float | None = given.pop("timeout", model.timeout)
-        self._ends = None if self._timeout is None else started + self._timeout
-        decoding = settings.decoding_settings(
-            # Unless it was given, a generation config may have a limit of its own.
-            max_tokens=given.pop("max_tokens", model.max_tokens if "max_tokens" in model.model_fields_set else "auto"),
-            temperature=given.pop("temperature", model.temperature),
-            stop=stop or given.pop("stop", None) or model.stop,
-            others={"ratio": model.ratio, "selector": model.selector, **model.generate_kwargs, **given},
-        )
-        layout = {name: decoding.pop(name) for name in template_names(engine, decoding)}
-        prompt = build_prompt(engine, messages, self.tools, layout, run.documents, learn=model.learn)
-        self.stream: AnswerStream = engine.stream(prompt=prompt, **decoding)
-
-    def check_time(self) -> None:
-        """Refuse to go on behind the time that was given."""
-        if self._ends is not None and time.monotonic() > self._ends:
-            raise TimeoutError(
-                f"the answer took longer than timeout={self._timeout:g} seconds: give it more, or fewer tokens."
-            )
-
-
-def _usage(answer: Answer) -> UsageMetadata:
-    report, generated = answer.report, len(answer.token_ids)
-    return UsageMetadata(
-        input_tokens=report.prompt_tokens,
-        output_tokens=generated,
-        total_tokens=report.prompt_tokens + generated,
-        input_token_details=InputTokenDetails(cache_read=report.reused, cache_creation=report.missed),
-    )

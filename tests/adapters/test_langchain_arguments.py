@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import copy
+import gc
 import pickle
 from pathlib import Path
 from typing import Any

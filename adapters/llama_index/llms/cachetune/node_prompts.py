@@ -57,13 +57,12 @@ class NodePrompt:
         values = {**extra, variable: place.value}
         self._messages: list[ChatMessage] | None = None
         self._segments: list[Segment] = []
-        # LlamaIndex's own synthesizers fill templates by the LLM's underscored methods too: there are no public ones that give
-        # the messages and texts without asking the model.
+        # These methods of LlamaIndex's base class have no public counterpart that doesn't ask the model at once.
         if llm.metadata.is_chat_model:
-            messages = llm._get_messages(template, **values)  # noqa: SLF001
+            messages = llm._get_messages(template, **values)
             self._messages = [_filled(message, place) for message in messages]
         else:
-            self._segments = place.cut(llm._get_prompt(template, **values))  # noqa: SLF001
+            self._segments = place.cut(llm._get_prompt(template, **values))
         place.check(variable)
 
     @cached_property
@@ -112,7 +111,7 @@ class NodePrompt:
 
     def _parsed(self, text: str) -> str:
         """The answer through the template's output parser, if it has one."""
-        parse: Callable[[str], str] = self._llm._parse_output  # noqa: SLF001 (the framework has no public one)
+        parse: Callable[[str], str] = self._llm._parse_output
         return str(parse(text))
 
 
