@@ -95,7 +95,7 @@ def test_decoding_goes_on_from_the_assembled_cache(engine: CacheTune, selector: 
     state = engine.prefill(query=QUERY, chunks=CHUNKS, ratio=0.3, selector=selector)
     # The same cache, decoded by transformers itself.
     token = state.logits.argmax(-1)
-    out = engine.adapter.model(input_ids=token[None], **{engine.adapter._forward.cache_argument: state.cache})
+    out = engine.adapter.model(input_ids=token[None], **{engine.adapter.model_forward.cache_argument: state.cache})
     answer = engine.generate(query=QUERY, chunks=CHUNKS, ratio=0.3, selector=selector, max_new_tokens=2)
     assert answer.token_ids[0] == int(token)
     assert answer.token_ids[1:] in ((int(out.logits[0, -1].argmax()),), ())

@@ -227,7 +227,7 @@ def _forward_together(engine: CacheTune, ids: Tensor, caches: Sequence[Cache]) -
         position_ids=torch.arange(start, start + len(ids), device=ids.device).expand(len(caches), -1),
         use_cache=True,
         logits_to_keep=len(ids),
-        **{engine.adapter._forward.cache_argument: whole},
+        **{engine.adapter.model_forward.cache_argument: whole},
     )
     return out.logits
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cachetune_rag.model import ChunkKV, ModelAdapter
-from cachetune_rag.model.plain.capture import LeadKV
+from cachetune_rag.model.plain.capture import LeadInKV
 
 _MOST = torch.finfo(torch.float16).max
 
@@ -84,7 +84,7 @@ class MeanCapture:
 
     def __init__(self, adapter: ModelAdapter, lock: AbstractContextManager[Any]):
         self._adapter, self._lock = adapter, lock
-        self._leads: dict[tuple[int, ...], LeadKV] = {}
+        self._leads: dict[tuple[int, ...], LeadInKV] = {}
 
     @staticmethod
     def tokens_run(tokens: int, lead_ins: Sequence[tuple[int, ...]]) -> int:
@@ -112,7 +112,7 @@ class MeanCapture:
                 self._adapter.capture_behind(chunks, self._lead(lead_in), mean.add)
         return mean.take([len(c) for c in chunks])
 
-    def _lead(self, lead_in: tuple[int, ...]) -> LeadKV | None:
+    def _lead(self, lead_in: tuple[int, ...]) -> LeadInKV | None:
         if lead_in and lead_in not in self._leads:
             self._leads[lead_in] = self._adapter.lead_kv(lead_in)
         return self._leads.get(lead_in)

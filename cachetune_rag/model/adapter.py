@@ -1,4 +1,4 @@
-"""One object for all the engine asks of a transformers model."""
+"""The one object through which an engine uses a model of transformers."""
 
 from __future__ import annotations
 
@@ -12,30 +12,27 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
-from cachetune_rag.errors import UnsupportedModelError
 from cachetune_rag.kernels import kernels_run_on
 from cachetune_rag.model.cuda import compiled_layers as fusion
 from cachetune_rag.model.cuda.device_forward import DeviceForward
 from cachetune_rag.model.cuda.steps import ROOM, KernelSteps
-from cachetune_rag.model.family import families, masks, output, taps
-from cachetune_rag.model.family.rope import Rotary, Tables, Turn, longrope_boundary, rows_of
+from cachetune_rag.model.family import masks, output
+from cachetune_rag.model.family.rope import Tables, rows_of
 from cachetune_rag.model.family.taps import StopForward, interruptible
 from cachetune_rag.model.family.value_cache import ValueCache
 from cachetune_rag.model.libraries.neutral import neutral, neutrally
-from cachetune_rag.model.loaded.view import unwrapped, view_of
+from cachetune_rag.model.opened_model import open_model
 from cachetune_rag.model.plain import attention
 from cachetune_rag.model.plain.buffers import KVBuffers, ScatterCache
-from cachetune_rag.model.plain.capture import ChunkCapture, ChunkKV, LeadKV
-from cachetune_rag.model.plain.forward import ModelForward
-from cachetune_rag.model.plain.loadcheck import LoadCheck
-from cachetune_rag.model.plain.probe import Probe
+from cachetune_rag.model.plain.capture import ChunkCapture, ChunkKV, LeadInKV
+from cachetune_rag.model.plain.probe import Probe, ProbePass
 from cachetune_rag.model.plain.shift import ChunkShift, RowShift
 from cachetune_store.layout import LayerSpec
 
 
 @dataclass(frozen=True)
 class ModelLayout:
-    """What has to stay the same of a model while an engine is on it, whatever its weights are."""
+    """What must stay the same of a model while engines use it, even when its weights change."""
 
     dtype: torch.dtype
     device: str
@@ -43,142 +40,107 @@ class ModelLayout:
     vocabulary: int
 
     @property
-    def told(self) -> str:
-        """In words."""
+    def description(self) -> str:
+        """The layout in words, for messages."""
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{dtype} on {self.device}, {len(self.layers)} layers, {self.vocabulary} token ids"
 
 
 class ModelAdapter:
-    """Capture, rotation and forwards of one causal language model, through transformers' public surface.
+    """Capture, rotation and forwards of one causal language model, through public interfaces of transformers.
 
     Args:
-        model: a causal LM of transformers, whole on one device. It stays as it is: forwards go through a tree of modules of the
-            adapter's own over the same weights (`view.view_of`).
-        cuda_kernels: run selective forwards through this package's kernels and CUDA graphs, on a device that can (docs/gpu.md).
+        model: a causal language model of transformers, whole on one device. It is not changed: forwards run through a second
+            tree of modules over the same weights (`view.view_of`).
+        cuda_kernels: run selective forwards through this package's kernels and CUDA graphs where the device supports it
+            (docs/gpu.md).
 
     Raises:
         UnsupportedModelError: the architecture can't be served exactly; the message says why.
 
     Attributes:
-        model: the caller's.
-        view: what forwards go through.
-        reuse_beyond: prompts of at most so many tokens have to be computed whole (0 for most models); long-rope models
-            use other frequencies for them than for longer ones, and a chunk's KV is valid under one set only.
+        model: the caller's own object.
+        view: the adapter's own tree of modules, which forwards run through.
+        architecture: its class name, for messages.
+        config: the configuration of its text part.
+        device, dtype: where its weights are, and what it computes in.
+        attentions, decoder_layers, taps, rotary, model_forward: its parts (see `OpenedModel`).
+        layers, num_layers: the shapes of each layer's keys and values, and how many layers there are.
+        max_positions: the longest prompt that its configuration allows; None where it names none.
+        reuse_beyond: prompts of at most this many tokens must be computed whole (0 for most models). Long-rope models
+            use other frequencies for them than for longer prompts, and a chunk's KV is valid for one set of frequencies only.
+        cuda_kernels: whether this package's kernels run on the model's GPU.
+        device_forward: forwards through the kernels; None where they don't run.
+        half_split: by layer, whether the rotation of the `place` kernel is the model's own; empty where no kernels run.
 
-    The methods are not thread-safe: capture and probe hook into the adapter's modules while they run, so the caller
-    holds one lock around every use of the adapter. The caller of the model needs none.
+    The methods are not thread-safe: capture and probe register hooks on the adapter's modules while they run, so its user
+    holds one lock around every call. Threads that use `model` itself need no lock.
     """
 
     def __init__(self, model: Any, *, cuda_kernels: bool = True):
-        self.model, self._cuda_kernels = model, cuda_kernels
+        self.model, self._wants_kernels = model, cuda_kernels
         with neutral():
             self._open()
 
     def renew(self) -> None:
-        """Take the model as it is now: drop all that was made of its weights before."""
+        """Open the model again as it is now, and drop everything that was made from its earlier weights."""
         self.__dict__.pop("value_grams", None)
         with neutral():
             self._open()
 
     def _open(self) -> None:
-        given = unwrapped(self.model)
-        self.architecture = type(given).__name__
-        families.check(given)
-        self.view = model = view_of(given)
-        cuda_kernels = self._cuda_kernels
-        self.config = model.config.get_text_config(decoder=True)
-        self.device: torch.device = model.device
-        self.dtype: torch.dtype = model.dtype
-        self.num_layers: int = self.config.num_hidden_layers
+        opened = self._opened = open_model(self.model)
+        self.architecture, self.view, self.config = opened.architecture, opened.view, opened.config
+        self.device, self.dtype = opened.device, opened.dtype
+        self.attentions, self.decoder_layers = opened.attentions, opened.decoder_layers
+        self.taps, self.layers, self.num_layers = opened.taps, opened.layers, len(opened.layers)
+        self.rotary, self.model_forward = opened.rotary, opened.forward
         self.max_positions: int | None = getattr(self.config, "max_position_embeddings", None)
-        self._decoder = model.get_decoder()
-        self._attentions = families.attention_layers(self._decoder, self.num_layers, self.architecture)
-        layer_types = list(getattr(self.config, "layer_types", None) or [None] * self.num_layers)
-        self._layer_types: list[str | None] = layer_types
-        self._rotary = Rotary(self._decoder, self._attentions, layer_types, self.architecture)
-        self._forward = ModelForward(model, self.config, self._decoder)
-        self.reuse_beyond: int = longrope_boundary(self.config)
-        self._windows = [masks.window_at(self._forward.window, kind) for kind in layer_types]
-        cuda_kernels = cuda_kernels and kernels_run_on(self.device)
-        self.cuda_kernels = cuda_kernels and self.device.type == "cuda"
-        self.device_forward: DeviceForward | None = None
-        self._taps, self.layers = self._check()
-        self._capture = ChunkCapture(self._forward, self._attentions, self._taps, self.reuse_beyond, self.device)
-        self._decoder_layers = families.decoder_layers(self._decoder, self._attentions, self.architecture)
+        self.reuse_beyond = opened.reuse_beyond
+        self._capture = ChunkCapture(self.model_forward, self.attentions, self.taps, self.reuse_beyond, self.device)
         self._probe = Probe(
-            self._attentions,
-            self._decoder_layers,
-            self._taps,
+            self.attentions,
+            self.decoder_layers,
+            self.taps,
             self.layers,
-            self._windows,
-            self.rotary_tables,
-            self.rotate_by,
-            self._forward.scattered,
-            # In half types, fused attention is more exact than what could be shown.
-            lambda: self.dtype == torch.float32 and self._forward.wanted_attention() == attention.NAME,
+            opened.windows,
+            opened.rotary_tables,
+            opened.rotate_by,
+            self.model_forward.scattered,
+            # In half types, the model's fused attention is more exact than weights that are written out.
+            lambda: self.dtype == torch.float32 and self.model_forward.wanted_attention() == attention.NAME,
         )
-        self.device_forward = self._device_forward() if cuda_kernels else None
-        """Forwards through the kernels; None where they don't run."""
-        self.half_split = self._half_split() if cuda_kernels else []
-        """By layer: whether the `place` kernel's rotation is the model's own; empty where the kernels aren't used."""
+        kernels_run = self._wants_kernels and kernels_run_on(self.device)
+        self.cuda_kernels = kernels_run and self.device.type == "cuda"
+        self.device_forward = self._make_device_forward() if kernels_run else None
+        self.half_split = opened.half_split() if kernels_run else []
 
     @property
     def layout(self) -> ModelLayout:
-        """What a prompt's KV looks like."""
+        """What must stay the same when the model changes."""
         return ModelLayout(self.dtype, str(self.device), self.layers, self.config.vocab_size)
 
-    def _half_split(self) -> list[bool]:
-        tables = self.rotary_tables(64)
-        return [
-            self._rotary.half_split(i, *tables[self._layer_types[i]], spec.heads, spec.head_dim)
-            for i, spec in enumerate(self.layers)
-        ]
-
-    def _device_forward(self) -> DeviceForward | None:
-        if self._forward.wanted_attention() != attention.NAME:
+    def _make_device_forward(self) -> DeviceForward | None:
+        if self.model_forward.wanted_attention() != attention.NAME:
             return None
         mask = masks.placeholder(self.config, self.device)
         return DeviceForward(
-            lambda ids, places, cache: self._forward.selected(ids, places, mask, cache),
-            self._decoder_layers,
+            lambda ids, places, cache: self.model_forward.selected(ids, places, mask, cache),
+            self.decoder_layers,
             self.layers,
-            self._windows,
+            self._opened.windows,
             self._probe.gains,
-            self._turns,
+            self._opened.turns,
             self.device,
         )
-
-    def _check(self) -> tuple[list[taps.Tap], tuple[LayerSpec, ...]]:
-        """Find the taps and try a selective forward; whatever an unknown architecture trips over is a refusal."""
-        try:
-            check = LoadCheck(
-                self.architecture,
-                self.config,
-                self._attentions,
-                self._layer_types,
-                self._rotary,
-                self._forward.without_head,
-            )
-            self._taps, self.layers = check.run(self.device, self.rotary_tables)
-            ids = torch.arange(3, device=self.device)
-            self.selective_forward(ids, ids, self.new_buffers(3))
-        except torch.OutOfMemoryError:
-            raise
-        except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as e:
-            raise UnsupportedModelError(
-                f"{self.architecture}: its attention can't be run through the calls that reuse needs "
-                f"({type(e).__name__}: {e}). Please open an issue that names the model."
-            ) from e
-        return self._taps, self.layers
 
     # -- precompute -----------------------------------------------------------------------------------------------
 
     @cached_property
     def value_grams(self) -> list[Tensor | None]:
-        """By layer: `output.gram` of its output projection; None where there is none to be found."""
+        """By layer: `output.gram` of its output projection; None where no such projection was found."""
         grams: list[Tensor | None] = []
-        for module, spec in zip(self._attentions, self.layers, strict=True):
+        for module, spec in zip(self.attentions, self.layers, strict=True):
             weight = output.output_heads(module, self.config.num_attention_heads, spec.v_head_dim)
             grams.append(None if weight is None else output.gram(weight, spec.heads))
         return grams
@@ -189,13 +151,13 @@ class ModelAdapter:
         return self._capture.capture(chunks, lead_in)
 
     @neutrally
-    def lead_kv(self, lead_in: Sequence[int]) -> LeadKV:
+    def lead_kv(self, lead_in: Sequence[int]) -> LeadInKV:
         """See `ChunkCapture.lead_kv`."""
         return self._capture.lead_kv(lead_in)
 
     @neutrally
     def capture_behind(
-        self, chunks: Sequence[Sequence[int]], lead: LeadKV | None, receive: Callable[[int, Tensor, Tensor], None]
+        self, chunks: Sequence[Sequence[int]], lead: LeadInKV | None, receive: Callable[[int, Tensor, Tensor], None]
     ) -> None:
         """See `ChunkCapture.capture_behind`."""
         self._capture.capture_behind(chunks, lead, receive)
@@ -204,35 +166,28 @@ class ModelAdapter:
 
     def rotary_tables(self, length: int) -> dict[str | None, Tables]:
         """Cosines and sines of a prompt of `length` tokens, by layer type; each [length, rotary_dim]."""
-        return self._rotary.tables(length, next(self._decoder.parameters()).new_empty(0, dtype=self.dtype))
+        return self._opened.rotary_tables(length)
 
     def rotate(self, layer: int, keys: Tensor, positions: Tensor, tables: dict[str | None, Tables]) -> Tensor:
         """Keys before rotation [tokens, kv_heads, head_dim] -> keys at `positions` [tokens]."""
         return self.rotate_by(layer, keys, rows_of(tables, positions))
 
     def rotate_by(self, layer: int, keys: Tensor, rows: dict[str | None, Tables]) -> Tensor:
-        """Keys before rotation -> rotated by `rows` of the tables, one a token (see `rows_of`)."""
-        if not self._rotary.rotated[layer]:
-            return keys
-        cos, sin = rows[self._layer_types[layer]]
-        return self._rotary.rotate(layer, keys, cos, sin)
+        """Keys before rotation -> keys rotated by `rows` of the tables, one row a token (see `rope.rows_of`)."""
+        return self._opened.rotate_by(layer, keys, rows)
 
     def rotation(self, layer: int, tables: dict[str | None, Tables]) -> Tables | tuple[None, None]:
         """The tables that a layer's keys are rotated by; (None, None) if it doesn't rotate."""
-        return tables[self._layer_types[layer]] if self._rotary.rotated[layer] else (None, None)
-
-    def _turns(self, length: int) -> list[Turn | None]:
-        """See `Rotary.turns`; for prompts of `length` tokens."""
-        return self._rotary.turns(self.rotary_tables(length), [spec.head_dim for spec in self.layers])
+        return tables[self._opened.layer_types[layer]] if self.rotary.rotated[layer] else (None, None)
 
     def new_buffers(self, length: int, room: int = 0) -> KVBuffers:
-        """Uninitialised buffers for a prompt of `length` tokens; where decoding needs it, with room for an answer of `room`."""
+        """Uninitialised buffers for a prompt of `length` tokens; where decoding writes into them, with `room` more rows for an answer."""
         room = 0 if self.device_forward is None else min(room, ROOM)
         return KVBuffers(self.layers, length, self.dtype, self.device, room)
 
     @cached_property
     def row_bytes(self) -> int:
-        """What the keys and values of a token take, over all layers."""
+        """Bytes that the keys and values of one token take, over all layers."""
         return self.new_buffers(0).row_bytes
 
     def rows_of_cache(self, cache: Cache, count: int) -> KVBuffers:
@@ -251,20 +206,20 @@ class ModelAdapter:
 
     @neutrally
     def forward(self, ids: Tensor, cache: Cache, keep: int = 1) -> Tensor:
-        """Run `ids` [tokens] behind what `cache` holds, which grows by them. Returns logits of the last ones, [keep, vocab]."""
-        return self._forward.behind(ids, cache, keep)
+        """Run `ids` [tokens] behind the tokens of `cache`, and append them to it. Returns logits of the last ones, [keep, vocab]."""
+        return self.model_forward.behind(ids, cache, keep)
 
     def steps(self, cache: Cache) -> Callable[[int], Tensor]:
-        """Decoding steps by transformers' own forward: token -> logits behind it, [1, vocab]. `cache` grows."""
+        """Decoding steps by the model's own forward: token -> logits behind it, [1, vocab]. Each step appends its token to `cache`."""
         return lambda token: self.forward(torch.tensor([token], device=self.device), cache)
 
     def quick_steps(self, cache: Cache, buffers: KVBuffers | None, room: int) -> Callable[[int], Tensor]:
-        """As `steps`, but through the kernels where they run; `cache` stays as it is.
+        """As `steps`, but through the kernels where they run; they don't append to `cache`.
 
         Args:
-            cache: of a prompt.
-            buffers: the memory that it shows; None where it has memory of its own, from which it is moved.
-            room: how many steps to expect; there may be more.
+            cache: the cache of a prompt.
+            buffers: the buffers that the cache is a view of; None where it has memory of its own, which is then moved to new buffers.
+            room: the expected number of steps; more are possible.
         """
         if self.device_forward is None:
             return self.steps(cache)
@@ -280,11 +235,11 @@ class ModelAdapter:
 
     def interruptible(self, stop: Callable[[], bool]) -> AbstractContextManager[None]:
         """See `taps.interruptible`."""
-        return interruptible(self._attentions, self.device, stop)
+        return interruptible(self.attentions, self.device, stop)
 
     @neutrally
     def warmup(self, tokens: int, probe: tuple[int, bool] | None, lengths: Sequence[int], shift: bool) -> None:
-        """Compile the model's layers and see `DeviceForward.warmup`; nothing to do without one."""
+        """Compile the model's layers, then see `DeviceForward.warmup`. Does nothing on devices without one."""
         if self.device_forward is None or self.device.type != "cuda":
             return
         if self.max_positions is None or self.max_positions >= fusion.TOKENS:
@@ -303,10 +258,10 @@ class ModelAdapter:
         """Run the selected tokens through every layer against the assembled KV.
 
         Args:
-            ids, positions: the selected tokens and their places, [selected], ascending; the last one is the
+            ids, positions: the selected tokens and their positions, [selected], ascending; the last one is the
                 prompt's last token.
-            buffers: KV of the prompt; rows at `positions` are overwritten, all others must be there when
-                `before(layer)` has returned.
+            buffers: KV of the prompt; rows at `positions` are overwritten, all other rows of a layer must be there when
+                `before(layer)` returns.
             before: called once a layer, before its buffer is used.
             shift: how the reused rows of chunks follow the recomputed ones; they are changed in `buffers`.
 
@@ -316,18 +271,20 @@ class ModelAdapter:
         if self.device_forward is not None:
             return self.device_forward.forward(ids, positions, buffers, before, shift)
         ids, positions = ids.to(self.device), positions.to(self.device)
-        rows = None if shift is None else RowShift(shift, positions, self._turns(buffers.length))
-        return self._forward.scattered(ids, positions, buffers, ScatterCache(buffers, positions, before, shift=rows))
+        rows = None if shift is None else RowShift(shift, positions, self._opened.turns(buffers.length))
+        return self.model_forward.scattered(
+            ids, positions, buffers, ScatterCache(buffers, positions, before, shift=rows)
+        )
 
     def fresh_layers(self, layer: int) -> float:
-        """What `fresh_states` of a layer costs a token, in layers."""
-        return layer + output.input_share(self._attentions[layer], self._decoder_layers[layer])
+        """The cost of `fresh_states(ids, layer)` for one token, counted in layers."""
+        return layer + output.input_share(self.attentions[layer], self.decoder_layers[layer])
 
     @neutrally
     def fresh_states(self, ids: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Keys (rotated) and values of one layer in full prefill of `ids` [length]: each [length, kv_heads, dim].
 
-        The layers before it are run, and its own projections.
+        Runs the layers before it, and its own projections.
         """
         states: list[Tensor] = []
 
@@ -338,56 +295,27 @@ class ModelAdapter:
 
         try:
             positions = torch.arange(ids.shape[0], device=self.device)
-            self._forward.without_head(ids.to(self.device)[None], ValueCache(self.num_layers, receive), positions)
+            self.model_forward.without_head(ids.to(self.device)[None], ValueCache(self.num_layers, receive), positions)
         except StopForward:
             pass
         return states[0], states[1]
 
     @neutrally
-    def received_attention(
-        self,
-        ids: Tensor,
-        positions: Tensor,
-        buffers: KVBuffers,
-        num_layers: int,
-        queries: int,
-        before: Callable[[int], None],
-    ) -> Tensor:
+    def received_attention(self, probe: ProbePass) -> Tensor:
         """See `Probe.received`."""
         if self.device_forward is not None:
-            return self.device_forward.received(ids, positions, buffers, num_layers, queries, before)
-        ids, positions = ids.to(self.device), positions.to(self.device)
-        return self._probe.received(ids, positions, buffers, num_layers, queries, before)
+            return self.device_forward.received(probe)
+        return self._probe.received(probe.on(self.device))
 
     @neutrally
-    def observe_attention(
-        self,
-        ids: Tensor,
-        positions: Tensor,
-        buffers: KVBuffers,
-        num_layers: int,
-        queries: int,
-        before: Callable[[int], None],
-        observe: Callable[[int, Tensor], None],
-    ) -> None:
+    def observe_attention(self, probe: ProbePass, observe: Callable[[int, Tensor], None]) -> None:
         """See `Probe.observe`."""
-        ids, positions = ids.to(self.device), positions.to(self.device)
-        self._probe.observe(ids, positions, buffers, num_layers, queries, before, observe)
+        self._probe.observe(probe.on(self.device), observe)
 
     @neutrally
-    def expected_error(
-        self,
-        ids: Tensor,
-        positions: Tensor,
-        buffers: KVBuffers,
-        deviations: Tensor,
-        num_layers: int,
-        queries: int,
-        before: Callable[[int], None],
-    ) -> Tensor:
+    def expected_error(self, probe: ProbePass, deviations: Tensor) -> Tensor:
         """See `Probe.expected_error`."""
         deviations = deviations.to(self.device)
         if self.device_forward is not None:
-            return self.device_forward.expected_error(ids, positions, buffers, deviations, num_layers, queries, before)
-        ids, positions = ids.to(self.device), positions.to(self.device)
-        return self._probe.expected_error(ids, positions, buffers, deviations, num_layers, queries, before)
+            return self.device_forward.expected_error(probe, deviations)
+        return self._probe.expected_error(probe.on(self.device), deviations)

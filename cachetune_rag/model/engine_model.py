@@ -71,7 +71,7 @@ class EngineModel:
         layout = self.adapter.layout
         if layout != self._layout:
             raise ModelChangedError(
-                f"the model was changed to {layout.told}; this engine was made for {self._layout.told}. Close it and make a new one."
+                f"the model was changed to {layout.description}; this engine was made for {self._layout.description}. Close it and make a new one."
             )
         changed, self.fingerprint = found != self.fingerprint, found
         return changed

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cachetune_rag.model import KVBuffers, ModelAdapter
+from cachetune_rag.model.plain.probe import ProbePass
 from cachetune_rag.reuse.layer_loader import LayerLoader, Source
 from cachetune_rag.selection import ReusedChunk
 from cachetune_rag.text.prompts.prompt import Prompt
@@ -51,16 +52,11 @@ class RequestContext:
 
     def observe_attention(self, num_layers: int, queries: int, observe: Callable[[int, Tensor], None]) -> None:
         """See `SelectionContext`."""
-        ids, places = self._probe(num_layers)
-        device = self._adapter.device
-        self._adapter.observe_attention(
-            ids.to(device), places.to(device), self._buffers, num_layers, queries, self._loader.load, observe
-        )
+        self._adapter.observe_attention(self._probe(num_layers, queries), observe)
 
     def received_attention(self, num_layers: int, queries: int) -> Tensor:
         """See `SelectionContext`."""
-        ids, places = self._probe(num_layers)
-        return self._adapter.received_attention(ids, places, self._buffers, num_layers, queries, self._loader.load)
+        return self._adapter.received_attention(self._probe(num_layers, queries))
 
     def expected_error(self, num_layers: int, queries: int) -> Tensor:
         """See `SelectionContext`."""
@@ -71,10 +67,8 @@ class RequestContext:
         pieces, columns = self._deviations(), 2 * sum(spec.heads for spec in self._adapter.layers[:num_layers])
         if not pieces:
             return self.received_attention(num_layers, queries)
-        ids, places = self._probe(num_layers)
-        return self._adapter.expected_error(
-            ids, places, self._buffers, self._loader.bring(pieces, columns), num_layers, queries, self._loader.load
-        )
+        probe = self._probe(num_layers, queries)
+        return self._adapter.expected_error(probe, self._loader.bring(pieces, columns))
 
     def reused_states(self, layer: int) -> tuple[Tensor, Tensor]:
         """See `SelectionContext`."""
@@ -86,11 +80,11 @@ class RequestContext:
         self.probed += round(self.length * self._adapter.fresh_layers(layer))
         return self._adapter.fresh_states(ids_of(self._prompt), layer)
 
-    def _probe(self, num_layers: int) -> tuple[Tensor, Tensor]:
-        """Ids and places of what a probe computes; counted."""
+    def _probe(self, num_layers: int, queries: int) -> ProbePass:
+        """A forward of the tokens that are computed in any case; what it costs is counted."""
         ids, places = some_of(self._prompt, self._computed)
         self.probed += len(ids) * num_layers
-        return ids, places
+        return ProbePass(ids, places, self._buffers, num_layers, queries, self._loader.load)
 
     def _deviations(self) -> list[tuple[int, Tensor]]:
         """Place and deviations of every reused chunk, in order; nothing if none are known."""

@@ -54,7 +54,7 @@ def spread(captures: list[ChunkKV], adapter: ModelAdapter) -> np.ndarray:
         keys, values = (np.stack([np.asarray(c.layers[layer][i], dtype=np.float64) for c in captures]) for i in (0, 1))
         columns.append(np.sqrt(((keys - keys.mean(0)) ** 2).sum(-1).mean(0)))
         heads = adapter.config.num_attention_heads
-        weight = np.asarray(output_heads(adapter._attentions[layer], heads, spec.v_head_dim), dtype=np.float64)
+        weight = np.asarray(output_heads(adapter.attentions[layer], heads, spec.v_head_dim), dtype=np.float64)
         weight = weight.reshape(weight.shape[0], spec.heads, -1, spec.v_head_dim)
         errors = np.einsum("nhgd,cthd->cthgn", weight, values - values.mean(0))
         columns.append(np.sqrt((errors**2).sum(-1).mean((0, -1))))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cachetune_rag.model import KVBuffers, ModelAdapter
 from cachetune_rag.model.cuda import steps
+from cachetune_rag.model.plain.probe import ProbePass
 from cachetune_rag.model.plain.shift import ChunkShift
 
 # One of each way to rotate (half split, by pairs, in part, stretched, none), to group heads, to see a window.
@@ -81,15 +82,17 @@ def test_shifted_forward(pair: tuple[ModelAdapter, ModelAdapter], known: int | N
 
 def test_expected_error(pair: tuple[ModelAdapter, ModelAdapter]) -> None:
     ids, places = some([0, 1, 2, 25, *range(50, LENGTH)])
+
+    def pass_of(adapter: ModelAdapter, layers: int, queries: int) -> ProbePass:
+        return ProbePass(ids, places, filled(adapter), layers, queries, lambda _layer: None)
+
     for layers, queries in ((pair[0].num_layers, 64), (1, 3)):
         columns = 2 * sum(spec.heads for spec in pair[0].layers[:layers])
         deviations = torch.rand(LENGTH, columns, generator=torch.Generator().manual_seed(6)).half().to(DEVICE)
-        ours, wanted = (
-            a.expected_error(ids, places, filled(a), deviations, layers, queries, lambda _layer: None) for a in pair
-        )
+        ours, wanted = (a.expected_error(pass_of(a, layers, queries), deviations) for a in pair)
         # A token that sees itself alone is at no distance from its value, but for rounding, of which the root is taken.
         assert same(ours, wanted, 1e-3)
-    ours, wanted = (a.received_attention(ids, places, filled(a), layers, queries, lambda _layer: None) for a in pair)
+    ours, wanted = (a.received_attention(pass_of(a, layers, queries)) for a in pair)
     assert same(ours, wanted)
 
 

@@ -172,7 +172,7 @@ def test_a_comparison_gives_way_to_a_request_and_begins_anew(
 ) -> None:
     attempts, answered = [], threading.Event()
     real, layers = engine.adapter.full_forward, []
-    engine.adapter._attentions[-1].register_forward_hook(lambda *_: layers.append(threading.current_thread().name))
+    engine.adapter.attentions[-1].register_forward_hook(lambda *_: layers.append(threading.current_thread().name))
 
     def full_forward(ids: torch.Tensor) -> Any:
         if threading.current_thread().name == "cachetune-fidelity":
@@ -224,7 +224,7 @@ def test_no_thread_stays_and_no_hook_either(engine: CacheTune) -> None:
     ask(engine)
     measured(engine)
     assert not [t for t in threading.enumerate() if t.name == "cachetune-fidelity"]
-    assert not any(a._forward_pre_hooks for a in engine.adapter._attentions)
+    assert not any(a._forward_pre_hooks for a in engine.adapter.attentions)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, "0.1", True, None, float("nan")])

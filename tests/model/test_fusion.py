@@ -43,7 +43,7 @@ def forward(adapter: ModelAdapter, fused: FusedLayers, tokens: int) -> Tensor:
     cache = (opaque_cache() if fused.ready else KernelCache)(call, cuts.append)
     ids = torch.arange(tokens)[None] % adapter.config.vocab_size
     with torch.no_grad(), by_kernel(call), fused.active():
-        logits = adapter._forward.selected(ids, torch.arange(tokens)[None], None, cache)
+        logits = adapter.model_forward.selected(ids, torch.arange(tokens)[None], None, cache)
     assert cuts == list(range(adapter.num_layers))
     assert call.seen == adapter.num_layers
     return logits
@@ -54,7 +54,7 @@ def test_compiled_once_for_all_layers_and_token_counts() -> None:
     counters.clear()
     model = llama(layers=3)
     adapter = ModelAdapter(model)
-    fused = FusedLayers(adapter._decoder_layers)
+    fused = FusedLayers(adapter.decoder_layers)
     wanted = {n: forward(adapter, fused, n) for n in (24, 40, 64)}
     # What the compiler's front end sees is what matters here; turning it into kernels takes long.
     assert fused.compile(lambda: forward(adapter, fused, 40), backend="aot_eager")
@@ -89,7 +89,7 @@ def test_layers_that_come_out_different_are_not_used(caplog: pytest.LogCaptureFi
     torch._dynamo.reset()
     model = llama(layers=2)
     adapter = ModelAdapter(model)
-    fused = FusedLayers(adapter._decoder_layers)
+    fused = FusedLayers(adapter.decoder_layers)
 
     def wrong(graph: Any, _inputs: Any) -> Any:
         return lambda *args: tuple(x * 1.5 if isinstance(x, Tensor) else x for x in graph(*args))
@@ -104,7 +104,7 @@ def test_layers_that_cannot_be_compiled_run_as_they_are(caplog: pytest.LogCaptur
     torch._dynamo.reset()
     model = llama(layers=2)
     adapter = ModelAdapter(model)
-    fused = FusedLayers(adapter._decoder_layers)
+    fused = FusedLayers(adapter.decoder_layers)
     wanted = forward(adapter, fused, 40)
 
     def broken(_graph: Any, _inputs: Any) -> Any:

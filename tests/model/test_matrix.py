@@ -23,6 +23,7 @@ from transformers.cache_utils import DynamicCache
 from cachetune_rag.errors import UnsupportedModelError
 from cachetune_rag.model.adapter import ModelAdapter
 from cachetune_rag.model.plain.buffers import KVBuffers
+from cachetune_rag.model.plain.probe import ProbePass
 from cachetune_store.codecs import get_codec
 
 LENGTH = 150
@@ -377,15 +378,8 @@ def test_observed_attention_is_the_models_own(family: Family, adapter: ModelAdap
     buffers = prefilled(adapter, reference_cache(eager, ids), LENGTH, rest)
     queries = min(5, len(chosen))
     wanted_layers = adapter.num_layers - 1
-    adapter.observe_attention(
-        ids[chosen],
-        chosen,
-        buffers,
-        wanted_layers,
-        queries,
-        before=lambda layer: None,
-        observe=lambda layer, weights: seen.__setitem__(layer, weights),
-    )
+    probe = ProbePass(ids[chosen], chosen, buffers, wanted_layers, queries, before=lambda layer: None)
+    adapter.observe_attention(probe, seen.__setitem__)
     assert sorted(seen) == list(range(wanted_layers))
     for layer, weights in seen.items():
         wanted = native[layer][0][:, chosen[-queries:]]

@@ -17,7 +17,7 @@ def outputs_of(adapter: ModelAdapter, token: int) -> tuple[list[Tensor], list[Te
     """Values [kv_heads, v_dim] and attention outputs [hidden] of every layer for a prompt of one token, which attends to
     nothing but itself."""
     outputs: list[Tensor] = []
-    hooks = [a.register_forward_hook(lambda _m, _a, out: outputs.append(out[0][0, 0])) for a in adapter._attentions]
+    hooks = [a.register_forward_hook(lambda _m, _a, out: outputs.append(out[0][0, 0])) for a in adapter.attentions]
     cache = DynamicCache()
     adapter.forward(torch.tensor([token]), cache)
     for hook in hooks:
@@ -37,7 +37,7 @@ def test_values_become_outputs_through_it(family: Family) -> None:
     values, outputs = ([a - b for a, b in zip(*pair, strict=True)] for pair in pairs)  # differences: no bias in them
     heads = adapter.config.num_attention_heads
     for layer, spec in enumerate(adapter.layers):
-        weight = output_heads(adapter._attentions[layer], heads, spec.v_head_dim)
+        weight = output_heads(adapter.attentions[layer], heads, spec.v_head_dim)
         assert weight is not None
         assert weight.shape == (adapter.config.hidden_size, heads, spec.v_head_dim)
         by_query = values[layer].repeat_interleave(heads // spec.heads, dim=0)

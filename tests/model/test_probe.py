@@ -18,10 +18,15 @@ from cachetune_rag.model.family import taps
 from cachetune_rag.model.family.output import gain, output_heads
 from cachetune_rag.model.plain import watch
 from cachetune_rag.model.plain.buffers import KVBuffers
+from cachetune_rag.model.plain.probe import ProbePass
 
 LENGTH = 120
 COMPUTED = [0, 1, 2, 50, *range(111, LENGTH)]
 """A prefix, a separator, and a query behind two chunks."""
+
+
+def nothing(layer: int) -> None:
+    """Every row is there from the start."""
 
 
 @cache
@@ -72,7 +77,7 @@ def expected_error(
 ) -> Tensor:
     chosen = torch.tensor(COMPUTED)
     deviations = deviations[:, : 2 * sum(spec.heads for spec in adapter.layers[:layers])]
-    return adapter.expected_error(ids[chosen], chosen, buffers, deviations, layers, queries, lambda layer: None)
+    return adapter.expected_error(ProbePass(ids[chosen], chosen, buffers, layers, queries, nothing), deviations)
 
 
 @pytest.mark.parametrize("queries", [1, 4, len(COMPUTED)])
@@ -120,10 +125,13 @@ def test_every_family_by_its_own_numbers(family: Family) -> None:
     adapter = adapter_of(family.name)
     ids, queries = torch.tensor([BOS, *random_ids(LENGTH - 1, 7)]), 5
     cache_, asked = DynamicCache(), {}
-    names = [t.query_module for t in adapter._taps]
-    with taps.tapped(adapter._attentions, names, lambda layer, out: asked.__setitem__(layer, out)):
+    names = [t.query_module for t in adapter.taps]
+    with taps.tapped(adapter.attentions, names, lambda layer, out: asked.__setitem__(layer, out)):
         hidden = adapter.view(
-            input_ids=ids[None], use_cache=True, output_hidden_states=True, **{adapter._forward.cache_argument: cache_}
+            input_ids=ids[None],
+            use_cache=True,
+            output_hidden_states=True,
+            **{adapter.model_forward.cache_argument: cache_},
         ).hidden_states
     exact = [(entry.keys[0].transpose(0, 1), entry.values[0].transpose(0, 1)) for entry in cache_.layers]
 
@@ -136,9 +144,8 @@ def test_every_family_by_its_own_numbers(family: Family) -> None:
         return buffers
 
     chosen, seen = torch.tensor(COMPUTED), {}
-    adapter.observe_attention(
-        ids[chosen], chosen, filled(), adapter.num_layers, queries, lambda layer: None, seen.__setitem__
-    )
+    probe = ProbePass(ids[chosen], chosen, filled(), adapter.num_layers, queries, nothing)
+    adapter.observe_attention(probe, seen.__setitem__)
     deviations = some_deviations(adapter, 3)
     got = expected_error(adapter, filled(), ids, deviations, adapter.num_layers, queries)
 
@@ -147,9 +154,9 @@ def test_every_family_by_its_own_numbers(family: Family) -> None:
     for layer, spec in enumerate(adapter.layers):
         weights = seen[layer].double()  # [heads, queries, length]
         heads = weights.shape[0]
-        query = adapter.rotate(layer, adapter._taps[layer].query(asked[layer])[0, last], last, tables).double()
-        scale = getattr(adapter._attentions[layer], "scaling", spec.head_dim**-0.5)
-        weight = output_heads(adapter._attentions[layer], heads, spec.v_head_dim)
+        query = adapter.rotate(layer, adapter.taps[layer].query(asked[layer])[0, last], last, tables).double()
+        scale = getattr(adapter.attentions[layer], "scaling", spec.head_dim**-0.5)
+        weight = output_heads(adapter.attentions[layer], heads, spec.v_head_dim)
         assert weight is not None
         gains = gain(weight).double()
         lengths = hidden[layer][0, last].double().norm(dim=-1)
@@ -168,9 +175,9 @@ def test_every_family_by_its_own_numbers(family: Family) -> None:
 def test_without_positions_only_what_a_row_holds_counts(look: str) -> None:
     """Rows of chunks in another order have the same errors (attention) in that order, if keys don't know where they stand."""
     adapter, ids = ModelAdapter(llama()), torch.tensor([BOS, *range(20, 20 + LENGTH - 1)])
-    adapter._rotary.rotated = [False] * adapter.num_layers
+    adapter.rotary.rotated = [False] * adapter.num_layers
     adapter.view.model.rotary_emb.inv_freq.zero_()
-    adapter._rotary._known = None
+    adapter.rotary._known = None
     computed = [0, 1, 2, *range(111, LENGTH)]
     order = torch.arange(LENGTH)
     order[3:111] = torch.cat((torch.arange(60, 111), torch.arange(3, 60)))
@@ -181,11 +188,10 @@ def test_without_positions_only_what_a_row_holds_counts(look: str) -> None:
         for layer, (keys, values) in enumerate(stored):
             buffers.key_rows[layer].copy_(keys[rows])
             buffers.value_rows[layer].copy_(values[rows])
+        probe = ProbePass(ids[chosen], chosen, buffers, adapter.num_layers, 9, nothing)
         if look == "received attention":
-            return adapter.received_attention(ids[chosen], chosen, buffers, adapter.num_layers, 9, lambda layer: None)
-        return adapter.expected_error(
-            ids[chosen], chosen, buffers, deviations[rows], adapter.num_layers, 9, lambda layer: None
-        )
+            return adapter.received_attention(probe)
+        return adapter.expected_error(probe, deviations[rows])
 
     torch.testing.assert_close(error(order), error(torch.arange(LENGTH))[order], rtol=1e-4, atol=1e-6)
 
@@ -205,7 +211,7 @@ def test_the_model_is_left_as_it_was() -> None:
     chosen = torch.tensor(COMPUTED)
     buffers = buffers_with(adapter, reused_rows(adapter, 1))
     with pytest.raises(RuntimeError, match="could not be loaded"):
-        adapter.expected_error(ids[chosen], chosen, buffers, some_deviations(adapter), 3, 9, fail)
+        adapter.expected_error(ProbePass(ids[chosen], chosen, buffers, 3, 9, fail), some_deviations(adapter))
     expected_error(adapter, buffers_with(adapter, reused_rows(adapter, 1)), ids, some_deviations(adapter), 3, 9)
     assert hooks() == before
 

@@ -44,7 +44,7 @@ def buffers_with(adapter: ModelAdapter, stored: list[tuple[Tensor, Tensor]]) -> 
 
 
 def turns_of(adapter: ModelAdapter, length: int) -> list[Turn | None]:
-    return adapter._rotary.turns(adapter.rotary_tables(length), [spec.head_dim for spec in adapter.layers])
+    return adapter.rotary.turns(adapter.rotary_tables(length), [spec.head_dim for spec in adapter.layers])
 
 
 def moved(stored: Tensor, fresh: Tensor, places: list[int], strength: float) -> Tensor:

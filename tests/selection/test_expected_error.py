@@ -310,16 +310,16 @@ def test_deviations_stand_where_their_tokens_do() -> None:
     one, two = torch.rand(3, 4).half(), torch.rand(2, 4).half()
     context, engine = _context([(2, 3, one), (6, 2, two)])
     context.expected_error(1, 64)
-    assert torch.equal(engine.asked[3][2:5], one[:, :2]), "of the layers that are looked at, and no others"
+    assert torch.equal(engine.asked[1][2:5], one[:, :2]), "of the layers that are looked at, and no others"
     context.probed = 0
     context.expected_error(2, 64)
-    ids, places, _, table, layers, queries, _ = engine.asked
+    probe, table = engine.asked
     assert torch.equal(table[2:5], one)
     assert torch.equal(table[6:8], two)
     assert table.shape == (20, 4)
     assert not table[torch.tensor([0, 1, 5, *range(8, 20)])].any()
-    assert ids.tolist() == places.tolist() == [0, 1, 5, *range(8, 20)]
-    assert (layers, queries) == (2, 12)  # no more than stand behind the last chunk
+    assert probe.ids.tolist() == probe.positions.tolist() == [0, 1, 5, *range(8, 20)]
+    assert (probe.layers, probe.queries) == (2, 12)  # no more than stand behind the last chunk
     assert context.probed == 15 * 2
 
 
@@ -327,14 +327,14 @@ def test_a_chunk_without_deviations_counts_with_the_mean_of_the_others() -> None
     one, two = torch.rand(3, 4).half(), torch.rand(2, 4).half()
     context, engine = _context([(2, 3, one), (5, 4, None), (12, 2, two)])
     context.expected_error(2, 4)
-    table, queries = engine.asked[3], engine.asked[5]
+    probe, table = engine.asked
     mean = torch.cat((one, two)).float().mean(0).half()
     assert torch.equal(table[5:9], mean.expand(4, 4))
-    assert queries == 4
+    assert probe.queries == 4
 
 
 def test_without_any_deviations_the_same_tokens_are_watched() -> None:
     context, engine = _context([(2, 3, None), (12, 6, None)])
     context.expected_error(2, 64)
-    assert len(engine.asked) == 6
-    assert engine.asked[3:5] == (2, 2)
+    (probe,) = engine.asked
+    assert (probe.layers, probe.queries) == (2, 2)

@@ -44,6 +44,7 @@ from cachetune_rag.model.family.rope import Turn
 from cachetune_rag.model.family.taps import StopForward
 from cachetune_rag.model.plain.attention import by_kernel
 from cachetune_rag.model.plain.buffers import KVBuffers
+from cachetune_rag.model.plain.probe import ProbePass
 from cachetune_rag.model.plain.shift import ChunkShift
 from cachetune_store import pinning
 from cachetune_store.layout import LayerSpec
@@ -122,38 +123,25 @@ class DeviceForward:
         """The model on one more token, at `place` behind those that `buffers` holds: logits [1, vocab]. Its row has to exist."""
         return self._go(STEP, torch.tensor([token]), torch.tensor([place]), buffers, _nothing)
 
-    def received(
-        self,
-        ids: Tensor,
-        positions: Tensor,
-        buffers: KVBuffers,
-        num_layers: int,
-        queries: int,
-        before: Callable[[int], None],
-    ) -> Tensor:
+    def received(self, probe: ProbePass) -> Tensor:
         """As `ModelAdapter.received_attention`."""
-        kind = Kind(bucket(ids.shape[0]), num_layers, length=length_room(buffers.length))
-        watched = min(queries, ids.shape[0])
-        return self._go(kind, ids, positions, buffers, before, watched=watched)[: buffers.length]
+        kind = Kind(bucket(probe.ids.shape[0]), probe.layers, length=length_room(probe.buffers.length))
+        return self._watch(kind, probe)
 
-    def expected_error(
-        self,
-        ids: Tensor,
-        positions: Tensor,
-        buffers: KVBuffers,
-        deviations: Tensor,
-        num_layers: int,
-        queries: int,
-        before: Callable[[int], None],
-    ) -> Tensor:
-        """As `ModelAdapter.expected_error`; `deviations` on the device, there once `before(0)` has returned."""
-        columns = self._columns[num_layers]
+    def expected_error(self, probe: ProbePass, deviations: Tensor) -> Tensor:
+        """As `ModelAdapter.expected_error`; `deviations` on the device, filled when `before(0)` has returned."""
+        columns = self._columns[probe.layers]
         if deviations.shape[1] != columns:
-            raise ValueError(f"deviations have {deviations.shape[1]} columns; {num_layers} layers make {columns}.")
-        kind = Kind(bucket(ids.shape[0]), num_layers, True, length_room(buffers.length))
-        watched, address = min(queries, ids.shape[0]), deviations.contiguous()
-        total = self._go(kind, ids, positions, buffers, before, watched=watched, deviations=address.data_ptr())
-        return total[: buffers.length]
+            raise ValueError(f"deviations have {deviations.shape[1]} columns; {probe.layers} layers make {columns}.")
+        kind = Kind(bucket(probe.ids.shape[0]), probe.layers, True, length_room(probe.buffers.length))
+        held = deviations.contiguous()
+        return self._watch(kind, probe, deviations=held.data_ptr())
+
+    def _watch(self, kind: Kind, probe: ProbePass, **numbers: Any) -> Tensor:
+        numbers["watched"] = min(probe.queries, probe.ids.shape[0])
+        return self._go(kind, probe.ids, probe.positions, probe.buffers, probe.before, **numbers)[
+            : probe.buffers.length
+        ]
 
     def fuse(self, buffers: KVBuffers, vocabulary: int) -> bool:
         """Compile the model's layers (`FusedLayers.compile`), trying them on `buffers` of `fusion.TOKENS` tokens."""

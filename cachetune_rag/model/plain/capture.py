@@ -35,7 +35,7 @@ class ChunkKV:
 
 
 @dataclass(frozen=True)
-class LeadKV:
+class LeadInKV:
     """The KV of a lead-in, to stand before any number of chunks.
 
     Attributes:
@@ -87,7 +87,7 @@ class ChunkCapture:
             for row, c in enumerate(chunks)
         ]
 
-    def lead_kv(self, lead_in: Sequence[int]) -> LeadKV:
+    def lead_kv(self, lead_in: Sequence[int]) -> LeadInKV:
         """Run a lead-in (at least one token), so that `capture_behind` needn't for every chunk."""
         layers: list[tuple[Tensor, Tensor]] = []
         ids, count = pad_right([lead_in], self._device), len(lead_in)
@@ -96,10 +96,10 @@ class ChunkCapture:
             layers.append((rotated[:, :, :count].clone(), value.transpose(1, 2)[:, :, :count].clone()))
 
         self._run(ids, None, keep)
-        return LeadKV(count, layers)
+        return LeadInKV(count, layers)
 
     def capture_behind(
-        self, chunks: Sequence[Sequence[int]], lead: LeadKV | None, receive: Callable[[int, Tensor, Tensor], None]
+        self, chunks: Sequence[Sequence[int]], lead: LeadInKV | None, receive: Callable[[int, Tensor, Tensor], None]
     ) -> None:
         """Run each chunk behind a lead-in that was run before (or none), in one batch, and hand out every layer as it comes.
 
@@ -109,7 +109,7 @@ class ChunkCapture:
         ids = pad_right(chunks, self._device)
         self._run(ids, lead, lambda layer, key, _rotated, value: receive(layer, key, value))
 
-    def _run(self, ids: Tensor, lead: LeadKV | None, receive: Callable[[int, Tensor, Tensor, Tensor], None]) -> None:
+    def _run(self, ids: Tensor, lead: LeadInKV | None, receive: Callable[[int, Tensor, Tensor, Tensor], None]) -> None:
         """Run ids [batch, tokens] behind `lead`.
 
         `receive(layer, key, rotated, value)` gets keys before and after rotation and values: [batch, tokens, kv_heads,

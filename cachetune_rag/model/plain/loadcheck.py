@@ -47,7 +47,7 @@ class LoadCheck:
         self._layer_types, self._rotary, self._run_decoder = layer_types, rotary, run_decoder
 
     @torch.no_grad()
-    def run(
+    def check(
         self, device: torch.device, tables_of: Callable[[int], dict[str | None, Tables]]
     ) -> tuple[list[taps.Tap], tuple[LayerSpec, ...]]:
         """Compare each layer's tapped and rotated keys with the keys the model hands to its cache.

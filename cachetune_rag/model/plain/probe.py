@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +28,30 @@ _Look = Callable[[Shown, Tensor], None]
 """Gets what a layer shows, and 1 / |x| of the watched tokens' layer inputs x, [queries]."""
 
 
+@dataclass(frozen=True, eq=False)
+class ProbePass:
+    """A forward of some of a prompt's tokens through the first layers, in which the last tokens' attention is watched.
+
+    Attributes:
+        ids, positions: the computed tokens and their positions, [tokens], ascending.
+        buffers: KV of the prompt; in the layers that are run, rows at `positions` are overwritten.
+        layers: how many layers are run, from the first.
+        queries: how many of the last tokens are watched.
+        before: `before(layer)` is called before a layer's buffer is used.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    buffers: KVBuffers
+    layers: int
+    queries: int
+    before: Callable[[int], None]
+
+    def on(self, device: torch.device) -> ProbePass:
+        """The same with `ids` and `positions` on a device."""
+        return replace(self, ids=self.ids.to(device), positions=self.positions.to(device))
+
+
 class Probe:
     """Forwards through the first layers that look at the last tokens' attention.
 
@@ -41,9 +66,7 @@ class Probe:
         run: runs ids at positions, both [tokens], through the model with a cache over the buffers.
         shows: whether attention in `run` can be watched (`attention.watched`).
 
-    All methods take `ids` and `positions` [tokens] of the tokens that are computed, ascending, on the model's device, the
-    prompt's `buffers`, how many layers are run (`num_layers`, from the first), and `before(layer)`, called before a layer's
-    buffer is used. Rows of `buffers` at `positions` are overwritten in those layers. The last `queries` tokens are watched.
+    All methods take a pass whose `ids` and `positions` are on the model's device.
     """
 
     def __init__(
@@ -63,16 +86,7 @@ class Probe:
         self._tables, self._rotate, self._run, self._shows = tables, rotate, run, shows
         self._gains: dict[int, Tensor | float] = {}
 
-    def observe(
-        self,
-        ids: Tensor,
-        positions: Tensor,
-        buffers: KVBuffers,
-        num_layers: int,
-        queries: int,
-        before: Callable[[int], None],
-        observe: Callable[[int, Tensor], None],
-    ) -> None:
+    def observe(self, probe: ProbePass, observe: Callable[[int, Tensor], None]) -> None:
         """Hand out the watched tokens' attention.
 
         `observe(layer, weights)` gets [heads, queries, length] in float32, each row a distribution over the prompt
@@ -82,43 +96,26 @@ class Probe:
         def look(shown: Shown, near: Tensor) -> None:
             observe(shown.layer, heads_of_rows(shown.weights, near.shape[0]))
 
-        self._watch(ids, positions, buffers, num_layers, queries, before, look)
+        self._watch(probe, look)
 
-    def received(
-        self,
-        ids: Tensor,
-        positions: Tensor,
-        buffers: KVBuffers,
-        num_layers: int,
-        queries: int,
-        before: Callable[[int], None],
-    ) -> Tensor:
+    def received(self, probe: ProbePass) -> Tensor:
         """The attention that each prompt token receives, float32 [length]: the sum over layers of the mean over heads and the
         watched tokens.
         """
-        total = torch.zeros(buffers.length, dtype=torch.float32, device=positions.device)
+        total = torch.zeros(probe.buffers.length, dtype=torch.float32, device=probe.positions.device)
 
         def look(shown: Shown, _near: Tensor) -> None:
             total.add_(shown.weights.mean((0, 1)))
 
-        self._watch(ids, positions, buffers, num_layers, queries, before, look)
+        self._watch(probe, look)
         return total
 
-    def expected_error(
-        self,
-        ids: Tensor,
-        positions: Tensor,
-        buffers: KVBuffers,
-        deviations: Tensor,
-        num_layers: int,
-        queries: int,
-        before: Callable[[int], None],
-    ) -> Tensor:
+    def expected_error(self, probe: ProbePass, deviations: Tensor) -> Tensor:
         """How far off the watched tokens' layer outputs are expected to be because of each reused row, float32 [length].
 
         With j a row, g a query head that reads key-value head h, i a watched token, x_i its layer input, a its attention, o
-        a head's output, Q the rotated query, s the attention's scale and D the width of a key, the sum over the first
-        `num_layers` layers of
+        a head's output, Q the rotated query, s the attention's scale and D the width of a key, the sum over the layers
+        that are run of
 
             Ev[j] = sum over g, i of a[g,i,j] / |x_i| * sV[h,j]
             Ek[j] = sum over g, i of a[g,i,j] / |x_i| * |Q[g,i]| * |V[h,j] - o[g,i]| * sK[h,j] * gain[g] * s / sqrt(D)
@@ -128,32 +125,23 @@ class Probe:
         output projection is left out, as are its learned sinks and soft-capping.)
 
         Args:
-            ids, positions, buffers, num_layers, queries, before: see the class.
-            deviations: [length, columns], as chunks store them (sK of every head of layer 0, sV of them, layer 1, ...), of the
-                first `num_layers` layers; 0 where a row isn't reused.
+            probe: which tokens are computed, and which are watched.
+            deviations: [length, columns] of the layers that are run, as chunks store them (sK of every head of layer 0,
+                sV of every head of layer 0, layer 1, ...); 0 where a row isn't reused.
         """
-        by_layer = self._deviations(deviations, num_layers)
-        total = torch.zeros(buffers.length, dtype=torch.float32, device=positions.device)
+        by_layer = self._deviations(deviations, probe.layers)
+        total = torch.zeros(probe.buffers.length, dtype=torch.float32, device=probe.positions.device)
 
         def look(shown: Shown, near: Tensor) -> None:
-            values = buffers.values(shown.layer)[0]
+            values = probe.buffers.values(shown.layer)[0]
             total.add_(self._layer_error(shown, near, values, *by_layer[shown.layer]))
 
-        self._watch(ids, positions, buffers, num_layers, queries, before, look)
+        self._watch(probe, look)
         return total
 
-    def _watch(
-        self,
-        ids: Tensor,
-        positions: Tensor,
-        buffers: KVBuffers,
-        num_layers: int,
-        queries: int,
-        before: Callable[[int], None],
-        look: _Look,
-    ) -> None:
-        """Run the first `num_layers` layers and look at each when its buffer is complete."""
-        queries = min(queries, positions.shape[0])
+    def _watch(self, probe: ProbePass, look: _Look) -> None:
+        """Run the layers of the pass, and look at each when its buffer is complete."""
+        queries = min(probe.queries, probe.positions.shape[0])
         near: dict[int, Tensor] = {}
 
         def on_input(layer: int, hidden: Tensor) -> None:
@@ -161,29 +149,25 @@ class Probe:
 
         def show(shown: Shown) -> None:
             look(shown, near.pop(shown.layer))
-            if shown.layer >= num_layers - 1:
+            if shown.layer >= probe.layers - 1:
                 raise StopForward
 
         run = self._run_shown if self._shows() else self._run_tapped
         with taps.inputs_tapped(self._layers, on_input):
             try:
-                run(ids, positions, buffers, before, Watch(queries, show))
+                run(probe, Watch(queries, show))
             except StopForward:
                 return
 
-    def _run_shown(
-        self, ids: Tensor, positions: Tensor, buffers: KVBuffers, before: Callable[[int], None], watch: Watch
-    ) -> None:
+    def _run_shown(self, probe: ProbePass, watch: Watch) -> None:
         """What attention computes anyway is shown."""
         with watched(watch):
-            self._run(ids, positions, buffers, ScatterCache(buffers, positions, before))
+            self._run_pass(probe)
 
-    def _run_tapped(
-        self, ids: Tensor, positions: Tensor, buffers: KVBuffers, before: Callable[[int], None], watch: Watch
-    ) -> None:
+    def _run_tapped(self, probe: ProbePass, watch: Watch) -> None:
         """Attention is a family's own: what is shown is computed beside it."""
-        place = positions[-watch.tokens :]
-        rows = rows_of(self._tables(buffers.length), place)
+        place = probe.positions[-watch.tokens :]
+        rows = rows_of(self._tables(probe.buffers.length), place)
         asked: dict[int, Tensor] = {}
 
         def on_query(layer: int, out: Tensor) -> None:
@@ -192,11 +176,15 @@ class Probe:
         def after(layer: int, _keys: Tensor) -> None:
             rotated = self._rotate(layer, asked.pop(layer), rows)
             query = rows_of_heads(rotated.transpose(0, 1), self._specs[layer].heads)
-            watch.show(Shown(layer, query, self._weights(layer, query, buffers, place), None))
+            watch.show(Shown(layer, query, self._weights(layer, query, probe.buffers, place), None))
 
         names = [t.query_module for t in self._taps]
         with taps.tapped(self._attentions, names, on_query):
-            self._run(ids, positions, buffers, ScatterCache(buffers, positions, before, after))
+            self._run_pass(probe, after)
+
+    def _run_pass(self, probe: ProbePass, after: Callable[[int, Tensor], None] | None = None) -> None:
+        cache = ScatterCache(probe.buffers, probe.positions, probe.before, after)
+        self._run(probe.ids, probe.positions, probe.buffers, cache)
 
     def _weights(self, layer: int, query: Tensor, buffers: KVBuffers, place: Tensor) -> Tensor:
         """Attention weights of a layer's `query` over its keys; `Shown` has their shapes, `place` [queries] their positions."""
