@@ -60,12 +60,12 @@ class CacheTune:
             list of several lists of these. Behind a single lead-in, KV is exact where the chunk stands right behind it.
         tenant: chunks of different tenants never meet.
         batch_tokens: tokens that precompute runs at once; default: 8192 on a GPU, one chunk at a time on a CPU.
-        cuda_kernels: on a GPU that can (Ampere or newer, with Triton), run requests through this package's kernels, CUDA graphs
-            and copy streams: several times sooner (docs/gpu.md). False: as on a CPU.
-        fidelity_sample: share of the answers, from 0 (off) to 1, that are compared with full prefill once they are out and the
-            model is idle; `stats()` gives the result. Up to two prompts' KV is kept for it (docs/calibration.md).
-        read_timeout: seconds that a request waits for the store's disk each time it needs it; then it goes on without it, and
-            computes what isn't in host memory. None: as long as it takes.
+        cuda_kernels: on a suitable GPU (Ampere or newer, with Triton), run requests through this package's kernels, CUDA graphs
+            and copy streams, which is several times faster (docs/gpu.md). False: compute as on a CPU.
+        fidelity_sample: share of the answers, from 0 (off) to 1, that are compared with full prefill after they are finished and
+            while the model is idle; `stats()` gives the result. The KV of up to two prompts is kept for it (docs/calibration.md).
+        read_timeout: seconds that a request waits for the store's disk each time it needs it. After that it goes on without the disk,
+            and computes the chunks that aren't in host memory. None: no limit.
         store_options: further arguments of `ChunkStore`: codec, host_budget, disk_budget, device_budget, device, read_memory,
             pin_memory, direct_io.
 
@@ -134,13 +134,14 @@ class CacheTune:
         return self.runtime.namespace
 
     def close(self) -> None:
-        """Store what answers have missed, then release threads and the store (if the engine opened it). Further requests are refused.
+        """Store the chunks that requests missed, then release threads and the store (if the engine opened it). Further requests are
+        refused.
 
-        Ctrl-C while it stores ends that behind the forward at hand, drops what still waits, and releases the rest all the same.
-        A process that ends without closing its engines drops what waits.
+        Ctrl-C meanwhile stops the storing after the current forward, drops the chunks that still wait, and releases everything else.
+        A process that ends without closing its engines drops the chunks that wait.
 
-        Where the store's disk doesn't answer, this returns after `read_timeout`, and the rest is released once the disk does. In a
-        process that was forked since the engine was made, nothing is released: it all belongs to the other one.
+        Where the store's disk doesn't answer, this returns after `read_timeout`, and the store is closed once the disk answers. In a
+        process that was forked after the engine was made, nothing is released: it all belongs to the parent.
         """
         self.runtime.close()
 
@@ -167,7 +168,7 @@ class CacheTune:
         replace: bool = True,
         progress: Callable[[Progress], None] | None = None,
     ) -> PrecomputeSummary:
-        """Compute and store the KV of documents' chunks. What is stored already is skipped, so a cut-off run resumes.
+        """Compute and store the KV of documents' chunks. Chunks that are stored already are skipped, so an interrupted run resumes.
 
         Args:
             documents: documents, or strings (each a document of one chunk), as any iterable: a generator is consumed
@@ -182,11 +183,11 @@ class CacheTune:
         self.runtime.lifetime.check()
         if isinstance(documents, Document | str):
             documents = [documents]
-        self.runtime.backfill.wait()  # in the order in which it came: lead-ins are chosen from what is stored first
+        self.runtime.backfill.wait()  # keep the order of arrival: lead-ins are chosen from the first texts that are stored
         try:
             return self.runtime.precomputer.run(documents, progress, replace_documents=replace)
         except StoreClosedError:
-            self.runtime.lifetime.check()  # by a callback or another thread, meanwhile
+            self.runtime.lifetime.check()  # a callback or another thread closed the engine meanwhile
             raise
         finally:
             self.runtime.recognizer.changed()  # a document that was replaced may have freed chunks
@@ -551,10 +552,10 @@ class CacheTune:
     # -- state ----------------------------------------------------------------------------------------------------
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Store now what answers have missed, and wait until that is done; False if it takes longer than `timeout` seconds.
+        """Store now the chunks that requests missed, and wait until that is done; False if it takes longer than `timeout` seconds.
 
-        By itself it is stored once no request has wanted the model for a moment, or taking turns with requests after two
-        seconds. Until then a request for it computes it itself. `close()` waits for it as well.
+        Without this call they are stored once no request has wanted the model for a moment, or after two seconds in turns with
+        requests. Until then, requests that need them compute them. `close()` waits for them as well.
         """
         self.runtime.lifetime.check()
         check_wait(timeout)
@@ -563,13 +564,13 @@ class CacheTune:
     def model_changed(self) -> bool:
         """Go on with the model as it is now: for callers who change its weights (merge or switch an adapter, train on).
 
-        An engine notices most changes by itself and refuses with `ModelChangedError` until this was called; what it can't notice
-        is in docs/reliability.md ("The model belongs to you"). Call it when all changes are made and before the next request. It
-        reads all weights once. Stored chunks of other weights are misses from then on, and stay in the store for engines on those
-        weights. Other engines on the same model have to be told as well.
+        An engine notices most changes by itself, and refuses requests with `ModelChangedError` until this was called;
+        docs/reliability.md ("The model belongs to you") lists the changes that it can't notice. Call it after all changes and before the
+        next request. It reads all weights once. From then on, chunks that were stored with other weights are misses; they stay in the
+        store for engines with those weights. Call it on every engine on the same model.
 
         Returns:
-            Whether the weights are others than before. If they aren't, nothing that is stored is lost.
+            Whether the weights differ from those before. If they don't, nothing that is stored is lost.
 
         Raises:
             ModelChangedError: dtype, device or shape have changed as well (make a new engine), or weights are changing just now.
@@ -579,7 +580,8 @@ class CacheTune:
         return self.runtime.model_changed()
 
     def stats(self) -> EngineStats:
-        """Totals over this engine's requests, and the store's state: the last known one (`store_age`) if its disk doesn't answer.
+        """Totals over this engine's requests, and the store's state; the last known state, `store_age` seconds old, if its disk doesn't
+        answer.
 
         Raises:
             StoreError: the store can't be read.
@@ -588,6 +590,6 @@ class CacheTune:
         return self.runtime.stats()
 
     def ttft_histograms(self) -> dict[str, Histogram]:
-        """Times to first token of requests with reuse, by the slowest tier that each read from."""
+        """Times to first token of requests with reuse, by the slowest tier that each request read from."""
         self.runtime.lifetime.check_process()
         return self.runtime.counter.ttft_histograms()

@@ -11,10 +11,10 @@
   x EngineClosedError (a RuntimeError too)
   x ForkedError (a RuntimeError too)
 
-What the store raises is a `StoreError`, which has no base with these in common; `cachetune_rag` names those too.
+The store's errors derive from `StoreError`, which is not a `CacheTuneError`; `cachetune_rag` exports them too.
 
-None of these is a `ValueError` or a `TypeError`. Frameworks take those for a fault of one answer and go on without it: LlamaIndex's
-synthesizers turn them into an empty answer, so a misspelt setting would look like a model with nothing to say.
+None of these is a `ValueError` or a `TypeError`. Frameworks handle those as the failure of a single answer and carry on: LlamaIndex's
+synthesizers turn them into an empty answer, so that a misspelt setting would look like a model with nothing to say.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ class ConfigError(CacheTuneError):
 
 
 class PromptError(CacheTuneError):
-    """A prompt can't be built from what was given."""
+    """A prompt can't be built from these arguments."""
 
 
 class PromptTooLongError(PromptError):
-    """More tokens than the model's context holds."""
+    """The prompt has more tokens than the model's context holds."""
 
 
 class NonFiniteLogitsError(CacheTuneError):
-    """The model gave logits that are no numbers, so there is no next token."""
+    """The model gave NaN or infinite logits, so no next token can be chosen."""
 
 
 class ModelChangedError(CacheTuneError):
@@ -57,5 +57,5 @@ class EngineClosedError(CacheTuneError, RuntimeError):
 
 
 class ForkedError(CacheTuneError, RuntimeError):
-    """The engine (or a stream, a prompt builder) was made before this process was forked: it belongs to the parent. Or torch can't be
-    used in this process, for a model was computing at the fork."""
+    """The engine (or a stream, a prompt builder) was made before this process was forked: it belongs to the parent. Or torch
+    can't be used in this process, because a model was computing while it was forked."""

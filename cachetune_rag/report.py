@@ -1,4 +1,4 @@
-"""What a request, or a precompute job, did."""
+"""Reports: what a request or a precompute job did."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ class Report:
         ratio: share of the stored chunk tokens that was asked to be recomputed.
         selector: which selector chose them.
         ttft: seconds from the request to its first token (for `prefill`: to its logits).
-        timings: seconds by phase of what follows the building of the prompt. lookup: finding and opening its chunks; select:
-            choosing what is recomputed, a selector's own look at the model included; load: bringing reused rows to their
-            places, or on a GPU, where that happens meanwhile, how long the computation had to wait for them; compute: the
-            forward over what is recomputed; launch (GPU): until the device began with it, and until the host saw it done; choose:
-            choosing the first token of an answer.
-        prefix_kept: tokens at the prompt's beginning whose KV an earlier prompt that begins alike had left: at most those before
-            the first chunk that is in the store.
+        timings: seconds by phase, once the prompt is built. lookup: finding and opening its chunks. select: choosing which tokens to
+            recompute, including a selector's own forward. load: putting reused rows in their places; on a GPU, where this happens
+            during the computation, the time that the computation waited for them. compute: the forward over the recomputed tokens.
+            launch (GPU): the time until the device began that forward, and until the host saw that it was done. choose: choosing
+            the first token of an answer.
+        prefix_kept: tokens at the prompt's beginning whose KV was kept from an earlier prompt with the same beginning; at most
+            those before the first stored chunk.
         damaged: chunks found damaged, set aside and computed instead.
         unreadable: chunks that the system refused to read (an I/O error, no permission), computed instead.
-        timed_out: chunks that the store's disk didn't give within `read_timeout`, computed instead; so are all chunks that aren't
-            in host memory as long as the disk doesn't come back.
-        storing: missed chunks that an answer left to be stored when the model has time for it. What becomes of them is not known
-            yet: `stats().storing` counts those that still wait, `stats().unstored` those that could not be stored.
+        timed_out: chunks that could not be read from the store's disk within `read_timeout`, computed instead. Until the disk answers
+            again, this counts every chunk that isn't in host memory.
+        storing: missed chunks that will be stored when the model has time. `stats().storing` counts those that still wait,
+            `stats().unstored` those that could not be stored.
         unstored: missed chunks that are not stored: by `prefill`, because they could not be (no room, no permission, no time);
             behind an answer, because too many wait already, or the engine is being closed.
         recognised: chunks that were found in plain text (see `CacheTune.prompt_from_text`).
-        retrieved: tokens of the texts that the caller's retriever returned; 0 where nobody said what those were.
-        full: True for the reference: nothing was reused by intent.
+        retrieved: tokens of the texts that the caller's retriever returned; 0 if the caller did not pass them.
+        full: True for full prefill, the reference, which reuses nothing.
         request_id: names the request in logs and spans.
-        probed: token-layers that the selector had run to choose (a token through a layer is one; through a part of one,
-            that part of its weights). `computed` times the model's layers is what the rest of the request ran.
-        skipped: of the recomputed tokens, those whose stored KV was not read (but in layers that a selector looked at).
+        probed: token-layers that the selector ran in order to choose. One token through one layer counts as one; through a part of
+            a layer, as that part's share of the layer's weights. The rest of the request ran `computed` times the model's layers.
+        skipped: recomputed tokens whose stored KV was not read (except in layers that a selector looked at).
     """
 
     prompt_tokens: int
@@ -68,8 +68,8 @@ class Report:
 
     @property
     def found_share(self) -> float:
-        """Share of the retrieved tokens that was in the store and found, from 0 to 1; of the prompt's tokens where nobody said
-        what was retrieved."""
+        """Share of the retrieved tokens that was found in the store, from 0 to 1. If the caller did not pass what was retrieved, it is
+        the share of the prompt's tokens."""
         return share_found(self.reused + self.recomputed, self.retrieved or self.prompt_tokens)
 
     @property
@@ -111,11 +111,11 @@ class PrecomputeSummary:
     Attributes:
         documents: documents seen.
         chunks: chunks computed and stored.
-        skipped: chunks that were stored already (or stand twice in the job).
+        skipped: chunks that were stored already, or occur twice in the job.
         tokens: tokens of the computed chunks.
         bytes: bytes stored for them.
         seconds: wall time.
-        lead_ins: lead-ins that chunks were computed behind; of several, the mean was stored.
+        lead_ins: how many lead-ins each chunk was computed behind; with several, their mean was stored.
     """
 
     documents: int
@@ -144,7 +144,7 @@ class PrecomputeSummary:
 
 
 def share_found(found: int, tokens: int) -> float:
-    """What part of so many tokens was found. Never above 1: a text that is shown twice is found twice."""
+    """Found tokens as a share of all. Never above 1, although a text that the prompt shows twice is found twice."""
     return min(1.0, found / tokens) if tokens else 0.0
 
 

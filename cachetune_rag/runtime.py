@@ -1,4 +1,4 @@
-"""What an engine is made of: opened together, closed together."""
+"""Everything that an engine consists of: opened together, closed together."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ class Runtime:
         )
         self._owns_store = not isinstance(store, ChunkStore)
         path = store.path if isinstance(store, ChunkStore) else store
-        check_timeout(read_timeout)  # of a store in memory too, which waits for no disk
+        check_timeout(read_timeout)  # also where the store is in memory and nothing waits for a disk
         self.pool = DeadlinePool(None if path is None else read_timeout)
         self.store = opened_store(store, self.adapter.device, store_options)
         self.prefetcher = Prefetcher(self.store)
@@ -218,7 +218,7 @@ class Runtime:
             self._release()
 
     def _release(self) -> None:
-        """End the threads and close the store, waiting for the disk as long as a request would."""
+        """End the threads and close the store; wait for the disk no longer than a request would."""
 
         def release() -> None:
             try:

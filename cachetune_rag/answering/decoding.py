@@ -1,8 +1,8 @@
-"""Choosing tokens after the prefill, by the rules of transformers' own generation settings.
+"""Chooses an answer's tokens after the prefill, with transformers' own generation settings.
 
-`model.generate` prepares logits processors and stopping criteria and hands them to a callable instead of running its
-loop; they are the very objects it would use. So penalties, minimum lengths, warpers and end tokens mean what they mean
-there, while the loop itself is a plain generator over the engine's cache.
+`model.generate` prepares logits processors and stopping criteria, and passes them to a callable of ours instead of running its own
+loop. So penalties, minimum lengths, warpers and end tokens work exactly as in transformers, while the loop is a plain generator over
+the engine's cache.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ class DecodingPlan:
     """How one answer is decoded; made by `prepare`.
 
     Attributes:
-        ids: the prompt, [1, tokens], on the model's device: penalties look at it.
+        ids: the prompt, [1, tokens], on the model's device; penalties need it.
         logits_processor: changes logits before a token is chosen.
-        criteria: further reasons to stop, beside those below.
+        criteria: reasons to stop besides those below.
         do_sample: whether tokens are drawn (else the likeliest is taken).
-        eos_ids: tokens that end the answer. They are yielded, as by `generate`.
+        eos_ids: tokens that end the answer. They are part of the answer's tokens, as with `generate`.
         max_new_tokens: most tokens of the answer.
         stop: strings that end the answer.
         seed: makes drawing repeatable; None draws from torch's global generator.
@@ -104,7 +104,7 @@ def prepare(
 ) -> DecodingPlan:
     """Work out how an answer is decoded. The model isn't run.
 
-    What counts, first to last: `settings`, `generation_config`, the model's own generation config, transformers'
+    In order of precedence: `settings`, `generation_config`, the model's own generation config, transformers'
     defaults. `temperature=0` means greedy decoding; a sampling setting without `do_sample` switches sampling on.
 
     Args:
@@ -228,8 +228,8 @@ def _decode(
 def _choose(
     plan: DecodingPlan, ids: Tensor, logits: Tensor, generator: torch.Generator | None
 ) -> tuple[int, Tensor, Tensor]:
-    """The next token, the ids with it, and the scores [1, vocab] that it was chosen by."""
-    # Processors may write into what they get, and expect float32.
+    """The next token, all ids up to it, and the scores [1, vocab] that it was chosen by."""
+    # Processors may write into the logits, and expect float32.
     scores = plan.logits_processor(ids, logits.to(device=ids.device, dtype=torch.float32, copy=True))
     if plan.do_sample:
         odds = torch.softmax(scores, dim=-1)
@@ -238,7 +238,7 @@ def _choose(
         token = torch.multinomial(odds.where(sound.isfinite(), 1.0), 1, generator=generator)
     else:
         sound, token = scores.max(dim=-1, keepdim=True)  # a number only if all are
-    # Both in one read, which is what waits for a GPU. Doubles hold every token id.
+    # One read for both, since each read waits for the GPU. Doubles represent every token id exactly.
     chosen, known = torch.cat([token.double(), sound.double()], dim=-1).flatten().tolist()
     if not math.isfinite(known):
         _refuse(logits)
@@ -260,7 +260,7 @@ def check_finite(logits: Tensor) -> None:
 
 
 def _refuse(logits: Tensor) -> NoReturn:
-    """No token can be chosen: because of the model, or else because of what processors did to its logits."""
+    """Raise: no token can be chosen, because of the model or because of what processors did to its logits."""
     check_finite(logits)
     raise ConfigError(
         "the generation settings (or a logits_processor) leave no token to choose, all scores being -inf or no numbers: leave out "
@@ -278,7 +278,7 @@ def _finish(plan: DecodingPlan, ids: Tensor, token: int, scores: Tensor, stopped
 
 
 def _ask_generate(model: Any, **arguments: Any) -> tuple[LogitsProcessorList, StoppingCriteriaList, Any]:
-    """What `model.generate` would decode with."""
+    """The processors, criteria and configuration that `model.generate` would decode with."""
     recorded: list[Any] = []
 
     def record(
@@ -289,7 +289,7 @@ def _ask_generate(model: Any, **arguments: Any) -> tuple[LogitsProcessorList, St
 
     try:
         model.generate(**arguments, custom_generate=record)
-    except Exception as error:  # the model isn't run, so whatever it is, the settings are the reason
+    except Exception as error:  # the model isn't run, so the settings must be the reason
         raise ConfigError(f"transformers refuses these generation settings: {error or type(error).__name__}") from error
     processors, criteria, config = recorded
     mode = str(config.get_generation_mode().value)

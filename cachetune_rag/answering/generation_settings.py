@@ -1,7 +1,7 @@
-"""Generation settings: which count, and which can't be served.
+"""Generation settings: which of them apply, and which can't be served.
 
-A request's own go before those of a `GenerationConfig` that it names, and those before the model's. What transformers would refuse
-only later, in the middle of torch, or not at all, is refused here.
+A request's own settings override those of its `GenerationConfig`, which override the model's. Settings that transformers would refuse
+only later, deep inside torch, or not at all, are refused here.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from cachetune_rag.errors import ConfigError
 from cachetune_store.printing import shown
 
 DEFAULT_NEW_TOKENS = 256
-"""Most tokens of an answer where neither the request nor the configuration says."""
+"""The most tokens of an answer, where neither the request nor the configuration gives a number."""
 
 SEEDS = range(-(1 << 63), 1 << 64)
-"""What torch takes."""
+"""Seeds that torch accepts."""
 
 _IDS = (
     "bos_token_id", "eos_token_id", "pad_token_id", "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens",
     "begin_suppress_tokens", "bad_words_ids", "sequence_bias", "force_words_ids", "decoder_start_token_id",
 )  # fmt: skip
-"""Settings that hold token ids. One that the model doesn't know fails at the first token, in the middle of torch, or not at all."""
+"""Settings that hold token ids. An unknown id would fail at the first token, deep inside torch, or not at all."""
 
 _SAMPLING = {"temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
-"""Settings that do nothing in greedy decoding."""
+"""Settings without effect in greedy decoding."""
 
 _FLAGS = (
     "do_sample", "renormalize_logits", "remove_invalid_values", "use_cache", "low_memory", "output_scores", "output_logits",
     "output_attentions", "output_hidden_states", "return_dict_in_generate", "disable_compile", "is_assistant",
 )  # fmt: skip
-"""Settings that are on or off. Any text would count as on, "no" too."""
+"""Settings that are on or off. Any text would count as on, even "no"."""
 
 _RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     ("temperature", "a number from 0 (greedy decoding) upwards", lambda value: 0 <= value < math.inf),
@@ -49,7 +49,7 @@ _RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
         for name in ("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_new_tokens", "min_length")
     ),
 )
-"""Settings that are checked here, since transformers' own error says little, or it accepts nonsense."""
+"""Ranges that are checked here, because transformers' own error says little or it accepts meaningless values."""
 
 REFUSED = {
     "is_assistant": "an answer is decoded by one model",
@@ -87,7 +87,7 @@ def answer_length(asked: Any, configs: Sequence[Mapping[str, Any]], prompt_token
 
 
 def check_ids(settings: Mapping[str, Any], vocabulary: int) -> None:
-    """Refuse token ids that the model doesn't know."""
+    """Refuse token ids outside the model's vocabulary."""
     for name in _IDS:
         value = settings.get(name)
         if isinstance(value, set | frozenset) or (isinstance(value, Mapping) and name != "sequence_bias"):
@@ -102,7 +102,7 @@ def check_ids(settings: Mapping[str, Any], vocabulary: int) -> None:
 
 
 def _leaves(value: Any, depth: int = 5) -> Iterator[Any]:
-    """What stands inside of nested lists, tensors and dicts of ids; what is nested deeper than any setting is no id."""
+    """The values inside nested lists, tensors and dicts of ids. No setting is nested deeper than `depth`."""
     if isinstance(value, Tensor):
         value = value.tolist()
     if depth and isinstance(value, list | tuple | set | frozenset | Mapping):
@@ -135,17 +135,17 @@ def is_setting(name: str) -> bool:
 
 
 def nearest(name: str, *further: Iterable[str], otherwise: str = "") -> str:
-    """What somebody may have meant who wrote `name`: a generation setting, or one of these other names. `otherwise` comes first where
-    no name is near."""
+    """A hint for a misspelt `name`: the nearest generation setting or one of the `further` names. Where none is near, the hint begins
+    with `otherwise`."""
     names = (_known() - set(REFUSED)).union(("seed", "logits_processor", "stopping_criteria"), *further)
     return hint(name, names, f"{otherwise}see transformers' GenerationConfig for the settings that there are.")
 
 
 def check_names(settings: dict[str, Any]) -> None:
-    """Refuse settings that there aren't, or that an answer can't have.
+    """Refuse settings that don't exist, or that an answer can't have.
 
     Raises:
-        ConfigError: names one, and the nearest that there is.
+        ConfigError: names one of them, and the nearest existing name.
     """
     known = _known() - set(REFUSED)
     for name in settings:
@@ -156,7 +156,7 @@ def check_names(settings: dict[str, Any]) -> None:
 
 
 def given_settings(config: Any) -> dict[str, Any]:
-    """What a `GenerationConfig` sets, as keyword arguments: so it can be mixed with others without a warning."""
+    """The settings of a `GenerationConfig` as keyword arguments, which can be merged with others without a warning."""
     if config is None:
         return {}
     if not isinstance(config, GenerationConfig):
@@ -165,7 +165,7 @@ def given_settings(config: Any) -> dict[str, Any]:
 
 
 def settle(settings: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
-    """Lay a request's settings over a configuration's, and decide between greedy decoding and sampling."""
+    """Merge a request's settings into a configuration's, and decide between greedy decoding and sampling."""
     for name, allowed, fits in _RANGES:
         value = settings.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not fits(value)):
@@ -190,7 +190,7 @@ def stop_strings(*sources: str | Sequence[str] | None) -> tuple[str, ...]:
     """All stop strings, each once.
 
     Raises:
-        ConfigError: something is no string, or empty.
+        ConfigError: one is empty or no string.
     """
     found: list[str] = []
     for source in sources:

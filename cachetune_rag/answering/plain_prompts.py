@@ -1,4 +1,4 @@
-"""Prompts from plain strings and chat messages: stored chunks are found in them, and what was retrieved is counted."""
+"""Prompts from plain strings and chat messages: stored chunks are found in them, and retrieved tokens are counted."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from cachetune_store.printing import shown
 
 
 class PlainPrompts:
-    """Builds prompts in which the retrieved passages don't stand apart. Safe to use from many threads.
+    """Builds prompts from texts and messages whose retrieved passages are not marked. Safe to use from many threads.
 
     Args:
-        prompts: lays them out.
+        prompts: lays prompts out.
         recognizer: finds the stored chunks in them.
-        watch: looks at how much was found.
+        watch: warns where little was found.
     """
 
     def __init__(self, prompts: PromptBuilder, recognizer: StoreRecognizer, watch: FoundWatch):
@@ -50,7 +50,7 @@ class PlainPrompts:
         chunks = Retrieved(retrieved, self._recognizer.segments)
         given: object = messages
         if not isinstance(given, Sequence) or not all(isinstance(message, Mapping) for message in given):
-            return self._prompts.build_messages(messages, **layout)  # which refuses it
+            return self._prompts.build_messages(messages, **layout)  # refuses them
         found = [_with_content(message, chunks, f"messages[{i}].content") for i, message in enumerate(messages)]
         prompt = replace(self._prompts.build_messages(found, **layout), retrieved=told)
         contents = [message.get("content") or () for message in found]
@@ -62,10 +62,10 @@ class PlainPrompts:
         return prompt
 
     def _tokens(self, retrieved: Sequence[str | Chunk]) -> int:
-        """Tokens of retrieved texts.
+        """How many tokens the retrieved texts have.
 
         Raises:
-            PromptError: they are no texts.
+            PromptError: one of them is no text.
         """
         if isinstance(retrieved, str) or not isinstance(retrieved, Sequence):
             raise PromptError(f"retrieved is {shown(retrieved)}: use a list of strings, one a retrieved passage.")
@@ -74,7 +74,7 @@ class PlainPrompts:
 
 
 def _with_content(message: Mapping[str, Any], chunks: Retrieved, name: str) -> Mapping[str, Any]:
-    """A message with its chunks found. What is no message is left for the prompt's builder to refuse."""
+    """A message with the chunks in its content found. An invalid message stays as it is: the prompt's builder refuses it."""
     content = message.get("content") if isinstance(message, Mapping) else None
     if not isinstance(content, Sequence):
         return message
