@@ -141,7 +141,7 @@ def _combine(
     HEADS: tl.constexpr, V_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_V: tl.constexpr,
     SPLITS: tl.constexpr, WITH_LSE: tl.constexpr,
 ):  # fmt: skip
-    """One attention from parts over disjoint keys, each with the logarithm of its denominator."""
+    """Combines attention over disjoint sets of keys, using the logarithm of each denominator."""
     token = tl.program_id(0)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     dv = tl.arange(0, BLOCK_V)[None, :]

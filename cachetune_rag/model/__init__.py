@@ -1,4 +1,4 @@
-"""All that knows transformers: capture, rotary positions, the selective forward, family checks."""
+"""Everything that knows transformers' models: capture, rotary positions, selective forwards, checks of families."""
 
 from cachetune_rag.model.adapter import ModelAdapter
 from cachetune_rag.model.plain.buffers import KVBuffers

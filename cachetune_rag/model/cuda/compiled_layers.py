@@ -27,7 +27,7 @@ from cachetune_rag.model.libraries.private import (
 from cachetune_rag.model.plain import attention
 
 TOKENS = 1088
-"""Token count that is compiled with. Unlike any width of a model, so that the compiler takes no width for it."""
+"""Token count used for compilation. No model has this width, so the compiler can't confuse the two."""
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
 
 _log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class FusedLayers:
                 self._calls.append(compiled_code(layer))
                 run_compiled(layer, None)
             self._compiling = True
-            # A layer's number must not make it another one to the compiler.
+            # Without this, the compiler would compile each layer separately, because their numbers differ.
             with numbers_not_compiled_in():
                 found = run()
         except compiler_errors() as error:
@@ -97,7 +97,7 @@ class FusedLayers:
             return
         for number, (layer, call) in enumerate(zip(self._layers, self._calls, strict=True)):
             run_compiled(layer, call if see is None else _seen(see, number, call))
-        # What turns out not to be covered by what was compiled runs as it is: a request doesn't wait for a compiler.
+        # Calls that the compiled code doesn't cover run uncompiled: a request doesn't wait for a compiler.
         stance = nullcontext() if self._compiling else torch.compiler.set_stance("eager_on_recompile")
         try:
             with stance:

@@ -51,11 +51,11 @@ from cachetune_store.layout import LayerSpec
 
 MAX_GRAPHS = 96
 _INVALIDATED = "due to a previous error during capture"
-"""What CUDA says to one who captures when somebody else has done what can't be done meanwhile."""
+"""CUDA's message when another thread invalidated a capture."""
 _ATTEMPTS = 5
-"""Captures in a row that may fail for that."""
+"""Captures in a row that may fail with that message before graphs are given up."""
 _PROBED_TOKENS = 256
-"""Computed tokens that a probe is made ready for: a query, a prefix, and what stands between chunks."""
+"""Up to this many computed tokens, a probe is warmed up: a query, a prefix and separators between chunks."""
 
 _log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class DeviceForward:
         self.graphs_enabled = device.type == "cuda"
         self.captures = 0
         self.began: torch.cuda.Event | None = None
-        """Recorded when the device began with the last forward."""
+        """Recorded on the device when it starts the last forward."""
         self._graphs: OrderedDict[Kind, Graph] = OrderedDict()
         self._seen: set[Kind] = set()
         self._refused: set[Kind] = set()
@@ -151,7 +151,7 @@ class DeviceForward:
         before = self._fused.ready
         done = self._fused.compile(lambda: self._eager(inputs, _nothing, self._call(kind, inputs)))
         if done and not before:
-            # Captured before, they don't hold what was compiled. Without graphs their memory pool is gone as well.
+            # Graphs captured before don't contain the compiled layers. Their memory pool goes with the last of them.
             self._graphs.clear()
             self._seen.clear()
             self._pool = None
@@ -201,12 +201,12 @@ class DeviceForward:
         graph = None
         if self.graphs_enabled and kind.tokens <= MAX_TOKENS:
             graph = self._graphs.get(kind)
-            # The first request of its kind runs as it is, which also compiles what a capture could not.
+            # The first request of its kind runs without a graph, which also compiles kernels; a capture could not compile them.
             if graph is None and kind in self._seen and kind not in self._refused:
                 graph = self._capture(kind)
             self._seen.add(kind)
         else:
-            # Nothing is shared, so there is no room to leave.
+            # No graph is shared by several requests, so nothing is padded.
             chunks = numbers["shift"].spans.shape[0] if kind.chunks else 0
             kind = Kind(ids.shape[0], kind.probed, kind.errors, buffers.length if kind.length else 0, chunks)
         if graph is not None:
@@ -294,7 +294,7 @@ class DeviceForward:
         inputs.fill_idle()
         self._call(kind, inputs)  # what is made once is made outside of the graph
         recorder = Recorder(self._pool)
-        # What the collector frees on the way (another engine's page-locked memory, say) would end the capture.
+        # Memory that the garbage collector frees during a capture (page-locked memory of another engine, say) would end it.
         collecting = gc.isenabled()
         gc.collect()
         gc.disable()
@@ -345,7 +345,7 @@ class DeviceForward:
 
 
 def _out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or what it came of, is that the device's memory is full."""
+    """Whether an error, or an error that caused it, says that the device's memory is full."""
     while error is not None:
         if isinstance(error, torch.OutOfMemoryError):
             return True

@@ -24,9 +24,9 @@ _STEP_TOKENS = 8
 nothing.
 """
 _LENGTHS = (8192, 32768, 131072)
-"""Rooms for prompts that are probed: few, so that prompts of many lengths share their graphs."""
+"""Prompt lengths that probes are padded to: few, so that prompts of many lengths share their graphs."""
 _CHUNKS = (128, 1024)
-"""Rooms for chunks that are shifted."""
+"""Numbers of shifted chunks that forwards are padded to."""
 SPAN = 5
 """Numbers a chunk takes: see `kernels.shift`."""
 
@@ -44,7 +44,7 @@ def buckets(tokens: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Kind:
-    """All that a forward's kernels are launched for, and so what tells one graph from another.
+    """What a forward's kernel launches depend on: forwards of one kind share a graph.
 
     Attributes:
         tokens: computed tokens, padding included.
@@ -113,7 +113,7 @@ def shift_numbers(shift: ChunkShift, positions: Tensor, rotations: Sequence[int]
 
 
 class Inputs:
-    """All that tells one forward of a kind from another, in one tensor of int64.
+    """The numbers in which forwards of one kind differ, in one tensor of int64.
 
     Attributes:
         ids, places: [1, tokens]; padding is token 0 at place 0.
@@ -176,7 +176,7 @@ class Inputs:
 
     def _wait(self) -> None:
         if self.read is not None:
-            self.read.synchronize()  # the last ones have been read long ago, unless nobody waited for that forward
+            self.read.synchronize()  # the previous numbers have usually been read already
 
     def _send(self) -> None:
         if self.read is not None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 _NAMES = ("o_proj", "dense", "out_proj")
-"""What families call it; elsewhere the last module of its shape is taken (query projections come before it)."""
+"""Its usual names; in other families the last module of its shape is used (query projections come before it)."""
 
 
 def output_heads(attention: nn.Module, heads: int, v_head_dim: int) -> Tensor | None:

@@ -23,7 +23,7 @@ RUN_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backwa
 HOOKS = (*RUN_HOOKS, "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 _OPENMP_PAUSE_HARD = 2
 COMPILED = "_compiled_call_impl"
-"""What a module runs in place of itself, once compiled."""
+"""Where a compiled module keeps the code that it runs instead of its own."""
 
 
 def check_modules() -> None:
@@ -49,13 +49,13 @@ def can_swap_compiled() -> bool:
 
 
 def compiled_code(layer: nn.Module) -> Callable[..., Any] | None:
-    """What a layer runs in place of itself."""
+    """The code that a compiled layer runs instead of its own."""
     made: Callable[..., Any] | None = getattr(layer, COMPILED, None)
     return made
 
 
 def run_compiled(layer: nn.Module, code: Callable[..., Any] | None) -> None:
-    """From now on a layer runs `code` in place of itself, or itself."""
+    """From now on a layer runs `code` instead of its own; None for its own."""
     setattr(layer, COMPILED, code)
 
 
@@ -71,7 +71,7 @@ def numbers_not_compiled_in() -> AbstractContextManager[Any]:
 
 
 def compiler_errors() -> tuple[type[BaseException], ...]:
-    """What torch.compile raises of its own, besides RuntimeError."""
+    """The errors that torch.compile raises."""
     error = getattr(getattr(getattr(torch, "_dynamo", None), "exc", None), "TorchDynamoException", None)
     return (RuntimeError,) if error is None else (RuntimeError, error)
 

@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside of what `torch.compile` gives; any other one as it is."""
+    """The model inside the wrapper of `torch.compile`; any other model unchanged."""
     return getattr(model, "_orig_mod", model)
 
 
@@ -56,11 +56,11 @@ def view_of(model: Any) -> Any:
 
 
 class _Copier:
-    """Copies a tree of modules. Whatever isn't a module, a configuration, a buffer of its own or a container of these is shared."""
+    """Copies a tree of modules: modules, configurations, unsaved buffers and containers of these. Everything else is shared."""
 
     def __init__(self, model: nn.Module):
         self._seen: dict[int, Any] = {}
-        self._kept: list[Any] = []  # what `_seen` knows by its id has to stay
+        self._kept: list[Any] = []  # keeps the objects alive whose ids are keys of `_seen`
         self._configs: dict[int, Any] = {}
         modules = list(model.modules())
         for module in modules:
@@ -133,7 +133,7 @@ class _Copier:
 
 
 _CALLED = (nn.Module, MethodType, FunctionType, partial)
-"""What a closure may hold of a model; anything else is the function's own state."""
+"""Parts of a model that a closure may hold; everything else is the function's own state."""
 
 
 def _contents(function: FunctionType) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""Weights that are no numbers: found when a model is taken in hand, not in its answers."""
+"""Finds weights that are NaN or infinite when a model is opened, before they spoil answers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from cachetune_rag.errors import UnsupportedModelError
 
 _BLOCK = 1 << 24
-"""Elements that are looked at together: what is made of them beside the weights stays small."""
+"""Elements that are checked together, which bounds the temporary memory."""
 _PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -27,7 +27,7 @@ from cachetune_rag.model.plain.watch import Watch
 _T = TypeVar("_T")
 NAME = "cachetune_sdpa"
 BLOCK = 48
-"""Selected tokens computed together (measured best on a CPU for 133 and 338 of them; 64 takes up to 7% longer)."""
+"""Selected tokens computed together (fastest on a CPU in measurements with 133 and 338 tokens; blocks of 64 take up to 7% longer)."""
 
 
 class AttentionCall(Protocol):
@@ -45,7 +45,7 @@ _call: ContextVar[AttentionCall | None] = ContextVar("cachetune_kernel_call", de
 
 @contextmanager
 def _holding(variable: ContextVar[_T | None], value: _T) -> Iterator[None]:
-    """While the context is open, the variable has that value. Set inside of `try`, for Ctrl-C may come right behind it."""
+    """While the context is open, the variable has that value. It is set inside `try`, because Ctrl-C may arrive right after it."""
     before = variable.get()
     try:
         variable.set(value)
@@ -56,7 +56,7 @@ def _holding(variable: ContextVar[_T | None], value: _T) -> Iterator[None]:
 
 @contextmanager
 def by_kernel(call: AttentionCall) -> Iterator[None]:
-    """While the context is open, attention calls are `call`'s."""
+    """While the context is open, `call` computes attention."""
     with _holding(_call, call):
         yield
 

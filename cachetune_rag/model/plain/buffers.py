@@ -45,7 +45,7 @@ class KVBuffers:
         self._values, self._all_values, self.value_rows = _empty(value_shapes, self.length, self.dtype, self.device)
 
     def grow(self, room: int) -> None:
-        """Make room for `room` tokens more. All rows move, which takes twice the memory meanwhile."""
+        """Make room for `room` more tokens. All rows are copied, which takes twice the memory meanwhile."""
         before = [*self._all_keys, *self._all_values]
         self.room += room
         self._allocate()
@@ -68,7 +68,7 @@ class KVBuffers:
 
     @property
     def row_bytes(self) -> int:
-        """What a token takes, over all layers."""
+        """Bytes that one token takes, over all layers."""
         return sum(s.heads * (s.head_dim + s.v_head_dim) for s in self._specs) * self.dtype.itemsize
 
     def fill_first(self, count: int, other: KVBuffers) -> None:
@@ -82,7 +82,7 @@ class KVBuffers:
         return made
 
     def to_cache(self, count: int | None = None) -> DynamicCache:
-        """An ordinary transformers cache over the same memory, for going on behind it; of the first `count` rows, if given.
+        """An ordinary transformers cache over the same memory, for decoding; of the first `count` rows, if given.
 
         Built without a config, so that every layer keeps its full length (DESIGN: decoding).
         """
@@ -96,7 +96,7 @@ class KVBuffers:
         return cache
 
     def show_in(self, cache: Cache) -> None:
-        """Make the prompt's rows what `cache`, of as many layers, consists of."""
+        """Make `cache`, which has as many layers, show the prompt's rows."""
         for layer, entry in enumerate(cache.layers):
             entry.keys, entry.values = self.keys(layer), self.values(layer)
 
@@ -106,7 +106,7 @@ class KVBuffers:
         self.show_in(cache)
 
     def take_first(self, cache: Cache) -> None:
-        """Copy as many rows of a cache as there are here; it stays as it is."""
+        """Fill these buffers with the first rows of a cache, which is not changed."""
         for layer, entry in enumerate(cache.layers):
             self.keys(layer).copy_(entry.keys[:, :, : self.length])
             self.values(layer).copy_(entry.values[:, :, : self.length])

@@ -48,7 +48,7 @@ class LeadInKV:
 
 
 class ChunkCapture:
-    """Runs chunks through one model and hands out what is stored of them. Gradients are the caller's to switch off.
+    """Runs chunks through one model and returns the keys and values that are stored. The caller switches gradients off.
 
     Args:
         forward: the model.
@@ -88,7 +88,7 @@ class ChunkCapture:
         ]
 
     def lead_kv(self, lead_in: Sequence[int]) -> LeadInKV:
-        """Run a lead-in (at least one token), so that `capture_behind` needn't for every chunk."""
+        """Run a lead-in (at least one token) once, for many calls of `capture_behind`."""
         layers: list[tuple[Tensor, Tensor]] = []
         ids, count = pad_right([lead_in], self._device), len(lead_in)
 
@@ -125,11 +125,11 @@ class ChunkCapture:
             key = tapped.pop(layer)
             receive(layer, key[:, :count], rotated[:, :, :count], value.transpose(1, 2)[:, :count])
             if layer == len(self._attentions) - 1:
-                raise StopForward  # what the last layer makes of them is not asked for
+                raise StopForward  # the output of the last layer is not needed
 
         positions = torch.arange(start, start + count, device=self._device)
         if start + count <= self._reuse_beyond:
-            # One more token, which no other sees, brings in the frequencies of the prompts that are served by reuse.
+            # An extra token, which no other token sees, selects the long-context frequencies that prompts with reuse are served by.
             ids = torch.cat((ids, ids[:, -1:]), dim=1)
             positions = torch.cat((positions, positions.new_tensor([self._reuse_beyond])))
         cache = ValueCache(len(self._attentions), on_update, None if lead is None else lead.layers)

@@ -1,4 +1,4 @@
-"""Attention with its weights written out, for the last tokens of a forward: what fused attention doesn't tell."""
+"""Attention that computes its weights explicitly, for the last tokens of a forward: fused attention doesn't return them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 FEW = 64
-"""So many tokens are computed together with the last ones: fused attention would read all keys again for a few."""
+"""Up to this many tokens, attention of all of them is computed here: fused attention would read all keys again for a few tokens."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Watch:
         self._clear: dict[int, tuple[Tensor, int]] = {}
 
     def taken(self, count: int) -> int:
-        """How many of the last of `count` tokens `attend` is for: those that are watched, or all if they are few."""
+        """How many of the last of `count` tokens `attend` computes: the watched ones, or all tokens if they are few."""
         return count if count <= FEW else self.tokens
 
     def attend(
@@ -84,8 +84,8 @@ class Watch:
         return heads_of_rows(outputs, taken)[None]
 
     def _columns_clear(self, mask: Tensor) -> int:
-        """How many keys, from the first on, are hidden from no watched token: mostly all that stand before them."""
-        # A layer type's layers get the same mask; it is kept, so that its id isn't given to another one.
+        """How many keys, from the first on, all watched tokens see: usually all keys before the watched tokens."""
+        # All layers of one type get the same mask. It is kept alive, so that no other mask gets its id.
         if id(mask) not in self._clear:
             hidden = mask[0, 0, -self.tokens :].any(0).nonzero()
             self._clear[id(mask)] = mask, int(hidden[0]) if len(hidden) else mask.shape[3]
