@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from cachetune_rag.measuring.calibration.result import Calibration
     from cachetune_rag.measuring.tuning import TuningResult
     from cachetune_rag.report import PrecomputeSummary, Report
-    from cachetune_rag.reuse.prefill import PrefillState
+    from cachetune_rag.reuse.state import PrefillState
     from cachetune_rag.text.documents import Document
     from cachetune_rag.text.prompts.prompt import Chunk, Prompt, PromptBuilder, Text
     from cachetune_rag.text.splitting import Splitter
@@ -57,7 +57,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "answering.answer": ("Answer",),
     "answering.stream": ("AnswerStream",),
-    "reuse.prefill": ("PrefillState",),
+    "reuse.state": ("PrefillState",),
     "measuring.calibration.result": ("Calibration",),
     "concurrency.deadline": ("StoreTimeoutError",),
     "text.documents": ("Document",),

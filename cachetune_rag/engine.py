@@ -29,7 +29,7 @@ from cachetune_rag.model.loading import load_model
 from cachetune_rag.options import ENGINE_NAMES, EngineOptions, check_names
 from cachetune_rag.readahead.prefetcher import Prefetch
 from cachetune_rag.report import PrecomputeSummary
-from cachetune_rag.reuse.prefill import PrefillState
+from cachetune_rag.reuse.state import PrefillState
 from cachetune_rag.runtime import Runtime, check_not_open
 from cachetune_rag.telemetry.stats import EngineStats
 from cachetune_rag.text.documents import Document, check_id

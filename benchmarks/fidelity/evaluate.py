@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from cachetune_rag import CacheTune, Document
 from cachetune_rag.answering.decoding import decode, prepare
-from cachetune_rag.reuse.prefill import PrefillState
+from cachetune_rag.reuse.state import PrefillState
 from cachetune_rag.text.prompts.prompt import Prompt
 
 from .measures import distance, exact_match, f1

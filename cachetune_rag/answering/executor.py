@@ -17,7 +17,8 @@ from cachetune_rag.model.engine_model import EngineModel
 from cachetune_rag.readahead.prefetcher import Prefetch, Prefetcher
 from cachetune_rag.report import Report
 from cachetune_rag.reuse.config import ReuseConfig
-from cachetune_rag.reuse.prefill import Assembler, PrefillState
+from cachetune_rag.reuse.prefill import Assembler
+from cachetune_rag.reuse.state import PrefillState
 from cachetune_store import ChunkKey, make_key
 
 

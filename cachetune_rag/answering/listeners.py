@@ -7,7 +7,7 @@ from dataclasses import replace
 from cachetune_rag.answering.request import Finished, Request, RequestListener
 from cachetune_rag.chunks.backfill import MissedChunks
 from cachetune_rag.report import Report
-from cachetune_rag.reuse.prefill import PrefillState
+from cachetune_rag.reuse.state import PrefillState
 
 
 class BackfillListener(RequestListener):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from cachetune_rag.answering.decoding import DecodingPlan
 from cachetune_rag.report import Report
 from cachetune_rag.reuse.config import ReuseConfig
-from cachetune_rag.reuse.prefill import PrefillState
+from cachetune_rag.reuse.state import PrefillState
 from cachetune_rag.text.prompts.segments import Prompt
 
 if TYPE_CHECKING:

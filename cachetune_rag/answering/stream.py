@@ -18,7 +18,7 @@ from cachetune_rag.concurrency.forks import this_process
 from cachetune_rag.errors import CacheTuneError
 from cachetune_rag.model.libraries.neutral import each_neutrally
 from cachetune_rag.report import Report
-from cachetune_rag.reuse.prefill import PrefillState
+from cachetune_rag.reuse.state import PrefillState
 
 
 class AnswerStream:

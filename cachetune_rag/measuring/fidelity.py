@@ -26,7 +26,7 @@ from cachetune_rag.report import Report
 from cachetune_store.printing import shown
 
 if TYPE_CHECKING:
-    from cachetune_rag.reuse.prefill import PrefillState
+    from cachetune_rag.reuse.state import PrefillState
 
 PENDING = 2
 """Answers waiting to be compared; each keeps its prompt's KV where the model is."""

@@ -1,20 +1,31 @@
-"""What one request knows of its chunks: which are open, and which can't be had from the store, and why."""
+"""Looking up the chunks of one prompt: which are open, which are missing, and which could not be read and why."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
+from cachetune_rag.concurrency.deadline import DeadlinePool
 from cachetune_rag.concurrency.workers import Job
-from cachetune_store import ChunkKey, ChunkReader, ChunkStore, DamagedChunkError, StoreError
+from cachetune_rag.readahead.prefetcher import Prefetcher
+from cachetune_rag.text.prompts.prompt import Prompt
+from cachetune_store import ChunkKey, ChunkReader, ChunkStore, DamagedChunkError, Namespace, StoreError, make_key
+
+TIERS = ("device", "host", "disk")
+"""Fast ones first; any other is slower than these."""
+
+KNOWN_KEYS = 2048
+"""Chunks whose key is remembered: those of a few dozen long prompts."""
 
 Start = Callable[..., Job[Any]]
-"""`start(work, *args)` begins a call on another thread."""
+"""`start(work, *args)` starts a call on another thread."""
 
 
 class OpenReaders:
-    """Readers to be closed when the request is done, also those that a lookup which was left behind opens later."""
+    """The readers of one request, closed when it is done. A lookup that timed out may still open some later: they are closed at once."""
 
     def __init__(self) -> None:
         self._readers: list[ChunkReader] = []
@@ -22,7 +33,7 @@ class OpenReaders:
         self._lock = threading.Lock()
 
     def add(self, reader: ChunkReader) -> None:
-        """Close it with the others."""
+        """Close a reader together with the others."""
         with self._lock:
             late = self._closed
             if not late:
@@ -31,7 +42,7 @@ class OpenReaders:
             reader.close()
 
     def release(self, reader: ChunkReader) -> None:
-        """Somebody else closes it."""
+        """Leave a reader open: the caller closes it."""
         with self._lock:
             self._readers.remove(reader)
 
@@ -45,13 +56,13 @@ class OpenReaders:
 
 
 class Faults:
-    """Chunks that a request goes on without, although they are or may be stored.
+    """Chunks that a request goes on without, although they are stored or may be.
 
     Attributes:
-        damaged: they were set aside.
-        unreadable: the system refused to read them.
-        timed_out: the disk didn't answer in time, so that nobody knows.
-        disk_gone: it didn't: only chunks in host memory are used.
+        damaged: chunks that failed a check; the store has set them aside.
+        unreadable: chunks that the system refused to read.
+        timed_out: chunks that may be on the disk, which did not answer in time.
+        disk_gone: the disk did not answer in time, so only chunks in memory are used.
     """
 
     def __init__(self) -> None:
@@ -68,15 +79,15 @@ class Faults:
         start: Start,
         taken: Mapping[ChunkKey, ChunkReader],
     ) -> dict[ChunkKey, ChunkReader | None]:
-        """Readers of chunks, None for those that aren't stored or have failed in this request before.
+        """Open chunks: a reader for each, None for those that are not stored or failed earlier in this request.
 
         Args:
-            store: where they are.
-            keys: of the chunks, each once.
+            store: where the chunks are.
+            keys: the chunks' keys, each once.
             opened: gets every reader.
-            start: begins a call on a thread. Files are opened side by side: a disk takes far longer to answer than to read a
-                file's head.
-            taken: those that are open already.
+            start: starts a call on a thread. Files are opened side by side, because a disk takes far longer to answer than to read
+                the head of a file.
+            taken: readers that are open already.
         """
         readers: dict[ChunkKey, ChunkReader | None] = {}
         waiting: dict[ChunkKey, Job[tuple[ChunkReader | None, list[StoreError]]]] = {}
@@ -101,7 +112,7 @@ class Faults:
         return readers
 
     def failed(self, key: ChunkKey, *, set_aside: bool) -> None:
-        """A read failed: because the chunk is damaged, and now set aside, or for another reason."""
+        """Remember that reading a chunk failed: it is damaged and was set aside, or it could not be read for another reason."""
         (self.damaged if set_aside else self.unreadable).add(key)
 
 
@@ -109,5 +120,99 @@ def _open(store: ChunkStore, key: ChunkKey, opened: OpenReaders) -> tuple[ChunkR
     errors: list[StoreError] = []
     reader = store.open(key, errors=errors)
     if reader is not None:
-        opened.add(reader)  # at once: whoever asked may have given up
+        opened.add(reader)  # at once, because the request may have given up waiting
     return reader, errors
+
+
+@dataclass(frozen=True)
+class FoundChunks:
+    """The chunks of one prompt, as the lookup found them.
+
+    Attributes:
+        chunks: place of the first token and reader of each chunk that is stored, in prompt order.
+        missed: tokens of the chunks that are not.
+        to_store: numbers of the missed chunks, for storing them (equal chunks once; not those that may be on a disk that timed out).
+    """
+
+    chunks: tuple[tuple[int, ChunkReader], ...]
+    missed: int = 0
+    to_store: tuple[int, ...] = ()
+
+    @property
+    def readers(self) -> list[ChunkReader]:
+        """The readers, each once."""
+        return list({id(reader): reader for _, reader in self.chunks}.values())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the stored chunks."""
+        return sum(reader.layout.tokens for _, reader in self.chunks)
+
+    @property
+    def on_disk(self) -> list[ChunkKey]:
+        """Keys of the chunks whose rows must be waited for."""
+        return [reader.key for _, reader in self.chunks if not reader.in_memory]
+
+    def bytes_read(self) -> dict[str, int]:
+        """Bytes read so far, by tier."""
+        read: dict[str, int] = {}
+        for reader in self.readers:
+            read[reader.tier] = read.get(reader.tier, 0) + reader.bytes_read
+        return read
+
+    def slowest(self) -> tuple[str, str]:
+        """The slowest tier among the chunks, and the codec of most of their tokens there."""
+        tokens: dict[tuple[int, str, str], int] = {}
+        for _, reader in self.chunks:
+            rank = TIERS.index(reader.tier) if reader.tier in TIERS else len(TIERS)
+            place = rank, reader.tier, reader.layout.codec
+            tokens[place] = tokens.get(place, 0) + reader.layout.tokens
+        slowest = max(rank for rank, *_ in tokens)
+        _, tier, codec = max((place for place in tokens if place[0] == slowest), key=lambda place: tokens[place])
+        return tier, codec
+
+
+class ChunkLookup:
+    """Finds the chunks of prompts in the store.
+
+    Args:
+        store: where they are.
+        pool: threads that open files.
+        prefetcher: may have some of them open already, and partly read.
+    """
+
+    def __init__(self, store: ChunkStore, pool: DeadlinePool, prefetcher: Prefetcher | None):
+        self._store, self._pool, self._prefetcher = store, pool, prefetcher
+        self._known_keys: tuple[Namespace, Callable[[tuple[int, ...]], ChunkKey]] | None = None
+
+    def find(self, prompt: Prompt, namespace: Namespace, opened: OpenReaders, faults: Faults) -> FoundChunks:
+        """Open the chunks of a prompt that are stored. `opened` gets every reader, for the caller to close."""
+        key_of = self._keys_of(namespace)
+        keys = [key_of(ids) if ids else None for ids in prompt.chunk_ids]
+        wanted = dict.fromkeys(key for key in keys if key is not None)
+        taken: dict[ChunkKey, ChunkReader] = {}
+        if self._prefetcher is not None and not faults.disk_gone:
+            taken = self._prefetcher.take(wanted)
+        readers = faults.open(self._store, wanted, opened, self._pool.submit, taken)
+        found: list[tuple[int, ChunkReader]] = []
+        missed, to_store, seen = 0, [], set()
+        for span in prompt.spans:
+            key = keys[span.chunk]
+            if key is None:
+                continue
+            if (reader := readers[key]) is not None:
+                found.append((span.start, reader))
+                continue
+            missed += len(prompt.chunk_ids[span.chunk])
+            if key not in faults.timed_out and key not in seen:
+                to_store.append(span.chunk)
+            seen.add(key)
+        return FoundChunks(tuple(found), missed, tuple(to_store))
+
+    def _keys_of(self, namespace: Namespace) -> Callable[[tuple[int, ...]], ChunkKey]:
+        """Gives keys for token ids, and remembers them: hashing a prompt's chunks takes a millisecond, and prompts repeat chunks."""
+        known = self._known_keys
+        if known is None or known[0] is not namespace:
+            # A cache for each namespace: with the namespace in every entry, its lead-ins (a thousand numbers) would be hashed each time.
+            known = self._known_keys = namespace, lru_cache(KNOWN_KEYS)(partial(make_key, namespace))
+        return known[1]

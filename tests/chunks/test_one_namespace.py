@@ -12,7 +12,7 @@ from tiny import llama, tokenizer
 
 from cachetune_rag import CacheTune
 from cachetune_rag.chunks import lead_ins as leads_module
-from cachetune_rag.reuse.prefill import Assembler
+from cachetune_rag.reuse.lookup import ChunkLookup
 from cachetune_store import ChunkKey, ChunkStore, Namespace, make_key
 
 
@@ -83,9 +83,9 @@ def test_a_choice_in_the_midst_of_a_request_mixes_no_keys(
     before = engine.namespace
     monkeypatch.setattr(leads_module, "LATELY", 0.0)
     looked: list[ChunkKey] = []
-    look_up, open_ = Assembler._look_up, ChunkStore.open
+    look_up, open_ = ChunkLookup.find, ChunkStore.open
 
-    def choosing(self: Assembler, prompt: Any, namespace: Namespace, *rest: Any) -> Any:
+    def choosing(self: ChunkLookup, prompt: Any, namespace: Namespace, *rest: Any) -> Any:
         with CacheTune(llama(max_positions=4096), tokenizer(), tmp_path / "kv", host_budget=0) as other:
             other.precompute(CORPUS)
         return look_up(self, prompt, namespace, *rest)
@@ -94,7 +94,7 @@ def test_a_choice_in_the_midst_of_a_request_mixes_no_keys(
         looked.append(key)
         return open_(self, key, **options)
 
-    monkeypatch.setattr(Assembler, "_look_up", choosing)
+    monkeypatch.setattr(ChunkLookup, "find", choosing)
     monkeypatch.setattr(ChunkStore, "open", opened)
     prompt = engine.prompts.build(query="Who?", chunks=CHUNKS[:8])
     report = engine.generate(prompt=prompt, ratio="auto", max_new_tokens=1).report

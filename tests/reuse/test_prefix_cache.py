@@ -17,8 +17,9 @@ from cachetune_rag.chunks.lead_ins import LeadIns
 from cachetune_rag.concurrency.deadline import DeadlinePool
 from cachetune_rag.model import ModelAdapter
 from cachetune_rag.reuse.config import ReuseConfig
-from cachetune_rag.reuse.prefill import Assembler, PrefillState
+from cachetune_rag.reuse.prefill import Assembler
 from cachetune_rag.reuse.prefix_cache import MOST, PrefixCache
+from cachetune_rag.reuse.state import PrefillState
 from cachetune_rag.text.prompts.prompt import Chunk, Prompt
 from cachetune_store import ChunkStore, Namespace
 

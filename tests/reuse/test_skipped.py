@@ -16,7 +16,7 @@ from cachetune_rag.model import ModelAdapter
 from cachetune_rag.model.family.rope import Turn
 from cachetune_rag.model.plain.shift import ChunkShift, RowShift
 from cachetune_rag.reuse.config import ReuseConfig
-from cachetune_rag.reuse.prefill import PrefillState
+from cachetune_rag.reuse.state import PrefillState
 from cachetune_rag.selection import ReusedChunk, get_selector
 from cachetune_rag.selection.base import all_places, budget, total_budget
 from cachetune_store.readers import DiskReader

@@ -26,7 +26,7 @@ from cachetune_store.printing import shown
 
 if TYPE_CHECKING:
     from cachetune_rag.engine import CacheTune
-    from cachetune_rag.reuse.prefill import PrefillState
+    from cachetune_rag.reuse.state import PrefillState
 
 RATIOS = (0.0, 0.02, 0.05, 0.10, 0.15, 0.20, 0.30, 0.40, 0.50, 0.70)
 BOUNDS = {"kl": 0.05, "top1": 0.95}

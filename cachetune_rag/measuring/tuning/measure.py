@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Self
 from cachetune_rag.errors import CacheTuneError, ConfigError
 from cachetune_rag.measuring.tuning.cost import CostModel
 from cachetune_rag.reuse.config import ReuseConfig
-from cachetune_rag.reuse.prefill import TIERS, Assembler
+from cachetune_rag.reuse.lookup import TIERS
+from cachetune_rag.reuse.prefill import Assembler
 from cachetune_rag.text.prompts.prompt import Prompt
 from cachetune_store import ChunkKey, ChunkStore
 

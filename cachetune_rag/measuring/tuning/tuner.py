@@ -20,7 +20,7 @@ from cachetune_rag.measuring.tuning.measure import TierMeasure, TierTooSmallErro
 from cachetune_rag.measuring.tuning.result import Point, TierTuning, TuneProgress, TuningResult
 from cachetune_rag.measuring.tuning.search import Line, Measured, Search
 from cachetune_rag.reuse.config import PAPER, resolve
-from cachetune_rag.reuse.prefill import TIERS
+from cachetune_rag.reuse.lookup import TIERS
 from cachetune_rag.selection.frequency import FrequencySelector
 from cachetune_rag.text.prompts.prompt import Prompt
 from cachetune_store.chunk import BLOCK_ROWS

@@ -1,0 +1,186 @@
+"""The plan for one prompt: which tokens are computed, which stored rows are reused, and which of those are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cachetune_rag.concurrency.deadline import DeadlinePool
+from cachetune_rag.model import KVBuffers, ModelAdapter
+from cachetune_rag.model.plain.shift import ChunkShift
+from cachetune_rag.reuse.config import ReuseConfig
+from cachetune_rag.reuse.device_loader import DeviceLoader, Streams
+from cachetune_rag.reuse.layer_loader import LayerLoader, Source
+from cachetune_rag.reuse.lookup import FoundChunks
+from cachetune_rag.reuse.memory import KVMemory
+from cachetune_rag.reuse.selection_context import RequestContext, ids_of
+from cachetune_rag.selection import ReusedChunk, get_selector
+from cachetune_rag.selection.base import Selector, budget
+from cachetune_rag.text.prompts.prompt import Prompt
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done for a prompt that reuses something.
+
+    Attributes:
+        computed: bool [length], the tokens that go through the model.
+        exact: tokens before the first reused chunk: their rows are those of a full prefill.
+        kept: how many of these were kept from an earlier prompt.
+        sources: the reused chunks, with all of their rows.
+        buffers: where the prompt's keys and values are put together.
+        loader: brings the stored rows there.
+        shift: how the reused rows follow the recomputed ones; None if they don't.
+    """
+
+    computed: Tensor
+    exact: int
+    kept: int
+    sources: list[Source]
+    buffers: KVBuffers
+    loader: LayerLoader
+    shift: ChunkShift | None
+
+    @property
+    def reused(self) -> int:
+        """Chunk tokens whose stored rows are used."""
+        return int((~self.computed.numpy()).sum()) - self.kept
+
+    def sources_to_read(self) -> list[Source]:
+        """The reused chunks, with the rows of each that must be read."""
+        # A shift compares each recomputed token with what is stored of it, so it needs those rows too.
+        return needed_rows(self.sources, self.computed) if self.shift is None else self.sources
+
+
+class Loaders:
+    """Makes the loader of each prompt: on streams of its own where the model runs through the CUDA kernels, a plain one elsewhere."""
+
+    def __init__(self, adapter: ModelAdapter, pool: DeadlinePool):
+        self._adapter, self._pool = adapter, pool
+        self._streams: Streams | None = None
+
+    def make(self, sources: Sequence[Source], buffers: KVBuffers) -> LayerLoader:
+        """A loader that brings the rows of `sources` into `buffers`."""
+        if not self._adapter.cuda_kernels:
+            return LayerLoader(self._adapter, sources, buffers, self._pool)
+        if self._streams is None:
+            self._streams = Streams(self._adapter.device, self._adapter.num_layers)
+        return DeviceLoader(self._adapter, sources, buffers, self._pool, self._streams)
+
+
+class Planner:
+    """Decides what of a prompt is computed and what is reused."""
+
+    def __init__(self, adapter: ModelAdapter, loaders: Loaders):
+        self._adapter, self._loaders = adapter, loaders
+
+    def plan(
+        self, prompt: Prompt, found: FoundChunks, config: ReuseConfig, memory: KVMemory, stack: ExitStack, room: int
+    ) -> tuple[Plan | None, int]:
+        """Make the plan.
+
+        Args:
+            prompt: the prompt.
+            found: its stored chunks.
+            config: selector, ratio, and the share that is not even read.
+            memory: gives the buffers.
+            stack: closes the loader.
+            room: rows behind the prompt for an answer.
+
+        Returns:
+            The plan, None if all of the prompt is computed; and the token-layers that the selector computed.
+        """
+        if not found.chunks or len(prompt.ids) <= self._adapter.reuse_beyond:
+            return None, 0
+        exact = min(start for start, _ in found.chunks)
+        buffers, kept = memory.take(ids_of(prompt).numpy(), exact, room)
+        # NumPy throughout: for some ten thousand numbers, waking torch's threads takes longer than the work itself, and far longer
+        # where other processes keep the processor busy.
+        computed = np.ones(len(prompt.ids), np.bool_)  # before the selector adds to it
+        computed[:kept] = False
+        sources, unread = _sources(found, config, computed)
+        loader = self._loaders.make(sources, buffers)
+        stack.callback(loader.close)
+        selector = get_selector(config.selector) if config.skipped < config.ratio or not config.skipped else None
+        if selector is not None and selector.layers(self._adapter.num_layers):
+            loader.hurry()
+        computed[-1] = True  # also where a prompt ends in a chunk: the answer starts from it
+        context = RequestContext(self._adapter, prompt, sources, torch.from_numpy(computed), buffers, loader)
+        shift = None
+        if selector is not None:
+            computed, shift = _select(selector, context, config.ratio, computed, unread)
+        if computed[kept:].all():
+            return None, context.probed
+        return Plan(torch.from_numpy(computed), exact, kept, sources, buffers, loader, shift), context.probed
+
+
+def _sources(
+    found: FoundChunks, config: ReuseConfig, computed: NDArray[np.bool_]
+) -> tuple[list[Source], NDArray[np.bool_]]:
+    """The reused chunks with the rows of each that are read, and which tokens are not read; `computed` becomes False where rows are."""
+    unread = np.zeros_like(computed)
+    sources = []
+    for start, reader in found.chunks:
+        tokens = reader.layout.tokens
+        source = Source(reader, start, tokens - budget(config.skipped, tokens))
+        # Rows that are not read are computed from the first layer on, also while a selector looks at layers.
+        computed[source.places[: source.rows]] = False
+        unread[source.places[source.rows :]] = True
+        sources.append(source)
+    return sources, unread
+
+
+def _select(
+    selector: Selector,
+    context: RequestContext,
+    ratio: float,
+    computed: NDArray[np.bool_],
+    unread: NDArray[np.bool_],
+) -> tuple[NDArray[np.bool_], ChunkShift | None]:
+    """What is computed with the tokens that the selector adds, and the shift of what is reused."""
+    selected = selector.select(context, ratio)
+    computed = computed.copy()  # the context keeps what it was given
+    computed[selected.numpy()] = True
+    return computed, chunk_shift(selector.shift, context.chunks, computed & ~unread)
+
+
+def chunk_shift(strength: float, chunks: Sequence[ReusedChunk], selected: NDArray[np.bool_]) -> ChunkShift | None:
+    """The chunk shift of what is reused; None where nothing moves.
+
+    Only a chunk that is a mean over lead-ins is shifted. A chunk that was captured behind one lead-in differs by that lead-in too,
+    and the shift would carry that along (docs/selection.md, "Cautions about the shift").
+
+    Args:
+        strength: the selector's.
+        chunks: the reused chunks.
+        selected: bool [length], the recomputed tokens whose stored rows are read; for others no difference is known.
+    """
+    spans = []
+    before = [0, *np.cumsum(selected).tolist()] if strength else []
+    for chunk in chunks if strength else ():
+        start, end = chunk.start, chunk.start + chunk.tokens
+        if chunk.deviations is not None and 0 < before[end] - before[start] < chunk.tokens - chunk.skipped:
+            spans.append((start, end))
+    if not spans:
+        return None
+    return ChunkShift(strength, spans, torch.from_numpy(selected) if any(c.skipped for c in chunks) else None)
+
+
+def needed_rows(sources: Sequence[Source], computed: Tensor) -> list[Source]:
+    """Rows to read of each chunk: all but the last ones in ranking order that are recomputed anyway (sparse transfer)."""
+    places = np.concatenate([s.places for s in sources])
+    reused = (~computed.numpy()[places]).nonzero()[0]
+    ends = np.cumsum([s.reader.layout.tokens for s in sources])
+    needed = []
+    for source, end, before in zip(sources, ends, np.searchsorted(reused, ends), strict=True):
+        tokens = source.reader.layout.tokens
+        # The last reused row before the chunk's end, if it belongs to this chunk.
+        last = int(reused[before - 1]) - (int(end) - tokens) if before else -1
+        needed.append(source.first(max(0, last + 1)))
+    return needed

@@ -1,0 +1,91 @@
+"""What a prefill gives: the prompt's logits and cache, and the report of what was reused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from cachetune_rag.model import KVBuffers
+from cachetune_rag.report import Report
+from cachetune_rag.reuse.config import ReuseConfig
+from cachetune_rag.reuse.lookup import Faults, FoundChunks
+from cachetune_rag.reuse.plan import Plan
+from cachetune_rag.text.prompts.prompt import Prompt
+
+
+@dataclass(frozen=True)
+class PrefillState:
+    """A prompt that has been read; decoding goes on from here.
+
+    Attributes:
+        logits: of the prompt's last token, [1, vocab].
+        cache: an ordinary transformers cache of the whole prompt, in position order.
+        report: what happened.
+        prompt: the prompt.
+        missed: numbers of the prompt's chunks that were not in the store and should be stored now (equal chunks once).
+        buffers: the memory that `cache` shows; None where the whole prompt was computed.
+    """
+
+    logits: Tensor
+    cache: Cache
+    report: Report
+    prompt: Prompt
+    missed: tuple[int, ...] = ()
+    buffers: KVBuffers | None = None
+
+
+def full_report(prompt: Prompt, seconds: float) -> Report:
+    """The report of a full prefill, which reads nothing."""
+    return Report(
+        len(prompt.ids), 0, 0, 0, {}, 1.0, "all", seconds, {"compute": seconds}, full=True, retrieved=prompt.retrieved
+    )
+
+
+def report_of(
+    prompt: Prompt,
+    config: ReuseConfig,
+    found: FoundChunks,
+    plan: Plan | None,
+    faults: Faults,
+    *,
+    kept: int,
+    skipped: int,
+    probed: int,
+    ttft: float,
+    timings: dict[str, float],
+) -> Report:
+    """The report of a prefill with reuse.
+
+    Args:
+        prompt: the prompt.
+        config: the settings that were used.
+        found: the chunks that were open; the bytes that were read of them are counted now.
+        plan: what was computed; None if all of the prompt was.
+        faults: chunks that could not be read.
+        kept: tokens whose rows were kept from an earlier prompt.
+        skipped: rows of a layer that were not read, since they were computed anyway.
+        probed: token-layers that the selector computed.
+        ttft, timings: seconds to the first token, and by phase.
+    """
+    reused = 0 if plan is None else plan.reused
+    return Report(
+        prompt_tokens=len(prompt.ids),
+        reused=reused,
+        recomputed=found.tokens - reused,
+        missed=found.missed,
+        bytes_read=found.bytes_read(),
+        ratio=config.ratio,
+        selector=config.selector,
+        ttft=ttft,
+        timings=timings,
+        prefix_kept=kept,
+        damaged=len(faults.damaged),
+        unreadable=len(faults.unreadable),
+        timed_out=len(faults.timed_out),
+        recognised=prompt.recognised,
+        probed=probed,
+        skipped=skipped,
+        retrieved=prompt.retrieved,
+    )
