@@ -1,7 +1,7 @@
-"""What a prompt's last tokens make of its keys and values: the attention that each key receives, and how much an error of
-each key and value would disturb them.
+"""Attention of a prompt's last (watched) tokens: how much of it each key receives, and how much an error of each key and value
+would change their outputs.
 
-How many tokens are watched, and where deviations lie, is read on the device, so that one captured graph serves every prompt.
+The number of watched tokens and the address of the deviations are read on the device, so that one captured graph serves every prompt.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from cachetune_rag.kernels.support import LOG2E, aligned, power_of_two, precision
 
 TINY = 1e-6
-"""Shortest layer input that is divided by."""
+"""Shorter layer inputs count as this long, so that nothing is divided by zero."""
 
 
 @triton.jit(do_not_specialize=["layer", "tokens", "window"])

@@ -1,4 +1,4 @@
-"""Which models can be served: checks at load, by name and with the reason."""
+"""Checks at load which models can be served. Others are refused by name, with the reason."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _ATTENTION_PARTS = ("k_proj", "qkv_proj", "query_key_value", "Wqkv", "c_attn")
 def check(model: Any) -> None:
     """Raise UnsupportedModelError for kinds of model that reuse can't be exact for.
 
-    What passes is still compared with its own keys before it is served (`ModelAdapter`), so an unknown family is
-    either right or refused.
+    A model that passes is still checked against its own keys before it is served (`LoadCheck`), so an unknown family is
+    either served exactly or refused.
     """
     name, config = type(model).__name__, model.config.get_text_config(decoder=True)
     if getattr(model.config, "is_encoder_decoder", False):
@@ -81,7 +81,7 @@ def attention_layers(decoder: nn.Module, count: int, architecture: str) -> list[
 
 
 def decoder_layers(decoder: nn.Module, attentions: list[nn.Module], architecture: str) -> list[nn.Module]:
-    """The decoder layer that each attention module stands in: its input is the residual stream."""
+    """The decoder layer that contains each attention module. Its input is the residual stream."""
     for stack in decoder.modules():
         if isinstance(stack, nn.ModuleList) and len(stack) == len(attentions):
             pairs = zip(stack, attentions, strict=True)

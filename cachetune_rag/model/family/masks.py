@@ -34,8 +34,8 @@ def check_layer_types(config: Any, architecture: str) -> None:
 def window_of(config: Any, decoder: nn.Module) -> int | None:
     """The sliding window that the model applies, None where it has none.
 
-    A config may name a window that its architecture knows nothing of (a Mistral converted to Llama); whether the
-    modelling code builds masks with one tells.
+    A config may name a window that its architecture doesn't apply (a Mistral converted to Llama). The window counts only if the
+    modelling code can build masks with one.
     """
     code = sys.modules[type(decoder).__module__]
     if not any(hasattr(code, name) for name in ("create_sliding_window_causal_mask", "create_masks_for_generate")):
@@ -59,7 +59,7 @@ def build(config: Any, window: int | None, positions: Tensor, length: int, dtype
 
 
 def placeholder(config: Any, device: torch.device) -> Any:
-    """What a model gets in place of masks when attention needs none, so that it builds none itself."""
+    """A tiny mask for forwards whose attention ignores masks. It keeps the model from building masks itself."""
     empty = torch.zeros(1, 1, 1, 1, dtype=torch.float32, device=device)
     kinds = set(getattr(config, "layer_types", None) or ())
     return dict.fromkeys(kinds, empty) if kinds else empty

@@ -21,7 +21,7 @@ from cachetune_rag.errors import UnsupportedModelError
 Tables = tuple[Tensor, Tensor]
 
 _FIXED = {"default", "linear", "llama3", "yarn"}
-"""Kinds of scaling whose frequencies don't depend on how long a prompt is."""
+"""Kinds of scaling whose frequencies don't depend on the length of the prompt."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Rotary:
         self._known_length = 0
         self._used: dict[Any, Tensor | None] = {}
         self._functions = [_rotation_function(a, architecture) for a in attentions]
-        # Layers that apply no rotation at all (SmolLM3, Cohere 2); settled by the check at load.
+        # False for layers that apply no rotation at all (SmolLM3, Cohere 2); the check at load sets it.
         self.rotated = [True] * len(attentions)
 
     def tables(self, length: int, like: Tensor) -> dict[str | None, Tables]:
@@ -79,7 +79,7 @@ class Rotary:
         """
         if not self._fixed:
             return self._make(length, like)
-        # The same for every prompt: made once, for more positions than were asked for.
+        # The tables are the same for every prompt: they are made once, for more positions than this prompt has.
         known = self._known
         if known is None or self._known_length < length or next(iter(known.values()))[0].device != like.device:
             self._known_length = -(-length // 4096) * 4096
@@ -140,10 +140,10 @@ class Rotary:
         return [made[key] for key in keys]
 
     def _columns_used(self, layer: int, columns: int, width: int, head_dim: int, device: torch.device) -> Tensor | None:
-        """Which column of the tables each turned channel is turned by; None where it is the one of its number."""
+        """The column of the tables that each rotated channel uses; None if channel i uses column i everywhere."""
         key = layer, columns, head_dim, device
-        if key not in self._used:  # comparing waits for the device, which no request should
-            # What the model's function makes of ones, by a table that counts.
+        if key not in self._used:  # kept, because the comparison below waits for the device
+            # Rotating ones by a table whose column i holds i shows which column each channel uses.
             count = torch.arange(columns, dtype=torch.float32, device=device)[None]
             ones = count.new_ones(1, 1, head_dim)
             used = self.rotate(layer, ones, count, torch.zeros_like(count))[0, 0, :width].round().long()
@@ -151,7 +151,7 @@ class Rotary:
         return self._used[key]
 
     def comes_apart(self, layer: int, cos: Tensor, sin: Tensor, head_dim: int) -> bool:
-        """Whether `turn` is the layer's rotation, up to rounding; tables of some positions [tokens, rotary_dim]."""
+        """Whether `turn` equals the layer's rotation, except for rounding. `cos` and `sin` are tables [tokens, rotary_dim]."""
         turn = self.turn(layer, cos, sin, head_dim)
         if turn is None:
             return True

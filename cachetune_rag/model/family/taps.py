@@ -1,10 +1,10 @@
 """Where a family's attention lets keys and queries be read before they are rotated.
 
 RoPE runs before `cache.update`, so what a cache receives is rotated already, and rotating back is not exact. The
-vectors before the rotation are the output of a submodule of the attention: a norm over keys where the family has
-one, the key projection elsewhere, or a slice of a fused projection. Forward hooks read them there; no model code is
-replaced. Which submodule it is, and how its output is laid out, is settled once at load by comparing what a tap gives
-with what the model puts into its cache (see `loadcheck.py`).
+vectors before the rotation are the output of a submodule of the attention: a norm over keys if the family has
+one, otherwise the key projection, or a slice of a fused projection. Forward hooks read them there; no model code is
+replaced. The check at load finds the submodule and the layout of its output: it compares the tapped keys, rotated,
+with the keys that the model puts into its cache (see `loadcheck.py`).
 """
 
 from __future__ import annotations
@@ -90,10 +90,10 @@ def candidates(attention: nn.Module, shape: HeadShape) -> Iterator[Tap]:
 
 
 class Hooks:
-    """Hooks for a while; end it by `hooks.live = False` and `remove()`.
+    """Temporary hooks. To end them, set `hooks.live = False`, then call `remove()`.
 
-    Each hook looks at `live` first: where Ctrl-C comes between the making of one and the noting of its handle, it stays on its
-    module, and must do nothing there. (Setting an attribute is one step; entering a method is not.)
+    Each hook checks `live` first: if Ctrl-C arrives after a hook was registered and before its handle was stored, the hook stays
+    on its module, and must do nothing there. (Setting an attribute can't be interrupted halfway; calling a method can.)
     """
 
     def __init__(self) -> None:
@@ -101,7 +101,7 @@ class Hooks:
         self.handles: list[RemovableHandle] = []
 
     def remove(self) -> None:
-        """Take them off their modules."""
+        """Remove the hooks from their modules."""
         for handle in self.handles:
             handle.remove()
 
@@ -176,7 +176,7 @@ def first_matching(taps: Iterator[Tap], outputs: dict[str, Tensor], wanted: Call
             continue
         try:
             keys = tap.key(output)
-        except RuntimeError:  # the layout does not fit: another family's
+        except RuntimeError:  # the output doesn't have this layout
             continue
         if wanted(keys):
             return tap

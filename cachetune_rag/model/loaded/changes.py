@@ -1,17 +1,17 @@
-"""Noticing that a model's weights are no longer those that stored keys and values were computed with.
+"""Notices that a model's weights are no longer those that stored keys and values were computed with.
 
-Nobody tells an engine that its caller has merged an adapter or trained on. Reading all weights tells, and takes seconds; so before
-and behind each use an engine looks at what costs next to nothing:
+An engine isn't told when its caller merges an adapter or continues training. Reading all weights would show it, but takes seconds.
+So before and after each use an engine checks what costs almost nothing:
 
 - which modules and parameters there are (a layer wrapped by an adapter, a parameter replaced),
 - how often autograd has counted a change in place (an optimiser's step, `load_state_dict`, `add_`),
 - where each weight's memory is, and its dtype (`model.to(...)`, `weight.data = ...`),
-- a few elements of each weight (`weight.data += ...`, which nothing counts); where asking for them means waiting for a device, of
-  some weights with each request, by turns,
-- which adapters of PEFT's are active, merged or scaled otherwise.
+- a few elements of each weight (`weight.data += ...`, which autograd doesn't count); on a GPU, where reading them means waiting, each
+  request checks a different part of the weights,
+- which PEFT adapters are active, merged or scaled differently.
 
-A change of a few single elements through `.data` or NumPy goes unnoticed, and so do other attributes of modules; the caller says
-so (`CacheTune.model_changed`).
+A change of a few single elements through `.data` or NumPy is not noticed, nor are other attributes of modules: then the caller calls
+`CacheTune.model_changed`.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from cachetune_rag.model.libraries.private import BUFFERS, MODULES, NON_PERSISTENT, PARAMETERS, version_of, versions_of
 
 SAMPLES = 8
-"""Elements that are looked at in each of two places of a weight."""
+"""Elements that are compared at each of two places of a weight."""
 TOGETHER = 32
-"""Places that are looked at together where weights lie on a device, which takes one kernel."""
+"""Places that are compared together on a GPU, by one kernel."""
 
 
 class Weights:
@@ -43,7 +43,7 @@ class Weights:
         self._model = model
         self._names = {id(m): name or type(model).__name__ for name, m in model.named_modules()}
         parts = [vars(module) for module in model.modules()]
-        # Each module's dictionaries themselves: what is put in or taken out shows.
+        # The modules' own dictionaries, so that additions and removals show.
         self._dicts = [part[kind] for part in parts for kind in (PARAMETERS, MODULES) if part[kind]]
         self._copies = [dict(part) for part in self._dicts]
         self._buffers = [
@@ -66,10 +66,10 @@ class Weights:
         self._tuners = [module for module in model.modules() if _is_tuner(module)]
 
     def change(self, *, every: bool = True) -> str | None:
-        """What is different now, as words that fit behind "the model was changed: "; None if nothing seems to be.
+        """What has changed, in words that continue "the model was changed: "; None if nothing seems to have changed.
 
         Args:
-            every: look at elements of every weight; False: on a device, of some of them, each time of others.
+            every: compare elements of every weight. False: on a GPU, of a different part of the weights with each call.
         """
         if not self._same_parts():
             return self._structure()
@@ -88,22 +88,22 @@ class Weights:
         return None
 
     def counted_change(self) -> str | None:
-        """As `change`, of what autograd has counted alone."""
+        """As `change`, but checks only the changes that autograd counts."""
         versions = versions_of(self._counted)
         if versions == self._versions:
             return None
         return f"{_first(self._counted_names, versions, self._versions)} was changed in place"
 
     def _same_parts(self) -> bool:
-        # A dictionary compares what it holds by identity first, in a third of the time that Python code takes. What is another
-        # tensor, it compares element by element, which has no single answer.
+        # Comparing dictionaries compares their values by identity first, three times as fast as Python code would. A different
+        # tensor is then compared element by element, which raises, for the result isn't one bool.
         try:
             return self._dicts == self._copies
         except (RuntimeError, TypeError, ValueError):
             return False
 
     def _structure(self) -> str:
-        """Which module or parameter isn't what it was."""
+        """Names the module or parameter that was replaced, added or removed."""
         known = {id(part) for copy in self._copies for part in copy.values()}
         for name, module in self._model.named_modules():
             if id(module) not in known and module is not self._model:
@@ -118,7 +118,7 @@ class _HostSample:
     """Some elements of all weights in the host's memory, as their bytes."""
 
     def __init__(self, names: list[str], views: list[Tensor]):
-        # Bytes are put together a hundred times sooner than tensors are.
+        # Joining bytes is a hundred times faster than joining tensors.
         arrays: list[Any] = [view.numpy() for view in views]
         self._names, self._views = names, [memoryview(array).cast("B") for array in arrays]
         self._values = b"".join(self._views)
@@ -137,7 +137,7 @@ class _DeviceSample:
 
     def __init__(self, names: list[str], views: list[Tensor]):
         pairs = list(zip(names, views, strict=True))
-        # Mixed, for what is changed is mostly of one kind: the same projection of every layer.
+        # Shuffled, because a change usually affects one kind of weight: the same projection of every layer.
         random.Random(0).shuffle(pairs)
         self._parts = [_DevicePart(pairs[at : at + TOGETHER]) for at in range(0, len(pairs), TOGETHER)]
         self._next = 0
@@ -177,7 +177,7 @@ def _samples(tensors: dict[str, Tensor]) -> list[_HostSample | _DeviceSample]:
 
 
 def in_host_memory(device: torch.device) -> bool:
-    """Whether elements of tensors there can be looked at without waiting for anything."""
+    """Whether elements of tensors there can be read without waiting for a device."""
     return device.type == "cpu"
 
 
@@ -212,7 +212,7 @@ def _is_tuner(module: nn.Module) -> bool:
 
 
 def _told(adapters: list[tuple[Any, ...]]) -> str:
-    """The first layer's, which mostly are everyone's."""
+    """Describes the adapters of the first layer; the others usually have the same."""
     if not adapters:
         return "none"
     name, active, merged, off, scaling = adapters[0]
@@ -225,7 +225,7 @@ def _told(adapters: list[tuple[Any, ...]]) -> str:
 
 
 def _rewritten(model: nn.Module, name: str) -> bool:
-    """Whether a buffer isn't saved with the model: families rewrite such ones as they run."""
+    """Whether a buffer isn't saved with the model: some families rewrite such buffers during a forward."""
     path, _, leaf = name.rpartition(".")
     return leaf in vars(model.get_submodule(path))[NON_PERSISTENT]
 

@@ -1,6 +1,6 @@
-"""The check at load: are stored keys, rotated by us, the keys that the model would cache?
+"""The check at load: do stored keys, once rotated by this package, equal the keys that the model caches?
 
-An unknown family is either served exactly or refused by name; nothing is taken on trust.
+So an unknown family is either served exactly or refused by name.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SHIFT, _NOISE = 64, 0.2
 
 
 class LoadCheck:
-    """Runs a few tokens through a model and looks at its attention from outside.
+    """Runs a few tokens through a model and compares what goes in and out of its attention.
 
     Args:
         architecture: the model's class name, for messages.
@@ -52,8 +52,8 @@ class LoadCheck:
     ) -> tuple[list[taps.Tap], tuple[LayerSpec, ...]]:
         """Compare each layer's tapped and rotated keys with the keys the model hands to its cache.
 
-        Settles which submodule a family's unrotated keys come from, how they are laid out and which layers rotate
-        (`Rotary.rotated`).
+        This finds the submodule that returns the keys before rotation, the layout of its output, and the layers that rotate
+        (it sets `Rotary.rotated`).
 
         Args:
             device: where the model is.

@@ -1,4 +1,4 @@
-"""The probe: what some tokens' queries, in the first layers, make of the KV that a prompt was put together from.
+"""The probe: runs some tokens through the first layers and reads how they attend to the assembled KV of their prompt.
 
 Plain torch, for any device. On a GPU the kernels add up the received attention themselves (`DeviceForward.received`).
 """
@@ -22,7 +22,7 @@ from cachetune_rag.model.plain.watch import Shown, Watch, heads_of_rows, rows_of
 from cachetune_store.layout import LayerSpec
 
 _TINY = 1e-6
-"""Shortest layer input that is divided by."""
+"""Shorter layer inputs count as this long, so that nothing is divided by zero."""
 
 _Look = Callable[[Shown, Tensor], None]
 """Gets what a layer shows, and 1 / |x| of the watched tokens' layer inputs x, [queries]."""
@@ -53,7 +53,7 @@ class ProbePass:
 
 
 class Probe:
-    """Forwards through the first layers that look at the last tokens' attention.
+    """Forwards through the first layers in which the last tokens' attention is read.
 
     Args:
         attentions: the attention module of each layer.
@@ -160,12 +160,12 @@ class Probe:
                 return
 
     def _run_shown(self, probe: ProbePass, watch: Watch) -> None:
-        """What attention computes anyway is shown."""
+        """Reads the weights that this package's attention computes anyway."""
         with watched(watch):
             self._run_pass(probe)
 
     def _run_tapped(self, probe: ProbePass, watch: Watch) -> None:
-        """Attention is a family's own: what is shown is computed beside it."""
+        """The model runs its own attention, so the weights are computed a second time beside it."""
         place = probe.positions[-watch.tokens :]
         rows = rows_of(self._tables(probe.buffers.length), place)
         asked: dict[int, Tensor] = {}

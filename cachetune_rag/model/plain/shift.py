@@ -1,4 +1,4 @@
-"""Chunk shift: what the recomputed tokens of a chunk show to have changed is carried over to its reused ones.
+"""Chunk shift: the average change of a chunk's recomputed tokens is added to its reused tokens.
 
 Chunks are captured without what stands before them in a prompt, and the KV of neighbouring tokens is off in much the same
 way. Ours; docs/selection.md has the measurements.
@@ -15,7 +15,7 @@ from torch import Tensor
 from cachetune_rag.model.family.rope import Turn
 
 KAPPA = 2.0
-"""Recomputed tokens that a chunk needs before half of what they show is believed."""
+"""With this many recomputed tokens, half of their average change is applied; with more tokens, more of it."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ChunkShift:
         spans: (start, end) of each chunk, ascending; all of their stored rows must stand in the buffers, those of recomputed
             tokens too.
         known: bool [length], the recomputed tokens whose stored rows do stand there, where not all do: S is of these alone.
-        kappa: how many tokens' worth of doubt.
+        kappa: how many recomputed tokens it takes until half of their average change is applied.
     """
 
     strength: float
@@ -45,10 +45,10 @@ class ChunkShift:
 
 
 class RowShift:
-    """A `ChunkShift` worked out for one forward.
+    """A `ChunkShift`, prepared for one forward.
 
     Args:
-        shift: what is asked for.
+        shift: the shift to apply.
         positions: the tokens that are computed, [selected], ascending.
         turns: the rotation of each layer, None where there is none.
     """
@@ -61,7 +61,7 @@ class RowShift:
         touched = [(*span, *b) for span, b in zip(shift.spans, bounds.tolist(), strict=True) if b[0] < b[1]]
         self._spans = [(start, end) for start, end, _, _ in touched]
         inside = torch.cat([torch.arange(first, last) for _, _, first, last in touched] or [places.new_empty(0)])
-        # A row a chunk: applied to all differences at once, it gives every chunk's shift.
+        # One row for each chunk: multiplied with all differences, the matrix gives the shift of every chunk.
         weights = torch.zeros(len(touched), len(inside), dtype=torch.float32)
         column = 0
         for row, (_, _, first, last) in enumerate(touched):
