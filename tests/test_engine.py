@@ -20,6 +20,7 @@ from cachetune_rag import CacheTune, Document, UnknownDocumentError
 from cachetune_rag.errors import ConfigError, EngineClosedError, PromptTooLongError
 from cachetune_rag.options import EngineOptions, StoreOptions
 from cachetune_rag.reuse.prefix_cache import PrefixCache
+from cachetune_rag.runtime import Runtime
 from cachetune_store import ChunkStore
 
 CHUNKS = [
@@ -550,7 +551,7 @@ def test_the_options_that_editors_show_are_those_that_there_are() -> None:
 
     store = arguments(ChunkStore.__init__, "path")
     assert get_type_hints(StoreOptions) == store
-    own = arguments(CacheTune.__init__, "model", "tokenizer", "store", "store_options")
+    own = arguments(Runtime.__init__, "model", "tokenizer", "store", "store_options")
     assert get_type_hints(EngineOptions) == own | {name: store[name] for name in store if name != "device"}
     answered = [inspect.signature(method).parameters for method in (CacheTune.generate, CacheTune.stream)]
     assert answered[0] == answered[1]
