@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -14,9 +15,11 @@ from llama_index.core.evaluation import ContextRelevancyEvaluator, FaithfulnessE
 from llama_index.core.indices.base import BaseIndex
 from llama_index.core.node_parser import SentenceSplitter, SentenceWindowNodeParser
 from llama_index.core.postprocessor import MetadataReplacementPostProcessor
-from llama_index.core.query_engine import CitationQueryEngine, CustomQueryEngine
+from llama_index.core.query_engine import CitationQueryEngine, CustomQueryEngine, SubQuestionQueryEngine
+from llama_index.core.question_gen.types import BaseQuestionGenerator, SubQuestion
 from llama_index.core.response_synthesizers import ResponseMode
-from llama_index.core.schema import NodeWithScore, TextNode
+from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
+from llama_index.core.tools import QueryEngineTool, ToolMetadata
 
 from cachetune_rag import CacheTune, Report
 from llama_index.llms.cachetune import CacheTuneLLM, CacheTuneSynthesizer, KVPrecompute
@@ -125,6 +128,32 @@ async def test_what_an_evaluator_judges_is_not_learned(engine: CacheTune, llm: C
     await evaluator(llm=llm).aevaluate(query=QUESTION, response="214", contexts=TEXTS)
     check_all_found(report_of(llm))
     assert {info.id for info in engine.documents()} == {"d0", "d1", "d2"}
+
+
+class TwoQuestions(BaseQuestionGenerator):
+    """Asks the same tool twice."""
+
+    def generate(self, tools: Sequence[ToolMetadata], query: QueryBundle) -> list[SubQuestion]:
+        return [SubQuestion(sub_question=f"{query.query_str} ({i})", tool_name="lights") for i in range(2)]
+
+    async def agenerate(self, tools: Sequence[ToolMetadata], query: QueryBundle) -> list[SubQuestion]:
+        return self.generate(tools, query)
+
+    def _get_prompts(self) -> dict[str, Any]:
+        return {}
+
+    def _update_prompts(self, prompts: dict[str, Any]) -> None: ...
+
+
+@pytest.mark.parametrize("use_async", [False, True])
+def test_answers_to_sub_questions_were_not_retrieved(engine: CacheTune, llm: CacheTuneLLM, use_async: bool) -> None:
+    """The last prompt shows these answers as nodes; no store can have them."""
+    tool = QueryEngineTool.from_defaults(index_of().as_query_engine(llm=llm, similarity_top_k=1), name="lights")
+    query_engine = SubQuestionQueryEngine.from_defaults(
+        [tool], llm=llm, question_gen=TwoQuestions(), use_async=use_async, verbose=False
+    )
+    reports = query_engine.query(QUESTION).metadata["cachetune_reports"]
+    assert [report["retrieved"] > 0 for report in reports] == [True, True, False]
 
 
 def test_a_retriever_of_ones_own_is_told(engine: CacheTune, llm: CacheTuneLLM) -> None:

@@ -58,6 +58,7 @@ class Trace:
         reports: reports of the requests within it, in the order of their first pieces; a request's report changes until it ends.
         requests: how many requests were begun within it.
         deletions: what was deleted within it, in the span that is the run of an ingestion pipeline.
+        was_returned: whether a span within it has returned nodes, as a retriever's does.
         judged: it is the query of an evaluator, whose documents are made for this query and known to no index.
     """
 
@@ -66,6 +67,7 @@ class Trace:
     reports: list[dict[str, Any]] = field(default_factory=list)
     requests: int = 0
     deletions: Deletions | None = None
+    was_returned: bool = False
     judged: bool = False
 
     def around(self) -> Iterator[Trace]:
@@ -81,18 +83,35 @@ class Trace:
         *_, outermost = self.around()
         return list(outermost.retrieved.values())
 
-    def holds(self, nodes: object) -> None:
-        """Nodes were retrieved, or are going to be shown. Their texts are taken now: the framework changes nodes in place."""
-        if isinstance(nodes, Sequence) and not isinstance(nodes, str):
-            found = chunks_of(item for item in nodes if isinstance(item, NodeWithScore))
-            if any(span.judged for span in self.around()):
-                found = [Chunk(chunk.text) for chunk in found]  # of no document, so that it isn't learned
+    def add_returned(self, nodes: object) -> None:
+        """A span has returned `nodes`, if that is what they are."""
+        if found := _chunks(nodes):
             for span in self.around():
-                for chunk in found:
-                    known = span.retrieved.get(chunk.text)
-                    # What is retrieved again is known to be there now.
-                    if known is None or known.document is None or known.document == chunk.document:
-                        span.retrieved[chunk.text] = chunk
+                span.was_returned = True
+            self._add(found)
+
+    def add_given(self, nodes: object) -> None:
+        """A synthesizer was given `nodes` to show.
+
+        Nodes that a synthesizer is given without any retriever's span count as retrieved: a retriever of the user's own may have found
+        them. But where retrievers did return nodes, a node that none of them returned and that has no source document is a text
+        made in between, such as the answer to a sub-question. It was not retrieved, and can't be in the store.
+        """
+        *_, outermost = self.around()
+        found = _chunks(nodes)
+        if outermost.was_returned:
+            found = [chunk for chunk in found if chunk.document is not None or chunk.text in outermost.retrieved]
+        self._add(found)
+
+    def _add(self, found: Sequence[Chunk]) -> None:
+        if any(span.judged for span in self.around()):
+            found = [Chunk(chunk.text) for chunk in found]  # of no document, so that it isn't learned
+        for span in self.around():
+            for chunk in found:
+                known = span.retrieved.get(chunk.text)
+                # What is retrieved again is known to be there now.
+                if known is None or known.document is None or known.document == chunk.document:
+                    span.retrieved[chunk.text] = chunk
 
     @property
     def ingestion(self) -> Deletions | None:
@@ -154,7 +173,7 @@ class Traces(BaseSpanHandler[BaseSpan]):
         """A span begins."""
         trace = Trace(self._span(parent_id) or _STREAM.get())
         if isinstance(instance, BaseSynthesizer):
-            trace.holds(bound_args.arguments.get("nodes"))
+            trace.add_given(bound_args.arguments.get("nodes"))
         if isinstance(instance, IngestionPipeline):
             trace.deletions = Deletions()
         trace.judged = isinstance(instance, BaseQueryEngine) and _is_evaluation()
@@ -174,7 +193,7 @@ class Traces(BaseSpanHandler[BaseSpan]):
             return
         if trace.deletions is not None:
             trace.deletions.settle(result or ())
-        trace.holds(result)
+        trace.add_returned(result)
         if isinstance(instance, BaseSynthesizer):
             # Some synthesizers make the request of a stream when its first piece is asked for, behind their span.
             if isinstance(result, StreamingResponse):
@@ -215,11 +234,21 @@ class Traces(BaseSpanHandler[BaseSpan]):
         """Not used: spans are kept by `span_enter`."""
 
 
+def _chunks(nodes: object) -> list[Chunk]:
+    """The texts of nodes, taken now because the framework changes nodes in place; none of anything else."""
+    if not isinstance(nodes, Sequence) or isinstance(nodes, str):
+        return []
+    return chunks_of(item for item in nodes if isinstance(item, NodeWithScore))
+
+
 def _is_evaluation() -> bool:
-    """Whether an evaluator's own code asks here.
+    """Whether this call was made by an evaluator.
 
     Evaluators put the contexts that they judge into an index that lives for one query, under document ids that nobody will ever
-    delete. They open no span, so it is the stack that tells.
+    delete. Nothing public tells: `BaseEvaluator` opens no span, sends no event and takes no callbacks; its index, documents
+    and query engine are ordinary ones; and its prompts can be replaced by the user, so they identify nothing. That leaves the call
+    stack. It holds the evaluator because the framework's evaluators query within `evaluate` or `aevaluate`, on the same thread
+    and task. One that hands its query to another task isn't recognised, and what it judges is learned like other nodes.
     """
     frame = inspect.currentframe()
     while frame is not None:
