@@ -20,6 +20,7 @@ from tiny import llama, tokenizer
 
 from cachetune_rag import CacheTune, Document
 from cachetune_rag.concurrency.deadline import DeadlinePool
+from cachetune_rag.model.opened_model import open_model
 from cachetune_rag.reuse import device_loader as device_module
 from cachetune_rag.reuse.device_loader import DeviceLoader, Streams
 from cachetune_rag.reuse.host_copies import HostCopies
@@ -91,7 +92,7 @@ def engine(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(device_module, "host_copies", lambda: HostCopies(run) if by_address else None)
     with opened(tmp_path, llama(layers=layers), codec=codec) as made:
         made.precompute([Document("a", TEXTS)])
-        assert made.adapter._half_split() == [True] * layers
+        assert open_model(made.adapter.model).half_split() == [True] * layers
         yield made
 
 
