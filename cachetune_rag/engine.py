@@ -26,7 +26,7 @@ from cachetune_rag.measuring.calibration.result import Calibration, check_savabl
 from cachetune_rag.measuring.tuning import TuneProgress, TuningResult
 from cachetune_rag.measuring.tuning.tuner import R_MAX, ROUNDS, TOKENS, Tuner, TuningPlan
 from cachetune_rag.model.loading import load_model
-from cachetune_rag.options import ENGINE_NAMES, EngineOptions, check_names
+from cachetune_rag.options import ENGINE_NAMES, EngineArguments, check_names
 from cachetune_rag.readahead.prefetcher import Prefetch
 from cachetune_rag.report import PrecomputeSummary
 from cachetune_rag.reuse.state import PrefillState
@@ -50,24 +50,9 @@ class CacheTune:
             weights through modules of their own, in eval mode. Several engines may be made on one model.
         tokenizer: its tokenizer.
         store: a folder for the KV store, an open `ChunkStore`, or None to keep KV in memory only.
-        prompt_template: text with {prefix}, {chunks} and {query}; default: the tokenizer's chat template.
-        chat_template_kwargs: variables of the chat template for every prompt that doesn't give its own, e.g.
-            {"enable_thinking": False}; or chat_template, the name of another of the tokenizer's templates, or a text.
-        chunk_separator: text between chunks; it is computed, never stored.
-        lead_in: what is put before a chunk when it is precomputed. "auto": stretches of the texts that are stored, once they
-            have 1,024 tokens, and the prompt's first token before that; the mean of the KV behind them is kept. They are
-            chosen once for a store, model and tenant, and stay. "first_token": the prompt's first token. Or token ids, or a
-            list of several lists of these. Behind a single lead-in, KV is exact where the chunk stands right behind it.
-        tenant: chunks of different tenants never meet.
-        batch_tokens: tokens that precompute runs at once; default: 8192 on a GPU, one chunk at a time on a CPU.
-        cuda_kernels: on a suitable GPU (Ampere or newer, with Triton), run requests through this package's kernels, CUDA graphs
-            and copy streams, which is several times faster (docs/gpu.md). False: compute as on a CPU.
-        fidelity_sample: share of the answers, from 0 (off) to 1, that are compared with full prefill after they are finished and
-            while the model is idle; `stats()` gives the result. The KV of up to two prompts is kept for it (docs/calibration.md).
-        read_timeout: seconds that a request waits for the store's disk each time it needs it. After that it goes on without the disk,
-            and computes the chunks that aren't in host memory. None: no limit.
-        store_options: further arguments of `ChunkStore`: codec, host_budget, disk_budget, device_budget, device, read_memory,
-            pin_memory, direct_io.
+        device: the device of the store's device tier, for `device_budget`; default: the model's.
+        options: everything in `cachetune_rag.options.EngineOptions` (also in docs/options.md): codec and budgets of the store,
+            prompt_template, lead_in, tenant, read_timeout, ...
 
     Raises:
         UnsupportedModelError: reuse can't be exact for this architecture; the message says why.
@@ -81,9 +66,11 @@ class CacheTune:
         model: Any,
         tokenizer: Any,
         store: str | os.PathLike[str] | ChunkStore | None = None,
-        **options: Unpack[EngineOptions],
+        *,
+        device: str | torch.device | None = None,
+        **options: Unpack[EngineArguments],
     ):
-        self.runtime = Runtime(model, tokenizer, store, **options)
+        self.runtime = Runtime(model, tokenizer, store, device=device, **options)
         """What the engine is made of: for tests, and for servers that build on this package. Any release may change it."""
         self.adapter = self.runtime.adapter
         self.tokenizer = self.runtime.tokenizer
@@ -104,7 +91,7 @@ class CacheTune:
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
         revision: str | None = None,
-        **options: Unpack[EngineOptions],
+        **options: Unpack[EngineArguments],
     ) -> Self:
         """Load model and tokenizer by path or hub id, and open the store.
 

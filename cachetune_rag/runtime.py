@@ -31,7 +31,7 @@ from cachetune_rag.model.engine_model import EngineModel
 from cachetune_rag.model.libraries.private import loaded_from
 from cachetune_rag.model.loaded.fingerprint import tokenizer_fingerprint
 from cachetune_rag.model.loading import check_loaded, check_vocabulary
-from cachetune_rag.options import STORE_NAMES, StoreOptions, check_names
+from cachetune_rag.options import STORE_NAMES, EngineArguments, EngineOptions
 from cachetune_rag.readahead.prefetcher import Prefetcher
 from cachetune_rag.reuse.config import resolve
 from cachetune_rag.reuse.device_loader import warm_up as warm_up_loading
@@ -102,47 +102,43 @@ class Runtime:
         tokenizer: Any,
         store: str | os.PathLike[str] | ChunkStore | None = None,
         *,
-        prompt_template: str | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        chunk_separator: str = "\n\n",
-        lead_in: Sequence[int] | Sequence[Sequence[int]] | str = "auto",
-        tenant: str = "",
-        batch_tokens: int | None = None,
-        cuda_kernels: bool = True,
-        fidelity_sample: float = 0.0,
-        read_timeout: float | None = 30.0,
-        **store_options: Unpack[StoreOptions],
+        device: str | torch.device | None = None,
+        **options: Unpack[EngineArguments],
     ):
+        given = EngineOptions.of(options)
         check_loaded(model, tokenizer)
         self.lifetime = Lifetime()
         check_vocabulary(model, tokenizer)
-        self.model = EngineModel(model, cuda_kernels=cuda_kernels)
+        self.model = EngineModel(model, cuda_kernels=given.cuda_kernels)
         self.adapter = self.model.adapter
-        self.fidelity = FidelitySampler(fidelity_sample, self.adapter, self.model.lock, self.model.check)
+        self.fidelity = FidelitySampler(given.fidelity_sample, self.adapter, self.model.lock, self.model.check)
         self.tokenizer = private_copy(tokenizer)
         self.model_name: str = loaded_from(model.config) or self.adapter.architecture
         self.prompts = PromptBuilder(
             tokenizer,
-            template=prompt_template,
-            chunk_separator=chunk_separator,
-            chat_template_kwargs=chat_template_kwargs,
+            template=given.prompt_template,
+            chunk_separator=given.chunk_separator,
+            chat_template_kwargs=given.chat_template_kwargs,
         )
-        check_tenant(tenant)
+        check_tenant(given.tenant)
         namespace = Namespace(
             model=self.model.fingerprint,
             tokenizer=tokenizer_fingerprint(tokenizer),
             dtype=str(self.adapter.dtype).removeprefix("torch."),
-            lead_ins=given_lead_ins(lead_in, self.prompts.first_token, self.adapter.config.vocab_size),
-            tenant=tenant,
+            lead_ins=given_lead_ins(given.lead_in, self.prompts.first_token, self.adapter.config.vocab_size),
+            tenant=given.tenant,
         )
         self._owns_store = not isinstance(store, ChunkStore)
         path = store.path if isinstance(store, ChunkStore) else store
-        check_timeout(read_timeout)  # also where the store is in memory and nothing waits for a disk
-        self.pool = DeadlinePool(None if path is None else read_timeout)
-        self.store = opened_store(store, self.adapter.device, store_options)
+        check_timeout(given.read_timeout)  # also where the store is in memory and nothing waits for a disk
+        self.pool = DeadlinePool(None if path is None else given.read_timeout)
+        of_store: dict[str, Any] = {name: value for name, value in options.items() if name in STORE_NAMES}
+        if device is not None:
+            of_store["device"] = device
+        self.store = opened_store(store, self.adapter.device, of_store)
         self.prefetcher = Prefetcher(self.store)
         try:
-            self._connect(namespace, choose_leads=lead_in == "auto", batch_tokens=batch_tokens)
+            self._connect(namespace, choose_leads=given.lead_in == "auto", batch_tokens=given.batch_tokens)
         except BaseException:
             self._release()
             raise
@@ -278,16 +274,15 @@ class Runtime:
 
 
 def opened_store(
-    store: str | os.PathLike[str] | ChunkStore | None, device: torch.device, options: StoreOptions
+    store: str | os.PathLike[str] | ChunkStore | None, device: torch.device, options: Mapping[str, Any]
 ) -> ChunkStore:
     """The given store if it is open already, or else a new one with these options, its device tier on the model's device.
 
     Raises:
-        ConfigError: options for a store that is open already, unknown ones, or values out of range; or a device tier for a model
+        ConfigError: options for a store that is open already, or values out of range; or a device tier for a model
             on the CPU.
         StoreError: the folder can't be used.
     """
-    check_names(options, STORE_NAMES, "CacheTune")
     check_not_open(store, options)
     if isinstance(store, ChunkStore):
         return store
@@ -298,8 +293,7 @@ def opened_store(
                 f"device_budget is {shown(budget)}, but the model is on the CPU, whose memory is the host tier's: leave it out "
                 "and set host_budget, or load the model on a GPU."
             )
-        given: StoreOptions = {"device": device, **options}
-        return ChunkStore(store, **given)
+        return ChunkStore(store, **{"device": device, **options})
     except ValueError as error:
         raise ConfigError(f"{error}.") from error
 

@@ -1,12 +1,14 @@
-"""Options that several commands take, so that they are spelt and explained alike."""
+"""Options of several commands. What is an engine's option as well is declared in `cachetune_rag/options.py`."""
 
 from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from cachetune_rag.options import command_line_option, declared
 
 _MODEL, _STORE = "Model", "Store"
 
@@ -17,6 +19,14 @@ def expanded(path: Path | None) -> Path | None:
         with contextlib.suppress(RuntimeError):  # there is no such user: ~ is then part of the name
             return path.expanduser()
     return path
+
+
+def _declared(name: str, *, show_default: bool = True) -> Any:
+    """The command-line option of an engine's option."""
+    found = command_line_option(name)
+    return typer.Option(
+        found.flag, metavar=found.metavar, help=found.help, show_default=show_default, rich_help_panel=_STORE
+    )
 
 
 Model = Annotated[
@@ -60,54 +70,12 @@ Store = Annotated[
         rich_help_panel=_STORE,
     ),
 ]
-Tenant = Annotated[
-    str,
-    typer.Option(
-        "--tenant",
-        metavar="NAME",
-        help="Whose documents and chunks; those of others are never used. Left out: those stored without a tenant.",
-        show_default=False,
-        rich_help_panel=_STORE,
-    ),
-]
-Codec = Annotated[
-    str,
-    typer.Option(
-        "--codec",
-        metavar="NAME",
-        help="How new chunks are stored: exact; int8 or fp8 (half the bytes of 16-bit numbers, int8 being nearly exact); "
-        "int4 (a bit more than a quarter, coarser).",
-        rich_help_panel=_STORE,
-    ),
-]
-HostBudget = Annotated[
-    str,
-    typer.Option(
-        "--host-budget",
-        metavar="BYTES",
-        help="Memory that keeps chunks at hand, such as 4GiB or 500MB.",
-        rich_help_panel=_STORE,
-    ),
-]
-DeviceBudget = Annotated[
-    str,
-    typer.Option(
-        "--device-budget",
-        metavar="BYTES",
-        help="Memory of the GPU that keeps chunks in use at hand, beside the model; 0: none.",
-        rich_help_panel=_STORE,
-    ),
-]
-DiskBudget = Annotated[
-    str,
-    typer.Option(
-        "--disk-budget",
-        metavar="BYTES",
-        help="Most bytes of the store; the chunks used longest ago make room.",
-        rich_help_panel=_STORE,
-    ),
-]
+Tenant = Annotated[str, _declared("tenant", show_default=False)]
+Codec = Annotated[str, _declared("codec")]
+HostBudget = Annotated[str, _declared("host_budget")]
+DeviceBudget = Annotated[str, _declared("device_budget")]
+DiskBudget = Annotated[str, _declared("disk_budget")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
-HOST_BUDGET, DISK_BUDGET = "4GiB", "64GiB"
+HOST_BUDGET, DISK_BUDGET = str(declared("host_budget").default), str(declared("disk_budget").default)
