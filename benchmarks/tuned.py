@@ -61,11 +61,10 @@ def main() -> None:
                     progress=lambda p: print(f"{p.tier} {p.point.ratio:g}: {p.point.ttft * 1e3:.1f} ms", file=sys.stderr),
                 )  # fmt: skip
                 if args.plot is not None:
-                    from cachetune_rag.cli.plots import save_plot
-                    from cachetune_rag.cli.tuning_plot import draw
+                    from cachetune_rag.cli.plots import draw_tuning, save_plot
 
                     name = f"{args.plot.stem}-{codec}-{found.tiers[0].selector}{args.plot.suffix}"
-                    save_plot(draw(found), args.plot.with_name(name))
+                    save_plot(draw_tuning(found), args.plot.with_name(name))
                 for tuning in found.tiers:
                     rows.append(compare(engine, sample, tuning, args))
                     print(line(rows[-1]), file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The command line: `cachetune`, or `python -m cachetune_rag`. Each command is a file of `commands`."""
+"""The command line: `cachetune`, or `python -m cachetune_rag`. Each command is a file of this folder."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import contextlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from io import TextIOWrapper
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from cachetune_rag import __version__
+from cachetune_rag.checking.escaping import visible_line
 from cachetune_rag.cli.ask import EPILOG as ASK_EPILOG
 from cachetune_rag.cli.ask import ask
 from cachetune_rag.cli.calibrate import EPILOG as CALIBRATE_EPILOG
@@ -41,9 +43,34 @@ _EPILOG = (
     "'cachetune COMMAND --help' explains a command. Set CACHETUNE_DEBUG=1 for full tracebacks."
 )
 
-# Tracebacks are this program's own business (see commands.console), so typer's are off.
+
+class _Group(TyperGroup):
+    """Commands whose usage errors are safe to print: an argument may hold control characters."""
+
+    def make_context(self, *arguments: Any, **named: Any) -> Any:
+        with _escaped_usage_errors():
+            return super().make_context(*arguments, **named)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _escaped_usage_errors():
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def _escaped_usage_errors() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        # Usage errors of click, which typer brings along under different module names in different releases.
+        if hasattr(error, "format_message") and isinstance(message := getattr(error, "message", None), str):
+            error.message = visible_line(message)  # type: ignore[attr-defined]
+        raise
+
+
+# Tracebacks are this program's own business (see cli/console.py), so typer's are off.
 app = typer.Typer(
     name="cachetune",
+    cls=_Group,
     epilog=_EPILOG,
     no_args_is_help=True,
     add_completion=False,

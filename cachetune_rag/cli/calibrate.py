@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from cachetune_rag.cli import options
-from cachetune_rag.cli.calibration_plot import draw
 from cachetune_rag.cli.console import (
     UsageError,
     emit_json,
@@ -20,21 +16,19 @@ from cachetune_rag.cli.console import (
     instant_interrupt,
     note,
     number,
-    stderr,
     stdout,
 )
-from cachetune_rag.cli.passages import DEFAULT_TOP_K, retrieve
-from cachetune_rag.cli.plots import check_plot, save_plot
-from cachetune_rag.cli.prompt_files import Sample, read_samples
+from cachetune_rag.cli.meter import Meter
+from cachetune_rag.cli.passages import DEFAULT_TOP_K
+from cachetune_rag.cli.plots import check_plot, draw_calibration, save_plot
+from cachetune_rag.cli.prompt_files import prompts_from, read_samples
 from cachetune_rag.cli.session import load_engine, match_codec, open_existing
 from cachetune_rag.cli.upkeep import check_known
 from cachetune_store.printing import shown
 
 if TYPE_CHECKING:
-    from cachetune_rag.engine import CacheTune
     from cachetune_rag.measuring.calibration.calibrator import CalibrationProgress
     from cachetune_rag.measuring.calibration.result import Calibration
-    from cachetune_store import ChunkStore
 
 EPILOG = (
     "[bold]Examples[/bold]\n\n\b\n"
@@ -47,7 +41,6 @@ EPILOG = (
     '  {"query": "What does it weigh?"}\n\n'
     "Use 10 to 50 prompts that are like those to come."
 )
-_LINE_SECONDS = 10.0
 
 
 @guarded
@@ -146,30 +139,22 @@ def calibrate(
             load_engine(model, kv, gguf_file=gguf_file, dtype=dtype, device=device, tenant=tenant)
         )
         match_codec(engine, kv)
-        prompts = [_prompt(engine, kv, sample, documents, top_k) for sample in given]
+        prompts = prompts_from(engine, kv, given, documents, top_k)
         note(f"Calibrating with {number(len(prompts), 'prompt')} ...")
-        with _Meter() as meter:
-            found = engine.calibrate(prompts, progress=meter.update, **wanted)
+        with Meter("Calibrating") as meter:
+
+            def show(progress: CalibrationProgress) -> None:
+                meter.update(f"prompt {progress.sample} of {progress.samples}", progress.done, progress.total)
+
+            found = engine.calibrate(prompts, progress=show, **wanted)
     if plot is not None:
-        save_plot(draw(found), plot)
+        save_plot(draw_calibration(found), plot)
     if json_output:
         emit_json({"store": str(store), **found.as_dict(), "plot": None if plot is None else str(plot)})
     else:
         stdout().print("\n".join([*_table(found), "", _conclusion(found)]))
     if not found.saved:
         raise UsageError(f"the ratio could not be saved in {store}: check that this user can write there.")
-
-
-def _prompt(
-    engine: CacheTune, store: ChunkStore, sample: Sample, documents: list[str], top_k: int
-) -> dict[str, str | list[str] | None]:
-    chunks = sample.chunks
-    if chunks is None:
-        try:
-            chunks = [passage.text for passage in retrieve(engine, store, sample.query, documents, top_k)]
-        except UsageError as error:
-            raise UsageError(f"{sample.where}: {error}") from error
-    return {"query": sample.query, "chunks": chunks, "prefix": sample.prefix}
 
 
 def _numbers(given: str) -> list[float]:
@@ -207,42 +192,3 @@ def _conclusion(found: Calibration) -> str:
         f"No ratio below 1 of selector {found.selector} keeps {held} {of} ({over}). --ratio auto now computes everything: "
         "allow more with --bound, or try another --selector."
     )
-
-
-class _Meter:
-    """A bar on a terminal, now and then a line elsewhere."""
-
-    def __init__(self) -> None:
-        console = stderr()
-        self._spoke = time.monotonic()
-        self._bar: Progress | None = None
-        if console.is_terminal:
-            self._bar = Progress(
-                TextColumn("Calibrating"),
-                BarColumn(bar_width=None),
-                TaskProgressColumn(),
-                TextColumn("{task.fields[detail]}"),
-                TimeRemainingColumn(compact=True),
-                console=console,
-                expand=True,
-            )
-            self._task = self._bar.add_task("", total=None, detail="")
-
-    def update(self, progress: CalibrationProgress) -> None:
-        detail = f"prompt {progress.sample} of {progress.samples}"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=progress.done, total=progress.total, detail=detail)
-        elif time.monotonic() - self._spoke >= _LINE_SECONDS:
-            self._spoke = time.monotonic()
-            note(f"{100 * progress.done / progress.total:3.0f}%  {detail}")
-
-    def __enter__(self) -> Self:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()

@@ -1,17 +1,51 @@
-"""Finding stored chunks by the words of a question (Okapi BM25), so that `ask` works without a vector index."""
+"""Finding stored chunks by the words of a question (Okapi BM25), so that `ask` works without a vector index.
+
+Words of any script are compared in one spelling. Two spellings are the same word here where readers take them for the same:
+upper and lower case, full-width and compatibility forms, composed and decomposed accents (and none), Arabic and Hebrew with
+vowel signs and without, digits of any script. Where a script puts no spaces between words, or attaches particles to them,
+neighbouring pairs of characters stand for words, as in most search engines.
+"""
 
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from typing import TypeVar
 
-from cachetune_rag.cli.words import asked, words
+import regex
 
 _K1, _B = 1.2, 0.75
 
 _Key = TypeVar("_Key")
+
+# Written without spaces between words: South East Asian scripts (Unicode's line-breaking class SA: Thai, Lao, Khmer, Burmese
+# and others), Chinese, Japanese, Yi, Javanese, Balinese. Korean has spaces, but between phrases: particles stick to words.
+_IDEOGRAPHS = r"\p{Han}\p{Yi}々〇"
+_UNSPACED = rf"{_IDEOGRAPHS}\p{{Line_Break=SA}}\p{{Hiragana}}\p{{Katakana}}ー\p{{Bopomofo}}\p{{Hangul}}\p{{Javanese}}\p{{Balinese}}"
+_RUN_OR_WORD = regex.compile(rf"([{_UNSPACED}]+)|(?:(?![{_UNSPACED}])[\p{{L}}\p{{M}}\p{{N}}])+")
+_CHARACTER = regex.compile(r"\P{M}\p{M}*|\p{M}+")  # vowels and tones that are marks belong to what they stand on
+_IDEOGRAPH = regex.compile(f"[{_IDEOGRAPHS}]")
+
+# Marks that may be left out in writing: accents, Hebrew points, Arabic and Syriac vowels, the Arabic stretch; and characters
+# that only shape or break lines (joiners, soft hyphens, marks of direction). In Indic scripts and Thai, marks are letters.
+_OPTIONAL = regex.compile(
+    r"[\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff"
+    r"\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7"
+    r"\u0610-\u061a\u0640\u064b-\u065f\u0670\u06d6-\u06dc\u06df-\u06e4\u06e7\u06e8\u06ea-\u06ed\u08ca-\u08e1\u08e3-\u08ff"
+    r"\u0711\u0730-\u074a\ufe00-\ufe0f\p{Cf}]+"
+)
+_DIGIT = regex.compile(r"(?V1)[\p{Nd}--[0-9]]")
+# Letters that differ by habit only: Arabic yeh, kaf and teh marbuta of several keyboards, and Latin letters whose stroke or
+# missing dot Unicode doesn't take apart.
+_SAME = str.maketrans(
+    {"ى": "ي", "ی": "ي", "ک": "ك", "ة": "ه", "ە": "ه", "ٱ": "ا", "ı": "i", "ł": "l", "đ": "d", "ø": "o"}
+)
+_ARTICLE = regex.compile(
+    r"(?:[وفبك]?ال|لل)(?=.{3})"
+)  # "the", perhaps with "and", "in", "like" or "for": written as one word
 
 
 def rank(question: str, texts: Iterable[tuple[_Key, str]]) -> list[_Key]:
@@ -41,3 +75,48 @@ def rank(question: str, texts: Iterable[tuple[_Key, str]]) -> list[_Key]:
         ((score(counts, size), -i, key) for i, (key, counts, size) in enumerate(found)), key=lambda r: r[:2]
     )
     return [key for *_, key in reversed(ranked)]
+
+
+def words(text: str) -> list[str]:
+    """The words of a text as they are looked up: where there are no spaces, single characters and pairs of them."""
+    found: list[str] = []
+    for run, word in _pieces(text):
+        if word:
+            found.append(word)
+            continue
+        characters = _CHARACTER.findall(run)
+        found += characters
+        found += _pairs(characters)
+    return found
+
+
+def asked(question: str) -> set[str]:
+    """The words to look for. A single character counts where it is a word by itself: alone, or an ideograph."""
+    wanted: set[str] = set()
+    for run, word in _pieces(question):
+        if word:
+            wanted.add(word)
+            continue
+        characters = _CHARACTER.findall(run)
+        wanted.update(_pairs(characters))
+        wanted.update(each for each in characters if len(characters) == 1 or _IDEOGRAPH.match(each))
+    return wanted
+
+
+def _pairs(characters: list[str]) -> Iterator[str]:
+    return (first + second for first, second in pairwise(characters))
+
+
+def _pieces(text: str) -> Iterator[tuple[str, str]]:
+    """Each a run of characters without spaces between words, and "", or "" and a word."""
+    for match in _RUN_OR_WORD.finditer(_folded(text)):
+        run = match[1]
+        yield (run, "") if run else ("", _ARTICLE.sub("", match[0], count=1) if match[0][0] >= "\u0600" else match[0])
+
+
+def _folded(text: str) -> str:
+    if text.isascii():
+        return text.lower()
+    apart = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text).casefold())
+    joined = unicodedata.normalize("NFKC", _OPTIONAL.sub("", apart)).translate(_SAME)
+    return _DIGIT.sub(lambda digit: str(unicodedata.digit(digit[0])), joined)

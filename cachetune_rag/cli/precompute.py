@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +12,7 @@ import typer
 from cachetune_rag.checking.escaping import visible_line
 from cachetune_rag.cli import options
 from cachetune_rag.cli.console import INTERRUPTED, UsageError, emit_json, guarded, note, number, size, stdout
-from cachetune_rag.cli.meter import Meter
+from cachetune_rag.cli.meter import ESTIMATE_SECONDS, Meter
 from cachetune_rag.cli.session import load_engine, open_for_writing
 from cachetune_rag.text.files.corpus import Corpus, CorpusError
 from cachetune_rag.text.files.readers import SUFFIXES
@@ -112,7 +113,9 @@ def precompute(
         full = kv.stats().disk
         evicted = 0 if full is None else full.evictions
     if job.interrupted:
-        note(f"Interrupted at {job.meter.percent:.0f}%. What is stored stays: run the same command again to resume.")
+        note(
+            f"Interrupted at {100 * job.progress.done / job.progress.total:.0f}%. What is stored stays: run the same command again to resume."
+        )
     elif not summary.documents:
         raise CorpusError(f"no text in {', '.join(paths)}: every document is empty.")
     if job.empty:
@@ -139,11 +142,60 @@ def precompute(
         raise typer.Exit(INTERRUPTED)
 
 
+class CorpusProgress:
+    """Which share of a corpus is done, counted in bytes; inside a document, by its chunks.
+
+    Args:
+        total: bytes of the corpus.
+    """
+
+    def __init__(self, total: int):
+        self.total = max(total, 1)
+        self._read = self._finished = 0  # bytes and number of finished documents
+        # Bytes and chunks of documents that the job has taken and not finished: it reads ahead.
+        self._unfinished: deque[tuple[int, int]] = deque()
+        self._chunks_before = 0  # chunks that were done before the current document
+        self._read_inside = 0.0  # bytes of the current document that are done
+        self._samples: deque[tuple[float, int]] = deque([(0.0, 0)])
+
+    @property
+    def done(self) -> float:
+        """Bytes that are done."""
+        return min(self.total, self._read + self._read_inside)
+
+    def begin(self, size: int, chunks: int) -> None:
+        """The job was given a document of so many bytes and chunks; it handles documents in this order."""
+        self._unfinished.append((size, chunks))
+
+    def skip(self, size: int) -> None:
+        """These bytes need no work."""
+        self._read += size
+
+    def update(self, progress: Progress) -> None:
+        """Take over what the job reports."""
+        done = progress.chunks + progress.skipped
+        while self._finished < progress.documents:
+            self._finished += 1
+            self._chunks_before = done
+            self.skip(self._unfinished.popleft()[0])
+        bytes_, chunks = self._unfinished[0] if self._unfinished else (0, 1)
+        self._read_inside = bytes_ * min(1.0, (done - self._chunks_before) / max(chunks, 1))
+
+    def rate(self, progress: Progress) -> float:
+        """Tokens a second over the last half minute."""
+        self._samples.append((progress.seconds, progress.tokens))
+        while len(self._samples) > 2 and self._samples[0][0] < progress.seconds - ESTIMATE_SECONDS:
+            self._samples.popleft()
+        (start, before), (end, after) = self._samples[0], self._samples[-1]
+        return (after - before) / (end - start) if end > start else 0.0
+
+
 class _Job:
     """One run: feeds documents to the engine as it asks for them, and keeps count of where it is."""
 
     def __init__(self, corpus: Corpus, engine: CacheTune, splitter: Splitter):
-        self.meter = Meter(corpus.size)
+        self.progress = CorpusProgress(corpus.size)
+        self._meter = Meter("Precomputing")
         self.empty = 0
         self.empty_names: list[str] = []
         self.interrupted = False
@@ -155,7 +207,7 @@ class _Job:
         from cachetune_rag.report import PrecomputeSummary
 
         try:
-            with self.meter:
+            with self._meter:
                 return self._engine.precompute(self._documents(), progress=self._progress)
         except KeyboardInterrupt:
             self.interrupted = True
@@ -172,20 +224,27 @@ class _Job:
     def _documents(self) -> Iterator[Document]:
         from cachetune_rag.text.documents import Document
 
-        for source in self._corpus.documents(self.meter.skip):
+        for source in self._corpus.documents(self.progress.skip):
             if source.empty:
                 self.empty += 1
                 if len(self.empty_names) < 3:
                     self.empty_names.append(source.id)
-                self.meter.skip(source.size)
+                self.progress.skip(source.size)
                 continue
             chunks = source.cut(self._splitter.split)
-            self.meter.begin(source.size, len(chunks))
+            self.progress.begin(source.size, len(chunks))
             yield Document(source.id, chunks)
 
     def _progress(self, progress: Progress) -> None:
         self._last = progress
-        self.meter.update(progress)
+        self.progress.update(progress)
+        rate, stored = f"{self.progress.rate(progress):,.0f}", size(progress.bytes)
+        self._meter.update(
+            f"{number(progress.documents, 'doc')} · {rate} tok/s · {stored}",
+            self.progress.done,
+            self.progress.total,
+            line=f"{number(progress.documents, 'document')}, {rate} tokens/s, {stored} stored",
+        )
 
 
 def _check_fits(engine: CacheTune, chunk_tokens: int) -> None:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cachetune_rag.cli.console import UsageError
+from cachetune_rag.cli.passages import retrieve
 from cachetune_rag.text.files.corpus import JSONL_SUFFIXES, read_text
+
+if TYPE_CHECKING:
+    from cachetune_rag.engine import CacheTune
+    from cachetune_store import ChunkStore
 
 
 @dataclass(frozen=True)
-class Sample:
-    """A prompt to be: `chunks` are None where they have yet to be retrieved; `where` names the line for messages."""
+class PromptFromFile:
+    """A prompt of a file. `chunks` is None if they are still to be retrieved; `where` names file and line for messages."""
 
     query: str
     chunks: list[str] | None
@@ -21,7 +26,7 @@ class Sample:
     where: str
 
 
-def read_samples(paths: Iterable[str]) -> list[Sample]:
+def read_samples(paths: Iterable[str]) -> list[PromptFromFile]:
     """All samples of the files, in order; empty lines are left out.
 
     Raises:
@@ -35,16 +40,49 @@ def read_samples(paths: Iterable[str]) -> list[Sample]:
     return found
 
 
-def _lines(path: str) -> Iterator[Sample]:
+def prompts_from(
+    engine: CacheTune, store: ChunkStore, given: Iterable[PromptFromFile], documents: list[str], top_k: int
+) -> list[dict[str, str | list[str] | None]]:
+    """The prompts as `engine.calibrate` and `engine.tune` take them. Chunks that a file doesn't give are retrieved.
+
+    Args:
+        engine, store: where passages are retrieved from.
+        given: the prompts of the files.
+        documents: retrieve from these documents only; empty: from all.
+        top_k: passages to retrieve for a prompt.
+
+    Raises:
+        UsageError: no passage fits a prompt; the message names its line.
+    """
+    return [_prompt(engine, store, each, documents, top_k) for each in given]
+
+
+def _prompt(
+    engine: CacheTune, store: ChunkStore, given: PromptFromFile, documents: list[str], top_k: int
+) -> dict[str, str | list[str] | None]:
+    chunks = given.chunks
+    if chunks is None:
+        try:
+            chunks = [passage.text for passage in retrieve(engine, store, given.query, documents, top_k)]
+        except UsageError as error:
+            raise UsageError(f"{given.where}: {error}") from error
+    return {"query": given.query, "chunks": chunks, "prefix": given.prefix}
+
+
+def _lines(path: str) -> Iterator[PromptFromFile]:
     # Not splitlines(): JSON may hold other line ends than these.
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not (line := line.strip()):
             continue
         where = f"{path}:{number}"
-        yield _from_json(line, where) if path.lower().endswith(JSONL_SUFFIXES) else Sample(line, None, None, where)
+        yield (
+            _from_json(line, where)
+            if path.lower().endswith(JSONL_SUFFIXES)
+            else PromptFromFile(line, None, None, where)
+        )
 
 
-def _from_json(line: str, where: str) -> Sample:
+def _from_json(line: str, where: str) -> PromptFromFile:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -56,7 +94,7 @@ def _from_json(line: str, where: str) -> Sample:
             f'{where} is no sample: use {{"query": "...", "chunks": ["...", "..."]}} (and "prefix", if you use one); '
             "without chunks they are retrieved from the store."
         )
-    return Sample(query, chunks, prefix, where)
+    return PromptFromFile(query, chunks, prefix, where)
 
 
 def _texts(chunks: Any) -> bool:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.status import Status
-from rich.text import Text
 
 from cachetune_rag.cli import options
 from cachetune_rag.cli.console import (
@@ -20,19 +16,16 @@ from cachetune_rag.cli.console import (
     instant_interrupt,
     note,
     number,
-    stderr,
     stdout,
 )
-from cachetune_rag.cli.passages import DEFAULT_TOP_K, retrieve
-from cachetune_rag.cli.plots import check_plot, save_plot
-from cachetune_rag.cli.prompt_files import Sample, read_samples
+from cachetune_rag.cli.meter import Meter
+from cachetune_rag.cli.passages import DEFAULT_TOP_K
+from cachetune_rag.cli.plots import check_plot, draw_tuning, save_plot
+from cachetune_rag.cli.prompt_files import prompts_from, read_samples
 from cachetune_rag.cli.session import load_engine, match_codec, open_existing
-from cachetune_rag.cli.tuning_plot import draw
 
 if TYPE_CHECKING:
-    from cachetune_rag.engine import CacheTune
     from cachetune_rag.measuring.tuning import TierTuning, TuneProgress
-    from cachetune_store import ChunkStore
 
 EPILOG = (
     "[bold]Examples[/bold]\n\n\b\n"
@@ -44,7 +37,6 @@ EPILOG = (
     "text with a question a line, or JSONL with query and chunks.\n\n"
     "Run 'cachetune calibrate' before: its ratio is the least that is tried."
 )
-_LINE_SECONDS = 10.0
 
 
 @guarded
@@ -126,12 +118,13 @@ def tune(
             load_engine(model, kv, gguf_file=gguf_file, dtype=dtype, device=device, tenant=tenant)
         )
         match_codec(engine, kv)
-        prompts = None if given is None else [_prompt(engine, kv, sample, top_k) for sample in given]
+        prompts = None if given is None else prompts_from(engine, kv, given, [], top_k)
         note("Tuning ..." if prompts is None else f"Tuning with {number(len(prompts), 'prompt')} ...")
-        with _Meter() as meter:
-            found = engine.tune(prompts, progress=meter.update, **wanted)
+        # How many settings will be measured is known only at the end.
+        with Meter("Measuring full prefill ...", countable=False) as meter:
+            found = engine.tune(prompts, progress=lambda progress: meter.update(_progress(progress)), **wanted)
     if plot is not None:
-        save_plot(draw(found), plot)
+        save_plot(draw_tuning(found), plot)
     if json_output:
         emit_json({"store": str(store), **found.as_dict(), "plot": None if plot is None else str(plot)})
     else:
@@ -139,16 +132,6 @@ def tune(
         stdout().print("\n".join(lines))
     if not all(each.saved for each in found.tiers):
         raise UsageError(f"the ratios could not be saved in {store}: check that this user can write there.")
-
-
-def _prompt(engine: CacheTune, store: ChunkStore, sample: Sample, top_k: int) -> dict[str, str | list[str] | None]:
-    chunks = sample.chunks
-    if chunks is None:
-        try:
-            chunks = [passage.text for passage in retrieve(engine, store, sample.query, [], top_k)]
-        except UsageError as error:
-            raise UsageError(f"{sample.where}: {error}") from error
-    return {"query": sample.query, "chunks": chunks, "prefix": sample.prefix}
 
 
 def _table(found: TierTuning) -> list[str]:
@@ -177,33 +160,9 @@ def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:,.1f} ms"
 
 
-class _Meter:
-    """One line that changes on a terminal, now and then a line elsewhere. How many settings there will be nobody knows."""
-
-    def __init__(self) -> None:
-        console = stderr()
-        self._spoke = time.monotonic()
-        self._status = Status("Measuring full prefill ...", console=console) if console.is_terminal else None
-
-    def update(self, progress: TuneProgress) -> None:
-        point, best = progress.point, progress.best
-        line = (
-            f"{progress.tier}, setting {progress.measured}: ratio {point.ratio:g} {_ms(point.ttft)}; best so far "
-            f"{best.ratio:g} {_ms(best.ttft)}"
-        )
-        if self._status is not None:
-            self._status.update(Text(line))
-        elif time.monotonic() - self._spoke >= _LINE_SECONDS:
-            self._spoke = time.monotonic()
-            note(line)
-
-    def __enter__(self) -> Self:
-        if self._status is not None:
-            self._status.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._status is not None:
-            self._status.stop()
+def _progress(progress: TuneProgress) -> str:
+    point, best = progress.point, progress.best
+    return (
+        f"{progress.tier}, setting {progress.measured}: ratio {point.ratio:g} {_ms(point.ttft)}; best so far "
+        f"{best.ratio:g} {_ms(best.ttft)}"
+    )

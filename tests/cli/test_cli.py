@@ -224,7 +224,7 @@ def test_a_tilde_in_an_option_is_the_home_folder(
 def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(
     cli: Cli, docs: Path, model: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(meter, "_LINE_SECONDS", 0.0)
+    monkeypatch.setattr(meter, "LINE_SECONDS", 0.0)
     lines = cli("precompute", docs, "-m", model, "-s", store, "--chunk-tokens", 200, "--json")
     percents = [int(p) for p in re.findall(r"^ *(\d+)%  \d+ documents?, [\d,]+ tokens/s, .* stored$", lines.err, re.M)]
     assert percents == sorted(percents)

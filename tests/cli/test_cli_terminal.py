@@ -98,3 +98,18 @@ def test_ids_with_control_characters_in_every_command(
 def test_json_is_json_whatever_the_figures(capsys: pytest.CaptureFixture[str]) -> None:
     console.emit_json({"kl": float("inf"), "all": [float("nan"), 1.5], "id": EVIL})
     assert json.loads(capsys.readouterr().out) == {"kl": None, "all": [None, 1.5], "id": EVIL}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("stats", f"--{EVIL}"),
+        ("stats", "-s", "kv", EVIL),
+        (f"{EVIL}\nline",),
+        ("ask", "a", "-m", "m", "-s", "s", "-k", EVIL),
+    ],
+)
+def test_usage_errors_spell_out_control_characters(cli: Cli, arguments: tuple[str, ...]) -> None:  # noqa: F811
+    done = cli(*arguments, code=2)
+    assert "\x1b" not in done.err
+    assert "\\x1b[2J" in done.err

@@ -12,7 +12,7 @@ import test_cli
 import torch
 from test_cli import Cli
 
-from cachetune_rag.cli import tune as command
+from cachetune_rag.cli import meter
 from cachetune_rag.cli.session import open_existing
 from cachetune_rag.reuse.config import AUTO
 
@@ -84,7 +84,7 @@ def test_the_calibrated_ratio_is_the_least(cli: Cli, model: Path, filled: Path, 
 
 
 def test_progress_is_a_line_now_and_then(cli: Cli, model: Path, filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "_LINE_SECONDS", 0.0)
+    monkeypatch.setattr(meter, "LINE_SECONDS", 0.0)
     done = cli("tune", "-m", model, "-s", filled, *QUICK, "--tier", "host", "--r-max", 0.3)
     assert "host, setting 1: ratio " in done.err
     assert "; best so far 0." in done.err

@@ -6,8 +6,7 @@ import unicodedata
 
 import pytest
 
-from cachetune_rag.cli.lexical import rank
-from cachetune_rag.cli.words import words
+from cachetune_rag.cli.lexical import rank, words
 
 
 @pytest.mark.parametrize(
