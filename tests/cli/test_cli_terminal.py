@@ -106,7 +106,6 @@ def test_json_is_json_whatever_the_figures(capsys: pytest.CaptureFixture[str]) -
         ("stats", f"--{EVIL}"),
         ("stats", "-s", "kv", EVIL),
         (f"{EVIL}\nline",),
-        ("ask", "a", "-m", "m", "-s", "s", "-k", EVIL),
     ],
 )
 def test_usage_errors_spell_out_control_characters(cli: Cli, arguments: tuple[str, ...]) -> None:  # noqa: F811
