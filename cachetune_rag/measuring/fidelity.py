@@ -122,7 +122,8 @@ class FidelitySampler(RequestListener):
                 self._dropped += 1
                 return
             self._pending.append(_Sample(state, tuple(answer)))
-            if self._thread is None:
+            # A thread that Ctrl-C kept from starting isn't alive.
+            if self._thread is None or not self._thread.is_alive():
                 # A thread inside of torch while the interpreter goes away would crash the process.
                 atexit.register(self.close)
                 self._thread = threading.Thread(target=self._run, name="cachetune-fidelity", daemon=True)
@@ -198,8 +199,7 @@ class FidelitySampler(RequestListener):
                 request = sample.state.report.request_id
                 _log.warning("the fidelity of request %s is not known: %s: %s", request, type(error).__name__, error)
                 with self._mutex:
-                    self._errors += 1
-                    self._pending.popleft()
+                    self._errors += self._take(sample)
             else:
                 if compared is not None:
                     self._add(sample, *compared)
@@ -223,6 +223,13 @@ class FidelitySampler(RequestListener):
         with self._mutex:
             return bool(self._pending) and self._pending[0] is sample
 
+    def _take(self, sample: _Sample) -> bool:
+        """Remove a sample whose comparison has ended; False if `drop` has removed it, and counted it. The caller holds the mutex."""
+        if not self._pending or self._pending[0] is not sample:
+            return False
+        self._pending.popleft()
+        return True
+
     def _compare(self, sample: _Sample) -> tuple[float, Divergence]:
         adapter, state = self._adapter, sample.state
         ids = torch.tensor(state.prompt.ids, dtype=torch.int64, device=adapter.device)
@@ -237,7 +244,8 @@ class FidelitySampler(RequestListener):
 
     def _add(self, sample: _Sample, first: float, divergence: Divergence) -> None:
         with self._mutex:
-            self._pending.popleft()
+            if not self._take(sample):
+                return
             self._samples += 1
             self._tokens += len(divergence.same)
             self._same += sum(divergence.same)

@@ -269,3 +269,21 @@ def test_waiting_for_idle_ends_when_told_to() -> None:
         lock.wake()
         thread.join(WAIT)
         assert found == [False]
+
+
+def test_a_sample_that_is_dropped_while_it_is_compared_is_counted_once_and_later_ones_are_compared(
+    engine: CacheTune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dropped_meanwhile(*logits: Any) -> Any:
+        monkeypatch.undo()
+        engine.runtime.fidelity.drop()  # as after a change of the weights
+        return kl_divergence(*logits)
+
+    monkeypatch.setattr("cachetune_rag.measuring.fidelity.kl_divergence", dropped_meanwhile)
+    ask(engine)
+    first = measured(engine)
+    ask(engine, QUERIES[1])
+    second = measured(engine)
+
+    assert (first.samples, first.dropped, first.errors) == (0, 1, 0)
+    assert (second.samples, second.dropped, second.errors) == (1, 1, 0)
