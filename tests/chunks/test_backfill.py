@@ -189,8 +189,8 @@ def test_dropping_ends_a_chunk_between_two_forwards(engine: CacheTune, monkeypat
 
 def test_a_process_that_does_not_close_ends_cleanly(tmp_path: Path) -> None:
     code = (
-        "import test_backfill, sys; engine = test_missed.fresh(sys.argv[1]); context = engine.runtime.model.lock.reserved(); "
-        "context.__enter__(); print(test_missed.ask(engine).report.storing)"
+        "import sys; sys.path.insert(0, 'chunks'); import test_backfill; engine = test_backfill.fresh(sys.argv[1]); "
+        "context = engine.runtime.model.lock.reserved(); context.__enter__(); print(test_backfill.ask(engine).report.storing)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=WAIT)
