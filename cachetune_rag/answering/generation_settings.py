@@ -43,6 +43,7 @@ _RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     ("temperature", "a number from 0 (greedy decoding) upwards", lambda value: 0 <= value < math.inf),
     ("top_p", "a number above 0, up to 1", lambda value: 0 < value <= 1),
     ("top_k", "an int of at least 0 (0: no limit)", lambda value: 0 <= value < math.inf and value == int(value)),
+    ("repetition_penalty", "a number above 0 (1: no penalty)", lambda value: 0 < value < math.inf),
     ("max_time", "seconds above 0", lambda value: 0 < value < math.inf),
     *(
         (name, "an int of at least 0", lambda value: isinstance(value, int) and 0 <= value < 1 << 63)
