@@ -10,11 +10,12 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from cachetune_rag.chunks.owners import ChunkToStore
 from cachetune_rag.concurrency.deadline import Call
 from cachetune_rag.concurrency.forks import this_process
 from cachetune_rag.concurrency.model_lock import ModelLock
@@ -38,41 +39,11 @@ _LOOK_AGAIN = 0.01
 _log = logging.getLogger(__name__)
 
 
-@dataclass(eq=False)
-class MissedChunk:
-    """A chunk that is to be stored.
-
-    Attributes:
-        ids, text: its token ids and its text.
-        owners: the documents that it belongs to, each with the number of changes since when that is known (`changes_so_far`);
-            None stands for somebody who named no document.
-        recognised: that number of a request that found it among the stored chunks by its text, and then missed it. It belongs to
-            whatever document holds it, and isn't wanted if none does any more.
-    """
-
-    ids: tuple[int, ...]
-    text: str
-    owners: dict[str | None, int] = field(default_factory=dict)
-    recognised: int | None = None
-
-    @property
-    def wanted(self) -> bool:
-        """Whether it has an owner, or perhaps has one."""
-        return bool(self.owners) or self.recognised is not None
-
-    def join(self, other: MissedChunk) -> None:
-        """The same chunk was missed by another request, or stands in the prompt once more."""
-        for owner, since in other.owners.items():
-            self.owners[owner] = max(since, self.owners.get(owner, since))
-        if other.recognised is not None:
-            self.recognised = max(other.recognised, self.recognised or 0)
-
-
 @dataclass(frozen=True)
 class _Group:
     """What one request missed, and when that was."""
 
-    chunks: list[MissedChunk]
+    chunks: list[ChunkToStore]
     since: float
 
 
@@ -101,7 +72,7 @@ class MissedChunks:
         self._precomputer, self._call, self._model = precomputer, call, lock
         self._mutex = threading.Lock()
         self._pending: deque[_Group] = deque()
-        self._known: dict[tuple[int, ...], MissedChunk] = {}  # all that is pending, by its token ids
+        self._known: dict[tuple[int, ...], ChunkToStore] = {}  # all that is pending, by its token ids
         self._late: SimpleQueue[tuple[Prompt, Sequence[int]]] = SimpleQueue()
         self._offering = threading.RLock()  # held while something of that is offered
         self._storing = threading.RLock()  # held while chunks are stored at once
@@ -337,16 +308,16 @@ class _Turn:
         self._owner._model.release()
 
 
-def _chunks(prompt: Prompt, places: Sequence[int]) -> list[MissedChunk]:
+def _chunks(prompt: Prompt, places: Sequence[int]) -> list[ChunkToStore]:
     # A chunk that stands in a prompt several times may be several documents'.
-    missed = {prompt.chunk_ids[i]: MissedChunk(prompt.chunk_ids[i], prompt.chunk_texts[i]) for i in places}
+    missed = {prompt.chunk_ids[i]: ChunkToStore(prompt.chunk_ids[i], prompt.chunk_texts[i]) for i in places}
     for ids, document, found, since in zip(
         prompt.chunk_ids, prompt.chunk_documents, prompt.chunk_found, prompt.chunk_since, strict=True
     ):
         if (chunk := missed.get(ids)) is not None:
             recognised = found and document is None
             chunk.join(
-                MissedChunk(ids, chunk.text, {} if recognised else {document: since}, since if recognised else None)
+                ChunkToStore(ids, chunk.text, {} if recognised else {document: since}, since if recognised else None)
             )
     return list(missed.values())
 

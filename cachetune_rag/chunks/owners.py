@@ -7,13 +7,40 @@ document in one transaction with the look at the document's changes, and looked 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
 
 from cachetune_rag.concurrency.deadline import Call
 from cachetune_store import ChunkKey, ChunkStore, changes_so_far
 
-if TYPE_CHECKING:
-    from cachetune_rag.chunks.backfill import MissedChunk
+
+@dataclass(eq=False)
+class ChunkToStore:
+    """A chunk that is to be stored.
+
+    Attributes:
+        ids, text: its token ids and its text.
+        owners: the documents that it belongs to, each with the number of changes since when that is known (`changes_so_far`);
+            None stands for somebody who named no document.
+        recognised: that number of a request that found it among the stored chunks by its text, and then missed it. It belongs to
+            whatever document holds it, and isn't wanted if none does any more.
+    """
+
+    ids: tuple[int, ...]
+    text: str
+    owners: dict[str | None, int] = field(default_factory=dict)
+    recognised: int | None = None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether it has an owner, or perhaps has one."""
+        return bool(self.owners) or self.recognised is not None
+
+    def join(self, other: ChunkToStore) -> None:
+        """The same chunk was missed by another request, or stands in the prompt once more."""
+        for owner, since in other.owners.items():
+            self.owners[owner] = max(since, self.owners.get(owner, since))
+        if other.recognised is not None:
+            self.recognised = max(other.recognised, self.recognised or 0)
 
 
 class Owners:
@@ -28,11 +55,11 @@ class Owners:
     def __init__(self, store: ChunkStore, tenant: str, call: Call):
         self._store, self._tenant, self._call = store, tenant, call
 
-    def may_want(self, chunk: MissedChunk) -> bool:
+    def may_want(self, chunk: ChunkToStore) -> bool:
         """Whether none of a chunk's owners is known to have gone; the disk isn't asked."""
         return self._any_left(chunk)
 
-    def want(self, key: ChunkKey, chunk: MissedChunk, keys_of: Callable[[Sequence[int]], Sequence[ChunkKey]]) -> bool:
+    def want(self, key: ChunkKey, chunk: ChunkToStore, keys_of: Callable[[Sequence[int]], Sequence[ChunkKey]]) -> bool:
         """Whether anybody wants a chunk, before it is computed.
 
         Args:
@@ -49,7 +76,7 @@ class Owners:
                 chunk.owners.setdefault(None, since)  # stored by a request that named no document
         return self._any_left(chunk) or self._held(key, chunk)
 
-    def take(self, key: ChunkKey, chunk: MissedChunk) -> bool:
+    def take(self, key: ChunkKey, chunk: ChunkToStore) -> bool:
         """Add a chunk to its documents; whether anybody wants it."""
         taken = False
         for document, since in list(chunk.owners.items()):
@@ -59,20 +86,20 @@ class Owners:
                 taken |= self._call(self._store.extend_document, document, [key], tenant=self._tenant, since=since)
         return taken or self._held(key, chunk)
 
-    def keep(self, key: ChunkKey, chunk: MissedChunk) -> bool:
+    def keep(self, key: ChunkKey, chunk: ChunkToStore) -> bool:
         """Look again once a chunk is written: it is deleted if it has lost its owners meanwhile. Whether it is kept."""
         nobodys = chunk.owners.get(None)
         if nobodys is not None and not self._store.removed_since(nobodys, tenant=self._tenant):
             return True
         return not self._call(self._store.free_unheld, key)
 
-    def _any_left(self, chunk: MissedChunk) -> bool:
+    def _any_left(self, chunk: ChunkToStore) -> bool:
         return any(
             not self._store.removed_since(since, document, tenant=self._tenant)
             for document, since in list(chunk.owners.items())
         )
 
-    def _held(self, key: ChunkKey, chunk: MissedChunk) -> bool:
+    def _held(self, key: ChunkKey, chunk: ChunkToStore) -> bool:
         """Whether a document holds a chunk that was recognised, or that is an older version's and the new one's as well."""
         named = chunk.recognised is not None or any(owner is not None for owner in list(chunk.owners))
         return named and self._call(self._store.holds, key)

@@ -8,12 +8,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cachetune_rag.checking.arguments import check_callback, check_flag, is_iterable
 from cachetune_rag.chunks.lead_ins import MOST_TOKENS, Lead, LeadIns
 from cachetune_rag.chunks.mean_capture import MeanCapture
-from cachetune_rag.chunks.owners import Owners
+from cachetune_rag.chunks.owners import ChunkToStore, Owners
 from cachetune_rag.concurrency.deadline import Call, call_directly
 from cachetune_rag.concurrency.model_lock import ModelLock
 from cachetune_rag.concurrency.workers import Job, Workers
@@ -26,9 +26,6 @@ from cachetune_rag.text.documents import Document
 from cachetune_store import Chunk as StoredChunk
 from cachetune_store import ChunkKey, ChunkStore, Namespace, make_key
 from cachetune_store.printing import shown
-
-if TYPE_CHECKING:
-    from cachetune_rag.chunks.backfill import MissedChunk
 
 PATIENCE = 60.0
 """Seconds that a job waits for chunks that another one is computing."""
@@ -109,7 +106,7 @@ class Precomputer:
 
     def store_chunks(
         self,
-        chunks: Iterable[MissedChunk],
+        chunks: Iterable[ChunkToStore],
         *,
         call: Call = call_directly,
         kept: Callable[[ChunkKey], None] = lambda _: None,

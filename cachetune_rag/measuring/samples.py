@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cachetune_rag.checking.arguments import is_iterable
-from cachetune_rag.chunks.backfill import MissedChunk
+from cachetune_rag.chunks.owners import ChunkToStore
 from cachetune_rag.errors import ConfigError, PromptError
 from cachetune_rag.text.prompts.prompt import Prompt
 from cachetune_store import ChunkKey
@@ -49,7 +49,7 @@ def store_chunks(engine: CacheTune, prompts: Sequence[Prompt]) -> set[str]:
 
 
 def _store_missing(engine: CacheTune, prompts: Sequence[Prompt]) -> set[str]:
-    missing: dict[ChunkKey, MissedChunk] = {}
+    missing: dict[ChunkKey, ChunkToStore] = {}
     codecs: set[str] = set()
     for prompt in prompts:
         for ids, text, document, since in zip(
@@ -59,7 +59,7 @@ def _store_missing(engine: CacheTune, prompts: Sequence[Prompt]) -> set[str]:
                 continue
             reader = engine.store.open(key)
             if reader is None:
-                missing[key] = MissedChunk(ids, text, {document: since})
+                missing[key] = ChunkToStore(ids, text, {document: since})
             else:
                 with reader:
                     codecs.add(reader.layout.codec)
