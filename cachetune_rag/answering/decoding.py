@@ -35,7 +35,7 @@ from cachetune_rag.answering.generation_settings import (
     settle,
     stop_strings,
 )
-from cachetune_rag.checking.escaping import visible
+from cachetune_rag.checking.escaping import words_of
 from cachetune_rag.errors import ConfigError, NonFiniteLogitsError, PromptError, UnsupportedModelError
 from cachetune_rag.text.detokenizer import TextStream
 from cachetune_store.printing import shown
@@ -291,9 +291,7 @@ def _ask_generate(model: Any, **arguments: Any) -> tuple[LogitsProcessorList, St
     try:
         model.generate(**arguments, custom_generate=record)
     except Exception as error:  # the model isn't run, so the settings must be the reason
-        raise ConfigError(
-            f"transformers refuses these generation settings: {visible(str(error)) or type(error).__name__}"
-        ) from error
+        raise ConfigError(f"transformers refuses these generation settings: {words_of(error)}") from error
     processors, criteria, config = recorded
     mode = str(config.get_generation_mode().value)
     if mode not in ("greedy_search", "sample"):

@@ -30,6 +30,12 @@ def visible_line(value: object) -> str:
     return _LINE.sub(_spelt, str(value))
 
 
+def words_of(error: BaseException, most: int = 1000) -> str:
+    """What another library's error says, harmless for a terminal and of at most `most` characters; its type if it says nothing."""
+    text = visible(str(error).strip()) or type(error).__name__
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def _spelt(match: re.Match[str]) -> str:
     character = match[0]
     if "\udc80" <= character <= "\udcff":  # how Python hands over a byte that is not UTF-8

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cachetune_rag.checking.escaping import visible
+from cachetune_rag.checking.escaping import words_of
 from cachetune_rag.errors import ConfigError, ModelLoadError
 from cachetune_store.printing import shown
 
@@ -54,7 +54,7 @@ def load_model(
         )
     except (OSError, ValueError, ImportError, KeyError, pickle.UnpicklingError) as error:
         raise ModelLoadError(
-            f"no model could be loaded from {shown(os.fspath(source))}: {visible(str(error).strip())} "
+            f"no model could be loaded from {shown(os.fspath(source))}: {words_of(error)} "
             "Give a folder made by save_pretrained, a hub id, or a folder with gguf_file=."
         ) from error
     return model.to(place).eval(), tokenizer

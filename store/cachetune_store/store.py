@@ -501,13 +501,13 @@ class ChunkStore:
             foreign_too: remove files of other format versions as well.
             dry_run: only count.
         """
+        self._check_open()
         if not callable(keep):
             raise StoreArgumentError(f"keep is {shown(keep)}, which can't be called; use a function of a chunk's head")
         check_flag(foreign_too, "foreign_too")
         check_flag(dry_run, "dry_run")
         if not dry_run:
             self.check_writable()
-        self._check_open()
         return self._repair.healed(lambda: prune(self._placement, keep, foreign_too=foreign_too, dry_run=dry_run))
 
     def delete_tenant(self, tenant: str) -> int:

@@ -39,7 +39,7 @@ def test_the_engine_imports_no_framework() -> None:
     code = (
         "import pkgutil, importlib, importlib.util, cachetune_rag\n"
         "# Kernels are imported where they run; Triton comes with torch's CUDA builds.\n"
-        "kernels = ('attention', 'probe', 'rows', 'shift')\n"
+        "kernels = ('attention', 'watched_attention', 'rows', 'shift')\n"
         "left_out = () if importlib.util.find_spec('triton') else tuple(f'kernels.{name}' for name in kernels)\n"
         "for m in pkgutil.walk_packages(cachetune_rag.__path__, 'cachetune_rag.'):\n"
         "    if not m.name.endswith(('__main__', *left_out)): importlib.import_module(m.name)\n"

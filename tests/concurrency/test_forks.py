@@ -310,8 +310,9 @@ def test_a_child_that_ends_as_processes_do_ends(tmp_path: Path) -> None:
     code = """
 import os, sys
 from tiny import llama, tokenizer
-from cachetune_rag import CacheTune, missed
-missed.PATIENCE = 1e6
+from cachetune_rag import CacheTune
+from cachetune_rag.chunks import backfill
+backfill.PATIENCE = 1e6
 engine = CacheTune(llama(), tokenizer(), sys.argv[1], lead_in="first_token", fidelity_sample=1.0)
 with engine.runtime.model.lock.reserved():
     engine.generate("Who?", ["A passage.", "Another."], max_new_tokens=2)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from cachetune_rag.checking.escaping import words_of
 from cachetune_rag.errors import PromptError
 from cachetune_rag.text.prompts.chat_messages import Message
 from cachetune_rag.text.prompts.content_marks import Marks
@@ -203,7 +204,7 @@ class ChatRun:
         except Exception as error:  # a template is somebody else's program: any error in it counts as its refusal
             roles = ", ".join(message.role for message in messages)
             raise PromptError(
-                f"the tokenizer's chat template refuses messages with the roles {roles}: {error}. {_WAY_OUT}"
+                f"the tokenizer's chat template refuses messages with the roles {roles}: {words_of(error)}. {_WAY_OUT}"
             ) from error
 
     def _written(self, message: Message, i: int, marks: Marks, chunks: bool, spelling: Spelling | None) -> str:
