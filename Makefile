@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Processes that run tests at once; 0: no further ones, as a plain `pytest`.
-WORKERS ?= 0
+WORKERS ?= 2
 
 .PHONY: demo test soak lint format typecheck bench quality clean
 

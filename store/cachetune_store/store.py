@@ -364,6 +364,12 @@ class ChunkStore:
 
     def removed_since(self, number: int, document_id: str | None = None, *, tenant: str = "") -> bool:
         """Whether a document was removed or replaced, or a tenant deleted, after a number from `changes_so_far`: by this process."""
+        self._check_process()
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise StoreArgumentError(f"number is {shown(number)}; use one from changes_so_far()")
+        if document_id is not None:
+            check_text(document_id, "document id")
+        check_text(tenant, "tenant")
         return self._removals.since(number, tenant, document_id)
 
     @property
@@ -568,6 +574,9 @@ class ChunkStore:
     def _check_open(self) -> None:
         if self._closed:
             raise StoreClosedError("the store is closed; open it again")
+        self._check_process()
+
+    def _check_process(self) -> None:
         if os.getpid() != self._process:
             raise StoreForkedError(
                 f"the store {self.path or 'in memory'} was opened by process {self._process}, from which this one was "
