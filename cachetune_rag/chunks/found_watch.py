@@ -63,7 +63,7 @@ class FoundWatch:
         """
         found = sum(span.end - span.start for span in prompt.spans)
         if retrieved:
-            self._say_share(min(found, prompt.retrieved), prompt.retrieved)
+            self._say_share(prompt)
             little = prompt.retrieved >= MUCH and found < LITTLE * prompt.retrieved
         else:
             little = len(prompt.ids) > LONG and found < LITTLE_OF_PROMPT * len(prompt.ids) and len(self._recognizer) > 0
@@ -78,11 +78,17 @@ class FoundWatch:
         finally:
             self._comparing.release()
 
-    def _say_share(self, found: int, retrieved: int) -> None:
-        if not retrieved:
+    def _say_share(self, prompt: Prompt) -> None:
+        if not prompt.retrieved:
             return
         with self._lock:
             level, self._said_share = logging.DEBUG if self._said_share else logging.INFO, True
+        if not _log.isEnabledFor(level):
+            return
+        # A retrieved text that stands in the prompt is one of its chunks even where it isn't stored yet.
+        chunks = zip(prompt.spans, prompt.chunk_texts, strict=True)
+        stored = sum(span.end - span.start for span, text in chunks if self._recognizer.knows(text))
+        found, retrieved = min(stored, prompt.retrieved), prompt.retrieved
         _log.log(
             level, "found %d of %d retrieved tokens in the store (%d%%)", found, retrieved, 100 * found // retrieved
         )

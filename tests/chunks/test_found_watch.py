@@ -12,7 +12,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from tiny import llama, tokenizer
 
-from cachetune_rag import CacheTune
+from cachetune_rag import CacheTune, Chunk
 from cachetune_rag.telemetry.prometheus import CacheTuneCollector
 from cachetune_rag.text.recognising.text_changes import REASONS, change_of
 
@@ -105,6 +105,21 @@ def test_the_share_found_is_said_once_and_then_to_who_debugs(
             f"found {tokens[1]} of {sum(tokens[1:3])} retrieved tokens in the store "
             f"({100 * tokens[1] // sum(tokens[1:3])}%)",
         ),
+    ]
+
+
+def test_what_is_only_about_to_be_stored_is_not_said_to_be_found(
+    engine: CacheTune, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.precompute(PASSAGES[:1])
+    tokens = [len(engine.prompts.encode(text)) for text in PASSAGES[:2]]
+    shown = "\n".join(PASSAGES[:2]) + "\nWho?"
+    with caplog.at_level(logging.INFO, logger="cachetune_rag.found_watch"):
+        prompt = engine.prompt_from_text(shown, retrieved=[Chunk(text, "d") for text in PASSAGES[:2]])
+    assert prompt.chunk_texts == tuple(PASSAGES[:2])
+    share = 100 * tokens[0] // sum(tokens)
+    assert [r.getMessage() for r in caplog.records if r.levelno == logging.INFO] == [
+        f"found {tokens[0]} of {sum(tokens)} retrieved tokens in the store ({share}%)"
     ]
 
 
