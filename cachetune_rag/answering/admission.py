@@ -14,16 +14,12 @@ from cachetune_rag.chunks.lead_ins import LeadIns
 from cachetune_rag.errors import ConfigError, PromptError, PromptTooLongError
 from cachetune_rag.model import ModelAdapter
 from cachetune_rag.model.libraries.neutral import neutrally
+from cachetune_rag.options import REQUEST_NAMES
 from cachetune_rag.reuse.config import ReuseConfig, resolve
 from cachetune_rag.text.prompts.prompt import PromptBuilder
 from cachetune_rag.text.prompts.segments import Chunk, Prompt, given_chunks
 from cachetune_store import Namespace
 from cachetune_store.printing import shown
-
-_ARGUMENTS = (
-    "query", "chunks", "prefix", "prompt", "ratio", "selector", "reuse", "max_new_tokens", "stop", "generation_config",
-)  # fmt: skip
-"""The named arguments of a request, besides generation settings and variables of the chat template."""
 
 
 class Admission:
@@ -163,7 +159,7 @@ class Admission:
             if name not in names and not is_setting(name):
                 raise ConfigError(
                     f"{shown(name)} is no generation setting, no argument of a request and no variable of the chat template: "
-                    f"{nearest(name, _ARGUMENTS, names, otherwise=_variables(names))}"
+                    f"{nearest(name, REQUEST_NAMES, names, otherwise=_variables(names))}"
                 )
         variables = {name: value for name, value in further.items() if name in names}
         return variables, {name: value for name, value in further.items() if name not in names}

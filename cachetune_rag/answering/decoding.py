@@ -25,8 +25,9 @@ from transformers import (
 
 from cachetune_rag.answering.generation_settings import (
     DEFAULT_NEW_TOKENS,
+    LEAST_SEED,
+    MOST_SEED,
     REFUSED,
-    SEEDS,
     answer_length,
     callables,
     check_ids,
@@ -138,8 +139,9 @@ def prepare(
         raise ConfigError(
             f"the model's generation_config is {model.generation_config!r:.80}: set it to a transformers GenerationConfig."
         )
-    # Compared, since `in` goes through a range number by number for an int of another class.
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not SEEDS[0] <= seed <= SEEDS[-1]):
+    if seed is not None and (
+        isinstance(seed, bool) or not isinstance(seed, int) or not LEAST_SEED <= seed <= MOST_SEED
+    ):
         raise ConfigError(f"seed is {shown(seed)}: use an int from -2**63 to 2**64 - 1, or None.")
     settings = {name: value for name, value in settings.items() if value is not None}
     check_names(settings)

@@ -21,8 +21,11 @@ from cachetune_store.printing import shown
 DEFAULT_NEW_TOKENS = 256
 """The most tokens of an answer, where neither the request nor the configuration gives a number."""
 
-SEEDS = range(-(1 << 63), 1 << 64)
+LEAST_SEED, MOST_SEED = -(1 << 63), (1 << 64) - 1
 """Seeds that torch accepts."""
+
+_FURTHER = ("seed", "logits_processor", "stopping_criteria")
+"""Settings of an answer that are not in transformers' GenerationConfig."""
 
 _IDS = (
     "bos_token_id", "eos_token_id", "pad_token_id", "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens",
@@ -132,13 +135,13 @@ def _known() -> set[str]:
 
 def is_setting(name: str) -> bool:
     """Whether `prepare` takes an argument of this name, or refuses it with a reason of its own."""
-    return name in _known() or name in ("seed", "logits_processor", "stopping_criteria")
+    return name in _known() or name in _FURTHER
 
 
 def nearest(name: str, *further: Iterable[str], otherwise: str = "") -> str:
     """A hint for a misspelt `name`: the nearest generation setting or one of the `further` names. Where none is near, the hint begins
     with `otherwise`."""
-    names = (_known() - set(REFUSED)).union(("seed", "logits_processor", "stopping_criteria"), *further)
+    names = (_known() - set(REFUSED)).union(_FURTHER, *further)
     return hint(name, names, f"{otherwise}see transformers' GenerationConfig for the settings that there are.")
 
 

@@ -77,9 +77,7 @@ def calibrate(
             show_default=False,
         ),
     ] = None,
-    selector: Annotated[
-        str, typer.Option("--selector", metavar="NAME", help="Whose ratio: probe, frequency, ... or auto.")
-    ] = "auto",
+    selector: options.RatioSelector = "auto",
     ratios: Annotated[
         str | None,
         typer.Option("--ratios", metavar="R,R,...", help="Ratios to try; a grid from 0 to 0.7 if left out."),
@@ -89,9 +87,7 @@ def calibrate(
         list[str] | None,
         typer.Option("--document", "-d", metavar="ID", help="Retrieve from this document only. May be repeated."),
     ] = None,
-    top_k: Annotated[
-        int, typer.Option("--top-k", "-k", min=1, help="Passages to retrieve for a question without chunks.")
-    ] = DEFAULT_TOP_K,
+    top_k: options.TopK = DEFAULT_TOP_K,
     plot: Annotated[
         Path | None,
         typer.Option(

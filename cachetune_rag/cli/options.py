@@ -75,6 +75,10 @@ Codec = Annotated[str, _declared("codec")]
 HostBudget = Annotated[str, _declared("host_budget")]
 DeviceBudget = Annotated[str, _declared("device_budget")]
 DiskBudget = Annotated[str, _declared("disk_budget")]
+TopK = Annotated[int, typer.Option("--top-k", "-k", min=1, help="Passages to retrieve for a question without chunks.")]
+RatioSelector = Annotated[
+    str, typer.Option("--selector", metavar="NAME", help="Whose ratio: probe, frequency, ... or auto.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 

@@ -59,9 +59,7 @@ def tune(
             help="device, host, disk, or auto: each that has a budget. (disk is read as if never before.)",
         ),
     ] = "auto",
-    selector: Annotated[
-        str, typer.Option("--selector", metavar="NAME", help="Whose ratio: probe, frequency, ... or auto.")
-    ] = "auto",
+    selector: options.RatioSelector = "auto",
     r_min: Annotated[
         float | None,
         typer.Option(
@@ -74,9 +72,7 @@ def tune(
     r_max: Annotated[float, typer.Option("--r-max", metavar="R", help="Largest ratio.")] = 1.0,
     rounds: Annotated[int, typer.Option("--rounds", help="Times that each setting is measured.")] = 3,
     tokens: Annotated[int, typer.Option("--tokens", help="Passage tokens of a prompt that is made.")] = 4096,
-    top_k: Annotated[
-        int, typer.Option("--top-k", "-k", min=1, help="Passages to retrieve for a question without chunks.")
-    ] = DEFAULT_TOP_K,
+    top_k: options.TopK = DEFAULT_TOP_K,
     plot: Annotated[
         Path | None,
         typer.Option(

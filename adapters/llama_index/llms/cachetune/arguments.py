@@ -15,21 +15,14 @@ from transformers import GenerationConfig
 
 from cachetune_rag import CacheTune, ConfigError
 from cachetune_rag.checking.nearest import hint
-from cachetune_rag.options import ENGINE_NAMES, STORE_NAMES
+from cachetune_rag.options import ENGINE_NAMES, STORE_NAMES, RequestOptions
 from cachetune_rag.reuse.config import resolve
 from cachetune_store.printing import shown
 
 OTHER_NAMES = {"max_tokens": "max_new_tokens", "additional_kwargs": "generate_kwargs"}
 """What most other LLMs of the framework call an argument, and its name here."""
 
-_REQUEST = frozenset(inspect.signature(CacheTune.stream).parameters) - {
-    "self",
-    "query",
-    "chunks",
-    "prefix",
-    "prompt",
-    "sampling",
-}
+_REQUEST = frozenset(RequestOptions.__annotations__)
 _SAMPLING = frozenset(name for name in vars(GenerationConfig()) if not name.startswith("_")) | {"seed"}
 REQUEST_NAMES = _REQUEST | _SAMPLING | {"max_tokens"}
 """What a request takes by name, beside the variables of a chat template."""
