@@ -59,8 +59,8 @@ class MissedChunks:
     that a request which comes meanwhile waits for one at most; after `PATIENCE` seconds its forwards take turns with requests. A
     request for a chunk that waits computes it itself, exactly, like any that is missing.
 
-    A chunk of a document is stored as that document's, so that it goes when the document is removed. Was it removed, or replaced
-    by a version without this chunk, since the request knew of it, the chunk isn't stored at all.
+    A chunk of a document is stored under that document, so that it is deleted with it. If the document was removed, or replaced by a
+    version without this chunk, after the request was built, the chunk isn't stored at all.
 
     Args:
         precomputer: computes and stores.

@@ -32,11 +32,13 @@ _log = logging.getLogger("cachetune_rag.found_watch")
 
 
 class FoundWatch:
-    """Looks at each prompt that went through recognition. Where much was retrieved and little found, it compares the prompt with
-    stored texts, for a tenth of a second at most and a hundredth of the time in the long run, and warns of the likely reason:
-    of each kind once. The share found is logged too: of the first prompt whose retrieved texts were told at INFO, so that
-    somebody who just set a pipeline up sees that it works, and of later ones at DEBUG. No log line holds a text. Safe to use from
-    many threads.
+    """Looks at each prompt that went through recognition. Safe to use from many threads.
+
+    If much was retrieved and little of it found, it compares the prompt with stored texts and logs a warning with the likely reason,
+    each reason once. The comparison takes at most a tenth of a second, and a hundredth of the time in the long run.
+
+    It also logs the share of the retrieved tokens that was found: for the first prompt at INFO, so that somebody who has just set up
+    a pipeline sees whether it works, and for later prompts at DEBUG. No log line contains a text.
 
     Args:
         recognizer: knows what is stored.

@@ -1,7 +1,7 @@
-"""Whether a chunk that was missed is still somebody's by the time it is stored.
+"""Whether any document still holds a missed chunk by the time the chunk is stored.
 
-Between a request and the storing of what it missed, documents may be removed or replaced. The store decides: a chunk is added to its
-document in one transaction with the look at the document's changes, and looked at once more when it is written.
+Documents may be removed or replaced between a request and the storing of the chunks that it missed. So the store checks twice: in the
+transaction that adds the chunk to its document, and once more when the chunk has been written.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ class ChunkToStore:
 
     Attributes:
         ids, text: its token ids and its text.
-        owners: the documents that it belongs to, each with the number of changes since when that is known (`changes_so_far`);
-            None stands for somebody who named no document.
-        recognised: that number of a request that found it among the stored chunks by its text, and then missed it. It belongs to
-            whatever document holds it, and isn't wanted if none does any more.
+        owners: the documents that it belongs to, each with the value that `changes_so_far` had when this became known. None stands for
+            a request that named no document.
+        recognised: set if a request found the chunk's text among the stored ones and then missed the chunk: the value that
+            `changes_so_far` had then. The chunk belongs to every document that holds it, and isn't stored if none does any more.
     """
 
     ids: tuple[int, ...]
@@ -32,11 +32,11 @@ class ChunkToStore:
 
     @property
     def wanted(self) -> bool:
-        """Whether it has an owner, or perhaps has one."""
+        """Whether it has an owner, or may have one."""
         return bool(self.owners) or self.recognised is not None
 
     def join(self, other: ChunkToStore) -> None:
-        """The same chunk was missed by another request, or stands in the prompt once more."""
+        """Add the owners of the same chunk, when another request missed it or a prompt shows it twice."""
         for owner, since in other.owners.items():
             self.owners[owner] = max(since, self.owners.get(owner, since))
         if other.recognised is not None:
@@ -56,7 +56,7 @@ class Owners:
         self._store, self._tenant, self._call = store, tenant, call
 
     def may_want(self, chunk: ChunkToStore) -> bool:
-        """Whether none of a chunk's owners is known to have gone; the disk isn't asked."""
+        """Whether a chunk has an owner that wasn't removed or replaced by this process. Nothing is read from disk."""
         return self._any_left(chunk)
 
     def want(self, key: ChunkKey, chunk: ChunkToStore, keys_of: Callable[[Sequence[int]], Sequence[ChunkKey]]) -> bool:

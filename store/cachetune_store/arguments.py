@@ -1,4 +1,4 @@
-"""What callers hand to a store, checked where it comes in."""
+"""Checks of the arguments of a store's public methods."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["check_flag", "check_items", "check_key", "check_keys", "check_kind",
 
 
 def check_kind(value: Any, kind: type | tuple[type, ...], what: str, use: str) -> None:
-    """Refuse what is no `kind`.
+    """Refuse a value that isn't an instance of `kind`.
 
     Args:
         value: what was given.
@@ -31,7 +31,7 @@ def check_kind(value: Any, kind: type | tuple[type, ...], what: str, use: str) -
 
 
 def check_text(value: Any, what: str) -> None:
-    """Refuse what is no string.
+    """Refuse a value that isn't a string.
 
     Raises:
         StoreArgumentError: says so.
@@ -40,7 +40,7 @@ def check_text(value: Any, what: str) -> None:
 
 
 def check_flag(value: Any, what: str) -> None:
-    """Refuse what is neither True nor False: any text would count as True, "no" and "false" too.
+    """Refuse a value that is neither True nor False. Any text would count as True, even "no" and "false".
 
     Raises:
         StoreArgumentError: says so.
@@ -49,7 +49,7 @@ def check_flag(value: Any, what: str) -> None:
 
 
 def check_key(key: Any) -> None:
-    """Refuse what is no chunk key.
+    """Refuse a value that isn't a chunk key.
 
     Raises:
         StoreArgumentError: says so.
@@ -58,10 +58,10 @@ def check_key(key: Any) -> None:
 
 
 def check_keys(keys: Any) -> list[ChunkKey]:
-    """Chunk keys as a list; what can be gone through only once is gone through here.
+    """Return chunk keys as a list. An iterator is consumed.
 
     Raises:
-        StoreArgumentError: they are none.
+        StoreArgumentError: a value isn't a chunk key.
     """
     found: list[ChunkKey] = check_items(keys, "chunk keys", "use a list of them")
     for key in found:
@@ -70,14 +70,14 @@ def check_keys(keys: Any) -> list[ChunkKey]:
 
 
 def check_items(values: Any, what: str, use: str) -> list[Any]:
-    """What can be gone through, as a list; arguments as for `check_kind`.
+    """Return the items of an iterable as a list; arguments as for `check_kind`.
 
     Raises:
-        StoreArgumentError: it can't, or is text.
+        StoreArgumentError: it isn't iterable, or is text or bytes.
     """
     try:
         items = None if isinstance(values, str | bytes | bytearray) else iter(values)
-    except TypeError:  # it may look as if it could
+    except TypeError:  # NumPy's arrays of no dimension have __iter__ and still can't be iterated over
         items = None
     if items is None:
         raise StoreArgumentError(f"{what} are {shown(values)}, a {type(values).__name__}; {use}")
@@ -85,7 +85,7 @@ def check_items(values: Any, what: str, use: str) -> list[Any]:
 
 
 def check_tensor(value: Any, what: str) -> None:
-    """Refuse what is no tensor of plain numbers that are somewhere to be read.
+    """Refuse a value that isn't a dense tensor of real numbers in memory.
 
     Raises:
         StoreArgumentError: says so.

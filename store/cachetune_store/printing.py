@@ -1,7 +1,7 @@
-"""A value that somebody handed over, shown in an error's message.
+"""How a caller's value is shown in an error message.
 
-It may be anything, so Python's own `repr` won't do: it raises for an int of 5,000 digits, for lists nested too deep and whenever an
-object's own `__repr__` does; it makes a string of 100 MB from one; and what an object's `__repr__` returns may steer a terminal.
+The value may be anything, so Python's `repr` isn't enough. It raises for an int of 5,000 digits, for lists nested too deep, and whenever
+an object's own `__repr__` raises. Its result may have 100 MB, or contain characters that control a terminal.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ITEMS, _LEVELS = 10, 3
 
 
 def shown(value: object, most: int = _MOST) -> str:
-    """`value` as Python would write it, on one line of at most `most` characters, of which none steers a terminal. Never raises."""
+    """`value` as Python would write it, on one line of at most `most` characters. Control characters are escaped. Never raises."""
     try:
         text = _Short(most).repr(value)
     except Exception:
@@ -40,23 +40,23 @@ class _Short(reprlib.Repr):
         self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = self.maxdeque = self.maxarray = _ITEMS
 
     def repr_str(self, x: str, level: int) -> str:
-        """Its beginning, of which a message's reader knows it; reprlib would cut out the middle."""
+        """The beginning of a string, by which a reader recognises it. reprlib would cut out the middle instead."""
         return repr(x[: self._most])
 
     def repr_bytes(self, x: bytes | bytearray, level: int) -> str:
-        """As a string."""
+        """The beginning, as for a string."""
         return repr(x[: self._most])
 
     repr_bytearray = repr_bytes
 
     def repr_int(self, x: int, level: int) -> str:
-        """Its digits, unless they are so many that Python won't write them."""
+        """The digits of an int, or how many there are if Python might refuse to write them."""
         if x.bit_length() <= _BITS:
             return repr(x)
         return f"<an int of about {math.ceil(x.bit_length() * math.log10(2))} digits>"
 
     def repr_dict(self, x: dict[object, object], level: int) -> str:
-        """In its own order; reprlib sorts."""
+        """The first items of a dict, in its own order. reprlib would sort them."""
         if level <= 0:
             return "{...}"
         first = islice(x.items(), _ITEMS)
@@ -64,7 +64,7 @@ class _Short(reprlib.Repr):
         return f"{{{', '.join(pieces + ['...'] * (len(x) > _ITEMS))}}}"
 
     def repr_instance(self, x: object, level: int) -> str:
-        """What the object says of itself, if it does."""
+        """An object's own `repr`, unless it raises."""
         if isinstance(x, str) and type(x).__repr__ is str.__repr__:
             return repr(str.__getitem__(x, slice(self._most)))
         if isinstance(x, int) and type(x).__repr__ is int.__repr__:

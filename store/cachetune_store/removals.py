@@ -1,8 +1,8 @@
-"""Which documents were removed or replaced lately, and in what order with requests.
+"""Which documents were removed or replaced lately, and whether that was before or after a request began.
 
-A request takes a while, and what it missed is stored behind it. Was the document removed meanwhile, its text must not come back. So
-each change of a document has a number, and each request knows the number of the last change before it began. The numbers live in
-this process: they are kept for all stores that are open on one folder, and nothing of them is written.
+A request takes a while, and the chunks that it missed are stored after it. If their document is removed meanwhile, its text must not
+come back. So each change of a document gets a number, and each request remembers the number of the last change before it began. The
+numbers are shared by all stores that this process has open on one folder. They are never written to disk.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ os.register_at_fork(after_in_child=_NUMBER.in_child)
 
 
 def changes_so_far() -> int:
-    """The number of the last change of any document in this process: what comes next is later."""
+    """The number of the last change of any document in this process. Later changes get larger numbers."""
     return _NUMBER.last
 
 
 class _Book:
-    """The latest changes by name; of what is forgotten, the last number."""
+    """The number of the latest change by name. Older names are forgotten; only the largest number among them is kept."""
 
     def __init__(self, most: int) -> None:
         self._most, self._numbers, self._forgotten = most, OrderedDict[bytes, int](), 0
@@ -53,7 +53,7 @@ class _Book:
             _, self._forgotten = self._numbers.popitem(last=False)
 
     def last(self, name: bytes) -> int:
-        """The number of a name's last change, or a later one if that is forgotten."""
+        """The number of a name's last change. If the name may have been forgotten, the largest forgotten number counts."""
         return max(self._numbers.get(name, 0), self._forgotten)
 
 
@@ -69,12 +69,12 @@ class Removals:
         self.texts_gone = 0
 
     def note(self, tenant: str, document: str | None, *, gone: bool = True) -> None:
-        """A document is being removed or replaced; None: all that is the tenant's.
+        """Remember that a document is being removed or replaced.
 
         Args:
-            tenant: whose.
-            document: its id.
-            gone: whether texts leave it.
+            tenant: the tenant that the document belongs to.
+            document: the document's id. None: all documents of the tenant.
+            gone: whether the document loses texts.
         """
         book = self._tenants if document is None else self._documents
         name = _name(tenant, document)
@@ -84,7 +84,7 @@ class Removals:
             self.texts_gone += gone
 
     def since(self, number: int, tenant: str, document: str | None) -> bool:
-        """Whether a document was removed or replaced after a number, or all that is the tenant's was."""
+        """Whether a document, or all that belongs to its tenant, was removed or replaced after the change with this number."""
         with _NUMBER.lock:
             last = self._tenants.last(_name(tenant, None))
             if document is not None:
@@ -96,7 +96,7 @@ _OPEN: WeakValueDictionary[str, Removals] = WeakValueDictionary()
 
 
 def removals_of(path: Path | None) -> Removals:
-    """Those of the store at a folder, shared by all that have it open; of its own for a store in memory."""
+    """The changes of the store in a folder, shared by all that have it open. A store in memory gets its own."""
     if path is None:
         return Removals()
     with _NUMBER.lock:
