@@ -49,6 +49,12 @@ def engine() -> Iterator[CacheTune]:
         yield engine
 
 
+@pytest.fixture(autouse=True)
+def _warnings_alone(caplog: pytest.LogCaptureFixture) -> None:
+    """As Python's logging begins; importing a framework may have lowered the root logger's level."""
+    caplog.set_level(logging.WARNING, logger="cachetune_rag.found_watch")
+
+
 @pytest.mark.parametrize("kind", CHANGES)
 def test_the_reason_is_the_change(kind: str) -> None:
     shown = "Answer from these.\n" + "\n---\n".join(map(CHANGES[kind], PASSAGES)) + "\nWho?"
