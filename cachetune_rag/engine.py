@@ -27,7 +27,7 @@ from cachetune_rag.measuring.tuning import TuneProgress, TuningResult
 from cachetune_rag.measuring.tuning.tuner import R_MAX, ROUNDS, TOKENS, Tuner, TuningPlan
 from cachetune_rag.model.loading import load_model
 from cachetune_rag.options import ENGINE_NAMES, EngineArguments, check_names
-from cachetune_rag.readahead.prefetcher import Prefetch
+from cachetune_rag.readahead.batch import Prefetch
 from cachetune_rag.report import PrecomputeSummary
 from cachetune_rag.reuse.state import PrefillState
 from cachetune_rag.runtime import Runtime, check_not_open

@@ -14,7 +14,8 @@ from cachetune_rag.answering.request import Finished, Request, RequestListener
 from cachetune_rag.chunks.lead_ins import LeadIns
 from cachetune_rag.concurrency.lifetime import Lifetime
 from cachetune_rag.model.engine_model import EngineModel
-from cachetune_rag.readahead.prefetcher import Prefetch, Prefetcher
+from cachetune_rag.readahead.batch import Prefetch
+from cachetune_rag.readahead.prefetcher import Prefetcher
 from cachetune_rag.report import Report
 from cachetune_rag.reuse.config import ReuseConfig
 from cachetune_rag.reuse.prefill import Assembler

@@ -12,7 +12,7 @@ from cachetune_rag.answering.executor import Executor
 from cachetune_rag.answering.stream import AnswerStream
 from cachetune_rag.checking.arguments import is_iterable
 from cachetune_rag.errors import CacheTuneError, ConfigError
-from cachetune_rag.readahead.prefetcher import Prefetch
+from cachetune_rag.readahead.batch import Prefetch
 from cachetune_rag.text.prompts.prompt import Chunk, Prompt
 from cachetune_store import changes_so_far
 from cachetune_store.printing import shown

@@ -1,1 +1,1 @@
-"""From disk to host memory behind requests."""
+"""Reads chunks from disk into host memory in the background."""

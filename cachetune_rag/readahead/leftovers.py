@@ -1,4 +1,4 @@
-"""What requests left unread of their chunks, read behind them, so that the next request finds the chunks in host memory."""
+"""Reads the rest of chunks that a request read in part, in the background, so that the next request finds them in host memory."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from cachetune_rag.concurrency.workers import Job, Workers
 from cachetune_store import ChunkKey, ChunkReader, ChunkStore, DamagedChunkError, StoreError
 
 THREADS = 2
-"""One chunk is checked while the next is on its way; more would only take the disk from requests."""
+"""One chunk is checked while the next is read; more threads would only take the disk from requests."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
 class _Job:
-    """One chunk that is, or will be, read; the job closes its reader.
+    """One chunk that is being read or waits for it. The job closes the reader.
 
     Attributes:
-        taken: the work is done elsewhere, though the future was cancelled.
+        taken: a request does the work itself; its future was cancelled for that.
     """
 
     work: Callable[[], None]
@@ -31,11 +31,11 @@ class _Job:
 
 
 class Leftovers:
-    """The threads that read, and what they are at. Safe to use from several threads.
+    """The threads that read, and the chunks that they read. Safe to use from several threads.
 
     Args:
         store: where chunks come from and whose host tier they go to.
-        limit: most bytes of host memory that what waits may come to fill; beyond, chunks stay on disk.
+        limit: most bytes of host memory that waiting chunks may fill; chunks beyond that stay on disk.
         wait: `wait(stopped)` returns once something may be read, or `stopped()`.
     """
 
@@ -45,7 +45,7 @@ class Leftovers:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._jobs: dict[ChunkKey, _Job] = {}
-        self._bytes = 0  # of readers that were taken over and aren't done
+        self._bytes = 0  # of readers that were taken over and are not done
 
     def finish(self, reader: ChunkReader) -> None:
         """Take over an open reader: read what is left of the chunk, put it into host memory, close the reader.
@@ -58,8 +58,13 @@ class Leftovers:
         if busy or not self._submit(lambda: self._read(reader), reader):
             self._release(reader)
 
-    def settle(self, keys: Iterable[ChunkKey]) -> None:
-        """A request begins that needs these chunks: what an earlier one left of them is read when this returns."""
+    @property
+    def waiting(self) -> int:
+        """Bytes of the chunks that are being read or wait for it."""
+        return self._bytes
+
+    def finish_for_request(self, keys: Iterable[ChunkKey]) -> None:
+        """A request begins that needs these chunks. When this returns, all that earlier requests left unread of them is read."""
         with self._lock:
             jobs = [self._jobs[key] for key in keys if key in self._jobs]
         for job in jobs:
@@ -79,7 +84,7 @@ class Leftovers:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _submit(self, work: Callable[[], None], reader: ChunkReader) -> bool:
-        """False if the chunk is being read already, or nothing is read any more: the reader stays the caller's then."""
+        """Start reading. False if the chunk is being read already or reading has stopped: the caller keeps the reader then."""
         key = reader.key
         with self._lock:
             if key in self._jobs or self._stop.is_set():
@@ -98,7 +103,7 @@ class Leftovers:
             self._release(job.reader)
 
     def _read(self, reader: ChunkReader) -> None:
-        """Layer by layer, so that it can be stopped in between."""
+        """Read a chunk layer by layer, so that reading can stop in between."""
         try:
             for layer in range(len(reader.layout.layers)):
                 self._wait(self._stop.is_set)

@@ -1,7 +1,7 @@
-"""Reads from disk into host memory behind the requests: ahead of the one that comes next, and what one left unread.
+"""Reads from disk into host memory in the background: chunks of coming requests, and the rest of chunks that a request read in part.
 
-Nothing here decides an answer. A read that fails, or finds no room, is dropped: the request that needs the chunk opens it
-itself, and handles damage as it always does.
+Nothing here changes an answer. A read that fails or finds no room is dropped: the request that needs the chunk opens it itself, and
+handles damage as it always does.
 """
 
 from __future__ import annotations
@@ -9,37 +9,37 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 
-from cachetune_rag.readahead.coming import Prefetch, ReadAhead
+from cachetune_rag.readahead.batch import Prefetch
+from cachetune_rag.readahead.coming import ReadAhead
 from cachetune_rag.readahead.leftovers import Leftovers
 from cachetune_store import ChunkKey, ChunkReader, ChunkStore
 
-__all__ = ["Hold", "Prefetch", "Prefetcher"]
-
 _BREATH = 0.002
-"""Seconds between two looks at whether the disk is free."""
+"""Polling interval while a request keeps the disk, seconds."""
 
 
-class Hold:
-    """What a request at hand keeps from those who read behind requests.
+class DiskPriority:
+    """Makes background reads yield to one request.
 
-    From `begin` to `release` nothing is read behind requests, for this one waits for the disk. From `begin` to `end` its chunks
-    aren't read for others: they are in host memory behind it.
+    From `claim` to `release` nothing is read in the background, because the request waits for the disk. From `claim` to `end` the
+    request's chunks are not read in the background: it reads them itself, and they are in host memory afterwards.
 
     Args:
-        waiting, opened: all that were begun, and not released or not ended.
+        waiting: all priorities that were claimed and not released.
+        opened: all priorities that were claimed and not ended.
         keys: chunks that the request has open.
     """
 
-    def __init__(self, waiting: set[Hold], opened: set[Hold], keys: Iterable[ChunkKey]):
+    def __init__(self, waiting: set[DiskPriority], opened: set[DiskPriority], keys: Iterable[ChunkKey]):
         self._waiting, self._opened, self.keys = waiting, opened, frozenset(keys)
 
-    def begin(self) -> None:
-        """From now on. Apart from making it, so that whoever makes it can see to its end first: Ctrl-C may come in between."""
+    def claim(self) -> None:
+        """Take effect. Separate from `__init__`, so that the call of `end` is registered before: Ctrl-C may come in between."""
         self._opened.add(self)
         self._waiting.add(self)
 
     def release(self) -> None:
-        """The disk is free. May be called again, on any thread."""
+        """The disk is free again. May be called more than once, on any thread."""
         self._waiting.discard(self)
 
     def end(self) -> None:
@@ -49,7 +49,7 @@ class Hold:
 
 
 class Prefetcher:
-    """All reading behind requests. Safe to use from several threads.
+    """All background reading. Safe to use from several threads.
 
     Args:
         store: where chunks come from and whose host tier they go to.
@@ -59,9 +59,9 @@ class Prefetcher:
     def __init__(self, store: ChunkStore, limit: int | None = None):
         budget = store.host_budget or store.device_budget  # without host memory chunks go straight to the device
         limit = budget if limit is None else min(limit, budget)
-        self._waiting: set[Hold] = set()
-        self._opened: set[Hold] = set()
-        self._leftovers = Leftovers(store, limit, self._wait)
+        self._waiting: set[DiskPriority] = set()
+        self._opened: set[DiskPriority] = set()
+        self.leftovers = Leftovers(store, limit, self._wait)
         self._ahead = ReadAhead(store, limit, self._wait, self._elsewhere)
 
     def fetch(
@@ -75,34 +75,50 @@ class Prefetcher:
         if self._ahead.has(reader.key):
             reader.close()
         else:
-            self._leftovers.finish(reader)
+            self.leftovers.finish(reader)
 
     def take(self, keys: Iterable[ChunkKey]) -> dict[ChunkKey, ChunkReader]:
         """A request begins that needs these chunks: no thread is reading any of them when this returns.
 
-        What an earlier request left is finished, so that every chunk of a request is in host memory for the next one. What was
-        being read ahead is the request's: open readers, which hold what was read.
+        What an earlier request left unread is finished first, so that every chunk of a request is in host memory for the next one.
+        Chunks that were being read ahead are handed to the request: their readers are open and hold what was read.
         """
         wanted = list(keys)
-        self._leftovers.settle(wanted)
+        self.leftovers.finish_for_request(wanted)
         return self._ahead.take(wanted)
 
-    def hold(self, keys: Iterable[ChunkKey] = ()) -> Hold:
-        """For a request that waits for the disk, with the chunks that it has open."""
-        return Hold(self._waiting, self._opened, keys)
+    def priority(self, keys: Iterable[ChunkKey] = ()) -> DiskPriority:
+        """For a request that waits for the disk. `keys` are the chunks that it has open."""
+        return DiskPriority(self._waiting, self._opened, keys)
 
     def close(self) -> None:
         """Stop; when this returns, nothing is read any more."""
         self._ahead.close()
-        self._leftovers.close()
+        self.leftovers.close()
 
-    def _paused(self) -> bool:
+    @property
+    def paused(self) -> bool:
+        """Whether a request waits for the disk, so that nothing is read here."""
         return bool(self._waiting)
 
+    @property
+    def coming(self) -> set[ChunkKey]:
+        """Chunks that are being read for coming requests."""
+        return self._ahead.keys
+
+    def is_coming(self, key: ChunkKey) -> bool:
+        """Whether a chunk is being read for a coming request."""
+        return self._ahead.has(key)
+
+    @property
+    def closing(self) -> bool:
+        """Whether reading was told to stop for good."""
+        return self._ahead.closing
+
     def _wait(self, stopped: Callable[[], bool]) -> None:
-        """Return once nobody waits for the disk, or `stopped()`."""
-        while self._paused() and not stopped():
+        """Return once no request waits for the disk, or `stopped()`."""
+        while self.paused and not stopped():
             time.sleep(_BREATH)
 
     def _elsewhere(self, key: ChunkKey) -> bool:
-        return self._leftovers.has(key) or any(key in hold.keys for hold in list(self._opened))
+        return self.leftovers.has(key) or any(key in priority.keys for priority in list(self._opened))

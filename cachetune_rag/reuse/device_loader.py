@@ -1,8 +1,9 @@
-"""Loading onto a CUDA device, beside the computation.
+"""Loading onto a CUDA device, while the model computes.
 
-One stream copies a layer's encoded rows into a ring of staging buffers; another decodes, rotates and scatters them from there
-into the prompt's buffers, layer after layer. Rows of the device tier are decoded where they lie, without a copy. The stream that computes waits for the event of the layer it needs and for nothing
-else. The prompt's buffers hold every layer, so neither ever waits for the computation, only for the disk.
+One stream copies a layer's encoded rows into a ring of staging buffers. Another stream decodes and rotates them and puts them into the
+prompt's buffers, layer after layer. Rows of the device tier are decoded where they lie, without a copy. The stream that computes waits
+for the event of the layer that it needs, and for nothing else. The prompt's buffers hold every layer, so the two loading streams never
+wait for the computation, only for the disk.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ STAGES = 2
 LAUNCH_AHEAD = 2
 """Layers queued beyond the one that is asked for, so that the copy engine never runs dry; few, as queuing takes the host time in
 which the device waits for its next piece of work."""
-HURRY_BYTES = 48 << 20
-"""About what is copied to an H100 while a selector makes ready to look."""
+FIRST_BYTES = 48 << 20
+"""About as much as is copied to an H100 while a selector gets ready to look at layers."""
 
 
 class Streams:
@@ -118,16 +119,14 @@ class DeviceLoader(LayerLoader):
         self._streams.given[layer].record(self._current)
         self.seconds += time.perf_counter() - started
 
-    def hurry(self) -> None:
-        """See `LayerLoader.hurry`. Where copying takes longer than computing, each moment without a copy is one more to wait at the
-        end.
-        """
-        super().hurry()
+    def start_first_layers(self) -> None:
+        """See `LayerLoader.start_first_layers`. Where copying takes longer than computing, any time without a copy is lost at the end."""
+        super().start_first_layers()
         layer = sum(self._row_format(0, key).size(s.rows) for key, group in self._groups.items() for s in group)
-        self._launch_up_to(min(LAUNCH_AHEAD, HURRY_BYTES // max(1, layer)))
+        self._launch_up_to(min(LAUNCH_AHEAD, FIRST_BYTES // max(1, layer)))
 
-    def begin(self) -> None:
-        """See `LayerLoader.begin`."""
+    def start(self) -> None:
+        """See `LayerLoader.start`."""
         started = time.perf_counter()
         if self._slow:
             self._read_on(self._next)
@@ -135,14 +134,14 @@ class DeviceLoader(LayerLoader):
         self.seconds += time.perf_counter() - started
 
     def waited(self) -> float:
-        """Seconds by the device's clock that the computing stream waited for rows; once it is done with every layer's last
-        `load`, and of these alone.
+        """Seconds that the computing stream waited for rows, by the device's clock. Call it when that stream is done; only the last
+        `load` of each layer is counted.
         """
         pairs = zip(self._streams.asked, self._streams.given, strict=True)
         return sum(asked.elapsed_time(given) for asked, given in pairs) / 1e3
 
-    def bring(self, pieces: Sequence[tuple[int, Tensor]], columns: int) -> Tensor:
-        """See `LayerLoader.bring`: copied behind the rows that are queued already, and waited for by the first `load`.
+    def copy_table(self, pieces: Sequence[tuple[int, Tensor]], columns: int) -> Tensor:
+        """See `LayerLoader.copy_table`: copied behind the rows that are queued already, and waited for by the first `load`.
 
         Page-locked pieces are copied as they lie. A table of them takes the host milliseconds, in which the device has nothing to do.
         """
@@ -152,7 +151,7 @@ class DeviceLoader(LayerLoader):
             with torch.cuda.stream(streams.copy):
                 whole = torch.zeros(self._buffers.length, first.shape[1], dtype=first.dtype, device=device)
                 for start, numbers in pieces:
-                    self._copies.add(whole[start].data_ptr(), numbers.data_ptr(), numbers.nbytes)
+                    self._copies.collect(whole[start].data_ptr(), numbers.data_ptr(), numbers.nbytes)
                 self._copies.queue(streams.copy.cuda_stream)
                 there = whole[:, :columns].contiguous()
         else:
@@ -210,7 +209,7 @@ class DeviceLoader(LayerLoader):
                     continue
                 assert stage is not None
                 if self._copies is not None and reader.tier == "host":
-                    self._copies.add(stage.data_ptr() + at, reader.locate(layer, source.rows), count)
+                    self._copies.collect(stage.data_ptr() + at, reader.locate(layer, source.rows), count)
                 else:
                     pieces.append(reader.read(layer, source.rows) if reader.in_memory else next(slow))
                     targets.append(stage[at : at + count])

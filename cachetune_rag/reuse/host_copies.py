@@ -30,7 +30,7 @@ class HostCopies:
         self._run = run
         self._collected: list[tuple[int, int, int]] = []
 
-    def add(self, device: int, host: int, count: int) -> None:
+    def collect(self, device: int, host: int, count: int) -> None:
         """One copy of `count` bytes, by addresses."""
         self._collected.append((device, host, count))
 

@@ -23,9 +23,9 @@ from cachetune_rag.model.family.rope import Tables, rows_of
 from cachetune_store import ChunkKey, ChunkReader, DamagedChunkError, LayerSpec, RowFormat, get_codec
 
 READ_AHEAD = 4
-"""Layers that are read ahead of the one that computes while it is not settled which rows later ones need."""
-SETTLED_AHEAD = 16
-"""The same once it is: a disk that falls idle because computing lags, or the other way round, is time lost at the end."""
+"""Layers that are read ahead of the one that computes, while it is not known yet which rows later layers need."""
+FINAL_READ_AHEAD = 16
+"""Layers that are read ahead once the needed rows are known. Many, so that neither the disk nor the model waits for the other."""
 
 
 class DamagedSourceError(Exception):
@@ -64,12 +64,12 @@ class Source:
 
 
 class LayerLoader:
-    """Brings the reused rows of a prompt into its buffers, each layer once, when it is asked for.
+    """Loads the reused rows of a prompt into its buffers: each layer once, when `load` asks for it.
 
     Args:
         adapter: the model, for rotation.
-        sources: the reused chunks with the rows needed of each.
-        buffers: where they go.
+        sources: the reused chunks, and how many rows of each are needed.
+        buffers: where the rows go.
         pool: threads that read ahead.
     """
 
@@ -86,7 +86,7 @@ class LayerLoader:
         self.set_sources(sources)
 
     def set_sources(self, sources: Sequence[Source]) -> None:
-        """Change how many rows the layers not yet loaded will bring (a selector may decide after the first layers)."""
+        """Change how many rows are loaded of the layers that are still to come: a selector may decide after the first layers."""
         wanted = [(id(s.reader), s.start, s.rows) for s in sources]
         if wanted == self._wanted:
             return  # what is being read ahead stays wanted
@@ -100,14 +100,14 @@ class LayerLoader:
         self._sources = [s for group in self._groups.values() for s in group]
         self._places: dict[tuple[str, str], Tensor] = {}
         self._rows_of_tables: dict[tuple[str, str], dict[str | None, Tables]] = {}
-        # In the order of `_sources`, those whose rows must be waited for; and in which layers, for of what was read ahead of the
-        # request some layers are there.
+        # The sources that are not in memory, in the order of `_sources`, and which of their layers must still be read: some
+        # layers may have been read ahead of the request.
         self._slow = [s for s in self._sources if not s.reader.in_memory]
         layers = range(self._adapter.num_layers)
         self._waits = [not all(s.reader.has(layer, s.rows) for s in self._slow) for layer in layers]
 
     def load(self, layer: int) -> None:
-        """Make the reused rows of `layer` stand in the buffers. Later calls for the same layer do nothing."""
+        """Put the reused rows of `layer` into the buffers. Later calls for the same layer do nothing."""
         if self._loaded[layer]:
             return
         started = time.perf_counter()
@@ -138,18 +138,18 @@ class LayerLoader:
         self._buffers.key_rows[layer].index_copy_(0, places, keys)
         self._buffers.value_rows[layer].index_copy_(0, places, values)
 
-    def bring(self, pieces: Sequence[tuple[int, Tensor]], columns: int) -> Tensor:
-        """Numbers of tokens as a table [prompt length, columns] on the device, there once `load(0)` has returned.
+    def copy_table(self, pieces: Sequence[tuple[int, Tensor]], columns: int) -> Tensor:
+        """Copy numbers that belong to tokens to the device: a table [prompt length, columns], complete once `load(0)` has returned.
 
         Args:
-            pieces: place of a first token, and the numbers of it and those behind it, [tokens, `columns` or more] in host memory;
-                in order of places. Other tokens' are 0.
+            pieces: the place of a piece's first token, and the numbers of its tokens, [tokens, `columns` or more] in host memory; in
+                the order of places. Tokens in no piece get zeros.
             columns: how many of the first columns are wanted.
         """
         return self._table(pieces, columns).to(self._adapter.device)
 
     def _table(self, pieces: Sequence[tuple[int, Tensor]], columns: int) -> Tensor:
-        """See `bring`; in host memory, page-locked where there is a GPU."""
+        """See `copy_table`; in host memory, page-locked where there is a GPU."""
         length, pinned = self._buffers.length, self._adapter.device.type == "cuda"
         table = torch.empty(length, columns, dtype=pieces[0][1].dtype, pin_memory=pinned)
         at, rows = 0, table.numpy()  # NumPy copies without waking threads
@@ -160,13 +160,13 @@ class LayerLoader:
         rows[at:] = 0
         return table
 
-    def hurry(self) -> None:
-        """What is asked for first may be on its way already, whole, whatever will be known of it when it is asked for."""
+    def start_first_layers(self) -> None:
+        """Start reading the first layers, with all of their rows, before it is known which rows are needed."""
         if self._slow:
             self._read_on(0)
 
-    def begin(self) -> None:
-        """The sources are final: what takes long can go ahead of the first `load`."""
+    def start(self) -> None:
+        """The sources are final: start slow work now, before the first `load`."""
 
     def _placed(self, key: tuple[str, str]) -> Tensor:
         """Places of a group's rows, int64 [rows], on the device."""
@@ -207,7 +207,7 @@ class LayerLoader:
         return rows
 
     def _read_on(self, layer: int) -> None:
-        """Have the rows of `layer` and of the next ones read; those that are there don't count."""
+        """Start reading the rows of `layer` and of the next layers; layers that are there already are not counted."""
         unread = [number for number in range(layer, self._adapter.num_layers) if self._waits[number]]
         for ahead in unread[: 1 + self._horizon]:
             if ahead not in self._ahead and not self._loaded[ahead]:
@@ -215,16 +215,18 @@ class LayerLoader:
         if self._when_read is not None and self._all_asked():
             self._tell_when_read()
 
-    def settled(self, when_read: Callable[[], None]) -> None:
-        """The sources will change no more. `when_read()` is called once the last of their rows have been read from disk, on
-        whatever thread that ends on, which may be at once: the disk is free for others then. Not if this is closed before.
+    def sources_are_final(self, when_read: Callable[[], None]) -> None:
+        """The sources will not change any more.
+
+        `when_read()` is called once the last of their rows were read from disk, so that the disk is free for other readers: at once
+        or later, on any thread. It is not called if the loader is closed before.
         """
-        self._horizon, self._when_read = SETTLED_AHEAD, when_read
+        self._horizon, self._when_read = FINAL_READ_AHEAD, when_read
         if self._all_asked():
             self._tell_when_read()
 
     def _tell_when_read(self) -> None:
-        """Call who waits for the disk; where the last read is under way, when it ends."""
+        """Call `when_read` now, or at the end of the last read if that is still under way."""
         call, self._when_read = self._when_read, None
         assert call is not None
         under_way = self._ahead.get(max(self._ahead, default=-1))
@@ -238,14 +240,14 @@ class LayerLoader:
         return all(self._loaded[layer] or layer in self._ahead or not self._waits[layer] for layer in layers)
 
     def drain(self) -> None:
-        """Wait for reads under way and drop them; the readers may be closed afterwards. What is overdue goes on alone."""
+        """Wait for reads under way and drop them, so that the readers may be closed. Overdue reads are left to end by themselves."""
         for futures in self._ahead.values():
             for future in futures:
                 self._pool.settle(future)
         self._ahead.clear()
 
     def close(self) -> None:
-        """The prompt is done, or given up: nothing reads or writes for it any more when this returns."""
+        """The prompt is done or given up. When this returns, nothing reads or writes for it any more."""
         self.drain()
 
 

@@ -32,7 +32,7 @@ class OpenReaders:
         self._closed = False
         self._lock = threading.Lock()
 
-    def add(self, reader: ChunkReader) -> None:
+    def close_later(self, reader: ChunkReader) -> None:
         """Close a reader together with the others."""
         with self._lock:
             late = self._closed
@@ -92,7 +92,7 @@ class Faults:
         readers: dict[ChunkKey, ChunkReader | None] = {}
         waiting: dict[ChunkKey, Job[tuple[ChunkReader | None, list[StoreError]]]] = {}
         for there in taken.values():
-            opened.add(there)
+            opened.close_later(there)
         readers.update(taken)
         for key in keys:
             if key in taken:
@@ -100,7 +100,7 @@ class Faults:
             failed = key in self.damaged or key in self.unreadable
             reader = readers[key] = None if failed else store.open_in_memory(key)
             if reader is not None:
-                opened.add(reader)
+                opened.close_later(reader)
             elif self.disk_gone and not failed:
                 self.timed_out.add(key)
             elif not failed:
@@ -120,7 +120,7 @@ def _open(store: ChunkStore, key: ChunkKey, opened: OpenReaders) -> tuple[ChunkR
     errors: list[StoreError] = []
     reader = store.open(key, errors=errors)
     if reader is not None:
-        opened.add(reader)  # at once, because the request may have given up waiting
+        opened.close_later(reader)  # at once, because the request may have given up waiting
     return reader, errors
 
 

@@ -19,7 +19,7 @@ from cachetune_rag.reuse.device_loader import DeviceLoader, Streams
 from cachetune_rag.reuse.layer_loader import LayerLoader, Source
 from cachetune_rag.reuse.lookup import FoundChunks
 from cachetune_rag.reuse.memory import KVMemory
-from cachetune_rag.reuse.selection_context import RequestContext, ids_of
+from cachetune_rag.reuse.selection_context import PromptView, ids_of
 from cachetune_rag.selection import ReusedChunk, get_selector
 from cachetune_rag.selection.base import Selector, budget
 from cachetune_rag.text.prompts.prompt import Prompt
@@ -109,9 +109,9 @@ class Planner:
         stack.callback(loader.close)
         selector = get_selector(config.selector) if config.skipped < config.ratio or not config.skipped else None
         if selector is not None and selector.layers(self._adapter.num_layers):
-            loader.hurry()
+            loader.start_first_layers()
         computed[-1] = True  # also where a prompt ends in a chunk: the answer starts from it
-        context = RequestContext(self._adapter, prompt, sources, torch.from_numpy(computed), buffers, loader)
+        context = PromptView(self._adapter, prompt, sources, torch.from_numpy(computed), buffers, loader)
         shift = None
         if selector is not None:
             computed, shift = _select(selector, context, config.ratio, computed, unread)
@@ -138,7 +138,7 @@ def _sources(
 
 def _select(
     selector: Selector,
-    context: RequestContext,
+    context: PromptView,
     ratio: float,
     computed: NDArray[np.bool_],
     unread: NDArray[np.bool_],

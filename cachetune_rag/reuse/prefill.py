@@ -193,7 +193,7 @@ class Assembler:
             clock = _Clock()
             loader = self._loaders.make([Source(r, start, r.layout.tokens) for start, r in found.chunks], buffers)
             stack.callback(loader.close)
-            loader.begin()
+            loader.start()
             for layer in range(self._adapter.num_layers):
                 loader.load(layer)
             self._wait()
@@ -269,10 +269,10 @@ class Assembler:
         keys = found.on_disk
         if self._prefetcher is None or not keys:
             return _nothing
-        hold = self._prefetcher.hold(keys)
-        stack.callback(hold.end)
-        hold.begin()
-        return hold.release
+        priority = self._prefetcher.priority(keys)
+        stack.callback(priority.end)
+        priority.claim()
+        return priority.release
 
     def _settings(self, config: ReuseConfig, found: FoundChunks) -> ReuseConfig:
         """The settings of a request, tuned for where its chunks are if it left them to the engine."""
@@ -286,9 +286,9 @@ class Assembler:
         sources = plan.sources_to_read()
         skipped = sum(s.reader.layout.tokens - s.rows for s in sources)
         loader.set_sources(sources)
-        loader.settled(disk_free)
+        loader.sources_are_final(disk_free)
         phases = ForwardPhases(self._adapter, loader)
-        loader.begin()
+        loader.start()
         ids, places = some_of(call.prompt, plan.computed)
 
         def before(layer: int) -> None:

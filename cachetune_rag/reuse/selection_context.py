@@ -1,4 +1,4 @@
-"""What a selector may look at of one request (`SelectionContext`), backed by the model and the store."""
+"""What a selector sees of one prompt (`SelectionContext`): the model and the stored rows."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from cachetune_rag.selection import ReusedChunk
 from cachetune_rag.text.prompts.prompt import Prompt
 
 
-class RequestContext:
+class PromptView:
     """See `SelectionContext`.
 
     Args:
         adapter: the model.
         prompt: the prompt.
         sources: the reused chunks, with the rows of each that are read.
-        computed: bool [length], the tokens that are computed whatever is selected.
-        buffers, loader: where the KV is put together, and what brings it.
+        computed: bool [length], the tokens that are computed whatever the selector chooses.
+        buffers: where the keys and values are put together.
+        loader: brings the stored rows there.
 
     Attributes:
-        probed: token-layers that the selector had run so far.
+        probed: token-layers that the selector has had computed so far.
     """
 
     def __init__(
@@ -61,14 +62,14 @@ class RequestContext:
     def expected_error(self, num_layers: int, queries: int) -> Tensor:
         """See `SelectionContext`."""
         end = max(chunk.start + chunk.tokens for chunk in self.chunks)
-        # Where the prompt ends in a chunk, its last token is computed all the same.
+        # A prompt that ends in a chunk has its last token computed anyway.
         queries = min(queries, max(1, self.length - end))
-        self._loader.begin()
+        self._loader.start()
         pieces, columns = self._deviations(), 2 * sum(spec.heads for spec in self._adapter.layers[:num_layers])
         if not pieces:
             return self.received_attention(num_layers, queries)
         probe = self._probe(num_layers, queries)
-        return self._adapter.expected_error(probe, self._loader.bring(pieces, columns))
+        return self._adapter.expected_error(probe, self._loader.copy_table(pieces, columns))
 
     def reused_states(self, layer: int) -> tuple[Tensor, Tensor]:
         """See `SelectionContext`."""
@@ -87,7 +88,7 @@ class RequestContext:
         return ProbePass(ids, places, self._buffers, num_layers, queries, self._loader.load)
 
     def _deviations(self) -> list[tuple[int, Tensor]]:
-        """Place and deviations of every reused chunk, in order; nothing if none are known."""
+        """Place and deviations of every reused chunk, in prompt order; empty if no chunk has any."""
         chunks = sorted(self.chunks, key=lambda c: c.start)
         rows = known = [chunk.deviations for chunk in chunks if chunk.deviations is not None]
         if not known:

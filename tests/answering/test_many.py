@@ -215,7 +215,7 @@ def test_a_request_goes_on_from_what_was_read_ahead_of_it(
     found: list[Any] = []
     request = threading.Thread(target=lambda: found.append(cold.prefill(query="?", chunks=TEXTS[:2])))
     request.start()
-    while cold.runtime.prefetcher._ahead._chunks:
+    while cold.runtime.prefetcher.coming:
         request.join(0.01)  # until they are the request's
     assert not job.wait(0)
     disk.release()
@@ -250,7 +250,7 @@ def test_a_request_that_takes_over_reads_on_at_once_where_reading_ahead_stopped(
                 reader.read(layer, rows)
             buffers = engine.adapter.new_buffers(rows)
             loader = LayerLoader(engine.adapter, [Source(reader, 0, rows)], buffers, pool)
-            loader.hurry()
+            loader.start_first_layers()
             assert asked == list(range(there, layers))
             for layer in range(layers):
                 loader.load(layer)
@@ -306,7 +306,7 @@ def test_while_a_request_waits_for_the_disk_nothing_else_is_read(
         before = args[3]
 
         def watched(layer: int) -> None:
-            paused.append(cold.runtime.prefetcher._paused())
+            paused.append(cold.runtime.prefetcher.paused)
             before(layer)
 
         return real(*args[:3], watched, *args[4:])
@@ -314,16 +314,16 @@ def test_while_a_request_waits_for_the_disk_nothing_else_is_read(
     monkeypatch.setattr(cold.adapter, "selective_forward", forward)
     cold.prefill(query="?", chunks=TEXTS[:1], ratio=0.5, selector="frequency")
     assert paused[0]
-    assert not cold.runtime.prefetcher._paused()
+    assert not cold.runtime.prefetcher.paused
 
-    hold, third = cold.runtime.prefetcher.hold(), key_of(cold, TEXTS[2])
-    hold.begin()
+    priority, third = cold.runtime.prefetcher.priority(), key_of(cold, TEXTS[2])
+    priority.claim()
     disk.reads.clear()
     job = cold.prefetch(TEXTS[2:3])
-    while not cold.runtime.prefetcher._ahead.has(third):
+    while not cold.runtime.prefetcher.is_coming(third):
         assert not job.wait(0.001)
     assert str(third) not in disk.ahead()
-    hold.release()
+    priority.release()
     assert job.wait(PATIENCE)
     assert in_host_memory(cold) >= {str(third)}
 
@@ -356,8 +356,8 @@ def test_requests_and_reading_ahead_share_chunks_without_harm(cold: CacheTune) -
     [thread.join() for thread in threads]
     assert not errors, errors
     cold.runtime.prefetcher.close()
-    assert not cold.runtime.prefetcher._ahead._chunks
-    assert not cold.runtime.prefetcher._paused()
+    assert not cold.runtime.prefetcher.coming
+    assert not cold.runtime.prefetcher.paused
     assert cold.store.stats().disk.pinned == 0  # type: ignore[union-attr]
 
 
@@ -455,7 +455,7 @@ def test_closing_the_engine_ends_what_is_being_read(
     disk.wait_for(lambda: bool(disk.ahead()))
     closing = threading.Thread(target=cold.close)
     closing.start()
-    while not cold.runtime.prefetcher._ahead._stop.is_set():
+    while not cold.runtime.prefetcher.closing:
         closing.join(0.01)
     disk.release()
     closing.join(PATIENCE)
@@ -473,8 +473,7 @@ def test_what_a_request_left_is_given_up_by_close_too(cold: CacheTune, disk: Dis
     state = cold.runtime.executor.prefill(Request.measured(cold.prompts.build(query="?", chunks=TEXTS), _frequency()))
     cold.close()
     assert state.report.missed == 0
-    assert cold.runtime.prefetcher._leftovers._jobs == {}
-    assert cold.runtime.prefetcher._leftovers._bytes == 0
+    assert cold.runtime.prefetcher.leftovers.waiting == 0
 
 
 def _frequency() -> Any:

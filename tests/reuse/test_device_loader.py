@@ -116,7 +116,7 @@ def sources(engine: CacheTune, shares: list[float]) -> list[Source]:
 
 
 @pytest.mark.parametrize("tiers", ["host", "disk", "device", "device+host", "device+disk"])
-@pytest.mark.parametrize("probed", [0, 2, "hurried"])
+@pytest.mark.parametrize("probed", [0, 2, "started"])
 def test_buffers_are_as_the_plain_loader_fills_them(
     engine: CacheTune, tiers: str, probed: int | str, tmp_path: Path
 ) -> None:
@@ -147,13 +147,13 @@ def check(engine: CacheTune, probed: int | str, tiers: str) -> None:
                 loader = LayerLoader(adapter, whole, buffers, pool)
             else:
                 loader = DeviceLoader(adapter, whole, buffers, pool, Streams(adapter.device, adapter.num_layers))
-            if probed == "hurried":
-                loader.hurry()
+            if probed == "started":
+                loader.start_first_layers()
             for layer in range(looked):
                 loader.load(layer)
             ahead = list(loader._loaded)
             loader.set_sources(some)
-            loader.begin()
+            loader.start()
             for layer in range(adapter.num_layers):
                 loader.load(layer)
                 assert loader._loaded[layer]
@@ -189,8 +189,8 @@ def test_numbers_of_tokens_stand_in_a_table(
     with closing(DeadlinePool(None)) as pool:
         plain = LayerLoader(adapter, [], buffers, pool)
         loader = DeviceLoader(adapter, [], buffers, pool, Streams(adapter.device, adapter.num_layers))
-        assert torch.equal(plain.bring(pieces, columns), wanted)
-        found = loader.bring(pieces, columns)
+        assert torch.equal(plain.copy_table(pieces, columns), wanted)
+        found = loader.copy_table(pieces, columns)
         loader.load(0)
         assert torch.equal(found, wanted)
         assert loader._streams.brought in loader._current.waited, "what computes waits for it"  # type: ignore[attr-defined]

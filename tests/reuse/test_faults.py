@@ -204,7 +204,7 @@ def test_a_reader_keeps_its_file_while_it_is_read(tmp_path: Path, engine: CacheT
 def test_a_reader_that_is_opened_too_late_is_closed(engine: CacheTune) -> None:
     readers = OpenReaders()
     readers.close()
-    readers.add(engine.store.open(engine.runtime.assembler.key(engine.prompts.encode(CHUNKS[0]))))
+    readers.close_later(engine.store.open(engine.runtime.assembler.key(engine.prompts.encode(CHUNKS[0]))))
     assert engine.store.stats().disk.pinned == 0
 
 

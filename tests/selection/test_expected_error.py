@@ -18,7 +18,7 @@ from cachetune_rag import CacheTune, Document
 from cachetune_rag.model import KVBuffers
 from cachetune_rag.reuse.config import AUTO
 from cachetune_rag.reuse.layer_loader import LayerLoader
-from cachetune_rag.reuse.selection_context import RequestContext
+from cachetune_rag.reuse.selection_context import PromptView
 from cachetune_rag.selection import ReusedChunk
 from cachetune_rag.selection.expected_error import ExpectedErrorSelector
 from cachetune_rag.selection.frequency import FrequencySelector
@@ -296,10 +296,10 @@ class _Loader(LayerLoader):
         self._buffers, self._adapter = SimpleNamespace(length=length), _Recorder()  # type: ignore[assignment]
 
 
-def _context(chunks: list[tuple[int, int, Tensor | None]], length: int = 20) -> tuple[RequestContext, _Recorder]:
+def _context(chunks: list[tuple[int, int, Tensor | None]], length: int = 20) -> tuple[PromptView, _Recorder]:
     engine, prompt = _Recorder(), type("P", (), {"ids": tuple(range(length))})()
     computed = torch.ones(length, dtype=torch.bool)
-    context = RequestContext(engine, prompt, [], computed, None, _Loader(length))  # type: ignore[arg-type]
+    context = PromptView(engine, prompt, [], computed, None, _Loader(length))  # type: ignore[arg-type]
     for start, tokens, deviations in chunks:
         computed[start : start + tokens] = False
         context.chunks.append(ReusedChunk(start, torch.arange(tokens), torch.zeros(tokens), deviations))
