@@ -58,7 +58,7 @@ def counted() -> Iterator[Clock]:
     clock = Clock()
     with (
         mock.patch.object(readers, "rows_checksum", clock.timed(readers.rows_checksum)),
-        mock.patch.object(chunkfile, "_head_digest", clock.timed(chunkfile._head_digest)),
+        mock.patch.object(chunkfile, "head_digest", clock.timed(chunkfile.head_digest)),
     ):
         yield clock
 

@@ -109,7 +109,7 @@ def empty_host_memory(engine: CacheTune, chunks: list[str]) -> None:
     for reader in engine.runtime.prefetcher.take(keys).values():
         reader.close()
     for key in keys:
-        engine.store._placement.host.remove(key)
+        engine.store.tier("host").remove(key)
 
 
 def table(result: dict[str, Any]) -> str:

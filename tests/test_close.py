@@ -41,9 +41,9 @@ def test_a_disk_that_hangs_holds_up_no_close_and_is_released_when_it_answers(tmp
         engine.close()
         fault.end()
         until = time.monotonic() + 60
-        while not store._closed and time.monotonic() < until:
+        while not store.closed and time.monotonic() < until:
             time.sleep(0.01)
-    assert store._closed
+    assert store.closed
     with ChunkStore(tmp_path / "kv") as again:
         assert again.verify().checked == 3
 

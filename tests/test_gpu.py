@@ -167,8 +167,7 @@ def test_graphs_are_captured_while_host_memory_comes_and_goes() -> None:
     try:
         with torch.no_grad():
             for _ in range(5):
-                forward._graphs.clear()
-                forward._pool = None
+                forward.drop_graphs()
                 forward.warmup(512)
     finally:
         done.set()
@@ -185,7 +184,7 @@ def test_a_capture_that_another_thread_ends_is_tried_again(monkeypatch: pytest.M
     assert forward is not None
     ids, places = torch.arange(70), torch.arange(70)
     wanted = adapter.selective_forward(ids, places, adapter.new_buffers(70))
-    real = forward._run
+    real = forward.run_model
 
     def disturbed(*args: Any) -> torch.Tensor:
         waiting = threading.Thread(target=torch.cuda.synchronize)
@@ -193,7 +192,7 @@ def test_a_capture_that_another_thread_ends_is_tried_again(monkeypatch: pytest.M
         waiting.join()
         return real(*args)
 
-    monkeypatch.setattr(forward, "_run", disturbed)
+    monkeypatch.setattr(forward, "run_model", disturbed)
     assert torch.equal(adapter.selective_forward(ids, places, adapter.new_buffers(70)), wanted)
     assert forward.graphs_enabled
     assert not forward.captures
@@ -206,7 +205,7 @@ def test_a_capture_that_another_thread_ends_is_tried_again(monkeypatch: pytest.M
         del used
         torch.cuda.synchronize()
     assert torch.cuda.memory_reserved() - before < 100 << 20
-    monkeypatch.setattr(forward, "_run", real)
+    monkeypatch.setattr(forward, "run_model", real)
     for _ in range(2):
         assert float((adapter.selective_forward(ids, places, adapter.new_buffers(70)) - wanted).abs().max()) <= 1e-5
     assert forward.captures == 1

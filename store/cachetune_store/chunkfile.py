@@ -56,7 +56,7 @@ def encode_head(head: ChunkHead) -> bytes:
     small += head.scores.numpy().tobytes()
     small += (b"" if head.deviations is None else head.deviations.numpy().tobytes()) + text
     small = small.ljust(round_up(_DIGEST + len(small)) - _DIGEST, b"\0")
-    return front + _head_digest(front, small) + small
+    return front + head_digest(front, small) + small
 
 
 def parse_head(key: ChunkKey, file_bytes: int, read: Callable[[int], memoryview]) -> tuple[ChunkHead, int]:
@@ -104,7 +104,7 @@ def _parse(key: ChunkKey, file_bytes: int, read: Callable[[int], memoryview]) ->
         raise DamagedChunkError(f"chunk {key}: tensors, shapes or offsets don't fit the layout and {file_bytes} bytes")
     raw = read(end)[:end]
     small = raw[start + _DIGEST :]
-    if len(raw) != end or raw[start : start + _DIGEST] != _head_digest(raw[:start], small):
+    if len(raw) != end or raw[start : start + _DIGEST] != head_digest(raw[:start], small):
         raise DamagedChunkError(f"chunk {key}: header checksum mismatch")
     namespace = _read_namespace(metadata["namespace"])
     return _read_small(key, layout, block_rows, text_bytes, deviations, namespace, small), end
@@ -226,7 +226,7 @@ def _spell(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
-def _head_digest(front: bytes | memoryview, small: bytes | memoryview) -> bytes:
+def head_digest(front: bytes | memoryview, small: bytes | memoryview) -> bytes:
     """xxh3_128 of everything before the first row, except the digest itself."""
     state = xxhash.xxh3_128()
     update(state, front)

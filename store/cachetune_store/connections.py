@@ -18,7 +18,7 @@ from pathlib import Path
 
 __all__ = ["Connections"]
 
-_FORK_SECONDS = 5.0
+FORK_SECONDS = 5.0
 """Seconds that a fork waits for threads that are in the database."""
 
 
@@ -114,7 +114,8 @@ class Connections:
         if self._closed:
             _close(connection)
 
-    def _before_fork(self, until: float) -> None:
+    def before_fork(self, until: float) -> None:
+        """Close the connections that no thread uses, and lend none until `after_fork`; wait until `until` for those that are lent."""
         if not self._ready.acquire(timeout=max(0.0, until - time.monotonic())):
             return
         try:
@@ -127,12 +128,14 @@ class Connections:
         for connection in idle:
             _close(connection)
 
-    def _after_fork(self) -> None:
+    def after_fork(self) -> None:
+        """Lend connections again, in the process that forked."""
         with self._ready:
             self._forking = False
             self._ready.notify_all()
 
-    def _in_child(self) -> None:
+    def in_child(self) -> None:
+        """Begin without any connection, in a process that was just forked off."""
         self._ready = threading.Condition()
         self._forking = False
         for connection in self._idle + self._lent:
@@ -172,19 +175,19 @@ def _every() -> list[Connections]:
 
 
 def _before_fork() -> None:
-    until = time.monotonic() + _FORK_SECONDS
+    until = time.monotonic() + FORK_SECONDS
     for each in _every():
-        each._before_fork(until)
+        each.before_fork(until)
 
 
 def _after_fork() -> None:
     for each in _every():
-        each._after_fork()
+        each.after_fork()
 
 
 def _in_child() -> None:
     for each in _every():
-        each._in_child()
+        each.in_child()
 
 
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_in_child)

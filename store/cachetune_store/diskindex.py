@@ -43,9 +43,9 @@ class DiskIndex(Index):
         self._lock = threading.RLock()
         self._depth = 0
         try:
-            self._database = self._connect()
+            self.database = self._connect()
         except IndexDamagedError:
-            self._database = self._fresh()
+            self.database = self._fresh()
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
@@ -68,9 +68,9 @@ class DiskIndex(Index):
         with self._translated(), self._gated(shared=True):
             if self._follow() and self._get(COMPLETE) is None:
                 raise IndexReplacedError(f"the index {self._directory} was replaced and is not filled yet")
-            database = self._database
+            database = self.database
             with database.lent():
-                transact = self._patiently(self._begin)
+                transact = self._patiently(self.begin)
                 self._depth += 1
                 try:
                     try:
@@ -96,9 +96,9 @@ class DiskIndex(Index):
         self._reconnect()
 
     def _reconnect(self) -> None:
-        self._database.close_all()
+        self.database.close_all()
         with contextlib.suppress(sqlite3.Error, StoreError):
-            self._database = self._connect()
+            self.database = self._connect()
 
     def get(self, name: str) -> Any:
         """See Index."""
@@ -106,7 +106,7 @@ class DiskIndex(Index):
         return self._patiently(lambda: self._get(name))
 
     def _get(self, name: str) -> Any:
-        database = self._database
+        database = self.database
         with database.lent():
             found = database.get(name)
         if found is None:
@@ -118,33 +118,33 @@ class DiskIndex(Index):
     def set(self, name: str, record: Any) -> None:
         """See Index."""
         with self.transaction():
-            self._database.set(name, record)
+            self.database.set(name, record)
 
     def delete(self, name: str) -> bool:
         """See Index."""
         with self.transaction():
-            return bool(self._database.delete(name))
+            return bool(self.database.delete(name))
 
     def names(self, prefix: str) -> Iterator[str]:
         """See Index."""
         self._catch_up()
         with self._translated():
-            yield from self._database.names(prefix)
+            yield from self.database.names(prefix)
 
     def count(self, prefix: str) -> int:
         """See Index."""
         self._catch_up()
-        return self._patiently(lambda: self._database.count_of(prefix))
+        return self._patiently(lambda: self.database.count_of(prefix))
 
     def clear(self) -> None:
         """See Index. A new database takes the old one's place, whatever state that is in."""
         with self._lock:
-            self._database.close_all()
-            self._database = self._fresh()
+            self.database.close_all()
+            self.database = self._fresh()
 
     def close(self) -> None:
         """See Index."""
-        self._database.close_all()
+        self.database.close_all()
 
     def _fresh(self) -> Database:
         with self._gated(shared=False):
@@ -212,18 +212,18 @@ class DiskIndex(Index):
         """
         if not self._is_out_of_date():
             return False
-        if not self._database.is_replaced():
+        if not self.database.is_replaced():
             raise IndexDamagedError(f"the log of the index {self._directory} was removed while it was in use")
-        self._database.close_all()
-        self._database = self._connect()
+        self.database.close_all()
+        self.database = self._connect()
         return True
 
     def _is_out_of_date(self) -> bool:
-        return self._database.is_replaced() or self._database.has_lost_its_log()
+        return self.database.is_replaced() or self.database.has_lost_its_log()
 
-    def _begin(self) -> Any:
+    def begin(self) -> Any:
         """A transaction that has begun. diskcache's own retry would spin for ever on errors that don't pass."""
-        transact = self._database.transact(retry=False)
+        transact = self.database.transact(retry=False)
         transact.__enter__()
         return transact
 

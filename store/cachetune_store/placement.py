@@ -8,9 +8,10 @@ import time
 
 from .chunk import Chunk
 from .claims import Claims
-from .errors import BudgetError, StoreError
+from .errors import BudgetError, StoreArgumentError, StoreError
 from .index import Index
 from .keys import ChunkKey
+from .printing import shown
 from .readers import ChunkReader, DiskReader, HostReader
 from .stats import TierUsage
 from .texts import drop_text, evict_text, note_text
@@ -166,6 +167,17 @@ class Placement:
         on_disk = 0 if self.disk is None else self.disk.size_of(key)
         on_device = 0 if self.device is None else self.device.size_of(key)
         return on_disk or self.host.size_of(key) or on_device
+
+    def tier(self, name: str) -> Tier:
+        """The tier of this name.
+
+        Raises:
+            StoreArgumentError: there is none.
+        """
+        found = self._tiers.get(name)
+        if found is None:
+            raise StoreArgumentError(f"tier is {shown(name)}; this store has {', '.join(self._tiers)}")
+        return found
 
     def lifetime(self) -> dict[str, TierUsage]:
         """What each tier did over all processes."""

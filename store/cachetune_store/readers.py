@@ -273,7 +273,7 @@ class DiskReader(ChunkReader):
                 self._begin()
                 try:
                     started = time.perf_counter()
-                    self._fetch(layer, rows)
+                    self.fetch(layer, rows)
                     self._seconds[layer] += time.perf_counter() - started
                 finally:
                     self._end()
@@ -361,8 +361,11 @@ class DiskReader(ChunkReader):
                 self._ends = block_ends(self.head.layout, self.head.block_rows)
                 self._slab = slab  # last: who finds it doesn't take the lock
 
-    def _fetch(self, layer: int, rows: int) -> None:
-        """Read on from what is covered, to the end of the block that holds row `rows` - 1."""
+    def fetch(self, layer: int, rows: int) -> None:
+        """Read rows that no `read` has brought yet, to the end of the block that holds row `rows` - 1.
+
+        Called by `read`, which holds the layer's lock.
+        """
         self._prepare()
         head, ends, offset = self.head, self._ends[layer], self.head.plan.offsets[layer]
         first, last = self._covered[layer] // head.block_rows, -(-rows // head.block_rows)

@@ -39,7 +39,7 @@ from .removals import removals_of
 from .repair import Repair
 from .stats import ChunkGroup, DocumentInfo, PruneReport, StoreStats, TenantStats, VerifyReport
 from .texts import texts_revision
-from .tiers import DeviceTier, DiskTier, HostTier, Pins
+from .tiers import DeviceTier, DiskTier, HostTier, Pins, Tier
 from .units import parse_bytes
 
 __all__ = ["ChunkStore"]
@@ -72,6 +72,12 @@ class ChunkStore:
         pin_memory: page-lock host memory, for faster copies to a GPU; None: if there is CUDA.
         direct_io: read past the page cache; None: where the file system supports it.
 
+    Attributes:
+        path: the directory, absolute; None if there is none.
+        codec: name of the codec that new chunks are encoded with.
+        index: the records by which the store finds its chunks and documents. Users have no need of it.
+        memory: the pool that host memory for rows comes from. Users have no need of it either.
+
     Raises:
         StoreArgumentError: unknown codec, a budget that is no byte count, or pin_memory=True or a device_budget without CUDA.
         StorePathError: the directory can't be used.
@@ -101,7 +107,7 @@ class ChunkStore:
         if pinned and not torch.cuda.is_available():
             raise StoreArgumentError("pin_memory is True, but there is no CUDA device; leave it out or set it to False")
         idle = max(host_bytes // 8, _LEAST_IDLE) if read_memory is None else parse_bytes(read_memory, "read_memory")
-        self._pool = SlabPool(pinned=pinned, limit=idle)
+        self.memory = SlabPool(pinned=pinned, limit=idle)
         self._closed = False
         self._process = os.getpid()
         self._directory: StoreDirectory | None = None
@@ -110,29 +116,29 @@ class ChunkStore:
         host = HostTier(host_bytes, pins)
         on_device = _device_tier(parse_bytes(device_budget, "device_budget"), device, pins)
         if self.path is None:
-            self._index: Index = MemoryIndex()
-            self._documents = Documents(self._index, None, None, self._removals)
+            self.index: Index = MemoryIndex()
+            self._documents = Documents(self.index, None, None, self._removals)
             self._notes = Notes(None, None)
             self._claims: Claims = MemoryClaims()
-            self._placement = Placement(host, None, self._index, self._claims, on_device)
+            self._placement = Placement(host, None, self.index, self._claims, on_device)
             self._repair = Repair(None, self._placement, self._documents)
             return
         try:
             self._directory = directory = StoreDirectory(self.path)
-            self._index, temp = directory.index, directory.temp
-            self._documents = Documents(self._index, self.path / "documents", temp, self._removals)
+            self.index, temp = directory.index, directory.temp
+            self._documents = Documents(self.index, self.path / "documents", temp, self._removals)
             self._notes = Notes(self.path / "notes", temp)
             self._claims = FileClaims(self.path / "claims.lock") if directory.read_only is None else MemoryClaims()
             disk = DiskTier(
                 self.path,
                 budget=disk_bytes,
-                index=self._index,
+                index=self.index,
                 temp=temp,
                 pins=pins,
-                pool=self._pool,
+                pool=self.memory,
                 direct=DirectIO(direct_io),
             )
-            self._placement = Placement(host, disk, self._index, self._claims, on_device)
+            self._placement = Placement(host, disk, self.index, self._claims, on_device)
             self._repair = Repair(directory, self._placement, self._documents)
             directory.bring_in_line(disk, self._documents)
         except OSError as error:
@@ -225,7 +231,7 @@ class ChunkStore:
             token_ids=token_ids,
             text=text or None,
             codec=self.codec,
-            pool=self._pool,
+            pool=self.memory,
             deviations=deviations,
         )
 
@@ -283,9 +289,23 @@ class ChunkStore:
         """Bytes of a device's memory for chunks."""
         return 0 if self._placement.device is None else self._placement.device.budget
 
+    @property
+    def closed(self) -> bool:
+        """Whether close() was called."""
+        return self._closed
+
+    def tier(self, name: str) -> Tier:
+        """The tier of this name: "device", "host" or "disk". Only for tests and measurements that bring a tier into a certain state.
+
+        Raises:
+            StoreArgumentError: the store has no such tier.
+        """
+        self._check_open()
+        return self._placement.tier(name)
+
     def settle_memory(self) -> None:
         """Make host memory that is no longer used ready for new chunks; see `SlabPool.settle`."""
-        self._pool.settle()
+        self.memory.settle()
 
     def touch_host(self, key: ChunkKey) -> int:
         """Bytes that a chunk fills in host memory, or on the device if it is only there; 0 if neither has it.
@@ -434,7 +454,7 @@ class ChunkStore:
         last = "text/"
         while True:
             try:
-                for name, record in self._index.items("text/"):
+                for name, record in self.index.items("text/"):
                     if name > last and (wanted is None or record["namespace"] == wanted):
                         yield ChunkKey(name.removeprefix("text/")), record["text"], record["tokens"]
                     last = max(last, name)
@@ -472,7 +492,7 @@ class ChunkStore:
     def revision(self) -> int:
         """A number that changes whenever any process adds or frees a chunk with a text: what texts() gives has changed."""
         self._check_open()
-        return self._repair.healed(lambda: texts_revision(self._index))
+        return self._repair.healed(lambda: texts_revision(self.index))
 
     def verify(self) -> VerifyReport:
         """Read and check every file in full; set damaged ones aside, delete orphans, repair the index."""
@@ -554,11 +574,11 @@ class ChunkStore:
         if os.getpid() != self._process:
             return  # what there is to release is the parent's
         self._placement.close()
-        self._pool.clear()
+        self.memory.clear()
         if self._directory is not None:
             self._directory.close()
         else:
-            self._index.close()
+            self.index.close()
 
     def __enter__(self) -> Self:
         return self

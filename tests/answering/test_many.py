@@ -191,13 +191,13 @@ class Fetches:
     def __init__(self, engine: CacheTune, monkeypatch: pytest.MonkeyPatch):
         self.seen: list[tuple[int, int, int]] = []
         numbers = {str(key_of(engine, text)): number for number, text in enumerate(TEXTS)}
-        real = DiskReader._fetch
+        real = DiskReader.fetch
 
         def fetch(reader: DiskReader, layer: int, rows: int) -> None:
             self.seen.append((numbers[str(reader.key)], layer, rows))
             real(reader, layer, rows)
 
-        monkeypatch.setattr(DiskReader, "_fetch", fetch)
+        monkeypatch.setattr(DiskReader, "fetch", fetch)
 
 
 @pytest.mark.parametrize("at", range(6))

@@ -140,9 +140,9 @@ def _refill(corpus: Corpus, engine: CacheTune) -> None:
 def _all_free(outcome: Outcome, corpus: Corpus, engine: CacheTune, name: str) -> None:
     """Nothing is held, and the next request is right, on this thread and on others."""
     until = time.monotonic() + PATIENCE
-    if len(engine.store._placement.disk._pins):
+    if engine.store.stats().disk.pinned:
         gc.collect()
-    while (pinned := len(engine.store._placement.disk._pins)) and time.monotonic() < until:
+    while (pinned := engine.store.stats().disk.pinned) and time.monotonic() < until:
         time.sleep(0.005)
     outcome.expect(not pinned, f"{name}: {pinned} chunks stay pinned")
     said: list[str | None] = []

@@ -100,7 +100,7 @@ class _Watch(threading.Thread):
     def run(self) -> None:
         with ChunkStore(self._path, disk_budget=self._budget) as store:
             while not self._ending.wait(0.05):
-                with store._index.transaction():
+                with store.index.transaction():
                     self.fullest = max(self.fullest, bytes_below(self._path / "chunks"))
                 self.looks += 1
 
@@ -168,10 +168,10 @@ class _Counts:
         compute, store = engine.runtime.precomputer._compute, engine.store
 
         def counted(job: Any, batch: Any) -> Any:
-            stored = sum(store._placement.disk.contains(chunk.key) for chunk in batch.chunks)
+            stored = sum(store.tier("disk").contains(chunk.key) for chunk in batch.chunks)
             encoded = compute(job, batch)
             # Also what another process has stored in the meantime, while this one was at it.
-            both = sum(store._placement.disk.contains(chunk.key) for chunk in encoded)
+            both = sum(store.tier("disk").contains(chunk.key) for chunk in encoded)
             self.add("computed", len(encoded))
             self.add("computed while stored", stored)
             self.add("stored meanwhile", both - stored)

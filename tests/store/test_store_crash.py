@@ -94,7 +94,7 @@ def test_files_and_index_are_compared_after_a_crash_only(tmp_path: Path, monkeyp
 def test_a_chunk_whose_entry_cannot_be_committed_leaves_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = DiskIndex._begin
+    real = DiskIndex.begin
 
     def begin(index: DiskIndex) -> object:
         transact = real(index)
@@ -113,7 +113,7 @@ def test_a_chunk_whose_entry_cannot_be_committed_leaves_no_file(
     with ChunkStore(tmp_path, host_budget=0) as store:
         sample(0).put(store)
         with monkeypatch.context() as patch:
-            patch.setattr(DiskIndex, "_begin", begin)
+            patch.setattr(DiskIndex, "begin", begin)
             with pytest.raises(StoreFullError):
                 sample(1).put(store)
         assert not store.contains(sample(1).key)

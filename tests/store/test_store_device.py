@@ -15,8 +15,6 @@ import torch
 from store_samples import file_of, flip, sample
 
 from cachetune_store import BudgetError, ChunkStore, StoreClosedError
-from cachetune_store.chunk import Chunk
-from cachetune_store.tiers import DeviceTier
 
 ROWS = 73728
 """Bytes of a sample's rows."""
@@ -177,24 +175,24 @@ def test_what_is_deleted_while_it_is_copied_does_not_come_up(
     one = sample()
     one.put(store)
     store.set_document("d", [one.key])
-    real = DeviceTier._copy
+    device = store.tier("device")
+    take = torch.empty
     seen: list[int] = []
 
-    def copy(tier: DeviceTier, chunk: Chunk) -> object:
-        seen.append(tier.stats().bytes)
-        found = real(tier, chunk)
+    def empty(*args: object, **kwargs: object) -> torch.Tensor:
+        seen.append(device.stats().bytes)
         if end == "delete":
             store.delete_document("d")
         else:
             store.close()
-        return found
+        return take(*args, **kwargs)
 
-    monkeypatch.setattr(DeviceTier, "_copy", copy)
-    with store.open(one.key) as reader:
+    with store.open(one.key) as reader, monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", empty)
         reader.promote()
     assert seen == [ROWS], "memory counts from before it is taken"
-    device = store._placement.device.stats()
-    assert (device.chunks, device.bytes) == (0, 0)
+    stats = device.stats()
+    assert (stats.chunks, stats.bytes) == (0, 0)
     store.close()
 
 
@@ -208,8 +206,8 @@ def test_a_device_without_memory_leaves_chunks_below(tmp_path: Path, monkeypatch
         with monkeypatch.context() as patch:
             patch.setattr(torch, "empty", full)
             assert tier_of(store, 0, promote=True) == "host"
-            with store.open(sample().key) as reader, pytest.raises(BudgetError, match="lower device_budget"):
-                store._placement.device.admit(reader._chunk)
+            with pytest.raises(BudgetError, match="lower device_budget"):
+                store.tier("device").admit(store.whole(sample().key))
         assert store.stats().device.bytes == 0
         assert [tier_of(store, 0, promote=True) for _ in range(2)] == ["host", "device"]
 
@@ -224,7 +222,7 @@ def test_a_use_on_the_device_counts_below(tmp_path: Path, below: str) -> None:
         sample(1).put(store)
         assert tier_of(store, 0) == "device"
         sample(2).put(store)
-        store._placement.device.remove(sample(0).key)
+        store.tier("device").remove(sample(0).key)
         if below == "host":
             assert [tier_of(store, seed) for seed in range(2)] == ["host", "disk"]
         else:
@@ -350,7 +348,7 @@ def test_memory_that_a_stream_still_reads_is_not_filled_anew(gone: str) -> None:
                 address = rows.data_ptr()
                 del rows
                 if gone == "deleted":
-                    store._placement.remove(mine.key)
+                    store.free_unheld(mine.key)
                 with store.open(next_.key) as reader:
                     reader.promote()
                 with store.open(next_.key) as reader:
@@ -362,6 +360,6 @@ def test_memory_that_a_stream_still_reads_is_not_filled_anew(gone: str) -> None:
                 torch.cuda.synchronize()
                 assert torch.equal(there.cpu(), wanted)
                 assert got.numel() == wanted.numel()
-                store._placement.device.remove(next_.key)
+                store.tier("device").remove(next_.key)
                 if gone == "deleted":
                     mine.put(store)

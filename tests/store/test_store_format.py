@@ -347,10 +347,10 @@ def test_a_file_of_a_codec_that_is_not_loaded_stays(path: Path, monkeypatch: pyt
     try:
         file = stored(path, "plugin")
         assert usable(path, sample().key)
-        monkeypatch.delitem(base._CODECS, "plugin")
+        monkeypatch.delitem(base.CODECS, "plugin")
         assert not usable(path, sample().key)
         with ChunkStore(path) as store:
             assert store.verify().ok
         assert file.exists()
     finally:
-        base._CODECS.pop("plugin", None)
+        base.CODECS.pop("plugin", None)

@@ -177,14 +177,14 @@ def test_a_record_under_another_name_is_noticed(path: Path) -> None:
 
 def test_verify_enters_lost_texts(path: Path) -> None:
     with ChunkStore(path) as store:
-        store._index.delete(f"text/{sample(0).key}")
+        store.index.delete(f"text/{sample(0).key}")
         store.verify()
         check_whole(store)
 
 
 def test_a_wrong_total_is_counted_anew(path: Path) -> None:
     with ChunkStore(path) as store:
-        store._index.set("total", {"bytes": 1, "chunks": 99, "stored": 3})
+        store.index.set("total", {"bytes": 1, "chunks": 99, "stored": 3})
         store.verify()
         check_whole(store)
 
@@ -321,7 +321,7 @@ def test_a_path_that_cannot_be_used_is_named(tmp_path: Path) -> None:
 
 def test_an_index_that_others_replace_again_and_again_is_followed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with ChunkStore(path) as store:
-        times, real = [], store._placement.disk.admit  # type: ignore[union-attr]
+        times, real = [], store.tier("disk").admit
 
         def admit(chunk: Chunk) -> list[Chunk]:
             if len(times) < 5:
@@ -329,7 +329,7 @@ def test_an_index_that_others_replace_again_and_again_is_followed(path: Path, mo
                 raise IndexReplacedError("another process mends the store")
             return real(chunk)
 
-        monkeypatch.setattr(store._placement.disk, "admit", admit)
+        monkeypatch.setattr(store.tier("disk"), "admit", admit)
         one = sample(5)
         one.put(store)
         assert len(times) == 5
@@ -340,17 +340,17 @@ def test_an_index_that_others_replace_again_and_again_is_followed(path: Path, mo
 def test_an_interrupted_transaction_keeps_nobody_out(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(index: DiskIndex) -> None:
         # As if Ctrl-C came inside of diskcache, behind its BEGIN and before it takes note of that.
-        index._database._sql("BEGIN IMMEDIATE")
+        index.database._sql("BEGIN IMMEDIATE")
         raise KeyboardInterrupt
 
     with ChunkStore(path) as store, ChunkStore(path) as other:
         with monkeypatch.context() as patch:
-            patch.setattr(DiskIndex, "_begin", interrupted)
+            patch.setattr(DiskIndex, "begin", interrupted)
             with pytest.raises(KeyboardInterrupt):
-                store._index.set("a", 1)
-        other._index.set("b", 2)
-        store._index.set("a", 3)
-        assert (other._index.get("a"), store._index.get("b")) == (3, 2)
+                store.index.set("a", 1)
+        other.index.set("b", 2)
+        store.index.set("a", 3)
+        assert (other.index.get("a"), store.index.get("b")) == (3, 2)
         check_whole(store)
 
 
@@ -368,7 +368,7 @@ def test_what_stands_before_a_name_is_not_walked(tmp_path: Path) -> None:
         steps += 1
         return 0
 
-    with index._database.lent() as connection:
+    with index.database.lent() as connection:
         connection.set_progress_handler(step, 10)
         assert list(index.names("doc/")) == ["doc/a/b"]
         assert index.count("doc/") == 1
@@ -382,7 +382,7 @@ def test_what_stands_before_a_name_is_not_walked(tmp_path: Path) -> None:
 def test_counting_what_is_stored_reads_a_few_records(path: Path) -> None:
     with ChunkStore(path) as store:
         statements: list[str] = []
-        with store._index._database.lent() as connection:
+        with store.index.database.lent() as connection:
             connection.set_trace_callback(statements.append)
             store.stats()
             connection.set_trace_callback(None)

@@ -89,7 +89,7 @@ def test_a_process_stopped_while_it_writes_the_index_is_named(path: Path, monkey
 
 
 def stop_inside_a_transaction(path: str, begun: Any) -> None:
-    with ChunkStore(path) as store, store._index.transaction():
+    with ChunkStore(path) as store, store.index.transaction():
         begun.set()
         os.kill(os.getpid(), signal.SIGSTOP)
 

@@ -392,7 +392,7 @@ def test_threads_that_read_the_first_rows_of_a_chunk_together_find_its_memory_re
         one.put(store)
     begun, making, go_on = threading.Event(), threading.Event(), threading.Event()
     errors: list[Exception] = []
-    real_views, real_fetch = readers.layer_views, readers.DiskReader._fetch
+    real_views, real_fetch = readers.layer_views, readers.DiskReader.fetch
 
     def views(*args: Any) -> tuple[torch.Tensor, ...]:
         making.set()
@@ -412,7 +412,7 @@ def test_threads_that_read_the_first_rows_of_a_chunk_together_find_its_memory_re
             errors.append(error)
 
     monkeypatch.setattr(readers, "layer_views", views)
-    monkeypatch.setattr(readers.DiskReader, "_fetch", fetch)
+    monkeypatch.setattr(readers.DiskReader, "fetch", fetch)
     with ChunkStore(tmp_path) as store, store.open(one.key) as reader:
         second, first = (threading.Thread(target=read, args=(reader, layer)) for layer in (1, 0))
         second.start()
@@ -484,7 +484,7 @@ def test_memory_for_reads_is_kept_up_to_its_budget(tmp_path: Path, read_memory: 
         with store.open(one.key) as reader:
             assert one.matches(reader)
         del reader
-        kept = store._pool.idle_bytes
+        kept = store.memory.idle_bytes
     assert kept >= one.layers[0][0].nbytes if read_memory else kept == 0
 
 
@@ -500,12 +500,12 @@ def test_deviations_lie_where_a_gpu_fetches_rows_from(
     one = sample()
     deviations = torch.rand(150, 2 * sum(k.shape[1] for k, _ in one.layers)).half()
     with ChunkStore(path) as store:
-        store._pool.pinned = pinned
+        store.memory.pinned = pinned
         store.put(one.key, one.layers, one.scores, namespace=NAMESPACE, token_ids=one.token_ids, deviations=deviations)
         with store.open(one.key) as reader:
             assert torch.equal(reader.deviations, deviations)
     with ChunkStore(path) as store:
-        store._pool.pinned = pinned
+        store.memory.pinned = pinned
         with store.open(one.key) as reader:
             assert reader.tier == "disk"
             assert reader.promote()

@@ -117,7 +117,7 @@ def test_stale_bits_are_swept(monkeypatch: pytest.MonkeyPatch) -> None:
     recognizer = known(kept)
     for i in range(50):
         recognizer.add("passing", words(rng, 30) + str(i))
-    assert recognizer._anchor_bits.count() <= 15
+    assert recognizer.anchor_bits.count() <= 15
     assert recognizer.segment(kept) == [Chunk(kept)]
 
 

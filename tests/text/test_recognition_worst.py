@@ -46,7 +46,7 @@ def test_near_misses_everywhere_cost_a_bounded_number_of_hashes_a_character(name
     once, twice = (known(*texts).search(prompt * times).hashes for times in (1, 2))
     for hashes, length in ((once, len(prompt)), (twice, 2 * len(prompt))):
         # What was begun when the credit ran out is finished.
-        assert hashes <= CREDIT + RATE * length + chunk_search._AT_A_TIME + 20 * chunk_search._BLOCK
+        assert hashes <= CREDIT + RATE * length + chunk_search.AT_A_TIME + 20 * chunk_search.BLOCK
 
 
 def test_a_chunk_behind_a_stretch_that_was_not_looked_at_whole_is_found() -> None:
@@ -92,14 +92,14 @@ def test_whoever_adds_a_chunk_does_not_wait_for_a_search(monkeypatch: pytest.Mon
     """The search stands still in the middle until the chunk was added."""
     recognizer = known("a" * 100)
     inside, added = threading.Event(), threading.Event()
-    look = chunk_search._Search._longest_at
+    lengths = chunk_search.lengths_of
 
-    def slowly(self: chunk_search._Search, *args: object) -> int | None:
+    def slowly(known: chunk_search.Lengths) -> object:
         inside.set()
         assert added.wait(30)
-        return look(self, *args)  # type: ignore[arg-type]
+        return lengths(known)
 
-    monkeypatch.setattr(chunk_search._Search, "_longest_at", slowly)
+    monkeypatch.setattr(chunk_search, "lengths_of", slowly)
     found: list[tuple[int, int]] = []
     searching = threading.Thread(target=lambda: found.extend(recognizer.find("a" * 150)))
     searching.start()

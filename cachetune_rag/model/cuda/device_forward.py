@@ -88,7 +88,7 @@ class DeviceForward:
         turns: Callable[[int], list[Turn | None]],
         device: torch.device,
     ):
-        self._run, self._layers, self._device = run, list(layers), device
+        self.run_model, self._layers, self._device = run, list(layers), device
         self._specs, self._windows = list(specs), list(windows)
         self._make_gains, self._turns = gains, turns
         self._fused = FusedLayers(layers)
@@ -152,10 +152,14 @@ class DeviceForward:
         done = self._fused.compile(lambda: self._eager(inputs, _nothing, self._call(kind, inputs)))
         if done and not before:
             # Graphs captured before don't contain the compiled layers. Their memory pool goes with the last of them.
-            self._graphs.clear()
-            self._seen.clear()
-            self._pool = None
+            self.drop_graphs()
         return done
+
+    def drop_graphs(self) -> None:
+        """Forget every captured graph, as if no request had been made yet."""
+        self._graphs.clear()
+        self._seen.clear()
+        self._pool = None
 
     def warmup(
         self, tokens: int, probe: tuple[int, bool] | None = None, lengths: Sequence[int] = (), shift: bool = False
@@ -245,7 +249,7 @@ class DeviceForward:
         cache = (opaque_cache() if self._fused.ready else KernelCache)(call, before)
         with by_kernel(call), self._running(call):
             try:
-                logits = self._run(inputs.ids, inputs.places, cache)
+                logits = self.run_model(inputs.ids, inputs.places, cache)
             except StopForward:
                 assert call.probing is not None
                 return call.probing.total.sum(0)

@@ -38,9 +38,9 @@ class AttentionCall(Protocol):
         ...
 
 
-_bounds: ContextVar[list[tuple[int, int, int]] | None] = ContextVar("cachetune_attention_bounds", default=None)
-_watch: ContextVar[Watch | None] = ContextVar("cachetune_watch", default=None)
-_call: ContextVar[AttentionCall | None] = ContextVar("cachetune_kernel_call", default=None)
+current_bounds: ContextVar[list[tuple[int, int, int]] | None] = ContextVar("cachetune_attention_bounds", default=None)
+current_watch: ContextVar[Watch | None] = ContextVar("cachetune_watch", default=None)
+current_call: ContextVar[AttentionCall | None] = ContextVar("cachetune_kernel_call", default=None)
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def _holding(variable: ContextVar[_T | None], value: _T) -> Iterator[None]:
 @contextmanager
 def by_kernel(call: AttentionCall) -> Iterator[None]:
     """While the context is open, `call` computes attention."""
-    with _holding(_call, call):
+    with _holding(current_call, call):
         yield
 
 
@@ -68,14 +68,14 @@ def by_position(positions: Tensor) -> Iterator[None]:
     count = positions.shape[0]
     if len(ends) * BLOCK < count:
         ends.append(int(positions[-1]))
-    with _holding(_bounds, [(i * BLOCK, min((i + 1) * BLOCK, count), end + 1) for i, end in enumerate(ends)]):
+    with _holding(current_bounds, [(i * BLOCK, min((i + 1) * BLOCK, count), end + 1) for i, end in enumerate(ends)]):
         yield
 
 
 @contextmanager
 def watched(watch: Watch) -> Iterator[None]:
     """While the context is open, attention calls inside of `by_position` show their last tokens to `watch`."""
-    with _holding(_watch, watch):
+    with _holding(current_watch, watch):
         yield
 
 
@@ -93,14 +93,14 @@ def blocked_attention(
 
     `attention_mask` is additive, [1, 1, queries, length]. Returns [1, queries, heads, dim], as transformers wants it.
     """
-    call = _call.get()
+    call = current_call.get()
     if call is not None:
         return call.attention(query, scaling), None
-    bounds = _bounds.get()
+    bounds = current_bounds.get()
     if bounds is None or attention_mask is None or bounds[-1][1] != query.shape[2]:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     shown: list[Tensor] = []
-    if (watch := _watch.get()) is not None:
+    if (watch := current_watch.get()) is not None:
         shown = [watch.attend(module.layer_idx, query, key, value, attention_mask, scaling)]
         rest = query.shape[2] - watch.taken(query.shape[2])
         bounds = [(start, min(stop, rest), end) for start, stop, end in bounds if start < rest]

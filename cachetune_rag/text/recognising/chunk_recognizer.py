@@ -55,6 +55,7 @@ class ChunkRecognizer:
     until the last is removed. Memory: about half a kilobyte a chunk, whatever its length. Safe to use from many threads.
 
     Attributes:
+        anchor_bits: the bitmap of the beginnings of known chunks. Bits of chunks that were removed stay until they are `STALE`.
         cut_short: prompts so far in which not every place was looked at (see `chunk_search`).
     """
 
@@ -69,7 +70,7 @@ class ChunkRecognizer:
         self._level_counts: dict[int, int] = {}
         self._levels: tuple[int, ...] = ()
         self._length_counts: dict[int, dict[int, int]] = {}  # of groups with more than one chunk: length -> chunks
-        self._anchor_bits, self._group_bits, self._text_bits = Bitmap(), Bitmap(), Bitmap()
+        self.anchor_bits, self._group_bits, self._text_bits = Bitmap(), Bitmap(), Bitmap()
         self._stale = 0
         self.cut_short = 0
 
@@ -157,7 +158,7 @@ class ChunkRecognizer:
             self._groups,
             self._texts,
             self._levels,
-            self._anchor_bits,
+            self.anchor_bits,
             self._group_bits,
             self._text_bits,
         )
@@ -177,7 +178,7 @@ class ChunkRecognizer:
         self._anchors[entry.anchor] = self._anchors.get(entry.anchor, 0) + 1
         self._text_bits.mark([entry.full])
         self._group_bits.mark([entry.group])
-        self._anchor_bits.mark([entry.anchor])
+        self.anchor_bits.mark([entry.anchor])
 
     def _learn_text(self, entry: _Entry) -> None:
         before = self._texts.get(entry.full)
@@ -236,7 +237,7 @@ class ChunkRecognizer:
 
     def _sweep(self) -> None:
         """Other chunks may share a bit, so those of chunks that are gone stay; a stale one only costs a look into the table."""
-        self._anchor_bits, self._group_bits = Bitmap(self._anchors), Bitmap(self._groups)
+        self.anchor_bits, self._group_bits = Bitmap(self._anchors), Bitmap(self._groups)
         self._text_bits = Bitmap(self._texts)
         self._stale = 0
 

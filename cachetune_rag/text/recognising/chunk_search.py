@@ -36,8 +36,8 @@ _ONE_BY_ONE = 64  # what looking at a single place costs, in hashes
 _CALL = 1024  # what looking at many places costs besides
 _RESERVE = 1 << 18  # hashes that must be due again before looking goes on
 _PATIENCE = 8  # places in vain before many are looked at at a time
-_FIRST_BLOCK, _BLOCK = 64, 8192  # places
-_AT_A_TIME = 1 << 17  # hashes in memory
+_FIRST_BLOCK, BLOCK = 64, 8192  # places
+AT_A_TIME = 1 << 17  # hashes in memory
 _STRETCH = 1 << 14  # characters whose hashes stay in the processor's cache
 
 _MASK = (1 << 64) - 1
@@ -125,7 +125,7 @@ class _Search:
                 continue
             if vain >= _PATIENCE:
                 looked = self._in_vain(starts[row : row + block])
-                block = min(2 * block, _BLOCK) if looked == block else _FIRST_BLOCK
+                block = min(2 * block, BLOCK) if looked == block else _FIRST_BLOCK
                 if looked:
                     row += looked
                     continue
@@ -223,7 +223,7 @@ class _Search:
         at = 0
         while at < len(rows):
             before = int(done[at - 1]) if at else 0
-            end = max(at + 1, int(np.searchsorted(done, before + _AT_A_TIME, side="right")))
+            end = max(at + 1, int(np.searchsorted(done, before + AT_A_TIME, side="right")))
             if self._used_up(int(starts[rows[at]])):
                 return int(rows[at])
             some, count = rows[at:end], counts[at:end]

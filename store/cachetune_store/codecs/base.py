@@ -60,7 +60,8 @@ class Codec(ABC):
         return "U8", [rows.size(tokens)] if rows.group_bytes else [tokens, rows.row_bytes]
 
 
-_CODECS: dict[str, Codec] = {}
+CODECS: dict[str, Codec] = {}
+"""The registered codecs by name."""
 
 
 def register_codec(codec: Codec) -> None:
@@ -69,10 +70,10 @@ def register_codec(codec: Codec) -> None:
         raise StoreArgumentError(
             f"codec is {shown(codec)}, a {type(codec).__name__}; use an instance of a class of Codec with a name"
         )
-    known = _CODECS.get(codec.name)
+    known = CODECS.get(codec.name)
     if known is not None and type(known) is not type(codec):
         raise StoreArgumentError(f"codec {shown(codec.name)} is already registered; give the new one another name")
-    _CODECS[codec.name] = codec
+    CODECS[codec.name] = codec
 
 
 def get_codec(name: str) -> Codec:
@@ -82,11 +83,11 @@ def get_codec(name: str) -> Codec:
         UnknownCodecError: there is none; the message lists those there are.
     """
     try:
-        return _CODECS[name]
+        return CODECS[name]
     except (KeyError, TypeError):  # TypeError: nothing that could be a name
         raise UnknownCodecError(f"unknown codec {shown(name)}; registered: {', '.join(codec_names())}") from None
 
 
 def codec_names() -> tuple[str, ...]:
     """Names of all registered codecs."""
-    return tuple(sorted(_CODECS))
+    return tuple(sorted(CODECS))
