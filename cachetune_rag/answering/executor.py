@@ -13,11 +13,13 @@ from cachetune_rag.answering.decoding import check_finite
 from cachetune_rag.answering.request import Finished, Request, RequestListener
 from cachetune_rag.chunks.lead_ins import LeadIns
 from cachetune_rag.concurrency.lifetime import Lifetime
+from cachetune_rag.errors import ConfigError
 from cachetune_rag.model.engine_model import EngineModel
 from cachetune_rag.readahead.batch import Prefetch
 from cachetune_rag.readahead.prefetcher import Prefetcher
 from cachetune_rag.report import Report
 from cachetune_rag.reuse.config import ReuseConfig
+from cachetune_rag.reuse.memory import KVMemory
 from cachetune_rag.reuse.prefill import Assembler
 from cachetune_rag.reuse.state import PrefillState
 from cachetune_store import ChunkKey, make_key
@@ -84,6 +86,30 @@ class Executor:
                     request.prompt, request.config, request.started, chunks_open, request.new_tokens - 1
                 )
         return replace(state, report=replace(state.report, request_id=request.id))
+
+    def reuse(
+        self, request: Request, memory: KVMemory, chunks_open: Callable[[], None] = _nothing
+    ) -> PrefillState | None:
+        """Put a prompt's keys and values together in somebody else's memory; None if nothing of it can be reused.
+
+        For a server that computes prompts itself where nothing is reused. The listeners are not told: the server knows when its
+        request is over.
+
+        Args:
+            request: what to read, with the settings of its reuse.
+            memory: where the keys and values go.
+            chunks_open: called once the prompt's chunks are open.
+        """
+        if request.config is None:
+            raise ConfigError(f"request {request.id} has no settings of reuse: make it with a ReuseConfig.")
+        model = self._model
+        self._lifetime.check()
+        with model.lock.reserved(), model.lock:
+            self._lifetime.check()
+            state = self._assembler.reuse(
+                request.prompt, request.config, request.started, memory, chunks_open, request.new_tokens - 1
+            )
+        return state if state is None else replace(state, report=replace(state.report, request_id=request.id))
 
     def read(self, request: Request) -> PrefillState:
         """Read the prompt of a request that wants its logits alone, and tell the listeners.

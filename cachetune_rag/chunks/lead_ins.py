@@ -128,6 +128,11 @@ class LeadIns:
             self._chosen, self._seen, self._filled = None, {}, None
 
     @property
+    def base(self) -> Namespace:
+        """The namespace that holds until lead-ins are chosen."""
+        return self._base
+
+    @property
     def model(self) -> str:
         """The fingerprint that all namespaces have in common."""
         return self._base.model

@@ -60,6 +60,24 @@ def load_model(
     return model.to(place).eval(), tokenizer
 
 
+def load_tokenizer(source: str | os.PathLike[str], revision: str | None = None) -> Any:
+    """A model's tokenizer alone, as `load_model` loads it.
+
+    Raises:
+        ModelLoadError: nothing loadable at `source`; names it and the reason.
+    """
+    from transformers import AutoTokenizer
+
+    extra: dict[str, Any] = {} if revision is None else {"revision": revision}
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **extra)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ModelLoadError(
+            f"no tokenizer could be loaded from {shown(os.fspath(source))}: {words_of(error)} "
+            "Give a folder made by save_pretrained, or a hub id."
+        ) from error
+
+
 def check_loaded(model: Any, tokenizer: Any) -> None:
     """Refuse a path or hub id where a loaded model or tokenizer belongs.
 

@@ -88,6 +88,9 @@ class Assembler:
         prefetcher: goes on reading chunks that a request read in part; None: what a request leaves unread stays on disk.
         tuned: replaces settings that a request left to the engine by those tuned for a tier and codec.
         check: refuses a model whose weights were changed; called before and after each prompt.
+
+    Attributes:
+        memory: the engine's own memory for prompts.
     """
 
     def __init__(
@@ -105,7 +108,7 @@ class Assembler:
         self._lookup = ChunkLookup(store, pool, prefetcher)
         self._loaders = Loaders(adapter, pool)
         self._planner = Planner(adapter, self._loaders)
-        self._memory = EngineMemory(adapter)
+        self.memory: KVMemory = EngineMemory(adapter)
 
     def key(self, token_ids: Sequence[int]) -> ChunkKey:
         """The key of a chunk."""
@@ -113,12 +116,12 @@ class Assembler:
 
     def forget(self) -> None:
         """Drop the kept beginnings of prompts, which were computed with the weights before."""
-        self._memory.forget()
+        self.memory.forget()
 
     @neutrally
     def full_prefill(self, prompt: Prompt, started: float) -> PrefillState:
         """The reference: every token through the model, nothing read."""
-        with self._same_weights(self._memory):
+        with self._same_weights(self.memory):
             logits, cache = self._adapter.full_forward(ids_of(prompt).to(self._adapter.device))
             self._wait()
             return PrefillState(logits, cache, full_report(prompt, time.perf_counter() - started), prompt)
@@ -147,7 +150,7 @@ class Assembler:
             room: tokens of an answer that is expected behind the prompt.
             memory: owns the rows; None: the engine's own.
         """
-        call = _Call(prompt, config, started, chunks_open, room, memory or self._memory)
+        call = _Call(prompt, config, started, chunks_open, room, memory or self.memory)
         with self._same_weights(call.memory):
             state = self._prefill(call)
         assert state is not None

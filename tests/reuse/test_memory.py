@@ -13,7 +13,8 @@ from tiny import llama, tokenizer
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from cachetune_rag import CacheTune
+from cachetune_rag import CacheTune, ConfigError, EngineClosedError
+from cachetune_rag.answering.request import Request
 from cachetune_rag.model import KVBuffers, ModelAdapter
 from cachetune_rag.reuse.config import ReuseConfig
 from cachetune_rag.reuse.prefix_cache import KeptRows
@@ -116,3 +117,21 @@ def test_without_reuse_nothing_is_computed_for_the_owner(engine: CacheTune, rati
     state = engine.runtime.assembler.prefill(*call, memory=pages)
     assert pages.kept == [(len(state.prompt.ids), False)]
     assert torch.equal(state.logits, engine.full_prefill(prompt=state.prompt).logits)
+
+
+def test_a_server_reads_prompts_through_the_executor_until_the_engine_is_closed(engine: CacheTune) -> None:
+    engine.precompute(CHUNKS)
+    executor, opened = engine.runtime.executor, []
+    request = Request.measured(prompt_of(engine), ReuseConfig("frequency", 0.15))
+    pages = Pages(engine.runtime.adapter)
+    state = executor.reuse(request, pages, lambda: opened.append(len(pages.layers)))
+
+    assert state is not None
+    assert opened == [0]
+    assert len(pages.layers) == len(state.cache.layers)
+    assert state.report.request_id == request.id
+    with pytest.raises(ConfigError, match="ReuseConfig"):
+        executor.reuse(Request.measured(request.prompt, None), pages)
+    engine.close()
+    with pytest.raises(EngineClosedError):
+        executor.reuse(request, pages)
