@@ -78,7 +78,7 @@ def compare(engine: CacheTune, sample: dict[str, Any], tuning: TierTuning, args:
     prompt = engine.prompts.build(**sample)
     settings = {"tuned": (tuning.ratio, tuning.skipped), **{f"{r:g}": (r, 0.0) for r in args.fixed}}
     times: dict[str, list[float]] = {name: [] for name in ["full", *settings]}
-    with TierMeasure(engine, [prompt], tuning.tier, tuning.selector) as measure:
+    with TierMeasure(engine.runtime.bench(), [prompt], tuning.tier, tuning.selector) as measure:
         for setting in settings.values():
             measure.ready(*setting)
         for _ in range(args.rounds):

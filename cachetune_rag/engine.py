@@ -22,7 +22,8 @@ from cachetune_rag.checking.arguments import check_flag, check_wait
 from cachetune_rag.chunks.precompute import Progress
 from cachetune_rag.errors import CacheTuneError, ConfigError
 from cachetune_rag.measuring.calibration.calibrator import RATIOS, CalibrationPlan, CalibrationProgress, Calibrator
-from cachetune_rag.measuring.calibration.result import Calibration, check_savable
+from cachetune_rag.measuring.calibration.result import Calibration
+from cachetune_rag.measuring.profiles import check_savable
 from cachetune_rag.measuring.tuning import TuneProgress, TuningResult
 from cachetune_rag.measuring.tuning.tuner import R_MAX, ROUNDS, TOKENS, Tuner, TuningPlan
 from cachetune_rag.model.loading import load_model
@@ -489,7 +490,7 @@ class CacheTune:
             bound=bound, measure=measure, selector=selector, ratios=ratios, tokens=tokens, quantile=quantile
         )
         check_savable(self.store, "calibrated")
-        return self.runtime.calibrations.save(Calibrator(self, plan, progress).run(samples))
+        return self.runtime.calibrations.save(Calibrator(self.runtime.bench(), plan, progress).run(samples))
 
     def calibrated_ratio(self, selector: str = "auto") -> float | None:
         """The ratio that `calibrate` saved for a selector, the least that keeps its bound; None if there is none."""
@@ -534,7 +535,8 @@ class CacheTune:
         self.runtime.lifetime.check()
         plan = TuningPlan.of(tier=tier, selector=selector, r_min=r_min, r_max=r_max, rounds=rounds, tokens=tokens)
         check_savable(self.store, "tuned")
-        return Tuner(self, plan, progress).run(samples)
+        runtime = self.runtime
+        return Tuner(runtime.bench(), plan, runtime.calibrations.ratio, runtime.tunings, progress).run(samples)
 
     # -- state ----------------------------------------------------------------------------------------------------
 

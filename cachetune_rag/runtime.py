@@ -23,7 +23,8 @@ from cachetune_rag.concurrency.deadline import DeadlinePool, check_timeout
 from cachetune_rag.concurrency.lifetime import Lifetime
 from cachetune_rag.concurrency.workers import Job
 from cachetune_rag.errors import ConfigError
-from cachetune_rag.measuring.calibration.result import SavedCalibrations
+from cachetune_rag.measuring.bench import Bench
+from cachetune_rag.measuring.calibration.saved import SavedCalibrations
 from cachetune_rag.measuring.fidelity import FidelitySampler
 from cachetune_rag.measuring.profiles import Profiles
 from cachetune_rag.measuring.tuning.saved import SavedTunings
@@ -155,8 +156,8 @@ class Runtime:
             call=self.pool.call,
         )
         self.profiles = Profiles(self.store.path, self.pool.call)
-        self.calibrations = SavedCalibrations(self)
-        self.tunings = SavedTunings(self)
+        self.calibrations = SavedCalibrations(self.profiles, self.lead_ins, self.store, self.model_name)
+        self.tunings = SavedTunings(self.profiles, self.adapter, self.lead_ins, self.calibrations.ratio)
         self.assembler = Assembler(
             self.adapter,
             self.store,
@@ -198,6 +199,23 @@ class Runtime:
     def namespace(self) -> Namespace:
         """What chunks' keys are made with; it changes when lead-ins are chosen, by this process or another."""
         return self.lead_ins.namespace
+
+    def bench(self) -> Bench:
+        """What measures on this engine beside its requests, for calibration and tuning."""
+        return Bench(
+            model=self.model,
+            store=self.store,
+            tokenizer=self.tokenizer,
+            prompts=self.prompts,
+            lead_ins=self.lead_ins,
+            pool=self.pool,
+            lifetime=self.lifetime,
+            admission=self.admission,
+            executor=self.executor,
+            assembler=self.assembler,
+            precomputer=self.precomputer,
+            flush=self.backfill.wait,
+        )
 
     def close(self) -> None:
         """Do what `CacheTune.close` documents."""

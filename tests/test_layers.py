@@ -108,15 +108,9 @@ def test_the_table_points_downwards() -> None:
         seen.add(folder)
 
 
-# Still to be undone: measuring knows the engine, instead of a bench of the parts that it needs.
-UPWARDS = {"measuring", "measuring/calibration", "measuring/tuning"}
-
-
 @pytest.mark.parametrize("file", engine_files(), ids=lambda file: file.relative_to(ENGINE).as_posix())
 def test_a_file_imports_what_its_folder_may(file: Path) -> None:
     may = {place(file), *ALLOWED[place(file)]}
-    if place(file) in UPWARDS:
-        may |= {"engine", "runtime"}
     wrong = sorted(f.relative_to(ENGINE).as_posix() for f in engine_imports(file) if place(f) not in may)
     assert wrong == [], f"{place(file)} may import {sorted(may)}"
 
@@ -124,9 +118,6 @@ def test_a_file_imports_what_its_folder_may(file: Path) -> None:
 def test_no_files_import_each_other_in_a_circle() -> None:
     faces = {f for f in engine_files() if f.name == "__init__.py"}  # they hand on names of the files beside them
     graph = {file: engine_imports(file) - faces for file in engine_files() if file not in faces}
-    for file in graph:
-        if place(file) in UPWARDS:
-            graph[file] -= {ENGINE / "engine.py", ENGINE / "runtime.py"}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:

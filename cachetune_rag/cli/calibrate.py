@@ -114,7 +114,7 @@ def calibrate(
         check_plot(plot)
     with instant_interrupt():
         from cachetune_rag.measuring.calibration.calibrator import RATIOS, CalibrationPlan
-        from cachetune_rag.measuring.calibration.result import check_savable
+        from cachetune_rag.measuring.profiles import check_savable
 
     wanted: dict[str, Any] = {
         "measure": measure,

@@ -100,7 +100,7 @@ def tune(
     if plot is not None:
         check_plot(plot)
     with instant_interrupt():
-        from cachetune_rag.measuring.calibration.result import check_savable
+        from cachetune_rag.measuring.profiles import check_savable
         from cachetune_rag.measuring.tuning.tuner import TuningPlan
 
     wanted: dict[str, Any] = {

@@ -18,6 +18,7 @@ from typing import Any
 
 from cachetune_rag.concurrency.deadline import Call, StoreTimeoutError, call_directly
 from cachetune_rag.concurrency.forks import this_process
+from cachetune_store import ChunkStore, StoreReadOnlyError
 from cachetune_store.files import TempFiles, explain, make_directory, write_small
 from cachetune_store.plainfiles import read_plain
 from cachetune_store.printing import shown
@@ -115,6 +116,19 @@ class Profiles:
             _log.warning("profile %s is left out: %s. Measure it again to replace it.", path, error)
             return None
         return json.dumps(record["content"])
+
+
+def check_savable(store: ChunkStore, what: str) -> None:
+    """Refuse to measure what couldn't be saved.
+
+    Raises:
+        StoreReadOnlyError: the store can't be written.
+    """
+    if store.read_only:
+        raise StoreReadOnlyError(
+            f"the store {store.path} can only be read here, so the {what} ratio could not be saved in it: nothing was measured. "
+            "Measure where this user may write the store, or pass ratio= with each request"
+        )
 
 
 def _name(kind: str, key: Mapping[str, str]) -> str:

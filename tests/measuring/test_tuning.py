@@ -17,6 +17,7 @@ from tiny import llama, tokenizer
 
 from cachetune_rag import CacheTune, ConfigError, Document, TuningResult
 from cachetune_rag.errors import CacheTuneError
+from cachetune_rag.measuring.bench import Bench
 from cachetune_rag.measuring.calibration.result import Calibration
 from cachetune_rag.measuring.tuning import TierTuning, TuneProgress
 from cachetune_rag.measuring.tuning.cost import CostModel
@@ -260,7 +261,7 @@ class Machines:
         self.tiers = {name: Machine(cost) for name, cost in tiers.items()}
         self.prompts: list[Sequence[Prompt]] = []
 
-    def __call__(self, engine: CacheTune, prompts: Sequence[Prompt], tier: str, selector: str) -> Machine:
+    def __call__(self, bench: Bench, prompts: Sequence[Prompt], tier: str, selector: str) -> Machine:
         self.prompts.append(prompts)
         return self.tiers[tier]
 
@@ -269,7 +270,9 @@ def tune(
     engine: CacheTune, machines: Machines | None = None, samples: Any = None, progress: Any = None, **options: Any
 ) -> TuningResult:
     machines = machines or Machines(host=FAST, disk=SLOW)
-    return Tuner(engine, TuningPlan.of(**options), progress, machines).run(samples)
+    runtime = engine.runtime
+    plan = TuningPlan.of(**options)
+    return Tuner(runtime.bench(), plan, runtime.calibrations.ratio, runtime.tunings, progress, machines).run(samples)
 
 
 def calibrate(engine: CacheTune, selector: str, ratio: float) -> None:
@@ -564,7 +567,7 @@ def test_tiers_that_there_are(tmp_path: Path) -> None:
         (None, {"host_budget": 0}, ()),
     ):
         with CacheTune(llama(), tokenizer(), path, **options) as engine:
-            assert tiers_of(engine) == expected
+            assert tiers_of(engine.store) == expected
             if not expected:
                 with pytest.raises(ConfigError, match="give it one of both"):
                     engine.tune()
@@ -598,11 +601,11 @@ def test_an_engine_measures_itself_on_every_tier_and_leaves_no_trace(tmp_path: P
 def test_each_tier_is_measured_where_it_says(engine: CacheTune) -> None:
     prompts = [engine.prompts.build(query="?", chunks=TEXTS)]
     for tier in ("host", "disk"):
-        with TierMeasure(engine, prompts, tier, "frequency") as measure:
+        with TierMeasure(engine.runtime.bench(), prompts, tier, "frequency") as measure:
             for _ in range(2):
-                state = measure._assembler.prefill(prompts[0], replace(PAPER, ratio=0.5), 0.0)
+                state = measure.bench.prefill(prompts[0], replace(PAPER, ratio=0.5))
                 assert set(state.report.bytes_read) == {tier}
-            assert measure._assembler.transfer(prompts[0])[0] == sum(map(len, TEXTS))
+            assert measure.bench.transfer(prompts[0])[0] == sum(map(len, TEXTS))
             assert measure.cost(1.0, 1).other_tokens == len(prompts[0].ids) - sum(map(len, TEXTS))
 
 
@@ -617,13 +620,13 @@ def test_chunks_on_the_device_are_a_tier_of_their_own(
         CacheTune(llama(), tokenizer(), store) as engine,
     ):
         engine.precompute([Document("a", TEXTS)])
-        assert tiers_of(engine) == (("device", "host") if in_memory else ("device", "host", "disk"))
+        assert tiers_of(engine.store) == (("device", "host") if in_memory else ("device", "host", "disk"))
         prompts = [engine.prompts.build(query="?", chunks=TEXTS)]
         for _ in range(2):  # whether the engine's own chunks have come up or not
-            for tier in tiers_of(engine):
-                with TierMeasure(engine, prompts, tier, "frequency") as measure:
+            for tier in tiers_of(engine.store):
+                with TierMeasure(engine.runtime.bench(), prompts, tier, "frequency") as measure:
                     for _ in range(2):
-                        state = measure._assembler.prefill(prompts[0], replace(PAPER, ratio=0.5), 0.0)
+                        state = measure.bench.prefill(prompts[0], replace(PAPER, ratio=0.5))
                         assert set(state.report.bytes_read) == {tier}
             engine.prefill(prompt=prompts[0])
         device = tune(engine, Machines(device=FAST, host=SLOW, disk=SLOW)).tiers[0]
@@ -645,7 +648,7 @@ def test_memory_alone_can_be_tuned_and_a_chunk_that_goes_is_an_error(monkeypatch
         (host,) = engine.tune(rounds=1, tokens=150).tiers
         assert not host.saved
         prompts = [engine.prompts.build(query="?", chunks=TEXTS)]
-        with TierMeasure(engine, prompts, "host", "frequency") as measure:
-            measure._store.discard(engine.runtime.assembler.key(prompts[0].chunk_ids[0]))
+        with TierMeasure(engine.runtime.bench(), prompts, "host", "frequency") as measure:
+            measure.bench.store.discard(engine.runtime.assembler.key(prompts[0].chunk_ids[0]))
             with pytest.raises(CacheTuneError, match="left the store while it was tuned"):
                 measure.ttft(0.5, 0.0)

@@ -8,25 +8,21 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from cachetune_rag.answering.decoding import decode, prepare
 from cachetune_rag.checking.arguments import check_callback
 from cachetune_rag.errors import CacheTuneError, ConfigError
+from cachetune_rag.measuring.bench import Bench
 from cachetune_rag.measuring.calibration.result import Calibration, RatioFigures, choose
 from cachetune_rag.measuring.divergence import Divergence
-from cachetune_rag.measuring.samples import prompts_of, store_chunks
-from cachetune_rag.measuring.teacher import rewind, teacher_forced
+from cachetune_rag.measuring.user_prompts import prompts_of
 from cachetune_rag.reuse.config import ReuseConfig, resolve
+from cachetune_rag.reuse.state import PrefillState
 from cachetune_rag.text.prompts.prompt import Prompt
 from cachetune_store.printing import shown
-
-if TYPE_CHECKING:
-    from cachetune_rag.engine import CacheTune
-    from cachetune_rag.reuse.state import PrefillState
 
 RATIOS = (0.0, 0.02, 0.05, 0.10, 0.15, 0.20, 0.30, 0.40, 0.50, 0.70)
 BOUNDS = {"kl": 0.05, "top1": 0.95}
@@ -110,16 +106,22 @@ class CalibrationPlan:
 
 
 class Calibrator:
-    """Measures one selector on one engine."""
+    """Measures one selector.
+
+    Args:
+        bench: what to measure on.
+        plan: what to measure.
+        progress: called after every prefill.
+    """
 
     def __init__(
         self,
-        engine: CacheTune,
+        bench: Bench,
         plan: CalibrationPlan,
         progress: Callable[[CalibrationProgress], None] | None = None,
     ):
         check_callback(progress, "progress")
-        self._engine, self._plan, self._progress = engine, plan, progress
+        self._bench, self._plan, self._progress = bench, plan, progress
 
     def run(self, samples: Iterable[Any]) -> Calibration:
         """Measure; nothing is saved.
@@ -128,7 +130,7 @@ class Calibrator:
             ConfigError, PromptError: a sample is unusable; nothing was computed.
             CacheTuneError: samples' chunks don't stay in the store.
         """
-        prompts = prompts_of(self._engine, samples)
+        prompts = prompts_of(self._bench, samples)
         started = time.perf_counter()
         total = len(prompts) * (1 + len(self._plan.ratios))
         done = 0
@@ -140,9 +142,9 @@ class Calibrator:
                 self._progress(CalibrationProgress(number, len(prompts), done, total, time.perf_counter() - started))
 
         self._store_all(prompts)
-        namespace = self._engine.namespace
+        namespace = self._bench.namespace
         found = [self._measure(prompt, number, tell) for number, prompt in enumerate(prompts, start=1)]
-        if self._engine.namespace != namespace:
+        if self._bench.namespace != namespace:
             raise CacheTuneError(
                 "lead-ins were chosen while it measured, so chunks are other ones now: calibrate again."
             )
@@ -163,14 +165,14 @@ class Calibrator:
         )
 
     def _store_all(self, prompts: Sequence[Prompt]) -> None:
-        engine = self._engine
-        if others := sorted(store_chunks(engine, prompts) - {engine.store.codec}):
+        codec = self._bench.store.codec
+        if others := sorted(self._bench.store_missing(prompts) - {codec}):
             _log.warning(
                 "chunks of the samples are stored as %s, while this engine's codec is %s: the ratio is saved for engines "
                 "of codec %s. Open the store with the codec that most of its chunks have.",
                 " and ".join(others),
-                engine.store.codec,
-                engine.store.codec,
+                codec,
+                codec,
             )
 
     # -- measuring ------------------------------------------------------------------------------------------------
@@ -182,7 +184,7 @@ class Calibrator:
         found = []
         for ratio in self._plan.ratios:
             state = self._reuse(prompt, ReuseConfig(self._plan.selector, ratio), number)
-            divergence = Divergence.of(reference, self._logits(state, target))
+            divergence = Divergence.of(reference, self._bench.logits_behind(state, target))
             if not all(map(math.isfinite, divergence.kl)):
                 raise CacheTuneError(f"sample {number}: the model gives logits that are no numbers; try another dtype.")
             found.append(divergence)
@@ -191,19 +193,14 @@ class Calibrator:
 
     def _reference(self, prompt: Prompt) -> tuple[tuple[int, ...], list[Tensor]]:
         """Full prefill's greedy continuation, and the logits that each token of it was chosen from."""
-        engine = self._engine
-        state = self._prefill(prompt, None)
-        limit = engine.adapter.max_positions
-        room = self._plan.tokens if limit is None else min(self._plan.tokens, limit - len(prompt.ids))
-        plan = prepare(engine.adapter.model, engine.tokenizer, prompt.ids, max_new_tokens=room, do_sample=False)
-        target = tuple(decode(engine.runtime.executor.steps(state, room), plan, state.logits))
+        state = self._bench.prefill(prompt, None)
+        target = self._bench.continuation(state, self._plan.tokens)
         # Computed once more, in one piece as for reuse: so where nothing differs, KL is exactly 0.
-        rewind(state.cache, len(prompt.ids))
-        return target, self._logits(state, target)
+        return target, self._bench.logits_behind(state, target)
 
     def _reuse(self, prompt: Prompt, config: ReuseConfig, number: int) -> PrefillState:
         for _ in range(2):
-            state = self._prefill(prompt, config)
+            state = self._bench.prefill(prompt, config)
             if not state.report.missed:
                 return state
             self._store_all([prompt])  # evicted, or found damaged, since
@@ -211,24 +208,6 @@ class Calibrator:
             f"sample {number}: {state.report.missed} tokens of its chunks don't stay in the store: give it a larger "
             "disk_budget (or host_budget, for a store in memory)."
         )
-
-    def _prefill(self, prompt: Prompt, config: ReuseConfig | None) -> PrefillState:
-        """A prefill that doesn't count as a request. The lock is free in between, for requests."""
-        engine = self._engine
-        with engine.runtime.model.lock.reserved(), engine.runtime.model.lock:
-            engine.runtime.lifetime.check()
-            started = time.perf_counter()
-            if config is None:
-                return engine.runtime.assembler.full_prefill(prompt, started)
-            return engine.runtime.assembler.prefill(prompt, config, started)
-
-    def _logits(self, state: PrefillState, target: Sequence[int]) -> list[Tensor]:
-        engine = self._engine
-        with engine.runtime.model.lock.reserved(), engine.runtime.model.lock:
-            engine.runtime.lifetime.check()
-            logits = list(teacher_forced(engine.adapter, state.logits, state.cache, target))
-            engine.runtime.model.check()
-            return logits
 
     def _figures(self, ratio: float, samples: Sequence[Divergence]) -> RatioFigures:
         kl, top1 = [s.mean_kl for s in samples], [s.top1 for s in samples]

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from cachetune_rag.errors import CacheTuneError, ConfigError
+from cachetune_rag.measuring.bench import Bench
 from cachetune_rag.measuring.tuning.cost import CostModel
 from cachetune_rag.reuse.config import ReuseConfig
 from cachetune_rag.reuse.lookup import TIERS
-from cachetune_rag.reuse.prefill import Assembler
 from cachetune_rag.text.prompts.prompt import Prompt
 from cachetune_store import ChunkKey, ChunkStore
-
-if TYPE_CHECKING:
-    from cachetune_rag.engine import CacheTune
 
 _NO_LIMIT = 1 << 62
 
 
-def tiers_of(engine: CacheTune) -> tuple[str, ...]:
-    """The tiers that an engine's chunks can come from, fast ones first."""
-    store = engine.store
+def tiers_of(store: ChunkStore) -> tuple[str, ...]:
+    """The tiers that a store's chunks can come from, fast ones first."""
     there = {"device": store.device_budget, "host": store.host_budget, "disk": store.path is not None}
     return tuple(tier for tier in TIERS if there[tier])
 
@@ -41,23 +36,26 @@ class TierMeasure:
     device as well.
 
     Args:
-        engine: whose model, store and threads are used. Other requests wait for each timed one.
+        bench: times on the model, and has the prompts' chunks in its store. Other requests wait for each timed one.
         prompts: their chunks are all in the store.
         tier: "device", "host" or "disk".
         selector: whose requests are timed.
+
+    Attributes:
+        bench: the same bench over a store of this measurement, which has the chunks on the one tier.
 
     Raises:
         TierTooSmallError: the chunks don't fit the store's device_budget, or the device.
     """
 
-    def __init__(self, engine: CacheTune, prompts: Sequence[Prompt], tier: str, selector: str):
-        self._engine, self._prompts, self._selector = engine, prompts, selector
+    def __init__(self, bench: Bench, prompts: Sequence[Prompt], tier: str, selector: str):
+        self._prompts, self._selector = prompts, selector
         if tier == "disk":
             # What the rows are read into is used again, as it is by requests where host memory is full.
-            self._store = ChunkStore(engine.store.path, host_budget=0, disk_budget=_NO_LIMIT, read_memory=_NO_LIMIT)
+            store = ChunkStore(bench.store.path, host_budget=0, disk_budget=_NO_LIMIT, read_memory=_NO_LIMIT)
         else:
-            self._store = self._in_memory(tier)
-        self._assembler = Assembler(engine.adapter, self._store, engine.lead_ins, engine.runtime.pool)
+            store = _in_memory(bench, prompts, tier)
+        self.bench = bench.on(store)
 
     def __enter__(self) -> Self:
         return self
@@ -65,11 +63,11 @@ class TierMeasure:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._store.close()
+        self.bench.store.close()
 
     def ready(self, ratio: float, skipped: float) -> None:
         """Requests that are not timed: the first of a size compiles kernels, the second captures its CUDA graph."""
-        for _ in range(2 if self._engine.adapter.cuda_kernels else 1):
+        for _ in range(2 if self.bench.adapter.cuda_kernels else 1):
             self.ttft(ratio, skipped)
 
     def ttft(self, ratio: float, skipped: float) -> float:
@@ -91,14 +89,10 @@ class TierMeasure:
 
         They are what the machine can do, so of several times the least counts: whatever else ran can only have added.
         """
-        layers = self._engine.adapter.num_layers
+        layers = self.bench.adapter.num_layers
         length = statistics.mean(len(prompt.ids) for prompt in self._prompts)
         rows = statistics.mean(sum(map(len, (p.chunk_ids[s.chunk] for s in p.spans))) for p in self._prompts)
-        times = []
-        for _ in range(rounds + 1):
-            with self._engine.runtime.model.lock.reserved(), self._engine.runtime.model.lock:
-                self._engine.runtime.lifetime.check()
-                times.append(statistics.mean(self._assembler.transfer(prompt)[1] for prompt in self._prompts))
+        times = [statistics.mean(self.bench.transfer(prompt)[1] for prompt in self._prompts) for _ in range(rounds + 1)]
         return CostModel(
             move=min(times[1:]) / (layers * rows),
             compute=full / (layers * length),
@@ -108,13 +102,7 @@ class TierMeasure:
         )
 
     def _time(self, prompt: Prompt, config: ReuseConfig | None) -> float:
-        engine = self._engine
-        with engine.runtime.model.lock.reserved(), engine.runtime.model.lock:
-            engine.runtime.lifetime.check()
-            started = time.perf_counter()
-            if config is None:
-                return self._assembler.full_prefill(prompt, started).report.ttft
-            report = self._assembler.prefill(prompt, config, started).report
+        report = self.bench.prefill(prompt, config).report
         if report.missed:
             raise CacheTuneError(
                 f"{report.missed} tokens of the prompts' chunks left the store while it was tuned: give it a larger budget "
@@ -122,26 +110,26 @@ class TierMeasure:
             )
         return report.ttft
 
-    def _in_memory(self, tier: str) -> ChunkStore:
-        """The prompts' chunks in a store of their own, all on one tier."""
-        engine = self._engine
-        budget = engine.store.device_budget if tier == "device" else 0
-        memory = ChunkStore(None, host_budget=_NO_LIMIT, device_budget=budget, device=engine.adapter.device)
-        try:
-            for key in dict.fromkeys(engine.runtime.assembler.key(i) for p in self._prompts for i in p.chunk_ids if i):
-                chunk = engine.store.whole(key)
-                if chunk is None:
-                    continue  # the first request will say so
-                memory.write(chunk)
-                if tier == "device" and not _bring_up(key, memory):
-                    raise TierTooSmallError(
-                        f"device_budget ({budget} bytes) doesn't hold the prompts' chunks: give a larger one, tune with "
-                        "shorter prompts (samples, or tokens), or tune another tier."
-                    )
-        except BaseException:
-            memory.close()
-            raise
-        return memory
+
+def _in_memory(bench: Bench, prompts: Sequence[Prompt], tier: str) -> ChunkStore:
+    """The prompts' chunks in a store of their own, all on one tier."""
+    budget = bench.store.device_budget if tier == "device" else 0
+    memory = ChunkStore(None, host_budget=_NO_LIMIT, device_budget=budget, device=bench.adapter.device)
+    try:
+        for key in dict.fromkeys(bench.key(i) for p in prompts for i in p.chunk_ids if i):
+            chunk = bench.store.whole(key)
+            if chunk is None:
+                continue  # the first request will say so
+            memory.write(chunk)
+            if tier == "device" and not _bring_up(key, memory):
+                raise TierTooSmallError(
+                    f"device_budget ({budget} bytes) doesn't hold the prompts' chunks: give a larger one, tune with "
+                    "shorter prompts (samples, or tokens), or tune another tier."
+                )
+    except BaseException:
+        memory.close()
+        raise
+    return memory
 
 
 def _bring_up(key: ChunkKey, store: ChunkStore) -> bool:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import dataclasses
 import logging
 import platform
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
+from cachetune_rag.chunks.lead_ins import LeadIns
+from cachetune_rag.measuring.profiles import Profiles
 from cachetune_rag.measuring.tuning.result import TierTuning
+from cachetune_rag.model import ModelAdapter
 from cachetune_rag.reuse.config import ReuseConfig
 from cachetune_rag.selection.frequency import FrequencySelector
 from cachetune_store import Namespace, StoreError
-
-if TYPE_CHECKING:
-    from cachetune_rag.runtime import Runtime
 
 KIND = "tuning"
 
@@ -25,10 +25,23 @@ _log = logging.getLogger(__name__)
 
 
 class SavedTunings:
-    """The tunings of one engine: by model, hardware, tier, codec and selector."""
+    """The tunings of one engine: by model, hardware, tier, codec and selector.
 
-    def __init__(self, engine: Runtime):
-        self._engine = engine
+    Args:
+        profiles: keep them in the store's folder.
+        adapter: the model that was timed.
+        lead_ins: know the namespace, which names the model.
+        calibrated: gives the ratio that was calibrated for a selector and a namespace, or None.
+    """
+
+    def __init__(
+        self,
+        profiles: Profiles,
+        adapter: ModelAdapter,
+        lead_ins: LeadIns,
+        calibrated: Callable[[str, Namespace | None], float | None],
+    ):
+        self._profiles, self._adapter, self._lead_ins, self._calibrated = profiles, adapter, lead_ins, calibrated
         self._known: dict[tuple[str, str, str], TierTuning | None] = {}
 
     def forget(self) -> None:
@@ -38,7 +51,7 @@ class SavedTunings:
     @property
     def hardware(self) -> str:
         """What times depend on besides the model: the card and how it is used, or the processor and its threads."""
-        adapter = self._engine.adapter
+        adapter = self._adapter
         if adapter.device.type == "cuda":
             return f"{torch.cuda.get_device_name(adapter.device)}{', kernels' if adapter.cuda_kernels else ''}"
         return f"{_processor()}, {torch.get_num_threads()} threads"
@@ -49,7 +62,7 @@ class SavedTunings:
         self._known[place] = tuning
         content = dataclasses.replace(tuning, saved=True).as_dict()
         try:
-            path = self._engine.profiles.save(KIND, self._key(*place), content)
+            path = self._profiles.save(KIND, self._key(*place), content)
         except StoreError as error:
             _log.warning("the tuned ratio holds for this engine only, since it could not be saved: %s", error)
             return tuning
@@ -59,7 +72,7 @@ class SavedTunings:
         """What was saved for a tier, codec and selector; None if nothing was (or nothing that makes sense)."""
         place = tier, codec, selector
         if place not in self._known:
-            content = self._engine.profiles.load(KIND, self._key(*place))
+            content = self._profiles.load(KIND, self._key(*place))
             try:
                 self._known[place] = None if content is None else TierTuning.from_dict(content)
             except (KeyError, TypeError, ValueError) as error:
@@ -83,12 +96,12 @@ class SavedTunings:
     def _keeps_floor(self, tuning: TierTuning, namespace: Namespace | None) -> bool:
         """Whether the selector's own share of r (or all of r, where the offline ranking chooses it) is as large as calibrated."""
         offline = tuning.skipped == tuning.ratio
-        floor = self._engine.calibrations.ratio(FrequencySelector.name if offline else tuning.selector, namespace)
+        floor = self._calibrated(FrequencySelector.name if offline else tuning.selector, namespace)
         # Rounded as the ratios that are searched are.
         return floor is None or tuning.ratio - (0 if offline else tuning.skipped) >= floor - 1e-3
 
     def _key(self, tier: str, codec: str, selector: str) -> dict[str, str]:
-        namespace = self._engine.lead_ins.last_known  # model and dtype are the same, whatever lead-ins are chosen
+        namespace = self._lead_ins.last_known  # model and dtype are the same, whatever lead-ins are chosen
         return {
             "model": namespace.model,
             "dtype": namespace.dtype,

@@ -9,25 +9,24 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from cachetune_rag.checking.arguments import check_callback
 from cachetune_rag.errors import ConfigError
-from cachetune_rag.measuring.samples import prompts_of, store_chunks
+from cachetune_rag.measuring.bench import Bench
 from cachetune_rag.measuring.tuning.cost import CostModel
 from cachetune_rag.measuring.tuning.made_prompts import codec_of, made
 from cachetune_rag.measuring.tuning.measure import TierMeasure, TierTooSmallError, tiers_of
 from cachetune_rag.measuring.tuning.result import Point, TierTuning, TuneProgress, TuningResult
+from cachetune_rag.measuring.tuning.saved import SavedTunings
 from cachetune_rag.measuring.tuning.search import Line, Measured, Search
+from cachetune_rag.measuring.user_prompts import prompts_of
 from cachetune_rag.reuse.config import PAPER, resolve
 from cachetune_rag.reuse.lookup import TIERS
 from cachetune_rag.selection.frequency import FrequencySelector
 from cachetune_rag.text.prompts.prompt import Prompt
 from cachetune_store.chunk import BLOCK_ROWS
 from cachetune_store.printing import shown
-
-if TYPE_CHECKING:
-    from cachetune_rag.engine import CacheTune
 
 R_MIN = PAPER.ratio
 """The quality floor where none was calibrated: the paper's."""
@@ -52,8 +51,8 @@ class Measure(Measured, Protocol):
         """Times to move and to compute a token of a layer."""
 
 
-MakeMeasure = Callable[["CacheTune", Sequence[Prompt], str, str], AbstractContextManager[Measure]]
-"""(engine, prompts, tier, selector) -> what measures there."""
+MakeMeasure = Callable[[Bench, Sequence[Prompt], str, str], AbstractContextManager[Measure]]
+"""(bench, prompts, tier, selector) -> what measures there."""
 
 
 @dataclass(frozen=True)
@@ -100,11 +99,13 @@ class TuningPlan:
 
 
 class Tuner:
-    """Tunes one selector on one engine, and saves the result.
+    """Tunes one selector for one engine, and saves the result.
 
     Args:
-        engine: the engine.
+        bench: what to measure on.
         plan: what to tune.
+        calibrated: gives the ratio that was calibrated for a selector, or None.
+        saved: where the result is kept.
         progress: called after every measured setting.
         measure: what measures; another one for tests.
 
@@ -114,12 +115,14 @@ class Tuner:
 
     def __init__(
         self,
-        engine: CacheTune,
+        bench: Bench,
         plan: TuningPlan,
+        calibrated: Callable[[str], float | None],
+        saved: SavedTunings,
         progress: Callable[[TuneProgress], None] | None = None,
         measure: MakeMeasure = TierMeasure,
     ):
-        there = tiers_of(engine)
+        there = tiers_of(bench.store)
         if not there:
             raise ConfigError("the store has no host_budget and no folder, so no chunk is kept: give it one of both.")
         if plan.tier != "auto" and plan.tier not in there:
@@ -129,14 +132,14 @@ class Tuner:
         check_callback(progress, "progress")
         self._tiers = there if plan.tier == "auto" else (plan.tier,)
         self._selector = plan.selector
-        calibrated = engine.calibrated_ratio(self._selector)
-        self._calibrated = plan.r_min is None and calibrated is not None
-        self._r_min = plan.r_min if plan.r_min is not None else R_MIN if calibrated is None else calibrated
+        floor = calibrated(self._selector)
+        self._floor_calibrated = plan.r_min is None and floor is not None
+        self._r_min = plan.r_min if plan.r_min is not None else R_MIN if floor is None else floor
         self._r_max = plan.r_max
         _check_order(self._r_min, self._r_max)
-        self._engine, self._rounds, self._tokens = engine, plan.rounds, plan.tokens
+        self._bench, self._rounds, self._tokens = bench, plan.rounds, plan.tokens
+        self._calibrated, self._saved = calibrated, saved
         self._progress, self._make_measure = progress, measure
-        self._saved = engine.runtime.tunings
 
     def run(self, samples: Iterable[Any] | None = None) -> TuningResult:
         """Measure and save.
@@ -149,13 +152,13 @@ class Tuner:
             ConfigError, PromptError: a sample can't be used, or the store holds nothing; nothing was measured.
             CacheTuneError: chunks left the store meanwhile.
         """
-        engine, started = self._engine, time.perf_counter()
+        bench, started = self._bench, time.perf_counter()
         if samples is None:
-            prompts = made(engine, tokens=self._tokens, count=PROMPTS)
+            prompts = made(bench, tokens=self._tokens, count=PROMPTS)
         else:
-            prompts = prompts_of(engine, samples)
-            store_chunks(engine, prompts)
-        codec = codec_of(engine, prompts)
+            prompts = prompts_of(bench, samples)
+            bench.store_missing(prompts)
+        codec = codec_of(bench, prompts)
         tuned = []
         for tier in self._tiers:
             try:
@@ -176,7 +179,7 @@ class Tuner:
                 seconds = time.perf_counter() - started
                 self._progress(TuneProgress(tier, self._tiers, measured, point, best, seconds))
 
-        with self._make_measure(self._engine, prompts, tier, self._selector) as measure:
+        with self._make_measure(self._bench, prompts, tier, self._selector) as measure:
             full = measure.full(self._rounds)
             cost = measure.cost(min(full), self._rounds)
             start = min(max(cost.balance, self._r_min), self._r_max)
@@ -192,7 +195,7 @@ class Tuner:
             full=statistics.median(full),
             r_min=self._r_min,
             r_max=self._r_max,
-            calibrated=self._calibrated,
+            calibrated=self._floor_calibrated,
             warm_start=start,
             cost=cost,
             prompts=len(prompts),
@@ -209,7 +212,7 @@ class Tuner:
         if self._selector == offline:
             return [self._line(self._r_min, 0.0, tier, prompts)]
         lines = [self._line(self._r_min, self._r_min, tier, prompts)]
-        floor = self._engine.calibrated_ratio(offline)
+        floor = self._calibrated(offline)
         if floor is not None and floor <= self._r_max:
             lines.append(self._line(max(floor, self._r_min), 0.0, tier, prompts))
         return lines

@@ -1,0 +1,58 @@
+"""Calibrated ratios in the store's folder, where later requests find them."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+from cachetune_rag.chunks.lead_ins import LeadIns
+from cachetune_rag.measuring.calibration.result import Calibration
+from cachetune_rag.measuring.profiles import Profiles
+from cachetune_rag.reuse.config import resolve
+from cachetune_store import ChunkStore, Namespace, StoreError
+
+KIND = "calibration"
+
+_log = logging.getLogger(__name__)
+
+
+class SavedCalibrations:
+    """The calibrated ratios of one engine: by model, tokenizer, dtype, lead-in, tenant, selector and codec.
+
+    Args:
+        profiles: keep them in the store's folder.
+        lead_ins: know the namespace of the chunks that are stored.
+        store: new chunks are stored with its codec.
+        model_name: written beside a ratio, for people who read the file.
+    """
+
+    def __init__(self, profiles: Profiles, lead_ins: LeadIns, store: ChunkStore, model_name: str):
+        self._profiles, self._lead_ins, self._store, self._model_name = profiles, lead_ins, store, model_name
+
+    def save(self, calibration: Calibration) -> Calibration:
+        """Keep the result for this engine and later ones. A store that can't be written is logged, and `saved` is False."""
+        record = {**calibration.as_dict(), "saved": True, "model_name": self._model_name}
+        try:
+            path = self._profiles.save(KIND, self._key(calibration.selector), record)
+        except StoreError as error:
+            _log.warning("the calibrated ratio holds for this engine only, since it could not be saved: %s", error)
+            return calibration
+        return dataclasses.replace(calibration, saved=path is not None)
+
+    def ratio(self, selector: str, namespace: Namespace | None = None) -> float | None:
+        """The ratio that was saved for a selector or "auto"; None if there is none (or none that makes sense).
+
+        Args:
+            selector: whose ratio.
+            namespace: of the chunks that it is asked for; None: of those that are stored now.
+        """
+        content = self._profiles.load(KIND, self._key(resolve(selector, 0).selector, namespace))
+        ratio = None if content is None else content.get("ratio")
+        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
+            return None
+        return float(ratio)
+
+    def _key(self, selector: str, namespace: Namespace | None = None) -> dict[str, str]:
+        """What a calibrated ratio depends on; the namespace is model, tokenizer, dtype, lead-in and tenant."""
+        namespace = namespace or self._lead_ins.namespace
+        return {"namespace": namespace.digest, "selector": selector, "codec": self._store.codec}
