@@ -11,7 +11,7 @@ from typing import Any
 from cachetune_rag.concurrency.deadline import DeadlinePool
 from cachetune_rag.concurrency.workers import Job
 from cachetune_rag.readahead.prefetcher import Prefetcher
-from cachetune_rag.text.prompts.prompt import Prompt
+from cachetune_rag.text.prompts.prompt import Prompt, Span
 from cachetune_store import ChunkKey, ChunkReader, ChunkStore, DamagedChunkError, Namespace, StoreError, make_key
 
 TIERS = ("device", "host", "disk")
@@ -129,12 +129,13 @@ class FoundChunks:
     """The chunks of one prompt, as the lookup found them.
 
     Attributes:
-        chunks: place of the first token and reader of each chunk that is stored, in prompt order.
-        missed: tokens of the chunks that are not.
-        to_store: numbers of the missed chunks, for storing them (equal chunks once; not those that may be on a disk that timed out).
+        chunks: span and reader of each chunk that is stored, in prompt order.
+        missed: tokens of the prompt that belong to the other chunks.
+        to_store: numbers of the missed chunks, for storing them (equal chunks once; not those that may be on a disk that timed out, nor
+            those whose text is not known).
     """
 
-    chunks: tuple[tuple[int, ChunkReader], ...]
+    chunks: tuple[tuple[Span, ChunkReader], ...]
     missed: int = 0
     to_store: tuple[int, ...] = ()
 
@@ -145,8 +146,8 @@ class FoundChunks:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the stored chunks."""
-        return sum(reader.layout.tokens for _, reader in self.chunks)
+        """Tokens of the prompt that belong to the stored chunks."""
+        return sum(span.end - span.start for span, _ in self.chunks)
 
     @property
     def on_disk(self) -> list[ChunkKey]:
@@ -163,10 +164,10 @@ class FoundChunks:
     def slowest(self) -> tuple[str, str]:
         """The slowest tier among the chunks, and the codec of most of their tokens there."""
         tokens: dict[tuple[int, str, str], int] = {}
-        for _, reader in self.chunks:
+        for span, reader in self.chunks:
             rank = TIERS.index(reader.tier) if reader.tier in TIERS else len(TIERS)
             place = rank, reader.tier, reader.layout.codec
-            tokens[place] = tokens.get(place, 0) + reader.layout.tokens
+            tokens[place] = tokens.get(place, 0) + span.end - span.start
         slowest = max(rank for rank, *_ in tokens)
         _, tier, codec = max((place for place in tokens if place[0] == slowest), key=lambda place: tokens[place])
         return tier, codec
@@ -194,17 +195,17 @@ class ChunkLookup:
         if self._prefetcher is not None and not faults.disk_gone:
             taken = self._prefetcher.take(wanted)
         readers = faults.open(self._store, wanted, opened, self._pool.submit, taken)
-        found: list[tuple[int, ChunkReader]] = []
+        found: list[tuple[Span, ChunkReader]] = []
         missed, to_store, seen = 0, [], set()
         for span in prompt.spans:
             key = keys[span.chunk]
             if key is None:
                 continue
             if (reader := readers[key]) is not None:
-                found.append((span.start, reader))
+                found.append((span, reader))
                 continue
-            missed += len(prompt.chunk_ids[span.chunk])
-            if key not in faults.timed_out and key not in seen:
+            missed += span.end - span.start
+            if key not in faults.timed_out and key not in seen and prompt.chunk_texts[span.chunk]:
                 to_store.append(span.chunk)
             seen.add(key)
         return FoundChunks(tuple(found), missed, tuple(to_store))

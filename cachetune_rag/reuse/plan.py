@@ -98,19 +98,18 @@ class Planner:
         """
         if not found.chunks or len(prompt.ids) <= self._adapter.reuse_beyond:
             return None, 0
-        exact = min(start for start, _ in found.chunks)
+        sources = sources_of(found, len(prompt.ids), config.skipped)
+        if not sources:
+            return None, 0
+        exact = min(span.start for span, _ in found.chunks)
         buffers, kept = memory.take(ids_of(prompt).numpy(), exact, room)
-        # NumPy throughout: for some ten thousand numbers, waking torch's threads takes longer than the work itself, and far longer
-        # where other processes keep the processor busy.
-        computed = np.ones(len(prompt.ids), np.bool_)  # before the selector adds to it
+        computed, unread = _without_selection(sources, len(prompt.ids))
         computed[:kept] = False
-        sources, unread = _sources(found, config, computed)
         loader = self._loaders.make(sources, buffers)
         stack.callback(loader.close)
         selector = get_selector(config.selector) if config.skipped < config.ratio or not config.skipped else None
         if selector is not None and selector.layers(self._adapter.num_layers):
             loader.start_first_layers()
-        computed[-1] = True  # also where a prompt ends in a chunk: the answer starts from it
         context = PromptView(self._adapter, prompt, sources, torch.from_numpy(computed), buffers, loader)
         shift = None
         if selector is not None:
@@ -120,20 +119,37 @@ class Planner:
         return Plan(torch.from_numpy(computed), exact, kept, sources, buffers, loader, shift), context.probed
 
 
-def _sources(
-    found: FoundChunks, config: ReuseConfig, computed: NDArray[np.bool_]
-) -> tuple[list[Source], NDArray[np.bool_]]:
-    """The reused chunks with the rows of each that are read, and which tokens are not read; `computed` becomes False where rows are."""
-    unread = np.zeros_like(computed)
+def sources_of(found: FoundChunks, length: int, skipped: float = 0.0) -> list[Source]:
+    """The stored chunks of a prompt of `length` tokens, each without the share `skipped` of its rows, which is not read."""
+    last = length - 1
+    # The last token is computed in any case: the answer starts from it. So it is where the rows go that the prompt has no tokens
+    # for. Where there are such rows, and the prompt ends in a chunk, that chunk is read as if it ended a token earlier.
+    if all(span.end - span.start == reader.layout.tokens for span, reader in found.chunks):
+        last = length
     sources = []
-    for start, reader in found.chunks:
-        tokens = reader.layout.tokens
-        source = Source(reader, start, tokens - budget(config.skipped, tokens))
+    for span, reader in found.chunks:
+        tokens, start, end = reader.layout.tokens, span.start, min(span.end, last)
+        if start < end:
+            whole = end - start == tokens
+            inside = None if whole else range(span.first, span.first + end - start)
+            rows = tokens - budget(skipped, tokens)
+            sources.append(Source(reader, start - span.first, rows, inside, length - 1))
+    return sources
+
+
+def _without_selection(sources: Sequence[Source], length: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which tokens are computed whatever is selected, and of which tokens of chunks no rows are read."""
+    # NumPy throughout: for some ten thousand numbers, waking torch's threads takes longer than the work itself, and far longer
+    # where other processes keep the processor busy.
+    computed, unread = np.ones(length, np.bool_), np.zeros(length, np.bool_)
+    for source in sources:
         # Rows that are not read are computed from the first layer on, also while a selector looks at layers.
         computed[source.places[: source.rows]] = False
         unread[source.places[source.rows :]] = True
-        sources.append(source)
-    return sources, unread
+    computed[-1] = True  # also where a prompt ends in a chunk
+    if any(source.inside is not None for source in sources):
+        unread[-1] = False
+    return computed, unread
 
 
 def _select(

@@ -18,11 +18,11 @@ from cachetune_rag.model import ModelAdapter
 from cachetune_rag.model.libraries.neutral import neutrally
 from cachetune_rag.readahead.prefetcher import Prefetcher
 from cachetune_rag.reuse.config import ReuseConfig
-from cachetune_rag.reuse.layer_loader import DamagedSourceError, Source
+from cachetune_rag.reuse.layer_loader import DamagedSourceError
 from cachetune_rag.reuse.lookup import ChunkLookup, Faults, FoundChunks, OpenReaders
 from cachetune_rag.reuse.memory import EngineMemory, KVMemory
 from cachetune_rag.reuse.phases import ForwardPhases
-from cachetune_rag.reuse.plan import Loaders, Plan, Planner
+from cachetune_rag.reuse.plan import Loaders, Plan, Planner, sources_of
 from cachetune_rag.reuse.selection_context import ids_of, some_of
 from cachetune_rag.reuse.state import PrefillState, full_report, report_of
 from cachetune_rag.selection.base import budget
@@ -194,13 +194,14 @@ class Assembler:
             buffers = self._adapter.new_buffers(len(prompt.ids))
             self._wait()
             clock = _Clock()
-            loader = self._loaders.make([Source(r, start, r.layout.tokens) for start, r in found.chunks], buffers)
+            sources = sources_of(found, len(prompt.ids))
+            loader = self._loaders.make(sources, buffers)
             stack.callback(loader.close)
             loader.start()
             for layer in range(self._adapter.num_layers):
                 loader.load(layer)
             self._wait()
-            return found.tokens, clock.lap()
+            return sum(source.rows for source in sources), clock.lap()
 
     @contextmanager
     def _same_weights(self, memory: KVMemory) -> Iterator[None]:

@@ -12,7 +12,6 @@ from torch import Tensor
 from cachetune_rag.model import KVBuffers, ModelAdapter
 from cachetune_rag.model.plain.probe import ProbePass
 from cachetune_rag.reuse.layer_loader import LayerLoader, Source
-from cachetune_rag.selection import ReusedChunk
 from cachetune_rag.text.prompts.prompt import Prompt
 
 
@@ -40,7 +39,7 @@ class PromptView:
         buffers: KVBuffers,
         loader: LayerLoader,
     ):
-        self.chunks = [_chunk(source) for source in sources]
+        self.chunks = [source.as_reused() for source in sources]
         self.length, self.num_layers = len(prompt.ids), adapter.num_layers
         self.probed = 0
         self._adapter, self._prompt, self._computed = adapter, prompt, computed
@@ -97,11 +96,6 @@ class PromptView:
             usual = torch.cat(known).float().mean(0).to(known[0].dtype)
             rows = [usual.expand(c.tokens, -1) if c.deviations is None else c.deviations for c in chunks]
         return [(chunk.start, numbers) for chunk, numbers in zip(chunks, rows, strict=True)]
-
-
-def _chunk(source: Source) -> ReusedChunk:
-    reader = source.reader
-    return ReusedChunk(source.start, reader.order, reader.scores, reader.deviations, reader.layout.tokens - source.rows)
 
 
 # On the host, NumPy: it reads a long tuple faster than torch, and wakes no threads for a few thousand numbers.

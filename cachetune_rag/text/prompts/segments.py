@@ -66,11 +66,22 @@ Part = Text | Passage | TemplateText
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens [start, end) of the prompt are chunk number `chunk` of the request; an empty chunk has start == end."""
+    """Tokens [start, end) of the prompt are chunk number `chunk` of the request; an empty chunk has start == end.
+
+    Where a chunk was found in a prompt's token ids, the prompt may have its first and last tokens in another form (a blank before
+    the text makes another token of its first word), or may leave them out. Then the span has only those in between. Tokens of the
+    prompt outside of spans are always computed.
+
+    Attributes:
+        start, end: places in the prompt.
+        chunk: number in the request.
+        first: how many of the chunk's first tokens are not in the span.
+    """
 
     start: int
     end: int
     chunk: int
+    first: int = 0
 
 
 @dataclass(frozen=True)

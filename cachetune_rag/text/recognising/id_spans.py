@@ -1,0 +1,70 @@
+"""Chunks that were found in a prompt's token ids, and the `Prompt` that they make of those ids."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+from cachetune_rag.errors import PromptError
+from cachetune_rag.text.prompts.segments import Prompt, Span
+
+
+@dataclass(frozen=True)
+class IdSpan:
+    """Tokens [start, end) of a prompt are those of a chunk, all of it or all but a few at its edges.
+
+    It says nothing of the tokens in between, which stand in the prompt: so it is small wherever it is sent.
+
+    Attributes:
+        start, end: places in the prompt.
+        key: what the chunk was made known by.
+        head: the chunk's tokens before `start`, which the prompt has in another form or not at all; two at most.
+        tail: those behind the last of the span, likewise.
+    """
+
+    start: int
+    end: int
+    key: Hashable
+    head: tuple[int, ...] = ()
+    tail: tuple[int, ...] = ()
+
+    def chunk_ids(self, prompt_ids: Sequence[int]) -> tuple[int, ...]:
+        """All token ids of the chunk, as it is stored."""
+        return (*self.head, *prompt_ids[self.start : self.end], *self.tail)
+
+
+def prompt_of_ids(
+    prompt_ids: Sequence[int], found: Sequence[IdSpan], texts: Mapping[Hashable, str] | None = None
+) -> Prompt:
+    """A prompt of which only the token ids are known, and the chunks that were found in them.
+
+    What the prompt has in place of a chunk's `head` and `tail` is computed, as everything outside of the spans.
+
+    Args:
+        prompt_ids: the whole prompt.
+        found: its chunks, in order.
+        texts: texts of chunks by their keys, where they are known. A chunk whose text isn't known is never stored by the request.
+
+    Raises:
+        PromptError: the spans overlap, are not in order, or don't lie in the prompt.
+    """
+    ids = tuple(prompt_ids)
+    texts = {} if texts is None else texts
+    spans: list[Span] = []
+    at = 0
+    for number, span in enumerate(found):
+        if not at <= span.start < span.end <= len(ids):
+            raise PromptError(
+                f"chunk {number} was found at tokens {span.start} to {span.end} of a prompt of {len(ids)} tokens, and the one before it "
+                f"ends at {at}: give spans in order that don't overlap, of one token at least."
+            )
+        at = span.end
+        spans.append(Span(span.start, span.end, number, first=len(span.head)))
+    return Prompt(
+        ids,
+        tuple(spans),
+        chunk_ids=tuple(span.chunk_ids(ids) for span in found),
+        chunk_texts=tuple(texts.get(span.key, "") for span in found),
+        recognised=len(spans),
+        chunk_found=tuple(span.key not in texts for span in found),
+    )
