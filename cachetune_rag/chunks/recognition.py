@@ -15,8 +15,7 @@ from typing import TypeVar
 from cachetune_rag.chunks.lead_ins import LeadIns
 from cachetune_rag.concurrency.deadline import Call, call_directly
 from cachetune_rag.text.prompts.prompt import Segment, Text
-from cachetune_rag.text.recognising.chunk_recognizer import ChunkRecognizer
-from cachetune_rag.text.recognising.chunk_search import ANCHOR
+from cachetune_rag.text.recognising.chunk_recognizer import ANCHOR, ChunkRecognizer
 from cachetune_store import ChunkKey, ChunkStore, StoreError
 
 _PATIENCE = 0.05  # seconds that a prompt waits for the store to be read again

@@ -111,7 +111,7 @@ def test_adding_replacing_and_removing() -> None:
 
 
 def test_stale_bits_are_swept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cachetune_rag.text.recognising.chunk_recognizer.STALE", 10)
+    monkeypatch.setattr("cachetune_rag.text.recognising.known_sequences.STALE", 10)
     rng = random.Random(7)
     kept = words(rng, 30)
     recognizer = known(kept)

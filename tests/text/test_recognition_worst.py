@@ -11,7 +11,8 @@ import pytest
 from cachetune_rag.chunks.recognition import ChunkRecognizer
 from cachetune_rag.text.prompts.prompt import Chunk
 from cachetune_rag.text.recognising import chunk_search
-from cachetune_rag.text.recognising.chunk_search import ANCHOR, CREDIT, RATE
+from cachetune_rag.text.recognising.chunk_recognizer import ANCHOR
+from cachetune_rag.text.recognising.chunk_search import CREDIT, RATE
 
 LENGTH = 60_000
 

@@ -1,14 +1,14 @@
-"""Searching one prompt for all known chunks.
+"""Searching one prompt for all known chunks: a text for their texts, or token ids for theirs. Elements are characters or tokens.
 
 One vectorised pass gives the polynomial prefix hash of the prompt, from which the hash of any slice costs a subtraction and
-two multiplications. A bitmap over the hashes of every chunk's first `ANCHOR` characters then leaves the few places where a
+two multiplications. A bitmap over the hashes of every chunk's first elements (the anchor) then leaves the few places where a
 chunk may begin. Only there, longer prefixes (twice, four times the anchor, ...) narrow the chunks down to those of a few
 lengths, so many chunks that share a header cost no more than one that doesn't.
 
 Stored texts and prompts may be made to do harm, or be a table of a thousand dashes: then a chunk may begin
 everywhere, and have any of a thousand lengths. Two things keep the search linear in the prompt. Places in a row where nothing
 was found are looked at many at a time. And hashes of slices are counted: there are `CREDIT` of them for any prompt, and `RATE`
-more a character of what lies behind. Where they are used up, the next places are passed over until enough of the prompt lies
+more an element of what lies behind. Where they are used up, the next places are passed over until enough of the prompt lies
 behind; chunks further on are found again.
 """
 
@@ -16,8 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from hashlib import sha256
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,12 +24,9 @@ import numpy.typing as npt
 from cachetune_rag.text.recognising.bitmap import MIX, Bitmap
 from cachetune_rag.text.recognising.rolling_hash import Hashes, PrefixHashes
 
-ANCHOR = 32
-"""Characters by which the beginning of a chunk is found; shorter chunks are never recognised (they save nothing)."""
-
 CREDIT = 1 << 20
 RATE = 16
-"""Hashes of slices that any prompt may cost, and that each character adds; one takes a dozen nanoseconds."""
+"""Hashes of slices that any prompt may cost, and that each element adds; one takes a dozen nanoseconds."""
 
 _ONE_BY_ONE = 64  # what looking at a single place costs, in hashes
 _CALL = 1024  # what looking at many places costs besides
@@ -38,41 +34,57 @@ _RESERVE = 1 << 18  # hashes that must be due again before looking goes on
 _PATIENCE = 8  # places in vain before many are looked at at a time
 _FIRST_BLOCK, BLOCK = 64, 8192  # places
 AT_A_TIME = 1 << 17  # hashes in memory
-_STRETCH = 1 << 14  # characters whose hashes stay in the processor's cache
+_STRETCH = 1 << 14  # elements whose hashes stay in the processor's cache
 
 _MASK = (1 << 64) - 1
 
 Lengths = int | tuple[int, ...]
 """A length, or several, longest first. Most chunks have their beginning to themselves, and a number takes less memory."""
+Records = bytes | dict[bytes, int]
+"""What is known of a chunk beside its hashes, or of several with the same hash, each with how often it was added. Such a dict may
+change at any moment: ask whether something is in it, or copy it by `list`, which nothing can interrupt."""
 Places = npt.NDArray[np.intp]
+
+
+class Subject(Protocol):
+    """What is searched."""
+
+    @property
+    def codes(self) -> Hashes:
+        """A number for each of its elements."""
+
+    def confirm(self, start: int, end: int, records: Records) -> bool:
+        """Whether [start, end) is, in full, a chunk that has one of the records."""
 
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of the chunks (`ChunkRecognizer`). It may grow and shrink during a search.
+    """What is known of the chunks (`KnownSequences`). It may grow and shrink during a search.
 
     Attributes:
-        anchors: by the hash of a chunk's first ANCHOR characters.
-        groups: by the tag of its longest prefix of ANCHOR << level characters, the lengths of the chunks that have it.
-        texts: by the tag of the whole text, its SHA-256, or those of several.
+        anchor: elements by which the beginning of a chunk is found.
+        anchors: by the hash of a chunk's first `anchor` elements.
+        groups: by the tag of its longest prefix of `anchor` << level elements, the lengths of the chunks that have it.
+        records: by the tag of the whole chunk.
         levels: of all chunks, the highest first.
-        anchor_bits, group_bits, text_bits: the keys of the three.
+        anchor_bits, group_bits, record_bits: the keys of the three.
     """
 
+    anchor: int
     anchors: Mapping[int, int]
     groups: Mapping[int, Lengths]
-    texts: Mapping[int, bytes | dict[bytes, int]]
+    records: Mapping[int, Records]
     levels: tuple[int, ...]
     anchor_bits: Bitmap
     group_bits: Bitmap
-    text_bits: Bitmap
+    record_bits: Bitmap
 
 
 class Found(NamedTuple):
     """What a search found.
 
     Attributes:
-        places: where chunks stand, `[start, end)` in characters.
+        places: where chunks stand, `[start, end)`.
         left_out: how many places where one may begin were not looked at.
         hashes: of slices that were looked at, about: what the search cost beyond one pass over the prompt.
     """
@@ -82,14 +94,14 @@ class Found(NamedTuple):
     hashes: int = 0
 
 
-def search(prompt: str, known: Known) -> Found:
+def search(subject: Subject, known: Known) -> Found:
     """Known chunks in a prompt: leftmost first, the longest at a place, verified in full, without overlap."""
-    return _Search(prompt, known).run()
+    return _Search(subject, known).run()
 
 
-def level_of(length: int) -> int:
-    """The largest n with ANCHOR * 2**n <= length."""
-    return (length // ANCHOR).bit_length() - 1
+def level_of(length: int, anchor: int) -> int:
+    """The largest n with anchor * 2**n <= length."""
+    return (length // anchor).bit_length() - 1
 
 
 def tag_of(value: int, salt: int) -> int:
@@ -103,9 +115,9 @@ def lengths_of(lengths: Lengths) -> tuple[int, ...]:
 
 
 class _Search:
-    def __init__(self, prompt: str, known: Known):
-        self._prompt, self._known, self._length = prompt, known, len(prompt)
-        self._prefix = PrefixHashes(prompt)
+    def __init__(self, subject: Subject, known: Known):
+        self._subject, self._known, self._length = subject, known, len(subject.codes)
+        self._prefix = PrefixHashes(subject.codes)
         self._spent = 0
         self._heads_from = self._heads_to = 0
         self._heads: list[tuple[int, list[int]]] = []
@@ -143,11 +155,11 @@ class _Search:
 
     def _starts(self) -> Places:
         """Places where the bitmap and then the table of anchors say that a chunk may begin."""
-        anchors, found = self._known.anchors, []
-        for first in range(0, self._length - ANCHOR + 1, _STRETCH):
-            hashes = self._prefix.slices(ANCHOR, first, first + _STRETCH)
+        anchor, anchors, found = self._known.anchor, self._known.anchors, []
+        for first in range(0, self._length - anchor + 1, _STRETCH):
+            hashes = self._prefix.slices(anchor, first, first + _STRETCH)
             maybe = np.flatnonzero(self._known.anchor_bits.may_hold(hashes))
-            sure = np.fromiter((anchor in anchors for anchor in hashes[maybe].tolist()), np.bool_, len(maybe))
+            sure = np.fromiter((each in anchors for each in hashes[maybe].tolist()), np.bool_, len(maybe))
             found.append(maybe[sure] + first)
         return np.concatenate(found)
 
@@ -156,7 +168,7 @@ class _Search:
         self._spent += _ONE_BY_ONE
         start = int(starts[row])
         for level, head in self._heads_at(starts, row):
-            if start + (ANCHOR << level) > self._length:
+            if start + (self._known.anchor << level) > self._length:
                 continue
             group = self._known.groups.get(tag_of(head, level))
             if group is None:
@@ -164,8 +176,8 @@ class _Search:
             fitting = [length for length in lengths_of(group) if start + length <= self._length]
             self._spent += 4 * len(fitting)
             for length, tag in self._likely(start, fitting):
-                digests = self._known.texts.get(tag)
-                if digests is not None and self._is_one_of(digests, start, start + length):
+                records = self._known.records.get(tag)
+                if records is not None and self._confirmed(start, start + length, records):
                     return start + length
         return None
 
@@ -176,14 +188,13 @@ class _Search:
             return [(length, tag_of(full, length)) for length, full in zip(lengths, fulls, strict=True)]
         array = np.array(lengths, dtype=np.intp)
         tags = _tags(self._prefix.between(np.full_like(array, start), start + array), array.astype(np.uint64))
-        likely = np.flatnonzero(self._known.text_bits.may_hold(tags)).tolist()
+        likely = np.flatnonzero(self._known.record_bits.may_hold(tags)).tolist()
         return [(lengths[i], int(tags[i])) for i in likely]
 
-    def _is_one_of(self, digests: bytes | dict[bytes, int], start: int, end: int) -> bool:
-        digest = sha256(self._prompt[start:end].encode("utf-8", "surrogatepass")).digest()
-        if digest == digests if isinstance(digests, bytes) else digest in digests:
+    def _confirmed(self, start: int, end: int, records: Records) -> bool:
+        if self._subject.confirm(start, end, records):
             return True
-        self._spent += end - start  # two texts with one hash, which can only be on purpose
+        self._spent += end - start  # two chunks with one hash, which can only be on purpose
         return False
 
     def _heads_at(self, starts: Places, row: int) -> list[tuple[int, int]]:
@@ -192,7 +203,8 @@ class _Search:
             some = starts[row : row + _FIRST_BLOCK]
             self._heads_from, self._heads_to = row, row + len(some)
             self._heads = [
-                (level, self._prefix.slices_at(some, ANCHOR << level).tolist()) for level in self._known.levels
+                (level, self._prefix.slices_at(some, self._known.anchor << level).tolist())
+                for level in self._known.levels
             ]
         return [(level, hashes[row - self._heads_from]) for level, hashes in self._heads]
 
@@ -202,8 +214,9 @@ class _Search:
         for level in self._known.levels:
             self._spent += _CALL + looked
             some = starts[:looked]
-            inside = np.flatnonzero(some + (ANCHOR << level) <= self._length)
-            tags = _tags(self._prefix.slices_at(some[inside], ANCHOR << level), level)
+            size = self._known.anchor << level
+            inside = np.flatnonzero(some + size <= self._length)
+            tags = _tags(self._prefix.slices_at(some[inside], size), level)
             likely = self._known.group_bits.may_hold(tags)
             rows, tags = inside[likely], tags[likely]
             if len(rows):
@@ -235,8 +248,8 @@ class _Search:
             fits = starts[place] + length <= self._length
             place, length = place[fits], length[fits]
             full = _tags(self._prefix.between(starts[place], starts[place] + length), length.astype(np.uint64))
-            for i in np.flatnonzero(self._known.text_bits.may_hold(full)).tolist():
-                if int(full[i]) in self._known.texts:
+            for i in np.flatnonzero(self._known.record_bits.may_hold(full)).tolist():
+                if int(full[i]) in self._known.records:
                     return int(place[i])
             at = end
         return len(starts)

@@ -1,4 +1,4 @@
-"""Polynomial hashes of all slices of a text, vectorised."""
+"""Polynomial hashes of all slices of a sequence, vectorised."""
 
 from __future__ import annotations
 
@@ -15,23 +15,22 @@ Hashes = npt.NDArray[np.uint64]
 
 
 class PrefixHashes:
-    """Polynomial prefix hashes of a text, modulo 2**64: `sums[n]` is that of the first n characters."""
+    """Polynomial prefix hashes, modulo 2**64, of a sequence given as a number for each element: `sums[n]` is that of the first n."""
 
-    def __init__(self, text: str) -> None:
-        codes = _codes(text)
+    def __init__(self, codes: Hashes) -> None:
         self._inverses = _powers(_INVERSE, len(codes) + 1)
         self.sums = np.zeros(len(codes) + 1, dtype=np.uint64)
         np.cumsum(codes * _powers(_BASE, len(codes)), out=self.sums[1:])
 
     def slices(self, length: int, first: int, last: int) -> Hashes:
-        """Hash of every slice of `length` characters that begins at `first` or behind it and before `last`."""
+        """Hash of every slice of `length` elements that begins at `first` or behind it and before `last`."""
         last = min(last, len(self.sums) - length)
         sums = self.sums
         hashes: Hashes = (sums[first + length : last + length] - sums[first:last]) * self._inverses[first:last]
         return hashes
 
     def slices_at(self, starts: npt.NDArray[np.intp], length: int) -> Hashes:
-        """Hash of the slice of `length` characters at each of `starts`; cut short at the end of the text."""
+        """Hash of the slice of `length` elements at each of `starts`; cut short at the end of the sequence."""
         ends = np.minimum(starts + length, len(self.sums) - 1)
         hashes: Hashes = (self.sums[ends] - self.sums[starts]) * self._inverses[starts]
         return hashes
@@ -48,7 +47,7 @@ class PrefixHashes:
 
 
 class _PowerTable:
-    """Powers of the two bases, grown as longer texts come along and shared by all."""
+    """Powers of the two bases, grown as longer sequences come along and shared by all."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -65,7 +64,3 @@ class _PowerTable:
 
 
 _powers = _PowerTable()
-
-
-def _codes(text: str) -> Hashes:
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.uint64)

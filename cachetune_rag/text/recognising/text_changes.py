@@ -11,7 +11,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-from cachetune_rag.text.recognising.chunk_search import ANCHOR
+from cachetune_rag.text.recognising.chunk_recognizer import ANCHOR
 
 REASONS = {
     "stripped": "the stored texts have blanks or line ends at their ends that the prompt leaves out",
