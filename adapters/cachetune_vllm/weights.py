@@ -1,0 +1,168 @@
+"""Where vLLM keeps each weight of a model: under which name, in which rows of which tensor, and whether it can be viewed there.
+
+vLLM joins some matrices of transformers' model into one (`packed_modules_mapping` of its model class says which), renames some modules
+(its weight mapper says which), and pads vocabularies. All other names are the same in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cachetune_rag.errors import UnsupportedModelError
+
+_JOINED: Mapping[str, Sequence[str]] = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+"""What most model classes join, for those that don't say."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """The rows that one linear layer has in a module of vLLM's.
+
+    Attributes:
+        module: vLLM's module.
+        start, rows: which of its output features.
+        is_head: whether it is an embedding before the logits, which can't be called like a linear layer.
+    """
+
+    module: Any
+    start: int
+    rows: int
+    is_head: bool
+
+    def view(self, leaf: str, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+        """Its part of the module's parameter `leaf`, as a view; None where vLLM keeps that in another form."""
+        whole = getattr(self.module, leaf, None)
+        if not isinstance(whole, Tensor) or not _plain(whole, dtype) or not _unquantized(self.module):
+            return None
+        if whole.dim() != len(shape) or whole.shape[0] < self.start + self.rows or whole.shape[1:] != shape[1:]:
+            return None
+        return whole.detach()[self.start : self.start + self.rows]
+
+
+class VLLMWeights:
+    """The modules and tensors of a model as vLLM loaded it.
+
+    Args:
+        model: vLLM's model.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._model, self.architecture = model, type(model).__name__
+        self._modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
+        self._tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(
+            model.named_buffers(remove_duplicate=False)
+        )
+        self._joined: dict[str, Sequence[str]] = dict(_JOINED)
+        self._mappers: list[Any] = []
+        for module in model.modules():
+            self._joined.update(getattr(module, "packed_modules_mapping", None) or {})
+            if (mapper := getattr(module, "hf_to_vllm_mapper", None)) is not None:
+                self._mappers.append(mapper)
+
+    def check_parallel(self) -> None:
+        """Refuse a model of which this process has only a part.
+
+        Raises:
+            UnsupportedModelError: says which kind of parallelism it is.
+        """
+        for name, module in self._modules.items():
+            if type(module).__name__ == "PPMissingLayer":
+                raise UnsupportedModelError(
+                    f"{self.architecture} runs pipeline parallel ({name} lies in another process): reuse inside vLLM needs all layers in "
+                    "one process. Start vLLM without --pipeline-parallel-size."
+                )
+            size = getattr(module, "tp_size", 1)
+            if isinstance(size, int) and size > 1:
+                raise UnsupportedModelError(
+                    f"{self.architecture} runs tensor parallel ({name} is shared by {size} processes), which reuse inside vLLM is not "
+                    "built for. Start vLLM without --tensor-parallel-size."
+                )
+
+    def linear(self, name: str, rows: int) -> Place:
+        """Where the weights of transformers' linear layer `name`, of so many output features, are.
+
+        Raises:
+            UnsupportedModelError: vLLM's model has no such layer.
+        """
+        for candidate in self._names(name):
+            if (module := self._modules.get(candidate)) is not None:
+                return Place(module, 0, rows, _is_embedding(module))
+            parent, _, leaf = candidate.rpartition(".")
+            for joined, parts in self._joined.items():
+                module = self._modules.get(f"{parent}.{joined}")
+                if module is None or leaf not in parts:
+                    continue
+                sizes = list(getattr(module, "output_sizes", ()))
+                number = list(parts).index(leaf)
+                if len(sizes) == len(parts) and sizes[number] == rows:
+                    return Place(module, sum(sizes[:number]), rows, is_head=False)
+        raise UnsupportedModelError(self.refusal(name, f"a linear layer of {rows} output features"))
+
+    def view(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+        """vLLM's tensor of that name as a view of this shape; None if there is none. Rows behind the last are padding."""
+        for candidate in self._names(name):
+            whole = self._tensors.get(candidate)
+            if whole is None or not _plain(whole, dtype) or whole.dim() != len(shape):
+                continue
+            if whole.shape == shape or (
+                whole.dim() == 2
+                and whole.shape[0] > shape[0]
+                and whole.shape[1] == shape[1]
+                and _is_embedding(self._modules[candidate.rpartition(".")[0]])
+            ):
+                return whole.detach()[: shape[0]]
+        return None
+
+    def storages(self) -> set[int]:
+        """The addresses of all memory that the model's tensors lie in."""
+        return {tensor.untyped_storage().data_ptr() for tensor in self._tensors.values()}
+
+    def refusal(self, name: str, wanted: str) -> str:
+        """Why reuse can't share vLLM's weights, for a message."""
+        found = [
+            f"{n} {tuple(t.shape)} {t.dtype}" for n in self._names(name) if (t := self._tensors.get(n)) is not None
+        ]
+        return (
+            f"{self.architecture}: vLLM's model has no weights of that shape for {name} ({wanted} in transformers' model"
+            f"{'; vLLM has ' + ', '.join(found) if found else ''}), so the two can't share one copy. Requests are answered by vLLM alone "
+            "without the connector; please open an issue that names the model."
+        )
+
+    def _names(self, name: str) -> Iterator[str]:
+        """Names that vLLM may have for a module or tensor of transformers' model."""
+        yield name
+        parent, _, leaf = name.rpartition(".")
+        for mapper in self._mappers:
+            for renamed in mapper.apply_list([name]):
+                yield renamed
+            for renamed in mapper.apply_list([f"{parent}."]):
+                yield f"{renamed}{leaf}"
+
+
+def _plain(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a tensor holds plain numbers of that type."""
+    return tensor.dtype == dtype and tensor.layout == torch.strided and type(tensor.data) is Tensor
+
+
+def _unquantized(module: Any) -> bool:
+    """Whether vLLM multiplies by a module's weight as it is."""
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+    return isinstance(
+        getattr(module, "quant_method", None), UnquantizedLinearMethod | UnquantizedEmbeddingMethod | None
+    )
+
+
+def _is_embedding(module: Any) -> bool:
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    return isinstance(module, VocabParallelEmbedding)

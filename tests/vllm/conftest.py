@@ -1,0 +1,142 @@
+"""Tests that run inside real vLLM: skipped as a whole where it isn't installed.
+
+A start of vLLM takes some ten seconds, so one stays up for all tests that want the same model; another model ends it.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+_vllm = importlib.util.find_spec("vllm")
+if _vllm is None or _vllm.origin is None:  # without it, this folder itself is found
+    collect_ignore_glob = ["test_*.py"]
+else:
+    os.environ.update(
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_CPU_KVCACHE_SPACE="1",
+        VLLM_CPU_OMP_THREADS_BIND="nobind",
+        VLLM_NO_USAGE_STATS="1",
+        VLLM_LOGGING_LEVEL=os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+        DO_NOT_TRACK="1",
+        HF_HUB_OFFLINE="1",
+        OMP_NUM_THREADS="1",
+    )
+
+MAX_MODEL_LEN = 2048
+
+
+@dataclass
+class TinyVLLM:
+    """One vLLM on a tiny float32 model, in this process.
+
+    Attributes:
+        folder: the model's files, as `save_pretrained` writes them.
+        llm: vLLM on them.
+        reference: the same files as `from_pretrained` loads them, in memory of its own.
+    """
+
+    folder: Path
+    llm: Any
+    reference: Any
+
+    @property
+    def model(self) -> Any:
+        """The model inside vLLM's worker."""
+        return self.llm.apply_model(lambda model: model)[0]
+
+    def greedy(self, prompts: list[list[int]], tokens: int, **options: Any) -> list[list[int]]:
+        """vLLM's own greedy tokens behind each prompt of token ids."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, **options)
+        asked = [{"prompt_token_ids": ids} for ids in prompts]
+        return [list(out.outputs[0].token_ids) for out in self.llm.generate(asked, params, use_tqdm=False)]
+
+    def last_logprobs(self, ids: list[int], count: int = 20) -> dict[int, float]:
+        """The likeliest tokens behind a prompt and their log probabilities, by vLLM."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False, logprobs=count)
+        out = self.llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)[0]
+        return {token: entry.logprob for token, entry in out.outputs[0].logprobs[0].items()}
+
+
+class _Starts:
+    """Starts vLLM, and keeps the last one up."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._key: Any = None
+        self._tiny: TinyVLLM | None = None
+
+    def get(self, family: str, *, packed: bool, dtype: str, options: dict[str, Any]) -> TinyVLLM:
+        key = (family, packed, dtype, repr(sorted(options.items())))
+        if self._tiny is None or key != self._key:
+            self.end()
+            self._tiny, self._key = self._start(family, packed, dtype, options), key
+        return self._tiny
+
+    def _start(self, family: str, packed: bool, dtype: str, options: dict[str, Any]) -> TinyVLLM:
+        import vllm._custom_ops as ops
+        from transformers import AutoModelForCausalLM
+        from vllm import LLM
+
+        from tests.vllm.models import save_tiny
+
+        folder = save_tiny(family, self._folder)
+        settings: dict[str, Any] = {
+            "dtype": dtype,
+            "enforce_eager": True,
+            "max_model_len": MAX_MODEL_LEN,
+            "max_num_seqs": 8,
+            "disable_log_stats": True,
+            "seed": 0,
+        }
+        known, ops._supports_onednn = ops._supports_onednn, packed and ops._supports_onednn
+        try:
+            llm = LLM(model=str(folder), **(settings | options))
+        finally:
+            ops._supports_onednn = known
+        reference = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+        return TinyVLLM(folder, llm, reference)
+
+    def end(self) -> None:
+        """End the one that is up."""
+        if self._tiny is None:
+            return
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self._tiny.llm.llm_engine.engine_core.shutdown()
+        self._tiny = self._key = None
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+@pytest.fixture(scope="session")
+def _starts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Starts]:
+    starts = _Starts(tmp_path_factory.mktemp("models"))
+    yield starts
+    starts.end()
+
+
+@pytest.fixture(scope="session")
+def tiny_vllm(_starts: _Starts) -> Callable[..., TinyVLLM]:
+    """Starts vLLM on a tiny model of a family (see `tests/vllm/models.py`), or gives the one that is up.
+
+    `packed=False` lets vLLM keep plain weights, as it does on a GPU; by default it packs them, as it does on a CPU. All other arguments
+    are vLLM's own (`kv_transfer_config=...`).
+    """
+
+    def get(family: str = "llama", *, packed: bool = True, dtype: str = "float32", **options: Any) -> TinyVLLM:
+        return _starts.get(family, packed=packed, dtype=dtype, options=options)
+
+    return get

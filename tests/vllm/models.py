@@ -1,0 +1,41 @@
+"""Tiny random models that both vLLM and transformers load, one for each family of `tests/families.py` and in sizes that vLLM has kernels for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tests import families, tiny
+
+VOCAB = 261
+"""Ids of the tokenizer of `tests/tiny.py`: one a byte. vLLM pads such a vocabulary."""
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 2048,
+    "eos_token_id": 2,
+}
+HEAD_DIM = 32
+"""The least that vLLM's attention has a kernel for."""
+
+
+def row_of(name: str) -> families.Family:
+    """The family's row in sizes that vLLM runs."""
+    row = families.family(name)
+    config = row.config | SIZES
+    if "head_dim" in config:
+        config["head_dim"] = HEAD_DIM
+    return replace(row, config=config)
+
+
+def save_tiny(name: str, folder: Path) -> Path:
+    """Write the family's model and a tokenizer below `folder`, once. Returns their folder."""
+    place = folder / name
+    if not place.exists():
+        model = row_of(name).build()
+        model.save_pretrained(place)
+        tiny.tokenizer().save_pretrained(place)
+    return place
