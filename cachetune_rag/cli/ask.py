@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 import sys
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,8 +21,7 @@ from cachetune_rag.cli.console import (
     stdout,
 )
 from cachetune_rag.cli.passages import DEFAULT_TOP_K, Passage, retrieve
-from cachetune_rag.cli.session import load_engine, match_codec, open_existing, open_for_writing
-from cachetune_rag.cli.upkeep import check_known
+from cachetune_rag.cli.session import Loading, open_existing, open_for_writing, opened
 from cachetune_rag.text.files.corpus import read_passage
 
 if TYPE_CHECKING:
@@ -115,46 +113,51 @@ def ask(
     resolve(selector, share)
     documents = list(dict.fromkeys(document or ()))
     best = top_k if top_k is not None or documents or files else DEFAULT_TOP_K
-    with ExitStack() as stack:
-        if documents or best:
-            kv = open_existing(store)
-        else:
-            kv = open_for_writing(store, codec="exact", host_budget="0", disk_budget=str(1 << 62))
-        stack.enter_context(kv)
-        if documents:
-            check_known(documents, kv, tenant)
-        engine = stack.enter_context(
-            load_engine(model, kv, gguf_file=gguf_file, dtype=dtype, device=device, tenant=tenant)
-        )
-        match_codec(engine, kv)
+    if documents or best:
+        kv = open_existing(store)
+    else:
+        kv = open_for_writing(store, codec="exact", host_budget="0", disk_budget=str(1 << 62))
+    with opened(kv, Loading(model, gguf_file, dtype, device, tenant), documents=documents) as engine:
         passages = [*retrieve(engine, kv, question, documents, best), *files]
         note(f"Using {number(len(passages), 'passage')}: {', '.join(visible_line(p.source) for p in passages)}")
         request: dict[str, Any] = {
             "query": question,
             "chunks": [passage.text for passage in passages],
             "max_new_tokens": max_new_tokens,
+            **_seed(engine, seed),
         }
-        sampling = _sampling(engine)
-        if sampling is not None:
-            # One seed for both answers of --full: two draws would differ though nothing else does.
-            request["seed"] = seed = secrets.randbelow(_SEEDS) if seed is None else seed
-            note(f"The model's generation config samples{sampling}: --seed {seed} gives the same again.")
-        if full:
-            # What only a process's first forward pays must not count against reuse, which comes first.
-            engine.full_prefill(query=question)
-        if full and not json_output:
-            stdout().print("With reuse:", style="bold")
-        reused = _answer(engine, {**request, "ratio": share, "selector": selector}, quiet=json_output)
-        whole = None
-        if full:
-            engine.flush()  # what it missed is not to be stored while the other is timed
-            if not json_output:
-                stdout().print("\nFull prefill:", style="bold")
-            whole = _answer(engine, {**request, "reuse": False}, quiet=json_output)
+        reused, whole = _answers(engine, request, {"ratio": share, "selector": selector}, full=full, quiet=json_output)
     if json_output:
         emit_json(_result(question, passages, reused, whole, request.get("seed")))
     elif whole is not None:
         _compare(reused, whole)
+
+
+def _answers(
+    engine: CacheTune, request: dict[str, Any], reuse: dict[str, Any], *, full: bool, quiet: bool
+) -> tuple[Answer, Answer | None]:
+    """The answer with reuse, and with `full` the one without; both are printed as they come unless `quiet`."""
+    if not full:
+        return _answer(engine, {**request, **reuse}, quiet=quiet), None
+    # What only a process's first forward pays must not count against reuse, which comes first.
+    engine.full_prefill(query=request["query"])
+    if not quiet:
+        stdout().print("With reuse:", style="bold")
+    reused = _answer(engine, {**request, **reuse}, quiet=quiet)
+    engine.flush()  # so that missed chunks are not stored while the other answer is timed
+    if not quiet:
+        stdout().print("\nFull prefill:", style="bold")
+    return reused, _answer(engine, {**request, "reuse": False}, quiet=quiet)
+
+
+def _seed(engine: CacheTune, seed: int | None) -> dict[str, int]:
+    """The seed to ask with, if the model samples. Both answers of --full have it: two draws would differ in any case."""
+    sampling = _sampling(engine)
+    if sampling is None:
+        return {}
+    chosen = secrets.randbelow(_SEEDS) if seed is None else seed
+    note(f"The model's generation config samples{sampling}: --seed {chosen} gives the same again.")
+    return {"seed": chosen}
 
 
 def _answer(engine: CacheTune, request: dict[str, Any], *, quiet: bool) -> Answer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,8 +21,7 @@ from cachetune_rag.cli.meter import Meter
 from cachetune_rag.cli.passages import DEFAULT_TOP_K
 from cachetune_rag.cli.plots import check_plot, draw_calibration, save_plot
 from cachetune_rag.cli.prompt_files import prompts_from, read_samples
-from cachetune_rag.cli.session import load_engine, match_codec, open_existing
-from cachetune_rag.cli.upkeep import check_known
+from cachetune_rag.cli.session import Loading, open_existing, opened
 from cachetune_store.printing import shown
 
 if TYPE_CHECKING:
@@ -114,7 +112,6 @@ def calibrate(
         check_plot(plot)
     with instant_interrupt():
         from cachetune_rag.measuring.calibration.calibrator import RATIOS, CalibrationPlan
-        from cachetune_rag.measuring.profiles import check_savable
 
     wanted: dict[str, Any] = {
         "measure": measure,
@@ -126,16 +123,9 @@ def calibrate(
     }
     CalibrationPlan.of(**wanted)  # refuses what makes no sense before the model is loaded
     documents = list(dict.fromkeys(document or ()))
-    with ExitStack() as stack:
-        kv = stack.enter_context(open_existing(store))
-        check_savable(kv, "calibrated")  # before the model is loaded
-        if documents:
-            check_known(documents, kv, tenant)
-        engine = stack.enter_context(
-            load_engine(model, kv, gguf_file=gguf_file, dtype=dtype, device=device, tenant=tenant)
-        )
-        match_codec(engine, kv)
-        prompts = prompts_from(engine, kv, given, documents, top_k)
+    loading = Loading(model, gguf_file, dtype, device, tenant)
+    with opened(open_existing(store), loading, documents=documents, saves="calibrated") as engine:
+        prompts = prompts_from(engine, engine.store, given, documents, top_k)
         note(f"Calibrating with {number(len(prompts), 'prompt')} ...")
         with Meter("Calibrating") as meter:
 

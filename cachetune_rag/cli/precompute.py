@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,7 +12,7 @@ from cachetune_rag.checking.escaping import visible_line
 from cachetune_rag.cli import options
 from cachetune_rag.cli.console import INTERRUPTED, UsageError, emit_json, guarded, note, number, size, stdout
 from cachetune_rag.cli.meter import ESTIMATE_SECONDS, Meter
-from cachetune_rag.cli.session import load_engine, open_for_writing
+from cachetune_rag.cli.session import Loading, load_engine, open_for_writing
 from cachetune_rag.text.files.corpus import Corpus, CorpusError
 from cachetune_rag.text.files.readers import SUFFIXES
 from cachetune_rag.text.splitting import DEFAULT_CHUNK_TOKENS, MIN_CHUNK_TOKENS, Splitter
@@ -89,19 +88,11 @@ def precompute(
     corpus = Corpus.scan(paths)
     for line in corpus.left_out.needs():
         note(line)  # before the model loads: who wants those files read can stop here
-    with ExitStack() as stack:
-        kv = stack.enter_context(open_for_writing(store, codec=codec, host_budget=host_budget, disk_budget=disk_budget))
-        engine = stack.enter_context(
-            load_engine(
-                model,
-                kv,
-                gguf_file=gguf_file,
-                dtype=dtype,
-                device=device,
-                tenant=tenant,
-                lead_in=lead_in.replace("-", "_"),
-            )
-        )
+    loading = Loading(model, gguf_file, dtype, device, tenant, lead_in.replace("-", "_"))
+    with (
+        open_for_writing(store, codec=codec, host_budget=host_budget, disk_budget=disk_budget) as kv,
+        load_engine(loading, kv) as engine,
+    ):
         _check_fits(engine, chunk_tokens)
         note(f"Precomputing {number(len(corpus.files), 'file')} ({size(corpus.size)}) into {visible_line(store)} ...")
         job = _Job(corpus, engine, Splitter(lambda text: len(engine.prompts.encode(text)), chunk_tokens))
@@ -112,12 +103,30 @@ def precompute(
                 note(line)
         full = kv.stats().disk
         evicted = 0 if full is None else full.evictions
-    if job.interrupted:
-        note(
-            f"Interrupted at {100 * job.progress.done / job.progress.total:.0f}%. What is stored stays: run the same command again to resume."
-        )
-    elif not summary.documents:
+    if not (job.interrupted or summary.documents):
         raise CorpusError(f"no text in {', '.join(paths)}: every document is empty.")
+    _note_gaps(job, evicted, disk_budget)
+    if json_output:
+        result = {
+            "store": str(store),
+            **summary.as_dict(),
+            "empty": job.empty,
+            "left_out": corpus.left_out.as_dict(),
+            "evicted": evicted,
+            "interrupted": job.interrupted,
+        }
+        emit_json(result)
+    else:
+        stdout().print(_lines(summary))
+    if job.interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _note_gaps(job: _Job, evicted: int, disk_budget: str) -> None:
+    """Say what of the corpus is not in the store, and why."""
+    if job.interrupted:
+        share = 100 * job.progress.done / job.progress.total
+        note(f"Interrupted at {share:.0f}%. What is stored stays: run the same command again to resume.")
     if job.empty:
         named = ", ".join(map(visible_line, job.empty_names)) + (", ..." if job.empty > len(job.empty_names) else "")
         note(f"Left out {number(job.empty, 'empty document')}: {named}")
@@ -126,20 +135,6 @@ def precompute(
             f"The store is full: {number(evicted, 'chunk')} had to make room, and will be computed again when needed. "
             f"A larger --disk-budget than {disk_budget} keeps them."
         )
-    result = {
-        "store": str(store),
-        **summary.as_dict(),
-        "empty": job.empty,
-        "left_out": corpus.left_out.as_dict(),
-        "evicted": evicted,
-        "interrupted": job.interrupted,
-    }
-    if json_output:
-        emit_json(result)
-    else:
-        stdout().print(_lines(summary))
-    if job.interrupted:
-        raise typer.Exit(INTERRUPTED)
 
 
 class CorpusProgress:

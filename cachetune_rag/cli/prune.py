@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cachetune_rag.cli import options
 from cachetune_rag.cli.console import UsageError, emit_json, guarded, number, size, stdout
-from cachetune_rag.cli.session import load_engine, open_existing
+from cachetune_rag.cli.session import Loading, load_engine, open_existing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,11 +56,8 @@ def prune(
     """
     if not stale:
         raise UsageError("nothing to prune was named: give --stale (with --dry-run to see first what would go).")
-    with ExitStack() as stack:
-        kv = stack.enter_context(open_existing(store))
-        engine = stack.enter_context(
-            load_engine(model, kv, gguf_file=gguf_file, dtype=dtype, device=device, tenant=tenant, any_store=True)
-        )
+    loading = Loading(model, gguf_file, dtype, device, tenant)
+    with open_existing(store) as kv, load_engine(loading, kv, any_store=True) as engine:
         report = kv.prune(keeper(engine.namespace, codec), foreign_too=True, dry_run=dry_run)
     if json_output:
         emit_json({"store": str(store), "dry_run": dry_run, **report.as_dict()})

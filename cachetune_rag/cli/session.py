@@ -1,10 +1,13 @@
-"""Opening a store and an engine for a command, with everything that can be refused refused before the model is loaded."""
+"""Opening a store and an engine for a command. Whatever can be refused is refused before the model is loaded."""
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +26,48 @@ _PARTS = {"chunks", "documents", "notes", "tmp", "index", "damaged", "profiles",
 _PARTS |= {"lock", "index.lock", "claims.lock"}
 _NO_LIMIT = 1 << 62
 """Disk budget of commands that add nothing: opening a store must not shrink it."""
+
+
+@dataclass(frozen=True)
+class Loading:
+    """The options of a command that say which model is loaded, how, and for which tenant."""
+
+    model: str
+    gguf_file: str | None
+    dtype: str
+    device: str
+    tenant: str
+    lead_in: str = "auto"
+
+
+@contextmanager
+def opened(
+    store: ChunkStore, loading: Loading, *, documents: Iterable[str] = (), saves: str | None = None
+) -> Iterator[CacheTune]:
+    """An engine on an open store, for a command that asks or measures. Both are closed with the context.
+
+    What the engine adds to the store is encoded as the model's stored chunks are.
+
+    Args:
+        store: an open store.
+        loading: which model.
+        documents: ids that the tenant must have in the store.
+        saves: what the command will save in the store, such as "calibrated"; None: nothing.
+
+    Raises:
+        UsageError: a document isn't there, the model is a path that doesn't exist, or the store was made with another model.
+        CacheTuneError: nothing can be saved in the store, or the model can't be loaded.
+    """
+    with store:
+        if saves is not None:
+            with instant_interrupt():
+                from cachetune_rag.measuring.profiles import check_savable
+
+            check_savable(store, saves)
+        check_known(documents, store, loading.tenant)
+        with load_engine(loading, store) as engine:
+            match_codec(engine, store)
+            yield engine
 
 
 def open_existing(path: Path, host_budget: str = "0", *, device_budget: str = "0", device: str = "auto") -> ChunkStore:
@@ -94,24 +139,36 @@ def parse_budget(value: str, option: str) -> int:
         raise UsageError(f"{error}.") from None
 
 
-def load_engine(
-    model: str,
-    store: ChunkStore,
-    *,
-    gguf_file: str | None,
-    dtype: str,
-    device: str,
-    tenant: str = "",
-    lead_in: str = "auto",
-    any_store: bool = False,
-) -> CacheTune:
+def check_known(wanted: Iterable[str], store: ChunkStore, tenant: str) -> None:
+    """Refuse document ids that the tenant doesn't have in the store.
+
+    Raises:
+        UsageError: names the id, and those like it.
+    """
+    if not (wanted := list(wanted)):
+        return
+    known = [info.id for info in store.documents(tenant=tenant)]
+    whose = f" of tenant {shown(tenant)}" if tenant else ""
+    for name in wanted:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+            hint = f"Did you mean {' or '.join(map(repr, close))}? " if close else ""
+            listing = "'cachetune stats --documents" + (" --tenant ...'" if tenant else "'")
+            raise UsageError(f"no document {shown(name)}{whose} in the store. {hint}{listing} lists them.")
+
+
+def load_engine(loading: Loading, store: ChunkStore, *, any_store: bool = False) -> CacheTune:
     """An engine on an open store; a line on stderr says that the model loads.
 
-    `any_store`: also on one that holds nothing for this model.
+    Args:
+        loading: which model.
+        store: an open store.
+        any_store: whether the store may hold nothing but chunks of other models.
 
     Raises:
         UsageError: the model is a path that doesn't exist, or the store was made with another model.
     """
+    model = loading.model
     if model.startswith(("/", "./", "../", "~")) and not Path(model).expanduser().is_dir():
         raise UsageError(f"model {model} is no folder: check --model, or give a hub id such as org/name.")
     note(f"Loading {visible_line(model)} ...")
@@ -122,11 +179,11 @@ def load_engine(
         engine = CacheTune.from_pretrained(
             str(Path(model).expanduser()) if model.startswith("~") else model,
             store,
-            gguf_file=gguf_file,
-            dtype=dtype,
-            device=device,
-            lead_in=lead_in,
-            tenant=tenant,
+            gguf_file=loading.gguf_file,
+            dtype=loading.dtype,
+            device=loading.device,
+            lead_in=loading.lead_in,
+            tenant=loading.tenant,
         )
     try:
         if not any_store:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +21,7 @@ from cachetune_rag.cli.meter import Meter
 from cachetune_rag.cli.passages import DEFAULT_TOP_K
 from cachetune_rag.cli.plots import check_plot, draw_tuning, save_plot
 from cachetune_rag.cli.prompt_files import prompts_from, read_samples
-from cachetune_rag.cli.session import load_engine, match_codec, open_existing
+from cachetune_rag.cli.session import Loading, open_existing, opened
 
 if TYPE_CHECKING:
     from cachetune_rag.measuring.tuning import TierTuning, TuneProgress
@@ -100,20 +99,14 @@ def tune(
     if plot is not None:
         check_plot(plot)
     with instant_interrupt():
-        from cachetune_rag.measuring.profiles import check_savable
         from cachetune_rag.measuring.tuning.tuner import TuningPlan
 
     wanted: dict[str, Any] = {
         "tier": tier, "selector": selector, "r_min": r_min, "r_max": r_max, "rounds": rounds, "tokens": tokens,
     }  # fmt: skip
     TuningPlan.of(**wanted)  # refuses what makes no sense before the model is loaded
-    with ExitStack() as stack:
-        kv = stack.enter_context(open_existing(store, host_budget, device_budget=device_budget, device=device))
-        check_savable(kv, "tuned")  # before the model is loaded
-        engine = stack.enter_context(
-            load_engine(model, kv, gguf_file=gguf_file, dtype=dtype, device=device, tenant=tenant)
-        )
-        match_codec(engine, kv)
+    kv = open_existing(store, host_budget, device_budget=device_budget, device=device)
+    with opened(kv, Loading(model, gguf_file, dtype, device, tenant), saves="tuned") as engine:
         prompts = None if given is None else prompts_from(engine, kv, given, [], top_k)
         note("Tuning ..." if prompts is None else f"Tuning with {number(len(prompts), 'prompt')} ...")
         # How many settings will be measured is known only at the end.

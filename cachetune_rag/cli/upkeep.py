@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from cachetune_rag.checking.escaping import visible_line
 from cachetune_rag.cli import options
 from cachetune_rag.cli.console import UsageError, emit_json, guarded, number, size, stdout
-from cachetune_rag.cli.session import open_existing
-from cachetune_store.printing import shown
-
-if TYPE_CHECKING:
-    from cachetune_store import ChunkStore
+from cachetune_rag.cli.session import check_known, open_existing
 
 DAMAGED = 1
 """Exit status of verify when it found damage, or files that it couldn't read."""
@@ -101,19 +95,3 @@ def remove(
         emit_json({"store": str(store), "removed": removed, "bytes": total})
     else:
         stdout().print(f"Removed {number(len(freed), 'document')}, {size(total)} freed")
-
-
-def check_known(wanted: Iterable[str], store: ChunkStore, tenant: str) -> None:
-    """Refuse document ids that the tenant doesn't have in the store, before anything is done.
-
-    Raises:
-        UsageError: names the id, and those like it.
-    """
-    known = [info.id for info in store.documents(tenant=tenant)]
-    whose = f" of tenant {shown(tenant)}" if tenant else ""
-    for name in wanted:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-            hint = f"Did you mean {' or '.join(map(repr, close))}? " if close else ""
-            listing = "'cachetune stats --documents" + (" --tenant ...'" if tenant else "'")
-            raise UsageError(f"no document {shown(name)}{whose} in the store. {hint}{listing} lists them.")
