@@ -234,6 +234,30 @@ def test_sentence_windows(engine: CacheTune, llm: CacheTuneLLM) -> None:
     check_all_found(report_of(llm), [n.node.get_content().strip() for n in response.source_nodes])
 
 
+@pytest.mark.parametrize("window_size", [1, 3])
+def test_windows_that_overlap_count_each(engine: CacheTune, llm: CacheTuneLLM, window_size: int) -> None:
+    """All windows of a text are shown, so each sentence stands in several of them, and the first windows consist of the second."""
+    text = " ".join(f"Sentence number {i} says that {i} times {i} is {i * i}." for i in range(7))
+    parser = SentenceWindowNodeParser.from_defaults(window_size=window_size)
+    index = VectorStoreIndex.from_documents(
+        [Document(text=text, doc_id="d")], transformations=[parser], embed_model=MockEmbedding(4)
+    )
+    windows = [node.metadata["window"].strip() for node in index.docstore.docs.values()]
+    engine.precompute([windows[3]])
+    settings: dict[str, Any] = {
+        "llm": CacheTuneLLM(engine, max_new_tokens=3, learn_retrieved=False),
+        "similarity_top_k": 7,
+        "node_postprocessors": [MetadataReplacementPostProcessor(target_metadata_key="window")],
+    }
+    for query_engine in (
+        index.as_query_engine(**settings),
+        CitationQueryEngine.from_args(index, **settings),  # puts "Source 1:" before each
+    ):
+        (report,) = query_engine.query(QUESTION).metadata["cachetune_reports"]
+        assert report["retrieved"] == sum(map(len, windows))
+        assert report["found_share"] == (report["reused"] + report["recomputed"]) / sum(map(len, windows)) < 1
+
+
 def test_function_mappings_see_what_they_map(engine: CacheTune, llm: CacheTuneLLM) -> None:
     seen: list[str] = []
 

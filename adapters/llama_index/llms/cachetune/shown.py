@@ -7,7 +7,7 @@ add to it after the KV was computed. The body is the same everywhere, so the bod
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore
 
@@ -19,7 +19,7 @@ from cachetune_store.printing import shown
 _WORDS = re.compile(r"\w+")
 _RUN, _SAMPLES = 6, 12
 _WRAPPED = 0.75
-"""A text of which other chunks make up at least this share is taken for these chunks with something around them."""
+"""A text of which another chunk makes up at least this share is taken for that chunk with something around it."""
 
 
 def document_of(node: BaseNode) -> str:
@@ -80,35 +80,83 @@ def chunks_of(retrieved: Iterable[object]) -> list[Chunk]:
 def standing_in(texts: Sequence[str], chunks: Iterable[Chunk]) -> list[Chunk]:
     """Those of the chunks that a prompt of these texts shows, as they are or altered (quoted, escaped, cut).
 
-    What was retrieved and isn't shown here (the nodes of another step of a refinement, say) can't be found here.
+    What is counted is what is shown: each text that stands in the prompt as a passage of its own counts once, whole, also where it
+    has sentences in common with others, as the windows around neighbouring sentences have. A chunk that stands only inside
+    another one (the sentence in its window) is part of that one and does not count again. What was retrieved and isn't shown here
+    (the nodes of another step of a refinement, say) can't be found here and does not count.
     """
-    whole = "\n".join(texts)
-    words: str | None = None
-    shown = []
-    for chunk in chunks:
+    whole, known = "\n".join(texts), list(chunks)
+    words = ""
+    standing, altered = [], []
+    for chunk in known:
         if chunk.text in whole:
-            shown.append(chunk)
+            standing.append(chunk)
             continue
-        if words is None:
-            words = _plain(whole)
+        words = words or _plain(whole)
         if _echoes(chunk.text, words):
-            shown.append(chunk)
-    return _once(shown)
+            altered.append(chunk)
+    counted = _unwrapped(_outermost(whole, standing), standing)
+    # An altered text has no place that could be looked at: what is inside another one counts as part of it.
+    others = [
+        chunk
+        for chunk in altered
+        if not any(chunk is not other and chunk.text in other.text for other in [*counted, *altered])
+        and _covered(chunk.text, counted) < _WRAPPED * len(chunk.text)
+    ]
+    others = _unwrapped(others, altered)
+    counted = [chunk for chunk in counted if not any(chunk.text in other.text for other in others)]
+    return [chunk for chunk in known if any(chunk is one for one in [*counted, *others])]
 
 
-def _once(chunks: Sequence[Chunk]) -> list[Chunk]:
-    """The chunks without those that say the same again.
+def _outermost(text: str, chunks: Sequence[Chunk]) -> list[Chunk]:
+    """The chunks that stand somewhere in a text without being inside another one there, in the order of their places."""
+    places = [(start, start + len(chunk.text), chunk) for chunk in chunks for start in _starts(text, chunk.text)]
+    found: dict[str, Chunk] = {}
+    reached = 0
+    for _, end, chunk in sorted(places, key=lambda place: (place[0], -place[1])):
+        if end > reached:
+            found.setdefault(chunk.text, chunk)
+            reached = end
+    return list(found.values())
 
-    A framework may wrap a node's text ("Source 1: ...") or show what surrounds it. What consists of other chunks for the most part
-    gives way to these: they are the texts that are shown elsewhere as well. Of the rest, what stands within another is part of it.
+
+def _starts(text: str, part: str) -> Iterator[int]:
+    start = text.find(part)
+    while start >= 0:
+        yield start
+        start = text.find(part, start + len(part))
+
+
+def _unwrapped(shown: Sequence[Chunk], chunks: Sequence[Chunk]) -> list[Chunk]:
+    """What is shown, each wrapped text ("Source 1: ...") replaced by the chunk that it was made of.
+
+    A framework that wraps a node's text reports the wrapped one as a node, too. It is the text without the wrapping that other prompts
+    show as well, and that is stored. So a shown chunk gives way to one that makes up most of it, unless that one counts already for
+    another place where it is shown: of two windows, one may well make up most of the other.
     """
-    whole = [chunk for chunk in chunks if _covered(chunk, chunks) < _WRAPPED * len(chunk.text)]
-    return [chunk for chunk in whole if not any(chunk is not other and chunk.text in other.text for other in whole)]
+    taken: dict[str, Chunk] = {}
+    # The shortest first, so that what stands by itself is taken before a longer text could give way to it.
+    for outer in sorted(shown, key=lambda chunk: len(chunk.text)):
+        inner = [
+            chunk
+            for chunk in chunks
+            if _WRAPPED * len(outer.text) <= len(chunk.text) <= len(outer.text)
+            and chunk.text not in taken
+            and chunk.text in outer.text
+        ]
+        chosen = min(inner, key=lambda chunk: len(chunk.text))
+        taken[chosen.text] = chosen
+    return list(taken.values())
 
 
-def _covered(chunk: Chunk, others: Iterable[Chunk]) -> int:
-    """Characters of a chunk that are those of others within it."""
-    return sum(len(other.text) for other in others if other is not chunk and other.text in chunk.text)
+def _covered(text: str, chunks: Iterable[Chunk]) -> int:
+    """How many characters of a text stand in chunks within it; where these overlap, a character counts once."""
+    places = sorted((start, start + len(chunk.text)) for chunk in chunks for start in _starts(text, chunk.text))
+    covered = reached = 0
+    for start, end in places:
+        covered += max(0, end - max(start, reached))
+        reached = max(reached, end)
+    return covered
 
 
 def _echoes(text: str, words: str) -> bool:
