@@ -12,6 +12,7 @@ from cachetune_rag.text.recognising.rolling_hash import Hashes
 MIX = 0xBF58476D1CE4E5B9
 """An odd number that spreads a hash's bits, from SplitMix64."""
 _BITS = 22
+_MASK = (1 << 64) - 1
 
 
 class Bitmap:
@@ -19,12 +20,14 @@ class Bitmap:
 
     def __init__(self, hashes: Iterable[int] = ()) -> None:
         self._bytes = np.zeros(1 << (_BITS - 3), dtype=np.uint8)
-        self.mark(list(hashes))
-
-    def mark(self, hashes: list[int]) -> None:
-        """Put these in."""
-        at, bits = _places(np.array(hashes, dtype=np.uint64))
+        at, bits = _places(np.array(list(hashes), dtype=np.uint64))
         np.bitwise_or.at(self._bytes, at, bits)
+
+    def mark(self, value: int) -> None:
+        """Put a hash in."""
+        # As `_places`, without NumPy, which takes far longer for a single number.
+        slot = ((value ^ (value >> 32)) * MIX & _MASK) >> (64 - _BITS)
+        self._bytes[slot >> 3] |= 1 << (slot & 7)
 
     def may_hold(self, hashes: Hashes) -> npt.NDArray[np.bool_]:
         """For each, False if it is not in here; True if it is, or another that shares its bit."""

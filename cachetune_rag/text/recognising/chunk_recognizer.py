@@ -63,7 +63,7 @@ class ChunkRecognizer:
 
     def remove(self, key: Hashable) -> bool:
         """Forget the chunk of `key`; False when it was not known."""
-        return self._known.remove(key)
+        return self._known.remove(key) is not None
 
     def clear(self) -> None:
         """Forget everything."""
@@ -105,10 +105,10 @@ class _TextSubject:
         self.codes = _codes(text)
         self._text = text
 
-    def confirm(self, start: int, end: int, records: Records) -> bool:
+    def confirm(self, start: int, end: int, records: Records) -> tuple[bool, int]:
         """See `Subject`."""
         digest = _digest(self._text[start:end])
-        return digest == records if isinstance(records, bytes) else digest in records
+        return (digest == records if isinstance(records, bytes) else digest in records), 0
 
 
 def _codes(text: str) -> Hashes:

@@ -14,6 +14,7 @@ behind; chunks further on are found again.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -53,8 +54,10 @@ class Subject(Protocol):
     def codes(self) -> Hashes:
         """A number for each of its elements."""
 
-    def confirm(self, start: int, end: int, records: Records) -> bool:
-        """Whether [start, end) is, in full, a chunk that has one of the records."""
+    def confirm(self, start: int, end: int, records: Records) -> tuple[bool, int]:
+        """Whether [start, end) is, in full, a chunk that has one of the records; and what it took to find out beyond reading that
+        once, in hashes of slices. One that is confirmed is among those found.
+        """
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ class _Search:
                 row, vain = row + 1, vain + 1
             else:
                 found.append((start, end))
-                row, vain, block = int(np.searchsorted(starts, end)), 0, _FIRST_BLOCK
+                row, vain, block = bisect_left(starts, end, row), 0, _FIRST_BLOCK
         return Found(found, left_out, self._spent)
 
     def _used_up(self, start: int) -> bool:
@@ -192,10 +195,10 @@ class _Search:
         return [(lengths[i], int(tags[i])) for i in likely]
 
     def _confirmed(self, start: int, end: int, records: Records) -> bool:
-        if self._subject.confirm(start, end, records):
-            return True
-        self._spent += end - start  # two chunks with one hash, which can only be on purpose
-        return False
+        confirmed, spent = self._subject.confirm(start, end, records)
+        # What is confirmed was read for good. Else these are two chunks with one hash, or chunks that differ at their edges alone.
+        self._spent += spent if confirmed else spent + end - start
+        return confirmed
 
     def _heads_at(self, starts: Places, row: int) -> list[tuple[int, int]]:
         """(level, hash of that level's prefix) at a place, longest first; made for some places ahead at once."""

@@ -97,14 +97,15 @@ class KnownSequences:
         anchor, head, full = prefix.slices_from(0, [self._anchor, self._anchor << level, length])
         return Entry(anchor, tag_of(head, level), tag_of(full, length), length, record)
 
-    def add(self, key: Hashable, entry: Entry) -> None:
-        """Make a sequence known under `key`, in place of what that key stood for."""
+    def add(self, key: Hashable, entry: Entry) -> Entry | None:
+        """Make a sequence known under `key`; returns the one that this key stood for before."""
         with self._writing:
-            self._forget(key)
+            before = self._forget(key)
             self._learn(key, entry)
+        return before
 
-    def remove(self, key: Hashable) -> bool:
-        """Forget the sequence of `key`; False when it was not known."""
+    def remove(self, key: Hashable) -> Entry | None:
+        """Forget the sequence of `key` and return it; None when there was none."""
         with self._writing:
             return self._forget(key)
 
@@ -166,9 +167,9 @@ class KnownSequences:
         if level not in self._levels:
             self._levels = tuple(sorted(self._level_counts, reverse=True))
         self._anchors[entry.anchor] = self._anchors.get(entry.anchor, 0) + 1
-        self._record_bits.mark([entry.full])
-        self._group_bits.mark([entry.group])
-        self.anchor_bits.mark([entry.anchor])
+        self._record_bits.mark(entry.full)
+        self._group_bits.mark(entry.group)
+        self.anchor_bits.mark(entry.anchor)
 
     def _learn_record(self, entry: Entry) -> None:
         before = self._records.get(entry.full)
@@ -192,10 +193,10 @@ class KnownSequences:
         if counts[entry.length] == 1:
             self._groups[entry.group] = tuple(sorted(counts, reverse=True))
 
-    def _forget(self, key: Hashable) -> bool:
+    def _forget(self, key: Hashable) -> Entry | None:
         packed = self._entries.pop(key, None)
         if packed is None:
-            return False
+            return None
         anchor, group, full, length = _PACKED.unpack_from(packed)
         entry = Entry(anchor, group, full, length, packed[_PACKED.size :])
         if not _discount(self._anchors, entry.anchor):
@@ -207,7 +208,7 @@ class KnownSequences:
         self._forget_record(entry)
         if self._stale > STALE:
             self._sweep()
-        return True
+        return entry
 
     def _forget_length(self, entry: Entry) -> None:
         counts = self._length_counts.get(entry.group)

@@ -1,0 +1,40 @@
+"""What token ids spell, piece by piece as a tokenizer's vocabulary has them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+_BYTE_LENGTH = len("<0x0A>")
+_MARKS = str.maketrans({"\u2581": " ", "\u0120": " ", "\u010a": "\n", "\u0109": "\t", "\u010d": "\r"})
+"""How vocabularies write white space: SentencePiece's lower block, and byte-level BPE's letters for blank, line feed, tab and return."""
+
+
+class Spelling:
+    """Compares stretches of tokens by what they spell, with no regard to white space at their outer ends.
+
+    Pieces are compared as the vocabulary writes them, not decoded: one token may be a part of a character. Safe to use from many
+    threads.
+
+    Args:
+        tokenizer: of transformers; a private copy, if others change it.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._pieces: dict[int, str] = {}
+
+    def __call__(self, ids: Iterable[int]) -> str:
+        """The pieces, joined."""
+        pieces = self._pieces
+        return "".join([pieces[i] if i in pieces else self._piece(i) for i in ids])
+
+    def _piece(self, number: int) -> str:
+        token = self._tokenizer.convert_ids_to_tokens(number)
+        if isinstance(token, bytes):  # as tokenizers on tiktoken have them
+            token = token.decode("latin-1")
+        piece = "" if token is None else str(token)
+        if len(piece) == _BYTE_LENGTH and piece.startswith("<0x") and piece.endswith(">"):
+            piece = chr(int(piece[3:5], 16))
+        piece = self._pieces[number] = piece.translate(_MARKS)
+        return piece
