@@ -11,7 +11,7 @@ from cachetune_rag.checking.escaping import words_of
 from cachetune_rag.errors import PromptError
 from cachetune_rag.text.prompts.chat_messages import Message
 from cachetune_rag.text.prompts.content_marks import Marks
-from cachetune_rag.text.prompts.segments import Chunk, Part, Segment, TemplateText, Text
+from cachetune_rag.text.prompts.segments import Chunk, PromptPiece, Segment, TemplateText, Text
 from cachetune_rag.text.tokenizer import ContentTokenizer
 from cachetune_store.printing import shown
 
@@ -45,7 +45,7 @@ class ChatRun:
     arguments: Mapping[str, Any]
     typed: bool
 
-    def parts(self, messages: list[Message]) -> list[Part]:
+    def pieces(self, messages: list[Message]) -> list[PromptPiece]:
         """What the prompt is tokenised from.
 
         Raises:
@@ -74,7 +74,7 @@ class ChatRun:
             messages = [
                 _without(message, {j for i, j in loose if i == number}) for number, message in enumerate(messages)
             ]
-        return marks.parts(self._spelt(messages, marks, rendered) if spelling is None else rendered, messages)
+        return marks.pieces(self._spelt(messages, marks, rendered) if spelling is None else rendered, messages)
 
     # -- control tokens that are spelt out ------------------------------------------------------------------------
 

@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
+
+from jinja2 import Environment, TemplateError, meta, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 
 from cachetune_rag.checking.nearest import hint
 from cachetune_rag.errors import PromptError
 from cachetune_rag.text.prompts.chat_messages import Message, layouts
 from cachetune_rag.text.prompts.chat_run import ChatRun
-from cachetune_rag.text.prompts.segments import Part
-from cachetune_rag.text.prompts.template_arguments import ALWAYS, variables
+from cachetune_rag.text.prompts.segments import PromptPiece
 from cachetune_rag.text.tokenizer import ContentTokenizer, check_text
 from cachetune_store.printing import shown
+
+ALWAYS = frozenset({"chat_template", "add_generation_prompt", "continue_final_message"})
+"""What can be given whatever the template is, as in transformers' `apply_chat_template`."""
+
+_SUPPLIED = {
+    "messages", "raise_exception", "strftime_now", "dict", "lipsum", "cycler", "joiner", "namespace", "range",
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
+    "additional_special_tokens", "extra_special_tokens",
+}  # fmt: skip
+"""Variables that the conversation, transformers or the tokenizer supply."""
 
 _log = logging.getLogger(__name__)
 
@@ -47,12 +61,12 @@ class ChatTemplate:
         """What a caller may give the template by name."""
         return variables(self._source(self._defaults, None)) | ALWAYS
 
-    def parts(
+    def pieces(
         self,
         messages: Sequence[Message],
         tools: Sequence[Any] | None = None,
         arguments: Mapping[str, Any] | None = None,
-    ) -> list[Part]:
+    ) -> list[PromptPiece]:
         """What the prompt of a conversation is tokenised from.
 
         Raises:
@@ -99,7 +113,7 @@ class ChatTemplate:
 
     def _accepted(
         self, messages: Sequence[Message], tools: Sequence[Any] | None, arguments: Mapping[str, Any]
-    ) -> list[Part]:
+    ) -> list[PromptPiece]:
         """The first layout that the template takes, with contents as strings or, as templates of multimodal models may want it,
         as lists of typed parts. If it takes none, the first error stands."""
         first: PromptError | None = None
@@ -107,13 +121,34 @@ class ChatTemplate:
             for typed in (False, True):
                 run = ChatRun(self._tokenizer, self._content, tools, arguments, typed)
                 try:
-                    parts = run.parts(layout)
+                    pieces = run.pieces(layout)
                 except PromptError as error:
                     first = first or error
                     continue
                 if what and what not in self._told:
                     self._told.add(what)
                     _log.info("the chat template refuses or drops some messages as they are: %s.", what)
-                return parts
+                return pieces
         assert first is not None
         raise first
+
+
+class _Generation(Extension):
+    """transformers' block tag, which says what the assistant wrote. Here it is only to be parsed."""
+
+    tags = {"generation"}  # noqa: RUF012 -- as jinja2 declares it
+
+    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@lru_cache(maxsize=64)
+def variables(template: str) -> frozenset[str]:
+    """Names of the variables that a chat template reads and a caller may give; none of a template that can't be parsed."""
+    environment = Environment(extensions=["jinja2.ext.loopcontrols", _Generation])  # parses only, and renders nothing
+    try:
+        found = meta.find_undeclared_variables(environment.parse(template))
+    except TemplateError:
+        return frozenset()
+    return frozenset(found) - _SUPPLIED

@@ -13,7 +13,7 @@ from typing import Any
 
 from cachetune_rag.errors import PromptError
 from cachetune_rag.text.prompts.chat_messages import Message
-from cachetune_rag.text.prompts.segments import Chunk, Part, Passage, TemplateText, Text
+from cachetune_rag.text.prompts.segments import Chunk, Passage, PromptPiece, TemplateText, Text
 from cachetune_rag.text.tokenizer import ContentTokenizer
 
 _PRIVATE = (range(0x100000, 0x10FFFE), range(0xF0000, 0xFFFFE))
@@ -115,21 +115,21 @@ class Marks:
                 wrong.append((i, j))
         return wrong
 
-    def parts(self, rendered: str, messages: Sequence[Message]) -> list[Part]:
+    def pieces(self, rendered: str, messages: Sequence[Message]) -> list[PromptPiece]:
         """What a prompt is tokenised from; no chunk is `altered`."""
         found = self._found(rendered)
         order = [(i, j) for i, m in enumerate(messages) for j, s in enumerate(m.content or ()) if isinstance(s, Chunk)]
         numbers = {place: number for number, place in enumerate(order)}
-        parts: list[Part] = []
+        pieces: list[PromptPiece] = []
         done = 0
         for mark, (start, end) in sorted(found.items(), key=lambda item: item[1]):
             i, j = self._chunks[mark]
             chunk = (messages[i].content or ())[j]
             assert isinstance(chunk, Chunk)
-            parts += self._texts(rendered[done:start])
-            parts.append(Passage(numbers[i, j], chunk))
+            pieces += self._texts(rendered[done:start])
+            pieces.append(Passage(numbers[i, j], chunk))
             done = end + 1
-        return [*parts, *self._texts(rendered[done:])]
+        return [*pieces, *self._texts(rendered[done:])]
 
     def _found(self, rendered: str) -> dict[str, list[int]]:
         found: dict[str, list[int]] = {}
@@ -139,7 +139,7 @@ class Marks:
                     found.setdefault(match.group(), []).append(match.start())
         return found
 
-    def _texts(self, rendered: str) -> Iterator[Part]:
+    def _texts(self, rendered: str) -> Iterator[PromptPiece]:
         """Output between chunks: cut at the marks, so that no control token is read across one."""
         sides = self._left + self._right
         for i, piece in enumerate(re.split(f"{self._left}([^{sides}]+){self._right}", rendered)):

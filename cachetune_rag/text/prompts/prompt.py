@@ -15,8 +15,8 @@ from cachetune_rag.text.prompts.chat_messages import Message
 from cachetune_rag.text.prompts.chat_template import ChatTemplate
 from cachetune_rag.text.prompts.segments import (
     Chunk,
-    Part,
     Prompt,
+    PromptPiece,
     Segment,
     Span,
     TemplateText,
@@ -133,14 +133,14 @@ class PromptBuilder:
             )
         if self._template is not None:
             start, before_chunks, before_query, end = self._template
-            parts = [start, Text(prefix), before_chunks, *numbered(body), before_query, Text(query), end]
-            return self._assemble(parts, bos=True)
+            pieces = [start, Text(prefix), before_chunks, *numbered(body), before_query, Text(query), end]
+            return self._assemble(pieces, bos=True)
         lead = "\n\n" if any(passage.text for passage in passages) else ""
         content = [Text(f"{prefix}\n\n" if prefix else ""), *body, Text(f"{lead}Question: {query}")]
         if chat is not None:
             tools = template_arguments.pop("tools", None)
             return self._assemble(
-                chat.parts([Message("user", tuple(content), {})], tools, template_arguments), bos=False
+                chat.pieces([Message("user", tuple(content), {})], tools, template_arguments), bos=False
             )
         return self._assemble([*numbered(content), Text("\n\nAnswer:")], bos=True)
 
@@ -176,7 +176,7 @@ class PromptBuilder:
         if not messages:
             raise PromptError("messages is empty: give at least one, such as {'role': 'user', 'content': '...'}.")
         checked = [Message.of(message, f"messages[{i}]") for i, message in enumerate(messages)]
-        return self._assemble(self._chat.parts(checked, tools, template_arguments), bos=False)
+        return self._assemble(self._chat.pieces(checked, tools, template_arguments), bos=False)
 
     def build_text(self, segments: Sequence[Segment | str]) -> Prompt:
         """A plain prompt: BOS, if the tokenizer adds one, and the segments; control tokens in them stay text.
@@ -215,7 +215,7 @@ class PromptBuilder:
             started = started or bool(passage.text)
             yield passage
 
-    def _assemble(self, parts: Sequence[Part], *, bos: bool) -> Prompt:
+    def _assemble(self, pieces: Sequence[PromptPiece], *, bos: bool) -> Prompt:
         """Tokenise: chunks alone, control tokens of the template as such, and each stretch of text between as one."""
         ids: list[int] = []
         spans: list[Span] = []
@@ -228,22 +228,22 @@ class PromptBuilder:
                 ids.extend(self._content.encode(text, after))
                 text, after = "", INSIDE
 
-        for part in parts:
-            if isinstance(part, Text):
-                text += part.text
-            elif isinstance(part, TemplateText):
-                for piece, control in self._content.split_template(part.text):
+        for piece in pieces:
+            if isinstance(piece, Text):
+                text += piece.text
+            elif isinstance(piece, TemplateText):
+                for stretch, control in self._content.split_template(piece.text):
                     if control:
                         flush()
-                        ids.extend(self._content.encode_control(piece))
-                        after = piece
+                        ids.extend(self._content.encode_control(stretch))
+                        after = stretch
                     else:
-                        text += piece
+                        text += stretch
             else:
                 flush()
-                chunk = self._content.encode(part.chunk.text)
-                spans.append(Span(len(ids), len(ids) + len(chunk), part.number))
-                passages[part.number] = (chunk, part.chunk)
+                chunk = self._content.encode(piece.chunk.text)
+                spans.append(Span(len(ids), len(ids) + len(chunk), piece.number))
+                passages[piece.number] = (chunk, piece.chunk)
                 ids.extend(chunk)
                 after = INSIDE if chunk else after
         flush()

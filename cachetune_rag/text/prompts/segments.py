@@ -60,7 +60,7 @@ class Passage:
     chunk: Chunk
 
 
-Part = Text | Passage | TemplateText
+PromptPiece = Text | Passage | TemplateText
 """What prompts are tokenised from."""
 
 
@@ -170,7 +170,7 @@ def checked_segments(segments: object, name: str) -> Iterator[Segment]:
             raise PromptError(f"{name}[{i}] is {shown(segment)}: use Text, Chunk or a str.")
 
 
-def numbered(segments: Iterable[Segment]) -> Iterator[Part]:
+def numbered(segments: Iterable[Segment]) -> Iterator[PromptPiece]:
     """Segments with their chunks numbered."""
     number = count()
     for segment in segments:
