@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from cachetune_store.tier_kinds import rank
+
 
 @dataclass(frozen=True)
 class Report:
@@ -75,7 +77,7 @@ class Report:
     @property
     def slowest_tier(self) -> str:
         """The slowest tier that rows were read from; "none" if there was none."""
-        return next((tier for tier in ("remote", "disk", "host", "device") if self.bytes_read.get(tier)), "none")
+        return max((tier for tier, read in self.bytes_read.items() if read), key=rank, default="none")
 
     @property
     def computed(self) -> int:

@@ -38,7 +38,6 @@ from cachetune_rag.reuse.config import resolve
 from cachetune_rag.reuse.device_loader import warm_up as warm_up_loading
 from cachetune_rag.reuse.prefill import Assembler
 from cachetune_rag.selection import get_selector
-from cachetune_rag.selection.expected_error import ExpectedErrorSelector
 from cachetune_rag.telemetry.observer import ObserverListener, Observers
 from cachetune_rag.telemetry.stats import EngineStats, LastKnownStoreStats, RequestCounter
 from cachetune_rag.text.prompts.prompt import PromptBuilder
@@ -259,7 +258,7 @@ class Runtime:
             # Deviations are known only of chunks that are a mean over lead-ins; of others, the attention alone is looked at.
             mean = len(self.lead_ins.namespace.lead_ins) > 1
             layers = chosen.layers(self.adapter.num_layers)
-            probe = (layers, mean and isinstance(chosen, ExpectedErrorSelector)) if layers else None
+            probe = (layers, mean and chosen.uses_deviations) if layers else None
             self.adapter.warmup(computed_tokens, probe, prompt_lengths, mean and chosen.shift > 0)
             warm_up_loading(self.adapter, self.store.codec)
 

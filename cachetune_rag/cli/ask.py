@@ -22,6 +22,7 @@ from cachetune_rag.cli.console import (
 )
 from cachetune_rag.cli.passages import DEFAULT_TOP_K, Passage, retrieve
 from cachetune_rag.cli.session import Loading, open_existing, open_for_writing, opened
+from cachetune_rag.selection import names
 from cachetune_rag.text.files.corpus import read_passage
 
 if TYPE_CHECKING:
@@ -72,9 +73,7 @@ def ask(
     ] = "auto",
     selector: Annotated[
         str,
-        typer.Option(
-            "--selector", metavar="NAME", help="What chooses those tokens: expected_error, frequency, ... or auto."
-        ),
+        typer.Option("--selector", metavar="NAME", help=f"What chooses those tokens: {names.HELP}."),
     ] = "auto",
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", "-n", min=1, help="Most tokens of the answer.")

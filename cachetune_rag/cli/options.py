@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from cachetune_rag.options import command_line_option, declared
+from cachetune_rag.selection import names
 
 _MODEL, _STORE = "Model", "Store"
 
@@ -76,9 +77,7 @@ HostBudget = Annotated[str, _declared("host_budget")]
 DeviceBudget = Annotated[str, _declared("device_budget")]
 DiskBudget = Annotated[str, _declared("disk_budget")]
 TopK = Annotated[int, typer.Option("--top-k", "-k", min=1, help="Passages to retrieve for a question without chunks.")]
-RatioSelector = Annotated[
-    str, typer.Option("--selector", metavar="NAME", help="Whose ratio: probe, frequency, ... or auto.")
-]
+RatioSelector = Annotated[str, typer.Option("--selector", metavar="NAME", help=f"Whose ratio: {names.HELP}.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 

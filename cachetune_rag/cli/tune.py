@@ -22,6 +22,7 @@ from cachetune_rag.cli.passages import DEFAULT_TOP_K
 from cachetune_rag.cli.plots import check_plot, draw_tuning, save_plot
 from cachetune_rag.cli.prompt_files import prompts_from, read_samples
 from cachetune_rag.cli.session import Loading, open_existing, opened
+from cachetune_store.tier_kinds import NAMES
 
 if TYPE_CHECKING:
     from cachetune_rag.measuring.tuning import TierTuning, TuneProgress
@@ -55,7 +56,7 @@ def tune(
         typer.Option(
             "--tier",
             metavar="NAME",
-            help="device, host, disk, or auto: each that has a budget. (disk is read as if never before.)",
+            help=f"{', '.join(NAMES)}, or auto: each that has a budget. (disk is read as if never before.)",
         ),
     ] = "auto",
     selector: options.RatioSelector = "auto",

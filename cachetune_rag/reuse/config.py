@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cachetune_rag.errors import ConfigError
-from cachetune_rag.selection import get_selector, selector_names
+from cachetune_rag.selection import get_selector, names, selector_names
 from cachetune_store import Namespace
 from cachetune_store.printing import shown
 
@@ -25,7 +25,7 @@ class ReuseConfig:
             the request came, for another process may change it at any moment. None: read when its chunks are looked up.
     """
 
-    selector: str = "expected_error"
+    selector: str = names.DEFAULT
     ratio: float = 0.15
     skipped: float = 0.0
     tunable: bool = field(default=False, compare=False)
@@ -41,7 +41,7 @@ class ReuseConfig:
 AUTO = ReuseConfig()
 """What "auto" stands for: the best measured setting (docs/selection.md)."""
 
-PAPER = ReuseConfig(selector="frequency", ratio=0.15)
+PAPER = ReuseConfig(selector=names.OFFLINE, ratio=0.15)
 """As published: frequency ranking, a budget per chunk, r_min 0.15 (alpha 0.5 is the ranking's own). `lead_in="first_token"`
 belongs to it: the paper's chunks are captured behind one token."""
 

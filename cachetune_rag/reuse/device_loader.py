@@ -21,6 +21,7 @@ from cachetune_rag.model import KVBuffers, ModelAdapter
 from cachetune_rag.model.libraries.private import copy_all
 from cachetune_rag.reuse.host_copies import host_copies
 from cachetune_rag.reuse.layer_loader import LayerLoader, Source, row_format
+from cachetune_store.tier_kinds import HOST
 from cachetune_store.tiers import DeviceReader
 
 STAGES = 2
@@ -208,7 +209,7 @@ class DeviceLoader(LayerLoader):
                     reader.locate(layer, source.rows)
                     continue
                 assert stage is not None
-                if self._copies is not None and reader.tier == "host":
+                if self._copies is not None and reader.kind is HOST:
                     self._copies.collect(stage.data_ptr() + at, reader.locate(layer, source.rows), count)
                 else:
                     pieces.append(reader.read(layer, source.rows) if reader.in_memory else next(slow))

@@ -13,9 +13,7 @@ from cachetune_rag.concurrency.workers import Job
 from cachetune_rag.readahead.prefetcher import Prefetcher
 from cachetune_rag.text.prompts.prompt import Prompt, Span
 from cachetune_store import ChunkKey, ChunkReader, ChunkStore, DamagedChunkError, Namespace, StoreError, make_key
-
-TIERS = ("device", "host", "disk")
-"""Fast ones first; any other is slower than these."""
+from cachetune_store.tier_kinds import rank
 
 KNOWN_KEYS = 2048
 """Chunks whose key is remembered: those of a few dozen long prompts."""
@@ -165,10 +163,9 @@ class FoundChunks:
         """The slowest tier among the chunks, and the codec of most of their tokens there."""
         tokens: dict[tuple[int, str, str], int] = {}
         for span, reader in self.chunks:
-            rank = TIERS.index(reader.tier) if reader.tier in TIERS else len(TIERS)
-            place = rank, reader.tier, reader.layout.codec
+            place = rank(reader.tier), reader.tier, reader.layout.codec
             tokens[place] = tokens.get(place, 0) + span.end - span.start
-        slowest = max(rank for rank, *_ in tokens)
+        slowest = max(speed for speed, *_ in tokens)
         _, tier, codec = max((place for place in tokens if place[0] == slowest), key=lambda place: tokens[place])
         return tier, codec
 

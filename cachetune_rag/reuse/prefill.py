@@ -25,8 +25,8 @@ from cachetune_rag.reuse.phases import ForwardPhases
 from cachetune_rag.reuse.plan import Loaders, Plan, Planner, sources_of
 from cachetune_rag.reuse.selection_context import ids_of, some_of
 from cachetune_rag.reuse.state import PrefillState, full_report, report_of
+from cachetune_rag.selection import get_selector
 from cachetune_rag.selection.base import budget
-from cachetune_rag.selection.frequency import FrequencySelector
 from cachetune_rag.text.prompts.prompt import Prompt
 from cachetune_store import ChunkKey, ChunkReader, ChunkStore, make_key
 
@@ -179,9 +179,9 @@ class Assembler:
         """How many rows of each layer of a chunk a request will read, as far as that is known before it comes."""
         if config.tunable and self._tuned is not None:
             config = self._tuned(config, reader.tier, reader.layout.codec)
-        offline = config.selector == FrequencySelector.name and not FrequencySelector.shift
-        tokens = reader.layout.tokens
-        return tokens - budget(config.ratio if offline else config.skipped, tokens)
+        selector = get_selector(config.selector)
+        unread = config.ratio if selector.offline and not selector.shift else config.skipped
+        return reader.layout.tokens - budget(unread, reader.layout.tokens)
 
     @neutrally
     def transfer(self, prompt: Prompt) -> tuple[int, float]:
@@ -324,11 +324,11 @@ class Assembler:
     def _let_go(self, found: FoundChunks, readers: OpenReaders) -> None:
         """Hand chunks on: the prefetcher reads the rest of those on disk; those in host memory go to the device, if it keeps chunks."""
         for reader in found.readers:
-            if reader.tier == "disk" and self._prefetcher is not None:
+            if reader.in_memory:
+                reader.promote()
+            elif self._prefetcher is not None:
                 readers.release(reader)
                 self._prefetcher.finish(reader)
-            elif reader.tier == "host":
-                reader.promote()
 
     def _enter_device(self, stack: ExitStack) -> None:
         """Make the model's GPU the current one: kernels and streams go by that."""

@@ -103,6 +103,12 @@ class Selector(ABC):
 
     name: ClassVar[str]
     """The name it is registered under."""
+    uses_ratio: ClassVar[bool] = True
+    """Whether the ratio of a request has any effect. Without one there is nothing to calibrate or to tune."""
+    uses_deviations: ClassVar[bool] = False
+    """Whether it looks at `ReusedChunk.deviations`."""
+    offline: ClassVar[bool] = False
+    """Whether it chooses by the stored ranking alone, so that the rows it chooses need not be read."""
     shift: ClassVar[float] = 0.0
     """How far the reused tokens of a chunk follow what its recomputed ones show, from 0 to 1 (`ChunkShift`)."""
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cachetune_rag.selection import names
 from cachetune_rag.selection.base import SelectionContext, Selector
 
 
 class ChunkHeadSelector(Selector):
     """The first floor(r * N) tokens of each chunk (EPIC, arXiv 2410.15332)."""
 
-    name = "chunk_head"
+    name = names.CHUNK_HEAD
 
     def select(self, context: SelectionContext, ratio: float) -> Tensor:
         """See `Selector.select`."""

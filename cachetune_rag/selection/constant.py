@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cachetune_rag.selection import names
 from cachetune_rag.selection.base import SelectionContext, Selector, all_places
 
 
 class NoneSelector(Selector):
     """No token is recomputed."""
 
-    name = "none"
+    name = names.NONE
+    uses_ratio = False
 
     def select(self, context: SelectionContext, ratio: float) -> Tensor:
         """See `Selector.select`."""
@@ -21,7 +23,8 @@ class NoneSelector(Selector):
 class AllSelector(Selector):
     """Every token is recomputed: full prefill by another way."""
 
-    name = "all"
+    name = names.ALL
+    uses_ratio = False
 
     def select(self, context: SelectionContext, ratio: float) -> Tensor:
         """See `Selector.select`."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from cachetune_rag.selection import names
 from cachetune_rag.selection.base import SelectionContext
 from cachetune_rag.selection.probing import ProbingSelector
 
@@ -19,7 +20,8 @@ class ExpectedErrorSelector(ProbingSelector):
     chunks' deviations.
     """
 
-    name = "expected_error"
+    name = names.EXPECTED_ERROR
+    uses_deviations = True
     shift = 0.4
 
     def __init__(self, depth: float = 1.0, queries: int = 64):
@@ -37,7 +39,7 @@ class EarlyExpectedErrorSelector(ExpectedErrorSelector):
     few points of fidelity for most of that time (docs/selection.md, "How deep the probe looks").
     """
 
-    name = "expected_error_early"
+    name = names.EXPECTED_ERROR_EARLY
 
     def __init__(self, depth: float = 0.25, queries: int = 64):
         super().__init__(depth, queries)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cachetune_rag.selection import names
 from cachetune_rag.selection.base import SelectionContext, Selector
 
 ALPHA = 0.5
@@ -57,7 +58,8 @@ def low_pass_norm(states: Tensor, alpha: float) -> Tensor:
 class FrequencySelector(Selector):
     """The top floor(r * N) tokens of each chunk by offline score: nothing is looked at online (section 3)."""
 
-    name = "frequency"
+    name = names.FREQUENCY
+    offline = True
 
     def select(self, context: SelectionContext, ratio: float) -> Tensor:
         """See `Selector.select`. The last rows of a chunk's file are its top tokens, so they need not even be read."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from cachetune_rag.selection import names
 from cachetune_rag.selection.base import SelectionContext, Selector, all_places, top_set, total_budget
 
 
@@ -19,7 +20,7 @@ class KVDeviationSelector(Selector):
     first layers give for the other tokens is not kept.
     """
 
-    name = "kv_deviation"
+    name = names.KV_DEVIATION
 
     def __init__(self, layer: int = 1):
         """`layer`: where KV is compared; at layer 0 it depends on the token alone, so stored KV is right there."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from cachetune_rag.selection import names
 from cachetune_rag.selection.base import SelectionContext, Selector, all_places, top_set, total_budget
 from cachetune_rag.selection.frequency import low_pass_norm
 
@@ -19,7 +20,7 @@ class Layer0ValueSelector(Selector):
     budget for the whole context. Text between the chunks is no part of it, nor are chunks that are not stored.
     """
 
-    name = "layer0_value"
+    name = names.LAYER0_VALUE
 
     def __init__(self, alpha: float = ALPHA):
         """`alpha`: share of the bins that is kept, in [0, 1]."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from cachetune_rag.selection import names
 from cachetune_rag.selection.base import SelectionContext
 from cachetune_rag.selection.probing import ProbingSelector
 
@@ -15,7 +16,7 @@ from cachetune_rag.selection.probing import ProbingSelector
 class ProbeSelector(ProbingSelector):
     """The top r over all chunks by the attention of the prompt's last tokens in the first layers."""
 
-    name = "probe"
+    name = names.PROBE
 
     def __init__(self, depth: float = 0.25, queries: int = 16):
         super().__init__(depth, queries)

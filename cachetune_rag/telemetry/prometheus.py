@@ -97,7 +97,6 @@ class CacheTuneCollector(Collector):
             "store_age_seconds", "Age of the store's figures: above 0 while its disk doesn't answer", stats.store_age
         )
         yield self._gauge("documents", "Documents of all tenants", stats.store.documents)
-        tiers = [held for held in (stats.store.device, stats.store.host, stats.store.disk) if held is not None]
         for name, text in (
             ("chunks", "Chunks held"),
             ("bytes", "Bytes held"),
@@ -105,12 +104,12 @@ class CacheTuneCollector(Collector):
             ("pinned", "Chunks in use"),
         ):
             family = GaugeMetricFamily(f"cachetune_tier_{name}", text, labels=self._names("tier"))
-            for held in tiers:
+            for held in stats.store.tiers:
                 family.add_metric(self._values(held.name), getattr(held, name))
             yield family
         for name, text in _TIER_COUNTERS.items():
             counter = CounterMetricFamily(f"cachetune_tier_{name}", text, labels=self._names("tier"))
-            for held in tiers:
+            for held in stats.store.tiers:
                 counter.add_metric(self._values(held.name), getattr(held, name))
             yield counter
         if stats.fidelity is not None:

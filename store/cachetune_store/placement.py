@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Iterable
+from typing import Any
 
 from .chunk import Chunk
 from .claims import Claims
@@ -16,6 +18,7 @@ from .readers import ChunkReader, DiskReader, HostReader
 from .stats import TierUsage
 from .texts import drop_text, evict_text, note_text
 from .tiers import DeviceTier, DiskTier, HostTier, Tier
+from .tiers.memory import MemoryTier
 from .usage import UsageLog
 
 __all__ = ["Placement"]
@@ -53,11 +56,31 @@ class Placement:
         self._claims = claims
         self._lock = threading.Lock()
         self._closed = False
-        self._tiers: dict[str, Tier] = {tier.name: tier for tier in (device, host, disk) if tier is not None}
+        # Chunks are looked for in this order: the fastest tier first.
+        self._memory: tuple[MemoryTier[Any], ...] = (host,) if device is None else (device, host)
+        self._tiers: dict[str, Tier] = {tier.name: tier for tier in (*self._memory, *([disk] if disk else []))}
         self._usage = {name: UsageLog(index, name, tier.counters) for name, tier in self._tiers.items()}
         self._told = time.monotonic()
         self._telling: threading.Thread | None = None
         self.hits = self.misses = self.damaged = 0
+
+    @property
+    def tiers(self) -> tuple[Tier, ...]:
+        """The tiers, the fastest first."""
+        return tuple(self._tiers.values())
+
+    def tier(self, name: str) -> Tier:
+        """The tier of this name.
+
+        Raises:
+            StoreArgumentError: this store has none of this name.
+        """
+        try:
+            return self._tiers[name]
+        except (KeyError, TypeError):
+            raise StoreArgumentError(
+                f"tier is {shown(name)}: this store has {', '.join(map(repr, self._tiers))}; use one of them"
+            ) from None
 
     def known(self, key: ChunkKey, text: str | None) -> int:
         """Bytes of a chunk that needn't be stored again; 0 if it must be."""
@@ -102,8 +125,8 @@ class Placement:
 
     def whole(self, key: ChunkKey) -> Chunk | None:
         """All of a chunk, from host memory or disk."""
-        for name in ("host", "disk"):
-            reader = self._tiers[name].open(key) if name in self._tiers else None
+        for tier in self._tiers.values():
+            reader = None if tier.kind.copies else tier.open(key)
             if isinstance(reader, HostReader | DiskReader):
                 reader.on_close = self._release
                 with reader:
@@ -112,11 +135,9 @@ class Placement:
 
     def touch_memory(self, key: ChunkKey) -> int:
         """Note a use of a chunk in memory; bytes that it fills in host memory, or on the device if it is only there."""
-        self.host.touch(key)
-        if self.device is None:
-            return self.host.size_of(key)
-        self.device.touch(key)
-        return self.host.size_of(key) or self.device.size_of(key)
+        for tier in self._memory:
+            tier.touch(key)
+        return _lowest(tier.size_of(key) for tier in self._memory)
 
     def open_in_memory(self, key: ChunkKey) -> ChunkReader | None:
         """As open(), but the disk is left alone; a miss counts as nothing yet."""
@@ -125,11 +146,11 @@ class Placement:
             # A use counts in the tiers below too, or they would let go of what is used most.
             if reader is not None:
                 tier.touch(key)
-            elif tier is not self.disk:
+            elif tier.kind.in_memory:
                 reader = tier.open(key)
         if reader is not None:
             reader.on_close = self._release
-            if reader.tier == "host" and self.device is not None:
+            if not reader.kind.copies and self.device is not None:
                 reader.on_promote = self._promote_to_device
             with self._lock:
                 self.hits += 1
@@ -143,8 +164,7 @@ class Placement:
 
     def discard(self, key: ChunkKey) -> bool:
         """Set a damaged chunk aside; whether it was damaged."""
-        self._remove_from_device(key)
-        removed = self.host.remove(key) > 0
+        removed = sum(tier.remove(key) for tier in self._memory) > 0
         if self.disk is not None:
             return self.disk.set_aside(key)
         if removed:
@@ -155,29 +175,15 @@ class Placement:
 
     def remove(self, key: ChunkKey) -> int:
         """Delete a chunk everywhere; bytes freed on disk, or in memory if there is no disk."""
-        on_device = self._remove_from_device(key)
-        in_memory = self.host.remove(key) or on_device
+        freed = [tier.remove(key) for tier in self._tiers.values()]
         if self.disk is not None:
-            return self.disk.remove(key)
+            return freed[-1]
         drop_text(self._index, key)
-        return in_memory
+        return _lowest(freed)
 
     def size_of(self, key: ChunkKey) -> int:
         """Bytes of a chunk in the lowest tier that has it; 0 if none has."""
-        on_disk = 0 if self.disk is None else self.disk.size_of(key)
-        on_device = 0 if self.device is None else self.device.size_of(key)
-        return on_disk or self.host.size_of(key) or on_device
-
-    def tier(self, name: str) -> Tier:
-        """The tier of this name.
-
-        Raises:
-            StoreArgumentError: there is none.
-        """
-        found = self._tiers.get(name)
-        if found is None:
-            raise StoreArgumentError(f"tier is {shown(name)}; this store has {', '.join(self._tiers)}")
-        return found
+        return _lowest(tier.size_of(key) for tier in self._tiers.values())
 
     def lifetime(self) -> dict[str, TierUsage]:
         """What each tier did over all processes."""
@@ -235,7 +241,7 @@ class Placement:
 
     def _has_room(self, size: int) -> bool:
         """Whether a tier above the disk could hold a chunk of `size` bytes at all."""
-        return self.host.fits(size) or (self.device is not None and self.device.fits(size))
+        return any(tier.fits(size) for tier in self._memory)
 
     def _promote_to_device(self, chunk: Chunk) -> bool:
         if self._closed or self.device is None:
@@ -252,9 +258,6 @@ class Placement:
             return False
         self.device.counters.promotions += 1
         return True
-
-    def _remove_from_device(self, key: ChunkKey) -> int:
-        return 0 if self.device is None else self.device.remove(key)
 
     def _release(self, reader: ChunkReader) -> None:
         tier = self._tiers[reader.tier]
@@ -280,3 +283,8 @@ class Placement:
                 self.disk.flush()
             for log in self._usage.values():
                 log.flush()
+
+
+def _lowest(sizes: Iterable[int]) -> int:
+    """Of a chunk's sizes in the tiers, the fastest first, the one in the slowest tier that has it; 0 if none has."""
+    return next((size for size in reversed(list(sizes)) if size), 0)

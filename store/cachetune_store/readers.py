@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from operator import index
 from types import TracebackType
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from .keys import ChunkKey
 from .layout import ChunkLayout
 from .printing import shown
 from .rawfile import RawFile
+from .tier_kinds import DISK, HOST, TierKind
 
 __all__ = ["ChunkReader", "DiskReader", "HostReader"]
 
@@ -32,7 +33,8 @@ class ChunkReader(ABC):
     """An open chunk. It stays readable until close(), whatever is evicted or deleted meanwhile; a context manager.
 
     Attributes:
-        tier: name of the tier that the rows come from.
+        kind: the kind of tier that the rows come from.
+        tier: its name.
         in_memory: whether read() gives what is there, without waiting.
         device: where the rows are that read() gives.
         head: all of the chunk but its rows.
@@ -41,12 +43,12 @@ class ChunkReader(ABC):
         on_promote: called with the chunk to be put into the tier above; None if it wouldn't fit there.
     """
 
-    tier: str
-    in_memory = False
+    kind: ClassVar[TierKind]
     device = torch.device("cpu")
 
     def __init__(self, head: ChunkHead) -> None:
         self.head = head
+        self.tier, self.in_memory = self.kind.name, self.kind.in_memory
         self.pin: object = None
         self.on_close: Callable[[ChunkReader], None] | None = None
         self.on_promote: Callable[[Chunk], bool] | None = None
@@ -194,8 +196,7 @@ class ChunkReader(ABC):
 class HostReader(ChunkReader):
     """Rows in host memory: every read is a view."""
 
-    tier = "host"
-    in_memory = True
+    kind = HOST
 
     def __init__(self, chunk: Chunk) -> None:
         super().__init__(chunk.head)
@@ -239,7 +240,7 @@ class HostReader(ChunkReader):
 class DiskReader(ChunkReader):
     """Rows in a file, read into memory that can become the host tier's copy."""
 
-    tier = "disk"
+    kind = DISK
 
     def __init__(self, head: ChunkHead, file: RawFile, rows_start: int, pool: SlabPool) -> None:
         super().__init__(head)

@@ -97,6 +97,11 @@ class StoreStats:
     lifetime: dict[str, TierUsage]
     device: TierStats | None = None
 
+    @property
+    def tiers(self) -> list[TierStats]:
+        """The statistics of the tiers that the store has, the fastest first."""
+        return [tier for tier in (self.device, self.host, self.disk) if tier is not None]
+
     def as_dict(self) -> dict[str, Any]:
         """The same as plain dicts and numbers."""
         return asdict(self)

@@ -39,7 +39,7 @@ from .removals import removals_of
 from .repair import Repair
 from .stats import ChunkGroup, DocumentInfo, PruneReport, StoreStats, TenantStats, VerifyReport
 from .texts import texts_revision
-from .tiers import DeviceTier, DiskTier, HostTier, Pins, Tier
+from .tiers import DeviceTier, DiskTier, HostTier, Pins, Tier, TierKind
 from .units import parse_bytes
 
 __all__ = ["ChunkStore"]
@@ -293,6 +293,12 @@ class ChunkStore:
     def closed(self) -> bool:
         """Whether close() was called."""
         return self._closed
+
+    @property
+    def tiers(self) -> tuple[TierKind, ...]:
+        """The kinds of tiers that can hold a chunk in this store, the fastest first. Host memory without a budget is not among them."""
+        # The disk counts whatever its budget: the chunks of a full or a read-only store are there.
+        return tuple(tier.kind for tier in self._placement.tiers if tier.budget or tier.kind.lasting)
 
     def tier(self, name: str) -> Tier:
         """The tier of this name: "device", "host" or "disk". Only for tests and measurements that bring a tier into a certain state.

@@ -22,7 +22,7 @@ from cachetune_rag.measuring.calibration.result import Calibration
 from cachetune_rag.measuring.tuning import TierTuning, TuneProgress
 from cachetune_rag.measuring.tuning.cost import CostModel
 from cachetune_rag.measuring.tuning.golden import minimise
-from cachetune_rag.measuring.tuning.measure import TierMeasure, tiers_of
+from cachetune_rag.measuring.tuning.measure import TierMeasure
 from cachetune_rag.measuring.tuning.saved import KIND
 from cachetune_rag.measuring.tuning.search import Line, Search
 from cachetune_rag.measuring.tuning.tuner import Tuner, TuningPlan, block_steps
@@ -567,7 +567,7 @@ def test_tiers_that_there_are(tmp_path: Path) -> None:
         (None, {"host_budget": 0}, ()),
     ):
         with CacheTune(llama(), tokenizer(), path, **options) as engine:
-            assert tiers_of(engine.store) == expected
+            assert tuple(kind.name for kind in engine.store.tiers) == expected
             if not expected:
                 with pytest.raises(ConfigError, match="give it one of both"):
                     engine.tune()
@@ -620,10 +620,11 @@ def test_chunks_on_the_device_are_a_tier_of_their_own(
         CacheTune(llama(), tokenizer(), store) as engine,
     ):
         engine.precompute([Document("a", TEXTS)])
-        assert tiers_of(engine.store) == (("device", "host") if in_memory else ("device", "host", "disk"))
+        expected = ("device", "host") if in_memory else ("device", "host", "disk")
+        assert tuple(kind.name for kind in engine.store.tiers) == expected
         prompts = [engine.prompts.build(query="?", chunks=TEXTS)]
         for _ in range(2):  # whether the engine's own chunks have come up or not
-            for tier in tiers_of(engine.store):
+            for tier in expected:
                 with TierMeasure(engine.runtime.bench(), prompts, tier, "frequency") as measure:
                     for _ in range(2):
                         state = measure.bench.prefill(prompts[0], replace(PAPER, ratio=0.5))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cachetune_rag.errors import ConfigError
 from cachetune_rag.reuse.config import PAPER, resolve
-from cachetune_rag.selection import ReusedChunk, Selector, get_selector, register_selector, selector_names
+from cachetune_rag.selection import ReusedChunk, Selector, get_selector, names, register_selector, selector_names
 from cachetune_rag.selection.base import budget, top, top_set
 from cachetune_rag.selection.frequency import frequency_scores
 from cachetune_rag.selection.layer0_value import Layer0ValueSelector
@@ -262,3 +262,15 @@ def test_the_top_as_a_set_breaks_ties_like_the_sorted_top(count: int) -> None:
     for seed in range(20):
         scores = torch.randint(0, 6, (20,), generator=torch.Generator().manual_seed(seed)).float()
         assert top_set(scores, count).tolist() == sorted(top(scores, count).tolist())
+
+
+def test_every_selector_of_the_package_is_named_once_and_says_what_it_needs() -> None:
+    assert set(names.BUILT_IN) <= set(selector_names())
+    assert len(set(names.BUILT_IN)) == len(names.BUILT_IN)
+    ours = {name for name in selector_names() if type(get_selector(name)).__module__.startswith("cachetune_rag.")}
+    assert ours == set(names.BUILT_IN)
+    assert {n for n in ours if not get_selector(n).uses_ratio} == {"all", "none"}
+    assert {n for n in ours if get_selector(n).uses_deviations} == {"expected_error", "expected_error_early"}
+    assert {n for n in ours if get_selector(n).offline} == {names.OFFLINE}
+    assert resolve("auto", 0).selector == names.DEFAULT
+    assert all(word in (*names.BUILT_IN, "...", "or", "auto") for word in names.HELP.replace(",", "").split())

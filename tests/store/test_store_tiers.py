@@ -17,6 +17,7 @@ from cachetune_store import (
     ChunkStore,
     DamagedChunkError,
     NonFiniteError,
+    StoreArgumentError,
     StoreClosedError,
     UnknownCodecError,
     get_codec,
@@ -25,6 +26,7 @@ from cachetune_store import (
     readers,
 )
 from cachetune_store.buffers import SlabPool
+from cachetune_store.tier_kinds import KINDS, NAMES, kind_of, rank
 
 SIZE = 81920
 """Bytes of a sample's file."""
@@ -513,3 +515,19 @@ def test_deviations_lie_where_a_gpu_fetches_rows_from(
             assert reader.tier == "host"
             assert torch.equal(reader.deviations, deviations)
     assert taken.count(deviations.nbytes) == (2 if pinned else 0)
+
+
+def test_tiers_are_listed_the_fastest_first_and_found_by_name(tmp_path: Path) -> None:
+    assert NAMES == ("device", "host", "disk")
+    assert [rank(name) for name in (*NAMES, "elsewhere")] == [0, 1, 2, 3]
+    assert [kind_of(name) for name in NAMES] == list(KINDS)
+    with pytest.raises(KeyError, match="'elsewhere': use 'device', 'host', 'disk'"):
+        kind_of("elsewhere")
+    with ChunkStore(tmp_path / "kv", host_budget=0, device="cpu", device_budget="1MiB") as store:
+        assert [kind.name for kind in store.tiers] == ["device", "disk"]
+        assert [tier.name for tier in store.stats().tiers] == list(NAMES)
+        assert all(store.tier(name).name == name for name in NAMES)
+    with ChunkStore(None) as store:
+        assert [kind.name for kind in store.tiers] == ["host"]
+        with pytest.raises(StoreArgumentError, match="tier is 'disk': this store has 'host'"):
+            store.tier("disk")

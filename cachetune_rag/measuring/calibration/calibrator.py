@@ -21,6 +21,7 @@ from cachetune_rag.measuring.divergence import Divergence
 from cachetune_rag.measuring.user_prompts import prompts_of
 from cachetune_rag.reuse.config import ReuseConfig, resolve
 from cachetune_rag.reuse.state import PrefillState
+from cachetune_rag.selection import get_selector
 from cachetune_rag.text.prompts.prompt import Prompt
 from cachetune_store.printing import shown
 
@@ -30,7 +31,6 @@ BOUNDS = {"kl": 0.05, "top1": 0.95}
 MAX_TOKENS = 1024
 
 _LARGEST = sys.float_info.max
-_NO_RATIO = ("all", "none")
 _log = logging.getLogger(__name__)
 
 
@@ -79,7 +79,7 @@ class CalibrationPlan:
             ConfigError: an argument is out of range.
         """
         selector = resolve(selector, 0).selector
-        if selector in _NO_RATIO:
+        if not get_selector(selector).uses_ratio:
             raise ConfigError(f"selector {shown(selector)} goes by no ratio, so there is none to find: use another.")
         if not isinstance(measure, str) or measure not in BOUNDS:
             raise ConfigError(f"measure is {shown(measure)}: use 'kl' or 'top1'.")

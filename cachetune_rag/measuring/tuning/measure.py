@@ -11,17 +11,11 @@ from cachetune_rag.errors import CacheTuneError, ConfigError
 from cachetune_rag.measuring.bench import Bench
 from cachetune_rag.measuring.tuning.cost import CostModel
 from cachetune_rag.reuse.config import ReuseConfig
-from cachetune_rag.reuse.lookup import TIERS
 from cachetune_rag.text.prompts.prompt import Prompt
 from cachetune_store import ChunkKey, ChunkStore
+from cachetune_store.tier_kinds import TierKind, kind_of
 
 _NO_LIMIT = 1 << 62
-
-
-def tiers_of(store: ChunkStore) -> tuple[str, ...]:
-    """The tiers that a store's chunks can come from, fast ones first."""
-    there = {"device": store.device_budget, "host": store.host_budget, "disk": store.path is not None}
-    return tuple(tier for tier in TIERS if there[tier])
 
 
 class TierTooSmallError(ConfigError):
@@ -38,7 +32,7 @@ class TierMeasure:
     Args:
         bench: times on the model, and has the prompts' chunks in its store. Other requests wait for each timed one.
         prompts: their chunks are all in the store.
-        tier: "device", "host" or "disk".
+        tier: the name of its kind; the store has it.
         selector: whose requests are timed.
 
     Attributes:
@@ -50,11 +44,12 @@ class TierMeasure:
 
     def __init__(self, bench: Bench, prompts: Sequence[Prompt], tier: str, selector: str):
         self._prompts, self._selector = prompts, selector
-        if tier == "disk":
+        kind = kind_of(tier)
+        if kind.lasting:
             # What the rows are read into is used again, as it is by requests where host memory is full.
             store = ChunkStore(bench.store.path, host_budget=0, disk_budget=_NO_LIMIT, read_memory=_NO_LIMIT)
         else:
-            store = _in_memory(bench, prompts, tier)
+            store = _in_memory(bench, prompts, kind)
         self.bench = bench.on(store)
 
     def __enter__(self) -> Self:
@@ -111,9 +106,9 @@ class TierMeasure:
         return report.ttft
 
 
-def _in_memory(bench: Bench, prompts: Sequence[Prompt], tier: str) -> ChunkStore:
+def _in_memory(bench: Bench, prompts: Sequence[Prompt], kind: TierKind) -> ChunkStore:
     """The prompts' chunks in a store of their own, all on one tier."""
-    budget = bench.store.device_budget if tier == "device" else 0
+    budget = bench.store.tier(kind.name).budget if kind.copies else 0
     memory = ChunkStore(None, host_budget=_NO_LIMIT, device_budget=budget, device=bench.adapter.device)
     try:
         for key in dict.fromkeys(bench.key(i) for p in prompts for i in p.chunk_ids if i):
@@ -121,7 +116,7 @@ def _in_memory(bench: Bench, prompts: Sequence[Prompt], tier: str) -> ChunkStore
             if chunk is None:
                 continue  # the first request will say so
             memory.write(chunk)
-            if tier == "device" and not _bring_up(key, memory):
+            if kind.copies and not _bring_up(key, memory, kind):
                 raise TierTooSmallError(
                     f"device_budget ({budget} bytes) doesn't hold the prompts' chunks: give a larger one, tune with "
                     "shorter prompts (samples, or tokens), or tune another tier."
@@ -132,14 +127,14 @@ def _in_memory(bench: Bench, prompts: Sequence[Prompt], tier: str) -> ChunkStore
     return memory
 
 
-def _bring_up(key: ChunkKey, store: ChunkStore) -> bool:
-    """Move a chunk to the device; whether it is there then."""
+def _bring_up(key: ChunkKey, store: ChunkStore, kind: TierKind) -> bool:
+    """Have a chunk copied to the tier of this kind; whether it is there then."""
     for _ in range(2):
         reader = store.open(key)
         if reader is None:
             return False
         with reader:
-            if reader.tier == "device":
+            if reader.kind is kind:
                 return True
             reader.promote()
     return False

@@ -16,8 +16,9 @@ from cachetune_rag.measuring.profiles import Profiles
 from cachetune_rag.measuring.tuning.result import TierTuning
 from cachetune_rag.model import ModelAdapter
 from cachetune_rag.reuse.config import ReuseConfig
-from cachetune_rag.selection.frequency import FrequencySelector
+from cachetune_rag.selection import names
 from cachetune_store import Namespace, StoreError
+from cachetune_store.tier_kinds import KINDS, rank
 
 KIND = "tuning"
 
@@ -86,9 +87,11 @@ class SavedTunings:
         A calibrated floor that the tuning doesn't keep, because it was calibrated later, goes before it: tune again.
         """
         tuning = self.load(tier, codec, config.selector)
-        if tuning is None and tier == "device":
-            # Rows of the host tier arrive under the computation, so what is best there is best here.
-            tuning = self.load("host", codec, config.selector)
+        place = rank(tier)
+        while tuning is None and place < len(KINDS) and KINDS[place].copies:
+            # A tier of copies is tuned like the next slower one: its rows arrive while the model computes, too.
+            place += 1
+            tuning = self.load(KINDS[place].name, codec, config.selector)
         if tuning is None or not self._keeps_floor(tuning, config.namespace):
             return config
         return dataclasses.replace(config, ratio=tuning.ratio, skipped=tuning.skipped)
@@ -96,7 +99,7 @@ class SavedTunings:
     def _keeps_floor(self, tuning: TierTuning, namespace: Namespace | None) -> bool:
         """Whether the selector's own share of r (or all of r, where the offline ranking chooses it) is as large as calibrated."""
         offline = tuning.skipped == tuning.ratio
-        floor = self._calibrated(FrequencySelector.name if offline else tuning.selector, namespace)
+        floor = self._calibrated(names.OFFLINE if offline else tuning.selector, namespace)
         # Rounded as the ratios that are searched are.
         return floor is None or tuning.ratio - (0 if offline else tuning.skipped) >= floor - 1e-3
 

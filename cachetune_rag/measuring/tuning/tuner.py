@@ -16,17 +16,17 @@ from cachetune_rag.errors import ConfigError
 from cachetune_rag.measuring.bench import Bench
 from cachetune_rag.measuring.tuning.cost import CostModel
 from cachetune_rag.measuring.tuning.made_prompts import codec_of, made
-from cachetune_rag.measuring.tuning.measure import TierMeasure, TierTooSmallError, tiers_of
+from cachetune_rag.measuring.tuning.measure import TierMeasure, TierTooSmallError
 from cachetune_rag.measuring.tuning.result import Point, TierTuning, TuneProgress, TuningResult
 from cachetune_rag.measuring.tuning.saved import SavedTunings
 from cachetune_rag.measuring.tuning.search import Line, Measured, Search
 from cachetune_rag.measuring.user_prompts import prompts_of
 from cachetune_rag.reuse.config import PAPER, resolve
-from cachetune_rag.reuse.lookup import TIERS
-from cachetune_rag.selection.frequency import FrequencySelector
+from cachetune_rag.selection import get_selector, names
 from cachetune_rag.text.prompts.prompt import Prompt
 from cachetune_store.chunk import BLOCK_ROWS
 from cachetune_store.printing import shown
+from cachetune_store.tier_kinds import NAMES, kind_of
 
 R_MIN = PAPER.ratio
 """The quality floor where none was calibrated: the paper's."""
@@ -37,7 +37,6 @@ TOKENS = 4096
 PROMPTS = 2
 """Made prompts."""
 
-_NO_RATIO = ("all", "none")
 _log = logging.getLogger(__name__)
 
 
@@ -82,10 +81,10 @@ class TuningPlan:
         Raises:
             ConfigError: one of them is out of range.
         """
-        if tier not in (*TIERS, "auto"):
-            raise ConfigError(f"tier is {shown(tier)}: use {', '.join(map(repr, TIERS))} or 'auto'.")
+        if tier not in (*NAMES, "auto"):
+            raise ConfigError(f"tier is {shown(tier)}: use {', '.join(map(repr, NAMES))} or 'auto'.")
         name = resolve(selector, 0).selector
-        if name in _NO_RATIO:
+        if not get_selector(name).uses_ratio:
             raise ConfigError(f"selector {shown(name)} goes by no ratio, so there is none to find: use another.")
         for label, share in (("r_min", r_min), ("r_max", r_max)):
             if not _is_share(share) and not (share is None and label == "r_min"):
@@ -122,7 +121,7 @@ class Tuner:
         progress: Callable[[TuneProgress], None] | None = None,
         measure: MakeMeasure = TierMeasure,
     ):
-        there = tiers_of(bench.store)
+        there = tuple(kind.name for kind in bench.store.tiers)
         if not there:
             raise ConfigError("the store has no host_budget and no folder, so no chunk is kept: give it one of both.")
         if plan.tier != "auto" and plan.tier not in there:
@@ -208,7 +207,7 @@ class Tuner:
         The selector's own share stays r_min, its quality floor. Instead of it, the offline ranking may choose all of r, so that
         no selector waits for rows; but only above a floor that was calibrated for that ranking itself.
         """
-        offline = FrequencySelector.name
+        offline = names.OFFLINE
         if self._selector == offline:
             return [self._line(self._r_min, 0.0, tier, prompts)]
         lines = [self._line(self._r_min, self._r_min, tier, prompts)]
@@ -219,7 +218,7 @@ class Tuner:
 
     def _line(self, low: float, selected: float, tier: str, prompts: Sequence[Prompt]) -> Line:
         steps: tuple[float, ...] = ()
-        if tier == "disk":
+        if kind_of(tier).blocks:
             # Chunks of a corpus are of about one length; of others the steps are elsewhere, and nothing is lost.
             tokens = statistics.median_low([len(p.chunk_ids[s.chunk]) for p in prompts for s in p.spans] or [0])
             steps = block_steps(tokens, selected)

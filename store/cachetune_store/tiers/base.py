@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 import weakref
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from ..chunk import Chunk
 from ..keys import ChunkKey
 from ..readers import ChunkReader
 from ..stats import Counters, TierStats
+from ..tier_kinds import TierKind
 
 __all__ = ["Pin", "Pins", "Tier"]
 
@@ -68,13 +70,22 @@ class Tier(ABC):
     budget, never one that is pinned. All methods may be called from several threads.
     """
 
-    name: str
+    kind: ClassVar[TierKind]
     budget: int
     counters: Counters
+
+    @property
+    def name(self) -> str:
+        """The name of its kind."""
+        return self.kind.name
 
     @abstractmethod
     def contains(self, key: ChunkKey) -> bool:
         """Whether the chunk is here; nothing is read."""
+
+    @abstractmethod
+    def size_of(self, key: ChunkKey) -> int:
+        """Bytes that a chunk takes here; 0 if it isn't here."""
 
     @abstractmethod
     def open(self, key: ChunkKey) -> ChunkReader | None:

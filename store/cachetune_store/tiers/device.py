@@ -16,6 +16,7 @@ from ..chunk import Chunk, ChunkHead, layer_views
 from ..errors import BudgetError, StoreClosedError
 from ..keys import ChunkKey
 from ..readers import ChunkReader
+from ..tier_kinds import DEVICE
 from .base import Pins
 from .memory import MemoryTier
 
@@ -61,7 +62,7 @@ class DeviceTier(MemoryTier[DeviceChunk]):
         device: a CUDA device; or the CPU, to test what uses the tier.
     """
 
-    name = "device"
+    kind = DEVICE
 
     def __init__(self, budget: int, pins: Pins, device: torch.device) -> None:
         super().__init__(budget, pins)
@@ -145,8 +146,7 @@ class DeviceReader(ChunkReader):
         addresses: where each layer begins, on the device; as for locate().
     """
 
-    tier = "device"
-    in_memory = True
+    kind = DEVICE
 
     def __init__(self, chunk: DeviceChunk, stream: torch.cuda.Stream | None) -> None:
         super().__init__(chunk.head)

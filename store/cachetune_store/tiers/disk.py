@@ -30,6 +30,7 @@ from ..rawfile import DirectIO, RawFile, identity_of
 from ..readers import DiskReader
 from ..stats import Counters, TierStats
 from ..texts import drop_text, evict_text, note_text
+from ..tier_kinds import DISK
 from ..units import format_bytes
 from .base import Pins, Tier
 from .damaged import DamagedFiles
@@ -58,7 +59,7 @@ class DiskTier(Tier):
         direct: how files are opened.
     """
 
-    name = "disk"
+    kind = DISK
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..chunk import Chunk, ChunkHead
 from ..readers import HostReader
+from ..tier_kinds import HOST
 from .memory import MemoryTier
 
 __all__ = ["HostTier"]
@@ -12,7 +13,7 @@ __all__ = ["HostTier"]
 class HostTier(MemoryTier[Chunk]):
     """Whole chunks in memory, least recently used first out. See MemoryTier."""
 
-    name = "host"
+    kind = HOST
 
     def admit(self, chunk: Chunk) -> list[Chunk]:
         """See Tier."""

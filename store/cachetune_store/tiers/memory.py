@@ -88,7 +88,7 @@ class MemoryTier(Tier, Generic[Held]):
             return size
 
     def size_of(self, key: ChunkKey) -> int:
-        """Bytes that a chunk takes here; 0 if it isn't here."""
+        """See Tier."""
         entry = self._held.get(key.digest)
         return entry[1] if entry else 0
 

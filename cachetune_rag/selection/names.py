@@ -1,0 +1,34 @@
+"""The names of the selectors that come with the package. No torch is imported, so that the command line starts quickly."""
+
+from __future__ import annotations
+
+EXPECTED_ERROR = "expected_error"
+EXPECTED_ERROR_EARLY = "expected_error_early"
+PROBE = "probe"
+FREQUENCY = "frequency"
+KV_DEVIATION = "kv_deviation"
+LAYER0_VALUE = "layer0_value"
+CHUNK_HEAD = "chunk_head"
+RANDOM = "random"
+NONE = "none"
+ALL = "all"
+
+DEFAULT = EXPECTED_ERROR
+"""What selector="auto" stands for."""
+OFFLINE = FREQUENCY
+"""The selector that goes by the ranking made when a chunk is precomputed."""
+BUILT_IN = (
+    EXPECTED_ERROR,
+    EXPECTED_ERROR_EARLY,
+    PROBE,
+    FREQUENCY,
+    KV_DEVIATION,
+    LAYER0_VALUE,
+    CHUNK_HEAD,
+    RANDOM,
+    NONE,
+    ALL,
+)
+"""All of them, the recommended ones first."""
+HELP = f"{EXPECTED_ERROR}, {FREQUENCY}, ... or auto"
+"""What an option of the command line may name, in short."""
