@@ -27,7 +27,7 @@ from cachetune_rag.measuring.profiles import check_savable
 from cachetune_rag.measuring.tuning import TuneProgress, TuningResult
 from cachetune_rag.measuring.tuning.tuner import R_MAX, ROUNDS, TOKENS, Tuner, TuningPlan
 from cachetune_rag.model.loading import load_model
-from cachetune_rag.options import ENGINE_NAMES, EngineArguments, check_names
+from cachetune_rag.options import ENGINE_NAMES, LOADING_NAMES, EngineArguments, check_names
 from cachetune_rag.readahead.batch import Prefetch
 from cachetune_rag.report import PrecomputeSummary
 from cachetune_rag.reuse.state import PrefillState
@@ -38,9 +38,6 @@ from cachetune_rag.text.prompts.prompt import Chunk, Prompt, Segment
 from cachetune_store import ChunkStore, DocumentInfo, Namespace, StoreClosedError, UnknownDocumentError
 from cachetune_store.histogram import Histogram
 from cachetune_store.printing import shown
-
-_LOADING = ("gguf_file", "device", "dtype", "revision")
-"""Arguments of `from_pretrained` itself, which a misspelt option may have meant."""
 
 
 class CacheTune:
@@ -109,7 +106,7 @@ class CacheTune:
             ConfigError: an option that doesn't exist; nothing was loaded.
             ModelLoadError: nothing loadable at `model`.
         """
-        names = (*ENGINE_NAMES, *_LOADING, *inspect.signature(cls).parameters)  # a subclass may have more
+        names = (*ENGINE_NAMES, *LOADING_NAMES, *inspect.signature(cls).parameters)  # a subclass may have more
         check_names(options, names, "CacheTune.from_pretrained")
         check_not_open(store, options)
         loaded, tokenizer = load_model(model, gguf_file=gguf_file, device=device, dtype=dtype, revision=revision)

@@ -193,6 +193,9 @@ class RequestOptions(TypedDict, total=False):
 
 STORE_NAMES = tuple(each.name for each in fields(StoreOptions))
 ENGINE_NAMES = tuple(each.name for each in fields(EngineOptions))
+LOADING_NAMES = ("gguf_file", "device", "dtype", "revision")
+"""Arguments of `CacheTune.from_pretrained` that say how the model is loaded."""
+FROM_PRETRAINED_NAMES = (*LOADING_NAMES, *ENGINE_NAMES, *STORE_NAMES)
 REQUEST_NAMES = ("query", "chunks", "prefix", "prompt", *RequestOptions.__annotations__)
 
 

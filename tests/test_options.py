@@ -15,7 +15,7 @@ import typer.main
 
 from cachetune_rag import CacheTune, ConfigError
 from cachetune_rag.cli.app import app
-from cachetune_rag.options import EngineArguments, EngineOptions, StoreOptions, markdown
+from cachetune_rag.options import LOADING_NAMES, EngineArguments, EngineOptions, StoreOptions, markdown
 from cachetune_store import ChunkStore
 
 ROOT = Path(__file__).parent.parent
@@ -34,6 +34,11 @@ def test_type_checkers_see_the_engines_options() -> None:
     assert all(each.default is not MISSING for each in fields(EngineOptions))
     constructor = list(inspect.signature(CacheTune).parameters)
     assert constructor == ["model", "tokenizer", "store", "device", "options"]
+
+
+def test_the_names_for_loading_are_those_of_from_pretrained() -> None:
+    given = set(inspect.signature(CacheTune.from_pretrained).parameters) - {"model", "store", "options"}
+    assert given == set(LOADING_NAMES)
 
 
 def test_every_option_is_explained() -> None:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import cache
-from inspect import signature
 from typing import Any
-
-from transformers import GenerationConfig
 
 from cachetune_rag import CacheTune
 from cachetune_rag.answering.decoding import prepare
+from cachetune_rag.answering.generation_settings import setting_names
 from cachetune_rag.checking.nearest import hint
 from cachetune_rag.errors import ConfigError
-from cachetune_rag.options import ENGINE_NAMES, STORE_NAMES
+from cachetune_rag.options import FROM_PRETRAINED_NAMES, check_names
 from cachetune_rag.reuse.config import resolve
 from cachetune_store.printing import shown
 
@@ -27,14 +25,12 @@ ALIASES = {
 
 REUSE = ("ratio", "selector", "reuse")
 TOOLS = ("tools", "tool_choice", "response_format")
-DIRECT = ("seed", "generation_config", "logits_processor", "stopping_criteria")
-"""Arguments of `CacheTune.stream` beside those of transformers' generation configuration."""
 
 
 @cache
 def generation_names() -> frozenset[str]:
-    """What transformers' generation configuration has, and what goes with it."""
-    return frozenset({name for name in vars(GenerationConfig()) if not name.startswith("_")} | set(DIRECT))
+    """All generation settings, and the configuration that holds them."""
+    return setting_names() | {"generation_config"}
 
 
 def refuse_unknown(given: Iterable[str], known: Iterable[str], whose: str) -> None:
@@ -100,8 +96,7 @@ def check_engine_options(options: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: names it, and the nearest one.
     """
-    loading = [name for name in signature(CacheTune.from_pretrained).parameters if name not in ("model", "store")]
-    refuse_unknown(options, {*ENGINE_NAMES, *STORE_NAMES, *loading} - {"options"}, "CacheTune.from_pretrained")
+    check_names(options, FROM_PRETRAINED_NAMES, "CacheTune.from_pretrained")
 
 
 def check_sampling(engine: CacheTune, settings: Mapping[str, Any]) -> None:

@@ -133,9 +133,14 @@ def _known() -> set[str]:
     return {name for name in vars(GenerationConfig()) if not name.startswith("_")} - {"transformers_version"}
 
 
+def setting_names() -> frozenset[str]:
+    """Names of all generation settings: those of transformers' GenerationConfig, and those that an answer has besides."""
+    return frozenset(_known().union(_FURTHER))
+
+
 def is_setting(name: str) -> bool:
     """Whether `prepare` takes an argument of this name, or refuses it with a reason of its own."""
-    return name in _known() or name in _FURTHER
+    return name in setting_names()
 
 
 def nearest(name: str, *further: Iterable[str], otherwise: str = "") -> str:

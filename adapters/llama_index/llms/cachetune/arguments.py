@@ -7,15 +7,13 @@ when the model is made is checked then.
 from __future__ import annotations
 
 import difflib
-import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from transformers import GenerationConfig
-
-from cachetune_rag import CacheTune, ConfigError
+from cachetune_rag import ConfigError
+from cachetune_rag.answering.generation_settings import setting_names
 from cachetune_rag.checking.nearest import hint
-from cachetune_rag.options import ENGINE_NAMES, STORE_NAMES, RequestOptions
+from cachetune_rag.options import FROM_PRETRAINED_NAMES, RequestOptions, check_names
 from cachetune_rag.reuse.config import resolve
 from cachetune_store.printing import shown
 
@@ -23,7 +21,7 @@ OTHER_NAMES = {"max_tokens": "max_new_tokens", "additional_kwargs": "generate_kw
 """What most other LLMs of the framework call an argument, and its name here."""
 
 _REQUEST = frozenset(RequestOptions.__annotations__)
-_SAMPLING = frozenset(name for name in vars(GenerationConfig()) if not name.startswith("_")) | {"seed"}
+_SAMPLING = setting_names()
 REQUEST_NAMES = _REQUEST | _SAMPLING | {"max_tokens"}
 """What a request takes by name, beside the variables of a chat template."""
 
@@ -91,13 +89,10 @@ def check_engine_kwargs(given: Mapping[str, Any]) -> None:
     Raises:
         ValueError: names the nearest there is.
     """
-    own = set(inspect.signature(CacheTune.from_pretrained).parameters) - {"cls", "model", "store", "options"}
-    known = own | set(ENGINE_NAMES) | set(STORE_NAMES)
-    for name in given:
-        if name not in known:
-            raise ValueError(
-                f"{shown(name)} in engine_kwargs is no argument of CacheTune.from_pretrained: {_hint(name, known)}"
-            )
+    try:
+        check_names(given, FROM_PRETRAINED_NAMES, "CacheTune.from_pretrained")
+    except ConfigError as error:
+        raise ValueError(f"engine_kwargs: {error}") from error
 
 
 def _hint(name: str, known: Iterable[str]) -> str:
