@@ -14,7 +14,7 @@ from pathlib import Path
 from .diskindex import DiskIndex
 from .documents import Documents
 from .errors import IndexDamagedError, IndexReplacedError, StoreVersionError
-from .files import TempFiles, make_directory, write_small
+from .files import TempFiles, make_directory, unreadable, write_small
 from .index import COMPLETE, Index
 from .keys import FORMAT_VERSION
 from .locks import locked, open_lock
@@ -30,6 +30,8 @@ __all__ = ["StoreDirectory"]
 _MOST_DESCRIPTION = 1 << 16
 """Longest store.json, in bytes, that is read."""
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
+_FOLDERS = ("chunks", "documents", "tmp")
+_LOCKS = ("index.lock", "claims.lock", "tmp/gate.lock")
 _log = logging.getLogger(__name__)
 
 
@@ -37,11 +39,17 @@ class StoreDirectory:
     """The directory `path`, made if missing, for this user's eyes only.
 
     It holds store.json (the format version), chunks/, documents/, index/, damaged/, tmp/ and a lock that is held while
-    the index is made or repaired. To open a store that is in order takes no lock. One that may be read only is read.
+    the index is made or repaired. To open a store that is in order takes no lock.
+
+    A store of which any part can't be written is read only, as a whole: to write one part and not the other would leave files and
+    index apart. The log says which part it is.
+
+    Attributes:
+        read_only: why nothing is written, with the part's path as its `filename`; None if all parts can be written.
 
     Raises:
-        OSError: it can't be made or read.
-        StorePathError: something else stands in a file's place.
+        OSError: it can't be made.
+        StorePathError: something else stands in a file's place, or a part can't be read.
         StoreVersionError: it holds a store of another format version.
     """
 
@@ -50,12 +58,20 @@ class StoreDirectory:
         make_directory(path)
         self.read_only = _refusal(path)
         self.temp = TempFiles(path / "tmp")
+        _check_readable(path)
         if self.read_only is not None:
+            # A store that lies where nothing may be written is opened so on purpose; of one with an odd part somebody should know.
+            _log.log(
+                logging.WARNING if os.access(path, os.W_OK) else logging.INFO,
+                "the store %s is only read: %s can't be written (%s). Nothing is stored, removed or repaired; to store, let this user "
+                "write that part and open the store again",
+                path,
+                self.read_only.filename or path,
+                self.read_only.strerror,
+            )
             self._id = _identify(path / "store.json") or ""
             self.index: Index = ReadOnlyIndex(path / "index")
             return
-        for name in ("chunks", "documents", "tmp"):
-            make_directory(path / name)
         self._id = _identify(path / "store.json") or self._describe()
         self.index = DiskIndex(path / "index")
 
@@ -151,14 +167,58 @@ class StoreDirectory:
 
 
 def _refusal(path: Path) -> OSError | None:
-    """Why nothing can be written into a store that is there; None if it can, or if there is none."""
+    """Why a part of a store that is there can't be written; None if all can, or if there is no store.
+
+    Chunks' own folders are not looked at: there may be hundreds, and the error of a write names its folder.
+    """
     try:
         open_lock(path / "lock").close()
+        for name in _FOLDERS:
+            make_directory(path / name)
+            _check_access(path / name, os.W_OK | os.X_OK)
+        for lock in _LOCKS:
+            open_lock(path / lock).close()
+        _check_access(path / "notes", os.W_OK | os.X_OK)  # made with the first note, as its lock is
+        _check_access(path / "notes" / "lock", os.W_OK)
+        # What stands in the index's place otherwise is replaced when the index is made.
+        if (path / "index").is_dir():
+            _check_access(path / "index", os.W_OK | os.X_OK)
+            for file in (path / "index").glob("cache.db*"):
+                _check_access(file, os.W_OK)
     except OSError as error:
         if error.errno not in _READ_ONLY or not (path / "store.json").exists():
             raise
         return error
     return None
+
+
+def _check_readable(path: Path) -> None:
+    """See that what requests read can be read, if it is there: otherwise the store would seem to be empty.
+
+    Raises:
+        StorePathError: a part can't be.
+    """
+    for name, mode in (("store.json", os.R_OK), ("chunks", os.R_OK | os.X_OK), ("documents", os.R_OK | os.X_OK)):
+        part = path / name
+        try:
+            _check_access(part, mode)
+        except OSError as error:
+            if error.errno in _READ_ONLY:
+                raise unreadable(error, part) from error
+
+
+def _check_access(path: Path, mode: int) -> None:
+    """See that this process may use what stands at `path`; nothing is changed.
+
+    Raises:
+        OSError: it may not; `filename` is the path.
+    """
+    if os.access(path, mode) or not os.path.lexists(path):
+        return
+    writes = bool(mode & os.W_OK)
+    read_only = writes and bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+    number = errno.EROFS if read_only else errno.EACCES
+    raise OSError(number, os.strerror(number), os.fspath(path))
 
 
 def _identify(path: Path) -> str | None:

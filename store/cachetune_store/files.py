@@ -52,7 +52,7 @@ def explain(error: OSError, path: Path | str) -> StoreError:
         return StorePathError(
             f"can't use {where} ({reason}); remove what stands there, or give the store another directory"
         )
-    return StorePathError(f"can't use {path} ({reason}); give the store a directory that this user can write")
+    return StorePathError(f"can't use {where} ({reason}); give the store a directory that this user can write")
 
 
 def unreadable(error: OSError, path: Path) -> StoreError:

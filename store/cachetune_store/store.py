@@ -56,7 +56,7 @@ class ChunkStore:
 
     Args:
         path: the store's directory, made if missing; ~ and $VARIABLES are filled in, and a relative path is taken from the
-            current directory, once. One that may only be read is read: nothing is stored then (`read_only`). None keeps
+            current directory, once. One of which any part can't be written is only read: nothing is stored then (`read_only`). None keeps
             everything in host memory only.
         codec: how new chunks are encoded; chunks of any registered codec are read.
         host_budget: bytes of host memory for chunks, an int or such as "4GiB"; 0 for none. On top
@@ -154,7 +154,7 @@ class ChunkStore:
         refusal = None if self._directory is None else self._directory.read_only
         if refusal is not None:
             raise StoreReadOnlyError(
-                f"the store {self.path} can only be read here ({refusal.strerror}): it answers from what it "
+                f"the store {self.path} can only be read here ({refusal.filename or self.path}: {refusal.strerror}): it answers from what it "
                 "has, and nothing is stored, removed or repaired. Open it where this user may write, or use another folder"
             )
 

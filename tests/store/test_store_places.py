@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 from store_samples import file_of, sample
@@ -184,3 +185,55 @@ def test_a_store_whose_folder_is_removed_while_open_says_so(tmp_path: Path) -> N
             sample(1).put(store)
         with pytest.raises(StorePathError, match="removed or renamed while it was open"):
             store.verify()
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["tmp", "tmp/gate.lock", "claims.lock", "lock", "index.lock", "index", "index/cache.db", "chunks", "documents"],
+)
+def test_a_store_of_which_a_part_cannot_be_written_is_only_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, part: str
+) -> None:
+    with ChunkStore(tmp_path) as store:
+        sample(0).put(store)
+        store.set_document("doc", [KEY])
+        store.settle_note("0" * 64, b"note")
+    refuse(monkeypatch, tmp_path / part, os.W_OK)
+    with caplog.at_level("WARNING", "cachetune_store"), ChunkStore(tmp_path, host_budget=0) as store:
+        assert store.read_only
+        with store.open(KEY) as reader:  # type: ignore[union-attr]
+            assert sample(0).matches(reader)
+        assert [info.id for info in store.documents()] == ["doc"]
+        with pytest.raises(StoreReadOnlyError, match=f"{tmp_path / part}: Permission denied"):
+            sample(1).put(store)
+    assert [f"{tmp_path / part} can't be written (Permission denied)" in line for line in caplog.messages] == [True]
+
+
+@pytest.mark.parametrize("part", ["store.json", "chunks", "documents"])
+def test_a_store_of_which_a_part_cannot_be_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """It would seem to be empty."""
+    with ChunkStore(tmp_path) as store:
+        sample(0).put(store)
+        store.set_document("doc", [KEY])
+    refuse(monkeypatch, tmp_path / part, os.R_OK | os.W_OK)
+    with pytest.raises(StorePathError, match=f"can't read {tmp_path / part} .*check .* permissions"):
+        ChunkStore(tmp_path)
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, part: Path, access: int) -> None:
+    """Take an access to a part of a store away, also from root, whom permissions do not stop."""
+    open_, access_ = os.open, os.access
+    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+    def opened(place: Any, flags: int, *args: Any, **options: Any) -> int:
+        if Path(place) == part and (access & os.R_OK or flags & writing):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+        return open_(place, flags, *args, **options)
+
+    def allowed(place: Any, mode: int, **options: Any) -> bool:
+        return not (Path(place) == part and mode & access) and access_(place, mode, **options)
+
+    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(os, "access", allowed)
