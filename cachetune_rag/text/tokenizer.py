@@ -11,7 +11,7 @@ import copy
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from cachetune_rag.concurrency.forks import this_process
@@ -100,6 +100,40 @@ class ContentTokenizer:
         ids = tuple(self._encode(text, after))
         self._remember((text, after), ids)
         return ids
+
+    def encode_many(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        """What `encode` gives for each text. Faster for many texts, and other threads run meanwhile: the tokenizer gives up Python's
+        lock. Nothing is remembered of them.
+
+        Raises:
+            PromptError: see `encode`.
+        """
+        self.check_process()
+        for text in texts:
+            check_text(text)
+        before = INSIDE if self._adds_space else ""
+        head = self._raw(before, special=False) if before else []
+        # Where `_continue` takes something else to put before a text, or a text has to be cut, it is done one by one.
+        plain = [number for number, text in enumerate(texts) if text and len(self._cut(text)) == 1]
+        found: dict[int, tuple[int, ...]] = {}
+        if plain:
+            with self._lock:
+                encoded = self.tokenizer(
+                    [before + texts[number] for number in plain],
+                    add_special_tokens=False,
+                    split_special_tokens=True,
+                    padding=False,
+                    truncation=False,
+                    verbose=False,
+                )["input_ids"]
+            for number, ids in zip(plain, encoded, strict=True):
+                own = ids[len(head) :]
+                if ids[: len(head)] == head and self.control.isdisjoint(own):
+                    found[number] = tuple(own)
+        return [
+            found[number] if number in found else tuple(self._encode(text, INSIDE) if text else ())
+            for number, text in enumerate(texts)
+        ]
 
     def _remember(self, key: tuple[str, str], ids: tuple[int, ...]) -> None:
         if len(ids) > _REMEMBERED_IDS // 8:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -446,15 +446,33 @@ class ChunkStore:
             found.append(DocumentInfo(doc_id, tenant, keys, len(sizes), sum(sizes)))
         return sorted(found, key=lambda info: info.id)
 
-    def texts(self, *, namespace: Namespace | None = None) -> Iterator[tuple[ChunkKey, str, int]]:
-        """Key, text and token count of every chunk stored with its text; only those of `namespace`, if given.
+    def texts(
+        self, *, namespace: Namespace | None = None, keys: Iterable[ChunkKey] | None = None
+    ) -> Iterator[tuple[ChunkKey, str, int]]:
+        """Key, text and token count of every chunk stored with its text; only those of `namespace`, and of `keys`, if given.
 
         A chunk that had to make room is among them as long as a document holds it.
         """
         self._check_open()
         if namespace is not None:
             check_kind(namespace, Namespace, "namespace", "use a Namespace, or None for all")
-        return self._texts(None if namespace is None else namespace.digest)
+        wanted = None if namespace is None else namespace.digest
+        return self._texts(wanted) if keys is None else self._texts_of(check_keys(keys), wanted)
+
+    def text_keys(self) -> list[ChunkKey]:
+        """The keys of all chunks stored with their texts, of whatever namespace; far quicker than `texts`, for it reads no text."""
+        self._check_open()
+        names = self._repair.healed(lambda: list(self.index.names("text/")))
+        return [ChunkKey(name.removeprefix("text/")) for name in names]
+
+    def _texts_of(self, keys: Sequence[ChunkKey], wanted: str | None) -> Iterator[tuple[ChunkKey, str, int]]:
+        for key in keys:
+            record = self._text_record(key)
+            if record is not None and (wanted is None or record["namespace"] == wanted):
+                yield key, record["text"], record["tokens"]
+
+    def _text_record(self, key: ChunkKey) -> Any:
+        return self._repair.healed(lambda: self.index.get(f"text/{key}"))
 
     def _texts(self, wanted: str | None) -> Iterator[tuple[ChunkKey, str, int]]:
         last = "text/"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from store_samples import file_of, flip, sample
 
-from cachetune_store import ChunkStore, UnknownDocumentError
+from cachetune_store import ChunkStore, StoreArgumentError, UnknownDocumentError
 
 
 @pytest.fixture(params=["disk", "memory"])
@@ -117,6 +117,16 @@ def test_texts_are_given_with_their_tokens(store: ChunkStore) -> None:
     assert {text: (key, tokens) for key, text, tokens in store.texts()} == {
         f"text {seed}": (KEYS[seed], 150) for seed in range(4)
     }
+
+
+def test_texts_of_some_chunks(store: ChunkStore) -> None:
+    assert sorted(map(str, store.text_keys())) == sorted(map(str, KEYS[:4]))
+    wanted = [KEYS[2], sample(77).key, KEYS[0]]
+    assert [text for _, text, _ in store.texts(keys=wanted)] == ["text 2", "text 0"]
+    assert list(store.texts(keys=wanted, namespace=sample(0, tenant="another").namespace)) == []
+    assert list(store.texts(keys=[])) == []
+    with pytest.raises(StoreArgumentError, match="chunk key"):
+        store.texts(keys=["text"])  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize("text", ["ünï \0 \ud800 日本", "x" * 100_000])
