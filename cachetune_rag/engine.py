@@ -18,7 +18,7 @@ import torch
 from cachetune_rag.answering.answer import Answer
 from cachetune_rag.answering.many import answer_many
 from cachetune_rag.answering.stream import AnswerStream
-from cachetune_rag.checking.arguments import check_flag, check_wait
+from cachetune_rag.checking.arguments import check_count, check_flag, check_wait, is_count
 from cachetune_rag.chunks.precompute import Progress
 from cachetune_rag.errors import CacheTuneError, ConfigError
 from cachetune_rag.measuring.calibration.calibrator import RATIOS, CalibrationPlan, CalibrationProgress, Calibrator
@@ -430,16 +430,10 @@ class CacheTune:
             ConfigError: there is no such selector, or a number of tokens is none.
         """
         self.runtime.lifetime.check()
-        if (
-            isinstance(computed_tokens, bool)
-            or not isinstance(computed_tokens, int)
-            or not 0 < computed_tokens < 1 << 31
-        ):
-            raise ConfigError(
-                f"computed_tokens is {shown(computed_tokens)}: use a number of tokens, an int of at least 1."
-            )
+        most = (1 << 31) - 1
+        check_count(computed_tokens, "computed_tokens", "a number of tokens, an int of at least 1", most=most)
         sequence = isinstance(prompt_lengths, Sequence) and not isinstance(prompt_lengths, str | bytes)
-        if not sequence or not all(type(length) is int and 0 < length < 1 << 31 for length in prompt_lengths):
+        if not sequence or not all(is_count(length, 1, most) for length in prompt_lengths):
             raise ConfigError(
                 f"prompt_lengths is {shown(prompt_lengths)}: use a list of numbers of tokens, ints of at least 1; [] for none."
             )

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Self, TypedDict
 
-from cachetune_rag.checking.nearest import hint
+from cachetune_rag.checking.arguments import hint
 from cachetune_rag.errors import ConfigError
 from cachetune_store.printing import shown
 

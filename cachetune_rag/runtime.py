@@ -14,6 +14,7 @@ from cachetune_rag.answering.admission import Admission
 from cachetune_rag.answering.executor import Executor
 from cachetune_rag.answering.listeners import BackfillListener
 from cachetune_rag.answering.plain_prompts import PlainPrompts
+from cachetune_rag.checking.arguments import check_tenant
 from cachetune_rag.chunks.backfill import MissedChunks
 from cachetune_rag.chunks.found_watch import FoundWatch
 from cachetune_rag.chunks.lead_ins import LeadIns, given_lead_ins
@@ -47,20 +48,6 @@ from cachetune_store.printing import shown
 from cachetune_store.units import parse_bytes
 
 _log = logging.getLogger(__name__)
-
-
-def check_tenant(tenant: object) -> None:
-    """Refuse a tenant's name that is no string, or no valid Unicode.
-
-    Raises:
-        ConfigError: says which.
-    """
-    if not isinstance(tenant, str):
-        raise ConfigError(f'tenant is {shown(tenant)}: use a string, "" for the only one there is.')
-    try:
-        tenant.encode()
-    except UnicodeEncodeError:
-        raise ConfigError(f"tenant is {shown(tenant)}, which is no valid Unicode: use another name.") from None
 
 
 class Runtime:

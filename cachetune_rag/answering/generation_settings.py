@@ -13,8 +13,7 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationConfig
 
-from cachetune_rag.checking.arguments import is_iterable
-from cachetune_rag.checking.nearest import hint
+from cachetune_rag.checking.arguments import hint, is_iterable
 from cachetune_rag.errors import ConfigError
 from cachetune_store.printing import shown
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from cachetune_rag.checking.arguments import is_count
 from cachetune_rag.concurrency.deadline import Call, call_directly
 from cachetune_rag.concurrency.forks import this_process
 from cachetune_rag.errors import ConfigError
@@ -336,17 +337,13 @@ def given_lead_ins(
         if (
             isinstance(lead, str | bytes | bytearray)
             or not isinstance(lead, Sequence)
-            or not all(_is_id(i, vocabulary) for i in lead)
+            or not all(is_count(i, 0, vocabulary - 1) for i in lead)
         ):
             raise ConfigError(
                 f"lead_in is {shown(lead_in)}: use 'auto', 'first_token', a list of token ids from 0 to {vocabulary - 1}, or a "
                 "list of such lists."
             )
     return tuple(tuple(lead) for lead in leads)
-
-
-def _is_id(value: Any, vocabulary: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocabulary
 
 
 def _stretches(ids: Lead) -> frozenset[bytes]:
@@ -371,7 +368,9 @@ def _decode(content: bytes, base: Namespace, vocabulary: int) -> Namespace | Non
         leads = record["lead_ins"]
         if record["format"] != _FORMAT or not 0 < len(leads) <= _MOST_LEADS:
             return None
-        if not all(0 < len(lead) <= _MOST_LENGTH and all(_is_id(i, vocabulary) for i in lead) for lead in leads):
+        if not all(
+            0 < len(lead) <= _MOST_LENGTH and all(is_count(i, 0, vocabulary - 1) for i in lead) for lead in leads
+        ):
             return None
         found = replace(base, lead_ins=leads)
         return found if found.digest == record["digest"] else None

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cachetune_rag.checking.arguments import check_callback, check_flag, is_iterable
+from cachetune_rag.checking.arguments import check_callback, check_count, check_flag, is_iterable
 from cachetune_rag.chunks.lead_ins import MOST_TOKENS, Lead, LeadIns
 from cachetune_rag.chunks.mean_capture import MeanCapture
 from cachetune_rag.chunks.owners import ChunkToStore, Owners
@@ -96,8 +96,7 @@ class Precomputer:
         stored: Callable[[ChunkKey, str], None],
         check: Callable[[str], None] = lambda _: None,
     ):
-        if isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 0:
-            raise ConfigError(f"batch_tokens is {shown(batch_tokens)}: use an int, 0 for one chunk at a time.")
+        check_count(batch_tokens, "batch_tokens", "an int, 0 for one chunk at a time", least=0)
         self._adapter, self._store, self._lead_ins = adapter, store, lead_ins
         self._encode, self._lock, self._batch_tokens, self._stored = encode, lock, batch_tokens, stored
         self._check = check

@@ -101,8 +101,8 @@ class StoreRecognizer:
             with self._lock:
                 if self._reading or time.monotonic() < self._due:
                     return
-                revision = self._store.revision() if hasattr(self._store, "revision") else None
-                if revision is not None and revision == self._revision:
+                revision = self._store.revision()
+                if revision == self._revision:
                     return
                 later = self._read and self._took > _PATIENCE
                 self._read = self._reading = True

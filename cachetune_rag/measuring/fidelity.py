@@ -15,15 +15,14 @@ import numpy as np
 import torch
 
 from cachetune_rag.answering.request import Finished, RequestListener
+from cachetune_rag.checking.arguments import check_share
 from cachetune_rag.concurrency.forks import this_process
 from cachetune_rag.concurrency.model_lock import ModelLock
-from cachetune_rag.errors import ConfigError
 from cachetune_rag.measuring.divergence import Divergence, kl_divergence
 from cachetune_rag.measuring.teacher import rewind, teacher_forced
 from cachetune_rag.model import ModelAdapter
 from cachetune_rag.model.family.taps import StopForward
 from cachetune_rag.report import Report
-from cachetune_store.printing import shown
 
 if TYPE_CHECKING:
     from cachetune_rag.reuse.state import PrefillState
@@ -93,10 +92,7 @@ class FidelitySampler(RequestListener):
     """
 
     def __init__(self, share: Any, adapter: ModelAdapter, lock: ModelLock, check: Callable[[], None] = lambda: None):
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-            raise ConfigError(
-                f"fidelity_sample is {shown(share)}: use a share of the requests, a number from 0 (none) to 1 (all)."
-            )
+        check_share(share, "fidelity_sample", "a share of the requests, a number from 0 (none) to 1 (all)")
         self._share, self._adapter, self._model, self._check = float(share), adapter, lock, check
         self._mutex = threading.Lock()
         self._pending: deque[_Sample] = deque()

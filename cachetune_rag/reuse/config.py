@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from cachetune_rag.checking.arguments import check_share
 from cachetune_rag.errors import ConfigError
 from cachetune_rag.selection import get_selector, names, selector_names
 from cachetune_store import Namespace
@@ -59,8 +60,5 @@ def resolve(selector: Any, ratio: Any, auto: ReuseConfig = AUTO) -> ReuseConfig:
     get_selector(selector)
     if isinstance(ratio, str) and ratio == "auto":
         return ReuseConfig(selector, auto.ratio, tunable=True)
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
-        raise ConfigError(
-            f"ratio is {shown(ratio)}: use 'auto' or a number from 0 (recompute nothing) to 1 (everything)."
-        )
+    check_share(ratio, "ratio", "'auto' or a number from 0 (recompute nothing) to 1 (everything)")
     return ReuseConfig(selector, float(ratio))

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
+from cachetune_rag.checking.arguments import check_count
 from cachetune_rag.errors import ConfigError
 from cachetune_store.printing import shown
 
@@ -38,10 +39,7 @@ class Splitter:
     def __init__(self, count: Callable[[str], int], chunk_tokens: int = DEFAULT_CHUNK_TOKENS):
         if not callable(count):
             raise ConfigError(f"count is {shown(count)}: use a function that gives the number of tokens of a text.")
-        if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < MIN_CHUNK_TOKENS:
-            raise ConfigError(
-                f"chunk tokens is {shown(chunk_tokens)}: use {MIN_CHUNK_TOKENS} or more (512 is a good size)."
-            )
+        check_count(chunk_tokens, "chunk tokens", f"{MIN_CHUNK_TOKENS} or more (512 is a good size)", MIN_CHUNK_TOKENS)
         self._count, self._limit = count, chunk_tokens
 
     def split(self, text: str) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from cachetune_rag.checking.arguments import check_callback
+from cachetune_rag.checking.arguments import check_callback, check_count, is_number
 from cachetune_rag.errors import CacheTuneError, ConfigError
 from cachetune_rag.measuring.bench import Bench
 from cachetune_rag.measuring.calibration.result import Calibration, RatioFigures, choose
@@ -30,7 +30,6 @@ BOUNDS = {"kl": 0.05, "top1": 0.95}
 """Bounds where none is given: nats a token, and share of tokens. A choice, not a finding."""
 MAX_TOKENS = 1024
 
-_LARGEST = sys.float_info.max
 _log = logging.getLogger(__name__)
 
 
@@ -84,11 +83,10 @@ class CalibrationPlan:
         if not isinstance(measure, str) or measure not in BOUNDS:
             raise ConfigError(f"measure is {shown(measure)}: use 'kl' or 'top1'.")
         bound = BOUNDS[measure] if bound is None else bound
-        most = math.inf if measure == "kl" else 1.0
-        if not _is_number(bound) or not 0 <= bound <= most or bound > _LARGEST:
+        if not is_number(bound, 0, sys.float_info.max if measure == "kl" else 1):
             allowed = "nats a token, at least 0" if measure == "kl" else "a share of tokens from 0 to 1"
             raise ConfigError(f"bound is {shown(bound)} for measure {shown(measure)}: use {allowed}.")
-        if quantile is not None and not (_is_number(quantile) and 0 < quantile <= 1):
+        if quantile is not None and not (is_number(quantile, 0, 1) and quantile):
             raise ConfigError(
                 f"quantile is {shown(quantile)}: use a share of the samples above 0, up to 1, or None (the mean)."
             )
@@ -100,8 +98,7 @@ class CalibrationPlan:
         ):
             raise ConfigError(f"ratios is {shown(ratios)}: use a list of at least one number from 0 to 1.")
         checked = sorted({resolve(selector, ratio).ratio for ratio in ratios})
-        if isinstance(tokens, bool) or not isinstance(tokens, int) or not 1 <= tokens <= MAX_TOKENS:
-            raise ConfigError(f"tokens is {shown(tokens)}: use an int from 1 to {MAX_TOKENS}.")
+        check_count(tokens, "tokens", f"an int from 1 to {MAX_TOKENS}", 1, MAX_TOKENS)
         return cls(measure, float(bound), quantile, selector, tuple(checked), tokens)
 
 
@@ -225,7 +222,3 @@ def _statistic(values: Sequence[float], quantile: float | None) -> float:
     if quantile is None:
         return float(np.mean(values))
     return float(np.quantile(values, quantile, method="inverted_cdf"))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 
+from cachetune_rag.checking.arguments import is_number
 from cachetune_rag.chunks.lead_ins import LeadIns
 from cachetune_rag.measuring.calibration.result import Calibration
 from cachetune_rag.measuring.profiles import Profiles
@@ -48,9 +49,7 @@ class SavedCalibrations:
         """
         content = self._profiles.load(KIND, self._key(resolve(selector, 0).selector, namespace))
         ratio = None if content is None else content.get("ratio")
-        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
-            return None
-        return float(ratio)
+        return float(ratio) if is_number(ratio, 0, 1) else None
 
     def _key(self, selector: str, namespace: Namespace | None = None) -> dict[str, str]:
         """What a calibrated ratio depends on; the namespace is model, tokenizer, dtype, lead-in and tenant."""

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from cachetune_rag.checking.arguments import is_number
 from cachetune_rag.measuring.tuning.cost import CostModel
 
 
@@ -80,7 +81,7 @@ class TierTuning:
         fields["cost"] = CostModel(**fields["cost"])
         fields["points"] = tuple(Point(**{**p, "samples": tuple(p["samples"])}) for p in fields["points"])
         numbers = [fields[name] for name in ("ratio", "skipped", "ttft", "full", "r_min", "r_max")]
-        if not all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers):
+        if not all(map(is_number, numbers)):
             raise TypeError("a number is none")
         tuning = cls(**fields)
         if not 0 <= tuning.skipped <= tuning.ratio <= 1:

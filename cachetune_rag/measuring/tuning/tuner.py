@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from cachetune_rag.checking.arguments import check_callback
+from cachetune_rag.checking.arguments import check_callback, check_count, check_share
 from cachetune_rag.errors import ConfigError
 from cachetune_rag.measuring.bench import Bench
 from cachetune_rag.measuring.tuning.cost import CostModel
@@ -86,14 +86,13 @@ class TuningPlan:
         name = resolve(selector, 0).selector
         if not get_selector(name).uses_ratio:
             raise ConfigError(f"selector {shown(name)} goes by no ratio, so there is none to find: use another.")
-        for label, share in (("r_min", r_min), ("r_max", r_max)):
-            if not _is_share(share) and not (share is None and label == "r_min"):
-                raise ConfigError(f"{label} is {shown(share)}: use a number from 0 to 1.")
+        if r_min is not None:
+            check_share(r_min, "r_min")
+        check_share(r_max, "r_max")
         if r_min is not None:
             _check_order(r_min, r_max)
         for label, count in (("rounds", rounds), ("tokens", tokens)):
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise ConfigError(f"{label} is {shown(count)}: use a whole number, at least 1.")
+            check_count(count, label, "a whole number, at least 1")
         return cls(tier, name, r_min, float(r_max), rounds, tokens)
 
 
@@ -231,10 +230,6 @@ def block_steps(tokens: int, selected: float) -> tuple[float, ...]:
     """
     shares = (1 - kept / tokens for kept in range((tokens - 1) // BLOCK_ROWS * BLOCK_ROWS, 0, -BLOCK_ROWS))
     return tuple(round(selected + math.ceil(share * 1e4 - 1e-6) / 1e4, 6) for share in shares)
-
-
-def _is_share(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def _check_order(r_min: float, r_max: float) -> None:

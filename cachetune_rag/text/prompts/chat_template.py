@@ -11,7 +11,7 @@ from jinja2 import Environment, TemplateError, meta, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 
-from cachetune_rag.checking.nearest import hint
+from cachetune_rag.checking.arguments import hint
 from cachetune_rag.errors import PromptError
 from cachetune_rag.text.prompts.chat_messages import Message, layouts
 from cachetune_rag.text.prompts.chat_run import ChatRun

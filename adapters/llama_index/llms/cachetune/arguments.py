@@ -12,7 +12,7 @@ from typing import Any
 
 from cachetune_rag import ConfigError
 from cachetune_rag.answering.generation_settings import setting_names
-from cachetune_rag.checking.nearest import hint
+from cachetune_rag.checking.arguments import hint
 from cachetune_rag.options import FROM_PRETRAINED_NAMES, RequestOptions, check_names
 from cachetune_rag.reuse.config import resolve
 from cachetune_store.printing import shown
