@@ -24,6 +24,8 @@ from cachetune_rag.cli.precompute import EPILOG as PRECOMPUTE_EPILOG
 from cachetune_rag.cli.precompute import precompute
 from cachetune_rag.cli.prune import EPILOG as PRUNE_EPILOG
 from cachetune_rag.cli.prune import prune
+from cachetune_rag.cli.serve import ANYTHING, serve
+from cachetune_rag.cli.serve import EPILOG as SERVE_EPILOG
 from cachetune_rag.cli.stats import EPILOG as STATS_EPILOG
 from cachetune_rag.cli.stats import stats
 from cachetune_rag.cli.tune import EPILOG as TUNE_EPILOG
@@ -80,16 +82,18 @@ app = typer.Typer(
 )
 
 
-def _add(command: Callable[..., None], epilog: str) -> None:
+def _add(command: Callable[..., None], epilog: str, settings: dict[str, Any] | None = None) -> None:
     # Help keeps single line ends, so a docstring's paragraphs have to become lines for the terminal to wrap.
     paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
-    app.command(help="\n\n".join(" ".join(p.split()) for p in paragraphs), epilog=epilog)(command)
+    text = "\n\n".join(" ".join(p.split()) for p in paragraphs)
+    app.command(help=text, epilog=epilog, context_settings=settings)(command)
 
 
 _add(precompute, PRECOMPUTE_EPILOG)
 _add(ask, ASK_EPILOG)
 _add(calibrate, CALIBRATE_EPILOG)
 _add(tune, TUNE_EPILOG)
+_add(serve, SERVE_EPILOG, ANYTHING)
 _add(stats, STATS_EPILOG)
 _add(verify, VERIFY_EPILOG)
 _add(remove, REMOVE_EPILOG)

@@ -1,4 +1,4 @@
-"""Host memory for rows. It is page-aligned, so that files can be read into it without a copy."""
+"""Host memory for rows: page-aligned, so that files can be read into it without a copy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from . import pinning
 __all__ = ["PAGE", "SlabPool", "memory_of", "private_pages", "round_up"]
 
 PAGE = 4096
-"""All that is read from or written to a chunk file in one piece begins at a multiple of so many bytes."""
+"""Alignment, in bytes, of everything that is read from or written to a chunk file as a unit."""
 _HUGE = 2 << 20
 
 
@@ -32,24 +32,24 @@ def memory_of(tensor: Tensor) -> memoryview:
 
 
 def private_pages(size: int) -> mmap.mmap:
-    """`size` bytes of zeros that begin on a page. They are private, so that a forked process can't write into its parent's rows."""
+    """`size` bytes of zeros that begin on a page. Private: a forked process must not write into its parent's rows."""
     area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if size >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        # With huge pages, the first read causes far fewer page faults, and the disk has fewer pieces to fill.
+        # Far fewer page faults while the first read fills the memory, and fewer pieces for the disk to fill.
         area.madvise(mmap.MADV_HUGEPAGE)
     return area
 
 
 class SlabPool:
-    """Gives out page-aligned host memory, and keeps memory that is no longer used for later calls.
+    """Gives out page-aligned host memory, and keeps what comes back for the next one who asks.
 
-    Touching new memory for the first time takes longer than filling it from a disk, and page-locking it takes longer still. Memory
-    comes back when no tensor uses it any more. A GPU may still be copying from it then, so page-locked memory is given out again
-    only after all copies have ended.
+    Memory that is new to the process costs more to touch than a disk costs to fill it, and page-locking it costs more
+    still. A piece comes back when no tensor sees it any more. A GPU may then still be copying from it, so page-locked
+    memory is given out again only after all copies are done.
 
     Args:
         pinned: whether to give out page-locked memory.
-        limit: most bytes of unused memory that are kept.
+        limit: bytes kept at most while nobody uses them.
     """
 
     def __init__(self, *, pinned: bool, limit: int) -> None:
@@ -57,12 +57,12 @@ class SlabPool:
         self._limit = limit
         self._idle: dict[int, list[mmap.mmap]] = {}
         self._returned: deque[mmap.mmap] = deque()
-        # Reentrant, because the garbage collector may give memory back inside a method of this pool.
+        # Reentrant, because memory may come back while the collector runs inside a method of this pool.
         self._lock = threading.RLock()
         self._process = os.getpid()
 
     def allocate(self, count: int) -> Tensor:
-        """A uint8 tensor of `count` bytes that begins on a page. Its contents are arbitrary."""
+        """A uint8 tensor of `count` bytes that begins on a page; contents are arbitrary."""
         size = self.size_of(count)
         area = self._take(size)
         if area is None:
@@ -73,25 +73,23 @@ class SlabPool:
                 start = -raw.data_ptr() % PAGE
                 return raw[start : start + count]
         array = np.frombuffer(area, dtype=np.uint8)
-        # The array lives as long as any view of the tensor.
+        # The array lives as long as any view of the tensor does.
         weakref.finalize(array, self._give_back, area).atexit = False
         return torch.from_numpy(array)[:count]
 
     def size_of(self, count: int) -> int:
-        """Bytes that allocate() takes for `count`. They are rounded to a few sizes, so that memory can be used again."""
+        """Bytes that allocate() really takes for `count`: few different sizes, so that memory finds new users."""
         return round_up(count, max(PAGE, 1 << max(0, count.bit_length() - 4)))
 
     @property
     def idle_bytes(self) -> int:
-        """Bytes of unused memory that are kept now."""
+        """Bytes kept for reuse now."""
         with self._lock:
             return sum(map(len, list(self._returned))) + sum(size * len(areas) for size, areas in self._idle.items())
 
     def settle(self) -> None:
-        """Make memory that came back ready to be given out again. Call it while the GPU is idle.
-
-        Page-locked memory has to wait for the GPU. If the process uses several GPUs, nothing is done here, because another one may
-        be busy: the next call that needs memory waits instead.
+        """Make what came back ready to be given out, when the GPU has nothing to do: page-locked memory waits for it. Where the
+        process uses several GPUs that is left to who asks for memory, for another one may be at work.
         """
         if self._process != os.getpid():
             return
@@ -100,7 +98,7 @@ class SlabPool:
                 self._settle()
 
     def clear(self) -> None:
-        """Give unused memory back to the system, and keep none from now on."""
+        """Give idle memory back to the system, and keep none from now on."""
         with self._lock:
             self._limit = 0
             self._settle()
@@ -113,9 +111,9 @@ class SlabPool:
             return areas.pop() if areas else None
 
     def _give_back(self, area: mmap.mmap) -> None:
-        # The garbage collector may call this anywhere. So page-locked memory is only queued: freeing it has to wait for the GPU,
-        # which the next call that needs memory does. The lock is not taken, because its holder may be waiting for the capture of a
-        # CUDA graph inside which this runs. In a process that was forked off since, the lock may stay held for ever.
+        # May run anywhere, in the collector. So page-locked memory only lines up here: freeing it means waiting for the
+        # GPU, which is done when somebody next asks for memory. Without the lock: its holder may be waiting for a
+        # CUDA graph's capture to end, and this may run inside that capture. In a process forked off since, a thread that is not there may hold it for ever.
         if self._process != os.getpid():
             return
         self._returned.append(area)
@@ -124,12 +122,12 @@ class SlabPool:
                 self._settle()
 
     def _settle(self) -> None:
-        """Make memory that came back ready to be given out, and free what exceeds the limit."""
+        """Make what came back ready to be given out, and free what is too much."""
         returned = [self._returned.popleft() for _ in range(len(self._returned))]
         if self.pinned and returned:
             pinning.wait_for_copies()
         for area in returned:
-            # A size that comes back moves to the end, so the sizes at the front are those that nobody uses any more.
+            # A size that comes back moves to the end, so the front is what nobody asks for any more.
             areas = self._idle.pop(len(area), [])
             areas.append(area)
             self._idle[len(area)] = areas

@@ -1,4 +1,4 @@
-"""The check of one chunk file."""
+"""Checking one chunk file."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["CheckedFile", "check_file"]
 
 @dataclass(frozen=True)
 class CheckedFile:
-    """A file that passed its check.
+    """A healthy file.
 
     Attributes:
-        head: all of the chunk except its rows.
-        size: bytes of the file.
+        head: all of the chunk but its rows.
+        size: the file's bytes.
         modified: when it was last changed, in seconds since the epoch.
     """
 
@@ -32,7 +32,7 @@ class CheckedFile:
 
 
 def check_file(key: ChunkKey, file: RawFile, pool: SlabPool, *, full: bool) -> CheckedFile | None:
-    """Check the file of `key` (all of it, or only its head) and close it. None if it needs a codec that isn't registered.
+    """Check the file of `key`, all of it or the head only, and close it. None if it needs a codec not loaded here.
 
     Raises:
         DamagedChunkError: it fails a check.

@@ -1,8 +1,7 @@
-"""XXH3 checksums, computed without releasing the interpreter's lock.
+"""XXH3 checksums, taken without giving up the interpreter's lock.
 
-xxhash releases the lock when it gets more than 64 KiB in one call. A thread hashes a block in a few microseconds, but would then wait
-much longer to get the lock back, with the disk idle. Eight threads reading 500 KiB at a time got 1.0 GB/s that way, from a disk that
-gives 1.6 GB/s.
+xxhash gives it up for more than 64 KiB at a time. Threads that read a chunk hash a block in a few microseconds, and would then wait
+much longer for the lock, with the disk idle meanwhile: eight of them reading 500 KiB at a time got 1.0 GB/s of a disk that gives 1.6.
 """
 
 from __future__ import annotations

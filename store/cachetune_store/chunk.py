@@ -1,4 +1,4 @@
-"""A chunk in host memory: its head (all except the rows), and its rows, which lie as in the file."""
+"""A chunk in host memory: its head (everything but the rows) and its rows, laid out as in the file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BLOCK_ROWS = 64
 
 @dataclass(frozen=True)
 class SlabPlan:
-    """Where the rows of each layer lie in a chunk's slab. The slab is the last part of the chunk's file, byte for byte.
+    """Where the rows of each layer lie in a chunk's slab, which is the tail of its file, byte for byte.
 
     Attributes:
         rows: how the rows of each layer lie.
@@ -55,14 +55,14 @@ def plan_slab(layout: ChunkLayout) -> SlabPlan:
 
 @lru_cache(maxsize=256)
 def block_ends(layout: ChunkLayout, block_rows: int) -> tuple[tuple[int, ...], ...]:
-    """For each layer, the bytes from its beginning at which its blocks of rows begin, and at which the last one ends."""
+    """For each layer, where its blocks of rows begin, in bytes from the layer's beginning, and where the last one ends."""
     rows = [min(layout.tokens, start) for start in range(0, layout.tokens + block_rows, block_rows)]
     return tuple(tuple(map(form.size, rows)) for form in plan_slab(layout).rows)
 
 
 @dataclass(frozen=True, eq=False)
 class ChunkHead:
-    """All of a chunk except its rows.
+    """Everything of a chunk but its rows.
 
     Attributes:
         order: int64 [tokens]; row i holds token order[i].
@@ -70,9 +70,9 @@ class ChunkHead:
         token_ids: int64 [tokens], in token order.
         checksums: uint64 [layers, blocks], xxh3_64 of each block of rows.
         deviations: float16 [tokens, layout.deviation_columns], in token order: how far keys and values were apart behind
-            different lead-ins; None if there was only one. Each layer has a column for the keys of each head, and then one for
-            the values of each head.
-        text: the chunk's text, if it was given.
+            different lead-ins; None where there was one only. Layer by layer, a column for the keys of each head, then one
+            for the values of each.
+        text: what the tokens spell, if it was given.
     """
 
     key: ChunkKey
@@ -88,11 +88,11 @@ class ChunkHead:
 
     @cached_property
     def plan(self) -> SlabPlan:
-        """Where the rows lie in the slab."""
+        """Where the rows lie."""
         return plan_slab(self.layout)
 
     def host_bytes(self, pool: SlabPool) -> int:
-        """Bytes of host memory that a chunk with this head takes: its slab, from `pool`, and its deviations."""
+        """What a chunk with this head takes of host memory: its slab, from `pool`, and the deviations."""
         beside = 0 if self.deviations is None else self.deviations.nbytes
         return pool.size_of(self.plan.total) + (pool.size_of(beside) if beside and pool.pinned else beside)
 
@@ -102,9 +102,9 @@ class Chunk:
     """A whole chunk.
 
     Attributes:
-        head: all except the rows.
+        head: all but the rows.
         slab: uint8 [plan.total], page-aligned.
-        host_bytes: bytes of host memory that the chunk takes.
+        host_bytes: what the chunk takes of host memory.
         layers: views of the slab, uint8 [bytes of the layer's rows] each.
     """
 
@@ -123,12 +123,12 @@ class Chunk:
 
     @cached_property
     def addresses(self) -> tuple[int, ...]:
-        """The address at which each layer begins."""
+        """Where each layer begins in memory."""
         return tuple(layer.data_ptr() for layer in self.layers)
 
 
 def in_pool(head: ChunkHead, pool: SlabPool) -> ChunkHead:
-    """The head, with its deviations copied to memory of their own. If the pool is page-locked, that memory is, so that a GPU can fetch it."""
+    """The head with its deviations in memory of their own; of the pool, if that is page-locked: a GPU then fetches them by itself."""
     if head.deviations is None:
         return head
     if not pool.pinned:
@@ -144,7 +144,7 @@ def layer_views(layout: ChunkLayout, slab: Tensor) -> tuple[Tensor, ...]:
 
 @lru_cache(maxsize=256)
 def _pieces(layout: ChunkLayout) -> list[int]:
-    """Bytes of a layer's rows and of the padding behind them, for each layer."""
+    """Bytes of each layer's rows and of the padding behind them, in turn."""
     plan = plan_slab(layout)
     ends = (*plan.offsets[1:], plan.total)
     sizes = [form.size(layout.tokens) for form in plan.rows]
@@ -152,7 +152,7 @@ def _pieces(layout: ChunkLayout) -> list[int]:
 
 
 def clear_padding(layout: ChunkLayout, slab: Tensor) -> None:
-    """Set the bytes between layers to zero, so that equal chunks make equal files."""
+    """Zero the bytes between layers, so that equal chunks are equal files."""
     memory, at = slab.numpy(), 0
     for number, size in enumerate(_pieces(layout)):
         if number % 2 and size:
@@ -161,10 +161,10 @@ def clear_padding(layout: ChunkLayout, slab: Tensor) -> None:
 
 
 def ranking_order(scores: Tensor) -> Tensor:
-    """The token of each row, int64 [tokens], by ascending score. Of tokens with equal scores, the one with the larger index comes first.
+    """Token of each row, int64 [tokens]: ascending score, ties to the larger index first.
 
-    This is the ranking (descending score, smaller index first) read backwards. So the tokens that are reused at any ratio are the
-    first rows.
+    So the last rows are the top of the ranking "descending score, ties to the smaller index", read backwards, and the
+    tokens left over for any ratio are the first rows.
     """
     return torch.sort(scores, descending=True, stable=True).indices.flip(0)
 
@@ -181,10 +181,10 @@ def encode_chunk(
     pool: SlabPool,
     deviations: Tensor | None = None,
 ) -> Chunk:
-    """A chunk of these keys and values, encoded, its rows in ranking order. Arguments are those of ChunkStore.put().
+    """The chunk of these keys and values, encoded and put in ranking order; arguments as for ChunkStore.put().
 
     Raises:
-        StoreArgumentError: shapes, dtypes and key don't fit each other.
+        StoreArgumentError: shapes, dtypes or key don't belong together.
         NonFiniteError: a score or deviation is NaN or infinite, or the codec can't store a value.
     """
     layout = _check(key, layers, namespace, token_ids, codec)
@@ -248,7 +248,7 @@ def _check(
     codec: str,
 ) -> ChunkLayout:
     check_key(key)
-    wanted_key = make_key(namespace, token_ids)  # checks both
+    wanted_key = make_key(namespace, token_ids)  # which looks at both
     tokens = len(token_ids)
     check_kind(layers, (list, tuple), "layers", "use a list of pairs of tensors, keys and values")
     if not tokens or not layers:

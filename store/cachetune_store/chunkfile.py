@@ -1,4 +1,4 @@
-"""Writing and reading the head of a chunk file. Nothing in a file is trusted. docs/format.md describes the format."""
+"""The chunk file's head: written, and parsed with nothing taken on trust. docs/format.md describes the format."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["MAX_HEADER", "MAX_TEXT", "SUFFIX", "encode_head", "parse_head"]
 
 SUFFIX = ".safetensors"
 MAX_HEADER = 1 << 20
-"""Longest JSON header, in bytes, that is written or read."""
+"""Longest JSON header, in bytes, that is written, or read at all."""
 MAX_TEXT = 16 << 20
 _DIGEST = 16
 _FIRST = '{"__metadata__":{'
@@ -33,7 +33,7 @@ _Table = list[tuple[str, str, list[int], int]]
 
 
 def encode_head(head: ChunkHead) -> bytes:
-    """The file up to the first row: a whole number of pages. The chunk's slab follows it.
+    """The file up to the first row, a whole number of pages; the chunk's slab follows it.
 
     Raises:
         StoreArgumentError: the text or the header is longer than the format allows.
@@ -45,7 +45,7 @@ def encode_head(head: ChunkHead) -> bytes:
         )
     table, rows_at = _small_tensors(head.layout, head.block_rows, len(text), head.deviations is not None)
     header = (_FIRST + _spell(_metadata(head))[1:] + _rest_of_header(head.layout, table, rows_at)).encode()
-    # safetensors allows spaces after the JSON. They let the tensors begin on a page.
+    # Spaces after the JSON are part of safetensors; with them the tensors begin on a page.
     header = header.ljust(round_up(8 + len(header)) - 8)
     if len(header) > MAX_HEADER:
         raise StoreArgumentError(
@@ -60,15 +60,15 @@ def encode_head(head: ChunkHead) -> bytes:
 
 
 def parse_head(key: ChunkKey, file_bytes: int, read: Callable[[int], memoryview]) -> tuple[ChunkHead, int]:
-    """The head of the chunk file of `key`, and the head's length in bytes.
+    """Head of the chunk file of `key`, and its length in bytes.
 
     Args:
-        key: the key by which the file is named.
+        key: the key that the file's name says.
         file_bytes: the file's length.
-        read: returns the file's first bytes: at least as many as asked for, or else the whole file.
+        read: gives the file's first bytes, at least as many as asked for or else all there are.
 
     Raises:
-        DamagedChunkError: something in the head is not as this format version writes it.
+        DamagedChunkError: anything is not as this format version writes it.
         UnknownCodecError: the file needs a codec that isn't registered here.
     """
     try:
@@ -96,7 +96,7 @@ def _parse(key: ChunkKey, file_bytes: int, read: Callable[[int], memoryview]) ->
     layout, block_rows, text_bytes, deviations = _read_layout(metadata["layout"])
     table, small_bytes = _small_tensors(layout, block_rows, text_bytes, deviations)
     end = start + small_bytes
-    # First the text is compared, because comparing the parsed JSON of seventy tensors takes longer than reading the head.
+    # As we write it, or the same in other words. Comparing what JSON says of seventy tensors takes longer than reading the head.
     fits = rest == _rest_of_header(layout, table, small_bytes) or _describes(
         header, metadata, layout, table, small_bytes
     )
@@ -132,7 +132,7 @@ def _read_small(
     order, token_ids = take(tokens, "<i8").copy(), take(tokens, "<i8").copy()
     checksums, scores = take(layers * blocks, "<u8").reshape(layers, blocks).copy(), take(tokens, "<f4").copy()
     columns = layout.deviation_columns
-    # Deviations are most of the head. They are not copied, which saves time and keeps the memory around them.
+    # Most of the head: left where it was read, which costs the memory around it and no time.
     spread = torch.from_numpy(take(tokens * columns, "<f2").reshape(tokens, columns)) if deviations else None
     if not np.array_equal(np.sort(order), np.arange(tokens)):
         raise DamagedChunkError(f"chunk {key}: the row order is not a permutation of the tokens")
@@ -152,7 +152,7 @@ def _read_small(
 
 
 def _small_tensors(layout: ChunkLayout, block_rows: int, text_bytes: int, deviations: bool) -> tuple[_Table, int]:
-    """The tensors before the first row as (name, dtype, shape, bytes), in the order of the file, and all their bytes together."""
+    """The tensors before the first row in file order as (name, dtype, shape, bytes), and their bytes together."""
     tokens, layers = layout.tokens, len(layout.layers)
     blocks = -(-tokens // block_rows)
     table: _Table = [
@@ -173,7 +173,7 @@ def _small_tensors(layout: ChunkLayout, block_rows: int, text_bytes: int, deviat
 
 
 def _row_tensors(layout: ChunkLayout) -> _Table:
-    """The tensors of the rows."""
+    """The tensors from the first row on."""
     table: _Table = []
     tokens, codec = layout.tokens, get_codec(layout.codec)
     for index, (spec, form) in enumerate(zip(layout.layers, plan_slab(layout).rows, strict=True)):
@@ -190,7 +190,7 @@ def _pad(table: _Table, name: str, used: int) -> None:
 
 
 def _offsets(table: _Table, position: int = 0) -> dict[str, Any]:
-    """The table as safetensors' header has it; the first tensor begins at `position`."""
+    """The table as safetensors' header spells it, from `position` on."""
     entries = {}
     for name, dtype, shape, count in table:
         entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + count]}
@@ -199,7 +199,7 @@ def _offsets(table: _Table, position: int = 0) -> dict[str, Any]:
 
 
 def _rest_of_header(layout: ChunkLayout, small: _Table, rows_at: int) -> str:
-    """The JSON of the header behind its metadata."""
+    """The header's JSON behind its metadata."""
     return f",{_spell(_offsets(small))[1:-1]},{_spelled_rows(layout, get_codec(layout.codec), rows_at)}}}"
 
 
@@ -209,13 +209,13 @@ def _spelled_rows(layout: ChunkLayout, codec: Codec, rows_at: int) -> str:
 
 
 def _describes(header: str, metadata: object, layout: ChunkLayout, small: _Table, rows_at: int) -> bool:
-    """Whether a header has these metadata and describes the right tensors, whatever the spelling of its JSON."""
+    """Whether a header holds these metadata and says of the tensors what it must, whatever its spelling."""
     expected = {"__metadata__": metadata} | _offsets(small) | _offsets(_row_tensors(layout), rows_at)
     return bool(json.loads(header) == expected)
 
 
 def _take_metadata(header: str) -> tuple[dict[str, Any], str]:
-    """The header's metadata, and the text behind them if they come first; else "". The metadata say how to read the rest."""
+    """The header's metadata, and what comes behind them if they come first: they alone say how to read the rest."""
     if header.startswith(_FIRST):
         metadata, end = _DECODER.raw_decode(header, len(_FIRST) - 1)
         return metadata, header[end:].rstrip(" ")
@@ -227,7 +227,7 @@ def _spell(value: Any) -> str:
 
 
 def head_digest(front: bytes | memoryview, small: bytes | memoryview) -> bytes:
-    """xxh3_128 of all before the first row, except the digest itself."""
+    """xxh3_128 of everything before the first row, except the digest itself."""
     state = xxhash.xxh3_128()
     update(state, front)
     update(state, small)
@@ -276,7 +276,7 @@ def _read_specs(raw: str) -> tuple[LayerSpec, ...]:
     return tuple(LayerSpec(_count(heads), _count(dim), _count(v_dim)) for heads, dim, v_dim in json.loads(raw))
 
 
-@lru_cache(maxsize=64)  # nearly all files of a store have the same namespace, and lead-ins are long
+@lru_cache(maxsize=64)  # the same for nearly all files of a store, and lead-ins are long
 def _read_namespace(raw: str) -> Namespace:
     owner = json.loads(raw)
     lead_ins = tuple(tuple(_count(token, -(1 << 62)) for token in lead) for lead in owner["lead_ins"])

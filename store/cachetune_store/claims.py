@@ -1,7 +1,7 @@
-"""Claims say who is computing a chunk, so that no two threads or processes compute the same one.
+"""Claims: who computes a chunk just now, so that no two threads or processes compute the same one.
 
-A claim is only advice. A process that ignores it, or can't make one because the file system has no locks, computes a chunk that
-another computes too. The result is right all the same.
+A claim is advice, and costs a chunk nothing but its turn: whoever ignores it, or can't get it because the file system has no
+locks, does work twice and nothing wrong.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _TAKEN = {errno.EAGAIN, errno.EACCES}
 
 
 class Claim(ABC):
-    """Keys that nobody else can claim until close(). A context manager.
+    """Keys that nobody else claims until close(); a context manager.
 
     Attributes:
-        keys: the wanted keys that nobody had claimed.
-        own: the wanted keys that this thread has claimed already. It would wait for itself if it waited for them.
+        keys: those of the wanted ones that were free.
+        own: those that this very thread has claimed already, and so would wait for in vain.
     """
 
     keys: frozenset[ChunkKey]
@@ -50,7 +50,7 @@ class Claim(ABC):
         self.close()
 
     def __del__(self) -> None:
-        # A claim may be made by a call that nobody waits for any more. It must not keep its keys for ever.
+        # One that nobody came to hold, because its maker was left behind, must not keep its keys for ever.
         with contextlib.suppress(Exception):
             self.close()
 
@@ -63,11 +63,11 @@ class Claims(ABC):
 
     @abstractmethod
     def claim(self, keys: Iterable[ChunkKey]) -> Claim:
-        """Claim those keys that nobody has claimed. Never waits."""
+        """Claim those keys that nobody holds; never waits."""
 
     @property
     def mine(self) -> set[ChunkKey]:
-        """The keys that this thread has claimed."""
+        """What this thread has claimed."""
         held: set[ChunkKey] | None = getattr(self._threads, "held", None)
         if held is None:
             held = self._threads.held = set()
@@ -99,7 +99,7 @@ class _MemoryClaim(Claim):
         self._mine |= keys
 
     def close(self) -> None:
-        # In a process that was forked off since, the lock may stay held for ever, and nobody waits for the keys.
+        # In a process forked off since, a thread that is not there may hold the lock, and nobody waits for the keys.
         if self._open and self._process == os.getpid():
             self._open = False
             self._mine -= self.keys
@@ -108,13 +108,12 @@ class _MemoryClaim(Claim):
 
 
 class FileClaims(Claims):
-    """Claims that hold for all processes. Each key stands for a byte of one file, and a claim locks that byte.
+    """Claims over processes: locks on bytes of one file, a byte a key, which the system takes back when their holder dies.
 
-    The system releases the locks of a process that dies. The locks belong to an open file rather than to a process, so that they
-    also hold between threads.
+    They are locks of an open file, not of a process, so that threads keep each other out as well.
 
     Raises:
-        StorePathError: `path` is not a plain file.
+        StorePathError: there is something else than a plain file at `path`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -123,7 +122,7 @@ class FileClaims(Claims):
         open_lock(path).close()
 
     def claim(self, keys: Iterable[ChunkKey]) -> Claim:
-        """See Claims. Where the system has no such locks, every key counts as free.
+        """See Claims. Where there are no such locks, every key is free.
 
         Raises:
             OSError: the file can't be opened.
@@ -154,7 +153,7 @@ class _FileClaim(Claim):
 def _lock(fd: int, key: ChunkKey) -> bool:
     if not hasattr(fcntl, "F_OFD_SETLK"):
         return True
-    # struct flock: type, whence, start, length, pid (which must be 0). The byte may lie behind the file's end.
+    # struct flock: type, whence, start, length, pid (which must be 0). The file's length doesn't matter.
     byte = int(key.digest[:15], 16)
     try:
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))

@@ -1,7 +1,7 @@
-"""Connections to an SQLite database. A thread borrows one for as long as it needs it.
+"""Connections to an SQLite database, lent to threads for as long as they use one.
 
-So a thread that ends leaves no connection open, and closing the database closes all of them. SQLite does not allow a forked process
-to use, or even to close, a connection of its parent. So connections are closed before a fork, and made again when they are needed.
+None is left behind by a thread that ended, all are closed when the database is, and none is inherited by a forked process: SQLite
+can't bear that, not even to close one there. Before a fork they are closed, and made again when they are needed.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from pathlib import Path
 __all__ = ["Connections"]
 
 FORK_SECONDS = 5.0
-"""Seconds that a fork waits for threads that are using the database."""
+"""Seconds that a fork waits for threads that are in the database."""
 
 
 class Connections:
-    """Connections to `file`. A thread has one at a time.
+    """Connections to `file`, one a thread at a time.
 
     Args:
         file: the database.
-        connect: makes a connection that any thread can use.
+        connect: makes one, usable by any thread.
     """
 
     def __init__(self, file: Path, connect: Callable[[Path], sqlite3.Connection]) -> None:
@@ -42,12 +42,12 @@ class Connections:
 
     @property
     def mine(self) -> sqlite3.Connection | None:
-        """The connection that this thread has borrowed, or None."""
+        """The one that this thread has been lent."""
         return getattr(self._mine, "connection", None)
 
     @contextlib.contextmanager
     def lent(self) -> Iterator[sqlite3.Connection]:
-        """A connection for this thread. Nested calls give the same one."""
+        """This thread's connection; the same one inside of itself."""
         mine = self.mine
         if mine is not None:
             yield mine
@@ -61,7 +61,7 @@ class Connections:
             self._give_back(taken)
 
     def close(self) -> None:
-        """Close the unused connections and this thread's. The others are closed when they are given back."""
+        """Close them: those that nobody uses and this thread's now, others when they are given back."""
         mine, self._mine.connection = self.mine, None
         with self._ready:
             self._closed = True
@@ -73,16 +73,16 @@ class Connections:
             _close(connection)
 
     def note(self) -> None:
-        """Remember which files are open. Call it after a first read, which makes the files beside the database."""
+        """Remember which files are open; those beside the database are there once it has been read."""
         self._identity = tuple(_inode(path) for path in (self._file, *_logs(self._file)))
 
     def is_replaced(self) -> bool:
-        """Whether the file of the open database was replaced or removed."""
+        """Whether another database stands in the file's place than the one that is open, or none."""
         known = self._identity
         return known is not None and _inode(self._file) not in (known[0], _UNKNOWN)
 
     def has_lost_its_log(self) -> bool:
-        """Whether the log of the open database was removed or replaced. This process then sees other data than others do."""
+        """Whether the log of an open database was removed or replaced, so that others see something else than this process."""
         known = self._identity
         if known is None:
             return False
@@ -106,7 +106,7 @@ class Connections:
     def _give_back(self, connection: sqlite3.Connection) -> None:
         with self._ready:
             if connection not in self._lent:
-                return  # it was closed, or belongs to another process
+                return  # closed meanwhile, or another process's
             self._lent.remove(connection)
             if not self._closed:
                 self._idle.append(connection)
@@ -139,7 +139,7 @@ class Connections:
         self._ready = threading.Condition()
         self._forking = False
         for connection in self._idle + self._lent:
-            # Never freed, because closing a connection here would write to files that the parent has open.
+            # Kept for ever: to close one here would write to files that the parent has open.
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
         self._idle, self._lent, self._identity = [], [], None
 
@@ -153,13 +153,13 @@ def _logs(file: Path) -> tuple[Path, Path]:
 
 
 def _inode(path: Path) -> int | None:
-    """The number that tells a file from a later one of the same name; None if there is no file."""
+    """What tells a file from another one that takes its name; None if there is none."""
     try:
         return path.stat().st_ino
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError:
-        return _UNKNOWN  # it can't be read now, but the open connection may still work
+        return _UNKNOWN  # not to be had now; what is open may still serve
 
 
 def _close(connection: sqlite3.Connection) -> None:
@@ -168,7 +168,7 @@ def _close(connection: sqlite3.Connection) -> None:
 
 
 def _every() -> list[Connections]:
-    # If another thread opens a store meanwhile, iterating fails, and is tried again.
+    # Another thread may be opening a store: then they are looked at anew.
     while True:
         with contextlib.suppress(RuntimeError):
             return list(_all)

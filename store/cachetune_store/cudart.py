@@ -11,7 +11,7 @@ __all__ = ["forget_error", "major", "runtime"]
 
 
 def major() -> int:
-    """The library's major version; 0 where torch has no CUDA."""
+    """Its major version; 0 where torch has no CUDA."""
     return 0 if torch.version.cuda is None else int(torch.version.cuda.split(".")[0])
 
 
@@ -27,7 +27,7 @@ def runtime() -> ctypes.CDLL | None:
 
 
 def forget_error() -> None:
-    """Forget the calling thread's last error, which was handled. Otherwise torch would raise it at the thread's next call."""
+    """Forget the calling thread's last error: handled here, torch would raise it at whatever this thread does next."""
     library = runtime()
     if library is not None:
         library.cudaGetLastError()

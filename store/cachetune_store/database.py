@@ -1,4 +1,4 @@
-"""The index's database: a diskcache that holds only JSON, with connections and settings of the store's own."""
+"""The index's database: diskcache's, holding JSON only, with connections and settings that the store sees to itself."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .errors import IndexDamagedError
 __all__ = ["BUSY_SECONDS", "Database", "JsonDisk", "count_names", "decode", "select_names"]
 
 BUSY_SECONDS = 5.0
-"""Seconds that SQLite waits for a lock of another process before it raises an error."""
+"""Seconds that SQLite waits for a lock of another process before it says so."""
 _CHECKSUM = 16  # characters
-_RAW = 1  # diskcache's mode for values that are stored unchanged
+_RAW = 1  # diskcache's mode of values that stand in the database as they are
 _PAGE = 500
-"""How many names are read at a time."""
+"""Names that are read at a time."""
 _SETTINGS: dict[str, Any] = {
-    # diskcache must delete nothing by itself: the store decides what is deleted.
+    # Nothing of diskcache's own housekeeping: what goes, and when, is the store's to decide.
     **diskcache.DEFAULT_SETTINGS,
     "disk_min_file_size": 1 << 40,
     "eviction_policy": "none",
@@ -40,10 +40,10 @@ _PER_CONNECTION = ("sqlite_cache_size", "sqlite_mmap_size", "sqlite_synchronous"
 
 
 class JsonDisk(diskcache.Disk):
-    """Keys are strings, and values are JSON text. Anything else is refused without being read, above all a pickle.
+    """Keys are strings and values JSON text in the database; anything else, pickles above all, is refused unread.
 
-    SQLite has no checksums. So a value is the text of [name, record] behind a checksum of that text. A flipped bit, or a page in the
-    place of another one, is then noticed before the record is used.
+    SQLite has no checksums of its own, so a value stands behind that of its text, [name, record]: a bit that flips in it,
+    or a page that takes another one's place, is noticed before it is used.
     """
 
     def put(self, key: Any) -> tuple[Any, bool]:
@@ -85,9 +85,9 @@ def decode(mode: Any, filename: Any, value: Any) -> list[Any]:
 
 
 def select_names(connection: sqlite3.Connection, prefix: str, after: str) -> list[str]:
-    """The next names that begin with `prefix`, in order: those behind `after`, or the first ones if `after` is "". None at the end.
+    """The next names that begin with `prefix`, in order, behind `after` ("" for the first ones); none at the end.
 
-    SQLite's index of names finds the first one directly, so the names before it cost no time.
+    It goes through the database's own index of names, from the first of them: what stands before costs nothing.
     """
     low, high = max(prefix, after), _behind(prefix)
     names = [
@@ -114,7 +114,7 @@ class Database(diskcache.Cache):
     """A diskcache in `directory` whose connections are `Connections`. Use it inside of `lent()`.
 
     Raises:
-        IndexDamagedError: it has settings that diskcache never writes. diskcache would obey them.
+        IndexDamagedError: it has settings that diskcache never makes; diskcache would do what they say.
         sqlite3.Error: it can't be used.
     """
 
@@ -131,34 +131,34 @@ class Database(diskcache.Cache):
 
     @property
     def _con(self) -> sqlite3.Connection:
-        # diskcache takes all its connections from here. Its own ones stay open until the garbage collector finds them.
+        # The only place that diskcache takes a connection from. Its own are one a thread, closed when nobody remembers them.
         mine = self._connections.mine
         assert mine is not None, "the database is used outside of lent()"
         return mine
 
     @property
     def _sql_retry(self) -> Callable[..., sqlite3.Cursor]:
-        # diskcache would retry for a minute. Here the index decides how long to wait for a lock, and logs that it waits.
+        # Without diskcache's own minute of retries: who waits for a lock, and for how long, is told by the index.
         return self._con.execute
 
     def lent(self) -> AbstractContextManager[sqlite3.Connection]:
-        """A connection for this thread. All calls inside the context use it."""
+        """A connection for this thread, which all calls inside use."""
         return self._connections.lent()
 
     def close_all(self) -> None:
-        """Close all connections. Those in use are closed when they are given back."""
+        """Close all connections; those in use when their users are done."""
         self._connections.close()
 
     def is_replaced(self) -> bool:
-        """Whether another database has replaced this one."""
+        """Whether another database stands in its place."""
         return self._connections.is_replaced()
 
     def has_lost_its_log(self) -> bool:
-        """Whether the log was removed or replaced, so that other processes no longer see what this one wrote last."""
+        """Whether what was written last is no longer seen by others."""
         return self._connections.has_lost_its_log()
 
     def names(self, prefix: str) -> Iterator[str]:
-        """Names that begin with `prefix`, in order. No connection is held while the caller uses one."""
+        """Names that begin with `prefix`, in order. Nothing is lent while the caller looks at one."""
         after = ""
         while True:
             with self.lent() as connection:
@@ -175,7 +175,7 @@ class Database(diskcache.Cache):
 
 
 def _behind(prefix: str) -> str:
-    """The first string that comes after all names that begin with `prefix`."""
+    """What comes behind every name that begins with `prefix`."""
     return prefix[:-1] + chr(ord(prefix[-1]) + 1) if prefix else "\U0010ffff"
 
 
@@ -196,7 +196,7 @@ def _check_settings(connection: sqlite3.Connection) -> None:
         rows = connection.execute("SELECT key FROM Settings LIMIT ?", (len(_OF_DISKCACHE) + 1,)).fetchall()
     except sqlite3.OperationalError as error:
         if "no such table" in str(error):
-            return  # the database is new
+            return  # a new one
         raise
     for (name,) in rows:
         if name not in _OF_DISKCACHE:
@@ -204,5 +204,5 @@ def _check_settings(connection: sqlite3.Connection) -> None:
 
 
 def _checksum(text: str) -> str:
-    # Text of a damaged database may not be UTF-8. It then has surrogates in place of such bytes.
+    # A damaged database may hand out what is no UTF-8, with surrogates in place of the odd bytes.
     return str(xxhash.xxh3_64_hexdigest(text.encode("utf-8", "surrogatepass")))

@@ -1,4 +1,4 @@
-"""A store's directory: its files, its format version, and how it is opened."""
+"""A store's directory: what lies in it, its format version, and opening it."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ _log = logging.getLogger(__name__)
 
 
 class StoreDirectory:
-    """The directory `path`. It is made if it is missing, and only this user can read it then.
+    """The directory `path`, made if missing, for this user's eyes only.
 
     It holds store.json (the format version), chunks/, documents/, index/, damaged/, tmp/ and a lock that is held while
-    the index is made or repaired. Opening a store that is in order takes no lock.
+    the index is made or repaired. To open a store that is in order takes no lock.
 
-    If any part of a store can't be written, the whole store is only read: if one part were written and another not, files and index
-    would differ. The log names the part.
+    A store of which any part can't be written is read only, as a whole: to write one part and not the other would leave files and
+    index apart. The log says which part it is.
 
     Attributes:
         read_only: why nothing is written, with the part's path as its `filename`; None if all parts can be written.
 
     Raises:
         OSError: it can't be made.
-        StorePathError: a lock file is not a plain file, or a part can't be read.
+        StorePathError: something else stands in a file's place, or a part can't be read.
         StoreVersionError: it holds a store of another format version.
     """
 
@@ -76,9 +76,9 @@ class StoreDirectory:
         self.index = DiskIndex(path / "index")
 
     def bring_in_line(self, tier: DiskTier, documents: Documents) -> None:
-        """Clean up after writers that died. If the index was lost, make it anew from the files.
+        """Clean up after dead writers; if the index was lost, make it anew from the files.
 
-        If a writer died, files and index are compared, because it may have changed only one of them.
+        Where a writer died, files and index are compared: it may have changed one and not the other.
         """
         if self.read_only is not None:
             if not self._is_complete():
@@ -89,7 +89,7 @@ class StoreDirectory:
             return
         with self._lock():
             marks = self.temp.dead_marks()
-            # An index that is damaged or was never finished is treated as a missing one.
+            # A damaged index, or one whose making was cut short, is no better than none.
             if not self._is_complete():
                 self._make_index(tier, documents)
             else:
@@ -100,11 +100,11 @@ class StoreDirectory:
                 mark.unlink(missing_ok=True)
 
     def check(self, tier: DiskTier, documents: Documents, *, full: bool, anew: bool) -> VerifyReport:
-        """Check the files (all of each, or only its head) and repair the index; with `anew`, make a new index instead."""
+        """Check the files, whole or heads only, and repair the index; `anew`: forget the old one first."""
         if anew:
             with self._lock():
                 return self._make_index(tier, documents)
-        # Reading all files may take hours. No lock is held meanwhile, because each file is checked by itself.
+        # To read all files may take hours, and nobody need wait for it: each is looked at for itself.
         found = check_files(tier, full=full)
         with self._lock():
             return settle(found, tier, documents, self.temp)
@@ -132,7 +132,7 @@ class StoreDirectory:
     def _make_index(self, tier: DiskTier, documents: Documents) -> VerifyReport:
         self.index.clear()
         if self.read_only is not None:
-            # The index is made in memory. Damaged files are noticed when they are used.
+            # In memory, from what can be read. Damage is noticed when it is used.
             compare_files(tier, documents)
             self.index.set(COMPLETE, self._id)
             return VerifyReport(0, 0, (), 0, 0, 0, documents.count())
@@ -141,12 +141,12 @@ class StoreDirectory:
         return report
 
     def close(self) -> None:
-        """Release the index, which has all changes by now."""
+        """Release the index; what was changed is in it."""
         self.index.close()
         self.temp.unmark()
 
     def _describe(self) -> str:
-        """Write the description of a store that has none, and return the store's id. Whatever is in the place of that file is set aside."""
+        """Write the description of a store that has none, and return its id; what stands in its place is set aside."""
         path = self.path / "store.json"
         with self._lock():
             identity = _identify(path)  # another process may have been first
@@ -167,9 +167,9 @@ class StoreDirectory:
 
 
 def _refusal(path: Path) -> OSError | None:
-    """Why a part of an existing store can't be written; None if all parts can be written, or if there is no store.
+    """Why a part of a store that is there can't be written; None if all can, or if there is no store.
 
-    The folders inside chunks/ are not checked: there may be hundreds, and the error of a failed write names the folder.
+    Chunks' own folders are not looked at: there may be hundreds, and the error of a write names its folder.
     """
     try:
         open_lock(path / "lock").close()
@@ -178,9 +178,9 @@ def _refusal(path: Path) -> OSError | None:
             _check_access(path / name, os.W_OK | os.X_OK)
         for lock in _LOCKS:
             open_lock(path / lock).close()
-        _check_access(path / "notes", os.W_OK | os.X_OK)  # the folder and its lock are made with the first note
+        _check_access(path / "notes", os.W_OK | os.X_OK)  # made with the first note, as its lock is
         _check_access(path / "notes" / "lock", os.W_OK)
-        # Anything else in the index's place is replaced when the index is made.
+        # What stands in the index's place otherwise is replaced when the index is made.
         if (path / "index").is_dir():
             _check_access(path / "index", os.W_OK | os.X_OK)
             for file in (path / "index").glob("cache.db*"):
@@ -193,10 +193,10 @@ def _refusal(path: Path) -> OSError | None:
 
 
 def _check_readable(path: Path) -> None:
-    """Check that all parts that exist can be read. Otherwise the store would seem to be empty.
+    """See that what requests read can be read, if it is there: otherwise the store would seem to be empty.
 
     Raises:
-        StorePathError: a part can't be read.
+        StorePathError: a part can't be.
     """
     for name, mode in (("store.json", os.R_OK), ("chunks", os.R_OK | os.X_OK), ("documents", os.R_OK | os.X_OK)):
         part = path / name
@@ -222,7 +222,7 @@ def _check_access(path: Path, mode: int) -> None:
 
 
 def _identify(path: Path) -> str | None:
-    """The store's id ("" if an early release made it); None if its description is missing or not a plain file."""
+    """The store's own id ("" if an early release made it); None if there is no description, or something that is none."""
     try:
         content = read_plain(path, _MOST_DESCRIPTION)
     except (FileNotFoundError, UnfitFileError):

@@ -1,7 +1,7 @@
-"""Documents: which chunks each document holds, and how many documents hold each chunk.
+"""Documents: which chunks each one holds, and how many documents hold each chunk.
 
-Both are looked up in the index. Each document is also written as a small JSON file, so that no document is lost with the index.
-Tenants and ids may be any strings, so files and records are named by their hashes.
+The index answers; each document is also a small JSON file, so that a lost index costs no document. File and record
+names are hashes of tenant and id, which may be any strings.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from .removals import Removals
 __all__ = ["Documents"]
 
 MAX_DOCUMENT = 64 << 20
-"""Longest file of a document, in bytes, that is written or read. It has room for about 900,000 chunks."""
+"""Longest file of a document, in bytes, that is written, or read at all: about 900,000 chunks."""
 
 _log = logging.getLogger(__name__)
 Free = Callable[[Sequence[ChunkKey]], int]
 
 
 class Documents:
-    """The documents of a store.
+    """The document book of a store.
 
     Args:
         index: where records and reference counts are.
         directory: where the documents' files are; None for a store in memory.
-        temp: writes the documents' files.
+        temp: writes those files.
         removals: told of documents that are removed or replaced.
     """
 
@@ -60,12 +60,12 @@ class Documents:
             self._replace(tenant, doc_id, digests, free)
 
     def extend(self, tenant: str, doc_id: str, keys: Sequence[ChunkKey], free: Free, since: int | None = None) -> bool:
-        """Add chunks to the end of a document, except those that it holds already. The document is made if it doesn't exist.
+        """Add chunks behind those that a document holds, but for those it holds already; make it if there is none.
 
         Args:
-            tenant, doc_id: the document.
+            tenant, doc_id: which one.
             keys: the chunks.
-            free: deletes chunks that no document holds any more.
+            free: unused chunks go there.
             since: if the document was removed or replaced after this number, nothing is added.
 
         Returns:
@@ -85,7 +85,7 @@ class Documents:
             return True
 
     def _replace(self, tenant: str, doc_id: str, digests: list[str], free: Free) -> None:
-        """Write a document's record and file, and adjust the counts of its chunks. Called inside a transaction."""
+        """Write a document's record and file, and count its chunks; inside a transaction."""
         name = _record_name(tenant, doc_id)
         record = {"id": doc_id, "tenant": tenant, "chunks": digests}
         content = _encode(record)
@@ -103,9 +103,9 @@ class Documents:
             write_small(self._temp, path, content)
 
     def delete(self, tenant: str, doc_id: str, free: Free) -> int:
-        """Delete a document, and free the chunks that no document holds any more. Returns what `free` returns.
+        """Drop a document, and free the chunks that no document holds any more; what `free` says of them.
 
-        The document's file is deleted last. If anything fails before, the document still exists and can be deleted again.
+        The document's file goes last: if anything fails before, the document is still there to be deleted.
 
         Raises:
             UnknownDocumentError: there is no such document.
@@ -113,7 +113,7 @@ class Documents:
         name = _record_name(tenant, doc_id)
         self._announce()
         with self._index.transaction():
-            # Also for an unknown document: a running request may be about to add it.
+            # Of one that isn't known, a request may be about to make it known.
             self._removals.note(tenant, doc_id)
             record = self._index.get(name)
             if record is None:
@@ -135,7 +135,7 @@ class Documents:
             yield record["id"], tuple(ChunkKey(digest) for digest in record["chunks"])
 
     def holders(self, tenant: str, keys: Sequence[ChunkKey]) -> list[str]:
-        """Ids of a tenant's documents that hold one of these chunks. Unless there are none, all of its records are read."""
+        """Ids of a tenant's documents that hold one of these chunks; reads all of its records, if any document holds one."""
         wanted = {key.digest for key in keys if self.holds(key)}
         if not wanted:
             return []
@@ -150,7 +150,7 @@ class Documents:
         return self._index.get(f"ref/{key.digest}") is not None
 
     def free_unheld(self, key: ChunkKey, free: Free) -> bool:
-        """Free a chunk unless a document holds it. Returns whether it was freed."""
+        """Free a chunk that no document holds; whether that was so."""
         with self._index.transaction():
             if self.holds(key):
                 return False
@@ -162,13 +162,13 @@ class Documents:
         return Counter(record["tenant"] for _, record in self._index.items("doc/"))
 
     def count(self) -> int:
-        """How many documents all tenants have."""
+        """Documents of all tenants."""
         return self._index.count("doc/")
 
     def rebuild(self) -> None:
-        """Make the records from the files (if the store has files), and count anew how many documents hold each chunk.
+        """Fill records from the files (where there are files), and count the references anew.
 
-        A damaged file is written again if the index still knows the document. Otherwise it is skipped, with a warning.
+        A file that is damaged is written again if the index still knows the document, and else passed over.
         """
         with self._index.transaction():
             if self._directory is not None and self._temp is not None:
@@ -208,7 +208,7 @@ class Documents:
             self._temp.mark()
 
     def _count(self, added: set[str], removed: set[str]) -> list[ChunkKey]:
-        """Adjust how many documents hold each chunk. Returns the chunks that no document holds any more."""
+        """Adjust reference counts; the chunks whose count fell to 0."""
         for digest in added:
             self._index.set(f"ref/{digest}", (self._index.get(f"ref/{digest}") or 0) + 1)
         free = []

@@ -23,11 +23,11 @@ __all__ = [
 
 
 class StoreError(Exception):
-    """Base class of the store's errors."""
+    """Base of everything the store raises on its own account."""
 
 
 class StoreArgumentError(StoreError, ValueError):
-    """An argument is of the wrong type, out of range, or doesn't fit the other arguments."""
+    """An argument can't be meant: it is of the wrong kind, out of range, or doesn't belong to the others."""
 
 
 class StoreVersionError(StoreError):
@@ -39,15 +39,15 @@ class StorePathError(StoreError):
 
 
 class StoreReadOnlyError(StorePathError):
-    """The store's directory can be read but not written. The store serves what it has, and stores nothing."""
+    """The store's directory may be read here, but not written: it answers from what it has, and stores nothing."""
 
 
 class StoreFullError(StorePathError):
-    """The file system has no room left. What was stored before is unchanged."""
+    """The file system has no room left; what was stored before is untouched."""
 
 
 class StoreLockedError(StoreError):
-    """Another process holds one of the store's locks and doesn't release it."""
+    """Another process holds a lock of the store's, and doesn't let go of it."""
 
 
 class StoreClosedError(StoreError):
@@ -55,31 +55,31 @@ class StoreClosedError(StoreError):
 
 
 class StoreForkedError(StoreError):
-    """The store was opened before this process was forked off. Open it in each process."""
+    """The store was opened before this process was forked off; open it in each process."""
 
 
 class BudgetError(StoreError):
-    """A chunk doesn't fit into a tier's budget, either alone or beside the chunks in use."""
+    """A chunk doesn't fit a tier's byte budget, alone or beside the chunks in use."""
 
 
 class DamagedChunkError(StoreError):
-    """A chunk file has a wrong length, shape or checksum. Treat the chunk as missing."""
+    """A chunk file fails its length, shape or checksum; treat the chunk as missing."""
 
 
 class UnknownFormatError(DamagedChunkError):
     """A chunk file says that another format version wrote it.
 
-    The version is part of every key, so no key of this release names such a file. A file that is opened by its key and says so is
-    damaged. A file that is found in a walk over all files belongs to another release.
+    As the version is part of every key, no key of this release names such a file: opened by key it is a damaged one, met
+    in a walk over all files it is somebody else's.
     """
 
 
 class IndexDamagedError(StoreError):
-    """The index can't be read, or holds something that the store never writes. It is rebuilt from the files."""
+    """The index can't be read (or holds something it must never hold); it is rebuilt from the files."""
 
 
 class IndexReplacedError(IndexDamagedError):
-    """Another process has made a new index and is still filling it, or the index was deleted while it was open."""
+    """Another process has put a new index in place and is still filling it, or the index was deleted meanwhile."""
 
 
 class UnknownCodecError(StoreArgumentError):

@@ -1,4 +1,4 @@
-"""Writing files so that each is there whole or not at all, and survives a crash once it is written."""
+"""Files that are there whole or not at all, and that survive a crash once written."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def unreadable(error: OSError, path: Path) -> StoreError:
 
 
 def descriptors_used_up() -> bool:
-    """Whether this process can't open any more files. SQLite's own error doesn't say so."""
+    """Whether this process can't open any more files; SQLite says only that it couldn't open one."""
     try:
         os.close(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
     except OSError as error:
@@ -110,7 +110,7 @@ def _try_lock(fd: int) -> bool:
 
 
 def _is_abandoned(path: Path) -> bool:
-    """Whether a file is plain and nobody has it locked."""
+    """Whether a plain file is locked by nobody any more."""
     try:
         held = open_lock(path, 0)
     except (OSError, StoreError):
@@ -122,10 +122,10 @@ def _is_abandoned(path: Path) -> bool:
 
 
 class TempFiles:
-    """A directory of files that are being written. Each is locked by its writer, so files of dead writers can be recognised.
+    """A directory of files being written. Each is locked by its writer, so what a dead writer left can be told.
 
-    A store that changes its files also keeps a mark here until it is closed. A mark without a writer says that files and index may
-    differ, because a process was killed or the machine lost power before both were changed.
+    A store that changes its files keeps a mark here as well until it is closed. A mark without a writer says that files
+    and index may differ: a process was killed, or the machine lost its power, between the one and the other.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -135,7 +135,7 @@ class TempFiles:
         self._mark_lock = threading.Lock()
 
     def mark(self) -> None:
-        """Leave a mark before files are changed. Only the first call takes time. A failure to write the mark is ignored."""
+        """Files are about to be changed. Cheap after the first time; a directory that refuses it is none of its errors."""
         held = self._mark
         if held is not None and held[2] == os.getpid():
             return
@@ -144,7 +144,7 @@ class TempFiles:
             self._mark = path, self._create(path), os.getpid()
 
     def unmark(self) -> None:
-        """Remove the mark: the index has all changes."""
+        """All changes are in the index too."""
         with self._mark_lock:
             held, self._mark = self._mark, None
             if held is not None and held[2] == os.getpid():
@@ -152,14 +152,14 @@ class TempFiles:
                 held[1].close()
 
     def dead_marks(self) -> list[Path]:
-        """Marks of processes that have died. The caller deletes them once files and index agree."""
+        """Marks of processes that are gone; unlink them once files and index are in line."""
         with locked(self._gate):
             return [path for path in self.directory.glob("*.mark") if _is_abandoned(path)]
 
     def write(self, buffers: Sequence[_Buffer], publish: Callable[[Path], None], *, drop_cache: bool = False) -> None:
-        """Write a file, make it durable, and give it to `publish`, which renames it to its place.
+        """Write a file, make it durable, and hand it to `publish`, which renames it to its place.
 
-        No temporary file stays, whatever fails. With `drop_cache`, the file's pages don't stay in the page cache.
+        Whatever fails, no temporary file stays. With `drop_cache` its pages don't stay in the page cache either.
         """
         path = self.directory / f"{uuid.uuid4().hex}.tmp"
         held = self._create(path)
@@ -171,13 +171,13 @@ class TempFiles:
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             publish(path)
         finally:
-            # If the file can't be deleted now, it is deleted when the store is next opened or verified.
+            # Where it can't be deleted now, it is once it has no lock any more: when the store is opened or verified.
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
             held.close()
 
     def clean(self) -> int:
-        """Delete the files of writers that have died. Returns how many."""
+        """Delete the files of writers that are gone; how many there were."""
         removed = 0
         with locked(self._gate):
             for path in self.directory.glob("*.tmp"):
@@ -187,8 +187,8 @@ class TempFiles:
         return removed
 
     def _create(self, path: Path) -> OwnDescriptor:
-        """A new file, locked as long as it is open."""
-        # The new file has no lock yet. The shared gate keeps others from looking for abandoned files meanwhile.
+        """A new file that is locked as long as it is open."""
+        # The gate is held while the new file has no lock yet; who looks for abandoned files takes it alone.
         with locked(self._gate, shared=True):
             held = open_lock(path, os.O_CREAT | os.O_EXCL)
             _try_lock(held.fd)

@@ -1,4 +1,4 @@
-"""Durations, counted in buckets that grow by a fixed factor. Memory is bounded, and histograms can be added."""
+"""Durations, counted in buckets that grow by a fixed factor: bounded memory, and two histograms add up to one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LAST = 40 * _PER_DOUBLING  # about 12 days
 
 
 class Histogram:
-    """Durations in seconds. Quantiles are off by about a tenth at most, as buckets are 19% wide. Threads may share one."""
+    """Durations in seconds. Quantiles are right to about a tenth: the buckets are 19% wide. Threads may share one."""
 
     def __init__(self) -> None:
         self._counts: dict[int, int] = {}
@@ -33,7 +33,7 @@ class Histogram:
 
     @property
     def count(self) -> int:
-        """How many durations were counted."""
+        """Durations counted."""
         with self._lock:
             return sum(self._counts.values())
 
@@ -43,7 +43,7 @@ class Histogram:
         return self._sum
 
     def quantile(self, share: float) -> float | None:
-        """The duration that a `share` of all durations, in (0, 1], doesn't exceed, as the middle of its bucket; None if there are none."""
+        """The duration that a `share` of all (in (0, 1]) don't exceed: the middle of its bucket; None without any."""
         with self._lock:
             counts = sorted(self._counts.items())
         wanted = share * sum(count for _, count in counts)
@@ -55,7 +55,7 @@ class Histogram:
         return None
 
     def cumulative(self) -> list[tuple[float, int]]:
-        """Bounds in seconds (about 1 ms to 67 s, each twice the one before), with the number of durations up to each."""
+        """Bounds in seconds, each twice the last (about 1 ms to 67 s), with how many durations lie at or below each."""
         with self._lock:
             counts = dict(self._counts)
         return [
@@ -64,7 +64,7 @@ class Histogram:
         ]
 
     def summary(self) -> dict[str, float | int | None]:
-        """Count, mean and percentiles, in seconds; None for those that don't exist."""
+        """Count, mean and percentiles (seconds; None without any), as a reader wants them."""
         count = self.count
         return {
             "count": count,
@@ -75,17 +75,17 @@ class Histogram:
         }
 
     def drain(self) -> dict[str, Any]:
-        """Return what was counted, as JSON can hold it, and count from zero again."""
+        """What was counted, for JSON, and begin at zero again."""
         with self._lock:
             counts, self._counts = self._counts, {}
             total, self._sum = self._sum, 0.0
         return {"counts": {str(number): count for number, count in sorted(counts.items())}, "sum": total}
 
     def merge(self, record: Any) -> None:
-        """Add what another histogram counted, as `drain` returned it.
+        """Add what another one counted, as `drain` gave it.
 
         Raises:
-            ValueError: `record` isn't such a record. Nothing was added.
+            ValueError: it is no such record; nothing was added.
         """
         try:
             counts = {int(number): int(count) for number, count in record["counts"].items()}

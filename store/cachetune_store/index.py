@@ -1,4 +1,4 @@
-"""The index: small records by name, for what would take long to find in the files. It can always be made again from the files.
+"""The index: small records by name. It says what the files can't say quickly; they can always say it again.
 
 Names used by the store: "chunk/<digest>" (size, last use, tokens), "text/<digest>", "ref/<digest>" (how many documents
 hold a chunk), "doc/<tenant>/<id>" (both hashed), "total" (bytes and chunks on disk, and how often one was stored),
@@ -17,15 +17,15 @@ from typing import Any
 __all__ = ["COMPLETE", "Index", "MemoryIndex"]
 
 COMPLETE = "meta/complete"
-"""The record that says that the index covers all files. It holds the store's id. An index that was never finished lacks it."""
+"""Index record, the store's id, that says that the index covers its files; missing in one whose making was cut short."""
 
 
 class Index(ABC):
-    """Records by name, each a value that JSON can hold, with transactions that keep all other writers out."""
+    """Records (anything JSON can say) by name, with transactions that exclude all other writers."""
 
     @abstractmethod
     def transaction(self) -> contextlib.AbstractContextManager[None]:
-        """Do either all changes inside, or none. May be nested. Only one thread of one process is inside at a time."""
+        """All or nothing of what is done inside; may be nested; one writer at a time, over threads and processes."""
 
     @abstractmethod
     def get(self, name: str) -> Any:
@@ -37,7 +37,7 @@ class Index(ABC):
 
     @abstractmethod
     def delete(self, name: str) -> bool:
-        """Delete a record. Returns whether there was one."""
+        """Drop a record; whether there was one."""
 
     @abstractmethod
     def names(self, prefix: str) -> Iterator[str]:
@@ -49,14 +49,14 @@ class Index(ABC):
 
     @abstractmethod
     def clear(self) -> None:
-        """Delete all records."""
+        """Drop all records."""
 
     @abstractmethod
     def close(self) -> None:
-        """Close its files. The index can't be used afterwards."""
+        """Release files; the index may not be used afterwards."""
 
     def items(self, prefix: str) -> Iterator[tuple[str, Any]]:
-        """Names that begin with `prefix`, with their records, in order, except those that are deleted meanwhile."""
+        """Names that begin with `prefix`, with their records, in order; those that vanish meanwhile are left out."""
         for name in self.names(prefix):
             record = self.get(name)
             if record is not None:
@@ -72,7 +72,7 @@ class MemoryIndex(Index):
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
-        """See Index. Changes in memory don't fail half-way, so nothing is rolled back."""
+        """See Index. Nothing in memory fails half-way, so there is nothing to roll back."""
         with self._lock:
             yield
 

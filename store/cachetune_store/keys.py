@@ -1,7 +1,7 @@
-"""Chunk keys: a hash of all that a chunk's keys and values depend on.
+"""Chunk keys: what a chunk's keys and values depend on, hashed.
 
-This is the format version, the model, the tokenizer, the dtype, the lead-ins and the token ids. The tenant is in the hash as well, so
-that no tenant can get another one's chunks.
+Everything that changes the numbers is in the hash (format version, model, tokenizer, dtype, lead-ins, token ids), and
+so is the tenant, so that a key can only ever name bytes that are right for whoever asks.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from .printing import shown
 __all__ = ["FORMAT_VERSION", "ChunkKey", "Namespace", "make_key"]
 
 FORMAT_VERSION = 1
-"""Version of the chunk file format. It is part of every key."""
+"""Version of the chunk file format; part of every key."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 LEAST_LEAD, MOST_LEAD = -(1 << 62), 1 << 40
-"""The smallest and the largest token id that a lead-in can hold."""
+"""Token ids that a lead-in can hold, as a file's header is read."""
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class ChunkKey:
-    """The name of a stored chunk. `digest` has 64 hex characters and is also the name of its file."""
+    """Identity of a stored chunk; `digest` (64 hex characters) is also its file's name."""
 
     digest: str
 
     def __post_init__(self) -> None:
-        # The digest becomes part of a path, so anything else is refused.
+        # The digest becomes a path, so nothing but a digest may pass.
         if not isinstance(self.digest, str) or not _HEX64.fullmatch(self.digest):
             raise StoreArgumentError(
                 f"chunk key {shown(self.digest)} is not 64 lower-case hex characters; build keys with make_key()"
@@ -54,8 +54,9 @@ class Namespace:
         model: fingerprint of architecture and weights.
         tokenizer: fingerprint of the tokenizer.
         dtype: "float32", "bfloat16" or "float16", the dtype of keys and values.
-        lead_ins: token ids of each lead-in. There is at least one, which may be empty. With several, the mean over them is stored.
-        tenant: the tenant that the chunks belong to; "" if there is only one.
+        lead_ins: what was put before a chunk while it was computed, token ids of each; one at least, which may be empty.
+            With several, what is stored is a mean over them.
+        tenant: whose chunks these are; "" where there is only one.
     """
 
     model: str
@@ -84,7 +85,7 @@ class Namespace:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the whole namespace, in hex. It is computed once, because lead-ins are long and a request makes many keys."""
+        """SHA-256 of the whole namespace, in hex. Kept, because lead-ins are long and a request makes many keys."""
         return _digest(
             b"cachetune-namespace",
             str(FORMAT_VERSION).encode(),
@@ -105,7 +106,7 @@ def make_key(ns: Namespace, token_ids: Sequence[int]) -> ChunkKey:
 
 
 def _digest(*parts: bytes) -> str:
-    """SHA-256 over the parts, each with its length before it, so that different parts never give the same bytes."""
+    """SHA-256 over a length-prefixed, hence unambiguous, encoding of the parts."""
     sha = hashlib.sha256()
     for part in parts:
         sha.update(len(part).to_bytes(8, "little"))
@@ -125,5 +126,5 @@ def _ids(token_ids: Sequence[int]) -> bytes:
 
 
 def _text(value: str) -> bytes:
-    # Broken JSON and file names can contain lone surrogates, which must not raise an error here.
+    # Lone surrogates come from broken JSON or file names; they must hash, not crash.
     return value.encode("utf-8", "surrogatepass")

@@ -39,7 +39,7 @@ def _check_count(value: Any, what: str, least: int) -> None:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """The shape of one layer: the number of key-value heads, and the lengths of a head's key and value."""
+    """Widths of one layer: key/value heads, and the length of a head's key and of its value."""
 
     heads: int
     head_dim: int
@@ -52,10 +52,11 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class RowFormat:
-    """How a codec writes the rows of one layer.
+    """How the rows of one layer lie behind one another, as a codec writes them.
 
-    Rows form groups of `group_rows`; the last group may be shorter. A group begins with `group_bytes` bytes that its rows share, such
-    as scales, and its rows follow. So any number of first rows is one contiguous range of bytes that can be decoded alone.
+    Rows form groups of `group_rows`, the last of which may be shorter. A group begins with `group_bytes` bytes that its
+    rows share (scales, say); its rows follow. So the bytes of any number of first rows are one contiguous range that
+    decodes alone.
     """
 
     row_bytes: int
@@ -68,23 +69,23 @@ class RowFormat:
         _check_count(self.group_bytes, "group_bytes", 0)
 
     def size(self, rows: int) -> int:
-        """Bytes of the first `rows` rows, with the bytes that they share."""
+        """Bytes of the first `rows` rows, with what they share."""
         return -(-rows // self.group_rows) * self.group_bytes + rows * self.row_bytes
 
     def span(self, rows: int) -> int:
-        """As `size`, with the last group in full. Where several pieces lie in one buffer, the next one begins there."""
+        """The same with the last group in full: where the next piece begins when several lie in one buffer."""
         groups = -(-rows // self.group_rows)
         return groups * (self.group_bytes + self.group_rows * self.row_bytes)
 
     def rows(self, size: int) -> int:
-        """How many rows are in `size` bytes. The inverse of size()."""
+        """How many rows `size` bytes hold; size() read backwards."""
         groups, rest = divmod(size, self.group_bytes + self.group_rows * self.row_bytes)
         return groups * self.group_rows + max(0, rest - self.group_bytes) // self.row_bytes
 
 
 @dataclass(frozen=True)
 class ChunkLayout:
-    """The shape of a chunk's rows: its tokens (each layer has a row for each), its layers, and the names of dtype and codec."""
+    """What a chunk's rows look like: tokens (rows a layer), layers, dtype by name and codec by name."""
 
     tokens: int
     layers: tuple[LayerSpec, ...]
@@ -112,14 +113,14 @@ class ChunkLayout:
 
     @cached_property
     def _hash(self) -> int:
-        # Kept, because every chunk looks up caches by its layout, and hashing dozens of layers takes as long as reading its head.
+        # Layouts are keys of caches that are asked for every chunk, and dozens of layers take as long as reading the chunk's head.
         return hash((self.tokens, self.layers, self.dtype, self.codec))
 
     def __getstate__(self) -> dict[str, Any]:
-        # The hash is left out, because another process hashes strings differently.
+        # Another process hashes strings otherwise.
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @cached_property
     def deviation_columns(self) -> int:
-        """Number of deviations of a token: one for the keys and one for the values of every head of every layer."""
+        """Deviations of a token: one for the keys and one for the values of every head of every layer."""
         return 2 * sum(spec.heads for spec in self.layers)

@@ -61,6 +61,14 @@ class TinyVLLM:
         asked = [{"prompt_token_ids": ids} for ids in prompts]
         return [list(out.outputs[0].token_ids) for out in self.llm.generate(asked, params, use_tqdm=False)]
 
+    @torch.no_grad()
+    def reference_tokens(self, ids: list[int], tokens: int) -> list[int]:
+        """transformers' greedy tokens behind a prompt, from a model that has nothing to do with vLLM."""
+        made: list[int] = []
+        while len(made) < tokens:
+            made.append(int(self.reference(input_ids=torch.tensor([ids + made])).logits[0, -1].argmax()))
+        return made
+
     def last_logprobs(self, ids: list[int], count: int = 20) -> dict[int, float]:
         """The likeliest tokens behind a prompt and their log probabilities, by vLLM."""
         from vllm import SamplingParams

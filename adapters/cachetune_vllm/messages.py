@@ -1,0 +1,91 @@
+"""What the two sides of the connector tell each other: the scheduler's process, and the workers that hold the model.
+
+vLLM carries these through its own channels (between processes they are pickled), so they hold plain values only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+
+from cachetune_rag.text.prompts.segments import Prompt
+from cachetune_store import Namespace
+
+
+@dataclass(frozen=True)
+class Hello(KVConnectorHandshakeMetadata):
+    """What a worker says of itself once, when the server starts.
+
+    Attributes:
+        namespace: what the keys of its model's chunks are made with, before lead-ins were chosen.
+        choose_lead_ins: whether lead-ins that are chosen later replace those of `namespace`.
+        separator_ids: token ids of what stands between the chunks of a prompt.
+        vocabulary: token ids are below this.
+        max_positions: the most tokens that the model reads; None: no limit.
+        most_tokens: the longest prompt that the memory beside vLLM's cache has room for.
+        refusal: why nothing is reused; None if prompts are.
+    """
+
+    namespace: Namespace | None
+    choose_lead_ins: bool = True
+    separator_ids: tuple[int, ...] = ()
+    vocabulary: int = 0
+    max_positions: int | None = None
+    most_tokens: int | None = None
+    refusal: str | None = None
+
+
+@dataclass(frozen=True)
+class Load:
+    """A prompt whose keys and values a worker puts together in vLLM's pages.
+
+    Attributes:
+        request_id: vLLM's name of the request.
+        prompt: the prompt, with its chunks.
+        selector, ratio: how much is recomputed, as the request or the server's settings say it.
+        tenant: whose chunks may be used.
+        blocks: numbers of the request's pages, in order.
+        start, end: the tokens [start, end) are written; those before `start` are in vLLM's cache already.
+    """
+
+    request_id: str
+    prompt: Prompt
+    selector: str
+    ratio: float | str
+    tenant: str
+    blocks: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class ToWorkers(KVConnectorMetadata):
+    """Sent with every step.
+
+    Attributes:
+        loads: prompts to put together from now on.
+        given_up: requests that ended while their prompt was being put together.
+        idle: vLLM has nothing to compute in this step.
+    """
+
+    loads: tuple[Load, ...] = ()
+    given_up: frozenset[str] = frozenset()
+    idle: bool = False
+
+
+@dataclass
+class FromWorker(KVConnectorWorkerMetadata):
+    """What happened to prompts since the last step, by request id: a report's fields, for JSON."""
+
+    reports: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        """Workers that share a model's heads read the same prompts: the first one's report stands for all."""
+        assert isinstance(other, FromWorker)
+        return FromWorker({**other.reports, **self.reports})

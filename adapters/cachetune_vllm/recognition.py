@@ -1,0 +1,98 @@
+"""Finds a request's chunks in its token ids, on the scheduler's side."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cachetune_rag.chunks.id_recognition import StoreIdRecognizer
+from cachetune_rag.chunks.lead_ins import LeadIns
+from cachetune_rag.text.prompts.prompt import PromptBuilder
+from cachetune_rag.text.prompts.segments import Prompt
+from cachetune_rag.text.recognising.id_spans import prompt_of_ids
+from cachetune_rag.text.recognising.named_chunks import find_named, joined
+from cachetune_rag.text.recognising.spelling import Spelling
+from cachetune_rag.text.tokenizer import private_copy
+from cachetune_store import ChunkStore
+from cachetune_vllm.messages import Hello
+from cachetune_vllm.settings import RequestSettings, ServerSettings
+
+START_PATIENCE = 30.0
+"""Seconds that a starting server waits until all chunks of its store are known. With more of them, it begins with those it knows."""
+TENANTS = 64
+"""Tenants whose chunks are followed at the same time; those that asked longest ago are read anew when they ask again."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Tenant:
+    """What is known of one tenant's chunks."""
+
+    recognizer: StoreIdRecognizer
+    lead_ins: LeadIns
+
+
+class Recognition:
+    """Knows the chunks of a store, and finds them in prompts. Called from one thread.
+
+    Args:
+        settings: the server's.
+        hello: what the workers say of their model.
+        tokenizer: the model's.
+    """
+
+    def __init__(self, settings: ServerSettings, hello: Hello, tokenizer: Any):
+        self._settings, self._hello = settings, hello
+        self._prompts = PromptBuilder(tokenizer)
+        self._spelling = Spelling(private_copy(tokenizer))
+        # Only its texts are read here: the chunks' rows are the workers' business.
+        self._store = ChunkStore(settings.store, host_budget=0, disk_budget=settings.disk_budget)
+        self._tenants: OrderedDict[str, _Tenant] = OrderedDict()
+        recognizer = self._of(settings.tenant).recognizer
+        if not recognizer.catch_up(START_PATIENCE):
+            known = recognizer.known
+            _log.warning("%d chunks of the store are known, and %d still to be read", known.chunks, known.waiting)
+
+    def find(self, ids: Sequence[int], settings: RequestSettings) -> Prompt | None:
+        """A prompt with the chunks that stand in it; None if there are none."""
+        spans = self._of(settings.tenant).recognizer.find(ids)
+        texts: dict[Hashable, str] = {}
+        if settings.chunks is not None:
+            named = find_named(settings.chunks, ids, self._prompts.encode, self._spelling)
+            spans = joined(named.spans, spans)
+            if self._settings.store_missed:
+                texts = dict(enumerate(settings.chunks))
+        return prompt_of_ids(ids, spans, texts) if spans else None
+
+    def close(self) -> None:
+        """End what follows the store, and close it."""
+        for tenant in self._tenants.values():
+            tenant.recognizer.close()
+        self._tenants.clear()
+        self._store.close()
+
+    def _of(self, name: str) -> _Tenant:
+        tenant = self._tenants.get(name)
+        if tenant is None:
+            hello = self._hello
+            assert hello.namespace is not None
+            lead_ins = LeadIns(
+                self._store,
+                replace(hello.namespace, tenant=name),
+                choose=hello.choose_lead_ins,
+                vocabulary=hello.vocabulary,
+                limit=hello.max_positions,
+                separator=hello.separator_ids,
+            )
+            recognizer = StoreIdRecognizer(
+                self._store, lambda: lead_ins.namespaces, self._prompts.encode_many, self._spelling
+            )
+            tenant = self._tenants[name] = _Tenant(recognizer, lead_ins)
+            if len(self._tenants) > TENANTS:
+                self._tenants.popitem(last=False)[1].recognizer.close()
+        self._tenants.move_to_end(name)
+        return tenant

@@ -1,0 +1,136 @@
+"""`cachetune serve`: starts `vllm serve` with the connector, and shows the line that it starts."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from cachetune_rag.checking.escaping import visible_line
+from cachetune_rag.errors import CacheTuneError, ConfigError
+from cachetune_vllm.settings import ServerSettings
+
+MIDDLEWARE = "cachetune_vllm.middleware.CheckRequests"
+
+_OTHERS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def transfer_config(settings: dict[str, Any]) -> str:
+    """The value of vLLM's option `--kv-transfer-config`.
+
+    Raises:
+        ConfigError: a setting can't be used.
+    """
+    ServerSettings.of(settings)
+    return json.dumps(
+        {
+            "kv_connector": "CacheTuneConnector",
+            "kv_connector_module_path": "cachetune_vllm",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": settings,
+        }
+    )
+
+
+def command_line(model: str, settings: dict[str, Any], others: Sequence[str]) -> list[str]:
+    """The words that start the server.
+
+    Args:
+        model: folder of the model, or its hub id.
+        settings: the connector's, by name (see `ServerSettings`).
+        others: options of `vllm serve`.
+
+    Raises:
+        ConfigError: a setting can't be used, or one of the options is the connector's own.
+    """
+    if any(word.split("=")[0] in ("--kv-transfer-config", "--kv_transfer_config") for word in others):
+        raise ConfigError(
+            "--kv-transfer-config is what `cachetune serve` makes: leave it out, or use `vllm serve` with a value of your own."
+        )
+    own = [
+        "--kv-transfer-config",
+        transfer_config(settings),
+        "--middleware",
+        MIDDLEWARE,
+        "--enable-prompt-tokens-details",
+    ]
+    return ["vllm", "serve", model, *own, *others]
+
+
+def _number_or_name(value: str) -> float | str:
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+@app.command(context_settings=_OTHERS)
+def serve(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder of the model, or its hub id.", show_default=False)
+    ],
+    store: Annotated[str, typer.Option("--store", "-s", metavar="FOLDER", help="Folder of the KV store.")],
+    tenant: Annotated[str | None, typer.Option(metavar="NAME", help="Whose chunks the server uses.")] = None,
+    codec: Annotated[str | None, typer.Option(metavar="NAME", help="How missed chunks are stored.")] = None,
+    host_budget: Annotated[str | None, typer.Option(metavar="BYTES", help="Memory that keeps chunks at hand.")] = None,
+    disk_budget: Annotated[str | None, typer.Option(metavar="BYTES", help="Most bytes of the store.")] = None,
+    device_budget: Annotated[
+        str | None, typer.Option(metavar="BYTES", help="Memory of the GPU that keeps chunks in use at hand.")
+    ] = None,
+    ratio: Annotated[
+        str | None, typer.Option(metavar="R", help="Share of chunk tokens to recompute, 0 to 1, or auto.")
+    ] = None,
+    selector: Annotated[str | None, typer.Option(metavar="NAME", help="What chooses those tokens.")] = None,
+    read_timeout: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="How long a request waits for the store's disk.")
+    ] = None,
+    tenant_from_request: Annotated[
+        bool,
+        typer.Option("--tenant-from-request", help="A gateway in front of the server names each request's tenant."),
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the line and start nothing.")] = False,
+) -> None:
+    """Serve MODEL with vLLM, and reuse the stored chunks of STORE in every prompt that shows them.
+
+    All further options are those of `vllm serve`: --port, --max-model-len, --gpu-memory-utilization and so on.
+    """
+    given = {
+        "store": os.path.abspath(os.path.expanduser(store)),  # noqa: PTH100, PTH111 (a Path would drop a closing slash and "./")
+        "tenant": tenant,
+        "codec": codec,
+        "host_budget": host_budget,
+        "disk_budget": disk_budget,
+        "device_budget": device_budget,
+        "ratio": None if ratio is None else _number_or_name(ratio),
+        "selector": selector,
+        "read_timeout": read_timeout,
+        "tenant_from_request": tenant_from_request or None,
+    }
+    settings = {name: value for name, value in given.items() if value is not None}
+    try:
+        words = command_line(model, settings, context.args)
+    except CacheTuneError as error:
+        typer.echo(f"cachetune: {visible_line(str(error))}", err=True)
+        raise typer.Exit(2) from None
+    typer.echo(shlex.join(words), err=True)
+    if dry_run:
+        return
+    if importlib.util.find_spec("vllm") is None:
+        typer.echo("cachetune: vLLM isn't installed: pip install 'cachetune-rag[vllm]'", err=True)
+        raise typer.Exit(2)
+    sys.stderr.flush()
+    # In place of this process, so that signals and the exit status are vLLM's own.
+    os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.cli.main", *words[1:]])
+
+
+if __name__ == "__main__":
+    app(prog_name="cachetune serve")

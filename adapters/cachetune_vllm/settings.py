@@ -1,0 +1,176 @@
+"""Settings of a server, and what a request may say for itself. Both are checked here, and nothing here needs vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+from cachetune_rag.checking.arguments import hint
+from cachetune_rag.errors import ConfigError
+from cachetune_store.printing import shown
+
+REQUEST_KEY = "cachetune"
+"""The name under which a request's `kv_transfer_params` hold its settings, and a response's hold its report."""
+
+
+class RequestSettingsError(ConfigError):
+    """A request's settings can't be used. The message names the value and what is allowed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """`kv_connector_extra_config` of a server.
+
+    Attributes:
+        store: folder of the store.
+        tenant: whose chunks the server uses; its operator's.
+        tenant_from_request: whether a request may name another tenant. For servers behind a gateway that sets the name.
+        codec, host_budget, disk_budget, device_budget, read_timeout: see `docs/options.md`.
+        lead_in: see `docs/options.md`; it has to be what the store was filled with.
+        ratio, selector: used for requests that don't say; "auto" takes what was calibrated and tuned for the store.
+        least_reused: prompts of which fewer tokens would be reused are left to vLLM, which reads them as fast.
+        loads_at_once: prompts that may wait for their keys and values at the same time, each with its pages of vLLM's cache.
+        store_missed: whether chunks that a request names and the store lacks are stored behind it.
+    """
+
+    store: str
+    tenant: str = ""
+    tenant_from_request: bool = False
+    codec: str = "exact"
+    host_budget: int | str = "4GiB"
+    disk_budget: int | str = "64GiB"
+    device_budget: int | str = 0
+    read_timeout: float | None = 30.0
+    lead_in: Any = "auto"
+    ratio: float | str = "auto"
+    selector: str = "auto"
+    least_reused: int = 256
+    loads_at_once: int = 8
+    store_missed: bool = True
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Self:
+        """The settings in `kv_connector_extra_config`.
+
+        Raises:
+            ConfigError: a name that doesn't exist, no store, or a value that can't be used.
+        """
+        _check_names(given, (each.name for each in fields(cls)), "kv_connector_extra_config", ConfigError)
+        if not isinstance(given.get("store"), str) or not given["store"]:
+            raise ConfigError(
+                f"store is {shown(given.get('store'))}: give kv_connector_extra_config the folder of the store, such as "
+                '{"store": "/data/kv"}; `cachetune precompute DOCUMENTS --model MODEL --store FOLDER` fills it.'
+            )
+        settings = cls(**given)
+        for name in ("least_reused", "loads_at_once"):
+            least = 1 if name == "loads_at_once" else 0
+            value = getattr(settings, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name} is {shown(value)}: use a whole number from {least} on.")
+        for name in ("tenant_from_request", "store_missed"):
+            if not isinstance(getattr(settings, name), bool):
+                raise ConfigError(f"{name} is {shown(getattr(settings, name))}: use true or false.")
+        if not isinstance(settings.tenant, str):
+            raise ConfigError(f'tenant is {shown(settings.tenant)}: use a string, "" for the only one there is.')
+        _check_ratio(settings.ratio, ConfigError)
+        _check_selector(settings.selector, ConfigError)
+        return settings
+
+
+@dataclass(frozen=True)
+class RequestSettings:
+    """What one request wants.
+
+    Attributes:
+        chunks: texts of the chunks that stand in the prompt; None: those that are stored are looked for.
+        ratio, selector: see `ServerSettings`.
+        tenant: whose chunks may be used.
+        reuse: False: the request is vLLM's alone.
+    """
+
+    chunks: tuple[str, ...] | None
+    ratio: float | str
+    selector: str
+    tenant: str
+    reuse: bool
+
+    @classmethod
+    def of(cls, given: object, server: ServerSettings) -> Self:
+        """The settings of a request.
+
+        Args:
+            given: what its `kv_transfer_params` hold under "cachetune"; None for nothing.
+            server: what holds where the request doesn't say.
+
+        Raises:
+            RequestSettingsError: names what can't be used, and what can.
+        """
+        if given is None:
+            given = {}
+        if not isinstance(given, Mapping):
+            raise RequestSettingsError(
+                f"{REQUEST_KEY} is {shown(given)}: use an object with {', '.join(_REQUEST_NAMES)}, each of them optional."
+            )
+        _check_names(given, _REQUEST_NAMES, f"a request's {REQUEST_KEY} settings", RequestSettingsError)
+        ratio, selector = given.get("ratio", server.ratio), given.get("selector", server.selector)
+        _check_ratio(ratio, RequestSettingsError)
+        _check_selector(selector, RequestSettingsError)
+        reuse = given.get("reuse", True)
+        if not isinstance(reuse, bool):
+            raise RequestSettingsError(f"reuse is {shown(reuse)}: use true or false.")
+        return cls(_texts(given.get("chunks")), ratio, selector, _tenant(given, server), reuse)
+
+
+_REQUEST_NAMES = tuple(each.name for each in fields(RequestSettings))
+
+
+def _texts(chunks: object) -> tuple[str, ...] | None:
+    if chunks is None:
+        return None
+    if isinstance(chunks, str | bytes) or not isinstance(chunks, Sequence):
+        raise RequestSettingsError(f"chunks is {shown(chunks)}: use a list of the texts that stand in the prompt.")
+    for number, text in enumerate(chunks):
+        if not isinstance(text, str):
+            raise RequestSettingsError(
+                f"chunks[{number}] is {shown(text)}: use the chunk's text as the prompt shows it."
+            )
+    return tuple(chunks)
+
+
+def _tenant(given: Mapping[str, Any], server: ServerSettings) -> str:
+    if "tenant" not in given:
+        return server.tenant
+    if not server.tenant_from_request:
+        raise RequestSettingsError(
+            "tenant can't be named by a request of this server: leave it out, or start the server with "
+            '"tenant_from_request": true behind a gateway that sets it.'
+        )
+    tenant = given["tenant"]
+    if not isinstance(tenant, str):
+        raise RequestSettingsError(f"tenant is {shown(tenant)}: use a string.")
+    return tenant
+
+
+def _check_names(given: Mapping[str, Any], known: Iterable[str], whose: str, refusal: type[ConfigError]) -> None:
+    names = list(known)
+    for name in given:
+        if name not in names:
+            advice = hint(str(name), names, f"there are {', '.join(names)}.")
+            raise refusal(f"{shown(name)} is none of {whose}: {advice}")
+
+
+def _check_ratio(ratio: object, refusal: type[ConfigError]) -> None:
+    if ratio == "auto" and isinstance(ratio, str):
+        return
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
+        raise refusal(
+            f'ratio is {shown(ratio)}: use "auto" or a number from 0 (recompute nothing) to 1 (recompute everything).'
+        )
+
+
+def _check_selector(selector: object, refusal: type[ConfigError]) -> None:
+    from cachetune_rag.selection import selector_names  # not before a server or request is checked: it loads torch
+
+    if selector != "auto" and (not isinstance(selector, str) or selector not in selector_names()):
+        raise refusal(f'selector is {shown(selector)}: use "auto" or one of {", ".join(selector_names())}.')

@@ -1,0 +1,109 @@
+"""What happens once, when the server starts: a worker's engine is made, and the scheduler learns what to look for."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cachetune_rag.errors import CacheTuneError
+from cachetune_store import StoreError
+from cachetune_vllm.engines import Engines
+from cachetune_vllm.messages import Hello
+from cachetune_vllm.pages import Pages
+from cachetune_vllm.recognition import Recognition
+from cachetune_vllm.served_model import served_model
+from cachetune_vllm.settings import ServerSettings
+from cachetune_vllm.worker import ReuseWorker
+from cachetune_vllm.worker_model import attention_layers, model_around
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Started:
+    """A worker's part.
+
+    Attributes:
+        hello: what the scheduler is told.
+        worker: puts prompts together; None if nothing is reused.
+        engines: what it works with.
+    """
+
+    hello: Hello
+    worker: ReuseWorker | None = None
+    engines: Engines | None = None
+
+    def close(self) -> None:
+        """End the thread, then close engines and store."""
+        if self.worker is not None:
+            self.worker.close()
+        if self.engines is not None:
+            self.engines.close()
+
+
+def start_worker(config: VllmConfig, settings: ServerSettings) -> Started:
+    """Make the engine of a worker whose model is loaded.
+
+    A model that can't be served is no reason to end the server: it goes on without reuse, and says why.
+
+    Raises:
+        StoreError: the store can't be opened.
+    """
+    try:
+        refusal = unsupported(config)
+        if refusal is not None:
+            return Started(Hello(None, refusal=refusal))
+        layers = attention_layers(config.compilation_config.static_forward_context)
+        around = model_around(layers)
+        weight = next(around.parameters())
+        served = served_model(around, config.model_config.hf_config, config.model_config.dtype, weight.device)
+        engines = Engines(served.model, tokenizer_of(config), settings)
+    except StoreError:
+        raise
+    except CacheTuneError as error:
+        return Started(Hello(None, refusal=str(error)))
+    engine = engines.default
+    hello = Hello(
+        engine.lead_ins.base,
+        choose_lead_ins=settings.lead_in == "auto",
+        separator_ids=engine.prompts.separator_ids,
+        vocabulary=engine.adapter.config.vocab_size,
+        max_positions=engine.adapter.max_positions,
+    )
+    pages = Pages(layers, config.cache_config.block_size)
+    return Started(hello, ReuseWorker(engines.of, pages, engine.adapter.device), engines)
+
+
+def unsupported(config: VllmConfig) -> str | None:
+    """Why a server with these options can't reuse chunks; None if it can."""
+    parallel = config.parallel_config
+    if parallel.pipeline_parallel_size > 1:
+        return (
+            "its model is spread over a pipeline (--pipeline-parallel-size), and reuse needs all layers in each worker."
+        )
+    if parallel.tensor_parallel_size > 1:
+        return "its model is spread over several workers (--tensor-parallel-size), which is not supported yet."
+    if config.model_config.runner_type != "generate":
+        return "its model doesn't generate text."
+    return None
+
+
+def tokenizer_of(config: VllmConfig) -> Any:
+    """The model's tokenizer, as `cachetune precompute` loads it.
+
+    Raises:
+        CacheTuneError: there is none.
+    """
+    from cachetune_rag.model.loading import load_tokenizer
+
+    model = config.model_config
+    return load_tokenizer(model.tokenizer or model.model, revision=model.tokenizer_revision)
+
+
+def recognition_for(config: VllmConfig, settings: ServerSettings, hello: Hello) -> Recognition:
+    """What finds chunks in prompts, for the model that the workers have."""
+    return Recognition(settings, hello, tokenizer_of(config))

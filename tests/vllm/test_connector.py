@@ -1,0 +1,199 @@
+"""Reuse inside real vLLM: answers are those of the embedded engine, and requests without reuse are as without the connector."""
+
+from __future__ import annotations
+
+import random
+import string
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cachetune_rag import CacheTune
+from cachetune_rag.text.prompts.segments import Prompt, Span
+from tests import tiny
+from tests.vllm.conftest import TinyVLLM
+
+TOKENS = 10
+WORDS = random.Random(0)
+CHUNKS = ["".join(WORDS.choices(string.ascii_lowercase + "  ", k=100 + 10 * n)).strip() for n in range(6)]
+SETTINGS = pytest.mark.parametrize(
+    ("selector", "ratio"), [("frequency", 0.15), ("expected_error", 0.05), ("expected_error", 0.3), ("none", 0.0)]
+)
+
+
+def encode(text: str) -> list[int]:
+    return list(tiny.tokenizer()(text, add_special_tokens=False).input_ids)
+
+
+def prompt_of(chunks: list[str], query: str = "What is it?") -> Prompt:
+    """A prompt as a client's template would make it, and where the chunks stand in it."""
+    ids, spans = encode("<s>Answer from these.\n\n"), []
+    for number, chunk in enumerate(chunks):
+        spans.append(Span(len(ids), len(ids) + len(encode(chunk)), number))
+        ids += encode(chunk + "\n\n")
+    ids += encode(f"Question: {query}\nAnswer:")
+    return Prompt(tuple(ids), tuple(spans), tuple(tuple(encode(c)) for c in chunks), tuple(chunks))
+
+
+def shuffled(seed: int, count: int = 4) -> Prompt:
+    return prompt_of(random.Random(seed).sample(CHUNKS, count), f"What is {seed}?")
+
+
+@dataclass
+class Served:
+    """A vLLM with the connector, and the engine on the same files and store."""
+
+    tiny: TinyVLLM
+    store: Path
+
+    def ask(self, prompts: list[Prompt], more: dict[str, Any] | None = None, **asked: Any) -> list[Any]:
+        """vLLM's results; `asked` are settings of the requests."""
+        from vllm import SamplingParams
+
+        extra = {"kv_transfer_params": {"cachetune": asked}} if asked else None
+        params = SamplingParams(
+            temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False, extra_args=extra, **(more or {})
+        )
+        inputs = [{"prompt_token_ids": list(prompt.ids)} for prompt in prompts]
+        return list(self.tiny.llm.generate(inputs, params, use_tqdm=False))
+
+    def tokens(self, prompts: list[Prompt], **asked: Any) -> list[list[int]]:
+        return [list(out.outputs[0].token_ids) for out in self.ask(prompts, **asked)]
+
+    def plain(self, prompts: list[Prompt]) -> list[list[int]]:
+        return self.tokens(prompts, reuse=False)
+
+    def engines(self, prompts: list[Prompt], **settings: Any) -> list[list[int]]:
+        """What the embedded engine answers."""
+        with CacheTune(self.tiny.reference, tiny.tokenizer(), self.store) as engine:
+            return [follow(engine, engine.prefill(prompt=prompt, **settings)) for prompt in prompts]
+
+    @property
+    def scheduler(self) -> Any:
+        return self.tiny.llm.llm_engine.engine_core.engine_core.scheduler
+
+    def assert_nothing_left_behind(self) -> None:
+        pool = self.scheduler.kv_cache_manager.block_pool
+        assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1  # vLLM keeps one for itself
+        assert not self.scheduler.requests
+
+
+@torch.no_grad()
+def follow(engine: CacheTune, state: Any) -> list[int]:
+    """Greedy tokens behind a prompt's keys and values."""
+    made = [int(state.logits[0].argmax())]
+    step = engine.runtime.adapter.steps(state.cache)
+    while len(made) < TOKENS:
+        made.append(int(step(made[-1])[0].argmax()))
+    return made
+
+
+def report(out: Any) -> dict[str, Any]:
+    said: dict[str, Any] = out.kv_transfer_params["cachetune"]
+    return said
+
+
+def transfer(store: Path, **settings: Any) -> dict[str, Any]:
+    return {
+        "kv_connector": "CacheTuneConnector",
+        "kv_connector_module_path": "cachetune_vllm",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"store": str(store), "least_reused": 16, **settings},
+    }
+
+
+@pytest.fixture(scope="module")
+def served(tiny_vllm: Callable[..., TinyVLLM], tmp_path_factory: pytest.TempPathFactory) -> Served:
+    from transformers import AutoModelForCausalLM
+
+    from tests.vllm.models import save_tiny
+
+    folder = tmp_path_factory.mktemp("served")
+    model = AutoModelForCausalLM.from_pretrained(save_tiny("llama", folder), dtype=torch.float32).eval()
+    with CacheTune(model, tiny.tokenizer(), folder / "kv") as engine:
+        engine.precompute(CHUNKS)
+    up = tiny_vllm("llama", packed=False, kv_transfer_config=transfer(folder / "kv"), enable_prefix_caching=True)
+    return Served(up, folder / "kv")
+
+
+@SETTINGS
+def test_answers_are_those_of_the_embedded_engine(served: Served, selector: str, ratio: float) -> None:
+    prompts = [shuffled(seed) for seed in range(4)]
+    found = served.ask(prompts, selector=selector, ratio=ratio)
+    assert [list(out.outputs[0].token_ids) for out in found] == served.engines(prompts, selector=selector, ratio=ratio)
+    chunk_tokens = [sum(span.end - span.start for span in prompt.spans) for prompt in prompts]
+    assert [report(out)["reused"] + report(out)["recomputed"] for out in found] == chunk_tokens
+    assert [out.num_cached_tokens for out in found] == [report(out)["reused"] for out in found]
+    served.assert_nothing_left_behind()
+
+
+def test_all_recomputed_gives_vllms_own_answer(served: Served) -> None:
+    prompts = [shuffled(seed) for seed in range(10, 14)]
+    assert served.tokens(prompts, ratio=1.0) == served.plain(prompts)
+
+
+def test_a_request_without_reuse_never_sees_reused_pages(served: Served) -> None:
+    prompts = [shuffled(seed) for seed in range(20, 24)]
+    reused = served.tokens(prompts, selector="none", ratio=0)
+    plain = served.plain(prompts)
+    assert plain != reused  # otherwise this test could not tell
+    assert served.tokens(prompts, selector="none", ratio=0) == reused
+    assert served.plain(prompts) == plain
+    want = [served.tiny.reference_tokens(list(prompt.ids), TOKENS) for prompt in prompts]
+    assert plain == want
+
+
+def test_settings_of_one_request_are_not_those_of_the_next(served: Served) -> None:
+    prompt = shuffled(30)
+    for ratio in (0.0, 0.3, 0.0):
+        assert served.tokens([prompt], selector="frequency", ratio=ratio) == served.engines(
+            [prompt], selector="frequency", ratio=ratio
+        )
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        CHUNKS[:1],
+        [CHUNKS[0], CHUNKS[1], CHUNKS[0]],
+        [CHUNKS[2], "This passage was never stored anywhere, as far as I know.", CHUNKS[3]],
+    ],
+    ids=["one", "repeated", "partly stored"],
+)
+def test_any_chunks_in_any_order(served: Served, chunks: list[str]) -> None:
+    prompt = prompt_of(chunks)
+    stored = [n for n, chunk in enumerate(chunks) if chunk in CHUNKS]
+    known = Prompt(
+        prompt.ids,
+        tuple(Span(s.start, s.end, k) for k, s in enumerate(prompt.spans[n] for n in stored)),
+        tuple(prompt.chunk_ids[n] for n in stored),
+        tuple(chunks[n] for n in stored),
+    )
+    settings = {"selector": "expected_error", "ratio": 0.15}
+    assert served.tokens([prompt], **settings) == served.engines([known], **settings)
+
+
+def test_a_prompt_without_stored_chunks_is_vllms_alone(served: Served) -> None:
+    prompt = prompt_of(["Nothing of this text is in the store, and none of it ever was."])
+    out = served.ask([prompt], ratio=0.15)[0]
+    assert report(out) == {"reused": 0, "left": "nothing found"}
+    assert [list(out.outputs[0].token_ids)] == served.plain([prompt])
+
+
+def test_many_requests_at_once(served: Served) -> None:
+    prompts = [shuffled(seed, count=3) for seed in range(40, 72)]
+    settings = {"selector": "frequency", "ratio": 0.15}
+    assert served.tokens(prompts, **settings) == served.engines(prompts, **settings)
+    served.assert_nothing_left_behind()
+
+
+def test_settings_that_cannot_be_used_leave_a_request_to_vllm_and_say_why(served: Served) -> None:
+    prompt = shuffled(80)
+    out = served.ask([prompt], ratio=3)[0]
+    assert report(out)["left"] == "settings"
+    assert "ratio is 3" in report(out)["error"]
+    assert [list(out.outputs[0].token_ids)] == served.plain([prompt])
