@@ -1,4 +1,4 @@
-"""How long it takes to find the stored chunks in a long plain prompt.
+"""How long it takes to find the stored chunks in a long plain prompt, given as a text or as token ids.
 
     python benchmarks/recognition.py --out benchmarks/results/recognition-cpu.json
 
@@ -6,6 +6,10 @@
 makes them, so that many places look alike at first. The others are the worst there is: prompts in which a stored chunk may begin
 at every character, with chunks of up to 2,000 lengths, made so that none of them is there. What is left out of the search then is
 given too.
+
+The same for token ids, of as many chunks: of one length, of mixed lengths, all with one header, and short ones; then prompts that
+repeat what stored chunks begin with, or an interior whose edges never fit. `times` is how many times as long that takes as the
+usual case, chunks of one length. Seconds are those of the process (`time.process_time`), which other processes disturb less.
 """
 
 from __future__ import annotations
@@ -14,14 +18,19 @@ import argparse
 import random
 import string
 import sys
+import time
 import tracemalloc
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from common import environment, seconds, spread, write_json
+import numpy as np
+from common import environment, spread, write_json
 
 from cachetune_rag.chunks.recognition import ChunkRecognizer
 from cachetune_rag.text.prompts.prompt import Chunk
+from cachetune_rag.text.recognising.id_recognizer import ANCHOR, EDGE, IdRecognizer
 
 WORST_CHARACTERS = 200_000
 WORST = {
@@ -35,6 +44,26 @@ WORST = {
 
 HEADERS = {"no header": "", "shared header": "file_path: /data/documents/handbook.txt\ntitle: The handbook\n\n"}
 
+PROMPT_IDS = 32_768
+LENGTHS = {
+    "ids: 512 tokens": (512, 512, 0),
+    "ids: 16 to 1,024 tokens": (16, 1024, 0),
+    "ids: 512 tokens, shared header": (512, 512, 24),
+    "ids: 12 to 40 tokens": (12, 40, 0),
+}
+"""Shortest and longest stored chunk, and how many tokens all of them begin with."""
+
+_INTERIOR = list(range(10, 10 + ANCHOR))
+_SAME = [7] * ANCHOR
+WORST_IDS: dict[str, tuple[Iterable[list[int]], list[int]]] = {
+    "ids: one chunk, nearly everywhere": ([[7] * 1000 + [8, 9, 10]], [7]),
+    "ids: 2,000 lengths, nearly everywhere": ([[7] * (100 + i) + [8, 9, 10] for i in range(2000)], [7]),
+    "ids: the shortest chunk, everywhere": ([[7] * (ANCHOR + 2 * EDGE)], [7]),
+    "ids: an interior between other edges": ([[1, 2, *_INTERIOR, 3, 100 + i] for i in range(1000)], _INTERIOR),
+    "ids: between other edges, everywhere": ([[1, 2, *_SAME, 3, 100 + i] for i in range(1000)], [7]),
+}
+"""Stored chunks, and what the prompt repeats."""
+
 
 def main() -> None:
     """Measure and print."""
@@ -44,36 +73,99 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--out", type=Path, help="file for the JSON (default: standard output)")
     args = parser.parse_args()
+    rows = [*text_rows(args.chunks, args.characters, args.rounds), *id_rows(args.chunks, args.rounds)]
+    settings = {"chunks": args.chunks, "characters": args.characters, "prompt_ids": PROMPT_IDS, "rounds": args.rounds}
+    write_json(args.out, {"benchmark": "recognition", "environment": environment(), "settings": settings, "rows": rows})
 
-    rows = []
+
+def text_rows(chunks: int, characters: int, rounds: int) -> Iterator[dict[str, Any]]:
+    """Chunks in a text."""
     for name, header in HEADERS.items():
         rng = random.Random(9)
         vocabulary = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, 9))) for _ in range(3000)]
         texts = [header + " ".join(rng.choices(vocabulary, k=rng.randint(100, 400))) for _ in range(1000)]
         recognizer = ChunkRecognizer()
         recognizer.update(enumerate(texts))
-        recognizer.update((i, f"{header}{i:06d} {texts[i % 1000][len(header) :]}") for i in range(1000, args.chunks))
-        prompt = "\n\n".join(rng.choice(texts) for _ in range(200))[: args.characters] + "\nQuestion: what?"
+        recognizer.update((i, f"{header}{i:06d} {texts[i % 1000][len(header) :]}") for i in range(1000, chunks))
+        prompt = "\n\n".join(rng.choice(texts) for _ in range(200))[:characters] + "\nQuestion: what?"
         found = sum(isinstance(s, Chunk) for s in recognizer.segment(prompt))
-        took = [seconds(partial(recognizer.segment, prompt)) for _ in range(args.rounds)]
-        rows.append({"case": name, "found": found, "seconds": spread(took)})
-        print(f"{name}: {found} chunks found in {rows[-1]['seconds']['median'] * 1e3:.1f} ms (median)", file=sys.stderr)
+        yield told({"case": name, "found": found}, partial(recognizer.segment, prompt), rounds)
     for name, (texts, repeated) in WORST.items():
         recognizer = ChunkRecognizer()
         recognizer.update(enumerate(texts))
-        prompt = repeated * (WORST_CHARACTERS // len(repeated))
+        search = partial(recognizer.search, repeated * (WORST_CHARACTERS // len(repeated)))
+        result = search()
+        yield told({"case": name, "found": len(result.places), "left_out": result.left_out}, search, rounds)
+    yield memory("memory", lambda: ChunkRecognizer(), ((i, f"{i:06d} " + "x" * 200) for i in range(chunks)), chunks)
+
+
+def id_rows(chunks: int, rounds: int) -> Iterator[dict[str, Any]]:
+    """Chunks in token ids."""
+    usual = 0.0
+    for name, (shortest, longest, header) in LENGTHS.items():
+        rng = np.random.default_rng(9)
+        head, stored = random_ids(rng, header), []
+        recognizer = IdRecognizer(spell)
+        for number in range(chunks):
+            ids = [*head, *random_ids(rng, int(rng.integers(shortest, longest + 1)) - header)]
+            recognizer.add(number, ids)
+            if number < 3000:
+                stored.append(ids)
+        prompt: list[int] = []
+        while len(prompt) < PROMPT_IDS:
+            prompt += [*random_ids(rng, 3), *stored[int(rng.integers(len(stored)))]]
+        del prompt[PROMPT_IDS:]
+        row = told({"case": name, "found": len(recognizer.find(prompt))}, partial(recognizer.find, prompt), rounds)
+        usual = usual or row["seconds"]["median"]
+        yield row
+    for name, (known, repeated) in WORST_IDS.items():
+        recognizer = IdRecognizer(spell)
+        recognizer.update(enumerate(known))
+        prompt = (repeated * PROMPT_IDS)[:PROMPT_IDS]
         result = recognizer.search(prompt)
-        took = [seconds(partial(recognizer.search, prompt)) for _ in range(args.rounds)]
-        rows.append({"case": name, "found": len(result.places), "left_out": result.left_out, "seconds": spread(took)})
-        print(f"{name}: {rows[-1]['seconds']['median'] * 1e3:.1f} ms (median)", file=sys.stderr)
+        row = told(
+            {"case": name, "found": len(result.places), "left_out": result.left_out},
+            partial(recognizer.find, prompt),
+            rounds,
+        )
+        yield row | {"times": row["seconds"]["median"] / usual}
+    rng = np.random.default_rng(1)
+    items = ((number, random_ids(rng, 512)) for number in range(chunks))
+    yield memory("ids: memory", lambda: IdRecognizer(spell), items, chunks)
+
+
+def random_ids(rng: np.random.Generator, count: int) -> list[int]:
+    """Token ids of which some are far more frequent than others, as in texts."""
+    return np.minimum(rng.zipf(1.2, count), 127_999).tolist()  # type: ignore[no-any-return]
+
+
+def spell(ids: Iterable[int]) -> str:
+    """Stands for a tokenizer's pieces."""
+    return "".join([f" {number}" for number in ids])
+
+
+def told(row: dict[str, Any], work: Callable[[], Any], rounds: int) -> dict[str, Any]:
+    """The row with how long the work takes, in seconds of this process."""
+    work()
+    took = []
+    for _ in range(rounds):
+        started = time.process_time()
+        work()
+        took.append(time.process_time() - started)
+    row["seconds"] = spread(took)
+    print(f"{row['case']}: {row['found']} found in {row['seconds']['median'] * 1e3:.1f} ms (median)", file=sys.stderr)
+    return row
+
+
+def memory(name: str, make: Callable[[], Any], items: Iterable[tuple[int, Any]], chunks: int) -> dict[str, Any]:
+    """What a recogniser takes for each chunk."""
     tracemalloc.start()
-    recognizer = ChunkRecognizer()
-    recognizer.update((i, f"{i:06d} " + "x" * 200) for i in range(args.chunks))
-    rows.append({"case": "memory", "bytes_a_chunk": tracemalloc.get_traced_memory()[0] / args.chunks})
+    recognizer = make()
+    recognizer.update(items)
+    row = {"case": name, "bytes_a_chunk": tracemalloc.get_traced_memory()[0] / chunks}
     tracemalloc.stop()
-    print(f"memory: {rows[-1]['bytes_a_chunk']:.0f} bytes a chunk", file=sys.stderr)
-    settings = {"chunks": args.chunks, "characters": args.characters, "rounds": args.rounds}
-    write_json(args.out, {"benchmark": "recognition", "environment": environment(), "settings": settings, "rows": rows})
+    print(f"{name}: {row['bytes_a_chunk']:.0f} bytes a chunk", file=sys.stderr)
+    return row
 
 
 if __name__ == "__main__":

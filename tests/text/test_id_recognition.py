@@ -18,8 +18,8 @@ from small_tokenizers import byte_level, sentencepiece
 from cachetune_rag import PromptError
 from cachetune_rag.text.prompts.prompt import PromptBuilder
 from cachetune_rag.text.recognising import chunk_search
-from cachetune_rag.text.recognising.chunk_search import CREDIT, RATE
-from cachetune_rag.text.recognising.id_recognizer import ALIKE, ANCHOR, EDGE, LEAST, IdRecognizer
+from cachetune_rag.text.recognising.chunk_search import RATE
+from cachetune_rag.text.recognising.id_recognizer import ALIKE, ANCHOR, CREDIT, EDGE, LEAST, IdRecognizer
 from cachetune_rag.text.recognising.id_spans import IdSpan
 from cachetune_rag.text.recognising.named_chunks import find_named, joined
 from cachetune_rag.text.recognising.spelling import Spelling

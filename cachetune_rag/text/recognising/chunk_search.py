@@ -31,7 +31,7 @@ RATE = 16
 
 _ONE_BY_ONE = 64  # what looking at a single place costs, in hashes
 _CALL = 1024  # what looking at many places costs besides
-_RESERVE = 1 << 18  # hashes that must be due again before looking goes on
+_RESERVE = 1 << 17  # hashes that must be due again before looking goes on
 _PATIENCE = 8  # places in vain before many are looked at at a time
 _FIRST_BLOCK, BLOCK = 64, 8192  # places
 AT_A_TIME = 1 << 17  # hashes in memory
@@ -71,6 +71,7 @@ class Known:
         records: by the tag of the whole chunk.
         levels: of all chunks, the highest first.
         anchor_bits, group_bits, record_bits: the keys of the three.
+        credit: hashes of slices that any prompt may cost.
     """
 
     anchor: int
@@ -81,6 +82,7 @@ class Known:
     anchor_bits: Bitmap
     group_bits: Bitmap
     record_bits: Bitmap
+    credit: int = CREDIT
 
 
 class Found(NamedTuple):
@@ -134,7 +136,8 @@ class _Search:
             start = int(starts[row])
             if self._used_up(start):
                 # Skip far enough to pay for many places at once; otherwise every place would be tried and given up again.
-                after = int(np.searchsorted(starts, (self._spent - CREDIT + _RESERVE) // RATE, side="right"))
+                paid_at = (self._spent - self._known.credit + _RESERVE) // RATE
+                after = int(np.searchsorted(starts, paid_at, side="right"))
                 left_out += after - row
                 row = after
                 continue
@@ -154,7 +157,7 @@ class _Search:
 
     def _used_up(self, start: int) -> bool:
         """Whether the search has cost more hashes than the prompt up to this place allows."""
-        return self._spent > CREDIT + RATE * start
+        return self._spent > self._known.credit + RATE * start
 
     def _starts(self) -> Places:
         """Places where the bitmap and then the table of anchors say that a chunk may begin."""

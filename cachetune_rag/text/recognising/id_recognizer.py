@@ -40,6 +40,8 @@ AROUND = 4 * EDGE
 """Tokens of a prompt beside an interior that are looked at for what a chunk's edge spells."""
 ALIKE = 16
 """Of chunks with the same interior and other edges, how many are compared with a place where none stands with all of its tokens."""
+CREDIT = 1 << 18
+"""See `chunk_search.CREDIT`. Less than for texts: whoever schedules requests waits for it, and a prompt has fewer tokens than characters."""
 
 Ids = npt.NDArray[np.uint32]
 Spell = Callable[[Iterable[int]], str]
@@ -63,7 +65,7 @@ class IdRecognizer:
     """
 
     def __init__(self, spell: Spell | None = None) -> None:
-        self._known, self._spell = KnownSequences(ANCHOR, "tokens"), spell
+        self._known, self._spell = KnownSequences(ANCHOR, "tokens", CREDIT), spell
         self._writing = threading.Lock()
         self._keys: dict[bytes, Hashable] = {}  # by the record of a chunk
         self._other_keys: dict[bytes, dict[Hashable, None]] = {}  # of chunks with the same ids

@@ -20,6 +20,7 @@ from typing import NamedTuple, TypeVar
 
 from cachetune_rag.text.recognising.bitmap import Bitmap
 from cachetune_rag.text.recognising.chunk_search import (
+    CREDIT,
     Found,
     Known,
     Lengths,
@@ -62,14 +63,15 @@ class KnownSequences:
     Args:
         anchor: elements by which the beginning of a sequence is found; shorter sequences can't be added.
         unit: what its elements are called in messages.
+        credit: see `chunk_search.CREDIT`.
 
     Attributes:
         anchor_bits: the bitmap of the beginnings of known sequences. Bits of sequences that were removed stay until they are `STALE`.
         cut_short: prompts so far in which not every place was looked at (see `chunk_search`).
     """
 
-    def __init__(self, anchor: int, unit: str) -> None:
-        self._anchor, self._unit = anchor, unit
+    def __init__(self, anchor: int, unit: str, credit: int = CREDIT) -> None:
+        self._anchor, self._unit, self._credit = anchor, unit, credit
         self._writing, self._counting = threading.Lock(), threading.Lock()
         self._entries: dict[Hashable, bytes] = {}  # packed: as tuples of numbers they would take three times the memory
         self._anchors: dict[int, int] = {}  # hash of the first elements -> sequences that begin so
@@ -134,6 +136,7 @@ class KnownSequences:
             self.anchor_bits,
             self._group_bits,
             self._record_bits,
+            self._credit,
         )
         return search(subject, known)
 

@@ -1,0 +1,102 @@
+"""Whether reuse pays for a prompt, for a server that otherwise computes the prompt itself.
+
+Reuse has costs of its own that don't depend on how much is reused: looking chunks up, choosing tokens, handing rows over, and an
+attention over assembled rows that is slower for each computed token than that of a whole prompt. A prompt with few stored tokens is
+answered sooner without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass
+
+from cachetune_rag.errors import ConfigError
+from cachetune_rag.selection.base import budget
+from cachetune_rag.text.prompts.segments import Prompt
+from cachetune_store.printing import shown
+
+LEAST_SPARED = 1024
+"""Tokens that reuse has to spare, at least: what makes up for its fixed costs. Chosen, not measured."""
+LEAST_SHARE = 0.25
+"""Share of the tokens to compute that reuse has to spare, at least: what makes up for the slower attention of the others. Chosen, not
+measured."""
+
+
+@dataclass(frozen=True)
+class WorthLimits:
+    """From when on reuse pays.
+
+    Attributes:
+        least_spared: tokens; see `LEAST_SPARED`. 0 for whatever there is.
+        least_share: from 0 to 1; see `LEAST_SHARE`.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    least_spared: int = LEAST_SPARED
+    least_share: float = LEAST_SHARE
+
+    def __post_init__(self) -> None:
+        tokens, share = self.least_spared, self.least_share
+        if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 0:
+            raise ConfigError(f"least_spared is {shown(tokens)}: use a number of tokens, 0 or more.")
+        if not isinstance(share, int | float) or isinstance(share, bool) or not 0 <= share <= 1:
+            raise ConfigError(f"least_share is {shown(share)}: use a share from 0 to 1.")
+
+
+@dataclass(frozen=True)
+class Savings:
+    """What reuse would save of one prompt.
+
+    Attributes:
+        to_compute: tokens that a server computes without reuse.
+        spared: how many of them it would not compute with it.
+        reason: why that is too little, in words for an operator; None if reuse pays.
+    """
+
+    to_compute: int
+    spared: int
+    reason: str | None = None
+
+    @property
+    def worthwhile(self) -> bool:
+        """Whether reuse pays."""
+        return self.reason is None
+
+
+def savings_of(
+    prompt: Prompt,
+    ratio: float,
+    *,
+    cached: int = 0,
+    missing: Container[int] = (),
+    limits: WorthLimits = WorthLimits(),
+) -> Savings:
+    """Say whether reuse pays for a prompt.
+
+    Args:
+        prompt: the prompt, with the chunks that were found in it.
+        ratio: share of the chunk tokens that would be recomputed.
+        cached: tokens at the prompt's beginning whose rows the server has already; of these, nothing is spared.
+        missing: numbers of chunks that are known not to be stored.
+        limits: what counts as too little.
+    """
+    to_compute = max(0, len(prompt.ids) - cached)
+    stored = sum(
+        max(0, min(span.end, len(prompt.ids) - 1) - max(span.start, cached))  # the last token is computed in any case
+        for span in prompt.spans
+        if span.chunk not in missing
+    )
+    spared = stored - budget(ratio, stored)
+    reason = None
+    if not prompt.spans:
+        reason = "no stored chunk stands in the prompt"
+    elif not spared:
+        reason = "no token of a stored chunk would be spared"
+    elif spared < limits.least_spared:
+        reason = f"reuse would spare {spared} tokens, and least_spared is {limits.least_spared}"
+    elif spared < limits.least_share * to_compute:
+        share = 100 * spared // to_compute
+        reason = f"reuse would spare {share}% of {to_compute} tokens, and least_share is {limits.least_share:g}"
+    return Savings(to_compute, spared, reason)

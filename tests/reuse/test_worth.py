@@ -1,0 +1,55 @@
+"""Whether reuse pays: from how many tokens on, and at which share of what is to be computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cachetune_rag import ConfigError, Prompt
+from cachetune_rag.reuse.worth import Savings, WorthLimits, savings_of
+from cachetune_rag.text.recognising.id_spans import IdSpan, prompt_of_ids
+
+ANY = WorthLimits(0, 0.0)
+
+
+def prompt_of(length: int, *spans: tuple[int, int]) -> Prompt:
+    return prompt_of_ids(range(length), [IdSpan(start, end, start) for start, end in spans])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "ratio", "options", "wanted"),
+    [
+        (prompt_of(100, (10, 60), (70, 90)), 0.0, {}, (100, 70)),
+        (prompt_of(100, (10, 60), (70, 90)), 0.15, {}, (100, 60)),
+        (prompt_of(100, (10, 60), (70, 90)), 0.0, {"cached": 40}, (60, 40)),
+        (prompt_of(100, (10, 60), (70, 90)), 0.0, {"missing": {0}}, (100, 20)),
+        (prompt_of(100, (0, 100)), 0.0, {}, (100, 99)),
+    ],
+)
+def test_what_is_spared(prompt: Prompt, ratio: float, options: dict[str, Any], wanted: tuple[int, int]) -> None:
+    assert savings_of(prompt, ratio, limits=ANY, **options) == Savings(*wanted)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "ratio", "options", "reason"),
+    [
+        (prompt_of(5000), 0.0, {}, "no stored chunk stands in the prompt"),
+        (prompt_of(5000, (0, 2000)), 1.0, {}, "no token of a stored chunk would be spared"),
+        (prompt_of(5000, (0, 2000)), 0.0, {"cached": 2000}, "no token of a stored chunk would be spared"),
+        (prompt_of(5000, (0, 1023)), 0.0, {}, "reuse would spare 1023 tokens, and least_spared is 1024"),
+        (prompt_of(5000, (0, 1200)), 0.0, {}, "reuse would spare 24% of 5000 tokens, and least_share is 0.25"),
+        (prompt_of(5000, (0, 1250)), 0.0, {}, None),
+        (prompt_of(5000, (3800, 5000)), 0.0, {"cached": 3800}, None),
+    ],
+)
+def test_why_it_does_not_pay(prompt: Prompt, ratio: float, options: dict[str, Any], reason: str | None) -> None:
+    savings = savings_of(prompt, ratio, **options)
+    assert (savings.reason, savings.worthwhile) == (reason, reason is None)
+
+
+@pytest.mark.parametrize("odd", [{"least_spared": -1}, {"least_spared": 1.5}, {"least_share": 2}, {"least_share": "x"}])
+def test_limits_out_of_range_are_refused(odd: dict[str, Any]) -> None:
+    (name,) = odd
+    with pytest.raises(ConfigError, match=f"{name} is .*: use"):
+        WorthLimits(**odd)
