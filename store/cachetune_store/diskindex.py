@@ -1,4 +1,4 @@
-"""The index of a directory: diskcache, holding JSON only."""
+"""The index of a store on disk: a diskcache that holds only JSON."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _Result = TypeVar("_Result")
 
 
 class DiskIndex(Index):
-    """Index in a directory, shared by threads and processes.
+    """An index in a directory, shared by threads and processes.
 
-    If another process replaces the database (a rebuild), this one follows it. A database is replaced only while no
-    process is in a transaction, so that no change is made to one that nobody will read again.
+    When another process replaces the database, to rebuild it, this object switches to the new one. A database is only replaced while no
+    process is in a transaction. Otherwise changes could go into a database that nobody reads any more.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -50,7 +50,7 @@ class DiskIndex(Index):
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """See Index."""
-        # Threads of this process queue here; in sqlite they would sleep and poll.
+        # Threads of this process wait for each other here. SQLite would let them sleep and try again.
         with self._lock:
             if self._depth:
                 yield
@@ -64,7 +64,7 @@ class DiskIndex(Index):
                 raise
 
     def _transaction(self) -> Iterator[None]:
-        """The outermost transaction; the lock is held."""
+        """The outermost transaction. Called with the lock held."""
         with self._translated(), self._gated(shared=True):
             if self._follow() and self._get(COMPLETE) is None:
                 raise IndexReplacedError(f"the index {self._directory} was replaced and is not filled yet")
@@ -81,16 +81,16 @@ class DiskIndex(Index):
                     else:
                         transact.__exit__(None, None, None)
                 except sqlite3.Error:
-                    # What could neither be committed nor rolled back ends with its connection.
+                    # A transaction that can be neither committed nor rolled back ends when its connection is closed.
                     self._reconnect()
                     raise
                 finally:
                     self._depth -= 1
 
     def _start_over(self) -> None:
-        """Roll back whatever is open, on a new connection.
+        """Roll back an open transaction by making a new connection.
 
-        Ctrl-C may come between any two steps of diskcache, which then takes for open what is not, or the other way round.
+        Ctrl-C may arrive between any two steps of diskcache. What diskcache then remembers of an open transaction may be wrong.
         """
         self._depth = 0
         self._reconnect()
@@ -137,7 +137,7 @@ class DiskIndex(Index):
         return self._patiently(lambda: self.database.count_of(prefix))
 
     def clear(self) -> None:
-        """See Index. A new database takes the old one's place, whatever state that is in."""
+        """See Index. A new database replaces the old one, in whatever state that is."""
         with self._lock:
             self.database.close_all()
             self.database = self._fresh()
@@ -173,7 +173,7 @@ class DiskIndex(Index):
         return self._patiently(connected)
 
     def _make_plain(self) -> None:
-        """Make the directory and the database's file where they are missing; nothing else may stand in their places."""
+        """Make the directory and the database's file if they are missing. Nothing else may have their names."""
         try:
             self._directory.mkdir(mode=0o700)
         except FileExistsError:
@@ -188,7 +188,7 @@ class DiskIndex(Index):
 
     @contextlib.contextmanager
     def _gated(self, *, shared: bool) -> Iterator[None]:
-        """Shared by all transactions, over processes; alone while a database takes another one's place."""
+        """Hold the gate, a lock over all processes. Transactions share it; replacing the database takes it alone."""
         with contextlib.ExitStack() as held:
             try:
                 held.enter_context(locked(self._gate, shared=shared))
@@ -197,7 +197,7 @@ class DiskIndex(Index):
             yield
 
     def _catch_up(self) -> None:
-        """As `_follow`, outside of a transaction."""
+        """Do as `_follow`, unless a transaction is open."""
         if self._is_out_of_date():
             with self._lock:
                 if not self._depth:
@@ -205,10 +205,10 @@ class DiskIndex(Index):
                         self._follow()
 
     def _follow(self) -> bool:
-        """Move to the database that stands in the directory now; whether that is another one.
+        """Switch to the database that is in the directory now. Returns whether it is another one.
 
         Raises:
-            IndexDamagedError: the open one has lost what was written last, or the new one is damaged.
+            IndexDamagedError: the log of the open database was removed, or the new database is damaged.
         """
         if not self._is_out_of_date():
             return False
@@ -222,30 +222,30 @@ class DiskIndex(Index):
         return self.database.is_replaced() or self.database.has_lost_its_log()
 
     def begin(self) -> Any:
-        """A transaction that has begun. diskcache's own retry would spin for ever on errors that don't pass."""
+        """Begin a transaction. diskcache's own way to retry would never end if an error doesn't pass."""
         transact = self.database.transact(retry=False)
         transact.__enter__()
         return transact
 
     def _patiently(self, action: Callable[[], _Result]) -> _Result:
-        """The action's result; a database that is only busy is waited for."""
+        """The action's result. It is tried again while the database is busy."""
         wait = None
         while True:
             try:
                 with self._translated():
                     return action()
             except _BusyError:
-                # Who writes has a lock on a byte of this file.
+                # The process that writes holds a lock on a byte of this file.
                 wait = wait or Wait(self._file.with_name("cache.db-shm"))
                 wait.again()
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
-        """Errors of sqlite as errors of the store."""
+        """Raise errors of SQLite as errors of the store."""
         try:
             yield
         except diskcache.Timeout as error:
-            # diskcache reports every failure to begin as a timeout; what it was is the context.
+            # diskcache reports every failure to begin as a timeout. The real error is its context.
             raise self._error(error.__context__ or error) from error
         except sqlite3.DatabaseError as error:
             raise self._error(error) from error
@@ -265,9 +265,9 @@ class DiskIndex(Index):
 
 
 def _make_private(file: Path) -> None:
-    """Make the database's file, or an older one of it, its user's alone; sqlite gives the files beside it the same mode.
+    """Make the database's file readable only for its user, also one of an earlier release. SQLite gives its other files the same mode.
 
-    Without opening it: to close it again would drop the locks of every connection that this process has to it.
+    The file is not opened for that, because closing it would drop the locks of all connections that this process has to it.
     """
     try:
         os.mknod(file, stat.S_IFREG | 0o600)

@@ -1,4 +1,4 @@
-"""Locks on files: over processes and threads, never waited for without end, and not inherited by forked processes."""
+"""Locks on files, between processes and threads. Waiting for one always ends, and a forked process doesn't inherit any."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .plainfiles import not_plain
 __all__ = ["OwnDescriptor", "Wait", "locked", "open_lock"]
 
 _SOON = 1.0
-"""Seconds that a lock is waited for before that is told."""
+"""Seconds to wait for a lock before the log says so."""
 _STOPPED = 10.0
 _UNKNOWN = 60.0
 _AT_WORK = 600.0
-"""Seconds that a lock is waited for: of a process that was stopped, of one that can't be told, and of one that runs."""
+"""Seconds to wait for a lock whose holder is stopped, is not known, or is running."""
 _TELL_AGAIN = 30.0
 _NAPS = (0.001, 0.05)
 _WRONG_KIND = {errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.ENODEV}
@@ -32,10 +32,10 @@ _open: set[OwnDescriptor] = set()
 
 
 class OwnDescriptor:
-    """A descriptor that is this process's alone: a process that is forked off closes its copy at once.
+    """A file descriptor that only this process keeps: a process that is forked off closes its copy at once.
 
-    A lock belongs to the open file, which a forked process shares. Otherwise the lock would stay held as long as that process
-    lives, even after the one that took it has released it or died.
+    A lock belongs to the open file, which a forked process shares. With a copy left open, the lock would stay held as long as the forked
+    process lives, even after the process that took it has released it or died.
     """
 
     def __init__(self, fd: int) -> None:
@@ -43,7 +43,7 @@ class OwnDescriptor:
         _open.add(self)
 
     def close(self) -> None:
-        """Close it, which lets go of its lock. May be called again."""
+        """Close it, which releases its lock. May be called again."""
         _open.discard(self)
         fd, self.fd = self.fd, -1
         if fd >= 0:
@@ -60,10 +60,10 @@ os.register_at_fork(after_in_child=_close_inherited)
 
 
 def open_lock(path: Path, flags: int = os.O_CREAT) -> OwnDescriptor:
-    """The file `path`, made if missing, to be locked. Never blocks.
+    """Open the file `path` to lock it, and make it if it is missing. Never waits.
 
     Raises:
-        StorePathError: it is something else than a plain file.
+        StorePathError: it is not a plain file.
         OSError: it can't be opened.
     """
     try:
@@ -79,7 +79,7 @@ def open_lock(path: Path, flags: int = os.O_CREAT) -> OwnDescriptor:
 
 
 def _try_lock(fd: int, *, shared: bool) -> bool:
-    """Lock an open file if nobody else has it locked; whether that was so, or the file system has no locks."""
+    """Try to lock an open file. Returns False if somebody else has it locked. If the file system has no locks, returns True."""
     try:
         fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -93,11 +93,11 @@ def _try_lock(fd: int, *, shared: bool) -> bool:
 def locked(path: Path, *, shared: bool = False) -> Iterator[None]:
     """Hold an advisory lock on the file `path` (made if missing), across processes and threads.
 
-    Where the file system has no locks, nothing is locked.
+    If the file system has no locks, nothing is locked.
 
     Raises:
-        StorePathError: `path` is something else than a plain file.
-        StoreLockedError: another process doesn't let go of it.
+        StorePathError: `path` is not a plain file.
+        StoreLockedError: another process doesn't release the lock.
         OSError: it can't be opened.
     """
     held = open_lock(path)
@@ -112,10 +112,10 @@ def locked(path: Path, *, shared: bool = False) -> Iterator[None]:
 
 
 class Wait:
-    """Waiting for a lock of a file that somebody else has: told in the log, and not for ever.
+    """Waiting for a lock that somebody else holds. The log says so, and the waiting ends at some time.
 
     Args:
-        path: the file.
+        path: the locked file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -129,7 +129,7 @@ class Wait:
         """Wait a moment before the next try.
 
         Raises:
-            StoreLockedError: it has been waited for long enough.
+            StoreLockedError: the lock was held for too long.
         """
         now = time.monotonic()
         waited = now - self._since
@@ -151,7 +151,7 @@ class Wait:
 
 
 def _holders(path: Path) -> list[int]:
-    """Processes that have `path` locked, where the system tells (Linux does, of those that it shows to this process)."""
+    """Processes that have `path` locked. Only Linux says so, and only of processes that this one may see."""
     try:
         status = path.stat()
         lines = Path("/proc/locks").read_text().splitlines()
@@ -164,7 +164,7 @@ def _holders(path: Path) -> list[int]:
 
 
 def _state(pid: int) -> str:
-    """A process's state, "T" if it was stopped; "" if the system doesn't tell."""
+    """A process's state: "T" or "t" if it is stopped; "" if the system doesn't say."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, IndexError):

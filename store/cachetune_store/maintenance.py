@@ -19,7 +19,7 @@ __all__ = ["Found", "check_files", "compare_files", "settle"]
 
 @dataclass
 class Found:
-    """What a check of all files came upon."""
+    """What a check of all files found."""
 
     checked: int = 0
     bytes: int = 0
@@ -30,13 +30,13 @@ class Found:
 
 
 def check_files(tier: DiskTier, *, full: bool) -> Found:
-    """Check every file (all of it, or the head only), set damaged ones aside, and enter those that the index doesn't know."""
+    """Check every file (all of it, or only its head), set damaged ones aside, and add those that the index doesn't know."""
     found = Found()
     for key in tier.stored_keys():
         try:
             file = _check(tier, key, full=full)
         except UnknownFormatError:
-            # One that the index knows was written by this release, so its version is what was damaged.
+            # If the index knows the file, this release wrote it, so its version number is damaged.
             if not tier.knows(key):
                 found.foreign += 1
             elif tier.set_aside(key):
@@ -56,7 +56,7 @@ def check_files(tier: DiskTier, *, full: bool) -> Found:
 
 
 def settle(found: Found, tier: DiskTier, documents: Documents, temp: TempFiles) -> VerifyReport:
-    """The end of a check: drop what has no file, count anew, and clean up after dead writers."""
+    """The end of a check: remove entries without a file, count anew, and clean up after writers that died."""
     removed = temp.clean()
     dropped = tier.drop_missing()
     tier.recount()
@@ -75,10 +75,10 @@ def settle(found: Found, tier: DiskTier, documents: Documents, temp: TempFiles) 
 
 
 def compare_files(tier: DiskTier, documents: Documents) -> None:
-    """Bring the index in line with which files there are and how long they are; only unknown ones are opened.
+    """Make the index agree with the files by their names and lengths. Only files that the index doesn't know are opened.
 
-    What a check of all files does to the index, for a fraction of its time: a killed writer leaves no damage, but it may
-    have renamed or deleted files that its last transaction, rolled back since, would have told of.
+    For the index this does the same as a check of all files, in much less time. A killed writer damages no files, but it may have renamed
+    or deleted some in a transaction that was rolled back.
     """
     sizes = {key: tier.size_of(key) for key in tier.stored_keys()}
     tier.drop_missing()
@@ -86,7 +86,7 @@ def compare_files(tier: DiskTier, documents: Documents) -> None:
     in_line = sum(sizes.values()) == tier.stats().bytes
     for key in sizes:
         if key.digest not in known or not in_line:
-            with contextlib.suppress(DamagedChunkError, OSError):  # noticed, and set aside, when it is used
+            with contextlib.suppress(DamagedChunkError, OSError):  # such a file is set aside when it is used
                 if (found := _check(tier, key, full=False)) is not None:
                     _adopt(tier, key, found)
     documents.rebuild()
@@ -94,14 +94,14 @@ def compare_files(tier: DiskTier, documents: Documents) -> None:
 
 def _adopt(tier: DiskTier, key: ChunkKey, found: CheckedFile) -> bool:
     with tier.index.transaction():
-        # Only if it is still there: another process may have evicted it meanwhile.
+        # Another process may have evicted it meanwhile.
         return tier.contains(key) and tier.adopt(found.head, found.size, found.modified)
 
 
 def _check(tier: DiskTier, key: ChunkKey, *, full: bool) -> CheckedFile | None:
-    """The file of `key` if it is healthy; None for one that is gone or needs a codec not loaded here."""
+    """The file of `key`, checked; None if it was removed or needs a codec that isn't registered."""
     try:
-        # Through the page cache: a check of all files must not end because one can't be read directly.
+        # Without direct I/O, so that a file that can't be read that way doesn't end the check.
         return check_file(key, RawFile(tier.path_of(key), DirectIO(False)), tier.pool, full=full)
     except FileNotFoundError:
         return None

@@ -1,6 +1,6 @@
-"""Notes: small records that all users of a store agree on. Whoever writes a name first, wins.
+"""Notes: small records on which all users of a store agree. The first one that is written under a name stays.
 
-They are files of their own, so a lost index costs none, and no check of the chunks touches them.
+Each is a file of its own, so no note is lost with the index, and checks of the chunks don't touch them.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _NAME = re.compile(r"[0-9a-f]{64}")
 
 
 class Notes:
-    """The notes of a store, apart for each tenant.
+    """The notes of a store. Each tenant has its own.
 
     Args:
-        directory: where their files are, made when there is one to write; None keeps them in memory.
-        temp: writes those files.
+        directory: where their files are. It is made with the first note. None keeps notes in memory.
+        temp: writes the files.
     """
 
     def __init__(self, directory: Path | None, temp: TempFiles | None) -> None:
@@ -41,9 +41,9 @@ class Notes:
         self._lock = threading.Lock()
 
     def get(self, tenant: str, name: str) -> bytes | None:
-        """What stands under `name` (64 hex characters); None if nothing does.
+        """The note called `name` (64 hex characters); None if there is none.
 
-        A file that is too long comes back cut, and what is no plain file as b"".
+        If the file is too long, only its beginning is returned. If it is not a plain file, b"" is returned.
         """
         if self._directory is None:
             return self._held.get((tenant, _checked(name)))
@@ -56,10 +56,10 @@ class Notes:
             return b""
 
     def settle(self, tenant: str, name: str, content: bytes) -> bytes:
-        """Write `content` under `name` unless something stands there already; returns what stands there now, durably.
+        """Write `content` under `name` unless there is a note of that name. Returns the note that is there now, which is durable.
 
         Raises:
-            StoreArgumentError: the name is no digest, or the content longer than MAX_NOTE.
+            StoreArgumentError: the name is not a digest, or the content is longer than MAX_NOTE.
         """
         check_kind(content, bytes, "note", "use bytes")
         if len(content) > MAX_NOTE:
@@ -78,7 +78,7 @@ class Notes:
             return self.get(tenant, name) or content
 
     def set_aside(self, tenant: str, name: str, content: bytes) -> bool:
-        """Take away a damaged note, if it still reads `content`; its file stays beside, under another name."""
+        """Set a damaged note aside if its content is still `content`. Its file stays, under another name. Returns whether it was set aside."""
         check_kind(content, bytes, "note", "use bytes")
         if self._directory is None:
             with self._lock:
@@ -93,7 +93,7 @@ class Notes:
             return True
 
     def delete_all(self, tenant: str) -> None:
-        """Delete a tenant's notes, and what was set aside of them."""
+        """Delete a tenant's notes, also those that were set aside."""
         if self._directory is None:
             with self._lock:
                 self._held = {place: content for place, content in self._held.items() if place[0] != tenant}
@@ -114,18 +114,18 @@ class Notes:
 
 
 def _publish(written: Path, path: Path) -> None:
-    """Give a written file its name, unless another has it."""
+    """Give a written file its name, unless there is a file of that name."""
     try:
         os.link(written, path)
     except FileExistsError:
         raise
     except OSError:
-        # No hard links here: the lock is what keeps others out.
+        # The file system has no hard links. The lock keeps others out.
         written.replace(path)
 
 
 def _checked(name: str) -> str:
-    # The name becomes a path.
+    # The name becomes part of a path.
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise StoreArgumentError(f"note name {shown(name)} is not 64 lower-case hex characters; use a SHA-256 in hex")
     return name

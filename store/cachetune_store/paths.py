@@ -1,4 +1,4 @@
-"""Where a store lies: settled once, when it is opened."""
+"""The folder of a store, which is found once, when the store is opened."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
 
 
 def store_path(given: object) -> Path:
-    """The absolute path that `given` names: with ~ and $VARIABLES filled in, as a shell would, and from the current directory.
+    """The absolute path of `given`. ~ and $VARIABLES are replaced as by a shell, and a relative path begins at the current directory.
 
-    All files of a store are named from it, so it stays the same store whatever the current directory or the environment become.
+    So a store stays the same if the current directory or the environment change later.
 
     Raises:
-        StorePathError: it names a home directory or a variable that there isn't, or is empty.
+        StorePathError: it is empty, or names a home directory or a variable that doesn't exist.
     """
     if not isinstance(given, str | os.PathLike):
         raise StorePathError(f"store path is {shown(given)}, a {type(given).__name__}; use a string or a path, or None")

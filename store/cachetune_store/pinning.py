@@ -1,10 +1,10 @@
-"""Page-locking memory for a GPU, and waiting for its copies.
+"""Page-locking memory for a GPU, and waiting for a GPU's copies.
 
-All of it is kept away from the capturing of CUDA graphs: a device that is waited for, on whatever thread, ends every capture under
-way on it, and while one is under way memory can't be unlocked.
+None of this runs while a CUDA graph is captured. If any thread waits for the device then, the capture fails, and memory can't be
+unlocked during a capture.
 
-Memory of the process's own is locked, in huge pages and of the size that is needed; torch's page-locked memory is rounded
-up to powers of two, so that a budget would hold fewer chunks.
+The process's own memory is locked, in huge pages and of just the size that is needed. torch rounds its page-locked memory up to powers of
+two, so that fewer chunks would fit into a budget.
 """
 
 from __future__ import annotations
@@ -25,37 +25,37 @@ _PORTABLE = 1  # cudaHostRegisterPortable: locked for every GPU
 
 _device = threading.RLock()
 _locked: list[mmap.mmap] = []
-"""What could not be unlocked: were it unmapped, CUDA would refuse to lock whatever comes to lie there."""
+"""Memory that could not be unlocked. It is never unmapped, because CUDA would refuse to lock other memory at its address."""
 
 
 @contextlib.contextmanager
 def capturing() -> Iterator[None]:
-    """While the context is open, other threads that want something here wait."""
+    """While the context is open, other threads wait before they use this module."""
     with _device:
         yield
 
 
 def pin(area: mmap.mmap) -> bool:
-    """Page-lock `area`; False if CUDA refuses."""
+    """Page-lock `area`. Returns False if CUDA refuses."""
     with _device:
         return _done(torch.cuda.cudart().cudaHostRegister(_address(area), len(area), _PORTABLE))
 
 
 def unpin(area: mmap.mmap) -> None:
-    """Undo pin(); must come before the memory is unmapped."""
-    # At the end of a process CUDA may be gone already.
+    """Undo pin(). Call it before the memory is unmapped."""
+    # When the process ends, CUDA may have ended before.
     with contextlib.suppress(RuntimeError), _device:
         if not _done(torch.cuda.cudart().cudaHostUnregister(_address(area))):
             _locked.append(area)
 
 
 def wait_for_copies(device: torch.device | None = None) -> None:
-    """Return when no GPU that this process uses is copying any more, or when `device` isn't."""
+    """Wait until `device` has done all its work, or all GPUs that this process uses."""
     with _device:
         if device is not None:
             torch.cuda.synchronize(device)
             return
-        # Asking the others to wait would set them up first.
+        # Waiting for a GPU that this process doesn't use would initialise it.
         for number in devices_in_use():
             torch.cuda.synchronize(number)
 
@@ -66,7 +66,7 @@ def devices_in_use() -> list[int]:
 
 
 def _done(status: object) -> bool:
-    """Whether a call of the runtime's succeeded; if not, nobody else is to stumble over its error."""
+    """Whether a call of the runtime succeeded. If not, its error is cleared, so that no later call raises it."""
     if int(status) == 0:  # type: ignore[call-overload]
         return True
     cudart.forget_error()

@@ -1,6 +1,6 @@
-"""Reading files that may be anything: whoever can write to a store's directory may have put a pipe, a link or a device in a
-file's place, or something without end. Nothing that isn't a plain file is read, no link is followed, nothing is waited for, and
-no more is read than the caller has use for.
+"""Reading files safely. Anybody who can write to a store's directory may replace a file by a pipe, a link, a device or an endless file.
+
+So only plain files are read, links are not followed, nothing is waited for, and no more is read than the caller needs.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ _KINDS = {
 
 
 class UnfitFileError(ValueError):
-    """What stands in a file's place is no plain file, or a longer one than can be meant."""
+    """A file is not a plain one, or is longer than such a file can be."""
 
 
 def kind_of(mode: int) -> str:
-    """What a file mode says, in words."""
+    """The kind of a file, in words, from its mode."""
     return _KINDS.get(stat.S_IFMT(mode), "a plain file")
 
 
 def open_plain(path: Path | str, flags: int = 0) -> int:
-    """A descriptor of the plain file `path`, for reading.
+    """A descriptor to read the plain file `path`.
 
     Raises:
-        UnfitFileError: it is something else.
+        UnfitFileError: it is not a plain file.
         OSError: it can't be opened.
     """
     try:
@@ -63,7 +63,7 @@ def read_plain(path: Path, most: int) -> bytes:
     """The content of the plain file `path`.
 
     Raises:
-        UnfitFileError: it is something else, or longer than `most` bytes.
+        UnfitFileError: it is not a plain file, or is longer than `most` bytes.
         OSError: it can't be read.
     """
     with os.fdopen(open_plain(path), "rb") as file:
@@ -74,12 +74,12 @@ def read_plain(path: Path, most: int) -> bytes:
 
 
 def not_plain(path: Path) -> StorePathError:
-    """The error for something else in the place of a file that must be written to."""
+    """The error for a file that must be written to and is not a plain one."""
     return StorePathError(f"{path} is {_kind_at(path)}, not a plain file: remove it, and open the store again")
 
 
 def remove_any(path: Path) -> None:
-    """Remove whatever stands at `path`, if anything does; of a link the link.
+    """Remove whatever is at `path`, if anything is. Of a link, only the link is removed.
 
     Raises:
         OSError: it can't be removed.

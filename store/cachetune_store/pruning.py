@@ -1,7 +1,7 @@
-"""Which chunks of a store were made alike, and removing those that nobody will ask for again.
+"""Groups of chunks that were made alike, and removing chunks that can't be used any more.
 
-A chunk of another model, dtype, lead-in or codec is never opened by mistake, because all but the codec are in its key: it
-only takes room until it is evicted or pruned.
+Model, dtype and lead-ins are part of a chunk's key. So a chunk that was made with others is never opened by mistake. It only takes room
+until it is evicted or pruned.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from .tiers import DiskTier
 __all__ = ["Keep", "by_tenant", "groups", "prune"]
 
 Keep = Callable[[ChunkHead], bool]
-"""Whether a chunk is to stay."""
+"""Says of a chunk, by its head, whether it stays."""
 
 
 def groups(placement: Placement) -> list[ChunkGroup]:
-    """The chunks by what they were made with, the largest group first. Reads the head of every file."""
+    """Groups of chunks that were made alike, the largest first. The head of every file is read."""
     found: dict[tuple[str, str], ChunkGroup] = {}
     for key, head in _heads(placement):
         if isinstance(head, ChunkHead):
@@ -72,7 +72,7 @@ def _doomed(placement: Placement, keep: Keep, foreign_too: bool) -> Iterator[tup
 
 
 def _heads(placement: Placement) -> Iterator[tuple[ChunkKey, ChunkHead | Exception]]:
-    """Head of every chunk, or why it can't be read; chunks that go meanwhile are left out."""
+    """The head of every chunk, or the error of reading it. Chunks that are removed meanwhile are left out."""
     disk = placement.disk
     in_files: set[ChunkKey] = set()
     if disk is not None:

@@ -1,4 +1,4 @@
-"""A file read by position, past the page cache where the file system allows."""
+"""Reading a file at given positions, and around the page cache (direct I/O) where the file system allows it."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from .plainfiles import UnfitFileError, open_plain
 __all__ = ["DirectIO", "RawFile", "identity_of"]
 
 _HEAD_GUESS = 32 << 10
-# What kernels answer where a file system knows no direct I/O (or wants another alignment).
+# Errors of file systems that have no direct I/O, or need another alignment.
 _NOT_DIRECT = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 def identity_of(status: os.stat_result) -> tuple[int, int, int]:
-    """Tells whether two files that had one name are the same file."""
+    """Numbers by which a file is told from a later one of the same name."""
     return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 class DirectIO:
-    """Whether files are opened for direct I/O; turns itself off where that doesn't work.
+    """Whether files are opened for direct I/O. It turns itself off where that doesn't work.
 
     Args:
-        wanted: True or None: where the file system supports it; False: never.
+        wanted: False: never. True or None: if the file system supports it.
     """
 
     def __init__(self, wanted: bool | None) -> None:
         self.active = wanted is not False and hasattr(os, "O_DIRECT")
 
     def open(self, path: Path | str) -> int:
-        """A descriptor of the plain file `path`, direct if possible.
+        """A descriptor of the plain file `path`, for direct I/O if possible.
 
         Raises:
-            DamagedChunkError: it is no plain file.
+            DamagedChunkError: it is not a plain file.
             OSError: it can't be opened.
         """
         try:
@@ -58,7 +58,7 @@ class DirectIO:
 
 
 class RawFile:
-    """An open file. It stays readable when its name is gone, which is how open chunks outlive an eviction."""
+    """An open file. It stays readable after its name is removed, so an open chunk outlives its eviction."""
 
     def __init__(
         self, path: Path | str, direct: DirectIO, head: int = _HEAD_GUESS, memory: SlabPool | None = None
@@ -66,13 +66,13 @@ class RawFile:
         """Open it.
 
         Args:
-            path: of the file.
-            direct: how.
-            head: how long the file's head probably is; asked for it, at least so much is read.
-            memory: where the head is read into. Memory that is new costs as much time as reading into it.
+            path: path of the file.
+            direct: opens it.
+            head: the likely length of the file's head. At least so many bytes are read when it is asked for.
+            memory: gives the memory that the head is read into. New memory would take as long to touch as to fill.
 
         Raises:
-            DamagedChunkError: it is no plain file.
+            DamagedChunkError: it is not a plain file.
             OSError: it can't be opened.
         """
         self._fd = -1
@@ -86,7 +86,7 @@ class RawFile:
         self.identity = identity_of(status)
 
     def head(self, count: int) -> memoryview:
-        """At least the first `count` bytes, or all there are; kept until `drop_head`."""
+        """At least the first `count` bytes, or the whole file if it is shorter. They are kept until `drop_head`."""
         if self._head is None or len(self._head) < min(count, self.size):
             want = min(round_up(max(count, self._guess)), round_up(self.size))
             area = memory_of(self._memory.allocate(max(want, PAGE)))
@@ -94,11 +94,11 @@ class RawFile:
         return self._head
 
     def drop_head(self) -> None:
-        """Let go of the memory behind `head`."""
+        """Give back the memory of `head`."""
         self._head = None
 
     def read(self, area: memoryview, position: int) -> int:
-        """Fill `area` (page-aligned, whole pages) from `position`; how many bytes there were."""
+        """Fill `area` (page-aligned, whole pages) from `position` on. Returns how many bytes were read."""
         done = 0
         while done < len(area) and position + done < self.size:
             try:
@@ -123,7 +123,7 @@ class RawFile:
             self.close()
 
     def _direct_off(self) -> bool:
-        """Turn direct I/O off for this descriptor; False if it was off already."""
+        """Turn direct I/O off for this descriptor. Returns False if it was off already."""
         flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
         direct = getattr(os, "O_DIRECT", 0)
         if not flags & direct:

@@ -23,7 +23,7 @@ __all__ = ["ReadOnlyIndex"]
 
 
 class ReadOnlyIndex(Index):
-    """Reads the database in `directory`, which others may go on writing. Where it can't be read, clear() makes one in memory."""
+    """Reads the database in `directory`, which others may be writing. If it can't be read, clear() makes an index in memory."""
 
     def __init__(self, directory: Path) -> None:
         self._file = directory / "cache.db"
@@ -89,7 +89,7 @@ class ReadOnlyIndex(Index):
             return count_names(connection, prefix)
 
     def clear(self) -> None:
-        """See Index. From now on it is one in memory."""
+        """See Index. From now on the index is in memory."""
         self.close()
         self._memory = MemoryIndex()
 
@@ -102,7 +102,7 @@ class ReadOnlyIndex(Index):
 
     @contextlib.contextmanager
     def _read(self) -> Iterator[sqlite3.Connection]:
-        """A connection to the database that stands there now."""
+        """A connection to the database that is in the directory now."""
         try:
             with self._lock:
                 seen = _state(self._file)
@@ -119,7 +119,7 @@ class ReadOnlyIndex(Index):
 
 
 def _state(file: Path) -> tuple[int, ...]:
-    """What changes when a database that is taken for unchanging is replaced or written to."""
+    """Numbers that change when the database is replaced or written to."""
     status = file.lstat()
     if not stat.S_ISREG(status.st_mode):
         raise IndexDamagedError(f"{file} is not a plain file")
@@ -131,7 +131,7 @@ def _connect(file: Path) -> sqlite3.Connection:
     place = f"file:{quote(os.fspath(file))}"
     with contextlib.suppress(sqlite3.OperationalError):
         return _open(f"{place}?mode=ro")
-    # Without those files nobody has it open, and it can be read as it is; unless a log was left that can't be read in.
+    # Without those files nobody has the database open, and its file alone can be read, unless there is a log with changes.
     log = file.with_name(f"{file.name}-wal")
     if log.exists() and log.stat().st_size:
         raise IndexDamagedError(f"the index {file.parent} has a log that can't be read without writing")

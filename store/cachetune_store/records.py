@@ -1,4 +1,4 @@
-"""What the index's records look like. A checksum shows that one is as it was written, not that the store wrote it."""
+"""What the index's records look like. A checksum only shows that a record is unchanged, not that the store wrote it."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ _FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
     "chunk": {"size": _is_count, "used": _is_time, "tokens": _is_count},
     "text": {"text": _is_text, "tokens": _is_count, "namespace": _is_text},
     "doc": {"id": _is_text, "tenant": _is_text, "chunks": _are_texts},
-    # What is counted may be off, even below 0, until it is counted anew.
+    # Counts may be wrong, even below 0, until they are counted anew.
     "total": {name: lambda value: type(value) is int for name in ("bytes", "chunks", "stored")},
 }
 _WHOLE: dict[str, Callable[[Any], bool]] = {"ref": _is_count, "texts": _is_count, "meta": _is_text}
 
 
 def checked(name: str, record: Any) -> Any:
-    """The record.
+    """Return the record if the store could have written it.
 
     Raises:
-        IndexDamagedError: nothing that the store writes under such a name.
+        IndexDamagedError: the store never writes such a record under such a name.
     """
     kind = name.partition("/")[0]
     if (fields := _FIELDS.get(kind)) is not None:

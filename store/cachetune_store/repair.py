@@ -1,4 +1,4 @@
-"""Going on with an index that turns out to be damaged, or that another process has replaced."""
+"""Repairs the index when it turns out to be damaged, and follows one that another process has replaced."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ __all__ = ["Repair"]
 
 _Result = TypeVar("_Result")
 _FOLLOWS = 16
-"""Times in a row that an index which others replace is followed."""
+"""How often an action is tried again because another process replaced the index."""
 
 
 class Repair:
-    """Checks a store's files against its index, and makes the index anew where it has to be.
+    """Compares a store's files with its index, and makes the index anew if necessary.
 
     Args:
-        directory: the store's; None if it is in memory only, so that there is nothing to differ from.
-        placement, documents: what the index tells of.
+        directory: the store's directory; None if the store is only in memory, where nothing can differ.
+        placement, documents: the chunks and documents that are in the index.
     """
 
     def __init__(self, directory: StoreDirectory | None, placement: Placement, documents: Documents) -> None:
         self._directory, self._placement, self._documents = directory, placement, documents
 
     def healed(self, action: Callable[[], _Result]) -> _Result:
-        """The action's result; if the index turns out to be damaged, it is rebuilt and the action done again.
+        """The action's result. If the index turns out to be damaged, it is rebuilt, and the action is done again.
 
         Raises:
-            StoreFullError, StorePathError: in place of the system's errors.
+            StoreFullError, StorePathError: instead of the OSError that the action raised.
         """
         try:
             for _ in range(_FOLLOWS):
                 try:
                     return action()
                 except IndexReplacedError as error:
-                    self.heal(error)  # others may replace it once more while this one follows
+                    self.heal(error)  # another process may replace it again meanwhile
                 except IndexDamagedError as error:
                     self.heal(error)
                     break
@@ -59,10 +59,10 @@ class Repair:
             raise explain(failed, self._directory.path) from failed
 
     def check(self, *, full: bool, anew: bool = False) -> VerifyReport:
-        """Check the files, whole or heads only, and repair the index; `anew`: forget the old one first."""
+        """Check the files (all of each, or only its head) and repair the index; with `anew`, make a new index instead."""
         placement = self._placement
         if self._directory is None or placement.disk is None:
-            # Nothing on disk to differ from: rows in memory are as they were put.
+            # Without files there is nothing to check.
             stats = placement.host.stats()
             return VerifyReport(stats.chunks, stats.bytes, (), 0, 0, 0, self._documents.count())
         try:

@@ -1,4 +1,4 @@
-"""What the store tells about itself: frozen, and plain when asked."""
+"""What the store reports about itself."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class Counters:
 
 @dataclass(frozen=True)
 class TierStats:
-    """One tier: what it holds now, and what it did in this process.
+    """What one tier holds now, and what it did in this process.
 
     Attributes:
-        chunks: chunks held (on disk: by all processes).
-        bytes: bytes held, against `budget`.
+        chunks: chunks held now; on disk, those of all processes.
+        bytes: bytes held now. `budget` is the most that there may be.
         pinned: chunks in use by open readers of this process.
         promotions: chunks that came up from the tier below.
         demotions: chunks that came down from the tier above.
@@ -63,11 +63,11 @@ class TierStats:
 
 @dataclass(frozen=True)
 class TierUsage:
-    """What a tier did over all processes that used the store (as far as they have told).
+    """What a tier did in all processes that used the store, as far as they have written it to the index.
 
     Attributes:
         read_seconds: count, mean, p50, p95 and p99 of the seconds that reading a chunk took, without waiting for anything
-            else; host memory is read in place, so only the disk tier has them.
+            else. Only the disk tier has them, because host memory is read in place.
     """
 
     hits: int
@@ -83,9 +83,9 @@ class TierUsage:
 
 @dataclass(frozen=True)
 class StoreStats:
-    """The whole store. `hits` and `misses` count open(); a chunk found in any tier is a hit.
+    """The whole store. `hits` and `misses` count calls of open(); a chunk that is found in any tier is a hit.
 
-    All but `lifetime`, which is by tier and of all processes, count what this process did.
+    All numbers count what this process did, except `lifetime`, which has the numbers of all processes for each tier.
     """
 
     hits: int
@@ -103,13 +103,13 @@ class StoreStats:
         return [tier for tier in (self.device, self.host, self.disk) if tier is not None]
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as plain dicts and numbers."""
+        """The same as dicts and numbers."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class DocumentInfo:
-    """A document: its id, its chunks in order, and how many of them (and bytes) the store holds now."""
+    """A document: its id, its chunks in order, how many of them the store holds now, and their bytes."""
 
     id: str
     tenant: str
@@ -120,7 +120,7 @@ class DocumentInfo:
 
 @dataclass(frozen=True)
 class ChunkGroup:
-    """Chunks that were made alike: by one model, tokenizer, dtype, lead-ins and tenant (the namespace), in one codec."""
+    """Chunks that were made alike: with the same namespace (model, tokenizer, dtype, lead-ins and tenant) and codec."""
 
     namespace: Namespace
     codec: str
@@ -128,7 +128,7 @@ class ChunkGroup:
     bytes: int
 
     def __add__(self, other: ChunkGroup) -> ChunkGroup:
-        """Both together."""
+        """Both groups together."""
         return ChunkGroup(self.namespace, self.codec, self.chunks + other.chunks, self.bytes + other.bytes)
 
 
@@ -140,7 +140,7 @@ class TenantStats:
         tenant: its name, as given; "" for chunks and documents stored without one.
         documents: documents of that tenant.
         chunks: chunks stored now.
-        bytes: their bytes.
+        bytes: bytes of these chunks.
     """
 
     tenant: str
@@ -154,9 +154,9 @@ class PruneReport:
     """What pruning removed (or would remove).
 
     Attributes:
-        chunks: chunks of this format version.
-        foreign: files of other format versions.
-        bytes: bytes freed by both.
+        chunks: removed chunks of this format version.
+        foreign: removed files of other format versions.
+        bytes: bytes of both.
     """
 
     chunks: int
@@ -164,7 +164,7 @@ class PruneReport:
     bytes: int
 
     def as_dict(self) -> dict[str, int]:
-        """The same as plain numbers."""
+        """The same as a dict of numbers."""
         return asdict(self)
 
 
@@ -173,15 +173,15 @@ class VerifyReport:
     """What a check found and repaired.
 
     Attributes:
-        checked: chunk files read in full (by rebuild_index: heads read).
-        bytes: their bytes.
+        checked: chunk files that were read in full (by rebuild_index: only their heads).
+        bytes: bytes of these files.
         damaged: keys of files that were set aside.
         temp_files: files of dead writers that were deleted.
-        adopted: files that the index didn't know.
-        dropped: index entries without a file.
+        adopted: files that were added to the index.
+        dropped: entries without a file that were removed from the index.
         documents: documents known afterwards.
-        foreign: files of other format versions; they are left alone (`prune` removes them).
-        unreadable: keys of files that could not be read and are not known to be damaged; they are left alone.
+        foreign: files of other format versions. They are not changed; `prune` removes them.
+        unreadable: keys of files that could not be read, but are not known to be damaged. They are not changed.
     """
 
     checked: int
@@ -200,6 +200,6 @@ class VerifyReport:
         return not self.damaged and not self.unreadable
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as plain values."""
+        """The same as a dict of numbers and strings."""
         keys = {"damaged": self.damaged, "unreadable": self.unreadable}
         return asdict(self) | {name: [str(key) for key in found] for name, found in keys.items()}

@@ -1,7 +1,7 @@
-"""What the index knows of chunks' texts, so that a stored passage can be recognised in a prompt.
+"""The texts of chunks in the index, by which stored chunks are recognised in a prompt.
 
-A text outlives its chunk's eviction as long as a document holds the chunk: the passage is still recognised then, computed
-once more, and stored again. "texts" counts the changes, for those who follow them.
+When a chunk is evicted, its text stays as long as a document holds the chunk. So the chunk is still recognised, and is computed and
+stored again. The record "texts" counts the changes, so that a reader knows when to look again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["drop_text", "evict_text", "note_text", "texts_revision"]
 
 
 def note_text(index: Index, head: ChunkHead) -> None:
-    """Enter the text of a chunk, if it has one."""
+    """Add the text of a chunk, if it has one."""
     if head.text is None:
         return
     record = {"text": head.text, "tokens": head.layout.tokens, "namespace": head.namespace.digest}

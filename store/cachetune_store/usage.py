@@ -1,7 +1,7 @@
-"""What a store's tiers did over all processes and days: counters and read times, kept in its index.
+"""What a store's tiers did in all processes so far: counters and read times, which are kept in the index.
 
-A process counts in memory and adds what is new every now and then, and when it closes the store; what it counted last is
-lost if it is killed, and all of it with a lost index. It is for whoever watches the store, and decides nothing.
+A process counts in memory. It adds its counts to the index now and then, and when it closes the store. If it is killed, its last counts
+are lost; if the index is lost, all are. The counts are only for those who watch the store.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["UsageLog"]
 
 
 class UsageLog:
-    """Counters of one tier: `counters` are the tier's own, `reads` the seconds it took to read a chunk."""
+    """Counters of one tier, and `reads`, the seconds that reading a chunk took."""
 
     def __init__(self, index: Index, tier: str, counters: Counters) -> None:
         self._index, self._name, self._counters = index, f"usage/{tier}", counters
@@ -26,12 +26,12 @@ class UsageLog:
         self._new_reads = Histogram()
 
     def add_read(self, seconds: float) -> None:
-        """Count the reading of one chunk."""
+        """Count one chunk that was read."""
         self.reads.add(seconds)
         self._new_reads.add(seconds)
 
     def flush(self) -> None:
-        """Add what is new to the index."""
+        """Add the counts since the last call to the index."""
         now = Counters(**asdict(self._counters))
         new = {name: count - getattr(self._told, name) for name, count in asdict(now).items()}
         if not any(new.values()) and not self._new_reads.count:
@@ -44,7 +44,7 @@ class UsageLog:
         self._told = now
 
     def lifetime(self) -> TierUsage:
-        """All processes' counts, with those of this one that are not in the index yet."""
+        """The counts of all processes, including those of this one that are not in the index yet."""
         counts, reads = _parse(self._index.get(self._name))
         now, told = asdict(self._counters), asdict(self._told)
         total = Counters(**{name: counts.get(name, 0) + now[name] - told[name] for name in now})
@@ -55,7 +55,7 @@ class UsageLog:
 
 
 def _parse(record: Any) -> tuple[dict[str, int], Histogram]:
-    """Counters and read times of a record; what can't be read counts as nothing."""
+    """Counters and read times of a record; empty if it can't be read."""
     reads = Histogram()
     try:
         counts = {str(name): int(count) for name, count in record["counters"].items()}
