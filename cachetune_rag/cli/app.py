@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from io import TextIOWrapper
@@ -19,7 +18,8 @@ from cachetune_rag.cli.ask import EPILOG as ASK_EPILOG
 from cachetune_rag.cli.ask import ask
 from cachetune_rag.cli.calibrate import EPILOG as CALIBRATE_EPILOG
 from cachetune_rag.cli.calibrate import calibrate
-from cachetune_rag.cli.console import warnings_on_stderr
+from cachetune_rag.cli.console import ERROR, print_error, warnings_on_stderr
+from cachetune_rag.cli.output import OutputError, give_up, open_missing_streams, results_on_stdout
 from cachetune_rag.cli.precompute import EPILOG as PRECOMPUTE_EPILOG
 from cachetune_rag.cli.precompute import precompute
 from cachetune_rag.cli.prune import EPILOG as PRUNE_EPILOG
@@ -121,17 +121,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: words after the program's name; None: those of this process.
     """
+    open_missing_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             # An answer may hold characters that the terminal's encoding lacks.
             stream.reconfigure(errors="replace")
     try:
-        with warnings_on_stderr():
+        with warnings_on_stderr(), results_on_stdout():
             app(args=None if arguments is None else list(arguments), prog_name="cachetune")
     except BrokenPipeError:
         # The reader (head, less) has seen enough. Nothing may be flushed into the closed pipe at exit.
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        give_up(sys.stdout)
         sys.exit(1)
+    except OutputError as error:
+        print_error(error)
+        sys.exit(ERROR)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -12,7 +12,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, ParamSpec
 
 import typer
@@ -21,6 +21,7 @@ from rich.segment import Segment
 from rich.text import Text
 
 from cachetune_rag.checking.escaping import visible, visible_line
+from cachetune_rag.cli.output import OutputError
 from cachetune_rag.errors import CacheTuneError
 
 DEBUG_VARIABLE = "CACHETUNE_DEBUG"
@@ -135,10 +136,15 @@ def guarded(command: Callable[_P, None]) -> Callable[_P, None]:
             _flush()
             if kwargs.get("debug") or os.environ.get(DEBUG_VARIABLE, "") not in ("", "0"):
                 stderr().print(traceback.format_exc(), soft_wrap=True)
-            stderr().print(Text.assemble(("Error: ", "bold red"), _message(error)))
+            print_error(error)
             raise typer.Exit(ERROR) from None
 
     return run
+
+
+def print_error(error: Exception) -> None:
+    """The line on stderr that says what went wrong."""
+    stderr().print(Text.assemble(("Error: ", "bold red"), _message(error)))
 
 
 @contextmanager
@@ -168,8 +174,9 @@ def _is_exit(error: Exception) -> bool:
 
 
 def _flush() -> None:
-    """What was printed of an answer stands before the error that ended it."""
-    sys.stdout.flush()
+    """What was printed of an answer stands before the error that ended it; that it can't be written must not hide that error."""
+    with suppress(OutputError):
+        sys.stdout.flush()
 
 
 def _message(error: Exception) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from test_cli import Cli, cli, model, store  # noqa: F401 (fixtures)
 
 from cachetune_rag.checking.escaping import visible, visible_line
 from cachetune_rag.cli import console
+from cachetune_rag.cli.app import main
+from cachetune_store import ChunkStore
 
 EVIL = "\x1b[2J\x1b[Hall is well"
 
@@ -112,3 +115,29 @@ def test_usage_errors_spell_out_control_characters(cli: Cli, arguments: tuple[st
     done = cli(*arguments, code=2)
     assert "\x1b" not in done.err
     assert "\\x1b[2J" in done.err
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["stats", "--json"], ["stats"]])
+def test_a_result_that_cannot_be_written_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str]
+) -> None:
+    if "stats" in arguments:
+        with ChunkStore(tmp_path):
+            arguments = [*arguments, "--store", str(tmp_path)]
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit) as exit_info:
+            main(arguments)
+        assert sys.stdout is full
+    assert exit_info.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("Error: the result can't be written to standard output (No space left on device)")
+
+
+def test_a_closed_standard_output_is_an_error() -> None:
+    done = subprocess.run(
+        ["sh", "-c", '"$0" -m cachetune_rag --version >&- <&-', sys.executable], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("Error: standard output is closed")
+    assert len(done.stderr.splitlines()) == 1
