@@ -52,7 +52,7 @@ class ChunkReader(ABC):
         self.pin: object = None
         self.on_close: Callable[[ChunkReader], None] | None = None
         self.on_promote: Callable[[Chunk], bool] | None = None
-        # One slot a layer, so that threads on different layers don't share a counter.
+        # One number for each layer, so that threads on different layers don't share a counter.
         self._bytes = [0] * len(head.layout.layers)
         self._layer_count, self._row_count = len(head.layout.layers), head.layout.tokens
         self._closed = False
@@ -60,7 +60,7 @@ class ChunkReader(ABC):
 
     @property
     def forked(self) -> bool:
-        """Whether it was opened before this process was forked off. What it holds, and the locks around it, are the parent's then."""
+        """Whether it was opened before this process was forked off. Its memory and its locks then belong to the parent."""
         return self._process != os.getpid()
 
     @property
@@ -75,7 +75,7 @@ class ChunkReader(ABC):
 
     @property
     def order(self) -> Tensor:
-        """Int64 [tokens]: row i of every layer is token order[i]."""
+        """Int64 [tokens]: row i of every layer belongs to token order[i]."""
         return self.head.order
 
     @property
@@ -95,49 +95,49 @@ class ChunkReader(ABC):
 
     @property
     def text(self) -> str | None:
-        """The chunk's text, if it was stored."""
+        """The chunk's text, if it was stored with one."""
         return self.head.text
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of rows that read() has moved so far: from disk whole blocks and pages, from host the rows asked for."""
+        """Bytes of rows that read() has read so far. From disk these are whole blocks and pages, from memory only the wanted rows."""
         return sum(self._bytes)
 
     @property
     def seconds(self) -> float:
-        """Seconds that read() spent on moving and checking rows so far, summed over threads."""
+        """Seconds that read() has spent on reading and checking rows so far, summed over threads."""
         return 0.0
 
     @property
     @abstractmethod
     def host_bytes(self) -> int:
-        """Bytes of host memory that the whole chunk fills."""
+        """Bytes of host memory that the whole chunk takes."""
 
     @abstractmethod
     def read(self, layer: int, rows: int) -> Tensor:
-        """The first `rows` rows of a layer, uint8 [bytes], as the codec wrote them; threads may read different layers.
+        """The first `rows` rows of a layer, uint8 [bytes], as the codec wrote them. Threads may read different layers at the same time.
 
-        Treat it as read-only: it may be a view of what the store keeps.
+        Don't write to the result: it may be a view of the store's own memory.
 
         Raises:
-            StoreArgumentError: there is no such layer, or not as many rows.
-            DamagedChunkError: the file fails a check; treat the chunk as missing and call ChunkStore.discard(key).
+            StoreArgumentError: there is no such layer, or it has fewer rows.
+            DamagedChunkError: the file fails a check. Treat the chunk as missing, and call ChunkStore.discard(key).
         """
 
     def has(self, layer: int, rows: int) -> bool:
-        """Whether `read(layer, rows)` gives what is there, without waiting."""
+        """Whether `read(layer, rows)` would return without waiting for a disk."""
         return self.in_memory
 
     def locate(self, layer: int, rows: int) -> int:
-        """Address of what `read(layer, rows)` gives, for copies by address; counts as reading it.
+        """The address of what `read(layer, rows)` returns, for copies by address. It counts as a read.
 
-        It holds until close().
+        The address is valid until close().
         """
         return self.read(layer, rows).data_ptr()
 
     @abstractmethod
     def promote(self) -> bool:
-        """Put the chunk one tier up, where there is room; rows not read yet are read now. True if it is in memory then."""
+        """Put the chunk into the tier above if there is room. Rows that were not read yet are read now. Returns whether it is in memory then."""
 
     def close(self) -> None:
         """Release the chunk. May be called again."""
@@ -156,13 +156,13 @@ class ChunkReader(ABC):
         self.close()
 
     def __del__(self) -> None:
-        # A forgotten reader must not hold its chunk for ever.
+        # A reader that was never closed must not keep its chunk from being evicted for ever.
         with contextlib.suppress(Exception):
             ChunkReader.close(self)
 
     def _check(self, layer: int, rows: int) -> tuple[int, int]:
-        """Both as plain ints, if this can be read."""
-        # A request asks some thousand times. What it asks for is tested in one expression, and looked at closely only if that fails.
+        """Both numbers as ints, if these rows can be read."""
+        # A request calls this a thousand times. So one expression tests what is usual, and only if it fails is the cause looked for.
         if (
             type(layer) is int is type(rows)
             and -1 < layer < self._layer_count
@@ -183,7 +183,7 @@ class ChunkReader(ABC):
         layout = self.head.layout
         try:
             number, count = index(layer), index(rows)
-        except TypeError:  # no whole numbers
+        except TypeError:  # not whole numbers
             number = count = -1
         if not (0 <= number < len(layout.layers) and 0 <= count <= layout.tokens):
             raise StoreArgumentError(
@@ -194,7 +194,7 @@ class ChunkReader(ABC):
 
 
 class HostReader(ChunkReader):
-    """Rows in host memory: every read is a view."""
+    """Rows in host memory. Every read returns a view of them."""
 
     kind = HOST
 
@@ -221,24 +221,24 @@ class HostReader(ChunkReader):
         return view
 
     def locate(self, layer: int, rows: int) -> int:
-        """See ChunkReader.locate; no view is made."""
+        """See ChunkReader.locate. No view is made."""
         layer, rows = self._check(layer, rows)
         self._bytes[layer] += self._rows[layer].size(rows)
         return self._addresses[layer]
 
     def read_all(self) -> Chunk:
-        """The whole chunk, which the store goes on holding: not to be written to."""
+        """The whole chunk. The store keeps it, so it must not be written to."""
         return self._chunk
 
     def promote(self) -> bool:
-        """See ChunkReader.promote: onto the device, if the store keeps chunks there."""
+        """See ChunkReader.promote. The tier above is the device, if the store has such a tier."""
         if self.on_promote is not None and not self._closed and not self.forked:
             self.on_promote(self._chunk)
         return True
 
 
 class DiskReader(ChunkReader):
-    """Rows in a file, read into memory that can become the host tier's copy."""
+    """Rows in a file. They are read into memory that the host tier can take over."""
 
     kind = DISK
 
@@ -266,9 +266,9 @@ class DiskReader(ChunkReader):
         return self._pool.size_of(self.head.plan.total)
 
     def read(self, layer: int, rows: int) -> Tensor:
-        """See ChunkReader.read. Rows that were read before are not read again."""
+        """See ChunkReader.read. No row is read twice."""
         layer, rows = self._check(layer, rows)
-        # Every moment here is one that other threads may wait for the interpreter: a prompt's rows are a thousand reads.
+        # This is kept short, because other threads wait for the interpreter meanwhile, and a prompt takes a thousand reads.
         with self._locks[layer]:
             if rows > self._covered[layer]:
                 self._begin()
@@ -288,11 +288,11 @@ class DiskReader(ChunkReader):
 
     @property
     def complete(self) -> bool:
-        """True when every row of every layer has been read and verified."""
+        """Whether every row of every layer has been read and checked."""
         return min(self._covered) == self.head.layout.tokens
 
     def read_all(self) -> Chunk:
-        """The whole chunk, verified.
+        """The whole chunk, checked.
 
         Raises:
             DamagedChunkError: a block fails its checksum, or the file is too short.
@@ -306,7 +306,7 @@ class DiskReader(ChunkReader):
         return Chunk(in_pool(self.head, self._pool), self._slab, self.head.host_bytes(self._pool))
 
     def padding_is_clear(self) -> bool:
-        """True if the bytes between the layers are zero, as they were written. Only after read_all()."""
+        """Whether the bytes between the layers are zero, as they were written. Call it only after read_all()."""
         assert self._slab is not None
         before = self._slab.numpy().copy()
         clear_padding(self.head.layout, self._slab)
@@ -321,7 +321,7 @@ class DiskReader(ChunkReader):
         return self._promoted
 
     def close(self) -> None:
-        """Release the chunk; if all of it was read, the host tier gets it."""
+        """Release the chunk. If all of it was read, the host tier gets it."""
         if self._closed:
             return
         if self.forked:
@@ -336,7 +336,7 @@ class DiskReader(ChunkReader):
                 self._close_file_if_unused()
 
     def _begin(self) -> None:
-        """Until `_end`, keep the file open: a read that the disk doesn't answer may still be under way when the reader is closed."""
+        """Keep the file open until `_end`, even if the reader is closed while the disk doesn't answer a read."""
         with self._memory_lock:
             if self._closed:
                 raise StoreClosedError(f"reader of chunk {self.key} is closed; open the chunk again")
@@ -360,7 +360,7 @@ class DiskReader(ChunkReader):
                 self._memory = memory_of(slab)
                 self._views = layer_views(self.head.layout, slab)
                 self._ends = block_ends(self.head.layout, self.head.block_rows)
-                self._slab = slab  # last: who finds it doesn't take the lock
+                self._slab = slab  # set last, because threads that find it set don't take the lock
 
     def fetch(self, layer: int, rows: int) -> None:
         """Read rows that no `read` has brought yet, to the end of the block that holds row `rows` - 1.
@@ -370,7 +370,7 @@ class DiskReader(ChunkReader):
         self._prepare()
         head, ends, offset = self.head, self._ends[layer], self.head.plan.offsets[layer]
         first, last = self._covered[layer] // head.block_rows, -(-rows // head.block_rows)
-        # Whole pages: what direct I/O asks for. A page that was read before is read, and its block checked, again.
+        # Direct I/O needs whole pages. So the first page may be read a second time, and its block is then checked again.
         begin, end = ends[first] // PAGE * PAGE, round_up(ends[last])
         area = self._memory[offset + begin : offset + end]
         try:

@@ -50,27 +50,26 @@ _LEAST_IDLE = 256 << 20
 class ChunkStore:
     """Keys and values of chunks, in host memory and on disk.
 
-    A chunk is written to disk (durably) and kept in host memory while there is room; reading all of one from disk puts
-    it into host memory. Chunks in use can be kept in a GPU's own memory as well. Every tier evicts its least recently used
-    chunks to stay within its budget. Threads may share a store, and processes may share its directory.
+    A chunk is written to disk, durably, and kept in host memory while there is room. A chunk of which all rows are read from disk is put
+    into host memory. Chunks in use can also be kept in a GPU's memory. Every tier evicts its least recently used chunks to stay
+    within its budget. Threads may share a store, and processes may share its directory.
 
     Args:
         path: the store's directory, made if missing; ~ and $VARIABLES are filled in, and a relative path is taken from the
             current directory, once. One of which any part can't be written is only read: nothing is stored then (`read_only`). None keeps
             everything in host memory only.
         codec: how new chunks are encoded; chunks of any registered codec are read.
-        host_budget: bytes of host memory for chunks, an int or such as "4GiB"; 0 for none. On top
-            of it come what open readers of the disk tier and running put() calls hold, and `read_memory`.
+        host_budget: bytes of host memory for chunks, as an int or such as "4GiB"; 0 for none. Open readers of the disk tier,
+            running calls of put(), and `read_memory` take memory besides.
         disk_budget: bytes of all chunk files together.
-        device_budget: bytes of a device's memory for chunks in use, as encoded; 0: none are kept there. A chunk is copied
-            there when it is promoted out of host memory (`ChunkReader.promote`), or out of disk if host memory has no room
+        device_budget: bytes of a device's memory for encoded chunks in use; 0: none are kept there. A chunk is copied
+            there when it is promoted from host memory (`ChunkReader.promote`), or from disk if host memory has no room
             for it.
-        device: that device; None: the current CUDA device.
-        read_memory: bytes of host memory that reads from disk went into and that are kept for the next ones, as new memory
-            costs more to touch and to page-lock than a disk to fill it; None: an eighth of host_budget or 256 MiB,
-            whichever is more.
-        pin_memory: page-lock host memory, for faster copies to a GPU; None: if there is CUDA.
-        direct_io: read past the page cache; None: where the file system supports it.
+        device: the device of that tier; None: the current CUDA device.
+        read_memory: bytes of unused host memory that are kept for later reads from disk, because touching and page-locking new
+            memory takes longer than filling it from a disk. None: an eighth of host_budget, or 256 MiB if that is more.
+        pin_memory: whether to page-lock host memory, for faster copies to a GPU; None: if there is CUDA.
+        direct_io: whether to read around the page cache; None: if the file system supports it.
 
     Attributes:
         path: the directory, absolute; None if there is none.
@@ -79,7 +78,7 @@ class ChunkStore:
         memory: the pool that host memory for rows comes from. Users have no need of it either.
 
     Raises:
-        StoreArgumentError: unknown codec, a budget that is no byte count, or pin_memory=True or a device_budget without CUDA.
+        StoreArgumentError: unknown codec, a budget that is not a number of bytes, or pin_memory=True or a device_budget without CUDA.
         StorePathError: the directory can't be used.
         StoreVersionError: it holds a store of another format version.
     """
@@ -145,7 +144,7 @@ class ChunkStore:
             raise explain(error, self.path) from error
 
     def check_writable(self) -> None:
-        """Refuse at once what would end in writing.
+        """Raise an error if nothing can be written, before work is done for it.
 
         Raises:
             StoreReadOnlyError: the directory may only be read.
@@ -169,28 +168,28 @@ class ChunkStore:
         text: str | None = None,
         deviations: Tensor | None = None,
     ) -> int:
-        """Store a chunk; when this returns, it survives a crash (unless the store has no directory).
+        """Store a chunk. When this returns, the chunk survives a crash, unless the store has no directory.
 
-        A chunk that is there already is left as it is, unless `text` is new to it.
+        A chunk that is stored already is not changed, unless it has no text and `text` is given.
 
         Args:
             key: make_key(namespace, token_ids).
             layers: a layer's keys before positional encoding [tokens, heads, head_dim] and its values
                 [tokens, heads, v_head_dim], on any device, in the namespace's dtype.
-            scores: importance [tokens]; rows are stored from the lowest to the highest.
-            namespace: what the key was made with.
+            scores: importance [tokens]. Rows are stored from the lowest score to the highest.
+            namespace: the namespace that the key was made with.
             token_ids: the chunk's tokens.
-            text: what they spell, for texts().
-            deviations: how far keys and values were apart behind different lead-ins, [tokens, columns] as ChunkHead has
-                them; stored as float16. None if there was one lead-in.
+            text: the chunk's text, for texts().
+            deviations: how far keys and values were apart behind different lead-ins, [tokens, columns] as in ChunkHead. They are
+                stored as float16. None if there was one lead-in.
 
         Returns:
-            Bytes the chunk takes in the store: its file, or its rows where there is no directory.
+            Bytes that the chunk takes in the store: those of its file, or of its rows if the store has no directory.
 
         Raises:
-            StoreArgumentError: shapes, dtypes, key, or a value that the codec can't store (NonFiniteError).
-            BudgetError: the chunk doesn't fit the budget of the disk tier (or of the host tier, if that is all).
-            StoreFullError, StorePathError: it can't be written; what was stored before stays.
+            StoreArgumentError: shapes, dtypes or key are wrong, or the codec can't store a value (NonFiniteError).
+            BudgetError: the chunk doesn't fit into the budget of the disk tier (or of the host tier, if there is no directory).
+            StoreFullError, StorePathError: it can't be written. What was stored before stays.
         """
         self._check_open()
         check_key(key)
@@ -216,9 +215,9 @@ class ChunkStore:
         text: str | None = None,
         deviations: Tensor | None = None,
     ) -> Chunk:
-        """The first half of put(), which computes: the chunk as its file will hold it. Nothing is stored.
+        """The first half of put(): compute the chunk as its file will hold it. Nothing is stored.
 
-        Apart from write(), so that a job can encode where it computes and write on another thread.
+        It is separate from write(), so that a job can encode on the thread that computes, and write on another one.
         """
         self._check_open()
         if text is not None:
@@ -236,7 +235,7 @@ class ChunkStore:
         )
 
     def write(self, chunk: Chunk) -> int:
-        """The second half of put(): store an encoded chunk, durably. Returns and raises as put() does."""
+        """The second half of put(): store an encoded chunk, durably. It returns and raises the same as put()."""
         self._check_open()
         check_kind(chunk, Chunk, "chunk", "use what encode() gave")
         known = self._repair.healed(lambda: self._placement.known(chunk.key, chunk.head.text))
@@ -246,10 +245,10 @@ class ChunkStore:
         return self._repair.healed(lambda: self._placement.put(chunk))
 
     def open(self, key: ChunkKey, *, errors: list[StoreError] | None = None) -> ChunkReader | None:
-        """A reader of the chunk, which holds it until closed; None if it isn't stored.
+        """A reader of the chunk, which keeps the chunk readable until it is closed; None if the chunk isn't stored.
 
-        A file that fails a check is set aside and counted, and is a miss as well; so is one that the system refuses to read.
-        `errors` gets a DamagedChunkError or StorePathError then.
+        A file that fails a check is set aside and counted as damaged, and None is returned. None is also returned if the file can't be
+        read. In both cases a DamagedChunkError or StorePathError is added to `errors`.
         """
         self._check_open()
         check_key(key)
@@ -258,16 +257,16 @@ class ChunkStore:
         return self._placement.open(key, [] if errors is None else errors)
 
     def open_in_memory(self, key: ChunkKey) -> ChunkReader | None:
-        """As open(), but only if the chunk is in host memory; the disk is not touched."""
+        """As open(), but only if the chunk is in host memory or on the device. The disk is not touched."""
         self._check_open()
         check_key(key)
         return self._placement.open_in_memory(key)
 
     def contains(self, key: ChunkKey, *, lasting: bool = False) -> bool:
-        """Whether the chunk is stored; nothing is read or checked.
+        """Whether the chunk is stored. Nothing of it is read or checked.
 
-        With `lasting`, a chunk of a store on disk counts only if its file is there: memory may still hold one that another process
-        has deleted or evicted.
+        With `lasting`, a chunk of a store on disk only counts if its file exists. Memory may still have a chunk that another process has
+        deleted or evicted.
         """
         self._check_open()
         check_key(key)
@@ -310,22 +309,22 @@ class ChunkStore:
         return self._placement.tier(name)
 
     def settle_memory(self) -> None:
-        """Make host memory that is no longer used ready for new chunks; see `SlabPool.settle`."""
+        """Make host memory that is no longer used ready for new chunks. See `SlabPool.settle`."""
         self.memory.settle()
 
     def touch_host(self, key: ChunkKey) -> int:
-        """Bytes that a chunk fills in host memory, or on the device if it is only there; 0 if neither has it.
+        """Bytes that a chunk takes in host memory, or on the device if it is only there; 0 if neither has it.
 
-        A use of it, but neither hit nor miss.
+        The chunk counts as used now, but neither a hit nor a miss is counted.
         """
         self._check_open()
         check_key(key)
         return self._placement.touch_memory(key)
 
     def whole(self, key: ChunkKey) -> Chunk | None:
-        """All of a chunk, from host memory or else from disk; None if neither has it. It stays where it is.
+        """All of a chunk, from host memory or else from disk; None if neither has it. It stays in its tier.
 
-        Treat it as read-only: it may be what the store keeps.
+        Don't write to it: it may be the store's own memory.
 
         Raises:
             DamagedChunkError: the file fails a check.
@@ -335,28 +334,28 @@ class ChunkStore:
         return self._placement.whole(key)
 
     def discard(self, key: ChunkKey) -> bool:
-        """Look again at a chunk whose read failed (DamagedChunkError); if it is damaged, set it aside and count it.
+        """Check a chunk again after reading it raised a DamagedChunkError. If it is damaged, set it aside and count it.
 
-        Whether that was so. The next open() is then a miss.
+        Returns whether it was damaged. If so, the next open() returns None.
         """
         self._check_open()
         check_key(key)
         return self._placement.discard(key)
 
     def claim(self, keys: Iterable[ChunkKey]) -> Claim:
-        """Say that these chunks are being computed; the claim's `keys` are those that nobody else says it of.
+        """Claim chunks that are about to be computed. The claim's `keys` are those that nobody else has claimed.
 
-        For jobs that share a store: what another thread or process computes needn't be computed here. Close the claim once the
-        chunks are stored. A claim ends with its process, and keeps nobody from storing anything.
+        So jobs that share a store don't compute the same chunks. Close the claim when the chunks are stored. A claim ends with its
+        process, and keeps nobody from storing a chunk.
         """
         self._check_open()
         wanted = check_keys(keys)
         return self._repair.healed(lambda: self._claims.claim(wanted))
 
     def set_document(self, doc_id: str, keys: Sequence[ChunkKey], *, tenant: str = "") -> None:
-        """Say which chunks a document holds, in order; replaces what it held.
+        """Register the chunks of a document, in order, in place of those that it held.
 
-        Chunks it no longer holds, nor any other document, are deleted. Ids are any strings, apart for each tenant.
+        Chunks that no document holds any more are deleted. An id is any string; each tenant has its own ids.
         """
         self.check_writable()
         check_text(doc_id, "document id")
@@ -367,17 +366,17 @@ class ChunkStore:
     def extend_document(
         self, document_id: str, keys: Sequence[ChunkKey], *, tenant: str = "", since: int | None = None
     ) -> bool:
-        """Say that a document holds these chunks as well, behind those it holds; it is made if there is none of that id.
+        """Add chunks to the end of a document. The document is made if there is none of that id.
 
-        Chunks that it holds already stay where they are, so that doing this twice changes nothing. For a document that comes
-        in parts: one whose chunks are ingested in several runs, or stored when a request missed them.
+        Chunks that it holds already stay where they are, so doing this twice changes nothing. This is for documents whose chunks come
+        at different times, in several runs or after requests that missed them.
 
         Args:
             document_id: the document.
             keys: the chunks.
-            tenant: whose.
-            since: a number from `changes_so_far`, from when it was known that these are the document's. If it was removed or
-                replaced since, by this process, nothing is added. None: it is known to be so now.
+            tenant: the document's tenant.
+            since: a number from `changes_so_far`, taken when these were known to be the document's chunks. If this process has
+                removed or replaced the document since, nothing is added. None: they are known to be its chunks now.
 
         Returns:
             Whether the document holds the chunks now.
@@ -389,7 +388,7 @@ class ChunkStore:
         return self._repair.healed(lambda: self._documents.extend(tenant, document_id, held, self._free, since))
 
     def removed_since(self, number: int, document_id: str | None = None, *, tenant: str = "") -> bool:
-        """Whether a document was removed or replaced, or a tenant deleted, after a number from `changes_so_far`: by this process."""
+        """Whether this process has removed or replaced a document, or deleted its tenant, since `changes_so_far` was `number`."""
         self._check_process()
         if isinstance(number, bool) or not isinstance(number, int):
             raise StoreArgumentError(f"number is {shown(number)}; use one from changes_so_far()")
@@ -400,33 +399,33 @@ class ChunkStore:
 
     @property
     def texts_gone(self) -> int:
-        """How often this process has taken texts out of documents: it grows with each time."""
+        """How often this process has removed texts from documents."""
         return self._removals.texts_gone
 
     def holders(self, keys: Sequence[ChunkKey], *, tenant: str = "") -> list[str]:
-        """Ids of the tenant's documents that hold one of these chunks. If there are any, all of its records are read."""
+        """Ids of the tenant's documents that hold one of these chunks. Unless there are none, all records of the tenant are read."""
         self._check_open()
         check_text(tenant, "tenant")
         wanted = check_keys(keys)
         return self._repair.healed(lambda: self._documents.holders(tenant, wanted))
 
     def holds(self, key: ChunkKey) -> bool:
-        """Whether any document holds a chunk, stored or not."""
+        """Whether any document holds a chunk, whether the chunk is stored or not."""
         self._check_open()
         check_key(key)
         return self._repair.healed(lambda: self._documents.holds(key))
 
     def free_unheld(self, key: ChunkKey) -> bool:
-        """Delete a chunk unless a document holds it; whether it was deleted.
+        """Delete a chunk unless a document holds it. Returns whether it was deleted.
 
-        For whoever stores a chunk of a document: another may have removed the document between adding it and writing it.
+        Call it after a document's chunk was stored: the document may have been removed before the chunk was written.
         """
         self.check_writable()
         check_key(key)
         return self._repair.healed(lambda: self._documents.free_unheld(key, self._free))
 
     def delete_document(self, doc_id: str, *, tenant: str = "") -> int:
-        """Forget a document and delete the chunks that no other document holds; bytes freed.
+        """Delete a document and the chunks that no other document holds. Returns the bytes that were freed.
 
         Raises:
             UnknownDocumentError: there is no such document.
@@ -484,23 +483,23 @@ class ChunkStore:
                     last = max(last, name)
                 return
             except IndexDamagedError as error:
-                # Go on behind what was given out already.
+                # The loop goes on behind the last name that was returned.
                 self._repair.heal(error)
 
     def note(self, name: str, *, tenant: str = "") -> bytes | None:
-        """A note: a small record that all users of the store agree on; None if there is none of that name (64 hex digits).
+        """A note, which is a small record on which all users of the store agree; None if there is none of that name (64 hex digits).
 
-        It is read anew each time, so it tells what any process has written. One that is too long comes back cut.
+        It is read from disk each time, so it is what any process has written. If it is too long, only its beginning is returned.
         """
         self._check_open()
         check_text(tenant, "tenant")
         return self._repair.healed(lambda: self._notes.get(tenant, name))
 
     def settle_note(self, name: str, content: bytes, *, tenant: str = "") -> bytes:
-        """Write a note unless there is one of that name: the first writer wins. Returns the note that stands.
+        """Write a note unless there is one of that name. Returns the note that is there now.
 
         Raises:
-            StoreArgumentError: the name is no digest, or the content is longer than 1 MiB.
+            StoreArgumentError: the name is not a digest, or the content is longer than 1 MiB.
             StoreFullError, StorePathError: it can't be written.
         """
         self.check_writable()
@@ -508,31 +507,31 @@ class ChunkStore:
         return self._repair.healed(lambda: self._notes.settle(tenant, name, content))
 
     def discard_note(self, name: str, content: bytes, *, tenant: str = "") -> bool:
-        """Set aside a note that turned out damaged, if it still reads `content`; whether that was so."""
+        """Set aside a note that turned out to be damaged, if its content is still `content`. Returns whether it was."""
         self.check_writable()
         check_text(tenant, "tenant")
         return self._repair.healed(lambda: self._notes.set_aside(tenant, name, content))
 
     def revision(self) -> int:
-        """A number that changes whenever any process adds or frees a chunk with a text: what texts() gives has changed."""
+        """A number that changes whenever the result of texts() changes, in any process."""
         self._check_open()
         return self._repair.healed(lambda: texts_revision(self.index))
 
     def verify(self) -> VerifyReport:
-        """Read and check every file in full; set damaged ones aside, delete orphans, repair the index."""
+        """Read and check every file in full. Set damaged ones aside, delete files of dead writers, and repair the index."""
         self.check_writable()
         return self._repair.healed(lambda: self._repair.check(full=True))
 
     def groups(self) -> list[ChunkGroup]:
-        """The chunks by what they were made with, the largest group first. Reads the head of every file."""
+        """Groups of chunks that were made alike, the largest first. The head of every file is read."""
         self._check_open()
         return groups(self._placement)
 
     def tenants(self, found: Iterable[ChunkGroup] | None = None) -> list[TenantStats]:
-        """What each tenant has in the store, by name, the largest first: for who runs the store, not for its tenants.
+        """What each tenant has in the store, the largest first. This is for the operator of the store, not for its tenants.
 
         Args:
-            found: what groups() gave just now; None: it is asked for, which reads the head of every file.
+            found: what groups() returned just now; None: groups() is called, which reads the head of every file.
         """
         self._check_open()
         if found is not None:
@@ -542,14 +541,14 @@ class ChunkStore:
         return by_tenant(self.groups() if found is None else found, self._repair.healed(self._documents.by_tenant))
 
     def prune(self, keep: Keep, *, foreign_too: bool = False, dry_run: bool = False) -> PruneReport:
-        """Remove every chunk that `keep` says False to.
+        """Remove every chunk for which `keep` returns False.
 
-        Documents stay; precompute them again to fill the gaps. Damaged files are left to verify().
+        Documents stay. Precompute them again to store the removed chunks anew. Damaged files are not removed; see verify().
 
         Args:
             keep: called with the head of each chunk.
-            foreign_too: remove files of other format versions as well.
-            dry_run: only count.
+            foreign_too: whether to remove files of other format versions as well.
+            dry_run: whether to only count what would be removed.
         """
         self._check_open()
         if not callable(keep):
@@ -561,7 +560,7 @@ class ChunkStore:
         return self._repair.healed(lambda: prune(self._placement, keep, foreign_too=foreign_too, dry_run=dry_run))
 
     def delete_tenant(self, tenant: str) -> int:
-        """Delete all that is a tenant's: documents, notes, and chunks whether a document holds them or not. Bytes freed."""
+        """Delete a tenant's documents, notes and all its chunks. Returns the bytes that were freed."""
         self.check_writable()
         check_text(tenant, "tenant")
         self._removals.note(tenant, None)
@@ -570,12 +569,12 @@ class ChunkStore:
         return freed + self.prune(lambda head: head.namespace.tenant != tenant).bytes
 
     def rebuild_index(self) -> VerifyReport:
-        """Make the index anew from the files. Happens by itself on open when the index is lost."""
+        """Make the index anew from the files. If the index is lost, this is done when the store is opened."""
         self.check_writable()
         return self._repair.check(full=False, anew=True)
 
     def stats(self) -> StoreStats:
-        """What the store holds, and what it did in this process: of all tenants together."""
+        """What the store holds, and what it did in this process, for all tenants together."""
         self._check_open()
         placement = self._placement
         disk = None if placement.disk is None else self._repair.healed(placement.disk.stats)
@@ -591,12 +590,15 @@ class ChunkStore:
         )
 
     def close(self) -> None:
-        """Release memory and files; in a process forked off since it was opened, nothing, as they are the parent's. Open readers keep working; the store can't be used any more."""
+        """Release memory and files. Open readers keep working, but the store can't be used any more.
+
+        In a process that was forked off since the store was opened, nothing is released, because it belongs to the parent.
+        """
         if self._closed:
             return
         self._closed = True
         if os.getpid() != self._process:
-            return  # what there is to release is the parent's
+            return
         self._placement.close()
         self.memory.clear()
         if self._directory is not None:

@@ -1,4 +1,4 @@
-"""Codecs: how keys and values become bytes. One file a codec; register_codec() adds more."""
+"""Codecs: how keys and values are written as bytes. Each codec has a file; register_codec() adds others."""
 
 from .base import Codec, codec_names, get_codec, register_codec
 from .exact import ExactCodec

@@ -1,4 +1,4 @@
-"""What a codec is, and the registry of them."""
+"""The base class of codecs, and their registry."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ __all__ = ["Codec", "codec_names", "get_codec", "register_codec"]
 class Codec(ABC):
     """Turns keys and values of one layer into rows of bytes and back.
 
-    A row holds K and V of one token. Rows stand by themselves, or share something (scales) with the other rows of their
-    group; either way any number of a layer's first rows decodes alone. Codecs know nothing of tiers and hold no state.
+    A row holds K and V of one token. It may share bytes, such as scales, with the other rows of its group. Any number of a layer's first
+    rows can be decoded alone. Codecs know nothing of tiers and have no state.
     """
 
     name: str
-    """Name in files and in `ChunkStore(codec=...)`. A change of what rows mean needs a new name."""
+    """Its name in files and in `ChunkStore(codec=...)`. If the meaning of rows changes, the codec needs a new name."""
     error: str
-    """The codec's error, in words."""
+    """How far decoded numbers may be from the original ones, in words."""
 
     @abstractmethod
     def row_format(self, spec: LayerSpec, dtype: str | torch.dtype) -> RowFormat:
-        """Bytes of a row, and of what a group of rows shares."""
+        """How many bytes a row takes, and how many a group of rows shares."""
 
     @abstractmethod
     def encode(self, k: Tensor, v: Tensor) -> Tensor:
         """Bytes of `k` [n, heads, head_dim] and `v` [n, heads, v_head_dim]: uint8 [row_format().size(n)], on their device.
 
-        Rows come in the order in which they are to be stored, the first one at the beginning of a group.
+        Rows are given in the order in which they will be stored. The first one begins a group.
         """
 
     @abstractmethod
@@ -45,16 +45,17 @@ class Codec(ABC):
         """K [n, heads, head_dim] and V [n, heads, v_head_dim] of `encoded`, on its device.
 
         Args:
-            encoded: uint8 [bytes], contiguous: the first n rows of a layer as encode() wrote them, or such pieces of
-                several chunks, each row_format().span(its rows) behind the one before (what stands in between is not
-                read).
-            pieces: rows of each piece; None: all of `encoded` is one.
+            encoded: uint8 [bytes], contiguous: the first n rows of a layer as encode() wrote them, or several such pieces of
+                different chunks. Each piece then begins row_format().span(rows) bytes behind the piece before it, and bytes
+                in between are ignored.
+            pieces: the number of rows of each piece; None: `encoded` is one piece.
         """
 
     def declare(self, tokens: int, spec: LayerSpec, dtype: str | torch.dtype) -> tuple[str, list[int]]:
-        """How a layer of `tokens` rows is declared in the file: safetensors dtype and shape.
+        """How the file's header declares a layer of `tokens` rows: safetensors dtype and shape.
 
-        Bytes, a row each or (of grouped rows) in one piece, unless a codec's rows are plain numbers of one dtype.
+        These are bytes: one row of the shape for each row, or a single dimension for grouped rows. A codec whose rows are numbers of
+        one dtype declares that dtype instead.
         """
         rows = self.row_format(spec, dtype)
         return "U8", [rows.size(tokens)] if rows.group_bytes else [tokens, rows.row_bytes]
@@ -65,7 +66,7 @@ CODECS: dict[str, Codec] = {}
 
 
 def register_codec(codec: Codec) -> None:
-    """Make `codec` known under its name. A name can't change hands: files of that name would be misread."""
+    """Register `codec` under its name. A name can't be given to another codec, because existing files would be misread."""
     if not isinstance(codec, Codec) or not isinstance(codec.name, str):
         raise StoreArgumentError(
             f"codec is {shown(codec)}, a {type(codec).__name__}; use an instance of a class of Codec with a name"
@@ -77,14 +78,14 @@ def register_codec(codec: Codec) -> None:
 
 
 def get_codec(name: str) -> Codec:
-    """The codec registered as `name`.
+    """The codec that is registered as `name`.
 
     Raises:
-        UnknownCodecError: there is none; the message lists those there are.
+        UnknownCodecError: there is none. The message lists the registered ones.
     """
     try:
         return CODECS[name]
-    except (KeyError, TypeError):  # TypeError: nothing that could be a name
+    except (KeyError, TypeError):  # TypeError: the value can't be a name
         raise UnknownCodecError(f"unknown codec {shown(name)}; registered: {', '.join(codec_names())}") from None
 
 

@@ -1,4 +1,4 @@
-"""The model's own numbers, bit for bit."""
+"""The codec that keeps the model's numbers bit for bit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 class ExactCodec(Codec):
-    """A row is K, then V, flattened, in the model's dtype. Decoding is two views."""
+    """A row is K and then V, flattened, in the model's dtype. Decoding makes two views."""
 
     name = "exact"
     error = "none"
@@ -36,7 +36,7 @@ class ExactCodec(Codec):
     def decode(
         self, encoded: Tensor, spec: LayerSpec, dtype: str | torch.dtype, pieces: Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Views of `encoded`; a copy is made only of bytes that don't lie on the dtype's boundaries."""
+        """Views of `encoded`. It is only copied if its bytes are not aligned for the dtype."""
         wanted = torch_dtype(dtype)
         if encoded.storage_offset() % wanted.itemsize:
             encoded = encoded.clone()

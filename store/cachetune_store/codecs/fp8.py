@@ -1,4 +1,4 @@
-"""Eight-bit floating point (e4m3) with a scale a head: as many bytes as int8, finer near zero and coarser at the top."""
+"""Eight-bit floating point (e4m3), with a scale for each head. As large as int8, but finer for small numbers and coarser for large ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Fp8Codec"]
 
 
 class Fp8Codec(ScaledCodec):
-    """A byte is a float8_e4m3fn: sign, 4 bits of exponent, 3 of mantissa, up to 448; no infinities."""
+    """Each number is a float8_e4m3fn: a sign, 4 bits of exponent and 3 of mantissa. The largest is 448, and there are no infinities."""
 
     name = "fp8"
     error = (
@@ -24,7 +24,7 @@ class Fp8Codec(ScaledCodec):
         return numbers.clamp_(-self.largest, self.largest).to(torch.float8_e4m3fn).view(torch.uint8)
 
     def _numbers(self, stored: Tensor, scale: Tensor) -> Tensor:
-        # Exponent and mantissa stand in a float16 as they do in the byte, under a bias of 15 for one of 7: that is a factor
-        # of 2 ** 8, and no bit is lost. Torch's own conversion takes six times as long on a CPU.
+        # A float16 has exponent and mantissa in the same order as the byte. Its exponent's bias is 15 instead of 7, which is a factor
+        # of 2 ** 8. So no bit is lost. torch's own conversion takes six times as long on a CPU.
         half = stored.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000)
         return half.view(torch.float16).to(torch.float32).mul_(scale * 256)

@@ -20,14 +20,14 @@ _BFLOAT16_MAX = torch.finfo(torch.bfloat16).max
 
 
 class Int4Codec(Codec):
-    """Keys share a scale per channel and 64 rows, values per token and head (as KIVI does it, arXiv 2402.02750).
+    """Keys have a scale for each channel and 64 rows, values for each token and head, as in KIVI (arXiv 2402.02750).
 
-    Before rotation a channel of the keys stays in its own narrow range from token to token, while a head of the values
-    has no such channels. A number is (step - 7.5) * scale + middle, in float32; scale and middle are bfloat16.
+    Before rotation, each channel of the keys stays in a narrow range of its own from token to token. Values have no such channels.
+    A number is (step - 7.5) * scale + middle, in float32. Scale and middle are bfloat16.
 
-    A group of 64 rows begins with the scales of all channels of K, then their middles. A row is: V's scales of each head,
-    V's middles, K's steps, V's steps, zeros up to a multiple of 4 bytes. Of n steps, byte i holds number i in its lower half and
-    number i + ceil(n / 2) in the upper.
+    A group of 64 rows begins with the scales of all channels of K, and then their middles. A row is: the scales of V's heads, V's
+    middles, K's steps, V's steps, and zeros up to a multiple of 4 bytes. Of n steps, byte i holds number i in its lower half and
+    number i + ceil(n / 2) in its upper half.
     """
 
     name = "int4"
@@ -37,7 +37,7 @@ class Int4Codec(Codec):
     )
 
     def row_format(self, spec: LayerSpec, dtype: str | torch.dtype) -> RowFormat:
-        """Groups of 64 rows; the model's dtype doesn't matter."""
+        """Groups of 64 rows, whatever the model's dtype."""
         channels = spec.heads * spec.head_dim
         row = 4 * spec.heads + _packed(channels) + _packed(spec.heads * spec.v_head_dim)
         return RowFormat(-(-row // 4) * 4, _GROUP, 4 * channels)
@@ -70,7 +70,7 @@ class Int4Codec(Codec):
     def decode(
         self, encoded: Tensor, spec: LayerSpec, dtype: str | torch.dtype, pieces: Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Numbers again: a multiplication and an addition each, in float32."""
+        """The numbers, by a multiplication and an addition for each, in float32."""
         form = self.row_format(spec, dtype)
         if pieces is None:
             pieces = [form.rows(encoded.numel())]
@@ -97,13 +97,13 @@ def _packed(count: int) -> int:
 
 
 def _pack(steps: Tensor) -> Tensor:
-    """Two steps a byte: uint8 [n, ceil(count / 2)] of uint8 [n, count]."""
+    """Pack two steps into each byte: uint8 [n, count] becomes uint8 [n, ceil(count / 2)]."""
     low, high = steps.split((_packed(steps.shape[1]), steps.shape[1] // 2), dim=1)
     return low | pad(high, (0, steps.shape[1] % 2)) << 4
 
 
 def _unpack(packed: Tensor, count: int) -> Tensor:
-    """Steps less 7.5, float32 [..., count]."""
+    """The steps minus 7.5, float32 [..., count]."""
     steps = torch.empty(*packed.shape[:-1], count, dtype=torch.float32, device=packed.device)
     half = packed.shape[-1]
     steps[..., :half] = packed & 15
@@ -112,7 +112,7 @@ def _unpack(packed: Tensor, count: int) -> Tensor:
 
 
 def _without_fill(rows: Tensor, pieces: Sequence[int]) -> Tensor:
-    """The rows of the pieces, each of which begins a new group."""
+    """The rows of all pieces. Each piece begins a new group, which may not be full."""
     if not any(count % _GROUP for count in pieces[:-1]):
         return rows[: sum(pieces)]
     wanted, start = [], 0
@@ -123,7 +123,7 @@ def _without_fill(rows: Tensor, pieces: Sequence[int]) -> Tensor:
 
 
 def _quantise(values: Tensor, dim: int, what: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Scales and middles, bfloat16, with `dim` left out as 1, and steps, uint8 as `values`, over `dim`."""
+    """Scales and middles, bfloat16, for each range of `values` along `dim` (which has size 1 in them), and all steps, uint8."""
     exact = values.float()
     low, high = torch.aminmax(exact, dim=dim, keepdim=True)
     largest = float(torch.maximum(high, -low).max()) if high.numel() else 0.0
@@ -131,7 +131,7 @@ def _quantise(values: Tensor, dim: int, what: str) -> tuple[Tensor, Tensor, Tens
         raise NonFiniteError(f"{what} hold an infinity or NaN, which codec 'int4' can't store; use codec 'exact'")
     middle = (low * 0.5 + high * 0.5).clamp_(-_BFLOAT16_MAX, _BFLOAT16_MAX).bfloat16()
     exact_middle = middle.float()
-    # From the middle as it is stored, so that its rounding costs no more than slightly longer steps.
+    # Measured from the rounded middle that is stored, so that its rounding only makes the steps slightly longer.
     scale = (torch.maximum(high - exact_middle, exact_middle - low) / _MIDDLE).bfloat16()
     exact_scale = scale.float()
     divisor = torch.where(exact_scale > 0, exact_scale, torch.ones_like(exact_scale))

@@ -1,4 +1,4 @@
-"""Eight-bit integers with a scale a head: half the bytes of 16-bit KV, a quarter of 32-bit."""
+"""Eight-bit integers with a scale for each head: half the bytes of 16-bit KV, a quarter of those of 32-bit KV."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Int8Codec"]
 
 
 class Int8Codec(ScaledCodec):
-    """Symmetric: a byte is a whole number from -127 to 127."""
+    """Each number is an int from -127 to 127."""
 
     name = "int8"
     error = "at most 0.4% of the largest value of the same head and token, before rounding to the model's dtype"
@@ -21,4 +21,6 @@ class Int8Codec(ScaledCodec):
         return numbers.round_().clamp_(-self.largest, self.largest).to(torch.int8).view(torch.uint8)
 
     def _numbers(self, stored: Tensor, scale: Tensor) -> Tensor:
-        return stored.view(torch.int8).to(torch.float32).mul_(scale)  # one mixed product takes far longer on a CPU
+        return (
+            stored.view(torch.int8).to(torch.float32).mul_(scale)
+        )  # a product of int8 and float32 takes far longer on a CPU

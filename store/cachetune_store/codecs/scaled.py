@@ -1,4 +1,4 @@
-"""What the codecs with a byte a number and a scale a head have in common."""
+"""What codecs have in common that write a byte for each number and a scale for each head."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ __all__ = ["ScaledCodec"]
 
 
 class ScaledCodec(Codec):
-    """One float32 scale per token and head, for K and V each, chosen so that the head's largest number just fits.
+    """K and V each have one float32 scale for each token and head. It is chosen so that the head's largest number just fits.
 
-    A row is: K's scales, V's scales, K's bytes, V's bytes, zeros up to a multiple of 4 bytes. An outlier costs precision
-    only in its own head of its own token.
+    A row is: K's scales, V's scales, K's bytes, V's bytes, and zeros up to a multiple of 4 bytes. An outlier makes only the numbers of its
+    own token and head less precise.
     """
 
     largest: float
-    """The largest number that a byte can say."""
+    """The largest number that a byte can hold."""
 
     def row_format(self, spec: LayerSpec, dtype: str | torch.dtype) -> RowFormat:
-        """Bytes of one row; the model's dtype doesn't matter."""
+        """Rows without groups, whatever the model's dtype."""
         return RowFormat(-(-spec.heads * (8 + spec.head_dim + spec.v_head_dim) // 4) * 4)
 
     def encode(self, k: Tensor, v: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ class ScaledCodec(Codec):
     def decode(
         self, encoded: Tensor, spec: LayerSpec, dtype: str | torch.dtype, pieces: Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Numbers again: one multiplication each, in float32."""
+        """The numbers, by a multiplication for each, in float32."""
         heads = spec.heads
         rows = encoded.view(-1, self.row_format(spec, dtype).row_bytes)
         scales = rows[:, : 8 * heads].clone(memory_format=torch.contiguous_format).view(torch.float32)
@@ -59,11 +59,11 @@ class ScaledCodec(Codec):
 
     @abstractmethod
     def _bytes(self, numbers: Tensor) -> Tensor:
-        """Bytes (uint8) of float32 numbers of at most `largest`, to which they may be clamped."""
+        """The bytes (uint8) of float32 numbers, which are clamped to `largest`."""
 
     @abstractmethod
     def _numbers(self, stored: Tensor, scale: Tensor) -> Tensor:
-        """What `stored` (uint8) says, times `scale`, in float32."""
+        """The numbers of the bytes `stored` (uint8), times `scale`, in float32."""
 
     def _quantise(self, values: Tensor, what: str) -> tuple[Tensor, Tensor]:
         """Scales, float32 [n, heads], and bytes, uint8 [n, heads, dim]."""
@@ -74,7 +74,7 @@ class ScaledCodec(Codec):
                 f"{what} hold an infinity or NaN, which codec {shown(self.name)} can't store; use codec 'exact'"
             )
         scale = largest / self.largest
-        # The quotient may round up so far that the largest float32 would come back as infinity.
+        # The scale may have been rounded up so far that decoding the largest float32 would give infinity.
         scale = torch.where(torch.isinf(scale * self.largest), torch.nextafter(scale, torch.zeros_like(scale)), scale)
         divisor = torch.where(scale > 0, scale, torch.ones_like(scale))
         return scale.contiguous(), self._bytes(exact / divisor[..., None])
