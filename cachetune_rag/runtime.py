@@ -53,7 +53,7 @@ _log = logging.getLogger(__name__)
 class Runtime:
     """Opens a model's adapter and a store, makes everything that works between the two, and closes it again.
 
-    `CacheTune` documents the arguments. Tests, and servers that build on this package, may use the attributes, but any release may
+    `CacheTune` documents the arguments; `fingerprint` is `EngineModel`'s. Tests, and servers that build on this package, may use the attributes, but any release may
     change them.
 
     Attributes:
@@ -90,13 +90,14 @@ class Runtime:
         store: str | os.PathLike[str] | ChunkStore | None = None,
         *,
         device: str | torch.device | None = None,
+        fingerprint: str | None = None,
         **options: Unpack[EngineArguments],
     ):
         given = EngineOptions.of(options)
         check_loaded(model, tokenizer)
         self.lifetime = Lifetime()
         check_vocabulary(model, tokenizer)
-        self.model = EngineModel(model, cuda_kernels=given.cuda_kernels)
+        self.model = EngineModel(model, cuda_kernels=given.cuda_kernels, fingerprint=fingerprint)
         self.adapter = self.model.adapter
         self.fidelity = FidelitySampler(given.fidelity_sample, self.adapter, self.model.lock, self.model.check)
         self.tokenizer = private_copy(tokenizer)

@@ -36,7 +36,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "selection": ("errors", "checking"),
     "model/libraries": ("errors",),
     "model/loaded": ("model/libraries", "errors"),
-    "model/family": ("model/libraries", "errors"),
+    "model/family": ("model/loaded", "model/libraries", "errors"),
     "model/plain": ("model/family", "model/libraries", "errors"),
     "model/cuda": ("model/plain", "model/family", "model/libraries", "kernels", "errors"),
     "model": (*MODEL[1:], "model/cuda", "kernels", "concurrency", "checking", "errors"),

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from cachetune_rag.model.loaded.foreign import ForeignLinear
 
 Run = Callable[[Tensor], Tensor]
 """A product of vLLM's: [tokens, in] -> [tokens, out]."""
@@ -45,7 +47,7 @@ class SharedProduct:
             self._input = self._output = None
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(ForeignLinear):
     """A linear layer of transformers' model that vLLM's module computes.
 
     Args:
@@ -64,8 +66,7 @@ class PackedLinear(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
     ):
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        super().__init__(in_features, out_features)
         self._product, self._start, self._dtype, self._device = product, start, dtype, device
 
     def forward(self, states: Tensor) -> Tensor:
@@ -80,10 +81,6 @@ class PackedLinear(nn.Module):
         rows = self(unit)
         # The last row of the input is zero: its result is the bias.
         return (rows[:-1] - rows[-1:]).T
-
-    def extra_repr(self) -> str:
-        """What is shown of it."""
-        return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
 def run_of(linear: Any) -> Run:

@@ -18,16 +18,23 @@ class EngineModel:
             where it is used: a context manager of our own around both could be interrupted by Ctrl-C between acquiring and entering.
         fingerprint: identifies the weights that this engine stores chunks for.
 
+    Args:
+        model: see the class `CacheTune`.
+        cuda_kernels: see `ModelAdapter`.
+        fingerprint: `model_fingerprint` of the checkpoint that the model's weights were loaded from, where they don't all lie in the
+            model (`ForeignLinear`); None computes it.
+
     Raises:
         UnsupportedModelError: the architecture can't be served exactly; the message says why.
         ModelChangedError: the weights are being changed while they are read.
         ForkedError: this process was forked while the model was computing.
     """
 
-    def __init__(self, model: Any, *, cuda_kernels: bool):
+    def __init__(self, model: Any, *, cuda_kernels: bool, fingerprint: str | None = None):
         self._shared = SharedModel.of(model)
         self.lock = self._shared.lock
-        self.fingerprint = self._shared.read()
+        self._given = fingerprint
+        self.fingerprint = self._shared.read(fingerprint)
         self.adapter = self._shared.adapter(cuda_kernels=cuda_kernels)
         self._layout = self.adapter.layout
 
@@ -67,6 +74,11 @@ class EngineModel:
             ModelChangedError: dtype, device or shapes have changed, or weights are being changed.
             UnsupportedModelError: the model can't be served as it is now.
         """
+        if self._given is not None:
+            raise ModelChangedError(
+                "the model's weights were changed, and not all of them can be read to find out what they are now: the engine was given "
+                "their fingerprint. Close it, and make a new one with the fingerprint of the new weights."
+            )
         found = self._shared.read()
         layout = self.adapter.layout
         if layout != self._layout:

@@ -81,11 +81,14 @@ class SharedModel:
                 self._adapters[cuda_kernels] = ModelAdapter(self.model, cuda_kernels=cuda_kernels)
             return self._adapters[cuda_kernels]
 
-    def read(self) -> str:
+    def read(self, given: str | None = None) -> str:
         """Take the weights as they are now, and return their fingerprint. It takes one pass over them.
 
         What was made of other weights (compiled layers, graphs, tables) is dropped; engines that were made for them are refused
         from now on.
+
+        Args:
+            given: their fingerprint, where not all of them can be read.
 
         Raises:
             UnsupportedModelError: weights that are no numbers, or an architecture that can't be served.
@@ -98,7 +101,7 @@ class SharedModel:
             known, self._weights = self._weights, None
             weights = Weights(model)
             check_finite(model)
-            found = model_fingerprint(model)
+            found = model_fingerprint(model) if given is None else given
             if (change := weights.change()) is not None:
                 self._why = change
                 raise ModelChangedError(_told(f"{change} while the engine read it"))

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cachetune_rag.model.loaded.foreign import ForeignLinear
+
 _NAMES = ("o_proj", "dense", "out_proj")
 """Its usual names; in other families the last module of its shape is used (query projections come before it)."""
 
@@ -43,13 +45,17 @@ def input_share(attention: nn.Module, layer: nn.Module) -> float:
     """Share of a decoder layer's matrix weights that an attention module needs for queries, keys and values: all of its own but
     the output projection's. What a token costs up to there, in layers (of experts, all are counted).
     """
-    count = {id(p): p.numel() for p in layer.parameters() if p.dim() > 1}
-    inputs = [
-        count.get(id(parameter), 0)
-        for name, parameter in attention.named_parameters()
-        if name.split(".")[0] not in _NAMES
-    ]
-    return sum(inputs) / max(1, sum(count.values()))
+    outputs = [part for name, part in attention.named_children() if name in _NAMES]
+    inputs = _matrices(attention) - sum(map(_matrices, outputs))
+    return inputs / max(1, _matrices(layer))
+
+
+def _matrices(module: nn.Module) -> int:
+    """The number of elements of all its matrices."""
+    foreign = [part for part in module.modules() if isinstance(part, ForeignLinear)]
+    return sum(p.numel() for p in module.parameters() if p.dim() > 1) + sum(
+        f.in_features * f.out_features for f in foreign
+    )
 
 
 def gram(heads_weight: Tensor, kv_heads: int) -> Tensor:

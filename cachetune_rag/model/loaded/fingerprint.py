@@ -9,12 +9,15 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cachetune_rag.errors import UnsupportedModelError
 from cachetune_rag.model.loaded.changes import adapters_of
+from cachetune_rag.model.loaded.foreign import foreign_layers
 from cachetune_rag.model.loaded.view import unwrapped
 
 _BLOCK = 1 << 22
@@ -31,16 +34,33 @@ def model_fingerprint(model: Any) -> str:
 
     The weights enter as exact integer sums with position-dependent odd factors (mod 2^64), which detect any change,
     cost one pass over memory, and are the same on every device.
+
+    Raises:
+        UnsupportedModelError: some of the weights aren't in the model (`ForeignLinear`), so they can't be read.
     """
     model = unwrapped(model)
+    if foreign := foreign_layers(model):
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: the weights of {foreign[0]} and {len(foreign) - 1} other layers lie outside of the model, so what "
+            "identifies them can't be computed. Give the engine their fingerprint: that of the checkpoint which they were loaded from."
+        )
+    weights = [
+        (name, tensor) for name, tensor in sorted(model.state_dict().items()) if isinstance(tensor, torch.Tensor)
+    ]
+    return fingerprint_of(type(model).__name__, model.config, weights, list(adapters_of(model)))
+
+
+def fingerprint_of(
+    architecture: str, config: Any, weights: Iterable[tuple[str, Tensor]], adapters: list[Any] | None = None
+) -> str:
+    """`model_fingerprint` of a model of that class and configuration with these weights, in the order of their names."""
     digest = hashlib.sha256()
-    config = {k: v for k, v in model.config.get_text_config(decoder=True).to_dict().items() if k not in _IRRELEVANT}
-    digest.update(json.dumps([type(model).__name__, config], sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        if isinstance(tensor, torch.Tensor):
-            digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|{_checksum(tensor)}\n".encode())
+    settings = {k: v for k, v in config.get_text_config(decoder=True).to_dict().items() if k not in _IRRELEVANT}
+    digest.update(json.dumps([architecture, settings], sort_keys=True, default=str).encode())
+    for name, tensor in weights:
+        digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|{_checksum(tensor)}\n".encode())
     # Weights of all adapters are among them; which of them are active decides what the model computes.
-    if adapters := list(adapters_of(model)):
+    if adapters:
         digest.update(repr(adapters).encode())
     return digest.hexdigest()
 

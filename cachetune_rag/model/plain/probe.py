@@ -242,7 +242,9 @@ class Probe:
             module: Any = self._attentions[layer]
             heads = module.config.num_attention_heads
             gain = self._gain(layer, heads)
-            device = next(module.parameters()).device
+            device = next(
+                self._layers[layer].parameters()
+            ).device  # the attention itself may have none (`ForeignLinear`)
             made.append(
                 torch.ones(heads, dtype=torch.float32, device=device)
                 if isinstance(gain, float)
