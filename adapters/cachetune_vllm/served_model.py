@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -54,7 +54,8 @@ def served_model(vllm_model: nn.Module, hf_config: Any, dtype: torch.dtype, devi
     """
     weights = VLLMWeights(vllm_model)
     weights.check_parallel()
-    model = skeleton(hf_config, dtype)
+    with _uncompiled(vllm_model):
+        model = skeleton(hf_config, dtype)
     packed = _Sharing(model, weights, dtype, device).share()
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -69,9 +70,33 @@ def skeleton(hf_config: Any, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     config = deepcopy(hf_config)
+    # Of transformers' attentions, the eager one alone caps scores.
+    capped = getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None
     with _no_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, **({"attn_implementation": "eager"} if capped else {})
+        )
     return model.eval()
+
+
+@contextmanager
+def _uncompiled(vllm_model: nn.Module) -> Iterator[None]:
+    """While open, models of transformers are made as if vLLM had not changed their classes.
+
+    Where vLLM has no model of its own for an architecture, it takes transformers' and makes the class one that compiles itself, by the
+    settings that are vLLM's current ones when an object is made.
+    """
+    config = next((c for m in vllm_model.modules() if (c := getattr(m, "vllm_config", None)) is not None), None)
+    if config is None:
+        yield
+        return
+    from vllm.config import CompilationMode, set_current_vllm_config
+
+    plain = copy(config)
+    plain.compilation_config = copy(config.compilation_config)
+    plain.compilation_config.mode = CompilationMode.NONE
+    with set_current_vllm_config(plain):
+        yield
 
 
 @contextmanager

@@ -9,12 +9,15 @@ import gc
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from tests.vllm.models import row_of, save_tiny
 
 _vllm = importlib.util.find_spec("vllm")
 if _vllm is None or _vllm.origin is None:  # without it, this folder itself is found
@@ -78,6 +81,35 @@ class TinyVLLM:
         return {token: entry.logprob for token, entry in out.outputs[0].logprobs[0].items()}
 
 
+@dataclass
+class Loaded:
+    """A tiny model as vLLM loads it, without an engine.
+
+    Attributes:
+        folder, reference: as of `TinyVLLM`.
+        model: vLLM's model.
+        config: vLLM's configuration.
+    """
+
+    folder: Path
+    model: Any
+    config: Any
+    reference: Any
+
+
+@contextmanager
+def plain_or_packed(packed: bool) -> Iterator[None]:
+    """While open, vLLM packs the weights that it loads, as it does on a CPU, or leaves them as they are, as it does on a GPU."""
+    import vllm._custom_ops as ops
+
+    known = ops._supports_onednn
+    ops._supports_onednn = packed and known
+    try:
+        yield
+    finally:
+        ops._supports_onednn = known
+
+
 class _Starts:
     """Starts vLLM, and keeps the last one up."""
 
@@ -85,6 +117,8 @@ class _Starts:
         self._folder = folder
         self._key: Any = None
         self._tiny: TinyVLLM | None = None
+        self._distributed = False  # for models without an engine
+        self._references: dict[tuple[str, str], Any] = {}
 
     def get(self, family: str, *, packed: bool, dtype: str, options: dict[str, Any]) -> TinyVLLM:
         key = (family, packed, dtype, repr(sorted(options.items())))
@@ -94,11 +128,7 @@ class _Starts:
         return self._tiny
 
     def _start(self, family: str, packed: bool, dtype: str, options: dict[str, Any]) -> TinyVLLM:
-        import vllm._custom_ops as ops
-        from transformers import AutoModelForCausalLM
         from vllm import LLM
-
-        from tests.vllm.models import save_tiny
 
         folder = save_tiny(family, self._folder)
         settings: dict[str, Any] = {
@@ -109,24 +139,62 @@ class _Starts:
             "disable_log_stats": True,
             "seed": 0,
         }
-        known, ops._supports_onednn = ops._supports_onednn, packed and ops._supports_onednn
-        try:
+        reference = self._reference(family, dtype, folder)
+        with plain_or_packed(packed):
             llm = LLM(model=str(folder), **(settings | options))
-        finally:
-            ops._supports_onednn = known
-        reference = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
         return TinyVLLM(folder, llm, reference)
 
+    def load(self, family: str, *, packed: bool, dtype: str = "float32") -> Loaded:
+        """The family's model as vLLM loads it, and no engine around it."""
+        from vllm.config import set_current_vllm_config
+        from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.model_executor.model_loader import get_model
+
+        if self._tiny is not None:
+            self.end()
+        folder = save_tiny(family, self._folder)
+        reference = self._reference(family, dtype, folder)
+        config = EngineArgs(
+            model=str(folder), dtype=dtype, enforce_eager=True, max_model_len=MAX_MODEL_LEN
+        ).create_engine_config()
+        with set_current_vllm_config(config), plain_or_packed(packed):
+            if not self._distributed:
+                place = self._folder / "rendezvous"
+                place.unlink(missing_ok=True)
+                init_distributed_environment(1, 0, f"file://{place}", 0, "gloo")
+                ensure_model_parallel_initialized(1, 1)
+                self._distributed = True
+            # vLLM's worker for CPUs takes this function out for the whole process, since torch's raises without an accelerator.
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch.accelerator, "empty_cache", lambda: None)
+                model = get_model(vllm_config=config)
+            return Loaded(folder, model, config, reference)
+
+    def _reference(self, family: str, dtype: str, folder: Path) -> Any:
+        """Made before vLLM is: it may change the class, whose objects transformers can't make by itself then."""
+        from transformers import AutoModelForCausalLM
+
+        if (family, dtype) not in self._references:
+            made = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=getattr(torch, dtype), attn_implementation=row_of(family).attn
+            ).eval()
+            made.get_decoder().do_not_compile = True  # what the changed class asks its objects
+            self._references[family, dtype] = made
+        return self._references[family, dtype]
+
     def end(self) -> None:
-        """End the one that is up."""
-        if self._tiny is None:
-            return
+        """End the one that is up, and leave the group of processes (of one) that vLLM has made."""
         from vllm.distributed import cleanup_dist_env_and_memory
 
-        self._tiny.llm.llm_engine.engine_core.shutdown()
+        if self._tiny is not None:
+            self._tiny.llm.llm_engine.engine_core.shutdown()
+        elif not self._distributed:
+            return
         self._tiny = self._key = None
         gc.collect()
         cleanup_dist_env_and_memory()
+        self._distributed = False
 
 
 @pytest.fixture(scope="session")
@@ -134,6 +202,12 @@ def _starts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Starts]:
     starts = _Starts(tmp_path_factory.mktemp("models"))
     yield starts
     starts.end()
+
+
+@pytest.fixture(scope="session")
+def load_tiny(_starts: _Starts) -> Callable[..., Loaded]:
+    """Loads the tiny model of a family (see `tests/vllm/models.py`) as vLLM does, without starting an engine: a second or so."""
+    return _starts.load
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,151 @@
+"""The check at start: does the model over vLLM's weights compute what vLLM computes?
+
+Both run a few tokens with their attention left out (its result is taken to be zero): everything else of a layer is compared by what
+goes into its attention, and all of the model by its logits. So a weight under another name, rows in another order, another rotation or
+another scale refuse the model at start, also in families that nobody has tried. Keys and values that agree here are also those that
+belong into vLLM's pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cachetune_rag.errors import UnsupportedModelError
+from cachetune_rag.model.libraries.neutral import neutral
+from cachetune_rag.model.loaded.view import view_of
+from cachetune_vllm.served_model import ServedModel
+
+_TOKENS = 24
+_ATTENTION = "cachetune_left_out"
+_TOLERANCE = {torch.float32: 1e-3}
+_HALF = 0.1
+"""Half types round differently in the two codes, layer by layer; what is wrong differs by 1 or so."""
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What went into one layer's attention: query, key and value as [tokens, heads * dim], and its settings."""
+
+    states: tuple[Tensor, Tensor, Tensor]
+    scale: float | None
+    softcap: float | None
+
+
+def check_served(vllm_model: nn.Module, served: ServedModel, vllm_config: Any) -> None:
+    """Refuse a model that doesn't compute what vLLM's does. To be called before vLLM answers its first request.
+
+    Args:
+        vllm_model: the model as vLLM loaded it.
+        served: what was made of it.
+        vllm_config: vLLM's configuration.
+
+    Raises:
+        UnsupportedModelError: says where the two differ first.
+    """
+    model = served.model
+    device = model.device
+    vocabulary: int = model.config.get_text_config(decoder=True).vocab_size
+    ids = torch.arange(_TOKENS, device=device) * 7919 % vocabulary
+    # The last ones far behind the others, so that another rotation shows.
+    step = max(1, (int(vllm_config.model_config.max_model_len) - 1) // _TOKENS)
+    positions = torch.arange(_TOKENS, device=device) * step
+    ours, our_logits = _ours(model, ids, positions)
+    theirs, their_logits = _theirs(vllm_model, ids, positions, vllm_config)
+    name, bound = type(model).__name__, _TOLERANCE.get(model.dtype, _HALF)
+    if len(ours) != len(theirs):
+        raise UnsupportedModelError(f"{name} has {len(ours)} attention layers, vLLM's model {len(theirs)}: {_ADVICE}")
+    for layer, (own, other) in enumerate(zip(ours, theirs, strict=True)):
+        for what, a, b in zip(("queries", "keys", "values"), own.states, other.states, strict=True):
+            _compare(f"{name}: the {what} of layer {layer}", a, b, bound)
+        for what, one, two in (("scale", own.scale, other.scale), ("soft cap", own.softcap, other.softcap)):
+            if abs((one or 0.0) - (two or 0.0)) > 1e-4 * abs(two or 1.0):
+                raise UnsupportedModelError(
+                    f"{name}: the attention of layer {layer} has {what} {one} in transformers and {two} in vLLM: {_ADVICE}"
+                )
+    _compare(f"{name}: the logits", our_logits, their_logits[:, : our_logits.shape[1]], bound)
+
+
+_ADVICE = (
+    "reuse would not be exact. Requests are answered by vLLM alone without the connector; please open an issue that names the model and "
+    "how vLLM was started."
+)
+
+
+def _compare(what: str, ours: Tensor, theirs: Tensor, bound: float) -> None:
+    if ours.shape != theirs.shape:
+        raise UnsupportedModelError(
+            f"{what} are {tuple(ours.shape)} in transformers and {tuple(theirs.shape)} in vLLM: {_ADVICE}"
+        )
+    off = float((ours.float() - theirs.float()).norm() / theirs.float().norm().clamp_min(1e-12))
+    if not off <= bound:
+        raise UnsupportedModelError(
+            f"{what} differ between transformers' code and vLLM's by {off:.2g} (at most {bound:g}): {_ADVICE}"
+        )
+
+
+def _ours(model: Any, ids: Tensor, positions: Tensor) -> tuple[list[_Seen], Tensor]:
+    from transformers import AttentionInterface
+
+    seen: list[_Seen] = []
+
+    def left_out(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: Any = None, **more: Any
+    ) -> tuple[Tensor, None]:
+        states = tuple(s[0].transpose(0, 1).flatten(1) for s in (query, key, value))
+        scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+        seen.append(_Seen(states, scale, more.get("softcap")))  # type: ignore[arg-type]
+        return value.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
+
+    AttentionInterface.register(_ATTENTION, left_out)
+    with neutral():
+        view = view_of(model)
+        view.set_attn_implementation(_ATTENTION)
+        out = view(input_ids=ids[None], position_ids=positions[None], use_cache=False)
+    return seen, out.logits[0]
+
+
+def _theirs(vllm_model: Any, ids: Tensor, positions: Tensor, vllm_config: Any) -> tuple[list[_Seen], Tensor]:
+    from vllm.config import set_current_vllm_config
+    from vllm.forward_context import set_forward_context
+
+    seen: list[_Seen] = []
+    with (
+        torch.inference_mode(),
+        set_current_vllm_config(vllm_config),
+        set_forward_context(None, vllm_config, num_tokens=_TOKENS, skip_compiled=True),
+        _attention_left_out(vllm_model, seen),
+    ):
+        hidden = vllm_model(input_ids=ids, positions=positions, intermediate_tensors=None, inputs_embeds=None)
+        logits = vllm_model.compute_logits(hidden)
+    return seen, logits
+
+
+@contextmanager
+def _attention_left_out(vllm_model: nn.Module, seen: list[_Seen]) -> Iterator[None]:
+    """While open, vLLM's attention layers give zeros, and what goes into them is noted."""
+    from vllm.model_executor.layers.attention import Attention
+
+    layers: list[Any] = [module for module in vllm_model.modules() if isinstance(module, Attention)]
+
+    def instead(layer: Any) -> Any:
+        def forward(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+            states = tuple(s.reshape(_TOKENS, -1).clone() for s in (query, key, value))
+            softcap = getattr(layer.impl, "logits_soft_cap", None)
+            seen.append(_Seen(states, float(layer.impl.scale), softcap or None))  # type: ignore[arg-type]
+            return query.new_zeros(_TOKENS, layer.num_heads * layer.head_size_v)
+
+        return forward
+
+    try:
+        for layer in layers:
+            layer.forward = instead(layer)
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)

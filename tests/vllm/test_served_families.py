@@ -1,0 +1,65 @@
+"""Which families share one copy of the weights with vLLM, in both forms, and which are refused at start, with the reason.
+
+Models are loaded as vLLM loads them, without an engine: seconds instead of a start each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cachetune_vllm.served_check import check_served
+from cachetune_vllm.served_model import served_model
+from transformers import AutoConfig
+
+from cachetune_rag import UnsupportedModelError
+from cachetune_rag.model import ModelAdapter
+from cachetune_rag.model.loaded.fingerprint import model_fingerprint
+from tests import families
+from tests.vllm.conftest import Loaded
+
+IDS = families.random_ids(150, seed=1)
+FORMS = pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+
+NOT_SERVED: dict[str, str] = {
+    "qwen2-sliding": "Sliding window for some but all layers is not supported",
+}
+"""Families whose tiny model vLLM itself refuses, with what it says."""
+REFUSED: dict[str, str] = {}
+"""Families that are refused at start, with the reason."""
+
+
+def make(loaded: Loaded) -> Any:
+    config = AutoConfig.from_pretrained(loaded.folder)
+    return served_model(loaded.model, config, torch.float32, torch.device("cpu"))
+
+
+@torch.no_grad()
+def logits(model: Any, ids: list[int]) -> torch.Tensor:
+    return model(input_ids=torch.tensor([ids])).logits[0]
+
+
+@FORMS
+@pytest.mark.parametrize("name", families.ids_of(families.FAMILIES))
+def test_a_family_works_or_is_refused_with_the_reason(
+    load_tiny: Callable[..., Loaded], name: str, packed: bool
+) -> None:
+    if name in NOT_SERVED:
+        with pytest.raises((AssertionError, ValueError), match=NOT_SERVED[name]):
+            load_tiny(name, packed=packed)
+        return
+    loaded = load_tiny(name, packed=packed)
+    if name in REFUSED:
+        with pytest.raises(UnsupportedModelError, match=REFUSED[name]):
+            check_served(loaded.model, make(loaded), loaded.config)
+        return
+    served = make(loaded)
+    assert served.form == ("packed" if packed else "dense")
+    torch.testing.assert_close(logits(served.model, IDS), logits(loaded.reference, IDS), atol=5e-5, rtol=0)
+    check_served(loaded.model, served, loaded.config)
+    assert ModelAdapter(served.model).layers  # the engine's own check of what it opens
+    if not packed:
+        # What `cachetune precompute` stores chunks under is what is looked for here.
+        assert model_fingerprint(served.model) == model_fingerprint(loaded.reference)
