@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,15 @@ def row_of(name: str) -> families.Family:
     config = row.config | SIZES
     if "head_dim" in config:
         config["head_dim"] = HEAD_DIM
+    rope = config["rope_parameters"] = deepcopy(config["rope_parameters"])
+    for part in (rope, *rope.values()):
+        # vLLM's table of rotations ends where scaling says that the model's context does.
+        if isinstance(part, dict) and part.get("rope_type") in ("yarn", "longrope"):
+            part["factor"] = SIZES["max_position_embeddings"] / part["original_max_position_embeddings"]
+            for name in {"short_factor", "long_factor"} & set(
+                part
+            ):  # one for each pair of channels: twice as many here
+                part[name] = [factor for factor in part[name] for _ in range(2)]
     return replace(row, config=config)
 
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from cachetune_vllm.served_check import check_served
-from cachetune_vllm.served_model import served_model
 from transformers import AutoConfig
 
 from cachetune_rag import UnsupportedModelError
 from cachetune_rag.model import ModelAdapter
 from cachetune_rag.model.loaded.fingerprint import model_fingerprint
+from cachetune_vllm.served_check import check_served
+from cachetune_vllm.served_model import served_model
 from tests import families
 from tests.vllm.conftest import Loaded
 
