@@ -15,7 +15,7 @@ from cachetune_rag.answering.executor import Executor
 from cachetune_rag.answering.listeners import BackfillListener
 from cachetune_rag.answering.plain_prompts import PlainPrompts
 from cachetune_rag.checking.arguments import check_tenant
-from cachetune_rag.chunks.backfill import MissedChunks
+from cachetune_rag.chunks.backfill import Backfill
 from cachetune_rag.chunks.found_watch import FoundWatch
 from cachetune_rag.chunks.lead_ins import LeadIns, given_lead_ins
 from cachetune_rag.chunks.precompute import Precomputer
@@ -169,7 +169,7 @@ class Runtime:
             self.recognizer.add,
             self.model.check_all,
         )
-        self.backfill = MissedChunks(self.precomputer, self.pool.call, self.model.lock)
+        self.backfill = Backfill(self.precomputer, self.pool.call, self.model.lock)
         self.counter = RequestCounter()
         self.store_stats = LastKnownStoreStats(self.store, self.pool)
         self.observers = Observers()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from cachetune_rag.answering.request import Finished, Request, RequestListener
-from cachetune_rag.chunks.backfill import MissedChunks
+from cachetune_rag.chunks.backfill import Backfill
 from cachetune_rag.report import Report
 from cachetune_rag.reuse.state import PrefillState
 
@@ -13,7 +13,7 @@ from cachetune_rag.reuse.state import PrefillState
 class BackfillListener(RequestListener):
     """Has the chunks that a request missed stored once the model has time for it."""
 
-    def __init__(self, backfill: MissedChunks):
+    def __init__(self, backfill: Backfill):
         self._backfill = backfill
 
     def finished(self, end: Finished) -> Report:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
 import math
-import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ import torch
 
 from cachetune_rag.answering.request import Finished, RequestListener
 from cachetune_rag.checking.arguments import check_share
-from cachetune_rag.concurrency.forks import this_process
+from cachetune_rag.concurrency.idle import IdleQueue
 from cachetune_rag.concurrency.model_lock import ModelLock
 from cachetune_rag.measuring.divergence import Divergence, kl_divergence
 from cachetune_rag.measuring.teacher import rewind, teacher_forced
@@ -29,8 +27,6 @@ if TYPE_CHECKING:
 
 PENDING = 2
 """Answers waiting to be compared; each keeps its prompt's KV where the model is."""
-IDLE_SECONDS = 0.05
-"""How long no request must have wanted the model before a comparison begins."""
 RECENT = 1000
 """Samples over which quantiles are taken."""
 
@@ -70,22 +66,25 @@ class FidelityStats:
     top1: float | None
 
 
-@dataclass(frozen=True)
-class _Sample:
+@dataclass(frozen=True, eq=False)
+class _AnswerToCompare:
     state: PrefillState
-    answer: tuple[int, ...]
+    tokens: tuple[int, ...]
 
 
 class FidelitySampler(RequestListener):
     """Chooses answers, keeps them until the model is idle, and compares them on a thread of its own.
 
-    A request never waits for it: a comparison begins when no request is in flight, and gives way between two layers when one
-    arrives, to begin anew later.
+    A request never waits for it: a comparison begins when no request is in flight. If a request arrives meanwhile, the comparison
+    stops between two layers and begins anew later.
 
     Args:
         share: of the answers with something reused, in [0, 1]. Which ones is a matter of counting, not of chance.
         adapter, lock: the model.
         check: refuses a model whose weights were changed.
+
+    Attributes:
+        queue: the answers that are to be compared.
 
     Raises:
         ConfigError: share is out of range.
@@ -94,36 +93,29 @@ class FidelitySampler(RequestListener):
     def __init__(self, share: Any, adapter: ModelAdapter, lock: ModelLock, check: Callable[[], None] = lambda: None):
         check_share(share, "fidelity_sample", "a share of the requests, a number from 0 (none) to 1 (all)")
         self._share, self._adapter, self._model, self._check = float(share), adapter, lock, check
-        self._mutex = threading.Lock()
-        self._pending: deque[_Sample] = deque()
-        self._thread: threading.Thread | None = None
-        self._closed = False
-        self._origin = this_process()
+        self.queue: IdleQueue[_AnswerToCompare] = IdleQueue(
+            "cachetune-fidelity", lock, self._attempt, self._count_dropped
+        )
+        # Guarded by the queue's mutex:
         self._answers = self._samples = self._dropped = self._errors = self._tokens = self._same = 0
         self._first, self._kl = _Series(), _Series()
 
     def offer(self, state: PrefillState, answer: Sequence[int]) -> None:
-        """A finished answer (its tokens) and what it was decoded from, whose cache belongs to the sampler from here on.
+        """Perhaps choose a finished answer for comparison. Returns at once.
 
-        Returns at once.
+        Args:
+            state: what the answer was decoded from. Its cache belongs to the sampler from here on.
+            answer: the answer's tokens.
         """
         report = state.report
         if not self._share or report.full or not report.reused or not answer:
             return
-        with self._mutex:
+        with self.queue.mutex:
             self._answers += 1
             if math.floor(self._answers * self._share) == math.floor((self._answers - 1) * self._share):
                 return
-            if self._closed or len(self._pending) >= PENDING:
+            if len(self.queue) >= PENDING or not self.queue.put(_AnswerToCompare(state, tuple(answer))):
                 self._dropped += 1
-                return
-            self._pending.append(_Sample(state, tuple(answer)))
-            # A thread that Ctrl-C kept from starting isn't alive.
-            if self._thread is None or not self._thread.is_alive():
-                # A thread inside of torch while the interpreter goes away would crash the process.
-                atexit.register(self.close)
-                self._thread = threading.Thread(target=self._run, name="cachetune-fidelity", daemon=True)
-                self._thread.start()
 
     def finished(self, end: Finished) -> Report:
         """Perhaps choose a complete answer for comparison."""
@@ -135,7 +127,7 @@ class FidelitySampler(RequestListener):
         """What was found so far; None if nothing is sampled."""
         if not self._share:
             return None
-        with self._mutex:
+        with self.queue.mutex:
             top1 = self._same / self._tokens if self._tokens else None
             return FidelityStats(
                 self._samples,
@@ -148,99 +140,72 @@ class FidelitySampler(RequestListener):
             )
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until nothing is pending; False if that took longer than `timeout` seconds."""
-        with self._mutex:
-            thread = self._thread
-        if thread is None:
-            return True
-        thread.join(timeout)
-        return not thread.is_alive()
+        """Wait until all chosen answers are compared. Returns False if that took longer than `timeout` seconds."""
+        return self.queue.wait(timeout)
 
     def drop(self) -> None:
-        """Leave out what is pending: it was answered by other weights than the model has now. The caller holds the model's lock."""
-        with self._mutex:
-            self._dropped += len(self._pending)
-            self._pending.clear()
+        """Leave out the chosen answers, because the model's weights were changed since they were given. The caller holds the model's lock."""
+        with self.queue.mutex:
+            self.queue.clear()
 
     def close(self) -> None:
-        """Drop what is pending, and end what runs at its next layer."""
-        if not self._origin.here:
+        """Leave out the chosen answers and choose no more. A comparison under way ends at its next layer."""
+        self.queue.drop()
+
+    # -- the queue's thread ---------------------------------------------------------------------------------------
+
+    def _attempt(self, chosen: _AnswerToCompare) -> None:
+        """Compare an answer, unless a request comes in between. Whatever goes wrong, no request is told of it."""
+        if not self.queue.wait_idle():
             return
-        with self._mutex:
-            self._closed = True
-            thread = self._thread
-        self._model.wake()
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
+        try:
+            compared = self._compare_in_background(chosen)
+        except Exception as error:
+            request = chosen.state.report.request_id
+            _log.warning("the fidelity of request %s is not known: %s: %s", request, type(error).__name__, error)
+            with self.queue.mutex:
+                self._errors += self.queue.done(chosen)
+        else:
+            if compared is not None:
+                self._add(chosen, *compared)
 
-    # -- the thread -----------------------------------------------------------------------------------------------
-
-    def _run(self) -> None:
-        """Compare what is pending; the thread ends when nothing is."""
-        while True:
-            with self._mutex:
-                if self._closed:
-                    self._dropped += len(self._pending)
-                    self._pending.clear()
-                if not self._pending:
-                    self._thread = None
-                    atexit.unregister(self.close)
-                    return
-                sample = self._pending[0]
-            if not self._model.wait_idle(IDLE_SECONDS, lambda: self._closed):
-                continue
-            try:
-                compared = self._attempt(sample)
-            except Exception as error:  # whatever it is, it must not reach a request
-                request = sample.state.report.request_id
-                _log.warning("the fidelity of request %s is not known: %s: %s", request, type(error).__name__, error)
-                with self._mutex:
-                    self._errors += self._take(sample)
-            else:
-                if compared is not None:
-                    self._add(sample, *compared)
-            del sample  # with its KV
-
-    def _attempt(self, sample: _Sample) -> tuple[float, Divergence] | None:
+    def _compare_in_background(self, chosen: _AnswerToCompare) -> tuple[float, Divergence] | None:
         """KL of the first token, and the whole answer's divergence; None if a request came in between."""
         with self._model.background() as held:
-            if not held or not self._waits(sample):
+            if not held or not self._waits(chosen):
                 return None
             try:
-                with self._adapter.interruptible(lambda: self._closed or self._model.wanted):
+                with self._adapter.interruptible(lambda: self.queue.dropped or self._model.wanted):
                     self._check()
-                    compared = self._compare(sample)
+                    compared = self._compare(chosen)
                     self._check()
                     return compared
             except StopForward:
                 return None
 
-    def _waits(self, sample: _Sample) -> bool:
-        with self._mutex:
-            return bool(self._pending) and self._pending[0] is sample
+    def _waits(self, chosen: _AnswerToCompare) -> bool:
+        """Whether an answer is still to be compared. Asked under the model's lock: `drop` can't come in between."""
+        with self.queue.mutex:
+            return self.queue.is_first(chosen)
 
-    def _take(self, sample: _Sample) -> bool:
-        """Remove a sample whose comparison has ended; False if `drop` has removed it, and counted it. The caller holds the mutex."""
-        if not self._pending or self._pending[0] is not sample:
-            return False
-        self._pending.popleft()
-        return True
+    def _count_dropped(self, chosen: _AnswerToCompare) -> None:
+        self._dropped += 1
 
-    def _compare(self, sample: _Sample) -> tuple[float, Divergence]:
-        adapter, state = self._adapter, sample.state
+    def _compare(self, chosen: _AnswerToCompare) -> tuple[float, Divergence]:
+        adapter, state = self._adapter, chosen.state
         ids = torch.tensor(state.prompt.ids, dtype=torch.int64, device=adapter.device)
         rewind(state.cache, len(ids))
         logits, cache = adapter.full_forward(ids)
-        full = teacher_forced(adapter, logits, cache, sample.answer)
-        reuse = teacher_forced(adapter, state.logits, state.cache, sample.answer)
+        full = teacher_forced(adapter, logits, cache, chosen.tokens)
+        reuse = teacher_forced(adapter, state.logits, state.cache, chosen.tokens)
         divergence = Divergence.of(full, reuse)
         if not all(map(math.isfinite, divergence.kl)):
             raise ArithmeticError("the model gives logits that are no numbers")
         return float(kl_divergence(logits, state.logits)), divergence
 
-    def _add(self, sample: _Sample, first: float, divergence: Divergence) -> None:
-        with self._mutex:
-            if not self._take(sample):
+    def _add(self, chosen: _AnswerToCompare, first: float, divergence: Divergence) -> None:
+        with self.queue.mutex:
+            if not self.queue.done(chosen):
                 return
             self._samples += 1
             self._tokens += len(divergence.same)
@@ -250,10 +215,10 @@ class FidelitySampler(RequestListener):
         _log.info(
             "fidelity of request %s: %d prompt tokens, %s, r=%g: KL %.4g at the first token, %.4g a token over %d answer tokens, "
             "top-1 agreement %.3f",
-            sample.state.report.request_id,
-            len(sample.state.prompt.ids),
-            sample.state.report.selector,
-            sample.state.report.ratio,
+            chosen.state.report.request_id,
+            len(chosen.state.prompt.ids),
+            chosen.state.report.selector,
+            chosen.state.report.ratio,
             first,
             divergence.mean_kl,
             len(divergence.same),

@@ -55,7 +55,7 @@ def test_held_by_nobody_it_ends_at_once_and_keeps_what_it_missed(engine: CacheTu
 def test_collected_amid_anything_it_waits_for_no_lock(engine: CacheTune) -> None:
     stream = engine.stream("Who?", CHUNKS, **ENDS)
     next(stream)
-    with engine.runtime.backfill._mutex:  # as if the collector ran right inside of it
+    with engine.runtime.backfill.queue.mutex:  # as if the collector ran right inside of it
         del stream
     assert engine.flush(60)
     assert stored(engine) == [True, True]
@@ -72,7 +72,7 @@ def test_collected_inside_of_any_lock_it_ends(lock: str) -> None:
         mutex: Any = {
             "model's users": engine.runtime.model.lock._mutex,
             "model": engine.runtime.model.lock,
-            "fidelity": engine.runtime.fidelity._mutex,
+            "fidelity": engine.runtime.fidelity.queue.mutex,
         }[lock]
 
         def collect() -> None:

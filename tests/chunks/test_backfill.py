@@ -17,6 +17,7 @@ from tiny import llama, tokenizer
 
 from cachetune_rag import CacheTune
 from cachetune_rag.chunks import backfill as missed
+from cachetune_rag.concurrency.idle import IDLE_SECONDS
 from cachetune_rag.concurrency.model_lock import ModelLock
 
 CHUNKS = [
@@ -75,7 +76,7 @@ def test_nothing_is_stored_before_the_answer_is_out_or_while_another_is_read(eng
     with engine.stream("Why?", CHUNKS[:1], max_new_tokens=40) as another:
         next(iter(another))
         ask(engine)
-        time.sleep(3 * missed.IDLE_SECONDS)
+        time.sleep(3 * IDLE_SECONDS)
         assert (engine.stats().storing, stored(engine)) == (3, [False] * 3)
     assert engine.flush(WAIT)
     assert stored(engine) == [True] * 3
@@ -173,9 +174,9 @@ def test_dropping_ends_a_chunk_between_two_forwards(engine: CacheTune, monkeypat
     capture, dropped = engine.adapter.capture_behind, []
 
     def captured(*arguments: Any) -> None:
-        dropped.append(threading.Thread(target=engine.runtime.backfill.drop))
+        dropped.append(threading.Thread(target=engine.runtime.backfill.queue.drop))
         dropped[-1].start()
-        while not engine.runtime.backfill._dropped:
+        while not engine.runtime.backfill.queue.dropped:
             time.sleep(0.001)
         capture(*arguments)
 

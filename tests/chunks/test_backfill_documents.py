@@ -80,7 +80,7 @@ def test_what_is_being_stored_when_its_document_is_removed_is_gone_too(
         if not removed:
             removed.append(threading.Thread(target=engine.remove, args=["a"], kwargs={"missing_ok": True}))
             removed[0].start()
-            while not engine.runtime.backfill._hurried:  # it has dropped what it could, and waits for this
+            while not engine.runtime.backfill.queue.hurried:  # it has dropped what it could, and waits for this
                 time.sleep(0.001)
         return encoded
 

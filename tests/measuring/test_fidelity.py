@@ -57,7 +57,7 @@ def test_answers_are_the_same_and_stats_fill(engine: CacheTune) -> None:
         expected = [ask(plain, q).token_ids for q in QUERIES]
         sampled = [ask(plain, q, do_sample=True, seed=3).token_ids for q in QUERIES]
         assert plain.stats().fidelity is None
-        assert plain.runtime.fidelity._thread is None
+        assert not plain.runtime.fidelity.queue.busy
     assert [ask(engine, q).token_ids for q in QUERIES[:2]] == expected[:2]
     first = measured(engine)
     assert [ask(engine, q).token_ids for q in QUERIES[2:]] == expected[2:]
@@ -217,7 +217,7 @@ def test_close_drops_what_waits() -> None:
     found = engine.runtime.fidelity.stats()
     assert found is not None
     assert (found.samples, found.dropped) == (0, 1)
-    assert engine.runtime.fidelity._thread is None
+    assert not engine.runtime.fidelity.queue.busy
 
 
 def test_no_thread_stays_and_no_hook_either(engine: CacheTune) -> None:
