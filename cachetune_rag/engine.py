@@ -170,7 +170,7 @@ class CacheTune:
             documents = [documents]
         self.runtime.backfill.wait()  # keep the order of arrival: lead-ins are chosen from the first texts that are stored
         try:
-            return self.runtime.precomputer.run(documents, progress, replace_documents=replace)
+            return self.runtime.precomputer.precompute(documents, progress, replace_documents=replace)
         except StoreClosedError:
             self.runtime.lifetime.check()  # a callback or another thread closed the engine meanwhile
             raise

@@ -16,8 +16,10 @@ from cachetune_rag.answering.listeners import BackfillListener
 from cachetune_rag.answering.plain_prompts import PlainPrompts
 from cachetune_rag.checking.arguments import check_tenant
 from cachetune_rag.chunks.backfill import Backfill
+from cachetune_rag.chunks.chunk_computer import ChunkComputer
 from cachetune_rag.chunks.found_watch import FoundWatch
-from cachetune_rag.chunks.lead_ins import LeadIns, given_lead_ins
+from cachetune_rag.chunks.lead_in_choice import given_lead_ins
+from cachetune_rag.chunks.lead_ins import LeadIns
 from cachetune_rag.chunks.precompute import Precomputer
 from cachetune_rag.chunks.recognition import StoreRecognizer
 from cachetune_rag.concurrency.deadline import DeadlinePool, check_timeout
@@ -73,7 +75,8 @@ class Runtime:
         recognizer: finds stored chunks inside of texts.
         found_watch: warns where little of what was retrieved is found.
         plain_prompts: builds prompts from texts and messages.
-        precomputer: computes and stores documents.
+        chunk_computer: computes and stores chunks.
+        precomputer: stores documents.
         backfill: stores the chunks that requests missed.
         fidelity: compares a share of the answers with full prefill.
         counter: adds up requests.
@@ -126,17 +129,17 @@ class Runtime:
         self.store = opened_store(store, self.adapter.device, of_store)
         self.prefetcher = Prefetcher(self.store)
         try:
-            self._connect(namespace, choose_leads=given.lead_in == "auto", batch_tokens=given.batch_tokens)
+            self._connect(namespace, choose_lead_ins=given.lead_in == "auto", batch_tokens=given.batch_tokens)
         except BaseException:
             self._release()
             raise
 
-    def _connect(self, namespace: Namespace, *, choose_leads: bool, batch_tokens: int | None) -> None:
+    def _connect(self, namespace: Namespace, *, choose_lead_ins: bool, batch_tokens: int | None) -> None:
         """Make everything that works between model and store."""
         self.lead_ins = LeadIns(
             self.store,
             namespace,
-            choose=choose_leads,
+            choose=choose_lead_ins,
             vocabulary=self.adapter.config.vocab_size,
             limit=self.adapter.max_positions,
             separator=self.prompts.separator_ids,
@@ -159,17 +162,19 @@ class Runtime:
         self.recognizer = StoreRecognizer(self.store, self.lead_ins, self.pool.call)
         self.found_watch = FoundWatch(self.recognizer)
         self.plain_prompts = PlainPrompts(self.prompts, self.recognizer, self.found_watch)
-        self.precomputer = Precomputer(
+        self.chunk_computer = ChunkComputer(
             self.adapter,
             self.store,
             self.lead_ins,
-            self.prompts.encode,
             self.model.lock,
             batch_tokens,
-            self.recognizer.add,
+            self.recognizer.chunk_stored,
             self.model.check_all,
         )
-        self.backfill = Backfill(self.precomputer, self.pool.call, self.model.lock)
+        self.precomputer = Precomputer(
+            self.chunk_computer, self.store, self.lead_ins, self.prompts.encode, self.adapter.max_positions
+        )
+        self.backfill = Backfill(self.chunk_computer, self.pool.call, self.model.lock)
         self.counter = RequestCounter()
         self.store_stats = LastKnownStoreStats(self.store, self.pool)
         self.observers = Observers()
@@ -200,7 +205,7 @@ class Runtime:
             admission=self.admission,
             executor=self.executor,
             assembler=self.assembler,
-            precomputer=self.precomputer,
+            chunk_computer=self.chunk_computer,
             flush=self.backfill.wait,
         )
 
@@ -255,10 +260,10 @@ class Runtime:
         with self.model.lock.reserved(), self.model.lock:
             changed = self.model.renew()
             self.assembler.forget()
-            self.precomputer.forget()
+            self.chunk_computer.forget()
             if changed:
                 self.fidelity.drop()
-                self.lead_ins.follow(self.model.fingerprint)
+                self.lead_ins.model_changed(self.model.fingerprint)
                 self.tunings.forget()
                 self.recognizer.changed()
             return changed

@@ -401,7 +401,7 @@ def test_jobs_on_one_store_compute_no_chunk_twice(tmp_path: Path) -> None:
 
 
 def test_a_job_that_stands_still_is_not_waited_for_for_ever(engine: CacheTune, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cachetune_rag.chunks.precompute.PATIENCE", 0.05)
+    monkeypatch.setattr("cachetune_rag.chunks.precompute.CLAIM_PATIENCE", 0.05)
     keys = [engine.runtime.assembler.key(engine.prompts.encode(text)) for text in CHUNKS]
     # Claimed by another thread: a thread's own claim is refused at once.
     with ThreadPoolExecutor(1) as other:

@@ -34,6 +34,6 @@ def test_it_is_refused_before_the_model_runs(
         assert engine.store.read_only
         for name in ("prefill", "full_prefill"):
             monkeypatch.setattr(engine.runtime.assembler, name, lambda *_: pytest.fail("the model ran"))
-        monkeypatch.setattr(engine.runtime.precomputer, "_compute", lambda *_: pytest.fail("the model ran"))
+        monkeypatch.setattr(engine.runtime.chunk_computer, "compute", lambda *_: pytest.fail("the model ran"))
         with pytest.raises(StoreReadOnlyError):
             work(engine, lambda progress: None)

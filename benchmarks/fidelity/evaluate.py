@@ -52,7 +52,7 @@ class Engines:
             options = {"lead_in": lead_in, "codec": codec, "chunk_separator": dataset.separator, **self._options}
             engine = CacheTune(self._model, self._tokenizer, None, **options)
             if lead_in == "auto":
-                engine.lead_ins.offer([engine.prompts.encode(text) for text in dataset.leads], indexing=True)
+                engine.lead_ins.choose_from([engine.prompts.encode(text) for text in dataset.leads], indexing=True)
                 if engine.lead_ins.undecided:  # it would go on to choose from the records themselves
                     raise ValueError(
                         f"the texts of {dataset.name} that are kept for lead-ins are too few for an engine to choose from: give "

@@ -51,7 +51,7 @@ class Admission:
 
         "auto" becomes the calibrated ratio if there is one.
         """
-        config = replace(resolve(selector, ratio), namespace=self._lead_ins.lately)
+        config = replace(resolve(selector, ratio), namespace=self._lead_ins.recent_namespace)
         if not config.tunable:
             return config
         calibrated = self._calibrated(config.selector, config.namespace)

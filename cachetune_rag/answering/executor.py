@@ -131,7 +131,7 @@ class Executor:
         """
 
         def keys() -> list[ChunkKey]:
-            namespace = (config and config.namespace) or self._lead_ins.lately
+            namespace = (config and config.namespace) or self._lead_ins.recent_namespace
             return [make_key(namespace, ids) for ids in chunk_ids() if ids]
 
         rows = None if config is None else partial(self._assembler.rows_needed, config)

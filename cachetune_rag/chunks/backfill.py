@@ -21,7 +21,7 @@ from cachetune_rag.text.prompts.prompt import Prompt
 from cachetune_store import ChunkKey, StoreError
 
 if TYPE_CHECKING:
-    from cachetune_rag.chunks.precompute import Precomputer
+    from cachetune_rag.chunks.chunk_computer import ChunkComputer
 
 WAITING = 128
 """Chunks that may wait to be stored. The others are left to the next request that misses them."""
@@ -62,7 +62,7 @@ class Backfill:
     version without this chunk, after the request was built, the chunk isn't stored at all.
 
     Args:
-        precomputer: computes and stores.
+        computer: computes and stores chunks.
         call: makes the calls that may touch the store's disk.
         lock: the model's.
 
@@ -70,8 +70,8 @@ class Backfill:
         queue: what waits to be stored.
     """
 
-    def __init__(self, precomputer: Precomputer, call: Call, lock: ModelLock):
-        self._precomputer, self._call, self._model = precomputer, call, lock
+    def __init__(self, computer: ChunkComputer, call: Call, lock: ModelLock):
+        self._computer, self._call, self._model = computer, call, lock
         self.queue: IdleQueue[_MissedTogether] = IdleQueue("cachetune-missed", lock, self._attempt, self._count_dropped)
         # Guarded by the queue's mutex:
         self._known: dict[tuple[int, ...], ChunkToStore] = {}  # all chunks in the queue, by their token ids
@@ -113,9 +113,7 @@ class Backfill:
         try:
             if chunks:
                 with self._storing:
-                    self._precomputer.store_chunks(
-                        chunks, call=self._call, kept=kept.append, withdrawn=withdrawn.append
-                    )
+                    self._computer.store_chunks(chunks, call=self._call, kept=kept.append, withdrawn=withdrawn.append)
         except StoreError as error:
             _tell(len(chunks) - len(kept) - len(withdrawn), error)
         with self.queue.mutex:
@@ -214,7 +212,7 @@ class Backfill:
         try:
             turn = _Turn(self.queue, self._model, group.since + PATIENCE)
             turn.wait_idle()
-            self._precomputer.store_chunks(
+            self._computer.store_chunks(
                 chunks, call=self._call, kept=kept.append, withdrawn=withdrawn.append, turn=turn
             )
         except _Dropped:

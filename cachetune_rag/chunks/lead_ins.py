@@ -1,72 +1,56 @@
-"""Lead-ins: what stands before a chunk while it is computed, and the namespace of keys that follows from that.
+"""The lead-ins of a store: the tokens that stand before a chunk while it is computed, and so a part of all chunk keys.
 
-A chunk that is computed alone knows nothing of what will stand before it. Behind several stretches of the same corpus, it
-shows how much that matters: the mean of its keys and values is closer to what they will be than any one of them, and their
-spread says which tokens to distrust (docs/selection.md).
+What will stand before a chunk in a prompt is not known when the chunk is computed. So it is computed behind several stretches of the
+same corpus. The mean of its keys and values is closer to what they will be in a prompt than those behind any single stretch, and how far
+they are apart says which tokens to recompute (docs/selection.md).
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import lru_cache
-from itertools import accumulate, chain
-from typing import Any
+from itertools import accumulate
 
-import numpy as np
-
-from cachetune_rag.checking.arguments import is_count
+from cachetune_rag.chunks.lead_in_choice import (
+    LEAST_TOKENS,
+    MOST_TOKENS,
+    TEXT_TOKENS,
+    LeadIn,
+    choice_in,
+    choose_lead_ins,
+    note_of,
+)
 from cachetune_rag.concurrency.deadline import Call, call_directly
 from cachetune_rag.concurrency.forks import this_process
-from cachetune_rag.errors import ConfigError
 from cachetune_store import ChunkStore, Namespace, StoreError, StorePathError
-from cachetune_store.printing import shown
 
-COUNT = 4
-"""Lead-ins that are chosen (docs/selection.md: 8 close 1.3 points more at ratio 0.05, at twice the cost)."""
-TEXT_TOKENS = 255
-"""Tokens in each behind the first: text, and what stands between the chunks of a prompt."""
-LEAST_TOKENS = 1024
-"""Tokens of different texts there must be to choose from."""
-MOST_TOKENS = 1 << 16
-"""Tokens of texts that are looked at before choosing."""
-OVERLAP = 32
-"""A lead-in that shares so many tokens in a row with a chunk is left out of the chunk's mean."""
+RECENT_SECONDS = 1.0
+"""Seconds for which a request that looks chunks up takes a choice for valid without reading it again."""
 
-LATELY = 1.0
-"""Seconds for which a choice that was read is taken to stand, where requests look chunks up."""
-
-RETRY = 5.0
+RETRY_SECONDS = 5.0
 """Seconds until requests try again to write a choice that couldn't be written. Precompute tries at once."""
-
-_FORMAT = "cachetune-lead-ins"
-_MOST_LEADS, _MOST_LENGTH = 64, 1 << 14
 
 _log = logging.getLogger(__name__)
 
-Lead = tuple[int, ...]
-
 
 class LeadIns:
-    """The lead-ins of an engine's chunks, and the namespace of their keys: one object for all that make or look up keys.
+    """The lead-ins of an engine's chunks, and the namespace of their keys. All that make or look up keys share one object.
 
-    Given ones are kept to. Otherwise chunks stand behind the prompt's first token alone, until texts were seen to choose
-    better ones from. The choice is made once for a store (and model, tokenizer, dtype and tenant), written there as a note,
-    and followed by every engine on that store, whichever process made it, until the tenant is deleted. Safe to use from many
-    threads.
+    Lead-ins that a user gives are used unchanged. Otherwise chunks are computed behind the prompt's first token alone, until there are
+    enough texts to choose lead-ins from. The choice is made once for a store, model, tokenizer, dtype and tenant, and written to the store
+    as a note. Every engine on the store follows it, in whichever process, until the tenant is deleted. Safe to use from many threads.
 
     Args:
         store: where the choice is kept.
-        namespace: with the lead-ins that hold until then, or for good.
-        choose: whether they may give way to chosen ones.
+        namespace: holds the lead-ins that are used until others are chosen.
+        choose: whether others may be chosen.
         vocabulary: token ids are below this.
-        limit: most tokens that the model reads.
+        limit: most tokens that the model reads; None: any number.
         separator: what stands between the chunks of a prompt, and so right before most of them.
-        call: `call(work, *args)` makes a call that may touch the store's disk.
+        call: makes the calls that may touch the store's disk.
     """
 
     def __init__(
@@ -85,45 +69,45 @@ class LeadIns:
         self._last_read: tuple[bytes, Namespace] | None = None
         self._read_at = 0.0
         self._lock, self._origin = threading.Lock(), this_process()
-        self._seen: dict[Lead, None] = {}  # different texts that were offered, too few to choose from, in order
-        self._wanted: Namespace | None = None  # a choice that is made, and couldn't be written yet
+        self._seen: dict[LeadIn, None] = {}  # see `waiting_texts`
+        self._wanted: Namespace | None = None  # see `choice_to_write`
         self._retry_at, self._reason = 0.0, ""
         self._filled: bool | None = None
         self._texts_gone = 0  # the store's `texts_gone` when texts were last seen
 
     @property
     def namespace(self) -> Namespace:
-        """That of chunks stored or looked up now. It may change at any time: take it once for all keys of a request."""
+        """The namespace of chunks that are stored or looked up now. It may change at any time: take it once for all keys of a request."""
         self._origin.check()
         if not self._choose:
             return self._base
         try:
             return self._read() or self._base
         except StorePathError as error:
-            # What can't be read for the moment is no reason to refuse an answer.
+            # No reason to refuse an answer: at worst, chunks are missed.
             _log.warning("lead-ins: %s", error)
             return self._chosen[1] if self._chosen else self._base
 
     @property
-    def lately(self) -> Namespace:
-        """`namespace` as a choice said within the last second: for looking chunks up, where all that an old one costs is a miss."""
+    def recent_namespace(self) -> Namespace:
+        """`namespace`, but the store is read only once a second. For looking chunks up, where an old namespace costs no more than a miss."""
         chosen = self._chosen
-        return self.namespace if chosen is None or time.monotonic() - self._read_at > LATELY else chosen[1]
+        return self.namespace if chosen is None or time.monotonic() - self._read_at > RECENT_SECONDS else chosen[1]
 
     @property
-    def last_known(self) -> Namespace:
-        """`namespace` as it was when last asked for; the store isn't."""
+    def known_namespace(self) -> Namespace:
+        """`namespace` as it was read last. The store is not read."""
         chosen = self._chosen
         return self._base if chosen is None else chosen[1]
 
     @property
     def namespaces(self) -> tuple[Namespace, ...]:
-        """That one, and the one that held before it: its chunks are misses now, but their texts are this engine's."""
+        """`namespace`, and the one before the choice: chunks of that are missed now, but their texts are recognised in prompts."""
         now = self.namespace
         return (now,) if now is self._base else (now, self._base)
 
-    def follow(self, model: str) -> None:
-        """Make keys of another model's chunks from now on: that model's own choice holds, or is to be made."""
+    def model_changed(self, model: str) -> None:
+        """From now on, make keys for a model with this fingerprint, with the lead-ins that were, or will be, chosen for that model."""
         with self._lock:
             self._base = replace(self._base, model=model)
             self._chosen, self._seen, self._filled = None, {}, None
@@ -140,7 +124,7 @@ class LeadIns:
 
     @property
     def _chosen(self) -> tuple[bytes, Namespace] | None:
-        """The note as it was read last, and what it says; never another model's, should one be read while `follow` changes it."""
+        """The note that was read last, and the choice in it. None if it was read for the model before `model_changed`."""
         read = self._last_read
         return read if read is not None and read[1].model == self._base.model else None
 
@@ -150,31 +134,41 @@ class LeadIns:
 
     @property
     def undecided(self) -> bool:
-        """Whether lead-ins may still be chosen from texts that are offered."""
+        """Whether lead-ins are still to be chosen."""
         return self._choose and self.namespace is self._base
 
-    def offer(self, texts: Iterable[Sequence[int]], *, indexing: bool) -> Namespace:
-        """Choose lead-ins from texts (token ids of chunks), if that is still to be done and there is text enough.
+    @property
+    def waiting_texts(self) -> list[LeadIn]:
+        """Different texts that were seen so far, in order, while they are too few to choose from."""
+        return list(self._seen)
+
+    @property
+    def choice_to_write(self) -> Namespace | None:
+        """A choice that was made and could not be written to the store yet."""
+        return self._wanted
+
+    def choose_from(self, texts: Iterable[Sequence[int]], *, indexing: bool) -> Namespace:
+        """Choose lead-ins from texts, if none are chosen yet and there are enough texts.
 
         Args:
-            texts: what is about to be stored, in order.
-            indexing: False for chunks that a request missed. They never change the lead-ins of a store that was filled
-                behind the first token: whoever did that may have wanted it so.
+            texts: token ids of chunks that are about to be stored, in order.
+            indexing: False for chunks that a request missed. If a store was filled behind the first token, these never change its
+                lead-ins, because that may have been done on purpose.
 
         Returns:
-            The namespace that these texts are to be stored with.
+            The namespace that these chunks are to be stored with.
 
         Raises:
             StoreError: the choice can't be written.
         """
         self._origin.check()
         with self._lock:
-            now = self.namespace if indexing else self.lately
+            now = self.namespace if indexing else self.recent_namespace
             if not self._choose or now is not self._base or (self._filled_before() and not indexing):
                 self._seen, self._wanted = {}, None
                 return now
             if self._texts_gone != (gone := self._store.texts_gone):
-                # Which of the texts seen so far were those of a removed document is not known: none of them is written any more.
+                # Texts were removed from the store, perhaps some of these: no lead-in may be made of them.
                 self._seen, self._wanted, self._texts_gone = {}, None, gone
             if self._wanted is None:
                 self._wanted = self._choice(texts)
@@ -183,79 +177,49 @@ class LeadIns:
             if self._wanted is None:
                 return now
             try:
-                chosen = self._settle(self._wanted)
+                chosen = self._write_choice(self._wanted)
             except StoreError as error:
-                self._retry_at, self._reason = time.monotonic() + RETRY, str(error)
+                self._retry_at, self._reason = time.monotonic() + RETRY_SECONDS, str(error)
                 raise
             self._wanted = None
             return chosen
 
     def _choice(self, texts: Iterable[Sequence[int]]) -> Namespace | None:
-        """What is chosen once these texts were seen too; None if all that was seen is still too little.
-
-        Nothing is kept once there is a choice: one that can't be written is tried again as it is.
-        """
+        """The choice from all texts seen so far, these included; None if they are too few. Once there is a choice, no texts are kept."""
         room = MOST_TOKENS - sum(map(len, self._seen))
         for ids in texts:
             if ids and room > 0:
                 self._seen[tuple(ids)] = None
                 room -= len(ids)
-        leads = choose(list(self._seen), self._base.lead_ins[0], self._text_tokens(), self._separator)
-        if leads is None:
+        lead_ins = choose_lead_ins(list(self._seen), self._base.lead_ins[0], self._text_tokens(), self._separator)
+        if lead_ins is None:
             return None
         self._seen = {}
-        return replace(self._base, lead_ins=leads)
-
-    def of(self, ids: Sequence[int], namespace: Namespace) -> tuple[Lead, ...]:
-        """The lead-ins over which a chunk's mean is taken: a function of the chunk and the namespace alone.
-
-        Of several, those are left out that share a stretch with the chunk (it would see itself before itself), and
-        those that don't fit into the model's context with it. If none is left, it is the token that they begin with.
-
-        Args:
-            ids: token ids of the chunk.
-            namespace: what its key is made with.
-        """
-        leads = namespace.lead_ins
-        if len(leads) == 1:
-            return leads
-        stretches = _stretches(tuple(ids))
-        kept = tuple(
-            lead
-            for lead in leads
-            if (self._limit is None or len(lead) + len(ids) <= self._limit) and stretches.isdisjoint(_known(lead))
-        )
-        return kept or (leads[0][:1],)
-
-    @staticmethod
-    def least(namespace: Namespace) -> int:
-        """Tokens that stand before a chunk at least."""
-        leads = namespace.lead_ins
-        return len(leads[0]) if len(leads) == 1 else len(leads[0][:1])
+        return replace(self._base, lead_ins=lead_ins)
 
     def _text_tokens(self) -> int:
-        """Of a short context, a lead-in takes a quarter at most."""
+        """Tokens of a lead-in behind its first one. In a short context, a lead-in takes a quarter at most."""
         return TEXT_TOKENS if self._limit is None else max(1, min(TEXT_TOKENS, self._limit // 4 - 1))
 
     def _filled_before(self) -> bool:
-        """Whether, when this engine first stored something, others had stored much behind the first token."""
+        """Whether much had been stored behind the first token before this engine stored anything."""
         if self._filled is None:
             known = self._store.texts(namespace=self._base)
             self._filled = any(total >= LEAST_TOKENS for total in accumulate(tokens for *_, tokens in known))
         return self._filled
 
     def _read(self) -> Namespace | None:
-        """The choice that stands in the store; the one that was read last if that can't be had now."""
+        """The choice in the store, or the one that was read last if the store can't be read now."""
         before = self._chosen
         try:
-            found: Namespace | None = self._call(self._look)
+            found: Namespace | None = self._call(self._read_choice)
             return found
         except StoreError as error:
             _log.warning("the lead-ins of store %s can't be read: %s", self._store.path, error)
             return None if before is None else before[1]
 
-    def _look(self) -> Namespace | None:
-        """The choice that stands in the store. A damaged one is set aside, and restored if this engine has read it before."""
+    def _read_choice(self) -> Namespace | None:
+        """The choice in the store. A damaged note is set aside, and written again if this engine has read it before."""
         self._read_at = time.monotonic()
         content = self._store.note(self._base.digest, tenant=self._base.tenant)
         if content is None:
@@ -264,7 +228,7 @@ class LeadIns:
         before = self._chosen
         if before is not None and before[0] == content:
             return before[1]
-        found = _decode(content, self._base, self._vocabulary)
+        found = choice_in(content, self._base, self._vocabulary)
         if found is not None:
             self._chosen = (content, found)
             return found
@@ -274,105 +238,16 @@ class LeadIns:
                 "chosen, and chunks that were stored behind the old ones computed again",
                 self._store.path,
             )
-        return None if before is None else self._settle(before[1])
+        return None if before is None else self._write_choice(before[1])
 
-    def _settle(self, wanted: Namespace) -> Namespace:
-        """Write a choice, and return the one that stands: `wanted`, if there was none."""
+    def _write_choice(self, wanted: Namespace) -> Namespace:
+        """Write a choice, and return the one that holds: `wanted`, unless another engine wrote one first."""
         for _ in range(2):
-            self._store.settle_note(self._base.digest, _encode(wanted), tenant=self._base.tenant)
+            self._store.settle_note(self._base.digest, note_of(wanted), tenant=self._base.tenant)
             self._chosen = None
-            found = self._look()
+            found = self._read_choice()
             if found is not None:
                 return found
         raise StoreError(
             f"lead-ins don't come back from store {self._store.path} as they were written: check its disk."
         )
-
-
-def choose(
-    texts: Sequence[Sequence[int]], first: Lead, length: int, separator: Lead = (), count: int = COUNT
-) -> tuple[Lead, ...] | None:
-    """Lead-ins from texts: as many stretches, spread evenly over all of the text; None if that has too few tokens.
-
-    Each is taken from the middle of its part, at the beginning of the text nearest to there, and ends with the separator: in a
-    prompt a chunk begins behind one, not in the midst of a sentence (docs/quality.md#what-stands-right-before-a-chunk).
-
-    Args:
-        texts: token ids of different texts, in order.
-        first: what each begins with.
-        length: tokens in each behind that.
-        separator: what each ends with; left away where it would take more than a quarter of the length.
-        count: how many.
-    """
-    stream = list(chain.from_iterable(texts))
-    if len(stream) < max(LEAST_TOKENS, count * length):
-        return None
-    starts = np.cumsum([0, *map(len, texts)])
-    end = separator if 4 * len(separator) <= length else ()
-    leads = []
-    for part in range(count):
-        low, high = part * len(stream) // count, (part + 1) * len(stream) // count - length
-        start = (low + high) // 2
-        inside = starts[(starts >= low) & (starts <= high)]
-        if len(inside):
-            start = int(inside[np.abs(inside - start).argmin()])
-        leads.append((*first, *stream[start : start + length - len(end)], *end))
-    return tuple(leads)
-
-
-def given_lead_ins(
-    lead_in: Sequence[int] | Sequence[Sequence[int]] | str, first_token: int, vocabulary: int
-) -> tuple[Lead, ...]:
-    """The lead-ins that an engine starts with: the first token for "auto" and "first_token", else those that are given,
-    token ids of one or a list of several such lists.
-
-    Raises:
-        ConfigError: it is something else.
-    """
-    if isinstance(lead_in, str) and lead_in in ("auto", "first_token"):
-        return ((first_token,),)
-    several = isinstance(lead_in, Sequence) and bool(lead_in) and all(isinstance(lead, Sequence) for lead in lead_in)
-    leads: Any = lead_in if several and not isinstance(lead_in, str) else [lead_in]
-    for lead in leads:
-        if (
-            isinstance(lead, str | bytes | bytearray)
-            or not isinstance(lead, Sequence)
-            or not all(is_count(i, 0, vocabulary - 1) for i in lead)
-        ):
-            raise ConfigError(
-                f"lead_in is {shown(lead_in)}: use 'auto', 'first_token', a list of token ids from 0 to {vocabulary - 1}, or a "
-                "list of such lists."
-            )
-    return tuple(tuple(lead) for lead in leads)
-
-
-def _stretches(ids: Lead) -> frozenset[bytes]:
-    """Every run of OVERLAP tokens."""
-    data = np.asarray(ids, dtype="<i4").tobytes()
-    return frozenset(data[4 * i : 4 * (i + OVERLAP)] for i in range(len(ids) - OVERLAP + 1))
-
-
-_known = lru_cache(maxsize=64)(_stretches)
-
-
-def _encode(namespace: Namespace) -> bytes:
-    """A note. The digest is that of the whole namespace, lead-ins included: it shows any damage."""
-    content = {"format": _FORMAT, "digest": namespace.digest, "lead_ins": [list(lead) for lead in namespace.lead_ins]}
-    return json.dumps(content).encode()
-
-
-def _decode(content: bytes, base: Namespace, vocabulary: int) -> Namespace | None:
-    """What a note says; None if it is not one of `base`, whole and within bounds."""
-    try:
-        record = json.loads(content)
-        leads = record["lead_ins"]
-        if record["format"] != _FORMAT or not 0 < len(leads) <= _MOST_LEADS:
-            return None
-        if not all(
-            0 < len(lead) <= _MOST_LENGTH and all(is_count(i, 0, vocabulary - 1) for i in lead) for lead in leads
-        ):
-            return None
-        found = replace(base, lead_ins=leads)
-        return found if found.digest == record["digest"] else None
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return None

@@ -29,7 +29,7 @@ __all__ = ["ANCHOR", "ChunkRecognizer", "StoreRecognizer"]
 class StoreRecognizer:
     """Recognises the chunks of one engine in prompts, and follows what any process does to their store.
 
-    The store is read at the first use, and again when it has changed since. What this process adds is told by `add`.
+    The store is read at the first use, and again when it has changed since. What this process adds is told by `chunk_stored`.
     Following others is bounded to a twentieth of the time, and done in the background where it takes long: until then
     their new chunks are computed as plain text, which is as right.
     """
@@ -84,7 +84,7 @@ class StoreRecognizer:
             for _, text, _ in self._store.texts(namespace=namespace):
                 yield text
 
-    def add(self, key: ChunkKey, text: str) -> None:
+    def chunk_stored(self, key: ChunkKey, text: str) -> None:
         """A chunk was just stored. (Before the first use there is nothing to tell: the store will be read then.)"""
         with self._lock:
             if self._read:

@@ -12,9 +12,9 @@ from torch import Tensor
 from cachetune_rag.answering.admission import Admission
 from cachetune_rag.answering.decoding import decode, prepare
 from cachetune_rag.answering.executor import Executor
+from cachetune_rag.chunks.chunk_computer import ChunkComputer
 from cachetune_rag.chunks.lead_ins import LeadIns
 from cachetune_rag.chunks.owners import ChunkToStore
-from cachetune_rag.chunks.precompute import Precomputer
 from cachetune_rag.concurrency.deadline import DeadlinePool
 from cachetune_rag.concurrency.lifetime import Lifetime
 from cachetune_rag.measuring.teacher import rewind, teacher_forced
@@ -43,7 +43,7 @@ class Bench:
         admission: checks and builds prompts as for requests.
         executor: takes the steps of a continuation.
         assembler: reads prompts, with chunks of `store` reused.
-        precomputer: stores chunks in the engine's store.
+        chunk_computer: computes and stores chunks in the engine's store.
         flush: waits until the chunks that requests missed are stored.
     """
 
@@ -57,7 +57,7 @@ class Bench:
     admission: Admission
     executor: Executor
     assembler: Assembler
-    precomputer: Precomputer
+    chunk_computer: ChunkComputer
     flush: Callable[[], bool]
 
     def on(self, store: ChunkStore) -> Bench:
@@ -135,7 +135,7 @@ class Bench:
                 else:
                     codecs.add(codec)
         if missing:
-            self.precomputer.store_chunks(missing.values())
+            self.chunk_computer.store_chunks(missing.values())
         return codecs
 
     # -- measuring ------------------------------------------------------------------------------------------------

@@ -190,7 +190,7 @@ class Assembler:
             self._enter_device(stack)
             readers = OpenReaders()
             stack.callback(readers.close)
-            found = self._lookup.find(prompt, self._lead_ins.lately, readers, Faults())
+            found = self._lookup.find(prompt, self._lead_ins.recent_namespace, readers, Faults())
             buffers = self._adapter.new_buffers(len(prompt.ids))
             self._wait()
             clock = _Clock()
@@ -219,7 +219,7 @@ class Assembler:
         faults = Faults()
         if call.config.namespace is None or call.config.namespace.model != self._lead_ins.model:
             # The request came before `model_changed()`, and is answered with the weights as they are now.
-            call = replace(call, config=replace(call.config, namespace=self._lead_ins.lately))
+            call = replace(call, config=replace(call.config, namespace=self._lead_ins.recent_namespace))
         while True:
             try:
                 try:
@@ -263,7 +263,7 @@ class Assembler:
 
     def _find(self, call: _Call, readers: OpenReaders, faults: Faults) -> FoundChunks:
         """Look the prompt's chunks up, within the deadline of disk reads."""
-        namespace = call.config.namespace or self._lead_ins.last_known
+        namespace = call.config.namespace or self._lead_ins.known_namespace
         if faults.disk_gone:
             return self._lookup.find(call.prompt, namespace, readers, faults)
         return self._pool.call(self._lookup.find, call.prompt, namespace, readers, faults)

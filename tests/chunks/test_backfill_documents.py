@@ -73,7 +73,7 @@ def test_what_is_being_stored_when_its_document_is_removed_is_gone_too(
     engine: CacheTune, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     removed: list[threading.Thread] = []
-    compute = engine.runtime.precomputer._compute
+    compute = engine.runtime.chunk_computer.compute
 
     def compute_and_remove(job: Any, batch: Any) -> Any:
         encoded = compute(job, batch)
@@ -84,7 +84,7 @@ def test_what_is_being_stored_when_its_document_is_removed_is_gone_too(
                 time.sleep(0.001)
         return encoded
 
-    monkeypatch.setattr(engine.runtime.precomputer, "_compute", compute_and_remove)
+    monkeypatch.setattr(engine.runtime.chunk_computer, "compute", compute_and_remove)
     ask(engine, Chunk(TEXTS[0], "a"), Chunk(TEXTS[1], "a"))
     until = time.monotonic() + 60
     while engine.stats().storing and time.monotonic() < until:

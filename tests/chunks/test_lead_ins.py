@@ -15,10 +15,11 @@ import torch
 from tiny import llama, tokenizer
 from torch import Tensor
 
-import cachetune_rag.chunks.lead_ins as leads_module
+import cachetune_rag.chunks.lead_ins as lead_ins_module
 import cachetune_rag.chunks.precompute as precompute_module
 from cachetune_rag import CacheTune, Document
-from cachetune_rag.chunks.lead_ins import LeadIns, choose
+from cachetune_rag.chunks.lead_in_choice import choose_lead_ins, lead_ins_for, note_of
+from cachetune_rag.chunks.lead_ins import LeadIns
 from cachetune_rag.errors import ConfigError, PromptError
 from cachetune_store import ChunkStore, Namespace, StorePathError, get_codec, make_key
 
@@ -74,75 +75,75 @@ def numbers(*lengths: int) -> list[tuple[int, ...]]:
 
 
 def test_lead_ins_are_spread_over_all_of_the_text() -> None:
-    leads = choose(numbers(*[100] * 40), (7,), 255)
-    assert leads is not None
-    assert [len(lead) for lead in leads] == [256] * 4
-    for part, lead in enumerate(leads):
-        assert lead[0] == 7
-        start = lead[1]
-        assert lead[1:] == tuple(range(start, start + 255))
+    lead_ins = choose_lead_ins(numbers(*[100] * 40), (7,), 255)
+    assert lead_ins is not None
+    assert [len(lead_in) for lead_in in lead_ins] == [256] * 4
+    for part, lead_in in enumerate(lead_ins):
+        assert lead_in[0] == 7
+        start = lead_in[1]
+        assert lead_in[1:] == tuple(range(start, start + 255))
         assert start % 100 == 0, "it begins where a text begins"
         assert 1000 * part <= start <= 1000 * (part + 1) - 255
-    assert choose(numbers(*[100] * 40), (7,), 255) == leads
+    assert choose_lead_ins(numbers(*[100] * 40), (7,), 255) == lead_ins
 
 
 def test_lead_ins_end_as_what_stands_before_a_chunk_does() -> None:
-    leads, plain = choose(numbers(2000), (7,), 255, (3, 4)), choose(numbers(2000), (7,), 255)
-    assert leads is not None
+    lead_ins, plain = choose_lead_ins(numbers(2000), (7,), 255, (3, 4)), choose_lead_ins(numbers(2000), (7,), 255)
+    assert lead_ins is not None
     assert plain is not None
-    assert leads == tuple((*lead[:-2], 3, 4) for lead in plain)
-    assert choose(numbers(2000), (7,), 7, (3, 4)) == choose(numbers(2000), (7,), 7), "it would be most of the lead-in"
+    assert lead_ins == tuple((*lead_in[:-2], 3, 4) for lead_in in plain)
+    assert choose_lead_ins(numbers(2000), (7,), 7, (3, 4)) == choose_lead_ins(numbers(2000), (7,), 7), (
+        "it would be most of the lead-in"
+    )
     with CacheTune(llama(), tokenizer(), chunk_separator=" -- ") as engine:
         engine.precompute(DOCUMENTS)
-        end, leads = tuple(engine.prompts.encode(" -- ")), engine.namespace.lead_ins
-        assert all(lead[-len(end) :] == end for lead in leads)
-        assert len(leads) > 1
+        end, lead_ins = tuple(engine.prompts.encode(" -- ")), engine.namespace.lead_ins
+        assert all(lead_in[-len(end) :] == end for lead_in in lead_ins)
+        assert len(lead_ins) > 1
 
 
 def test_a_single_text_is_enough_if_it_is_long() -> None:
-    leads = choose(numbers(1024), (7,), 255)
-    assert leads is not None
-    covered = [token for lead in leads for token in lead[1:]]
+    lead_ins = choose_lead_ins(numbers(1024), (7,), 255)
+    assert lead_ins is not None
+    covered = [token for lead_in in lead_ins for token in lead_in[1:]]
     assert len(set(covered)) == len(covered) == 4 * 255
-    assert choose(numbers(1023), (7,), 255) is None
-    assert choose([], (7,), 255) is None
+    assert choose_lead_ins(numbers(1023), (7,), 255) is None
+    assert choose_lead_ins([], (7,), 255) is None
 
 
-def settled(leads: tuple[tuple[int, ...], ...], limit: int | None = None) -> tuple[LeadIns, Namespace]:
-    namespace = Namespace("model", "tokenizer", "float32", leads)
-    with ChunkStore(None) as store:
-        return LeadIns(store, namespace, choose=False, vocabulary=10_000, limit=limit), namespace
+def namespace_of(lead_ins: tuple[tuple[int, ...], ...]) -> Namespace:
+    return Namespace("model", "tokenizer", "float32", lead_ins)
 
 
 def test_a_lead_in_that_shares_a_stretch_with_the_chunk_is_left_out() -> None:
-    leads = tuple((1, *range(base, base + 255)) for base in (1000, 2000, 3000))
-    ins, namespace = settled(leads)
+    lead_ins = tuple((1, *range(base, base + 255)) for base in (1000, 2000, 3000))
+    namespace = namespace_of(lead_ins)
     chunk = [5] * 50
-    assert ins.of(chunk, namespace) == leads
-    assert ins.of([*chunk, *range(2100, 2131), *chunk], namespace) == leads  # 31 tokens in a row
-    assert ins.of([*chunk, *range(2100, 2132), *chunk], namespace) == (leads[0], leads[2])
-    assert ins.of([*range(1254 - 31, 1255), 5, *range(3000, 3032)], namespace) == (leads[1],)
-    assert ins.of([*range(1000, 1100), *range(2000, 2100), *range(3000, 3100)], namespace) == ((1,),)
-    assert ins.of(list(range(1000, 1031)), namespace) == leads  # shorter than a stretch
+    assert lead_ins_for(chunk, namespace) == lead_ins
+    assert lead_ins_for([*chunk, *range(2100, 2131), *chunk], namespace) == lead_ins  # 31 tokens in a row
+    assert lead_ins_for([*chunk, *range(2100, 2132), *chunk], namespace) == (lead_ins[0], lead_ins[2])
+    assert lead_ins_for([*range(1254 - 31, 1255), 5, *range(3000, 3032)], namespace) == (lead_ins[1],)
+    assert lead_ins_for([*range(1000, 1100), *range(2000, 2100), *range(3000, 3100)], namespace) == ((1,),)
+    assert lead_ins_for(list(range(1000, 1031)), namespace) == lead_ins  # shorter than a stretch
 
 
 def test_a_lead_in_that_does_not_fit_with_the_chunk_is_left_out() -> None:
-    leads = ((1, *range(100, 300)), (1, *range(400, 450)))
-    ins, namespace = settled(leads, limit=300)
-    assert ins.of([5] * 90, namespace) == leads
-    assert ins.of([5] * 100, namespace) == (leads[1],)
-    assert ins.of([5] * 280, namespace) == ((1,),)
+    lead_ins = ((1, *range(100, 300)), (1, *range(400, 450)))
+    namespace = namespace_of(lead_ins)
+    assert lead_ins_for([5] * 90, namespace, 300) == lead_ins
+    assert lead_ins_for([5] * 100, namespace, 300) == (lead_ins[1],)
+    assert lead_ins_for([5] * 280, namespace, 300) == ((1,),)
 
 
 def test_a_single_lead_in_is_always_kept() -> None:
-    ins, namespace = settled(((1, *range(100, 300)),), limit=300)
-    assert ins.of(list(range(100, 300)), namespace) == namespace.lead_ins
+    namespace = namespace_of(((1, *range(100, 300)),))
+    assert lead_ins_for(list(range(100, 300)), namespace, 300) == namespace.lead_ins
 
 
 def test_short_contexts_get_short_lead_ins() -> None:
     with CacheTune(llama(max_positions=200), tokenizer()) as engine:
         engine.precompute([Document(d.id, [c[:100] for c in d.chunks]) for d in DOCUMENTS])
-        assert {len(lead) for lead in engine.namespace.lead_ins} == {200 // 4}
+        assert {len(lead_in) for lead_in in engine.namespace.lead_ins} == {200 // 4}
         assert engine.prefill(query="?", chunks=[CHUNKS[0][:60]], prefix="").report.missed == 60
 
 
@@ -153,18 +154,18 @@ def test_a_corpus_is_stored_as_the_mean_over_four_lead_ins(engine: CacheTune) ->
     summary = engine.precompute(DOCUMENTS)
     assert (summary.lead_ins, summary.chunks, summary.tokens) == (4, len(CHUNKS), TOTAL)
     assert "4 lead-ins" in str(summary)
-    leads = engine.namespace.lead_ins
-    assert [(len(lead), lead[0]) for lead in leads] == [(256, engine.prompts.first_token)] * 4
+    lead_ins = engine.namespace.lead_ins
+    assert [(len(lead_in), lead_in[0]) for lead_in in lead_ins] == [(256, engine.prompts.first_token)] * 4
     everything = "".join(CHUNKS)
     separator = engine.prompts.separator_ids
-    assert all(lead[-len(separator) :] == separator for lead in leads)
-    assert all(tokenizer().decode(lead[1 : -len(separator)]) in everything for lead in leads)
+    assert all(lead_in[-len(separator) :] == separator for lead_in in lead_ins)
+    assert all(tokenizer().decode(lead_in[1 : -len(separator)]) in everything for lead_in in lead_ins)
     left_out = 0
     for text in CHUNKS:
         ids = engine.prompts.encode(text)
-        kept = engine.lead_ins.of(ids, engine.namespace)
+        kept = lead_ins_for(ids, engine.namespace)
         left_out += 4 - len(kept)
-        captures = [engine.adapter.capture([ids], lead)[0] for lead in kept]
+        captures = [engine.adapter.capture([ids], lead_in)[0] for lead_in in kept]
         layers, deviations = stored(engine, text)
         for layer, pair in enumerate(layers):
             for i, found in enumerate(pair):
@@ -232,9 +233,9 @@ def test_a_lead_in_is_run_once(engine: CacheTune, monkeypatch: pytest.MonkeyPatc
     runs: list[tuple[int, ...]] = []
     real = engine.adapter.lead_kv
 
-    def lead_kv(lead: tuple[int, ...]) -> Any:
-        runs.append(lead)
-        return real(lead)
+    def lead_kv(lead_in: tuple[int, ...]) -> Any:
+        runs.append(lead_in)
+        return real(lead_in)
 
     monkeypatch.setattr(engine.adapter, "lead_kv", lead_kv)
     engine.precompute(DOCUMENTS)
@@ -259,10 +260,10 @@ def test_full_recompute_is_full_prefill_behind_any_lead_ins(engine: CacheTune) -
 
 
 def test_one_chunk_right_behind_its_given_lead_in_is_full_prefill() -> None:
-    lead = [tokenizer().bos_token_id, *tokenizer().encode("Some words before. ", add_special_tokens=False)]
-    with fresh(lead_in=lead, prompt_template="<s>Some words before. {prefix}{chunks}{query}") as engine:
+    lead_in = [tokenizer().bos_token_id, *tokenizer().encode("Some words before. ", add_special_tokens=False)]
+    with fresh(lead_in=lead_in, prompt_template="<s>Some words before. {prefix}{chunks}{query}") as engine:
         engine.precompute(DOCUMENTS)
-        assert engine.namespace.lead_ins == (tuple(lead),)
+        assert engine.namespace.lead_ins == (tuple(lead_in),)
         state = engine.prefill(query=QUERY, chunks=CHUNKS[:1], prefix="", ratio=0, selector="none")
         assert (state.report.reused, state.report.recomputed) == (len(CHUNKS[0]), 0)
         full = engine.full_prefill(query=QUERY, chunks=CHUNKS[:1], prefix="")
@@ -274,7 +275,7 @@ def test_several_may_be_given(several: list[list[int]]) -> None:
     with fresh(lead_in=several) as engine:
         assert engine.precompute(DOCUMENTS[:1]).lead_ins == 2
         ids = engine.prompts.encode(CHUNKS[0])
-        captures = [engine.adapter.capture([ids], lead)[0] for lead in several]
+        captures = [engine.adapter.capture([ids], lead_in)[0] for lead_in in several]
         layers, deviations = stored(engine, CHUNKS[0])
         assert deviations is not None
         for layer, (k, v) in enumerate(layers):
@@ -317,15 +318,15 @@ def test_an_engine_that_was_open_before_follows(tmp_path: Path, shared: str) -> 
 
 def test_of_two_that_choose_at_once_the_first_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with fresh(tmp_path) as first, fresh(tmp_path) as second:
-        real = leads_module.choose
+        real = lead_ins_module.choose_lead_ins
 
         def choose_late(*given: Any) -> Any:
             """Between the second one's look at the store and its writing, the first one chooses."""
-            monkeypatch.setattr(leads_module, "choose", real)
+            monkeypatch.setattr(lead_ins_module, "choose_lead_ins", real)
             first.precompute(DOCUMENTS[::-1])
             return real(*given)
 
-        monkeypatch.setattr(leads_module, "choose", choose_late)
+        monkeypatch.setattr(lead_ins_module, "choose_lead_ins", choose_late)
         second.precompute(DOCUMENTS)
         assert first.namespace == second.namespace
         assert len(first.namespace.lead_ins) == 4
@@ -457,7 +458,7 @@ def test_what_came_before_a_broken_document_is_stored_behind_lead_ins(engine: Ca
 # -- damage ---------------------------------------------------------------------------------------------------------------
 
 
-NOTE = leads_module._encode(Namespace("model", "tokenizer", "float32", ((1, 20, 300), (1, 40))))
+NOTE = note_of(Namespace("model", "tokenizer", "float32", ((1, 20, 300), (1, 40))))
 
 
 def reading(content: bytes, vocabulary: int = 500) -> tuple[LeadIns, ChunkStore]:
@@ -492,9 +493,9 @@ def test_a_note_is_what_it_was() -> None:
         _change(lead_ins=[[1.5]]),
         _change(lead_ins=[[1]] * 1000),
         _change(lead_ins={"a": 1}),
-        leads_module._encode(Namespace("model", "tokenizer", "float32", ((1, 500),))),  # no such token
-        leads_module._encode(Namespace("model", "tokenizer", "float32", ((1,) * (1 << 15),))),
-        leads_module._encode(Namespace("model", "tokenizer", "float32", ((1, 20),), "another tenant")),
+        note_of(Namespace("model", "tokenizer", "float32", ((1, 500),))),  # no such token
+        note_of(Namespace("model", "tokenizer", "float32", ((1,) * (1 << 15),))),
+        note_of(Namespace("model", "tokenizer", "float32", ((1, 20),), "another tenant")),
     ],
 )
 def test_a_damaged_or_forged_note_is_none(content: bytes) -> None:
@@ -507,7 +508,7 @@ def test_a_damaged_or_forged_note_is_none(content: bytes) -> None:
 def test_a_damaged_choice_is_set_aside_and_made_anew(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leads_module, "LATELY", 0.0)  # a request looks again, however soon it comes
+    monkeypatch.setattr(lead_ins_module, "RECENT_SECONDS", 0.0)  # a request looks again, however soon it comes
     with fresh(tmp_path) as engine:
         engine.precompute(DOCUMENTS)
         good, (note,) = engine.namespace, (tmp_path / "notes").glob("*/*.json")

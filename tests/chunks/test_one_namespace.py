@@ -11,7 +11,7 @@ import pytest
 from tiny import llama, tokenizer
 
 from cachetune_rag import CacheTune
-from cachetune_rag.chunks import lead_ins as leads_module
+from cachetune_rag.chunks import lead_ins as lead_ins_module
 from cachetune_rag.reuse.lookup import ChunkLookup
 from cachetune_store import ChunkKey, ChunkStore, Namespace, make_key
 
@@ -81,7 +81,7 @@ def test_a_choice_in_the_midst_of_a_request_mixes_no_keys(
     """Another process chooses lead-ins between the request's coming and its look at the store, and again before the report."""
     engine.precompute(CHUNKS[:8])
     before = engine.namespace
-    monkeypatch.setattr(leads_module, "LATELY", 0.0)
+    monkeypatch.setattr(lead_ins_module, "RECENT_SECONDS", 0.0)
     looked: list[ChunkKey] = []
     look_up, open_ = ChunkLookup.find, ChunkStore.open
 

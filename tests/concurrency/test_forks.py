@@ -116,7 +116,7 @@ def every_use(engine: CacheTune, stream: Any) -> list[Callable[[], Any]]:
         lambda: engine.prompts.encode("Who?"),
         lambda: engine.prompts.split_template("Who?"),
         lambda: engine.lead_ins.namespace,
-        lambda: engine.lead_ins.offer([[5, 6]], indexing=True),
+        lambda: engine.lead_ins.choose_from([[5, 6]], indexing=True),
         lambda: engine.profiles.load("ratio", {}),
         lambda: engine.profiles.save("ratio", {}, {}),
     ]

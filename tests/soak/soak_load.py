@@ -165,7 +165,7 @@ class _Counts:
     def __init__(self, engine: CacheTune):
         self.counts: Counter[str] = Counter()
         self._lock = threading.Lock()
-        compute, store = engine.runtime.precomputer._compute, engine.store
+        compute, store = engine.runtime.chunk_computer.compute, engine.store
 
         def counted(job: Any, batch: Any) -> Any:
             stored = sum(store.tier("disk").contains(chunk.key) for chunk in batch.chunks)
@@ -177,7 +177,7 @@ class _Counts:
             self.add("stored meanwhile", both - stored)
             return encoded
 
-        engine.runtime.precomputer._compute = counted  # type: ignore[method-assign]
+        engine.runtime.chunk_computer.compute = counted  # type: ignore[method-assign]
 
     def add(self, what: str, count: int = 1) -> None:
         """Count, from any thread."""

@@ -104,7 +104,7 @@ class SavedTunings:
         return floor is None or tuning.ratio - (0 if offline else tuning.skipped) >= floor - 1e-3
 
     def _key(self, tier: str, codec: str, selector: str) -> dict[str, str]:
-        namespace = self._lead_ins.last_known  # model and dtype are the same, whatever lead-ins are chosen
+        namespace = self._lead_ins.known_namespace  # model and dtype are the same, whatever lead-ins are chosen
         return {
             "model": namespace.model,
             "dtype": namespace.dtype,
