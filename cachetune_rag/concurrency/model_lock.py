@@ -21,20 +21,23 @@ class ModelLock(type(threading.RLock())):  # type: ignore[misc]
 
     It *is* Python's lock, and who wants it is kept apart from who holds it, because Ctrl-C may come between any two steps of
     Python code: around a lock that would leave it locked for ever.
+
+    Attributes:
+        mutex: guards the book of who wants the lock.
     """
 
     def __init__(self) -> None:
         self._requests: WeakSet[_Token] = WeakSet()
         # Reentrant as well: a stream that is given up is finished by the garbage collector, which may come by anywhere.
-        self._mutex = threading.RLock()
-        self._changed = threading.Condition(self._mutex)
+        self.mutex = threading.RLock()
+        self._changed = threading.Condition(self.mutex)
         self._idle_since = time.monotonic()
 
     def renew(self) -> None:
         """In a forked process: what another thread held inside of here at the fork is free again. Whoever held the lock itself has
         stayed in the parent, so nothing is to be run under it any more."""
-        self._mutex = threading.RLock()
-        self._changed = threading.Condition(self._mutex)
+        self.mutex = threading.RLock()
+        self._changed = threading.Condition(self.mutex)
 
     @property
     def wanted(self) -> bool:
@@ -46,11 +49,11 @@ class ModelLock(type(threading.RLock())):  # type: ignore[misc]
         """Keep background work away; also between two uses of the lock (two tokens of an answer, say)."""
         token = _Token()
         try:
-            with self._mutex:
+            with self.mutex:
                 self._requests.add(token)
             yield
         finally:
-            with self._mutex:
+            with self.mutex:
                 self._requests.discard(token)
                 if not self._requests:
                     self._idle_since = time.monotonic()
@@ -59,7 +62,7 @@ class ModelLock(type(threading.RLock())):  # type: ignore[misc]
     @contextmanager
     def background(self) -> Iterator[bool]:
         """Hold the lock if no request wants it; gives whether it is held."""
-        with self._mutex:
+        with self.mutex:
             held = not self._requests and self.acquire(blocking=False)
         try:
             yield held
@@ -70,7 +73,7 @@ class ModelLock(type(threading.RLock())):  # type: ignore[misc]
     def wait_idle(self, seconds: float, stop: Callable[[], bool], timeout: float | None = None) -> bool:
         """Wait until no request has wanted the model for so long; False as soon as `stop()` (see `wake`), or after `timeout` seconds."""
         until = math.inf if timeout is None else time.monotonic() + timeout
-        with self._mutex:
+        with self.mutex:
             while not stop():
                 now = time.monotonic()
                 rest = math.inf if self._requests else self._idle_since + seconds - now
@@ -84,5 +87,5 @@ class ModelLock(type(threading.RLock())):  # type: ignore[misc]
 
     def wake(self) -> None:
         """Let `wait_idle` look at its `stop` again."""
-        with self._mutex:
+        with self.mutex:
             self._changed.notify_all()

@@ -149,13 +149,16 @@ class Workers:
     Args:
         count: how many, at most.
         name: of the threads.
+
+    Attributes:
+        running: a lock for each thread, which is released when the thread ends.
     """
 
     def __init__(self, count: int, name: str):
         self._count, self._begun, self._closed = count, 0, False
         self._name, self._origin = name, this_process()
         self._queue: SimpleQueue[Job[Any] | None] = SimpleQueue()
-        self._running: list[Any] = []  # a lock of each thread, which it releases when it ends
+        self.running: list[Any] = []
         weakref.finalize(self, self._queue.put, None)
 
     def submit(self, work: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Job[_T]:
@@ -172,7 +175,7 @@ class Workers:
         self._queue.put(job)
         if self._begun < self._count:
             # In this order: interrupted in between, it is one thread too many rather than one too few.
-            _thread.start_new_thread(_run, (self._queue, self._running, self._name))
+            _thread.start_new_thread(_run, (self._queue, self.running, self._name))
             self._begun += 1
         if self._is_closed():  # meanwhile: nobody may come to it
             job.cancel()
@@ -196,7 +199,7 @@ class Workers:
             if job is not None:
                 job.cancel()
         self._queue.put(None)
-        for ended in list(self._running) if wait else ():
+        for ended in list(self.running) if wait else ():
             ended.acquire()
             ended.release()
 

@@ -141,6 +141,11 @@ class DeviceLoader(LayerLoader):
         pairs = zip(self._streams.asked, self._streams.given, strict=True)
         return sum(asked.elapsed_time(given) for asked, given in pairs) / 1e3
 
+    @property
+    def staged(self) -> bool:
+        """Whether rows went through staging memory, instead of being read where they lie."""
+        return any(self._stages)
+
     def copy_table(self, pieces: Sequence[tuple[int, Tensor]], columns: int) -> Tensor:
         """See `LayerLoader.copy_table`: copied behind the rows that are queued already, and waited for by the first `load`.
 

@@ -158,6 +158,10 @@ class LayerLoader:
         self._loaded[layer] = 1
         self.seconds += time.perf_counter() - started
 
+    def is_loaded(self, layer: int) -> bool:
+        """Whether the reused rows of `layer` are in the buffers, or queued for them."""
+        return bool(self._loaded[layer])
+
     def _place_rows(self, layer: int, key: tuple[str, str], encoded: Tensor, places: Tensor) -> None:
         """Decode a group's rows, rotate their keys to `places` and put keys and values there.
 

@@ -44,6 +44,11 @@ class TextStream:
         self._in_bytes = False
         self._compact_at = 4 * _CONTEXT
 
+    @property
+    def window(self) -> int:
+        """How many of the last tokens are kept. Each new token decodes them again."""
+        return len(self._ids)
+
     def push(self, token: int) -> str:
         """Take the next token; returns the text that is certain now, possibly none."""
         if self.stopped or token in self._skip:

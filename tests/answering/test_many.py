@@ -293,7 +293,7 @@ def test_what_the_request_will_read_comes_before_the_rest(cold: CacheTune, monke
         assert cold.runtime.executor.prefetch(cold.runtime.admission.chunk_ids(TEXTS[:1], None), config).wait(PATIENCE)
         assert seen[:3] == 3 * [first]
         assert in_host_memory(cold) == keys_of(cold, TEXTS[:1])
-        cold.store._placement.host.remove(key_of(cold, TEXTS[0]))
+        cold.store.tier("host").remove(key_of(cold, TEXTS[0]))
 
 
 def test_while_a_request_waits_for_the_disk_nothing_else_is_read(
@@ -345,7 +345,7 @@ def test_requests_and_reading_ahead_share_chunks_without_harm(cold: CacheTune) -
                 assert state.report.missed == 0
                 assert float((state.logits - wanted[number]).abs().max()) <= 1e-5
                 for text in randoms.sample(TEXTS, 2):
-                    cold.store._placement.host.remove(key_of(cold, text))
+                    cold.store.tier("host").remove(key_of(cold, text))
                 if randoms.random() < 0.3:
                     assert job.wait(PATIENCE)
         except BaseException as error:

@@ -70,7 +70,7 @@ def test_collected_inside_of_any_lock_it_ends(lock: str) -> None:
         held = [stream]
         del stream
         mutex: Any = {
-            "model's users": engine.runtime.model.lock._mutex,
+            "model's users": engine.runtime.model.lock.mutex,
             "model": engine.runtime.model.lock,
             "fidelity": engine.runtime.fidelity.queue.mutex,
         }[lock]

@@ -164,7 +164,7 @@ def test_close_that_is_interrupted_drops_it_and_releases_the_rest(
         with pytest.raises(KeyboardInterrupt):
             engine.close()
     assert (engine.runtime.backfill.waiting, engine.runtime.backfill.unstored) == (0, 3)
-    assert engine.store._closed
+    assert engine.store.closed
     with fresh(tmp_path) as engine:
         assert engine.store.verify().ok
         assert stored(engine) == [False] * 3

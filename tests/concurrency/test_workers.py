@@ -84,7 +84,7 @@ def test_nothing_is_held_of_what_is_over_and_threads_end_with_their_owner() -> N
         gc.collect()
         time.sleep(0.01)
     assert watched() is None
-    running = pool._running
+    running = pool.running
     del pool
     assert all(ended.acquire(timeout=10) for ended in running)
 

@@ -151,15 +151,15 @@ def check(engine: CacheTune, probed: int | str, tiers: str) -> None:
                 loader.start_first_layers()
             for layer in range(looked):
                 loader.load(layer)
-            ahead = list(loader._loaded)
+            ahead = [loader.is_loaded(layer) for layer in range(adapter.num_layers)]
             loader.set_sources(some)
             loader.start()
             for layer in range(adapter.num_layers):
                 loader.load(layer)
-                assert loader._loaded[layer]
+                assert loader.is_loaded(layer)
             loader.close()
-            if not plain and tiers == "device" and loader._kernel:
-                assert loader._stages == [{}, {}], "rows on the device are read where they lie"
+            if not plain and tiers == "device" and device_module.kernels_run_on(adapter.device):
+                assert not loader.staged, "rows on the device are read where they lie"
             read = [s.reader.bytes_read for s in (*whole, *some)]
             for source in (*whole, *some):
                 source.reader.close()
@@ -188,10 +188,11 @@ def test_numbers_of_tokens_stand_in_a_table(
     adapter, buffers = engine.adapter, engine.adapter.new_buffers(LENGTH)
     with closing(DeadlinePool(None)) as pool:
         plain = LayerLoader(adapter, [], buffers, pool)
-        loader = DeviceLoader(adapter, [], buffers, pool, Streams(adapter.device, adapter.num_layers))
+        streams = Streams(adapter.device, adapter.num_layers)
+        loader = DeviceLoader(adapter, [], buffers, pool, streams)
         assert torch.equal(plain.copy_table(pieces, columns), wanted)
         found = loader.copy_table(pieces, columns)
         loader.load(0)
         assert torch.equal(found, wanted)
-        assert loader._streams.brought in loader._current.waited, "what computes waits for it"  # type: ignore[attr-defined]
+        assert streams.brought in torch.cuda.current_stream().waited, "what computes waits for it"  # type: ignore[attr-defined]
         loader.close()
