@@ -33,7 +33,7 @@ from cachetune_rag.answering.generation_settings import (
     check_ids,
     check_names,
     given_settings,
-    settle,
+    merged,
     stop_strings,
 )
 from cachetune_rag.checking.escaping import words_of
@@ -150,7 +150,7 @@ def prepare(
         check_ids(given, model.config.get_text_config().vocab_size)
     stops = stop_strings(stop, base.pop("stop_strings", None) or getattr(model.generation_config, "stop_strings", None))
     limit = answer_length(max_new_tokens, (base, vars(model.generation_config)), len(ids), room)
-    chosen = settle(settings, base)
+    chosen = merged(settings, base)
     eos = chosen.get("eos_token_id", getattr(model.generation_config, "eos_token_id", None))
     if eos is None:  # files converted from other formats may know their end token only in the tokenizer
         eos = chosen["eos_token_id"] = tokenizer.eos_token_id

@@ -172,7 +172,7 @@ def given_settings(config: Any) -> dict[str, Any]:
     return {name: vars(config)[name] for name in _known() if vars(config).get(name) is not None}
 
 
-def settle(settings: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+def merged(settings: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     """Merge a request's settings into a configuration's, and decide between greedy decoding and sampling."""
     for name, allowed, fits in _RANGES:
         value = settings.get(name)

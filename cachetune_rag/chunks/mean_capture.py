@@ -40,7 +40,7 @@ class MeanKV:
         """The captures of another lead-in follow, layer by layer."""
         self._count += 1
 
-    def add(self, layer: int, keys: Tensor, values: Tensor) -> None:
+    def add_layer(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """A layer's keys and values [batch, tokens, kv_heads, head_dim]."""
         self._dtype = keys.dtype
         if self._count == 1:
@@ -84,7 +84,7 @@ class MeanCapture:
 
     def __init__(self, adapter: ModelAdapter, lock: AbstractContextManager[Any]):
         self._adapter, self._lock = adapter, lock
-        self._leads: dict[tuple[int, ...], LeadInKV] = {}
+        self._lead_ins: dict[tuple[int, ...], LeadInKV] = {}
 
     @staticmethod
     def tokens_run(tokens: int, lead_ins: Sequence[tuple[int, ...]]) -> int:
@@ -109,13 +109,13 @@ class MeanCapture:
         for lead_in in lead_ins:
             with lock:
                 mean.begin()
-                self._adapter.capture_behind(chunks, self._lead(lead_in), mean.add)
+                self._adapter.capture_behind(chunks, self._lead_in_kv(lead_in), mean.add_layer)
         return mean.take([len(c) for c in chunks])
 
-    def _lead(self, lead_in: tuple[int, ...]) -> LeadInKV | None:
-        if lead_in and lead_in not in self._leads:
-            self._leads[lead_in] = self._adapter.lead_kv(lead_in)
-        return self._leads.get(lead_in)
+    def _lead_in_kv(self, lead_in: tuple[int, ...]) -> LeadInKV | None:
+        if lead_in and lead_in not in self._lead_ins:
+            self._lead_ins[lead_in] = self._adapter.lead_kv(lead_in)
+        return self._lead_ins.get(lead_in)
 
 
 def _squared(off: Tensor, gram: Tensor | None) -> Tensor:

@@ -1,8 +1,8 @@
-"""Calls that may wait for the model, from an event loop.
+"""Calls that are made from an event loop and may wait for the model.
 
-`asyncio.to_thread` runs on the loop's default executor, a handful of threads that everything in the program shares: name
-look-ups, other libraries' file reads, other requests. Requests that wait for their turn at the model would fill it, and all
-of that would stand still with them. So each call here has a thread of its own.
+`asyncio.to_thread` uses the loop's default executor, a few threads that everything in the program shares, such as name look-ups and other
+libraries' file reads. Requests that wait for the model would take all of them, and the rest of the program would stand still. So each
+call here has a thread of its own.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ T = TypeVar("T")
 
 
 class OwnThread:
-    """A thread for the calls of one request, such as the pieces of a stream; it starts with the first call. A context manager.
+    """A thread for the calls of one request, such as the pieces of a stream. It starts with the first call. A context manager.
 
-    Each call sees the caller's context variables. A cancelled caller stops waiting; a call that runs can't be stopped, and
-    runs to its end.
+    Each call sees the caller's context variables. A caller that is cancelled stops waiting, but a call that runs goes on to its end.
     """
 
     def __init__(self) -> None:
@@ -33,11 +32,11 @@ class OwnThread:
         return await asyncio.get_running_loop().run_in_executor(self._executor, context.run, function, *args)
 
     def later(self, function: Callable[..., object], *args: object) -> None:
-        """Have `function(*args)` called behind the call that runs; returns at once; its result and errors are dropped."""
+        """Have `function(*args)` called after the calls so far. Returns at once. Its result and its errors are dropped."""
         self._executor.submit(function, *args)
 
     def close(self) -> None:
-        """Let the thread end once its calls have; returns at once."""
+        """Let the thread end after its calls. Returns at once."""
         self._executor.shutdown(wait=False)
 
     def __enter__(self) -> Self:
@@ -50,6 +49,6 @@ class OwnThread:
 
 
 async def call_in_thread(function: Callable[..., T], *args: object) -> T:
-    """What `function(*args)` returns; it runs on a thread of its own, as `asyncio.to_thread` does on a shared one."""
+    """What `function(*args)` returns. It is called on a thread of its own, unlike with `asyncio.to_thread`."""
     with OwnThread() as thread:
         return await thread.call(function, *args)

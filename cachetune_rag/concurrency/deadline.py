@@ -1,8 +1,8 @@
-"""Calls that may touch the store's disk, waited for no longer than a deadline.
+"""Calls that may touch the store's disk, and are waited for no longer than a deadline.
 
-A disk that doesn't answer (a network file system that is gone, a device that tries and tries again) can't be interrupted,
-only left behind. So such calls are made on threads of their own. One that overruns goes on there; until it has come back, no
-other is begun: requests then go on without the disk at once, instead of each waiting as long, and threads don't pile up.
+A read from a disk that doesn't answer (a network file system that is gone, say) can't be interrupted, only left behind. So such calls are
+made on threads of their own, where a call that overruns goes on. Until it has ended, no other call is started: requests go on without the
+disk at once, instead of each waiting as long, and threads don't pile up.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _T = TypeVar("_T")
 
 
 def call_directly(work: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
-    """A `Call` that waits as long as it takes."""
+    """Make a `Call` on the caller's thread and wait as long as it takes."""
     return work(*args, **kwargs)
 
 
 def check_timeout(seconds: float | None) -> None:
-    """Refuse a `read_timeout` that can't be waited for.
+    """Refuse a `read_timeout` that is not a time.
 
     Raises:
         ConfigError: it is neither None nor a number of seconds above 0.
@@ -44,14 +44,14 @@ def check_timeout(seconds: float | None) -> None:
 
 
 class StoreTimeoutError(StoreError):
-    """The store's disk took longer than `read_timeout`, or hasn't come back from a call that did."""
+    """The store's disk took longer than `read_timeout`, or a call that did has still not ended."""
 
 
 class DeadlinePool:
-    """Threads for reading rows, and threads for other calls into the store; safe to use from several threads.
+    """Threads that read rows, and threads for other calls into the store. Safe to use from several threads.
 
     Args:
-        seconds: how long one call is waited for; None: as long as it takes, and calls are made on the caller's thread.
+        seconds: how long one call is waited for; None: as long as it takes, and `call` makes calls on the caller's thread.
 
     Raises:
         ConfigError: `seconds` is neither None nor above 0.
@@ -64,45 +64,45 @@ class DeadlinePool:
         self._callers = Workers(_CALLERS, "cachetune-store")
         self._lock = threading.Lock()
         self._overdue: set[Job[Any]] = set()
-        self._apart: set[Job[Any]] = set()  # of `begin`
+        self._apart: set[Job[Any]] = set()  # of `start_apart`
         self._inside = threading.local()
 
     @property
     def overdue(self) -> bool:
-        """Whether something that was given up is still under way."""
+        """Whether a call that was left behind is still under way."""
         return bool(self._overdue)
 
     def submit(self, work: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Job[_T]:
-        """Have rows read; `result` waits for them."""
+        """Have a reading thread make a call. `result` waits for it."""
         return self._readers.submit(work, *args, **kwargs)
 
     def result(self, future: Job[_T]) -> _T:
-        """What the work returned.
+        """What a submitted call returns.
 
         Raises:
-            StoreTimeoutError: it hasn't ended in time.
+            StoreTimeoutError: it hasn't ended in time, and goes on.
         """
         try:
             return future.result(self.seconds)
         except TimeoutError:
             if future.done():
-                raise  # the work's own
-            self._leave(future)
+                raise  # the call itself raised it
+            self._leave_behind(future)
             raise StoreTimeoutError(f"the store's disk didn't answer within {self.seconds:g} s") from None
 
-    def settle(self, future: Job[Any]) -> None:
-        """Return when the work has ended one way or the other, or is overdue."""
+    def wait_or_leave(self, future: Job[Any]) -> None:
+        """Cancel a submitted call. If it is under way, wait until it has ended or is overdue."""
         if not future.cancel() and not self.overdue:
             try:
                 future.exception(self.seconds)
             except TimeoutError:
-                self._leave(future)
+                self._leave_behind(future)
 
     def call(self, work: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
         """What `work(*args)` returns.
 
         Raises:
-            StoreTimeoutError: it hasn't ended in time, and goes on; or something else that was given up is under way.
+            StoreTimeoutError: it hasn't ended in time, and goes on; or an earlier call that was left behind is still under way.
         """
         if self.seconds is None or getattr(self._inside, "call", False):
             return work(*args, **kwargs)
@@ -110,31 +110,31 @@ class DeadlinePool:
             raise StoreTimeoutError("the store's disk hasn't come back from an earlier call")
         return self.result(self._callers.submit(self._inner, work, *args, **kwargs))
 
-    def begin(self, work: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Job[_T]:
-        """Begin a call for somebody who waits for it on terms of his own: it never counts as overdue."""
+    def start_apart(self, work: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Job[_T]:
+        """Start a call that the caller itself waits for. It never counts as overdue."""
         future = self._callers.submit(self._inner, work, *args, **kwargs)
         with self._lock:
             self._apart.add(future)
-        future.add_done_callback(self._come_back)
+        future.add_done_callback(self._ended)
         return future
 
     def close(self) -> None:
-        """End the threads; what is overdue, or was begun by `begin`, is not waited for."""
+        """End the threads. Calls that are overdue, or were started by `start_apart`, are not waited for."""
         for pool in (self._readers, self._callers):
             pool.shutdown(wait=not self.overdue and not self._apart)
 
     def _inner(self, work: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        # A call inside of a call is waited for with that one; threads that wait for each other could all be taken.
+        # A call made inside of another is made on the same thread: if it needed a thread too, all threads could be waiting for one.
         self._inside.call = True
         return work(*args, **kwargs)
 
-    def _leave(self, future: Job[Any]) -> None:
+    def _leave_behind(self, future: Job[Any]) -> None:
         with self._lock:
             self._overdue.add(future)
-        # If it was still in the queue, what keeps the threads busy is overdue: it counts as under way until its turn comes.
-        future.add_done_callback(self._come_back)
+        # A call that never got a thread counts as well, until it gets one: the calls that keep the threads busy are overdue.
+        future.add_done_callback(self._ended)
 
-    def _come_back(self, future: Job[Any]) -> None:
+    def _ended(self, future: Job[Any]) -> None:
         with self._lock:
             self._overdue.discard(future)
             self._apart.discard(future)

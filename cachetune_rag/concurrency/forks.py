@@ -1,7 +1,7 @@
-"""Whether this process is the one that something was made in, or was forked off it since.
+"""Notices when an object that has threads is used in a process that was forked after the object was made.
 
-Of all threads only the one that forks goes on in the child. What the others held stays locked there for ever, and what they were to do
-is never done. So nothing that has threads can be used on; it has to be made anew (gunicorn's `post_fork`, or "spawn").
+Only the thread that forks goes on in the child. Locks that other threads held stay locked there for ever, and work that they were to do is
+never done. So an object that has threads can't be used in the child: it has to be made anew there (gunicorn's `post_fork`, or "spawn").
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from cachetune_rag.errors import ForkedError
 
 
 class Origin:
-    """A process, as what was made in it knows it."""
+    """The process that an object was made in."""
 
     def __init__(self) -> None:
         self._pid = os.getpid()
 
     @property
     def here(self) -> bool:
-        """Whether it is the one that runs."""
+        """Whether it is the running process."""
         return self is _this
 
     def check(self, what: str = "the engine", left: str = "its threads and its store stayed there") -> None:
-        """Raise where it isn't.
+        """Refuse to go on in another process.
 
         Args:
-            what: was made here.
-            left: what it can't do without.
+            what: what was made in this one, for the message.
+            left: what it can't do without in another, for the message.
 
         Raises:
             ForkedError: says what to do.
@@ -44,7 +44,7 @@ _this = Origin()
 
 
 def this_process() -> Origin:
-    """The process that runs now."""
+    """The running process."""
     return _this
 
 

@@ -7,7 +7,7 @@ from cachetune_rag.errors import EngineClosedError
 
 
 class Lifetime:
-    """The time from an engine's making to its closing, in one process.
+    """Whether an engine is open, and in which process it was made.
 
     Attributes:
         closed: whether the engine was closed.

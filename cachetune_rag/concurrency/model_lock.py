@@ -1,4 +1,4 @@
-"""The lock around the model: requests first, background work where none is there."""
+"""The lock around the model. Requests come first; background work gets the model when no request wants it."""
 
 from __future__ import annotations
 
@@ -11,31 +11,32 @@ from weakref import WeakSet
 
 
 class _Token:
-    """Somebody wants the model, for as long as this lives."""
+    """Stands for one request that wants the model. If its owner is interrupted and loses it, garbage collection removes it."""
 
 
 class ModelLock(type(threading.RLock())):  # type: ignore[misc]
-    """A reentrant lock that knows whether a request wants it: `with lock.reserved(), lock:`. `background` never keeps one waiting.
+    """A reentrant lock that knows whether a request wants it.
 
-    Taking it in the background means to let go soon after `wanted` has become true.
+    A request takes it by `with lock.reserved(), lock:`. Background work takes it by `background`, and has to release it soon after `wanted`
+    has become true.
 
-    It *is* Python's lock, and who wants it is kept apart from who holds it, because Ctrl-C may come between any two steps of
-    Python code: around a lock that would leave it locked for ever.
+    The class derives from Python's own lock, and requests that want it are recorded apart from that. Ctrl-C may come between any two steps
+    of Python code; in code around a lock, it could leave the lock locked for ever.
 
     Attributes:
-        mutex: guards the book of who wants the lock.
+        mutex: guards the record of the requests that want the lock.
     """
 
     def __init__(self) -> None:
         self._requests: WeakSet[_Token] = WeakSet()
-        # Reentrant as well: a stream that is given up is finished by the garbage collector, which may come by anywhere.
+        # Reentrant as well: garbage collection may come at any point, and finishes streams that were given up.
         self.mutex = threading.RLock()
         self._changed = threading.Condition(self.mutex)
         self._idle_since = time.monotonic()
 
     def renew(self) -> None:
-        """In a forked process: what another thread held inside of here at the fork is free again. Whoever held the lock itself has
-        stayed in the parent, so nothing is to be run under it any more."""
+        """In a forked process, replace the mutex, which a thread of the parent may have held. The lock itself may still be held by a
+        thread of the parent, so nothing may run under it any more."""
         self.mutex = threading.RLock()
         self._changed = threading.Condition(self.mutex)
 
@@ -46,7 +47,7 @@ class ModelLock(type(threading.RLock())):  # type: ignore[misc]
 
     @contextmanager
     def reserved(self) -> Iterator[None]:
-        """Keep background work away; also between two uses of the lock (two tokens of an answer, say)."""
+        """Keep background work away from the model, also while the lock is free, as between two tokens of an answer."""
         token = _Token()
         try:
             with self.mutex:
@@ -61,7 +62,7 @@ class ModelLock(type(threading.RLock())):  # type: ignore[misc]
 
     @contextmanager
     def background(self) -> Iterator[bool]:
-        """Hold the lock if no request wants it; gives whether it is held."""
+        """Hold the lock if no request wants it and it is free. Yields whether it is held. Never waits."""
         with self.mutex:
             held = not self._requests and self.acquire(blocking=False)
         try:
@@ -71,7 +72,16 @@ class ModelLock(type(threading.RLock())):  # type: ignore[misc]
                 self.release()
 
     def wait_idle(self, seconds: float, stop: Callable[[], bool], timeout: float | None = None) -> bool:
-        """Wait until no request has wanted the model for so long; False as soon as `stop()` (see `wake`), or after `timeout` seconds."""
+        """Wait until no request has wanted the model for some time.
+
+        Args:
+            seconds: for how long none must have wanted it.
+            stop: ends the wait when it returns True. It is asked again after `wake`.
+            timeout: the longest wait, in seconds; None: as long as it takes.
+
+        Returns:
+            False if `stop` or `timeout` ended the wait.
+        """
         until = math.inf if timeout is None else time.monotonic() + timeout
         with self.mutex:
             while not stop():
@@ -86,6 +96,6 @@ class ModelLock(type(threading.RLock())):  # type: ignore[misc]
         return False
 
     def wake(self) -> None:
-        """Let `wait_idle` look at its `stop` again."""
+        """Let `wait_idle` ask its `stop` again."""
         with self.mutex:
             self._changed.notify_all()

@@ -1,9 +1,8 @@
-"""Threads that work is handed to, built so that Ctrl-C in the thread which hands it over can't leave a lock locked.
+"""A pool of threads that stays usable when Ctrl-C interrupts the thread that hands work to it.
 
-`concurrent.futures` guards its executors and futures with locks that are Python code. KeyboardInterrupt may be raised right
-behind the acquiring of one, and then it is never released; an executor's own semaphore takes the lock of all executors in the
-process with it. Here the only locks are the interpreter's, of which waiting and releasing are one step each, and a queue that is
-one step as well.
+`concurrent.futures` guards its executors and futures with locks that are taken in Python code. KeyboardInterrupt may be raised right after
+such a lock was taken, and then it is never released; this can block all executors of the process. Here the only locks are the interpreter's
+own and a queue written in C, of which each operation is a single step that Ctrl-C can't cut in two.
 """
 
 from __future__ import annotations
@@ -24,18 +23,18 @@ from typing import Any, Generic, ParamSpec, Self, TypeVar
 from cachetune_rag.concurrency.forks import this_process
 
 _LOOK = 1.0
-"""Seconds after which one who waits looks whether it is over, in case another who waited was interrupted."""
+"""Polling interval of threads that wait for a job, seconds: another waiting thread may have been interrupted before it woke this one."""
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
 
 class Job(Generic[_T]):
-    """A call that a worker makes, has made, or won't make. As `concurrent.futures.Future`, where they have the same methods."""
+    """A call that a worker is to make. Its methods do what those of `concurrent.futures.Future` do that have the same names."""
 
     def __init__(self, work: Callable[[], _T]):
         self._work: Callable[[], _T] | None = work
-        self._begun = _thread.allocate_lock()  # taken by whoever runs or cancels it
+        self._begun = _thread.allocate_lock()  # taken by the thread that runs or cancels it
         self._ended = _thread.allocate_lock()
         self._ended.acquire()
         self._done = self._cancelled = False
@@ -57,9 +56,9 @@ class Job(Generic[_T]):
         self._end()
 
     def cancel(self) -> bool:
-        """Whether the call won't be made."""
+        """Keep the call from being made. Returns False if it was begun before."""
         if not self._origin.here:
-            return True  # not here; who waits for it to end is told so
+            return True  # it won't be made in this process; `wait` says so
         if not self._begun.acquire(blocking=False):
             return self._cancelled
         self._cancelled, self._work, self._error = True, None, CancelledError()
@@ -67,18 +66,18 @@ class Job(Generic[_T]):
         return True
 
     def cancelled(self) -> bool:
-        """Whether it was cancelled."""
+        """Whether the call was cancelled."""
         return self._cancelled
 
     def done(self) -> bool:
-        """Whether it is over, one way or the other."""
+        """Whether the call has ended or was cancelled."""
         return self._done
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Return when it is over; False if that took longer than `timeout` seconds.
+        """Wait until the call has ended or was cancelled. Returns False if that took longer than `timeout` seconds.
 
         Raises:
-            ForkedError: this process was forked meanwhile; the worker is another's.
+            ForkedError: this process was forked after the job was made, and its thread stayed in the other one.
         """
         until = None if timeout is None else time.monotonic() + timeout
         while not self._done:
@@ -91,10 +90,10 @@ class Job(Generic[_T]):
         return True
 
     def result(self, timeout: float | None = None) -> _T:
-        """What the call returned, or raised.
+        """What the call returned. What it raised is raised again.
 
         Raises:
-            TimeoutError: it isn't over after `timeout` seconds.
+            TimeoutError: it hasn't ended after `timeout` seconds.
             CancelledError: it was cancelled.
         """
         error = self.exception(timeout, cancelled=True)
@@ -103,14 +102,14 @@ class Job(Generic[_T]):
                 raise error
             return self._value  # type: ignore[return-value]
         finally:
-            del error, self  # an error holds this frame; the frame is not to hold the error
+            del error, self  # the error holds this frame: if the frame held the error, neither would be freed soon
 
     def exception(self, timeout: float | None = None, *, cancelled: bool = False) -> BaseException | None:
         """What the call raised, or None.
 
         Raises:
-            TimeoutError: it isn't over after `timeout` seconds.
-            CancelledError: it was cancelled; with `cancelled` that is returned.
+            TimeoutError: it hasn't ended after `timeout` seconds.
+            CancelledError: it was cancelled. With `cancelled=True` it is returned instead.
         """
         if not self.wait(timeout):
             raise TimeoutError
@@ -119,7 +118,7 @@ class Job(Generic[_T]):
         return self._error
 
     def add_done_callback(self, call: Callable[[Job[_T]], Any]) -> None:
-        """Have `call(job)` made when it is over, on the thread that ends it; or at once."""
+        """Have `call(job)` made once the job is done, on the thread that ends it; at once if it is done already."""
         self._callbacks.append(call)
         if self._done:
             self._call_back()
@@ -142,9 +141,10 @@ class Job(Generic[_T]):
 
 
 class Workers:
-    """Threads that make calls in the order in which they are handed over. A context manager: see `shutdown`.
+    """Threads that make calls in the order in which they are submitted. A context manager: see `shutdown`.
 
-    They are begun when needed, and end when this is closed or nobody has it any more; a process doesn't wait for them.
+    The threads start when they are needed. They end when the pool is shut down or garbage-collected; a process that ends doesn't wait
+    for them.
 
     Args:
         count: how many, at most.
@@ -165,8 +165,8 @@ class Workers:
         """Have `work(*args, **kwargs)` called.
 
         Raises:
-            RuntimeError: this is closed.
-            ForkedError: this process was forked since this was made, and its threads stayed in the other one.
+            RuntimeError: the pool was shut down.
+            ForkedError: this process was forked after the pool was made, and its threads stayed in the other one.
         """
         self._origin.check()
         if self._is_closed():
@@ -174,19 +174,19 @@ class Workers:
         job = Job(partial(work, *args, **kwargs))
         self._queue.put(job)
         if self._begun < self._count:
-            # In this order: interrupted in between, it is one thread too many rather than one too few.
+            # In this order, an interrupt in between leads to one thread too many rather than one too few.
             _thread.start_new_thread(_run, (self._queue, self.running, self._name))
             self._begun += 1
-        if self._is_closed():  # meanwhile: nobody may come to it
+        if self._is_closed():  # it was shut down meanwhile, so perhaps no thread will make the call
             job.cancel()
         return job
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Take no more calls, and end the threads behind those that were handed over.
+        """Take no more calls, and end the threads after the calls that were submitted.
 
         Args:
-            wait: return when they have ended.
-            cancel_futures: cancel what has not begun.
+            wait: return when the threads have ended.
+            cancel_futures: cancel the calls that have not begun.
         """
         self._closed = True
         if not self._origin.here:
@@ -223,7 +223,7 @@ def _run(queue: SimpleQueue[Job[Any] | None], running: list[Any], name: str) -> 
     try:
         while (job := queue.get()) is not None:
             job.run()
-            del job  # while nothing is to do, nothing is held
+            del job  # or it would be kept until the next one comes
         queue.put(None)  # for the next thread
     finally:
         ended.release()

@@ -280,7 +280,7 @@ class LayerLoader:
         """Wait for reads under way and drop them, so that the readers may be closed. Overdue reads are left to end by themselves."""
         for futures in self._ahead.values():
             for future in futures:
-                self._pool.settle(future)
+                self._pool.wait_or_leave(future)
         self._ahead.clear()
 
     def close(self) -> None:

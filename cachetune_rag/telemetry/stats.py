@@ -171,7 +171,7 @@ class LastKnownStoreStats:
         if seconds is None:
             return self._store.stats(), 0.0
         if not self._pool.overdue and (self._pending is None or self._pending.done()):
-            reading = self._pool.begin(self._store.stats)
+            reading = self._pool.start_apart(self._store.stats)
             try:
                 stats = reading.result(min(seconds, WAIT))
             except TimeoutError:

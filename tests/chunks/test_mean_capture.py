@@ -68,7 +68,7 @@ def test_a_prefix_run_before_is_a_prefix_run_along(family: Family, adapter: Mode
     chunks = [random_ids(n, seed=n) for n in (3, 90, 20)]
     mean = MeanKV(adapter.value_grams)
     mean.begin()
-    adapter.capture_behind(chunks, adapter.lead_kv(ids), mean.add)
+    adapter.capture_behind(chunks, adapter.lead_kv(ids), mean.add_layer)
     for got, wanted in zip(mean.take([3, 90, 20]), adapter.capture(chunks, ids), strict=True):
         assert got.deviations is None
         for pair, alone in zip(got.layers, wanted.layers, strict=True):
@@ -121,7 +121,7 @@ def means(captures: list[tuple[Tensor, Tensor]], gram: Tensor | None = None) -> 
     mean = MeanKV([gram])
     for keys, values in captures:
         mean.begin()
-        mean.add(0, keys, values)
+        mean.add_layer(0, keys, values)
     (chunk,) = mean.take([captures[0][0].shape[1]])
     return chunk
 

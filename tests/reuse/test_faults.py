@@ -272,7 +272,7 @@ def test_a_call_that_overruns_keeps_others_from_being_made() -> None:
 def test_closing_does_not_wait_for_what_was_begun_apart() -> None:
     stop = threading.Event()
     pool = DeadlinePool(30)
-    begun = pool.begin(stop.wait)
+    begun = pool.start_apart(stop.wait)
     pool.close()
     assert not pool.overdue
     stop.set()
