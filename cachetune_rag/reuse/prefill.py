@@ -8,8 +8,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
-from transformers.cache_utils import Cache
 
 from cachetune_rag.chunks.lead_ins import LeadIns
 from cachetune_rag.concurrency.deadline import DeadlinePool, StoreTimeoutError
@@ -21,18 +19,14 @@ from cachetune_rag.reuse.config import ReuseConfig
 from cachetune_rag.reuse.layer_loader import DamagedSourceError
 from cachetune_rag.reuse.lookup import ChunkLookup, Faults, FoundChunks, OpenReaders
 from cachetune_rag.reuse.memory import EngineMemory, KVMemory
-from cachetune_rag.reuse.phases import ForwardPhases
-from cachetune_rag.reuse.plan import Loaders, Plan, Planner, sources_of
-from cachetune_rag.reuse.selection_context import ids_of, some_of
+from cachetune_rag.reuse.plan import Loaders, Planner, sources_of
+from cachetune_rag.reuse.prompt_forward import PromptForward
+from cachetune_rag.reuse.selection_context import ids_of
 from cachetune_rag.reuse.state import PrefillState, full_report, report_of
 from cachetune_rag.selection import get_selector
 from cachetune_rag.selection.base import budget
 from cachetune_rag.text.prompts.prompt import Prompt
 from cachetune_store import ChunkKey, ChunkReader, ChunkStore, make_key
-
-SHARE_WORTH = 0.125
-"""The least share of a prompt without stored chunks that must be kept from earlier prompts for computing only the rest: attention with
-the mask that this needs is slower than in a prompt that is computed whole."""
 
 
 def _nothing() -> None:
@@ -56,25 +50,6 @@ class _Call:
     room: int
     memory: KVMemory
     only_reuse: bool = False
-
-
-@dataclass(frozen=True)
-class _Computed:
-    """What the model computed of a prompt.
-
-    Attributes:
-        logits: of the last token.
-        cache: of the whole prompt.
-        kept: tokens whose rows were kept from an earlier prompt.
-        skipped: rows of a layer that were not read.
-        phases: measures the forward, where stored rows were loaded meanwhile.
-    """
-
-    logits: Tensor
-    cache: Cache
-    kept: int
-    skipped: int = 0
-    phases: ForwardPhases | None = None
 
 
 class Assembler:
@@ -108,6 +83,7 @@ class Assembler:
         self._lookup = ChunkLookup(store, pool, prefetcher)
         self._loaders = Loaders(adapter, pool)
         self._planner = Planner(adapter, self._loaders)
+        self._forward = PromptForward(adapter)
         self.memory: KVMemory = EngineMemory(adapter)
 
     def key(self, token_ids: Sequence[int]) -> ChunkKey:
@@ -245,7 +221,11 @@ class Assembler:
             timings["select"] = clock.lap()
             if plan is None and call.only_reuse:
                 return None
-            done = self._compute_all(call, found, disk_free) if plan is None else self._compute(call, plan, disk_free)
+            if plan is None:
+                disk_free()
+                done = self._forward.whole(prompt, memory, any_stored=bool(found.chunks))
+            else:
+                done = self._forward.planned(prompt, plan, memory, disk_free)
             self._wait()
             ended = time.perf_counter()
             timings |= {"compute": clock.lap()} if done.phases is None else done.phases.timings(ended)
@@ -283,43 +263,6 @@ class Assembler:
         if config.tunable and self._tuned is not None and found.chunks:
             return self._tuned(config, *found.slowest())
         return config
-
-    def _compute(self, call: _Call, plan: Plan, disk_free: Callable[[], None]) -> _Computed:
-        """Compute the planned tokens, layer by layer, while the reused rows are loaded."""
-        memory, buffers, loader, last = call.memory, plan.buffers, plan.loader, self._adapter.num_layers - 1
-        sources = plan.sources_to_read()
-        skipped = sum(s.reader.layout.tokens - s.rows for s in sources)
-        loader.set_sources(sources)
-        loader.sources_are_final(disk_free)
-        phases = ForwardPhases(self._adapter, loader)
-        loader.start()
-        ids, places = some_of(call.prompt, plan.computed)
-
-        def before(layer: int) -> None:
-            if layer:  # the layer before has computed its attention
-                memory.layer_ready(buffers, layer - 1)
-            loader.load(layer)
-
-        logits = self._adapter.selective_forward(ids, places, buffers, before, plan.shift)
-        memory.layer_ready(buffers, last)
-        cache = buffers.to_cache()
-        phases.finish()
-        return _Computed(logits, cache, plan.kept, skipped, phases)
-
-    def _compute_all(self, call: _Call, found: FoundChunks, disk_free: Callable[[], None]) -> _Computed:
-        """Compute a prompt of which no chunk is reused.
-
-        Without stored chunks, only what follows its kept beginning is computed. Where stored chunks are all recomputed, everything is
-        computed by the model's own prefill: that is what a ratio of 1 promises.
-        """
-        disk_free()
-        ids, device = ids_of(call.prompt), self._adapter.device
-        beginning = None if found.chunks else call.memory.beginning(ids.numpy())
-        if beginning is None or beginning.count < SHARE_WORTH * len(ids):
-            return _Computed(*self._adapter.full_forward(ids.to(device)), kept=0)
-        cache = beginning.buffers.to_cache(beginning.count)
-        logits = self._adapter.forward(ids[beginning.count :].to(device), cache)
-        return _Computed(logits, cache, beginning.count)
 
     def _let_go(self, found: FoundChunks, readers: OpenReaders) -> None:
         """Hand chunks on: the prefetcher reads the rest of those on disk; those in host memory go to the device, if it keeps chunks."""
