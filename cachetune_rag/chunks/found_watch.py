@@ -1,4 +1,5 @@
-"""Says how much of what was retrieved was found in prompts, and once why where that is little; otherwise times alone would show it."""
+"""Logs which share of the retrieved texts was found in prompts, and the likely reason where it is small. Without that, only longer times
+would show it."""
 
 from __future__ import annotations
 
@@ -15,17 +16,18 @@ from cachetune_rag.text.recognising.text_changes import REASONS, change_of, like
 from cachetune_store import StoreError
 
 MUCH = 100
-"""With fewer retrieved tokens than these, it doesn't matter whether they are found."""
+"""Retrieved tokens from which on it matters whether they are found."""
 LITTLE = 0.5
-"""If less than this share of them is found, something is wrong."""
+"""If less than this share of the retrieved tokens is found, something is wrong."""
 LONG = 1000
-"""Where nobody says what was retrieved, a prompt of more tokens than these is expected to hold stored chunks."""
+"""If the caller does not say what was retrieved, a prompt of more tokens than these is expected to have stored chunks."""
 LITTLE_OF_PROMPT = 0.1
+"""If they make up less than this share of such a prompt, something is wrong."""
 
 SECONDS = 0.1
-"""At most so long one prompt is compared with stored texts."""
-_AT_ONCE = 0.5  # seconds that comparing may take in all before it is rationed
-_SPREAD = 100  # then each comparison is followed by a pause so many times as long
+"""The longest time for which one prompt is compared with stored texts."""
+_AT_ONCE = 0.5  # seconds of comparing after which pauses begin
+_SPREAD = 100  # each comparison is then followed by a pause so many times as long
 _TEXTS = 4
 
 _log = logging.getLogger("cachetune_rag.found_watch")
@@ -44,7 +46,7 @@ class FoundWatch:
         recognizer: knows what is stored.
 
     Attributes:
-        prompts: those in which little was found, so far.
+        prompts: how many prompts had little found in them, so far.
     """
 
     def __init__(self, recognizer: StoreRecognizer):
@@ -56,12 +58,12 @@ class FoundWatch:
         self.prompts = 0
 
     def look(self, prompt: Prompt, segments: Sequence[Segment | str], retrieved: Sequence[str]) -> None:
-        """A prompt was built.
+        """Look at a prompt that was built.
 
         Args:
             prompt: the prompt.
-            segments: its contents, in which the chunks that were found stand apart.
-            retrieved: the texts that were retrieved, if the caller said.
+            segments: its contents, cut into the chunks that were found and other texts.
+            retrieved: the texts that were retrieved, if the caller said which.
         """
         found = sum(span.end - span.start for span in prompt.spans)
         if retrieved:
@@ -87,7 +89,7 @@ class FoundWatch:
             level, self._said_share = logging.DEBUG if self._said_share else logging.INFO, True
         if not _log.isEnabledFor(level):
             return
-        # A retrieved text that stands in the prompt is one of its chunks even where it isn't stored yet.
+        # The prompt's chunks also include retrieved texts that stand in it and aren't stored yet: these don't count.
         chunks = zip(prompt.spans, prompt.chunk_texts, strict=True)
         stored = sum(span.end - span.start for span, text in chunks if self._recognizer.knows(text))
         found, retrieved = min(stored, prompt.retrieved), prompt.retrieved
@@ -121,7 +123,7 @@ class FoundWatch:
         )
 
     def _reason(self, shown: str, retrieved: Sequence[str]) -> str | None:
-        """The likely reason, a key of `REASONS`; None if the store can't be asked."""
+        """The likely reason, a key of `REASONS`; None if the store's texts can't be read."""
         stored = [text for text in retrieved[:64] if self._recognizer.knows(text)]
         reasons = Counter(change_of(text, shown) or "not shown" for text in stored[:_TEXTS] if text not in shown)
         if not reasons:
@@ -133,7 +135,7 @@ class FoundWatch:
         return reasons.most_common(1)[0][0] if reasons else "not stored"
 
     def _alike(self, shown: str) -> list[str]:
-        """Stored texts that the prompt seems to show, changed; the likeliest first."""
+        """Stored texts that the prompt seems to show in another form, the likeliest first."""
         pieces = pieces_of(shown)
         until = time.monotonic() + SECONDS
 

@@ -1,4 +1,4 @@
-"""The mean over lead-ins of chunks' keys and values, and how far those were apart (docs/selection.md)."""
+"""The mean of chunks' keys and values behind several lead-ins, and how far these were apart (docs/selection.md)."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _MOST = torch.finfo(torch.float16).max
 
 
 class MeanKV:
-    """Takes in one capture of a batch after the other and keeps none of them (Welford's running mean and variance).
+    """Adds up the captures of a batch behind one lead-in after another, without keeping them (Welford's running mean and variance).
 
-    With K_c, V_c what a token's key (before rotation) and value are behind lead-in c of C, and K, V their means:
+    K_c and V_c are a token's key (before rotation) and value behind lead-in c, K and V are their means over all lead-ins. It gives:
 
         sK = sqrt(mean_c |K_c - K|^2)        sV = sqrt(mean_c (V_c - V)^T Gram (V_c - V))
 
-    for every layer and key-value head: the size of a key's error, and of what a value's error comes to in the layer's
-    output. In float32, whatever the model's dtype.
+    for every layer and key-value head: the size of a key's error, and the size of the error that a value's error makes in the layer's
+    output. All is computed in float32, whatever the model's dtype.
 
     Args:
         grams: by layer, `output.gram` [kv_heads, v_dim, v_dim]; None for the identity.
@@ -37,11 +37,11 @@ class MeanKV:
         self._dtype = torch.float32
 
     def begin(self) -> None:
-        """The captures of another lead-in follow, layer by layer."""
+        """Begin with another lead-in, whose captures follow layer by layer."""
         self._count += 1
 
     def add_layer(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """A layer's keys and values [batch, tokens, kv_heads, head_dim]."""
+        """Add a layer's keys and values [batch, tokens, kv_heads, head_dim]."""
         self._dtype = keys.dtype
         if self._count == 1:
             self._means.append((keys.float().clone(), values.float().clone()))
@@ -58,7 +58,11 @@ class MeanKV:
         mean_v.add_(off_v, alpha=1 / self._count)
 
     def take(self, lengths: Sequence[int]) -> list[ChunkKV]:
-        """The chunks of the batch, so many tokens each. Nothing is kept: the float32 means make room as they are cast."""
+        """The means and deviations of the batch's chunks. The float32 means are freed one by one while they are cast.
+
+        Args:
+            lengths: how many tokens each chunk has.
+        """
         layers = []
         for i in range(len(self._means)):
             means, self._means[i] = self._means[i], (torch.empty(0), torch.empty(0))
@@ -75,7 +79,7 @@ class MeanKV:
 
 
 class MeanCapture:
-    """Captures chunks behind one lead-in or several. Each of several is run once for all chunks, and kept.
+    """Captures chunks behind one lead-in or several. Several are run once each, and their KV is kept for all chunks.
 
     Args:
         adapter: the model.
@@ -88,7 +92,7 @@ class MeanCapture:
 
     @staticmethod
     def tokens_run(tokens: int, lead_ins: Sequence[tuple[int, ...]]) -> int:
-        """Tokens that go through the model at once for a chunk of so many: a single lead-in is run with every chunk."""
+        """How many tokens one forward has for a chunk of `tokens` tokens: a single lead-in is run together with every chunk."""
         return tokens + (len(lead_ins[0]) if len(lead_ins) == 1 else 0)
 
     def capture(
@@ -97,9 +101,12 @@ class MeanCapture:
         lead_ins: Sequence[tuple[int, ...]],
         turn: AbstractContextManager[Any] | None = None,
     ) -> list[ChunkKV]:
-        """The chunks' KV, in one batch: exact behind a single lead-in, else the mean over them and the deviations.
+        """The KV of chunks, run in one batch: as computed behind a single lead-in, or the mean over several and the deviations.
 
-        `turn` is entered for every forward instead of the lock, which it has to hold.
+        Args:
+            chunks: token ids of each chunk.
+            lead_ins: what to run them behind.
+            turn: entered for every forward in place of the lock, which it has to take itself.
         """
         lock = self._lock if turn is None else turn
         if len(lead_ins) == 1:

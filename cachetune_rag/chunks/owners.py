@@ -44,10 +44,10 @@ class ChunkToStore:
 
 
 class Owners:
-    """The owners of missed chunks, while some are stored.
+    """Looks after the owners of chunks while these are computed and stored.
 
     Args:
-        store: where.
+        store: where the chunks and documents are.
         tenant: whose chunks they are.
         call: makes the calls that may touch the store's disk.
     """
@@ -77,7 +77,7 @@ class Owners:
         return self._any_left(chunk) or self._held(key, chunk)
 
     def take(self, key: ChunkKey, chunk: ChunkToStore) -> bool:
-        """Add a chunk to its documents; whether anybody wants it."""
+        """Add a chunk to its documents. Returns whether anybody still wants it."""
         taken = False
         for document, since in list(chunk.owners.items()):
             if document is None:
@@ -87,7 +87,7 @@ class Owners:
         return taken or self._held(key, chunk)
 
     def keep(self, key: ChunkKey, chunk: ChunkToStore) -> bool:
-        """Look again once a chunk is written: it is deleted if it has lost its owners meanwhile. Whether it is kept."""
+        """Once a chunk is written, delete it if it has lost its owners meanwhile. Returns whether it is kept."""
         nobodys = chunk.owners.get(None)
         if nobodys is not None and not self._store.removed_since(nobodys, tenant=self._tenant):
             return True
@@ -100,6 +100,6 @@ class Owners:
         )
 
     def _held(self, key: ChunkKey, chunk: ChunkToStore) -> bool:
-        """Whether a document holds a chunk that was recognised, or that is an older version's and the new one's as well."""
+        """Whether a document holds the chunk, and the chunk was recognised or named as a document's: then a document's new version has it."""
         named = chunk.recognised is not None or any(owner is not None for owner in list(chunk.owners))
         return named and self._call(self._store.holds, key)

@@ -26,12 +26,12 @@ _CLAIM_INTERVAL = 0.02
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a precompute job is; handed to its callback after every stored batch and every document.
+    """How far a precompute job is. The job's callback gets one after every batch and every document.
 
     Attributes:
-        document: id of the document at hand.
+        document: id of the document that is being stored.
         documents: documents finished.
-        chunks, skipped: chunks computed, and found stored.
+        chunks, skipped: chunks that were computed, and chunks that were stored before.
         tokens: tokens computed.
         bytes: bytes stored.
         seconds: since the start.
@@ -114,7 +114,7 @@ class Precomputer:
                 f"documents is a {type(documents).__name__}: use a list of Documents or strings, or one of them."
             )
         if getattr(self._telling, "active", False):
-            # It would wait for chunks that are being computed, by itself.
+            # It would wait for chunks that it is computing itself.
             raise ConfigError(
                 "precompute was called by the progress callback of another precompute: let that one return first, and precompute "
                 "behind it."
@@ -174,7 +174,7 @@ class Precomputer:
                 tokens += sum(map(len, encoded))
                 if tokens >= MOST_TOKENS:
                     break
-        except Exception as error:  # told when its turn comes: the documents before it are stored first
+        except Exception as error:  # raised when its turn comes: the documents before it are stored first
             failure = error
         self._lead_ins.choose_from(texts, indexing=True)
         return _resumed(held, failure, documents)
@@ -203,7 +203,7 @@ class Precomputer:
                         f"precompute() was called for {len(claim.own)} chunks that the same thread is just computing, from the "
                         "progress callback or the documents of that call: it would wait for itself. Call it when the other has returned."
                     )
-                # Somebody may have stored one between the look and the claim.
+                # A chunk may have been stored between the last look and the claim.
                 if new := self._computer.missing(left[key] for key in left if key in claim.keys):
                     yield new
             if claim.keys:

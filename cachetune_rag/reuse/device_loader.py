@@ -27,29 +27,29 @@ from cachetune_store.tiers import DeviceReader
 STAGES = 2
 """Staging buffers: while one is decoded, the next is copied into."""
 LAUNCH_AHEAD = 2
-"""Layers queued beyond the one that is asked for, so that the copy engine never runs dry; few, as queuing takes the host time in
+"""Layers queued beyond the one that is asked for, so that the copy engine always has work. Few, because queuing takes the host time, in
 which the device waits for its next piece of work."""
 FIRST_BYTES = 48 << 20
-"""About as much as is copied to an H100 while a selector gets ready to look at layers."""
+"""Bytes that are queued before a selector looks at layers: about as much as is copied to an H100 while it gets ready."""
 
 
 class Streams:
-    """The streams and events beside the stream that computes; made once, used by one request after another."""
+    """The streams and events beside the stream that computes. Made once, and used by one request after another."""
 
     def __init__(self, device: torch.device, layers: int):
         self.copy = torch.cuda.Stream(device)
-        # What places rows is short and awaited: it goes before whatever else is ready to run.
+        # Placing rows is short, and the computation waits for it: it goes before all other work that is ready to run.
         self.place = torch.cuda.Stream(device, priority=-1)
         self.copied = [torch.cuda.Event() for _ in range(layers)]
         self.brought = torch.cuda.Event()
         self.placed = [torch.cuda.Event() for _ in range(layers)]
-        # On the stream that computes, around its wait for a layer.
+        # Recorded on the stream that computes, before and after its wait for a layer.
         self.asked = [torch.cuda.Event(enable_timing=True) for _ in range(layers)]
         self.given = [torch.cuda.Event(enable_timing=True) for _ in range(layers)]
 
 
 def warm_up(adapter: ModelAdapter, codec: str) -> None:
-    """Compile the kernel that puts rows of `codec` into place, for all shapes of layers."""
+    """Compile the kernel that puts rows of `codec` into their places, for all shapes of layers."""
     if codec not in CODECS or not adapter.cuda_kernels:
         return
     from cachetune_rag.kernels.rows import place
@@ -75,11 +75,11 @@ def warm_up(adapter: ModelAdapter, codec: str) -> None:
 
 
 class DeviceLoader(LayerLoader):
-    """As `LayerLoader`, on streams of its own. Where rows come from host memory, nothing here waits for anything.
+    """As `LayerLoader`, on streams of its own. The host waits for rows on disk only.
 
-    A copy to the device, however small, waits for all copies that were queued before it, whatever stream it is on: there is
-    one engine for them. So nothing but this class copies to the device while it is at work, and it copies in the order in
-    which things are needed.
+    A copy to the device, however small, waits for all copies that were queued before it on any stream, because one copy engine makes
+    them all. So nothing else may copy to the device while a loader is at work, and the loader copies in the order in which the rows
+    are needed.
     """
 
     def __init__(
@@ -99,19 +99,19 @@ class DeviceLoader(LayerLoader):
         self._brought = False
         self._kernel = kernels_run_on(adapter.device)
         self._copies = host_copies()
-        self._held: list[Tensor] = []  # what launched work still reads
+        self._held: list[Tensor] = []  # memory that queued work still reads
         super().__init__(adapter, sources, buffers, pool)
-        # The buffers' memory may still be in use by what the computing stream was given before.
+        # Work that was queued on the computing stream before may still use the buffers' memory.
         streams.place.wait_stream(self._current)
 
     def load(self, layer: int) -> None:
         """Make the computing stream wait for the reused rows of `layer`."""
         started = time.perf_counter()
-        # Before the host itself waits for the disk: the device then has nothing to do.
+        # Recorded before the host waits for the disk, because the device waits then as well.
         self._streams.asked[layer].record(self._current)
         while self._next <= layer:
             self._launch()
-        # Fewer at first, when the device has the least to do meanwhile.
+        # Fewer at first, when the device has little other work in the meantime.
         self._launch_up_to(layer + min(layer + 1, LAUNCH_AHEAD))
         if self._brought:
             self._current.wait_event(self._streams.brought)
@@ -121,7 +121,7 @@ class DeviceLoader(LayerLoader):
         self.seconds += time.perf_counter() - started
 
     def start_first_layers(self) -> None:
-        """See `LayerLoader.start_first_layers`. Where copying takes longer than computing, any time without a copy is lost at the end."""
+        """See `LayerLoader.start_first_layers`. Where copying takes longer than computing, time without a copy makes the prompt later."""
         super().start_first_layers()
         layer = sum(self._row_format(0, key).size(s.rows) for key, group in self._groups.items() for s in group)
         self._launch_up_to(min(LAUNCH_AHEAD, FIRST_BYTES // max(1, layer)))
@@ -135,8 +135,8 @@ class DeviceLoader(LayerLoader):
         self.seconds += time.perf_counter() - started
 
     def waited(self) -> float:
-        """Seconds that the computing stream waited for rows, by the device's clock. Call it when that stream is done; only the last
-        `load` of each layer is counted.
+        """Seconds that the computing stream waited for rows, by the device's clock. Call it when that stream is done. Of each layer, only
+        the last `load` counts.
         """
         pairs = zip(self._streams.asked, self._streams.given, strict=True)
         return sum(asked.elapsed_time(given) for asked, given in pairs) / 1e3
@@ -147,9 +147,10 @@ class DeviceLoader(LayerLoader):
         return any(self._stages)
 
     def copy_table(self, pieces: Sequence[tuple[int, Tensor]], columns: int) -> Tensor:
-        """See `LayerLoader.copy_table`: copied behind the rows that are queued already, and waited for by the first `load`.
+        """See `LayerLoader.copy_table`. The copy comes after the rows that are queued already, and the next `load` waits for it.
 
-        Page-locked pieces are copied as they lie. A table of them takes the host milliseconds, in which the device has nothing to do.
+        Page-locked pieces are copied one by one. Making one table of them would take the host milliseconds, in which the device has
+        nothing to do.
         """
         streams, device = self._streams, self._adapter.device
         if self._copies is not None and all(numbers.is_pinned() and numbers.is_contiguous() for _, numbers in pieces):
@@ -172,18 +173,18 @@ class DeviceLoader(LayerLoader):
         return there
 
     def close(self) -> None:
-        """See `LayerLoader.close`: what is under way on the device comes before what the computing stream does next."""
+        """See `LayerLoader.close`. Work under way on the device ends before the computing stream goes on."""
         super().close()
         self._current.wait_stream(self._streams.copy)
         self._current.wait_stream(self._streams.place)
 
     def _launch_up_to(self, layer: int) -> None:
-        """Queue the layers up to this one, as far as their rows can be had without waiting."""
+        """Queue the layers up to this one, as far as their rows are there already."""
         while self._next <= min(layer, self._adapter.num_layers - 1) and self._ready(self._next):
             self._launch()
 
     def _launch(self) -> None:
-        """Queue the next layer's copies and what turns them into keys and values. Waits only for rows on the disk."""
+        """Queue the next layer's copies, and the work that makes keys and values of them. Waits only for rows on disk."""
         layer, streams = self._next, self._streams
         if layer >= STAGES:
             streams.copy.wait_event(streams.placed[layer - STAGES])
@@ -204,7 +205,7 @@ class DeviceLoader(LayerLoader):
         self._next += 1
 
     def _copy_rows(self, layer: int, key: tuple[str, str], group: Sequence[Source], slow: Iterator[Tensor]) -> None:
-        """Queue the copies of a group's rows into its staging memory; rows that are read where they lie are counted."""
+        """Queue the copies of a group's rows into its staging memory. Rows that the kernel reads where they lie are only counted."""
         form, stage = self._row_format(layer, key), self._stages[layer % STAGES].get(key)
         targets, pieces, at = [], [], 0
         with torch.cuda.stream(self._streams.copy):
@@ -224,7 +225,7 @@ class DeviceLoader(LayerLoader):
                 copy_all(targets, pieces, non_blocking=True)
 
     def _prepare(self, key: tuple[str, str]) -> None:
-        """Staging memory of a group, and what the device must know about its rows, ahead of the rows themselves."""
+        """Make the staging memory of a group, and copy where its rows are and where they go to the device."""
         if key in self._places:
             return
         group, device = self._groups[key], self._adapter.device
@@ -234,11 +235,11 @@ class DeviceLoader(LayerLoader):
             isinstance(source.reader, DeviceReader) and source.reader.device == device and by_kernel for source in group
         ]
         self._in_place[key] = in_place
-        # Every part of the table begins on 16 bytes: kernels are compiled for that.
+        # Every part of the table begins at a multiple of 16 bytes: kernels are compiled for that.
         bases = np.zeros((len(forms), len(group) + len(group) % 2), np.int64)
         staged = [index for index, here in enumerate(in_place) if not here]
         if staged:
-            # By identity, as layers share their formats: hashing these takes longer than all else here.
+            # By identity, as layers share their formats: hashing the formats would take longer than the rest of this method.
             different = {id(form): form for form in forms}.items()
             ends = {name: np.cumsum([0, *(form.span(group[i].rows) for i in staged)]) for name, form in different}
             room = max(int(sums[-1]) for sums in ends.values())
@@ -274,7 +275,7 @@ class DeviceLoader(LayerLoader):
         )
 
     def _stage(self, slot: int, key: tuple[str, str], size: int) -> Tensor:
-        """Staging memory of one slot, `size` bytes at least; made anew only where it is too small."""
+        """Staging memory of one slot, at least `size` bytes. It is made anew only if it is too small."""
         held = self._stages[slot].get(key)
         if held is None or held.numel() < size:
             with torch.cuda.stream(self._streams.copy):
@@ -284,7 +285,7 @@ class DeviceLoader(LayerLoader):
         return held
 
     def _place(self, layer: int, key: tuple[str, str]) -> None:
-        """Decode, rotate, scatter: the kernel where it is exact, the codec's and the model's own code elsewhere."""
+        """Decode, rotate and place a group's rows: by the kernel where that is exact, else by the codec's and the model's own code."""
         form = self._row_format(layer, key)
         if self._kernel_for(key, [layer]):
             from cachetune_rag.kernels.rows import place

@@ -1,7 +1,7 @@
-"""Layer by layer, stored rows become keys and values at their places in the prompt.
+"""Puts stored rows as keys and values at their places in the prompt, layer by layer.
 
-Rows of disk chunks are read ahead on threads while earlier layers compute; rows of host chunks are views. What arrives
-is decoded, rotated to its positions (deferred RoPE) and scattered in one go for all chunks of the prompt.
+Rows of chunks on disk are read ahead on threads while earlier layers compute. Rows in host memory are not copied before they are needed. The
+rows of all chunks of the prompt are decoded, rotated to their positions and put in their places together.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Source:
         return np.where(self._has(order), order + self.start, self.spare)
 
     def as_reused(self) -> ReusedChunk:
-        """What a selector is shown of it: the tokens that the prompt has."""
+        """The chunk as a selector sees it, with the tokens that the prompt has."""
         reader, skipped = self.reader, self.reader.layout.tokens - self.rows
         if self.inside is None:
             return ReusedChunk(self.start, reader.order, reader.scores, reader.deviations, skipped)
@@ -100,7 +100,7 @@ class LayerLoader:
     """Loads the reused rows of a prompt into its buffers: each layer once, when `load` asks for it.
 
     Args:
-        adapter: the model, for rotation.
+        adapter: the model, which rotates keys.
         sources: the reused chunks, and how many rows of each are needed.
         buffers: where the rows go.
         pool: threads that read ahead.

@@ -1,4 +1,4 @@
-"""Where the time of a forward over assembled KV went."""
+"""Measures how long a forward with reuse loaded rows, computed, and was being queued."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from cachetune_rag.reuse.layer_loader import LayerLoader
 
 
 class ForwardPhases:
-    """Measures one forward, from its making to `finish` and the wait for the device that follows.
+    """Measures one forward, from the moment this object is made until the device is done after `finish`.
 
-    Through the kernels by CUDA events, which cost the device a microsecond each and the host no waiting; elsewhere by the
-    host's clock.
+    With the CUDA kernels, CUDA events measure it: each costs the device a microsecond, and the host waits for none. Elsewhere the host's
+    clock does.
     """
 
     def __init__(self, adapter: ModelAdapter, loader: LayerLoader):
@@ -24,7 +24,7 @@ class ForwardPhases:
         self._end: torch.cuda.Event | None = None
 
     def finish(self) -> None:
-        """All of it is queued."""
+        """The whole forward is queued."""
         if isinstance(self._loader, DeviceLoader):
             self._end = torch.cuda.Event(enable_timing=True)
             self._end.record()
@@ -33,7 +33,7 @@ class ForwardPhases:
         """Seconds by phase (see `Report.timings`), once the device is done.
 
         Args:
-            ended: when the host knew that, by `time.perf_counter`.
+            ended: when the host knew that the device was done, by `time.perf_counter`.
         """
         took, loader = ended - self._started, self._loader
         began = None if self._adapter.device_forward is None else self._adapter.device_forward.began

@@ -88,10 +88,10 @@ class Planner:
         Args:
             prompt: the prompt.
             found: its stored chunks.
-            config: selector, ratio, and the share that is not even read.
+            config: selector, ratio, and the share of the rows that is not even read.
             memory: gives the buffers.
-            stack: closes the loader.
-            room: rows behind the prompt for an answer.
+            stack: closes the loader in the end.
+            room: rows that the buffers have behind the prompt, for an answer.
 
         Returns:
             The plan, None if all of the prompt is computed; and the token-layers that the selector computed.
@@ -139,8 +139,8 @@ def sources_of(found: FoundChunks, length: int, skipped: float = 0.0) -> list[So
 
 def _without_selection(sources: Sequence[Source], length: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Which tokens are computed whatever is selected, and of which tokens of chunks no rows are read."""
-    # NumPy throughout: for some ten thousand numbers, waking torch's threads takes longer than the work itself, and far longer
-    # where other processes keep the processor busy.
+    # NumPy, not torch: for some ten thousand numbers, waking torch's threads takes longer than the work itself, and far longer on a busy
+    # machine.
     computed, unread = np.ones(length, np.bool_), np.zeros(length, np.bool_)
     for source in sources:
         # Rows that are not read are computed from the first layer on, also while a selector looks at layers.
@@ -159,23 +159,23 @@ def _select(
     computed: NDArray[np.bool_],
     unread: NDArray[np.bool_],
 ) -> tuple[NDArray[np.bool_], ChunkShift | None]:
-    """What is computed with the tokens that the selector adds, and the shift of what is reused."""
+    """The computed tokens, with those that the selector adds, and the shift of the reused rows."""
     selected = selector.select(context, ratio)
-    computed = computed.copy()  # the context keeps what it was given
+    computed = computed.copy()  # the context goes on using the one that it was given
     computed[selected.numpy()] = True
     return computed, chunk_shift(selector.shift, context.chunks, computed & ~unread)
 
 
 def chunk_shift(strength: float, chunks: Sequence[ReusedChunk], selected: NDArray[np.bool_]) -> ChunkShift | None:
-    """The chunk shift of what is reused; None where nothing moves.
+    """The chunk shift of the reused rows; None if no chunk is shifted.
 
-    Only a chunk that is a mean over lead-ins is shifted. A chunk that was captured behind one lead-in differs by that lead-in too,
-    and the shift would carry that along (docs/selection.md, "Cautions about the shift").
+    Only a chunk that is a mean over lead-ins is shifted. The rows of a chunk that was captured behind one lead-in also differ because of
+    that lead-in, and the shift would carry this difference over (docs/selection.md, "Cautions about the shift").
 
     Args:
-        strength: the selector's.
+        strength: how much of the difference is carried over; the selector says it.
         chunks: the reused chunks.
-        selected: bool [length], the recomputed tokens whose stored rows are read; for others no difference is known.
+        selected: bool [length], the recomputed tokens whose stored rows are read. For other tokens no difference is known.
     """
     spans = []
     before = [0, *np.cumsum(selected).tolist()] if strength else []
@@ -189,7 +189,7 @@ def chunk_shift(strength: float, chunks: Sequence[ReusedChunk], selected: NDArra
 
 
 def needed_rows(sources: Sequence[Source], computed: Tensor) -> list[Source]:
-    """Rows to read of each chunk: all but the last ones in ranking order that are recomputed anyway (sparse transfer)."""
+    """The rows to read of each chunk. The last ones in ranking order are left out if their tokens are recomputed (sparse transfer)."""
     places = np.concatenate([s.places for s in sources])
     reused = (~computed.numpy()[places]).nonzero()[0]
     ends = np.cumsum([s.reader.layout.tokens for s in sources])

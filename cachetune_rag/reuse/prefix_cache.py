@@ -1,9 +1,8 @@
-"""KV of the beginnings of prompts that were computed lately.
+"""Keeps the KV of the beginnings of recent prompts.
 
-What stands before the first stored chunk (system text, instructions, few-shot examples, an agent's steps so far) is often the
-same as in an earlier prompt, wholly or up to some place. Keys and values depend on nothing but what stands before them, so
-those of the longest common beginning can be taken over, and that is exact. Only rows that were computed from computed rows
-alone may be kept: what stands behind a reused chunk has seen approximate rows, and is approximate itself.
+A prompt often begins like an earlier one (system text, instructions, few-shot examples, an agent's steps so far). Keys and values depend on
+nothing but the tokens before them, so those of the longest common beginning can be taken over, and that is exact. Only rows before the first
+reused chunk are kept: tokens behind a reused chunk look at approximate rows, so their own rows are approximate too.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from cachetune_rag.model import KVBuffers
 BUDGET = 256 << 20
 """Bytes of beginnings kept, on the model's device."""
 MOST = 64
-"""Beginnings kept: each is compared with every prompt."""
+"""Most beginnings that are kept. Each is compared with every prompt."""
 WORTH = 64
-"""Tokens that a beginning must have beyond what it shares with one that is kept, unless that is much shorter: a prompt that ends in
-another question is no reason to keep a thousand tokens twice. One that goes on where another ended takes its place."""
+"""Tokens that a beginning must have beyond those that it has in common with a kept one, unless that one is much shorter: a prompt that
+differs in its question alone is no reason to keep a thousand tokens twice. A beginning that continues a kept one replaces it."""
 
 Ids = NDArray[np.int64]
 
@@ -70,19 +69,19 @@ class PrefixCache:
         return KeptRows(best.buffers, count)
 
     def keep(self, ids: Ids, row_bytes: int, copy: Callable[[int], KVBuffers], kind: bool = False) -> None:
-        """Keep the beginning of a prompt, or as much of it as half of the budget holds: others are to have room too.
+        """Keep the beginning of a prompt, or as much of it as half of the budget holds, so that there is room for others.
 
         Args:
             ids: the tokens whose rows are exact.
-            row_bytes: what one takes, over all layers.
-            copy: makes buffers of the first so many rows.
+            row_bytes: bytes of one token's rows, over all layers.
+            copy: `copy(count)` makes buffers of the first `count` rows.
             kind: see the class.
         """
         count = min(len(ids), self._budget // 2 // row_bytes)
         ids = ids[:count]
         common = [entry.common(ids) if entry.kind == kind else 0 for entry in self._entries]
         new = count - max(common, default=0)
-        # Kept ones that this one begins with are dropped, since it contains them.
+        # Kept beginnings that are also beginnings of this one are dropped: this one contains them.
         left = [e for e, same in zip(self._entries, common, strict=True) if e.kind != kind or same < len(e.ids)]
         if new <= 0 or (new < min(WORTH, count // 4) and len(left) == len(self._entries)):
             return

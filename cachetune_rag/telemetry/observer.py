@@ -46,7 +46,7 @@ class Observed(Protocol):
 
 
 class Observers:
-    """An engine's observers; also logs each request by its id, with counts and times alone."""
+    """An engine's observers. It also logs each request by its id, with counts and times only."""
 
     def __init__(self) -> None:
         self._all: tuple[RequestObserver, ...] = ()
@@ -110,7 +110,7 @@ class ObserverListener(RequestListener):
         self._observers.prefilled(report)
 
     def finished(self, end: Finished) -> Report:
-        """Observers hear of complete answers alone."""
+        """Observers are told of complete answers only."""
         if end.answer is not None:
             self._observers.answered(end.report, end.answer, end.seconds)
         return end.report

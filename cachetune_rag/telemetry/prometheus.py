@@ -3,7 +3,7 @@
     from cachetune_rag.telemetry.prometheus import CacheTuneCollector
     prometheus_client.REGISTRY.register(CacheTuneCollector(engine))
 
-Numbers are read when Prometheus asks for them; requests are not slowed down.
+Numbers are read when Prometheus asks for them, so requests are not slowed down.
 """
 
 from __future__ import annotations

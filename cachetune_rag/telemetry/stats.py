@@ -25,20 +25,20 @@ WAIT = 5.0
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Totals since the engine was made, and the store as it is now.
+    """Totals since the engine was made, and the store's present state.
 
     Attributes:
         requests: prompts read with reuse.
-        full_prefills: prompts read without.
-        prompt_tokens, reused, recomputed, missed: tokens, summed over the former; see `Report`.
+        full_prefills: prompts read without reuse.
+        prompt_tokens, reused, recomputed, missed: tokens, summed over the prompts read with reuse; see `Report`.
         damaged, unreadable, timed_out: chunks that were in the store and had to be computed, summed; see `Report`.
         retrieved: tokens of texts that callers said they had retrieved, summed; see `Report`.
-        retrieved_found: of those, tokens that were in the store and found.
+        retrieved_found: how many of these were found in the store.
         ttft_seconds: time to first token, summed.
         ttft: count, mean, p50, p95 and p99 of the time to first token, by the slowest tier that a request read from.
         unstored: chunks that requests missed and that could not be stored afterwards; the reason is in the log.
         withdrawn: chunks that requests missed and that were not stored, because their document was removed or replaced meanwhile.
-        storing: such chunks that wait to be stored now.
+        storing: chunks that requests missed and that wait to be stored now.
         little_found: prompts from text or messages in which much was retrieved and less than half of it found, or that are longer
             than 1,000 tokens and of which less than a tenth was; the likely reasons are in the log.
         cut_short: prompts that repeat the beginnings of stored chunks so often that not every place in them was looked at.
@@ -71,8 +71,8 @@ class EngineStats:
 
     @property
     def found_share(self) -> float:
-        """Share of the retrieved tokens that was in the store and found; of all prompts' tokens where nobody ever said what was
-        retrieved."""
+        """Share of the retrieved tokens that was found in the store. If no request said what was retrieved, the share of all prompts'
+        tokens."""
         if self.retrieved:
             return share_found(self.retrieved_found, self.retrieved)
         return share_found(self.reused + self.recomputed, self.prompt_tokens)
@@ -121,7 +121,7 @@ class RequestCounter(RequestListener):
     def stats(
         self, store: StoreStats, fidelity: FidelityStats | None, *, store_age: float, **counts: int
     ) -> EngineStats:
-        """The totals, together with what others have counted (`counts`, by field); see `EngineStats`."""
+        """The totals, together with the counts of other parts of the engine (`counts`, by field); see `EngineStats`."""
         with self._lock:
             return EngineStats(
                 requests=self._requests,
@@ -138,10 +138,10 @@ class RequestCounter(RequestListener):
 
 
 class LastKnownStoreStats:
-    """The store's statistics, which it reads from its index on disk; the last known ones where the disk doesn't answer.
+    """The store's statistics, which are read from its index on disk. While the disk doesn't answer, the last known ones.
 
-    Reading statistics must not change how requests are served. So a reading that takes long is left behind, but it does not count as
-    overdue, which would make requests avoid the disk. Until it has ended, no other is begun.
+    Reading statistics must not change how requests are served. So a reading that takes long is left behind without counting as overdue,
+    because that would make requests avoid the disk. Until it has ended, no other is started.
 
     Args:
         store: the store.
@@ -153,7 +153,7 @@ class LastKnownStoreStats:
         self._last: tuple[StoreStats, float] | None = None
         self._pending: Job[StoreStats] | None = None
         with suppress(StoreError):
-            self.get()  # so that some are known later on
+            self.get()  # so that there are last known ones
 
     @property
     def pending(self) -> Job[StoreStats] | None:
@@ -176,7 +176,7 @@ class LastKnownStoreStats:
                 stats = reading.result(min(seconds, WAIT))
             except TimeoutError:
                 if reading.done():
-                    raise  # the store's own
+                    raise  # the store itself raised it
                 self._pending = reading
             else:
                 self._last = stats, time.monotonic()
