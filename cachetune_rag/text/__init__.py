@@ -1,1 +1,1 @@
-"""Text to ids and back; knows no model and no store."""
+"""From text to token ids and back. Nothing here knows a model or a store."""

@@ -1,4 +1,4 @@
-"""Text out of tokens that come one at a time."""
+"""Turns tokens that come one at a time into text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 _CONTEXT = 16
-"""Tokens kept for context once their text is out; the last of them decide how the next ones join on."""
+"""How many of the last tokens are kept after their text was returned. They decide how the next tokens join."""
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _INCOMPLETE = "\ufffd"
@@ -15,19 +15,19 @@ _CLEANED_UP = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 'r
 
 
 class TextStream:
-    """Turns tokens into text pieces that never have to be taken back.
+    """Turns tokens into pieces of text that later tokens don't change.
 
-    All pieces joined are `tokenizer.decode(ids, skip_special_tokens=True)`, cut where the first stop string begins. Stop strings
-    are sought in the text with its special tokens too, as transformers does: "<|im_end|>" stops, although it isn't shown.
-    Held back until the next token decides: incomplete characters, and what may be the beginning of a stop string.
+    All pieces joined are `tokenizer.decode(ids, skip_special_tokens=True)`, cut where the first stop string begins. As in transformers,
+    stop strings are also searched for in the text with its special tokens: "<|im_end|>" ends the text, although it isn't shown.
+    Incomplete characters, and text that may begin a stop string, are held back until the next token.
 
     Args:
         tokenizer: the model's tokenizer.
         stop: strings that end the text.
-        skip: ids without text (end tokens that the tokenizer doesn't call special, say).
+        skip: ids that have no text, such as end tokens that the tokenizer doesn't call special.
 
     Attributes:
-        stopped: whether a stop string was found; nothing comes after it.
+        stopped: whether a stop string was found. No text comes after it.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = (), *, skip: Iterable[int] = ()):
@@ -36,11 +36,13 @@ class TextStream:
         self._stop = tuple(stop)
         self._skip = frozenset(skip)
         self._unstable = _CLEANED_UP if getattr(tokenizer, "clean_up_tokenization_spaces", False) else ()
-        self._ids: list[int] = []  # a window over the last tokens: all that are not out, and some before them
+        self._ids: list[
+            int
+        ] = []  # a window over the last tokens: all whose text was not returned yet, and some before them
         self._text = ""  # text of the window
-        self._out = 0  # characters of it that are out
+        self._out = 0  # how many characters of it were returned
         self._whole = ""  # text of the window with its special tokens, if it has any
-        self._special: list[tuple[int, int]] = []  # where they stand in that
+        self._special: list[tuple[int, int]] = []  # where the special tokens are in it
         self._in_bytes = False
         self._compact_at = 4 * _CONTEXT
 
@@ -50,13 +52,13 @@ class TextStream:
         return len(self._ids)
 
     def push(self, token: int) -> str:
-        """Take the next token; returns the text that is certain now, possibly none."""
+        """Take the next token. Returns the text that is certain now, which may be empty."""
         if self.stopped or token in self._skip:
             return ""
         self._ids.append(token)
         text = self._decode(self._ids)
         silent = text == self._text
-        # A run of byte tokens that turns out invalid changes as a whole. Tokens without text don't end it.
+        # The text of a run of byte tokens changes as a whole if it turns out to be invalid. Tokens without text don't end the run.
         self._in_bytes = self._is_byte(token) or (self._in_bytes and silent)
         self._text = text
         certain = len(text.rstrip(_INCOMPLETE))
@@ -75,7 +77,7 @@ class TextStream:
         return piece
 
     def finish(self) -> str:
-        """The text that was still held back; call it once, after the last token."""
+        """The text that was held back. Call it once, after the last token."""
         return "" if self.stopped else self._take(len(self._text))
 
     def _take(self, end: int) -> str:
@@ -84,11 +86,11 @@ class TextStream:
         return piece
 
     def _first_stop(self, certain: int) -> list[int]:
-        """Where the first stop string begins, or nothing. None begins in text that is out: it was held back."""
+        """Where the first stop string begins, or an empty list. It can't begin in text that was returned: that would have been held back."""
         found = [self._text.find(text, self._out, certain) for text in self._stop]
         return sorted(place for place in found if place >= 0)[:1]
 
-    # Special tokens add no text. So only after a token that added none is the text with special tokens looked at as well.
+    # Special tokens add no text. So the text with special tokens is only decoded after a token that added no text.
 
     def _see_special(self, silent: bool) -> None:
         before = self._whole if self._special else self._text
@@ -99,7 +101,7 @@ class TextStream:
             self._special.append((start, start + len(literal)))
 
     def _first_special_stop(self) -> list[int]:
-        """Where in the text the first stop string begins that is a special token, or has one in it."""
+        """Where in the text a stop string begins that is a special token or contains one."""
         places = []
         for text in self._stop if self._special else ():
             for start, end in self._special:
@@ -109,7 +111,7 @@ class TextStream:
         return places
 
     def _special_certain(self) -> int:
-        """How much of the text can't be the beginning of such a stop string."""
+        """How much of the text can't belong to the beginning of such a stop string."""
         if not self._special:
             return len(self._text)
         known = self._whole.rstrip(_INCOMPLETE)
@@ -117,14 +119,14 @@ class TextStream:
         return self._shown(len(known) - held)
 
     def _shown(self, place: int) -> int:
-        """Where a place in the text with its special tokens is in the text without them."""
-        # Counted from the end: a tokenizer may strip the space at the beginning of one of the two.
+        """Turn a place in the text with special tokens into the place in the text without them."""
+        # Counted from the end, because a tokenizer may strip the space at the beginning of only one of the two.
         behind = len(self._whole) - place - sum(max(0, end - max(start, place)) for start, end in self._special)
         return max(0, len(self._text) - behind)
 
     def _compact(self) -> None:
-        """Shorten the window, if its end reads the same without its beginning."""
-        for keep in range(_CONTEXT, _CONTEXT + 4):  # a window that begins inside a character would not
+        """Drop the window's first tokens, if the others decode to the same text without them."""
+        for keep in range(_CONTEXT, _CONTEXT + 4):  # a window that begins inside a character decodes to another text
             ids = self._ids[-keep:]
             text = self._decode(ids)
             whole = self._decode(ids, special=True) if self._special else ""
@@ -145,7 +147,7 @@ class TextStream:
 
 
 def _overlap(text: str, patterns: Iterable[str]) -> int:
-    """Length of the longest end of `text` that a pattern begins with, without being the whole pattern."""
+    """Length of the longest end of `text` with which a pattern begins, but which is not the whole pattern."""
     longest = 0
     for pattern in patterns:
         for length in range(min(len(pattern) - 1, len(text)), longest, -1):

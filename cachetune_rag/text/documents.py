@@ -1,4 +1,4 @@
-"""What a user indexes."""
+"""Documents, as a user indexes them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _CHUNKS = "use a list of strings, one a retrieved passage."
 
 @dataclass(frozen=True)
 class Document:
-    """A document: a name, and the texts of its chunks exactly as prompts will show them.
+    """A document: its id, and the texts of its chunks exactly as prompts will show them.
 
     Attributes:
-        id: its name in the store; indexing the same name again replaces the document.
-        chunks: chunk texts, in document order: any iterable, kept as a tuple. A generator is consumed when the document is made.
+        id: its name in the store. Indexing another document with the same id replaces this one.
+        chunks: texts of its chunks, in order. Any iterable can be given; it is kept as a tuple, so a generator is consumed.
     """
 
     id: str
@@ -39,7 +39,7 @@ class Document:
 
     @classmethod
     def of(cls, item: Document | str) -> Document:
-        """A bare string is a document of one chunk, named by its content."""
+        """The document itself, or, for a string, a document of one chunk that is named by a hash of the text."""
         if isinstance(item, Document):
             return item
         if isinstance(item, str):
@@ -48,7 +48,7 @@ class Document:
 
 
 def check_id(given: object) -> str:
-    """`given`, if it can be a document's id.
+    """Return `given` if it can be a document's id.
 
     Raises:
         ConfigError: it can't.

@@ -1,4 +1,4 @@
-"""Cutting a text into chunks of bounded token count at the best places, without losing a character."""
+"""Cuts a text into chunks with a limited number of tokens, at the best places, without losing a character."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from cachetune_store.printing import shown
 DEFAULT_CHUNK_TOKENS = 512
 MIN_CHUNK_TOKENS = 8
 
-# Where a text may be cut, best places first. White space stays with the paragraph or sentence before it; a word takes
-# the space in front of it along, as tokenizers do. Each pattern looks at a run of white space once: linear time.
+# Where a text may be cut, best places first. White space stays with the paragraph or sentence before it. A word keeps the space before
+# it, as in tokenizers. Each pattern looks at a run of white space only once, so that cutting takes linear time.
 _BOUNDARIES = (
     re.compile(r"\n[^\S\n]*\n\s*"),
     re.compile(r"(?:(?<=[.!?…])|(?<=[.!?…][\"'”’»)\]]))\s+|(?<=[。！？])(?![。！？”’」』）])"),
     re.compile(r"(?<=\S)(?=\s)"),
 )
 _LONGEST_TOKEN = 16
-"""Characters a token has at most in ordinary text: a longer piece is cut without counting it first."""
+"""The most characters of a token in ordinary text. A piece with more characters than the limit allows is cut without counting tokens."""
 
 
 class Splitter:
-    """Cuts texts at paragraphs, inside long paragraphs at sentences, inside long sentences at words.
+    """Cuts texts at paragraphs, long paragraphs at sentences, and long sentences at words.
 
     Args:
-        count: number of tokens of a text tokenised alone.
-        chunk_tokens: most tokens of a chunk, at least `MIN_CHUNK_TOKENS`. Only a single character whose tokens are more
-            than that makes a larger chunk.
+        count: returns the number of tokens of a text that is tokenised alone.
+        chunk_tokens: most tokens of a chunk, at least `MIN_CHUNK_TOKENS`. Only a single character that takes more tokens makes
+            a larger chunk.
 
     Raises:
         ConfigError: chunk_tokens is too small, or an argument is of another type.
@@ -43,15 +43,18 @@ class Splitter:
         self._count, self._limit = count, chunk_tokens
 
     def split(self, text: str) -> list[str]:
-        """Chunks of `text`, none empty; joined they are exactly `text`. The same text always gives the same chunks."""
+        """The chunks of `text`. None is empty, and joined they are exactly `text`. The same text always gives the same chunks."""
         if not isinstance(text, str):
             raise ConfigError(f"text is {shown(text)}, a {type(text).__name__}: use a string.")
         chunks: list[str] = []
         pieces: list[tuple[str, int]] = []
-        exact, extra = 0, 0  # tokens of the pieces joined when last counted, and of those added since, one by one
+        exact, extra = (
+            0,
+            0,
+        )  # tokens of the joined pieces when last counted; tokens of the pieces since, counted one by one
         for piece, tokens in self._pieces(text, 0):
             if pieces and exact + extra + tokens > self._limit:
-                # Pieces take more tokens apart than together, so count again before closing the chunk.
+                # Pieces usually take fewer tokens when they are joined, so they are counted again before the chunk is closed.
                 exact, extra = self._count(_joined(pieces)), 0
                 if exact + tokens > self._limit:
                     pieces = self._close(pieces, chunks)
@@ -63,7 +66,7 @@ class Splitter:
         return chunks
 
     def _close(self, pieces: list[tuple[str, int]], chunks: list[str]) -> list[tuple[str, int]]:
-        """Make a chunk of `pieces`; returns those that didn't fit, for the few texts that take more tokens joined."""
+        """Make a chunk of `pieces`. Returns the pieces that didn't fit: a few texts take more tokens when they are joined."""
         end = len(pieces)
         while end > 1 and self._count(_joined(pieces[:end])) > self._limit:
             end -= 1
@@ -71,7 +74,7 @@ class Splitter:
         return pieces[end:]
 
     def _pieces(self, text: str, level: int) -> Iterator[tuple[str, int]]:
-        """The largest pieces that fit, with their token counts: cut at `level`, and finer only where a piece is too long."""
+        """The largest pieces that fit, with their numbers of tokens. The text is cut at `level`, and pieces that are too long at the next one."""
         for piece in _cut(text, level, self._limit):
             tokens = self._count(piece) if len(piece) <= self._limit * _LONGEST_TOKEN else self._limit + 1
             if tokens <= self._limit or len(piece) == 1:

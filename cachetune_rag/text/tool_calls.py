@@ -2,10 +2,10 @@
 
 A model that was shown tools writes its calls as text, in the form that its chat template taught it. Three forms are read here:
 `<tool_call>{"name": ..., "arguments": {...}}</tool_call>` (Hermes, Qwen), `[TOOL_CALLS]` and a list of such objects, or a name
-and its arguments (Mistral), and bare JSON (Llama 3, which says "parameters"). Special tokens have left the text by the time it
-gets here, so Mistral's list is also read without its mark, and Llama's JSON with or without `<|python_tag|>`.
+and its arguments (Mistral), and bare JSON (Llama 3, which says "parameters"). The text comes without special
+tokens, so Mistral's list is also read without its mark, and Llama's JSON with or without `<|python_tag|>`.
 
-What is no valid call stays in the content: nothing that the model wrote is lost.
+Text that is not a valid call stays in the content. Nothing that the model wrote is lost.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def parse(text: str, names: Collection[str] | None = None) -> tuple[str, list[To
 
     Args:
         text: the answer's text.
-        names: the tools that the model was shown. With them, an answer that is JSON and happens to have a "name" is a call
-            only if that is a tool's; without them, if it looks like a call. Calls inside marks are calls whatever they name, so
-            that the caller can tell the model of its mistake.
+        names: the tools that the model was shown. If they are given, an answer that is JSON with a "name" is only a call if that
+            is the name of a tool. Otherwise it is a call if it looks like one. Calls inside marks count whatever their name, so
+            that the caller can tell the model about its mistake.
 
     Returns:
         The text without its calls and without the whitespace around them (unchanged if there are none), and the calls in order.
@@ -66,7 +66,7 @@ def parse(text: str, names: Collection[str] | None = None) -> tuple[str, list[To
 
 
 class ToolCallStream:
-    """Content of an answer that comes in pieces; what may belong to a tool call is held back until the end.
+    """The content of an answer that comes in pieces. Text that may belong to a tool call is held back until the end.
 
     Args:
         names: as for `parse`.
@@ -78,7 +78,7 @@ class ToolCallStream:
         self._out = 0
 
     def push(self, piece: str) -> str:
-        """Take the next piece; returns the content that is certain now, possibly none."""
+        """Take the next piece. Returns the content that is certain now, which may be empty."""
         self._text += piece
         certain = self._certain()
         shown = self._text[self._out : certain]
@@ -86,12 +86,12 @@ class ToolCallStream:
         return shown
 
     def finish(self) -> tuple[str, list[ToolCall]]:
-        """The content that was still held back, and the calls; call it once, after the last piece."""
+        """The content that was held back, and the calls. Call it once, after the last piece."""
         content, calls = parse(self._text, self._names)
         return content[self._out :], calls
 
     def _certain(self) -> int:
-        """Up to where the text is content whatever comes. All that is out already is the beginning of `parse`'s content."""
+        """How much of the text is content, whatever follows. What was returned so far is the beginning of the content of `parse`."""
         thought, rest = _after_thought(self._text)
         start = len(thought)
         body = rest.lstrip()
@@ -103,7 +103,7 @@ class ToolCallStream:
 
 
 def _after_thought(text: str) -> tuple[str, str]:
-    """A reasoning model's thought, its tags included, and the answer behind it: calls that it only thinks of are none."""
+    """A reasoning model's thought, with its tags, and the answer behind it. Calls inside the thought don't count."""
     if _THOUGHT_END in text:
         end = text.rindex(_THOUGHT_END) + len(_THOUGHT_END)
         return text[:end], text[end:]
@@ -111,7 +111,7 @@ def _after_thought(text: str) -> tuple[str, str]:
 
 
 def _marked(text: str) -> tuple[list[str], list[ToolCall]]:
-    """Calls behind marks, and the pieces of text around them."""
+    """The pieces of text around marked calls, and these calls."""
     pieces, calls = [""], []
     place = 0
     while place < len(text):
@@ -132,7 +132,7 @@ def _marked(text: str) -> tuple[list[str], list[ToolCall]]:
 
 
 def _hermes(text: str, start: int) -> tuple[list[ToolCall], int]:
-    """The call in one pair of tags; the closing one may be missing where the answer ended at it."""
+    """The call between two tags, and where it ends. The closing tag may be missing at the end of the answer."""
     calls, end = _listed(text, start + len(_HERMES))
     behind = _EMPTY.match(text, end)
     after = behind.end() if behind else end
@@ -142,7 +142,7 @@ def _hermes(text: str, start: int) -> tuple[list[ToolCall], int]:
 
 
 def _listed(text: str, start: int) -> tuple[list[ToolCall], int]:
-    """Calls as JSON from `start` on: objects in a row, or a list of them."""
+    """Calls that are written as JSON from `start` on, as objects in a row or a list of objects, and where they end."""
     calls: list[ToolCall] = []
     place = end = start
     while True:
@@ -156,7 +156,7 @@ def _listed(text: str, start: int) -> tuple[list[ToolCall], int]:
 
 
 def _named(text: str, start: int) -> tuple[list[ToolCall], int]:
-    """Mistral's later form from `start` on: a name and its arguments, as often as there are calls."""
+    """Calls in Mistral's later form from `start` on, each a name and its arguments, and where they end."""
     calls: list[ToolCall] = []
     place = start
     while match := _MISTRAL_NAMED.match(text, place):
@@ -169,7 +169,7 @@ def _named(text: str, start: int) -> tuple[list[ToolCall], int]:
 
 
 def _bare(text: str, names: Collection[str] | None) -> list[ToolCall]:
-    """Calls without a mark: the whole answer consists of them."""
+    """Calls without marks. They count only if the whole answer consists of them."""
     body = text.strip()
     if fenced := _FENCE.fullmatch(body):
         body = fenced[1].strip()
@@ -182,7 +182,7 @@ def _bare(text: str, names: Collection[str] | None) -> list[ToolCall]:
 
 
 def _may_be_bare(body: str, names: Collection[str] | None) -> bool:
-    """Whether an answer that begins like this may turn out to be calls without a mark."""
+    """Whether an answer that begins like this may turn out to be calls without marks."""
     if body[0] in "{[" and not body.startswith(_MISTRAL):
         return True
     if "```".startswith(body[:3]):
@@ -191,7 +191,7 @@ def _may_be_bare(body: str, names: Collection[str] | None) -> bool:
 
 
 def _begun(text: str) -> int:
-    """Length of the longest end of the text that a mark begins with."""
+    """Length of the longest end of the text with which a mark begins."""
     longest = max(map(len, _MARKS))
     return next(
         (n for n in range(min(longest, len(text)), 0, -1) if any(mark.startswith(text[-n:]) for mark in _MARKS)), 0
@@ -199,7 +199,7 @@ def _begun(text: str) -> int:
 
 
 def _json(text: str, start: int) -> tuple[Any, int]:
-    """The JSON value at a place, and where it ends; None if there is none."""
+    """The JSON value at `start`, and where it ends; None if there is no JSON."""
     try:
         return _DECODER.raw_decode(text, start)
     except (ValueError, RecursionError):
@@ -207,7 +207,7 @@ def _json(text: str, start: int) -> tuple[Any, int]:
 
 
 def _call(value: Any) -> ToolCall | None:
-    """The call that an object describes, if it describes one."""
+    """The call that a JSON value describes; None if it describes none."""
     if not isinstance(value, dict) or not _KEYS.issuperset(value):
         return None
     if isinstance(value.get("function"), dict):  # as OpenAI's API writes it
@@ -226,4 +226,4 @@ def _no_constant(name: str) -> NoReturn:
 
 
 _DECODER = json.JSONDecoder(strict=False, parse_constant=_no_constant)
-"""Lenient with line breaks inside strings, which models write; strict with what no tool could read (NaN)."""
+"""It accepts line breaks inside strings, because models write them, and refuses NaN, which no tool can read."""

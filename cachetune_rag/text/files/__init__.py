@@ -1,1 +1,1 @@
-"""Reading documents from files and folders."""
+"""Documents from files and folders."""

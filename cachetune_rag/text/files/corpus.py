@@ -1,9 +1,9 @@
-"""Reading a corpus from files, of the kinds in `readers`.
+"""Reads a corpus from files of the kinds in `readers`.
 
-Nothing but the list of files is held: documents come one at a time, so a corpus may be larger than memory.
+Only the list of files is kept in memory. Documents come one at a time, so a corpus may be larger than memory.
 
-What the user named has to be readable, or the run ends with the reason. What a folder holds besides is no reason to end it:
-a file there that can't be read is left out, and told (`Corpus.left_out`).
+If a file that the user named can't be read, the run ends with the reason. If a file in a folder can't be read, it is left out, and
+`Corpus.left_out` says so.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class SourceFile:
 
     Attributes:
         path: where it is.
-        id: its document's, if it is one document: its path below the folder that was given, or its name if it was given
-            itself.
-        size: bytes.
-        reader: who reads it.
-        named: whether it was given itself, so that the run can't go on without it.
+        id: the id of its document, if the file is one document: its path below the folder that was given, or its name if the
+            file itself was given.
+        size: its bytes.
+        reader: reads it.
+        named: whether the file itself was given. Then the run ends if it can't be read.
     """
 
     path: Path
@@ -52,12 +52,12 @@ class SourceFile:
 
 
 class Corpus:
-    """The documents below some paths, in an order that depends on the names only.
+    """The documents below some paths, in an order that only depends on names.
 
     Attributes:
-        files: those that are read.
-        size: their bytes.
-        left_out: what folders hold besides; it grows while documents are read.
+        files: the files that are read.
+        size: bytes of these files.
+        left_out: the files that are not read. It grows while documents are read.
     """
 
     def __init__(self, files: list[SourceFile], left_out: LeftOut):
@@ -67,11 +67,11 @@ class Corpus:
 
     @classmethod
     def scan(cls, paths: Iterable[str | os.PathLike[str]]) -> Corpus:
-        """Find the files and check that each opens and looks like its kind; documents are read later.
+        """Find the files, and check that each can be opened and looks like its kind. Documents are read later.
 
-        A folder is walked: hidden files and folders, links to folders, other endings and what can't be read are left out. A
-        file that is named itself is read whatever its ending, as text if nobody else reads it. A file reached twice is read
-        once.
+        Folders are searched. Hidden files and folders, links to folders, files with other endings and unreadable files are left out. A
+        file that is given itself is read whatever its ending, as text if there is no reader for it. A file that is found twice is
+        read once.
 
         Raises:
             CorpusError: a path that was given is missing or unreadable, nothing was found, or two files get the same id.
@@ -108,15 +108,15 @@ class Corpus:
         return cls(files, left_out)
 
     def documents(self, skipped: Callable[[int], None] = lambda size: None) -> Iterator[SourceDocument]:
-        """Every document, read as it is asked for.
+        """All documents. Each is read when it is asked for.
 
         Args:
-            skipped: told how many bytes won't come, of a file that is left out.
+            skipped: called with the bytes of a file that are left out.
 
         Raises:
-            CorpusError: a file that was named can't be read on, all others can't, or an id comes twice; names file and line.
+            CorpusError: a file that was given can't be read, no file can be read, or an id occurs twice. Names file and line.
         """
-        # 16 bytes of the id's hash instead of id and place, so that millions of documents cost little memory.
+        # Ids are kept as hashes of 16 bytes, so that millions of documents take little memory.
         seen: dict[bytes, tuple[int, int]] = {}
         for number, file in enumerate(self.files):
             for line, document in enumerate(self._read(file, skipped), start=1):
@@ -133,7 +133,7 @@ class Corpus:
             raise CorpusError("\n".join(["nothing could be read.", *self.left_out.lines()]))
 
     def _read(self, file: SourceFile, skipped: Callable[[int], None]) -> Iterator[SourceDocument]:
-        """A file's documents; what a folder's file doesn't give is left out."""
+        """A file's documents. If a file in a folder can't be read to its end, the rest of it is left out."""
         given = 0
         try:
             for document in _documents(file):
@@ -163,7 +163,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def read_passage(path: str | os.PathLike[str]) -> str:
-    """What one file says, in one piece: the text of a page, PDF or table, or the file's own text.
+    """The text of one file as one passage: that of a page, PDF or table, or the file's own text.
 
     Raises:
         CorpusError: it can't be read.
@@ -177,7 +177,7 @@ def read_passage(path: str | os.PathLike[str]) -> str:
 
 
 def _find(given: Path, left_out: LeftOut) -> Iterator[tuple[Path, str, bool]]:
-    """Files below a path, each with its id, and whether it is the path itself."""
+    """The files below a path. Each comes with its id, and with whether it is the path itself."""
     mode = status(given).st_mode
     if stat.S_ISDIR(mode):
         yield from ((path, path.relative_to(given).as_posix(), False) for path in walk(given, left_out))
@@ -188,7 +188,7 @@ def _find(given: Path, left_out: LeftOut) -> Iterator[tuple[Path, str, bool]]:
 
 
 def _checked(path: Path, name: str, size: int, *, named: bool) -> SourceFile:
-    """A file that can be opened and looks like what its ending says."""
+    """The file at a path. It is checked that it can be opened and looks like what its ending says."""
     reader = reader_for(path) or PLAIN
     if reader.missing:
         raise CorpusError(f"{visible_line(path)} can't be read yet: {reader.needs}.")
@@ -209,7 +209,7 @@ def _documents(file: SourceFile) -> Iterator[SourceDocument]:
 
 
 def _head(stream: BinaryIO, path: Path) -> bytes:
-    """The first bytes; the stream is at its beginning afterwards."""
+    """The first bytes. The stream is at its beginning afterwards."""
     try:
         head = stream.read(_SNIFF)
         stream.seek(0)
@@ -228,7 +228,7 @@ def _check_name(name: str, path: Path) -> None:
 
 
 def _expanded(path: str | os.PathLike[str]) -> Path:
-    """A path as the user meant it: a leading ~ is the home folder, unless something is called that."""
+    """A path as the user meant it. A leading ~ is the home folder, unless there is a file or folder of that name."""
     given = Path(path)
     if not os.path.lexists(given):
         with contextlib.suppress(RuntimeError):  # there is no such user: ~ is then part of the name

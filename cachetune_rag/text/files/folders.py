@@ -1,4 +1,4 @@
-"""Opening and finding files that are nothing but files: no link, pipe or device holds up or ends a run."""
+"""Finds and opens regular files only, so that no pipe, device or link holds up or ends a run."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from cachetune_rag.checking.escaping import visible_line
 from cachetune_rag.text.files.left_out import LeftOut
 from cachetune_rag.text.files.readers import CorpusError, reader_for
 
-# Opening a pipe would wait for its other end, and opening some devices does something.
+# Otherwise opening a pipe would wait for its other end. Opening some devices has effects of its own.
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 
 
 def open_file(path: Path) -> BinaryIO:
-    """A regular file, opened for reading.
+    """Open a regular file for reading.
 
     Raises:
-        CorpusError: it is none, or can't be opened.
+        CorpusError: it is not a regular file, or can't be opened.
     """
     refuse_others(status(path), path)
     try:
@@ -29,7 +29,7 @@ def open_file(path: Path) -> BinaryIO:
     except OSError as error:
         raise CorpusError(why(error, path)) from error
     try:
-        refuse_others(os.fstat(stream.fileno()), path)  # another may have been put there meanwhile
+        refuse_others(os.fstat(stream.fileno()), path)  # it may have been replaced meanwhile
     except BaseException:
         stream.close()
         raise
@@ -37,10 +37,10 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def status(path: Path) -> os.stat_result:
-    """The status (`os.stat`) of what a path leads to.
+    """The status (`os.stat`) of the file or folder at a path. Links are followed.
 
     Raises:
-        CorpusError: it leads to nothing, or to what can't be examined.
+        CorpusError: there is nothing, or its status can't be read.
     """
     try:
         return path.stat()
@@ -49,7 +49,7 @@ def status(path: Path) -> os.stat_result:
 
 
 def refuse_others(info: os.stat_result, path: Path) -> None:
-    """Refuse what isn't a regular file.
+    """Refuse anything that isn't a regular file.
 
     Raises:
         CorpusError: names it.
@@ -74,12 +74,12 @@ def why(error: OSError | ValueError, path: Path) -> str:
 
 
 def walk(folder: Path, left_out: LeftOut) -> Iterator[Path]:
-    """Regular files below a folder that somebody reads, by name. Everything else is entered in `left_out`.
+    """The regular files below a folder that have a reader, ordered by name. All others are added to `left_out`.
 
     Raises:
         CorpusError: the folder itself can't be searched.
     """
-    # Not recursive: folders may be nested deeper than Python's calls.
+    # Without recursion, because folders may be nested deeper than Python allows calls to be.
     open_folders = [iter(_entries(folder))]
     seen = {_identity(folder)}
     while open_folders:

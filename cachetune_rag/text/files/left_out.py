@@ -1,4 +1,4 @@
-"""What a run over files left out, so that it can say so at its end."""
+"""What a run over files left out. It is reported at the end of the run."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from cachetune_rag.checking.escaping import visible_line
 from cachetune_rag.text.files.readers import Reader
 
 _NAMED = 10
-"""Files named in a line for people; all stand in the JSON."""
+"""Most files that are named in the text for people. The JSON has all of them."""
 _LONGEST_SUFFIX = 12
 
 
 class LeftOut:
-    """Counts of what nobody reads, and the files that would have been read but couldn't, each with the reason."""
+    """Counts of files without a reader, and the files that could not be read, each with the reason."""
 
     def __init__(self) -> None:
         self.unread: Counter[str] = Counter()
-        """Files that nothing reads, by ending."""
+        """Number of files without a reader, by ending."""
         self.needing: dict[str, Counter[str]] = {}
-        """Files whose reader needs a package that isn't installed, by what to do about it and ending."""
+        """Number of files whose reader needs a package that isn't installed, by what to do about it, and by ending."""
         self.hidden = 0
         self.linked_folders = 0
         self.failed: list[tuple[Path, str]] = []
 
     def add_unread(self, path: Path) -> None:
-        """A file with an ending that nothing reads."""
+        """Count a file that has no reader."""
         self.unread[_kind(path)] += 1
 
     def add_needing(self, path: Path, reader: Reader) -> None:
-        """A file whose reader lacks a package."""
+        """Count a file whose reader lacks a package."""
         self.needing.setdefault(reader.needs, Counter())[_kind(path)] += 1
 
     def needs(self) -> list[str]:
@@ -39,7 +39,7 @@ class LeftOut:
         return [f"Left out {_count(kinds)}: {needs}, then run this again." for needs, kinds in self.needing.items()]
 
     def lines(self) -> list[str]:
-        """All of it in words; no line where nothing was left out."""
+        """All of it in words; no lines if nothing was left out."""
         told = [*self.needs()]
         if self.unread:
             told.append(f"Left out, as nothing reads them: {_count(self.unread)}.")
@@ -55,7 +55,7 @@ class LeftOut:
         return told
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The same for JSON."""
         needing = Counter[str]()
         for kinds in self.needing.values():
             needing.update(kinds)
@@ -69,7 +69,7 @@ class LeftOut:
 
 
 def _kind(path: Path) -> str:
-    """A file's ending, unless it looks like part of a sentence rather than an ending (a long one, or one with blanks)."""
+    """A file's ending, unless it is long or has blanks, so that it looks like part of a sentence."""
     suffix = path.suffix.lower()
     return suffix if len(suffix) <= _LONGEST_SUFFIX and " " not in suffix else "with other endings"
 

@@ -1,4 +1,4 @@
-"""Conversations: checking a caller's messages, and the layouts in which a strict chat template may take them."""
+"""Conversations: checks of a caller's messages, and other layouts of them that a strict chat template may accept."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Message:
 
     Attributes:
         role: who speaks.
-        content: what is said; None where a message has none (an assistant's tool calls, say).
-        fields: all that it has besides: tool_calls, tool_call_id, name, reasoning_content.
+        content: what is said; None if a message has no content, such as an assistant's tool calls.
+        fields: all its other fields, such as tool_calls, tool_call_id, name and reasoning_content.
     """
 
     role: str
@@ -38,10 +38,10 @@ class Message:
 
     @classmethod
     def of(cls, message: object, name: str) -> Message:
-        """A caller's message.
+        """A caller's message, checked.
 
         Raises:
-            PromptError: it is none; the message says why.
+            PromptError: it is not a valid message.
         """
         if not isinstance(message, Mapping) or not {"role"} <= set(message):
             raise PromptError(
@@ -61,10 +61,10 @@ class Message:
 
 
 def layouts(messages: Sequence[Message]) -> Iterator[tuple[str, list[Message]]]:
-    """The conversation, and then what the makers of strict templates advise, with a description of each.
+    """The conversation as it is, and then other layouts of it, which makers of strict templates advise. Each comes with a description.
 
-    Some templates refuse two messages of one role in a row: they become one. Some know no system role: its text goes in front
-    of the next user message. Both are joined by a blank line.
+    Some templates refuse two messages of one role in a row, so such messages become one. Some have no system role, so the system text is
+    put before the next user message. Texts are joined by a blank line.
     """
     given = list(messages)
     yield "", given
@@ -93,7 +93,7 @@ def _merged(messages: Sequence[Message]) -> list[Message]:
 
 
 def _folded(messages: Sequence[Message]) -> list[Message]:
-    """System texts in front of the user message that follows, or as a user message where none does."""
+    """The messages with each system text before the user message that follows, or as a user message if none follows."""
     done: list[Message] = []
     waiting: list[Message] = []
     for message in messages:
@@ -116,6 +116,6 @@ def _joinable(message: Message) -> bool:
 
 
 def _joined(first: Message, second: Message) -> Message:
-    if not first.text or not second.text:  # a blank line belongs between two texts only
+    if not first.text or not second.text:  # a blank line is only needed between two texts
         return replace(second, content=(*(first.content or ()), *(second.content or ())))
     return replace(second, content=(*(first.content or ()), Text(_BETWEEN), *(second.content or ())))

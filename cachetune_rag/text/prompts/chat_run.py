@@ -1,4 +1,4 @@
-"""One run of a chat template over a conversation: what came out, and where the chunks and spelt-out control tokens are in it."""
+"""Runs a chat template over a conversation, and finds the chunks and the control tokens that messages spell out in its output."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from cachetune_rag.text.tokenizer import ContentTokenizer
 from cachetune_store.printing import shown
 
 _CERTAIN = 12
-"""A content of at least so many characters that occurs in the output was put there by the template; a shorter one may be chance."""
+"""If a content of at least so many characters occurs in the output, the template put it there. A shorter one may occur by chance."""
 _MOST_SPELLINGS = 64
-"""At most so many control tokens spelt out in the assistant's messages are tried one by one."""
+"""Up to so many control tokens that the assistant's messages spell out are tried one by one."""
 _WAY_OUT = (
     "Change the messages' order or roles, set another tokenizer.chat_template, or pass a prompt template with {prefix}, "
     "{chunks} and {query}."
 )
 
 Spelling = Callable[[int, str], str]
-"""How a control token's literal in the assistant's message of this number is marked: see `Marks.around`."""
+"""Says how a control token's text in the message of this number is marked. See `Marks.around`."""
 
 
 @dataclass
 class ChatRun:
-    """One conversation in one layout, through the template.
+    """The template's output for one layout of a conversation.
 
     Attributes:
-        tokenizer: whose chat template it is.
-        content: knows what is spelt like its control tokens.
-        tools, arguments: what the template is given besides the messages.
+        tokenizer: has the chat template.
+        content: finds text that is spelt like a control token.
+        tools, arguments: what the template gets besides the messages.
         typed: whether contents are lists of typed parts instead of strings.
     """
 
@@ -54,8 +54,8 @@ class ChatRun:
         marks = Marks(self.content, self._texts(messages))
         plain, spelling = self._plain(messages, marks)
         self._check_dropped(messages, marks, marks.without(plain))
-        patience = 3  # a template may show the time, which goes on between two of its outputs
-        # The template may alter a text that was only recognised as a chunk; it is then no chunk any more.
+        patience = 3  # a template may show the time, which differs between two of its outputs
+        # If the template alters a text that was only recognised as a chunk, the text is no longer treated as a chunk.
         while True:
             rendered = self._render(messages, marks, chunks=True, spelling=spelling)
             wrong = marks.altered(rendered, messages)
@@ -79,7 +79,7 @@ class ChatRun:
     # -- control tokens that are spelt out ------------------------------------------------------------------------
 
     def _plain(self, messages: Sequence[Message], marks: Marks) -> tuple[str, Spelling | None]:
-        """Without marks around chunks, and with the assistant's words as they are, unless the template refuses these."""
+        """The output without marks around chunks. The assistant's texts are not marked either, unless the template refuses them so."""
         try:
             return self._render(messages, marks), None
         except PromptError:
@@ -88,8 +88,8 @@ class ChatRun:
     def _spelt(self, messages: Sequence[Message], marks: Marks, rendered: str) -> str:
         """`rendered` with marks at control tokens that the assistant's messages spell out.
 
-        A literal that the template doesn't look for is content, and marked: marks on either side of it change nothing then. One
-        that the template looks for, and makes something else of, is its own to show or to leave out.
+        If marks around such a text don't change the output, the template doesn't look for the text. It is then content, and is marked.
+        If the template looks for it, as for `<think>`, the template decides whether it is shown.
         """
         spelt = Counter(
             (i, literal)
@@ -132,7 +132,7 @@ class ChatRun:
         found: set[tuple[int, int]],
         spelling: Spelling | None,
     ) -> set[tuple[int, int]]:
-        """Those recognised chunks whose marks change what the template makes of the conversation."""
+        """The recognised chunks whose marks change the template's output."""
         expected = marks.without(plain)
         loose = set()
         for i in {i for i, _ in found}:
@@ -153,7 +153,7 @@ class ChatRun:
     # -- contents that are left out -------------------------------------------------------------------------------
 
     def _check_dropped(self, messages: Sequence[Message], marks: Marks, plain: str) -> None:
-        """Refuse what leaves no trace of a message: a number in its place doesn't come out."""
+        """Refuse a template that drops a message. For that, a number is put in place of its content, and must be in the output."""
         doubtful = {}
         for i, message in enumerate(messages):
             text = message.text.strip()
@@ -168,7 +168,7 @@ class ChatRun:
         try:
             rendered = self._render(probe, marks)
         except PromptError:
-            return  # it looks into contents: so it doesn't drop them
+            return  # the template checks contents, so it doesn't drop them
         for i, number in doubtful.items():
             if number not in rendered:
                 raise PromptError(
@@ -181,7 +181,7 @@ class ChatRun:
     def _render(
         self, messages: Sequence[Message], marks: Marks, *, chunks: bool = False, spelling: Spelling | None = None
     ) -> str:
-        """What the template makes of the conversation, marked."""
+        """The template's output for the conversation, with marks."""
         conversation = []
         for i, message in enumerate(messages):
             made = {"role": message.role, **marks.cut_all(message.fields)}
@@ -201,7 +201,7 @@ class ChatRun:
                     **{name: marks.cut_all(value) for name, value in arguments.items()},
                 )
             )
-        except Exception as error:  # a template is somebody else's program: any error in it counts as its refusal
+        except Exception as error:  # a template is a program that may raise anything: any error counts as a refusal
             roles = ", ".join(message.role for message in messages)
             raise PromptError(
                 f"the tokenizer's chat template refuses messages with the roles {roles}: {words_of(error)}. {_WAY_OUT}"
@@ -229,7 +229,7 @@ class ChatRun:
         return "".join([*whole, write(text)])
 
     def _texts(self, messages: Sequence[Message]) -> Iterator[str]:
-        """All that goes into the template."""
+        """All texts that the template gets, and the template itself."""
         template = self.tokenizer.get_chat_template(self.arguments.get("chat_template"), self.tools)
         yield str(template)
         yield from _leaves([self.tools, self.arguments])
@@ -239,7 +239,7 @@ class ChatRun:
 
 
 def _leaves(value: Any) -> Iterator[str]:
-    """All texts in dicts, lists and plain values."""
+    """All strings inside nested dicts and lists."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -267,5 +267,5 @@ def _without(message: Message, places: set[int]) -> Message:
 
 
 def _same_text(one: str, other: str) -> bool:
-    """Whether two outputs differ in white space at most: marks at its ends keep a chunk from being trimmed."""
+    """Whether two outputs are the same except for white space. Marks at a chunk's ends keep the template from trimming it."""
     return one == other or "".join(one.split()) == "".join(other.split())

@@ -1,4 +1,4 @@
-"""A tokenizer's chat template: what it makes of a conversation, as transformers would, and where the chunks stand in that."""
+"""A tokenizer's chat template: the prompt that it makes of a conversation, as in transformers, and where the chunks are in it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cachetune_rag.text.tokenizer import ContentTokenizer, check_text
 from cachetune_store.printing import shown
 
 ALWAYS = frozenset({"chat_template", "add_generation_prompt", "continue_final_message"})
-"""What can be given whatever the template is, as in transformers' `apply_chat_template`."""
+"""Arguments that can be given for every template, as to transformers' `apply_chat_template`."""
 
 _SUPPLIED = {
     "messages", "raise_exception", "strftime_now", "dict", "lipsum", "cycler", "joiner", "namespace", "range",
@@ -35,19 +35,19 @@ _log = logging.getLogger(__name__)
 class ChatTemplate:
     """Lays out conversations. Safe to use from many threads.
 
-    What transformers' `apply_chat_template` renders is what comes out, with two exceptions. What is spelt like a control token
-    in a message, in tools or in arguments never becomes one: the template sees it with a mark inside, so that it can't be misled
-    by it. (In the assistant's own messages a template may look for such spellings, to cut `<think>...</think>` out, say. That is
-    followed.) And the white space at the ends of a chunk is kept where a template trims a content, for its KV belongs to it.
+    The result is what transformers' `apply_chat_template` makes, with two exceptions. First, text in a message, in tools or in arguments
+    that is spelt like a control token never becomes one: the template sees it with a mark inside. (Only in the assistant's messages may
+    a template look for such text, for example to remove `<think>...</think>`.) Second, the white space at the ends of a chunk is kept
+    even if the template trims contents, because the chunk's KV includes it.
 
-    Where a template refuses a conversation, or leaves out what someone said in it, `layouts` says what is tried.
+    If a template refuses a conversation, or leaves out a message, other layouts are tried (see `layouts`).
 
     Args:
         content: the tokenizer, and what is spelt like its control tokens.
-        defaults: arguments of the template for every conversation, e.g. enable_thinking; a caller's own go first.
+        defaults: arguments of the template for every conversation, e.g. enable_thinking. A caller's arguments replace them.
 
     Raises:
-        PromptError: the defaults name what the template doesn't use.
+        PromptError: the template doesn't use one of the defaults.
     """
 
     def __init__(self, content: ContentTokenizer, defaults: Mapping[str, Any]):
@@ -58,7 +58,7 @@ class ChatTemplate:
 
     @property
     def names(self) -> frozenset[str]:
-        """What a caller may give the template by name."""
+        """Names of the arguments that a caller may give the template."""
         return variables(self._source(self._defaults, None)) | ALWAYS
 
     def pieces(
@@ -67,7 +67,7 @@ class ChatTemplate:
         tools: Sequence[Any] | None = None,
         arguments: Mapping[str, Any] | None = None,
     ) -> list[PromptPiece]:
-        """What the prompt of a conversation is tokenised from.
+        """The pieces from which a conversation's prompt is tokenised.
 
         Raises:
             PromptError: the template refuses the conversation, leaves out a message, or alters a chunk; or it doesn't use an
@@ -88,7 +88,7 @@ class ChatTemplate:
             raise PromptError(f"no chat template can be chosen: {error}") from error
 
     def _arguments(self, arguments: Mapping[str, Any], tools: Sequence[Any] | None) -> dict[str, Any]:
-        """All that the template is given by name."""
+        """All arguments of the template: the defaults and a caller's, checked."""
         given = {**self._defaults, **arguments}
         template = given.get("chat_template")
         if template is not None:
@@ -114,8 +114,10 @@ class ChatTemplate:
     def _accepted(
         self, messages: Sequence[Message], tools: Sequence[Any] | None, arguments: Mapping[str, Any]
     ) -> list[PromptPiece]:
-        """The first layout that the template takes, with contents as strings or, as templates of multimodal models may want it,
-        as lists of typed parts. If it takes none, the first error stands."""
+        """The prompt in the first layout that the template accepts. If it accepts none, the first error is raised.
+
+        Each layout is tried with contents as strings, and as lists of typed parts, which templates of multimodal models may need.
+        """
         first: PromptError | None = None
         for what, layout in layouts(messages):
             for typed in (False, True):
@@ -134,7 +136,7 @@ class ChatTemplate:
 
 
 class _Generation(Extension):
-    """transformers' block tag, which says what the assistant wrote. Here it is only to be parsed."""
+    """transformers' block tag around what the assistant wrote. Here it only has to be parsed."""
 
     tags = {"generation"}  # noqa: RUF012 -- as jinja2 declares it
 
@@ -145,7 +147,7 @@ class _Generation(Extension):
 
 @lru_cache(maxsize=64)
 def variables(template: str) -> frozenset[str]:
-    """Names of the variables that a chat template reads and a caller may give; none of a template that can't be parsed."""
+    """Names of the variables that a chat template uses and a caller may give; empty if the template can't be parsed."""
     environment = Environment(extensions=["jinja2.ext.loopcontrols", _Generation])  # parses only, and renders nothing
     try:
         found = meta.find_undeclared_variables(environment.parse(template))

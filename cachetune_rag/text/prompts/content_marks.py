@@ -1,8 +1,8 @@
-"""Marks in what a chat template is given, by which its output shows where every chunk and every forged control token went.
+"""Marks in the input of a chat template, which show where its output has each chunk and each text that looks like a control token.
 
-A template is a program: it may trim a content, cut a part out of it, quote it, or look into it and choose. What it makes of a
-conversation is known only by running it. Marks are characters that no text of the conversation has. They stand around chunks, and
-inside whatever is spelt like a control token, and come out of the template where these come out.
+A template is a program. It may trim a content, remove a part of it, quote it, or choose by it. So only running it shows what it makes of a
+conversation. Marks are characters that occur in no text of the conversation. They stand around chunks, and inside text that is spelt like a
+control token, and the output has them in the same places.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from cachetune_rag.text.prompts.segments import Chunk, Passage, PromptPiece, Tem
 from cachetune_rag.text.tokenizer import ContentTokenizer
 
 _PRIVATE = (range(0x100000, 0x10FFFE), range(0xF0000, 0xFFFFE))
-"""Private-use characters: neither letters nor white space, without case, and in almost no text."""
+"""Private-use characters. They are no letters and no white space, have no case, and occur in almost no text."""
 
 _ANY = re.compile("[\U000f0000-\U0010ffff]")
 
 ChunkPlace = tuple[int, int]
-"""Message and segment that a chunk is."""
+"""The numbers of a chunk's message and segment."""
 
 
 class Marks:
     """Marks for one conversation.
 
     Args:
-        content: knows what is spelt like a control token.
-        texts: all that goes into the template, and the template: marks are characters that don't occur in it.
+        content: finds text that is spelt like a control token.
+        texts: all texts that the template gets, and the template itself. Marks are characters that don't occur in them.
     """
 
     def __init__(self, content: ContentTokenizer, texts: Iterator[str]):
@@ -47,17 +47,17 @@ class Marks:
     # -- putting them in ------------------------------------------------------------------------------------------
 
     def cut(self, text: str) -> str:
-        """`text` with a mark inside everything that is spelt like a control token."""
+        """`text` with a mark inside each part that is spelt like a control token."""
         places = self._content.cuts(text)
         return self._cut.join(text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True))
 
     def cut_content(self, text: str) -> str:
-        """The same, with marks also at the ends where the text could become a control token with its neighbours."""
+        """As `cut`, with a mark also at an end that could become a control token together with the text beside it."""
         start, end = self._content.loose_ends(text)
         return (self._cut if start else "") + self.cut(text) + (self._cut if end else "")
 
     def cut_all(self, value: Any) -> Any:
-        """`value`, of dicts, lists and plain values, with every text in it cut."""
+        """`value` with `cut` applied to every string in it, also in nested dicts and lists."""
         if isinstance(value, str):
             return self.cut(value)
         if isinstance(value, Mapping):
@@ -67,7 +67,7 @@ class Marks:
         return value
 
     def around(self, text: str, spelling: Callable[[str], str]) -> str:
-        """`text` with what is spelt like control tokens marked as `spelling` says: "inside", "around" or "" for not at all."""
+        """`text` with each part that is spelt like a control token marked as `spelling` says: "inside", "around", or "" for no mark."""
         done, pieces = 0, []
         if text not in self._spelt:
             self._spelt[text] = self._content.found(text)
@@ -81,7 +81,7 @@ class Marks:
         return "".join([*pieces, text[done:]])
 
     def chunk(self, place: ChunkPlace, text: str) -> str:
-        """A chunk's text between two marks of its own.
+        """A chunk's text between two marks that only this chunk has.
 
         Raises:
             PromptError: there are more chunks than marks.
@@ -97,12 +97,12 @@ class Marks:
     # -- reading them out -----------------------------------------------------------------------------------------
 
     def without(self, rendered: str) -> str:
-        """What the template's output would be without marks."""
+        """The template's output with all marks removed."""
         marks = {self._cut, self._left, self._right, *self._chunks}
         return _ANY.sub(lambda match: "" if match.group() in marks else match.group(), rendered)
 
     def altered(self, rendered: str, messages: Sequence[Message]) -> list[ChunkPlace]:
-        """Chunks that didn't come out once and as they are."""
+        """Chunks that the output doesn't have exactly once and unchanged."""
         found = self._found(rendered)
         wrong = []
         for mark, (i, j) in self._chunks.items():
@@ -110,13 +110,13 @@ class Marks:
             content = messages[i].content
             chunk = content[j] if content is not None else None
             if not isinstance(chunk, Chunk):
-                continue  # it is marked no more
+                continue  # it is no longer treated as a chunk
             if len(places) != 2 or rendered[places[0] + 1 : places[1]].replace(self._cut, "") != chunk.text:
                 wrong.append((i, j))
         return wrong
 
     def pieces(self, rendered: str, messages: Sequence[Message]) -> list[PromptPiece]:
-        """What a prompt is tokenised from; no chunk is `altered`."""
+        """The pieces from which the prompt is tokenised. Call it only if no chunk is `altered`."""
         found = self._found(rendered)
         order = [(i, j) for i, m in enumerate(messages) for j, s in enumerate(m.content or ()) if isinstance(s, Chunk)]
         numbers = {place: number for number, place in enumerate(order)}
@@ -140,7 +140,7 @@ class Marks:
         return found
 
     def _texts(self, rendered: str) -> Iterator[PromptPiece]:
-        """Output between chunks: cut at the marks, so that no control token is read across one."""
+        """The output between chunks, cut at the marks, so that no control token is read across a mark."""
         sides = self._left + self._right
         for i, piece in enumerate(re.split(f"{self._left}([^{sides}]+){self._right}", rendered)):
             if i % 2 and self._content.is_control(piece):

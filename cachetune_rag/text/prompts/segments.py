@@ -1,4 +1,4 @@
-"""What a prompt is made of, before and after it is tokenised."""
+"""The parts of a prompt, before and after it is tokenised."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cachetune_store.printing import shown
 
 @dataclass(frozen=True)
 class Text:
-    """Content that is always computed."""
+    """Text that is always computed."""
 
     text: str
 
@@ -27,10 +27,10 @@ class Chunk:
 
     Attributes:
         text: the passage exactly as the prompt shows it.
-        document: the id of the document that it belongs to. What a request computes of it is stored under that document,
-            and removed with it. None: of no document.
-        found: whether it was recognised in plain text. Where a chat template alters such a text, the prompt has what the
-            template makes of it, computed; a chunk that was given as one is refused then.
+        document: the id of the document that it belongs to. If a request computes it, it is stored under that document, and
+            removed with it. None: it belongs to no document.
+        found: whether it was recognised in plain text. If a chat template alters such a text, the altered text is computed.
+            A chunk that was given as a chunk is refused then.
         since: a number from `cachetune_store.changes_so_far`, from when the text was known to be the document's (it was
             retrieved then). If the document is removed or replaced after that, nothing is stored under it. None: the time
             at which the prompt is made.
@@ -44,7 +44,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class TemplateText:
-    """The developer's own text, always computed: what spells a control token in it is one. Never for what users write."""
+    """The developer's own text, always computed. Control tokens that it spells out are control tokens, so never use it for a user's text."""
 
     text: str
 
@@ -61,7 +61,7 @@ class Passage:
 
 
 PromptPiece = Text | Passage | TemplateText
-"""What prompts are tokenised from."""
+"""The pieces from which prompts are tokenised."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Prompt:
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.__dict__.update(state)
-        # Another process counts otherwise: there, what is known now is not known for longer than it has been here.
+        # Another process has its own count of changes. There, a text can't be known since before the prompt arrived.
         since = tuple(min(number, changes_so_far()) for number in self.chunk_since)
         object.__setattr__(self, "chunk_since", since)
 
@@ -148,10 +148,10 @@ def given_chunks(
 
 
 def checked_segments(segments: object, name: str) -> Iterator[Segment]:
-    """Segments, each a `Text` or `Chunk` whose text can be used. A part {"type": "text", "text": ...}, as in OpenAI's API, is a text.
+    """A caller's segments, checked. A part {"type": "text", "text": ...}, as in OpenAI's API, becomes a `Text`.
 
     Raises:
-        PromptError: `segments` is no list of `Text`, `Chunk` and str.
+        PromptError: `segments` is not a list of `Text`, `Chunk` and str.
     """
     if isinstance(segments, str) or not isinstance(segments, Sequence):
         raise PromptError(f"{name} is {shown(segments)}: use a list of Text, Chunk and str.")
@@ -171,7 +171,7 @@ def checked_segments(segments: object, name: str) -> Iterator[Segment]:
 
 
 def numbered(segments: Iterable[Segment]) -> Iterator[PromptPiece]:
-    """Segments with their chunks numbered."""
+    """The segments, with a number for each chunk."""
     number = count()
     for segment in segments:
         yield Passage(next(number), segment) if isinstance(segment, Chunk) else segment

@@ -1,4 +1,4 @@
-"""Kinds of files that documents are read from, one file each. A new kind is a file here and a name in `READERS`."""
+"""Readers of the kinds of files that hold documents, each in a file. For a new kind, add a file here and a name to `READERS`."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ _BY_SUFFIX = {suffix: reader for reader in READERS for suffix in reader.suffixes
 
 
 def reader_for(path: PurePath) -> Reader | None:
-    """Who reads files with this ending; None: nobody."""
+    """The reader of files with this ending; None if there is none."""
     return _BY_SUFFIX.get(path.suffix.lower())

@@ -1,4 +1,4 @@
-"""What every kind of file has in common: who reads it, what comes out, and how a refusal is worded."""
+"""What all readers have in common: the base class, the documents that they return, and their error."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from cachetune_rag.checking.escaping import visible_line
 from cachetune_rag.errors import CacheTuneError
 
 MOST_BYTES = 256 << 20
-"""Most bytes that are held at once: of a text, a web page, a table, or a line of JSON. Larger ones are refused by name."""
+"""Most bytes of a text, a web page, a table, or a line of JSON, which are held in memory. Larger ones are refused."""
 
 
 class CorpusError(CacheTuneError):
-    """A file or line can't be read as documents; the message names it, what is allowed and what to do."""
+    """A file or line can't be read as documents. The message names it and says what is allowed and what to do."""
 
 
 @dataclass(frozen=True)
 class SourceDocument:
-    """A document as read; exactly one of `text`, `passages` and `chunks` is set.
+    """A document as it was read. Exactly one of `text`, `passages` and `chunks` is set.
 
     Attributes:
-        id: the document's.
-        text: still to be split.
-        chunks: as the author cut them.
-        size: what it takes in its file, in bytes.
-        where: names that place for messages.
-        passages: kept apart, but each still to be split where it is too long.
+        id: the document's id.
+        text: the whole text, which has not been split yet.
+        chunks: chunks that the file itself defines.
+        size: bytes that it takes in its file.
+        where: its place in the file, for messages.
+        passages: texts that are kept apart. Each is split if it is too long.
     """
 
     id: str
@@ -42,11 +42,11 @@ class SourceDocument:
 
     @property
     def empty(self) -> bool:
-        """No text but white space."""
+        """Whether it has no text except white space."""
         return not any(part.strip() for part in (self.chunks or self.passages or (self.text or "",)))
 
     def cut(self, split: Callable[[str], list[str]]) -> list[str]:
-        """Its chunks; `split` cuts a text."""
+        """Its chunks. `split` cuts a text into chunks."""
         if self.chunks:
             return list(self.chunks)
         return [chunk for part in self.passages or (self.text or "",) for chunk in split(part)]
@@ -58,8 +58,8 @@ class Reader(ABC):
     Attributes:
         what: its name in messages.
         suffixes: endings of its files, in lower case.
-        packages: what has to be installed (the extra `files`), as imported.
-        own_ids: whether its documents bring their ids with them; otherwise a file is a document, named by its path.
+        packages: names of the modules that it needs (of the extra `files`).
+        own_ids: whether the file gives its documents their ids. Otherwise the file is one document, named by its path.
     """
 
     what: ClassVar[str]
@@ -67,11 +67,11 @@ class Reader(ABC):
     packages: ClassVar[tuple[str, ...]] = ()
     own_ids: ClassVar[bool] = False
     whole: ClassVar[bool] = True
-    """Whether a file is held in memory at once, so that its size has a limit."""
+    """Whether a file is held in memory as a whole. Its size then has a limit."""
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """Those of the packages that aren't installed."""
+        """The packages that aren't installed."""
         return tuple(name for name in self.packages if importlib.util.find_spec(name) is None)
 
     @property
@@ -81,10 +81,10 @@ class Reader(ABC):
 
     @abstractmethod
     def check(self, head: bytes, path: Path) -> None:
-        """Refuse, by a file's first bytes, what is clearly of another kind.
+        """Refuse a file that is clearly of another kind, by its first bytes.
 
         Raises:
-            CorpusError: says what it is.
+            CorpusError: says what kind of file it is.
         """
 
     @abstractmethod
@@ -93,11 +93,11 @@ class Reader(ABC):
 
         Args:
             stream: the file, from its beginning.
-            name: id of the document, if a file is one.
-            path: for messages.
+            name: id of the document, if the file is one document.
+            path: the file's path, for messages.
 
         Raises:
-            CorpusError: it can't be read on; says where and why.
+            CorpusError: the file can't be read. Says where and why.
         """
 
 
@@ -105,7 +105,7 @@ def read_whole(stream: BinaryIO, path: Path) -> bytes:
     """All bytes of a file.
 
     Raises:
-        CorpusError: they are more than `MOST_BYTES`.
+        CorpusError: it has more than `MOST_BYTES`.
     """
     data = stream.read(MOST_BYTES + 1)
     if len(data) > MOST_BYTES:
@@ -114,7 +114,7 @@ def read_whole(stream: BinaryIO, path: Path) -> bytes:
 
 
 def too_large(path: Path) -> str:
-    """The message about a file of more than `MOST_BYTES`."""
+    """The message about a file with more than `MOST_BYTES`."""
     return (
         f"{visible_line(path)} is larger than {MOST_BYTES >> 20} MiB, the most that is read as one document: cut it into "
         "several files, or make it JSONL."
@@ -122,6 +122,6 @@ def too_large(path: Path) -> str:
 
 
 def clean(text: str) -> str:
-    """Text out of a page, without what is no Unicode: NUL, and halves of surrogate pairs (whole pairs are joined)."""
+    """A page's text, without NUL and without halves of surrogate pairs, which are no Unicode text. Whole pairs are joined."""
     joined = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return joined.replace("\0", "")

@@ -1,4 +1,4 @@
-"""JSON lines: every line is a document with an id of its own, and either a text or chunks."""
+"""JSON lines: every line is a document with an id, and either a text or chunks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class JsonLinesReader(Reader):
         refuse_binary(head, path)
 
     def read(self, stream: BinaryIO, name: str, path: Path) -> Iterator[SourceDocument]:
-        """A document a line; empty lines are left out."""
+        """A document for each line, except empty lines."""
         number = 0
         while line := stream.readline(MOST_BYTES + 1):
             number += 1
@@ -93,7 +93,7 @@ def _check_text(value: object, field: str, where: str) -> str:
 
 
 def _kind(value: object) -> str:
-    """What JSON calls a value."""
+    """The kind of a JSON value, in words."""
     if value == "":
         return "an empty string"
     names = {

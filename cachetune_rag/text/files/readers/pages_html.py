@@ -1,4 +1,4 @@
-"""Web pages: what a page says as Markdown, without its scripts and styles. By Beautiful Soup and markdownify."""
+"""Web pages: the text of a page as Markdown, without scripts and styles, read by Beautiful Soup and markdownify."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _NOT_SAID = ["head", "script", "style", "template", "noscript", "svg", "iframe",
 
 
 class HtmlReader(Reader):
-    """A file is a document. Its encoding is the one that it states; links and pictures leave their words."""
+    """A file is a document. It is read in the encoding that it states. Of links and pictures, only the words stay."""
 
     what = "HTML"
     suffixes = (".html", ".htm", ".xhtml")
     packages = ("bs4", "markdownify")
 
     def check(self, head: bytes, path: Path) -> None:
-        """Refuse what other formats begin with; a page may be in any encoding, so zeros say nothing."""
+        """Refuse files that begin like other formats. Zero bytes are allowed, because a page may be in any encoding."""
         if head.startswith((b"%PDF-", b"PK\x03\x04", b"\x1f\x8b", b"\x89PNG")):
             raise CorpusError(f"{visible_line(path)} is a binary file, not HTML: give it the ending of what it is.")
 
@@ -43,7 +43,7 @@ def _markdown(data: bytes) -> str:
     from markdownify import MarkdownConverter
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # advice to programmers: that it looks like XML, or like a file's name
+        warnings.simplefilter("ignore")  # they are advice to programmers, for example that the page looks like XML
         page = BeautifulSoup(data, "html.parser")
     title = page.title.get_text(" ", strip=True) if page.title else ""
     for tag in page.find_all(_NOT_SAID):

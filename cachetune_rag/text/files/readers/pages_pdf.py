@@ -1,4 +1,4 @@
-"""The text of PDFs, by pypdf."""
+"""The text of PDFs, read by pypdf."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from cachetune_rag.checking.escaping import visible_line
 from cachetune_rag.text.files.readers.base import CorpusError, Reader, SourceDocument, clean
 
 _MARK_WITHIN = 1024
-"""A PDF may have this many bytes of something else in front."""
+"""A PDF may begin with up to so many bytes of something else."""
 
 
 class PdfReader(Reader):
-    """A file is a document; its pages follow each other with an empty line between. Scanned pages have no text."""
+    """A file is a document. Its pages are joined by empty lines. Scanned pages have no text."""
 
     what = "PDF"
     suffixes = (".pdf",)
@@ -23,7 +23,7 @@ class PdfReader(Reader):
     whole = False
 
     def check(self, head: bytes, path: Path) -> None:
-        """Refuse what isn't marked as a PDF."""
+        """Refuse a file without the mark of a PDF."""
         if b"%PDF-" not in head[:_MARK_WITHIN]:
             raise CorpusError(f"{visible_line(path)} is no PDF, although it is named like one: give it another ending.")
 
@@ -33,7 +33,7 @@ class PdfReader(Reader):
             text = clean(_text(stream, path))
         except (CorpusError, OSError, MemoryError):
             raise
-        except Exception as error:  # a broken file may raise whatever pypdf stumbles over
+        except Exception as error:  # pypdf may raise any error at a broken file
             raise CorpusError(
                 f"{visible_line(path)} can't be read as a PDF ({type(error).__name__}: {error}): save it anew, or convert it to "
                 "text."
@@ -48,7 +48,7 @@ class PdfReader(Reader):
 def _text(stream: BinaryIO, path: Path) -> str:
     import pypdf
 
-    logging.getLogger("pypdf").setLevel(logging.ERROR)  # it warns, a line each, about flaws that it reads over
+    logging.getLogger("pypdf").setLevel(logging.ERROR)  # it would log a line for each flaw that it ignores
     document = pypdf.PdfReader(stream)
     if document.is_encrypted and not document.decrypt(""):
         raise CorpusError(f"{visible_line(path)} is encrypted: save it without a password.")

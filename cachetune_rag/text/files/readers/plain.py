@@ -1,4 +1,4 @@
-"""Plain text and Markdown: a file is a document, kept to the character."""
+"""Plain text and Markdown: a file is a document, of which every character is kept."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PACKED = (b"PK\x03\x04", b"\x1f\x8b", b"\xd0\xcf\x11\xe0")
 
 
 class PlainReader(Reader):
-    """Also reads every file that is named itself and has an ending that nobody else reads."""
+    """Also reads files with any other ending, if they are given themselves."""
 
     what = "text"
     suffixes = (".txt", ".md", ".markdown", ".rst")
@@ -30,7 +30,7 @@ class PlainReader(Reader):
 
 
 def refuse_binary(head: bytes, path: Path) -> None:
-    """Refuse, by its first bytes, a file that is no UTF-8 text.
+    """Refuse a file that is not UTF-8 text, by its first bytes.
 
     Raises:
         CorpusError: says what it is and what to do.
@@ -49,7 +49,7 @@ def refuse_binary(head: bytes, path: Path) -> None:
 
 
 def decode(data: bytes, path: Path) -> str:
-    """Text exactly as in the file, line ends included; only a byte order mark is dropped.
+    """The text exactly as in the file, with its line ends. Only a byte order mark is removed.
 
     Raises:
         CorpusError: it is not UTF-8, or binary.
@@ -67,6 +67,6 @@ def decode(data: bytes, path: Path) -> str:
 
 
 def not_utf8(where: str, error: UnicodeDecodeError) -> str:
-    """The message about bytes that are no UTF-8."""
+    """The message about bytes that are not UTF-8."""
     byte = error.object[error.start]
     return f"{where} is not UTF-8 (byte 0x{byte:02x}): convert it, e.g. with iconv -f LATIN1 -t UTF-8."

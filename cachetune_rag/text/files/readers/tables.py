@@ -1,4 +1,4 @@
-"""Tables (CSV and TSV): a file is a document, a row one of its passages, written as `column: value` lines."""
+"""Tables (CSV and TSV): a file is a document, and each row is a passage with a line `column: value` for each cell."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DELIMITERS = ",;\t|"
 
 
 class TableReader(Reader):
-    """The first row names the columns. A comma, semicolon, tab or bar divides them: whichever makes most of that row."""
+    """The first row names the columns. The delimiter is a comma, semicolon, tab or bar: the one that gives that row the most columns."""
 
     what = "CSV"
     suffixes = (".csv", ".tsv")
@@ -26,10 +26,10 @@ class TableReader(Reader):
         refuse_binary(head, path)
 
     def read(self, stream: BinaryIO, name: str, path: Path) -> Iterator[SourceDocument]:
-        """One document. Rows keep together, as each says one thing; empty cells and rows are left out."""
+        """One document. A row is not divided between chunks unless it is too long. Empty cells and rows are left out."""
         data = read_whole(stream, path)
         text = decode(data, path)
-        # The module's own limit is 128 KiB a cell, and one for the whole process: it is only ever raised.
+        # csv limits a cell to 128 KiB. The limit belongs to the whole process, so it is only ever raised.
         csv.field_size_limit(max(csv.field_size_limit(), MOST_BYTES))
         rows = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text))
         try:
