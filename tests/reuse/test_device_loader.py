@@ -175,6 +175,46 @@ def check(engine: CacheTune, probed: int | str, tiers: str) -> None:
         assert torch.equal(found.value_rows[layer][at], wanted.value_rows[layer][at])
 
 
+@pytest.mark.parametrize("tier", ["host", "device"])
+def test_rows_of_tokens_that_a_prompt_does_not_have_go_to_the_spare_place_alone(engine: CacheTune, tier: str) -> None:
+    adapter, spare, filled, there = engine.adapter, LENGTH - 1, [], np.zeros(LENGTH, np.bool_)
+    if tier == "device":
+        for source in sources(engine, [1, 1, 1]):
+            with source.reader:
+                source.reader.promote()
+    for plain in (True, False):
+        some = sources(engine, [1, 1, 1])
+        for source, edges in zip(some, ((2, 1), (0, 2), (1, 0)), strict=True):
+            source.inside, source.spare = range(edges[0], source.reader.layout.tokens - edges[1]), spare
+            there[source.start + source.inside.start : source.start + source.inside.stop] = True
+        buffers = adapter.new_buffers(LENGTH)
+        for rows in (*buffers.key_rows, *buffers.value_rows):
+            rows.fill_(7)
+        with closing(DeadlinePool(None)) as pool:
+            loader = (
+                LayerLoader(adapter, some, buffers, pool)
+                if plain
+                else DeviceLoader(adapter, some, buffers, pool, Streams(adapter.device, adapter.num_layers))
+            )
+            for layer in range(adapter.num_layers):
+                loader.load(layer)
+            loader.close()
+        for source in some:
+            assert source.reader.tier == tier
+            source.reader.close()
+        filled.append(buffers)
+    there[spare] = False
+    elsewhere = ~there
+    elsewhere[spare] = False
+    wanted, found = filled
+    for rows, others in ((wanted.key_rows, found.key_rows), (wanted.value_rows, found.value_rows)):
+        for mine, theirs in zip(rows, others, strict=True):
+            assert torch.equal(mine[there], theirs[there])
+            assert (mine[elsewhere] == 7).all()
+            assert (theirs[elsewhere] == 7).all()
+            assert not (mine[there] == 7).all(dim=(1, 2)).any()
+
+
 @pytest.mark.parametrize("pinned", [True, False])
 @pytest.mark.parametrize("columns", [4, 2])
 def test_numbers_of_tokens_stand_in_a_table(

@@ -44,10 +44,10 @@ NAMESPACE = Namespace("model", "tokenizer", "float32", ((BOS,),))
 class Reuse:
     """An assembler over a store in memory."""
 
-    def __init__(self, name: str, stored: Sequence[list[int]] = CHUNKS):
+    def __init__(self, name: str, stored: Sequence[list[int]], device: str, cuda_kernels: bool):
         self.family: Family = family(name)
-        self.model: PreTrainedModel = model_of(name)
-        self.adapter = ModelAdapter(self.model)
+        self.model: PreTrainedModel = model_of(name) if device == "cpu" else self.family.build().to(device)
+        self.adapter = ModelAdapter(self.model, cuda_kernels=cuda_kernels)
         self.store, self.pool = ChunkStore(None), DeadlinePool(None)
         lead_ins = LeadIns(self.store, NAMESPACE, choose=False, vocabulary=VOCAB, limit=None)
         self.assembler = Assembler(self.adapter, self.store, lead_ins, self.pool)
@@ -114,8 +114,10 @@ class _Stored(DynamicCache):
 
 
 @contextmanager
-def reuse_of(name: str, stored: Sequence[list[int]] = CHUNKS) -> Iterator[Reuse]:
-    made = Reuse(name, stored)
+def reuse_of(
+    name: str, stored: Sequence[list[int]] = CHUNKS, device: str = "cpu", cuda_kernels: bool = False
+) -> Iterator[Reuse]:
+    made = Reuse(name, stored, device, cuda_kernels)
     try:
         yield made
     finally:
@@ -220,3 +222,21 @@ def test_chunks_that_are_not_stored_count_with_the_tokens_that_the_prompt_has() 
 def test_spans_that_can_not_be_are_refused(spans: list[tuple[int, int]]) -> None:
     with pytest.raises(PromptError, match=r"prompt of 10 tokens.*in order"):
         prompt_of_ids(range(10), [IdSpan(start, end, start) for start, end in spans])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cuda_kernels", [False, True], ids=["plain", "kernels"])
+def test_on_a_gpu(llama: Reuse, cuda_kernels: bool) -> None:
+    """As on the CPU, at every ratio and with a selector that looks: the same tokens are computed over the same rows."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    with reuse_of("llama", device="cuda", cuda_kernels=cuda_kernels) as reuse:
+        for prompt in PROMPTS.values():
+            for ratio, selector in (
+                (0.0, "frequency"),
+                (0.3, "frequency"),
+                (0.3, "expected_error"),
+                (1.0, "frequency"),
+            ):
+                wanted, state = llama(prompt, ratio, selector), reuse(prompt, ratio, selector)
+                assert (state.logits.cpu() - wanted.logits).abs().max().item() <= 1e-3
+                assert state.report.reused == wanted.report.reused
