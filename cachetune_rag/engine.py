@@ -481,7 +481,7 @@ class CacheTune:
             bound=bound, measure=measure, selector=selector, ratios=ratios, tokens=tokens, quantile=quantile
         )
         check_savable(self.store, "calibrated")
-        return self.runtime.calibrations.save(Calibrator(self.runtime.bench(), plan, progress).run(samples))
+        return self.runtime.calibrations.save(Calibrator(self.runtime.bench(), plan, progress).calibrate(samples))
 
     def calibrated_ratio(self, selector: str = "auto") -> float | None:
         """The ratio that `calibrate` saved for a selector, the least that keeps its bound; None if there is none."""
@@ -527,7 +527,7 @@ class CacheTune:
         plan = TuningPlan.of(tier=tier, selector=selector, r_min=r_min, r_max=r_max, rounds=rounds, tokens=tokens)
         check_savable(self.store, "tuned")
         runtime = self.runtime
-        return Tuner(runtime.bench(), plan, runtime.calibrations.ratio, runtime.tunings, progress).run(samples)
+        return Tuner(runtime.bench(), plan, runtime.calibrations.ratio, runtime.tunings, progress).tune(samples)
 
     # -- state ----------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""How far the next tokens' distributions under reuse are from those of full prefill."""
+"""How far the model's distributions over the next token, with reuse, are from those of full prefill."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Divergence:
-    """What reuse changed, by target token.
+    """What reuse changed at each target token.
 
     Attributes:
-        kl: KL(full || reuse) in nats, of each token's distribution.
-        same: whether both find the same token the likeliest (of equal ones the smaller id).
+        kl: KL(full || reuse) in nats.
+        same: whether both find the same token the likeliest. Among equally likely ones the smallest id counts.
     """
 
     kl: tuple[float, ...]
@@ -23,7 +23,7 @@ class Divergence:
 
     @property
     def mean_kl(self) -> float:
-        """Nats a token."""
+        """Mean of `kl`: nats a token."""
         return sum(self.kl) / len(self.kl)
 
     @property
@@ -33,7 +33,7 @@ class Divergence:
 
     @classmethod
     def of(cls, full: Iterable[Tensor], reuse: Iterable[Tensor]) -> Divergence:
-        """Compare logits given as blocks [tokens, vocab] of equal sizes; at least one token."""
+        """Compare logits that come in blocks [tokens, vocab], of the same sizes from both. There is at least one token."""
         kl: list[float] = []
         same: list[bool] = []
         for p, q in zip(full, reuse, strict=True):
@@ -45,7 +45,7 @@ class Divergence:
 def kl_divergence(full: Tensor, reuse: Tensor) -> Tensor:
     """KL(full || reuse) in nats of each row of logits [tokens, vocab], in float32 [tokens].
 
-    Tokens that full prefill rules out (logit -inf) count nothing. Rounding can't make it negative.
+    Tokens that full prefill rules out (logit -inf) add nothing. The result is never negative, whatever the rounding.
     """
     log_p, log_q = full.float().log_softmax(-1), reuse.float().log_softmax(-1)
     terms = torch.where(log_p == float("-inf"), 0.0, log_p.exp() * (log_p - log_q))

@@ -1,8 +1,8 @@
-"""Profiles: small results of measurements (a calibrated ratio, a tuned one) that later engines on the same store use.
+"""Profiles: small results of measurements, such as a calibrated ratio, that later engines on the same store use.
 
-A profile is one JSON file in the store's folder, `profiles/KIND-DIGEST.json`, named by a digest of its key: what the
-result depends on (model, selector, codec, hardware, ...). The file holds the key itself as well. A file that can't be trusted
-counts as missing: a profile can always be measured again.
+A profile is one JSON file in the store's folder, `profiles/KIND-DIGEST.json`. The digest is that of its key, which is everything that
+the result depends on (model, selector, codec, hardware, ...). The key is also in the file. A file that can't be trusted counts as
+missing, because a profile can always be measured again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from cachetune_store.printing import shown
 FORMAT = "cachetune-profile"
 VERSION = 1
 MAX_BYTES = 1 << 20
-"""Longest file that is read (and written)."""
+"""Bytes of the longest file that is written or read."""
 
 _KIND = re.compile(r"[a-z]{1,32}")
 _log = logging.getLogger(__name__)
@@ -35,10 +35,10 @@ _log = logging.getLogger(__name__)
 class Profiles:
     """The profiles of one store. Threads may share it.
 
-    What was loaded, or found missing, is remembered: a running engine goes on with the profiles it began with and its own.
+    What was loaded or found missing is remembered, so a running engine doesn't see profiles that other processes save meanwhile.
 
     Args:
-        store: the store's folder; None (a store in memory) keeps profiles in this object only.
+        store: the store's folder. None, for a store in memory: profiles are kept in this object only.
         call: makes the calls that may touch its disk.
     """
 
@@ -48,12 +48,12 @@ class Profiles:
         self._known: dict[str, str | None] = {}
 
     def save(self, kind: str, key: Mapping[str, str], content: Mapping[str, Any]) -> Path | None:
-        """Keep `content` under `key`, in place of what was there; when this returns, it survives a crash.
+        """Keep `content` under `key` and replace what was there. When this returns, it survives a crash.
 
-        It counts in this object even if writing it fails.
+        If the file can't be written, this object still keeps it.
 
         Args:
-            kind: a word of lower-case letters: whose profile it is.
+            kind: a word of lower-case letters that says what was measured, such as "tuning".
             key: all that the content depends on.
             content: anything that JSON can hold; no NaN or infinity.
 
@@ -61,7 +61,7 @@ class Profiles:
             The file; None for a store in memory.
 
         Raises:
-            ValueError: content or key is nothing that JSON can hold, or too large.
+            ValueError: JSON can't hold content or key, or they are too large.
             StoreError: the file can't be written.
         """
         self._origin.check()
@@ -84,7 +84,7 @@ class Profiles:
         return path
 
     def load(self, kind: str, key: Mapping[str, str]) -> dict[str, Any] | None:
-        """What was saved under `key`, a copy; None if nothing was, or its file is damaged (which is logged)."""
+        """A copy of what was saved under `key`. None if nothing was, or if its file is damaged, which is logged."""
         self._origin.check()
         name = _name(kind, key)
         with self._lock:
@@ -93,7 +93,7 @@ class Profiles:
             try:
                 text = self._call(self._read, name, kind, dict(key))
             except StoreTimeoutError:
-                return None  # looked for again the next time
+                return None  # not remembered, so the next call looks for the file again
             with self._lock:
                 text = self._known.setdefault(name, text)
         return None if text is None else json.loads(text)

@@ -1,4 +1,4 @@
-"""Teacher forcing: the logits from which a model would choose each token of a given continuation."""
+"""Teacher forcing: the logits from which a model would choose each token of a continuation that is given."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cachetune_rag.model import ModelAdapter
 
 
 def rewind(cache: Cache, length: int) -> None:
-    """Drop all tokens after the first `length`. A forward that ended early leaves layers of different lengths: each is cut."""
+    """Drop all tokens after the first `length`. After a forward that was stopped early, layers have different lengths, so each is cut."""
     for layer in cache.layers:
         if (beyond := layer.get_seq_length() - length) > 0:
             layer.crop(-beyond)
@@ -28,10 +28,10 @@ def teacher_forced(
         logits: of the prompt's last token, [1, vocab].
         cache: of the prompt; target[:-1] is appended to it.
         target: token ids, at least one.
-        block: how many tokens one forward computes; bounds the memory for logits.
+        block: the most tokens that one forward computes. It bounds the memory that logits take.
 
     Yields:
-        Logits [at most block + 1, vocab], for all tokens of `target` together.
+        Blocks of logits [tokens, vocab], which together have one row for each token of `target`.
     """
     yield logits
     ids = torch.tensor(list(target[:-1]), dtype=torch.int64, device=adapter.device)

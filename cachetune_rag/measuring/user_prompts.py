@@ -13,10 +13,10 @@ from cachetune_store.printing import shown
 
 
 def prompts_of(bench: Bench, samples: Iterable[Any]) -> list[Prompt]:
-    """Prompts of samples: dicts (or objects) with query, chunks and perhaps prefix, as for `generate`; or prompts.
+    """Prompts made of samples: dicts (or objects) with query, chunks and perhaps prefix, as for `generate`. Prompts are taken too.
 
     Raises:
-        ConfigError, PromptError: there is none, or one of them can't be used; the message says which and why.
+        ConfigError, PromptError: there are no samples, or one can't be used. The message says which and why.
     """
     if isinstance(samples, str | bytes | Mapping) or not is_iterable(samples):
         raise ConfigError(

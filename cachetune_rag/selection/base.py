@@ -1,4 +1,4 @@
-"""The interface of a selector, and what it may look at."""
+"""What a selector is, and what it sees of a request."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ class ReusedChunk:
 
     Attributes:
         start: place of its first token in the prompt.
-        order: int64 [tokens]; the offline ranking, least important token first (the row order of its file).
-        scores: float32 [tokens]; the offline score of each token, in token order.
-        deviations: float16 [tokens, 2 * sum over layers of kv_heads], as stored: how far the token's key and value moved
-            from one lead-in to another, a column a head, keys before values, layer by layer. None where there was a single
-            lead-in and nothing is known.
-        skipped: the last `skipped` tokens of the ranking are recomputed whatever the selector says; their KV isn't read, so
-            there is nothing to choose about them.
+        order: int64 [tokens]; the ranking, with the least important token first. Rows in the chunk's file have this order.
+        scores: float32 [tokens]; each token's importance, in token order, by which it was ranked.
+        deviations: float16 [tokens, 2 * sum over layers of kv_heads]; how far the token's keys and values were apart behind different
+            lead-ins. There is one column for each head, layer by layer, keys before values. None for a chunk with a single lead-in.
+        skipped: the rows of the last `skipped` tokens of the ranking are not read. These tokens are recomputed in any case, so a
+            selector doesn't choose among them.
     """
 
     start: int
@@ -40,11 +39,11 @@ class ReusedChunk:
         return int(self.order.shape[0])
 
     def budget(self, ratio: float) -> int:
-        """How many tokens of this chunk are left to choose, if `ratio` of all of it is to be recomputed."""
+        """How many tokens of this chunk a selector chooses if a share `ratio` of the chunk is to be recomputed."""
         return max(0, budget(ratio, self.tokens) - self.skipped)
 
     def places(self) -> Tensor:
-        """Places in the prompt of the tokens that can be chosen, int64, ascending."""
+        """Places in the prompt of the tokens that can be chosen: int64, ascending."""
         if not self.skipped:
             return torch.arange(self.start, self.start + self.tokens)
         return self.start + self.order[: self.tokens - self.skipped].sort().values
@@ -72,50 +71,49 @@ class SelectionContext(Protocol):
     def observe_attention(self, num_layers: int, queries: int, observe: Callable[[int, Tensor], None]) -> None:
         """Run the tokens that are computed anyway (prefix, query, missed chunks) through the first layers.
 
-        `observe(layer, weights)` gets the attention of the last `queries` prompt tokens over the reused KV,
+        For each layer, `observe(layer, weights)` is called with the attention of the prompt's last `queries` tokens:
         float32 [heads, queries, length].
         """
 
     def received_attention(self, num_layers: int, queries: int) -> Tensor:
-        """What `observe_attention` shows, added up where that is cheaper: float32 [length], the attention that each token
-        receives, averaged over heads and queries, summed over layers. On the model's device.
+        """The attention that each token receives in `observe_attention`: averaged over heads and queries, summed over layers.
+
+        It is added up on the model's device, where the result stays: float32 [length].
         """
 
     def expected_error(self, num_layers: int, queries: int) -> Tensor:
-        """How much the error that each reused token is expected to have disturbs the query: float32 [length], on the
-        model's device; the formula is in `Probe.expected_error`.
+        """How much the expected error of each reused token disturbs the query: float32 [length], on the model's device.
 
-        Watched are the last `queries` tokens behind the last reused chunk. A chunk without deviations counts with the mean
-        of the others'; where no chunk has any, this is `received_attention`.
+        The formula is in `Probe.expected_error`. The last `queries` tokens behind the last reused chunk are watched. A chunk without
+        deviations is given the mean of the others' deviations. If no chunk has any, this is `received_attention`.
         """
 
     def reused_states(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys at their places and values of a layer, [length, kv_heads, dim], as reuse has them: the rows of reused chunks
-        hold what is stored, other rows may hold anything. Not to be written to.
+        """Keys (rotated to their places in the prompt) and values of a layer, each [length, kv_heads, dim], as reuse would use them.
+
+        Rows of reused chunks are those from the store; other rows may hold anything. Don't write to them.
         """
 
     def fresh_states(self, layer: int) -> tuple[Tensor, Tensor]:
-        """The same, as full prefill has them: every token of the prompt is run through the layers before this one."""
+        """As `reused_states`, but as full prefill computes them: the whole prompt is run through the layers before this one."""
 
 
 class Selector(ABC):
-    """Chooses online which tokens of the reused chunks are recomputed, one set for all layers."""
+    """Chooses, while a request runs, which tokens of the reused chunks are recomputed. The choice is the same for all layers."""
 
     name: ClassVar[str]
     """The name it is registered under."""
     uses_ratio: ClassVar[bool] = True
-    """Whether the ratio of a request has any effect. Without one there is nothing to calibrate or to tune."""
+    """Whether a request's ratio has any effect. If not, there is nothing to calibrate or to tune."""
     uses_deviations: ClassVar[bool] = False
-    """Whether it looks at `ReusedChunk.deviations`."""
+    """Whether it uses `ReusedChunk.deviations`."""
     offline: ClassVar[bool] = False
-    """Whether it chooses by the stored ranking alone, so that the rows it chooses need not be read."""
+    """Whether it chooses by the stored ranking alone. The rows that it chooses need not be read then."""
     shift: ClassVar[float] = 0.0
-    """How far the reused tokens of a chunk follow what its recomputed ones show, from 0 to 1 (`ChunkShift`)."""
+    """How much of the change that a chunk's recomputed tokens show is carried over to its reused ones, from 0 to 1 (`ChunkShift`)."""
 
     def layers(self, num_layers: int) -> int:
-        """Through how many layers of a model of `num_layers`, from the first, it runs what is computed anyway to see what that
-        attends to; 0 if it doesn't.
-        """
+        """How many of a model's `num_layers` layers its probe runs through; 0 if it has no probe."""
         return 0
 
     @abstractmethod
@@ -124,16 +122,16 @@ class Selector(ABC):
 
         Args:
             context: the request.
-            ratio: share of the chunk tokens that is recomputed in all, in [0, 1]: those that a chunk's `skipped` counts, and
-                those to choose (`ReusedChunk.budget`, or `total_budget` over all chunks).
+            ratio: share of the chunk tokens that is recomputed, in [0, 1]. It includes the tokens that are skipped, so `ReusedChunk.budget`
+                and `total_budget` say how many to choose.
 
         Returns:
-            int64 [selected], places of chunk tokens that are not skipped, each at most once, in any order.
+            int64 [selected]: places of chunk tokens that are not skipped, each at most once, in any order.
         """
 
 
 def budget(ratio: float, tokens: int) -> int:
-    """floor(ratio * tokens), not thrown off by the ratio's binary representation (0.29 * 100 is 29)."""
+    """floor(ratio * tokens), whatever rounding does to the product: 0.29 of 100 tokens are 29."""
     return min(tokens, math.floor(ratio * tokens + 1e-9))
 
 
@@ -143,11 +141,11 @@ def top(scores: Tensor, count: int) -> Tensor:
 
 
 def top_set(scores: Tensor, count: int) -> Tensor:
-    """Indices of the `count` largest of `scores` [n], on the host, ascending; ties go to the smaller index. `count` is from 1 to n.
+    """As `top`, but the indices are ascending, and it is faster because not everything is sorted. `count` is from 1 to n.
 
-    The set that `top` gives, without sorting everything.
+    `scores` are on the host.
     """
-    # NumPy: for some ten thousand numbers, waking torch's threads takes longer than the work.
+    # NumPy, because for some ten thousand numbers torch takes longer to wake its threads than the work takes.
     numbers = scores.numpy()
     bound = np.partition(numbers, len(numbers) - count)[len(numbers) - count]
     chosen = numbers > bound
@@ -156,16 +154,16 @@ def top_set(scores: Tensor, count: int) -> Tensor:
 
 
 def top_places(scores: Tensor, places: Tensor, count: int) -> Tensor:
-    """Those `count` of `places` [n] at which `scores` [length] is largest, both on the host; see `top_set`."""
+    """The `count` of `places` [n] at which `scores` [length] is largest. Both are on the host; see `top_set`."""
     among = places.numpy()
     return torch.from_numpy(among[top_set(torch.from_numpy(scores.numpy()[among]), count).numpy()])
 
 
 def total_budget(chunks: Sequence[ReusedChunk], ratio: float) -> int:
-    """How many tokens are left to choose over all chunks, if `ratio` of their tokens is to be recomputed."""
+    """How many tokens a selector chooses in all chunks together if a share `ratio` of their tokens is to be recomputed."""
     return max(0, budget(ratio, sum(c.tokens for c in chunks)) - sum(c.skipped for c in chunks))
 
 
 def all_places(chunks: Sequence[ReusedChunk]) -> Tensor:
-    """Places of every token of the chunks that can be chosen, int64, in prompt order."""
+    """Places of all tokens that can be chosen: int64, chunk by chunk, ascending in each."""
     return torch.from_numpy(np.concatenate([c.places().numpy() for c in chunks] or [np.empty(0, np.int64)]))

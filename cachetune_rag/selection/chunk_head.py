@@ -1,4 +1,4 @@
-"""EPIC's selection: the first tokens of each chunk, which were computed as if nothing stood before them."""
+"""EPIC's selection: the first tokens of each chunk, which were computed without the text that stands before them in the prompt."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class NoneSelector(Selector):
 
 
 class AllSelector(Selector):
-    """Every token is recomputed: full prefill by another way."""
+    """Every token is recomputed, so the result is that of full prefill."""
 
     name = names.ALL
     uses_ratio = False

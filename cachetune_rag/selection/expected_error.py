@@ -1,9 +1,9 @@
-"""Selection by what reuse is expected to cost: recompute what would disturb the query most.
+"""Selection by expected error: recompute the tokens whose stored KV would disturb the query most.
 
-Not in the paper. A chunk that was captured behind several lead-ins knows how far each token's key and value moved from one
-to another. The query's tokens run through the model against the reused KV, and every chunk token's deviation is followed
-through their attention to the layers' outputs. What the recomputed tokens then show to have changed is carried over to the
-others of their chunk. docs/selection.md has the derivation and the measurements.
+Not in the paper. For a chunk that was captured behind several lead-ins, the deviations say how far each token's keys and values were
+apart behind them. The query's tokens run through the model against the reused KV, and it is calculated how much each chunk token's
+deviation changes what the layers give for the query. The change that the recomputed tokens then show is carried over to the other
+tokens of their chunk. docs/selection.md has the derivation and the measurements.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ from cachetune_rag.selection.probing import ProbingSelector
 
 
 class ExpectedErrorSelector(ProbingSelector):
-    """The top r over all chunks by expected error, with chunk shift. Plain received attention where nothing is known of the
-    chunks' deviations.
-    """
+    """The top r over all chunks by expected error, with chunk shift. By received attention where no chunk has deviations."""
 
     name = names.EXPECTED_ERROR
     uses_deviations = True
@@ -27,16 +25,16 @@ class ExpectedErrorSelector(ProbingSelector):
     def __init__(self, depth: float = 1.0, queries: int = 64):
         super().__init__(depth, queries)
 
-    def look(self, context: SelectionContext, num_layers: int) -> Tensor:
-        """See `ProbingSelector.look`."""
+    def scores(self, context: SelectionContext, num_layers: int) -> Tensor:
+        """See `ProbingSelector.scores`."""
         return context.expected_error(num_layers, self.queries)
 
 
 class EarlyExpectedErrorSelector(ExpectedErrorSelector):
-    """The same from the first quarter of the layers: recomputing begins while the rows of the others are still on their way.
+    """The same from the first quarter of the layers. Recomputing begins while the rows of the other layers are still being copied.
 
-    Where chunks come from a GPU's host memory, the whole of `expected_error` can't end before all rows are there. This gives up a
-    few points of fidelity for most of that time (docs/selection.md, "How deep the probe looks").
+    Where a GPU gets chunks from host memory, `expected_error` has to wait for all rows before anything is recomputed. This selector
+    saves most of that time and loses a little fidelity (docs/selection.md, "How deep the probe looks").
     """
 
     name = names.EXPECTED_ERROR_EARLY

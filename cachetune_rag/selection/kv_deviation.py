@@ -1,4 +1,4 @@
-"""CacheBlend's selection: recompute the tokens whose stored KV is furthest from what full prefill would have."""
+"""CacheBlend's selection: recompute the tokens whose stored KV is furthest from what full prefill would compute."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from cachetune_rag.selection.base import SelectionContext, Selector, all_places,
 class KVDeviationSelector(Selector):
     """The top r over all chunks by KV deviation at one early layer (CacheBlend, arXiv 2405.16444, section 4).
 
-    As published: every token of the prompt is run through the first layers; the deviation of a token is the absolute
-    difference (section 4.1) of its full-prefill and its stored KV, taken here as the length of the difference of keys and
-    values together, over all heads; the tokens with the largest ones, of the whole context, are recomputed (section 4.3).
+    As published, every token of the prompt is run through the first layers. A token's deviation is the absolute difference between its
+    KV from full prefill and its stored KV (section 4.1). It is taken here as the length of the difference vector of keys and values
+    over all heads. The tokens with the largest deviations of the whole context are recomputed (section 4.3).
 
-    Not as published: the paper filters gradually, with a slightly smaller set on every further layer; here the set of one
-    layer is used for all, as in the authors' code (LMCache, which looks at the keys of layer 1 alone). The fresh KV that the
-    first layers give for the other tokens is not kept.
+    Unlike the paper, which chooses a slightly smaller set on every further layer, this uses the set of one layer for all layers, as
+    the authors' code does (LMCache, which looks at the keys of layer 1 alone). The KV that the first layers computed for the other
+    tokens is not kept.
     """
 
     name = names.KV_DEVIATION
 
     def __init__(self, layer: int = 1):
-        """`layer`: where KV is compared; at layer 0 it depends on the token alone, so stored KV is right there."""
+        """`layer`: where KV is compared. At layer 0 nothing differs, because KV depends on the token alone there."""
         self.layer = layer
 
     def select(self, context: SelectionContext, ratio: float) -> Tensor:
@@ -39,6 +39,6 @@ class KVDeviationSelector(Selector):
 
 
 def _squared(fresh: Tensor, reused: Tensor, places: Tensor) -> Tensor:
-    """Squared length of each token's difference, float32 [tokens]."""
+    """Squared length of each token's difference vector: float32 [tokens]."""
     places = places.to(fresh.device)
     return (fresh[places].float() - reused[places].float()).square_().sum((1, 2))

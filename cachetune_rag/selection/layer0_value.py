@@ -1,4 +1,4 @@
-"""What the authors' released code ranks by, which is not what their paper says."""
+"""The ranking in the code that the paper's authors released, which differs from the paper."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from cachetune_rag.selection.base import SelectionContext, Selector, all_places,
 from cachetune_rag.selection.frequency import low_pass_norm
 
 ALPHA = 0.25
-"""Share of the lowest frequencies that is kept."""
+"""Share of the frequencies that is kept, the lowest ones."""
 
 
 class Layer0ValueSelector(Selector):
-    """The top r over all chunks by the low-passed values of layer 0 (the code released with CacheTune, arXiv 2605.24022).
+    """The top r over all chunks by the low-pass filtered values of layer 0 (the code released with CacheTune, arXiv 2605.24022).
 
-    Unlike section 3 (`frequency`): only values, only of the first layer; the real FFT runs along the whole context, all
-    chunks one after another, rather than along each chunk; the lowest quarter of the bins is kept, rather than half; one
-    budget for the whole context. Text between the chunks is no part of it, nor are chunks that are not stored.
+    It differs from section 3 (`frequency`) in these points. Only values are used, and only those of the first layer. The real FFT runs
+    along all chunks, one after another, instead of along each chunk. A quarter of the frequencies is kept instead of half. Tokens are
+    chosen over all chunks together. Text between the chunks and chunks that are not stored are left out.
     """
 
     name = names.LAYER0_VALUE

@@ -1,4 +1,4 @@
-"""The names of the selectors that come with the package. No torch is imported, so that the command line starts quickly."""
+"""The names of the selectors that come with the package. torch isn't imported, so that the command line starts quickly."""
 
 from __future__ import annotations
 
@@ -31,4 +31,4 @@ BUILT_IN = (
 )
 """All of them, the recommended ones first."""
 HELP = f"{EXPECTED_ERROR}, {FREQUENCY}, ... or auto"
-"""What an option of the command line may name, in short."""
+"""The names in short, for the help of command line options."""

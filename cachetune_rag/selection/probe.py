@@ -1,7 +1,7 @@
-"""Query-guided selection: recompute what the question attends to.
+"""Selection by the query's attention: recompute what the query attends to.
 
-Not in the paper. The query's tokens run through the first layers against the reused KV as those layers arrive, and the
-tokens of all chunks compete for one budget by the attention they receive (docs/selection.md has the measurements).
+Not in the paper. The query's tokens run through the first layers, against the reused KV of those layers, as soon as it is there. The
+tokens that receive most attention are chosen, over all chunks together (docs/selection.md has the measurements).
 """
 
 from __future__ import annotations
@@ -21,6 +21,6 @@ class ProbeSelector(ProbingSelector):
     def __init__(self, depth: float = 0.25, queries: int = 16):
         super().__init__(depth, queries)
 
-    def look(self, context: SelectionContext, num_layers: int) -> Tensor:
-        """See `ProbingSelector.look`."""
+    def scores(self, context: SelectionContext, num_layers: int) -> Tensor:
+        """See `ProbingSelector.scores`."""
         return context.received_attention(num_layers, self.queries)

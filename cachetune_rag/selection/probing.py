@@ -1,4 +1,4 @@
-"""What selectors share that look at what the query makes of the reused KV."""
+"""What selectors have in common that run the query against the reused KV before they choose."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from cachetune_rag.selection.base import SelectionContext, Selector, all_places,
 
 
 class ProbingSelector(Selector):
-    """The top r over all chunks by what the first layers show.
+    """The top r over all chunks by scores that a probe of the first layers gives.
 
     Args:
         depth: share of the layers that the probe runs through.
-        queries: how many last tokens are watched.
+        queries: how many of the prompt's last tokens are watched.
     """
 
     def __init__(self, depth: float, queries: int):
@@ -25,8 +25,8 @@ class ProbingSelector(Selector):
         return max(1, round(self.depth * num_layers))
 
     @abstractmethod
-    def look(self, context: SelectionContext, num_layers: int) -> Tensor:
-        """A score of every prompt token from the first layers, float32 [length], on the model's device."""
+    def scores(self, context: SelectionContext, num_layers: int) -> Tensor:
+        """A score of every prompt token from the first `num_layers` layers: float32 [length], on the model's device."""
 
     def select(self, context: SelectionContext, ratio: float) -> Tensor:
         """See `Selector.select`."""
@@ -34,6 +34,6 @@ class ProbingSelector(Selector):
         count = total_budget(context.chunks, ratio)
         if count in (0, len(places)):
             return places[:count]
-        scores = self.look(context, self.layers(context.num_layers))
-        # On the host: a copy to a GPU would wait for all the KV that is on its way there.
+        scores = self.scores(context, self.layers(context.num_layers))
+        # The choice is made on the host: sending `places` to a GPU would wait for all KV that is still being copied there.
         return top_places(scores.cpu(), places, count)

@@ -1,4 +1,4 @@
-"""A baseline: any tokens."""
+"""A baseline to compare others with: tokens are drawn at random."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cachetune_rag.selection.base import SelectionContext, Selector, all_places,
 
 
 class RandomSelector(Selector):
-    """floor(r * N) tokens over all chunks, drawn by a seed that the prompt alone decides."""
+    """floor(r * N) tokens over all chunks, drawn with a seed that depends on the prompt alone."""
 
     name = names.RANDOM
 

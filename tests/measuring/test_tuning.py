@@ -150,28 +150,28 @@ FAST, SLOW = cost(move=0.05e-6), cost(move=2e-6)
 
 def test_offline_a_slow_tier_gets_the_balance_and_a_fast_one_the_floor() -> None:
     line = [Line(0.15, 1.0, selected=0.0)]
-    slow = Search(Machine(SLOW)).run(line, SLOW.balance)
+    slow = Search(Machine(SLOW)).search(line, SLOW.balance)
     assert slow.skipped == slow.ratio
     assert slow.ratio == pytest.approx(2 / 3, abs=0.02)
-    fast = Search(Machine(FAST)).run(line, FAST.balance)
+    fast = Search(Machine(FAST)).search(line, FAST.balance)
     assert (fast.ratio, fast.skipped) == (0.15, 0.15)
 
 
 def test_online_what_goes_beyond_the_floor_is_skipped() -> None:
     line = [Line(0.15, 1.0, selected=0.15)]
-    slow = Search(Machine(SLOW)).run(line, SLOW.balance)
+    slow = Search(Machine(SLOW)).search(line, SLOW.balance)
     # r * tc = (1 - (r - 0.15)) * ti, but for the query
     assert slow.ratio == pytest.approx(2 * 1.15 / 3, abs=0.02)
     assert slow.ratio - slow.skipped == pytest.approx(0.15)
-    fast = Search(Machine(FAST)).run(line, FAST.balance)
+    fast = Search(Machine(FAST)).search(line, FAST.balance)
     assert (fast.ratio, fast.skipped) == (0.15, 0.0)
 
 
 def test_of_two_lines_the_faster_one_wins() -> None:
     lines = [Line(0.1, 1.0, selected=0.1), Line(0.5, 1.0, selected=0.0)]
-    slow = Search(Machine(SLOW)).run(lines, SLOW.balance)
+    slow = Search(Machine(SLOW)).search(lines, SLOW.balance)
     assert slow.skipped == slow.ratio == pytest.approx(2 / 3, abs=0.02)
-    fast = Search(Machine(FAST)).run(lines, FAST.balance)
+    fast = Search(Machine(FAST)).search(lines, FAST.balance)
     assert (fast.ratio, fast.skipped) == (0.1, 0.0)
 
 
@@ -192,7 +192,7 @@ class Blocks(Machine):
 @pytest.mark.parametrize("selected", [0.0, 0.15])
 def test_where_blocks_are_read_the_best_step_is_found(tokens: int, move: float, selected: float) -> None:
     machine, low = Blocks(cost(move), tokens), 0.15
-    found = Search(machine).run([Line(low, 1.0, selected, block_steps(tokens, selected))], start=0.4)
+    found = Search(machine).search([Line(low, 1.0, selected, block_steps(tokens, selected))], start=0.4)
     grid = [low + (1 - low) * n / 2000 for n in range(2001)]
     least = min(machine.ttft(r, max(0.0, round(r - selected, 6))) for r in grid)
     assert found.ttft <= least * 1.001
@@ -206,7 +206,7 @@ def test_noise_is_met_by_medians() -> None:
 
     machine = Machine(SLOW, spikes)
     search = Search(machine, rounds=7)
-    found = search.run([Line(0.15, 1.0, selected=0.0)], SLOW.balance)
+    found = search.search([Line(0.15, 1.0, selected=0.0)], SLOW.balance)
     assert found.ratio == pytest.approx(2 / 3, abs=0.03)
     point = next(p for p in search.points if p.ratio == found.ratio)
     assert point.ttft == statistics.median(point.samples)
@@ -215,7 +215,7 @@ def test_noise_is_met_by_medians() -> None:
 def test_the_best_are_measured_again_in_turn() -> None:
     machine = Machine(SLOW)
     search = Search(machine, rounds=2)
-    search.run([Line(0.15, 1.0, selected=0.0)], 0.5)
+    search.search([Line(0.15, 1.0, selected=0.0)], 0.5)
     counts = sorted((len(p.samples) for p in search.points), reverse=True)
     assert counts[:3] == [4, 4, 4]
     assert set(counts[3:]) == {2}
@@ -227,7 +227,7 @@ def test_the_best_are_measured_again_in_turn() -> None:
 
 def test_the_floor_is_always_looked_at() -> None:
     search = Search(Machine(SLOW))
-    search.run([Line(0.15, 1.0, selected=0.15)], SLOW.balance)
+    search.search([Line(0.15, 1.0, selected=0.15)], SLOW.balance)
     assert (search.points[0].ratio, search.points[0].skipped) == (0.15, 0.0)
 
 
@@ -240,7 +240,7 @@ def test_a_lucky_round_does_not_decide() -> None:
             seconds = super().ttft(ratio, skipped)
             return next(luck, seconds) if ratio > 0.8 else seconds
 
-    found = Search(Lucky(SLOW), rounds=1).run([Line(0.15, 1.0, selected=0.0)], 0.8)
+    found = Search(Lucky(SLOW), rounds=1).search([Line(0.15, 1.0, selected=0.0)], 0.8)
     assert found.ratio < 0.8
 
 
@@ -272,7 +272,7 @@ def tune(
     machines = machines or Machines(host=FAST, disk=SLOW)
     runtime = engine.runtime
     plan = TuningPlan.of(**options)
-    return Tuner(runtime.bench(), plan, runtime.calibrations.ratio, runtime.tunings, progress, machines).run(samples)
+    return Tuner(runtime.bench(), plan, runtime.calibrations.ratio, runtime.tunings, progress, machines).tune(samples)
 
 
 def calibrate(engine: CacheTune, selector: str, ratio: float) -> None:

@@ -27,7 +27,7 @@ from cachetune_store.printing import shown
 
 RATIOS = (0.0, 0.02, 0.05, 0.10, 0.15, 0.20, 0.30, 0.40, 0.50, 0.70)
 BOUNDS = {"kl": 0.05, "top1": 0.95}
-"""Bounds where none is given: nats a token, and share of tokens. A choice, not a finding."""
+"""Default bounds: nats a token, and share of tokens. They are chosen, not measured."""
 MAX_TOKENS = 1024
 
 _log = logging.getLogger(__name__)
@@ -35,12 +35,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CalibrationProgress:
-    """How far a calibration is; handed to its callback after every prefill.
+    """How far a calibration is. Its callback gets one after every prefill.
 
     Attributes:
-        sample, samples: number of the sample at hand, from 1, and how many there are.
-        done, total: prefills.
-        seconds: since the start.
+        sample, samples: number of the sample that is being measured, from 1, and how many there are.
+        done, total: prefills so far, and in all.
+        seconds: time since the start.
     """
 
     sample: int
@@ -52,7 +52,7 @@ class CalibrationProgress:
 
 @dataclass(frozen=True)
 class CalibrationPlan:
-    """What is measured and what has to hold; made by `of`. Fields as for `CacheTune.calibrate`."""
+    """What is measured, and which bound has to hold. Made by `of`; the fields are arguments of `CacheTune.calibrate`."""
 
     measure: str
     bound: float
@@ -72,7 +72,7 @@ class CalibrationPlan:
         tokens: int = 32,
         quantile: float | None = None,
     ) -> CalibrationPlan:
-        """Check the arguments and fill in what is left out.
+        """Check the arguments and fill in defaults.
 
         Raises:
             ConfigError: an argument is out of range.
@@ -120,12 +120,12 @@ class Calibrator:
         check_callback(progress, "progress")
         self._bench, self._plan, self._progress = bench, plan, progress
 
-    def run(self, samples: Iterable[Any]) -> Calibration:
-        """Measure; nothing is saved.
+    def calibrate(self, samples: Iterable[Any]) -> Calibration:
+        """Measure all samples. The result is not saved.
 
         Raises:
-            ConfigError, PromptError: a sample is unusable; nothing was computed.
-            CacheTuneError: samples' chunks don't stay in the store.
+            ConfigError, PromptError: a sample can't be used. Nothing was computed.
+            CacheTuneError: the samples' chunks don't stay in the store, or lead-ins were chosen meanwhile.
         """
         prompts = prompts_of(self._bench, samples)
         started = time.perf_counter()
@@ -175,7 +175,7 @@ class Calibrator:
     # -- measuring ------------------------------------------------------------------------------------------------
 
     def _measure(self, prompt: Prompt, number: int, tell: Callable[[int], None]) -> list[Divergence]:
-        """One sample: what each ratio does to the reference continuation."""
+        """How far each ratio is from full prefill on one sample."""
         target, reference = self._reference(prompt)
         tell(number)
         found = []
@@ -192,7 +192,7 @@ class Calibrator:
         """Full prefill's greedy continuation, and the logits that each token of it was chosen from."""
         state = self._bench.prefill(prompt, None)
         target = self._bench.continuation(state, self._plan.tokens)
-        # Computed once more, in one piece as for reuse: so where nothing differs, KL is exactly 0.
+        # The logits are computed again, all in one forward, as they are for reuse. Rounding is then the same, and equal KV gives a KL of 0.
         return target, self._bench.logits_behind(state, target)
 
     def _reuse(self, prompt: Prompt, config: ReuseConfig, number: int) -> PrefillState:
@@ -200,7 +200,7 @@ class Calibrator:
             state = self._bench.prefill(prompt, config)
             if not state.report.missed:
                 return state
-            self._store_all([prompt])  # evicted, or found damaged, since
+            self._store_all([prompt])  # they were evicted or found damaged meanwhile
         raise CacheTuneError(
             f"sample {number}: {state.report.missed} tokens of its chunks don't stay in the store: give it a larger "
             "disk_budget (or host_budget, for a store in memory)."
@@ -218,7 +218,7 @@ class Calibrator:
 
 
 def _statistic(values: Sequence[float], quantile: float | None) -> float:
-    """The mean; or the smallest of the values that at least a share `quantile` of them doesn't exceed."""
+    """The mean, or a quantile: the smallest value that at least this share of the values doesn't exceed."""
     if quantile is None:
         return float(np.mean(values))
     return float(np.quantile(values, quantile, method="inverted_cdf"))

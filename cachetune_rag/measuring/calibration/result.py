@@ -10,16 +10,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class RatioFigures:
-    """What one ratio did to the samples.
+    """How close to full prefill the samples were at one ratio.
 
     Attributes:
         ratio: share of the chunk tokens that was recomputed.
-        kl: KL(full || reuse) in nats a target token; the mean over samples of each sample's mean.
-        kl_worst: the largest sample's mean.
-        top1: share of target tokens that reuse finds likeliest as well; mean over samples.
-        top1_worst: the smallest sample's share.
-        statistic: what is held against the bound.
-        within: whether it stays within.
+        kl: KL(full || reuse) in nats a target token, as the mean over the samples' means.
+        kl_worst: the largest of the samples' means.
+        top1: share of target tokens that reuse, too, finds the likeliest, as the mean over samples.
+        top1_worst: the smallest of the samples' shares.
+        statistic: the number that is compared with the bound.
+        within: whether it keeps the bound.
     """
 
     ratio: float
@@ -36,16 +36,16 @@ class Calibration:
     """The result of `CacheTune.calibrate`.
 
     Attributes:
-        ratio: the smallest measured ratio that keeps the bound, as do all larger ones measured; 1.0 (everything is computed: exact) if
-            there is none.
-        met: whether there is one below 1.
-        selector: whose ratio it is.
+        ratio: the smallest measured ratio that keeps the bound, as all larger measured ones do. 1.0 (everything is computed, so nothing
+            differs) if there is none.
+        met: whether there is such a ratio below 1.
+        selector: the selector that it is for.
         measure, bound: "kl" and the most nats a token, or "top1" and the least share of tokens.
-        quantile: None: the mean over samples keeps the bound; q: at least this share of the samples does, each by itself.
-        samples: prompts measured.
-        target_tokens: tokens measured, over all samples.
-        figures: by ratio, ascending.
-        saved: whether later engines on the store will find it (False for a store in memory, or one that can't be written).
+        quantile: None if the mean over samples keeps the bound; otherwise the share of the samples that each keep it.
+        samples: how many prompts were measured.
+        target_tokens: how many tokens were compared, over all samples.
+        figures: what was measured, by ascending ratio.
+        saved: whether later engines on the store will find it. False for a store in memory, or one that can't be written.
     """
 
     ratio: float
@@ -65,10 +65,10 @@ class Calibration:
 
 
 def choose(figures: Sequence[RatioFigures]) -> float | None:
-    """The smallest ratio that is within the bound with all larger ones.
+    """The smallest ratio that keeps the bound, as all larger ones do. None if there is none.
 
-    More recomputation is not closer every single time, on a few samples least of all. A ratio that happens to dip below the
-    bound between others that don't is no floor: the tuner goes upwards from here.
+    A larger ratio isn't closer to full prefill every time, above all on few samples. A ratio that keeps the bound while a larger one
+    doesn't is no quality floor, because tuning may choose any ratio above the floor.
     """
     found = None
     for each in sorted(figures, key=lambda f: -f.ratio):

@@ -31,7 +31,7 @@ class SavedCalibrations:
         self._profiles, self._lead_ins, self._store, self._model_name = profiles, lead_ins, store, model_name
 
     def save(self, calibration: Calibration) -> Calibration:
-        """Keep the result for this engine and later ones. A store that can't be written is logged, and `saved` is False."""
+        """Keep the result for this engine and later ones. Returns it with `saved` set; a store that can't be written is logged."""
         record = {**calibration.as_dict(), "saved": True, "model_name": self._model_name}
         try:
             path = self._profiles.save(KIND, self._key(calibration.selector), record)
@@ -41,17 +41,17 @@ class SavedCalibrations:
         return dataclasses.replace(calibration, saved=path is not None)
 
     def ratio(self, selector: str, namespace: Namespace | None = None) -> float | None:
-        """The ratio that was saved for a selector or "auto"; None if there is none (or none that makes sense).
+        """The ratio that was saved for a selector, or for "auto". None if there is none, or what was saved is no ratio.
 
         Args:
-            selector: whose ratio.
-            namespace: of the chunks that it is asked for; None: of those that are stored now.
+            selector: the selector's name.
+            namespace: the namespace of a request's chunks. None: the one that chunks are stored under now.
         """
         content = self._profiles.load(KIND, self._key(resolve(selector, 0).selector, namespace))
         ratio = None if content is None else content.get("ratio")
         return float(ratio) if is_number(ratio, 0, 1) else None
 
     def _key(self, selector: str, namespace: Namespace | None = None) -> dict[str, str]:
-        """What a calibrated ratio depends on; the namespace is model, tokenizer, dtype, lead-in and tenant."""
+        """Everything that a calibrated ratio depends on. The namespace stands for model, tokenizer, dtype, lead-ins and tenant."""
         namespace = namespace or self._lead_ins.namespace
         return {"namespace": namespace.digest, "selector": selector, "codec": self._store.codec}

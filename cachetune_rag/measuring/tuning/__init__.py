@@ -1,4 +1,4 @@
-"""Finding the ratio at which a tier answers soonest on this machine: search, measurement, saved results."""
+"""Finds the ratio at which requests from a tier are answered soonest on this machine."""
 
 from cachetune_rag.measuring.tuning.result import Point, TierTuning, TuneProgress, TuningResult
 

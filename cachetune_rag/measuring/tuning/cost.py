@@ -1,4 +1,4 @@
-"""What a request costs by arithmetic: where the search begins, and the roofline that measured points are held against."""
+"""What a request should take, calculated from two measured times. It says where the search begins, and gives the roofline in plots."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ class CostModel:
     """Times of one prompt on one tier.
 
     Attributes:
-        move: seconds to move one token of one layer from the tier to its place in the prompt (the paper's ti).
+        move: seconds to move the KV of one token of one layer from the tier to its place in the prompt (the paper's ti).
         compute: seconds to compute one token of one layer (the paper's tc).
-        layers: layers of the model.
-        chunk_tokens: tokens of the prompt's chunks.
-        other_tokens: prefix and query, which are always computed.
+        layers: how many layers the model has.
+        chunk_tokens: how many tokens the prompt's chunks have.
+        other_tokens: tokens of prefix and query, which are always computed.
     """
 
     move: float
@@ -25,21 +25,21 @@ class CostModel:
 
     @property
     def balance(self) -> float:
-        """The ratio at which moving the rest takes as long as computing it: ti / (tc + ti) (CacheTune, hardware-aware ratio).
+        """The ratio r at which computing takes as long as moving: ti / (tc + ti) (the paper's hardware-aware ratio).
 
-        With r of the tokens computed and the others moved meanwhile, r * tc = (1 - r) * ti there.
+        A share r of the tokens is computed while the others are moved, so r * tc = (1 - r) * ti.
         """
         total = self.move + self.compute
         return self.move / total if total > 0 else 0.0
 
     def compute_seconds(self, ratio: float) -> float:
-        """Computing `ratio` of the chunk tokens, and what is always computed."""
+        """Seconds to compute a share `ratio` of the chunk tokens, and all other tokens."""
         return self.compute * self.layers * (ratio * self.chunk_tokens + self.other_tokens)
 
     def move_seconds(self, skipped: float) -> float:
-        """Moving all rows but the skipped ones."""
+        """Seconds to move all rows but a share `skipped`."""
         return self.move * self.layers * (1 - skipped) * self.chunk_tokens
 
     def roofline(self, ratio: float, skipped: float) -> float:
-        """The least time there can be where moving and computing overlap in full: the longer of the two."""
+        """The least possible seconds: the longer of moving and computing, which at best happen at the same time."""
         return max(self.compute_seconds(ratio), self.move_seconds(skipped))

@@ -1,4 +1,4 @@
-"""Golden-section search for the minimum of a function of one variable that falls, then rises."""
+"""Golden-section search for the minimum of a function of one variable that first falls and then rises."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 PHI = (1 + math.sqrt(5)) / 2
 DIGITS = 3
-"""Places of the arguments that are kept: a function is asked once for each of them."""
+"""Decimal places to which arguments are rounded. The function is called once for each rounded argument."""
 
 
 def minimise(
@@ -21,22 +21,22 @@ def minimise(
 ) -> dict[float, float]:
     """Look for the minimum of `function` in [low, high].
 
-    The minimum is bracketed from `start` on, by steps that grow by the golden ratio, and the bracket is then narrowed by
-    golden sections (Kiefer 1953). A good start saves most of the way: the first bracket is then the last but for a few
-    sections. A minimum at an end of the interval is found as well.
+    First, steps to both sides of `start`, which grow by the golden ratio, find an interval around the minimum. Golden sections then
+    narrow it (Kiefer 1953). The nearer `start` is to the minimum, the fewer calls are needed. The minimum may be at an end of the
+    interval.
 
     Args:
-        function: unimodal on the interval; asked once for each argument, rounded to `DIGITS` places.
-        start: where to begin, moved into the interval; default: the golden section of the whole.
+        function: has one minimum on the interval. It is called once for each argument, rounded to `DIGITS` places.
+        start: where to begin. Outside of the interval, its nearer end is taken; None: the golden section of the interval.
         step: the first step to both sides.
-        tolerance: width of the bracket at which it ends.
+        tolerance: the search ends when the minimum is known this closely.
 
     Returns:
-        Every argument asked for, with its value. The one with the least value is at most `tolerance` (and half a unit of the last
-        place) away from the minimum of a unimodal function.
+        Every argument that the function was called with, and its value. The argument of the least value is at most `tolerance` (and
+        half a unit of the last decimal place) away from the minimum.
 
     Raises:
-        ValueError: the interval is empty, or step or tolerance isn't positive.
+        ValueError: the interval is empty, or step or tolerance isn't above 0.
     """
     if not low <= high or step <= 0 or tolerance <= 0:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Prompts made of chunks of the store, for tuning without any of the user's own."""
+"""Prompts made of chunks of the store, for tuning where the user gives no samples."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from cachetune_rag.measuring.bench import Bench
 from cachetune_rag.text.prompts.prompt import Prompt
 
 QUERY = "Which of these passages matters most here, what does it say, and what follows from it for the others?"
-"""The query of made prompts. What it asks doesn't matter; times depend on its length, which is a question's."""
+"""The query of made prompts. What it asks doesn't matter, because times depend only on its length, which is that of a usual question."""
 _LOOKED_AT = 256
-"""Chunks of the store that are drawn from, at most: enough for any prompt, and quick to open."""
+"""The most chunks that prompts are made of: enough for any prompt, and few enough to open quickly."""
 
 
 def made(bench: Bench, *, tokens: int, count: int) -> list[Prompt]:
@@ -57,7 +57,7 @@ def codec_of(bench: Bench, prompts: Sequence[Prompt]) -> str:
 
 
 def _drawn(bench: Bench, generator: random.Random) -> list[tuple[str, int, str]]:
-    """(text, tokens, codec) of stored chunks: a random sample of all of them, in one pass over the texts."""
+    """(text, tokens, codec) of stored chunks: a random sample, drawn in one pass over all texts."""
     kept: list[tuple[Any, str, int]] = []
     for seen, each in enumerate(bench.store.texts(namespace=bench.namespace)):
         if len(kept) < _LOOKED_AT:
@@ -68,7 +68,7 @@ def _drawn(bench: Bench, generator: random.Random) -> list[tuple[str, int, str]]
 
 
 def _up_to(bench: Bench, chunks: Sequence[tuple[str, int]], tokens: int) -> list[str]:
-    """Texts of the first chunks, as many as `tokens` tokens hold (with what stands between them); one at least."""
+    """Texts of the first chunks that fit into `tokens` tokens with the text between them. At least one."""
     one, two = (len(bench.prompts.build(query=QUERY, chunks=["a"] * count).ids) for count in (1, 2))
     between = two - one
     taken: list[str] = []

@@ -1,4 +1,4 @@
-"""Timing requests whose chunks come from one tier, on an engine's own model."""
+"""Times requests whose chunks all come from one tier."""
 
 from __future__ import annotations
 
@@ -19,34 +19,33 @@ _NO_LIMIT = 1 << 62
 
 
 class TierTooSmallError(ConfigError):
-    """A tier doesn't hold the prompts that are to be measured on it."""
+    """The prompts that are to be measured on a tier don't fit into it."""
 
 
 class TierMeasure:
-    """Requests over fixed prompts, with every chunk on one tier; nothing of it is counted as a request. A context manager.
+    """Times fixed prompts while all their chunks are on one tier. A context manager.
 
-    The disk is read as for a request that finds nothing in host memory, past the page cache where the file system allows it.
-    For the host tier the prompts' chunks are held in memory, besides what the store keeps there; for the device tier on the
-    device as well.
+    The disk tier is timed with nothing in host memory, and without the operating system's page cache where the file system allows it.
+    For the host tier and the device tier, the prompts' chunks are copied into a store of their own, which takes additional memory.
 
     Args:
-        bench: times on the model, and has the prompts' chunks in its store. Other requests wait for each timed one.
-        prompts: their chunks are all in the store.
-        tier: the name of its kind; the store has it.
-        selector: whose requests are timed.
+        bench: measures on the model. Its store has all chunks of the prompts. Requests wait for each timed prefill.
+        prompts: what is timed.
+        tier: the name of a tier that the store has.
+        selector: the name of the selector.
 
     Attributes:
-        bench: the same bench over a store of this measurement, which has the chunks on the one tier.
+        bench: a bench over the store that has the chunks on this tier alone.
 
     Raises:
-        TierTooSmallError: the chunks don't fit the store's device_budget, or the device.
+        TierTooSmallError: the chunks don't fit into the store's device_budget, or into the device's memory.
     """
 
     def __init__(self, bench: Bench, prompts: Sequence[Prompt], tier: str, selector: str):
         self._prompts, self._selector = prompts, selector
         kind = kind_of(tier)
         if kind.lasting:
-            # What the rows are read into is used again, as it is by requests where host memory is full.
+            # Memory that rows were read into is used again, as it is for requests when host memory is full.
             store = ChunkStore(bench.store.path, host_budget=0, disk_budget=_NO_LIMIT, read_memory=_NO_LIMIT)
         else:
             store = _in_memory(bench, prompts, kind)
@@ -61,28 +60,28 @@ class TierMeasure:
         self.bench.store.close()
 
     def ready(self, ratio: float, skipped: float) -> None:
-        """Requests that are not timed: the first of a size compiles kernels, the second captures its CUDA graph."""
+        """Run prefills that are not timed: the first of a size compiles kernels, the second captures its CUDA graph."""
         for _ in range(2 if self.bench.adapter.cuda_kernels else 1):
             self.ttft(ratio, skipped)
 
     def ttft(self, ratio: float, skipped: float) -> float:
-        """Seconds to a prompt's logits, the mean over the prompts.
+        """Seconds until a prompt's logits are there, as the mean over the prompts.
 
         Raises:
-            CacheTuneError: a chunk is gone from the store, so the time would be that of something else.
+            CacheTuneError: a chunk is no longer in the store, so that the time would include computing it.
         """
         config = ReuseConfig(self._selector, ratio, skipped)
         return statistics.mean(self._time(prompt, config) for prompt in self._prompts)
 
     def full(self, rounds: int) -> list[float]:
-        """Seconds of full prefill, `rounds` times: means over the prompts."""
+        """Seconds of full prefill as the mean over the prompts, measured `rounds` times."""
         times = [statistics.mean(self._time(prompt, None) for prompt in self._prompts) for _ in range(rounds + 1)]
         return times[1:]  # the first warms up
 
     def cost(self, full: float, rounds: int) -> CostModel:
-        """Times to move and to compute a token of a layer, given seconds of full prefill.
+        """Times to move and to compute one token of one layer. `full` is the seconds of full prefill.
 
-        They are what the machine can do, so of several times the least counts: whatever else ran can only have added.
+        The least of several times counts: it is nearest to what the machine can do, as other programs can only add time.
         """
         layers = self.bench.adapter.num_layers
         length = statistics.mean(len(prompt.ids) for prompt in self._prompts)
@@ -107,14 +106,14 @@ class TierMeasure:
 
 
 def _in_memory(bench: Bench, prompts: Sequence[Prompt], kind: TierKind) -> ChunkStore:
-    """The prompts' chunks in a store of their own, all on one tier."""
+    """A store of its own for the prompts' chunks, which has all of them on one tier."""
     budget = bench.store.tier(kind.name).budget if kind.copies else 0
     memory = ChunkStore(None, host_budget=_NO_LIMIT, device_budget=budget, device=bench.adapter.device)
     try:
         for key in dict.fromkeys(bench.key(i) for p in prompts for i in p.chunk_ids if i):
             chunk = bench.store.whole(key)
             if chunk is None:
-                continue  # the first request will say so
+                continue  # the first timed prefill raises an error that says so
             memory.write(chunk)
             if kind.copies and not _bring_up(key, memory, kind):
                 raise TierTooSmallError(
@@ -128,7 +127,7 @@ def _in_memory(bench: Bench, prompts: Sequence[Prompt], kind: TierKind) -> Chunk
 
 
 def _bring_up(key: ChunkKey, store: ChunkStore, kind: TierKind) -> bool:
-    """Have a chunk copied to the tier of this kind; whether it is there then."""
+    """Have a chunk copied to the tier of this kind. Returns whether it is there now."""
     for _ in range(2):
         reader = store.open(key)
         if reader is None:

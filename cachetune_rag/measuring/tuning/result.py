@@ -16,9 +16,9 @@ class Point:
 
     Attributes:
         ratio: share of the chunk tokens that was recomputed.
-        skipped: share that was recomputed unread; part of `ratio`.
-        ttft: seconds to the first token, the median.
-        samples: what it is the median of, each the mean over the prompts.
+        skipped: the part of `ratio` whose stored rows were not even read.
+        ttft: median of the seconds to the first token.
+        samples: the measured times, each a mean over the prompts.
     """
 
     ratio: float
@@ -32,17 +32,17 @@ class TierTuning:
     """The setting for one tier, codec and selector.
 
     Attributes:
-        tier, codec, selector: what it is for.
+        tier, codec, selector: what the setting is for.
         ratio, skipped: the setting; see `ReuseConfig`.
-        ttft: its seconds to the first token.
+        ttft: seconds to the first token with this setting.
         full: seconds of full prefill of the same prompts, with this engine.
-        r_min, r_max: the bounds that were kept.
-        calibrated: whether r_min is a calibrated one.
+        r_min, r_max: the bounds between which the ratio was sought.
+        calibrated: whether r_min is a calibrated ratio.
         warm_start: the ratio at which the search began.
         cost: measured times to move and to compute.
         prompts: how many prompts were measured.
-        points: everything that was measured, by ratio.
-        saved: whether later engines on this store find it.
+        points: everything that was measured, by ascending ratio.
+        saved: whether later engines on this store will find it.
     """
 
     tier: str
@@ -63,7 +63,7 @@ class TierTuning:
 
     @property
     def speedup(self) -> float:
-        """Full prefill over reuse."""
+        """Full prefill's time divided by that with reuse."""
         return self.full / self.ttft if self.ttft > 0 else float("inf")
 
     def as_dict(self) -> dict[str, Any]:
@@ -72,10 +72,10 @@ class TierTuning:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> TierTuning:
-        """What `as_dict` gave, perhaps through JSON.
+        """A tuning from what `as_dict` gave, perhaps written as JSON and read again.
 
         Raises:
-            KeyError, TypeError, ValueError: it isn't that.
+            KeyError, TypeError, ValueError: the content is something else.
         """
         fields = {f.name: content[f.name] for f in dataclasses.fields(cls)}
         fields["cost"] = CostModel(**fields["cost"])
@@ -91,11 +91,11 @@ class TierTuning:
 
 @dataclass(frozen=True)
 class TuningResult:
-    """All that one run found.
+    """The result of `CacheTune.tune`.
 
     Attributes:
-        hardware: what it was measured on.
-        tiers: one entry a tier, fast ones first.
+        hardware: what was measured on.
+        tiers: one entry for each tier, the fastest tier first.
     """
 
     hardware: str
@@ -117,15 +117,15 @@ class TuningResult:
 
 @dataclass(frozen=True)
 class TuneProgress:
-    """How far a tuning is; handed to its callback after every measured setting.
+    """How far a tuning is. Its callback gets one after every measured setting.
 
     Attributes:
-        tier: the tier at hand.
-        tiers: all that will be tuned.
-        measured: settings of this tier measured so far, repeats included.
-        point: the last of them.
-        best: the one with the least time so far.
-        seconds: since the start.
+        tier: the tier that is being tuned.
+        tiers: all tiers that will be tuned.
+        measured: how many settings of this tier were measured so far.
+        point: the setting measured last.
+        best: the setting with the least time so far.
+        seconds: time since the start.
     """
 
     tier: str

@@ -46,19 +46,19 @@ class SavedTunings:
         self._known: dict[tuple[str, str, str], TierTuning | None] = {}
 
     def forget(self) -> None:
-        """Drop what was read from the store: the model's weights are others now."""
+        """Drop what was read from the store, because the model's weights have changed."""
         self._known.clear()
 
     @property
     def hardware(self) -> str:
-        """What times depend on besides the model: the card and how it is used, or the processor and its threads."""
+        """What times depend on besides the model: the GPU and whether kernels are used, or the processor and its threads."""
         adapter = self._adapter
         if adapter.device.type == "cuda":
             return f"{torch.cuda.get_device_name(adapter.device)}{', kernels' if adapter.cuda_kernels else ''}"
         return f"{_processor()}, {torch.get_num_threads()} threads"
 
     def save(self, tuning: TierTuning) -> TierTuning:
-        """Keep a tuning for this engine and later ones. A store that can't be written is logged, and `saved` is False."""
+        """Keep a tuning for this engine and later ones. Returns it with `saved` set; a store that can't be written is logged."""
         place = tuning.tier, tuning.codec, tuning.selector
         self._known[place] = tuning
         content = dataclasses.replace(tuning, saved=True).as_dict()
@@ -70,7 +70,7 @@ class SavedTunings:
         return dataclasses.replace(tuning, saved=path is not None)
 
     def load(self, tier: str, codec: str, selector: str) -> TierTuning | None:
-        """What was saved for a tier, codec and selector; None if nothing was (or nothing that makes sense)."""
+        """What was saved for a tier, codec and selector. None if nothing was, or its file holds something else, which is logged."""
         place = tier, codec, selector
         if place not in self._known:
             content = self._profiles.load(KIND, self._key(*place))
@@ -84,12 +84,12 @@ class SavedTunings:
     def apply(self, config: ReuseConfig, tier: str, codec: str) -> ReuseConfig:
         """The settings of a request that left the ratio to the engine, for chunks of a tier and codec.
 
-        A calibrated floor that the tuning doesn't keep, because it was calibrated later, goes before it: tune again.
+        A tuning whose ratio is below a floor that was calibrated later is not used until the engine is tuned again.
         """
         tuning = self.load(tier, codec, config.selector)
         place = rank(tier)
         while tuning is None and place < len(KINDS) and KINDS[place].copies:
-            # A tier of copies is tuned like the next slower one: its rows arrive while the model computes, too.
+            # Where a tier of copies was not tuned, the next slower tier's setting is used: its rows, too, arrive while the model computes.
             place += 1
             tuning = self.load(KINDS[place].name, codec, config.selector)
         if tuning is None or not self._keeps_floor(tuning, config.namespace):
@@ -97,14 +97,14 @@ class SavedTunings:
         return dataclasses.replace(config, ratio=tuning.ratio, skipped=tuning.skipped)
 
     def _keeps_floor(self, tuning: TierTuning, namespace: Namespace | None) -> bool:
-        """Whether the selector's own share of r (or all of r, where the offline ranking chooses it) is as large as calibrated."""
+        """Whether what the selector chooses is as large as was calibrated for it: its share of r, or all of r if the offline ranking chooses."""
         offline = tuning.skipped == tuning.ratio
         floor = self._calibrated(names.OFFLINE if offline else tuning.selector, namespace)
-        # Rounded as the ratios that are searched are.
+        # Ratios that are searched are rounded, so a difference of 0.001 is none.
         return floor is None or tuning.ratio - (0 if offline else tuning.skipped) >= floor - 1e-3
 
     def _key(self, tier: str, codec: str, selector: str) -> dict[str, str]:
-        namespace = self._lead_ins.known_namespace  # model and dtype are the same, whatever lead-ins are chosen
+        namespace = self._lead_ins.known_namespace  # model and dtype don't change when lead-ins are chosen
         return {
             "model": namespace.model,
             "dtype": namespace.dtype,

@@ -1,4 +1,4 @@
-"""The search for one tier's setting, on whatever measures it."""
+"""The search for one tier's best setting."""
 
 from __future__ import annotations
 
@@ -12,28 +12,30 @@ from cachetune_rag.measuring.tuning.golden import DIGITS, minimise
 from cachetune_rag.measuring.tuning.result import Point
 
 FINALISTS = 3
-"""Settings that are measured again, in turn, before one of them is chosen."""
+"""How many of the best settings are measured again before one of them is chosen."""
 
 
 class Measured(Protocol):
     """Times one setting."""
 
     def ttft(self, ratio: float, skipped: float) -> float:
-        """Seconds to the first token, once: the mean over the prompts."""
+        """Seconds to the first token, measured once on each prompt: the mean over the prompts."""
 
     def ready(self, ratio: float, skipped: float) -> None:
-        """Do what only a setting's first request pays for."""
+        """Do whatever makes a setting's first request slower than its others, such as compiling."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """The settings among which r is sought: at each r, how much of it is skipped.
+    """A family of settings, one for each ratio r, among which the fastest is sought.
 
-    `selected` is the selector's own share: what the quality floor asks for. Whatever is recomputed beyond it is so only because
-    that takes less time than reading, so it isn't read.
-
-    `steps` are ratios from which on a block of rows less is read of each chunk, ascending, where a tier is read in blocks: the time
-    grows from one step to the next and falls at each. Found by halving intervals, the minimum is one of them only by luck.
+    Attributes:
+        low, high: the bounds of r.
+        selected: the share of the chunk tokens that the selector chooses, which is the quality floor. What r has beyond it is
+            recomputed only because that takes less time than reading, so its rows are skipped.
+        steps: for a tier that is read in blocks of rows, the ratios (ascending) from which on one block less is read of each chunk. The
+            time falls at each step and grows up to the next, so the minimum is at a step, where a golden-section search would end
+            only by luck.
     """
 
     low: float
@@ -42,12 +44,12 @@ class Line:
     steps: tuple[float, ...] = ()
 
     def around(self, ratio: float) -> list[float]:
-        """The two steps at or below `ratio` and the one above it."""
+        """The two steps at or below `ratio`, and the one above it."""
         above = bisect_right(self.steps, ratio)
         return [step for step in self.steps[max(0, above - 2) : above + 1] if self.low <= step <= self.high]
 
     def skipped(self, ratio: float) -> float:
-        """Share of the chunk tokens that is recomputed unread at `ratio`."""
+        """Share of the chunk tokens that is recomputed without being read, at `ratio`."""
         return max(0.0, round(ratio - self.selected, DIGITS + 1))
 
 
@@ -55,10 +57,10 @@ class Search:
     """Golden-section search on medians of measured times.
 
     Args:
-        measured: what times a setting.
-        rounds: times that each setting is measured; the median counts.
-        tolerance: how closely the ratio is sought.
-        tell: called after every setting, with its point and the best so far.
+        measured: times a setting.
+        rounds: how often each setting is measured. The median counts.
+        tolerance: how closely the best ratio is to be found.
+        tell: called after each setting, with its point and the best so far.
     """
 
     def __init__(
@@ -72,10 +74,10 @@ class Search:
         self._measured, self._rounds, self._tolerance, self._tell = measured, rounds, tolerance, tell
         self._samples: dict[tuple[float, float], list[float]] = {}
 
-    def run(self, lines: list[Line], start: float) -> Point:
-        """The setting with the least time on any of the lines; `start` is the ratio to begin at."""
+    def search(self, lines: list[Line], start: float) -> Point:
+        """The setting with the least time on any of the lines. `start` is the ratio to begin with."""
         for line in lines:
-            # The floor is what a fast tier wants: it is looked at even if a disturbed round sends the search elsewhere.
+            # The floor is best for a fast tier, so it is always measured, even if a disturbed measurement leads the search elsewhere.
             self._time(line.low, line.skipped(line.low))
             known = minimise(
                 lambda ratio, line=line: self._time(ratio, line.skipped(ratio)),  # type: ignore[misc]
@@ -88,7 +90,7 @@ class Search:
             while (at := min(known, key=known.__getitem__)) not in looked_at:
                 looked_at.add(at)
                 known |= {ratio: self._time(ratio, line.skipped(ratio)) for ratio in line.around(at)}
-        # One lucky round must not decide: the best are measured again, in turn, so that drift meets all of them alike.
+        # One lucky measurement must not decide. The best settings are measured again in turns, so that drift affects all of them alike.
         best = sorted(self.points, key=lambda p: p.ttft)[:FINALISTS]
         if len(best) > 1:
             for _ in range(self._rounds):
@@ -98,7 +100,7 @@ class Search:
 
     @property
     def points(self) -> tuple[Point, ...]:
-        """What was measured, by ratio."""
+        """Everything that was measured, by ascending ratio."""
         return tuple(self._point(*setting) for setting in sorted(self._samples))
 
     def _time(self, ratio: float, skipped: float) -> float:

@@ -1,4 +1,4 @@
-"""Tuning an engine: for each tier the ratio, and the share of it that isn't read, at which the first token comes soonest."""
+"""Finds, for each tier, the ratio and the share of skipped rows with which the first token comes soonest."""
 
 from __future__ import annotations
 
@@ -29,34 +29,34 @@ from cachetune_store.printing import shown
 from cachetune_store.tier_kinds import NAMES, kind_of
 
 R_MIN = PAPER.ratio
-"""The quality floor where none was calibrated: the paper's."""
+"""The least ratio where none was calibrated: the paper's."""
 R_MAX = 1.0
 ROUNDS = 3
 TOKENS = 4096
-"""Chunk tokens of a made prompt."""
+"""Default number of chunk tokens in a made prompt."""
 PROMPTS = 2
-"""Made prompts."""
+"""How many prompts are made where no samples are given."""
 
 _log = logging.getLogger(__name__)
 
 
 class Measure(Measured, Protocol):
-    """All that is measured on one tier."""
+    """Measures on one tier."""
 
     def full(self, rounds: int) -> list[float]:
-        """Seconds of full prefill, several times."""
+        """Seconds of full prefill, measured `rounds` times."""
 
     def cost(self, full: float, rounds: int) -> CostModel:
-        """Times to move and to compute a token of a layer."""
+        """Times to move and to compute one token of one layer."""
 
 
 MakeMeasure = Callable[[Bench, Sequence[Prompt], str, str], AbstractContextManager[Measure]]
-"""(bench, prompts, tier, selector) -> what measures there."""
+"""Makes what measures on one tier, from (bench, prompts, tier, selector)."""
 
 
 @dataclass(frozen=True)
 class TuningPlan:
-    """What to tune, checked as far as that needs no engine. Attributes as the arguments of `CacheTune.tune`."""
+    """What to tune, checked as far as is possible without an engine. The fields are arguments of `CacheTune.tune`."""
 
     tier: str
     selector: str
@@ -103,12 +103,12 @@ class Tuner:
         bench: what to measure on.
         plan: what to tune.
         calibrated: gives the ratio that was calibrated for a selector, or None.
-        saved: where the result is kept.
+        saved: keeps the result.
         progress: called after every measured setting.
-        measure: what measures; another one for tests.
+        measure: makes what measures on one tier. Tests give another one.
 
     Raises:
-        ConfigError: the engine's store lacks the tier, or the floor is above r_max.
+        ConfigError: the store has no such tier, or the least ratio is above r_max.
     """
 
     def __init__(
@@ -139,15 +139,15 @@ class Tuner:
         self._calibrated, self._saved = calibrated, saved
         self._progress, self._make_measure = progress, measure
 
-    def run(self, samples: Iterable[Any] | None = None) -> TuningResult:
-        """Measure and save.
+    def tune(self, samples: Iterable[Any] | None = None) -> TuningResult:
+        """Measure each tier and save what was found.
 
         Args:
-            samples: prompts to measure (dicts with query, chunks and perhaps prefix; or `Prompt`s); chunks that aren't stored are
-                precomputed. None: prompts made of stored chunks.
+            samples: prompts to measure, as for `CacheTune.tune`. Chunks that aren't stored are precomputed. None: prompts are made of
+                stored chunks.
 
         Raises:
-            ConfigError, PromptError: a sample can't be used, or the store holds nothing; nothing was measured.
+            ConfigError, PromptError: a sample can't be used, or the store holds nothing. Nothing was measured.
             CacheTuneError: chunks left the store meanwhile.
         """
         bench, started = self._bench, time.perf_counter()
@@ -182,7 +182,7 @@ class Tuner:
             cost = measure.cost(min(full), self._rounds)
             start = min(max(cost.balance, self._r_min), self._r_max)
             search = Search(measure, rounds=self._rounds, tell=tell)
-            best = search.run(self._lines(tier, prompts), start)
+            best = search.search(self._lines(tier, prompts), start)
         return TierTuning(
             tier=tier,
             codec=codec,
@@ -201,10 +201,11 @@ class Tuner:
         )
 
     def _lines(self, tier: str, prompts: Sequence[Prompt]) -> list[Line]:
-        """What r may be.
+        """The settings among which to search.
 
-        The selector's own share stays r_min, its quality floor. Instead of it, the offline ranking may choose all of r, so that
-        no selector waits for rows; but only above a floor that was calibrated for that ranking itself.
+        On the first line the selector chooses a share r_min of the tokens, its quality floor. On the second one the offline ranking
+        chooses all of r, so that no selector has to wait for rows. That line is searched only above a floor that was calibrated for
+        this ranking.
         """
         offline = names.OFFLINE
         if self._selector == offline:
@@ -218,15 +219,17 @@ class Tuner:
     def _line(self, low: float, selected: float, tier: str, prompts: Sequence[Prompt]) -> Line:
         steps: tuple[float, ...] = ()
         if kind_of(tier).blocks:
-            # Chunks of a corpus are of about one length; of others the steps are elsewhere, and nothing is lost.
+            # A corpus's chunks mostly have about one length. Where they don't, these steps are of no use, and do no harm.
             tokens = statistics.median_low([len(p.chunk_ids[s.chunk]) for p in prompts for s in p.spans] or [0])
             steps = block_steps(tokens, selected)
         return Line(low, self._r_max, selected, steps)
 
 
 def block_steps(tokens: int, selected: float) -> tuple[float, ...]:
-    """Ratios, ascending, from which on one block of rows less is read of a chunk of `tokens` tokens, `selected` of it being chosen
-    among what is read. Rounded up, so that a share of the tokens that is rounded down comes out as meant.
+    """The ratios, ascending, from which on one block of rows less is read of a chunk of `tokens` tokens.
+
+    A share `selected` of the tokens is chosen among those that are read. Ratios are rounded up, because the number of skipped rows is
+    rounded down.
     """
     shares = (1 - kept / tokens for kept in range((tokens - 1) // BLOCK_ROWS * BLOCK_ROWS, 0, -BLOCK_ROWS))
     return tuple(round(selected + math.ceil(share * 1e4 - 1e-6) / 1e4, 6) for share in shares)
