@@ -1,8 +1,7 @@
 """Triton kernels for CUDA devices. They know torch alone: no store, no transformers.
 
-Every kernel has a plain torch function beside it that says what it computes. Keys and values are reached through a table of
-addresses in device memory rather than as arguments, so that a captured CUDA graph serves every prompt, whatever memory its
-buffers lie in.
+`tests/kernels/kernel_reference.py` says in plain torch what each kernel computes. Kernels find keys and values through a table of
+addresses in device memory, and not as arguments. A captured CUDA graph therefore serves every prompt, wherever its buffers are.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Attention of selected queries, at ascending true positions, over a whole prompt's keys and values.
+"""Attention of some of a prompt's tokens, at ascending positions, over all of its keys and values.
 
-No mask is ever held in memory: a query at position p sees the keys 0..p (or the last `window` of them), and a block of
-queries walks only over the keys that one of them sees. All query heads that share a key head are computed together, so
-keys and values are read once for them.
+No mask is held in memory. A query at position p sees the keys 0..p (or the last `window` of them), and a block of queries goes only
+over keys that at least one of them sees. Query heads that share a key head are computed together, so that their keys and values are
+read once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from cachetune_rag.kernels.support import LOG2E, aligned, power_of_two, precision
 
 _PROGRAMS = 560
-"""Programs that fill a large GPU well: with fewer, several share the keys of one block of queries (measured on an H100)."""
+"""How many programs make good use of a large GPU (measured on an H100). Where there are fewer, several share one block's keys."""
 _PROCESSORS = 128
 """About as many multiprocessors as a large GPU has."""
 
@@ -29,7 +29,7 @@ def _walk(
     DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr, WINDOWED: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over keys start..stop-1."""
+    """Adds keys start..stop-1 to a softmax that is computed block by block."""
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_V)
     for begin in range(start, stop, BLOCK_N):
@@ -37,7 +37,7 @@ def _walk(
         key_at = keys + n[:, None].to(tl.int64) * key_stride + d[None, :]
         value_at = values + n[:, None].to(tl.int64) * value_stride + dv[None, :]
         if ALIGNED:
-            # The addresses come from a table, so the compiler can't see that rows begin on 16 bytes.
+            # The addresses come from a table, so the compiler can't see that rows begin at multiples of 16 bytes.
             key_at = tl.multiple_of(key_at, [16, 16])
             value_at = tl.multiple_of(value_at, [16, 16])
         if MASKED or BLOCK_D != DIM:
@@ -49,12 +49,12 @@ def _walk(
             seen = n[None, :] <= pos[:, None]
             if WINDOWED:
                 seen &= pos[:, None] - n[None, :] < window
-            # Finite, so that a row that sees nothing (padding) yields numbers.
+            # Not -inf: a row that sees nothing (padding) would become NaN.
             score = tl.where(seen, score, -1.0e30)
         best = tl.maximum(top, tl.max(score, 1))
         weight = tl.math.exp2(score - best[:, None])
         if WINDOWED:
-            # A row whose window begins later has seen nothing yet, and exp2(0) is no weight.
+            # For a row whose window begins behind this block, `best` is the filler as well, and exp2(0) would count as a weight.
             weight = tl.where(seen, weight, 0.0)
         shrink = tl.math.exp2(top - best)
         sums = sums * shrink + tl.sum(weight, 1)
@@ -78,13 +78,13 @@ def _attend(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
-    # The last tokens see most keys: they start first.
+    # The last tokens see most keys and take longest, so they start first.
     block = tl.num_programs(1) - 1 - tl.program_id(1)
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     token = row // GROUP
     q_head = head * GROUP + row % GROUP
     live = token < tokens
-    # Rows behind the last token repeat its position, so that they neither lengthen nor mask the walk.
+    # Rows behind the last token take its position, so that they change neither how far the block goes nor where it needs a mask.
     pos = tl.load(POSITIONS + tl.minimum(token, tokens - 1)).to(tl.int32)
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_V)
@@ -99,7 +99,7 @@ def _attend(
     last = tl.max(pos, 0)
     first = tl.min(tl.where(pos >= 0, pos, 2147483647), 0)
     stop = last + 1
-    # Every row of the block sees keys up to the first row's position: no mask is needed there.
+    # Keys up to the first row's position are seen by all rows of the block, so no mask is needed there.
     plain = tl.where(tl.min(pos, 0) < 0, 0, (first + 1) // BLOCK_N * BLOCK_N)
     start = 0
     if WINDOWED:
@@ -107,7 +107,7 @@ def _attend(
         plain = start
     split = tl.program_id(2)
     if SPLITS > 1:
-        # Few queries over many keys: several programs share the walk, and `_combine` puts their parts together.
+        # Where few queries see many keys, several programs share the keys, and `_combine` puts the parts together.
         share = tl.cdiv(tl.cdiv(stop - start, SPLITS), BLOCK_N) * BLOCK_N
         start = start + split * share
         stop = tl.minimum(stop, start + share)
@@ -141,7 +141,7 @@ def _combine(
     HEADS: tl.constexpr, V_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_V: tl.constexpr,
     SPLITS: tl.constexpr, WITH_LSE: tl.constexpr,
 ):  # fmt: skip
-    """Combines attention over disjoint sets of keys, using the logarithm of each denominator."""
+    """Puts together attention over separate ranges of keys, by the logarithm of each range's denominator."""
     token = tl.program_id(0)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     dv = tl.arange(0, BLOCK_V)[None, :]
@@ -181,16 +181,16 @@ def attend(
     """Attention output [1, tokens, heads, v_dim].
 
     Args:
-        query: [1, heads, tokens, dim], rotated; the last dimension contiguous.
-        table: `row_addresses`, int64 on the device; keys are [length, kv_heads, dim] and values [length, kv_heads, v_dim] there.
-        layer: whose keys and values.
-        positions: int64 [tokens], ascending; -1 in front for padding (its output is arbitrary, but finite).
+        query: [1, heads, tokens, dim], rotated, contiguous in the last dimension.
+        table: `row_addresses`, int64 on the device, of keys [length, kv_heads, dim] and values [length, kv_heads, v_dim].
+        layer: the layer whose keys and values are used.
+        positions: int64 [tokens], ascending. Padding stands in front, at -1; its output is finite and has no meaning.
         kv_heads, v_dim: shape of the keys and values.
-        scale: of the scores.
-        window: how many keys back a query sees, itself included; None for all.
-        lse: float32 [tokens, heads], filled with the base-2 logarithm of each softmax's denominator.
-        blocks, splits: (query rows, keys, warps, stages) a program, and how many programs share a walk over the keys; by
-            default what suits the shape.
+        scale: scores are multiplied by this.
+        window: how many keys a query sees, its own included; None for all before it.
+        lse: float32 [tokens, heads]; filled with the base-2 logarithm of each softmax's denominator.
+        blocks: (query rows, keys, warps, stages) of a program; None: what suits the shape.
+        splits: how many programs share the keys of a block of queries; None: what suits the shape.
     """
     _, heads, tokens, dim = query.shape
     group = heads // kv_heads
@@ -198,7 +198,7 @@ def attend(
     block_d, block_v = power_of_two(dim, 16), power_of_two(v_dim, 16)
     rows, keys, warps, stages = blocks or _blocks(tokens * group, kv_heads, max(block_d, block_v), query.dtype)
     programs = triton.cdiv(tokens * group, rows) * kv_heads
-    # A power of two, so that few variants are compiled. More than 8 only where they would leave processors idle.
+    # A power of two, so that few variants are compiled. More than 8 only where multiprocessors would be idle otherwise.
     most = max(8, _PROCESSORS // programs)
     splits = splits or 1 << max(1, min(most, _PROGRAMS // programs)).bit_length() - 1
     parts, part_lse = out, out if lse is None else lse
@@ -222,7 +222,7 @@ def attend(
 
 
 def _blocks(rows: int, kv_heads: int, width: int, dtype: torch.dtype) -> Any:
-    """Block sizes, warps and stages: large blocks once there are enough of them to fill a GPU."""
+    """Block sizes, warps and stages. Blocks are large where there are then still enough of them to fill a GPU."""
     if dtype == torch.float32:
         return (16, 32, 4, 1) if width > 128 else (32, 32, 4, 2)
     if width > 128:

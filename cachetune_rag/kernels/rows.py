@@ -1,4 +1,4 @@
-"""Rows on their way into a prompt's buffers: stored rows (decode, rotate, scatter in one pass) and fresh ones (scatter)."""
+"""Writes rows into a prompt's buffers: stored ones (decoded, rotated and written in one pass) and freshly computed ones."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from cachetune_rag.kernels.support import power_of_two
 
 @triton.jit
 def _bfloat16(start, at, ok):
-    """Bfloat16 numbers stored from `start` on as float32, by their bits: the interpreter has no bfloat16."""
+    """Bfloat16 numbers from `start` on, as float32. They are made from their bits, because Triton's interpreter has no bfloat16."""
     bits = tl.load(start.to(tl.pointer_type(tl.uint16)) + at, mask=ok, other=0).to(tl.uint32) << 16
     return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _number(numbers, at, scale, middle, ok, COUNT: tl.constexpr, CODEC: tl.constexpr, element: tl.constexpr):
-    """Number `at` of a row's `COUNT` keys or values as the model's dtype; in float32 on the way, as the codec decodes it."""
+    """Number `at` of a row's `COUNT` keys or values, in the model's dtype. It is calculated in float32, as the codec does."""
     if CODEC == "exact":
         number = tl.load(numbers.to(tl.pointer_type(element)) + at, mask=ok, other=0.0)
     elif CODEC == "int8":
         stored = tl.load(numbers.to(tl.pointer_type(tl.int8)) + at, mask=ok, other=0)
         number = (stored.to(tl.float32) * scale).to(element)
     elif CODEC == "fp8":
-        # By way of float16 (see Fp8Codec): e4m3 is no type of every card.
+        # Through float16 (see Fp8Codec), because not every GPU has the type e4m3.
         stored = tl.load(numbers.to(tl.pointer_type(tl.int8)) + at, mask=ok, other=0).to(tl.int16)
         half = ((stored << 7) & -16385).to(tl.int16).to(tl.float16, bitcast=True)
         number = (half.to(tl.float32) * (scale * 256.0)).to(element)
@@ -63,7 +63,7 @@ def _place(
     shared = base + index // GROUP_ROWS * (GROUP_BYTES + GROUP_ROWS * ROW_BYTES)
     start = shared + (GROUP_BYTES + index % GROUP_ROWS * ROW_BYTES)
     if ALIGNED:
-        # The addresses come from a table, so the compiler can't see that rows begin on 16 bytes.
+        # The addresses come from a table, so the compiler can't see that rows begin at multiples of 16 bytes.
         shared = tl.multiple_of(shared, 16)
         start = tl.multiple_of(start, 16)
     h = tl.arange(0, BLOCK_H)[:, None]
@@ -99,7 +99,7 @@ def _place(
         cos_high = tl.load(COS + table + HALF + d, mask=d < HALF, other=0.0)
         sin_low = tl.load(SIN + table + d, mask=d < HALF, other=0.0)
         sin_high = tl.load(SIN + table + HALF + d, mask=d < HALF, other=0.0)
-        # Each product is rounded to the dtype before the sum, as the model's own function does it.
+        # Each product is rounded to the dtype before they are added, as in the model's own function.
         a = (low.to(tl.float32) * cos_low.to(tl.float32)).to(element).to(tl.float32)
         b = (-high.to(tl.float32) * sin_low.to(tl.float32)).to(element).to(tl.float32)
         tl.store(out + h * DIM + d, (a + b).to(element), mask=ok)
@@ -148,10 +148,10 @@ def _fetch(host, OUT, count, BLOCK: tl.constexpr):
 
 
 def fetch(host: Tensor, out: Tensor) -> None:
-    """Copy a few int64 numbers from page-locked memory, [n] each, by reading them on the device.
+    """Copy int64 numbers [n] from page-locked memory to the device, by a kernel that reads them.
 
-    An ordinary copy would queue behind the megabytes that are on their way. `host` must stay as it is until the device has
-    read it; torch does not know of it.
+    An ordinary copy would wait for the megabytes of rows that are being copied. `host` must not change until the device has read it,
+    and torch doesn't take care of that.
     """
     count = out.shape[0]
     _fetch[(triton.cdiv(count, 256),)](host.data_ptr(), out, count, BLOCK=256, num_warps=4)
@@ -172,24 +172,25 @@ def place(
     group_bytes: int = 0,
     aligned: bool = False,
 ) -> None:
-    """Decode stored rows, rotate their keys to their places and put both where they belong.
+    """Decode stored rows, rotate their keys to their places in the prompt, and write keys and values there.
 
     Args:
-        bases: int64 [sources], addresses on the device: where each source's rows begin, as the codec wrote them.
-        where: int64 [n], of each row the source (upper 32 bits) and its number there (lower); see `rows_of`.
-        places: int64 [n], in the prompt.
-        cos, sin: [length, width], the model's tables; None for a layer that does not rotate. The first `width` channels
-            are turned, channel i with channel i + width / 2.
-        keys, values: [length, heads, dim] and [length, heads, v_dim], contiguous; rows at `places` are written.
+        bases: int64 [sources]; addresses on the device, where each source's rows begin as the codec wrote them.
+        where: int64 [n]; each row's source (upper 32 bits) and its number in the source (lower 32 bits); see `rows_of`.
+        places: int64 [n]; each row's place in the prompt.
+        cos, sin: [length, width]; the model's tables. None for a layer that doesn't rotate. The first `width` channels are rotated,
+            channel i together with channel i + width / 2.
+        keys, values: [length, heads, dim] and [length, heads, v_dim], contiguous. Rows at `places` are written.
         codec: one of `kernels.CODECS`.
-        row_bytes, group_rows, group_bytes: how the rows lie behind a base: groups of rows, each behind bytes that they share.
+        row_bytes, group_rows, group_bytes: a source consists of groups of `group_rows` rows. In front of each group are `group_bytes` bytes
+            that its rows share.
         aligned: whether all bases, `row_bytes` and `group_bytes` are multiples of 16.
     """
     heads, dim, v_dim = keys.shape[1], keys.shape[2], values.shape[2]
     turned = 0 if cos is None else cos.shape[1]
     if not places.shape[0]:
         return
-    some = keys if cos is None or sin is None else cos  # a pointer that is not read
+    some = keys if cos is None or sin is None else cos  # a pointer that isn't read where nothing is rotated
     _place[(places.shape[0],)](
         bases, where, places, some, keys if sin is None else sin, keys, values, 0 if cos is None else cos.stride(0),
         HEADS=heads, DIM=dim, V_DIM=v_dim, TURNED=turned, CODEC=codec,
@@ -201,7 +202,7 @@ def place(
 
 
 def scatter(keys: Tensor, values: Tensor, table: Tensor, layer: int, positions: Tensor) -> None:
-    """Put fresh keys and values [1, kv_heads, tokens, dim] of one layer to their positions (those below 0: nowhere)."""
+    """Write fresh keys and values [1, kv_heads, tokens, dim] of one layer to their positions. Those at positions below 0 are left out."""
     _, heads, tokens, dim = keys.shape
     v_dim = values.shape[3]
     keys = keys if keys.stride(3) == 1 else keys.contiguous()

@@ -1,9 +1,9 @@
-"""Chunk shift (`model/plain/shift.py`): the reused rows of a chunk follow what its recomputed tokens show to have changed.
+"""Chunk shift (`model/plain/shift.py`): the change that a chunk's recomputed tokens show is carried over to its reused rows.
 
-Two kernels a layer, before the fresh keys and values are put to their places: one adds up, chunk by chunk, fresh minus
-stored over the recomputed tokens; the other adds each chunk's share of it to all of the chunk's rows. Sums are in float32.
+Two kernels run for each layer before the fresh keys and values are written. The first adds up, for each chunk, fresh minus stored rows
+over its recomputed tokens. The second adds a share of this sum to all of the chunk's rows. Sums are in float32.
 
-A rotation is taken apart as in `model.rope.Turn`: rotated[i] = cos[i] * x[i] + sin[i] * sign[i] * x[partner[i]].
+A rotation is written as in `Turn` (`model/family/rope.py`): rotated[i] = cos[i] * x[i] + sin[i] * sign[i] * x[partner[i]].
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor
 from cachetune_rag.kernels.support import aligned, power_of_two
 
 SPAN = 5
-"""Numbers that a chunk takes in the table of spans: first row, behind the last row, first and behind the last of its
-recomputed tokens (numbers in the forward), and the bits of the float32 that their sum is multiplied by."""
+"""How many numbers a chunk has in the table of spans. They are: its first row and the row behind its last one; its first recomputed
+token and the one behind its last, as numbers in the forward; and the bits of the float32 that their sum is multiplied by."""
 _SHARES = 16
-"""Programs that share a chunk's rows."""
+"""How many programs share a chunk's rows."""
 
 
 @triton.jit(do_not_specialize=["layer"])
@@ -58,7 +58,7 @@ def _gather(
             stored_at = keys + place[:, None] * (HEADS * DIM)
             old_at = stored_at + d[None, :]
             if ALIGNED:
-                # The addresses come from a table, so the compiler can't see that rows begin on 16 bytes.
+                # The addresses come from a table, so the compiler can't see that rows begin at multiples of 16 bytes.
                 old_at = tl.multiple_of(old_at, [16, 16])
             off = tl.load(fresh_at + d[None, :], mask=ok, other=0.0).to(tl.float32)
             off -= tl.load(old_at, mask=ok, other=0.0).to(tl.float32)
@@ -72,7 +72,7 @@ def _gather(
                     sin_at = tl.multiple_of(sin_at, [16, 16])
                 c = tl.load(cos_at, mask=ok, other=1.0).to(tl.float32)
                 s = tl.load(sin_at, mask=ok, other=0.0).to(tl.float32)
-                # Also where the rotation stretches (yarn scales its tables).
+                # The division undoes rotations that also stretch, as those of yarn do.
                 off = (c * off - s * sign[None, :] * across) / (c * c + s * s)
             sum_k += tl.sum(off, 0)
             ok = live[:, None] & (dv[None, :] < V_DIM)
@@ -94,7 +94,7 @@ def _carry(
     HEADS: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, TURNED: tl.constexpr, ALIGNED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
-    """Adds each chunk's MOVED to all of its rows, keys turned to their places."""
+    """Adds each chunk's MOVED to all of its rows. For keys it is rotated to each row's place first."""
     chunk = tl.program_id(0)
     first = tl.load(SPANS + chunk * 5 + 2)
     last = tl.load(SPANS + chunk * 5 + 3)
@@ -156,24 +156,24 @@ def shift(
     turning: tuple[Tensor, Tensor] | None,
     moved: tuple[Tensor, Tensor],
 ) -> None:
-    """Shift the rows of a layer in place, those of recomputed tokens too: they are overwritten afterwards.
+    """Shift the rows of a layer in place. Rows of recomputed tokens are shifted too, but overwritten afterwards.
 
     Args:
-        keys, values: fresh ones, [1, kv_heads, tokens, dim]; keys are rotated.
+        keys, values: fresh keys and values, [1, kv_heads, tokens, dim]; the keys are rotated.
         table: addresses of the prompt's rows (`row_addresses`, int64 on the device).
-        layer: whose rows.
+        layer: the layer whose rows are shifted.
         positions: int64 [tokens].
-        known: int64 [tokens], 0 for recomputed tokens whose stored rows aren't there; they are left out of the sums.
-        spans: int64 [chunks, SPAN]; a chunk whose recomputed tokens are none is left alone.
-        rotations: int64 [2 * layers], addresses of every layer's cosines and sines, each [length, dim] in the keys' dtype.
+        known: int64 [tokens]; 0 for recomputed tokens whose stored rows were not read. They are left out of the sums.
+        spans: int64 [chunks, SPAN]. A chunk without recomputed tokens is not shifted.
+        rotations: int64 [2 * layers]; addresses of every layer's cosines and sines, each [length, dim] in the keys' dtype.
         turning: partner (int32 [dim]) and sign (float32 [dim]) of each channel; None for a layer that doesn't rotate.
-        moved: float32 [chunks, kv_heads, dim] and [chunks, kv_heads, v_dim], written over: what each chunk is shifted by.
+        moved: float32 [chunks, kv_heads, dim] and [chunks, kv_heads, v_dim]; overwritten with what each chunk is shifted by.
     """
     _, heads, _, dim = keys.shape
     v_dim, chunks = values.shape[3], spans.shape[0]
     keys = keys if keys.stride(3) == 1 else keys.contiguous()
     values = values if values.stride(3) == 1 else values.contiguous()
-    partner, sign = turning or (spans, spans)  # pointers that are not read
+    partner, sign = turning or (spans, spans)  # pointers that aren't read where nothing is rotated
     shape = {"HEADS": heads, "DIM": dim, "V_DIM": v_dim, "TURNED": turning is not None}
     shape["ALIGNED"] = aligned(dim, v_dim, keys.dtype)
     _gather[(chunks, heads)](

@@ -1,7 +1,8 @@
-"""Attention of a prompt's last (watched) tokens: how much of it each key receives, and how much an error of each key and value
-would change their outputs.
+"""Looks at the attention of a prompt's last tokens, the watched ones: how much of it each key receives, and how much an error in each key
+and value would change their outputs.
 
-The number of watched tokens and the address of the deviations are read on the device, so that one captured graph serves every prompt.
+The number of watched tokens and the address of the deviations are read from device memory, so that one captured graph serves every
+prompt.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 from cachetune_rag.kernels.support import LOG2E, aligned, power_of_two, precision
 
 TINY = 1e-6
-"""Shorter layer inputs count as this long, so that nothing is divided by zero."""
+"""The least length that a layer's input counts with, so that nothing is divided by zero."""
 
 
 @triton.jit(do_not_specialize=["layer", "tokens", "window"])
@@ -69,7 +70,7 @@ def _disturb(
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     WINDOWED: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds to TOTAL, one row a key-value head, the error that each key and value is expected to make in the last tokens."""
+    """Adds to TOTAL, which has one row for each key-value head, how much each key and value is expected to disturb the watched tokens."""
     begin = tl.program_id(0) * BLOCK_N
     head = tl.program_id(1)
     end = tl.load(POSITIONS + tokens - 1).to(tl.int32) + 1
@@ -90,7 +91,7 @@ def _disturb(
         k = tl.load(key_at, mask=inside[:, None] & (d[None, :] < DIM), other=0.0)
         v = tl.load(value_at, mask=inside[:, None] & (dv[None, :] < V_DIM), other=0.0)
         v_square = tl.sum(v.to(tl.float32) * v.to(tl.float32), 1)
-        # Summed over rows behind the loop: each sum over rows goes through shared memory.
+        # Summed over rows only behind the loop, because each such sum goes through shared memory.
         by_value = tl.zeros([ROWS, BLOCK_N], dtype=tl.float32)
         by_key = tl.zeros([ROWS, BLOCK_N], dtype=tl.float32)
         for start in range(0, watched * GROUP, ROWS):
@@ -117,7 +118,7 @@ def _disturb(
             score = tl.dot(query, tl.trans(k), input_precision=PRECISION) * scale2
             weight = tl.where(seen, tl.math.exp2(score - lse[:, None]), 0.0)
             by_value += weight * near[:, None]
-            # |V - o|^2 = |V|^2 + |o|^2 - 2 o V, which rounding may take below 0 where they are nearly the same.
+            # |V - o|^2 = |V|^2 + |o|^2 - 2 o V. Rounding may make it negative where V and o are nearly the same.
             out_square = tl.sum(out.to(tl.float32) * out.to(tl.float32), 1)
             apart = v_square[None, :] + out_square[:, None]
             apart -= 2 * tl.dot(out, tl.trans(v), input_precision=PRECISION)
@@ -157,12 +158,12 @@ def receive(
     scale: float,
     window: int | None = None,
 ) -> None:
-    """Add the attention that each key receives from the last tokens, averaged over them and the heads.
+    """Add to `mass` the attention that each key receives from the watched tokens, averaged over these tokens and the heads.
 
     Args:
-        query, lse, table, layer, positions, kv_heads, scale, window: as `attend` took and gave them.
-        watched: int64 [1], how many last tokens; all of them if there are not as many.
-        mass: float32 [at least length], added to; room beyond the prompt is left alone.
+        query, lse, table, layer, positions, kv_heads, scale, window: what `attend` was called with, and the `lse` that it filled.
+        watched: int64 [1]; how many last tokens are watched. All of them if there are fewer.
+        mass: float32 [at least length]. What is beyond the prompt doesn't change.
     """
     _, heads, tokens, dim = query.shape
     block, rows = (64, 64) if query.element_size() == 2 else (32, 16)
@@ -193,20 +194,21 @@ def disturb(
     scale: float,
     window: int | None = None,
 ) -> None:
-    """Add the error that each key and value of a layer is expected to make in the last tokens (docs/selection.md, "Online").
+    """Add to `total` how much each key and value of a layer is expected to disturb the watched tokens (docs/selection.md, "Online").
 
-    With a the attention of query head g of token i on key j, and h the key-value head of g, added to total[h, j] is the sum
-    over g and i of a / |x_i| * (sV + |Q| * |V_j - o| * sK * gain[g] * scale / sqrt(dim)).
+    Let a be the attention of query head g of token i on key j, and h the key-value head of g. Then total[h, j] grows by the sum over g
+    and i of a / |x_i| * (sV + |Q| * |V_j - o| * sK * gain[g] * scale / sqrt(dim)).
 
     Args:
-        query, lse, table, layer, positions, kv_heads, scale, window: as `attend` took and gave them.
-        out: what `attend` gave, [1, tokens, heads, v_dim].
-        near: float32 [tokens], 1 / |x| of each token's layer input (see `nearness`).
+        query, lse, table, layer, positions, kv_heads, scale, window: what `attend` was called with, and the `lse` that it filled.
+        out: what `attend` returned, [1, tokens, heads, v_dim].
+        near: float32 [tokens]; 1 / |x| of each token's layer input (see `nearness`).
         gain: float32 [heads].
-        watched: int64 [1], how many last tokens; all of them if there are not as many.
-        deviations: int64 [1], the address of float16 [length, columns].
-        column, columns: this layer's first column there (sK of its heads, then sV) and how many there are of all layers.
-        total: float32 [at least kv_heads, room], added to; room beyond the prompt is left alone.
+        watched: int64 [1]; how many last tokens are watched. All of them if there are fewer.
+        deviations: int64 [1]; the address of float16 [length, columns].
+        column: the layer's first column in the deviations: sK of its heads, then sV.
+        columns: how many columns all layers have.
+        total: float32 [at least kv_heads, room]. What is beyond the prompt doesn't change.
     """
     _, heads, tokens, dim = query.shape
     v_dim, room = out.shape[3], total.shape[1]
@@ -225,7 +227,7 @@ def disturb(
 
 
 def nearness(hidden: Tensor, near: Tensor) -> None:
-    """1 / |x| of every row of hidden [1, tokens, width] into near, float32 [tokens]."""
+    """Write 1 / |x| of every row x of hidden [1, tokens, width] to `near`, float32 [tokens]."""
     hidden = hidden if hidden.stride(2) == 1 else hidden.contiguous()
     width = hidden.shape[2]
     block = min(1024, power_of_two(width))

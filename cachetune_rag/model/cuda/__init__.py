@@ -1,1 +1,1 @@
-"""The model's forwards on a CUDA device: kernels, graphs, compiled layers."""
+"""The model's forwards on a CUDA device, with kernels, CUDA graphs and compiled layers."""

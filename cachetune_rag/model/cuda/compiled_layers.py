@@ -1,9 +1,9 @@
-"""Decoder layers with their elementwise work fused, by torch.compile.
+"""Decoder layers compiled by torch.compile, which fuses their elementwise operations.
 
-Norms, rotation, gates and residual sums are some forty small kernels a layer as a model's code writes them. Next to the few
-tokens of a selective forward they take a fifth to a third of its time. Inductor makes five or six of them, from the layers'
-own code; matrix products and this package's attention stay what they are. All layers of a kind and all token counts share
-one compilation. Results are rounded where eager code rounds them.
+As a model's code is written, norms, rotation, gates and residual sums are some forty small kernels in each layer. In a selective
+forward, which has few tokens, they take a fifth to a third of the time. The compiler makes five or six kernels of them. Matrix products
+and this package's attention stay as they are. All layers of a kind and all token counts share one compilation. Results are rounded
+where uncompiled code rounds them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 
 class FusedLayers:
-    """The decoder layers of one model, to run compiled inside of `active` and as they are elsewhere.
+    """The decoder layers of one model. Inside of `active` they run compiled, elsewhere as they are.
 
     Args:
         layers: the decoder layers, in order.
@@ -51,14 +51,14 @@ class FusedLayers:
         return bool(self._calls)
 
     def compile(self, run: Callable[[], Tensor], backend: str | Callable[..., Any] = "inductor") -> bool:
-        """Compile the layers, and use them from now on if they compute what they did.
+        """Compile the layers. They are used from now on if they compute the same as before.
 
         Args:
-            run: a forward over some `TOKENS` tokens, inside of which `active` is entered; the same each time.
-            backend: of torch.compile.
+            run: runs a forward over `TOKENS` tokens, the same each time, and enters `active` in it.
+            backend: the backend of torch.compile.
 
         Returns:
-            Whether they are used. Where not (a family whose code can't be compiled, or comes out different), the log says why.
+            Whether they are used. If the code can't be compiled or computes something else, they aren't, and the log says why.
         """
         if self.ready or not can_swap_compiled():
             return self.ready
@@ -89,15 +89,16 @@ class FusedLayers:
 
     @contextmanager
     def active(self, see: Callable[[int, Tensor], None] | None = None) -> Iterator[None]:
-        """While the context is open, the layers run compiled, if they are ready, and `see(layer, hidden)` gets what goes
-        into each (a hook would be compiled in).
+        """While the context is open, the layers run compiled if they are ready, and `see(layer, hidden)` is called with each one's input.
+
+        It replaces a hook, which would become part of the compiled code.
         """
         if not self._calls:
             yield
             return
         for number, (layer, call) in enumerate(zip(self._layers, self._calls, strict=True)):
             run_compiled(layer, call if see is None else _seen(see, number, call))
-        # Calls that the compiled code doesn't cover run uncompiled: a request doesn't wait for a compiler.
+        # Calls that the compiled code doesn't cover run uncompiled, so that no request waits for the compiler.
         stance = nullcontext() if self._compiling else torch.compiler.set_stance("eager_on_recompile")
         try:
             with stance:
@@ -116,6 +117,6 @@ def _seen(see: Callable[[int, Tensor], None], number: int, call: Callable[..., A
 
 
 def opaque(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, called as it is from compiled code."""
+    """A function that compiled code calls without compiling it."""
     made: Callable[..., Any] = torch.compiler.disable(function)
     return made

@@ -1,13 +1,13 @@
-"""Selective forwards on a CUDA device: own kernels, replayed as CUDA graphs.
+"""Selective forwards on a CUDA device: the package's kernels, replayed as CUDA graphs.
 
-The model's code runs as it is. Its cache and its attention function, both handed to it through transformers' public
-interfaces, are kernels that find a prompt's buffers through a table of addresses. So nothing that a forward does depends on
-the prompt but the numbers in one small input tensor, and the whole of it can be captured once per token count and replayed:
-an eager forward of 32 layers costs some 50 ms of launches, a replay next to nothing.
+The model's code runs as it is. Its cache and its attention function, which it gets through transformers' public interfaces, are kernels
+that find a prompt's buffers through a table of addresses. So a forward depends on the prompt only through the numbers in one small input
+tensor. It is captured once for each token count, and replayed from then on. Launching the kernels of 32 layers one by one takes about
+50 ms; a replay takes almost no time.
 
-A graph is cut before each layer's attention, where the layer's reused rows must have arrived: between the pieces, the stream
-waits for them (a decoding step needs no cuts). Token counts are rounded up; padding stands in front, at position -1, where it
-sees and writes nothing.
+A graph is cut into pieces before each layer's attention, because the layer's reused rows must be there by then. Between the pieces, the
+stream waits for the rows. (A decoding step needs no cuts.) Token counts are rounded up. Padding stands in front, at position -1, where it
+reads and writes nothing.
 """
 
 from __future__ import annotations
@@ -53,29 +53,27 @@ MAX_GRAPHS = 96
 _INVALIDATED = "due to a previous error during capture"
 """CUDA's message when another thread invalidated a capture."""
 _ATTEMPTS = 5
-"""Captures in a row that may fail with that message before graphs are given up."""
+"""How many captures in a row may fail with that message before no more are tried."""
 _PROBED_TOKENS = 256
-"""Up to this many computed tokens, a probe is warmed up: a query, a prefix and separators between chunks."""
+"""Up to this many computed tokens a probe is warmed up. It computes the query, the prefix and what stands between chunks."""
 
 _log = logging.getLogger(__name__)
 
 RunModel = Callable[[Tensor, Tensor, Cache], Tensor]
-"""Runs the model on ids and positions [1, tokens] with a cache; logits of the last token [1, vocab]."""
+"""Runs the model on ids and positions [1, tokens] with a cache. Gives the logits of the last token, [1, vocab]."""
 
 
 class DeviceForward:
-    """Selective forwards of one model on one device.
+    """Selective forwards of one model on one device. Only one may run at a time, because the graphs share memory.
 
     Args:
-        run: runs the model with the kernels' attention in place.
+        run: runs the model with the kernels as its attention function.
         layers: its decoder layers.
         specs: shapes of each layer's keys and values.
         windows: how many keys back each layer sees; None for all.
-        gains: makes `output.gain` of each layer, float32 [heads].
-        turns: makes the rotation of each layer, for a prompt of so many tokens.
+        gains: calculates `output.gain` of each layer, float32 [heads].
+        turns: makes each layer's rotation for a prompt of the given length.
         device: where the model is.
-
-    One forward at a time: the graphs share their memory.
     """
 
     def __init__(
@@ -102,7 +100,7 @@ class DeviceForward:
         self._disturbed = 0
         self._pool: Any = None
         self._stream: Any = None
-        # Page-locked numbers that the device may not have read yet: a request has two forwards at most.
+        # Keeps the page-locked memory of recent inputs, which the device may not have read yet. A request has at most two forwards.
         self._recent: deque[Inputs] = deque(maxlen=4)
         self._held: list[Turn | None] = []
 
@@ -114,13 +112,13 @@ class DeviceForward:
         before: Callable[[int], None] | None,
         shift: ChunkShift | None = None,
     ) -> Tensor:
-        """As `ModelAdapter.selective_forward`; `ids` and `positions` on the host are cheapest."""
+        """As `ModelAdapter.selective_forward`. `ids` and `positions` should be on the host, which is fastest."""
         numbers = None if shift is None else shift_numbers(shift, positions, self._rotations(buffers.length))
         kind = Kind(bucket(ids.shape[0]), chunks=0 if numbers is None else chunk_room(numbers.spans.shape[0]))
         return self._go(kind, ids, positions, buffers, before or _nothing, shift=numbers)
 
     def step(self, token: int, place: int, buffers: KVBuffers) -> Tensor:
-        """The model on one more token, at `place` behind those that `buffers` holds: logits [1, vocab]. Its row has to exist."""
+        """Run the model on one more token, at `place`, whose row `buffers` must have already. Gives logits [1, vocab]."""
         return self._go(STEP, torch.tensor([token]), torch.tensor([place]), buffers, _nothing)
 
     def received(self, probe: ProbePass) -> Tensor:
@@ -129,7 +127,7 @@ class DeviceForward:
         return self._watch(kind, probe)
 
     def expected_error(self, probe: ProbePass, deviations: Tensor) -> Tensor:
-        """As `ModelAdapter.expected_error`; `deviations` on the device, filled when `before(0)` has returned."""
+        """As `ModelAdapter.expected_error`. `deviations` are on the device, and complete once `before(0)` has returned."""
         columns = self._columns[probe.layers]
         if deviations.shape[1] != columns:
             raise ValueError(f"deviations have {deviations.shape[1]} columns; {probe.layers} layers make {columns}.")
@@ -144,14 +142,14 @@ class DeviceForward:
         ]
 
     def fuse(self, buffers: KVBuffers, vocabulary: int) -> bool:
-        """Compile the model's layers (`FusedLayers.compile`), trying them on `buffers` of `fusion.TOKENS` tokens."""
+        """Compile the model's layers (`FusedLayers.compile`). They are tried on `buffers` for `compiled_layers.TOKENS` tokens."""
         kind = Kind(TOKENS)
         inputs = Inputs(kind, len(self._specs), self._device)
         inputs.fill(torch.arange(TOKENS) % vocabulary, torch.arange(TOKENS), buffers)
         before = self._fused.ready
         done = self._fused.compile(lambda: self._eager(inputs, _nothing, self._call(kind, inputs)))
         if done and not before:
-            # Graphs captured before don't contain the compiled layers. Their memory pool goes with the last of them.
+            # Graphs captured before don't contain the compiled layers. Their memory pool is freed with the last of them.
             self.drop_graphs()
         return done
 
@@ -167,10 +165,10 @@ class DeviceForward:
         """Compile the kernels and capture the graphs of a decoding step and of up to `tokens` computed tokens.
 
         Args:
-            tokens: most tokens that a forward computes.
-            probe: layers of a probe, and whether it adds up the expected error; its graphs are captured too, for up to 256
-                tokens.
-            lengths: prompt lengths that the probe is made ready for.
+            tokens: the most tokens that a forward computes.
+            probe: how many layers a probe runs through, and whether it adds up the expected error. Its graphs are captured too, for up
+                to 256 computed tokens.
+            lengths: prompt lengths for which the probe is made ready.
             shift: whether forwards shift chunks.
         """
         self._warm(STEP)
@@ -205,12 +203,12 @@ class DeviceForward:
         graph = None
         if self.graphs_enabled and kind.tokens <= MAX_TOKENS:
             graph = self._graphs.get(kind)
-            # The first request of its kind runs without a graph, which also compiles kernels; a capture could not compile them.
+            # The first forward of a kind runs without a graph. It compiles kernels, which a capture can't do.
             if graph is None and kind in self._seen and kind not in self._refused:
                 graph = self._capture(kind)
             self._seen.add(kind)
         else:
-            # No graph is shared by several requests, so nothing is padded.
+            # Padding only serves to share graphs, so there is none here.
             chunks = numbers["shift"].spans.shape[0] if kind.chunks else 0
             kind = Kind(ids.shape[0], kind.probed, kind.errors, buffers.length if kind.length else 0, chunks)
         if graph is not None:
@@ -245,7 +243,7 @@ class DeviceForward:
         return call
 
     def _eager(self, inputs: Inputs, before: Callable[[int], None], call: KernelCall) -> Tensor:
-        """The model on `inputs`: logits, or what `call` adds up where it probes."""
+        """Run the model on `inputs` without a graph. Gives the logits, or what a probe has added up."""
         cache = (opaque_cache() if self._fused.ready else KernelCache)(call, before)
         with by_kernel(call), self._running(call):
             try:
@@ -256,14 +254,14 @@ class DeviceForward:
         return logits
 
     def _running(self, call: KernelCall) -> Any:
-        """The context in which the model runs: compiled or not, its layers' inputs watched or not."""
+        """The context in which the model runs. It enters the compiled layers, and watches the layers' inputs where a probe needs them."""
         see = call.see_input if call.watches_inputs else None
         if self._fused.ready or see is None:
             return self._fused.active(see)
         return taps.inputs_tapped(self._layers, see)
 
     def _rotations(self, length: int) -> list[int]:
-        """Addresses of every layer's cosines and sines for a prompt, good until the next one's."""
+        """Addresses of every layer's cosines and sines for a prompt. They hold until this is called for the next prompt."""
         self._held = self._turns(length)
         tables = [(0, 0) if turn is None else (turn.cos.data_ptr(), turn.sin.data_ptr()) for turn in self._held]
         return [address for pair in tables for address in pair]
@@ -274,12 +272,12 @@ class DeviceForward:
 
     @cached_property
     def _columns(self) -> list[int]:
-        """First column of each layer's deviations, and behind the last one how many there are."""
+        """The first column of each layer's deviations, and then the number of all columns."""
         return [0, *np.cumsum([2 * spec.heads for spec in self._specs]).tolist()]
 
     @cached_property
     def _turnings(self) -> list[tuple[Tensor, Tensor] | None]:
-        """By layer, which channel each channel is turned with, and its sign."""
+        """For each layer: with which channel each channel is rotated, and the sign."""
         made: list[tuple[Tensor, Tensor] | None] = []
         for turn, spec in zip(self._turns(1), self._specs, strict=True):
             if turn is None:
@@ -296,9 +294,9 @@ class DeviceForward:
             self._pool = torch.cuda.graph_pool_handle()
         inputs = Inputs(kind, len(self._specs), self._device)
         inputs.fill_idle()
-        self._call(kind, inputs)  # what is made once is made outside of the graph
+        self._call(kind, inputs)  # makes cached values here, which must not be made during the capture
         recorder = Recorder(self._pool)
-        # Memory that the garbage collector frees during a capture (page-locked memory of another engine, say) would end it.
+        # The garbage collector must not run during a capture: freeing page-locked memory, perhaps another engine's, would make it fail.
         collecting = gc.isenabled()
         gc.collect()
         gc.disable()
@@ -326,10 +324,10 @@ class DeviceForward:
         return graph
 
     def _give_up(self, kind: Kind, error: RuntimeError) -> None:
-        """A capture failed: go on without this graph, or without any, or try again with the next request."""
+        """After a failed capture: go on without this graph, go on without any, or let the next request try again."""
         torch.cuda.synchronize(self._device)
         if not self._graphs:
-            self._pool = None  # it goes with the last graph
+            self._pool = None  # a pool without a graph is freed, so the next capture needs another one
         if _out_of_memory(error):
             _log.warning("no memory for a CUDA graph of %d tokens: requests of this size run as they are", kind.tokens)
             self._refused.add(kind)
@@ -337,19 +335,19 @@ class DeviceForward:
             return
         self._disturbed += 1
         if _INVALIDATED in str(error) and self._disturbed < _ATTEMPTS:
-            # By another thread of the program's that waited for the device meanwhile, most likely.
+            # Most likely another thread of the program waited for the device meanwhile.
             _log.warning(
                 "a CUDA graph of %d tokens was not captured, the next request tries again: %s", kind.tokens, error
             )
             return
-        # Models whose forward asks the device for numbers (experts chosen on the host) run as they are.
+        # A forward that reads numbers from the device, for example to choose experts on the host, can't be captured.
         _log.warning("no CUDA graphs for this model: %s", error)
         self.graphs_enabled = False
         self._graphs.clear()
 
 
 def _out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or an error that caused it, says that the device's memory is full."""
+    """Whether this error, or one that caused it, says that the device's memory is full."""
     while error is not None:
         if isinstance(error, torch.OutOfMemoryError):
             return True
@@ -359,10 +357,10 @@ def _out_of_memory(error: BaseException | None) -> bool:
 
 @cache
 def opaque_cache() -> type[KernelCache]:
-    """`KernelCache`, called as it is from compiled code.
+    """A `KernelCache` whose `update` compiled code calls without compiling it.
 
-    A class, since a method put on the object would make the object part of a cycle, and with it a prompt's buffers: gigabytes
-    that stay until Python's garbage collector comes by.
+    It is a class of its own, because setting the method on an object would make the object, and with it a prompt's buffers, part of a
+    reference cycle. Gigabytes would stay until Python's garbage collector runs.
     """
     return type("OpaqueKernelCache", (KernelCache,), {"update": opaque(KernelCache.update)})
 

@@ -1,4 +1,4 @@
-"""CUDA graphs of selective forwards: what goes into one, and how it is captured and replayed in pieces."""
+"""CUDA graphs of selective forwards: their inputs, and how they are captured and replayed in pieces."""
 
 from __future__ import annotations
 
@@ -16,43 +16,43 @@ from cachetune_rag.model.plain.buffers import KVBuffers
 from cachetune_rag.model.plain.shift import ChunkShift
 
 MAX_TOKENS = 8192
-"""Above, a layer computes for longer than it takes to launch even while other threads read from disk, and a graph would only hold
-memory.
+"""The most tokens for which there are graphs. With more, a layer computes for longer than its launch takes, even while other threads read
+from disk, so a graph would save no time and only take memory.
 """
 _STEP_TOKENS = 8
-"""What a decoding step's one token is padded to: compiled layers take a single token for a case of its own, and these few cost
-nothing.
+"""The token count that a decoding step's single token is padded to. The compiler treats a single token as a special case, and these
+few take no more time.
 """
 _LENGTHS = (8192, 32768, 131072)
-"""Prompt lengths that probes are padded to: few, so that prompts of many lengths share their graphs."""
+"""Prompt lengths that probes are padded to. They are few, so that prompts of many lengths share graphs."""
 _CHUNKS = (128, 1024)
 """Numbers of shifted chunks that forwards are padded to."""
 SPAN = 5
-"""Numbers a chunk takes: see `kernels.shift`."""
+"""How many numbers describe a chunk; see `kernels.shift.SPAN`."""
 
 
 def bucket(tokens: int) -> int:
-    """The token count that `tokens` is padded to: matrix products work in tiles of about this size anyway."""
+    """The token count that `tokens` is padded to. Matrix products work in tiles of about this size anyway."""
     step = 64 if tokens <= 1536 else 128 if tokens <= 3072 else 256
     return -(-tokens // step) * step
 
 
 def buckets(tokens: int) -> list[int]:
-    """Every size that up to `tokens` tokens are padded to, and that has a graph."""
+    """All sizes to which up to `tokens` tokens are padded and for which there are graphs."""
     return sorted({bucket(n) for n in range(64, min(bucket(tokens), MAX_TOKENS) + 1, 64)})
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a forward's kernel launches depend on: forwards of one kind share a graph.
+    """What a forward's kernel launches depend on. Forwards of one kind share a graph.
 
     Attributes:
         tokens: computed tokens, padding included.
-        probed: layers that are run to see what the last tokens attend to; None for a forward through all layers.
-        errors: whether the expected error is added up rather than the attention.
-        length: room for the prompt, where it is probed.
-        chunks: room for chunks that are shifted.
-        whole: whether every layer's rows are there from the start, so that a graph needs no cuts.
+        probed: how many layers a probe runs through; None for a forward through all layers.
+        errors: whether a probe adds up the expected error instead of the attention.
+        length: the prompt length that a probe has room for.
+        chunks: the number of shifted chunks that there is room for.
+        whole: whether every layer's rows are there from the start, so that the graph need not be cut into pieces.
     """
 
     tokens: int
@@ -68,22 +68,22 @@ STEP = Kind(_STEP_TOKENS, whole=True)
 
 
 def length_room(length: int) -> int:
-    """Room for a prompt of `length` tokens that is probed."""
+    """The prompt length that a probe of a prompt of `length` tokens is padded to."""
     return next((room for room in _LENGTHS if room >= length), length)
 
 
 def chunk_room(chunks: int) -> int:
-    """Room for so many chunks; 0 for none."""
+    """The number of chunks that `chunks` is padded to; 0 stays 0."""
     return next((room for room in _CHUNKS if room >= chunks), chunks) if chunks else 0
 
 
 @dataclass(frozen=True)
 class ShiftNumbers:
-    """A chunk shift in numbers.
+    """The numbers that the kernels of a chunk shift take.
 
     Attributes:
-        known: int64 [computed tokens] on the host, 0 where a token's stored row isn't there.
-        spans: int64 [chunks, SPAN] on the host, as `kernels.shift` wants them, tokens counted without padding.
+        known: int64 [computed tokens] on the host; 0 where a token's stored row was not read.
+        spans: int64 [chunks, SPAN] on the host, as `kernels.shift` describes them, but with tokens counted without padding.
         rotations: addresses of every layer's cosines and sines.
     """
 
@@ -93,10 +93,10 @@ class ShiftNumbers:
 
 
 def shift_numbers(shift: ChunkShift, positions: Tensor, rotations: Sequence[int]) -> ShiftNumbers | None:
-    """A shift as the kernels read it; None where no chunk has a recomputed token (see `shift.RowShift`).
+    """The numbers of a chunk shift. None where no chunk has a recomputed token (see `model.plain.shift.RowShift`).
 
     Args:
-        shift: what is asked for.
+        shift: the chunk shift.
         positions: the tokens that are computed, [selected], ascending.
         rotations: see `ShiftNumbers`.
     """
@@ -113,15 +113,15 @@ def shift_numbers(shift: ChunkShift, positions: Tensor, rotations: Sequence[int]
 
 
 class Inputs:
-    """The numbers in which forwards of one kind differ, in one tensor of int64.
+    """The numbers by which forwards of one kind differ. They are parts of one int64 tensor.
 
     Attributes:
         ids, places: [1, tokens]; padding is token 0 at place 0.
         positions: [tokens]; padding is at -1.
         table: addresses of the prompt's buffers.
-        watched, deviations: [1], see `kernel_call.Probing`.
+        watched, deviations: [1]; see `kernel_call.Probing`.
         known, rotations, spans: see `kernels.shift`.
-        read: recorded when the device has read the numbers, with which it begins; None on a CPU.
+        read: an event recorded on the device once it has read the numbers, which is how a forward begins. None on a CPU.
     """
 
     def __init__(self, kind: Kind, layers: int, device: torch.device):
@@ -132,7 +132,7 @@ class Inputs:
         self._host = torch.zeros(sum(sizes), dtype=torch.int64, pin_memory=cuda)
         self.read = torch.cuda.Event(enable_timing=True) if cuda else None
         self._numbers = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
-        # NumPy: for so few numbers, torch takes the host far longer.
+        # NumPy, because for so few numbers torch takes far longer.
         self._parts = [part.numpy() for part in self._host.split(sizes)]
         ids, places, self.positions, self.table, self.watched, self.deviations, *rest = self._numbers.split(sizes)
         self.known, self.rotations, spans = rest
@@ -147,7 +147,7 @@ class Inputs:
         deviations: int = 0,
         shift: ShiftNumbers | None = None,
     ) -> None:
-        """Write a request's numbers; `ids` and `positions` [at most `self.tokens`] on the host are cheapest."""
+        """Write a request's numbers. `ids` and `positions` [at most `self.tokens`] should be on the host, which is fastest."""
         self._wait()
         padding = self.tokens - ids.shape[0]
         places = positions.cpu().numpy()
@@ -168,7 +168,7 @@ class Inputs:
         self._send()
 
     def fill_idle(self) -> None:
-        """Padding alone: a forward that touches no buffer."""
+        """Fill with padding alone, for a forward that uses no prompt's buffers."""
         self._wait()
         self._host.zero_()
         self._parts[2][:] = -1
@@ -189,13 +189,13 @@ class Inputs:
 
 
 class Graph:
-    """A captured forward: its inputs, its pieces in order, and the tensor its last piece leaves the result in."""
+    """A captured forward: its inputs, its pieces in order, and the tensor to which the last piece writes the result."""
 
     def __init__(self, inputs: Inputs, pieces: list[Any], out: Tensor):
         self.inputs, self._pieces, self._out = inputs, pieces, out
 
     def replay(self, before: Callable[[int], None]) -> Tensor:
-        """Run it; `before(layer)` is called between the pieces. The result is the caller's own."""
+        """Run the pieces, and call `before(layer)` between them. The result is a copy."""
         for number, piece in enumerate(self._pieces):
             if number:
                 before(number - 1)
@@ -204,16 +204,16 @@ class Graph:
 
 
 class Recorder:
-    """Captures a stretch of work as several graphs that share one memory pool and run in order."""
+    """Captures a forward as several graphs, the pieces, which share one memory pool and run in order."""
 
     def __init__(self, pool: Any):
         self._pool, self._open = pool, False
         self.pieces: list[Any] = []
 
     def begin(self) -> None:
-        """Capture from here."""
+        """Begin the first piece."""
         self.pieces.append(torch.cuda.CUDAGraph())
-        # Other threads may go on using the device, reading chunks into page-locked memory for instance.
+        # Other threads may use the device meanwhile, for example to read chunks into page-locked memory.
         self.pieces[-1].capture_begin(pool=self._pool, capture_error_mode="thread_local")
         self._open = True
 

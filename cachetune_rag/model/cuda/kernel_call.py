@@ -1,4 +1,4 @@
-"""What one forward through the kernels does where the model scatters keys and values and attends."""
+"""What a forward does through kernels instead of the model's own code: storing keys and values, and attention."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from cachetune_store.layout import LayerSpec
 
 @dataclass
 class Probing:
-    """What is added up about the last tokens' attention.
+    """What a probe adds up about the attention of the prompt's last tokens.
 
     Attributes:
-        watched: int64 [1] on the device, how many last tokens.
+        watched: int64 [1] on the device; how many last tokens are watched.
         last_layer: the forward ends after this layer's attention.
-        total: float32 [rows, at least length], added to: one row for the attention that each token receives, or one a
-            key-value head for the expected error.
-        deviations: int64 [1] on the device, the address of the prompt's deviations, float16 [length, columns]; None to add
-            up the attention itself.
-        columns: first column of each layer there, and behind the last one how many there are.
-        gains: float32 [heads] of each layer.
-        near: float32 [tokens], holds 1 / |x| of the current layer's input.
+        total: float32 [rows, at least length], to which results are added. It has one row for the attention that each token receives, or
+            one for each key-value head for the expected error.
+        deviations: int64 [1] on the device; the address of the prompt's deviations, float16 [length, columns]. None: the attention is
+            added up, not the expected error.
+        columns: the first column of each layer in the deviations, and then the number of all columns.
+        gains: for each layer, float32 [heads].
+        near: float32 [tokens]; holds 1 / |x| of the current layer's input.
     """
 
     watched: Tensor
@@ -41,7 +41,7 @@ class Probing:
 
 @dataclass
 class Shifting:
-    """How the reused rows of chunks follow the recomputed ones; see `kernels.shift.shift` for all of it."""
+    """The chunk shift of a forward: arguments of `kernels.shift.shift`, which describes them."""
 
     known: Tensor
     spans: Tensor
@@ -56,9 +56,9 @@ class KernelCall:
 
     Attributes:
         table: addresses of the prompt's buffers (`kernels.row_addresses`).
-        positions: int64 [tokens], ascending, -1 for padding in front.
-        specs, windows: of every layer.
-        probing, shifting: what is done besides.
+        positions: int64 [tokens], ascending. Padding stands in front, at -1.
+        specs, windows: for every layer, the shapes of its keys and values, and how many keys back it sees.
+        probing, shifting: what is done besides, if anything.
         layer: the layer whose attention comes next.
     """
 
@@ -76,7 +76,7 @@ class KernelCall:
         return self.probing is not None and self.probing.deviations is not None
 
     def see_input(self, layer: int, hidden: Tensor) -> None:
-        """Take what goes into a decoder layer, [1, tokens, width]."""
+        """Take the input of a decoder layer, [1, tokens, width]."""
         from cachetune_rag.kernels.watched_attention import nearness
 
         assert self.probing is not None
@@ -84,7 +84,7 @@ class KernelCall:
             nearness(hidden, self.probing.near)
 
     def scatter(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Put a layer's fresh keys and values to their places; its attention comes next."""
+        """Write a layer's fresh keys and values to their places. Its attention comes next."""
         from cachetune_rag.kernels.rows import scatter
 
         self.layer = layer
@@ -174,7 +174,7 @@ class KernelCall:
 
 
 class KernelCache(Cache):
-    """Cache of a forward through the kernels: fresh keys and values go to the buffers that the call's table names."""
+    """The cache of a forward through the kernels. It writes fresh keys and values to the prompt's buffers."""
 
     def __init__(self, call: KernelCall, before: Callable[[int], None]):
         super().__init__(layers=[_KernelLayer(call, i, before) for i in range(len(call.specs))])
@@ -194,24 +194,24 @@ class _KernelLayer(CacheLayerMixin):
         self._call, self._layer, self._before = call, layer, before
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Scatter [1, kv_heads, tokens, head_dim]. What is returned only passes through: attention reads the buffers."""
+        """Write keys and values [1, kv_heads, tokens, head_dim] to the buffers, from which attention reads. They are returned unchanged."""
         self._before(self._layer)
         self._call.scatter(self._layer, key_states, value_states)
         return key_states, value_states
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: the buffers exist."""
+        """Nothing to do, because the buffers exist already."""
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Of no consequence: there is no mask."""
+        """Without effect, because there is no mask."""
         return query_length, 0
 
     def get_seq_length(self) -> int:
-        """No tokens came before: positions are explicit."""
+        """0, because positions are given explicitly."""
         return 0
 
     def get_max_length(self) -> int:
-        """Not bounded here."""
+        """-1: the cache sets no limit."""
         return -1
 
     get_max_cache_shape = get_max_length  # its name before transformers 5.24

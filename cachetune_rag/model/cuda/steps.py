@@ -13,19 +13,19 @@ from cachetune_rag.model.cuda.device_forward import DeviceForward
 from cachetune_rag.model.plain.buffers import KVBuffers
 
 ROOM = 1024
-"""Rows for an answer's tokens that are made at once, at most: an answer may be far shorter than it is allowed to be."""
+"""How many rows for an answer's tokens are made at a time. An answer may end long before its limit."""
 
 
 class KernelSteps:
-    """Decoding steps through the kernels: each writes its token's keys and values into the row behind the last one.
+    """Decoding steps through the kernels. Each writes its token's keys and values into the row behind the last one.
 
-    transformers' own step launches some thousand kernels from Python and copies every layer's keys and values to append one
-    row; here one captured graph serves every step of every answer.
+    A step of transformers launches about a thousand kernels from Python, and copies all keys and values of every layer to append one
+    row. Here one captured graph serves every step of every answer.
 
     Args:
         forward: the model's forwards.
-        find: gives the prompt's keys and values, with room behind them or without; called at the first step.
-        cache: what shows the prompt's rows to others; it stays as long as the prompt.
+        find: gives the prompt's keys and values; called at the first step.
+        cache: shows the prompt's rows, and no others, to everything else.
     """
 
     def __init__(self, forward: DeviceForward, find: Callable[[], KVBuffers], cache: Cache):
@@ -39,8 +39,8 @@ class KernelSteps:
         buffers = self._buffers = self._buffers or self._find()
         if self._taken == buffers.room:
             buffers.grow(ROOM)
-            buffers.show_in(self._cache)  # or the old memory would stay
-        # Kernels go by the current device.
+            buffers.show_in(self._cache)  # otherwise it would keep the old memory
+        # Kernels run on torch's current device.
         with torch.cuda.device(buffers.device) if buffers.device.type == "cuda" else nullcontext():
             logits = self._forward.step(token, buffers.length + self._taken, buffers)
         self._taken += 1
