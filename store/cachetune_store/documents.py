@@ -55,8 +55,8 @@ class Documents:
         self._announce()
         with self._index.transaction():
             old = set((self._index.get(_record_name(tenant, doc_id)) or {"chunks": []})["chunks"])
-            if old != set(digests):
-                self._removals.note(tenant, doc_id, gone=not old <= set(digests))
+            # Also where the chunks are the same: chunks that requests are about to add to the document are not among them.
+            self._removals.note(tenant, doc_id, gone=not old <= set(digests))
             self._replace(tenant, doc_id, digests, free)
 
     def extend(self, tenant: str, doc_id: str, keys: Sequence[ChunkKey], free: Free, since: int | None = None) -> bool:

@@ -93,6 +93,23 @@ def test_what_is_being_stored_when_its_document_is_removed_is_gone_too(
     assert (stored(engine), chunks_of(engine)) == ([False, False, False], {})
 
 
+def test_a_chunk_that_another_document_wants_while_it_is_stored_becomes_both_documents_even_if_the_engine_closes(
+    engine: CacheTune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computer, backfill = engine.runtime.chunk_computer, engine.runtime.backfill
+    compute = computer.compute
+
+    def compute_meanwhile(job: Any, batch: Any) -> Any:
+        backfill.offer(engine.prompts.build(query="Who?", chunks=[Chunk(TEXTS[0], "b")]), [0])
+        backfill.queue.close()
+        return compute(job, batch)
+
+    monkeypatch.setattr(computer, "compute", compute_meanwhile)
+    ask(engine, Chunk(TEXTS[0], "a"))
+    assert backfill.wait(60)
+    assert chunks_of(engine) == {"a": 1, "b": 1}
+
+
 def test_what_cant_be_added_to_its_document_is_not_stored(engine: CacheTune, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise StoreFullError("no room")

@@ -71,6 +71,16 @@ def test_while_an_answer_streams(engine: CacheTune, end: Callable[[CacheTune], N
     assert (engine.stats().withdrawn, engine.stats().unstored) == (1, 0)
 
 
+def test_while_its_document_is_indexed_again_as_it_was(engine: CacheTune) -> None:
+    engine.precompute(Document("d", [NEW]))
+    stream = engine.stream("Who?", [Chunk(OLD, "d")], max_new_tokens=4)
+    next(stream)
+    replace(engine)
+    list(stream)
+    assert engine.flush(60)
+    assert (texts(engine), holds(engine), engine.stats().withdrawn) == ({NEW}, {"d": 1}, 1)
+
+
 @pytest.mark.parametrize("end", ENDINGS)
 def test_before_a_stream_is_read_and_when_it_is_given_up(engine: CacheTune, end: Callable[[CacheTune], None]) -> None:
     late = engine.stream("Who?", [Chunk(OLD, "d")], max_new_tokens=2)
