@@ -29,6 +29,7 @@ HAS: dict[str, Callable[[], bool]] = {
     "torch.Tensor._version": lambda: private.version_of(torch.zeros(1).add_(1)) == 1,
     "transformers: config._attn_implementation": lambda: private.attention_set(llama().config) is not None,
     "transformers: model._supports_sdpa": lambda: private.sdpa_is_right(llama()),
+    "transformers.conversion_mapping": lambda: private.loads_weights_as_they_are(llama()),
     "transformers: config._name_or_path": lambda: hasattr(llama().config, "_name_or_path"),
     **{f"torch.nn.Module.{name}": lambda name=name: name in vars(nn.Module()) for name in (
         private.MODULES, private.PARAMETERS, private.BUFFERS, private.NON_PERSISTENT, *private.HOOKS,

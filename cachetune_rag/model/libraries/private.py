@@ -145,3 +145,20 @@ def sdpa_is_right(model: Any) -> bool:
 def loaded_from(config: Any) -> str:
     """The path or hub id that a model was loaded from; "" where it isn't known."""
     return str(getattr(config, "_name_or_path", "") or "")
+
+
+def loads_weights_as_they_are(model: Any) -> bool:
+    """Whether transformers puts each tensor of a checkpoint into the model under its own name, changed in nothing but its dtype.
+
+    False where it isn't known: then a model has to be loaded to see its weights.
+    """
+    if getattr(model.config, "quantization_config", None) is not None:
+        return False
+    if getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None):
+        return False
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter
+    except ImportError:
+        return False
+    return not any(isinstance(mapping, WeightConverter) for mapping in get_model_conversion_mapping(model))
