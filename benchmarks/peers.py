@@ -25,27 +25,30 @@ class PrefixCaching:
         model: the model.
         ids: of the prompt whose cache is kept.
         query: how many of them, at the end, are the query's.
+
+    Attributes:
+        cache: what is kept.
     """
 
     @torch.no_grad()
     def __init__(self, model: Any, ids: Sequence[int], query: int):
         self._model, self._ids = model, list(ids[:-query])
-        self._cache = DynamicCache()
+        self.cache = DynamicCache()
         # 5.24 renamed the argument; the old name warns there.
         self._argument = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-        self._forward(self._ids, self._cache)
+        self._forward(self._ids, self.cache)
 
     @torch.no_grad()
     def request(self, ids: Sequence[int]) -> tuple[float, dict[str, int]]:
         """Seconds to the last token's logits, and how many tokens were found in the cache."""
         started = time.perf_counter()
         found = self._shared(ids)
-        cache = self._cache if found == len(self._ids) else self._first(found)
+        cache = self.cache if found == len(self._ids) else self._first(found)
         self._forward(ids[found:], cache)
         synchronize(self._model.device.type)
         took = time.perf_counter() - started
-        if more := self._cache.get_seq_length() - len(self._ids):
-            self._cache.crop(-more)
+        if more := self.cache.get_seq_length() - len(self._ids):
+            self.cache.crop(-more)
         return took, {"reused": found, "prompt_tokens": len(ids)}
 
     def _forward(self, ids: Sequence[int], cache: DynamicCache) -> None:
@@ -61,7 +64,7 @@ class PrefixCaching:
 
     def _first(self, count: int) -> DynamicCache:
         cache = DynamicCache()
-        for number, layer in enumerate(self._cache.layers):
+        for number, layer in enumerate(self.cache.layers):
             cache.update(layer.keys[:, :, :count], layer.values[:, :, :count], number)
         return cache
 

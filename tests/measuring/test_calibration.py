@@ -285,7 +285,7 @@ def test_a_result_that_cannot_be_saved_is_not_lost(tmp_path: Path, caplog: pytes
 
 @pytest.mark.parametrize("ratio", [1.5, -0.1, True, "0.2", None])
 def test_a_saved_ratio_that_makes_no_sense_is_left_out(engine: CacheTune, ratio: Any) -> None:
-    engine.profiles.save("calibration", engine.runtime.calibrations._key(AUTO.selector), {"ratio": ratio})
+    engine.profiles.save("calibration", engine.runtime.calibrations.key(AUTO.selector), {"ratio": ratio})
     assert engine.calibrated_ratio() is None
     assert ratio_of(engine) == AUTO.ratio
 
@@ -300,7 +300,7 @@ def test_chunks_of_another_codec_are_warned_about(tmp_path: Path, caplog: pytest
 
 def test_the_result_is_json(engine: CacheTune) -> None:
     found = engine.calibrate(SAMPLES[:1], ratios=[0.5], tokens=2)
-    content = engine.profiles.load("calibration", engine.runtime.calibrations._key(found.selector))
+    content = engine.profiles.load("calibration", engine.runtime.calibrations.key(found.selector))
     assert content is not None
     assert {name: content[name] for name in ("ratio", "bound", "quantile", "samples")} == {
         "ratio": found.ratio, "bound": 0.05, "quantile": None, "samples": 1,

@@ -281,12 +281,12 @@ def test_prefix_caching_keeps_its_cache_whatever_is_asked() -> None:
     model = llama()
     ids = torch.randint(5, 261, (40,), generator=torch.Generator().manual_seed(0)).tolist()
     caching = PrefixCaching(model, ids, 8)
-    before = [layer.keys.clone() for layer in caching._cache.layers]
+    before = [layer.keys.clone() for layer in caching.cache.layers]
     assert caching.request(ids)[1]["reused"] == 32
     assert caching.request([*ids[:20], 7, 7])[1]["reused"] == 20
     assert caching.request(ids[:32])[1]["reused"] == 31  # the last token is computed
     assert caching.request(ids)[1]["reused"] == 32
-    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(caching._cache.layers, before, strict=True))
+    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(caching.cache.layers, before, strict=True))
 
 
 def test_a_peer_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

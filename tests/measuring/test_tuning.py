@@ -528,8 +528,8 @@ def test_a_saved_tuning_that_makes_no_sense_is_left_out(engine: CacheTune, caplo
         {**good, "points": [{"ratio": 1}]},
         {"ratio": 0.5},
     ):
-        engine.profiles.save(KIND, engine.runtime.tunings._key("host", "exact", AUTO.selector), bad)
-        engine.runtime.tunings._known.clear()
+        engine.profiles.save(KIND, engine.runtime.tunings.key("host", "exact", AUTO.selector), bad)
+        engine.runtime.tunings.forget()
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             assert engine.prefill(query="?", chunks=TEXTS).report.ratio == AUTO.ratio

@@ -34,7 +34,7 @@ class SavedCalibrations:
         """Keep the result for this engine and later ones. Returns it with `saved` set; a store that can't be written is logged."""
         record = {**calibration.as_dict(), "saved": True, "model_name": self._model_name}
         try:
-            path = self._profiles.save(KIND, self._key(calibration.selector), record)
+            path = self._profiles.save(KIND, self.key(calibration.selector), record)
         except StoreError as error:
             _log.warning("the calibrated ratio holds for this engine only, since it could not be saved: %s", error)
             return calibration
@@ -47,11 +47,11 @@ class SavedCalibrations:
             selector: the selector's name.
             namespace: the namespace of a request's chunks. None: the one that chunks are stored under now.
         """
-        content = self._profiles.load(KIND, self._key(resolve(selector, 0).selector, namespace))
+        content = self._profiles.load(KIND, self.key(resolve(selector, 0).selector, namespace))
         ratio = None if content is None else content.get("ratio")
         return float(ratio) if is_number(ratio, 0, 1) else None
 
-    def _key(self, selector: str, namespace: Namespace | None = None) -> dict[str, str]:
+    def key(self, selector: str, namespace: Namespace | None = None) -> dict[str, str]:
         """Everything that a calibrated ratio depends on. The namespace stands for model, tokenizer, dtype, lead-ins and tenant."""
         namespace = namespace or self._lead_ins.namespace
         return {"namespace": namespace.digest, "selector": selector, "codec": self._store.codec}

@@ -63,7 +63,7 @@ class SavedTunings:
         self._known[place] = tuning
         content = dataclasses.replace(tuning, saved=True).as_dict()
         try:
-            path = self._profiles.save(KIND, self._key(*place), content)
+            path = self._profiles.save(KIND, self.key(*place), content)
         except StoreError as error:
             _log.warning("the tuned ratio holds for this engine only, since it could not be saved: %s", error)
             return tuning
@@ -73,7 +73,7 @@ class SavedTunings:
         """What was saved for a tier, codec and selector. None if nothing was, or its file holds something else, which is logged."""
         place = tier, codec, selector
         if place not in self._known:
-            content = self._profiles.load(KIND, self._key(*place))
+            content = self._profiles.load(KIND, self.key(*place))
             try:
                 self._known[place] = None if content is None else TierTuning.from_dict(content)
             except (KeyError, TypeError, ValueError) as error:
@@ -103,7 +103,8 @@ class SavedTunings:
         # Ratios that are searched are rounded, so a difference of 0.001 is none.
         return floor is None or tuning.ratio - (0 if offline else tuning.skipped) >= floor - 1e-3
 
-    def _key(self, tier: str, codec: str, selector: str) -> dict[str, str]:
+    def key(self, tier: str, codec: str, selector: str) -> dict[str, str]:
+        """What a tuned ratio is saved under: all that it depends on."""
         namespace = self._lead_ins.known_namespace  # model and dtype don't change when lead-ins are chosen
         return {
             "model": namespace.model,
