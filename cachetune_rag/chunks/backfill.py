@@ -262,14 +262,17 @@ class _Turn:
 def _chunks(prompt: Prompt, places: Sequence[int]) -> list[ChunkToStore]:
     # A chunk that stands in a prompt several times may be several documents'.
     missed = {prompt.chunk_ids[i]: ChunkToStore(prompt.chunk_ids[i], prompt.chunk_texts[i]) for i in places}
-    for ids, document, found, since in zip(
-        prompt.chunk_ids, prompt.chunk_documents, prompt.chunk_found, prompt.chunk_since, strict=True
+    for ids, text, document, found, since in zip(
+        prompt.chunk_ids,
+        prompt.chunk_texts,
+        prompt.chunk_documents,
+        prompt.chunk_found,
+        prompt.chunk_since,
+        strict=True,
     ):
         if (chunk := missed.get(ids)) is not None:
             recognised = found and document is None
-            chunk.join(
-                ChunkToStore(ids, chunk.text, {} if recognised else {document: since}, since if recognised else None)
-            )
+            chunk.join(ChunkToStore(ids, text, {} if recognised else {document: since}, since if recognised else None))
     return list(missed.values())
 
 

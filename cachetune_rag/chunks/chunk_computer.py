@@ -133,6 +133,14 @@ class ChunkComputer:
         for key in [key for key, chunk in sources.items() if not owners.want(key, chunk, self._keys)]:
             del wanted[key]
             withdrawn(key)
+        # Of a chunk that was found by its token ids, only the store may know the text; without one it could never be found again.
+        for key in [key for key, chunk in wanted.items() if not chunk.text]:
+            text = call(self._known_text, wanted[key].ids)
+            if text is None:
+                del wanted[key]
+                withdrawn(key)
+            else:
+                wanted[key] = replace(wanted[key], text=text)
 
         stored = 0
         with call(self._store.claim, wanted) as claim:
@@ -204,6 +212,10 @@ class ChunkComputer:
             if chunk.head.text is not None:
                 self._stored(chunk.key, chunk.head.text)
         return total
+
+    def _known_text(self, ids: Sequence[int]) -> str | None:
+        """The text that the store has of a chunk, which may have had to make room since or was computed behind other lead-ins."""
+        return next((text for _, text, _ in self._store.texts(keys=self._keys(ids))), None)
 
     def _keys(self, ids: Sequence[int]) -> list[ChunkKey]:
         """A chunk's keys in the namespaces whose texts are recognised."""

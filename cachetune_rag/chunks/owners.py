@@ -18,7 +18,7 @@ class ChunkToStore:
     """A chunk that is to be stored.
 
     Attributes:
-        ids, text: its token ids and its text.
+        ids, text: its token ids and its text; "" where the store alone may know the text.
         owners: the documents that it belongs to, each with the value that `changes_so_far` had when this became known. None stands for
             a request that named no document.
         recognised: set if a request found the chunk's text among the stored ones and then missed the chunk: the value that
@@ -39,6 +39,7 @@ class ChunkToStore:
         """Add the owners of the same chunk, when another request missed it or a prompt shows it twice."""
         for owner, since in other.owners.items():
             self.owners[owner] = max(since, self.owners.get(owner, since))
+        self.text = self.text or other.text
         if other.recognised is not None:
             self.recognised = max(other.recognised, self.recognised or 0)
 

@@ -129,8 +129,7 @@ class FoundChunks:
     Attributes:
         chunks: span and reader of each chunk that is stored, in prompt order.
         missed: tokens of the prompt that belong to the other chunks.
-        to_store: numbers of the missed chunks, for storing them (equal chunks once; not those that may be on a disk that timed out, nor
-            those whose text is not known).
+        to_store: numbers of the missed chunks, for storing them (equal chunks once; not those that may be on a disk that timed out).
     """
 
     chunks: tuple[tuple[Span, ChunkReader], ...]
@@ -202,7 +201,7 @@ class ChunkLookup:
                 found.append((span, reader))
                 continue
             missed += span.end - span.start
-            if key not in faults.timed_out and key not in seen and prompt.chunk_texts[span.chunk]:
+            if key not in faults.timed_out and key not in seen:
                 to_store.append(span.chunk)
             seen.add(key)
         return FoundChunks(tuple(found), missed, tuple(to_store))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,9 +18,10 @@ from tiny import llama, tokenizer
 from cachetune_rag import CacheTune, Document
 from cachetune_rag.chunks import id_recognition
 from cachetune_rag.chunks.id_recognition import StoreIdRecognizer
+from cachetune_rag.report import Report
 from cachetune_rag.reuse.config import ReuseConfig
-from cachetune_rag.text.prompts.prompt import PromptBuilder
-from cachetune_rag.text.recognising.id_spans import prompt_of_ids
+from cachetune_rag.text.prompts.prompt import Prompt, PromptBuilder
+from cachetune_rag.text.recognising.id_spans import IdSpan, prompt_of_ids
 from cachetune_rag.text.recognising.spelling import Spelling
 from cachetune_store import ChunkStore, Namespace, StoreError, make_key
 
@@ -72,6 +74,40 @@ def test_what_is_stored_is_known_and_reused_from_ids_alone(engine: CacheTune) ->
                            selector="frequency", ratio=0.3)  # fmt: skip
     assert state.report.reused == usual.report.reused > 0
     assert torch.allclose(state.logits, usual.logits, atol=1e-5)
+
+
+def prefilled(engine: CacheTune, prompt: Prompt) -> Report:
+    """The report; what was missed is stored when this returns."""
+    runtime = engine.runtime
+    state = runtime.assembler.prefill(prompt, ReuseConfig("frequency", 0.3), time.perf_counter())
+    runtime.backfill.offer(state.prompt, state.missed)
+    engine.flush()
+    return state.report
+
+
+def test_a_chunk_that_had_to_make_room_is_stored_again_with_its_text(tmp_path: Path) -> None:
+    ids = ids_of(PASSAGES[0])
+    with CacheTune(llama(), tokenizer(), tmp_path) as engine:
+        engine.precompute([Document("a", PASSAGES)])
+    shutil.rmtree(tmp_path / "chunks")
+    with CacheTune(llama(), tokenizer(), tmp_path) as engine, following(engine) as recognizer:
+        assert recognizer.catch_up(MINUTES)
+        prompt = prompt_of_ids(ids, recognizer.find(ids))
+        assert prefilled(engine, prompt).missed == len(PASSAGES[0])
+        assert prefilled(engine, prompt).missed == 0
+        assert PASSAGES[0] in [text for _, text, _ in engine.runtime.store.texts()]
+        assert engine.prefill(prompt=engine.prompt_from_text(PASSAGES[0] + " Who?")).report.recognised == 1
+
+
+def test_a_chunk_that_nobody_knows_the_text_of_is_computed_and_not_stored(engine: CacheTune) -> None:
+    ids = ids_of(PASSAGES[0])
+    chunk = engine.prompts.encode(PASSAGES[0])
+    start = next(i for i in range(len(ids)) if ids[i : i + len(chunk)] == chunk)
+    nameless = prompt_of_ids(ids, [IdSpan(start, start + len(chunk), "a")])
+    assert prefilled(engine, nameless).missed == prefilled(engine, nameless).missed == len(chunk)
+    assert engine.stats().withdrawn == 2
+    named = prompt_of_ids(ids, [IdSpan(start, start + len(chunk), "a")], {"a": PASSAGES[0]})
+    assert (prefilled(engine, named).missed, prefilled(engine, named).missed) == (len(chunk), 0)
 
 
 def test_chunks_that_others_add_and_remove_are_followed(engine: CacheTune) -> None:

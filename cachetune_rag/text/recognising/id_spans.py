@@ -43,7 +43,8 @@ def prompt_of_ids(
     Args:
         prompt_ids: the whole prompt.
         found: its chunks, in order.
-        texts: texts of chunks by their keys, where they are known. A chunk whose text isn't known is never stored by the request.
+        texts: texts of chunks by their keys, for chunks that the store may not know. If such a chunk turns out not to be stored, it can
+            be stored behind the request; so can one whose text the store knows, because a document holds it.
 
     Raises:
         PromptError: the spans overlap, are not in order, or don't lie in the prompt.
