@@ -97,14 +97,14 @@ def test_a_chunk_that_another_document_wants_while_it_is_stored_becomes_both_doc
     engine: CacheTune, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     computer, backfill = engine.runtime.chunk_computer, engine.runtime.backfill
-    compute = computer.compute
+    write = computer.write
 
-    def compute_meanwhile(job: Any, batch: Any) -> Any:
+    def write_meanwhile(encoded: Any) -> int:
         backfill.offer(engine.prompts.build(query="Who?", chunks=[Chunk(TEXTS[0], "b")]), [0])
         backfill.queue.close()
-        return compute(job, batch)
+        return write(encoded)
 
-    monkeypatch.setattr(computer, "compute", compute_meanwhile)
+    monkeypatch.setattr(computer, "write", write_meanwhile)
     ask(engine, Chunk(TEXTS[0], "a"))
     assert backfill.wait(60)
     assert chunks_of(engine) == {"a": 1, "b": 1}
