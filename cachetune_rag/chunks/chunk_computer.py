@@ -110,21 +110,21 @@ class ChunkComputer:
     ) -> int:
         """Compute and store chunks. Returns the bytes stored.
 
-        A chunk of documents is added to them first, so that at no time it is stored and belongs to none. One whose documents were
-        all removed or replaced since they were named is left out, or deleted again where that happens while it is written.
+        A chunk is added to its documents before it is stored, so that it always belongs to one. If all of its documents were removed or
+        replaced since a request named them, it is left out; if that happens while it is written, it is deleted again.
 
         Args:
             chunks: what to store.
             call: makes the calls that may touch the store's disk.
             kept: told the key of each chunk that is stored.
             withdrawn: told the key of each chunk that is not wanted any more.
-            turn: entered for every use of the model; it has to hold the model's lock. Chunks are then run one at a time, so that
-                none of them takes long. None: the lock is taken as a request does.
+            turn: entered for every use of the model; it has to take the model's lock. Chunks are then run one at a time, so that no
+                use takes long. None: the lock is taken as a request takes it.
         """
         given = list(chunks)
         tenant = self._lead_ins.known_namespace.tenant
         owners = Owners(self._store, tenant, call)
-        # Looked at under the lead-ins' lock: nothing of a document that was removed before goes into them.
+        # Lazily, so that it is asked under the lead-ins' lock: no text of a document that was removed before goes into them.
         texts = (chunk.ids for chunk in given if owners.may_want(chunk))
         namespace = call(self._lead_ins.choose_from, texts, indexing=False)
         job = replace(self.job(namespace), turn=turn)
@@ -145,7 +145,7 @@ class ChunkComputer:
         stored = 0
         with call(self._store.claim, wanted) as claim:
             new = call(self.missing, [wanted[key] for key in claim.keys])
-            # The others were stored meanwhile, or another thread or process is computing them.
+            # The others were stored meanwhile, or another thread or process is computing them now.
             for key in wanted.keys() - {chunk.key for chunk in new}:
                 (kept if owners.take(key, sources[key]) else withdrawn)(key)
             for batch in self.batches(job, new):

@@ -1,8 +1,7 @@
-"""Finding the chunks of a store inside plain prompt strings.
+"""Finds the chunks of a store in finished prompts.
 
-Frameworks often hand over one finished string in which the retrieved passages no longer stand apart. `StoreRecognizer` knows
-the texts of the stored chunks and cuts such a string back into what is reusable (`Chunk`) and what is not (`Text`). How they
-are found is in `chunk_search`.
+Frameworks often hand over one string in which the retrieved passages are not marked. `StoreRecognizer` knows the texts of the stored chunks
+and cuts such a string into stored chunks (`Chunk`) and other text (`Text`). How they are found is in `text/recognising/`.
 """
 
 import logging
@@ -29,9 +28,14 @@ __all__ = ["ANCHOR", "ChunkRecognizer", "StoreRecognizer"]
 class StoreRecognizer:
     """Recognises the chunks of one engine in prompts, and follows what any process does to their store.
 
-    The store is read at the first use, and again when it has changed since. What this process adds is told by `chunk_stored`.
-    Following others is bounded to a twentieth of the time, and done in the background where it takes long: until then
-    their new chunks are computed as plain text, which is as right.
+    The store's texts are read at the first use, and again when the store has changed. `chunk_stored` tells of the chunks that this process
+    adds. Reading takes at most a twentieth of the time, and is done in the background if it takes long. Until then, chunks that other
+    processes added are computed as plain text, which gives the same answers.
+
+    Args:
+        store: where the chunks are.
+        lead_ins: know the namespaces of the engine's chunks.
+        call: makes the calls that may touch the store's disk.
     """
 
     def __init__(self, store: ChunkStore, lead_ins: LeadIns, call: Call = call_directly):
@@ -44,11 +48,11 @@ class StoreRecognizer:
         self._took = self._due = 0.0
 
     def segments(self, content: str | Sequence[Segment | str]) -> list[Segment]:
-        """Content with the stored chunks in its texts as `Chunk`; the joined texts stay the same."""
+        """Content in which the stored chunks are cut out of the texts, as `Chunk`. Joined, the texts are the same as before."""
         try:
             self._call(self._follow)
         except StoreError as error:
-            # Chunks that aren't recognised are computed as plain text, which is as right.
+            # No reason to refuse a prompt: chunks that aren't recognised are computed as plain text.
             _log.warning("the store can't be asked for its texts: %s", error)
         parts: list[Segment | str] = [content] if isinstance(content, str) else list(content)
         segments: list[Segment] = []
@@ -68,11 +72,11 @@ class StoreRecognizer:
         return len(self._known)
 
     def knows(self, text: str) -> bool:
-        """Whether exactly this text is that of a stored chunk."""
+        """Whether a stored chunk has exactly this text."""
         return self._known.knows(text)
 
     def scan(self, look: Callable[[Iterable[str]], _T]) -> _T:
-        """What `look` makes of the stored texts, which are read from the store one after another.
+        """What `look` returns for the stored texts, which are read from the store one after another.
 
         Raises:
             StoreError: they can't be read.
@@ -85,7 +89,7 @@ class StoreRecognizer:
                 yield text
 
     def chunk_stored(self, key: ChunkKey, text: str) -> None:
-        """A chunk was just stored. (Before the first use there is nothing to tell: the store will be read then.)"""
+        """A chunk was just stored. Before the first use this does nothing, since all texts are read then."""
         with self._lock:
             if self._read:
                 self._keys.add(key)
@@ -97,7 +101,7 @@ class StoreRecognizer:
             self._due, self._revision = 0.0, None
 
     def _follow(self) -> None:
-        with self._turn:  # held through a reading in the foreground: whoever comes meanwhile waits for what it finds
+        with self._turn:  # held while the caller reads the store, so that others wait for what it finds
             with self._lock:
                 if self._reading or time.monotonic() < self._due:
                     return
@@ -124,7 +128,7 @@ class StoreRecognizer:
                 if key not in before:
                     self._known.add(key, text)
             if gone := before - keys:
-                # A chunk that was evicted while a document holds it stays known, for it will be computed and stored again.
+                # An evicted chunk stays known while a document holds it: it will be computed and stored again.
                 documents = self._store.documents(tenant=namespaces[0].tenant)
                 gone -= {key for document in documents for key in document.chunks}
             for key in gone:

@@ -14,16 +14,17 @@ from cachetune_store.printing import shown
 
 @dataclass(frozen=True)
 class ReuseConfig:
-    """What a request uses where it names nothing itself.
+    """What a request recomputes.
 
     Attributes:
         selector: name of a registered selector.
         ratio: share of the chunk tokens that is recomputed, in [0, 1].
-        skipped: how much of that is not even read: the top of each chunk's offline ranking is recomputed unseen, and the selector
-            chooses the rest of `ratio` among what is read. For tiers that are slow against compute; at most `ratio`.
-        tunable: the request left the ratio to the engine, so numbers tuned for the chunks' tier go before these.
-        namespace: what the keys of the request's chunks are made with, and what its calibrated ratio belongs to: read once, when
-            the request came, for another process may change it at any moment. None: read when its chunks are looked up.
+        skipped: share of the chunk tokens whose rows are not even read, at most `ratio`. These tokens, the first of each chunk's ranking,
+            are recomputed in any case, and the selector chooses the others among those that are read. For tiers that are slow
+            compared with computing.
+        tunable: the request left the ratio to the engine, so numbers tuned for the chunks' tier replace these.
+        namespace: what the keys of the request's chunks are made with, and what its calibrated ratio belongs to. It is read once, when
+            the request comes, because another process may change it at any moment. None: it is read when the chunks are looked up.
     """
 
     selector: str = names.DEFAULT
