@@ -1,1 +1,1 @@
-"""Checking what callers give, and showing it safely in messages."""
+"""Checks of arguments, and text from outside made safe for messages."""

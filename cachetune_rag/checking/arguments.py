@@ -13,7 +13,7 @@ from cachetune_store.printing import shown
 
 
 def check_flag(value: Any, name: str) -> None:
-    """Refuse what is neither True nor False: any text would count as True, "no" and "false" too.
+    """Refuse a value that is neither True nor False. Any text would count as True, even "no" and "false".
 
     Raises:
         ConfigError: says so.
@@ -33,12 +33,12 @@ def is_count(value: Any, least: int = 0, most: float = math.inf) -> TypeGuard[in
 
 
 def check_share(value: Any, name: str, use: str = "a number from 0 to 1") -> None:
-    """Refuse what is no number from 0 to 1.
+    """Refuse a value that is not a number from 0 to 1.
 
     Args:
-        value: what was given.
-        name: the argument's.
-        use: what the message says to use instead.
+        value: the given value.
+        name: the argument's name.
+        use: what to use instead, for the message.
 
     Raises:
         ConfigError: says so.
@@ -48,11 +48,11 @@ def check_share(value: Any, name: str, use: str = "a number from 0 to 1") -> Non
 
 
 def check_count(value: Any, name: str, use: str, least: int = 1, most: float = math.inf) -> None:
-    """Refuse what is no int from `least` to `most`.
+    """Refuse a value that is not an int from `least` to `most`.
 
     Args:
         value, name, use: as for `check_share`.
-        least, most: what is allowed.
+        least, most: the smallest and the largest allowed value.
 
     Raises:
         ConfigError: says so.
@@ -62,7 +62,7 @@ def check_count(value: Any, name: str, use: str, least: int = 1, most: float = m
 
 
 def check_tenant(tenant: object) -> None:
-    """Refuse a tenant's name that is no string, or no valid Unicode.
+    """Refuse a tenant's name that is not a string, or not valid Unicode.
 
     Raises:
         ConfigError: says which.
@@ -76,7 +76,7 @@ def check_tenant(tenant: object) -> None:
 
 
 def check_callback(value: Any, name: str) -> None:
-    """Refuse what can't be called and isn't None.
+    """Refuse a value that is not None and can't be called.
 
     Raises:
         ConfigError: says so.
@@ -86,7 +86,7 @@ def check_callback(value: Any, name: str) -> None:
 
 
 def check_wait(seconds: Any, name: str = "timeout") -> None:
-    """Refuse what nobody can wait for.
+    """Refuse a time that nobody can wait.
 
     Raises:
         ConfigError: it is neither None nor a number of seconds of at least 0.
@@ -98,7 +98,7 @@ def check_wait(seconds: Any, name: str = "timeout") -> None:
 
 
 def is_iterable(value: Any) -> bool:
-    """Whether it can be gone through; NumPy's arrays of no dimension only look as if they could."""
+    """Whether `iter` accepts the value. NumPy's arrays without dimensions have `__iter__`, but `iter` refuses them."""
     try:
         iter(value)
     except TypeError:
@@ -107,13 +107,13 @@ def is_iterable(value: Any) -> bool:
 
 
 def hint(name: str, known: Iterable[str], otherwise: str, cutoff: float = 0.6) -> str:
-    """A question after the nearest known name; `otherwise` where none is near.
+    """A question that names the most similar known name; `otherwise` if none is similar.
 
     Args:
-        name: what was given.
-        known: all names that there are.
-        otherwise: what to say where it is no typing error.
-        cutoff: how alike two names have to be, from 0 to 1, as for `difflib.get_close_matches`.
+        name: the given name.
+        known: all known names.
+        otherwise: the text if no name is similar.
+        cutoff: how similar two names have to be, from 0 to 1, as for `difflib.get_close_matches`.
     """
     near = difflib.get_close_matches(name, sorted(known), 1, cutoff)
     return f"did you mean {shown(near[0])}?" if near else otherwise

@@ -1,7 +1,7 @@
-"""Text that comes from outside (ids, file names, a model's words), made harmless for a terminal.
+"""Text from outside (ids, file names, a model's answer), made harmless for a terminal.
 
 An escape sequence in a document's id can clear the screen, forge lines, or type into some terminals; a bidirectional
-override shows a name in another order than it is written. Such characters are shown as Python would write them.
+override shows a name in another order. Such characters are written as escapes, as in Python.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ _LINE = re.compile(f"[\t\n]|{_HARMFUL.pattern}")
 
 
 def visible(text: str) -> str:
-    """The text with every harmful character spelt out, such as \\x1b; line ends and tabs stay."""
+    """The text with every harmful character written as an escape, such as \\x1b. Line ends and tabs stay."""
     return _HARMFUL.sub(_spelt, text)
 
 
 def visible_line(value: object) -> str:
-    """An id, name or path as one line: line ends and tabs are spelt out, too."""
+    """An id, name or path as one line. Line ends and tabs are also written as escapes."""
     return _LINE.sub(_spelt, str(value))
 
 
 def words_of(error: BaseException, most: int = 1000) -> str:
-    """What another library's error says, harmless for a terminal and of at most `most` characters; its type if it says nothing."""
+    """The message of another library's error, made harmless, with at most `most` characters; its type if it has no message."""
     text = visible(str(error).strip()) or type(error).__name__
     return text if len(text) <= most else f"{text[: most - 3]}..."
 

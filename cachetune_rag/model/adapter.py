@@ -63,7 +63,7 @@ class ModelAdapter:
         view: the adapter's own tree of modules, which forwards run through.
         architecture: its class name, for messages.
         config: the configuration of its text part.
-        device, dtype: where its weights are, and what it computes in.
+        device, dtype: where its weights are, and the dtype in which it computes.
         attentions, decoder_layers, taps, rotary, model_forward: its parts (see `OpenedModel`).
         layers, num_layers: the shapes of each layer's keys and values, and how many layers there are.
         max_positions: the longest prompt that its configuration allows; None where it names none.
@@ -117,7 +117,7 @@ class ModelAdapter:
 
     @property
     def layout(self) -> ModelLayout:
-        """What must stay the same when the model changes."""
+        """The layout, which must stay the same when the weights change."""
         return ModelLayout(self.dtype, str(self.device), self.layers, self.config.vocab_size)
 
     def _make_device_forward(self) -> DeviceForward | None:
@@ -181,7 +181,7 @@ class ModelAdapter:
         return tables[self._opened.layer_types[layer]] if self.rotary.rotated[layer] else (None, None)
 
     def new_buffers(self, length: int, room: int = 0) -> KVBuffers:
-        """Uninitialised buffers for a prompt of `length` tokens; where decoding writes into them, with `room` more rows for an answer."""
+        """Uninitialised buffers for a prompt of `length` tokens. If decoding writes into them, they have `room` more rows for an answer."""
         room = 0 if self.device_forward is None else min(room, ROOM)
         return KVBuffers(self.layers, length, self.dtype, self.device, room)
 

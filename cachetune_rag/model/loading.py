@@ -25,7 +25,7 @@ def load_model(
 
     Raises:
         ConfigError: a device or dtype that doesn't exist here.
-        ModelLoadError: nothing loadable at `source`; names it and the reason.
+        ModelLoadError: no model can be loaded from `source`. Says why.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -61,10 +61,10 @@ def load_model(
 
 
 def load_tokenizer(source: str | os.PathLike[str], revision: str | None = None) -> Any:
-    """A model's tokenizer alone, as `load_model` loads it.
+    """Only the tokenizer of a model, as `load_model` loads it.
 
     Raises:
-        ModelLoadError: nothing loadable at `source`; names it and the reason.
+        ModelLoadError: no tokenizer can be loaded from `source`. Says why.
     """
     from transformers import AutoTokenizer
 
@@ -95,14 +95,14 @@ def check_loaded(model: Any, tokenizer: Any) -> None:
 
 
 def check_vocabulary(model: Any, tokenizer: Any) -> None:
-    """Refuse a tokenizer whose texts can become ids that the model has no embedding for. More rows than ids are fine (padding).
+    """Refuse a tokenizer with token ids for which the model has no embedding. The model may have more embeddings than there are ids.
 
     Raises:
         ConfigError: names both numbers.
     """
     rows = int(model.get_input_embeddings().weight.shape[0])
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    # Special tokens never come out of a text (a padding token that nobody embeds does no harm).
+    # A text never becomes a special token, so one without an embedding (a padding token, for example) does no harm.
     beyond = {i: token for token, i in tokenizer.get_vocab().items() if i >= rows}
     beyond = {i: token for i, token in beyond.items() if i not in added or not added[i].special}
     if beyond:
@@ -114,7 +114,7 @@ def check_vocabulary(model: Any, tokenizer: Any) -> None:
 
 
 def resolve_device(device: str) -> torch.device:
-    """ "auto" is a GPU if there is one."""
+    """The device that is meant; "auto" is a GPU if there is one."""
     if not isinstance(device, str | torch.device):
         raise ConfigError(f"device is {shown(device)}: use 'auto', 'cpu', 'cuda' or 'cuda:<number>'.")
     if device == "auto":

@@ -31,7 +31,7 @@ class OpenedModel:
         layer_types: the type of each layer; None where the configuration names no types.
         rotary: its rotary positions.
         forward: how it is called.
-        decoder_layers: the decoder layer that each attention module stands in.
+        decoder_layers: the decoder layer that contains each attention module.
         taps: where the keys and queries of each layer are read before their rotation.
         layers: the shapes of each layer's keys and values.
     """
@@ -56,7 +56,7 @@ class OpenedModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in."""
+        """The dtype in which it computes."""
         dtype: torch.dtype = self.view.dtype
         return dtype
 

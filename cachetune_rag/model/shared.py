@@ -1,12 +1,12 @@
-"""A loaded model, and what all engines on it have in common.
+"""A loaded model, and the state that all engines on it share.
 
 Two engines (two tenants, two stores) may be made on one model. They run it through the same adapter, so they have one lock: one
 forward at a time, and what one engine does in the background gives way to the other one's requests. They also notice together that
 the model's weights were changed, and each engine is served again once it has taken in the change (`CacheTune.model_changed`).
 
-A process that is forked while a thread computes has torch's and its libraries' own locks locked, for ever, and everything that
-computes there may wait for one. So a fork waits for the forward at hand of each model, and where that takes too long, the child is
-refused an engine.
+If a process is forked while a thread computes, locks inside torch and its libraries may stay locked in the child for ever, and
+whatever computes there may wait for one of them. So a fork waits until no model is running a forward. If that takes too long, no
+engine can be made in the child.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from cachetune_rag.model.loaded.weights import check_finite
 
 
 class SharedModel:
-    """One model; `of` gives the same object to everybody who has the same one.
+    """One model. `of` returns the same object to all callers with the same model.
 
     Attributes:
         model: the caller's own object.
@@ -50,10 +50,10 @@ class SharedModel:
 
     @staticmethod
     def of(model: Any) -> SharedModel:
-        """What engines on this model share; it lives as long as one of them.
+        """The object that engines on this model share. It lives as long as one of them.
 
         Raises:
-            ForkedError: this process was forked in the middle of a forward; nothing can be computed in it for sure.
+            ForkedError: this process was forked during a forward, so a computation in it could wait for ever.
         """
         if _torn:
             raise ForkedError(
@@ -82,16 +82,16 @@ class SharedModel:
             return self._adapters[cuda_kernels]
 
     def read(self, given: str | None = None) -> str:
-        """Take the weights as they are now, and return their fingerprint. It takes one pass over them.
+        """Take the weights as they are now, and return their fingerprint. This reads all of them once.
 
-        What was made of other weights (compiled layers, graphs, tables) is dropped; engines that were made for them are refused
-        from now on.
+        Everything that was made from other weights (compiled layers, graphs, tables) is dropped, and engines for other weights are
+        refused from now on.
 
         Args:
-            given: their fingerprint, where not all of them can be read.
+            given: the weights' fingerprint, if not all of them can be read; None computes it.
 
         Raises:
-            UnsupportedModelError: weights that are no numbers, or an architecture that can't be served.
+            UnsupportedModelError: some weights are NaN or infinite, or the architecture can't be served.
             ModelChangedError: they are being changed.
         """
         check_modules()
@@ -118,8 +118,8 @@ class SharedModel:
         """Refuse weights that seem to be others than those of `fingerprint`. The caller holds the lock.
 
         Args:
-            fingerprint: of the weights that are wanted.
-            thorough: False looks at autograd's counts alone, for use before every token.
+            fingerprint: fingerprint of the expected weights.
+            thorough: False checks only autograd's counts, which is fast enough for every token.
             every: see `Weights.change`.
 
         Raises:
@@ -143,23 +143,23 @@ def _told(change: str) -> str:
 _mutex = threading.RLock()  # garbage collection may run a finaliser in between
 _known: WeakValueDictionary[tuple[int, int], SharedModel] = WeakValueDictionary()
 FORK_SECONDS = 5.0
-"""Seconds that a fork waits for the forwards at hand."""
+"""Seconds that a fork waits for running forwards."""
 _stopped: list[SharedModel] = []  # whose locks the thread that forks holds
 _torn = 0
-"""The process that this one was forked off in the middle of a forward; 0 where that isn't so."""
+"""The parent process, if this one was forked off during a forward; else 0."""
 _busy = False
 _log = logging.getLogger(__name__)
 
 
 def _models() -> list[SharedModel]:
-    # Another thread may be making one: then the dictionary is looked at anew.
+    # If another thread adds a model meanwhile, iterating fails, and is tried again.
     while True:
         with suppress(RuntimeError):
             return list(_known.values())
 
 
 def _before_fork() -> None:
-    """Let no forward be under way at the fork."""
+    """Wait until no forward is running, and keep new ones from beginning."""
     global _busy
     until = time.monotonic() + FORK_SECONDS
     for shared in _models():

@@ -1,8 +1,8 @@
-"""Torch as an engine needs it, whatever the caller has set for the thread it calls from.
+"""Settings of torch that an engine needs, whatever the caller has set for its thread.
 
-Autocast, inference mode, gradients and a default device are settings of a thread; an engine's numbers must not depend on them, and
-what it keeps between requests must be ordinary tensors. The default dtype is one for the whole process, so it can't be changed here
-without changing it for the caller's other threads: this package names a dtype wherever it makes a tensor.
+Autocast, inference mode, gradients and a default device are settings of a thread. An engine's results must not depend on them, and the
+tensors that it keeps must be ordinary ones. The default dtype belongs to the whole process, so changing it here would change it for the
+caller's other threads. Therefore this package names a dtype wherever it makes a tensor.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _T = TypeVar("_T")
 def neutral() -> Iterator[None]:
     """While the context is open: no gradients, no inference mode, no autocast, tensors are made on the CPU by default.
 
-    It belongs to its thread, so it mustn't be left open where the caller's code goes on (between two pieces of a stream, say).
+    It applies to its thread, so it must not stay open while the caller's code runs, for example between two pieces of a stream.
     """
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():
@@ -32,14 +32,14 @@ def neutral() -> Iterator[None]:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         if torch.get_default_device().type != "cpu":
-            # As a context: it outranks the caller's default, and slows every call of torch's, so it is only entered where needed.
+            # As a context it overrides the caller's default. It slows every call of torch, so it is only entered if necessary.
             stack.enter_context(torch.device("cpu"))
         stack.enter_context(torch.no_grad())
         yield
 
 
 def each_neutrally(items: Iterator[_T]) -> Iterator[_T]:
-    """The same items, each made inside of `neutral`; between two of them the caller's settings hold."""
+    """The same items, each made inside `neutral`. Between two items the caller's settings apply."""
     while True:
         with neutral():
             try:
@@ -50,7 +50,7 @@ def each_neutrally(items: Iterator[_T]) -> Iterator[_T]:
 
 
 def neutrally(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """The function, run inside of `neutral`."""
+    """The function, called inside `neutral`."""
 
     @wraps(function)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:

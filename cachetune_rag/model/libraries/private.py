@@ -1,7 +1,7 @@
-"""Names of torch and transformers that aren't public, all of them, and what is done where a release has them no more.
+"""All private names of torch and transformers that this package uses, and what it does if a release doesn't have one.
 
-Everything else in this package goes through public interfaces. For what stands here there is none; each name is used by one
-function, which says what is lost without it. tests/model/test_private.py tells which installed release lacks one.
+Everything else in this package uses public interfaces. For these things there is none. Each name is used by one function, which says what
+is lost without it. tests/model/test_private.py shows which installed release lacks one.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from cachetune_rag.errors import UnsupportedModelError
 
 MODULES, PARAMETERS, BUFFERS, NON_PERSISTENT = "_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"
-"""Where a module keeps its parts."""
+"""The attributes in which a module keeps its parts."""
 RUN_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-"""Where a module keeps hooks that run with it."""
+"""The attributes in which a module keeps hooks that run with it."""
 HOOKS = (*RUN_HOOKS, "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 _OPENMP_PAUSE_HARD = 2
 COMPILED = "_compiled_call_impl"
-"""Where a compiled module keeps the code that it runs instead of its own."""
+"""The attribute in which a compiled module keeps the code that it runs instead of its own."""
 
 
 def check_modules() -> None:
-    """Refuse a torch whose modules keep their parts elsewhere: without them a model can't be shared with its caller.
+    """Refuse a torch whose modules keep their parts in other attributes: then a model can't be shared with its caller.
 
     Raises:
         UnsupportedModelError: names what is missing.
@@ -44,7 +44,7 @@ def check_modules() -> None:
 
 
 def can_swap_compiled() -> bool:
-    """Whether a module's compiled code can be put in place for one forward; layers run as they are where not."""
+    """Whether a module's compiled code can be used for one forward only. If not, layers are not compiled."""
     return hasattr(nn.Module, COMPILED)
 
 
@@ -60,8 +60,8 @@ def run_compiled(layer: nn.Module, code: Callable[..., Any] | None) -> None:
 
 
 def numbers_not_compiled_in() -> AbstractContextManager[Any]:
-    """While open, a number that is an attribute of a module doesn't make it another one to the compiler; without it, every layer is
-    compiled for itself.
+    """While the context is open, the compiler doesn't distinguish modules by numbers that are their attributes. Without this, every
+    layer is compiled separately.
     """
     try:
         patch: AbstractContextManager[Any] = torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True)
@@ -80,17 +80,17 @@ def compiler_errors() -> tuple[type[BaseException], ...]:
 
 
 def end_allocation(pool: Any) -> None:
-    """Tell torch's allocator that a capture which failed is over. Before 2.12 it isn't told, and as long as it takes one to be under
-    way, memory that several streams have used is never free again.
+    """Tell torch's allocator that a failed capture is over. torch before 2.12 doesn't do this itself. The allocator would then never
+    free memory again that several streams have used.
     """
     end = getattr(torch._C, "_cuda_endAllocateToPool", None)
     if end is not None:
-        with suppress(RuntimeError):  # it has been told
+        with suppress(RuntimeError):  # torch has done so itself
             end(torch.cuda.current_device(), pool)
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor], *, non_blocking: bool = False) -> None:
-    """Copy each source into its target, all with one call where torch has one."""
+    """Copy each source into its target, with one call if torch has a function for that."""
     together = getattr(torch, "_foreach_copy_", None)
     if together is not None:
         together(list(targets), list(sources), non_blocking=non_blocking)
@@ -100,7 +100,7 @@ def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor], *, non_blocki
 
 
 def version_of(tensor: Tensor) -> int:
-    """How often a tensor was changed in place, as autograd counts; -1 where it doesn't (made in inference mode)."""
+    """How often a tensor was changed in place, as autograd counts; -1 if autograd doesn't count (for tensors made in inference mode)."""
     try:
         return int(tensor._version)
     except (AttributeError, RuntimeError):
@@ -108,7 +108,7 @@ def version_of(tensor: Tensor) -> int:
 
 
 def versions_of(tensors: Sequence[Tensor]) -> list[int]:
-    """`version_of` for tensors that count; hundreds of them with every request."""
+    """`version_of` for tensors that autograd counts. It is fast, because every request calls it for hundreds of tensors."""
     return [tensor._version for tensor in tensors]
 
 
@@ -116,10 +116,10 @@ def versions_of(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def end_openmp_threads() -> None:
-    """End the threads with which torch computes on a CPU for this thread; the next operation begins new ones.
+    """End the threads with which torch computes on a CPU for this thread. The next operation starts new ones.
 
-    Before a fork: GNU's OpenMP would wait in the child, for ever, for threads that have stayed in the parent. The function is public
-    in OpenMP 5; other makers' libraries look after forks themselves, and where there is none nothing is done.
+    It is called before a fork, because GNU's OpenMP would wait in the child for ever for threads that only exist in the parent. The
+    function is public in OpenMP 5. Libraries without it handle forks themselves, and nothing is done.
     """
     try:
         pause = ctypes.CDLL(None).omp_pause_resource_all
@@ -138,12 +138,12 @@ def attention_set(config: Any) -> str | None:
 
 
 def sdpa_is_right(model: Any) -> bool:
-    """Whether a family says that sdpa computes its attention; one that doesn't say runs as it is set (eager, mostly)."""
+    """Whether a family says that sdpa computes its attention. Otherwise the implementation that is set is used (mostly eager)."""
     return bool(getattr(model, "_supports_sdpa", False))
 
 
 def loaded_from(config: Any) -> str:
-    """The path or hub id that a model was loaded from; "" where it isn't known."""
+    """The path or hub id that a model was loaded from; "" if it isn't known."""
     return str(getattr(config, "_name_or_path", "") or "")
 
 

@@ -1,7 +1,7 @@
-"""Identity of a model and of a tokenizer, as parts of every chunk key.
+"""Fingerprints of a model and of a tokenizer, which are part of every chunk key.
 
-A stored chunk is valid for exactly the weights that made it. Hub revisions are not enough (local folders, merged adapters,
-quantised copies), so the weights themselves are hashed, on the device they lie on.
+A stored chunk is only valid for the weights that made it. A hub revision doesn't identify these (there are local folders, merged adapters
+and quantised copies), so the weights themselves are hashed, on the device where they are.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cachetune_rag.model.loaded.foreign import foreign_layers
 from cachetune_rag.model.loaded.view import unwrapped
 
 _BLOCK = 1 << 22
-# Settings that decide how a forward is run or what is generated, not what a key or value is.
+# Settings that keys and values don't depend on: they say how a forward is run, or what is generated.
 _IRRELEVANT = {
     "_name_or_path", "_commit_hash", "transformers_version", "torch_dtype", "dtype", "_attn_implementation", "use_cache",
     "_attn_implementation_internal", "output_attentions", "output_hidden_states", "return_dict", "bos_token_id",
@@ -32,8 +32,8 @@ _IRRELEVANT = {
 def model_fingerprint(model: Any) -> str:
     """SHA-256 (hex) over architecture, configuration, and every weight and buffer that is saved with the model.
 
-    The weights enter as exact integer sums with position-dependent odd factors (mod 2^64), which detect any change,
-    cost one pass over memory, and are the same on every device.
+    Of each weight, the bits are summed as integers (mod 2^64), with odd factors that depend on their place. Such a sum changes with any
+    weight, reads memory once, and is the same on every device.
 
     Raises:
         UnsupportedModelError: some of the weights aren't in the model (`ForeignLinear`), so they can't be read.

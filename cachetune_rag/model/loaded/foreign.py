@@ -1,4 +1,4 @@
-"""Layers of a model whose weights somebody else keeps, in a form of their own, and multiplies by: a server's quantised ones, say."""
+"""Layers whose weights are kept, and multiplied by, outside of the model: for example a server's quantised layers."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ class ForeignLinear(nn.Module, ABC):
     @property
     @abstractmethod
     def weight(self) -> Tensor:
-        """The matrix [out_features, in_features] that it multiplies by. It may be made anew, and slowly, with each use."""
+        """The matrix [out_features, in_features] that it multiplies by. It may be made anew at each use, which may be slow."""
 
     @abstractmethod
     def forward(self, states: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
 
     def extra_repr(self) -> str:
-        """What is shown of it."""
+        """What `repr` shows of the layer."""
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
 def foreign_layers(model: nn.Module) -> list[str]:
-    """The names of a model's layers whose weights aren't in it."""
+    """The names of the layers whose weights are outside of the model."""
     return [name for name, module in model.named_modules() if isinstance(module, ForeignLinear)]

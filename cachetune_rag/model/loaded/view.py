@@ -1,9 +1,9 @@
-"""The engines' own way into a loaded model: its weights, but none of the objects that say how it is run.
+"""The engines' own copy of a model's modules, over the same weights.
 
-A model is its caller's. Other threads may run it, train it, hook into it or set another attention implementation while an engine is
-at work, and an engine hooks into it and sets its own. All of that is kept in the module objects and in the configuration, not in the
-weights. So engines run a second tree of modules, of the same classes and in the same places, over the very same weights: what is
-done to one tree, the other one doesn't notice. It costs some kilobytes a layer.
+A model belongs to its caller. Other threads may run it, train it, add hooks or set another attention implementation while an engine
+uses it, and an engine adds hooks and sets an implementation of its own. All of that is kept in the module objects and in the
+configuration, not in the weights. So engines run a second tree of modules, of the same classes and over the same weights. Changes to one
+tree don't affect the other. The second tree takes some kilobytes for each layer.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def unwrapped(model: Any) -> Any:
 def view_of(model: Any) -> Any:
     """A model of the same class over the same weights, in eval mode, whose modules and configuration are its own.
 
-    Buffers that aren't saved with the model (rotary frequencies, which some families rewrite with every forward) are its own too.
-    Hooks that the caller has put on modules stay the caller's: the view runs none, and the log names them.
+    It also has its own buffers, if they aren't saved with the model: rotary frequencies, which some families rewrite in every forward.
+    It doesn't run hooks that the caller has put on modules. The log names these.
     """
     hooked = sorted(name or type(model).__name__ for name, module in model.named_modules() if _hooks(module))
     if hooked:

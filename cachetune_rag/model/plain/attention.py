@@ -1,11 +1,11 @@
 """Attention of the selected tokens over the whole buffer.
 
-A mask by true position hides, from every selected token, the keys behind it; scaled-dot-product attention would still
-compute them. The tokens stand in ascending order, so a block of them needs no key behind its last token: computing block by
-block halves the work. This is registered with transformers' `AttentionInterface`, its public way to bring an attention
-function, and used in place of "sdpa" while a selective forward runs. Outside of one it is transformers' sdpa.
+A mask by true position hides from every selected token the keys behind it, but torch's attention would still compute with them. The
+tokens are in ascending order, so a block of them needs no key behind its last token. Computing block by block halves the work. The
+function is registered with transformers' `AttentionInterface`, its public way to add an attention function, and replaces "sdpa"
+during a selective forward. At other times it does the same as transformers' sdpa.
 
-On a CUDA device the kernels of `cachetune_rag.kernels` take its place: they need no mask, and read grouped heads as they lie.
+On a CUDA device the kernels of `cachetune_rag.kernels` replace it. They need no mask, and read grouped heads without copying them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cachetune_rag.model.plain.watch import Watch
 _T = TypeVar("_T")
 NAME = "cachetune_sdpa"
 BLOCK = 48
-"""Selected tokens computed together (fastest on a CPU in measurements with 133 and 338 tokens; blocks of 64 take up to 7% longer)."""
+"""How many selected tokens are computed together. 48 was fastest on a CPU with 133 and 338 tokens; 64 took up to 7% longer."""
 
 
 class AttentionCall(Protocol):
@@ -63,7 +63,7 @@ def by_kernel(call: AttentionCall) -> Iterator[None]:
 
 @contextmanager
 def by_position(positions: Tensor) -> Iterator[None]:
-    """While the context is open, attention calls are over queries at `positions` [queries], ascending."""
+    """While the context is open, the queries of attention calls are at `positions` [queries], ascending."""
     ends = positions[BLOCK - 1 :: BLOCK].tolist()
     count = positions.shape[0]
     if len(ends) * BLOCK < count:
@@ -74,7 +74,7 @@ def by_position(positions: Tensor) -> Iterator[None]:
 
 @contextmanager
 def watched(watch: Watch) -> Iterator[None]:
-    """While the context is open, attention calls inside of `by_position` show their last tokens to `watch`."""
+    """While the context is open, attention calls inside `by_position` show their last tokens to `watch`."""
     with _holding(current_watch, watch):
         yield
 
@@ -91,7 +91,7 @@ def blocked_attention(
 ) -> tuple[Tensor, None]:
     """Attention of query [1, heads, queries, dim] over key and value [1, kv_heads, length, dim].
 
-    `attention_mask` is additive, [1, 1, queries, length]. Returns [1, queries, heads, dim], as transformers wants it.
+    `attention_mask` is additive, [1, 1, queries, length]. Returns [1, queries, heads, dim], as transformers expects it.
     """
     call = current_call.get()
     if call is not None:

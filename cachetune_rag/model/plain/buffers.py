@@ -1,4 +1,4 @@
-"""The KV of one prompt, assembled in position order, and the cache through which a model fills and reads it."""
+"""The KV of one prompt in the order of positions, and the cache through which a model writes and reads it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from cachetune_store.layout import LayerSpec
 class KVBuffers:
     """Keys (rotated) and values of a prompt, per layer.
 
-    Memory is token-major, [length, kv_heads, head_dim], so that a stored row is copied in one piece; `keys` and
-    `values` are the views [1, kv_heads, length, head_dim] that attention reads.
+    Memory is [length, kv_heads, head_dim], so that a stored row is copied in one piece. `keys` and `values` return the views
+    [1, kv_heads, length, head_dim] that attention reads.
 
     Args:
         specs: shapes of each layer's keys and values.
         length: tokens of the prompt.
-        dtype, device: of the memory, which is not initialised.
-        room: rows behind the prompt's, for tokens of an answer; no view shows them.
+        dtype, device: dtype and device of the memory, which is not initialised.
+        room: number of rows behind the prompt's, for tokens of an answer. They are in no view.
 
     Attributes:
         key_rows, value_rows: of each layer, [length, kv_heads, head_dim].
@@ -45,7 +45,7 @@ class KVBuffers:
         self._values, self._all_values, self.value_rows = _empty(value_shapes, self.length, self.dtype, self.device)
 
     def grow(self, room: int) -> None:
-        """Make room for `room` more tokens. All rows are copied, which takes twice the memory meanwhile."""
+        """Make room for `room` more tokens. All rows are copied, which takes twice the memory for a moment."""
         before = [*self._all_keys, *self._all_values]
         self.room += room
         self._allocate()
@@ -61,7 +61,7 @@ class KVBuffers:
         return self.value_rows[layer].transpose(0, 1)[None]
 
     def first_rows(self, count: int) -> list[Tensor]:
-        """Views of the first `count` keys and values: of all layers at once where they are of one piece."""
+        """Views of the first `count` keys and values, of all layers together if their memory is one piece."""
         if self._keys is not None and self._values is not None:
             return [self._keys[:, :count], self._values[:, :count]]
         return [rows[:count] for rows in (*self.key_rows, *self.value_rows)]
@@ -82,9 +82,9 @@ class KVBuffers:
         return made
 
     def to_cache(self, count: int | None = None) -> DynamicCache:
-        """An ordinary transformers cache over the same memory, for decoding; of the first `count` rows, if given.
+        """A transformers cache over the same memory, for decoding, with the first `count` rows or all of them.
 
-        Built without a config, so that every layer keeps its full length (DESIGN: decoding).
+        It is made without a config, so that layers with a sliding window keep all their rows as well.
         """
         cache = DynamicCache()
         for layer in range(len(self.key_rows)):
@@ -96,12 +96,12 @@ class KVBuffers:
         return cache
 
     def show_in(self, cache: Cache) -> None:
-        """Make `cache`, which has as many layers, show the prompt's rows."""
+        """Let `cache`, which has the same number of layers, use the prompt's rows."""
         for layer, entry in enumerate(cache.layers):
             entry.keys, entry.values = self.keys(layer), self.values(layer)
 
     def take(self, cache: Cache) -> None:
-        """Move a cache of `length` tokens here, layer by layer; it shows these rows afterwards."""
+        """Copy the rows of a cache of `length` tokens here, and let the cache use them from now on."""
         self.take_first(cache)
         self.show_in(cache)
 
@@ -113,11 +113,10 @@ class KVBuffers:
 
 
 class ScatterCache(Cache):
-    """Cache of a forward over selected tokens: fresh keys and values are scattered into the buffers.
+    """The cache of a forward over selected tokens. It writes their keys and values into the buffers.
 
-    `before(layer)` runs when a layer's attention first needs its buffer (to bring the reused rows in); `after(layer,
-    keys)` runs when the buffer is complete, with keys [1, kv_heads, length, head_dim]. `shift` moves the reused rows once they
-    and the fresh ones are there.
+    `before(layer)` is called before a layer's buffer is used, to load the reused rows. `after(layer, keys)` is called when the buffer
+    is complete, with keys [1, kv_heads, length, head_dim]. `shift` then has been added to the reused rows.
     """
 
     def __init__(
@@ -151,7 +150,7 @@ class _ScatterLayer(CacheLayerMixin):
         self._before, self._after, self._shift = before, after, shift
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Scatter [1, kv_heads, selected, head_dim] to the true positions; return the whole layer."""
+        """Write [1, kv_heads, selected, head_dim] to the rows at their positions, and return the whole layer."""
         layer, buffers = self._layer, self._buffers
         if self._before is not None:
             self._before(layer)
@@ -170,11 +169,11 @@ class _ScatterLayer(CacheLayerMixin):
         """Nothing to do: the buffers exist."""
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the keys; the mask is explicit, so only consistency matters."""
+        """Length and offset of the keys. The mask is given, so nothing is computed from them."""
         return self._buffers.length, 0
 
     def get_seq_length(self) -> int:
-        """No tokens came before: positions are explicit."""
+        """0, because positions are given."""
         return 0
 
     def get_max_length(self) -> int:
@@ -187,8 +186,8 @@ class _ScatterLayer(CacheLayerMixin):
 def _empty(
     shapes: Sequence[tuple[int, ...]], shown: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
-    """Uninitialised tensors, and views of their first `shown` rows; on a GPU of one piece (the first result) where they are
-    alike, since each allocation takes the host time.
+    """Uninitialised tensors, and views of their first `shown` rows. On a GPU, tensors of equal shape are one piece (the first
+    result), because each allocation takes time.
     """
     if device.type == "cuda" and len(set(shapes)) == 1:
         whole = torch.empty(len(shapes), *shapes[0], dtype=dtype, device=device)

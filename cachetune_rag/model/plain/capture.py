@@ -1,4 +1,4 @@
-"""Precompute: runs of chunks through the model behind a lead-in, keeping keys before rotation, and values."""
+"""Capture: chunks run through the model behind a lead-in, and their keys before rotation and their values are kept."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from cachetune_rag.model.plain.forward import ModelForward
 
 @dataclass(frozen=True)
 class ChunkKV:
-    """What is stored of a chunk.
+    """The keys and values of a chunk that are stored.
 
     Attributes:
-        layers: per layer, keys before rotation and values, each [tokens, kv_heads, head_dim].
+        layers: for each layer, keys before rotation and values, each [tokens, kv_heads, head_dim].
         deviations: how far they were apart behind different lead-ins (see `MeanKV`); None if there was one.
     """
 
@@ -36,11 +36,11 @@ class ChunkKV:
 
 @dataclass(frozen=True)
 class LeadInKV:
-    """The KV of a lead-in, to stand before any number of chunks.
+    """The KV of a lead-in, behind which any number of chunks can be run.
 
     Attributes:
-        tokens: its length.
-        layers: per layer, keys as rotated for positions 0, 1, ... and values, each [1, kv_heads, tokens, head_dim].
+        tokens: its number of tokens.
+        layers: for each layer, keys as rotated for positions 0, 1, ... and values, each [1, kv_heads, tokens, head_dim].
     """
 
     tokens: int
@@ -53,7 +53,7 @@ class ChunkCapture:
     Args:
         forward: the model.
         attentions: the attention module of each layer.
-        found: where each layer's keys are read before rotation.
+        found: the tap of each layer, where its keys are read before rotation.
         reuse_beyond: see `ModelAdapter`.
         device: where the model is.
 
@@ -76,7 +76,7 @@ class ChunkCapture:
 
         Args:
             chunks: token ids of each chunk, none empty.
-            lead_in: token ids put before every chunk; their own rows are dropped.
+            lead_in: token ids that are put before every chunk. Their own rows are dropped.
         """
         layers: list[tuple[Tensor, Tensor]] = []
         ids = pad_right([[*lead_in, *c] for c in chunks], self._device)
@@ -101,10 +101,10 @@ class ChunkCapture:
     def capture_behind(
         self, chunks: Sequence[Sequence[int]], lead: LeadInKV | None, receive: Callable[[int, Tensor, Tensor], None]
     ) -> None:
-        """Run each chunk behind a lead-in that was run before (or none), in one batch, and hand out every layer as it comes.
+        """Run each chunk behind a lead-in that was run before (or behind none), in one batch, and pass on each layer when it is done.
 
-        `receive(layer, keys, values)` gets keys before rotation and values, [batch, longest, kv_heads, head_dim] each;
-        rows of a shorter chunk behind its end mean nothing.
+        `receive(layer, keys, values)` gets keys before rotation and values, [batch, longest, kv_heads, head_dim] each.
+        Rows behind the end of a shorter chunk are to be ignored.
         """
         ids = pad_right(chunks, self._device)
         self._run(ids, lead, lambda layer, key, _rotated, value: receive(layer, key, value))
@@ -143,6 +143,6 @@ class ChunkCapture:
 
 
 def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Token ids [batch, longest]. Padding stands on the right, where causal attention never looks."""
+    """Token ids [batch, longest], padded on the right, which causal attention never sees."""
     longest = max(len(r) for r in rows)
     return torch.tensor([[*r, *([r[-1]] * (longest - len(r)))] for r in rows], device=device)

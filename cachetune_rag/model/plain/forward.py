@@ -1,4 +1,4 @@
-"""How transformers' models are called: the one place that knows arguments' names, masks and attention implementations."""
+"""How transformers' models are called. Only this file knows the names of arguments, the masks and the attention implementations."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from cachetune_rag.model.plain.buffers import KVBuffers, ScatterCache
 
 
 class ModelForward:
-    """The forwards of one model, through transformers' public surface.
+    """The forwards of one model, through transformers' public interface.
 
     Args:
-        model: a causal LM of transformers; nobody but engines runs it, one at a time (`view.view_of`).
+        model: a causal language model of transformers, which only engines run, one at a time (`view.view_of`).
         config: its text config.
         decoder: the model without its language-model head.
 
     Attributes:
-        cache_argument: what the model calls its cache.
-        window: the sliding window that it applies, None where it has none.
+        cache_argument: the name of the model's argument for its cache.
+        window: the model's sliding window; None if it has none.
 
-    Gradients are the caller's to switch off.
+    The caller switches gradients off.
     """
 
     def __init__(self, model: Any, config: Any, decoder: Any):
@@ -41,7 +41,7 @@ class ModelForward:
         self.window = masks.window_of(config, decoder)
 
     def behind(self, ids: Tensor, cache: Cache, keep: int) -> Tensor:
-        """The model on `ids` [tokens] behind what `cache` holds: logits of the last ones, [keep, vocab]."""
+        """Run the model on `ids` [tokens] behind the tokens of `cache`. Returns logits of the last ones, [keep, vocab]."""
         start = cache.get_seq_length()
         positions = torch.arange(start, start + ids.shape[0], device=self._device)[None]
         out = self._model(
@@ -54,12 +54,12 @@ class ModelForward:
         return out.logits[0, -keep:]
 
     def without_head(self, ids: Tensor, cache: Cache, positions: Tensor, **options: Any) -> None:
-        """The decoder on ids [batch, tokens] at `positions` [tokens]."""
+        """Run the decoder on ids [batch, tokens] at `positions` [tokens]."""
         options[self.cache_argument] = cache
         self._decoder(input_ids=ids, position_ids=positions.expand_as(ids), use_cache=True, **options)
 
     def selected(self, ids: Tensor, positions: Tensor, mask: Any, cache: Cache) -> Tensor:
-        """The model on some of a prompt's tokens, ids and positions [1, tokens]: logits of the last one, [1, vocab]."""
+        """Run the model on some of a prompt's tokens, ids and positions [1, tokens]. Returns logits of the last one, [1, vocab]."""
         with self.masked_attention():
             out = self._model(
                 input_ids=ids,
@@ -72,21 +72,21 @@ class ModelForward:
         return out.logits[:, -1]
 
     def scattered(self, ids: Tensor, positions: Tensor, buffers: KVBuffers, cache: ScatterCache) -> Tensor:
-        """`selected` for ids and positions [tokens], each seeing what stands up to its place in `buffers`."""
+        """As `selected`, for ids and positions [tokens]. Each token sees the rows of `buffers` up to its own position."""
         mask = self.mask(positions, buffers.length)
         with attention.by_position(positions):
             return self.selected(ids[None], positions[None], mask, cache)
 
     def mask(self, positions: Tensor, length: int) -> Any:
-        """What the model takes as masks of queries at `positions` [queries] over keys 0..length-1."""
+        """The masks, as the model takes them, of queries at `positions` [queries] over keys 0..length-1."""
         return masks.build(self._config, self.window, positions, length, self._dtype)
 
     @contextmanager
     def masked_attention(self) -> Iterator[None]:
-        """For the length of a forward, an attention implementation that takes a mask by position.
+        """While the context is open, the model has an attention implementation that takes a mask by position.
 
-        Eager attention takes one as it is. It also stands in for kernels that do a family's soft-capping or learned
-        sinks, which are beyond sdpa.
+        Eager attention takes such a mask. It is also used in place of kernels for soft-capping and learned sinks, which sdpa can't
+        compute.
         """
         current, wanted = attention_set(self._config), self.wanted_attention()
         if current == wanted:

@@ -1,6 +1,6 @@
-"""The check at load: do stored keys, once rotated by this package, equal the keys that the model caches?
+"""The check at load: whether keys that this package rotates equal the keys that the model puts into its cache.
 
-So an unknown family is either served exactly or refused by name.
+So an unknown family is either served exactly or refused.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from cachetune_rag.model.family.rope import Rotary, Tables
 from cachetune_rag.model.family.value_cache import ValueCache
 from cachetune_store.layout import LayerSpec
 
-# How far the check moves keys that seem unrotated, and how far rounding alone may move them (relative).
+# By how many positions the check moves the tokens, and how much rounding alone may change keys that are not rotated (relative).
 _SHIFT, _NOISE = 64, 0.2
 
 
 class LoadCheck:
-    """Runs a few tokens through a model and compares what goes in and out of its attention.
+    """Runs a few tokens through a model, and compares the keys before and after its rotation.
 
     Args:
         architecture: the model's class name, for messages.
         config: its text config.
         attentions: the attention module of each layer.
-        layer_types: the layers' types, None where the config names none.
+        layer_types: the types of the layers; None if the config names none.
         rotary: its rotation.
         run_decoder: runs ids [1, tokens] with a cache at positions [tokens].
     """
@@ -60,7 +60,7 @@ class LoadCheck:
             tables_of: rotary tables of a prompt of so many tokens.
         """
         heads = self._config.num_attention_heads
-        # A length that no head count equals, so that a wrong layout can't pass by accident.
+        # The length differs from the numbers of heads, so that a wrong layout can't fit by accident.
         kv_heads = getattr(self._config, "num_key_value_heads", None) or heads
         length = next(n for n in (11, 13, 17) if n not in (heads, kv_heads))
         ids = torch.arange(length, device=device)[None] * 7919 % self._config.vocab_size
@@ -76,7 +76,7 @@ class LoadCheck:
             specs.append(LayerSpec(keys.shape[1], keys.shape[3], values.shape[3]))
             shape = taps.HeadShape(heads, keys.shape[1], keys.shape[3])
             found.append(self._match(layer, module, shape, outputs[layer], keys[0].transpose(0, 1), tables))
-            # Keys that are normalised after their rotation look like keys that are not rotated, until they move.
+            # Keys that are normalised after their rotation can look like unrotated ones, but they change with the position.
             if not self._rotary.rotated[layer] and _distance(keys, moved[layer][0]) > _NOISE:
                 raise UnsupportedModelError(
                     f"{self._architecture}: layer {layer} ({type(module).__name__}) changes its keys after it has rotated "
@@ -91,7 +91,7 @@ class LoadCheck:
         return found, tuple(specs)
 
     def _observe(self, ids: Tensor, start: int) -> tuple[dict[int, tuple[Tensor, Tensor]], list[dict[str, Tensor]]]:
-        """What each layer caches, and what its submodules return, when `ids` stand at `start`, `start` + 1, ..."""
+        """What each layer caches, and what its submodules return, with `ids` at positions `start`, `start` + 1, ..."""
         cached: dict[int, tuple[Tensor, Tensor]] = {}
         outputs: list[dict[str, Tensor]] = [{} for _ in self._attentions]
         handles = []
