@@ -1,10 +1,10 @@
-"""What checking stored bytes costs of the time to first token.
+"""How much of the time to first token is spent on checking stored bytes.
 
     python benchmarks/checking.py --out benchmarks/results/checking-cpu.json
 
-Every hash that the store computes during a request is timed, on whichever thread, and their sum is set against the request's
-time to first token; much of it runs beside the model, so the share is the most that it can cost. Rows are checked when
-they come from disk (read with O_DIRECT here, the host tier empty); what is in host memory was checked on its way there.
+Every hash that the store computes during a request is timed, on all threads, and the sum is compared with the request's time to first
+token. Much of the hashing happens while the model computes, so its share is an upper bound. Rows are checked when they come from disk
+(here they are read with O_DIRECT, and the host tier is empty). Rows in host memory were checked when they were read into it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Clock:
         self._lock = threading.Lock()
 
     def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, its time and the length of its buffers counted."""
+        """Wrap a function so that its time and the length of its buffers are counted."""
 
         def call(*buffers: Any) -> Any:
             started = time.perf_counter()
@@ -101,7 +101,7 @@ def main() -> None:
 
 
 def measure(engine: CacheTune, chunks: list[str], *, rounds: int, **setting: Any) -> dict[str, Any]:
-    """Time to first token and seconds of hashing of one setting; the first round warms up."""
+    """Time to first token and seconds of hashing with one setting. The first round only warms up."""
     times, hashing, hashed = [], [], 0
     for round_ in range(rounds + 1):
         with counted() as clock:
@@ -125,7 +125,7 @@ def measure(engine: CacheTune, chunks: list[str], *, rounds: int, **setting: Any
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows for people."""
+    """The rows as text."""
     lines = ["| tier | codec | selector | r | TTFT ms | hashing ms | MiB hashed | share |", "| --- " * 8 + "|"]
     for row in rows:
         lines.append(

@@ -1,4 +1,4 @@
-"""What the benchmarks share: real text, medians, and a record of the machine."""
+"""What benchmarks have in common: real text, medians, and a record of the machine."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def real_chunks(tokenizer: Any, count: int, tokens: int, skip: int = 0) -> list[
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    """Wall time of one call."""
+    """Seconds that one call takes."""
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
 
 
 def spread(samples: Sequence[float]) -> dict[str, Any]:
-    """Median, and the samples themselves."""
+    """The median and the samples."""
     return {"median": statistics.median(samples), "samples": [round(s, 5) for s in samples]}
 
 
 def environment() -> dict[str, Any]:
-    """Where a measurement was made."""
+    """The machine and the versions that a measurement was made with."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -63,7 +63,7 @@ def _processor() -> str:
 
 
 def write_json(path: Path | None, result: dict[str, Any]) -> None:
-    """To a file, or to standard output."""
+    """Write JSON to a file, or to standard output."""
     text = json.dumps(result, indent=2)
     if path is None:
         print(text)

@@ -1,10 +1,10 @@
-"""Seconds a token of an answer takes: the engine's decoding steps against transformers' own, behind the same prompt.
+"""Seconds that each token of an answer takes, by the engine's decoding steps and by those of transformers.
 
     python benchmarks/decoding.py --shape llama-3.1-8b --device cuda --out benchmarks/results/decoding-h100.json
 
-The prompt is prefilled from host memory with nothing recomputed. In every round each way decodes the same number of tokens,
-greedily, in turn. A token ends when its number is on the host, as in an answer that is streamed. "transformers" is its own
-forward over its own cache; where this package's kernels don't run the engine does the same.
+The prompt is prefilled from host memory and nothing of it is recomputed. In every round both ways take turns, and decode the same number
+of tokens greedily. A token is finished when its number is on the host, as in an answer that is streamed. "transformers" is the model's
+own forward over its own cache. Where this package's kernels don't run, the engine does the same.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def measure(subject: Subject, context: int, codec: str, tokens: int, count: int) -> dict[str, Any]:
-    """Seconds a token, of either way."""
+    """Seconds a token, for both ways."""
     engine, adapter = subject.engine, subject.engine.adapter
     prompt = engine.prompts.build(query=QUERY, chunks=subject.chunks(context, codec), prefix="")
 
@@ -79,7 +79,7 @@ def measure(subject: Subject, context: int, codec: str, tokens: int, count: int)
 
 
 def _decode(step: Callable[[int], torch.Tensor], tokens: int) -> float:
-    """Seconds a token, greedily; the first one, which finds the memory, apart."""
+    """Seconds a token of greedy decoding. The first token, for which memory is made, is counted separately."""
     token = int(step(1).argmax())
     started = time.perf_counter()
     for _ in range(tokens - 1):
@@ -88,7 +88,7 @@ def _decode(step: Callable[[int], torch.Tensor], tokens: int) -> float:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The result for people."""
+    """The result as text."""
     lines = ["| context | transformers, ms a token | this engine | |", "| --- | --- | --- | --- |"]
     for row in rows:
         theirs, ours = (row["seconds_a_token"][name]["median"] * 1e3 for name in ("transformers", "engine"))

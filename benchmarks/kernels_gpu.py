@@ -1,4 +1,4 @@
-"""The kernels alone on a GPU: attention by block sizes and splits, and rows into place, at an 8B model's shape."""
+"""Times single kernels on a GPU in an 8B model's shape: attention with several block sizes and splits, and placing of rows."""
 
 from __future__ import annotations
 

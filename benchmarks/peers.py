@@ -1,7 +1,7 @@
-"""What else there is to read a prompt of known chunks sooner: prefix caching, and the package kvboost.
+"""Other ways to read a prompt of known chunks sooner: prefix caching, and the package kvboost.
 
-Run by `ttft_gpu.py` in its own rounds, on the same model and card (phases "peers" and "kvboost"). Reuse without recompute, the
-third peer, is this package's selector "none".
+`ttft_gpu.py` times them in its rounds, on the same model and GPU (phases "peers" and "kvboost"). The third one, reuse without recompute, is
+this package's selector "none".
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from transformers import DynamicCache
 
 
 class PrefixCaching:
-    """The cache of one prompt without its query, kept on the device; a request computes what it doesn't begin with.
+    """Keeps the cache of one prompt, without its query, on the device. A request computes only what follows the common beginning.
 
     Args:
         model: the model.
-        ids: of the prompt whose cache is kept.
-        query: how many of them, at the end, are the query's.
+        ids: token ids of the prompt whose cache is kept.
+        query: how many of the last ids are the query.
 
     Attributes:
         cache: what is kept.
@@ -34,7 +34,7 @@ class PrefixCaching:
     def __init__(self, model: Any, ids: Sequence[int], query: int):
         self._model, self._ids = model, list(ids[:-query])
         self.cache = DynamicCache()
-        # 5.24 renamed the argument; the old name warns there.
+        # transformers 5.24 renamed the argument, and warns about the old name.
         self._argument = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
         self._forward(self._ids, self.cache)
 
@@ -56,7 +56,7 @@ class PrefixCaching:
         self._model(input_ids=given, use_cache=True, logits_to_keep=1, **{self._argument: cache})
 
     def _shared(self, ids: Sequence[int]) -> int:
-        """Tokens that both begin with; the last one of a prompt is always computed."""
+        """How many tokens both have at their beginning. A prompt's last token is not counted, as it is always computed."""
         most = min(len(self._ids), len(ids) - 1)
         if list(ids[:most]) == self._ids[:most]:
             return most
@@ -70,12 +70,12 @@ class PrefixCaching:
 
 
 class PeerMissingError(RuntimeError):
-    """The package is not installed, or doesn't run here; the message says why."""
+    """The package isn't installed or doesn't run here. The message says why."""
 
 
 @dataclass(frozen=True)
 class KVBoostRun:
-    """What one request said of itself. Attributes: reused: tokens from its cache; own: its own `ttft_ms` in seconds."""
+    """What a request reports: `reused`, the tokens from its cache, and `own`, its own `ttft_ms` in seconds."""
 
     reused: int
     prompt_tokens: int
@@ -85,9 +85,9 @@ class KVBoostRun:
 class KVBoost:
     """kvboost (PyPI, 0.9.0) with its strategy `cacheblend`, on a model in memory.
 
-    It splits prompts every `chunk_size` tokens from their beginning, so here chunks stand right behind each other and nothing before
-    them; it finds them in any order then. Its own `ttft_ms` begins behind assembly and recompute; here the clock starts at the
-    call and ends at its first token (`on_token`).
+    It splits a prompt from its beginning, every `chunk_size` tokens. Here nothing stands before or between the chunks, so that it finds
+    them in any order. Its own `ttft_ms` doesn't include assembly and recompute; here, time is counted from the call to the first token
+    (`on_token`).
 
     Args:
         model: the model.
@@ -96,7 +96,7 @@ class KVBoost:
         ratio: its recompute_ratio.
 
     Raises:
-        PeerMissingError: it can't be imported, or refuses the model.
+        PeerMissingError: the package can't be imported, or refuses the model.
     """
 
     def __init__(self, model: Any, chunks: Sequence[str], chunk_tokens: int, ratio: float):

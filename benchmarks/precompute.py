@@ -1,10 +1,9 @@
-"""What precompute costs beyond the model's own prefill of the same chunks: the runs behind several lead-ins, ranking, encoding,
-writing, syncing.
+"""How much longer precompute takes than the model's own prefill of the same chunks.
 
-python benchmarks/precompute.py --out benchmarks/results/precompute-cpu.json
+    python benchmarks/precompute.py --out benchmarks/results/precompute-cpu.json
 
-Every round prefills and precomputes the same chunks, new ones each round, with every kind of lead-in in turn, so that a
-machine that slows down slows all of them.
+The difference is the runs behind several lead-ins, ranking, encoding, writing and syncing. Every round takes new chunks. It prefills and
+precomputes them with each kind of lead-in in turn, so that a machine that becomes slower affects all alike.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ def main() -> None:
             document = Document(f"round-{round_}", chunks)
             work: dict[str, Callable[[], object]] = {"prefill": prefill}
             work |= {k: lambda e=e, d=document: e.precompute([d]) for k, e in engines.items()}
-            # Whichever runs first in a round finds colder caches: take turns.
+            # The one that runs first in a round finds colder caches, so they take turns.
             order = [*work][round_ % len(work) :] + [*work][: round_ % len(work)]
             took = {name: seconds(work[name]) for name in order}
             for name in took if round_ else ():  # the first round warms up, and chooses lead-ins

@@ -1,10 +1,10 @@
-"""How close reuse stays to full prefill, per selector, ratio, lead-in and codec, on real text: docs/quality.md.
+"""How close reuse is to full prefill on real text, by selector, ratio, lead-in and codec; see docs/quality.md.
 
     python benchmarks/quality.py --quick
     python benchmarks/quality.py --musique musique_ans_v1.0_dev.jsonl --out benchmarks/results/quality
     python benchmarks/quality.py --report benchmarks/results/quality
 
-A run that is cut off continues where it was when it is started again with the same arguments.
+A run that was cut off continues when it is started again with the same arguments.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ QUICK = {
     "selectors": list(dict.fromkeys((AUTO.selector, "probe", "frequency"))),
     "codecs": ["exact"],
 }
-"""A small run: the figures mean little, but every part has run."""
+"""Settings of a small run. Its figures mean little, but every part of the benchmark runs."""
 
 
 def main() -> None:
@@ -80,7 +80,7 @@ def main() -> None:
     engines = Engines(model, tokenizer, **options)
     evaluators = {d.name: Evaluator(engines, d, settings, answer_ratios, args.together) for d in sets}
     try:
-        # The sets take turns, so that a run that is cut off has some of each.
+        # The sets take turns, so that a run that is cut off has results for each.
         work = sorted((i, n) for n, d in enumerate(sets) for i in range(len(d.records)))
         for number, (i, n) in enumerate(work[args.shard :: args.shards], start=1):
             dataset, record = sets[n], sets[n].records[i]
@@ -103,7 +103,7 @@ def main() -> None:
 
 
 def datasets(args: argparse.Namespace, tokenizer: Any) -> list[Dataset]:
-    """The sets that were asked for; MuSiQue only where its file is given."""
+    """The sets of records that the arguments ask for. MuSiQue is one of them where its file is given."""
     sets = []
     if args.musique is not None:
         sets.append(read_musique(args.musique, tokenizer, args.first, args.musique_records, args.passages, args.query))
@@ -119,7 +119,7 @@ def datasets(args: argparse.Namespace, tokenizer: Any) -> list[Dataset]:
 
 
 def report(folder: Path) -> None:
-    """Write table.md and, with matplotlib, shares.svg beside the rows."""
+    """Write table.md and, if there is matplotlib, shares.svg into the folder of the results."""
     header, rows = load(folder)
     points = summarise(rows)
     text = markdown(header, points)
@@ -134,7 +134,7 @@ def report(folder: Path) -> None:
 
 
 def arguments() -> argparse.Namespace:
-    """The command line; --quick changes defaults, and what is given beside it still counts."""
+    """The command line. --quick changes defaults only, so other options may be given with it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--quick", action="store_true", help="a few records and settings: minutes on two cores")
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="only make table and plot of these results")

@@ -1,10 +1,10 @@
-"""Two queued requests against one, with every chunk on disk (read past the page cache) when the first one comes.
+"""Two queued requests compared with one, where all chunks are on disk at first and the page cache isn't used.
 
     python benchmarks/queued.py --out benchmarks/results/queued-cpu.json
 
-In every round, in one process and in turn: one request alone; two with `generate_many`, which reads the second one's chunks
-while the first computes; and the same two by `generate`, one after the other. Medians are compared. Before each of them host
-memory is emptied of their chunks. Seconds are from the first call to the last token.
+Every round times three ways in turn, in one process: one request alone; two with `generate_many`, which reads the second one's chunks while
+the first one computes; and the same two with `generate`, one after the other. Medians are compared. Before each way, the chunks are
+removed from host memory. Seconds count from the first call to the last token.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def measure(engine: CacheTune, first: list[str], second: list[str], args: Any) -> dict[str, Any]:
-    """Medians of the three ways, and their ratios."""
+    """Medians of the three ways, and their quotients."""
     ratio = args.ratio if args.ratio == "auto" else float(args.ratio)
     # All answers have the same length, so that all rounds do the same work.
     shared = {
@@ -104,7 +104,7 @@ def measure(engine: CacheTune, first: list[str], second: list[str], args: Any) -
 
 
 def empty_host_memory(engine: CacheTune, chunks: list[str]) -> None:
-    """Leave the chunks on disk alone. Users have no need of it, so there is no public call."""
+    """Remove the chunks from host memory, so that only the disk has them."""
     keys = [engine.runtime.assembler.key(engine.prompts.encode(text)) for text in chunks]
     for reader in engine.runtime.prefetcher.take(keys).values():
         reader.close()
@@ -113,7 +113,7 @@ def empty_host_memory(engine: CacheTune, chunks: list[str]) -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result for people."""
+    """The result as text."""
     lines = ["| | seconds | first token of the last request, s | over one |", "| --- | --- | --- | --- |"]
     one = result["seconds"]["one"]["median"]
     for name, found in result["seconds"].items():

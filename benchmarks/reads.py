@@ -1,13 +1,13 @@
-"""How reads scale over processes that share one store.
+"""How much several processes read at once from one store.
 
     python benchmarks/reads.py --out benchmarks/results/reads.json
     python benchmarks/reads.py --direct --out benchmarks/results/reads-direct.json
     python benchmarks/reads.py --results benchmarks/results/reads*.json --plot benchmarks/results/reads.svg
 
-Each process opens the store with an empty host tier and reads whole chunks in random order, every row checked, for some
-seconds; all begin at once. Chunks have the shape of SmolLM2-135M's KV in float32 unless told otherwise. With --direct the page
-cache is left out (the disk's speed), else reads come from it once it is warm (what memory and checking give). With --results
-nothing is measured: the plot shows what was.
+Each process opens the store with an empty host tier. For some seconds it reads whole chunks in random order and checks every row. All
+processes begin at once. Chunks have the shape of SmolLM2-135M's KV in float32 unless another is given. With --direct, reads don't use the
+page cache, so they show the disk's speed. Without it, they come from the page cache once it is warm, and show the speed of memory and
+checking. With --results nothing is measured, and the plot shows earlier results.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def fill(path: Path, args: argparse.Namespace) -> int:
-    """Store random chunks; bytes of one."""
+    """Store random chunks. Returns the bytes of one."""
     torch.manual_seed(0)
     size = 0
     with ChunkStore(path, codec=args.codec, host_budget=0) as store:
@@ -92,7 +92,7 @@ def fill(path: Path, args: argparse.Namespace) -> int:
 
 
 def measure(path: Path, processes: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Bytes a second over all processes, and how long one chunk took; the median round."""
+    """Bytes a second of all processes together, and seconds for one chunk, from the median round."""
     rounds = [one_round(path, processes, args) for _ in range(args.rounds)]
     rounds.sort(key=lambda row: row["bytes_per_second"])
     middle = rounds[len(rounds) // 2]
@@ -126,7 +126,7 @@ def one_round(path: Path, processes: int, args: argparse.Namespace) -> dict[str,
 def read(
     path: str, seed: int, chunks: int, tokens: int, seconds: float, direct: bool, ready: Any, results: Any
 ) -> None:
-    """One process: read chunks until the time is up."""
+    """What one process does: read chunks until the time is over."""
     torch.set_num_threads(1)
     rng = random.Random(seed)
     keys = [make_key(NAMESPACE, [number] * tokens) for number in range(chunks)]
@@ -147,7 +147,7 @@ def read(
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows for people."""
+    """The rows as text."""
     lines = ["| processes | GB/s | chunks/s | p50 ms | p99 ms | scaling |", "| --- | --- | --- | --- | --- | --- |"]
     for row in rows:
         lines.append(
@@ -158,7 +158,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Throughput and time a chunk, against processes; a colour for each way of reading."""
+    """Plot throughput, and time for one chunk, by the number of processes. Each way of reading has its colour."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.4), layout="constrained")

@@ -3,7 +3,7 @@
     python benchmarks/speed_report.py benchmarks/results/ttft-h100*.json --readme docs/speed.md --docs docs/performance.md \\
         --plot benchmarks/results
 
-Without --readme and --docs it prints the tables. The first file is the one that the short table and the plots are of.
+Without --readme and --docs it prints the tables. The short table and the plots are made of the first file.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from speed.report import brief, details, put_between
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Write or print."""
+    """Write or print the tables, and draw the plots."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("files", type=Path, nargs="+", help="JSON of ttft_gpu.py")
     parser.add_argument("--readme", type=Path, help="file whose short table is replaced")

@@ -1,4 +1,4 @@
-"""What a benchmark runs on: a real model with real text, or a random model of a real one's shape with random letters."""
+"""What a benchmark runs on: a real model with real text, or a random model of a real model's shape with random letters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cachetune_rag.model.loading import load_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options that choose the subject."""
+    """Add the options that choose model and text."""
     parser.add_argument("--model", type=Path, help="folder of a model (default: SmolLM2-135M-Instruct)")
     parser.add_argument(
         "--shape", help="a random model of this shape instead: a name of speed/shapes.py, such as llama-3.1-8b"
@@ -39,11 +39,11 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def passages(args: argparse.Namespace, tokenizer: Any, prompts: int) -> list[list[str]]:
-    """Chunks of `prompts` prompts that share none."""
+    """The chunks of `prompts` prompts. No chunk is in two of them."""
     count = args.chunks * prompts
     if args.shape is None:
         texts = real_chunks(tokenizer, count, args.chunk_tokens)
-    else:  # one token a letter; speed doesn't depend on what they say
+    else:  # each letter is one token; speed doesn't depend on what the text says
         letters = random.Random(0)
         texts = ["".join(letters.choices(string.ascii_lowercase + " " * 5, k=args.chunk_tokens)) for _ in range(count)]
     return [texts[i * args.chunks : (i + 1) * args.chunks] for i in range(prompts)]

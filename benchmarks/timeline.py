@@ -1,9 +1,9 @@
-"""Where the time of one request goes on a GPU: copies under compute, gaps of the compute stream, and the trace itself.
+"""Where one request's time goes on a GPU: how much is copied while it computes, and when nothing computes; with a trace.
 
     python benchmarks/timeline.py --context 16384 --selector frequency --ratio 0.15 --trace timeline.json.gz
 
-A random model of a real one's shape, chunks in host memory. `ttft_gpu.py --trace` does the same inside a longer run. Open the
-trace in chrome://tracing or ui.perfetto.dev. The profiler itself slows the host down, not the device: gaps are upper bounds.
+The model has a real model's shape and random weights; its chunks are in host memory. `ttft_gpu.py --trace` does the same in a longer run.
+Open the trace in chrome://tracing or ui.perfetto.dev. The profiler slows down the host, not the device, so real gaps are at most as long.
 """
 
 from __future__ import annotations

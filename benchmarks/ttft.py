@@ -1,10 +1,10 @@
-"""Time to first token with reuse against full prefill, both measured in one run.
+"""Time to first token with reuse and with full prefill, measured in one run.
 
     python benchmarks/ttft.py --out benchmarks/results/ttft-cpu.json
 
-Every round times full prefill and every setting once, in turn, so that a machine that slows down slows all of them; the
-medians of the rounds are compared. The bound beside each speed-up is (prompt tokens / tokens computed): what recomputing
-only those tokens could give at best. The disk tier is read with O_DIRECT and an empty host tier, so nothing is cached.
+Every round times full prefill and each setting once, in turn, so that a machine that becomes slower affects all alike. Medians of the
+rounds are compared. The bound beside each speed-up is prompt tokens / computed tokens, which is the most that computing only those tokens
+can give. The disk tier is read with O_DIRECT and an empty host tier, so nothing is cached.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def measure(engines: dict[str, CacheTune], chunks: list[str], args: Any) -> dict
 
 
 def table(result: dict[str, Any]) -> str:
-    """The rows for people."""
+    """The rows as text."""
     lines = [f"{result['prompt_tokens']} prompt tokens, full prefill {result['full_prefill']['median']:.3f} s"]
     lines.append("| tier | selector | r | computed | TTFT s | speed-up | bound | share |")
     lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")

@@ -1,9 +1,9 @@
-"""Time to first token on a GPU, on a random model of a real one's shape; docs/performance.md says what is measured and how.
+"""Time to first token on a GPU, of a random model of a real model's shape; see docs/performance.md.
 
     python benchmarks/ttft_gpu.py --seconds 420 --out benchmarks/results/ttft-h100.json
 
-One process, one model, the most wanted figures first. The file is written after every round; the same command goes on where a
-run was cut off. `speed_report.py` makes tables and plots of it.
+There is one process with one model, and the most important figures come first. The file is written after every round. If a run was cut
+off, the same command continues it. `speed_report.py` makes tables and plots of the file.
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ def main(arguments: list[str] | None = None) -> None:
             args.shape, args.device, store, args.contexts, args.chunk_tokens, args.lead_in, not args.plain
         ) as subject:
             if wanted[0].settings:
-                # Before the warm-up, which goes by the lead-ins that are chosen here.
+                # Before the warm-up, because lead-ins are chosen here, and the warm-up depends on them.
                 subject.store(wanted[0].codec, "host")
             if not args.no_warmup:
                 subject.warmup()
-            # As docs/gpu.md advises servers: a full pass of the collector takes longer than a request.
+            # A full pass of the garbage collector takes longer than a request; docs/gpu.md advises servers to do this.
             gc.collect()
             gc.freeze()
             machine["attention"] = subject.attention[0]

@@ -1,10 +1,9 @@
-"""The tuner's choice against fixed ratios, on each tier, all in one run.
+"""The tuned setting compared with fixed ratios on each tier, all in one run.
 
     python benchmarks/tuned.py --out benchmarks/results/tuned-cpu.json --plot benchmarks/results/tuned-cpu.svg
 
-The tuner searches first. Then its choice, the fixed ratios and full prefill are timed in turn in every round, and medians are
-compared; so the choice gains nothing from having been measured on its own. A fixed ratio skips nothing but what the
-selector leaves unread anyway.
+First the engine is tuned. Then every round times the tuned setting, the fixed ratios and full prefill in turn, and medians are compared, so
+that the times from tuning itself don't count. With a fixed ratio no rows are skipped but those that the selector doesn't read anyway.
 """
 
 from __future__ import annotations
@@ -74,7 +73,7 @@ def main() -> None:
 
 
 def compare(engine: CacheTune, sample: dict[str, Any], tuning: TierTuning, args: Any) -> dict[str, Any]:
-    """Medians of the choice, the fixed ratios and full prefill, timed in turn."""
+    """Medians of the tuned setting, the fixed ratios and full prefill, timed in turn."""
     prompt = engine.prompts.build(**sample)
     settings = {"tuned": (tuning.ratio, tuning.skipped), **{f"{r:g}": (r, 0.0) for r in args.fixed}}
     times: dict[str, list[float]] = {name: [] for name in ["full", *settings]}
@@ -99,7 +98,7 @@ def compare(engine: CacheTune, sample: dict[str, Any], tuning: TierTuning, args:
 
 
 def line(row: dict[str, Any]) -> str:
-    """One row for people."""
+    """One row as text."""
     found = ", ".join(
         f"{name} {t['median'] * 1e3:.1f} ms ({row['speedup'][name]:.2f}x)" for name, t in row["ttft"].items()
     )

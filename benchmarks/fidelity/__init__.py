@@ -1,1 +1,1 @@
-"""The fidelity benchmark (`benchmarks/quality.py`, docs/quality.md): how far an answer is from full prefill's, at what compute."""
+"""The fidelity benchmark (`benchmarks/quality.py`, docs/quality.md): how far reuse is from full prefill, and how much it computes."""

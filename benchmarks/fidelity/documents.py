@@ -1,4 +1,4 @@
-"""Continuation of real documents: contiguous chunks of a text, its next tokens as the query, the ones after that as the target."""
+"""Records that continue real documents: chunks of a text, the tokens behind them as the query, and the next ones as the target."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from .sources import Text
 
 PREFIX = "Read the passages."
 LEADS = 8
-"""About so many documents are never evaluated; lead-ins are taken from them."""
+"""About how many documents are never evaluated. Lead-ins are taken from them."""
 LEAD_TOKENS = 300
 SKIPPED = 100
-"""Tokens left out at a document's start: titles, tables of contents."""
+"""How many tokens at a document's beginning are left out. They are titles and tables of contents."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Tokens of a record: so many chunks of so many tokens, a query and a target."""
+    """How many tokens a record has: its chunks, the query and the target."""
 
     chunks: int = 8
     chunk_tokens: int = 512
@@ -32,16 +32,16 @@ class Shape:
 
     @property
     def tokens(self) -> int:
-        """Of all of it."""
+        """All of its tokens."""
         return self.chunks * self.chunk_tokens + self.query_tokens + self.target_tokens
 
 
 def read_documents(
     sources: Mapping[str, Iterable[Text]], tokenizer: Any, shape: Shape, first: int = 0, count: int = 40, seed: int = 0
 ) -> Dataset:
-    """Records `first` to `first + count`, the sources taking turns; at most two records a document.
+    """Records `first` to `first + count`. Sources take turns, and no document has more than two records.
 
-    A chunk ends where a word ends, so it may be a few tokens shorter than asked for.
+    A chunk ends where a word ends, so it may be a few tokens shorter than given.
 
     Raises:
         ValueError: the documents are too few or too short.
@@ -71,7 +71,7 @@ def read_documents(
         leads.append(lead_texts)
         found.append(records)
     everything = _in_turn(found)
-    # By source, since an engine spreads its choice over all of the text.
+    # Ordered by source, because an engine takes lead-ins from everywhere in the text.
     lead_ins = tuple(text for texts in leads for text in texts)
     if not lead_ins:
         raise ValueError(f"no document of {', '.join(sources)} has {shape.tokens} tokens: use fewer or shorter chunks.")
@@ -80,7 +80,7 @@ def read_documents(
 
 
 def shuffled(documents: Dataset, count: int, seed: int = 0) -> Dataset:
-    """The first `count` records with all chunks but the last in another order."""
+    """The first `count` records, with all chunks but the last in another order."""
     records = []
     for record in documents.records[:count]:
         *others, last = record.chunks
@@ -93,7 +93,7 @@ def shuffled(documents: Dataset, count: int, seed: int = 0) -> Dataset:
 
 
 class _Tokens:
-    """A document by its tokens: where each begins in the text."""
+    """A document's tokens, and where each begins in the text."""
 
     def __init__(self, text: Text, tokenizer: Any):
         self.name, self._text = text.name, text.text
@@ -104,20 +104,20 @@ class _Tokens:
         return len(self._starts)
 
     def first(self, count: int) -> str:
-        """`count` tokens behind what is skipped."""
+        """The first `count` tokens behind those that are left out."""
         return self.between(self._starts[SKIPPED], self._starts[min(SKIPPED + count, len(self) - 1)])
 
     def between(self, start: int, end: int) -> str:
-        """Of these characters."""
+        """The text between two of its characters."""
         return self._text[start:end]
 
     def cut(self, token: int) -> tuple[int, int] | None:
-        """The last place at or before `token` where a word ends, as (token, character); None if there is none near.
+        """The last place at or before `token` where a word ends, as (token, character). None if there is none nearby.
 
-        Cut before white space, texts have the same tokens apart as together.
+        Texts that are cut before white space have the same tokens as before.
         """
         for place in range(token, max(token - 32, 0), -1):
-            at = self._starts[place]  # with or without the space that belongs to the token
+            at = self._starts[place]  # the space before a word may belong to its token
             while at > 0 and self._text[at - 1].isspace():
                 at -= 1
             if at > 0 and self._text[at].isspace():
@@ -130,7 +130,7 @@ class _Tokens:
 
 
 def _record(ids: _Tokens, source: str, start: int, shape: Shape, prompts: PromptBuilder) -> Record | None:
-    """None where the text has no place to cut."""
+    """A record. None if the text has no place to cut."""
     cuts: list[tuple[int, int]] = []
     token = start
     for size in [*[shape.chunk_tokens] * shape.chunks, shape.query_tokens, 0]:
@@ -146,5 +146,5 @@ def _record(ids: _Tokens, source: str, start: int, shape: Shape, prompts: Prompt
 
 
 def _in_turn(lists: list[list[Any]]) -> list[Any]:
-    """One of each, then the next of each, ..."""
+    """The first of each, then the second of each, and so on."""
     return [item for turn in zip_longest(*lists) for item in turn if item is not None]

@@ -1,4 +1,4 @@
-"""Runs one record through the engine under every setting and measures it against full prefill of the same tokens."""
+"""Runs a record through the engine with every setting, and compares it with full prefill of the same tokens."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Reference:
 
 
 class Engines:
-    """Engines of one model, made when first needed: one a corpus of lead-ins, lead-in and codec.
+    """Engines of one model, made when they are first needed: one for each corpus of lead-ins, lead-in and codec.
 
     Args:
         model, tokenizer: as for `CacheTune`.
@@ -46,14 +46,14 @@ class Engines:
         self._made: dict[tuple[str, str, str], CacheTune] = {}
 
     def get(self, dataset: Dataset, lead_in: str, codec: str) -> CacheTune:
-        """An engine that holds no chunks. "auto" lead-ins are chosen already, from texts that no record holds."""
+        """An engine without chunks. "auto" lead-ins have been chosen already, from texts that are in no record."""
         key = (dataset.digest, lead_in, codec)
         if key not in self._made:
             options = {"lead_in": lead_in, "codec": codec, "chunk_separator": dataset.separator, **self._options}
             engine = CacheTune(self._model, self._tokenizer, None, **options)
             if lead_in == "auto":
                 engine.lead_ins.choose_from([engine.prompts.encode(text) for text in dataset.leads], indexing=True)
-                if engine.lead_ins.undecided:  # it would go on to choose from the records themselves
+                if engine.lead_ins.undecided:  # otherwise lead-ins would be chosen from the records themselves
                     raise ValueError(
                         f"the texts of {dataset.name} that are kept for lead-ins are too few for an engine to choose from: give "
                         "more documents, or measure with --lead-ins first_token alone."
@@ -71,12 +71,12 @@ class Evaluator:
     """Measures the records of one set.
 
     Args:
-        engines: of the model.
-        dataset: the records' layout, and the texts that lead-ins are taken from.
-        settings: what to measure, those of one lead-in and codec together.
-        answer_ratios: at which ratios answers are generated, where a record has accepted ones.
-        together: for how many settings the target goes through the model in one forward. On a GPU that is several times quicker
-            than one by one; it takes the memory of so many prompts, twice.
+        engines: the model's engines.
+        dataset: says how the records are laid out, and has the texts that lead-ins are taken from.
+        settings: what to measure. Those of one lead-in and codec stand together.
+        answer_ratios: the ratios at which answers are generated, for records that have accepted ones.
+        together: for how many settings the target runs through the model in one forward. On a GPU this is several times faster than one
+            by one. It takes twice the memory of that many prompts.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Evaluator:
         self._answer_ratios = frozenset(answer_ratios)
 
     def run(self, record: Record, known: dict[Key, Row]) -> Iterator[Row]:
-        """The rows of a record that are not known yet, one by one."""
+        """Measure and yield those rows of a record that are not known yet."""
         reference: Reference | None = None
         for (lead_in, codec), group in groupby(self._settings, key=lambda s: (s.lead_in, s.codec)):
             settings = [s for s in group if not self._done(record, s, known)]
@@ -102,7 +102,7 @@ class Evaluator:
                 reference = self._reference(engine, record)
             engine.precompute(Document(record.name, list(record.chunks)))
             try:
-                # What a probe costs depends on whether the prefix is known already: from here on it is.
+                # A probe computes less once the prefix is kept from an earlier prompt, as it is from here on.
                 engine.prefill(prompt=reference.prompt, selector=NOTHING, ratio=0.0)
                 read = (s for setting in settings for s in self._states(engine, record, reference, setting, known))
                 while some := list(islice(read, self._together)):
@@ -136,8 +136,8 @@ class Evaluator:
     def _states(
         self, engine: CacheTune, record: Record, reference: Reference, setting: Setting, known: dict[Key, Row]
     ) -> Iterator[tuple[Row, PrefillState]]:
-        """The prompt as read at the ratio as it is, and, if choosing the tokens took compute, read once more with that paid
-        from the budget; each with the row that it begins.
+        """The prompt read with this ratio, and the row that it begins. If choosing the tokens took compute, there is a second reading, with a
+        ratio so much lower that both together compute what the ratio says.
         """
         plain = known.get(self._key(record, setting, "ratio"))
         if plain is None:
@@ -184,24 +184,23 @@ class Evaluator:
 
 
 def equal_compute_ratio(ratio: float, probed: int, total: int) -> float:
-    """The ratio to ask for so that recompute and probe together cost ratio * total.
+    """The ratio with which recompute and probe together compute ratio * total.
 
     Args:
         ratio: share of the compute of all chunk tokens.
-        probed: token-layers that choosing the tokens costs.
+        probed: token-layers that choosing the tokens computes.
         total: token-layers of all chunk tokens.
 
     Returns:
-        0 where the probe alone costs more: such a selector can't be had for this budget, and nothing is recomputed.
+        The ratio. 0 where the probe alone computes more than that, so that nothing can be recomputed.
     """
     return max(0.0, ratio - probed / total)
 
 
 def target_logits(engine: CacheTune, states: Sequence[PrefillState], target: Sequence[int]) -> list[Tensor]:
-    """Logits that predict each target token, given a prompt and the target tokens before it, for several readings of one
-    prompt: [target tokens, vocab] each.
+    """For each of several readings of one prompt, the logits that predict each target token: [target tokens, vocab].
 
-    The states' caches are left as they were.
+    The caches of the states are as before afterwards.
     """
     if len(target) == 1:
         return [state.logits for state in states]
@@ -217,7 +216,7 @@ def target_logits(engine: CacheTune, states: Sequence[PrefillState], target: Seq
 
 @torch.no_grad()
 def _forward_together(engine: CacheTune, ids: Tensor, caches: Sequence[Cache]) -> Tensor:
-    """`ids` behind each of several caches of one length, in one forward: logits [caches, tokens, vocab]."""
+    """Run `ids` behind each of several caches of equal length, in one forward. Gives logits [caches, tokens, vocab]."""
     whole = DynamicCache()
     for number, layers in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
         whole.update(torch.cat([layer.keys for layer in layers]), torch.cat([layer.values for layer in layers]), number)
@@ -233,7 +232,7 @@ def _forward_together(engine: CacheTune, ids: Tensor, caches: Sequence[Cache]) -
 
 
 def greedy_answer(engine: CacheTune, state: PrefillState) -> str:
-    """What the model answers, its likeliest token each time."""
+    """The model's answer, by greedy decoding."""
     adapter = engine.adapter
     plan = prepare(
         adapter.model, engine.tokenizer, list(state.prompt.ids), max_new_tokens=ANSWER_TOKENS, do_sample=False

@@ -1,4 +1,4 @@
-"""How far a reused prompt's continuation is from full prefill's, and how sure a mean over records is."""
+"""How far reuse is from full prefill on a continuation, and how certain a mean over records is."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 DRAWS = 10_000
-"""Bootstrap samples."""
+"""How many bootstrap samples are drawn."""
 
 
 @dataclass(frozen=True)
 class Distance:
-    """Between two distributions over each token of a target.
+    """How far the distributions under reuse are from those of full prefill, over the tokens of a target.
 
     Attributes:
         kl: mean over target tokens of KL(full || reuse), in nats.
-        top1: share of target tokens at which both rank the same token first.
+        top1: share of target tokens at which both find the same token the likeliest.
         top1_first: the same at the first target token: 0 or 1.
         nll: mean negative log-likelihood of the target under reuse, in nats.
-        nll_difference: that minus full prefill's.
+        nll_difference: `nll` minus that of full prefill.
     """
 
     kl: float
@@ -37,7 +37,7 @@ class Distance:
 
 
 def distance(full: Tensor, reuse: Tensor, target: Sequence[int]) -> Distance:
-    """Compare logits [target tokens, vocab], of which row i predicts token i of the target. In float64."""
+    """Compare logits [target tokens, vocab], of which row i predicts token i of the target. Calculated in float64."""
     if full.shape != reuse.shape or full.shape[0] != len(target):
         raise ValueError(f"logits {tuple(full.shape)} and {tuple(reuse.shape)} don't fit {len(target)} target tokens.")
     p, q = (logits.double().log_softmax(-1) for logits in (full, reuse))
@@ -52,7 +52,7 @@ def distance(full: Tensor, reuse: Tensor, target: Sequence[int]) -> Distance:
 
 
 def normalise(answer: str) -> str:
-    """SQuAD's normal form (Rajpurkar et al. 2016): lower case, without punctuation, articles and extra spaces."""
+    """An answer in SQuAD's normal form (Rajpurkar et al. 2016): lower case, without punctuation, articles and extra spaces."""
     bare = "".join(c for c in answer.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
 
@@ -63,7 +63,7 @@ def exact_match(answer: str, accepted: Sequence[str]) -> float:
 
 
 def f1(answer: str, accepted: Sequence[str]) -> float:
-    """The best F1 of words over the accepted answers, in normal form."""
+    """The largest F1 of words with one of the accepted answers, in normal form."""
     return max((_f1(normalise(answer).split(), normalise(a).split()) for a in accepted), default=0.0)
 
 
@@ -79,7 +79,7 @@ def _f1(given: list[str], wanted: list[str]) -> float:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure over records and its 95% bootstrap interval; NaN where it isn't defined."""
+    """A figure over records, and its 95% bootstrap interval. NaN where it isn't defined."""
 
     value: float
     low: float
@@ -92,13 +92,13 @@ def mean(values: Sequence[float], seed: int = 0) -> Estimate:
 
 
 def share_closed(kl: Sequence[float], kl_nothing: Sequence[float], seed: int = 0) -> Estimate:
-    """1 - sum KL(r) / sum KL(0), record by record: how much of the distance of recomputing nothing is gone."""
+    """The share of the KL gap that is closed: 1 - sum of KL(r) / sum of KL(0) over records."""
     ratio = _ratio(np.asarray(kl, float), np.asarray(kl_nothing, float), seed)
     return Estimate(1 - ratio.value, 1 - ratio.high, 1 - ratio.low)
 
 
 def _ratio(above: NDArray[np.float64], below: NDArray[np.float64], seed: int) -> Estimate:
-    """sum(above) / sum(below); records are drawn with replacement, the two numbers of a record together."""
+    """sum(above) / sum(below). For the interval, records are drawn with replacement, with both of their numbers."""
     if len(above) == 0 or below.sum() == 0:
         return Estimate(float("nan"), float("nan"), float("nan"))
     drawn = np.random.default_rng(seed).integers(0, len(above), (DRAWS, len(above)))

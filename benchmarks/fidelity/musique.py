@@ -1,7 +1,7 @@
 """Questions over passages, from a MuSiQue file (Trivedi et al., TACL 2022).
 
-A line of the file is a JSON object. Read are `question`; `answers`, or `answer` and `answer_aliases`; `passages` (each
-`title`, `text`), or `paragraphs` (each `title`, `paragraph_text`); and, where they are there, `id` and `answerable`.
+Each line of the file is a JSON object. These names are read: `question`; `answers`, or `answer` and `answer_aliases`; `passages` (each with
+`title` and `text`), or `paragraphs` (each with `title` and `paragraph_text`); and, if given, `id` and `answerable`.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from .records import Dataset, Record, slice_of
 
 PREFIX = "Answer the question after reading several passages. Answer within 5 words."
 LEADS = 5
-"""Records at the end of the file that are never evaluated; lead-ins are taken from their passages."""
+"""How many records at the end of the file are never evaluated. Lead-ins are taken from their passages."""
 
 
 def read_musique(
     path: Path, tokenizer: Any, first: int = 0, count: int = 40, passages: int | None = None, query: str = "{}"
 ) -> Dataset:
-    """Records `first` to `first + count` of a MuSiQue file, plain or gzipped. The target is the first gold answer and the end token.
+    """Records `first` to `first + count` of a MuSiQue file, plain or gzipped. Their target is the first gold answer and the end token.
 
     Args:
         path: the file.
         tokenizer: the model's.
-        first, count: which records; those at the end of the file are left for lead-ins.
-        passages: at most so many of each question, the first ones; None for all.
+        first, count: which records. Those at the end of the file are kept for lead-ins.
+        passages: how many passages of each question are taken, the first ones; None for all.
         query: what stands behind the passages, {} for the question.
 
     Raises:
@@ -52,7 +52,7 @@ def read_musique(
             )
         )
     chosen = slice_of(records, first, count, LEADS, str(path))
-    # Record by record: an engine spreads its choice over all of the text, so the lead-ins are of different questions.
+    # In the order of records: an engine takes lead-ins from everywhere in the text, so they belong to different questions.
     # Questions share passages.
     used = {chunk for record in chosen for chunk in record.chunks}
     leads: dict[str, None] = {}

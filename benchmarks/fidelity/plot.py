@@ -1,4 +1,4 @@
-"""Fidelity against compute, a panel a set. Needs matplotlib (the extra `plot`)."""
+"""Plots fidelity by compute, with one panel for each set. Needs matplotlib (the extra `plot`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LINES = {"first_token": ":"}
 
 
 def plot(points: Sequence[Point], path: Path, title: str) -> None:
-    """Share of the KL gap closed against the compute spent, with 95% intervals; the probe's compute included."""
+    """Plot the share of the KL gap that is closed, with 95% intervals, by the compute that it took, the probe's included."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""What is evaluated: prompts of real text, each with the tokens that really follow."""
+"""What is evaluated: prompts of real text, and the tokens that follow in the text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Record:
         source: where its text comes from.
         chunks: texts of the passages, in prompt order.
         query: what stands behind them.
-        target: token ids of the continuation that models are compared on.
+        target: token ids of the continuation on which reuse is compared with full prefill.
         answers: accepted answers, where the query is a question.
     """
 
@@ -31,23 +31,23 @@ class Record:
 
     @property
     def digest(self) -> str:
-        """Changes with the content: rows of another text under the same name are not taken for this record's."""
+        """A digest of the content, so that rows of another text with the same name are not taken for this record's."""
         text = repr((self.chunks, self.query, self.target, self.answers))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Records that share a layout, and texts of the same corpus that none of them holds.
+    """Records that are laid out alike, and texts of the same corpus that are in none of them.
 
     Attributes:
-        name: of the set.
-        records: in the order in which they are evaluated.
+        name: the set's name.
+        records: the records, in the order in which they are evaluated.
         leads: texts to take lead-ins from.
         prefix: text before the chunks.
         separator: text between the chunks.
-        continues: the prompt breaks off behind `query`, so that the target continues it; otherwise `query` is a question in
-            the engine's standard prompt and the target an answer.
+        continues: True if the prompt ends behind `query`, so that the target continues it. Otherwise `query` is a question in the engine's
+            standard prompt, and the target is an answer.
     """
 
     name: str
@@ -59,21 +59,21 @@ class Dataset:
 
     @property
     def digest(self) -> str:
-        """Changes with what all records share."""
+        """A digest of what all records have in common."""
         return hashlib.sha256(repr((self.leads, self.prefix, self.separator)).encode()).hexdigest()[:12]
 
     def prompt(self, prompts: PromptBuilder, record: Record) -> Prompt:
         """The token ids of a record's prompt."""
         if not self.continues:
             return prompts.build(query=record.query, chunks=record.chunks, prefix=self.prefix)
-        # The layout up to the last chunk is the engine's own; what it puts behind the query would come between the text
-        # and its continuation.
+        # The engine lays out the prompt up to the last chunk. What it would put behind the query is left out, because it would
+        # stand between the text and its continuation.
         built = prompts.build(query="", chunks=record.chunks, prefix=self.prefix)
         return replace(built, ids=(*built.ids[: built.spans[-1].end], *prompts.encode(record.query)))
 
 
 def slice_of(items: Sequence[Record], first: int, count: int, kept: int, what: str) -> tuple[Record, ...]:
-    """`count` records from number `first` on, if at least `kept` others stay over.
+    """`count` records from number `first` on, if at least `kept` others are left.
 
     Raises:
         ValueError: there are too few.

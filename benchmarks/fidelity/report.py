@@ -22,11 +22,11 @@ class Point:
     Attributes:
         set: its name.
         setting: what was measured.
-        budget: "ratio": the ratio counts recomputed tokens, and choosing them comes on top; "compute": both together cost
-            what recomputing that share of the tokens does.
-        records: how many.
-        compute: mean token-layers spent over those of all chunk tokens.
-        probed: whether choosing the tokens was part of that.
+        budget: "ratio" if the ratio counts recomputed tokens only; "compute" if recomputing and choosing tokens together computed as much as
+            recomputing this share of the tokens does.
+        records: how many records were measured.
+        compute: computed token-layers as a share of those of all chunk tokens, the mean over records.
+        probed: whether `compute` includes choosing the tokens.
         kl, share, top1, top1_first, nll_difference: see `Distance` and `share_closed`.
         answers: F1 and exact match against the gold answers and against full prefill's answer, where they were measured.
     """
@@ -63,7 +63,7 @@ def load(folder: Path) -> tuple[dict[str, Any], list[Row]]:
 
 
 def summarise(rows: Iterable[Row]) -> list[Point]:
-    """Points by set and setting. A record counts in shares where its baseline was measured too."""
+    """Points by set and setting. Only records whose baseline was measured too count for shares."""
     cells: dict[tuple[str, Setting, str], dict[str, Row]] = {}
     for row in rows:
         setting = Setting(row["lead_in"], row["codec"], row["selector"], row["ratio"])
@@ -92,8 +92,8 @@ def summarise(rows: Iterable[Row]) -> list[Point]:
 
 
 def equal_compute(points: Sequence[Point]) -> list[Point]:
-    """Of each setting the point whose compute is what its ratio says: paid from the budget where choosing costs something, and
-    none where only the other was measured.
+    """For each setting, the point that computes as much as its ratio says: that with the budget "compute" where choosing tokens computes
+    something. A setting without such a point is left out.
     """
     return [p for p in points if p.budget == "compute" or not p.probed]
 
@@ -130,7 +130,7 @@ def _baseline(points: Sequence[Point]) -> str:
 
 
 def _shares(points: Sequence[Point]) -> str:
-    """Selectors by ratio."""
+    """A table of selectors and ratios."""
     exact = [p for p in equal_compute(points) if p.setting.codec == BASELINE.codec and p.setting.selector != EVERYTHING]
     ratios = sorted({p.setting.ratio for p in exact})
     lines = [_row(["lead-in", "selector", *(f"r {r:g}" for r in ratios)]), _row(["---"] * (len(ratios) + 2))]

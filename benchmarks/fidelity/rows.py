@@ -1,4 +1,4 @@
-"""Results as JSON lines that grow row by row, so that a run that is cut off continues where it was."""
+"""Results as JSON lines. They are written row by row, so that a run that was cut off can be continued."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def key_of(row: Row) -> Key:
 
 
 class RowFile:
-    """The rows of one process, in a folder that several processes (shards) write to, each its own file.
+    """The rows of one process. Several processes (shards) may write to a folder, each to a file of its own.
 
     Args:
-        folder: made if missing.
+        folder: where the file is. It is made if there is none.
         shard, shards: which part of the records this process takes.
-        header: what all rows have in common. The first line of every file; a folder of another header is refused.
+        header: what all rows have in common, the first line of every file. A folder with another header is refused.
 
     Raises:
         ValueError: the folder holds results of other settings.
@@ -49,12 +49,12 @@ class RowFile:
             self._write({"header": header})
 
     def add(self, row: Row) -> None:
-        """Keep a row; it is on disk when this returns."""
+        """Keep a row. It is on disk when this returns."""
         self.known[key_of(row)] = row
         self._write(row)
 
     def close(self) -> None:
-        """No more rows."""
+        """Close the file."""
         self._file.close()
 
     def _write(self, line: dict[str, Any]) -> None:
@@ -68,7 +68,7 @@ def row_files(folder: Path) -> list[Path]:
 
 
 def read_rows(path: Path) -> tuple[dict[str, Any] | None, list[Row]]:
-    """Header and rows of a file. A last line without an end, which is being written or was cut off, is left out."""
+    """Header and rows of a file. An incomplete last line, which is being written or was cut off, is left out."""
     header, rows = None, []
     for line in _lines(path):
         found = json.loads(line)
@@ -87,7 +87,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _whole_lines(path: Path) -> int:
-    """Bytes up to the end of the last whole line."""
+    """Bytes up to the end of the last complete line."""
     return path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
 
 

@@ -11,7 +11,7 @@ from cachetune_rag.selection import selector_names
 RATIOS = (0.02, 0.05, 0.10, 0.15, 0.30, 0.50)
 LEAD_INS = ("first_token", "auto")
 NOTHING, EVERYTHING = "none", "all"
-"""Selectors of ratio 0 and 1, at which all others are the same."""
+"""The selectors of ratio 0 and 1. With these ratios, all others do the same as they do."""
 
 
 @dataclass(frozen=True, order=True)
@@ -32,21 +32,21 @@ class Setting:
 
 
 BASELINE = Setting("first_token", "exact", NOTHING, 0.0)
-"""What shares are measured against: nothing recomputed, behind the first token alone."""
+"""What shares are measured against: nothing is recomputed, and the first token alone is the lead-in."""
 
 
 def compared_selectors() -> list[str]:
-    """All registered selectors but the two ends."""
+    """All registered selectors but those for the ratios 0 and 1."""
     return [name for name in selector_names() if name not in (NOTHING, EVERYTHING)]
 
 
 def grid(
     selectors: Sequence[str], ratios: Sequence[float], lead_ins: Sequence[str], codecs: Sequence[str]
 ) -> list[Setting]:
-    """The settings of a run, those that share stored KV together.
+    """The settings of a run. Those that use the same stored KV stand together.
 
-    `exact` is measured with everything; other codecs only with the default lead-in, the default and the paper's selector and
-    the ratios 0.05 and 0.15: their error hardly depends on the rest.
+    The codec `exact` is measured with everything. Other codecs are measured only with the default lead-in, the default selector and the
+    paper's, and the ratios 0.05 and 0.15, because their error hardly depends on anything else.
     """
     settings = [BASELINE, Setting("first_token", "exact", EVERYTHING, 1.0)]
     inner = [r for r in ratios if 0 < r < 1]

@@ -1,4 +1,4 @@
-"""Real documents that a machine has: texts by source, the same on every run."""
+"""Real documents that are on the machine, by source, the same on every run."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ _LARGEST = 2 << 20
 
 
 class Text(NamedTuple):
-    """A document: its name in the source, and what it says."""
+    """A document: its name in the source, and its text."""
 
     name: str
     text: str
 
 
 def installed_sources() -> dict[str, Iterator[Text]]:
-    """What comes with Python and its packages: the language reference, docstrings of the library, READMEs."""
+    """Documents that come with Python and its packages: the language reference, docstrings of the library, READMEs."""
     return {"reference": _topics(), "docstrings": _docstrings(), "readmes": _readmes()}
 
 
 def folder_sources(folders: Sequence[Path]) -> Mapping[str, Iterator[Text]]:
-    """One source a folder of pages (HTML, text, Markdown, reStructuredText; also gzipped), named like the folder.
+    """One source for each folder of pages (HTML, text, Markdown, reStructuredText; also gzipped). It has the folder's name.
 
     Raises:
-        ValueError: no folder, or two of one name.
+        ValueError: a path is no folder, or two folders have the same name.
     """
     sources: dict[str, Iterator[Text]] = {}
     for folder in folders:
@@ -52,7 +52,7 @@ def _topics() -> Iterator[Text]:
 
 
 def _docstrings() -> Iterator[Text]:
-    """Of each module of the standard library, all docstrings in order. Nothing is imported."""
+    """One document for each module of the standard library: its docstrings in order. Nothing is imported."""
     library = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(library.glob("*.py")) + sorted(library.glob("[a-z]*/*.py")):
         if path.parent.name in {"test", "tests", "idlelib", "site-packages", "dist-packages"}:
@@ -89,7 +89,7 @@ def _pages(folder: Path) -> Iterator[Text]:
 
 
 def html_text(page: str) -> str:
-    """The words of a page, without navigation."""
+    """The text of a page, without navigation."""
     parser = _Words()
     parser.feed(page)
     parser.close()

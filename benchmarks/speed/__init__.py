@@ -1,1 +1,1 @@
-"""Time to first token over contexts, tiers, codecs, selectors and ratios, on one card in one process."""
+"""Time to first token by context, tier, codec, selector and ratio, on one GPU and in one process."""

@@ -1,4 +1,4 @@
-"""What the machine can do at best: copies to the device, reads from disk, attention, memory."""
+"""The best that the machine can do: copies to the device, reads from disk, attention, memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Attention = Callable[[], AbstractContextManager[Any]]
 
 
 def synchronize(device: str) -> None:
-    """Wait for what the device was given."""
+    """Wait until the device has done everything."""
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -35,7 +35,7 @@ def copy_speed(device: str, size: int = 1 << 30) -> float | None:
 
 
 def disk_speed(folder: Path, size: int = 1 << 29, threads: int = 4) -> tuple[float, bool]:
-    """Bytes a second of large sequential reads from a file there, and whether they went past the page cache."""
+    """Bytes a second of large sequential reads from a file in a folder, and whether they avoided the page cache."""
     from concurrent.futures import ThreadPoolExecutor
     from mmap import mmap
 
@@ -52,7 +52,7 @@ def disk_speed(folder: Path, size: int = 1 << 29, threads: int = 4) -> tuple[flo
         direct, opened = False, os.open(path, os.O_RDONLY)
 
     def read(part: int) -> None:
-        memory = mmap(-1, block)  # on a page, as direct reads want it
+        memory = mmap(-1, block)  # at a page boundary, as direct reads require
         for start in range(part * (size // threads), (part + 1) * (size // threads), block):
             os.preadv(opened, [memory], start)
 
@@ -67,7 +67,7 @@ def disk_speed(folder: Path, size: int = 1 << 29, threads: int = 4) -> tuple[flo
 
 
 def fastest_attention(run: Callable[[], Any], device: str) -> tuple[str, Attention]:
-    """Of what torch's scaled_dot_product_attention can be made to use, the one that `run` is fastest with."""
+    """The backend of torch's scaled_dot_product_attention with which `run` is fastest."""
     if device != "cuda":
         return "default", nullcontext
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -83,7 +83,7 @@ def fastest_attention(run: Callable[[], Any], device: str) -> tuple[str, Attenti
             run()
             took[name] = _best(run, device, 2)
     name = min(took, key=lambda n: took[n])
-    # What torch takes by itself, unless another is faster by more than noise.
+    # The backend that torch chooses itself, unless another one is clearly faster.
     name = name if took[name] < 0.98 * took["default"] else "default"
     return name, ways[name]
 
@@ -93,7 +93,7 @@ def driver() -> str:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         found = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
-        return ", ".join(dict.fromkeys(found))  # one line a card
+        return ", ".join(dict.fromkeys(found))  # one line for each GPU
     except (OSError, subprocess.CalledProcessError):
         return "none"
 

@@ -1,4 +1,4 @@
-"""What is measured, in which order: the most wanted first, so that a run that is cut off has it."""
+"""What is measured, and in which order: the most important first, in case that a run is cut off."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from dataclasses import dataclass
 
 SELECTORS = ("frequency", "expected_error")
 PHASES = ("target", "device", "timeline", "int8", "disk", "peers", "codecs", "selectors", "kvboost")
-"""In order of priority. target: host tier, exact codec. device: the same from the device tier. timeline: one request under the
-profiler. int8: host tier. disk: read past the page cache, at the tuned ratio. peers: prefix caching, reuse without recompute.
-codecs: fp8 and int4 from host, int8 and int4 from the device. selectors: expected_error_early, probe. kvboost: the package of that name (seconds a request).
+"""In order of importance. target: the codec exact from the host tier. device: the same from the device tier. timeline: one request under the
+profiler. int8: from the host tier. disk: at the tuned ratio, without the page cache. peers: prefix caching, and reuse without recompute.
+codecs: fp8 and int4 from the host tier, int8 and int4 from the device tier. selectors: expected_error_early and probe. kvboost: the package of
+that name, of which a request takes seconds.
 """
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is recomputed; a ratio of None is tuned first."""
+    """What is recomputed. For a ratio of None, the engine is tuned first."""
 
     selector: str
     ratio: float | None
@@ -23,13 +24,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class Group:
-    """What is timed in turn, round by round, next to full prefill of the same prompt.
+    """What is timed in turn, round by round, together with full prefill of the same prompt.
 
     Attributes:
         phase: one of PHASES.
         context: chunk tokens of the prompt.
         tier, codec: where the chunks are, and how they are stored.
-        settings: of requests with reuse; none for peers that have no such thing.
+        settings: settings of the requests with reuse. Empty for other packages, which have none.
     """
 
     phase: str
@@ -40,7 +41,7 @@ class Group:
 
     @property
     def name(self) -> str:
-        """Tells groups of a run apart."""
+        """A name that no other group of the run has."""
         tuned = [s.selector for s in self.settings if s.ratio is None]
         return " ".join([self.phase, str(self.context), self.tier, self.codec, *tuned])
 
@@ -48,7 +49,7 @@ class Group:
 def groups(
     phases: Sequence[str], contexts: Sequence[int], ratios: Sequence[float], selectors: Sequence[str] = SELECTORS
 ) -> list[Group]:
-    """All groups of these phases, by priority."""
+    """All groups of these phases, the most important first."""
     both = tuple(Setting(s, r) for s in selectors for r in ratios)
     return [group for phase in PHASES if phase in phases for group in _phase(phase, contexts, ratios, both)]
 

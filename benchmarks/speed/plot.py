@@ -15,7 +15,7 @@ _SHOWN = ("target", "device", "int8", "disk", "peers", "kvboost")
 
 
 def plot(content: Content, folder: Path, stem: str) -> list[Path]:
-    """Time to first token against context, and speed-ups by tier; the files written."""
+    """Plot time to first token by context, and speed-ups by tier. Returns the files that were written."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""Markdown tables of a run's JSON, so that no number is typed by hand."""
+"""Makes Markdown tables of a run's JSON, so that no number is typed by hand."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ TARGETS = {
 """Speed-ups that were aimed at, with KV on the device or in host memory (Llama-3.1-8B's shape, one H100)."""
 MARKS = ("<!-- speed: made by benchmarks/speed_report.py -->", "<!-- end of speed -->")
 LEAST = 5
-"""Rounds below which a median is marked as one of fewer."""
+"""A median of fewer rounds than this is marked."""
 
 Content = dict[str, Any]
 Row = dict[str, Any]
 
 
 def put_between(path: Path, text: str) -> None:
-    """Replace what stands between MARKS in a file.
+    """Replace what is between MARKS in a file.
 
     Raises:
         ValueError: the file has no such place.
@@ -33,7 +33,7 @@ def put_between(path: Path, text: str) -> None:
 
 
 def brief(content: Content) -> str:
-    """A table of one line a context and selector, for docs/speed.md."""
+    """A table with one line for each context and selector, for docs/speed.md."""
     rows = {_place(row): row for row in rows_of(content) if row["phase"] in ("target", "device")}
     ratios = sorted({place[4] for place in rows})
     tiers = [t for t in ("host", "device") if any(place[1] == t for place in rows)]
@@ -48,7 +48,7 @@ def brief(content: Content) -> str:
 
 
 def details(content: Content) -> str:
-    """All that was measured, for docs/performance.md."""
+    """Everything that was measured, for docs/performance.md."""
     parts = [f"### {setting(content)}", _machine(content)]
     rows = rows_of(content)
     for title, phases in (
@@ -72,7 +72,7 @@ def rows_of(content: Content) -> list[Row]:
 
 
 def setting(content: Content) -> str:
-    """What was measured on what, in a line."""
+    """One line that says what was measured, and on which machine."""
     env, settings = content["environment"], content["settings"]
     card = f"{env['gpu']} (driver {env['driver']})" if env.get("gpu") else env["processor"]
     return (

@@ -1,4 +1,4 @@
-"""The JSON file of a run. It is written after every round, so a run that is cut off keeps what it has, and goes on from there."""
+"""The JSON file of a run. It is written after every round, so that a run that was cut off can be continued."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ _SAME = ("gpu", "driver", "torch", "transformers", "commit")
 
 
 class OtherRunError(ValueError):
-    """The file holds a run of something else, which is not to be mixed with this one."""
+    """The file has results of another run, which must not be mixed with this one's."""
 
 
 class Results:
     """Groups of rows, by name.
 
     Args:
-        path: the file; None keeps it in memory only.
-        environment: where it is measured.
-        settings: what shape, and how.
+        path: the file; None keeps results in memory only.
+        environment: the machine that is measured on.
+        settings: the model's shape, and how it is measured.
 
     Raises:
         OtherRunError: the file was measured elsewhere, or with other settings.
@@ -43,11 +43,11 @@ class Results:
             self.content = before
 
     def done(self, name: str, rounds: int) -> bool:
-        """Whether a group was measured in full."""
+        """Whether a group was measured completely."""
         return bool(self.content["groups"].get(name, {}).get("rounds", 0) >= rounds)
 
     def put(self, name: str, group: dict[str, Any]) -> None:
-        """Note a group, and write all there is."""
+        """Add a group, and write the file."""
         self.content["groups"][name] = group
         self.write()
 

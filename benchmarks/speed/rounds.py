@@ -1,4 +1,4 @@
-"""Timing several ways of reading one prompt in turn, round by round."""
+"""Times several ways of reading one prompt in turn, round by round."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import torch
 from common import spread
 
 WARM = 2
-"""Rounds that don't count: the first runs a size as it is, the second captures its CUDA graph."""
+"""How many rounds don't count. The first runs without a CUDA graph, the second captures it."""
 
 
 @dataclass
 class Samples:
-    """What was measured of one way.
+    """What was measured for one way.
 
     Attributes:
-        seconds: to the first token's logits, by round.
-        timings: where they went, by phase, of every round.
-        peak: most bytes of device memory while it ran.
+        seconds: seconds to the first token's logits, for each round.
+        timings: seconds of each phase, for each round.
+        peak: the most bytes of device memory in use while it ran.
         last: what the last request returned besides its seconds.
     """
 
@@ -32,7 +32,7 @@ class Samples:
     last: Any = None
 
     def median(self) -> float:
-        """Of the seconds."""
+        """Median of `seconds`."""
         return statistics.median(self.seconds)
 
     def spread(self) -> dict[str, Any]:
@@ -45,27 +45,27 @@ class Samples:
 
 
 Way = Callable[[], tuple[float, Any]]
-"""Reads the prompt once: seconds, and whatever else it has to say (a Report, say)."""
+"""Reads the prompt once. Gives the seconds and something else, such as a Report."""
 
 
 def rounds(
     ways: dict[Any, Way], count: int, device: str, until: float, rarely: Mapping[Any, int] | None = None
 ) -> Iterator[dict[Any, Samples]]:
-    """Run every way in turn, WARM rounds that don't count and `count` that do; gives out what there is after each of these.
+    """Run all ways in turn, in WARM rounds that don't count and then `count` rounds that do. Yields the results after each of these.
 
     Args:
         ways: what to time.
-        count: rounds that count.
+        count: how many rounds count.
         device: "cuda" or another.
-        until: time.perf_counter() after which no further round begins, once one has counted.
-        rarely: ways that run in fewer rounds than that, and in none that doesn't count: so long that warming up is nothing.
+        until: a time of time.perf_counter(). No further round begins after it, once one has counted.
+        rarely: ways that run in fewer rounds, and not in those that don't count. They take so long that warming up makes no difference.
     """
     found = {name: Samples() for name in ways}
     rarely = dict(rarely or {})
     for round_ in range(-WARM, count):
         if round_ > 0 and time.perf_counter() > until:
             return
-        # Every other round backwards: behind a long computation a card is hot and slower.
+        # Every second round goes backwards, because a GPU is hot and slower after a long computation.
         for name, way in ways.items() if round_ % 2 == 0 else reversed(ways.items()):
             most = rarely.get(name)
             if most is not None and not 0 <= round_ < most:

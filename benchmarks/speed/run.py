@@ -1,4 +1,4 @@
-"""A run: group after group, by priority, until the time is up."""
+"""A run measures group after group, the most important first, until the time is over."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FULL, ENGINE = "full", "engine full"
 _PREFIX = {"prefix caching, same order": 1, "prefix caching, other order": -1}
 _KVBOOST = "kvboost cacheblend"
 _FAILURES = 3
-"""Groups in a row that may fail before the run gives up: the device is lost then."""
+"""How many groups in a row may fail before the run ends. By then the device can't be used any more."""
 
 
 class Run:
@@ -33,9 +33,9 @@ class Run:
 
     Args:
         subject: model, engine and stores.
-        results: where rows go.
-        count: rounds that count.
-        full_rounds: rounds of full prefill, if fewer.
+        results: keeps the rows.
+        count: how many rounds count.
+        full_rounds: how many rounds of full prefill there are, if fewer.
         until: time.perf_counter() at which the run ends.
         trace: file for the profiler's trace of the phase "timeline".
         tell: called with a line of text now and then.
@@ -54,12 +54,12 @@ class Run:
         self._subject, self._results, self._count, self._until = subject, results, count, until
         self._full_rounds, self._trace, self._tell = full_rounds, trace, tell
         before = [g for g in results.content["groups"].values() if "full" in g]
-        # Seconds of full prefill by context, to guess what a group takes; and where the engine's own was timed beside it.
+        # Seconds of full prefill by context, from which a group's time is estimated; and the contexts where the engine's own was timed.
         self._full: dict[int, float] = {g["context"]: g["full"]["median"] for g in before}
         self._checked = {g["context"] for g in before if "engine_full" in g}
 
     def groups(self, groups: list[Group]) -> None:
-        """Measure them in order; what doesn't fit into the time that is left gives way to what does."""
+        """Measure the groups in order. Those that don't fit into the remaining time are left out."""
         failures = 0
         for group in groups:
             left = self._until - time.perf_counter()
@@ -71,7 +71,7 @@ class Run:
             try:
                 self._group(group)
                 failures = 0
-            except Exception as error:  # whatever it was, the other groups are worth having
+            except Exception as error:  # whatever the reason, the other groups are still measured
                 failures += 1
                 self._tell("".join(traceback.format_exception(error)))
                 note = {"phase": group.phase, "context": group.context, "error": f"{type(error).__name__}: {error}"}
@@ -84,7 +84,7 @@ class Run:
             self._results.write()
 
     def _guess(self, group: Group) -> float:
-        """Seconds that a group takes, from what full prefill of its context, or of the nearest one, took."""
+        """An estimate of a group's seconds, from full prefill of its context or of the nearest one."""
         if not self._full:
             return 0.0
         nearest = min(self._full, key=lambda c: abs(c - group.context))
@@ -126,7 +126,7 @@ class Run:
         given, attention = torch.tensor(ids), subject.attention[1]
         ways: dict[Any, Way] = {FULL: lambda: (subject.full(given, attention), None)}
         if context not in self._checked and self._full_rounds is None:
-            # Once a context: it has nothing to do with tiers and codecs.
+            # Once for each context, because tiers and codecs make no difference to it.
             ways[ENGINE] = lambda: (subject.engine_full(context, group.codec), None)
             self._checked.add(context)
         configs: dict[Any, ReuseConfig] = {}
@@ -172,7 +172,7 @@ class Run:
             floors["disk"] = report.bytes_read["disk"] / machine["disk_bytes_per_second"]
         bound = max(floors, key=lambda name: floors[name])
         kv = report.prompt_tokens * subject.kv_token_bytes
-        # What a peer keeps on the device beside it is not the request's.
+        # Memory that another package keeps on the device is not part of the request.
         own = samples.peak - subject.device_tier_bytes if samples.peak and group.phase != "peers" else 0
         return {
             "selector": config.selector, "ratio": config.ratio, "skipped": config.skipped,
@@ -208,7 +208,7 @@ class Run:
 
 
 def line(row: dict[str, Any]) -> str:
-    """One row for people."""
+    """One row as text."""
     text = (
         f"{row['phase']} {row['context']} {row['tier']} {row['codec']} {row['name']}: {row['ttft']['median'] * 1e3:.1f} ms, "
         f"{row['speedup']:.2f}x of {row['full'] * 1e3:.1f} ms"
@@ -229,7 +229,7 @@ def _reuse(subject: Subject, group: Group, config: ReuseConfig) -> tuple[float, 
 def _prefix_caching(subject: Subject, context: int, ids: list[int]) -> Iterator[tuple[str, Way]]:
     from peers import PrefixCaching
 
-    # The query stands at the end and takes one token a letter.
+    # The query is at the end, with one token for each letter.
     caching = PrefixCaching(subject.model, ids, len(QUERY))
     for name, step in _PREFIX.items():
         yield name, partial(caching.request, subject.ids(context, step=step))

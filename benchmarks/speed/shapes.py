@@ -1,4 +1,4 @@
-"""Random models of real ones' shapes, and random letters for them to read: speed doesn't depend on what they say."""
+"""Random models of real models' shapes, and random letters as text. Speed doesn't depend on what a text says."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LLAMA: dict[str, Any] = {
 _YARN = {"rope_type": "yarn", "rope_theta": 500000.0, "factor": 5.0, "original_max_position_embeddings": 32768}
 SHAPES: dict[str, PreTrainedConfig] = {
     "llama-3.1-8b": LlamaConfig(**_LLAMA, max_position_embeddings=131072, rope_theta=500000.0, **_COMMON),
-    # Room for 131,072 chunk tokens and what a prompt has besides.
+    # Room for 131,072 chunk tokens and the rest of a prompt.
     "llama-3.1-8b-yarn": LlamaConfig(**_LLAMA, max_position_embeddings=163840, rope_parameters=_YARN, **_COMMON),
     "qwen2.5-7b": Qwen2Config(
         vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
@@ -52,7 +52,7 @@ def build(shape: str, device: str) -> Any:
 
 
 def tokenizer(bos: bool = True) -> Any:
-    """One token a letter."""
+    """A tokenizer with one token for each letter."""
     return _byte_tokenizer(bos=bos, chat=False)
 
 

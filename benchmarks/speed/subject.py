@@ -1,4 +1,4 @@
-"""The model, its engine and the stores of a run: one model in memory, one engine, a store for each tier over one folder."""
+"""What a run measures on: one model, one engine, and for each tier a store over the same folder."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from .machine import Attention, fastest_attention, synchronize
 from .shapes import build, letters, tokenizer
 
 QUERY = "q" * 64
-_TEMPLATE = "<s>{prefix}{chunks}{query}"  # real tokenizers begin so
+_TEMPLATE = "<s>{prefix}{chunks}{query}"  # as prompts of real tokenizers begin
 _NO_LIMIT = 1 << 62
 DEVICE_BUDGET = 24 << 30
 """Bytes of the device tier: a prompt of 32,768 tokens of an 8B model in `exact`, `int8` and `int4` takes 7 GiB."""
 
 
 class WrongTierError(RuntimeError):
-    """A request read from another tier than the one it was to be timed on."""
+    """A request read from another tier than the one that was to be timed."""
 
 
 class Subject:
-    """A context manager.
+    """Model, engine and stores of a run. A context manager.
 
     Args:
-        shape, device: of the model.
-        folder: where the store goes; None keeps chunks in host memory only, which leaves the tiers disk and device out.
-        contexts: chunk tokens of the prompts; the chunks of a short one are the first ones of a long one.
+        shape, device: the model's shape, and where it is.
+        folder: the store's folder. None keeps chunks in host memory only; there are no disk and device tiers then.
+        contexts: chunk tokens of the prompts. A short prompt has the first chunks of a long one.
         chunk_tokens: tokens of a chunk.
         lead_in: as for CacheTune.
         cuda_kernels: as for CacheTune.
 
     Attributes:
-        timings: seconds that preparing took, by what for.
+        timings: seconds of each part of the preparation.
     """
 
     def __init__(
@@ -95,17 +95,17 @@ class Subject:
     # -- preparing --------------------------------------------------------------------------------------------------
 
     def warmup(self) -> None:
-        """Compile the layers and the kernels. Graphs are captured by the rounds that don't count, for the sizes in use.
+        """Compile the layers and the kernels. Graphs for the sizes in use are captured in the rounds that don't count.
 
-        Behind `store`: what the default selector does depends on the lead-ins that are chosen there.
+        Call this after `store`, because the default selector's work depends on the lead-ins that are chosen there.
         """
         with self._timed("warmup"):
             self.engine.warmup(64, ())
 
     def store(self, codec: str, tier: str) -> None:
-        """Have all chunks of a codec stored, and on the device where that is the tier.
+        """Store all chunks of a codec, and bring them to the device if that is the tier.
 
-        Each codec has texts of its own, since a key doesn't tell codecs apart; so they all fit into one store.
+        Each codec has its own texts, because keys are the same for all codecs. So one store has the chunks of all.
         """
         if codec not in self._codecs:
             with self._timed(f"precompute {codec}"):
@@ -123,7 +123,7 @@ class Subject:
         return codec in self._codecs
 
     def tuned(self, context: int, codec: str, selector: str) -> tuple[float, float]:
-        """The ratio and the share skipped that the package's tuner finds for the disk tier."""
+        """The tuned ratio of the disk tier, and the share of it that is skipped."""
         key = context, codec, selector
         if key not in self._tuned:
             sample = {"query": QUERY, "chunks": self.chunks(context, codec), "prefix": ""}
@@ -139,15 +139,15 @@ class Subject:
         return self._texts(codec)[: context // self.chunk_tokens]
 
     def ids(self, context: int, codec: str = "exact", step: int = 1) -> list[int]:
-        """The whole prompt; with a step of -1, of the chunks in reverse order."""
+        """The ids of the whole prompt. With a step of -1, its chunks are in reverse order."""
         chunks = self.chunks(context, codec)[::step]
         return list(self.engine.prompts.build(query=QUERY, chunks=chunks, prefix="").ids)
 
     def reuse(self, tier: str, context: int, codec: str, config: ReuseConfig) -> Report:
-        """One request as `CacheTune.prefill` serves it, with every chunk on one tier and nothing moved between tiers after it.
+        """One request as `CacheTune.prefill` serves it. Every chunk is on one tier, and none is moved to another tier afterwards.
 
         Raises:
-            WrongTierError: a chunk came from elsewhere, or was not there.
+            WrongTierError: a chunk came from another tier, or was not stored.
         """
         chunks = self.chunks(context, codec)
         started = time.perf_counter()
@@ -172,7 +172,7 @@ class Subject:
 
     @cached_property
     def attention(self) -> tuple[str, Attention]:
-        """The attention that full prefill is fastest with here."""
+        """The attention backend with which full prefill is fastest here."""
         ids = torch.tensor(self.ids(min(max(self.contexts), 8192)))
         with self._timed("attention"):
             return fastest_attention(lambda: self.full(ids, nullcontext), self.device)
@@ -187,7 +187,7 @@ class Subject:
 
     @property
     def kv_token_bytes(self) -> int:
-        """Bytes of the keys and values of a token."""
+        """Bytes of one token's keys and values."""
         layers = self.engine.adapter.layers
         return sum(spec.heads * (spec.head_dim + spec.v_head_dim) for spec in layers) * self.model.dtype.itemsize
 
@@ -206,7 +206,7 @@ class Subject:
         return Assembler(self.engine.adapter, store, self.engine.lead_ins, self._pool)
 
     def _open(self, tier: str) -> None:
-        """Open the store that serves a tier, if it isn't: the disk with nothing above it, or with the device's memory only."""
+        """Open the store of a tier if it isn't open: the disk without host memory, and for the device tier with the device's memory."""
         if tier in self._assemblers:
             return
         if self._folder is None:

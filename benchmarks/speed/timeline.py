@@ -1,4 +1,4 @@
-"""One request under torch's profiler: how much of its copying lies under compute, and where the compute stream is idle."""
+"""Runs one request under torch's profiler: how much is copied while the GPU computes, and when nothing computes."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from typing import Any
 import torch
 
 Span = tuple[float, float]
-"""Begin and end in microseconds."""
+"""Beginning and end in microseconds."""
 SHORT = 5.0
-"""Microseconds of a gap that is nothing but the end of one kernel and the beginning of the next."""
+"""Microseconds. A gap up to this is just the time between one kernel and the next."""
 
 
 def profile(run: Callable[[], Any], path: Path | None = None) -> dict[str, Any]:
     """Run once under the profiler.
 
     Args:
-        run: a request; it returns when the device is done.
-        path: where the trace goes, for chrome://tracing or Perfetto; gzipped if its name ends in .gz.
+        run: runs a request, and returns when the device has finished.
+        path: the file for the trace, which chrome://tracing and Perfetto open. It is gzipped if its name ends in .gz.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
@@ -42,13 +42,13 @@ def profile(run: Callable[[], Any], path: Path | None = None) -> dict[str, Any]:
 
 
 def analyse(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """What a trace says of a request; times in seconds.
+    """What a trace says about a request. Times are in seconds.
 
     Returns:
-        span: from the first to the last thing done on the device. copy: time in which rows were copied to it (overlaps counted
-        once). copy_under_compute: share of that in which the compute stream was busy. compute: time in which that was
-        busy. idle: between its first and last kernel, the rest. gaps: of those above 5 us, [count, longest]. Zeros
-        where nothing ran on a device.
+        span: from the first to the last operation on the device. copy: while rows were copied to it (overlaps count once).
+        copy_under_compute: the share of `copy` in which the compute stream was busy. compute: while the compute stream was busy. idle:
+        while it was not, between its first and last kernel. gaps: [count, longest] of its idle times above 5 us. All are zero if
+        nothing ran on a device.
     """
     kernels: dict[Any, list[Span]] = defaultdict(list)
     copies: list[Span] = []
@@ -64,7 +64,7 @@ def analyse(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
             copies.append(span)
         if kind in ("kernel", "gpu_memcpy", "gpu_memset"):
             every.append(span)
-    # The stream that works longest is the one that computes; others decode and place rows.
+    # The stream that works longest is the compute stream. Others decode and place rows.
     compute = joined(max(kernels.values(), key=_total, default=[]))
     copied = joined(copies)
     gaps = [after[0] - before[1] for before, after in pairwise(compute)]
@@ -81,7 +81,7 @@ def analyse(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def summary(found: dict[str, Any]) -> str:
-    """What `analyse` returned, for people."""
+    """What `analyse` returned, as text."""
     count, longest = found["gaps"]
     return (
         f"{found['span'] * 1e3:.1f} ms on the device: {found['copy'] * 1e3:.1f} ms of copies, "
@@ -91,7 +91,7 @@ def summary(found: dict[str, Any]) -> str:
 
 
 def joined(spans: Iterable[Span]) -> list[Span]:
-    """The same time as spans that don't touch, in order."""
+    """The same time as spans that don't overlap, in order."""
     found: list[Span] = []
     for begin, end in sorted(spans):
         if found and begin <= found[-1][1]:
