@@ -1,4 +1,4 @@
-"""Where chunks are: the tiers of a store, and what moves between them."""
+"""The tiers of a store, and how chunks move between them."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Placement:
             ) from None
 
     def known(self, key: ChunkKey, text: str | None) -> int:
-        """Bytes of a chunk that needn't be stored again; 0 if it must be."""
+        """Bytes of a chunk that is stored already; 0 if it has to be stored."""
         if self.disk is not None:
             head = self.disk.peek(key)
             if head is None or (text and head.text is None):
@@ -96,7 +96,7 @@ class Placement:
         return self.host.size_of(key)
 
     def put(self, chunk: Chunk) -> int:
-        """Take a chunk in; bytes it takes in the lowest tier."""
+        """Store a chunk. Returns the bytes that it takes in the lowest tier."""
         if self.disk is not None:
             self.disk.admit(chunk)
             self._admit_host(chunk)
@@ -118,13 +118,13 @@ class Placement:
             self.misses += reader is None
         if reader is not None:
             reader.on_close = self._release
-            # Nothing would be gained by reading all of a chunk that can't come up.
+            # If no tier above has room for the chunk, it is not read as a whole.
             if self._has_room(reader.host_bytes):
                 reader.on_promote = self._promote
         return reader
 
     def whole(self, key: ChunkKey) -> Chunk | None:
-        """All of a chunk, from host memory or disk."""
+        """All of a chunk, from host memory or disk; None if neither has it."""
         for tier in self._tiers.values():
             reader = None if tier.kind.copies else tier.open(key)
             if isinstance(reader, HostReader | DiskReader):
@@ -134,16 +134,16 @@ class Placement:
         return None
 
     def touch_memory(self, key: ChunkKey) -> int:
-        """Note a use of a chunk in memory; bytes that it fills in host memory, or on the device if it is only there."""
+        """Count a chunk in memory as used now. Returns the bytes that it takes in host memory, or on the device if it is only there."""
         for tier in self._memory:
             tier.touch(key)
         return _lowest(tier.size_of(key) for tier in self._memory)
 
     def open_in_memory(self, key: ChunkKey) -> ChunkReader | None:
-        """As open(), but the disk is left alone; a miss counts as nothing yet."""
+        """As open(), but without the disk. A miss is not counted."""
         reader: ChunkReader | None = None
         for tier in self._tiers.values():
-            # A use counts in the tiers below too, or they would let go of what is used most.
+            # The chunk also counts as used in the tiers below, which would otherwise evict the chunks that are used most.
             if reader is not None:
                 tier.touch(key)
             elif tier.kind.in_memory:
@@ -157,13 +157,13 @@ class Placement:
         return reader
 
     def contains(self, key: ChunkKey, *, lasting: bool = False) -> bool:
-        """Whether any tier has the chunk; with `lasting`, whether it would be there after a restart, if there is a disk."""
+        """Whether any tier has the chunk. With `lasting`, only the disk counts, if there is one."""
         if lasting and self.disk is not None:
             return self.disk.contains(key)
         return any(tier.contains(key) for tier in self._tiers.values())
 
     def discard(self, key: ChunkKey) -> bool:
-        """Set a damaged chunk aside; whether it was damaged."""
+        """Set a chunk aside if it is damaged. Returns whether it was."""
         removed = sum(tier.remove(key) for tier in self._memory) > 0
         if self.disk is not None:
             return self.disk.set_aside(key)
@@ -174,7 +174,7 @@ class Placement:
         return removed
 
     def remove(self, key: ChunkKey) -> int:
-        """Delete a chunk everywhere; bytes freed on disk, or in memory if there is no disk."""
+        """Delete a chunk in all tiers. Returns the bytes that were freed on disk, or in memory if there is no disk."""
         freed = [tier.remove(key) for tier in self._tiers.values()]
         if self.disk is not None:
             return freed[-1]
@@ -186,11 +186,11 @@ class Placement:
         return _lowest(tier.size_of(key) for tier in self._tiers.values())
 
     def lifetime(self) -> dict[str, TierUsage]:
-        """What each tier did over all processes."""
+        """What each tier did in all processes."""
         return {name: log.lifetime() for name, log in self._usage.items()}
 
     def close(self) -> None:
-        """Close the tiers; open readers keep working."""
+        """Close the tiers. Open readers keep working."""
         self._closed = True
         if self._telling is not None:
             self._telling.join(_TELL_SECONDS)
@@ -199,7 +199,7 @@ class Placement:
             tier.close()
 
     def _admit_host(self, chunk: Chunk) -> bool:
-        """Keep a chunk in host memory too, if there is room; what must leave and isn't on disk goes down there.
+        """Keep a chunk in host memory too, if there is room. Evicted chunks that are not on disk are written there.
 
         Only if a document holds it: what another process has deleted must not come back.
         """
@@ -208,10 +208,10 @@ class Placement:
         try:
             evicted = self.host.admit(chunk)
         except BudgetError:
-            return False  # everything there is in use
+            return False  # all chunks there are in use
         for victim in evicted:
             if self.disk is not None and not self.disk.contains(victim.key):
-                # A chunk that can't be kept is one to compute again, not an error of whoever came next.
+                # If the evicted chunk can't be written, it will be computed again. The present caller gets no error.
                 with contextlib.suppress(StoreError, OSError):
                     self._demote(victim, self.disk)
         return True
@@ -219,7 +219,7 @@ class Placement:
     def _demote(self, chunk: Chunk, disk: DiskTier) -> None:
         if self._index.get(f"ref/{chunk.key}") is None:
             return
-        # Who is computing it stores it.
+        # If another job is computing the chunk, that job stores it.
         with self._claims.claim([chunk.key]) as claim:
             if claim.keys and not disk.contains(chunk.key):
                 disk.admit(chunk)
@@ -240,7 +240,7 @@ class Placement:
         return True
 
     def _has_room(self, size: int) -> bool:
-        """Whether a tier above the disk could hold a chunk of `size` bytes at all."""
+        """Whether a chunk of `size` bytes fits into the budget of a tier above the disk."""
         return any(tier.fits(size) for tier in self._memory)
 
     def _promote_to_device(self, chunk: Chunk) -> bool:
@@ -251,7 +251,7 @@ class Placement:
         try:
             self.device.admit(chunk)
         except BudgetError:
-            return False  # too large, or everything there is in use
+            return False  # it is too large, or all chunks there are in use
         if not self.host.contains(chunk.key) and not (self.disk is not None and self.disk.contains(chunk.key)):
             # Deleted while it was in use: a deleted chunk must not come back.
             self.device.remove(chunk.key)
@@ -269,7 +269,7 @@ class Placement:
             self._tell_later()
 
     def _tell_later(self) -> None:
-        """Now and then, write to the index what was gathered: on a thread, for no request waits for a file that it needn't."""
+        """Write collected uses and counts to the index, now and then, on a thread, so that no request waits for it."""
         with self._lock:
             if time.monotonic() - self._told < _TELL_SECONDS or (self._telling and self._telling.is_alive()):
                 return

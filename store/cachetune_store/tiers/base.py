@@ -19,7 +19,7 @@ _FEW = 64
 
 
 class Pin:
-    """A chunk is in use as long as this lives."""
+    """A chunk is in use as long as this object lives."""
 
     __slots__ = ("__weakref__", "digest")
 
@@ -30,8 +30,8 @@ class Pin:
 class Pins:
     """Chunks in use by this process. No tier evicts one of them.
 
-    A use ends when its pin does, however that comes about: counts that are taken back by hand would be off for ever if
-    Ctrl-C came in between.
+    A use ends when its pin is freed, for whatever reason. A count that is raised and lowered would stay wrong for ever if Ctrl-C came in
+    between.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Pins:
         self._lock = threading.Lock()
 
     def add(self, key: ChunkKey) -> Pin:
-        """One more user of a chunk, for as long as it keeps what is returned."""
+        """Pin a chunk, for as long as the caller keeps the result."""
         pin = Pin(key.digest)
         with self._lock:
             live = [use for use in self._uses.get(key.digest, ()) if use() is not None]
@@ -81,7 +81,7 @@ class Tier(ABC):
 
     @abstractmethod
     def contains(self, key: ChunkKey) -> bool:
-        """Whether the chunk is here; nothing is read."""
+        """Whether the chunk is here. Nothing is read."""
 
     @abstractmethod
     def size_of(self, key: ChunkKey) -> int:
@@ -89,15 +89,15 @@ class Tier(ABC):
 
     @abstractmethod
     def open(self, key: ChunkKey) -> ChunkReader | None:
-        """A reader of the chunk, or None. Counts as a use."""
+        """A reader of the chunk, or None. The chunk counts as used now."""
 
     @abstractmethod
     def touch(self, key: ChunkKey) -> None:
-        """Note a use of the chunk, if it is here."""
+        """Count the chunk as used now, if it is here."""
 
     @abstractmethod
     def admit(self, chunk: Chunk) -> list[Chunk]:
-        """Take a chunk in; chunks that had to leave and could still be kept by the tier below.
+        """Take a chunk in. Returns evicted chunks that the tier below could still keep.
 
         Raises:
             BudgetError: it doesn't fit, alone or beside the pinned chunks; nothing has changed.
@@ -106,11 +106,11 @@ class Tier(ABC):
 
     @abstractmethod
     def remove(self, key: ChunkKey) -> int:
-        """Delete a chunk, pinned or not (open readers keep working); bytes freed."""
+        """Delete a chunk, pinned or not. Open readers keep working. Returns the bytes that were freed."""
 
     @abstractmethod
     def stats(self) -> TierStats:
-        """What the tier holds and did."""
+        """What the tier holds now, and what it did."""
 
     @abstractmethod
     def close(self) -> None:

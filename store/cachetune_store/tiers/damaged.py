@@ -1,4 +1,4 @@
-"""Damaged files, kept for whoever wants to know what happened, within bounds."""
+"""Damaged files, of which the newest are kept, so that their damage can be examined."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _LIMIT_BYTES = 1 << 30
 
 
 class DamagedFiles:
-    """A directory of set-aside files: the newest 16, of 1 GiB (or the disk budget, if that is less) together."""
+    """A directory of damaged files: at most the newest 16, and at most 1 GiB (or the disk budget, if that is less)."""
 
     def __init__(self, directory: Path, *, limit_bytes: int) -> None:
         self._directory = directory
         self._limit_bytes = min(limit_bytes, _LIMIT_BYTES)
 
     def take(self, path: Path, key: ChunkKey) -> bool:
-        """Move `path` here; False if there is no such file."""
+        """Move `path` here. Returns False if there is no such file."""
         make_directory(self._directory)
         try:
             path.replace(self._directory / f"{time.time_ns():020d}-{key.digest}{path.suffix}")
@@ -33,13 +33,13 @@ class DamagedFiles:
         return True
 
     def remove(self, key: ChunkKey) -> None:
-        """Delete what was set aside under `key`."""
+        """Delete damaged files of `key`."""
         for path in self._directory.glob(f"*-{key.digest}.*"):
             remove_any(path)
 
     def _trim(self) -> None:
         total = 0
-        # Names begin with the time, so this goes from new to old.
+        # Names begin with the time, so the newest files come first.
         for count, path in enumerate(sorted(self._directory.iterdir(), reverse=True), start=1):
             try:
                 total += path.lstat().st_size

@@ -1,4 +1,4 @@
-"""Encoded rows in a GPU's own memory, where what reads them needs no copy."""
+"""Encoded rows in a GPU's memory, where kernels read them without a copy."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ class DeviceChunk:
 
     @cached_property
     def layers(self) -> tuple[Tensor, ...]:
-        """Views of the slab, one a layer; made once, as a request opens many chunks."""
+        """A view of the slab for each layer. They are made once, because requests open many chunks."""
         return tuple(layer_views(self.head.layout, self.slab))
 
     @cached_property
     def addresses(self) -> list[int]:
-        """Where each layer begins."""
+        """The address at which each layer begins."""
         return [layer.data_ptr() for layer in self.layers]
 
 
 class DeviceTier(MemoryTier[DeviceChunk]):
-    """Copies of chunks on a device; what must leave is dropped, as the tiers below have it.
+    """Copies of chunks on a device. Evicted ones are dropped, because the tiers below have them.
 
     Memory is taken and filled on a stream of the tier's own. It is given back behind whatever the current stream was given
     before the last reader of the chunk was closed, so that a chunk may be evicted while kernels that read it are queued.
@@ -68,12 +68,12 @@ class DeviceTier(MemoryTier[DeviceChunk]):
         super().__init__(budget, pins)
         self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        # Bytes of chunks whose memory is being taken, so that nobody else takes the room; and those removed meanwhile.
+        # Bytes of chunks that are being copied, so that no other chunk takes their room, and those of them that were removed meanwhile.
         self._filling: dict[str, int] = {}
         self._unwanted: set[str] = set()
 
     def admit(self, chunk: Chunk) -> list[Chunk]:
-        """See Tier. The copy may be under way still on return: readers wait for it, on the device."""
+        """See Tier. The copy may not be finished on return. Readers wait for it, on the device."""
         key, size = chunk.key, self._size(chunk.slab.numel())
         with self._lock:
             if key.digest in self._held or key.digest in self._filling:
@@ -117,7 +117,7 @@ class DeviceTier(MemoryTier[DeviceChunk]):
                 raise BudgetError(
                     f"chunk {chunk.key}: {self.device} has no memory left for it; lower device_budget"
                 ) from error
-            # From page-locked memory the host doesn't wait. The pool gives it to nobody else before all copies are done.
+            # Copying from page-locked memory doesn't make the host wait. The pool reuses such memory only after all copies have ended.
             slab.copy_(chunk.slab, non_blocking=chunk.slab.is_pinned())
             filled = None
             if self._stream is not None:
@@ -138,9 +138,9 @@ class DeviceTier(MemoryTier[DeviceChunk]):
 
 
 class DeviceReader(ChunkReader):
-    """Rows on a device: every read is a view of them.
+    """Rows on a device. Every read returns a view of them.
 
-    Close it where the current stream comes behind all that reads its rows.
+    When it is closed, the current stream must come after everything that reads its rows.
 
     Attributes:
         addresses: where each layer begins, on the device; as for locate().
@@ -161,7 +161,7 @@ class DeviceReader(ChunkReader):
         return self.head.plan.total
 
     def read(self, layer: int, rows: int) -> Tensor:
-        """See ChunkReader.read: on the tier's device, for use on the current stream."""
+        """See ChunkReader.read. The rows are on the tier's device, for use on the current stream."""
         self._check(layer, rows)
         if self._stream is not None:
             self.wait_on(torch.cuda.current_stream(self.device))
@@ -170,32 +170,32 @@ class DeviceReader(ChunkReader):
         return view
 
     def locate(self, layer: int, rows: int) -> int:
-        """See ChunkReader.locate: an address on the device, for use on streams given to wait_on()."""
+        """See ChunkReader.locate. The address is on the device, for use on streams that wait_on() was called with."""
         if self._closed:
             raise StoreClosedError(f"reader of chunk {self.key} is closed; open the chunk again")
         self._bytes[layer] += self.head.plan.rows[layer].size(rows)
         return self.addresses[layer]
 
     def wait_on(self, stream: torch.cuda.Stream) -> None:
-        """Have what `stream` is given from now on wait for the rows to be there. The host doesn't wait."""
+        """Let later work on `stream` wait until the rows are there. The host doesn't wait."""
         if self._filled is not None and self._filled.query():
-            self._filled = None  # it was filled long ago, as nearly always
+            self._filled = None  # the copy has ended, as it nearly always has
         if self._filled is not None:
             stream.wait_event(self._filled)
 
     def promote(self) -> bool:
-        """True: it is there, and there is nothing above."""
+        """True, because there is no tier above."""
         return True
 
     def close(self) -> None:
-        """Release the chunk; its memory is reused behind what the current stream was given so far."""
+        """Release the chunk. Its memory is reused after the work that the current stream has now."""
         if not self._closed and self._stream is not None and not self.forked:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
         self._layers = ()
         super().close()
 
     def __del__(self) -> None:
-        # Forgotten: nobody knows which streams read the rows.
+        # The reader was never closed, so it isn't known which streams read its rows.
         with contextlib.suppress(Exception):
             if not self._closed and self._stream is not None and not self.forked:
                 pinning.wait_for_copies(self.device)

@@ -1,8 +1,8 @@
 """Chunks in files of a directory that several processes may share.
 
-The files are the truth: a chunk is there if its file is. Names change (rename, unlink) only inside the index's
-transactions, so that processes agree on what the budget holds. A reader works on its open descriptor; whatever another
-process evicts or replaces, an open chunk stays whole, and a chunk gone before it is opened is a plain miss.
+A chunk is stored if its file exists. Files are only renamed and deleted inside the index's transactions, so that all processes agree on
+what the budget holds. A reader works on an open descriptor. So an open chunk stays whole if another process evicts or replaces it, and a
+chunk that was removed before it is opened is an ordinary miss.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ from .lru import LruOrder
 __all__ = ["DiskTier"]
 
 _LONGEST_GUESS = 4 << 20
-"""Most bytes of a head that are read before it is known how long it is."""
+"""Most bytes that are read of a head before its length is known."""
 HEAD_MEMORY = 64 << 20
-"""Bytes of memory that heads were read into and that are kept for the next ones: those of a hundred long chunks."""
+"""Bytes of unused memory that are kept for reading heads: enough for those of a hundred long chunks."""
 _LOST = {errno.EIO, errno.EBADMSG, errno.EUCLEAN}
-"""Errors of reading that say that the disk or the file system has lost what stood there. Others pass."""
+"""Errors of reading that mean that the disk or the file system has lost data. Other errors may pass."""
 
 
 class DiskTier(Tier):
-    """One file a chunk under `directory`/chunks, least recently used first out.
+    """A file for each chunk below `directory`/chunks. The least recently used chunk is evicted first.
 
     Args:
         directory: the store's directory.
         budget: bytes of all chunk files together.
-        index: sizes and last use; shared with other processes.
-        temp: files being written.
+        index: has sizes and times of last use, and is shared with other processes.
+        temp: writes files.
         pins: chunks in use by this process.
-        pool: memory that rows are read into.
-        direct: how files are opened.
+        pool: gives the memory that rows are read into.
+        direct: opens files.
     """
 
     kind = DISK
@@ -88,11 +88,11 @@ class DiskTier(Tier):
         self._lock = threading.Lock()
 
     def path_of(self, key: ChunkKey) -> Path:
-        """Where the chunk's file is or would be."""
+        """The path of the chunk's file, whether it exists or not."""
         return self.directory / key.digest[:2] / f"{key.digest}{SUFFIX}"
 
     def stored_keys(self) -> Iterator[ChunkKey]:
-        """Keys of all files that are there."""
+        """Keys of all chunk files."""
         for path in self.directory.glob(f"*/*{SUFFIX}"):
             with contextlib.suppress(ValueError):
                 yield ChunkKey(path.stem)
@@ -102,9 +102,9 @@ class DiskTier(Tier):
         return self.size_of(key) > 0
 
     def open(self, key: ChunkKey, errors: list[StoreError] | None = None) -> DiskReader | None:
-        """See Tier. A file whose head fails a check is set aside and counted; that is a miss.
+        """See Tier. A file whose head fails a check is set aside and counted, and None is returned.
 
-        `errors` gets why a file that is there can't be used.
+        If there is a file that can't be used, the reason is added to `errors`.
         """
         pin = self._pins.add(key)
         reader = self._open(key, errors)
@@ -117,7 +117,7 @@ class DiskTier(Tier):
         return reader
 
     def peek(self, key: ChunkKey) -> ChunkHead | None:
-        """The head of a chunk that is here and healthy as far as its head goes; counts as nothing."""
+        """The head of a chunk, if its file exists and the head is not damaged. Nothing is counted."""
         reader = self._open(key)
         if reader is None:
             return None
@@ -125,12 +125,12 @@ class DiskTier(Tier):
         return reader.head
 
     def touch(self, key: ChunkKey) -> None:
-        """See Tier. Uses are gathered and written to the index in one go, off the way of requests."""
+        """See Tier. Uses are collected, and written to the index together, so that no request waits for it."""
         with self._lock:
             self._touched[key.digest] = time.time()
 
     def admit(self, chunk: Chunk) -> list[Chunk]:
-        """See Tier. On return the chunk would survive a power cut."""
+        """See Tier. After it returns, the chunk survives a power cut."""
         key, target = chunk.key, self.path_of(chunk.key)
         head = encode_head(chunk.head)
         size = len(head) + chunk.slab.numel()
@@ -157,7 +157,7 @@ class DiskTier(Tier):
 
         self._temp.mark()
         try:
-            # Room is made before the bytes are written too, so that disk use hardly passes the budget meanwhile.
+            # Room is also made before the file is written, so that files hardly exceed the budget meanwhile.
             with self.index.transaction():
                 self._make_room(key, size)
             make_directory(target.parent)
@@ -169,7 +169,7 @@ class DiskTier(Tier):
         return []
 
     def remove(self, key: ChunkKey) -> int:
-        """See Tier. What was set aside under the same key goes as well."""
+        """See Tier. Damaged files of the same key are deleted as well."""
         self._temp.mark()
         try:
             with self.index.transaction():
@@ -182,9 +182,10 @@ class DiskTier(Tier):
         return size
 
     def set_aside(self, key: ChunkKey) -> bool:
-        """Move the file of `key` out of the way, and count it, if it is damaged; False if it is not, or gone.
+        """If the file of `key` is damaged, move it away and count it. Returns whether it was damaged.
 
-        It is looked at again: another process may have put a good file in its place, and a read may fail for once.
+        The file is checked again for that, because another process may have replaced it by a good one, and a failed read may succeed
+        the next time.
         """
         self._temp.mark()
         try:
@@ -198,19 +199,19 @@ class DiskTier(Tier):
                     if moved:
                         self._forget(key)
             except IndexDamagedError:
-                # The index will be made anew by whoever needs it next; the file must be out of the way by then.
+                # The index will be made anew when it is next needed. The file must be moved away by then.
                 moved = moved or self._move_aside(key, seen)
             if not moved:
                 return False
         except (OSError, StoreError):
-            # It stays a miss at every use; nothing better can be done in a directory that refuses changes.
+            # In a directory that can't be changed, the file stays, and each use of the chunk is a miss.
             pass
         with self._lock:
             self.counters.damaged += 1
         return True
 
     def adopt(self, head: ChunkHead, size: int, used: float) -> bool:
-        """Enter a file that the index doesn't know, or knows with another size; whether that was so."""
+        """Add a file that the index doesn't know, or knows with another size. Returns whether it was added."""
         record = self.index.get(f"chunk/{head.key}")
         if record is not None and record["size"] == size:
             note_text(self.index, head)
@@ -223,7 +224,7 @@ class DiskTier(Tier):
         return self.index.get(f"chunk/{key}") is not None
 
     def drop_missing(self) -> int:
-        """Drop index entries without a file; how many."""
+        """Delete index entries without a file. Returns how many."""
         dropped = 0
         with self.index.transaction():
             for name in list(self.index.names("chunk/")):
@@ -237,13 +238,13 @@ class DiskTier(Tier):
         return dropped
 
     def recount(self) -> None:
-        """Add up anew what the entries say."""
+        """Compute the totals from the entries again."""
         with self.index.transaction():
             sizes = [record["size"] for _, record in self.index.items("chunk/")]
             self.index.set("total", self._total() | {"bytes": sum(sizes), "chunks": len(sizes)})
 
     def size_of(self, key: ChunkKey) -> int:
-        """Bytes of the chunk's file; 0 if there is none, or something that is no plain file."""
+        """Bytes of the chunk's file; 0 if there is no plain file."""
         try:
             status = self.path_of(key).lstat()
         except OSError:
@@ -251,7 +252,7 @@ class DiskTier(Tier):
         return status.st_size if stat.S_ISREG(status.st_mode) else 0
 
     def flush(self) -> None:
-        """Write gathered uses to the index."""
+        """Write the collected uses to the index."""
         if not self._touched:
             return
         with self.index.transaction():
@@ -291,7 +292,7 @@ class DiskTier(Tier):
         try:
             head, start = parse_head(key, file.size, file.head)
         except UnknownCodecError:
-            # Good data for whoever has the codec.
+            # The file is good where its codec is registered.
             file.close()
             return None
         except (DamagedChunkError, OSError) as error:
@@ -299,7 +300,7 @@ class DiskTier(Tier):
             self._note_damage(key, error, errors)
             return None
         file.drop_head()
-        # Chunks of a corpus have heads of about one length, and a disk takes as long for two short reads as for two long ones.
+        # Chunks of a corpus have heads of about the same length. Reading the whole head at once saves a second read.
         self._head_bytes = min(start, _LONGEST_GUESS)
         return DiskReader(head, file, start, self.pool)
 
@@ -310,7 +311,7 @@ class DiskTier(Tier):
             errors.append(unreadable(error, self.path_of(key)))
 
     def _damage(self, key: ChunkKey) -> tuple[int, int, int] | None:
-        """Which file of `key` is damaged; None if the one that is there is not, or can't be read just now."""
+        """The identity of the file of `key` if it is damaged; None if it is good, or can't be read now."""
         path = self.path_of(key)
         try:
             file = RawFile(path, self._direct)
@@ -329,7 +330,7 @@ class DiskTier(Tier):
         return None
 
     def _move_aside(self, key: ChunkKey, seen: tuple[int, int, int]) -> bool:
-        """Move the file of `key` away if it is still the one that was `seen`; whether it was."""
+        """Move the file of `key` away if it still has the identity `seen`. Returns whether it was moved."""
         path = self.path_of(key)
         try:
             return identity_of(path.lstat()) == seen and self._damaged.take(path, key)
@@ -337,7 +338,7 @@ class DiskTier(Tier):
             return False
 
     def _make_room(self, key: ChunkKey, size: int) -> None:
-        """Evict until a chunk of `size` bytes fits in place of what `key` has now; inside a transaction."""
+        """Evict chunks until one of `size` bytes fits in place of the present one of `key`. Called inside a transaction."""
         total = self._total()
         old = self.index.get(f"chunk/{key}")
         short = total["bytes"] + size - (old["size"] if old else 0) - self.budget
@@ -383,7 +384,7 @@ class DiskTier(Tier):
         return size
 
     def _withdraw(self, written: Path, target: Path, key: ChunkKey) -> None:
-        """Delete a file that was put in its place by a transaction that then failed, unless it stands for an older one."""
+        """Delete a file that a failed transaction has renamed to its place, unless the index knows an older file of that key."""
         with contextlib.suppress(OSError, StoreError):
             if not written.exists() and self.index.get(f"chunk/{key}") is None:
                 target.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Which chunk was used longest ago, without sorting the whole index at every eviction."""
+"""Finds the least recently used chunks without sorting the whole index at every eviction."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _RELOAD_SECONDS = 60.0
 
 
 class LruOrder:
-    """A heap of (last use, digest), brought up to date from the index as entries come to its top.
+    """A heap of (last use, digest). An entry is compared with the index when it comes to the top.
 
-    Chunks that other processes add are seen when the heap runs out, or after a minute. The index counts what was ever
-    stored under "total"; if all of that was stored here, there is nothing to see.
+    Chunks of other processes are read from the index when the heap is empty, or after a minute. The record "total" counts all chunks that
+    were ever stored. If this process has stored all of them, nothing has to be read.
     """
 
     def __init__(self, index: Index) -> None:
@@ -29,13 +29,13 @@ class LruOrder:
         self._lock = threading.RLock()
 
     def add(self, used: float, digest: str) -> None:
-        """A chunk was stored."""
+        """Add a chunk that was stored."""
         with self._lock:
             heapq.heappush(self._heap, (used, digest))
             self._known += 1
 
     def victims(self, short: int, spared: Callable[[str], bool]) -> list[str] | None:
-        """Digests of the least recently used chunks that free `short` bytes; None if all that may go are too few."""
+        """Digests of the least recently used chunks that together free `short` bytes; None if all that may be evicted are too few."""
         with self._lock:
             if time.monotonic() - self._loaded > _RELOAD_SECONDS and self._stored() != self._known:
                 self._load()

@@ -1,4 +1,4 @@
-"""Chunks in memory of one kind, least recently used first out: what the host and the device tier have in common."""
+"""Chunks in one kind of memory: what the host tier and the device tier have in common."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Held = TypeVar("Held")
 
 
 class MemoryTier(Tier, Generic[Held]):
-    """Whole chunks in memory.
+    """Whole chunks in memory. The least recently used chunk is evicted first.
 
     Args:
-        budget: bytes of rows, counted as the allocator takes them; 0 turns the tier off.
+        budget: bytes that chunks may take, as the allocator rounds them; 0 turns the tier off.
         pins: chunks in use.
     """
 
@@ -40,11 +40,11 @@ class MemoryTier(Tier, Generic[Held]):
 
     @abstractmethod
     def _reader(self, held: Held) -> ChunkReader:
-        """A reader of a chunk that is here."""
+        """A reader of a held chunk."""
 
     @abstractmethod
     def _head(self, held: Held) -> ChunkHead:
-        """Its head."""
+        """The head of a held chunk."""
 
     def contains(self, key: ChunkKey) -> bool:
         """See Tier."""
@@ -71,13 +71,13 @@ class MemoryTier(Tier, Generic[Held]):
                 self._held.move_to_end(key.digest)
 
     def heads(self) -> Iterator[ChunkHead]:
-        """Heads of the chunks that are here."""
+        """Heads of all chunks that are here."""
         with self._lock:
             held = list(self._held.values())
         return (self._head(chunk) for chunk, _ in held)
 
     def fits(self, size: int) -> bool:
-        """Whether a chunk of `size` bytes could be held at all."""
+        """Whether a chunk of `size` bytes fits into the budget."""
         return size <= self.budget
 
     def remove(self, key: ChunkKey) -> int:
@@ -105,14 +105,14 @@ class MemoryTier(Tier, Generic[Held]):
             self._bytes = 0
 
     def _used(self) -> int:
-        """Bytes taken. Under the lock."""
+        """Bytes that are taken now. Called with the lock held."""
         return self._bytes
 
     def _make_room(self, size: int, key: ChunkKey) -> list[Held]:
-        """Evict until `size` bytes fit in place of what `key` has now; what had to leave. Under the lock.
+        """Evict chunks until `size` bytes fit in place of the present chunk of `key`. Returns them. Called with the lock held.
 
         Raises:
-            BudgetError: they don't, alone or beside the chunks in use; nothing has changed.
+            BudgetError: they don't fit, alone or beside the chunks in use. Nothing has changed.
         """
         if not self.fits(size):
             raise BudgetError(
@@ -138,7 +138,7 @@ class MemoryTier(Tier, Generic[Held]):
         return [chunk for chunk, _ in gone]
 
     def _hold(self, key: ChunkKey, chunk: Held, size: int) -> None:
-        """Enter a chunk that there is room for, in place of what `key` has now. Under the lock."""
+        """Hold a chunk, in place of the present one of `key`. There is room for it. Called with the lock held."""
         self._bytes += size - self.size_of(key)
         self._held[key.digest] = chunk, size
         self._held.move_to_end(key.digest)
