@@ -25,7 +25,7 @@ LOOK_EVERY = 1.0
 SHARE_LOOKING = 0.05
 """Share of the time that goes into listing a store's chunks again and again, while another process keeps adding some."""
 SHARE_TOKENISING = 0.5
-"""Share of the time that goes into tokenising new texts; the rest is left to the requests of this process."""
+"""Share of the time that goes into tokenising new texts, unless somebody waits for it; the rest is left to this process's requests."""
 
 CLOSING = 2.0
 """Seconds that closing waits for the thread."""
@@ -96,6 +96,7 @@ class StoreIdRecognizer:
         # Of all threads, under the condition's lock.
         self._changes = threading.Condition()
         self._closed = self._hurried = False
+        self._waiters = 0  # threads that wait for the store to be read
         self._looks = 0  # that have begun
         self._done = self._failed = 0  # the last look behind which all was known, and the last one that came to nothing
         self._waiting = self._unlike = 0
@@ -137,8 +138,10 @@ class StoreIdRecognizer:
         with self._changes:
             wanted = self._looks + 1
             self._hurried = True
+            self._waiters += 1
             self._changes.notify_all()
             self._changes.wait_for(lambda: self._closed or max(self._done, self._failed) >= wanted, seconds)
+            self._waiters -= 1
             return self._done >= wanted
 
     def close(self) -> None:
@@ -203,7 +206,8 @@ class StoreIdRecognizer:
             pause = (time.monotonic() - started) * (1 / SHARE_TOKENISING - 1)
             with self._changes:
                 self._waiting -= len(batch)
-                if self._changes.wait_for(lambda: self._closed, pause):
+                self._changes.wait_for(lambda: self._closed or self._waiters > 0, pause)
+                if self._closed:
                     return
         self._read_revision = revision
 

@@ -322,6 +322,18 @@ def test_chunks_are_found_whatever_a_tokenizer_does_at_their_edges(make: Callabl
     assert [span.key for span in recognizer.find(other)] == [1, 2, 3]
 
 
+def test_numbers_of_no_token_spell_nothing() -> None:
+    for tokenizer in (byte_level(), sentencepiece()):
+        spelling = Spelling(tokenizer)
+        assert spelling([(1 << 32) - 1, tokenizer.convert_tokens_to_ids("a")]) == "a"
+
+    class InPython:
+        def convert_ids_to_tokens(self, number: int) -> bytes:
+            return [b"a", b"\xff"][number]
+
+    assert Spelling(InPython())([0, 1, 2]) == "a\xff"
+
+
 def test_named_texts_are_found_whether_stored_or_not() -> None:
     tokenizer = byte_level()
     encode = PromptBuilder(tokenizer).encode

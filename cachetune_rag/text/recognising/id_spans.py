@@ -66,6 +66,6 @@ def prompt_of_ids(
         tuple(spans),
         chunk_ids=tuple(span.chunk_ids(ids) for span in found),
         chunk_texts=tuple(texts.get(span.key, "") for span in found),
-        recognised=len(spans),
+        recognised=sum(span.key not in texts for span in found),
         chunk_found=tuple(span.key not in texts for span in found),
     )

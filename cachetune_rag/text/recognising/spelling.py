@@ -30,10 +30,15 @@ class Spelling:
         return "".join([pieces[i] if i in pieces else self._piece(i) for i in ids])
 
     def _piece(self, number: int) -> str:
-        token = self._tokenizer.convert_ids_to_tokens(number)
-        if isinstance(token, bytes):  # as tokenizers on tiktoken have them
-            token = token.decode("latin-1")
-        piece = "" if token is None else str(token)
+        try:
+            token = self._tokenizer.convert_ids_to_tokens(number)
+        except (LookupError, ValueError, OverflowError, TypeError):  # of tokenizers in Python
+            token = None
+        if token is None:  # no token of the vocabulary: there are too many such numbers to keep them
+            return ""
+        piece = (
+            token.decode("latin-1") if isinstance(token, bytes) else str(token)
+        )  # bytes: as tokenizers on tiktoken have them
         if len(piece) == _BYTE_LENGTH and piece.startswith("<0x") and piece.endswith(">"):
             piece = chr(int(piece[3:5], 16))
         piece = self._pieces[number] = piece.translate(_MARKS)
