@@ -11,6 +11,7 @@ from odd_values import accepted, foreign, hard_values, odd_values
 from tiny import llama, tokenizer
 
 from cachetune_rag import CacheTune, Chunk, ConfigError, Document, PromptBuilder, Splitter, Text
+from cachetune_rag.text.files.corpus import Corpus, read_passage, read_text
 
 CHUNKS = ["The lighthouse was built in 1871 by three brothers.", "It was sold."]
 USER = {"role": "user", "content": "Who?"}
@@ -92,6 +93,13 @@ ENGINE = (
     "read_memory", "pin_memory", "direct_io",
 )  # fmt: skip
 
+
+def looked_up(engine: CacheTune, value: Any) -> None:
+    with engine.stream("Who?", CHUNKS, max_new_tokens=1) as stream:
+        stream.looked_up = value
+        list(stream)
+
+
 CALLS: dict[str, Call] = {
     **{f"generate({name}=)": request(name) for name in REQUEST},
     **{f"stream({name}=)": (lambda e, v, n=name: e.stream("Who?", **{n: v})) for name in ("chunks", "prefix", "prompt", "ratio", "stop")},
@@ -151,10 +159,15 @@ CALLS: dict[str, Call] = {
     "Splitter(count)": lambda e, v: Splitter(v).split("Some text. " * 9),
     "Splitter(chunk_tokens)": lambda e, v: Splitter(len, v),
     "Splitter.split": lambda e, v: Splitter(len).split(v),
+    "Corpus.scan": lambda e, v: Corpus.scan(v),
+    "Corpus.scan of one": lambda e, v: list(Corpus.scan([v]).documents()),
+    "read_passage": lambda e, v: read_passage(v),
+    "read_text": lambda e, v: read_text(v),
+    "AnswerStream.looked_up": looked_up,
 }  # fmt: skip
 
 
-CALLBACKS = ("progress", "(count)")
+CALLBACKS = ("progress", "(count)", "looked_up")
 
 
 @pytest.mark.filterwarnings("ignore")

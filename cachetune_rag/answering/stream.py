@@ -15,10 +15,11 @@ from cachetune_rag.answering.decoding import decode_text
 from cachetune_rag.answering.executor import Executor
 from cachetune_rag.answering.request import Finished, Request
 from cachetune_rag.concurrency.forks import this_process
-from cachetune_rag.errors import CacheTuneError
+from cachetune_rag.errors import CacheTuneError, ConfigError
 from cachetune_rag.model.libraries.neutral import each_neutrally
 from cachetune_rag.report import Report
 from cachetune_rag.reuse.state import PrefillState
+from cachetune_store.printing import shown
 
 
 class AnswerStream:
@@ -41,6 +42,8 @@ class AnswerStream:
 
     @looked_up.setter
     def looked_up(self, call: Callable[[], None]) -> None:
+        if not callable(call):
+            raise ConfigError(f"looked_up is {shown(call)}: use a function without arguments.")
         self._run.chunks_open = call
 
     def __iter__(self) -> Iterator[str]:

@@ -91,7 +91,7 @@ def calibrate(
         typer.Option(
             "--plot",
             metavar="FILE",
-            callback=options.expanded,
+            parser=options.path_of,
             help="Plot the figures into this file (.svg, .png, .pdf).",
         ),
     ] = None,

@@ -14,11 +14,19 @@ from cachetune_rag.selection import names
 _MODEL, _STORE = "Model", "Store"
 
 
-def expanded(path: Path | None) -> Path | None:
-    """A path whose leading ~ is the home folder: shells leave it as it is behind `--store=`, and in quotes."""
-    if path is not None:
-        with contextlib.suppress(RuntimeError):  # there is no such user: ~ is then part of the name
-            return path.expanduser()
+def path_of(given: str) -> Path:
+    """The path that an argument names; a leading ~ is the home folder: shells leave it as it is behind `--store=`, and in quotes.
+
+    Raises:
+        typer.BadParameter: it is empty, which would be taken for the current folder.
+    """
+    if not given:
+        raise typer.BadParameter(
+            "the path is empty (a variable that isn't set, perhaps): name one, or . for this folder."
+        )
+    path = Path(given)
+    with contextlib.suppress(RuntimeError):  # there is no such user: ~ is then part of the name
+        return path.expanduser()
     return path
 
 
@@ -67,7 +75,7 @@ Store = Annotated[
         "-s",
         metavar="FOLDER",
         help="Folder of the KV store.",
-        callback=expanded,
+        parser=path_of,
         rich_help_panel=_STORE,
     ),
 ]

@@ -78,7 +78,7 @@ def tune(
         typer.Option(
             "--plot",
             metavar="FILE",
-            callback=options.expanded,
+            parser=options.path_of,
             help="Plot times against ratios into this file (.svg, .png, .pdf).",
         ),
     ] = None,

@@ -221,6 +221,15 @@ def test_a_tilde_in_an_option_is_the_home_folder(
     assert not (docs / "~").exists()
 
 
+@pytest.mark.parametrize("command", ["precompute x -m y --store", "verify -s", "tune -m y -s z --plot"])
+def test_an_empty_path_is_not_the_current_folder(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "the path is empty" in cli(*command.split(), "", code=2).err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(
     cli: Cli, docs: Path, model: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

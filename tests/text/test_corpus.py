@@ -91,6 +91,8 @@ def test_two_files_with_one_id_are_refused(tmp_path: Path) -> None:
 def test_paths_that_hold_no_text_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match="nowhere does not exist"):
         Corpus.scan([tmp_path / "nowhere"])
+    with pytest.raises(CorpusError, match="a path is empty"):  # not the current folder
+        Corpus.scan([tmp_path, ""])
     (tmp_path / "image.png").write_bytes(b"")
     with pytest.raises(CorpusError, match=rf"no documents in {tmp_path}.*\.txt, \.md"):
         Corpus.scan([tmp_path])

@@ -9,6 +9,7 @@ If a file that the user named can't be read, the run ends with the reason. If a 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import stat
@@ -76,6 +77,8 @@ class Corpus:
         Raises:
             CorpusError: a path that was given is missing or unreadable, nothing was found, or two files get the same id.
         """
+        if isinstance(paths, str | bytes) or not isinstance(paths, Iterable):
+            raise CorpusError(f"paths is {shown(paths)}: use a list of files and folders.")
         files: list[SourceFile] = []
         left_out = LeftOut()
         seen: set[tuple[int, int]] = set()
@@ -228,7 +231,24 @@ def _check_name(name: str, path: Path) -> None:
 
 
 def _expanded(path: str | os.PathLike[str]) -> Path:
-    """A path as the user meant it. A leading ~ is the home folder, unless there is a file or folder of that name."""
+    """A path as the user meant it. A leading ~ is the home folder, unless there is a file or folder of that name.
+
+    Raises:
+        CorpusError: it is empty, or no path.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise CorpusError(f"a path is {shown(path)}, a {type(path).__name__}: use a string or a Path.")
+    try:
+        os.lstat(path)
+    except UnicodeEncodeError:
+        raise CorpusError(f"the path {shown(str(path))} is no text that a file's name can hold: check it.") from None
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) == errno.ENAMETOOLONG:
+            raise CorpusError(f"the path {shown(str(path))} is longer than the system takes: check it.") from None
+    if not os.fspath(path):  # which Path would take for the current folder
+        raise CorpusError(
+            "a path is empty (a variable that isn't set, perhaps): give files or folders, or . for this one."
+        )
     given = Path(path)
     if not os.path.lexists(given):
         with contextlib.suppress(RuntimeError):  # there is no such user: ~ is then part of the name
