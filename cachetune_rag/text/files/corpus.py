@@ -77,13 +77,17 @@ class Corpus:
         Raises:
             CorpusError: a path that was given is missing or unreadable, nothing was found, or two files get the same id.
         """
-        if isinstance(paths, str | bytes) or not isinstance(paths, Iterable):
+        try:
+            listed = [] if isinstance(paths, str | bytes) else list(paths)
+        except TypeError:  # nothing that can be gone through, whatever it is called
+            listed = []
+        if not listed:
             raise CorpusError(f"paths is {shown(paths)}: use a list of files and folders.")
         files: list[SourceFile] = []
         left_out = LeftOut()
         seen: set[tuple[int, int]] = set()
         ids: dict[str, Path] = {}
-        given = [_expanded(path) for path in paths]
+        given = [_expanded(path) for path in listed]
         for path, name, named in (found for each in given for found in _find(each, left_out)):
             try:
                 info = status(path)
