@@ -14,7 +14,6 @@ import torch
 from cachetune_rag import CacheTune, Document
 from cachetune_rag.report import Report
 from cachetune_rag.reuse.config import ReuseConfig
-from cachetune_rag.reuse.prefill import Assembler
 from cachetune_store import ChunkStore, make_key
 
 from .machine import Attention, fastest_attention, synchronize
@@ -81,8 +80,7 @@ class Subject:
                     cuda_kernels=cuda_kernels,
                 )
             )
-        self._pool = self.engine.runtime.pool
-        self._assemblers = {"host": self._assembler(store)}
+        self._benches = {"host": self.engine.runtime.bench().on(store)}
 
     def __enter__(self) -> Self:
         return self
@@ -152,7 +150,7 @@ class Subject:
         chunks = self.chunks(context, codec)
         started = time.perf_counter()
         prompt = self.engine.prompts.build(query=QUERY, chunks=chunks, prefix="")
-        report = self._assemblers[tier].prefill(prompt, config, started).report
+        report = self._benches[tier].assembler.prefill(prompt, config, started).report
         if report.missed or report.damaged or set(report.bytes_read) - {tier}:
             raise WrongTierError(f"wanted {tier}, and got {report}")
         return report
@@ -202,12 +200,9 @@ class Subject:
     def _texts(self, codec: str) -> list[str]:
         return letters(codec, max(self.contexts) // self.chunk_tokens, self.chunk_tokens)
 
-    def _assembler(self, store: ChunkStore) -> Assembler:
-        return Assembler(self.engine.adapter, store, self.engine.lead_ins, self._pool)
-
     def _open(self, tier: str) -> None:
         """Open the store of a tier if it isn't open: the disk without host memory, and for the device tier with the device's memory."""
-        if tier in self._assemblers:
+        if tier in self._benches:
             return
         if self._folder is None:
             raise ValueError(f"the tier {tier!r} needs a folder")
@@ -216,7 +211,7 @@ class Subject:
             device=self.device, device_budget=DEVICE_BUDGET if tier == "device" else 0,
         )  # fmt: skip
         self._stores[tier] = self._stack.enter_context(store)
-        self._assemblers[tier] = self._assembler(store)
+        self._benches[tier] = self._benches["host"].on(store)
 
     def _bring_up(self, codec: str) -> None:
         for text in self._texts(codec):
