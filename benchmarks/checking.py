@@ -25,7 +25,7 @@ from smollm2 import model_path
 
 from cachetune_rag import CacheTune
 from cachetune_rag.model.loading import load_model
-from cachetune_store import chunkfile, readers
+from cachetune_store import chunkfile, disk_reader
 
 QUERY = "What does the text say about the order in which expressions are evaluated?"
 
@@ -57,7 +57,7 @@ def counted() -> Iterator[Clock]:
     """Count the hashes of rows and of heads."""
     clock = Clock()
     with (
-        mock.patch.object(readers, "rows_checksum", clock.timed(readers.rows_checksum)),
+        mock.patch.object(disk_reader, "rows_checksum", clock.timed(disk_reader.rows_checksum)),
         mock.patch.object(chunkfile, "head_digest", clock.timed(chunkfile.head_digest)),
     ):
         yield clock

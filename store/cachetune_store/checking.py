@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from .buffers import SlabPool
 from .chunk import ChunkHead
 from .chunkfile import parse_head
+from .disk_reader import DiskReader
 from .errors import DamagedChunkError, UnknownCodecError
 from .keys import ChunkKey, make_key
 from .rawfile import RawFile
-from .readers import DiskReader
 
 __all__ = ["CheckedFile", "check_file"]
 

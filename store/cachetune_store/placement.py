@@ -10,11 +10,12 @@ from typing import Any
 
 from .chunk import Chunk
 from .claims import Claims
+from .disk_reader import DiskReader
 from .errors import BudgetError, StoreArgumentError, StoreError
 from .index import Index
 from .keys import ChunkKey
 from .printing import shown
-from .readers import ChunkReader, DiskReader, HostReader
+from .readers import ChunkReader, HostReader
 from .stats import TierUsage
 from .texts import drop_text, evict_text, note_text
 from .tiers import DeviceTier, DiskTier, HostTier, Tier

@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from operator import index
 from types import TracebackType
 from typing import ClassVar, Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .buffers import PAGE, SlabPool, memory_of, round_up
-from .checksums import rows_checksum
-from .chunk import Chunk, ChunkHead, block_ends, clear_padding, in_pool, layer_views
-from .errors import DamagedChunkError, StoreArgumentError, StoreClosedError, StoreForkedError
+from .chunk import Chunk, ChunkHead
+from .errors import StoreArgumentError, StoreClosedError, StoreForkedError
 from .keys import ChunkKey
 from .layout import ChunkLayout
 from .printing import shown
-from .rawfile import RawFile
-from .tier_kinds import DISK, HOST, TierKind
+from .tier_kinds import HOST, TierKind
 
-__all__ = ["ChunkReader", "DiskReader", "HostReader"]
+__all__ = ["ChunkReader", "HostReader"]
 
 
 class ChunkReader(ABC):
@@ -235,155 +229,3 @@ class HostReader(ChunkReader):
         if self.on_promote is not None and not self._closed and not self.forked:
             self.on_promote(self._chunk)
         return True
-
-
-class DiskReader(ChunkReader):
-    """Rows in a file. They are read into memory that the host tier can take over."""
-
-    kind = DISK
-
-    def __init__(self, head: ChunkHead, file: RawFile, rows_start: int, pool: SlabPool) -> None:
-        super().__init__(head)
-        self._file = file
-        self._start = rows_start
-        self._pool = pool
-        self._covered = [0] * len(head.layout.layers)
-        self._locks = [threading.Lock() for _ in head.layout.layers]
-        self._memory_lock = threading.Lock()
-        self._slab: Tensor | None = None
-        self._promoted = False
-        self._users = 0
-        self._seconds = [0.0] * len(head.layout.layers)
-
-    @property
-    def seconds(self) -> float:
-        """See ChunkReader.seconds."""
-        return sum(self._seconds)
-
-    @property
-    def host_bytes(self) -> int:
-        """See ChunkReader.host_bytes."""
-        return self._pool.size_of(self.head.plan.total)
-
-    def read(self, layer: int, rows: int) -> Tensor:
-        """See ChunkReader.read. No row is read twice."""
-        layer, rows = self._check(layer, rows)
-        # This is kept short, because other threads wait for the interpreter meanwhile, and a prompt takes a thousand reads.
-        with self._locks[layer]:
-            if rows > self._covered[layer]:
-                self._begin()
-                try:
-                    started = time.perf_counter()
-                    self.fetch(layer, rows)
-                    self._seconds[layer] += time.perf_counter() - started
-                finally:
-                    self._end()
-        self._prepare()
-        return self._views[layer][: self.head.plan.rows[layer].size(rows)]
-
-    def has(self, layer: int, rows: int) -> bool:
-        """See ChunkReader.has."""
-        layer, rows = self._check_range(layer, rows)
-        return self._covered[layer] >= rows
-
-    @property
-    def complete(self) -> bool:
-        """Whether every row of every layer has been read and checked."""
-        return min(self._covered) == self.head.layout.tokens
-
-    def read_all(self) -> Chunk:
-        """The whole chunk, checked.
-
-        Raises:
-            DamagedChunkError: a block fails its checksum, or the file is too short.
-        """
-        tokens = self.head.layout.tokens
-        for layer, covered in enumerate(self._covered):
-            if covered < tokens:
-                self.read(layer, tokens)
-        self._prepare()
-        assert self._slab is not None
-        return Chunk(in_pool(self.head, self._pool), self._slab, self.head.host_bytes(self._pool))
-
-    def padding_is_clear(self) -> bool:
-        """Whether the bytes between the layers are zero, as they were written. Call it only after read_all()."""
-        assert self._slab is not None
-        before = self._slab.numpy().copy()
-        clear_padding(self.head.layout, self._slab)
-        return bool(np.array_equal(before, self._slab.numpy()))
-
-    def promote(self) -> bool:
-        """See ChunkReader.promote."""
-        if self.on_promote is not None and not self._promoted:
-            chunk = self.read_all()
-            clear_padding(self.head.layout, chunk.slab)
-            self._promoted = self.on_promote(chunk)
-        return self._promoted
-
-    def close(self) -> None:
-        """Release the chunk. If all of it was read, the host tier gets it."""
-        if self._closed:
-            return
-        if self.forked:
-            super().close()
-            return
-        try:
-            if self.complete and not self._promoted:
-                self.promote()
-        finally:
-            super().close()
-            with self._memory_lock:
-                self._close_file_if_unused()
-
-    def _begin(self) -> None:
-        """Keep the file open until `_end`, even if the reader is closed while the disk doesn't answer a read."""
-        with self._memory_lock:
-            if self._closed:
-                raise StoreClosedError(f"reader of chunk {self.key} is closed; open the chunk again")
-            self._users += 1
-
-    def _end(self) -> None:
-        with self._memory_lock:
-            self._users -= 1
-            self._close_file_if_unused()
-
-    def _close_file_if_unused(self) -> None:
-        if self._closed and not self._users:
-            self._file.close()
-
-    def _prepare(self) -> None:
-        if self._slab is not None:
-            return
-        with self._memory_lock:
-            if self._slab is None:
-                slab = self._pool.allocate(self.head.plan.total)
-                self._memory = memory_of(slab)
-                self._views = layer_views(self.head.layout, slab)
-                self._ends = block_ends(self.head.layout, self.head.block_rows)
-                self._slab = slab  # set last, because threads that find it set don't take the lock
-
-    def fetch(self, layer: int, rows: int) -> None:
-        """Read rows that no `read` has brought yet, to the end of the block that holds row `rows` - 1.
-
-        Called by `read`, which holds the layer's lock.
-        """
-        self._prepare()
-        head, ends, offset = self.head, self._ends[layer], self.head.plan.offsets[layer]
-        first, last = self._covered[layer] // head.block_rows, -(-rows // head.block_rows)
-        # Direct I/O needs whole pages. So the first page may be read a second time, and its block is then checked again.
-        begin, end = ends[first] // PAGE * PAGE, round_up(ends[last])
-        area = self._memory[offset + begin : offset + end]
-        try:
-            found = self._file.read(area, self._start + offset + begin)
-        except OSError as error:
-            raise DamagedChunkError(f"chunk {self.key}: layer {layer} can't be read ({error.strerror})") from error
-        if found != len(area):
-            raise DamagedChunkError(f"chunk {self.key}: the file ends inside layer {layer}")
-        while first and ends[first] > begin:
-            first -= 1
-        sums = head.checksums[layer].tolist()
-        for block in range(first, last):
-            if rows_checksum(self._memory[offset + ends[block] : offset + ends[block + 1]]) != sums[block]:
-                raise DamagedChunkError(f"chunk {self.key}: checksum mismatch in layer {layer}, block {block}")
-        self._covered[layer] = min(head.layout.tokens, last * head.block_rows)
-        self._bytes[layer] += len(area)

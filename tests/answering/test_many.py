@@ -24,7 +24,7 @@ from cachetune_rag.readahead import coming as ahead
 from cachetune_rag.readahead.prefetcher import Prefetcher
 from cachetune_rag.reuse.layer_loader import READ_AHEAD, LayerLoader, Source
 from cachetune_store import ChunkKey, ChunkStore, DamagedChunkError
-from cachetune_store.readers import DiskReader
+from cachetune_store.disk_reader import DiskReader
 
 TEXTS = [
     "The lighthouse was built in 1871 by three brothers from the next valley.",

@@ -19,7 +19,7 @@ from cachetune_rag.reuse.config import ReuseConfig
 from cachetune_rag.reuse.state import PrefillState
 from cachetune_rag.selection import ReusedChunk, get_selector
 from cachetune_rag.selection.base import all_places, budget, total_budget
-from cachetune_store.readers import DiskReader
+from cachetune_store.disk_reader import DiskReader
 
 CHUNKS = [
     "The lighthouse was built in 1871 by three brothers from the next valley.",

@@ -12,7 +12,7 @@ import pytest
 from store_samples import file_of, flip, sample
 
 import cachetune_store
-from cachetune_store import ChunkReader, ChunkStore, DamagedChunkError, codec_names, readers
+from cachetune_store import ChunkReader, ChunkStore, DamagedChunkError, codec_names, disk_reader
 from cachetune_store.chunk import BLOCK_ROWS
 
 LAYERS, TOKENS = 3, 150
@@ -43,12 +43,12 @@ def test_every_row_read_from_disk_was_hashed(
 ) -> None:
     one = sample(tokens=TOKENS, layers=LAYERS)
     hashed: set[bytes] = set()
-    real = readers.rows_checksum
+    real = disk_reader.rows_checksum
     with ChunkStore(tmp_path, codec=codec, direct_io=direct_io) as store:
         one.put(store)
     with ChunkStore(tmp_path, codec=codec, direct_io=direct_io) as store, store.open(one.key) as reader:
         with monkeypatch.context() as patch:
-            patch.setattr(readers, "rows_checksum", lambda data: (hashed.add(bytes(data)), real(data))[1])
+            patch.setattr(disk_reader, "rows_checksum", lambda data: (hashed.add(bytes(data)), real(data))[1])
             PATHS[path](reader)
         for layer in range(LAYERS):
             rows, form = reader.read(layer, TOKENS), reader.head.plan.rows[layer]

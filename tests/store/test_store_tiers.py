@@ -20,10 +20,10 @@ from cachetune_store import (
     StoreArgumentError,
     StoreClosedError,
     UnknownCodecError,
+    disk_reader,
     get_codec,
     make_key,
     pinning,
-    readers,
 )
 from cachetune_store.buffers import SlabPool
 from cachetune_store.tier_kinds import KINDS, NAMES, kind_of, rank
@@ -394,27 +394,27 @@ def test_threads_that_read_the_first_rows_of_a_chunk_together_find_its_memory_re
         one.put(store)
     begun, making, go_on = threading.Event(), threading.Event(), threading.Event()
     errors: list[Exception] = []
-    real_views, real_fetch = readers.layer_views, readers.DiskReader.fetch
+    real_views, real_fetch = disk_reader.layer_views, disk_reader.DiskReader.fetch
 
     def views(*args: Any) -> tuple[torch.Tensor, ...]:
         making.set()
         assert go_on.wait(20)
         return real_views(*args)
 
-    def fetch(reader: readers.DiskReader, layer: int, rows: int) -> None:
+    def fetch(reader: disk_reader.DiskReader, layer: int, rows: int) -> None:
         if layer == 1:  # it comes while the other one makes ready
             begun.set()
             assert making.wait(20)
         real_fetch(reader, layer, rows)
 
-    def read(reader: readers.ChunkReader, layer: int) -> None:
+    def read(reader: disk_reader.ChunkReader, layer: int) -> None:
         try:
             reader.read(layer, 150)
         except Exception as error:
             errors.append(error)
 
-    monkeypatch.setattr(readers, "layer_views", views)
-    monkeypatch.setattr(readers.DiskReader, "fetch", fetch)
+    monkeypatch.setattr(disk_reader, "layer_views", views)
+    monkeypatch.setattr(disk_reader.DiskReader, "fetch", fetch)
     with ChunkStore(tmp_path) as store, store.open(one.key) as reader:
         second, first = (threading.Thread(target=read, args=(reader, layer)) for layer in (1, 0))
         second.start()

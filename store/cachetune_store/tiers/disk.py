@@ -20,6 +20,7 @@ from ..buffers import SlabPool, memory_of
 from ..checking import check_file
 from ..chunk import Chunk, ChunkHead
 from ..chunkfile import SUFFIX, encode_head, parse_head
+from ..disk_reader import DiskReader
 from ..errors import BudgetError, DamagedChunkError, IndexDamagedError, StoreError, UnknownCodecError
 from ..files import TempFiles, explain, make_directory, sync_directory, unreadable
 from ..index import Index
@@ -27,7 +28,6 @@ from ..keys import ChunkKey
 from ..plainfiles import remove_any
 from ..printing import shown
 from ..rawfile import DirectIO, RawFile, identity_of
-from ..readers import DiskReader
 from ..stats import Counters, TierStats
 from ..texts import drop_text, evict_text, note_text
 from ..tier_kinds import DISK
