@@ -88,9 +88,8 @@ class Precomputer:
         encode: Callable[[str], Sequence[int]],
         limit: int | None,
     ):
-        self._computer, self._store, self._lead_ins, self._encode, self._limit = (
-            computer, store, lead_ins, encode, limit,
-        )  # fmt: skip
+        self._computer, self._store, self._lead_ins = computer, store, lead_ins
+        self._encode, self._limit = encode, limit
         self._telling = threading.local()
 
     def precompute(

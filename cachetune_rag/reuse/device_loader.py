@@ -20,7 +20,8 @@ from cachetune_rag.kernels import CODECS, kernels_run_on, rows_of
 from cachetune_rag.model import KVBuffers, ModelAdapter
 from cachetune_rag.model.libraries.private import copy_all
 from cachetune_rag.reuse.host_copies import host_copies
-from cachetune_rag.reuse.layer_loader import LayerLoader, Source, row_format
+from cachetune_rag.reuse.layer_loader import LayerLoader, row_format
+from cachetune_rag.reuse.source import Source
 from cachetune_store.tier_kinds import HOST
 from cachetune_store.tiers import DeviceReader
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from cachetune_rag.model import KVBuffers, ModelAdapter
 from cachetune_rag.model.plain.probe import ProbePass
-from cachetune_rag.reuse.layer_loader import LayerLoader, Source
+from cachetune_rag.reuse.layer_loader import LayerLoader
+from cachetune_rag.reuse.source import Source
 from cachetune_rag.text.prompts.prompt import Prompt
 
 

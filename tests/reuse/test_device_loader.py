@@ -24,7 +24,8 @@ from cachetune_rag.model.opened_model import open_model
 from cachetune_rag.reuse import device_loader as device_module
 from cachetune_rag.reuse.device_loader import DeviceLoader, Streams
 from cachetune_rag.reuse.host_copies import HostCopies
-from cachetune_rag.reuse.layer_loader import LayerLoader, Source
+from cachetune_rag.reuse.layer_loader import LayerLoader
+from cachetune_rag.reuse.source import Source
 from cachetune_store import ChunkStore
 
 TEXTS = [

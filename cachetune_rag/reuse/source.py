@@ -1,0 +1,72 @@
+"""A reused chunk at its place in a prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cachetune_rag.selection import ReusedChunk
+from cachetune_store import ChunkReader
+
+
+@dataclass
+class Source:
+    """One reused chunk at one place of the prompt.
+
+    The rows to read of a chunk lie in one piece, in ranking order, so rows of tokens that the prompt doesn't have come along with
+    the others. They are written to a place whose rows are overwritten before anything attends to them.
+
+    Attributes:
+        reader: the open chunk.
+        start: place of the chunk's first token; where the prompt doesn't have that token, the place that it would have.
+        rows: how many rows of each layer are needed, counted from the least important; the rest (skipped rows) is
+            recomputed and not read.
+        inside: numbers of the chunk's tokens that the prompt has; None: all of them.
+        spare: place of a token that is computed in every layer and belongs to no source: where the rows of the chunk's other
+            tokens go.
+    """
+
+    reader: ChunkReader
+    start: int
+    rows: int
+    inside: range | None = None
+    spare: int = 0
+
+    @cached_property
+    def places(self) -> NDArray[np.int64]:
+        """Where every row of the chunk is written to in the prompt, int64 [tokens]."""
+        order: NDArray[np.int64] = self.reader.order.numpy()
+        if self.inside is None:
+            return order + self.start
+        return np.where(self._has(order), order + self.start, self.spare)
+
+    def as_reused(self) -> ReusedChunk:
+        """The chunk as a selector sees it, with the tokens that the prompt has."""
+        reader, skipped = self.reader, self.reader.layout.tokens - self.rows
+        if self.inside is None:
+            return ReusedChunk(self.start, reader.order, reader.scores, reader.deviations, skipped)
+        first, last = self.inside.start, self.inside.stop
+        order: NDArray[np.int64] = reader.order.numpy()
+        has = self._has(order)
+        return ReusedChunk(
+            self.start + first,
+            torch.from_numpy(order[has] - first),
+            reader.scores[first:last],
+            None if reader.deviations is None else reader.deviations[first:last],
+            int(has[self.rows :].sum()),
+        )
+
+    def _has(self, order: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which rows are those of tokens that the prompt has."""
+        assert self.inside is not None
+        return (order >= self.inside.start) & (order < self.inside.stop)
+
+    def first(self, rows: int) -> Source:
+        """The same chunk at the same place, with fewer or more rows."""
+        other = Source(self.reader, self.start, rows, self.inside, self.spare)
+        other.__dict__["places"] = self.places
+        return other
