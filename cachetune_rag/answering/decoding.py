@@ -36,6 +36,7 @@ from cachetune_rag.answering.generation_settings import (
     merged,
     stop_strings,
 )
+from cachetune_rag.checking.arguments import is_count
 from cachetune_rag.checking.escaping import words_of
 from cachetune_rag.errors import ConfigError, NonFiniteLogitsError, PromptError, UnsupportedModelError
 from cachetune_rag.text.detokenizer import TextStream
@@ -139,9 +140,7 @@ def prepare(
         raise ConfigError(
             f"the model's generation_config is {model.generation_config!r:.80}: set it to a transformers GenerationConfig."
         )
-    if seed is not None and (
-        isinstance(seed, bool) or not isinstance(seed, int) or not LEAST_SEED <= seed <= MOST_SEED
-    ):
+    if seed is not None and not is_count(seed, LEAST_SEED, MOST_SEED):
         raise ConfigError(f"seed is {shown(seed)}: use an int from -2**63 to 2**64 - 1, or None.")
     settings = {name: value for name, value in settings.items() if value is not None}
     check_names(settings)

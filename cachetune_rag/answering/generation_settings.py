@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationConfig
 
-from cachetune_rag.checking.arguments import hint, is_iterable
+from cachetune_rag.checking.arguments import hint, is_count, is_iterable, is_number
 from cachetune_rag.errors import ConfigError
 from cachetune_store.printing import shown
 
@@ -74,14 +74,14 @@ def answer_length(asked: Any, configs: Sequence[Mapping[str, Any]], prompt_token
                 limit, whose = limit_there, "max_new_tokens of the generation config"
                 break
             if (whole := config.get("max_length")) is not None:
-                if isinstance(whole, bool) or not isinstance(whole, int) or whole <= prompt_tokens:
+                if not is_count(whole, prompt_tokens + 1):
                     raise ConfigError(
                         f"max_length of the generation config is {shown(whole)}, which counts the prompt's {prompt_tokens} tokens: use a "
                         "larger one, or max_new_tokens, which doesn't count them."
                     )
                 limit = whole - prompt_tokens
                 break
-    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+    if not is_count(limit, 1):
         raise ConfigError(
             f"{whose} is {shown(limit)}: use an int of at least 1, 'auto' (as the generation config says, or {DEFAULT_NEW_TOKENS}) or "
             "None (as the generation config says, or to the context's end)."
@@ -98,7 +98,7 @@ def check_ids(settings: Mapping[str, Any], vocabulary: int) -> None:
         for found in () if value is None else _leaves(value):
             if isinstance(found, float) and name == "sequence_bias":
                 continue
-            if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found < vocabulary:
+            if not is_count(found, 0, vocabulary - 1):
                 raise ConfigError(
                     f"{name} holds {shown(found)}: use token ids of this model, from 0 to {vocabulary - 1}."
                 )
@@ -176,7 +176,7 @@ def merged(settings: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     """Merge a request's settings into a configuration's, and decide between greedy decoding and sampling."""
     for name, allowed, fits in _RANGES:
         value = settings.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not fits(value)):
+        if value is not None and not (is_number(value) and fits(value)):
             raise ConfigError(f"{name} is {shown(value)}: use {allowed}.")
     for name in _FLAGS:
         if not isinstance(settings.get(name), bool | None):

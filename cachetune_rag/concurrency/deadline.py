@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
+from cachetune_rag.checking.arguments import is_number
 from cachetune_rag.concurrency.workers import Job, Workers
 from cachetune_rag.errors import ConfigError
 from cachetune_store import StoreError
@@ -38,8 +39,7 @@ def check_timeout(seconds: float | None) -> None:
     """
     if seconds is None:
         return
-    fits = isinstance(seconds, int | float) and not isinstance(seconds, bool)
-    if not fits or not 0 < seconds <= threading.TIMEOUT_MAX:
+    if not is_number(seconds, 0, threading.TIMEOUT_MAX) or not seconds:
         raise ConfigError(f"read_timeout is {shown(seconds)}: use seconds above 0, or None to wait for ever.")
 
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass
 
-from cachetune_rag.errors import ConfigError
+from cachetune_rag.checking.arguments import check_count, check_share
 from cachetune_rag.selection.base import budget
 from cachetune_rag.text.prompts.segments import Prompt
-from cachetune_store.printing import shown
 
 LEAST_SPARED = 1024
 """Tokens that reuse has to spare, at least: what makes up for its fixed costs. Chosen, not measured."""
@@ -38,11 +37,8 @@ class WorthLimits:
     least_share: float = LEAST_SHARE
 
     def __post_init__(self) -> None:
-        tokens, share = self.least_spared, self.least_share
-        if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 0:
-            raise ConfigError(f"least_spared is {shown(tokens)}: use a number of tokens, 0 or more.")
-        if not isinstance(share, int | float) or isinstance(share, bool) or not 0 <= share <= 1:
-            raise ConfigError(f"least_share is {shown(share)}: use a share from 0 to 1.")
+        check_count(self.least_spared, "least_spared", "a number of tokens, 0 or more", least=0)
+        check_share(self.least_share, "least_share", "a share from 0 to 1")
 
 
 @dataclass(frozen=True)
