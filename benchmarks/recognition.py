@@ -30,7 +30,7 @@ from common import environment, spread, write_json
 
 from cachetune_rag.chunks.recognition import ChunkRecognizer
 from cachetune_rag.text.prompts.prompt import Chunk
-from cachetune_rag.text.recognising.id_recognizer import ANCHOR, EDGE, IdRecognizer
+from cachetune_rag.text.recognising.id_recognizer import ANCHOR, EDGE, LEAST, IdRecognizer
 
 WORST_CHARACTERS = 200_000
 WORST = {
@@ -49,18 +49,24 @@ LENGTHS = {
     "ids: 512 tokens": (512, 512, 0),
     "ids: 16 to 1,024 tokens": (16, 1024, 0),
     "ids: 512 tokens, shared header": (512, 512, 24),
-    "ids: 12 to 40 tokens": (12, 40, 0),
+    "ids: up to 40 tokens": (LEAST, 40, 0),
 }
 """Shortest and longest stored chunk, and how many tokens all of them begin with."""
+
+
+def between_other_edges(interior: list[int]) -> list[list[int]]:
+    """Chunks that differ at their edges alone."""
+    return [[1] * EDGE + interior + [2] * (EDGE - 1) + [100 + i] for i in range(1000)]
+
 
 _INTERIOR = list(range(10, 10 + ANCHOR))
 _SAME = [7] * ANCHOR
 WORST_IDS: dict[str, tuple[Iterable[list[int]], list[int]]] = {
-    "ids: one chunk, nearly everywhere": ([[7] * 1000 + [8, 9, 10]], [7]),
-    "ids: 2,000 lengths, nearly everywhere": ([[7] * (100 + i) + [8, 9, 10] for i in range(2000)], [7]),
+    "ids: one chunk, nearly everywhere": ([[7] * 1000 + [8] * (EDGE + 1)], [7]),
+    "ids: 2,000 lengths, nearly everywhere": ([[7] * (100 + i) + [8] * (EDGE + 1) for i in range(2000)], [7]),
     "ids: the shortest chunk, everywhere": ([[7] * (ANCHOR + 2 * EDGE)], [7]),
-    "ids: an interior between other edges": ([[1, 2, *_INTERIOR, 3, 100 + i] for i in range(1000)], _INTERIOR),
-    "ids: between other edges, everywhere": ([[1, 2, *_SAME, 3, 100 + i] for i in range(1000)], [7]),
+    "ids: an interior between other edges": (between_other_edges(_INTERIOR), _INTERIOR),
+    "ids: between other edges, everywhere": (between_other_edges(_SAME), [7]),
 }
 """Stored chunks, and what the prompt repeats."""
 

@@ -24,7 +24,17 @@ from cachetune_rag.text.recognising.id_spans import IdSpan
 from cachetune_rag.text.recognising.named_chunks import find_named, joined
 from cachetune_rag.text.recognising.spelling import Spelling
 
-PIECES = {900: " ", 901: "\n", 902: "w1 w2 ", 903: "w1", 904: " w2 ", 905: "w29 w30 ", 906: "> w1 "}
+PIECES = {
+    900: " ",
+    901: "\n",
+    902: "w1 w2 ",
+    903: "w1",
+    904: " w2 ",
+    905: "w29 w30 ",
+    906: "> w1 ",
+    907: "w1 w2 w3 ",
+    908: "w28 w29 w30 ",
+}
 
 
 def spell(ids: Iterable[int]) -> str:
@@ -42,7 +52,7 @@ def ids(rng: random.Random, count: int) -> list[int]:
 
 
 CHUNK = list(range(1, 31))
-INTERIOR = CHUNK[EDGE:-EDGE]
+MIDDLE = CHUNK[2:-2]
 
 
 def test_whole_chunks_are_found_in_order() -> None:
@@ -59,19 +69,21 @@ def test_whole_chunks_are_found_in_order() -> None:
 @pytest.mark.parametrize(
     ("before", "behind", "head", "tail"),
     [
-        ([902], [29, 30], (1, 2), ()),  # two tokens joined into one
+        ([902], [], (1, 2), ()),  # two tokens joined into one
         ([903, 904], [905], (1, 2), (29, 30)),  # other tokens, fewer of them
-        ([906, 2], [29, 30], (1,), ()),  # the first one joined with what stands before it
-        ([77, 1, 2], [29, 30, 78], (), ()),
+        ([906], [], (1,), ()),  # the first one joined with what stands before it
+        ([77], [78], (), ()),
+        ([907], [908], (1, 2, 3), (28, 29, 30)),  # three tokens of one word
     ],
 )
 def test_other_tokens_that_spell_the_same_are_left_out(
     before: list[int], behind: list[int], head: tuple[int, ...], tail: tuple[int, ...]
 ) -> None:
-    prompt = [50, 51, *before, *INTERIOR, *behind, 52]
+    equal = CHUNK[len(head) : len(CHUNK) - len(tail)]
+    prompt = [50, 51, *before, *equal, *behind, 52]
+    start = 2 + len(before)
     (span,) = known(CHUNK).find(prompt)
-    start = 2 + len(before) - (EDGE - len(head))
-    assert span == IdSpan(start, start + len(CHUNK) - len(head) - len(tail), 0, head, tail)
+    assert span == IdSpan(start, start + len(equal), 0, head, tail)
     assert span.chunk_ids(prompt) == tuple(CHUNK)
     assert (known(CHUNK, spell=None).find(prompt) == []) == bool(head or tail)
 
@@ -95,8 +107,8 @@ def test_edges_at_the_beginning_and_the_end_of_a_prompt() -> None:
     assert recognizer.find(CHUNK) == [IdSpan(0, 30, 0)]
     assert recognizer.find([902, *CHUNK[2:]]) == [IdSpan(1, 29, 0, (1, 2))]
     assert recognizer.find([*CHUNK[:-2], 905]) == [IdSpan(0, 28, 0, (), (29, 30))]
-    assert recognizer.find(INTERIOR) == []
-    assert recognizer.find(INTERIOR[:-1]) == recognizer.find([]) == recognizer.find([1]) == []
+    assert recognizer.find(MIDDLE) == []
+    assert recognizer.find(MIDDLE[:-1]) == recognizer.find([]) == recognizer.find([1]) == []
 
 
 def test_short_chunks() -> None:
@@ -127,19 +139,19 @@ def test_neighbours_share_no_token() -> None:
     first, second = [*ids(rng, 20), *middle], [*middle, *ids(rng, 20)]
     prompt = [*first, *second[4:]]
     assert known(first, second).find(prompt) == [
-        IdSpan(0, 22, 0, (), tuple(middle[2:])),
-        IdSpan(22, 44, 1, tuple(middle[:2])),
+        IdSpan(0, 23, 0, (), tuple(middle[3:])),
+        IdSpan(23, 44, 1, tuple(middle[:3])),
     ]
     assert [s.chunk_ids(prompt) for s in known(first, second).find(prompt)] == [tuple(first), tuple(second)]
 
 
 def test_of_chunks_with_one_interior_that_with_all_its_tokens_there_is_found_or_else_the_nearest() -> None:
-    variants = [[902, 1000 + i, *INTERIOR, 29, 30] for i in range(200)]
+    variants = [[902, 1000 + i, *MIDDLE, 29, 30] for i in range(200)]
     recognizer = known(*variants)
     for number in (0, 77, 199):
         assert recognizer.find([5, *variants[number], 6]) == [IdSpan(1, 31, number)]
-    near = known(CHUNK, [1, 2, *INTERIOR, 905, 901], [7, 8, *INTERIOR, 29, 30])
-    assert near.find([903, 904, *INTERIOR, 29, 30]) == [IdSpan(2, 30, 0, (1, 2))]
+    near = known(CHUNK, [1, 2, *MIDDLE, 905, 901], [7, 8, *MIDDLE, 29, 30])
+    assert near.find([903, 904, *MIDDLE, 29, 30]) == [IdSpan(2, 30, 0, (1, 2))]
 
 
 def test_adding_replacing_and_removing() -> None:
@@ -219,11 +231,12 @@ def test_a_crafted_collision_is_not_the_chunk() -> None:
 
 LENGTH = 30_000
 REPEATED = {
-    "one length": ([[1] * 500 + [2, 3, 4]], [1] * LENGTH),
-    "many lengths": ([[1] * (100 + i) + [2, 3, 4] for i in range(1000)], [1] * LENGTH),
+    "one length": ([[1] * 500 + [2] * (EDGE + 1)], [1] * LENGTH),
+    "many lengths": ([[1] * (100 + i) + [2] * (EDGE + 1) for i in range(1000)], [1] * LENGTH),
+    "many lengths with other edges": ([[1] * (100 + i) + [2] * EDGE for i in range(1000)], [1] * LENGTH),
     "the shortest chunk everywhere": ([[1] * LEAST], [1] * LENGTH),
-    "an interior with other edges": ([[5, 6, *INTERIOR, 7, i] for i in range(8, 1000)], INTERIOR * (LENGTH // 26)),
-    "a short interior with other edges": ([[5, 6, *[1] * ANCHOR, 7, i] for i in range(8, 1000)], [1] * LENGTH),
+    "an interior with other edges": ([[5, 6, *MIDDLE, 7, i] for i in range(8, 1000)], MIDDLE * (LENGTH // 26)),
+    "a short interior with other edges": ([[5, 5, 6, *[1] * ANCHOR, 7, 7, i] for i in range(8, 1000)], [1] * LENGTH),
     "equal hashes": (
         [[8, 9, *thue_morse(512)[0], 8, 9]],
         [token for half in thue_morse(512) for token in half] * (LENGTH // 1024),
@@ -292,7 +305,7 @@ def test_many_threads() -> None:
 # -- with tokenizers ------------------------------------------------------------------------------------------------
 
 TEXTS = [
-    "The river Seine runs through Paris; its oldest bridge was completed in 1607.",
+    "The river Seine runs through Paris; its oldest bridge was completed in 1607, another much later.",
     "question: how high is it? Answer the question using only the passages below.",
     "  5,642 metres high.\nThe passages below: user, system, assistant and tools.\n",
     "\u6f22\u5b57 and \u00fcml\u00e4uts, then the bridge was completed in 1607 below the passages.",

@@ -185,6 +185,8 @@ class _Search:
                 records = self._known.records.get(tag)
                 if records is not None and self._confirmed(start, start + length, records):
                     return start + length
+                if self._used_up(start):
+                    return None
         return None
 
     def _likely(self, start: int, lengths: list[int]) -> list[tuple[int, int]]:

@@ -30,13 +30,13 @@ from cachetune_rag.text.recognising.known_sequences import KnownSequences
 from cachetune_rag.text.recognising.rolling_hash import Hashes
 from cachetune_store.printing import shown
 
-EDGE = 2
+EDGE = 3
 """Tokens at either end of a chunk that a prompt may have in another form."""
 ANCHOR = 8
 """Tokens by which the beginning of an interior is found."""
 LEAST = ANCHOR + 2 * EDGE
 """Tokens of the shortest chunk that is recognised."""
-AROUND = 4 * EDGE
+AROUND = 3 * EDGE
 """Tokens of a prompt beside an interior that are looked at for what a chunk's edge spells."""
 ALIKE = 16
 """Of chunks with the same interior and other edges, how many are compared with a place where none stands with all of its tokens."""

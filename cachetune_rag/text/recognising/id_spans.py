@@ -18,7 +18,7 @@ class IdSpan:
     Attributes:
         start, end: places in the prompt.
         key: what the chunk was made known by.
-        head: the chunk's tokens before `start`, which the prompt has in another form or not at all; two at most.
+        head: the chunk's tokens before `start`, which the prompt has in another form or not at all; three at most.
         tail: those behind the last of the span, likewise.
     """
 
