@@ -1,4 +1,4 @@
-"""The documents chain: retrieved documents as separate chunks, the prompt as the user wrote it."""
+"""The documents chain: retrieved documents become separate chunks in the user's prompt."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from langchain_cachetune.messages import chunk_block
 from langchain_cachetune.shown import segments
 
 DEFAULT_PROMPT = ChatPromptTemplate.from_messages([("human", INSTRUCTIONS + "\n\n{context}\n\nQuestion: {input}")])
-"""The engine's own prompt: used where none is given."""
+"""The prompt that is used if none is given."""
 
 _OWN = ("prompt", "output_parser", "document_prompt", "document_separator", "document_variable_name")
 
@@ -37,25 +37,25 @@ def create_cachetune_chain(
     document_variable_name: str = "context",
     **model_kwargs: Any,
 ) -> Runnable[dict[str, Any], Any]:
-    """A chain over documents with the shape of `create_stuff_documents_chain`, in which their KV is reused.
+    """A chain over documents, used like `create_stuff_documents_chain`, that reuses their KV.
 
     Args:
-        engine: the engine, or a `ChatCacheTune` that has its settings already.
-        prompt: string or chat prompt that shows {context} once; default: a short one with {input}.
-        output_parser: default: the answer as a str.
-        document_prompt: how a document is shown; default: its content. The content is the chunk, and what stands around it is
+        engine: the engine, or a `ChatCacheTune` with its own settings.
+        prompt: a string prompt or chat prompt that contains {context} once. Default: a short one with {input}.
+        output_parser: parses the answer. Default: the answer as a str.
+        document_prompt: how a document is shown. Default: its content. The content is the chunk, and the text around it is plain
             text, so that a document is stored once, however it is shown.
         document_separator: text between documents.
         document_variable_name: the prompt's variable for the documents, and the chain's input key for them.
-        model_kwargs: settings of the `ChatCacheTune` made for an engine.
+        model_kwargs: settings of the `ChatCacheTune` that is made for an engine.
 
     Returns:
         A Runnable from {"context": list of documents, and the prompt's other variables} to the parser's output. For its
         reports, see `collect_reports`.
 
     Raises:
-        ConfigError: the prompt has no such variable, settings were given along with a `ChatCacheTune`, or there is no such
-            setting.
+        ConfigError: the prompt doesn't have that variable, settings were given together with a `ChatCacheTune`, or a setting
+            doesn't exist.
     """
     if isinstance(engine, ChatCacheTune):
         if model_kwargs:

@@ -38,11 +38,11 @@ from langchain_cachetune.tools import (
 
 _loading = threading.Lock()
 _REQUEST = {"max_tokens", "temperature", "stop", "timeout", *settings.REUSE, *settings.TOOLS}
-"""What a request can be given beside generation settings and the chat template's own arguments."""
+"""Arguments of a request besides generation settings and the chat template's arguments."""
 
 
 def _after_fork() -> None:
-    """In the child nobody is loading, whoever held the lock at the fork."""
+    """In a forked process no engine is being loaded, whoever held the lock at the fork."""
     global _loading
     _loading = threading.Lock()
 
@@ -58,27 +58,28 @@ class ChatCacheTune(BaseChatModel):
     chunks that were computed and stored as `cache_creation`.
 
     Args:
-        engine: the engine; or else it is loaded from `model` at the first use.
-        model: path or hub id for `CacheTune.from_pretrained` (default: $CACHETUNE_MODEL); with an engine, only a name.
-            Also as model_name.
+        engine: the engine. None: it is loaded from `model` at the first use.
+        model: path or hub id for `CacheTune.from_pretrained` (default: $CACHETUNE_MODEL). With an engine, it is only a name.
+            Can also be given as model_name.
         store: folder of the KV store (default: $CACHETUNE_STORE).
         engine_kwargs: further arguments of `CacheTune.from_pretrained`.
-        max_tokens: most tokens of an answer, also as max_new_tokens or max_completion_tokens. Not given: as `generation_config`
-            says, or the model's own, or 256 where neither does. None: the same, but to the context's end where neither does.
-        temperature: above 0 samples, 0 is greedy; default: the model's own generation config.
-        stop: strings that end an answer. Also as stop_sequences.
-        timeout: seconds for an answer, looked at between its pieces; one that takes longer raises `TimeoutError`.
-        ratio, selector: what is recomputed, see `CacheTune.stream`.
-        generate_kwargs: further sampling settings (top_p, repetition_penalty, seed, ...). They can be given as arguments of
-            their own as well: `ChatCacheTune(..., top_p=0.9)`.
-        learn: what retrievers returned and a prompt shows word for word, but the store doesn't have, is stored behind the
-            answer under its document's id, as if it had been precomputed. Documents without an id never are.
-        streaming: answer piece by piece also where `invoke` is called, for callbacks that want tokens.
-        max_retries, api_key: usual names of LangChain's, accepted; a model in this process needs neither.
+        max_tokens: most tokens of an answer. Can also be given as max_new_tokens or max_completion_tokens. If it is not given, the
+            limit of `generation_config` or of the model counts, or 256 if they have none. None: the same, but the answer may go
+            to the end of the context if they have none.
+        temperature: above 0 samples, 0 is greedy. Default: as in the model's generation config.
+        stop: strings that end an answer. Can also be given as stop_sequences.
+        timeout: seconds for an answer. It is checked between pieces of the answer, and raises `TimeoutError`.
+        ratio, selector: what is recomputed. See `CacheTune.stream`.
+        generate_kwargs: further sampling settings (top_p, repetition_penalty, seed, ...). They can also be given directly:
+            `ChatCacheTune(..., top_p=0.9)`.
+        learn: whether texts that retrievers returned and a prompt shows unchanged, but the store doesn't have, are stored after
+            the answer under their document's id, as if they had been precomputed. Documents without an id are never stored.
+        streaming: whether `invoke` also streams the answer, for callbacks that want tokens.
+        max_retries, api_key: usual arguments in LangChain. They are accepted, but a local model needs neither.
 
-    All but the first four can be given per request too, as can arguments of the tokenizer's chat template. An argument that
-    there isn't is refused. Any number of threads may use one instance. A deep copy shares the engine; a pickle of a model that
-    loads its engine itself loads it again, and any other is refused.
+    All but the first four can also be given to a request, together with arguments of the tokenizer's chat template. An unknown argument
+    is refused. Any number of threads may use one instance. A deep copy shares the engine. An instance can be pickled if it loads its
+    engine itself; the copy then loads it again.
     """
 
     engine: CacheTune | None = Field(default=None, exclude=True, repr=False)
@@ -106,7 +107,7 @@ class ChatCacheTune(BaseChatModel):
     @model_validator(mode="before")
     @classmethod
     def _check_names(cls, values: Any) -> Any:
-        """Usual names of other models' arguments, and sampling settings, go where they belong; others are refused."""
+        """Give arguments that other models name differently their name here, collect sampling settings, and refuse unknown ones."""
         if not isinstance(values, Mapping):
             return values
         fields = cls.model_fields
@@ -131,7 +132,7 @@ class ChatCacheTune(BaseChatModel):
     @model_validator(mode="after")
     def _name_engine(self) -> Self:
         if self.engine is not None:
-            # Whoever loads a saved copy of this model needs to know what the engine was made of.
+            # A saved copy of this model has to say which engine to load.
             if "model" not in self.model_fields_set:
                 self.model = str(getattr(self.engine.adapter.config, "_name_or_path", ""))
             if "store" not in self.model_fields_set and self.engine.store.path is not None:
@@ -151,7 +152,7 @@ class ChatCacheTune(BaseChatModel):
     def _check_generation(self, given: Mapping[str, Any]) -> None:
         known = {*settings.generation_names(), *settings.REUSE}
         if self.engine is None:
-            # Which arguments the chat template has isn't known yet: those are checked once it is loaded.
+            # The chat template's arguments are checked when the engine is loaded.
             return
         arguments = template_names(self.engine, given)
         settings.refuse_unknown(given, known | self.engine.prompts.argument_names, "generate_kwargs")
@@ -172,8 +173,10 @@ class ChatCacheTune(BaseChatModel):
 
     @property
     def last_report(self) -> Report | None:
-        """Report of this model's latest request: of the run in this context (a thread, an asyncio task) if it made one, or
-        of whichever made one last. `collect_reports` has those of a whole chain."""
+        """The report of the latest request of the run in this context (a thread or asyncio task), or else of any run.
+
+        `collect_reports` gives the reports of a whole chain.
+        """
         return latest_report(self._reports) or self._latest
 
     @property
@@ -191,7 +194,7 @@ class ChatCacheTune(BaseChatModel):
         return params
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
-        """What LangChain's cache keeps answers by: with it goes what the model's name doesn't say, above all its weights."""
+        """The key of an answer in LangChain's cache. It contains all that an answer depends on, above all the model's weights."""
         engine = self._loaded()
         namespace, config = engine.namespace, getattr(engine.adapter.model, "generation_config", None)
         parts = {
@@ -207,16 +210,16 @@ class ChatCacheTune(BaseChatModel):
         return f"{super()._get_llm_string(stop=stop, **kwargs)}---{json.dumps(parts, sort_keys=True)}"
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
-        """A copy with settings of its own and the same engine: models and stores can't be copied."""
+        """A copy with its own settings and the same engine, because models and stores can't be copied."""
         memo = {} if memo is None else memo
         memo[id(self.engine)] = self.engine
         return super().__deepcopy__(memo)
 
     def __getstate__(self) -> dict[Any, Any]:
-        """What a pickle holds: how to load the engine again, if this is known.
+        """The state for a pickle, which says how to load the engine again.
 
         Raises:
-            PicklingError: the engine was made by somebody else.
+            PicklingError: this object was given an engine, so it isn't known how to load it.
         """
         if not self._loads:
             raise pickle.PicklingError(
@@ -231,7 +234,7 @@ class ChatCacheTune(BaseChatModel):
         }
 
     def __setstate__(self, state: dict[Any, Any]) -> None:
-        """Take over what a pickle held; the engine is loaded at the first use."""
+        """Restore the state from a pickle. The engine is loaded at the first use."""
         super().__setstate__({**state, "__pydantic_private__": {**state["__pydantic_private__"], "_reports": object()}})
 
     def get_num_tokens(self, text: str) -> int:
@@ -259,13 +262,13 @@ class ChatCacheTune(BaseChatModel):
 
         Args:
             tools: tools, functions, pydantic classes or schemas.
-            tool_choice: "auto"; "none"; "any" (or True, "required"): the prompt asks for a call; a tool's name: only this one
-                is shown, and the prompt asks for it. A prompt can only ask.
-            strict: goes into the tools' schemas; a text model isn't held to them.
+            tool_choice: "auto"; "none"; "any" (or True, or "required"): the prompt asks for a call; a tool's name: only this tool
+                is shown, and the prompt asks to call it. The model may not follow.
+            strict: is passed on in the tools' schemas. It doesn't force the model to follow them.
             kwargs: further arguments of the requests.
 
         Raises:
-            ConfigError: no such choice, or an unknown argument.
+            ConfigError: tool_choice is invalid, or an argument is unknown.
         """
         formats = {name: value for name, value in kwargs.items() if name != "ls_structured_output_format"}
         self._check_request(formats)
@@ -284,8 +287,8 @@ class ChatCacheTune(BaseChatModel):
         strict: bool | None = None,
         **kwargs: Any,
     ) -> Runnable[LanguageModelInput, Any]:
-        """A model whose answers are read into a schema. The prompt asks for it; nothing holds the model to it, so an answer that
-        can't be read raises `OutputParserException` (or is in `parsing_error`).
+        """A model whose answers are parsed into a schema. The prompt asks for it, but the model may not follow. An answer that can't
+        be parsed raises `OutputParserException` (or is in `parsing_error`).
 
         Args:
             schema: a pydantic class, TypedDict, or JSON schema.
@@ -300,7 +303,7 @@ class ChatCacheTune(BaseChatModel):
             ConfigError: an unknown method or argument.
         """
         if method is None:
-            # Without an engine the template isn't known yet; a schema in the prompt suits every model.
+            # Without an engine the template isn't known yet. A schema in the prompt works with every model.
             method = METHODS[0] if self.engine is not None and takes_tools(self.engine) else METHODS[1]
         if method not in METHODS:
             raise ConfigError(f"method is {shown(method)}: use {', '.join(METHODS)}.")
@@ -340,7 +343,7 @@ class ChatCacheTune(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        # On a thread of its own, since it may wait long for the model; it stops when the task is cancelled.
+        # It runs on a thread of its own, because it may wait long for the model. It stops when the task is cancelled.
         cancelled = threading.Event()
         try:
             return await call_in_thread(self._answer, messages, stop, kwargs, RunRecord(), cancelled)
@@ -361,7 +364,7 @@ class ChatCacheTune(BaseChatModel):
             for _ in pieces:
                 request.check_time()
                 if cancelled.is_set():
-                    raise CacheTuneError("cancelled")  # nobody hears it
+                    raise CacheTuneError("cancelled")  # nobody waits for it any more
             answer = pieces.answer
         self._keep_report(run, answer.report)
         return ChatResult(generations=[ChatGeneration(message=request.message(answer))])
@@ -393,14 +396,14 @@ class ChatCacheTune(BaseChatModel):
                         await run_manager.on_llm_new_token(str(chunk.message.content), chunk=chunk)
                     yield chunk
             finally:
-                # Nothing is awaited here: this also runs while an event loop shuts down, which would drop the waiting task. The
-                # stream is closed after the piece that is being computed, on the same thread.
+                # Nothing may be awaited here, because this also runs while an event loop shuts down, which would drop the task.
+                # The stream is closed on its thread, after the piece that is being computed.
                 thread.later(chunks.close)
 
     def _chunks(
         self, messages: list[BaseMessage], stop: list[str] | None, options: dict[str, Any], run: RunRecord
     ) -> Any:
-        """Parts of the answer's message. What may be a tool call comes at the end, whole."""
+        """Parts of the answer's message. Text that may be a tool call comes at the end, in one piece."""
         request = self._request(messages, stop, options, run)
         reader = request.tool_call_reader()
         with request.stream as pieces:
@@ -428,7 +431,7 @@ class ChatCacheTune(BaseChatModel):
         given = self._check_request(options)
         tools = ToolRequest.of(*(given.pop(name, None) for name in settings.TOOLS))
         timeout: float | None = given.pop("timeout", self.timeout)
-        # Unless a limit was given, a generation config may have one of its own.
+        # If no limit was given, that of the generation config counts.
         own_limit = self.max_tokens if "max_tokens" in self.model_fields_set else "auto"
         decoding = settings.decoding_settings(
             max_tokens=given.pop("max_tokens", own_limit),
@@ -450,10 +453,10 @@ class ChatCacheTune(BaseChatModel):
         run.report(self._reports, report, whole=whole)
 
     def _check_request(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """A request's arguments under this class's names.
+        """A request's arguments under the names of this class.
 
         Raises:
-            ConfigError: there is no such argument.
+            ConfigError: an argument is unknown.
         """
         given = settings.renamed(options, "a request")
         known = {*_REQUEST, *settings.generation_names()}

@@ -1,4 +1,4 @@
-"""One request of a chat model: the answer's stream, and the messages that LangChain gets of it."""
+"""One request of a chat model: the answer's stream, and the messages that are made of it for LangChain."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Deadline:
     timeout: float
 
     def check(self) -> None:
-        """Refuse to go on once the time is over.
+        """Raise an error if the time is over.
 
         Raises:
-            TimeoutError: it is.
+            TimeoutError: the time is over.
         """
         if time.monotonic() > self.started + self.timeout:
             raise TimeoutError(
@@ -46,8 +46,8 @@ class ChatRequest:
     Attributes:
         stream: the answer.
         tools: the tools that the model was shown.
-        model_name: stands in each message's metadata.
-        deadline: when the answer has to be finished; None: there is no limit.
+        model_name: the name for each message's metadata.
+        deadline: when the answer has to be finished; None if there is no limit.
     """
 
     stream: AnswerStream
@@ -56,12 +56,12 @@ class ChatRequest:
     deadline: Deadline | None
 
     def check_time(self) -> None:
-        """Raise `TimeoutError` once the time of the request is over."""
+        """Raise `TimeoutError` if the time of the request is over."""
         if self.deadline is not None:
             self.deadline.check()
 
     def tool_call_reader(self) -> ToolCallStream | None:
-        """Reads tool calls from the pieces of the answer; None where the model was shown no tools."""
+        """Reads tool calls from the pieces of the answer; None if the model was shown no tools."""
         return ToolCallStream(self.tools.names) if self.tools.tools else None
 
     def message(self, answer: Answer) -> AIMessage:
@@ -75,7 +75,7 @@ class ChatRequest:
         )
 
     def last_chunk(self, answer: Answer, rest: str, calls: Sequence[ToolCall]) -> AIMessageChunk:
-        """The last part of a streamed message: the text that was held back, the tool calls, and what is known of the whole answer."""
+        """The last part of a streamed message: the text that was held back, the tool calls, and the metadata of the answer."""
         return AIMessageChunk(
             content=rest,
             tool_call_chunks=call_chunks(langchain_calls(calls)),

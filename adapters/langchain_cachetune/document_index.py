@@ -1,4 +1,4 @@
-"""A vector store and document index that keeps the KV store in step with another vector store."""
+"""A vector store and document index that updates the KV store together with another vector store."""
 
 from __future__ import annotations
 
@@ -33,18 +33,17 @@ _SAMPLE = 8
 class CacheTuneIndex(DocumentIndex, SearchesAnother):
     """A vector store whose documents have their KV precomputed: `index(docs, records, CacheTuneIndex(...))`.
 
-    Documents live in the vector store; this adds their KV when they come and frees it when they go. It can stand wherever
-    LangChain takes a vector store (`as_retriever`, `ParentDocumentRetriever(vectorstore=...)`), a document index, or a
-    retriever, by similarity. For documents that the vector store held before, or that were added past this index, see
-    `rebuild`.
+    The documents are in the vector store. This index stores their KV when they are added, and frees it when they are deleted. It can be
+    used as a vector store (`as_retriever`, `ParentDocumentRetriever(vectorstore=...)`), as a document index, or as a retriever, by
+    similarity. For documents that were added to the vector store before, or directly, see `rebuild`.
 
     Args:
         engine: the engine.
-        vectorstore: any vector store that can give documents back by id (`get_by_ids`).
-        document_prompt: how the chain shows a document. Only one that changes a document's content makes a difference here.
-        shown: says which texts prompts will show of a document, where that isn't its content: a window or parent that its
-            metadata holds; an empty list for documents that are searched but never shown.
-        k: documents that a search returns.
+        vectorstore: any vector store that can return documents by id (`get_by_ids`).
+        document_prompt: how the chain shows a document. It only matters here if it changes a document's content.
+        shown: returns the texts that prompts will show of a document, if these are not its content: for example a window or parent
+            in its metadata, or an empty list for documents that are searched but never shown.
+        k: how many documents a search returns.
         search_kwargs: further arguments of `similarity_search`.
     """
 
@@ -69,7 +68,10 @@ class CacheTuneIndex(DocumentIndex, SearchesAnother):
 
     @model_validator(mode="after")
     def _look_at_what_is_there(self) -> Self:
-        """A record manager skips documents that it knows, so their KV would never be computed, and nobody would know why."""
+        """Log a warning if no KV is stored for the documents in the vector store.
+
+        A record manager skips documents that it knows, so their KV would never be computed.
+        """
         there = [document for document in some_of(self.vectorstore, _SAMPLE) if self._texts(document)]
         if there and not any(self.engine.store.contains(key) for document in there for key in self._keys(document)):
             _log.warning(
@@ -80,7 +82,7 @@ class CacheTuneIndex(DocumentIndex, SearchesAnother):
         return self
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
-        """A copy of the vector store, beside the same engine: models and KV stores can't be copied."""
+        """A copy of the vector store, with the same engine, because models and KV stores can't be copied."""
         memo = {} if memo is None else memo
         memo[id(self.engine)] = self.engine
         return super().__deepcopy__(memo)
@@ -101,11 +103,11 @@ class CacheTuneIndex(DocumentIndex, SearchesAnother):
 
         Args:
             texts: the texts.
-            embedding: of the vector store, where none is given.
-            metadatas: one a text.
-            ids: one a text.
+            embedding: for the vector store, if none is given.
+            metadatas: one for each text.
+            ids: one for each text.
             engine: the engine.
-            vectorstore: where they live; default: in memory.
+            vectorstore: where the texts are stored. Default: in memory.
             kwargs: further arguments of the class.
         """
         if engine is None:
@@ -120,7 +122,7 @@ class CacheTuneIndex(DocumentIndex, SearchesAnother):
     def upsert(self, items: Sequence[Document], /, **kwargs: Any) -> UpsertResponse:
         """Add or replace documents and precompute their KV. Documents without an id are given one.
 
-        The KV comes first: a failure there leaves nothing that could be retrieved. What is stored already isn't computed again.
+        The KV is stored first, so that no document can be retrieved if that fails. KV that is stored already isn't computed again.
         """
         latest = _identified(items)
         self._precompute(latest.values(), self.shown)
@@ -173,12 +175,12 @@ class CacheTuneIndex(DocumentIndex, SearchesAnother):
         return await self.aadd_documents(_documents(texts, metadatas), ids=ids, **kwargs)
 
     def rebuild(self, source: Any = None, *, ids: Iterable[str] | None = None) -> PrecomputeSummary:
-        """Compute what is missing for documents that didn't come through this index; nothing is added to the vector store.
+        """Compute the missing KV of documents that were not added through this index. The vector store is not changed.
 
         Args:
-            source: the vector store (default: this index's own), a retriever (of what it returns: a `ParentDocumentRetriever`'s
-                parents), a docstore, or documents. `shown` is asked about all but a docstore's, which are shown as they are.
-            ids: of the vector store's documents, where it can't list them: `ids=record_manager.list_keys()`.
+            source: the vector store (default: this index's), a retriever (for the documents that it returns, such as the parents of a
+                `ParentDocumentRetriever`), a docstore, or documents. `shown` is used for all except those of a docstore.
+            ids: ids of the vector store's documents, if it can't list them: `ids=record_manager.list_keys()`.
 
         Raises:
             ConfigError: the source can't list its documents.
@@ -188,11 +190,11 @@ class CacheTuneIndex(DocumentIndex, SearchesAnother):
 
     # -- deleting -------------------------------------------------------------------------------------------------
 
-    # A vector store says bool | None, a document index DeleteResponse: this one is true, as success has to be.
+    # A vector store returns bool | None, and a document index DeleteResponse. A DeleteResponse counts as True, which means success.
     def delete(self, ids: list[str] | None = None, **kwargs: Any) -> DeleteResponse:  # type: ignore[override]
-        """Delete documents and free KV that no other document holds. Unknown ids are no failure.
+        """Delete documents, and free the KV that no other document holds. Unknown ids are ignored.
 
-        That includes what requests stored because they missed it.
+        This includes KV that was stored after requests that missed it.
         """
         found = self.vectorstore.get_by_ids(_given(ids))
         known = [str(document.id) for document in found]
@@ -213,11 +215,11 @@ class CacheTuneIndex(DocumentIndex, SearchesAnother):
     # -- reading --------------------------------------------------------------------------------------------------
 
     def get(self, ids: Sequence[str], /, **kwargs: Any) -> list[Document]:
-        """Documents by id; those not found are left out."""
+        """The documents with these ids. Unknown ids are skipped."""
         return self.vectorstore.get_by_ids(list(ids))
 
     async def aget(self, ids: Sequence[str], /, **kwargs: Any) -> list[Document]:
-        """Documents by id; those not found are left out."""
+        """The documents with these ids. Unknown ids are skipped."""
         return await self.vectorstore.aget_by_ids(list(ids))
 
     def _get_relevant_documents(
@@ -249,11 +251,11 @@ class CacheTuneIndex(DocumentIndex, SearchesAnother):
         )
 
     def _forget(self, found: Sequence[Document], ids: Sequence[str]) -> None:
-        """Free documents' KV, whether it was stored under their ids, or by requests that didn't know them."""
+        """Free documents' KV, whether it was stored under their ids, or after requests that didn't know their ids."""
         names = dict.fromkeys(ids)
         store, tenant = self.engine.store, self.engine.namespace.tenant
         if found:
-            self.engine.flush()  # what requests left to be stored is then stored, and found
+            self.engine.flush()  # so that chunks that still wait to be stored are found as well
         for document in found:
             if stored := [key for key in self._keys(document) if store.contains(key)]:
                 store.extend_document(str(document.id), stored, tenant=tenant)
@@ -275,7 +277,7 @@ def _given(ids: list[str] | None) -> list[str]:
 
 
 def _identified(items: Iterable[Document]) -> dict[str, Document]:
-    """Documents by id, the last of each; those without are given one."""
+    """Documents by id. Of several with one id the last counts. Documents without an id get one."""
     documents = [item if item.id is not None else _with_id(item, str(uuid.uuid4())) for item in items]
     return {str(document.id): document for document in documents}
 

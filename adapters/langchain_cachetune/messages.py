@@ -1,4 +1,4 @@
-"""LangChain's messages in the engine's words."""
+"""LangChain's messages in the form that the engine takes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cachetune_store.printing import shown
 _ROLES = {"human": "user", "ai": "assistant", "function": "tool"}
 _MARK, _DOCUMENT, _SINCE = "cachetune_chunk", "cachetune_document", "cachetune_since"
 _CALLS = {"tool_use", "tool_call", "function_call", "input_json_delta"}
-"""Blocks that repeat what `AIMessage.tool_calls` says, as other providers' models write them."""
+"""Types of blocks of other providers' models that only repeat `AIMessage.tool_calls`."""
 
 
 def chunk_block(text: str, document: str | None = None) -> dict[str, Any]:
@@ -25,9 +25,9 @@ def chunk_block(text: str, document: str | None = None) -> dict[str, Any]:
 
     Args:
         text: the chunk.
-        document: id of the document that it belongs to: a chunk that is stored because it was missed goes with that document.
+        document: id of the document that it belongs to. If the chunk is missed and then stored, it is removed with that document.
     """
-    # A message may be kept, and shown again when the document was deleted long ago.
+    # A message may be shown again long after the document was deleted.
     extras: dict[str, Any] = {_MARK: True}
     if document is not None:
         extras |= {_DOCUMENT: document, _SINCE: changes_so_far()}
@@ -35,13 +35,13 @@ def chunk_block(text: str, document: str | None = None) -> dict[str, Any]:
 
 
 def engine_messages(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
-    """Messages as the engine takes them: {"role": str, "content": list of Text and Chunk}, and what belongs to tool calls.
+    """Messages as the engine takes them: {"role": str, "content": list of Text and Chunk}, and the fields of tool calls.
 
     Raises:
-        PromptError: a message holds what is no text.
+        PromptError: a message has a block that is not text.
     """
     converted: list[dict[str, Any]] = []
-    called: dict[str, str] = {}  # which tool a call's id named: results often don't say
+    called: dict[str, str] = {}  # call id -> the tool's name, which results often lack
     for message in messages:
         made: dict[str, Any] = {"role": _role(message), "content": _content(message.content)}
         if message.name:
@@ -58,7 +58,7 @@ def engine_messages(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
 
 
 def tools_as_text(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The same conversation for a chat template that knows no tools: calls and their results as text, as Hermes writes them."""
+    """The same conversation for a chat template without tools: calls and their results become text, as Hermes writes them."""
     converted: list[dict[str, Any]] = []
     for message in messages:
         content = list(message["content"])
@@ -78,7 +78,7 @@ def tools_as_text(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
 
 
 def instructed(messages: Sequence[Mapping[str, Any]], text: str, *, system: bool = False) -> list[dict[str, Any]]:
-    """The messages with a request of ours: at the end of the user's last words, or of the system's."""
+    """The messages with `text` added to the user's last message, or to the system message."""
     copied = [{**message, "content": list(message["content"])} for message in messages]
     if system:
         if not copied or copied[0]["role"] not in ("system", "developer"):

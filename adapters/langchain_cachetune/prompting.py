@@ -1,4 +1,4 @@
-"""From LangChain's messages to the engine's prompt."""
+"""Makes the engine's prompt from LangChain's messages."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def build_prompt(
     """The prompt of a request.
 
     Args:
-        engine: whose prompt it is.
+        engine: makes the prompt.
         messages: the conversation.
-        tools: what the prompt says of tools.
+        tools: the tools that the prompt shows.
         layout: arguments of the chat template.
-        documents: what was retrieved for this request, and perhaps more.
-        learn: say which documents they are, so that those that the prompt shows word for word are stored if they aren't.
+        documents: documents that were retrieved for this request, and perhaps for others.
+        learn: whether the engine gets their ids, so that it stores documents that the prompt shows unchanged and the store lacks.
     """
     converted = engine_messages(messages)
     layout = dict(layout)
@@ -54,7 +54,7 @@ def build_prompt(
     ]
     if getattr(engine.tokenizer, "chat_template", None) or len(converted) != 1:
         return engine.prompt_from_messages(converted, retrieved=retrieved, **layout)
-    # A base model knows no conversations, but it does continue a single text.
+    # A base model has no chat template, but it can continue a single text.
     return engine.prompt_from_text(converted[0]["content"], retrieved=retrieved)
 
 
@@ -66,6 +66,6 @@ def takes_tools(engine: CacheTune) -> bool:
 def template_names(
     engine: CacheTune, names: Iterable[str], *, reserved: Iterable[str] = (*settings.REUSE, *settings.TOOLS)
 ) -> set[str]:
-    """Those names that the tokenizer's chat template uses, and that mean nothing to the engine."""
+    """The names that the tokenizer's chat template uses and that are no argument of the engine."""
     own = {*reserved, *settings.generation_names()}
     return {name for name in names if name in engine.prompts.argument_names and name not in own}

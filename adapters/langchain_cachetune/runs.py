@@ -1,7 +1,7 @@
-"""What LangChain's own callbacks tell about a request: what was retrieved for it, and which reports belong to it.
+"""Uses LangChain's callbacks to find the documents that were retrieved for a request, and the reports that belong to a run.
 
-LangChain calls a handler where a run begins, in the context of whoever began it. Each outermost run gets a record there, in a
-context variable: everything that the run does, on whatever thread or task, inherits it, and no other request does.
+LangChain calls a handler when a run begins, in the context of its caller. Each outermost run gets a record then, in a context variable.
+All that the run does inherits it, on any thread or task, and no other request does.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from cachetune_rag import Report
 from cachetune_store import changes_so_far
 
 Retrieved = tuple[Document, int]
-"""A document, and since when it is known to be there (`changes_so_far`): what is deleted later isn't stored again."""
+"""A document, and the number of `changes_so_far` when it was retrieved. If it is deleted later, it isn't stored again."""
 
 _KEPT = 256
-"""Retrieved documents that a context keeps, the latest ones."""
+"""How many of the latest retrieved documents a context keeps."""
 _PROBE = 24
 _NO_LETTER = re.compile(r"[\W_]+")
 
 
 class _Run:
-    """What is known of an outermost run, and of what was retrieved before it in the same context."""
+    """An outermost run: the documents that were retrieved in it or before it in the same context, and its reports."""
 
     def __init__(self, before: _Run | None, id: UUID | None = None):
         self.id = id
         self.documents: deque[Retrieved] = deque(before.documents if before else (), maxlen=_KEPT)
         self.reports: dict[object, Report] = {}
         self.around: list[weakref.ref[_Run]]
-        # The runs that this one began inside of (a batch, for its parts): its reports are theirs as well. Runs that merely came
-        # before it in the same context have ended, and vanish from this list.
+        # The runs inside which this one began, such as a batch. They get its reports as well. Runs that came before it in the same
+        # context have ended, and are dropped from this list.
         around = [*before.around, weakref.ref(before)] if before else []
         self.around = [reference for reference in around if reference() is not None]
         self._retrieves = False
@@ -60,7 +60,7 @@ class _Run:
         self.documents.extend((document, now) for document in documents)
 
     def end(self) -> None:
-        """The run is over. Its documents stay known to the runs that follow, until one of these retrieves anew."""
+        """The run has ended. Later runs keep its documents until one of them retrieves others."""
         self._retrieves = False
 
 
@@ -69,7 +69,7 @@ _collecting: ContextVar[tuple[list[Report], ...]] = ContextVar("cachetune_report
 
 
 class _Watcher(BaseCallbackHandler):
-    """Opens a record where an outermost run begins, and writes down what retrievers return."""
+    """Makes a record when an outermost run begins, and adds the documents that retrievers return."""
 
     run_inline = True  # in the context of the run, also under asyncio
     ignore_llm = ignore_agent = ignore_retry = ignore_custom_event = True
@@ -103,7 +103,7 @@ class _Watcher(BaseCallbackHandler):
         self, documents: Sequence[Document], *, run_id: UUID, parent_run_id: UUID | None = None, **kwargs: Any
     ) -> None:
         run = _run.get()
-        if run is None:  # a retriever that is called by itself: its documents are for what comes next in this context
+        if run is None:  # a retriever was called alone: its documents are for the next run in this context
             run = _Run(None)
             _run.set(run)
         run.retrieved(document for document in documents if isinstance(document, Document))
@@ -115,18 +115,18 @@ register_configure_hook(_watcher, inheritable=True)
 
 
 class RunRecord:
-    """What a request knows of the run that it is part of; take it in the run's own context. Any thread may report to it."""
+    """The run that a request belongs to. Make it in the run's context. Any thread may call its methods."""
 
     def __init__(self) -> None:
         self._run, self._collecting = _run.get(), _collecting.get()
 
     @property
     def documents(self) -> list[Retrieved]:
-        """What was retrieved in this run, or before it in the same context."""
+        """The documents that were retrieved in this run, or before it in the same context."""
         return list(self._run.documents) if self._run else []
 
     def report(self, key: object, report: Report, *, whole: bool = True) -> None:
-        """Keep a request's report, as the latest one of this run; `whole`: the request ended."""
+        """Keep a request's report as the latest one of this run. `whole` says that the request has ended."""
         if self._run:
             self._run.report(key, report)
         if whole:
@@ -156,9 +156,9 @@ def collect_reports() -> Iterator[list[Report]]:
 
 
 def shown_documents(documents: Iterable[Retrieved], texts: Iterable[str]) -> list[Retrieved]:
-    """Those documents of which the texts show something, if perhaps stripped, quoted or cut; each once.
+    """The documents that the texts show, perhaps stripped, quoted or cut. Each is returned once.
 
-    What was retrieved isn't always for this request: a chain may rank documents one by one, or only ask for a better query.
+    Retrieved documents aren't always for this request: a chain may rank documents one by one, or only ask for a better query.
     """
     prompt = _letters("\n".join(texts))
     made: dict[tuple[str | None, str], Retrieved] = {}

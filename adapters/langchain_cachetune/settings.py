@@ -1,4 +1,4 @@
-"""Names and values of a chat model's settings, checked where they are given rather than where they are first used."""
+"""Names and values of a chat model's settings. They are checked when they are given, not when they are first used."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ALIASES = {
     "max_completion_tokens": "max_tokens",
     "stop_sequences": "stop",
 }
-"""Other usual names, and the one that this class has for it."""
+"""Other usual names of arguments, and the name in this class."""
 
 REUSE = ("ratio", "selector", "reuse")
 TOOLS = ("tools", "tool_choice", "response_format")
@@ -34,10 +34,10 @@ def generation_names() -> frozenset[str]:
 
 
 def refuse_unknown(given: Iterable[str], known: Iterable[str], whose: str) -> None:
-    """Refuse a name that there isn't.
+    """Refuse an unknown name.
 
     Raises:
-        ConfigError: names it, and the nearest one that there is.
+        ConfigError: says the name, and the most similar known one.
     """
     names = set(known)
     for name in given:
@@ -50,10 +50,10 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str], whose: str) -> No
 
 
 def renamed(options: Mapping[str, Any], whose: str) -> dict[str, Any]:
-    """Options under this class's own names.
+    """Options under the names of this class.
 
     Raises:
-        ConfigError: one setting was given twice, under two names.
+        ConfigError: an option was given under two names.
     """
     made: dict[str, Any] = {}
     for name, value in options.items():
@@ -65,10 +65,10 @@ def renamed(options: Mapping[str, Any], whose: str) -> dict[str, Any]:
 
 
 def take_length(given: dict[str, Any]) -> None:
-    """Move an answer's length out of `generate_kwargs`, where it may stand as well, to `max_tokens`.
+    """Move an answer's length from `generate_kwargs` to `max_tokens`.
 
     Raises:
-        ConfigError: it was given twice.
+        ConfigError: it was given in both.
     """
     further = given.get("generate_kwargs")
     if not isinstance(further, Mapping):
@@ -85,7 +85,7 @@ def check_reuse(ratio: Any, selector: Any) -> None:
     """Refuse a ratio or selector that no request could use.
 
     Raises:
-        ConfigError: what was given, and what is allowed.
+        ConfigError: says what was given and what is allowed.
     """
     resolve(selector, ratio)
 
@@ -94,7 +94,7 @@ def check_engine_options(options: Mapping[str, Any]) -> None:
     """Refuse an argument that `CacheTune.from_pretrained` doesn't have.
 
     Raises:
-        ConfigError: names it, and the nearest one.
+        ConfigError: says the name, and the most similar known one.
     """
     check_names(options, FROM_PRETRAINED_NAMES, "CacheTune.from_pretrained")
 
@@ -115,7 +115,7 @@ def decoding_settings(
     stop: list[str] | None,
     others: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Settings in the engine's words: at a temperature above 0 it samples, at 0 it takes the likeliest token."""
+    """The settings as the engine takes them. At a temperature above 0 it samples; at 0 it takes the likeliest token."""
     settings = dict(others)
     settings["max_new_tokens"] = max_tokens
     if temperature is not None:

@@ -13,14 +13,14 @@ from cachetune_rag import Chunk, Text
 from cachetune_rag.text.prompts.prompt import Segment
 
 Shown = Callable[[Document], Iterable[str] | str]
-"""Says which texts of a document prompts will show, such as a window that its metadata holds; none, if it is never shown."""
+"""Returns the texts that prompts will show of a document, such as a window in its metadata; none if it is never shown."""
 
 
 def segments(document: Document, document_prompt: BasePromptTemplate[str] | None) -> list[Segment]:
-    """A document as a prompt shows it: its content is the chunk, and what the document prompt puts around it is text.
+    """A document as a prompt shows it: its content is the chunk, and what the document prompt adds is text.
 
-    So a content is stored once, whatever header it is shown with, and is found where it is shown without one. A document
-    prompt that changes the content (or leaves it out) leaves no choice: all that it makes is the chunk.
+    So a content is stored once, whatever header it is shown with, and is also found without a header. If the document prompt changes the
+    content or leaves it out, all of its output is the chunk.
     """
     body = document.page_content
     if document_prompt is None:
@@ -39,7 +39,7 @@ def segments(document: Document, document_prompt: BasePromptTemplate[str] | None
 def stored_texts(
     document: Document, document_prompt: BasePromptTemplate[str] | None, shown: Shown | None = None
 ) -> list[str]:
-    """The chunks that are stored of a document."""
+    """The texts of the chunks that are stored for a document."""
     if shown is None:
         texts = [segment.text for segment in segments(document, document_prompt) if isinstance(segment, Chunk)]
     else:
@@ -49,5 +49,5 @@ def stored_texts(
 
 
 def content_id(text: str) -> str:
-    """The id that a document without one goes by in the KV store: the same content, the same document."""
+    """The id in the KV store of a document that has none. Documents with the same content have the same id."""
     return f"content-{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()}"

@@ -1,4 +1,4 @@
-"""All documents of what holds some: a vector store, a retriever, a docstore."""
+"""Lists all documents of a vector store, a retriever or a docstore."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _BATCH = 256
 
 
 def documents_of(source: Any, ids: Iterable[str] | None = None) -> Iterator[Document]:
-    """The documents of a source, one after another; those of a docstore get their key as id.
+    """The documents of a source, one after another. Those of a docstore get their key as id.
 
     Args:
         source: a vector store, a retriever, a docstore, or documents.
-        ids: which ones of a vector store; needed where it can't list what it holds.
+        ids: ids of a vector store's documents, which are needed if it can't list them.
 
     Raises:
         ConfigError: the source can't list its documents.
@@ -43,7 +43,7 @@ def documents_of(source: Any, ids: Iterable[str] | None = None) -> Iterator[Docu
 
 
 def some_of(store: VectorStore, count: int) -> list[Document]:
-    """A few documents of a vector store that can name them without reading them all; none, if it can't."""
+    """A few documents of a vector store; none if it can't list their ids without reading all documents."""
     held, numbered = getattr(store, "store", None), getattr(store, "index_to_docstore_id", None)
     ids = list(held) if isinstance(held, dict) else list(numbered.values()) if isinstance(numbered, dict) else []
     try:
@@ -53,7 +53,7 @@ def some_of(store: VectorStore, count: int) -> list[Document]:
 
 
 def shows_itself(source: Any) -> bool:
-    """Whether a source holds what prompts show, rather than what is searched: a docstore, or a retriever that has one."""
+    """Whether a source holds the texts that prompts show, rather than those that are searched: a docstore, or a retriever with one."""
     return isinstance(source, BaseStore) or isinstance(getattr(source, "docstore", None), BaseStore)
 
 
@@ -73,7 +73,7 @@ def _by_id(source: Any, ids: Iterator[str]) -> Iterator[Document]:
 
 
 def _of_vector_store(store: VectorStore) -> Iterator[Document]:
-    """LangChain has no way to list a vector store, so this knows the public ones of those that are used most."""
+    """LangChain has no way to list a vector store, so this uses the public ways of the most common ones."""
     inner = getattr(store, "vectorstore", None)
     if isinstance(inner, VectorStore):  # one that wraps another
         yield from _of_vector_store(inner)
@@ -99,7 +99,7 @@ def _of_vector_store(store: VectorStore) -> Iterator[Document]:
 def _listed(listing: Any) -> Any:
     try:
         found = listing()
-    except TypeError:  # it needs ids, so it is no listing
+    except TypeError:  # it needs ids, so it can't list all documents
         return None
     return found if isinstance(found, Mapping) and {"ids", "documents"} <= set(found) else None
 
@@ -118,7 +118,7 @@ def _of_docstore(store: BaseStore[str, Any]) -> Iterator[Document]:
 
 
 def _of_retriever(retriever: BaseRetriever) -> Iterator[Document]:
-    """What a retriever returns, whatever it finds it by: parents rather than their pieces."""
+    """The documents that a retriever returns. These are the parents if it searches for pieces of them."""
     for name in ("docstore", "vectorstore", "base_retriever", "retriever", "docs"):
         inner = getattr(retriever, name, None)
         if isinstance(inner, BaseStore | VectorStore | BaseRetriever | list):

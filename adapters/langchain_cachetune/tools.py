@@ -1,4 +1,4 @@
-"""Tools and structured output: what a prompt says of them, and what an answer's text makes of them."""
+"""Tools and structured output: how a prompt shows them, and how they are read from an answer's text."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ To call one, write a JSON object with its name and arguments inside <tool_call><
 <tool_call>
 {{"name": <function-name>, "arguments": <args-json-object>}}
 </tool_call>"""
-"""As Hermes and Qwen are trained, for chat templates that say nothing of tools."""
+"""The text that Hermes and Qwen are trained on, for chat templates that don't show tools."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class ToolRequest:
 
     Attributes:
         tools: in the form of OpenAI's API, as chat templates take them.
-        instruction: what the prompt says besides, "" for nothing.
+        instruction: a further instruction for the prompt; "" for none.
     """
 
     tools: tuple[dict[str, Any], ...] = ()
@@ -48,15 +48,15 @@ class ToolRequest:
 
     @property
     def names(self) -> list[str]:
-        """Their names."""
+        """The names of the tools."""
         return [tool["function"]["name"] for tool in self.tools]
 
     @classmethod
     def of(cls, tools: Sequence[Any] | None, tool_choice: Any = None, response_format: Any = None) -> ToolRequest:
-        """What a request's arguments ask for.
+        """The tools that a request's arguments ask for.
 
         Raises:
-            ConfigError: a choice that isn't one of the tools, or an unknown format.
+            ConfigError: the choice isn't one of the tools, or the format is unknown.
         """
         made = tuple(convert_to_openai_tool(tool) for tool in tools or ())
         wanted = _format(response_format)
@@ -84,12 +84,12 @@ class ToolRequest:
 
 
 def langchain_calls(calls: Sequence[tool_calls.ToolCall]) -> list[ToolCall]:
-    """An answer's calls in LangChain's form, with ids of nine letters and digits, which is all that Mistral's template takes."""
+    """An answer's calls in LangChain's form. Their ids have nine letters and digits, as Mistral's template requires."""
     return [tool_call(name=call.name, args=call.arguments, id=uuid.uuid4().hex[:9]) for call in calls]
 
 
 def call_chunks(calls: Sequence[ToolCall]) -> list[ToolCallChunk]:
-    """The same as parts of a stream; each is whole."""
+    """The same calls as parts of a stream. Each part is a whole call."""
     return [
         tool_call_chunk(name=call["name"], args=json.dumps(call["args"]), id=call["id"], index=i)
         for i, call in enumerate(calls)
@@ -97,7 +97,7 @@ def call_chunks(calls: Sequence[ToolCall]) -> list[ToolCallChunk]:
 
 
 def output_parser(schema: Any, method: str) -> BaseOutputParser[Any]:
-    """Reads an answer into what the schema describes; an answer that can't be read raises `OutputParserException`."""
+    """Parses an answer into what the schema describes. An answer that can't be parsed raises `OutputParserException`."""
     is_class = isinstance(schema, type) and is_basemodel_subclass(schema)
     if method == "function_calling":
         if is_class:
@@ -108,7 +108,7 @@ def output_parser(schema: Any, method: str) -> BaseOutputParser[Any]:
 
 
 def schema_format(schema: Any, method: str) -> dict[str, Any]:
-    """The `response_format` of a request that wants JSON."""
+    """The `response_format` of a request for JSON."""
     if method == "json_mode":
         return {"type": "json_object"}
     described = convert_to_json_schema(schema)
@@ -134,7 +134,7 @@ def _format(response_format: Any) -> str:
 
 
 def _check_called(result: Sequence[Any], partial: bool) -> None:
-    """LangChain's own parsers return None for an answer without a call."""
+    """Raise an error if an answer has no call. LangChain's own parsers would return None."""
     message = getattr(result[0], "message", None) if result else None
     if not partial and isinstance(message, AIMessage) and not message.tool_calls:
         raise OutputParserException(

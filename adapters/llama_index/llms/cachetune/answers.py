@@ -1,4 +1,4 @@
-"""The engine's answers as LlamaIndex takes them: steps of a stream, whole or piece by piece, from threads or an event loop."""
+"""The engine's answers for LlamaIndex: whole or streamed, for threads or an event loop."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ from cachetune_rag.text.tool_calls import ToolCall, ToolCallStream
 
 @dataclass(frozen=True)
 class Step:
-    """What a stream has given so far: the whole text, the newest piece, what goes into a response's raw, and at the end the
-    tools that the answer calls."""
+    """What a stream has returned so far: the whole text, the newest piece, the `raw` of a response, and at the end the tool calls."""
 
     text: str
     delta: str
@@ -35,7 +34,7 @@ class Step:
 
     @property
     def counts(self) -> dict[str, Any]:
-        """Token counts, where LlamaIndex's token counter looks for them."""
+        """Token counts, in the place where LlamaIndex's token counter looks for them."""
         return dict(self.raw.get("usage", {}))
 
     def completion(self) -> CompletionResponse:
@@ -48,7 +47,7 @@ class Step:
         if self.calls:
             blocks = [ToolCallBlock(tool_call_id=_id(), tool_name=c.name, tool_kwargs=c.arguments) for c in self.calls]
             message.blocks = [TextBlock(text=self.text), *blocks] if self.text else [*blocks]
-            # Where the framework's parser of streamed objects looks for them.
+            # The framework's parser of streamed objects looks for them here.
             message.additional_kwargs["tool_calls"] = [_openai(block) for block in blocks]
         return ChatResponse(message=message, delta=self.delta, raw=self.raw, additional_kwargs=self.counts)
 
@@ -62,7 +61,7 @@ class Request:
         on_step: called with the report so far at each step, in the context of the code that reads the answer.
         keep_report: called with the report so far at each step, and once more when the stream is closed before its end. That last
             call may come from any thread and in any context, such as the garbage collector's.
-        tools: the names of the tools that the model was shown; None where it was shown none.
+        tools: the names of the tools that the model was shown; None if it was shown none.
     """
 
     begin: Callable[[], AnswerStream]
@@ -76,12 +75,12 @@ class Request:
         return last
 
     def steps(self) -> Iterator[Step]:
-        """The answer piece by piece; the request is begun at once, and not when the first piece is asked for."""
+        """The answer piece by piece. The request begins now, not when the first piece is asked for."""
         stream = self.begin()
         return self._steps(stream)
 
     async def aanswer(self) -> Step:
-        """As `answer`, on a thread of its own; the model stops when the task is cancelled."""
+        """As `answer`, on a thread of its own. The model stops when the task is cancelled."""
         cancelled = threading.Event()
 
         def answer() -> Step:
@@ -89,7 +88,7 @@ class Request:
             for step in self.steps():
                 last = step
                 if cancelled.is_set():
-                    break  # which closes the stream
+                    break  # this closes the stream
             return last
 
         try:
@@ -98,11 +97,11 @@ class Request:
             cancelled.set()
             raise
         if self._report is not None:
-            self.on_step(self._report)  # the thread that answered has a context of its own
+            self.on_step(self._report)  # the thread that answered has another context
         return last
 
     async def asteps(self) -> AsyncIterator[Step]:
-        """As `steps`; everything that waits for the model runs on one thread of the request's own."""
+        """As `steps`. Everything that waits for the model runs on a thread of this request."""
         thread = OwnThread()
         try:
             stream = await thread.call(self.begin)
@@ -122,7 +121,7 @@ class Request:
             for piece in stream:
                 yield progress.step(piece, self._raw(stream))
             finished = True
-            # One more step, so that the counts arrive, and an empty answer is an answer.
+            # One more step for the counts, so that an empty answer has a step too.
             yield progress.end(self._end(stream))
         finally:
             if not finished:
@@ -145,7 +144,7 @@ class Request:
 
     def _close_early(self, stream: AnswerStream) -> None:
         stream.close()
-        if self._report is not None:  # closing has added to it which chunks are going to be stored
+        if self._report is not None:  # closing has added the chunks that will be stored
             self.keep_report(stream.report)
 
     def _tell(self, report: Report) -> None:
@@ -172,7 +171,7 @@ class Request:
 
 
 class _Progress:
-    """The text so far; what may be a tool call is held back until it is clear."""
+    """The text so far. Text that may be a tool call is held back until this is clear."""
 
     def __init__(self, tools: Collection[str] | None):
         self._text = ""

@@ -1,7 +1,7 @@
-"""Checking the arguments of `CacheTuneLLM` when it is made.
+"""Checks of the arguments of `CacheTuneLLM` when it is made.
 
-LlamaIndex's synthesizers take a ValueError of a request for a failed parse and answer "Empty Response". So what can be known
-when the model is made is checked then.
+LlamaIndex's synthesizers treat a ValueError of a request as a failed parse, and answer "Empty Response". So whatever can be checked when
+the model is made is checked then.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from cachetune_rag.reuse.config import resolve
 from cachetune_store.printing import shown
 
 OTHER_NAMES = {"max_tokens": "max_new_tokens", "additional_kwargs": "generate_kwargs"}
-"""What most other LLMs of the framework call an argument, and its name here."""
+"""Names that most other LLMs of the framework have for arguments, and the names here."""
 
 _REQUEST = frozenset(RequestOptions.__annotations__)
 _SAMPLING = setting_names()
 REQUEST_NAMES = _REQUEST | _SAMPLING | {"max_tokens"}
-"""What a request takes by name, beside the variables of a chat template."""
+"""Names of a request's arguments, except the variables of a chat template."""
 
 
 def settle_names(given: Mapping[str, Any], fields: Iterable[str]) -> dict[str, Any]:
-    """Constructor arguments under their names here; sampling settings (temperature, stop, ...) go into `generate_kwargs`.
+    """Constructor arguments under their names here. Sampling settings (temperature, stop, ...) are put into `generate_kwargs`.
 
     Raises:
-        ValueError: an argument has no such name, or is given under two.
+        ValueError: a name is unknown, or an argument is given under two names.
     """
     known = set(fields) | {"class_name"}
     settled: dict[str, Any] = {}
@@ -52,10 +52,10 @@ def settle_names(given: Mapping[str, Any], fields: Iterable[str]) -> dict[str, A
 
 
 def check_reuse(selector: Any, ratio: Any) -> None:
-    """Refuse a selector or ratio that there isn't.
+    """Refuse a selector or ratio that no request could use.
 
     Raises:
-        ValueError: says what there is.
+        ValueError: says what is allowed.
     """
     try:
         resolve(selector, ratio)
@@ -64,15 +64,15 @@ def check_reuse(selector: Any, ratio: Any) -> None:
 
 
 def check_generate_kwargs(given: Mapping[str, Any], more: Iterable[str] | None) -> None:
-    """Refuse names that no request takes.
+    """Refuse names that are no arguments of a request.
 
     Args:
         given: settings of every request.
-        more: names that the chat template takes; None where they aren't known yet. Then only what is close to a known name,
-            and so is a typing error, is refused, and the request will say what else is wrong.
+        more: arguments of the chat template; None if they aren't known yet. Then only names that are similar to a known one are
+            refused now, as typing errors. Other unknown names are refused by the request.
 
     Raises:
-        ValueError: names the nearest there is.
+        ValueError: says the most similar known name.
     """
     for name in given:
         if name in REQUEST_NAMES or name in (more or ()):
@@ -84,10 +84,10 @@ def check_generate_kwargs(given: Mapping[str, Any], more: Iterable[str] | None) 
 
 
 def check_engine_kwargs(given: Mapping[str, Any]) -> None:
-    """Refuse names that `CacheTune.from_pretrained` doesn't take.
+    """Refuse names that are no arguments of `CacheTune.from_pretrained`.
 
     Raises:
-        ValueError: names the nearest there is.
+        ValueError: says the most similar known name.
     """
     try:
         check_names(given, FROM_PRETRAINED_NAMES, "CacheTune.from_pretrained")

@@ -1,4 +1,4 @@
-"""LlamaIndex's messages in the engine's words."""
+"""LlamaIndex's messages in the form that the engine takes."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ _ROLES = {
 class ChunkBlock(TextBlock):
     """A text block that is one retrieved chunk: its KV is reused, or computed alone and stored.
 
-    In a message that has one, the blocks follow each other as they are; otherwise a newline stands between text blocks,
-    as in `ChatMessage.content`.
+    In a message with such a block, nothing is put between the blocks. In other messages text blocks are joined by newlines, as in
+    `ChatMessage.content`.
 
     Attributes:
-        document: the id of the document that it belongs to; what is computed of it is removed with that document.
+        document: the id of the document that it belongs to. Its stored KV is removed with that document.
     """
 
     document: str | None = None
-    # A message may be kept, and shown again when the document was deleted long ago.
+    # A message may be shown again long after the document was deleted.
     _since: int = PrivateAttr(default_factory=changes_so_far)
 
     def as_chunk(self) -> Chunk:
-        """The block as the engine takes it."""
+        """The chunk for the engine."""
         return Chunk(self.text, self.document, since=self._since)
 
 
@@ -47,7 +47,7 @@ def engine_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
 
 
 def plain_segments(messages: Sequence[ChatMessage]) -> list[Segment]:
-    """The same for a model without a chat template: "role: content" lines, up to where the assistant speaks."""
+    """The messages for a model without a chat template: lines "role: content", up to where the assistant speaks."""
     segments: list[Segment] = []
     for message in messages:
         segments += [Text(f"{_role(message)}: "), *contents(message), Text("\n")]
@@ -55,10 +55,10 @@ def plain_segments(messages: Sequence[ChatMessage]) -> list[Segment]:
 
 
 def contents(message: ChatMessage) -> list[Segment]:
-    """A message's text, with its chunks apart.
+    """A message's text, with its chunks as separate segments.
 
     Raises:
-        PromptError: it holds what is no text.
+        PromptError: it has a block that is not text.
     """
     texts: list[TextBlock] = []
     for block in message.blocks:
@@ -80,7 +80,7 @@ def _role(message: ChatMessage) -> str:
 
 
 def _tool_fields(message: ChatMessage) -> dict[str, Any]:
-    """What a chat template that knows tools reads beside role and content."""
+    """The further fields of a message that chat templates with tools read."""
     calls = [_call(block) for block in message.blocks if isinstance(block, ToolCallBlock)]
     if calls:
         return {"tool_calls": calls}

@@ -1,8 +1,8 @@
-"""Deleted documents whose KV waits until it is clear whether they come back.
+"""Deleted documents whose KV is kept until it is clear whether they are inserted again.
 
-A framework updates a document by deleting and inserting it again. Freed in between, the KV of everything that stayed the same
-would be computed again. So deletions inside an update, or inside a run of an ingestion pipeline, are settled when that ends:
-documents that came back were replaced by then, and the others are freed.
+The framework updates a document by deleting it and inserting it again. If its KV were freed in between, unchanged parts would be computed
+again. So documents that are deleted in an update, or in a run of an ingestion pipeline, are handled when that ends: the KV of those that
+were not inserted again is freed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 
 class Freeing(Protocol):
-    """What frees and computes documents: a `KVPrecompute`."""
+    """An object that frees and computes the KV of documents: a `KVPrecompute`."""
 
     def delete_ref_doc(self, ref_doc_id: str) -> int:
         """Free a document's KV."""
@@ -32,30 +32,30 @@ class Freeing(Protocol):
 
 
 class Deletions:
-    """What was deleted in one update or ingestion run, and hasn't come back so far."""
+    """Documents that were deleted in one update or ingestion run and were not inserted again so far."""
 
     def __init__(self) -> None:
         self._waiting: list[tuple[Freeing, str]] = []
 
     def add(self, owner: Freeing, ref_doc_id: str) -> None:
-        """A document was deleted."""
+        """Add a document that was deleted."""
         if not self.holds(owner, ref_doc_id):
             self._waiting.append((owner, ref_doc_id))
 
     def holds(self, owner: Freeing, ref_doc_id: str) -> bool:
-        """Whether a document was deleted and hasn't come back."""
+        """Whether a document was deleted and not inserted again."""
         return any(who is owner and id == ref_doc_id for who, id in self._waiting)
 
     def came_back(self, owner: Freeing, ref_doc_id: str) -> None:
-        """A document was deleted and has been replaced."""
+        """Drop a document that was inserted again."""
         self._waiting = [(who, id) for who, id in self._waiting if who is not owner or id != ref_doc_id]
 
     def settle(self, result: Iterable[object] = ()) -> None:
-        """Free what didn't come back.
+        """Free the KV of the documents that were not inserted again.
 
         Args:
-            result: the nodes that an ingestion run returned. Documents whose nodes came out of the pipeline's cache are among
-                them, though nothing was told of them.
+            result: the nodes that an ingestion run returned. They include nodes from the pipeline's cache, for which no insertion
+                was reported.
         """
         nodes = [node for node in result if isinstance(node, BaseNode)]
         waiting, self._waiting = self._waiting, []
@@ -66,7 +66,10 @@ class Deletions:
                     owner.replace(back)
                 else:
                     owner.delete_ref_doc(ref_doc_id)
-            except (CacheTuneError, StoreError):  # the framework's own call has succeeded, and is not to fail for this
+            except (
+                CacheTuneError,
+                StoreError,
+            ):  # the framework's call has succeeded, and must not fail because of this
                 _log.warning("the KV of document %r was not freed", ref_doc_id, exc_info=True)
 
 
@@ -75,7 +78,7 @@ _UPDATE: ContextVar[Deletions | None] = ContextVar("_UPDATE", default=None)
 
 @contextmanager
 def update() -> Iterator[None]:
-    """What is deleted within is settled at the end; an update within an update is part of it."""
+    """Handle the deletions inside the context when it ends. An update inside another one is part of that."""
     if _UPDATE.get() is not None:
         yield
         return
@@ -89,5 +92,5 @@ def update() -> Iterator[None]:
 
 
 def of_update() -> Deletions | None:
-    """What the update under way here has deleted; None where none is under way."""
+    """The deletions of the update that is running in this context; None if there is none."""
     return _UPDATE.get()

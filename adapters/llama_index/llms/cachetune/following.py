@@ -1,4 +1,4 @@
-"""Keeping the KV store in step with an index or docstore, by calling its own methods through."""
+"""Updates the KV store together with an index or docstore, by wrapping the methods of these."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from llama_index.llms.cachetune.traces import TRACES
 
 
 class Followed(Freeing, Protocol):
-    """What is kept in step: a `KVPrecompute`."""
+    """An object that updates the KV store: a `KVPrecompute`."""
 
     def insert(self, nodes: Sequence[BaseNode]) -> object:
         """Compute further nodes of documents."""
 
 
 def deletions() -> Deletions | None:
-    """The deletions of the update or ingestion run under way, which are settled at its end; None outside of one."""
+    """The deletions of the running update or ingestion run, which are handled at its end; None if there is none."""
     return of_update() or TRACES.current().ingestion
 
 
 def follow(owner: Followed, target: Any) -> None:
-    """Have an index or a docstore tell `owner` of what it inserts, updates and deletes.
+    """Let `owner` know what an index or a docstore inserts, updates and deletes.
 
     Raises:
-        TypeError: it deletes no documents.
+        TypeError: `target` has no method that deletes documents.
     """
     makers: dict[str, Callable[..., Any]] = {
         "delete_ref_doc": _after_deletion,
@@ -47,7 +47,7 @@ def follow(owner: Followed, target: Any) -> None:
 
 
 def _after_deletion(owner: Followed, delete: Callable[..., Any], is_async: bool) -> Callable[..., Any]:
-    """`delete`, after which the KV is freed. Ids are documents', or those of nodes that belong to no document."""
+    """`delete`, followed by freeing the KV. Ids are those of documents, or of nodes without a document."""
 
     def deleted(ids: str | Sequence[str]) -> None:
         waiting = deletions()
@@ -65,7 +65,7 @@ def _after_insertion(owner: Followed, insert: Callable[..., Any], is_async: bool
 
 
 def _then(call: Callable[..., Any], told: Callable[[Any], object], is_async: bool) -> Callable[..., Any]:
-    """`call`, and then `told` with its first argument."""
+    """A function that calls `call`, and then `told` with the first argument."""
 
     @functools.wraps(call)
     def calling(first: Any, *args: Any, **kwargs: Any) -> Any:

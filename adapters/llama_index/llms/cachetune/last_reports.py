@@ -1,7 +1,7 @@
-"""The last report of the calling thread or task, and of those that it has begun.
+"""The last report of the calling thread or task, and of the threads and tasks that it has begun.
 
-Of requests that run side by side (`asyncio.gather`, threads), each sees its own; who waits for them sees the latest of theirs,
-also where a synchronous call of the framework runs an event loop inside.
+If requests run at the same time (`asyncio.gather`, threads), each sees its own report. The caller that waits for them sees the latest of
+their reports, also if a synchronous call of the framework runs an event loop inside.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class _Scope:
     """A thread or task that made a request.
 
     Attributes:
-        owner: names the thread and task.
-        around: the scope that it was begun in.
-        depth: how many are around it.
-        last: the model that was asked last in here, and the report.
+        owner: identifies the thread and task.
+        around: the scope in which it began.
+        depth: how many scopes are around it.
+        last: the model that was last asked in this scope, and the report.
     """
 
     owner: tuple[int, int]
@@ -39,7 +39,7 @@ _SCOPE: ContextVar[_Scope | None] = ContextVar("_SCOPE", default=None)
 
 
 def tell(model: object, report: Report) -> None:
-    """A request to `model` has this report."""
+    """Keep the report of a request to `model`."""
     scope: _Scope | None = _here()
     while scope is not None:
         scope.last = (weakref.ref(model), report)
@@ -47,7 +47,7 @@ def tell(model: object, report: Report) -> None:
 
 
 def last(model: object) -> Report | None:
-    """The latest report of this thread or task; None if the last request in here was to another model, or there was none."""
+    """The latest report of this thread or task; None if its last request was to another model, or if there was none."""
     scope = _SCOPE.get()
     told = None if scope is None else scope.last
     return told[1] if told is not None and told[0]() is model else None
@@ -56,7 +56,7 @@ def last(model: object) -> Report | None:
 def _here() -> _Scope:
     scope, owner = _SCOPE.get(), _owner()
     if scope is None or scope.owner != owner:
-        # Tasks that begin each other for ever would make an endless chain.
+        # The depth is limited, because tasks may begin each other without end.
         around = scope if scope is not None and scope.depth < _DEEPEST else None
         scope = _Scope(owner, around, 0 if around is None else around.depth + 1)
         _SCOPE.set(scope)

@@ -1,7 +1,7 @@
-"""Prompts that the user's own functions lay out: `messages_to_prompt` and `completion_to_prompt`.
+"""Prompts that are laid out by functions of the developer: `messages_to_prompt` and `completion_to_prompt`.
 
-Such a function is the developer's, and writes control tokens. What users and documents say must not become one, so the function
-is given marks in place of contents, and the contents go where the marks come out.
+Such a function may write control tokens, but texts of users and documents must not become any. So the function gets marks instead of
+the texts, and each text is put in the place of its mark in the result.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def lay_out_messages(
     """The prompt that `messages_to_prompt` makes of messages.
 
     Args:
-        engine: knows the control tokens.
+        engine: finds control tokens.
         layout: the function.
-        messages: what it is for.
-        contents: the same messages' contents with their chunks apart.
+        messages: the messages.
+        contents: the content of each message, with chunks as separate segments.
     """
 
     def render(texts: Sequence[str]) -> str:
@@ -56,8 +56,8 @@ def _lay_out(
     marked = render(marks)
     if all(marked.count(mark) == 1 for mark in marks):
         return _filled(marked, marks, contents)
-    # The function drops a content, repeats it, or looks into it. So it is taken at its word, as long as no control token in
-    # its prompt can be somebody else's.
+    # The function drops a content, repeats it, or depends on it. Then its result for the real texts is used, if all control tokens in
+    # it come from the function.
     text = render(texts)
     pieces = engine.prompts.split_template(text)
     own = [piece for piece, control in engine.prompts.split_template(marked) if control]
@@ -80,7 +80,7 @@ def _filled(marked: str, marks: Sequence[str], contents: Sequence[Sequence[Segme
 
 
 def _marks(texts: Sequence[str]) -> Iterator[str]:
-    """A mark for each text, of private-use characters that stand in none of them; nothing trims those."""
+    """A mark for each text, with a private-use character that is in none of the texts. Functions don't trim such characters."""
     used = {character for text in texts for character in set(text)}
     side = next(chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in used)
     for i in range(len(texts)):

@@ -44,7 +44,7 @@ _loading = threading.Lock()
 
 
 def _after_fork() -> None:
-    """In the child nobody is loading, whoever held the lock at the fork."""
+    """In a forked process no engine is being loaded, whoever held the lock at the fork."""
     global _loading
     _loading = threading.Lock()
 
@@ -53,25 +53,25 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 class Unlaid(str):
-    """A prompt that is complete but for the layout by `completion_to_prompt`."""
+    """A prompt that only lacks the layout by `completion_to_prompt`."""
 
 
 class CacheTuneLLM(ToolCalling, CustomLLM):
     """A LlamaIndex LLM that reuses the KV of the stored chunks it finds in its prompts.
 
     Args:
-        engine: the engine; or else it is loaded from `model` at the first use.
-        model: path or hub id for `CacheTune.from_pretrained`; with an engine, only a name.
+        engine: the engine. None: it is loaded from `model` at the first use.
+        model: path or hub id for `CacheTune.from_pretrained`. With an engine, it is only a name.
         store: folder of the KV store.
         engine_kwargs: further arguments of `CacheTune.from_pretrained`.
-        max_new_tokens: most tokens of an answer (`max_tokens` is the same); None: what the model's configuration says.
-        context_window: plan prompts for fewer tokens than the model's context has.
-        ratio, selector: what is recomputed, see `CacheTune.stream`.
-        generate_kwargs: sampling settings (do_sample, temperature, top_p, ...) and stop, for every request. They can be given
-            as arguments of their own, too. A request's own keyword arguments override them.
-        learn_retrieved: nodes that the framework has retrieved for a request, and that stand in its prompt but aren't stored, are
-            computed as chunks and stored behind the answer under their `ref_doc_id`, so that the next request finds them.
-            False: only what was precomputed is found.
+        max_new_tokens: most tokens of an answer (also as `max_tokens`); None: as the model's configuration says.
+        context_window: a smaller number of tokens than the model's context, for which prompts are planned.
+        ratio, selector: what is recomputed. See `CacheTune.stream`.
+        generate_kwargs: sampling settings (do_sample, temperature, top_p, ...) and stop, for every request. They can also be given
+            directly. A request's keyword arguments override them.
+        learn_retrieved: whether nodes that were retrieved for a request, and are in its prompt but not stored, are computed as
+            chunks and stored after the answer under their `ref_doc_id`, so that the next request finds them. False: only
+            precomputed chunks are found.
         system_prompt, query_wrapper_prompt, messages_to_prompt, completion_to_prompt, output_parser, callback_manager, ...: as in
             LlamaIndex's own LLMs.
 
@@ -138,12 +138,12 @@ class CacheTuneLLM(ToolCalling, CustomLLM):
 
     @property
     def last_report(self) -> Report | None:
-        """Report of the last request of this thread or task, and of those that it began; where there is none, of any's."""
+        """Report of the last request of this thread or task, or of those that it began; if there is none, of any request."""
         return last_reports.last(self) or self._last_report
 
     @property
     def metadata(self) -> LLMMetadata:
-        """What the framework plans prompts by."""
+        """The values by which the framework plans prompts."""
         maker = self.prompt_maker
         context = self.engine.adapter.max_positions or self.context_window or DEFAULT_CONTEXT_WINDOW
         return LLMMetadata(
@@ -155,17 +155,17 @@ class CacheTuneLLM(ToolCalling, CustomLLM):
         )
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
-        """A copy of the settings; the engine, a model's weights and an open store, is shared."""
+        """A copy of the settings that shares the engine."""
         memo = {} if memo is None else memo
         if self._engine is not None:
             memo[id(self._engine)] = self._engine
         return super().__deepcopy__(memo)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle: without the engine, which is loaded again at the first use there.
+        """The state for a pickle, without the engine, which the copy loads at its first use.
 
         Raises:
-            pickle.PicklingError: the engine was handed in, so nothing says how to load it.
+            pickle.PicklingError: this object was given an engine, so it isn't known how to load it.
         """
         if getattr(self, "_was_given", False):
             raise pickle.PicklingError(
@@ -186,9 +186,9 @@ class CacheTuneLLM(ToolCalling, CustomLLM):
         """Answer a prompt.
 
         Args:
-            prompt: the prompt; a chat model takes it as one user message, unless `formatted`.
-            formatted: the prompt is complete as it is.
-            built: the same prompt as the engine reads it, if that is known already; `prompt` is for callbacks then.
+            prompt: the prompt. For a chat model it becomes a user message, unless it is `formatted`.
+            formatted: whether the prompt is complete as it is.
+            built: the same prompt for the engine, if it was built already. `prompt` is only for callbacks then.
             kwargs: max_new_tokens, stop, ratio, selector and sampling settings of this request; and `retrieved`, the nodes
                 that a retriever of your own returned, where the framework doesn't know them.
         """
@@ -206,14 +206,14 @@ class CacheTuneLLM(ToolCalling, CustomLLM):
     async def acomplete(
         self, prompt: str, formatted: bool = False, *, built: Prompt | None = None, **kwargs: Any
     ) -> CompletionResponse:
-        """As `complete`; the model runs in another thread, and stops when the task is cancelled."""
+        """As `complete`, with the model on another thread. It stops when the task is cancelled."""
         return (await self._completion(prompt, formatted, built, kwargs).aanswer()).completion()
 
     @llm_completion_callback()
     async def astream_complete(
         self, prompt: str, formatted: bool = False, *, built: Prompt | None = None, **kwargs: Any
     ) -> CompletionResponseAsyncGen:
-        """As `stream_complete`; the model runs in another thread."""
+        """As `stream_complete`, with the model on another thread."""
         steps = await self._completion(prompt, formatted, built, kwargs).asteps()
         return (step.completion() async for step in steps)
 
@@ -225,7 +225,7 @@ class CacheTuneLLM(ToolCalling, CustomLLM):
 
         Args:
             messages: the conversation.
-            built: the same as the engine reads it, if that is known already; `messages` are for callbacks then.
+            built: the same prompt for the engine, if it was built already. `messages` are only for callbacks then.
             kwargs: as for `complete`; and `tools`, descriptions as in OpenAI's API, for a chat template that shows them.
         """
         return self._conversation(messages, built, kwargs).answer().chat()
@@ -242,14 +242,14 @@ class CacheTuneLLM(ToolCalling, CustomLLM):
     async def achat(
         self, messages: Sequence[ChatMessage], *, built: Prompt | None = None, **kwargs: Any
     ) -> ChatResponse:
-        """As `chat`; the model runs in another thread, and stops when the task is cancelled."""
+        """As `chat`, with the model on another thread. It stops when the task is cancelled."""
         return (await self._conversation(messages, built, kwargs).aanswer()).chat()
 
     @llm_chat_callback()
     async def astream_chat(
         self, messages: Sequence[ChatMessage], *, built: Prompt | None = None, **kwargs: Any
     ) -> ChatResponseAsyncGen:
-        """As `stream_chat`; the model runs in another thread."""
+        """As `stream_chat`, with the model on another thread."""
         steps = await self._conversation(messages, built, kwargs).asteps()
         return (step.chat() async for step in steps)
 
@@ -257,7 +257,7 @@ class CacheTuneLLM(ToolCalling, CustomLLM):
 
     @property
     def prompt_maker(self) -> PromptMaker:
-        """Lays out prompts by this model's settings."""
+        """Makes prompts by this model's settings."""
         given, completion = self.messages_to_prompt, self.completion_to_prompt
         return PromptMaker(
             self.engine,
@@ -269,8 +269,11 @@ class CacheTuneLLM(ToolCalling, CustomLLM):
         )
 
     def _get_prompt(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:
-        """A completion's prompt from a template. The framework would lay it out by `completion_to_prompt` right here; then its
-        control tokens could not be told from the content's, so `complete` does that."""
+        """A completion's prompt from a template.
+
+        The framework would apply `completion_to_prompt` here. Then control tokens of the layout could not be told from such text in
+        the content. So `complete` applies it.
+        """
         if self.prompt_maker.completion_layout is None:
             return super()._get_prompt(prompt, **prompt_args)
         text = prompt.format(llm=self, **prompt_args)
@@ -300,7 +303,7 @@ class CacheTuneLLM(ToolCalling, CustomLLM):
         options: dict[str, Any],
         tools: Sequence[Any] | None = None,
     ) -> Request:
-        """A request, whose prompt is made of what was retrieved and the chat template's arguments once it begins."""
+        """A request. When it begins, its prompt is made from the retrieved nodes and the arguments of the chat template."""
         trace, retrieved = TRACES.current(), options.pop("retrieved", None)
 
         def begin() -> AnswerStream:
@@ -333,5 +336,5 @@ class CacheTuneLLM(ToolCalling, CustomLLM):
 
 
 def _renamed(options: Mapping[str, Any]) -> dict[str, Any]:
-    """A request's options with `max_tokens`, as most other LLMs of the framework call it, under its name here."""
+    """A request's options, with `max_tokens`, the usual name in the framework, renamed to max_new_tokens."""
     return {"max_new_tokens" if name == "max_tokens" else name: value for name, value in options.items()}

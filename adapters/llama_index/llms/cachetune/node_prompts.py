@@ -1,4 +1,4 @@
-"""A prompt over nodes, from a template of the framework's: each node's body is a chunk in its place."""
+"""A prompt that shows nodes in a template of the framework. The body of each node is a chunk."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SEPARATOR = "\n\n"
 
 @dataclass(frozen=True)
 class ShownNode:
-    """A node, where it is known, and what a prompt shows of it."""
+    """A node, if it is known, and the segments that a prompt shows of it."""
 
     node: BaseNode | None
     segments: Sequence[Segment]
@@ -33,13 +33,14 @@ class NodePrompt:
     """One prompt, and the answer to it.
 
     Args:
-        llm: answers.
-        template: the prompt's text; the nodes stand at `variable`.
-        nodes: what is shown there.
+        llm: the model that answers.
+        template: the prompt's text.
+        variable: the variable of the template that stands for the nodes.
+        nodes: the nodes.
         extra: further values for the template.
 
     Raises:
-        PromptError: the template shows the variable not at all, or more than once.
+        PromptError: the template doesn't contain the variable exactly once.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class NodePrompt:
 
     @cached_property
     def prompt(self) -> Prompt:
-        """The prompt as the engine reads it; chunks in the texts around the nodes are found as well."""
+        """The prompt for the engine. Chunks in the text around the nodes are found as well."""
         maker = self._llm.prompt_maker
         if self._messages is not None:
             return maker.conversation(self._messages, self._nodes)
@@ -116,20 +117,20 @@ class NodePrompt:
 
 
 class _Marked:
-    """The nodes' place in a template: a mark stands for them."""
+    """A mark that stands for the nodes in a template."""
 
     def __init__(self, context: Sequence[Segment]):
         self.value = f"chunks-{uuid.uuid4().hex}"
         self._context, self._found = context, 0
 
     def cut(self, text: str) -> list[Segment]:
-        """A rendered text, with the nodes in the mark's place."""
+        """A rendered text, with the nodes in place of the mark."""
         self._found += text.count(self.value)
         before, mark, after = text.partition(self.value)
         return [Text(before), *self._context, Text(after)] if mark else [Text(text)]
 
     def check(self, variable: str) -> None:
-        """Refuse a template that has no place for the nodes, or several."""
+        """Refuse a template that doesn't contain the mark exactly once."""
         if self._found != 1:
             raise PromptError(
                 f"the prompt template shows {{{variable}}} {self._found} times: nodes need exactly one place. Use a template "
@@ -138,8 +139,7 @@ class _Marked:
 
 
 class _Sought:
-    """The same where functions of the user's own see the nodes' text: they are given it, and the chunks are sought in what they
-    made of it."""
+    """The nodes' text, for templates with functions of the user. These get the text, and the chunks are searched for in their result."""
 
     def __init__(self, context: Sequence[Segment]):
         self.value = "".join(segment.text for segment in context)
@@ -159,7 +159,7 @@ class _Sought:
         return [*segments, Text(text[done:])]
 
     def check(self, variable: str) -> None:
-        """Whatever the functions made of the nodes is the prompt."""
+        """Accept any result of the user's functions."""
 
 
 def _place(

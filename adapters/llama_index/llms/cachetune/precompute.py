@@ -1,4 +1,4 @@
-"""Filling the KV store while LlamaIndex ingests documents."""
+"""Fills the KV store while LlamaIndex ingests documents."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from llama_index.llms.cachetune.traces import TRACES
 Shown = Callable[[BaseNode], str | Iterable[str]]
 
 _VERSIONS: weakref.WeakKeyDictionary[CacheTune, dict[str, str]] = weakref.WeakKeyDictionary()
-"""Of documents that were ingested in this process: the hash of the source that they were made of."""
+"""For documents that were ingested in this process, the hash of their source."""
 _versions_lock = threading.Lock()
 
 
@@ -36,21 +36,20 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 class KVPrecompute(TransformComponent):
-    """Computes and stores the KV of the nodes that pass through, as retrieval will show them. Put it after the splitter.
+    """Computes and stores the KV of the nodes that pass through, as prompts will show them. Put it after the splitter.
 
-    The body of a node, without its header of metadata and stripped, is one chunk: prompts show it in whatever header they put
-    before it. The nodes of one source document are one document in the store, under its `ref_doc_id`; a node of no document
-    goes by its own id. Nodes of another version of a source (its hash says so) replace the document, further nodes of the same
-    version are added to it.
+    The body of a node (its stripped text without its metadata) is one chunk, so it is found whatever header a prompt puts before it. The
+    nodes of a source document are one document in the store, under its `ref_doc_id`; a node without a source has its own id. Nodes of
+    another version of the source, which its hash shows, replace the document. Further nodes of the same version are added to it.
 
-    An `IngestionPipeline` caches what its transformations return and skips them the next time. Model, tokenizer, dtype,
-    tenant and store are part of this one's key there, so another model or store computes anew; KV that was evicted
-    meanwhile is computed again by the first request that misses it, or for all by `rebuild`.
+    An `IngestionPipeline` caches the results of its transformations, and skips these the next time. Model, tokenizer, dtype, tenant and
+    store are part of the key in that cache, so another model or store computes anew. KV that was evicted meanwhile is computed by the
+    first request that misses it, or for all nodes by `rebuild`.
 
     Args:
         engine: the engine.
-        shown: the text, or texts, that prompts will show of a node, where that isn't its body: with sentence windows, for
-            instance, `lambda node: node.metadata["window"]`. They are stored instead, stripped, as most prompts show them.
+        shown: returns the text or texts that prompts will show of a node, if this is not its body. For sentence windows, for
+            example, it is `lambda node: node.metadata["window"]`. They are stripped, as in most prompts, and stored instead.
     """
 
     namespace: str = Field(description="What the KV was computed with: model, tokenizer, dtype, lead-ins, tenant.")
@@ -64,9 +63,9 @@ class KVPrecompute(TransformComponent):
         path = engine.store.path
         values: dict[str, Any] = {
             "namespace": engine.namespace.digest,
-            # KV in memory is gone with its engine, and so must be what says it was computed.
+            # A store in memory ends with its engine, so the pipeline's cache must not be valid for another one.
             "store": f"memory-{id(engine.store)}" if path is None else str(path.resolve()),
-            # The same of a function without a name that another process would know.
+            # So it is for a function without a name that another process would know.
             "shows": "" if shown is None else _name(shown),
         }
         super().__init__(**values)
@@ -102,7 +101,7 @@ class KVPrecompute(TransformComponent):
         return super().__deepcopy__(memo)
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
-        """Precompute the nodes' chunks; returns the nodes as they came."""
+        """Precompute the nodes' chunks. Returns the nodes unchanged."""
         known = self._versions()
         new: list[BaseNode] = []
         more: list[BaseNode] = []
@@ -113,31 +112,30 @@ class KVPrecompute(TransformComponent):
         return nodes
 
     async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
-        """The same in another thread."""
+        """The same, on another thread."""
         return await call_in_thread(self, nodes)
 
     def insert(self, nodes: Sequence[BaseNode]) -> PrecomputeSummary:
-        """Compute nodes, and add them to their documents; a document that was deleted in the update under way consists of them."""
+        """Compute nodes, and add them to their documents. A document that was deleted in the running update then consists of them."""
         self(nodes)
         assert self._summary is not None
         return self._summary
 
     def replace(self, nodes: Iterable[BaseNode]) -> PrecomputeSummary:
-        """Make documents consist of these nodes: their KV is computed where it isn't stored, and what else they had is freed."""
+        """Make documents consist of these nodes. Missing KV is computed, and KV of their other nodes is freed."""
         self._summary = self._compute(list(nodes), replace=True)
         return self._summary
 
     def rebuild(
         self, source: Source, transformations: Sequence[TransformComponent] = (), *, queries: Sequence[str] = ()
     ) -> PrecomputeSummary:
-        """Compute what is missing for everything in an index that exists, whatever caches say.
+        """Compute all missing KV of an existing index, whatever is cached.
 
         Args:
-            source: the index, its docstore, or its vector store (one that can list its nodes); a pipeline's docstore, which holds
-                whole documents: give the transformations that split them, such as the pipeline's other ones; nodes; or a
-                retriever.
-            transformations: run on the source's content first.
-            queries: questions to ask the retriever. What it returns is added to its documents.
+            source: the index, its docstore, or its vector store (if it can list its nodes); a pipeline's docstore, which has whole
+                documents and needs `transformations`; nodes; or a retriever.
+            transformations: applied to the content of the source first, such as the pipeline's splitter.
+            queries: questions for the retriever. The nodes that it returns are added to their documents.
 
         Raises:
             ConfigError: the source can't say what it holds.
@@ -148,17 +146,17 @@ class KVPrecompute(TransformComponent):
         return self._summary
 
     def delete_ref_doc(self, ref_doc_id: str) -> int:
-        """Free the KV of a document that was deleted; bytes freed. Unknown documents are none."""
+        """Free the KV of a document that was deleted. Returns the bytes that were freed, 0 for an unknown document."""
         self._versions().pop(ref_doc_id, None)
         return self.engine.remove(ref_doc_id, missing_ok=True)
 
     def follow(self, *targets: Any) -> None:
-        """Keep the store in step with indexes or docstores: what they delete is freed, what they insert is computed.
+        """Update the store together with indexes or docstores: free what they delete, and compute what they insert.
 
         Args:
-            targets: an index (`insert`, `refresh_ref_docs`, `update_ref_doc`, `delete_ref_doc`), also one that was loaded and so
-                knows no transformation; or the docstore of a pipeline. What an update deletes and inserts again is neither
-                freed nor computed again.
+            targets: an index (`insert`, `refresh_ref_docs`, `update_ref_doc`, `delete_ref_doc`), also a loaded one without
+                transformations; or the docstore of a pipeline. Nodes that an update deletes and inserts again are neither freed nor
+                computed again.
         """
         for target in targets:
             follow(self, target)

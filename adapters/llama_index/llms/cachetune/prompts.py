@@ -1,4 +1,4 @@
-"""A request's prompt, from what LlamaIndex hands over."""
+"""Makes a request's prompt from LlamaIndex's arguments."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _TOOLS = re.compile(r"\btools\b")
 
 @dataclass(frozen=True)
 class PromptMaker:
-    """Lays out prompts for one engine.
+    """Makes prompts for one engine.
 
     Attributes:
         engine: the engine.
-        learn: whether retrieved nodes that aren't stored become chunks all the same, to be stored.
+        learn: whether retrieved nodes that aren't stored become chunks, and are stored.
         system_prompt, query_wrapper: put around completions that aren't formatted yet.
-        messages_layout, completion_layout: functions of the user's that lay out prompts in the chat template's place.
+        messages_layout, completion_layout: functions of the user that lay out prompts instead of the chat template.
     """
 
     engine: CacheTune
@@ -39,7 +39,7 @@ class PromptMaker:
 
     @property
     def is_chat(self) -> bool:
-        """Whether conversations have a layout."""
+        """Whether there is a layout for conversations."""
         return self.messages_layout is not None or self._has_template
 
     @property
@@ -49,7 +49,7 @@ class PromptMaker:
 
     @property
     def argument_names(self) -> frozenset[str]:
-        """What the chat template takes by name, such as enable_thinking."""
+        """Names of the chat template's arguments, such as enable_thinking."""
         return self.engine.prompts.argument_names if self._has_template else frozenset()
 
     def completion(self, prompt: str, formatted: bool, nodes: Iterable[object], **layout: Any) -> Prompt:
@@ -57,8 +57,8 @@ class PromptMaker:
 
         Args:
             prompt: its text.
-            formatted: it is complete as it is.
-            nodes: what was retrieved for it.
+            formatted: whether it is complete as it is.
+            nodes: the nodes that were retrieved for it.
             layout: arguments of the chat template.
         """
         told = self._told([prompt], nodes)
@@ -83,7 +83,7 @@ class PromptMaker:
         tools: Sequence[Any] | None = None,
         **layout: Any,
     ) -> Prompt:
-        """A conversation's prompt; arguments as for `completion`, and the tools that the model is shown."""
+        """A conversation's prompt. Arguments are those of `completion`, and the tools that the model is shown."""
         parts = [contents(message) for message in messages]
         told = self._told(["".join(segment.text for segment in part) for part in parts], nodes)
         if self.messages_layout is not None:
@@ -96,12 +96,12 @@ class PromptMaker:
         )
 
     def text(self, segments: Sequence[Segment], nodes: Iterable[object]) -> Prompt:
-        """A formatted prompt whose chunks stand apart."""
+        """A formatted prompt in which chunks are separate segments."""
         told = self._told(["".join(segment.text for segment in segments)], nodes)
         return self.engine.prompt_from_text(segments, retrieved=told)
 
     def _told(self, texts: Sequence[str], nodes: Iterable[object]) -> list[str | Chunk]:
-        """What the engine is told was retrieved: of all nodes those that this prompt shows."""
+        """The retrieved nodes that this prompt shows, for the engine."""
         chunks = standing_in(texts, chunks_of(nodes))
         return [*chunks] if self.learn else [chunk.text for chunk in chunks]
 
@@ -116,5 +116,5 @@ class PromptMaker:
             return ""
         try:
             return str(self.engine.tokenizer.get_chat_template(None, tools=[{}]))
-        except ValueError:  # several named ones, and none is the default: the engine says so when it is used
+        except ValueError:  # there are several templates and no default, which the engine refuses when it is used
             return ""

@@ -1,7 +1,7 @@
 """Nodes as prompts show them: a header of metadata, which is plain text, and the body, which is the chunk.
 
-The header differs from prompt to prompt: a citation engine, an evaluator or an agent's tool shows none, and a transformation may
-add to it after the KV was computed. The body is the same everywhere, so the body is what is stored.
+The header differs between prompts: a citation engine, an evaluator or an agent's tool shows none, and a transformation may add to it after
+the KV was computed. The body is the same in all of them, so the body is stored.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from cachetune_store.printing import shown
 _WORDS = re.compile(r"\w+")
 _RUN, _SAMPLES = 6, 12
 _WRAPPED = 0.75
-"""A text of which another chunk makes up at least this share is taken for that chunk with something around it."""
+"""If a chunk makes up at least this share of a text, the text is taken for that chunk with something around it."""
 
 
 def document_of(node: BaseNode) -> str:
-    """The id of the document that a node's KV belongs to: its source document's, or the node's own where it has none."""
+    """The id of the document that a node's KV belongs to: that of its source document, or the node's own if it has none."""
     return node.ref_doc_id or node.node_id
 
 
 def body(node: BaseNode) -> str:
-    """A node's text without its header, and without the white space around it, which most prompts strip."""
+    """A node's text without its header, stripped, as most prompts show it."""
     return node.get_content(metadata_mode=MetadataMode.NONE).strip()
 
 
@@ -44,7 +44,7 @@ def with_body_apart(text: str, node: BaseNode | None) -> list[Segment]:
         return [Text(text)]
     shown = body(node)
     start = text.rfind(shown) if shown else -1
-    if start < 0:  # a node that shows its text otherwise, or another one
+    if start < 0:  # the prompt shows the node's text in another form
         shown = text.strip()
         start = text.find(shown)
     if not shown:
@@ -55,10 +55,10 @@ def with_body_apart(text: str, node: BaseNode | None) -> list[Segment]:
 
 
 def chunks_of(retrieved: Iterable[object]) -> list[Chunk]:
-    """The bodies of nodes as chunks of their source documents, each once; a str, or a node without a source, is of none.
+    """The bodies of nodes as chunks of their source documents, each once. A str, or a node without a source, has no document.
 
     Raises:
-        PromptError: an item is neither.
+        PromptError: an item is neither a node nor a str.
     """
     chunks: dict[str, Chunk] = {}
     now = changes_so_far()  # a document that is deleted later isn't stored again, however long its nodes are kept
@@ -78,7 +78,7 @@ def chunks_of(retrieved: Iterable[object]) -> list[Chunk]:
 
 
 def standing_in(texts: Sequence[str], chunks: Iterable[Chunk]) -> list[Chunk]:
-    """Those of the chunks that a prompt of these texts shows, as they are or altered (quoted, escaped, cut).
+    """The chunks that a prompt of these texts shows, unchanged or altered (quoted, escaped, cut).
 
     What is counted is what is shown: each text that stands in the prompt as a passage of its own counts once, whole, also where it
     has sentences in common with others, as the windows around neighbouring sentences have. A chunk that stands only inside
@@ -96,7 +96,7 @@ def standing_in(texts: Sequence[str], chunks: Iterable[Chunk]) -> list[Chunk]:
         if _echoes(chunk.text, words):
             altered.append(chunk)
     counted = _unwrapped(_outermost(whole, standing), standing)
-    # An altered text has no place that could be looked at: what is inside another one counts as part of it.
+    # The place of an altered text isn't known. If it is part of another text, it counts as part of that.
     others = [
         chunk
         for chunk in altered
@@ -109,7 +109,7 @@ def standing_in(texts: Sequence[str], chunks: Iterable[Chunk]) -> list[Chunk]:
 
 
 def _outermost(text: str, chunks: Sequence[Chunk]) -> list[Chunk]:
-    """The chunks that stand somewhere in a text without being inside another one there, in the order of their places."""
+    """The chunks that occur in a text outside of other chunks, in the order of their places."""
     places = [(start, start + len(chunk.text), chunk) for chunk in chunks for start in _starts(text, chunk.text)]
     found: dict[str, Chunk] = {}
     reached = 0
@@ -135,7 +135,7 @@ def _unwrapped(shown: Sequence[Chunk], chunks: Sequence[Chunk]) -> list[Chunk]:
     another place where it is shown: of two windows, one may well make up most of the other.
     """
     taken: dict[str, Chunk] = {}
-    # The shortest first, so that what stands by itself is taken before a longer text could give way to it.
+    # The shortest come first, so that a chunk that is shown alone is taken before a longer text can be replaced by it.
     for outer in sorted(shown, key=lambda chunk: len(chunk.text)):
         inner = [
             chunk
@@ -150,7 +150,7 @@ def _unwrapped(shown: Sequence[Chunk], chunks: Sequence[Chunk]) -> list[Chunk]:
 
 
 def _covered(text: str, chunks: Iterable[Chunk]) -> int:
-    """How many characters of a text stand in chunks within it; where these overlap, a character counts once."""
+    """How many characters of a text are in chunks inside it. A character in several chunks counts once."""
     places = sorted((start, start + len(chunk.text)) for chunk in chunks for start in _starts(text, chunk.text))
     covered = reached = 0
     for start, end in places:
@@ -160,7 +160,7 @@ def _covered(text: str, chunks: Iterable[Chunk]) -> int:
 
 
 def _echoes(text: str, words: str) -> bool:
-    """Whether at least a quarter of some runs of words of a text occur among `words`."""
+    """Whether at least a quarter of some runs of words of a text occur in `words`."""
     own = _plain(text).split()
     if len(own) < _RUN:
         return False

@@ -21,11 +21,11 @@ Source = BaseIndex[Any] | BaseDocumentStore | BasePydanticVectorStore | BaseRetr
 
 
 def nodes_of(source: Source, queries: Sequence[str] = ()) -> list[BaseNode]:
-    """The nodes of a source; none where it is empty, which is logged.
+    """The nodes of a source. If there are none, a warning is logged.
 
     Args:
         source: an index, a docstore, a vector store that can list its nodes, a retriever, or nodes.
-        queries: what the retriever is asked.
+        queries: questions for the retriever.
 
     Raises:
         ConfigError: the source can't say what it holds.
@@ -42,7 +42,7 @@ def nodes_of(source: Source, queries: Sequence[str] = ()) -> list[BaseNode]:
     if isinstance(source, BaseIndex):
         nodes = list(source.docstore.docs.values())
         if not nodes and isinstance(store := getattr(source, "vector_store", None), BasePydanticVectorStore):
-            nodes = _listed(store)  # a vector store that keeps the texts leaves the docstore empty
+            nodes = _listed(store)  # if the vector store keeps the texts, the docstore is empty
     elif isinstance(source, BaseDocumentStore):
         nodes = list(source.docs.values())
     elif isinstance(source, BasePydanticVectorStore):

@@ -1,4 +1,4 @@
-"""A response synthesizer that hands nodes to the engine one by one."""
+"""A response synthesizer that passes nodes to the engine as separate chunks."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from llama_index.llms.cachetune.node_prompts import NodePrompt, ShownNode
 from llama_index.llms.cachetune.shown import with_body_apart
 
 _NODES: ContextVar[Sequence[NodeWithScore]] = ContextVar("_NODES", default=())
-"""The nodes that `synthesize` was called with; `get_response` is only given their texts."""
+"""The nodes that `synthesize` was called with. `get_response` only gets their texts."""
 
 
 class CacheTuneSynthesizer(BaseSynthesizer):
     """Answers over nodes, each shown exactly as `MetadataMode.LLM` gives it: its header of metadata as text, its body as a chunk.
 
-    As many nodes as fit go into one prompt; an answer is refined with those that don't, as by the compact synthesizer. A body
-    that isn't stored is computed in the request and stored behind the answer, under the node's `ref_doc_id`.
+    As many nodes as fit are put into one prompt. The answer is refined with the others, as in the compact synthesizer. A body that isn't
+    stored is computed in the request, and stored after the answer under the node's `ref_doc_id`.
 
     Args:
-        llm: a `CacheTuneLLM`; default: `Settings.llm`.
+        llm: a `CacheTuneLLM`. Default: `Settings.llm`.
         text_qa_template: the prompt, with {context_str} once and {query_str}.
         refine_template: the prompt for further nodes, with {context_msg} once, {existing_answer} and {query_str}.
         streaming: whether answers come piece by piece.
@@ -94,10 +94,10 @@ class CacheTuneSynthesizer(BaseSynthesizer):
             return await super().asynthesize(query, nodes, additional_source_nodes, **response_kwargs)
 
     def get_response(self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any) -> RESPONSE_TEXT_TYPE:
-        """Answer over texts; a str, or a generator of pieces when streaming. `response_kwargs` go to the templates.
+        """Answer from texts. Returns a str, or a generator of pieces when streaming. `response_kwargs` are for the templates.
 
-        Texts of the nodes that `synthesize` was given are shown as these. Of others nobody says which document they belong to:
-        stored chunks are found in them, and nothing of them is stored.
+        Texts of the nodes that `synthesize` got are shown as these nodes. The document of other texts isn't known, so stored chunks are
+        found in them, but nothing of them is stored.
         """
         request, rest = self._first(query_str, _with_nodes(text_chunks), response_kwargs)
         while rest:
@@ -132,7 +132,7 @@ class CacheTuneSynthesizer(BaseSynthesizer):
     def _pack(
         self, template: BasePromptTemplate, variable: str, nodes: Sequence[ShownNode], extra: dict[str, Any]
     ) -> tuple[NodePrompt, Sequence[ShownNode]]:
-        """A request over the first nodes, as many as fit with room for the answer, and the nodes left."""
+        """A request with the first nodes, as many as fit with room for the answer, and the remaining nodes."""
         metadata = self._llm.metadata
         count = len(nodes)
         room = metadata.context_window - metadata.num_output
@@ -141,7 +141,7 @@ class CacheTuneSynthesizer(BaseSynthesizer):
             length = len(request.prompt.ids)
             if length <= room or count <= 1:
                 break
-            # Usually right at the first try; never more tries than nodes.
+            # The first try usually fits, and there are never more tries than nodes.
             count = max(1, min(count - 1, count * room // length))
         if length > metadata.context_window - 1:
             raise PromptTooLongError(
@@ -161,7 +161,7 @@ def _shown(nodes: Sequence[NodeWithScore]) -> Iterator[None]:
 
 
 def _with_nodes(texts: Sequence[str]) -> list[ShownNode]:
-    """Texts as they are shown, with the bodies of the nodes that they are of."""
+    """The texts as prompts show them, each with its node, if that is known."""
     nodes: dict[str, BaseNode] = {}
     for item in _NODES.get():
         nodes.setdefault(item.node.get_content(metadata_mode=MetadataMode.LLM), item.node)

@@ -21,7 +21,7 @@ NO_TOOLS = (
 
 
 class ToolCalling(FunctionCallingLLM):
-    """What the framework asks of a model that calls functions."""
+    """The methods that the framework requires of a model that calls functions."""
 
     def _prepare_chat_with_tools(
         self,
@@ -41,7 +41,7 @@ class ToolCalling(FunctionCallingLLM):
             user_msg = ChatMessage(role=MessageRole.USER, content=user_msg)
         if user_msg is not None:
             messages.append(user_msg)
-        kwargs.pop("tool_choice", None)  # nothing can hold a local model to one
+        kwargs.pop("tool_choice", None)  # a local model can't be forced to call a tool
         return {"messages": messages, "tools": [t.metadata.to_openai_tool() for t in tools] or None, **kwargs}
 
     def _validate_chat_with_tools_response(
@@ -51,7 +51,7 @@ class ToolCalling(FunctionCallingLLM):
         allow_parallel_tool_calls: bool = False,
         **kwargs: Any,
     ) -> ChatResponse:
-        """The first call alone, where several weren't asked for."""
+        """Keep only the first call, unless several are allowed."""
         calls = [block for block in response.message.blocks if isinstance(block, ToolCallBlock)]
         if not allow_parallel_tool_calls and len(calls) > 1:
             message = response.message
@@ -65,7 +65,7 @@ class ToolCalling(FunctionCallingLLM):
         """The tools that an answer calls.
 
         Raises:
-            CacheTuneError: it calls none, and `error_on_no_tool_call`.
+            CacheTuneError: it calls none, and `error_on_no_tool_call` is True.
         """
         calls = [block for block in response.message.blocks if isinstance(block, ToolCallBlock)]
         if not calls and error_on_no_tool_call:

@@ -1,9 +1,9 @@
-"""What LlamaIndex's own signals say about a request: which nodes were retrieved for it, and whose response it belongs to.
+"""Uses LlamaIndex's spans to find the nodes that were retrieved for a request, and the response that a request belongs to.
 
-The framework opens a span around each call of a query engine, retriever, postprocessor, synthesizer, agent and LLM, and hands the
-current span on through context variables, over tasks and threads. `Traces` listens at the root dispatcher: nodes that a span
-returns, or a synthesizer is given, belong to the spans around it, and so do the reports of its requests. A request sees what belongs to its own spans and
-nothing of other requests; with the outermost span all of it is gone.
+The framework opens a span around each call of a query engine, retriever, postprocessor, synthesizer, agent and LLM, and passes the
+current span on to tasks and threads in context variables. `Traces` listens at the root dispatcher. Nodes that a span returns, or that a
+synthesizer gets, belong to all spans around it, and so do the reports of its requests. A request only sees what belongs to its own spans.
+All of it is dropped when the outermost span ends.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from llama_index.llms.cachetune.deletions import Deletions
 from llama_index.llms.cachetune.shown import chunks_of
 
 REPORTS = "cachetune_reports"
-"""Where a response's `metadata` has the reports of all requests that were made for it, in order."""
+"""The key in a response's `metadata` of the reports of all its requests, in order."""
 
 _RESPONSES = (Response, StreamingResponse, AsyncStreamingResponse, PydanticResponse, AgentChatResponse)
 
 
 _STREAM: ContextVar[Trace | None] = ContextVar("_STREAM", default=None)
-"""The span that a stream came from, while it is asked for a piece."""
+"""The span that a stream came from, while the stream makes a piece."""
 
 
 @dataclass(eq=False)
@@ -58,8 +58,8 @@ class Trace:
         reports: reports of the requests within it, in the order of their first pieces; a request's report changes until it ends.
         requests: how many requests were begun within it.
         deletions: what was deleted within it, in the span that is the run of an ingestion pipeline.
-        was_returned: whether a span within it has returned nodes, as a retriever's does.
-        judged: it is the query of an evaluator, whose documents are made for this query and known to no index.
+        was_returned: whether a span within it, such as that of a retriever, has returned nodes.
+        judged: whether it is the query of an evaluator. Documents of such a query exist only for it.
     """
 
     parent: Trace | None = None
@@ -71,7 +71,7 @@ class Trace:
     judged: bool = False
 
     def around(self) -> Iterator[Trace]:
-        """This span and those around it, the innermost first."""
+        """This span and the spans around it, the innermost first."""
         span: Trace | None = self
         while span is not None:
             yield span
@@ -79,12 +79,12 @@ class Trace:
 
     @property
     def chunks(self) -> list[Chunk]:
-        """What was retrieved within the outermost span so far: what the prompt of a request in here may show."""
+        """The nodes that were retrieved within the outermost span so far, which a request's prompt may show."""
         *_, outermost = self.around()
         return list(outermost.retrieved.values())
 
     def add_returned(self, nodes: object) -> None:
-        """A span has returned `nodes`, if that is what they are."""
+        """Add the result of a span, if it is a list of nodes."""
         if found := _chunks(nodes):
             for span in self.around():
                 span.was_returned = True
@@ -109,17 +109,17 @@ class Trace:
         for span in self.around():
             for chunk in found:
                 known = span.retrieved.get(chunk.text)
-                # What is retrieved again is known to be there now.
+                # A chunk that is retrieved again is known to exist now.
                 if known is None or known.document is None or known.document == chunk.document:
                     span.retrieved[chunk.text] = chunk
 
     @property
     def ingestion(self) -> Deletions | None:
-        """What the ingestion run around this span has deleted; None where there is none."""
+        """The deletions of the ingestion run around this span; None if there is none."""
         return next((span.deletions for span in self.around() if span.deletions is not None), None)
 
     def begun(self) -> None:
-        """A request begins."""
+        """Count a request that begins."""
         for span in self.around():
             span.requests += 1
 
@@ -149,17 +149,17 @@ class Traces(BaseSpanHandler[BaseSpan]):
     _guard: Any = PrivateAttr(default_factory=threading.Lock)
 
     def install(self) -> None:
-        """Listen at the root dispatcher; a program that has replaced its handlers gets this one again."""
+        """Listen at the root dispatcher, also if a program has replaced its handlers meanwhile."""
         root = root_dispatcher
         with self._guard:
             if not any(handler is self for handler in root.span_handlers):
                 root.add_span_handler(self)
 
     def current(self) -> Trace:
-        """The span that runs here; one of its own where none does."""
+        """The span of this context; a new one if there is none."""
         return self._span(active_span_id.get()) or Trace(_STREAM.get())
 
-    # -- what the dispatcher calls: a handler that fails is passed over, so nothing here may ----------------------
+    # -- called by the dispatcher, which ignores a handler's errors: these methods must not fail -------------------
 
     def span_enter(
         self,
@@ -195,7 +195,7 @@ class Traces(BaseSpanHandler[BaseSpan]):
             trace.deletions.settle(result or ())
         trace.add_returned(result)
         if isinstance(instance, BaseSynthesizer):
-            # Some synthesizers make the request of a stream when its first piece is asked for, behind their span.
+            # Some synthesizers make a stream's request when its first piece is asked for, after their span has ended.
             if isinstance(result, StreamingResponse):
                 result.response_gen = _resumed(result.response_gen, trace)
             elif isinstance(result, AsyncStreamingResponse):
@@ -205,7 +205,7 @@ class Traces(BaseSpanHandler[BaseSpan]):
             result.metadata = {**(result.metadata or {}), REPORTS: trace.reports}
         elif isinstance(result, StreamingAgentChatResponse):  # the one response that has no such field of its own
             result.__dict__["metadata"] = {REPORTS: trace.reports}
-            # It is answered in a task of its own, behind this span.
+            # The answer is computed in another task, after this span has ended.
             result.__dict__["cachetune_trace"] = self._left[id_] = trace
 
     def span_drop(
@@ -235,7 +235,7 @@ class Traces(BaseSpanHandler[BaseSpan]):
 
 
 def _chunks(nodes: object) -> list[Chunk]:
-    """The texts of nodes, taken now because the framework changes nodes in place; none of anything else."""
+    """The chunks of a list of nodes; none for anything else. They are taken now, because the framework changes nodes in place."""
     if not isinstance(nodes, Sequence) or isinstance(nodes, str):
         return []
     return chunks_of(item for item in nodes if isinstance(item, NodeWithScore))
@@ -275,7 +275,7 @@ def _resumed(pieces: Generator[Any, None, None], trace: Trace) -> Generator[Any,
 
 
 async def _aresumed(pieces: AsyncGenerator[Any, None], trace: Trace) -> AsyncGenerator[Any, None]:
-    """The same of an asynchronous stream."""
+    """The same for an asynchronous stream."""
     try:
         while True:
             token = _STREAM.set(trace)
