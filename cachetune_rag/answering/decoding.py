@@ -132,14 +132,7 @@ def prepare(
         PromptError: the prompt has no tokens.
         UnsupportedModelError: the model can't generate.
     """
-    if not hasattr(model, "generate") or not getattr(model, "can_generate", lambda: True)():
-        raise UnsupportedModelError(f"{type(model).__name__} can't generate: load it with AutoModelForCausalLM.")
-    if not len(ids):
-        raise PromptError("the prompt has no tokens, so there is nothing to continue: give a query or a prefix.")
-    if not isinstance(model.generation_config, GenerationConfig):
-        raise ConfigError(
-            f"the model's generation_config is {model.generation_config!r:.80}: set it to a transformers GenerationConfig."
-        )
+    _check_answerable(model, ids)
     if seed is not None and not is_count(seed, LEAST_SEED, MOST_SEED):
         raise ConfigError(f"seed is {shown(seed)}: use an int from -2**63 to 2**64 - 1, or None.")
     settings = {name: value for name, value in settings.items() if value is not None}
@@ -150,12 +143,7 @@ def prepare(
     stops = stop_strings(stop, base.pop("stop_strings", None) or getattr(model.generation_config, "stop_strings", None))
     limit = answer_length(max_new_tokens, (base, vars(model.generation_config)), len(ids), room)
     chosen = merged(settings, base)
-    eos = chosen.get("eos_token_id", getattr(model.generation_config, "eos_token_id", None))
-    if eos is None:  # files converted from other formats may know their end token only in the tokenizer
-        eos = chosen["eos_token_id"] = tokenizer.eos_token_id
-    if chosen.get("pad_token_id", getattr(model.generation_config, "pad_token_id", None)) is None and eos is not None:
-        # It is never used, but missing it is warned about. Without end tokens (an empty list) any will do.
-        chosen["pad_token_id"] = int(next(iter(torch.as_tensor(eos).flatten()), 0))
+    _fill_in_end_tokens(chosen, model, tokenizer)
     prompt = torch.tensor([list(ids)], dtype=torch.int64, device=model.device)
     # max_length rather than max_new_tokens: many models ship a max_length, and having both is warned about.
     chosen |= {"max_length": len(ids) + limit, "max_new_tokens": None, "stop_strings": None}
@@ -205,6 +193,28 @@ def decode_text(forward: Callable[[int], Tensor], plan: DecodingPlan, first_logi
 
 
 # -- inside -----------------------------------------------------------------------------------------------------------
+
+
+def _check_answerable(model: Any, ids: Sequence[int]) -> None:
+    """Refuse a model that can't generate, and a prompt without tokens."""
+    if not hasattr(model, "generate") or not getattr(model, "can_generate", lambda: True)():
+        raise UnsupportedModelError(f"{type(model).__name__} can't generate: load it with AutoModelForCausalLM.")
+    if not len(ids):
+        raise PromptError("the prompt has no tokens, so there is nothing to continue: give a query or a prefix.")
+    if not isinstance(model.generation_config, GenerationConfig):
+        raise ConfigError(
+            f"the model's generation_config is {model.generation_config!r:.80}: set it to a transformers GenerationConfig."
+        )
+
+
+def _fill_in_end_tokens(chosen: dict[str, Any], model: Any, tokenizer: Any) -> None:
+    """Add the ids of end tokens and padding to an answer's settings, where neither these nor the model's configuration have them."""
+    eos = chosen.get("eos_token_id", getattr(model.generation_config, "eos_token_id", None))
+    if eos is None:  # files converted from other formats may know their end token only in the tokenizer
+        eos = chosen["eos_token_id"] = tokenizer.eos_token_id
+    if chosen.get("pad_token_id", getattr(model.generation_config, "pad_token_id", None)) is None and eos is not None:
+        # It is never used, but missing it is warned about. Without end tokens (an empty list) any will do.
+        chosen["pad_token_id"] = int(next(iter(torch.as_tensor(eos).flatten()), 0))
 
 
 def _decode(
