@@ -49,7 +49,10 @@ Spell = Callable[[Iterable[int]], str]
 
 _EDGES = struct.Struct(f"<{2 * EDGE}I")
 _DIGEST = 32  # bytes of a record before its edges
-_COMPARISON = 1024  # what comparing a chunk's edges takes, in hashes of slices
+_PLACE, _COMPARISON = (
+    256,
+    1024,
+)  # what a place takes, and comparing what a chunk's edges spell there, in hashes of slices
 _TRIES = 4
 
 
@@ -178,7 +181,7 @@ class _IdSubject:
             edges = (*before[-EDGE:], *behind[:EDGE])
             record = digest + _EDGES.pack(*edges)
             if record == records if isinstance(records, bytes) else record in records:
-                return self._found(_Place(start, end, EDGE, EDGE, edges, self._keys.get(record))), compared
+                return self._found(_Place(start, end, EDGE, EDGE, edges, self._keys.get(record))), _PLACE
         best: _Place | None = None
         for record in (records,) if isinstance(records, bytes) else _some(records):
             if record[:_DIGEST] != digest:
@@ -191,7 +194,7 @@ class _IdSubject:
                 continue
             if best is None or left + right > best.before + best.behind:
                 best = _Place(start, end, left, right, edges, self._keys.get(record))
-        return best is not None and self._found(best), compared * _COMPARISON
+        return best is not None and self._found(best), _PLACE + compared * _COMPARISON
 
     def spans(self) -> list[IdSpan]:
         """What was confirmed. Where two chunks' edges would overlap, the tokens are the first one's; those of an interior are its own."""
