@@ -1,7 +1,7 @@
 """LangChain: KV reuse for retrieved documents.
 
-`ChatCacheTune` is a drop-in chat model, `create_cachetune_chain` takes the place of `create_stuff_documents_chain`, and
-`CacheTuneIndex` lets `langchain_core.indexing.index` keep the KV store in step with the documents.
+`ChatCacheTune` is a chat model, `create_cachetune_chain` replaces `create_stuff_documents_chain`, and with `CacheTuneIndex`,
+`langchain_core.indexing.index` updates the KV store together with the documents.
 """
 
 try:

@@ -47,7 +47,7 @@ _EPILOG = (
 
 
 class _Group(TyperGroup):
-    """Commands whose usage errors are safe to print: an argument may hold control characters."""
+    """Commands whose usage errors are made safe to print, because an argument may contain control characters."""
 
     def make_context(self, *arguments: Any, **named: Any) -> Any:
         with _escaped_usage_errors():
@@ -63,13 +63,13 @@ def _escaped_usage_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # Usage errors of click, which typer brings along under different module names in different releases.
+        # Usage errors of click. Releases of typer have it under different module names, so they are known by this method.
         if hasattr(error, "format_message") and isinstance(message := getattr(error, "message", None), str):
             error.message = visible_line(message)  # type: ignore[attr-defined]
         raise
 
 
-# Tracebacks are this program's own business (see cli/console.py), so typer's are off.
+# cli/console.py decides about tracebacks, so typer's are off.
 app = typer.Typer(
     name="cachetune",
     cls=_Group,
@@ -83,7 +83,7 @@ app = typer.Typer(
 
 
 def _add(command: Callable[..., None], epilog: str, settings: dict[str, Any] | None = None) -> None:
-    # Help keeps single line ends, so a docstring's paragraphs have to become lines for the terminal to wrap.
+    # Help keeps line ends, so each paragraph of a docstring is made one line, which the terminal wraps.
     paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
     text = "\n\n".join(" ".join(p.split()) for p in paragraphs)
     app.command(help=text, epilog=epilog, context_settings=settings)(command)
@@ -119,18 +119,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 damage found by verify, 2 an error, 130 interrupted.
 
     Args:
-        arguments: words after the program's name; None: those of this process.
+        arguments: the words behind the program's name; None: those of this process.
     """
     open_missing_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            # An answer may hold characters that the terminal's encoding lacks.
+            # An answer may contain characters that the terminal's encoding lacks.
             stream.reconfigure(errors="replace")
     try:
         with warnings_on_stderr(), results_on_stdout():
             app(args=None if arguments is None else list(arguments), prog_name="cachetune")
     except BrokenPipeError:
-        # The reader (head, less) has seen enough. Nothing may be flushed into the closed pipe at exit.
+        # The reader (head, less) has closed the pipe. Nothing may be flushed into it at exit.
         give_up(sys.stdout)
         sys.exit(1)
     except OutputError as error:

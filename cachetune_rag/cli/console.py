@@ -1,4 +1,4 @@
-"""What all commands share on the terminal: errors without tracebacks, JSON, and the words for amounts."""
+"""Printing for all commands: errors without tracebacks, JSON, and amounts in words."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _P = ParamSpec("_P")
 
 
 class UsageError(CacheTuneError):
-    """What was asked for can't be done; the message says why and what to do."""
+    """A command can't be done as it was given. The message says why, and what to do."""
 
 
 class _Visible:
-    """Something to print, with the harmful characters of its text spelt out; colours and line ends stay."""
+    """Something to print, with harmful characters of its text written as escapes. Colours and line ends stay."""
 
     def __init__(self, inner: ConsoleRenderable):
         self._inner = inner
@@ -46,7 +46,7 @@ class _Visible:
 
 
 class _Escaping(RenderHook):
-    """Keeps what a terminal would take for a command off a console."""
+    """Keeps text that a terminal would take for a command off a console."""
 
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
         return [_Visible(each) for each in renderables]
@@ -63,19 +63,19 @@ def stdout() -> Console:
 
 
 def _console(terminal: bool, *, stderr: bool = False) -> Console:
-    # Neither markup nor emoji: what is printed holds ids and messages, in which [red] and :cat: mean themselves.
+    # Without markup and emoji, because ids and messages may contain texts such as [red] and :cat:.
     console = Console(stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=not terminal)
     console.push_render_hook(_Escaping())
     return console
 
 
 def note(message: str) -> None:
-    """A line on stderr."""
+    """Print a line on stderr."""
     stderr().print(Text(message, style="dim"))
 
 
 def emit_json(result: dict[str, Any]) -> None:
-    """The result as the one JSON document on stdout. A figure that is no finite number is null, as JSON has no word for it."""
+    """Print the result as one JSON document on stdout. Infinite numbers and NaN become null, because JSON can't hold them."""
     sys.stdout.write(json.dumps(_finite(result), indent=2, allow_nan=False) + "\n")
 
 
@@ -88,13 +88,13 @@ def _finite(value: Any) -> Any:
 
 
 def printable(text: str) -> str:
-    """A model's text for stdout: on a terminal with control characters spelt out, which could restyle or rewrite it."""
+    """A model's text for stdout. For a terminal, control characters are written as escapes, because they could rewrite the screen."""
     return visible(text.replace("\r", "")) if sys.stdout.isatty() else text
 
 
 @contextmanager
 def warnings_on_stderr() -> Iterator[None]:
-    """Warnings of the engine and the store become lines like those of `note`; they hold ids and paths, too."""
+    """Print warnings of the engine and the store like those of `note`, because they also contain ids and paths."""
     handler = _LineHandler(logging.WARNING)
     loggers = [logging.getLogger(name) for name in ("cachetune_rag", "cachetune_store")]
     for logger in loggers:
@@ -143,15 +143,15 @@ def guarded(command: Callable[_P, None]) -> Callable[_P, None]:
 
 
 def print_error(error: Exception) -> None:
-    """The line on stderr that says what went wrong."""
+    """Print the line on stderr that says what went wrong."""
     stderr().print(Text.assemble(("Error: ", "bold red"), _message(error)))
 
 
 @contextmanager
 def instant_interrupt() -> Iterator[None]:
-    """Ctrl-C ends the process at once, for stretches in which there is nothing to keep.
+    """While the context is open, Ctrl-C ends the process at once. It is for work that leaves nothing to be saved.
 
-    While torch and transformers are imported, a KeyboardInterrupt may surface as some other error, or not at all.
+    During the import of torch and transformers, a KeyboardInterrupt may become another error, or be lost.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -169,12 +169,12 @@ def _leave(*_: object) -> None:
 
 
 def _is_exit(error: Exception) -> bool:
-    """Whether typer itself raised it, to end or to refuse (the classes move between releases, their fields don't)."""
+    """Whether typer raised the error, to end the command or to refuse it. Its classes move between releases, so a field is checked too."""
     return isinstance(error, typer.Exit | typer.Abort) or hasattr(error, "exit_code")
 
 
 def _flush() -> None:
-    """What was printed of an answer stands before the error that ended it; that it can't be written must not hide that error."""
+    """Print the beginning of an answer before the error that ended it. A failure to do so must not hide that error."""
     with suppress(OutputError):
         sys.stdout.flush()
 
@@ -190,13 +190,13 @@ def _message(error: Exception) -> str:
 
 
 def _from_store(error: Exception) -> bool:
-    """Whether the store raised it, found out without importing the store (and torch) for a mistyped path."""
+    """Whether the store raised the error. The store (and torch) is not imported to find out."""
     errors = sys.modules.get("cachetune_store.errors")
     return errors is not None and isinstance(error, errors.StoreError)
 
 
 def size(count: int) -> str:
-    """Bytes, as people read them."""
+    """Bytes in a unit that people can read."""
     amount = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if amount < 1024:

@@ -1,9 +1,9 @@
-"""Finding stored chunks by the words of a question (Okapi BM25), so that `ask` works without a vector index.
+"""Finds stored chunks by the words of a question (Okapi BM25), so that `ask` works without a vector index.
 
-Words of any script are compared in one spelling. Two spellings are the same word here where readers take them for the same:
-upper and lower case, full-width and compatibility forms, composed and decomposed accents (and none), Arabic and Hebrew with
-vowel signs and without, digits of any script. Where a script puts no spaces between words, or attaches particles to them,
-neighbouring pairs of characters stand for words, as in most search engines.
+Words of any script are brought into one spelling before they are compared. The differences that readers ignore are removed: upper and lower
+case, full-width and compatibility forms, composed, decomposed and missing accents, vowel signs of Arabic and Hebrew, and the digits of
+different scripts. In scripts that put no spaces between words, or attach particles to them, pairs of neighbouring characters are used
+as words, as in most search engines.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _Key = TypeVar("_Key")
 _IDEOGRAPHS = r"\p{Han}\p{Yi}々〇"
 _UNSPACED = rf"{_IDEOGRAPHS}\p{{Line_Break=SA}}\p{{Hiragana}}\p{{Katakana}}ー\p{{Bopomofo}}\p{{Hangul}}\p{{Javanese}}\p{{Balinese}}"
 _RUN_OR_WORD = regex.compile(rf"([{_UNSPACED}]+)|(?:(?![{_UNSPACED}])[\p{{L}}\p{{M}}\p{{N}}])+")
-_CHARACTER = regex.compile(r"\P{M}\p{M}*|\p{M}+")  # vowels and tones that are marks belong to what they stand on
+_CHARACTER = regex.compile(r"\P{M}\p{M}*|\p{M}+")  # vowel and tone marks belong to the character that they stand on
 _IDEOGRAPH = regex.compile(f"[{_IDEOGRAPHS}]")
 
 # Marks that may be left out in writing: accents, Hebrew points, Arabic and Syriac vowels, the Arabic stretch; and characters
@@ -78,7 +78,7 @@ def rank(question: str, texts: Iterable[tuple[_Key, str]]) -> list[_Key]:
 
 
 def words(text: str) -> list[str]:
-    """The words of a text as they are looked up: where there are no spaces, single characters and pairs of them."""
+    """The words of a text, for the search. In scripts without spaces, these are single characters and pairs of them."""
     found: list[str] = []
     for run, word in _pieces(text):
         if word:
@@ -91,7 +91,7 @@ def words(text: str) -> list[str]:
 
 
 def asked(question: str) -> set[str]:
-    """The words to look for. A single character counts where it is a word by itself: alone, or an ideograph."""
+    """The words to search for. A single character is a word only if it stands alone or is an ideograph."""
     wanted: set[str] = set()
     for run, word in _pieces(question):
         if word:
@@ -108,7 +108,7 @@ def _pairs(characters: list[str]) -> Iterator[str]:
 
 
 def _pieces(text: str) -> Iterator[tuple[str, str]]:
-    """Each a run of characters without spaces between words, and "", or "" and a word."""
+    """Pairs of a run of characters without spaces, and "", or of "" and a word."""
     for match in _RUN_OR_WORD.finditer(_folded(text)):
         run = match[1]
         yield (run, "") if run else ("", _ARTICLE.sub("", match[0], count=1) if match[0][0] >= "\u0600" else match[0])

@@ -1,4 +1,4 @@
-"""How far a long piece of work is: a line that changes on a terminal, and a new line every ten seconds elsewhere."""
+"""Shows how far long work is: by a line that changes on a terminal, and by a new line every ten seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cachetune_rag.cli.console import note, stderr
 
 LINE_SECONDS = 10.0
 ESTIMATE_SECONDS = 30.0
-"""The time that is left is estimated from the last so many seconds."""
+"""The remaining time is estimated from the work of so many seconds."""
 
 
 class Meter:
@@ -20,7 +20,7 @@ class Meter:
 
     Args:
         title: what is being done.
-        countable: whether it is known how much work there is: a bar shows the share that is done.
+        countable: whether the amount of work is known. A bar then shows the share that is done.
     """
 
     def __init__(self, title: str, *, countable: bool = True):
@@ -50,9 +50,9 @@ class Meter:
         """Show where the work is.
 
         Args:
-            detail: what to say beside the bar.
-            done, total: how much is done of how much, if it is countable.
-            line: what to say where there is no terminal; None: `detail`.
+            detail: the text beside the bar.
+            done, total: how much is done, and how much there is, if the work is countable.
+            line: the text if there is no terminal; None: `detail`.
         """
         if self._progress is not None:
             if self._countable:

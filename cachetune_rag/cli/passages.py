@@ -1,4 +1,4 @@
-"""Stored passages for a question, for commands that have no retriever of the user's own."""
+"""Finds stored passages for a question, for commands, which have no retriever of the user."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Passage:
 def retrieve(
     engine: CacheTune, store: ChunkStore, question: str, documents: list[str], top_k: int | None
 ) -> list[Passage]:
-    """Passages from the store: whole documents, or the best `top_k` of them (of all, if none is named).
+    """Passages from the store: all of the named documents, or the best `top_k` of these (or of all documents, if none is named).
 
     Raises:
-        UsageError: none shares a word with the question, or one is no longer stored or of another model.
+        UsageError: no passage shares a word with the question, or one is no longer stored, or is of another model.
     """
     if not documents and top_k is None:
         return []
@@ -56,7 +56,7 @@ def retrieve(
 
 
 def _texts(engine: CacheTune, store: ChunkStore) -> Iterator[tuple[ChunkKey, str]]:
-    """The engine's texts, each once: it may be stored both as before lead-ins were chosen and as after."""
+    """The engine's texts, each once. A text may be stored twice: from before the lead-ins were chosen, and from after."""
     now, *before = engine.lead_ins.namespaces
     seen: set[bytes] = set()
     for namespace in (now, *before):

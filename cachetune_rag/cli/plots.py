@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from cachetune_rag.measuring.tuning import Point, TierTuning, TuningResult
 
 _MEAN, _WORST, _BOUND, _CHOICE, _FULL = "#1f5fa8", "#9bb8d9", "#b3261e", "#2e7d32", "#777777"
-"""Colours. In a plot of a tuning: what was measured, its spread, the lower bound, the choice, and full prefill."""
+"""Colours. In the plot of a tuning they are for measured times, their spread, the lower bound, the choice, and full prefill."""
 
 _ROOFLINE_POINTS = 200
 
@@ -25,10 +25,10 @@ SUFFIXES = (".svg", ".png", ".pdf")
 
 
 def check_plot(path: Path) -> None:
-    """Refuse a plot that couldn't be written, before anything is measured.
+    """Refuse a plot that can't be written, before anything is measured.
 
     Raises:
-        UsageError: an unknown kind of file, a missing folder, or no matplotlib.
+        UsageError: the kind of file is unknown, or the folder or matplotlib is missing.
     """
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"--plot {path} has no known ending: use {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}.")
@@ -41,7 +41,7 @@ def check_plot(path: Path) -> None:
 
 
 def save_plot(figure: Figure, path: Path) -> None:
-    """Write a figure, whole or not at all."""
+    """Write a figure, so that the file is whole or not there at all."""
     drawn = io.BytesIO()
     figure.savefig(drawn, format=path.suffix.lower().removeprefix("."))
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -91,7 +91,7 @@ def _calibration_panel(
 
 
 def draw_tuning(result: TuningResult) -> Figure:
-    """Time to first token against the ratio, one panel a tier, with the lower bound and the choice. As `draw_calibration`, it uses no global state."""
+    """Time to first token against the ratio, with the lower bound and the choice, and a panel for each tier. As `draw_calibration`, it uses no global state."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 1 + 3.6 * len(result.tiers)), layout="constrained")
@@ -124,7 +124,7 @@ def _tuning_panel(axes: Axes, tier: TierTuning) -> None:
 
 
 def _by_choice(tier: TierTuning) -> list[tuple[list[Point], str, str, str]]:
-    """The points in two groups: the offline ranking chose all recomputed tokens, or the selector chose its share."""
+    """The points in two groups: those in which the offline ranking chose all recomputed tokens, and those in which the selector chose some."""
     offline = [p for p in tier.points if p.skipped == p.ratio]
     online = [p for p in tier.points if p.skipped != p.ratio]
     kinds = [(online, "o", "-", "selector and skipped rows"), (offline, "s", "--", "skipped rows only")]

@@ -138,7 +138,7 @@ def _note_gaps(job: _Job, evicted: int, disk_budget: str) -> None:
 
 
 class CorpusProgress:
-    """Which share of a corpus is done, counted in bytes; inside a document, by its chunks.
+    """The share of a corpus that is done, counted in bytes. Inside a document it is estimated from its chunks.
 
     Args:
         total: bytes of the corpus.
@@ -147,7 +147,7 @@ class CorpusProgress:
     def __init__(self, total: int):
         self.total = max(total, 1)
         self._read = self._finished = 0  # bytes and number of finished documents
-        # Bytes and chunks of documents that the job has taken and not finished: it reads ahead.
+        # Bytes and chunks of documents that the job has read and not finished.
         self._unfinished: deque[tuple[int, int]] = deque()
         self._chunks_before = 0  # chunks that were done before the current document
         self._read_inside = 0.0  # bytes of the current document that are done
@@ -159,15 +159,15 @@ class CorpusProgress:
         return min(self.total, self._read + self._read_inside)
 
     def begin(self, size: int, chunks: int) -> None:
-        """The job was given a document of so many bytes and chunks; it handles documents in this order."""
+        """Add a document that the job was given. The job handles documents in this order."""
         self._unfinished.append((size, chunks))
 
     def skip(self, size: int) -> None:
-        """These bytes need no work."""
+        """Count bytes that need no work."""
         self._read += size
 
     def update(self, progress: Progress) -> None:
-        """Take over what the job reports."""
+        """Update the share from the job's progress."""
         done = progress.chunks + progress.skipped
         while self._finished < progress.documents:
             self._finished += 1
@@ -186,7 +186,7 @@ class CorpusProgress:
 
 
 class _Job:
-    """One run: feeds documents to the engine as it asks for them, and keeps count of where it is."""
+    """One run: gives documents to the engine when it asks for them, and keeps track of the progress."""
 
     def __init__(self, corpus: Corpus, engine: CacheTune, splitter: Splitter):
         self.progress = CorpusProgress(corpus.size)
@@ -198,7 +198,7 @@ class _Job:
         self._last: Progress | None = None
 
     def run(self) -> PrecomputeSummary:
-        """Precompute; a Ctrl-C ends it with what was done so far, any error says how much is stored."""
+        """Precompute. Ctrl-C ends the run with a summary of what is stored, and an error in the corpus says how much is stored."""
         from cachetune_rag.report import PrecomputeSummary
 
         try:

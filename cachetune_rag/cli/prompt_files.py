@@ -1,4 +1,4 @@
-"""Prompts from files, to measure with: JSON lines with a query and perhaps its chunks, or text with a question a line."""
+"""Reads prompts to measure with from files: JSON lines with a query and perhaps its chunks, or text with a question in each line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PromptFromFile:
-    """A prompt of a file. `chunks` is None if they are still to be retrieved; `where` names file and line for messages."""
+    """A prompt from a file. `chunks` is None if they have to be retrieved. `where` names file and line for messages."""
 
     query: str
     chunks: list[str] | None
@@ -27,10 +27,10 @@ class PromptFromFile:
 
 
 def read_samples(paths: Iterable[str]) -> list[PromptFromFile]:
-    """All samples of the files, in order; empty lines are left out.
+    """All prompts of the files, in order. Empty lines are skipped.
 
     Raises:
-        UsageError: a line is no sample, or there is none.
+        UsageError: a line is not a prompt, or there are none.
         CorpusError: a file can't be read as text.
     """
     paths = list(paths)
@@ -49,7 +49,7 @@ def prompts_from(
         engine, store: where passages are retrieved from.
         given: the prompts of the files.
         documents: retrieve from these documents only; empty: from all.
-        top_k: passages to retrieve for a prompt.
+        top_k: how many passages to retrieve for a prompt.
 
     Raises:
         UsageError: no passage fits a prompt; the message names its line.

@@ -68,7 +68,7 @@ def prune(
 
 
 def keeper(namespace: Namespace, codec: str | None = None) -> Callable[[ChunkHead], bool]:
-    """Which chunks are of use to an engine with this namespace; those of other tenants by the same model are."""
+    """A function that says which chunks an engine with this namespace can use. Chunks of other tenants by the same model stay too."""
 
     def keep(head: ChunkHead) -> bool:
         made = head.namespace

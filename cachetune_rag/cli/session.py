@@ -25,7 +25,7 @@ _MARK = "store.json"
 _PARTS = {"chunks", "documents", "notes", "tmp", "index", "damaged", "profiles", _MARK}
 _PARTS |= {"lock", "index.lock", "claims.lock"}
 _NO_LIMIT = 1 << 62
-"""Disk budget of commands that add nothing: opening a store must not shrink it."""
+"""Disk budget for commands that add nothing, so that opening a store evicts nothing."""
 
 
 @dataclass(frozen=True)
@@ -71,16 +71,16 @@ def opened(
 
 
 def open_existing(path: Path, host_budget: str = "0", *, device_budget: str = "0", device: str = "auto") -> ChunkStore:
-    """The store at `path` as it is: nothing is evicted, and no more than `host_budget` is kept in memory.
+    """Open the store at `path` without evicting anything, and keep at most `host_budget` of it in memory.
 
     Args:
         path: the store's folder.
         host_budget, device_budget: as the user wrote them.
-        device: the model's, as the user wrote it.
+        device: the model's device, as the user wrote it.
 
     Raises:
-        UsageError: there is no store, a budget is no byte count, or one of a device's memory is given for the CPU.
-        ConfigError: there is no such device.
+        UsageError: there is no store, a budget is not a number of bytes, or a device budget is given for the CPU.
+        ConfigError: the device doesn't exist.
         StoreError: it can't be used.
     """
     if not (path / _MARK).is_file():
@@ -95,10 +95,10 @@ def open_existing(path: Path, host_budget: str = "0", *, device_budget: str = "0
 
 
 def open_for_writing(path: Path, *, codec: str, host_budget: str, disk_budget: str) -> ChunkStore:
-    """The store at `path`, made if missing.
+    """Open the store at `path`, and make it if it is missing.
 
     Raises:
-        UsageError: the folder holds something else, a budget is no byte count, or the store is larger already.
+        UsageError: the folder has other files, a budget is not a number of bytes, or the store is larger already.
         StoreError: it can't be used.
     """
     host, disk = parse_budget(host_budget, "--host-budget"), parse_budget(disk_budget, "--disk-budget")
@@ -195,14 +195,14 @@ def load_engine(loading: Loading, store: ChunkStore, *, any_store: bool = False)
 
 
 def check_match(engine: CacheTune, store: ChunkStore) -> None:
-    """Refuse a store that holds documents of this engine's tenant, but no chunk that the engine could use.
+    """Refuse a store that has documents of this engine's tenant, but no chunk that the engine can use.
 
     Raises:
         UsageError: says what differs.
     """
     if any(next(store.texts(namespace=known), None) is not None for known in engine.lead_ins.namespaces):
         return
-    # Only the tenant's own: another's tell nothing about this run, and are none of its business.
+    # Only the tenant's own documents are looked at. Those of others say nothing about this run, and are confidential.
     documents = store.documents(tenant=engine.namespace.tenant)
     for key in dict.fromkeys(key for document in documents for key in document.chunks):
         found = store.open(key)
@@ -212,12 +212,12 @@ def check_match(engine: CacheTune, store: ChunkStore) -> None:
 
 
 def same_but_lead_ins(stored: Namespace, wanted: Namespace) -> bool:
-    """Whether a stored text can be a passage of this engine: one that was computed behind other lead-ins is a miss."""
+    """Whether a stored text can be a passage of this engine. If its lead-ins differ, it is a miss, but can be computed."""
     return replace(stored, lead_ins=wanted.lead_ins) == wanted
 
 
 def match_codec(engine: CacheTune, store: ChunkStore) -> None:
-    """Encode what this run adds as the model's stored chunks are; what is saved for a codec is then found again as well."""
+    """Encode new chunks as the model's stored chunks are encoded, so that ratios that are saved for this codec are used."""
     for namespace in engine.lead_ins.namespaces:
         for key, *_ in store.texts(namespace=namespace):
             found = store.open(key)
@@ -228,7 +228,7 @@ def match_codec(engine: CacheTune, store: ChunkStore) -> None:
 
 
 def mismatch(stored: Namespace, wanted: Namespace, path: Path | None) -> str:
-    """Why chunks of one engine are no use to another."""
+    """Says why an engine can't use chunks of another one."""
     if stored.model != wanted.model and stored.dtype == wanted.dtype:
         what = "another model (or other weights of it)"
     elif stored.tokenizer != wanted.tokenizer:
@@ -278,7 +278,7 @@ def _open(
 
 
 def _quieten_transformers() -> None:
-    """No advice in between, and progress bars (of a download, say) on a terminal only. Set before it is imported."""
+    """Keep transformers from printing advice, and from drawing progress bars if there is no terminal. Call it before the import."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

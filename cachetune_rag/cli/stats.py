@@ -93,13 +93,13 @@ def stats(
 
 
 def describe_lead_in(namespace: Namespace) -> str:
-    """What stood before the chunks when they were computed, in a few words."""
+    """The lead-ins of a group of chunks, in a few words."""
     leads = namespace.lead_ins
     return f"mean over {len(leads)} lead-ins" if len(leads) > 1 else f"lead-in of {number(len(leads[0]), 'token')}"
 
 
 def _hashed(tenant: str) -> str:
-    """A tenant for people and scripts; by a hash, for names may tell something."""
+    """A tenant's numbers, with a hash instead of the name, which may be confidential."""
     return hashlib.sha256(tenant.encode("utf-8", "surrogatepass")).hexdigest()[:12] if tenant else ""
 
 
@@ -122,7 +122,7 @@ def _group(group: ChunkGroup) -> dict[str, Any]:
 
 
 def _print_usage(console: Any, usage: TierUsage) -> None:
-    """One line on what the disk tier did over all processes."""
+    """A line about what the disk tier did in all processes."""
     looked = usage.hits + usage.misses
     if not looked and not usage.damaged:
         return

@@ -1,4 +1,4 @@
-"""`cachetune verify` and `remove`: looking after a store. No model is loaded."""
+"""`cachetune verify` and `remove`, which maintain a store. No model is loaded."""
 
 from __future__ import annotations
 
