@@ -1,4 +1,4 @@
-"""A disk that fails: the calls by which the store reads and writes its files, with faults put in."""
+"""A disk that fails: the calls by which the store reads and writes its files, with faults."""
 
 from __future__ import annotations
 
@@ -65,11 +65,11 @@ class Fault:
         return OSError(number, os.strerror(number))
 
     def wait(self) -> None:
-        """Be slow, or stuck."""
+        """Wait as the fault says: some time, or until it ends."""
         self._over.wait(self.seconds if self.kind == "slow" else None)
 
     def end(self) -> None:
-        """Let go whoever waits, and fail no more."""
+        """End the fault, and let waiting calls go on."""
         self._over.set()
 
 

@@ -1,4 +1,4 @@
-"""Values that nobody should hand to anything, and what comes of handing them over."""
+"""Invalid values for any argument, and what functions do with them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cachetune_store.printing import shown
 
 
 class Awkward:
-    """An object that is nothing of what is asked for."""
+    """An object that is valid for no argument."""
 
     def __repr__(self) -> str:
         return "<awkward>"
@@ -78,7 +78,7 @@ def hard_values() -> list[Any]:
 
 
 def foreign(call: Callable[[Any], Any], values: list[Any] | None = None) -> list[str]:
-    """What `call` raises for odd values that is no error of this project, one line each."""
+    """The errors of `call` for odd values that are not errors of this project, a line for each."""
     found = []
     for value in odd_values() if values is None else values:
         name = shown(value, 40)
@@ -96,7 +96,7 @@ def foreign(call: Callable[[Any], Any], values: list[Any] | None = None) -> list
 
 
 def accepted(call: Callable[[Any], Any], values: list[Any]) -> list[str]:
-    """Which of these values are taken without a word."""
+    """The values that are accepted without an error."""
     found = []
     for value in values:
         try:

@@ -1,4 +1,4 @@
-"""Every argument of the public interface, given what it can't be: an error of this project that says so, never a foreign one."""
+"""Every argument of the public interface is given invalid values. Each raises an error of this project that says so, never another one."""
 
 from __future__ import annotations
 

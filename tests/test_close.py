@@ -1,4 +1,4 @@
-"""Closing an engine while its store's disk doesn't answer: bounded, and finished once it does. And using it from within itself."""
+"""Closing an engine whose disk doesn't answer returns in time, and ends when the disk answers. An engine is also used from its own calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What README and docs name is there: links, files, commands, options, selectors, metrics; and the first example runs."""
+"""Links, files, commands, options, selectors and metrics that README and docs name exist, and the first example runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What errors are: a tree that its module documents, and nothing that frameworks swallow."""
+"""The tree of errors is as its module documents it, and frameworks swallow none of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The wheel works where the checkout isn't: built, installed into an empty environment with its dependencies, used."""
+"""The wheel works without the checkout: it is built, installed into an empty environment with its dependencies, and used."""
 
 from __future__ import annotations
 

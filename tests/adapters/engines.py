@@ -1,4 +1,4 @@
-"""What the tests of the adapters share."""
+"""Helpers for the tests of the adapters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tiny model that says what it is told to, token by token through its own decoding; for what random weights never say."""
+"""A tiny model with given answers, which go through its own decoding token by token. Random weights would never give them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Frameworks are extras: named when missing, and never needed by the engine."""
+"""Frameworks are extras: an error names a missing one, and the engine needs none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arguments of the LangChain adapter: taken under their usual names, and refused where they are given, not at a request."""
+"""Arguments of the LangChain adapter are accepted under their usual names, and refused when they are given, not at a request."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ def test_reports_of_a_chain_that_answers_with_a_str(engine: CacheTune) -> None:
 
 
 async def test_waiting_requests_leave_asyncio_its_threads(engine: CacheTune) -> None:
-    """Far more requests than the default executor has threads; one of its jobs still gets through."""
+    """With far more requests than the default executor has threads, one of its jobs still runs."""
     from concurrent.futures import ThreadPoolExecutor
 
     loop = asyncio.get_running_loop()

@@ -16,7 +16,7 @@ INPUTS = {"context": DOCUMENTS, "input": "How many steps?"}
 
 
 class Recorder(BaseCallbackHandler):
-    """What reaches a callback handler."""
+    """Collects what a callback handler gets."""
 
     def __init__(self) -> None:
         self.tags: list[str] = []

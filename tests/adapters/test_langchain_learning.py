@@ -1,4 +1,4 @@
-"""What LangChain says was retrieved: counted, learnt where the store lacks it, and gone with its document."""
+"""Documents that LangChain retrieves are counted, stored if they are missing, and removed with their document."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class Pipeline:
         return RunnablePassthrough.assign(context=retriever).assign(answer=create_cachetune_chain(self.model, PROMPT))
 
     def drop_in(self) -> Runnable[Any, Any]:
-        """A stock chain: documents joined into the prompt's text, an LLM, a parser. Only the LLM is another."""
+        """LangChain's usual chain: documents are joined into the prompt's text for an LLM and a parser. Only the LLM is replaced."""
         joined = RunnablePassthrough.assign(
             context=lambda inputs: "\n\n".join(d.page_content for d in inputs["context"])
         )
@@ -78,7 +78,7 @@ _references: dict[tuple[str, ...], str] = {}
 
 
 def reference(engine: CacheTune, chunks: list[str]) -> str:
-    """What the engine says over the chunks, asked once for each order of them."""
+    """The engine's answer from the chunks, computed once for each order of them."""
     if tuple(chunks) not in _references:
         _references[tuple(chunks)] = engine.generate(QUESTION, chunks, max_new_tokens=TOKENS).text
     return _references[tuple(chunks)]

@@ -1,4 +1,4 @@
-"""LangChain's own suites."""
+"""LangChain's own test suites."""
 
 from __future__ import annotations
 

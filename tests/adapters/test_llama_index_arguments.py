@@ -1,4 +1,4 @@
-"""What `CacheTuneLLM` is made with: nothing is dropped, and what can't be served is refused before a request."""
+"""Arguments of `CacheTuneLLM`: none is ignored, and invalid ones are refused before a request."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def ask(llm: CacheTuneLLM, nodes: int = 2) -> str:
 
 
 def test_an_error_of_a_request_is_no_empty_response(engines: EngineMaker) -> None:
-    """The compact synthesizer takes ValueError and TypeError for an answer that can't be read."""
+    """The compact synthesizer treats ValueError and TypeError as an answer that can't be parsed."""
     engines.model = tiny.llama(max_positions=2300)
     llm = CacheTuneLLM(engines(), max_new_tokens=64)
     with pytest.raises(PromptTooLongError, match=r"Settings\.tokenizer"):
@@ -138,7 +138,7 @@ def test_a_layout_that_drops_contents_is_taken_at_its_word(engine: CacheTune, as
 
 
 def test_completion_to_prompt_of_a_model_without_chat_template(engines: EngineMaker) -> None:
-    """The framework's `predict` lays out a template's text; its control tokens have to stay some."""
+    """The framework's `predict` lays out a template's text. Control tokens in it must stay control tokens."""
     engine = engines(tokenizer=tiny.tokenizer(chat=False))
     llm = CacheTuneLLM(engine, max_new_tokens=2, completion_to_prompt=lambda prompt: f"{START}{prompt}{END}")
     ids: list[Any] = []

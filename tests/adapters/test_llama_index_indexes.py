@@ -1,4 +1,4 @@
-"""Existing and changing indexes: what is inserted gets its KV, what is deleted loses it, and what stays the same keeps it."""
+"""Existing and changing indexes: KV is stored for inserted nodes, freed for deleted ones, and kept for unchanged ones."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_two_runs_over_one_document_add_up_and_a_new_version_replaces_it(engine:
 
 
 def test_a_loaded_index_that_is_followed(engine: CacheTune, kv: KVPrecompute, tmp_path: Path, monkeypatch: Any) -> None:
-    """It knows no transformation but the settings'."""
+    """Its only transformations are those of the settings."""
     monkeypatch.setattr(Settings, "_embed_model", EMBED)
     monkeypatch.setattr(Settings, "_transformations", [ByLine()])
     made = VectorStoreIndex.from_documents([report(*PARTS[:2])])
@@ -135,7 +135,7 @@ async def test_asynchronous_changes(engine: CacheTune, kv: KVPrecompute) -> None
 
 
 class TextStore(SimpleVectorStore):
-    """As most external vector stores: it keeps the texts, and the docstore stays empty."""
+    """Like most external vector stores, it keeps the texts, so the docstore stays empty."""
 
     stores_text: bool = True
     kept: list[Any] = Field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What the stock pipelines of LlamaIndex show of the retrieved nodes is found in the store, or learned, and each response says so."""
+"""Retrieved nodes that LlamaIndex's usual pipelines show are found in the store, or stored, and each response reports it."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ async def test_a_chat_engines_stream_has_its_reports(engine: CacheTune, llm: Cac
 
 
 def test_sentence_windows(engine: CacheTune, llm: CacheTuneLLM) -> None:
-    """What is shown is what is stored, once."""
+    """The text that is shown is stored once."""
     kv = KVPrecompute(engine, shown=lambda node: node.metadata["window"])
     text = " ".join(f"Sentence number {i} says that {i} times {i} is {i * i}." for i in range(7))
     parser = SentenceWindowNodeParser.from_defaults(window_size=1)

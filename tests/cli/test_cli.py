@@ -1,4 +1,4 @@
-"""The command line as a user meets it: results, refusals, interruption, and what a script reads."""
+"""The command line as a user sees it: results, refusals, interruption, and output for scripts."""
 
 from __future__ import annotations
 
@@ -333,7 +333,7 @@ def test_a_smaller_budget_does_not_empty_a_store(cli: Cli, filled: Path, docs: P
 
 
 def test_a_store_whose_description_was_deleted_is_opened_again(cli: Cli, filled: Path, model: Path, docs: Path) -> None:
-    """As the error about a damaged one says."""
+    """The error about a damaged store says to do this."""
     (filled / "store.json").write_text("garbage")
     assert "delete that file" in cli("precompute", docs, "-m", model, "-s", filled, code=2).err
     (filled / "store.json").unlink()

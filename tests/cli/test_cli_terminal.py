@@ -1,4 +1,4 @@
-"""What reaches a terminal: text from outside spelt out, so that it can neither restyle nor rewrite what is shown."""
+"""Text from outside is escaped on a terminal, so that it can't change or rewrite what is shown."""
 
 from __future__ import annotations
 

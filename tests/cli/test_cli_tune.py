@@ -50,7 +50,7 @@ def test_a_device_tier_needs_a_device(cli: Cli, model: Path, filled: Path, monke
 
 
 def test_the_device_tier_is_beside_the_model(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a machine without a GPU: what the store would be opened with."""
+    """On a machine without a GPU, this checks the arguments that the store would be opened with."""
     monkeypatch.setattr("cachetune_rag.model.loading.resolve_device", torch.device)
     opened: list[dict[str, object]] = []
     monkeypatch.setattr("cachetune_store.ChunkStore", lambda _path, **options: opened.append(options))

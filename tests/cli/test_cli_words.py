@@ -1,4 +1,4 @@
-"""What `ask` takes for the same word, in the scripts of the world."""
+"""Which spellings `ask` takes for the same word, in many scripts."""
 
 from __future__ import annotations
 

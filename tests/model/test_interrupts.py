@@ -1,4 +1,4 @@
-"""What an interrupted forward leaves on the model: nothing that the next one would notice."""
+"""An interrupted forward leaves nothing on the model that affects the next one."""
 
 from __future__ import annotations
 

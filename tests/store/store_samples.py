@@ -1,4 +1,4 @@
-"""Small chunks to store, and what other processes do with them."""
+"""Small chunks to store, and functions that other processes run on them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Sample:
         )
 
     def matches(self, reader: ChunkReader) -> bool:
-        """Whether every number comes back, bit for bit what the codec makes of it, at its token."""
+        """Whether every number comes back at its token, bit for bit as the codec makes it."""
         codec = get_codec(reader.layout.codec)
         for index, (k, v) in enumerate(self.layers):
             rows = reader.read(index, reader.layout.tokens)
@@ -70,7 +70,7 @@ def flip(path: Path, position: int, bit: int = 0) -> None:
 
 
 def write_until_killed(path: str, codec: str, started: Any) -> None:
-    """Put chunks for ever; the parent kills this process at some moment."""
+    """Store chunks until the parent kills this process."""
     torch.set_num_threads(1)
     store = ChunkStore(path, codec=codec)
     seed = 0
@@ -81,7 +81,7 @@ def write_until_killed(path: str, codec: str, started: Any) -> None:
 
 
 def die_while_writing(path: str) -> None:
-    """Be killed between the last byte written and the rename."""
+    """Be killed after the last byte is written and before the file is renamed."""
     store = ChunkStore(path)
     real = os.fsync
 
@@ -95,7 +95,7 @@ def die_while_writing(path: str) -> None:
 
 
 def die_after(path: str, call: str, action: str) -> None:
-    """Be killed right after the first `call` that changes a chunk's or document's name, before the index is committed."""
+    """Be killed after the first `call` that renames or deletes the file of a chunk or document, before the index is committed."""
     store = ChunkStore(path, disk_budget=150_000, host_budget=0)
     real = getattr(os, call)
 
@@ -112,7 +112,7 @@ def die_after(path: str, call: str, action: str) -> None:
 
 
 def use_at_random(path: str, codec: str, seed: int, rounds: int, budget: int, results: Any) -> None:
-    """Put, read, delete, under a budget that forces evictions; report what went wrong."""
+    """Store, read and delete with a budget that forces evictions, and report errors."""
     torch.set_num_threads(1)
     rng = random.Random(seed)
     samples = [sample(i, tokens=100) for i in range(8)]

@@ -1,4 +1,4 @@
-"""Every argument of the store's public interface, given what it can't be: a StoreError that says so, never a foreign error."""
+"""Every argument of the store's public interface is given invalid values. Each raises a StoreError that says so, never another error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Budgets hold, the least recently used goes first, and what is in use stays."""
+"""Budgets are kept, the least recently used chunk is evicted first, and chunks in use stay."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every byte is checked on its way from disk to whoever asked, and nothing can turn that off."""
+"""Every byte that is read from disk is checked, and nothing can turn that off."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checksums are XXH3's, whatever the length, and reading threads don't wait for each other's."""
+"""Checksums are those of XXH3 for any length, and threads that read don't wait for each other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Claims keep threads and processes from computing the same chunk twice, and never keep anybody from anything else."""
+"""Claims keep threads and processes from computing the same chunk twice, and prevent nothing else."""
 
 from __future__ import annotations
 

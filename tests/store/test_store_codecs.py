@@ -129,7 +129,7 @@ def test_bytes_may_lie_anywhere(name: str) -> None:
 
 
 def rounding(dtype: str) -> float:
-    """What the model's own dtype adds to a codec's error, relative."""
+    """The relative error that the model's dtype adds to that of a codec."""
     return 1e-6 if dtype == "float32" else torch.finfo(getattr(torch, dtype)).eps / 2
 
 
@@ -187,7 +187,7 @@ def test_int4_keeps_its_promise(dtype: str) -> None:
 
 
 def test_int4_keys_are_worse_by_token_than_by_channel() -> None:
-    """Why the groups: channels of keys that lie apart must not share a scale."""
+    """Channels of keys with different ranges must not share a scale, which is why there are groups."""
     k, v = numbers("float32", 64)
     k = k * 0.1 + torch.arange(8.0)
     by_channel = there_and_back("int4", k, v)[0]

@@ -1,4 +1,4 @@
-"""Killed writers, full disks, several processes: at most the chunk being written is lost, and never a row is wrong."""
+"""With killed writers, full disks and several processes, at most the chunk that is being written is lost, and no row is ever wrong."""
 
 from __future__ import annotations
 

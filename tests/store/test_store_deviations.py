@@ -1,4 +1,4 @@
-"""Chunks with several lead-ins: their deviations come back, whatever tier they are in, and no damage gets through."""
+"""Deviations of chunks with several lead-ins come back from every tier, and damage to them is noticed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from cachetune_store import ChunkStore, NonFiniteError
 
 COLUMNS = 12
-"""Of a sample: three layers of two heads, keys and values."""
+"""Columns of a sample's deviations: keys and values of three layers with two heads."""
 LEADS = {"lead_ins": ((1, 2), (1, 3))}
 
 

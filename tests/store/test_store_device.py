@@ -1,4 +1,4 @@
-"""The device tier: what comes up, what has to leave, and that rows stay while somebody reads them.
+"""The device tier: which chunks are copied to it and evicted from it, and that rows stay while they are read.
 
 On a machine without a GPU its memory is the host's, which is enough to see all but the order of streams.
 """

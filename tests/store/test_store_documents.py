@@ -1,4 +1,4 @@
-"""Documents hold chunks; chunks that nobody holds go. Tenants see nothing of each other."""
+"""Documents hold chunks, and chunks that no document holds are deleted. Tenants see nothing of each other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A store that was open when its process was forked: refused in the child at once, whole in the parent, opened anew in both."""
+"""A store that is open at a fork is refused in the child at once, stays whole in the parent, and can be opened again in both."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KEY = sample(0).key
 
 
 def in_child(work: Callable[[], None]) -> None:
-    """Run `work` in a forked process; an error there, or 30 seconds, is an error here."""
+    """Run `work` in a forked process. If it fails or takes 30 seconds, this raises an error."""
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -139,7 +139,7 @@ def test_parent_and_child_each_open_the_folder(tmp_path: Path) -> None:
 
 
 def test_a_child_keeps_no_lock_of_the_parents(tmp_path: Path) -> None:
-    """The child lives on when the parent is done: its claims are free then, and its mark is no dead writer's."""
+    """If the child outlives the parent, the parent's claims are free, and its mark is not that of a writer that died."""
     ready, done = os.pipe(), os.pipe()
     with ChunkStore(tmp_path) as store:
         sample(0).put(store)

@@ -1,4 +1,4 @@
-"""The chunk file: what a plain reader sees, and that no damage gets through."""
+"""The chunk file: what a reader of safetensors sees, and that damage is noticed."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def layer_start(file: Path, layer: int) -> int:
 
 
 def usable(path: Path, key: ChunkKey) -> bool:
-    """Whether a user gets rows; a miss or a DamagedChunkError is a no."""
+    """Whether a user gets rows, rather than a miss or a DamagedChunkError."""
     with ChunkStore(path, host_budget=0) as store:
         reader = store.open(key)
         if reader is None:

@@ -1,4 +1,4 @@
-"""The index can be lost, broken or tampered with; the files say it all again."""
+"""If the index is lost, damaged or tampered with, it is made again from the files."""
 
 from __future__ import annotations
 
@@ -355,7 +355,7 @@ def test_an_interrupted_transaction_keeps_nobody_out(path: Path, monkeypatch: py
 
 
 def test_what_stands_before_a_name_is_not_walked(tmp_path: Path) -> None:
-    """Documents come behind all chunks in the order of names, and there may be many."""
+    """In the order of names, documents come after all chunks, of which there may be many."""
     index = DiskIndex(tmp_path / "index")
     with index.transaction():
         for number in range(3000):

@@ -1,4 +1,4 @@
-"""Locks that others hold: waited for with a word, not for ever, and not where there is no need."""
+"""Waiting for locks of others is logged, ends at some time, and is avoided if it isn't necessary."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @contextmanager
 def stopped_holder(lock: Path) -> Iterator[int]:
-    """A process that was stopped while it had `lock` locked."""
+    """A process that is stopped while it holds `lock`."""
     with subprocess.Popen([sys.executable, "-c", HOLD, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None

@@ -1,4 +1,4 @@
-"""Notes: what all users of a store agree on."""
+"""Notes: records on which all users of a store agree."""
 
 from __future__ import annotations
 

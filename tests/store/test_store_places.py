@@ -1,4 +1,4 @@
-"""Where a store lies: one folder, settled when it is opened; and one that may only be read."""
+"""The folder of a store, which doesn't change after it was opened, and folders that can't be written."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def make_read_only(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a mount that may only be read looks to this process, whatever its user may do."""
+    """Make a folder look like a read-only mount to this process, whatever its user may do."""
     for entry in (path, *path.rglob("*")):
         entry.chmod(0o500 if entry.is_dir() else 0o400)
     if os.geteuid() != 0:
@@ -213,7 +213,7 @@ def test_a_store_of_which_a_part_cannot_be_written_is_only_read(
 def test_a_store_of_which_a_part_cannot_be_read_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
-    """It would seem to be empty."""
+    """Otherwise the store would seem to be empty."""
     with ChunkStore(tmp_path) as store:
         sample(0).put(store)
         store.set_document("doc", [KEY])

@@ -1,4 +1,4 @@
-"""Whatever stands in the place of a store's files: nothing blocks, nothing is read without end, no link is followed."""
+"""Other things in the place of a store's files: nothing blocks, nothing is read without end, and no link is followed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def path(tmp_path: Path) -> Path:
 
 @contextmanager
 def soon() -> Iterator[None]:
-    """What blocks is interrupted, and fails."""
+    """Interrupt a test that blocks, so that it fails."""
 
     def late(*_: object) -> None:
         raise AssertionError("it blocks")

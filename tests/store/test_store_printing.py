@@ -1,4 +1,4 @@
-"""Values in messages: as Python writes them, in short, whatever they are."""
+"""Any value is shown in messages as Python writes it, but short."""
 
 from __future__ import annotations
 

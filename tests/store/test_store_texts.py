@@ -1,4 +1,4 @@
-"""Texts of stored chunks: what is recognised in prompts must heal after eviction and vanish with its document."""
+"""Texts of stored chunks: an evicted chunk is still recognised and stored again, and a removed document's text is gone."""
 
 from __future__ import annotations
 

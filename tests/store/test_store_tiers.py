@@ -1,4 +1,4 @@
-"""What a user of the store relies on: chunks come back, whatever tier they are in."""
+"""Chunks come back from every tier."""
 
 from __future__ import annotations
 

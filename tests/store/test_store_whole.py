@@ -1,4 +1,4 @@
-"""A chunk in one piece, and uses that are no look-ups: what measuring and reading ahead ask of a store."""
+"""Reading a chunk as a whole, and using one without a look-up, as measuring and reading ahead do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading files and splitting texts: nothing lost, nothing guessed, every refusal names its place."""
+"""Reading files and splitting texts: nothing is lost or guessed, and every refusal names its place."""
 
 from __future__ import annotations
 
@@ -368,7 +368,7 @@ def word_count(text: str) -> int:
 
 
 def joint_count(text: str) -> int:
-    """Like some tokenizers, more tokens joined than apart."""
+    """Like some tokenizers, this one gives more tokens for joined texts than for separate ones."""
     return len(text) + text.count("ab")
 
 

@@ -1,4 +1,4 @@
-"""What others do to a tokenizer changes neither an engine's ids nor the fingerprint that finds its store."""
+"""Changes that others make to a tokenizer change neither an engine's ids nor the fingerprint in its keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each kind of file as a document: what stands in it is there, and what can't be read says why."""
+"""Each kind of file becomes a document with all its text, and the error about an unreadable file says why."""
 
 from __future__ import annotations
 

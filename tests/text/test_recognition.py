@@ -22,7 +22,7 @@ def known(*texts: str) -> ChunkRecognizer:
 
 
 def expected(prompt: str, texts: list[str]) -> list[tuple[int, int]]:
-    """What `find` promises, said slowly."""
+    """What `find` returns, computed in the simplest way."""
     found, at = [], 0
     while at < len(prompt):
         length = max((len(t) for t in texts if len(t) >= ANCHOR and prompt.startswith(t, at)), default=0)
