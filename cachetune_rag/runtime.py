@@ -198,7 +198,6 @@ class Runtime:
             model=self.model,
             store=self.store,
             tokenizer=self.tokenizer,
-            prompts=self.prompts,
             lead_ins=self.lead_ins,
             pool=self.pool,
             lifetime=self.lifetime,

@@ -23,7 +23,7 @@ from cachetune_rag.model.engine_model import EngineModel
 from cachetune_rag.reuse.config import ReuseConfig
 from cachetune_rag.reuse.prefill import Assembler
 from cachetune_rag.reuse.state import PrefillState
-from cachetune_rag.text.prompts.prompt import Prompt, PromptBuilder
+from cachetune_rag.text.prompts.prompt import Prompt
 from cachetune_store import ChunkKey, ChunkStore, Namespace
 
 
@@ -36,7 +36,6 @@ class Bench:
         model: the engine's part in the model.
         store: where chunks are read from.
         tokenizer: the engine's own.
-        prompts: lays prompts out.
         lead_ins: know under which namespace chunks are stored.
         pool: makes the store's disk calls.
         lifetime: tells whether the engine is closed.
@@ -50,7 +49,6 @@ class Bench:
     model: EngineModel
     store: ChunkStore
     tokenizer: Any
-    prompts: PromptBuilder
     lead_ins: LeadIns
     pool: DeadlinePool
     lifetime: Lifetime

@@ -18,7 +18,7 @@ from typing import Any
 
 from cachetune_rag.concurrency.deadline import Call, StoreTimeoutError, call_directly
 from cachetune_rag.concurrency.forks import this_process
-from cachetune_store import ChunkStore, StoreReadOnlyError
+from cachetune_store import ChunkStore, StoreError, StoreReadOnlyError
 from cachetune_store.files import TempFiles, explain, make_directory, write_small
 from cachetune_store.plainfiles import read_plain
 from cachetune_store.printing import shown
@@ -82,6 +82,22 @@ class Profiles:
         except OSError as error:
             raise explain(error, path) from error
         return path
+
+    def keep(self, kind: str, key: Mapping[str, str], content: Mapping[str, Any], ratio: str) -> bool:
+        """As `save`, but a store that can't be written is only logged.
+
+        Args:
+            kind, key, content: see `save`.
+            ratio: what the log calls the result, such as "the tuned ratio".
+
+        Returns:
+            Whether later engines on the store will find it.
+        """
+        try:
+            return self.save(kind, key, content) is not None
+        except StoreError as error:
+            _log.warning("%s holds for this engine only, since it could not be saved: %s", ratio, error)
+            return False
 
     def load(self, kind: str, key: Mapping[str, str]) -> dict[str, Any] | None:
         """A copy of what was saved under `key`. None if nothing was, or if its file is damaged, which is logged."""

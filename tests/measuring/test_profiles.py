@@ -130,3 +130,17 @@ def test_the_file_says_what_it_is_of(folder: Path) -> None:
     assert (record["format"], record["kind"], record["key"], record["content"]) == (
         "cachetune-profile", "calibration", KEY, CONTENT,
     )  # fmt: skip
+
+
+def test_what_can_not_be_written_is_kept_for_this_engine_and_the_log_says_so(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    profiles = Profiles(folder)
+    assert profiles.keep("tuning", {"a": "b"}, {"ratio": 0.2}, "the tuned ratio")
+    assert not Profiles(None).keep("tuning", {"a": "b"}, {"ratio": 0.2}, "the tuned ratio")
+    assert caplog.text == ""
+    (folder / "tmp").rename(folder / "moved")
+    (folder / "tmp").write_text("in the way")
+    assert not profiles.keep("tuning", {"a": "c"}, {"ratio": 0.3}, "the tuned ratio")
+    assert "the tuned ratio holds for this engine only, since it could not be saved" in caplog.text
+    assert profiles.load("tuning", {"a": "c"}) == {"ratio": 0.3}

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 
 from cachetune_rag.checking.arguments import is_number
 from cachetune_rag.chunks.lead_ins import LeadIns
 from cachetune_rag.measuring.calibration.result import Calibration
 from cachetune_rag.measuring.profiles import Profiles
 from cachetune_rag.reuse.config import resolve
-from cachetune_store import ChunkStore, Namespace, StoreError
+from cachetune_store import ChunkStore, Namespace
 
 KIND = "calibration"
-
-_log = logging.getLogger(__name__)
 
 
 class SavedCalibrations:
@@ -33,12 +30,8 @@ class SavedCalibrations:
     def save(self, calibration: Calibration) -> Calibration:
         """Keep the result for this engine and later ones. Returns it with `saved` set; a store that can't be written is logged."""
         record = {**calibration.as_dict(), "saved": True, "model_name": self._model_name}
-        try:
-            path = self._profiles.save(KIND, self.key(calibration.selector), record)
-        except StoreError as error:
-            _log.warning("the calibrated ratio holds for this engine only, since it could not be saved: %s", error)
-            return calibration
-        return dataclasses.replace(calibration, saved=path is not None)
+        saved = self._profiles.keep(KIND, self.key(calibration.selector), record, "the calibrated ratio")
+        return dataclasses.replace(calibration, saved=saved)
 
     def ratio(self, selector: str, namespace: Namespace | None = None) -> float | None:
         """The ratio that was saved for a selector, or for "auto". None if there is none, or what was saved is no ratio.

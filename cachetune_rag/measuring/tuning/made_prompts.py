@@ -33,7 +33,7 @@ def made(bench: Bench, *, tokens: int, count: int) -> list[Prompt]:
     [(wanted, _)] = Counter(codec for *_, codec in stored).most_common(1)
     chunks = [(text, size) for text, size, codec in stored if codec == wanted]
     if bench.adapter.max_positions is not None:
-        around = len(bench.prompts.build(query=QUERY, chunks=[]).ids)
+        around = len(bench.prompt(QUERY, []).ids)
         tokens = min(tokens, bench.adapter.max_positions - around - 1)
     prompts = []
     for _ in range(count):
@@ -69,7 +69,7 @@ def _drawn(bench: Bench, generator: random.Random) -> list[tuple[str, int, str]]
 
 def _up_to(bench: Bench, chunks: Sequence[tuple[str, int]], tokens: int) -> list[str]:
     """Texts of the first chunks that fit into `tokens` tokens with the text between them. At least one."""
-    one, two = (len(bench.prompts.build(query=QUERY, chunks=["a"] * count).ids) for count in (1, 2))
+    one, two = (len(bench.prompt(QUERY, ["a"] * count).ids) for count in (1, 2))
     between = two - one
     taken: list[str] = []
     for text, size in chunks:

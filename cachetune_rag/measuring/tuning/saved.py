@@ -17,7 +17,7 @@ from cachetune_rag.measuring.tuning.result import TierTuning
 from cachetune_rag.model import ModelAdapter
 from cachetune_rag.reuse.config import ReuseConfig
 from cachetune_rag.selection import names
-from cachetune_store import Namespace, StoreError
+from cachetune_store import Namespace
 from cachetune_store.tier_kinds import KINDS, rank
 
 KIND = "tuning"
@@ -62,12 +62,9 @@ class SavedTunings:
         place = tuning.tier, tuning.codec, tuning.selector
         self._known[place] = tuning
         content = dataclasses.replace(tuning, saved=True).as_dict()
-        try:
-            path = self._profiles.save(KIND, self.key(*place), content)
-        except StoreError as error:
-            _log.warning("the tuned ratio holds for this engine only, since it could not be saved: %s", error)
-            return tuning
-        return dataclasses.replace(tuning, saved=path is not None)
+        return dataclasses.replace(
+            tuning, saved=self._profiles.keep(KIND, self.key(*place), content, "the tuned ratio")
+        )
 
     def load(self, tier: str, codec: str, selector: str) -> TierTuning | None:
         """What was saved for a tier, codec and selector. None if nothing was, or its file holds something else, which is logged."""
