@@ -170,15 +170,16 @@ class _Sharing:
             if (made := self._made.get(id(parameter))) is not None:
                 setattr(module, leaf, made[1])
             else:
-                views[leaf] = self._view(f"{name}.{leaf}", parameter)
+                transposed = bool(getattr(module, "is_transposed", False))  # of experts
+                views[leaf] = self._view(f"{name}.{leaf}", parameter, transposed)
         self._assign(module, views)
         saved = {n for n in module.state_dict() if "." not in n}
         for leaf, buffer in module.named_buffers(recurse=False):
             if leaf in saved:
                 setattr(module, leaf, self._view(f"{name}.{leaf}", buffer))
 
-    def _view(self, name: str, wanted: Tensor) -> Tensor:
-        view = self._weights.view(name.lstrip("."), wanted.shape, wanted.dtype)
+    def _view(self, name: str, wanted: Tensor, transposed: bool = False) -> Tensor:
+        view = self._weights.view(name.lstrip("."), wanted.shape, wanted.dtype, transposed=transposed)
         if view is None:
             raise UnsupportedModelError(
                 self._weights.refusal(name.lstrip("."), f"{tuple(wanted.shape)} {wanted.dtype}")

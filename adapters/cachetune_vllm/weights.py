@@ -20,6 +20,13 @@ _JOINED: Mapping[str, Sequence[str]] = {
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
 """What most model classes join, for those that don't say."""
+_EXPERTS: Mapping[str, Sequence[str]] = {
+    "gate_up_proj": ("w13_weight", "routed_experts.w13_weight"),
+    "down_proj": ("w2_weight", "routed_experts.w2_weight"),
+    "gate_up_proj_bias": ("w13_bias", "routed_experts.w13_bias"),
+    "down_proj_bias": ("w2_bias", "routed_experts.w2_bias"),
+}
+"""Names of experts' weights in transformers, each of all experts of a layer, and in vLLM's releases."""
 
 
 @dataclass(frozen=True)
@@ -106,12 +113,20 @@ class VLLMWeights:
                     return Place(module, sum(sizes[:number]), rows, is_head=False)
         raise UnsupportedModelError(self.refusal(name, f"a linear layer of {rows} output features"))
 
-    def view(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
-        """vLLM's tensor of that name as a view of this shape; None if there is none. Rows behind the last are padding."""
+    def view(self, name: str, shape: torch.Size, dtype: torch.dtype, *, transposed: bool = False) -> Tensor | None:
+        """vLLM's tensor of that name as a view of this shape; None if there is none. Rows behind the last are padding.
+
+        Args:
+            name: in transformers' model.
+            shape, dtype: as transformers has it.
+            transposed: transformers keeps the matrices of experts as [in, out], vLLM as [out, in].
+        """
         for candidate in self._names(name):
             whole = self._tensors.get(candidate)
             if whole is None or not _plain(whole, dtype) or whole.dim() != len(shape):
                 continue
+            if transposed and whole.dim() == 3:
+                whole = whole.transpose(1, 2)
             if whole.shape == shape or (
                 whole.dim() == 2
                 and whole.shape[0] > shape[0]
@@ -127,9 +142,14 @@ class VLLMWeights:
 
     def refusal(self, name: str, wanted: str) -> str:
         """Why reuse can't share vLLM's weights, for a message."""
-        found = [
-            f"{n} {tuple(t.shape)} {t.dtype}" for n in self._names(name) if (t := self._tensors.get(n)) is not None
-        ]
+        if any(type(module).__name__ in ("FusedMoE", "MoERunner") for module in self._modules.values()):
+            return (
+                f"{self.architecture} is a mixture of experts, and vLLM keeps {name} in a form of its own (packed or quantised): "
+                "transformers' model can't view it, and vLLM's expert layers can't be called outside of vLLM's own forward. Reuse inside "
+                "vLLM serves mixtures of experts whose weights vLLM keeps as they are."
+            )
+        tensors = {n: t for n in self._names(name) if (t := self._tensors.get(n)) is not None}
+        found = [f"{n} {tuple(t.shape)} {t.dtype}" for n, t in tensors.items()]
         return (
             f"{self.architecture}: vLLM's model has no weights of that shape for {name} ({wanted} in transformers' model"
             f"{'; vLLM has ' + ', '.join(found) if found else ''}), so the two can't share one copy. Requests are answered by vLLM alone "
@@ -140,6 +160,8 @@ class VLLMWeights:
         """Names that vLLM may have for a module or tensor of transformers' model."""
         yield name
         parent, _, leaf = name.rpartition(".")
+        if parent.endswith(".experts"):
+            yield from (f"{parent}.{experts}" for experts in _EXPERTS.get(leaf, ()))
         for mapper in self._mappers:
             for renamed in mapper.apply_list([name]):
                 yield renamed

@@ -129,6 +129,7 @@ class _Starts:
 
     def _start(self, family: str, packed: bool, dtype: str, options: dict[str, Any]) -> TinyVLLM:
         from vllm import LLM
+        from vllm.engine.arg_utils import EngineArgs
 
         folder = save_tiny(family, self._folder)
         settings: dict[str, Any] = {
@@ -139,7 +140,8 @@ class _Starts:
             "disable_log_stats": True,
             "seed": 0,
         }
-        reference = self._reference(family, dtype, folder)
+        config = EngineArgs(model=str(folder), dtype=dtype, enforce_eager=True).create_engine_config()
+        reference = self._reference(family, dtype, folder, config)
         with plain_or_packed(packed):
             llm = LLM(model=str(folder), **(settings | options))
         return TinyVLLM(folder, llm, reference)
@@ -151,34 +153,34 @@ class _Starts:
         from vllm.engine.arg_utils import EngineArgs
         from vllm.model_executor.model_loader import get_model
 
-        if self._tiny is not None:
-            self.end()
+        self.end()  # which groups of processes there are depends on the model
         folder = save_tiny(family, self._folder)
-        reference = self._reference(family, dtype, folder)
         config = EngineArgs(
             model=str(folder), dtype=dtype, enforce_eager=True, max_model_len=MAX_MODEL_LEN
         ).create_engine_config()
+        reference = self._reference(family, dtype, folder, config)
         with set_current_vllm_config(config), plain_or_packed(packed):
-            if not self._distributed:
-                place = self._folder / "rendezvous"
-                place.unlink(missing_ok=True)
-                init_distributed_environment(1, 0, f"file://{place}", 0, "gloo")
-                ensure_model_parallel_initialized(1, 1)
-                self._distributed = True
+            place = self._folder / "rendezvous"
+            place.unlink(missing_ok=True)
+            init_distributed_environment(1, 0, f"file://{place}", 0, "gloo")
+            ensure_model_parallel_initialized(1, 1)
+            self._distributed = True
             # vLLM's worker for CPUs takes this function out for the whole process, since torch's raises without an accelerator.
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(torch.accelerator, "empty_cache", lambda: None)
                 model = get_model(vllm_config=config)
             return Loaded(folder, model, config, reference)
 
-    def _reference(self, family: str, dtype: str, folder: Path) -> Any:
-        """Made before vLLM is: it may change the class, whose objects transformers can't make by itself then."""
+    def _reference(self, family: str, dtype: str, folder: Path, config: Any) -> Any:
+        """Made with vLLM's configuration at hand: vLLM may have changed the class, which then asks for it."""
         from transformers import AutoModelForCausalLM
+        from vllm.config import set_current_vllm_config
 
         if (family, dtype) not in self._references:
-            made = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=getattr(torch, dtype), attn_implementation=row_of(family).attn
-            ).eval()
+            with set_current_vllm_config(config):
+                made = AutoModelForCausalLM.from_pretrained(
+                    folder, dtype=getattr(torch, dtype), attn_implementation=row_of(family).attn
+                ).eval()
             made.get_decoder().do_not_compile = True  # what the changed class asks its objects
             self._references[family, dtype] = made
         return self._references[family, dtype]

@@ -34,6 +34,8 @@ def row_of(name: str) -> families.Family:
         # vLLM's table of rotations ends where scaling says that the model's context does.
         if isinstance(part, dict) and part.get("rope_type") in ("yarn", "longrope"):
             part["factor"] = SIZES["max_position_embeddings"] / part["original_max_position_embeddings"]
+            if part["rope_type"] == "yarn":  # what transformers takes where it isn't said; vLLM's gpt-oss wants it said
+                part |= {"beta_fast": 32.0, "beta_slow": 1.0} | part
             for name in {"short_factor", "long_factor"} & set(
                 part
             ):  # one for each pair of channels: twice as many here
