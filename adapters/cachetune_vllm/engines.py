@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from torch import nn
-
+from cachetune_rag.measuring.profiles import Profiles
 from cachetune_rag.runtime import Runtime
 from cachetune_store import ChunkStore
+from cachetune_vllm.served_fingerprint import served_fingerprint
+from cachetune_vllm.served_model import ServedModel
 from cachetune_vllm.settings import ServerSettings
 
 
@@ -16,13 +17,14 @@ class Engines:
     """Engines of one worker, all on one model and one open store.
 
     Args:
-        model: transformers' layers over vLLM's weights.
+        served: transformers' layers over vLLM's weights.
         tokenizer: the model's.
         settings: the server's.
+        model_config: vLLM's configuration of the model.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, settings: ServerSettings):
-        self._model, self._tokenizer, self._settings = model, tokenizer, settings
+    def __init__(self, served: ServedModel, tokenizer: Any, settings: ServerSettings, model_config: Any):
+        self._model, self._tokenizer, self._settings = served.model, tokenizer, settings
         self._lock = threading.Lock()
         self._engines: dict[str, Runtime] = {}
         self.store = ChunkStore(
@@ -31,9 +33,10 @@ class Engines:
             host_budget=settings.host_budget,
             disk_budget=settings.disk_budget,
             device_budget=settings.device_budget,
-            device=getattr(model, "device", None),
+            device=served.model.device,
         )
         try:
+            self._fingerprint = served_fingerprint(served, model_config, Profiles(self.store.path))
             self.default = self.of(settings.tenant)
         except BaseException:
             self.store.close()
@@ -48,6 +51,7 @@ class Engines:
                     self._model,
                     self._tokenizer,
                     self.store,
+                    fingerprint=self._fingerprint,
                     tenant=tenant,
                     lead_in=self._settings.lead_in,
                     read_timeout=self._settings.read_timeout,

@@ -3,16 +3,21 @@
 On a CPU vLLM packs weights for oneDNN and drops the originals; quantised weights lie in the form that their kernels read. Such weights
 can't be viewed, but the modules that hold them can be called. vLLM computes some projections together (queries, keys and values; gate
 and up), transformers one after the other: the first of them calls vLLM's module, the others take their columns of the same result.
+
+What oneDNN writes to while it multiplies is one for all threads of a process (its scratch memory, and a handler's arguments), and vLLM
+uses it from one thread. So on a CPU vLLM's forwards and these products take turns.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cachetune_rag.model.loaded.foreign import ForeignLinear
 
@@ -25,12 +30,13 @@ class SharedProduct:
 
     Args:
         run: calls the module.
+        turn: entered around each call.
 
     It keeps a result for as long as its input is alive, and is used by one thread at a time (the model's lock).
     """
 
-    def __init__(self, run: Run):
-        self._run = run
+    def __init__(self, run: Run, turn: AbstractContextManager[Any]):
+        self._run, self._turn = run, turn
         self._input: weakref.ref[Tensor] | None = None
         self._output: Tensor | None = None
 
@@ -38,7 +44,9 @@ class SharedProduct:
         """The module's result for `states` [..., in]: [..., out]."""
         if self._output is None or self._input is None or self._input() is not states:
             rows = states.reshape(-1, states.shape[-1]).contiguous()
-            self._output = self._run(rows).unflatten(0, states.shape[:-1])
+            with self._turn:
+                result = self._run(rows)
+            self._output = result.unflatten(0, states.shape[:-1])
             self._input = weakref.ref(states, self._forget)
         return self._output
 
@@ -99,3 +107,23 @@ def run_of(linear: Any) -> Run:
 def run_of_head(head: Any) -> Run:
     """Multiplies by the matrix of an embedding of vLLM's that stands before the logits; such a module can't be called itself."""
     return lambda rows: head.quant_method.apply(head, rows, bias=getattr(head, "bias", None))
+
+
+def take_turns(vllm_model: nn.Module) -> AbstractContextManager[Any]:
+    """From now on no forward of vLLM's model, nor its last product before the logits, runs while another thread is in the returned
+    context, and the other way round.
+    """
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+    turn = threading.RLock()
+
+    def enter(*_: object) -> None:
+        turn.acquire()
+
+    def leave(*_: object) -> None:
+        turn.release()
+
+    for module in (vllm_model, *(m for m in vllm_model.modules() if isinstance(m, LogitsProcessor))):
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave, always_call=True)
+    return turn

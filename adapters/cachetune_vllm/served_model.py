@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy, deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cachetune_rag.errors import UnsupportedModelError
-from cachetune_vllm.packed import PackedLinear, SharedProduct, run_of, run_of_head
+from cachetune_vllm.packed import PackedLinear, SharedProduct, run_of, run_of_head, take_turns
 from cachetune_vllm.weights import VLLMWeights
 
 
@@ -56,7 +56,8 @@ def served_model(vllm_model: nn.Module, hf_config: Any, dtype: torch.dtype, devi
     weights.check_parallel()
     with _uncompiled(vllm_model):
         model = skeleton(hf_config, dtype)
-    packed = _Sharing(model, weights, dtype, device).share()
+    turn = take_turns(vllm_model) if device.type == "cpu" else nullcontext()
+    packed = _Sharing(model, weights, dtype, device, turn).share()
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
@@ -120,8 +121,15 @@ def _no_weights() -> Iterator[None]:
 class _Sharing:
     """Gives every parameter of a skeleton its place in vLLM's weights."""
 
-    def __init__(self, model: Any, weights: VLLMWeights, dtype: torch.dtype, device: torch.device):
-        self._model, self._weights, self._dtype, self._device = model, weights, dtype, device
+    def __init__(
+        self,
+        model: Any,
+        weights: VLLMWeights,
+        dtype: torch.dtype,
+        device: torch.device,
+        turn: AbstractContextManager[Any],
+    ):
+        self._model, self._weights, self._dtype, self._device, self._turn = model, weights, dtype, device, turn
         # By the skeleton's parameter, which is kept alive so that no other one gets its id: tied weights are one parameter.
         self._made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
         self._products: dict[int, SharedProduct] = {}
@@ -160,7 +168,7 @@ class _Sharing:
         product = self._products.get(id(place.module))
         if product is None:
             run = run_of_head(place.module) if place.is_head else run_of(place.module)
-            product = self._products[id(place.module)] = SharedProduct(run)
+            product = self._products[id(place.module)] = SharedProduct(run, self._turn)
         return PackedLinear(product, place.start, module.out_features, module.in_features, self._dtype, self._device)
 
     def _view_own(self, module: nn.Module, name: str) -> None:

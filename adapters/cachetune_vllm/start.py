@@ -12,6 +12,8 @@ from cachetune_vllm.engines import Engines
 from cachetune_vllm.messages import Hello
 from cachetune_vllm.pages import Pages
 from cachetune_vllm.recognition import Recognition
+from cachetune_vllm.served_check import check_served
+from cachetune_vllm.served_fingerprint import config_of
 from cachetune_vllm.served_model import served_model
 from cachetune_vllm.settings import ServerSettings
 from cachetune_vllm.worker import ReuseWorker
@@ -60,8 +62,9 @@ def start_worker(config: VllmConfig, settings: ServerSettings) -> Started:
         layers = attention_layers(config.compilation_config.static_forward_context)
         around = model_around(layers)
         weight = next(around.parameters())
-        served = served_model(around, config.model_config.hf_config, config.model_config.dtype, weight.device)
-        engines = Engines(served.model, tokenizer_of(config), settings)
+        served = served_model(around, config_of(config.model_config), config.model_config.dtype, weight.device)
+        check_served(around, served, config)
+        engines = Engines(served, tokenizer_of(config), settings, config.model_config)
     except StoreError:
         raise
     except CacheTuneError as error:

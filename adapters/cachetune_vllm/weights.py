@@ -125,6 +125,8 @@ class VLLMWeights:
             whole = self._tensors.get(candidate)
             if whole is None or not _plain(whole, dtype) or whole.dim() != len(shape):
                 continue
+            if whole.dim() == 3 and whole.device.type == "cpu":
+                continue  # vLLM reorders experts' weights in place for its kernels there
             if transposed and whole.dim() == 3:
                 whole = whole.transpose(1, 2)
             if whole.shape == shape or (
@@ -160,6 +162,8 @@ class VLLMWeights:
         """Names that vLLM may have for a module or tensor of transformers' model."""
         yield name
         parent, _, leaf = name.rpartition(".")
+        if ".mlp." in name:
+            yield from self._names(name.replace(".mlp.", ".block_sparse_moe."))  # Mixtral's name for it
         if parent.endswith(".experts"):
             yield from (f"{parent}.{experts}" for experts in _EXPERTS.get(leaf, ()))
         for mapper in self._mappers:

@@ -28,8 +28,11 @@ NOT_SERVED: dict[str, str] = {
     "stablelm-qk-norm": "no module or parameter named 'model.layers.0.self_attn.k_layernorm'",
 }
 """Families whose tiny model vLLM itself refuses, with what it says."""
-REFUSED: dict[str, str] = {}
-"""Families that are refused at start, with the reason."""
+REFUSED: dict[str, str] = dict.fromkeys(
+    ("mixtral", "mixtral-sliding", "qwen2-moe", "qwen3-moe", "gpt-oss"),
+    "is a mixture of experts, and vLLM keeps .* in a form of its own",
+)
+"""Families that are refused at start, with the reason. On a CPU vLLM packs all experts, whatever else it leaves as it is."""
 
 
 def make(loaded: Loaded) -> Any:
