@@ -209,8 +209,8 @@ class _Job:
             at = self._last
             if at is None:
                 return PrecomputeSummary(0, 0, 0, 0, 0, 0.0)
-            leads = len(self._engine.namespace.lead_ins)
-            return PrecomputeSummary(at.documents, at.chunks, at.skipped, at.tokens, at.bytes, at.seconds, leads)
+            lead_ins = len(self._engine.namespace.lead_ins)
+            return PrecomputeSummary(at.documents, at.chunks, at.skipped, at.tokens, at.bytes, at.seconds, lead_ins)
         except CorpusError as error:
             done = 0 if self._last is None else self._last.documents
             kept = f"{number(done, 'document')} before it {'is' if done == 1 else 'are'} stored"

@@ -157,10 +157,10 @@ class ModelAdapter:
 
     @neutrally
     def capture_behind(
-        self, chunks: Sequence[Sequence[int]], lead: LeadInKV | None, receive: Callable[[int, Tensor, Tensor], None]
+        self, chunks: Sequence[Sequence[int]], lead_in: LeadInKV | None, receive: Callable[[int, Tensor, Tensor], None]
     ) -> None:
         """See `ChunkCapture.capture_behind`."""
-        self._capture.capture_behind(chunks, lead, receive)
+        self._capture.capture_behind(chunks, lead_in, receive)
 
     # -- positions ------------------------------------------------------------------------------------------------
 

@@ -72,16 +72,16 @@ class Namespace:
         if self.dtype not in DTYPES:
             raise StoreArgumentError(f"dtype {shown(self.dtype)} is not stored; allowed: {', '.join(DTYPES)}")
         try:
-            leads = tuple(tuple(map(index, lead)) for lead in self.lead_ins)
+            lead_ins = tuple(tuple(map(index, lead_in)) for lead_in in self.lead_ins)
         except TypeError as error:
             raise StoreArgumentError(
                 f"lead_ins is {shown(self.lead_ins)}; it must be lists of token ids, one a lead-in"
             ) from error
-        if any(lead and not (min(lead) >= LEAST_LEAD and max(lead) <= MOST_LEAD) for lead in leads):
+        if any(lead_in and not (min(lead_in) >= LEAST_LEAD and max(lead_in) <= MOST_LEAD) for lead_in in lead_ins):
             raise StoreArgumentError(f"lead_ins is {shown(self.lead_ins)}; token ids go up to {MOST_LEAD}")
-        if not leads:
+        if not lead_ins:
             raise StoreArgumentError("lead_ins is empty; a chunk has one lead-in at least, () for none of any tokens")
-        object.__setattr__(self, "lead_ins", leads)
+        object.__setattr__(self, "lead_ins", lead_ins)
 
     @cached_property
     def digest(self) -> str:

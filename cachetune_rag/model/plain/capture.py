@@ -99,7 +99,7 @@ class ChunkCapture:
         return LeadInKV(count, layers)
 
     def capture_behind(
-        self, chunks: Sequence[Sequence[int]], lead: LeadInKV | None, receive: Callable[[int, Tensor, Tensor], None]
+        self, chunks: Sequence[Sequence[int]], lead_in: LeadInKV | None, receive: Callable[[int, Tensor, Tensor], None]
     ) -> None:
         """Run each chunk behind a lead-in that was run before (or behind none), in one batch, and pass on each layer when it is done.
 
@@ -107,15 +107,17 @@ class ChunkCapture:
         Rows behind the end of a shorter chunk are to be ignored.
         """
         ids = pad_right(chunks, self._device)
-        self._run(ids, lead, lambda layer, key, _rotated, value: receive(layer, key, value))
+        self._run(ids, lead_in, lambda layer, key, _rotated, value: receive(layer, key, value))
 
-    def _run(self, ids: Tensor, lead: LeadInKV | None, receive: Callable[[int, Tensor, Tensor, Tensor], None]) -> None:
-        """Run ids [batch, tokens] behind `lead`.
+    def _run(
+        self, ids: Tensor, lead_in: LeadInKV | None, receive: Callable[[int, Tensor, Tensor, Tensor], None]
+    ) -> None:
+        """Run ids [batch, tokens] behind `lead_in`.
 
         `receive(layer, key, rotated, value)` gets keys before and after rotation and values: [batch, tokens, kv_heads,
         head_dim], but the rotated ones with heads before tokens.
         """
-        count, start = ids.shape[1], 0 if lead is None else lead.tokens
+        count, start = ids.shape[1], 0 if lead_in is None else lead_in.tokens
         tapped: dict[int, Tensor] = {}
 
         def on_key(layer: int, output: Tensor) -> None:
@@ -132,9 +134,9 @@ class ChunkCapture:
             # An extra token, which no other token sees, selects the long-context frequencies that prompts with reuse are served by.
             ids = torch.cat((ids, ids[:, -1:]), dim=1)
             positions = torch.cat((positions, positions.new_tensor([self._reuse_beyond])))
-        cache = ValueCache(len(self._attentions), on_update, None if lead is None else lead.layers)
+        cache = ValueCache(len(self._attentions), on_update, None if lead_in is None else lead_in.layers)
         with taps.tapped(self._attentions, [t.key_module for t in self._taps], on_key), suppress(StopForward):
-            if lead is None:
+            if lead_in is None:
                 self._forward.without_head(ids, cache, positions)
                 return
             mask = self._forward.mask(positions, start + ids.shape[1])
