@@ -15,6 +15,7 @@ from tiny import llama, tokenizer
 from cachetune_rag import CacheTune
 from cachetune_rag.cli.app import app
 from cachetune_rag.selection import get_selector, selector_names
+from cachetune_vllm.serve import app as serving
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("benchmarks/**/README.md"))]
@@ -88,7 +89,14 @@ def test_commands_have_the_options_that_they_are_shown_with(path: Path) -> None:
         assert re.search(rf"^{target}:", page("Makefile"), re.MULTILINE), target
 
 
+PASSED_ON = {"--port", "--max-model-len", "--gpu-memory-utilization"}
+"""Options of `vllm serve` that pages show behind `cachetune serve`, which passes on what it doesn't know."""
+
+
 def options_of(command: str) -> set[str]:
+    if command == "serve":
+        own = typer.main.get_command(serving).params
+        return {option for parameter in own for option in parameter.opts} | PASSED_ON | {"--help"}
     return {option for parameter in COMMANDS[command].params for option in parameter.opts} | {"--help"}
 
 

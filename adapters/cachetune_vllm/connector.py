@@ -17,6 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 
 from cachetune_rag.errors import CacheTuneError
 from cachetune_store import StoreError
+from cachetune_vllm.engines import Engines
 from cachetune_vllm.messages import FromWorker, Hello, ToWorkers
 from cachetune_vllm.metrics import ReuseMetrics, ReuseStats
 from cachetune_vllm.recognition import Recognition
@@ -169,6 +170,11 @@ class CacheTuneConnector(KVConnectorBase_V1):
                 self._started.close()
             except (CacheTuneError, StoreError) as error:
                 _log.warning("closing: %s", error)
+
+    @property
+    def engines(self) -> Engines | None:
+        """What a worker works with; None on the scheduler's side, and where nothing is reused."""
+        return None if self._started is None else self._started.engines
 
     @property
     def _told(self) -> ToWorkers:

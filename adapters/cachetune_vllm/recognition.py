@@ -89,7 +89,7 @@ class Recognition:
                 separator=hello.separator_ids,
             )
             recognizer = StoreIdRecognizer(
-                self._store, lambda: lead_ins.namespaces, self._prompts.encode_many, self._spelling
+                self._store, lambda: (lead_ins.namespace,), self._prompts.encode_many, self._spelling
             )
             tenant = self._tenants[name] = _Tenant(recognizer, lead_ins)
             if len(self._tenants) > TENANTS:

@@ -120,6 +120,8 @@ class ReuseScheduler:
         # With an equal prompt before, most pages may be there. The rest is put together as well, however little it is: vLLM would
         # compute what is to be reused, and the answer would be another one.
         if reusing.failed or not reusable(reusing.prompt, computed, end):
+            if not reusing.report:
+                reusing.report = {"reused": reusable(reusing.prompt, 0, computed), "left": "same prompt"}
             return 0, False
         if self._loading >= self._settings.loads_at_once:
             return None, False
@@ -183,6 +185,8 @@ class ReuseScheduler:
             return None if told is None else {REQUEST_KEY: told}
         if reusing.loading:
             self._given_up.add(request.request_id)
+        if reusing.report.get("left") == "same prompt":
+            self.stats.add_left("same prompt")
         return {REQUEST_KEY: reusing.report} if reusing.report else None
 
     def _leave(self, request: Request, reason: str, asked: object, error: str | None = None) -> None:

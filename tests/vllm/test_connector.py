@@ -55,9 +55,8 @@ class Served:
         from vllm import SamplingParams
 
         extra = {"kv_transfer_params": {"cachetune": asked}} if asked else None
-        params = SamplingParams(
-            temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False, extra_args=extra, **(more or {})
-        )
+        settings = {"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True, "detokenize": False} | (more or {})
+        params = SamplingParams(extra_args=extra, **settings)
         inputs = [{"prompt_token_ids": list(prompt.ids)} for prompt in prompts]
         return list(self.tiny.llm.generate(inputs, params, use_tqdm=False))
 
