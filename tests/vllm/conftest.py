@@ -9,7 +9,7 @@ import gc
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,7 @@ class _Starts:
         self._key: Any = None
         self._tiny: TinyVLLM | None = None
         self._distributed = False  # for models without an engine
+        self._config: Any = None
         self._references: dict[tuple[str, str], Any] = {}
 
     def get(self, family: str, *, packed: bool, dtype: str, options: dict[str, Any]) -> TinyVLLM:
@@ -131,7 +132,7 @@ class _Starts:
         from vllm import LLM
         from vllm.engine.arg_utils import EngineArgs
 
-        folder = save_tiny(family, self._folder)
+        folder = self._save(family)
         settings: dict[str, Any] = {
             "dtype": dtype,
             "enforce_eager": True,
@@ -154,7 +155,7 @@ class _Starts:
         from vllm.model_executor.model_loader import get_model
 
         self.end()  # which groups of processes there are depends on the model
-        folder = save_tiny(family, self._folder)
+        folder = self._save(family)
         config = EngineArgs(
             model=str(folder), dtype=dtype, enforce_eager=True, max_model_len=MAX_MODEL_LEN
         ).create_engine_config()
@@ -171,11 +172,19 @@ class _Starts:
                 model = get_model(vllm_config=config)
             return Loaded(folder, model, config, reference)
 
+    def _save(self, family: str) -> Path:
+        from vllm.config import set_current_vllm_config
+
+        # Once vLLM has changed a class of transformers', its objects are made with a configuration of vLLM's at hand: any does.
+        with nullcontext() if self._config is None else set_current_vllm_config(self._config):
+            return save_tiny(family, self._folder)
+
     def _reference(self, family: str, dtype: str, folder: Path, config: Any) -> Any:
         """Made with vLLM's configuration at hand: vLLM may have changed the class, which then asks for it."""
         from transformers import AutoModelForCausalLM
         from vllm.config import set_current_vllm_config
 
+        self._config = config
         if (family, dtype) not in self._references:
             with set_current_vllm_config(config):
                 made = AutoModelForCausalLM.from_pretrained(
