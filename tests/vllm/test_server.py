@@ -1,0 +1,227 @@
+"""`cachetune serve` as a process, asked over HTTP by the clients that people have."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cachetune_rag import CacheTune
+from tests import tiny
+from tests.vllm.models import save_tiny
+from tests.vllm.test_connector import CHUNKS, encode
+
+START_SECONDS = 240
+QUESTION = "What is it?"
+
+
+@dataclass
+class Server:
+    """A server process."""
+
+    model: Path
+    store: Path
+    port: int
+    log: Path
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        words = ["serve", str(self.model), "--store", str(self.store), "--host", "127.0.0.1", "--port", str(self.port)]
+        options = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "8"]
+        environment = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "cachetune_rag", *words, *options],
+                stdout=log, stderr=log, env=environment, start_new_session=True,
+            )  # fmt: skip
+        until = time.monotonic() + START_SECONDS
+        while time.monotonic() < until:
+            if self.process.poll() is not None:
+                break
+            try:
+                urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
+                return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.5)
+        pytest.fail(f"the server did not start:\n{self.log.read_text()[-4000:]}")
+
+    def end(self, how: signal.Signals = signal.SIGTERM) -> None:
+        if self.process is not None:
+            os.killpg(self.process.pid, how)
+            self.process.wait(60)
+            self.process = None
+
+    def post(self, body: dict[str, Any], path: str = "/v1/chat/completions") -> tuple[int, dict[str, Any]]:
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=120) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)
+
+
+def text_of(chunks: list[str], query: str = QUESTION) -> str:
+    return "Answer from these.\n\n" + "\n\n".join(chunks) + f"\n\nQuestion: {query}"
+
+
+def asked(server: Server, content: str, **more: Any) -> dict[str, Any]:
+    body = {
+        "model": str(server.model),
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": 8,
+        "temperature": 0,
+    }
+    return body | {"ignore_eos": True} | more
+
+
+def settings(**given: Any) -> dict[str, Any]:
+    return {"cachetune": given}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("server")
+    model = save_tiny("llama", folder)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    with CacheTune(loaded, tiny.tokenizer(), folder / "kv") as engine:
+        engine.precompute(CHUNKS)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = Server(model, folder / "kv", port, folder / "log")
+    server.start()
+    yield server
+    server.end()
+
+
+def test_a_chat_with_stored_chunks_reuses_them_and_says_so(server: Server) -> None:
+    chunks = [CHUNKS[3], CHUNKS[1], CHUNKS[4]]
+    status, answer = server.post(asked(server, text_of(chunks)))
+    assert status == 200
+    told = answer["kv_transfer_params"]["cachetune"]
+    assert told["reused"] + told["recomputed"] == sum(len(encode(chunk)) for chunk in chunks)
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == told["reused"]
+    assert server.post(asked(server, "Hello."))[1].get("kv_transfer_params") is None
+
+
+def test_all_recomputed_is_vllms_own_answer(server: Server) -> None:
+    content = text_of(CHUNKS[:3], "And this?")
+    texts = [
+        server.post(asked(server, content, kv_transfer_params=params))[1]["choices"][0]["message"]["content"]
+        for params in (settings(ratio=1), settings(reuse=False))
+    ]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"), [({"ratoi": 1}, "'ratio'"), ({"ratio": 9}, "ratio is 9"), ({"tenant": "b"}, "tenant")]
+)
+def test_settings_that_cannot_be_used_are_refused_with_400(server: Server, given: dict[str, Any], said: str) -> None:
+    status, answer = server.post(asked(server, text_of(CHUNKS[:2]), kv_transfer_params=settings(**given)))
+    assert status == 400
+    assert said in answer["error"]["message"]
+    assert server.post(asked(server, "Hello."))[0] == 200
+
+
+def test_the_openai_client_streams(server: Server) -> None:
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="-")
+    body = asked(server, text_of([CHUNKS[5], CHUNKS[0]], "In pieces?"))
+    body.pop("ignore_eos")
+    whole = client.chat.completions.create(**body, extra_body={"ignore_eos": True}).choices[0].message.content
+    pieces = client.chat.completions.create(
+        **body, stream=True, stream_options={"include_usage": True}, extra_body={"ignore_eos": True}
+    )
+    found, cached = "", 0
+    for piece in pieces:
+        found += piece.choices[0].delta.content or "" if piece.choices else ""
+        cached = piece.usage.prompt_tokens_details.cached_tokens if piece.usage else cached
+    assert found == whole
+    assert cached > 0
+
+
+def test_many_threads(server: Server) -> None:
+    bodies = [asked(server, text_of([CHUNKS[(n + k) % 6] for k in (0, 2, 3)], f"Number {n}?")) for n in range(12)]
+    one_by_one = [server.post(body)[1]["choices"][0]["message"]["content"] for body in bodies]
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        together = [answer["choices"][0]["message"]["content"] for _, answer in pool.map(server.post, bodies)]
+    assert together == one_by_one
+
+
+def test_llama_index_and_langchain_reuse_by_their_stock_classes(server: Server) -> None:
+    like = pytest.importorskip("llama_index.llms.openai_like")
+    langchain = pytest.importorskip("langchain_openai")
+    place = {"api_key": "-", "model": str(server.model)}
+    llama = like.OpenAILike(api_base=f"{server.url}/v1", is_chat_model=True, max_tokens=4, **place)
+    chat = langchain.ChatOpenAI(base_url=f"{server.url}/v1", max_tokens=4, **place)
+    for number, ask in enumerate((llama.complete, chat.invoke)):
+        before = metric(server, "cachetune_vllm_requests_total")
+        ask(text_of([CHUNKS[2], CHUNKS[4 + number]], f"For framework {number}?"))
+        assert metric(server, "cachetune_vllm_requests_total") == before + 1
+
+
+def metric(server: Server, name: str, label: str = "") -> float:
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as answer:
+        lines = answer.read().decode().splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name}{{") and label in line)
+
+
+def test_metrics_count_tokens_and_reasons(server: Server) -> None:
+    left = metric(server, "cachetune_vllm_requests_left_total", 'reason="asked"')
+    reused = metric(server, "cachetune_vllm_chunk_tokens_total", 'kind="reused"')
+    server.post(asked(server, text_of(CHUNKS[:3], "Counted?"), kv_transfer_params=settings(reuse=False)))
+    told = server.post(asked(server, text_of(CHUNKS[:3], "Counted?")))[1]["kv_transfer_params"]["cachetune"]
+    assert metric(server, "cachetune_vllm_requests_left_total", 'reason="asked"') == left + 1
+    assert metric(server, "cachetune_vllm_chunk_tokens_total", 'kind="reused"') == reused + told["reused"]
+
+
+def test_documents_are_added_while_the_server_runs(server: Server) -> None:
+    from transformers import AutoModelForCausalLM
+
+    text = "A page that was written after the server had started, and that a nightly job has just precomputed for everybody."
+    loaded = AutoModelForCausalLM.from_pretrained(server.model, dtype=torch.float32).eval()
+    with CacheTune(loaded, tiny.tokenizer(), server.store) as engine:
+        engine.precompute([text])
+    until, number, told = time.monotonic() + 60, 0, None
+    chunks = [text, *CHUNKS[3:5]]
+    wanted = sum(len(encode(chunk)) for chunk in chunks)
+    while time.monotonic() < until:
+        number += 1
+        answer = server.post(asked(server, text_of(chunks, f"Is it there, try {number}?")))[1]
+        told = answer["kv_transfer_params"]["cachetune"]
+        if told["reused"] + told["recomputed"] == wanted:
+            return
+        time.sleep(0.5)
+    pytest.fail(f"the new chunk was not found: {told}")
+
+
+def test_killed_and_started_again(server: Server) -> None:
+    body = asked(server, text_of(CHUNKS[1:4], "Once more?"))
+    before = server.post(body)[1]
+    server.end(signal.SIGKILL)
+    server.start()
+    after = server.post(body)[1]
+    assert after["choices"][0]["message"]["content"] == before["choices"][0]["message"]["content"]
+    assert after["kv_transfer_params"]["cachetune"]["reused"] == before["kv_transfer_params"]["cachetune"]["reused"]
