@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# No test asks the model hub: without this, each name that is no folder would be looked up there, again and again where there is no network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
     # Before torch starts its pools, and for the processes that tests start: two processes with a thread for every core

@@ -123,6 +123,9 @@ class Connections:
             own = 0 if self.mine is None else 1
             self._ready.wait_for(lambda: len(self._lent) <= own, timeout=max(0.0, until - time.monotonic()))
             idle, self._idle = self._idle, []
+            if not self._lent and self._identity is not None:
+                # SQLite removes the logs with the last connection that is closed. Until one is made again, none is missed.
+                self._identity = (self._identity[0], None, None)
         finally:
             self._ready.release()
         for connection in idle:

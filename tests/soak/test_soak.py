@@ -41,7 +41,7 @@ def test_a_failing_disk_gives_no_wrong_answer_and_no_hang(tmp_path: Path, corpus
 
 
 def test_memory_and_files_stay_flat(tmp_path: Path, corpus: Corpus) -> None:
-    outcome = soak_bounds.run(tmp_path, requests=120, budget_mib=2, corpus=corpus)
+    outcome = soak_bounds.run(tmp_path, requests=60, budget_mib=2, corpus=corpus)
     assert outcome.problems == []
     assert outcome.figures["pinned at the end"] == 0
 
@@ -53,7 +53,7 @@ def test_engines_on_one_model_and_the_program_that_owns_it(tmp_path: Path) -> No
 
 
 def test_processes_and_threads_on_a_store_far_too_small(tmp_path: Path) -> None:
-    outcome = soak_load.run(tmp_path, seconds=4, processes=2, threads=2, corpus=Corpus(prompts=12, length=30))
+    outcome = soak_load.run(tmp_path, seconds=3, processes=2, threads=2, corpus=Corpus(prompts=8, length=30))
     assert outcome.problems == []
     assert outcome.figures["answers"] > 0
 

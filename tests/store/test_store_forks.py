@@ -7,6 +7,7 @@ import os
 import signal
 import sqlite3
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -205,3 +206,28 @@ def test_threads_leave_no_connection_behind(tmp_path: Path) -> None:
             assert [text for _, text, _ in again.texts()] == ["text"]
     finally:
         gc.enable()
+
+
+def test_a_log_that_goes_with_the_connections_closed_for_a_fork_is_not_missed(tmp_path: Path) -> None:
+    """A thread may look for the log between a fork and the next connection. That it is gone says nothing then."""
+
+    def connect(file: Path) -> sqlite3.Connection:
+        made = sqlite3.connect(file, check_same_thread=False)
+        made.execute("PRAGMA journal_mode = WAL")
+        made.execute("CREATE TABLE IF NOT EXISTS Rows (number)")
+        made.commit()
+        return made
+
+    pool = Connections(tmp_path / "cache.db", connect)
+    log = tmp_path / "cache.db-wal"
+    with pool.lent():
+        assert log.exists()
+    pool.before_fork(time.monotonic() + 5)
+    assert not log.exists()
+    assert not pool.has_lost_its_log()
+    pool.after_fork()
+    with pool.lent():
+        assert not pool.has_lost_its_log()
+        log.unlink()
+        assert pool.has_lost_its_log()
+    pool.close()
