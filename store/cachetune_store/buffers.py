@@ -87,7 +87,7 @@ class SlabPool:
         with self._lock:
             return sum(map(len, list(self._returned))) + sum(size * len(areas) for size, areas in self._idle.items())
 
-    def settle(self) -> None:
+    def prepare_idle_memory(self) -> None:
         """Make what came back ready to be given out, when the GPU has nothing to do: page-locked memory waits for it. Where the
         process uses several GPUs that is left to who asks for memory, for another one may be at work.
         """
@@ -95,18 +95,18 @@ class SlabPool:
             return
         if self._returned and not (self.pinned and len(pinning.devices_in_use()) > 1):
             with self._lock:
-                self._settle()
+                self._prepare()
 
     def clear(self) -> None:
         """Give idle memory back to the system, and keep none from now on."""
         with self._lock:
             self._limit = 0
-            self._settle()
+            self._prepare()
 
     def _take(self, size: int) -> mmap.mmap | None:
         with self._lock:
             if not self._idle.get(size) and self._returned:
-                self._settle()
+                self._prepare()
             areas = self._idle.get(size)
             return areas.pop() if areas else None
 
@@ -119,9 +119,9 @@ class SlabPool:
         self._returned.append(area)
         if not self.pinned or not self._limit:
             with self._lock:
-                self._settle()
+                self._prepare()
 
-    def _settle(self) -> None:
+    def _prepare(self) -> None:
         """Make what came back ready to be given out, and free what is too much."""
         returned = [self._returned.popleft() for _ in range(len(self._returned))]
         if self.pinned and returned:

@@ -18,7 +18,7 @@ from .files import TempFiles, make_directory, unreadable, write_small
 from .index import COMPLETE, Index
 from .keys import FORMAT_VERSION
 from .locks import locked, open_lock
-from .maintenance import check_files, compare_files, settle
+from .maintenance import apply, check_files, compare_files
 from .plainfiles import UnfitFileError, read_plain
 from .printing import shown
 from .readonlyindex import ReadOnlyIndex
@@ -107,7 +107,7 @@ class StoreDirectory:
         # To read all files may take hours, and nobody need wait for it: each is looked at for itself.
         found = check_files(tier, full=full)
         with self._lock():
-            return settle(found, tier, documents, self.temp)
+            return apply(found, tier, documents, self.temp)
 
     def heal(self, tier: DiskTier, documents: Documents, error: IndexDamagedError) -> None:
         """Make the index anew from the files, unless another process has just done so."""
@@ -136,7 +136,7 @@ class StoreDirectory:
             compare_files(tier, documents)
             self.index.set(COMPLETE, self._id)
             return VerifyReport(0, 0, (), 0, 0, 0, documents.count())
-        report = settle(check_files(tier, full=False), tier, documents, self.temp)
+        report = apply(check_files(tier, full=False), tier, documents, self.temp)
         self.index.set(COMPLETE, self._id)
         return report
 

@@ -14,7 +14,7 @@ from .rawfile import DirectIO, RawFile
 from .stats import VerifyReport
 from .tiers.disk import DiskTier
 
-__all__ = ["Found", "check_files", "compare_files", "settle"]
+__all__ = ["Found", "apply", "check_files", "compare_files"]
 
 
 @dataclass
@@ -55,7 +55,7 @@ def check_files(tier: DiskTier, *, full: bool) -> Found:
     return found
 
 
-def settle(found: Found, tier: DiskTier, documents: Documents, temp: TempFiles) -> VerifyReport:
+def apply(found: Found, tier: DiskTier, documents: Documents, temp: TempFiles) -> VerifyReport:
     """The end of a check: remove entries without a file, count anew, and clean up after writers that died."""
     removed = temp.clean()
     dropped = tier.drop_missing()

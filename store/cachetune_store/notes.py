@@ -55,7 +55,7 @@ class Notes:
         except UnfitFileError:
             return b""
 
-    def settle(self, tenant: str, name: str, content: bytes) -> bytes:
+    def write_first(self, tenant: str, name: str, content: bytes) -> bytes:
         """Write `content` under `name` unless there is a note of that name. Returns the note that is there now, which is durable.
 
         Raises:

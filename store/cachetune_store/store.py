@@ -309,8 +309,8 @@ class ChunkStore:
         return self._placement.tier(name)
 
     def settle_memory(self) -> None:
-        """Make host memory that is no longer used ready for new chunks. See `SlabPool.settle`."""
-        self.memory.settle()
+        """Make host memory that is no longer used ready for new chunks. See `SlabPool.prepare_idle_memory`."""
+        self.memory.prepare_idle_memory()
 
     def touch_host(self, key: ChunkKey) -> int:
         """Bytes that a chunk takes in host memory, or on the device if it is only there; 0 if neither has it.
@@ -504,7 +504,7 @@ class ChunkStore:
         """
         self.check_writable()
         check_text(tenant, "tenant")
-        return self._repair.healed(lambda: self._notes.settle(tenant, name, content))
+        return self._repair.healed(lambda: self._notes.write_first(tenant, name, content))
 
     def discard_note(self, name: str, content: bytes, *, tenant: str = "") -> bool:
         """Set aside a note that turned out to be damaged, if its content is still `content`. Returns whether it was."""

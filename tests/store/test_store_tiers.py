@@ -436,14 +436,14 @@ def test_memory_that_was_settled_is_given_out_without_waiting_for_the_gpu(monkey
     for _ in range(3):
         rows = [pool.allocate(1 << 20) for _ in range(4)]
         del rows
-        pool.settle()
+        pool.prepare_idle_memory()
         settled = len(waits)
         rows = [pool.allocate(1 << 20) for _ in range(4)]
         assert len(waits) == settled
         del rows
-    pool.settle()
+    pool.prepare_idle_memory()
     before = len(waits)
-    pool.settle()
+    pool.prepare_idle_memory()
     assert len(waits) == before  # nothing came back meanwhile
 
 
@@ -454,7 +454,7 @@ def test_settling_waits_for_no_second_gpu(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(pinning, "devices_in_use", lambda: [0, 1])
     pool = SlabPool(pinned=True, limit=1 << 30)
     pool.allocate(1 << 20)
-    pool.settle()
+    pool.prepare_idle_memory()
     assert not waits
     pool.allocate(1 << 20)  # who needs it waits
     assert waits

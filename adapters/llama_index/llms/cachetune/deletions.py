@@ -50,7 +50,7 @@ class Deletions:
         """Drop a document that was inserted again."""
         self._waiting = [(who, id) for who, id in self._waiting if who is not owner or id != ref_doc_id]
 
-    def settle(self, result: Iterable[object] = ()) -> None:
+    def apply(self, result: Iterable[object] = ()) -> None:
         """Free the KV of the documents that were not inserted again.
 
         Args:
@@ -88,7 +88,7 @@ def update() -> Iterator[None]:
         yield
     finally:
         _UPDATE.reset(token)
-        deletions.settle()
+        deletions.apply()
 
 
 def of_update() -> Deletions | None:

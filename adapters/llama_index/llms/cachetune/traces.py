@@ -192,7 +192,7 @@ class Traces(BaseSpanHandler[BaseSpan]):
         if trace is None:
             return
         if trace.deletions is not None:
-            trace.deletions.settle(result or ())
+            trace.deletions.apply(result or ())
         trace.add_returned(result)
         if isinstance(instance, BaseSynthesizer):
             # Some synthesizers make a stream's request when its first piece is asked for, after their span has ended.
@@ -219,7 +219,7 @@ class Traces(BaseSpanHandler[BaseSpan]):
         """A span has raised an exception."""
         trace = self._open.pop(id_, None)
         if trace is not None and trace.deletions is not None:
-            trace.deletions.settle()
+            trace.deletions.apply()
 
     def _span(self, id: str | None) -> Trace | None:
         return self._open.get(id or "") or self._left.get(id or "")
