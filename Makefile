@@ -12,7 +12,7 @@ WORKERS ?= 2
 # Nothing is asked of the network, nothing is reported, and vLLM leaves the cores to other tests.
 VLLM_ENV := HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind
 
-.PHONY: demo demo-serve test test-vllm soak lint format typecheck bench quality clean
+.PHONY: demo test test-vllm soak lint format typecheck bench quality clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py

@@ -6,7 +6,10 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from cachetune_rag.errors import CacheTuneError
+from cachetune_rag.runtime import Runtime
 from cachetune_store import StoreError
 from cachetune_vllm.engines import Engines
 from cachetune_vllm.messages import Hello
@@ -21,6 +24,11 @@ from cachetune_vllm.worker_model import attention_layers, model_around
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+KEPT_FREE = 1 << 30
+"""Bytes of a device that are left to what vLLM still allocates after its cache (its CUDA graphs), and to the engine's own graphs."""
+SHARE_OF_FREE = 0.6
+"""Share of the rest that one prompt's keys and values may take; what is computed meanwhile takes memory as well."""
 
 _log = logging.getLogger(__name__)
 
@@ -76,9 +84,32 @@ def start_worker(config: VllmConfig, settings: ServerSettings) -> Started:
         separator_ids=engine.prompts.separator_ids,
         vocabulary=engine.adapter.config.vocab_size,
         max_positions=engine.adapter.max_positions,
+        most_tokens=_most_tokens(engine),
     )
     pages = Pages(layers, config.cache_config.block_size)
     return Started(hello, ReuseWorker(engines.of, pages, engine.adapter.device), engines)
+
+
+def tokens_that_fit(free: int, row_bytes: int) -> int:
+    """The longest prompt that may be put together beside vLLM's cache.
+
+    Args:
+        free: bytes of the device that nobody has taken.
+        row_bytes: bytes of one token's keys and values, over all layers.
+    """
+    return max(0, int(SHARE_OF_FREE * (free - KEPT_FREE)) // row_bytes)
+
+
+def _most_tokens(engine: Runtime) -> int | None:
+    device = engine.adapter.device
+    if device.type != "cuda":
+        return None
+    most = tokens_that_fit(torch.cuda.mem_get_info(device)[0], engine.adapter.row_bytes)
+    _log.info(
+        "prompts of up to %d tokens can reuse chunks; a lower --gpu-memory-utilization leaves room for longer ones",
+        most,
+    )
+    return most
 
 
 def unsupported(config: VllmConfig) -> str | None:
