@@ -1,4 +1,4 @@
-"""The class that vLLM loads. It only hands on: to `ReuseScheduler` in the scheduler's process, to `ReuseWorker` in the workers'."""
+"""The class that vLLM loads. It only passes calls on: to `ReuseScheduler` in the scheduler's process, to `ReuseWorker` in workers."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ class CacheTuneConnector(KVConnectorBase_V1):
         self._recognition: Recognition | None = None
         self._started: Started | None = None
         if role == KVConnectorRole.SCHEDULER:
-            # What couldn't be reused (a damaged chunk, a disk that is gone) is computed. vLLM's default would fail such a request; it
-            # reads this right after the connector was made.
+            # If reuse fails (a damaged chunk, a disk that is gone), vLLM is to compute the prompt; by default it would fail the request.
+            # vLLM reads this setting right after it has made the connector.
             transfer.kv_load_failure_policy = "recompute"
 
     # -- scheduler's side ----------------------------------------------------------------------------------------
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, Any]) -> None:
-        """The workers are ready, and say what model they have; or why nothing is reused."""
+        """Called when the workers are ready. They say which model they have, or why nothing is reused."""
         hello = metadata[min(metadata)]
         assert isinstance(hello, Hello)
         if hello.refusal is not None:
@@ -97,7 +97,7 @@ class CacheTuneConnector(KVConnectorBase_V1):
         self._scheduler.loaded(connector_output.finished_recving or ())
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        """See the base class. The pages are vLLM's to free, at once."""
+        """See the base class. vLLM may free the request's pages at once."""
         return False, None if self._scheduler is None else self._scheduler.finished(request)
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
@@ -151,12 +151,12 @@ class CacheTuneConnector(KVConnectorBase_V1):
         return None if self._started is None or self._started.worker is None else self._started.worker.report()
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing to wait for: requests are planned once their prompt is complete."""
+        """Nothing to wait for: vLLM runs a request only once its prompt is completely put together."""
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: AttentionMetadata, **kwargs: Any
     ) -> None:
-        """Nothing to save: missed chunks are computed apart, behind lead-ins."""
+        """Nothing to save: the rows of missed chunks are computed separately, behind lead-ins."""
 
     def wait_for_save(self) -> None:
         """Nothing is saved."""

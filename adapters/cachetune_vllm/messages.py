@@ -20,7 +20,7 @@ from cachetune_store import Namespace
 
 @dataclass(frozen=True)
 class Hello(KVConnectorHandshakeMetadata):
-    """What a worker says of itself once, when the server starts.
+    """What a worker tells the scheduler once, when the server starts.
 
     Attributes:
         namespace: what the keys of its model's chunks are made with, before lead-ins were chosen.
@@ -28,7 +28,7 @@ class Hello(KVConnectorHandshakeMetadata):
         separator_ids: token ids of what stands between the chunks of a prompt.
         vocabulary: token ids are below this.
         max_positions: the most tokens that the model reads; None: no limit.
-        most_tokens: the longest prompt that the memory beside vLLM's cache has room for.
+        most_tokens: the longest prompt that can be put together in the memory that vLLM leaves free; None: no bound.
         refusal: why nothing is reused; None if prompts are.
     """
 
@@ -81,11 +81,11 @@ class ToWorkers(KVConnectorMetadata):
 
 @dataclass
 class FromWorker(KVConnectorWorkerMetadata):
-    """What happened to prompts since the last step, by request id: a report's fields, for JSON."""
+    """Reports of the prompts that were put together, or failed, since the last step: by request id, fields that fit into JSON."""
 
     reports: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
-        """Workers that share a model's heads read the same prompts: the first one's report stands for all."""
+        """Keep one report a prompt, the first worker's: workers that share a model's heads put the same prompts together."""
         assert isinstance(other, FromWorker)
         return FromWorker({**other.reports, **self.reports})

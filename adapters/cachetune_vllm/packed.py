@@ -4,8 +4,8 @@ On a CPU vLLM packs weights for oneDNN and drops the originals; quantised weight
 can't be viewed, but the modules that hold them can be called. vLLM computes some projections together (queries, keys and values; gate
 and up), transformers one after the other: the first of them calls vLLM's module, the others take their columns of the same result.
 
-What oneDNN writes to while it multiplies is one for all threads of a process (its scratch memory, and a handler's arguments), and vLLM
-uses it from one thread. So on a CPU vLLM's forwards and these products take turns.
+While oneDNN multiplies, it writes to memory that all threads of a process share (its scratch memory, and a handler's arguments); vLLM
+itself uses it from one thread only. So on a CPU, vLLM's forwards and these products take turns.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class SharedProduct:
 
     Args:
         run: calls the module.
-        turn: entered around each call.
+        turn: a context that is entered around each call.
 
     It keeps a result for as long as its input is alive, and is used by one thread at a time (the model's lock).
     """
@@ -84,7 +84,7 @@ class PackedLinear(ForeignLinear):
 
     @property
     def weight(self) -> Tensor:
-        """The matrix [out_features, in_features] that it multiplies by, found by multiplying the unit matrix. It is made with each use."""
+        """The matrix [out_features, in_features] that it multiplies by, found by multiplying the unit matrix; computed at each use."""
         unit = torch.eye(self.in_features + 1, self.in_features, dtype=self._dtype, device=self._device)
         rows = self(unit)
         # The last row of the input is zero: its result is the bias.
@@ -105,13 +105,13 @@ def run_of(linear: Any) -> Run:
 
 
 def run_of_head(head: Any) -> Run:
-    """Multiplies by the matrix of an embedding of vLLM's that stands before the logits; such a module can't be called itself."""
+    """Multiplies by the matrix of the vLLM embedding that computes the logits; such a module can't be called like a linear layer."""
     return lambda rows: head.quant_method.apply(head, rows, bias=getattr(head, "bias", None))
 
 
 def take_turns(vllm_model: nn.Module) -> AbstractContextManager[Any]:
-    """From now on no forward of vLLM's model, nor its last product before the logits, runs while another thread is in the returned
-    context, and the other way round.
+    """Returns a context that excludes vLLM's computation: from now on, neither a forward of vLLM's model nor its computation of the
+    logits runs while another thread is in the context, and no thread enters it while one of them runs.
     """
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
 

@@ -31,8 +31,8 @@ class Pages:
         return torch.tensor(blocks)[places // self.block_size] * self.block_size + places % self.block_size
 
     def write(self, layer: int, keys: Tensor, values: Tensor, slots: Tensor) -> None:
-        """Write rows, [tokens, kv_heads, head_dim], to slots, through what the attention layer writes its own rows with: it knows
-        the pages' layout and number format."""
+        """Write rows, [tokens, kv_heads, head_dim], to slots, by the method that the attention layer writes its own rows with: this
+        method knows the pages' layout and number format."""
         attention: Any = self._layers[layer]
         cache = attention.kv_cache
         if isinstance(cache, list | tuple):  # one for each virtual engine, of which there is one

@@ -21,9 +21,10 @@ from cachetune_vllm.messages import Hello
 from cachetune_vllm.settings import RequestSettings, ServerSettings
 
 START_PATIENCE = 30.0
-"""Seconds that a starting server waits until all chunks of its store are known. With more of them, it begins with those it knows."""
+"""Seconds that a starting server waits until all chunks of its store are known. If that takes longer, it begins with those it knows."""
 TENANTS = 64
-"""Tenants whose chunks are followed at the same time; those that asked longest ago are read anew when they ask again."""
+"""Tenants whose chunks are followed at the same time; beyond that, the one whose last request is oldest is dropped, and
+its chunks are read anew at its next request."""
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class Recognition:
         self._settings, self._hello = settings, hello
         self._prompts = PromptBuilder(tokenizer)
         self._spelling = Spelling(private_copy(tokenizer))
-        # Only its texts are read here: the chunks' rows are the workers' business.
+        # Only the store's texts are read here; the workers read the chunks' rows.
         self._store = ChunkStore(settings.store, host_budget=0, disk_budget=settings.disk_budget)
         self._tenants: OrderedDict[str, _Tenant] = OrderedDict()
         recognizer = self._of(settings.tenant).recognizer

@@ -1,4 +1,5 @@
-"""The scheduler's side of the connector: which requests reuse stored chunks, when they are put together, and what is told of them.
+"""The scheduler's side of the connector: which requests reuse stored chunks, when their prompts are put together, and what
+is reported of them.
 
 Nothing here touches the model. vLLM calls it from the loop that plans each step, so every method is quick.
 """
@@ -33,10 +34,10 @@ class _Reusing:
     Attributes:
         request: vLLM's own object.
         prompt: its prompt, with the chunks that were found.
-        settings: what it wants.
-        loading: its prompt is being put together.
-        failed: it couldn't be put together, and is vLLM's to compute.
-        report: what came of it.
+        settings: its settings.
+        loading: whether its prompt is being put together.
+        failed: whether putting it together failed, so that vLLM computes the prompt.
+        report: its report, once there is one.
     """
 
     request: Request
@@ -64,7 +65,7 @@ class ReuseScheduler:
         self._settings, self._block_size, self._recognise = settings, block_size, recognise
         self._most_tokens = most_tokens
         self._requests: dict[str, _Reusing] = {}
-        self._told: dict[str, dict[str, Any]] = {}  # reports of requests that are left to vLLM and asked for something
+        self._told: dict[str, dict[str, Any]] = {}  # reports for requests that gave settings, but are left to vLLM
         self._loads: list[Load] = []
         self._given_up: set[str] = set()
         self._loading = 0
@@ -117,8 +118,8 @@ class ReuseScheduler:
         if reusing is None:
             return 0, False
         end = _end(request)
-        # With an equal prompt before, most pages may be there. The rest is put together as well, however little it is: vLLM would
-        # compute what is to be reused, and the answer would be another one.
+        # After an equal prompt, most pages may be in vLLM's cache. The rest is put together as well, however little it is: otherwise
+        # vLLM would compute tokens that are to be reused, and the answer could differ from that to the equal prompt.
         if reusing.failed or not reusable(reusing.prompt, computed, end):
             if not reusing.report:
                 reusing.report = {"reused": reusable(reusing.prompt, 0, computed), "left": "same prompt"}
@@ -149,7 +150,7 @@ class ReuseScheduler:
         return message
 
     def reported(self, told: FromWorker) -> None:
-        """Workers said what came of prompts."""
+        """Take in the workers' reports of prompts."""
         for request_id, report in told.reports.items():
             if "left" in report:
                 self.stats.add_left(report["left"])
@@ -225,7 +226,7 @@ def salt_hashes(hashes: list[bytes], first: int, salt: bytes) -> None:
 
 
 def _count_cached(request: Request, reused: int) -> None:
-    """Let a response's usage count the reused tokens as cached ones. vLLM took all tokens that were put together for such."""
+    """Make a response's usage count only the reused tokens as cached. vLLM has counted all tokens that were put together."""
     stats = request.prefill_stats
     if stats is not None:
         stats.set(
@@ -238,7 +239,7 @@ def _count_cached(request: Request, reused: int) -> None:
 def _end(request: Request) -> int:
     """Where loading ends: vLLM computes the last token of the prompt itself, whose logits it needs.
 
-    A request that was preempted has tokens of its answer behind the prompt: these are vLLM's to compute again.
+    A request that was preempted has tokens of its answer behind the prompt: vLLM computes these again.
     """
     return min(request.num_prompt_tokens, request.num_tokens - 1)
 

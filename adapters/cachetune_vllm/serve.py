@@ -1,4 +1,4 @@
-"""`cachetune serve`: starts `vllm serve` with the connector, and shows the line that it starts."""
+"""`cachetune serve`: starts `vllm serve` with the connector, and shows that command line."""
 
 from __future__ import annotations
 

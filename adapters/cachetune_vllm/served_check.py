@@ -1,9 +1,9 @@
 """The check at start: does the model over vLLM's weights compute what vLLM computes?
 
-Both run a few tokens with their attention left out (its result is taken to be zero): everything else of a layer is compared by what
-goes into its attention, and all of the model by its logits. So a weight under another name, rows in another order, another rotation or
-another scale refuse the model at start, also in families that nobody has tried. Keys and values that agree here are also those that
-belong into vLLM's pages.
+Both run a few tokens with their attention left out (its result is taken to be zero): then each layer is compared by what
+goes into its attention, and the whole model by its logits. So a model is refused at start if a weight was mixed up, rows are in another
+order, or the rotation or a scale differs, also in model families that nobody has tried. Keys and values that agree here are also in the
+form that belongs into vLLM's pages.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _TOKENS = 24
 _ATTENTION = "cachetune_left_out"
 _TOLERANCE = {torch.float32: 1e-3}
 _HALF = 0.1
-"""Half types round differently in the two codes, layer by layer; what is wrong differs by 1 or so."""
+"""The tolerance for 16-bit types: the two implementations round differently, layer by layer. A real error differs by about 1."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def check_served(vllm_model: nn.Module, served: ServedModel, vllm_config: Any) -
     device = model.device
     vocabulary: int = model.config.get_text_config(decoder=True).vocab_size
     ids = torch.arange(_TOKENS, device=device) * 7919 % vocabulary
-    # The last ones far behind the others, so that another rotation shows.
+    # Spread over the whole context, so that a difference in rotation shows.
     step = max(1, (int(vllm_config.model_config.max_model_len) - 1) // _TOKENS)
     positions = torch.arange(_TOKENS, device=device) * step
     ours, our_logits = _ours(model, ids, positions)

@@ -1,6 +1,6 @@
-"""Under which fingerprint chunks of the served model are stored: that of the same checkpoint as transformers loads it.
+"""The fingerprint under which chunks of the served model are stored: that of the same checkpoint as transformers loads it.
 
-`cachetune precompute` stores chunks under it. Where all weights can be viewed, the engine computes it from them, as always. Where vLLM
+`cachetune precompute` uses the same one. Where all weights can be viewed, the engine computes it from the weights as usual. Where vLLM
 has packed some, it is computed from the checkpoint's files, and remembered in the store's folder, so that a restart doesn't read the
 weights again.
 """
@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 def config_of(model_config: Any) -> Any:
     """The configuration of the model that vLLM serves, as transformers reads it from the checkpoint.
 
-    vLLM changes the one that it has loaded; what the operator overrides (`--hf-overrides`) is kept.
+    It is read again, since vLLM changes its own copy. The operator's overrides (`--hf-overrides`) are applied.
     """
     from transformers import AutoConfig
 

@@ -30,8 +30,8 @@ class ServedModel:
         model: the model, in eval mode.
         form: "dense" where every parameter is a view of vLLM's tensors; "packed" where some layers call vLLM's modules.
         packed: the names of the layers that call vLLM's modules.
-        fingerprint: identifies the weights; None where the engine has to be told (see `packed_fingerprint`) or finds it itself, as it
-            does for dense models.
+        fingerprint: identifies the weights; None where it has to be given to the engine (see `served_fingerprint`), or where the
+            engine finds it itself, as it does for dense models.
     """
 
     model: Any
@@ -71,7 +71,7 @@ def skeleton(hf_config: Any, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     config = deepcopy(hf_config)
-    # Of transformers' attentions, the eager one alone caps scores.
+    # Of the attention implementations of transformers, only the eager one caps scores.
     capped = getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None
     with _no_weights():
         model = AutoModelForCausalLM.from_config(
@@ -84,8 +84,8 @@ def skeleton(hf_config: Any, dtype: torch.dtype) -> Any:
 def _uncompiled(vllm_model: nn.Module) -> Iterator[None]:
     """While open, models of transformers are made as if vLLM had not changed their classes.
 
-    Where vLLM has no model of its own for an architecture, it takes transformers' and makes the class one that compiles itself, by the
-    settings that are vLLM's current ones when an object is made.
+    Where vLLM has no model of its own for an architecture, it takes that of transformers, and changes the class so that each new object
+    is compiled by vLLM's settings of that moment.
     """
     config = next((c for m in vllm_model.modules() if (c := getattr(m, "vllm_config", None)) is not None), None)
     if config is None:
@@ -130,7 +130,7 @@ class _Sharing:
         turn: AbstractContextManager[Any],
     ):
         self._model, self._weights, self._dtype, self._device, self._turn = model, weights, dtype, device, turn
-        # By the skeleton's parameter, which is kept alive so that no other one gets its id: tied weights are one parameter.
+        # By the id of the skeleton's parameter: tied weights are one parameter. That parameter is kept alive, so that its id stays unique.
         self._made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
         self._products: dict[int, SharedProduct] = {}
 
@@ -202,7 +202,7 @@ class _Sharing:
 
 
 def _check_shared(model: Any, weights: VLLMWeights) -> None:
-    """Refuse a model that has memory of its own for weights: there is to be one copy."""
+    """Refuse a model that has weights in memory of its own: there must be only one copy, vLLM's."""
     theirs = weights.storages()
     for name, parameter in model.named_parameters():
         if parameter.is_meta or parameter.untyped_storage().data_ptr() not in theirs:

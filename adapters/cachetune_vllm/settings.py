@@ -1,4 +1,4 @@
-"""Settings of a server, and what a request may say for itself. Both are checked here, and nothing here needs vLLM."""
+"""Settings of a server, and those that a request may give for itself. Both are checked here; nothing here needs vLLM."""
 
 from __future__ import annotations
 
@@ -80,13 +80,13 @@ class ServerSettings:
 
 @dataclass(frozen=True)
 class RequestSettings:
-    """What one request wants.
+    """Settings of one request.
 
     Attributes:
         chunks: texts of the chunks that stand in the prompt; None: those that are stored are looked for.
         ratio, selector: see `ServerSettings`.
         tenant: whose chunks may be used.
-        reuse: False: the request is vLLM's alone.
+        reuse: False leaves the whole request to vLLM.
     """
 
     chunks: tuple[str, ...] | None
@@ -170,7 +170,7 @@ def _check_ratio(ratio: object, refusal: type[ConfigError]) -> None:
 
 
 def _check_selector(selector: object, refusal: type[ConfigError]) -> None:
-    from cachetune_rag.selection import selector_names  # not before a server or request is checked: it loads torch
+    from cachetune_rag.selection import selector_names  # it loads torch: only when needed
 
     if selector != "auto" and (not isinstance(selector, str) or selector not in selector_names()):
         raise refusal(f'selector is {shown(selector)}: use "auto" or one of {", ".join(selector_names())}.')

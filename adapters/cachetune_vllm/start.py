@@ -26,21 +26,21 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 KEPT_FREE = 1 << 30
-"""Bytes of a device that are left to what vLLM still allocates after its cache (its CUDA graphs), and to the engine's own graphs."""
+"""Bytes of a device that are left free for what vLLM allocates after its cache (its CUDA graphs), and for the engine's own graphs."""
 SHARE_OF_FREE = 0.6
-"""Share of the rest that one prompt's keys and values may take; what is computed meanwhile takes memory as well."""
+"""Share of the remaining free memory that one prompt's keys and values may take; intermediate results need memory as well."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass
 class Started:
-    """A worker's part.
+    """What was made for a worker when the server started.
 
     Attributes:
         hello: what the scheduler is told.
         worker: puts prompts together; None if nothing is reused.
-        engines: what it works with.
+        engines: the engines that the worker uses.
     """
 
     hello: Hello
@@ -58,7 +58,7 @@ class Started:
 def start_worker(config: VllmConfig, settings: ServerSettings) -> Started:
     """Make the engine of a worker whose model is loaded.
 
-    A model that can't be served is no reason to end the server: it goes on without reuse, and says why.
+    If the model can't be served, the server goes on without reuse, and says why.
 
     Raises:
         StoreError: the store can't be opened.

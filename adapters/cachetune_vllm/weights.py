@@ -19,14 +19,14 @@ _JOINED: Mapping[str, Sequence[str]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
-"""What most model classes join, for those that don't say."""
+"""The matrices that most model classes join; used for classes that don't say."""
 _EXPERTS: Mapping[str, Sequence[str]] = {
     "gate_up_proj": ("w13_weight", "routed_experts.w13_weight"),
     "down_proj": ("w2_weight", "routed_experts.w2_weight"),
     "gate_up_proj_bias": ("w13_bias", "routed_experts.w13_bias"),
     "down_proj_bias": ("w2_bias", "routed_experts.w2_bias"),
 }
-"""Names of experts' weights in transformers, each of all experts of a layer, and in vLLM's releases."""
+"""Names of experts' weights (each tensor holds all experts of a layer): by the name in transformers, those in vLLM's releases."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Place:
     Attributes:
         module: vLLM's module.
         start, rows: which of its output features.
-        is_head: whether it is an embedding before the logits, which can't be called like a linear layer.
+        is_head: whether it is the embedding that computes the logits, which can't be called like a linear layer.
     """
 
     module: Any

@@ -33,7 +33,7 @@ class GivenUpError(Exception):
 
 @dataclass(frozen=True)
 class _Job:
-    """A load, and what its pages have to wait for.
+    """A load, and the event that must have happened before its pages are written.
 
     Attributes:
         load: what to put together.
@@ -57,7 +57,7 @@ class ReuseWorker:
         self._engine, self._pages, self._device = engine, pages, device
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._changed = threading.Condition()
-        self._waiting: set[str] = set()  # handed over, and not told to vLLM as done yet
+        self._waiting: set[str] = set()  # requests handed over to the thread, and not yet reported to vLLM as done
         self._done: set[str] = set()
         self._failed: set[int] = set()
         self._given_up: set[str] = set()
@@ -97,13 +97,13 @@ class ReuseWorker:
         return failed
 
     def report(self) -> FromWorker | None:
-        """What came of prompts since the last call."""
+        """The reports of prompts that were put together, or failed, since the last call."""
         with self._changed:
             reports, self._reports = self._reports, {}
         return FromWorker(reports) if reports else None
 
     def close(self) -> None:
-        """End the thread, behind the prompt at hand."""
+        """End the thread and wait for its end. Prompts that still wait are given up."""
         self._given_up |= self._waiting
         self._jobs.put(None)
         if self._thread is not None:
@@ -170,7 +170,7 @@ _SHOWN = (
     "prompt_tokens", "reused", "recomputed", "missed", "bytes_read", "ratio", "selector", "ttft", "timings", "prefix_kept", "damaged",
     "unreadable", "timed_out", "storing", "unstored", "skipped",
 )  # fmt: skip
-"""What a response shows of a report: nothing of it names a document, a path or another request."""
+"""The fields of a report that a response shows. None of them names a document, a path or another request."""
 
 
 def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[Any]:

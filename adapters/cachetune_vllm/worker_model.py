@@ -50,7 +50,7 @@ def model_around(layers: list[nn.Module]) -> nn.Module:
     largest: nn.Module | None = None
     size = 0
     for candidate in gc.get_objects():
-        # By its type: `isinstance` would also ask objects that stand for others, and some of them answer with a warning or an error.
+        # By its type: `isinstance` also evaluates proxy objects, and some of them answer with a warning or an error.
         if not issubclass(type(candidate), nn.Module) or not hasattr(candidate, "compute_logits"):
             continue
         inside = [id(module) for module in candidate.modules()]

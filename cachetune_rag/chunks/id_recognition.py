@@ -1,7 +1,7 @@
 """Recognising a store's chunks in token ids, while any process adds and removes chunks.
 
-The store has its chunks' texts. They are tokenised again, as chunks are tokenised alone, and what comes out is checked against the
-chunk's key: so the ids are those that the chunk was computed from, whatever tokenizer is at hand.
+The store has its chunks' texts. Each is tokenised again, alone as when it was stored, and the ids are checked against the chunk's key.
+So a chunk is recognised only by the ids that it was computed from, even if the tokenizer has changed since.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from cachetune_store import ChunkKey, ChunkStore, Namespace, StoreError, make_ke
 LOOK_EVERY = 1.0
 """Seconds after which the store is asked again whether it has changed."""
 SHARE_LOOKING = 0.05
-"""Share of the time that goes into listing a store's chunks again and again, while another process keeps adding some."""
+"""Largest share of the time that is spent on listing a store's chunks again, while another process keeps adding some."""
 SHARE_TOKENISING = 0.5
-"""Share of the time that goes into tokenising new texts, unless somebody waits for it; the rest is left to this process's requests."""
+"""Share of the time that is spent on tokenising new texts, unless a thread waits for it in `catch_up`. The rest is left to requests."""
 
 CLOSING = 2.0
-"""Seconds that closing waits for the thread."""
+"""Seconds that `close` waits for the thread to end."""
 
 BATCH = 32  # texts
 _log = logging.getLogger(__name__)
@@ -56,16 +56,16 @@ class KnownSoFar:
 class _Kind(Enum):
     """What a chunk of the store turned out to be."""
 
-    OWN = auto()  # of these namespaces
-    UNLIKE = auto()  # of these namespaces, but its text gives other ids
-    FOREIGN = auto()  # of others
+    OWN = auto()  # belongs to one of the namespaces asked for
+    UNLIKE = auto()  # belongs to one of them, but its text gives other ids now
+    FOREIGN = auto()  # belongs to another namespace
 
 
 class StoreIdRecognizer:
     """Recognises the chunks of one tenant in token ids, and follows what any process does to their store.
 
-    It begins on a thread of its own when it is made, and can be asked at once: what isn't known yet isn't found. Call `close` at the
-    end. Memory: about a kilobyte and a half a chunk.
+    A thread of its own begins to read the store when it is made. It can be asked at once, but doesn't find chunks
+    that aren't read yet. Call `close` at the end. Memory: about a kilobyte and a half a chunk.
 
     Args:
         store: where the chunks are.
@@ -88,17 +88,17 @@ class StoreIdRecognizer:
         self._look_every = look_every
         self._recognizer = IdRecognizer(spell)
         self._origin = this_process()
-        # Of the thread alone.
+        # Used by the thread alone.
         self._read_namespaces: tuple[Namespace, ...] = ()
         self._read_revision: int | None = None
         self._seen: dict[ChunkKey, _Kind] = {}  # chunks that were looked at
         self._listing_took = 0.0
-        # Of all threads, under the condition's lock.
+        # Used by all threads, under the condition's lock.
         self._changes = threading.Condition()
         self._closed = self._hurried = False
         self._waiters = 0  # threads that wait for the store to be read
-        self._looks = 0  # that have begun
-        self._done = self._failed = 0  # the last look behind which all was known, and the last one that came to nothing
+        self._looks = 0  # how many looks at the store have begun
+        self._done = self._failed = 0  # number of the last look that succeeded, and of the last one that failed
         self._waiting = self._unlike = 0
         self._error: str | None = None
         self._thread = threading.Thread(target=self._run, name="cachetune-ids", daemon=True)

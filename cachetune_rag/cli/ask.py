@@ -138,7 +138,7 @@ def _answers(
     """The answer with reuse, and with `full` the one without; both are printed as they come unless `quiet`."""
     if not full:
         return _answer(engine, {**request, **reuse}, quiet=quiet), None
-    # What only a process's first forward pays must not count against reuse, which comes first.
+    # A process's first forward is slower. Run one here, so that the answer with reuse, which comes first, doesn't pay for that.
     engine.full_prefill(query=request["query"])
     if not quiet:
         stdout().print("With reuse:", style="bold")
@@ -150,7 +150,7 @@ def _answers(
 
 
 def _seed(engine: CacheTune, seed: int | None) -> dict[str, int]:
-    """The seed to ask with, if the model samples. Both answers of --full have it: two draws would differ in any case."""
+    """The seed to ask with, if the model samples. Both answers of --full get the same one; with two seeds they would differ anyway."""
     sampling = _sampling(engine)
     if sampling is None:
         return {}
@@ -187,7 +187,7 @@ def _ratio(given: str) -> float | str:
     try:
         return float(given)
     except ValueError:
-        return given  # "auto", or refused with the others
+        return given  # "auto"; anything else is refused later, together with other unusable values
 
 
 def _result(

@@ -1,4 +1,4 @@
-"""Options of several commands. What is an engine's option as well is declared in `cachetune_rag/options.py`."""
+"""Options that several commands share. Those that are also options of the engine are declared in `cachetune_rag/options.py`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def path_of(given: str) -> Path:
 
 
 def _declared(name: str, *, show_default: bool = True) -> Any:
-    """The command-line option of an engine's option."""
+    """The command-line option for the engine's option of this name."""
     found = command_line_option(name)
     return typer.Option(
         found.flag, metavar=found.metavar, help=found.help, show_default=show_default, rich_help_panel=_STORE

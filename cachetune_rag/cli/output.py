@@ -1,4 +1,6 @@
-"""Where results go: a full disk or a closed stream ends a command with a line that says so, and never with half a result unnoticed."""
+"""Writing results to standard output. A full disk or a closed stream ends a command with an error message, so that an incomplete
+result never goes unnoticed.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ class OutputError(CacheTuneError):
 
 
 class _Results:
-    """Standard output whose errors are told from those of files that a command reads and writes.
+    """Standard output whose errors can be told apart from those of files that a command reads and writes: they are `OutputError`s.
 
     Args:
         inner: the stream.
@@ -54,14 +56,14 @@ class _Results:
 
 
 def give_up(stream: TextIO) -> None:
-    """What is still held for a stream that takes no more goes nowhere, instead of failing again when the process ends."""
+    """Redirect a broken stream to /dev/null, so that writing its buffered rest doesn't fail again when the process ends."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @contextlib.contextmanager
 def results_on_stdout() -> Iterator[None]:
-    """All that is printed has been written at the end.
+    """While open, errors of standard output are raised as `OutputError`; at the end, everything that was printed has been written.
 
     Raises:
         OutputError: standard output is closed, or doesn't take it.
@@ -83,9 +85,9 @@ def results_on_stdout() -> Iterator[None]:
 
 
 def open_missing_streams() -> None:
-    """Open what the caller has closed of the three standard streams as /dev/null.
+    """Open each of the three standard streams that the caller has closed as /dev/null.
 
-    Otherwise a file of the store would get the number of one of them, and libraries that print would write into it.
+    Otherwise a file of the store could get the file descriptor of such a stream, and libraries that print would write into that file.
     """
     for number in (0, 1, 2):
         try:

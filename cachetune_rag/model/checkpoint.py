@@ -1,4 +1,6 @@
-"""The fingerprint of a checkpoint, for a process in which its weights lie in a form that can't be read (a server's packed ones)."""
+"""The fingerprint of a checkpoint, computed from its files. For a process whose loaded weights can't be read, such as a server that
+has packed them.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +33,9 @@ class Checkpoint:
 
     Args:
         source: a folder made by `save_pretrained`, or a hub id.
-        dtype: what it is loaded in.
+        dtype: the type in which transformers would load the weights.
         revision: branch, tag or commit on the hub.
-        config: the model's configuration, where it isn't the one in its files.
+        config: the model's configuration, if it is not to be the one in its files.
 
     Raises:
         ModelLoadError: there is no configuration, or it can't be read.
@@ -58,8 +60,8 @@ class Checkpoint:
         self._files = self._found()
 
     def identity(self) -> str | None:
-        """Changes whenever one of its files does: SHA-256 (hex) over their names, sizes and times of change. None where the weights don't
-        lie in safetensors files.
+        """A value that changes whenever one of the files does: SHA-256 (hex) over their names, sizes and modification times, and over the
+        model's class, dtype and configuration. None where the weights don't lie in safetensors files.
         """
         if not self._files:
             return None
@@ -113,7 +115,7 @@ class Checkpoint:
         return None if found is None else Path(found)
 
     def _places(self) -> dict[str, str] | None:
-        """The name in the files of each tensor of the model; None if they don't hold all of them as transformers loads them."""
+        """For each tensor of the model, its name in the files; None if the files don't hold every tensor in the form that is loaded."""
         if not self._files or not loads_weights_as_they_are(self._skeleton):
             return None
         state = self._skeleton.state_dict(keep_vars=True)

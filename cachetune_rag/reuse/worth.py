@@ -1,8 +1,8 @@
-"""Whether reuse pays for a prompt, for a server that otherwise computes the prompt itself.
+"""Decides whether reuse pays for a prompt, for a server that could also compute the whole prompt itself.
 
-Reuse has costs of its own that don't depend on how much is reused: looking chunks up, choosing tokens, handing rows over, and an
-attention over assembled rows that is slower for each computed token than that of a whole prompt. A prompt with few stored tokens is
-answered sooner without.
+Reuse has costs of its own that don't depend on how much is reused: looking chunks up, choosing tokens, and handing rows over. Its
+attention over assembled rows is also slower for each computed token than that of a full prefill. A prompt with few stored tokens is
+therefore answered sooner without reuse.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from cachetune_rag.selection.base import budget
 from cachetune_rag.text.prompts.segments import Prompt
 
 LEAST_SPARED = 1024
-"""Tokens that reuse has to spare, at least: what makes up for its fixed costs. Chosen, not measured."""
+"""The fewest tokens that reuse has to save to make up for its fixed costs. Chosen, not measured."""
 LEAST_SHARE = 0.25
-"""Share of the tokens to compute that reuse has to spare, at least: what makes up for the slower attention of the others. Chosen, not
+"""The smallest share of the tokens to compute that reuse has to save, to make up for the slower attention of the others. Chosen, not
 measured."""
 
 
 @dataclass(frozen=True)
 class WorthLimits:
-    """From when on reuse pays.
+    """How much reuse has to save to be used.
 
     Attributes:
-        least_spared: tokens; see `LEAST_SPARED`. 0 for whatever there is.
+        least_spared: tokens; see `LEAST_SPARED`. 0: any number is enough.
         least_share: from 0 to 1; see `LEAST_SHARE`.
 
     Raises:
@@ -43,7 +43,7 @@ class WorthLimits:
 
 @dataclass(frozen=True)
 class Savings:
-    """What reuse would save of one prompt.
+    """What reuse would save for one prompt.
 
     Attributes:
         to_compute: tokens that a server computes without reuse.
@@ -74,7 +74,7 @@ def savings_of(
     Args:
         prompt: the prompt, with the chunks that were found in it.
         ratio: share of the chunk tokens that would be recomputed.
-        cached: tokens at the prompt's beginning whose rows the server has already; of these, nothing is spared.
+        cached: tokens at the start of the prompt whose rows the server has already; reuse saves nothing for these.
         missing: numbers of chunks that are known not to be stored.
         limits: what counts as too little.
     """

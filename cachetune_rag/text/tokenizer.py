@@ -19,14 +19,14 @@ from cachetune_rag.errors import PromptError, UnsupportedModelError
 from cachetune_store.printing import shown
 
 INSIDE = "\n"
-"""The usual `after`: the text goes on inside a prompt, so nothing may be put before it."""
+"""The usual value of `after`: the text stands inside a prompt, so the tokenizer must not put its usual leading space before it."""
 
 _INSIDE = (INSIDE, ")", "0")
 """Candidates to put before a text while it is tokenised as the middle of a prompt; the first that doesn't merge with it is taken."""
 
 _LOOKS_LIKE_CONTROL = re.compile(r"<[^<>\s]+>|<[|｜].*[|｜]>|\[/?[A-Za-z_][\w/ -]*\]", re.DOTALL)
 _REMEMBERED_IDS = 1 << 20
-"""Token ids that are remembered of texts seen before: what is retrieved is often retrieved again."""
+"""Size of the cache of tokenised texts, in token ids. It helps because the same passages are often retrieved again."""
 _NEVER = re.compile(r"(?!)")
 
 
@@ -39,7 +39,7 @@ class ContentTokenizer:
     Attributes:
         tokenizer: the copy.
         control: ids that content never yields.
-        bos: ids that the tokenizer puts before a text of its own accord; often one, often none.
+        bos: ids that the tokenizer puts before every text by default (such as BOS); often one, often none.
 
     Raises:
         UnsupportedModelError: this tokenizer can't tell content from control tokens.
@@ -83,8 +83,8 @@ class ContentTokenizer:
 
         Args:
             text: any text.
-            after: what stands before it where a tokenizer cares: "" at the start of the prompt, the literal of a
-                control token, or `INSIDE`.
+            after: what stands before the text, since some tokenizers depend on it: "" at the start of the prompt, the literal
+                of a control token, or `INSIDE`.
 
         Raises:
             PromptError: the text is no valid Unicode (lone surrogates), or can't be kept apart from control tokens.
@@ -102,8 +102,8 @@ class ContentTokenizer:
         return ids
 
     def encode_many(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
-        """What `encode` gives for each text. Faster for many texts, and other threads run meanwhile: the tokenizer gives up Python's
-        lock. Nothing is remembered of them.
+        """What `encode` gives for each text. Faster for many texts, and other threads can run meanwhile, because the tokenizer
+        releases Python's global lock. The results are not cached.
 
         Raises:
             PromptError: see `encode`.
@@ -113,7 +113,7 @@ class ContentTokenizer:
             check_text(text)
         before = INSIDE if self._adds_space else ""
         head = self._raw(before, special=False) if before else []
-        # Where `_continue` takes something else to put before a text, or a text has to be cut, it is done one by one.
+        # Texts that have to be cut, or for which `_continue` needs another leading text, are encoded one by one below.
         plain = [number for number, text in enumerate(texts) if text and len(self._cut(text)) == 1]
         found: dict[int, tuple[int, ...]] = {}
         if plain:
@@ -157,11 +157,11 @@ class ContentTokenizer:
         return ids
 
     def check_process(self) -> None:
-        """Refuse what comes in a process that was forked since this was made: another thread may have held its locks at the fork, and
-        those inside of the tokenizer, for ever.
+        """Refuse to work in a process that was forked after this object was made. Another thread may have held a lock of this object or
+        of the tokenizer at the moment of the fork; in the new process nobody would ever release it.
 
         Raises:
-            ForkedError: it does.
+            ForkedError: this is such a process.
         """
         self._origin.check("the prompt builder", "its tokenizer may have been in use there, and stays locked here")
 
@@ -194,7 +194,7 @@ class ContentTokenizer:
         return [match.start() + 1 for match in self._cuts.finditer(text)]
 
     def found(self, text: str) -> list[tuple[int, str]]:
-        """Everything in a text that is spelt like a control token, overlaps included: (place, the longest there)."""
+        """Everything in a text that is spelt like a control token, overlaps included: (start, the longest such spelling there)."""
         found = []
         for match in self._cuts.finditer(text):
             start = match.start()
@@ -228,7 +228,7 @@ class ContentTokenizer:
         return list(ids)
 
     def _continue(self, after: str, text: str, *, special: bool) -> list[int]:
-        """Ids of `text` right behind `after`; where their tokens can't be told apart, ids of `text` alone."""
+        """Ids of `text` when it stands right behind `after`. Where tokens span both and can't be separated: ids of `text` alone."""
         if after and self._adds_space:
             for before in _INSIDE if after == INSIDE else (after,):
                 head, both = self._raw(before, special=special), self._raw(before + text, special=special)
@@ -245,8 +245,8 @@ class ContentTokenizer:
         ids = self._continue(after, piece, special=False)
         if self.control.isdisjoint(ids):
             return ids
-        # A tokenizer can still get there: by normalising odd characters into a literal, or because the literal is an
-        # ordinary entry of its vocabulary. Halving ends up cutting it, and leaves all other text alone.
+        # A tokenizer can still yield a control id: by normalising odd characters into a literal, or because the literal is
+        # an ordinary entry of its vocabulary. Repeated halving ends up cutting the literal, and leaves most other text whole.
         if len(piece) == 1:
             raise PromptError(
                 f"{shown(piece)} (U+{ord(piece):04X}) is a control token for this tokenizer and has no spelling as plain "
@@ -266,7 +266,9 @@ class ContentTokenizer:
         return found, left, right
 
     def _unknown_id(self) -> frozenset[int]:
-        """The id of text outside the vocabulary: content may yield it, unless it ends or begins turns as well."""
+        """The id for text outside the vocabulary, as a set. Content may yield it, unless the same id is also that of BOS,
+        EOS, padding, separator or class token; then the set is empty.
+        """
         own = self.tokenizer
         others = {own.bos_token_id, own.eos_token_id, own.pad_token_id, own.sep_token_id, own.cls_token_id}
         return frozenset({own.unk_token_id} - others - {None})
@@ -288,7 +290,7 @@ class ContentTokenizer:
 def private_copy(tokenizer: Any) -> Any:
     """A copy of a tokenizer without the truncation and padding that calls leave behind in it.
 
-    Whoever else uses the tokenizer, on other threads or to change it, then doesn't come in the way, nor is disturbed.
+    Other code may go on using or changing the original tokenizer: neither side affects the other.
     """
     own = copy.deepcopy(tokenizer)
     backend = getattr(own, "backend_tokenizer", None)
@@ -321,8 +323,8 @@ def check_text(text: object, name: str = "text") -> str:
 
 
 def _starts_of(literals: Iterable[str]) -> re.Pattern[str]:
-    """Matches, empty, at every place where a literal begins, overlaps included."""
-    tails: dict[str, list[str]] = {}  # by first character: most places of a text are then ruled out at once
+    """A pattern with an empty match at every place where a literal begins, overlaps included."""
+    tails: dict[str, list[str]] = {}  # by first character, which quickly rules out most places of a text
     for literal in literals:
         tails.setdefault(literal[0], []).append(re.escape(literal[1:]))
     if not tails:

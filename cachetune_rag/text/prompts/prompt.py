@@ -1,7 +1,7 @@
 """Prompts: where prefix, chunks and query stand, as one list of token ids.
 
 A chunk is tokenised alone, so its ids are the same wherever it stands and its stored KV fits. Everything else between
-two chunks is tokenised together, as the model's own chat format would have it. Reuse and full prefill take the same list.
+two chunks is tokenised together, as the model's own chat format requires. Reuse and full prefill work on the same list of ids.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from cachetune_store.printing import shown
 __all__ = ["INSTRUCTIONS", "PLACEHOLDERS", "Chunk", "Prompt", "PromptBuilder", "Segment", "Span", "Text"]
 
 INSTRUCTIONS = "Answer the question using only the passages below."
-"""What stands before the chunks where a request gives no prefix. Short on purpose: every added condition ("if they do
+"""The prefix of requests that give none. Short on purpose: every added condition ("if they do
 not contain the answer, say so") made a 135M model miss answers that stood in the passages."""
 
 PLACEHOLDERS = ("{prefix}", "{chunks}", "{query}")
@@ -106,7 +106,7 @@ class PromptBuilder:
 
     @property
     def argument_names(self) -> frozenset[str]:
-        """What the chat template takes by name in `build`: the variables that it uses. None where it isn't used."""
+        """The template arguments that `build` accepts: the variables that the chat template uses. Empty where `build` doesn't use one."""
         return self._chat.names if self._chat is not None and self._template is None else frozenset()
 
     def split_template(self, text: str) -> list[tuple[str, bool]]:
@@ -163,8 +163,8 @@ class PromptBuilder:
 
         Args:
             messages: each {"role": ..., "content": ...}; content is a str or a list of `Text`, `Chunk`, str and parts
-                {"type": "text", "text": ...}. What else the
-                template knows goes along: tool_calls, tool_call_id, name, reasoning_content.
+                {"type": "text", "text": ...}. Other fields that the template knows may be given too: tool_calls,
+                tool_call_id, name, reasoning_content.
             tools: JSON schemas or functions that the model may call, as for transformers' `apply_chat_template`.
             template_arguments: further variables of the template, e.g. enable_thinking=False; or chat_template, the name of
                 another template of the tokenizer's or its text; add_generation_prompt, continue_final_message.
@@ -224,7 +224,7 @@ class PromptBuilder:
             yield passage
 
     def _assemble(self, pieces: Sequence[PromptPiece], *, bos: bool) -> Prompt:
-        """Tokenise: chunks alone, control tokens of the template as such, and each stretch of text between as one."""
+        """Tokenise: each chunk alone, the template's control tokens as such, and each stretch of text between them as a whole."""
         ids: list[int] = []
         spans: list[Span] = []
         passages: dict[int, tuple[tuple[int, ...], Chunk]] = {}

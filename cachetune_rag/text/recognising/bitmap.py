@@ -1,4 +1,7 @@
-"""An approximate set of hashes: it never denies one that was added, and may affirm one that wasn't. Asked about whole arrays."""
+"""An approximate set of hashes (a Bloom filter with one bit a hash), queried for whole arrays at once.
+
+It always says yes to a hash that was added, and may say yes to one that wasn't.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ class Bitmap:
         self._bytes[slot >> 3] |= 1 << (slot & 7)
 
     def may_hold(self, hashes: Hashes) -> npt.NDArray[np.bool_]:
-        """For each, False if it is not in here; True if it is, or another that shares its bit."""
+        """For each hash: False if it was not added; True if it was, or if another one that shares its bit was."""
         at, bit = _places(hashes)
         found: npt.NDArray[np.bool_] = (self._bytes[at] & bit) != 0
         return found
@@ -41,7 +44,7 @@ class Bitmap:
 
 
 def _places(hashes: Hashes) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint8]]:
-    """Byte and bit of each: its high bits after mixing, since the low bits of a product are poorly mixed."""
+    """Byte index and bit mask of each hash, from its high bits after mixing: the low bits of a product are poorly mixed."""
     mixed = (hashes ^ (hashes >> np.uint64(32))) * np.uint64(MIX)
     slots = (mixed >> np.uint64(64 - _BITS)).astype(np.uint32)
     return slots >> np.uint32(3), np.uint8(1) << (slots & np.uint32(7)).astype(np.uint8)

@@ -5,11 +5,11 @@ two multiplications. A bitmap over the hashes of every chunk's first elements (t
 chunk may begin. Only there, longer prefixes (twice, four times the anchor, ...) narrow the chunks down to those of a few
 lengths, so many chunks that share a header cost no more than one that doesn't.
 
-Stored texts and prompts may be made to do harm, or be a table of a thousand dashes: then a chunk may begin
-everywhere, and have any of a thousand lengths. Two things keep the search linear in the prompt. Places in a row where nothing
-was found are looked at many at a time. And hashes of slices are counted: there are `CREDIT` of them for any prompt, and `RATE`
-more an element of what lies behind. Where they are used up, the next places are passed over until enough of the prompt lies
-behind; chunks further on are found again.
+Stored texts and prompts may be made by an attacker, or be a table of a thousand dashes: then a chunk may begin at
+every place, and have any of a thousand lengths. Two things keep the search linear in the prompt. After several places in a row
+without a chunk, many places are looked at in one vectorised step. And the hashes of slices are counted: a search may compute
+`CREDIT` of them for any prompt, and `RATE` more for each element that it has passed. Where these are used up, the next places are
+skipped until it has passed enough elements; chunks behind the skipped places are found again.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from cachetune_rag.text.recognising.rolling_hash import Hashes, PrefixHashes
 
 CREDIT = 1 << 20
 RATE = 16
-"""Hashes of slices that any prompt may cost, and that each element adds; one takes a dozen nanoseconds."""
+"""The search's limit, in hashes of slices: any prompt may cost `CREDIT`, and each element adds `RATE`. A hash takes about 12 ns."""
 
-_ONE_BY_ONE = 64  # what looking at a single place costs, in hashes
-_CALL = 1024  # what looking at many places costs besides
-_RESERVE = 1 << 17  # hashes that must be due again before looking goes on
-_PATIENCE = 8  # places in vain before many are looked at at a time
+_ONE_BY_ONE = 64  # cost of looking at a single place, in hashes
+_CALL = 1024  # fixed cost of looking at many places at once, in hashes
+_RESERVE = 1 << 17  # hashes that must be allowed again before a stopped search goes on
+_PATIENCE = 8  # places without a chunk, in a row, after which many are looked at at once
 _FIRST_BLOCK, BLOCK = 64, 8192  # places
 AT_A_TIME = 1 << 17  # hashes in memory
 _STRETCH = 1 << 14  # elements whose hashes stay in the processor's cache
@@ -40,10 +40,10 @@ _STRETCH = 1 << 14  # elements whose hashes stay in the processor's cache
 _MASK = (1 << 64) - 1
 
 Lengths = int | tuple[int, ...]
-"""A length, or several, longest first. Most chunks have their beginning to themselves, and a number takes less memory."""
+"""A length, or several, longest first. Most chunks share their first elements with no other chunk; a single number takes less memory."""
 Records = bytes | dict[bytes, int]
-"""What is known of a chunk beside its hashes, or of several with the same hash, each with how often it was added. Such a dict may
-change at any moment: ask whether something is in it, or copy it by `list`, which nothing can interrupt."""
+"""The record of a chunk; or, where several have the same hash, a dict of their records with how often each was added. The dict may
+change at any moment: only test membership, or copy it with `list`, which is atomic."""
 Places = npt.NDArray[np.intp]
 
 
@@ -55,8 +55,8 @@ class Subject(Protocol):
         """A number for each of its elements."""
 
     def confirm(self, start: int, end: int, records: Records) -> tuple[bool, int]:
-        """Whether [start, end) is, in full, a chunk that has one of the records; and what it took to find out beyond reading that
-        once, in hashes of slices. One that is confirmed is among those found.
+        """Check whether [start, end) is, in full, a chunk that has one of the records. Returns the answer, and the cost of the check
+        beyond reading the slice once, in hashes of slices. A chunk that is confirmed is always part of the search's result.
         """
 
 
@@ -66,11 +66,11 @@ class Known:
 
     Attributes:
         anchor: elements by which the beginning of a chunk is found.
-        anchors: by the hash of a chunk's first `anchor` elements.
+        anchors: by the hash of the first `anchor` elements, how many chunks begin with them.
         groups: by the tag of its longest prefix of `anchor` << level elements, the lengths of the chunks that have it.
-        records: by the tag of the whole chunk.
-        levels: of all chunks, the highest first.
-        anchor_bits, group_bits, record_bits: the keys of the three.
+        records: by the tag of the whole chunk, its record or records.
+        levels: those that occur among the chunks (see `level_of`), the highest first.
+        anchor_bits, group_bits, record_bits: bitmaps of the keys of anchors, groups and records.
         credit: hashes of slices that any prompt may cost.
     """
 
@@ -90,8 +90,8 @@ class Found(NamedTuple):
 
     Attributes:
         places: where chunks stand, `[start, end)`.
-        left_out: how many places where one may begin were not looked at.
-        hashes: of slices that were looked at, about: what the search cost beyond one pass over the prompt.
+        left_out: how many places where a chunk may begin were not looked at, because the search had reached its limit.
+        hashes: about how many hashes of slices the search cost, beyond one pass over the prompt.
     """
 
     places: list[tuple[int, int]]
@@ -110,7 +110,7 @@ def level_of(length: int, anchor: int) -> int:
 
 
 def tag_of(value: int, salt: int) -> int:
-    """A hash mixed with its level or length, so that equal hashes of different ones have different tags."""
+    """A hash mixed with a level or length, so that equal hashes at different levels or lengths have different tags."""
     return (value ^ (salt * MIX)) & _MASK
 
 
@@ -190,7 +190,7 @@ class _Search:
         return None
 
     def _likely(self, start: int, lengths: list[int]) -> list[tuple[int, int]]:
-        """(length, tag) of the slices at a place that may be whole chunks; of many lengths, few are left."""
+        """(length, tag) of the slices at a place that may be whole chunks. Where there are many lengths, the bitmap leaves few of them."""
         if len(lengths) <= _PATIENCE:
             fulls = self._prefix.slices_from(start, lengths)
             return [(length, tag_of(full, length)) for length, full in zip(lengths, fulls, strict=True)]
@@ -201,12 +201,13 @@ class _Search:
 
     def _confirmed(self, start: int, end: int, records: Records) -> bool:
         confirmed, spent = self._subject.confirm(start, end, records)
-        # What is confirmed was read for good. Else these are two chunks with one hash, or chunks that differ at their edges alone.
+        # Reading a confirmed slice is not charged: the search goes on behind it. An unconfirmed one is charged in full: its hash is
+        # that of another chunk by chance, or it differs from the chunk at the edges alone.
         self._spent += spent if confirmed else spent + end - start
         return confirmed
 
     def _heads_at(self, starts: Places, row: int) -> list[tuple[int, int]]:
-        """(level, hash of that level's prefix) at a place, longest first; made for some places ahead at once."""
+        """(level, hash of that level's prefix) at a place, longest first. Computed for a block of places at once, and kept."""
         if not self._heads_from <= row < self._heads_to:
             some = starts[row : row + _FIRST_BLOCK]
             self._heads_from, self._heads_to = row, row + len(some)
@@ -232,7 +233,7 @@ class _Search:
         return looked
 
     def _first_at_level(self, starts: Places, rows: Places, tags: Hashes) -> int:
-        """The first of the rows at which the hash of a whole chunk is right, or from which on nothing was looked at."""
+        """The first of the rows at which the hash of a whole chunk matches, or at which looking stopped because the limit was reached."""
         distinct, which = np.unique(tags, return_inverse=True)
         lengths = [lengths_of(self._known.groups.get(tag, ())) for tag in distinct.tolist()]
         sizes = np.array([len(each) for each in lengths], dtype=np.intp)

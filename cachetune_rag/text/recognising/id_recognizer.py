@@ -1,10 +1,10 @@
 """Known chunks in a prompt's token ids, whatever template, client or tokenizer put them there.
 
 A chunk is stored as it is tokenised alone. Inside of a prompt a tokenizer may join its first or last characters with what stands around
-it, and a template may strip blanks, so that a few tokens at its edges are others there, or fewer, or more. So a chunk is known by its
-interior, all of its tokens but the first and last `EDGE`: that has to stand in the prompt, token by token, and its SHA-256 decides.
-Then the edges are compared. Tokens that are equal belong to the chunk too. Where they are not equal, what they spell has to be: a
-passage that only looks like a stored one, with another first word, is not that one.
+it, and a template may strip blanks, so that a few tokens at its edges are other ones there, or fewer, or more. So a chunk is found by
+its interior, all of its tokens but the first and last `EDGE`. The interior has to stand in the prompt token by token; its SHA-256 decides.
+Then the edges are compared. Edge tokens that are equal belong to the chunk too. Where they are not equal, they have to spell the same:
+a passage that differs from a stored one in its first word, say, is not recognised as that one.
 
 How chunks are kept is in `known_sequences`, how they are found in `chunk_search`.
 """
@@ -37,22 +37,23 @@ ANCHOR = 8
 LEAST = ANCHOR + 2 * EDGE
 """Tokens of the shortest chunk that is recognised."""
 AROUND = 3 * EDGE
-"""Tokens of a prompt beside an interior that are looked at for what a chunk's edge spells."""
+"""How many of a prompt's tokens on each side of an interior are searched for the text of the chunk's edge."""
 ALIKE = 16
-"""Of chunks with the same interior and other edges, how many are compared with a place where none stands with all of its tokens."""
+"""Where several chunks have the interior that was found, and none has exactly the edges there, at most this many are compared."""
 CREDIT = 1 << 18
-"""See `chunk_search.CREDIT`. Less than for texts: whoever schedules requests waits for it, and a prompt has fewer tokens than characters."""
+"""See `chunk_search.CREDIT`. Less than for texts: a server's scheduler waits for this search, and a prompt has fewer tokens than
+characters."""
 
 Ids = npt.NDArray[np.uint32]
 Spell = Callable[[Iterable[int]], str]
-"""Gives what token ids spell, joined; white space as such (`Spelling`)."""
+"""Gives the text that token ids spell, with ordinary white space in place of the vocabulary's marks for it (`Spelling`)."""
 
 _EDGES = struct.Struct(f"<{2 * EDGE}I")
 _DIGEST = 32  # bytes of a record before its edges
 _PLACE, _COMPARISON = (
     256,
     1024,
-)  # what a place takes, and comparing what a chunk's edges spell there, in hashes of slices
+)  # cost of a place, and of comparing the spelling of one chunk's edges there, in hashes of slices
 _TRIES = 4
 
 
@@ -70,8 +71,8 @@ class IdRecognizer:
     def __init__(self, spell: Spell | None = None) -> None:
         self._known, self._spell = KnownSequences(ANCHOR, "tokens", CREDIT), spell
         self._writing = threading.Lock()
-        self._keys: dict[bytes, Hashable] = {}  # by the record of a chunk
-        self._other_keys: dict[bytes, dict[Hashable, None]] = {}  # of chunks with the same ids
+        self._keys: dict[bytes, Hashable] = {}  # a key of each chunk, by the chunk's record
+        self._other_keys: dict[bytes, dict[Hashable, None]] = {}  # its further keys, where chunks have the same ids
 
     @property
     def cut_short(self) -> int:
@@ -197,7 +198,7 @@ class _IdSubject:
         return best is not None and self._found(best), _PLACE + compared * _COMPARISON
 
     def spans(self) -> list[IdSpan]:
-        """What was confirmed. Where two chunks' edges would overlap, the tokens are the first one's; those of an interior are its own."""
+        """The confirmed chunks. A token at which two chunks' edges overlap goes to the first chunk; tokens of an interior stay with it."""
         spans: list[IdSpan] = []
         done = 0
         for number, place in enumerate(self._places):
@@ -209,13 +210,13 @@ class _IdSubject:
         return spans
 
     def _found(self, place: _Place) -> bool:
-        if place.key is None:  # its chunk is just being removed
+        if place.key is None:  # another thread is just removing this chunk
             return False
         self._places.append(place)
         return True
 
     def _equal(self, edge: tuple[int, ...], beside: list[int], *, mirrored: bool = False) -> int | None:
-        """How many of an edge's tokens stand beside an interior, from the interior on; None if what stands there isn't the edge.
+        """How many of an edge's tokens stand beside an interior, counted outwards from it; None if the text there isn't that of the edge.
 
         `beside` are the prompt's tokens before the interior, or behind it (`mirrored`).
         """
@@ -243,7 +244,7 @@ def _some(records: dict[bytes, int]) -> list[bytes]:
 
 def _checked(ids: Sequence[int] | npt.NDArray[np.integer]) -> Ids:
     try:
-        # A list becomes an array in half the time by way of another kind of array.
+        # NumPy converts a list in half the time when it goes through `array.array`.
         numbers = np.frombuffer(array("q", ids), np.int64) if isinstance(ids, list | tuple) and ids else np.asarray(ids)
     except (TypeError, OverflowError):
         numbers = np.empty(1)
@@ -255,4 +256,4 @@ def _checked(ids: Sequence[int] | npt.NDArray[np.integer]) -> Ids:
 
 
 def _codes(ids: Ids) -> Hashes:
-    return ids.astype(np.uint64) + np.uint64(1)  # a hash of zeros wouldn't tell how many there are
+    return ids.astype(np.uint64) + np.uint64(1)  # all runs of zeros would have the same hash

@@ -13,13 +13,13 @@ from cachetune_rag.text.prompts.segments import Prompt, Span
 class IdSpan:
     """Tokens [start, end) of a prompt are those of a chunk, all of it or all but a few at its edges.
 
-    It says nothing of the tokens in between, which stand in the prompt: so it is small wherever it is sent.
+    The tokens in between are not part of it, since they stand in the prompt: so it is cheap to send to another process.
 
     Attributes:
         start, end: places in the prompt.
-        key: what the chunk was made known by.
+        key: the key under which the chunk was made known.
         head: the chunk's tokens before `start`, which the prompt has in another form or not at all; three at most.
-        tail: those behind the last of the span, likewise.
+        tail: the chunk's tokens from `end` on, likewise.
     """
 
     start: int
@@ -36,9 +36,9 @@ class IdSpan:
 def prompt_of_ids(
     prompt_ids: Sequence[int], found: Sequence[IdSpan], texts: Mapping[Hashable, str] | None = None
 ) -> Prompt:
-    """A prompt of which only the token ids are known, and the chunks that were found in them.
+    """Make a `Prompt` of token ids and the chunks that were found in them.
 
-    What the prompt has in place of a chunk's `head` and `tail` is computed, as everything outside of the spans.
+    Tokens that the prompt has in place of a chunk's `head` and `tail` are computed, like everything outside of the spans.
 
     Args:
         prompt_ids: the whole prompt.

@@ -1,13 +1,14 @@
 """Which sequences are known (chunks' texts, or their token ids), kept so that a prompt can be searched for all of them at once.
 
-Of a sequence, three hashes are kept: of its first elements, which say where one may begin; of its longest prefix of the anchor
-times a power of two, which leaves the few lengths that one may have there; and of the whole. Beside them stands a record of the
-caller's, which decides: it has a cryptographic digest of the whole, so this index does without the sequences.
+Three hashes of each sequence are kept. That of its first elements (the anchor) says where a sequence may begin. That of its longest
+prefix whose length is the anchor times a power of two leaves few possible lengths there. The third is that of the whole sequence.
+The caller's record is kept beside them, and decides: it holds a cryptographic digest of the sequence, so this index need not keep
+the sequence itself.
 
-Searching takes no lock, so that whoever adds a chunk never waits for a prompt that is being searched, nor the other way round.
-It works because every table maps hashes to values that are replaced and never changed (or are copied in one step before they are
-looked at), and because a place counts only if its record does: a table that changes during a search can cost a chunk that just came
-or went, never a wrong one.
+Searching takes no lock: adding a chunk never waits for a search, nor a search for an addition. This is safe because every table maps
+hashes to values that are replaced and never changed in place (or that are copied in one atomic step before they are read), and because
+a place counts only if its record matches. If a table changes during a search, the search may miss a chunk that was just being added or
+removed, but never finds a wrong one.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from cachetune_rag.text.recognising.chunk_search import (
 from cachetune_rag.text.recognising.rolling_hash import Hashes, PrefixHashes
 
 STALE = 1 << 18
-"""The bitmaps are made anew once so many of their bits belong to no chunk any more."""
+"""The bitmaps are made anew once about this many of their bits belong to no chunk any more."""
 
 _PACKED = struct.Struct("<QQQI")
 _K = TypeVar("_K")
@@ -46,8 +47,8 @@ class Entry(NamedTuple):
 
     Attributes:
         anchor, group, full: its hashes.
-        length: of the sequence.
-        record: the caller's.
+        length: elements of the sequence.
+        record: the caller's record of it.
     """
 
     anchor: int
@@ -93,7 +94,7 @@ class KnownSequences:
         return key in self._entries
 
     def describe(self, codes: Hashes, record: bytes) -> Entry:
-        """What is kept of a sequence, given as a number for each element, as long as the anchor at least."""
+        """What is kept of a sequence. It is given as a number for each element, and has to be at least as long as the anchor."""
         prefix, length = PrefixHashes(codes), len(codes)
         level = level_of(length, self._anchor)
         anchor, head, full = prefix.slices_from(0, [self._anchor, self._anchor << level, length])
@@ -141,7 +142,7 @@ class KnownSequences:
         return search(subject, known)
 
     def find(self, subject: Subject) -> list[tuple[int, int]]:
-        """Where known sequences stand: `[start, end)`, in order and without overlap. Counts and tells where not all was looked at."""
+        """Where known sequences stand: `[start, end)`, in order and without overlap. Counts and logs prompts not searched in full."""
         found = self.search(subject)
         if found.left_out:
             with self._counting:
@@ -162,7 +163,7 @@ class KnownSequences:
 
     def _learn(self, key: Hashable, entry: Entry) -> None:
         self._entries[key] = _PACKED.pack(*entry[:-1]) + entry.record
-        # The table that searches look into first is filled last, so a search meanwhile finds all of a sequence or nothing.
+        # The table that searches read first is filled last, so a search at the same time sees all of a sequence or nothing.
         self._learn_record(entry)
         self._learn_length(entry)
         level = level_of(entry.length, self._anchor)
@@ -179,7 +180,7 @@ class KnownSequences:
         if before is None:
             self._records[entry.full] = entry.record
         elif isinstance(before, dict):
-            # In place, for there may be many: searches copy them in one step.
+            # Changed in place, since there may be many; searches copy them in one atomic step.
             before[entry.record] = before.get(entry.record, 0) + 1
         else:
             counts = {before: 1}
@@ -229,7 +230,9 @@ class KnownSequences:
             del self._records[entry.full]
 
     def _sweep(self) -> None:
-        """Other sequences may share a bit, so those of sequences that are gone stay; a stale one only costs a look into the table."""
+        """Make the bitmaps anew from the tables. A removed sequence's bits can't just be cleared, since other sequences may share them;
+        until now each stale bit has only cost a needless look into a table.
+        """
         self.anchor_bits, self._group_bits = Bitmap(self._anchors), Bitmap(self._groups)
         self._record_bits = Bitmap(self._records)
         self._stale = 0

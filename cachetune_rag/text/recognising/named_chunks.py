@@ -25,16 +25,16 @@ class NamedChunks:
 def find_named(
     texts: Sequence[str], prompt_ids: Sequence[int], encode: Callable[[str], Sequence[int]], spell: Spell
 ) -> NamedChunks:
-    """Find chunks in a prompt that are stored or not, as `IdRecognizer` finds those that are.
+    """Find chunks in a prompt by their texts, whether they are stored or not, by the rules of `IdRecognizer`.
 
     Args:
-        texts: of the chunks.
+        texts: the texts of the chunks.
         prompt_ids: the whole prompt.
         encode: tokenises a chunk alone, as chunks are stored (`PromptBuilder.encode`).
         spell: says what tokens spell (`Spelling`).
 
     Raises:
-        PromptError: a text that can't be tokenised, or ids that are none.
+        PromptError: a text can't be tokenised, or `prompt_ids` are no token ids.
     """
     recognizer = IdRecognizer(spell)
     numbers: dict[tuple[int, ...], int] = {}

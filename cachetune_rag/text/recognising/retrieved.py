@@ -1,9 +1,9 @@
 """Finding what was just retrieved inside a prompt, whether it is stored or not.
 
-An index that was made without the KV store, or one that shows other texts than were precomputed (a window around a sentence, a
-parent), would never be reused: stored chunks alone are found in plain text. Who knows what the retriever returned, and which
-document each passage belongs to, gives them as `Chunk`s; a passage that stands in the prompt as it is becomes one of its
-chunks. The request computes it and stores it under its document, and the next one finds it.
+In plain text, only stored chunks are found. So nothing would ever be reused with an index that was made without the KV store, or that
+shows other texts than were precomputed (a window around a sentence, a parent). A caller who knows what the retriever returned, and
+which document each passage belongs to, gives the passages as `Chunk`s. A passage that stands unchanged in the prompt becomes one of
+its chunks: the request computes it and stores it under its document, and the next request finds it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Retrieved:
     """The passages that a request's retriever returned.
 
     Args:
-        passages: texts are only counted; `Chunk`s that name a document are found as well.
+        passages: only `Chunk`s that name a document are looked for; plain texts are ignored here.
         stored: cuts content into text and stored chunks.
     """
 
@@ -41,9 +41,9 @@ class Retrieved:
     def segments(self, content: Content) -> list[Segment]:
         """Content with stored and retrieved chunks as `Chunk`; the joined texts stay the same.
 
-        Of chunks that overlap, the one that begins first counts, and of several that begin there, the longest. But a passage that
-        consists of stored chunks for the most part (children of a parent, a chunk behind a number) gives way to these: nothing is
-        to be stored twice.
+        Of chunks that overlap, the one that begins first counts, and of several that begin there, the longest. But where stored chunks
+        make up most of a passage (children of a parent, a chunk behind a number), these chunks count and the passage doesn't, so that
+        nothing is stored twice.
         """
         if not self._documents:
             return self._stored(content)

@@ -1,4 +1,4 @@
-"""What token ids spell, piece by piece as a tokenizer's vocabulary has them."""
+"""The text that token ids spell, put together from the pieces in a tokenizer's vocabulary."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _MARKS = str.maketrans({"\u2581": " ", "\u0120": " ", "\u010a": "\n", "\u0109": 
 
 
 class Spelling:
-    """Compares stretches of tokens by what they spell, with no regard to white space at their outer ends.
+    """Gives the text that tokens spell, for comparing stretches of tokens.
 
-    Pieces are compared as the vocabulary writes them, not decoded: one token may be a part of a character. Safe to use from many
+    The pieces stay as the vocabulary writes them and are not decoded, since one token may be a part of a character. Safe to use from many
     threads.
 
     Args:
-        tokenizer: of transformers; a private copy, if others change it.
+        tokenizer: a tokenizer of transformers; give a private copy if other code may change it.
     """
 
     def __init__(self, tokenizer: Any):

@@ -1,6 +1,6 @@
-"""How a prompt changed a stored text, so that it isn't found there to the character. Works on texts alone, and cheaply.
+"""Says how a prompt changed a stored text, so that an exact search doesn't find it. Needs only the two texts, and is cheap.
 
-Each kind of change is tried by itself: undo it, and look whether the text is there. What is left over is compared by its letters.
+Each kind of change is tried by itself: it is undone, and the text is looked for again. If none fits, the letters alone are compared.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def change_of(stored: str, shown: str) -> str | None:
 
 
 def pieces_of(shown: str) -> frozenset[str]:
-    """All stretches of letters of a prompt, by which like texts are recognised whatever was done to blanks, case and marks."""
+    """All stretches of letters of a prompt. By them, similar texts are found even if blanks, case and punctuation were changed."""
     letters = _letters(_unescaped(shown[:MOST]))
     return frozenset(letters[i : i + _PIECE] for i in range(len(letters) - _PIECE + 1))
 
@@ -92,7 +92,7 @@ def _escaped(body: str) -> Iterable[str]:
 
 
 def _changed_lines(body: str, shown: str) -> str | None:
-    """What stands before each line of it in the prompt."""
+    """The kind of change, if the prompt differs only in what stands before each line; None otherwise."""
     bare = _LINE_MARK.sub("", body)
     lines = [line for line in bare.splitlines() if line.strip()]
     if len(lines) < 2 or bare not in _LINE_MARK.sub("", shown):
@@ -106,7 +106,7 @@ def _changed_lines(body: str, shown: str) -> str | None:
 
 
 def _part(body: str, shown: str) -> str | None:
-    """Whether a part of it is there as it is: all but the lines of metadata before it, or any other part."""
+    """The kind of change, if only a part of the text is there unchanged: all but its first lines of metadata, or some other part."""
     head, _, rest = body.partition("\n\n")
     for _ in range(_HEADER_PARTS):
         if not rest or not all(_HEADER_LINE.match(line) for line in head.splitlines() if line.strip()):
