@@ -23,7 +23,7 @@ test: lint
 	$(MAKE) test-vllm
 
 test-vllm: $(VLLM_READY)
-	$(VLLM_ENV) $(VLLM_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile tests/vllm
+	$(VLLM_ENV) $(VLLM_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not every_family" tests/vllm
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -38,6 +38,29 @@ REFUSED: dict[str, str] = dict.fromkeys(
 """Families that are refused at start, with the reason. On a CPU vLLM packs all experts, whatever else it leaves as it is."""
 
 
+USUAL = {
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "phi3",
+    "gpt-neox",
+    "olmo2",
+    "cohere",
+    "glm4",
+    "stablelm",
+    "mixtral",
+}
+"""Families that `make test` tries: one of each way in which weights are laid out. The others take minutes: `pytest -m every_family`."""
+
+
+def rows() -> list[Any]:
+    names = families.ids_of(families.FAMILIES)
+    assert set(names) >= USUAL
+    return [name if name in USUAL else pytest.param(name, marks=pytest.mark.every_family) for name in names]
+
+
 def make(loaded: Loaded) -> Any:
     config = AutoConfig.from_pretrained(loaded.folder)
     return served_model(loaded.model, config, torch.float32, torch.device("cpu"))
@@ -49,7 +72,7 @@ def logits(model: Any, ids: list[int]) -> torch.Tensor:
 
 
 @FORMS
-@pytest.mark.parametrize("name", families.ids_of(families.FAMILIES))
+@pytest.mark.parametrize("name", rows())
 def test_a_family_works_or_is_refused_with_the_reason(
     load_tiny: Callable[..., Loaded], name: str, packed: bool
 ) -> None:
