@@ -35,3 +35,10 @@ def test_what_was_pickled_before_the_move_can_be_read() -> None:
     old = pickle.dumps(document, protocol=0).replace(b"cachetune_rag.text.documents", b"cachetune_rag.documents")
 
     assert pickle.loads(old) == document
+
+
+def test_the_program_is_found_where_earlier_releases_had_it() -> None:
+    from cachetune_rag.cli import main
+    from cachetune_rag.cli.app import main as same
+
+    assert main is same
