@@ -23,7 +23,8 @@ from cachetune_vllm.metrics import ReuseMetrics, ReuseStats
 from cachetune_vllm.recognition import Recognition
 from cachetune_vllm.scheduler import ReuseScheduler
 from cachetune_vllm.settings import ServerSettings
-from cachetune_vllm.start import Started, recognition_for, start_worker
+from cachetune_vllm.start import Started, start_worker, tokenizer_of
+from cachetune_vllm.worker import ReuseWorker
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -64,7 +65,7 @@ class CacheTuneConnector(KVConnectorBase_V1):
             _log.warning("no chunks are reused by this server: %s", hello.refusal)
             return
         block_size = self._config.cache_config.block_size
-        self._recognition = recognition_for(self._config, self._settings, hello)
+        self._recognition = Recognition(self._settings, hello, tokenizer_of(self._config))
         self._scheduler = ReuseScheduler(self._settings, block_size, self._recognition.find, hello.most_tokens)
 
     def on_new_request(self, request: Request) -> None:
@@ -133,22 +134,21 @@ class CacheTuneConnector(KVConnectorBase_V1):
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """See the base class."""
-        if self._started is not None and self._started.worker is not None:
-            self._started.worker.start(self._told)
+        if (worker := self._worker) is not None:
+            worker.start(self._told)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """See the base class."""
-        if self._started is None or self._started.worker is None:
-            return None, None
-        return None, self._started.worker.finished(self._told.idle) or None
+        worker = self._worker
+        return None, None if worker is None else worker.finished(self._told.idle) or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """See the base class."""
-        return set() if self._started is None or self._started.worker is None else self._started.worker.failed_blocks()
+        return set() if (worker := self._worker) is None else worker.failed_blocks()
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         """See the base class."""
-        return None if self._started is None or self._started.worker is None else self._started.worker.report()
+        return None if (worker := self._worker) is None else worker.report()
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing to wait for: vLLM runs a request only once its prompt is completely put together."""
@@ -175,6 +175,10 @@ class CacheTuneConnector(KVConnectorBase_V1):
     def engines(self) -> Engines | None:
         """What a worker works with; None on the scheduler's side, and where nothing is reused."""
         return None if self._started is None else self._started.engines
+
+    @property
+    def _worker(self) -> ReuseWorker | None:
+        return None if self._started is None else self._started.worker
 
     @property
     def _told(self) -> ToWorkers:

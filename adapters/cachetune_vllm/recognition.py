@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from cachetune_rag.chunks.id_recognition import StoreIdRecognizer
@@ -29,14 +29,6 @@ its chunks are read anew at its next request."""
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class _Tenant:
-    """What is known of one tenant's chunks."""
-
-    recognizer: StoreIdRecognizer
-    lead_ins: LeadIns
-
-
 class Recognition:
     """Knows the chunks of a store, and finds them in prompts. Called from one thread.
 
@@ -52,15 +44,15 @@ class Recognition:
         self._spelling = Spelling(private_copy(tokenizer))
         # Only the store's texts are read here; the workers read the chunks' rows.
         self._store = ChunkStore(settings.store, host_budget=0, disk_budget=settings.disk_budget)
-        self._tenants: OrderedDict[str, _Tenant] = OrderedDict()
-        recognizer = self._of(settings.tenant).recognizer
+        self._tenants: OrderedDict[str, StoreIdRecognizer] = OrderedDict()
+        recognizer = self._of(settings.tenant)
         if not recognizer.catch_up(START_PATIENCE):
             known = recognizer.known
             _log.warning("%d chunks of the store are known, and %d still to be read", known.chunks, known.waiting)
 
     def find(self, ids: Sequence[int], settings: RequestSettings) -> Prompt | None:
         """A prompt with the chunks that stand in it; None if there are none."""
-        spans = self._of(settings.tenant).recognizer.find(ids)
+        spans = self._of(settings.tenant).find(ids)
         texts: dict[Hashable, str] = {}
         if settings.chunks is not None:
             named = find_named(settings.chunks, ids, self._prompts.encode, self._spelling)
@@ -71,14 +63,15 @@ class Recognition:
 
     def close(self) -> None:
         """End what follows the store, and close it."""
-        for tenant in self._tenants.values():
-            tenant.recognizer.close()
+        for recognizer in self._tenants.values():
+            recognizer.close()
         self._tenants.clear()
         self._store.close()
 
-    def _of(self, name: str) -> _Tenant:
-        tenant = self._tenants.get(name)
-        if tenant is None:
+    def _of(self, name: str) -> StoreIdRecognizer:
+        """What recognises one tenant's chunks."""
+        recognizer = self._tenants.get(name)
+        if recognizer is None:
             hello = self._hello
             assert hello.namespace is not None
             lead_ins = LeadIns(
@@ -92,8 +85,8 @@ class Recognition:
             recognizer = StoreIdRecognizer(
                 self._store, lambda: (lead_ins.namespace,), self._prompts.encode_many, self._spelling
             )
-            tenant = self._tenants[name] = _Tenant(recognizer, lead_ins)
+            self._tenants[name] = recognizer
             if len(self._tenants) > TENANTS:
-                self._tenants.popitem(last=False)[1].recognizer.close()
+                self._tenants.popitem(last=False)[1].close()
         self._tenants.move_to_end(name)
-        return tenant
+        return recognizer

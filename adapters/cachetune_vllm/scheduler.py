@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from cachetune_rag.text.prompts.segments import Prompt
 from cachetune_vllm.messages import FromWorker, Load, ToWorkers
 from cachetune_vllm.metrics import ReuseStats
@@ -246,6 +248,6 @@ def _end(request: Request) -> int:
 
 def _digest(prompt: Prompt, settings: RequestSettings) -> bytes:
     """Identifies what is put together for a prompt: its ids, its chunks and the settings."""
-    said = json.dumps([list(prompt.ids), [[s.start, s.end, s.chunk] for s in prompt.spans], settings.ratio, settings.selector,
-                       settings.tenant])  # fmt: skip
-    return hashlib.sha256(b"cachetune" + said.encode()).digest()
+    said = [[[s.start, s.end, s.chunk] for s in prompt.spans], settings.ratio, settings.selector, settings.tenant]
+    # The ids apart, and not as text: a long prompt has ten thousands, and vLLM's loop waits for this.
+    return hashlib.sha256(np.array(prompt.ids, np.int64).tobytes() + json.dumps(said).encode()).digest()

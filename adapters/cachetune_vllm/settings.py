@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
-from cachetune_rag.checking.arguments import hint
-from cachetune_rag.errors import ConfigError
+from cachetune_rag.checking.arguments import check_count, check_tenant, hint, is_number
+from cachetune_rag.errors import ConfigError, PromptError
+from cachetune_rag.text.tokenizer import check_text
 from cachetune_store.printing import shown
 
 REQUEST_KEY = "cachetune"
@@ -63,16 +64,12 @@ class ServerSettings:
                 '{"store": "/data/kv"}; `cachetune precompute DOCUMENTS --model MODEL --store FOLDER` fills it.'
             )
         settings = cls(**given)
-        for name in ("least_reused", "loads_at_once"):
-            least = 1 if name == "loads_at_once" else 0
-            value = getattr(settings, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name} is {shown(value)}: use a whole number from {least} on.")
+        for name, least in (("least_reused", 0), ("loads_at_once", 1)):
+            check_count(getattr(settings, name), name, f"a whole number from {least} on", least)
         for name in ("tenant_from_request", "store_missed"):
             if not isinstance(getattr(settings, name), bool):
                 raise ConfigError(f"{name} is {shown(getattr(settings, name))}: use true or false.")
-        if not isinstance(settings.tenant, str):
-            raise ConfigError(f'tenant is {shown(settings.tenant)}: use a string, "" for the only one there is.')
+        check_tenant(settings.tenant)
         _check_ratio(settings.ratio, ConfigError)
         _check_selector(settings.selector, ConfigError)
         return settings
@@ -130,12 +127,10 @@ def _texts(chunks: object) -> tuple[str, ...] | None:
         return None
     if isinstance(chunks, str | bytes) or not isinstance(chunks, Sequence):
         raise RequestSettingsError(f"chunks is {shown(chunks)}: use a list of the texts that stand in the prompt.")
-    for number, text in enumerate(chunks):
-        if not isinstance(text, str):
-            raise RequestSettingsError(
-                f"chunks[{number}] is {shown(text)}: use the chunk's text as the prompt shows it."
-            )
-    return tuple(chunks)
+    try:
+        return tuple(check_text(text, f"chunks[{number}]") for number, text in enumerate(chunks))
+    except PromptError as error:
+        raise RequestSettingsError(str(error)) from error
 
 
 def _tenant(given: Mapping[str, Any], server: ServerSettings) -> str:
@@ -146,10 +141,11 @@ def _tenant(given: Mapping[str, Any], server: ServerSettings) -> str:
             "tenant can't be named by a request of this server: leave it out, or start the server with "
             '"tenant_from_request": true behind a gateway that sets it.'
         )
-    tenant = given["tenant"]
-    if not isinstance(tenant, str):
-        raise RequestSettingsError(f"tenant is {shown(tenant)}: use a string.")
-    return tenant
+    try:
+        check_tenant(given["tenant"])
+    except ConfigError as error:
+        raise RequestSettingsError(str(error)) from error
+    return str(given["tenant"])
 
 
 def _check_names(given: Mapping[str, Any], known: Iterable[str], whose: str, refusal: type[ConfigError]) -> None:
@@ -163,7 +159,7 @@ def _check_names(given: Mapping[str, Any], known: Iterable[str], whose: str, ref
 def _check_ratio(ratio: object, refusal: type[ConfigError]) -> None:
     if ratio == "auto" and isinstance(ratio, str):
         return
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
+    if not is_number(ratio, 0, 1):
         raise refusal(
             f'ratio is {shown(ratio)}: use "auto" or a number from 0 (recompute nothing) to 1 (recompute everything).'
         )

@@ -14,7 +14,6 @@ from cachetune_store import StoreError
 from cachetune_vllm.engines import Engines
 from cachetune_vllm.messages import Hello
 from cachetune_vllm.pages import Pages
-from cachetune_vllm.recognition import Recognition
 from cachetune_vllm.served_check import check_served
 from cachetune_vllm.served_fingerprint import config_of
 from cachetune_vllm.served_model import served_model
@@ -136,8 +135,3 @@ def tokenizer_of(config: VllmConfig) -> Any:
 
     model = config.model_config
     return load_tokenizer(model.tokenizer or model.model, revision=model.tokenizer_revision)
-
-
-def recognition_for(config: VllmConfig, settings: ServerSettings, hello: Hello) -> Recognition:
-    """What finds chunks in prompts, for the model that the workers have."""
-    return Recognition(settings, hello, tokenizer_of(config))

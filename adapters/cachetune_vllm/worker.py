@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -138,17 +139,16 @@ class ReuseWorker:
         """Write a prompt's rows to its pages. Returns its report; None if nothing of it can be reused."""
         load, engine = job.load, self._engine(job.load.tenant)
         self._check_wanted(load.request_id)
-
-        def chunks_open() -> None:
-            self._check_wanted(load.request_id)
-
         with _on(stream):
             if job.free is not None and stream is not None:
                 stream.wait_event(job.free)
             memory = PagedMemory(engine.assembler.memory, self._pages, load.blocks, load.start, load.end)
             request = Request.measured(load.prompt, engine.admission.config(load.selector, load.ratio))
-            state = engine.executor.reuse(request, memory, chunks_open)
+            state = engine.executor.reuse(request, memory, partial(self._check_wanted, load.request_id))
             if state is None:
+                _log.warning(
+                    "request %s: none of its chunks could be reused; vLLM computes its prompt", load.request_id
+                )
                 return None
             if stream is not None:
                 stream.synchronize()

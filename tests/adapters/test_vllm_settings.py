@@ -55,6 +55,7 @@ def test_a_request_has_the_servers_settings_unless_it_says_otherwise() -> None:
         ({"selector": ["frequency"]}, "selector is"),
         ({"chunks": "one text"}, "list of the texts"),
         ({"chunks": ["a", 2]}, r"chunks\[1\] is 2"),
+        ({"chunks": ["\ud800"]}, r"chunks\[0\] has a lone surrogate"),
         ({"reuse": 1}, "true or false"),
         ({"tenant": "b"}, "tenant_from_request"),
         ({"store": "/etc"}, "none of a request's"),
@@ -69,6 +70,8 @@ def test_only_a_server_behind_a_gateway_lets_requests_name_their_tenant() -> Non
     behind = ServerSettings.of({"store": "kv", "tenant": "a", "tenant_from_request": True})
     assert RequestSettings.of({"tenant": "b"}, behind).tenant == "b"
     assert RequestSettings.of({}, behind).tenant == "a"
+    with pytest.raises(RequestSettingsError, match="no valid Unicode"):
+        RequestSettings.of({"tenant": "\ud800"}, behind)
 
 
 async def through_middleware(body: bytes) -> tuple[list[dict[str, Any]], list[bytes]]:

@@ -106,18 +106,24 @@ def transfer(store: Path, **settings: Any) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="module")
-def served(tiny_vllm: Callable[..., TinyVLLM], tmp_path_factory: pytest.TempPathFactory) -> Served:
+def filled_store(folder: Path) -> tuple[Path, Path]:
+    """A tiny model's files, and a store with `CHUNKS` of it."""
     from transformers import AutoModelForCausalLM
 
     from tests.vllm.models import save_tiny
 
-    folder = tmp_path_factory.mktemp("served")
-    model = AutoModelForCausalLM.from_pretrained(save_tiny("llama", folder), dtype=torch.float32).eval()
-    with CacheTune(model, tiny.tokenizer(), folder / "kv") as engine:
+    model, store = save_tiny("llama", folder), folder / "kv"
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    with CacheTune(loaded, tiny.tokenizer(), store) as engine:
         engine.precompute(CHUNKS)
-    up = tiny_vllm("llama", packed=False, kv_transfer_config=transfer(folder / "kv"), enable_prefix_caching=True)
-    return Served(up, folder / "kv")
+    return model, store
+
+
+@pytest.fixture(scope="module")
+def served(tiny_vllm: Callable[..., TinyVLLM], tmp_path_factory: pytest.TempPathFactory) -> Served:
+    _, store = filled_store(tmp_path_factory.mktemp("served"))
+    up = tiny_vllm("llama", packed=False, kv_transfer_config=transfer(store), enable_prefix_caching=True)
+    return Served(up, store)
 
 
 @ON_CPU

@@ -22,8 +22,7 @@ import torch
 
 from cachetune_rag import CacheTune
 from tests import tiny
-from tests.vllm.models import save_tiny
-from tests.vllm.test_connector import CHUNKS, encode
+from tests.vllm.test_connector import CHUNKS, encode, filled_store
 
 START_SECONDS = 240
 QUESTION = "What is it?"
@@ -100,17 +99,12 @@ def settings(**given: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    from transformers import AutoModelForCausalLM
-
     folder = tmp_path_factory.mktemp("server")
-    model = save_tiny("llama", folder)
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    with CacheTune(loaded, tiny.tokenizer(), folder / "kv") as engine:
-        engine.precompute(CHUNKS)
+    model, store = filled_store(folder)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    server = Server(model, folder / "kv", port, folder / "log")
+    server = Server(model, store, port, folder / "log")
     server.start()
     yield server
     server.end()

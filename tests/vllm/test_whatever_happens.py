@@ -7,12 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from cachetune_rag import CacheTune
 from tests import tiny
 from tests.vllm.conftest import TinyVLLM
-from tests.vllm.test_connector import CHUNKS, TOKENS, Served, encode, prompt_of, report, shuffled, transfer
+from tests.vllm.test_connector import (
+    CHUNKS,
+    TOKENS,
+    Served,
+    encode,
+    filled_store,
+    prompt_of,
+    report,
+    shuffled,
+    transfer,
+)
 
 LONG = 180
 """Tokens of a long answer."""
@@ -23,19 +32,12 @@ PAGE, FEW_PAGES = 32, 66
 @pytest.fixture(scope="module")
 def crowded(tiny_vllm: Callable[..., TinyVLLM], tmp_path_factory: pytest.TempPathFactory) -> Served:
     """A server with little memory, that loads one prompt at a time."""
-    from transformers import AutoModelForCausalLM
-
-    from tests.vllm.models import save_tiny
-
-    folder = tmp_path_factory.mktemp("crowded")
-    model = AutoModelForCausalLM.from_pretrained(save_tiny("llama", folder), dtype=torch.float32).eval()
-    with CacheTune(model, tiny.tokenizer(), folder / "kv") as engine:
-        engine.precompute(CHUNKS)
-    settings = transfer(folder / "kv", loads_at_once=2)
+    _, store = filled_store(tmp_path_factory.mktemp("crowded"))
+    settings = transfer(store, loads_at_once=2)
     up = tiny_vllm(
         "llama", packed=False, kv_transfer_config=settings, block_size=PAGE, num_gpu_blocks_override=FEW_PAGES
     )
-    return Served(up, folder / "kv")
+    return Served(up, store)
 
 
 def run(served: Served, tokens: int, prompts: list[Any], **asked: Any) -> list[list[int]]:
