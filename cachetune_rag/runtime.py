@@ -32,6 +32,7 @@ from cachetune_rag.measuring.fidelity import FidelitySampler
 from cachetune_rag.measuring.profiles import Profiles
 from cachetune_rag.measuring.tuning.saved import SavedTunings
 from cachetune_rag.model.engine_model import EngineModel
+from cachetune_rag.model.heads import ALL_HEADS, Heads
 from cachetune_rag.model.libraries.private import loaded_from
 from cachetune_rag.model.loaded.fingerprint import tokenizer_fingerprint
 from cachetune_rag.model.loading import check_loaded, check_vocabulary
@@ -55,7 +56,7 @@ _log = logging.getLogger(__name__)
 class Runtime:
     """Opens a model's adapter and a store, makes everything that works between the two, and closes it again.
 
-    `CacheTune` documents the arguments; `fingerprint` is `EngineModel`'s. Tests, and servers that build on this package, may use the attributes, but any release may
+    `CacheTune` documents the arguments; `fingerprint` and `heads` are `EngineModel`'s. Tests, and servers that build on this package, may use the attributes, but any release may
     change them.
 
     Attributes:
@@ -94,13 +95,14 @@ class Runtime:
         *,
         device: str | torch.device | None = None,
         fingerprint: str | None = None,
+        heads: Heads = ALL_HEADS,
         **options: Unpack[EngineArguments],
     ):
         given = EngineOptions.of(options)
         check_loaded(model, tokenizer)
         self.lifetime = Lifetime()
         check_vocabulary(model, tokenizer)
-        self.model = EngineModel(model, cuda_kernels=given.cuda_kernels, fingerprint=fingerprint)
+        self.model = EngineModel(model, cuda_kernels=given.cuda_kernels, fingerprint=fingerprint, heads=heads)
         self.adapter = self.model.adapter
         self.fidelity = FidelitySampler(given.fidelity_sample, self.adapter, self.model.lock, self.model.check)
         self.tokenizer = private_copy(tokenizer)

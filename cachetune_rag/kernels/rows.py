@@ -50,7 +50,8 @@ def _key(numbers, shared, at, scale, ok, COUNT: tl.constexpr, CODEC: tl.constexp
 @triton.jit
 def _place(
     BASES, WHERE, PLACES, COS, SIN, KEYS, VALUES, table_stride,
-    HEADS: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, TURNED: tl.constexpr, CODEC: tl.constexpr,
+    HEADS: tl.constexpr, FIRST: tl.constexpr, OWN: tl.constexpr,
+    DIM: tl.constexpr, V_DIM: tl.constexpr, TURNED: tl.constexpr, CODEC: tl.constexpr,
     ROW_BYTES: tl.constexpr, GROUP_ROWS: tl.constexpr, GROUP_BYTES: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -66,8 +67,9 @@ def _place(
         # The addresses come from a table, so the compiler can't see that rows begin at multiples of 16 bytes.
         shared = tl.multiple_of(shared, 16)
         start = tl.multiple_of(start, 16)
-    h = tl.arange(0, BLOCK_H)[:, None]
-    some = h < HEADS
+    to = tl.arange(0, BLOCK_H)[:, None]
+    some = to < OWN
+    h = FIRST + to
     k_scale = 1.0
     v_scale = 1.0
     v_middle = 0.0
@@ -87,7 +89,7 @@ def _place(
         v_scale = tl.load(scales + HEADS + h, mask=some, other=0.0)
         numbers = start + 8 * HEADS
         v_numbers = numbers + COUNT
-    out = KEYS + place * COUNT
+    out = KEYS + place * (OWN * DIM)
     HALF: tl.constexpr = TURNED // 2
     if TURNED > 0:
         d = tl.arange(0, BLOCK_HALF)[None, :]
@@ -102,19 +104,19 @@ def _place(
         # Each product is rounded to the dtype before they are added, as in the model's own function.
         a = (low.to(tl.float32) * cos_low.to(tl.float32)).to(element).to(tl.float32)
         b = (-high.to(tl.float32) * sin_low.to(tl.float32)).to(element).to(tl.float32)
-        tl.store(out + h * DIM + d, (a + b).to(element), mask=ok)
+        tl.store(out + to * DIM + d, (a + b).to(element), mask=ok)
         a = (high.to(tl.float32) * cos_high.to(tl.float32)).to(element).to(tl.float32)
         b = (low.to(tl.float32) * sin_high.to(tl.float32)).to(element).to(tl.float32)
-        tl.store(out + h * DIM + HALF + d, (a + b).to(element), mask=ok)
+        tl.store(out + to * DIM + HALF + d, (a + b).to(element), mask=ok)
     if TURNED < DIM:
         d = tl.arange(0, BLOCK_REST)[None, :]
         ok = some & (d < DIM - TURNED)
         rest = _key(numbers, shared, h * DIM + TURNED + d, k_scale, ok, COUNT, CODEC, element)
-        tl.store(out + h * DIM + TURNED + d, rest, mask=ok)
+        tl.store(out + to * DIM + TURNED + d, rest, mask=ok)
     d = tl.arange(0, BLOCK_V)[None, :]
     ok = some & (d < V_DIM)
     value = _number(v_numbers, h * V_DIM + d, v_scale, v_middle, ok, V_COUNT, CODEC, element)
-    tl.store(VALUES + place * V_COUNT + h * V_DIM + d, value, mask=ok)
+    tl.store(VALUES + place * (OWN * V_DIM) + to * V_DIM + d, value, mask=ok)
 
 
 @triton.jit(do_not_specialize=["layer"])
@@ -171,6 +173,8 @@ def place(
     group_rows: int = 1,
     group_bytes: int = 0,
     aligned: bool = False,
+    stored_heads: int | None = None,
+    first_head: int = 0,
 ) -> None:
     """Decode stored rows, rotate their keys to their places in the prompt, and write keys and values there.
 
@@ -185,6 +189,8 @@ def place(
         row_bytes, group_rows, group_bytes: a source consists of groups of `group_rows` rows. In front of each group are `group_bytes` bytes
             that its rows share.
         aligned: whether all bases, `row_bytes` and `group_bytes` are multiples of 16.
+        stored_heads: how many heads a row holds; None: those of `keys`.
+        first_head: the first of them that is written.
     """
     heads, dim, v_dim = keys.shape[1], keys.shape[2], values.shape[2]
     turned = 0 if cos is None else cos.shape[1]
@@ -193,7 +199,7 @@ def place(
     some = keys if cos is None or sin is None else cos  # a pointer that isn't read where nothing is rotated
     _place[(places.shape[0],)](
         bases, where, places, some, keys if sin is None else sin, keys, values, 0 if cos is None else cos.stride(0),
-        HEADS=heads, DIM=dim, V_DIM=v_dim, TURNED=turned, CODEC=codec,
+        HEADS=stored_heads or heads, FIRST=first_head, OWN=heads, DIM=dim, V_DIM=v_dim, TURNED=turned, CODEC=codec,
         ROW_BYTES=row_bytes, GROUP_ROWS=group_rows, GROUP_BYTES=group_bytes, ALIGNED=aligned,
         BLOCK_H=power_of_two(heads), BLOCK_HALF=power_of_two(max(1, turned // 2)),
         BLOCK_REST=power_of_two(max(1, dim - turned)), BLOCK_V=power_of_two(v_dim),

@@ -20,6 +20,7 @@ from cachetune_rag.model.family import masks, output
 from cachetune_rag.model.family.rope import Tables, rows_of
 from cachetune_rag.model.family.taps import StopForward, interruptible
 from cachetune_rag.model.family.value_cache import ValueCache
+from cachetune_rag.model.heads import ALL_HEADS, Heads
 from cachetune_rag.model.libraries.neutral import neutral, neutrally
 from cachetune_rag.model.opened_model import open_model
 from cachetune_rag.model.plain import attention
@@ -54,6 +55,7 @@ class ModelAdapter:
             tree of modules over the same weights (`view.view_of`).
         cuda_kernels: run selective forwards through this package's kernels and CUDA graphs where the device supports it
             (docs/gpu.md).
+        heads: which of the model's heads are in this process.
 
     Raises:
         UnsupportedModelError: the architecture can't be served exactly; the message says why.
@@ -65,7 +67,9 @@ class ModelAdapter:
         config: the configuration of its text part.
         device, dtype: where its weights are, and the dtype in which it computes.
         attentions, decoder_layers, taps, rotary, model_forward: its parts (see `OpenedModel`).
-        layers, num_layers: the shapes of each layer's keys and values, and how many layers there are.
+        layers, num_layers: the shapes of each layer's keys and values in this process, and how many layers there are.
+        stored_layers: the shapes of each layer's stored rows, which are those of all heads.
+        heads: which of the heads are in this process.
         max_positions: the longest prompt that its configuration allows; None where it names none.
         reuse_beyond: prompts of at most this many tokens must be computed whole (0 for most models). Long-rope models
             use other frequencies for them than for longer prompts, and a chunk's KV is valid for one set of frequencies only.
@@ -77,8 +81,8 @@ class ModelAdapter:
     holds one lock around every call. Threads that use `model` itself need no lock.
     """
 
-    def __init__(self, model: Any, *, cuda_kernels: bool = True):
-        self.model, self._wants_kernels = model, cuda_kernels
+    def __init__(self, model: Any, *, cuda_kernels: bool = True, heads: Heads = ALL_HEADS):
+        self.model, self._wants_kernels, self.heads = model, cuda_kernels, heads
         with neutral():
             self._open()
 
@@ -94,6 +98,7 @@ class ModelAdapter:
         self.device, self.dtype = opened.device, opened.dtype
         self.attentions, self.decoder_layers = opened.attentions, opened.decoder_layers
         self.taps, self.layers, self.num_layers = opened.taps, opened.layers, len(opened.layers)
+        self.stored_layers = tuple(self.heads.stored(spec) for spec in self.layers)
         self.rotary, self.model_forward = opened.rotary, opened.forward
         self.max_positions: int | None = getattr(self.config, "max_position_embeddings", None)
         self.reuse_beyond = opened.reuse_beyond
@@ -282,7 +287,7 @@ class ModelAdapter:
 
     @neutrally
     def fresh_states(self, ids: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys (rotated) and values of one layer in full prefill of `ids` [length]: each [length, kv_heads, dim].
+        """Keys (rotated) and values of one layer in full prefill of `ids` [length], of all heads: each [length, kv_heads, dim].
 
         Runs the layers before it, and its own projections.
         """
@@ -298,24 +303,24 @@ class ModelAdapter:
             self.model_forward.without_head(ids.to(self.device)[None], ValueCache(self.num_layers, receive), positions)
         except StopForward:
             pass
-        return states[0], states[1]
+        return self.heads.every(states[0]), self.heads.every(states[1])
 
     @neutrally
     def received_attention(self, probe: ProbePass) -> Tensor:
         """See `Probe.received`."""
         if self.device_forward is not None:
-            return self.device_forward.received(probe)
-        return self._probe.received(probe.on(self.device))
+            return self.heads.mean(self.device_forward.received(probe))
+        return self.heads.mean(self._probe.received(probe.on(self.device)))
 
     @neutrally
     def observe_attention(self, probe: ProbePass, observe: Callable[[int, Tensor], None]) -> None:
-        """See `Probe.observe`."""
+        """See `Probe.observe`; `observe` gets the heads of this process."""
         self._probe.observe(probe.on(self.device), observe)
 
     @neutrally
     def expected_error(self, probe: ProbePass, deviations: Tensor) -> Tensor:
-        """See `Probe.expected_error`."""
+        """See `Probe.expected_error`; `deviations` are those of the heads in this process."""
         deviations = deviations.to(self.device)
         if self.device_forward is not None:
-            return self.device_forward.expected_error(probe, deviations)
-        return self._probe.expected_error(probe.on(self.device), deviations)
+            return self.heads.total(self.device_forward.expected_error(probe, deviations))
+        return self.heads.total(self._probe.expected_error(probe.on(self.device), deviations))

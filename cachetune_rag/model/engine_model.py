@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cachetune_rag.errors import ModelChangedError
+from cachetune_rag.model.heads import ALL_HEADS, Heads
 from cachetune_rag.model.shared import SharedModel
 
 
@@ -23,6 +24,7 @@ class EngineModel:
         cuda_kernels: see `ModelAdapter`.
         fingerprint: `model_fingerprint` of the checkpoint that the model's weights were loaded from, where they don't all lie in the
             model (`ForeignLinear`); None computes it.
+        heads: see `ModelAdapter`.
 
     Raises:
         UnsupportedModelError: the architecture can't be served exactly; the message says why.
@@ -30,12 +32,12 @@ class EngineModel:
         ForkedError: this process was forked while the model was computing.
     """
 
-    def __init__(self, model: Any, *, cuda_kernels: bool, fingerprint: str | None = None):
+    def __init__(self, model: Any, *, cuda_kernels: bool, fingerprint: str | None = None, heads: Heads = ALL_HEADS):
         self._shared = SharedModel.of(model)
         self.lock = self._shared.lock
         self._given = fingerprint
         self.fingerprint = self._shared.read(fingerprint)
-        self.adapter = self._shared.adapter(cuda_kernels=cuda_kernels)
+        self.adapter = self._shared.adapter(cuda_kernels=cuda_kernels, heads=heads)
         self._layout = self.adapter.layout
 
     def check(self) -> None:

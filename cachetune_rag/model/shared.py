@@ -24,6 +24,7 @@ from cachetune_rag.concurrency.model_lock import ModelLock
 from cachetune_rag.errors import ForkedError, ModelChangedError
 from cachetune_rag.model.adapter import ModelAdapter
 from cachetune_rag.model.family import families
+from cachetune_rag.model.heads import ALL_HEADS, Heads
 from cachetune_rag.model.libraries.neutral import neutral
 from cachetune_rag.model.libraries.private import check_modules, end_openmp_threads
 from cachetune_rag.model.loaded.changes import Weights
@@ -69,8 +70,8 @@ class SharedModel:
                 known = _known[place] = SharedModel(model)
             return known
 
-    def adapter(self, *, cuda_kernels: bool) -> ModelAdapter:
-        """The model's adapter. `read` has to have been called.
+    def adapter(self, *, cuda_kernels: bool, heads: Heads = ALL_HEADS) -> ModelAdapter:
+        """The model's adapter. `read` has to have been called, and `heads` is the same for all engines on the model.
 
         Raises:
             UnsupportedModelError: the architecture can't be served exactly; the message says why.
@@ -78,7 +79,7 @@ class SharedModel:
         check_flag(cuda_kernels, "cuda_kernels")
         with self.lock, neutral():
             if cuda_kernels not in self._adapters:
-                self._adapters[cuda_kernels] = ModelAdapter(self.model, cuda_kernels=cuda_kernels)
+                self._adapters[cuda_kernels] = ModelAdapter(self.model, cuda_kernels=cuda_kernels, heads=heads)
             return self._adapters[cuda_kernels]
 
     def read(self, given: str | None = None) -> str:

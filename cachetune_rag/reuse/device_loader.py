@@ -63,7 +63,8 @@ def warm_up(adapter: ModelAdapter, codec: str) -> None:
         if shape in done or not adapter.half_split[layer]:
             continue
         done.add(shape)
-        form = row_format(codec, dtype, spec)
+        stored, own = adapter.stored_layers[layer], adapter.heads.own(spec)
+        form = row_format(codec, dtype, stored)
         row = torch.zeros(form.span(1), dtype=torch.uint8, device=adapter.device)
         bases = torch.tensor([row.data_ptr(), 0], device=adapter.device)
         nothing = torch.zeros(1, dtype=torch.int64, device=adapter.device)
@@ -71,6 +72,7 @@ def warm_up(adapter: ModelAdapter, codec: str) -> None:
             bases, nothing, nothing, cos, sin, buffers.key_rows[layer], buffers.value_rows[layer], codec=codec,
             row_bytes=form.row_bytes, group_rows=form.group_rows, group_bytes=form.group_bytes,
             aligned=not (form.row_bytes % 16 or form.group_bytes % 16),
+            stored_heads=stored.heads, first_head=own.start,
         )  # fmt: skip
     torch.cuda.synchronize(adapter.device)
 
@@ -147,13 +149,13 @@ class DeviceLoader(LayerLoader):
         """Whether rows went through staging memory, instead of being read where they lie."""
         return any(self._stages)
 
-    def copy_table(self, pieces: Sequence[tuple[int, Tensor]], columns: int) -> Tensor:
-        """See `LayerLoader.copy_table`. The copy comes after the rows that are queued already, and the next `load` waits for it.
+    def copy_deviations(self, pieces: Sequence[tuple[int, Tensor]], layers: int) -> Tensor:
+        """See `LayerLoader.copy_deviations`. The copy comes after the rows that are queued already, and the next `load` waits for it.
 
         Page-locked pieces are copied one by one. Making one table of them would take the host milliseconds, in which the device has
         nothing to do.
         """
-        streams, device = self._streams, self._adapter.device
+        streams, device, columns = self._streams, self._adapter.device, self._columns(layers)
         if self._copies is not None and all(numbers.is_pinned() and numbers.is_contiguous() for _, numbers in pieces):
             first = pieces[0][1]
             with torch.cuda.stream(streams.copy):
@@ -161,11 +163,11 @@ class DeviceLoader(LayerLoader):
                 for start, numbers in pieces:
                     self._copies.collect(whole[start].data_ptr(), numbers.data_ptr(), numbers.nbytes)
                 self._copies.queue(streams.copy.cuda_stream)
-                there = whole[:, :columns].contiguous()
+                there = self._own_columns(whole[:, :columns]).contiguous()
         else:
             host = self._table(pieces, columns)
             with torch.cuda.stream(streams.copy):
-                there = host.to(device, non_blocking=True)
+                there = self._own_columns(host.to(device, non_blocking=True))
             self._held.append(host)
         streams.brought.record(streams.copy)
         there.record_stream(self._current)
@@ -305,6 +307,8 @@ class DeviceLoader(LayerLoader):
                 group_rows=form.group_rows,
                 group_bytes=form.group_bytes,
                 aligned=not (form.row_bytes % 16 or form.group_bytes % 16),
+                stored_heads=self._adapter.stored_layers[layer].heads,
+                first_head=self._adapter.heads.own(self._adapter.layers[layer]).start,
             )
         else:
             size = sum(form.span(source.rows) for source in self._groups[key])

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cachetune_rag.concurrency.deadline import DeadlinePool
+from cachetune_rag.concurrency.deadline import DeadlinePool, StoreTimeoutError
 from cachetune_rag.concurrency.workers import Job
 from cachetune_rag.model import KVBuffers, ModelAdapter
 from cachetune_rag.model.family.rope import Tables, rows_of
@@ -33,6 +33,10 @@ class DamagedSourceError(Exception):
     def __init__(self, key: ChunkKey):
         super().__init__(str(key))
         self.key = key
+
+
+CANT_READ = (DamagedSourceError, StoreTimeoutError)
+"""What may happen while stored rows are read: the request starts over without them."""
 
 
 class LayerLoader:
@@ -107,25 +111,43 @@ class LayerLoader:
         `encoded` holds the sources' rows, each source's RowFormat.span() behind the one before.
         """
         rows = [source.rows for source in self._groups[key]]
-        keys, values = get_codec(key[0]).decode(encoded, self._adapter.layers[layer], self._adapter.dtype, rows)
+        keys, values = get_codec(key[0]).decode(encoded, self._adapter.stored_layers[layer], self._adapter.dtype, rows)
+        own = self._adapter.heads.own(self._adapter.layers[layer])
+        keys, values = keys[:, own], values[:, own]
         if key not in self._rows_of_tables:
             self._rows_of_tables[key] = rows_of(self._tables, places)
         keys = self._adapter.rotate_by(layer, keys, self._rows_of_tables[key])
         self._buffers.key_rows[layer].index_copy_(0, places, keys)
         self._buffers.value_rows[layer].index_copy_(0, places, values)
 
-    def copy_table(self, pieces: Sequence[tuple[int, Tensor]], columns: int) -> Tensor:
-        """Copy numbers that belong to tokens to the device: a table [prompt length, columns], complete once `load(0)` has returned.
+    def copy_deviations(self, pieces: Sequence[tuple[int, Tensor]], layers: int) -> Tensor:
+        """Copy tokens' deviations to the device: a table [prompt length, columns], complete once `load(0)` has returned.
 
         Args:
-            pieces: the place of a piece's first token, and the numbers of its tokens, [tokens, `columns` or more] in host memory; in
-                the order of places. Tokens in no piece get zeros.
-            columns: how many of the first columns are wanted.
+            pieces: the place of a piece's first token, and the deviations of its tokens as chunks store them, in host memory; in the
+                order of places. Tokens in no piece get zeros.
+            layers: of how many of the first layers they are wanted. The table has columns for the heads of this process.
         """
-        return self._table(pieces, columns).to(self._adapter.device)
+        return self._own_columns(self._table(pieces, self._columns(layers)).to(self._adapter.device))
+
+    def _columns(self, layers: int) -> int:
+        """How many columns the stored deviations of the first layers have."""
+        return 2 * sum(spec.heads for spec in self._adapter.stored_layers[:layers])
+
+    def _own_columns(self, table: Tensor) -> Tensor:
+        """The columns of the heads of this process, from those of all heads."""
+        heads, parts, at = self._adapter.heads, [], 0
+        if not heads.shared:
+            return table
+        for spec, stored in zip(self._adapter.layers, self._adapter.stored_layers, strict=True):
+            for _ in range(2):  # keys and values
+                if at < table.shape[1]:
+                    parts.append(table[:, at : at + stored.heads][:, heads.own(spec)])
+                at += stored.heads
+        return torch.cat(parts, 1)
 
     def _table(self, pieces: Sequence[tuple[int, Tensor]], columns: int) -> Tensor:
-        """See `copy_table`; in host memory, page-locked where there is a GPU."""
+        """The first `columns` of the deviations of `copy_deviations`, for all heads; in host memory, page-locked where there is a GPU."""
         length, pinned = self._buffers.length, self._adapter.device.type == "cuda"
         table = torch.empty(length, columns, dtype=pieces[0][1].dtype, pin_memory=pinned)
         at, rows = 0, table.numpy()  # NumPy copies without waking threads
@@ -140,6 +162,21 @@ class LayerLoader:
         """Start reading the first layers, with all of their rows, before it is known which rows are needed."""
         if self._slow:
             self._read_on(0)
+
+    def settle(self) -> None:
+        """Wait until all rows that have to be read from disk were read, so that nothing that follows waits for it or fails because of it.
+
+        They take as much host memory until they are loaded. `set_sources` with other rows drops them.
+
+        Raises:
+            DamagedSourceError, StoreTimeoutError: they can't be read.
+        """
+        self._horizon = self._adapter.num_layers
+        if self._slow:
+            self._read_on(0)
+            for jobs in self._ahead.values():
+                for job in jobs:
+                    self._pool.result(job)
 
     def start(self) -> None:
         """The sources are final: start slow work now, before the first `load`."""
@@ -156,7 +193,7 @@ class LayerLoader:
         """How a group's encoded rows lie."""
         forms = self._forms.get(key)
         if forms is None:
-            forms = self._forms[key] = [row_format(*key, spec) for spec in self._adapter.layers]
+            forms = self._forms[key] = [row_format(*key, spec) for spec in self._adapter.stored_layers]
         return forms[layer]
 
     def _ready(self, layer: int) -> bool:
@@ -197,7 +234,7 @@ class LayerLoader:
         `when_read()` is called once the last of their rows were read from disk, so that the disk is free for other readers: at once
         or later, on any thread. It is not called if the loader is closed before.
         """
-        self._horizon, self._when_read = FINAL_READ_AHEAD, when_read
+        self._horizon, self._when_read = max(self._horizon, FINAL_READ_AHEAD), when_read
         if self._all_asked():
             self._tell_when_read()
 

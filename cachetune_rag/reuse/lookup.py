@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -150,6 +150,12 @@ class FoundChunks:
     def on_disk(self) -> list[ChunkKey]:
         """Keys of the chunks whose rows must be waited for."""
         return [reader.key for _, reader in self.chunks if not reader.in_memory]
+
+    def only(self, keys: Container[ChunkKey]) -> FoundChunks:
+        """The same without the chunks of other keys, whose tokens count as missed."""
+        chunks = tuple((span, reader) for span, reader in self.chunks if reader.key in keys)
+        others = sum(span.end - span.start for span, reader in self.chunks if reader.key not in keys)
+        return FoundChunks(chunks, self.missed + others, self.to_store)
 
     def bytes_read(self) -> dict[str, int]:
         """Bytes read so far, by tier."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from cachetune_rag.model import KVBuffers, ModelAdapter
 from cachetune_rag.model.plain.shift import ChunkShift
 from cachetune_rag.reuse.config import ReuseConfig
 from cachetune_rag.reuse.device_loader import DeviceLoader, Streams
-from cachetune_rag.reuse.layer_loader import LayerLoader
+from cachetune_rag.reuse.layer_loader import CANT_READ, LayerLoader
 from cachetune_rag.reuse.lookup import FoundChunks
 from cachetune_rag.reuse.memory import KVMemory
 from cachetune_rag.reuse.selection_context import PromptView, ids_of
@@ -103,18 +103,31 @@ class Planner:
         if not sources:
             return None, 0
         exact = min(span.start for span, _ in found.chunks)
-        buffers, kept = memory.take(ids_of(prompt).numpy(), exact, room)
+        selector = get_selector(config.selector) if config.skipped < config.ratio or not config.skipped else None
+        looks = selector is not None and not selector.offline  # may look at stored rows, or run the model
+
+        def prepare() -> tuple[KVBuffers, int, LayerLoader]:
+            buffers, kept = memory.take(ids_of(prompt).numpy(), exact, room)
+            loader = self._loaders.make(sources, buffers)
+            stack.callback(loader.close)
+            if looks and heads.shared:
+                loader.settle()
+            return buffers, kept, loader
+
+        heads = self._adapter.heads
+        buffers, kept, loader = heads.together(prepare, CANT_READ)
         computed, unread = _without_selection(sources, len(prompt.ids))
         computed[:kept] = False
-        loader = self._loaders.make(sources, buffers)
-        stack.callback(loader.close)
-        selector = get_selector(config.selector) if config.skipped < config.ratio or not config.skipped else None
-        if selector is not None and selector.layers(self._adapter.num_layers):
-            loader.start_first_layers()
         context = PromptView(self._adapter, prompt, sources, torch.from_numpy(computed), buffers, loader)
         shift = None
         if selector is not None:
-            computed, shift = _select(selector, context, config.ratio, computed, unread)
+            with heads.computing() if looks else nullcontext():
+                if selector.layers(self._adapter.num_layers):
+                    loader.start_first_layers()
+                selected = selector.select(context, config.ratio)
+            # Peers have the same scores, but for rounding: one of them decides.
+            selected = heads.tell(selected)[0]
+            computed, shift = _selected(selector, context, selected, computed, unread)
         if computed[kept:].all():
             return None, context.probed
         return Plan(torch.from_numpy(computed), exact, kept, sources, buffers, loader, shift), context.probed
@@ -153,15 +166,14 @@ def _without_selection(sources: Sequence[Source], length: int) -> tuple[NDArray[
     return computed, unread
 
 
-def _select(
+def _selected(
     selector: Selector,
     context: PromptView,
-    ratio: float,
+    selected: Tensor,
     computed: NDArray[np.bool_],
     unread: NDArray[np.bool_],
 ) -> tuple[NDArray[np.bool_], ChunkShift | None]:
-    """The computed tokens, with those that the selector adds, and the shift of the reused rows."""
-    selected = selector.select(context, ratio)
+    """The computed tokens, with those that the selector chose, and the shift of the reused rows."""
     computed = computed.copy()  # the context goes on using the one that it was given
     computed[selected.numpy()] = True
     return computed, chunk_shift(selector.shift, context.chunks, computed & ~unread)

@@ -13,10 +13,11 @@ from cachetune_rag.chunks.lead_ins import LeadIns
 from cachetune_rag.concurrency.deadline import DeadlinePool, StoreTimeoutError
 from cachetune_rag.errors import ModelChangedError
 from cachetune_rag.model import ModelAdapter
+from cachetune_rag.model.heads import PeerError
 from cachetune_rag.model.libraries.neutral import neutrally
 from cachetune_rag.readahead.prefetcher import Prefetcher
 from cachetune_rag.reuse.config import ReuseConfig
-from cachetune_rag.reuse.layer_loader import DamagedSourceError
+from cachetune_rag.reuse.layer_loader import CANT_READ, DamagedSourceError
 from cachetune_rag.reuse.lookup import ChunkLookup, Faults, FoundChunks, OpenReaders
 from cachetune_rag.reuse.memory import EngineMemory, KVMemory
 from cachetune_rag.reuse.plan import Loaders, Planner, sources_of
@@ -183,7 +184,7 @@ class Assembler:
     def _same_weights(self, memory: KVMemory) -> Iterator[None]:
         """Check before and after what is done inside that the model's weights didn't change."""
         try:
-            self._check()
+            self._adapter.heads.together(self._check)
             yield
             self._check()
         except ModelChangedError:
@@ -204,6 +205,9 @@ class Assembler:
                     faults.failed(error.key, set_aside=self._pool.call(self._store.discard, error.key))
             except StoreTimeoutError:
                 faults.disk_gone = True
+            except PeerError as error:
+                if not error.again:
+                    raise
 
     def _attempt(self, call: _Call, faults: Faults) -> PrefillState | None:
         prompt, memory = call.prompt, call.memory
@@ -212,11 +216,8 @@ class Assembler:
             clock = _Clock()
             readers = OpenReaders()
             stack.callback(readers.close)
-            found = self._find(call, readers, faults)
+            found, config, disk_free = self._open(call, readers, faults, stack)
             timings = {"lookup": clock.lap()}
-            disk_free = self._claim_disk(found, stack)
-            call.chunks_open()
-            config = self._settings(call.config, found)
             plan, probed = self._planner.plan(prompt, found, config, memory, stack, call.room)
             timings["select"] = clock.lap()
             if plan is None and call.only_reuse:
@@ -240,6 +241,25 @@ class Assembler:
             buffers, exact = (None, len(prompt.ids)) if plan is None else (plan.buffers, plan.exact)
             memory.keep(ids_of(prompt).numpy(), exact, buffers, done.cache)
             return PrefillState(done.logits, done.cache, report, prompt, found.to_store, buffers)
+
+    def _open(
+        self, call: _Call, readers: OpenReaders, faults: Faults, stack: ExitStack
+    ) -> tuple[FoundChunks, ReuseConfig, Callable[[], None]]:
+        """The prompt's chunks, the settings, and what lets background reads go on; the first two are the same on all peers."""
+
+        def find() -> tuple[FoundChunks, ReuseConfig, Callable[[], None]]:
+            found = self._find(call, readers, faults)
+            disk_free = self._claim_disk(found, stack)
+            call.chunks_open()
+            return found, self._settings(call.config, found), disk_free
+
+        heads = self._adapter.heads
+        found, config, disk_free = heads.together(find, CANT_READ)
+        if heads.shared:
+            # A chunk that one of them can't read is recomputed by all, and one of them says which settings were tuned.
+            told = heads.tell((frozenset(reader.key for reader in found.readers), config))
+            found, config = found.only(frozenset.intersection(*(keys for keys, _ in told))), told[0][1]
+        return found, config, disk_free
 
     def _find(self, call: _Call, readers: OpenReaders, faults: Faults) -> FoundChunks:
         """Look the prompt's chunks up, within the deadline of disk reads."""

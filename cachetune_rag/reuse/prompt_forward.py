@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from cachetune_rag.model import ModelAdapter
+from cachetune_rag.reuse.layer_loader import CANT_READ
 from cachetune_rag.reuse.memory import KVMemory
 from cachetune_rag.reuse.phases import ForwardPhases
 from cachetune_rag.reuse.plan import Plan
@@ -57,10 +58,16 @@ class PromptForward:
         buffers, loader, last = plan.buffers, plan.loader, self._adapter.num_layers - 1
         sources = plan.sources_to_read()
         skipped = sum(s.reader.layout.tokens - s.rows for s in sources)
-        loader.set_sources(sources)
-        loader.sources_are_final(disk_free)
+        heads = self._adapter.heads
+
+        def prepare() -> None:
+            loader.set_sources(sources)
+            loader.sources_are_final(disk_free)
+            if heads.shared:
+                loader.settle()
+
+        heads.together(prepare, CANT_READ)
         phases = ForwardPhases(self._adapter, loader)
-        loader.start()
         ids, places = some_of(prompt, plan.computed)
 
         def before(layer: int) -> None:
@@ -68,8 +75,10 @@ class PromptForward:
                 memory.layer_ready(buffers, layer - 1)
             loader.load(layer)
 
-        logits = self._adapter.selective_forward(ids, places, buffers, before, plan.shift)
-        memory.layer_ready(buffers, last)
+        with heads.computing():
+            loader.start()
+            logits = self._adapter.selective_forward(ids, places, buffers, before, plan.shift)
+            memory.layer_ready(buffers, last)
         cache = buffers.to_cache()
         phases.finish()
         return Computed(logits, cache, plan.kept, skipped, phases)
@@ -88,7 +97,9 @@ class PromptForward:
         ids, device = ids_of(prompt), self._adapter.device
         beginning = None if any_stored else memory.beginning(ids.numpy())
         if beginning is None or beginning.count < SHARE_WORTH * len(ids):
-            return Computed(*self._adapter.full_forward(ids.to(device)), kept=0)
+            with self._adapter.heads.computing():
+                return Computed(*self._adapter.full_forward(ids.to(device)), kept=0)
         cache = beginning.buffers.to_cache(beginning.count)
-        logits = self._adapter.forward(ids[beginning.count :].to(device), cache)
+        with self._adapter.heads.computing():
+            logits = self._adapter.forward(ids[beginning.count :].to(device), cache)
         return Computed(logits, cache, beginning.count)

@@ -65,16 +65,17 @@ class PromptView:
         # A prompt that ends in a chunk has its last token computed anyway.
         queries = min(queries, max(1, self.length - end))
         self._loader.start()
-        pieces, columns = self._deviations(), 2 * sum(spec.heads for spec in self._adapter.layers[:num_layers])
+        pieces = self._deviations()
         if not pieces:
             return self.received_attention(num_layers, queries)
         probe = self._probe(num_layers, queries)
-        return self._adapter.expected_error(probe, self._loader.copy_table(pieces, columns))
+        return self._adapter.expected_error(probe, self._loader.copy_deviations(pieces, num_layers))
 
     def reused_states(self, layer: int) -> tuple[Tensor, Tensor]:
         """See `SelectionContext`."""
         self._loader.load(layer)
-        return self._buffers.key_rows[layer], self._buffers.value_rows[layer]
+        every = self._adapter.heads.every
+        return every(self._buffers.key_rows[layer]), every(self._buffers.value_rows[layer])
 
     def fresh_states(self, layer: int) -> tuple[Tensor, Tensor]:
         """See `SelectionContext`."""

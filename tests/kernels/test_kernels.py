@@ -208,6 +208,33 @@ def test_place_is_the_codec_the_rotation_and_a_scatter(
     assert torch.equal(values.nan_to_num(77.0), wanted_v.nan_to_num(77.0))
 
 
+@pytest.mark.parametrize("codec", ["exact", "fp8", "int4", "int8"])
+@pytest.mark.parametrize(("first", "own"), [(0, 2), (2, 2), (3, 1)])
+def test_place_can_take_some_of_the_stored_heads(codec: str, first: int, own: int) -> None:
+    """Those that one of several processes has."""
+    from cachetune_rag.kernels.rows import place
+
+    torch.manual_seed(3)
+    heads, dim, v_dim, count = 4, 16, 8, 70
+    coder, spec, dtype = get_codec(codec), LayerSpec(4, 16, 8), torch.float32
+    form = coder.row_format(spec, dtype)
+    stored = coder.encode(torch.randn(count, heads, dim), torch.randn(count, heads, v_dim)).to(DEVICE)
+    angles = torch.rand(count, dim // 2, device=DEVICE) * 6
+    cos, sin = (torch.cat((f(angles), f(angles)), -1) for f in (torch.cos, torch.sin))
+    keys = torch.full((count + 1, own, dim), 7.0, device=DEVICE)
+    values = torch.full((count + 1, own, v_dim), 7.0, device=DEVICE)
+    places = torch.arange(count, device=DEVICE)
+    place(
+        torch.tensor([stored.data_ptr()], device=DEVICE), places.clone(), places, cos, sin, keys, values, codec=codec,
+        row_bytes=form.row_bytes, group_rows=form.group_rows, group_bytes=form.group_bytes,
+        stored_heads=heads, first_head=first,
+    )  # fmt: skip
+    wanted_k, wanted_v = (part[:, first : first + own] for part in coder.decode(stored, spec, dtype))
+    assert torch.equal(keys[:-1], turn_half_split(wanted_k, cos, sin))
+    assert torch.equal(values[:-1], wanted_v)
+    assert bool((keys[-1] == 7).all() and (values[-1] == 7).all())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 def test_scatter(dtype: torch.dtype) -> None:
     from cachetune_rag.kernels.rows import scatter

@@ -217,12 +217,13 @@ def test_rows_of_tokens_that_a_prompt_does_not_have_go_to_the_spare_place_alone(
 
 
 @pytest.mark.parametrize("pinned", [True, False])
-@pytest.mark.parametrize("columns", [4, 2])
-def test_numbers_of_tokens_stand_in_a_table(
-    engine: CacheTune, columns: int, pinned: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("layers", [2, 1])
+def test_deviations_of_tokens_stand_in_a_table(
+    engine: CacheTune, layers: int, pinned: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: pinned)
-    pieces = [(at, torch.rand(tokens, 4).half()) for at, tokens in ((3, 7), (10, 2), (50, 100))]
+    columns = 4 * layers  # of keys and values of two heads
+    pieces = [(at, torch.rand(tokens, 8).half()) for at, tokens in ((3, 7), (10, 2), (50, 100))]
     wanted = torch.zeros(LENGTH, columns).half()
     for at, numbers in pieces:
         wanted[at : at + len(numbers)] = numbers[:, :columns]
@@ -231,8 +232,8 @@ def test_numbers_of_tokens_stand_in_a_table(
         plain = LayerLoader(adapter, [], buffers, pool)
         streams = Streams(adapter.device, adapter.num_layers)
         loader = DeviceLoader(adapter, [], buffers, pool, streams)
-        assert torch.equal(plain.copy_table(pieces, columns), wanted)
-        found = loader.copy_table(pieces, columns)
+        assert torch.equal(plain.copy_deviations(pieces, layers), wanted)
+        found = loader.copy_deviations(pieces, layers)
         loader.load(0)
         assert torch.equal(found, wanted)
         assert streams.brought in torch.cuda.current_stream().waited, "what computes waits for it"  # type: ignore[attr-defined]

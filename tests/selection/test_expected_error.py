@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cachetune_rag import CacheTune, Document
 from cachetune_rag.model import KVBuffers
+from cachetune_rag.model.heads import ALL_HEADS
 from cachetune_rag.reuse.config import AUTO
 from cachetune_rag.reuse.layer_loader import LayerLoader
 from cachetune_rag.reuse.selection_context import PromptView
@@ -278,7 +279,8 @@ class _Recorder:
     """Stands in for the model: keeps what it is asked."""
 
     num_layers = 2
-    layers = (LayerSpec(1, 8, 8),) * 2
+    layers = stored_layers = (LayerSpec(1, 8, 8),) * 2
+    heads = ALL_HEADS
     device = torch.device("cpu")
 
     def __init__(self) -> None:
