@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cachetune_rag.text.prompts.segments import Prompt
+from cachetune_vllm.beam_search import is_beam
 from cachetune_vllm.messages import FromWorker, Load, ToWorkers
 from cachetune_vllm.metrics import ReuseStats
 from cachetune_vllm.settings import REQUEST_KEY, RequestSettings, RequestSettingsError, ServerSettings
@@ -213,6 +214,11 @@ def why_not(request: Request) -> str | None:
         return "streamed input"
     if request.sampling_params is not None and request.sampling_params.prompt_logprobs is not None:
         return "prompt logprobs"
+    if request.skip_reading_prefix_cache:
+        return "no prefix cache"
+    # Put together once a token and beam, since what is recomputed depends on the whole prompt; vLLM finds all but one token in its cache.
+    if is_beam(request):
+        return "beam search"
     return None
 
 

@@ -28,6 +28,8 @@ KEPT_FREE = 1 << 30
 """Bytes of a device that are left free for what vLLM allocates after its cache (its CUDA graphs), and for the engine's own graphs."""
 SHARE_OF_FREE = 0.6
 """Share of the remaining free memory that one prompt's keys and values may take; intermediate results need memory as well."""
+DRAFTS_FROM_TEXT = ("ngram", "ngram_gpu", "suffix")
+"""Methods of speculative decoding that draft tokens from the text so far, without a model of their own."""
 
 _log = logging.getLogger(__name__)
 
@@ -122,6 +124,17 @@ def unsupported(config: VllmConfig) -> str | None:
         return "its model is spread over several workers (--tensor-parallel-size), which is not supported yet."
     if config.model_config.runner_type != "generate":
         return "its model doesn't generate text."
+    if config.model_config.enable_sleep_mode:
+        return (
+            "its weights may be dropped and others loaded while it runs (--enable-sleep-mode), and stored chunks belong to the weights "
+            "that it started with."
+        )
+    speculative = config.speculative_config
+    if speculative is not None and speculative.method not in DRAFTS_FROM_TEXT:
+        return (
+            f"a second model drafts its tokens (--speculative-config, method {speculative.method!r}), whose keys and values are not stored. "
+            f"These methods need none: {', '.join(DRAFTS_FROM_TEXT)}."
+        )
     return None
 
 

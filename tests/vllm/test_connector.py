@@ -14,6 +14,7 @@ import torch
 
 from cachetune_rag import CacheTune
 from cachetune_rag.text.prompts.segments import Prompt, Span
+from cachetune_vllm.engines import Engines
 from tests import tiny
 from tests.vllm.conftest import TinyVLLM
 
@@ -38,6 +39,16 @@ def prompt_of(chunks: list[str], query: str = "What is it?") -> Prompt:
         ids += encode(chunk + "\n\n")
     ids += encode(f"Question: {query}\nAnswer:")
     return Prompt(tuple(ids), tuple(spans), tuple(tuple(encode(c)) for c in chunks), tuple(chunks))
+
+
+def with_chunks(prompt: Prompt, numbers: list[int]) -> Prompt:
+    """The prompt with these of its chunks; the others are any text."""
+    return Prompt(
+        prompt.ids,
+        tuple(Span(s.start, s.end, k) for k, s in enumerate(prompt.spans[n] for n in numbers)),
+        tuple(prompt.chunk_ids[n] for n in numbers),
+        tuple(prompt.chunk_texts[n] for n in numbers),
+    )
 
 
 def shuffled(seed: int, count: int = 4) -> Prompt:
@@ -67,10 +78,14 @@ class Served:
     def plain(self, prompts: list[Prompt]) -> list[list[int]]:
         return self.tokens(prompts, reuse=False)
 
-    def engines(self, prompts: list[Prompt], **settings: Any) -> list[list[int]]:
-        """What the embedded engine answers."""
+    def engines(
+        self, prompts: list[Prompt], *, tokens: int = TOKENS, allowed: list[int] | None = None, **settings: Any
+    ) -> list[list[int]]:
+        """What the embedded engine answers, in so many tokens, each one of the allowed ones."""
         with CacheTune(self.tiny.reference, tiny.tokenizer(), self.store) as engine:
-            return [follow(engine, engine.prefill(prompt=prompt, **settings)) for prompt in prompts]
+            return [
+                follow(engine, engine.prefill(prompt=prompt, **settings), tokens, allowed or []) for prompt in prompts
+            ]
 
     @property
     def scheduler(self) -> Any:
@@ -80,16 +95,26 @@ class Served:
         pool = self.scheduler.kv_cache_manager.block_pool
         assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1  # vLLM keeps one for itself
         assert not self.scheduler.requests
+        assert engines_of_worker().store.stats().disk.pinned == 0
+
+
+def engines_of_worker() -> Engines:
+    """What the worker in this process works with."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    engines: Engines = get_kv_transfer_group().engines  # type: ignore[attr-defined]
+    return engines
 
 
 @torch.no_grad()
-def follow(engine: CacheTune, state: Any) -> list[int]:
-    """Greedy tokens behind a prompt's keys and values."""
-    made = [int(state.logits[0].argmax())]
-    step = engine.runtime.adapter.steps(state.cache)
-    while len(made) < TOKENS:
-        made.append(int(step(made[-1])[0].argmax()))
-    return made
+def follow(engine: CacheTune, state: Any, tokens: int, allowed: list[int]) -> list[int]:
+    """Greedy tokens behind a prompt's keys and values; no others than the allowed ones, if any are given."""
+    step, logits, made = engine.runtime.adapter.steps(state.cache), state.logits, []
+    while True:
+        made.append(allowed[int(logits[0][allowed].argmax())] if allowed else int(logits[0].argmax()))
+        if len(made) == tokens:
+            return made
+        logits = step(made[-1])
 
 
 def report(out: Any) -> dict[str, Any]:
@@ -176,13 +201,7 @@ def test_settings_of_one_request_are_not_those_of_the_next(served: Served) -> No
 )
 def test_any_chunks_in_any_order(served: Served, chunks: list[str]) -> None:
     prompt = prompt_of(chunks)
-    stored = [n for n, chunk in enumerate(chunks) if chunk in CHUNKS]
-    known = Prompt(
-        prompt.ids,
-        tuple(Span(s.start, s.end, k) for k, s in enumerate(prompt.spans[n] for n in stored)),
-        tuple(prompt.chunk_ids[n] for n in stored),
-        tuple(chunks[n] for n in stored),
-    )
+    known = with_chunks(prompt, [n for n, chunk in enumerate(chunks) if chunk in CHUNKS])
     settings = {"selector": "expected_error", "ratio": 0.15}
     assert served.tokens([prompt], **settings) == served.engines([known], **settings)
 

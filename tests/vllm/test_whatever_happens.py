@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cachetune_rag import CacheTune
+from cachetune_rag.text.prompts.segments import Prompt
+from cachetune_vllm.metrics import ReuseStats
+from cachetune_vllm.pages import Pages
+from cachetune_vllm.scheduler import ReuseScheduler
 from tests import tiny
-from tests.vllm.conftest import TinyVLLM
+from tests.faulty_disk import Fault, faulty_disk
+from tests.vllm.conftest import MAX_MODEL_LEN, TinyVLLM
 from tests.vllm.test_connector import (
     CHUNKS,
     TOKENS,
     Served,
     encode,
+    engines_of_worker,
     filled_store,
     prompt_of,
     report,
     shuffled,
     transfer,
+    with_chunks,
 )
 
 LONG = 180
@@ -31,13 +40,26 @@ PAGE, FEW_PAGES = 32, 66
 
 @pytest.fixture(scope="module")
 def crowded(tiny_vllm: Callable[..., TinyVLLM], tmp_path_factory: pytest.TempPathFactory) -> Served:
-    """A server with little memory, that loads one prompt at a time."""
+    """A server with little memory for pages, none for chunks, and room for two prompts that load."""
     _, store = filled_store(tmp_path_factory.mktemp("crowded"))
-    settings = transfer(store, loads_at_once=2)
+    settings = transfer(store, loads_at_once=2, host_budget=0)
     up = tiny_vllm(
-        "llama", packed=False, kv_transfer_config=settings, block_size=PAGE, num_gpu_blocks_override=FEW_PAGES
+        "llama",
+        packed=False,
+        kv_transfer_config=settings,
+        block_size=PAGE,
+        num_gpu_blocks_override=FEW_PAGES,
+        structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
     )
     return Served(up, store)
+
+
+def poll(condition: Callable[[], bool]) -> bool:
+    """Whether a condition holds within a minute."""
+    until = time.monotonic() + 60
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.01)
+    return condition()
 
 
 def run(served: Served, tokens: int, prompts: list[Any], **asked: Any) -> list[list[int]]:
@@ -54,12 +76,23 @@ def test_preempted_requests_are_put_together_again(crowded: Served, monkeypatch:
     monkeypatch.setattr(
         scheduler, "_preempt_request", lambda r, *a, **k: (preempted.append(r.request_id), before(r, *a, **k))[1]
     )
+    put_together: list[str] = []
+    allocated = ReuseScheduler.allocated
+    monkeypatch.setattr(
+        ReuseScheduler,
+        "allocated",
+        lambda self, r, blocks, n: (put_together.append(r.request_id) if n else None, allocated(self, r, blocks, n)),
+    )
     settings = {"selector": "frequency", "ratio": 0.15}
     found = run(crowded, LONG, prompts, **settings)
-    alone = [run(crowded, LONG, [prompt], **settings)[0] for prompt in prompts]
     assert preempted
+    again = set(preempted) & {name for name in put_together if put_together.count(name) > 1}
+    assert again, "none of the preempted requests had lost its pages: this test can't tell"
+    alone = [run(crowded, LONG, [prompt], **settings)[0] for prompt in prompts]
     assert found == alone
-    assert [tokens[:TOKENS] for tokens in found] == crowded.engines(prompts, **settings)
+    assert found != run(
+        crowded, LONG, prompts, reuse=False
+    )  # an answer to a prompt that was read in full would be another
     crowded.assert_nothing_left_behind()
 
 
@@ -89,6 +122,100 @@ def test_several_answers_to_one_prompt(crowded: Served) -> None:
     crowded.assert_nothing_left_behind()
 
 
+@pytest.fixture
+def left(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The reasons for which requests are left to vLLM during a test."""
+    reasons: list[str] = []
+    add_left = ReuseStats.add_left
+    monkeypatch.setattr(ReuseStats, "add_left", lambda self, reason: (reasons.append(reason), add_left(self, reason)))
+    return reasons
+
+
+def filled_up(tokens: int) -> Prompt:
+    """A prompt of exactly so many tokens."""
+    return prompt_of(CHUNKS[:3], "x" * (tokens - len(prompt_of(CHUNKS[:3], "").ids)))
+
+
+def test_wrong_rows_are_found_by_the_same_prompt_alone(crowded: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reused rows are planted that are wrong beyond all doubt: nobody else ever sees them."""
+    prompt, settings = shuffled(13, count=2), {"selector": "none", "ratio": 0}
+    longer = prompt_of(list(prompt.chunk_texts), "What is 13?\nAnswer: And then?")
+    write = Pages.write
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Pages, "write", lambda self, layer, keys, values, slots: write(self, layer, -keys, -values, slots)
+        )
+        crowded.tokens([prompt], **settings)
+    assert crowded.tokens([prompt], **settings) != crowded.engines([prompt], **settings)  # they are in vLLM's cache
+    for others, asked in ((longer, settings), (prompt, {"selector": "frequency", "ratio": 0.1})):
+        assert crowded.tokens([others], **asked) == crowded.engines([others], **asked)
+    assert crowded.plain([prompt]) == [crowded.tiny.reference_tokens(list(prompt.ids), TOKENS)]
+
+
+def test_structured_answers_are_the_likeliest_ones_that_are_allowed(crowded: Served) -> None:
+    from vllm.sampling_params import StructuredOutputsParams
+
+    prompts, settings = [shuffled(seed, count=2) for seed in range(14, 17)], {"selector": "frequency", "ratio": 0.15}
+    regex = {"structured_outputs": StructuredOutputsParams(regex="[a-e]{6}"), "ignore_eos": False}
+    found = [list(out.outputs[0].token_ids)[:6] for out in crowded.ask(prompts, more=regex, **settings)]
+    assert found == crowded.engines(prompts, tokens=6, allowed=encode("abcde"), **settings)
+    one, other = ([list(out.outputs[0].token_ids) for out in crowded.ask(prompts, more=regex, ratio=r)] for r in (1, 0))
+    assert one == [list(out.outputs[0].token_ids) for out in crowded.ask(prompts, more=regex, reuse=False)]
+    assert one != other
+
+
+@pytest.mark.parametrize(
+    "asked", [{"choice": ["yes", "no"]}, {"json": {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}}],
+    ids=["choice", "json"],
+)  # fmt: skip
+def test_structured_answers_have_the_form_that_was_asked_for(crowded: Served, asked: dict[str, Any]) -> None:
+    from vllm.sampling_params import StructuredOutputsParams
+
+    more = {"structured_outputs": StructuredOutputsParams(**asked)}
+    prompts = [shuffled(seed, count=2) for seed in range(17, 20)]
+    for out in crowded.ask(prompts, more=more | {"ignore_eos": False, "detokenize": True, "max_tokens": 40}, ratio=0.1):
+        assert report(out)["reused"] > 0
+        text = out.outputs[0].text
+        assert text in ("yes", "no") if "choice" in asked else isinstance(json.loads(text)["ok"], bool)
+    crowded.assert_nothing_left_behind()
+
+
+def test_beams_are_vllms_own(crowded: Served, left: list[str]) -> None:
+    from vllm.sampling_params import BeamSearchParams
+
+    prompt, width, tokens = shuffled(20, count=2), 2, 4
+    params = BeamSearchParams(beam_width=width, max_tokens=tokens, ignore_eos=True)
+    found = crowded.tiny.llm.beam_search([{"prompt_token_ids": list(prompt.ids)}], params)[0].sequences
+    assert [beam.tokens[-tokens:] for beam in found] == beams_of(crowded.tiny.reference, prompt.ids, width, tokens)
+    assert left == ["beam search"] * (1 + width * (tokens - 1))
+    crowded.assert_nothing_left_behind()
+
+
+@torch.no_grad()
+def beams_of(model: Any, ids: tuple[int, ...], width: int, tokens: int) -> list[list[int]]:
+    """The likeliest beams, from transformers' model."""
+    beams: list[tuple[float, list[int]]] = [(0.0, [])]
+    for _ in range(tokens):
+        grown = []
+        for score, made in beams:
+            ahead = model(input_ids=torch.tensor([[*ids, *made]])).logits[0, -1].log_softmax(-1).topk(2 * width)
+            grown += [(score + float(s), [*made, int(t)]) for s, t in zip(*ahead, strict=True)]
+        beams = sorted(grown, reverse=True)[:width]
+    return [made for _, made in beams]
+
+
+def test_the_longest_prompt_and_one_that_is_too_long(crowded: Served) -> None:
+    settings = {"selector": "frequency", "ratio": 0.15}
+    with pytest.raises(Exception, match="2048 tokens"):  # of which class depends on vLLM's version
+        crowded.ask([filled_up(MAX_MODEL_LEN + 1)], **settings)
+    for room in (1, 3):
+        prompt = filled_up(MAX_MODEL_LEN - room)
+        out = crowded.ask([prompt], more={"max_tokens": None}, **settings)[0]
+        assert report(out)["reused"] > 0
+        assert [list(out.outputs[0].token_ids)] == crowded.engines([prompt], tokens=room, **settings)
+    crowded.assert_nothing_left_behind()
+
+
 def test_prompt_logprobs_are_vllms_own(crowded: Served) -> None:
     prompt = shuffled(12, count=2)
     out = crowded.ask([prompt], more={"prompt_logprobs": 1}, ratio=0.1)[0]
@@ -96,23 +223,47 @@ def test_prompt_logprobs_are_vllms_own(crowded: Served) -> None:
     assert len(out.prompt_logprobs) == len(prompt.ids)
 
 
-def test_a_damaged_chunk_is_computed(crowded: Served, tmp_path: Path) -> None:
-    """Each chunk file is damaged under the server's eyes: vLLM computes what can't be read, and the answer is right."""
-    prompt = prompt_of(
-        ["A passage of its own that only this test has in the store, some hundred letters long, and no other."]
-    )
+@pytest.mark.parametrize(
+    ("fault", "counted"),
+    [
+        (Fault("garbage", ("preadv",)), "damaged"),
+        (Fault("EIO", ("open", "preadv", "stat")), "unreadable"),
+        (Fault("EIO", ("preadv",), after=2), "damaged"),
+    ],
+    ids=["damaged", "gone", "gone in the middle"],
+)
+def test_a_chunk_that_cannot_be_read_is_computed_and_counted(
+    crowded: Served, fault: Fault, counted: str, request: pytest.FixtureRequest
+) -> None:
+    """The other chunk of the prompt is reused."""
+    text = f"A passage of its own that only the test of a disk that is {request.node.callspec.id} has in the store."
     with CacheTune(crowded.tiny.reference, tiny.tokenizer(), crowded.store) as engine:
-        engine.precompute(list(prompt.chunk_texts))
-    files = sorted((crowded.store / "chunks").rglob("*.safetensors"), key=lambda file: file.stat().st_mtime)
-    newest = files[-1]
-    data = bytearray(newest.read_bytes())
-    middle = len(data) // 2
-    data[middle : middle + 2000] = bytes(2000)
-    newest.write_bytes(data)
-    named = {"chunks": list(prompt.chunk_texts), "selector": "none", "ratio": 0}
-    out = crowded.ask([prompt], **named)[0]
-    assert list(out.outputs[0].token_ids) == crowded.plain([prompt])[0]
+        engine.precompute([text])
+    file = max((crowded.store / "chunks").rglob("*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
+    prompt, settings = prompt_of([text, CHUNKS[0]]), {"selector": "none", "ratio": 0}
+    with faulty_disk(file, fault):
+        out = crowded.ask([prompt], chunks=[text, CHUNKS[0]], **settings)[0]
+        assert fault.met
+    said = report(out)
+    assert (said[counted], said["missed"], said["reused"]) == (1, len(encode(text)), len(encode(CHUNKS[0])))
+    assert [list(out.outputs[0].token_ids)] == crowded.engines([with_chunks(prompt, [1])], **settings)
     crowded.assert_nothing_left_behind()
+
+
+def test_a_late_disk_is_not_waited_for_twice(crowded: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines_of_worker().default.pool, "seconds", 0.5)
+    prompts, settings = [shuffled(seed, count=2) for seed in (21, 22)], {"selector": "none", "ratio": 0}
+    with faulty_disk(crowded.store / "chunks", Fault("stuck", ("preadv",))) as fault:
+        outs = crowded.ask(prompts, **settings)
+        assert fault.met <= 2, "the second prompt asked the disk as well"
+    assert [report(out)["left"] for out in outs] == ["failed", "failed"]
+    assert [list(out.outputs[0].token_ids) for out in outs] == crowded.plain(prompts)
+    pool = engines_of_worker().default.pool
+    assert poll(lambda: not pool.overdue)
+    crowded.assert_nothing_left_behind()
+    again = [shuffled(seed, count=2) for seed in (23, 24)]
+    monkeypatch.undo()
+    assert crowded.tokens(again, **settings) == crowded.engines(again, **settings)
 
 
 def test_named_chunks_that_were_missed_are_stored_behind_the_request(crowded: Served) -> None:
@@ -121,20 +272,20 @@ def test_named_chunks_that_were_missed_are_stored_behind_the_request(crowded: Se
     settings = {"selector": "expected_error", "ratio": 0.15, "chunks": [CHUNKS[0], text]}
     first = report(crowded.ask([prompt], **settings)[0])
     assert (first["missed"], first["storing"]) == (len(encode(text)), 1)
-    from vllm.distributed.kv_transfer import get_kv_transfer_group
-
-    connector = get_kv_transfer_group()
-    assert connector.engines.default.backfill.wait(60)
+    assert engines_of_worker().default.backfill.wait(60)
     assert report(crowded.ask([prompt], **settings)[0])["left"] == "same prompt"  # its pages are still there
     second = report(crowded.ask([prompt_of([CHUNKS[0], text], "And now?")], **settings)[0])
     assert second["missed"] == 0
     assert second["reused"] > first["reused"]
 
 
-def test_a_store_that_is_gone_costs_what_is_not_in_memory(crowded: Served) -> None:
-    prompts = [shuffled(seed, count=2) for seed in range(30, 33)]
+def test_a_store_that_is_gone_costs_what_was_in_it(crowded: Served) -> None:
+    prompt, again = shuffled(30, count=2), shuffled(31, count=2)
     settings = {"selector": "none", "ratio": 0}
-    before = crowded.tokens(prompts, **settings)
-    crowded.store.rename(crowded.store.with_name("gone"))
-    assert crowded.tokens(prompts, **settings) == before
+    away = crowded.store.rename(crowded.store.with_name("away"))
+    out = crowded.ask([prompt], **settings)[0]
+    assert (report(out)["reused"], report(out)["left"]) == (0, "failed")
+    assert [list(out.outputs[0].token_ids)] == crowded.plain([prompt])
+    away.rename(crowded.store)
+    assert crowded.tokens([again], **settings) == crowded.engines([again], **settings)
     crowded.assert_nothing_left_behind()
