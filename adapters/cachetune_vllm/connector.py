@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 from cachetune_rag.errors import CacheTuneError
 from cachetune_store import StoreError
 from cachetune_vllm.engines import Engines
+from cachetune_vllm.logs import logger
 from cachetune_vllm.messages import FromWorker, Hello, ToWorkers
 from cachetune_vllm.metrics import ReuseMetrics, ReuseStats
 from cachetune_vllm.recognition import Recognition
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 class CacheTuneConnector(KVConnectorBase_V1):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
@@ -17,8 +16,10 @@ from cachetune_rag.text.recognising.named_chunks import find_named, joined
 from cachetune_rag.text.recognising.spelling import Spelling
 from cachetune_rag.text.tokenizer import private_copy
 from cachetune_store import ChunkStore
+from cachetune_vllm.logs import logger
 from cachetune_vllm.messages import Hello
 from cachetune_vllm.settings import RequestSettings, ServerSettings
+from cachetune_vllm.stored import why_unusable
 
 START_PATIENCE = 30.0
 """Seconds that a starting server waits until all chunks of its store are known. If that takes longer, it begins with those it knows."""
@@ -26,7 +27,7 @@ TENANTS = 64
 """Tenants whose chunks are followed at the same time; beyond that, the one whose last request is oldest is dropped, and
 its chunks are read anew at its next request."""
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 class Recognition:
@@ -46,9 +47,15 @@ class Recognition:
         self._store = ChunkStore(settings.store, host_budget=0, disk_budget=settings.disk_budget)
         self._tenants: OrderedDict[str, StoreIdRecognizer] = OrderedDict()
         recognizer = self._of(settings.tenant)
-        if not recognizer.catch_up(START_PATIENCE):
-            known = recognizer.known
+        caught_up = recognizer.catch_up(START_PATIENCE)
+        known = recognizer.known
+        if not caught_up:
             _log.warning("%d chunks of the store are known, and %d still to be read", known.chunks, known.waiting)
+        elif known.chunks:
+            _log.info("prompts that show one of the %d chunks in %s reuse it", known.chunks, self._store.path)
+        else:
+            wanted = self._lead_ins(settings.tenant).namespace
+            _log.warning("no chunk in %s can be reused: %s", self._store.path, why_unusable(self._store, wanted))
 
     def find(self, ids: Sequence[int], settings: RequestSettings) -> Prompt | None:
         """A prompt with the chunks that stand in it; None if there are none."""
@@ -72,16 +79,7 @@ class Recognition:
         """What recognises one tenant's chunks."""
         recognizer = self._tenants.get(name)
         if recognizer is None:
-            hello = self._hello
-            assert hello.namespace is not None
-            lead_ins = LeadIns(
-                self._store,
-                replace(hello.namespace, tenant=name),
-                choose=hello.choose_lead_ins,
-                vocabulary=hello.vocabulary,
-                limit=hello.max_positions,
-                separator=hello.separator_ids,
-            )
+            lead_ins = self._lead_ins(name)
             recognizer = StoreIdRecognizer(
                 self._store, lambda: (lead_ins.namespace,), self._prompts.encode_many, self._spelling
             )
@@ -90,3 +88,15 @@ class Recognition:
                 self._tenants.popitem(last=False)[1].close()
         self._tenants.move_to_end(name)
         return recognizer
+
+    def _lead_ins(self, tenant: str) -> LeadIns:
+        hello = self._hello
+        assert hello.namespace is not None
+        return LeadIns(
+            self._store,
+            replace(hello.namespace, tenant=tenant),
+            choose=hello.choose_lead_ins,
+            vocabulary=hello.vocabulary,
+            limit=hello.max_positions,
+            separator=hello.separator_ids,
+        )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ import numpy as np
 
 from cachetune_rag.text.prompts.segments import Prompt
 from cachetune_vllm.beam_search import is_beam
+from cachetune_vllm.logs import logger
 from cachetune_vllm.messages import FromWorker, Load, ToWorkers
 from cachetune_vllm.metrics import ReuseStats
 from cachetune_vllm.settings import REQUEST_KEY, RequestSettings, RequestSettingsError, ServerSettings
@@ -24,7 +24,7 @@ from cachetune_vllm.settings import REQUEST_KEY, RequestSettings, RequestSetting
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 Recognise = Callable[[Sequence[int], RequestSettings], Prompt | None]
 """Finds a request's chunks in its token ids; None where there are none."""

@@ -8,13 +8,14 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
 
 from cachetune_rag.checking.escaping import visible_line
 from cachetune_rag.errors import CacheTuneError, ConfigError
+from cachetune_store import StoreError
 from cachetune_vllm.settings import ServerSettings
 
 MIDDLEWARE = "cachetune_vllm.middleware.CheckRequests"
@@ -86,6 +87,25 @@ def _number_or_name(value: str) -> float | str:
         return value
 
 
+def _stored_dtype(settings: Mapping[str, Any], others: Sequence[str]) -> list[str]:
+    """The option that makes vLLM compute in the number format of the stored chunks; empty where the user says it, or nothing is stored.
+
+    By itself, vLLM takes a format that depends on the device and the model's files, and so does `cachetune precompute`: on a CPU, these are
+    different ones, and no chunk would be found.
+
+    Raises:
+        ConfigError: a setting can't be used.
+        StoreError: the store can't be used.
+    """
+    if any(word.split("=")[0] in ("--dtype", "--config") for word in others):
+        return []
+    from cachetune_vllm.stored import stored_dtype  # it loads torch: only when needed
+
+    checked = ServerSettings.of(settings)
+    dtype = stored_dtype(checked.store, checked.tenant)
+    return [] if dtype is None else ["--dtype", dtype]
+
+
 @app.command(context_settings=_OTHERS)
 def serve(
     context: typer.Context,
@@ -131,8 +151,8 @@ def serve(
     }
     settings = {name: value for name, value in given.items() if value is not None}
     try:
-        words = command_line(model, settings, context.args)
-    except CacheTuneError as error:
+        words = command_line(model, settings, [*_stored_dtype(settings, context.args), *context.args])
+    except (CacheTuneError, StoreError) as error:
         typer.echo(f"cachetune: {visible_line(str(error))}", err=True)
         raise typer.Exit(2) from None
     typer.echo(shlex.join(words), err=True)

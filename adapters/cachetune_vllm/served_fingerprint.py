@@ -7,7 +7,6 @@ weights again.
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -16,10 +15,11 @@ import transformers
 from cachetune_rag.measuring.profiles import Profiles
 from cachetune_rag.model.checkpoint import Checkpoint
 from cachetune_store import StoreError
+from cachetune_vllm.logs import logger
 from cachetune_vllm.served_model import ServedModel
 
 _KIND = "fingerprint"
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 def config_of(model_config: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from cachetune_rag.errors import CacheTuneError
 from cachetune_rag.runtime import Runtime
 from cachetune_store import StoreError
 from cachetune_vllm.engines import Engines
+from cachetune_vllm.logs import logger
 from cachetune_vllm.messages import Hello
 from cachetune_vllm.pages import Pages
 from cachetune_vllm.served_check import check_served
@@ -31,7 +31,7 @@ SHARE_OF_FREE = 0.6
 DRAFTS_FROM_TEXT = ("ngram", "ngram_gpu", "suffix")
 """Methods of speculative decoding that draft tokens from the text so far, without a model of their own."""
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 @dataclass

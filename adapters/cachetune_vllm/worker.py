@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
 from collections.abc import Callable, Collection
@@ -18,6 +17,7 @@ from cachetune_rag.errors import CacheTuneError
 from cachetune_rag.reuse.state import PrefillState
 from cachetune_rag.runtime import Runtime
 from cachetune_store import StoreError
+from cachetune_vllm.logs import logger
 from cachetune_vllm.messages import FromWorker, Load, ToWorkers
 from cachetune_vllm.pages import PagedMemory, Pages
 
@@ -25,7 +25,7 @@ IDLE_WAIT = 0.05
 """Seconds that a step with nothing to compute waits for a prompt to be ready. Without it, vLLM would plan empty steps as fast as it
 can, and the thread that puts the prompt together would hardly get the interpreter's lock."""
 
-_log = logging.getLogger(__name__)
+_log = logger(__name__)
 
 
 class GivenUpError(Exception):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cachetune_rag.checking.escaping import visible_line
+from cachetune_rag.chunks.differences import what_differs
 from cachetune_rag.cli.console import UsageError, instant_interrupt, note, size
 from cachetune_store.printing import shown
 
@@ -229,14 +230,12 @@ def match_codec(engine: CacheTune, store: ChunkStore) -> None:
 
 def mismatch(stored: Namespace, wanted: Namespace, path: Path | None) -> str:
     """Says why an engine can't use chunks of another one."""
-    if stored.model != wanted.model and stored.dtype == wanted.dtype:
-        what = "another model (or other weights of it)"
-    elif stored.tokenizer != wanted.tokenizer:
-        what = "another tokenizer"
-    elif stored.dtype != wanted.dtype:
-        what = f"dtype {stored.dtype}, and this run has {wanted.dtype}"
-    else:
-        what = "other lead-ins"
+    what = {
+        "model": "another model (or other weights of it)",
+        "tokenizer": "another tokenizer",
+        "dtype": f"dtype {stored.dtype}, and this run has {wanted.dtype}",
+        "lead-ins": "other lead-ins",
+    }[what_differs(stored, wanted)]
     return (
         f"the store {path} does not match this run: it was made with {what}. Use the same --model, --dtype and --lead-in "
         "as then, or another --store."

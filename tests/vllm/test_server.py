@@ -3,18 +3,9 @@
 from __future__ import annotations
 
 import concurrent.futures
-import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,89 +13,15 @@ import torch
 
 from cachetune_rag import CacheTune
 from tests import tiny
+from tests.vllm.server import Server, asked, settings, text_of
 from tests.vllm.test_connector import CHUNKS, encode, filled_store
-
-START_SECONDS = 240
-QUESTION = "What is it?"
-
-
-@dataclass
-class Server:
-    """A server process."""
-
-    model: Path
-    store: Path
-    port: int
-    log: Path
-    process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        words = ["serve", str(self.model), "--store", str(self.store), "--host", "127.0.0.1", "--port", str(self.port)]
-        options = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "8"]
-        environment = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "cachetune_rag", *words, *options],
-                stdout=log, stderr=log, env=environment, start_new_session=True,
-            )  # fmt: skip
-        until = time.monotonic() + START_SECONDS
-        while time.monotonic() < until:
-            if self.process.poll() is not None:
-                break
-            try:
-                urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
-                return
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.5)
-        pytest.fail(f"the server did not start:\n{self.log.read_text()[-4000:]}")
-
-    def end(self, how: signal.Signals = signal.SIGTERM) -> None:
-        if self.process is not None:
-            os.killpg(self.process.pid, how)
-            self.process.wait(60)
-            self.process = None
-
-    def post(self, body: dict[str, Any], path: str = "/v1/chat/completions") -> tuple[int, dict[str, Any]]:
-        request = urllib.request.Request(
-            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=120) as answer:
-                return answer.status, json.load(answer)
-        except urllib.error.HTTPError as error:
-            return error.code, json.load(error)
-
-
-def text_of(chunks: list[str], query: str = QUESTION) -> str:
-    return "Answer from these.\n\n" + "\n\n".join(chunks) + f"\n\nQuestion: {query}"
-
-
-def asked(server: Server, content: str, **more: Any) -> dict[str, Any]:
-    body = {
-        "model": str(server.model),
-        "messages": [{"role": "user", "content": content}],
-        "max_tokens": 8,
-        "temperature": 0,
-    }
-    return body | {"ignore_eos": True} | more
-
-
-def settings(**given: Any) -> dict[str, Any]:
-    return {"cachetune": given}
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
     model, store = filled_store(folder)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = Server(model, store, port, folder / "log")
+    server = Server(model, store, folder / "log")
     server.start()
     yield server
     server.end()
@@ -171,24 +88,18 @@ def test_llama_index_and_langchain_reuse_by_their_stock_classes(server: Server) 
     llama = like.OpenAILike(api_base=f"{server.url}/v1", is_chat_model=True, max_tokens=4, **place)
     chat = langchain.ChatOpenAI(base_url=f"{server.url}/v1", max_tokens=4, **place)
     for number, ask in enumerate((llama.complete, chat.invoke)):
-        before = metric(server, "cachetune_vllm_requests_total")
+        before = server.metric("cachetune_vllm_requests_total")
         ask(text_of([CHUNKS[2], CHUNKS[4 + number]], f"For framework {number}?"))
-        assert metric(server, "cachetune_vllm_requests_total") == before + 1
-
-
-def metric(server: Server, name: str, label: str = "") -> float:
-    with urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as answer:
-        lines = answer.read().decode().splitlines()
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name}{{") and label in line)
+        assert server.metric("cachetune_vllm_requests_total") == before + 1
 
 
 def test_metrics_count_tokens_and_reasons(server: Server) -> None:
-    left = metric(server, "cachetune_vllm_requests_left_total", 'reason="asked"')
-    reused = metric(server, "cachetune_vllm_chunk_tokens_total", 'kind="reused"')
+    left = server.metric("cachetune_vllm_requests_left_total", 'reason="asked"')
+    reused = server.metric("cachetune_vllm_chunk_tokens_total", 'kind="reused"')
     server.post(asked(server, text_of(CHUNKS[:3], "Counted?"), kv_transfer_params=settings(reuse=False)))
     told = server.post(asked(server, text_of(CHUNKS[:3], "Counted?")))[1]["kv_transfer_params"]["cachetune"]
-    assert metric(server, "cachetune_vllm_requests_left_total", 'reason="asked"') == left + 1
-    assert metric(server, "cachetune_vllm_chunk_tokens_total", 'kind="reused"') == reused + told["reused"]
+    assert server.metric("cachetune_vllm_requests_left_total", 'reason="asked"') == left + 1
+    assert server.metric("cachetune_vllm_chunk_tokens_total", 'kind="reused"') == reused + told["reused"]
 
 
 def test_documents_are_added_while_the_server_runs(server: Server) -> None:

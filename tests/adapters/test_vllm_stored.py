@@ -1,0 +1,72 @@
+"""A server computes in the number format of the stored chunks, and says what stands in the way where it can use none. None of it needs vLLM."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from cachetune_rag import CacheTune
+from cachetune_store import ChunkStore, Namespace
+from cachetune_vllm.serve import app
+from cachetune_vllm.stored import why_unusable
+from tests import tiny
+
+TEXT = "The lighthouse was built in 1871 by three brothers, who had come from the mainland with one boat and two sheep."
+
+
+def fill(store: Path, dtype: torch.dtype, text: str = TEXT, tenant: str = "") -> Namespace:
+    """Store a text as a model of this number format computes it; returns the namespace of its key."""
+    with CacheTune(tiny.llama().to(dtype), tiny.tokenizer(), store, tenant=tenant) as engine:
+        engine.precompute([text])
+        return engine.namespace
+
+
+def started(store: Path, *options: str) -> list[str]:
+    """The words of the line that `cachetune serve` would start."""
+    done = CliRunner().invoke(app, ["M", "--store", str(store), "--dry-run", *options])
+    assert done.exit_code == 0, done.output
+    return shlex.split(done.output.splitlines()[-1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_serve_takes_the_number_format_of_the_stored_chunks(tmp_path: Path, dtype: torch.dtype) -> None:
+    fill(tmp_path / "kv", dtype)
+    words = started(tmp_path / "kv", "--port", "9")
+    assert words[words.index("--dtype") + 1] == str(dtype).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("options", [("--dtype", "float16"), ("--dtype=float16",), ("--config", "server.yaml")])
+def test_serve_leaves_a_number_format_that_is_given(tmp_path: Path, options: tuple[str, ...]) -> None:
+    fill(tmp_path / "kv", torch.float32)
+    assert "float32" not in started(tmp_path / "kv", *options)
+
+
+def test_serve_leaves_the_number_format_to_vllm_where_the_store_does_not_say(tmp_path: Path) -> None:
+    assert "--dtype" not in started(tmp_path / "missing")
+    fill(tmp_path / "kv", torch.float32)
+    assert "--dtype" not in started(tmp_path / "kv", "--tenant", "another")
+    fill(tmp_path / "kv", torch.bfloat16, f"{TEXT} And a dog.")
+    assert "--dtype" not in started(tmp_path / "kv")
+
+
+def test_a_server_says_why_no_chunk_can_be_used(tmp_path: Path) -> None:
+    made = fill(tmp_path / "kv", torch.float32, tenant="a")
+    with ChunkStore(tmp_path / "kv") as store:
+        assert "start it with --dtype float32" in why_unusable(store, replace(made, dtype="bfloat16", model="f" * 64))
+        assert "with --dtype bfloat16" in why_unusable(store, replace(made, dtype="bfloat16", model="f" * 64))
+        assert "another model" in why_unusable(store, replace(made, model="f" * 64))
+        assert "another tokenizer" in why_unusable(store, replace(made, tokenizer="f" * 64))
+        assert "lead_in" in why_unusable(store, replace(made, lead_ins=((1, 2),)))
+        assert "nothing is stored" in why_unusable(store, replace(made, tenant="b"))
+
+
+def test_a_folder_that_is_no_store_is_refused_before_the_server_starts(tmp_path: Path) -> None:
+    (tmp_path / "store.json").write_text("not one")
+    done = CliRunner().invoke(app, ["M", "--store", str(tmp_path), "--dry-run"])
+    assert done.exit_code == 2
+    assert "store.json" in done.output
