@@ -14,10 +14,13 @@ WORKERS ?= 2
 # Nothing is asked of the network, nothing is reported, and vLLM leaves the cores to other tests.
 VLLM_ENV := HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind
 
-.PHONY: demo test test-vllm soak lint format typecheck bench quality clean
+.PHONY: demo demo-serve test test-vllm soak lint format typecheck bench quality clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
+
+demo-serve: $(VLLM_READY)
+	$(VLLM_VENV)/bin/python examples/demo_serve.py
 
 test: lint
 	$(BIN)/python examples/smollm2.py
