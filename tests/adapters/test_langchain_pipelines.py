@@ -179,7 +179,7 @@ def test_after_deleting_a_document(pipeline: Pipeline, documents: dict[str, str]
 def test_after_eviction(
     engines: EngineMaker, filled: Path, some: list[Document], embed: Callable[[list[str]], Any], way: str
 ) -> None:
-    engine = engines.on_copy(filled, host_budget=0, disk_budget="15MiB")
+    engine = engines.on_copy(filled, host_budget=0, disk_budget="2560KiB")
     pipeline = Pipeline(engine, some, embed)
     chain = getattr(pipeline, way)()
     expected = check(pipeline, chain)

@@ -164,7 +164,7 @@ def test_after_deleting_a_document(pipeline: Pipeline) -> None:
 def test_after_eviction(
     engines: EngineMaker, filled: Path, some: dict[str, str], embed: Callable[[list[str]], Any], way: str
 ) -> None:
-    engine = engines.on_copy(filled, host_budget=0, disk_budget="15MiB")
+    engine = engines.on_copy(filled, host_budget=0, disk_budget="2560KiB")
     pipeline = Pipeline(engine, some, embed)
     query_engine = getattr(pipeline, way)()
     expected = check(pipeline, query_engine)
