@@ -20,7 +20,7 @@ import string
 import sys
 import time
 import tracemalloc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,8 @@ WORST = {
 HEADERS = {"no header": "", "shared header": "file_path: /data/documents/handbook.txt\ntitle: The handbook\n\n"}
 
 PROMPT_IDS = 32_768
+TARGET = 0.005
+"""Seconds in which a usual prompt's ids are searched."""
 LENGTHS = {
     "ids: 512 tokens": (512, 512, 0),
     "ids: 16 to 1,024 tokens": (16, 1024, 0),
@@ -77,9 +79,15 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=100_000, help="stored chunks")
     parser.add_argument("--characters", type=int, default=130_000, help="length of the prompt")
     parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--only", choices=("text", "ids"), help="one half of the cases")
     parser.add_argument("--out", type=Path, help="file for the JSON (default: standard output)")
     args = parser.parse_args()
-    rows = [*text_rows(args.chunks, args.characters, args.rounds), *id_rows(args.chunks, args.rounds)]
+    rows: list[dict[str, Any]] = []
+    if args.only != "ids":
+        rows += text_rows(args.chunks, args.characters, args.rounds)
+    if args.only != "text":
+        rows += id_rows(args.chunks, args.rounds)
+    print(table(rows), file=sys.stderr)
     settings = {"chunks": args.chunks, "characters": args.characters, "prompt_ids": PROMPT_IDS, "rounds": args.rounds}
     write_json(args.out, {"benchmark": "recognition", "environment": environment(), "settings": settings, "rows": rows})
 
@@ -161,6 +169,27 @@ def told(row: dict[str, Any], work: Callable[[], Any], rounds: int) -> dict[str,
     row["seconds"] = spread(took)
     print(f"{row['case']}: {row['found']} found in {row['seconds']['median'] * 1e3:.1f} ms (median)", file=sys.stderr)
     return row
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows in short, as Markdown. A usual prompt is to be searched in `TARGET`, a hostile one in some times as long."""
+    lines = [
+        "| case | chunks found | places left out | ms (median) | ms (slowest) |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        if "seconds" in row:
+            median, slowest = row["seconds"]["median"] * 1e3, max(row["seconds"]["samples"]) * 1e3
+            lines.append(
+                f"| {row['case']} | {row['found']} | {row.get('left_out', 0)} | {median:.1f} | {slowest:.1f} |"
+            )
+    over = [row["case"] for row in rows if row["case"] in LENGTHS and row["seconds"]["median"] > TARGET]
+    said = (
+        f"more than {TARGET * 1e3:.0f} ms: {', '.join(over)}"
+        if over
+        else f"all usual prompts of ids within {TARGET * 1e3:.0f} ms"
+    )
+    return "\n".join([*lines, said])
 
 
 def memory(name: str, make: Callable[[], Any], items: Iterable[tuple[int, Any]], chunks: int) -> dict[str, Any]:

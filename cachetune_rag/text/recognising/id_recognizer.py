@@ -18,7 +18,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
 from hashlib import sha256
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -243,9 +243,12 @@ def _some(records: dict[bytes, int]) -> list[bytes]:
 
 
 def _checked(ids: Sequence[int] | npt.NDArray[np.integer]) -> Ids:
+    numbers: npt.NDArray[Any]
     try:
-        # NumPy converts a list in half the time when it goes through `array.array`.
-        numbers = np.frombuffer(array("q", ids), np.int64) if isinstance(ids, list | tuple) and ids else np.asarray(ids)
+        if isinstance(ids, list | tuple) and ids:
+            # A server's prompt is a list. NumPy alone takes several times as long to read one.
+            return np.frombuffer(array("I", ids), np.uint32)
+        numbers = np.asarray(ids)
     except (TypeError, OverflowError):
         numbers = np.empty(1)
     if numbers.ndim == 1 and not numbers.size:
