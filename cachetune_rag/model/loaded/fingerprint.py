@@ -21,6 +21,11 @@ from cachetune_rag.model.loaded.foreign import foreign_layers
 from cachetune_rag.model.loaded.view import unwrapped
 
 _BLOCK = 1 << 22
+"""Weights between two steps of a checksum. It decides what the sum comes to, so it stays as it is."""
+
+_PART = 1 << 18
+"""Weights that are summed at once on a CPU: few enough that what is computed of them stays in its caches, enough for some threads."""
+
 # Settings that keys and values don't depend on: they say how a forward is run, or what is generated.
 _IRRELEVANT = {
     "_name_or_path", "_commit_hash", "transformers_version", "torch_dtype", "dtype", "_attn_implementation", "use_cache",
@@ -57,8 +62,9 @@ def fingerprint_of(
     digest = hashlib.sha256()
     settings = {k: v for k, v in config.get_text_config(decoder=True).to_dict().items() if k not in _IRRELEVANT}
     digest.update(json.dumps([architecture, settings], sort_keys=True, default=str).encode())
+    checksum = _Checksum()
     for name, tensor in weights:
-        digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|{_checksum(tensor)}\n".encode())
+        digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|{checksum.of(tensor)}\n".encode())
     # Weights of all adapters are among them; which of them are active decides what the model computes.
     if adapters:
         digest.update(repr(adapters).encode())
@@ -106,27 +112,46 @@ def _without_token(backend: Any, literal: str) -> str:
     return str(type(backend).from_str(json.dumps(definition)).to_str())
 
 
-@torch.no_grad()
-def _checksum(tensor: Tensor) -> int:
-    """Sum over elements of bits * odd(place), mod 2^64, as a signed integer."""
-    flat = tensor.detach().contiguous().reshape(-1)
-    width = flat.element_size()
-    bits = (
-        flat.view(torch.uint8)
-        if flat.dtype == torch.bool or width == 1
-        else flat.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[width])
-    )
-    total = torch.zeros((), dtype=torch.int64, device=flat.device)
-    factors = _factors(min(_BLOCK, bits.numel()), flat.device)
-    for block, start in enumerate(range(0, bits.numel(), _BLOCK)):
-        part = bits[start : start + _BLOCK].long()
-        total = total * 6364136223846793005 + (part * factors[: part.numel()]).sum() + block
-    return int(total.item())
+class _Checksum:
+    """Checksums of tensors, and the factors that these share."""
+
+    def __init__(self) -> None:
+        self._tables: dict[torch.device, Tensor] = {}
+
+    @torch.no_grad()
+    def of(self, tensor: Tensor) -> int:
+        """Sum over elements of bits * odd(place), mod 2^64, as a signed integer."""
+        flat = tensor.detach().contiguous().reshape(-1)
+        width = flat.element_size()
+        bits = (
+            flat.view(torch.uint8)
+            if flat.dtype == torch.bool or width == 1
+            else flat.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[width])
+        )
+        total = torch.zeros((), dtype=torch.int64, device=flat.device)
+        factors = self._factors(min(_BLOCK, bits.numel()), flat.device)
+        at_once = _PART if flat.device.type == "cpu" else _BLOCK
+        for block, start in enumerate(range(0, bits.numel(), _BLOCK)):
+            part = bits[start : start + _BLOCK]
+            total = total * 6364136223846793005 + block
+            # The order of summing doesn't matter mod 2^64.
+            for few, theirs in zip(part.split(at_once), factors[: part.numel()].split(at_once), strict=True):
+                total += (few * theirs).sum()
+        return int(total.item())
+
+    def _factors(self, count: int, device: torch.device) -> Tensor:
+        """At least `count` factors, made once for all tensors that need no more."""
+        table = self._tables.get(device)
+        if table is None or table.numel() < count:
+            starts = range(0, count, _PART)
+            table = torch.cat([_factors(start, min(_PART, count - start), device) for start in starts or [0]])
+            self._tables[device] = table
+        return table
 
 
-def _factors(count: int, device: torch.device) -> Tensor:
-    """Odd 64-bit factors that look random (splitmix64), equal on every device."""
-    x = torch.arange(1, count + 1, dtype=torch.int64, device=device) * -7046029254386353131
+def _factors(start: int, count: int, device: torch.device) -> Tensor:
+    """Odd 64-bit factors that look random (splitmix64), equal on every device, for these places."""
+    x = torch.arange(start + 1, start + count + 1, dtype=torch.int64, device=device) * -7046029254386353131
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
     return (x ^ ((x >> 31) & 0x1FFFFFFFF)) | 1
