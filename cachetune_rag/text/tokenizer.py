@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -25,8 +26,10 @@ _INSIDE = (INSIDE, ")", "0")
 """Candidates to put before a text while it is tokenised as the middle of a prompt; the first that doesn't merge with it is taken."""
 
 _LOOKS_LIKE_CONTROL = re.compile(r"<[^<>\s]+>|<[|｜].*[|｜]>|\[/?[A-Za-z_][\w/ -]*\]", re.DOTALL)
-_REMEMBERED_IDS = 1 << 20
-"""Size of the cache of tokenised texts, in token ids. It helps because the same passages are often retrieved again."""
+_REMEMBERED_BYTES = 32 << 20
+"""Size of the cache of tokenised texts. It helps because the same passages are often retrieved again."""
+_ENTRY_BYTES = 400
+"""What an entry of that cache takes beside its text and ids. Without it, a million short questions would hardly count."""
 _NEVER = re.compile(r"(?!)")
 
 
@@ -54,7 +57,7 @@ class ContentTokenizer:
         self._origin = this_process()
         self._lock = threading.Lock()
         self._known: OrderedDict[tuple[str, str], tuple[int, ...]] = OrderedDict()
-        self._known_ids = 0
+        self._known_bytes = 0
         self._known_lock = threading.Lock()
         try:
             plain = self._raw("a", special=False)
@@ -136,14 +139,14 @@ class ContentTokenizer:
         ]
 
     def _remember(self, key: tuple[str, str], ids: tuple[int, ...]) -> None:
-        if len(ids) > _REMEMBERED_IDS // 8:
+        if _entry_bytes(key, ids) > _REMEMBERED_BYTES // 8:
             return
         with self._known_lock:
             if key not in self._known:
                 self._known[key] = ids
-                self._known_ids += len(ids)
-            while self._known_ids > _REMEMBERED_IDS:
-                self._known_ids -= len(self._known.popitem(last=False)[1])
+                self._known_bytes += _entry_bytes(key, ids)
+            while self._known_bytes > _REMEMBERED_BYTES:
+                self._known_bytes -= _entry_bytes(*self._known.popitem(last=False))
 
     def _encode(self, text: str, after: str) -> list[int]:
         ids: list[int] = []
@@ -340,3 +343,8 @@ def _find(part: list[int], whole: list[int]) -> int:
         if whole[start : start + len(part)] == part:
             return start
     return 0
+
+
+def _entry_bytes(key: tuple[str, str], ids: tuple[int, ...]) -> int:
+    """Memory of an entry of the cache of tokenised texts: ids are Python integers, of which only those below 257 are shared."""
+    return _ENTRY_BYTES + sys.getsizeof(key[0]) + 40 * len(ids)

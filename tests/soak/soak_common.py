@@ -60,13 +60,22 @@ class Outcome:
             self.problems.append(problem)
 
 
+def _words() -> tuple[str, ...]:
+    rng = random.Random(0)
+    return tuple("".join(rng.choices(string.ascii_lowercase, k=rng.randrange(2, 9))) for _ in range(300))
+
+
+WORDS = _words()
+"""Words of all passages. Few, as in a language: a tokenizer remembers each word (10,000 of them, about 3 MiB), and with ever new words
+memory would grow for most of a soak."""
+
+
 def passage(seed: int, length: int) -> str:
     """A text of exactly `length` characters, and as many tokens of the tiny tokenizer."""
     rng = random.Random(seed)
-    words = ("".join(rng.choices(string.ascii_lowercase, k=rng.randrange(2, 9))) for _ in itertools.count())
     text = f"{seed} "
     while len(text) < length:
-        text += next(words) + " "
+        text += rng.choice(WORDS) + " "
     return text[: length - 1] + "."
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import threading
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tiny import llama, tokenizer
 from cachetune_rag import CacheTune, Document
 from cachetune_rag.model.loaded.fingerprint import tokenizer_fingerprint
 from cachetune_rag.text.prompts.prompt import PromptBuilder
+from cachetune_rag.text.tokenizer import ContentTokenizer
 
 TEXTS = ["The dam is 214 metres high. " * 3, "Salmon climb a ladder of 36 steps. " * 3]
 
@@ -146,3 +148,18 @@ def test_users_of_one_tokenizer_dont_disturb_each_other() -> None:
     done.set()
     user.join()
     assert errors == []
+
+
+def test_short_texts_do_not_fill_memory_either(monkeypatch):
+    """Each entry of the cache counts with all the memory that it takes, not only with its ids."""
+    monkeypatch.setattr("cachetune_rag.text.tokenizer._REMEMBERED_BYTES", 2 << 20)
+    content = ContentTokenizer(tokenizer())
+    content.encode("-1?")
+    tracemalloc.start()
+    try:
+        for number in range(10_000):
+            content.encode(f"{number}?")
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert 1 << 20 < held < 2.5 * (1 << 20)
