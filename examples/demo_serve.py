@@ -7,6 +7,7 @@ starts the server, and the `openai` client asks it. Documents, questions and mod
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import logging
 import os
@@ -71,6 +72,11 @@ def main() -> None:
         "--stay", action="store_true", help="leave the server up for questions of your own, until Ctrl-C"
     )
     args = parser.parse_args()
+    for package in ("vllm", "openai"):
+        if importlib.util.find_spec(package) is None:
+            sys.exit(
+                f"{package} isn't installed here: run `make demo-serve`, which sets up an environment with all that is needed."
+            )
     # Wide enough for the table where there is no terminal to ask.
     console = Console(width=None if sys.stdout.isatty() else 150)
     model = model_path()
@@ -253,9 +259,7 @@ def ends_cleanly() -> Iterator[None]:
         step("\ninterrupted; the server has been ended.")
         sys.exit(130)
     except ServerError as error:
-        sys.exit(
-            f"{error}\n\nIf vLLM is missing here, run `make demo-serve`, which sets it up. docs/vllm.md has more on servers that don't start."
-        )
+        sys.exit(f'{error}\n\ndocs/vllm.md says under "Troubleshooting" what to do about servers that don\'t start.')
 
 
 if __name__ == "__main__":
