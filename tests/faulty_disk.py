@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import random
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,8 +15,18 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from cachetune_store.database import Database
+
 READS = ("open", "preadv", "stat")
 WRITES = ("create", "write", "fsync", "replace", "unlink", "mkdir")
+EVERYTHING = (*READS, "scandir", "lstat", *WRITES, "link", "index")
+"""Also what SQLite is asked to do for the index."""
+_OF_SQLITE = {
+    "ENOSPC": "database or disk is full",
+    "EROFS": "attempt to write a readonly database",
+    "EACCES": "unable to open database file",
+    "EMFILE": "unable to open database file",
+}
 
 
 @dataclass
@@ -45,6 +56,7 @@ class Fault:
     def __post_init__(self) -> None:
         self._rng = random.Random(self.seed)
         self._over = threading.Event()
+        self.struck = ""
         self._lock = threading.Lock()
 
     def strikes(self, name: str) -> bool:
@@ -57,12 +69,18 @@ class Fault:
                 return False
             hit = self._rng.random() < self.chance
             self.met += hit
+            if hit:
+                self.struck = name
             return hit
 
     def error(self) -> OSError:
         """The error of a kind that is an errno."""
         number = getattr(errno, self.kind)
         return OSError(number, os.strerror(number))
+
+    def error_of_sqlite(self) -> sqlite3.Error:
+        """What SQLite says of such an error."""
+        return sqlite3.OperationalError(_OF_SQLITE.get(self.kind, "disk I/O error"))
 
     def wait(self) -> None:
         """Wait as the fault says: some time, or until it ends."""
@@ -75,7 +93,10 @@ class Fault:
 
 @contextmanager
 def faulty_disk(folder: Path, fault: Fault) -> Iterator[Fault]:
-    """Have calls on files below `folder` fail, in all threads of this process. (SQLite makes its calls itself.)"""
+    """Have calls on files below `folder` fail, in all threads of this process.
+
+    SQLite makes its calls itself. So "index" stands for each statement that it is given for the index.
+    """
     below = str(folder)
 
     def concerns(target: Any) -> bool:
@@ -128,8 +149,24 @@ def faulty_disk(folder: Path, fault: Fault) -> Iterator[Fault]:
 
         return call
 
+    class Statements:
+        """A connection to the index, whose statements fail."""
+
+        def __init__(self, connection: sqlite3.Connection) -> None:
+            self._connection = connection
+
+        def execute(self, *args: Any) -> sqlite3.Cursor:
+            if fault.strikes("index"):
+                raise fault.error_of_sqlite()
+            return self._connection.execute(*args)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._connection, name)
+
+    connection = Database.__dict__["_con"].fget
     with ExitStack() as stack:
-        for name in ("write", "fsync", "replace", "unlink", "mkdir", "stat"):
+        stack.enter_context(mock.patch.object(Database, "_con", property(lambda self: Statements(connection(self)))))
+        for name in ("write", "fsync", "replace", "unlink", "mkdir", "stat", "lstat", "scandir", "link"):
             stack.enter_context(mock.patch.object(os, name, plain(name, getattr(os, name))))
         stack.enter_context(mock.patch.object(os, "open", opening(os.open)))
         stack.enter_context(mock.patch.object(os, "preadv", reading(os.preadv)))

@@ -96,6 +96,7 @@ class StoreDirectory:
                 self.temp.clean()
                 if marks:
                     self._compare(tier, documents)
+            # If something couldn't be read, this process has a mark of its own now, which stays.
             for mark in marks:
                 mark.unlink(missing_ok=True)
 
@@ -125,20 +126,17 @@ class StoreDirectory:
 
     def _compare(self, tier: DiskTier, documents: Documents) -> None:
         try:
-            compare_files(tier, documents)
+            compare_files(tier, documents, self.temp)
         except IndexDamagedError:
             self._make_index(tier, documents)
 
     def _make_index(self, tier: DiskTier, documents: Documents) -> VerifyReport:
-        self.index.clear()
-        if self.read_only is not None:
-            # In memory, from what can be read. Damage is noticed when it is used.
-            compare_files(tier, documents)
-            self.index.set(COMPLETE, self._id)
-            return VerifyReport(0, 0, (), 0, 0, 0, documents.count())
-        report = apply(check_files(tier, full=False), tier, documents, self.temp)
-        self.index.set(COMPLETE, self._id)
-        return report
+        with self.index.made_anew(self._id):
+            if self.read_only is not None:
+                # In memory, from what can be read. Damage is noticed when it is used.
+                compare_files(tier, documents, None)
+                return VerifyReport(0, 0, (), 0, 0, 0, documents.count())
+            return apply(check_files(tier, full=False), tier, documents, self.temp)
 
     def close(self) -> None:
         """Release the index; what was changed is in it."""

@@ -42,6 +42,8 @@ class DiskIndex(Index):
         self._file = directory / "cache.db"
         self._lock = threading.RLock()
         self._depth = 0
+        self._filled = False
+        self._filler: int | None = None
         try:
             self.database = self._connect()
         except IndexDamagedError:
@@ -66,8 +68,8 @@ class DiskIndex(Index):
     def _transaction(self) -> Iterator[None]:
         """The outermost transaction. Called with the lock held."""
         with self._translated(), self._gated(shared=True):
-            if self._follow() and self._get(COMPLETE) is None:
-                raise IndexReplacedError(f"the index {self._directory} was replaced and is not filled yet")
+            self._follow()
+            self._check_filled()
             database = self.database
             with database.lent():
                 transact = self._patiently(self.begin)
@@ -97,12 +99,15 @@ class DiskIndex(Index):
 
     def _reconnect(self) -> None:
         self.database.close_all()
+        self._filled = False
         with contextlib.suppress(sqlite3.Error, StoreError):
             self.database = self._connect()
 
     def get(self, name: str) -> Any:
         """See Index."""
         self._catch_up()
+        if name != COMPLETE:
+            self._patiently(self._check_filled)
         return self._patiently(lambda: self._get(name))
 
     def _get(self, name: str) -> Any:
@@ -128,19 +133,45 @@ class DiskIndex(Index):
     def names(self, prefix: str) -> Iterator[str]:
         """See Index."""
         self._catch_up()
+        self._patiently(self._check_filled)
         with self._translated():
             yield from self.database.names(prefix)
 
     def count(self, prefix: str) -> int:
         """See Index."""
         self._catch_up()
+        self._patiently(self._check_filled)
         return self._patiently(lambda: self.database.count_of(prefix))
 
     def clear(self) -> None:
         """See Index. A new database replaces the old one, in whatever state that is."""
         with self._lock:
             self.database.close_all()
+            self._filled = False
             self.database = self._fresh()
+
+    @contextlib.contextmanager
+    def made_anew(self, identity: str) -> Iterator[None]:
+        """See Index. Until all records are there, nobody but this thread sees any; if that fails, nobody ever does."""
+        self._filler = threading.get_ident()
+        try:
+            with super().made_anew(identity):
+                yield
+            self._filled = True
+        finally:
+            self._filler = None
+
+    def _check_filled(self) -> None:
+        """See that all records are there.
+
+        Raises:
+            IndexReplacedError: the index is being made anew, or that was cut short. Records that are not there yet must not count as missing.
+        """
+        if self._filled or self._filler == threading.get_ident():
+            return
+        if self._get(COMPLETE) is None:
+            raise IndexReplacedError(f"the index {self._directory} is not filled yet, or filling it was cut short")
+        self._filled = True
 
     def close(self) -> None:
         """See Index."""
@@ -215,6 +246,7 @@ class DiskIndex(Index):
         if not self.database.is_replaced():
             raise IndexDamagedError(f"the log of the index {self._directory} was removed while it was in use")
         self.database.close_all()
+        self._filled = False
         self.database = self._connect()
         return True
 

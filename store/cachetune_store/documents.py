@@ -6,6 +6,7 @@ names are hashes of tenant and id, which may be any strings.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -17,10 +18,10 @@ from typing import Any
 import xxhash
 
 from .errors import StoreError, UnknownDocumentError
-from .files import TempFiles, make_directory, sync_directory, write_small
+from .files import TempFiles, make_directory, sync_directory, unreadable, write_small
 from .index import Index
 from .keys import ChunkKey
-from .plainfiles import read_plain
+from .plainfiles import files_below, read_plain
 from .printing import shown
 from .removals import Removals
 
@@ -52,8 +53,7 @@ class Documents:
     def put(self, tenant: str, doc_id: str, keys: Sequence[ChunkKey], free: Free) -> None:
         """Put or replace a document, and free the chunks that no document holds any more."""
         digests = [key.digest for key in keys]
-        self._announce()
-        with self._index.transaction():
+        with self._changing(), self._index.transaction():
             old = set((self._index.get(_record_name(tenant, doc_id)) or {"chunks": []})["chunks"])
             # Also where the chunks are the same: chunks that requests are about to add to the document are not among them.
             self._removals.note(tenant, doc_id, gone=not old <= set(digests))
@@ -72,8 +72,7 @@ class Documents:
             Whether the document holds the chunks now.
         """
         added = [key.digest for key in keys]
-        self._announce()
-        with self._index.transaction():
+        with self._changing(), self._index.transaction():
             record = self._index.get(_record_name(tenant, doc_id))
             held: list[str] = [] if record is None else record["chunks"]
             known = set(held)
@@ -111,8 +110,7 @@ class Documents:
             UnknownDocumentError: there is no such document.
         """
         name = _record_name(tenant, doc_id)
-        self._announce()
-        with self._index.transaction():
+        with self._changing(), self._index.transaction():
             # Of one that isn't known, a request may be about to make it known.
             self._removals.note(tenant, doc_id)
             record = self._index.get(name)
@@ -165,14 +163,19 @@ class Documents:
         """Documents of all tenants."""
         return self._index.count("doc/")
 
-    def rebuild(self) -> None:
+    def rebuild(self) -> int:
         """Fill records from the files (where there are files), and count the references anew.
 
-        A file that is damaged is written again if the index still knows the document, and else passed over.
+        A file that is damaged is written again if the index still knows the document, and else passed over. One that can't be read now is
+        passed over, too, but stays as it is.
+
+        Returns:
+            How many documents are not known because their files can't be read now.
         """
+        skipped = 0
         with self._index.transaction():
             if self._directory is not None and self._temp is not None:
-                self._fill(self._directory, self._temp)
+                skipped = self._fill(self._directory, self._temp)
             for name in list(self._index.names("ref/")):
                 self._index.delete(name)
             counts: dict[str, int] = {}
@@ -181,12 +184,20 @@ class Documents:
                     counts[digest] = counts.get(digest, 0) + 1
             for digest, count in counts.items():
                 self._index.set(f"ref/{digest}", count)
+        return skipped
 
-    def _fill(self, directory: Path, temp: TempFiles) -> None:
+    def _fill(self, directory: Path, temp: TempFiles) -> int:
         known = dict(self._index.items("doc/"))
         damaged: set[Path] = set()
-        for path in directory.glob("*/*.json"):
-            record = _read(path)
+        unread: dict[Path, OSError] = {}
+        for path in files_below(directory, ".json"):
+            try:
+                record = _read(path)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                unread[path] = error
+                continue
             if record is None:
                 damaged.add(path)
                 continue
@@ -195,6 +206,8 @@ class Documents:
                 self._index.set(name, record)
         for name, record in known.items():
             path = self._path(record["tenant"], record["id"])
+            if unread.pop(path, None):
+                continue  # what the index says stays
             if path in damaged:
                 damaged.remove(path)
                 write_small(temp, path, _encode(record))
@@ -202,10 +215,15 @@ class Documents:
                 self._index.delete(name)
         for path in damaged:
             _log.warning("%s is damaged, so its document is not known any more: index it again", path)
+        for path, reason in unread.items():
+            _log.warning(
+                "%s; until then its document is not known. It is read again when the store is next opened",
+                unreadable(reason, path),
+            )
+        return len(unread)
 
-    def _announce(self) -> None:
-        if self._temp is not None:
-            self._temp.mark()
+    def _changing(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._temp is None else self._temp.changing()
 
     def _count(self, added: set[str], removed: set[str]) -> list[ChunkKey]:
         """Adjust reference counts; the chunks whose count fell to 0."""
@@ -231,7 +249,11 @@ def _encode(record: dict[str, Any]) -> bytes:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """The document in a file; None if it is damaged or no document."""
+    """The document in a file; None if it is damaged or no document.
+
+    Raises:
+        OSError: the file can't be read.
+    """
     try:
         record = json.loads(read_plain(path, MAX_DOCUMENT))
         digests = [ChunkKey(digest).digest for digest in record["chunks"]]
@@ -239,7 +261,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         # Files of the first release have no checksum.
         sound = record.get("checksum", _checksum(found)) == _checksum(found)
         return found if sound and path == _place(path.parents[1], found["tenant"], found["id"]) else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
 

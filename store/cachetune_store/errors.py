@@ -79,7 +79,7 @@ class IndexDamagedError(StoreError):
 
 
 class IndexReplacedError(IndexDamagedError):
-    """Another process has put a new index in place and is still filling it, or the index was deleted meanwhile."""
+    """A new index is in place and not filled yet, or filling it was cut short, or the index was deleted meanwhile."""
 
 
 class UnknownCodecError(StoreArgumentError):

@@ -8,10 +8,10 @@ import fcntl
 import os
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from .errors import StoreError, StoreFullError, StorePathError
+from .errors import BudgetError, StoreError, StoreFullError, StorePathError, UnknownDocumentError
 from .locks import OwnDescriptor, locked, open_lock
 
 __all__ = [
@@ -29,6 +29,9 @@ __all__ = [
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _USED_UP = {errno.EMFILE, errno.ENFILE}
 _WRONG_KIND = {errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO}
+_FAILING = {errno.EIO, errno.ESTALE, errno.EBADMSG, errno.EUCLEAN, errno.ETIMEDOUT}
+_BEFORE_CHANGES = (BudgetError, UnknownDocumentError)
+"""Errors that are raised before any file was changed."""
 MORE_DESCRIPTORS = "this process has as many files open as it may: close some, or raise the limit (ulimit -n)"
 _Buffer = bytes | memoryview
 
@@ -38,7 +41,7 @@ def explain(error: OSError, path: Path | str) -> StoreError:
     reason = error.strerror or str(error)
     if error.errno in _FULL:
         return StoreFullError(
-            f"no room to write {path} ({reason}); free space or lower disk_budget. Nothing was changed"
+            f"no room to write {path} ({reason}); free space or lower disk_budget, and try again. What was stored before stays"
         )
     if error.errno in _USED_UP:
         return StorePathError(f"can't use {path} ({reason}); {MORE_DESCRIPTORS}")
@@ -52,6 +55,8 @@ def explain(error: OSError, path: Path | str) -> StoreError:
         return StorePathError(
             f"can't use {where} ({reason}); remove what stands there, or give the store another directory"
         )
+    if error.errno in _FAILING:
+        return StorePathError(f"can't use {where} ({reason}); check the disk, and try again")
     return StorePathError(f"can't use {where} ({reason}); give the store a directory that this user can write")
 
 
@@ -125,7 +130,8 @@ class TempFiles:
     """A directory of files being written. Each is locked by its writer, so what a dead writer left can be told.
 
     A store that changes its files keeps a mark here as well until it is closed. A mark without a writer says that files
-    and index may differ: a process was killed, or the machine lost its power, between the one and the other.
+    and index may differ: a process was killed, or the machine lost its power, between the one and the other; or a change failed
+    after some of its files had been changed.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -133,6 +139,31 @@ class TempFiles:
         self._gate = directory / "gate.lock"
         self._mark: tuple[Path, OwnDescriptor, int] | None = None
         self._mark_lock = threading.Lock()
+        self._doubted = False
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """Files, and the index with them, are changed inside. The index takes back what a failed change did to it, but files stay changed.
+
+        So if a change fails, the mark stays when the store is closed, and the next process that opens the store compares files and index.
+        """
+        self.mark()
+        try:
+            yield
+        except _BEFORE_CHANGES:
+            raise
+        except BaseException:
+            self.doubt()
+            raise
+
+    def doubt(self) -> None:
+        """Files and index may differ: the mark is to stay until they have been compared."""
+        self._doubted = True
+        self.mark()
+
+    def settle(self) -> None:
+        """Files and index have been compared, and agree."""
+        self._doubted = False
 
     def mark(self) -> None:
         """Files are about to be changed. Cheap after the first time; a directory that refuses it is none of its errors."""
@@ -144,17 +175,21 @@ class TempFiles:
             self._mark = path, self._create(path), os.getpid()
 
     def unmark(self) -> None:
-        """All changes are in the index too."""
+        """The store is closed. Unless there is doubt, all changes are in the index too."""
+        if self._doubted:
+            self.mark()  # where it could not be made before
         with self._mark_lock:
             held, self._mark = self._mark, None
             if held is not None and held[2] == os.getpid():
-                held[0].unlink(missing_ok=True)
+                if not self._doubted:
+                    with contextlib.suppress(OSError):  # one that stays costs the next opening a comparison
+                        held[0].unlink(missing_ok=True)
                 held[1].close()
 
     def dead_marks(self) -> list[Path]:
         """Marks of processes that are gone; unlink them once files and index are in line."""
         with locked(self._gate):
-            return [path for path in self.directory.glob("*.mark") if _is_abandoned(path)]
+            return [path for path in self.directory.iterdir() if path.suffix == ".mark" and _is_abandoned(path)]
 
     def write(self, buffers: Sequence[_Buffer], publish: Callable[[Path], None], *, drop_cache: bool = False) -> None:
         """Write a file, make it durable, and hand it to `publish`, which renames it to its place.
@@ -180,8 +215,8 @@ class TempFiles:
         """Delete the files of writers that are gone; how many there were."""
         removed = 0
         with locked(self._gate):
-            for path in self.directory.glob("*.tmp"):
-                if _is_abandoned(path):
+            for path in list(self.directory.iterdir()):
+                if path.suffix == ".tmp" and _is_abandoned(path):
                     path.unlink(missing_ok=True)
                     removed += 1
         return removed

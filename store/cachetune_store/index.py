@@ -51,6 +51,17 @@ class Index(ABC):
     def clear(self) -> None:
         """Drop all records."""
 
+    @contextlib.contextmanager
+    def made_anew(self, identity: str) -> Iterator[None]:
+        """Drop all records, and let those that are written inside take their place.
+
+        Args:
+            identity: the store's id, which says that all records are there.
+        """
+        self.clear()
+        yield
+        self.set(COMPLETE, identity)
+
     @abstractmethod
     def close(self) -> None:
         """Release files; the index may not be used afterwards."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .checking import CheckedFile, check_file
@@ -12,9 +13,15 @@ from .files import TempFiles
 from .keys import ChunkKey
 from .rawfile import DirectIO, RawFile
 from .stats import VerifyReport
+from .texts import drop_stray_texts
 from .tiers.disk import DiskTier
 
 __all__ = ["Found", "apply", "check_files", "compare_files"]
+
+_NAMED = 3
+"""Files that can't be read, of which the log says the names."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -60,7 +67,7 @@ def apply(found: Found, tier: DiskTier, documents: Documents, temp: TempFiles) -
     removed = temp.clean()
     dropped = tier.drop_missing()
     tier.recount()
-    documents.rebuild()
+    _finish(tier, documents, temp, found.unreadable)
     return VerifyReport(
         checked=found.checked,
         bytes=found.bytes,
@@ -74,22 +81,52 @@ def apply(found: Found, tier: DiskTier, documents: Documents, temp: TempFiles) -
     )
 
 
-def compare_files(tier: DiskTier, documents: Documents) -> None:
+def compare_files(tier: DiskTier, documents: Documents, temp: TempFiles | None) -> None:
     """Make the index agree with the files by their names and lengths. Only files that the index doesn't know are opened.
 
     For the index this does the same as a check of all files, in much less time. A killed writer damages no files, but it may have renamed
     or deleted some in a transaction that was rolled back.
+
+    Args:
+        tier: the files.
+        documents: the documents.
+        temp: keeps the mark of what couldn't be read; None for a store that is only read.
     """
     sizes = {key: tier.size_of(key) for key in tier.stored_keys()}
     tier.drop_missing()
     known = {name.removeprefix("chunk/") for name in tier.index.names("chunk/")}
     in_line = sum(sizes.values()) == tier.stats().bytes
+    unreadable = []
     for key in sizes:
         if key.digest not in known or not in_line:
-            with contextlib.suppress(DamagedChunkError, OSError):  # such a file is set aside when it is used
+            try:
                 if (found := _check(tier, key, full=False)) is not None:
                     _adopt(tier, key, found)
-    documents.rebuild()
+            except DamagedChunkError:
+                pass  # such a file is set aside when it is used
+            except OSError:
+                unreadable.append(key)
+    _finish(tier, documents, temp, unreadable)
+
+
+def _finish(tier: DiskTier, documents: Documents, temp: TempFiles | None, unreadable: Sequence[ChunkKey]) -> None:
+    """Bring documents and texts in line with the files, and say what couldn't be read. That is looked for again when the store is opened."""
+    skipped = documents.rebuild()
+    drop_stray_texts(tier.index)
+    unknown = [key for key in unreadable if not tier.knows(key)]
+    for key in unknown[:_NAMED]:
+        _log.warning(
+            "%s can't be read now, so its chunk is not used; it is looked at again when the store is next opened",
+            tier.path_of(key),
+        )
+    if len(unknown) > _NAMED:
+        _log.warning("and %d more chunks can't be read now", len(unknown) - _NAMED)
+    if temp is None:
+        return
+    if unknown or skipped:
+        temp.doubt()
+    else:
+        temp.settle()
 
 
 def _adopt(tier: DiskTier, key: ChunkKey, found: CheckedFile) -> bool:

@@ -10,11 +10,12 @@ import errno
 import os
 import shutil
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import StorePathError
 
-__all__ = ["UnfitFileError", "kind_of", "not_plain", "open_plain", "read_plain", "remove_any"]
+__all__ = ["UnfitFileError", "files_below", "kind_of", "not_plain", "open_plain", "read_plain", "remove_any"]
 
 _WRONG_KIND = {errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EISDIR}
 _KINDS = {
@@ -71,6 +72,28 @@ def read_plain(path: Path, most: int) -> bytes:
     if len(content) > most:
         raise UnfitFileError(f"{path} is longer than {most} bytes")
     return content
+
+
+def files_below(directory: Path, suffix: str) -> Iterator[Path]:
+    """What has a name with this ending in a folder of `directory`, of whatever kind it is.
+
+    Path.glob passes over folders that can't be read, so that what lies in them would seem to be gone.
+
+    Raises:
+        OSError: a folder can't be read.
+    """
+    for folder in _entries(directory):
+        for entry in _entries(folder.path) if folder.is_dir() else ():
+            if entry.name.endswith(suffix):
+                yield directory / folder.name / entry.name
+
+
+def _entries(folder: Path | str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as found:
+            return list(found)
+    except FileNotFoundError:
+        return []  # removed meanwhile, or never made
 
 
 def not_plain(path: Path) -> StorePathError:

@@ -10,7 +10,7 @@ from .chunk import ChunkHead
 from .index import Index
 from .keys import ChunkKey
 
-__all__ = ["drop_text", "evict_text", "note_text", "texts_revision"]
+__all__ = ["drop_stray_texts", "drop_text", "evict_text", "note_text", "texts_revision"]
 
 
 def note_text(index: Index, head: ChunkHead) -> None:
@@ -35,6 +35,17 @@ def evict_text(index: Index, key: ChunkKey) -> None:
     """Forget the text of a chunk that had to make room, unless a document holds it."""
     if index.get(f"ref/{key}") is None:
         drop_text(index, key)
+
+
+def drop_stray_texts(index: Index) -> None:
+    """Forget texts of chunks that are not stored and that no document holds: those of a removal that failed halfway."""
+    with index.transaction():
+        wanted = {name.removeprefix(prefix) for prefix in ("chunk/", "ref/") for name in index.names(prefix)}
+        strays = [name for name in index.names("text/") if name.removeprefix("text/") not in wanted]
+        for name in strays:
+            index.delete(name)
+        if strays:
+            _changed(index)
 
 
 def texts_revision(index: Index) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -97,7 +98,11 @@ def test_a_damaged_file_is_set_aside_though_the_index_is_damaged_too(path: Path)
 def test_a_rebuild_cut_short_is_done_again(path: Path) -> None:
     delete_index(path)
     index = DiskIndex(path / "index")
-    index.set("total", {"bytes": 1, "chunks": 1, "stored": 1})
+    with contextlib.suppress(RuntimeError), index.made_anew("id"):
+        index.set("total", {"bytes": 1, "chunks": 1, "stored": 1})
+        raise RuntimeError
+    with pytest.raises(IndexDamagedError, match="not filled"):
+        index.get("total")
     index.close()
     with ChunkStore(path) as store:
         check_whole(store)
@@ -225,8 +230,15 @@ def test_a_pickled_name_is_never_loaded(path: Path, tmp_path: Path) -> None:
     assert not marker.exists()
 
 
+def new_index(folder: Path) -> DiskIndex:
+    index = DiskIndex(folder / "index")
+    with index.made_anew("id"):
+        pass
+    return index
+
+
 def test_the_index_itself_refuses_pickles(tmp_path: Path) -> None:
-    index = DiskIndex(tmp_path / "index")
+    index = new_index(tmp_path)
     with pytest.raises(TypeError):
         index.set("object", object())
     with sqlite3.connect(tmp_path / "index" / "cache.db") as db:
@@ -241,7 +253,7 @@ def test_the_index_itself_refuses_pickles(tmp_path: Path) -> None:
 
 
 def test_a_failed_transaction_changes_nothing(tmp_path: Path) -> None:
-    index = DiskIndex(tmp_path / "index")
+    index = new_index(tmp_path)
     index.set("a", 1)
 
     def fail() -> None:
@@ -254,7 +266,7 @@ def test_a_failed_transaction_changes_nothing(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         fail()
     assert (index.get("a"), index.get("b")) == (1, None)
-    assert list(index.items("")) == [("a", 1)]
+    assert list(index.items("a")) == [("a", 1)]
     index.close()
 
 
@@ -356,7 +368,7 @@ def test_an_interrupted_transaction_keeps_nobody_out(path: Path, monkeypatch: py
 
 def test_what_stands_before_a_name_is_not_walked(tmp_path: Path) -> None:
     """In the order of names, documents come after all chunks, of which there may be many."""
-    index = DiskIndex(tmp_path / "index")
+    index = new_index(tmp_path)
     with index.transaction():
         for number in range(3000):
             index.set(f"chunk/{number:064}", {"size": 1, "used": 0, "tokens": 1})
@@ -375,7 +387,7 @@ def test_what_stands_before_a_name_is_not_walked(tmp_path: Path) -> None:
         assert steps < 20, "SQLite's own instructions, in tens"
         assert index.count("chunk/") == len(list(index.names("chunk/"))) == 3000
         connection.set_progress_handler(None, 0)
-    assert list(index.names("")) == [*index.names("chunk/"), "doc/a/b"]
+    assert list(index.names("")) == [*index.names("chunk/"), "doc/a/b", "meta/complete"]
     index.close()
 
 

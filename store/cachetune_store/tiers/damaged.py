@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 
@@ -34,8 +35,10 @@ class DamagedFiles:
 
     def remove(self, key: ChunkKey) -> None:
         """Delete damaged files of `key`."""
-        for path in self._directory.glob(f"*-{key.digest}.*"):
-            remove_any(path)
+        with contextlib.suppress(FileNotFoundError):
+            for path in list(self._directory.iterdir()):
+                if f"-{key.digest}." in path.name:
+                    remove_any(path)
 
     def _trim(self) -> None:
         total = 0

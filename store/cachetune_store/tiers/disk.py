@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import stat
 import threading
 import time
@@ -25,7 +26,7 @@ from ..errors import BudgetError, DamagedChunkError, IndexDamagedError, StoreErr
 from ..files import TempFiles, explain, make_directory, sync_directory, unreadable
 from ..index import Index
 from ..keys import ChunkKey
-from ..plainfiles import remove_any
+from ..plainfiles import files_below, remove_any
 from ..printing import shown
 from ..rawfile import DirectIO, RawFile, identity_of
 from ..stats import Counters, TierStats
@@ -44,6 +45,10 @@ HEAD_MEMORY = 64 << 20
 """Bytes of unused memory that are kept for reading heads: enough for those of a hundred long chunks."""
 _LOST = {errno.EIO, errno.EBADMSG, errno.EUCLEAN}
 """Errors of reading that mean that the disk or the file system has lost data. Other errors may pass."""
+_ABSENT = {errno.ENOENT, errno.ENOTDIR}
+"""Errors that mean that there is no such file."""
+
+_log = logging.getLogger(__name__)
 
 
 class DiskTier(Tier):
@@ -93,7 +98,7 @@ class DiskTier(Tier):
 
     def stored_keys(self) -> Iterator[ChunkKey]:
         """Keys of all chunk files."""
-        for path in self.directory.glob(f"*/*{SUFFIX}"):
+        for path in files_below(self.directory, SUFFIX):
             with contextlib.suppress(ValueError):
                 yield ChunkKey(path.stem)
 
@@ -155,13 +160,13 @@ class DiskTier(Tier):
                 raise
             sync_directory(target.parent)
 
-        self._temp.mark()
         try:
-            # Room is also made before the file is written, so that files hardly exceed the budget meanwhile.
-            with self.index.transaction():
-                self._make_room(key, size)
-            make_directory(target.parent)
-            self._temp.write([head, memory_of(chunk.slab)], publish, drop_cache=self._direct.active)
+            with self._temp.changing():
+                # Room is also made before the file is written, so that files hardly exceed the budget meanwhile.
+                with self.index.transaction():
+                    self._make_room(key, size)
+                make_directory(target.parent)
+                self._temp.write([head, memory_of(chunk.slab)], publish, drop_cache=self._direct.active)
         except OSError as error:
             raise explain(error, target) from error
         with self._lock:
@@ -170,13 +175,13 @@ class DiskTier(Tier):
 
     def remove(self, key: ChunkKey) -> int:
         """See Tier. Damaged files of the same key are deleted as well."""
-        self._temp.mark()
         try:
-            with self.index.transaction():
-                size = self._unlink(key)
-                self._forget(key)
-                drop_text(self.index, key)
-            self._damaged.remove(key)
+            with self._temp.changing():
+                with self.index.transaction():
+                    size = self._unlink(key)
+                    self._forget(key)
+                    drop_text(self.index, key)
+                self._damaged.remove(key)
         except OSError as error:
             raise explain(error, self.path_of(key)) from error
         return size
@@ -185,27 +190,17 @@ class DiskTier(Tier):
         """If the file of `key` is damaged, move it away and count it. Returns whether it was damaged.
 
         The file is checked again for that, because another process may have replaced it by a good one, and a failed read may succeed
-        the next time.
+        the next time. If it can't be moved away, it stays, and each use of the chunk is a miss.
         """
-        self._temp.mark()
+        seen = self._damage(key)
+        if seen is None:
+            return False
         try:
-            seen = self._damage(key)
-            if seen is None:
-                return False
-            moved = False
-            try:
-                with self.index.transaction():
-                    moved = self._move_aside(key, seen)
-                    if moved:
-                        self._forget(key)
-            except IndexDamagedError:
-                # The index will be made anew when it is next needed. The file must be moved away by then.
-                moved = moved or self._move_aside(key, seen)
-            if not moved:
-                return False
-        except (OSError, StoreError):
-            # In a directory that can't be changed, the file stays, and each use of the chunk is a miss.
-            pass
+            with self._temp.changing():
+                if not self._take_away(key, seen):
+                    return False
+        except (OSError, StoreError) as error:
+            _log.warning("%s is damaged, and setting it aside failed: %s", self.path_of(key), error)
         with self._lock:
             self.counters.damaged += 1
         return True
@@ -232,7 +227,7 @@ class DiskTier(Tier):
                     key = ChunkKey(name.removeprefix("chunk/"))
                 except ValueError as error:
                     raise IndexDamagedError(f"the index holds {shown(name)}, which names no chunk") from error
-                if not self.contains(key):
+                if self._is_missing(key):
                     self._forget(key)
                     dropped += 1
         return dropped
@@ -250,6 +245,13 @@ class DiskTier(Tier):
         except OSError:
             return 0
         return status.st_size if stat.S_ISREG(status.st_mode) else 0
+
+    def _is_missing(self, key: ChunkKey) -> bool:
+        """Whether there is no plain file of `key`. One that can't be looked at now is not missing."""
+        try:
+            return not stat.S_ISREG(self.path_of(key).lstat().st_mode)
+        except OSError as error:
+            return error.errno in _ABSENT
 
     def flush(self) -> None:
         """Write the collected uses to the index."""
@@ -328,6 +330,19 @@ class DiskTier(Tier):
         except OSError as error:
             return file.identity if error.errno in _LOST else None
         return None
+
+    def _take_away(self, key: ChunkKey, seen: tuple[int, int, int]) -> bool:
+        """Move the file of `key` away and forget it, if it still has the identity `seen`. Returns whether it was moved."""
+        moved = False
+        try:
+            with self.index.transaction():
+                moved = self._move_aside(key, seen)
+                if moved:
+                    self._forget(key)
+        except IndexDamagedError:
+            # The index will be made anew when it is next needed. The file must be moved away by then.
+            return moved or self._move_aside(key, seen)
+        return moved
 
     def _move_aside(self, key: ChunkKey, seen: tuple[int, int, int]) -> bool:
         """Move the file of `key` away if it still has the identity `seen`. Returns whether it was moved."""
