@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import venv
 import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+# What `make` has installed is in uv's cache, so that nothing is fetched or unpacked again.
+UV = (sys.executable, ROOT / "tools" / "run_uv.py")
 
 USE = """
 import sys, tempfile
@@ -70,9 +71,9 @@ def test_the_wheel_has_the_installed_names_and_nothing_else(wheel: Path) -> None
 
 def test_the_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
     home = tmp_path / "env"
-    venv.create(home, with_pip=True)
     python = home / "bin" / "python"
+    run(*UV, "venv", "--quiet", "--python", sys.executable, home, cwd=tmp_path)
     constraints = ROOT / "constraints.txt"
-    run(python, "-m", "pip", "install", "--quiet", "--constraint", constraints, wheel, cwd=tmp_path)
+    run(*UV, "pip", "install", "--quiet", "--python", python, "--constraint", constraints, wheel, cwd=tmp_path)
     assert run(python, "-c", USE, cwd=tmp_path).strip().endswith("works")
     assert "0.1.0" in run(home / "bin" / "cachetune", "--version", cwd=tmp_path)
