@@ -115,6 +115,11 @@ def _theirs(vllm_model: Any, ids: Tensor, positions: Tensor, vllm_config: Any) -
     from vllm.forward_context import set_forward_context
 
     seen: list[_Seen] = []
+    if (adapters := getattr(vllm_model, "lora_manager", None)) is not None:
+        from vllm.lora.layers import LoRAMapping
+
+        # With --enable-lora, vLLM says before each forward which adapter each token has: none.
+        adapters.set_adapter_mapping(LoRAMapping((0,) * _TOKENS, (0,) * _TOKENS, is_prefill=True))
     with (
         torch.inference_mode(),
         set_current_vllm_config(vllm_config),

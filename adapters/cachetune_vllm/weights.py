@@ -6,7 +6,7 @@ vLLM joins some matrices of transformers' model into one (`packed_modules_mappin
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,10 +63,9 @@ class VLLMWeights:
 
     def __init__(self, model: nn.Module):
         self._model, self.architecture = model, type(model).__name__
-        self._modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
-        self._tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(
-            model.named_buffers(remove_duplicate=False)
-        )
+        self._modules: dict[str, Any] = _below_adapters(model.named_modules(remove_duplicate=False))
+        self._tensors: dict[str, Tensor] = _below_adapters(model.named_parameters(remove_duplicate=False))
+        self._tensors |= _below_adapters(model.named_buffers(remove_duplicate=False))
         self._joined: dict[str, Sequence[str]] = dict(_JOINED)
         self._mappers: list[Any] = []
         for module in model.modules():
@@ -171,6 +170,12 @@ class VLLMWeights:
                 yield renamed
             for renamed in mapper.apply_list([f"{parent}."]):
                 yield f"{renamed}{leaf}"
+
+
+def _below_adapters(named: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Modules or tensors by name, as if a server had no adapters: where it has (--enable-lora), a module stands around each layer,
+    which has it as `base_layer`."""
+    return {name.replace(".base_layer", ""): value for name, value in named}
 
 
 def _plain(tensor: Tensor, dtype: torch.dtype) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -143,7 +144,9 @@ class _Starts:
         }
         config = EngineArgs(model=str(folder), dtype=dtype, enforce_eager=True).create_engine_config()
         reference = self._reference(family, dtype, folder, config)
-        with plain_or_packed(packed):
+        with plain_or_packed(packed), pytest.MonkeyPatch.context() as patch:
+            # vLLM looks through all modules, and stumbles over this one, which an earlier start may have loaded.
+            patch.delitem(sys.modules, "llvmlite.binding.ffi", raising=False)
             llm = LLM(model=str(folder), **(settings | options))
         return TinyVLLM(folder, llm, reference)
 

@@ -31,9 +31,9 @@ def encode(text: str) -> list[int]:
     return list(tiny.tokenizer()(text, add_special_tokens=False).input_ids)
 
 
-def prompt_of(chunks: list[str], query: str = "What is it?") -> Prompt:
+def prompt_of(chunks: list[str], query: str = "What is it?", opening: str = "<s>Answer from these.") -> Prompt:
     """A prompt as a client's template would make it, and where the chunks stand in it."""
-    ids, spans = encode("<s>Answer from these.\n\n"), []
+    ids, spans = encode(opening + "\n\n"), []
     for number, chunk in enumerate(chunks):
         spans.append(Span(len(ids), len(ids) + len(encode(chunk)), number))
         ids += encode(chunk + "\n\n")
@@ -62,13 +62,17 @@ class Served:
     tiny: TinyVLLM
     store: Path
 
-    def ask(self, prompts: list[Prompt], more: dict[str, Any] | None = None, **asked: Any) -> list[Any]:
-        """vLLM's results; `asked` are settings of the requests."""
+    def params(self, more: dict[str, Any] | None = None, **asked: Any) -> Any:
+        """vLLM's settings of a request; `asked` are the connector's."""
         from vllm import SamplingParams
 
         extra = {"kv_transfer_params": {"cachetune": asked}} if asked else None
         settings = {"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True, "detokenize": False} | (more or {})
-        params = SamplingParams(extra_args=extra, **settings)
+        return SamplingParams(extra_args=extra, **settings)
+
+    def ask(self, prompts: list[Prompt], more: dict[str, Any] | None = None, **asked: Any) -> list[Any]:
+        """vLLM's results; `asked` are settings of the requests."""
+        params = self.params(more, **asked)
         inputs = [{"prompt_token_ids": list(prompt.ids)} for prompt in prompts]
         return list(self.tiny.llm.generate(inputs, params, use_tqdm=False))
 

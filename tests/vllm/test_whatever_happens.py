@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,7 @@ from cachetune_vllm.scheduler import ReuseScheduler
 from tests import tiny
 from tests.faulty_disk import Fault, faulty_disk
 from tests.vllm.conftest import MAX_MODEL_LEN, TinyVLLM
+from tests.vllm.fuzz import Fuzz
 from tests.vllm.test_connector import (
     CHUNKS,
     TOKENS,
@@ -40,7 +42,7 @@ PAGE, FEW_PAGES = 32, 66
 
 @pytest.fixture(scope="module")
 def crowded(tiny_vllm: Callable[..., TinyVLLM], tmp_path_factory: pytest.TempPathFactory) -> Served:
-    """A server with little memory for pages, none for chunks, and room for two prompts that load."""
+    """A server with little memory for pages, none for chunks, and room for two prompts that load. It reads prompts in pieces."""
     _, store = filled_store(tmp_path_factory.mktemp("crowded"))
     settings = transfer(store, loads_at_once=2, host_budget=0)
     up = tiny_vllm(
@@ -49,6 +51,8 @@ def crowded(tiny_vllm: Callable[..., TinyVLLM], tmp_path_factory: pytest.TempPat
         kv_transfer_config=settings,
         block_size=PAGE,
         num_gpu_blocks_override=FEW_PAGES,
+        async_scheduling=False,  # both are otherwise in tests/vllm/test_modes.py
+        max_num_batched_tokens=256,
         structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
     )
     return Served(up, store)
@@ -277,6 +281,17 @@ def test_named_chunks_that_were_missed_are_stored_behind_the_request(crowded: Se
     second = report(crowded.ask([prompt_of([CHUNKS[0], text], "And now?")], **settings)[0])
     assert second["missed"] == 0
     assert second["reused"] > first["reused"]
+
+
+def test_random_requests(crowded: Served) -> None:
+    """Some are given up; vLLM preempts others. CACHETUNE_FUZZ_ROUNDS=100 goes on for some minutes."""
+    for seed in range(int(os.environ.get("CACHETUNE_FUZZ_ROUNDS", "1"))):
+        fuzz = Fuzz(crowded, seed)
+        answered = fuzz.run(30)
+        assert len(answered) > 15
+        assert fuzz.wrong(answered) == []
+        crowded.tokens([shuffled(9)])  # a step behind, in which vLLM hears that loads of aborted requests ended
+        crowded.assert_nothing_left_behind()
 
 
 def test_a_store_that_is_gone_costs_what_was_in_it(crowded: Served) -> None:
