@@ -24,22 +24,33 @@ class Engines:
     """
 
     def __init__(self, served: ServedModel, tokenizer: Any, settings: ServerSettings, model_config: Any):
-        self._model, self._tokenizer, self._settings = served.model, tokenizer, settings
+        self._served, self._tokenizer, self._settings = served, tokenizer, settings
+        self._model_config = model_config
         self._lock = threading.Lock()
         self._engines: dict[str, Runtime] = {}
-        self.store = ChunkStore(
+        # Before an engine tries the model: workers that share it have to reach that together.
+        self.store, self._fingerprint = served.heads.together(self._opened)
+        try:
+            self.default = self.of(settings.tenant)
+        except BaseException:
+            self.store.close()
+            raise
+
+    def _opened(self) -> tuple[ChunkStore, str | None]:
+        """The store, and the model's fingerprint if it has to be given."""
+        settings = self._settings
+        store = ChunkStore(
             settings.store,
             codec=settings.codec,
             host_budget=settings.host_budget,
             disk_budget=settings.disk_budget,
             device_budget=settings.device_budget,
-            device=served.model.device,
+            device=self._served.model.device,
         )
         try:
-            self._fingerprint = served_fingerprint(served, model_config, Profiles(self.store.path))
-            self.default = self.of(settings.tenant)
+            return store, served_fingerprint(self._served, self._model_config, Profiles(store.path))
         except BaseException:
-            self.store.close()
+            store.close()
             raise
 
     def of(self, tenant: str) -> Runtime:
@@ -48,10 +59,11 @@ class Engines:
             engine = self._engines.get(tenant)
             if engine is None:
                 engine = self._engines[tenant] = Runtime(
-                    self._model,
+                    self._served.model,
                     self._tokenizer,
                     self.store,
                     fingerprint=self._fingerprint,
+                    heads=self._served.heads,
                     tenant=tenant,
                     lead_in=self._settings.lead_in,
                     read_timeout=self._settings.read_timeout,

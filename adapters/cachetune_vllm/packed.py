@@ -63,6 +63,7 @@ class PackedLinear(ForeignLinear):
         start: the first of them.
         out_features, in_features: its shape, as `torch.nn.Linear` has it.
         dtype, device: of its results.
+        finish: makes the layer's result of its columns, where there is more to do: another process may have the rest of a sum.
     """
 
     def __init__(
@@ -73,20 +74,26 @@ class PackedLinear(ForeignLinear):
         in_features: int,
         dtype: torch.dtype,
         device: torch.device,
+        finish: Run | None = None,
     ):
         super().__init__(in_features, out_features)
         self._product, self._start, self._dtype, self._device = product, start, dtype, device
+        self._finish = finish
 
     def forward(self, states: Tensor) -> Tensor:
+        """Its result, [..., out_features]."""
+        columns = self._columns(states)
+        return columns if self._finish is None else self._finish(columns)
+
+    def _columns(self, states: Tensor) -> Tensor:
         """Its columns of the module's result, [..., out_features]."""
-        output = self._product(states)
-        return output[..., self._start : self._start + self.out_features]
+        return self._product(states)[..., self._start : self._start + self.out_features]
 
     @property
     def weight(self) -> Tensor:
         """The matrix [out_features, in_features] that it multiplies by, found by multiplying the unit matrix; computed at each use."""
         unit = torch.eye(self.in_features + 1, self.in_features, dtype=self._dtype, device=self._device)
-        rows = self(unit)
+        rows = self._columns(unit)
         # The last row of the input is zero: its result is the bias.
         return (rows[:-1] - rows[-1:]).T
 
@@ -102,6 +109,11 @@ def run_of(linear: Any) -> Run:
         return output if bias is None else output + bias  # a bias that the module leaves to its caller
 
     return run
+
+
+def run_of_part(linear: Any) -> Run:
+    """Multiplies by the part that this process has of a linear module of vLLM's, without its bias; nothing is added up."""
+    return lambda rows: linear.quant_method.apply(linear, rows, None)
 
 
 def run_of_head(head: Any) -> Run:

@@ -68,7 +68,8 @@ def check_served(vllm_model: nn.Module, served: ServedModel, vllm_config: Any) -
                 raise UnsupportedModelError(
                     f"{name}: the attention of layer {layer} has {what} {one} in transformers and {two} in vLLM: {_ADVICE}"
                 )
-    _compare(f"{name}: the logits", our_logits, their_logits[:, : our_logits.shape[1]], bound)
+    if their_logits is not None:
+        _compare(f"{name}: the logits", our_logits, their_logits[:, : our_logits.shape[1]], bound)
 
 
 _ADVICE = (
@@ -110,7 +111,8 @@ def _ours(model: Any, ids: Tensor, positions: Tensor) -> tuple[list[_Seen], Tens
     return seen, out.logits[0]
 
 
-def _theirs(vllm_model: Any, ids: Tensor, positions: Tensor, vllm_config: Any) -> tuple[list[_Seen], Tensor]:
+def _theirs(vllm_model: Any, ids: Tensor, positions: Tensor, vllm_config: Any) -> tuple[list[_Seen], Tensor | None]:
+    """Of several processes that share the model, only one has the logits."""
     from vllm.config import set_current_vllm_config
     from vllm.forward_context import set_forward_context
 

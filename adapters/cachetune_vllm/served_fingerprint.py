@@ -1,7 +1,7 @@
 """The fingerprint under which chunks of the served model are stored: that of the same checkpoint as transformers loads it.
 
 `cachetune precompute` uses the same one. Where all weights can be viewed, the engine computes it from the weights as usual. Where vLLM
-has packed some, it is computed from the checkpoint's files, and remembered in the store's folder, so that a restart doesn't read the
+has packed some, or where this process has a part of them, it is computed from the checkpoint's files, and remembered in the store's folder, so that a restart doesn't read the
 weights again.
 """
 
@@ -50,10 +50,10 @@ def served_fingerprint(served: ServedModel, model_config: Any, profiles: Profile
     Raises:
         ModelLoadError: the checkpoint can't be read.
     """
-    if served.form == "dense":
+    if served.form == "dense" and not served.heads.shared:
         return None
     dtype: torch.dtype = served.model.dtype
-    checkpoint = Checkpoint(model_config.model, dtype, model_config.revision, served.model.config)
+    checkpoint = Checkpoint(model_config.model, dtype, model_config.revision, served.config)
     identity = checkpoint.identity()
     key = {"files": identity or "", "transformers": transformers.__version__}
     if identity is not None and (known := profiles.load(_KIND, key)) is not None:

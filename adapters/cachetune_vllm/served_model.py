@@ -18,8 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from cachetune_rag.errors import UnsupportedModelError
-from cachetune_vllm.packed import PackedLinear, SharedProduct, run_of, run_of_head, take_turns
-from cachetune_vllm.weights import VLLMWeights
+from cachetune_rag.model.heads import ALL_HEADS, Heads
+from cachetune_vllm.divided_heads import DividedHeads
+from cachetune_vllm.divided_layers import DividedEmbedding, DividedHead, SummedLinear, divided_config
+from cachetune_vllm.packed import PackedLinear, Run, SharedProduct, run_of, run_of_head, run_of_part, take_turns
+from cachetune_vllm.weights import Place, VLLMWeights
 
 
 @dataclass(frozen=True)
@@ -30,17 +33,20 @@ class ServedModel:
         model: the model, in eval mode.
         form: "dense" where every parameter is a view of vLLM's tensors; "packed" where some layers call vLLM's modules.
         packed: the names of the layers that call vLLM's modules.
-        fingerprint: identifies the weights; None where it has to be given to the engine (see `served_fingerprint`), or where the
-            engine finds it itself, as it does for dense models.
+        config: the configuration of the whole model.
+        heads: which of its heads `model` has.
     """
 
     model: Any
     form: Literal["dense", "packed"]
     packed: tuple[str, ...]
-    fingerprint: str | None = None
+    config: Any
+    heads: Heads = ALL_HEADS
 
 
-def served_model(vllm_model: nn.Module, hf_config: Any, dtype: torch.dtype, device: torch.device) -> ServedModel:
+def served_model(
+    vllm_model: nn.Module, hf_config: Any, dtype: torch.dtype, device: torch.device, heads: Heads = ALL_HEADS
+) -> ServedModel:
     """Make transformers' model over the weights of vLLM's.
 
     Args:
@@ -48,22 +54,25 @@ def served_model(vllm_model: nn.Module, hf_config: Any, dtype: torch.dtype, devi
         hf_config: its configuration, as transformers reads it from the checkpoint.
         dtype: what it computes in.
         device: where its weights are.
+        heads: which heads are in this process.
 
     Raises:
         UnsupportedModelError: names the layer whose weights can't be shared, and the reason.
     """
     weights = VLLMWeights(vllm_model)
-    weights.check_parallel()
+    weights.check_layers()
+    divided = heads if isinstance(heads, DividedHeads) else None
+    config = hf_config if divided is None else divided_config(hf_config, divided.count)
     with _uncompiled(vllm_model):
-        model = skeleton(hf_config, dtype)
+        model = skeleton(config, dtype)
     turn = take_turns(vllm_model) if device.type == "cpu" else nullcontext()
-    packed = _Sharing(model, weights, dtype, device, turn).share()
+    packed = _Sharing(model, weights, dtype, device, turn, divided).share()
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
     model.requires_grad_(False)
     _check_shared(model, weights)
-    return ServedModel(model, "packed" if packed else "dense", packed)
+    return ServedModel(model, "packed" if packed else "dense", packed, hf_config, heads)
 
 
 def skeleton(hf_config: Any, dtype: torch.dtype) -> Any:
@@ -128,24 +137,66 @@ class _Sharing:
         dtype: torch.dtype,
         device: torch.device,
         turn: AbstractContextManager[Any],
+        divided: DividedHeads | None,
     ):
         self._model, self._weights, self._dtype, self._device, self._turn = model, weights, dtype, device, turn
+        self._divided = divided
         # By the id of the skeleton's parameter: tied weights are one parameter. That parameter is kept alive, so that its id stays unique.
         self._made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
         self._products: dict[int, SharedProduct] = {}
+        self._embeddings: dict[int, Any] = {}  # vLLM's, by the id of the skeleton's parameter, where they are divided
 
     def share(self) -> tuple[str, ...]:
         """Share all weights. Returns the names of the layers that call vLLM's modules."""
         packed: list[str] = []
+        head = self._model.get_output_embeddings()
         for name, module in list(self._model.named_modules()):
-            if isinstance(module, nn.Linear):
+            if self._divided is not None and isinstance(module, nn.Embedding):
+                self._replace(name, self._divided_embedding(module, name, self._divided))
+            elif self._divided is not None and module is head:
+                made = self._divided_head(module, name, self._divided)
+                self._replace(name, made)
+                packed += [name] * isinstance(made.part, PackedLinear)
+            elif isinstance(module, nn.Linear):
                 if not self._view_linear(module, name):
-                    parent, _, leaf = name.rpartition(".")
-                    setattr(self._model.get_submodule(parent), leaf, self._packed_linear(module, name))
+                    self._replace(name, self._packed_linear(module, name))
                     packed.append(name)
             else:
                 self._view_own(module, name)
         return tuple(packed)
+
+    def _replace(self, name: str, made: nn.Module) -> None:
+        parent, _, leaf = name.rpartition(".")
+        setattr(self._model.get_submodule(parent), leaf, made)
+
+    def _divided_embedding(self, module: nn.Embedding, name: str, divided: DividedHeads) -> DividedEmbedding:
+        theirs = self._weights.embedding(name)
+        place = Place(theirs, 0, int(theirs.num_embeddings_per_partition), is_head=True)
+        view = place.view("weight", torch.Size((place.rows, module.embedding_dim)), self._dtype)
+        if view is None:
+            raise UnsupportedModelError(self._weights.refusal(name, f"{module.embedding_dim} columns, {self._dtype}"))
+        self._embeddings[id(module.weight)] = theirs
+        self._assign(module, {"weight": view})
+        shard = theirs.shard_indices
+        first, end = int(shard.org_vocab_start_index), int(shard.org_vocab_end_index)
+        return DividedEmbedding(module, first, end - first, module.num_embeddings, divided)
+
+    def _divided_head(self, module: nn.Linear, name: str, divided: DividedHeads) -> DividedHead:
+        # vLLM may have no module for a head that is tied to the embedding.
+        theirs = self._embeddings.get(id(module.weight)) or self._weights.embedding(name)
+        rows = int(theirs.num_embeddings_per_partition)
+        part: nn.Linear | PackedLinear = nn.Linear(
+            module.in_features, rows, module.bias is not None, device="meta", dtype=self._dtype
+        )
+        place, views = Place(theirs, 0, rows, is_head=True), {}
+        for leaf, parameter in part.named_parameters(recurse=False):
+            views[leaf] = place.view(leaf, parameter.shape, self._dtype)
+        if any(view is None for view in views.values()):
+            product = SharedProduct(run_of_head(theirs), self._turn)
+            part = PackedLinear(product, 0, rows, module.in_features, self._dtype, self._device)
+        else:
+            self._assign(part, {leaf: view for leaf, view in views.items() if view is not None})
+        return DividedHead(part, module.in_features, module.out_features, divided)
 
     def _view_linear(self, module: nn.Linear, name: str) -> bool:
         """Let a linear layer's parameters be views; False if vLLM keeps one of them in another form."""
@@ -157,6 +208,9 @@ class _Sharing:
                 if view is None:
                     return False
                 views[leaf] = view
+            if place.summed and self._divided is not None:
+                module = SummedLinear(module, self._divided)
+                self._replace(name, module)
             self._assign(module, views)
             return True
         # Tied to an embedding, which stands before it.
@@ -167,9 +221,25 @@ class _Sharing:
         place = self._weights.linear(name, module.out_features)
         product = self._products.get(id(place.module))
         if product is None:
-            run = run_of_head(place.module) if place.is_head else run_of(place.module)
+            whole = run_of_head if place.is_head else run_of
+            run = run_of_part(place.module) if place.summed else whole(place.module)
             product = self._products[id(place.module)] = SharedProduct(run, self._turn)
-        return PackedLinear(product, place.start, module.out_features, module.in_features, self._dtype, self._device)
+        return PackedLinear(
+            product,
+            place.start,
+            module.out_features,
+            module.in_features,
+            self._dtype,
+            self._device,
+            self._finish(place),
+        )
+
+    def _finish(self, place: Place) -> Run | None:
+        """Adds up over the processes what each one's part of a layer gives, and then the layer's bias."""
+        if not place.summed or self._divided is None:
+            return None
+        divided, bias = self._divided, place.module.bias
+        return lambda rows: divided.added_up(rows) if bias is None else divided.added_up(rows) + bias
 
     def _view_own(self, module: nn.Module, name: str) -> None:
         """Let a module's own parameters, and the buffers that are saved with it, be views of what vLLM has under the same names."""

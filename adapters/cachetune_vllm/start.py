@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from cachetune_rag.errors import CacheTuneError
+from cachetune_rag.model.heads import ALL_HEADS, Heads
 from cachetune_rag.runtime import Runtime
 from cachetune_store import StoreError
+from cachetune_vllm.divided_heads import DividedHeads
+from cachetune_vllm.divided_layers import kv_heads_of
 from cachetune_vllm.engines import Engines
 from cachetune_vllm.logs import logger
 from cachetune_vllm.messages import Hello
+from cachetune_vllm.pace import pace_of
 from cachetune_vllm.pages import Pages
 from cachetune_vllm.served_check import check_served
 from cachetune_vllm.served_fingerprint import config_of
-from cachetune_vllm.served_model import served_model
+from cachetune_vllm.served_model import ServedModel, served_model
 from cachetune_vllm.settings import ServerSettings
 from cachetune_vllm.worker import ReuseWorker
 from cachetune_vllm.worker_model import attention_layers, model_around
@@ -68,12 +74,12 @@ def start_worker(config: VllmConfig, settings: ServerSettings) -> Started:
         refusal = unsupported(config)
         if refusal is not None:
             return Started(Hello(None, refusal=refusal))
-        layers = attention_layers(config.compilation_config.static_forward_context)
-        around = model_around(layers)
-        weight = next(around.parameters())
-        served = served_model(around, config_of(config.model_config), config.model_config.dtype, weight.device)
-        check_served(around, served, config)
-        engines = Engines(served, tokenizer_of(config), settings, config.model_config)
+        hf_config = config_of(config.model_config)
+        heads = heads_of(config, hf_config)
+        # Workers that share a model succeed or are refused together, after each step.
+        layers, around, served = heads.together(partial(_served, config, hf_config, heads))
+        heads.together(partial(check_served, around, served, config))
+        engines = heads.together(partial(Engines, served, tokenizer_of(config), settings, config.model_config))
     except StoreError:
         raise
     except CacheTuneError as error:
@@ -85,10 +91,30 @@ def start_worker(config: VllmConfig, settings: ServerSettings) -> Started:
         separator_ids=engine.prompts.separator_ids,
         vocabulary=engine.adapter.config.vocab_size,
         max_positions=engine.adapter.max_positions,
-        most_tokens=_most_tokens(engine),
+        most_tokens=min(heads.tell(_most_tokens(engine)), key=lambda most: -1 if most is None else most),
     )
     pages = Pages(layers, config.cache_config.block_size)
-    return Started(hello, ReuseWorker(engines.of, pages, engine.adapter.device), engines)
+    # As much as a step with a prompt computes in vLLM. Two of a layer's results are added up.
+    turn = 2 * config.scheduler_config.max_num_batched_tokens * len(layers)
+    worker = ReuseWorker(engines.of, pages, engine.adapter.device, heads, pace_of(served, turn))
+    return Started(hello, worker, engines)
+
+
+def heads_of(config: VllmConfig, hf_config: Any) -> Heads:
+    """Which of the model's heads this worker has."""
+    if config.parallel_config.tensor_parallel_size == 1:
+        return ALL_HEADS
+    from vllm.distributed.parallel_state import get_tp_group
+
+    return DividedHeads(get_tp_group(), kv_heads_of(hf_config.get_text_config(decoder=True)))
+
+
+def _served(config: VllmConfig, hf_config: Any, heads: Heads) -> tuple[list[nn.Module], nn.Module, ServedModel]:
+    """vLLM's attention layers, its model, and transformers' model over the same weights."""
+    layers = attention_layers(config.compilation_config.static_forward_context)
+    around = model_around(layers)
+    weight = next(around.parameters())
+    return layers, around, served_model(around, hf_config, config.model_config.dtype, weight.device, heads)
 
 
 def tokens_that_fit(free: int, row_bytes: int) -> int:
@@ -120,8 +146,6 @@ def unsupported(config: VllmConfig) -> str | None:
         return (
             "its model is spread over a pipeline (--pipeline-parallel-size), and reuse needs all layers in each worker."
         )
-    if parallel.tensor_parallel_size > 1:
-        return "its model is spread over several workers (--tensor-parallel-size), which is not supported yet."
     if config.model_config.runner_type != "generate":
         return "its model doesn't generate text."
     if config.model_config.enable_sleep_mode:

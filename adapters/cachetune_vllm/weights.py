@@ -44,6 +44,13 @@ class Place:
     rows: int
     is_head: bool
 
+    @property
+    def summed(self) -> bool:
+        """Whether the module has a part of the input features, and its results are added up over several processes."""
+        from vllm.model_executor.layers.linear import RowParallelLinear
+
+        return isinstance(self.module, RowParallelLinear) and self.module.tp_size > 1
+
     def view(self, leaf: str, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
         """Its part of the module's parameter `leaf`, as a view; None where vLLM keeps that in another form."""
         whole = getattr(self.module, leaf, None)
@@ -73,23 +80,17 @@ class VLLMWeights:
             if (mapper := getattr(module, "hf_to_vllm_mapper", None)) is not None:
                 self._mappers.append(mapper)
 
-    def check_parallel(self) -> None:
-        """Refuse a model of which this process has only a part.
+    def check_layers(self) -> None:
+        """Refuse a model of which this process has only some layers.
 
         Raises:
-            UnsupportedModelError: says which kind of parallelism it is.
+            UnsupportedModelError: names one that it hasn't.
         """
         for name, module in self._modules.items():
             if type(module).__name__ == "PPMissingLayer":
                 raise UnsupportedModelError(
                     f"{self.architecture} runs pipeline parallel ({name} lies in another process): reuse inside vLLM needs all layers in "
                     "one process. Start vLLM without --pipeline-parallel-size."
-                )
-            size = getattr(module, "tp_size", 1)
-            if isinstance(size, int) and size > 1:
-                raise UnsupportedModelError(
-                    f"{self.architecture} runs tensor parallel ({name} is shared by {size} processes), which reuse inside vLLM is not "
-                    "built for. Start vLLM without --tensor-parallel-size."
                 )
 
     def linear(self, name: str, rows: int) -> Place:
@@ -106,11 +107,24 @@ class VLLMWeights:
                 module = self._modules.get(f"{parent}.{joined}")
                 if module is None or leaf not in parts:
                     continue
-                sizes = list(getattr(module, "output_sizes", ()))
+                # Of this process, where the layer is divided.
+                sizes = list(getattr(module, "output_partition_sizes", ()))
                 number = list(parts).index(leaf)
                 if len(sizes) == len(parts) and sizes[number] == rows:
                     return Place(module, sum(sizes[:number]), rows, is_head=False)
         raise UnsupportedModelError(self.refusal(name, f"a linear layer of {rows} output features"))
+
+    def embedding(self, name: str) -> Any:
+        """vLLM's embedding of that name, which may hold a part of the vocabulary.
+
+        Raises:
+            UnsupportedModelError: vLLM's model has none.
+        """
+        for candidate in self._names(name):
+            module = self._modules.get(candidate)
+            if module is not None and _is_embedding(module):
+                return module
+        raise UnsupportedModelError(self.refusal(name, "an embedding"))
 
     def view(self, name: str, shape: torch.Size, dtype: torch.dtype, *, transposed: bool = False) -> Tensor | None:
         """vLLM's tensor of that name as a view of this shape; None if there is none. Rows behind the last are padding.

@@ -1,4 +1,7 @@
-"""The worker's side of the connector: prompts are put together on a thread and stream of their own, while vLLM goes on decoding."""
+"""The worker's side of the connector: prompts are put together on a thread of their own, while vLLM goes on decoding.
+
+Where several workers share a model's heads, each has such a thread, and all of them do the same, at the same pace (`pace.py`).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import queue
 import threading
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,16 +17,22 @@ import torch
 
 from cachetune_rag.answering.request import Finished, Request
 from cachetune_rag.errors import CacheTuneError
+from cachetune_rag.model.heads import Heads
 from cachetune_rag.reuse.state import PrefillState
 from cachetune_rag.runtime import Runtime
 from cachetune_store import StoreError
 from cachetune_vllm.logs import logger
 from cachetune_vllm.messages import FromWorker, Load, ToWorkers
+from cachetune_vllm.pace import Pace
 from cachetune_vllm.pages import PagedMemory, Pages
+from cachetune_vllm.turns import TurnsEndedError
 
 IDLE_WAIT = 0.05
 """Seconds that a step with nothing to compute waits for a prompt to be ready. Without it, vLLM would plan empty steps as fast as it
 can, and the thread that puts the prompt together would hardly get the interpreter's lock."""
+
+CLOSE_WAIT = 5.0
+"""Seconds that closing waits for the thread, where workers share a model: it may wait for one that is gone."""
 
 _log = logger(__name__)
 
@@ -45,6 +54,19 @@ class _Job:
     free: torch.cuda.Event | None
 
 
+@dataclass(frozen=True)
+class _Ended:
+    """A load that has ended.
+
+    Attributes:
+        load: the load.
+        report: what its response says; None if it failed.
+    """
+
+    load: Load
+    report: dict[str, Any] | None
+
+
 class ReuseWorker:
     """Puts prompts together in vLLM's pages, one after another.
 
@@ -52,14 +74,26 @@ class ReuseWorker:
         engine: gives the engine of a tenant.
         pages: vLLM's pages.
         device: where the model is.
+        heads: which of the model's heads this worker has.
+        pace: when the thread may compute.
     """
 
-    def __init__(self, engine: Callable[[str], Runtime], pages: Pages, device: torch.device):
-        self._engine, self._pages, self._device = engine, pages, device
+    def __init__(
+        self,
+        engine: Callable[[str], Runtime],
+        pages: Pages,
+        device: torch.device,
+        heads: Heads,
+        pace: Pace,
+    ):
+        self._engine, self._pages, self._device, self._heads = engine, pages, device, heads
+        self._pace = pace
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._changed = threading.Condition()
+        self._changed = self._pace.changed
+        self._stream: torch.cuda.Stream | None = None
         self._waiting: set[str] = set()  # requests handed over to the thread, and not yet reported to vLLM as done
-        self._done: set[str] = set()
+        self._given = self._reported = 0  # loads that were handed over, and those that were reported
+        self._ended: list[_Ended] = []  # not yet reported
         self._failed: set[int] = set()
         self._given_up: set[str] = set()
         self._reports: dict[str, dict[str, Any]] = {}
@@ -72,6 +106,8 @@ class ReuseWorker:
         self._given_up |= told.given_up & self._waiting
         for load in told.loads:
             if self._thread is None:
+                if self._device.type == "cuda":
+                    self._stream = self._pace.stream(self._device)
                 self._thread = threading.Thread(target=self._work, name="cachetune-vllm", daemon=True)
                 self._thread.start()
             free = None
@@ -79,48 +115,59 @@ class ReuseWorker:
                 free = torch.cuda.Event()
                 free.record()
             self._waiting.add(load.request_id)
+            self._given += 1
             self._jobs.put(_Job(load, free))
 
     def finished(self, idle: bool) -> set[str]:
         """Requests whose prompts are ready, or failed. Waits a moment for one if vLLM has nothing else to do."""
         with self._changed:
             if idle and self._waiting:
-                self._changed.wait_for(lambda: self._done, timeout=IDLE_WAIT)
-            done, self._done = self._done, set()
-            self._waiting -= done
-            self._given_up -= done
+                self._changed.wait_for(lambda: self._ended or self._pace.waits, timeout=IDLE_WAIT)
+            ended = self._reported + len(self._ended)
+        count = self._pace.step(self._given, ended, idle) - self._reported
+        with self._changed:
+            ready, self._ended = self._ended[:count], self._ended[count:]
+        self._reported += count
+        for end in ready:
+            if end.report is None:
+                self._failed.update(blocks_of(end.load, self._pages.block_size))
+            self._reports[end.load.request_id] = end.report or {"reused": 0, "left": "failed"}
+        done = {end.load.request_id for end in ready}
+        self._waiting -= done
+        self._given_up -= done
         return done
 
     def failed_blocks(self) -> set[int]:
         """Pages that were not filled: vLLM computes their tokens."""
-        with self._changed:
-            failed, self._failed = self._failed, set()
+        failed, self._failed = self._failed, set()
         return failed
 
     def report(self) -> FromWorker | None:
         """The reports of prompts that were put together, or failed, since the last call."""
-        with self._changed:
-            reports, self._reports = self._reports, {}
+        reports, self._reports = self._reports, {}
         return FromWorker(reports) if reports else None
 
     def close(self) -> None:
         """End the thread and wait for its end. Prompts that still wait are given up."""
         self._given_up |= self._waiting
+        self._pace.end()
         self._jobs.put(None)
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(None if not self._heads.shared else CLOSE_WAIT)
 
     # -- the thread ----------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        stream: torch.cuda.Stream | None = None
-        if self._device.type == "cuda":
+        stream = self._stream
+        if stream is not None:
             torch.cuda.set_device(self._device)
-            stream = torch.cuda.Stream(self._device)
         while (job := self._jobs.get()) is not None:
             load, report = job.load, None
             try:
-                report = self._put_together(job, stream)
+                put_together = self._attempt(job, stream)
+                report = None if put_together is None else self._told(*put_together)
+            except TurnsEndedError:
+                return
             except GivenUpError:
                 pass
             except (CacheTuneError, StoreError) as error:
@@ -128,22 +175,35 @@ class ReuseWorker:
             except Exception:  # whatever it is, the request is answered: vLLM computes the prompt
                 _log.exception("request %s: its chunks could not be reused; vLLM computes its prompt", load.request_id)
             with self._changed:
-                if report is None:
-                    self._failed.update(blocks_of(load, self._pages.block_size))
-                    report = {"reused": 0, "left": "failed"}
-                self._reports[load.request_id] = report
-                self._done.add(load.request_id)
+                self._ended.append(_Ended(load, report))
                 self._changed.notify_all()
 
-    def _put_together(self, job: _Job, stream: torch.cuda.Stream | None) -> dict[str, Any] | None:
-        """Write a prompt's rows to its pages. Returns its report; None if nothing of it can be reused."""
-        load, engine = job.load, self._engine(job.load.tenant)
-        self._check_wanted(load.request_id)
+    def _attempt(self, job: _Job, stream: torch.cuda.Stream | None) -> tuple[Runtime, Request, PrefillState] | None:
+        """As `_put_together`. Where it fails, peers hear of it."""
+        try:
+            return self._put_together(job, stream)
+        except TurnsEndedError:
+            raise
+        except Exception as error:
+            self._pace.failed(error)
+            raise
+
+    def _put_together(
+        self, job: _Job, stream: torch.cuda.Stream | None
+    ) -> tuple[Runtime, Request, PrefillState] | None:
+        """Write a prompt's rows to its pages; None if nothing of it can be reused."""
+        load = job.load
+
+        def begin() -> tuple[Runtime, Request]:
+            engine = self._engine(load.tenant)
+            self._check_wanted(load.request_id)
+            return engine, Request.measured(load.prompt, engine.admission.config(load.selector, load.ratio))
+
         with _on(stream):
+            engine, request = self._heads.together(begin)
             if job.free is not None and stream is not None:
                 stream.wait_event(job.free)
             memory = PagedMemory(engine.assembler.memory, self._pages, load.blocks, load.start, load.end)
-            request = Request.measured(load.prompt, engine.admission.config(load.selector, load.ratio))
             state = engine.executor.reuse(request, memory, partial(self._check_wanted, load.request_id))
             if state is None:
                 _log.warning(
@@ -152,13 +212,17 @@ class ReuseWorker:
                 return None
             if stream is not None:
                 stream.synchronize()
-        return self._told(engine, request, state)
+        return engine, request, state
 
     def _told(self, engine: Runtime, request: Request, state: PrefillState) -> dict[str, Any]:
         """Tell the engine's listeners, which have missed chunks stored, and return the report as a response shows it."""
+        missed = len(state.missed)
+        if self._heads.shared:
+            state = replace(state, missed=())  # no worker could compute and store the rows of all heads alone
         engine.executor.prefilled(request, state.report)
         end = engine.executor.finish(Finished(request, state, state.report, None, state.report.ttft))
         said = end.report.as_dict()
+        said["unstored"] += missed - len(state.missed)
         return {name: said[name] for name in _SHOWN}
 
     def _check_wanted(self, request_id: str) -> None:

@@ -137,6 +137,7 @@ class ModelAdapter:
             self._probe.gains,
             self._opened.turns,
             self.device,
+            graphs=not self.heads.shared,  # peers add up between the layers, in a way that no graph replays
         )
 
     # -- precompute -----------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ class Heads:
         """Do work that may fail here and not on other peers. It succeeds on all of them, or raises on all of them.
 
         Args:
-            work: is called once; it may wait, and must not run the model.
+            work: is called once; it may wait. If it runs the model, nothing that may fail on one peer alone comes before that.
             again: the errors that are worth another attempt, see `PeerError`.
 
         Raises:

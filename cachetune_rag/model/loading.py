@@ -100,7 +100,8 @@ def check_vocabulary(model: Any, tokenizer: Any) -> None:
     Raises:
         ConfigError: names both numbers.
     """
-    rows = int(model.get_input_embeddings().weight.shape[0])
+    embedding = model.get_input_embeddings()
+    rows = int(getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0])
     added = getattr(tokenizer, "added_tokens_decoder", {})
     # A text never becomes a special token, so one without an embedding (a padding token, for example) does no harm.
     beyond = {i: token for token, i in tokenizer.get_vocab().items() if i >= rows}

@@ -116,6 +116,7 @@ class Planner:
 
         heads = self._adapter.heads
         buffers, kept, loader = heads.together(prepare, CANT_READ)
+        kept = min(heads.tell(kept))
         computed, unread = _without_selection(sources, len(prompt.ids))
         computed[:kept] = False
         context = PromptView(self._adapter, prompt, sources, torch.from_numpy(computed), buffers, loader)

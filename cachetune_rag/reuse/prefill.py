@@ -186,7 +186,7 @@ class Assembler:
         try:
             self._adapter.heads.together(self._check)
             yield
-            self._check()
+            self._adapter.heads.together(self._check)
         except ModelChangedError:
             memory.forget()  # a kept beginning may hold rows of old and of new weights
             self.forget()
@@ -227,20 +227,24 @@ class Assembler:
                 done = self._forward.whole(prompt, memory, any_stored=bool(found.chunks))
             else:
                 done = self._forward.planned(prompt, plan, memory, disk_free)
-            self._wait()
-            ended = time.perf_counter()
-            timings |= {"compute": clock.lap()} if done.phases is None else done.phases.timings(ended)
-            # Now, while the device has nothing to do: threads that read ahead while it computes would have to wait for it.
-            self._store.settle_memory()
-            # Before the readers are handed on, which may read more.
-            report = report_of(
-                prompt, config, found, plan, faults, kept=done.kept, skipped=done.skipped, probed=probed,
-                ttft=ended - call.started, timings=timings,
-            )  # fmt: skip
-            self._let_go(found, readers)
-            buffers, exact = (None, len(prompt.ids)) if plan is None else (plan.buffers, plan.exact)
-            memory.keep(ids_of(prompt).numpy(), exact, buffers, done.cache)
-            return PrefillState(done.logits, done.cache, report, prompt, found.to_store, buffers)
+
+            def end() -> PrefillState:
+                self._wait()
+                ended = time.perf_counter()
+                timings.update({"compute": clock.lap()} if done.phases is None else done.phases.timings(ended))
+                # Now, while the device has nothing to do: threads that read ahead while it computes would have to wait for it.
+                self._store.settle_memory()
+                # Before the readers are handed on, which may read more.
+                report = report_of(
+                    prompt, config, found, plan, faults, kept=done.kept, skipped=done.skipped, probed=probed,
+                    ttft=ended - call.started, timings=timings,
+                )  # fmt: skip
+                self._let_go(found, readers)
+                buffers, exact = (None, len(prompt.ids)) if plan is None else (plan.buffers, plan.exact)
+                memory.keep(ids_of(prompt).numpy(), exact, buffers, done.cache)
+                return PrefillState(done.logits, done.cache, report, prompt, found.to_store, buffers)
+
+            return self._adapter.heads.together(end)
 
     def _open(
         self, call: _Call, readers: OpenReaders, faults: Faults, stack: ExitStack

@@ -150,19 +150,21 @@ class _Starts:
             llm = LLM(model=str(folder), **(settings | options))
         return TinyVLLM(folder, llm, reference)
 
-    def load(self, family: str, *, packed: bool, dtype: str = "float32") -> Loaded:
-        """The family's model as vLLM loads it, and no engine around it."""
+    def load(
+        self, family: str = "llama", *, packed: bool, dtype: str = "float32", folder: Path | None = None
+    ) -> Loaded:
+        """The family's model as vLLM loads it, and no engine around it; or that of a folder, of which there is no reference."""
         from vllm.config import set_current_vllm_config
         from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
         from vllm.engine.arg_utils import EngineArgs
         from vllm.model_executor.model_loader import get_model
 
         self.end()  # which groups of processes there are depends on the model
-        folder = self._save(family)
+        made = folder or self._save(family)
         config = EngineArgs(
-            model=str(folder), dtype=dtype, enforce_eager=True, max_model_len=MAX_MODEL_LEN
+            model=str(made), dtype=dtype, enforce_eager=True, max_model_len=MAX_MODEL_LEN
         ).create_engine_config()
-        reference = self._reference(family, dtype, folder, config)
+        reference = self._reference(family, dtype, made, config) if folder is None else None
         with set_current_vllm_config(config), plain_or_packed(packed):
             place = self._folder / "rendezvous"
             place.unlink(missing_ok=True)
@@ -173,7 +175,7 @@ class _Starts:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(torch.accelerator, "empty_cache", lambda: None)
                 model = get_model(vllm_config=config)
-            return Loaded(folder, model, config, reference)
+            return Loaded(made, model, config, reference)
 
     def _save(self, family: str) -> Path:
         from vllm.config import set_current_vllm_config

@@ -74,6 +74,7 @@ class DeviceForward:
         gains: calculates `output.gain` of each layer, float32 [heads].
         turns: makes each layer's rotation for a prompt of the given length.
         device: where the model is.
+        graphs: whether forwards may be captured as CUDA graphs.
     """
 
     def __init__(
@@ -85,12 +86,13 @@ class DeviceForward:
         gains: Callable[[], list[Tensor]],
         turns: Callable[[int], list[Turn | None]],
         device: torch.device,
+        graphs: bool = True,
     ):
         self.run_model, self._layers, self._device = run, list(layers), device
         self._specs, self._windows = list(specs), list(windows)
         self._make_gains, self._turns = gains, turns
         self._fused = FusedLayers(layers)
-        self.graphs_enabled = device.type == "cuda"
+        self.graphs_enabled = graphs and device.type == "cuda"
         self.captures = 0
         self.began: torch.cuda.Event | None = None
         """Recorded on the device when it starts the last forward."""

@@ -1,0 +1,149 @@
+"""The heads of one of the processes that a model is divided among (vLLM's tensor parallelism)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cachetune_rag.model.heads import Heads, PeerError
+from cachetune_store.layout import LayerSpec
+from cachetune_vllm.turns import Turns
+
+_T = TypeVar("_T")
+
+PATIENCE = timedelta(seconds=30)
+"""How long a process whose turn failed waits to hear whether that of all others did."""
+
+
+class DividedHeads(Heads):
+    """See `Heads`. Where there are fewer key-value heads than processes, neighbours have the same one, as in vLLM.
+
+    What the model computes is added up through vLLM's own communicator, in turns with vLLM's steps (`turns.py`). What else the processes
+    tell each other goes through groups of their own, on the CPU: they wait for no GPU, and may be used at any time.
+
+    Args:
+        group: vLLM's group of the processes (its `GroupCoordinator`).
+        kv_heads: key-value heads of the whole model.
+
+    Attributes:
+        turns: when this process's thread may compute.
+        count, number: how many processes there are, and which one this is.
+    """
+
+    shared = True
+
+    def __init__(self, group: Any, kv_heads: int):
+        self._group, self._kv_heads = group, kv_heads
+        self.count, self.number = int(group.world_size), int(group.rank_in_group)
+        # One for each thread that talks, in the same order on all of them.
+        self._talk = _cpu_group(group.ranks)
+        self._steps = _cpu_group(group.ranks)
+        self._failures = _cpu_group(group.ranks, PATIENCE)
+        self._sums = 0
+        self._raised: BaseException | None = None
+        self.turns = Turns(self._failed_alike)
+
+    def stored(self, spec: LayerSpec) -> LayerSpec:
+        """See `Heads`."""
+        return LayerSpec(self._kv_heads, spec.head_dim, spec.v_head_dim)
+
+    def own(self, spec: LayerSpec) -> slice:
+        """See `Heads`."""
+        first = self.number // self._copies if self._copies > 1 else self.number * spec.heads
+        return slice(first, first + spec.heads)
+
+    @property
+    def _copies(self) -> int:
+        """How many processes have the same key-value head."""
+        return max(1, self.count // self._kv_heads)
+
+    # -- while the model computes ---------------------------------------------------------------------------------
+
+    def total(self, numbers: Tensor) -> Tensor:
+        """See `Heads`."""
+        self._sums += 1
+        total: Tensor = self._group.all_reduce(numbers.contiguous())
+        return total
+
+    def mean(self, numbers: Tensor) -> Tensor:
+        """See `Heads`."""
+        return self.total(numbers) / self.count
+
+    def every(self, states: Tensor) -> Tensor:
+        """See `Heads`."""
+        return self.joined(states, 1)[:, :: self._copies]
+
+    def joined(self, part: Tensor, dim: int) -> Tensor:
+        """The parts that all processes have of a tensor, one behind the other in a dimension."""
+        self._sums += 1
+        whole: Tensor = self._group.all_gather(part.contiguous(), dim)
+        return whole
+
+    def added_up(self, rows: Tensor) -> Tensor:
+        """The sum of what the processes' parts of a layer give, [..., width]. The turn may pause here."""
+        total = self.total(rows)
+        self.turns.spend(total.shape[:-1].numel())
+        return total
+
+    def computing(self) -> AbstractContextManager[None]:
+        """See `Heads`."""
+        return self.turns.taken()
+
+    # -- on the CPU -----------------------------------------------------------------------------------------------
+
+    def together(self, work: Callable[[], _T], again: tuple[type[Exception], ...] = ()) -> _T:
+        """See `Heads`."""
+        failed: Exception | None = None
+        try:
+            result = work()
+        except Exception as error:  # it is raised below, once the others know
+            failed = error
+        said = self.tell(None if failed is None else (isinstance(failed, again), f"{type(failed).__name__}: {failed}"))
+        others = [what for what in said if what is not None]
+        if not others:
+            return result
+        if failed is None:
+            failed = PeerError(f"another worker failed: {others[0][1]}", again=all(retry for retry, _ in others))
+        elif not all(retry for retry, _ in others) and isinstance(failed, again):
+            failed = PeerError(
+                f"another worker failed: {next(text for retry, text in others if not retry)}", again=False
+            )
+        self._raised = failed
+        raise failed
+
+    def tell(self, value: _T) -> list[_T]:
+        """See `Heads`."""
+        return _gathered(value, self._talk)
+
+    def in_step(self, value: _T) -> list[_T]:
+        """As `tell`, for vLLM's thread."""
+        return _gathered(value, self._steps)
+
+    def raised_on_all(self, error: BaseException) -> bool:
+        """Whether all processes have this error, or one because of it, so that they go on alike."""
+        return error is self._raised
+
+    def _failed_alike(self, error: BaseException) -> bool:
+        try:
+            alike = len(set(_gathered(self._sums, self._failures))) == 1
+        except RuntimeError:  # others didn't fail
+            return False
+        self._raised = error
+        return alike
+
+
+def _cpu_group(ranks: list[int], timeout: timedelta | None = None) -> Any:
+    return dist.new_group(ranks, backend="gloo", timeout=timeout, use_local_synchronization=True)
+
+
+def _gathered(value: _T, group: Any) -> list[_T]:
+    told: list[Any] = [None] * dist.get_world_size(group)
+    with torch.inference_mode(False):
+        dist.all_gather_object(told, value, group=group)
+    return told

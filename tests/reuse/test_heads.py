@@ -1,0 +1,269 @@
+"""A model whose heads are divided between two peers, here two threads: both put prompts together alike, whatever happens to one of them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import llama, tokenizer
+from torch import Tensor, nn
+
+from cachetune_rag import CacheTune
+from cachetune_rag.concurrency.deadline import StoreTimeoutError
+from cachetune_rag.errors import CacheTuneError
+from cachetune_rag.model.heads import Heads, PeerError
+from cachetune_rag.reuse.state import PrefillState
+from cachetune_rag.runtime import Runtime
+from cachetune_store import LayerSpec
+
+_T = TypeVar("_T")
+SECONDS = 20
+PEERS = 2
+CHUNKS = [
+    "The river rises in the hills behind the town, and nobody knows where it ends.",
+    "A second passage, about something else entirely: how bread is made from rye.",
+    "And a third one. It says that the museum is closed on Mondays and on holidays.",
+]
+
+
+class Meeting:
+    """Where the peers exchange what they have."""
+
+    def __init__(self) -> None:
+        self._all_there = threading.Barrier(PEERS, timeout=SECONDS)
+        self._values: list[Any] = [None] * PEERS
+
+    def gather(self, number: int, value: _T) -> list[_T]:
+        self._values[number] = value
+        self._all_there.wait()
+        told = list(self._values)
+        self._all_there.wait()
+        return told
+
+
+class Half(Heads):
+    """Half of the heads, in a thread."""
+
+    shared = True
+
+    def __init__(self, number: int, kv_heads: int, meetings: dict[str, Meeting]):
+        self.number, self._kv_heads, self._meetings = number, kv_heads, meetings
+        self.computes = False
+
+    def stored(self, spec: LayerSpec) -> LayerSpec:
+        return LayerSpec(self._kv_heads, spec.head_dim, spec.v_head_dim)
+
+    def own(self, spec: LayerSpec) -> slice:
+        first = 0 if self._kv_heads == 1 else self.number * spec.heads
+        return slice(first, first + spec.heads)
+
+    def total(self, numbers: Tensor) -> Tensor:
+        return torch.stack(self._meetings["sum"].gather(self.number, numbers)).sum(0)
+
+    def mean(self, numbers: Tensor) -> Tensor:
+        return self.total(numbers) / PEERS
+
+    def every(self, states: Tensor) -> Tensor:
+        parts = self._meetings["sum"].gather(self.number, states)
+        return parts[0] if self._kv_heads == 1 else torch.cat(parts, 1)
+
+    def together(self, work: Callable[[], _T], again: tuple[type[Exception], ...] = ()) -> _T:
+        assert not self.computes
+        failed: Exception | None = None
+        try:
+            result = work()
+        except Exception as error:
+            failed = error
+        told = self.tell(None if failed is None else isinstance(failed, again))
+        if failed is not None:
+            raise failed
+        if any(said is not None for said in told):
+            raise PeerError("the other one failed", again=all(said in (None, True) for said in told))
+        return result
+
+    def tell(self, value: _T) -> list[_T]:
+        assert not self.computes
+        return self._meetings["talk"].gather(self.number, value)
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        self.computes = True
+        yield
+        self.computes = False
+
+
+class Summed(nn.Linear):
+    heads: Half
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.heads.total(F.linear(input, self.weight))
+
+
+def half_of(whole: Any, heads: Half) -> Any:
+    """A model with half of the heads and of the MLP's width."""
+    config, number = type(whole.config).from_dict(whole.config.to_dict()), heads.number
+    config.head_dim = whole.config.hidden_size // whole.config.num_attention_heads
+    config.num_attention_heads //= PEERS
+    config.num_key_value_heads = max(1, config.num_key_value_heads // PEERS)
+    config.intermediate_size //= PEERS
+    made = type(whole)(config).eval()
+    state = whole.state_dict()
+    for name, tensor in made.state_dict().items():
+        full = state[name]
+        for dim in range(full.dim()):
+            if full.shape[dim] != tensor.shape[dim]:
+                full = full.chunk(PEERS, dim)[number]
+        tensor.copy_(full)
+    for layer in made.model.layers:
+        for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            linear.__class__ = Summed
+            linear.heads = heads
+    return made
+
+
+def model_of(kv_heads: int) -> Any:
+    whole = llama()
+    if kv_heads == 1:
+        config = whole.config
+        config.num_key_value_heads = 1
+        torch.manual_seed(0)
+        whole = type(whole)(config).eval()
+    return whole
+
+
+class Pair:
+    """Two engines, each with half of the heads and a store of its own over the same folder."""
+
+    def __init__(self, whole: Any, store: Path, kv_heads: int):
+        meetings = {"sum": Meeting(), "talk": Meeting()}
+        self.heads = [Half(number, kv_heads, meetings) for number in range(PEERS)]
+        models = [half_of(whole, heads) for heads in self.heads]
+        with CacheTune(whole, tokenizer(), store) as engine:
+            fingerprint = engine.runtime.model.fingerprint
+        self.pool = ThreadPoolExecutor(PEERS)
+
+        def opened(number: int) -> Runtime:
+            return Runtime(
+                models[number], tokenizer(), store, fingerprint=fingerprint, heads=self.heads[number], host_budget=0
+            )
+
+        self.engines = list(self.pool.map(opened, range(PEERS)))
+
+    def reuse(
+        self, chunks: Sequence[str], selector: str, ratio: float, opened: Sequence[Callable[[], None]] = ()
+    ) -> list[PrefillState | Exception | None]:
+        def one(number: int) -> PrefillState | Exception | None:
+            engine = self.engines[number]
+            config = engine.admission.config(selector, ratio)
+            request = engine.admission.for_prefill("what?", list(chunks), None, None, {}, config=config, started=0.0)
+            try:
+                return engine.executor.reuse(request, engine.assembler.memory, *opened[number : number + 1])
+            except CacheTuneError as error:
+                return error
+            except ZeroDivisionError as error:
+                return error
+
+        return list(self.pool.map(one, range(PEERS)))
+
+    def close(self) -> None:
+        for engine in self.engines:
+            engine.close()
+        self.pool.shutdown()
+
+
+@pytest.fixture(params=[2, 1], ids=["own key-value heads", "the same key-value head"])
+def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Any, Pair, Path]]:
+    whole = model_of(request.param)
+    with CacheTune(whole, tokenizer(), tmp_path) as engine:
+        engine.precompute(CHUNKS)
+    pair = Pair(whole, tmp_path, request.param)
+    yield whole, pair, tmp_path
+    pair.close()
+
+
+def check(whole: Any, pair: Pair, states: Sequence[Any], wanted: PrefillState) -> None:
+    """The peers have the engine's logits, and their heads of its keys and values."""
+    for heads, state in zip(pair.heads, states, strict=True):
+        assert isinstance(state, PrefillState)
+        assert (state.report.reused, state.report.recomputed, state.report.missed) == (
+            wanted.report.reused,
+            wanted.report.recomputed,
+            wanted.report.missed,
+        )
+        torch.testing.assert_close(state.logits, wanted.logits, atol=1e-4, rtol=0)
+        for mine, theirs in zip(state.cache.layers, wanted.cache.layers, strict=True):
+            own = heads.own(LayerSpec(mine.keys.shape[1], 8, 8))
+            torch.testing.assert_close(mine.keys, theirs.keys[:, own], atol=1e-4, rtol=0)
+            torch.testing.assert_close(mine.values, theirs.values[:, own], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("selector", "ratio"),
+    [
+        ("expected_error", 0.2),
+        ("probe", 0.2),
+        ("frequency", 0.2),
+        ("kv_deviation", 0.2),
+        ("layer0_value", 0.2),
+        ("none", 0),
+    ],
+)
+def test_peers_put_a_prompt_together_as_one_engine_does(
+    pair: tuple[Any, Pair, Path], selector: str, ratio: float
+) -> None:
+    whole, peers, store = pair
+    with CacheTune(whole, tokenizer(), store) as engine:
+        wanted = engine.prefill(query="what?", chunks=CHUNKS, selector=selector, ratio=ratio)
+    check(whole, peers, peers.reuse(CHUNKS, selector, ratio), wanted)
+
+
+def test_rows_that_one_peer_finds_damaged_are_computed_by_both(
+    pair: tuple[Any, Pair, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, peers, store = pair
+    with CacheTune(whole, tokenizer(), store) as engine:
+        wanted = engine.prefill(query="what?", chunks=[*CHUNKS[:2], "none"], selector="expected_error", ratio=0.2)
+        key = engine.runtime.assembler.key(tokenizer()(CHUNKS[1], add_special_tokens=False).input_ids)
+    assert wanted.report.reused
+    file = next(store.rglob(f"*{key}*.safetensors"))
+    data = bytearray(file.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 3000] = bytes(3000)
+    file.write_bytes(data)
+    states = peers.reuse(CHUNKS, "expected_error", 0.2)
+    reports = [state.report for state in states if isinstance(state, PrefillState)]
+    assert [r.missed for r in reports] == [len(tokenizer()(CHUNKS[1], add_special_tokens=False).input_ids)] * 2
+    torch.testing.assert_close(states[0].logits, states[1].logits)  # type: ignore[union-attr]
+
+
+def test_a_disk_that_is_late_for_one_peer_is_left_out_by_both(
+    pair: tuple[Any, Pair, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, peers, _ = pair
+    slow = peers.engines[1].pool
+    before = slow.result
+
+    def late(job: Any) -> Any:
+        before(job)
+        raise StoreTimeoutError("late")
+
+    monkeypatch.setattr(slow, "result", late)
+    assert peers.reuse(CHUNKS, "expected_error", 0.2) == [None, None]
+    monkeypatch.undo()
+    assert all(isinstance(state, PrefillState) for state in peers.reuse(CHUNKS, "expected_error", 0.2))
+
+
+def test_what_fails_on_one_peer_fails_on_both(pair: tuple[Any, Pair, Path]) -> None:
+    _, peers, _ = pair
+    first, second = peers.reuse(CHUNKS, "expected_error", 0.2, [lambda: None, lambda: 1 // 0 and None])
+    assert isinstance(first, PeerError)
+    assert not first.again
+    assert isinstance(second, ZeroDivisionError)
+    assert all(isinstance(state, PrefillState) for state in peers.reuse(CHUNKS, "expected_error", 0.2))
