@@ -1,6 +1,6 @@
 """`python -m cachetune_rag` is `cachetune`."""
 
-from cachetune_rag.cli.app import main
+from cachetune_rag.cli import main
 
 if __name__ == "__main__":
     main()

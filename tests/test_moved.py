@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import signal
 import subprocess
 import sys
 
@@ -37,8 +38,16 @@ def test_what_was_pickled_before_the_move_can_be_read() -> None:
     assert pickle.loads(old) == document
 
 
-def test_the_program_is_found_where_earlier_releases_had_it() -> None:
+def test_the_program_is_found_where_earlier_releases_had_it(capsys: pytest.CaptureFixture[str]) -> None:
     from cachetune_rag.cli import main
     from cachetune_rag.cli.app import main as same
 
-    assert main is same
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        for each in (main, same):
+            with pytest.raises(SystemExit) as ended:
+                each(["--version"])
+            assert not ended.value.code
+            assert capsys.readouterr().out.startswith("cachetune ")
+    finally:
+        signal.signal(signal.SIGINT, before)

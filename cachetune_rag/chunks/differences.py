@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from cachetune_store import Namespace
+if TYPE_CHECKING:
+    from cachetune_store import Namespace  # the command line imports this module before it knows that it needs numpy
 
 
 def what_differs(stored: Namespace, wanted: Namespace) -> Literal["model", "tokenizer", "dtype", "lead-ins"]:

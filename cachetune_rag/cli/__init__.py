@@ -1,12 +1,21 @@
 """The commands of the command line, one file each. Nothing heavy is imported before a command runs."""
 
-from typing import Any
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cachetune_rag.cli.interrupts import end_at_once, instant_interrupt
 
 
-def __getattr__(name: str) -> Any:
-    """`main` had its place here: scripts that an earlier release installed look for it."""
-    if name != "main":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from cachetune_rag.cli.app import main
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit, as `cachetune_rag.cli.app.main`. Ctrl-C ends it without a traceback from here on.
 
-    return main
+    Args:
+        arguments: the words behind the program's name; None: those of this process.
+    """
+    with instant_interrupt():
+        from cachetune_rag.cli.app import main as run
+    try:
+        run(arguments)
+    finally:
+        end_at_once()  # the command is done, and Python only clears up

@@ -10,16 +10,8 @@ import typer
 
 from cachetune_rag.checking.escaping import visible_line
 from cachetune_rag.cli import options
-from cachetune_rag.cli.console import (
-    UsageError,
-    emit_json,
-    guarded,
-    instant_interrupt,
-    note,
-    number,
-    printable,
-    stdout,
-)
+from cachetune_rag.cli.console import UsageError, emit_json, guarded, note, number, printable, stdout
+from cachetune_rag.cli.interrupts import instant_interrupt
 from cachetune_rag.cli.passages import DEFAULT_TOP_K, Passage, retrieve
 from cachetune_rag.cli.session import Loading, open_existing, open_for_writing, opened
 from cachetune_rag.selection import names

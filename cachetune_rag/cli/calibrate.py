@@ -8,15 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cachetune_rag.cli import options
-from cachetune_rag.cli.console import (
-    UsageError,
-    emit_json,
-    guarded,
-    instant_interrupt,
-    note,
-    number,
-    stdout,
-)
+from cachetune_rag.cli.console import UsageError, emit_json, guarded, note, number, stdout
+from cachetune_rag.cli.interrupts import instant_interrupt
 from cachetune_rag.cli.meter import Meter
 from cachetune_rag.cli.passages import DEFAULT_TOP_K
 from cachetune_rag.cli.plots import check_plot, draw_calibration, save_plot

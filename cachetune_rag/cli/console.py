@@ -7,9 +7,7 @@ import json
 import logging
 import math
 import os
-import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,11 +19,12 @@ from rich.segment import Segment
 from rich.text import Text
 
 from cachetune_rag.checking.escaping import visible, visible_line
+from cachetune_rag.cli.interrupts import INTERRUPTED
 from cachetune_rag.cli.output import OutputError
 from cachetune_rag.errors import CacheTuneError
 
 DEBUG_VARIABLE = "CACHETUNE_DEBUG"
-ERROR, INTERRUPTED = 2, 130
+ERROR = 2
 
 _P = ParamSpec("_P")
 
@@ -145,27 +144,6 @@ def guarded(command: Callable[_P, None]) -> Callable[_P, None]:
 def print_error(error: Exception) -> None:
     """Print the line on stderr that says what went wrong."""
     stderr().print(Text.assemble(("Error: ", "bold red"), _message(error)))
-
-
-@contextmanager
-def instant_interrupt() -> Iterator[None]:
-    """While the context is open, Ctrl-C ends the process at once. It is for work that leaves nothing to be saved.
-
-    During the import of torch and transformers, a KeyboardInterrupt may become another error, or be lost.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, _leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _leave(*_: object) -> None:
-    os.write(2, b"\nInterrupted.\n")
-    os._exit(INTERRUPTED)
 
 
 def _is_exit(error: Exception) -> bool:

@@ -10,7 +10,8 @@ import typer
 
 from cachetune_rag.checking.escaping import visible_line
 from cachetune_rag.cli import options
-from cachetune_rag.cli.console import INTERRUPTED, UsageError, emit_json, guarded, note, number, size, stdout
+from cachetune_rag.cli.console import UsageError, emit_json, guarded, note, number, size, stdout
+from cachetune_rag.cli.interrupts import INTERRUPTED
 from cachetune_rag.cli.meter import ESTIMATE_SECONDS, Meter
 from cachetune_rag.cli.session import Loading, load_engine, open_for_writing
 from cachetune_rag.text.files.corpus import Corpus, CorpusError

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from cachetune_rag.checking.escaping import visible_line
 from cachetune_rag.chunks.differences import what_differs
-from cachetune_rag.cli.console import UsageError, instant_interrupt, note, size
+from cachetune_rag.cli.console import UsageError, note, size
+from cachetune_rag.cli.interrupts import instant_interrupt
 from cachetune_store.printing import shown
 
 if TYPE_CHECKING:

@@ -438,6 +438,33 @@ def test_ctrl_c_before_the_work_began(cli: Cli, docs: Path, monkeypatch: pytest.
     assert "Interrupted." in cli("precompute", docs, "-m", "m", "-s", store, code=130).err
 
 
+CTRL_C_WHEN_IMPORTED = """
+import os, signal, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == sys.argv[1]:
+            os.kill(os.getpid(), signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.SIG_IGN if sys.argv[2] == "ignored" else signal.default_int_handler)
+sys.meta_path.insert(0, Finder())
+from cachetune_rag.cli import main
+main(sys.argv[3:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("when", "how", "code", "said"),
+    [("typer", "", 130, "\nInterrupted.\n"), ("torch", "", 130, "\nInterrupted.\n"), ("typer", "ignored", 0, "")],
+)
+def test_ctrl_c_during_imports_ends_the_program_without_a_traceback(
+    tmp_path: Path, when: str, how: str, code: int, said: str
+) -> None:
+    command = ["precompute", "--help"] if when == "typer" else ["tune", "-m", "m", "-s", tmp_path / "none"]
+    done = run_python("-c", CTRL_C_WHEN_IMPORTED, when, how, *command)
+    assert (done.returncode, done.stderr) == (code, said)
+
+
 # -- ask --------------------------------------------------------------------------------------------------------------
 
 
