@@ -256,7 +256,7 @@ def ends_cleanly() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        step("\ninterrupted; the server has been ended.")
+        step("\ninterrupted; nothing is left running.")
         sys.exit(130)
     except ServerError as error:
         sys.exit(f'{error}\n\ndocs/vllm.md says under "Troubleshooting" what to do about servers that don\'t start.')
