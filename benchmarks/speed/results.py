@@ -20,15 +20,18 @@ class Results:
         path: the file; None keeps results in memory only.
         environment: the machine that is measured on.
         settings: the model's shape, and how it is measured.
+        benchmark: its name.
 
     Raises:
         OtherRunError: the file was measured elsewhere, or with other settings.
     """
 
-    def __init__(self, path: Path | None, environment: dict[str, Any], settings: dict[str, Any]):
+    def __init__(
+        self, path: Path | None, environment: dict[str, Any], settings: dict[str, Any], benchmark: str = "ttft_gpu"
+    ):
         self._path = path
         self.content: dict[str, Any] = {
-            "benchmark": "ttft_gpu", "environment": environment, "settings": settings, "machine": {}, "groups": {},
+            "benchmark": benchmark, "environment": environment, "settings": settings, "machine": {}, "groups": {},
         }  # fmt: skip
         if path is not None and path.exists():
             before = json.loads(path.read_text())

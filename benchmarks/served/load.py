@@ -1,0 +1,97 @@
+"""Ways in which requests arrive, and what is measured of each."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import statistics
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from common import spread
+
+from served.targets import Answer, Reuse, Target
+
+Ids = list[int]
+
+
+async def alone(target: Target, prompts: Sequence[Ids], reuse: Reuse | None, warm: int = 2) -> dict[str, Any]:
+    """One request at a time, one token each: time to first token. The first `warm` of them don't count."""
+    answers = [await target.ask(ids, 1, reuse) for ids in prompts]
+    return {"ttft": spread([a.ttft for a in answers[warm:]]), **_reports(answers[warm:])}
+
+
+async def closed(
+    target: Target, prompts: Sequence[Ids], reuse: Reuse | None, tokens: int, at_once: int
+) -> dict[str, Any]:
+    """`at_once` clients, each of which asks again as soon as it has its answer: requests per second of a saturated server."""
+    waiting = list(reversed(prompts))
+    answers: list[Answer] = []
+
+    async def client() -> None:
+        while waiting:
+            answers.append(await target.ask(waiting.pop(), tokens, reuse))
+
+    started = time.perf_counter()
+    await asyncio.gather(*(client() for _ in range(at_once)))
+    return {"requests_per_second": len(prompts) / (time.perf_counter() - started), **_summary(answers)}
+
+
+async def open_loop(
+    target: Target, prompts: Sequence[Ids], reuse: Reuse | None, tokens: int, rate: float, seed: str
+) -> dict[str, Any]:
+    """Requests arrive at `rate` a second, independently of each other (Poisson), whether or not the server keeps up."""
+    source = random.Random(seed)
+    started = time.perf_counter()
+    tasks = []
+    for ids in prompts:
+        tasks.append(asyncio.create_task(target.ask(ids, tokens, reuse)))
+        await asyncio.sleep(source.expovariate(rate))
+    answers = await asyncio.gather(*tasks)
+    return {"rate": rate, "seconds": time.perf_counter() - started, **_summary(answers)}
+
+
+async def while_running(
+    target: Target, running: Sequence[Ids], arriving: Sequence[Ids], reuse: Reuse | None, tokens: int, pause: float
+) -> dict[str, Any]:
+    """Some requests are being answered while prompts arrive, one every `pause` seconds: the gaps between tokens of the former."""
+    tasks = [asyncio.create_task(target.ask(ids, tokens, {"reuse": False} if reuse else None)) for ids in running]
+    await asyncio.sleep(pause)
+    others = []
+    for ids in arriving:
+        others.append(asyncio.create_task(target.ask(ids, 1, reuse)))
+        await asyncio.sleep(pause)
+    answers = await asyncio.gather(*others)
+    running_answers = await asyncio.gather(*tasks)
+    gaps = sorted(gap for answer in running_answers for gap in answer.gaps)
+    return {"gaps": _percentiles(gaps), "arriving": _summary(answers)}
+
+
+def _summary(answers: Sequence[Answer]) -> dict[str, Any]:
+    gaps = [gap for answer in answers for gap in answer.gaps]
+    return {
+        "requests": len(answers),
+        "ttft": _percentiles([a.ttft for a in answers]),
+        "between_tokens": _percentiles(gaps) if gaps else None,
+        **_reports(answers),
+    }
+
+
+def _percentiles(values: Sequence[float]) -> dict[str, float]:
+    ordered = sorted(values)
+
+    def at(share: float) -> float:
+        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+    return {"p50": statistics.median(ordered), "p95": at(0.95), "p99": at(0.99), "most": ordered[-1]}
+
+
+def _reports(answers: Sequence[Answer]) -> dict[str, Any]:
+    """Mean tokens of each kind, and why requests were left to vLLM."""
+    told = [a.report for a in answers if a.report]
+    if not told:
+        return {}
+    means = {n: statistics.mean(r.get(n, 0) for r in told) for n in ("reused", "recomputed", "missed")}
+    return {"tokens": means, "left": dict(Counter(r["left"] for r in told if "left" in r)), "last_report": told[-1]}

@@ -1,0 +1,121 @@
+"""What answers a benchmark's requests: vLLM's engine in this program, or a server somewhere."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+Reuse = Mapping[str, Any]
+"""Settings of a request (`kv_transfer_params["cachetune"]`)."""
+
+
+@dataclass
+class Answer:
+    """How one request went.
+
+    Attributes:
+        ttft: seconds to its first token.
+        gaps: seconds between later tokens.
+        report: what the response says of reuse.
+    """
+
+    ttft: float
+    gaps: list[float] = field(default_factory=list)
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+class Target(Protocol):
+    """Answers requests, many at a time."""
+
+    async def ask(self, ids: list[int], tokens: int, reuse: Reuse | None) -> Answer:
+        """Let a prompt be answered by exactly `tokens` tokens."""
+        ...
+
+
+class InProcess:
+    """vLLM's engine, started by this program.
+
+    Args:
+        engine: an `AsyncLLM`.
+    """
+
+    def __init__(self, engine: Any):
+        self._engine, self._numbers = engine, itertools.count()
+
+    async def ask(self, ids: list[int], tokens: int, reuse: Reuse | None) -> Answer:
+        """See `Target`."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        extra = None if reuse is None else {"kv_transfer_params": {"cachetune": dict(reuse)}}
+        sampling = SamplingParams(
+            temperature=0,
+            max_tokens=tokens,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+            extra_args=extra,
+        )
+        times, report = [time.perf_counter()], None
+        async for output in self._engine.generate({"prompt_token_ids": ids}, sampling, f"r{next(self._numbers)}"):
+            times.append(time.perf_counter())
+            report = output.kv_transfer_params or report
+        return _answer(times, report)
+
+
+class OverHTTP:
+    """A server that speaks OpenAI's completions.
+
+    Args:
+        url: such as "http://localhost:8000/v1".
+        model: the model's name there.
+    """
+
+    def __init__(self, url: str, model: str):
+        from openai import AsyncOpenAI
+
+        self._client, self._model = AsyncOpenAI(base_url=url, api_key="none", timeout=600, max_retries=0), model
+
+    async def ask(self, ids: list[int], tokens: int, reuse: Reuse | None) -> Answer:
+        """See `Target`. A stream carries no report."""
+        more: dict[str, Any] = {"ignore_eos": True}
+        if reuse is not None:
+            more["kv_transfer_params"] = {"cachetune": dict(reuse)}
+        times = [time.perf_counter()]
+        stream = await self._client.completions.create(
+            model=self._model, prompt=ids, max_tokens=tokens, temperature=0, stream=True, extra_body=more
+        )
+        async for chunk in stream:
+            if chunk.choices:
+                times.append(time.perf_counter())
+        return _answer(times, None)
+
+
+def _answer(times: list[float], params: Mapping[str, Any] | None) -> Answer:
+    between = [b - a for a, b in itertools.pairwise(times)]
+    return Answer(between[0], between[1:], dict((params or {}).get("cachetune", {})))
+
+
+@asynccontextmanager
+async def in_process(model: str, connector: Mapping[str, Any] | None, **options: Any) -> AsyncIterator[InProcess]:
+    """Start vLLM's engine.
+
+    Args:
+        model: folder of the model.
+        connector: `KVTransferConfig`'s arguments; None for plain vLLM.
+        options: of `AsyncEngineArgs`.
+    """
+    from vllm.config import KVTransferConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    transfer = None if connector is None else KVTransferConfig(kv_role="kv_both", **connector)
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, kv_transfer_config=transfer, **options))
+    try:
+        yield InProcess(engine)
+    finally:
+        engine.shutdown()

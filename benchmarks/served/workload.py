@@ -1,0 +1,63 @@
+"""Prompts of a benchmark of serving: chunks in changing orders, a short question behind them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from speed.shapes import letters
+
+QUERY_TOKENS = 64
+Order = Literal["shuffled", "same"]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Makes prompts, as token ids.
+
+    Attributes:
+        tokenizer: one token for each letter.
+        stored: texts of the chunks that are stored.
+    """
+
+    tokenizer: Any
+    stored: Sequence[str]
+
+    def prompts(
+        self,
+        context: int,
+        count: int,
+        seed: str,
+        *,
+        share: float = 1.0,
+        order: Order = "shuffled",
+        log_normal: bool = False,
+    ) -> list[list[int]]:
+        """`count` prompts with about `context` tokens of chunks each; no two have the same question.
+
+        Args:
+            context: tokens of chunks; with `log_normal`, the median of them.
+            count: how many prompts.
+            seed: the same seed gives the same prompts.
+            share: of the chunks, so many are stored; the others are new in every prompt.
+            order: "same" shows the same chunks in the same order in every prompt, as prefix caching likes it.
+            log_normal: contexts vary from prompt to prompt (sigma 0.5, up to all stored chunks).
+        """
+        source = random.Random(f"{seed} {context} {share} {order}")
+        return [self._prompt(source, f"{seed} {n}", context, share, order, log_normal) for n in range(count)]
+
+    def _prompt(
+        self, source: random.Random, name: str, context: int, share: float, order: Order, log_normal: bool
+    ) -> list[int]:
+        length = len(self.stored[0])
+        chunks = max(1, round(context * (source.lognormvariate(0, 0.5) if log_normal else 1) / length))
+        chunks = min(chunks, len(self.stored))
+        texts = list(self.stored[:chunks]) if order == "same" else source.sample(list(self.stored), chunks)
+        new: Iterator[str] = iter(letters(name, chunks, length))
+        for place in source.sample(range(chunks), chunks - round(share * chunks)):
+            texts[place] = next(new)
+        query = letters(f"{name}?", 1, QUERY_TOKENS)[0]
+        ids = self.tokenizer("\n\n".join(["Read the passages.", *texts, query])).input_ids
+        return [int(i) for i in ids]

