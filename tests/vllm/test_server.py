@@ -93,6 +93,21 @@ def test_llama_index_and_langchain_reuse_by_their_stock_classes(server: Server) 
         assert server.metric("cachetune_vllm_requests_total") == before + 1
 
 
+def test_llama_index_and_langchain_name_chunks_through_extra_body(server: Server) -> None:
+    like = pytest.importorskip("llama_index.llms.openai_like")
+    langchain = pytest.importorskip("langchain_openai")
+    place = {"api_key": "-", "model": str(server.model)}
+    llama = like.OpenAILike(api_base=f"{server.url}/v1", is_chat_model=True, max_tokens=4, **place)
+    chat = langchain.ChatOpenAI(base_url=f"{server.url}/v1", max_tokens=4, **place)
+    asks = (llama.complete, chat.invoke, lambda prompt, extra_body: chat.bind(extra_body=extra_body).invoke(prompt))
+    for number, ask in enumerate(asks):
+        text = f"A passage that nobody has stored, of which there are several: this one has the number {number}."
+        missed = server.metric("cachetune_vllm_chunk_tokens_total", 'kind="missed"')
+        named = {"kv_transfer_params": settings(chunks=[text, *CHUNKS[3:5]])}
+        ask(text_of([text, *CHUNKS[3:5]], f"Which number, {number}?"), extra_body=named)
+        assert server.metric("cachetune_vllm_chunk_tokens_total", 'kind="missed"') == missed + len(encode(text))
+
+
 def test_metrics_count_tokens_and_reasons(server: Server) -> None:
     left = server.metric("cachetune_vllm_requests_left_total", 'reason="asked"')
     reused = server.metric("cachetune_vllm_chunk_tokens_total", 'kind="reused"')
