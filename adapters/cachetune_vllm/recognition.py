@@ -52,7 +52,7 @@ class Recognition:
         if not caught_up:
             _log.warning("%d chunks of the store are known, and %d still to be read", known.chunks, known.waiting)
         elif known.chunks:
-            _log.info("prompts that show one of the %d chunks in %s reuse it", known.chunks, self._store.path)
+            _log.info("%d chunks in %s are known, and reused where a prompt shows them", known.chunks, self._store.path)
         else:
             wanted = self._lead_ins(settings.tenant).namespace
             _log.warning("no chunk in %s can be reused: %s", self._store.path, why_unusable(self._store, wanted))

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from cachetune_rag import CacheTune
+from cachetune_vllm.messages import Hello
+from cachetune_vllm.recognition import Recognition
+from cachetune_vllm.settings import ServerSettings
 from cachetune_vllm.start import KEPT_FREE, tokens_that_fit, unsupported
+from tests import tiny
 
 ROW = 128 << 10
 """Bytes of a token's keys and values in a model of Llama-3.1-8B's shape."""
@@ -47,3 +55,27 @@ def test_options_that_reuse_cannot_live_with_are_named(options: dict[str, Any], 
 @pytest.mark.parametrize("method", ["ngram", "suffix"])
 def test_tokens_may_be_drafted_from_the_text(method: str) -> None:
     assert unsupported(config(method=method)) is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "said"),
+    [("float32", "1 chunks in"), ("bfloat16", "start it with --dtype float32"), (None, "nothing is stored")],
+)
+def test_a_server_says_at_start_what_of_its_store_it_can_use(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, dtype: str | None, said: str
+) -> None:
+    with CacheTune(tiny.llama(), tiny.tokenizer(), tmp_path) as engine:
+        namespace = engine.lead_ins.base
+        if dtype is not None:
+            engine.precompute(["The lighthouse was built in 1871 by three brothers, who had come from the mainland."])
+    hello = Hello(replace(namespace, dtype=dtype or "float32"), vocabulary=261, max_positions=2048)
+    log = logging.getLogger(
+        "vllm.cachetune_vllm.recognition"
+    )  # vLLM's loggers hand nothing on to the root, where pytest listens
+    log.addHandler(caplog.handler)
+    try:
+        with caplog.at_level(logging.INFO, logger=log.name):
+            Recognition(ServerSettings.of({"store": str(tmp_path)}), hello, tiny.tokenizer()).close()
+    finally:
+        log.removeHandler(caplog.handler)
+    assert said in caplog.text
