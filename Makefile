@@ -11,6 +11,10 @@ VLLM_INSTALL := $(UV) pip install --quiet --python $(VLLM_VENV)/bin/python
 # Processes that run tests at once; 0: no further ones, as a plain `pytest`.
 WORKERS ?= 2
 
+# Python keeps what it compiled, even where the shell asks it not to: packages are installed as source, and each of the many processes that
+# tests start would compile torch, transformers, vLLM and the project again, for 10 to 20 seconds.
+export PYTHONDONTWRITEBYTECODE :=
+
 # Nothing is asked of the network, nothing is reported, and vLLM leaves the cores to other tests.
 VLLM_ENV := HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind
 
