@@ -123,7 +123,34 @@ def test_a_page_nested_without_end_is_refused(tmp_path: Path) -> None:
         read(tmp_path / "p.html")
 
 
+def test_a_page_nested_without_end_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bs4 = pytest.importorskip("bs4")
+    pytest.importorskip("markdownify")
+    begun: list[str] = []
+    real = bs4.BeautifulSoup.handle_starttag
+    monkeypatch.setattr(
+        bs4.BeautifulSoup, "handle_starttag", lambda *args, **kwargs: (begun.append(args[1]), real(*args, **kwargs))[1]
+    )
+    (tmp_path / "p.html").write_text("<p>sound</p>" * 3000 + "<div>" * 50_000 + "x")
+    with pytest.raises(CorpusError, match="nested more than"):
+        read(tmp_path / "p.html")
+    assert len(begun) < 10_000
+
+
 # -- PDF --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_pdf_without_an_end_is_refused_before_it_is_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pypdf = pytest.importorskip("pypdf")
+    whole = make_pdf(tmp_path / "whole.pdf", "It turns.").read_bytes()
+    (tmp_path / "cut.pdf").write_bytes(whole[:-2] + b"\n")
+    (tmp_path / "followed.pdf").write_bytes(whole + b"\n" * (1 << 20))
+    for name in ("cut.pdf", "followed.pdf"):
+        assert read(tmp_path / name).text == "It turns.\n"
+    monkeypatch.setattr(pypdf, "PdfReader", None)
+    (tmp_path / "p.pdf").write_bytes(whole[: whole.rindex(b"%%EOF")] + b"0 %%EOF of no line\n" * 100_000)
+    with pytest.raises(CorpusError, match=r"p\.pdf has no end mark \(%%EOF\), so a part of it is missing"):
+        read(tmp_path / "p.pdf")
 
 
 def test_a_pdf_gives_the_text_of_its_pages(tmp_path: Path) -> None:
@@ -138,7 +165,7 @@ def test_a_pdf_gives_the_text_of_its_pages(tmp_path: Path) -> None:
     ("make", "message"),
     [
         (lambda path: path.write_bytes(b"hello"), "is no PDF, although it is named like one"),
-        (lambda path: path.write_bytes(b"%PDF-1.4 rubbish"), r"can't be read as a PDF \("),
+        (lambda path: path.write_bytes(b"%PDF-1.4 rubbish\n%%EOF"), r"can't be read as a PDF \("),
         (lambda path: make_pdf(path, ""), "holds no text"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,12 +40,23 @@ class HtmlReader(Reader):
 
 
 def _markdown(data: bytes) -> str:
-    from bs4 import BeautifulSoup
+    from bs4 import BeautifulSoup, Tag
     from markdownify import MarkdownConverter
+
+    class Page(BeautifulSoup):
+        """A page. Markdownify converts a tag inside of its parent's conversion, so a page that is nested deeper than Python's calls is refused.
+
+        That is done while the page is read, because to read such tags takes time that grows with the square of their number.
+        """
+
+        def pushTag(self, tag: Tag) -> None:
+            if len(self.tagStack) > sys.getrecursionlimit():
+                raise RecursionError(f"its tags are nested more than {sys.getrecursionlimit()} deep")
+            super().pushTag(tag)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they are advice to programmers, for example that the page looks like XML
-        page = BeautifulSoup(data, "html.parser")
+        page = Page(data, "html.parser")
     title = page.title.get_text(" ", strip=True) if page.title else ""
     for tag in page.find_all(_NOT_SAID):
         tag.decompose()
