@@ -21,6 +21,31 @@ PATIENCE = timedelta(seconds=30)
 """How long a process whose turn failed waits to hear whether that of all others did."""
 
 
+class HeadsInTurns(Heads):
+    """All heads are here, but the model must not be run while vLLM runs it.
+
+    Attributes:
+        turns: when this process's thread may compute.
+    """
+
+    in_turns = True
+
+    def __init__(self) -> None:
+        self.turns = Turns(lambda _error: True)
+
+    def computing(self) -> AbstractContextManager[None]:
+        """See `Heads`."""
+        return self.turns.taken()
+
+    def in_step(self, value: _T) -> list[_T]:
+        """What the threads of all peers tell."""
+        return [value]
+
+    def raised_on_all(self, error: BaseException) -> bool:
+        """See `DividedHeads`."""
+        return True
+
+
 class DividedHeads(Heads):
     """See `Heads`. Where there are fewer key-value heads than processes, neighbours have the same one, as in vLLM.
 
@@ -36,7 +61,7 @@ class DividedHeads(Heads):
         count, number: how many processes there are, and which one this is.
     """
 
-    shared = True
+    shared = in_turns = True
 
     def __init__(self, group: Any, kv_heads: int):
         self._group, self._kv_heads = group, kv_heads

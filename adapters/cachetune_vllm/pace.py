@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from cachetune_vllm.divided_heads import DividedHeads
+from cachetune_vllm.divided_heads import DividedHeads, HeadsInTurns
 from cachetune_vllm.served_model import ServedModel
 
 
@@ -79,14 +79,14 @@ class OwnPace:
 
 
 class SharedPace:
-    """All workers that share a model put the same prompts together, in turns with vLLM's steps (`turns.py`).
+    """Prompts are put together in turns with vLLM's steps (`turns.py`): the same ones by all workers that share a model.
 
     Args:
         heads: this worker's.
         amount: rows that may be added up in the turn of a step in which vLLM computes; None: any number.
     """
 
-    def __init__(self, heads: DividedHeads, amount: int | None):
+    def __init__(self, heads: DividedHeads | HeadsInTurns, amount: int | None):
         self._heads, self._amount, self.changed = heads, amount, heads.turns.changed
         self._agreed = 0
 
@@ -122,6 +122,6 @@ class SharedPace:
 
 def pace_of(served: ServedModel, amount: int | None) -> Pace:
     """The pace of a worker with this model; for `amount`, see `SharedPace`."""
-    if isinstance(served.heads, DividedHeads):
+    if isinstance(served.heads, DividedHeads | HeadsInTurns):
         return SharedPace(served.heads, amount)
     return OwnPace(apart=served.form == "dense")

@@ -22,6 +22,7 @@ from cachetune_rag.model.heads import ALL_HEADS, Heads
 from cachetune_vllm.divided_heads import DividedHeads
 from cachetune_vllm.divided_layers import DividedEmbedding, DividedHead, SummedLinear, divided_config
 from cachetune_vllm.packed import PackedLinear, Run, SharedProduct, run_of, run_of_head, run_of_part, take_turns
+from cachetune_vllm.packed_block import PackedBlock
 from cachetune_vllm.weights import Place, VLLMWeights
 
 
@@ -35,6 +36,7 @@ class ServedModel:
         packed: the names of the layers that call vLLM's modules.
         config: the configuration of the whole model.
         heads: which of its heads `model` has.
+        blocks: the mixtures of experts that are vLLM's. With any, the model must not be run while vLLM runs a forward.
     """
 
     model: Any
@@ -42,10 +44,16 @@ class ServedModel:
     packed: tuple[str, ...]
     config: Any
     heads: Heads = ALL_HEADS
+    blocks: tuple[PackedBlock, ...] = ()
 
 
 def served_model(
-    vllm_model: nn.Module, hf_config: Any, dtype: torch.dtype, device: torch.device, heads: Heads = ALL_HEADS
+    vllm_model: nn.Module,
+    hf_config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    heads: Heads = ALL_HEADS,
+    vllm_config: Any = None,
 ) -> ServedModel:
     """Make transformers' model over the weights of vLLM's.
 
@@ -55,6 +63,7 @@ def served_model(
         dtype: what it computes in.
         device: where its weights are.
         heads: which heads are in this process.
+        vllm_config: vLLM's configuration; needed for mixtures of experts that are vLLM's.
 
     Raises:
         UnsupportedModelError: names the layer whose weights can't be shared, and the reason.
@@ -66,13 +75,14 @@ def served_model(
     with _uncompiled(vllm_model):
         model = skeleton(config, dtype)
     turn = take_turns(vllm_model) if device.type == "cpu" else nullcontext()
-    packed = _Sharing(model, weights, dtype, device, turn, divided).share()
+    sharing = _Sharing(model, weights, dtype, device, turn, divided, vllm_config)
+    packed = sharing.share()
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
     model.requires_grad_(False)
     _check_shared(model, weights)
-    return ServedModel(model, "packed" if packed else "dense", packed, hf_config, heads)
+    return ServedModel(model, "packed" if packed else "dense", packed, hf_config, heads, tuple(sharing.blocks))
 
 
 def skeleton(hf_config: Any, dtype: torch.dtype) -> Any:
@@ -138,9 +148,11 @@ class _Sharing:
         device: torch.device,
         turn: AbstractContextManager[Any],
         divided: DividedHeads | None,
+        vllm_config: Any,
     ):
         self._model, self._weights, self._dtype, self._device, self._turn = model, weights, dtype, device, turn
-        self._divided = divided
+        self._divided, self._vllm_config = divided, vllm_config
+        self.blocks: list[PackedBlock] = []
         # By the id of the skeleton's parameter: tied weights are one parameter. That parameter is kept alive, so that its id stays unique.
         self._made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
         self._products: dict[int, SharedProduct] = {}
@@ -149,9 +161,16 @@ class _Sharing:
     def share(self) -> tuple[str, ...]:
         """Share all weights. Returns the names of the layers that call vLLM's modules."""
         packed: list[str] = []
-        head = self._model.get_output_embeddings()
+        head, replaced = self._model.get_output_embeddings(), list[str]()
         for name, module in list(self._model.named_modules()):
-            if self._divided is not None and isinstance(module, nn.Embedding):
+            if any(name.startswith(f"{block}.") for block in replaced):
+                continue
+            if (block := self._packed_block(module, name)) is not None:
+                self._replace(name, block)
+                self.blocks.append(block)
+                replaced.append(name)
+                packed.append(name)
+            elif self._divided is not None and isinstance(module, nn.Embedding):
                 self._replace(name, self._divided_embedding(module, name, self._divided))
             elif self._divided is not None and module is head:
                 made = self._divided_head(module, name, self._divided)
@@ -168,6 +187,20 @@ class _Sharing:
     def _replace(self, name: str, made: nn.Module) -> None:
         parent, _, leaf = name.rpartition(".")
         setattr(self._model.get_submodule(parent), leaf, made)
+
+    def _packed_block(self, module: nn.Module, name: str) -> PackedBlock | None:
+        """vLLM's block in place of a mixture of experts whose weights can't be viewed; None for any other module."""
+        experts = getattr(module, "experts", None)
+        if not isinstance(experts, nn.Module) or (theirs := self._weights.experts_of(name)) is None:
+            return None
+        transposed = bool(getattr(experts, "is_transposed", False))
+        views = (
+            self._weights.view(f"{name}.experts.{leaf}", p.shape, p.dtype, transposed=transposed)
+            for leaf, p in experts.named_parameters()
+        )
+        if self._vllm_config is None or all(view is not None for view in views):
+            return None
+        return PackedBlock(theirs, module, self._vllm_config)
 
     def _divided_embedding(self, module: nn.Embedding, name: str, divided: DividedHeads) -> DividedEmbedding:
         theirs = self._weights.embedding(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from cachetune_rag.errors import CacheTuneError
 from cachetune_rag.model.heads import ALL_HEADS, Heads
 from cachetune_rag.runtime import Runtime
 from cachetune_store import StoreError
-from cachetune_vllm.divided_heads import DividedHeads
+from cachetune_vllm.divided_heads import DividedHeads, HeadsInTurns
 from cachetune_vllm.divided_layers import kv_heads_of
 from cachetune_vllm.engines import Engines
 from cachetune_vllm.logs import logger
@@ -96,7 +96,7 @@ def start_worker(config: VllmConfig, settings: ServerSettings) -> Started:
     pages = Pages(layers, config.cache_config.block_size)
     # As much as a step with a prompt computes in vLLM. Two of a layer's results are added up.
     turn = 2 * config.scheduler_config.max_num_batched_tokens * len(layers)
-    worker = ReuseWorker(engines.of, pages, engine.adapter.device, heads, pace_of(served, turn))
+    worker = ReuseWorker(engines.of, pages, engine.adapter.device, served.heads, pace_of(served, turn))
     return Started(hello, worker, engines)
 
 
@@ -114,7 +114,12 @@ def _served(config: VllmConfig, hf_config: Any, heads: Heads) -> tuple[list[nn.M
     layers = attention_layers(config.compilation_config.static_forward_context)
     around = model_around(layers)
     weight = next(around.parameters())
-    return layers, around, served_model(around, hf_config, config.model_config.dtype, weight.device, heads)
+    served = served_model(around, hf_config, config.model_config.dtype, weight.device, heads, config)
+    if served.blocks and not heads.shared:
+        served = replace(served, heads=(turned := HeadsInTurns()))
+        for block in served.blocks:
+            block.spend = turned.turns.spend
+    return layers, around, served
 
 
 def tokens_that_fit(free: int, row_bytes: int) -> int:

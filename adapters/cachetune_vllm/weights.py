@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cachetune_rag.errors import UnsupportedModelError
+from cachetune_vllm.packed_block import has_experts
 
 _JOINED: Mapping[str, Sequence[str]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -114,6 +115,14 @@ class VLLMWeights:
                     return Place(module, sum(sizes[:number]), rows, is_head=False)
         raise UnsupportedModelError(self.refusal(name, f"a linear layer of {rows} output features"))
 
+    def experts_of(self, name: str) -> nn.Module | None:
+        """vLLM's module of that name, if it holds experts."""
+        for candidate in self._names(name):
+            module = self._modules.get(candidate)
+            if module is not None and has_experts(module):
+                return module
+        return None
+
     def embedding(self, name: str) -> Any:
         """vLLM's embedding of that name, which may hold a part of the vocabulary.
 
@@ -157,12 +166,6 @@ class VLLMWeights:
 
     def refusal(self, name: str, wanted: str) -> str:
         """Why reuse can't share vLLM's weights, for a message."""
-        if any(type(module).__name__ in ("FusedMoE", "MoERunner") for module in self._modules.values()):
-            return (
-                f"{self.architecture} is a mixture of experts, and vLLM keeps {name} in a form of its own (packed or quantised): "
-                "transformers' model can't view it, and vLLM's expert layers can't be called outside of vLLM's own forward. Reuse inside "
-                "vLLM serves mixtures of experts whose weights vLLM keeps as they are."
-            )
         tensors = {n: t for n in self._names(name) if (t := self._tensors.get(n)) is not None}
         found = [f"{n} {tuple(t.shape)} {t.dtype}" for n, t in tensors.items()]
         return (
@@ -175,6 +178,8 @@ class VLLMWeights:
         """Names that vLLM may have for a module or tensor of transformers' model."""
         yield name
         parent, _, leaf = name.rpartition(".")
+        if leaf == "mlp":
+            yield f"{parent}.block_sparse_moe"  # Mixtral's name for it
         if ".mlp." in name:
             yield from self._names(name.replace(".mlp.", ".block_sparse_moe."))  # Mixtral's name for it
         if parent.endswith(".experts"):

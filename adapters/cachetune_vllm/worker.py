@@ -153,7 +153,7 @@ class ReuseWorker:
         self._pace.end()
         self._jobs.put(None)
         if self._thread is not None:
-            self._thread.join(None if not self._heads.shared else CLOSE_WAIT)
+            self._thread.join(CLOSE_WAIT if self._heads.shared else None)
 
     # -- the thread ----------------------------------------------------------------------------------------------
 
@@ -217,8 +217,10 @@ class ReuseWorker:
     def _told(self, engine: Runtime, request: Request, state: PrefillState) -> dict[str, Any]:
         """Tell the engine's listeners, which have missed chunks stored, and return the report as a response shows it."""
         missed = len(state.missed)
-        if self._heads.shared:
-            state = replace(state, missed=())  # no worker could compute and store the rows of all heads alone
+        if self._heads.in_turns:
+            state = replace(
+                state, missed=()
+            )  # what stores them runs the model whenever there is time, and not in turns
         engine.executor.prefilled(request, state.report)
         end = engine.executor.finish(Finished(request, state, state.report, None, state.report.ttft))
         said = end.report.as_dict()

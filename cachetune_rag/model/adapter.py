@@ -137,7 +137,7 @@ class ModelAdapter:
             self._probe.gains,
             self._opened.turns,
             self.device,
-            graphs=not self.heads.shared,  # peers add up between the layers, in a way that no graph replays
+            graphs=not self.heads.in_turns,  # between layers there is more to do than a graph replays
         )
 
     # -- precompute -----------------------------------------------------------------------------------------------

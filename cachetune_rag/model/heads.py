@@ -38,6 +38,8 @@ class Heads:
 
     shared = False
     """Whether other processes have some of the heads."""
+    in_turns = False
+    """Whether `computing` waits for somebody else's turn to end, and keeps others waiting: disks are to be waited for before."""
 
     def stored(self, spec: LayerSpec) -> LayerSpec:
         """The shape of a layer's rows as chunks store them, of all heads; `spec` is its shape in this process."""

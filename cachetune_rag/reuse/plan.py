@@ -110,7 +110,7 @@ class Planner:
             buffers, kept = memory.take(ids_of(prompt).numpy(), exact, room)
             loader = self._loaders.make(sources, buffers)
             stack.callback(loader.close)
-            if looks and heads.shared:
+            if looks and heads.in_turns:
                 loader.settle()
             return buffers, kept, loader
 

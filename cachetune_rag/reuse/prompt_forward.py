@@ -63,7 +63,7 @@ class PromptForward:
         def prepare() -> None:
             loader.set_sources(sources)
             loader.sources_are_final(disk_free)
-            if heads.shared:
+            if heads.in_turns:
                 loader.settle()
 
         heads.together(prepare, CANT_READ)

@@ -51,7 +51,7 @@ class Meeting:
 class Half(Heads):
     """Half of the heads, in a thread."""
 
-    shared = True
+    shared = in_turns = True
 
     def __init__(self, number: int, kv_heads: int, meetings: dict[str, Meeting]):
         self.number, self._kv_heads, self._meetings = number, kv_heads, meetings
