@@ -1,4 +1,4 @@
-"""Taking turns with vLLM's steps, where a model is divided among processes.
+"""Taking turns with vLLM's steps, where prompts can't be put together beside them: above all where a model is divided among processes.
 
 Such a model's layers are added up over the processes ("peers") by collective calls, and peers have to make these in the same order:
 two of them that wait for each other in different calls wait for ever, and calls of two communicators that run at the same time may do so
@@ -11,6 +11,9 @@ the turn, it makes collective calls on vLLM's own stream through vLLM's own comm
 every peer, and nothing can be waited for that comes behind it. The thread gives the turn back when its work is done, or when it has
 computed as much as a step of chunked prefill may, so that running requests don't wait longer for their next token than in any other step with
 a prompt. Disks are waited for outside of turns.
+
+A model with mixtures of experts that are vLLM's own (`packed_block.py`) takes turns as well, because vLLM's modules for these can't be called
+while vLLM runs a forward; such a process may be its own only peer.
 
 An error in the middle of a turn, on some peers but not on all, leaves them out of step. Then vLLM's thread raises, which ends the server, as an
 error in vLLM's own forward does.
