@@ -23,13 +23,13 @@ def corpus() -> Corpus:
 
 
 def test_killed_processes_lose_nothing(tmp_path: Path, corpus: Corpus) -> None:
-    outcome = soak_crashes.run(tmp_path, kills=6, seed=3, corpus=corpus)
+    outcome = soak_crashes.run(tmp_path, kills=4, seed=3, corpus=corpus)
     assert outcome.problems == []
-    assert outcome.figures["kills"] >= 6
+    assert outcome.figures["kills"] >= 4
 
 
 def test_random_damage_is_noticed_before_use(tmp_path: Path, corpus: Corpus) -> None:
-    outcome = soak_damage.run(tmp_path, examples=25, corpus=corpus)
+    outcome = soak_damage.run(tmp_path, examples=15, corpus=corpus)
     assert outcome.problems == []
     assert outcome.figures["files set aside"] > 0
 
@@ -41,7 +41,7 @@ def test_a_failing_disk_gives_no_wrong_answer_and_no_hang(tmp_path: Path, corpus
 
 
 def test_memory_and_files_stay_flat(tmp_path: Path, corpus: Corpus) -> None:
-    outcome = soak_bounds.run(tmp_path, requests=60, budget_mib=2, corpus=corpus)
+    outcome = soak_bounds.run(tmp_path, requests=40, budget_mib=2, corpus=corpus)
     assert outcome.problems == []
     assert outcome.figures["pinned at the end"] == 0
 
@@ -53,7 +53,7 @@ def test_engines_on_one_model_and_the_program_that_owns_it(tmp_path: Path) -> No
 
 
 def test_processes_and_threads_on_a_store_far_too_small(tmp_path: Path) -> None:
-    outcome = soak_load.run(tmp_path, seconds=3, processes=2, threads=2, corpus=Corpus(prompts=8, length=30))
+    outcome = soak_load.run(tmp_path, seconds=2, processes=2, threads=2, corpus=Corpus(prompts=6, length=30))
     assert outcome.problems == []
     assert outcome.figures["answers"] > 0
 
@@ -65,13 +65,13 @@ def test_forks_at_any_moment_are_refused_at_once_and_harm_nobody(tmp_path: Path,
 
 
 def test_planted_files_neither_block_nor_are_followed(tmp_path: Path, corpus: Corpus) -> None:
-    outcome = soak_planted.run(tmp_path, rounds=8, corpus=corpus)
+    outcome = soak_planted.run(tmp_path, rounds=5, corpus=corpus)
     assert outcome.problems == []
 
 
 def test_cancelling_leaves_nothing_behind(tmp_path: Path, corpus: Corpus) -> None:
     pytest.importorskip("llama_index.core")
     pytest.importorskip("langchain_core")
-    outcome = soak_cancel.run(tmp_path, interrupts=24, cancels=1, corpus=corpus)
+    outcome = soak_cancel.run(tmp_path, interrupts=14, cancels=1, corpus=corpus)
     assert outcome.problems == []
     assert outcome.figures["interrupts"] > 0
