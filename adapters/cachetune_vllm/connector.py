@@ -20,7 +20,7 @@ from cachetune_vllm.engines import Engines
 from cachetune_vllm.logs import logger
 from cachetune_vllm.messages import FromWorker, Hello, ToWorkers
 from cachetune_vllm.metrics import ReuseMetrics, ReuseStats
-from cachetune_vllm.recognition import Recognition
+from cachetune_vllm.recognition import Recognition, nothing_found
 from cachetune_vllm.scheduler import ReuseScheduler
 from cachetune_vllm.settings import ServerSettings
 from cachetune_vllm.start import Started, start_worker, tokenizer_of
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -50,6 +51,7 @@ class CacheTuneConnector(KVConnectorBase_V1):
         self._scheduler: ReuseScheduler | None = None
         self._recognition: Recognition | None = None
         self._started: Started | None = None
+        self._pool: BlockPool | None = None
         if role == KVConnectorRole.SCHEDULER:
             # If reuse fails (a damaged chunk, a disk that is gone), vLLM is to compute the prompt; by default it would fail the request.
             # vLLM reads this setting right after it has made the connector.
@@ -61,12 +63,21 @@ class CacheTuneConnector(KVConnectorBase_V1):
         """Called when the workers are ready. They say which model they have, or why nothing is reused."""
         hello = metadata[min(metadata)]
         assert isinstance(hello, Hello)
+        recognise = nothing_found
         if hello.refusal is not None:
             _log.warning("no chunks are reused by this server: %s", hello.refusal)
-            return
-        block_size = self._config.cache_config.block_size
-        self._recognition = Recognition(self._settings, hello, tokenizer_of(self._config))
-        self._scheduler = ReuseScheduler(self._settings, block_size, self._recognition.find, hello.most_tokens)
+        else:
+            self._recognition = Recognition(self._settings, hello, tokenizer_of(self._config))
+            recognise = self._recognition.find
+        self._scheduler = ReuseScheduler(self._settings, hello, self._config.cache_config.block_size, recognise)
+        if self._pool is not None:
+            self._scheduler.pages.bind(self._pool)
+
+    def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
+        """See the base class."""
+        self._pool = gpu_block_pool
+        if self._scheduler is not None:
+            self._scheduler.pages.bind(gpu_block_pool)
 
     def on_new_request(self, request: Request) -> None:
         """See the base class."""
@@ -175,6 +186,11 @@ class CacheTuneConnector(KVConnectorBase_V1):
     def engines(self) -> Engines | None:
         """What a worker works with; None on the scheduler's side, and where nothing is reused."""
         return None if self._started is None else self._started.engines
+
+    @property
+    def recognition(self) -> Recognition | None:
+        """What the scheduler's side finds chunks with; None on workers, and where nothing is reused."""
+        return self._recognition
 
     @property
     def _worker(self) -> ReuseWorker | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from typing import Any
 
 from cachetune_rag.measuring.profiles import Profiles
@@ -10,11 +11,11 @@ from cachetune_rag.runtime import Runtime
 from cachetune_store import ChunkStore
 from cachetune_vllm.served_fingerprint import served_fingerprint
 from cachetune_vllm.served_model import ServedModel
-from cachetune_vllm.settings import ServerSettings
+from cachetune_vllm.settings import TENANTS, ServerSettings
 
 
 class Engines:
-    """Engines of one worker, all on one model and one open store.
+    """Engines of one worker, all on one model and one open store. They are asked for by one thread, and used only until it asks again.
 
     Args:
         served: transformers' layers over vLLM's weights.
@@ -27,7 +28,7 @@ class Engines:
         self._served, self._tokenizer, self._settings = served, tokenizer, settings
         self._model_config = model_config
         self._lock = threading.Lock()
-        self._engines: dict[str, Runtime] = {}
+        self._engines: OrderedDict[str, Runtime] = OrderedDict()
         # Before an engine tries the model: workers that share it have to reach that together.
         self.store, self._fingerprint = served.heads.together(self._opened)
         try:
@@ -58,6 +59,7 @@ class Engines:
         with self._lock:
             engine = self._engines.get(tenant)
             if engine is None:
+                self._make_room()
                 engine = self._engines[tenant] = Runtime(
                     self._served.model,
                     self._tokenizer,
@@ -68,12 +70,23 @@ class Engines:
                     lead_in=self._settings.lead_in,
                     read_timeout=self._settings.read_timeout,
                 )
+            self._engines.move_to_end(tenant)
             return engine
+
+    def _make_room(self) -> None:
+        """Close engines so that there is room for one more: those whose last request is oldest, but not one that has chunks to store."""
+        for tenant, engine in list(self._engines.items()):
+            if len(self._engines) < TENANTS:
+                return
+            if tenant != self._settings.tenant and not engine.backfill.waiting:
+                del self._engines[tenant]
+                engine.close()
 
     def close(self) -> None:
         """Close them all, and the store."""
         with self._lock:
-            engines, self._engines = list(self._engines.values()), {}
+            engines = list(self._engines.values())
+            self._engines.clear()
         for engine in engines:
             engine.close()
         self.store.close()

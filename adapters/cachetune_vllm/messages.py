@@ -14,6 +14,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from cachetune_rag.reuse.config import AUTO
+from cachetune_rag.reuse.worth import LEAST_SPARED
 from cachetune_rag.text.prompts.segments import Prompt
 from cachetune_store import Namespace
 
@@ -29,6 +31,8 @@ class Hello(KVConnectorHandshakeMetadata):
         vocabulary: token ids are below this.
         max_positions: the most tokens that the model reads; None: no limit.
         most_tokens: the longest prompt that can be put together in the memory that vLLM leaves free; None: no bound.
+        ratio: what "auto" stands for.
+        least_reused: prompts for which reuse would save fewer tokens are read as fast without it on the worker's device.
         refusal: why nothing is reused; None if prompts are.
     """
 
@@ -38,6 +42,8 @@ class Hello(KVConnectorHandshakeMetadata):
     vocabulary: int = 0
     max_positions: int | None = None
     most_tokens: int | None = None
+    ratio: float = AUTO.ratio
+    least_reused: int = LEAST_SPARED
     refusal: str | None = None
 
 
@@ -52,6 +58,7 @@ class Load:
         tenant: whose chunks may be used.
         blocks: numbers of the request's pages, in order.
         start, end: the tokens [start, end) are written; those before `start` are in vLLM's cache already.
+        exact: so many of the first tokens are in vLLM's cache as vLLM computes them, without reuse.
     """
 
     request_id: str
@@ -62,6 +69,24 @@ class Load:
     blocks: tuple[int, ...]
     start: int
     end: int
+    exact: int = 0
+
+
+@dataclass(frozen=True)
+class Missed:
+    """Chunks that a request names and the store lacks, while the request is left to vLLM: they are stored when there is time.
+
+    Attributes:
+        request_id: vLLM's name of the request.
+        prompt: the prompt, with its chunks.
+        chunks: numbers of the missed ones.
+        tenant: whose chunks they become.
+    """
+
+    request_id: str
+    prompt: Prompt
+    chunks: tuple[int, ...]
+    tenant: str
 
 
 @dataclass(frozen=True)
@@ -70,22 +95,30 @@ class ToWorkers(KVConnectorMetadata):
 
     Attributes:
         loads: prompts to put together from now on.
+        missed: chunks to store.
         given_up: requests that ended while their prompt was being put together.
         idle: vLLM has nothing to compute in this step.
     """
 
     loads: tuple[Load, ...] = ()
+    missed: tuple[Missed, ...] = ()
     given_up: frozenset[str] = frozenset()
     idle: bool = False
 
 
 @dataclass
 class FromWorker(KVConnectorWorkerMetadata):
-    """Reports of the prompts that were put together, or failed, since the last step: by request id, fields that fit into JSON."""
+    """What workers have done since the last step.
+
+    Attributes:
+        reports: of the prompts that were put together, or left alone: by request id, fields that fit into JSON.
+        storing: of the requests in `ToWorkers.missed`: by request id, how many chunks will be stored, and how many not.
+    """
 
     reports: dict[str, dict[str, Any]] = field(default_factory=dict)
+    storing: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """Keep one report a prompt, the first worker's: workers that share a model's heads put the same prompts together."""
         assert isinstance(other, FromWorker)
-        return FromWorker({**other.reports, **self.reports})
+        return FromWorker({**other.reports, **self.reports}, {**other.storing, **self.storing})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from prometheus_client import Counter, Histogram
@@ -41,9 +42,17 @@ class ReuseStats(KVConnectorStats):
             self.add(f"bytes:{tier}", amount)
         self.data.setdefault("seconds", []).append(report.get("ttft", 0.0))
 
-    def add_left(self, reason: str) -> None:
-        """Count a request that was left to vLLM."""
+    def add_left(self, reason: str, report: Mapping[str, Any] = MappingProxyType({})) -> None:
+        """Count a request that was left to vLLM, and the chunks that its report names."""
         self.add(f"left:{reason}")
+        for name in ("missed", *_CHUNKS):
+            if report.get(name):
+                self.add(name, report[name])
+
+    def add_storing(self, storing: Mapping[str, int]) -> None:
+        """Count chunks that a request has missed: those that will be stored, and the others."""
+        for name, count in storing.items():
+            self.add(name, count)
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
         """Both together."""
@@ -78,6 +87,10 @@ class ReuseMetrics(KVConnectorPromMetrics):
 
         self._requests = count("requests", "Requests whose prompt was put together with reused chunks.")
         self._left = count("requests_left", "Requests that were left to vLLM, by reason.", "reason")
+        self._cut_short = count(
+            "prompts_cut_short",
+            "Prompts of which not every place was searched for chunks, because that would take too long.",
+        )
         self._tokens = count("chunk_tokens", "Tokens of chunks: reused, recomputed or missed.", "kind")
         self._chunks = count(
             "chunks", "Chunks that were computed although they are or will be stored, by reason.", "kind"
@@ -100,6 +113,8 @@ class ReuseMetrics(KVConnectorPromMetrics):
                     self._seconds.labels(*labels).observe(seconds)
             elif name == "requests":
                 self._requests.labels(*labels).inc(amount)
+            elif name == "cut_short":
+                self._cut_short.labels(*labels).inc(amount)
             elif kind == "left":
                 self._left.labels(*labels, which).inc(amount)
             elif kind == "bytes":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,10 @@ from transformers.cache_utils import Cache
 from cachetune_rag.model import KVBuffers
 from cachetune_rag.reuse.memory import Ids, KVMemory
 from cachetune_rag.reuse.prefix_cache import KeptRows
+from cachetune_vllm.messages import Load
+
+View = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+"""Keys and values in a layer's pages, each [pages, tokens in a page, kv_heads, head_dim], given the pages and the keys' head_dim."""
 
 
 class Pages:
@@ -20,10 +24,15 @@ class Pages:
     Args:
         layers: vLLM's attention layers, in the model's order.
         block_size: tokens in a page.
+
+    Attributes:
+        readable: whether `read` may be called.
     """
 
     def __init__(self, layers: Sequence[nn.Module], block_size: int):
         self._layers, self.block_size = list(layers), block_size
+        self.readable = False
+        self._views: list[View] = []
 
     def slots(self, blocks: Sequence[int], start: int, end: int) -> Tensor:
         """Where tokens [start, end) of a request with these pages stand; int64 [end - start]."""
@@ -34,41 +43,80 @@ class Pages:
         """Write rows, [tokens, kv_heads, head_dim], to slots, by the method that the attention layer writes its own rows with: this
         method knows the pages' layout and number format."""
         attention: Any = self._layers[layer]
-        cache = attention.kv_cache
-        if isinstance(cache, list | tuple):  # one for each virtual engine, of which there is one
-            cache = cache[0]
-        attention.impl.do_kv_cache_update(attention, keys, values, cache, slots)
+        attention.impl.do_kv_cache_update(attention, keys, values, self._pages_of(layer), slots)
+
+    def read(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Copy the rows at these slots to `keys` and `values`, [tokens, kv_heads, head_dim]."""
+        pages, offsets = slots // self.block_size, slots % self.block_size
+        for rows, there in zip((keys, values), self._views[layer](self._pages_of(layer), keys.shape[-1]), strict=True):
+            rows.copy_(there[pages, offsets])
+
+    def learn_to_read(self, like: KVBuffers) -> bool:
+        """Find out how rows lie in the pages, and whether they can be read: write some to page 0, which vLLM gives to no request, and look
+        where they are.
+
+        How rows lie there differs between attention kernels and releases of vLLM. Pages that hold other numbers than were written
+        (8-bit ones, say) can't be read.
+
+        Args:
+            like: buffers of the model, of as many rows as a page has tokens at most.
+        """
+        slots = torch.arange(like.length, device=like.device)
+        views = []
+        for layer in range(len(self._layers)):
+            keys, values = (_numbers(rows[layer]) for rows in (like.key_rows, like.value_rows))
+            self.write(layer, keys, values, slots)
+            fitting = [view for view in _VIEWS if _holds(view, self._pages_of(layer), keys, values)]
+            if len(fitting) != 1:
+                return False
+            views += fitting
+        self._views = views
+        return True
+
+    def _pages_of(self, layer: int) -> Tensor:
+        attention: Any = self._layers[layer]
+        pages: Tensor | Sequence[Tensor] = attention.kv_cache
+        # One for each virtual engine, of which there is one.
+        return pages if isinstance(pages, Tensor) else pages[0]
 
 
 class PagedMemory:
     """A prompt's rows, put together in buffers of the engine's and written to vLLM's pages as soon as a layer is final.
 
     Args:
-        inner: gives the buffers, and keeps the beginnings of prompts.
+        inner: gives the buffers, and keeps the beginnings of prompts that vLLM's pages don't have.
         pages: where finished layers go.
-        blocks: the request's pages.
-        start, end: the rows that are written.
+        load: the request's pages, and which rows are written there.
     """
 
-    def __init__(self, inner: KVMemory, pages: Pages, blocks: Sequence[int], start: int, end: int):
-        self._inner, self._pages, self._blocks, self._start, self._end = inner, pages, blocks, start, end
+    def __init__(self, inner: KVMemory, pages: Pages, load: Load):
+        self._inner, self._pages, self._load = inner, pages, load
         self._slots: Tensor | None = None
 
     def take(self, ids: Ids, exact: int, room: int) -> tuple[KVBuffers, int]:
         """See `KVMemory`."""
+        load = self._load
         buffers, kept = self._inner.take(ids, exact, room)
-        self._slots = self._pages.slots(self._blocks, self._start, self._end).to(buffers.device)
-        return buffers, kept
+        self._slots = self._pages.slots(load.blocks, load.start, load.end).to(buffers.device)
+        there = min(load.exact, exact)
+        if not self._pages.readable or there <= kept:
+            return buffers, kept
+        slots = self._pages.slots(load.blocks, kept, there).to(buffers.device)
+        for layer, (keys, values) in enumerate(zip(buffers.key_rows, buffers.value_rows, strict=True)):
+            self._pages.read(layer, slots, keys[kept:there], values[kept:there])
+        return buffers, there
 
     def layer_ready(self, buffers: KVBuffers, layer: int) -> None:
         """See `KVMemory`."""
+        load = self._load
         assert self._slots is not None  # `take` was called
-        keys, values = (rows[layer][self._start : self._end] for rows in (buffers.key_rows, buffers.value_rows))
+        keys, values = (rows[layer][load.start : load.end] for rows in (buffers.key_rows, buffers.value_rows))
         self._pages.write(layer, keys, values, self._slots)
 
     def keep(self, ids: Ids, exact: int, buffers: KVBuffers | None, cache: Cache) -> None:
-        """See `KVMemory`."""
-        self._inner.keep(ids, exact, buffers, cache)
+        """See `KVMemory`. Where vLLM's pages can be read, its prefix cache keeps the beginning, and no memory is spent on a copy."""
+        if not self._pages.readable:
+            self._inner.keep(ids, exact, buffers, cache)
 
     def beginning(self, ids: Ids) -> KeptRows | None:
         """See `KVMemory`."""
@@ -77,3 +125,47 @@ class PagedMemory:
     def forget(self) -> None:
         """See `KVMemory`."""
         self._inner.forget()
+
+
+def _side_by_side(pages: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """[pages, kv_heads, tokens, 2 * head_dim]: a token's values follow its keys (vLLM's kernels for GPUs)."""
+    by_token = pages.transpose(1, 2)
+    return by_token[..., :head_dim], by_token[..., head_dim:]
+
+
+def _halves(pages: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """The same shape, but a page's values follow all of its keys (vLLM's kernels for CPUs)."""
+    count, heads, tokens, _ = pages.shape
+    keys, values = pages.view(count, heads, 2, tokens, head_dim).unbind(2)
+    return keys.transpose(1, 2), values.transpose(1, 2)
+
+
+def _halves_by_channel(pages: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """As `_halves`, with a page's keys channel by channel."""
+    count, heads, tokens, _ = pages.shape
+    halves = pages.view(count, heads, 2, tokens * head_dim)
+    keys = halves[:, :, 0].view(count, heads, head_dim, tokens)
+    return keys.permute(0, 3, 1, 2), halves[:, :, 1].view(count, heads, tokens, head_dim).transpose(1, 2)
+
+
+_VIEWS: tuple[View, ...] = (_side_by_side, _halves, _halves_by_channel)
+
+
+def _numbers(like: Tensor) -> Tensor:
+    """Numbers of the shape and type of `like`, different enough that no other layout shows the same."""
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(like.numel())).to(like)
+
+
+def _holds(view: View, pages: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether the rows that were written to page 0 are found there by `view`."""
+    try:
+        shown = view(pages[:1], keys.shape[-1])
+    except RuntimeError:  # the pages have no such shape
+        return False
+    wanted = (keys, values)
+    return all(
+        there.dtype == rows.dtype
+        and there[0, : len(rows)].shape == rows.shape
+        and torch.equal(there[0, : len(rows)], rows)
+        for there, rows in zip(shown, wanted, strict=True)
+    )

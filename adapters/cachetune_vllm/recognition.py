@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cachetune_rag.chunks.id_recognition import StoreIdRecognizer
@@ -18,16 +18,33 @@ from cachetune_rag.text.tokenizer import private_copy
 from cachetune_store import ChunkStore
 from cachetune_vllm.logs import logger
 from cachetune_vllm.messages import Hello
-from cachetune_vllm.settings import RequestSettings, ServerSettings
+from cachetune_vllm.settings import TENANTS, RequestSettings, ServerSettings
 from cachetune_vllm.stored import why_unusable
 
 START_PATIENCE = 30.0
 """Seconds that a starting server waits until all chunks of its store are known. If that takes longer, it begins with those it knows."""
-TENANTS = 64
-"""Tenants whose chunks are followed at the same time; beyond that, the one whose last request is oldest is dropped, and
-its chunks are read anew at its next request."""
 
 _log = logger(__name__)
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """What was found in a prompt's token ids.
+
+    Attributes:
+        prompt: the prompt, with its chunks; None if it has none.
+        missing: numbers of the chunks that the request names and the store lacks, as far as the store's chunks are known.
+        cut_short: not every place of the prompt was looked at, because that would have taken too long.
+    """
+
+    prompt: Prompt | None
+    missing: frozenset[int] = frozenset()
+    cut_short: bool = False
+
+
+def nothing_found(ids: Sequence[int], settings: RequestSettings) -> Recognised:
+    """What a server finds that reuses nothing."""
+    return Recognised(None)
 
 
 class Recognition:
@@ -46,9 +63,8 @@ class Recognition:
         # Only the store's texts are read here; the workers read the chunks' rows.
         self._store = ChunkStore(settings.store, host_budget=0, disk_budget=settings.disk_budget)
         self._tenants: OrderedDict[str, StoreIdRecognizer] = OrderedDict()
-        recognizer = self._of(settings.tenant)
-        caught_up = recognizer.catch_up(START_PATIENCE)
-        known = recognizer.known
+        caught_up = self.catch_up(START_PATIENCE)
+        known = self._of(settings.tenant).known
         if not caught_up:
             _log.warning("%d chunks of the store are known, and %d still to be read", known.chunks, known.waiting)
         elif known.chunks:
@@ -57,16 +73,27 @@ class Recognition:
             wanted = self._lead_ins(settings.tenant).namespace
             _log.warning("no chunk in %s can be reused: %s", self._store.path, why_unusable(self._store, wanted))
 
-    def find(self, ids: Sequence[int], settings: RequestSettings) -> Prompt | None:
-        """A prompt with the chunks that stand in it; None if there are none."""
-        spans = self._of(settings.tenant).find(ids)
+    def find(self, ids: Sequence[int], settings: RequestSettings) -> Recognised:
+        """The chunks that stand in a prompt: stored ones, and those that the request names."""
+        recognizer = self._of(settings.tenant)
+        before = recognizer.cut_short
+        spans = recognizer.find(ids)
+        cut_short = recognizer.cut_short > before
         texts: dict[Hashable, str] = {}
+        missing: frozenset[int] = frozenset()
         if settings.chunks is not None:
             named = find_named(settings.chunks, ids, self._prompts.encode, self._spelling)
             spans = joined(named.spans, spans)
             if self._settings.store_missed:
                 texts = dict(enumerate(settings.chunks))
-        return prompt_of_ids(ids, spans, texts) if spans else None
+            # Chunks of a store that has not been read to its end may be stored: then the worker finds out.
+            if recognizer.known.complete:
+                missing = frozenset(n for n, span in enumerate(spans) if not recognizer.knows(span.chunk_ids(ids)))
+        return Recognised(prompt_of_ids(ids, spans, texts) if spans else None, missing, cut_short)
+
+    def catch_up(self, seconds: float) -> bool:
+        """Wait until all chunks are known that the store has for the server's own tenant; False if that takes longer."""
+        return self._of(self._settings.tenant).catch_up(seconds)
 
     def close(self) -> None:
         """End what follows the store, and close it."""
@@ -84,7 +111,7 @@ class Recognition:
                 self._store, lambda: (lead_ins.namespace,), self._prompts.encode_many, self._spelling
             )
             self._tenants[name] = recognizer
-            if len(self._tenants) > TENANTS:
+            if len(self._tenants) > TENANTS:  # the chunks of the oldest are read anew at its next request
                 self._tenants.popitem(last=False)[1].close()
         self._tenants.move_to_end(name)
         return recognizer

@@ -6,48 +6,55 @@ Nothing here touches the model. vLLM calls it from the loop that plans each step
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from cachetune_rag.text.prompts.segments import Prompt
+from cachetune_rag.reuse.worth import stored_tokens
+from cachetune_rag.text.recognising.id_spans import without_beginning
 from cachetune_vllm.beam_search import is_beam
 from cachetune_vllm.logs import logger
-from cachetune_vllm.messages import FromWorker, Load, ToWorkers
+from cachetune_vllm.messages import FromWorker, Hello, Load, Missed, ToWorkers
 from cachetune_vllm.metrics import ReuseStats
+from cachetune_vllm.page_hashes import CachedPages, salt_hashes, salt_of
+from cachetune_vllm.reasons import Left
+from cachetune_vllm.recognition import Recognised
 from cachetune_vllm.settings import REQUEST_KEY, RequestSettings, RequestSettingsError, ServerSettings
+from cachetune_vllm.worthwhile import Worthwhile
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 _log = logger(__name__)
 
-Recognise = Callable[[Sequence[int], RequestSettings], Prompt | None]
-"""Finds a request's chunks in its token ids; None where there are none."""
+Recognise = Callable[[Sequence[int], RequestSettings], Recognised]
+"""Finds a request's chunks in its token ids."""
 
 
 @dataclass(eq=False)
 class _Reusing:
-    """A request that reuses chunks, from its arrival to its end.
+    """A request that has stored chunks, from its arrival to its end.
 
     Attributes:
         request: vLLM's own object.
-        prompt: its prompt, with the chunks that were found.
+        found: its prompt, with the chunks that were found.
         settings: its settings.
+        asked: whether the request gave settings, so that its response has a report whatever becomes of it.
+        salted: whether its pages have hashes of their own: it was decided that it reuses its chunks.
+        exact: how many of its first tokens are computed without reuse, so that their pages keep their hashes.
         loading: whether its prompt is being put together.
-        failed: whether putting it together failed, so that vLLM computes the prompt.
+        alone: whether vLLM computes the prompt in the end, because putting it together came to nothing.
         report: its report, once there is one.
     """
 
     request: Request
-    prompt: Prompt
+    found: Recognised
     settings: RequestSettings
+    asked: bool
+    salted: bool = False
+    exact: int = 0
     loading: bool = False
-    failed: bool = False
+    alone: bool = False
     report: dict[str, Any] = field(default_factory=dict)
 
 
@@ -56,61 +63,50 @@ class ReuseScheduler:
 
     Args:
         settings: the server's.
+        hello: what the workers say of their model.
         block_size: tokens in a page of vLLM's cache.
-        recognise: finds chunks in token ids.
-        most_tokens: prompts with more tokens are left to vLLM, for want of memory; None: no bound.
+        recognise: finds chunks in token ids; not called if the workers refuse their model.
 
     Attributes:
+        pages: which pages vLLM's prefix cache has.
         stats: what was counted since vLLM last asked.
     """
 
-    def __init__(self, settings: ServerSettings, block_size: int, recognise: Recognise, most_tokens: int | None = None):
-        self._settings, self._block_size, self._recognise = settings, block_size, recognise
-        self._most_tokens = most_tokens
+    def __init__(self, settings: ServerSettings, hello: Hello, block_size: int, recognise: Recognise):
+        self._settings, self._hello, self._block_size, self._recognise = settings, hello, block_size, recognise
+        self._worthwhile = Worthwhile(settings, hello)
+        self.pages = CachedPages()
         self._requests: dict[str, _Reusing] = {}
         self._told: dict[str, dict[str, Any]] = {}  # reports for requests that gave settings, but are left to vLLM
         self._loads: list[Load] = []
+        self._missed: list[Missed] = []
         self._given_up: set[str] = set()
         self._loading = 0
         self.stats = ReuseStats()
 
     def arrived(self, request: Request) -> None:
-        """A request came. Where it will reuse chunks, its pages get hashes of their own.
-
-        vLLM finds a page by the hash of all tokens up to its end. A page with reused keys and values must not be found by requests
-        that compute theirs, so from the first page with a token of a chunk on, the hashes also depend on the whole prompt and its
-        settings: only the same prompt at the same settings finds such a page. The pages before it hold what vLLM would compute,
-        and keep their hashes.
-        """
+        """A request came: look for its chunks."""
         given = (request.kv_transfer_params or {}).get(REQUEST_KEY)
+        asked = given is not None
         try:
             settings = RequestSettings.of(given, self._settings)
         except RequestSettingsError as error:
             # A server with the middleware has answered such a request with status 400 already.
             _log.warning("request %s: %s It is answered without reuse.", request.request_id, error)
-            self._leave(request, "settings", given, str(error))
+            self._leave(request, Left.SETTINGS, asked, error=str(error))
             return
-        reason = why_not(request) if settings.reuse else "asked"
+        reason = self._why_not(request, settings)
         if reason is not None:
-            self._leave(request, reason, given)
+            self._leave(request, reason, asked)
             return
         assert request.prompt_token_ids is not None
-        if self._most_tokens is not None and len(request.prompt_token_ids) > self._most_tokens:
-            self._leave(request, "memory", given)
+        found = self._recognise(request.prompt_token_ids, settings)
+        if found.cut_short:
+            self.stats.add("cut_short")
+        if found.prompt is None:
+            self._leave(request, Left.NOTHING_FOUND, asked)
             return
-        if settings.ratio == 1 or settings.selector == "all":
-            self._leave(request, "all recomputed", given)
-            return
-        prompt = self._recognise(request.prompt_token_ids, settings)
-        if prompt is None or not prompt.spans:
-            self._leave(request, "nothing found", given)
-            return
-        if reusable(prompt, 0, _end(request)) < self._settings.least_reused:
-            self._leave(request, "few", given)
-            return
-        self._requests[request.request_id] = _Reusing(request, prompt, settings)
-        first = min(span.start for span in prompt.spans) // self._block_size
-        salt_hashes(request.block_hashes, first, _digest(prompt, settings))
+        self._requests[request.request_id] = _Reusing(request, found, settings, asked)
 
     def matched(self, request: Request, computed: int) -> tuple[int | None, bool]:
         """How many tokens behind the first `computed` ones will be put together, and that this happens between steps.
@@ -118,18 +114,24 @@ class ReuseScheduler:
         None where vLLM should ask again in its next step.
         """
         reusing = self._requests.get(request.request_id)
-        if reusing is None:
+        if reusing is None or reusing.alone:
             return 0, False
-        end = _end(request)
+        if not reusing.salted:
+            if not self._reuses(reusing, computed):
+                return 0, False
+            if self.pages.has(request.block_hashes, computed // self._block_size):
+                return None, False  # the same prompt was put together before: vLLM finds its pages by the new hashes
+        assert reusing.found.prompt is not None
         # After an equal prompt, most pages may be in vLLM's cache. The rest is put together as well, however little it is: otherwise
         # vLLM would compute tokens that are to be reused, and the answer could differ from that to the equal prompt.
-        if reusing.failed or not reusable(reusing.prompt, computed, end):
+        if not stored_tokens(reusing.found.prompt, computed, reusing.found.missing):
             if not reusing.report:
-                reusing.report = {"reused": reusable(reusing.prompt, 0, computed), "left": "same prompt"}
+                reused = stored_tokens(reusing.found.prompt, missing=reusing.found.missing)
+                reusing.report = {"reused": reused, "left": Left.SAME_PROMPT.value}
             return 0, False
         if self._loading >= self._settings.loads_at_once:
             return None, False
-        return end - computed, True
+        return _end(request) - computed, True
 
     def allocated(self, request: Request, blocks: Sequence[int], count: int) -> None:
         """Pages were given to a request; `count` of its tokens are to be put together there (0: none)."""
@@ -137,10 +139,11 @@ class ReuseScheduler:
             return
         reusing = self._requests[request.request_id]
         settings, end = reusing.settings, _end(request)
+        assert reusing.found.prompt is not None
         self._loads.append(
             Load(
-                request.request_id, reusing.prompt, settings.selector, settings.ratio, settings.tenant, tuple(blocks),
-                end - count, end,
+                request.request_id, reusing.found.prompt, settings.selector, settings.ratio, settings.tenant, tuple(blocks),
+                end - count, end, min(reusing.exact, end - count),
             )
         )  # fmt: skip
         reusing.loading = True
@@ -148,23 +151,28 @@ class ReuseScheduler:
 
     def to_workers(self, idle: bool) -> ToWorkers:
         """What the workers are told with this step."""
-        message = ToWorkers(tuple(self._loads), frozenset(self._given_up), idle)
-        self._loads, self._given_up = [], set()
+        message = ToWorkers(tuple(self._loads), tuple(self._missed), frozenset(self._given_up), idle)
+        self._loads, self._missed, self._given_up = [], [], set()
         return message
 
     def reported(self, told: FromWorker) -> None:
-        """Take in the workers' reports of prompts."""
+        """Take in what workers say of prompts."""
         for request_id, report in told.reports.items():
-            if "left" in report:
-                self.stats.add_left(report["left"])
+            left = "left" in report
+            if left:
+                self.stats.add_left(report["left"], report)
             else:
                 self.stats.add_report(report)
             reusing = self._requests.get(request_id)
             if reusing is not None:
                 reusing.report = report
                 # vLLM would ask for the same again, since none of it is computed yet.
-                reusing.failed = "left" in report
+                reusing.alone = left
                 _count_cached(reusing.request, report["reused"])
+        for request_id, storing in told.storing.items():
+            self.stats.add_storing(storing)
+            if request_id in self._told:
+                self._told[request_id] |= storing
 
     def loaded(self, request_ids: Sequence[str] | set[str]) -> None:
         """Prompts are in vLLM's pages, or failed, or were given up: their place is free for others."""
@@ -189,48 +197,89 @@ class ReuseScheduler:
             return None if told is None else {REQUEST_KEY: told}
         if reusing.loading:
             self._given_up.add(request.request_id)
-        if reusing.report.get("left") == "same prompt":
-            self.stats.add_left("same prompt")
+        if reusing.report.get("left") == Left.SAME_PROMPT:
+            self.stats.add_left(Left.SAME_PROMPT)
         return {REQUEST_KEY: reusing.report} if reusing.report else None
 
-    def _leave(self, request: Request, reason: str, asked: object, error: str | None = None) -> None:
-        """Leave a request to vLLM."""
-        self.stats.add_left(reason)
-        if asked is not None:
-            self._told[request.request_id] = {"reused": 0, "left": reason, **({"error": error} if error else {})}
+    # -- decisions -----------------------------------------------------------------------------------------------
+
+    def _why_not(self, request: Request, settings: RequestSettings) -> Left | None:
+        """Why a request is left to vLLM before its chunks are looked for; None if it isn't."""
+        if not settings.reuse:
+            return Left.ASKED
+        if self._hello.refusal is not None:
+            return Left.REFUSED
+        if (reason := why_not(request)) is not None:
+            return reason
+        most = self._hello.most_tokens
+        if most is not None and request.num_prompt_tokens > most:
+            return Left.MEMORY
+        return Left.ALL_RECOMPUTED if self._worthwhile.ratio(settings) == 1 else None
+
+    def _reuses(self, reusing: _Reusing, computed: int) -> bool:
+        """Decide, once vLLM has looked for its first tokens in its prefix cache, whether a request reuses chunks behind those.
+
+        vLLM finds a page by the hash of all tokens up to its end. A page with reused keys and values must not be found by requests
+        that compute theirs, so from the first page with a token of a chunk on, the hashes also depend on the whole prompt and its
+        settings: only the same prompt at the same settings finds such a page. The pages before it hold what vLLM would compute, and
+        keep their hashes. The first `computed` tokens were found by such hashes, so they are exact, whatever chunks they are part of.
+        """
+        request, found, settings = reusing.request, reusing.found, reusing.settings
+        assert found.prompt is not None
+        left, why = self._worthwhile.decide(found, settings, computed)
+        if left is not None:
+            del self._requests[request.request_id]
+            self._leave(request, left, reusing.asked, found, settings, why=why)
+            return False
+        prompt = without_beginning(found.prompt, computed)
+        reusing.found = Recognised(prompt, found.missing)
+        first = max(computed, min(span.start for span in prompt.spans)) // self._block_size
+        reusing.exact, reusing.salted = first * self._block_size, True
+        salt_hashes(request.block_hashes, first, salt_of(prompt, settings))
+        return True
+
+    def _leave(
+        self,
+        request: Request,
+        reason: Left,
+        asked: bool,
+        found: Recognised | None = None,
+        settings: RequestSettings | None = None,
+        **said: str | None,
+    ) -> None:
+        """Leave a request to vLLM. Chunks that it names and the store lacks are stored meanwhile."""
+        report: dict[str, Any] = {"reused": 0, "left": reason.value}
+        if found is not None and found.prompt is not None and found.missing:
+            spans = [span for span in found.prompt.spans if span.chunk in found.missing]
+            report["missed"] = sum(span.end - span.start for span in spans)
+            if self._settings.store_missed and settings is not None:
+                numbers = tuple(span.chunk for span in spans)
+                self._missed.append(Missed(request.request_id, found.prompt, numbers, settings.tenant))
+        self.stats.add_left(reason, report)
+        if asked:
+            self._told[request.request_id] = report | {name: text for name, text in said.items() if text}
 
 
-def why_not(request: Request) -> str | None:
+def why_not(request: Request) -> Left | None:
     """Why a request can't reuse chunks: what it asks for needs keys, values or hidden states that only vLLM computes."""
     if request.prompt_token_ids is None or request.prompt_embeds is not None:
-        return "embeddings"
+        return Left.EMBEDDINGS
     if request.pooling_params is not None:
-        return "pooling"
+        return Left.POOLING
     if request.lora_request is not None:
-        return "lora"
+        return Left.LORA
     if request.mm_features:
-        return "images"
+        return Left.IMAGES
     if request.resumable:
-        return "streamed input"
+        return Left.STREAMED_INPUT
     if request.sampling_params is not None and request.sampling_params.prompt_logprobs is not None:
-        return "prompt logprobs"
+        return Left.PROMPT_LOGPROBS
     if request.skip_reading_prefix_cache:
-        return "no prefix cache"
+        return Left.NO_PREFIX_CACHE
     # Put together once a token and beam, since what is recomputed depends on the whole prompt; vLLM finds all but one token in its cache.
     if is_beam(request):
-        return "beam search"
+        return Left.BEAM_SEARCH
     return None
-
-
-def reusable(prompt: Prompt, computed: int, end: int) -> int:
-    """Tokens of chunks that stand in [computed, end)."""
-    return sum(max(0, min(span.end, end) - max(span.start, computed)) for span in prompt.spans)
-
-
-def salt_hashes(hashes: list[bytes], first: int, salt: bytes) -> None:
-    """Change the hashes of pages from number `first` on. Later pages' hashes follow from the last one, so they differ as well."""
-    for number in range(first, len(hashes)):
-        hashes[number] = hashlib.sha256(salt + hashes[number]).digest()
 
 
 def _count_cached(request: Request, reused: int) -> None:
@@ -250,10 +299,3 @@ def _end(request: Request) -> int:
     A request that was preempted has tokens of its answer behind the prompt: vLLM computes these again.
     """
     return min(request.num_prompt_tokens, request.num_tokens - 1)
-
-
-def _digest(prompt: Prompt, settings: RequestSettings) -> bytes:
-    """Identifies what is put together for a prompt: its ids, its chunks and the settings."""
-    said = [[[s.start, s.end, s.chunk] for s in prompt.spans], settings.ratio, settings.selector, settings.tenant]
-    # The ids apart, and not as text: a long prompt has ten thousands, and vLLM's loop waits for this.
-    return hashlib.sha256(np.array(prompt.ids, np.int64).tobytes() + json.dumps(said).encode()).digest()

@@ -15,6 +15,10 @@ REQUEST_KEY = "cachetune"
 """The name under which a request's `kv_transfer_params` hold its settings, and a response's hold its report."""
 
 
+TENANTS = 64
+"""Tenants that a server keeps ready at the same time; beyond that, the one whose last request is oldest makes room."""
+
+
 class RequestSettingsError(ConfigError):
     """A request's settings can't be used. The message names the value and what is allowed."""
 
@@ -30,7 +34,8 @@ class ServerSettings:
         codec, host_budget, disk_budget, device_budget, read_timeout: see `docs/options.md`.
         lead_in: see `docs/options.md`; it has to be what the store was filled with.
         ratio, selector: used for requests that don't say; "auto" takes what was calibrated and tuned for the store.
-        least_reused: prompts of which fewer tokens would be reused are left to vLLM, which reads them as fast.
+        least_reused: prompts for which reuse would save fewer tokens are left to vLLM, which reads them as fast. "auto": what
+            `cachetune_rag.reuse.worth` says for the device.
         loads_at_once: prompts that may wait for their keys and values at the same time, each with its pages of vLLM's cache.
         store_missed: whether chunks that a request names and the store lacks are stored behind it.
     """
@@ -46,7 +51,7 @@ class ServerSettings:
     lead_in: Any = "auto"
     ratio: float | str = "auto"
     selector: str = "auto"
-    least_reused: int = 256
+    least_reused: int | str = "auto"
     loads_at_once: int = 8
     store_missed: bool = True
 
@@ -64,8 +69,9 @@ class ServerSettings:
                 '{"store": "/data/kv"}; `cachetune precompute DOCUMENTS --model MODEL --store FOLDER` fills it.'
             )
         settings = cls(**given)
-        for name, least in (("least_reused", 0), ("loads_at_once", 1)):
-            check_count(getattr(settings, name), name, f"a whole number from {least} on", least)
+        if settings.least_reused != "auto":
+            check_count(settings.least_reused, "least_reused", '"auto" or a whole number from 0 on', 0)
+        check_count(settings.loads_at_once, "loads_at_once", "a whole number from 1 on", 1)
         for name in ("tenant_from_request", "store_missed"):
             if not isinstance(getattr(settings, name), bool):
                 raise ConfigError(f"{name} is {shown(getattr(settings, name))}: use true or false.")

@@ -11,6 +11,7 @@ from torch import nn
 
 from cachetune_rag.errors import CacheTuneError
 from cachetune_rag.model.heads import ALL_HEADS, Heads
+from cachetune_rag.reuse.worth import LEAST_SPARED, LEAST_SPARED_ON_CPU
 from cachetune_rag.runtime import Runtime
 from cachetune_store import StoreError
 from cachetune_vllm.divided_heads import DividedHeads, HeadsInTurns
@@ -92,11 +93,19 @@ def start_worker(config: VllmConfig, settings: ServerSettings) -> Started:
         vocabulary=engine.adapter.config.vocab_size,
         max_positions=engine.adapter.max_positions,
         most_tokens=min(heads.tell(_most_tokens(engine)), key=lambda most: -1 if most is None else most),
+        ratio=engine.admission.config("auto", "auto").ratio,
+        least_reused=LEAST_SPARED if engine.adapter.device.type == "cuda" else LEAST_SPARED_ON_CPU,
     )
     pages = Pages(layers, config.cache_config.block_size)
+    if config.cache_config.enable_prefix_caching:
+        readable = pages.learn_to_read(engine.adapter.new_buffers(pages.block_size))
+        pages.readable = all(heads.tell(readable))  # or workers that share a model would compute different tokens
+        if not pages.readable:
+            _log.info("vLLM's pages can't be read, so the beginnings of prompts that it has cached are computed again")
     # As much as a step with a prompt computes in vLLM. Two of a layer's results are added up.
     turn = 2 * config.scheduler_config.max_num_batched_tokens * len(layers)
-    worker = ReuseWorker(engines.of, pages, engine.adapter.device, served.heads, pace_of(served, turn))
+    pace = pace_of(served, turn)
+    worker = ReuseWorker(engines.of, pages, engine.adapter.device, served.heads, pace, engine.model.lock)
     return Started(hello, worker, engines)
 
 
@@ -122,21 +131,25 @@ def _served(config: VllmConfig, hf_config: Any, heads: Heads) -> tuple[list[nn.M
     return layers, around, served
 
 
-def tokens_that_fit(free: int, row_bytes: int) -> int:
+def tokens_that_fit(free: int, row_bytes: int, chunks: int = 0) -> int:
     """The longest prompt that may be put together beside vLLM's cache.
+
+    What is left is measured, since nothing can be reserved: vLLM (0.26 to 0.32) makes a worker's connector after it has sized its cache. A plugin
+    runs earlier, but in servers without the connector too, and a worker extension may not replace the method that sizes the cache.
 
     Args:
         free: bytes of the device that nobody has taken.
         row_bytes: bytes of one token's keys and values, over all layers.
+        chunks: bytes that chunks will take which are kept on the device (`device_budget`).
     """
-    return max(0, int(SHARE_OF_FREE * (free - KEPT_FREE)) // row_bytes)
+    return max(0, int(SHARE_OF_FREE * (free - KEPT_FREE - chunks)) // row_bytes)
 
 
 def _most_tokens(engine: Runtime) -> int | None:
     device = engine.adapter.device
     if device.type != "cuda":
         return None
-    most = tokens_that_fit(torch.cuda.mem_get_info(device)[0], engine.adapter.row_bytes)
+    most = tokens_that_fit(torch.cuda.mem_get_info(device)[0], engine.adapter.row_bytes, engine.store.device_budget)
     _log.info(
         "prompts of up to %d tokens can reuse chunks; a lower --gpu-memory-utilization leaves room for longer ones",
         most,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,15 +16,18 @@ from typing import Any
 import torch
 
 from cachetune_rag.answering.request import Finished, Request
+from cachetune_rag.concurrency.model_lock import ModelLock
 from cachetune_rag.errors import CacheTuneError
 from cachetune_rag.model.heads import Heads
-from cachetune_rag.reuse.state import PrefillState
+from cachetune_rag.report import Report
+from cachetune_rag.reuse.state import NothingReused, PrefillState
 from cachetune_rag.runtime import Runtime
 from cachetune_store import StoreError
 from cachetune_vllm.logs import logger
-from cachetune_vllm.messages import FromWorker, Load, ToWorkers
+from cachetune_vllm.messages import FromWorker, Load, Missed, ToWorkers
 from cachetune_vllm.pace import Pace
 from cachetune_vllm.pages import PagedMemory, Pages
+from cachetune_vllm.reasons import Left
 from cachetune_vllm.turns import TurnsEndedError
 
 IDLE_WAIT = 0.05
@@ -47,7 +50,8 @@ class _Job:
 
     Attributes:
         load: what to put together.
-        free: the point on vLLM's stream behind which nothing uses the pages for the request that had them before; None on a CPU.
+        free: the point on vLLM's stream behind which nothing uses the pages for the request that had them before, and those that are
+            read are filled; None on a CPU.
     """
 
     load: Load
@@ -60,15 +64,16 @@ class _Ended:
 
     Attributes:
         load: the load.
-        report: what its response says; None if it failed.
+        report: what its response says; it has "left" if nothing was put together.
     """
 
     load: Load
-    report: dict[str, Any] | None
+    report: dict[str, Any]
 
 
 class ReuseWorker:
-    """Puts prompts together in vLLM's pages, one after another.
+    """Puts prompts together in vLLM's pages, one after another. Missed chunks are stored when neither that nor vLLM has work, or after
+    some seconds in turns with it (`Backfill`).
 
     Args:
         engine: gives the engine of a tenant.
@@ -76,6 +81,7 @@ class ReuseWorker:
         device: where the model is.
         heads: which of the model's heads this worker has.
         pace: when the thread may compute.
+        lock: the model's, which all engines share.
     """
 
     def __init__(
@@ -85,41 +91,46 @@ class ReuseWorker:
         device: torch.device,
         heads: Heads,
         pace: Pace,
+        lock: ModelLock,
     ):
         self._engine, self._pages, self._device, self._heads = engine, pages, device, heads
-        self._pace = pace
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._pace, self._lock = pace, lock
+        self._busy: ExitStack | None = None  # open while vLLM computes
+        self._jobs: queue.SimpleQueue[_Job | Missed | None] = queue.SimpleQueue()
         self._changed = self._pace.changed
         self._stream: torch.cuda.Stream | None = None
+        # Loads that read pages: vLLM may be filling these pages in the step that tells of the load.
+        self._behind_step: list[Load] = []
         self._waiting: set[str] = set()  # requests handed over to the thread, and not yet reported to vLLM as done
         self._given = self._reported = 0  # loads that were handed over, and those that were reported
         self._ended: list[_Ended] = []  # not yet reported
         self._failed: set[int] = set()
         self._given_up: set[str] = set()
         self._reports: dict[str, dict[str, Any]] = {}
+        self._storing: dict[str, dict[str, int]] = {}
         self._thread: threading.Thread | None = None
 
     # -- called by vLLM's loop -----------------------------------------------------------------------------------
 
     def start(self, told: ToWorkers) -> None:
         """Begin to put prompts together; nothing is waited for."""
+        self._set_busy(not told.idle)
         self._given_up |= told.given_up & self._waiting
+        for missed in told.missed:
+            self._hand_over(missed)
         for load in told.loads:
-            if self._thread is None:
-                if self._device.type == "cuda":
-                    self._stream = self._pace.stream(self._device)
-                self._thread = threading.Thread(target=self._work, name="cachetune-vllm", daemon=True)
-                self._thread.start()
-            free = None
-            if self._device.type == "cuda":
-                free = torch.cuda.Event()
-                free.record()
             self._waiting.add(load.request_id)
-            self._given += 1
-            self._jobs.put(_Job(load, free))
+            if load.exact and self._pages.readable:
+                self._behind_step.append(load)
+            else:
+                self._hand_over(self._job(load))
 
     def finished(self, idle: bool) -> set[str]:
-        """Requests whose prompts are ready, or failed. Waits a moment for one if vLLM has nothing else to do."""
+        """vLLM's step is over. Returns requests whose prompts are ready, or failed. Waits a moment for one if vLLM has nothing else to
+        do."""
+        behind, self._behind_step = self._behind_step, []
+        for load in behind:
+            self._hand_over(self._job(load))
         with self._changed:
             if idle and self._waiting:
                 self._changed.wait_for(lambda: self._ended or self._pace.waits, timeout=IDLE_WAIT)
@@ -129,9 +140,9 @@ class ReuseWorker:
             ready, self._ended = self._ended[:count], self._ended[count:]
         self._reported += count
         for end in ready:
-            if end.report is None:
+            if "left" in end.report:
                 self._failed.update(blocks_of(end.load, self._pages.block_size))
-            self._reports[end.load.request_id] = end.report or {"reused": 0, "left": "failed"}
+            self._reports[end.load.request_id] = end.report
         done = {end.load.request_id for end in ready}
         self._waiting -= done
         self._given_up -= done
@@ -143,17 +154,45 @@ class ReuseWorker:
         return failed
 
     def report(self) -> FromWorker | None:
-        """The reports of prompts that were put together, or failed, since the last call."""
+        """What was done since the last call; None if nothing was."""
         reports, self._reports = self._reports, {}
-        return FromWorker(reports) if reports else None
+        with self._changed:
+            storing, self._storing = self._storing, {}
+        return FromWorker(reports, storing) if reports or storing else None
 
     def close(self) -> None:
         """End the thread and wait for its end. Prompts that still wait are given up."""
+        self._set_busy(False)
         self._given_up |= self._waiting
         self._pace.end()
         self._jobs.put(None)
         if self._thread is not None:
             self._thread.join(CLOSE_WAIT if self._heads.shared else None)
+
+    def _set_busy(self, busy: bool) -> None:
+        """Keep background work away from the model while vLLM computes: on a GPU, it would slow vLLM's steps."""
+        if self._busy is not None and not busy:
+            self._busy.close()
+            self._busy = None
+        elif self._busy is None and busy:
+            self._busy = ExitStack()
+            self._busy.enter_context(self._lock.reserved())
+
+    def _job(self, load: Load) -> _Job:
+        free = None
+        if self._device.type == "cuda":
+            free = torch.cuda.Event()
+            free.record()
+        self._given += 1
+        return _Job(load, free)
+
+    def _hand_over(self, job: _Job | Missed) -> None:
+        if self._thread is None:
+            if self._device.type == "cuda":
+                self._stream = self._pace.stream(self._device)
+            self._thread = threading.Thread(target=self._work, name="cachetune-vllm", daemon=True)
+            self._thread.start()
+        self._jobs.put(job)
 
     # -- the thread ----------------------------------------------------------------------------------------------
 
@@ -162,14 +201,16 @@ class ReuseWorker:
         if stream is not None:
             torch.cuda.set_device(self._device)
         while (job := self._jobs.get()) is not None:
-            load, report = job.load, None
+            if isinstance(job, Missed):
+                self._store(job)
+                continue
+            load, report = job.load, _nothing_reused(Left.FAILED)
             try:
-                put_together = self._attempt(job, stream)
-                report = None if put_together is None else self._told(*put_together)
+                report = self._told(*self._attempt(job, stream))
             except TurnsEndedError:
                 return
             except GivenUpError:
-                pass
+                report = _nothing_reused(Left.GIVEN_UP)
             except (CacheTuneError, StoreError) as error:
                 _log.warning("request %s: %s vLLM computes its prompt.", load.request_id, error)
             except Exception:  # whatever it is, the request is answered: vLLM computes the prompt
@@ -178,7 +219,20 @@ class ReuseWorker:
                 self._ended.append(_Ended(load, report))
                 self._changed.notify_all()
 
-    def _attempt(self, job: _Job, stream: torch.cuda.Stream | None) -> tuple[Runtime, Request, PrefillState] | None:
+    def _store(self, missed: Missed) -> None:
+        """Have chunks stored that a request missed."""
+        storing = 0
+        try:
+            if not self._heads.in_turns:  # see `_told`
+                storing = self._engine(missed.tenant).backfill.offer(missed.prompt, missed.chunks)
+        except (CacheTuneError, StoreError) as error:
+            _log.warning("request %s: its missed chunks are not stored: %s", missed.request_id, error)
+        with self._changed:
+            self._storing[missed.request_id] = {"storing": storing, "unstored": len(missed.chunks) - storing}
+
+    def _attempt(
+        self, job: _Job, stream: torch.cuda.Stream | None
+    ) -> tuple[Runtime, Request, PrefillState | NothingReused]:
         """As `_put_together`. Where it fails, peers hear of it."""
         try:
             return self._put_together(job, stream)
@@ -190,8 +244,8 @@ class ReuseWorker:
 
     def _put_together(
         self, job: _Job, stream: torch.cuda.Stream | None
-    ) -> tuple[Runtime, Request, PrefillState] | None:
-        """Write a prompt's rows to its pages; None if nothing of it can be reused."""
+    ) -> tuple[Runtime, Request, PrefillState | NothingReused]:
+        """Write a prompt's rows to its pages, if anything of it is reused."""
         load = job.load
 
         def begin() -> tuple[Runtime, Request]:
@@ -203,29 +257,24 @@ class ReuseWorker:
             engine, request = self._heads.together(begin)
             if job.free is not None and stream is not None:
                 stream.wait_event(job.free)
-            memory = PagedMemory(engine.assembler.memory, self._pages, load.blocks, load.start, load.end)
+            memory = PagedMemory(engine.assembler.memory, self._pages, load)
             state = engine.executor.reuse(request, memory, partial(self._check_wanted, load.request_id))
-            if state is None:
-                _log.warning(
-                    "request %s: none of its chunks could be reused; vLLM computes its prompt", load.request_id
-                )
-                return None
             if stream is not None:
                 stream.synchronize()
         return engine, request, state
 
-    def _told(self, engine: Runtime, request: Request, state: PrefillState) -> dict[str, Any]:
+    def _told(self, engine: Runtime, request: Request, state: PrefillState | NothingReused) -> dict[str, Any]:
         """Tell the engine's listeners, which have missed chunks stored, and return the report as a response shows it."""
         missed = len(state.missed)
         if self._heads.in_turns:
-            state = replace(
-                state, missed=()
-            )  # what stores them runs the model whenever there is time, and not in turns
+            state = replace(state, missed=())  # what stores them runs the model when there is time, and not in turns
+        if isinstance(state, NothingReused):
+            left, report = _why_nothing(state.report), state.report
+            storing = engine.backfill.offer(request.prompt, state.missed)
+            return _nothing_reused(left) | _shown(replace(report, storing=storing, unstored=missed - storing))
         engine.executor.prefilled(request, state.report)
-        end = engine.executor.finish(Finished(request, state, state.report, None, state.report.ttft))
-        said = end.report.as_dict()
-        said["unstored"] += missed - len(state.missed)
-        return {name: said[name] for name in _SHOWN}
+        report = engine.executor.finish(Finished(request, state, state.report, None, state.report.ttft)).report
+        return _shown(replace(report, unstored=report.unstored + missed - len(state.missed)))
 
     def _check_wanted(self, request_id: str) -> None:
         if request_id in self._given_up:
@@ -237,6 +286,23 @@ _SHOWN = (
     "unreadable", "timed_out", "storing", "unstored", "skipped",
 )  # fmt: skip
 """The fields of a report that a response shows. None of them names a document, a path or another request."""
+
+
+def _nothing_reused(left: Left) -> dict[str, Any]:
+    return {"reused": 0, "left": left.value}
+
+
+def _why_nothing(report: Report) -> Left:
+    """Why nothing of a prompt was reused, by what its lookup found."""
+    if report.damaged or report.unreadable or report.timed_out:
+        return Left.FAILED
+    return Left.ALL_RECOMPUTED if report.recomputed else Left.MISSED
+
+
+def _shown(report: Report) -> dict[str, Any]:
+    """A report as a response has it."""
+    said = report.as_dict()
+    return {name: said[name] for name in _SHOWN}
 
 
 def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[Any]:

@@ -21,7 +21,7 @@ from cachetune_rag.report import Report
 from cachetune_rag.reuse.config import ReuseConfig
 from cachetune_rag.reuse.memory import KVMemory
 from cachetune_rag.reuse.prefill import Assembler
-from cachetune_rag.reuse.state import PrefillState
+from cachetune_rag.reuse.state import NothingReused, PrefillState
 from cachetune_store import ChunkKey, make_key
 
 
@@ -89,8 +89,8 @@ class Executor:
 
     def reuse(
         self, request: Request, memory: KVMemory, chunks_open: Callable[[], None] = _nothing
-    ) -> PrefillState | None:
-        """Put a prompt's keys and values together in somebody else's memory; None if nothing of it can be reused.
+    ) -> PrefillState | NothingReused:
+        """Put a prompt's keys and values together in somebody else's memory, if anything of it is reused.
 
         For a server that computes prompts itself where nothing is reused. The listeners are not told: the server knows when its
         request is over.
@@ -109,7 +109,7 @@ class Executor:
             state = self._assembler.reuse(
                 request.prompt, request.config, request.started, memory, chunks_open, request.new_tokens - 1
             )
-        return state if state is None else replace(state, report=replace(state.report, request_id=request.id))
+        return replace(state, report=replace(state.report, request_id=request.id))
 
     def read(self, request: Request) -> PrefillState:
         """Read the prompt of a request that wants its logits alone, and tell the listeners.

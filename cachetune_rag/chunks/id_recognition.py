@@ -114,6 +114,10 @@ class StoreIdRecognizer:
         self._origin.check("the recogniser", "its thread stayed there")
         return self._recognizer.find(prompt_ids)
 
+    def knows(self, ids: Sequence[int]) -> bool:
+        """Whether these are the token ids of a chunk that is known so far. The store is not asked."""
+        return self._recognizer.knows(ids)
+
     @property
     def cut_short(self) -> int:
         """See `IdRecognizer`."""

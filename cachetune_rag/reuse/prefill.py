@@ -23,7 +23,7 @@ from cachetune_rag.reuse.memory import EngineMemory, KVMemory
 from cachetune_rag.reuse.plan import Loaders, Planner, sources_of
 from cachetune_rag.reuse.prompt_forward import PromptForward
 from cachetune_rag.reuse.selection_context import ids_of
-from cachetune_rag.reuse.state import PrefillState, full_report, report_of
+from cachetune_rag.reuse.state import NothingReused, PrefillState, full_report, report_of
 from cachetune_rag.selection import get_selector
 from cachetune_rag.selection.base import budget
 from cachetune_rag.text.prompts.prompt import Prompt
@@ -41,7 +41,7 @@ class _Call:
     Attributes:
         prompt, config, started, chunks_open, room: see `Assembler.prefill`.
         memory: owns the rows.
-        only_reuse: give None, and compute nothing, where nothing is reused.
+        only_reuse: compute nothing where nothing is reused.
     """
 
     prompt: Prompt
@@ -130,7 +130,7 @@ class Assembler:
         call = _Call(prompt, config, started, chunks_open, room, memory or self.memory)
         with self._same_weights(call.memory):
             state = self._prefill(call)
-        assert state is not None
+        assert isinstance(state, PrefillState)
         return state
 
     @neutrally
@@ -142,9 +142,9 @@ class Assembler:
         memory: KVMemory,
         chunks_open: Callable[[], None] = _nothing,
         room: int = 0,
-    ) -> PrefillState | None:
-        """As `prefill`, but None where nothing of the prompt would be reused: then nothing is computed of it (but for what a selector
-        looked at), and `memory.keep` is not called.
+    ) -> PrefillState | NothingReused:
+        """As `prefill`, but where nothing of the prompt would be reused, nothing is computed of it (but for what a selector looked at),
+        and `memory.keep` is not called.
 
         For a server that computes prompts without reuse itself.
         """
@@ -192,7 +192,7 @@ class Assembler:
             self.forget()
             raise
 
-    def _prefill(self, call: _Call) -> PrefillState | None:
+    def _prefill(self, call: _Call) -> PrefillState | NothingReused:
         faults = Faults()
         if call.config.namespace is None or call.config.namespace.model != self._lead_ins.model:
             # The request came before `model_changed()`, and is answered with the weights as they are now.
@@ -209,7 +209,7 @@ class Assembler:
                 if not error.again:
                     raise
 
-    def _attempt(self, call: _Call, faults: Faults) -> PrefillState | None:
+    def _attempt(self, call: _Call, faults: Faults) -> PrefillState | NothingReused:
         prompt, memory = call.prompt, call.memory
         with ExitStack() as stack:
             self._enter_device(stack)
@@ -221,7 +221,11 @@ class Assembler:
             plan, probed = self._planner.plan(prompt, found, config, memory, stack, call.room)
             timings["select"] = clock.lap()
             if plan is None and call.only_reuse:
-                return None
+                report = report_of(
+                    prompt, config, found, None, faults, kept=0, skipped=0, probed=probed,
+                    ttft=time.perf_counter() - call.started, timings=timings,
+                )  # fmt: skip
+                return NothingReused(report, found.to_store)
             if plan is None:
                 disk_free()
                 done = self._forward.whole(prompt, memory, any_stored=bool(found.chunks))

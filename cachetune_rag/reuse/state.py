@@ -36,6 +36,19 @@ class PrefillState:
     buffers: KVBuffers | None = None
 
 
+@dataclass(frozen=True)
+class NothingReused:
+    """A prompt that was left alone, because nothing of it would be reused.
+
+    Attributes:
+        report: what its lookup found; its `ttft` is the time that this took.
+        missed: numbers of the prompt's chunks that were not in the store and should be stored (equal chunks once).
+    """
+
+    report: Report
+    missed: tuple[int, ...] = ()
+
+
 def full_report(prompt: Prompt, seconds: float) -> Report:
     """The report of a full prefill, which reads nothing."""
     return Report(

@@ -18,6 +18,7 @@ from cachetune_rag.answering.request import Request
 from cachetune_rag.model import KVBuffers, ModelAdapter
 from cachetune_rag.reuse.config import ReuseConfig
 from cachetune_rag.reuse.prefix_cache import KeptRows
+from cachetune_rag.reuse.state import NothingReused, PrefillState
 from cachetune_rag.text.prompts.prompt import Prompt
 
 PREFIX = "You answer from the log of a lighthouse, in one word only."
@@ -77,7 +78,7 @@ def test_every_layer_is_final_when_its_owner_hears_of_it(engine: CacheTune, sele
         without_texts(prompt), ReuseConfig(selector, 0.15), time.perf_counter(), pages
     )
 
-    assert state is not None
+    assert isinstance(state, PrefillState)
     assert state.report.reused > 0
     assert [layer for layer, *_ in pages.layers] == list(range(len(state.cache.layers)))
     for (_, keys, values), layer in zip(pages.layers, state.cache.layers, strict=True):
@@ -97,8 +98,8 @@ def test_rows_that_the_owner_has_already_are_not_computed(engine: CacheTune) -> 
     pages = Pages(adapter, first=assembler.full_prefill(prompt, time.perf_counter()).cache)
     state = assembler.reuse(prompt, config, time.perf_counter(), pages)
 
-    assert state is not None
-    assert without is not None
+    assert isinstance(state, PrefillState)
+    assert isinstance(without, PrefillState)
     assert (state.report.prefix_kept, without.report.prefix_kept) == (start, 0)
     assert state.report.reused == without.report.reused
     assert torch.allclose(state.logits, without.logits, atol=1e-5)
@@ -106,13 +107,19 @@ def test_rows_that_the_owner_has_already_are_not_computed(engine: CacheTune) -> 
 
 @pytest.mark.parametrize("ratio", [0.15, 1.0])
 def test_without_reuse_nothing_is_computed_for_the_owner(engine: CacheTune, ratio: float) -> None:
-    """Without stored chunks, and where all of the stored ones would be recomputed: the server computes the prompt itself."""
+    """Without stored chunks, and where all of the stored ones would be recomputed: the server computes the prompt itself, and is told
+    which chunks were missed."""
     if ratio == 1.0:
         engine.precompute(CHUNKS)
     pages = Pages(engine.runtime.adapter)
     call = prompt_of(engine), ReuseConfig("frequency", ratio), time.perf_counter()
+    tokens = sum(span.end - span.start for span in call[0].spans)
 
-    assert engine.runtime.assembler.reuse(*call, pages) is None
+    found = engine.runtime.assembler.reuse(*call, pages)
+    assert isinstance(found, NothingReused)
+    assert found.missed == (() if ratio == 1.0 else tuple(range(len(CHUNKS))))
+    told = found.report
+    assert (told.reused, told.recomputed, told.missed) == ((0, tokens, 0) if ratio == 1.0 else (0, 0, tokens))
     assert (pages.layers, pages.kept) == ([], [])
     state = engine.runtime.assembler.prefill(*call, memory=pages)
     assert pages.kept == [(len(state.prompt.ids), False)]
@@ -126,7 +133,7 @@ def test_a_server_reads_prompts_through_the_executor_until_the_engine_is_closed(
     pages = Pages(engine.runtime.adapter)
     state = executor.reuse(request, pages, lambda: opened.append(len(pages.layers)))
 
-    assert state is not None
+    assert isinstance(state, PrefillState)
     assert opened == [0]
     assert len(pages.layers) == len(state.cache.layers)
     assert state.report.request_id == request.id

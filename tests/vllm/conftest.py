@@ -199,6 +199,10 @@ class _Starts:
             self._references[family, dtype] = made
         return self._references[family, dtype]
 
+    def empty_cache(self) -> None:
+        if self._tiny is not None:
+            self._tiny.llm.reset_prefix_cache()
+
     def end(self) -> None:
         """End the one that is up, and leave the group of processes (of one) that vLLM has made."""
         from vllm.distributed import cleanup_dist_env_and_memory
@@ -218,6 +222,12 @@ def _starts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Starts]:
     starts = _Starts(tmp_path_factory.mktemp("models"))
     yield starts
     starts.end()
+
+
+@pytest.fixture(autouse=True)
+def no_pages_of_another_test(_starts: _Starts) -> None:
+    """Empty vLLM's prefix cache: a prompt's first pages may have been computed for another test, and are then used as they are."""
+    _starts.empty_cache()
 
 
 @pytest.fixture(scope="session")

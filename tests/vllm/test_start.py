@@ -24,6 +24,7 @@ ROW = 128 << 10
 @pytest.mark.parametrize(("free", "tokens"), [(0, 0), (KEPT_FREE, 0), (KEPT_FREE + (10 << 30), 49152)])
 def test_prompts_fit_into_what_vllm_leaves_free(free: int, tokens: int) -> None:
     assert tokens_that_fit(free, ROW) == tokens
+    assert tokens_that_fit(free + (2 << 30), ROW, chunks=2 << 30) == tokens
 
 
 def config(**options: Any) -> Any:

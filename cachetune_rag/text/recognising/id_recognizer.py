@@ -95,9 +95,7 @@ class IdRecognizer:
         if len(numbers) < LEAST:
             self.remove(key)
             return False
-        interior = numbers[EDGE:-EDGE]
-        edges = _EDGES.pack(*numbers[:EDGE].tolist(), *numbers[-EDGE:].tolist())
-        entry = self._known.describe(_codes(interior), sha256(interior.data).digest() + edges)
+        entry = self._known.describe(_codes(numbers[EDGE:-EDGE]), _record(numbers))
         with self._writing:
             if self._keys.setdefault(entry.record, key) != key:
                 self._other_keys.setdefault(entry.record, {})[key] = None
@@ -135,6 +133,15 @@ class IdRecognizer:
         self._known.find(subject)
         return subject.spans()
 
+    def knows(self, ids: Sequence[int]) -> bool:
+        """Whether these are the token ids of a known chunk.
+
+        Raises:
+            PromptError: these are no token ids.
+        """
+        numbers = _checked(ids)
+        return len(numbers) >= LEAST and _record(numbers) in self._keys
+
     def search(self, prompt_ids: Sequence[int] | npt.NDArray[np.integer]) -> Found:
         """The interiors of the known chunks in a prompt, and what the search cost; see `chunk_search.search`."""
         return self._known.search(self._subject(prompt_ids))
@@ -152,6 +159,11 @@ class IdRecognizer:
         others.pop(self._keys[record] if key not in others else key)
         if not others:
             del self._other_keys[record]
+
+
+def _record(ids: Ids) -> bytes:
+    """What a chunk is told apart by: the digest of its interior, and its edges."""
+    return sha256(ids[EDGE:-EDGE].data).digest() + _EDGES.pack(*ids[:EDGE].tolist(), *ids[-EDGE:].tolist())
 
 
 class _Place(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cachetune_rag.errors import PromptError
 from cachetune_rag.text.prompts.segments import Prompt, Span
@@ -31,6 +31,16 @@ class IdSpan:
     def chunk_ids(self, prompt_ids: Sequence[int]) -> tuple[int, ...]:
         """All token ids of the chunk, as it is stored."""
         return (*self.head, *prompt_ids[self.start : self.end], *self.tail)
+
+
+def without_beginning(prompt: Prompt, count: int) -> Prompt:
+    """The prompt without the chunks, and parts of chunks, that stand in its first `count` tokens: these are computed like any others."""
+    spans = tuple(
+        span if span.start >= count else replace(span, start=count, first=span.first + count - span.start)
+        for span in prompt.spans
+        if span.end > count
+    )
+    return replace(prompt, spans=spans)
 
 
 def prompt_of_ids(

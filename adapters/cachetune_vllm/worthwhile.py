@@ -1,0 +1,50 @@
+"""Decides whether reuse makes a request faster: a prompt with little to reuse is read sooner by vLLM alone."""
+
+from __future__ import annotations
+
+from cachetune_rag.reuse.worth import WorthLimits, savings_of
+from cachetune_rag.selection import get_selector, names
+from cachetune_vllm.messages import Hello
+from cachetune_vllm.reasons import Left
+from cachetune_vllm.recognition import Recognised
+from cachetune_vllm.settings import RequestSettings, ServerSettings
+
+
+class Worthwhile:
+    """The decision for requests of one server.
+
+    Args:
+        settings: the server's.
+        hello: what the workers say of their device.
+    """
+
+    def __init__(self, settings: ServerSettings, hello: Hello):
+        self._auto = hello.ratio
+        least = settings.least_reused
+        # An operator who gives a number of tokens decides by that alone.
+        self._limits = WorthLimits(hello.least_reused) if isinstance(least, str) else WorthLimits(least, 0.0)
+
+    def ratio(self, settings: RequestSettings) -> float:
+        """The share of its chunks that a request recomputes, as far as that is known before its chunks are opened."""
+        name = names.DEFAULT if settings.selector == "auto" else settings.selector
+        if not get_selector(name).uses_ratio:
+            return 1.0 if name == names.ALL else 0.0
+        return self._auto if isinstance(settings.ratio, str) else settings.ratio
+
+    def decide(self, found: Recognised, settings: RequestSettings, cached: int) -> tuple[Left | None, str | None]:
+        """Why a request is left to vLLM, in a word and in a sentence; None and None if it reuses its chunks.
+
+        Args:
+            found: its chunks.
+            settings: its settings.
+            cached: tokens at the start of its prompt that vLLM has in its prefix cache.
+        """
+        assert found.prompt is not None
+        ratio = self.ratio(settings)
+        savings = savings_of(found.prompt, ratio, cached=cached, missing=found.missing, limits=self._limits)
+        if savings.worthwhile:
+            return None, None
+        if all(span.chunk in found.missing for span in found.prompt.spans):
+            return Left.MISSED, "none of the chunks that the request names is stored"
+        without_cache = savings_of(found.prompt, ratio, missing=found.missing, limits=self._limits)
+        return (Left.CACHED if without_cache.worthwhile else Left.FEW), savings.reason

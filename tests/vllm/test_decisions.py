@@ -1,0 +1,166 @@
+"""What the scheduler's side decides and counts, without a model: which requests are left to vLLM and why."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from vllm import SamplingParams
+from vllm.v1.request import Request
+
+from cachetune_rag.text.recognising.id_spans import IdSpan, prompt_of_ids
+from cachetune_vllm.messages import FromWorker, Hello
+from cachetune_vllm.metrics import ReuseMetrics
+from cachetune_vllm.reasons import Left
+from cachetune_vllm.recognition import Recognised
+from cachetune_vllm.scheduler import ReuseScheduler
+from cachetune_vllm.settings import ServerSettings
+
+PAGE = 16
+GPU = Hello(None, ratio=0.15)
+
+
+def found(length: int, *spans: tuple[int, int], missing: set[int] | None = None) -> Recognised:
+    prompt = prompt_of_ids(range(length), [IdSpan(start, end, start) for start, end in spans])
+    return Recognised(prompt, frozenset(missing or ()))
+
+
+def scheduler(what: Recognised, hello: Hello = GPU, **settings: Any) -> ReuseScheduler:
+    return ReuseScheduler(ServerSettings.of({"store": "kv", **settings}), hello, PAGE, lambda ids, asked: what)
+
+
+def request(length: int, **asked: Any) -> Request:
+    extra = {"kv_transfer_params": {"cachetune": asked}}
+    hashes = [number.to_bytes(32, "big") for number in range(length // PAGE)]
+    return Request(
+        "r", list(range(length)), SamplingParams(extra_args=extra), None, block_hasher=lambda _: list(hashes)
+    )
+
+
+def left(
+    what: Recognised, cached: int = 0, hello: Hello = GPU, asked: dict[str, Any] | None = None, **settings: Any
+) -> Any:
+    """The reason and the whole report of a request that is left to vLLM; its pages keep their hashes."""
+    made = scheduler(what, hello, **settings)
+    length = 64 if what.prompt is None else len(what.prompt.ids)
+    one = request(length, **(asked or {}))
+    before = list(one.block_hashes)
+    made.arrived(one)
+    if made.matched(one, cached) != (0, False):
+        return None
+    assert one.block_hashes == before
+    report = (made.finished(one) or {})["cachetune"]
+    assert made.stats.data[f"left:{report['left']}"] == 1
+    return report
+
+
+@pytest.mark.parametrize(
+    ("what", "cached", "reason"),
+    [
+        (found(4000, (100, 3000)), 0, None),
+        (found(4000, (100, 1200)), 0, "few"),  # 935 tokens would be spared
+        (found(8000, (100, 1900)), 0, "few"),  # 19% of the tokens
+        (found(4000, (100, 3000)), 2000, "cached"),
+        (found(4000, (100, 3000)), 96, None),
+        (found(4000, (100, 3000), missing={0}), 0, "missed"),
+        (found(4000, (100, 2000), (2000, 3000), missing={0}), 0, "few"),
+    ],
+)
+def test_what_would_be_read_as_fast_is_left_to_vllm(what: Recognised, cached: int, reason: str | None) -> None:
+    report = left(what, cached)
+    assert (report and report["left"]) == reason
+
+
+def test_an_operator_says_from_how_many_tokens_on_reuse_pays() -> None:
+    assert left(found(8000, (100, 1900)), least_reused=1500) is None
+    assert left(found(8000, (100, 1900)), least_reused=1600)["left"] == "few"
+    assert "1530 tokens, and least_spared is 1600" in left(found(8000, (100, 1900)), least_reused=1600)["why"]
+
+
+def test_a_cpu_reuses_shorter_prompts() -> None:
+    assert left(found(600, (100, 500)))["left"] == "few"
+    assert left(found(600, (100, 500)), hello=Hello(None, ratio=0.15, least_reused=256)) is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"), [({}, "refused"), ({"reuse": False}, "asked"), ({"ratio": 3}, "settings")]
+)
+def test_a_server_that_refuses_its_model_says_so(asked: dict[str, Any], reason: str) -> None:
+    assert left(Recognised(None), hello=Hello(None, refusal="its model is odd."), asked=asked)["left"] == reason
+
+
+def test_hashes_change_behind_what_is_exact() -> None:
+    for cached, first in ((0, 6), (32, 6), (128, 8)):
+        made, one = scheduler(found(4000, (100, 3900))), request(4000)
+        before = list(one.block_hashes)
+        made.arrived(one)
+        assert made.matched(one, cached) == (3999 - cached, True)
+        changed = [a != b for a, b in zip(before, one.block_hashes, strict=True)]
+        assert changed == [False] * first + [True] * (len(changed) - first)
+        made.allocated(one, range(250), 3999 - cached)
+        (load,) = made.to_workers(idle=False).loads
+        assert (load.start, load.exact) == (cached, cached)
+        assert load.prompt.spans[0].start == max(100, cached)
+
+
+def test_pages_of_the_same_prompt_are_looked_for_by_the_new_hashes() -> None:
+    known: set[bytes] = set()
+    made, one = scheduler(found(4000, (0, 3900))), request(4000)
+    made.pages.bind(SimpleNamespace(get_cached_block=lambda hashed, groups: hashed in known or None))
+    made.arrived(one)
+    assert made.matched(one, 0) == (3999, True)
+    known |= set(one.block_hashes)
+    second = request(4000)
+    made.finished(one)
+    made.arrived(second)
+    assert made.matched(second, 0) == (None, False)
+    assert second.block_hashes == one.block_hashes
+    assert made.matched(second, 3984) == (0, False)
+    assert made.finished(second) == {"cachetune": {"reused": 3900, "left": "same prompt"}}
+
+
+def test_missed_chunks_are_handed_to_the_worker_and_told_in_the_report() -> None:
+    made, one = scheduler(found(4000, (100, 2000), (2000, 2300), missing={0, 1})), request(4000)
+    made.arrived(one)
+    made.matched(one, 0)
+    (missed,) = made.to_workers(idle=False).missed
+    assert (missed.chunks, missed.tenant) == ((0, 1), "")
+    made.reported(FromWorker(storing={"r": {"storing": 1, "unstored": 1}}))
+    report = (made.finished(one) or {})["cachetune"]
+    assert (report["left"], report["missed"], report["storing"], report["unstored"]) == ("missed", 2200, 1, 1)
+    assert {name: made.stats.data[name] for name in ("missed", "storing", "unstored")} == {
+        "missed": 2200, "storing": 1, "unstored": 1,
+    }  # fmt: skip
+
+
+def test_nothing_is_stored_where_the_operator_does_not_want_it() -> None:
+    made, one = scheduler(found(4000, (100, 2000), missing={0}), store_missed=False), request(4000)
+    made.arrived(one)
+    made.matched(one, 0)
+    assert made.to_workers(idle=False).missed == ()
+
+
+def test_metrics_have_every_count() -> None:
+    registry = CollectorRegistry()
+
+    def kind(cls: Any) -> Any:
+        return lambda **given: cls(**given, registry=registry)
+
+    types = {Counter: kind(Counter), Gauge: kind(Gauge), Histogram: kind(Histogram)}
+    config = SimpleNamespace(kv_transfer_config=None)
+    metrics = ReuseMetrics(config, types, ["engine"], {0: ["0"]})  # type: ignore[arg-type]
+    made = scheduler(Recognised(None, cut_short=True))
+    made.arrived(request(64))
+    made.reported(FromWorker({"gone": {"reused": 0, "left": Left.FAILED.value, "damaged": 2, "missed": 7}}))
+    stats = made.take_stats()
+    assert stats is not None
+    metrics.observe(stats.data)
+
+    def value(name: str, **labels: str) -> float | None:
+        return registry.get_sample_value(f"cachetune_vllm_{name}_total", {"engine": "0", **labels})
+
+    assert value("prompts_cut_short") == 1
+    assert value("requests_left", reason="nothing found") == value("requests_left", reason="failed") == 1
+    assert (value("chunks", kind="damaged"), value("chunk_tokens", kind="missed")) == (2, 7)
