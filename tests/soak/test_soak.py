@@ -53,7 +53,7 @@ def test_engines_on_one_model_and_the_program_that_owns_it(tmp_path: Path) -> No
 
 
 def test_processes_and_threads_on_a_store_far_too_small(tmp_path: Path) -> None:
-    outcome = soak_load.run(tmp_path, seconds=2, processes=2, threads=2, corpus=Corpus(prompts=6, length=30))
+    outcome = soak_load.run(tmp_path, seconds=3, processes=2, threads=2, corpus=Corpus(prompts=8, length=30))
     assert outcome.problems == []
     assert outcome.figures["answers"] > 0
 
