@@ -26,6 +26,8 @@ from .records import checked
 __all__ = ["DiskIndex", "JsonDisk"]
 
 _FILES = ("cache.db", "cache.db-wal", "cache.db-shm", "cache.db-journal")
+_UNUSABLE = ("unable to open", "readonly", "disk I/O")
+"""What SQLite says of a disk that fails or refuses, and of a database that was replaced by another process."""
 _Result = TypeVar("_Result")
 
 
@@ -45,7 +47,9 @@ class DiskIndex(Index):
         self._filled = False
         self._filler: int | None = None
         try:
-            self.database = self._connect()
+            # Not while another process replaces the database: a file that is made then would be taken away again, with what is written to it.
+            with self._gated(shared=True):
+                self.database = self._connect()
         except IndexDamagedError:
             self.database = self._fresh()
 
@@ -95,7 +99,8 @@ class DiskIndex(Index):
         Ctrl-C may arrive between any two steps of diskcache. What diskcache then remembers of an open transaction may be wrong.
         """
         self._depth = 0
-        self._reconnect()
+        with self._gated(shared=True):
+            self._reconnect()
 
     def _reconnect(self) -> None:
         self.database.close_all()
@@ -253,6 +258,10 @@ class DiskIndex(Index):
     def _is_out_of_date(self) -> bool:
         return self.database.is_replaced() or self.database.has_lost_its_log()
 
+    def _is_replaced(self) -> bool:
+        database: Database | None = getattr(self, "database", None)  # none while the first connection is made
+        return database is not None and database.is_replaced()
+
     def begin(self) -> Any:
         """Begin a transaction. diskcache's own way to retry would never end if an error doesn't pass."""
         transact = self.database.transact(retry=False)
@@ -286,9 +295,11 @@ class DiskIndex(Index):
         text = str(cause)
         if "full" in text:
             return StoreFullError(f"no room to write the index {self._directory} ({text}); free space")
+        if any(word in text for word in _UNUSABLE) and self._is_replaced():
+            return IndexReplacedError(f"the index {self._directory} was replaced while it was in use ({text})")
         if "locked" in text or "busy" in text or isinstance(cause, diskcache.Timeout):
             return _BusyError(f"the index {self._directory} is locked by another process; try again")
-        if any(word in text for word in ("unable to open", "readonly", "disk I/O")):
+        if any(word in text for word in _UNUSABLE):
             advice = "check the disk and its free space" if "disk I/O" in text else "check its permissions"
             if descriptors_used_up():
                 advice = MORE_DESCRIPTORS

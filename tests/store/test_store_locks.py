@@ -138,3 +138,32 @@ def test_an_index_whose_log_was_removed_while_in_use_is_made_anew(path: Path) ->
             report = store.verify()
             assert (report.adopted, report.dropped, report.damaged) == (0, 0, ())
             store.prune(lambda head: head.key == sample(0).key)
+
+
+def test_an_index_is_not_opened_while_another_process_replaces_it(path: Path) -> None:
+    with stopped_holder(path / "index.lock"), pytest.raises(StoreLockedError, match=r"index\.lock .*stopped"):
+        ChunkStore(path)
+
+
+def test_a_store_is_opened_and_changed_while_its_index_is_made_anew(tmp_path: Path) -> None:
+    failed: list[Exception] = []
+
+    def change() -> None:
+        try:
+            for seed in range(1, 9):
+                with ChunkStore(tmp_path) as store:
+                    sample(seed, tokens=20).put(store, text=f"text {seed}")
+                    store.set_document(f"d{seed}", [sample(seed, tokens=20).key])
+        except Exception as error:
+            failed.append(error)
+
+    with ChunkStore(tmp_path) as store:
+        thread = threading.Thread(target=change)
+        thread.start()
+        for _ in range(4):
+            store.rebuild_index()
+        thread.join()
+        assert failed == []
+        assert len(store.documents()) == 8
+        report = store.verify()
+        assert (report.checked, report.adopted, report.dropped, report.damaged) == (8, 0, 0, ())
