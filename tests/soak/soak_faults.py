@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "store"))
+
+from broken_off import CHANGES, failed_at_every_step
 from faulty_disk import READS, WRITES, Fault, faulty_disk
 from soak_common import Corpus, Outcome
 
@@ -25,6 +29,8 @@ READ_TIMEOUT = 0.3
 LONGEST = 20.0
 """Seconds after which a request counts as hung; it should take a fraction of one."""
 READ_ERRORS = ("EIO", "EACCES", "ESTALE", "ENOMEM")
+STEP_ERRORS = ("EIO", "ENOSPC", "EACCES")
+"""Errors of which each in turn is met by the next step of a change of the store."""
 WRITE_ERRORS = ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EIO")
 
 
@@ -38,6 +44,11 @@ def run(folder: Path, *, rounds: int = 1, most: int | None = None, corpus: Corpu
         trials = [trials[-1], *random.Random(most).sample(trials[:-1], most - 1)]
     for trial in trials:
         trial()
+    # The short form has steps in tests/store/test_store_broken_off.py.
+    for name, change in CHANGES.items() if most is None else ():
+        for first, kind in enumerate(STEP_ERRORS):
+            problems = failed_at_every_step(folder / "steps", change, kind, every=len(STEP_ERRORS), first=first)
+            outcome.problems += [f"{name}: {problem}" for problem in problems]
     outcome.figures |= {"trials": len(trials), **bench.figures}
     outcome.seconds = time.perf_counter() - started
     return outcome
