@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import concurrent.futures
+import json
+import random
 import signal
+import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +17,11 @@ import torch
 from cachetune_rag import CacheTune
 from tests import tiny
 from tests.vllm.server import Server, asked, settings, text_of
-from tests.vllm.test_connector import CHUNKS, encode, filled_store
+from tests.vllm.test_connector import (
+    CHUNKS,
+    encode,
+    filled_store,
+)
 
 
 @pytest.fixture(scope="module")
@@ -83,15 +90,25 @@ def test_many_threads(server: Server) -> None:
 
 
 def test_llama_index_and_langchain_reuse_by_their_stock_classes(server: Server) -> None:
+    """In several threads, streaming and not."""
     like = pytest.importorskip("llama_index.llms.openai_like")
     langchain = pytest.importorskip("langchain_openai")
-    place = {"api_key": "-", "model": str(server.model)}
-    llama = like.OpenAILike(api_base=f"{server.url}/v1", is_chat_model=True, max_tokens=4, **place)
-    chat = langchain.ChatOpenAI(base_url=f"{server.url}/v1", max_tokens=4, **place)
-    for number, ask in enumerate((llama.complete, chat.invoke)):
-        before = server.metric("cachetune_vllm_requests_total")
-        ask(text_of([CHUNKS[2], CHUNKS[3], CHUNKS[4 + number]], f"For framework {number}?"))
-        assert server.metric("cachetune_vllm_requests_total") == before + 1
+    place = {"api_key": "-", "model": str(server.model), "temperature": 0, "max_tokens": 4}
+    llama = like.OpenAILike(api_base=f"{server.url}/v1", is_chat_model=True, **place)
+    chat = langchain.ChatOpenAI(base_url=f"{server.url}/v1", **place)
+    asks: list[Callable[[str], str]] = [
+        lambda text: str(llama.complete(text).text),
+        lambda text: "".join(piece.delta or "" for piece in llama.stream_complete(text)),
+        lambda text: str(chat.invoke(text).content),
+        lambda text: "".join(str(piece.content) for piece in chat.stream(text)),
+    ]
+    texts = [text_of(CHUNKS[2:5], f"For framework {number}?") for number in range(3)]
+    before = server.metric("cachetune_vllm_requests_total")
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda case: case[0](case[1]), [(ask, text) for text in texts for ask in asks]))
+    for number in range(len(texts)):
+        assert len({*found[number * len(asks) : (number + 1) * len(asks)]}) == 1
+    assert server.metric("cachetune_vllm_requests_total") >= before + len(texts)
 
 
 def test_llama_index_and_langchain_name_chunks_through_extra_body(server: Server) -> None:
@@ -118,12 +135,50 @@ def test_metrics_count_tokens_and_reasons(server: Server) -> None:
     assert server.metric("cachetune_vllm_chunk_tokens_total", 'kind="reused"') == reused + told["reused"]
 
 
-def test_documents_are_added_while_the_server_runs(server: Server) -> None:
+def test_beams_are_left_to_vllm_and_counted(server: Server) -> None:
+    before = server.metric("cachetune_vllm_requests_left_total", 'reason="beam search"')
+    body = asked(server, text_of(CHUNKS[:2], "In beams?"), use_beam_search=True, n=2, max_tokens=3)
+    status, answer = server.post(body)
+    assert (status, len(answer["choices"])) == (200, 2)
+    assert server.metric("cachetune_vllm_requests_left_total", 'reason="beam search"') == before + 1 + 2 * 2
+
+
+def test_clients_that_go_away_leave_nothing_behind(server: Server) -> None:
+    rng = random.Random(0)
+    right = asked(server, text_of(CHUNKS[:3], "Still right?"))
+    before = server.post(right)[1]["choices"][0]["message"]
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        for number in range(36):
+            body = asked(server, text_of(rng.sample(CHUNKS, 3), f"Gone {number}?"), stream=True, max_tokens=400)
+            pool.submit(go_away, server, json.dumps(body).encode(), rng.choice([0, 0, 1, 400, 2000]))
+    until = time.monotonic() + 60
+    while server.metric("vllm:num_requests_running") + server.metric("vllm:num_requests_waiting"):
+        assert time.monotonic() < until, "requests of clients that are gone go on"
+        time.sleep(0.2)
+    assert server.post(right)[1]["choices"][0]["message"] == before
+    new = server.post(asked(server, text_of(CHUNKS[1:4], "And a new one?")))[1]
+    assert new["kv_transfer_params"]["cachetune"]["reused"] > 0
+    assert server.metric("vllm:kv_cache_usage_perc") == 0
+
+
+def go_away(server: Server, body: bytes, count: int) -> None:
+    """Ask, read so many bytes of the answer, and close the connection."""
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), 60) as client:
+        client.sendall(head.encode() + body)
+        while count > 0 and (piece := client.recv(count)):
+            count -= len(piece)
+
+
+def loaded(server: Server) -> Any:
     from transformers import AutoModelForCausalLM
 
+    return AutoModelForCausalLM.from_pretrained(server.model, dtype=torch.float32).eval()
+
+
+def test_documents_are_added_while_the_server_runs(server: Server) -> None:
     text = "A page that was written after the server had started, and that a nightly job has just precomputed for everybody."
-    loaded = AutoModelForCausalLM.from_pretrained(server.model, dtype=torch.float32).eval()
-    with CacheTune(loaded, tiny.tokenizer(), server.store) as engine:
+    with CacheTune(loaded(server), tiny.tokenizer(), server.store) as engine:
         engine.precompute([text])
     until, number, told = time.monotonic() + 60, 0, None
     chunks = [text, *CHUNKS[2:5]]
