@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from cachetune_rag.errors import CacheTuneError
+from cachetune_rag.errors import CacheTuneError, UnsupportedModelError
 from cachetune_rag.model.heads import ALL_HEADS, Heads
 from cachetune_rag.reuse.worth import LEAST_SPARED, LEAST_SPARED_ON_CPU
 from cachetune_rag.runtime import Runtime
@@ -124,6 +124,11 @@ def _served(config: VllmConfig, hf_config: Any, heads: Heads) -> tuple[list[nn.M
     around = model_around(layers)
     weight = next(around.parameters())
     served = served_model(around, hf_config, config.model_config.dtype, weight.device, heads, config)
+    if served.blocks and config.parallel_config.data_parallel_size > 1:
+        raise UnsupportedModelError(
+            "it is a mixture of experts that vLLM computes together with other engines (--data-parallel-size), which take no part in putting "
+            "a prompt together."
+        )
     if served.blocks and not heads.shared:
         served = replace(served, heads=(turned := HeadsInTurns()))
         for block in served.blocks:

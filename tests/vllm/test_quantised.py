@@ -64,13 +64,11 @@ def test_layers_of_8_bit_integers_are_vllms_own(load_tiny: Callable[..., Loaded]
     check_served(loaded.model, served, loaded.config)
 
 
-@pytest.fixture(scope="module")
-def half_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Chunks of the tiny model in bfloat16."""
+def half_store(folder: Path, family: str) -> Path:
+    """Chunks of a tiny model in bfloat16."""
     from transformers import AutoModelForCausalLM
 
-    folder = tmp_path_factory.mktemp("half")
-    loaded = AutoModelForCausalLM.from_pretrained(save_tiny("llama", folder), dtype=torch.bfloat16).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(save_tiny(family, folder), dtype=torch.bfloat16).eval()
     with CacheTune(loaded, tiny.tokenizer(), folder / "kv") as engine:
         engine.precompute(CHUNKS)
     return folder / "kv"
@@ -94,15 +92,18 @@ def check_nearly_vllms_own(served: Served) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_weights_quantised_while_they_are_loaded(tiny_vllm: Callable[..., TinyVLLM], half_store: Path) -> None:
-    up = tiny_vllm("llama", packed=False, dtype="bfloat16", quantization="fp8", kv_transfer_config=transfer(half_store))
-    check_nearly_vllms_own(Served(up, half_store))
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_weights_quantised_while_they_are_loaded(
+    tiny_vllm: Callable[..., TinyVLLM], family: str, tmp_path: Path
+) -> None:
+    store = half_store(tmp_path, family)
+    up = tiny_vllm(family, packed=False, dtype="bfloat16", quantization="fp8", kv_transfer_config=transfer(store))
+    check_nearly_vllms_own(Served(up, store))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_pages_of_8_bit_floats(tiny_vllm: Callable[..., TinyVLLM], half_store: Path) -> None:
-    up = tiny_vllm(
-        "llama", packed=False, dtype="bfloat16", kv_cache_dtype="fp8", kv_transfer_config=transfer(half_store)
-    )
-    check_nearly_vllms_own(Served(up, half_store))
+def test_pages_of_8_bit_floats(tiny_vllm: Callable[..., TinyVLLM], tmp_path: Path) -> None:
+    store = half_store(tmp_path, "llama")
+    up = tiny_vllm("llama", packed=False, dtype="bfloat16", kv_cache_dtype="fp8", kv_transfer_config=transfer(store))
+    check_nearly_vllms_own(Served(up, store))
