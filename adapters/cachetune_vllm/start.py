@@ -124,10 +124,10 @@ def _served(config: VllmConfig, hf_config: Any, heads: Heads) -> tuple[list[nn.M
     around = model_around(layers)
     weight = next(around.parameters())
     served = served_model(around, hf_config, config.model_config.dtype, weight.device, heads, config)
-    if served.blocks and config.parallel_config.data_parallel_size > 1:
+    if served.blocks and (heads.shared or config.parallel_config.data_parallel_size > 1):
         raise UnsupportedModelError(
-            "it is a mixture of experts that vLLM computes together with other engines (--data-parallel-size), which take no part in putting "
-            "a prompt together."
+            "it is a mixture of experts that several processes compute together (--tensor-parallel-size, --data-parallel-size), which is "
+            "not supported yet where vLLM packs or quantises the experts' weights."
         )
     if served.blocks and not heads.shared:
         served = replace(served, heads=(turned := HeadsInTurns()))

@@ -41,7 +41,7 @@ def tried(folder: Path, packed: bool) -> dict[str, object]:
     hf_config = config_of(config.model_config)
     heads = DividedHeads(get_tp_group(), kv_heads_of(hf_config.get_text_config(decoder=True)))
     try:
-        served = served_model(model, hf_config, torch.float32, torch.device("cpu"), heads, config)
+        served = served_model(model, hf_config, torch.float32, torch.device("cpu"), heads)
         check_served(model, served, config)
         ids = torch.tensor([families.random_ids(60, seed=1)])
         with torch.no_grad():

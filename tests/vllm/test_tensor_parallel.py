@@ -128,9 +128,8 @@ def test_on_two_gpus_first_tokens_are_as_likely_as_in_the_engine(divided: Served
     divided.assert_nothing_left_behind()
 
 
-USUAL = ["llama", "llama-llama3", "qwen2", "qwen3", "gemma2", "phi3", "mixtral"]
-"""One of each way in which a model is divided: tied and own heads, biases, norms of heads, a scaled embedding, joined projections,
-experts (which vLLM always packs on a CPU)."""
+USUAL = ["llama", "llama-llama3", "qwen2", "qwen3", "gemma2", "phi3"]
+"""One of each way in which a model is divided: tied and own heads, biases, norms of heads, a scaled embedding, joined projections."""
 
 
 @ON_CPU
@@ -155,6 +154,6 @@ def test_families_are_divided_as_vllm_divides_them(tmp_path: Path) -> None:
         found = [json.loads(line) for line in out.splitlines() if line.startswith('{"name"')]
         assert [(one["name"], one["packed"]) for one in found] == [(f.name, p) for f in folders for p in (False, True)]
         for one in found:
-            assert one.get("form") == ("packed" if one["packed"] or one["name"] == "mixtral" else "dense"), one
+            assert one.get("form") == ("packed" if one["packed"] else "dense"), one
             assert one["off"] < 5e-5, one
             assert one["stored"] == (1 if one["name"] == "one-head" else 2), one
