@@ -142,6 +142,8 @@ class _Starts:
             "disable_log_stats": True,
             "seed": 0,
         }
+        if torch.cuda.is_available():
+            settings["gpu_memory_utilization"] = 0.2  # what an earlier start took may not be free again
         config = EngineArgs(model=str(folder), dtype=dtype, enforce_eager=True).create_engine_config()
         reference = self._reference(family, dtype, folder, config)
         with plain_or_packed(packed), pytest.MonkeyPatch.context() as patch:

@@ -8,6 +8,7 @@ import pytest
 
 from tests.vllm.conftest import TinyVLLM
 from tests.vllm.test_connector import CHUNKS, ON_CPU, Served, filled_store, prompt_of, report, shuffled, transfer
+from tests.vllm.test_quantised import check_nearly_vllms_own
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +37,4 @@ def test_what_is_missed_is_computed_and_counted_as_not_stored(mixture: Served) -
 
 @pytest.mark.gpu
 def test_on_a_gpu_nearly_all_recomputed_is_nearly_vllms_own_answer(mixture: Served) -> None:
-    prompts = [shuffled(seed) for seed in range(100, 104)]
-    more = {"max_tokens": 1, "logprobs": 10}
-    plain = mixture.ask(prompts, more=more, reuse=False)
-    for out, own in zip(mixture.ask(prompts, more=more, selector="chunk_head", ratio=0.99), plain, strict=True):
-        assert report(out)["reused"] > 0
-        theirs = own.outputs[0].logprobs[0]
-        for token, entry in out.outputs[0].logprobs[0].items():
-            if token in theirs:
-                assert entry.logprob == pytest.approx(theirs[token].logprob, abs=0.3)
+    check_nearly_vllms_own(mixture)

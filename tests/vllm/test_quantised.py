@@ -78,8 +78,9 @@ def check_nearly_vllms_own(served: Served) -> None:
     """With nearly all chunk tokens recomputed, first tokens are about as likely as in vLLM's own answer; beside running requests, too."""
     prompts = [shuffled(seed) for seed in range(100, 108)]
     more = {"max_tokens": 1, "logprobs": 10}
-    plain = served.ask(prompts, more=more, reuse=False)
-    for out, own in zip(served.ask(prompts, more=more, selector="chunk_head", ratio=0.99), plain, strict=True):
+    reusing = served.ask(prompts, more=more, selector="chunk_head", ratio=0.99)
+    # Plain requests come second: what vLLM has computed and kept of them would be taken as it is.
+    for out, own in zip(reusing, served.ask(prompts, more=more, reuse=False), strict=True):
         assert report(out)["reused"] > 0
         theirs: dict[int, Any] = own.outputs[0].logprobs[0]
         for token, entry in out.outputs[0].logprobs[0].items():
