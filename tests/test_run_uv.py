@@ -79,4 +79,4 @@ def test_several_folders_of_wheels(
 def test_without_settings_only_pythons_are_not_fetched(
     environment: Callable[[str, dict[str, str]], dict[str, str]],
 ) -> None:
-    assert environment("", {}) == {"UV_PYTHON_DOWNLOADS": "never"}
+    assert environment("", {}) == {"UV_PYTHON_DOWNLOADS": "never", "UV_LINK_MODE": "copy"}

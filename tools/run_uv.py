@@ -29,6 +29,10 @@ VARIABLES = {
     "default-timeout": (("UV_HTTP_TIMEOUT",), " "),
 }
 
+# Python is the one that was asked for, never one that uv fetches. Files are copied as pip does it: nltk, which LlamaIndex splits texts with,
+# refuses to open files with several hard links.
+OWN = {"UV_PYTHON_DOWNLOADS": "never", "UV_LINK_MODE": "copy"}
+
 # Where pip keeps a setting; the later ones win.
 SECTIONS = ("global", "install", ":env:")
 
@@ -54,8 +58,7 @@ def settings(listed: str) -> dict[str, str]:
 
 def environment(listed: str, given: Mapping[str, str]) -> dict[str, str]:
     """The variables that uv is started with."""
-    # Python is the one that was asked for, never one that uv fetches.
-    return {"UV_PYTHON_DOWNLOADS": "never", **settings(listed), **given}
+    return {**OWN, **settings(listed), **given}
 
 
 def main() -> None:

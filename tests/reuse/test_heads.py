@@ -19,7 +19,7 @@ from cachetune_rag import CacheTune
 from cachetune_rag.concurrency.deadline import StoreTimeoutError
 from cachetune_rag.errors import CacheTuneError
 from cachetune_rag.model.heads import Heads, PeerError
-from cachetune_rag.reuse.state import PrefillState
+from cachetune_rag.reuse.state import NothingReused, PrefillState
 from cachetune_rag.runtime import Runtime
 from cachetune_store import LayerSpec
 
@@ -158,8 +158,8 @@ class Pair:
 
     def reuse(
         self, chunks: Sequence[str], selector: str, ratio: float, opened: Sequence[Callable[[], None]] = ()
-    ) -> list[PrefillState | Exception | None]:
-        def one(number: int) -> PrefillState | Exception | None:
+    ) -> list[PrefillState | NothingReused | Exception]:
+        def one(number: int) -> PrefillState | NothingReused | Exception:
             engine = self.engines[number]
             config = engine.admission.config(selector, ratio)
             request = engine.admission.for_prefill("what?", list(chunks), None, None, {}, config=config, started=0.0)
@@ -255,7 +255,8 @@ def test_a_disk_that_is_late_for_one_peer_is_left_out_by_both(
         raise StoreTimeoutError("late")
 
     monkeypatch.setattr(slow, "result", late)
-    assert peers.reuse(CHUNKS, "expected_error", 0.2) == [None, None]
+    states = peers.reuse(CHUNKS, "expected_error", 0.2)
+    assert all(isinstance(state, NothingReused) for state in states)
     monkeypatch.undo()
     assert all(isinstance(state, PrefillState) for state in peers.reuse(CHUNKS, "expected_error", 0.2))
 
