@@ -80,6 +80,13 @@ def module_and_words(words: Sequence[str]) -> list[str]:
     return ["vllm.entrypoints.cli.main", *words[1:]]
 
 
+def _whole_number_or_name(value: str) -> int | str:
+    try:
+        return int(value)
+    except ValueError:
+        return value
+
+
 def _number_or_name(value: str) -> float | str:
     try:
         return float(value)
@@ -127,6 +134,13 @@ def serve(
     read_timeout: Annotated[
         float | None, typer.Option(metavar="SECONDS", help="How long a request waits for the store's disk.")
     ] = None,
+    least_reused: Annotated[
+        str | None,
+        typer.Option(metavar="N", help="Leave prompts to vLLM that reuse would save fewer tokens of, or auto."),
+    ] = None,
+    loads_at_once: Annotated[
+        int | None, typer.Option(metavar="N", help="Prompts that may wait for their keys and values at once.")
+    ] = None,
     tenant_from_request: Annotated[
         bool,
         typer.Option("--tenant-from-request", help="A gateway in front of the server names each request's tenant."),
@@ -147,6 +161,8 @@ def serve(
         "ratio": None if ratio is None else _number_or_name(ratio),
         "selector": selector,
         "read_timeout": read_timeout,
+        "least_reused": None if least_reused is None else _whole_number_or_name(least_reused),
+        "loads_at_once": loads_at_once,
         "tenant_from_request": tenant_from_request or None,
     }
     settings = {name: value for name, value in given.items() if value is not None}

@@ -141,7 +141,10 @@ def test_serve_shows_the_line_that_starts_a_stock_server() -> None:
 
 def test_the_command_passes_vllms_options_on() -> None:
     command = [sys.executable, "-m", "cachetune_rag", "serve", "M", "-s", "kv", "--dry-run", "--max-model-len", "512"]
+    command += ["--least-reused", "16", "--loads-at-once", "4"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     words = shlex.split(done.stderr)
     assert words[-2:] == ["--max-model-len", "512"]
+    given = json.loads(words[words.index("--kv-transfer-config") + 1])["kv_connector_extra_config"]
+    assert (given["least_reused"], given["loads_at_once"]) == (16, 4)
     assert done.stdout == ""

@@ -219,6 +219,11 @@ class _Starts:
         self._distributed = False
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The real model's tests take longest, and come first: behind all others, they would keep one of two processes waiting."""
+    items.sort(key=lambda item: item.get_closest_marker("real_model") is None)
+
+
 @pytest.fixture(scope="session")
 def _starts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Starts]:
     starts = _Starts(tmp_path_factory.mktemp("models"))

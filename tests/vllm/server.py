@@ -49,6 +49,7 @@ class Server:
         words = ["serve", str(self.model), "--store", str(self.store), "--host", "127.0.0.1", "--port", str(self.port)]
         options = ["--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "8"]
         environment = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+        environment["VLLM_SERVER_DEV_MODE"] = "1"  # for `forget`
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "cachetune_rag", *words, *options, *self.options],
@@ -79,6 +80,12 @@ class Server:
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
             lines = answer.read().decode().splitlines()
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name}{{") and label in line)
+
+    def forget(self) -> None:
+        """Empty vLLM's prefix cache: what it computed for an earlier request is used as it is by later ones that begin alike."""
+        urllib.request.urlopen(
+            urllib.request.Request(f"{self.url}/reset_prefix_cache", method="POST"), timeout=30
+        ).close()
 
     def post(self, body: dict[str, Any], path: str = "/v1/chat/completions") -> tuple[int, dict[str, Any]]:
         request = urllib.request.Request(

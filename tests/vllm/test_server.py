@@ -129,6 +129,7 @@ def test_llama_index_and_langchain_name_chunks_through_extra_body(server: Server
 def test_metrics_count_tokens_and_reasons(server: Server) -> None:
     left = server.metric("cachetune_vllm_requests_left_total", 'reason="asked"')
     reused = server.metric("cachetune_vllm_chunk_tokens_total", 'kind="reused"')
+    server.forget()
     server.post(asked(server, text_of(CHUNKS[3:], "Left?"), kv_transfer_params=settings(reuse=False)))
     told = server.post(asked(server, text_of(CHUNKS[:3], "Counted?")))[1]["kv_transfer_params"]["cachetune"]
     assert server.metric("cachetune_vllm_requests_left_total", 'reason="asked"') == left + 1
