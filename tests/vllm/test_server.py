@@ -14,13 +14,19 @@ from typing import Any
 import pytest
 import torch
 
-from cachetune_rag import CacheTune
+from cachetune_rag import CacheTune, Document
 from tests import tiny
+from tests.vllm.conftest import TinyVLLM
 from tests.vllm.server import Server, asked, settings, text_of
 from tests.vllm.test_connector import (
     CHUNKS,
+    Served,
     encode,
     filled_store,
+    prompt_of,
+    report,
+    shuffled,
+    transfer,
 )
 
 
@@ -169,6 +175,43 @@ def go_away(server: Server, body: bytes, count: int) -> None:
         client.sendall(head.encode() + body)
         while count > 0 and (piece := client.recv(count)):
             count -= len(piece)
+
+
+def test_two_servers_use_one_store(server: Server, tiny_vllm: Callable[..., TinyVLLM]) -> None:
+    """One stores what was missed while the other reads, and documents come and go meanwhile."""
+    beside = Served(tiny_vllm("llama", packed=False, kv_transfer_config=transfer(server.store)), server.store)
+    notes = [f"Note {number}, which nobody has precomputed before a server is asked for it." for number in range(4)]
+    bodies = [
+        asked(server, text_of([*CHUNKS[3:], note]), kv_transfer_params=settings(chunks=[*CHUNKS[3:], note]))
+        for note in notes
+    ]
+    prompts, asks = [shuffled(seed) for seed in range(200, 206)], {"selector": "frequency", "ratio": 0.15}
+    with concurrent.futures.ThreadPoolExecutor(5) as pool:
+        others = pool.submit(come_and_go, server)
+        answers = [pool.submit(server.post, body) for body in bodies]
+        found = beside.tokens(prompts, **asks)
+        assert [answer.result()[1]["kv_transfer_params"]["cachetune"]["storing"] for answer in answers] == [1] * 4
+        others.result()
+    assert found == beside.engines(prompts, **asks)
+    chunks, until, number = [CHUNKS[0], *notes], time.monotonic() + 60, 0
+    while True:  # until one server has stored all notes, and the other has heard of them
+        said = report(beside.ask([prompt_of(chunks, f"Try {number}?")], **asks)[0])
+        if said["reused"] + said.get("recomputed", 0) == sum(len(encode(text)) for text in chunks):
+            break
+        assert time.monotonic() < until, said
+        number += 1
+        time.sleep(0.2)
+    beside.assert_nothing_left_behind()
+
+
+def come_and_go(server: Server) -> None:
+    """Add documents to the server's store, and remove them."""
+    with CacheTune(loaded(server), tiny.tokenizer(), server.store) as engine:
+        for number in range(4):
+            engine.precompute(
+                Document(f"page {number}", [f"Page {number}, which is there for a moment and then is gone."])
+            )
+            engine.remove(f"page {number}")
 
 
 def loaded(server: Server) -> Any:
