@@ -133,6 +133,7 @@ USUAL = ["llama", "llama-llama3", "qwen2", "qwen3", "gemma2", "phi3"]
 
 
 @ON_CPU
+@pytest.mark.every_family
 def test_families_are_divided_as_vllm_divides_them(tmp_path: Path) -> None:
     """Also a model with fewer key-value heads than workers, where both have the same one."""
     folders = [save_tiny(name, tmp_path) for name in USUAL]
