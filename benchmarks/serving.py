@@ -1,7 +1,7 @@
 """Requests answered by vLLM with and without reuse, on one machine in one run; see docs/performance.md.
 
     python benchmarks/serving.py --device cuda --shape llama-3.1-8b --out benchmarks/results/serving-h200.json
-    python benchmarks/serving.py --device cpu --shape tiny                      # tries everything, in minutes
+    python benchmarks/serving.py --device cpu --shape tiny-wide-heads           # tries everything, in minutes
 
 Plain vLLM is started first and measured, then vLLM with the connector, then (phase `ceiling`) vLLM with a connector that makes a
 prefill cost nothing. Chunks come from host memory in orders that change with every prompt; weights and texts are random, which speed
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--commit", help="what to record where there is no git")
     parser.add_argument("--out", type=Path, help="file for the JSON")
     args = parser.parse_args(arguments)
-    contexts = args.contexts or ([1024, 2048] if args.shape == "tiny" else [4096, 16384, 32768])
+    contexts = args.contexts or ([1024, 2048] if args.shape.startswith("tiny") else [4096, 16384, 32768])
 
     from importlib.metadata import PackageNotFoundError, version
 

@@ -41,6 +41,11 @@ SHAPES: dict[str, PreTrainedConfig] = {
         vocab_size=261, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=131072, **_COMMON,
     ),
+    # vLLM's attention on a CPU needs heads of 32.
+    "tiny-wide-heads": LlamaConfig(
+        vocab_size=261, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=131072, **_COMMON,
+    ),
 }  # fmt: skip
 
 
