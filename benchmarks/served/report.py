@@ -25,15 +25,12 @@ def table(content: Content) -> str:
         if not (alone or rate or gaps):
             continue
         base, base_rate = (groups.get(f"vllm/{phase}/{context}") for phase in ("alone", "saturated"))
-        lines.append(
-            f"| {context:,} | {setting or 'vLLM, all read'} "
-            f"| {_ms(alone, 'ttft', 'median')} | {_times(base, alone, 'ttft', 'median')} "
-            f"| {rate['requests_per_second']:.2f} | {_ratio(rate, base_rate)} | {_ms(rate, 'between_tokens', 'p99')} "
-            f"| {_ms(gaps, 'gaps', 'p99')} |"
-            if rate
-            else f"| {context:,} | {setting or 'vLLM, all read'} | {_ms(alone, 'ttft', 'median')} "
-            f"| {_times(base, alone, 'ttft', 'median')} | | | | {_ms(gaps, 'gaps', 'p99')} |"
-        )
+        rates = (f"{rate['requests_per_second']:.2f}", _ratio(rate, base_rate)) if rate else ("", "")
+        cells = (
+            f"{context:,}", setting or "vLLM, all read", _ms(alone, "ttft", "median"), _sooner(base, alone), *rates,
+            _ms(rate, "between_tokens", "p99"), _ms(gaps, "gaps", "p99"),
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
     others = [
         f"| {name} | {_ms(g, 'ttft', 'median') or _ms(g, 'ttft', 'p50')} | {_ms(g, 'ttft', 'p99')} "
         f"| {g.get('requests_per_second', g.get('rate', 0)):.2f} | {_ms(g, 'between_tokens', 'p99')} |"
@@ -51,15 +48,21 @@ def _place(name: str) -> tuple[str, str, str]:
     return parts[1], parts[2], parts[3]
 
 
-def _ms(group: Content | None, *path: str) -> str:
+def _value(group: Content | None, *path: str) -> float | None:
+    found: Any = group
     for part in path:
-        group = None if group is None else group.get(part)
-    return "" if group is None else f"{1000 * float(group):.1f}"  # type: ignore[arg-type]
+        found = None if found is None else found.get(part)
+    return found
 
 
-def _times(base: Content | None, group: Content | None, *path: str) -> str:
-    above, below = _ms(base, *path), _ms(group, *path)
-    return f"{float(above) / float(below):.2f}x" if above and below else ""
+def _ms(group: Content | None, *path: str) -> str:
+    value = _value(group, *path)
+    return "" if value is None else f"{1000 * value:.1f}"
+
+
+def _sooner(base: Content | None, group: Content | None) -> str:
+    above, below = _value(base, "ttft", "median"), _value(group, "ttft", "median")
+    return f"{above / below:.2f}x" if above and below else ""
 
 
 def _ratio(group: Content, base: Content | None) -> str:

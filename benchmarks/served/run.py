@@ -49,8 +49,8 @@ class Run:
         """
         do, many = self._amounts, self._workload
         reuse: Reuse | None = SETTINGS.get(cell.setting)
-        # Every cell has orders and questions of its own, so that no prompt is found complete in a cache. Servers that are compared
-        # get the same prompts.
+        # Every cell has orders and questions of its own, so that no prompt is found complete in a cache. Cells that are
+        # compared differ in these alone: their prompts have the same lengths.
         seed = f"{cell.phase} {cell.context} {cell.detail}" + (f" {cell.setting}" if cell.variant == "reuse" else "")
         if cell.phase in ("alone", "short"):
             return await alone(target, many.prompts(cell.context, do.rounds + 2, seed), reuse)

@@ -1,4 +1,4 @@
-"""What answers a benchmark's requests: vLLM's engine in this program, or a server somewhere."""
+"""What answers a benchmark's requests: vLLM's engine, started by this program."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 Reuse = Mapping[str, Any]
 """Settings of a request (`kv_transfer_params["cachetune"]`)."""
@@ -28,15 +28,7 @@ class Answer:
     report: dict[str, Any] = field(default_factory=dict)
 
 
-class Target(Protocol):
-    """Answers requests, many at a time."""
-
-    async def ask(self, ids: list[int], tokens: int, reuse: Reuse | None) -> Answer:
-        """Let a prompt be answered by exactly `tokens` tokens."""
-        ...
-
-
-class InProcess:
+class Target:
     """vLLM's engine, started by this program.
 
     Args:
@@ -47,7 +39,7 @@ class InProcess:
         self._engine, self._numbers = engine, itertools.count()
 
     async def ask(self, ids: list[int], tokens: int, reuse: Reuse | None) -> Answer:
-        """See `Target`."""
+        """Let a prompt be answered by exactly `tokens` tokens."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -67,41 +59,13 @@ class InProcess:
         return _answer(times, report)
 
 
-class OverHTTP:
-    """A server that speaks OpenAI's completions.
-
-    Args:
-        url: such as "http://localhost:8000/v1".
-        model: the model's name there.
-    """
-
-    def __init__(self, url: str, model: str):
-        from openai import AsyncOpenAI
-
-        self._client, self._model = AsyncOpenAI(base_url=url, api_key="none", timeout=600, max_retries=0), model
-
-    async def ask(self, ids: list[int], tokens: int, reuse: Reuse | None) -> Answer:
-        """See `Target`. A stream carries no report."""
-        more: dict[str, Any] = {"ignore_eos": True}
-        if reuse is not None:
-            more["kv_transfer_params"] = {"cachetune": dict(reuse)}
-        times = [time.perf_counter()]
-        stream = await self._client.completions.create(
-            model=self._model, prompt=ids, max_tokens=tokens, temperature=0, stream=True, extra_body=more
-        )
-        async for chunk in stream:
-            if chunk.choices:
-                times.append(time.perf_counter())
-        return _answer(times, None)
-
-
 def _answer(times: list[float], params: Mapping[str, Any] | None) -> Answer:
     between = [b - a for a, b in itertools.pairwise(times)]
     return Answer(between[0], between[1:], dict((params or {}).get("cachetune", {})))
 
 
 @asynccontextmanager
-async def in_process(model: str, connector: Mapping[str, Any] | None, **options: Any) -> AsyncIterator[InProcess]:
+async def in_process(model: str, connector: Mapping[str, Any] | None, **options: Any) -> AsyncIterator[Target]:
     """Start vLLM's engine.
 
     Args:
@@ -116,6 +80,6 @@ async def in_process(model: str, connector: Mapping[str, Any] | None, **options:
     transfer = None if connector is None else KVTransferConfig(kv_role="kv_both", **connector)
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, kv_transfer_config=transfer, **options))
     try:
-        yield InProcess(engine)
+        yield Target(engine)
     finally:
         engine.shutdown()

@@ -113,6 +113,35 @@ class Served:
     def scheduler(self) -> Any:
         return self.tiny.llm.llm_engine.engine_core.engine_core.scheduler
 
+    def assert_first_tokens_as_likely(self, selector: str, ratio: float) -> None:
+        """On a GPU: first tokens are about as likely as in the embedded engine."""
+        prompts = [shuffled(seed) for seed in range(100, 104)]
+        outs = self.ask(prompts, more={"max_tokens": 1, "logprobs": 20}, selector=selector, ratio=ratio)
+        model = self.tiny.reference.to("cuda")
+        with CacheTune(model, tiny.tokenizer(), self.store) as engine:
+            for prompt, out in zip(prompts, outs, strict=True):
+                assert report(out)["reused"] > 0
+                wanted = engine.prefill(prompt=prompt, selector=selector, ratio=ratio).logits[0].float().log_softmax(-1)
+                for token, entry in out.outputs[0].logprobs[0].items():
+                    assert entry.logprob == pytest.approx(float(wanted[token]), abs=0.05)
+        self.assert_nothing_left_behind()
+
+    def assert_given_up_while_loading(self, prompts: list[Prompt], **asked: Any) -> None:
+        """The first four of six requests are aborted while their prompts are put together: the others are answered, and nothing
+        stays behind."""
+        core, params = self.tiny.llm.llm_engine, self.params({"max_tokens": 4, "ignore_eos": False}, **asked)
+        for number, prompt in enumerate(prompts):
+            core.add_request(f"r{number}", {"prompt_token_ids": list(prompt.ids)}, params)
+        core.step()
+        core.abort_request([f"r{number}" for number in range(4)])
+        answered = set()
+        while core.has_unfinished_requests():
+            ended = [out for out in core.step() if out.finished]
+            answered |= {out.request_id for out in ended if out.outputs[0].finish_reason == "length"}
+        assert {name.split("-")[0] for name in answered} == {"r4", "r5"}
+        self.tokens([shuffled(9)])  # a step behind, in which vLLM hears that loads of aborted requests ended
+        self.assert_nothing_left_behind()
+
     def assert_nothing_left_behind(self) -> None:
         from vllm.distributed.kv_transfer import has_kv_transfer_group
 
@@ -320,13 +349,4 @@ def test_settings_that_cannot_be_used_leave_a_request_to_vllm_and_say_why(served
 @pytest.mark.gpu
 @SETTINGS
 def test_on_a_gpu_first_tokens_are_as_likely_as_in_the_engine(served: Served, selector: str, ratio: float) -> None:
-    prompts = [shuffled(seed) for seed in range(100, 104)]
-    outs = served.ask(prompts, more={"max_tokens": 1, "logprobs": 20}, selector=selector, ratio=ratio)
-    model = served.tiny.reference.to("cuda")
-    with CacheTune(model, tiny.tokenizer(), served.store) as engine:
-        for prompt, out in zip(prompts, outs, strict=True):
-            assert report(out)["reused"] > 0
-            wanted = engine.prefill(prompt=prompt, selector=selector, ratio=ratio).logits[0].float().log_softmax(-1)
-            for token, entry in out.outputs[0].logprobs[0].items():
-                assert entry.logprob == pytest.approx(float(wanted[token]), abs=0.05)
-    served.assert_nothing_left_behind()
+    served.assert_first_tokens_as_likely(selector, ratio)

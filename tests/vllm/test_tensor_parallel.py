@@ -95,37 +95,15 @@ def test_a_damaged_chunk_is_computed_by_all(divided: Served) -> None:
 
 
 def test_requests_given_up_while_loading_leave_nothing_behind(divided: Served) -> None:
-    from vllm import SamplingParams
-
-    core, prompts = divided.tiny.llm.llm_engine, [shuffled(seed, count=2) for seed in range(60, 66)]
-    extra = {"kv_transfer_params": {"cachetune": {"selector": "expected_error", "ratio": 0.3}}}
-    params = SamplingParams(temperature=0, max_tokens=4, detokenize=False, extra_args=extra)
-    for number, prompt in enumerate(prompts):
-        core.add_request(f"r{number}", {"prompt_token_ids": list(prompt.ids)}, params)
-    core.step()
-    core.abort_request([f"r{number}" for number in range(4)])
-    answered = set()
-    while core.has_unfinished_requests():
-        answered |= {out.request_id for out in core.step() if out.finished and out.outputs[0].finish_reason == "length"}
-    assert {name.split("-")[0] for name in answered} == {"r4", "r5"}
-    divided.tokens([shuffled(9)])  # a step behind, in which vLLM hears that loads of aborted requests ended
-    divided.assert_nothing_left_behind()
+    prompts = [shuffled(seed, count=2) for seed in range(60, 66)]
+    divided.assert_given_up_while_loading(prompts, selector="expected_error", ratio=0.3)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @SETTINGS
 def test_on_two_gpus_first_tokens_are_as_likely_as_in_the_engine(divided: Served, selector: str, ratio: float) -> None:
-    prompts = [shuffled(seed) for seed in range(100, 104)]
-    outs = divided.ask(prompts, more={"max_tokens": 1, "logprobs": 20}, selector=selector, ratio=ratio)
-    model = divided.tiny.reference.to("cuda")
-    with CacheTune(model, tiny.tokenizer(), divided.store) as engine:
-        for prompt, out in zip(prompts, outs, strict=True):
-            assert report(out)["reused"] > 0
-            wanted = engine.prefill(prompt=prompt, selector=selector, ratio=ratio).logits[0].float().log_softmax(-1)
-            for token, entry in out.outputs[0].logprobs[0].items():
-                assert entry.logprob == pytest.approx(float(wanted[token]), abs=0.05)
-    divided.assert_nothing_left_behind()
+    divided.assert_first_tokens_as_likely(selector, ratio)
 
 
 USUAL = ["llama", "llama-llama3", "qwen2", "qwen3", "gemma2", "phi3"]

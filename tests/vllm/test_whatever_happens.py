@@ -101,21 +101,8 @@ def test_preempted_requests_are_put_together_again(crowded: Served, monkeypatch:
 
 
 def test_requests_given_up_while_loading_leave_nothing_behind(crowded: Served) -> None:
-    from vllm import SamplingParams
-
-    core, prompts = crowded.tiny.llm.llm_engine, [shuffled(seed, count=2) for seed in range(6)]
-    extra = {"kv_transfer_params": {"cachetune": {"selector": "frequency", "ratio": 0.3}}}
-    params = SamplingParams(temperature=0, max_tokens=4, detokenize=False, extra_args=extra)
-    for number, prompt in enumerate(prompts):
-        core.add_request(f"r{number}", {"prompt_token_ids": list(prompt.ids)}, params)
-    core.step()
-    core.abort_request([f"r{number}" for number in range(4)])
-    answered = set()
-    while core.has_unfinished_requests():
-        answered |= {out.request_id for out in core.step() if out.finished and out.outputs[0].finish_reason == "length"}
-    assert {name.split("-")[0] for name in answered} == {"r4", "r5"}
-    crowded.tokens([shuffled(9)])  # a step behind, in which vLLM hears that loads of aborted requests ended
-    crowded.assert_nothing_left_behind()
+    prompts = [shuffled(seed, count=2) for seed in range(6)]
+    crowded.assert_given_up_while_loading(prompts, selector="frequency", ratio=0.3)
 
 
 def test_several_answers_to_one_prompt(crowded: Served) -> None:
