@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 from .chunk import Chunk
 from .claims import Claims
@@ -18,48 +18,39 @@ from .printing import shown
 from .readers import ChunkReader, HostReader
 from .stats import TierUsage
 from .texts import drop_text, evict_text, note_text
-from .tiers import DeviceTier, DiskTier, HostTier, Tier
-from .tiers.memory import MemoryTier
+from .tiers import LastingTier, Tier
 from .usage import UsageLog
 
 __all__ = ["Placement"]
 
 _TELL_SECONDS = 30.0
+_T = TypeVar("_T", bound=Tier)
 
 
 class Placement:
-    """Host memory over disk, or host memory alone; and above it a device's memory, if there is one.
+    """An ordered list of tiers, of which each says of itself what matters here (`TierKind`). No tier is known by name.
 
-    New chunks go to disk and, while there is room, to host memory. A chunk that was read whole from disk comes up; one
-    that must leave host memory and isn't on disk any more goes down. A chunk that is promoted out of host memory is copied
-    to the device; so is one from disk that host memory has no room for.
+    Chunks are looked for in the tiers' order. A new chunk goes to its *home*, the fastest tier that lasts (or, if none lasts, the fastest
+    that holds more than copies). It then goes to the other tiers that last, and to memory while there is room.
+
+    A chunk that was read whole comes up, to the slowest tier in memory that is faster and has room. One that must leave memory
+    and is in no tier that lasts goes down to its home.
 
     Args:
-        host: the upper tier.
-        disk: the lower tier, if there is one.
-        index: where texts are noted if there is no disk tier, which else does it.
+        tiers: the tiers, the fastest first. One at least holds more than copies.
+        index: where texts are noted if no tier lasts. Tiers that last note them themselves.
         claims: who computes which chunk.
-        device: the tier on top, if there is one; it holds copies only.
     """
 
-    def __init__(
-        self,
-        host: HostTier,
-        disk: DiskTier | None,
-        index: Index,
-        claims: Claims,
-        device: DeviceTier | None = None,
-    ) -> None:
-        self.device = device
-        self.host = host
-        self.disk = disk
+    def __init__(self, tiers: Sequence[Tier], index: Index, claims: Claims) -> None:
         self._index = index
         self._claims = claims
         self._lock = threading.Lock()
         self._closed = False
-        # Chunks are looked for in this order: the fastest tier first.
-        self._memory: tuple[MemoryTier[Any], ...] = (host,) if device is None else (device, host)
-        self._tiers: dict[str, Tier] = {tier.name: tier for tier in (*self._memory, *([disk] if disk else []))}
+        self._tiers: dict[str, Tier] = {tier.name: tier for tier in tiers}
+        self._memory = tuple(tier for tier in tiers if tier.kind.in_memory)
+        self._lasting = tuple(tier for tier in tiers if isinstance(tier, LastingTier))
+        self._home: Tier = self._lasting[0] if self._lasting else next(t for t in tiers if not t.kind.copies)
         self._usage = {name: UsageLog(index, name, tier.counters) for name, tier in self._tiers.items()}
         self._told = time.monotonic()
         self._telling: threading.Thread | None = None
@@ -83,49 +74,58 @@ class Placement:
                 f"tier is {shown(name)}: this store has {', '.join(map(repr, self._tiers))}; use one of them"
             ) from None
 
+    def find(self, kind: type[_T]) -> _T | None:
+        """The tier of this class, if the store has one."""
+        return next((tier for tier in self._tiers.values() if isinstance(tier, kind)), None)
+
     def known(self, key: ChunkKey, text: str | None) -> int:
         """Bytes of a chunk that is stored already; 0 if it has to be stored."""
-        if self.disk is not None:
-            head = self.disk.peek(key)
+        home = self._home
+        if isinstance(home, LastingTier):
+            head = home.peek(key)
             if head is None or (text and head.text is None):
                 return 0
-            self.disk.touch(key)
-            return self.disk.size_of(key)
-        if text and self._index.get(f"text/{key}") is None:
+        elif text and self._index.get(f"text/{key}") is None:
             return 0
-        self.host.touch(key)
-        return self.host.size_of(key)
+        home.touch(key)
+        return home.size_of(key)
 
     def put(self, chunk: Chunk) -> int:
-        """Store a chunk. Returns the bytes that it takes in the lowest tier."""
-        if self.disk is not None:
-            self.disk.admit(chunk)
-            self._admit_host(chunk)
-            return self.disk.size_of(chunk.key) or chunk.slab.numel()
-        for victim in self.host.admit(chunk):
-            evict_text(self._index, victim.key)
-        note_text(self._index, chunk.head)
-        return chunk.host_bytes
+        """Store a chunk. Returns the bytes that it takes in its home."""
+        victims = self._home.admit(chunk)
+        if not isinstance(self._home, LastingTier):
+            for victim in victims:
+                evict_text(self._index, victim.key)
+            note_text(self._index, chunk.head)
+            return chunk.host_bytes
+        for tier in self._lasting[1:]:
+            tier.admit(chunk)
+        for memory in self._memory:
+            if not memory.kind.copies:
+                self._admit(memory, chunk)
+        return self._home.size_of(chunk.key) or chunk.slab.numel()
 
     def open(self, key: ChunkKey, errors: list[StoreError]) -> ChunkReader | None:
-        """A reader from the highest tier that has the chunk; `errors` gets why a file that is there can't be used."""
+        """A reader from the fastest tier that has the chunk; `errors` gets why a chunk that is there can't be used."""
         reader = self.open_in_memory(key)
         if reader is not None:
             return reader
-        if self.disk is not None:
-            reader = self.disk.open(key, errors)
+        for tier in self._tiers.values():
+            if reader is None and not tier.kind.in_memory:
+                reader = tier.open(key, errors)
         with self._lock:
             self.hits += reader is not None
             self.misses += reader is None
         if reader is not None:
             reader.on_close = self._release
-            # If no tier above has room for the chunk, it is not read as a whole.
-            if self._has_room(reader.host_bytes):
-                reader.on_promote = self._promote
+            # If no tier in memory has room for the chunk, it is not read as a whole.
+            if any(tier.fits(reader.host_bytes) for tier in self._memory):
+                source = self._tiers[reader.tier]
+                reader.on_promote = lambda chunk: self._promote(source, chunk)
         return reader
 
     def whole(self, key: ChunkKey) -> Chunk | None:
-        """All of a chunk, from host memory or disk; None if neither has it."""
+        """All of a chunk, from a tier that holds more than copies; None if none has it."""
         for tier in self._tiers.values():
             reader = None if tier.kind.copies else tier.open(key)
             if isinstance(reader, HostReader | DiskReader):
@@ -141,7 +141,7 @@ class Placement:
         return _lowest(tier.size_of(key) for tier in self._memory)
 
     def open_in_memory(self, key: ChunkKey) -> ChunkReader | None:
-        """As open(), but without the disk. A miss is not counted."""
+        """As open(), but only from tiers in memory. A miss is not counted."""
         reader: ChunkReader | None = None
         for tier in self._tiers.values():
             # The chunk also counts as used in the tiers below, which would otherwise evict the chunks that are used most.
@@ -151,23 +151,23 @@ class Placement:
                 reader = tier.open(key)
         if reader is not None:
             reader.on_close = self._release
-            if not reader.kind.copies and self.device is not None:
-                reader.on_promote = self._promote_to_device
+            source = self._tiers[reader.tier]
+            if source is not self._memory[0]:
+                reader.on_promote = lambda chunk: self._promote(source, chunk)
             with self._lock:
                 self.hits += 1
         return reader
 
     def contains(self, key: ChunkKey, *, lasting: bool = False) -> bool:
-        """Whether any tier has the chunk. With `lasting`, only the disk counts, if there is one."""
-        if lasting and self.disk is not None:
-            return self.disk.contains(key)
-        return any(tier.contains(key) for tier in self._tiers.values())
+        """Whether any tier has the chunk. With `lasting`, only tiers that last count, if there are any."""
+        tiers = self._lasting if lasting and self._lasting else self._tiers.values()
+        return any(tier.contains(key) for tier in tiers)
 
     def discard(self, key: ChunkKey) -> bool:
-        """Set a chunk aside if it is damaged. Returns whether it was."""
+        """Set a chunk aside where it is damaged. Returns whether it was, in any tier."""
         removed = sum(tier.remove(key) for tier in self._memory) > 0
-        if self.disk is not None:
-            return self.disk.set_aside(key)
+        if self._lasting:
+            return sum(tier.set_aside(key) for tier in self._lasting) > 0  # all of them are looked at
         if removed:
             evict_text(self._index, key)
             with self._lock:
@@ -175,15 +175,15 @@ class Placement:
         return removed
 
     def remove(self, key: ChunkKey) -> int:
-        """Delete a chunk in all tiers. Returns the bytes that were freed on disk, or in memory if there is no disk."""
-        freed = [tier.remove(key) for tier in self._tiers.values()]
-        if self.disk is not None:
-            return freed[-1]
+        """Delete a chunk in all tiers. Returns the bytes that were freed in its home (or in memory, if no tier lasts)."""
+        freed = {tier.name: tier.remove(key) for tier in self._tiers.values()}
+        if self._lasting:
+            return freed[self._home.name]
         drop_text(self._index, key)
-        return _lowest(freed)
+        return _lowest(freed.values())
 
     def size_of(self, key: ChunkKey) -> int:
-        """Bytes of a chunk in the lowest tier that has it; 0 if none has."""
+        """Bytes of a chunk in the slowest tier that has it; 0 if none has."""
         return _lowest(tier.size_of(key) for tier in self._tiers.values())
 
     def lifetime(self) -> dict[str, TierUsage]:
@@ -199,66 +199,49 @@ class Placement:
         for tier in reversed(self._tiers.values()):
             tier.close()
 
-    def _admit_host(self, chunk: Chunk) -> bool:
-        """Keep a chunk in host memory too, if there is room. Evicted chunks that are not on disk are written there.
-
-        Only if a document holds it: what another process has deleted must not come back.
-        """
-        if not self.host.fits(chunk.host_bytes):
+    def _admit(self, tier: Tier, chunk: Chunk) -> bool:
+        """Keep a chunk in a tier in memory, if there is room. Chunks that make room and are in no tier that lasts go to their home."""
+        if not tier.fits(chunk.host_bytes):
             return False
         try:
-            evicted = self.host.admit(chunk)
+            evicted = tier.admit(chunk)
         except BudgetError:
             return False  # all chunks there are in use
         for victim in evicted:
-            if self.disk is not None and not self.disk.contains(victim.key):
+            if self._lasting and not self.contains(victim.key, lasting=True):
                 # If the evicted chunk can't be written, it will be computed again. The present caller gets no error.
                 with contextlib.suppress(StoreError, OSError):
-                    self._demote(victim, self.disk)
+                    self._demote(victim, self._home)
         return True
 
-    def _demote(self, chunk: Chunk, disk: DiskTier) -> None:
+    def _demote(self, chunk: Chunk, home: Tier) -> None:
+        """Store a chunk that leaves memory, if a document holds it: what another process has deleted must not come back."""
         if self._index.get(f"ref/{chunk.key}") is None:
             return
         # If another job is computing the chunk, that job stores it.
         with self._claims.claim([chunk.key]) as claim:
-            if claim.keys and not disk.contains(chunk.key):
-                disk.admit(chunk)
-                disk.counters.demotions += 1
+            if claim.keys and not home.contains(chunk.key):
+                home.admit(chunk)
+                home.counters.demotions += 1
 
-    def _promote(self, chunk: Chunk) -> bool:
-        if self._closed or self.disk is None:
-            return False
-        if self.host.contains(chunk.key):
+    def _promote(self, source: Tier, chunk: Chunk) -> bool:
+        """Put a chunk of one tier into memory above it. Returns whether it is there then."""
+        tiers = list(self._tiers.values())
+        for place in reversed(range(tiers.index(source))):
+            tier, key = tiers[place], chunk.key
+            if not tier.kind.in_memory or self._closed:
+                continue
+            if tier.contains(key):
+                return True
+            if not self._admit(tier, chunk):
+                continue
+            if not any(below.contains(key) for below in tiers[place + 1 :] if not below.kind.copies):
+                # Deleted while it was being read: a deleted chunk must not come back.
+                tier.remove(key)
+                return False
+            tier.counters.promotions += 1
             return True
-        if not self._admit_host(chunk):
-            return self._promote_to_device(chunk)
-        if not self.disk.contains(chunk.key):
-            # Deleted while it was being read: a deleted chunk must not come back.
-            self.host.remove(chunk.key)
-            return False
-        self.host.counters.promotions += 1
-        return True
-
-    def _has_room(self, size: int) -> bool:
-        """Whether a chunk of `size` bytes fits into the budget of a tier above the disk."""
-        return any(tier.fits(size) for tier in self._memory)
-
-    def _promote_to_device(self, chunk: Chunk) -> bool:
-        if self._closed or self.device is None:
-            return False
-        if self.device.contains(chunk.key):
-            return True
-        try:
-            self.device.admit(chunk)
-        except BudgetError:
-            return False  # it is too large, or all chunks there are in use
-        if not self.host.contains(chunk.key) and not (self.disk is not None and self.disk.contains(chunk.key)):
-            # Deleted while it was in use: a deleted chunk must not come back.
-            self.device.remove(chunk.key)
-            return False
-        self.device.counters.promotions += 1
-        return True
+        return False
 
     def _release(self, reader: ChunkReader) -> None:
         tier = self._tiers[reader.tier]
@@ -266,7 +249,7 @@ class Placement:
             tier.counters.bytes_read += reader.bytes_read
         if reader.seconds:
             self._usage[tier.name].add_read(reader.seconds)
-        if self.disk is not None and not self._closed:
+        if self._lasting and not self._closed:
             self._tell_later()
 
     def _tell_later(self) -> None:
@@ -280,8 +263,8 @@ class Placement:
 
     def _tell(self) -> None:
         with contextlib.suppress(StoreError):
-            if self.disk is not None:
-                self.disk.flush()
+            for tier in self._lasting:
+                tier.flush()
             for log in self._usage.values():
                 log.flush()
 

@@ -17,7 +17,7 @@ from .keys import ChunkKey
 from .placement import Placement
 from .rawfile import DirectIO, RawFile
 from .stats import ChunkGroup, PruneReport, TenantStats
-from .tiers import DiskTier
+from .tiers import DiskTier, HostTier
 
 __all__ = ["Keep", "by_tenant", "groups", "prune"]
 
@@ -73,14 +73,14 @@ def _doomed(placement: Placement, keep: Keep, foreign_too: bool) -> Iterator[tup
 
 def _heads(placement: Placement) -> Iterator[tuple[ChunkKey, ChunkHead | Exception]]:
     """The head of every chunk, or the error of reading it. Chunks that are removed meanwhile are left out."""
-    disk = placement.disk
+    disk, host = placement.find(DiskTier), placement.find(HostTier)
     in_files: set[ChunkKey] = set()
     if disk is not None:
         for key in disk.stored_keys():
             in_files.add(key)
             with contextlib.suppress(FileNotFoundError):
                 yield key, _read_head(disk, key)
-    for head in placement.host.heads():
+    for head in host.heads() if host is not None else ():
         if head.key not in in_files:
             yield head.key, head
 

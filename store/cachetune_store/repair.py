@@ -11,6 +11,7 @@ from .errors import IndexDamagedError, IndexReplacedError
 from .files import explain
 from .placement import Placement
 from .stats import VerifyReport
+from .tiers import DiskTier, HostTier
 
 __all__ = ["Repair"]
 
@@ -51,21 +52,24 @@ class Repair:
 
     def heal(self, error: IndexDamagedError) -> None:
         """Make the index anew, unless another process has just done so."""
+        disk = self._placement.find(DiskTier)
         assert self._directory is not None
-        assert self._placement.disk is not None
+        assert disk is not None
         try:
-            self._directory.heal(self._placement.disk, self._documents, error)
+            self._directory.heal(disk, self._documents, error)
         except OSError as failed:
             raise explain(failed, self._directory.path) from failed
 
     def check(self, *, full: bool, anew: bool = False) -> VerifyReport:
         """Check the files (all of each, or only its head) and repair the index; with `anew`, make a new index instead."""
-        placement = self._placement
-        if self._directory is None or placement.disk is None:
+        disk = self._placement.find(DiskTier)
+        if self._directory is None or disk is None:
             # Without files there is nothing to check.
-            stats = placement.host.stats()
-            return VerifyReport(stats.chunks, stats.bytes, (), 0, 0, 0, self._documents.count())
+            host = self._placement.find(HostTier)
+            stats = None if host is None else host.stats()
+            chunks, size = (0, 0) if stats is None else (stats.chunks, stats.bytes)
+            return VerifyReport(chunks, size, (), 0, 0, 0, self._documents.count())
         try:
-            return self._directory.check(placement.disk, self._documents, full=full, anew=anew)
+            return self._directory.check(disk, self._documents, full=full, anew=anew)
         except OSError as error:
             raise explain(error, self._directory.path) from error

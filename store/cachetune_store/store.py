@@ -112,14 +112,14 @@ class ChunkStore:
         self._directory: StoreDirectory | None = None
         self._removals = removals_of(self.path)
         pins = Pins()
-        host = HostTier(host_bytes, pins)
+        self._host = host = HostTier(host_bytes, pins)
         on_device = _device_tier(parse_bytes(device_budget, "device_budget"), device, pins)
         if self.path is None:
             self.index: Index = MemoryIndex()
             self._documents = Documents(self.index, None, None, self._removals)
             self._notes = Notes(None, None)
             self._claims: Claims = MemoryClaims()
-            self._placement = Placement(host, None, self.index, self._claims, on_device)
+            self._placement = Placement([*on_device, host], self.index, self._claims)
             self._repair = Repair(None, self._placement, self._documents)
             return
         try:
@@ -137,7 +137,7 @@ class ChunkStore:
                 pool=self.memory,
                 direct=DirectIO(direct_io),
             )
-            self._placement = Placement(host, disk, self.index, self._claims, on_device)
+            self._placement = Placement([*on_device, host, disk], self.index, self._claims)
             self._repair = Repair(directory, self._placement, self._documents)
             directory.bring_in_line(disk, self._documents)
         except OSError as error:
@@ -281,12 +281,13 @@ class ChunkStore:
     @property
     def host_budget(self) -> int:
         """Bytes that the host tier may hold."""
-        return self._placement.host.budget
+        return self._host.budget
 
     @property
     def device_budget(self) -> int:
         """Bytes of a device's memory for chunks."""
-        return 0 if self._placement.device is None else self._placement.device.budget
+        device = self._placement.find(DeviceTier)
+        return 0 if device is None else device.budget
 
     @property
     def closed(self) -> bool:
@@ -577,16 +578,16 @@ class ChunkStore:
         """What the store holds, and what it did in this process, for all tenants together."""
         self._check_open()
         placement = self._placement
-        disk = None if placement.disk is None else self._repair.healed(placement.disk.stats)
+        tiers = {tier.name: self._repair.healed(tier.stats) for tier in placement.tiers}
         return StoreStats(
             hits=placement.hits,
             misses=placement.misses,
-            damaged=placement.damaged + (disk.damaged if disk else 0),
+            damaged=placement.damaged + sum(tier.damaged for tier in tiers.values()),
             documents=self._repair.healed(self._documents.count),
-            host=placement.host.stats(),
-            disk=disk,
+            host=tiers["host"],
+            disk=tiers.get("disk"),
             lifetime=self._repair.healed(placement.lifetime),
-            device=None if placement.device is None else placement.device.stats(),
+            device=tiers.get("device"),
         )
 
     def close(self) -> None:
@@ -631,9 +632,9 @@ class ChunkStore:
             )
 
 
-def _device_tier(budget: int, device: str | torch.device | None, pins: Pins) -> DeviceTier | None:
+def _device_tier(budget: int, device: str | torch.device | None, pins: Pins) -> list[DeviceTier]:
     if not budget:
-        return None
+        return []
     try:
         place = torch.device("cuda" if device is None else device)
     except (TypeError, RuntimeError, ValueError, OverflowError) as error:
@@ -648,4 +649,4 @@ def _device_tier(budget: int, device: str | torch.device | None, pins: Pins) -> 
         raise StoreArgumentError(
             f"device is {shown(str(device))}; a tier can be kept on a CUDA device (or, for tests, on 'cpu')"
         )
-    return DeviceTier(budget, pins, place)
+    return [DeviceTier(budget, pins, place)]

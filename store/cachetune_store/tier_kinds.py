@@ -4,6 +4,7 @@ quickly."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 __all__ = ["DEVICE", "DISK", "HOST", "KINDS", "NAMES", "TierKind", "kind_of", "rank"]
 
@@ -16,6 +17,7 @@ class TierKind:
         name: its name in reports, statistics and options.
         in_memory: rows can be used without waiting for a file.
         lasting: chunks are still there after the process has ended.
+        shared_by: who sees the same chunks: the "threads" of one process, the "processes" of one machine, or many "machines".
         copies: it only holds copies of chunks that a slower tier has as well.
         blocks: whole blocks of rows are read, so ratios that need the same blocks take the same time.
     """
@@ -23,13 +25,14 @@ class TierKind:
     name: str
     in_memory: bool
     lasting: bool
+    shared_by: Literal["threads", "processes", "machines"]
     copies: bool = False
     blocks: bool = False
 
 
-DEVICE = TierKind("device", in_memory=True, lasting=False, copies=True)
-HOST = TierKind("host", in_memory=True, lasting=False)
-DISK = TierKind("disk", in_memory=False, lasting=True, blocks=True)
+DEVICE = TierKind("device", in_memory=True, lasting=False, shared_by="threads", copies=True)
+HOST = TierKind("host", in_memory=True, lasting=False, shared_by="threads")
+DISK = TierKind("disk", in_memory=False, lasting=True, shared_by="processes", blocks=True)
 
 KINDS = (DEVICE, HOST, DISK)
 """All kinds, the fastest first."""

@@ -1,9 +1,9 @@
 """Tiers: places that hold chunks, each within a byte budget."""
 
 from ..tier_kinds import KINDS, TierKind
-from .base import Pins, Tier
+from .base import LastingTier, Pins, Tier
 from .device import DeviceReader, DeviceTier
 from .disk import DiskTier
 from .host import HostTier
 
-__all__ = ["KINDS", "DeviceReader", "DeviceTier", "DiskTier", "HostTier", "Pins", "Tier", "TierKind"]
+__all__ = ["KINDS", "DeviceReader", "DeviceTier", "DiskTier", "HostTier", "LastingTier", "Pins", "Tier", "TierKind"]

@@ -7,13 +7,14 @@ import weakref
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
-from ..chunk import Chunk
+from ..chunk import Chunk, ChunkHead
+from ..errors import StoreError
 from ..keys import ChunkKey
 from ..readers import ChunkReader
 from ..stats import Counters, TierStats
 from ..tier_kinds import TierKind
 
-__all__ = ["Pin", "Pins", "Tier"]
+__all__ = ["LastingTier", "Pin", "Pins", "Tier"]
 
 _FEW = 64
 
@@ -64,7 +65,7 @@ class Pins:
 
 
 class Tier(ABC):
-    """A place for chunks: device, host and disk here; a remote store fits the same shape.
+    """A place for chunks. What is true of it for all who use it, its `kind` says.
 
     Tiers are ordered by the store, fast ones first. A tier evicts its least recently used chunks to stay within its
     budget, never one that is pinned. All methods may be called from several threads.
@@ -88,12 +89,19 @@ class Tier(ABC):
         """Bytes that a chunk takes here; 0 if it isn't here."""
 
     @abstractmethod
-    def open(self, key: ChunkKey) -> ChunkReader | None:
-        """A reader of the chunk, or None. The chunk counts as used now."""
+    def open(self, key: ChunkKey, errors: list[StoreError] | None = None) -> ChunkReader | None:
+        """A reader of the chunk, or None. The chunk counts as used now.
+
+        If the chunk is here and can't be used, the reason is added to `errors`.
+        """
 
     @abstractmethod
     def touch(self, key: ChunkKey) -> None:
         """Count the chunk as used now, if it is here."""
+
+    def fits(self, size: int) -> bool:
+        """Whether a chunk of `size` bytes fits into the budget."""
+        return size <= self.budget
 
     @abstractmethod
     def admit(self, chunk: Chunk) -> list[Chunk]:
@@ -115,3 +123,19 @@ class Tier(ABC):
     @abstractmethod
     def close(self) -> None:
         """Release what the tier holds in this process."""
+
+
+class LastingTier(Tier):
+    """A tier whose chunks are still there after the process has ended, and that keeps their texts in the index."""
+
+    @abstractmethod
+    def peek(self, key: ChunkKey) -> ChunkHead | None:
+        """The head of a chunk, if the chunk is here and its head is not damaged. Nothing is counted."""
+
+    @abstractmethod
+    def set_aside(self, key: ChunkKey) -> bool:
+        """If the chunk is damaged here, take it out of the tier and count it. Returns whether it was damaged."""
+
+    @abstractmethod
+    def flush(self) -> None:
+        """Write what was collected in memory, such as uses, to the index."""

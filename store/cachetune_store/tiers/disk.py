@@ -33,7 +33,7 @@ from ..stats import Counters, TierStats
 from ..texts import drop_text, evict_text, note_text
 from ..tier_kinds import DISK
 from ..units import format_bytes
-from .base import Pins, Tier
+from .base import LastingTier, Pins
 from .damaged import DamagedFiles
 from .lru import LruOrder
 
@@ -51,7 +51,7 @@ _ABSENT = {errno.ENOENT, errno.ENOTDIR}
 _log = logging.getLogger(__name__)
 
 
-class DiskTier(Tier):
+class DiskTier(LastingTier):
     """A file for each chunk below `directory`/chunks. The least recently used chunk is evicted first.
 
     Args:
@@ -107,10 +107,7 @@ class DiskTier(Tier):
         return self.size_of(key) > 0
 
     def open(self, key: ChunkKey, errors: list[StoreError] | None = None) -> DiskReader | None:
-        """See Tier. A file whose head fails a check is set aside and counted, and None is returned.
-
-        If there is a file that can't be used, the reason is added to `errors`.
-        """
+        """See Tier. A file whose head fails a check is set aside and counted, and None is returned."""
         pin = self._pins.add(key)
         reader = self._open(key, errors)
         if reader is not None:
@@ -122,7 +119,7 @@ class DiskTier(Tier):
         return reader
 
     def peek(self, key: ChunkKey) -> ChunkHead | None:
-        """The head of a chunk, if its file exists and the head is not damaged. Nothing is counted."""
+        """See LastingTier."""
         reader = self._open(key)
         if reader is None:
             return None
@@ -187,7 +184,7 @@ class DiskTier(Tier):
         return size
 
     def set_aside(self, key: ChunkKey) -> bool:
-        """If the file of `key` is damaged, move it away and count it. Returns whether it was damaged.
+        """See LastingTier. The file is moved away.
 
         The file is checked again for that, because another process may have replaced it by a good one, and a failed read may succeed
         the next time. If it can't be moved away, it stays, and each use of the chunk is a miss.
@@ -254,7 +251,7 @@ class DiskTier(Tier):
             return error.errno in _ABSENT
 
     def flush(self) -> None:
-        """Write the collected uses to the index."""
+        """See LastingTier."""
         if not self._touched:
             return
         with self.index.transaction():

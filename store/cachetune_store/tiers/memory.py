@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Generic, TypeVar
 
 from ..chunk import ChunkHead
-from ..errors import BudgetError
+from ..errors import BudgetError, StoreError
 from ..keys import ChunkKey
 from ..readers import ChunkReader
 from ..stats import Counters, TierStats
@@ -50,7 +50,7 @@ class MemoryTier(Tier, Generic[Held]):
         """See Tier."""
         return key.digest in self._held
 
-    def open(self, key: ChunkKey) -> ChunkReader | None:
+    def open(self, key: ChunkKey, errors: list[StoreError] | None = None) -> ChunkReader | None:
         """See Tier."""
         with self._lock:
             entry = self._held.get(key.digest)
@@ -75,10 +75,6 @@ class MemoryTier(Tier, Generic[Held]):
         with self._lock:
             held = list(self._held.values())
         return (self._head(chunk) for chunk, _ in held)
-
-    def fits(self, size: int) -> bool:
-        """Whether a chunk of `size` bytes fits into the budget."""
-        return size <= self.budget
 
     def remove(self, key: ChunkKey) -> int:
         """See Tier."""
