@@ -15,7 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from cachetune_rag.reuse.config import AUTO
-from cachetune_rag.reuse.worth import LEAST_SPARED
+from cachetune_rag.reuse.worth import LEAST_REUSED
 from cachetune_rag.text.prompts.segments import Prompt
 from cachetune_store import Namespace
 
@@ -43,7 +43,7 @@ class Hello(KVConnectorHandshakeMetadata):
     max_positions: int | None = None
     most_tokens: int | None = None
     ratio: float = AUTO.ratio
-    least_reused: int = LEAST_SPARED
+    least_reused: int = LEAST_REUSED
     refusal: str | None = None
 
 

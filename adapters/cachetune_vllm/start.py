@@ -11,7 +11,7 @@ from torch import nn
 
 from cachetune_rag.errors import CacheTuneError, UnsupportedModelError
 from cachetune_rag.model.heads import ALL_HEADS, Heads
-from cachetune_rag.reuse.worth import LEAST_SPARED, LEAST_SPARED_ON_CPU
+from cachetune_rag.reuse.worth import LEAST_REUSED, LEAST_REUSED_ON_CPU
 from cachetune_rag.runtime import Runtime
 from cachetune_store import StoreError
 from cachetune_vllm.divided_heads import DividedHeads, HeadsInTurns
@@ -94,7 +94,7 @@ def start_worker(config: VllmConfig, settings: ServerSettings) -> Started:
         max_positions=engine.adapter.max_positions,
         most_tokens=min(heads.tell(_most_tokens(engine)), key=lambda most: -1 if most is None else most),
         ratio=engine.admission.config("auto", "auto").ratio,
-        least_reused=LEAST_SPARED if engine.adapter.device.type == "cuda" else LEAST_SPARED_ON_CPU,
+        least_reused=LEAST_REUSED if engine.adapter.device.type == "cuda" else LEAST_REUSED_ON_CPU,
     )
     pages = Pages(layers, config.cache_config.block_size)
     if config.cache_config.enable_prefix_caching:

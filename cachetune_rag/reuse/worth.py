@@ -14,10 +14,10 @@ from cachetune_rag.checking.arguments import check_count, check_share
 from cachetune_rag.selection.base import budget
 from cachetune_rag.text.prompts.segments import Prompt
 
-LEAST_SPARED = 1024
+LEAST_REUSED = 1024
 """The fewest tokens that reuse has to save on a GPU to make up for its fixed costs: about as many as vLLM reads in that time. A prompt
 of 4,000 tokens took some 30 ms longer on an H100 than the tokens that it computed, and vLLM read 38 tokens a millisecond (8B parameters)."""
-LEAST_SPARED_ON_CPU = 256
+LEAST_REUSED_ON_CPU = 256
 """The same on a CPU, where the fixed costs are smaller beside the computing. Chosen, not measured."""
 LEAST_SHARE = 0.25
 """The smallest share of the tokens to compute that reuse has to save, to make up for the slower attention of the others. Chosen, not
@@ -29,18 +29,18 @@ class WorthLimits:
     """How much reuse has to save to be used.
 
     Attributes:
-        least_spared: tokens; see `LEAST_SPARED`. 0: any number is enough.
+        least_reused: tokens; see `LEAST_REUSED`. 0: any number is enough.
         least_share: from 0 to 1; see `LEAST_SHARE`.
 
     Raises:
         ConfigError: a value out of range.
     """
 
-    least_spared: int = LEAST_SPARED
+    least_reused: int = LEAST_REUSED
     least_share: float = LEAST_SHARE
 
     def __post_init__(self) -> None:
-        check_count(self.least_spared, "least_spared", "a number of tokens, 0 or more", least=0)
+        check_count(self.least_reused, "least_reused", "a number of tokens, 0 or more", least=0)
         check_share(self.least_share, "least_share", "a share from 0 to 1")
 
 
@@ -102,9 +102,12 @@ def savings_of(
         reason = "no stored chunk stands in the prompt"
     elif not spared:
         reason = "no token of a stored chunk would be spared"
-    elif spared < limits.least_spared:
-        reason = f"reuse would spare {spared} tokens, and least_spared is {limits.least_spared}"
+    elif spared < limits.least_reused:
+        reason = f"reuse would spare {spared} tokens, and least_reused is {limits.least_reused}"
     elif spared < limits.least_share * to_compute:
         share = 100 * spared // to_compute
-        reason = f"reuse would spare {share}% of {to_compute} tokens, and least_share is {limits.least_share:g}"
+        reason = (
+            f"reuse would spare {share}% of {to_compute} tokens, and from {limits.least_share:.0%} on it is used (a number of your own for "
+            "least_reused stands in place of that)"
+        )
     return Savings(to_compute, spared, reason)

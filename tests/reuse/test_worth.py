@@ -37,8 +37,14 @@ def test_what_is_spared(prompt: Prompt, ratio: float, options: dict[str, Any], w
         (prompt_of(5000), 0.0, {}, "no stored chunk stands in the prompt"),
         (prompt_of(5000, (0, 2000)), 1.0, {}, "no token of a stored chunk would be spared"),
         (prompt_of(5000, (0, 2000)), 0.0, {"cached": 2000}, "no token of a stored chunk would be spared"),
-        (prompt_of(5000, (0, 1023)), 0.0, {}, "reuse would spare 1023 tokens, and least_spared is 1024"),
-        (prompt_of(5000, (0, 1200)), 0.0, {}, "reuse would spare 24% of 5000 tokens, and least_share is 0.25"),
+        (prompt_of(5000, (0, 1023)), 0.0, {}, "reuse would spare 1023 tokens, and least_reused is 1024"),
+        (
+            prompt_of(5000, (0, 1200)),
+            0.0,
+            {},
+            "reuse would spare 24% of 5000 tokens, and from 25% on it is used (a number of your own for least_reused stands in place of "
+            "that)",
+        ),
         (prompt_of(5000, (0, 1250)), 0.0, {}, None),
         (prompt_of(5000, (3800, 5000)), 0.0, {"cached": 3800}, None),
     ],
@@ -48,7 +54,7 @@ def test_why_it_does_not_pay(prompt: Prompt, ratio: float, options: dict[str, An
     assert (savings.reason, savings.worthwhile) == (reason, reason is None)
 
 
-@pytest.mark.parametrize("odd", [{"least_spared": -1}, {"least_spared": 1.5}, {"least_share": 2}, {"least_share": "x"}])
+@pytest.mark.parametrize("odd", [{"least_reused": -1}, {"least_reused": 1.5}, {"least_share": 2}, {"least_share": "x"}])
 def test_limits_out_of_range_are_refused(odd: dict[str, Any]) -> None:
     (name,) = odd
     with pytest.raises(ConfigError, match=f"{name} is .*: use"):

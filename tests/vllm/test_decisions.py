@@ -76,7 +76,7 @@ def test_what_would_be_read_as_fast_is_left_to_vllm(what: Recognised, cached: in
 def test_an_operator_says_from_how_many_tokens_on_reuse_pays() -> None:
     assert left(found(8000, (100, 1900)), least_reused=1500) is None
     assert left(found(8000, (100, 1900)), least_reused=1600)["left"] == "few"
-    assert "1530 tokens, and least_spared is 1600" in left(found(8000, (100, 1900)), least_reused=1600)["why"]
+    assert "1530 tokens, and least_reused is 1600" in left(found(8000, (100, 1900)), least_reused=1600)["why"]
 
 
 def test_a_cpu_reuses_shorter_prompts() -> None:
