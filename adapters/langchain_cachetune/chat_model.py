@@ -23,7 +23,7 @@ from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, model_validator
 
 from cachetune_rag import CacheTune, Report
 from cachetune_rag.concurrency.async_calls import OwnThread, call_in_thread
-from cachetune_rag.errors import CacheTuneError, ConfigError
+from cachetune_rag.errors import ConfigError
 from cachetune_store.printing import shown
 from langchain_cachetune import settings
 from langchain_cachetune.chat_request import ChatRequest, Deadline
@@ -334,7 +334,7 @@ class ChatCacheTune(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        return self._answer(messages, stop, kwargs, RunRecord(), threading.Event())
+        return self._answer(messages, stop, kwargs, RunRecord())
 
     async def _agenerate(
         self,
@@ -344,12 +344,7 @@ class ChatCacheTune(BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         # It runs on a thread of its own, because it may wait long for the model. It stops when the task is cancelled.
-        cancelled = threading.Event()
-        try:
-            return await call_in_thread(self._answer, messages, stop, kwargs, RunRecord(), cancelled)
-        except asyncio.CancelledError:
-            cancelled.set()
-            raise
+        return await call_in_thread(self._answer, messages, stop, kwargs, RunRecord())
 
     def _answer(
         self,
@@ -357,14 +352,11 @@ class ChatCacheTune(BaseChatModel):
         stop: list[str] | None,
         options: dict[str, Any],
         run: RunRecord,
-        cancelled: threading.Event,
     ) -> ChatResult:
         request = self._request(messages, stop, options, run)
         with request.stream as pieces:
             for _ in pieces:
                 request.check_time()
-                if cancelled.is_set():
-                    raise CacheTuneError("cancelled")  # nobody waits for it any more
             answer = pieces.answer
         self._keep_report(run, answer.report)
         return ChatResult(generations=[ChatGeneration(message=request.message(answer))])
@@ -414,7 +406,7 @@ class ChatCacheTune(BaseChatModel):
                     shown = reader.push(piece) if reader else piece
                     if shown:
                         yield ChatGenerationChunk(message=AIMessageChunk(content=shown))
-            except GeneratorExit:  # the stream is closed early, which ends the request
+            except (GeneratorExit, asyncio.CancelledError):  # the stream is closed early, which ends the request
                 pieces.close()
                 self._keep_report(run, pieces.report)
                 raise

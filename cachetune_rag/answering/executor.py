@@ -12,6 +12,7 @@ from torch import Tensor
 from cachetune_rag.answering.decoding import check_finite
 from cachetune_rag.answering.request import Finished, Request, RequestListener
 from cachetune_rag.chunks.lead_ins import LeadIns
+from cachetune_rag.concurrency.async_calls import check_cancelled
 from cachetune_rag.concurrency.lifetime import Lifetime
 from cachetune_rag.errors import ConfigError
 from cachetune_rag.model.engine_model import EngineModel
@@ -75,9 +76,9 @@ class Executor:
             chunks_open: called once the prompt's chunks are open.
         """
         model = self._model
-        self._lifetime.check()
+        self._check_wanted()
         with model.lock.reserved(), model.lock:
-            self._lifetime.check()
+            self._check_wanted()
             if request.config is None:
                 chunks_open()
                 state = self._assembler.full_prefill(request.prompt, request.started)
@@ -103,9 +104,9 @@ class Executor:
         if request.config is None:
             raise ConfigError(f"request {request.id} has no settings of reuse: make it with a ReuseConfig.")
         model = self._model
-        self._lifetime.check()
+        self._check_wanted()
         with model.lock.reserved(), model.lock:
-            self._lifetime.check()
+            self._check_wanted()
             state = self._assembler.reuse(
                 request.prompt, request.config, request.started, memory, chunks_open, request.new_tokens - 1
             )
@@ -157,13 +158,21 @@ class Executor:
         check_weights = model.step_check()
 
         def step(token: int) -> Tensor:
-            self._lifetime.check()
+            self._check_wanted()
             with model.lock:
-                self._lifetime.check()
+                self._check_wanted()
                 check_weights()
                 return forward(token)
 
         return step
+
+    def _check_wanted(self) -> None:
+        """End the request if the engine was closed or the task that waits was cancelled.
+
+        Asked before the model's lock is waited for, because that may take long, and again once it is held.
+        """
+        self._lifetime.check()
+        check_cancelled()
 
     # -- listeners ------------------------------------------------------------------------------------------------
 

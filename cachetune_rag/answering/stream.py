@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import time
+from asyncio import CancelledError
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
@@ -51,8 +50,11 @@ class AnswerStream:
 
     def __next__(self) -> str:
         self._run.check_process()
-        with self._run.entered():
+        try:
             return next(self._pieces)
+        except ValueError as error:
+            _refuse_second_reader(error)
+            raise
 
     @property
     def report(self) -> Report:
@@ -72,9 +74,13 @@ class AnswerStream:
         """End the answer here. In a process that was forked since the stream was made, this does nothing."""
         if not self._run.origin.here:
             return
-        with self._run.entered():
-            self._run.closing = True
-            self._pieces.close()
+        try:
+            self._pieces.throw(_ClosedByReader())
+        except _ClosedByReader:
+            return
+        except ValueError as error:
+            _refuse_second_reader(error)
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -90,6 +96,25 @@ class AnswerStream:
         )
 
 
+class _ClosedByReader(Exception):
+    """Ends an answer for its reader. The garbage collector ends it by GeneratorExit."""
+
+
+def _refuse_second_reader(error: ValueError) -> None:
+    """Say what Python means by "generator already executing".
+
+    A lock of our own would do the same, but could stay locked: Ctrl-C may come between taking it and remembering to release it.
+
+    Args:
+        error: what reading or closing the generator has raised.
+    """
+    raised = error.__traceback__
+    if raised is not None and raised.tb_next is None:  # by Python itself, and not by the code of the generator
+        raise CacheTuneError(
+            "the stream is being read already, by another thread or from within: read it on one thread at a time."
+        ) from None
+
+
 class _Run:
     """The state of one answer while it is computed.
 
@@ -97,18 +122,15 @@ class _Run:
         report: what happened to the prompt; None before the first token.
         answer: the whole answer; None before its end.
         chunks_open: called once the prompt's chunks are open.
-        closing: whether the stream's holder is closing it (and not the garbage collector).
         origin: the process that the stream was made in.
     """
 
     def __init__(self, executor: Executor, request: Request):
         self._executor, self._request = executor, request
-        self._reader = threading.Lock()
         self.origin = this_process()
         self.report: Report | None = None
         self.answer: Answer | None = None
         self.chunks_open: Callable[[], None] = lambda: None
-        self.closing = False
 
     def check_process(self) -> None:
         """Refuse use in another process than the one the stream was made in.
@@ -118,28 +140,20 @@ class _Run:
         """
         self.origin.check("the stream", "its engine stayed there")
 
-    @contextmanager
-    def entered(self) -> Iterator[None]:
-        """Held while the stream is read or closed; another thread is refused meanwhile."""
-        if not self._reader.acquire(blocking=False):
-            raise CacheTuneError(
-                "the stream is being read already, by another thread or from within: read it on one thread at a time."
-            )
-        try:
-            yield
-        finally:
-            self._reader.release()
-
     def pieces(self) -> Generator[str]:
         """The pieces; between two of them, background work stays away from the model."""
         self._executor.check_open()
         with self._executor.reserved():
             state = self._executor.prefill(self._request, self.chunks_open)
+            ended_by_reader = False
             try:
                 yield from self._decode(state)
+            except (_ClosedByReader, CancelledError):  # a reader whose task was cancelled would close the stream next
+                ended_by_reader = True
+                raise
             finally:
                 if self.answer is None:
-                    self._end_early(state)
+                    self._end_early(state, ended_by_reader)
 
     def _decode(self, state: PrefillState) -> Generator[str]:
         executor, request, read = self._executor, self._request, time.perf_counter()
@@ -162,8 +176,8 @@ class _Run:
         assert self.report is not None  # an answer has a token at least
         self._finish(state, self.report, Answer("".join(text), self.report, tuple(tokens), decoded.finish_reason))
 
-    def _end_early(self, state: PrefillState) -> None:
-        if self.closing and self.report is not None:
+    def _end_early(self, state: PrefillState, ended_by_reader: bool) -> None:
+        if ended_by_reader and self.report is not None:
             self._finish(state, self.report, None)
         else:
             # Perhaps on a thread that is collecting garbage in the middle of other work.

@@ -85,7 +85,7 @@ class Job(Generic[_T]):
             left = _LOOK if until is None else min(_LOOK, until - time.monotonic())
             if left <= 0:
                 return False
-            if self._ended.acquire(timeout=left):
+            if self._ended.acquire(timeout=left):  # if Ctrl-C comes right here, others find out by `_done`
                 self._ended.release()
         return True
 
@@ -200,8 +200,8 @@ class Workers:
                 job.cancel()
         self._queue.put(None)
         for ended in list(self.running) if wait else ():
-            ended.acquire()
-            ended.release()
+            with ended:  # in one step with its release, whatever Ctrl-C interrupts
+                pass
 
     def _is_closed(self) -> bool:
         return self._closed

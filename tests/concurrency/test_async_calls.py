@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from cachetune_rag.concurrency.async_calls import OwnThread, call_in_thread
+from cachetune_rag.concurrency.async_calls import OwnThread, call_in_thread, check_cancelled
 
 _NAME = contextvars.ContextVar("_NAME", default="nobody")
 
@@ -55,3 +55,53 @@ async def test_a_cancelled_caller_stops_waiting() -> None:
         await task
     let_go.set()
     assert await asyncio.to_thread(finished.wait, 30), "a call that runs can't be stopped, and runs to its end"
+
+
+async def test_a_call_that_asks_learns_of_the_cancellation_at_once() -> None:
+    """The loop's thread does nothing between the cancellation and the call's question, as when the call holds the interpreter."""
+    begun, ask, ended = threading.Event(), threading.Event(), threading.Event()
+    said: list[type[BaseException] | None] = []
+
+    def call() -> None:
+        check_cancelled()  # nobody has cancelled it yet
+        begun.set()
+        ask.wait(60)
+        try:
+            check_cancelled()
+            said.append(None)
+        except BaseException as error:
+            said.append(type(error))
+            raise
+        finally:
+            ended.set()
+
+    task = asyncio.ensure_future(call_in_thread(call))
+    while not begun.is_set():
+        await asyncio.sleep(0)
+    task.cancel()
+    ask.set()
+    assert ended.wait(60)
+    assert said == [asyncio.CancelledError]
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    check_cancelled()  # other code is never ended by it
+    assert await call_in_thread(lambda: check_cancelled() or "another call") == "another call"
+
+
+async def test_a_call_that_had_not_begun_when_it_was_cancelled_is_not_made() -> None:
+    let_go, made = threading.Event(), []
+    with OwnThread() as thread:
+        first = asyncio.ensure_future(thread.call(let_go.wait, 60))
+        second = asyncio.ensure_future(thread.call(made.append, 1))
+        await asyncio.sleep(0)
+        second.cancel()
+        let_go.set()
+        assert await first
+        with pytest.raises(asyncio.CancelledError):
+            await second
+        assert await thread.call(len, made) == 0
+
+
+async def test_a_call_that_raises_what_no_future_can_hold_still_ends() -> None:
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        await call_in_thread(next, iter(()))

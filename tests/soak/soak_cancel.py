@@ -175,9 +175,9 @@ def _cancelled_tasks(outcome: Outcome, corpus: Corpus, path: Path, count: int, r
             for number in range(count):
                 engine_busy = asyncio.run(_cancel_one(ask, forwards, 2 + rng.randrange(8)))
                 cancelled[name] += 1
-                # One forward was under way, and another may have begun before the news came.
+                # One token may have been about to begin.
                 outcome.expect(
-                    engine_busy <= 2, f"{name}: {engine_busy} tokens were computed after the task was cancelled"
+                    engine_busy <= 1, f"{name}: {engine_busy} tokens were computed after the task was cancelled"
                 )
                 _all_free(outcome, corpus, engine, f"{name} cancelled, {number}")
         outcome.figures |= {"cancelled tasks": cancelled}
@@ -233,8 +233,8 @@ async def _cancel_one(ask: Callable[[], Any], forwards: _Forwards, after: int) -
     task = asyncio.ensure_future(ask())
     while forwards.count < start + after and not task.done():
         await asyncio.sleep(0.001)
-    at = forwards.count
     task.cancel()
+    at = forwards.count  # not before: this thread may have to wait for the interpreter in between
     with contextlib.suppress(asyncio.CancelledError):
         await task
     await asyncio.sleep(0.2)

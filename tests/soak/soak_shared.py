@@ -8,7 +8,6 @@ engine of its own, on a model of its own, gave when nobody else was there; the p
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 import traceback
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from soak_common import LEAD_INS, TOLERANCE, Outcome, passage
+from soak_common import LEAD_INS, TOLERANCE, Outcome, off, passage
 from tiny import llama, tokenizer
 from torch import Tensor
 
@@ -229,7 +228,7 @@ def _use(program: Program, model: Any, answer: tuple[int, ...], logits: Tensor) 
         return None if (found := own_answer(model)) == answer else f"{found} instead of {answer}"
 
     def forward() -> str | None:
-        return None if _close(found := own_logits(model), logits) else f"logits off by {_off(found, logits):.3g}"
+        return None if _close(found := own_logits(model), logits) else f"logits off by {off(found, logits):.3g}"
 
     def look() -> str | None:
         """A hook of the program's sees its own thread's forwards, and other threads of the program's; never an engine's."""
@@ -298,9 +297,5 @@ def _defaults_kept() -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
 
 
-def _off(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).abs().max()) if found.shape == wanted.shape else math.inf
-
-
 def _close(found: Tensor, wanted: Tensor) -> bool:
-    return _off(found, wanted) <= TOLERANCE
+    return off(found, wanted) <= TOLERANCE

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,21 +80,7 @@ class Request:
 
     async def aanswer(self) -> Step:
         """As `answer`, on a thread of its own. The model stops when the task is cancelled."""
-        cancelled = threading.Event()
-
-        def answer() -> Step:
-            last = Step("", "", {})
-            for step in self.steps():
-                last = step
-                if cancelled.is_set():
-                    break  # this closes the stream
-            return last
-
-        try:
-            last = await call_in_thread(answer)
-        except BaseException:
-            cancelled.set()
-            raise
+        last = await call_in_thread(self.answer)
         if self._report is not None:
             self.on_step(self._report)  # the thread that answered has another context
         return last
@@ -137,8 +122,8 @@ class Request:
             yield progress.end(self._end(stream))
         finally:
             if not finished:
-                # The reader was cancelled or has closed this generator, and must not be kept waiting. The model's current step
-                # can't be stopped, so the stream is closed after it, on the same thread.
+                # The reader was cancelled or has closed this generator, and must not be kept waiting. The token that is being
+                # computed can't be stopped, so the stream is closed after it, on the same thread.
                 thread.later(self._close_early, stream)
             thread.close()
 
