@@ -38,7 +38,7 @@ class OwnThread:
         context = contextvars.copy_context()
         context.run(_WAITING.set, waiting)
         waiting.follow(self._executor.submit(context.run, function, *args))
-        return await waiting  # type: ignore[no-any-return]
+        return await waiting
 
     def later(self, function: Callable[..., object], *args: object) -> None:
         """Have `function(*args)` called after the calls so far. Returns at once. Its result and its errors are dropped."""
