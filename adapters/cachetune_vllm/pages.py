@@ -87,10 +87,11 @@ class PagedMemory:
         inner: gives the buffers, and keeps the beginnings of prompts that vLLM's pages don't have.
         pages: where finished layers go.
         load: the request's pages, and which rows are written there.
+        free: the point on vLLM's stream behind which these pages may be read and written; None on a CPU.
     """
 
-    def __init__(self, inner: KVMemory, pages: Pages, load: Load):
-        self._inner, self._pages, self._load = inner, pages, load
+    def __init__(self, inner: KVMemory, pages: Pages, load: Load, free: torch.cuda.Event | None = None):
+        self._inner, self._pages, self._load, self._free = inner, pages, load, free
         self._slots: Tensor | None = None
 
     def take(self, ids: Ids, exact: int, room: int) -> tuple[KVBuffers, int]:
@@ -101,6 +102,8 @@ class PagedMemory:
         there = min(load.exact, exact)
         if not self._pages.readable or there <= kept:
             return buffers, kept
+        if self._free is not None:
+            torch.cuda.current_stream(buffers.device).wait_event(self._free)
         slots = self._pages.slots(load.blocks, kept, there).to(buffers.device)
         for layer, (keys, values) in enumerate(zip(buffers.key_rows, buffers.value_rows, strict=True)):
             self._pages.read(layer, slots, keys[kept:there], values[kept:there])

@@ -105,7 +105,9 @@ def start_worker(config: VllmConfig, settings: ServerSettings) -> Started:
     # As much as a step with a prompt computes in vLLM. Two of a layer's results are added up.
     turn = 2 * config.scheduler_config.max_num_batched_tokens * len(layers)
     pace = pace_of(served, turn)
-    worker = ReuseWorker(engines.of, pages, engine.adapter.device, served.heads, pace, engine.model.lock)
+    worker = ReuseWorker(
+        engines.of, pages, engine.adapter.device, served.heads, pace, engine.model.lock, hello.most_tokens
+    )
     return Started(hello, worker, engines)
 
 

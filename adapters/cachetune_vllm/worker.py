@@ -5,10 +5,9 @@ Where several workers share a model's heads, each has such a thread, and all of 
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,10 +22,11 @@ from cachetune_rag.report import Report
 from cachetune_rag.reuse.state import NothingReused, PrefillState
 from cachetune_rag.runtime import Runtime
 from cachetune_store import StoreError
+from cachetune_vllm.coming import Coming, GivenUpError, Job
 from cachetune_vllm.logs import logger
 from cachetune_vllm.messages import FromWorker, Load, Missed, ToWorkers
 from cachetune_vllm.pace import Pace
-from cachetune_vllm.pages import PagedMemory, Pages
+from cachetune_vllm.pages import Pages
 from cachetune_vllm.reasons import Left
 from cachetune_vllm.turns import TurnsEndedError
 
@@ -38,24 +38,6 @@ CLOSE_WAIT = 5.0
 """Seconds that closing waits for the thread, where workers share a model: it may wait for one that is gone."""
 
 _log = logger(__name__)
-
-
-class GivenUpError(Exception):
-    """A request ended before its prompt was put together."""
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A load, and the event that must have happened before its pages are written.
-
-    Attributes:
-        load: what to put together.
-        free: the point on vLLM's stream behind which nothing uses the pages for the request that had them before, and those that are
-            read are filled; None on a CPU.
-    """
-
-    load: Load
-    free: torch.cuda.Event | None
 
 
 @dataclass(frozen=True)
@@ -82,6 +64,7 @@ class ReuseWorker:
         heads: which of the model's heads this worker has.
         pace: when the thread may compute.
         lock: the model's, which all engines share.
+        most_tokens: of two prompts that may be in the engine's memory at once; None: any number.
     """
 
     def __init__(
@@ -92,11 +75,12 @@ class ReuseWorker:
         heads: Heads,
         pace: Pace,
         lock: ModelLock,
+        most_tokens: int | None = None,
     ):
         self._engine, self._pages, self._device, self._heads = engine, pages, device, heads
         self._pace, self._lock = pace, lock
         self._busy: ExitStack | None = None  # open while vLLM computes
-        self._jobs: queue.SimpleQueue[_Job | Missed | None] = queue.SimpleQueue()
+        self._coming = Coming(engine, pages, heads, self._check_wanted, most_tokens)
         self._changed = self._pace.changed
         self._stream: torch.cuda.Stream | None = None
         # Loads that read pages: vLLM may be filling these pages in the step that tells of the load.
@@ -165,7 +149,7 @@ class ReuseWorker:
         self._set_busy(False)
         self._given_up |= self._waiting
         self._pace.end()
-        self._jobs.put(None)
+        self._coming.put(None)
         if self._thread is not None:
             self._thread.join(CLOSE_WAIT if self._heads.shared else None)
 
@@ -178,21 +162,21 @@ class ReuseWorker:
             self._busy = ExitStack()
             self._busy.enter_context(self._lock.reserved())
 
-    def _job(self, load: Load) -> _Job:
+    def _job(self, load: Load) -> Job:
         free = None
         if self._device.type == "cuda":
             free = torch.cuda.Event()
             free.record()
         self._given += 1
-        return _Job(load, free)
+        return Job(load, free)
 
-    def _hand_over(self, job: _Job | Missed) -> None:
+    def _hand_over(self, job: Job | Missed) -> None:
         if self._thread is None:
             if self._device.type == "cuda":
                 self._stream = self._pace.stream(self._device)
             self._thread = threading.Thread(target=self._work, name="cachetune-vllm", daemon=True)
             self._thread.start()
-        self._jobs.put(job)
+        self._coming.put(job)
 
     # -- the thread ----------------------------------------------------------------------------------------------
 
@@ -200,7 +184,7 @@ class ReuseWorker:
         stream = self._stream
         if stream is not None:
             torch.cuda.set_device(self._device)
-        while (job := self._jobs.get()) is not None:
+        while (job := self._coming.next()) is not None:
             if isinstance(job, Missed):
                 self._store(job)
                 continue
@@ -218,6 +202,7 @@ class ReuseWorker:
             with self._changed:
                 self._ended.append(_Ended(load, report))
                 self._changed.notify_all()
+        self._coming.close()
 
     def _store(self, missed: Missed) -> None:
         """Have chunks stored that a request missed."""
@@ -231,7 +216,7 @@ class ReuseWorker:
             self._storing[missed.request_id] = {"storing": storing, "unstored": len(missed.chunks) - storing}
 
     def _attempt(
-        self, job: _Job, stream: torch.cuda.Stream | None
+        self, job: Job, stream: torch.cuda.Stream | None
     ) -> tuple[Runtime, Request, PrefillState | NothingReused]:
         """As `_put_together`. Where it fails, peers hear of it."""
         try:
@@ -243,22 +228,16 @@ class ReuseWorker:
             raise
 
     def _put_together(
-        self, job: _Job, stream: torch.cuda.Stream | None
+        self, job: Job, stream: torch.cuda.Stream | None
     ) -> tuple[Runtime, Request, PrefillState | NothingReused]:
-        """Write a prompt's rows to its pages, if anything of it is reused."""
-        load = job.load
-
-        def begin() -> tuple[Runtime, Request]:
-            engine = self._engine(load.tenant)
-            self._check_wanted(load.request_id)
-            return engine, Request.measured(load.prompt, engine.admission.config(load.selector, load.ratio))
-
-        with _on(stream):
-            engine, request = self._heads.together(begin)
+        """Write a prompt's rows to its pages, if anything of it is reused. Meanwhile, begin the next one."""
+        with _on(stream), closing(self._coming.turn_of(job)) as turn:
+            engine, request = turn.engine, turn.request
             if job.free is not None and stream is not None:
                 stream.wait_event(job.free)
-            memory = PagedMemory(engine.assembler.memory, self._pages, load)
-            state = engine.executor.reuse(request, memory, partial(self._check_wanted, load.request_id))
+            wanted = partial(self._check_wanted, job.load.request_id)
+            meanwhile = partial(self._coming.begin_next, len(request.prompt.ids))
+            state = engine.executor.reuse(request, turn.memory, wanted, turn.begun, meanwhile)
             if stream is not None:
                 stream.synchronize()
         return engine, request, state

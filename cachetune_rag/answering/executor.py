@@ -19,6 +19,7 @@ from cachetune_rag.model.engine_model import EngineModel
 from cachetune_rag.readahead.batch import Prefetch
 from cachetune_rag.readahead.prefetcher import Prefetcher
 from cachetune_rag.report import Report
+from cachetune_rag.reuse.begun import Begun
 from cachetune_rag.reuse.config import ReuseConfig
 from cachetune_rag.reuse.memory import KVMemory
 from cachetune_rag.reuse.prefill import Assembler
@@ -88,8 +89,21 @@ class Executor:
                 )
         return replace(state, report=replace(state.report, request_id=request.id))
 
+    def begin(self, request: Request, memory: KVMemory) -> Begun | None:
+        """See `Assembler.begin`. Called from `meanwhile` of another `reuse`, which has the model."""
+        if request.config is None:
+            raise ConfigError(f"request {request.id} has no settings of reuse: make it with a ReuseConfig.")
+        self._lifetime.check()
+        with self._model.lock:
+            return self._assembler.begin(request.prompt, request.config, memory, request.new_tokens - 1)
+
     def reuse(
-        self, request: Request, memory: KVMemory, chunks_open: Callable[[], None] = _nothing
+        self,
+        request: Request,
+        memory: KVMemory,
+        chunks_open: Callable[[], None] = _nothing,
+        begun: Begun | None = None,
+        meanwhile: Callable[[], None] | None = None,
     ) -> PrefillState | NothingReused:
         """Put a prompt's keys and values together in somebody else's memory, if anything of it is reused.
 
@@ -100,6 +114,8 @@ class Executor:
             request: what to read, with the settings of its reuse.
             memory: where the keys and values go.
             chunks_open: called once the prompt's chunks are open.
+            begun: what `begin` gave for this request and memory.
+            meanwhile: called again and again while the device computes.
         """
         if request.config is None:
             raise ConfigError(f"request {request.id} has no settings of reuse: make it with a ReuseConfig.")
@@ -108,7 +124,14 @@ class Executor:
         with model.lock.reserved(), model.lock:
             self._check_wanted()
             state = self._assembler.reuse(
-                request.prompt, request.config, request.started, memory, chunks_open, request.new_tokens - 1
+                request.prompt,
+                request.config,
+                request.started,
+                memory,
+                chunks_open,
+                request.new_tokens - 1,
+                begun,
+                meanwhile,
             )
         return replace(state, report=replace(state.report, request_id=request.id))
 

@@ -100,12 +100,15 @@ class DeviceLoader(LayerLoader):
         self._in_place: dict[tuple[str, str], list[bool]] = {}
         self._next = 0
         self._brought = False
+        self._awaited = 0  # so many of the first layers the computing stream waits for, in its order
         self._kernel = kernels_run_on(adapter.device)
         self._copies = host_copies()
         self._held: list[Tensor] = []  # memory that queued work still reads
         super().__init__(adapter, sources, buffers, pool)
-        # Work that was queued on the computing stream before may still use the buffers' memory.
+        # Work that was queued on the computing stream before may still use the buffers' memory. (If they were made on the placing stream,
+        # it may not, and this waits for nothing.)
         streams.place.wait_stream(self._current)
+        self._made = streams.place.record_event() if self._current == streams.place else None
 
     def load(self, layer: int) -> None:
         """Make the computing stream wait for the reused rows of `layer`."""
@@ -120,6 +123,7 @@ class DeviceLoader(LayerLoader):
             self._current.wait_event(self._streams.brought)
             self._brought = False
         self._current.wait_event(self._streams.placed[layer])
+        self._awaited = max(self._awaited, layer + 1)
         self._streams.given[layer].record(self._current)
         self.seconds += time.perf_counter() - started
 
@@ -128,6 +132,24 @@ class DeviceLoader(LayerLoader):
         super().start_first_layers()
         layer = sum(self._row_format(0, key).size(s.rows) for key, group in self._groups.items() for s in group)
         self._launch_up_to(min(LAUNCH_AHEAD, FIRST_BYTES // max(1, layer)))
+
+    def bring(self) -> None:
+        """See `LayerLoader.bring`. A further layer is queued when the last but one is in its place."""
+        super().bring()
+        placed = self._streams.placed
+        while self._next < self._adapter.num_layers and self._ready(self._next):
+            if self._next >= STAGES and not placed[self._next - STAGES].query():
+                return
+            self._launch()
+
+    def take_turn(self) -> None:
+        """See `LayerLoader.take_turn`."""
+        if self._made is None:
+            return
+        self._current = torch.cuda.current_stream(self._adapter.device)
+        # What was queued on the placing stream since then are rows, and `load` waits for those of each layer.
+        self._current.wait_event(self._made)
+        self._buffers.used_on(self._current)
 
     def start(self) -> None:
         """See `LayerLoader.start`."""
@@ -178,8 +200,13 @@ class DeviceLoader(LayerLoader):
     def close(self) -> None:
         """See `LayerLoader.close`. Work under way on the device ends before the computing stream goes on."""
         super().close()
-        self._current.wait_stream(self._streams.copy)
-        self._current.wait_stream(self._streams.place)
+        if (
+            self._current == self._streams.place
+        ):  # its turn never came: nobody waits on the device for what reads the chunks' memory
+            self._streams.copy.synchronize()
+        if self._awaited < self._next or self._brought:
+            self._current.wait_stream(self._streams.copy)
+            self._current.wait_stream(self._streams.place)
 
     def _launch_up_to(self, layer: int) -> None:
         """Queue the layers up to this one, as far as their rows are there already."""

@@ -163,6 +163,15 @@ class LayerLoader:
         if self._slow:
             self._read_on(0)
 
+    def bring(self) -> None:
+        """Have rows brought that can be had without waiting, before it is this prompt's turn to compute. Called again and again meanwhile:
+        each time a little is queued, so that copies for others don't have to wait for many of these."""
+        if self._slow:
+            self._read_on(0)
+
+    def take_turn(self) -> None:
+        """The prompts before are done: the current stream computes from now on."""
+
     def settle(self) -> None:
         """Wait until all rows that have to be read from disk were read, so that nothing that follows waits for it or fails because of it.
 

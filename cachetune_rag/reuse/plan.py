@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,6 +60,29 @@ class Plan:
         return needed_rows(self.sources, self.computed) if self.shift is None else self.sources
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What a prompt's plan is made with.
+
+    Attributes:
+        sources: the reused chunks, without the rows that are not even read.
+        exact, kept, buffers, loader: see `Plan`.
+        selector: chooses the tokens to recompute; None: those whose rows are not read, and no others.
+    """
+
+    sources: list[Source]
+    exact: int
+    kept: int
+    buffers: KVBuffers
+    loader: LayerLoader
+    selector: Selector | None
+
+    @property
+    def looks(self) -> bool:
+        """Whether the selector may look at stored rows, or run the model."""
+        return self.selector is not None and not self.selector.offline
+
+
 class Loaders:
     """Makes the loader of each prompt: on streams of its own where the model runs through the CUDA kernels, a plain one elsewhere."""
 
@@ -70,9 +94,19 @@ class Loaders:
         """A loader that brings the rows of `sources` into `buffers`."""
         if not self._adapter.cuda_kernels:
             return LayerLoader(self._adapter, sources, buffers, self._pool)
+        return DeviceLoader(self._adapter, sources, buffers, self._pool, self._made_streams())
+
+    def beside(self) -> AbstractContextManager[Any]:
+        """While the context is open, what is made belongs to the stream that places rows, so that it need not wait for the computation
+        that is under way."""
+        if not self._adapter.cuda_kernels:
+            return nullcontext()
+        return torch.cuda.stream(self._made_streams().place)
+
+    def _made_streams(self) -> Streams:
         if self._streams is None:
             self._streams = Streams(self._adapter.device, self._adapter.num_layers)
-        return DeviceLoader(self._adapter, sources, buffers, self._pool, self._streams)
+        return self._streams
 
 
 class Planner:
@@ -81,10 +115,10 @@ class Planner:
     def __init__(self, adapter: ModelAdapter, loaders: Loaders):
         self._adapter, self._loaders = adapter, loaders
 
-    def plan(
+    def prepare(
         self, prompt: Prompt, found: FoundChunks, config: ReuseConfig, memory: KVMemory, stack: ExitStack, room: int
-    ) -> tuple[Plan | None, int]:
-        """Make the plan.
+    ) -> Prepared | None:
+        """Take memory for a prompt, and make what loads its chunks.
 
         Args:
             prompt: the prompt.
@@ -95,43 +129,54 @@ class Planner:
             room: rows that the buffers have behind the prompt, for an answer.
 
         Returns:
-            The plan, None if all of the prompt is computed; and the token-layers that the selector computed.
+            None if all of the prompt is computed.
         """
         if not found.chunks or len(prompt.ids) <= self._adapter.reuse_beyond:
-            return None, 0
+            return None
         sources = sources_of(found, len(prompt.ids), config.skipped)
         if not sources:
-            return None, 0
+            return None
         exact = min(span.start for span, _ in found.chunks)
         selector = get_selector(config.selector) if config.skipped < config.ratio or not config.skipped else None
-        looks = selector is not None and not selector.offline  # may look at stored rows, or run the model
+        heads = self._adapter.heads
 
-        def prepare() -> tuple[KVBuffers, int, LayerLoader]:
+        def take() -> Prepared:
             buffers, kept = memory.take(ids_of(prompt).numpy(), exact, room)
             loader = self._loaders.make(sources, buffers)
             stack.callback(loader.close)
-            if looks and heads.in_turns:
+            prepared = Prepared(sources, exact, kept, buffers, loader, selector)
+            if prepared.looks and heads.in_turns:
                 loader.settle()
-            return buffers, kept, loader
+            return prepared
 
-        heads = self._adapter.heads
-        buffers, kept, loader = heads.together(prepare, CANT_READ)
-        kept = min(heads.tell(kept))
-        computed, unread = _without_selection(sources, len(prompt.ids))
+        prepared = heads.together(take, CANT_READ)
+        return replace(prepared, kept=min(heads.tell(prepared.kept)))
+
+    def choose(self, prompt: Prompt, prepared: Prepared, ratio: float) -> tuple[Plan | None, int]:
+        """Choose what is recomputed.
+
+        Returns:
+            The plan, None if all of the prompt is computed; and the token-layers that the selector computed.
+        """
+        heads, selector, kept, loader = self._adapter.heads, prepared.selector, prepared.kept, prepared.loader
+        computed, unread = _without_selection(prepared.sources, len(prompt.ids))
         computed[:kept] = False
-        context = PromptView(self._adapter, prompt, sources, torch.from_numpy(computed), buffers, loader)
+        context = PromptView(
+            self._adapter, prompt, prepared.sources, torch.from_numpy(computed), prepared.buffers, loader
+        )
         shift = None
         if selector is not None:
-            with heads.computing() if looks else nullcontext():
+            with heads.computing() if prepared.looks else nullcontext():
                 if selector.layers(self._adapter.num_layers):
                     loader.start_first_layers()
-                selected = selector.select(context, config.ratio)
+                selected = selector.select(context, ratio)
             # Peers have the same scores, but for rounding: one of them decides.
             selected = heads.tell(selected)[0]
             computed, shift = _selected(selector, context, selected, computed, unread)
         if computed[kept:].all():
             return None, context.probed
-        return Plan(torch.from_numpy(computed), exact, kept, sources, buffers, loader, shift), context.probed
+        plan = Plan(torch.from_numpy(computed), prepared.exact, kept, prepared.sources, prepared.buffers, loader, shift)
+        return plan, context.probed
 
 
 def sources_of(found: FoundChunks, length: int, skipped: float = 0.0) -> list[Source]:

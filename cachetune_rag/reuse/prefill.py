@@ -16,11 +16,13 @@ from cachetune_rag.model import ModelAdapter
 from cachetune_rag.model.heads import PeerError
 from cachetune_rag.model.libraries.neutral import neutrally
 from cachetune_rag.readahead.prefetcher import Prefetcher
+from cachetune_rag.reuse.begun import Begun
 from cachetune_rag.reuse.config import ReuseConfig
 from cachetune_rag.reuse.layer_loader import CANT_READ, DamagedSourceError
-from cachetune_rag.reuse.lookup import ChunkLookup, Faults, FoundChunks, OpenReaders
+from cachetune_rag.reuse.lookup import Faults, OpenReaders
 from cachetune_rag.reuse.memory import EngineMemory, KVMemory
-from cachetune_rag.reuse.plan import Loaders, Planner, sources_of
+from cachetune_rag.reuse.opening import ChunkOpener, Opened
+from cachetune_rag.reuse.plan import Loaders, Plan, Planner, sources_of
 from cachetune_rag.reuse.prompt_forward import PromptForward
 from cachetune_rag.reuse.selection_context import ids_of
 from cachetune_rag.reuse.state import NothingReused, PrefillState, full_report, report_of
@@ -28,6 +30,9 @@ from cachetune_rag.selection import get_selector
 from cachetune_rag.selection.base import budget
 from cachetune_rag.text.prompts.prompt import Prompt
 from cachetune_store import ChunkKey, ChunkReader, ChunkStore, make_key
+
+MEANWHILE = 0.0005
+"""Seconds between two calls of what is done while the device computes: less than the device needs to copy a layer of a long prompt."""
 
 
 def _nothing() -> None:
@@ -42,6 +47,8 @@ class _Call:
         prompt, config, started, chunks_open, room: see `Assembler.prefill`.
         memory: owns the rows.
         only_reuse: compute nothing where nothing is reused.
+        begun: the prompt, if it was begun before its turn.
+        meanwhile: called while the device computes.
     """
 
     prompt: Prompt
@@ -51,6 +58,8 @@ class _Call:
     room: int
     memory: KVMemory
     only_reuse: bool = False
+    begun: Begun | None = None
+    meanwhile: Callable[[], None] | None = None
 
 
 class Assembler:
@@ -80,8 +89,8 @@ class Assembler:
         check: Callable[[], None] = _nothing,
     ):
         self._adapter, self._store, self._lead_ins, self._pool = adapter, store, lead_ins, pool
-        self._prefetcher, self._tuned, self._check = prefetcher, tuned, check
-        self._lookup = ChunkLookup(store, pool, prefetcher)
+        self._check = check
+        self._opener = ChunkOpener(store, lead_ins, adapter.heads, pool, prefetcher, tuned)
         self._loaders = Loaders(adapter, pool)
         self._planner = Planner(adapter, self._loaders)
         self._forward = PromptForward(adapter)
@@ -142,20 +151,61 @@ class Assembler:
         memory: KVMemory,
         chunks_open: Callable[[], None] = _nothing,
         room: int = 0,
+        begun: Begun | None = None,
+        meanwhile: Callable[[], None] | None = None,
     ) -> PrefillState | NothingReused:
         """As `prefill`, but where nothing of the prompt would be reused, nothing is computed of it (but for what a selector looked at),
         and `memory.keep` is not called.
 
         For a server that computes prompts without reuse itself.
+
+        Args:
+            prompt, config, started, memory, chunks_open, room: see `prefill`.
+            begun: what `begin` gave for this prompt, config and memory. The caller closes it in the end.
+            meanwhile: called again and again while the device computes and this thread waits for it: the time to begin the next prompt.
         """
-        call = _Call(prompt, config, started, chunks_open, room, memory, only_reuse=True)
+        call = _Call(prompt, config, started, chunks_open, room, memory, True, begun, meanwhile)
         with self._same_weights(memory):
             return self._prefill(call)
 
+    @neutrally
+    def begin(self, prompt: Prompt, config: ReuseConfig, memory: KVMemory, room: int = 0) -> Begun | None:
+        """Begin a prompt before its turn, while another one is computed: its chunks are opened and their rows brought to the model's device.
+
+        The device copies rows and computes at the same time, so prompts that wait for each other are done sooner.
+
+        Args:
+            prompt, config, memory, room: see `prefill`.
+
+        Returns:
+            For `reuse`. None where it can't be begun: where workers share the model, or if something fails that its turn will show.
+        """
+        if self._adapter.heads.shared or self._adapter.heads.in_turns:
+            return None
+        call = self._with_namespace(_Call(prompt, config, time.perf_counter(), _nothing, room, memory))
+        with ExitStack() as stack:
+            self._enter_device(stack)
+            kept = stack.enter_context(ExitStack())
+            clock = _Clock()
+            try:
+                opened = self._opener.open(call.prompt, call.config, Faults(), kept)
+                seconds = clock.lap()
+                plan = None
+                with self._loaders.beside():
+                    prepared = self._planner.prepare(prompt, opened.found, opened.config, memory, kept, room)
+                    if prepared is not None and not prepared.looks:
+                        plan, _ = self._planner.choose(prompt, prepared, opened.config.ratio)
+                        if plan is not None:
+                            prepared.loader.set_sources(plan.sources_to_read())
+            except (*CANT_READ, torch.OutOfMemoryError):
+                return None
+            begun = Begun(opened, memory, prepared, plan, seconds, kept.pop_all())
+            begun.go_on()
+            return begun
+
     def rows_needed(self, config: ReuseConfig, reader: ChunkReader) -> int:
         """How many rows of each layer of a chunk a request will read, as far as that is known before it comes."""
-        if config.tunable and self._tuned is not None:
-            config = self._tuned(config, reader.tier, reader.layout.codec)
+        config = self._opener.tuned(config, reader.tier, reader.layout.codec)
         selector = get_selector(config.selector)
         unread = config.ratio if selector.offline and not selector.shift else config.skipped
         return reader.layout.tokens - budget(unread, reader.layout.tokens)
@@ -167,7 +217,7 @@ class Assembler:
             self._enter_device(stack)
             readers = OpenReaders()
             stack.callback(readers.close)
-            found = self._lookup.find(prompt, self._lead_ins.recent_namespace, readers, Faults())
+            found = self._opener.find(prompt, readers)
             buffers = self._adapter.new_buffers(len(prompt.ids))
             self._wait()
             clock = _Clock()
@@ -192,11 +242,16 @@ class Assembler:
             self.forget()
             raise
 
+    def _with_namespace(self, call: _Call) -> _Call:
+        """The call, for the model's weights as they are now: the request may have come before `model_changed()`."""
+        namespace = call.config.namespace
+        if namespace is not None and namespace.model == self._lead_ins.model:
+            return call
+        return replace(call, config=replace(call.config, namespace=self._lead_ins.recent_namespace), begun=None)
+
     def _prefill(self, call: _Call) -> PrefillState | NothingReused:
-        faults = Faults()
-        if call.config.namespace is None or call.config.namespace.model != self._lead_ins.model:
-            # The request came before `model_changed()`, and is answered with the weights as they are now.
-            call = replace(call, config=replace(call.config, namespace=self._lead_ins.recent_namespace))
+        call = self._with_namespace(call)
+        faults = Faults() if call.begun is None else call.begun.opened.faults
         while True:
             try:
                 try:
@@ -208,17 +263,17 @@ class Assembler:
             except PeerError as error:
                 if not error.again:
                     raise
+            call = replace(call, begun=None)
 
     def _attempt(self, call: _Call, faults: Faults) -> PrefillState | NothingReused:
         prompt, memory = call.prompt, call.memory
         with ExitStack() as stack:
             self._enter_device(stack)
             clock = _Clock()
-            readers = OpenReaders()
-            stack.callback(readers.close)
-            found, config, disk_free = self._open(call, readers, faults, stack)
-            timings = {"lookup": clock.lap()}
-            plan, probed = self._planner.plan(prompt, found, config, memory, stack, call.room)
+            opened, disk_free = self._opened(call, faults, stack)
+            found, config = opened.found, opened.config
+            timings = {"lookup": clock.lap() + (0.0 if call.begun is None else call.begun.seconds)}
+            plan, probed = self._planned(call, opened, stack)
             timings["select"] = clock.lap()
             if plan is None and call.only_reuse:
                 report = report_of(
@@ -230,10 +285,10 @@ class Assembler:
                 disk_free()
                 done = self._forward.whole(prompt, memory, any_stored=bool(found.chunks))
             else:
-                done = self._forward.planned(prompt, plan, memory, disk_free)
+                done = self._forward.planned(prompt, plan, memory, disk_free, call.meanwhile)
 
             def end() -> PrefillState:
-                self._wait()
+                self._wait(call.meanwhile)
                 ended = time.perf_counter()
                 timings.update({"compute": clock.lap()} if done.phases is None else done.phases.timings(ended))
                 # Now, while the device has nothing to do: threads that read ahead while it computes would have to wait for it.
@@ -243,72 +298,62 @@ class Assembler:
                     prompt, config, found, plan, faults, kept=done.kept, skipped=done.skipped, probed=probed,
                     ttft=ended - call.started, timings=timings,
                 )  # fmt: skip
-                self._let_go(found, readers)
+                self._opener.let_go(opened)
                 buffers, exact = (None, len(prompt.ids)) if plan is None else (plan.buffers, plan.exact)
                 memory.keep(ids_of(prompt).numpy(), exact, buffers, done.cache)
                 return PrefillState(done.logits, done.cache, report, prompt, found.to_store, buffers)
 
             return self._adapter.heads.together(end)
 
-    def _open(
-        self, call: _Call, readers: OpenReaders, faults: Faults, stack: ExitStack
-    ) -> tuple[FoundChunks, ReuseConfig, Callable[[], None]]:
-        """The prompt's chunks, the settings, and what lets background reads go on; the first two are the same on all peers."""
+    def _opened(self, call: _Call, faults: Faults, stack: ExitStack) -> tuple[Opened, Callable[[], None]]:
+        """The prompt's chunks and settings, and what lets background reads go on."""
+        if call.begun is None:
+            opened = self._opener.open(call.prompt, call.config, faults, stack)
+        else:
+            stack.enter_context(call.begun.hand_over())
+            opened = call.begun.opened
 
-        def find() -> tuple[FoundChunks, ReuseConfig, Callable[[], None]]:
-            found = self._find(call, readers, faults)
-            disk_free = self._claim_disk(found, stack)
+        def claim() -> Callable[[], None]:
+            disk_free = self._opener.claim_disk(opened.found, stack)
             call.chunks_open()
-            return found, self._settings(call.config, found), disk_free
+            return disk_free
 
-        heads = self._adapter.heads
-        found, config, disk_free = heads.together(find, CANT_READ)
-        if heads.shared:
-            # A chunk that one of them can't read is recomputed by all, and one of them says which settings were tuned.
-            told = heads.tell((frozenset(reader.key for reader in found.readers), config))
-            found, config = found.only(frozenset.intersection(*(keys for keys, _ in told))), told[0][1]
-        return found, config, disk_free
+        return opened, self._adapter.heads.together(claim, CANT_READ)
 
-    def _find(self, call: _Call, readers: OpenReaders, faults: Faults) -> FoundChunks:
-        """Look the prompt's chunks up, within the deadline of disk reads."""
-        namespace = call.config.namespace or self._lead_ins.known_namespace
-        if faults.disk_gone:
-            return self._lookup.find(call.prompt, namespace, readers, faults)
-        return self._pool.call(self._lookup.find, call.prompt, namespace, readers, faults)
-
-    def _claim_disk(self, found: FoundChunks, stack: ExitStack) -> Callable[[], None]:
-        """Stop background reads while the prompt's rows are read from disk, which would slow them; gives what lets them go on."""
-        keys = found.on_disk
-        if self._prefetcher is None or not keys:
-            return _nothing
-        priority = self._prefetcher.priority(keys)
-        stack.callback(priority.end)
-        priority.claim()
-        return priority.release
-
-    def _settings(self, config: ReuseConfig, found: FoundChunks) -> ReuseConfig:
-        """The settings of a request, tuned for where its chunks are if it left them to the engine."""
-        if config.tunable and self._tuned is not None and found.chunks:
-            return self._tuned(config, *found.slowest())
-        return config
-
-    def _let_go(self, found: FoundChunks, readers: OpenReaders) -> None:
-        """Hand chunks on: the prefetcher reads the rest of those on disk; those in host memory go to the device, if it keeps chunks."""
-        for reader in found.readers:
-            if reader.in_memory:
-                reader.promote()
-            elif self._prefetcher is not None:
-                readers.release(reader)
-                self._prefetcher.finish(reader)
+    def _planned(self, call: _Call, opened: Opened, stack: ExitStack) -> tuple[Plan | None, int]:
+        """The prompt's plan, and the token-layers that were computed for it."""
+        prompt, begun = call.prompt, call.begun
+        prepared = None if begun is None else begun.prepared
+        if prepared is None:
+            prepared = self._planner.prepare(prompt, opened.found, opened.config, call.memory, stack, call.room)
+        else:
+            prepared.loader.take_turn()
+        if prepared is None:
+            return None, 0
+        if begun is not None and begun.plan is not None and begun.prepared is prepared:
+            return begun.plan, 0
+        return self._planner.choose(prompt, prepared, opened.config.ratio)
 
     def _enter_device(self, stack: ExitStack) -> None:
         """Make the model's GPU the current one: kernels and streams go by that."""
         if self._adapter.device.type == "cuda":
             stack.enter_context(torch.cuda.device(self._adapter.device))
 
-    def _wait(self) -> None:
-        if self._adapter.device.type == "cuda":
-            torch.cuda.synchronize(self._adapter.device)
+    def _wait(self, meanwhile: Callable[[], None] | None = None) -> None:
+        """Wait until the current stream has done what is queued: not the whole device, on which others may compute.
+
+        Args:
+            meanwhile: called about every `MEANWHILE` seconds.
+        """
+        if self._adapter.device.type != "cuda":
+            return
+        stream = torch.cuda.current_stream(self._adapter.device)
+        if meanwhile is not None:
+            done = stream.record_event()
+            while not done.query():
+                meanwhile()
+                time.sleep(MEANWHILE)
+        stream.synchronize()
 
 
 class _Clock:

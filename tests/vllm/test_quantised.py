@@ -98,7 +98,9 @@ def test_weights_quantised_while_they_are_loaded(
     tiny_vllm: Callable[..., TinyVLLM], family: str, tmp_path: Path
 ) -> None:
     store = half_store(tmp_path, family)
-    up = tiny_vllm(family, packed=False, dtype="bfloat16", quantization="fp8", kv_transfer_config=transfer(store, least_reused=0))
+    up = tiny_vllm(
+        family, packed=False, dtype="bfloat16", quantization="fp8", kv_transfer_config=transfer(store, least_reused=0)
+    )
     check_nearly_vllms_own(Served(up, store))
 
 
@@ -106,5 +108,11 @@ def test_weights_quantised_while_they_are_loaded(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_pages_of_8_bit_floats(tiny_vllm: Callable[..., TinyVLLM], tmp_path: Path) -> None:
     store = half_store(tmp_path, "llama")
-    up = tiny_vllm("llama", packed=False, dtype="bfloat16", kv_cache_dtype="fp8", kv_transfer_config=transfer(store, least_reused=0))
+    up = tiny_vllm(
+        "llama",
+        packed=False,
+        dtype="bfloat16",
+        kv_cache_dtype="fp8",
+        kv_transfer_config=transfer(store, least_reused=0),
+    )
     check_nearly_vllms_own(Served(up, store))

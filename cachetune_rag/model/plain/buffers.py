@@ -66,6 +66,11 @@ class KVBuffers:
             return [self._keys[:, :count], self._values[:, :count]]
         return [rows[:count] for rows in (*self.key_rows, *self.value_rows)]
 
+    def used_on(self, stream: torch.cuda.Stream) -> None:
+        """Another stream than the one that they were made on works with these buffers: their memory is not given away before that is done."""
+        for rows in (*self._all_keys, *self._all_values):
+            rows.record_stream(stream)
+
     @property
     def row_bytes(self) -> int:
         """Bytes that one token takes, over all layers."""

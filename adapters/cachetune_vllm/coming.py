@@ -1,0 +1,154 @@
+"""The prompts that wait to be put together, in the order in which they came. The next one is begun before its turn."""
+
+from __future__ import annotations
+
+import queue
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+import torch
+
+from cachetune_rag.answering.request import Request
+from cachetune_rag.errors import CacheTuneError
+from cachetune_rag.model.heads import Heads
+from cachetune_rag.reuse.begun import Begun
+from cachetune_rag.runtime import Runtime
+from cachetune_store import StoreError
+from cachetune_vllm.logs import logger
+from cachetune_vllm.messages import Load, Missed
+from cachetune_vllm.pages import PagedMemory, Pages
+
+_log = logger(__name__)
+
+
+class GivenUpError(Exception):
+    """A request ended before its prompt was put together."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A load, and the event that must have happened before its pages are written.
+
+    Attributes:
+        load: what to put together.
+        free: the point on vLLM's stream behind which nothing uses the pages for the request that had them before, and those that are
+            read are filled; None on a CPU.
+    """
+
+    load: Load
+    free: torch.cuda.Event | None
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A load that the thread works on.
+
+    Attributes:
+        job: the load.
+        engine: its tenant's engine.
+        request: the load, as the engine takes it.
+        memory: vLLM's pages, as the engine sees them.
+        begun: the load's chunks on their way to the device, if it was begun before its turn.
+    """
+
+    job: Job
+    engine: Runtime
+    request: Request
+    memory: PagedMemory
+    begun: Begun | None = None
+
+    def go_on(self) -> None:
+        """Have some more of its chunks brought."""
+        if self.begun is not None:
+            self.begun.go_on()
+
+    def close(self) -> None:
+        """The load is done, or not wanted any more."""
+        if self.begun is not None:
+            self.begun.close()
+
+
+class Coming:
+    """What the thread is to do. `put` is called by any thread, everything else by the one that puts prompts together.
+
+    Args:
+        engine: gives the engine of a tenant.
+        pages: vLLM's pages.
+        heads: which of the model's heads this worker has.
+        check_wanted: raises `GivenUpError` for the id of a request that is over.
+        most_tokens: of two prompts that may be in the engine's memory at once; None: any number.
+    """
+
+    def __init__(
+        self,
+        engine: Callable[[str], Runtime],
+        pages: Pages,
+        heads: Heads,
+        check_wanted: Callable[[str], None],
+        most_tokens: int | None = None,
+    ):
+        self._engine, self._pages, self._heads = engine, pages, heads
+        self._check_wanted, self._most_tokens = check_wanted, most_tokens
+        self._jobs: queue.SimpleQueue[Job | Missed | None] = queue.SimpleQueue()
+        self._taken: deque[Job | Missed | None] = deque()  # from the queue, before its turn: one at most
+        self._begun: Turn | None = None  # that one
+        self._tried: Job | None = None  # whether or not it could be begun
+
+    def put(self, job: Job | Missed | None) -> None:
+        """Add something to do; None ends the thread."""
+        self._jobs.put(job)
+
+    def next(self) -> Job | Missed | None:
+        """Wait for the next thing to do."""
+        return self._taken.popleft() if self._taken else self._jobs.get()
+
+    def turn_of(self, job: Job) -> Turn:
+        """What is needed to put a prompt together. It is there already if the prompt was begun. The caller closes it."""
+        begun, self._begun = self._begun, None
+        if begun is not None:  # it is for this job: nothing else is taken before its turn
+            return begun
+        load = job.load
+
+        def begin() -> tuple[Runtime, Request]:
+            engine = self._engine(load.tenant)
+            self._check_wanted(load.request_id)
+            return engine, Request.measured(load.prompt, engine.admission.config(load.selector, load.ratio))
+
+        engine, request = self._heads.together(begin)
+        return Turn(job, engine, request, PagedMemory(engine.assembler.memory, self._pages, load, job.free))
+
+    def begin_next(self, tokens: int) -> None:
+        """Let the chunks of the next prompt be brought to the device while one of `tokens` tokens is computed. Called again and again.
+
+        Whatever fails here is found again, and dealt with, when it is that prompt's turn.
+        """
+        if self._begun is not None:
+            self._begun.go_on()
+            return
+        if self._heads.shared or self._heads.in_turns:
+            return
+        if not self._taken:
+            with suppress(queue.Empty):
+                self._taken.append(self._jobs.get_nowait())
+        job = self._taken[0] if self._taken else None
+        if not isinstance(job, Job) or job is self._tried or not self._both_fit(tokens, job.load):
+            return
+        self._tried = job
+        try:
+            turn = self.turn_of(job)
+            begun = turn.engine.executor.begin(turn.request, turn.memory)
+        except (GivenUpError, CacheTuneError, StoreError) as error:
+            _log.debug("request %s was not begun before its turn: %s", job.load.request_id, error)
+        else:
+            self._begun = None if begun is None else replace(turn, begun=begun)
+
+    def close(self) -> None:
+        """The thread ends: what was begun is not wanted any more."""
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            begun.close()
+
+    def _both_fit(self, tokens: int, load: Load) -> bool:
+        return self._most_tokens is None or tokens + len(load.prompt.ids) <= self._most_tokens

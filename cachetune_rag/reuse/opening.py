@@ -1,0 +1,125 @@
+"""Opens the stored chunks of a prompt, and lets them go when it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from cachetune_rag.chunks.lead_ins import LeadIns
+from cachetune_rag.concurrency.deadline import DeadlinePool
+from cachetune_rag.model.heads import Heads
+from cachetune_rag.readahead.prefetcher import Prefetcher
+from cachetune_rag.reuse.config import ReuseConfig
+from cachetune_rag.reuse.layer_loader import CANT_READ
+from cachetune_rag.reuse.lookup import ChunkLookup, Faults, FoundChunks, OpenReaders
+from cachetune_rag.text.prompts.prompt import Prompt
+from cachetune_store import ChunkStore
+
+
+def _nothing() -> None:
+    """Lets nothing go on."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A prompt's chunks, open.
+
+    Attributes:
+        found: the chunks.
+        config: the settings, tuned for where the chunks are if they were left to the engine.
+        readers: closes the chunks.
+        faults: chunks that could not be opened.
+    """
+
+    found: FoundChunks
+    config: ReuseConfig
+    readers: OpenReaders
+    faults: Faults
+
+
+class ChunkOpener:
+    """Opens the chunks of prompts. The caller holds the model's lock.
+
+    Args:
+        store: where chunks are.
+        lead_ins: know the namespace of the chunks' keys.
+        heads: of the model; where workers share it, all of them open the same chunks.
+        pool: threads that look chunks up.
+        prefetcher: goes on reading chunks that a request read in part; None: what a request leaves unread stays on disk.
+        tuned: replaces settings that a request left to the engine by those tuned for a tier and codec.
+    """
+
+    def __init__(
+        self,
+        store: ChunkStore,
+        lead_ins: LeadIns,
+        heads: Heads,
+        pool: DeadlinePool,
+        prefetcher: Prefetcher | None,
+        tuned: Callable[[ReuseConfig, str, str], ReuseConfig] | None,
+    ):
+        self._lead_ins, self._heads, self._pool = lead_ins, heads, pool
+        self._prefetcher, self._tuned = prefetcher, tuned
+        self._lookup = ChunkLookup(store, pool, prefetcher)
+
+    def open(self, prompt: Prompt, config: ReuseConfig, faults: Faults, stack: ExitStack) -> Opened:
+        """Open a prompt's chunks, which `stack` closes. They and the settings are the same on all peers.
+
+        Args:
+            prompt: the prompt.
+            config: its settings.
+            faults: chunks that could not be read before; those that can't be opened now are added.
+            stack: closes them.
+        """
+        readers = OpenReaders()
+        stack.callback(readers.close)
+
+        def find() -> tuple[FoundChunks, ReuseConfig]:
+            found = self._find(prompt, config, readers, faults)
+            return found, self.settings(config, found)
+
+        found, settings = self._heads.together(find, CANT_READ)
+        if self._heads.shared:
+            # A chunk that one of them can't read is recomputed by all, and one of them says which settings were tuned.
+            told = self._heads.tell((frozenset(reader.key for reader in found.readers), settings))
+            found, settings = found.only(frozenset.intersection(*(keys for keys, _ in told))), told[0][1]
+        return Opened(found, settings, readers, faults)
+
+    def find(self, prompt: Prompt, readers: OpenReaders) -> FoundChunks:
+        """Look a prompt's chunks up without a deadline; `readers` closes them."""
+        return self._lookup.find(prompt, self._lead_ins.recent_namespace, readers, Faults())
+
+    def settings(self, config: ReuseConfig, found: FoundChunks) -> ReuseConfig:
+        """The settings of a request, tuned for where its chunks are if it left them to the engine."""
+        return self.tuned(config, *found.slowest()) if found.chunks else config
+
+    def tuned(self, config: ReuseConfig, tier: str, codec: str) -> ReuseConfig:
+        """The settings of a request for chunks of a tier and codec."""
+        return config if self._tuned is None or not config.tunable else self._tuned(config, tier, codec)
+
+    def claim_disk(self, found: FoundChunks, stack: ExitStack) -> Callable[[], None]:
+        """Stop background reads while the prompt's rows are read from disk, which would slow them; gives what lets them go on."""
+        keys = found.on_disk
+        if self._prefetcher is None or not keys:
+            return _nothing
+        priority = self._prefetcher.priority(keys)
+        stack.callback(priority.end)
+        priority.claim()
+        return priority.release
+
+    def let_go(self, opened: Opened) -> None:
+        """Hand chunks on: the prefetcher reads the rest of those on disk; those in host memory go to the device, if it keeps chunks."""
+        for reader in opened.found.readers:
+            if reader.in_memory:
+                reader.promote()
+            elif self._prefetcher is not None:
+                opened.readers.release(reader)
+                self._prefetcher.finish(reader)
+
+    def _find(self, prompt: Prompt, config: ReuseConfig, readers: OpenReaders, faults: Faults) -> FoundChunks:
+        """Look the prompt's chunks up, within the deadline of disk reads."""
+        namespace = config.namespace or self._lead_ins.known_namespace
+        if faults.disk_gone:
+            return self._lookup.find(prompt, namespace, readers, faults)
+        return self._pool.call(self._lookup.find, prompt, namespace, readers, faults)

@@ -1,0 +1,135 @@
+"""A prompt may be begun while the one before it is computed: its answer is the same, and nothing is left behind."""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import llama, tokenizer
+
+from cachetune_rag import CacheTune
+from cachetune_rag.reuse.begun import Begun
+from cachetune_rag.reuse.config import ReuseConfig
+from cachetune_rag.reuse.state import NothingReused, PrefillState
+from cachetune_rag.text.prompts.prompt import Prompt
+
+TEXTS = [
+    f"Ship {number} came in at noon with {number * 7} barrels of salt, and left before the storm."
+    for number in range(8)
+]
+
+
+@pytest.fixture(params=["memory", "disk"])
+def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[CacheTune]:
+    disk = request.param == "disk"
+    with CacheTune(
+        llama(), tokenizer(), *([tmp_path / "kv"] if disk else []), **({"host_budget": 0} if disk else {})
+    ) as engine:
+        engine.precompute(TEXTS)
+        yield engine
+
+
+def prompt_of(engine: CacheTune, seed: int) -> Prompt:
+    chunks = random.Random(seed).sample(TEXTS, 4)
+    return engine.prompts.build(query=f"How many barrels, {seed}?", chunks=chunks, prefix="The harbour's log.")
+
+
+def put_together(
+    engine: CacheTune,
+    prompt: Prompt,
+    config: ReuseConfig,
+    begun: Begun | None = None,
+    meanwhile: Callable[[], None] | None = None,
+) -> PrefillState:
+    assembler = engine.runtime.assembler
+    memory = assembler.memory if begun is None else begun.memory
+    state = assembler.reuse(prompt, config, time.perf_counter(), memory, begun=begun, meanwhile=meanwhile)
+    assert isinstance(state, PrefillState)
+    return state
+
+
+def begin(engine: CacheTune, prompt: Prompt, config: ReuseConfig) -> Begun:
+    begun = engine.runtime.assembler.begin(prompt, config, engine.runtime.assembler.memory)
+    assert begun is not None
+    return begun
+
+
+def assert_nothing_open(engine: CacheTune) -> None:
+    gc.collect()
+    disk = engine.store.stats().disk
+    assert disk is None or disk.pinned == 0
+
+
+@pytest.mark.parametrize("selector", ["expected_error", "frequency", "probe", "kv_deviation", "none"])
+@pytest.mark.parametrize("skipped", [0.0, 0.1])
+def test_its_keys_and_values_are_the_same(engine: CacheTune, selector: str, skipped: float) -> None:
+    config = ReuseConfig(selector, 0.2, skipped)
+    first, second = prompt_of(engine, 1), prompt_of(engine, 2)
+    wanted = [put_together(engine, second, config) for _ in range(2)][
+        1
+    ]  # the prompts' common beginning is kept from the first on
+    begun: list[Begun] = []
+
+    def meanwhile() -> None:
+        begun.append(begin(engine, second, config)) if not begun else begun[0].go_on()
+
+    put_together(engine, first, config, meanwhile=meanwhile)
+    state = put_together(engine, second, config, begun[0])
+    begun[0].close()
+    assert torch.equal(state.logits, wanted.logits)
+    for mine, theirs in zip(state.cache.layers, wanted.cache.layers, strict=True):
+        assert torch.equal(mine.keys, theirs.keys)
+        assert torch.equal(mine.values, theirs.values)
+    for name in ("reused", "recomputed", "missed", "skipped", "probed", "bytes_read"):
+        assert getattr(state.report, name) == getattr(wanted.report, name)
+    assert_nothing_open(engine)
+
+
+def test_what_is_begun_and_given_up_is_closed(engine: CacheTune) -> None:
+    begun = begin(engine, prompt_of(engine, 3), ReuseConfig("frequency", 0.1))
+    begun.go_on()
+    begun.close()
+    assert_nothing_open(engine)
+
+
+def test_damaged_chunks_are_found_at_its_turn(tmp_path: Path) -> None:
+    config = ReuseConfig("expected_error", 0.2)
+    with CacheTune(llama(), tokenizer(), tmp_path / "kv", host_budget=0) as engine:
+        engine.precompute(TEXTS)
+        prompt = prompt_of(engine, 4)
+        damaged = 0
+        for path in (tmp_path / "kv").rglob("*"):
+            if path.is_file() and path.stat().st_size > 20_000 and "index" not in path.parts:
+                content = bytearray(path.read_bytes())
+                content[len(content) // 2] ^= 255  # among its rows: not noticed when the chunk is opened
+                path.write_bytes(content)
+                damaged += 1
+        assert damaged == len(TEXTS)
+        begun = begin(engine, prompt, config)
+        begun.go_on()
+        state = engine.runtime.assembler.reuse(prompt, config, time.perf_counter(), begun.memory, begun=begun)
+        begun.close()
+        assert isinstance(state, NothingReused)
+        assert (state.report.damaged, state.report.reused) == (4, 0)
+        assert_nothing_open(engine)
+
+
+def test_with_new_weights_it_is_looked_up_anew(tmp_path: Path) -> None:
+    model = llama()
+    with CacheTune(model, tokenizer()) as engine:
+        engine.precompute(TEXTS)
+        prompt, namespace = prompt_of(engine, 5), engine.runtime.lead_ins.recent_namespace
+        begun = begin(engine, prompt, ReuseConfig("frequency", 0.2, namespace=namespace))
+        with torch.no_grad():
+            model.lm_head.weight.mul_(2)
+        engine.model_changed()
+        config = ReuseConfig("frequency", 0.2, namespace=namespace)
+        state = engine.runtime.assembler.reuse(prompt, config, time.perf_counter(), begun.memory, begun=begun)
+        begun.close()
+        assert isinstance(state, NothingReused)
+        assert (state.report.reused, state.report.missed > 0) == (0, True)
