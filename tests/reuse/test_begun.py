@@ -133,3 +133,35 @@ def test_with_new_weights_it_is_looked_up_anew(tmp_path: Path) -> None:
         begun.close()
         assert isinstance(state, NothingReused)
         assert (state.report.reused, state.report.missed > 0) == (0, True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tier", ["device", "host", "disk"])
+@pytest.mark.parametrize("selector", ["expected_error", "frequency"])
+def test_prompts_one_behind_the_other_on_a_gpu(tmp_path: Path, tier: str, selector: str) -> None:
+    """Each prompt is begun while the one before it is computed, on a stream of their own as inside a server."""
+    config, model = ReuseConfig(selector, 0.2), llama().cuda()
+    budgets = {"host_budget": 0 if tier == "disk" else "100MB", "device_budget": "100MB" if tier == "device" else 0}
+    with CacheTune(model, tokenizer(), tmp_path / "kv", cuda_kernels=True, **budgets) as engine:
+        engine.precompute(TEXTS)
+        prompts = [prompt_of(engine, seed) for seed in range(8)]
+        for prompt in prompts:  # warm: graphs are captured, chunks are in their tiers, the common beginning is kept
+            put_together(engine, prompt, config)
+        wanted = [put_together(engine, prompt, config).logits for prompt in prompts]
+        with torch.cuda.stream(torch.cuda.Stream()):
+            begun: list[Begun] = []
+
+            def meanwhile() -> None:
+                if len(begun) <= number and number + 1 < len(prompts):
+                    begun.append(begin(engine, prompts[number + 1], config))
+                elif len(begun) > number:
+                    begun[number].go_on()
+
+            for number, prompt in enumerate(prompts):
+                if number == len(begun) + 1:  # the one before was done too soon
+                    begun.append(begin(engine, prompt, config))
+                state = put_together(engine, prompt, config, begun[number - 1] if number else None, meanwhile)
+                assert torch.allclose(state.logits, wanted[number], atol=1e-5)
+        for each in begun:
+            each.close()
+        assert_nothing_open(engine)
