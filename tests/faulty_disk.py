@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import random
+import signal
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -35,8 +36,9 @@ class Fault:
 
     Attributes:
         kind: name of an errno ("EIO"), or "short" (a read gives less than was asked for, as it may), "garbage" (a read gives
-            wrong bytes), "cut" (a read ends early, as if the file did), "slow" (a call takes `seconds`) or "stuck" (a call
-            doesn't return before the fault is over).
+            wrong bytes), "cut" (a read ends early, as if the file did), "slow" (a call takes `seconds`), "stuck" (a call
+            doesn't return before the fault is over) or "killed" (the process is, by SIGKILL, before the call; of a write, the first half
+            is made).
         calls: which calls.
         chance: of each call to fail.
         after: calls that go well first.
@@ -91,6 +93,10 @@ class Fault:
         self._over.set()
 
 
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 @contextmanager
 def faulty_disk(folder: Path, fault: Fault) -> Iterator[Fault]:
     """Have calls on files below `folder` fail, in all threads of this process.
@@ -112,11 +118,16 @@ def faulty_disk(folder: Path, fault: Fault) -> Iterator[Fault]:
         if fault.kind in ("slow", "stuck"):
             fault.wait()
             return False
+        if fault.kind == "killed" and name != "write":
+            _die()
         return True
 
     def plain(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(target: Any, *args: Any, **kwargs: Any) -> Any:
             if strikes(name, target):
+                if fault.kind == "killed":
+                    real(target, args[0][: len(args[0]) // 2])
+                    _die()
                 raise fault.error()
             return real(target, *args, **kwargs)
 
@@ -157,6 +168,8 @@ def faulty_disk(folder: Path, fault: Fault) -> Iterator[Fault]:
 
         def execute(self, *args: Any) -> sqlite3.Cursor:
             if fault.strikes("index"):
+                if fault.kind == "killed":
+                    _die()
                 raise fault.error_of_sqlite()
             return self._connection.execute(*args)
 

@@ -59,6 +59,9 @@ def prune(placement: Placement, keep: Keep, *, foreign_too: bool, dry_run: bool)
         size += placement.size_of(key) if dry_run else placement.remove(key)
         foreign += head is None
         chunks += head is not None
+    disk = placement.find(DiskTier)
+    if disk is not None and not dry_run:
+        disk.drop_missing()  # a process that was killed while it pruned has deleted files that the index still knows
     return PruneReport(chunks, foreign, size)
 
 

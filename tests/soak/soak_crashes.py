@@ -1,5 +1,7 @@
 """Crashes: processes that precompute, answer, evict and mend are killed at random moments; then the store is examined.
 
+And changes of a small store, of which a process is killed before each step in turn.
+
 Two stores: one large enough for everything, in which every chunk and document whose storing was reported must be found
 again, and one with room for a few chunks, in which processes evict each other's.
 """
@@ -18,6 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "store"))
 
+from broken_off import CHANGES, OPENINGS, killed_at_every_step
 from soak_common import Corpus, Outcome, Worker, bytes_below
 from store_samples import sample
 
@@ -32,8 +35,8 @@ LARGEST_CHUNK = 170_000
 Tell = Callable[..., None]
 
 
-def run(folder: Path, *, kills: int, seed: int = 0, corpus: Corpus | None = None) -> Outcome:
-    """Kill `kills` processes, at least."""
+def run(folder: Path, *, kills: int, every: int | None = None, seed: int = 0, corpus: Corpus | None = None) -> Outcome:
+    """Kill `kills` processes at random moments, at least; and others before each `every`-th step of each change (None: no others)."""
     started = time.perf_counter()
     outcome = Outcome("crashes")
     corpus = corpus or Corpus()
@@ -75,9 +78,21 @@ def run(folder: Path, *, kills: int, seed: int = 0, corpus: Corpus | None = None
             found += _examined(outcome, lambda tell: _examine(corpus, large, book, {}, tell))
         if small.exists():
             _examined(outcome, lambda tell: _examine(corpus, small, _Book(), evicting, tell))
+    if every is not None:
+        _kill_at_steps(outcome, folder / "steps", every)
     outcome.figures |= {"kills": sum(killed.values()), "rounds": rounds, "chunks found again": found, "killed": killed}
     outcome.seconds = time.perf_counter() - started
     return outcome
+
+
+def _kill_at_steps(outcome: Outcome, folder: Path, every: int) -> None:
+    folder.mkdir()
+    for bystander, changes in ((False, CHANGES), (True, CHANGES), (False, OPENINGS)):
+        for name, change in changes.items():
+            # Other steps where another process has the store open.
+            first = every // 2 if bystander else 0
+            problems = killed_at_every_step(folder, change, bystander=bystander, every=every, first=first)
+            outcome.problems += [f"{name}: {problem}" for problem in problems]
 
 
 class _Book:

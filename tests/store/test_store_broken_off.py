@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 import pytest
-from broken_off import CHANGES, SAMPLES, failed_at_every_step, fill
+from broken_off import CHANGES, OPENINGS, SAMPLES, failed_at_every_step, fill, killed_at_every_step
 from faulty_disk import Fault, faulty_disk
 from store_samples import file_of
 
@@ -34,6 +34,22 @@ def test_a_change_that_fails_at_a_step_is_finished_by_the_next(
     folder: Path, name: str, kind: str, every: int, first: int
 ) -> None:
     assert list(failed_at_every_step(folder, CHANGES[name], kind, every=every, first=first)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "bystander", "every", "first"),
+    [
+        ("remove", False, 37, 90),
+        ("prune", True, 37, 127),
+        ("add to a document", True, 41, 60),
+        ("compare after a crash", False, 97, 50),
+    ],
+)
+def test_a_process_killed_at_a_step_loses_and_leaves_nothing(
+    folder: Path, name: str, bystander: bool, every: int, first: int
+) -> None:
+    change = {**CHANGES, **OPENINGS}[name]
+    assert list(killed_at_every_step(folder, change, bystander=bystander, every=every, first=first)) == []
 
 
 def test_an_index_whose_making_failed_is_not_taken_for_a_whole_one(tmp_path: Path) -> None:
