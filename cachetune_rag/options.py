@@ -84,6 +84,32 @@ class TierOptions:
         None, "page-lock host memory, which makes copies to a GPU faster; None: if there is CUDA."
     )
     direct_io: bool | None = option(None, "read past the page cache; None: where the file system supports it.")
+    remote: str | None = option(
+        None,
+        "URL of a place that many machines share, behind the store's folder ([scale.md](scale.md)): `s3://bucket/prefix`, `gs://...`, `az://...`, "
+        "`file:///folder`, `valkey://host:6379`. The store itself may be such a URL, without a folder.",
+        CommandLineOption(
+            "--remote",
+            "URL",
+            "A place that many machines share, behind the store: s3://BUCKET/PREFIX, gs://..., az://..., file:///FOLDER or valkey://HOST:PORT.",
+        ),
+    )
+    remote_codec: str | None = option(
+        None,
+        "how chunks are encoded in the shared place; None: as in the store. `int4` there takes a quarter of the network and of the room.",
+        CommandLineOption(
+            "--remote-codec", "NAME", "How chunks are stored in the shared place; left out: as in the store."
+        ),
+    )
+    remote_timeout: float = option(
+        5.0,
+        "seconds that a read from the shared place may take, further tries included; then the chunk is computed (`Report.unreadable`).",
+    )
+    remote_options: Mapping[str, Any] | None = option(
+        None,
+        "further arguments for what reaches the shared place: of obstore's `from_url` for buckets (such as `endpoint`), of "
+        "`GlideClientConfiguration` for servers.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +195,10 @@ class EngineArguments(TypedDict, total=False):
     read_memory: int | str | None
     pin_memory: bool | None
     direct_io: bool | None
+    remote: str | None
+    remote_codec: str | None
+    remote_timeout: float
+    remote_options: Mapping[str, Any] | None
     prompt_template: str | None
     chat_template_kwargs: Mapping[str, Any] | None
     chunk_separator: str
@@ -247,7 +277,7 @@ def markdown() -> str:
         [
             "# Options of an engine",
             "Keyword arguments of `CacheTune(model, tokenizer, store, ...)` and of `CacheTune.from_pretrained(path, store, ...)`.",
-            "Budgets and the other options of a store (from `codec` to `direct_io`) can't be given with a `ChunkStore` that is",
+            "Budgets and the other options of a store (from `codec` to `remote_options`) can't be given with a `ChunkStore` that is",
             "open already: set them there.",
             "",
             "| option | default | command line | meaning |",

@@ -22,7 +22,7 @@ from cachetune_rag.chunks.lead_in_choice import given_lead_ins
 from cachetune_rag.chunks.lead_ins import LeadIns
 from cachetune_rag.chunks.precompute import Precomputer
 from cachetune_rag.chunks.recognition import StoreRecognizer
-from cachetune_rag.concurrency.deadline import DeadlinePool, check_timeout
+from cachetune_rag.concurrency.deadline import FAR_READERS, READERS, DeadlinePool, check_timeout
 from cachetune_rag.concurrency.lifetime import Lifetime
 from cachetune_rag.concurrency.workers import Job
 from cachetune_rag.errors import ConfigError
@@ -122,13 +122,14 @@ class Runtime:
             tenant=given.tenant,
         )
         self._owns_store = not isinstance(store, ChunkStore)
-        path = store.path if isinstance(store, ChunkStore) else store
         check_timeout(given.read_timeout)  # also where the store is in memory and nothing waits for a disk
-        self.pool = DeadlinePool(None if path is None else given.read_timeout)
         of_store: dict[str, Any] = {name: value for name, value in options.items() if name in STORE_NAMES}
         if device is not None:
             of_store["device"] = device
         self.store = opened_store(store, self.adapter.device, of_store)
+        kinds = [kind for kind in self.store.tiers if not kind.in_memory]
+        far = any(kind.shared_by == "machines" for kind in kinds)
+        self.pool = DeadlinePool(given.read_timeout if kinds else None, readers=FAR_READERS if far else READERS)
         self.prefetcher = Prefetcher(self.store)
         try:
             self._connect(namespace, choose_lead_ins=given.lead_in == "auto", batch_tokens=given.batch_tokens)

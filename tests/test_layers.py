@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ENGINE = ROOT / "cachetune_rag"
 FRAMEWORKS = {"llama_index", "langchain_core", "langchain", "faiss"}
+REMOTE = {"obstore", "glide_sync"}
 
 MODEL = ("model", "model/plain", "model/family", "model/loaded", "model/libraries")
 TEXT = ("text", "text/prompts", "text/recognising")
@@ -150,7 +151,8 @@ def test_the_store_and_the_engine_know_no_higher_layer(folder: str, forbidden: s
 def test_the_store_and_the_engine_load_no_framework() -> None:
     code = (
         "import sys, cachetune_store, cachetune_rag\n"
-        f"print(sorted(m for m in sys.modules if m.split('.')[0] in {FRAMEWORKS!r}))"
+        "cachetune_store.ChunkStore(None).close()\n"
+        f"print(sorted(m for m in sys.modules if m.split('.')[0] in {FRAMEWORKS | REMOTE!r} or m.startswith('cachetune_store.remote.')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() == "['cachetune_store.remote.places']", "and nothing of a remote tier"

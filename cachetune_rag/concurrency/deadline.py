@@ -20,7 +20,10 @@ from cachetune_store.printing import shown
 Call = Callable[..., Any]
 """`call(work, *args)` makes a call that may touch the store's disk, and returns what it returns."""
 
-_READERS = 8
+READERS = 8
+"""Threads that read from a disk: enough to keep it busy."""
+FAR_READERS = 32
+"""Threads that read where answers come over a network: they mostly wait."""
 _CALLERS = 4
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -52,15 +55,16 @@ class DeadlinePool:
 
     Args:
         seconds: how long one call is waited for; None: as long as it takes, and `call` makes calls on the caller's thread.
+        readers: threads that read rows.
 
     Raises:
         ConfigError: `seconds` is neither None nor above 0.
     """
 
-    def __init__(self, seconds: float | None):
+    def __init__(self, seconds: float | None, readers: int = READERS):
         check_timeout(seconds)
         self.seconds = seconds
-        self._readers = Workers(_READERS, "cachetune-read")
+        self._readers = Workers(readers, "cachetune-read")
         self._callers = Workers(_CALLERS, "cachetune-store")
         self._lock = threading.Lock()
         self._overdue: set[Job[Any]] = set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import Protocol
 
 import numpy as np
 from torch import Tensor
@@ -12,11 +13,20 @@ from .buffers import PAGE, SlabPool, memory_of, round_up
 from .checksums import rows_checksum
 from .chunk import Chunk, ChunkHead, block_ends, clear_padding, in_pool, layer_views
 from .errors import DamagedChunkError, StoreClosedError
-from .rawfile import RawFile
 from .readers import ChunkReader
 from .tier_kinds import DISK
 
-__all__ = ["DiskReader"]
+__all__ = ["DiskReader", "OpenFile"]
+
+
+class OpenFile(Protocol):
+    """An open chunk file, wherever it lies. Threads may read it at the same time."""
+
+    def read(self, area: memoryview, position: int) -> int:
+        """Fill `area` from `position` on. Returns how many bytes were read."""
+
+    def close(self) -> None:
+        """Close it. May be called again."""
 
 
 class DiskReader(ChunkReader):
@@ -24,7 +34,7 @@ class DiskReader(ChunkReader):
 
     kind = DISK
 
-    def __init__(self, head: ChunkHead, file: RawFile, rows_start: int, pool: SlabPool) -> None:
+    def __init__(self, head: ChunkHead, file: OpenFile, rows_start: int, pool: SlabPool) -> None:
         super().__init__(head)
         self._file = file
         self._start = rows_start
@@ -150,17 +160,37 @@ class DiskReader(ChunkReader):
         Called by `read`, which holds the layer's lock.
         """
         self._prepare()
-        head, ends, offset = self.head, self._ends[layer], self.head.plan.offsets[layer]
-        first, last = self._covered[layer] // head.block_rows, -(-rows // head.block_rows)
-        # Direct I/O needs whole pages. So the first page may be read a second time, and its block is then checked again.
-        begin, end = ends[first] // PAGE * PAGE, round_up(ends[last])
-        area = self._memory[offset + begin : offset + end]
+        start, area = self._missing(layer, rows)
         try:
-            found = self._file.read(area, self._start + offset + begin)
+            found = self._file.read(area, start)
         except OSError as error:
             raise DamagedChunkError(f"chunk {self.key}: layer {layer} can't be read ({error.strerror})") from error
         if found != len(area):
             raise DamagedChunkError(f"chunk {self.key}: the file ends inside layer {layer}")
+        self._accept(layer, rows)
+        self._bytes[layer] += len(area)
+
+    def _missing(self, layer: int, rows: int) -> tuple[int, memoryview]:
+        """Where in the file the rows of a layer begin that are still missing, and the memory that they go to."""
+        ends, offset = self._ends[layer], self.head.plan.offsets[layer]
+        # Direct I/O needs whole pages. So the first page may be read a second time, and its block is then checked again.
+        first, last = self._blocks(layer, rows)
+        begin, end = ends[first] // PAGE * PAGE, round_up(ends[last])
+        return self._start + offset + begin, self._memory[offset + begin : offset + end]
+
+    def _blocks(self, layer: int, rows: int) -> tuple[int, int]:
+        """The first block of a layer that is still missing, and the one behind that which holds row `rows` - 1."""
+        return self._covered[layer] // self.head.block_rows, -(-rows // self.head.block_rows)
+
+    def _accept(self, layer: int, rows: int) -> None:
+        """Check what was read of a layer. From now on it counts as read.
+
+        Raises:
+            DamagedChunkError: a block fails its checksum.
+        """
+        head, ends, offset = self.head, self._ends[layer], self.head.plan.offsets[layer]
+        first, last = self._blocks(layer, rows)
+        begin = ends[first] // PAGE * PAGE
         while first and ends[first] > begin:
             first -= 1
         sums = head.checksums[layer].tolist()
@@ -168,4 +198,3 @@ class DiskReader(ChunkReader):
             if rows_checksum(self._memory[offset + ends[block] : offset + ends[block + 1]]) != sums[block]:
                 raise DamagedChunkError(f"chunk {self.key}: checksum mismatch in layer {layer}, block {block}")
         self._covered[layer] = min(head.layout.tokens, last * head.block_rows)
-        self._bytes[layer] += len(area)

@@ -159,6 +159,15 @@ class Documents:
         """How many documents each tenant has."""
         return Counter(record["tenant"] for _, record in self._index.items("doc/"))
 
+    def chunks_of(self, tenant: str, doc_id: str) -> list[ChunkKey] | None:
+        """The chunks of a document; None if there is no such document."""
+        record = self._index.get(_record_name(tenant, doc_id))
+        return None if record is None else [ChunkKey(digest) for digest in record["chunks"]]
+
+    def places(self) -> list[tuple[str, str]]:
+        """Tenant and id of every document."""
+        return [(record["tenant"], record["id"]) for _, record in self._index.items("doc/")]
+
     def count(self) -> int:
         """Documents of all tenants."""
         return self._index.count("doc/")

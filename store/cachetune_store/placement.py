@@ -11,8 +11,9 @@ from typing import TypeVar
 from .chunk import Chunk
 from .claims import Claims
 from .disk_reader import DiskReader
-from .errors import BudgetError, StoreArgumentError, StoreError
+from .errors import BudgetError, DamagedChunkError, StoreArgumentError, StoreError
 from .index import Index
+from .keeping import Keeper
 from .keys import ChunkKey
 from .printing import shown
 from .readers import ChunkReader, HostReader
@@ -54,6 +55,7 @@ class Placement:
         self._usage = {name: UsageLog(index, name, tier.counters) for name, tier in self._tiers.items()}
         self._told = time.monotonic()
         self._telling: threading.Thread | None = None
+        self._keeper = Keeper(self._keep)
         self.hits = self.misses = self.damaged = 0
 
     @property
@@ -80,15 +82,16 @@ class Placement:
 
     def known(self, key: ChunkKey, text: str | None) -> int:
         """Bytes of a chunk that is stored already; 0 if it has to be stored."""
-        home = self._home
-        if isinstance(home, LastingTier):
-            head = home.peek(key)
-            if head is None or (text and head.text is None):
-                return 0
-        elif text and self._index.get(f"text/{key}") is None:
+        for tier in self._lasting:
+            if tier.holds(key, with_text=bool(text)):
+                tier.touch(key)
+                for other in self._lasting[1:]:
+                    other.offer(key)
+                return tier.size_of(key)
+        if self._lasting or (text and self._index.get(f"text/{key}") is None):
             return 0
-        home.touch(key)
-        return home.size_of(key)
+        self._home.touch(key)
+        return self._home.size_of(key)
 
     def put(self, chunk: Chunk) -> int:
         """Store a chunk. Returns the bytes that it takes in its home."""
@@ -132,6 +135,20 @@ class Placement:
                 reader.on_close = self._release
                 with reader:
                     return reader.read_all()
+        return None
+
+    def whole_here(self, key: ChunkKey) -> Chunk | None:
+        """All of a chunk, from a tier that other machines don't share; None if none has it sound."""
+        for tier in self._tiers.values():
+            if tier.kind.copies or tier.kind.shared_by == "machines":
+                continue
+            reader = tier.open(key)
+            if isinstance(reader, HostReader | DiskReader):
+                try:
+                    with reader:
+                        return reader.read_all()
+                except DamagedChunkError:
+                    self.discard(key)
         return None
 
     def touch_memory(self, key: ChunkKey) -> int:
@@ -182,9 +199,21 @@ class Placement:
         drop_text(self._index, key)
         return _lowest(freed.values())
 
+    def forget(self, keys: Iterable[ChunkKey]) -> int:
+        """Delete chunks in the tiers that other machines don't share, because those have deleted them. Returns the bytes that were freed."""
+        freed = 0
+        for key in keys:
+            freed += _lowest([tier.remove(key) for tier in self._tiers.values() if tier.kind.shared_by != "machines"])
+            drop_text(self._index, key)
+        return freed
+
     def size_of(self, key: ChunkKey) -> int:
         """Bytes of a chunk in the slowest tier that has it; 0 if none has."""
         return _lowest(tier.size_of(key) for tier in self._tiers.values())
+
+    def settle(self) -> None:
+        """Return once chunks that came from slower tiers are in the home, too."""
+        self._keeper.wait()
 
     def lifetime(self) -> dict[str, TierUsage]:
         """What each tier did in all processes."""
@@ -193,6 +222,7 @@ class Placement:
     def close(self) -> None:
         """Close the tiers. Open readers keep working."""
         self._closed = True
+        self._keeper.close()
         if self._telling is not None:
             self._telling.join(_TELL_SECONDS)
         self._tell()
@@ -224,9 +254,20 @@ class Placement:
                 home.admit(chunk)
                 home.counters.demotions += 1
 
+    def _keep(self, chunk: Chunk) -> None:
+        """Write a chunk from a slower tier that lasts to the home, unless it was deleted meanwhile."""
+        if self._home.contains(chunk.key) or not self.contains(chunk.key, lasting=True):
+            return
+        self._home.admit(chunk)
+        self._home.counters.promotions += 1
+        if not any(tier.contains(chunk.key) for tier in self._lasting[1:]):
+            self._home.remove(chunk.key)
+
     def _promote(self, source: Tier, chunk: Chunk) -> bool:
         """Put a chunk of one tier into memory above it. Returns whether it is there then."""
         tiers = list(self._tiers.values())
+        if isinstance(source, LastingTier) and source is not self._home:
+            self._keeper.add(chunk)
         for place in reversed(range(tiers.index(source))):
             tier, key = tiers[place], chunk.key
             if not tier.kind.in_memory or self._closed:

@@ -6,18 +6,14 @@ until it is evicted or pruned.
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from .chunk import ChunkHead
-from .chunkfile import parse_head
-from .errors import DamagedChunkError, UnknownCodecError, UnknownFormatError
+from .errors import UnknownFormatError
 from .keys import ChunkKey
 from .placement import Placement
-from .rawfile import DirectIO, RawFile
 from .stats import ChunkGroup, PruneReport, TenantStats
-from .tiers import DiskTier, HostTier
 
 __all__ = ["Keep", "by_tenant", "groups", "prune"]
 
@@ -26,9 +22,9 @@ Keep = Callable[[ChunkHead], bool]
 
 
 def groups(placement: Placement) -> list[ChunkGroup]:
-    """Groups of chunks that were made alike, the largest first. The head of every file is read."""
+    """Groups of chunks that were made alike, the largest first. The head of every file of this machine is read."""
     found: dict[tuple[str, str], ChunkGroup] = {}
-    for key, head in _heads(placement):
+    for key, head in _heads(placement, shared=False):
         if isinstance(head, ChunkHead):
             group = ChunkGroup(head.namespace, head.layout.codec, 1, placement.size_of(key))
             old = found.get(name := (head.namespace.digest, head.layout.codec))
@@ -74,23 +70,18 @@ def _doomed(placement: Placement, keep: Keep, foreign_too: bool) -> Iterator[tup
             yield key, None
 
 
-def _heads(placement: Placement) -> Iterator[tuple[ChunkKey, ChunkHead | Exception]]:
-    """The head of every chunk, or the error of reading it. Chunks that are removed meanwhile are left out."""
-    disk, host = placement.find(DiskTier), placement.find(HostTier)
-    in_files: set[ChunkKey] = set()
-    if disk is not None:
-        for key in disk.stored_keys():
-            in_files.add(key)
-            with contextlib.suppress(FileNotFoundError):
-                yield key, _read_head(disk, key)
-    for head in host.heads() if host is not None else ():
-        if head.key not in in_files:
-            yield head.key, head
+def _heads(placement: Placement, *, shared: bool = True) -> Iterator[tuple[ChunkKey, ChunkHead | Exception]]:
+    """The head of every chunk, or the error of reading it, from the slowest tier that has it. Chunks that are removed meanwhile are left out.
 
-
-def _read_head(disk: DiskTier, key: ChunkKey) -> ChunkHead | Exception:
-    try:
-        with contextlib.closing(RawFile(disk.path_of(key), DirectIO(False))) as file:
-            return parse_head(key, file.size, file.head)[0]
-    except (DamagedChunkError, UnknownCodecError) as error:
-        return error
+    Args:
+        placement: where the chunks are.
+        shared: whether to read what machines share, too, which takes a request for each chunk.
+    """
+    seen: set[ChunkKey] = set()
+    for tier in reversed(placement.tiers):
+        if tier.kind.copies or (tier.kind.shared_by == "machines" and not shared):
+            continue
+        for key, head in tier.heads():
+            if key not in seen:
+                seen.add(key)
+                yield key, head

@@ -15,6 +15,10 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
+def _is_number(value: Any) -> bool:
+    return type(value) is int
+
+
 def _is_time(value: Any) -> bool:
     return type(value) in (int, float)
 
@@ -31,8 +35,11 @@ _FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
     "chunk": {"size": _is_count, "used": _is_time, "tokens": _is_count},
     "text": {"text": _is_text, "tokens": _is_count, "namespace": _is_text},
     "doc": {"id": _is_text, "tenant": _is_text, "chunks": _are_texts},
+    "remote": {"object": _is_text, "size": _is_count, "head": _is_count, "tokens": _is_count},
+    "outbox": {"op": _is_text},
+    "catalogue": {"id": _is_text, "position": _is_count, "chunks": _is_number, "bytes": _is_number, "writer": _is_text},
     # Counts may be wrong, even below 0, until they are counted anew.
-    "total": {name: lambda value: type(value) is int for name in ("bytes", "chunks", "stored")},
+    "total": dict.fromkeys(("bytes", "chunks", "stored"), _is_number),
 }
 _WHOLE: dict[str, Callable[[Any], bool]] = {"ref": _is_count, "texts": _is_count, "meta": _is_text}
 

@@ -32,6 +32,7 @@ class Counters:
     demotions: int = 0
     bytes_read: int = 0
     bytes_written: int = 0
+    failed: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class TierStats:
         pinned: chunks in use by open readers of this process.
         promotions: chunks that came up from the tier below.
         demotions: chunks that came down from the tier above.
+        failed: requests that a remote tier didn't answer, or not in time, or with an error.
     """
 
     name: str
@@ -59,6 +61,7 @@ class TierStats:
     demotions: int
     bytes_read: int
     bytes_written: int
+    failed: int = 0
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class TierUsage:
     demotions: int
     bytes_read: int
     bytes_written: int
+    failed: int
     read_seconds: dict[str, float | int | None]
 
 
@@ -96,11 +100,12 @@ class StoreStats:
     disk: TierStats | None
     lifetime: dict[str, TierUsage]
     device: TierStats | None = None
+    remote: TierStats | None = None
 
     @property
     def tiers(self) -> list[TierStats]:
         """The statistics of the tiers that the store has, the fastest first."""
-        return [tier for tier in (self.device, self.host, self.disk) if tier is not None]
+        return [tier for tier in (self.device, self.host, self.disk, self.remote) if tier is not None]
 
     def as_dict(self) -> dict[str, Any]:
         """The same as dicts and numbers."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ from .printing import shown
 from .pruning import Keep, by_tenant, groups, prune
 from .rawfile import DirectIO
 from .readers import ChunkReader
+from .remote.places import is_remote, without_password
 from .removals import removals_of
 from .repair import Repair
 from .stats import ChunkGroup, DocumentInfo, PruneReport, StoreStats, TenantStats, VerifyReport
@@ -42,13 +44,18 @@ from .texts import texts_revision
 from .tiers import DeviceTier, DiskTier, HostTier, Pins, Tier, TierKind
 from .units import parse_bytes
 
+if TYPE_CHECKING:
+    from .remote.shared import Shared
+
 __all__ = ["ChunkStore"]
 
 _LEAST_IDLE = 256 << 20
+_MOST_SECONDS = 86_400
+_Result = TypeVar("_Result")
 
 
 class ChunkStore:
-    """Keys and values of chunks, in host memory and on disk.
+    """Keys and values of chunks, in host memory, on disk and in a place that many machines share.
 
     A chunk is written to disk, durably, and kept in host memory while there is room. A chunk of which all rows are read from disk is put
     into host memory. Chunks in use can also be kept in a GPU's memory. Every tier evicts its least recently used chunks to stay
@@ -57,7 +64,7 @@ class ChunkStore:
     Args:
         path: the store's directory, made if missing; ~ and $VARIABLES are filled in, and a relative path is taken from the
             current directory, once. One of which any part can't be written is only read: nothing is stored then (`read_only`). None keeps
-            everything in host memory only.
+            everything in host memory only. A URL, as for `remote`: everything is kept there and in host memory, without a directory.
         codec: how new chunks are encoded; chunks of any registered codec are read.
         host_budget: bytes of host memory for chunks, as an int or such as "4GiB"; 0 for none. Open readers of the disk tier,
             running calls of put(), and `read_memory` take memory besides.
@@ -70,9 +77,16 @@ class ChunkStore:
             memory takes longer than filling it from a disk. None: an eighth of host_budget, or 256 MiB if that is more.
         pin_memory: whether to page-lock host memory, for faster copies to a GPU; None: if there is CUDA.
         direct_io: whether to read around the page cache; None: if the file system supports it.
+        remote: URL of a place that many machines share, behind the directory: a bucket ("s3://bucket/prefix", "gs://...", "az://..."), a
+            folder ("file:///folder") or a Valkey or Redis server ("valkey://host:6379"). What is stored here is written there soon, and
+            what others store and remove there is seen within seconds. See docs/scale.md.
+        remote_codec: how chunks are encoded there; None: as they are here.
+        remote_timeout: seconds that a read from there may take, further tries included. Then the chunk counts as unreadable.
+        remote_options: further arguments for what reaches it: of obstore's `from_url` for buckets, of `GlideClientConfiguration` for servers.
 
     Attributes:
         path: the directory, absolute; None if there is none.
+        remote: the URL of the shared place, without its password; None if there is none.
         codec: name of the codec that new chunks are encoded with.
         index: the records by which the store finds its chunks and documents. Users have no need of it.
         memory: the pool that host memory for rows comes from. Users have no need of it either.
@@ -95,8 +109,19 @@ class ChunkStore:
         read_memory: int | str | None = None,
         pin_memory: bool | None = None,
         direct_io: bool | None = None,
+        remote: str | None = None,
+        remote_codec: str | None = None,
+        remote_timeout: float = 5.0,
+        remote_options: Mapping[str, Any] | None = None,
     ) -> None:
+        if is_remote(path):
+            if remote is not None:
+                raise StoreArgumentError(
+                    f"the store's path is the URL {shown(path)}, and remote is {shown(remote)}: use a folder as the path, or leave remote out"
+                )
+            remote, path = str(path), None
         self.path = None if path is None else store_path(path)
+        self.remote = None if remote is None else without_password(str(remote))
         self.codec = get_codec(codec).name
         host_bytes, disk_bytes = parse_bytes(host_budget, "host_budget"), parse_bytes(disk_budget, "disk_budget")
         for name, flag in (("pin_memory", pin_memory), ("direct_io", direct_io)):
@@ -114,13 +139,45 @@ class ChunkStore:
         pins = Pins()
         self._host = host = HostTier(host_bytes, pins)
         on_device = _device_tier(parse_bytes(device_budget, "device_budget"), device, pins)
+        self._shared: Shared | None = None
+        self._notes: Notes
+        self._placement: Placement
+
+        def share() -> list[Tier]:
+            if remote is None:
+                return []
+            if self.read_only:
+                raise StoreReadOnlyError(
+                    f"the store {self.path} can only be read here, so nothing of {self.remote} could be kept in it: give the URL as the store's path"
+                )
+            # Imported here: without a remote tier nothing of it is loaded.
+            from .remote.shared import Shared
+
+            self._shared = Shared(
+                remote,
+                timeout=_seconds(remote_timeout),
+                options=remote_options or {},
+                codec=None if remote_codec is None else get_codec(remote_codec).name,
+                index=self.index,
+                documents=self._documents,
+                notes=self._notes,
+                pins=pins,
+                pool=self.memory,
+                behind=self.path is not None,
+                source=lambda key: self._placement.whole_here(key),
+                forget=lambda keys: self._placement.forget(keys),
+            )
+            self._notes = self._shared.notes
+            return [self._shared.tier]
+
         if self.path is None:
             self.index: Index = MemoryIndex()
             self._documents = Documents(self.index, None, None, self._removals)
             self._notes = Notes(None, None)
             self._claims: Claims = MemoryClaims()
-            self._placement = Placement([*on_device, host], self.index, self._claims)
+            self._placement = Placement([*on_device, host, *share()], self.index, self._claims)
             self._repair = Repair(None, self._placement, self._documents)
+            self._open_shared()
             return
         try:
             self._directory = directory = StoreDirectory(self.path)
@@ -137,9 +194,10 @@ class ChunkStore:
                 pool=self.memory,
                 direct=DirectIO(direct_io),
             )
-            self._placement = Placement([*on_device, host, disk], self.index, self._claims)
+            self._placement = Placement([*on_device, host, disk, *share()], self.index, self._claims)
             self._repair = Repair(directory, self._placement, self._documents)
             directory.bring_in_line(disk, self._documents)
+            self._open_shared()
         except OSError as error:
             raise explain(error, self.path) from error
 
@@ -202,7 +260,7 @@ class ChunkStore:
         chunk = self.encode(
             key, layers, scores, namespace=namespace, token_ids=token_ids, text=text, deviations=deviations
         )
-        return self._repair.healed(lambda: self._placement.put(chunk))
+        return self._stored(chunk)
 
     def encode(
         self,
@@ -242,7 +300,12 @@ class ChunkStore:
         if known:
             return known
         self.check_writable()
-        return self._repair.healed(lambda: self._placement.put(chunk))
+        return self._stored(chunk)
+
+    def _stored(self, chunk: Chunk) -> int:
+        size = self._repair.healed(lambda: self._placement.put(chunk))
+        self._tell_others()
+        return size
 
     def open(self, key: ChunkKey, *, errors: list[StoreError] | None = None) -> ChunkReader | None:
         """A reader of the chunk, which keeps the chunk readable until it is closed; None if the chunk isn't stored.
@@ -362,7 +425,11 @@ class ChunkStore:
         check_text(doc_id, "document id")
         check_text(tenant, "tenant")
         held = check_keys(keys)
-        self._repair.healed(lambda: self._documents.put(tenant, doc_id, held, self._free))
+
+        def change() -> None:
+            self._documents.put(tenant, doc_id, held, self._free)
+
+        self._change(change, "put", tenant, doc_id, held)
 
     def extend_document(
         self, document_id: str, keys: Sequence[ChunkKey], *, tenant: str = "", since: int | None = None
@@ -386,7 +453,13 @@ class ChunkStore:
         check_text(document_id, "document id")
         check_text(tenant, "tenant")
         held = check_keys(keys)
-        return self._repair.healed(lambda: self._documents.extend(tenant, document_id, held, self._free, since))
+        return self._change(
+            lambda: self._documents.extend(tenant, document_id, held, self._free, since),
+            "add",
+            tenant,
+            document_id,
+            held,
+        )
 
     def removed_since(self, number: int, document_id: str | None = None, *, tenant: str = "") -> bool:
         """Whether this process has removed or replaced a document, or deleted its tenant, since `changes_so_far` was `number`."""
@@ -423,7 +496,9 @@ class ChunkStore:
         """
         self.check_writable()
         check_key(key)
-        return self._repair.healed(lambda: self._documents.free_unheld(key, self._free))
+        freed = self._repair.healed(lambda: self._documents.free_unheld(key, self._free))
+        self._tell_others()
+        return freed
 
     def delete_document(self, doc_id: str, *, tenant: str = "") -> int:
         """Delete a document and the chunks that no other document holds. Returns the bytes that were freed.
@@ -434,7 +509,9 @@ class ChunkStore:
         self.check_writable()
         check_text(doc_id, "document id")
         check_text(tenant, "tenant")
-        return self._repair.healed(lambda: self._documents.delete(tenant, doc_id, self._free))
+        if self._shared is not None and self._repair.healed(lambda: self._documents.chunks_of(tenant, doc_id)) is None:
+            self._shared.now()  # others may have stored it just now
+        return self._change(lambda: self._documents.delete(tenant, doc_id, self._free), "del", tenant, doc_id)
 
     def documents(self, *, tenant: str = "") -> list[DocumentInfo]:
         """The tenant's documents, by id."""
@@ -519,9 +596,26 @@ class ChunkStore:
         return self._repair.healed(lambda: texts_revision(self.index))
 
     def verify(self) -> VerifyReport:
-        """Read and check every file in full. Set damaged ones aside, delete files of dead writers, and repair the index."""
+        """Read and check every file in full. Set damaged ones aside, delete files of dead writers, and repair the index.
+
+        Of the remote tier, only what dead writers left is looked for and deleted.
+        """
         self.check_writable()
-        return self._repair.healed(lambda: self._repair.check(full=True))
+        with self._others_paused():
+            report = self._repair.healed(lambda: self._repair.check(full=True))
+        if self._shared is not None:
+            self._repair.healed(self._shared.tier.catalogue.sweep)
+        return report
+
+    def sync(self) -> None:
+        """Tell the remote tier what changed here, and read what others changed there, now. It also happens by itself, within seconds.
+
+        Raises:
+            StorePathError: the remote tier can't be used.
+        """
+        self._check_open()
+        if self._shared is not None:
+            self._shared.now()
 
     def groups(self) -> list[ChunkGroup]:
         """Groups of chunks that were made alike, the largest first. The head of every file is read."""
@@ -558,13 +652,16 @@ class ChunkStore:
         check_flag(dry_run, "dry_run")
         if not dry_run:
             self.check_writable()
-        return self._repair.healed(lambda: prune(self._placement, keep, foreign_too=foreign_too, dry_run=dry_run))
+        report = self._repair.healed(lambda: prune(self._placement, keep, foreign_too=foreign_too, dry_run=dry_run))
+        self._tell_others()
+        return report
 
     def delete_tenant(self, tenant: str) -> int:
         """Delete a tenant's documents, notes and all its chunks. Returns the bytes that were freed."""
         self.check_writable()
         check_text(tenant, "tenant")
         self._removals.note(tenant, None)
+        self.sync()  # what others have stored just now goes, too
         freed = sum(self.delete_document(info.id, tenant=tenant) for info in self.documents(tenant=tenant))
         self._repair.healed(lambda: self._notes.delete_all(tenant))
         return freed + self.prune(lambda head: head.namespace.tenant != tenant).bytes
@@ -572,7 +669,8 @@ class ChunkStore:
     def rebuild_index(self) -> VerifyReport:
         """Make the index anew from the files. If the index is lost, this is done when the store is opened."""
         self.check_writable()
-        return self._repair.check(full=False, anew=True)
+        with self._others_paused():
+            return self._repair.check(full=False, anew=True)
 
     def stats(self) -> StoreStats:
         """What the store holds, and what it did in this process, for all tenants together."""
@@ -588,6 +686,7 @@ class ChunkStore:
             disk=tiers.get("disk"),
             lifetime=self._repair.healed(placement.lifetime),
             device=tiers.get("device"),
+            remote=tiers.get("remote"),
         )
 
     def close(self) -> None:
@@ -600,6 +699,8 @@ class ChunkStore:
         self._closed = True
         if os.getpid() != self._process:
             return
+        if self._shared is not None:
+            self._shared.close()
         self._placement.close()
         self.memory.clear()
         if self._directory is not None:
@@ -614,6 +715,46 @@ class ChunkStore:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _open_shared(self) -> None:
+        if self._shared is None:
+            return
+        try:
+            self._shared.open(self._repair.healed)
+        except BaseException:
+            self._placement.close()
+            raise
+
+    def _change(
+        self, change: Callable[[], _Result], op: str, tenant: str, document: str, keys: Sequence[ChunkKey] | None = None
+    ) -> _Result:
+        """Change a document, and tell the others."""
+        shared = self._shared
+        if shared is None:
+            return self._repair.healed(change)
+        told: dict[str, Any] = {"op": op, "tenant": tenant, "id": document}
+        if keys is not None:
+            told["chunks"] = [key.digest for key in keys]
+
+        def both() -> _Result:
+            with self.index.transaction():
+                result = change()
+                if result is not False:  # what extend() says of a document that was removed
+                    shared.add(told)
+                return result
+
+        result = self._repair.healed(both)
+        shared.changed()
+        return result
+
+    def _others_paused(self) -> contextlib.AbstractContextManager[None]:
+        """While the context is open, the index may be replaced: no thread follows the remote tier in it."""
+        self._placement.settle()
+        return contextlib.nullcontext() if self._shared is None else self._shared.tier.catalogue.paused()
+
+    def _tell_others(self) -> None:
+        if self._shared is not None:
+            self._shared.changed()
 
     def _free(self, keys: Sequence[ChunkKey]) -> int:
         return sum(self._placement.remove(key) for key in keys)
@@ -630,6 +771,12 @@ class ChunkStore:
                 "forked: its files and locks are that process's. Open a store in each process after the fork (with "
                 "gunicorn in post_fork or without preload), or start processes by 'spawn'"
             )
+
+
+def _seconds(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _MOST_SECONDS:
+        raise StoreArgumentError(f"remote_timeout is {shown(value)}; use seconds above 0")
+    return float(value)
 
 
 def _device_tier(budget: int, device: str | torch.device | None, pins: Pins) -> list[DeviceTier]:

@@ -6,21 +6,43 @@ stored again. The record "texts" counts the changes, so that a reader knows when
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 from .chunk import ChunkHead
 from .index import Index
 from .keys import ChunkKey
 
-__all__ = ["drop_stray_texts", "drop_text", "evict_text", "note_text", "texts_revision"]
+__all__ = [
+    "TextRecord",
+    "drop_stray_texts",
+    "drop_text",
+    "evict_text",
+    "note_text",
+    "note_text_record",
+    "texts_revision",
+]
+
+
+class TextRecord(TypedDict):
+    """The text of a chunk, how many tokens it has, and the digest of the namespace that they are in."""
+
+    text: str
+    tokens: int
+    namespace: str
 
 
 def note_text(index: Index, head: ChunkHead) -> None:
     """Add the text of a chunk, if it has one."""
-    if head.text is None:
-        return
-    record = {"text": head.text, "tokens": head.layout.tokens, "namespace": head.namespace.digest}
+    if head.text is not None:
+        record = TextRecord(text=head.text, tokens=head.layout.tokens, namespace=head.namespace.digest)
+        note_text_record(index, head.key, record)
+
+
+def note_text_record(index: Index, key: ChunkKey, record: TextRecord) -> None:
+    """Add the text of a chunk."""
     with index.transaction():
-        if index.get(f"text/{head.key}") != record:
-            index.set(f"text/{head.key}", record)
+        if index.get(f"text/{key}") != record:
+            index.set(f"text/{key}", record)
             _changed(index)
 
 
@@ -32,15 +54,15 @@ def drop_text(index: Index, key: ChunkKey) -> None:
 
 
 def evict_text(index: Index, key: ChunkKey) -> None:
-    """Forget the text of a chunk that had to make room, unless a document holds it."""
-    if index.get(f"ref/{key}") is None:
+    """Forget the text of a chunk that had to make room, unless a document holds it or the remote tier has it."""
+    if index.get(f"ref/{key}") is None and index.get(f"remote/{key}") is None:
         drop_text(index, key)
 
 
 def drop_stray_texts(index: Index) -> None:
-    """Forget texts of chunks that are not stored and that no document holds: those of a removal that failed halfway."""
+    """Forget texts of chunks that are stored nowhere and that no document holds: those of a removal that failed halfway."""
     with index.transaction():
-        wanted = {name.removeprefix(prefix) for prefix in ("chunk/", "ref/") for name in index.names(prefix)}
+        wanted = {name.removeprefix(prefix) for prefix in ("chunk/", "ref/", "remote/") for name in index.names(prefix)}
         strays = [name for name in index.names("text/") if name.removeprefix("text/") not in wanted]
         for name in strays:
             index.delete(name)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["DEVICE", "DISK", "HOST", "KINDS", "NAMES", "TierKind", "kind_of", "rank"]
+__all__ = ["DEVICE", "DISK", "HOST", "KINDS", "NAMES", "REMOTE", "TierKind", "kind_of", "rank"]
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,9 @@ class TierKind:
 DEVICE = TierKind("device", in_memory=True, lasting=False, shared_by="threads", copies=True)
 HOST = TierKind("host", in_memory=True, lasting=False, shared_by="threads")
 DISK = TierKind("disk", in_memory=False, lasting=True, shared_by="processes", blocks=True)
+REMOTE = TierKind("remote", in_memory=False, lasting=True, shared_by="machines", blocks=True)
 
-KINDS = (DEVICE, HOST, DISK)
+KINDS = (DEVICE, HOST, DISK, REMOTE)
 """All kinds, the fastest first."""
 NAMES = tuple(kind.name for kind in KINDS)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -52,8 +53,11 @@ class Shelf(LastingTier):
         reader.tier = self.name
         return reader
 
-    def peek(self, key: ChunkKey) -> ChunkHead | None:
-        return self.chunks[key].head if key in self.chunks else None
+    def holds(self, key: ChunkKey, *, with_text: bool) -> bool:
+        return key in self.chunks and not (with_text and self.chunks[key].head.text is None)
+
+    def heads(self) -> Iterator[tuple[ChunkKey, ChunkHead | Exception]]:
+        return iter([(key, chunk.head) for key, chunk in self.chunks.items()])
 
     def touch(self, key: ChunkKey) -> None:
         pass

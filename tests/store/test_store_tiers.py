@@ -518,15 +518,16 @@ def test_deviations_lie_where_a_gpu_fetches_rows_from(
 
 
 def test_tiers_are_listed_the_fastest_first_and_found_by_name(tmp_path: Path) -> None:
-    assert NAMES == ("device", "host", "disk")
-    assert [rank(name) for name in (*NAMES, "elsewhere")] == [0, 1, 2, 3]
+    assert NAMES == ("device", "host", "disk", "remote")
+    assert [rank(name) for name in (*NAMES, "elsewhere")] == [0, 1, 2, 3, 4]
     assert [kind_of(name) for name in NAMES] == list(KINDS)
     with pytest.raises(KeyError, match="'elsewhere': use 'device', 'host', 'disk'"):
         kind_of("elsewhere")
     with ChunkStore(tmp_path / "kv", host_budget=0, device="cpu", device_budget="1MiB") as store:
         assert [kind.name for kind in store.tiers] == ["device", "disk"]
-        assert [tier.name for tier in store.stats().tiers] == list(NAMES)
-        assert all(store.tier(name).name == name for name in NAMES)
+        here = [kind.name for kind in KINDS if kind.shared_by != "machines"]
+        assert [tier.name for tier in store.stats().tiers] == here
+        assert all(store.tier(name).name == name for name in here)
     with ChunkStore(None) as store:
         assert [kind.name for kind in store.tiers] == ["host"]
         with pytest.raises(StoreArgumentError, match="tier is 'disk': this store has 'host'"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import ClassVar
 
 from ..chunk import Chunk, ChunkHead
@@ -96,6 +97,10 @@ class Tier(ABC):
         """
 
     @abstractmethod
+    def heads(self) -> Iterator[tuple[ChunkKey, ChunkHead | Exception]]:
+        """The head of every chunk that is here, or why it can't be read. Chunks that are removed meanwhile are left out."""
+
+    @abstractmethod
     def touch(self, key: ChunkKey) -> None:
         """Count the chunk as used now, if it is here."""
 
@@ -129,8 +134,11 @@ class LastingTier(Tier):
     """A tier whose chunks are still there after the process has ended, and that keeps their texts in the index."""
 
     @abstractmethod
-    def peek(self, key: ChunkKey) -> ChunkHead | None:
-        """The head of a chunk, if the chunk is here and its head is not damaged. Nothing is counted."""
+    def holds(self, key: ChunkKey, *, with_text: bool) -> bool:
+        """Whether the chunk is here, sound as far as can be told quickly, and stored with a text if that is wanted. Nothing is counted."""
+
+    def offer(self, key: ChunkKey) -> None:
+        """A faster tier that lasts has the chunk. It is taken over from there, soon, unless it is here."""
 
     @abstractmethod
     def set_aside(self, key: ChunkKey) -> bool:

@@ -119,12 +119,30 @@ class DiskTier(LastingTier):
         return reader
 
     def peek(self, key: ChunkKey) -> ChunkHead | None:
-        """See LastingTier."""
+        """The head of a chunk, if its file exists and the head is not damaged. Nothing is counted."""
         reader = self._open(key)
         if reader is None:
             return None
         reader.close()
         return reader.head
+
+    def holds(self, key: ChunkKey, *, with_text: bool) -> bool:
+        """See LastingTier."""
+        head = self.peek(key)
+        return head is not None and not (with_text and head.text is None)
+
+    def heads(self) -> Iterator[tuple[ChunkKey, ChunkHead | Exception]]:
+        """See Tier."""
+        for key in self.stored_keys():
+            with contextlib.suppress(FileNotFoundError):
+                yield key, self._read_head(key)
+
+    def _read_head(self, key: ChunkKey) -> ChunkHead | Exception:
+        try:
+            with contextlib.closing(RawFile(self.path_of(key), DirectIO(False))) as file:
+                return parse_head(key, file.size, file.head)[0]
+        except (DamagedChunkError, UnknownCodecError) as error:
+            return error
 
     def touch(self, key: ChunkKey) -> None:
         """See Tier. Uses are collected, and written to the index together, so that no request waits for it."""

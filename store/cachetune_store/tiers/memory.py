@@ -70,11 +70,11 @@ class MemoryTier(Tier, Generic[Held]):
             if key.digest in self._held:
                 self._held.move_to_end(key.digest)
 
-    def heads(self) -> Iterator[ChunkHead]:
-        """Heads of all chunks that are here."""
+    def heads(self) -> Iterator[tuple[ChunkKey, ChunkHead | Exception]]:
+        """See Tier."""
         with self._lock:
-            held = list(self._held.values())
-        return (self._head(chunk) for chunk, _ in held)
+            heads = [self._head(chunk) for chunk, _ in self._held.values()]
+        return ((head.key, head) for head in heads)
 
     def remove(self, key: ChunkKey) -> int:
         """See Tier."""

@@ -1,0 +1,170 @@
+"""Objects in S3, Google Cloud Storage, Azure or a folder, through obstore.
+
+Credentials come from where obstore looks for them (the environment, or the machine's own role), or from the options.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import obstore
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    NotFoundError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
+from obstore.store import from_url
+
+from ..errors import StoreArgumentError
+from .objects import Buffer, MissingObjectError, Objects, RemoteError, RemoteRefusedError
+
+__all__ = ["Bucket"]
+
+_COALESCE = 16 << 10
+"""Ranges that lie no further apart are read together: less than what a request costs."""
+_WHOLE = 8 << 20
+"""Objects up to this size are written by one request, larger ones in parts."""
+_PART = 8 << 20
+_WRITE_SECONDS = 60.0
+"""Seconds that one request of an upload may take. Uploads are done behind answers, and are larger than reads."""
+_REFUSED = (PermissionDeniedError, UnauthenticatedError)
+_MESSAGE = 300
+
+
+class Bucket(Objects):
+    """A bucket, or what is below a prefix of it.
+
+    Args:
+        url: such as "s3://bucket/prefix", "gs://...", "az://..." or "file:///folder".
+        timeout: seconds that a read may take, further tries included.
+        options: further arguments of obstore's `from_url`, such as `endpoint`.
+    """
+
+    def __init__(self, url: str, *, timeout: float, options: Mapping[str, Any]) -> None:
+        self.place = url.rstrip("/")
+        given = dict(options)
+        client = dict(given.pop("client_options", {}))
+        retry = dict(given.pop("retry_config", {}))
+        if url.startswith("file:"):
+            given.setdefault("mkdir", True)
+        try:
+            self._reads = from_url(url, **_settings(url, client, retry, timeout), **given)
+            self._writes = from_url(url, **_settings(url, client, retry, max(timeout, _WRITE_SECONDS)), **given)
+        except (BaseError, TypeError, ValueError) as error:
+            raise StoreArgumentError(f"remote {url} can't be used: {_said(error)}; see docs/scale.md") from error
+
+    def get(self, name: str, limit: int) -> bytes | None:
+        """See Objects."""
+        try:
+            with self._translated("read", name):
+                found = obstore.get(self._reads, name)
+                if found.meta["size"] > limit:
+                    raise RemoteError(f"{self.place}/{name} has {found.meta['size']} bytes; at most {limit} are read")
+                return bytes(found.bytes())
+        except MissingObjectError:
+            return None
+
+    def read(self, name: str, starts: Sequence[int], lengths: Sequence[int]) -> list[Buffer]:
+        """See Objects."""
+        asked = _merged(starts, lengths)
+        with self._translated("read", name):
+            if len(asked) == 1:
+                raw = [obstore.get_range(self._reads, name, start=asked[0][0], end=asked[0][1])]
+            else:
+                begins, ends = [begin for begin, _ in asked], [end for _, end in asked]
+                raw = obstore.get_ranges(self._reads, name, starts=begins, ends=ends, coalesce=0)
+        found: list[Buffer] = []
+        for start, length in zip(starts, lengths, strict=True):
+            at = next(number for number, (begin, end) in enumerate(asked) if begin <= start < end)
+            begin = start - asked[at][0]
+            found.append(memoryview(raw[at])[begin : begin + length])
+        return found
+
+    def put(self, name: str, parts: Sequence[Buffer], *, create: bool = False) -> bool:
+        """See Objects."""
+        size = sum(map(len, parts))
+        try:
+            with self._translated("write", name):
+                if create or size <= _WHOLE:
+                    mode = "create" if create else "overwrite"
+                    obstore.put(self._writes, name, b"".join(parts), mode=mode, use_multipart=False)
+                else:
+                    obstore.put(self._writes, name, _pieces(parts), chunk_size=_PART)
+        except FileExistsError:
+            return False
+        return True
+
+    def delete(self, names: Iterable[str]) -> None:
+        """See Objects."""
+        for name in names:
+            with contextlib.suppress(MissingObjectError), self._translated("delete", name):
+                obstore.delete(self._writes, name)
+
+    def names(self, prefix: str) -> Iterator[str]:
+        """See Objects."""
+        with self._translated("list", prefix):
+            for page in obstore.list(self._reads, prefix.rstrip("/")):
+                for found in page:
+                    yield found["path"]
+
+    def close(self) -> None:
+        """See Objects. Connections end with the object."""
+
+    @contextlib.contextmanager
+    def _translated(self, what: str, name: str) -> Iterator[None]:
+        """Raise obstore's errors as those of Objects."""
+        try:
+            yield
+        except (AlreadyExistsError, PreconditionError) as error:
+            raise FileExistsError(name) from error
+        except (NotFoundError, FileNotFoundError) as error:
+            if "NoSuchBucket" in str(error):
+                raise RemoteRefusedError(f"{self.place}: there is no such bucket; make it first") from error
+            raise MissingObjectError(f"there is no {self.place}/{name}") from error
+        except _REFUSED as error:
+            raise RemoteRefusedError(
+                f"{self.place} refuses to {what} ({_said(error)}); check the credentials and what they allow"
+            ) from error
+        except (BaseError, OSError) as error:
+            raise RemoteError(f"can't {what} {self.place}/{name} ({_said(error)})") from error
+
+
+def _settings(url: str, client: dict[str, Any], retry: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Timeouts and tries, unless they are given. A folder has none."""
+    if url.startswith("file:"):
+        return {}
+    timeout = timedelta(seconds=seconds)
+    wait = {"init_backoff": timedelta(milliseconds=50), "max_backoff": timedelta(seconds=1), "base": 2}
+    return {
+        "client_options": {"timeout": timeout, "connect_timeout": min(timeout, timedelta(seconds=2))} | client,
+        "retry_config": {"max_retries": 3, "retry_timeout": timeout, "backoff": wait} | retry,
+    }
+
+
+def _merged(starts: Sequence[int], lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """Begins and ends of the ranges to ask for. obstore merges ranges, too, but breaks off if an object ends before the second of them."""
+    merged: list[tuple[int, int]] = []
+    for start, length in sorted(zip(starts, lengths, strict=True)):
+        if merged and start <= merged[-1][1] + _COALESCE:
+            merged[-1] = merged[-1][0], max(merged[-1][1], start + length)
+        else:
+            merged.append((start, start + length))
+    return merged
+
+
+def _pieces(parts: Sequence[Buffer]) -> Iterator[Buffer]:
+    for part in parts:
+        view = memoryview(part)
+        for start in range(0, len(view), _PART):
+            yield view[start : start + _PART]
+
+
+def _said(error: BaseException) -> str:
+    """The first line of what obstore says, which goes on with its inner state."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:_MESSAGE]

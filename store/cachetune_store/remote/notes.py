@@ -1,0 +1,97 @@
+"""Notes on which all machines agree: the first one that is written under a name in the remote place stays."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+
+from ..errors import StoreReadOnlyError
+from ..notes import MAX_NOTE, Notes
+from .breaker import Breaker
+from .objects import Objects, RemoteError
+
+__all__ = ["SharedNotes"]
+
+
+class SharedNotes(Notes):
+    """The notes of a store with a remote tier. Those of the remote place hold; the store keeps copies for when that doesn't answer.
+
+    Args:
+        local: the store's own notes.
+        objects: the remote place.
+        breaker: says whether it may be asked.
+    """
+
+    def __init__(self, local: Notes, objects: Objects, breaker: Breaker) -> None:
+        super().__init__(None, None)
+        self._local, self._objects, self._breaker = local, objects, breaker
+        self._agreed: set[tuple[str, str]] = set()
+        self._agreeing = threading.Lock()
+
+    def get(self, tenant: str, name: str) -> bytes | None:
+        """See Notes. A note is compared with the remote place once; it never changes there."""
+        mine = self._local.get(tenant, name)
+        if (tenant, name) in self._agreed and mine is not None:
+            return mine
+        if not self._breaker.closed:
+            return mine
+        try:
+            return self._agree(tenant, name, mine)
+        except RemoteError as error:
+            self._breaker.failed(str(error))
+            return mine
+
+    def write_first(self, tenant: str, name: str, content: bytes) -> bytes:
+        """See Notes.
+
+        Raises:
+            RemoteError: the remote place can't be used. Nothing is written then, because the machines would not agree.
+        """
+        if self._objects.put(_object(tenant, name), [content], create=True):
+            self._keep(tenant, name, content)
+            return content
+        return self._agree(tenant, name, self._local.get(tenant, name)) or content
+
+    def set_aside(self, tenant: str, name: str, content: bytes) -> bool:
+        """See Notes. A note that is damaged in the remote place is deleted there."""
+        found = self._objects.get(_object(tenant, name), MAX_NOTE)
+        if found == content:
+            self._objects.delete([_object(tenant, name)])
+        with self._agreeing:
+            self._agreed.discard((tenant, name))
+        return self._local.set_aside(tenant, name, content) or found == content
+
+    def delete_all(self, tenant: str) -> None:
+        """See Notes."""
+        self._local.delete_all(tenant)
+        with self._agreeing:
+            self._agreed = {place for place in self._agreed if place[0] != tenant}
+        self._objects.delete(list(self._objects.names(f"{_folder(tenant)}/")))
+
+    def _agree(self, tenant: str, name: str, mine: bytes | None) -> bytes | None:
+        theirs = self._objects.get(_object(tenant, name), MAX_NOTE)
+        if theirs is None:
+            if mine is None or not self._objects.put(_object(tenant, name), [mine], create=True):
+                return mine
+            theirs = mine
+        if theirs != mine:
+            if mine is not None:
+                self._local.set_aside(tenant, name, mine)
+            self._keep(tenant, name, theirs)
+        with self._agreeing:
+            self._agreed.add((tenant, name))
+        return theirs
+
+    def _keep(self, tenant: str, name: str, content: bytes) -> None:
+        try:
+            self._local.write_first(tenant, name, content)
+        except StoreReadOnlyError:
+            return
+
+
+def _folder(tenant: str) -> str:
+    return f"notes/{hashlib.sha256(tenant.encode('utf-8', 'surrogatepass')).hexdigest()[:32]}"
+
+
+def _object(tenant: str, name: str) -> str:
+    return f"{_folder(tenant)}/{name}.json"

@@ -1,0 +1,70 @@
+"""Objects by name, in a place that many machines share: what the remote tier needs of an object store."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeAlias
+
+from ..errors import StorePathError
+
+__all__ = ["Buffer", "MissingObjectError", "Objects", "RemoteError", "RemoteRefusedError"]
+
+Buffer: TypeAlias = bytes | memoryview
+
+
+class RemoteError(StorePathError):
+    """The remote tier doesn't answer, or not in time, or with an error. It may the next time."""
+
+
+class RemoteRefusedError(RemoteError):
+    """The remote tier refuses this user, or there is no such bucket."""
+
+
+class MissingObjectError(RemoteError):
+    """There is no object of this name."""
+
+
+class Objects(ABC):
+    """Objects by name. All methods may be called from several threads.
+
+    An object is there whole or not at all. It is never changed, only written and deleted, so what was read of it once stays true.
+    Every method raises RemoteError, or RemoteRefusedError, if the place can't be used.
+
+    Attributes:
+        place: the place, for messages; it holds no password.
+    """
+
+    place: str
+
+    @abstractmethod
+    def get(self, name: str, limit: int) -> bytes | None:
+        """All of an object; None if there is none.
+
+        Raises:
+            RemoteError: it has more than `limit` bytes.
+        """
+
+    @abstractmethod
+    def read(self, name: str, starts: Sequence[int], lengths: Sequence[int]) -> list[Buffer]:
+        """Ranges of an object. A range that goes beyond the object's end is shorter, or raises RemoteError.
+
+        Raises:
+            MissingObjectError: there is no such object.
+        """
+
+    @abstractmethod
+    def put(self, name: str, parts: Sequence[Buffer], *, create: bool = False) -> bool:
+        """Write an object of these parts. With `create`, only if there is none of that name. Returns whether it was written."""
+
+    @abstractmethod
+    def delete(self, names: Iterable[str]) -> None:
+        """Delete objects. Those that don't exist are passed over."""
+
+    @abstractmethod
+    def names(self, prefix: str) -> Iterator[str]:
+        """Names that begin with `prefix`, a folder with its slash, in no particular order."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release connections."""

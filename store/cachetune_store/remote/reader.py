@@ -1,0 +1,74 @@
+"""A reader of a chunk in the remote tier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..buffers import SlabPool
+from ..chunk import ChunkHead
+from ..disk_reader import DiskReader
+from ..errors import DamagedChunkError
+from ..tier_kinds import REMOTE
+from .file import RemoteFile
+from .objects import MissingObjectError
+
+__all__ = ["RemoteReader"]
+
+_TOGETHER = 1 << 20
+"""Bytes that are asked for at once. A request takes about as long as this much takes at 10 Gb/s, so smaller ones would wait more than move."""
+
+
+class RemoteReader(DiskReader):
+    """Rows in a remote place, read as from disk. Layers of few bytes are fetched together with the next ones.
+
+    Args:
+        head, file, rows_start, pool: as for DiskReader.
+        failed: called with the error of a request that failed.
+    """
+
+    kind = REMOTE
+
+    def __init__(
+        self, head: ChunkHead, file: RemoteFile, rows_start: int, pool: SlabPool, failed: Callable[[OSError], None]
+    ) -> None:
+        super().__init__(head, file, rows_start, pool)
+        self._remote = file
+        self._failed = failed
+
+    def fetch(self, layer: int, rows: int) -> None:
+        """See DiskReader.fetch. The same rows of the next layers come along, while they are few bytes and nobody else reads them."""
+        self._prepare()
+        layers, wanted, size = [layer], [self._missing(layer, rows)], 0
+        try:
+            for number in range(layer + 1, len(self._covered)):
+                size += len(wanted[-1][1])
+                if size >= _TOGETHER or not self._locks[number].acquire(blocking=False):
+                    break
+                layers.append(number)
+                if self._covered[number] >= rows:
+                    wanted.append((0, memoryview(b"")))
+                else:
+                    wanted.append(self._missing(number, rows))
+            self._fetch(layers, wanted, rows)
+        finally:
+            for number in layers[1:]:
+                self._locks[number].release()
+
+    def _fetch(self, layers: list[int], wanted: list[tuple[int, memoryview]], rows: int) -> None:
+        """Read the wanted areas of these layers. Their locks are held. Only the first layer's failure is an error now."""
+        pairs = [(layer, start, area) for layer, (start, area) in zip(layers, wanted, strict=True) if len(area)]
+        try:
+            counts = self._remote.read_ranges([area for *_, area in pairs], [start for _, start, _ in pairs])
+        except OSError as error:
+            if not isinstance(error.__cause__, MissingObjectError):
+                self._failed(error)
+            raise DamagedChunkError(f"chunk {self.key}: layer {layers[0]} can't be read ({error.strerror})") from error
+        for (layer, _, area), count in zip(pairs, counts, strict=True):
+            self._bytes[layer] += count
+            try:
+                if count != len(area):
+                    raise DamagedChunkError(f"chunk {self.key}: the object ends inside layer {layer}")
+                self._accept(layer, rows)
+            except DamagedChunkError:
+                if layer == layers[0]:
+                    raise

@@ -1,0 +1,355 @@
+"""Chunks, documents and notes in a place that many machines share."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from shared_places import Place
+from store_samples import sample
+
+from cachetune_store import ChunkStore, StoreArgumentError, StoreReadOnlyError, StoreVersionError, changes_so_far
+from cachetune_store.remote import catalogue, sync
+from cachetune_store.remote.changes import change_name
+
+
+def eventually(true: Callable[[], bool], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def objects_of(place: Place, prefix: str) -> list[str]:
+    return sorted(place.objects.names(prefix))
+
+
+def tier_of(store: ChunkStore, seed: int) -> str | None:
+    reader = store.open(sample(seed).key)
+    if reader is None:
+        return None
+    with reader:
+        assert sample(seed).matches(reader)
+        return reader.tier
+
+
+def fill(store: ChunkStore, name: str, *seeds: int, tenant: str = "") -> None:
+    """Store chunks with their texts, and a document that holds them."""
+    for seed in seeds:
+        sample(seed, tenant=tenant).put(store, text=f"text {seed}")
+    store.set_document(name, [sample(seed, tenant=tenant).key for seed in seeds], tenant=tenant)
+
+
+@pytest.mark.parametrize("directory", [True, False])
+def test_another_machine_finds_chunks_documents_and_texts(place: Place, tmp_path: Path, directory: bool) -> None:
+    first = place.store(tmp_path / "first" if directory else None)
+    fill(first, "d", 1, 2)
+    first.sync()
+    for path in (tmp_path / "second", None):
+        other = place.store(path)
+        assert [info.id for info in other.documents()] == ["d"]
+        assert {text for _, text, _ in other.texts()} == {"text 1", "text 2"}
+        assert other.contains(sample(1).key, lasting=True)
+        assert other.stats().remote.bytes_read == 0, "no chunk is read for that"
+        assert tier_of(other, 1) == "remote"
+
+
+@pytest.mark.parametrize("codec", ["exact", "fp8", "int4", "int8"])
+def test_a_chunk_comes_back_as_the_codec_of_the_place_makes_it(place: Place, tmp_path: Path, codec: str) -> None:
+    first = place.store(tmp_path / "first", remote_codec=codec)
+    one = sample(3)
+    one.put(first)
+    first.sync()
+    with first.open(one.key) as reader:
+        assert (reader.tier, reader.layout.codec) == ("host", "exact"), "only the remote tier has its own codec"
+    with place.store(tmp_path / "second").open(one.key) as reader:
+        assert (reader.tier, reader.layout.codec) == ("remote", codec)
+        assert one.matches(reader)
+
+
+def test_rows_that_are_skipped_are_not_fetched(network: Place) -> None:
+    one = sample(1, tokens=3000, layers=4)
+    fill_store = network.store()
+    one.put(fill_store)
+    with network.store().open(one.key) as reader:
+        before = network.proxy.answered
+        for layer in range(4):
+            reader.read(layer, 128)
+        fetched = network.proxy.answered - before
+        rows = 4 * reader.head.plan.rows[0].size(128)
+        assert rows <= reader.bytes_read <= rows + 4 * 8192, "rounded to pages"
+        assert fetched < rows + 4 * 8192 + 8000, "and what HTTP says besides"
+        assert fetched < reader.head.plan.total / 10
+
+
+def test_small_layers_are_fetched_together(network: Place) -> None:
+    one = sample(1, tokens=100, layers=6)
+    one.put(network.store())
+    asked = []
+    with network.store(host_budget=0).open(one.key) as reader:
+        real = reader._remote._objects.read  # noqa: SLF001 (requests are counted)
+        reader._remote._objects.read = lambda *given: asked.append(given) or real(*given)  # noqa: SLF001
+        assert one.matches(reader)
+    assert len(asked) == 1
+
+
+def test_what_was_read_whole_is_kept_in_memory_and_on_disk(place: Place, tmp_path: Path) -> None:
+    fill(place.store(), "d", 1)
+    store = place.store(tmp_path / "second", direct_io=False)
+    assert tier_of(store, 1) == "remote"
+    assert tier_of(store, 1) == "host"
+    store.tier("host").remove(sample(1).key)
+    eventually(lambda: store.tier("disk").contains(sample(1).key))
+    assert tier_of(store, 1) == "disk"
+    store.sync()
+    assert len(objects_of(place, "chunks/")) == 1, "it is not written back"
+
+
+def test_a_chunk_that_any_machine_has_stored_is_not_stored_again(place: Place, tmp_path: Path) -> None:
+    fill(place.store(), "d", 1)
+    store = place.store(tmp_path / "second")
+    fill(store, "e", 1)
+    store.sync()
+    assert len(objects_of(place, "chunks/")) == 1
+    assert store.stats().disk.chunks == 0
+
+
+def test_changes_of_others_are_seen_by_themselves(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sync, "POLL_SECONDS", 0.1)
+    first, second = place.store(tmp_path / "first"), place.store(tmp_path / "second")
+    fill(first, "d", 1)
+    eventually(lambda: tier_of(second, 1) is not None and len(second.documents()) == 1)
+    revision = second.revision()
+    second.delete_document("d")
+    assert second.revision() > revision
+    eventually(lambda: not first.documents() and tier_of(first, 1) is None)
+    assert list(first.texts()) == []
+
+
+def test_a_document_that_is_removed_is_gone_everywhere(place: Place, tmp_path: Path) -> None:
+    first, second = place.store(tmp_path / "first"), place.store(tmp_path / "second")
+    fill(first, "d", 1, 2)
+    fill(first, "e", 2, 3)
+    first.sync()
+    second.sync()
+    assert tier_of(second, 1) == "remote"
+    second.close()  # it is away meanwhile
+    first.delete_document("d")
+    first.sync()
+    assert len(objects_of(place, "chunks/")) == 2
+    again = place.store(tmp_path / "second")
+    for store in (first, again, place.store()):
+        store.sync()
+        assert [info.id for info in store.documents()] == ["e"]
+        assert [store.contains(sample(seed).key) for seed in (1, 2, 3)] == [False, True, True]
+        assert {text for _, text, _ in store.texts()} == {"text 2", "text 3"}
+
+
+def test_replacing_a_document_frees_its_chunks_everywhere(folder: Place, tmp_path: Path) -> None:
+    first, second = folder.store(tmp_path / "first"), folder.store()
+    fill(first, "d", 1)
+    first.sync()
+    second.sync()
+    fill(second, "d", 2)
+    first.sync()
+    assert tier_of(first, 1) is None
+    assert tier_of(first, 2) == "remote"
+
+
+def test_a_chunk_stays_if_another_machine_has_just_given_it_to_a_document(folder: Place, tmp_path: Path) -> None:
+    first, second = folder.store(tmp_path / "first"), folder.store()
+    fill(first, "d", 1)
+    first.sync()
+    second.sync()
+    second.set_document("e", [sample(1).key])  # told at once; the first doesn't know of it yet
+    first.delete_document("d")
+    first.sync()
+    assert [info.id for info in first.documents()] == ["e"]
+    assert tier_of(folder.store(), 1) == "remote"
+    assert first.contains(sample(1).key, lasting=True)
+
+
+def test_what_was_removed_elsewhere_does_not_come_back_by_a_chunk_that_is_added(folder: Place, tmp_path: Path) -> None:
+    first, second = folder.store(tmp_path / "first"), folder.store()
+    fill(first, "d", 1)
+    first.sync()
+    second.sync()
+    sample(2).put(first, text="late")
+    number = changes_so_far()
+    second.delete_document("d")
+    first.extend_document("d", [sample(2).key], since=number)
+    first.sync()
+    second.sync()
+    assert first.documents() == second.documents() == []
+
+
+def test_the_later_of_two_replacements_holds_everywhere(folder: Place, tmp_path: Path) -> None:
+    first, second = folder.store(tmp_path / "first"), folder.store()
+    fill(first, "d", 1)
+    fill(second, "d", 2)
+    for store in (first, second, first):
+        store.sync()
+    held = [[info.chunks for info in store.documents()] for store in (first, second, folder.store())]
+    assert held[0] == held[1] == held[2]
+
+
+def test_two_that_store_the_same_chunk_keep_one_object(place: Place, tmp_path: Path) -> None:
+    first, second = place.store(tmp_path / "first"), place.store(tmp_path / "second")
+    fill(first, "d", 1)
+    sample(1).put(second, text="text 1")
+    for store in (first, second, first):
+        store.sync()
+    assert len(objects_of(place, "chunks/")) == 1
+    assert first.stats().remote.chunks == second.stats().remote.chunks == 1
+    assert tier_of(place.store(), 1) == "remote"
+
+
+def test_many_writers_lose_nothing(place: Place, tmp_path: Path) -> None:
+    stores = [place.store(tmp_path / str(number) if number % 2 else None) for number in range(4)]
+    failed: list[BaseException] = []
+
+    def write(number: int) -> None:
+        try:
+            for each in range(5):
+                fill(stores[number], f"{number}/{each}", 10 * number + each, 99)
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    for store in stores:
+        store.sync()
+    for store in (*stores, place.store()):
+        store.sync()
+        assert len(store.documents()) == 20
+        assert store.stats().remote.chunks == 21
+    assert len(objects_of(place, "chunks/")) == 21
+
+
+def test_snapshots_replace_old_changes(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalogue, "SNAPSHOT_EVERY", 4)
+    first, behind = place.store(), place.store(tmp_path / "behind")
+    fill(first, "secret", 50)
+    behind.sync()
+    assert [info.id for info in behind.documents()] == ["secret"]
+    behind.close()
+    first.delete_document("secret")
+    for number in range(12):
+        fill(first, f"d{number}", number)
+    assert objects_of(place, "changes/")[0] > change_name(4)
+    raw = [place.objects.get(name, 1 << 20) for name in objects_of(place, "changes/") + objects_of(place, "snapshots/")]
+    assert not any(b"secret" in (each or b"") for each in raw)
+    for store in (place.store(tmp_path / "behind"), place.store()):
+        assert sorted(info.id for info in store.documents()) == sorted(f"d{number}" for number in range(12))
+        assert not store.contains(sample(50).key)
+        assert tier_of(store, 7) == "remote"
+
+
+def test_notes_are_agreed_on(place: Place, tmp_path: Path) -> None:
+    first, second = place.store(tmp_path / "first"), place.store()
+    name = "ab" * 32
+    assert first.note(name) is None
+    assert first.settle_note(name, b"first", tenant="t") == b"first"
+    assert second.settle_note(name, b"second", tenant="t") == b"first"
+    assert place.store(tmp_path / "third").note(name, tenant="t") == b"first"
+    assert second.note(name) is None, "each tenant has its own"
+    first.close()
+    with ChunkStore(tmp_path / "first") as alone:
+        assert alone.note(name, tenant="t") == b"first", "a copy stays"
+        alone.settle_note("cd" * 32, b"before it was shared")
+    place.store(tmp_path / "first").note("cd" * 32)
+    assert second.note("cd" * 32) == b"before it was shared"
+
+
+def test_a_tenant_is_deleted_everywhere(folder: Place, tmp_path: Path) -> None:
+    first, second = folder.store(tmp_path / "first"), folder.store()
+    fill(first, "d", 1, tenant="t")
+    sample(2, tenant="t").put(first)  # in no document
+    fill(first, "d", 1, tenant="u")
+    first.settle_note("ab" * 32, b"note", tenant="t")
+    first.sync()
+    second.delete_tenant("t")
+    first.sync()
+    second.sync()
+    assert first.documents(tenant="t") == second.documents(tenant="t") == []
+    for store in (first, second):
+        found = [store.contains(sample(seed, tenant=name).key) for seed, name in ((1, "t"), (2, "t"), (1, "u"))]
+        assert found == [False, False, True]
+    assert len(objects_of(folder, "chunks/")) == 1
+    assert objects_of(folder, "notes/") == []
+
+
+def test_a_lost_index_is_filled_from_the_place_again(folder: Place, tmp_path: Path) -> None:
+    fill(folder.store(), "d", 1, 2)
+    folder.store(tmp_path / "second").close()
+    for file in (tmp_path / "second" / "index").iterdir():
+        file.unlink()
+    again = folder.store(tmp_path / "second")
+    assert [info.id for info in again.documents()] == ["d"]
+    assert tier_of(again, 2) == "remote"
+    again.rebuild_index()
+    again.sync()
+    assert tier_of(again, 1) == "remote"
+
+
+def test_verify_deletes_what_dead_writers_left(folder: Place, tmp_path: Path) -> None:
+    store = folder.store(tmp_path / "first")
+    fill(store, "d", 1)
+    store.sync()
+    key = sample(9).key.digest
+    old, new = (f"chunks/{key[:2]}/{key}-{stamp:012x}{'0' * 20}.safetensors" for stamp in (1, int(1000 * time.time())))
+    for name in (old, new):
+        folder.objects.put(name, [b"x"])
+    store.verify()
+    assert folder.objects.get(old, 9) is None
+    assert folder.objects.get(new, 9) == b"x", "its writer may be about to say so"
+    assert tier_of(folder.store(), 1) == "remote"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"remote": "ftp://host/x"}, "valkey://host:6379"),
+        ({"remote": 7}, "remote is 7"),
+        ({"remote": "file:///tmp/x", "remote_codec": "zip"}, "unknown codec 'zip'"),
+        ({"remote": "file:///tmp/x", "remote_timeout": 0}, "remote_timeout is 0"),
+        ({"remote": "valkey://host:port"}, "port"),
+    ],
+)
+def test_what_can_not_be_meant_is_refused(tmp_path: Path, folder: Place, options: dict, words: str) -> None:
+    with pytest.raises(StoreArgumentError, match=words):
+        ChunkStore(tmp_path / "kv", **options)
+    with pytest.raises(StoreArgumentError, match="leave remote out"):
+        ChunkStore(folder.url, remote=folder.url)
+
+
+def test_a_place_that_holds_something_else_is_refused(folder: Place, tmp_path: Path) -> None:
+    folder.objects.put("store.json", [b'{"name": "something else"}'])
+    with pytest.raises(StoreVersionError, match="another prefix"):
+        folder.store(tmp_path / "kv")
+    folder.objects.put("store.json", [b'{"format": "cachetune-store", "version": 99, "id": "x"}'])
+    with pytest.raises(StoreVersionError, match="version 99"):
+        folder.store()
+
+
+def test_a_password_is_not_shown() -> None:
+    with pytest.raises(Exception, match="valkey") as error:
+        ChunkStore("valkey://user:secret@127.0.0.1:1/x", remote_timeout=0.1).sync()
+    assert "secret" not in str(error.value)
+
+
+def test_a_read_only_directory_takes_no_remote_tier(
+    folder: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ChunkStore, "read_only", True)
+    with pytest.raises(StoreReadOnlyError, match="give the URL as the store's path"):
+        folder.store(tmp_path / "kv")

@@ -1,0 +1,266 @@
+"""A shared place that is slow, gone, partial, full or hostile: rows are right or a miss, errors say why, and writes go on later."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from remote_servers import missing, valkey_server
+from shared_places import Place, valkey_place
+from store_samples import sample
+
+from cachetune_store import ChunkReader, ChunkStore, DamagedChunkError, StoreError, StorePathError
+from cachetune_store.remote import breaker, sync
+from cachetune_store.remote.changes import change_name
+
+
+@pytest.fixture(autouse=True)
+def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Places that failed are asked again soon."""
+    monkeypatch.setattr(breaker, "_LONGEST", 0.2)
+    monkeypatch.setattr(breaker, "_FIRST", 0.05)
+    monkeypatch.setattr(sync, "POLL_SECONDS", 0.05)
+
+
+def eventually(true: Callable[[], bool], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def filled(place: Place, *seeds: int) -> None:
+    """Store chunks and a document, from another machine."""
+    store = place.store()
+    for seed in seeds:
+        sample(seed).put(store, text=f"text {seed}")
+    store.set_document("d", [sample(seed).key for seed in seeds])
+    store.close()
+
+
+def is_right(store: ChunkStore, seed: int) -> bool:
+    reader = store.open(sample(seed).key)
+    if reader is None:
+        return False
+    with reader:
+        return sample(seed).matches(reader)
+
+
+def read_all(reader: ChunkReader) -> None:
+    for layer in range(3):
+        reader.read(layer, 150)
+
+
+FAULTS = ["refuse", "stall", "reset", "unavailable"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_place_that_fails_costs_a_bounded_wait_and_is_used_again_afterwards(network: Place, fault: str) -> None:
+    filled(network, 1)
+    store = network.store(host_budget=0)
+    network.proxy.fault = fault
+    network.proxy.cut()
+    errors: list[StoreError] = []
+    begun = time.monotonic()
+    assert store.open(sample(1).key, errors=errors) is None
+    assert time.monotonic() - begun < 10 * network.timeout
+    assert [type(error) for error in errors] != []
+    assert all(isinstance(error, StorePathError) for error in errors)
+    assert store.stats().remote.failed > 0
+    network.proxy.fault = ""
+    network.proxy.cut()
+    eventually(lambda: is_right(store, 1))
+    assert store.stats().damaged == 0
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_place_that_fails_while_rows_are_read(network: Place, fault: str) -> None:
+    filled(network, 1)
+    store = network.store(host_budget=0)
+    with store.open(sample(1).key) as reader:
+        network.proxy.fault = fault
+        network.proxy.cut()
+        with pytest.raises(DamagedChunkError, match="can't be read"):
+            reader.read(0, 150)
+    network.proxy.cut()
+    assert not store.discard(sample(1).key), "that says nothing about the chunk"
+    network.proxy.fault = ""
+    network.proxy.cut()
+    eventually(lambda: is_right(store, 1))
+
+
+def test_while_a_place_is_left_alone_nothing_is_asked_of_it(network: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(breaker, "_FIRST", 60.0)
+    monkeypatch.setattr(breaker, "_LONGEST", 60.0)
+    filled(network, 1)
+    store = network.store(host_budget=0)
+    network.proxy.fault = "refuse"
+    network.proxy.cut()
+    assert store.open(sample(1).key) is None
+    network.proxy.fault = ""
+    errors: list[StoreError] = []
+    assert store.open(sample(1).key, errors=errors) is None
+    assert "is not asked for" in str(errors[0])
+    store.sync()  # asked for by name, it is tried
+    assert is_right(store, 1)
+
+
+def test_what_is_stored_while_the_place_is_gone_is_written_when_it_is_back(network: Place, tmp_path: Path) -> None:
+    store = network.store(tmp_path / "kv")
+    network.proxy.fault = "refuse"
+    network.proxy.cut()
+    sample(1).put(store, text="one")
+    store.set_document("d", [sample(1).key])
+    with pytest.raises(StorePathError):
+        store.sync()
+    assert is_right(store, 1)
+    network.proxy.fault = ""
+    eventually(lambda: [info.id for info in network.store().documents()] == ["d"])
+    eventually(lambda: is_right(network.store(), 1))
+
+
+def test_what_waits_is_written_after_a_restart(
+    network: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    network.proxy.fault = "refuse"
+    with caplog.at_level(logging.WARNING):
+        store = network.store(tmp_path / "kv")
+    assert "until it answers" in caplog.text
+    sample(1).put(store, text="one")
+    store.set_document("d", [sample(1).key])
+    store.set_document("e", [sample(1).key])
+    store.delete_document("e")
+    store.close()
+    network.proxy.fault = ""
+    network.store(tmp_path / "kv").sync()
+    other = network.store()
+    assert [info.id for info in other.documents()] == ["d"]
+    assert is_right(other, 1)
+
+
+def test_without_a_directory_a_change_that_can_not_be_told_is_an_error(network: Place) -> None:
+    filled(network, 1)
+    store = network.store()
+    network.proxy.fault = "refuse"
+    network.proxy.cut()
+    with pytest.raises(StorePathError):
+        sample(2).put(store)
+    with pytest.raises(StorePathError):
+        store.delete_document("d")
+    network.proxy.fault = ""
+    eventually(lambda: network.store().documents() == [])
+
+
+def test_bytes_that_the_network_changes_are_not_used(network: Place) -> None:
+    filled(network, 1)
+    store = network.store(host_budget=0)
+    with store.open(sample(1).key) as reader:
+        network.proxy.fault = "garbage"
+        with pytest.raises(DamagedChunkError):
+            read_all(reader)
+    network.proxy.fault = ""
+    assert not store.discard(sample(1).key), "the object itself is good"
+    assert is_right(store, 1)
+
+
+@pytest.mark.parametrize("where", [100, 5000, 20_000, -5000])
+def test_a_damaged_object_is_set_aside_and_stored_again(folder: Place, where: int) -> None:
+    filled(folder, 1)
+    objects = folder.objects
+    name = next(iter(objects.names("chunks/")))
+    raw = bytearray(objects.get(name, 1 << 30))
+    raw[where] ^= 1
+    objects.put(name, [bytes(raw)])
+    store = folder.store(host_budget=0)
+    errors: list[StoreError] = []
+    reader = store.open(sample(1).key, errors=errors)
+    if reader is not None:
+        with reader, pytest.raises(DamagedChunkError):
+            read_all(reader)
+        assert store.discard(sample(1).key)
+    else:
+        assert isinstance(errors[0], DamagedChunkError)
+    assert store.stats().remote.damaged == 1
+    assert not store.contains(sample(1).key)
+    sample(1).put(store, text="text 1")
+    other = folder.store()
+    assert is_right(other, 1)
+    assert len(list(objects.names("chunks/"))) == 1
+
+
+@pytest.mark.parametrize("kept", [0, 100, 9000, 70_000])
+def test_an_object_that_is_too_short_is_set_aside(folder: Place, kept: int) -> None:
+    filled(folder, 1)
+    name = next(iter(folder.objects.names("chunks/")))
+    folder.objects.put(name, [folder.objects.get(name, 1 << 30)[:kept]])
+    store = folder.store(host_budget=0)
+    reader = store.open(sample(1).key)
+    if reader is not None:
+        with reader, pytest.raises(DamagedChunkError):
+            read_all(reader)
+        store.discard(sample(1).key)
+    assert store.open(sample(1).key) is None
+
+
+def test_an_object_of_another_chunk_is_set_aside(folder: Place) -> None:
+    filled(folder, 1, 2)
+    first, second = (
+        next(name for name in folder.objects.names("chunks/") if sample(seed).key.digest in name) for seed in (1, 2)
+    )
+    folder.objects.put(first, [folder.objects.get(second, 1 << 30)])
+    store = folder.store()
+    assert not is_right(store, 1)
+    assert is_right(store, 2)
+    assert store.stats().remote.damaged == 1
+
+
+def test_an_object_that_is_gone_is_a_miss_and_may_be_stored_again(folder: Place) -> None:
+    filled(folder, 1)
+    store = folder.store()
+    folder.objects.delete(list(folder.objects.names("chunks/")))
+    errors: list[StoreError] = []
+    assert store.open(sample(1).key, errors=errors) is None
+    assert errors == []
+    assert store.stats().remote.failed == 0
+    sample(1).put(store)
+    assert is_right(folder.store(), 1)
+
+
+@pytest.mark.parametrize("content", [b"", b"no gzip", b"\x1f\x8b\x08" + b"x" * 50])
+def test_a_change_that_can_not_be_read_is_passed_over(
+    folder: Place, tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    filled(folder, 1)
+    folder.objects.put(change_name(1), [content])
+    other = folder.store(tmp_path / "kv")
+    eventually(lambda: "passed over" in caplog.text)
+    other.sync()
+    assert [info.id for info in other.documents()] == ["d"]
+
+
+def test_a_full_place_stops_no_removal_and_no_answer(tmp_path: Path) -> None:
+    if (why := missing("valkey")) is not None:
+        pytest.skip(why)
+    with valkey_server(maxmemory="8mb", **{"maxmemory-policy": "noeviction"}) as port:
+        place = valkey_place(port)
+        store = place.store(tmp_path / "kv")
+        for seed in range(60):
+            sample(seed, tokens=400).put(store)
+        store.set_document("d", [sample(seed, tokens=400).key for seed in range(60)])
+        with pytest.raises(StorePathError, match="maxmemory"):
+            store.sync()
+        assert store.stats().remote.failed > 0
+        with store.open(sample(59, tokens=400).key) as reader:
+            assert sample(59, tokens=400).matches(reader)
+        place.close()
+
+
+def test_wrong_credentials_are_an_error_that_says_so(s3_port: int, tmp_path: Path) -> None:
+    from remote_servers import BUCKET, s3_options
+
+    wrong = s3_options(s3_port) | {"secret_access_key": "wrong"}
+    with pytest.raises(StorePathError, match="check the credentials"):
+        ChunkStore(tmp_path / "kv", remote=f"s3://{BUCKET}/x", remote_options=wrong)
