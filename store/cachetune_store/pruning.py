@@ -14,6 +14,7 @@ from .errors import UnknownFormatError
 from .keys import ChunkKey
 from .placement import Placement
 from .stats import ChunkGroup, PruneReport, TenantStats
+from .tiers import DiskTier
 
 __all__ = ["Keep", "by_tenant", "groups", "prune"]
 
