@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -177,12 +176,7 @@ def ask(server: Server, content: str, tokens: int, reuse: bool) -> Answer:
 
 def recomputed_by(server: Server) -> int:
     """Stored tokens that the server has computed again so far."""
-    with urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as answer:
-        lines = answer.read().decode().splitlines()
-    wanted = [
-        line for line in lines if line.startswith("cachetune_vllm_chunk_tokens_total{") and 'kind="recomputed"' in line
-    ]
-    return int(sum(float(line.rsplit(" ", 1)[1]) for line in wanted))
+    return int(server.metric("cachetune_vllm_chunk_tokens_total", 'kind="recomputed"'))
 
 
 def show(console: Console, rows: list[tuple[str, Answer, Answer]]) -> None:

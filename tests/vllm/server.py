@@ -2,90 +2,74 @@
 
 from __future__ import annotations
 
-import contextlib
+import http.client
 import json
 import os
-import signal
-import socket
-import subprocess
+import re
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pytest
+import psutil
+
+sys.path.append(str(Path(__file__).parents[2] / "examples"))
+import server_process
+from server_process import value_of
+
+__all__ = ["Server", "asked", "settings", "text_of", "value_of"]
 
 START_SECONDS = 600
 """A machine with much else to do takes minutes to start vLLM."""
 QUESTION = "What is it?"
 
 
-@dataclass
-class Server:
+class Server(server_process.Server):
     """A server process on a free port.
 
-    Attributes:
+    Args:
         model, store: folders.
-        log: file with what the server printed.
+        log: file for what the server prints.
         options: of `cachetune serve`, beside those that all tests' servers have.
     """
 
-    model: Path
-    store: Path
-    log: Path
-    options: Sequence[str] = ()
-    port: int = field(default_factory=lambda: free_port())
-    process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        words = ["serve", str(self.model), "--store", str(self.store), "--host", "127.0.0.1", "--port", str(self.port)]
-        options = ["--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "8"]
+    def __init__(self, model: Path, store: Path, log: Path, options: Sequence[str] = ()):
         environment = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
         environment["VLLM_SERVER_DEV_MODE"] = "1"  # for `forget`
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "cachetune_rag", *words, *options, *self.options],
-                stdout=log, stderr=log, env=environment, start_new_session=True,
-            )  # fmt: skip
-        until = time.monotonic() + START_SECONDS
-        while time.monotonic() < until:
-            if self.process.poll() is not None:
-                break
-            try:
-                urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
-                return
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.5)
-        self.end(signal.SIGKILL)
-        pytest.fail(f"the server did not start:\n{self.log.read_text()[-4000:]}")
-
-    def end(self, how: signal.Signals = signal.SIGTERM) -> None:
-        """Send the signal to the server and all that it started."""
-        if self.process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, how)
-            self.process.wait(60)
-            self.process = None
-
-    def metric(self, name: str, label: str = "") -> float:
-        """The sum of a metric's values, of those with this label."""
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
-            lines = answer.read().decode().splitlines()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name}{{") and label in line)
+        environment["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] = "600"  # for `connections`
+        words = [str(model), "--store", str(store), "--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "8"]
+        super().__init__([*words, *options], log, environment=environment, patience=START_SECONDS)
+        self.model, self.store = model, store
 
     def forget(self) -> None:
         """Empty vLLM's prefix cache: what it computed for an earlier request is used as it is by later ones that begin alike."""
         urllib.request.urlopen(
             urllib.request.Request(f"{self.url}/reset_prefix_cache", method="POST"), timeout=30
         ).close()
+
+    def connections(self) -> list[http.client.HTTPConnection]:
+        """A connection to each of its API servers, which share the port."""
+        named = {int(pid) for pid in re.findall(r"\(ApiServer_\d+ pid=(\d+)\)", self.log.read_text())}
+        pids = set(filter(psutil.pid_exists, named))  # without those of an earlier start
+        found: dict[int, http.client.HTTPConnection] = {}
+        until = time.monotonic() + START_SECONDS
+        while len(found) < len(pids):
+            assert time.monotonic() < until, f"of the API servers {pids}, only {set(found)} answer"
+            # Several at once: one process alone may take all that come one after another.
+            some = [http.client.HTTPConnection("127.0.0.1", self.port, timeout=120) for _ in range(8)]
+            for each in some:
+                each.request("GET", "/health")
+            for each in some:
+                each.getresponse().read()
+            for each in some:
+                port = each.sock.getsockname()[1]
+                pid = next(pid for pid in pids if port in _peers(pid))
+                if found.setdefault(pid, each) is not each:
+                    each.close()
+        return list(found.values())
 
     def post(self, body: dict[str, Any], path: str = "/v1/chat/completions") -> tuple[int, dict[str, Any]]:
         request = urllib.request.Request(
@@ -116,7 +100,7 @@ def settings(**given: Any) -> dict[str, Any]:
     return {"cachetune": given}
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _peers(pid: int) -> set[int]:
+    """The ports from which clients have connected to a process."""
+    connected = psutil.Process(pid).net_connections("tcp")
+    return {each.raddr.port for each in connected if each.status == psutil.CONN_ESTABLISHED}

@@ -205,6 +205,10 @@ def served(tiny_vllm: Callable[..., TinyVLLM], tmp_path_factory: pytest.TempPath
     return Served(up, store)
 
 
+def test_the_engine_is_made_ready_once_when_vllm_starts(served: Served) -> None:
+    assert list(served.tiny.warmed) == [(820, [2048], "auto")]  # 15% of the longest prompt, and what stands around it
+
+
 @ON_CPU
 @SETTINGS
 def test_answers_are_those_of_the_embedded_engine(served: Served, selector: str, ratio: float) -> None:

@@ -37,10 +37,9 @@ def server(
     smollm2_path: Path, chunks: tuple[Path, list[str]], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     # Prompts reuse their chunks however little that saves.
-    server = Server(smollm2_path, chunks[0], tmp_path_factory.mktemp("server") / "log", ["--least-reused", "0"])
-    server.start()
-    yield server
-    server.end()
+    log = tmp_path_factory.mktemp("server") / "log"
+    with Server(smollm2_path, chunks[0], log, ["--least-reused", "0"]) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

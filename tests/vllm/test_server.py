@@ -9,6 +9,8 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
+from http.client import HTTPConnection
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ import torch
 from cachetune_rag import CacheTune, Document
 from tests import tiny
 from tests.vllm.conftest import TinyVLLM
-from tests.vllm.server import Server, asked, settings, text_of
+from tests.vllm.server import Server, asked, settings, text_of, value_of
 from tests.vllm.test_connector import (
     CHUNKS,
     Served,
@@ -34,10 +36,8 @@ from tests.vllm.test_connector import (
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
     model, store = filled_store(folder)
-    server = Server(model, store, folder / "log")
-    server.start()
-    yield server
-    server.end()
+    with Server(model, store, folder / "log", ["--api-server-count", "2"]) as server:
+        yield server
 
 
 def test_a_chat_with_stored_chunks_reuses_them_and_says_so(server: Server) -> None:
@@ -48,6 +48,36 @@ def test_a_chat_with_stored_chunks_reuses_them_and_says_so(server: Server) -> No
     assert told["reused"] + told["recomputed"] == sum(len(encode(chunk)) for chunk in chunks)
     assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == told["reused"]
     assert server.post(asked(server, "Hello."))[1].get("kv_transfer_params") is None
+
+
+def test_each_of_several_api_servers_reports_refuses_and_counts(server: Server) -> None:
+    connections = server.connections()
+    assert len(connections) == 2
+    for number, connection in enumerate(connections):
+        before = counted(connection)
+        content = text_of(CHUNKS[1:4], f"From which one, {number}?")
+        status, answer = over(connection, asked(server, content, kv_transfer_params=settings()))
+        assert status == 200
+        assert answer["kv_transfer_params"]["cachetune"]["reused"] > 0
+        status, answer = over(connection, asked(server, content, kv_transfer_params=settings(ratio=9)))
+        assert (status, "ratio is 9" in answer["error"]["message"]) == (400, True)
+        # Whichever is asked tells what all of them have counted.
+        assert [counted(each) for each in connections] == [before + 1] * 2
+    for connection in connections:
+        connection.close()
+
+
+def over(connection: HTTPConnection, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Ask by this connection, and so the API server at its other end."""
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    return answer.status, json.load(answer)
+
+
+def counted(connection: HTTPConnection) -> float:
+    """Requests that have reused chunks, as the API server at the other end tells it."""
+    connection.request("GET", "/metrics")
+    return value_of(connection.getresponse().read().decode(), "cachetune_vllm_requests_total")
 
 
 def test_all_recomputed_is_vllms_own_answer(server: Server) -> None:
@@ -247,3 +277,20 @@ def test_killed_and_started_again(server: Server) -> None:
     after = server.post(body)[1]
     assert after["choices"][0]["message"]["content"] == before["choices"][0]["message"]["content"]
     assert after["kv_transfer_params"]["cachetune"]["reused"] == before["kv_transfer_params"]["cachetune"]["reused"]
+
+
+@pytest.mark.every_family
+def test_data_parallel_engines_reuse_chunks_of_one_store(tmp_path: Path) -> None:
+    model, store = filled_store(tmp_path)
+    with Server(model, store, tmp_path / "log", ["--data-parallel-size", "2"]) as server:
+        texts = [text_of(random.Random(seed).sample(CHUNKS, 3), f"Number {seed}?") for seed in range(12)]
+        one_by_one = [server.post(asked(server, text, kv_transfer_params=settings()))[1] for text in texts]
+        server.forget()
+        with concurrent.futures.ThreadPoolExecutor(6) as pool:
+            bodies = [asked(server, f"Once more. {text}", kv_transfer_params=settings()) for text in texts]
+            together = [answer for _, answer in pool.map(server.post, bodies)]
+        for answer in (*one_by_one, *together):
+            assert answer["kv_transfer_params"]["cachetune"]["reused"] > 0
+        counts = [server.metric("cachetune_vllm_requests_total", f'engine="{engine}"') for engine in (0, 1)]
+        assert min(counts) > 0
+        assert sum(counts) == len(one_by_one) + len(together)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +13,13 @@ from typing import Any
 import pytest
 
 from cachetune_rag import CacheTune
+from cachetune_rag.model.heads import ALL_HEADS
+from cachetune_rag.reuse.config import resolve
 from cachetune_vllm.messages import Hello
 from cachetune_vllm.recognition import Recognition
 from cachetune_vllm.settings import ServerSettings
-from cachetune_vllm.start import KEPT_FREE, tokens_that_fit, unsupported
+from cachetune_vllm.start import KEPT_FREE, Started, tokens_that_fit, unsupported
+from cachetune_vllm.warm_up import expected, warm_up
 from tests import tiny
 
 ROW = 128 << 10
@@ -59,6 +64,60 @@ def test_tokens_may_be_drafted_from_the_text(method: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("longest", "ratio", "wanted"),
+    [
+        (300, 0.15, (300, [300])),
+        (4096, 0.15, (1127, [4096])),
+        (32768, 0.05, (2048, [8192, 32768])),
+        (131072, 0.15, (2048, [8192, 32768, 131072])),
+    ],
+)
+def test_an_engine_is_made_ready_for_what_the_server_reads(
+    longest: int, ratio: float, wanted: tuple[int, list[int]]
+) -> None:
+    assert expected(longest, ratio) == wanted
+
+
+def test_an_engine_is_made_ready_once_with_the_servers_settings() -> None:
+    asked: list[tuple[Any, ...]] = []
+    started = Started(Hello(None), warm_up=lambda: warm_up(engine_that(asked.append), SETTINGS, 4096))
+    assert started.ready() is started.ready() is started.hello
+    assert asked == [(512 + 1024, [4096], "probe")]
+
+
+def test_what_cannot_be_made_ready_is_logged_and_stops_no_server(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(asked: tuple[Any, ...]) -> None:
+        raise RuntimeError(f"no compiler for {asked[2]}")
+
+    with heard("warm_up", caplog):
+        warm_up(engine_that(fail), SETTINGS, 4096)
+    assert "the first requests with reused chunks will be slower" in caplog.text
+    assert "no compiler for probe" in caplog.text
+
+
+SETTINGS = ServerSettings.of({"store": "kv", "selector": "probe", "ratio": 0.25})
+
+
+def engine_that(warms: Callable[[tuple[Any, ...]], None]) -> Any:
+    """An engine of which only what is asked of it at the start is there."""
+    adapter = SimpleNamespace(heads=ALL_HEADS, device=SimpleNamespace(type="cpu"))
+    admission = SimpleNamespace(config=resolve)
+    return SimpleNamespace(adapter=adapter, admission=admission, warmup=lambda *asked: warms(asked))
+
+
+@contextmanager
+def heard(module: str, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """While open, pytest hears what this module logs: vLLM's loggers hand nothing on to the root, where it listens."""
+    log = logging.getLogger(f"vllm.cachetune_vllm.{module}")
+    log.addHandler(caplog.handler)
+    try:
+        with caplog.at_level(logging.INFO, logger=log.name):
+            yield
+    finally:
+        log.removeHandler(caplog.handler)
+
+
+@pytest.mark.parametrize(
     ("dtype", "said"),
     [("float32", "1 chunks in"), ("bfloat16", "start it with --dtype float32"), (None, "nothing is stored")],
 )
@@ -70,13 +129,6 @@ def test_a_server_says_at_start_what_of_its_store_it_can_use(
         if dtype is not None:
             engine.precompute(["The lighthouse was built in 1871 by three brothers, who had come from the mainland."])
     hello = Hello(replace(namespace, dtype=dtype or "float32"), vocabulary=261, max_positions=2048)
-    log = logging.getLogger(
-        "vllm.cachetune_vllm.recognition"
-    )  # vLLM's loggers hand nothing on to the root, where pytest listens
-    log.addHandler(caplog.handler)
-    try:
-        with caplog.at_level(logging.INFO, logger=log.name):
-            Recognition(ServerSettings.of({"store": str(tmp_path)}), hello, tiny.tokenizer()).close()
-    finally:
-        log.removeHandler(caplog.handler)
+    with heard("recognition", caplog):
+        Recognition(ServerSettings.of({"store": str(tmp_path)}), hello, tiny.tokenizer()).close()
     assert said in caplog.text
