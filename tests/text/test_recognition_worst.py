@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import threading
+from typing import Any
 
 import pytest
 
@@ -93,14 +94,14 @@ def test_whoever_adds_a_chunk_does_not_wait_for_a_search(monkeypatch: pytest.Mon
     """The search stands still in the middle until the chunk was added."""
     recognizer = known("a" * 100)
     inside, added = threading.Event(), threading.Event()
-    lengths = chunk_search.lengths_of
+    between = chunk_search.PrefixHashes.between
 
-    def slowly(known: chunk_search.Lengths) -> object:
+    def slowly(hashes: chunk_search.PrefixHashes, *places: Any) -> Any:
         inside.set()
         assert added.wait(30)
-        return lengths(known)
+        return between(hashes, *places)
 
-    monkeypatch.setattr(chunk_search, "lengths_of", slowly)
+    monkeypatch.setattr(chunk_search.PrefixHashes, "between", slowly)
     found: list[tuple[int, int]] = []
     searching = threading.Thread(target=lambda: found.extend(recognizer.find("a" * 150)))
     searching.start()

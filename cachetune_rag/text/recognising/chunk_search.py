@@ -14,7 +14,7 @@ skipped until it has passed enough elements; chunks behind the skipped places ar
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -34,6 +34,7 @@ _CALL = 1024  # fixed cost of looking at many places at once, in hashes
 _RESERVE = 1 << 17  # hashes that must be allowed again before a stopped search goes on
 _PATIENCE = 8  # places without a chunk, in a row, after which many are looked at at once
 _FIRST_BLOCK, BLOCK = 64, 8192  # places
+_LAST_BLOCK = 1024  # places that are looked at ahead at most
 AT_A_TIME = 1 << 17  # hashes in memory
 _STRETCH = 1 << 14  # elements whose hashes stay in the processor's cache
 
@@ -124,30 +125,31 @@ class _Search:
         self._subject, self._known, self._length = subject, known, len(subject.codes)
         self._prefix = PrefixHashes(subject.codes)
         self._spent = 0
-        self._heads_from = self._heads_to = 0
-        self._heads: list[tuple[int, list[int]]] = []
+        self._from = self._to = 0
+        self._likely_at: list[list[tuple[int, Records]] | None] = []  # for the rows from `_from` to `_to`
 
     def run(self) -> Found:
-        starts = self._starts()
+        places = self._starts()
+        starts: list[int] = places.tolist()
         found: list[tuple[int, int]] = []
         row = left_out = vain = 0
         block = _FIRST_BLOCK
         while row < len(starts):
-            start = int(starts[row])
+            start = starts[row]
             if self._used_up(start):
                 # Skip far enough to pay for many places at once; otherwise every place would be tried and given up again.
                 paid_at = (self._spent - self._known.credit + _RESERVE) // RATE
-                after = int(np.searchsorted(starts, paid_at, side="right"))
+                after = bisect_right(starts, paid_at)
                 left_out += after - row
                 row = after
                 continue
             if vain >= _PATIENCE:
-                looked = self._in_vain(starts[row : row + block])
+                looked = self._in_vain(places[row : row + block])
                 block = min(2 * block, BLOCK) if looked == block else _FIRST_BLOCK
                 if looked:
                     row += looked
                     continue
-            end = self._longest_at(starts, row)
+            end = self._longest_at(places, row, start)
             if end is None:
                 row, vain = row + 1, vain + 1
             else:
@@ -169,13 +171,68 @@ class _Search:
             found.append(maybe[sure] + first)
         return np.concatenate(found)
 
-    def _longest_at(self, starts: Places, row: int) -> int | None:
-        """The end of the longest chunk at a place."""
+    def _longest_at(self, places: Places, row: int, start: int) -> int | None:
+        """The end of the longest chunk at a place, which is that of a row."""
         self._spent += _ONE_BY_ONE
-        start = int(starts[row])
-        for level, head in self._heads_at(starts, row):
-            if start + (self._known.anchor << level) > self._length:
-                continue
+        if not self._from <= row < self._to:
+            self._look_at(places, row)
+        likely = self._likely_at[row - self._from]
+        if likely is None:
+            return self._longest_of_many(start)
+        for length, records in likely:
+            if self._confirmed(start, start + length, records):
+                return start + length
+            if self._used_up(start):
+                return None
+        return None
+
+    def _look_at(self, places: Places, row: int) -> None:
+        """Find for a block of places at once, from a row on, which chunks may stand there by their hashes, the longest first; None where
+        chunks of many lengths may."""
+        # Blocks grow as long as one is needed right behind another; behind a long chunk, most of a large one would be for nothing.
+        near = self._from < row < self._to + _FIRST_BLOCK
+        size = min(2 * (self._to - self._from), _LAST_BLOCK) if near else _FIRST_BLOCK
+        some = places[row : row + size]
+        self._from, self._to = row, row + len(some)
+        found: list[list[tuple[int, Records]] | None] = [[] for _ in range(len(some))]
+        which: list[int] = []
+        lengths: list[int] = []
+        for level in self._known.levels:
+            size = self._known.anchor << level
+            inside = int(np.searchsorted(some, self._length - size, side="right"))
+            tags = _tags(self._prefix.slices_at(some[:inside], size), level)
+            maybe = np.flatnonzero(self._known.group_bits.may_hold(tags))
+            for number, tag in zip(maybe.tolist(), tags[maybe].tolist(), strict=True):
+                group = self._known.groups.get(tag)
+                if isinstance(group, int):
+                    which.append(number)
+                    lengths.append(group)
+                elif group is not None and len(group) <= _PATIENCE:
+                    which += [number] * len(group)
+                    lengths += group
+                elif group is not None:
+                    found[number] = None
+        if which:
+            rows, sizes = np.array(which, dtype=np.intp), np.array(lengths, dtype=np.intp)
+            starts = some[rows]
+            fits = starts + sizes <= self._length
+            rows, sizes, starts = rows[fits], sizes[fits], starts[fits]
+            tags = _tags(self._prefix.between(starts, starts + sizes), sizes.astype(np.uint64))
+            maybe = np.flatnonzero(self._known.record_bits.may_hold(tags))
+            for number, length, tag in zip(
+                rows[maybe].tolist(), sizes[maybe].tolist(), tags[maybe].tolist(), strict=True
+            ):
+                records, there = self._known.records.get(tag), found[number]
+                if records is not None and there is not None:
+                    there.append((length, records))
+        self._likely_at = found
+
+    def _longest_of_many(self, start: int) -> int | None:
+        """As `_longest_at`, where chunks of many lengths may begin."""
+        anchor, levels = self._known.anchor, self._known.levels
+        levels = tuple(level for level in levels if start + (anchor << level) <= self._length)
+        heads = self._prefix.slices_from(start, [anchor << level for level in levels])
+        for level, head in zip(levels, heads, strict=True):
             group = self._known.groups.get(tag_of(head, level))
             if group is None:
                 continue
@@ -205,17 +262,6 @@ class _Search:
         # that of another chunk by chance, or it differs from the chunk at the edges alone.
         self._spent += spent if confirmed else spent + end - start
         return confirmed
-
-    def _heads_at(self, starts: Places, row: int) -> list[tuple[int, int]]:
-        """(level, hash of that level's prefix) at a place, longest first. Computed for a block of places at once, and kept."""
-        if not self._heads_from <= row < self._heads_to:
-            some = starts[row : row + _FIRST_BLOCK]
-            self._heads_from, self._heads_to = row, row + len(some)
-            self._heads = [
-                (level, self._prefix.slices_at(some, self._known.anchor << level).tolist())
-                for level in self._known.levels
-            ]
-        return [(level, hashes[row - self._heads_from]) for level, hashes in self._heads]
 
     def _in_vain(self, starts: Places) -> int:
         """How many of these places, from the first on, can be passed over because no chunk begins at them."""

@@ -18,7 +18,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
 from hashlib import sha256
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -48,7 +48,8 @@ Ids = npt.NDArray[np.uint32]
 Spell = Callable[[Iterable[int]], str]
 """Gives the text that token ids spell, with ordinary white space in place of the vocabulary's marks for it (`Spelling`)."""
 
-_EDGES = struct.Struct(f"<{2 * EDGE}I")
+_EDGES = struct.Struct(f"={2 * EDGE}I")
+_SIZE = 4  # bytes of a token id
 _DIGEST = 32  # bytes of a record before its edges
 _PLACE, _COMPARISON = (
     256,
@@ -163,18 +164,11 @@ class IdRecognizer:
 
 def _record(ids: Ids) -> bytes:
     """What a chunk is told apart by: the digest of its interior, and its edges."""
-    return sha256(ids[EDGE:-EDGE].data).digest() + _EDGES.pack(*ids[:EDGE].tolist(), *ids[-EDGE:].tolist())
+    return sha256(ids[EDGE:-EDGE].data).digest() + ids[:EDGE].tobytes() + ids[-EDGE:].tobytes()
 
 
-class _Place(NamedTuple):
-    """Where an interior stands, and how many tokens of its chunk's edges stand beside it."""
-
-    start: int
-    end: int
-    before: int
-    behind: int
-    edges: tuple[int, ...]
-    key: Hashable
+_Place = tuple[int, int, int, int, bytes, Hashable]
+"""Where an interior begins and ends, how many tokens of its chunk's edges stand before and behind it, the chunk's record and its key."""
 
 
 class _IdSubject:
@@ -183,19 +177,25 @@ class _IdSubject:
     def __init__(self, ids: Ids, keys: dict[bytes, Hashable], spell: Spell | None):
         self.codes = _codes(ids)
         self._ids, self._keys, self._spell = ids, keys, spell
+        self._bytes, self._last = ids.tobytes(), len(ids) - EDGE
         self._places: list[_Place] = []
 
     def confirm(self, start: int, end: int, records: Records) -> tuple[bool, int]:
         """See `Subject`."""
-        digest = sha256(self._ids[start:end].data).digest()
-        before, behind = self._ids[max(0, start - AROUND) : start].tolist(), self._ids[end : end + AROUND].tolist()
-        compared = 0
-        if len(before) >= EDGE and len(behind) >= EDGE:
-            edges = (*before[-EDGE:], *behind[:EDGE])
-            record = digest + _EDGES.pack(*edges)
+        at, behind = start * _SIZE, end * _SIZE
+        digest = sha256(self._bytes[at:behind]).digest()
+        if start >= EDGE and end <= self._last:
+            # As `_record`: mostly the edges are those of the chunk, too.
+            record = digest + self._bytes[at - EDGE * _SIZE : at] + self._bytes[behind : behind + EDGE * _SIZE]
             if record == records if isinstance(records, bytes) else record in records:
-                return self._found(_Place(start, end, EDGE, EDGE, edges, self._keys.get(record))), _PLACE
+                return self._found((start, end, EDGE, EDGE, record, self._keys.get(record))), _PLACE
+        return self._confirm_by_spelling(start, end, digest, records)
+
+    def _confirm_by_spelling(self, start: int, end: int, digest: bytes, records: Records) -> tuple[bool, int]:
+        """As `confirm`, where no chunk's edges stand beside the interior token by token."""
+        before, behind = self._ids[max(0, start - AROUND) : start].tolist(), self._ids[end : end + AROUND].tolist()
         best: _Place | None = None
+        compared = most = 0
         for record in (records,) if isinstance(records, bytes) else _some(records):
             if record[:_DIGEST] != digest:
                 continue
@@ -205,24 +205,27 @@ class _IdSubject:
             right = None if left is None else self._equal(edges[EDGE:], behind, mirrored=True)
             if left is None or right is None:
                 continue
-            if best is None or left + right > best.before + best.behind:
-                best = _Place(start, end, left, right, edges, self._keys.get(record))
+            if best is None or left + right > most:
+                best, most = (start, end, left, right, record, self._keys.get(record)), left + right
         return best is not None and self._found(best), _PLACE + compared * _COMPARISON
 
     def spans(self) -> list[IdSpan]:
         """The confirmed chunks. A token at which two chunks' edges overlap goes to the first chunk; tokens of an interior stay with it."""
         spans: list[IdSpan] = []
         done = 0
-        for number, place in enumerate(self._places):
-            following = self._places[number + 1].start if number + 1 < len(self._places) else len(self._ids)
-            start, end = max(place.start - place.before, done), min(place.end + place.behind, following)
-            head, tail = EDGE - (place.start - start), end - place.end
-            spans.append(IdSpan(start, end, place.key, place.edges[:head], place.edges[EDGE + tail :]))
+        following = [*(start for start, *_ in self._places), len(self._ids)][1:]
+        for (first, last, before, behind, record, key), limit in zip(self._places, following, strict=True):
+            start, end = max(first - before, done), min(last + behind, limit)
+            if end - last == first - start == EDGE:
+                spans.append(IdSpan(start, end, key))
+            else:
+                edges = _EDGES.unpack_from(record, _DIGEST)
+                spans.append(IdSpan(start, end, key, edges[: EDGE - first + start], edges[EDGE + end - last :]))
             done = end
         return spans
 
     def _found(self, place: _Place) -> bool:
-        if place.key is None:  # another thread is just removing this chunk
+        if place[-1] is None:  # another thread is just removing this chunk
             return False
         self._places.append(place)
         return True

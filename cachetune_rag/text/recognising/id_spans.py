@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from cachetune_rag.errors import PromptError
 from cachetune_rag.text.prompts.segments import Prompt, Span
 
 
-@dataclass(frozen=True)
-class IdSpan:
+class IdSpan(NamedTuple):
     """Tokens [start, end) of a prompt are those of a chunk, all of it or all but a few at its edges.
 
     The tokens in between are not part of it, since they stand in the prompt: so it is cheap to send to another process.
