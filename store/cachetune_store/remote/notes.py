@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections.abc import Callable
 
 from ..errors import StoreReadOnlyError
 from ..notes import MAX_NOTE, Notes
@@ -20,11 +21,12 @@ class SharedNotes(Notes):
         local: the store's own notes.
         objects: the remote place.
         breaker: says whether it may be asked.
+        failed: called with the error of a request that failed.
     """
 
-    def __init__(self, local: Notes, objects: Objects, breaker: Breaker) -> None:
+    def __init__(self, local: Notes, objects: Objects, breaker: Breaker, failed: Callable[[Exception], None]) -> None:
         super().__init__(None, None)
-        self._local, self._objects, self._breaker = local, objects, breaker
+        self._local, self._objects, self._breaker, self._failed = local, objects, breaker, failed
         self._agreed: set[tuple[str, str]] = set()
         self._agreeing = threading.Lock()
 
@@ -38,7 +40,7 @@ class SharedNotes(Notes):
         try:
             return self._agree(tenant, name, mine)
         except RemoteError as error:
-            self._breaker.failed(str(error))
+            self._failed(error)
             return mine
 
     def write_first(self, tenant: str, name: str, content: bytes) -> bytes:

@@ -73,7 +73,7 @@ class Shared:
             source=source,
             catalogue=lambda upload: Catalogue(objects, index, documents, forget, upload),
         )
-        self.notes = SharedNotes(notes, objects, self.tier.breaker)
+        self.notes = SharedNotes(notes, objects, self.tier.breaker, self.tier.failed)
         self._sync: Sync | None = None
 
     def open(self, healed: Callable[[Callable[[], object]], object]) -> None:

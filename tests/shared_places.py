@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from remote_servers import BUCKET, missing, s3_options, s3_server, valkey_server
 from tcp_proxy import TcpProxy
 
-from cachetune_store import ChunkStore
-from cachetune_store.remote.objects import Objects
-from cachetune_store.remote.places import open_objects
+if TYPE_CHECKING:
+    from cachetune_store import ChunkStore
+    from cachetune_store.remote.objects import Objects
 
 _numbers = itertools.count()
 
@@ -37,6 +37,8 @@ class Place:
 
     def store(self, path: Path | None = None, **options: Any) -> ChunkStore:
         """A store with a directory before the place, or without one. It is closed after the test."""
+        from cachetune_store import ChunkStore
+
         given = {"remote_options": self.options, "remote_timeout": self.timeout} | options
         store = ChunkStore(self.url, **given) if path is None else ChunkStore(path, remote=self.url, **given)
         self.stores.append(store)
@@ -45,6 +47,8 @@ class Place:
     @property
     def objects(self) -> Objects:
         """What is in the place."""
+        from cachetune_store.remote.places import open_objects
+
         return open_objects(self.url, timeout=10, options=self.options)
 
     def close(self) -> None:
