@@ -87,6 +87,7 @@ def ask(
     gguf_file: options.GgufFile = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
+    remote: options.Remote = None,
     json_output: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -105,9 +106,9 @@ def ask(
     documents = list(dict.fromkeys(document or ()))
     best = top_k if top_k is not None or documents or files else DEFAULT_TOP_K
     if documents or best:
-        kv = open_existing(store)
+        kv = open_existing(store, remote=remote)
     else:
-        kv = open_for_writing(store, codec="exact", host_budget="0", disk_budget=str(1 << 62))
+        kv = open_for_writing(store, codec="exact", host_budget="0", disk_budget=str(1 << 62), remote=remote)
     with opened(kv, Loading(model, gguf_file, dtype, device, tenant), documents=documents) as engine:
         passages = [*retrieve(engine, kv, question, documents, best), *files]
         note(f"Using {number(len(passages), 'passage')}: {', '.join(visible_line(p.source) for p in passages)}")

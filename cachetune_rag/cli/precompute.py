@@ -76,6 +76,8 @@ def precompute(
     codec: options.Codec = "exact",
     host_budget: options.HostBudget = "0",
     disk_budget: options.DiskBudget = options.DISK_BUDGET,
+    remote: options.Remote = None,
+    remote_codec: options.RemoteCodec = None,
     json_output: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -91,7 +93,14 @@ def precompute(
         note(line)  # before the model loads: who wants those files read can stop here
     loading = Loading(model, gguf_file, dtype, device, tenant, lead_in.replace("-", "_"))
     with (
-        open_for_writing(store, codec=codec, host_budget=host_budget, disk_budget=disk_budget) as kv,
+        open_for_writing(
+            store,
+            codec=codec,
+            host_budget=host_budget,
+            disk_budget=disk_budget,
+            remote=remote,
+            remote_codec=remote_codec,
+        ) as kv,
         load_engine(loading, kv) as engine,
     ):
         _check_fits(engine, chunk_tokens)

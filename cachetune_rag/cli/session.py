@@ -72,31 +72,69 @@ def opened(
             yield engine
 
 
-def open_existing(path: Path, host_budget: str = "0", *, device_budget: str = "0", device: str = "auto") -> ChunkStore:
+def open_existing(
+    path: Path,
+    host_budget: str = "0",
+    *,
+    device_budget: str = "0",
+    device: str = "auto",
+    remote: str | None = None,
+) -> ChunkStore:
     """Open the store at `path` without evicting anything, and keep at most `host_budget` of it in memory.
 
     Args:
         path: the store's folder.
         host_budget, device_budget: as the user wrote them.
         device: the model's device, as the user wrote it.
+        remote: URL of the place that machines share; None: none. With one, the folder need not be there yet.
 
     Raises:
         UsageError: there is no store, a budget is not a number of bytes, or a device budget is given for the CPU.
         ConfigError: the device doesn't exist.
         StoreError: it can't be used.
     """
-    if not (path / _MARK).is_file():
+    if remote is not None:
+        _check_empty(path)
+    elif not (path / _MARK).is_file():
         raise UsageError(
             f"no store at {path}: check --store, or make one with 'cachetune precompute PATH --model M --store {path}'."
         )
     on_device = parse_budget(device_budget, "--device-budget")
     host = parse_budget(host_budget, "--host-budget")
     return _open(
-        path, "exact", host, _NO_LIMIT, on_device, _device_of_tier(device_budget, device) if on_device else None
+        path,
+        "exact",
+        host,
+        _NO_LIMIT,
+        on_device,
+        _device_of_tier(device_budget, device) if on_device else None,
+        remote=remote,
     )
 
 
-def open_for_writing(path: Path, *, codec: str, host_budget: str, disk_budget: str) -> ChunkStore:
+def _check_empty(path: Path) -> None:
+    """Refuse a folder that is no store and holds other files.
+
+    Raises:
+        UsageError: names one of them.
+    """
+    if path.is_dir() and not (path / _MARK).exists():
+        others = sorted({entry.name for entry in path.iterdir()} - _PARTS)
+        if others:
+            raise UsageError(
+                f"{visible_line(path)} is no store, but holds {shown(others[0])}: give --store a new or empty folder."
+            )
+
+
+def open_for_writing(
+    path: Path,
+    *,
+    codec: str,
+    host_budget: str,
+    disk_budget: str,
+    remote: str | None = None,
+    remote_codec: str | None = None,
+) -> ChunkStore:
     """Open the store at `path`, and make it if it is missing.
 
     Raises:
@@ -104,13 +142,8 @@ def open_for_writing(path: Path, *, codec: str, host_budget: str, disk_budget: s
         StoreError: it can't be used.
     """
     host, disk = parse_budget(host_budget, "--host-budget"), parse_budget(disk_budget, "--disk-budget")
-    if path.is_dir() and not (path / _MARK).exists():
-        others = sorted({entry.name for entry in path.iterdir()} - _PARTS)
-        if others:
-            raise UsageError(
-                f"{visible_line(path)} is no store, but holds {shown(others[0])}: give --store a new or empty folder."
-            )
-    store = _open(path, codec, host, disk)
+    _check_empty(path)
+    store = _open(path, codec, host, disk, remote=remote, remote_codec=remote_codec)
     try:
         store.check_writable()  # before a model is loaded
     except BaseException:
@@ -263,6 +296,9 @@ def _open(
     disk_budget: int,
     device_budget: int = 0,
     device: torch.device | None = None,
+    *,
+    remote: str | None = None,
+    remote_codec: str | None = None,
 ) -> ChunkStore:
     with instant_interrupt():
         from cachetune_store import ChunkStore
@@ -274,6 +310,8 @@ def _open(
         disk_budget=disk_budget,
         device_budget=device_budget,
         device=device,
+        remote=remote,
+        remote_codec=remote_codec,
     )
 
 

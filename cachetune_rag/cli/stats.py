@@ -39,11 +39,12 @@ def stats(
             "--tenant", metavar="NAME", help='Count this tenant\'s alone; "": what has none.', show_default=False
         ),
     ] = None,
+    remote: options.Remote = None,
     json_output: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
     """Show what a store holds."""
-    with open_existing(store) as kv:
+    with open_existing(store, remote=remote) as kv:
         totals = kv.stats()
         groups = kv.groups()
         found = kv.tenants(groups)
@@ -65,6 +66,8 @@ def stats(
         "bytes": tier.bytes if tenant is None else sum(each.bytes for each in found),
         "groups": [_group(group) for group in groups],
     }
+    if totals.remote is not None and tenant is None:
+        result["remote"] = {"url": kv.remote, "chunks": totals.remote.chunks, "bytes": totals.remote.bytes}
     if tenant is None:
         result["tenants"] = [_tenant(each) for each in found]
         result["lifetime"] = {name: asdict(usage) for name, usage in totals.lifetime.items()}
@@ -84,6 +87,11 @@ def stats(
     )
     if tenant is None:
         _print_usage(console, totals.lifetime["disk"])
+        if totals.remote is not None:
+            console.print(
+                f"{visible_line(kv.remote)}: {number(totals.remote.chunks, 'chunk')}, {size(totals.remote.bytes)}",
+                soft_wrap=True,
+            )
     if len(groups) > 1:
         _print_groups(console, groups)
     if tenant is None and any(each.tenant for each in found):

@@ -29,12 +29,17 @@ REMOVE_EPILOG = (
 
 
 @guarded
-def verify(store: options.Store, json_output: options.Json = False, debug: options.Debug = False) -> None:
+def verify(
+    store: options.Store,
+    remote: options.Remote = None,
+    json_output: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
     """Read every file of a store again and check it in full.
 
     Damaged files are set aside, leftovers of crashed writers are deleted, and the index is repaired.
     """
-    with open_existing(store) as kv:
+    with open_existing(store, remote=remote) as kv:
         report = kv.verify()
     if json_output:
         emit_json({"store": str(store), "ok": report.ok, **report.as_dict()})
@@ -76,6 +81,7 @@ def remove(
         ),
     ] = False,
     tenant: options.Tenant = "",
+    remote: options.Remote = None,
     json_output: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -83,7 +89,7 @@ def remove(
     wanted = list(dict.fromkeys(documents or ()))
     if bool(wanted) == everything:
         raise UsageError("give the ids of the documents to remove, or --all.")
-    with open_existing(store) as kv:
+    with open_existing(store, remote=remote) as kv:
         if everything:
             wanted = [info.id for info in kv.documents(tenant=tenant)]
         else:

@@ -42,7 +42,7 @@ from .repair import Repair
 from .stats import ChunkGroup, DocumentInfo, PruneReport, StoreStats, TenantStats, VerifyReport
 from .texts import texts_revision
 from .tiers import DeviceTier, DiskTier, HostTier, Pins, Tier, TierKind
-from .units import parse_bytes
+from .units import MOST_BYTES, parse_bytes
 
 if TYPE_CHECKING:
     from .remote.shared import Shared
@@ -122,6 +122,8 @@ class ChunkStore:
             remote, path = str(path), None
         self.path = None if path is None else store_path(path)
         self.remote = None if remote is None else without_password(str(remote))
+        self._remote_options: dict[str, Any] = {"remote_timeout": remote_timeout, "remote_options": remote_options}
+        self._remote_url = remote
         self.codec = get_codec(codec).name
         host_bytes, disk_bytes = parse_bytes(host_budget, "host_budget"), parse_bytes(disk_budget, "disk_budget")
         for name, flag in (("pin_memory", pin_memory), ("direct_io", direct_io)):
@@ -371,6 +373,23 @@ class ChunkStore:
         """
         self._check_open()
         return self._placement.tier(name)
+
+    def alone(self, name: str) -> ChunkStore:
+        """Open a tier that lasts as a store of its own, which keeps nothing in memory. Only for measurements.
+
+        Raises:
+            StoreArgumentError: the store has no such tier, or chunks there don't last.
+            StorePathError: it is the remote tier, which can't be used.
+        """
+        kind = self.tier(name).kind
+        if not kind.lasting:
+            raise StoreArgumentError(f"tier is {shown(name)}, in which nothing lasts; use a tier that does")
+        # Memory that rows were read into is used again, as it is for requests when host memory is full.
+        options: dict[str, Any] = {"host_budget": 0, "read_memory": MOST_BYTES}
+        if kind.shared_by != "machines":
+            return ChunkStore(self.path, disk_budget=MOST_BYTES, **options)
+        self.sync()  # what was stored just now is to be there
+        return ChunkStore(self._remote_url, **options, **self._remote_options)
 
     def settle_memory(self) -> None:
         """Make host memory that is no longer used ready for new chunks. See `SlabPool.prepare_idle_memory`."""

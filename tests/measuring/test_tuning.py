@@ -348,7 +348,7 @@ def test_progress_tells_every_setting(engine: CacheTune) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tier": "tape"}, "tier is 'tape'.*'host', 'disk' or 'auto'"),
+        ({"tier": "tape"}, "tier is 'tape'.*'host', 'disk', 'remote' or 'auto'"),
         ({"tier": "device"}, "tier is 'device'.*this store has .host, disk"),
         ({"selector": "all"}, "goes by no ratio"),
         ({"selector": "best"}, "unknown selector 'best'"),

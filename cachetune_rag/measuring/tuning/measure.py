@@ -45,8 +45,7 @@ class TierMeasure:
         self._prompts, self._selector = prompts, selector
         kind = kind_of(tier)
         if kind.lasting:
-            # Memory that rows were read into is used again, as it is for requests when host memory is full.
-            store = ChunkStore(bench.store.path, host_budget=0, disk_budget=_NO_LIMIT, read_memory=_NO_LIMIT)
+            store = bench.store.alone(tier)
         else:
             store = _in_memory(bench, prompts, kind)
         self.bench = bench.on(store)

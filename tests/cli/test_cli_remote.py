@@ -1,0 +1,65 @@
+"""Commands on a store that many machines share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from shared_places import Place
+from tiny import llama, tokenizer
+
+from cachetune_rag.cli import main
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    llama().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> Any:
+    with pytest.raises(SystemExit) as exit_info:
+        main([*map(str, arguments), "--json"])
+    found = capsys.readouterr()
+    assert (exit_info.value.code or 0) == code, found
+    return json.loads(found.out) if code == 0 else found.err
+
+
+def test_machines_share_what_commands_store_and_remove(
+    folder: Place, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.md").write_text("To reset the lamp, hold the red button for ten seconds.")
+    one, two, three = ("-s", tmp_path / "one"), ("-s", tmp_path / "two"), ("-s", tmp_path / "three")
+    shared = ("--remote", folder.url)
+    stored = run(capsys, "precompute", tmp_path / "text.md", "-m", model, *one, *shared, "--remote-codec", "int8")
+    assert stored["chunks"] == 1
+    seen = run(capsys, "stats", *two, *shared, "--documents")
+    assert [each["id"] for each in seen["document_list"]] == ["text.md"]
+    assert seen["remote"] == {"url": folder.url, "chunks": 1, "bytes": seen["remote"]["bytes"]}
+    answer = run(capsys, "ask", "How?", "-d", "text.md", "-m", model, *two, *shared, "--max-new-tokens", 2)
+    assert "remote" in json.dumps(answer)
+    assert run(capsys, "precompute", tmp_path / "text.md", "-m", model, *three, *shared)["chunks"] == 0
+    run(capsys, "remove", "text.md", *three, *shared)
+    assert run(capsys, "stats", *one, *shared)["documents"] == 0
+    assert list(folder.objects.names("chunks/")) == []
+
+
+def test_the_ratio_is_tuned_for_the_shared_place(
+    folder: Place, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.md").write_text("The keeper saw a ship pass by and wrote it down. " * 8)
+    shared = ("-m", model, "-s", tmp_path / "kv", "--remote", folder.url)
+    run(capsys, "precompute", tmp_path / "text.md", *shared)
+    found = run(capsys, "tune", *shared, "--tier", "remote", "--tokens", 400, "--rounds", 1)
+    assert [each["tier"] for each in found["tiers"]] == ["remote"]
+
+
+def test_a_shared_place_that_can_not_be_meant_is_named(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = run(capsys, "stats", "-s", tmp_path / "kv", "--remote", "ftp://host", code=2)
+    assert "valkey://" in said
