@@ -291,11 +291,16 @@ class _Sharing:
 
     def _view(self, name: str, wanted: Tensor, transposed: bool = False) -> Tensor:
         view = self._weights.view(name.lstrip("."), wanted.shape, wanted.dtype, transposed=transposed)
-        if view is None:
+        if view is not None:
+            return view
+        name = name.lstrip(".")
+        divided = self._divided
+        if divided is not None and self._weights.is_undivided(name, wanted.shape, divided.count):
             raise UnsupportedModelError(
-                self._weights.refusal(name.lstrip("."), f"{tuple(wanted.shape)} {wanted.dtype}")
+                f"{self._weights.architecture}: {name} is for the heads of all {divided.count} workers together, and each has its own heads "
+                "only (--tensor-parallel-size). Reuse can't norm over the heads of several workers yet."
             )
-        return view
+        raise UnsupportedModelError(self._weights.refusal(name, f"{tuple(wanted.shape)} {wanted.dtype}"))
 
     def _assign(self, module: nn.Module, views: dict[str, Tensor]) -> None:
         for leaf, view in views.items():

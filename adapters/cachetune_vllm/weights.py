@@ -160,6 +160,11 @@ class VLLMWeights:
                 return whole.detach()[: shape[0]]
         return None
 
+    def is_undivided(self, name: str, part: torch.Size, count: int) -> bool:
+        """Whether vLLM keeps a vector as a whole in each of `count` processes, while its transformers' layer would have this part of it."""
+        tensors = (self._tensors.get(candidate) for candidate in self._names(name))
+        return any(t is not None and t.shape == (part.numel() * count,) for t in tensors)
+
     def storages(self) -> set[int]:
         """The addresses of all memory that the model's tensors lie in."""
         return {tensor.untyped_storage().data_ptr() for tensor in self._tensors.values()}

@@ -159,11 +159,20 @@ class _Starts:
         return TinyVLLM(folder, llm, reference, warmed)
 
     def load(
-        self, family: str = "llama", *, packed: bool, dtype: str = "float32", folder: Path | None = None
+        self,
+        family: str = "llama",
+        *,
+        packed: bool,
+        dtype: str = "float32",
+        folder: Path | None = None,
+        workers: int = 1,
     ) -> Loaded:
-        """The family's model as vLLM loads it, and no engine around it; or that of a folder, of which there is no reference."""
+        """The family's model as vLLM loads it, and no engine around it; or that of a folder, of which there is no reference.
+
+        Of several workers, it is what the first one loads. There are no others, so it can't be run.
+        """
         from vllm.config import set_current_vllm_config
-        from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
+        from vllm.distributed import ensure_model_parallel_initialized, get_tp_group, init_distributed_environment
         from vllm.engine.arg_utils import EngineArgs
         from vllm.model_executor.model_loader import get_model
 
@@ -182,6 +191,7 @@ class _Starts:
             # vLLM's worker for CPUs takes this function out for the whole process, since torch's raises without an accelerator.
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(torch.accelerator, "empty_cache", lambda: None)
+                patch.setattr(get_tp_group(), "world_size", workers)
                 model = get_model(vllm_config=config)
             return Loaded(made, model, config, reference)
 

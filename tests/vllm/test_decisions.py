@@ -6,8 +6,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from vllm import SamplingParams
+from vllm import PoolingParams, SamplingParams
+from vllm.lora.request import LoRARequest
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.v1.request import Request
 
 from cachetune_rag.text.recognising.id_spans import IdSpan, prompt_of_ids
@@ -32,11 +35,19 @@ def scheduler(what: Recognised, hello: Hello = GPU, **settings: Any) -> ReuseSch
 
 
 def request(length: int, **asked: Any) -> Request:
+    return request_of(length, asked)
+
+
+def request_of(length: int, asked: dict[str, Any], **given: Any) -> Request:
+    """A request as vLLM hands it over; `given` are its other properties."""
     extra = {"kv_transfer_params": {"cachetune": asked}}
     hashes = [number.to_bytes(32, "big") for number in range(length // PAGE)]
-    return Request(
-        "r", list(range(length)), SamplingParams(extra_args=extra), None, block_hasher=lambda _: list(hashes)
-    )
+    values: dict[str, Any] = {
+        "prompt_token_ids": list(range(length)),
+        "sampling_params": SamplingParams(extra_args=extra),
+        "pooling_params": None,
+    }
+    return Request("r", block_hasher=lambda _: list(hashes), **(values | given))
 
 
 def left(
@@ -71,6 +82,40 @@ def left(
 def test_what_would_be_read_as_fast_is_left_to_vllm(what: Recognised, cached: int, reason: str | None) -> None:
     report = left(what, cached)
     assert (report and report["left"]) == reason
+
+
+PICTURE = MultiModalFeatureSpec(
+    data=None, modality="image", identifier="a picture", mm_position=PlaceholderRange(offset=5, length=20)
+)
+LOGPROBS = SamplingParams(prompt_logprobs=1, extra_args={"kv_transfer_params": {"cachetune": {}}})
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"sampling_params": None, "pooling_params": PoolingParams()}, "pooling"),
+        ({"prompt_token_ids": None, "prompt_embeds": torch.zeros(4000, 8)}, "embeddings"),
+        ({"prompt_embeds": torch.zeros(4000, 8)}, "embeddings"),  # some of its tokens are given as ids as well
+        ({"mm_features": [PICTURE]}, "images"),
+        ({"lora_request": LoRARequest("style", 1, "/adapters/style")}, "lora"),
+        ({"resumable": True}, "streamed input"),
+        ({"sampling_params": LOGPROBS}, "prompt logprobs"),
+    ],
+)
+def test_what_only_vllm_computes_is_passed_on_as_it_is_and_counted(given: dict[str, Any], reason: str) -> None:
+    made = scheduler(found(4000, (100, 3900)))
+    one = request_of(4000, {}, **given)
+    before = list(one.block_hashes)
+    made.arrived(one)
+    assert made.matched(one, 0) == (0, False)
+    assert one.block_hashes == before
+    assert made.to_workers(idle=False).loads == ()
+    report = made.finished(one)
+    # vLLM reads a request's settings from its sampling parameters, which a pooling request doesn't have.
+    assert report == (None if reason == "pooling" else {"cachetune": {"reused": 0, "left": reason}})
+    stats = made.take_stats()
+    assert stats is not None
+    assert stats.data == {f"left:{reason}": 1}
 
 
 def test_an_operator_says_from_how_many_tokens_on_reuse_pays() -> None:

@@ -6,14 +6,19 @@ Models are loaded as vLLM loads them, without an engine: seconds instead of a st
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig
 
+from cachetune_rag.errors import UnsupportedModelError
 from cachetune_rag.model import ModelAdapter
 from cachetune_rag.model.loaded.fingerprint import model_fingerprint
+from cachetune_vllm.divided_heads import DividedHeads
+from cachetune_vllm.divided_layers import kv_heads_of
 from cachetune_vllm.served_check import check_served
 from cachetune_vllm.served_model import served_model
 from tests import families
@@ -85,3 +90,17 @@ def test_a_family_works_or_is_refused_with_the_reason(
     if served.form == "dense":
         # What `cachetune precompute` stores chunks under is what is looked for here.
         assert model_fingerprint(served.model) == model_fingerprint(loaded.reference)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("olmo2", "self_attn.q_norm.weight is for the heads of all 2 workers"), ("qwen3", None)]
+)
+def test_norms_over_all_heads_are_refused_where_workers_share_them(
+    load_tiny: Callable[..., Loaded], name: str, said: str | None
+) -> None:
+    """Norms of single heads are not."""
+    loaded = load_tiny(name, packed=False, workers=2)
+    config = AutoConfig.from_pretrained(loaded.folder)
+    heads = DividedHeads(SimpleNamespace(world_size=2, rank_in_group=0, ranks=[0]), kv_heads_of(config))
+    with nullcontext() if said is None else pytest.raises(UnsupportedModelError, match=said):
+        served_model(loaded.model, config, torch.float32, torch.device("cpu"), heads)
