@@ -158,9 +158,14 @@ def test_structured_answers_are_the_likeliest_ones_that_are_allowed(crowded: Ser
 
 
 @pytest.mark.parametrize(
-    "asked", [{"choice": ["yes", "no"]}, {"json": {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}}],
-    ids=["choice", "json"],
-)  # fmt: skip
+    "asked",
+    [
+        {"choice": ["yes", "no"]},
+        {"grammar": 'root ::= "yes" | "no"'},
+        {"json": {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}},
+    ],
+    ids=["choice", "grammar", "json"],
+)
 def test_structured_answers_have_the_form_that_was_asked_for(crowded: Served, asked: dict[str, Any]) -> None:
     from vllm.sampling_params import StructuredOutputsParams
 
@@ -169,7 +174,7 @@ def test_structured_answers_have_the_form_that_was_asked_for(crowded: Served, as
     for out in crowded.ask(prompts, more=more | {"ignore_eos": False, "detokenize": True, "max_tokens": 40}, ratio=0.1):
         assert report(out)["reused"] > 0
         text = out.outputs[0].text
-        assert text in ("yes", "no") if "choice" in asked else isinstance(json.loads(text)["ok"], bool)
+        assert isinstance(json.loads(text)["ok"], bool) if "json" in asked else text in ("yes", "no")
     crowded.assert_nothing_left_behind()
 
 
