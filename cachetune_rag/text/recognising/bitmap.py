@@ -35,7 +35,7 @@ class Bitmap:
     def may_hold(self, hashes: Hashes) -> npt.NDArray[np.bool_]:
         """For each hash: False if it was not added; True if it was, or if another one that shares its bit was."""
         at, bit = _places(hashes)
-        found: npt.NDArray[np.bool_] = (self._bytes[at] & bit) != 0
+        found: npt.NDArray[np.bool_] = (self._bytes.take(at) & bit) != 0
         return found
 
     def count(self) -> int:
