@@ -400,7 +400,9 @@ def test_jobs_on_one_store_compute_no_chunk_twice(tmp_path: Path) -> None:
         engine.close()
 
 
-def test_a_job_that_stands_still_is_not_waited_for_for_ever(engine: CacheTune, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_stands_still_is_not_waited_for_for_ever(
+    engine: CacheTune, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr("cachetune_rag.chunks.precompute.CLAIM_PATIENCE", 0.05)
     keys = [engine.runtime.assembler.key(engine.prompts.encode(text)) for text in CHUNKS]
     # Claimed by another thread: a thread's own claim is refused at once.
@@ -411,6 +413,7 @@ def test_a_job_that_stands_still_is_not_waited_for_for_ever(engine: CacheTune, m
         finally:
             other.submit(claim.__exit__, None, None, None).result()
     assert (summary.chunks, summary.skipped) == (4, 0)
+    assert "2 chunks are computed here" in caplog.text
 
 
 def test_removing_a_document_frees_what_nobody_else_holds(engine: CacheTune) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from cachetune_rag.checking.arguments import check_callback, check_flag, is_iterable
@@ -20,8 +21,13 @@ from cachetune_store import ChunkKey, ChunkStore, make_key
 from cachetune_store.printing import shown
 
 CLAIM_PATIENCE = 60.0
-"""Seconds that a job waits for chunks that another one is computing."""
+"""Seconds that a job waits for chunks that another one is computing, while none of them is stored."""
+STOPPED_PATIENCE = 10.0
+"""The same where all processes that compute them are stopped (Ctrl-Z, a debugger)."""
 _CLAIM_INTERVAL = 0.02
+_TELL_SOON, _TELL_AGAIN = 1.0, 30.0
+"""Seconds after which the log says that chunks are waited for, and says it again."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -190,12 +196,13 @@ class Precomputer:
     def _turns(self, chunks: dict[ChunkKey, ChunkToCompute]) -> Iterator[list[ChunkToCompute]]:
         """The chunks that are to be computed here: in one turn, unless another thread or process is just computing some.
 
-        Those are waited for, and come in a later turn if they were not stored then. If no chunk becomes free for `CLAIM_PATIENCE`
-        seconds, as when the other process was stopped, all that are left are computed here.
+        Those are waited for, and come in a later turn if they were not stored then. If none of them is stored or becomes free for too
+        long, as when the other process was stopped, all that are left are computed here.
         """
         left = {chunk.key: chunk for chunk in self._computer.missing(chunks.values())}
-        since = time.monotonic()
+        wait = _WaitForOthers(self._store)
         while left:
+            before = len(left)
             with self._store.claim(left) as claim:
                 if claim.own:
                     raise ConfigError(
@@ -205,14 +212,41 @@ class Precomputer:
                 # A chunk may have been stored between the last look and the claim.
                 if new := self._computer.missing(left[key] for key in left if key in claim.keys):
                     yield new
-            if claim.keys:
-                since = time.monotonic()
-            elif time.monotonic() - since > CLAIM_PATIENCE:
+            left = {chunk.key: chunk for chunk in self._computer.missing(left.values()) if chunk.key not in claim.keys}
+            if len(left) < before:
+                wait = _WaitForOthers(self._store)
+            elif not wait.again(left):
                 yield list(left.values())
                 return
-            else:
-                time.sleep(_CLAIM_INTERVAL)
-            left = {chunk.key: chunk for chunk in self._computer.missing(left.values()) if chunk.key not in claim.keys}
+
+
+class _WaitForOthers:
+    """Waiting for chunks that others have claimed. The log says so, and the waiting ends at some time."""
+
+    def __init__(self, store: ChunkStore):
+        self._store = store
+        self._since = time.monotonic()
+        self._look = self._tell = self._since + min(_TELL_SOON, STOPPED_PATIENCE, CLAIM_PATIENCE)
+
+    def again(self, keys: Collection[ChunkKey]) -> bool:
+        """Wait a moment before the next look at these chunks. Returns False if it has taken too long."""
+        now = time.monotonic()
+        if now >= self._look:
+            holders = self._store.claimants(keys)
+            all_stopped = bool(holders.pids) and holders.pids == holders.stopped
+            if now >= self._tell:
+                level = logging.WARNING if all_stopped else logging.INFO
+                _log.log(level, "waiting for %d chunks, which are being computed by %s", len(keys), holders)
+                self._tell = now + _TELL_AGAIN
+            waited = now - self._since
+            if waited >= (STOPPED_PATIENCE if all_stopped else CLAIM_PATIENCE):
+                _log.warning(
+                    "%d chunks are computed here: for %.0f s, none of them was stored by %s", len(keys), waited, holders
+                )
+                return False
+            self._look = now + min(_TELL_SOON, STOPPED_PATIENCE, CLAIM_PATIENCE)
+        time.sleep(_CLAIM_INTERVAL)
+        return True
 
 
 def _resumed(held: deque[Document], failure: Exception | None, rest: Iterator[Document]) -> Iterator[Document]:

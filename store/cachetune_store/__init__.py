@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         UnknownDocumentError,
         UnknownFormatError,
     )
+    from .holders import Holders
     from .keys import FORMAT_VERSION, ChunkKey, Namespace, make_key
     from .layout import ChunkLayout, LayerSpec, RowFormat
     from .readers import ChunkReader
@@ -71,6 +72,7 @@ _HOMES = {
         "UnknownDocumentError",
         "UnknownFormatError",
     ),
+    "holders": ("Holders",),
     "keys": ("FORMAT_VERSION", "ChunkKey", "Namespace", "make_key"),
     "layout": ("ChunkLayout", "LayerSpec", "RowFormat"),
     "readers": ("ChunkReader",),
@@ -101,6 +103,7 @@ __all__ = [
     "Codec",
     "DamagedChunkError",
     "DocumentInfo",
+    "Holders",
     "IndexDamagedError",
     "LayerSpec",
     "Namespace",

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from .holders import Holders, holders_of_bytes
 from .keys import ChunkKey
 from .locks import OwnDescriptor, open_lock
 
@@ -64,6 +65,10 @@ class Claims(ABC):
     @abstractmethod
     def claim(self, keys: Iterable[ChunkKey]) -> Claim:
         """Claim those keys that nobody holds; never waits."""
+
+    def holders(self, keys: Iterable[ChunkKey]) -> Holders:
+        """Which other processes hold some of these keys. It takes a while: for log lines, and not for each try."""
+        return Holders()
 
     @property
     def mine(self) -> set[ChunkKey]:
@@ -135,6 +140,10 @@ class FileClaims(Claims):
             held.close()
             raise
 
+    def holders(self, keys: Iterable[ChunkKey]) -> Holders:
+        """See Claims."""
+        return holders_of_bytes(self._path, {_byte(key) for key in keys})
+
 
 class _FileClaim(Claim):
     def __init__(
@@ -154,9 +163,13 @@ def _lock(fd: int, key: ChunkKey) -> bool:
     if not hasattr(fcntl, "F_OFD_SETLK"):
         return True
     # struct flock: type, whence, start, length, pid (which must be 0). The file's length doesn't matter.
-    byte = int(key.digest[:15], 16)
     try:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, _byte(key), 1, 0))
     except OSError as error:
         return error.errno not in _TAKEN
     return True
+
+
+def _byte(key: ChunkKey) -> int:
+    """The place of the byte that stands for a key."""
+    return int(key.digest[:15], 16)

@@ -79,7 +79,11 @@ class Connections:
     def is_replaced(self) -> bool:
         """Whether another database stands in the file's place than the one that is open, or none."""
         known = self._identity
-        return known is not None and _inode(self._file) not in (known[0], _UNKNOWN)
+        if known is None:
+            return False
+        now = _inode(self._file)
+        # A file that could not be looked at when it was opened is opened again once it can.
+        return now != _UNKNOWN and (now != known[0] or _UNKNOWN in known)
 
     def has_lost_its_log(self) -> bool:
         """Whether the log of an open database was removed or replaced, so that others see something else than this process."""
@@ -87,7 +91,7 @@ class Connections:
         if known is None:
             return False
         pairs = zip(_logs(self._file), known[1:], strict=True)
-        return any(old is not None and _inode(path) not in (old, _UNKNOWN) for path, old in pairs)
+        return any(old not in (None, _UNKNOWN) and _inode(path) not in (old, _UNKNOWN) for path, old in pairs)
 
     def _take(self) -> sqlite3.Connection:
         with self._ready:

@@ -57,6 +57,8 @@ def explain(error: OSError, path: Path | str) -> StoreError:
         )
     if error.errno in _FAILING:
         return StorePathError(f"can't use {where} ({reason}); check the disk, and try again")
+    if error.errno == errno.ENOMEM:
+        return StorePathError(f"can't use {where} ({reason}); free some memory, and try again")
     return StorePathError(f"can't use {where} ({reason}); give the store a directory that this user can write")
 
 

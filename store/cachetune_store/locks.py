@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import StoreLockedError
+from .holders import holders_of
 from .plainfiles import not_plain
 
 __all__ = ["OwnDescriptor", "Wait", "locked", "open_lock"]
@@ -134,55 +135,19 @@ class Wait:
         now = time.monotonic()
         waited = now - self._since
         if now >= self._look:
-            pids = _holders(self._path)
-            stopped = [pid for pid in pids if _state(pid) in ("T", "t")]
-            who = _named(pids, stopped)
+            holders = holders_of(self._path)
             if now >= self._tell:
-                _log.warning("waiting for the lock %s, which is held by %s", self._path, who)
+                _log.warning("waiting for the lock %s, which is held by %s", self._path, holders)
                 self._tell = now + _TELL_AGAIN
-            if waited > (_STOPPED if stopped else _AT_WORK if pids else _UNKNOWN):
-                what = f"continue it (kill -CONT {stopped[0]}) or end it" if stopped else "wait for it or end it"
+            if waited > (_STOPPED if holders.stopped else _AT_WORK if holders.pids else _UNKNOWN):
+                what = (
+                    f"continue it (kill -CONT {holders.stopped[0]}) or end it"
+                    if holders.stopped
+                    else "wait for it or end it"
+                )
                 raise StoreLockedError(
-                    f"the lock {self._path} has been held for {waited:.0f} s by {who}: {what}, and try again"
+                    f"the lock {self._path} has been held for {waited:.0f} s by {holders}: {what}, and try again"
                 )
             self._look = now + _SOON
         time.sleep(self._nap)
         self._nap = min(2 * self._nap, self._longest_nap)
-
-
-def _holders(path: Path) -> list[int]:
-    """Processes that have `path` locked. Only Linux says so, and only of processes that this one may see."""
-    try:
-        status = path.stat()
-        lines = Path("/proc/locks").read_text().splitlines()
-    except OSError:
-        return []
-    place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
-    rows = [fields for fields in map(str.split, lines) if len(fields) == 8 and fields[5] == place]  # waiters have "->"
-    found = dict.fromkeys(int(fields[4]) for fields in rows)
-    return [pid for pid in found if pid > 0 and pid != os.getpid()]
-
-
-def _state(pid: int) -> str:
-    """A process's state: "T" or "t" if it is stopped; "" if the system doesn't say."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return ""
-
-
-def _named(pids: list[int], stopped: list[int]) -> str:
-    if not pids:
-        return "another process, or another thread of this one"
-    parts = []
-    for pid in pids[:4]:
-        try:
-            command = (
-                Path(f"/proc/{pid}/cmdline").read_bytes()[:80].replace(b"\0", b" ").decode(errors="replace").strip()
-            )
-        except OSError:
-            command = ""
-        parts.append(
-            f"process {pid}" + (f" ({command!r})" if command else "") + (", stopped" if pid in stopped else "")
-        )
-    return "; ".join(parts)

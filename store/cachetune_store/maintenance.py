@@ -132,7 +132,7 @@ def _finish(tier: DiskTier, documents: Documents, temp: TempFiles | None, unread
 def _adopt(tier: DiskTier, key: ChunkKey, found: CheckedFile) -> bool:
     with tier.index.transaction():
         # Another process may have evicted it meanwhile.
-        return tier.contains(key) and tier.adopt(found.head, found.size, found.modified)
+        return not tier.is_missing(key) and tier.adopt(found.head, found.size, found.modified)
 
 
 def _check(tier: DiskTier, key: ChunkKey, *, full: bool) -> CheckedFile | None:

@@ -27,6 +27,7 @@ from .errors import (
     StoreReadOnlyError,
 )
 from .files import explain
+from .holders import Holders
 from .index import Index, MemoryIndex
 from .keys import ChunkKey, Namespace
 from .notes import Notes
@@ -434,6 +435,14 @@ class ChunkStore:
         self._check_open()
         wanted = check_keys(keys)
         return self._repair.healed(lambda: self._claims.claim(wanted))
+
+    def claimants(self, keys: Iterable[ChunkKey]) -> Holders:
+        """Which other processes have claimed some of these chunks, and which of those are stopped.
+
+        For log lines: to find it out takes some milliseconds. Threads of this process are not named.
+        """
+        self._check_open()
+        return self._claims.holders(check_keys(keys))
 
     def set_document(self, doc_id: str, keys: Sequence[ChunkKey], *, tenant: str = "") -> None:
         """Register the chunks of a document, in order, in place of those that it held.

@@ -6,6 +6,10 @@ import os
 import random
 import signal
 import stat
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +71,25 @@ def flip(path: Path, position: int, bit: int = 0) -> None:
         byte = file.read(1)[0]
         file.seek(position)
         file.write(bytes([byte ^ (1 << bit)]))
+
+
+_CLAIM = (
+    "import os, signal, sys; from pathlib import Path; from cachetune_store.claims import FileClaims; "
+    "from cachetune_store.keys import ChunkKey; path, *digests = sys.argv[1:]; "
+    "claim = FileClaims(Path(path)).claim(map(ChunkKey, digests)); os.kill(os.getpid(), signal.SIGSTOP); sys.stdin.read()"
+)
+
+
+@contextmanager
+def claimed_and_stopped(store: Path, keys: Sequence[ChunkKey]) -> Iterator[int]:
+    """A process that has claimed these chunks of the store at `store`, and is stopped. Its id."""
+    command = [sys.executable, "-c", _CLAIM, store / "claims.lock", *(key.digest for key in keys)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        try:
+            os.waitpid(process.pid, os.WUNTRACED)
+            yield process.pid
+        finally:
+            process.kill()
 
 
 def write_until_killed(path: str, codec: str, started: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from faulty_disk import Fault, faulty_disk
 from store_samples import file_of
 
 from cachetune_store import ChunkStore, StorePathError
+from cachetune_store.connections import Connections
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +92,33 @@ def test_a_chunk_whose_file_cannot_be_looked_at_is_not_missing(tmp_path: Path) -
             report = store.verify()
         assert (report.dropped, len(report.unreadable)) == (0, 4)
         assert store.verify().ok
+
+
+def test_a_chunk_that_cannot_be_looked_at_while_the_index_is_made_stays_in_it(tmp_path: Path) -> None:
+    fill(tmp_path)
+    with ChunkStore(tmp_path) as store:
+        with faulty_disk(tmp_path / "chunks", Fault("EIO", ("stat", "lstat"))):
+            store.rebuild_index()
+        assert all(store.open(one.key) for one in SAMPLES)
+        assert len(list(store.texts())) == 4
+        assert store.verify().adopted == 0
+
+
+def test_an_index_that_could_not_be_looked_at_when_it_was_opened_counts_as_another_one(tmp_path: Path) -> None:
+    """So it is opened again. It was taken for one that has lost its log, which is an error."""
+    file = tmp_path / "cache.db"
+    connections = Connections(file, lambda path: sqlite3.connect(path, isolation_level=None))
+    with connections.lent() as connection:
+        connection.execute("PRAGMA journal_mode=wal")
+        connection.execute("CREATE TABLE t (x)")
+        connections.note()
+        assert not connections.is_replaced()
+        with faulty_disk(tmp_path, Fault("EIO", ("stat",))):
+            connections.note()
+            assert not connections.is_replaced()
+        assert not connections.has_lost_its_log()
+        assert connections.is_replaced()
+    connections.close()
 
 
 def test_damage_that_cannot_be_set_aside_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

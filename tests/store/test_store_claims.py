@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import multiprocessing
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -11,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from store_samples import sample
+from store_samples import claimed_and_stopped, sample
 
-from cachetune_store import ChunkKey, ChunkStore
+from cachetune_store import ChunkKey, ChunkStore, Holders
 
 SPAWN = multiprocessing.get_context("spawn")
 KEYS = [sample(seed).key for seed in range(4)]
@@ -102,6 +104,19 @@ def test_a_claim_of_a_process_ends_with_it(tmp_path: Path) -> None:
         process.join()
         with store.claim(KEYS) as claim:
             assert claim.keys == set(KEYS)
+
+
+def test_who_has_claimed_a_chunk_is_told_and_whether_it_is_stopped(tmp_path: Path) -> None:
+    with ChunkStore(tmp_path) as store:
+        with claimed_and_stopped(tmp_path, KEYS[:2]) as pid:
+            with store.claim(KEYS[2:]):
+                assert store.claimants(KEYS[1:]) == Holders((pid,), (pid,))
+                assert store.claimants(KEYS[2:]) == Holders()
+            assert f"process {pid} (" in str(store.claimants(KEYS))
+            assert str(store.claimants(KEYS)).endswith(", stopped")
+            os.kill(pid, signal.SIGCONT)
+            assert store.claimants(KEYS).pids == (pid,)
+        assert store.claimants(KEYS) == Holders()
 
 
 def test_without_locks_every_key_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

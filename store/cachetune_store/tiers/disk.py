@@ -233,6 +233,13 @@ class DiskTier(LastingTier):
         """Whether the index has the chunk."""
         return self.index.get(f"chunk/{key}") is not None
 
+    def is_missing(self, key: ChunkKey) -> bool:
+        """Whether there is no plain file of `key`. One that can't be looked at now is not missing."""
+        try:
+            return not stat.S_ISREG(self.path_of(key).lstat().st_mode)
+        except OSError as error:
+            return error.errno in _ABSENT
+
     def drop_missing(self) -> int:
         """Delete index entries without a file. Returns how many."""
         dropped = 0
@@ -242,7 +249,7 @@ class DiskTier(LastingTier):
                     key = ChunkKey(name.removeprefix("chunk/"))
                 except ValueError as error:
                     raise IndexDamagedError(f"the index holds {shown(name)}, which names no chunk") from error
-                if self._is_missing(key):
+                if self.is_missing(key):
                     self._forget(key)
                     dropped += 1
         return dropped
@@ -260,13 +267,6 @@ class DiskTier(LastingTier):
         except OSError:
             return 0
         return status.st_size if stat.S_ISREG(status.st_mode) else 0
-
-    def _is_missing(self, key: ChunkKey) -> bool:
-        """Whether there is no plain file of `key`. One that can't be looked at now is not missing."""
-        try:
-            return not stat.S_ISREG(self.path_of(key).lstat().st_mode)
-        except OSError as error:
-            return error.errno in _ABSENT
 
     def flush(self) -> None:
         """See LastingTier."""
