@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,20 +77,29 @@ def half_store(folder: Path, family: str) -> Path:
 
 
 def check_nearly_vllms_own(served: Served) -> None:
-    """With nearly all chunk tokens recomputed, first tokens are about as likely as in vLLM's own answer; beside running requests, too."""
+    """With nearly all chunk tokens recomputed, first tokens are about as likely as in vLLM's own answers; beside running requests, too.
+
+    8-bit numbers move the likelihoods of a tiny random model visibly, and vLLM computes in another order than the engine. So the
+    differences are held against those between vLLM's own answers to different prompts, which wrong keys or values would come close to.
+    """
     prompts = [shuffled(seed) for seed in range(100, 108)]
-    more = {"max_tokens": 1, "logprobs": 10}
+    more = {"max_tokens": 1, "logprobs": 20}
     reusing = served.ask(prompts, more=more, selector="chunk_head", ratio=0.99)
+    assert all(report(out)["reused"] > 0 for out in reusing)
     # Plain requests come second: what vLLM has computed and kept of them would be taken as it is.
-    for out, own in zip(reusing, served.ask(prompts, more=more, reuse=False), strict=True):
-        assert report(out)["reused"] > 0
-        theirs: dict[int, Any] = own.outputs[0].logprobs[0]
-        for token, entry in out.outputs[0].logprobs[0].items():
-            if token in theirs:
-                assert entry.logprob == pytest.approx(theirs[token].logprob, abs=0.3)
+    own = served.ask(prompts, more=more, reuse=False)
+    same = [apart(a, b) for a, b in zip(reusing, own, strict=True)]
+    others = [apart(a, b) for a, b in itertools.pairwise(own)]
+    assert statistics.mean(same) < 0.25 * statistics.mean(others), (same, others)
     again = served.tokens(prompts, selector="frequency", ratio=0.15)
     assert served.tokens(prompts, selector="frequency", ratio=0.15) == again
     served.assert_nothing_left_behind()
+
+
+def apart(one: Any, other: Any) -> float:
+    """How far the log probabilities of two answers' first tokens are apart, over the tokens that both say them of."""
+    first, second = one.outputs[0].logprobs[0], other.outputs[0].logprobs[0]
+    return statistics.mean(abs(first[token].logprob - second[token].logprob) for token in first if token in second)
 
 
 @pytest.mark.gpu
