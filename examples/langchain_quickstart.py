@@ -13,7 +13,7 @@ from smollm2 import model_path
 from cachetune_rag import CacheTune, Splitter
 from langchain_cachetune import CacheTuneIndex, ChatCacheTune, create_cachetune_chain
 
-TOPICS = ["nonlocal", "global", "with", "assert", "del"]
+TOPICS = ["nonlocal", "global", "del", "pass", "break"]
 
 
 def main() -> None:

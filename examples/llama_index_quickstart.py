@@ -15,7 +15,7 @@ QUESTION = "What does the nonlocal statement do?"
 
 
 def main() -> None:
-    topics = ("nonlocal", "global", "with", "assert", "del")
+    topics = ("nonlocal", "global", "del", "pass", "break")
     documents = [Document(text=pydoc_data.topics.topics[name], doc_id=name) for name in topics]
     with tempfile.TemporaryDirectory() as store, CacheTune.from_pretrained(model_path(), store) as engine:
         llm = CacheTuneLLM(engine, max_new_tokens=32)

@@ -47,6 +47,7 @@ print("works")
 
 def run(*command: str | Path, cwd: Path) -> str:
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment["UV_LINK_MODE"] = "hardlink"  # nothing here minds, and copying some GB takes long
     done = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, f"{command[:4]} failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout

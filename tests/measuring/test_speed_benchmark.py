@@ -31,7 +31,7 @@ from speed.subject import Subject
 
 from cachetune_rag import CacheTune
 
-SMALL = ["--shape", "tiny", "--device", "cpu", "--contexts", "512", "--chunk-tokens", "128", "--rounds", "2"]
+SMALL = ["--shape", "tiny", "--device", "cpu", "--contexts", "256", "--chunk-tokens", "64", "--rounds", "2"]
 
 
 def run(out: Path, *more: str) -> dict[str, Any]:
@@ -58,8 +58,8 @@ def test_every_row_is_of_the_tier_codec_and_ratio_it_names(measured: Path) -> No
     for row in own:
         assert list(row["bytes_read"]) == [row["tier"]]
         # What is no chunk is computed (the beginning was kept), and a share of what is, rounded down for each of four chunks.
-        chosen = row["computed"] - (row["prompt_tokens"] - 512 - 1)
-        assert row["ratio"] * 512 - 4 < chosen <= row["ratio"] * 512, row
+        chosen = row["computed"] - (row["prompt_tokens"] - 256 - 1)
+        assert row["ratio"] * 256 - 4 < chosen <= row["ratio"] * 256, row
         assert len(row["ttft"]["samples"]) == 2
         assert row["speedup"] == pytest.approx(row["full"] / statistics.median(row["ttft"]["samples"]), rel=0.01)
         assert row["floors"]["compute"] == row["full"] * row["computed"] / row["prompt_tokens"]
@@ -71,7 +71,7 @@ def test_every_row_is_of_the_tier_codec_and_ratio_it_names(measured: Path) -> No
         for c in ("exact", "int8")
     )
     assert small == 0.625 * exact  # heads of 16 numbers: 16 bytes and a scale of 4 for 32
-    assert content["groups"]["target 512 host exact"]["engine_full"]["median"] > 0
+    assert content["groups"]["target 256 host exact"]["engine_full"]["median"] > 0
 
 
 def test_a_prompt_has_nothing_but_the_beginning_the_chunks_and_the_query() -> None:
@@ -87,7 +87,7 @@ def test_prefix_caching_finds_all_of_the_same_order_and_next_to_nothing_of_anoth
     same, other = peers["prefix caching, same order"], peers["prefix caching, other order"]
     assert same["reused"] == same["prompt_tokens"] - 64
     assert 1 <= other["reused"] < 5  # the beginning, and letters that happen to be the same
-    assert peers["none 0.0"]["computed"] == same["prompt_tokens"] - 512 - 1  # the beginning was kept
+    assert peers["none 0.0"]["computed"] == same["prompt_tokens"] - 256 - 1  # the beginning was kept
 
 
 def test_a_finished_run_measures_nothing_again_and_another_one_is_refused(measured: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_run_that_is_cut_off_keeps_its_rounds_and_goes_on(tmp_path: Path, monk
     with pytest.raises(KeyboardInterrupt):
         run(out, "--phases", "target", "int8")
     content = json.loads(out.read_text())
-    assert {name: group["rounds"] for name, group in content["groups"].items()} == {"target 512 host exact": 1}
+    assert {name: group["rounds"] for name, group in content["groups"].items()} == {"target 256 host exact": 1}
     assert "(of 1)" in report.details(content)
     assert {g["rounds"] for g in run(out, "--phases", "target", "int8")["groups"].values()} == {2}
 
@@ -127,7 +127,7 @@ def test_what_fails_is_noted_and_tried_again(tmp_path: Path, monkeypatch: pytest
         patched.setattr(Subject, "store", failing)
         content = run(out, "--phases", "target", "device", "int8")
     assert [len(group["rows"]) for group in content["groups"].values()] == [4, 0, 4]
-    assert "- device 512 device exact: RuntimeError: no such memory" in report.details(content)
+    assert "- device 256 device exact: RuntimeError: no such memory" in report.details(content)
     assert [len(group["rows"]) for group in run(out, "--phases", "device")["groups"].values()] == [4, 4, 4]
 
 
@@ -196,7 +196,7 @@ def test_tables_hold_the_numbers_of_the_file(measured: Path, tmp_path: Path) -> 
         assert f"{row['speedup']:.1f}x" in text
         assert f"commit {content['environment']['commit']}" in text
     wide = docs.read_text().splitlines()
-    assert any(line.startswith("| 512 | host | exact | `frequency` | 0.15 | ") for line in wide)
+    assert any(line.startswith("| 256 | host | exact | `frequency` | 0.15 | ") for line in wide)
     assert all((tmp_path / "plots" / f"run-{name}.svg").stat().st_size > 1000 for name in ("ttft", "speedup"))
 
 
@@ -322,4 +322,4 @@ def test_decoding_is_timed_both_ways(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert {name: len(found) for name, found in samples.items()} == {"transformers": 2, "engine": 2}
     theirs, ours = (row["seconds_a_token"][name]["median"] for name in ("transformers", "engine"))
     assert row["speedup"] == theirs / ours
-    assert "| 512 |" in capsys.readouterr().out
+    assert "| 256 |" in capsys.readouterr().out
