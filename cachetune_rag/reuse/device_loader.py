@@ -30,6 +30,9 @@ STAGES = 2
 LAUNCH_AHEAD = 2
 """Layers queued beyond the one that is asked for, so that the copy engine always has work. Few, because queuing takes the host time, in
 which the device waits for its next piece of work."""
+QUEUED = 3
+"""Layers whose copies may be queued at once. A copy for somebody else, such as the inputs of a server's next decoding step, waits behind
+all of them: with all layers of a long prompt queued, for tens of milliseconds."""
 FIRST_BYTES = 48 << 20
 """Bytes that are queued before a selector looks at layers: about as much as is copied to an H100 while it gets ready."""
 
@@ -78,7 +81,7 @@ def warm_up(adapter: ModelAdapter, codec: str) -> None:
 
 
 class DeviceLoader(LayerLoader):
-    """As `LayerLoader`, on streams of its own. The host waits for rows on disk only.
+    """As `LayerLoader`, on streams of its own. The host waits for rows on disk, and while `QUEUED` layers are on their way.
 
     A copy to the device, however small, waits for all copies that were queued before it on any stream, because one copy engine makes
     them all. So nothing else may copy to the device while a loader is at work, and the loader copies in the order in which the rows
@@ -214,8 +217,11 @@ class DeviceLoader(LayerLoader):
             self._launch()
 
     def _launch(self) -> None:
-        """Queue the next layer's copies, and the work that makes keys and values of them. Waits only for rows on disk."""
+        """Queue the next layer's copies, and the work that makes keys and values of them. Waits for rows on disk, and until few enough
+        layers are queued."""
         layer, streams = self._next, self._streams
+        if layer >= QUEUED:
+            streams.placed[layer - QUEUED].synchronize()
         if layer >= STAGES:
             streams.copy.wait_event(streams.placed[layer - STAGES])
         slow = iter(self._slow_rows(layer))
