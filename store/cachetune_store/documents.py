@@ -50,16 +50,33 @@ class Documents:
         self._temp = temp
         self._removals = removals
 
-    def put(self, tenant: str, doc_id: str, keys: Sequence[ChunkKey], free: Free) -> None:
-        """Put or replace a document, and free the chunks that no document holds any more."""
+    def put(self, tenant: str, doc_id: str, keys: Sequence[ChunkKey], free: Free, *, shared: bool = False) -> None:
+        """Put or replace a document, and free the chunks that no document holds any more.
+
+        Args:
+            tenant, doc_id: which one.
+            keys: its chunks.
+            free: unused chunks go there.
+            shared: it is what machines agree on in a shared place, which can always say it again. So it gets no file, whose
+                writing would take far longer than all else of it.
+        """
         digests = [key.digest for key in keys]
         with self._changing(), self._index.transaction():
             old = set((self._index.get(_record_name(tenant, doc_id)) or {"chunks": []})["chunks"])
             # Also where the chunks are the same: chunks that requests are about to add to the document are not among them.
             self._removals.note(tenant, doc_id, gone=not old <= set(digests))
-            self._replace(tenant, doc_id, digests, free)
+            self._replace(tenant, doc_id, digests, free, shared)
 
-    def extend(self, tenant: str, doc_id: str, keys: Sequence[ChunkKey], free: Free, since: int | None = None) -> bool:
+    def extend(
+        self,
+        tenant: str,
+        doc_id: str,
+        keys: Sequence[ChunkKey],
+        free: Free,
+        since: int | None = None,
+        *,
+        shared: bool = False,
+    ) -> bool:
         """Add chunks behind those that a document holds, but for those it holds already; make it if there is none.
 
         Args:
@@ -67,6 +84,7 @@ class Documents:
             keys: the chunks.
             free: unused chunks go there.
             since: if the document was removed or replaced after this number, nothing is added.
+            shared: as for `put`.
 
         Returns:
             Whether the document holds the chunks now.
@@ -80,10 +98,10 @@ class Documents:
             if since is not None and self._removals.since(since, tenant, doc_id):
                 return record is not None and not new
             if new or record is None:
-                self._replace(tenant, doc_id, held + new, free)
+                self._replace(tenant, doc_id, held + new, free, shared)
             return True
 
-    def _replace(self, tenant: str, doc_id: str, digests: list[str], free: Free) -> None:
+    def _replace(self, tenant: str, doc_id: str, digests: list[str], free: Free, shared: bool) -> None:
         """Write a document's record and file, and count its chunks; inside a transaction."""
         name = _record_name(tenant, doc_id)
         record = {"id": doc_id, "tenant": tenant, "chunks": digests}
@@ -94,10 +112,15 @@ class Documents:
                 "allowed: split it into several documents"
             )
         old = self._index.get(name) or {"chunks": []}
-        self._index.set(name, record)
+        self._index.set(name, record | {"shared": True} if shared else record)
         free(self._count(set(digests) - set(old["chunks"]), set(old["chunks"]) - set(digests)))
         if self._directory is not None and self._temp is not None:
             path = self._path(tenant, doc_id)
+            if shared:
+                if path.exists():
+                    path.unlink(missing_ok=True)
+                    sync_directory(path.parent)
+                return
             make_directory(path.parent)
             write_small(self._temp, path, content)
 
@@ -164,9 +187,15 @@ class Documents:
         record = self._index.get(_record_name(tenant, doc_id))
         return None if record is None else [ChunkKey(digest) for digest in record["chunks"]]
 
-    def places(self) -> list[tuple[str, str]]:
-        """Tenant and id of every document."""
-        return [(record["tenant"], record["id"]) for _, record in self._index.items("doc/")]
+    def shared(self) -> list[tuple[str, str]]:
+        """Tenant and id of every document that a shared place knows."""
+        return [(record["tenant"], record["id"]) for _, record in self._index.items("doc/") if record.get("shared")]
+
+    def mark_shared(self, tenant: str, doc_id: str) -> None:
+        """A shared place knows of a document, too."""
+        record = self._index.get(_record_name(tenant, doc_id))
+        if record is not None and not record.get("shared"):
+            self._index.set(_record_name(tenant, doc_id), record | {"shared": True})
 
     def count(self) -> int:
         """Documents of all tenants."""
@@ -211,10 +240,13 @@ class Documents:
                 damaged.add(path)
                 continue
             name = _record_name(record["tenant"], record["id"])
-            if known.pop(name, None) != record:
+            held = known.pop(name, {})
+            if {field: held.get(field) for field in record} != record:
                 self._index.set(name, record)
         for name, record in known.items():
             path = self._path(record["tenant"], record["id"])
+            if record.get("shared") and path not in damaged:
+                continue  # the shared place has it
             if unread.pop(path, None):
                 continue  # what the index says stays
             if path in damaged:

@@ -6,6 +6,7 @@ stored again. The record "texts" counts the changes, so that a reader knows when
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TypedDict
 
 from .chunk import ChunkHead
@@ -18,7 +19,7 @@ __all__ = [
     "drop_text",
     "evict_text",
     "note_text",
-    "note_text_record",
+    "note_text_records",
     "texts_revision",
 ]
 
@@ -35,14 +36,16 @@ def note_text(index: Index, head: ChunkHead) -> None:
     """Add the text of a chunk, if it has one."""
     if head.text is not None:
         record = TextRecord(text=head.text, tokens=head.layout.tokens, namespace=head.namespace.digest)
-        note_text_record(index, head.key, record)
+        note_text_records(index, {head.key: record})
 
 
-def note_text_record(index: Index, key: ChunkKey, record: TextRecord) -> None:
-    """Add the text of a chunk."""
+def note_text_records(index: Index, records: Mapping[ChunkKey, TextRecord]) -> None:
+    """Add the texts of chunks."""
     with index.transaction():
-        if index.get(f"text/{key}") != record:
+        new = {key: record for key, record in records.items() if index.get(f"text/{key}") != record}
+        for key, record in new.items():
             index.set(f"text/{key}", record)
+        if new:
             _changed(index)
 
 

@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ..documents import Documents
-from ..errors import StoreVersionError, UnknownDocumentError
+from ..errors import StoreVersionError
 from ..index import Index
 from ..keys import FORMAT_VERSION, ChunkKey
-from ..texts import TextRecord, note_text_record
+from .book import Book
 from .changes import (
     Change,
     DamagedChangeError,
@@ -34,6 +34,7 @@ from .changes import (
     written_at,
 )
 from .objects import Objects, RemoteError
+from .taking import Taking
 
 __all__ = ["Catalogue"]
 
@@ -71,6 +72,7 @@ class Catalogue:
         upload: Callable[[ChunkKey], Op | None],
     ) -> None:
         self._objects, self._index, self._documents = objects, index, documents
+        self._book = Book(index)
         self._forget, self._upload = forget, upload
         self._round = threading.RLock()  # one thread at a time reads or writes the log
         self._bad_reads = 0
@@ -79,17 +81,16 @@ class Catalogue:
     # -- what is there --------------------------------------------------------------------------------------------
 
     def find(self, key: ChunkKey) -> dict[str, Any] | None:
-        """The record of a chunk in the place: object, size, head (its bytes) and tokens; None if it isn't there."""
-        record: dict[str, Any] | None = self._index.get(f"remote/{key}")
-        return record
+        """See Book.find."""
+        return self._book.find(key)
 
     def chunks(self) -> list[ChunkKey]:
         """All chunks that are in the place."""
-        return [ChunkKey(name.removeprefix("remote/")) for name in self._index.names("remote/")]
+        return self._book.chunks()
 
     def totals(self) -> tuple[int, int]:
         """How many chunks are in the place, and their bytes."""
-        state = self._state()
+        state = self._book.state()
         return state["chunks"], state["bytes"]
 
     @property
@@ -101,32 +102,31 @@ class Catalogue:
 
     def add(self, op: Op) -> None:
         """Put an op into the outbox. Call it inside the index's transaction that makes the same change here."""
-        # In the order of calls, over restarts and processes.
         with self._index.transaction():
-            number = int(self._index.get("catalogue-outbox") or 0) + 1
-            self._index.set("catalogue-outbox", number)
-            self._index.set(f"outbox/{number:020d}", op)
+            self._book.tell(op)
 
     def written(self, op: Op) -> None:
         """A chunk was written to the place by this store: record it here, before the others know of it."""
         with self._index.transaction():
-            if self.find(ChunkKey(op["key"])) is None:
-                self._set_chunk(op)
+            if self._book.find(ChunkKey(op["key"])) is None:
+                self._book.add_chunk(op)
 
     def removed(self, key: ChunkKey) -> int:
         """A chunk is to leave the place. Returns its bytes."""
         with self._index.transaction():
             again: Op | None = None
-            for name, op in self._outbox():
+            for name, op in self._book.outbox():
                 if op["op"] == "chunk" and op["key"] == key.digest:
                     again = op
-                    self._index.delete(name)
-            record = self.find(key)
+                    self._book.told(name)
+            record = self._book.find(key)
             if record is None:
                 return 0
-            self._drop_chunk(key)
+            self._book.drop_chunk(key)
             # If a document turns out to hold it, the chunk stays: its record comes back, and the others are told of it if they weren't.
-            self.add({"op": "free", "key": key.digest, "object": record["object"], "record": record, "again": again})
+            self._book.tell(
+                {"op": "free", "key": key.digest, "object": record["object"], "record": record, "again": again}
+            )
             return int(record["size"])
 
     # -- the log --------------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ class Catalogue:
             StoreVersionError: it holds something else.
             RemoteError: it can't be used.
         """
-        if self._joined and self._state()["id"]:  # an index that was made anew knows of no place
+        if self._joined and self._book.state()["id"]:  # an index that was made anew knows of no place
             return
         described = {"format": "cachetune-store", "version": FORMAT_VERSION, "id": uuid.uuid4().hex}
         raw = self._objects.get("store.json", _MOST_STORE)
@@ -166,12 +166,12 @@ class Catalogue:
                 "give another prefix and precompute again"
             )
         with self._index.transaction():
-            state = self._state()
+            state = self._book.state()
             if state["id"] != identity:
                 # Another place than before, or the first one: nothing that is known of chunks there is true of it.
-                for name in list(self._index.names("remote/")):
-                    self._index.delete(name)
-                self._index.set("catalogue", state | {"id": identity, "position": 0, "chunks": 0, "bytes": 0})
+                for key in self._book.chunks():
+                    self._index.delete(f"remote/{key}")
+                self._book.set_state(id=identity, position=0, chunks=0, bytes=0)
         self._joined = True
 
     def catch_up(self, *, look_far: bool = False) -> int:
@@ -183,14 +183,16 @@ class Catalogue:
         read = 0
         with self._round:
             self.join()
-            look_far = look_far or not self._state()["position"]
+            look_far = look_far or not self._book.state()["position"]
             while True:
-                position = self._state()["position"]
+                position = self._book.state()["position"]
                 if look_far:
                     snapshot = latest_snapshot(self._objects, above=position)
                     if snapshot is not None:
-                        self._take_over(snapshot)
-                        position, read = snapshot.number, read + 1
+                        with self._taking(position, snapshot.number) as taking:
+                            if taking is not None:
+                                taking.state(snapshot)
+                        position, read = self._book.state()["position"], read + 1
                     look_far = False
                 change = self._read(position + 1)
                 if change is None:
@@ -206,14 +208,14 @@ class Catalogue:
             for _ in range(_TRIES):
                 self.catch_up()
                 with self._index.transaction():
-                    position = self._state()["position"]
-                    named = [(name, op) for name, op in self._outbox() if not self._needs_upload(op)][:_OPS_A_CHANGE]
+                    position = self._book.state()["position"]
+                    named = [(name, op) for name, op in self._book.outbox() if not _needs_upload(op)][:_OPS_A_CHANGE]
                     named = [(name, op) for name, op in named if not self._is_held_again(name, op)]
                 if not named:
                     if full is not None:
                         raise full
                     return self.waiting == 0
-                change = Change(self._writer(), [name for name, _ in named], [_told(op) for _, op in named])
+                change = Change(self._book.writer(), [name for name, _ in named], [_told(op) for _, op in named])
                 if self._objects.put(change_name(position + 1), [encode(change)], create=True):
                     self._apply(position, change)
                     if (position + 1) % SNAPSHOT_EVERY == 0:
@@ -227,7 +229,7 @@ class Catalogue:
         """
         with self._round:
             self.catch_up(look_far=True)
-            known = {(self.find(key) or {}).get("object") for key in self.chunks()}
+            known = {(self.find(key) or {}).get("object") for key in self._book.chunks()}
             strays = [
                 name
                 for name in self._objects.names("chunks/")
@@ -257,185 +259,78 @@ class Catalogue:
                 return  # another one has made a later snapshot, and deleted what came before it
             before.add(change.ops)
             before.number = each
-        write_snapshot(self._objects, before, self._writer(), keep=SNAPSHOT_EVERY)
-
-    # -- taking changes over --------------------------------------------------------------------------------------
+        write_snapshot(self._objects, before, self._book.writer(), keep=SNAPSHOT_EVERY)
 
     def _apply(self, position: int, change: Change) -> None:
         """Take over the change behind `position`."""
-        unwanted: list[str] = []
-        with self._index.transaction():
-            if self._state()["position"] != position:
-                return  # another process that shares the index was first
-            if change.writer == self._writer():
+        with self._taking(position, position + 1) as taking:
+            if taking is None:
+                return
+            if change.writer == self._book.writer():
                 for name, op in zip(change.names, change.ops, strict=False):
-                    unwanted += self._apply_own(name, op)
+                    taking.own(name, op)
             else:
                 for op in change.ops:
-                    unwanted += self._apply_foreign(op)
-            self._index.set("catalogue", self._state() | {"position": position + 1})
+                    taking.foreign(op)
+
+    @contextlib.contextmanager
+    def _taking(self, position: int, then: int) -> Iterator[Taking | None]:
+        """What takes changes over that lead from one position of the log to another; None if another process was first."""
+        unwanted: list[str] = []
+        with self._index.transaction():
+            if self._book.state()["position"] != position:
+                yield None
+                return
+            self._book.begin()
+            try:
+                taking = Taking(self._book, self._documents, self._forget)
+                yield taking
+                unwanted = taking.unwanted
+            finally:
+                self._book.end()
+            self._book.set_state(position=then)
         # An object that stays because this fails is deleted by sweep().
         with contextlib.suppress(RemoteError):
             self._objects.delete(unwanted)
 
-    def _apply_own(self, name: str, op: Op) -> list[str]:
-        """Take over an op of this store, which is in the log now. Returns objects that nobody needs any more."""
-        self._index.delete(name)
-        if op["op"] == "free":
-            return [op["object"]]
-        return []
-
-    def _apply_foreign(self, op: Op) -> list[str]:
-        """Take over an op of another store. Returns objects of this one that nobody needs any more."""
-        kind = op["op"]
-        if kind == "chunk":
-            return self._take_chunk(op)
-        if kind == "free":
-            key = ChunkKey(op["key"])
-            record = self.find(key)
-            if record is not None and record["object"] == op["object"]:
-                self._drop_chunk(key)
-                if not self._documents.holds(key):
-                    self._forget([key])
-            return []
-        self._take_document(op)
-        return []
-
-    def _take_chunk(self, op: Op) -> list[str]:
-        key, unwanted = ChunkKey(op["key"]), []
-        record = self.find(key)
-        if record is not None:
-            ours = [name for name, each in self._outbox() if each["op"] == "chunk" and each["key"] == key.digest]
-            if not ours or record["object"] == op["object"]:
-                return []
-            # Both have written it. The one that is first in the log stays.
-            unwanted = [record["object"]]
-            for name in ours:
-                self._index.delete(name)
-            self._drop_chunk(key)
-        self._set_chunk(op)
-        return unwanted
-
-    def _take_document(self, op: Op) -> None:
-        tenant, name = op["tenant"], op["id"]
-        keys = [ChunkKey(digest) for digest in op["chunks"]] if "chunks" in op else []
-        for waiting, each in self._outbox():
-            if (each.get("tenant"), each.get("id")) == (tenant, name):
-                if each["op"] != "add":
-                    return  # what was done here comes later in the log, and holds
-                if op["op"] != "add":
-                    # It was removed or replaced before: its text must not come back.
-                    self._index.delete(waiting)
-        if op["op"] == "put":
-            if self._documents.chunks_of(tenant, name) != keys:
-                self._documents.put(tenant, name, keys, self._forget)
-        elif op["op"] == "add":
-            self._documents.extend(tenant, name, keys, self._forget)
-        else:
-            try:
-                self._documents.delete(tenant, name, self._forget)
-            except UnknownDocumentError:
-                return
-
-    def _take_over(self, state: State) -> None:
-        """Make the index agree with a snapshot."""
-        with self._index.transaction():
-            if self._state()["position"] >= state.number:
-                return
-            ours = {each["key"] for _, each in self._outbox() if each["op"] == "chunk"}
-            for key in self.chunks():
-                op = state.chunks.get(key.digest)
-                if key.digest not in ours and (op is None or op["object"] != (self.find(key) or {}).get("object")):
-                    self._drop_chunk(key)
-                    if op is None and not self._documents.holds(key):
-                        self._forget([key])
-            for op in state.chunks.values():
-                self._take_chunk(op)
-            joined = bool(self._state()["position"])
-            for tenant, name in [place for place in self._documents.places() if place not in state.documents]:
-                if joined:  # before it has joined, a store has documents of its own
-                    self._take_document({"op": "del", "tenant": tenant, "id": name})
-            for (tenant, name), chunks in state.documents.items():
-                self._take_document({"op": "put", "tenant": tenant, "id": name, "chunks": chunks})
-            self._index.set("catalogue", self._state() | {"position": state.number})
-
-    # -- records --------------------------------------------------------------------------------------------------
-
-    def _state(self) -> dict[str, Any]:
-        found: dict[str, Any] | None = self._index.get("catalogue")
-        return found or {"id": "", "position": 0, "chunks": 0, "bytes": 0, "writer": ""}
-
-    def _writer(self) -> str:
-        with self._index.transaction():
-            state = self._state()
-            if not state["writer"]:
-                self._index.set("catalogue", state := state | {"writer": uuid.uuid4().hex})
-            return str(state["writer"])
-
-    def _outbox(self) -> list[tuple[str, Op]]:
-        return list(self._index.items("outbox/"))
-
-    def _set_chunk(self, op: Op) -> None:
-        record = {name: op[name] for name in ("object", "size", "head", "tokens")}
-        self._index.set(f"remote/{op['key']}", record)
-        if op["text"] is not None:
-            note_text_record(
-                self._index,
-                ChunkKey(op["key"]),
-                TextRecord(text=op["text"], tokens=op["tokens"], namespace=op["namespace"]),
-            )
-        self._count(1, op["size"])
-
-    def _drop_chunk(self, key: ChunkKey) -> None:
-        record = self.find(key)
-        if record is not None:
-            self._index.delete(f"remote/{key}")
-            self._count(-1, -record["size"])
-
-    def _count(self, chunks: int, size: int) -> None:
-        state = self._state()
-        self._index.set("catalogue", state | {"chunks": state["chunks"] + chunks, "bytes": state["bytes"] + size})
-
     # -- the outbox -----------------------------------------------------------------------------------------------
-
-    def _needs_upload(self, op: Op) -> bool:
-        return op["op"] == "chunk" and "object" not in op
 
     def _upload_waiting(self) -> RemoteError | None:
         """Write the chunks that wait for it to the place. Returns why that ended early: what else waits can be told all the same."""
-        for name, op in self._outbox():
-            if not self._needs_upload(op):
+        for name, op in self._book.outbox():
+            if not _needs_upload(op):
                 continue
             try:
                 done = None if self.find(ChunkKey(op["key"])) else self._upload(ChunkKey(op["key"]))
             except RemoteError as error:
                 return error
             with self._index.transaction():
-                if self._index.get(name) is None:
-                    # Removed meanwhile: its object goes again.
-                    if done is not None:
-                        self.add(
-                            {"op": "free", "key": done["key"], "object": done["object"], "known": False, "record": None}
-                        )
-                elif done is None:
-                    self._index.delete(name)
-                else:
+                now = self._index.get(name)
+                wanted = now is not None and _needs_upload(now)
+                if wanted and done is not None:
                     self._index.set(name, done)
                     self.written(done)
+                elif wanted:
+                    self._book.told(name)
+            if done is not None and not wanted:  # removed meanwhile, or another process has written it
+                with contextlib.suppress(RemoteError):
+                    self._objects.delete([done["object"]])
         return None
 
     def _is_held_again(self, name: str, op: Op) -> bool:
         """Whether a chunk that was to be removed is held by a document by now. It stays then."""
-        if op["op"] != "free" or not op["record"] or not self._documents.holds(ChunkKey(op["key"])):
-            return False
-        if self.find(ChunkKey(op["key"])) is not None:
-            return False  # another object has taken its place
-        self._index.delete(name)
-        self._index.set(f"remote/{op['key']}", op["record"])
-        self._count(1, op["record"]["size"])
+        key = ChunkKey(op["key"]) if op["op"] == "free" else None
+        if key is None or not self._documents.holds(key) or self.find(key) is not None:
+            return False  # or another object has taken its place
+        self._book.told(name)
+        self._book.restore(key, op["record"])
         if op["again"] is not None:
-            self.add(op["again"])
+            self._book.tell(op["again"])
         return True
+
+
+def _needs_upload(op: Op) -> bool:
+    return op["op"] == "chunk" and "object" not in op
 
 
 def _told(op: Op) -> Op:
