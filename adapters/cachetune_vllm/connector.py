@@ -21,6 +21,7 @@ from cachetune_vllm.logs import logger
 from cachetune_vllm.messages import FromWorker, Hello, ToWorkers
 from cachetune_vllm.metrics import ReuseMetrics, ReuseStats
 from cachetune_vllm.recognition import Recognition, nothing_found
+from cachetune_vllm.resting import rest_between_steps
 from cachetune_vllm.scheduler import ReuseScheduler
 from cachetune_vllm.settings import ServerSettings
 from cachetune_vllm.start import Started, start_worker, tokenizer_of
@@ -63,6 +64,7 @@ class CacheTuneConnector(KVConnectorBase_V1):
         """Called when the workers are ready. They say which model they have, or why nothing is reused."""
         hello = metadata[min(metadata)]
         assert isinstance(hello, Hello)
+        rest_between_steps(hello.process)
         recognise = nothing_found
         if hello.refusal is not None:
             _log.warning("no chunks are reused by this server: %s", hello.refusal)

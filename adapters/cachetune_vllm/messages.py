@@ -33,6 +33,7 @@ class Hello(KVConnectorHandshakeMetadata):
         most_tokens: the longest prompt that can be put together in the memory that vLLM leaves free; None: no bound.
         ratio: what "auto" stands for.
         least_reused: prompts for which reuse would save fewer tokens are read as fast without it on the worker's device.
+        process: number of the worker's process, if it computes on cores that the scheduler's process runs on; None if it doesn't.
         refusal: why nothing is reused; None if prompts are.
     """
 
@@ -44,6 +45,7 @@ class Hello(KVConnectorHandshakeMetadata):
     most_tokens: int | None = None
     ratio: float = AUTO.ratio
     least_reused: int = LEAST_REUSED
+    process: int | None = None
     refusal: str | None = None
 
 

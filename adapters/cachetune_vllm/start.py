@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -106,6 +107,7 @@ def start_worker(config: VllmConfig, settings: ServerSettings) -> Started:
         most_tokens=min(heads.tell(_most_tokens(engine)), key=lambda most: -1 if most is None else most),
         ratio=engine.admission.config("auto", "auto").ratio,
         least_reused=LEAST_REUSED if engine.adapter.device.type == "cuda" else LEAST_REUSED_ON_CPU,
+        process=os.getpid() if engine.adapter.device.type == "cpu" else None,
     )
     pages = Pages(layers, config.cache_config.block_size)
     if config.cache_config.enable_prefix_caching:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +18,7 @@ from cachetune_rag.model.heads import ALL_HEADS
 from cachetune_rag.reuse.config import resolve
 from cachetune_vllm.messages import Hello
 from cachetune_vllm.recognition import Recognition
+from cachetune_vllm.resting import ASKS_FOR, rest_between_steps
 from cachetune_vllm.settings import ServerSettings
 from cachetune_vllm.start import KEPT_FREE, Started, tokens_that_fit, unsupported
 from cachetune_vllm.warm_up import expected, warm_up
@@ -61,6 +63,16 @@ def test_options_that_reuse_cannot_live_with_are_named(options: dict[str, Any], 
 @pytest.mark.parametrize("method", ["ngram", "suffix"])
 def test_tokens_may_be_drafted_from_the_text(method: str) -> None:
     assert unsupported(config(method=method)) is None
+
+
+@pytest.mark.parametrize(("worker", "seconds"), [(os.getpid() + 1, ASKS_FOR), (os.getpid(), 1), (None, 1)])
+def test_the_scheduler_rests_while_a_worker_computes_on_its_cores(worker: int | None, seconds: float) -> None:
+    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+
+    waits = SpinCondition.__new__(SpinCondition)  # without its sockets
+    waits.is_reader, waits.busy_loop_s = True, 1
+    rest_between_steps(worker)
+    assert waits.busy_loop_s == seconds
 
 
 @pytest.mark.parametrize(
