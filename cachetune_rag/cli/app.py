@@ -19,6 +19,7 @@ from cachetune_rag.cli.ask import ask
 from cachetune_rag.cli.calibrate import EPILOG as CALIBRATE_EPILOG
 from cachetune_rag.cli.calibrate import calibrate
 from cachetune_rag.cli.console import ERROR, print_error, warnings_on_stderr
+from cachetune_rag.cli.interrupts import status_for
 from cachetune_rag.cli.output import OutputError, give_up, open_missing_streams, results_on_stdout
 from cachetune_rag.cli.precompute import EPILOG as PRECOMPUTE_EPILOG
 from cachetune_rag.cli.precompute import precompute
@@ -116,7 +117,7 @@ def _cachetune(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 damage found by verify, 2 an error, 130 interrupted.
+    """Run the command line and exit: 0 done, 1 damage found by verify, 2 an error, 130 interrupted, 143 terminated.
 
     Args:
         arguments: the words behind the program's name; None: those of this process.
@@ -136,5 +137,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OutputError as error:
         print_error(error)
         sys.exit(ERROR)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        sys.exit(status_for(error))

@@ -19,7 +19,7 @@ from rich.segment import Segment
 from rich.text import Text
 
 from cachetune_rag.checking.escaping import visible, visible_line
-from cachetune_rag.cli.interrupts import INTERRUPTED
+from cachetune_rag.cli.interrupts import line_for, status_for
 from cachetune_rag.cli.output import OutputError
 from cachetune_rag.errors import CacheTuneError
 
@@ -123,10 +123,10 @@ def guarded(command: Callable[_P, None]) -> Callable[_P, None]:
     def run(*args: _P.args, **kwargs: _P.kwargs) -> None:
         try:
             command(*args, **kwargs)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             _flush()
-            stderr().print("\nInterrupted.", style="yellow")
-            raise typer.Exit(INTERRUPTED) from None
+            stderr().print(f"\n{line_for(error)}.", style="yellow")
+            raise typer.Exit(status_for(error)) from None
         except BrokenPipeError:
             raise
         except Exception as error:

@@ -11,7 +11,7 @@ import typer
 from cachetune_rag.checking.escaping import visible_line
 from cachetune_rag.cli import options
 from cachetune_rag.cli.console import UsageError, emit_json, guarded, note, number, size, stdout
-from cachetune_rag.cli.interrupts import INTERRUPTED
+from cachetune_rag.cli.interrupts import line_for, status_for
 from cachetune_rag.cli.meter import ESTIMATE_SECONDS, Meter
 from cachetune_rag.cli.session import Loading, load_engine, open_for_writing
 from cachetune_rag.text.files.corpus import Corpus, CorpusError
@@ -123,20 +123,22 @@ def precompute(
             "empty": job.empty,
             "left_out": corpus.left_out.as_dict(),
             "evicted": evicted,
-            "interrupted": job.interrupted,
+            "interrupted": job.interrupted is not None,
         }
         emit_json(result)
     else:
         stdout().print(_lines(summary))
-    if job.interrupted:
-        raise typer.Exit(INTERRUPTED)
+    if job.interrupted is not None:
+        raise typer.Exit(status_for(job.interrupted))
 
 
 def _note_gaps(job: _Job, evicted: int, disk_budget: str) -> None:
     """Say what of the corpus is not in the store, and why."""
-    if job.interrupted:
+    if job.interrupted is not None:
         share = 100 * job.progress.done / job.progress.total
-        note(f"Interrupted at {share:.0f}%. What is stored stays: run the same command again to resume.")
+        note(
+            f"{line_for(job.interrupted)} at {share:.0f}%. What is stored stays: run the same command again to resume."
+        )
     if job.empty:
         named = ", ".join(map(visible_line, job.empty_names)) + (", ..." if job.empty > len(job.empty_names) else "")
         note(f"Left out {number(job.empty, 'empty document')}: {named}")
@@ -203,7 +205,7 @@ class _Job:
         self._meter = Meter("Precomputing")
         self.empty = 0
         self.empty_names: list[str] = []
-        self.interrupted = False
+        self.interrupted: KeyboardInterrupt | None = None
         self._corpus, self._engine, self._splitter = corpus, engine, splitter
         self._last: Progress | None = None
 
@@ -214,8 +216,8 @@ class _Job:
         try:
             with self._meter:
                 return self._engine.precompute(self._documents(), progress=self._progress)
-        except KeyboardInterrupt:
-            self.interrupted = True
+        except KeyboardInterrupt as error:
+            self.interrupted = error.with_traceback(None)
             at = self._last
             if at is None:
                 return PrecomputeSummary(0, 0, 0, 0, 0, 0.0)

@@ -20,6 +20,7 @@ import cachetune_rag
 from cachetune_rag.cli import meter
 from cachetune_rag.cli import precompute as precompute_command
 from cachetune_rag.cli.app import main
+from cachetune_rag.cli.interrupts import sigterm_as_interrupt
 from cachetune_rag.cli.lexical import rank
 from cachetune_store import ChunkStore
 
@@ -428,6 +429,67 @@ def test_ctrl_c_says_how_far_it_got_and_the_next_run_resumes(
     assert resumed["documents"] == stopped["documents"] + 100
     assert stopped["documents"] <= resumed["skipped"] <= stopped["documents"] + 10
     assert resumed["chunks"] == resumed["documents"] - resumed["skipped"]
+
+
+SIGTERM_WHEN_ANSWERING = """
+import os, signal, sys
+from cachetune_rag.answering import decoding
+
+def decode_text(*arguments):
+    for token in real(*arguments):
+        yield token
+        os.kill(os.getpid(), signal.SIGTERM)
+
+real, decoding.decode_text = decoding.decode_text, decode_text
+from cachetune_rag.cli import main
+main(sys.argv[1:])
+"""
+
+
+def test_sigterm_amid_an_answer_is_told_in_a_line_and_the_store_is_closed(filled: Path, model: Path) -> None:
+    command = ["ask", "Which red button?", "-m", model, "-s", filled, "--device", "cpu"]
+    done = run_python("-c", SIGTERM_WHEN_ANSWERING, *command)
+    assert done.returncode == 143, done.stderr
+    assert done.stderr.endswith("\nTerminated.\n")
+    assert "Traceback" not in done.stderr
+    assert [file.name for file in (filled / "tmp").iterdir()] == ["gate.lock"]
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "said"), [("SIGINT", 130, "Interrupted at "), ("SIGTERM", 143, "Terminated at ")]
+)
+def test_a_run_that_a_signal_ends_says_how_far_it_got(
+    cli: Cli, docs: Path, model: Path, store: Path, how: str, code: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = ChunkStore.set_document
+
+    def set_document(*arguments: Any, **options: Any) -> None:
+        real(*arguments, **options)
+        os.kill(os.getpid(), signal.Signals[how])
+
+    monkeypatch.setattr(ChunkStore, "set_document", set_document)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with sigterm_as_interrupt():
+            done = cli("precompute", docs, "-m", model, "-s", store, "--json", code=code)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert said in done.err
+    assert done.json["interrupted"] is True
+    assert cli("verify", "-s", store, "--json").json["documents"] == 1
+
+
+def test_a_signal_in_the_last_moments_does_not_kill_a_command_that_is_done() -> None:
+    """Python sets signals back to the system's handlers when it ends."""
+    late = (
+        "import atexit, os, signal, sys\n"
+        "atexit.register(lambda: [os.kill(os.getpid(), s) for s in (signal.SIGINT, signal.SIGTERM)])\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from cachetune_rag.cli import main\n"
+        "main(['--version'])\n"
+    )
+    done = run_python("-c", late)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_ctrl_c_before_the_work_began(cli: Cli, docs: Path, monkeypatch: pytest.MonkeyPatch, store: Path) -> None:

@@ -129,7 +129,8 @@ class DiskTier(LastingTier):
     def holds(self, key: ChunkKey, *, with_text: bool) -> bool:
         """See LastingTier."""
         head = self.peek(key)
-        return head is not None and not (with_text and head.text is None)
+        # Of a file that a killed writer left, the index may not know yet: then it is stored anew.
+        return head is not None and self.knows(key) and not (with_text and head.text is None)
 
     def heads(self) -> Iterator[tuple[ChunkKey, ChunkHead | Exception]]:
         """See Tier."""
