@@ -113,7 +113,7 @@ def network(request: pytest.FixtureRequest) -> Iterator[Place]:
     port = request.getfixturevalue(f"{request.param}_port")
     with TcpProxy("127.0.0.1", port) as proxy:
         found = s3_place(proxy.port) if request.param == "s3" else valkey_place(proxy.port)
-        found.proxy, found.timeout = proxy, 1.0
+        found.proxy, found.timeout = proxy, 0.4
         yield found
         proxy.fault = ""
         found.close()

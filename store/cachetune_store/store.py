@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ChunkStore"]
 
+_log = logging.getLogger(__name__)
 _LEAST_IDLE = 256 << 20
 _MOST_SECONDS = 86_400
 _Result = TypeVar("_Result")
@@ -746,6 +748,12 @@ class ChunkStore:
 
     def _open_shared(self) -> None:
         if self._shared is None:
+            if self.path is not None and self._repair.healed(lambda: self.index.get("catalogue")) is not None:
+                _log.warning(
+                    "the store %s shares what it has with other machines, and is opened without remote=: what is stored or removed now "
+                    "is so on this machine alone",
+                    self.path,
+                )
             return
         try:
             self._shared.open(self._repair.healed)

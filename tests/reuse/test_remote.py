@@ -88,13 +88,12 @@ def test_an_unseen_removal_is_no_wrong_answer(folder: Place, alone: torch.Tensor
         assert float((state.logits - alone).abs().max()) <= 1e-5 or state.report.missed == 0
 
 
-@pytest.mark.parametrize("fault", ["refuse", "stall", "reset", "unavailable"])
+@pytest.mark.parametrize("fault", ["stall", "reset"])
 @pytest.mark.parametrize("begun", [False, True])
 def test_a_place_that_fails_is_answered_without(
     network: Place, alone: torch.Tensor, fault: str, begun: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(breaker, "_FIRST", 60.0)
-    network.timeout = 0.3
     precompute(network)
     with engine(network) as made:
         if begun:  # once the heads are there

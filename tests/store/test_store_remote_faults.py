@@ -76,7 +76,7 @@ def test_a_place_that_fails_costs_a_bounded_wait_and_is_used_again_afterwards(ne
     assert store.stats().damaged == 0
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", ["stall", "reset"])
 def test_a_place_that_fails_while_rows_are_read(network: Place, fault: str) -> None:
     filled(network, 1)
     store = network.store(host_budget=0)

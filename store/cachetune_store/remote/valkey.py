@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 from glide_shared.exceptions import GlideError, RequestError
 from glide_sync import (
     AdvancedGlideClientConfiguration,
+    BackoffStrategy,
     ConditionalChange,
     GlideClient,
     GlideClientConfiguration,
@@ -60,6 +61,8 @@ class Valkey(Objects):
             use_tls=parts.scheme in ("valkeys", "rediss"),
             credentials=ServerCredentials(password, user) if password is not None else None,
             request_timeout=max(1, int(1000 * timeout)),
+            # At most a bit over a second between two tries to connect again, as for buckets.
+            reconnect_strategy=BackoffStrategy(num_of_retries=6, factor=20, exponent_base=2),
             advanced_config=AdvancedGlideClientConfiguration(connection_timeout=max(1, int(1000 * min(timeout, 2.0)))),
             **options,
         )
