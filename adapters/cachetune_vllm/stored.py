@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from cachetune_rag.chunks.differences import what_differs
 from cachetune_store import ChunkStore, Namespace
+from cachetune_store.paths import is_store
+from cachetune_store.units import NO_LIMIT
 
 SAMPLE = 64
 """Documents that are looked at; they lie evenly among all."""
-_MARK = "store.json"
-_NO_LIMIT = 1 << 62
-"""Disk budget with which opening a store evicts nothing."""
 
 
 def sampled_namespaces(store: ChunkStore, tenant: str) -> list[Namespace]:
@@ -34,9 +31,9 @@ def stored_dtype(folder: str, tenant: str) -> str | None:
     Raises:
         StoreError: there is a store, and it can't be used.
     """
-    if not (Path(folder) / _MARK).is_file():
+    if not is_store(folder):
         return None
-    with ChunkStore(folder, host_budget=0, disk_budget=_NO_LIMIT) as store:
+    with ChunkStore(folder, host_budget=0, disk_budget=NO_LIMIT) as store:
         dtypes = {namespace.dtype for namespace in sampled_namespaces(store, tenant)}
     return dtypes.pop() if len(dtypes) == 1 else None
 

@@ -16,6 +16,7 @@ from cachetune_rag.cli.passages import DEFAULT_TOP_K, Passage, retrieve
 from cachetune_rag.cli.session import Loading, open_existing, open_for_writing, opened
 from cachetune_rag.selection import names
 from cachetune_rag.text.files.corpus import read_passage
+from cachetune_store.units import NO_LIMIT
 
 if TYPE_CHECKING:
     from cachetune_rag.answering.answer import Answer
@@ -108,7 +109,7 @@ def ask(
     if documents or best:
         kv = open_existing(store, remote=remote)
     else:
-        kv = open_for_writing(store, codec="exact", host_budget="0", disk_budget=str(1 << 62), remote=remote)
+        kv = open_for_writing(store, codec="exact", host_budget="0", disk_budget=str(NO_LIMIT), remote=remote)
     with opened(kv, Loading(model, gguf_file, dtype, device, tenant), documents=documents) as engine:
         passages = [*retrieve(engine, kv, question, documents, best), *files]
         note(f"Using {number(len(passages), 'passage')}: {', '.join(visible_line(p.source) for p in passages)}")

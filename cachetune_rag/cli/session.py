@@ -15,19 +15,15 @@ from cachetune_rag.checking.escaping import visible_line
 from cachetune_rag.chunks.differences import what_differs
 from cachetune_rag.cli.console import UsageError, note, size
 from cachetune_rag.cli.interrupts import instant_interrupt
+from cachetune_store.paths import is_store, other_files
 from cachetune_store.printing import shown
+from cachetune_store.units import NO_LIMIT
 
 if TYPE_CHECKING:
     import torch
 
     from cachetune_rag.engine import CacheTune
     from cachetune_store import ChunkStore, Namespace
-
-_MARK = "store.json"
-_PARTS = {"chunks", "documents", "notes", "tmp", "index", "damaged", "profiles", _MARK}
-_PARTS |= {"lock", "index.lock", "claims.lock"}
-_NO_LIMIT = 1 << 62
-"""Disk budget for commands that add nothing, so that opening a store evicts nothing."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +91,7 @@ def open_existing(
     """
     if remote is not None:
         _check_empty(path)
-    elif not (path / _MARK).is_file():
+    elif not is_store(path):
         raise UsageError(
             f"no store at {path}: check --store, or make one with 'cachetune precompute PATH --model M --store {path}'."
         )
@@ -105,7 +101,7 @@ def open_existing(
         path,
         "exact",
         host,
-        _NO_LIMIT,
+        NO_LIMIT,
         on_device,
         _device_of_tier(device_budget, device) if on_device else None,
         remote=remote,
@@ -118,12 +114,10 @@ def _check_empty(path: Path) -> None:
     Raises:
         UsageError: names one of them.
     """
-    if path.is_dir() and not (path / _MARK).exists():
-        others = sorted({entry.name for entry in path.iterdir()} - _PARTS)
-        if others:
-            raise UsageError(
-                f"{visible_line(path)} is no store, but holds {shown(others[0])}: give --store a new or empty folder."
-            )
+    if not is_store(path) and (others := other_files(path)):
+        raise UsageError(
+            f"{visible_line(path)} is no store, but holds {shown(others[0])}: give --store a new or empty folder."
+        )
 
 
 def open_for_writing(

@@ -19,6 +19,7 @@ from .index import COMPLETE, Index
 from .keys import FORMAT_VERSION
 from .locks import locked, open_lock
 from .maintenance import apply, check_files, compare_files
+from .paths import DESCRIPTION
 from .plainfiles import UnfitFileError, read_plain
 from .printing import shown
 from .readonlyindex import ReadOnlyIndex
@@ -69,10 +70,10 @@ class StoreDirectory:
                 self.read_only.filename or path,
                 self.read_only.strerror,
             )
-            self._id = _identify(path / "store.json") or ""
+            self._id = _identify(path / DESCRIPTION) or ""
             self.index: Index = ReadOnlyIndex(path / "index")
             return
-        self._id = _identify(path / "store.json") or self._describe()
+        self._id = _identify(path / DESCRIPTION) or self._describe()
         self.index = DiskIndex(path / "index")
 
     def bring_in_line(self, tier: DiskTier, documents: Documents) -> None:
@@ -145,7 +146,7 @@ class StoreDirectory:
 
     def _describe(self) -> str:
         """Write the description of a store that has none, and return its id; what stands in its place is set aside."""
-        path = self.path / "store.json"
+        path = self.path / DESCRIPTION
         with self._lock():
             identity = _identify(path)  # another process may have been first
             if identity is not None:
@@ -184,7 +185,7 @@ def _refusal(path: Path) -> OSError | None:
             for file in (path / "index").glob("cache.db*"):
                 _check_access(file, os.W_OK)
     except OSError as error:
-        if error.errno not in _READ_ONLY or not (path / "store.json").exists():
+        if error.errno not in _READ_ONLY or not (path / DESCRIPTION).exists():
             raise
         return error
     return None
@@ -196,7 +197,7 @@ def _check_readable(path: Path) -> None:
     Raises:
         StorePathError: a part can't be.
     """
-    for name, mode in (("store.json", os.R_OK), ("chunks", os.R_OK | os.X_OK), ("documents", os.R_OK | os.X_OK)):
+    for name, mode in ((DESCRIPTION, os.R_OK), ("chunks", os.R_OK | os.X_OK), ("documents", os.R_OK | os.X_OK)):
         part = path / name
         try:
             _check_access(part, mode)

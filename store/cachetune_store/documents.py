@@ -247,8 +247,9 @@ class Documents:
             path = self._path(record["tenant"], record["id"])
             if record.get("shared") and path not in damaged:
                 continue  # the shared place has it
-            if unread.pop(path, None):
-                continue  # what the index says stays
+            if path in unread:
+                del unread[path]  # what the index says stays
+                continue
             if path in damaged:
                 damaged.remove(path)
                 write_small(temp, path, _encode(record))

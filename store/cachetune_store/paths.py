@@ -1,4 +1,4 @@
-"""The folder of a store, which is found once, when the store is opened."""
+"""The folder of a store: where it is, which is found out once, when the store is opened; and what belongs into it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from pathlib import Path
 from .errors import StorePathError
 from .printing import shown
 
-__all__ = ["store_path"]
+__all__ = ["DESCRIPTION", "is_store", "other_files", "store_path"]
+
+DESCRIPTION = "store.json"
+"""The file that makes a folder a store."""
+_PARTS = {"chunks", "documents", "notes", "tmp", "index", "damaged", "profiles", DESCRIPTION}
+_PARTS |= {"lock", "index.lock", "claims.lock"}
 
 _VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
 
@@ -41,3 +46,14 @@ def store_path(given: object) -> Path:
             f"store path {shown(text)} names {unset.group()}, which is not set in the environment; set it first"
         )
     return Path(path).absolute()
+
+
+def is_store(path: Path | str) -> bool:
+    """Whether there is a store in the folder `path`. Whether it can be used, opening it tells."""
+    return Path(path, DESCRIPTION).is_file()
+
+
+def other_files(path: Path | str) -> list[str]:
+    """Names of what lies in the folder `path` and belongs to no store; empty if there is no such folder."""
+    folder = Path(path)
+    return sorted({entry.name for entry in folder.iterdir()} - _PARTS) if folder.is_dir() else []

@@ -9,6 +9,8 @@ from .errors import StoreArgumentError
 from .printing import shown
 
 MOST_BYTES = (1 << 63) - 1
+NO_LIMIT = 1 << 62
+"""A budget that nothing exceeds: a store that is opened with it evicts nothing."""
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{letter}B": 1000**power for power, letter in enumerate("KMGT", start=1)}
 _UNITS |= {f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", start=1)}

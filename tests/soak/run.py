@@ -36,7 +36,7 @@ from common import environment
 from soak_common import Outcome
 
 PARTS: dict[str, Callable[[Path], Outcome]] = {
-    "crashes": lambda folder: soak_crashes.run(folder, kills=200, every=3),
+    "crashes": lambda folder: soak_crashes.run(folder, kills=200, every=5),
     "damage": lambda folder: soak_damage.run(folder, examples=1000),
     "faults": lambda folder: soak_faults.run(folder),
     "shared": lambda folder: soak_shared.run(folder, rounds=20),

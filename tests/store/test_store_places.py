@@ -13,6 +13,8 @@ from store_samples import file_of, sample
 
 from cachetune_store import ChunkStore, StoreError, StorePathError, StoreReadOnlyError, directory
 from cachetune_store.locks import OwnDescriptor
+from cachetune_store.paths import is_store, other_files
+from cachetune_store.units import NO_LIMIT
 
 KEY = sample(0).key
 
@@ -237,3 +239,12 @@ def refuse(monkeypatch: pytest.MonkeyPatch, part: Path, access: int) -> None:
 
     monkeypatch.setattr(os, "open", opened)
     monkeypatch.setattr(os, "access", allowed)
+
+
+def test_a_folder_says_whether_it_is_a_store_and_what_else_lies_in_it(tmp_path: Path) -> None:
+    folder = tmp_path / "kv"
+    assert (is_store(folder), other_files(folder)) == (False, [])
+    ChunkStore(folder, disk_budget=NO_LIMIT).close()
+    assert (is_store(folder), other_files(folder)) == (True, [])
+    (folder / "mine.txt").touch()
+    assert other_files(folder) == ["mine.txt"]

@@ -14,8 +14,7 @@ from cachetune_rag.reuse.config import ReuseConfig
 from cachetune_rag.text.prompts.prompt import Prompt
 from cachetune_store import ChunkKey, ChunkStore
 from cachetune_store.tier_kinds import TierKind, kind_of
-
-_NO_LIMIT = 1 << 62
+from cachetune_store.units import NO_LIMIT
 
 
 class TierTooSmallError(ConfigError):
@@ -107,7 +106,7 @@ class TierMeasure:
 def _in_memory(bench: Bench, prompts: Sequence[Prompt], kind: TierKind) -> ChunkStore:
     """A store of its own for the prompts' chunks, which has all of them on one tier."""
     budget = bench.store.tier(kind.name).budget if kind.copies else 0
-    memory = ChunkStore(None, host_budget=_NO_LIMIT, device_budget=budget, device=bench.adapter.device)
+    memory = ChunkStore(None, host_budget=NO_LIMIT, device_budget=budget, device=bench.adapter.device)
     try:
         for key in dict.fromkeys(bench.key(i) for p in prompts for i in p.chunk_ids if i):
             chunk = bench.store.whole(key)
