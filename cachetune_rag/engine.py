@@ -510,7 +510,7 @@ class CacheTune:
         Args:
             samples: dicts with query, chunks and perhaps prefix, as for `generate`, or prompts; chunks that aren't stored are
                 precomputed. None: prompts made of stored chunks.
-            tier: "device", "host", "disk", or "auto": each that chunks can come from.
+            tier: "device", "host", "disk", "remote", or "auto": each that chunks can come from.
             selector: whose ratio is sought: a registered name or "auto".
             r_min: the least ratio; None: the calibrated one, or 0.15 where nothing was calibrated.
             r_max: the largest ratio.

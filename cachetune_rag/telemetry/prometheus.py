@@ -37,6 +37,7 @@ _TIER_COUNTERS = {
     "demotions": "Chunks that came down from the tier above",
     "bytes_read": "Bytes read",
     "bytes_written": "Bytes written",
+    "failed": "Requests that a remote tier did not answer, or not in time, or with an error",
 }
 
 
