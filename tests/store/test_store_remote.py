@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -331,6 +332,21 @@ def test_what_can_not_be_meant_is_refused(tmp_path: Path, folder: Place, options
         ChunkStore(tmp_path / "kv", **options)
     with pytest.raises(StoreArgumentError, match="leave remote out"):
         ChunkStore(folder.url, remote=folder.url)
+
+
+@pytest.mark.parametrize(
+    ("url", "module", "package"),
+    [("s3://bucket/x", "bucket", "obstore"), ("valkey://user:secret@host/x", "valkey", "glide_sync")],
+)
+def test_what_has_to_be_installed_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, url: str, module: str, package: str
+) -> None:
+    monkeypatch.delitem(sys.modules, f"cachetune_store.remote.{module}", raising=False)
+    for name in (package, "glide_shared.exceptions" if package == "glide_sync" else package):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(StoreArgumentError, match=r"pip install 'cachetune-rag\[remote\]'") as error:
+        ChunkStore(tmp_path / "kv", remote=url)
+    assert "secret" not in str(error.value)
 
 
 def test_a_place_that_holds_something_else_is_refused(folder: Place, tmp_path: Path) -> None:

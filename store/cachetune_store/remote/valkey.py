@@ -135,7 +135,7 @@ class Valkey(Objects):
                     self._client = GlideClient.create(self._config)
             yield self._client
         except (GlideError, OSError) as error:
-            said = str(error) or type(error).__name__
+            said = " ".join(str(error).split()) or type(error).__name__
             if any(word in said for word in _REFUSALS):
                 raise RemoteRefusedError(f"{self.place} refuses this user ({said}); check user and password") from error
             if isinstance(error, RequestError) and "OOM" in said:
