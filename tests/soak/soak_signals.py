@@ -24,7 +24,7 @@ SAID = {signal.SIGINT: "Interrupted", signal.SIGTERM: "Terminated"}
 COMMANDS: dict[str, list[str]] = {
     "ask": ["ask", "Which ship?", "--max-new-tokens", "200"],
     "tune": ["tune"],
-    "calibrate": ["calibrate"],
+    "calibrate": ["calibrate", "questions.txt", "--ratios", "0.2,0.5", "--bound", "100", "--tokens", "4"],
     "prune": ["prune", "--stale", "--codec", "int8"],
     "remove": ["remove", *(f"d{i}.txt" for i in range(DOCUMENTS))],
     "precompute": ["precompute", "more"],
@@ -61,12 +61,13 @@ def run(folder: Path, *, rounds: int, commands: list[str] | None = None, seed: i
 def _prepare(folder: Path) -> None:
     llama(max_positions=4096).save_pretrained(folder / "model")
     tokenizer().save_pretrained(folder / "model")
+    (folder / "questions.txt").write_text("Which ship?\nWhich keeper?\n")
     for place, first in (("docs", 0), ("more", DOCUMENTS)):
         (folder / place).mkdir()
         for i in range(first, first + DOCUMENTS):
             text = "".join(f"Keeper {i} saw ship {j} pass by.\n\n" for j in range(30))
             (folder / place / f"d{i}.txt").write_text(text)
-    _run(folder, "precompute", place="docs")
+    _run(folder, "precompute", documents="docs")
     shutil.move(folder / "kv", folder / "filled")
 
 
@@ -76,10 +77,11 @@ def _begin(folder: Path) -> None:
 
 
 def _run(
-    folder: Path, name: str, number: signal.Signals | None = None, after: float = 0.0, *, place: str = "more"
+    folder: Path, name: str, number: signal.Signals | None = None, after: float = 0.0, *, documents: str = "more"
 ) -> tuple[int, str]:
     """Exit status and standard error of a command, which gets the signal after so many seconds."""
-    words = [str(folder / place) if word == "more" else word for word in COMMANDS[name]]
+    files = {"more": folder / documents, "questions.txt": folder / "questions.txt"}
+    words = [str(files.get(word, word)) for word in COMMANDS[name]]
     if name not in WITHOUT_MODEL:
         words += ["--model", str(folder / "model"), "--device", "cpu"]
     process = subprocess.Popen(
