@@ -87,7 +87,7 @@ def test_a_cache_is_gone_with_its_last_user(fused: bool) -> None:
 
 def test_layers_that_come_out_different_are_not_used(caplog: pytest.LogCaptureFixture) -> None:
     torch._dynamo.reset()
-    model = llama(layers=2)
+    model = llama(layers=1)
     adapter = ModelAdapter(model)
     fused = FusedLayers(adapter.decoder_layers)
 
@@ -102,7 +102,7 @@ def test_layers_that_come_out_different_are_not_used(caplog: pytest.LogCaptureFi
 
 def test_layers_that_cannot_be_compiled_run_as_they_are(caplog: pytest.LogCaptureFixture) -> None:
     torch._dynamo.reset()
-    model = llama(layers=2)
+    model = llama(layers=1)
     adapter = ModelAdapter(model)
     fused = FusedLayers(adapter.decoder_layers)
     wanted = forward(adapter, fused, 40)

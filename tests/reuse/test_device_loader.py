@@ -58,6 +58,9 @@ class Event:
     def record(self, stream: Any = None) -> None:
         self.recorded = True
 
+    def synchronize(self) -> None:
+        assert self.recorded, "a wait for something that was not queued"
+
 
 @pytest.fixture(autouse=True)
 def _immediate(monkeypatch: pytest.MonkeyPatch) -> None:

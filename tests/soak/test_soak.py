@@ -59,7 +59,7 @@ def test_processes_and_threads_on_a_store_far_too_small(tmp_path: Path) -> None:
 
 
 def test_forks_at_any_moment_are_refused_at_once_and_harm_nobody(tmp_path: Path, corpus: Corpus) -> None:
-    outcome = soak_forks.run(tmp_path, forks=9, corpus=corpus)
+    outcome = soak_forks.run(tmp_path, forks=6, corpus=corpus)
     assert outcome.problems == []
     assert outcome.figures["answers"] > 0
 

@@ -83,6 +83,11 @@ def test_no_option_and_no_environment_variable_turns_checks_off() -> None:
         "pin_memory",
         "read_memory",
         "direct_io",
+        # What comes from a shared place is read and checked as what comes from the disk.
+        "remote",
+        "remote_codec",
+        "remote_timeout",
+        "remote_options",
     }
     assert options == known, "a new option: is it safe?"
     for file in Path(cachetune_store.__file__).parent.rglob("*.py"):
