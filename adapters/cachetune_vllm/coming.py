@@ -11,11 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from cachetune_rag.answering.request import Request
-from cachetune_rag.errors import CacheTuneError
 from cachetune_rag.model.heads import Heads
 from cachetune_rag.reuse.begun import Begun
 from cachetune_rag.runtime import Runtime
-from cachetune_store import StoreError
 from cachetune_vllm.logs import logger
 from cachetune_vllm.messages import Load, Missed
 from cachetune_vllm.pages import PagedMemory, Pages
@@ -119,36 +117,43 @@ class Coming:
         engine, request = self._heads.together(begin)
         return Turn(job, engine, request, PagedMemory(engine.assembler.memory, self._pages, load, job.free))
 
-    def begin_next(self, tokens: int) -> None:
-        """Let the chunks of the next prompt be brought to the device while one of `tokens` tokens is computed. Called again and again.
+    def begin_next(self, at_hand: Turn) -> None:
+        """Let the chunks of the next prompt be brought to the device while the one at hand is computed. Called again and again.
 
-        Whatever fails here is found again, and dealt with, when it is that prompt's turn.
+        Whatever fails here is found again, and dealt with, when it is that prompt's turn: the one at hand must not fail for it.
         """
-        if self._begun is not None:
-            self._begun.go_on()
-            return
         if self._heads.shared or self._heads.in_turns:
             return
+        try:
+            if self._begun is not None:
+                self._begun.go_on()
+                return
+            job = self._first()
+            if job is None or job is self._tried or not self._fits(job.load, at_hand):
+                return
+            self._tried = job
+            turn = self.turn_of(job)
+            begun = turn.engine.executor.begin(turn.request, turn.memory)
+            self._begun = None if begun is None else replace(turn, begun=begun)
+        except Exception as error:
+            _log.debug("a request was not begun before its turn: %s", error)
+            self.close()
+
+    def _first(self) -> Job | None:
+        """The load that comes next, if it has come already."""
         if not self._taken:
             with suppress(queue.Empty):
                 self._taken.append(self._jobs.get_nowait())
         job = self._taken[0] if self._taken else None
-        if not isinstance(job, Job) or job is self._tried or not self._both_fit(tokens, job.load):
-            return
-        self._tried = job
-        try:
-            turn = self.turn_of(job)
-            begun = turn.engine.executor.begin(turn.request, turn.memory)
-        except (GivenUpError, CacheTuneError, StoreError) as error:
-            _log.debug("request %s was not begun before its turn: %s", job.load.request_id, error)
-        else:
-            self._begun = None if begun is None else replace(turn, begun=begun)
+        return job if isinstance(job, Job) else None
+
+    def _fits(self, load: Load, at_hand: Turn) -> bool:
+        """Whether a load may be begun beside the one at hand: both fit in memory, and no engine has to be made for it, which takes long."""
+        tokens = len(load.prompt.ids) + len(at_hand.request.prompt.ids)
+        return load.tenant == at_hand.job.load.tenant and (self._most_tokens is None or tokens <= self._most_tokens)
 
     def close(self) -> None:
-        """The thread ends: what was begun is not wanted any more."""
+        """What was begun is not wanted any more."""
         begun, self._begun = self._begun, None
         if begun is not None:
             begun.close()
-
-    def _both_fit(self, tokens: int, load: Load) -> bool:
-        return self._most_tokens is None or tokens + len(load.prompt.ids) <= self._most_tokens

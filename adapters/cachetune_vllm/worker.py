@@ -236,10 +236,13 @@ class ReuseWorker:
             if job.free is not None and stream is not None:
                 stream.wait_event(job.free)
             wanted = partial(self._check_wanted, job.load.request_id)
-            meanwhile = partial(self._coming.begin_next, len(request.prompt.ids))
-            state = engine.executor.reuse(request, turn.memory, wanted, turn.begun, meanwhile)
-            if stream is not None:
-                stream.synchronize()
+            meanwhile = partial(self._coming.begin_next, turn)
+            try:
+                state = engine.executor.reuse(request, turn.memory, wanted, turn.begun, meanwhile)
+            finally:
+                # Also where it failed: vLLM gives the pages back then, and what is queued must not write to them any more.
+                if stream is not None:
+                    stream.synchronize()
         return engine, request, state
 
     def _told(self, engine: Runtime, request: Request, state: PrefillState | NothingReused) -> dict[str, Any]:

@@ -5,15 +5,12 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-import torch
-
-from cachetune_rag.reuse.layer_loader import CANT_READ
 from cachetune_rag.reuse.memory import KVMemory
 from cachetune_rag.reuse.opening import Opened
 from cachetune_rag.reuse.plan import Plan, Prepared
 
 
-@dataclass
+@dataclass(frozen=True)
 class Begun:
     """A prompt that was begun before its turn. Whoever began it closes it, also when it was used.
 
@@ -34,12 +31,8 @@ class Begun:
 
     def go_on(self) -> None:
         """Have some more of its rows brought. Called again and again until its turn comes."""
-        if self.prepared is None:
-            return
-        try:
+        if self.prepared is not None:
             self.prepared.loader.bring()
-        except (*CANT_READ, torch.OutOfMemoryError):
-            self.prepared = None  # its turn shows what can be done about that
 
     def hand_over(self) -> ExitStack:
         """What closes it, for the caller to keep from now on."""

@@ -138,7 +138,6 @@ class DeviceLoader(LayerLoader):
 
     def bring(self) -> None:
         """See `LayerLoader.bring`. A further layer is queued when the last but one is in its place."""
-        super().bring()
         placed = self._streams.placed
         while self._next < self._adapter.num_layers and self._ready(self._next):
             if self._next >= STAGES and not placed[self._next - STAGES].query():

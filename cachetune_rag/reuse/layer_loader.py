@@ -164,10 +164,8 @@ class LayerLoader:
             self._read_on(0)
 
     def bring(self) -> None:
-        """Have rows brought that can be had without waiting, before it is this prompt's turn to compute. Called again and again meanwhile:
-        each time a little is queued, so that copies for others don't have to wait for many of these."""
-        if self._slow:
-            self._read_on(0)
+        """Have rows brought that are in memory, before it is this prompt's turn to compute. Called again and again meanwhile: each time a
+        little is queued, so that copies for others don't have to wait for many of these. (Nothing to do where rows aren't copied.)"""
 
     def take_turn(self) -> None:
         """The prompts before are done: the current stream computes from now on."""

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from transformers.cache_utils import Cache
 
@@ -73,6 +74,8 @@ class EngineMemory:
         beginning = self._prefixes.find(ids, exact, self._short(ids))
         if beginning is None:
             return buffers, 0
+        if buffers.device.type == "cuda":  # perhaps not the stream that it was made on
+            beginning.buffers.used_on(torch.cuda.current_stream(buffers.device))
         buffers.fill_first(beginning.count, beginning.buffers)
         return buffers, beginning.count
 

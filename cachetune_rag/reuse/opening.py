@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cachetune_rag.chunks.lead_ins import LeadIns
 from cachetune_rag.concurrency.deadline import DeadlinePool
@@ -85,6 +85,13 @@ class ChunkOpener:
             told = self._heads.tell((frozenset(reader.key for reader in found.readers), settings))
             found, settings = found.only(frozenset.intersection(*(keys for keys, _ in told))), told[0][1]
         return Opened(found, settings, readers, faults)
+
+    def open_in_memory(self, prompt: Prompt, config: ReuseConfig, stack: ExitStack) -> Opened | None:
+        """As `open`, without waiting for anything; None if a chunk isn't in memory."""
+        memory_alone = Faults()
+        memory_alone.disk_gone = True
+        opened = self.open(prompt, config, memory_alone, stack)
+        return None if memory_alone.timed_out else replace(opened, faults=Faults())
 
     def find(self, prompt: Prompt, readers: OpenReaders) -> FoundChunks:
         """Look a prompt's chunks up without a deadline; `readers` closes them."""

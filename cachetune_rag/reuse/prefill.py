@@ -162,7 +162,7 @@ class Assembler:
         Args:
             prompt, config, started, memory, chunks_open, room: see `prefill`.
             begun: what `begin` gave for this prompt, config and memory. The caller closes it in the end.
-            meanwhile: called again and again while the device computes and this thread waits for it: the time to begin the next prompt.
+            meanwhile: called again and again while a GPU computes and this thread waits for it: the time to begin the next prompt.
         """
         call = _Call(prompt, config, started, chunks_open, room, memory, True, begun, meanwhile)
         with self._same_weights(memory):
@@ -178,7 +178,8 @@ class Assembler:
             prompt, config, memory, room: see `prefill`.
 
         Returns:
-            For `reuse`. None where it can't be begun: where workers share the model, or if something fails that its turn will show.
+            For `reuse`. None where it is not begun: where workers share the model, or where a chunk isn't in memory. Reading from a disk may
+            take long, and the prompt that is being computed must not wait for that.
         """
         if self._adapter.heads.shared or self._adapter.heads.in_turns:
             return None
@@ -187,18 +188,17 @@ class Assembler:
             self._enter_device(stack)
             kept = stack.enter_context(ExitStack())
             clock = _Clock()
-            try:
-                opened = self._opener.open(call.prompt, call.config, Faults(), kept)
-                seconds = clock.lap()
-                plan = None
-                with self._loaders.beside():
-                    prepared = self._planner.prepare(prompt, opened.found, opened.config, memory, kept, room)
-                    if prepared is not None and not prepared.looks:
-                        plan, _ = self._planner.choose(prompt, prepared, opened.config.ratio)
-                        if plan is not None:
-                            prepared.loader.set_sources(plan.sources_to_read())
-            except (*CANT_READ, torch.OutOfMemoryError):
+            opened = self._opener.open_in_memory(call.prompt, call.config, kept)
+            if opened is None:
                 return None
+            seconds = clock.lap()
+            plan = None
+            with self._loaders.beside():
+                prepared = self._planner.prepare(prompt, opened.found, opened.config, memory, kept, room)
+                if prepared is not None and not prepared.looks:
+                    plan, _ = self._planner.choose(prompt, prepared, opened.config.ratio)
+                    if plan is not None:
+                        prepared.loader.set_sources(plan.sources_to_read())
             begun = Begun(opened, memory, prepared, plan, seconds, kept.pop_all())
             begun.go_on()
             return begun
@@ -285,7 +285,7 @@ class Assembler:
                 disk_free()
                 done = self._forward.whole(prompt, memory, any_stored=bool(found.chunks))
             else:
-                done = self._forward.planned(prompt, plan, memory, disk_free, call.meanwhile)
+                done = self._forward.planned(prompt, plan, memory, disk_free)
 
             def end() -> PrefillState:
                 self._wait(call.meanwhile)

@@ -46,14 +46,7 @@ class PromptForward:
     def __init__(self, adapter: ModelAdapter):
         self._adapter = adapter
 
-    def planned(
-        self,
-        prompt: Prompt,
-        plan: Plan,
-        memory: KVMemory,
-        disk_free: Callable[[], None],
-        meanwhile: Callable[[], None] | None = None,
-    ) -> Computed:
+    def planned(self, prompt: Prompt, plan: Plan, memory: KVMemory, disk_free: Callable[[], None]) -> Computed:
         """Compute the planned tokens, layer by layer, while the reused rows are loaded.
 
         Args:
@@ -61,7 +54,6 @@ class PromptForward:
             plan: which tokens are computed, and what brings the rows of the others.
             memory: told of each layer that is final.
             disk_free: called once no more rows will be read from disk.
-            meanwhile: called between layers where this thread computes them itself. (A GPU computes while the thread waits for it.)
         """
         buffers, loader, last = plan.buffers, plan.loader, self._adapter.num_layers - 1
         sources = plan.sources_to_read()
@@ -82,8 +74,6 @@ class PromptForward:
             if layer:  # the layer before has computed its attention
                 memory.layer_ready(buffers, layer - 1)
             loader.load(layer)
-            if meanwhile is not None and buffers.device.type == "cpu":
-                meanwhile()
 
         with heads.computing():
             loader.start()

@@ -1,0 +1,146 @@
+"""The prompt that waits next is begun while one is computed, which must not suffer for it. Without a model."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cachetune_rag.model.heads import ALL_HEADS
+from cachetune_rag.text.recognising.id_spans import IdSpan, prompt_of_ids
+from cachetune_vllm.coming import Coming, GivenUpError, Job, Turn
+from cachetune_vllm.messages import Load, Missed
+
+TOKENS = 64
+
+
+class Begun:
+    """Stands for a prompt that was begun."""
+
+    def __init__(self, error: Exception | None = None):
+        self.error, self.steps, self.closed = error, 0, False
+
+    def go_on(self) -> None:
+        self.steps += 1
+        if self.error is not None:
+            raise self.error
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Engine:
+    """Stands for an engine: `begins` says what each `begin` gives or raises."""
+
+    def __init__(self, *begins: Begun | Exception | None):
+        self.begins, self.asked = list(begins), 0
+        self.admission = SimpleNamespace(config=lambda selector, ratio: None)
+        self.assembler = SimpleNamespace(memory=None)
+        self.executor = self
+
+    def begin(self, request: Any, memory: Any) -> Begun | None:
+        self.asked += 1
+        given = self.begins.pop(0)
+        if isinstance(given, Exception):
+            raise given
+        return given
+
+
+def job(name: str, tenant: str = "") -> Job:
+    prompt = prompt_of_ids(range(TOKENS), [IdSpan(16, 48, name)])
+    return Job(Load(name, prompt, "frequency", 0.15, tenant, (1, 2, 3, 4), 0, TOKENS - 1, 0), None)
+
+
+def coming_of(engine: Engine, most: int | None = None, over: frozenset[str] = frozenset()) -> Coming:
+    def check(request_id: str) -> None:
+        if request_id in over:
+            raise GivenUpError(request_id)
+
+    pages: Any = SimpleNamespace(block_size=16)
+    made: Any = engine
+    return Coming(lambda tenant: made, pages, ALL_HEADS, check, most)
+
+
+def at_hand(coming: Coming, *behind: Job | Missed) -> Turn:
+    """The first prompt's turn, with others behind it."""
+    coming.put(job("first"))
+    for other in behind:
+        coming.put(other)
+    first = coming.next()
+    assert isinstance(first, Job)
+    return coming.turn_of(first)
+
+
+def test_the_next_prompt_is_begun_once_and_gets_what_was_begun() -> None:
+    begun, second = Begun(), job("second")
+    coming = coming_of(engine := Engine(begun))
+    turn = at_hand(coming, second)
+    for _ in range(3):
+        coming.begin_next(turn)
+    assert (engine.asked, begun.steps) == (1, 2)
+    assert coming.next() is second
+    theirs = coming.turn_of(second)
+    assert theirs.begun is begun
+    theirs.close()
+    assert begun.closed
+
+
+def test_one_that_comes_late_is_begun_as_well() -> None:
+    coming = coming_of(engine := Engine(Begun()))
+    turn = at_hand(coming)
+    coming.begin_next(turn)
+    coming.put(job("late"))
+    coming.begin_next(turn)
+    assert engine.asked == 1
+
+
+@pytest.mark.parametrize("given", [None, RuntimeError("CUDA error 2"), MemoryError()])
+def test_what_fails_for_the_next_prompt_is_left_to_its_turn(given: Exception | None) -> None:
+    second = job("second")
+    coming = coming_of(engine := Engine(given))
+    turn = at_hand(coming, second)
+    for _ in range(3):
+        coming.begin_next(turn)
+    assert engine.asked == 1
+    assert coming.next() is second
+    assert coming.turn_of(second).begun is None
+
+
+def test_what_fails_later_is_closed_and_begins_anew_at_its_turn() -> None:
+    begun, second = Begun(RuntimeError("no memory")), job("second")
+    coming = coming_of(Engine(begun))
+    turn = at_hand(coming, second)
+    for _ in range(3):
+        coming.begin_next(turn)
+    assert (begun.steps, begun.closed) == (1, True)
+    assert coming.next() is second
+    assert coming.turn_of(second).begun is None
+
+
+def test_not_begun_where_both_do_not_fit_or_an_engine_would_be_made_or_nobody_waits_for_it_any_more() -> None:
+    for coming, second in (
+        (coming_of(engine := Engine(), most=2 * TOKENS - 1), job("second")),
+        (coming_of(engine), job("second", tenant="other")),
+        (coming_of(engine, over=frozenset({"second"})), job("second")),
+    ):
+        coming.begin_next(at_hand(coming, second))
+        assert engine.asked == 0
+        assert coming.next() is second
+    fits = coming_of(engine := Engine(Begun()), most=2 * TOKENS)
+    fits.begin_next(at_hand(fits, job("second")))
+    assert engine.asked == 1
+
+
+def test_the_order_stays_and_closing_lets_go() -> None:
+    begun = Begun()
+    coming = coming_of(Engine(begun))
+    missed = Missed("third", prompt_of_ids(range(4), []), (), "")
+    second = job("second")
+    turn = at_hand(coming, missed, second)
+    coming.begin_next(turn)
+    assert coming.next() is missed
+    coming.begin_next(turn)
+    coming.close()
+    assert begun.closed
+    assert coming.next() is second
