@@ -255,6 +255,66 @@ def test_snapshots_replace_old_changes(place: Place, tmp_path: Path, monkeypatch
         assert tier_of(store, 7) == "remote"
 
 
+@pytest.mark.parametrize("emptied", [False, True])
+def test_what_a_machine_that_was_cut_off_changes_reaches_the_others(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, emptied: bool
+) -> None:
+    monkeypatch.setattr(catalogue, "SNAPSHOT_EVERY", 4)
+    monkeypatch.setattr(sync, "POLL_SECONDS", 3600.0)
+    first, behind = place.store(), place.store(tmp_path / "behind")
+    fill(first, "early", 50)
+    behind.sync()
+    if emptied:
+        for prefix in ("changes/", "snapshots/", "chunks/"):
+            place.objects.delete(objects_of(place, prefix))
+        place.objects.delete(["store.json"])
+        first = place.store()
+    for number in range(12):
+        fill(first, f"d{number}", number)
+    first.delete_document("d3")
+    fill(behind, "late", 60)
+    behind.sync()
+    expected = {*(f"d{number}" for number in range(12) if number != 3), "late"}
+    for store in (first, place.store(), behind):
+        store.sync()
+        # What the emptied place had, this machine still has.
+        assert {info.id for info in store.documents()} - {"early"} == expected
+        assert tier_of(store, 60) is not None
+        assert not store.contains(sample(3).key)
+
+
+def test_a_snapshot_brings_nothing_back_that_waits_to_be_removed(
+    folder: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalogue, "SNAPSHOT_EVERY", 4)
+    first, behind = folder.store(), folder.store(tmp_path / "behind")
+    fill(first, "secret", 50)
+    behind.sync()
+    behind.close()
+    with monkeypatch.context() as gone:  # it can't tell the others
+        gone.setattr(catalogue.Catalogue, "publish", lambda _: False)
+        gone.setattr(catalogue.Catalogue, "catch_up", lambda _, **__: 0)
+        behind = folder.store(tmp_path / "behind")
+        behind.delete_document("secret")
+        behind.close()
+    for number in range(12):
+        fill(first, f"d{number}", number)
+    with monkeypatch.context() as silent:
+        silent.setattr(catalogue.Catalogue, "publish", lambda _: False)
+        behind = folder.store(tmp_path / "behind")
+        behind.sync()
+        assert len(behind.documents()) == 12, "the snapshot was read"
+        assert not behind.contains(sample(50).key)
+        assert "text 50" not in {text for _, text, _ in behind.texts()}
+    behind.sync()
+    first.sync()
+    for store in (behind, first, folder.store()):
+        assert len(store.documents()) == 12
+        assert not store.contains(sample(50).key)
+        assert "text 50" not in {text for _, text, _ in store.texts()}
+    assert not [name for name in objects_of(folder, "chunks/") if sample(50).key.digest in name]
+
+
 def test_notes_are_agreed_on(place: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first, second = place.store(tmp_path / "first"), place.store()
     name = "ab" * 32

@@ -22,6 +22,7 @@ from ..index import Index
 from ..keys import FORMAT_VERSION, ChunkKey
 from .book import Book
 from .changes import (
+    MOST_BYTES,
     Change,
     DamagedChangeError,
     Op,
@@ -178,10 +179,11 @@ class Catalogue:
         """Read what the others have changed. Returns how many changes there were.
 
         Args:
-            look_far: look for a snapshot first. It is newer than changes that were deleted.
+            look_far: look first whether it is still the same place, and for a snapshot. It is newer than changes that were deleted.
         """
         read = 0
         with self._round:
+            self._joined = self._joined and not look_far
             self.join()
             look_far = look_far or not self._book.state()["position"]
             while True:
@@ -206,7 +208,7 @@ class Catalogue:
             self.join()
             full = self._upload_waiting()
             for _ in range(_TRIES):
-                self.catch_up()
+                self.catch_up(look_far=self.waiting > 0 and self._is_cut_off())
                 with self._index.transaction():
                     position = self._book.state()["position"]
                     named = [(name, op) for name, op in self._book.outbox() if not _needs_upload(op)][:_OPS_A_CHANGE]
@@ -237,6 +239,15 @@ class Catalogue:
             ]
             self._objects.delete(strays)
             return len(strays)
+
+    def _is_cut_off(self) -> bool:
+        """Whether the last change that was read is gone: others have deleted it with those behind it, or the place was emptied.
+
+        A change that is added then would stand before the others' next one, where nobody reads it any more. The last change is always there
+        for a machine that is up to date, because snapshots leave the newest ones.
+        """
+        position = self._book.state()["position"]
+        return position > 0 and self._objects.get(change_name(position), MOST_BYTES) is None
 
     def _read(self, number: int) -> Change | None:
         try:

@@ -31,10 +31,13 @@ class Taking:
         self._book, self._documents, self._forget = book, documents, forget
         self.unwanted: list[str] = []
         self._own_chunks: dict[str, list[str]] = {}
+        self._own_freed: set[str] = set()
         self._own_documents: dict[tuple[str, str], list[tuple[str, Op]]] = {}
         for name, op in book.outbox():
             if op["op"] == "chunk":
                 self._own_chunks.setdefault(op["key"], []).append(name)
+            elif op["op"] == "free":
+                self._own_freed.add(op["object"])
             elif "id" in op:
                 self._own_documents.setdefault((op["tenant"], op["id"]), []).append((name, op))
 
@@ -78,6 +81,8 @@ class Taking:
             self._document({"op": "put", "tenant": tenant, "id": name, "chunks": chunks})
 
     def _chunk(self, op: Op) -> None:
+        if op["object"] in self._own_freed:
+            return  # a snapshot says what held before this store removed it
         key = ChunkKey(op["key"])
         record = self._book.find(key)
         if record is not None:
