@@ -2,8 +2,8 @@
 
 Names used by the store: "chunk/<digest>" (size, last use, tokens), "text/<digest>", "ref/<digest>" (how many documents
 hold a chunk), "doc/<tenant>/<id>" (both hashed), "total" (bytes and chunks on disk, and how often one was stored),
-"texts" (how often a text came or went), with a remote tier "remote/<digest>", "catalogue", "catalogue-outbox" and "outbox/<number>" (see
-remote/catalogue.py), and "usage/<tier>" (counters and read times of all processes).
+"texts" (how often a text came or went), with a remote tier "remote/<digest>", "catalogue", "catalogue-outbox", "outbox/<number>" and
+"waiting/<digest>" (see remote/catalogue.py), and "usage/<tier>" (counters and read times of all processes).
 """
 
 from __future__ import annotations

@@ -41,7 +41,12 @@ _FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
     # Counts may be wrong, even below 0, until they are counted anew.
     "total": dict.fromkeys(("bytes", "chunks", "stored"), _is_number),
 }
-_WHOLE: dict[str, Callable[[Any], bool]] = {"ref": _is_count, "texts": _is_count, "meta": _is_text}
+_WHOLE: dict[str, Callable[[Any], bool]] = {
+    "ref": _is_count,
+    "texts": _is_count,
+    "meta": _is_text,
+    "waiting": _are_texts,
+}
 
 
 def checked(name: str, record: Any) -> Any:

@@ -13,6 +13,7 @@ from shared_places import Place
 from store_samples import sample
 
 from cachetune_store import ChunkStore, StoreArgumentError, StoreReadOnlyError, StoreVersionError, changes_so_far
+from cachetune_store.diskindex import DiskIndex
 from cachetune_store.remote import catalogue, sync
 from cachetune_store.remote.changes import change_name
 
@@ -430,6 +431,28 @@ def test_a_read_only_directory_takes_no_remote_tier(
     monkeypatch.setattr(ChunkStore, "read_only", True)
     with pytest.raises(StoreReadOnlyError, match="give the URL as the store's path"):
         folder.store(tmp_path / "kv")
+
+
+def test_what_waits_is_not_read_for_each_chunk_that_changes(
+    folder: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalogue.Catalogue, "publish", lambda _: False)  # as if the place didn't answer
+    store = folder.store(tmp_path / "kv")
+    for _ in range(3):
+        fill(store, "d", *range(20))
+    waiting = [op for _, op in store.tier("remote").catalogue._book.outbox() if op["op"] == "chunk"]  # noqa: SLF001
+    assert len(waiting) == 20, "a chunk that waits already is not offered again"
+    read: list[str] = []
+    real = DiskIndex.get
+    monkeypatch.setattr(DiskIndex, "get", lambda index, name: read.append(name) or real(index, name))
+    store.delete_document("d")
+    of_outbox = [name for name in read if name.startswith("outbox/")]
+    assert len(of_outbox) <= 3 * 20, "what waits is not read anew for each chunk"
+    monkeypatch.undo()
+    store.sync()
+    assert folder.store().documents() == []
+    assert objects_of(folder, "chunks/") == []
+    assert store.tier("remote").catalogue.waiting == 0
 
 
 def test_users_of_one_folder_tell_each_change_once(folder: Place, tmp_path: Path) -> None:

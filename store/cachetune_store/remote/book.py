@@ -96,11 +96,25 @@ class Book:
         """The others are to be told of an op, after those that wait already."""
         number = int(self._index.get("catalogue-outbox") or 0) + 1
         self._index.set("catalogue-outbox", number)
-        self._index.set(f"outbox/{number:020d}", op)
+        name = f"outbox/{number:020d}"
+        self._index.set(name, op)
+        if op["op"] == "chunk":
+            self._index.set(f"waiting/{op['key']}", [*self.waiting(ChunkKey(op["key"])), name])
 
     def told(self, name: str) -> None:
         """What waits under this name needs not be told any more."""
+        op = self._index.get(name)
         self._index.delete(name)
+        if op is not None and op["op"] == "chunk":
+            left = [each for each in self.waiting(ChunkKey(op["key"])) if each != name]
+            if left:
+                self._index.set(f"waiting/{op['key']}", left)
+            else:
+                self._index.delete(f"waiting/{op['key']}")
+
+    def waiting(self, key: ChunkKey) -> list[str]:
+        """Names of the ops in the outbox that say that a chunk was written or is to be, without a look at all that waits."""
+        return list(self._index.get(f"waiting/{key}") or ())
 
     def _count(self, chunks: int, size: int) -> None:
         if self._batch is not None:

@@ -1,8 +1,8 @@
 """What a remote place holds, in this store's own index, and what this store has to tell the others.
 
 The index has a record "remote/<digest>" of each chunk that is there, the record "catalogue" (the place's id and the last change of its log
-that was read), and "outbox/<number>" records of what this store changed and the others don't know yet. An op waits in the outbox until it
-is in the log, over restarts too if the index lasts. Processes that share an index share all of these.
+that was read), "outbox/<number>" records of what this store changed and the others don't know yet, and "waiting/<digest>" of each chunk
+among these. An op waits in the outbox until it is in the log, over restarts too if the index lasts. Processes that share an index share all of these.
 """
 
 from __future__ import annotations
@@ -99,6 +99,10 @@ class Catalogue:
         """Ops that the others don't know yet."""
         return self._index.count("outbox/")
 
+    def is_waiting(self, key: ChunkKey) -> bool:
+        """Whether the others are to be told already that a chunk is in the place, or will be."""
+        return bool(self._book.waiting(key))
+
     # -- what this store changes ----------------------------------------------------------------------------------
 
     def add(self, op: Op) -> None:
@@ -116,10 +120,9 @@ class Catalogue:
         """A chunk is to leave the place. Returns its bytes."""
         with self._index.transaction():
             again: Op | None = None
-            for name, op in self._book.outbox():
-                if op["op"] == "chunk" and op["key"] == key.digest:
-                    again = op
-                    self._book.told(name)
+            for name in self._book.waiting(key):
+                again = self._index.get(name)
+                self._book.told(name)
             record = self._book.find(key)
             if record is None:
                 return 0

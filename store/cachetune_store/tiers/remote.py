@@ -124,7 +124,7 @@ class RemoteTier(LastingTier):
 
     def offer(self, key: ChunkKey) -> None:
         """See LastingTier."""
-        if not self.contains(key):
+        if not self.contains(key) and not self.catalogue.is_waiting(key):
             self.catalogue.add({"op": "chunk", "key": key.digest})
 
     def remove(self, key: ChunkKey) -> int:
