@@ -13,6 +13,7 @@ from .chunk import ChunkHead
 from .errors import UnknownFormatError
 from .keys import ChunkKey
 from .placement import Placement
+from .remote.objects import RemoteError
 from .stats import ChunkGroup, PruneReport, TenantStats
 from .tiers import DiskTier
 
@@ -50,6 +51,9 @@ def prune(placement: Placement, keep: Keep, *, foreign_too: bool, dry_run: bool)
     """Remove the chunks that `keep` is false for, and, if asked to, files of other format versions.
 
     Damaged files are left to verify().
+
+    Raises:
+        RemoteError: a shared place can't be read, so nothing says whether its chunks stay. Nothing is removed then.
     """
     chunks = size = foreign = 0
     for key, head in list(_doomed(placement, keep, foreign_too)):
@@ -67,6 +71,8 @@ def _doomed(placement: Placement, keep: Keep, foreign_too: bool) -> Iterator[tup
         if isinstance(head, ChunkHead):
             if not keep(head):
                 yield key, head
+        elif isinstance(head, RemoteError):
+            raise head
         elif foreign_too and isinstance(head, UnknownFormatError):
             yield key, None
 

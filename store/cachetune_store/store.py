@@ -674,6 +674,9 @@ class ChunkStore:
             keep: called with the head of each chunk.
             foreign_too: whether to remove files of other format versions as well.
             dry_run: whether to only count what would be removed.
+
+        Raises:
+            StorePathError: the remote tier can't be read now. No chunk is removed then; do it again when it answers.
         """
         self._check_open()
         if not callable(keep):
@@ -687,7 +690,11 @@ class ChunkStore:
         return report
 
     def delete_tenant(self, tenant: str) -> int:
-        """Delete a tenant's documents, notes and all its chunks. Returns the bytes that were freed."""
+        """Delete a tenant's documents, notes and all its chunks. Returns the bytes that were freed.
+
+        Raises:
+            StorePathError: the remote tier can't be used now, so something of the tenant may be left; do it again when it answers.
+        """
         self.check_writable()
         check_text(tenant, "tenant")
         self._removals.note(tenant, None)

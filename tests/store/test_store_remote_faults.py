@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from store_samples import sample
 from cachetune_store import ChunkReader, ChunkStore, DamagedChunkError, StoreError, StorePathError
 from cachetune_store.remote import breaker, sync
 from cachetune_store.remote.changes import change_name
+from cachetune_store.remote.objects import Buffer, Objects, RemoteError
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +91,34 @@ def test_a_place_that_fails_while_rows_are_read(network: Place, fault: str) -> N
     network.proxy.fault = ""
     network.proxy.cut()
     eventually(lambda: is_right(store, 1))
+
+
+def test_chunks_that_can_not_be_read_are_not_passed_over_when_a_tenant_is_deleted(
+    folder: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = folder.store()
+    for seed in (1, 2, 3):
+        sample(seed, tenant="t").put(store)  # in no document
+    kind = type(folder.objects)
+    real, asked = kind.read, []
+
+    def read(objects: Objects, name: str, *ranges: Sequence[int]) -> list[Buffer]:
+        asked.append(name)
+        if len(asked) == 2:
+            raise RemoteError("the second request fails")
+        return real(objects, name, *ranges)
+
+    with monkeypatch.context() as failing:
+        failing.setattr(kind, "read", read)
+        with pytest.raises(StorePathError, match="the second request fails"):
+            store.prune(lambda head: head.namespace.tenant != "t")
+        asked.clear()
+        eventually(lambda: store.tier("remote").breaker.closed)
+        with pytest.raises(StorePathError, match="the second request fails"):
+            store.delete_tenant("t")
+    eventually(lambda: store.tier("remote").breaker.closed)
+    store.delete_tenant("t")
+    assert list(folder.objects.names("chunks/")) == []
 
 
 def test_while_a_place_is_left_alone_nothing_is_asked_of_it(network: Place, monkeypatch: pytest.MonkeyPatch) -> None:
