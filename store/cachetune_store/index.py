@@ -2,7 +2,7 @@
 
 Names used by the store: "chunk/<digest>" (size, last use, tokens), "text/<digest>", "ref/<digest>" (how many documents
 hold a chunk), "doc/<tenant>/<id>" (both hashed), "total" (bytes and chunks on disk, and how often one was stored),
-"texts" (how often a text came or went), with a remote tier "remote/<digest>", "catalogue", "catalogue-outbox", "outbox/<number>" and
+"texts" (how often a text came or went), with a remote tier "remote/<digest>", "catalogue", "catalogue-outbox", "outbox/<number>-<id>" and
 "waiting/<digest>" (see remote/catalogue.py), and "usage/<tier>" (counters and read times of all processes).
 """
 

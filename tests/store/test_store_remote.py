@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import threading
 import time
@@ -484,6 +485,36 @@ def test_users_of_one_folder_tell_each_change_once(folder: Place, tmp_path: Path
         assert store.stats().remote.chunks == 3 * 5 + 1 + 18
     assert len(objects_of(folder, "chunks/")) == 3 * 5 + 1 + 18
     assert sum(store.tier("remote").catalogue.waiting for store in stores) == 0
+
+
+@pytest.mark.parametrize("waiting", [False, True])
+def test_a_copy_of_a_folder_is_another_machine(
+    folder: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waiting: bool
+) -> None:
+    # As images of machines are made.
+    with monkeypatch.context() as silent:
+        if waiting:
+            silent.setattr(catalogue.Catalogue, "publish", lambda _: False)
+        first = folder.store(tmp_path / "first")
+        fill(first, "both", 1)
+        first.close()
+        shutil.copytree(tmp_path / "first", tmp_path / "second")
+    monkeypatch.setattr(sync, "POLL_SECONDS", 3600.0)
+    stores = [folder.store(tmp_path / name) for name in ("first", "second")]
+    for number, store in enumerate(stores):
+        fill(store, f"d{number}", 10 + number)
+    for store in (*stores, *stores):
+        store.sync()
+    for store in (*stores, folder.store()):
+        assert {info.id for info in store.documents()} == {"both", "d0", "d1"}
+        assert {text for _, text, _ in store.texts()} == {"text 1", "text 10", "text 11"}
+        assert store.stats().remote.chunks == 3
+        assert store.tier("remote").catalogue.waiting == 0
+    stores[0].delete_document("d1")
+    stores[0].sync()
+    stores[1].sync()
+    assert {info.id for info in stores[1].documents()} == {"both", "d0"}
+    assert len(objects_of(folder, "chunks/")) == 2
 
 
 def test_a_document_of_its_own_stays_where_a_store_joins(folder: Place, tmp_path: Path) -> None:

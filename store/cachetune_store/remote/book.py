@@ -96,7 +96,8 @@ class Book:
         """The others are to be told of an op, after those that wait already."""
         number = int(self._index.get("catalogue-outbox") or 0) + 1
         self._index.set("catalogue-outbox", number)
-        name = f"outbox/{number:020d}"
+        # A copy of this folder counts on from the same number. Its changes are not this store's.
+        name = f"outbox/{number:020d}-{uuid.uuid4().hex}"
         self._index.set(name, op)
         if op["op"] == "chunk":
             self._index.set(f"waiting/{op['key']}", [*self.waiting(ChunkKey(op["key"])), name])

@@ -1,7 +1,7 @@
 """What a remote place holds, in this store's own index, and what this store has to tell the others.
 
 The index has a record "remote/<digest>" of each chunk that is there, the record "catalogue" (the place's id and the last change of its log
-that was read), "outbox/<number>" records of what this store changed and the others don't know yet, and "waiting/<digest>" of each chunk
+that was read), "outbox/<number>-<id>" records of what this store changed and the others don't know yet, and "waiting/<digest>" of each chunk
 among these. An op waits in the outbox until it is in the log, over restarts too if the index lasts. Processes that share an index share all of these.
 """
 
@@ -35,7 +35,7 @@ from .changes import (
     written_at,
 )
 from .objects import Objects, RemoteError
-from .taking import Taking
+from .taking import Taking, as_told
 
 __all__ = ["Catalogue"]
 
@@ -220,7 +220,7 @@ class Catalogue:
                     if full is not None:
                         raise full
                     return self.waiting == 0
-                change = Change(self._book.writer(), [name for name, _ in named], [_told(op) for _, op in named])
+                change = Change(self._book.writer(), [name for name, _ in named], [as_told(op) for _, op in named])
                 if self._objects.put(change_name(position + 1), [encode(change)], create=True):
                     self._apply(position, change)
                     if (position + 1) % SNAPSHOT_EVERY == 0:
@@ -280,11 +280,9 @@ class Catalogue:
         with self._taking(position, position + 1) as taking:
             if taking is None:
                 return
-            if change.writer == self._book.writer():
-                for name, op in zip(change.names, change.ops, strict=False):
-                    taking.own(name, op)
-            else:
-                for op in change.ops:
+            names = change.names if change.writer == self._book.writer() else []
+            for number, op in enumerate(change.ops):
+                if number >= len(names) or not taking.own(names[number], op):
                     taking.foreign(op)
 
     @contextlib.contextmanager
@@ -345,8 +343,3 @@ class Catalogue:
 
 def _needs_upload(op: Op) -> bool:
     return op["op"] == "chunk" and "object" not in op
-
-
-def _told(op: Op) -> Op:
-    """An op as the others need it."""
-    return {name: value for name, value in op.items() if name not in ("record", "again")}

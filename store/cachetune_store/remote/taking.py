@@ -10,7 +10,12 @@ from ..keys import ChunkKey
 from .book import Book
 from .changes import Op, State
 
-__all__ = ["Taking"]
+__all__ = ["Taking", "as_told"]
+
+
+def as_told(op: Op) -> Op:
+    """An op of the outbox as the others need it."""
+    return {name: value for name, value in op.items() if name not in ("record", "again")}
 
 
 class Taking:
@@ -33,7 +38,8 @@ class Taking:
         self._own_chunks: dict[str, list[str]] = {}
         self._own_freed: set[str] = set()
         self._own_documents: dict[tuple[str, str], list[tuple[str, Op]]] = {}
-        for name, op in book.outbox():
+        self._waiting = dict(book.outbox())
+        for name, op in self._waiting.items():
             if op["op"] == "chunk":
                 self._own_chunks.setdefault(op["key"], []).append(name)
             elif op["op"] == "free":
@@ -41,13 +47,19 @@ class Taking:
             elif "id" in op:
                 self._own_documents.setdefault((op["tenant"], op["id"]), []).append((name, op))
 
-    def own(self, name: str, op: Op) -> None:
-        """An op of this store is in the log now."""
+    def own(self, name: str, op: Op) -> bool:
+        """An op that a store of this name knows by `name` is in the log now. Returns whether it is one that waits here.
+
+        It isn't if it comes from a copy of this store's folder, which has the same name and what waited when it was made.
+        """
+        if (waiting := self._waiting.get(name)) is None or as_told(waiting) != op:
+            return False
         self._book.told(name)
         if op["op"] == "free":
             self.unwanted.append(op["object"])
         elif op["op"] in ("put", "add"):
             self._documents.mark_shared(op["tenant"], op["id"])
+        return True
 
     def foreign(self, op: Op) -> None:
         """An op of another store."""
