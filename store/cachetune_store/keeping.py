@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -14,6 +15,8 @@ __all__ = ["Keeper"]
 
 _MOST_WAITING = 256 << 20
 """Bytes of chunks that wait at most. Those beyond are not kept; the slower tier has them."""
+
+_log = logging.getLogger(__name__)
 
 
 class Keeper:
@@ -64,9 +67,13 @@ class Keeper:
                 if self._closed:
                     return
                 chunk = self._waiting.popleft()
-            # A copy that can't be written is no loss: the slower tier has the chunk.
-            with contextlib.suppress(StoreError, OSError):
-                self._write(chunk)
-            with self._changed:
-                self._bytes -= chunk.host_bytes
-                self._changed.notify_all()
+            try:
+                # A copy that can't be written is no loss: the slower tier has the chunk.
+                with contextlib.suppress(StoreError, OSError):
+                    self._write(chunk)
+            except Exception:  # the thread must go on: others wait for what is behind this chunk
+                _log.exception("chunk %s could not be kept in a faster tier; the slower one has it", chunk.key)
+            finally:
+                with self._changed:
+                    self._bytes -= chunk.host_bytes
+                    self._changed.notify_all()

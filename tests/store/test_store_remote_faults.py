@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,9 +14,11 @@ from shared_places import Place, valkey_place
 from store_samples import sample
 
 from cachetune_store import ChunkReader, ChunkStore, DamagedChunkError, StoreError, StorePathError
+from cachetune_store.chunk import Chunk
 from cachetune_store.remote import breaker, sync
 from cachetune_store.remote.changes import change_name
 from cachetune_store.remote.objects import Buffer, Objects, RemoteError
+from cachetune_store.tiers import DiskTier
 
 
 @pytest.fixture(autouse=True)
@@ -285,6 +288,29 @@ def test_a_full_place_stops_no_removal_and_no_answer(tmp_path: Path) -> None:
         with store.open(sample(59, tokens=400).key) as reader:
             assert sample(59, tokens=400).matches(reader)
         place.close()
+
+
+def test_a_chunk_that_can_not_be_kept_stops_no_other_one(
+    folder: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    filled(folder, 1, 2)
+    store = folder.store(tmp_path / "kv", direct_io=False)
+    real = DiskTier.admit
+
+    def admit(tier: DiskTier, chunk: Chunk) -> list[Chunk]:
+        if chunk.key == sample(1).key:
+            raise RuntimeError("can't start new thread")
+        return real(tier, chunk)
+
+    monkeypatch.setattr(DiskTier, "admit", admit)
+    assert is_right(store, 1)
+    assert is_right(store, 2)
+    waiting = threading.Thread(target=store.verify, daemon=True)
+    waiting.start()
+    waiting.join(20)
+    assert not waiting.is_alive()
+    assert store.tier("disk").contains(sample(2).key)
+    assert "can't start new thread" in caplog.text
 
 
 def test_wrong_credentials_are_an_error_that_says_so(s3_port: int, tmp_path: Path) -> None:
