@@ -15,7 +15,7 @@ from store_samples import sample
 
 from cachetune_store import ChunkReader, ChunkStore, DamagedChunkError, StoreError, StorePathError
 from cachetune_store.chunk import Chunk
-from cachetune_store.remote import breaker, sync
+from cachetune_store.remote import breaker, catalogue, sync
 from cachetune_store.remote.changes import change_name
 from cachetune_store.remote.objects import Buffer, Objects, RemoteError
 from cachetune_store.tiers import DiskTier
@@ -271,6 +271,35 @@ def test_a_change_that_can_not_be_read_is_passed_over(
     eventually(lambda: "passed over" in caplog.text)
     other.sync()
     assert [info.id for info in other.documents()] == ["d"]
+
+
+@pytest.mark.parametrize("content", [b"", b"no gzip"])
+def test_a_damaged_snapshot_keeps_no_store_from_opening(
+    folder: Place, tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(catalogue, "SNAPSHOT_EVERY", 4)
+    store = folder.store()
+    for seed in range(12):
+        sample(seed).put(store, text=f"text {seed}")
+        store.set_document(f"d{seed}", [sample(seed).key])
+    store.close()
+    snapshots = sorted(folder.objects.names("snapshots/"))
+    whole = folder.objects.get(snapshots[-2], 1 << 20)
+    folder.objects.put(snapshots[-1], [content])
+    assert len(folder.store().documents()) == 12, "an older one and the changes after it say the same"
+
+    folder.objects.put(snapshots[-2], [content])
+    later = folder.store(tmp_path / "kv")
+    assert "and the changes that it adds up are deleted" in caplog.text
+    sample(30).put(later, text="text 30")
+    later.set_document("late", [sample(30).key])
+    assert is_right(later, 30)
+    with pytest.raises(StorePathError, match="restore the object"):
+        later.sync()  # it would add to a log of which it doesn't know the end
+
+    folder.objects.put(snapshots[-2], [whole])
+    later.sync()
+    assert len(later.documents()) == len(folder.store().documents()) == 13
 
 
 def test_a_full_place_stops_no_removal_and_no_answer(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import re
 import time
 import uuid
@@ -20,7 +21,7 @@ from typing import Any
 
 from ..errors import StoreError
 from ..keys import ChunkKey
-from .objects import Objects
+from .objects import Objects, RemoteError
 
 __all__ = [
     "Change",
@@ -44,6 +45,8 @@ _MOST_UNPACKED = 512 << 20
 _OPS_A_PART = 20_000
 """Ops of one object of a snapshot."""
 _SNAPSHOT = re.compile(r"snapshots/(\d{12})-(\d{5})-(\d{5})")
+
+_log = logging.getLogger(__name__)
 
 Op = dict[str, Any]
 """One change: {"op": KIND, ...}. Kinds and their other fields: "chunk" (key, object, size, head, tokens, text, namespace): a chunk was
@@ -191,21 +194,37 @@ class State:
 
 
 def latest_snapshot(objects: Objects, above: int = 0) -> State | None:
-    """The newest snapshot of which all parts are there, if it has more than the first `above` changes.
+    """The newest snapshot of which all parts are there and can be read, if it has more than the first `above` changes.
+
+    Where a newer one is damaged, an older one will do, or none: the changes that come after it are still there.
 
     Raises:
-        DamagedChangeError: it can't be read.
+        RemoteError: they are not.
     """
+    found: State | None = None
+    damage: DamagedChangeError | None = None
     for number, parts in sorted(_snapshots(objects).items(), reverse=True):
         if number <= above:
-            return None
-        state = State(number)
+            break
         raws = [objects.get(name, MOST_BYTES) for name in parts]
-        if all(raw is not None for raw in raws):
+        if any(raw is None for raw in raws):
+            continue
+        state = State(number)
+        try:
             for name, raw in zip(parts, raws, strict=True):
                 state.add(decode(raw or b"", name).ops)
-            return state
-    return None
+        except DamagedChangeError as error:
+            _log.error("%s: an older snapshot is looked for", error)
+            damage = damage or error
+            continue
+        found = state
+        break
+    if damage is not None and objects.get(change_name((found.number if found else above) + 1), MOST_BYTES) is None:
+        raise RemoteError(
+            f"{objects.place}: {damage}, and the changes that it adds up are deleted; restore the object, or delete all that is below this "
+            "prefix and precompute again"
+        ) from damage
+    return found
 
 
 def _snapshots(objects: Objects) -> dict[int, list[str]]:
