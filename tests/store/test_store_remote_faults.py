@@ -224,17 +224,38 @@ def test_a_damaged_object_is_set_aside_and_stored_again(folder: Place, where: in
 
 
 @pytest.mark.parametrize("kept", [0, 100, 9000, 70_000])
-def test_an_object_that_is_too_short_is_set_aside(folder: Place, kept: int) -> None:
-    filled(folder, 1)
-    name = next(iter(folder.objects.names("chunks/")))
-    folder.objects.put(name, [folder.objects.get(name, 1 << 30)[:kept]])
-    store = folder.store(host_budget=0)
+def test_an_object_that_is_too_short_is_set_aside(place: Place, kept: int) -> None:
+    filled(place, 1)
+    name = next(iter(place.objects.names("chunks/")))
+    place.objects.put(name, [place.objects.get(name, 1 << 30)[:kept]])
+    store = place.store(host_budget=0)
     reader = store.open(sample(1).key)
     if reader is not None:
         with reader, pytest.raises(DamagedChunkError):
             read_all(reader)
         store.discard(sample(1).key)
-    assert store.open(sample(1).key) is None
+    assert not store.contains(sample(1).key)
+    remote = store.stats().remote
+    assert (remote.damaged, remote.failed) == (1, 0), "the place itself works"
+
+
+def test_a_read_that_fails_is_not_followed_by_another_wait(folder: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(breaker, "_FIRST", 60.0)
+    filled(folder, 1)
+    store = folder.store(host_budget=0)
+    asked: list[str] = []
+
+    def read(_: Objects, name: str, *__: Sequence[int]) -> list[Buffer]:
+        asked.append(name)
+        raise RemoteError("it doesn't answer in time")
+
+    with store.open(sample(1).key) as reader:
+        monkeypatch.setattr(type(folder.objects), "read", read)
+        with pytest.raises(DamagedChunkError, match="can't be read"):
+            reader.read(0, 150)
+    assert not store.discard(sample(1).key)
+    assert len(asked) == 1
+    assert store.contains(sample(1).key)
 
 
 def test_an_object_of_another_chunk_is_set_aside(folder: Place) -> None:

@@ -47,7 +47,7 @@ class Objects(ABC):
 
     @abstractmethod
     def read(self, name: str, starts: Sequence[int], lengths: Sequence[int]) -> list[Buffer]:
-        """Ranges of an object. A range that goes beyond the object's end is shorter, or raises RemoteError.
+        """Ranges of an object. A range that goes beyond the object's end is shorter, or empty.
 
         Raises:
             MissingObjectError: there is no such object.

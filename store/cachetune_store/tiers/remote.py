@@ -196,6 +196,8 @@ class RemoteTier(LastingTier):
 
     def _is_damaged(self, key: ChunkKey, record: dict[str, Any]) -> bool:
         """Whether the object of `key` is damaged. One that can't be read now is not known to be."""
+        if not self.breaker.closed:
+            return False  # the place has just failed: asked again, it would only cost the caller another wait
         file = RemoteFile(self._objects, record["object"], record["size"], record["head"])
         failures: list[Exception] = []
         try:
