@@ -117,9 +117,7 @@ class Documents:
         if self._directory is not None and self._temp is not None:
             path = self._path(tenant, doc_id)
             if shared:
-                if path.exists():
-                    path.unlink(missing_ok=True)
-                    sync_directory(path.parent)
+                self._drop_file(tenant, doc_id)
                 return
             make_directory(path.parent)
             write_small(self._temp, path, content)
@@ -192,10 +190,14 @@ class Documents:
         return [(record["tenant"], record["id"]) for _, record in self._index.items("doc/") if record.get("shared")]
 
     def mark_shared(self, tenant: str, doc_id: str) -> None:
-        """A shared place knows of a document, too."""
+        """A shared place knows of a document, too. It can always say it again, so the document has no file from now on.
+
+        If the index were lost, a file would bring back what was removed elsewhere meanwhile.
+        """
         record = self._index.get(_record_name(tenant, doc_id))
         if record is not None and not record.get("shared"):
             self._index.set(_record_name(tenant, doc_id), record | {"shared": True})
+            self._drop_file(tenant, doc_id)
 
     def count(self) -> int:
         """Documents of all tenants."""
@@ -280,6 +282,12 @@ class Documents:
                 self._index.delete(f"ref/{digest}")
                 free.append(ChunkKey(digest))
         return free
+
+    def _drop_file(self, tenant: str, doc_id: str) -> None:
+        """Delete a document's file, if there is one."""
+        if self._directory is not None and (path := self._path(tenant, doc_id)).exists():
+            path.unlink(missing_ok=True)
+            sync_directory(path.parent)
 
     def _path(self, tenant: str, doc_id: str) -> Path:
         assert self._directory is not None

@@ -365,6 +365,29 @@ def test_a_lost_index_is_filled_from_the_place_again(folder: Place, tmp_path: Pa
     assert tier_of(again, 1) == "remote"
 
 
+def test_a_lost_index_brings_no_document_back_that_was_removed_elsewhere(
+    folder: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalogue, "SNAPSHOT_EVERY", 4)
+    store, other = folder.store(tmp_path / "kv"), folder.store()
+    fill(store, "kept", 1)
+    fill(store, "secret", 2)
+    store.sync()
+    store.close()
+    other.sync()
+    other.delete_document("secret")
+    for number in range(12):  # so that no change says any more that it was there
+        fill(other, "other", 10 + number)
+    for file in (tmp_path / "kv" / "index").iterdir():
+        file.unlink()
+    again = folder.store(tmp_path / "kv")
+    assert sorted(info.id for info in again.documents()) == ["kept", "other"]
+    again.rebuild_index()
+    again.sync()
+    assert sorted(info.id for info in again.documents()) == ["kept", "other"]
+    assert tier_of(again, 1) is not None
+
+
 def test_verify_deletes_what_dead_writers_left(folder: Place, tmp_path: Path) -> None:
     store = folder.store(tmp_path / "first")
     fill(store, "d", 1)

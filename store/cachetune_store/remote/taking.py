@@ -57,8 +57,12 @@ class Taking:
         self._book.told(name)
         if op["op"] == "free":
             self.unwanted.append(op["object"])
-        elif op["op"] in ("put", "add"):
-            self._documents.mark_shared(op["tenant"], op["id"])
+        elif op["op"] != "chunk":
+            place = op["tenant"], op["id"]
+            left = [each for each in self._own_documents[place] if each[0] != name]
+            self._own_documents[place] = left
+            if op["op"] != "del" and not left:  # the place doesn't know what waits
+                self._documents.mark_shared(*place)
         return True
 
     def foreign(self, op: Op) -> None:
