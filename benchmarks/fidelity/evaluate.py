@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from cachetune_rag import CacheTune, Document
-from cachetune_rag.answering.decoding import decode, prepare
+from cachetune_rag.answering.decoding import DecodingPlan, decode, prepare
+from cachetune_rag.report import Report
 from cachetune_rag.reuse.state import PrefillState
 from cachetune_rag.text.prompts.prompt import Prompt
 
@@ -152,20 +153,7 @@ class Evaluator:
         self, engine: CacheTune, record: Record, reference: Reference, setting: Setting, budget: str, ratio: float
     ) -> tuple[Row, PrefillState]:
         state = engine.prefill(prompt=reference.prompt, selector=setting.selector, ratio=ratio)
-        report = state.report
-        if report.missed:
-            raise RuntimeError(
-                f"{record.name}: {report.missed} chunk tokens were not in the store any more: give it more --host-budget."
-            )
-        chunk_tokens, layers = report.reused + report.recomputed, engine.adapter.num_layers
-        row = self._head(record, setting, budget) | {
-            "ratio_passed": ratio,
-            "prompt_tokens": report.prompt_tokens,
-            "chunk_tokens": chunk_tokens,
-            "recomputed": report.recomputed,
-            "probed": report.probed,
-            "compute": (report.recomputed * layers + report.probed) / (chunk_tokens * layers),
-        }
+        row = self._head(record, setting, budget) | {"ratio_passed": ratio, **spent(engine, record.name, state.report)}
         return row, state
 
     def _measure(
@@ -197,6 +185,26 @@ def equal_compute_ratio(ratio: float, probed: int, total: int) -> float:
     return max(0.0, ratio - probed / total)
 
 
+def spent(engine: CacheTune, name: str, report: Report) -> Row:
+    """What reading a prompt computed, of its chunk tokens and in all layers.
+
+    Raises:
+        RuntimeError: chunks of the prompt were not in the store.
+    """
+    if report.missed:
+        raise RuntimeError(
+            f"{name}: {report.missed} chunk tokens were not in the store any more: give it more --host-budget."
+        )
+    chunk_tokens, layers = report.reused + report.recomputed, engine.adapter.num_layers
+    return {
+        "prompt_tokens": report.prompt_tokens,
+        "chunk_tokens": chunk_tokens,
+        "recomputed": report.recomputed,
+        "probed": report.probed,
+        "compute": (report.recomputed * layers + report.probed) / (chunk_tokens * layers),
+    }
+
+
 def target_logits(engine: CacheTune, states: Sequence[PrefillState], target: Sequence[int]) -> list[Tensor]:
     """For each of several readings of one prompt, the logits that predict each target token: [target tokens, vocab].
 
@@ -214,31 +222,65 @@ def target_logits(engine: CacheTune, states: Sequence[PrefillState], target: Seq
     return [torch.cat((state.logits, rows)) for state, rows in zip(states, after, strict=True)]
 
 
-@torch.no_grad()
 def _forward_together(engine: CacheTune, ids: Tensor, caches: Sequence[Cache]) -> Tensor:
     """Run `ids` behind each of several caches of equal length, in one forward. Gives logits [caches, tokens, vocab]."""
+    return _append(engine, ids.expand(len(caches), -1), _joined(caches))
+
+
+def _joined(caches: Sequence[Cache]) -> DynamicCache:
+    """Several caches of equal length as one, of that many sequences. They stay as they are."""
     whole = DynamicCache()
     for number, layers in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
         whole.update(torch.cat([layer.keys for layer in layers]), torch.cat([layer.values for layer in layers]), number)
-    start = whole.get_seq_length()
+    return whole
+
+
+@torch.no_grad()
+def _append(engine: CacheTune, ids: Tensor, cache: DynamicCache) -> Tensor:
+    """Run tokens [sequences, tokens] behind the sequences of a cache, which has them afterwards. Gives logits [sequences, tokens, vocab]."""
+    start, count = cache.get_seq_length(), ids.shape[1]
     out = engine.adapter.model(
-        input_ids=ids.expand(len(caches), -1),
-        position_ids=torch.arange(start, start + len(ids), device=ids.device).expand(len(caches), -1),
+        input_ids=ids,
+        position_ids=torch.arange(start, start + count, device=ids.device).expand_as(ids),
         use_cache=True,
-        logits_to_keep=len(ids),
-        **{engine.adapter.model_forward.cache_argument: whole},
+        logits_to_keep=count,
+        **{engine.adapter.model_forward.cache_argument: cache},
     )
     return out.logits
 
 
-def greedy_answer(engine: CacheTune, state: PrefillState) -> str:
-    """The model's answer, by greedy decoding."""
-    adapter = engine.adapter
-    plan = prepare(
-        adapter.model, engine.tokenizer, list(state.prompt.ids), max_new_tokens=ANSWER_TOKENS, do_sample=False
-    )
+def greedy_answer(engine: CacheTune, state: PrefillState, tokens: int = ANSWER_TOKENS) -> str:
+    """The model's answer of up to so many tokens, by greedy decoding."""
+    adapter, plan = engine.adapter, _greedy(engine, state, tokens)
     stream = plan.text_stream()
-    tokens = decode(
-        lambda t: adapter.forward(torch.tensor([t], device=adapter.device), state.cache), plan, state.logits
-    )
-    return "".join([*map(stream.push, tokens), stream.finish()]).strip()
+    found = decode(lambda t: adapter.forward(torch.tensor([t], device=adapter.device), state.cache), plan, state.logits)
+    return "".join([*map(stream.push, found), stream.finish()]).strip()
+
+
+def greedy_answers(engine: CacheTune, states: Sequence[PrefillState], tokens: int = ANSWER_TOKENS) -> list[str]:
+    """What `greedy_answer` gives for each of several readings of one prompt. They are decoded together, because a forward over several
+    sequences takes hardly longer than one over a single one.
+    """
+    if len(states) == 1:
+        return [greedy_answer(engine, states[0], tokens)]
+    plan, cache = _greedy(engine, states[0], tokens), _joined([state.cache for state in states])
+    ids, logits = plan.ids.expand(len(states), -1), torch.cat([state.logits for state in states])
+    streams = [plan.text_stream() for _ in states]
+    texts, going = ["" for _ in states], set(range(len(states)))
+    for left in reversed(range(tokens)):
+        chosen = plan.logits_processor(ids, logits.to(dtype=torch.float32, copy=True)).argmax(-1, keepdim=True)
+        ids = torch.cat([ids, chosen], dim=-1)
+        for number, token in enumerate(chosen.flatten().tolist()):
+            if number in going:
+                texts[number] += streams[number].push(token)
+                if token in plan.eos_ids or streams[number].stopped:
+                    going.discard(number)
+        if not going or not left:
+            break
+        logits = _append(engine, chosen, cache)[:, -1]
+    return [(text + stream.finish()).strip() for text, stream in zip(texts, streams, strict=True)]
+
+
+def _greedy(engine: CacheTune, state: PrefillState, tokens: int) -> DecodingPlan:
+    model, ids = engine.adapter.model, list(state.prompt.ids)
+    return prepare(model, engine.tokenizer, ids, max_new_tokens=tokens, do_sample=False)

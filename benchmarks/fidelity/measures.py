@@ -10,11 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 DRAWS = 10_000
 """How many bootstrap samples are drawn."""
+_DRAWN_AT_ONCE = 1 << 20
+"""How many records are drawn at once, over several samples: thousands of records would take gigabytes otherwise."""
 
 
 @dataclass(frozen=True)
@@ -88,21 +90,26 @@ class Estimate:
 
 def mean(values: Sequence[float], seed: int = 0) -> Estimate:
     """Mean over records."""
-    return _ratio(np.asarray(values, float), np.ones(len(values)), seed)
+    return ratio_of_sums(values, np.ones(len(values)), seed)
 
 
 def share_closed(kl: Sequence[float], kl_nothing: Sequence[float], seed: int = 0) -> Estimate:
     """The share of the KL gap that is closed: 1 - sum of KL(r) / sum of KL(0) over records."""
-    ratio = _ratio(np.asarray(kl, float), np.asarray(kl_nothing, float), seed)
+    ratio = ratio_of_sums(kl, kl_nothing, seed)
     return Estimate(1 - ratio.value, 1 - ratio.high, 1 - ratio.low)
 
 
-def _ratio(above: NDArray[np.float64], below: NDArray[np.float64], seed: int) -> Estimate:
+def ratio_of_sums(above: ArrayLike, below: ArrayLike, seed: int = 0) -> Estimate:
     """sum(above) / sum(below). For the interval, records are drawn with replacement, with both of their numbers."""
+    above, below = np.asarray(above, float), np.asarray(below, float)
     if len(above) == 0 or below.sum() == 0:
         return Estimate(float("nan"), float("nan"), float("nan"))
-    drawn = np.random.default_rng(seed).integers(0, len(above), (DRAWS, len(above)))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        samples = above[drawn].sum(1) / below[drawn].sum(1)
-    low, high = np.nanpercentile(samples, (2.5, 97.5))
+    rng = np.random.default_rng(seed)
+    samples = []
+    at_once = max(1, _DRAWN_AT_ONCE // len(above))
+    for start in range(0, DRAWS, at_once):
+        drawn = rng.integers(0, len(above), (min(at_once, DRAWS - start), len(above)))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            samples.append(above[drawn].sum(1) / below[drawn].sum(1))
+    low, high = np.nanpercentile(np.concatenate(samples), (2.5, 97.5))
     return Estimate(float(above.sum() / below.sum()), float(low), float(high))

@@ -1,0 +1,168 @@
+"""How many right answers reuse keeps, on tasks with one right answer, by selector, ratio and codec; see docs/quality.md.
+
+    python benchmarks/tasks.py --quick
+    python benchmarks/tasks.py --device cuda --out benchmarks/results/tasks
+    python benchmarks/tasks.py --report benchmarks/results/tasks
+
+A run that was cut off continues when it is started again with the same arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import ROOT, environment
+from fidelity.evaluate import Engines
+from fidelity.report import load
+from fidelity.rows import RowFile
+from fidelity.settings import LEAD_INS, compared_selectors
+from smollm2 import model_path
+from tasks_of.evaluate import TaskRunner
+from tasks_of.haystack import reference_sentences
+from tasks_of.kinds import KINDS
+from tasks_of.layout import PLACES
+from tasks_of.prompts import CHUNK_TOKENS, LENGTHS, NEAR_DUPLICATES, Cell, TaskMaker
+from tasks_of.report import markdown
+from tasks_of.settings import RATIOS, SELECTORS, compared
+
+from cachetune_rag.model.loaded.fingerprint import model_fingerprint
+from cachetune_rag.model.loading import load_model
+from cachetune_rag.reuse.config import AUTO
+from cachetune_store import codec_names
+
+QUICK = {
+    "lengths": [1024],
+    "near_duplicates": ["without"],
+    "prompts": 2,
+    "ratios": [0.05, 0.15],
+    "selectors": list(dict.fromkeys((AUTO.selector, "frequency"))),
+}
+"""Settings of a small run. Its figures mean little, but every kind of prompt runs."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, or report what was measured."""
+    started = time.monotonic()
+    args = arguments(argv)
+    if args.report is not None:
+        report(args.report)
+        return
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    model, tokenizer = load_model(
+        args.model or model_path(), gguf_file=args.gguf_file, device=args.device, dtype=args.dtype
+    )
+    check_context(model, args.lengths)
+    maker = TaskMaker(tokenizer, reference_sentences(), args.chunk_tokens, args.places, args.seed)
+    settings = compared(args.selectors, args.ratios, args.lead_ins, args.codecs)
+    header = {
+        "benchmark": "tasks",
+        "model": args.name or Path(model.config.name_or_path).name,
+        "weights": model_fingerprint(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "tf32": args.tf32,
+        "device": model.device.type,
+        "cuda_kernels": args.cuda_kernels,
+        "seed": args.seed,
+        "prose": maker.haystack.digest,
+        "lead_ins": maker.dataset.digest,
+        "commit": args.commit or environment()["commit"],
+        "environment": environment(),
+    }
+    engines = Engines(model, tokenizer, cuda_kernels=args.cuda_kernels, host_budget=args.host_budget)
+    with closing(RowFile(args.out, args.shard, args.shards, header)) as rows, closing(engines):
+        measure(TaskRunner(engines, maker, settings, args.together), maker, rows, started, args)
+    if args.shards == 1:
+        report(args.out)
+
+
+def measure(runner: TaskRunner, maker: TaskMaker, rows: RowFile, started: float, args: argparse.Namespace) -> None:
+    """Run this process's share of the prompts, until they are done or the time is over."""
+    cells = [Cell(k, length, n) for length in args.lengths for n in args.near_duplicates for k in args.kinds]
+    # The cells take turns, so that a run that is cut off has results for each.
+    work = [(cell, number) for number in range(args.first, args.first + args.prompts) for cell in cells]
+    work = work[args.shard :: args.shards]
+    for done, (cell, number) in enumerate(work, start=1):
+        task, added, begun = maker.task(cell, number), 0, time.perf_counter()
+        for row in runner.run(task, rows.known):
+            rows.add(row)
+            added += 1
+            if time.monotonic() - started > args.seconds:
+                print(f"{args.seconds:g} s are over; the same command goes on from here", file=sys.stderr, flush=True)
+                return
+        took = time.perf_counter() - begun
+        print(f"{done}/{len(work)} {task.name}: {added} rows, {took:.1f} s", file=sys.stderr, flush=True)
+
+
+def check_context(model: Any, lengths: Sequence[int]) -> None:
+    """Refuse prompts that are longer than what the model reads."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and max(lengths) > most:
+        sys.exit(f"--lengths has {max(lengths)}, and this model reads at most {most} tokens: leave longer ones out.")
+
+
+def report(folder: Path) -> None:
+    """Write table.md into the folder of the results."""
+    text = markdown(*load(folder))
+    (folder / "table.md").write_text(text)
+    print(text)
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line. --quick changes defaults only, so other options may be given with it."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--quick", action="store_true", help="a few prompts and settings: minutes on two cores")
+    parser.add_argument("--report", type=Path, metavar="FOLDER", help="only make the tables of these results")
+    parser.add_argument("--out", type=Path, help="folder for the results (default: one of this commit in build/)")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many; start again to go on")
+    parser.add_argument("--model", type=Path, help="folder of a model (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--gguf-file", help="name of a GGUF file in that folder")
+    parser.add_argument("--name", help="what to call the model in the results")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--tf32", action="store_true", help="on a GPU, multiply matrices in TF32")
+    parser.add_argument("--cuda-kernels", action="store_true", help="on a GPU, through the package's kernels")
+    parser.add_argument("--host-budget", default="8GiB", help="memory for one prompt's chunks")
+    parser.add_argument("--together", type=int, default=6, help="how many answers are decoded in one forward")
+    parser.add_argument("--commit", help="what to record where there is no git")
+    data = parser.add_argument_group("prompts")
+    data.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
+    data.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS), help="tokens of prompt and answer")
+    data.add_argument("--near-duplicates", nargs="+", default=list(NEAR_DUPLICATES), choices=NEAR_DUPLICATES)
+    data.add_argument("--chunk-tokens", type=int, nargs="+", default=list(CHUNK_TOKENS), help="most tokens of a chunk")
+    data.add_argument("--places", nargs="+", default=list(PLACES), choices=PLACES, help="of the needed facts")
+    data.add_argument("--prompts", type=int, default=100, help="of each cell (kind, length, near-duplicates)")
+    data.add_argument("--first", type=int, default=0, help="number of each cell's first prompt")
+    data.add_argument("--seed", type=int, default=0)
+    grid = parser.add_argument_group("settings, beside full prefill and reuse without recompute")
+    grid.add_argument("--selectors", nargs="+", default=list(SELECTORS), choices=compared_selectors())
+    grid.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS))
+    grid.add_argument("--lead-ins", nargs="+", default=["auto"], choices=LEAD_INS)
+    grid.add_argument("--codecs", nargs="+", default=["exact"], choices=codec_names())
+    shards = parser.add_argument_group("several processes on one machine, each with the same arguments but --shard")
+    shards.add_argument("--shard", type=int, default=0)
+    shards.add_argument("--shards", type=int, default=1)
+    if parser.parse_known_args(argv)[0].quick:
+        parser.set_defaults(**QUICK)
+    args = parser.parse_args(argv)
+    if not 0 <= args.shard < args.shards:
+        parser.error(f"--shard is {args.shard}: use 0 to {args.shards - 1}, with --shards {args.shards}.")
+    if any(not 0 <= r <= 1 for r in args.ratios):
+        parser.error(f"--ratios are {args.ratios}: use numbers from 0 to 1.")
+    for name in ("prompts", "together"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}: use 1 or more.")
+    if args.out is None:
+        commit = args.commit or environment()["commit"]
+        args.out = ROOT / "build" / f"tasks-{'quick-' if args.quick else ''}{commit}"
+    return args
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Chunks of prose, with facts where they are wanted."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from .haystack import Haystack, Strand
+from .questions import Fact
+
+PLACES = ("head", "middle", "tail", "split")
+"""Where a needed fact stands in its chunk. One that is split begins at the end of a chunk and ends at the beginning of the next."""
+
+
+@dataclass(frozen=True)
+class Planted:
+    """Where a fact stands: its place, and the numbers of its chunk or its two chunks."""
+
+    fact: Fact
+    place: str
+    chunks: tuple[int, ...]
+
+
+@dataclass(eq=False)
+class _Slot:
+    """A chunk that is still to be filled with prose."""
+
+    head: list[str] = field(default_factory=list)
+    middle: list[str] = field(default_factory=list)
+    tail: list[str] = field(default_factory=list)
+
+    @property
+    def planted(self) -> list[str]:
+        return [*self.head, *self.middle, *self.tail]
+
+
+def chunks_needed(facts: Sequence[Fact], place: str) -> int:
+    """How many chunks needed facts take, since no two of them share one."""
+    return sum(fact.needed for fact in facts) * (2 if place == "split" else 1)
+
+
+def lay_out(
+    facts: Sequence[Fact],
+    place: str,
+    count: int,
+    chunk_tokens: int,
+    haystack: Haystack,
+    encode: Callable[[str], Sequence[int]],
+    rng: random.Random,
+) -> tuple[tuple[str, ...], tuple[Planted, ...]]:
+    """Chunks of real prose in any order, with the facts in them.
+
+    Needed facts stand at `place`, each in a chunk of its own (or two, one behind the other, where they are split). The others stand at the
+    head, in the middle or at the tail of any chunk, in empty ones first. No chunk has more than `chunk_tokens` tokens, and none breaks
+    off within a sentence of the prose.
+
+    Raises:
+        ValueError: the facts don't fit.
+    """
+    if chunks_needed(facts, place) > count:
+        raise ValueError(f"{chunks_needed(facts, place)} chunks are needed for these facts, and there are {count}.")
+    blocks: list[list[_Slot]] = []
+    where: list[tuple[Fact, str, list[_Slot]]] = []
+    for fact in (f for f in facts if f.needed):
+        block = [_Slot(), _Slot()] if place == "split" else [_Slot()]
+        if place == "split":
+            block[0].tail.append(fact.subject)
+            block[1].head.append(fact.rest)
+        else:
+            getattr(block[0], place).append(fact.text)
+        blocks.append(block)
+        where.append((fact, place, block))
+    free = [_Slot() for _ in range(count - sum(map(len, blocks)))]
+    blocks += [[slot] for slot in free]
+    rng.shuffle(blocks)
+    slots = [slot for block in blocks for slot in block]
+    where += _plant_others([f for f in facts if not f.needed], slots, free, rng)
+    strand = haystack.strand(rng.randrange(len(haystack.sentences)))
+    filled: dict[_Slot, str] = {}
+    for slot in rng.sample(slots, len(slots)):  # so that chunks don't stand in the order in which the prose has them
+        filled[slot] = _fill(slot, strand, chunk_tokens, encode)
+    planted = (Planted(fact, at, tuple(slots.index(s) for s in block)) for fact, at, block in where)
+    return tuple(filled[slot] for slot in slots), tuple(planted)
+
+
+def _plant_others(
+    facts: Sequence[Fact], slots: Sequence[_Slot], free: Sequence[_Slot], rng: random.Random
+) -> list[tuple[Fact, str, list[_Slot]]]:
+    """Put in the facts that aren't needed; nothing that stands already at a head or tail is moved from there."""
+    where = []
+    usable = list(free) or list(slots)
+    rng.shuffle(usable)
+    for number, fact in enumerate(facts):
+        slot = usable[number % len(usable)]
+        # A chunk with a needed fact takes others in its middle only, where they are in nobody's way.
+        place = rng.choice(PLACES[:3]) if slot in free and not slot.planted else "middle"
+        getattr(slot, place).append(fact.text)
+        where.append((fact, place, [slot]))
+    return where
+
+
+def _fill(slot: _Slot, strand: Strand, chunk_tokens: int, encode: Callable[[str], Sequence[int]]) -> str:
+    room = chunk_tokens - sum(len(encode(" " + text)) for text in slot.planted)
+    prose = strand.take(room) if room > 0 else []
+    while len(prose) > 1:
+        half = len(prose) // 2
+        text = " ".join([*slot.head, *prose[:half], *slot.middle, *prose[half:], *slot.tail])
+        if len(encode(text)) <= chunk_tokens:
+            return text
+        prose.pop()  # the tokens of a whole can be more than those of its parts
+    raise ValueError(
+        f"a chunk of {chunk_tokens} tokens has no room for prose on both sides of a fact: use larger --chunk-tokens."
+    )

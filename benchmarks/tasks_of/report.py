@@ -1,0 +1,168 @@
+"""Tables of the results: how many of full prefill's right answers each setting keeps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fidelity.measures import Estimate
+from fidelity.rows import Row
+from fidelity.settings import Setting
+
+from .kinds import KINDS
+from .prompts import Cell
+from .settings import FULL, title
+from .statistics import Paired, paired
+
+LEAST = 0.40
+"""A cell in which full prefill answers less than this share right is left out: what a model can't do, reuse can't spoil."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One prompt's rows: that of full prefill, and those of the settings that were measured."""
+
+    full: Row
+    others: dict[Setting, Row]
+
+    @property
+    def cell(self) -> Cell:
+        """What the prompt is counted with."""
+        return Cell(self.full["set"], self.full["length"], self.full["near_duplicates"])
+
+
+def answered(rows: Iterable[Row]) -> list[Answered]:
+    """Rows by prompt. Prompts whose full prefill was not measured are left out."""
+    prompts: dict[tuple[str, str], dict[Setting, Row]] = {}
+    for row in rows:
+        setting = Setting(row["lead_in"], row["codec"], row["selector"], row["ratio"])
+        prompts.setdefault((row["record"], row["digest"]), {})[setting] = row
+    return [
+        Answered(found[FULL], {s: r for s, r in found.items() if s != FULL})
+        for _, found in sorted(prompts.items())
+        if FULL in found
+    ]
+
+
+def split_cells(
+    prompts: Sequence[Answered],
+) -> tuple[list[Answered], dict[Cell, tuple[int, int]], dict[Cell, tuple[int, int]]]:
+    """The prompts of the cells that full prefill does; and, for the cells that are kept and those that are left out, how many prompts
+    each has and how many of them full prefill answers right.
+    """
+    counts: dict[Cell, tuple[int, int]] = {}
+    for prompt in prompts:
+        right, count = counts.get(prompt.cell, (0, 0))
+        counts[prompt.cell] = (right + prompt.full["right"], count + 1)
+    done = {cell: found for cell, found in counts.items() if found[0] >= LEAST * found[1]}
+    return [p for p in prompts if p.cell in done], done, {c: found for c, found in counts.items() if c not in done}
+
+
+def compare(prompts: Sequence[Answered], setting: Setting) -> Paired | None:
+    """Full prefill and a setting on the prompts for which both were measured; None if there are none."""
+    shared = [p for p in prompts if setting in p.others]
+    if not shared:
+        return None
+    return paired([p.full["right"] for p in shared], [p.others[setting]["right"] for p in shared])
+
+
+def markdown(header: dict[str, Any], rows: Sequence[Row]) -> str:
+    """Everything as Markdown."""
+    prompts = answered(rows)
+    kept, done, left_out = split_cells(prompts)
+    settings = sorted({s for p in prompts for s in p.others}, key=lambda s: (s.codec != "exact", s))
+    environment = header.get("environment", {})
+    where = environment.get("gpu") or environment.get("processor")
+    parts = [
+        f"Model {header.get('model')}, {header.get('dtype')}; {where}; torch {environment.get('torch')}, transformers "
+        f"{environment.get('transformers')}; commit {header.get('commit')}; {environment.get('date')}.",
+        f"{len(prompts)} prompts in {len(done) + len(left_out)} cells (kind, length, with or without near-duplicates). {_left_out(left_out)}",
+    ]
+    if kept:
+        parts += [
+            "## All kinds",
+            "Kept: the share of full prefill's right answers that are right under the setting too. Lost, gained: prompts that only full "
+            "prefill, or only the setting, answers right; p is McNemar's exact test of these two. Brackets are 95% bootstrap intervals "
+            "over prompts.",
+            _totals(kept, settings),
+        ]
+        groups: list[tuple[str, Callable[[Answered], Any]]] = [
+            ("kind", lambda p: p.cell.kind),
+            ("place of the facts", lambda p: p.full["place"]),
+            ("tokens of a chunk", lambda p: p.full["chunk_size"]),
+            ("tokens of a prompt", lambda p: p.cell.length),
+            ("near-duplicates", lambda p: p.cell.near_duplicates),
+        ]
+        for name, group in groups:
+            parts += [f"## Kept by {name}, %", _by(kept, settings, name, group)]
+    parts += ["## Full prefill by cell", _cells({**done, **left_out}, left_out)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _left_out(left_out: dict[Cell, tuple[int, int]]) -> str:
+    if not left_out:
+        return f"Full prefill answers at least {LEAST:.0%} right in all of them."
+    named = "; ".join(
+        f"{cell} ({right} of {count})" for cell, (right, count) in sorted(left_out.items(), key=_cell_order)
+    )
+    return f"Left out of all tables but the last, because full prefill answers less than {LEAST:.0%} right: {named}."
+
+
+def _totals(prompts: Sequence[Answered], settings: Sequence[Setting]) -> str:
+    head = ["setting", "n", "compute", "full prefill right", "right", "right, %", "kept, %", "lost", "gained", "p"]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for setting in settings:
+        found = compare(prompts, setting)
+        if found is None:
+            continue
+        rows = [p.others[setting] for p in prompts if setting in p.others]
+        compute = sum(row["compute"] for row in rows) / len(rows)
+        cells = [title(setting), str(found.prompts), f"{compute:.3f}", str(found.full), str(found.right)]
+        cells += [_percent(found.accuracy), _percent(found.kept), str(found.lost), str(found.gained), f"{found.p:.2g}"]
+        lines.append(_line(cells))
+    return "\n".join(lines)
+
+
+def _by(prompts: Sequence[Answered], settings: Sequence[Setting], name: str, group: Callable[[Answered], Any]) -> str:
+    """A table with a row for each setting, and a column for each group of prompts."""
+    groups = sorted({group(p) for p in prompts}, key=_order)
+    own = {g: [p for p in prompts if group(p) == g] for g in groups}
+    titles = [f"{g:,}" if isinstance(g, int) else str(g) for g in groups]
+    lines = [_line(["setting", *titles]), _line(["---"] * (len(groups) + 1))]
+    counts = [f"{sum(p.full['right'] for p in own[g])} of {len(own[g])}" for g in groups]
+    lines.append(_line(["full prefill right", *counts]))
+    for setting in settings:
+        found = [compare(own[g], setting) for g in groups]
+        lines.append(_line([title(setting), *("" if f is None else _percent(f.kept) for f in found)]))
+    return "\n".join(lines)
+
+
+def _cells(cells: dict[Cell, tuple[int, int]], left_out: dict[Cell, tuple[int, int]]) -> str:
+    lines = [_line(["kind", "tokens", "near-duplicates", "right", "n", "%", ""]), _line(["---"] * 7)]
+    for cell, (right, count) in sorted(cells.items(), key=_cell_order):
+        note = "left out" if cell in left_out else ""
+        share = f"{100 * right / count:.0f}"
+        lines.append(_line([cell.kind, f"{cell.length:,}", cell.near_duplicates, str(right), str(count), share, note]))
+    return "\n".join(lines)
+
+
+def _order(group: Any) -> tuple[int, Any]:
+    """Kinds in the order in which they are defined, everything else by itself."""
+    return (list(KINDS).index(group), "") if group in KINDS else (len(KINDS), group)
+
+
+def _cell_order(item: tuple[Cell, Any]) -> tuple[Any, ...]:
+    cell = item[0]
+    return (*_order(cell.kind), cell.length, cell.near_duplicates)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _percent(estimate: Estimate) -> str:
+    if math.isnan(estimate.value):
+        return ""
+    return f"{100 * estimate.value:.1f} [{100 * estimate.low:.0f}, {100 * estimate.high:.0f}]"

@@ -1,0 +1,384 @@
+"""The benchmark of tasks: facts stand where prompts say, answers are checked right, figures are those of a calculation by hand."""
+
+from __future__ import annotations
+
+import random
+import re
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from math import nan
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import llama, tokenizer
+
+from cachetune_rag import CacheTune
+from cachetune_rag.text.prompts.prompt import PromptBuilder
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import tasks
+from fidelity import measures
+from fidelity.evaluate import Engines, greedy_answer, greedy_answers
+from fidelity.rows import key_of, read_rows
+from fidelity.settings import Setting
+from tasks_of import report
+from tasks_of.evaluate import TaskRunner
+from tasks_of.haystack import Haystack, reference_sentences
+from tasks_of.kinds import KINDS
+from tasks_of.layout import PLACES, lay_out
+from tasks_of.names import Names
+from tasks_of.prompts import Cell, Task, TaskMaker
+from tasks_of.questions import Fact, Rule
+from tasks_of.settings import FULL, compared, title
+from tasks_of.statistics import mcnemar, paired
+
+LENGTH, CHUNK = 8192, 512
+"""Of prompts and chunks. Here a token is a byte."""
+
+
+@pytest.fixture(scope="module")
+def sentences() -> list[str]:
+    return reference_sentences()
+
+
+def maker(sentences: list[str], place: str, **options: Any) -> TaskMaker:
+    return TaskMaker(tokenizer(), sentences, [CHUNK], [place], **options)
+
+
+# -- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def stands(chunk: str, text: str, place: str) -> bool:
+    """Whether a text stands at a place of a chunk, with prose on the sides where there is to be some."""
+    before, found, after = chunk.partition(text)
+    return bool(found) and (place == "head") == (not before) and (place == "tail") == (not after)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_facts_of_every_kind_stand_where_the_prompt_says(sentences: list[str], kind: str, place: str) -> None:
+    made = maker(sentences, place)
+    for near in ("without", "with"):
+        task = made.task(Cell(kind, LENGTH, near), 0)
+        texts = [p.fact.text for p in task.planted]
+        for planted in task.planted:
+            chunks = [task.chunks[number] for number in planted.chunks]
+            if planted.place == "split":
+                first, second = planted.chunks
+                assert second == first + 1
+                assert chunks[0].endswith(" " + planted.fact.subject)
+                assert chunks[1].startswith(planted.fact.rest + " ")
+                assert len(chunks[0]) > len(planted.fact.subject) + 100
+            else:
+                assert stands(chunks[0], planted.fact.text, planted.place)
+        needed = [p for p in task.planted if p.fact.needed]
+        assert {p.place for p in needed} == {place}
+        owned = [number for p in needed for number in p.chunks]
+        assert len(owned) == len(set(owned))
+        # Nothing stands anywhere else, and what is asked for stands nowhere but in the facts.
+        for text in set(texts):
+            whole = sum(chunk.count(text) for chunk in task.chunks)
+            assert whole == sum(p.fact.text == text and p.place != "split" for p in task.planted)
+        assert set(task.rule.wanted) <= task.rule.values
+        said = " ".join(p.fact.text for p in needed)
+        assert all(re.search(rf"\b{value}\b", said) for value in task.rule.wanted)
+        assert not any(re.search(rf"\b{value}\b", task.query) for value in task.rule.values)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_near_duplicates_are_further_facts_with_other_values(sentences: list[str], kind: str) -> None:
+    made = maker(sentences, "middle")
+    without, with_ = (made.task(Cell(kind, LENGTH, near), 0) for near in ("without", "with"))
+    assert len(with_.planted) >= len(without.planted) + 2
+    assert sum(p.fact.needed for p in with_.planted) == sum(p.fact.needed for p in without.planted)
+    assert len(with_.rule.wanted) == len(without.rule.wanted)
+    assert len(with_.rule.values) > len(without.rule.values)
+
+
+@pytest.mark.parametrize("hops", [2, 3, 4])
+def test_a_chain_leads_from_the_question_to_the_number(sentences: list[str], hops: int) -> None:
+    task = maker(sentences, "head").task(Cell(f"tracking_{hops}", LENGTH, "with"), 1)
+    text = " ".join(task.chunks)
+    name = re.search(r"safe of (\w+)", task.query)[1]  # type: ignore[index]
+    steps = 1
+    while link := re.search(rf"safe of {name} opens with the same number as the safe of (\w+)", text):
+        name, steps = link[1], steps + 1
+    assert steps == hops
+    assert re.search(rf"safe of {name} opens with the number (\d+)", text)[1] == task.rule.wanted[0]  # type: ignore[index]
+
+
+def test_the_common_word_is_named_most_often(sentences: list[str]) -> None:
+    for near in ("without", "with"):
+        task = maker(sentences, "tail").task(Cell("common_word", LENGTH, near), 0)
+        named = re.findall(r"word of this passage is (\w+)", " ".join(task.chunks))
+        assert [w for w in set(named) if named.count(w) == max(map(named.count, named))] == list(task.rule.wanted)
+
+
+def test_prompts_fit_and_are_the_same_again(sentences: list[str]) -> None:
+    cells = [Cell("several_keys", 4096, "with"), Cell("people", LENGTH, "without")]
+    made, again, other = (TaskMaker(tokenizer(), sentences, [512, 1024], seed=seed) for seed in (0, 0, 1))
+    for cell in cells:
+        found = [made.task(cell, number) for number in range(8)]
+        assert found == [again.task(cell, number) for number in reversed(range(8))][::-1]
+        assert found[0] != other.task(cell, 0)
+        assert {(t.chunk_tokens, t.place) for t in found} == {(c, p) for c in (512, 1024) for p in PLACES}  # in turn
+        for task in found:
+            prompt = made.prompt(task)
+            assert cell.length - 1200 < len(prompt.ids) <= cell.length - task.answer_tokens
+            assert len(prompt.spans) == len(task.chunks)
+            assert all(0.6 * task.chunk_tokens < len(c.encode()) <= task.chunk_tokens for c in task.chunks)
+            assert not {c for c in task.chunks if any(lead[:100] in c for lead in made.dataset.leads)}
+
+
+def test_chunks_are_in_any_order(sentences: list[str]) -> None:
+    made = maker(sentences, "middle")
+    found = [made.task(Cell("tracking_3", LENGTH, "without"), number) for number in range(12)]
+    orders = {tuple(p.chunks[0] for p in task.planted if p.fact.needed) for task in found}
+    assert len(orders) > 6
+    assert {order == tuple(sorted(order)) for order in orders} == {True, False}
+    prose = " ".join(s.text for s in made.haystack.sentences)
+    places = [
+        prose.find(sentence) for chunk in found[0].chunks for sentence in re.split(r"(?<=\.) (?=[A-Z])", chunk)[:1]
+    ]
+    assert [p for p in places if p >= 0] != sorted(p for p in places if p >= 0)
+
+
+def test_what_does_not_fit_is_refused(sentences: list[str]) -> None:
+    with pytest.raises(
+        ValueError, match=r"tracking_4, 2,048 tokens, without near-duplicates: there is no room .* larger --lengths"
+    ):
+        maker(sentences, "split").task(Cell("tracking_4", 2048, "without"), 0)
+    with pytest.raises(ValueError, match="2 chunks are needed for these facts, and there are 1"):
+        lay_out([Fact("a", "b.")], "split", 1, 99, Haystack(sentences[:40], str.encode), str.encode, random.Random(0))
+    with pytest.raises(ValueError, match="too few sentences"):
+        TaskMaker(tokenizer(), sentences[:40], [CHUNK]).task(Cell("one_needle", LENGTH, "without"), 0)
+
+
+def test_names_are_new_and_like_names_are_alike() -> None:
+    names = Names(random.Random(0), {"belanby"})
+    made = [names.name() for _ in range(50)]
+    like = [names.like(name) for name in made]
+    assert len({*made, *like}) == 100
+    assert "Belanby" not in {*made, *like}
+    assert all(a[:4] == b[:4] for a, b in zip(made, like, strict=True))
+
+
+def test_the_prose_is_whole_sentences(sentences: list[str]) -> None:
+    assert len(sentences) == len(set(sentences)) > 800
+    assert all(s[0].isupper() and 20 <= len(s) <= 300 for s in sentences)
+    assert "The nonlocal" in " ".join(sentences) or "nonlocal" in " ".join(sentences)
+
+
+# -- answers ----------------------------------------------------------------------------------------------------------
+
+ONE = Rule(("48213",), frozenset({"48213", "77120"}))
+TWO = Rule(("48213", "77120"), frozenset({"48213", "77120", "10001"}), ordered=True)
+THREE = Rule(("48213", "77120", "10001"), frozenset({"48213", "77120", "10001", "55555"}))
+WORD = Rule(("candle",), frozenset({"candle", "handle"}))
+
+
+@pytest.mark.parametrize(
+    ("rule", "answer", "right"),
+    [
+        (ONE, "48213", True),
+        (ONE, "The access code of the Bellinby depot is 48213.", True),
+        (ONE, "It is 48,213.", True),
+        (ONE, "48213\n\nThat of the other one is 77120.", True),  # it has answered by then
+        (ONE, "77120", False),
+        (ONE, "It is 77120 or 48213", False),
+        (ONE, "482130", False),
+        (ONE, "4821", False),
+        (ONE, "48231, or 48213", False),  # a number that stands nowhere
+        (ONE, "In 3 words: 48213", True),
+        (ONE, "", False),
+        (TWO, "48213 and 77120", True),
+        (TWO, "48213, 48213 again, and 77120", True),
+        (TWO, "77120 and 48213", False),
+        (TWO, "48213", False),
+        (TWO, "48213 and 10001", False),
+        (THREE, "1. 10001\n2. 48213\n3. 77120", True),
+        (THREE, "10001, 48213, 77120 and 55555", True),
+        (THREE, "10001, 55555, 48213, 77120", False),
+        (THREE, "10001, 48213", False),
+        (WORD, "Candle!", True),
+        (WORD, "the candles", False),
+        (WORD, "handle, not candle", False),
+    ],
+)
+def test_right_answers_are_told_from_wrong_ones(rule: Rule, answer: str, right: bool) -> None:
+    assert rule.right(answer) == right
+
+
+# -- figures ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "p"),
+    [(6, 1, 2 * (1 + 7) / 2**7), (5, 0, 2 / 2**5), (2, 8, 2 * (1 + 10 + 45) / 2**10), (1, 1, 1), (0, 0, 1)],
+)
+def test_mcnemars_test_is_that_of_the_binomial_distribution(lost: int, gained: int, p: float) -> None:
+    assert mcnemar(lost, gained) == pytest.approx(p, abs=1e-15)
+
+
+def test_kept_answers_are_those_that_both_have_right() -> None:
+    found = paired([True, True, True, True, False, False], [True, True, True, False, True, False])
+    assert (found.prompts, found.full, found.right, found.lost, found.gained, found.p) == (6, 4, 4, 1, 1, 1)
+    assert found.kept.value == 3 / 4
+    assert found.accuracy.value == pytest.approx(4 / 6)
+    # Of two prompts drawn with replacement, both are the first in a quarter of all draws, and both the second in another.
+    two = paired([True, True], [True, False])
+    assert two.kept == measures.Estimate(0.5, 0, 1)
+    assert paired([True] * 9, [True] * 9).kept == measures.Estimate(1, 1, 1)
+    assert paired([False] * 3, [True] * 3).kept.value is not nan
+    with pytest.raises(ValueError, match="give both for each prompt"):
+        paired([True], [])
+
+
+def test_intervals_do_not_depend_on_how_many_records_are_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    above, below = [0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0], [1.0] * 7
+    whole = measures.ratio_of_sums(above, below)
+    monkeypatch.setattr(measures, "_DRAWN_AT_ONCE", 7 * 333 + 1)
+    assert measures.ratio_of_sums(above, below) == whole
+
+
+def row(kind: str, number: int, setting: Setting, right: bool, **changes: Any) -> dict[str, Any]:
+    named = {"set": kind, "record": f"{kind}-{number}", "digest": "d", "budget": "ratio", "near_duplicates": "without"}
+    fields = {"lead_in": setting.lead_in, "codec": setting.codec, "selector": setting.selector, "ratio": setting.ratio}
+    figures = {"length": 1024, "chunk_size": 128, "place": PLACES[number % 4], "compute": 0.1, "right": right}
+    return named | fields | figures | changes
+
+
+SETTING = Setting("auto", "exact", "frequency", 0.15)
+
+
+def results() -> Iterator[dict[str, Any]]:
+    for number in range(5):
+        yield row("one_needle", number, FULL, number != 4)
+        yield row("one_needle", number, SETTING, number in (0, 1, 4))
+        yield row("tracking_4", number, FULL, number == 0)  # 20 %
+        yield row("tracking_4", number, SETTING, True)
+        yield row("people", number, FULL, number < 2)  # 40 %
+    yield row("people", 0, SETTING, True)
+    yield row("people", 9, SETTING, True)  # its full prefill is not there
+
+
+def test_tables_show_what_is_kept_and_name_the_cells_that_are_left_out() -> None:
+    text = report.markdown({"model": "m", "environment": {}}, list(results()))
+    assert "15 prompts in 3 cells" in text
+    assert "answers less than 40% right: tracking_4, 1,024 tokens, without near-duplicates (1 of 5)." in text
+    # 4 of 5 of one_needle and the one prompt of people that both have: 5 right, of which 3 are kept, 2 lost; 1 is gained.
+    assert "| `frequency` r 0.15 | 6 | 0.100 | 5 | 4 | 66.7 [" in text
+    assert re.search(r"\| 60\.0 \[\d+, \d+\] \| 2 \| 1 \| 1 \|", text)
+    assert "| setting | one_needle | people |" in text
+    assert "| full prefill right | 4 of 5 | 2 of 5 |" in text
+    assert re.search(r"\| `frequency` r 0\.15 \| 50\.0 \[\d+, \d+\] \| 100\.0 \[100, 100\] \|", text)
+    assert "| tracking_4 | 1,024 | without | 1 | 5 | 20 | left out |" in text
+    assert "| people | 1,024 | without | 2 | 5 | 40 |  |" in text
+
+
+def test_settings_begin_with_full_prefill_and_have_nothing_twice() -> None:
+    settings = compared(["expected_error", "frequency", "chunk_head"], (0.05, 0.3), ["auto"], ["exact", "int8"])
+    assert settings[0] == FULL
+    assert len(settings) == len(set(settings))
+    assert {s.lead_in for s in settings[1:]} == {"auto"}
+    assert [(s.selector, s.ratio) for s in settings if s.codec == "int8"] == [
+        ("none", 0.0),
+        ("expected_error", 0.05),
+        ("frequency", 0.05),
+    ]
+    assert [title(s) for s in settings[:3]] == ["full prefill", "`none`", "`expected_error` r 0.05"]
+
+
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+
+def test_answers_together_are_those_one_by_one() -> None:
+    with CacheTune(llama(), tokenizer(), None) as engine:
+        engine.precompute(chunks := ["some passage, " * 4, "another one, " * 5])
+        made = {"query": "what?", "chunks": chunks}
+
+        def states() -> list[Any]:
+            reused = [engine.prefill(**made, selector=s, ratio=r) for s, r in (("none", 0.0), ("frequency", 0.5))]
+            return [*reused, engine.full_prefill(**made)]
+
+        alone = [greedy_answer(engine, state, 30) for state in states()]
+        assert len(set(alone)) > 1
+        assert greedy_answers(engine, states(), 30) == alone
+        assert greedy_answers(engine, states()[:1], 30) == alone[:1]
+        long = greedy_answers(engine, states(), 30)
+        assert all(a.startswith(b) for a, b in zip(long, greedy_answers(engine, states(), 9), strict=True))
+
+
+def task_of(made: TaskMaker) -> Task:
+    return made.task(Cell("one_needle", 2048, "without"), 0)
+
+
+def test_a_prompt_that_is_cut_off_goes_on_where_it_was(sentences: list[str]) -> None:
+    made, model = maker(sentences, "head"), llama()
+    settings = compared(["expected_error", "frequency"], (0.15,), ["auto"], ["exact", "int8"])
+    task = task_of(made)
+
+    def run(known: dict[Any, Any]) -> Iterator[dict[str, Any]]:
+        engines = Engines(model, tokenizer())
+        yield from TaskRunner(engines, made, settings, together=2).run(task, known)
+        engines.close()
+
+    whole = list(run({}))
+    assert [Setting(r["lead_in"], r["codec"], r["selector"], r["ratio"]) for r in whole] == settings
+    assert all(r["right"] == task.rule.right(r["answer"]) for r in whole)
+    assert whole[0]["compute"] == 1
+    known = {key_of(r): r for r in islice(run({}), 3)}
+    assert [*known.values(), *run(known)] == whole
+    assert list(run({key_of(r): r for r in whole})) == []
+
+
+def test_full_prefill_answers_as_the_engine_does(sentences: list[str]) -> None:
+    made, model = maker(sentences, "tail"), llama()
+    task = task_of(made)
+    (found,) = TaskRunner(Engines(model, tokenizer()), made, [FULL]).run(task, {})
+    with CacheTune(model, tokenizer(), None) as engine:
+        prompt = PromptBuilder(tokenizer()).build(query=task.query, chunks=task.chunks)
+        answer = engine.generate(prompt=prompt, reuse=False, max_new_tokens=task.answer_tokens, do_sample=False)
+    assert found["answer"] == answer.text.strip()
+
+
+def test_a_run_is_cut_off_by_time_and_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama().save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    words = "--lengths 2048 --chunk-tokens 512 --kinds one_needle tracking_2 --near-duplicates with --prompts 2 --device cpu"
+    more = f"--ratios 0.15 --selectors frequency --commit c --model {tmp_path / 'model'} --out {tmp_path / 'out'}"
+
+    def run(*further: str) -> list[dict[str, Any]]:
+        tasks.main([*words.split(), *more.split(), *further])
+        return read_rows(tmp_path / "out" / "rows-0of1.jsonl")[1]
+
+    first = run("--seconds", "0")
+    assert len(first) == 1
+    assert "the same command goes on" in capsys.readouterr().err
+    rows = run()
+    assert rows[:1] == first
+    assert len(rows) == 2 * 2 * 3  # kinds, prompts, settings
+    assert len({key_of(r) for r in rows}) == len(rows)
+    assert [r["set"] for r in rows[::3]] == ["one_needle", "tracking_2"] * 2  # in turn
+    assert run() == rows
+    assert (tmp_path / "out" / "table.md").read_text() in capsys.readouterr().out
+    tasks.main(["--report", str(tmp_path / "out")])
+    assert "4 prompts in 2 cells" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="holds results of other settings"):
+        run("--seed", "1")
+    with pytest.raises(SystemExit, match="this model reads at most 2048 tokens"):
+        run("--lengths", "2048", "4096")
+
+
+def test_the_quick_form_changes_defaults_only() -> None:
+    args = tasks.arguments(["--quick", "--prompts", "7"])
+    assert (args.prompts, args.lengths, args.kinds) == (7, [1024], list(KINDS))
+    full = tasks.arguments([])
+    assert (full.prompts, full.lengths, full.ratios) == (100, [1024, 2048, 4096, 8192], [0.02, 0.05, 0.15, 0.30])
+    assert full.selectors == ["expected_error", "frequency", "chunk_head", "kv_deviation"]
+    with pytest.raises(SystemExit):
+        tasks.arguments(["--shard", "2"])
