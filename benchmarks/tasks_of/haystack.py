@@ -71,20 +71,20 @@ class Strand:
         self._left = list(reversed(sentences))
 
     def take(self, room: int) -> list[str]:
-        """The next sentences that have at most `room` tokens together. One that is too long for what is left is passed over.
+        """The next sentences that have at most `room` tokens together, two at least. One that is too long is passed over.
 
         Raises:
-            ValueError: there is no prose left.
+            ValueError: no prose is left that fits.
         """
         taken: list[str] = []
         passed = 0
-        while passed < _LOOKED_AT:
+        while passed < _LOOKED_AT or len(taken) < 2:
             if not self._left:
                 raise ValueError(
-                    "the prose has too few sentences for a prompt of this length: use a smaller --lengths."
+                    f"the prose has too few sentences that fit into {room} tokens: use smaller --lengths or larger --chunk-tokens."
                 )
             sentence = self._left.pop()
-            if sentence.tokens > room:
+            if sentence.tokens > (room if taken else room // 2):  # the first one leaves room for another
                 passed += 1
                 continue
             taken.append(sentence.text)

@@ -52,8 +52,8 @@ def lay_out(
     """Chunks of real prose in any order, with the facts in them.
 
     Needed facts stand at `place`, each in a chunk of its own (or two, one behind the other, where they are split). The others stand at the
-    head, in the middle or at the tail of any chunk, in empty ones first. No chunk has more than `chunk_tokens` tokens, and none breaks
-    off within a sentence of the prose.
+    head, in the middle or at the tail of other chunks, and in the middle of any where there are too few. No chunk has more than
+    `chunk_tokens` tokens, and none breaks off within a sentence of the prose.
 
     Raises:
         ValueError: the facts don't fit.
@@ -71,11 +71,10 @@ def lay_out(
             getattr(block[0], place).append(fact.text)
         blocks.append(block)
         where.append((fact, place, block))
-    free = [_Slot() for _ in range(count - sum(map(len, blocks)))]
-    blocks += [[slot] for slot in free]
+    blocks += [[_Slot()] for _ in range(count - sum(map(len, blocks)))]
     rng.shuffle(blocks)
     slots = [slot for block in blocks for slot in block]
-    where += _plant_others([f for f in facts if not f.needed], slots, free, rng)
+    where += _plant_others([f for f in facts if not f.needed], slots, rng)
     strand = haystack.strand(rng.randrange(len(haystack.sentences)))
     filled: dict[_Slot, str] = {}
     for slot in rng.sample(slots, len(slots)):  # so that chunks don't stand in the order in which the prose has them
@@ -85,24 +84,24 @@ def lay_out(
 
 
 def _plant_others(
-    facts: Sequence[Fact], slots: Sequence[_Slot], free: Sequence[_Slot], rng: random.Random
+    facts: Sequence[Fact], slots: Sequence[_Slot], rng: random.Random
 ) -> list[tuple[Fact, str, list[_Slot]]]:
-    """Put in the facts that aren't needed; nothing that stands already at a head or tail is moved from there."""
+    """Put the facts that aren't needed where the fewest are so far: at any place of an empty chunk, or else in the middle, where they move
+    nothing from a head or tail.
+    """
     where = []
-    usable = list(free) or list(slots)
-    rng.shuffle(usable)
-    for number, fact in enumerate(facts):
-        slot = usable[number % len(usable)]
-        # A chunk with a needed fact takes others in its middle only, where they are in nobody's way.
-        place = rng.choice(PLACES[:3]) if slot in free and not slot.planted else "middle"
+    for fact in facts:
+        fewest = min(len(slot.planted) for slot in slots)
+        slot = rng.choice([slot for slot in slots if len(slot.planted) == fewest])
+        place = "middle" if slot.planted else rng.choice(PLACES[:3])
         getattr(slot, place).append(fact.text)
         where.append((fact, place, [slot]))
     return where
 
 
 def _fill(slot: _Slot, strand: Strand, chunk_tokens: int, encode: Callable[[str], Sequence[int]]) -> str:
-    room = chunk_tokens - sum(len(encode(" " + text)) for text in slot.planted)
-    prose = strand.take(room) if room > 0 else []
+    planted = sum(len(encode(" " + text)) for text in slot.planted)
+    prose = strand.take(chunk_tokens - planted)
     while len(prose) > 1:
         half = len(prose) // 2
         text = " ".join([*slot.head, *prose[:half], *slot.middle, *prose[half:], *slot.tail])

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Iterator
 from itertools import islice
-from math import nan
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,7 @@ def test_prompts_fit_and_are_the_same_again(sentences: list[str]) -> None:
         assert {(t.chunk_tokens, t.place) for t in found} == {(c, p) for c in (512, 1024) for p in PLACES}  # in turn
         for task in found:
             prompt = made.prompt(task)
-            assert cell.length - 1200 < len(prompt.ids) <= cell.length - task.answer_tokens
+            assert 0.7 * cell.length < len(prompt.ids) <= cell.length - task.answer_tokens
             assert len(prompt.spans) == len(task.chunks)
             assert all(0.6 * task.chunk_tokens < len(c.encode()) <= task.chunk_tokens for c in task.chunks)
             assert not {c for c in task.chunks if any(lead[:100] in c for lead in made.dataset.leads)}
@@ -168,7 +168,7 @@ def test_names_are_new_and_like_names_are_alike() -> None:
 def test_the_prose_is_whole_sentences(sentences: list[str]) -> None:
     assert len(sentences) == len(set(sentences)) > 800
     assert all(s[0].isupper() and 20 <= len(s) <= 300 for s in sentences)
-    assert "The nonlocal" in " ".join(sentences) or "nonlocal" in " ".join(sentences)
+    assert any("nonlocal" in s for s in sentences)
 
 
 # -- answers ----------------------------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def test_kept_answers_are_those_that_both_have_right() -> None:
     two = paired([True, True], [True, False])
     assert two.kept == measures.Estimate(0.5, 0, 1)
     assert paired([True] * 9, [True] * 9).kept == measures.Estimate(1, 1, 1)
-    assert paired([False] * 3, [True] * 3).kept.value is not nan
+    assert isnan(paired([False] * 3, [True] * 3).kept.value)
     with pytest.raises(ValueError, match="give both for each prompt"):
         paired([True], [])
 
