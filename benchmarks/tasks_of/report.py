@@ -11,6 +11,8 @@ from fidelity.measures import Estimate
 from fidelity.rows import Row
 from fidelity.settings import Setting
 
+from cachetune_rag.reuse.config import AUTO
+
 from .kinds import KINDS
 from .prompts import Cell
 from .settings import FULL, title
@@ -18,6 +20,8 @@ from .statistics import Paired, paired
 
 LEAST = 0.40
 """A cell in which full prefill answers less than this share right is left out: what a model can't do, reuse can't spoil."""
+TARGETS = {0.15: (0.98, 0.93), 0.05: (0.96, 0.88)}
+"""What the default selector is to keep at a ratio: over all prompts that count, and on every kind."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ def markdown(header: dict[str, Any], rows: Sequence[Row]) -> str:
             "prefill, or only the setting, answers right; p is McNemar's exact test of these two. Brackets are 95% bootstrap intervals "
             "over prompts.",
             _totals(kept, settings),
+            _against_targets(kept, settings),
         ]
         groups: list[tuple[str, Callable[[Answered], Any]]] = [
             ("kind", lambda p: p.cell.kind),
@@ -123,6 +128,25 @@ def _totals(prompts: Sequence[Answered], settings: Sequence[Setting]) -> str:
         cells += [_percent(found.accuracy), _percent(found.kept), str(found.lost), str(found.gained), f"{found.p:.2g}"]
         lines.append(_line(cells))
     return "\n".join(lines)
+
+
+def _against_targets(prompts: Sequence[Answered], settings: Sequence[Setting]) -> str:
+    """What the default keeps, beside what it is to keep. A kind without a right answer of full prefill has no share."""
+    lines = [_line(["default", "kept, %", "target", "on the kind that keeps least, %", "target"]), _line(["---"] * 5)]
+    kinds = {p.cell.kind for p in prompts}
+    for setting in settings:
+        if setting != Setting("auto", "exact", AUTO.selector, setting.ratio) or setting.ratio not in TARGETS:
+            continue
+        whole = compare(prompts, setting)
+        by_kind = {kind: compare([p for p in prompts if p.cell.kind == kind], setting) for kind in kinds}
+        shares = {kind: found.kept for kind, found in by_kind.items() if found is not None and found.full}
+        if whole is None or not shares:
+            continue
+        every, each = TARGETS[setting.ratio]
+        least = min(shares, key=lambda kind: (shares[kind].value, _order(kind)))
+        cells = [title(setting), _percent(whole.kept), f"{100 * every:.0f}"]
+        lines.append(_line([*cells, f"{least}: {_percent(shares[least])}", f"{100 * each:.0f}"]))
+    return "\n".join(lines) if len(lines) > 2 else "The default was not measured at the ratios that have a target."
 
 
 def _by(prompts: Sequence[Answered], settings: Sequence[Setting], name: str, group: Callable[[Answered], Any]) -> str:

@@ -278,6 +278,16 @@ def test_tables_show_what_is_kept_and_name_the_cells_that_are_left_out() -> None
     assert "| people | 1,024 | without | 2 | 5 | 40 |  |" in text
 
 
+def test_the_default_is_held_against_its_targets() -> None:
+    default = Setting("auto", "exact", "expected_error", 0.15)
+    rows = [*results(), *(row("one_needle", n, default, True) for n in range(5)), row("people", 0, default, True)]
+    text = report.markdown({"model": "m", "environment": {}}, [*rows, row("people", 1, default, False)])
+    assert re.search(
+        r"\| `expected_error` r 0\.15 \| 83\.3 \[\d+, \d+\] \| 98 \| people: 50\.0 \[0, 100\] \| 93 \|", text
+    )
+    assert "was not measured at the ratios" in report.markdown({}, list(results()))
+
+
 def test_settings_begin_with_full_prefill_and_have_nothing_twice() -> None:
     settings = compared(["expected_error", "frequency", "chunk_head"], (0.05, 0.3), ["auto"], ["exact", "int8"])
     assert settings[0] == FULL
