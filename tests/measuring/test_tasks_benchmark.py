@@ -6,6 +6,7 @@ import random
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import islice
 from math import isnan
 from pathlib import Path
@@ -317,8 +318,8 @@ def test_answers_together_are_those_one_by_one() -> None:
         assert len(set(alone)) > 1
         assert greedy_answers(engine, states(), 30) == alone
         assert greedy_answers(engine, states()[:1], 30) == alone[:1]
-        long = greedy_answers(engine, states(), 30)
-        assert all(a.startswith(b) for a, b in zip(long, greedy_answers(engine, states(), 9), strict=True))
+        short = [greedy_answer(engine, state, 9) for state in states()]
+        assert greedy_answers(engine, states(), 9) == short != alone
 
 
 def task_of(made: TaskMaker) -> Task:
@@ -331,9 +332,8 @@ def test_a_prompt_that_is_cut_off_goes_on_where_it_was(sentences: list[str]) -> 
     task = task_of(made)
 
     def run(known: dict[Any, Any]) -> Iterator[dict[str, Any]]:
-        engines = Engines(model, tokenizer())
-        yield from TaskRunner(engines, made, settings, together=2).run(task, known)
-        engines.close()
+        with closing(Engines(model, tokenizer())) as engines:
+            yield from TaskRunner(engines, made, settings, together=2).run(task, known)
 
     whole = list(run({}))
     assert [Setting(r["lead_in"], r["codec"], r["selector"], r["ratio"]) for r in whole] == settings
@@ -347,16 +347,15 @@ def test_a_prompt_that_is_cut_off_goes_on_where_it_was(sentences: list[str]) -> 
 def test_full_prefill_answers_as_the_engine_does(sentences: list[str]) -> None:
     made, model = maker(sentences, "tail"), llama()
     task = task_of(made)
-    (found,) = TaskRunner(Engines(model, tokenizer()), made, [FULL]).run(task, {})
+    with closing(Engines(model, tokenizer())) as engines:
+        (found,) = TaskRunner(engines, made, [FULL]).run(task, {})
     with CacheTune(model, tokenizer(), None) as engine:
         prompt = PromptBuilder(tokenizer()).build(query=task.query, chunks=task.chunks)
         answer = engine.generate(prompt=prompt, reuse=False, max_new_tokens=task.answer_tokens, do_sample=False)
     assert found["answer"] == answer.text.strip()
 
 
-def test_a_run_is_cut_off_by_time_and_goes_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_is_cut_off_by_time_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     llama().save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
     words = "--lengths 2048 --chunk-tokens 512 --kinds one_needle tracking_2 --near-duplicates with --prompts 2 --device cpu"
