@@ -65,7 +65,11 @@ def test_tokens_may_be_drafted_from_the_text(method: str) -> None:
     assert unsupported(config(method=method)) is None
 
 
-@pytest.mark.parametrize(("worker", "seconds"), [(os.getpid() + 1, ASKS_FOR), (os.getpid(), 1), (None, 1)])
+@pytest.mark.parametrize(
+    ("worker", "seconds"),
+    [(os.getpid() + 1, ASKS_FOR), (os.getpid(), 1), (None, 1)],
+    ids=["another process", "this process", "not on a CPU"],  # processes that share tests must name them alike
+)
 def test_the_scheduler_rests_while_a_worker_computes_on_its_cores(worker: int | None, seconds: float) -> None:
     from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 
