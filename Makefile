@@ -15,9 +15,6 @@ WORKERS ?= 2
 # tests start would compile torch, transformers, vLLM and the project again, for 10 to 20 seconds.
 export PYTHONDONTWRITEBYTECODE :=
 
-# Tests inside vLLM wait for servers that start; one more process than there are others uses that time.
-VLLM_WORKERS ?= 3
-
 # Nothing is asked of the network, nothing is reported, and vLLM leaves the cores to other tests.
 VLLM_ENV := HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind
 
@@ -35,7 +32,7 @@ test: lint
 	$(MAKE) test-vllm
 
 test-vllm: $(VLLM_READY)
-	$(VLLM_ENV) $(VLLM_VENV)/bin/python -m pytest -n $(VLLM_WORKERS) --dist loadfile -m "not every_family" tests/vllm
+	$(VLLM_ENV) $(VLLM_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not every_family" tests/vllm
 
 lint: $(READY)
 	$(BIN)/ruff check .
