@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, environment
+from common import environment
+from fidelity.arguments import add_model, add_shards, finish
 from fidelity.documents import Shape, read_documents, shuffled
 from fidelity.evaluate import Engines, Evaluator
 from fidelity.musique import read_musique
@@ -139,18 +140,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a few records and settings: minutes on two cores")
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="only make table and plot of these results")
     parser.add_argument("--out", type=Path, help="folder for the results (default: one of this commit in build/)")
-    parser.add_argument("--model", type=Path, help="folder of a model (default: SmolLM2-135M-Instruct)")
-    parser.add_argument("--gguf-file", help="name of a GGUF file in that folder")
-    parser.add_argument("--name", help="what to call the model in the results")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--tf32", action="store_true", help="on a GPU, multiply matrices in TF32")
-    parser.add_argument("--cuda-kernels", action="store_true", help="on a GPU, through the package's kernels")
+    add_model(parser)
     parser.add_argument("--host-budget", default="8GiB", help="memory for one record's chunks")
     parser.add_argument(
         "--together", type=int, help="settings whose targets are computed in one forward (default: 6 on a GPU, else 1)"
     )
-    parser.add_argument("--commit", help="what to record where there is no git")
     data = parser.add_argument_group("records")
     data.add_argument("--musique", type=Path, metavar="FILE", help="questions as JSON lines, plain or gzipped")
     data.add_argument(
@@ -175,21 +169,13 @@ def arguments() -> argparse.Namespace:
     grid_.add_argument("--codecs", nargs="+", default=list(codec_names()), choices=codec_names())
     grid_.add_argument("--answers", action="store_true", help="also let it answer the questions, and score the answers")
     grid_.add_argument("--answer-ratios", type=float, nargs="+", default=[0.0, 0.05, 0.15, 1.0])
-    shards = parser.add_argument_group("several processes on one machine, each with the same arguments but --shard")
-    shards.add_argument("--shard", type=int, default=0)
-    shards.add_argument("--shards", type=int, default=1)
+    add_shards(parser)
     if parser.parse_known_args()[0].quick:
         parser.set_defaults(**QUICK)
     args = parser.parse_args()
-    if not 0 <= args.shard < args.shards:
-        parser.error(f"--shard is {args.shard}: use 0 to {args.shards - 1}, with --shards {args.shards}.")
-    if any(not 0 <= r <= 1 for r in args.ratios):
-        parser.error(f"--ratios are {args.ratios}: use numbers from 0 to 1.")
+    finish(parser, args, "quality")
     if "{}" not in args.query:
         parser.error(f"--query is {args.query!r}: it needs {{}} where the question goes.")
-    if args.out is None:
-        commit = args.commit or environment()["commit"]
-        args.out = ROOT / "build" / f"quality-{'quick-' if args.quick else ''}{commit}"
     return args
 
 

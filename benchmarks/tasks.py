@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, environment
+from common import environment
+from fidelity.arguments import add_model, add_shards, finish
 from fidelity.evaluate import Engines
 from fidelity.report import load
 from fidelity.rows import RowFile
@@ -121,16 +122,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="only make the tables of these results")
     parser.add_argument("--out", type=Path, help="folder for the results (default: one of this commit in build/)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many; start again to go on")
-    parser.add_argument("--model", type=Path, help="folder of a model (default: SmolLM2-135M-Instruct)")
-    parser.add_argument("--gguf-file", help="name of a GGUF file in that folder")
-    parser.add_argument("--name", help="what to call the model in the results")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--tf32", action="store_true", help="on a GPU, multiply matrices in TF32")
-    parser.add_argument("--cuda-kernels", action="store_true", help="on a GPU, through the package's kernels")
+    add_model(parser)
     parser.add_argument("--host-budget", default="8GiB", help="memory for one prompt's chunks")
     parser.add_argument("--together", type=int, default=6, help="how many answers are decoded in one forward")
-    parser.add_argument("--commit", help="what to record where there is no git")
     data = parser.add_argument_group("prompts")
     data.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     data.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS), help="tokens of prompt and answer")
@@ -145,22 +139,14 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     grid.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS))
     grid.add_argument("--lead-ins", nargs="+", default=["auto"], choices=LEAD_INS)
     grid.add_argument("--codecs", nargs="+", default=["exact"], choices=codec_names())
-    shards = parser.add_argument_group("several processes on one machine, each with the same arguments but --shard")
-    shards.add_argument("--shard", type=int, default=0)
-    shards.add_argument("--shards", type=int, default=1)
+    add_shards(parser)
     if parser.parse_known_args(argv)[0].quick:
         parser.set_defaults(**QUICK)
     args = parser.parse_args(argv)
-    if not 0 <= args.shard < args.shards:
-        parser.error(f"--shard is {args.shard}: use 0 to {args.shards - 1}, with --shards {args.shards}.")
-    if any(not 0 <= r <= 1 for r in args.ratios):
-        parser.error(f"--ratios are {args.ratios}: use numbers from 0 to 1.")
+    finish(parser, args, "tasks")
     for name in ("prompts", "together"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}: use 1 or more.")
-    if args.out is None:
-        commit = args.commit or environment()["commit"]
-        args.out = ROOT / "build" / f"tasks-{'quick-' if args.quick else ''}{commit}"
     return args
 
 

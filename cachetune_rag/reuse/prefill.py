@@ -323,15 +323,16 @@ class Assembler:
     def _planned(self, call: _Call, opened: Opened, stack: ExitStack) -> tuple[Plan | None, int]:
         """The prompt's plan, and the token-layers that were computed for it."""
         prompt, begun = call.prompt, call.begun
-        prepared = None if begun is None else begun.prepared
-        if prepared is None:
-            prepared = self._planner.prepare(prompt, opened.found, opened.config, call.memory, stack, call.room)
-        else:
+        if begun is not None and begun.prepared is not None:
+            prepared = begun.prepared
             prepared.loader.take_turn()
-        if prepared is None:
-            return None, 0
-        if begun is not None and begun.plan is not None and begun.prepared is prepared:
-            return begun.plan, 0
+            if begun.plan is not None:
+                return begun.plan, 0
+        else:
+            made = self._planner.prepare(prompt, opened.found, opened.config, call.memory, stack, call.room)
+            if made is None:
+                return None, 0
+            prepared = made
         return self._planner.choose(prompt, prepared, opened.config.ratio)
 
     def _enter_device(self, stack: ExitStack) -> None:

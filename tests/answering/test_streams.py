@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
-import sys
 import threading
-from collections.abc import Callable, Iterator
-from types import FrameType
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from interrupting import interrupted_at
 from tiny import llama, tokenizer
 from transformers import LogitsProcessorList
 
@@ -123,35 +122,10 @@ def test_one_thread_reads_it_at_a_time(engine: CacheTune) -> None:
     assert stream.answer.completion_tokens == 8
 
 
-def _interrupted_at(step: int, work: Callable[[], object]) -> BaseException | None:
-    """What `work` raises if KeyboardInterrupt comes at the step-th line of stream.py."""
-    left = step
-
-    def trace(frame: FrameType, event: str, _value: Any) -> Any:
-        nonlocal left
-        if frame.f_code.co_filename != stream_module.__file__:
-            return None
-        if event == "line":
-            left -= 1
-            if left < 0:
-                sys.settrace(None)
-                raise KeyboardInterrupt
-        return trace
-
-    sys.settrace(trace)
-    try:
-        work()
-    except BaseException as error:
-        return error.with_traceback(None)
-    finally:
-        sys.settrace(None)
-    return None
-
-
 def test_an_interrupt_at_any_line_is_told_as_one_and_leaves_nothing_behind(engine: CacheTune) -> None:
     engine.precompute([Document("a", CHUNKS)])
     for step in range(500):
-        error = _interrupted_at(step, lambda: engine.generate("Who?", CHUNKS[:1], max_new_tokens=1))
+        error = interrupted_at(step, stream_module, lambda: engine.generate("Who?", CHUNKS[:1], max_new_tokens=1))
         if error is None:
             break
         assert isinstance(error, KeyboardInterrupt), step

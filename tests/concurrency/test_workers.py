@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import gc
-import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 import pytest
+from interrupting import interrupted_at
 
 from cachetune_rag.concurrency import workers
 from cachetune_rag.concurrency.workers import CancelledError, Job, Workers
@@ -89,36 +88,19 @@ def test_nothing_is_held_of_what_is_over_and_threads_end_with_their_owner() -> N
     assert all(ended.acquire(timeout=10) for ended in running)
 
 
-def interrupted_at(step: int, work: Callable[[], object]) -> bool:
-    """Run it with KeyboardInterrupt raised before line number `step` of workers.py that it comes to; False if it ended before."""
-    left = step
-
-    def trace(frame: FrameType, event: str, _arg: object) -> Any:
-        nonlocal left
-        if frame.f_code.co_filename != workers.__file__:
-            return None
-        if event == "line":
-            left -= 1
-            if left < 0:
-                sys.settrace(None)
-                raise KeyboardInterrupt
-        return trace
-
-    sys.settrace(trace)
-    try:
-        work()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(None)
-    return False
+def interrupted(step: int, work: Callable[[], object]) -> bool:
+    """Run it with Ctrl-C before line number `step` of workers.py that it comes to; False if it ended before."""
+    error = interrupted_at(step, workers, work)
+    if error is not None and not isinstance(error, KeyboardInterrupt):
+        raise error
+    return error is not None
 
 
 @pytest.mark.parametrize("slow", [0.0, 0.02], ids=["done at once", "waited for"])
 def test_an_interrupt_at_any_line_leaves_threads_that_work(slow: float) -> None:
     with Workers(2, "test") as pool:
         for step in range(200):
-            if not interrupted_at(step, lambda: pool.submit(time.sleep, slow).result()):
+            if not interrupted(step, lambda: pool.submit(time.sleep, slow).result()):
                 break
             assert [pool.submit(int, n).result(10) for n in "123"] == [1, 2, 3], step
         assert 10 < step < 199

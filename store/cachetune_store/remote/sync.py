@@ -15,9 +15,9 @@ from .objects import RemoteError
 __all__ = ["Sync"]
 
 POLL_SECONDS = 2.0
-"""How often it is looked for changes of others."""
+"""Seconds between two looks for changes that others have made."""
 _LOOK_FAR = 150
-"""Looks for changes after which it is looked for a snapshot, too: changes may have been deleted while this machine was asleep."""
+"""Every so many looks, a newer snapshot is looked for as well: changes may have been deleted while this machine was asleep."""
 _LEAVE_SECONDS = 30.0
 
 _log = logging.getLogger(__name__)
