@@ -21,6 +21,8 @@ from cachetune_rag.answering.stream import AnswerStream
 from cachetune_rag.checking.arguments import check_count, check_flag, check_wait, is_count
 from cachetune_rag.chunks.precompute import Progress
 from cachetune_rag.errors import CacheTuneError, ConfigError
+from cachetune_rag.explaining.explainer import Explainer
+from cachetune_rag.explaining.explanation import Explanation
 from cachetune_rag.measuring.calibration.calibrator import RATIOS, CalibrationPlan, CalibrationProgress, Calibrator
 from cachetune_rag.measuring.calibration.result import Calibration
 from cachetune_rag.measuring.profiles import check_savable
@@ -438,6 +440,45 @@ class CacheTune:
                 f"prompt_lengths is {shown(prompt_lengths)}: use a list of numbers of tokens, ints of at least 1; [] for none."
             )
         self.runtime.warmup(computed_tokens, prompt_lengths, selector)
+
+    def explain(
+        self,
+        query: str | None = None,
+        chunks: Iterable[str | Chunk] = (),
+        prefix: str | None = None,
+        *,
+        prompt: Prompt | None = None,
+        ratio: float | str = "auto",
+        selector: str = "auto",
+        compare: bool = False,
+        max_new_tokens: int = 64,
+        **template_arguments: Any,
+    ) -> Explanation:
+        """Read a prompt as a request would, and tell what became of each token and chunk, and why.
+
+        It is no request: counters, listeners and the store stay as they are, and chunks that it misses are not stored. The likeliest token
+        is always taken for its answers, so that only reuse makes them differ.
+
+        Args:
+            query, chunks, prefix, prompt, ratio, selector: as for `stream`.
+            compare: compute the whole prompt as well, and say how far reuse is from that.
+            max_new_tokens: most tokens of an answer.
+            template_arguments: variables of the chat template, e.g. enable_thinking=False.
+
+        Returns:
+            Plain values with a JSON form.
+
+        Raises:
+            ConfigError, PromptError, PromptTooLongError: the prompt can't be read; nothing was computed.
+        """
+        self.runtime.lifetime.check()
+        check_flag(compare, "compare")
+        check_count(max_new_tokens, "max_new_tokens", "a number of tokens, an int of at least 1")
+        runtime = self.runtime
+        config = runtime.admission.config(selector, ratio)
+        built = runtime.admission.prompt(query, chunks, prefix, prompt, template_arguments)
+        explainer = Explainer(runtime.bench(), runtime.recognizer, runtime.calibrations.ratio, self.model_name)
+        return explainer.explain(built, config, question=query or "", compare=compare, tokens=max_new_tokens)
 
     # -- fidelity -------------------------------------------------------------------------------------------------
 

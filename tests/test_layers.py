@@ -48,10 +48,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "measuring": (*REQUEST, "concurrency", "checking", "report", "errors"),
     "measuring/calibration": ("measuring", *REQUEST, "concurrency", "checking", "report", "errors"),
     "measuring/tuning": ("measuring", *REQUEST, "concurrency", "checking", "report", "errors"),
+    "explaining": ("measuring", *REQUEST, "concurrency", "checking", "report", "errors"),
     "telemetry": ("measuring", "answering", "reuse", "concurrency", "checking", "report", "errors"),
     "runtime": ("telemetry", *MEASURING, *REQUEST, "options", "concurrency", "checking", "report", "errors"),
-    "engine": ("runtime", "telemetry", *MEASURING, *REQUEST, "options", "concurrency", "checking", "report", "errors"),
-    "cli": ("engine", "runtime", "telemetry", *MEASURING, *REQUEST, "text/files", "text/files/readers", "options", "concurrency",
+    "engine": ("runtime", "explaining", "telemetry", *MEASURING, *REQUEST, "options", "concurrency", "checking", "report", "errors"),
+    "cli": ("engine", "runtime", "explaining", "telemetry", *MEASURING, *REQUEST, "text/files", "text/files/readers", "options", "concurrency",
             "checking", "report", "errors"),
 }  # fmt: skip
 

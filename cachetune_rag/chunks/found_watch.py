@@ -7,12 +7,12 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from heapq import nlargest
+from collections.abc import Sequence
 
+from cachetune_rag.chunks.alike import texts_alike
 from cachetune_rag.chunks.recognition import StoreRecognizer
 from cachetune_rag.text.prompts.prompt import Prompt, Segment, Text
-from cachetune_rag.text.recognising.text_changes import REASONS, change_of, likeness, pieces_of
+from cachetune_rag.text.recognising.text_changes import REASONS, change_of
 from cachetune_store import StoreError
 
 MUCH = 100
@@ -128,27 +128,8 @@ class FoundWatch:
         reasons = Counter(change_of(text, shown) or "not shown" for text in stored[:_TEXTS] if text not in shown)
         if not reasons:
             try:
-                alike = self._alike(shown)
+                alike = texts_alike(self._recognizer, shown, _TEXTS, SECONDS)
             except StoreError:
                 return None
             reasons = Counter(kind for text in alike if (kind := change_of(text, shown)) is not None)
         return reasons.most_common(1)[0][0] if reasons else "not stored"
-
-    def _alike(self, shown: str) -> list[str]:
-        """Stored texts that the prompt seems to show in another form, the likeliest first."""
-        pieces = pieces_of(shown)
-        until = time.monotonic() + SECONDS
-
-        def look(texts: Iterable[str]) -> list[str]:
-            shares: list[tuple[float, str]] = []
-            sure = 0
-            for text in texts:
-                share = likeness(text, pieces)
-                if share and text not in shown:
-                    shares = nlargest(_TEXTS, [*shares, (share, text)])
-                    sure += share > LITTLE
-                if sure == _TEXTS or time.monotonic() > until:
-                    break
-            return [text for _, text in shares]
-
-        return self._recognizer.scan(look)

@@ -20,6 +20,7 @@ from cachetune_rag.concurrency.lifetime import Lifetime
 from cachetune_rag.measuring.teacher import rewind, teacher_forced
 from cachetune_rag.model import ModelAdapter
 from cachetune_rag.model.engine_model import EngineModel
+from cachetune_rag.reuse.account import Account
 from cachetune_rag.reuse.config import ReuseConfig
 from cachetune_rag.reuse.prefill import Assembler
 from cachetune_rag.reuse.state import PrefillState
@@ -138,14 +139,19 @@ class Bench:
 
     # -- measuring ------------------------------------------------------------------------------------------------
 
-    def prefill(self, prompt: Prompt, config: ReuseConfig | None) -> PrefillState:
-        """Read a prompt; without a config all of it is computed. The time in its report begins when the model is free."""
+    def prefill(
+        self, prompt: Prompt, config: ReuseConfig | None, account: Callable[[Account], None] | None = None
+    ) -> PrefillState:
+        """Read a prompt; without a config all of it is computed. The time in its report begins when the model is free.
+
+        `account` is as for `Assembler.prefill`; full prefill gives none.
+        """
         with self.model.lock.reserved(), self.model.lock:
             self.lifetime.check()
             started = time.perf_counter()
             if config is None:
                 return self.assembler.full_prefill(prompt, started)
-            return self.assembler.prefill(prompt, config, started)
+            return self.assembler.prefill(prompt, config, started, account=account)
 
     def transfer(self, prompt: Prompt) -> tuple[int, float]:
         """Move all rows of a prompt's chunks to the model and compute nothing: (rows of a layer, seconds)."""

@@ -16,6 +16,7 @@ from cachetune_rag.model import ModelAdapter
 from cachetune_rag.model.heads import PeerError
 from cachetune_rag.model.libraries.neutral import neutrally
 from cachetune_rag.readahead.prefetcher import Prefetcher
+from cachetune_rag.reuse.account import Account, account_of
 from cachetune_rag.reuse.begun import Begun
 from cachetune_rag.reuse.config import ReuseConfig
 from cachetune_rag.reuse.layer_loader import CANT_READ, DamagedSourceError
@@ -49,6 +50,7 @@ class _Call:
         only_reuse: compute nothing where nothing is reused.
         begun: the prompt, if it was begun before its turn.
         meanwhile: called while the device computes.
+        account: is given the account of the prompt.
     """
 
     prompt: Prompt
@@ -60,6 +62,7 @@ class _Call:
     only_reuse: bool = False
     begun: Begun | None = None
     meanwhile: Callable[[], None] | None = None
+    account: Callable[[Account], None] | None = None
 
 
 class Assembler:
@@ -121,6 +124,7 @@ class Assembler:
         chunks_open: Callable[[], None] = _nothing,
         room: int = 0,
         memory: KVMemory | None = None,
+        account: Callable[[Account], None] | None = None,
     ) -> PrefillState:
         """Prefill with reuse.
 
@@ -135,8 +139,9 @@ class Assembler:
                 then on give way to this request.
             room: tokens of an answer that is expected behind the prompt.
             memory: owns the rows; None: the engine's own.
+            account: is given what became of each token and chunk, once the prompt is read; None: nobody wants to know.
         """
-        call = _Call(prompt, config, started, chunks_open, room, memory or self.memory)
+        call = _Call(prompt, config, started, chunks_open, room, memory or self.memory, account=account)
         with self._same_weights(call.memory):
             state = self._prefill(call)
         assert isinstance(state, PrefillState)
@@ -298,6 +303,9 @@ class Assembler:
                     prompt, config, found, plan, faults, kept=done.kept, skipped=done.skipped, probed=probed,
                     ttft=ended - call.started, timings=timings,
                 )  # fmt: skip
+                if call.account is not None:
+                    assert config.namespace is not None  # see `_with_namespace`
+                    call.account(account_of(prompt, config.namespace, found, plan, faults, done.kept))
                 self._opener.let_go(opened)
                 buffers, exact = (None, len(prompt.ids)) if plan is None else (plan.buffers, plan.exact)
                 memory.keep(ids_of(prompt).numpy(), exact, buffers, done.cache)

@@ -176,7 +176,7 @@ def test_comparing_gives_up_in_time(
     """However many texts are stored: with no time at all, one is looked at."""
     monkeypatch.setattr("cachetune_rag.chunks.found_watch.SECONDS", -1.0)
     looked: list[str] = []
-    monkeypatch.setattr("cachetune_rag.chunks.found_watch.likeness", lambda text, _: looked.append(text) or 0.0)
+    monkeypatch.setattr("cachetune_rag.chunks.alike.likeness", lambda text, _: looked.append(text) or 0.0)
     engine.precompute(PASSAGES)
     engine.prompt_from_text("Nothing of the kind. " * 100)
     assert len(looked) == 1

@@ -1,0 +1,89 @@
+"""Why a chunk of a prompt was or was not found, as a sentence."""
+
+from __future__ import annotations
+
+import time
+
+from cachetune_rag.chunks.differences import what_differs
+from cachetune_rag.chunks.lead_ins import LeadIns
+from cachetune_rag.reuse.account import ChunkAccount, Outcome
+from cachetune_store import ChunkKey, ChunkStore, StoreError, make_key
+
+SECONDS = 2.0
+"""The longest that the store is searched for the same text in other namespaces."""
+
+_WHY = {
+    Outcome.STORED: "It is in the store.",
+    Outcome.DAMAGED: "It was damaged, and is set aside: precompute its document again.",
+    Outcome.UNREADABLE: "The system refused to read its file. The log says why.",
+    Outcome.TIMED_OUT: "The store's disk did not answer in time.",
+    Outcome.EMPTY: "It has no tokens.",
+}
+_OTHER = {
+    "model": "The same text is stored for another model, or for other weights of this one.",
+    "tokenizer": "The same text is stored for another tokenizer.",
+    "dtype": "The same text is stored in another dtype. Use the dtype that it was precomputed with, or precompute again.",
+    "lead-ins": "The same text is stored behind other lead-ins. Precompute its document again.",
+}
+_GONE = "Its text is known, and its rows are not stored any more: it had to make room, or was set aside. Precompute its document again."
+_EARLIER = (
+    "It was stored before this store's lead-ins were chosen. It is computed again when its document is precomputed."
+)
+NEVER = "It is not in the store."
+
+
+class Reasons:
+    """Explains lookups in one engine's store. Only what is the engine's own tenant's is looked at.
+
+    Args:
+        store: where chunks are kept.
+        lead_ins: know what keys are made with.
+    """
+
+    def __init__(self, store: ChunkStore, lead_ins: LeadIns):
+        self._store, self._lead_ins = store, lead_ins
+
+    def why(self, chunk: ChunkAccount, ids: tuple[int, ...], text: str) -> str:
+        """Why the lookup of a chunk ended as it did."""
+        if chunk.outcome is not Outcome.MISSED:
+            return _WHY[chunk.outcome]
+        try:
+            return self._why_missed(chunk.key, ids, text)
+        except StoreError as error:
+            return f"{NEVER} The store can't be searched for more: {error}"
+
+    def document_of(self, key: ChunkKey | None) -> str | None:
+        """The first document of the tenant that holds a chunk."""
+        if key is None:
+            return None
+        try:
+            return next(iter(self._store.holders([key], tenant=self._lead_ins.namespace.tenant)), None)
+        except StoreError:
+            return None
+
+    def _why_missed(self, key: ChunkKey | None, ids: tuple[int, ...], text: str) -> str:
+        if key is None:
+            return NEVER
+        if any(True for _ in self._store.texts(keys=[key])):
+            return _GONE
+        earlier = [make_key(namespace, ids) for namespace in self._lead_ins.namespaces[1:]]
+        if any(True for _ in self._store.texts(keys=earlier)):
+            return _EARLIER
+        return self._elsewhere(text)
+
+    def _elsewhere(self, text: str) -> str:
+        """Whether the same text is stored, but can't be used here."""
+        wanted, until = self._lead_ins.namespace, time.monotonic() + SECONDS
+        for key, stored, _ in self._store.texts():
+            if time.monotonic() > until:
+                break
+            if stored != text:
+                continue
+            reader = self._store.open(key)
+            if reader is None:
+                continue
+            with reader:
+                namespace = reader.head.namespace
+            if namespace.tenant == wanted.tenant and namespace != wanted:
+                return _OTHER[what_differs(namespace, wanted)]
+        return NEVER
