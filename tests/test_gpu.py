@@ -371,3 +371,25 @@ def test_experts_run_without_graphs() -> None:
         buffers = adapter.new_buffers(70)
         ours = adapter.selective_forward(ids, torch.arange(70, device="cuda"), buffers)
         assert float((ours - full).abs().max()) <= 5e-5
+
+
+def test_a_warm_up_without_graphs_overwrites_nothing_that_is_yet_to_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device lags behind, so that what its forwards read is still in page-locked memory while the next ones are prepared."""
+    seen: list[torch.Tensor] = []
+
+    class Noted(device_forward.Inputs):
+        def __init__(self, *args: Any):
+            super().__init__(*args)
+            seen.append(self.positions)
+
+    forward = ModelAdapter(llama().cuda()).device_forward
+    assert forward is not None
+    forward.warmup(64)  # compiles the kernel that reads
+    monkeypatch.setattr(device_forward, "Inputs", Noted)
+    monkeypatch.setattr(forward, "graphs_enabled", False)
+    monkeypatch.setattr(forward, "run_model", lambda *_: torch.zeros(1, 1, device="cuda"))
+    forward.drop_graphs()
+    torch.cuda._sleep(500_000_000)
+    forward.warmup(2048)
+    assert len(seen) > 20
+    assert all(bool((positions == -1).all()) for positions in seen)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cachetune_rag.model.cuda.compiled_layers import opaque
 from cachetune_rag.model.heads import Heads, PeerError
 from cachetune_store.layout import LayerSpec
 from cachetune_vllm.turns import Turns
@@ -90,6 +91,9 @@ class DividedHeads(Heads):
 
     # -- while the model computes ---------------------------------------------------------------------------------
 
+    # Compiled layers call these as they are: what they count, and whether a turn is used up, must not be compiled in.
+
+    @opaque
     def total(self, numbers: Tensor) -> Tensor:
         """See `Heads`."""
         self._sums += 1
@@ -104,12 +108,14 @@ class DividedHeads(Heads):
         """See `Heads`."""
         return self.joined(states, 1)[:, :: self._copies]
 
+    @opaque
     def joined(self, part: Tensor, dim: int) -> Tensor:
         """The parts that all processes have of a tensor, one behind the other in a dimension."""
         self._sums += 1
         whole: Tensor = self._group.all_gather(part.contiguous(), dim)
         return whole
 
+    @opaque
     def added_up(self, rows: Tensor) -> Tensor:
         """The sum of what the processes' parts of a layer give, [..., width]. The turn may pause here."""
         total = self.total(rows)

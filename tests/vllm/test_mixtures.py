@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import torch
 
 from tests.vllm.conftest import TinyVLLM
 from tests.vllm.test_connector import CHUNKS, ON_CPU, Served, filled_store, prompt_of, report, shuffled, transfer
-from tests.vllm.test_quantised import check_nearly_vllms_own
+from tests.vllm.test_quantised import check_nearly_vllms_own, half_store
 
 
 @pytest.fixture(scope="module")
@@ -36,5 +38,11 @@ def test_what_is_missed_is_computed_and_counted_as_not_stored(mixture: Served) -
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_nearly_all_recomputed_is_nearly_vllms_own_answer(mixture: Served) -> None:
-    check_nearly_vllms_own(mixture)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_nearly_all_recomputed_is_nearly_vllms_own_answer(
+    tiny_vllm: Callable[..., TinyVLLM], tmp_path: Path
+) -> None:
+    """In a 16-bit type: vLLM's kernel for experts multiplies float32 numbers as TF32, which is too coarse for the check at start."""
+    store = half_store(tmp_path, "mixtral")
+    up = tiny_vllm("mixtral", packed=False, dtype="bfloat16", kv_transfer_config=transfer(store, least_reused=0))
+    check_nearly_vllms_own(Served(up, store))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ TOKENS = 1088
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
 
 _log = logging.getLogger(__name__)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class FusedLayers:
@@ -116,7 +117,7 @@ def _seen(see: Callable[[int, Tensor], None], number: int, call: Callable[..., A
     return seen
 
 
-def opaque(function: Callable[..., Any]) -> Callable[..., Any]:
+def opaque(function: _Function) -> _Function:
     """A function that compiled code calls without compiling it."""
-    made: Callable[..., Any] = torch.compiler.disable(function)
+    made: _Function = torch.compiler.disable(function)
     return made

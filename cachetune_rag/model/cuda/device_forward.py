@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from typing import Any
@@ -102,8 +102,7 @@ class DeviceForward:
         self._disturbed = 0
         self._pool: Any = None
         self._stream: Any = None
-        # Keeps the page-locked memory of recent inputs, which the device may not have read yet. A request has at most two forwards.
-        self._recent: deque[Inputs] = deque(maxlen=4)
+        self._unread: list[Inputs] = []
         self._held: list[Turn | None] = []
 
     def forward(
@@ -188,6 +187,7 @@ class DeviceForward:
             return
         inputs = Inputs(kind, len(self._specs), self._device)
         inputs.fill_idle()
+        self._keep(inputs)
         self._eager(inputs, _nothing, self._call(kind, inputs))
         self._seen.add(kind)
         if self.graphs_enabled and kind.tokens <= MAX_TOKENS:
@@ -220,9 +220,14 @@ class DeviceForward:
             return graph.replay(before)
         inputs = Inputs(kind, len(self._specs), self._device)
         inputs.fill(ids, positions, buffers, **numbers)
-        self._recent.append(inputs)
+        self._keep(inputs)
         self.began = inputs.read
         return self._eager(inputs, before, self._call(kind, inputs))
+
+    def _keep(self, inputs: Inputs) -> None:
+        """Keep inputs until the device has read them. Their page-locked memory is read by a kernel, of which torch doesn't know: it would
+        hand the memory out again at once."""
+        self._unread = [*(each for each in self._unread if each.read is not None and not each.read.query()), inputs]
 
     def _call(self, kind: Kind, inputs: Inputs) -> KernelCall:
         call = KernelCall(inputs.table, inputs.positions, self._specs, self._windows)
