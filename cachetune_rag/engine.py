@@ -261,6 +261,8 @@ class CacheTune:
         prompt: Prompt | None = None,
         ratio: float | str = "auto",
         selector: str = "auto",
+        max_kl: float | None = None,
+        min_top1: float | None = None,
         reuse: bool = True,
         max_new_tokens: int | str | None = "auto",
         stop: str | Sequence[str] | None = None,
@@ -275,6 +277,8 @@ class CacheTune:
             prompt=prompt,
             ratio=ratio,
             selector=selector,
+            max_kl=max_kl,
+            min_top1=min_top1,
             reuse=reuse,
             max_new_tokens=max_new_tokens,
             stop=stop,
@@ -294,6 +298,8 @@ class CacheTune:
         prompt: Prompt | None = None,
         ratio: float | str = "auto",
         selector: str = "auto",
+        max_kl: float | None = None,
+        min_top1: float | None = None,
         reuse: bool = True,
         max_new_tokens: int | str | None = "auto",
         stop: str | Sequence[str] | None = None,
@@ -311,6 +317,9 @@ class CacheTune:
             prompt: a prompt from `engine.prompts`, instead of query, chunks and prefix.
             ratio: share of the chunk tokens to recompute, in [0, 1], or "auto": the calibrated one, if there is one.
             selector: which tokens those are: a registered name or "auto".
+            max_kl, min_top1: a bound for this request: at most so many nats a token from full prefill, at least this share of tokens
+                that full prefill finds the likeliest, too. The least ratio that is predicted to keep it is taken, and full prefill where none is.
+                It needs `calibrate`, and `ratio="auto"`; docs/calibration.md says how often predictions hold.
             reuse: False computes everything (the reference).
             max_new_tokens: most tokens of the answer; fewer where the model's context ends. "auto": as `generation_config` says,
                 or the model's own, or 256 where neither does. None: the same, but to the context's end where neither does.
@@ -332,6 +341,8 @@ class CacheTune:
             started=time.perf_counter(),
             ratio=ratio,
             selector=selector,
+            max_kl=max_kl,
+            min_top1=min_top1,
             reuse=reuse,
             max_new_tokens=max_new_tokens,
             stop=stop,
@@ -377,6 +388,8 @@ class CacheTune:
         prompt: Prompt | None = None,
         ratio: float | str = "auto",
         selector: str = "auto",
+        max_kl: float | None = None,
+        min_top1: float | None = None,
         **template_arguments: Any,
     ) -> PrefillState:
         """Read a prompt with reuse and stop there: logits [1, vocab], cache, report. Missing chunks are stored before it returns.
@@ -386,7 +399,7 @@ class CacheTune:
         self.runtime.lifetime.check()
         started = time.perf_counter()
         admission = self.runtime.admission
-        config = admission.config(selector, ratio)
+        config = admission.config(selector, ratio, max_kl, min_top1)
         request = admission.for_prefill(
             query, chunks, prefix, prompt, template_arguments, config=config, started=started
         )

@@ -10,6 +10,60 @@ from cachetune_store.tier_kinds import rank
 
 
 @dataclass(frozen=True)
+class Predicted:
+    """What is predicted for a request at one ratio.
+
+    Attributes:
+        ratio: share of the stored chunk tokens that would be recomputed.
+        error_left: the sign that it is predicted from, see `Report.error_left`.
+        kl: the most KL from full prefill, in nats a token.
+        top1: the least share of tokens that full prefill, too, finds the likeliest.
+    """
+
+    ratio: float
+    error_left: float
+    kl: float
+    top1: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Why a request with a bound took its ratio.
+
+    Attributes:
+        max_kl, min_top1: the bound; None where nothing was asked for.
+        share: the share of requests that each figure in `ladder` is to hold for.
+        ladder: what was predicted at each ratio that the request might have taken, by ascending ratio.
+        ratio: the least of these that is predicted to keep the bound; 1.0 (full prefill, which is exact) if none is.
+    """
+
+    max_kl: float | None
+    min_top1: float | None
+    share: float
+    ladder: tuple[Predicted, ...]
+    ratio: float
+
+    @property
+    def taken(self) -> Predicted | None:
+        """What was predicted at the ratio that was taken; None for full prefill."""
+        return next((each for each in self.ladder if each.ratio == self.ratio), None)
+
+    @property
+    def why(self) -> str:
+        """The reason, in words."""
+        bounds = {"KL at most": self.max_kl, "top-1 agreement at least": self.min_top1}
+        asked = " and ".join(f"{what} {value:g}" for what, value in bounds.items() if value is not None)
+        taken = self.taken
+        if taken is None:
+            last = self.ladder[-1]
+            return (
+                f"full prefill, because even at r={last.ratio:g} a KL of {last.kl:.2g} and top-1 agreement of {last.top1:.2f} are predicted, and "
+                f"the bound is {asked}"
+            )
+        return f"predicted KL {taken.kl:.2g}, top-1 agreement {taken.top1:.2f}; least ratio for {asked}"
+
+
+@dataclass(frozen=True)
 class Report:
     """What happened to one request.
 
@@ -44,6 +98,9 @@ class Report:
         probed: token-layers that the selector ran in order to choose. One token through one layer counts as one; through a part of
             a layer, as that part's share of the layer's weights. The rest of the request ran `computed` times the model's layers.
         skipped: recomputed tokens whose stored KV was not read (except in layers that a selector looked at).
+        error_left: the sum of the selector's scores over the reused tokens. Of two requests with one selector, the one with more of
+            it is likely to be farther from full prefill. None where the selector scored nothing.
+        prediction: what was predicted of the request, and the ratio that was taken for it; None where no bound was asked for.
     """
 
     prompt_tokens: int
@@ -67,6 +124,8 @@ class Report:
     unstored: int = 0
     storing: int = 0
     retrieved: int = 0
+    error_left: float | None = None
+    prediction: Prediction | None = None
 
     @property
     def found_share(self) -> float:
@@ -85,8 +144,11 @@ class Report:
         return self.prompt_tokens - self.reused - self.prefix_kept
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields and `found_share`, for JSON."""
-        return {**dataclasses.asdict(self), "found_share": self.found_share}
+        """The fields, `found_share`, and why a request with a bound took its ratio, for JSON."""
+        fields = dataclasses.asdict(self)
+        if self.prediction is not None:
+            fields["prediction"]["why"] = self.prediction.why
+        return {**fields, "found_share": self.found_share}
 
     def __str__(self) -> str:
         if self.full:
@@ -100,9 +162,10 @@ class Report:
         }
         told = "".join(f", {count} {what}" for what, count in faults.items() if count)
         found = f", {self.found_share:.0%} of {self.retrieved} retrieved found" if self.retrieved else ""
+        why = "" if self.prediction is None else f"; {self.prediction.why}"
         return (
             f"{self.prompt_tokens} prompt tokens: {self.reused} reused, {self.recomputed} recomputed, {self.missed} missed{found} "
-            f"({self.selector}, r={self.ratio:g}); read {read}; first token after {_seconds(self.ttft)}{told}"
+            f"({self.selector}, r={self.ratio:g}{why}); read {read}; first token after {_seconds(self.ttft)}{told}"
         )
 
 

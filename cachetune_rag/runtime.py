@@ -181,7 +181,14 @@ class Runtime:
         self.counter = RequestCounter()
         self.store_stats = LastKnownStoreStats(self.store, self.pool)
         self.observers = Observers()
-        self.admission = Admission(self.adapter, self.tokenizer, self.prompts, self.lead_ins, self.calibrations.ratio)
+        self.admission = Admission(
+            self.adapter,
+            self.tokenizer,
+            self.prompts,
+            self.lead_ins,
+            self.calibrations.ratio,
+            self.calibrations.predictor,
+        )
         listeners = (
             BackfillListener(self.backfill),
             self.counter,

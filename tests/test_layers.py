@@ -34,7 +34,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "text/files/readers": ("errors", "checking"),
     "text/files": ("text/files/readers", "errors", "checking"),
     "kernels": (),
-    "selection": ("errors", "checking"),
+    "selection": ("errors", "checking", "report"),
     "model/libraries": ("errors",),
     "model/loaded": ("model/libraries", "errors"),
     "model/family": ("model/loaded", "model/libraries", "errors"),

@@ -24,6 +24,8 @@ from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, model_validator
 from cachetune_rag import CacheTune, Report
 from cachetune_rag.concurrency.async_calls import OwnThread, call_in_thread
 from cachetune_rag.errors import ConfigError
+from cachetune_rag.options import REUSE_NAMES
+from cachetune_rag.reuse.config import check_reuse
 from cachetune_store.printing import shown
 from langchain_cachetune import settings
 from langchain_cachetune.chat_request import ChatRequest, Deadline
@@ -69,7 +71,7 @@ class ChatCacheTune(BaseChatModel):
         temperature: above 0 samples, 0 is greedy. Default: as in the model's generation config.
         stop: strings that end an answer. Can also be given as stop_sequences.
         timeout: seconds for an answer. It is checked between pieces of the answer, and raises `TimeoutError`.
-        ratio, selector: what is recomputed. See `CacheTune.stream`.
+        ratio, selector, max_kl, min_top1: what is recomputed. See `CacheTune.stream`.
         generate_kwargs: further sampling settings (top_p, repetition_penalty, seed, ...). They can also be given directly:
             `ChatCacheTune(..., top_p=0.9)`.
         learn: whether texts that retrievers returned and a prompt shows unchanged, but the store doesn't have, are stored after
@@ -92,6 +94,8 @@ class ChatCacheTune(BaseChatModel):
     timeout: float | None = Field(default=None, gt=0)
     ratio: float | str = "auto"
     selector: str = "auto"
+    max_kl: float | None = None
+    min_top1: float | None = None
     generate_kwargs: dict[str, Any] = Field(default_factory=dict)
     learn: bool = True
     streaming: bool = False
@@ -142,12 +146,15 @@ class ChatCacheTune(BaseChatModel):
         else:
             self._loads = True
         try:
-            settings.check_reuse(self.ratio, self.selector)
+            check_reuse(**self._reuse())
             settings.check_engine_options(self.engine_kwargs)
             self._check_generation(self.generate_kwargs)
         except ConfigError as error:
             raise ValueError(str(error)) from error
         return self
+
+    def _reuse(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in REUSE_NAMES}
 
     def _check_generation(self, given: Mapping[str, Any]) -> None:
         known = {*settings.generation_names(), *settings.REUSE}
@@ -185,7 +192,7 @@ class ChatCacheTune(BaseChatModel):
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        names = ("model", "store", "max_tokens", "temperature", "stop", "ratio", "selector", "generate_kwargs")
+        names = ("model", "store", "max_tokens", "temperature", "stop", *REUSE_NAMES, "generate_kwargs")
         return {name: getattr(self, name) for name in names}
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
@@ -429,7 +436,7 @@ class ChatCacheTune(BaseChatModel):
             max_tokens=given.pop("max_tokens", own_limit),
             temperature=given.pop("temperature", self.temperature),
             stop=stop or given.pop("stop", None) or self.stop,
-            others={"ratio": self.ratio, "selector": self.selector, **self.generate_kwargs, **given},
+            others={**self._reuse(), **self.generate_kwargs, **given},
         )
         layout = {name: decoding.pop(name) for name in template_names(engine, decoding)}
         prompt = build_prompt(engine, messages, tools, layout, run.documents, learn=self.learn)

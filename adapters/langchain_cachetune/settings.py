@@ -11,8 +11,7 @@ from cachetune_rag.answering.decoding import prepare
 from cachetune_rag.answering.generation_settings import setting_names
 from cachetune_rag.checking.arguments import hint
 from cachetune_rag.errors import ConfigError
-from cachetune_rag.options import FROM_PRETRAINED_NAMES, check_names
-from cachetune_rag.reuse.config import resolve
+from cachetune_rag.options import FROM_PRETRAINED_NAMES, REUSE_NAMES, check_names
 from cachetune_store.printing import shown
 
 ALIASES = {
@@ -23,7 +22,7 @@ ALIASES = {
 }
 """Other usual names of arguments, and the name in this class."""
 
-REUSE = ("ratio", "selector", "reuse")
+REUSE = (*REUSE_NAMES, "reuse")
 TOOLS = ("tools", "tool_choice", "response_format")
 
 
@@ -79,15 +78,6 @@ def take_length(given: dict[str, Any]) -> None:
     if names:
         given["generate_kwargs"] = {name: value for name, value in further.items() if name not in names}
         given["max_tokens"] = further[names[0]]
-
-
-def check_reuse(ratio: Any, selector: Any) -> None:
-    """Refuse a ratio or selector that no request could use.
-
-    Raises:
-        ConfigError: says what was given and what is allowed.
-    """
-    resolve(selector, ratio)
 
 
 def check_engine_options(options: Mapping[str, Any]) -> None:

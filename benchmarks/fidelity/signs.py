@@ -20,6 +20,8 @@ from cachetune_rag.measuring.teacher import rewind
 from cachetune_rag.reuse.state import PrefillState
 from cachetune_rag.selection import ReusedChunk
 from cachetune_rag.selection.base import SelectionContext, all_places, top_places, total_budget
+from cachetune_rag.selection.bound import Bound
+from cachetune_rag.selection.choice import Choice
 from cachetune_rag.selection.probing import ProbingSelector
 
 from .evaluate import Engines, spent, target_logits
@@ -60,8 +62,8 @@ class NotingSelector(ProbingSelector):
         """See `ProbingSelector.scores`."""
         return self._noted.scores(context, num_layers)
 
-    def select(self, context: SelectionContext, ratio: float) -> Tensor:
-        """See `Selector.select`."""
+    def choose(self, context: SelectionContext, ratio: float, bound: Bound | None = None) -> Choice:
+        """See `Selector.choose`."""
         if not self.found:
             layers = self.layers(context.num_layers)
             end = max(chunk.start + chunk.tokens for chunk in context.chunks)
@@ -73,7 +75,7 @@ class NotingSelector(ProbingSelector):
             }
         places, count = all_places(context.chunks), total_budget(context.chunks, ratio)
         self.chosen = top_places(self.found["error"], places, count) if 0 < count < len(places) else places[:count]
-        return self.chosen
+        return Choice(self.chosen, ratio)
 
     def forget(self) -> None:
         """The next prompt is another one."""

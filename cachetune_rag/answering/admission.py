@@ -15,7 +15,9 @@ from cachetune_rag.errors import ConfigError, PromptError, PromptTooLongError
 from cachetune_rag.model import ModelAdapter
 from cachetune_rag.model.libraries.neutral import neutrally
 from cachetune_rag.options import REQUEST_NAMES
-from cachetune_rag.reuse.config import ReuseConfig, resolve
+from cachetune_rag.reuse.config import ReuseConfig, check_bound, resolve
+from cachetune_rag.selection.bound import Bound
+from cachetune_rag.selection.predictor import Predictor
 from cachetune_rag.text.prompts.prompt import PromptBuilder
 from cachetune_rag.text.prompts.segments import Chunk, Prompt, given_chunks
 from cachetune_store import Namespace
@@ -33,6 +35,7 @@ class Admission:
         prompts: lays prompts out.
         lead_ins: know under which namespace chunks are stored.
         calibrated: gives the ratio that was calibrated for a selector and a namespace, or None.
+        predictor: gives what predicts requests of a selector and a namespace, or None if that was not calibrated.
     """
 
     def __init__(
@@ -42,20 +45,39 @@ class Admission:
         prompts: PromptBuilder,
         lead_ins: LeadIns,
         calibrated: Callable[[str, Namespace | None], float | None],
+        predictor: Callable[[str, Namespace | None], Predictor | None],
     ):
         self._adapter, self._tokenizer, self._prompts = adapter, tokenizer, prompts
-        self._lead_ins, self._calibrated = lead_ins, calibrated
+        self._lead_ins, self._calibrated, self._predictor = lead_ins, calibrated, predictor
 
-    def config(self, selector: str, ratio: float | str) -> ReuseConfig:
+    def config(
+        self, selector: str, ratio: float | str, max_kl: float | None = None, min_top1: float | None = None
+    ) -> ReuseConfig:
         """The reuse settings of a request that comes now, with the namespace that holds until it is over.
 
-        "auto" becomes the calibrated ratio if there is one.
+        "auto" becomes the calibrated ratio if there is one. With a bound, the ratio is found when the request's tokens are scored.
+
+        Raises:
+            ConfigError: a value that can't be used, or a bound for which nothing was calibrated.
         """
+        bounded = check_bound(selector, ratio, max_kl, min_top1)
         config = replace(resolve(selector, ratio), namespace=self._lead_ins.recent_namespace)
         if not config.tunable:
             return config
         calibrated = self._calibrated(config.selector, config.namespace)
-        return config if calibrated is None else replace(config, ratio=calibrated)
+        if calibrated is not None:
+            config = replace(config, ratio=calibrated)
+        if not bounded:
+            return config
+        predictor = self._predictor(config.selector, config.namespace)
+        if predictor is None:
+            asked = f"max_kl={shown(max_kl)}" if max_kl is not None else f"min_top1={shown(min_top1)}"
+            raise ConfigError(
+                f"{asked} needs a prediction, and none was calibrated for selector {shown(config.selector)} on this store with this model "
+                "and codec: run `cachetune calibrate PROMPTS --model MODEL --store STORE` (or engine.calibrate) with 10 prompts of your own "
+                "or more, or leave the bound out."
+            )
+        return replace(config, tunable=False, bound=Bound(max_kl, min_top1, predictor))
 
     def prompt(
         self,
@@ -122,6 +144,8 @@ class Admission:
         started: float,
         ratio: float | str,
         selector: str,
+        max_kl: float | None,
+        min_top1: float | None,
         reuse: bool,
         max_new_tokens: int | str | None,
         stop: str | Sequence[str] | None,
@@ -129,7 +153,7 @@ class Admission:
     ) -> Request:
         """A request for an answer; arguments as for `CacheTune.stream`, whose `sampling` is `further`."""
         check_flag(reuse, "reuse")
-        config = self.config(selector, ratio)
+        config = self.config(selector, ratio, max_kl, min_top1)
         template_arguments, settings = self._split(further)
         built = self.prompt(query, chunks, prefix, prompt, template_arguments)
         decoding = self._decoding(

@@ -84,7 +84,8 @@ class _Ahead:
         if request is None or request.get("reuse") is False:
             return
         try:
-            config = self._admission.config(request.get("selector", "auto"), request.get("ratio", "auto"))
+            asked = {name: request[name] for name in ("max_kl", "min_top1") if name in request}
+            config = self._admission.config(request.get("selector", "auto"), request.get("ratio", "auto"), **asked)
             self._executor.check_open()
             ids = self._admission.chunk_ids(request.get("chunks", ()), request.get("prompt"))
             self._job = self._executor.prefetch(ids, config)

@@ -68,6 +68,8 @@ def ask(
         str,
         typer.Option("--selector", metavar="NAME", help=f"What chooses those tokens: {names.HELP}."),
     ] = "auto",
+    max_kl: options.MaxKL = None,
+    min_top1: options.MinTop1 = None,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", "-n", min=1, help="Most tokens of the answer.")
     ] = 256,
@@ -101,9 +103,10 @@ def ask(
     files = [Passage(read_passage(name), name, None) for name in chunk_file or ()]
     share = _ratio(ratio)
     with instant_interrupt():
-        from cachetune_rag.reuse.config import resolve
+        from cachetune_rag.reuse.config import check_reuse
 
-    resolve(selector, share)
+    reuse = {"ratio": share, "selector": selector, "max_kl": max_kl, "min_top1": min_top1}
+    check_reuse(**reuse)
     documents = list(dict.fromkeys(document or ()))
     best = top_k if top_k is not None or documents or files else DEFAULT_TOP_K
     if documents or best:
@@ -119,7 +122,7 @@ def ask(
             "max_new_tokens": max_new_tokens,
             **_seed(engine, seed),
         }
-        reused, whole = _answers(engine, request, {"ratio": share, "selector": selector}, full=full, quiet=json_output)
+        reused, whole = _answers(engine, request, reuse, full=full, quiet=json_output)
     if json_output:
         emit_json(_result(question, passages, reused, whole, request.get("seed")))
     elif whole is not None:

@@ -88,6 +88,24 @@ Remote = Annotated[str | None, _declared("remote", show_default=False)]
 RemoteCodec = Annotated[str | None, _declared("remote_codec", show_default=False)]
 TopK = Annotated[int, typer.Option("--top-k", "-k", min=1, help="Passages to retrieve for a question without chunks.")]
 RatioSelector = Annotated[str, typer.Option("--selector", metavar="NAME", help=f"Whose ratio: {names.HELP}.")]
+MaxKL = Annotated[
+    float | None,
+    typer.Option(
+        "--max-kl",
+        metavar="X",
+        help="Recompute as little as is predicted to keep the KL from full prefill below this, in nats a token. Needs calibrate.",
+        show_default=False,
+    ),
+]
+MinTop1 = Annotated[
+    float | None,
+    typer.Option(
+        "--min-top1",
+        metavar="X",
+        help="The same for the share of tokens that full prefill finds the likeliest, too.",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 

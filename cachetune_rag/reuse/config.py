@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-from cachetune_rag.checking.arguments import check_share
+from cachetune_rag.checking.arguments import check_share, is_number
 from cachetune_rag.errors import ConfigError
 from cachetune_rag.selection import get_selector, names, selector_names
+from cachetune_rag.selection.bound import Bound
 from cachetune_store import Namespace
 from cachetune_store.printing import shown
 
@@ -32,6 +34,7 @@ class ReuseConfig:
     skipped: float = 0.0
     tunable: bool = field(default=False, compare=False)
     namespace: Namespace | None = field(default=None, compare=False, repr=False)
+    bound: Bound | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.skipped <= self.ratio:
@@ -46,6 +49,43 @@ AUTO = ReuseConfig()
 PAPER = ReuseConfig(selector=names.OFFLINE, ratio=0.15)
 """As published: frequency ranking, a budget per chunk, r_min 0.15 (alpha 0.5 is the ranking's own). `lead_in="first_token"`
 belongs to it: the paper's chunks are captured behind one token."""
+
+
+def check_reuse(*, ratio: Any, selector: Any, max_kl: Any = None, min_top1: Any = None) -> None:
+    """Refuse what no request could be served with, whatever was calibrated.
+
+    Raises:
+        ConfigError: says what was given and what is allowed.
+    """
+    resolve(selector, ratio)
+    check_bound(selector, ratio, max_kl, min_top1)
+
+
+def check_bound(selector: Any, ratio: Any, max_kl: Any, min_top1: Any) -> bool:
+    """Whether a request asks for a bound. `selector` and `ratio` are what it asks for beside.
+
+    Raises:
+        ConfigError: a bound that is out of range, or that can't be kept with this ratio or selector.
+    """
+    asked = {name: value for name, value in (("max_kl", max_kl), ("min_top1", min_top1)) if value is not None}
+    if not asked:
+        return False
+    if max_kl is not None and not is_number(max_kl, 0, sys.float_info.max):
+        raise ConfigError(f"max_kl is {shown(max_kl)}: use nats a token, at least 0, or None for any.")
+    if min_top1 is not None:
+        check_share(min_top1, "min_top1", "a share of tokens from 0 to 1, or None for any")
+    what = " and ".join(asked)
+    if not (isinstance(ratio, str) and ratio == "auto"):
+        raise ConfigError(
+            f"ratio is {shown(ratio)}, and {what} finds the ratio itself: leave ratio out, or leave {what} out."
+        )
+    name = resolve(selector, "auto").selector
+    if not get_selector(name).predicts:
+        able = [each for each in selector_names() if get_selector(each).predicts]
+        raise ConfigError(
+            f"selector {shown(name)} says nothing about the request that {what} could be kept by: use 'auto' or one of {', '.join(able)}."
+        )
+    return True
 
 
 def resolve(selector: Any, ratio: Any, auto: ReuseConfig = AUTO) -> ReuseConfig:

@@ -15,6 +15,7 @@ from torch import Tensor
 from cachetune_rag.concurrency.deadline import DeadlinePool
 from cachetune_rag.model import KVBuffers, ModelAdapter
 from cachetune_rag.model.plain.shift import ChunkShift
+from cachetune_rag.report import Prediction
 from cachetune_rag.reuse.config import ReuseConfig
 from cachetune_rag.reuse.device_loader import DeviceLoader, Streams
 from cachetune_rag.reuse.layer_loader import CANT_READ, LayerLoader
@@ -81,6 +82,24 @@ class Prepared:
     def looks(self) -> bool:
         """Whether the selector may look at stored rows, or run the model."""
         return self.selector is not None and not self.selector.offline
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What was chosen for a prompt.
+
+    Attributes:
+        plan: the plan; None if all of the prompt is computed.
+        probed: token-layers that the selector computed.
+        ratio: the share of the chunk tokens that was asked for; None: the one of the request's settings.
+        error_left, prediction: see `Report`.
+    """
+
+    plan: Plan | None
+    probed: int = 0
+    ratio: float | None = None
+    error_left: float | None = None
+    prediction: Prediction | None = None
 
 
 class Loaders:
@@ -152,31 +171,31 @@ class Planner:
         prepared = heads.together(take, CANT_READ)
         return replace(prepared, kept=min(heads.tell(prepared.kept)))
 
-    def choose(self, prompt: Prompt, prepared: Prepared, ratio: float) -> tuple[Plan | None, int]:
-        """Choose what is recomputed.
-
-        Returns:
-            The plan, None if all of the prompt is computed; and the token-layers that the selector computed.
-        """
+    def choose(self, prompt: Prompt, prepared: Prepared, config: ReuseConfig) -> Chosen:
+        """Choose what is recomputed."""
         heads, selector, kept, loader = self._adapter.heads, prepared.selector, prepared.kept, prepared.loader
         computed, unread = _without_selection(prepared.sources, len(prompt.ids))
         computed[:kept] = False
         context = PromptView(
             self._adapter, prompt, prepared.sources, torch.from_numpy(computed), prepared.buffers, loader
         )
-        shift = None
+        shift = choice = None
         if selector is not None:
             with heads.computing() if prepared.looks else nullcontext():
                 if selector.layers(self._adapter.num_layers):
                     loader.start_first_layers()
-                selected = selector.select(context, ratio)
+                choice = selector.choose(context, config.ratio, config.bound)
             # Peers have the same scores, but for rounding: one of them decides.
-            selected = heads.tell(selected)[0]
-            computed, shift = _selected(selector, context, selected, computed, unread)
-        if computed[kept:].all():
-            return None, context.probed
-        plan = Plan(torch.from_numpy(computed), prepared.exact, kept, prepared.sources, prepared.buffers, loader, shift)
-        return plan, context.probed
+            choice = heads.tell(choice)[0]
+            computed, shift = _selected(selector, context, choice.places, computed, unread)
+        plan = None
+        if not computed[kept:].all():
+            plan = Plan(
+                torch.from_numpy(computed), prepared.exact, kept, prepared.sources, prepared.buffers, loader, shift
+            )
+        if choice is None:
+            return Chosen(plan, context.probed)
+        return Chosen(plan, context.probed, choice.ratio, choice.error_left, choice.prediction)
 
 
 def sources_of(found: FoundChunks, length: int, skipped: float = 0.0) -> list[Source]:

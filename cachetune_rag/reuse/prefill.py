@@ -23,7 +23,7 @@ from cachetune_rag.reuse.layer_loader import CANT_READ, DamagedSourceError
 from cachetune_rag.reuse.lookup import Faults, OpenReaders
 from cachetune_rag.reuse.memory import EngineMemory, KVMemory
 from cachetune_rag.reuse.opening import ChunkOpener, Opened
-from cachetune_rag.reuse.plan import Loaders, Plan, Planner, sources_of
+from cachetune_rag.reuse.plan import Chosen, Loaders, Planner, sources_of
 from cachetune_rag.reuse.prompt_forward import PromptForward
 from cachetune_rag.reuse.selection_context import ids_of
 from cachetune_rag.reuse.state import NothingReused, PrefillState, full_report, report_of
@@ -201,7 +201,7 @@ class Assembler:
             with self._loaders.beside():
                 prepared = self._planner.prepare(prompt, opened.found, opened.config, memory, kept, room)
                 if prepared is not None and not prepared.looks:
-                    plan, _ = self._planner.choose(prompt, prepared, opened.config.ratio)
+                    plan = self._planner.choose(prompt, prepared, opened.config).plan
                     if plan is not None:
                         prepared.loader.set_sources(plan.sources_to_read())
             begun = Begun(opened, memory, prepared, plan, seconds, kept.pop_all())
@@ -278,11 +278,12 @@ class Assembler:
             opened, disk_free = self._opened(call, faults, stack)
             found, config = opened.found, opened.config
             timings = {"lookup": clock.lap() + (0.0 if call.begun is None else call.begun.seconds)}
-            plan, probed = self._planned(call, opened, stack)
+            chosen = self._planned(call, opened, stack)
+            plan = chosen.plan
             timings["select"] = clock.lap()
             if plan is None and call.only_reuse:
                 report = report_of(
-                    prompt, config, found, None, faults, kept=0, skipped=0, probed=probed,
+                    prompt, config, found, chosen, faults, kept=0, skipped=0,
                     ttft=time.perf_counter() - call.started, timings=timings,
                 )  # fmt: skip
                 return NothingReused(report, found.to_store)
@@ -300,7 +301,7 @@ class Assembler:
                 self._store.settle_memory()
                 # Before the readers are handed on, which may read more.
                 report = report_of(
-                    prompt, config, found, plan, faults, kept=done.kept, skipped=done.skipped, probed=probed,
+                    prompt, config, found, chosen, faults, kept=done.kept, skipped=done.skipped,
                     ttft=ended - call.started, timings=timings,
                 )  # fmt: skip
                 if call.account is not None:
@@ -328,20 +329,20 @@ class Assembler:
 
         return opened, self._adapter.heads.together(claim, CANT_READ)
 
-    def _planned(self, call: _Call, opened: Opened, stack: ExitStack) -> tuple[Plan | None, int]:
-        """The prompt's plan, and the token-layers that were computed for it."""
+    def _planned(self, call: _Call, opened: Opened, stack: ExitStack) -> Chosen:
+        """What is computed of the prompt."""
         prompt, begun = call.prompt, call.begun
         if begun is not None and begun.prepared is not None:
             prepared = begun.prepared
             prepared.loader.take_turn()
             if begun.plan is not None:
-                return begun.plan, 0
+                return Chosen(begun.plan)
         else:
             made = self._planner.prepare(prompt, opened.found, opened.config, call.memory, stack, call.room)
             if made is None:
-                return None, 0
+                return Chosen(None)
             prepared = made
-        return self._planner.choose(prompt, prepared, opened.config.ratio)
+        return self._planner.choose(prompt, prepared, opened.config)
 
     def _enter_device(self, stack: ExitStack) -> None:
         """Make the model's GPU the current one: kernels and streams go by that."""

@@ -11,7 +11,7 @@ from cachetune_rag.model import KVBuffers
 from cachetune_rag.report import Report
 from cachetune_rag.reuse.config import ReuseConfig
 from cachetune_rag.reuse.lookup import Faults, FoundChunks
-from cachetune_rag.reuse.plan import Plan
+from cachetune_rag.reuse.plan import Chosen
 from cachetune_rag.text.prompts.prompt import Prompt
 
 
@@ -60,12 +60,11 @@ def report_of(
     prompt: Prompt,
     config: ReuseConfig,
     found: FoundChunks,
-    plan: Plan | None,
+    chosen: Chosen,
     faults: Faults,
     *,
     kept: int,
     skipped: int,
-    probed: int,
     ttft: float,
     timings: dict[str, float],
 ) -> Report:
@@ -75,21 +74,20 @@ def report_of(
         prompt: the prompt.
         config: the settings that were used.
         found: the chunks that were open; the bytes that were read of them are counted now.
-        plan: what was computed; None if all of the prompt was.
+        chosen: what was computed, and why.
         faults: chunks that could not be read.
         kept: tokens whose rows were kept from an earlier prompt.
         skipped: rows of a layer that were not read, since they were computed anyway.
-        probed: token-layers that the selector computed.
         ttft, timings: seconds to the first token, and by phase.
     """
-    reused = 0 if plan is None else plan.reused
+    reused = 0 if chosen.plan is None else chosen.plan.reused
     return Report(
         prompt_tokens=len(prompt.ids),
         reused=reused,
         recomputed=found.tokens - reused,
         missed=found.missed,
         bytes_read=found.bytes_read(),
-        ratio=config.ratio,
+        ratio=config.ratio if chosen.ratio is None else chosen.ratio,
         selector=config.selector,
         ttft=ttft,
         timings=timings,
@@ -98,7 +96,9 @@ def report_of(
         unreadable=len(faults.unreadable),
         timed_out=len(faults.timed_out),
         recognised=prompt.recognised,
-        probed=probed,
+        probed=chosen.probed,
         skipped=skipped,
         retrieved=prompt.retrieved,
+        error_left=chosen.error_left,
+        prediction=chosen.prediction,
     )

@@ -12,6 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cachetune_rag.selection.bound import Bound
+from cachetune_rag.selection.choice import Choice
+
 
 @dataclass(frozen=True)
 class ReusedChunk:
@@ -115,6 +118,20 @@ class Selector(ABC):
     def layers(self, num_layers: int) -> int:
         """How many of a model's `num_layers` layers its probe runs through; 0 if it has no probe."""
         return 0
+
+    predicts: ClassVar[bool] = False
+    """Whether it scores tokens by how much they disturb the query, so that the error which a ratio leaves can be told before it is taken."""
+
+    def choose(self, context: SelectionContext, ratio: float, bound: Bound | None = None) -> Choice:
+        """The tokens to recompute, and what is known of the error that this leaves.
+
+        Args:
+            context, ratio: see `select`.
+            bound: finds the ratio, in place of `ratio`. For selectors that predict.
+        """
+        if bound is not None:
+            raise ValueError(f"selector {self.name} predicts nothing")
+        return Choice(self.select(context, ratio), ratio)
 
     @abstractmethod
     def select(self, context: SelectionContext, ratio: float) -> Tensor:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
+import numpy as np
 from torch import Tensor
 
 from cachetune_rag.selection.base import SelectionContext, Selector, all_places, top_places, total_budget
+from cachetune_rag.selection.bound import Bound
+from cachetune_rag.selection.choice import Choice, ErrorLeft
 
 
 class ProbingSelector(Selector):
@@ -16,6 +19,8 @@ class ProbingSelector(Selector):
         depth: share of the layers that the probe runs through.
         queries: how many of the prompt's last tokens are watched.
     """
+
+    predicts = True
 
     def __init__(self, depth: float, queries: int):
         self.depth, self.queries = depth, queries
@@ -30,10 +35,24 @@ class ProbingSelector(Selector):
 
     def select(self, context: SelectionContext, ratio: float) -> Tensor:
         """See `Selector.select`."""
+        return self.choose(context, ratio).places
+
+    def choose(self, context: SelectionContext, ratio: float, bound: Bound | None = None) -> Choice:
+        """See `Selector.choose`."""
         places = all_places(context.chunks)
         count = total_budget(context.chunks, ratio)
-        if count in (0, len(places)):
-            return places[:count]
-        scores = self.scores(context, self.layers(context.num_layers))
+        if bound is None and count in (0, len(places)):
+            return Choice(places[:count], ratio)
         # The choice is made on the host: sending `places` to a GPU would wait for all KV that is still being copied there.
-        return top_places(scores.cpu(), places, count)
+        scores = self.scores(context, self.layers(context.num_layers)).cpu()
+        prediction = None
+        if bound is not None:
+            left = ErrorLeft(scores.numpy()[places.numpy()])
+            prediction = bound.predict(left.behind([total_budget(context.chunks, r) for r in bound.predictor.ratios]))
+            ratio = prediction.ratio
+            count = total_budget(context.chunks, ratio)
+        chosen = top_places(scores, places, count) if 0 < count < len(places) else places[:count]
+        # Summed in float64: the sums of other ratios are taken of the same numbers in another order.
+        numbers = scores.numpy()
+        left_over = numbers[places.numpy()].sum(dtype=np.float64) - numbers[chosen.numpy()].sum(dtype=np.float64)
+        return Choice(chosen, ratio, max(0.0, float(left_over)), prediction)

@@ -63,6 +63,8 @@ def test_an_unknown_argument_of_the_chain_or_the_index_is_refused(engine: CacheT
     "wrong",
     [
         {"ratio": 15},
+        {"max_kl": -1.0},
+        {"min_top1": 0.9, "selector": "frequency"},
         {"selector": "frequncy"},
         {"generate_kwargs": {"temperture": 0.3}},
         {"generate_kwargs": {"top_p": 7}},
@@ -88,6 +90,8 @@ def test_what_requests_are_refused_for_is_swallowed_by_no_framework(engine: Cach
     twice = create_cachetune_chain(engine, ChatPromptTemplate.from_template("{context} {context}"))
     requests = [
         lambda: model.invoke("hi", ratio=15),
+        lambda: model.invoke("hi", max_kl=0.1),  # nothing was calibrated
+        lambda: ChatCacheTune(engine=engine, min_top1=0.9).invoke("hi"),
         lambda: model.invoke("hi", selector="none of these"),
         lambda: model.invoke([image]),
         lambda: model.invoke("long " * 5000),

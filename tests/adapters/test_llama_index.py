@@ -160,6 +160,8 @@ def test_settings_of_instance_and_request(engine: CacheTune) -> None:
     assert llm.last_report.recomputed == 0
     with pytest.raises(ConfigError, match="ratio"):
         llm.complete("Hello", ratio=3)
+    with pytest.raises(ConfigError, match=r"max_kl=0.1 needs a prediction"):
+        CacheTuneLLM(engine, max_kl=0.1).complete("Hello")
 
 
 def test_parameters_survive_serialisation(smollm_free_model: str, engines: EngineMaker) -> None:

@@ -59,6 +59,21 @@ def test_the_ratio_found_is_what_ask_uses_from_then_on(cli: Cli, model: Path, fi
     assert ratio_of_ask(cli, model, filled, "--ratio", 0.4) == 0.4
 
 
+def test_ask_takes_the_ratio_that_is_predicted_to_keep_a_bound(
+    cli: Cli, model: Path, filled: Path, questions: Path
+) -> None:
+    ask = ["ask", ASK, "-m", model, "-s", filled, "-n", 1]
+    assert "run `cachetune calibrate" in cli(*ask, "--max-kl", 1, code=2).err
+    ladder = [round(0.05 * n, 2) for n in range(2, 14)]
+    words = ["calibrate", questions, "-m", model, "-s", filled, "--ratios", ",".join(map(str, ladder)), "--tokens", 4]
+    assert cli(*words, "--json").json["predictor"]["ratios"] == ladder
+    report = cli(*ask, "--max-kl", 1e6, "--min-top1", 0, "--json").json["report"]
+    assert report["ratio"] == report["prediction"]["ratio"] == 0.1
+    assert "least ratio for KL at most 1e+06" in report["prediction"]["why"]
+    assert "full prefill, because even at r=0.65" in cli(*ask, "--max-kl", 0).out
+    assert "max_kl is -1.0" in cli(*ask, "--max-kl", -1, code=2).err
+
+
 def test_a_bound_that_no_ratio_keeps_means_computing_everything(
     cli: Cli, model: Path, filled: Path, questions: Path
 ) -> None:

@@ -22,6 +22,7 @@ from cachetune_rag.measuring.user_prompts import prompts_of
 from cachetune_rag.reuse.config import ReuseConfig, resolve
 from cachetune_rag.reuse.state import PrefillState
 from cachetune_rag.selection import get_selector
+from cachetune_rag.selection.predictor import Observation, Predictor
 from cachetune_rag.text.prompts.prompt import Prompt
 from cachetune_store.printing import shown
 
@@ -146,9 +147,10 @@ class Calibrator:
                 "lead-ins were chosen while it measured, so chunks are other ones now: calibrate again."
             )
         figures = tuple(
-            self._figures(ratio, [sample[i] for sample in found]) for i, ratio in enumerate(self._plan.ratios)
+            self._figures(ratio, [sample[i] for sample, _ in found]) for i, ratio in enumerate(self._plan.ratios)
         )
         ratio = choose(figures)
+        predicted = [r for r in self._plan.ratios if 0 < r < 1]
         return Calibration(
             ratio=1.0 if ratio is None else ratio,
             met=ratio is not None and ratio < 1,
@@ -157,8 +159,9 @@ class Calibrator:
             bound=self._plan.bound,
             quantile=self._plan.quantile,
             samples=len(prompts),
-            target_tokens=sum(len(sample[0].kl) for sample in found),
+            target_tokens=sum(len(sample[0].kl) for sample, _ in found),
             figures=figures,
+            predictor=Predictor.fit(predicted, [seen for _, observed in found for seen in observed]),
         )
 
     def _store_all(self, prompts: Sequence[Prompt]) -> None:
@@ -174,19 +177,23 @@ class Calibrator:
 
     # -- measuring ------------------------------------------------------------------------------------------------
 
-    def _measure(self, prompt: Prompt, number: int, tell: Callable[[int], None]) -> list[Divergence]:
-        """How far each ratio is from full prefill on one sample."""
+    def _measure(
+        self, prompt: Prompt, number: int, tell: Callable[[int], None]
+    ) -> tuple[list[Divergence], list[Observation]]:
+        """How far each ratio is from full prefill on one sample; and the same where the error that a ratio leaves is known."""
         target, reference = self._reference(prompt)
         tell(number)
-        found = []
+        found, observed = [], []
         for ratio in self._plan.ratios:
             state = self._reuse(prompt, ReuseConfig(self._plan.selector, ratio), number)
             divergence = Divergence.of(reference, self._bench.logits_behind(state, target))
             if not all(map(math.isfinite, divergence.kl)):
                 raise CacheTuneError(f"sample {number}: the model gives logits that are no numbers; try another dtype.")
             found.append(divergence)
+            if state.report.error_left is not None and 0 < ratio < 1:
+                observed.append(Observation(state.report.error_left, divergence.mean_kl, divergence.top1))
             tell(number)
-        return found
+        return found, observed
 
     def _reference(self, prompt: Prompt) -> tuple[tuple[int, ...], list[Tensor]]:
         """Full prefill's greedy continuation, and the logits that each token of it was chosen from."""

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cachetune_rag.selection.predictor import Predictor
+
 
 @dataclass(frozen=True)
 class RatioFigures:
@@ -45,6 +47,8 @@ class Calibration:
         samples: how many prompts were measured.
         target_tokens: how many tokens were compared, over all samples.
         figures: what was measured, by ascending ratio.
+        predictor: predicts single requests, for `max_kl` and `min_top1`; None where the selector scores nothing, or too little was
+            measured.
         saved: whether later engines on the store will find it. False for a store in memory, or one that can't be written.
     """
 
@@ -57,6 +61,7 @@ class Calibration:
     samples: int
     target_tokens: int
     figures: tuple[RatioFigures, ...]
+    predictor: Predictor | None = None
     saved: bool = False
 
     def as_dict(self) -> dict[str, Any]:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 
 from cachetune_rag.checking.arguments import is_number
 from cachetune_rag.chunks.lead_ins import LeadIns
 from cachetune_rag.measuring.calibration.result import Calibration
 from cachetune_rag.measuring.profiles import Profiles
 from cachetune_rag.reuse.config import resolve
+from cachetune_rag.selection.predictor import Predictor
 from cachetune_store import ChunkStore, Namespace
 
 KIND = "calibration"
+
+_log = logging.getLogger(__name__)
 
 
 class SavedCalibrations:
@@ -43,6 +47,19 @@ class SavedCalibrations:
         content = self._profiles.load(KIND, self.key(resolve(selector, 0).selector, namespace))
         ratio = None if content is None else content.get("ratio")
         return float(ratio) if is_number(ratio, 0, 1) else None
+
+    def predictor(self, selector: str, namespace: Namespace | None = None) -> Predictor | None:
+        """What predicts requests with a selector; None if none was calibrated. Arguments as for `ratio`."""
+        key = self.key(resolve(selector, 0).selector, namespace)
+        content = self._profiles.load(KIND, key)
+        saved = None if content is None else content.get("predictor")
+        if saved is None:
+            return None
+        try:
+            return Predictor.from_dict(saved)
+        except (KeyError, TypeError, ValueError) as error:
+            _log.warning("the prediction that was calibrated for %s is left out: %s. Calibrate again.", selector, error)
+            return None
 
     def key(self, selector: str, namespace: Namespace | None = None) -> dict[str, str]:
         """Everything that a calibrated ratio depends on. The namespace stands for model, tokenizer, dtype, lead-ins and tenant."""

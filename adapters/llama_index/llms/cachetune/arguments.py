@@ -14,7 +14,7 @@ from cachetune_rag import ConfigError
 from cachetune_rag.answering.generation_settings import setting_names
 from cachetune_rag.checking.arguments import hint
 from cachetune_rag.options import FROM_PRETRAINED_NAMES, RequestOptions, check_names
-from cachetune_rag.reuse.config import resolve
+from cachetune_rag.reuse.config import check_reuse
 from cachetune_store.printing import shown
 
 OTHER_NAMES = {"max_tokens": "max_new_tokens", "additional_kwargs": "generate_kwargs"}
@@ -51,14 +51,14 @@ def settle_names(given: Mapping[str, Any], fields: Iterable[str]) -> dict[str, A
     return settled
 
 
-def check_reuse(selector: Any, ratio: Any) -> None:
-    """Refuse a selector or ratio that no request could use.
+def check_settings(reuse: Mapping[str, Any]) -> None:
+    """Refuse a selector, ratio or bound that no request could use.
 
     Raises:
         ValueError: says what is allowed.
     """
     try:
-        resolve(selector, ratio)
+        check_reuse(**reuse)
     except ConfigError as error:
         raise ValueError(str(error)) from error
 

@@ -28,12 +28,13 @@ from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.types import PydanticProgramMode
 
 from cachetune_rag import AnswerStream, CacheTune, Prompt, PromptTooLongError, Report
+from cachetune_rag.options import REUSE_NAMES
 from llama_index.llms.cachetune import last_reports
 from llama_index.llms.cachetune.answers import Request
 from llama_index.llms.cachetune.arguments import (
     check_engine_kwargs,
     check_generate_kwargs,
-    check_reuse,
+    check_settings,
     settle_names,
 )
 from llama_index.llms.cachetune.prompts import PromptMaker
@@ -66,7 +67,7 @@ class CacheTuneLLM(ToolCalling, CustomLLM):
         engine_kwargs: further arguments of `CacheTune.from_pretrained`.
         max_new_tokens: most tokens of an answer (also as `max_tokens`); None: as the model's configuration says.
         context_window: a smaller number of tokens than the model's context, for which prompts are planned.
-        ratio, selector: what is recomputed. See `CacheTune.stream`.
+        ratio, selector, max_kl, min_top1: what is recomputed. See `CacheTune.stream`.
         generate_kwargs: sampling settings (do_sample, temperature, top_p, ...) and stop, for every request. They can also be given
             directly. A request's keyword arguments override them.
         learn_retrieved: whether nodes that were retrieved for a request, and are in its prompt but not stored, are computed as
@@ -87,6 +88,8 @@ class CacheTuneLLM(ToolCalling, CustomLLM):
     context_window: int | None = Field(default=None, gt=0, description="Tokens that prompts are planned for.")
     ratio: float | str = Field(default="auto", description="Share of the chunk tokens to recompute, or 'auto'.")
     selector: str = Field(default="auto", description="Which tokens are recomputed.")
+    max_kl: float | None = Field(default=None, description="The most KL that a request may have, by prediction.")
+    min_top1: float | None = Field(default=None, description="The least top-1 agreement of a request, by prediction.")
     generate_kwargs: dict[str, Any] = Field(default_factory=dict, description="Sampling settings of every request.")
     learn_retrieved: bool = Field(default=True, description="Whether retrieved nodes are stored where they aren't yet.")
     # Local models seldom write a tool call for a schema's sake; they follow a schema in the prompt's text.
@@ -115,7 +118,7 @@ class CacheTuneLLM(ToolCalling, CustomLLM):
 
     @model_validator(mode="after")
     def _check_values(self) -> Self:
-        check_reuse(self.selector, self.ratio)
+        check_settings({name: getattr(self, name) for name in REUSE_NAMES})
         check_engine_kwargs(self.engine_kwargs)
         return self
 
@@ -322,7 +325,7 @@ class CacheTuneLLM(ToolCalling, CustomLLM):
         return Request(begin, on_step, trace.reports_of_one_request(), names)
 
     def _start(self, prompt: Prompt, given: dict[str, Any]) -> AnswerStream:
-        own = {name: getattr(self, name) for name in ("ratio", "selector")}
+        own = {name: getattr(self, name) for name in REUSE_NAMES}
         if "max_new_tokens" in self.model_fields_set:  # a generation_config may have a limit of its own
             own["max_new_tokens"] = self.max_new_tokens
         try:

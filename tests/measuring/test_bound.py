@@ -1,0 +1,139 @@
+"""A bound for a request, on a tiny random model: the least ratio that is predicted to keep it, exact full prefill where none is, and why."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_calibration import CHUNKS, SAMPLES, fresh
+
+from cachetune_rag import CacheTune, ConfigError
+from cachetune_rag.reuse.config import AUTO
+
+MORE = [*SAMPLES, {"query": "Which ships?", "chunks": [*CHUNKS, CHUNKS[0]]}]
+LADDER = (0.1, 0.2, 0.3, 0.5, 0.7)
+REQUEST = SAMPLES[0]
+
+
+def calibrated(store: Path | None = None, **options: Any) -> CacheTune:
+    engine = fresh(store, **options)
+    found = engine.calibrate(MORE, ratios=(0.0, *LADDER, 1.0), tokens=4, bound=100)
+    assert found.predictor is not None
+    assert found.predictor.ratios == LADDER
+    return engine
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[CacheTune]:
+    with calibrated() as made:
+        yield made
+
+
+def test_the_least_ratio_that_is_predicted_to_keep_the_bound_is_taken(engine: CacheTune) -> None:
+    ladder = engine.prefill(**REQUEST, max_kl=0).report.prediction.ladder  # type: ignore[union-attr]
+    assert [each.ratio for each in ladder] == list(LADDER)
+    assert all(a.error_left > b.error_left and a.kl >= b.kl for a, b in itertools.pairwise(ladder))
+    for each in ladder:
+        least = next(r.ratio for r in ladder if r.kl <= each.kl)
+        report = engine.prefill(**REQUEST, max_kl=each.kl).report
+        assert report.ratio == report.prediction.ratio == least  # type: ignore[union-attr]
+        least = next(r.ratio for r in ladder if r.top1 >= each.top1)
+        assert engine.prefill(**REQUEST, min_top1=each.top1).report.ratio == least
+
+
+def test_a_request_with_a_bound_is_read_as_with_the_ratio_that_it_takes(engine: CacheTune) -> None:
+    bounded = engine.prefill(**REQUEST, max_kl=1e6)
+    plain = engine.prefill(**REQUEST, ratio=LADDER[0])
+    assert torch.equal(bounded.logits, plain.logits)
+    assert bounded.report.recomputed == plain.report.recomputed > 0
+    assert bounded.report.probed == plain.report.probed
+    assert bounded.report.error_left == pytest.approx(plain.report.error_left, rel=1e-5)
+    assert bounded.report.prediction.taken.error_left == pytest.approx(plain.report.error_left, rel=1e-4)  # type: ignore[union-attr]
+    assert plain.report.prediction is None
+
+
+def test_where_no_ratio_keeps_the_bound_the_logits_are_those_of_full_prefill(engine: CacheTune) -> None:
+    state = engine.prefill(**REQUEST, max_kl=0)
+    assert torch.equal(state.logits, engine.full_prefill(**REQUEST).logits)
+    report = state.report
+    assert (report.ratio, report.reused, report.full) == (1.0, 0, False)
+    assert report.prediction is not None
+    assert report.prediction.taken is None
+    assert "full prefill, because even at r=0.7" in str(report)
+    assert report.as_dict()["prediction"]["why"] == report.prediction.why
+
+
+def test_answers_keep_a_bound_too(engine: CacheTune) -> None:
+    exact = engine.generate(**REQUEST, reuse=False, max_new_tokens=3)
+    answer = engine.generate(**REQUEST, max_kl=0, max_new_tokens=3)
+    assert answer.token_ids == exact.token_ids
+    assert answer.report.ratio == 1.0
+    many = list(engine.generate_many([dict(REQUEST), {**REQUEST, "max_kl": 1e6}], max_kl=0, max_new_tokens=1))
+    assert [each.report.ratio for each in many] == [1.0, LADDER[0]]
+    assert engine.generate(**REQUEST, max_new_tokens=1).report.prediction is None
+
+
+def test_later_engines_on_the_store_find_the_prediction(tmp_path: Path) -> None:
+    with calibrated(tmp_path) as engine:
+        found = engine.runtime.calibrations.predictor("auto")
+    with fresh(tmp_path) as later:
+        assert later.runtime.calibrations.predictor("auto") == found
+        assert later.prefill(**REQUEST, max_kl=1e6).report.ratio == LADDER[0]
+    with fresh(tmp_path, codec="int8") as other, pytest.raises(ConfigError, match="none was calibrated"):
+        other.prefill(**REQUEST, max_kl=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_kl": -1}, "max_kl is -1: use nats a token, at least 0"),
+        ({"max_kl": "0.1"}, "max_kl is '0.1'"),
+        ({"max_kl": float("nan")}, "max_kl is nan"),
+        ({"max_kl": True}, "max_kl is True"),
+        ({"min_top1": 1.5}, "min_top1 is 1.5: use a share of tokens from 0 to 1"),
+        ({"min_top1": "most"}, "min_top1 is 'most'"),
+        ({"max_kl": 1, "ratio": 0.3}, "ratio is 0.3, and max_kl finds the ratio itself"),
+        ({"max_kl": 1, "min_top1": 1, "ratio": 0.3}, "max_kl and min_top1 finds"),
+        ({"max_kl": 1, "selector": "frequency"}, "selector 'frequency' says nothing about the request"),
+        ({"max_kl": 1, "selector": "nope"}, "unknown selector 'nope'"),
+        ({"max_kl": 1, "selector": "probe"}, "none was calibrated for selector 'probe'"),
+    ],
+)
+def test_a_bound_that_cannot_be_kept_is_refused(engine: CacheTune, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        engine.prefill(**REQUEST, **arguments)
+    with pytest.raises(ConfigError, match=message):
+        engine.generate(**REQUEST, **arguments)
+
+
+def test_a_store_without_calibration_names_the_command() -> None:
+    with fresh() as engine, pytest.raises(ConfigError, match="cachetune calibrate PROMPTS --model MODEL --store STORE"):
+        engine.generate(**REQUEST, min_top1=0.9)
+
+
+def test_too_few_prompts_predict_nothing() -> None:
+    with fresh() as engine:
+        assert engine.calibrate(SAMPLES[:1], ratios=LADDER, tokens=2).predictor is None
+        with pytest.raises(ConfigError, match="with 10 prompts of your own or more"):
+            engine.prefill(**REQUEST, max_kl=1)
+
+
+def test_a_damaged_prediction_is_left_out(engine: CacheTune, caplog: pytest.LogCaptureFixture) -> None:
+    key = engine.runtime.calibrations.key("probe")
+    engine.profiles.save("calibration", key, {"ratio": 0.2, "predictor": {"ratios": [0.1], "errors": "x"}})
+    with pytest.raises(ConfigError, match="none was calibrated"):
+        engine.prefill(**REQUEST, selector="probe", max_kl=1)
+    assert "Calibrate again" in caplog.text
+    assert engine.prefill(**REQUEST, selector="probe").report.ratio == 0.2
+
+
+def test_every_request_says_what_error_it_leaves(engine: CacheTune) -> None:
+    left = [engine.prefill(**REQUEST, ratio=ratio).report.error_left for ratio in LADDER]
+    assert all(a > b > 0 for a, b in itertools.pairwise(left))  # type: ignore[operator]
+    assert engine.prefill(**REQUEST, ratio=1).report.error_left is None
+    assert engine.prefill(**REQUEST, selector="frequency", ratio=0.3).report.error_left is None
+    assert AUTO.selector != "frequency"

@@ -1,0 +1,124 @@
+"""What predicts a request's divergence: monotone, conservative, the same after JSON; and the least ratio that it lets a request take."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from cachetune_rag.report import Prediction
+from cachetune_rag.selection.bound import Bound
+from cachetune_rag.selection.choice import ErrorLeft
+from cachetune_rag.selection.predictor import FEWEST, Observation, Predictor
+
+RATIOS = (0.05, 0.15, 0.5)
+
+
+def observed(count: int = 400, seed: int = 0) -> list[Observation]:
+    """KL grows with the square of the error, but for noise; top-1 agreement falls."""
+    rng = np.random.default_rng(seed)
+    errors = rng.uniform(0.1, 4, count)
+    noise = np.exp(rng.normal(0, 0.7, count))
+    return [
+        Observation(float(e), float(0.01 * e * e * n), float(np.clip(1 - 0.1 * e * n, 0, 1)))
+        for e, n in zip(errors, noise, strict=True)
+    ]
+
+
+def fitted() -> Predictor:
+    made = Predictor.fit(RATIOS, observed())
+    assert made is not None
+    return made
+
+
+def line(kl: tuple[float, ...], top1: tuple[float, ...] = (1.0, 0.8)) -> Predictor:
+    """KL and agreement that change evenly from an error of 0 to one of 1."""
+    return Predictor(RATIOS, (0.0, 1.0), kl, top1)
+
+
+def test_more_error_never_means_less_kl_nor_more_agreement() -> None:
+    predictor = fitted()
+    found = [predictor.predict([error] * 3)[0] for error in np.linspace(0, 12, 200)]
+    assert all(a.kl <= b.kl and a.top1 >= b.top1 for a, b in itertools.pairwise(found))
+    assert found[0].kl < found[100].kl < found[-1].kl
+    assert found[0].top1 > found[-1].top1 >= 0
+
+
+def test_most_new_requests_keep_what_was_predicted() -> None:
+    predictor = fitted()
+    new = observed(2000, seed=1)
+    found = [predictor.predict([each.error_left] * 3)[0] for each in new]
+    kept = np.mean([each.kl <= said.kl for each, said in zip(new, found, strict=True)])
+    agreed = np.mean([each.top1 >= said.top1 for each, said in zip(new, found, strict=True)])
+    assert 0.86 <= kept <= 0.96
+    assert 0.86 <= agreed <= 0.97
+
+
+def test_beyond_what_was_seen_kl_grows_with_the_square() -> None:
+    said = line((0.0, 0.1)).predict([1.0, 2.0, 10.0])
+    assert [each.kl for each in said] == pytest.approx([0.1, 0.4, 10.0])
+    assert [each.top1 for each in said] == pytest.approx([0.8, 0.6, 0.0])
+
+
+def test_too_few_observations_predict_nothing() -> None:
+    assert Predictor.fit(RATIOS, observed(FEWEST - 1)) is None
+    assert Predictor.fit((), observed(FEWEST)) is None
+    assert Predictor.fit(RATIOS, observed(FEWEST)) is not None
+
+
+def test_it_is_the_same_after_json() -> None:
+    predictor = fitted()
+    assert Predictor.from_dict(json.loads(json.dumps(predictor.as_dict()))) == predictor
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kl": [0.2, 0.1]}, {"top1": [0.5, 0.9]}, {"errors": [1.0, 0.0]}, {"kl": [0.1]}, {"ratios": []}, {"kl": ["a", "b"]},
+        {"kl": [0.1, float("nan")]}, {"errors": [], "kl": [], "top1": []}, {"kl": None},
+    ],
+)  # fmt: skip
+def test_what_makes_no_sense_is_refused(change: dict[str, object]) -> None:
+    saved = {**line((0.0, 0.1)).as_dict(), **change}
+    with pytest.raises((TypeError, ValueError)):
+        Predictor.from_dict(saved)
+
+
+@pytest.mark.parametrize(
+    ("max_kl", "min_top1", "ratio"),
+    [
+        (0.5, None, 0.05),  # even the least ratio keeps it
+        (0.05, None, 0.15),
+        (0.02, None, 0.5),
+        (0.01, None, 1.0),  # none does
+        (None, 0.85, 0.05),
+        (None, 0.95, 0.5),
+        (None, 0.99, 1.0),
+        (0.05, 0.95, 0.5),  # both have to be kept
+        (0.02, 0.85, 0.5),
+    ],
+)
+def test_the_least_ratio_that_keeps_the_bound_is_taken(
+    max_kl: float | None, min_top1: float | None, ratio: float
+) -> None:
+    bound = Bound(max_kl, min_top1, line((0.0, 0.1)))
+    found = bound.predict([0.7, 0.4, 0.15])  # KL 0.07, 0.04, 0.015; agreement 0.86, 0.92, 0.97
+    assert found.ratio == ratio
+    assert [each.ratio for each in found.ladder] == list(RATIOS)
+    assert (found.taken is None) == (ratio == 1)
+    assert ("full prefill" in found.why) == (ratio == 1)
+
+
+def test_the_reason_names_what_was_predicted_and_what_was_asked_for() -> None:
+    found: Prediction = Bound(0.05, 0.9, line((0.0, 0.1))).predict([0.7, 0.4, 0.15])
+    assert (
+        found.why
+        == "predicted KL 0.04, top-1 agreement 0.92; least ratio for KL at most 0.05 and top-1 agreement at least 0.9"
+    )
+
+
+def test_what_is_left_is_the_sum_of_the_smallest_scores() -> None:
+    left = ErrorLeft(np.array([3.0, 0.5, 2.0, 1.0], np.float32))
+    assert left.behind([0, 1, 2, 3, 4]) == [6.5, 3.5, 1.5, 0.5, 0.0]
