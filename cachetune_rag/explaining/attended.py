@@ -14,6 +14,7 @@ from cachetune_rag.model import KVBuffers, ModelAdapter
 from cachetune_rag.model.plain.probe import ProbePass
 from cachetune_rag.reuse.account import Account
 from cachetune_rag.reuse.state import PrefillState
+from cachetune_rag.text.prompts.prompt import Span
 
 WATCHED = 64
 """The most tokens of the query that are watched; as many as the default selector watches."""
@@ -87,7 +88,15 @@ def _placed(account: Account, length: int) -> Tensor | None:
     return placed
 
 
-def top_places(attention: NDArray[np.float32], most: int) -> Sequence[int]:
-    """Places of the tokens that get most attention, the first ones first; the prompt's first token is left out."""
-    order = np.argsort(-attention[1:], kind="stable")[:most] + 1
-    return [int(place) for place in order if attention[place] > 0]
+def top_places(attention: NDArray[np.float32], spans: Sequence[Span], most: int) -> list[int]:
+    """Places of the chunk tokens that get most attention, the first ones first; of all but the prompt's first token, where it has no chunks.
+
+    A query attends to itself above all, which says nothing about the chunks.
+    """
+    wanted = np.zeros(len(attention), np.bool_)
+    for span in spans:
+        wanted[span.start : span.end] = True
+    wanted |= not wanted.any()
+    wanted[0] = False
+    order = np.argsort(np.where(wanted, -attention, 1.0), kind="stable")[:most]
+    return [int(place) for place in order if wanted[place] and attention[place] > 0]

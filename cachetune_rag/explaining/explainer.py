@@ -34,8 +34,8 @@ from cachetune_rag.reuse.config import ReuseConfig
 from cachetune_rag.reuse.state import PrefillState
 from cachetune_rag.text.prompts.prompt import Prompt
 
-MOST_ATTENDED = 24
-"""Tokens that are named among those that the query attends to most."""
+MOST_ATTENDED = 20
+"""Tokens that are named: those that the query attends to most."""
 MUCH = 100
 """Tokens outside of chunks from which on stored texts are looked for in them."""
 _AROUND = 6  # tokens shown on either side of an attended one
@@ -185,7 +185,7 @@ def _attention(looked: Looked, account: Account, prompt: Prompt, spelling: Spell
     first = float(looked.attention[0])
     rest = max(1e-9, 1 - first)
     most = []
-    for place in top_places(looked.attention, MOST_ATTENDED):
+    for place in top_places(looked.attention, prompt.spans, MOST_ATTENDED):
         inside = next((span.chunk for span in prompt.spans if span.start <= place < span.end), None)
         after = min(len(prompt.ids), place + 1 + _AROUND)
         most.append(

@@ -133,7 +133,7 @@ class Attention:
     Attributes:
         watched: how many of the prompt's last tokens were watched.
         first_token: share that the prompt's first token gets, which in most models serves as an attention sink.
-        most: the tokens that get most of the rest, the first ones first.
+        most: the tokens of chunks that get most of the rest, the first ones first; any tokens, where the prompt has no chunks.
     """
 
     watched: int
