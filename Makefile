@@ -18,7 +18,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # Nothing is asked of the network, nothing is reported, and vLLM leaves the cores to other tests.
 VLLM_ENV := HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind
 
-.PHONY: demo demo-serve test test-vllm soak lint format typecheck bench quality clean
+.PHONY: demo demo-serve test test-vllm test-ray soak lint format typecheck bench quality clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -28,7 +28,7 @@ demo-serve: $(VLLM_READY)
 
 test: lint
 	$(BIN)/python examples/smollm2.py
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --ignore tests/vllm
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --ignore tests/vllm -m "not cluster"
 	$(MAKE) test-vllm
 
 test-vllm: $(VLLM_READY)
@@ -40,8 +40,12 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/mypy adapters
 
+test-ray: $(READY)
+	$(BIN)/python -m pytest -n 0 tests/clusters
+
 soak: $(READY)
 	$(BIN)/python tests/soak/run.py
+	$(MAKE) test-ray
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

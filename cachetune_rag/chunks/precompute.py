@@ -126,7 +126,7 @@ class Precomputer:
             )
         self._store.check_writable()  # before anything is computed
         count = _Count(progress, self._telling)
-        given = self._look_ahead(map(Document.of, documents))
+        given = self.choose_lead_ins(map(Document.of, documents))
         job = self._computer.job(self._lead_ins.namespace)
         # One writer: the next batch is computed while the last one is written and synced.
         with Workers(1, "cachetune-write") as writer:
@@ -164,8 +164,8 @@ class Precomputer:
         count.skipped += len(named) - (count.chunks - before)
         return [chunk.key for chunk in named]
 
-    def _look_ahead(self, documents: Iterator[Document]) -> Iterator[Document]:
-        """The same documents. While lead-ins are to be chosen, the first ones are read now, to choose from them."""
+    def choose_lead_ins(self, documents: Iterator[Document]) -> Iterator[Document]:
+        """Choose lead-ins from the first documents, if none are chosen yet. Returns all of the documents, to be stored."""
         if not self._lead_ins.undecided:
             return documents
         held: deque[Document] = deque()

@@ -30,6 +30,11 @@ def path_of(given: str) -> Path:
     return path
 
 
+def path_or_url(given: str) -> Path | str:
+    """The same, or a URL as it stands."""
+    return given if "://" in given else path_of(given)
+
+
 def _declared(name: str, *, show_default: bool = True) -> Any:
     """The command-line option for the engine's option of this name."""
     found = command_line_option(name)
@@ -76,6 +81,17 @@ Store = Annotated[
         metavar="FOLDER",
         help="Folder of the KV store.",
         parser=path_of,
+        rich_help_panel=_STORE,
+    ),
+]
+StoreOrUrl = Annotated[
+    Any,
+    typer.Option(
+        "--store",
+        "-s",
+        metavar="FOLDER",
+        help="Folder of the KV store.",
+        parser=path_or_url,
         rich_help_panel=_STORE,
     ),
 ]

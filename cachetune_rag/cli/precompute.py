@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,6 +15,7 @@ from cachetune_rag.cli import options
 from cachetune_rag.cli.console import UsageError, emit_json, guarded, note, number, size, stdout
 from cachetune_rag.cli.interrupts import line_for, status_for
 from cachetune_rag.cli.meter import ESTIMATE_SECONDS, Meter
+from cachetune_rag.cli.on_ray import RayJob
 from cachetune_rag.cli.session import Loading, load_engine, open_for_writing
 from cachetune_rag.text.files.corpus import Corpus, CorpusError
 from cachetune_rag.text.files.readers import SUFFIXES
@@ -24,14 +27,17 @@ if TYPE_CHECKING:
     from cachetune_rag.engine import CacheTune
     from cachetune_rag.report import PrecomputeSummary
     from cachetune_rag.text.documents import Document
+    from cachetune_rag.text.files.left_out import LeftOut
 
 LEAD_INS = ("auto", "first-token")
+RAY = "Ray"
 
 EPILOG = (
     "[bold]Examples[/bold]\n\n\b\n"
     "  cachetune precompute docs/ --model ./my-model --store kv-store\n"
     "  cachetune precompute a.md faq.jsonl -m ./my-model -s kv-store --codec int8\n"
-    "  cachetune precompute docs/ -m ./folder --gguf-file model-q8.gguf -s kv-store\n\n"
+    "  cachetune precompute docs/ -m ./folder --gguf-file model-q8.gguf -s kv-store\n"
+    "  cachetune precompute s3://bucket/corpus/ -m org/name -s s3://bucket/kv --ray auto\n\n"
     "[bold]JSONL[/bold]: each line is an object with an id and either a text, which is split, or chunks, which are kept "
     "as they are.\n\n\b\n"
     '  {"id": "faq-1", "text": "To reset it, hold the button."}\n'
@@ -51,7 +57,7 @@ def precompute(
         ),
     ],
     model: options.Model,
-    store: options.Store,
+    store: options.StoreOrUrl,
     chunk_tokens: Annotated[
         int,
         typer.Option(
@@ -78,6 +84,27 @@ def precompute(
     disk_budget: options.DiskBudget = options.DISK_BUDGET,
     remote: options.Remote = None,
     remote_codec: options.RemoteCodec = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS",
+            help="Compute on a Ray cluster: auto (the one that runs here, or that RAY_ADDRESS names), HOST:PORT, ray://HOST:PORT, or "
+            "local (on this machine). PATH may then be a URL or Parquet, and --store a URL such as s3://BUCKET/PREFIX.",
+            show_default=False,
+            rich_help_panel=RAY,
+        ),
+    ] = None,
+    actors: Annotated[
+        int | None,
+        typer.Option(
+            "--actors",
+            min=1,
+            help="Processes that compute on the cluster. Left out: one a GPU, or one where there is none.",
+            show_default=False,
+            rich_help_panel=RAY,
+        ),
+    ] = None,
     json_output: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -88,10 +115,36 @@ def precompute(
     """
     if lead_in not in LEAD_INS:
         raise UsageError(f"--lead-in is {shown(lead_in)}: use {' or '.join(LEAD_INS)}.")
+    loading = Loading(model, gguf_file, dtype, device, tenant, lead_in.replace("-", "_"))
+    if ray is not None:
+        _on_ray(
+            RayJob(
+                paths,
+                str(store),
+                loading,
+                ray,
+                actors,
+                chunk_tokens,
+                {
+                    "codec": codec,
+                    "host_budget": host_budget,
+                    "disk_budget": disk_budget,
+                    "remote": remote,
+                    "remote_codec": remote_codec,
+                },
+            ),
+            json_output,
+        )
+        return
+    if actors is not None:
+        raise UsageError(f"--actors is {actors}, but there is no --ray: actors run on a Ray cluster.")
+    if isinstance(store, str):
+        raise UsageError(
+            f"--store is {visible_line(store)}, a URL: give a folder, with --remote {visible_line(store)}. Only with --ray may it be a URL."
+        )
     corpus = Corpus.scan(paths)
     for line in corpus.left_out.needs():
         note(line)  # before the model loads: who wants those files read can stop here
-    loading = Loading(model, gguf_file, dtype, device, tenant, lead_in.replace("-", "_"))
     with (
         open_for_writing(
             store,
@@ -115,38 +168,102 @@ def precompute(
         evicted = 0 if full is None else full.evictions
     if not (job.interrupted or summary.documents):
         raise CorpusError(f"no text in {', '.join(paths)}: every document is empty.")
-    _note_gaps(job, evicted, disk_budget)
-    if json_output:
-        result = {
-            "store": str(store),
-            **summary.as_dict(),
-            "empty": job.empty,
-            "left_out": corpus.left_out.as_dict(),
-            "evicted": evicted,
-            "interrupted": job.interrupted is not None,
-        }
-        emit_json(result)
-    else:
-        stdout().print(_lines(summary))
-    if job.interrupted is not None:
-        raise typer.Exit(status_for(job.interrupted))
+    done = _Result(
+        str(store),
+        summary,
+        job.interrupted,
+        job.progress.done / job.progress.total,
+        job.empty,
+        job.empty_names,
+        corpus.left_out,
+        evicted,
+        disk_budget,
+    )
+    done.tell(json_output)
 
 
-def _note_gaps(job: _Job, evicted: int, disk_budget: str) -> None:
-    """Say what of the corpus is not in the store, and why."""
-    if job.interrupted is not None:
-        share = 100 * job.progress.done / job.progress.total
-        note(
-            f"{line_for(job.interrupted)} at {share:.0f}%. What is stored stays: run the same command again to resume."
-        )
-    if job.empty:
-        named = ", ".join(map(visible_line, job.empty_names)) + (", ..." if job.empty > len(job.empty_names) else "")
-        note(f"Left out {number(job.empty, 'empty document')}: {named}")
-    if evicted:
-        note(
-            f"The store is full: {number(evicted, 'chunk')} had to make room, and will be computed again when needed. "
-            f"A larger --disk-budget than {disk_budget} keeps them."
-        )
+def _on_ray(job: RayJob, json_output: bool) -> None:
+    """The same on a cluster."""
+    from cachetune_rag.report import PrecomputeSummary
+
+    try:
+        job.run()
+    finally:
+        if job.done is not None:
+            job.left_out.failed += [(Path(name), why) for name, why in job.done.failed]
+        for line in job.left_out.lines():
+            note(line)
+    done = job.done
+    if not (job.interrupted or (done is not None and done.documents)):
+        raise CorpusError(f"no text in {', '.join(job.paths)}: every document is empty.")
+    summary = PrecomputeSummary(0, 0, 0, 0, 0, 0.0) if done is None else done.plain
+    empty = () if done is None else done.empty
+    share = 0.0 if done is None else min(1.0, done.size / job.total)
+    evicted = 0 if done is None else done.evicted
+    of_disk = str(job.options["disk_budget"])
+    _Result(
+        job.store, summary, job.interrupted, share, len(empty), list(empty[:3]), job.left_out, evicted, of_disk
+    ).tell(json_output)
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What a run has done, and what of the corpus is not in the store.
+
+    Attributes:
+        store: as the user gave it.
+        summary: what is stored.
+        interrupted: what ended the run before its end.
+        share: of the corpus that is done.
+        empty, empty_names: how many documents had no text, and ids of some.
+        left_out: files that were not read.
+        evicted: chunks that had to make room.
+        disk_budget: as the user gave it.
+    """
+
+    store: str
+    summary: PrecomputeSummary
+    interrupted: KeyboardInterrupt | None
+    share: float
+    empty: int
+    empty_names: list[str]
+    left_out: LeftOut
+    evicted: int
+    disk_budget: str
+
+    def tell(self, json_output: bool) -> None:
+        """Print it. Raises typer's exit if the run was interrupted."""
+        self._note_gaps()
+        if json_output:
+            result = {
+                "store": self.store,
+                **self.summary.as_dict(),
+                "empty": self.empty,
+                "left_out": self.left_out.as_dict(),
+                "evicted": self.evicted,
+                "interrupted": self.interrupted is not None,
+            }
+            emit_json(result)
+        else:
+            stdout().print(_lines(self.summary))
+        if self.interrupted is not None:
+            raise typer.Exit(status_for(self.interrupted))
+
+    def _note_gaps(self) -> None:
+        if self.interrupted is not None:
+            note(
+                f"{line_for(self.interrupted)} at {100 * self.share:.0f}%. What is stored stays: run the same command again to resume."
+            )
+        if self.empty:
+            named = ", ".join(map(visible_line, self.empty_names)) + (
+                ", ..." if self.empty > len(self.empty_names) else ""
+            )
+            note(f"Left out {number(self.empty, 'empty document')}: {named}")
+        if self.evicted:
+            note(
+                f"The store is full: {number(self.evicted, 'chunk')} had to make room, and will be computed again when needed. "
+                f"A larger --disk-budget than {self.disk_budget} keeps them."
+            )
 
 
 class CorpusProgress:

@@ -60,7 +60,7 @@ def load_model(
     return model.to(place).eval(), tokenizer
 
 
-def load_tokenizer(source: str | os.PathLike[str], revision: str | None = None) -> Any:
+def load_tokenizer(source: str | os.PathLike[str], revision: str | None = None, *, gguf_file: str | None = None) -> Any:
     """Only the tokenizer of a model, as `load_model` loads it.
 
     Raises:
@@ -68,7 +68,9 @@ def load_tokenizer(source: str | os.PathLike[str], revision: str | None = None) 
     """
     from transformers import AutoTokenizer
 
-    extra: dict[str, Any] = {} if revision is None else {"revision": revision}
+    extra = {} if revision is None else {"revision": revision}
+    if gguf_file is not None:
+        extra["gguf_file"] = gguf_file
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **extra)
     except (OSError, ValueError, ImportError, KeyError) as error:

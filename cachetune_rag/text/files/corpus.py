@@ -126,7 +126,7 @@ class Corpus:
         # Ids are kept as hashes of 16 bytes, so that millions of documents take little memory.
         seen: dict[bytes, tuple[int, int]] = {}
         for number, file in enumerate(self.files):
-            for line, document in enumerate(self._read(file, skipped), start=1):
+            for line, document in enumerate(self.read(file, skipped), start=1):
                 digest = hashlib.blake2b(document.id.encode(), digest_size=16).digest()
                 if digest in seen:
                     first = self.files[seen[digest][0]].path
@@ -139,8 +139,16 @@ class Corpus:
         if not seen and self.left_out.failed:
             raise CorpusError("\n".join(["nothing could be read.", *self.left_out.lines()]))
 
-    def _read(self, file: SourceFile, skipped: Callable[[int], None]) -> Iterator[SourceDocument]:
-        """A file's documents. If a file in a folder can't be read to its end, the rest of it is left out."""
+    def read(self, file: SourceFile, skipped: Callable[[int], None] = lambda size: None) -> Iterator[SourceDocument]:
+        """A file's documents. If a file in a folder can't be read to its end, the rest of it is left out, and `left_out` says so.
+
+        Args:
+            file: the file.
+            skipped: called with the bytes that are left out.
+
+        Raises:
+            CorpusError: a file that was given itself can't be read.
+        """
         given = 0
         try:
             for document in _documents(file):
