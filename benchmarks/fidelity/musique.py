@@ -39,7 +39,7 @@ def read_musique(
     prompts = PromptBuilder(tokenizer)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     records = []
-    for number, (question, answers, texts, name) in enumerate(_lines(path)):
+    for number, (question, answers, texts, name) in enumerate(read_questions(path)):
         target = (*prompts.encode(answers[0]), *end)
         records.append(
             Record(
@@ -61,7 +61,12 @@ def read_musique(
     return Dataset("musique", chosen, tuple(leads), PREFIX)
 
 
-def _lines(path: Path) -> Iterator[tuple[str, list[str], list[str], str]]:
+def read_questions(path: Path) -> Iterator[tuple[str, list[str], list[str], str]]:
+    """Question, accepted answers, passages and name of each line of a file.
+
+    Raises:
+        ValueError: a line that can't be read.
+    """
     with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():

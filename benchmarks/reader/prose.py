@@ -1,0 +1,68 @@
+"""Real prose around the facts of training text, and the questions of MuSiQue that a reader is trained on."""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from fidelity.musique import LEADS, read_questions
+from fidelity.sources import installed_sources
+from tasks_of.haystack import reference_sentences
+
+SHORTEST, LONGEST = 30, 300
+"""Characters of a sentence."""
+
+
+@dataclass(frozen=True)
+class RealQuestion:
+    """A question, its accepted answers and its passages."""
+
+    question: str
+    answers: tuple[str, ...]
+    passages: tuple[str, ...]
+
+
+def docstring_sentences() -> list[str]:
+    """Sentences of the docstrings of Python's standard library, each once. None of them stands in the benchmark of tasks."""
+    barred = frozenset(reference_sentences())
+    found: dict[str, None] = {}
+    for text in installed_sources()["docstrings"]:
+        for paragraph in re.split(r"\n\s*\n", text.text):
+            line = " ".join(paragraph.split())
+            if re.match(r"[A-Z]\w* ", line) and line.endswith(".") and not re.search(r">>>|[{}|\\]|--", line):
+                found.update(dict.fromkeys(re.split(r"(?<=[.!?]) (?=[A-Z])", line)))
+    return [s for s in found if SHORTEST <= len(s) <= LONGEST and s not in barred]
+
+
+def split_musique(path: Path) -> tuple[list[RealQuestion], int]:
+    """The questions of a MuSiQue file to train on, and the number of the first that is held out.
+
+    The first half is trained on; the second half is held out, but for those at the end, which lead-ins are taken from. Passages that a
+    question shares with one that is not trained on are left out of it.
+    """
+    questions = [RealQuestion(q, tuple(a), tuple(p)) for q, a, p, _ in read_questions(path)]
+    first = (len(questions) - LEADS) // 2
+    kept = {passage for q in questions[first:] for passage in q.passages}
+    own = [tuple(p for p in q.passages if p not in kept) for q in questions[:first]]
+    return [RealQuestion(q.question, q.answers, p) for q, p in zip(questions, own, strict=False)], first
+
+
+def passage_sentences(questions: list[RealQuestion]) -> list[str]:
+    """The sentences of the passages of questions, each once."""
+    texts = dict.fromkeys(passage for q in questions for passage in q.passages)
+    found = dict.fromkeys(s for text in texts for s in re.split(r"(?<=[.!?]) ", " ".join(text.split())))
+    return [s for s in found if SHORTEST <= len(s) <= LONGEST]
+
+
+class Strand:
+    """Sentences in the order of a text, from any place on."""
+
+    def __init__(self, sentences: list[str], rng: random.Random):
+        self._sentences, self._at = sentences, rng.randrange(len(sentences))
+
+    def next(self) -> str:
+        """The next sentence. After the last one comes the first."""
+        self._at = (self._at + 1) % len(self._sentences)
+        return self._sentences[self._at]

@@ -1,0 +1,208 @@
+"""Fine-tune a small model to read many passages; see docs/reader.md.
+
+    python benchmarks/reader/train.py --musique musique_ans_v1.0_dev.jsonl --seconds 300 --out ADAPTER
+    torchrun --nproc-per-node 4 benchmarks/reader/train.py --musique FILE --seconds 300 --out ADAPTER
+
+What it writes is a LoRA adapter in PEFT's format, which merge.py adds to the model's weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+from common import environment
+from smollm2 import model_path
+from tasks_of.haystack import reference_sentences
+
+from cachetune_rag.model.loading import load_model
+from reader.batches import SHARES, Batch, Batches
+from reader.contexts import ContextMaker
+from reader.lora import add_lora, save_adapter
+from reader.prose import docstring_sentences, passage_sentences, split_musique
+
+WARM_UP = 0.03
+"""Share of the training in which the rate rises. It falls in the rest, to zero."""
+HELD_OUT = 8
+"""Batches that are not trained on, for the loss before and afterwards."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train, and write the adapter."""
+    args = arguments(argv)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = args.device
+    if world > 1:
+        device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    model, tokenizer = load_model(args.model or model_path(), device=device, dtype="float32")
+    questions, _ = split_musique(args.musique) if args.musique else ([], 0)
+    sentences = [*docstring_sentences(), *passage_sentences(questions)]
+    # Words of the benchmark's prose are no names here either.
+    avoid = frozenset(word.strip(".,:;()").casefold() for s in reference_sentences() for word in s.split())
+    maker = ContextMaker(sentences, questions, avoid, args.real, args.seed)
+    held = ContextMaker(sentences, questions, avoid, 0.0, args.seed + 1)
+    layers = add_lora(model, args.rank, args.alpha, args.seed)
+    # The same batches for every process: what is held out is a yardstick, not a share of the work.
+    yardstick = list(islice(iter(Batches(held, tokenizer, args.tokens // 4, args.lengths)), HELD_OUT))
+    batches = Batches(maker, tokenizer, args.tokens, args.lengths, rank, world)
+    loader = DataLoader(batches, batch_size=None, num_workers=args.workers, prefetch_factor=4 if args.workers else None)
+    log = Log(args.out / "log.jsonl" if rank == 0 else None)
+    with closing(log):
+        log.write(
+            {
+                "arguments": {k: str(v) for k, v in vars(args).items()},
+                "processes": world,
+                "commit": args.commit,
+                "environment": environment(),
+            }
+        )
+        before = mean_loss(model, yardstick)
+        done = train(model, iter(loader), args.rate, log, seconds=args.seconds, steps=args.steps)
+        log.write({**done, "held_out_before": before, "held_out": mean_loss(model, yardstick)})
+    if rank == 0:
+        save_adapter(layers, args.out, args.name or Path(model.config.name_or_path).name)
+        print(args.out, flush=True)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def train(
+    model: nn.Module,
+    batches: Iterator[Batch],
+    rate: float,
+    log: Log,
+    seconds: float = float("inf"),
+    steps: int | None = None,
+) -> dict[str, Any]:
+    """Train what isn't frozen, for so long or so many steps, and return how much was done.
+
+    Several processes each give their own batches and take one step together.
+    """
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
+    model.train()
+    started, step, tokens, progress = time.monotonic(), 0, 0, 0.0
+    recent: list[float] = []
+    while progress < 1:
+        batch = next(batches)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(progress / WARM_UP if step else 0.01, (1 - progress) / (1 - WARM_UP))
+        loss = loss_of(model, batch)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        elapsed = max((time.monotonic() - started) / seconds, (step + 1) / steps if steps else 0.0)
+        mean, progress = together(weights, loss.item(), elapsed)
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        step, tokens = step + 1, tokens + batch.ids.numel()
+        recent.append(mean)
+        if step % 20 == 0:
+            log.write(
+                {
+                    "step": step,
+                    "progress": round(progress, 4),
+                    "loss": sum(recent) / len(recent),
+                    "tokens_per_second": round(tokens / (time.monotonic() - started)),
+                }
+            )
+            recent.clear()
+    model.eval()
+    return {"steps": step, "tokens_of_a_process": tokens, "seconds": round(time.monotonic() - started, 1)}
+
+
+def loss_of(model: Any, batch: Batch) -> Tensor:
+    """The mean loss of a batch's learned tokens. Logits are computed for those alone: a vocabulary times all tokens would not fit."""
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        hidden = model.get_decoder()(input_ids=batch.ids.to(device), use_cache=False).last_hidden_state
+        logits = model.get_output_embeddings()(hidden.flatten(0, 1)[batch.at.to(device)])
+    return cross_entropy(logits.float(), batch.wanted.to(device))
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
+    """The mean loss over batches, of which each counts the same."""
+    model.eval()
+    return sum(loss_of(model, batch).item() for batch in batches) / len(batches)
+
+
+def together(weights: Sequence[nn.Parameter], loss: float, progress: float) -> tuple[float, float]:
+    """Make the gradients of all processes their mean, and return the mean loss and progress, so that all stop at the same step."""
+    if not dist.is_initialized():
+        return loss, progress
+    grads = [p.grad for p in weights if p.grad is not None]
+    flat = torch.cat([*(g.flatten() for g in grads), grads[0].new_tensor([loss, progress])])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for grad, part in zip(grads, flat[:-2].split([g.numel() for g in grads]), strict=True):
+        grad.copy_(part.view_as(grad))
+    mean, progress = flat[-2:].tolist()
+    return mean, progress
+
+
+class Log:
+    """Lines of JSON, for a file and for the screen. Without a file, it is silent."""
+
+    def __init__(self, path: Path | None):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = None if path is None else path.open("w")
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Write a line. It is on disk when this returns."""
+        if self._file is not None:
+            text = json.dumps(line)
+            self._file.write(text + "\n")
+            self._file.flush()
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for the adapter")
+    parser.add_argument("--model", type=Path, help="folder of a model (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--name", help="what the adapter calls its model (default: the folder's name)")
+    parser.add_argument("--musique", type=Path, metavar="FILE", help="questions, of which the first half is trained on")
+    parser.add_argument("--real", type=float, default=0.04, help="share of contexts with those questions")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--seconds", type=float, default=300.0, help="of training; its rate falls with what is left")
+    parser.add_argument("--steps", type=int, help="end after so many steps, if that is earlier")
+    parser.add_argument("--rank", type=int, default=12, help="of the adapter")
+    parser.add_argument("--alpha", type=float, default=24.0)
+    parser.add_argument("--rate", type=float, default=1e-3, help="the highest learning rate")
+    parser.add_argument("--tokens", type=int, default=32768, help="about how many tokens a batch has")
+    parser.add_argument("--lengths", type=int, nargs="+", default=list(SHARES), choices=list(SHARES), help="of prompts")
+    parser.add_argument("--workers", type=int, default=8, help="processes that make text, for each GPU")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--commit", help="what to record where there is no git")
+    args = parser.parse_args(argv)
+    for name in ("rank", "tokens"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}: use 1 or more.")
+    return args
+
+
+if __name__ == "__main__":
+    main()
