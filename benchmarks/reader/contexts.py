@@ -125,12 +125,15 @@ class ContextMaker:
         tails: list[list[str]] = [[] for _ in range(count)]
         for slot, label in zip(rng.sample(range(count), len(labels)), labels, strict=False):
             (heads if rng.random() < 0.5 else slots)[slot].append(label)
+        cut_behind: set[int] = (
+            set()
+        )  # one fact at most is cut between two chunks, so that nothing stands between its halves
         for fact in facts:
             slot, place = rng.randrange(count), rng.random()
             words = fact.split(" ")
-            if place < 0.15 and slot + 1 < count and len(words) > 3:
+            if place < 0.15 and slot + 1 < count and slot not in cut_behind and len(words) > 3:
                 cut = rng.randrange(1, len(words))
-                # Nothing may stand between the two halves.
+                cut_behind.add(slot)
                 tails[slot].append(" ".join(words[:cut]))
                 heads[slot + 1].insert(0, " ".join(words[cut:]))
             elif place < 0.3:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Set
+from itertools import product
 
-_FIRST = (
+FIRST = (
     "Bel",
     "Cor",
     "Dal",
@@ -23,8 +24,13 @@ _FIRST = (
     "Tor",
     "Vel",
 )
-_SECOND = ("an", "bar", "den", "dor", "fi", "gan", "lin", "mo", "ner", "ra", "sa", "tan", "ve", "wi")
-_THIRD = ("by", "dale", "field", "ford", "holm", "mere", "more", "ton", "wick", "worth")
+SECOND = ("an", "bar", "den", "dor", "fi", "gan", "lin", "mo", "ner", "ra", "sa", "tan", "ve", "wi")
+THIRD = ("by", "dale", "field", "ford", "holm", "mere", "more", "ton", "wick", "worth")
+
+
+def all_names() -> frozenset[str]:
+    """Every name that can be given."""
+    return frozenset(map("".join, product(FIRST, SECOND, THIRD)))
 
 
 class Names:
@@ -41,14 +47,14 @@ class Names:
     def name(self) -> str:
         """A new name of three syllables."""
         while True:
-            made = "".join(self._rng.choice(part) for part in (_FIRST, _SECOND, _THIRD))
+            made = "".join(self._rng.choice(part) for part in (FIRST, SECOND, THIRD))
             if self._new(made):
                 return made
 
     def like(self, name: str) -> str:
         """A new name that has the beginning of another one."""
-        stem = next(name[: -len(end)] for end in _THIRD if name.endswith(end))
-        for end in self._rng.sample(_THIRD, len(_THIRD)):
+        stem = next(name[: -len(end)] for end in THIRD if name.endswith(end))
+        for end in self._rng.sample(THIRD, len(THIRD)):
             if self._new(stem + end):
                 return stem + end
         raise ValueError(f"all names that are like {name} are taken.")

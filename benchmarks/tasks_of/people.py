@@ -7,7 +7,7 @@ import random
 from .names import Names
 from .questions import Fact, Question, Rule
 
-_GIVEN = (
+GIVEN = (
     ("Anna", "Hanna"),
     ("Clara", "Carla"),
     ("Emil", "Emily"),
@@ -16,7 +16,7 @@ _GIVEN = (
     ("Oskar", "Oswin"),
 )
 """Given names, and what each is nearly."""
-_TRADES = (
+TRADES = (
     "baker",
     "carpenter",
     "cooper",
@@ -34,13 +34,13 @@ _OTHERS = 3
 
 def people(rng: random.Random, names: Names, misleading: bool) -> Question:
     """Where somebody was born, or what somebody's trade was. Near-duplicates are a namesake and somebody whose name is like it."""
-    (given, near), *others = rng.sample(_GIVEN, 1 + _OTHERS)
+    (given, near), *others = rng.sample(GIVEN, 1 + _OTHERS)
     family = names.name()
     people = [f"{given} {family}", *(f"{other} {names.name()}" for other, _ in others)]
     if misleading:
         people += [f"{near} {family}", f"{given} {names.like(family)}"]
     towns = [names.name() for _ in people]
-    trades = rng.sample(_TRADES, len(people))
+    trades = rng.sample(TRADES, len(people))
     facts = tuple(
         Fact(
             f"In the old register, {person}",

@@ -8,7 +8,7 @@ from .names import Names
 from .questions import Fact, Question, Rule
 
 _THINGS = ("access code", "badge number", "file number", "inventory number", "locker number")
-_SITES = ("archive", "brewery", "depot", "harbour", "library", "mill", "observatory", "theatre")
+SITES = ("archive", "brewery", "depot", "harbour", "library", "mill", "observatory", "theatre")
 _OTHER_KEYS = 3
 _VALUES = 3
 
@@ -23,7 +23,7 @@ class _Needles:
 
     def place(self) -> tuple[str, str]:
         """A new place."""
-        return self._names.name(), self._rng.choice(_SITES)
+        return self._names.name(), self._rng.choice(SITES)
 
     def fact(self, place: tuple[str, str], needed: bool = True, start: str = "The") -> Fact:
         """A fact on a place, with a new number."""
@@ -34,7 +34,7 @@ class _Needles:
     def near(self, place: tuple[str, str]) -> list[Fact]:
         """Near-duplicates: the same name with another site, and a like name with the same site."""
         name, site = place
-        other = self._rng.choice([s for s in _SITES if s != site])
+        other = self._rng.choice([s for s in SITES if s != site])
         return [self.fact((name, other), needed=False), self.fact((self._names.like(name), site), needed=False)]
 
 

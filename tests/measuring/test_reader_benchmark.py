@@ -1,0 +1,260 @@
+"""The reader that is tuned to measure with: its training text is its own, what is learned are the answers, and merging changes nothing else."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import re
+import sys
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from small_tokenizers import byte_level
+from tiny import llama
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from cachetune_rag.text.prompts.prompt import PromptBuilder
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from fidelity.musique import read_musique
+from fidelity.sources import Text
+from reader import merge as merging
+from reader import prose, templates, vocabulary
+from reader.batches import Batches, Encoder, batch_of
+from reader.contexts import Context, ContextMaker, Turn
+from reader.lora import CONFIG, WEIGHTS, add_lora, merge, save_adapter
+from reader.prose import docstring_sentences, passage_sentences, split_musique
+from reader.train import Log, loss_of, train
+from reader.worlds import RELATIONS
+from tasks_of.haystack import reference_sentences
+from tasks_of.kinds import KINDS, planted_words
+from tasks_of.names import Names
+
+PROSE = [f"Sentence {i} tells nothing of any use to anybody." for i in range(50)]
+
+
+@pytest.fixture(scope="module")
+def contexts() -> list[Context]:
+    maker = ContextMaker(PROSE, avoid=planted_words())
+    return [maker.context(number, 900) for number in range(120)]
+
+
+def test_text_depends_on_seed_and_number_alone(contexts: list[Context]) -> None:
+    maker = ContextMaker(PROSE, avoid=planted_words())
+    assert [maker.context(number, 900) for number in reversed(range(100, 120))] == contexts[:99:-1]
+    assert ContextMaker(PROSE, seed=1).context(0, 900) != contexts[0]
+    assert len({c.chunks for c in contexts}) == len(contexts)
+
+
+def test_training_text_has_no_name_of_the_benchmark_of_tasks(contexts: list[Context]) -> None:
+    # Without names to avoid, so that what is drawn from is tried, not what is refused.
+    maker = ContextMaker(PROSE)
+    text = " ".join(
+        t for n in range(300) for c in [maker.context(n, 900)] for t in (*c.chunks, *(t.question for t in c.turns))
+    )
+    assert set(re.findall(r"[a-z]+", text.casefold())).isdisjoint(planted_words())
+    assert {*vocabulary.GIVEN, *vocabulary.ITEMS, *vocabulary.JOBS}.isdisjoint(
+        {w.capitalize() for w in planted_words()} | planted_words()
+    )
+
+
+def test_training_text_has_no_template_of_the_benchmark_of_tasks() -> None:
+    theirs: set[tuple[str, ...]] = set()
+    for make, number, near in itertools.product(KINDS.values(), range(20), (False, True)):
+        question = make(random.Random(number), Names(random.Random(number)), near)
+        for text in (question.query, *(fact.text for fact in question.facts)):
+            theirs |= _runs(text)
+    own = [t for lookup in templates.LOOKUPS for t in (*lookup.told, *lookup.asked, lookup.several)]
+    own += [t for chain in templates.CHAINS for t in (*chain.root, *chain.link, *chain.asked)]
+    own += [t for label in templates.LABELS for t in label]
+    own += [t for some in RELATIONS.values() for r in some for t in (*r.told, *r.phrase, *r.asked)]
+    assert len(own) > 200
+    assert not {run: t for t in own for run in _runs(t) & theirs}
+
+
+def _runs(text: str) -> set[tuple[str, ...]]:
+    """Four words in a row, names and values not counted."""
+    plain = [
+        w
+        for w in re.findall(r"\{\w\}|\w+", text)
+        if not w.startswith("{") and not w.isdigit() and (w.islower() or w in ("The", "What", "Which", "In", "Where"))
+    ]
+    return {tuple(w.casefold() for w in plain[i : i + 4]) for i in range(len(plain) - 3)}
+
+
+def test_training_prose_is_not_that_of_the_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = next(s for s in reference_sentences() if re.match(r"[A-Z]\w* [^|{}\\-]*\.$", s))
+    text = f"This sentence stands in a docstring alone. {theirs} Nobody ever needs this one either."
+    monkeypatch.setattr(prose, "installed_sources", lambda: {"docstrings": iter([Text("module", text)])})
+    assert docstring_sentences() == ["This sentence stands in a docstring alone.", "Nobody ever needs this one either."]
+
+
+def test_answers_stand_in_the_passages(contexts: list[Context]) -> None:
+    for context in contexts:
+        text = " ".join(context.chunks).casefold()  # a fact may be split over two chunks
+        assert context.turns
+        for turn in context.turns:
+            for part in re.split(r", | and ", turn.answer.casefold()):
+                assert part in text, (turn, context)
+
+
+def test_a_chain_is_answered_by_going_back_through_it() -> None:
+    maker = ContextMaker(PROSE)
+    seen = 0
+    for number in range(150):
+        context = maker.context(number, 900)
+        text = " ".join(context.chunks)
+        for turn in context.turns:
+            if re.fullmatch(r"What toll does \w+ charge\?", turn.question):
+                *back, value = turn.answer.split(", ")
+                name = turn.question.split()[3]
+                for before in back:
+                    assert (
+                        f"{name} charges what {before} charges." in text
+                        or f"At {name} the toll equals that at {before}." in text
+                    )
+                    name = before
+                assert f"{name} charges a toll of {value}." in text or f"The toll at {name} is {value}." in text
+                seen += bool(back)
+    assert seen
+
+
+def test_what_is_learned_are_answers_and_their_ends() -> None:
+    tokenizer = byte_level()
+    context = Context("Read.", ("One is 1.", "Two is 22."), (Turn("One?", "1"), Turn("Two?", "22")))
+    example = Encoder(tokenizer).encode(context)
+    start = PromptBuilder(tokenizer).build(query="One?", chunks=context.chunks, prefix="Read.").ids
+    assert example.ids[: len(start)] == list(start)
+    learned = [i for i, wanted in zip(example.ids, example.learned, strict=True) if wanted]
+    assert tokenizer.decode(learned) == "1<|im_end|>22<|im_end|>"
+    messages = [
+        {"role": "user", "content": "Read.\n\nOne is 1.\n\nTwo is 22.\n\nQuestion: One?"},
+        {"role": "assistant", "content": "1"},
+        {"role": "user", "content": "Question: Two?"},
+        {"role": "assistant", "content": "22"},
+    ]
+    assert tokenizer.decode(example.ids) == tokenizer.apply_chat_template(messages, tokenize=False).rstrip("\n")
+    assert Encoder(tokenizer).encode(context, len(start) + 3).ids == example.ids[: len(start) + 2], (
+        "no question without its answer"
+    )
+
+
+def test_batches_differ_between_processes_and_are_the_same_again() -> None:
+    def some(rank: int) -> list[list[int]]:
+        batches = Batches(ContextMaker(PROSE), byte_level(), 2048, [1024], rank, 2)
+        return [row.tolist() for batch in islice(iter(batches), 2) for row in batch.ids]
+
+    first = some(0)
+    assert first == some(0)
+    assert not any(row in first for row in some(1))
+    assert all(len(row) <= 1024 for row in first)
+
+
+def _model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(byte_level()), max_position_embeddings=1024, tie_word_embeddings=True, **sizes)
+    ).eval()
+
+
+def test_filling_up_a_batch_changes_no_loss() -> None:
+    encoder, model = Encoder(byte_level()), _model()
+    examples = [
+        encoder.encode(Context("", (text,), (Turn("What?", "this"),))) for text in ("Short.", "A much longer text.")
+    ]
+    both = loss_of(model, batch_of(examples, 0)).item()
+    assert both == pytest.approx(sum(loss_of(model, batch_of([e], 0)).item() for e in examples) / 2, rel=1e-5)
+
+
+def test_training_lowers_the_loss_and_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    encoder, model = Encoder(byte_level()), _model()
+    batch = batch_of([encoder.encode(Context("", (f"It is {i}.",), (Turn("What?", str(i)),))) for i in range(4)], 0)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    layers = add_lora(model, 8, 16.0)
+    start = loss_of(model, batch).item()
+    log = Log(tmp_path / "log.jsonl")
+    done = train(model, itertools.repeat(batch), 3e-2, log, steps=20)
+    log.close()
+    assert done["steps"] == 20
+    assert loss_of(model, batch).item() < start - 0.2
+    (line,) = (json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines())
+    assert line["step"] == 20
+    assert line["loss"] < start
+    now = {name.replace(".base.", "."): weight for name, weight in model.state_dict().items()}
+    assert all(torch.equal(now[name], weight) for name, weight in before.items())
+    assert all(layer.up.abs().sum() > 0 for layer in layers.values())
+
+
+def test_a_merged_model_is_base_and_adapter(tmp_path: Path) -> None:
+    base, tuned, merged = (llama(layers=2) for _ in range(3))
+    layers = add_lora(tuned, 3, 6.0)
+    for layer in layers.values():
+        nn.init.normal_(layer.up, std=0.1)
+        layer.up.data, layer.down.data = (w.data.bfloat16().float() for w in (layer.up, layer.down))  # as they are kept
+    save_adapter(layers, tmp_path, "tiny")
+    merge(merged, tmp_path)
+    changed = dict(merged.named_parameters())
+    for name, weight in base.named_parameters():
+        layer = layers.get(name.removesuffix(".weight"))
+        expected = weight if layer is None else weight + 2.0 * (layer.up @ layer.down)
+        assert torch.equal(changed[name], expected), name
+    ids = torch.arange(10)[None]
+    assert torch.allclose(merged(ids).logits, tuned(ids).logits, atol=1e-4)
+    assert not torch.allclose(merged(ids).logits, base(ids).logits, atol=1e-2)
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
+    save_adapter(add_lora(llama(layers=3), 2, 4.0), tmp_path, "tiny")
+    with pytest.raises(ValueError, match=r"model\.layers\.2\.mlp\.down_proj, which this model has no layer for"):
+        merge(llama(layers=2), tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps({**config, "use_dora": True}))
+    with pytest.raises(ValueError, match="use_dora"):
+        merge(llama(layers=3), tmp_path)
+
+
+def test_the_script_writes_a_model_of_its_own(tmp_path: Path) -> None:
+    model = llama(layers=1)
+    byte_level().save_pretrained(tmp_path / "base")
+    model.save_pretrained(tmp_path / "base")
+    save_adapter(add_lora(llama(layers=1), 2, 4.0), tmp_path / "adapter", "tiny")
+    merging.main(
+        ["--model", str(tmp_path / "base"), "--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path / "made")]
+    )
+    made = LlamaForCausalLM.from_pretrained(tmp_path / "made", dtype=torch.float32)
+    assert all(
+        torch.equal(a, b) for a, b in zip(made.parameters(), model.parameters(), strict=True)
+    )  # nothing was learned
+    assert (tmp_path / "adapter" / WEIGHTS).stat().st_size < 100_000
+
+
+def test_questions_that_are_held_out_share_no_passage_with_training(tmp_path: Path) -> None:
+    lines = [
+        {
+            "question": f"Who is {i}?",
+            "answers": [f"Person {i}"],
+            "passages": [{"title": "", "text": f"Passage {p} of a long text on somebody."} for p in (i, i + 1, i + 4)],
+        }
+        for i in range(15)
+    ]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    trained, first = split_musique(path)
+    held = read_musique(path, byte_level(), first, 15 - 5 - first)
+    assert [q.question for q in trained] == [f"Who is {i}?" for i in range(5)]
+    assert first == 5
+    own = {p for q in trained for p in q.passages}
+    assert own
+    assert own.isdisjoint({c for r in held.records for c in r.chunks} | set(held.leads))
+    assert set(passage_sentences(trained)) == {" ".join(p.split()) for p in own}
