@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,8 +25,9 @@ from smollm2 import model_path
 
 from cachetune_rag import CacheTune
 from cachetune_rag.model.loading import load_model
-from cachetune_store import chunkfile, disk_reader
+from cachetune_store.seals import CHECKSUMS, KeyedHashes
 
+KEY = bytes(range(32))
 QUERY = "What does the text say about the order in which expressions are evaluated?"
 
 
@@ -46,7 +47,7 @@ class Clock:
             took = time.perf_counter() - started
             with self._lock:
                 self.seconds += took
-                self.bytes += sum(len(buffer) for buffer in buffers)
+                self.bytes += sum(len(each) for each in buffers if isinstance(each, bytes | memoryview))
             return result
 
         return call
@@ -54,12 +55,12 @@ class Clock:
 
 @contextmanager
 def counted() -> Iterator[Clock]:
-    """Count the hashes of rows and of heads."""
+    """Count the hashes of rows and of heads, with a key or without."""
     clock = Clock()
-    with (
-        mock.patch.object(disk_reader, "rows_checksum", clock.timed(disk_reader.rows_checksum)),
-        mock.patch.object(chunkfile, "head_digest", clock.timed(chunkfile.head_digest)),
-    ):
+    with ExitStack() as patched:
+        for seal in (type(CHECKSUMS), KeyedHashes):
+            for name in ("matches", "head"):
+                patched.enter_context(mock.patch.object(seal, name, clock.timed(getattr(seal, name))))
         yield clock
 
 
@@ -86,6 +87,9 @@ def main() -> None:
             engines = {
                 "host": CacheTune(model, tokenizer, None, codec=codec),
                 "disk": CacheTune(model, tokenizer, Path(folder) / "kv", codec=codec, host_budget=0, direct_io=True),
+                "disk, with a key": CacheTune(
+                    model, tokenizer, Path(folder) / "keyed", codec=codec, host_budget=0, direct_io=True, store_key=KEY
+                ),
             }
             for tier, engine in engines.items():
                 engine.precompute(chunks)

@@ -7,6 +7,7 @@ The constructor, `docs/options.md` and the command line read them from here. Not
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import sys
 import textwrap
@@ -110,6 +111,20 @@ class TierOptions:
         "further arguments for what reaches the shared place: of obstore's `from_url` for buckets (such as `endpoint`), of "
         "`GlideClientConfiguration` for servers.",
     )
+    store_key: bytes | str | os.PathLike[str] | None = field(
+        default=None,
+        repr=False,
+        metadata={
+            "help": "the store's key, which shows what others have forged or swapped in its files ([SECURITY.md](../SECURITY.md)): 32 random bytes or "
+            'more, the path of the file that holds them, or `"env:NAME"` for an environment variable. A store made with a key opens '
+            "with it only. None: there is none.",
+            "cli": CommandLineOption(
+                "--store-key",
+                "FILE",
+                "File with the store's key, or env:NAME for an environment variable; for a store made with one, or a new one.",
+            ),
+        },
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +214,7 @@ class EngineArguments(TypedDict, total=False):
     remote_codec: str | None
     remote_timeout: float
     remote_options: Mapping[str, Any] | None
+    store_key: bytes | str | os.PathLike[str] | None
     prompt_template: str | None
     chat_template_kwargs: Mapping[str, Any] | None
     chunk_separator: str
@@ -281,7 +297,7 @@ def markdown() -> str:
         [
             "# Options of an engine",
             "Keyword arguments of `CacheTune(model, tokenizer, store, ...)` and of `CacheTune.from_pretrained(path, store, ...)`.",
-            "Budgets and the other options of a store (from `codec` to `remote_options`) can't be given with a `ChunkStore` that is",
+            "Budgets and the other options of a store (from `codec` to `store_key`) can't be given with a `ChunkStore` that is",
             "open already: set them there.",
             "",
             "| option | default | command line | meaning |",

@@ -63,7 +63,16 @@ def test_the_command_line_takes_flag_and_explanation_from_the_declaration() -> N
                 if wanted.flag in parameter.opts:
                     assert (parameter.metavar, parameter.help) == (wanted.metavar, wanted.help)
                     found.add(each.name)
-    assert found == {"codec", "host_budget", "disk_budget", "device_budget", "tenant", "remote", "remote_codec"}
+    assert found == {
+        "codec",
+        "host_budget",
+        "disk_budget",
+        "device_budget",
+        "tenant",
+        "remote",
+        "remote_codec",
+        "store_key",
+    }
 
 
 def test_an_unknown_option_is_refused_with_the_most_similar_one() -> None:

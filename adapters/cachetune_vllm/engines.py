@@ -47,6 +47,7 @@ class Engines:
             disk_budget=settings.disk_budget,
             device_budget=settings.device_budget,
             device=self._served.model.device,
+            store_key=settings.store_key,
         )
         try:
             return store, served_fingerprint(self._served, self._model_config, Profiles(store.path))

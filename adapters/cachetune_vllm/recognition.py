@@ -61,7 +61,9 @@ class Recognition:
         self._prompts = PromptBuilder(tokenizer)
         self._spelling = Spelling(private_copy(tokenizer))
         # Only the store's texts are read here; the workers read the chunks' rows.
-        self._store = ChunkStore(settings.store, host_budget=0, disk_budget=settings.disk_budget)
+        self._store = ChunkStore(
+            settings.store, host_budget=0, disk_budget=settings.disk_budget, store_key=settings.store_key
+        )
         self._tenants: OrderedDict[str, StoreIdRecognizer] = OrderedDict()
         caught_up = self.catch_up(START_PATIENCE)
         known = self._of(settings.tenant).known

@@ -83,6 +83,11 @@ def _whole_number_or_name(value: str) -> int | str:
         return value
 
 
+def _key_place(value: str) -> str:
+    """Where the store's key is: the server's processes may have another current directory."""
+    return value if value.startswith("env:") else os.path.abspath(os.path.expanduser(value))  # noqa: PTH100, PTH111 (as for --store)
+
+
 def _number_or_name(value: str) -> float | str:
     try:
         return float(value)
@@ -105,7 +110,7 @@ def _stored_dtype(settings: Mapping[str, Any], others: Sequence[str]) -> list[st
     from cachetune_vllm.stored import stored_dtype  # it loads torch: only when needed
 
     checked = ServerSettings.of(settings)
-    dtype = stored_dtype(checked.store, checked.tenant)
+    dtype = stored_dtype(checked.store, checked.tenant, checked.store_key)
     return [] if dtype is None else ["--dtype", dtype]
 
 
@@ -122,6 +127,9 @@ def serve(
     disk_budget: Annotated[str | None, typer.Option(metavar="BYTES", help="Most bytes of the store.")] = None,
     device_budget: Annotated[
         str | None, typer.Option(metavar="BYTES", help="Memory of the GPU that keeps chunks in use at hand.")
+    ] = None,
+    store_key: Annotated[
+        str | None, typer.Option(metavar="FILE", help="File with the store's key, or env:NAME for a variable.")
     ] = None,
     ratio: Annotated[
         str | None, typer.Option(metavar="R", help="Share of chunk tokens to recompute, 0 to 1, or auto.")
@@ -154,6 +162,7 @@ def serve(
         "host_budget": host_budget,
         "disk_budget": disk_budget,
         "device_budget": device_budget,
+        "store_key": None if store_key is None else _key_place(store_key),
         "ratio": None if ratio is None else _number_or_name(ratio),
         "selector": selector,
         "read_timeout": read_timeout,

@@ -31,7 +31,7 @@ class ServerSettings:
         store: folder of the store.
         tenant: whose chunks the server uses; its operator's.
         tenant_from_request: whether a request may name another tenant. For servers behind a gateway that sets the name.
-        codec, host_budget, disk_budget, device_budget, read_timeout: see `docs/options.md`.
+        codec, host_budget, disk_budget, device_budget, read_timeout, store_key: see `docs/options.md`.
         lead_in: see `docs/options.md`; it has to be what the store was filled with.
         ratio, selector: used for requests that don't say; "auto" takes what was calibrated and tuned for the store.
         least_reused: prompts for which reuse would save fewer tokens are left to vLLM, which reads them as fast. "auto": what
@@ -48,6 +48,7 @@ class ServerSettings:
     disk_budget: int | str = "64GiB"
     device_budget: int | str = 0
     read_timeout: float | None = 30.0
+    store_key: str | None = None
     lead_in: Any = "auto"
     ratio: float | str = "auto"
     selector: str = "auto"
@@ -75,6 +76,10 @@ class ServerSettings:
         for name in ("tenant_from_request", "store_missed"):
             if not isinstance(getattr(settings, name), bool):
                 raise ConfigError(f"{name} is {shown(getattr(settings, name))}: use true or false.")
+        if settings.store_key is not None and not isinstance(settings.store_key, str):
+            raise ConfigError(
+                f"store_key is of type {type(settings.store_key).__name__}: use the path of the file that holds the key, or env:NAME."
+            )
         check_tenant(settings.tenant)
         _check_ratio(settings.ratio, ConfigError)
         _check_selector(settings.selector, ConfigError)

@@ -25,7 +25,7 @@ def sampled_namespaces(store: ChunkStore, tenant: str) -> list[Namespace]:
     return list(found)
 
 
-def stored_dtype(folder: str, tenant: str) -> str | None:
+def stored_dtype(folder: str, tenant: str, store_key: str | None = None) -> str | None:
     """The number format of a tenant's stored chunks; None if there are none, or they have several.
 
     Raises:
@@ -33,7 +33,7 @@ def stored_dtype(folder: str, tenant: str) -> str | None:
     """
     if not is_store(folder):
         return None
-    with ChunkStore(folder, host_budget=0, disk_budget=NO_LIMIT) as store:
+    with ChunkStore(folder, host_budget=0, disk_budget=NO_LIMIT, store_key=store_key) as store:
         dtypes = {namespace.dtype for namespace in sampled_namespaces(store, tenant)}
     return dtypes.pop() if len(dtypes) == 1 else None
 

@@ -18,6 +18,8 @@ from cachetune_rag.cli.ask import EPILOG as ASK_EPILOG
 from cachetune_rag.cli.ask import ask
 from cachetune_rag.cli.calibrate import EPILOG as CALIBRATE_EPILOG
 from cachetune_rag.cli.calibrate import calibrate
+from cachetune_rag.cli.change_key import EPILOG as CHANGE_KEY_EPILOG
+from cachetune_rag.cli.change_key import change_key
 from cachetune_rag.cli.console import ERROR, print_error, warnings_on_stderr
 from cachetune_rag.cli.interrupts import status_for
 from cachetune_rag.cli.output import OutputError, give_up, open_missing_streams, results_on_stdout
@@ -99,6 +101,7 @@ _add(stats, STATS_EPILOG)
 _add(verify, VERIFY_EPILOG)
 _add(remove, REMOVE_EPILOG)
 _add(prune, PRUNE_EPILOG)
+_add(change_key, CHANGE_KEY_EPILOG)
 
 
 def _print_version(wanted: bool) -> None:

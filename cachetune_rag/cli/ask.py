@@ -91,6 +91,7 @@ def ask(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     remote: options.Remote = None,
+    store_key: options.StoreKey = None,
     json_output: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -110,9 +111,11 @@ def ask(
     documents = list(dict.fromkeys(document or ()))
     best = top_k if top_k is not None or documents or files else DEFAULT_TOP_K
     if documents or best:
-        kv = open_existing(store, remote=remote)
+        kv = open_existing(store, remote=remote, store_key=store_key)
     else:
-        kv = open_for_writing(store, codec="exact", host_budget="0", disk_budget=str(NO_LIMIT), remote=remote)
+        kv = open_for_writing(
+            store, codec="exact", host_budget="0", disk_budget=str(NO_LIMIT), remote=remote, store_key=store_key
+        )
     with opened(kv, Loading(model, gguf_file, dtype, device, tenant), documents=documents) as engine:
         passages = [*retrieve(engine, kv, question, documents, best), *files]
         note(f"Using {number(len(passages), 'passage')}: {', '.join(visible_line(p.source) for p in passages)}")

@@ -93,6 +93,7 @@ def calibrate(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     remote: options.Remote = None,
+    store_key: options.StoreKey = None,
     json_output: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -118,7 +119,9 @@ def calibrate(
     CalibrationPlan.of(**wanted)  # refuses what makes no sense before the model is loaded
     documents = list(dict.fromkeys(document or ()))
     loading = Loading(model, gguf_file, dtype, device, tenant)
-    with opened(open_existing(store, remote=remote), loading, documents=documents, saves="calibrated") as engine:
+    with opened(
+        open_existing(store, remote=remote, store_key=store_key), loading, documents=documents, saves="calibrated"
+    ) as engine:
         prompts = prompts_from(engine, engine.store, given, documents, top_k)
         note(f"Calibrating with {number(len(prompts), 'prompt')} ...")
         with Meter("Calibrating") as meter:

@@ -84,6 +84,7 @@ def precompute(
     disk_budget: options.DiskBudget = options.DISK_BUDGET,
     remote: options.Remote = None,
     remote_codec: options.RemoteCodec = None,
+    store_key: options.StoreKey = None,
     ray: Annotated[
         str | None,
         typer.Option(
@@ -153,6 +154,7 @@ def precompute(
             disk_budget=disk_budget,
             remote=remote,
             remote_codec=remote_codec,
+            store_key=store_key,
         ) as kv,
         load_engine(loading, kv) as engine,
     ):

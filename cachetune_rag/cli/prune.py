@@ -48,6 +48,7 @@ def prune(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     remote: options.Remote = None,
+    store_key: options.StoreKey = None,
     json_output: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -58,7 +59,10 @@ def prune(
     if not stale:
         raise UsageError("nothing to prune was named: give --stale (with --dry-run to see first what would go).")
     loading = Loading(model, gguf_file, dtype, device, tenant)
-    with open_existing(store, remote=remote) as kv, load_engine(loading, kv, any_store=True) as engine:
+    with (
+        open_existing(store, remote=remote, store_key=store_key) as kv,
+        load_engine(loading, kv, any_store=True) as engine,
+    ):
         report = kv.prune(keeper(engine.namespace, codec), foreign_too=True, dry_run=dry_run)
     if json_output:
         emit_json({"store": str(store), "dry_run": dry_run, **report.as_dict()})

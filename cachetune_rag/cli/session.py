@@ -75,6 +75,7 @@ def open_existing(
     device_budget: str = "0",
     device: str = "auto",
     remote: str | None = None,
+    store_key: str | None = None,
 ) -> ChunkStore:
     """Open the store at `path` without evicting anything, and keep at most `host_budget` of it in memory.
 
@@ -83,6 +84,7 @@ def open_existing(
         host_budget, device_budget: as the user wrote them.
         device: the model's device, as the user wrote it.
         remote: URL of the place that machines share; None: none. With one, the folder need not be there yet.
+        store_key: the store's key, as the user gave it.
 
     Raises:
         UsageError: there is no store, a budget is not a number of bytes, or a device budget is given for the CPU.
@@ -105,6 +107,7 @@ def open_existing(
         on_device,
         _device_of_tier(device_budget, device) if on_device else None,
         remote=remote,
+        store_key=store_key,
     )
 
 
@@ -128,6 +131,7 @@ def open_for_writing(
     disk_budget: str,
     remote: str | None = None,
     remote_codec: str | None = None,
+    store_key: str | None = None,
 ) -> ChunkStore:
     """Open the store at `path`, and make it if it is missing.
 
@@ -137,7 +141,7 @@ def open_for_writing(
     """
     host, disk = parse_budget(host_budget, "--host-budget"), parse_budget(disk_budget, "--disk-budget")
     _check_empty(path)
-    store = _open(path, codec, host, disk, remote=remote, remote_codec=remote_codec)
+    store = _open(path, codec, host, disk, remote=remote, remote_codec=remote_codec, store_key=store_key)
     try:
         store.check_writable()  # before a model is loaded
     except BaseException:
@@ -293,6 +297,7 @@ def _open(
     *,
     remote: str | None = None,
     remote_codec: str | None = None,
+    store_key: str | None = None,
 ) -> ChunkStore:
     with instant_interrupt():
         from cachetune_store import ChunkStore
@@ -306,6 +311,7 @@ def _open(
         device=device,
         remote=remote,
         remote_codec=remote_codec,
+        store_key=store_key,
     )
 
 

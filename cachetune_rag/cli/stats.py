@@ -40,11 +40,12 @@ def stats(
         ),
     ] = None,
     remote: options.Remote = None,
+    store_key: options.StoreKey = None,
     json_output: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
     """Show what a store holds."""
-    with open_existing(store, remote=remote) as kv:
+    with open_existing(store, remote=remote, store_key=store_key) as kv:
         totals = kv.stats()
         groups = kv.groups()
         found = kv.tenants(groups)

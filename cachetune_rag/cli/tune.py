@@ -82,6 +82,7 @@ def tune(
     host_budget: options.HostBudget = options.HOST_BUDGET,
     device_budget: options.DeviceBudget = "0",
     remote: options.Remote = None,
+    store_key: options.StoreKey = None,
     json_output: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -100,7 +101,9 @@ def tune(
         "tier": tier, "selector": selector, "r_min": r_min, "r_max": r_max, "rounds": rounds, "tokens": tokens,
     }  # fmt: skip
     TuningPlan.of(**wanted)  # refuses what makes no sense before the model is loaded
-    kv = open_existing(store, host_budget, device_budget=device_budget, device=device, remote=remote)
+    kv = open_existing(
+        store, host_budget, device_budget=device_budget, device=device, remote=remote, store_key=store_key
+    )
     with opened(kv, Loading(model, gguf_file, dtype, device, tenant), saves="tuned") as engine:
         prompts = None if given is None else prompts_from(engine, kv, given, [], top_k)
         note("Tuning ..." if prompts is None else f"Tuning with {number(len(prompts), 'prompt')} ...")

@@ -32,6 +32,7 @@ REMOVE_EPILOG = (
 def verify(
     store: options.Store,
     remote: options.Remote = None,
+    store_key: options.StoreKey = None,
     json_output: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -39,7 +40,7 @@ def verify(
 
     Damaged files are set aside, leftovers of crashed writers are deleted, and the index is repaired.
     """
-    with open_existing(store, remote=remote) as kv:
+    with open_existing(store, remote=remote, store_key=store_key) as kv:
         report = kv.verify()
     if json_output:
         emit_json({"store": str(store), "ok": report.ok, **report.as_dict()})
@@ -82,6 +83,7 @@ def remove(
     ] = False,
     tenant: options.Tenant = "",
     remote: options.Remote = None,
+    store_key: options.StoreKey = None,
     json_output: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -89,7 +91,7 @@ def remove(
     wanted = list(dict.fromkeys(documents or ()))
     if bool(wanted) == everything:
         raise UsageError("give the ids of the documents to remove, or --all.")
-    with open_existing(store, remote=remote) as kv:
+    with open_existing(store, remote=remote, store_key=store_key) as kv:
         if everything:
             wanted = [info.id for info in kv.documents(tenant=tenant)]
         else:

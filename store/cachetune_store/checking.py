@@ -12,6 +12,7 @@ from .disk_reader import DiskReader
 from .errors import DamagedChunkError, UnknownCodecError
 from .keys import ChunkKey, make_key
 from .rawfile import RawFile
+from .seals import Seal
 
 __all__ = ["CheckedFile", "check_file"]
 
@@ -31,7 +32,7 @@ class CheckedFile:
     modified: float
 
 
-def check_file(key: ChunkKey, file: RawFile, pool: SlabPool, *, full: bool) -> CheckedFile | None:
+def check_file(key: ChunkKey, file: RawFile, pool: SlabPool, seal: Seal, *, full: bool) -> CheckedFile | None:
     """Check the file of `key`, all of it or the head only, and close it. None if it needs a codec not loaded here.
 
     Raises:
@@ -40,7 +41,7 @@ def check_file(key: ChunkKey, file: RawFile, pool: SlabPool, *, full: bool) -> C
     """
     with contextlib.closing(file):
         try:
-            head, start = parse_head(key, file.size, file.head)
+            head, start = parse_head(key, file.size, file.head, seal)
         except UnknownCodecError:
             return None
         if full:

@@ -14,14 +14,24 @@ from torch import Tensor
 
 from .arguments import check_key, check_kind, check_tensor
 from .buffers import SlabPool, memory_of, round_up
-from .checksums import rows_checksum
 from .codecs import get_codec
 from .errors import NonFiniteError, StoreArgumentError
 from .keys import ChunkKey, Namespace, make_key
 from .layout import ChunkLayout, LayerSpec, RowFormat, torch_dtype
 from .printing import shown
+from .seals import CHECKSUMS, Seal
 
-__all__ = ["BLOCK_ROWS", "Chunk", "ChunkHead", "SlabPlan", "encode_chunk", "in_pool", "plan_slab", "ranking_order"]
+__all__ = [
+    "BLOCK_ROWS",
+    "Chunk",
+    "ChunkHead",
+    "SlabPlan",
+    "encode_chunk",
+    "in_pool",
+    "plan_slab",
+    "ranking_order",
+    "resealed",
+]
 
 BLOCK_ROWS = 64
 """Rows of one checksummed block in new files."""
@@ -68,11 +78,12 @@ class ChunkHead:
         order: int64 [tokens]; row i holds token order[i].
         scores: float32 [tokens], in token order.
         token_ids: int64 [tokens], in token order.
-        checksums: uint64 [layers, blocks], xxh3_64 of each block of rows.
+        checksums: uint64 [layers, blocks], the seal's sum of each block of rows; [layers, blocks, words] if a sum has several.
         deviations: float16 [tokens, layout.deviation_columns], in token order: how far keys and values were apart behind
             different lead-ins; None where there was one only. Layer by layer, a column for the keys of each head, then one
             for the values of each.
         text: what the tokens spell, if it was given.
+        seal: what the sums were made with, and are checked with.
     """
 
     key: ChunkKey
@@ -85,6 +96,7 @@ class ChunkHead:
     text: str | None = None
     block_rows: int = BLOCK_ROWS
     deviations: Tensor | None = None
+    seal: Seal = CHECKSUMS
 
     @cached_property
     def plan(self) -> SlabPlan:
@@ -180,8 +192,9 @@ def encode_chunk(
     codec: str,
     pool: SlabPool,
     deviations: Tensor | None = None,
+    seal: Seal = CHECKSUMS,
 ) -> Chunk:
-    """The chunk of these keys and values, encoded and put in ranking order; arguments as for ChunkStore.put().
+    """The chunk of these keys and values, encoded and put in ranking order; arguments as for ChunkStore.put(). `seal` makes its sums.
 
     Raises:
         StoreArgumentError: shapes, dtypes or key don't belong together.
@@ -210,21 +223,38 @@ def encode_chunk(
         token_ids=torch.tensor(list(token_ids), dtype=torch.int64),
         order=order,
         scores=flat,
-        checksums=block_checksums(layout, slab, BLOCK_ROWS),
+        checksums=block_checksums(key, layout, slab, BLOCK_ROWS, seal),
         text=text,
         deviations=spread,
+        seal=seal,
     )
     return Chunk(in_pool(head, pool), slab, head.host_bytes(pool))
 
 
-def block_checksums(layout: ChunkLayout, slab: Tensor, block_rows: int) -> npt.NDArray[np.uint64]:
-    """xxh3_64 of every block of rows of every layer, uint64 [layers, blocks]; the last block may be shorter."""
+def block_checksums(
+    key: ChunkKey, layout: ChunkLayout, slab: Tensor, block_rows: int, seal: Seal
+) -> npt.NDArray[np.uint64]:
+    """The seal's sum of every block of rows of every layer, as in ChunkHead; the last block may be shorter."""
     memory = memory_of(slab)
     sums = [
-        [rows_checksum(memory[offset + start : offset + end]) for start, end in pairwise(ends)]
-        for offset, ends in zip(plan_slab(layout).offsets, block_ends(layout, block_rows), strict=True)
+        [
+            seal.rows(key, layer, block, memory[offset + start : offset + end])
+            for block, (start, end) in enumerate(pairwise(ends))
+        ]
+        for layer, (offset, ends) in enumerate(
+            zip(plan_slab(layout).offsets, block_ends(layout, block_rows), strict=True)
+        )
     ]
     return np.array(sums, np.uint64)
+
+
+def resealed(chunk: Chunk, seal: Seal) -> Chunk:
+    """The chunk with the sums of `seal`, over the same rows in memory. The chunk itself, if it has them already."""
+    head = chunk.head
+    if head.seal is seal:
+        return chunk
+    sums = block_checksums(head.key, head.layout, chunk.slab, head.block_rows, seal)
+    return Chunk(replace(head, checksums=sums, seal=seal), chunk.slab, chunk.host_bytes)
 
 
 def _check_deviations(layout: ChunkLayout, deviations: Tensor) -> Tensor:

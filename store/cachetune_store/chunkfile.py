@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import hmac
 import json
+import math
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 
 from .buffers import round_up
-from .checksums import update
 from .chunk import ChunkHead, plan_slab
 from .codecs import Codec, get_codec
 from .errors import DamagedChunkError, StoreArgumentError, UnknownCodecError, UnknownFormatError
 from .keys import FORMAT_VERSION, ChunkKey, Namespace
 from .layout import ChunkLayout, LayerSpec
 from .printing import shown
+from .seals import Seal
 
 __all__ = ["MAX_HEADER", "MAX_TEXT", "SUFFIX", "encode_head", "parse_head"]
 
@@ -43,7 +44,7 @@ def encode_head(head: ChunkHead) -> bytes:
         raise StoreArgumentError(
             f"chunk text has {len(text)} bytes; at most {MAX_TEXT} can be stored, or pass text=None"
         )
-    table, rows_at = _small_tensors(head.layout, head.block_rows, len(text), head.deviations is not None)
+    table, rows_at = _small_tensors(head.layout, head.block_rows, len(text), head.deviations is not None, head.seal)
     header = (_FIRST + _spell(_metadata(head))[1:] + _rest_of_header(head.layout, table, rows_at)).encode()
     # Spaces after the JSON are part of safetensors; with them the tensors begin on a page.
     header = header.ljust(round_up(8 + len(header)) - 8)
@@ -56,30 +57,31 @@ def encode_head(head: ChunkHead) -> bytes:
     small += head.scores.numpy().tobytes()
     small += (b"" if head.deviations is None else head.deviations.numpy().tobytes()) + text
     small = small.ljust(round_up(_DIGEST + len(small)) - _DIGEST, b"\0")
-    return front + head_digest(front, small) + small
+    return front + head.seal.head(head.key, front, small) + small
 
 
-def parse_head(key: ChunkKey, file_bytes: int, read: Callable[[int], memoryview]) -> tuple[ChunkHead, int]:
+def parse_head(key: ChunkKey, file_bytes: int, read: Callable[[int], memoryview], seal: Seal) -> tuple[ChunkHead, int]:
     """Head of the chunk file of `key`, and its length in bytes.
 
     Args:
         key: the key that the file's name says.
         file_bytes: the file's length.
         read: gives the file's first bytes, at least as many as asked for or else all there are.
+        seal: checks its sums. A file with sums of another kind is damaged.
 
     Raises:
         DamagedChunkError: anything is not as this format version writes it.
         UnknownCodecError: the file needs a codec that isn't registered here.
     """
     try:
-        return _parse(key, file_bytes, read)
+        return _parse(key, file_bytes, read, seal)
     except (DamagedChunkError, UnknownCodecError):
         raise
     except (ValueError, TypeError, KeyError, IndexError, RecursionError, OverflowError) as error:
         raise DamagedChunkError(f"chunk {key}: the header is not one of this format ({shown(error)})") from error
 
 
-def _parse(key: ChunkKey, file_bytes: int, read: Callable[[int], memoryview]) -> tuple[ChunkHead, int]:
+def _parse(key: ChunkKey, file_bytes: int, read: Callable[[int], memoryview], seal: Seal) -> tuple[ChunkHead, int]:
     front = read(8)
     if len(front) < 8:
         raise DamagedChunkError(f"chunk {key}: the file has {file_bytes} bytes, too few for a header")
@@ -93,8 +95,12 @@ def _parse(key: ChunkKey, file_bytes: int, read: Callable[[int], memoryview]) ->
         raise DamagedChunkError(f"chunk {key}: the file says key {shown(metadata['key'])}")
     if metadata["format_version"] != str(FORMAT_VERSION):
         raise UnknownFormatError(f"chunk {key}: the file says format version {shown(metadata['format_version'])}")
+    if metadata.get("sums", "") != seal.name:
+        raise DamagedChunkError(
+            f"chunk {key}: the file's sums are {shown(metadata.get('sums', 'xxh3'))}; those of this store are {seal.name or 'xxh3'}"
+        )
     layout, block_rows, text_bytes, deviations = _read_layout(metadata["layout"])
-    table, small_bytes = _small_tensors(layout, block_rows, text_bytes, deviations)
+    table, small_bytes = _small_tensors(layout, block_rows, text_bytes, deviations, seal)
     end = start + small_bytes
     # As we write it, or the same in other words. Comparing what JSON says of seventy tensors takes longer than reading the head.
     fits = rest == _rest_of_header(layout, table, small_bytes) or _describes(
@@ -104,10 +110,10 @@ def _parse(key: ChunkKey, file_bytes: int, read: Callable[[int], memoryview]) ->
         raise DamagedChunkError(f"chunk {key}: tensors, shapes or offsets don't fit the layout and {file_bytes} bytes")
     raw = read(end)[:end]
     small = raw[start + _DIGEST :]
-    if len(raw) != end or raw[start : start + _DIGEST] != head_digest(raw[:start], small):
+    if len(raw) != end or not hmac.compare_digest(raw[start : start + _DIGEST], seal.head(key, raw[:start], small)):
         raise DamagedChunkError(f"chunk {key}: header checksum mismatch")
     namespace = _read_namespace(metadata["namespace"])
-    return _read_small(key, layout, block_rows, text_bytes, deviations, namespace, small), end
+    return _read_small(key, layout, block_rows, text_bytes, deviations, namespace, small, seal), end
 
 
 def _read_small(
@@ -118,6 +124,7 @@ def _read_small(
     deviations: bool,
     namespace: Namespace,
     small: memoryview,
+    seal: Seal,
 ) -> ChunkHead:
     tokens, layers = layout.tokens, len(layout.layers)
     blocks = -(-tokens // block_rows)
@@ -130,7 +137,8 @@ def _read_small(
         return found
 
     order, token_ids = take(tokens, "<i8").copy(), take(tokens, "<i8").copy()
-    checksums, scores = take(layers * blocks, "<u8").reshape(layers, blocks).copy(), take(tokens, "<f4").copy()
+    sums = _sums_shape(layers, blocks, seal)
+    checksums, scores = take(math.prod(sums), "<u8").reshape(sums).copy(), take(tokens, "<f4").copy()
     columns = layout.deviation_columns
     # Most of the head: left where it was read, which costs the memory around it and no time.
     spread = torch.from_numpy(take(tokens * columns, "<f2").reshape(tokens, columns)) if deviations else None
@@ -148,10 +156,17 @@ def _read_small(
         text=text,
         block_rows=block_rows,
         deviations=spread,
+        seal=seal,
     )
 
 
-def _small_tensors(layout: ChunkLayout, block_rows: int, text_bytes: int, deviations: bool) -> tuple[_Table, int]:
+def _sums_shape(layers: int, blocks: int, seal: Seal) -> list[int]:
+    return [layers, blocks] if seal.words == 1 else [layers, blocks, seal.words]
+
+
+def _small_tensors(
+    layout: ChunkLayout, block_rows: int, text_bytes: int, deviations: bool, seal: Seal
+) -> tuple[_Table, int]:
     """The tensors before the first row in file order as (name, dtype, shape, bytes), and their bytes together."""
     tokens, layers = layout.tokens, len(layout.layers)
     blocks = -(-tokens // block_rows)
@@ -159,7 +174,7 @@ def _small_tensors(layout: ChunkLayout, block_rows: int, text_bytes: int, deviat
         ("digest", "U8", [_DIGEST], _DIGEST),
         ("order", "I64", [tokens], 8 * tokens),
         ("token_ids", "I64", [tokens], 8 * tokens),
-        ("checksums", "U64", [layers, blocks], 8 * layers * blocks),
+        ("checksums", "U64", _sums_shape(layers, blocks, seal), 8 * layers * blocks * seal.words),
         ("scores", "F32", [tokens], 4 * tokens),
     ]
     if deviations:
@@ -226,14 +241,6 @@ def _spell(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
-def head_digest(front: bytes | memoryview, small: bytes | memoryview) -> bytes:
-    """xxh3_128 of everything before the first row, except the digest itself."""
-    state = xxhash.xxh3_128()
-    update(state, front)
-    update(state, small)
-    return bytes(state.digest())
-
-
 def _metadata(head: ChunkHead) -> dict[str, str]:
     layout, namespace = head.layout, head.namespace
     shape = {
@@ -258,7 +265,7 @@ def _metadata(head: ChunkHead) -> dict[str, str]:
         "key": head.key.digest,
         "layout": _spell(shape),
         "namespace": _spell(owner),
-    }
+    } | ({"sums": head.seal.name} if head.seal.name else {})
 
 
 @lru_cache(maxsize=256)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import json
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -10,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import diskcache
-import xxhash
 
 from .connections import Connections
 from .errors import IndexDamagedError
+from .seals import CHECKSUMS, Seal
 
 __all__ = ["BUSY_SECONDS", "Database", "JsonDisk", "count_names", "decode", "select_names"]
 
 BUSY_SECONDS = 5.0
 """Seconds that SQLite waits for a lock of another process before it says so."""
-_CHECKSUM = 16  # characters
 _RAW = 1  # diskcache's mode of values that stand in the database as they are
 _PAGE = 500
 """Names that are read at a time."""
@@ -44,7 +44,12 @@ class JsonDisk(diskcache.Disk):
 
     SQLite has no checksums of its own, so a value stands behind that of its text, [name, record]: a bit that flips in it,
     or a page that takes another one's place, is noticed before it is used.
+
+    Attributes:
+        seal: makes and checks these sums.
     """
+
+    seal: Seal = CHECKSUMS
 
     def put(self, key: Any) -> tuple[Any, bool]:
         """Key to database."""
@@ -63,19 +68,19 @@ class JsonDisk(diskcache.Disk):
         if read:
             raise TypeError("the index stores no files")
         text = json.dumps([key, value], separators=(",", ":"))
-        return 0, _RAW, None, _checksum(text) + text
+        return 0, _RAW, None, _sum(text, self.seal) + text
 
     def fetch(self, mode: int, filename: str | None, value: Any, read: bool) -> Any:
         """Name and value from database."""
-        return decode(mode, filename, value)
+        return decode(mode, filename, value, self.seal)
 
 
-def decode(mode: Any, filename: Any, value: Any) -> list[Any]:
-    """Name and record of a row."""
+def decode(mode: Any, filename: Any, value: Any, seal: Seal) -> list[Any]:
+    """Name and record of a row, of which `seal` checks the sum."""
     if mode != _RAW or filename is not None or type(value) is not str:
         raise IndexDamagedError("the index holds a record that is not JSON (a pickle or a file); it is not read")
-    text = value[_CHECKSUM:]
-    if value[:_CHECKSUM] != _checksum(text):
+    text = value[seal.digits :]
+    if not hmac.compare_digest(_bytes(value[: seal.digits]), _sum(text, seal).encode()):
         raise IndexDamagedError("the index holds a record that fails its checksum")
     try:
         name, record = json.loads(text)
@@ -111,19 +116,21 @@ def count_names(connection: sqlite3.Connection, prefix: str) -> int:
 
 
 class Database(diskcache.Cache):
-    """A diskcache in `directory` whose connections are `Connections`. Use it inside of `lent()`.
+    """A diskcache in `directory` whose connections are `Connections`, and whose records `seal` checks. Use it inside of `lent()`.
 
     Raises:
         IndexDamagedError: it has settings that diskcache never makes; diskcache would do what they say.
         sqlite3.Error: it can't be used.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, seal: Seal = CHECKSUMS) -> None:
         self._connections = Connections(directory / "cache.db", _connect)
         try:
             with self._connections.lent() as connection:
                 _check_settings(connection)
                 super().__init__(str(directory), timeout=BUSY_SECONDS, disk=JsonDisk, **_SETTINGS)
+                # Not by diskcache's arguments for its disk, which it would write to the database.
+                self.disk.seal = seal
                 self._connections.note()
         except BaseException:
             self._connections.close()
@@ -203,6 +210,10 @@ def _check_settings(connection: sqlite3.Connection) -> None:
             raise IndexDamagedError(f"the index holds a setting {name!r:.80}, which is none of its own; it is not used")
 
 
-def _checksum(text: str) -> str:
+def _sum(text: str, seal: Seal) -> str:
+    return seal.record("index", "", _bytes(text))  # the text begins with the record's name
+
+
+def _bytes(text: str) -> bytes:
     # A damaged database may hand out what is no UTF-8, with surrogates in place of the odd bytes.
-    return str(xxhash.xxh3_64_hexdigest(text.encode("utf-8", "surrogatepass")))
+    return text.encode("utf-8", "surrogatepass")

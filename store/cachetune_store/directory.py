@@ -4,32 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import logging
 import os
 import time
-import uuid
 from pathlib import Path
 
+from .chunkfile import SUFFIX
+from .description import MOST_BYTES, Description, no_key
 from .diskindex import DiskIndex
 from .documents import Documents
-from .errors import IndexDamagedError, IndexReplacedError, StoreVersionError
+from .errors import IndexDamagedError, IndexReplacedError, StoreKeyError, StoreVersionError
 from .files import TempFiles, make_directory, unreadable, write_small
 from .index import COMPLETE, Index
 from .keys import FORMAT_VERSION
 from .locks import locked, open_lock
 from .maintenance import apply, check_files, compare_files
 from .paths import DESCRIPTION
-from .plainfiles import UnfitFileError, read_plain
+from .plainfiles import UnfitFileError, files_below, read_plain
 from .printing import shown
 from .readonlyindex import ReadOnlyIndex
 from .stats import VerifyReport
+from .storekey import StoreKey
 from .tiers import DiskTier
 
 __all__ = ["StoreDirectory"]
 
-_MOST_DESCRIPTION = 1 << 16
-"""Longest store.json, in bytes, that is read."""
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 _FOLDERS = ("chunks", "documents", "tmp")
 _LOCKS = ("index.lock", "claims.lock", "tmp/gate.lock")
@@ -45,17 +44,24 @@ class StoreDirectory:
     A store of which any part can't be written is read only, as a whole: to write one part and not the other would leave files and
     index apart. The log says which part it is.
 
+    Args:
+        path: the directory.
+        key: the store's key; None if it has none.
+
     Attributes:
         read_only: why nothing is written, with the part's path as its `filename`; None if all parts can be written.
+        seal: makes and checks the sums of what is stored.
 
     Raises:
+        StoreKeyError: the store has another key, or none.
         OSError: it can't be made.
         StorePathError: something else stands in a file's place, or a part can't be read.
         StoreVersionError: it holds a store of another format version.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, key: StoreKey | None = None) -> None:
         self.path = path
+        self._key = key
         make_directory(path)
         self.read_only = _refusal(path)
         self.temp = TempFiles(path / "tmp")
@@ -70,11 +76,14 @@ class StoreDirectory:
                 self.read_only.filename or path,
                 self.read_only.strerror,
             )
-            self._id = _identify(path / DESCRIPTION) or ""
-            self.index: Index = ReadOnlyIndex(path / "index")
+            described = _read_description(path / DESCRIPTION)
+            self._id = described.identity if described else ""
+            self.seal = (described or Description(FORMAT_VERSION, "", None)).seal(key, str(path))
+            self.index: Index = ReadOnlyIndex(path / "index", self.seal)
             return
-        self._id = _identify(path / DESCRIPTION) or self._describe()
-        self.index = DiskIndex(path / "index")
+        described = _read_description(path / DESCRIPTION) or self._describe()
+        self._id, self.seal = described.identity, described.seal(key, str(path))
+        self.index = DiskIndex(path / "index", self.seal)
 
     def bring_in_line(self, tier: DiskTier, documents: Documents) -> None:
         """Clean up after dead writers; if the index was lost, make it anew from the files.
@@ -144,22 +153,40 @@ class StoreDirectory:
         self.index.close()
         self.temp.unmark()
 
-    def _describe(self) -> str:
-        """Write the description of a store that has none, and return its id; what stands in its place is set aside."""
+    def change_key(self, new: StoreKey) -> None:
+        """Protect the root key with another key from now on.
+
+        Raises:
+            StoreKeyError: the store has no key.
+        """
         path = self.path / DESCRIPTION
         with self._lock():
-            identity = _identify(path)  # another process may have been first
-            if identity is not None:
-                return identity
+            described = _read_description(path)
+            if described is None or self._key is None:
+                raise no_key(str(self.path))
+            write_small(self.temp, path, described.with_key(self._key, new, str(self.path)).content)
+        self._key = new
+
+    def _describe(self) -> Description:
+        """Write the description of a store that has none, and return it; what stands in its place is set aside."""
+        path = self.path / DESCRIPTION
+        with self._lock():
+            described = _read_description(path)  # another process may have been first
+            if described is not None:
+                return described
+            if self._key is not None and next(files_below(self.path / "chunks", SUFFIX), None) is not None:
+                raise StoreKeyError(
+                    f"{path} is gone, and chunks are there: without it, the key can't tell whether they are the store's own. Put the file "
+                    f"back, or delete {self.path} and precompute again"
+                )
             if os.path.lexists(path):
                 aside = self.path / "damaged"
                 make_directory(aside)
                 _log.warning("%s is no plain file of a store's: it is set aside, and the index made anew", path)
                 path.replace(aside / f"{time.time_ns():020d}-{path.name}")
-            identity = uuid.uuid4().hex
-            described = {"format": "cachetune-store", "version": FORMAT_VERSION, "id": identity}
-            write_small(self.temp, path, json.dumps(described).encode())
-            return identity
+            described = Description.new(self._key)
+            write_small(self.temp, path, described.content)
+            return described
 
     def _lock(self) -> contextlib.AbstractContextManager[None]:
         return locked(self.path / "lock")
@@ -220,24 +247,22 @@ def _check_access(path: Path, mode: int) -> None:
     raise OSError(number, os.strerror(number), os.fspath(path))
 
 
-def _identify(path: Path) -> str | None:
-    """The store's own id ("" if an early release made it); None if there is no description, or something that is none."""
+def _read_description(path: Path) -> Description | None:
+    """The store's description; None if there is none, or something that is none."""
     try:
-        content = read_plain(path, _MOST_DESCRIPTION)
+        content = read_plain(path, MOST_BYTES)
     except (FileNotFoundError, UnfitFileError):
         return None
     try:
-        described = json.loads(content)
-        version = described["version"]
-        identity = str(described.get("id", ""))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        described = Description.read(content)
+    except ValueError as error:
         raise StoreVersionError(
             f"{path} is damaged; if the directory is a store of version {FORMAT_VERSION}, delete that file and open "
             "the store again"
         ) from error
-    if version != FORMAT_VERSION:
+    if not described.is_known:
         raise StoreVersionError(
-            f"{path.parent} holds a store of format version {shown(version)}; this release reads version {FORMAT_VERSION}. "
+            f"{path.parent} holds a store of format version {shown(described.version)}; this release reads version {FORMAT_VERSION}. "
             "Use a release that reads it, or give the store another directory and precompute again"
         )
-    return identity
+    return described

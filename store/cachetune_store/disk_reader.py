@@ -10,7 +10,6 @@ import numpy as np
 from torch import Tensor
 
 from .buffers import PAGE, SlabPool, memory_of, round_up
-from .checksums import rows_checksum
 from .chunk import Chunk, ChunkHead, block_ends, clear_padding, in_pool, layer_views
 from .errors import DamagedChunkError, StoreClosedError
 from .readers import ChunkReader
@@ -195,6 +194,7 @@ class DiskReader(ChunkReader):
             first -= 1
         sums = head.checksums[layer].tolist()
         for block in range(first, last):
-            if rows_checksum(self._memory[offset + ends[block] : offset + ends[block + 1]]) != sums[block]:
+            rows_of_block = self._memory[offset + ends[block] : offset + ends[block + 1]]
+            if not head.seal.matches(head.key, layer, block, rows_of_block, sums[block]):
                 raise DamagedChunkError(f"chunk {self.key}: checksum mismatch in layer {layer}, block {block}")
         self._covered[layer] = min(head.layout.tokens, last * head.block_rows)

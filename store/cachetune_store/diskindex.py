@@ -22,6 +22,7 @@ from .locks import Wait, locked
 from .plainfiles import kind_of, remove_any
 from .printing import shown
 from .records import checked
+from .seals import CHECKSUMS, Seal
 
 __all__ = ["DiskIndex", "JsonDisk"]
 
@@ -32,14 +33,15 @@ _Result = TypeVar("_Result")
 
 
 class DiskIndex(Index):
-    """An index in a directory, shared by threads and processes.
+    """An index in a directory, shared by threads and processes. `seal` makes and checks the sums of its records.
 
     When another process replaces the database, to rebuild it, this object switches to the new one. A database is only replaced while no
     process is in a transaction. Otherwise changes could go into a database that nobody reads any more.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, seal: Seal = CHECKSUMS) -> None:
         self._directory = directory
+        self._seal = seal
         self._gate = directory.with_name(f"{directory.name}.lock")
         self._file = directory / "cache.db"
         self._lock = threading.RLock()
@@ -198,7 +200,7 @@ class DiskIndex(Index):
 
         def connected() -> Database:
             try:
-                return Database(self._directory)
+                return Database(self._directory, self._seal)
             except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
                 raise IndexDamagedError(
                     f"the index {self._directory} is no database of this store ({error})"

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import hmac
 import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-import xxhash
 
 from .errors import StoreError, UnknownDocumentError
 from .files import TempFiles, make_directory, sync_directory, unreadable, write_small
@@ -24,6 +23,7 @@ from .keys import ChunkKey
 from .plainfiles import files_below, read_plain
 from .printing import shown
 from .removals import Removals
+from .seals import CHECKSUMS, Seal
 
 __all__ = ["Documents"]
 
@@ -42,13 +42,22 @@ class Documents:
         directory: where the documents' files are; None for a store in memory.
         temp: writes those files.
         removals: told of documents that are removed or replaced.
+        seal: makes and checks the files' sums.
     """
 
-    def __init__(self, index: Index, directory: Path | None, temp: TempFiles | None, removals: Removals) -> None:
+    def __init__(
+        self,
+        index: Index,
+        directory: Path | None,
+        temp: TempFiles | None,
+        removals: Removals,
+        seal: Seal = CHECKSUMS,
+    ) -> None:
         self._index = index
         self._directory = directory
         self._temp = temp
         self._removals = removals
+        self._seal = seal
 
     def put(self, tenant: str, doc_id: str, keys: Sequence[ChunkKey], free: Free, *, shared: bool = False) -> None:
         """Put or replace a document, and free the chunks that no document holds any more.
@@ -105,7 +114,7 @@ class Documents:
         """Write a document's record and file, and count its chunks; inside a transaction."""
         name = _record_name(tenant, doc_id)
         record = {"id": doc_id, "tenant": tenant, "chunks": digests}
-        content = _encode(record)
+        content = self._encode(record)
         if len(content) > MAX_DOCUMENT:
             raise StoreError(
                 f"document {shown(doc_id)} has {len(digests)} chunks; its record takes {len(content)} bytes of {MAX_DOCUMENT} "
@@ -232,7 +241,7 @@ class Documents:
         unread: dict[Path, OSError] = {}
         for path in files_below(directory, ".json"):
             try:
-                record = _read(path)
+                record = self._read(path)
             except FileNotFoundError:
                 continue
             except OSError as error:
@@ -254,7 +263,7 @@ class Documents:
                 continue
             if path in damaged:
                 damaged.remove(path)
-                write_small(temp, path, _encode(record))
+                write_small(temp, path, self._encode(record))
             else:
                 self._index.delete(name)
         for path in damaged:
@@ -293,31 +302,29 @@ class Documents:
         assert self._directory is not None
         return _place(self._directory, tenant, doc_id)
 
+    def _encode(self, record: dict[str, Any]) -> bytes:
+        return json.dumps(record | {"checksum": self._sum(record)}).encode()
 
-def _encode(record: dict[str, Any]) -> bytes:
-    return json.dumps(record | {"checksum": _checksum(record)}).encode()
+    def _read(self, path: Path) -> dict[str, Any] | None:
+        """The document in a file; None if it is damaged or no document.
 
+        Raises:
+            OSError: the file can't be read.
+        """
+        try:
+            record = json.loads(read_plain(path, MAX_DOCUMENT))
+            digests = [ChunkKey(digest).digest for digest in record["chunks"]]
+            found = {"id": record["id"], "tenant": record["tenant"], "chunks": digests}
+            # Files of the first release, which had no keys, have no checksum.
+            none = self._sum(found) if self._seal is CHECKSUMS else ""
+            sound = hmac.compare_digest(record.get("checksum", none).encode(), self._sum(found).encode())
+            return found if sound and path == _place(path.parents[1], found["tenant"], found["id"]) else None
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return None
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """The document in a file; None if it is damaged or no document.
-
-    Raises:
-        OSError: the file can't be read.
-    """
-    try:
-        record = json.loads(read_plain(path, MAX_DOCUMENT))
-        digests = [ChunkKey(digest).digest for digest in record["chunks"]]
-        found = {"id": record["id"], "tenant": record["tenant"], "chunks": digests}
-        # Files of the first release have no checksum.
-        sound = record.get("checksum", _checksum(found)) == _checksum(found)
-        return found if sound and path == _place(path.parents[1], found["tenant"], found["id"]) else None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return None
-
-
-def _checksum(record: dict[str, Any]) -> str:
-    text = json.dumps([record["id"], record["tenant"], record["chunks"]])
-    return str(xxhash.xxh3_64_hexdigest(text.encode()))
+    def _sum(self, record: dict[str, Any]) -> str:
+        text = json.dumps([record["id"], record["tenant"], record["chunks"]])
+        return self._seal.record("document", "", text.encode())  # the text begins with the document's name
 
 
 def _record_name(tenant: str, doc_id: str) -> str:

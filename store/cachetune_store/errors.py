@@ -12,6 +12,7 @@ __all__ = [
     "StoreError",
     "StoreForkedError",
     "StoreFullError",
+    "StoreKeyError",
     "StoreLockedError",
     "StorePathError",
     "StoreReadOnlyError",
@@ -32,6 +33,10 @@ class StoreArgumentError(StoreError, ValueError):
 
 class StoreVersionError(StoreError):
     """The directory holds a store of a format version that this release can't read."""
+
+
+class StoreKeyError(StoreError):
+    """The store has a key and it wasn't given, or another one was; or one was given, and the store has none."""
 
 
 class StorePathError(StoreError):

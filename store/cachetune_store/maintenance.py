@@ -139,6 +139,6 @@ def _check(tier: DiskTier, key: ChunkKey, *, full: bool) -> CheckedFile | None:
     """The file of `key`, checked; None if it was removed or needs a codec that isn't registered."""
     try:
         # Without direct I/O, so that a file that can't be read that way doesn't end the check.
-        return check_file(key, RawFile(tier.path_of(key), DirectIO(False)), tier.pool, full=full)
+        return check_file(key, RawFile(tier.path_of(key), DirectIO(False)), tier.pool, tier.seal, full=full)
     except FileNotFoundError:
         return None

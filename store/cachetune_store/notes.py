@@ -18,11 +18,14 @@ from .files import TempFiles, make_directory, sync_directory
 from .locks import locked
 from .plainfiles import UnfitFileError, open_plain, remove_any
 from .printing import shown
+from .seals import CHECKSUMS, Seal
 
-__all__ = ["MAX_NOTE", "Notes"]
+__all__ = ["MAX_NOTE", "MAX_NOTE_FILE", "Notes", "unwrapped", "wrapped"]
 
 MAX_NOTE = 1 << 20
 """Longest note, in bytes."""
+MAX_NOTE_FILE = MAX_NOTE + 1024
+"""Longest file of a note, with what the seal adds."""
 _NAME = re.compile(r"[0-9a-f]{64}")
 
 
@@ -32,10 +35,12 @@ class Notes:
     Args:
         directory: where their files are. It is made with the first note. None keeps notes in memory.
         temp: writes the files.
+        seal: makes and checks their sums.
     """
 
-    def __init__(self, directory: Path | None, temp: TempFiles | None) -> None:
+    def __init__(self, directory: Path | None, temp: TempFiles | None, seal: Seal = CHECKSUMS) -> None:
         self._directory = directory
+        self._seal = seal
         self._temp = temp
         self._held: dict[tuple[str, str], bytes] = {}
         self._lock = threading.Lock()
@@ -43,13 +48,13 @@ class Notes:
     def get(self, tenant: str, name: str) -> bytes | None:
         """The note called `name` (64 hex characters); None if there is none.
 
-        If the file is too long, only its beginning is returned. If it is not a plain file, b"" is returned.
+        If the file is too long, only its beginning is returned. If it is not a plain file, or was forged, b"" is returned.
         """
         if self._directory is None:
             return self._held.get((tenant, _checked(name)))
         try:
             with os.fdopen(open_plain(self._path(tenant, name)), "rb") as file:
-                return file.read(MAX_NOTE + 1)
+                return unwrapped(self._seal, tenant, name, file.read(MAX_NOTE_FILE))
         except FileNotFoundError:
             return None
         except UnfitFileError:
@@ -73,7 +78,7 @@ class Notes:
             if (known := self.get(tenant, name)) is not None:
                 return known
             with contextlib.suppress(FileExistsError):
-                self._temp.write([content], lambda written: _publish(written, path))
+                self._temp.write([wrapped(self._seal, tenant, name, content)], lambda written: _publish(written, path))
             sync_directory(path.parent)
             return self.get(tenant, name) or content
 
@@ -111,6 +116,17 @@ class Notes:
 
     def _path(self, tenant: str, name: str) -> Path:
         return self._folder(tenant) / f"{_checked(name)}.json"
+
+
+def wrapped(seal: Seal, tenant: str, name: str, content: bytes) -> bytes:
+    """A note as it is written, here or in a place that machines share."""
+    return seal.wrap("note", f"{_checked(name)} {tenant}", content)
+
+
+def unwrapped(seal: Seal, tenant: str, name: str, raw: bytes) -> bytes:
+    """The content of a note; b"" if it is not what the store wrote under this name."""
+    content = seal.unwrap("note", f"{name} {tenant}", raw)
+    return b"" if content is None else content[: MAX_NOTE + 1]
 
 
 def _publish(written: Path, path: Path) -> None:

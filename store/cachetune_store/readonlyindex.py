@@ -18,6 +18,7 @@ from .errors import IndexDamagedError, StoreReadOnlyError
 from .index import Index, MemoryIndex
 from .printing import shown
 from .records import checked
+from .seals import CHECKSUMS, Seal
 
 __all__ = ["ReadOnlyIndex"]
 
@@ -25,7 +26,8 @@ __all__ = ["ReadOnlyIndex"]
 class ReadOnlyIndex(Index):
     """Reads the database in `directory`, which others may be writing. If it can't be read, clear() makes an index in memory."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, seal: Seal = CHECKSUMS) -> None:
+        self._seal = seal
         self._file = directory / "cache.db"
         self._lock = threading.Lock()
         self._connections: Connections | None = None
@@ -50,7 +52,8 @@ class ReadOnlyIndex(Index):
             ).fetchall()
         if not rows:
             return None
-        found, record = decode(*rows[0])
+        mode, filename, value = rows[0]
+        found, record = decode(mode, filename, value, self._seal)
         if found != name:
             raise IndexDamagedError(f"the index holds the record of {shown(found)} under {shown(name)}")
         return checked(name, record)

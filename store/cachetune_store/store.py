@@ -41,7 +41,9 @@ from .readers import ChunkReader
 from .remote.places import is_remote, without_password
 from .removals import removals_of
 from .repair import Repair
+from .seals import CHECKSUMS
 from .stats import ChunkGroup, DocumentInfo, PruneReport, StoreStats, TenantStats, VerifyReport
+from .storekey import GivenKey, StoreKey
 from .texts import texts_revision
 from .tiers import DeviceTier, DiskTier, HostTier, Pins, Tier, TierKind
 from .units import MOST_BYTES, parse_bytes
@@ -86,6 +88,9 @@ class ChunkStore:
         remote_codec: how chunks are encoded there; None: as they are here.
         remote_timeout: seconds that a read from there may take, further tries included. Then the chunk counts as unreadable.
         remote_options: further arguments for what reaches it: of obstore's `from_url` for buckets, of `GlideClientConfiguration` for servers.
+        store_key: the store's key: itself (32 random bytes at least), the path of the file that holds it, or "env:NAME" for an environment
+            variable. With it, whatever was not written with the same key is damage, in the directory and in the shared place. A store
+            that was made with a key opens with it only, and one that was made without opens without. None: there is none.
 
     Attributes:
         path: the directory, absolute; None if there is none.
@@ -98,6 +103,7 @@ class ChunkStore:
         StoreArgumentError: unknown codec, a budget that is not a number of bytes, or pin_memory=True or a device_budget without CUDA.
         StorePathError: the directory can't be used.
         StoreVersionError: it holds a store of another format version.
+        StoreKeyError: it was made with a key and that isn't given, or another one is; or one is given, and it was made without.
     """
 
     def __init__(
@@ -116,6 +122,7 @@ class ChunkStore:
         remote_codec: str | None = None,
         remote_timeout: float = 5.0,
         remote_options: Mapping[str, Any] | None = None,
+        store_key: GivenKey = None,
     ) -> None:
         if is_remote(path):
             if remote is not None:
@@ -127,6 +134,12 @@ class ChunkStore:
         self.remote = None if remote is None else without_password(str(remote))
         self._remote_options: dict[str, Any] = {"remote_timeout": remote_timeout, "remote_options": remote_options}
         self._remote_url = remote
+        self._given_key = store_key
+        self._key = StoreKey.given(store_key)
+        if self._key is not None and self.path is None and remote is None:
+            raise StoreArgumentError(
+                "store_key is given for a store in memory only, where there is nothing to protect: leave it out, or give the store a path"
+            )
         self.codec = get_codec(codec).name
         host_bytes, disk_bytes = parse_bytes(host_budget, "host_budget"), parse_bytes(disk_budget, "disk_budget")
         for name, flag in (("pin_memory", pin_memory), ("direct_io", direct_io)):
@@ -171,6 +184,7 @@ class ChunkStore:
                 behind=self.path is not None,
                 source=lambda key: self._placement.whole_here(key),
                 forget=lambda keys: self._placement.forget(keys),
+                key=self._key,
             )
             self._notes = self._shared.notes
             return [self._shared.tier]
@@ -185,10 +199,10 @@ class ChunkStore:
             self._open_shared()
             return
         try:
-            self._directory = directory = StoreDirectory(self.path)
+            self._directory = directory = StoreDirectory(self.path, self._key)
             self.index, temp = directory.index, directory.temp
-            self._documents = Documents(self.index, self.path / "documents", temp, self._removals)
-            self._notes = Notes(self.path / "notes", temp)
+            self._documents = Documents(self.index, self.path / "documents", temp, self._removals, directory.seal)
+            self._notes = Notes(self.path / "notes", temp, directory.seal)
             self._claims = FileClaims(self.path / "claims.lock") if directory.read_only is None else MemoryClaims()
             disk = DiskTier(
                 self.path,
@@ -198,6 +212,7 @@ class ChunkStore:
                 pins=pins,
                 pool=self.memory,
                 direct=DirectIO(direct_io),
+                seal=directory.seal,
             )
             self._placement = Placement([*on_device, host, disk, *share()], self.index, self._claims)
             self._repair = Repair(directory, self._placement, self._documents)
@@ -295,6 +310,7 @@ class ChunkStore:
             codec=self.codec,
             pool=self.memory,
             deviations=deviations,
+            seal=CHECKSUMS if self._directory is None else self._directory.seal,
         )
 
     def write(self, chunk: Chunk) -> int:
@@ -390,9 +406,9 @@ class ChunkStore:
         # Memory that rows were read into is used again, as it is for requests when host memory is full.
         options: dict[str, Any] = {"host_budget": 0, "read_memory": MOST_BYTES}
         if kind.shared_by != "machines":
-            return ChunkStore(self.path, disk_budget=MOST_BYTES, **options)
+            return ChunkStore(self.path, disk_budget=MOST_BYTES, store_key=self._given_key, **options)
         self.sync()  # what was stored just now is to be there
-        return ChunkStore(self._remote_url, **options, **self._remote_options)
+        return ChunkStore(self._remote_url, store_key=self._given_key, **options, **self._remote_options)
 
     def settle_memory(self) -> None:
         """Make host memory that is no longer used ready for new chunks. See `SlabPool.prepare_idle_memory`."""
@@ -702,6 +718,26 @@ class ChunkStore:
         freed = sum(self.delete_document(info.id, tenant=tenant) for info in self.documents(tenant=tenant))
         self._repair.healed(lambda: self._notes.delete_all(tenant))
         return freed + self.prune(lambda head: head.namespace.tenant != tenant).bytes
+
+    def change_key(self, new_key: GivenKey) -> None:
+        """Give a store that has a key another one, in its directory and in the shared place. No file is written again.
+
+        What is open stays usable. Whoever opens the store from now on needs the new key. Someone who had the old key and could read the
+        store may have what it protects (the root key), so if a key has become known, make a new store.
+
+        Raises:
+            StoreKeyError: the store has no key.
+            StorePathError: the shared place can't be used, or the directory not written. Do it again: a part that has the new key is passed over.
+        """
+        self.check_writable()
+        new = StoreKey.given(new_key)
+        if new is None:
+            raise StoreArgumentError("new_key is None; a store that was made with a key keeps having one")
+        if self._shared is not None:
+            self._shared.tier.catalogue.change_key(new)
+        if self._directory is not None:
+            self._directory.change_key(new)
+        self._given_key, self._key = new_key, new
 
     def rebuild_index(self) -> VerifyReport:
         """Make the index anew from the files. If the index is lost, this is done when the store is opened."""

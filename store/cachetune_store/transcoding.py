@@ -8,12 +8,13 @@ from .buffers import SlabPool
 from .chunk import BLOCK_ROWS, Chunk, block_checksums, clear_padding, in_pool, layer_views, plan_slab
 from .codecs import get_codec
 from .errors import NonFiniteError
+from .seals import Seal
 
 __all__ = ["transcoded"]
 
 
-def transcoded(chunk: Chunk, codec: str, pool: SlabPool) -> Chunk:
-    """The chunk with its rows in `codec`, in the same order. If the codec can't hold a value of it, the chunk itself."""
+def transcoded(chunk: Chunk, codec: str, pool: SlabPool, seal: Seal) -> Chunk:
+    """The chunk with its rows in `codec`, in the same order, and sums of `seal`. If the codec can't hold a value of it, the chunk itself."""
     old = chunk.head.layout
     if old.codec == codec:
         return chunk
@@ -26,6 +27,6 @@ def transcoded(chunk: Chunk, codec: str, pool: SlabPool) -> Chunk:
     except NonFiniteError:
         return chunk
     clear_padding(layout, slab)
-    checksums = block_checksums(layout, slab, BLOCK_ROWS)
-    head = replace(chunk.head, layout=layout, checksums=checksums, block_rows=BLOCK_ROWS)
+    checksums = block_checksums(chunk.key, layout, slab, BLOCK_ROWS, seal)
+    head = replace(chunk.head, layout=layout, checksums=checksums, block_rows=BLOCK_ROWS, seal=seal)
     return Chunk(in_pool(head, pool), slab, head.host_bytes(pool))

@@ -24,6 +24,7 @@ from cachetune_rag import CacheTune
 from cachetune_store import ChunkKey
 from cachetune_store.chunkfile import encode_head, parse_head
 from cachetune_store.rawfile import DirectIO, RawFile
+from cachetune_store.seals import CHECKSUMS
 
 CHUNK_HARM = ("flip", "flips", "truncate", "empty", "extend", "zero", "swap", "copy", "stale", "older", "delete")
 INDEX_HARM = ("flip index", "truncate index", "overwrite index", "delete index", "foreign index", "flip log")
@@ -230,6 +231,6 @@ def _forget_text(path: Path) -> None:
     """Turn a chunk file into the one that would have been written without its text."""
     key = ChunkKey(path.stem)
     file = RawFile(path, DirectIO(False))
-    head, start = parse_head(key, file.size, file.head)
+    head, start = parse_head(key, file.size, file.head, CHECKSUMS)
     rows = path.read_bytes()[start:]
     path.write_bytes(encode_head(dataclasses.replace(head, text=None)) + rows)

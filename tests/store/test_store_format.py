@@ -16,6 +16,7 @@ from store_samples import file_of, flip, sample
 from cachetune_store import ChunkKey, ChunkStore, DamagedChunkError, LayerSpec, chunk, get_codec, register_codec
 from cachetune_store.chunkfile import parse_head
 from cachetune_store.codecs import ExactCodec, base
+from cachetune_store.seals import CHECKSUMS
 
 CODECS = pytest.mark.parametrize("codec", ["exact", "fp8", "int4", "int8"])
 
@@ -317,7 +318,7 @@ def test_a_huge_header_length_allocates_nothing(path: Path) -> None:
         return memoryview((2**63 - 8).to_bytes(8, "little"))
 
     with pytest.raises(DamagedChunkError):
-        parse_head(sample().key, 2**63, read)
+        parse_head(sample().key, 2**63, read, CHECKSUMS)
     assert asked == [8]
 
 
@@ -327,7 +328,7 @@ def test_random_bytes_are_never_more_than_damaged() -> None:
         body = rng.randbytes(rng.randrange(64)) if rng.random() < 0.5 else b'{"__metadata__":{"layout":"[]"}}'
         raw = (4088).to_bytes(8, "little") + body.ljust(4088)
         with pytest.raises(DamagedChunkError):
-            parse_head(sample().key, len(raw), lambda count, raw=raw: memoryview(raw))
+            parse_head(sample().key, len(raw), lambda count, raw=raw: memoryview(raw), CHECKSUMS)
 
 
 def test_a_file_under_another_name_is_a_miss(path: Path) -> None:

@@ -239,6 +239,29 @@ def test_an_object_that_is_too_short_is_set_aside(place: Place, kept: int) -> No
     assert (remote.damaged, remote.failed) == (1, 0), "the place itself works"
 
 
+@pytest.mark.parametrize("gone", [False, True])
+@pytest.mark.parametrize("directory", [True, False])
+def test_an_unusable_object_of_a_document_does_not_come_back(
+    folder: Place, tmp_path: Path, directory: bool, gone: bool
+) -> None:
+    filled(folder, 1)
+    name = next(iter(folder.objects.names("chunks/")))
+    if gone:
+        folder.objects.delete([name])
+    else:
+        folder.objects.put(name, [bytes(len(folder.objects.get(name, 1 << 30)))])
+    store = folder.store(tmp_path / "kv" if directory else None, host_budget=0)
+    store.set_document("d", [sample(1).key])
+    store.sync()
+    assert store.open(sample(1).key) is None
+    store.sync()
+    assert not store.contains(sample(1).key)
+    assert not list(folder.objects.names("chunks/"))
+    sample(1).put(store, text="text 1")
+    store.sync()
+    assert is_right(folder.store(), 1)
+
+
 def test_a_read_that_fails_is_not_followed_by_another_wait(folder: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(breaker, "_FIRST", 60.0)
     filled(folder, 1)

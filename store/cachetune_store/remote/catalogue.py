@@ -8,18 +8,20 @@ among these. An op waits in the outbox until it is in the log, over restarts too
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from ..description import FORMAT, Description, no_key
+from ..description import MOST_BYTES as MOST_DESCRIPTION
 from ..documents import Documents
 from ..errors import StoreVersionError
 from ..index import Index
 from ..keys import FORMAT_VERSION, ChunkKey
+from ..seals import CHECKSUMS, Seal
+from ..storekey import StoreKey
 from .book import Book
 from .changes import (
     MOST_BYTES,
@@ -44,7 +46,6 @@ SNAPSHOT_EVERY = 256
 _OPS_A_CHANGE = 2000
 _TRIES = 64
 """Other writers that may come first before a round ends without a change of this store."""
-_MOST_STORE = 1 << 16
 _BAD_READS = 3
 """Times that a change which can't be read is read again before it is passed over."""
 
@@ -62,6 +63,7 @@ class Catalogue:
         documents: the store's documents, which take over those of the log.
         forget: deletes chunks that are gone from what this machine has of them.
         upload: called with the key of a chunk that is to be written to the place. Returns the op "chunk" of it; None if it isn't here any more.
+        key: the store's key, with which the place was made, too; None if it has none.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Catalogue:
         documents: Documents,
         forget: Callable[[Sequence[ChunkKey]], int],
         upload: Callable[[ChunkKey], Op | None],
+        key: StoreKey | None = None,
     ) -> None:
         self._objects, self._index, self._documents = objects, index, documents
         self._book = Book(index)
@@ -78,6 +81,8 @@ class Catalogue:
         self._round = threading.RLock()  # one thread at a time reads or writes the log
         self._bad_reads = 0
         self._joined = False
+        self._key = key
+        self._seal: Seal = CHECKSUMS
 
     # -- what is there --------------------------------------------------------------------------------------------
 
@@ -99,6 +104,18 @@ class Catalogue:
         """Ops that the others don't know yet."""
         return self._index.count("outbox/")
 
+    def seal(self) -> Seal:
+        """What the sums of objects in the place are made and checked with. Where there is a key, the place says how: it is asked once.
+
+        Raises:
+            RemoteError: it can't be used.
+            StoreKeyError: it was made with another key, or without one.
+        """
+        if self._key is not None and self._seal is CHECKSUMS:
+            with self._round:
+                self.join()
+        return self._seal
+
     def is_waiting(self, key: ChunkKey) -> bool:
         """Whether the others are to be told already that a chunk is in the place, or will be."""
         return bool(self._book.waiting(key))
@@ -116,8 +133,8 @@ class Catalogue:
             if self._book.find(ChunkKey(op["key"])) is None:
                 self._book.add_chunk(op)
 
-    def removed(self, key: ChunkKey) -> int:
-        """A chunk is to leave the place. Returns its bytes."""
+    def removed(self, key: ChunkKey, *, unusable: bool = False) -> int:
+        """A chunk is to leave the place; also one that a document holds, if its object is `unusable`. Returns its bytes."""
         with self._index.transaction():
             again: Op | None = None
             for name in self._book.waiting(key):
@@ -127,10 +144,11 @@ class Catalogue:
             if record is None:
                 return 0
             self._book.drop_chunk(key)
-            # If a document turns out to hold it, the chunk stays: its record comes back, and the others are told of it if they weren't.
-            self._book.tell(
-                {"op": "free", "key": key.digest, "object": record["object"], "record": record, "again": again}
-            )
+            told: Op = {"op": "free", "key": key.digest, "object": record["object"]}
+            if not unusable:
+                # If a document turns out to hold it, the chunk stays: its record comes back, and the others are told of it if they weren't.
+                told |= {"record": record, "again": again}
+            self._book.tell(told)
             return int(record["size"])
 
     # -- the log --------------------------------------------------------------------------------------------------
@@ -146,29 +164,13 @@ class Catalogue:
 
         Raises:
             StoreVersionError: it holds something else.
+            StoreKeyError: it was made with another key, or without one.
             RemoteError: it can't be used.
         """
         if self._joined and self._book.state()["id"]:  # an index that was made anew knows of no place
             return
-        described = {"format": "cachetune-store", "version": FORMAT_VERSION, "id": uuid.uuid4().hex}
-        raw = self._objects.get("store.json", _MOST_STORE)
-        if raw is None:
-            self._objects.put("store.json", [json.dumps(described).encode()], create=True)
-            raw = self._objects.get("store.json", _MOST_STORE)
-        try:
-            found = json.loads(raw or b"")
-            version, identity = found["version"], str(found["id"])
-            if found["format"] != "cachetune-store":
-                raise ValueError
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise StoreVersionError(
-                f"{self._objects.place}/store.json is not that of a store; give another prefix, or delete what is below this one"
-            ) from error
-        if version != FORMAT_VERSION:
-            raise StoreVersionError(
-                f"{self._objects.place} holds a store of format version {version!r}; this release reads version {FORMAT_VERSION}: "
-                "give another prefix and precompute again"
-            )
+        described = self._description()
+        self._seal, identity = described.seal(self._key, self._objects.place), described.identity
         with self._index.transaction():
             state = self._book.state()
             if state["id"] != identity:
@@ -177,6 +179,41 @@ class Catalogue:
                     self._index.delete(f"remote/{key}")
                 self._book.set_state(id=identity, position=0, chunks=0, bytes=0)
         self._joined = True
+
+    def change_key(self, new: StoreKey) -> None:
+        """Protect the place's root key with another key from now on.
+
+        Raises:
+            StoreKeyError: the place has no key, or another one than this store by now.
+            RemoteError: it can't be used.
+        """
+        with self._round:
+            if self._key is None:
+                raise no_key(self._objects.place)
+            described = self._description().with_key(self._key, new, self._objects.place)
+            self._objects.put("store.json", [described.content])
+            self._key = new
+
+    def _description(self) -> Description:
+        """What the place says of itself. If it says nothing, it is made a store."""
+        raw = self._objects.get("store.json", MOST_DESCRIPTION)
+        if raw is None:
+            self._objects.put("store.json", [Description.new(self._key).content], create=True)
+            raw = self._objects.get("store.json", MOST_DESCRIPTION)
+        try:
+            found = Description.read(raw or b"")
+            if found.format != FORMAT or not found.identity:
+                raise ValueError(f"format is {found.format!r}")
+        except ValueError as error:
+            raise StoreVersionError(
+                f"{self._objects.place}/store.json is not that of a store; give another prefix, or delete what is below this one"
+            ) from error
+        if not found.is_known:
+            raise StoreVersionError(
+                f"{self._objects.place} holds a store of format version {found.version!r}; this release reads version {FORMAT_VERSION}: "
+                "give another prefix and precompute again"
+            )
+        return found
 
     def catch_up(self, *, look_far: bool = False) -> int:
         """Read what the others have changed. Returns how many changes there were.
@@ -192,7 +229,7 @@ class Catalogue:
             while True:
                 position = self._book.state()["position"]
                 if look_far:
-                    snapshot = latest_snapshot(self._objects, above=position)
+                    snapshot = latest_snapshot(self._objects, self._seal, above=position)
                     if snapshot is not None:
                         with self._taking(position, snapshot.number) as taking:
                             if taking is not None:
@@ -221,7 +258,8 @@ class Catalogue:
                         raise full
                     return self.waiting == 0
                 change = Change(self._book.writer(), [name for name, _ in named], [as_told(op) for _, op in named])
-                if self._objects.put(change_name(position + 1), [encode(change)], create=True):
+                name = change_name(position + 1)
+                if self._objects.put(name, [encode(change, name, self._seal)], create=True):
                     self._apply(position, change)
                     if (position + 1) % SNAPSHOT_EVERY == 0:
                         self._compact(position + 1)
@@ -253,8 +291,13 @@ class Catalogue:
         return position > 0 and self._objects.get(change_name(position), MOST_BYTES) is None
 
     def _read(self, number: int) -> Change | None:
+        """A change of the log; None if there is none of that number. One that is damaged says nothing.
+
+        Raises:
+            RemoteError: it may be damaged, or was read badly: read it again.
+        """
         try:
-            found = read_change(self._objects, number)
+            found = read_change(self._objects, number, self._seal)
         except DamagedChangeError as error:
             self._bad_reads += 1
             if self._bad_reads < _BAD_READS:
@@ -266,14 +309,14 @@ class Catalogue:
 
     def _compact(self, number: int) -> None:
         """Add up all changes in a snapshot."""
-        before = latest_snapshot(self._objects) or State()
+        before = latest_snapshot(self._objects, self._seal) or State()
         for each in range(before.number + 1, number + 1):
-            change = read_change(self._objects, each)
+            change = read_change(self._objects, each, self._seal)
             if change is None:
                 return  # another one has made a later snapshot, and deleted what came before it
             before.add(change.ops)
             before.number = each
-        write_snapshot(self._objects, before, self._book.writer(), keep=SNAPSHOT_EVERY)
+        write_snapshot(self._objects, before, self._book.writer(), keep=SNAPSHOT_EVERY, seal=self._seal)
 
     def _apply(self, position: int, change: Change) -> None:
         """Take over the change behind `position`."""
@@ -331,7 +374,7 @@ class Catalogue:
 
     def _is_held_again(self, name: str, op: Op) -> bool:
         """Whether a chunk that was to be removed is held by a document by now. It stays then."""
-        key = ChunkKey(op["key"]) if op["op"] == "free" else None
+        key = ChunkKey(op["key"]) if op["op"] == "free" and "record" in op else None
         if key is None or not self._documents.holds(key) or self.find(key) is not None:
             return False  # or another object has taken its place
         self._book.told(name)

@@ -21,6 +21,7 @@ from typing import Any
 
 from ..errors import StoreError
 from ..keys import ChunkKey
+from ..seals import Seal
 from .objects import Objects, RemoteError
 
 __all__ = [
@@ -102,21 +103,25 @@ def change_name(number: int) -> str:
     return f"changes/{number:012d}"
 
 
-def encode(change: Change) -> bytes:
-    """A change as its object holds it."""
+def encode(change: Change, name: str, seal: Seal) -> bytes:
+    """A change as the object of this name holds it."""
     content = {"format": FORMAT, "version": VERSION, "writer": change.writer, "names": change.names, "ops": change.ops}
-    return gzip.compress(json.dumps(content, separators=(",", ":")).encode(), compresslevel=5, mtime=0)
+    packed = gzip.compress(json.dumps(content, separators=(",", ":")).encode(), compresslevel=5, mtime=0)
+    return seal.wrap("change", name, packed)
 
 
-def decode(raw: bytes, name: str) -> Change:
-    """The change in an object.
+def decode(raw: bytes, name: str, seal: Seal) -> Change:
+    """The change in the object of this name.
 
     Raises:
         DamagedChangeError: it is none.
     """
     try:
         unpacker = zlib.decompressobj(wbits=31)
-        plain = unpacker.decompress(raw, _MOST_UNPACKED)
+        packed = seal.unwrap("change", name, raw)
+        if packed is None:
+            raise ValueError("it was not written with this store's key, or not under this name")
+        plain = unpacker.decompress(packed, _MOST_UNPACKED)
         if not unpacker.eof:
             raise ValueError("it ends early, or is too long")
         content = json.loads(plain)
@@ -145,14 +150,14 @@ def _checked(op: Any) -> Op:
     return dict(op)
 
 
-def read_change(objects: Objects, number: int) -> Change | None:
+def read_change(objects: Objects, number: int, seal: Seal) -> Change | None:
     """A change of the log; None if there is none of that number.
 
     Raises:
         DamagedChangeError: it can't be read.
     """
     raw = objects.get(change_name(number), MOST_BYTES)
-    return None if raw is None else decode(raw, change_name(number))
+    return None if raw is None else decode(raw, change_name(number), seal)
 
 
 @dataclass
@@ -193,7 +198,7 @@ class State:
             yield {"op": "put", "tenant": tenant, "id": name, "chunks": chunks}
 
 
-def latest_snapshot(objects: Objects, above: int = 0) -> State | None:
+def latest_snapshot(objects: Objects, seal: Seal, above: int = 0) -> State | None:
     """The newest snapshot of which all parts are there and can be read, if it has more than the first `above` changes.
 
     Where a newer one is damaged, an older one will do, or none: the changes that come after it are still there.
@@ -212,7 +217,7 @@ def latest_snapshot(objects: Objects, above: int = 0) -> State | None:
         state = State(number)
         try:
             for name, raw in zip(parts, raws, strict=True):
-                state.add(decode(raw or b"", name).ops)
+                state.add(decode(raw or b"", name, seal).ops)
         except DamagedChangeError as error:
             _log.error("%s: an older snapshot is looked for", error)
             damage = damage or error
@@ -243,7 +248,7 @@ def _snapshots(objects: Objects) -> dict[int, list[str]]:
     }
 
 
-def write_snapshot(objects: Objects, state: State, writer: str, keep: int) -> None:
+def write_snapshot(objects: Objects, state: State, writer: str, keep: int, seal: Seal) -> None:
     """Write a snapshot, and delete changes and snapshots that nobody needs any more.
 
     Args:
@@ -251,12 +256,13 @@ def write_snapshot(objects: Objects, state: State, writer: str, keep: int) -> No
         state: what it says.
         writer: who writes it.
         keep: changes before the snapshot that stay, for machines that are a bit behind.
+        seal: makes the sums of its parts.
     """
     ops = list(state.ops())
     pieces = [ops[start : start + _OPS_A_PART] for start in range(0, len(ops), _OPS_A_PART)] or [[]]
     for part, piece in enumerate(pieces):
         name = f"snapshots/{state.number:012d}-{part:05d}-{len(pieces):05d}"
-        objects.put(name, [encode(Change(writer, [], piece))], create=True)
+        objects.put(name, [encode(Change(writer, [], piece), name, seal)], create=True)
     # Machines read the newest one. The one before stays for those that have just found it.
     found = _snapshots(objects)
     older = sorted(number for number in found if number < state.number)

@@ -7,7 +7,8 @@ import threading
 from collections.abc import Callable
 
 from ..errors import StoreReadOnlyError
-from ..notes import MAX_NOTE, Notes
+from ..notes import MAX_NOTE_FILE, Notes, unwrapped, wrapped
+from ..seals import Seal
 from .breaker import Breaker
 from .objects import Objects, RemoteError
 
@@ -22,10 +23,19 @@ class SharedNotes(Notes):
         objects: the remote place.
         breaker: says whether it may be asked.
         failed: called with the error of a request that failed.
+        seal: what makes and checks the sums of notes there; it may have to ask the place.
     """
 
-    def __init__(self, local: Notes, objects: Objects, breaker: Breaker, failed: Callable[[Exception], None]) -> None:
+    def __init__(
+        self,
+        local: Notes,
+        objects: Objects,
+        breaker: Breaker,
+        failed: Callable[[Exception], None],
+        seal: Callable[[], Seal],
+    ) -> None:
         super().__init__(None, None)
+        self._place_seal = seal
         self._local, self._objects, self._breaker, self._failed = local, objects, breaker, failed
         self._agreed: set[tuple[str, str]] = set()
         self._agreeing = threading.Lock()
@@ -49,14 +59,14 @@ class SharedNotes(Notes):
         Raises:
             RemoteError: the remote place can't be used. Nothing is written then, because the machines would not agree.
         """
-        if self._objects.put(_object(tenant, name), [content], create=True):
+        if self._put(tenant, name, content):
             self._keep(tenant, name, content)
             return content
         return self._agree(tenant, name, self._local.get(tenant, name)) or content
 
     def set_aside(self, tenant: str, name: str, content: bytes) -> bool:
         """See Notes. A note that is damaged in the remote place is deleted there."""
-        found = self._objects.get(_object(tenant, name), MAX_NOTE)
+        found = self._find(tenant, name)
         if found == content:
             self._objects.delete([_object(tenant, name)])
         with self._agreeing:
@@ -71,9 +81,9 @@ class SharedNotes(Notes):
         self._objects.delete(list(self._objects.names(f"{_folder(tenant)}/")))
 
     def _agree(self, tenant: str, name: str, mine: bytes | None) -> bytes | None:
-        theirs = self._objects.get(_object(tenant, name), MAX_NOTE)
+        theirs = self._find(tenant, name)
         if theirs is None:
-            if mine is None or not self._objects.put(_object(tenant, name), [mine], create=True):
+            if mine is None or not self._put(tenant, name, mine):
                 return mine
             theirs = mine
         if theirs != mine:
@@ -83,6 +93,15 @@ class SharedNotes(Notes):
         with self._agreeing:
             self._agreed.add((tenant, name))
         return theirs
+
+    def _find(self, tenant: str, name: str) -> bytes | None:
+        """The note in the remote place; None if there is none, b"" if it was forged."""
+        raw = self._objects.get(_object(tenant, name), MAX_NOTE_FILE)
+        return None if raw is None else unwrapped(self._place_seal(), tenant, name, raw)
+
+    def _put(self, tenant: str, name: str, content: bytes) -> bool:
+        raw = wrapped(self._place_seal(), tenant, name, content)
+        return self._objects.put(_object(tenant, name), [raw], create=True)
 
     def _keep(self, tenant: str, name: str, content: bytes) -> None:
         try:

@@ -12,6 +12,7 @@ from ..documents import Documents
 from ..index import Index
 from ..keys import ChunkKey
 from ..notes import Notes
+from ..storekey import StoreKey
 from ..tiers.base import Pins
 from ..tiers.remote import RemoteTier
 from .catalogue import Catalogue
@@ -39,6 +40,7 @@ class Shared:
             too. Otherwise a change is told before the call that makes it returns.
         source: a chunk that is to be written to the place, from faster tiers; None if none has it.
         forget: deletes chunks from the tiers that others don't share.
+        key: the store's key; None if it has none.
 
     Attributes:
         tier: the chunks there.
@@ -60,6 +62,7 @@ class Shared:
         behind: bool,
         source: Callable[[ChunkKey], Chunk | None],
         forget: Callable[[Sequence[ChunkKey]], int],
+        key: StoreKey | None = None,
     ) -> None:
         objects = open_objects(url, timeout=timeout, options=options)
         self._index, self._behind = index, behind
@@ -71,9 +74,9 @@ class Shared:
             codec=codec,
             behind=behind,
             source=source,
-            catalogue=lambda upload: Catalogue(objects, index, documents, forget, upload),
+            catalogue=lambda upload: Catalogue(objects, index, documents, forget, upload, key),
         )
-        self.notes = SharedNotes(notes, objects, self.tier.breaker, self.tier.failed)
+        self.notes = SharedNotes(notes, objects, self.tier.breaker, self.tier.failed, self.tier.catalogue.seal)
         self._sync: Sync | None = None
 
     def open(self, healed: Callable[[Callable[[], object]], object]) -> None:
@@ -87,6 +90,7 @@ class Shared:
         Raises:
             RemoteRefusedError: it refuses this user, or there is no such bucket.
             StoreVersionError: it holds something else than a store of this format version.
+            StoreKeyError: it was made with another key, or without one.
         """
         self._sync = Sync(self.tier.catalogue, self.tier.breaker, healed, self.tier.failed)
         try:

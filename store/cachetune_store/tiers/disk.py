@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ..buffers import SlabPool, memory_of
 from ..checking import check_file
-from ..chunk import Chunk, ChunkHead
+from ..chunk import Chunk, ChunkHead, resealed
 from ..chunkfile import SUFFIX, encode_head, parse_head
 from ..disk_reader import DiskReader
 from ..errors import BudgetError, DamagedChunkError, IndexDamagedError, StoreError, UnknownCodecError
@@ -29,6 +29,7 @@ from ..keys import ChunkKey
 from ..plainfiles import files_below, remove_any
 from ..printing import shown
 from ..rawfile import DirectIO, RawFile, identity_of
+from ..seals import CHECKSUMS, Seal
 from ..stats import Counters, TierStats
 from ..texts import drop_text, evict_text, note_text
 from ..tier_kinds import DISK
@@ -62,6 +63,7 @@ class DiskTier(LastingTier):
         pins: chunks in use by this process.
         pool: gives the memory that rows are read into.
         direct: opens files.
+        seal: makes and checks the files' sums.
     """
 
     kind = DISK
@@ -76,6 +78,7 @@ class DiskTier(LastingTier):
         pins: Pins,
         pool: SlabPool,
         direct: DirectIO,
+        seal: Seal = CHECKSUMS,
     ) -> None:
         self.directory = directory / "chunks"
         self.budget = budget
@@ -85,6 +88,7 @@ class DiskTier(LastingTier):
         self._pins = pins
         self.pool = pool
         self._direct = direct
+        self.seal = seal
         self._lru = LruOrder(index)
         self._damaged = DamagedFiles(directory / "damaged", limit_bytes=budget)
         self._touched: dict[str, float] = {}
@@ -141,7 +145,7 @@ class DiskTier(LastingTier):
     def _read_head(self, key: ChunkKey) -> ChunkHead | Exception:
         try:
             with contextlib.closing(RawFile(self.path_of(key), DirectIO(False))) as file:
-                return parse_head(key, file.size, file.head)[0]
+                return parse_head(key, file.size, file.head, self.seal)[0]
         except (DamagedChunkError, UnknownCodecError) as error:
             return error
 
@@ -153,6 +157,7 @@ class DiskTier(LastingTier):
     def admit(self, chunk: Chunk) -> list[Chunk]:
         """See Tier. After it returns, the chunk survives a power cut."""
         key, target = chunk.key, self.path_of(chunk.key)
+        chunk = resealed(chunk, self.seal)  # one that comes from a place that machines share has that place's sums
         head = encode_head(chunk.head)
         size = len(head) + chunk.slab.numel()
         if size > self.budget:
@@ -308,7 +313,7 @@ class DiskTier(LastingTier):
             errors.append(unreadable(error, path))
             return None
         try:
-            head, start = parse_head(key, file.size, file.head)
+            head, start = parse_head(key, file.size, file.head, self.seal)
         except UnknownCodecError:
             # The file is good where its codec is registered.
             file.close()
@@ -340,7 +345,7 @@ class DiskTier(LastingTier):
         except OSError:
             return None
         try:
-            check_file(key, file, self.pool, full=True)
+            check_file(key, file, self.pool, self.seal, full=True)
         except DamagedChunkError:
             return file.identity
         except OSError as error:

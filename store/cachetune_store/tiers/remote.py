@@ -8,9 +8,9 @@ from dataclasses import asdict
 from typing import Any
 
 from ..buffers import SlabPool, memory_of
-from ..chunk import Chunk, ChunkHead
+from ..chunk import Chunk, ChunkHead, resealed
 from ..chunkfile import encode_head, parse_head
-from ..errors import DamagedChunkError, StoreError, UnknownCodecError
+from ..errors import DamagedChunkError, StoreError, StoreKeyError, UnknownCodecError
 from ..index import Index
 from ..keys import ChunkKey, make_key
 from ..remote.breaker import Breaker
@@ -138,7 +138,7 @@ class RemoteTier(LastingTier):
         record = self.catalogue.find(key)
         if record is None or not self._is_damaged(key, record):
             return False
-        self.catalogue.removed(key)
+        self.catalogue.removed(key, unusable=True)
         evict_text(self._index, key)
         with self._lock:
             self.counters.damaged += 1
@@ -171,11 +171,14 @@ class RemoteTier(LastingTier):
             return None
         file = RemoteFile(self._objects, record["object"], record["size"], record["head"])
         try:
-            head, start = parse_head(key, file.size, file.head)
+            head, start = parse_head(key, file.size, file.head, self.catalogue.seal())
         except UnknownCodecError:
             return None
         except MissingObjectError:
             self._lost(key)
+            return None
+        except StoreKeyError as error:  # the place has another key since it was last seen
+            errors.append(error)
             return None
         except RemoteError as error:
             self.failed(error)
@@ -191,7 +194,7 @@ class RemoteTier(LastingTier):
 
     def _lost(self, key: ChunkKey) -> None:
         """The object of a chunk is gone: from now on the chunk is an ordinary miss, and may be written again."""
-        self.catalogue.removed(key)
+        self.catalogue.removed(key, unusable=True)
         evict_text(self._index, key)
 
     def _is_damaged(self, key: ChunkKey, record: dict[str, Any]) -> bool:
@@ -201,10 +204,10 @@ class RemoteTier(LastingTier):
         file = RemoteFile(self._objects, record["object"], record["size"], record["head"])
         failures: list[Exception] = []
         try:
-            head, start = parse_head(key, file.size, file.head)
+            head, start = parse_head(key, file.size, file.head, self.catalogue.seal())
             RemoteReader(head, file, start, self._pool, failures.append).read_all()
             return make_key(head.namespace, head.token_ids.tolist()) != key
-        except UnknownCodecError:
+        except (UnknownCodecError, StoreKeyError):
             return False
         except DamagedChunkError as error:
             if isinstance(error.__cause__, OSError) and isinstance(error.__cause__.__cause__, MissingObjectError):
@@ -224,8 +227,10 @@ class RemoteTier(LastingTier):
 
     def _upload(self, chunk: Chunk) -> Op:
         """Write a chunk to the place. Returns what the others are to be told of it."""
+        seal = self.catalogue.seal()
         if self._codec is not None:
-            chunk = transcoded(chunk, self._codec, self._pool)
+            chunk = transcoded(chunk, self._codec, self._pool, seal)
+        chunk = resealed(chunk, seal)
         head, name = encode_head(chunk.head), object_name(chunk.key)
         size = len(head) + chunk.slab.numel()
         try:
