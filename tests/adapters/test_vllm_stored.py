@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -70,3 +71,21 @@ def test_a_folder_that_is_no_store_is_refused_before_the_server_starts(tmp_path:
     done = CliRunner().invoke(app, ["M", "--store", str(tmp_path), "--dry-run"])
     assert done.exit_code == 2
     assert "store.json" in done.output
+
+
+def test_serve_opens_a_store_with_its_key_and_names_where_the_key_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "key").write_text("5f" * 32)
+    monkeypatch.setenv("SOME_KEY", "5f" * 32)
+    monkeypatch.chdir(tmp_path)
+    with CacheTune(tiny.llama(), tiny.tokenizer(), tmp_path / "kv", store_key=tmp_path / "key") as engine:
+        engine.precompute([TEXT])
+    for given, settled in (("key", str(tmp_path / "key")), ("env:SOME_KEY", "env:SOME_KEY")):
+        words = started(tmp_path / "kv", "--store-key", given)
+        assert "--dtype" in words
+        config = json.loads(words[words.index("--kv-transfer-config") + 1])
+        assert config["kv_connector_extra_config"]["store_key"] == settled
+    refused = CliRunner().invoke(app, ["M", "--store", str(tmp_path / "kv"), "--dry-run"])
+    assert refused.exit_code == 2
+    assert "none is given" in refused.output

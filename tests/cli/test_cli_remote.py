@@ -63,3 +63,22 @@ def test_a_shared_place_that_can_not_be_meant_is_named(
 ) -> None:
     said = run(capsys, "stats", "-s", tmp_path / "kv", "--remote", "ftp://host", code=2)
     assert "valkey://" in said
+
+
+def test_commands_take_the_stores_key_and_change_it(
+    folder: Place, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.md").write_text("To reset the lamp, hold the red button for ten seconds.")
+    (tmp_path / "old.key").write_text("5f" * 32)
+    monkeypatch.setenv("NEW_KEY", "6a" * 32)
+    one, shared = ("-s", tmp_path / "one"), ("--remote", folder.url)
+    old, new = ("--store-key", tmp_path / "old.key"), ("--store-key", "env:NEW_KEY")
+    run(capsys, "precompute", tmp_path / "text.md", "-m", model, *one, *shared, *old)
+    assert "none is given: give it as store_key (--store-key on the command line)" in run(
+        capsys, "stats", *one, *shared, code=2
+    )
+    assert run(capsys, "verify", *one, *shared, *old)["ok"]
+    assert run(capsys, "change-key", *one, *shared, *old, "--new-store-key", "env:NEW_KEY")["changed"]
+    assert "another key" in run(capsys, "stats", *one, *shared, *old, code=2)
+    for place in (one, ("-s", tmp_path / "two")):
+        assert run(capsys, "stats", *place, *shared, *new)["remote"]["chunks"] == 1
