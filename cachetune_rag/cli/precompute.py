@@ -132,6 +132,7 @@ def precompute(
                     "disk_budget": disk_budget,
                     "remote": remote,
                     "remote_codec": remote_codec,
+                    "store_key": store_key,
                 },
             ),
             json_output,
