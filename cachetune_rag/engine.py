@@ -463,6 +463,8 @@ class CacheTune:
         prompt: Prompt | None = None,
         ratio: float | str = "auto",
         selector: str = "auto",
+        max_kl: float | None = None,
+        min_top1: float | None = None,
         compare: bool = False,
         max_new_tokens: int = 64,
         **template_arguments: Any,
@@ -473,13 +475,13 @@ class CacheTune:
         is always taken for its answers, so that only reuse makes them differ.
 
         Args:
-            query, chunks, prefix, prompt, ratio, selector: as for `stream`.
+            query, chunks, prefix, prompt, ratio, selector, max_kl, min_top1: as for `stream`.
             compare: compute the whole prompt as well, and say how far reuse is from that.
             max_new_tokens: most tokens of an answer.
             template_arguments: variables of the chat template, e.g. enable_thinking=False.
 
         Returns:
-            Plain values with a JSON form.
+            Plain values with a JSON form; `cachetune_rag.explaining.html_page` makes a page of them. docs/explain.md says how to read it.
 
         Raises:
             ConfigError, PromptError, PromptTooLongError: the prompt can't be read; nothing was computed.
@@ -488,9 +490,9 @@ class CacheTune:
         check_flag(compare, "compare")
         check_count(max_new_tokens, "max_new_tokens", "a number of tokens, an int of at least 1")
         runtime = self.runtime
-        config = runtime.admission.config(selector, ratio)
+        config = runtime.admission.config(selector, ratio, max_kl, min_top1)
         built = runtime.admission.prompt(query, chunks, prefix, prompt, template_arguments)
-        explainer = Explainer(runtime.bench(), runtime.recognizer, runtime.calibrations.ratio, self.model_name)
+        explainer = Explainer(runtime.bench(), runtime.recognizer, runtime.calibrations, self.model_name)
         return explainer.explain(built, config, question=query or "", compare=compare, tokens=max_new_tokens)
 
     # -- fidelity -------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "measuring": (*REQUEST, "concurrency", "checking", "report", "errors"),
     "measuring/calibration": ("measuring", *REQUEST, "concurrency", "checking", "report", "errors"),
     "measuring/tuning": ("measuring", *REQUEST, "concurrency", "checking", "report", "errors"),
-    "explaining": ("measuring", *REQUEST, "concurrency", "checking", "report", "errors"),
+    "explaining": ("measuring", "measuring/calibration", *REQUEST, "concurrency", "checking", "report", "errors"),
     "telemetry": ("measuring", "answering", "reuse", "concurrency", "checking", "report", "errors"),
     "runtime": ("telemetry", *MEASURING, *REQUEST, "options", "concurrency", "checking", "report", "errors"),
     "engine": ("runtime", "explaining", "telemetry", *MEASURING, *REQUEST, "options", "concurrency", "checking", "report", "errors"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from cachetune_rag.explaining.explanation import (
     ExplainedChunk,
     Explanation,
     Part,
-    Predicted,
+    PredictedDivergence,
     TrueDivergence,
 )
 from cachetune_rag.explaining.near_texts import near_misses, nearest
@@ -27,6 +27,7 @@ from cachetune_rag.explaining.parts import parts_of
 from cachetune_rag.explaining.reasons import Reasons
 from cachetune_rag.explaining.spelling import Spelling
 from cachetune_rag.measuring.bench import Bench
+from cachetune_rag.measuring.calibration.saved import SavedCalibrations
 from cachetune_rag.measuring.divergence import Divergence
 from cachetune_rag.measuring.teacher import rewind
 from cachetune_rag.reuse.account import FATES, Account, Fate, Outcome
@@ -57,7 +58,7 @@ class Explainer:
     Args:
         bench: measures on the engine.
         recognizer: knows the stored texts.
-        calibrated: the ratio that was calibrated for a selector, or None.
+        calibrations: what was calibrated.
         model_name: path or hub id of the model.
     """
 
@@ -65,10 +66,10 @@ class Explainer:
         self,
         bench: Bench,
         recognizer: StoreRecognizer,
-        calibrated: Callable[[str], float | None],
+        calibrations: SavedCalibrations,
         model_name: str,
     ):
-        self._bench, self._recognizer, self._calibrated = bench, recognizer, calibrated
+        self._bench, self._recognizer, self._calibrations = bench, recognizer, calibrations
         self._model_name = model_name
         self._reasons = Reasons(bench.store, bench.lead_ins)
 
@@ -98,7 +99,7 @@ class Explainer:
             chunks=tuple(self._chunk(each, prompt) for each in sorted(account.chunks, key=lambda c: c.number)),
             near=self._near(parts),
             attention=_attention(read.looked, account, prompt, spelling),
-            predicted=Predicted(_left(read, account), self._calibrated(config.selector)),
+            predicted=self._predicted(read, account, config.selector),
             divergence=None if full is None else self._divergence(full, read),
             reuse=self._answer(read, tokens),
             full=None if full is None else self._answer(full, tokens),
@@ -113,6 +114,15 @@ class Explainer:
             probe = QueryProbe(bench.adapter, state)
             error = None if account is None else probe.expected_error(account)
             return _Read(state, probe.look(), error, answer)
+
+    def _predicted(self, read: _Read, account: Account, selector: str) -> PredictedDivergence:
+        """What is known of the divergence without full prefill."""
+        left, ratio = _left(read, account), self._calibrations.ratio(selector)
+        predictor, error = self._calibrations.predictor(selector), read.state.report.error_left
+        if predictor is None or error is None:
+            return PredictedDivergence(left, ratio)
+        (found,) = replace(predictor, ratios=(read.state.report.ratio,)).predict([error])
+        return PredictedDivergence(left, ratio, found.kl, found.top1, predictor.share)
 
     def _divergence(self, full: _Read, reuse: _Read) -> TrueDivergence:
         """Full prefill's answer, token by token, behind both prompts."""

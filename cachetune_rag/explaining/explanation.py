@@ -142,17 +142,23 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class Predicted:
+class PredictedDivergence:
     """What can be said of the divergence without a full prefill.
 
     Attributes:
         left: share of the prompt's expected error that is left once the chosen tokens are recomputed, from 0 to 1;
             None where no chunk has deviations.
         calibrated: the ratio that `calibrate` saved for this selector; None where there is none.
+        kl, top1: what `calibrate` lets expect of a request with as much error left: the most KL a token, and the least top-1 agreement;
+            None where it fitted nothing, or the selector scores nothing.
+        share: the share of requests for which `kl` and `top1` are each expected to hold.
     """
 
     left: float | None
     calibrated: float | None
+    kl: float | None = None
+    top1: float | None = None
+    share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -233,7 +239,7 @@ class Explanation:
     chunks: tuple[ExplainedChunk, ...] = ()
     near: tuple[NearText, ...] = ()
     attention: Attention | None = None
-    predicted: Predicted | None = None
+    predicted: PredictedDivergence | None = None
     divergence: TrueDivergence | None = None
     reuse: ExplainedAnswer | None = None
     full: ExplainedAnswer | None = None

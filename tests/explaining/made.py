@@ -14,7 +14,7 @@ from cachetune_rag.explaining.explanation import (
     Explanation,
     NearText,
     Part,
-    Predicted,
+    PredictedDivergence,
     Run,
     TrueDivergence,
 )
@@ -65,7 +65,7 @@ def made(count: int = 3, tokens: int = 60, seed: int = 0, **fields: Any) -> Expl
         "report": {
             "prompt_tokens": total, "reused": sums["reused"], "recomputed": sums["recomputed"] + sums["skipped"], "missed": sums["missed"],
             "skipped": sums["skipped"], "prefix_kept": sums["kept"], "bytes_read": {"host": 123456, "disk": 0}, "ratio": 0.15,
-            "selector": "expected_error", "ttft": 0.08, "timings": {"lookup": 0.01, "select": 0.02, "load": 0.01, "compute": 0.03},
+            "prediction": None, "selector": "expected_error", "ttft": 0.08, "timings": {"lookup": 0.01, "select": 0.02, "load": 0.01, "compute": 0.03},
         },
         "parts": tuple(parts),
         "chunks": tuple(
@@ -75,7 +75,7 @@ def made(count: int = 3, tokens: int = 60, seed: int = 0, **fields: Any) -> Expl
             for n in range(count)
         ),
         "attention": Attention(6, 0.3, (Attended(9, 0.2, "reused", "of ", "the", " ship", 0), Attended(8, 0.1, "skipped", "", " ", "x", 0))),
-        "predicted": Predicted(0.4, 0.12),
+        "predicted": PredictedDivergence(0.4, 0.12, 0.03, 0.95, 0.9),
         "divergence": TrueDivergence(0.01, 0.02, 0.5, (AnswerToken("El", 0.01, True), AnswerToken("even", 0.03, False))),
         "reuse": ExplainedAnswer("Eleven ships.", 4, True, 0.08, {"lookup": 0.01, "select": 0.02, "load": 0.01, "compute": 0.03}),
         "full": ExplainedAnswer("Eleven balloons.", 4, False, 0.5, {"compute": 0.5}),

@@ -11,7 +11,7 @@ import torch
 from tiny import llama, tokenizer
 
 from cachetune_rag import CacheTune, ConfigError, Document
-from cachetune_rag.explaining import Explanation
+from cachetune_rag.explaining import Explanation, html_page
 from cachetune_rag.measuring.divergence import kl_divergence
 
 CHUNKS = [
@@ -206,6 +206,26 @@ def test_expected_error_is_left_where_tokens_are_reused() -> None:
         assert some.predicted is not None
         assert 0 < (some.predicted.left or 0) < 0.7  # the tokens with most of it were recomputed
         assert sum(part.expected_error or 0 for part in some.parts) == pytest.approx(some.predicted.left)
+
+
+def test_what_was_calibrated_predicts_the_divergence() -> None:
+    with CacheTune(llama(max_positions=8192), tokenizer()) as one:
+        one.precompute(LONG)
+        before = explained(one, LONG).predicted
+        assert before is not None
+        assert (before.calibrated, before.kl) == (None, None)
+        one.calibrate(
+            [{"query": f"{QUERY} {n}", "chunks": LONG[n % 3 :] + LONG[: n % 3]} for n in range(10)],
+            tokens=2,
+            ratios=[0.1, 0.4],
+        )
+        found = one.explain(QUERY, LONG, max_kl=1e9, max_new_tokens=2)
+        assert found.predicted is not None
+        assert found.predicted.calibrated is not None
+        (taken,) = (each for each in found.report["prediction"]["ladder"] if each["ratio"] == found.report["ratio"])
+        assert (found.predicted.kl, found.predicted.top1) == pytest.approx((taken["kl"], taken["top1"]))
+        assert "nats a token" in html_page(found)
+        assert "The ratio was taken for a bound" in html_page(found)
 
 
 def test_looking_changes_nothing(engine: CacheTune) -> None:
