@@ -12,9 +12,8 @@ from cachetune_rag.checking.escaping import visible_line
 from cachetune_rag.cli import options
 from cachetune_rag.cli.console import UsageError, emit_json, guarded, note, number, printable, stdout
 from cachetune_rag.cli.interrupts import instant_interrupt
-from cachetune_rag.cli.passages import DEFAULT_TOP_K, Passage, retrieve
+from cachetune_rag.cli.passages import Passage, retrieve
 from cachetune_rag.cli.session import Loading, open_existing, open_for_writing, opened
-from cachetune_rag.selection import names
 from cachetune_rag.text.files.corpus import read_passage
 from cachetune_store.units import NO_LIMIT
 
@@ -40,34 +39,11 @@ def ask(
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="What you want to know.", show_default=False)],
     model: options.Model,
     store: options.Store,
-    document: Annotated[
-        list[str] | None,
-        typer.Option("--document", "-d", metavar="ID", help="Answer from this whole document. May be repeated."),
-    ] = None,
-    chunk_file: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--chunk-file", metavar="FILE", help="Use this file (text, HTML, PDF, CSV) as one passage. May be repeated."
-        ),
-    ] = None,
-    top_k: Annotated[
-        int | None,
-        typer.Option(
-            "--top-k",
-            "-k",
-            min=1,
-            help="Answer from the stored passages that share most with the question, at most so many; with -d, from "
-            f"those documents' only. {DEFAULT_TOP_K} if neither documents nor files are named.",
-            show_default=False,
-        ),
-    ] = None,
-    ratio: Annotated[
-        str, typer.Option("--ratio", "-r", metavar="R", help="Share of passage tokens to recompute, 0 to 1, or auto.")
-    ] = "auto",
-    selector: Annotated[
-        str,
-        typer.Option("--selector", metavar="NAME", help=f"What chooses those tokens: {names.HELP}."),
-    ] = "auto",
+    document: options.FromDocuments = None,
+    chunk_file: options.ChunkFiles = None,
+    top_k: options.Best = None,
+    ratio: options.Ratio = "auto",
+    selector: options.RequestSelector = "auto",
     max_kl: options.MaxKL = None,
     min_top1: options.MinTop1 = None,
     max_new_tokens: Annotated[
@@ -102,14 +78,14 @@ def ask(
     if not question.strip():
         raise UsageError("the question is empty: ask something.")
     files = [Passage(read_passage(name), name, None) for name in chunk_file or ()]
-    share = _ratio(ratio)
+    share = options.ratio_of(ratio)
     with instant_interrupt():
         from cachetune_rag.reuse.config import check_reuse
 
     reuse = {"ratio": share, "selector": selector, "max_kl": max_kl, "min_top1": min_top1}
     check_reuse(**reuse)
     documents = list(dict.fromkeys(document or ()))
-    best = top_k if top_k is not None or documents or files else DEFAULT_TOP_K
+    best = top_k if top_k is not None or documents or files else options.DEFAULT_TOP_K
     if documents or best:
         kv = open_existing(store, remote=remote, store_key=store_key)
     else:
@@ -181,13 +157,6 @@ def _sampling(engine: CacheTune) -> str | None:
     given = {name: getattr(config, name, None) for name in ("temperature", "top_p", "top_k")}
     told = ", ".join(f"{name} {value:g}" for name, value in given.items() if value is not None)
     return f" ({told})" if told else ""
-
-
-def _ratio(given: str) -> float | str:
-    try:
-        return float(given)
-    except ValueError:
-        return given  # "auto"; anything else is refused later, together with other unusable values
 
 
 def _result(

@@ -11,7 +11,6 @@ from cachetune_rag.cli import options
 from cachetune_rag.cli.console import UsageError, emit_json, guarded, note, number, stdout
 from cachetune_rag.cli.interrupts import instant_interrupt
 from cachetune_rag.cli.meter import Meter
-from cachetune_rag.cli.passages import DEFAULT_TOP_K
 from cachetune_rag.cli.plots import check_plot, draw_calibration, save_plot
 from cachetune_rag.cli.prompt_files import prompts_from, read_samples
 from cachetune_rag.cli.session import Loading, open_existing, opened
@@ -78,7 +77,7 @@ def calibrate(
         list[str] | None,
         typer.Option("--document", "-d", metavar="ID", help="Retrieve from this document only. May be repeated."),
     ] = None,
-    top_k: options.TopK = DEFAULT_TOP_K,
+    top_k: options.TopK = options.DEFAULT_TOP_K,
     plot: Annotated[
         Path | None,
         typer.Option(

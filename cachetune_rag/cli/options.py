@@ -13,6 +13,17 @@ from cachetune_rag.selection import names
 
 _MODEL, _STORE = "Model", "Store"
 
+DEFAULT_TOP_K = 4
+"""Passages that a question is answered from, where the user says nothing."""
+
+
+def ratio_of(given: str) -> float | str:
+    """A ratio as the user wrote it. "auto" stays; anything else that is no number is refused later, together with other unusable values."""
+    try:
+        return float(given)
+    except ValueError:
+        return given
+
 
 def path_of(given: str) -> Path:
     """The path that an argument names; a leading ~ is the home folder: shells leave it as it is behind `--store=`, and in quotes.
@@ -105,6 +116,34 @@ RemoteCodec = Annotated[str | None, _declared("remote_codec", show_default=False
 StoreKey = Annotated[str | None, _declared("store_key", show_default=False)]
 TopK = Annotated[int, typer.Option("--top-k", "-k", min=1, help="Passages to retrieve for a question without chunks.")]
 RatioSelector = Annotated[str, typer.Option("--selector", metavar="NAME", help=f"Whose ratio: {names.HELP}.")]
+FromDocuments = Annotated[
+    list[str] | None,
+    typer.Option("--document", "-d", metavar="ID", help="Answer from this whole document. May be repeated."),
+]
+ChunkFiles = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--chunk-file", metavar="FILE", help="Use this file (text, HTML, PDF, CSV) as one passage. May be repeated."
+    ),
+]
+Best = Annotated[
+    int | None,
+    typer.Option(
+        "--top-k",
+        "-k",
+        min=1,
+        help="Answer from the stored passages that share most with the question, at most so many; with -d, from "
+        f"those documents' only. {DEFAULT_TOP_K} if neither documents nor files are named.",
+        show_default=False,
+    ),
+]
+Ratio = Annotated[
+    str, typer.Option("--ratio", "-r", metavar="R", help="Share of passage tokens to recompute, 0 to 1, or auto.")
+]
+RequestSelector = Annotated[
+    str,
+    typer.Option("--selector", metavar="NAME", help=f"What chooses those tokens: {names.HELP}."),
+]
 MaxKL = Annotated[
     float | None,
     typer.Option(

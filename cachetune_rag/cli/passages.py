@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from cachetune_rag.engine import CacheTune
     from cachetune_store import ChunkKey, ChunkStore
 
-DEFAULT_TOP_K = 4
-
 
 @dataclass(frozen=True)
 class Passage:

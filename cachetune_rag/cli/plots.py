@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cachetune_rag.cli.console import UsageError
+from cachetune_rag.cli.written import check_writable, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,8 +32,7 @@ def check_plot(path: Path) -> None:
     """
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"--plot {path} has no known ending: use {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}.")
-    if not path.parent.is_dir() or path.is_dir():
-        raise UsageError(f"--plot {path} can't be written: name a file in a folder that exists.")
+    check_writable(path, "--plot")
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
@@ -44,12 +43,7 @@ def save_plot(figure: Figure, path: Path) -> None:
     """Write a figure, so that the file is whole or not there at all."""
     drawn = io.BytesIO()
     figure.savefig(drawn, format=path.suffix.lower().removeprefix("."))
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(drawn.getvalue())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(path, drawn.getvalue())
 
 
 def draw_calibration(calibration: Calibration) -> Figure:

@@ -11,7 +11,6 @@ from cachetune_rag.cli import options
 from cachetune_rag.cli.console import UsageError, emit_json, guarded, note, number, stdout
 from cachetune_rag.cli.interrupts import instant_interrupt
 from cachetune_rag.cli.meter import Meter
-from cachetune_rag.cli.passages import DEFAULT_TOP_K
 from cachetune_rag.cli.plots import check_plot, draw_tuning, save_plot
 from cachetune_rag.cli.prompt_files import prompts_from, read_samples
 from cachetune_rag.cli.session import Loading, open_existing, opened
@@ -65,7 +64,7 @@ def tune(
     r_max: Annotated[float, typer.Option("--r-max", metavar="R", help="Largest ratio.")] = 1.0,
     rounds: Annotated[int, typer.Option("--rounds", help="Times that each setting is measured.")] = 3,
     tokens: Annotated[int, typer.Option("--tokens", help="Passage tokens of a prompt that is made.")] = 4096,
-    top_k: options.TopK = DEFAULT_TOP_K,
+    top_k: options.TopK = options.DEFAULT_TOP_K,
     plot: Annotated[
         Path | None,
         typer.Option(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from difflib import SequenceMatcher
+from heapq import nlargest
 
 from cachetune_rag.chunks.alike import texts_alike
 from cachetune_rag.chunks.recognition import StoreRecognizer
@@ -25,7 +27,7 @@ _LIKE = 0.3  # the least likeness that is worth showing
 def nearest(recognizer: StoreRecognizer, shown: str) -> NearText | None:
     """The stored text that is most like `shown`, a chunk that is not stored; None if none is like it, or the store can't be read."""
     try:
-        candidates = texts_alike(recognizer, shown, _CANDIDATES, SECONDS)
+        candidates = texts_alike(recognizer, shown, _CANDIDATES, SECONDS) or _with_like_words(recognizer, shown)
     except StoreError:
         return None
     best = max(candidates, key=lambda stored: _likeness(stored, shown), default=None)
@@ -60,6 +62,25 @@ def difference(shown: str, stored: str, change: str, meaning: str | None = None)
         shown[at : at + _EXCERPT],
         stored[at : at + _EXCERPT],
     )
+
+
+def _with_like_words(recognizer: StoreRecognizer, shown: str) -> list[str]:
+    """Stored texts that have most of their words in common with `shown`: for texts in which no long stretch is the same."""
+    wanted = {word for word, _ in _words(shown)}
+    until = time.monotonic() + SECONDS
+
+    def look(texts: Iterable[str]) -> list[str]:
+        shares: list[tuple[float, str]] = []
+        for text in texts:
+            words = {word for word, _ in _words(text[:_COMPARED])}
+            share = len(wanted & words) / max(1, len(wanted | words))
+            if share > _LIKE and text not in shown:
+                shares = nlargest(_CANDIDATES, [*shares, (share, text)])
+            if time.monotonic() > until:
+                break
+        return [text for _, text in shares]
+
+    return recognizer.scan(look)
 
 
 def _placed(shown: str, stored: str, change: str) -> NearText:

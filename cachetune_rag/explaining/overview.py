@@ -130,7 +130,7 @@ def _tiles(e: Explanation, counts: dict[str, int], total: int) -> list[tuple[str
         d = e.divergence
         below = f"{nats(d.first_kl)} at the first token; same likeliest token at {share(d.top1)}"
         tiles.append(("KL a token", nats(d.mean_kl), below))
-    elif e.predicted is not None and e.predicted.left is not None:
+    elif e.predicted is not None and e.predicted.left:
         tiles.append(("Expected error left", share(e.predicted.left), "of that without recomputing (predicted)"))
     return tiles
 

@@ -1,0 +1,149 @@
+"""`cachetune explain`: what became of a prompt, as a page, as JSON or in a few lines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cachetune_rag.checking.escaping import visible_line
+from cachetune_rag.cli import options
+from cachetune_rag.cli.console import UsageError, emit_json, guarded, note, number, stdout
+from cachetune_rag.cli.interrupts import instant_interrupt
+from cachetune_rag.cli.passages import Passage, retrieve
+from cachetune_rag.cli.session import Loading, open_existing, opened
+from cachetune_rag.cli.written import check_writable, write_whole
+from cachetune_rag.text.files.corpus import read_passage
+
+if TYPE_CHECKING:
+    from cachetune_rag.explaining import Explanation
+
+EPILOG = (
+    "[bold]Examples[/bold]\n\n\b\n"
+    '  cachetune explain "How do I reset it?" -m ./my-model -s kv-store --html page.html\n'
+    '  cachetune explain "How do I reset it?" -m ./my-model -s kv-store --compare --html page.html\n'
+    '  cachetune explain "Sum it up." -d guide/setup.md -m ./my-model -s kv-store --json\n\n'
+    "docs/explain.md says how to read the page. Nothing is stored, so that the same question is explained alike again."
+)
+
+Html = Annotated[
+    Path | None,
+    typer.Option(
+        "--html",
+        metavar="FILE",
+        help="Write a page that shows it: one file, for any browser, without network.",
+        parser=options.path_of,
+        show_default=False,
+    ),
+]
+
+
+@guarded
+def explain(
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What you want to know.", show_default=False)],
+    model: options.Model,
+    store: options.Store,
+    html: Html = None,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Compute the whole prompt as well, and say how far reuse is from that."),
+    ] = False,
+    document: options.FromDocuments = None,
+    chunk_file: options.ChunkFiles = None,
+    top_k: options.Best = None,
+    ratio: options.Ratio = "auto",
+    selector: options.RequestSelector = "auto",
+    max_kl: options.MaxKL = None,
+    min_top1: options.MinTop1 = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", min=1, help="Most tokens of an answer.")
+    ] = 64,
+    tenant: options.Tenant = "",
+    gguf_file: options.GgufFile = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    remote: options.Remote = None,
+    json_output: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Show what became of a prompt.
+
+    It is read as by ask. Then you see which tokens were reused, recomputed or missed, why each chunk was or was not found, what the
+    question attends to, and where the time went.
+    """
+    if not question.strip():
+        raise UsageError("the question is empty: ask something.")
+    if html is not None:
+        check_writable(html, "--html")
+    files = [Passage(read_passage(name), name, None) for name in chunk_file or ()]
+    with instant_interrupt():
+        from cachetune_rag.reuse.config import check_reuse
+
+    reuse: dict[str, Any] = {
+        "ratio": options.ratio_of(ratio),
+        "selector": selector,
+        "max_kl": max_kl,
+        "min_top1": min_top1,
+    }
+    check_reuse(**reuse)
+    documents = list(dict.fromkeys(document or ()))
+    best = top_k if top_k is not None or documents or files else options.DEFAULT_TOP_K
+    loading = Loading(model, gguf_file, dtype, device, tenant)
+    with opened(open_existing(store, remote=remote), loading, documents=documents) as engine:
+        passages = [*retrieve(engine, engine.store, question, documents, best), *files]
+        note(f"Using {number(len(passages), 'passage')}: {', '.join(visible_line(p.source) for p in passages)}")
+        # A process's first forward is slower. Run one here, so that the times are those of a server that has been asked before.
+        engine.full_prefill(query=question)
+        chunks = [passage.text for passage in passages]
+        found = engine.explain(question, chunks, compare=compare, max_new_tokens=max_new_tokens, **reuse)
+    show(found, html, json_output=json_output)
+
+
+def show(explanation: Explanation, html: Path | None, *, json_output: bool) -> None:
+    """Write the page, and print JSON or a few lines."""
+    if html is not None:
+        from cachetune_rag.explaining import html_page
+
+        write_whole(html, html_page(explanation).encode())
+        note(f"Wrote {html}")
+    if json_output:
+        emit_json(explanation.as_dict())
+    else:
+        stdout().print("\n".join(_lines(explanation)))
+
+
+def _lines(e: Explanation) -> list[str]:
+    """What is most worth knowing, in lines for a terminal."""
+    from cachetune_rag.explaining.overview import view_of
+
+    view = view_of(e)
+    total = sum(view.counts.values())
+    counts = ", ".join(f"{count:,} {fate}" for fate, count in view.counts.items())
+    lines = [
+        f"{number(total, 'token')}: {counts}",
+        *(f"{name}: {figure} ({below})" for name, figure, below in view.tiles),
+    ]
+    if e.left:
+        lines.append(f"Left to vLLM: {e.left}. {e.report.get('why') or ''}".rstrip())
+    by_number = {part.chunk: part for part in e.parts if part.kind == "chunk"}
+    for chunk in e.chunks:
+        part = by_number.get(chunk.number)
+        of = f" {number(part.tokens, 'token')}, {part.count('reused'):,} reused" if part else ""
+        where = f" ({visible_line(chunk.document)})" if chunk.document else ""
+        lines.append(f"Chunk {chunk.number + 1}{where}: {chunk.outcome},{of}".rstrip(","))
+        if chunk.outcome != "stored":
+            lines.append(f"    {chunk.why}")
+        if chunk.near is not None:
+            lines += _difference(chunk.near.meaning, chunk.near.at, chunk.near.stored, chunk.near.shown)
+    for near in e.near:
+        lines += ["Outside of the chunks:", *_difference(near.meaning, near.at, near.stored, near.shown)]
+    return lines
+
+
+def _difference(meaning: str, at: int, stored: str, shown: str) -> list[str]:
+    return [
+        f"    The nearest stored text: {meaning}. After {number(at, 'character')}:",
+        f"      stored: {visible_line(stored) or '(ends)'}",
+        f"      prompt: {visible_line(shown) or '(ends)'}",
+    ]
