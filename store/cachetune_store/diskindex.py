@@ -17,7 +17,8 @@ import diskcache
 from .database import Database, JsonDisk
 from .errors import IndexDamagedError, IndexReplacedError, StoreError, StoreFullError, StoreLockedError, StorePathError
 from .files import MORE_DESCRIPTORS, descriptors_used_up, explain
-from .index import COMPLETE, Index
+from .index import COMPLETE, KEPT, Index
+from .kept import KeptRecords
 from .locks import Wait, locked
 from .plainfiles import kind_of, remove_any
 from .printing import shown
@@ -44,6 +45,7 @@ class DiskIndex(Index):
         self._seal = seal
         self._gate = directory.with_name(f"{directory.name}.lock")
         self._file = directory / "cache.db"
+        self._kept = KeptRecords(directory / "kept.json", seal)
         self._lock = threading.RLock()
         self._depth = 0
         self._filled = False
@@ -53,7 +55,8 @@ class DiskIndex(Index):
             with self._gated(shared=True):
                 self.database = self._connect()
         except IndexDamagedError:
-            self.database = self._fresh()
+            with self._gated(shared=False):
+                self.database = self._fresh()
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
@@ -152,10 +155,37 @@ class DiskIndex(Index):
 
     def clear(self) -> None:
         """See Index. A new database replaces the old one, in whatever state that is."""
-        with self._lock:
+        # No process adds to what is kept between reading and writing it.
+        with self._lock, self._gated(shared=False):
+            if self._directory.is_dir():
+                with contextlib.suppress(IndexDamagedError):
+                    if self._file.exists():
+                        self._follow()
+                whole = False
+                with contextlib.suppress(StoreError):
+                    whole = self._get_translated(COMPLETE) is not None
+                try:
+                    kept = self._kept.take(self._kept_names, self._get_translated, whole=whole)
+                except OSError as error:
+                    raise explain(error, self._directory) from error
+            else:
+                kept = {}
             self.database.close_all()
             self._filled = False
             self.database = self._fresh()
+            with self._translated(), self.database.lent():
+                for name, record in kept.items():
+                    self.database.set(name, record)
+            self._kept.drop()
+
+    def _kept_names(self) -> Iterator[str]:
+        with self._translated():
+            for prefix in KEPT:
+                yield from self.database.names(prefix)
+
+    def _get_translated(self, name: str) -> Any:
+        with self._translated():
+            return self._get(name)
 
     @contextlib.contextmanager
     def made_anew(self, identity: str) -> Iterator[None]:
@@ -185,12 +215,12 @@ class DiskIndex(Index):
         self.database.close_all()
 
     def _fresh(self) -> Database:
-        with self._gated(shared=False):
-            if not self._directory.is_dir():
-                remove_any(self._directory)
-            for name in _FILES:
-                remove_any(self._directory / name)
-            return self._connect()
+        """A new database in the old one's place. Called with the gate held alone."""
+        if not self._directory.is_dir():
+            remove_any(self._directory)
+        for name in _FILES:
+            remove_any(self._directory / name)
+        return self._connect()
 
     def _connect(self) -> Database:
         try:

@@ -6,7 +6,10 @@ __all__ = [
     "BudgetError",
     "DamagedChunkError",
     "IndexDamagedError",
+    "MissingObjectError",
     "NonFiniteError",
+    "RemoteError",
+    "RemoteRefusedError",
     "StoreArgumentError",
     "StoreClosedError",
     "StoreError",
@@ -49,6 +52,18 @@ class StoreReadOnlyError(StorePathError):
 
 class StoreFullError(StorePathError):
     """The file system has no room left; what was stored before is untouched."""
+
+
+class RemoteError(StorePathError):
+    """The remote tier doesn't answer, or not in time, or with an error. It may the next time."""
+
+
+class RemoteRefusedError(RemoteError):
+    """The remote tier refuses this user, or there is no such bucket."""
+
+
+class MissingObjectError(RemoteError):
+    """There is no object of this name in the remote tier."""
 
 
 class StoreLockedError(StoreError):

@@ -1,4 +1,4 @@
-"""The index: small records by name. It says what the files can't say quickly; they can always say it again.
+"""The index: small records by name. It says what the files can't say quickly; they can say most of it again.
 
 Names used by the store: "chunk/<digest>" (size, last use, tokens), "text/<digest>", "ref/<digest>" (how many documents
 hold a chunk), "doc/<tenant>/<id>" (both hashed), "total" (bytes and chunks on disk, and how often one was stored),
@@ -15,10 +15,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["COMPLETE", "Index", "MemoryIndex"]
+__all__ = ["COMPLETE", "KEPT", "Index", "MemoryIndex"]
 
 COMPLETE = "meta/complete"
 """Index record, the store's id, that says that the index covers its files; missing in one whose making was cut short."""
+KEPT = ("catalogue-outbox", "outbox/", "waiting/")
+"""Beginnings of the names of records that no file can say again: what other machines are still to be told. An index that is made anew has them, too."""
 
 
 class Index(ABC):
@@ -50,7 +52,7 @@ class Index(ABC):
 
     @abstractmethod
     def clear(self) -> None:
-        """Drop all records."""
+        """Drop all records but those of KEPT, as far as these can be read."""
 
     @contextlib.contextmanager
     def made_anew(self, identity: str) -> Iterator[None]:
@@ -108,7 +110,7 @@ class MemoryIndex(Index):
 
     def clear(self) -> None:
         """See Index."""
-        self._records.clear()
+        self._records = {name: record for name, record in self._records.items() if name.startswith(KEPT)}
 
     def close(self) -> None:
         """See Index."""

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from .chunk import ChunkHead
-from .errors import UnknownFormatError
+from .errors import RemoteError, StoreKeyError, UnknownFormatError
 from .keys import ChunkKey
 from .placement import Placement
 from .stats import ChunkGroup, PruneReport, TenantStats
@@ -70,7 +70,7 @@ def _doomed(placement: Placement, keep: Keep, foreign_too: bool) -> Iterator[tup
         if isinstance(head, ChunkHead):
             if not keep(head):
                 yield key, head
-        elif _is_remote(head):
+        elif isinstance(head, RemoteError | StoreKeyError):
             raise head
         elif foreign_too and isinstance(head, UnknownFormatError):
             yield key, None
@@ -91,11 +91,3 @@ def _heads(placement: Placement, *, shared: bool = True) -> Iterator[tuple[Chunk
             if key not in seen:
                 seen.add(key)
                 yield key, head
-
-
-def _is_remote(error: Exception) -> bool:
-    """Whether it is the remote tier that failed."""
-    # Imported here: without a remote tier nothing of it is loaded.
-    from .remote.objects import RemoteError
-
-    return isinstance(error, RemoteError)

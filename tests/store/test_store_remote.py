@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 import sys
 import threading
 import time
@@ -15,6 +16,7 @@ from store_samples import sample
 
 from cachetune_store import ChunkStore, StoreArgumentError, StoreReadOnlyError, StoreVersionError, changes_so_far
 from cachetune_store.diskindex import DiskIndex
+from cachetune_store.errors import RemoteError
 from cachetune_store.remote import catalogue, sync
 from cachetune_store.remote.changes import change_name
 
@@ -386,6 +388,71 @@ def test_a_lost_index_brings_no_document_back_that_was_removed_elsewhere(
     again.sync()
     assert sorted(info.id for info in again.documents()) == ["kept", "other"]
     assert tier_of(again, 1) is not None
+
+
+@pytest.mark.parametrize("how", ["rebuilt", "damaged", "killed before", "killed after", "killed while filled"])
+def test_an_index_that_is_made_anew_still_tells_what_waited(
+    folder: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Nothing that was stored or removed while the place could not be reached is forgotten."""
+    other = folder.store()
+    store = folder.store(tmp_path / "kv")
+    fill(store, "gone", 1)
+    fill(store, "shared", 2)
+    store.sync()
+    with monkeypatch.context() as patch:
+
+        def unreachable(*_: object, **__: object) -> None:
+            raise RemoteError("it doesn't answer")
+
+        for name in ("get", "put", "read"):
+            patch.setattr(type(folder.objects), name, unreachable)
+        store.delete_document("gone")
+        fill(store, "new", 3)
+        database = tmp_path / "kv" / "index" / "cache.db"
+        if how == "rebuilt":
+            store.rebuild_index()
+        store.close()
+        if how == "damaged":
+            with sqlite3.connect(database) as connection:
+                connection.execute("UPDATE Cache SET value = 'x' WHERE key = 'total'")
+            connection.close()
+        elif how.startswith("killed"):
+            killed_while_made_anew(tmp_path / "kv", patch, how)
+    again = folder.store(tmp_path / "kv")
+    if how == "damaged":
+        again.stats()
+    again.sync()
+    other.sync()
+    for each in (again, other, folder.store(tmp_path / "fresh")):
+        assert sorted(info.id for info in each.documents()) == ["new", "shared"]
+        assert tier_of(each, 3) is not None
+        assert not each.contains(sample(1).key)
+    assert len(objects_of(folder, "chunks/")) == 2
+    if how == "killed before":
+        again.rebuild_index()  # from the old one, which was left whole: what it holds is newer than the file
+        again.sync()
+        assert len(objects_of(folder, "chunks/")) == 2
+    assert not (tmp_path / "kv" / "index" / "kept.json").exists()
+
+
+def killed_while_made_anew(path: Path, patch: pytest.MonkeyPatch, how: str) -> None:
+    """A process that makes the index anew ends before the old one is gone, before the new one holds anything, or before it is filled."""
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*_: object, **__: object) -> None:
+        raise Killed
+
+    where = {"killed before": "_fresh", "killed after": "_connect"}
+    with ChunkStore(path) as store, patch.context() as dying:
+        if how == "killed while filled":
+            dying.setattr("cachetune_store.directory.check_files", kill)
+        else:
+            dying.setattr(DiskIndex, where[how], kill)
+        with pytest.raises(Killed):
+            store.rebuild_index()
 
 
 def test_verify_deletes_what_dead_writers_left(folder: Place, tmp_path: Path) -> None:

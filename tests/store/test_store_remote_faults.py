@@ -15,9 +15,10 @@ from store_samples import sample
 
 from cachetune_store import ChunkReader, ChunkStore, DamagedChunkError, StoreError, StorePathError
 from cachetune_store.chunk import Chunk
+from cachetune_store.errors import RemoteError
 from cachetune_store.remote import breaker, catalogue, sync
 from cachetune_store.remote.changes import change_name
-from cachetune_store.remote.objects import Buffer, Objects, RemoteError
+from cachetune_store.remote.objects import Buffer, Objects
 from cachetune_store.tiers import DiskTier
 
 

@@ -14,9 +14,9 @@ from shared_places import Place
 from store_samples import sample
 
 from cachetune_store import ChunkStore, StoreError, StoreKeyError
+from cachetune_store.errors import RemoteError
 from cachetune_store.remote import catalogue
 from cachetune_store.remote.changes import Change, change_name, encode
-from cachetune_store.remote.objects import RemoteError
 from cachetune_store.seals import CHECKSUMS
 
 KEY, OTHER = bytes(range(32)), bytes(range(1, 33))

@@ -21,8 +21,8 @@ from obstore.exceptions import (
 )
 from obstore.store import from_url
 
-from ..errors import StoreArgumentError
-from .objects import Buffer, MissingObjectError, Objects, RemoteError, RemoteRefusedError
+from ..errors import MissingObjectError, RemoteError, RemoteRefusedError, StoreArgumentError
+from .objects import Buffer, Objects
 
 __all__ = ["Bucket"]
 

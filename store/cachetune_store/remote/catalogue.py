@@ -17,7 +17,7 @@ from typing import Any
 from ..description import FORMAT, Description, no_key
 from ..description import MOST_BYTES as MOST_DESCRIPTION
 from ..documents import Documents
-from ..errors import StoreVersionError
+from ..errors import RemoteError, StoreVersionError
 from ..index import Index
 from ..keys import FORMAT_VERSION, ChunkKey
 from ..seals import CHECKSUMS, Seal
@@ -36,7 +36,7 @@ from .changes import (
     write_snapshot,
     written_at,
 )
-from .objects import Objects, RemoteError
+from .objects import Objects
 from .taking import Taking, as_told
 
 __all__ = ["Catalogue"]
@@ -323,9 +323,9 @@ class Catalogue:
         with self._taking(position, position + 1) as taking:
             if taking is None:
                 return
-            names = change.names if change.writer == self._book.writer() else []
             for number, op in enumerate(change.ops):
-                if number >= len(names) or not taking.own(names[number], op):
+                # Whoever wrote it: names are drawn, and an index that was made anew has another writer's name and what waited in the old one.
+                if number >= len(change.names) or not taking.own(change.names[number], op):
                     taking.foreign(op)
 
     @contextlib.contextmanager

@@ -19,10 +19,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import StoreError
+from ..errors import RemoteError, StoreError
 from ..keys import ChunkKey
 from ..seals import Seal
-from .objects import Objects, RemoteError
+from .objects import Objects
 
 __all__ = [
     "Change",

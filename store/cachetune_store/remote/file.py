@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..buffers import PAGE, round_up
-from .objects import Objects, RemoteError
+from ..errors import RemoteError
+from .objects import Objects
 
 __all__ = ["RemoteFile"]
 

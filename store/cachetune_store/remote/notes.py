@@ -6,11 +6,11 @@ import hashlib
 import threading
 from collections.abc import Callable
 
-from ..errors import StoreReadOnlyError
+from ..errors import RemoteError, StoreReadOnlyError
 from ..notes import MAX_NOTE_FILE, Notes, unwrapped, wrapped
 from ..seals import Seal
 from .breaker import Breaker
-from .objects import Objects, RemoteError
+from .objects import Objects
 
 __all__ = ["SharedNotes"]
 

@@ -6,23 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeAlias
 
-from ..errors import StorePathError
-
-__all__ = ["Buffer", "MissingObjectError", "Objects", "RemoteError", "RemoteRefusedError"]
+__all__ = ["Buffer", "Objects"]
 
 Buffer: TypeAlias = bytes | memoryview
-
-
-class RemoteError(StorePathError):
-    """The remote tier doesn't answer, or not in time, or with an error. It may the next time."""
-
-
-class RemoteRefusedError(RemoteError):
-    """The remote tier refuses this user, or there is no such bucket."""
-
-
-class MissingObjectError(RemoteError):
-    """There is no object of this name."""
 
 
 class Objects(ABC):

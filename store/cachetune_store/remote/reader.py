@@ -7,10 +7,9 @@ from collections.abc import Callable
 from ..buffers import SlabPool
 from ..chunk import ChunkHead
 from ..disk_reader import DiskReader
-from ..errors import DamagedChunkError
+from ..errors import DamagedChunkError, MissingObjectError
 from ..tier_kinds import REMOTE
 from .file import RemoteFile
-from .objects import MissingObjectError
 
 __all__ = ["RemoteReader"]
 

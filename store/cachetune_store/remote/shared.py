@@ -9,6 +9,7 @@ from typing import Any
 from ..buffers import SlabPool
 from ..chunk import Chunk
 from ..documents import Documents
+from ..errors import RemoteError, RemoteRefusedError
 from ..index import Index
 from ..keys import ChunkKey
 from ..notes import Notes
@@ -18,7 +19,6 @@ from ..tiers.remote import RemoteTier
 from .catalogue import Catalogue
 from .changes import Op
 from .notes import SharedNotes
-from .objects import RemoteError, RemoteRefusedError
 from .places import open_objects
 from .sync import Sync
 

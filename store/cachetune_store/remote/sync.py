@@ -7,10 +7,9 @@ import threading
 import time
 from collections.abc import Callable
 
-from ..errors import StoreError
+from ..errors import RemoteError, StoreError
 from .breaker import Breaker
 from .catalogue import Catalogue
-from .objects import RemoteError
 
 __all__ = ["Sync"]
 

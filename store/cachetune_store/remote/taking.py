@@ -48,9 +48,9 @@ class Taking:
                 self._own_documents.setdefault((op["tenant"], op["id"]), []).append((name, op))
 
     def own(self, name: str, op: Op) -> bool:
-        """An op that a store of this name knows by `name` is in the log now. Returns whether it is one that waits here.
+        """An op that its writer knows by `name` is in the log now. Returns whether it is one that waits here.
 
-        It isn't if it comes from a copy of this store's folder, which has the same name and what waited when it was made.
+        In a copy of this store's folder, what waited when the copy was made has the same names. Whichever is first tells it for both.
         """
         if (waiting := self._waiting.get(name)) is None or as_told(waiting) != op:
             return False

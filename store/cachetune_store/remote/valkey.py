@@ -24,8 +24,8 @@ from glide_sync import (
     ServerCredentials,
 )
 
-from ..errors import StoreArgumentError
-from .objects import Buffer, MissingObjectError, Objects, RemoteError, RemoteRefusedError
+from ..errors import MissingObjectError, RemoteError, RemoteRefusedError, StoreArgumentError
+from .objects import Buffer, Objects
 
 __all__ = ["Valkey"]
 

@@ -10,14 +10,14 @@ from typing import Any
 from ..buffers import SlabPool, memory_of
 from ..chunk import Chunk, ChunkHead, resealed
 from ..chunkfile import encode_head, parse_head
-from ..errors import DamagedChunkError, StoreError, StoreKeyError, UnknownCodecError
+from ..errors import DamagedChunkError, MissingObjectError, RemoteError, StoreError, StoreKeyError, UnknownCodecError
 from ..index import Index
 from ..keys import ChunkKey, make_key
 from ..remote.breaker import Breaker
 from ..remote.catalogue import Catalogue
 from ..remote.changes import Op, object_name
 from ..remote.file import RemoteFile
-from ..remote.objects import MissingObjectError, Objects, RemoteError
+from ..remote.objects import Objects
 from ..remote.reader import RemoteReader
 from ..stats import Counters, TierStats
 from ..texts import drop_text, evict_text
