@@ -317,8 +317,8 @@ class CacheTune:
             prompt: a prompt from `engine.prompts`, instead of query, chunks and prefix.
             ratio: share of the chunk tokens to recompute, in [0, 1], or "auto": the calibrated one, if there is one.
             selector: which tokens those are: a registered name or "auto".
-            max_kl, min_top1: a bound for this request: at most so many nats a token from full prefill, at least this share of tokens
-                that full prefill finds the likeliest, too. The least ratio that is predicted to keep it is taken, and full prefill where none is.
+            max_kl, min_top1: a bound for the answer's first token: at most so many nats from full prefill, and at least this probability that
+                full prefill, too, finds it the likeliest. The least ratio that is predicted to keep it is taken, and full prefill where none is.
                 It needs `calibrate`, and `ratio="auto"`; docs/calibration.md says how often predictions hold.
             reuse: False computes everything (the reference).
             max_new_tokens: most tokens of the answer; fewer where the model's context ends. "auto": as `generation_config` says,

@@ -15,13 +15,13 @@ class Predicted:
 
     Attributes:
         ratio: share of the stored chunk tokens that would be recomputed.
-        error_left: the sign that it is predicted from, see `Report.error_left`.
-        kl: the most KL from full prefill, in nats a token.
-        top1: the least share of tokens that full prefill, too, finds the likeliest.
+        sign: what it is predicted from, see `Report.sign`.
+        kl: the most KL of the answer's first token from full prefill, in nats.
+        top1: how likely it is that full prefill, too, finds this token the likeliest.
     """
 
     ratio: float
-    error_left: float
+    sign: float
     kl: float
     top1: float
 
@@ -32,7 +32,7 @@ class Prediction:
 
     Attributes:
         max_kl, min_top1: the bound; None where nothing was asked for.
-        share: the share of requests that each figure in `ladder` is to hold for.
+        share: the share of requests that each KL in `ladder` is to hold for.
         ladder: what was predicted at each ratio that the request might have taken, by ascending ratio.
         ratio: the least of these that is predicted to keep the bound; 1.0 (full prefill, which is exact) if none is.
     """
@@ -98,8 +98,10 @@ class Report:
         probed: token-layers that the selector ran in order to choose. One token through one layer counts as one; through a part of
             a layer, as that part's share of the layer's weights. The rest of the request ran `computed` times the model's layers.
         skipped: recomputed tokens whose stored KV was not read (except in layers that a selector looked at).
-        error_left: the sum of the selector's scores over the reused tokens. Of two requests with one selector, the one with more of
-            it is likely to be farther from full prefill. None where the selector scored nothing.
+        error_left: the sum of the selector's scores over the reused tokens: how far off the model's layers are expected to be. None where the
+            selector scored nothing.
+        sign: `error_left` times the entropy of the next token if nothing were recomputed. The larger it is, the farther from full prefill a
+            request is likely to be. None where no bound was asked for, and for full prefill.
         prediction: what was predicted of the request, and the ratio that was taken for it; None where no bound was asked for.
     """
 
@@ -125,6 +127,7 @@ class Report:
     storing: int = 0
     retrieved: int = 0
     error_left: float | None = None
+    sign: float | None = None
     prediction: Prediction | None = None
 
     @property

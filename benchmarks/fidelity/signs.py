@@ -20,7 +20,7 @@ from cachetune_rag.measuring.teacher import rewind
 from cachetune_rag.reuse.state import PrefillState
 from cachetune_rag.selection import ReusedChunk
 from cachetune_rag.selection.base import SelectionContext, all_places, top_places, total_budget
-from cachetune_rag.selection.bound import Bound
+from cachetune_rag.selection.bound import RatioFinder
 from cachetune_rag.selection.choice import Choice
 from cachetune_rag.selection.probing import ProbingSelector
 
@@ -62,14 +62,15 @@ class NotingSelector(ProbingSelector):
         """See `ProbingSelector.scores`."""
         return self._noted.scores(context, num_layers)
 
-    def choose(self, context: SelectionContext, ratio: float, bound: Bound | None = None) -> Choice:
+    def choose(self, context: SelectionContext, ratio: float, finder: RatioFinder | None = None) -> Choice:
         """See `Selector.choose`."""
         if not self.found:
             layers = self.layers(context.num_layers)
             end = max(chunk.start + chunk.tokens for chunk in context.chunks)
             self.chunks, self.watched = context.chunks, min(self.queries, max(1, context.length - end))
             self.found = {
-                "error": self.scores(context, layers).cpu(),
+                # The sum over the watched tokens, of which `expected_error` gives the mean.
+                "error": self.scores(context, layers).cpu() * self.watched,
                 "error_last": context.expected_error(layers, 1).cpu(),
                 "mass": context.received_attention(layers, self.queries).cpu(),
             }

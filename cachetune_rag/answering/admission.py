@@ -77,7 +77,7 @@ class Admission:
                 "and codec: run `cachetune calibrate PROMPTS --model MODEL --store STORE` (or engine.calibrate) with 10 prompts of your own "
                 "or more, or leave the bound out."
             )
-        return replace(config, tunable=False, bound=Bound(max_kl, min_top1, predictor))
+        return replace(config, tunable=False, finder=Bound(max_kl, min_top1, predictor))
 
     def prompt(
         self,

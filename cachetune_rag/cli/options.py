@@ -149,7 +149,7 @@ MaxKL = Annotated[
     typer.Option(
         "--max-kl",
         metavar="X",
-        help="Recompute as little as is predicted to keep the KL from full prefill below this, in nats a token. Needs calibrate.",
+        help="Recompute as little as is predicted to keep the first token's KL from full prefill below this, in nats. Needs calibrate.",
         show_default=False,
     ),
 ]
@@ -158,7 +158,7 @@ MinTop1 = Annotated[
     typer.Option(
         "--min-top1",
         metavar="X",
-        help="The same for the share of tokens that full prefill finds the likeliest, too.",
+        help="The same for the probability that full prefill, too, finds the first token the likeliest.",
         show_default=False,
     ),
 ]

@@ -33,6 +33,8 @@ from cachetune_rag.measuring.teacher import rewind
 from cachetune_rag.reuse.account import FATES, Account, Fate, Outcome
 from cachetune_rag.reuse.config import ReuseConfig
 from cachetune_rag.reuse.state import PrefillState
+from cachetune_rag.selection import get_selector
+from cachetune_rag.selection.bound import SignOnly
 from cachetune_rag.text.prompts.prompt import Prompt
 
 MOST_ATTENDED = 20
@@ -84,6 +86,8 @@ class Explainer:
             tokens: most tokens of an answer.
         """
         bench, spelling = self._bench, Spelling(self._bench.tokenizer, prompt.ids)
+        if config.finder is None and get_selector(config.selector).predicts:
+            config = replace(config, finder=SignOnly())
         accounts: list[Account] = []
         state = bench.prefill(prompt, config, accounts.append)
         account = accounts[-1]
@@ -118,10 +122,10 @@ class Explainer:
     def _predicted(self, read: _Read, account: Account, selector: str) -> PredictedDivergence:
         """What is known of the divergence without full prefill."""
         left, ratio = _left(read, account), self._calibrations.ratio(selector)
-        predictor, error = self._calibrations.predictor(selector), read.state.report.error_left
-        if predictor is None or error is None:
+        predictor, sign = self._calibrations.predictor(selector), read.state.report.sign
+        if predictor is None or sign is None:
             return PredictedDivergence(left, ratio)
-        (found,) = replace(predictor, ratios=(read.state.report.ratio,)).predict([error])
+        (found,) = replace(predictor, ratios=(read.state.report.ratio,)).predict([sign])
         return PredictedDivergence(left, ratio, found.kl, found.top1, predictor.share)
 
     def _divergence(self, full: _Read, reuse: _Read) -> TrueDivergence:

@@ -149,9 +149,9 @@ class PredictedDivergence:
         left: share of the prompt's expected error that is left once the chosen tokens are recomputed, from 0 to 1;
             None where no chunk has deviations.
         calibrated: the ratio that `calibrate` saved for this selector; None where there is none.
-        kl, top1: what `calibrate` lets expect of a request with as much error left: the most KL a token, and the least top-1 agreement;
-            None where it fitted nothing, or the selector scores nothing.
-        share: the share of requests for which `kl` and `top1` are each expected to hold.
+        kl, top1: what `calibrate` lets expect of the first token of a request with such a sign: the most KL, and the probability that full prefill,
+            too, finds it the likeliest. None where it fitted nothing, or the selector scores nothing.
+        share: the share of requests for which `kl` is expected to hold.
     """
 
     left: float | None

@@ -9,7 +9,7 @@ from typing import Any
 from cachetune_rag.checking.arguments import check_share, is_number
 from cachetune_rag.errors import ConfigError
 from cachetune_rag.selection import get_selector, names, selector_names
-from cachetune_rag.selection.bound import Bound
+from cachetune_rag.selection.bound import RatioFinder
 from cachetune_store import Namespace
 from cachetune_store.printing import shown
 
@@ -27,6 +27,7 @@ class ReuseConfig:
         tunable: the request left the ratio to the engine, so numbers tuned for the chunks' tier replace these.
         namespace: what the keys of the request's chunks are made with, and what its calibrated ratio belongs to. It is read once, when
             the request comes, because another process may change it at any moment. None: it is read when the chunks are looked up.
+        finder: finds the ratio when the request's tokens are scored, in place of `ratio`, for instance for a bound; None: it is given.
     """
 
     selector: str = names.DEFAULT
@@ -34,7 +35,7 @@ class ReuseConfig:
     skipped: float = 0.0
     tunable: bool = field(default=False, compare=False)
     namespace: Namespace | None = field(default=None, compare=False, repr=False)
-    bound: Bound | None = field(default=None, repr=False)
+    finder: RatioFinder | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.skipped <= self.ratio:
@@ -71,9 +72,9 @@ def check_bound(selector: Any, ratio: Any, max_kl: Any, min_top1: Any) -> bool:
     if not asked:
         return False
     if max_kl is not None and not is_number(max_kl, 0, sys.float_info.max):
-        raise ConfigError(f"max_kl is {shown(max_kl)}: use nats a token, at least 0, or None for any.")
+        raise ConfigError(f"max_kl is {shown(max_kl)}: use nats, at least 0, or None for any.")
     if min_top1 is not None:
-        check_share(min_top1, "min_top1", "a share of tokens from 0 to 1, or None for any")
+        check_share(min_top1, "min_top1", "a probability from 0 to 1, or None for any")
     what = " and ".join(asked)
     if not (isinstance(ratio, str) and ratio == "auto"):
         raise ConfigError(

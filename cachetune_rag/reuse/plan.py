@@ -92,13 +92,14 @@ class Chosen:
         plan: the plan; None if all of the prompt is computed.
         probed: token-layers that the selector computed.
         ratio: the share of the chunk tokens that was asked for; None: the one of the request's settings.
-        error_left, prediction: see `Report`.
+        error_left, sign, prediction: see `Report`.
     """
 
     plan: Plan | None
     probed: int = 0
     ratio: float | None = None
     error_left: float | None = None
+    sign: float | None = None
     prediction: Prediction | None = None
 
 
@@ -184,7 +185,7 @@ class Planner:
             with heads.computing() if prepared.looks else nullcontext():
                 if selector.layers(self._adapter.num_layers):
                     loader.start_first_layers()
-                choice = selector.choose(context, config.ratio, config.bound)
+                choice = selector.choose(context, config.ratio, config.finder)
             # Peers have the same scores, but for rounding: one of them decides.
             choice = heads.tell(choice)[0]
             computed, shift = _selected(selector, context, choice.places, computed, unread)
@@ -195,7 +196,7 @@ class Planner:
             )
         if choice is None:
             return Chosen(plan, context.probed)
-        return Chosen(plan, context.probed, choice.ratio, choice.error_left, choice.prediction)
+        return Chosen(plan, context.probed, choice.ratio, choice.error_left, choice.sign, choice.prediction)
 
 
 def sources_of(found: FoundChunks, length: int, skipped: float = 0.0) -> list[Source]:

@@ -69,7 +69,16 @@ class PromptView:
         if not pieces:
             return self.received_attention(num_layers, queries)
         probe = self._probe(num_layers, queries)
-        return self._adapter.expected_error(probe, self._loader.copy_deviations(pieces, num_layers))
+        total = self._adapter.expected_error(probe, self._loader.copy_deviations(pieces, num_layers))
+        return total / min(queries, len(probe.ids))
+
+    def next_token(self, num_layers: int) -> Tensor:
+        """See `SelectionContext`."""
+        ids, places = some_of(self._prompt, self._computed)
+        if num_layers == self.num_layers:
+            ids, places = ids[-1:], places[-1:]  # the probe has left the rows of the others in all layers
+        self.probed += len(ids) * self.num_layers
+        return self._adapter.selective_forward(ids, places, self._buffers, self._loader.load)[0]
 
     def reused_states(self, layer: int) -> tuple[Tensor, Tensor]:
         """See `SelectionContext`."""

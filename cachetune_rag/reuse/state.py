@@ -100,5 +100,6 @@ def report_of(
         skipped=skipped,
         retrieved=prompt.retrieved,
         error_left=chosen.error_left,
+        sign=chosen.sign,
         prediction=chosen.prediction,
     )

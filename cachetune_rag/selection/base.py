@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cachetune_rag.selection.bound import Bound
+from cachetune_rag.selection.bound import RatioFinder
 from cachetune_rag.selection.choice import Choice
 
 
@@ -87,8 +87,13 @@ class SelectionContext(Protocol):
     def expected_error(self, num_layers: int, queries: int) -> Tensor:
         """How much the expected error of each reused token disturbs the query: float32 [length], on the model's device.
 
-        The formula is in `Probe.expected_error`. The last `queries` tokens behind the last reused chunk are watched. A chunk without
+        The formula is in `Probe.expected_error`; here it is averaged over the watched tokens, the last `queries` behind the last reused chunk. A chunk without
         deviations is given the mean of the others' deviations. If no chunk has any, this is `received_attention`.
+        """
+
+    def next_token(self, num_layers: int) -> Tensor:
+        """The logits of the prompt's next token if nothing is recomputed: [vocab], on the model's device. It takes a forward of one token where the
+        first `num_layers` layers, which a probe has run through before, are all; and of those that are computed anyway where they aren't.
         """
 
     def reused_states(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -122,14 +127,14 @@ class Selector(ABC):
     predicts: ClassVar[bool] = False
     """Whether it scores tokens by how much they disturb the query, so that the error which a ratio leaves can be told before it is taken."""
 
-    def choose(self, context: SelectionContext, ratio: float, bound: Bound | None = None) -> Choice:
+    def choose(self, context: SelectionContext, ratio: float, finder: RatioFinder | None = None) -> Choice:
         """The tokens to recompute, and what is known of the error that this leaves.
 
         Args:
             context, ratio: see `select`.
-            bound: finds the ratio, in place of `ratio`. For selectors that predict.
+            finder: finds the ratio, in place of `ratio`. For selectors that predict.
         """
-        if bound is not None:
+        if finder is not None:
             raise ValueError(f"selector {self.name} predicts nothing")
         return Choice(self.select(context, ratio), ratio)
 

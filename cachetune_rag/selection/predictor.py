@@ -1,4 +1,4 @@
-"""Predicts how far a request will be from full prefill at each ratio, by the error that the ratio leaves.
+"""Predicts how far the first token of an answer will be from full prefill at each ratio, by a sign that the request shows.
 
 Fitted by `CacheTune.calibrate` on a user's own prompts; docs/calibration.md says how, and docs/quality.md how well it works.
 """
@@ -17,9 +17,9 @@ from cachetune_rag.checking.arguments import is_number
 from cachetune_rag.report import Predicted
 
 SHARE = 0.9
-"""The share of requests that a prediction is to hold for."""
+"""The share of requests that a predicted KL is to hold for."""
 WINDOW = 0.25
-"""The share of the observations that each quantile is taken of: those with about the same error."""
+"""The share of the observations that each figure is taken of: those with about the same sign."""
 FEWEST = 20
 """From fewer observations nothing is predicted: 90% of fewer is nearly all of them."""
 
@@ -29,29 +29,30 @@ class Observation:
     """What one sample showed at one ratio.
 
     Attributes:
-        error_left: what the ratio left (`Choice.error_left`).
-        kl, top1: how far the sample was from full prefill.
+        sign: the request's (`Choice.sign`).
+        kl: of the answer's first token, in nats.
+        same: whether full prefill, too, finds it the likeliest.
     """
 
-    error_left: float
+    sign: float
     kl: float
-    top1: float
+    same: bool
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """From the error that is left to a KL that most requests don't exceed, and a top-1 agreement that most reach.
+    """From a sign to a KL that most requests don't exceed, and to how likely it is that the first token stays the same.
 
     Attributes:
         ratios: those that a request may take, ascending.
-        errors: knots, ascending. The first is 0, where nothing is off.
-        kl: at each knot, in nats a token; never falling.
+        signs: knots, ascending. The first is 0, where nothing is off.
+        kl: at each knot, in nats; never falling.
         top1: at each knot; never rising.
-        share: the share of requests that this is to hold for.
+        share: the share of requests that `kl` is to hold for.
     """
 
     ratios: tuple[float, ...]
-    errors: tuple[float, ...]
+    signs: tuple[float, ...]
     kl: tuple[float, ...]
     top1: tuple[float, ...]
     share: float = SHARE
@@ -60,30 +61,35 @@ class Predictor:
     def fit(cls, ratios: Sequence[float], seen: Sequence[Observation], share: float = SHARE) -> Self | None:
         """Fit to what was observed at these ratios; None if that is too little.
 
-        The quantile of KL among observations with about the same error is made monotone in the error (isotonic regression).
+        The quantile of KL among observations with about the same sign is made monotone in the sign (isotonic regression), and so is the share of
+        them whose first token is another one. One more of these is counted than there were, because few observations can't show that there
+        are none.
         """
         if len(seen) < FEWEST or not ratios:
             return None
-        seen = sorted(seen, key=lambda each: each.error_left)
-        errors = np.array([each.error_left for each in seen])
+        seen = sorted(seen, key=lambda each: each.sign)
+        signs = np.array([each.sign for each in seen])
         around = max(FEWEST, round(WINDOW * len(seen)))
         starts = range(0, len(seen) - around + 1, max(1, around // 8))
+        windows = [slice(start, start + around) for start in starts]
         kl = np.array([each.kl for each in seen])
-        off = np.array([1 - each.top1 for each in seen])
-        knots = np.array([np.median(errors[start : start + around]) for start in starts])
+        other = np.array([not each.same for each in seen])
+        # A quantile is one of the values, and not one between two.
+        most = np.array([np.quantile(kl[window], share, method="higher") for window in windows])
+        off = np.array([(other[window].sum() + 1) / (around + 1) for window in windows])
         return cls(
             tuple(sorted(ratios)),
-            (0.0, *knots.tolist()),
-            (0.0, *_rising(_quantiles(kl, starts, around, share)).tolist()),
-            (1.0, *(1 - _rising(_quantiles(off, starts, around, share))).tolist()),
+            (0.0, *(float(np.median(signs[window])) for window in windows)),
+            (0.0, *_rising(most).tolist()),
+            (1.0, *(1 - _rising(off)).tolist()),
             share,
         )
 
-    def predict(self, errors: Sequence[float]) -> tuple[Predicted, ...]:
-        """What is predicted for a request, by the error that each of `ratios` leaves."""
+    def predict(self, signs: Sequence[float]) -> tuple[Predicted, ...]:
+        """What is predicted for a request that has these signs at `ratios`."""
         return tuple(
-            Predicted(ratio, error, self._kl(error), self._top1(error))
-            for ratio, error in zip(self.ratios, errors, strict=True)
+            Predicted(ratio, sign, self._kl(sign), self._top1(sign))
+            for ratio, sign in zip(self.ratios, signs, strict=True)
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -97,30 +103,25 @@ class Predictor:
         Raises:
             KeyError, TypeError, ValueError: it is no such dict.
         """
-        ratios, errors, kl, top1 = (tuple(map(float, saved[name])) for name in ("ratios", "errors", "kl", "top1"))
-        made = cls(ratios, errors, kl, top1, float(saved["share"]))
-        numbers = [*made.ratios, *made.errors, *made.kl, *made.top1]
-        lengths = {len(made.errors), len(made.kl), len(made.top1)}
-        rising = all(list(each) == sorted(each) for each in (made.ratios, made.errors, made.kl, made.top1[::-1]))
+        ratios, signs, kl, top1 = (tuple(map(float, saved[name])) for name in ("ratios", "signs", "kl", "top1"))
+        made = cls(ratios, signs, kl, top1, float(saved["share"]))
+        numbers = [*made.ratios, *made.signs, *made.kl, *made.top1]
+        lengths = {len(made.signs), len(made.kl), len(made.top1)}
+        rising = all(list(each) == sorted(each) for each in (made.ratios, made.signs, made.kl, made.top1[::-1]))
         if not made.ratios or lengths == {0} or len(lengths) > 1 or not rising or not all(map(is_number, numbers)):
             raise ValueError("its numbers are no prediction")
         return made
 
-    def _kl(self, error: float) -> float:
-        if error > self.errors[-1] > 0:
-            # More error than calibration saw. To second order, KL grows with its square.
-            return self.kl[-1] * (error / self.errors[-1]) ** 2
-        return float(np.interp(error, self.errors, self.kl))
+    def _kl(self, sign: float) -> float:
+        if sign > self.signs[-1] > 0:
+            # More than calibration saw. To second order, KL grows with the square of an error.
+            return self.kl[-1] * (sign / self.signs[-1]) ** 2
+        return float(np.interp(sign, self.signs, self.kl))
 
-    def _top1(self, error: float) -> float:
-        if error > self.errors[-1] > 0:
-            return max(0.0, 1 - (1 - self.top1[-1]) * error / self.errors[-1])
-        return float(np.interp(error, self.errors, self.top1))
-
-
-def _quantiles(values: NDArray[np.float64], starts: Sequence[int], count: int, share: float) -> NDArray[np.float64]:
-    """The quantile of each window of `count` values: one of them, and not one between two."""
-    return np.array([np.quantile(values[start : start + count], share, method="higher") for start in starts])
+    def _top1(self, sign: float) -> float:
+        if sign > self.signs[-1] > 0:
+            return max(0.0, 1 - (1 - self.top1[-1]) * sign / self.signs[-1])
+        return float(np.interp(sign, self.signs, self.top1))
 
 
 def _rising(values: NDArray[np.float64]) -> NDArray[np.float64]:

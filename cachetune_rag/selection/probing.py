@@ -8,8 +8,8 @@ import numpy as np
 from torch import Tensor
 
 from cachetune_rag.selection.base import SelectionContext, Selector, all_places, top_places, total_budget
-from cachetune_rag.selection.bound import Bound
-from cachetune_rag.selection.choice import Choice, ErrorLeft
+from cachetune_rag.selection.bound import RatioFinder
+from cachetune_rag.selection.choice import Choice, ErrorLeft, unsureness
 
 
 class ProbingSelector(Selector):
@@ -37,22 +37,28 @@ class ProbingSelector(Selector):
         """See `Selector.select`."""
         return self.choose(context, ratio).places
 
-    def choose(self, context: SelectionContext, ratio: float, bound: Bound | None = None) -> Choice:
+    def choose(self, context: SelectionContext, ratio: float, finder: RatioFinder | None = None) -> Choice:
         """See `Selector.choose`."""
         places = all_places(context.chunks)
         count = total_budget(context.chunks, ratio)
-        if bound is None and count in (0, len(places)):
+        if finder is None and count in (0, len(places)):
             return Choice(places[:count], ratio)
+        layers = self.layers(context.num_layers)
         # The choice is made on the host: sending `places` to a GPU would wait for all KV that is still being copied there.
-        scores = self.scores(context, self.layers(context.num_layers)).cpu()
+        scores = self.scores(context, layers).cpu()
+        signs: dict[float, float] = {}
         prediction = None
-        if bound is not None:
+        if finder is not None:
             left = ErrorLeft(scores.numpy()[places.numpy()])
-            prediction = bound.predict(left.behind([total_budget(context.chunks, r) for r in bound.predictor.ratios]))
-            ratio = prediction.ratio
+            unsure = unsureness(context.next_token(layers))
+            ladder = finder.ratios or (ratio,)
+            errors = left.behind([total_budget(context.chunks, each) for each in ladder])
+            signs = {each: error * unsure for each, error in zip(ladder, errors, strict=True)}
+            found, prediction = finder.find(list(signs.values()))
+            ratio = ratio if found is None else found
             count = total_budget(context.chunks, ratio)
         chosen = top_places(scores, places, count) if 0 < count < len(places) else places[:count]
-        # Summed in float64: the sums of other ratios are taken of the same numbers in another order.
         numbers = scores.numpy()
-        left_over = numbers[places.numpy()].sum(dtype=np.float64) - numbers[chosen.numpy()].sum(dtype=np.float64)
-        return Choice(chosen, ratio, max(0.0, float(left_over)), prediction)
+        # Summed in float64, as those of `ErrorLeft`.
+        error_left = numbers[places.numpy()].sum(dtype=np.float64) - numbers[chosen.numpy()].sum(dtype=np.float64)
+        return Choice(chosen, ratio, max(0.0, float(error_left)), signs.get(ratio), prediction)

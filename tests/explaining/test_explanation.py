@@ -224,7 +224,7 @@ def test_what_was_calibrated_predicts_the_divergence() -> None:
         assert found.predicted.calibrated is not None
         (taken,) = (each for each in found.report["prediction"]["ladder"] if each["ratio"] == found.report["ratio"])
         assert (found.predicted.kl, found.predicted.top1) == pytest.approx((taken["kl"], taken["top1"]))
-        assert "nats a token" in html_page(found)
+        assert "nats at the first token of the answer, and" in html_page(found)
         assert "The ratio was taken for a bound" in html_page(found)
 
 

@@ -13,6 +13,7 @@ from test_calibration import CHUNKS, SAMPLES, fresh
 
 from cachetune_rag import CacheTune, ConfigError
 from cachetune_rag.reuse.config import AUTO
+from cachetune_rag.selection.choice import unsureness
 
 MORE = [*SAMPLES, {"query": "Which ships?", "chunks": [*CHUNKS, CHUNKS[0]]}]
 LADDER = (0.1, 0.2, 0.3, 0.5, 0.7)
@@ -36,7 +37,7 @@ def engine() -> Iterator[CacheTune]:
 def test_the_least_ratio_that_is_predicted_to_keep_the_bound_is_taken(engine: CacheTune) -> None:
     ladder = engine.prefill(**REQUEST, max_kl=0).report.prediction.ladder  # type: ignore[union-attr]
     assert [each.ratio for each in ladder] == list(LADDER)
-    assert all(a.error_left > b.error_left and a.kl >= b.kl for a, b in itertools.pairwise(ladder))
+    assert all(a.sign > b.sign and a.kl >= b.kl for a, b in itertools.pairwise(ladder))
     for each in ladder:
         least = next(r.ratio for r in ladder if r.kl <= each.kl)
         report = engine.prefill(**REQUEST, max_kl=each.kl).report
@@ -50,9 +51,11 @@ def test_a_request_with_a_bound_is_read_as_with_the_ratio_that_it_takes(engine: 
     plain = engine.prefill(**REQUEST, ratio=LADDER[0])
     assert torch.equal(bounded.logits, plain.logits)
     assert bounded.report.recomputed == plain.report.recomputed > 0
-    assert bounded.report.probed == plain.report.probed
+    # One token more goes through all layers, for the sign.
+    assert bounded.report.probed == plain.report.probed + engine.adapter.num_layers
     assert bounded.report.error_left == pytest.approx(plain.report.error_left, rel=1e-5)
-    assert bounded.report.prediction.taken.error_left == pytest.approx(plain.report.error_left, rel=1e-4)  # type: ignore[union-attr]
+    assert bounded.report.sign == bounded.report.prediction.taken.sign  # type: ignore[union-attr]
+    assert plain.report.sign is None
     assert plain.report.prediction is None
 
 
@@ -90,11 +93,11 @@ def test_later_engines_on_the_store_find_the_prediction(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"max_kl": -1}, "max_kl is -1: use nats a token, at least 0"),
+        ({"max_kl": -1}, "max_kl is -1: use nats, at least 0"),
         ({"max_kl": "0.1"}, "max_kl is '0.1'"),
         ({"max_kl": float("nan")}, "max_kl is nan"),
         ({"max_kl": True}, "max_kl is True"),
-        ({"min_top1": 1.5}, "min_top1 is 1.5: use a share of tokens from 0 to 1"),
+        ({"min_top1": 1.5}, "min_top1 is 1.5: use a probability from 0 to 1"),
         ({"min_top1": "most"}, "min_top1 is 'most'"),
         ({"max_kl": 1, "ratio": 0.3}, "ratio is 0.3, and max_kl finds the ratio itself"),
         ({"max_kl": 1, "min_top1": 1, "ratio": 0.3}, "max_kl and min_top1 finds"),
@@ -124,7 +127,7 @@ def test_too_few_prompts_predict_nothing() -> None:
 
 def test_a_damaged_prediction_is_left_out(engine: CacheTune, caplog: pytest.LogCaptureFixture) -> None:
     key = engine.runtime.calibrations.key("probe")
-    engine.profiles.save("calibration", key, {"ratio": 0.2, "predictor": {"ratios": [0.1], "errors": "x"}})
+    engine.profiles.save("calibration", key, {"ratio": 0.2, "predictor": {"ratios": [0.1], "signs": "x"}})
     with pytest.raises(ConfigError, match="none was calibrated"):
         engine.prefill(**REQUEST, selector="probe", max_kl=1)
     assert "Calibrate again" in caplog.text
@@ -137,3 +140,23 @@ def test_every_request_says_what_error_it_leaves(engine: CacheTune) -> None:
     assert engine.prefill(**REQUEST, ratio=1).report.error_left is None
     assert engine.prefill(**REQUEST, selector="frequency", ratio=0.3).report.error_left is None
     assert AUTO.selector != "frequency"
+
+
+def test_the_sign_is_the_error_left_times_the_entropy_with_nothing_recomputed(engine: CacheTune) -> None:
+    report = engine.prefill(**REQUEST, max_kl=1e6).report
+    unsure = unsureness(engine.prefill(**REQUEST, ratio=0).logits[0])
+    assert report.sign == pytest.approx(report.error_left * unsure, rel=1e-4)  # type: ignore[operator]
+    ladder = report.prediction.ladder  # type: ignore[union-attr]
+    left = [engine.prefill(**REQUEST, ratio=ratio).report.error_left for ratio in LADDER]
+    assert [each.sign for each in ladder] == pytest.approx([error * unsure for error in left], rel=1e-3)  # type: ignore[operator]
+
+
+def test_a_shallow_probe_gives_the_same_entropy() -> None:
+    names = ("expected_error", "expected_error_early")
+    with fresh() as engine:
+        signs = {}
+        for name in names:
+            engine.calibrate(MORE, ratios=LADDER, tokens=2, selector=name)
+            report = engine.prefill(**REQUEST, selector=name, max_kl=1e6).report
+            signs[name] = report.sign / report.error_left  # type: ignore[operator]
+        assert signs[names[0]] == pytest.approx(signs[names[1]], rel=1e-4)

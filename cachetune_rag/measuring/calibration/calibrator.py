@@ -22,6 +22,7 @@ from cachetune_rag.measuring.user_prompts import prompts_of
 from cachetune_rag.reuse.config import ReuseConfig, resolve
 from cachetune_rag.reuse.state import PrefillState
 from cachetune_rag.selection import get_selector
+from cachetune_rag.selection.bound import SignOnly
 from cachetune_rag.selection.predictor import Observation, Predictor
 from cachetune_rag.text.prompts.prompt import Prompt
 from cachetune_store.printing import shown
@@ -180,18 +181,20 @@ class Calibrator:
     def _measure(
         self, prompt: Prompt, number: int, tell: Callable[[int], None]
     ) -> tuple[list[Divergence], list[Observation]]:
-        """How far each ratio is from full prefill on one sample; and the same where the error that a ratio leaves is known."""
+        """How far each ratio is from full prefill on one sample; and the same where the request showed a sign of it."""
         target, reference = self._reference(prompt)
         tell(number)
         found, observed = [], []
         for ratio in self._plan.ratios:
-            state = self._reuse(prompt, ReuseConfig(self._plan.selector, ratio), number)
+            inside = 0 < ratio < 1 and get_selector(self._plan.selector).predicts
+            finder = SignOnly() if inside else None
+            state = self._reuse(prompt, ReuseConfig(self._plan.selector, ratio, finder=finder), number)
             divergence = Divergence.of(reference, self._bench.logits_behind(state, target))
             if not all(map(math.isfinite, divergence.kl)):
                 raise CacheTuneError(f"sample {number}: the model gives logits that are no numbers; try another dtype.")
             found.append(divergence)
-            if state.report.error_left is not None and 0 < ratio < 1:
-                observed.append(Observation(state.report.error_left, divergence.mean_kl, divergence.top1))
+            if state.report.sign is not None:
+                observed.append(Observation(state.report.sign, divergence.kl[0], divergence.same[0]))
             tell(number)
         return found, observed
 

@@ -47,7 +47,7 @@ class Calibration:
         samples: how many prompts were measured.
         target_tokens: how many tokens were compared, over all samples.
         figures: what was measured, by ascending ratio.
-        predictor: predicts single requests, for `max_kl` and `min_top1`; None where the selector scores nothing, or too little was
+        predictor: predicts single requests' first tokens, for `max_kl` and `min_top1`; None where the selector scores nothing, or too little was
             measured.
         saved: whether later engines on the store will find it. False for a store in memory, or one that can't be written.
     """

@@ -88,8 +88,10 @@ class CacheTuneLLM(ToolCalling, CustomLLM):
     context_window: int | None = Field(default=None, gt=0, description="Tokens that prompts are planned for.")
     ratio: float | str = Field(default="auto", description="Share of the chunk tokens to recompute, or 'auto'.")
     selector: str = Field(default="auto", description="Which tokens are recomputed.")
-    max_kl: float | None = Field(default=None, description="The most KL that a request may have, by prediction.")
-    min_top1: float | None = Field(default=None, description="The least top-1 agreement of a request, by prediction.")
+    max_kl: float | None = Field(default=None, description="The most KL of an answer's first token, by prediction.")
+    min_top1: float | None = Field(
+        default=None, description="The least top-1 agreement of an answer's first token, by prediction."
+    )
     generate_kwargs: dict[str, Any] = Field(default_factory=dict, description="Sampling settings of every request.")
     learn_retrieved: bool = Field(default=True, description="Whether retrieved nodes are stored where they aren't yet.")
     # Local models seldom write a tool call for a schema's sake; they follow a schema in the prompt's text.
