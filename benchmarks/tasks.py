@@ -26,7 +26,8 @@ from fidelity.rows import RowFile
 from fidelity.settings import LEAD_INS, compared_selectors
 from smollm2 import model_path
 from tasks_of.evaluate import TaskRunner
-from tasks_of.haystack import reference_sentences
+from tasks_of.forms import FORMS, PLAIN
+from tasks_of.haystack import file_sentences, reference_sentences
 from tasks_of.kinds import KINDS
 from tasks_of.layout import PLACES
 from tasks_of.prompts import CHUNK_TOKENS, LENGTHS, NEAR_DUPLICATES, Cell, TaskMaker
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.model or model_path(), gguf_file=args.gguf_file, device=args.device, dtype=args.dtype
     )
     check_context(model, args.lengths)
-    maker = TaskMaker(tokenizer, reference_sentences(), args.chunk_tokens, args.places, args.seed)
+    maker = TaskMaker(tokenizer, prose(args.prose), args.chunk_tokens, args.places, args.seed)
     settings = compared(args.selectors, args.ratios, args.lead_ins, args.codecs)
     header = {
         "benchmark": "tasks",
@@ -85,7 +86,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def measure(runner: TaskRunner, maker: TaskMaker, rows: RowFile, started: float, args: argparse.Namespace) -> None:
     """Run this process's share of the prompts, until they are done or the time is over."""
-    cells = [Cell(k, length, n) for length in args.lengths for n in args.near_duplicates for k in args.kinds]
+    cells = [
+        Cell(kind, length, near, form)
+        for length in args.lengths
+        for near in args.near_duplicates
+        for form in args.forms
+        for kind in args.kinds
+    ]
     # The cells take turns, so that a run that is cut off has results for each.
     work = [(cell, number) for number in range(args.first, args.first + args.prompts) for cell in cells]
     work = work[args.shard :: args.shards]
@@ -99,6 +106,11 @@ def measure(runner: TaskRunner, maker: TaskMaker, rows: RowFile, started: float,
                 return
         took = time.perf_counter() - begun
         print(f"{done}/{len(work)} {task.name}: {added} rows, {took:.1f} s", file=sys.stderr, flush=True)
+
+
+def prose(files: Sequence[Path]) -> list[str]:
+    """The sentences that facts are planted in."""
+    return file_sentences(files) if files else reference_sentences()
 
 
 def check_context(model: Any, lengths: Sequence[int]) -> None:
@@ -129,6 +141,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     data.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS), help="tokens of prompt and answer")
     data.add_argument("--near-duplicates", nargs="+", default=list(NEAR_DUPLICATES), choices=NEAR_DUPLICATES)
+    data.add_argument("--forms", nargs="+", default=[PLAIN], choices=list(FORMS), help="in which users have chunks")
+    data.add_argument("--prose", type=Path, nargs="+", default=[], metavar="FILE", help="other prose, of any language")
     data.add_argument("--chunk-tokens", type=int, nargs="+", default=list(CHUNK_TOKENS), help="most tokens of a chunk")
     data.add_argument("--places", nargs="+", default=list(PLACES), choices=PLACES, help="of the needed facts")
     data.add_argument("--prompts", type=int, default=100, help="of each cell (kind, length, near-duplicates)")

@@ -7,6 +7,7 @@ import pydoc_data.topics
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 LEADS = 8
 """From how many places of the prose lead-ins are taken. These sentences are in no prompt."""
@@ -27,6 +28,15 @@ def reference_sentences() -> list[str]:
             text = " ".join(paragraph.split())
             if indented <= 3 and re.match(r"[A-Z]\w* ", text) and text.endswith(".") and not _NO_PROSE.search(text):
                 found.update(dict.fromkeys(re.split(r"(?<=[.!?]) (?=[A-Z])", text)))
+    return [sentence for sentence in found if 20 <= len(sentence) <= _LONGEST]
+
+
+def file_sentences(paths: Sequence[Path]) -> list[str]:
+    """The sentences of text files of any language, each once, in the order of the files."""
+    found: dict[str, None] = {}
+    for path in paths:
+        for paragraph in re.split(r"\n\s*\n", path.read_text(encoding="utf-8")):
+            found.update(dict.fromkeys(re.split(r"(?<=[.!?]) (?=\S)|(?<=[。！？])", " ".join(paragraph.split()))))
     return [sentence for sentence in found if 20 <= len(sentence) <= _LONGEST]
 
 

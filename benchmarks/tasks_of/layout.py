@@ -48,12 +48,13 @@ def lay_out(
     haystack: Haystack,
     encode: Callable[[str], Sequence[int]],
     rng: random.Random,
+    between: str = " ",
 ) -> tuple[tuple[str, ...], tuple[Planted, ...]]:
     """Chunks of real prose in any order, with the facts in them.
 
     Needed facts stand at `place`, each in a chunk of its own (or two, one behind the other, where they are split). The others stand at the
     head, in the middle or at the tail of other chunks, and in the middle of any where there are too few. No chunk has more than
-    `chunk_tokens` tokens, and none breaks off within a sentence of the prose.
+    `chunk_tokens` tokens, and none breaks off within a sentence of the prose. Sentences and facts are joined with `between`.
 
     Raises:
         ValueError: the facts don't fit.
@@ -78,7 +79,7 @@ def lay_out(
     strand = haystack.strand(rng.randrange(len(haystack.sentences)))
     filled: dict[_Slot, str] = {}
     for slot in rng.sample(slots, len(slots)):  # so that chunks don't stand in the order in which the prose has them
-        filled[slot] = _fill(slot, strand, chunk_tokens, encode)
+        filled[slot] = _fill(slot, strand, chunk_tokens, encode, between)
     planted = (Planted(fact, at, tuple(slots.index(s) for s in block)) for fact, at, block in where)
     return tuple(filled[slot] for slot in slots), tuple(planted)
 
@@ -99,12 +100,12 @@ def _plant_others(
     return where
 
 
-def _fill(slot: _Slot, strand: Strand, chunk_tokens: int, encode: Callable[[str], Sequence[int]]) -> str:
+def _fill(slot: _Slot, strand: Strand, chunk_tokens: int, encode: Callable[[str], Sequence[int]], between: str) -> str:
     planted = sum(len(encode(" " + text)) for text in slot.planted)
     prose = strand.take(chunk_tokens - planted)
     while len(prose) > 1:
         half = len(prose) // 2
-        text = " ".join([*slot.head, *prose[:half], *slot.middle, *prose[half:], *slot.tail])
+        text = between.join([*slot.head, *prose[:half], *slot.middle, *prose[half:], *slot.tail])
         if len(encode(text)) <= chunk_tokens:
             return text
         prose.pop()  # the tokens of a whole can be more than those of its parts

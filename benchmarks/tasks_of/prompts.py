@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from fidelity.records import Dataset
 
-from cachetune_rag.text.prompts.prompt import INSTRUCTIONS, Prompt, PromptBuilder
+from cachetune_rag.text.prompts.prompt import INSTRUCTIONS, Chunk, Prompt, PromptBuilder, Text
 
+from .forms import CONTENTS, FORMS, PLAIN, SYSTEM_TOKENS, Laid, Turn, as_row
 from .haystack import Haystack
 from .kinds import KINDS
 from .layout import PLACES, Planted, chunks_needed, lay_out
@@ -31,14 +33,22 @@ class Cell:
         kind: what is asked.
         length: the most tokens that prompt and answer have together.
         near_duplicates: "with" or "without": whether facts stand in the prompt that are nearly those that are asked for.
+        form: one of `FORMS`. What it adds to a prompt comes on top of the length.
     """
 
     kind: str
     length: int
     near_duplicates: str
+    form: str = PLAIN
 
     def __str__(self) -> str:
-        return f"{self.kind}, {self.length:,} tokens, {self.near_duplicates} near-duplicates"
+        form = "" if self.form == PLAIN else f", {self.form}"
+        return f"{self.kind}, {self.length:,} tokens, {self.near_duplicates} near-duplicates{form}"
+
+    @property
+    def plain(self) -> Cell:
+        """The cell of the same prompts in the plain form."""
+        return replace(self, form=PLAIN)
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,9 @@ class Task:
         query: the question.
         rule: when an answer is right.
         answer_tokens: the most tokens that an answer gets.
-        planted: where each fact stands.
+        planted: where each fact stands in the plain form. The chunks of another one may be more or longer.
+        before: text of a system prompt.
+        turns: what was said between the chunks and the question.
     """
 
     name: str
@@ -66,12 +78,17 @@ class Task:
     rule: Rule
     answer_tokens: int
     planted: tuple[Planted, ...]
+    before: str = ""
+    turns: tuple[Turn, ...] = ()
 
     @property
     def digest(self) -> str:
         """A digest of the content, so that rows of another text with the same name are not taken for this prompt's."""
         rule = (self.rule.wanted, sorted(self.rule.values), self.rule.ordered)
-        return hashlib.sha256(repr((self.chunks, self.query, rule, self.answer_tokens)).encode()).hexdigest()[:12]
+        text: tuple[Any, ...] = (self.chunks, self.query, rule, self.answer_tokens)
+        if self.before or self.turns:
+            text += (self.before, self.turns)
+        return hashlib.sha256(repr(text).encode()).hexdigest()[:12]
 
 
 class TaskMaker:
@@ -96,9 +113,15 @@ class TaskMaker:
         self._prompts = PromptBuilder(tokenizer)
         self._shapes = [(tokens, place) for tokens in chunk_tokens for place in places]
         self._seed = seed
+        self._others: dict[str, Haystack] = {}
         self.haystack = Haystack(sentences, self._prompts.encode)
         self.dataset = Dataset("tasks", (), self.haystack.leads, INSTRUCTIONS)
-        """What all prompts have in common."""
+        """What all prompts of prose have in common."""
+
+    def dataset_of(self, cell: Cell) -> Dataset:
+        """What all prompts of a cell have in common with those of other ones."""
+        haystack = self._haystack(cell)
+        return self.dataset if haystack is self.haystack else replace(self.dataset, leads=haystack.leads)
 
     def task(self, cell: Cell, number: int) -> Task:
         """A cell's prompt of a number. It doesn't depend on which others are made.
@@ -106,6 +129,9 @@ class TaskMaker:
         Raises:
             ValueError: the cell has no room for its facts, whatever the sizes of chunks.
         """
+        # A number's facts are the same in all forms, so that forms can be compared in pairs.
+        whole, cell, form = cell, cell.plain, FORMS[cell.form]
+        haystack = self._haystack(whole)
         rng = random.Random(f"{self._seed} {cell} {number}")
         names = Names(rng, self.haystack.words)
         question = KINDS[cell.kind](rng, names, cell.near_duplicates == "with")
@@ -113,15 +139,60 @@ class TaskMaker:
         chunk_tokens, place = shapes[number % len(shapes)]
         count = self._chunks(cell, question, chunk_tokens)
         encode = self._prompts.encode
-        chunks, planted = lay_out(question.facts, place, count, chunk_tokens, self.haystack, encode, rng)
+        facts = tuple(map(as_row, question.facts)) if form.content == "tables" else question.facts
+        between = " " if haystack is self.haystack else "\n"
+        chunks, planted = lay_out(facts, place, count, chunk_tokens, haystack, encode, rng, between)
+        laid = form.change(Laid(chunks), planted, self._system_prose)
         name = f"{cell.kind}-{cell.length}-{cell.near_duplicates}-{number}"
+        name += "" if whole.form == PLAIN else f"-{whole.form}"
         return Task(
-            name, cell, chunk_tokens, place, chunks, question.query, question.rule, question.answer_tokens, planted
+            name,
+            whole,
+            chunk_tokens,
+            place,
+            laid.chunks,
+            question.query,
+            question.rule,
+            question.answer_tokens,
+            planted,
+            laid.before,
+            laid.turns,
         )
 
     def prompt(self, task: Task) -> Prompt:
         """The token ids of a prompt."""
-        return self._prompts.build(query=task.query, chunks=task.chunks, prefix=self.dataset.prefix)
+        prefix = self.dataset.prefix
+        if not task.before and not task.turns:
+            return self._prompts.build(query=task.query, chunks=task.chunks, prefix=prefix)
+        first = task.turns[0].asked if task.turns else task.query
+        parts: list[Any] = [Text(f"{prefix}\n\n")]
+        for chunk in task.chunks:
+            parts += [Chunk(chunk), Text("\n\n")]
+        said: list[dict[str, Any]] = [{"role": "system", "content": task.before}] if task.before else []
+        said.append({"role": "user", "content": [*parts, Text(f"Question: {first}")]})
+        following = [turn.asked for turn in task.turns[1:]] + [task.query]
+        for turn, asked in zip(task.turns, following, strict=False):
+            said += [{"role": "assistant", "content": turn.answered}, {"role": "user", "content": f"Question: {asked}"}]
+        return self._prompts.build_messages(said)
+
+    def _haystack(self, cell: Cell) -> Haystack:
+        content = FORMS[cell.form].content
+        if content == "prose":
+            return self.haystack
+        if content not in self._others:
+            self._others[content] = Haystack(CONTENTS[content](), self._prompts.encode)
+        return self._others[content]
+
+    @cached_property
+    def _system_prose(self) -> list[str]:
+        """Prose of about 2,000 tokens for a system prompt, from the texts that lead-ins are taken from, which are in no chunk."""
+        sentences, tokens = [], 0
+        for sentence in " ".join(self.haystack.leads).split(". "):
+            tokens += len(self._prompts.encode(sentence)) + 1
+            if tokens > SYSTEM_TOKENS:
+                break
+            sentences.append(sentence.rstrip(".") + ".")
+        return sentences
 
     def _chunks(self, cell: Cell, question: Question, chunk_tokens: int) -> int:
         """How many chunks there are, so that prompt and answer have the cell's length at most."""

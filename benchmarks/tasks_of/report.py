@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fidelity.measures import Estimate
+from fidelity.measures import Estimate, mean
 from fidelity.rows import Row
 from fidelity.settings import Setting
 
 from cachetune_rag.reuse.config import AUTO
 
+from .forms import FORMS, PLAIN
 from .kinds import KINDS
 from .prompts import Cell
 from .settings import FULL, title
@@ -34,7 +35,7 @@ class Answered:
     @property
     def cell(self) -> Cell:
         """What the prompt is counted with."""
-        return Cell(self.full["set"], self.full["length"], self.full["near_duplicates"])
+        return Cell(self.full["set"], self.full["length"], self.full["near_duplicates"], self.full.get("form", PLAIN))
 
 
 def answered(rows: Iterable[Row]) -> list[Answered]:
@@ -100,8 +101,15 @@ def markdown(header: dict[str, Any], rows: Sequence[Row]) -> str:
             ("tokens of a prompt", lambda p: p.cell.length),
             ("near-duplicates", lambda p: p.cell.near_duplicates),
         ]
+        if any("chunks" in p.full for p in kept):  # rows of before there were forms don't have their number
+            groups.append(("number of chunks", lambda p: _chunks(p.full)))
+        if any(p.cell.form != PLAIN for p in kept):
+            groups.append(("form", lambda p: p.cell.form))
         for name, group in groups:
             parts += [f"## Kept by {name}, %", _by(kept, settings, name, group)]
+        if any("kl" in row for p in prompts for row in p.others.values()):
+            parts += ["## KL from full prefill, over the tokens of its answer", _KL_WORDS]
+            parts += [_kl_by(prompts, settings, *each) for each in groups[2:3] + groups[5:]]
     parts += ["## Full prefill by cell", _cells({**done, **left_out}, left_out)]
     return "\n\n".join(parts) + "\n"
 
@@ -163,23 +171,57 @@ def _by(prompts: Sequence[Answered], settings: Sequence[Setting], name: str, gro
     return "\n".join(lines)
 
 
+_SIZES = {"0": 0, "1-4": 4, "5-8": 8, "9-16": 16, "17-32": 32, "33 and more": 1 << 30}
+"""Groups of numbers of chunks, and the most that each has."""
+_KL_WORDS = "The mean over all prompts, also those of cells that are left out above."
+
+
+def _kl_by(
+    prompts: Sequence[Answered], settings: Sequence[Setting], name: str, group: Callable[[Answered], Any]
+) -> str:
+    """A table with a row for each setting, and a column of mean KL for each group of prompts."""
+    groups = sorted({group(p) for p in prompts}, key=_order)
+    lines = [
+        _line([name, *(f"{g:,}" if isinstance(g, int) else str(g) for g in groups)]),
+        _line(["---"] * (len(groups) + 1)),
+    ]
+    for setting in settings:
+        cells = []
+        for g in groups:
+            found = [p.others[setting]["kl"] for p in prompts if group(p) == g and "kl" in p.others.get(setting, {})]
+            kl = mean(found)
+            cells.append(f"{kl.value:.3f} [{kl.low:.3f}, {kl.high:.3f}]" if found else "")
+        lines.append(_line([title(setting), *cells]))
+    return "\n".join(lines)
+
+
+def _chunks(row: Row) -> str:
+    """About how many chunks a prompt has."""
+    return next(name for name, most in _SIZES.items() if row.get("chunks", 0) <= most)
+
+
 def _cells(cells: dict[Cell, tuple[int, int]], left_out: dict[Cell, tuple[int, int]]) -> str:
-    lines = [_line(["kind", "tokens", "near-duplicates", "right", "n", "%", ""]), _line(["---"] * 7)]
+    lines = [_line(["kind", "tokens", "near-duplicates", "form", "right", "n", "%", ""]), _line(["---"] * 8)]
     for cell, (right, count) in sorted(cells.items(), key=_cell_order):
         note = "left out" if cell in left_out else ""
         share = f"{100 * right / count:.0f}"
-        lines.append(_line([cell.kind, f"{cell.length:,}", cell.near_duplicates, str(right), str(count), share, note]))
+        lines.append(
+            _line([cell.kind, f"{cell.length:,}", cell.near_duplicates, cell.form, str(right), str(count), share, note])
+        )
     return "\n".join(lines)
 
 
 def _order(group: Any) -> tuple[int, Any]:
     """Kinds in the order in which they are defined, everything else by itself."""
-    return (list(KINDS).index(group), "") if group in KINDS else (len(KINDS), group)
+    for named in (KINDS, FORMS, _SIZES):
+        if group in named:
+            return (list(named).index(group), "")
+    return (len(KINDS), group)
 
 
 def _cell_order(item: tuple[Cell, Any]) -> tuple[Any, ...]:
     cell = item[0]
-    return (*_order(cell.kind), cell.length, cell.near_duplicates)
+    return (*_order(cell.kind), cell.length, cell.near_duplicates, _order(cell.form))
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -26,7 +26,8 @@ from fidelity.rows import key_of, read_rows
 from fidelity.settings import Setting
 from tasks_of import report
 from tasks_of.evaluate import TaskRunner
-from tasks_of.haystack import Haystack, reference_sentences
+from tasks_of.forms import FORMS
+from tasks_of.haystack import Haystack, file_sentences, reference_sentences
 from tasks_of.kinds import KINDS
 from tasks_of.layout import PLACES, lay_out
 from tasks_of.names import Names
@@ -131,6 +132,66 @@ def test_prompts_fit_and_are_the_same_again(sentences: list[str]) -> None:
             assert len(prompt.spans) == len(task.chunks)
             assert all(0.6 * task.chunk_tokens < len(c.encode()) <= task.chunk_tokens for c in task.chunks)
             assert not {c for c in task.chunks if any(lead[:100] in c for lead in made.dataset.leads)}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("place", ["middle", "split"])
+def test_a_form_asks_the_same_of_the_same_facts(sentences: list[str], form: str, place: str) -> None:
+    made = maker(sentences, place)
+    plain = made.task(Cell("tracking_2", LENGTH, "with"), 0)
+    task = made.task(Cell("tracking_2", LENGTH, "with", form), 0)
+    assert (task.query, task.rule, task.place, task.chunk_tokens) == (plain.query, plain.rule, plain.place, CHUNK)
+    assert (task.name == plain.name, task.digest == plain.digest) == (form == "plain",) * 2
+    prompt = made.prompt(task)
+    assert prompt.chunk_texts == task.chunks
+    text = tokenizer().decode(prompt.ids)
+    assert text.rindex(f"Question: {task.query}") > max(text.rindex(chunk[-50:]) for chunk in task.chunks)
+    for fact in (p.fact for p in task.planted):
+        assert any(fact.subject in chunk for chunk in task.chunks)
+        assert any(fact.rest in chunk for chunk in task.chunks)
+
+
+def test_forms_are_what_their_names_say(sentences: list[str]) -> None:
+    made = maker(sentences, "middle")
+    forms = {form: made.task(Cell("tracking_2", LENGTH, "without", form), 0) for form in FORMS}
+    plain = forms["plain"].chunks
+    needed = [p.chunks[0] for p in forms["plain"].planted if p.fact.needed]
+    windows = forms["overlapping"].chunks
+    assert windows[0] == plain[0]
+    for before, chunk, window in zip(plain, plain[1:], windows[1:], strict=False):
+        ahead = window.removesuffix(" " + chunk)
+        assert before.endswith(ahead)
+        assert len(ahead) > len(before) / 5
+    assert forms["twice"].chunks == (*plain, *(plain[i] for i in sorted(needed)))
+    copies = forms["nearly_twice"].chunks[len(plain) :]
+    for copy, number in zip(copies, sorted(needed), strict=True):
+        facts = [p.fact.text for p in forms["plain"].planted if number in p.chunks]
+        assert len(copy) < len(plain[number])
+        assert not any(fact in copy for fact in facts)
+        assert copy.split()[:3] == plain[number].split()[:3]
+    before = forms["system_prompt"].before
+    assert 1500 < len(before) < 2200
+    assert not any(before[:100] in chunk for chunk in plain)
+    assert tokenizer().decode(made.prompt(forms["system_prompt"]).ids).index(before) < 40
+    said = forms["turns_after"].turns
+    assert said[0].asked == "How does passage 1 begin?"
+    assert len(said) == 3
+    assert all(any(chunk.startswith(t.answered.split('"')[1]) for chunk in plain) for t in said)
+    assert all(re.match(r"\| .* \|$", line) for chunk in forms["tables"].chunks for line in chunk.splitlines())
+    assert sum("self." in chunk for chunk in forms["code"].chunks) > 3
+
+
+def test_prose_of_files_may_be_of_any_language(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text(
+        "Der Hund schläft unter dem Tisch. Ähnlich schläft die Katze auf dem Bett.\n\n\n列表是一个可以改变的、有顺序的元素的集合，元素可以重复。它可以被修改，也可以被任意的排序和复制多次使用。"
+    )
+    assert file_sentences([path]) == [
+        "Der Hund schläft unter dem Tisch.",
+        "Ähnlich schläft die Katze auf dem Bett.",
+        "列表是一个可以改变的、有顺序的元素的集合，元素可以重复。",
+        "它可以被修改，也可以被任意的排序和复制多次使用。",
+    ]
 
 
 def test_chunks_are_in_any_order(sentences: list[str]) -> None:
@@ -275,7 +336,7 @@ def test_tables_show_what_is_kept_and_name_the_cells_that_are_left_out() -> None
     assert "| setting | one_needle | people |" in text
     assert "| full prefill right | 4 of 5 | 2 of 5 |" in text
     assert re.search(r"\| `frequency` r 0\.15 \| 50\.0 \[\d+, \d+\] \| 100\.0 \[100, 100\] \|", text)
-    assert "| tracking_4 | 1,024 | without | 1 | 5 | 20 | left out |" in text
+    assert "| tracking_4 | 1,024 | without | plain | 1 | 5 | 20 | left out |" in text
     assert "| people | 1,024 | without | 2 | 5 | 40 |  |" in text
 
 
@@ -342,6 +403,17 @@ def test_a_prompt_that_is_cut_off_goes_on_where_it_was(sentences: list[str]) -> 
     known = {key_of(r): r for r in islice(run({}), 3)}
     assert [*known.values(), *run(known)] == whole
     assert list(run({key_of(r): r for r in whole})) == []
+
+
+def test_kl_is_that_over_the_answer_of_full_prefill(sentences: list[str]) -> None:
+    made, model = maker(sentences, "tail"), llama()
+    settings = [FULL, *(Setting("first_token", "exact", *each) for each in (("none", 0.0), ("all", 1.0)))]
+    with closing(Engines(model, tokenizer())) as engines:
+        full, nothing, everything = TaskRunner(engines, made, settings, together=2).run(task_of(made), {})
+    assert "kl" not in full
+    assert nothing["kl"] > 1e-3
+    assert everything["kl"] == pytest.approx(0, abs=1e-8)
+    assert everything["answer"] == full["answer"]
 
 
 def test_full_prefill_answers_as_the_engine_does(sentences: list[str]) -> None:
