@@ -337,7 +337,7 @@ def test_tables_show_what_is_kept_and_name_the_cells_that_are_left_out() -> None
     assert "| full prefill right | 4 of 5 | 2 of 5 |" in text
     assert re.search(r"\| `frequency` r 0\.15 \| 50\.0 \[\d+, \d+\] \| 100\.0 \[100, 100\] \|", text)
     assert "| tracking_4 | 1,024 | without | plain | 1 | 5 | 20 | left out |" in text
-    assert "| people | 1,024 | without | 2 | 5 | 40 |  |" in text
+    assert "| people | 1,024 | without | plain | 2 | 5 | 40 |  |" in text
 
 
 def test_the_default_is_held_against_its_targets() -> None:
