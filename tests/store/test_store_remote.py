@@ -7,7 +7,7 @@ import sqlite3
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from cachetune_store.diskindex import DiskIndex
 from cachetune_store.errors import RemoteError
 from cachetune_store.remote import catalogue, sync
 from cachetune_store.remote.changes import change_name
+from cachetune_store.remote.objects import Buffer, Objects
 
 
 def eventually(true: Callable[[], bool], seconds: float = 20.0) -> None:
@@ -453,6 +454,52 @@ def killed_while_made_anew(path: Path, patch: pytest.MonkeyPatch, how: str) -> N
             dying.setattr(DiskIndex, where[how], kill)
         with pytest.raises(Killed):
             store.rebuild_index()
+
+
+def test_removals_and_other_threads_do_not_wait_for_uploads(
+    folder: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, other = folder.store(tmp_path / "kv"), folder.store()
+    fill(store, "secret", 1)
+    store.sync()
+    real, writing, go = type(folder.objects).put, threading.Event(), threading.Event()
+
+    def slow(objects: Objects, name: str, parts: Sequence[Buffer], *, create: bool = False) -> bool:
+        if sample(2).key.digest in name:
+            writing.set()
+            assert go.wait(60)
+        return real(objects, name, parts, create=create)
+
+    monkeypatch.setattr(type(folder.objects), "put", slow)
+    fill(store, "large", 2)
+    assert writing.wait(60)
+    store.delete_document("secret")
+    told = threading.Thread(target=store.sync)
+    told.start()  # it waits for the chunk, which it is to bring to the place, but tells the rest before
+    try:
+        eventually(lambda: (other.sync(), [info.id for info in other.documents()])[1] == [])
+        assert not other.contains(sample(1).key)
+    finally:
+        go.set()
+        told.join()
+    other.sync()
+    assert [info.id for info in other.documents()] == ["large"]
+    assert tier_of(other, 2) == "remote"
+    assert len(objects_of(folder, "chunks/")) == 1
+
+
+def test_what_is_said_of_one_document_keeps_its_order() -> None:
+    key, written, tenant = "a" * 64, "b" * 64, {"tenant": "", "id": "d"}
+    outbox: list[tuple[str, dict[str, object]]] = [
+        ("1", {"op": "put", **tenant, "chunks": [written]}),
+        ("2", {"op": "chunk", "key": key}),
+        ("3", {"op": "put", **tenant, "chunks": [key]}),
+        ("4", {"op": "del", **tenant}),
+        ("5", {"op": "del", "tenant": "", "id": "e"}),
+        ("6", {"op": "free", "key": written, "object": "x"}),
+    ]
+    assert [name for name, _ in catalogue._tellable(outbox, all_of_it=False)] == ["1", "5", "6"]  # noqa: SLF001
+    assert [name for name, _ in catalogue._tellable(outbox, all_of_it=True)] == ["1", "3", "4", "5", "6"]  # noqa: SLF001
 
 
 def test_verify_deletes_what_dead_writers_left(folder: Place, tmp_path: Path) -> None:

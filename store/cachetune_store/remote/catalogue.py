@@ -49,6 +49,8 @@ _TRIES = 64
 _BAD_READS = 3
 """Times that a change which can't be read is read again before it is passed over."""
 
+_UPLOAD_SECONDS = 1.0
+"""Seconds of writing chunks after which it is looked for what else can be told."""
 _DAY = 86_400.0
 
 _log = logging.getLogger(__name__)
@@ -79,6 +81,7 @@ class Catalogue:
         self._book = Book(index)
         self._forget, self._upload = forget, upload
         self._round = threading.RLock()  # one thread at a time reads or writes the log
+        self._uploading = threading.Lock()  # and one writes a chunk
         self._bad_reads = 0
         self._joined = False
         self._key = key
@@ -155,8 +158,8 @@ class Catalogue:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Nothing is read from the log or added to it while the context is open, by this process."""
-        with self._round:
+        """Nothing is read from the log or added to it while the context is open, and no chunk is written, by this process."""
+        with self._uploading, self._round:
             yield
 
     def join(self) -> None:
@@ -243,15 +246,30 @@ class Catalogue:
                 read += 1
 
     def publish(self) -> bool:
-        """Tell the others what waits in the outbox. Returns whether nothing waits any more."""
+        """Tell the others what waits in the outbox, and write the chunks that wait for it. Returns whether nothing waits any more.
+
+        What needs no chunk to be written is told first, and between chunks: a removal doesn't wait for uploads, and nor does another thread.
+        """
+        while True:
+            self._tell()
+            ended, full = self._upload_waiting()
+            if ended:
+                return self._tell(all_of_it=full is not None, full=full)
+
+    def _tell(self, *, all_of_it: bool = False, full: RemoteError | None = None) -> bool:
+        """Tell the others what can be told now. Returns whether nothing waits any more.
+
+        Args:
+            all_of_it: documents of which chunks still wait to be written are told as well.
+            full: why chunks can't be written; raised once the others know the rest.
+        """
         with self._round:
             self.join()
-            full = self._upload_waiting()
             for _ in range(_TRIES):
                 self.catch_up(look_far=self.waiting > 0 and self._is_cut_off())
                 with self._index.transaction():
                     position = self._book.state()["position"]
-                    named = [(name, op) for name, op in self._book.outbox() if not _needs_upload(op)][:_OPS_A_CHANGE]
+                    named = _tellable(self._book.outbox(), all_of_it=all_of_it)[:_OPS_A_CHANGE]
                     named = [(name, op) for name, op in named if not self._is_held_again(name, op)]
                 if not named:
                     if full is not None:
@@ -350,27 +368,42 @@ class Catalogue:
 
     # -- the outbox -----------------------------------------------------------------------------------------------
 
-    def _upload_waiting(self) -> RemoteError | None:
-        """Write the chunks that wait for it to the place. Returns why that ended early: what else waits can be told all the same."""
+    def _upload_waiting(self) -> tuple[bool, RemoteError | None]:
+        """Write chunks that wait for it to the place, for about a second.
+
+        Returns:
+            Whether there is nothing more to do now, and why that ended early: what else waits can be told all the same.
+        """
+        until = time.monotonic() + _UPLOAD_SECONDS
         for name, op in self._book.outbox():
             if not _needs_upload(op):
                 continue
-            try:
-                done = None if self.find(ChunkKey(op["key"])) else self._upload(ChunkKey(op["key"]))
-            except RemoteError as error:
-                return error
-            with self._index.transaction():
-                now = self._index.get(name)
-                wanted = now is not None and _needs_upload(now)
-                if wanted and done is not None:
-                    self._index.set(name, done)
-                    self.written(done)
-                elif wanted:
-                    self._book.told(name)
-            if done is not None and not wanted:  # removed meanwhile, or another process has written it
-                with contextlib.suppress(RemoteError):
-                    self._objects.delete([done["object"]])
-        return None
+            if time.monotonic() >= until:
+                return False, None
+            with self._uploading:  # each chunk once, if several threads come here
+                try:
+                    self._upload_one(name)
+                except RemoteError as error:
+                    return True, error
+        return True, None
+
+    def _upload_one(self, name: str) -> None:
+        """Write the chunk of the op that waits under this name, unless that is done or isn't wanted any more."""
+        op = self._index.get(name)
+        if op is None or not _needs_upload(op):
+            return
+        done = None if self.find(ChunkKey(op["key"])) else self._upload(ChunkKey(op["key"]))
+        with self._index.transaction():
+            now = self._index.get(name)
+            wanted = now is not None and _needs_upload(now)
+            if wanted and done is not None:
+                self._index.set(name, done)
+                self.written(done)
+            elif wanted:
+                self._book.told(name)
+        if done is not None and not wanted:  # removed meanwhile, or another process has written it
+            with contextlib.suppress(RemoteError):
+                self._objects.delete([done["object"]])
 
     def _is_held_again(self, name: str, op: Op) -> bool:
         """Whether a chunk that was to be removed is held by a document by now. It stays then."""
@@ -386,3 +419,26 @@ class Catalogue:
 
 def _needs_upload(op: Op) -> bool:
     return op["op"] == "chunk" and "object" not in op
+
+
+def _tellable(outbox: Sequence[tuple[str, Op]], *, all_of_it: bool) -> list[tuple[str, Op]]:
+    """What of the outbox can be told: what needs no chunk to be written first.
+
+    Args:
+        outbox: what waits, in order.
+        all_of_it: documents whose chunks can't be written now count as well: others compute what they find missing.
+    """
+    unwritten = set() if all_of_it else {op["key"] for _, op in outbox if _needs_upload(op)}
+    behind: set[tuple[str, str]] = set()
+    found = []
+    for name, op in outbox:
+        if _needs_upload(op):
+            continue
+        if "id" in op:
+            # What is said of one document keeps its order.
+            place = op["tenant"], op["id"]
+            if place in behind or not unwritten.isdisjoint(op.get("chunks", ())):
+                behind.add(place)
+                continue
+        found.append((name, op))
+    return found
