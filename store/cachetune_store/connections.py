@@ -16,6 +16,8 @@ import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from .errors import IndexReplacedError
+
 __all__ = ["Connections"]
 
 FORK_SECONDS = 5.0
@@ -36,7 +38,7 @@ class Connections:
         self._ready = threading.Condition()
         self._idle: list[sqlite3.Connection] = []
         self._lent: list[sqlite3.Connection] = []
-        self._closed = self._forking = False
+        self._closed = self._retired = self._forking = False
         self._identity: tuple[int | None, ...] | None = None
         _all.add(self)
 
@@ -47,7 +49,11 @@ class Connections:
 
     @contextlib.contextmanager
     def lent(self) -> Iterator[sqlite3.Connection]:
-        """This thread's connection; the same one inside of itself."""
+        """This thread's connection; the same one inside of itself.
+
+        Raises:
+            IndexReplacedError: they are retired.
+        """
         mine = self.mine
         if mine is not None:
             yield mine
@@ -71,6 +77,15 @@ class Connections:
                 idle.append(mine)
         for connection in idle:
             _close(connection)
+
+    def retire(self) -> None:
+        """Close them, and lend none any more: the database's files are about to be removed.
+
+        A thread that still has this object would otherwise make a new database in the midst of that, of which half would be removed again.
+        """
+        with self._ready:
+            self._retired = True
+        self.close()
 
     def note(self) -> None:
         """Remember which files are open; those beside the database are there once it has been read."""
@@ -97,6 +112,8 @@ class Connections:
         with self._ready:
             while self._forking:
                 self._ready.wait()
+            if self._retired:
+                raise IndexReplacedError(f"the index {self._file.parent} is being replaced")
             if self._idle:
                 taken = self._idle.pop()
             else:

@@ -156,6 +156,10 @@ class Database(diskcache.Cache):
         """Close all connections; those in use when their users are done."""
         self._connections.close()
 
+    def retire(self) -> None:
+        """Close all connections, and make none any more: the database's files are about to be removed."""
+        self._connections.retire()
+
     def is_replaced(self) -> bool:
         """Whether another database stands in its place."""
         return self._connections.is_replaced()

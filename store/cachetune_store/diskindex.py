@@ -170,7 +170,7 @@ class DiskIndex(Index):
                     raise explain(error, self._directory) from error
             else:
                 kept = {}
-            self.database.close_all()
+            self.database.retire()
             self._filled = False
             self.database = self._fresh()
             with self._translated(), self.database.lent():

@@ -9,12 +9,13 @@ import pickle
 import shutil
 import sqlite3
 import stat
+import threading
 from pathlib import Path
 
 import pytest
 from store_samples import file_of, flip, sample
 
-from cachetune_store import Chunk, ChunkStore, IndexDamagedError, StorePathError, StoreVersionError
+from cachetune_store import Chunk, ChunkStore, IndexDamagedError, StorePathError, StoreVersionError, diskindex
 from cachetune_store.diskindex import DiskIndex
 from cachetune_store.errors import IndexReplacedError
 
@@ -399,3 +400,35 @@ def test_counting_what_is_stored_reads_a_few_records(path: Path) -> None:
             store.stats()
             connection.set_trace_callback(None)
         assert len(statements) < 10
+
+
+def test_no_thread_makes_a_database_while_the_old_one_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of it would be removed again, and the new index met a disk I/O error."""
+    index = DiskIndex(tmp_path / "index")
+    with index.made_anew("id"):
+        index.set("name", 1)
+    with index.database.lent():  # so that another thread needs a connection of its own
+        pass
+    real, said = diskindex.remove_any, []
+
+    def read() -> None:
+        try:
+            with index.database.lent():
+                said.append("lent")
+        except IndexReplacedError as error:
+            said.append(str(error))
+
+    def remove(path: Path) -> None:
+        real(path)
+        thread = threading.Thread(target=read)
+        thread.start()
+        thread.join()
+
+    monkeypatch.setattr(diskindex, "remove_any", remove)
+    with index.made_anew("id"):
+        index.set("name", 2)
+    assert set(said) == {f"the index {tmp_path / 'index'} is being replaced"}
+    assert index.get("name") == 2
+    index.close()
