@@ -60,7 +60,8 @@ class TaskRunner:
         length = state.cache.get_seq_length()
         (answer,) = greedy_answers(engine, [state], task.answer_tokens)
         target = engine.prompts.encode(answer)
-        state.cache.crop(length - state.cache.get_seq_length())  # what the answer appended
+        if appended := state.cache.get_seq_length() - length:
+            state.cache.crop(-appended)  # of the answer; 0 would remove everything in some versions of transformers
         return _Full(answer, target, target_logits(engine, [state], target)[0] if target else state.logits[:0])
 
     def _reused(
