@@ -116,7 +116,8 @@ def precompute(
         raise ConfigError(f"model is {shown(model)}: use a folder made by save_pretrained, or a hub id.")
     place = _place_of(store)
     here = not is_remote(place) and options.get("remote") is None
-    columns.check(dataset.schema().names)
+    if (known := dataset.schema(fetch_if_missing=False)) is not None:  # otherwise the first row says it
+        columns.check(known.names)
 
     name = os.fspath(model)
     cutter = Cutter(_absolute(name), gguf_file, revision, chunk_tokens, work_tokens, columns)
@@ -237,6 +238,7 @@ def _first_rows(dataset: Any, columns: Columns) -> list[dict[str, Any]]:
     for row in _in_order(dataset):
         failures.check(row)
         if row.get("failed") is None:
+            columns.check(row)
             left -= sum(len(part) for part in columns.document(row).cut(lambda text: [text]))
             first.append(row)
         if left <= 0:

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow
+import pyarrow.dataset
 import pyarrow.fs
 import ray
 
@@ -216,26 +217,19 @@ def _read_parquet(place: str) -> Any:
     columns = Columns()
     filesystem, path = pyarrow.fs.FileSystem.from_uri(place)
     near = {} if "://" in place else on_this_machine()
-    dataset = ray.data.read_parquet(path, filesystem=filesystem, **near)
-    names = dataset.schema().names
-    columns.check(names)
-    used = [name for name in (columns.id, columns.text, columns.chunks) if name in names]
-    info = filesystem.get_file_info(
-        pyarrow.fs.FileSelector(path, recursive=True) if _folder(filesystem, path) else [path]
-    )
-    each = sum(f.size or 0 for f in info) // max(1, dataset.count())
+    footers = pyarrow.dataset.dataset(path, filesystem=filesystem, format="parquet")
+    columns.check(footers.schema.names)
+    used = [name for name in (columns.id, columns.text, columns.chunks) if name in footers.schema.names]
+    each = sum(filesystem.get_file_info(file).size for file in footers.files) // max(1, footers.count_rows())
+    dataset = ray.data.read_parquet(path, filesystem=filesystem, columns=used, **near)
 
     def rows(table: Any) -> Any:
         return pyarrow.Table.from_pylist(
-            [{**row, columns.id: str(row[columns.id]), "size": each} for row in table.select(used).to_pylist()],
+            [{**row, columns.id: str(row[columns.id]), "size": each} for row in table.to_pylist()],
             schema=SCHEMA,
         )
 
     return dataset.map_batches(rows, batch_format="pyarrow", **near)
-
-
-def _folder(filesystem: Any, path: str) -> bool:
-    return bool(filesystem.get_file_info(path).type == pyarrow.fs.FileType.Directory)
 
 
 def _is_parquet(path: Path) -> bool:
