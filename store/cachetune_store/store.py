@@ -582,6 +582,12 @@ class ChunkStore:
         wanted = None if namespace is None else namespace.digest
         return self._texts(wanted) if keys is None else self._texts_of(check_keys(keys), wanted)
 
+    def texts_in_memory(self) -> list[str]:
+        """The texts of the chunks that memory has now, the host's or a device's, as far as they are stored with their texts."""
+        self._check_open()
+        heads = (head for tier in self._placement.tiers if tier.kind.in_memory for _, head in tier.heads())
+        return [head.text for head in heads if not isinstance(head, Exception) and head.text is not None]
+
     def text_keys(self) -> list[ChunkKey]:
         """The keys of all chunks stored with their texts, of whatever namespace; far quicker than `texts`, for it reads no text."""
         self._check_open()

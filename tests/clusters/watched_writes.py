@@ -7,22 +7,26 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import wrapt
+
 FOLDER = "CACHETUNE_TEST_WRITES"
 """The variable that names the folder in which writes are noted."""
 
 
 def install() -> None:
-    """Watch all stores of this process."""
-    import cachetune_store.store as stores
+    """Watch all stores of this process, from when their module is imported: most of Ray's processes never need it, and it takes seconds."""
+    wrapt.register_post_import_hook(watch, "cachetune_store.store")
 
+
+def watch(stores: Any) -> None:
     original = stores.ChunkStore.write
 
     def write(self: Any, chunk: Any) -> int:
-        written = original(self, chunk)
+        written: int = original(self, chunk)
         note(str(chunk.key))
         return written
 
-    stores.ChunkStore.write = write  # type: ignore[method-assign]
+    stores.ChunkStore.write = write
 
 
 def note(key: str) -> None:

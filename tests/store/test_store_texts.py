@@ -41,6 +41,20 @@ def test_an_evicted_chunk_of_a_document_stays_known(tmp_path: Path, where: str) 
         assert "held" not in known(store)
 
 
+def test_texts_in_memory_are_those_of_the_chunks_that_are_there_now(tmp_path: Path) -> None:
+    with ChunkStore(tmp_path / "kv", host_budget="1GiB") as store:
+        sample(0).put(store, text="one")
+        sample(1).put(store, text="two")
+        sample(2).put(store)  # without a text
+        assert sorted(store.texts_in_memory()) == ["one", "two"]
+    with ChunkStore(tmp_path / "kv", host_budget="1GiB") as store:
+        assert store.texts_in_memory() == []
+    with small_store(None) as store:
+        for seed in range(4):
+            sample(seed).put(store, text=f"text {seed}")
+        assert store.texts_in_memory() == ["text 2", "text 3"]
+
+
 def test_deleting_a_document_forgets_texts_of_chunks_that_were_evicted(tmp_path: Path) -> None:
     with small_store(tmp_path / "kv") as store:
         sample(0).put(store, text="held")

@@ -1,0 +1,236 @@
+"""A Ray Serve application: vLLM servers that reuse chunks, and a router that sends a request where most of its chunks are in host memory.
+
+    serve run cachetune_ray.serving:build model=org/name store=/data/kv replicas=4 gpus=1
+
+docs/scale.md says how it behaves. Clients see vLLM's OpenAI API.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+import aiohttp
+import fastapi
+import ray.exceptions
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from ray import serve
+from ray.serve.config import RequestRouterConfig
+
+from cachetune_rag.checking.arguments import check_count
+from cachetune_rag.errors import ConfigError
+from cachetune_ray.question import Question
+from cachetune_ray.router import STATS, ChunkRouter
+from cachetune_ray.routing import SETTLE_SECONDS, SPREAD
+from cachetune_ray.server_process import ServerGoneError, ServerProcess
+from cachetune_store.printing import shown
+from cachetune_vllm import sketches
+from cachetune_vllm.serve import command_line
+
+TRIES = 3
+"""How often a request is given to a replica, if one dies with it."""
+ANSWERED_BY = "x-cachetune-replica"
+"""The header of an answer that names the replica it comes from."""
+_SKETCH_SECONDS = 2.0
+_OF_ONE_HOP = {"host", "connection", "content-length", "transfer-encoding", "keep-alive", "upgrade", "te", "trailer"}
+_GONE = (ray.exceptions.RayActorError, ServerGoneError)
+_log = logging.getLogger("ray.serve")
+
+
+class Replica:
+    """An actor with a vLLM server beside it. It hands requests on and publishes which chunks the server has in memory.
+
+    Args:
+        words: a line of `vllm serve`.
+    """
+
+    async def __init__(self, words: Sequence[str]):  # type: ignore[misc]  # Ray Serve awaits it
+        self._server = ServerProcess(words)
+        # No limit on time: an answer takes as long as it takes, and who asked may hang up.
+        self._client = aiohttp.ClientSession(self._server.url, timeout=aiohttp.ClientTimeout(total=None))
+        self._sketch, self._version = b"", 0
+        while not await self._healthy():
+            self._server.check()
+            await asyncio.sleep(0.2)
+
+    async def ask(self, question: Question) -> AsyncIterator[Any]:
+        """The server's answer: status and headers, then the body piece by piece.
+
+        Raises:
+            ServerGoneError: the server has ended, or closed the connection.
+        """
+        try:
+            async with self._client.request(
+                question.method, question.path, headers=question.headers, data=question.body, allow_redirects=False
+            ) as response:
+                headers = [pair for pair in response.headers.items() if pair[0].lower() not in _OF_ONE_HOP]
+                yield response.status, [*headers, (ANSWERED_BY, serve.get_replica_context().replica_id.unique_id)]
+                async for piece in response.content.iter_any():
+                    yield piece
+        except aiohttp.ClientError as error:
+            raise ServerGoneError(f"the vLLM server of this replica doesn't answer: {error}") from error
+
+    async def check_health(self) -> None:
+        """Ray Serve asks this, and starts another replica where it raises an error."""
+        self._server.check()
+        if not await self._healthy():
+            raise ServerGoneError(f"the vLLM server of this replica, process {self._server.pid}, is not healthy.")
+
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """Ray Serve asks this every few seconds, and hands it to the routers."""
+        try:
+            async with self._client.get(sketches.PATH) as response:
+                sketch = await response.read() if response.status == 200 else b""
+        except aiohttp.ClientError as error:
+            _log.warning("no sketch of the chunks in memory: %s", error)
+            sketch = b""
+        if sketch and sketch != self._sketch:
+            self._sketch, self._version = sketch, self._version + 1
+        return {STATS: (self._version, self._sketch)} if self._sketch else {}
+
+    async def server_pid(self) -> int:
+        """The server's process, for tests and operators."""
+        return self._server.pid
+
+    def __del__(self) -> None:
+        """Ray Serve calls this when the replica is to go."""
+        if hasattr(self, "_server"):
+            self._server.stop()
+
+    async def _healthy(self) -> bool:
+        try:
+            async with self._client.get("/health") as response:
+                return response.status == 200
+        except aiohttp.ClientError:
+            return False
+
+
+_api = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+
+
+class Ingress:
+    """Reads requests and asks a replica that the router chooses. If a replica dies before anything of its answer was sent on, another is asked.
+
+    Args:
+        replicas: the deployment of `Replica`.
+    """
+
+    def __init__(self, replicas: Any):
+        self._replicas = replicas.options(stream=True)
+
+    @_api.api_route("/{path:path}", methods=["GET", "POST"])  # type: ignore[untyped-decorator]
+    async def answer(self, path: str, request: fastapi.Request) -> Response:
+        """Hand a request on. `path` is in the request as well."""
+        if f"/{path}" == sketches.PATH:  # whoever has a text could ask whether others' requests show it
+            return Response(status_code=404)
+        query = f"?{request.url.query}" if request.url.query else ""
+        headers = [pair for pair in request.headers.items() if pair[0].lower() not in _OF_ONE_HOP]
+        body = await request.body()
+        # Hashing a long prompt takes milliseconds, in which other requests go on.
+        question = await asyncio.to_thread(Question.of, request.method, f"/{path}{query}", headers, body)
+        for left in range(TRIES - 1, -1, -1):
+            try:
+                return await self._ask(question)
+            except _GONE as error:
+                _log.warning("a replica has died with a request (%s more tries): %s", left, error)
+                if not left:
+                    message = f"{TRIES} replicas, one after the other, died with this request: {error}"
+                    return JSONResponse({"error": {"message": message, "type": "server_error"}}, 503)
+        raise AssertionError("every try returns or raises")
+
+    async def _ask(self, question: Question) -> Response:
+        pieces = self._replicas.ask.remote(question)
+        status, headers = await anext(pieces)
+        if question.streamed:
+            # What was sent on can't be taken back: from the first piece on, the answer is this replica's.
+            first = await anext(pieces, b"")
+            response: Response = StreamingResponse(_chained(first, pieces), status)
+        else:
+            response = Response(b"".join([piece async for piece in pieces]), status)
+        for name, value in headers:
+            response.headers[name] = value
+        return response
+
+
+async def _chained(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for piece in rest:
+        yield piece
+
+
+def application(
+    model: str,
+    settings: Mapping[str, Any],
+    options: Sequence[str] = (),
+    *,
+    replicas: int = 1,
+    gpus: float = 0,
+    cpus: float = 1,
+    most_at_once: int = 64,
+    spread: float = SPREAD,
+    settle: float = SETTLE_SECONDS,
+    sketch_seconds: float = _SKETCH_SECONDS,
+    router: Any = ChunkRouter,
+) -> Any:
+    """The application, for `ray.serve.run`.
+
+    Args:
+        model: folder of the model on all machines, or its hub id.
+        settings: of the connector (`cachetune_vllm.settings.ServerSettings`): store, host_budget, ratio, ...
+        options: of `vllm serve`.
+        replicas: how many servers.
+        gpus, cpus: what each takes of its machine.
+        most_at_once: requests that a replica is given at the same time; more wait.
+        spread, settle: of `ChunkRouting`.
+        sketch_seconds: how often replicas publish which chunks they have in memory.
+        router: another `RequestRouter` of Ray Serve, to compare with.
+
+    Raises:
+        ConfigError: an argument can't be used.
+    """
+    for name, value in (("replicas", replicas), ("most_at_once", most_at_once)):
+        check_count(value, name, "a whole number, 1 or more")
+    own = {"spread": spread, "settle": settle} if router is ChunkRouter else {}
+    words = command_line(
+        model,
+        dict(settings),
+        [
+            *options,
+            *("--worker-extension-cls", f"{sketches.__name__}.{sketches.SketchingWorker.__name__}"),
+            *("--middleware", f"{sketches.__name__}.{sketches.SketchEndpoint.__name__}"),
+        ],
+    )
+    servers = serve.deployment(Replica).options(
+        num_replicas=replicas,
+        max_ongoing_requests=most_at_once,
+        ray_actor_options={"num_gpus": gpus, "num_cpus": cpus},
+        health_check_period_s=5,
+        request_router_config=RequestRouterConfig(
+            request_router_class=router,
+            request_router_kwargs=own,
+            request_routing_stats_period_s=sketch_seconds,
+        ),
+    )
+    ingress = serve.deployment(serve.ingress(_api)(Ingress)).options(max_ongoing_requests=most_at_once * replicas)
+    return ingress.bind(servers.bind(words))
+
+
+def build(arguments: dict[str, str]) -> Any:
+    """The application from words such as `model=M store=S replicas=4`, for `serve run` and Serve's configuration files.
+
+    Args:
+        arguments: `model`, `store`, those of `application`, and settings of the connector; `options` are words of `vllm serve`.
+    """
+    given = dict(arguments)
+    for name in ("model", "store"):
+        if not given.get(name):
+            raise ConfigError(
+                f"{name} is {shown(given.get(name))}: say {name}=..., as in `model=org/name store=/data/kv`."
+            )
+    numbers = {"replicas": int, "gpus": float, "cpus": float, "most_at_once": int, "spread": float, "settle": float}
+    numbers["sketch_seconds"] = float
+    own = {name: kind(given.pop(name)) for name, kind in numbers.items() if name in given}
+    options = str(given.pop("options", "")).split()
+    return application(given.pop("model"), given, options, **own)

@@ -1,0 +1,173 @@
+"""The Serve application's own parts: what a router makes of a request, and what an ingress does where a replica dies. No cluster is started."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("ray")
+pytest.importorskip("fastapi")
+
+import ray.exceptions
+
+from cachetune_rag.errors import ConfigError
+from cachetune_ray.question import Question
+from cachetune_ray.router import STATS, ChunkRouter
+from cachetune_ray.serving import TRIES, Ingress, application, build
+from cachetune_ray.sketch import Sketch, samples_of
+
+PASSAGE = "A passage that is long enough to have some hashes of its own. " * 12
+
+
+def question(body: Any, path: str = "/v1/chat/completions") -> Question:
+    return Question.of("POST", path, [], body if isinstance(body, bytes) else json.dumps(body).encode())
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [{"role": "system", "content": "Short."}, {"role": "user", "content": PASSAGE}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": PASSAGE}]}]},
+        {"prompt": PASSAGE},
+        {"prompt": [PASSAGE, "Another."]},
+    ],
+)
+def test_hashes_of_a_request_are_those_of_its_texts(body: dict[str, Any]) -> None:
+    assert set(samples_of([PASSAGE]).tolist()) <= set(question(body).samples.tolist())
+    assert not question(body).streamed
+    assert question(body | {"stream": True}).streamed
+
+
+@pytest.mark.parametrize("body", [b"", b"no JSON", {"prompt": [1, 2, 3]}, [PASSAGE], {"messages": 7}])
+def test_what_shows_no_text_has_no_hashes(body: Any) -> None:
+    assert question(body).samples.size == 0
+
+
+class Named:
+    def __init__(self, name: str):
+        self.name = name
+
+    def to_full_id_str(self) -> str:
+        return self.name
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Named) and other.name == self.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+
+class Other:
+    """A replica as Ray Serve shows it to a router."""
+
+    def __init__(self, name: str, *texts: str):
+        self.replica_id = Named(name)
+        self.routing_stats = {STATS: (1, Sketch.of(samples_of(texts)).to_bytes())} if texts else {}
+
+
+class Pending:
+    def __init__(self, asked: Question):
+        self.args = [asked]
+
+
+class Router(ChunkRouter):
+    """Without Ray's own state."""
+
+    def __init__(self) -> None:
+        self.initialize_state()
+
+    @property
+    def replica_queue_len_cache(self) -> dict[Any, int]:
+        return {}
+
+
+async def test_a_router_asks_the_replica_that_has_the_chunks_unless_it_has_too_much_to_do() -> None:
+    router = Router()
+    replicas = [Other("a"), Other("b", PASSAGE), Other("c", "x" * 400)]
+    asked = Pending(question({"prompt": PASSAGE}))
+    ranks = await router.choose_replicas(replicas, asked)
+    assert [each.replica_id.name for each in ranks[0]] == ["b"]
+    assert len(ranks) == 3
+    for _ in range(2):
+        router.on_request_routed(asked, Named("b"), None)
+    assert (await router.choose_replicas(replicas, asked))[0][0].replica_id.name != "b"
+    for _ in range(3):
+        router.on_request_completed(Named("b"), "id")
+    assert (await router.choose_replicas(replicas, asked))[0][0].replica_id.name == "b"
+
+
+class Replicas:
+    """A handle of which the first calls fail, before their answers or in the midst."""
+
+    def __init__(self, failures: int, *, after: int):
+        self.failures, self.after, self.calls = failures, after, 0
+        self.ask = self
+
+    def options(self, **_: Any) -> Replicas:
+        return self
+
+    async def remote(self, question: Question) -> AsyncIterator[Any]:
+        self.calls += 1
+        dies = self.calls <= self.failures
+        for number, piece in enumerate([(200, [("content-type", "text/plain")]), b"one ", b"two"]):
+            if dies and number == self.after:
+                raise ray.exceptions.RayActorError
+            yield piece
+
+
+class Asked:
+    """A client's request as FastAPI gives it."""
+
+    def __init__(self, *, stream: bool = False):
+        self._body = json.dumps({"prompt": PASSAGE, "stream": stream}).encode()
+        self.method, self.headers, self.url = "POST", {"host": "h", "accept": "x"}, type("Url", (), {"query": ""})
+
+    async def body(self) -> bytes:
+        return self._body
+
+
+def ingress(replicas: Replicas) -> Any:
+    return Ingress(replicas)
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+async def test_a_request_is_asked_again_where_a_replica_dies_with_it(after: int) -> None:
+    replicas = Replicas(1, after=after)
+    response = await ingress(replicas).answer("v1/completions", Asked())
+    assert (response.status_code, response.body, replicas.calls) == (200, b"one two", 2)
+    assert response.headers["content-type"] == "text/plain"
+
+
+async def test_a_streamed_answer_is_asked_again_until_something_of_it_was_sent_on() -> None:
+    replicas = Replicas(1, after=1)
+    response = await ingress(replicas).answer("v1/completions", Asked(stream=True))
+    assert b"".join([piece async for piece in response.body_iterator]) == b"one two"
+    broken = await ingress(Replicas(1, after=2)).answer("v1/completions", Asked(stream=True))
+    with pytest.raises(ray.exceptions.RayActorError):
+        [piece async for piece in broken.body_iterator]
+
+
+async def test_clients_see_no_sketch() -> None:
+    replicas = Replicas(0, after=0)
+    response = await ingress(replicas).answer("cachetune/sketch", Asked())
+    assert (response.status_code, replicas.calls) == (404, 0)
+
+
+async def test_a_request_that_no_replica_survives_says_so() -> None:
+    replicas = Replicas(99, after=0)
+    response = await ingress(replicas).answer("v1/completions", Asked())
+    assert (response.status_code, replicas.calls) == (503, TRIES)
+    assert f"{TRIES} replicas, one after the other, died with this request" in response.body.decode()
+
+
+def test_an_application_is_built_from_words() -> None:
+    assert build({"model": "m", "store": "/kv", "replicas": "2", "host_budget": "1GiB", "options": "--seed 1"})
+    with pytest.raises(ConfigError, match="store is None: say store="):
+        build({"model": "m"})
+    with pytest.raises(ConfigError, match="replicas is 0"):
+        application("m", {"store": "/kv"}, replicas=0)
+    with pytest.raises(ConfigError, match="host_bugdet"):
+        application("m", {"store": "/kv", "host_bugdet": 1})

@@ -1,0 +1,29 @@
+"""Real Ray Serve in front of three real vLLM servers on the CPU, with a tiny model. Takes minutes: `make test-ray` runs it in the environment with vLLM."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm")
+pytest.importorskip("fastapi")
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+import ray_serving
+
+pytestmark = pytest.mark.cluster
+
+
+def test_routed_requests_find_more_in_memory_and_a_killed_replica_loses_none(tmp_path: Path) -> None:
+    place = ray_serving.Place.make(tmp_path)
+    with ray_serving.Cluster(place):
+        in_turns = ray_serving.measure(place, ray_serving.IN_TURNS)
+        routed = ray_serving.measure(place, ray_serving.ROUTED, kill=True)
+    assert routed.share >= 1.5 * in_turns.share, (routed, in_turns)
+    assert routed.failed == in_turns.failed == 0
+    assert routed.most_over_mean < 2
+    assert routed.after_kill.failed == 0
+    assert routed.after_kill.replicas == 3, "a new replica took the place of the killed one"
+    assert routed.newcomer_read > 0, "and took chunks from where all replicas have them"
