@@ -41,13 +41,12 @@ class Engines:
         """The store, and the model's fingerprint if it has to be given."""
         settings = self._settings
         store = ChunkStore(
-            settings.store,
+            **settings.place,
             codec=settings.codec,
             host_budget=settings.host_budget,
             disk_budget=settings.disk_budget,
             device_budget=settings.device_budget,
             device=self._served.model.device,
-            store_key=settings.store_key,
         )
         try:
             return store, served_fingerprint(self._served, self._model_config, Profiles(store.path))

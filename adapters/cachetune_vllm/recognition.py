@@ -61,19 +61,18 @@ class Recognition:
         self._prompts = PromptBuilder(tokenizer)
         self._spelling = Spelling(private_copy(tokenizer))
         # Only the store's texts are read here; the workers read the chunks' rows.
-        self._store = ChunkStore(
-            settings.store, host_budget=0, disk_budget=settings.disk_budget, store_key=settings.store_key
-        )
+        self._store = ChunkStore(**settings.place, host_budget=0, disk_budget=settings.disk_budget)
+        self._place = self._store.path or self._store.remote
         self._tenants: OrderedDict[str, StoreIdRecognizer] = OrderedDict()
         caught_up = self.catch_up(START_PATIENCE)
         known = self._of(settings.tenant).known
         if not caught_up:
             _log.warning("%d chunks of the store are known, and %d still to be read", known.chunks, known.waiting)
         elif known.chunks:
-            _log.info("%d chunks in %s are known, and reused where a prompt shows them", known.chunks, self._store.path)
+            _log.info("%d chunks in %s are known, and reused where a prompt shows them", known.chunks, self._place)
         else:
             wanted = self._lead_ins(settings.tenant).namespace
-            _log.warning("no chunk in %s can be reused: %s", self._store.path, why_unusable(self._store, wanted))
+            _log.warning("no chunk in %s can be reused: %s", self._place, why_unusable(self._store, wanted))
 
     def find(self, ids: Sequence[int], settings: RequestSettings) -> Recognised:
         """The chunks that stand in a prompt: stored ones, and those that the request names."""

@@ -16,6 +16,7 @@ import typer
 from cachetune_rag.checking.escaping import visible_line
 from cachetune_rag.errors import CacheTuneError, ConfigError
 from cachetune_store import StoreError
+from cachetune_store.remote.places import is_remote
 from cachetune_vllm.settings import ServerSettings
 
 MIDDLEWARE = "cachetune_vllm.middleware.CheckRequests"
@@ -83,9 +84,9 @@ def _whole_number_or_name(value: str) -> int | str:
         return value
 
 
-def _key_place(value: str) -> str:
-    """Where the store's key is: the server's processes may have another current directory."""
-    return value if value.startswith("env:") else os.path.abspath(os.path.expanduser(value))  # noqa: PTH100, PTH111 (as for --store)
+def _absolute(path: str) -> str:
+    """A path for the server's processes, which may have another current directory."""
+    return os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111 (a Path would drop a closing slash and "./")
 
 
 def _number_or_name(value: str) -> float | str:
@@ -109,8 +110,7 @@ def _stored_dtype(settings: Mapping[str, Any], others: Sequence[str]) -> list[st
         return []
     from cachetune_vllm.stored import stored_dtype  # it loads torch: only when needed
 
-    checked = ServerSettings.of(settings)
-    dtype = stored_dtype(checked.store, checked.tenant, checked.store_key)
+    dtype = stored_dtype(ServerSettings.of(settings))
     return [] if dtype is None else ["--dtype", dtype]
 
 
@@ -120,7 +120,9 @@ def serve(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Folder of the model, or its hub id.", show_default=False)
     ],
-    store: Annotated[str, typer.Option("--store", "-s", metavar="FOLDER", help="Folder of the KV store.")],
+    store: Annotated[
+        str, typer.Option("--store", "-s", metavar="FOLDER", help="Folder of the KV store, or a URL as of --remote.")
+    ],
     tenant: Annotated[str | None, typer.Option(metavar="NAME", help="Whose chunks the server uses.")] = None,
     codec: Annotated[str | None, typer.Option(metavar="NAME", help="How missed chunks are stored.")] = None,
     host_budget: Annotated[str | None, typer.Option(metavar="BYTES", help="Memory that keeps chunks at hand.")] = None,
@@ -128,6 +130,14 @@ def serve(
     device_budget: Annotated[
         str | None, typer.Option(metavar="BYTES", help="Memory of the GPU that keeps chunks in use at hand.")
     ] = None,
+    remote: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="A place that machines share, behind the store: s3://BUCKET/PREFIX, valkey://HOST:PORT, ...",
+        ),
+    ] = None,
+    remote_codec: Annotated[str | None, typer.Option(metavar="NAME", help="How chunks are stored there.")] = None,
     store_key: Annotated[
         str | None, typer.Option(metavar="FILE", help="File with the store's key, or env:NAME for a variable.")
     ] = None,
@@ -156,13 +166,15 @@ def serve(
     All further options are those of `vllm serve`: --port, --max-model-len, --gpu-memory-utilization and so on.
     """
     given = {
-        "store": os.path.abspath(os.path.expanduser(store)),  # noqa: PTH100, PTH111 (a Path would drop a closing slash and "./")
+        "store": store if is_remote(store) else _absolute(store),
         "tenant": tenant,
         "codec": codec,
         "host_budget": host_budget,
         "disk_budget": disk_budget,
         "device_budget": device_budget,
-        "store_key": None if store_key is None else _key_place(store_key),
+        "remote": remote,
+        "remote_codec": remote_codec,
+        "store_key": store_key if store_key is None or store_key.startswith("env:") else _absolute(store_key),
         "ratio": None if ratio is None else _number_or_name(ratio),
         "selector": selector,
         "read_timeout": read_timeout,

@@ -28,10 +28,10 @@ class ServerSettings:
     """`kv_connector_extra_config` of a server.
 
     Attributes:
-        store: folder of the store.
+        store: folder of the store, or the URL of a place that machines share.
         tenant: whose chunks the server uses; its operator's.
         tenant_from_request: whether a request may name another tenant. For servers behind a gateway that sets the name.
-        codec, host_budget, disk_budget, device_budget, read_timeout, store_key: see `docs/options.md`.
+        codec, host_budget, disk_budget, device_budget, read_timeout, remote, remote_codec, store_key: see `docs/options.md`.
         lead_in: see `docs/options.md`; it has to be what the store was filled with.
         ratio, selector: used for requests that don't say; "auto" takes what was calibrated and tuned for the store.
         least_reused: prompts for which reuse would save fewer tokens are left to vLLM, which reads them as fast. "auto": what
@@ -48,6 +48,8 @@ class ServerSettings:
     disk_budget: int | str = "64GiB"
     device_budget: int | str = 0
     read_timeout: float | None = 30.0
+    remote: str | None = None
+    remote_codec: str | None = None
     store_key: str | None = None
     lead_in: Any = "auto"
     ratio: float | str = "auto"
@@ -76,6 +78,9 @@ class ServerSettings:
         for name in ("tenant_from_request", "store_missed"):
             if not isinstance(getattr(settings, name), bool):
                 raise ConfigError(f"{name} is {shown(getattr(settings, name))}: use true or false.")
+        for name in ("remote", "remote_codec"):
+            if not isinstance(getattr(settings, name), str | None):
+                raise ConfigError(f"{name} is {shown(getattr(settings, name))}: use a text, or leave it out.")
         if settings.store_key is not None and not isinstance(settings.store_key, str):
             raise ConfigError(
                 f"store_key is of type {type(settings.store_key).__name__}: use the path of the file that holds the key, or env:NAME."
@@ -84,6 +89,16 @@ class ServerSettings:
         _check_ratio(settings.ratio, ConfigError)
         _check_selector(settings.selector, ConfigError)
         return settings
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """Arguments of `ChunkStore` that say where the store is and how it is opened, in every process of the server."""
+        return {
+            "path": self.store,
+            "remote": self.remote,
+            "remote_codec": self.remote_codec,
+            "store_key": self.store_key,
+        }
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from cachetune_rag.chunks.differences import what_differs
 from cachetune_store import ChunkStore, Namespace
 from cachetune_store.paths import is_store
+from cachetune_store.remote.places import is_remote
 from cachetune_store.units import NO_LIMIT
+from cachetune_vllm.settings import ServerSettings
 
 SAMPLE = 64
 """Documents that are looked at; they lie evenly among all."""
@@ -25,16 +27,16 @@ def sampled_namespaces(store: ChunkStore, tenant: str) -> list[Namespace]:
     return list(found)
 
 
-def stored_dtype(folder: str, tenant: str, store_key: str | None = None) -> str | None:
-    """The number format of a tenant's stored chunks; None if there are none, or they have several.
+def stored_dtype(settings: ServerSettings) -> str | None:
+    """The number format of the stored chunks of a server's tenant; None if there are none, or they have several.
 
     Raises:
         StoreError: there is a store, and it can't be used.
     """
-    if not is_store(folder):
+    if settings.remote is None and not is_remote(settings.store) and not is_store(settings.store):
         return None
-    with ChunkStore(folder, host_budget=0, disk_budget=NO_LIMIT, store_key=store_key) as store:
-        dtypes = {namespace.dtype for namespace in sampled_namespaces(store, tenant)}
+    with ChunkStore(**settings.place, host_budget=0, disk_budget=NO_LIMIT) as store:
+        dtypes = {namespace.dtype for namespace in sampled_namespaces(store, settings.tenant)}
     return dtypes.pop() if len(dtypes) == 1 else None
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from shared_places import Place
 from typer.testing import CliRunner
 
 from cachetune_rag import CacheTune
 from cachetune_store import ChunkStore, Namespace
 from cachetune_vllm.serve import app
+from cachetune_vllm.settings import ServerSettings
 from cachetune_vllm.stored import why_unusable
 from tests import tiny
 
@@ -27,7 +29,7 @@ def fill(store: Path, dtype: torch.dtype, text: str = TEXT, tenant: str = "") ->
         return engine.namespace
 
 
-def started(store: Path, *options: str) -> list[str]:
+def started(store: Path | str, *options: str) -> list[str]:
     """The words of the line that `cachetune serve` would start."""
     done = CliRunner().invoke(app, ["M", "--store", str(store), "--dry-run", *options])
     assert done.exit_code == 0, done.output
@@ -89,3 +91,22 @@ def test_serve_opens_a_store_with_its_key_and_names_where_the_key_is(
     refused = CliRunner().invoke(app, ["M", "--store", str(tmp_path / "kv"), "--dry-run"])
     assert refused.exit_code == 2
     assert "none is given" in refused.output
+
+
+@pytest.mark.parametrize("behind", [False, True], ids=["the store itself", "behind a folder"])
+def test_serve_takes_a_place_that_machines_share(folder: Place, tmp_path: Path, behind: bool) -> None:
+    with CacheTune(tiny.llama().to(torch.bfloat16), tiny.tokenizer(), folder.url) as engine:
+        engine.precompute([TEXT])
+    options = ("--remote", folder.url, "--remote-codec", "int8") if behind else ()
+    words = started(tmp_path / "kv" if behind else folder.url, *options)
+    assert words[words.index("--dtype") + 1] == "bfloat16", "it is found there"
+    settings = json.loads(words[words.index("--kv-transfer-config") + 1])["kv_connector_extra_config"]
+    assert ServerSettings.of(settings).place == {
+        "path": str(tmp_path / "kv") if behind else folder.url,
+        "remote": folder.url if behind else None,
+        "remote_codec": "int8" if behind else None,
+        "store_key": None,
+    }
+    refused = CliRunner().invoke(app, ["M", "--store", "ftp://host/x", "--dry-run"])
+    assert refused.exit_code == 2
+    assert "use the URL of a bucket" in refused.output
