@@ -32,7 +32,7 @@ test: lint
 	$(MAKE) test-vllm
 
 test-vllm: $(VLLM_READY)
-	$(VLLM_ENV) $(VLLM_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not every_family" tests/vllm
+	$(VLLM_ENV) $(VLLM_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not every_family and not cluster" tests/vllm
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -40,8 +40,9 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/mypy adapters
 
-test-ray: $(READY)
+test-ray: $(READY) $(VLLM_READY)
 	$(BIN)/python -m pytest -n 0 tests/clusters
+	$(VLLM_ENV) $(VLLM_VENV)/bin/python -m pytest -n 0 -m cluster tests/vllm
 
 soak: $(READY)
 	$(BIN)/python tests/soak/run.py
