@@ -50,6 +50,11 @@ class ServerProcess:
         """Its process."""
         return self._process.pid
 
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.poll() is None
+
     def check(self) -> None:
         """Raise an error if it has ended.
 

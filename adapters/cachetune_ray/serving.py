@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
@@ -34,6 +35,8 @@ TRIES = 3
 ANSWERED_BY = "x-cachetune-replica"
 """The header of an answer that names the replica it comes from."""
 _SKETCH_SECONDS = 2.0
+_WATCH_SECONDS = 0.1
+_TRY_AGAIN_SECONDS = 0.3  # in which routers learn of the death
 _OF_ONE_HOP = {"host", "connection", "content-length", "transfer-encoding", "keep-alive", "upgrade", "te", "trailer"}
 _GONE = (ray.exceptions.RayActorError, ServerGoneError)
 _log = logging.getLogger("ray.serve")
@@ -54,6 +57,7 @@ class Replica:
         while not await self._healthy():
             self._server.check()
             await asyncio.sleep(0.2)
+        self._watch = asyncio.create_task(self._end_with_server())
 
     async def ask(self, question: Question) -> AsyncIterator[Any]:
         """The server's answer: status and headers, then the body piece by piece.
@@ -96,8 +100,17 @@ class Replica:
 
     def __del__(self) -> None:
         """Ray Serve calls this when the replica is to go."""
+        if hasattr(self, "_watch"):
+            self._watch.cancel()  # the server is to end now
         if hasattr(self, "_server"):
             self._server.stop()
+
+    async def _end_with_server(self) -> None:
+        """End this actor where its server ends: at once no router sends it anything, and Ray Serve starts another."""
+        while self._server.running:
+            await asyncio.sleep(_WATCH_SECONDS)
+        _log.error("the vLLM server of this replica has ended, and the replica ends with it")
+        os._exit(1)
 
     async def _healthy(self) -> bool:
         try:
@@ -138,6 +151,7 @@ class Ingress:
                 if not left:
                     message = f"{TRIES} replicas, one after the other, died with this request: {error}"
                     return JSONResponse({"error": {"message": message, "type": "server_error"}}, 503)
+                await asyncio.sleep(_TRY_AGAIN_SECONDS)
         raise AssertionError("every try returns or raises")
 
     async def _ask(self, question: Question) -> Response:
