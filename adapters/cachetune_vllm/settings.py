@@ -14,6 +14,8 @@ from cachetune_store.printing import shown
 REQUEST_KEY = "cachetune"
 """The name under which a request's `kv_transfer_params` hold its settings, and a response's hold its report."""
 
+BOUNDS = ("max_kl", "min_top1")
+"""Arguments of an engine's requests that a server can't take."""
 
 TENANTS = 64
 """Tenants that a server keeps ready at the same time; beyond that, the one whose last request is oldest makes room."""
@@ -175,6 +177,13 @@ def _tenant(given: Mapping[str, Any], server: ServerSettings) -> str:
 
 
 def _check_names(given: Mapping[str, Any], known: Iterable[str], whose: str, refusal: type[ConfigError]) -> None:
+    for name in BOUNDS:
+        if name in given:
+            # A worker learns whether a bound can be kept when it has the prompt's scores. It can't refuse the request any more then.
+            raise refusal(
+                f"{name} is {shown(given[name])}, and inside a vLLM server no bound can be kept: give ratio, or calibrate the store with the bound "
+                'that prompts are to keep on average, and leave ratio at "auto".'
+            )
     names = list(known)
     for name in given:
         if name not in names:

@@ -26,6 +26,7 @@ SERVER = ServerSettings.of({"store": "kv", "tenant": "a", "ratio": 0.2})
         ({"store": ""}, "store"),
         ({"store": "kv", "rato": 0.1}, "did you mean 'ratio'"),
         ({"store": "kv", "ratio": 1.5}, "0 .* to 1"),
+        ({"store": "kv", "max_kl": 0.05}, "max_kl is 0.05, and inside a vLLM server no bound can be kept: give ratio"),
         ({"store": "kv", "ratio": True}, "True"),
         ({"store": "kv", "selector": "best"}, "expected_error"),
         ({"store": "kv", "loads_at_once": 0}, "from 1 on"),
@@ -59,6 +60,7 @@ def test_a_request_has_the_servers_settings_unless_it_says_otherwise() -> None:
         ({"reuse": 1}, "true or false"),
         ({"tenant": "b"}, "tenant_from_request"),
         ({"store": "/etc"}, "none of a request's"),
+        ({"min_top1": 0.9}, "min_top1 is 0.9, and inside a vLLM server"),
     ],
 )
 def test_a_request_is_refused_with_what_is_allowed(given: object, said: str) -> None:
