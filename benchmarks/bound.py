@@ -1,7 +1,8 @@
-"""How well cheap signs of a request predict how far reuse is from full prefill; see docs/quality.md.
+"""How well cheap signs of a request predict how far reuse is from full prefill, and what bounds by them keep; see docs/quality.md.
 
     python benchmarks/bound.py --musique musique_ans_v1.0_dev.jsonl --out benchmarks/results/bound
     python benchmarks/bound.py --quick
+    python benchmarks/bound.py --report benchmarks/results/bound
 
 A run that was cut off continues when it is started again with the same arguments.
 """
@@ -19,10 +20,12 @@ from typing import Any
 import torch
 from common import environment
 from fidelity.arguments import add_model, add_shards, finish
+from fidelity.bounds import markdown
 from fidelity.documents import Shape, read_documents
 from fidelity.evaluate import Engines
 from fidelity.musique import read_musique
 from fidelity.records import Dataset
+from fidelity.report import load
 from fidelity.rows import RowFile
 from fidelity.signs import TOKENS, NotingSelector, SignStudy
 from fidelity.sources import folder_sources, installed_sources
@@ -40,9 +43,12 @@ QUICK = {"musique_records": 2, "passages": 2, "documents": 2, "chunks": 3, "chun
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure."""
+    """Measure, or report what was measured."""
     started = time.monotonic()
     args = arguments(argv)
+    if args.report is not None:
+        report(args.report)
+        return
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     model, tokenizer = load_model(
         args.model or model_path(), gguf_file=args.gguf_file, device=args.device, dtype=args.dtype
@@ -84,6 +90,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 return
 
 
+def report(folder: Path) -> None:
+    """Write table.md into the folder of the results."""
+    text = markdown(*load(folder))
+    (folder / "table.md").write_text(text)
+    print(text)
+
+
 def datasets(args: argparse.Namespace, tokenizer: Any) -> list[Dataset]:
     """The sets of records that the arguments ask for. MuSiQue is one of them where its file is given."""
     sets = []
@@ -100,6 +113,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. --quick changes defaults only, so other options may be given with it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--quick", action="store_true", help="a few records and ratios: a minute or two on two cores")
+    parser.add_argument("--report", type=Path, metavar="FOLDER", help="only make the tables of these results")
     parser.add_argument("--out", type=Path, help="folder for the results (default: one of this commit in build/)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many; start again to go on")
     add_model(parser)
