@@ -103,6 +103,7 @@ class Report:
         sign: `error_left` times the entropy of the next token if nothing were recomputed. The larger it is, the farther from full prefill a
             request is likely to be. None where no bound was asked for, and for full prefill.
         prediction: what was predicted of the request, and the ratio that was taken for it; None where no bound was asked for.
+        advice: why to doubt that the answer of this prompt stays right with reuse, and what to do about it; empty for most prompts.
     """
 
     prompt_tokens: int
@@ -129,6 +130,7 @@ class Report:
     error_left: float | None = None
     sign: float | None = None
     prediction: Prediction | None = None
+    advice: tuple[str, ...] = ()
 
     @property
     def found_share(self) -> float:
@@ -169,6 +171,7 @@ class Report:
         return (
             f"{self.prompt_tokens} prompt tokens: {self.reused} reused, {self.recomputed} recomputed, {self.missed} missed{found} "
             f"({self.selector}, r={self.ratio:g}{why}); read {read}; first token after {_seconds(self.ttft)}{told}"
+            + "".join(f". {words}" for words in self.advice)
         )
 
 

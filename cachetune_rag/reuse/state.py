@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache
 
 from cachetune_rag.model import KVBuffers
 from cachetune_rag.report import Report
+from cachetune_rag.reuse.advice import advice_of
 from cachetune_rag.reuse.config import ReuseConfig
 from cachetune_rag.reuse.lookup import Faults, FoundChunks
 from cachetune_rag.reuse.plan import Chosen
@@ -81,13 +82,14 @@ def report_of(
         ttft, timings: seconds to the first token, and by phase.
     """
     reused = 0 if chosen.plan is None else chosen.plan.reused
+    ratio = config.ratio if chosen.ratio is None else chosen.ratio
     return Report(
         prompt_tokens=len(prompt.ids),
         reused=reused,
         recomputed=found.tokens - reused,
         missed=found.missed,
         bytes_read=found.bytes_read(),
-        ratio=config.ratio if chosen.ratio is None else chosen.ratio,
+        ratio=ratio,
         selector=config.selector,
         ttft=ttft,
         timings=timings,
@@ -102,4 +104,5 @@ def report_of(
         error_left=chosen.error_left,
         sign=chosen.sign,
         prediction=chosen.prediction,
+        advice=advice_of(prompt, [span for span, _ in found.chunks], ratio) if reused else (),
     )
