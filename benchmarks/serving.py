@@ -2,6 +2,7 @@
 
     python benchmarks/serving.py --device cuda --shape llama-3.1-8b --out benchmarks/results/serving-h200.json
     python benchmarks/serving.py --device cpu --shape tiny-wide-heads           # tries everything, in minutes
+    python benchmarks/serving.py --only-report --out benchmarks/results/serving-h200.json --plot benchmarks/results
 
 Plain vLLM is started first and measured, then vLLM with the connector, then (phase `ceiling`) vLLM with a connector that makes a
 prefill cost nothing. Chunks come from host memory in orders that change with every prompt; weights and texts are random, which speed
@@ -29,6 +30,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from common import environment
+from served.memory import DeviceMemory
 from served.plan import PHASES, SETTINGS, Cell, cells
 from served.report import table
 from served.run import Amounts, Run
@@ -63,6 +65,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="from the start; begins nothing after that")
     parser.add_argument("--commit", help="what to record where there is no git")
     parser.add_argument("--out", type=Path, help="file for the JSON")
+    parser.add_argument("--only-report", action="store_true", help="measure nothing: tables and plots of --out")
+    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="also make plots there (needs the extra plot)")
     args = parser.parse_args(arguments)
     contexts = args.contexts or ([1024, 2048] if args.shape.startswith("tiny") else [4096, 16384, 32768])
 
@@ -76,6 +80,13 @@ def main(arguments: list[str] | None = None) -> None:
         except PackageNotFoundError:
             continue
     names = ("shape", "chunk_tokens", "rounds", "requests", "at_once", "tokens", "connector", "vllm")
+    if args.only_report:
+        if args.out is None or not args.out.is_file():
+            parser.error(
+                f"--only-report takes its figures from --out, which is {args.out}: name a file that a run has written."
+            )
+        show(json.loads(args.out.read_text()), args.plot, args.out.stem)
+        return
     results = Results(args.out, env, {k: getattr(args, k) for k in names}, "serving")
     todo = [cell for cell in cells(args.phases, contexts, args.settings) if not results.done(cell.name, 1)]
     with tempfile.TemporaryDirectory() as temporary:
@@ -110,7 +121,16 @@ def main(arguments: list[str] | None = None) -> None:
             mine = [cell for cell in todo if cell.variant == variant]
             if mine and time.perf_counter() - started < args.seconds:
                 asyncio.run(_measure(run, results, mine, str(model), connector, options, started, args.seconds))
-    print(table(results.content), flush=True)
+    show(results.content, args.plot, "serving" if args.out is None else args.out.stem)
+
+
+def show(content: Mapping[str, Any], folder: Path | None, stem: str) -> None:
+    """Print the tables, and make the plots if a folder for them is given."""
+    print(table(content), flush=True)
+    if folder is not None:
+        from served.plot import plot
+
+        print(*plot(content, folder, stem), sep="\n")
 
 
 async def _measure(
@@ -128,8 +148,9 @@ async def _measure(
         for cell in wanted:
             if time.perf_counter() - started > seconds:
                 return
-            found = await run.measure(target, cell)
-            results.put(cell.name, {"rounds": 1, **found})
+            with DeviceMemory() as memory:
+                found = await run.measure(target, cell)
+            results.put(cell.name, {"rounds": 1, **found, "device_memory": memory.most})
             print(f"{time.perf_counter() - started:6.0f} s  {cell.name}", flush=True)
 
 

@@ -19,12 +19,11 @@ def table(content: Content) -> str:
     for context, setting in sorted(places):
         variant = "reuse" if setting else "vllm"
         alone, rate, gaps = (
-            groups.get(f"{variant}/{phase}/{context}" + (f"/{setting}" if setting else ""))
-            for phase in ("alone", "saturated", "gaps")
+            group(groups, variant, phase, context, setting) for phase in ("alone", "saturated", "gaps")
         )
         if not (alone or rate or gaps):
             continue
-        base, base_rate = (groups.get(f"vllm/{phase}/{context}") for phase in ("alone", "saturated"))
+        base, base_rate = (group(groups, "vllm", phase, context) for phase in ("alone", "saturated"))
         rates = (f"{rate['requests_per_second']:.2f}", _ratio(rate, base_rate)) if rate else ("", "")
         cells = (
             f"{context:,}", setting or "vLLM, all read", _ms(alone, "ttft", "median"), _sooner(base, alone), *rates,
@@ -37,10 +36,35 @@ def table(content: Content) -> str:
         for name, g in groups.items()
         if _place(name)[0] not in ("alone", "saturated", "gaps")
     ]
+    lines += _memory(groups)
     if others:
         lines += ["", "| cell | TTFT median ms | p99 ms | requests/s | between tokens p99 ms |"]
         lines += ["| --- | --- | --- | --- | --- |", *others]
     return "\n".join(lines)
+
+
+def group(groups: Mapping[str, Any], variant: str, phase: str, context: int, setting: str = "") -> Any:
+    """The result of one cell; None if it was not measured."""
+    return groups.get(f"{variant}/{phase}/{context}" + (f"/{setting}" if setting else ""))
+
+
+def contexts_of(groups: Mapping[str, Any], phase: str) -> list[int]:
+    """The contexts for which a phase was measured with reuse."""
+    named = (name for name in groups if name.startswith("reuse/"))
+    return sorted({int(context) for found, context, _ in map(_place, named) if found == phase})
+
+
+def _memory(groups: Mapping[str, Any]) -> list[str]:
+    """The most memory that was in use on the device, by server."""
+    most: dict[str, int] = {}
+    for name, found in groups.items():
+        if found.get("device_memory"):
+            server = name.split("/", 1)[0]
+            most[server] = max(most.get(server, 0), found["device_memory"])
+    if not most:
+        return []
+    said = ", ".join(f"{server} {taken / 2**30:.1f} GiB" for server, taken in most.items())
+    return ["", f"Most memory in use on the device: {said}."]
 
 
 def _place(name: str) -> tuple[str, str, str]:

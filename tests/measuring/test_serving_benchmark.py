@@ -1,0 +1,122 @@
+"""The benchmark of serving: its prompts, its tables and its plots. (Servers are started by the benchmark alone.)"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from served.memory import DeviceMemory
+from served.plan import PHASES, SETTINGS, cells
+from served.plot import plot
+from served.report import table
+from served.workload import QUERY_TOKENS, Workload
+from speed.shapes import letters, tokenizer
+
+CHUNK = 32
+
+
+@pytest.fixture(scope="module")
+def workload() -> Workload:
+    return Workload(tokenizer(), letters("stored", 16, CHUNK))
+
+
+def shown(workload: Workload, ids: list[int]) -> list[str]:
+    """The texts of a prompt's chunks."""
+    return str(workload.tokenizer.decode(ids, skip_special_tokens=True)).replace(" ", "").split("\n\n")[1:-1]
+
+
+def test_prompts_show_stored_chunks_in_changing_orders(workload: Workload) -> None:
+    stored = {text.replace(" ", "") for text in workload.stored}
+    prompts = workload.prompts(8 * CHUNK, 6, "seed")
+    assert workload.prompts(8 * CHUNK, 6, "seed") == prompts
+    assert workload.prompts(8 * CHUNK, 6, "other") != prompts
+    texts = [shown(workload, ids) for ids in prompts]
+    assert all(len(each) == 8 and stored.issuperset(each) for each in texts)
+    assert len({tuple(each) for each in texts}) == len(texts)
+    same = [shown(workload, ids) for ids in workload.prompts(8 * CHUNK, 3, "seed", order="same")]
+    assert same[0] == same[1] == same[2]
+    assert len({tuple(ids[-QUERY_TOKENS:]) for ids in prompts}) == len(prompts)
+
+
+@pytest.mark.parametrize(("share", "known"), [(1.0, 10), (0.8, 8), (0.0, 0)])
+def test_of_a_prompts_chunks_the_wanted_share_is_stored(workload: Workload, share: float, known: int) -> None:
+    stored = {text.replace(" ", "") for text in workload.stored}
+    for ids in workload.prompts(10 * CHUNK, 4, "shares", share=share):
+        assert sum(text in stored for text in shown(workload, ids)) == known
+
+
+def test_lengths_vary_around_the_context(workload: Workload) -> None:
+    counts = [len(shown(workload, ids)) for ids in workload.prompts(6 * CHUNK, 200, "lengths", log_normal=True)]
+    assert 5 <= sorted(counts)[100] <= 7
+    assert min(counts) < 4
+    assert 10 < max(counts) <= 16
+
+
+def content() -> dict[str, Any]:
+    """Results of two servers, made up so that every ratio is plain to see."""
+    groups: dict[str, Any] = {
+        "vllm/alone/4096": {"ttft": {"median": 0.4}, "device_memory": 2**33},
+        "vllm/saturated/4096": {"requests_per_second": 2.0, "between_tokens": {"p99": 0.05}},
+        "vllm/arrivals/4096//0.9": {"rate": 1.8, "ttft": {"p50": 1.0, "p99": 2.0}, "between_tokens": {"p99": 0.06}},
+        "vllm/arrivals/8192//0.9": {"rate": 0.9, "ttft": {"p50": 1.0, "p99": 2.0}, "between_tokens": {"p99": 0.06}},
+    }
+    for number, setting in enumerate(SETTINGS, start=1):
+        groups[f"reuse/alone/4096/{setting}"] = {"ttft": {"median": 0.1 * number}, "device_memory": 2**33 + 2**29}
+        groups[f"reuse/saturated/4096/{setting}"] = {"requests_per_second": 8.0 / number}
+        for detail in ("0.9", "2"):
+            groups[f"reuse/arrivals/4096/{setting}/{detail}"] = {
+                "rate": 2.0 * float(detail), "ttft": {"p50": 0.1, "p99": 0.2 * number}, "between_tokens": {"p99": 0.01},
+            }  # fmt: skip
+    return {"groups": groups, "environment": {"gpu": "a card", "vllm": "0.26.0", "commit": "abc"}}
+
+
+def test_tables_hold_each_setting_beside_vllm() -> None:
+    lines = table(content()).splitlines()
+    names = list(SETTINGS)
+    rows = {line.split(" | ")[1]: line for line in lines if line.startswith("| 4,096")}
+    assert rows["vLLM, all read"].startswith("| 4,096 | vLLM, all read | 400.0 | 1.00x | 2.00 | 1.00x | 50.0 |")
+    assert rows[names[0]].startswith(f"| 4,096 | {names[0]} | 100.0 | 4.00x | 8.00 | 4.00x |")
+    assert rows[names[1]].startswith(f"| 4,096 | {names[1]} | 200.0 | 2.00x | 4.00 | 2.00x |")
+    assert "Most memory in use on the device: vllm 8.0 GiB, reuse 8.5 GiB." in lines
+    assert f"| reuse/arrivals/4096/{names[2]}/2 | 100.0 | 600.0 | 4.00 | 10.0 |" in lines
+
+
+def test_plots_are_made_of_what_was_measured(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    found = content()
+    made = plot(found, tmp_path, "serving")
+    assert [path.name for path in made] == ["serving-ratios.svg", "serving-arrivals.svg"]
+    drawn = made[0].read_text() + made[1].read_text()
+    assert all(f"<!-- {name} -->" in drawn for name in (*SETTINGS, "vLLM, all read", "4.0x", "2.0x", "1.3x"))
+    assert "8,192" not in drawn  # nothing with reuse was measured there
+    for name in [name for name in found["groups"] if "arrivals" in name]:
+        del found["groups"][name]
+    assert [path.name for path in plot(found, tmp_path / "fewer", "serving")] == ["serving-ratios.svg"]
+
+
+def test_every_phase_and_setting_has_cells_and_no_cell_comes_twice() -> None:
+    names = [cell.name for cell in cells(PHASES, [1024], list(SETTINGS))]
+    assert len(names) == len(set(names))
+    assert {name.split("/")[1] for name in names} == set(PHASES)
+    assert all(f"reuse/{phase}/1024/{each}" in names for phase in ("alone", "saturated", "gaps") for each in SETTINGS)
+
+
+def test_without_a_gpu_no_memory_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with DeviceMemory() as memory:
+        pass
+    assert memory.most is None
+
+
+def test_the_most_memory_that_was_in_use_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = iter([70, 20])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (next(free, 60), 100))
+    with DeviceMemory() as memory:
+        while memory.most != 80:
+            pass
+    assert memory.most == 80
