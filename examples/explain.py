@@ -30,7 +30,7 @@ def passages(topic: str) -> list[str]:
 
 
 def main(page: str, store: str) -> None:
-    stored = {topic: passages(topic) for topic in TOPICS}
+    stored = {topic: passages(topic)[:1] for topic in TOPICS}
     with CacheTune.from_pretrained(str(model_path()), store=store) as engine:
         engine.precompute(Document(f"{topic}.txt", texts) for topic, texts in stored.items())
         shown = [stored[topic][0] for topic in TOPICS]

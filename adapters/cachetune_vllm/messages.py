@@ -61,6 +61,7 @@ class Load:
         blocks: numbers of the request's pages, in order.
         start, end: the tokens [start, end) are written; those before `start` are in vLLM's cache already.
         exact: so many of the first tokens are in vLLM's cache as vLLM computes them, without reuse.
+        explain: whether the report says what became of every token and chunk.
     """
 
     request_id: str
@@ -72,6 +73,7 @@ class Load:
     start: int
     end: int
     exact: int = 0
+    explain: bool = False
 
 
 @dataclass(frozen=True)

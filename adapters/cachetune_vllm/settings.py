@@ -112,6 +112,7 @@ class RequestSettings:
         ratio, selector: see `ServerSettings`.
         tenant: whose chunks may be used.
         reuse: False leaves the whole request to vLLM.
+        explain: whether the response says what became of every token and chunk, and not only how many.
     """
 
     chunks: tuple[str, ...] | None
@@ -119,6 +120,7 @@ class RequestSettings:
     selector: str
     tenant: str
     reuse: bool
+    explain: bool = False
 
     @classmethod
     def of(cls, given: object, server: ServerSettings) -> Self:
@@ -141,10 +143,11 @@ class RequestSettings:
         ratio, selector = given.get("ratio", server.ratio), given.get("selector", server.selector)
         _check_ratio(ratio, RequestSettingsError)
         _check_selector(selector, RequestSettingsError)
-        reuse = given.get("reuse", True)
-        if not isinstance(reuse, bool):
-            raise RequestSettingsError(f"reuse is {shown(reuse)}: use true or false.")
-        return cls(_texts(given.get("chunks")), ratio, selector, _tenant(given, server), reuse)
+        reuse, explain = given.get("reuse", True), given.get("explain", False)
+        for name, value in (("reuse", reuse), ("explain", explain)):
+            if not isinstance(value, bool):
+                raise RequestSettingsError(f"{name} is {shown(value)}: use true or false.")
+        return cls(_texts(given.get("chunks")), ratio, selector, _tenant(given, server), reuse, explain)
 
 
 _REQUEST_NAMES = tuple(each.name for each in fields(RequestSettings))

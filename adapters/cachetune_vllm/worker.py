@@ -6,7 +6,7 @@ Where several workers share a model's heads, each has such a thread, and all of 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,8 +17,10 @@ import torch
 from cachetune_rag.answering.request import Finished, Request
 from cachetune_rag.concurrency.model_lock import ModelLock
 from cachetune_rag.errors import CacheTuneError
+from cachetune_rag.explaining.served import EXPLAINED, explained
 from cachetune_rag.model.heads import Heads
 from cachetune_rag.report import Report
+from cachetune_rag.reuse.account import Account
 from cachetune_rag.reuse.state import NothingReused, PrefillState
 from cachetune_rag.runtime import Runtime
 from cachetune_store import StoreError
@@ -190,7 +192,7 @@ class ReuseWorker:
                 continue
             load, report = job.load, _nothing_reused(Left.FAILED)
             try:
-                report = self._told(*self._attempt(job, stream))
+                report = self._told(job.load, *self._attempt(job, stream))
             except TurnsEndedError:
                 return
             except GivenUpError:
@@ -217,7 +219,7 @@ class ReuseWorker:
 
     def _attempt(
         self, job: Job, stream: torch.cuda.Stream | None
-    ) -> tuple[Runtime, Request, PrefillState | NothingReused]:
+    ) -> tuple[Runtime, Request, PrefillState | NothingReused, list[Account]]:
         """As `_put_together`. Where it fails, peers hear of it."""
         try:
             return self._put_together(job, stream)
@@ -229,7 +231,7 @@ class ReuseWorker:
 
     def _put_together(
         self, job: Job, stream: torch.cuda.Stream | None
-    ) -> tuple[Runtime, Request, PrefillState | NothingReused]:
+    ) -> tuple[Runtime, Request, PrefillState | NothingReused, list[Account]]:
         """Write a prompt's rows to its pages, if anything of it is reused. Meanwhile, begin the next one."""
         with _on(stream), closing(self._coming.turn_of(job)) as turn:
             engine, request = turn.engine, turn.request
@@ -237,15 +239,24 @@ class ReuseWorker:
                 stream.wait_event(job.free)
             wanted = partial(self._check_wanted, job.load.request_id)
             meanwhile = partial(self._coming.begin_next, turn)
+            accounts: list[Account] = []
+            account = accounts.append if job.load.explain else None
             try:
-                state = engine.executor.reuse(request, turn.memory, wanted, turn.begun, meanwhile)
+                state = engine.executor.reuse(request, turn.memory, wanted, turn.begun, meanwhile, account)
             finally:
                 # Also where it failed: vLLM gives the pages back then, and what is queued must not write to them any more.
                 if stream is not None:
                     stream.synchronize()
-        return engine, request, state
+        return engine, request, state, accounts
 
-    def _told(self, engine: Runtime, request: Request, state: PrefillState | NothingReused) -> dict[str, Any]:
+    def _told(
+        self,
+        load: Load,
+        engine: Runtime,
+        request: Request,
+        state: PrefillState | NothingReused,
+        accounts: Sequence[Account],
+    ) -> dict[str, Any]:
         """Tell the engine's listeners, which have missed chunks stored, and return the report as a response shows it."""
         missed = len(state.missed)
         if self._heads.in_turns:
@@ -256,7 +267,9 @@ class ReuseWorker:
             return _nothing_reused(left) | _shown(replace(report, storing=storing, unstored=missed - storing))
         engine.executor.prefilled(request, state.report)
         report = engine.executor.finish(Finished(request, state, state.report, None, state.report.ttft)).report
-        return _shown(replace(report, unstored=report.unstored + missed - len(state.missed)))
+        said = _shown(replace(report, unstored=report.unstored + missed - len(state.missed)))
+        # Of several, the last one: the prompt started over.
+        return said | {EXPLAINED: explained(load.prompt, accounts[-1], engine.tokenizer)} if accounts else said
 
     def _check_wanted(self, request_id: str) -> None:
         if request_id in self._given_up:

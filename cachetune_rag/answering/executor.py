@@ -19,6 +19,7 @@ from cachetune_rag.model.engine_model import EngineModel
 from cachetune_rag.readahead.batch import Prefetch
 from cachetune_rag.readahead.prefetcher import Prefetcher
 from cachetune_rag.report import Report
+from cachetune_rag.reuse.account import Account
 from cachetune_rag.reuse.begun import Begun
 from cachetune_rag.reuse.config import ReuseConfig
 from cachetune_rag.reuse.memory import KVMemory
@@ -104,6 +105,7 @@ class Executor:
         chunks_open: Callable[[], None] = _nothing,
         begun: Begun | None = None,
         meanwhile: Callable[[], None] | None = None,
+        account: Callable[[Account], None] | None = None,
     ) -> PrefillState | NothingReused:
         """Put a prompt's keys and values together in somebody else's memory, if anything of it is reused.
 
@@ -116,6 +118,7 @@ class Executor:
             chunks_open: called once the prompt's chunks are open.
             begun: what `begin` gave for this request and memory.
             meanwhile: called again and again while the device computes.
+            account: see `Assembler.prefill`; not called where nothing is reused.
         """
         if request.config is None:
             raise ConfigError(f"request {request.id} has no settings of reuse: make it with a ReuseConfig.")
@@ -132,6 +135,7 @@ class Executor:
                 request.new_tokens - 1,
                 begun,
                 meanwhile,
+                account,
             )
         return replace(state, report=replace(state.report, request_id=request.id))
 

@@ -22,7 +22,7 @@ from cachetune_rag.cli.change_key import EPILOG as CHANGE_KEY_EPILOG
 from cachetune_rag.cli.change_key import change_key
 from cachetune_rag.cli.console import ERROR, print_error, warnings_on_stderr
 from cachetune_rag.cli.explain import EPILOG as EXPLAIN_EPILOG
-from cachetune_rag.cli.explain import explain
+from cachetune_rag.cli.explain import RESPONSE_EPILOG, explain, explain_response
 from cachetune_rag.cli.interrupts import status_for
 from cachetune_rag.cli.output import OutputError, give_up, open_missing_streams, results_on_stdout
 from cachetune_rag.cli.precompute import EPILOG as PRECOMPUTE_EPILOG
@@ -97,6 +97,7 @@ def _add(command: Callable[..., None], epilog: str, settings: dict[str, Any] | N
 _add(precompute, PRECOMPUTE_EPILOG)
 _add(ask, ASK_EPILOG)
 _add(explain, EXPLAIN_EPILOG)
+_add(explain_response, RESPONSE_EPILOG)
 _add(calibrate, CALIBRATE_EPILOG)
 _add(tune, TUNE_EPILOG)
 _add(serve, SERVE_EPILOG, ANYTHING)

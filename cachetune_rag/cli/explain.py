@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -98,6 +100,43 @@ def explain(
         chunks = [passage.text for passage in passages]
         found = engine.explain(question, chunks, compare=compare, max_new_tokens=max_new_tokens, **reuse)
     show(found, html, json_output=json_output)
+
+
+RESPONSE_EPILOG = (
+    "[bold]Examples[/bold]\n\n\b\n"
+    "  cachetune explain-response response.json --html page.html\n"
+    "  curl ... | cachetune explain-response - --html page.html\n\n"
+    'The request has to say "kv_transfer_params": {"cachetune": {"explain": true}}. docs/explain.md says what the page can\'t show.'
+)
+
+
+@guarded
+def explain_response(
+    response: Annotated[
+        str,
+        typer.Argument(metavar="FILE", help="The server's whole response as JSON; - is stdin.", show_default=False),
+    ],
+    html: Html = None,
+    json_output: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Show what became of a prompt that a vLLM server answered, from its response alone.
+
+    Neither the model nor the store is needed.
+    """
+    if html is not None:
+        check_writable(html, "--html")
+    name = "stdin" if response == "-" else response
+    with instant_interrupt():
+        from cachetune_rag.explaining.served import explanation_of
+
+    try:
+        given = json.loads(sys.stdin.read() if response == "-" else options.path_of(response).read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(
+            f"{visible_line(name)} is no JSON ({error}): give the server's response as it came."
+        ) from error
+    show(explanation_of(given), html, json_output=json_output)
 
 
 def show(explanation: Explanation, html: Path | None, *, json_output: bool) -> None:

@@ -119,7 +119,9 @@ def _tiles(e: Explanation, counts: dict[str, int], total: int) -> list[tuple[str
         stored = sum(chunk.outcome == "stored" for chunk in e.chunks)
         tiles.append(("Chunks found", f"{stored} of {len(e.chunks)}", _tiers(e)))
     ttft = e.report.get("ttft")
-    if ttft:
+    if ttft and e.source == "server":
+        tiles.append(("Put together in", seconds(ttft), "its time in vLLM's queue is not among it"))
+    elif ttft:
         below = "no full prefill to compare with"
         if e.full is not None and e.full.ttft:
             times = e.full.ttft / ttft

@@ -32,6 +32,11 @@ _EARLIER = (
 NEVER = "It is not in the store."
 
 
+def at_once(outcome: Outcome) -> str:
+    """The sentence for an outcome, without a look at the store."""
+    return _WHY.get(outcome, NEVER)
+
+
 class Reasons:
     """Explains lookups in one engine's store. Only what is the engine's own tenant's is looked at.
 

@@ -158,6 +158,7 @@ class Assembler:
         room: int = 0,
         begun: Begun | None = None,
         meanwhile: Callable[[], None] | None = None,
+        account: Callable[[Account], None] | None = None,
     ) -> PrefillState | NothingReused:
         """As `prefill`, but where nothing of the prompt would be reused, nothing is computed of it (but for what a selector looked at),
         and `memory.keep` is not called.
@@ -168,8 +169,9 @@ class Assembler:
             prompt, config, started, memory, chunks_open, room: see `prefill`.
             begun: what `begin` gave for this prompt, config and memory. The caller closes it in the end.
             meanwhile: called again and again while a GPU computes and this thread waits for it: the time to begin the next prompt.
+            account: see `prefill`; not called where nothing is reused.
         """
-        call = _Call(prompt, config, started, chunks_open, room, memory, True, begun, meanwhile)
+        call = _Call(prompt, config, started, chunks_open, room, memory, True, begun, meanwhile, account)
         with self._same_weights(memory):
             return self._prefill(call)
 

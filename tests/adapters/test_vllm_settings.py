@@ -44,6 +44,7 @@ def test_a_request_has_the_servers_settings_unless_it_says_otherwise() -> None:
     assert RequestSettings.of(None, SERVER) == RequestSettings(None, 0.2, "auto", "a", True)
     given = {"chunks": ["x", "y"], "ratio": 0, "selector": "frequency", "reuse": False}
     assert RequestSettings.of(given, SERVER) == RequestSettings(("x", "y"), 0, "frequency", "a", False)
+    assert RequestSettings.of({"explain": True}, SERVER) == RequestSettings(None, 0.2, "auto", "a", True, True)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +59,7 @@ def test_a_request_has_the_servers_settings_unless_it_says_otherwise() -> None:
         ({"chunks": ["a", 2]}, r"chunks\[1\] is 2"),
         ({"chunks": ["\ud800"]}, r"chunks\[0\] has a lone surrogate"),
         ({"reuse": 1}, "true or false"),
+        ({"explain": "yes"}, "true or false"),
         ({"tenant": "b"}, "tenant_from_request"),
         ({"store": "/etc"}, "none of a request's"),
         ({"min_top1": 0.9}, "min_top1 is 0.9, and inside a vLLM server"),

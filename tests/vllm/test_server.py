@@ -17,6 +17,8 @@ import pytest
 import torch
 
 from cachetune_rag import CacheTune, Document
+from cachetune_rag.explaining import html_page
+from cachetune_rag.explaining.served import explanation_of
 from tests import tiny
 from tests.vllm.conftest import TinyVLLM
 from tests.vllm.server import Server, asked, settings, text_of, value_of
@@ -48,6 +50,18 @@ def test_a_chat_with_stored_chunks_reuses_them_and_says_so(server: Server) -> No
     assert told["reused"] + told["recomputed"] == sum(len(encode(chunk)) for chunk in chunks)
     assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == told["reused"]
     assert server.post(asked(server, "Hello."))[1].get("kv_transfer_params") is None
+
+
+def test_an_explained_response_has_the_fate_of_every_token(server: Server) -> None:
+    content = text_of(CHUNKS[1:4], "Explained?")
+    answer = server.post(asked(server, content, kv_transfer_params=settings(explain=True)))[1]
+    found, told = explanation_of(answer), answer["kv_transfer_params"]["cachetune"]
+    assert sum(part.tokens for part in found.parts) == answer["usage"]["prompt_tokens"]
+    assert found.count("reused") == told["reused"] > 0
+    assert found.count("recomputed") + found.count("skipped") == told["recomputed"]
+    assert [chunk.outcome for chunk in found.chunks] == ["stored"] * 3
+    assert content in "".join(run.text or "" for part in found.parts for run in part.runs)
+    assert "Explained?" in html_page(found)
 
 
 def test_each_of_several_api_servers_reports_refuses_and_counts(server: Server) -> None:
