@@ -163,6 +163,7 @@ def _lines(e: Explanation) -> list[str]:
         f"{number(total, 'token')}: {counts}",
         *(f"{name}: {figure} ({below})" for name, figure, below in view.tiles),
     ]
+    lines += e.report.get("advice") or ()
     if e.left:
         lines.append(f"Left to vLLM: {e.left}. {e.report.get('why') or ''}".rstrip())
     by_number = {part.chunk: part for part in e.parts if part.kind == "chunk"}

@@ -98,7 +98,7 @@ class Explainer:
             question=question,
             model=self._model_name,
             source="engine",
-            report=state.report.as_dict(),
+            report=_plain(state.report.as_dict()),
             parts=tuple(_measured(part, account, read, full) for part in parts),
             chunks=tuple(self._chunk(each, prompt) for each in sorted(account.chunks, key=lambda c: c.number)),
             near=self._near(parts),
@@ -169,6 +169,13 @@ class Explainer:
         if sum(part.tokens for part in outside) < MUCH:
             return ()
         return near_misses(self._recognizer, "\n".join(run.text or "" for part in outside for run in part.runs))
+
+
+def _plain(value: Any) -> Any:
+    """The same with lists for tuples, as JSON gives it back."""
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _measured(part: Part, account: Account, reuse: _Read, full: _Read | None) -> Part:

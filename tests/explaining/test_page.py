@@ -85,6 +85,13 @@ def test_it_shows_every_section_and_token() -> None:
     ]  # fmt: skip
 
 
+def test_advice_stands_at_the_top() -> None:
+    explanation = made()
+    advised = dataclasses.replace(explanation, report={**explanation.report, "advice": ["Cut chunks at <sentences>."]})
+    seen = Seen(html_page(advised))
+    assert "Cut chunks at <sentences>." in seen.text.split("What became of the")[0]
+
+
 def test_every_fate_and_phase_has_a_name_a_style_and_a_meaning() -> None:
     assert tuple(MEANINGS) == FATES == tuple(LETTERS)
     assert set(FATES) == {fate.value for fate in Fate}
