@@ -18,6 +18,9 @@ from .contexts import Context, ContextMaker
 SHARES = {1024: 0.25, 2048: 0.35, 4096: 0.3, 8192: 0.1}
 """How long prompts are, and the share of steps with this length. A step has about the same number of tokens whatever the length."""
 
+_APART = 1 << 40
+"""How far off the number is whose text stands in for one that is too long. No batch has it."""
+
 
 @dataclass(frozen=True)
 class Example:
@@ -141,10 +144,14 @@ class Batches(IterableDataset[Batch]):
         return batch_of(examples, self._tokenizer.eos_token_id)
 
     def _example(self, number: int, length: int, encoder: Encoder) -> Example:
-        """Text of a number that has at most `length` tokens. How long a text will be is known only once it is encoded."""
-        tokens = length - min(300, length // 4)  # the rest is for questions and answers
+        """Text of a number that has at most `length` tokens, its first answer among them. How long a text will be is known only once it is
+        encoded. Where the facts alone are too long, another number's is taken.
+        """
         while True:
-            example = encoder.encode(self._maker.context(number, tokens), length)
-            if len(example.ids) <= length or tokens < length // 3:
-                return Example(example.ids[:length], example.learned[:length])
-            tokens -= len(example.ids) - length + 16
+            tokens = length - min(300, length // 4)  # the rest is for questions and answers
+            while tokens >= length // 16:
+                example = encoder.encode(self._maker.context(number, tokens), length)
+                if len(example.ids) <= length:
+                    return example
+                tokens = tokens * length // len(example.ids) - 16
+            number += _APART

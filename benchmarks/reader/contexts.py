@@ -96,11 +96,11 @@ class ContextMaker:
     def context(self, number: int, tokens: int) -> Context:
         """The text of a number, of about so many tokens."""
         rng = random.Random(f"reader {self._seed} {number} {tokens}")
-        if self._questions and rng.random() < self._real:
-            return self._real_context(rng, tokens)
+        if self._questions and rng.random() < self._real and (real := self._real_context(rng, tokens)) is not None:
+            return real
         draw = _Draw(rng, Vocabulary(rng, self._avoid))
         characters = int(tokens / TOKENS_PER_CHARACTER)
-        size = int(rng.choice(_CHUNK_TOKENS) / TOKENS_PER_CHARACTER)
+        size = min(int(rng.choice(_CHUNK_TOKENS) / TOKENS_PER_CHARACTER), max(1, characters // 2))
         kinds = _KINDS if rng.random() < 0.6 else _WORLDS
         planted = [rng.choice(kinds)(draw) for _ in range(rng.choice((1, 2, 2, 3)))]
         turns = [turn for p in planted for turn in p.turns]
@@ -154,18 +154,21 @@ class ContextMaker:
             chunks.append(" ".join([*head, *middle, *tail]))
         return chunks
 
-    def _real_context(self, rng: random.Random, tokens: int) -> Context:
-        """A real question, its passages in any order, shortened to the length without losing those that have an answer in them."""
-        asked = rng.choice(self._questions)
-        passages = rng.sample(asked.passages, len(asked.passages))
-        needed = [p for p in passages if any(a.lower() in p.lower() for a in asked.answers)]
-        rest, used = [p for p in passages if p not in needed], sum(map(len, needed))
-        for passage in rest:
-            if used + len(passage) <= tokens / TOKENS_PER_CHARACTER or len(needed) < 2:
-                needed.append(passage)
+    def _real_context(self, rng: random.Random, tokens: int) -> Context | None:
+        """A real question and its passages in any order, shortened to the length without losing those that have an answer in them. None where
+        these alone are too long.
+        """
+        asked, room = rng.choice(self._questions), tokens / TOKENS_PER_CHARACTER
+        chosen = list(asked.answering)
+        used = sum(map(len, chosen))
+        if used > room:
+            return None
+        for passage in rng.sample(asked.passages, len(asked.passages)):
+            if passage not in chosen and used + len(passage) <= room:
+                chosen.append(passage)
                 used += len(passage)
-        rng.shuffle(needed)
-        return Context(rng.choice(PREFIXES), tuple(needed), (Turn(asked.question, asked.answers[0]),))
+        rng.shuffle(chosen)
+        return Context(rng.choice(PREFIXES), tuple(chosen), (Turn(asked.question, asked.answers[0]),))
 
 
 class _Draw:

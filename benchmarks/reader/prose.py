@@ -23,6 +23,25 @@ class RealQuestion:
     answers: tuple[str, ...]
     passages: tuple[str, ...]
 
+    @property
+    def answering(self) -> tuple[str, ...]:
+        """The passages that have an accepted answer in them."""
+        return tuple(p for p in self.passages if any(a.casefold() in p.casefold() for a in self.answers))
+
+
+@dataclass(frozen=True)
+class Split:
+    """The questions of a file that are trained on, and which are held out.
+
+    Attributes:
+        trained: the former.
+        first, count: number of the first one that is held out, and how many are, as `quality.py` takes them: `--first`, `--musique-records`.
+    """
+
+    trained: list[RealQuestion]
+    first: int
+    count: int
+
 
 def docstring_sentences() -> list[str]:
     """Sentences of the docstrings of Python's standard library, each once. None of them stands in the benchmark of tasks."""
@@ -36,17 +55,26 @@ def docstring_sentences() -> list[str]:
     return [s for s in found if SHORTEST <= len(s) <= LONGEST and s not in barred]
 
 
-def split_musique(path: Path) -> tuple[list[RealQuestion], int]:
-    """The questions of a MuSiQue file to train on, and the number of the first that is held out.
+def split_musique(path: Path) -> Split:
+    """The questions of a MuSiQue file to train on, and which are held out.
 
     The first half is trained on; the second half is held out, but for those at the end, which lead-ins are taken from. Passages that a
-    question shares with one that is not trained on are left out of it.
+    question shares with one that is not trained on are left out of it. If no answer is in those that are left, nothing but guessing could
+    be learned of it, so it is left out whole.
+
+    Raises:
+        ValueError: there are too few questions.
     """
     questions = [RealQuestion(q, tuple(a), tuple(p)) for q, a, p, _ in read_questions(path)]
     first = (len(questions) - LEADS) // 2
+    if first < 1:
+        raise ValueError(
+            f"{path} has {len(questions)} questions, and {LEADS} only give lead-ins: give a file with more."
+        )
     kept = {passage for q in questions[first:] for passage in q.passages}
     own = [tuple(p for p in q.passages if p not in kept) for q in questions[:first]]
-    return [RealQuestion(q.question, q.answers, p) for q, p in zip(questions, own, strict=False)], first
+    left = [RealQuestion(q.question, q.answers, p) for q, p in zip(questions, own, strict=False)]
+    return Split([q for q in left if q.answering], first, len(questions) - LEADS - first)
 
 
 def passage_sentences(questions: list[RealQuestion]) -> list[str]:

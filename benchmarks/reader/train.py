@@ -54,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     model, tokenizer = load_model(args.model or model_path(), device=device, dtype="float32")
-    questions, _ = split_musique(args.musique) if args.musique else ([], 0)
+    split = split_musique(args.musique) if args.musique else None
+    questions = [] if split is None else split.trained
     sentences = [*docstring_sentences(), *passage_sentences(questions)]
     # Nothing is called here as anything is in the benchmark of tasks, neither what it plants nor a word of its prose.
     avoid = planted_words() | set(re.findall(r"\w+", " ".join(reference_sentences()).casefold()))
@@ -71,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             {
                 "arguments": {k: str(v) for k, v in vars(args).items()},
                 "processes": world,
+                "held_out_questions": None if split is None else {"first": split.first, "count": split.count},
                 "commit": args.commit,
                 "environment": environment(),
             }
@@ -81,6 +83,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if rank == 0:
         save_adapter(layers, args.out, args.name or Path(model.config.name_or_path).name)
         print(args.out, flush=True)
+        if split is not None:
+            print(
+                f"held out: quality.py --musique {args.musique} --first {split.first} --musique-records {split.count}",
+                flush=True,
+            )
     if world > 1:
         dist.destroy_process_group()
 

@@ -24,10 +24,11 @@ from fidelity.musique import read_musique
 from fidelity.sources import Text
 from reader import merge as merging
 from reader import prose, templates, vocabulary
+from reader import train as training
 from reader.batches import Batches, Encoder, batch_of
 from reader.contexts import Context, ContextMaker, Turn
 from reader.lora import CONFIG, WEIGHTS, add_lora, merge, save_adapter
-from reader.prose import docstring_sentences, passage_sentences, split_musique
+from reader.prose import RealQuestion, docstring_sentences, passage_sentences, split_musique
 from reader.train import Log, loss_of, train
 from reader.worlds import RELATIONS
 from tasks_of.haystack import reference_sentences
@@ -239,22 +240,85 @@ def test_the_script_writes_a_model_of_its_own(tmp_path: Path) -> None:
     assert (tmp_path / "adapter" / WEIGHTS).stat().st_size < 100_000
 
 
-def test_questions_that_are_held_out_share_no_passage_with_training(tmp_path: Path) -> None:
-    lines = [
-        {
-            "question": f"Who is {i}?",
-            "answers": [f"Person {i}"],
-            "passages": [{"title": "", "text": f"Passage {p} of a long text on somebody."} for p in (i, i + 1, i + 4)],
-        }
-        for i in range(15)
-    ]
-    path = tmp_path / "questions.jsonl"
+def questions(path: Path, count: int, shared: int = 4) -> Path:
+    """A file of questions, of which each has its answer in a passage of its own; one in three has it in one that another question has too."""
+    lines = []
+    for i in range(count):
+        answer = (
+            f"Passage {i + shared} has, as told, the answer of {i}."
+            if i % 3 == 0
+            else f"Passage of its own: person {i} it is, as told."
+        )
+        texts = [
+            f"A long text {i} on nobody of importance.",
+            f"A text on somebody or other, number {i + shared}.",
+            answer,
+        ]
+        answers = [f"answer of {i}" if i % 3 == 0 else f"person {i}"]
+        own = [{"title": "", "text": text} for text in texts]
+        if i >= shared and (i - shared) % 3 == 0:  # has the answering passage of an earlier question
+            own.append({"title": "", "text": f"Passage {i} has, as told, the answer of {i - shared}."})
+        lines.append({"question": f"Who is {i}?", "answers": answers, "passages": own})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    trained, first = split_musique(path)
-    held = read_musique(path, byte_level(), first, 15 - 5 - first)
-    assert [q.question for q in trained] == [f"Who is {i}?" for i in range(5)]
-    assert first == 5
-    own = {p for q in trained for p in q.passages}
-    assert own
+    return path
+
+
+@pytest.mark.parametrize("count", [15, 41])
+def test_questions_that_are_held_out_are_all_others_and_share_no_passage_with_training(
+    tmp_path: Path, count: int
+) -> None:
+    path = questions(tmp_path / "questions.jsonl", count)
+    split = split_musique(path)
+    held = read_musique(path, byte_level(), split.first, split.count)
+    trained = {q.question for q in split.trained}
+    assert trained
+    assert trained.isdisjoint(r.query for r in held.records)
+    assert split.first + split.count == count - 5
+    own = {p for q in split.trained for p in q.passages}
     assert own.isdisjoint({c for r in held.records for c in r.chunks} | set(held.leads))
-    assert set(passage_sentences(trained)) == {" ".join(p.split()) for p in own}
+    assert set(passage_sentences(split.trained)) == {" ".join(p.split()) for p in own}
+
+
+def test_a_question_is_trained_on_only_with_a_passage_that_answers_it(tmp_path: Path) -> None:
+    split = split_musique(questions(tmp_path / "questions.jsonl", 15))
+    # Question 3's answer stands in a passage that question 7, which is held out, has too.
+    assert [q.question for q in split.trained] == [f"Who is {i}?" for i in (0, 1, 2, 4)]
+    maker = ContextMaker(PROSE, split.trained, real=1.0)
+    for number in range(50):
+        context = maker.context(number, 300)
+        (turn,) = context.turns
+        assert any(turn.answer in chunk for chunk in context.chunks)
+    short = maker.context(0, 4)  # no room for a passage
+    assert not short.turns[0].question.startswith("Who is")
+
+
+def test_too_few_questions_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has 6 questions, and 5 only give lead-ins"):
+        split_musique(questions(tmp_path / "questions.jsonl", 6))
+
+
+def test_every_example_has_an_answer_to_learn() -> None:
+    long = RealQuestion("Who?", ("Ines",), ("Ines. " * 2000,))
+    maker = ContextMaker(PROSE, [long], real=0.5)
+    batches = Batches(maker, byte_level(), 512, [1024])
+    for batch in islice(
+        iter(batches), 12
+    ):  # a token is hardly more than a byte here, so most facts are too long at first
+        assert len(batch.wanted) > 1
+        assert batch.ids.shape[1] <= 1024
+
+
+def test_the_log_says_which_questions_to_measure_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    byte_level().save_pretrained(tmp_path / "base")
+    _model().save_pretrained(tmp_path / "base")
+    monkeypatch.setattr(training, "docstring_sentences", lambda: PROSE)
+    monkeypatch.setattr(training, "HELD_OUT", 1)
+    path = questions(tmp_path / "questions.jsonl", 15)
+    words = f"--model {tmp_path / 'base'} --musique {path} --out {tmp_path / 'made'} --steps 1 --workers 0 --tokens 1024 --lengths 1024 --device cpu"
+    training.main(words.split())
+    assert f"--musique {path} --first 5 --musique-records 5" in capsys.readouterr().out
+    first = json.loads((tmp_path / "made" / "log.jsonl").read_text().splitlines()[0])
+    assert first["held_out_questions"] == {"first": 5, "count": 5}
+    merge(LlamaForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "made")
