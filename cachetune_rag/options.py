@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Self, TypedDict
 from cachetune_rag.checking.arguments import hint
 from cachetune_rag.errors import ConfigError
 from cachetune_store.printing import shown
+from cachetune_store.storekey import StoreKey
 
 if TYPE_CHECKING:
     import torch
@@ -111,7 +112,7 @@ class TierOptions:
         "further arguments for what reaches the shared place: of obstore's `from_url` for buckets (such as `endpoint`), of "
         "`GlideClientConfiguration` for servers.",
     )
-    store_key: bytes | str | os.PathLike[str] | None = field(
+    store_key: bytes | str | os.PathLike[str] | StoreKey | None = field(
         default=None,
         repr=False,
         metadata={
@@ -214,7 +215,7 @@ class EngineArguments(TypedDict, total=False):
     remote_codec: str | None
     remote_timeout: float
     remote_options: Mapping[str, Any] | None
-    store_key: bytes | str | os.PathLike[str] | None
+    store_key: bytes | str | os.PathLike[str] | StoreKey | None
     prompt_template: str | None
     chat_template_kwargs: Mapping[str, Any] | None
     chunk_separator: str
@@ -265,6 +266,18 @@ def check_names(options: Mapping[str, Any], known: Iterable[str], whose: str) ->
         if name not in names:
             advice = hint(name, names, f"the store has {', '.join(STORE_NAMES)}.")
             raise ConfigError(f"{shown(name)} is no argument of {whose}, nor of its store: {advice}")
+
+
+def check_showable(options: Mapping[str, Any]) -> None:
+    """Refuse a key itself among options that a framework keeps, because it shows them, writes them down and sends them to tracers.
+
+    Raises:
+        ConfigError: says what to give in its place.
+    """
+    if isinstance(options.get("store_key"), bytes):
+        raise ConfigError(
+            "store_key is bytes, and what is given here is shown, saved and traced: give the path of the file that holds the key, or env:NAME."
+        )
 
 
 def declared(name: str) -> Field[Any]:

@@ -148,7 +148,7 @@ class Runtime:
             separator=self.prompts.separator_ids,
             call=self.pool.call,
         )
-        self.profiles = Profiles(self.store.path, self.pool.call)
+        self.profiles = Profiles(self.store.path, self.pool.call, self.store.seal)
         self.calibrations = SavedCalibrations(self.profiles, self.lead_ins, self.store, self.model_name)
         self.tunings = SavedTunings(self.profiles, self.adapter, self.lead_ins, self.calibrations.ratio)
         self.assembler = Assembler(

@@ -85,3 +85,20 @@ def test_an_unknown_option_is_refused_with_the_most_similar_one() -> None:
 def test_options_are_read_without_torch() -> None:
     code = "import sys, cachetune_rag.options, cachetune_rag.cli.options; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_command_on_a_store_takes_its_key() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    flags = {name: {flag for each in command.params for flag in each.opts} for name, command in commands.items()}
+    assert {name for name, found in flags.items() if "--store" in found and "--store-key" not in found} == set()
+
+
+def test_frameworks_are_given_no_key_that_they_would_show() -> None:
+    from langchain_cachetune import ChatCacheTune
+    from llama_index.llms.cachetune import CacheTuneLLM
+
+    for made in (ChatCacheTune, CacheTuneLLM):
+        with pytest.raises(ValueError, match="give the path of the file that holds the key, or env:NAME") as refused:
+            made(model="m", engine_kwargs={"store_key": b"a secret key of thirty-two bytes"})
+        assert "secret" not in str(refused.value)
+        assert made(model="m", engine_kwargs={"store_key": "env:KEY"}).engine_kwargs["store_key"] == "env:KEY"

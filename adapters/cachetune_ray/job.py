@@ -25,6 +25,7 @@ from cachetune_store import ChunkStore
 from cachetune_store.paths import store_path
 from cachetune_store.printing import shown
 from cachetune_store.remote.places import is_remote
+from cachetune_store.storekey import StoreKey
 
 FIRST_CHARACTERS = 1 << 20
 """Characters of the first documents, from which lead-ins are chosen: enough for the tokens that are looked at."""
@@ -124,6 +125,8 @@ def precompute(
     loading = {
         "host_budget": 0,
         **options,
+        # Read here, because a file or a variable may be another one where the actors are; and Ray shows what it is given.
+        "store_key": StoreKey.given(options.get("store_key")),
         "device": device,
         "dtype": dtype,
         "gguf_file": gguf_file,

@@ -49,7 +49,7 @@ class Engines:
             device=self._served.model.device,
         )
         try:
-            return store, served_fingerprint(self._served, self._model_config, Profiles(store.path))
+            return store, served_fingerprint(self._served, self._model_config, Profiles(store.path, seal=store.seal))
         except BaseException:
             store.close()
             raise

@@ -11,7 +11,7 @@ from cachetune_rag.answering.decoding import prepare
 from cachetune_rag.answering.generation_settings import setting_names
 from cachetune_rag.checking.arguments import hint
 from cachetune_rag.errors import ConfigError
-from cachetune_rag.options import FROM_PRETRAINED_NAMES, REUSE_NAMES, check_names
+from cachetune_rag.options import FROM_PRETRAINED_NAMES, REUSE_NAMES, check_names, check_showable
 from cachetune_store.printing import shown
 
 ALIASES = {
@@ -87,6 +87,7 @@ def check_engine_options(options: Mapping[str, Any]) -> None:
         ConfigError: says the name, and the most similar known one.
     """
     check_names(options, FROM_PRETRAINED_NAMES, "CacheTune.from_pretrained")
+    check_showable(options)
 
 
 def check_sampling(engine: CacheTune, settings: Mapping[str, Any]) -> None:

@@ -66,6 +66,7 @@ def explain(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     remote: options.Remote = None,
+    store_key: options.StoreKey = None,
     json_output: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -92,7 +93,7 @@ def explain(
     documents = list(dict.fromkeys(document or ()))
     best = top_k if top_k is not None or documents or files else options.DEFAULT_TOP_K
     loading = Loading(model, gguf_file, dtype, device, tenant)
-    with opened(open_existing(store, remote=remote), loading, documents=documents) as engine:
+    with opened(open_existing(store, remote=remote, store_key=store_key), loading, documents=documents) as engine:
         passages = [*retrieve(engine, engine.store, question, documents, best), *files]
         note(f"Using {number(len(passages), 'passage')}: {', '.join(visible_line(p.source) for p in passages)}")
         # A process's first forward is slower. Run one here, so that the times are those of a server that has been asked before.

@@ -21,6 +21,7 @@ from cachetune_rag.text.files.corpus import Corpus, CorpusError
 from cachetune_rag.text.files.readers import SUFFIXES
 from cachetune_rag.text.splitting import DEFAULT_CHUNK_TOKENS, MIN_CHUNK_TOKENS, Splitter
 from cachetune_store.printing import shown
+from cachetune_store.storekey import StoreKey
 
 if TYPE_CHECKING:
     from cachetune_rag.chunks.precompute import Progress
@@ -132,7 +133,7 @@ def precompute(
                     "disk_budget": disk_budget,
                     "remote": remote,
                     "remote_codec": remote_codec,
-                    "store_key": store_key,
+                    "store_key": StoreKey.given(store_key),  # read here: the actors may be elsewhere
                 },
             ),
             json_output,

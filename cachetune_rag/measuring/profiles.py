@@ -22,6 +22,7 @@ from cachetune_store import ChunkStore, StoreError, StoreReadOnlyError
 from cachetune_store.files import TempFiles, explain, make_directory, write_small
 from cachetune_store.plainfiles import read_plain
 from cachetune_store.printing import shown
+from cachetune_store.seals import CHECKSUMS, Seal
 
 FORMAT = "cachetune-profile"
 VERSION = 1
@@ -40,10 +41,11 @@ class Profiles:
     Args:
         store: the store's folder. None, for a store in memory: profiles are kept in this object only.
         call: makes the calls that may touch its disk.
+        seal: the store's; where the store has a key, a profile that was not written with it can't be trusted.
     """
 
-    def __init__(self, store: Path | None, call: Call = call_directly):
-        self._store, self._call = store, call
+    def __init__(self, store: Path | None, call: Call = call_directly, seal: Seal = CHECKSUMS):
+        self._store, self._call, self._seal = store, call, seal
         self._lock, self._origin = threading.Lock(), this_process()
         self._known: dict[str, str | None] = {}
 
@@ -78,7 +80,7 @@ class Profiles:
         path = self._store / "profiles" / name
         try:
             make_directory(path.parent)
-            write_small(TempFiles(self._store / "tmp"), path, data)
+            write_small(TempFiles(self._store / "tmp"), path, self._seal.wrap("profile", name, data))
         except OSError as error:
             raise explain(error, path) from error
         return path
@@ -119,7 +121,10 @@ class Profiles:
             return None
         path = self._store / "profiles" / name
         try:
-            record = json.loads(read_plain(path, MAX_BYTES), parse_constant=_refuse)
+            data = self._seal.unwrap("profile", name, read_plain(path, MAX_BYTES + self._seal.digits))
+            if data is None:
+                raise ValueError("it was not written with the store's key")
+            record = json.loads(data, parse_constant=_refuse)
             if not isinstance(record, dict) or record.get("format") != FORMAT:
                 raise ValueError("it is no profile")
             if record.get("version") != VERSION:

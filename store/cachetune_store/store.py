@@ -41,7 +41,7 @@ from .readers import ChunkReader
 from .remote.places import is_remote, without_password
 from .removals import removals_of
 from .repair import Repair
-from .seals import CHECKSUMS
+from .seals import CHECKSUMS, Seal
 from .stats import ChunkGroup, DocumentInfo, PruneReport, StoreStats, TenantStats, VerifyReport
 from .storekey import GivenKey, StoreKey
 from .texts import texts_revision
@@ -310,7 +310,7 @@ class ChunkStore:
             codec=self.codec,
             pool=self.memory,
             deviations=deviations,
-            seal=CHECKSUMS if self._directory is None else self._directory.seal,
+            seal=self.seal,
         )
 
     def write(self, chunk: Chunk) -> int:
@@ -356,6 +356,11 @@ class ChunkStore:
         check_key(key)
         check_flag(lasting, "lasting")
         return self._placement.contains(key, lasting=lasting)
+
+    @property
+    def seal(self) -> Seal:
+        """What makes and checks the sums of files in the directory. With a key, it is for whoever keeps files of their own there."""
+        return CHECKSUMS if self._directory is None else self._directory.seal
 
     @property
     def read_only(self) -> bool:
@@ -734,6 +739,7 @@ class ChunkStore:
         Raises:
             StoreKeyError: the store has no key.
             StorePathError: the shared place can't be used, or the directory not written. Do it again: a part that has the new key is passed over.
+                From another process, open the directory with the old key and without `remote` for that.
         """
         self.check_writable()
         new = StoreKey.given(new_key)

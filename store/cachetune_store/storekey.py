@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import hmac
 import os
+import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,11 +24,9 @@ __all__ = ["GivenKey", "StoreKey", "hkdf"]
 _LEAST = 32
 _MOST = 4096
 _BYTES = 32
+_LOOKS_LIKE_ONE = re.compile(r"[0-9A-Za-z+/=_-]{32,}")
 _TEXT = bytes(range(9, 14)) + bytes(range(32, 127))
 """Bytes of a text, its white space included."""
-
-GivenKey = bytes | str | os.PathLike[str] | None
-"""How a key is given: itself, the path of the file that holds it, or "env:NAME", the environment variable that does."""
 
 
 class StoreKey:
@@ -50,7 +49,7 @@ class StoreKey:
         if key is None or isinstance(key, StoreKey):
             return key
         if isinstance(key, bytes):
-            return cls(_checked(key, "store_key"))
+            return cls(_checked(_stripped(key), "store_key"))
         if not isinstance(key, str | os.PathLike) or not os.fspath(key):
             raise StoreArgumentError(
                 f"store_key is of type {type(key).__name__}; use bytes, the path of a file, or env:NAME for an environment variable"
@@ -117,7 +116,15 @@ class StoreKey:
 
     def _part(self, salt: bytes, purpose: bytes, identity: str) -> bytes:
         """A key for one purpose. The salt is drawn anew each time, so a pad covers one root key only."""
-        return hkdf(self._secret, salt=salt, info=b"cachetune store key/" + purpose + b"/" + identity.encode())
+        return hkdf(
+            self._secret,
+            salt=salt,
+            info=b"cachetune store key/" + purpose + b"/" + identity.encode("utf-8", "surrogatepass"),
+        )
+
+
+GivenKey = bytes | str | os.PathLike[str] | StoreKey | None
+"""How a key is given: itself, the path of the file that holds it, or "env:NAME", the environment variable that does."""
 
 
 def hkdf(secret: bytes, *, salt: bytes = b"", info: bytes, length: int = _BYTES) -> bytes:
@@ -131,7 +138,13 @@ def hkdf(secret: bytes, *, salt: bytes = b"", info: bytes, length: int = _BYTES)
 
 
 def _content(path: str | bytes) -> bytes:
-    """A key file's content. It may be a link, and a pipe as of `<(...)` of a shell: whoever starts the program has named it."""
+    """A key file's content. It may be a link: whoever starts the program has named it."""
+    if isinstance(path, str) and _LOOKS_LIKE_ONE.fullmatch(path) and not os.path.lexists(path):
+        # Not shown: such messages end up in logs.
+        raise StoreArgumentError(
+            f"store_key is a text of {len(path)} characters that names no file, and looks like a key: give the path of a file that holds the "
+            "key, env:NAME for an environment variable, or bytes"
+        )
     try:
         with contextlib.closing(os.fdopen(os.open(Path(os.fsdecode(path)).expanduser(), os.O_RDONLY), "rb")) as file:
             return file.read(_MOST + 1)

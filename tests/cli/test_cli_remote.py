@@ -80,5 +80,7 @@ def test_commands_take_the_stores_key_and_change_it(
     assert run(capsys, "verify", *one, *shared, *old)["ok"]
     assert run(capsys, "change-key", *one, *shared, *old, "--new-store-key", "env:NEW_KEY")["changed"]
     assert "another key" in run(capsys, "stats", *one, *shared, *old, code=2)
+    refused = run(capsys, "precompute", "x", "-m", model, *one, "--ray", "local", "--store-key", "/no/key", code=2)
+    assert "a file that can't be read" in refused, "before a cluster is asked"
     for place in (one, ("-s", tmp_path / "two")):
         assert run(capsys, "stats", *place, *shared, *new)["remote"]["chunks"] == 1

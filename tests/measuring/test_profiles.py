@@ -144,3 +144,20 @@ def test_what_can_not_be_written_is_kept_for_this_engine_and_the_log_says_so(
     assert not profiles.keep("tuning", {"a": "c"}, {"ratio": 0.3}, "the tuned ratio")
     assert "the tuned ratio holds for this engine only, since it could not be saved" in caplog.text
     assert profiles.load("tuning", {"a": "c"}) == {"ratio": 0.3}
+
+
+def test_a_profile_that_was_not_written_with_the_stores_key_is_left_out(tmp_path: Path) -> None:
+    with ChunkStore(tmp_path, store_key=bytes(range(32))) as store:
+        seal = store.seal
+    written = Profiles(tmp_path, seal=seal).save("calibration", KEY, CONTENT)
+    assert written is not None
+    assert Profiles(tmp_path, seal=seal).load("calibration", KEY) == CONTENT
+    genuine = written.read_bytes()
+    plain = Profiles(tmp_path).save("calibration", KEY, {"ratio": 0.0})
+    assert plain == written
+    for forged in (plain.read_bytes(), genuine.replace(b"0.", b"1.", 1), b""):
+        written.write_bytes(forged)
+        assert Profiles(tmp_path, seal=seal).load("calibration", KEY) is None
+    other = Profiles(tmp_path, seal=seal).save("tuning", KEY, CONTENT)
+    other.write_bytes(genuine)
+    assert Profiles(tmp_path, seal=seal).load("tuning", KEY) is None

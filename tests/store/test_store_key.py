@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import multiprocessing
+import pickle
 import shutil
 import sqlite3
 from collections.abc import Callable
@@ -448,3 +449,36 @@ def test_keys_are_derived_as_rfc_5869_says() -> None:
     """Its first test case."""
     derived = hkdf(bytes([0x0B] * 22), salt=bytes(range(13)), info=bytes(range(0xF0, 0xFA)), length=42)
     assert derived.hex() == ("3cb25f25faacd57a90434f64d0362f2a2d2d0a90cf1a5a4c5db02d56ecc4c5bf34007208d5b887185865")
+
+
+def test_a_key_that_is_given_as_a_text_is_not_shown(tmp_path: Path) -> None:
+    for text in (KEY.hex(), "q3" * 22 + "="):
+        with pytest.raises(StoreArgumentError, match="names no file, and looks like a key: give the path") as refused:
+            ChunkStore(tmp_path, store_key=text)
+        assert text not in str(refused.value)
+
+
+def test_a_key_given_as_bytes_is_that_of_the_file_with_these_bytes(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text(f"{KEY.hex()}\n")
+    fill(tmp_path / "kv", 1, key=(tmp_path / "key").read_bytes())
+    with ChunkStore(tmp_path / "kv", store_key=tmp_path / "key") as store:
+        assert read(store, sample(1))
+
+
+def test_a_description_with_an_odd_id_is_refused(tmp_path: Path) -> None:
+    fill(tmp_path, 1)
+    described = json.loads((tmp_path / "store.json").read_text())
+    (tmp_path / "store.json").write_text(json.dumps(described | {"id": "\ud800"}))
+    with pytest.raises(StoreKeyError):
+        keyed(tmp_path)
+
+
+def test_a_key_can_be_handed_to_another_process_unseen() -> None:
+    """As an option of actors on a cluster, which shows what they are given."""
+    given_key = EngineOptions(store_key=StoreKey.given(KEY))
+    sent = pickle.loads(pickle.dumps(given_key))
+    assert StoreKey.given(sent.store_key).wrap(KEY, "id").keys()
+    assert StoreKey.given(sent.store_key).unwrap(StoreKey(KEY).wrap(OTHER, "id"), "id", "here") == OTHER
+    shown = f"{dataclasses.asdict(given_key)} {list(map(str, dataclasses.astuple(given_key)))}"
+    assert "StoreKey(...)" in shown
+    assert not any(secret in shown for secret in (KEY.hex(), repr(KEY), str(list(KEY))))

@@ -241,3 +241,60 @@ def test_a_place_that_has_another_key_by_now_is_only_unreadable(
         assert time.monotonic() < deadline
     assert store.stats().damaged == 0
     assert len(list(objects.names("chunks/"))) == 1
+
+
+def test_machines_go_on_after_the_place_was_given_another_key(folder: Place, tmp_path: Path) -> None:
+    """Also when they look whether it is still the same place, which they do every few minutes."""
+    first = folder.store(tmp_path / "first", store_key=KEY)
+    fill(first, "d", 1)
+    others = [folder.store(tmp_path / "second", store_key=KEY), folder.store(store_key=KEY)]
+    first.change_key(OTHER)
+    for number, other in enumerate(others):
+        other.tier("remote").catalogue.catch_up(look_far=True)
+        other.rebuild_index() if other.path else None
+        fill(other, f"e{number}", 2 + number)
+        assert tier_of(other, 1) is not None
+    first.delete_document("d")
+    first.sync()
+    for other in others:
+        other.sync()
+        assert [info.id for info in other.documents()] == ["e0", "e1"]
+
+
+def test_a_place_whose_description_is_gone_is_no_new_store(folder: Place, tmp_path: Path) -> None:
+    fill(folder.store(store_key=KEY), "d", 1)
+    described = content(folder, "store.json")
+    folder.objects.delete(["store.json"])
+    for path in (None, tmp_path / "kv"):
+        with pytest.raises(StoreKeyError, match=r"store.json is gone.*Put the object back"):
+            folder.store(path, store_key=KEY)
+    assert folder.objects.get("store.json", 9999) is None
+    folder.objects.put("store.json", [described])
+    assert tier_of(folder.store(store_key=KEY), 1) == "remote"
+
+
+def test_a_place_that_was_emptied_is_a_new_store(folder: Place) -> None:
+    fill(folder.store(store_key=KEY), "d", 1)
+    folder.objects.delete([name for prefix in ("", "chunks/") for name in list(folder.objects.names(prefix))])
+    fill(folder.store(store_key=KEY), "e", 2)
+    assert [info.id for info in folder.store(store_key=KEY).documents()] == ["e"]
+
+
+def test_a_forged_note_takes_no_machines_good_copy(folder: Place, tmp_path: Path) -> None:
+    first = folder.store(tmp_path / "kv", store_key=KEY)
+    first.settle_note(NOTE, b"ours")
+    first.close()
+    name = only(folder, "notes/")
+    folder.objects.put(name, [content(folder, name).replace(b"ours", b"evil")])
+    assert folder.store(tmp_path / "kv", store_key=KEY).note(NOTE) == b"ours"
+    assert folder.store(store_key=KEY).note(NOTE) == b"ours", "it was put back"
+
+    (local,) = (tmp_path / "kv" / "notes").rglob("*.json")
+    local.write_bytes(b"evil" * 20)
+    folder.objects.delete([name])
+    assert folder.store(tmp_path / "kv", store_key=KEY).note(NOTE) == b""
+    assert not list(folder.objects.names("notes/")), "what was forged here is told to nobody"
+
+    folder.objects.put(name, [b"evil" * 20])
+    assert folder.store(store_key=KEY).settle_note(NOTE, b"anew") == b"anew"
+    assert folder.store(store_key=KEY).note(NOTE) == b"anew"

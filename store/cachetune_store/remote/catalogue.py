@@ -17,7 +17,7 @@ from typing import Any
 from ..description import FORMAT, Description, no_key
 from ..description import MOST_BYTES as MOST_DESCRIPTION
 from ..documents import Documents
-from ..errors import RemoteError, StoreVersionError
+from ..errors import RemoteError, StoreKeyError, StoreVersionError
 from ..index import Index
 from ..keys import FORMAT_VERSION, ChunkKey
 from ..seals import CHECKSUMS, Seal
@@ -51,6 +51,7 @@ _BAD_READS = 3
 
 _UPLOAD_SECONDS = 1.0
 """Seconds of writing chunks after which it is looked for what else can be told."""
+_PARTS = ("changes/", "snapshots/", "chunks/", "notes/")
 _DAY = 86_400.0
 
 _log = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ class Catalogue:
         self._joined = False
         self._key = key
         self._seal: Seal = CHECKSUMS
+        self._sealed = ""
 
     # -- what is there --------------------------------------------------------------------------------------------
 
@@ -173,7 +175,10 @@ class Catalogue:
         if self._joined and self._book.state()["id"]:  # an index that was made anew knows of no place
             return
         described = self._description()
-        self._seal, identity = described.seal(self._key, self._objects.place), described.identity
+        identity = described.identity
+        if self._key is None or identity != self._sealed:
+            # What is known of a place's root key stays true if others have given the place another key meanwhile.
+            self._seal, self._sealed = described.seal(self._key, self._objects.place), identity
         with self._index.transaction():
             state = self._book.state()
             if state["id"] != identity:
@@ -198,8 +203,19 @@ class Catalogue:
             self._key = new
 
     def _description(self) -> Description:
-        """What the place says of itself. If it says nothing, it is made a store."""
+        """What the place says of itself. If it says nothing, it is made a store.
+
+        Raises:
+            StoreKeyError: it says nothing, and holds what only the lost description's root key could tell from forged data.
+        """
         raw = self._objects.get("store.json", MOST_DESCRIPTION)
+        if raw is None and self._key is not None and self._holds_something():
+            raw = self._objects.get("store.json", MOST_DESCRIPTION)  # another machine may have been first
+            if raw is None:
+                raise StoreKeyError(
+                    f"{self._objects.place}/store.json is gone, and what a store wrote is there: without it, the key can't tell whether that is "
+                    "the store's own. Put the object back, or delete all that is below this prefix and precompute again"
+                )
         if raw is None:
             self._objects.put("store.json", [Description.new(self._key).content], create=True)
             raw = self._objects.get("store.json", MOST_DESCRIPTION)
@@ -217,6 +233,9 @@ class Catalogue:
                 "give another prefix and precompute again"
             )
         return found
+
+    def _holds_something(self) -> bool:
+        return any(next(iter(self._objects.names(prefix)), None) is not None for prefix in _PARTS)
 
     def catch_up(self, *, look_far: bool = False) -> int:
         """Read what the others have changed. Returns how many changes there were.

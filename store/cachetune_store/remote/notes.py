@@ -6,7 +6,7 @@ import hashlib
 import threading
 from collections.abc import Callable
 
-from ..errors import RemoteError, StoreReadOnlyError
+from ..errors import RemoteError, StoreKeyError, StoreReadOnlyError
 from ..notes import MAX_NOTE_FILE, Notes, unwrapped, wrapped
 from ..seals import Seal
 from .breaker import Breaker
@@ -49,7 +49,7 @@ class SharedNotes(Notes):
             return mine
         try:
             return self._agree(tenant, name, mine)
-        except RemoteError as error:
+        except (RemoteError, StoreKeyError) as error:
             self._failed(error)
             return mine
 
@@ -62,7 +62,12 @@ class SharedNotes(Notes):
         if self._put(tenant, name, content):
             self._keep(tenant, name, content)
             return content
-        return self._agree(tenant, name, self._local.get(tenant, name)) or content
+        agreed = self._agree(tenant, name, self._local.get(tenant, name))
+        if not agreed:
+            # What stands there was forged or damaged.
+            self._objects.delete([_object(tenant, name)])
+            agreed = self._agree(tenant, name, content)
+        return agreed or content
 
     def set_aside(self, tenant: str, name: str, content: bytes) -> bool:
         """See Notes. A note that is damaged in the remote place is deleted there."""
@@ -82,8 +87,14 @@ class SharedNotes(Notes):
 
     def _agree(self, tenant: str, name: str, mine: bytes | None) -> bytes | None:
         theirs = self._find(tenant, name)
+        if theirs == b"" and mine:
+            # Forged or damaged there, and whole here: it is put back, so that nobody agrees on another one.
+            self._objects.delete([_object(tenant, name)])
+            theirs = None
+        if theirs == b"":
+            return theirs
         if theirs is None:
-            if mine is None or not self._put(tenant, name, mine):
+            if not mine or not self._put(tenant, name, mine):
                 return mine
             theirs = mine
         if theirs != mine:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from ..errors import RemoteError, StoreError
+from ..errors import RemoteError, StoreError, StoreKeyError
 from .breaker import Breaker
 from .catalogue import Catalogue
 
@@ -86,7 +86,7 @@ class Sync:
             try:
                 self._healed(self._catalogue.publish)
                 self._healed(lambda: self._catalogue.catch_up(look_far=rounds % _LOOK_FAR == 0))  # noqa: B023 (called at once)
-            except RemoteError as error:
+            except (RemoteError, StoreKeyError) as error:
                 self._failed(error)
                 self._tell(error)
             except Exception:  # the thread must go on: nothing else would tell the others
@@ -98,7 +98,7 @@ class Sync:
                     _log.warning("the remote tier answers again after %.0f s", time.monotonic() - self._failing_since)
                 self._failing_since = None
 
-    def _tell(self, error: RemoteError) -> None:
+    def _tell(self, error: StoreError) -> None:
         """Say once that the place doesn't answer."""
         if self._failing_since is None:
             self._failing_since = time.monotonic()

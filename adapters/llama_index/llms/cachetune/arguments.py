@@ -13,7 +13,7 @@ from typing import Any
 from cachetune_rag import ConfigError
 from cachetune_rag.answering.generation_settings import setting_names
 from cachetune_rag.checking.arguments import hint
-from cachetune_rag.options import FROM_PRETRAINED_NAMES, RequestOptions, check_names
+from cachetune_rag.options import FROM_PRETRAINED_NAMES, RequestOptions, check_names, check_showable
 from cachetune_rag.reuse.config import check_reuse
 from cachetune_store.printing import shown
 
@@ -91,6 +91,7 @@ def check_engine_kwargs(given: Mapping[str, Any]) -> None:
     """
     try:
         check_names(given, FROM_PRETRAINED_NAMES, "CacheTune.from_pretrained")
+        check_showable(given)
     except ConfigError as error:
         raise ValueError(f"engine_kwargs: {error}") from error
 
