@@ -147,8 +147,12 @@ def kept(requests: Sequence[Request], max_kl: float | None = None, min_top1: flo
     for division in range(DIVISIONS):
         order = np.random.default_rng(division).permutation(len(requests))
         for group in range(GROUPS):
-            fitted = [requests[i] for place, i in enumerate(order) if place % GROUPS != group]
-            seen = [Observation(*each) for r in fitted for each in zip(r.sign, r.kl, r.same, strict=True)]
+            seen = [
+                Observation(int(i), *each)
+                for place, i in enumerate(order)
+                if place % GROUPS != group
+                for each in zip(requests[i].sign, requests[i].kl, requests[i].same, strict=True)
+            ]
             predictor = Predictor.fit(requests[0].ratios, seen)
             if predictor is None:
                 raise ValueError(f"{len(seen)} observations are too few to fit a prediction to: measure more records.")

@@ -17,7 +17,7 @@ from cachetune_rag.model.libraries.neutral import neutrally
 from cachetune_rag.options import REQUEST_NAMES
 from cachetune_rag.reuse.config import ReuseConfig, check_bound, resolve
 from cachetune_rag.selection.bound import Bound
-from cachetune_rag.selection.predictor import Predictor
+from cachetune_rag.selection.predictor import FEWEST_PROMPTS, Predictor
 from cachetune_rag.text.prompts.prompt import PromptBuilder
 from cachetune_rag.text.prompts.segments import Chunk, Prompt, given_chunks
 from cachetune_store import Namespace
@@ -74,7 +74,8 @@ class Admission:
             asked = f"max_kl={shown(max_kl)}" if max_kl is not None else f"min_top1={shown(min_top1)}"
             raise ConfigError(
                 f"{asked} needs a prediction, and none was calibrated for selector {shown(config.selector)} on this store with this model "
-                "and codec: run `cachetune calibrate PROMPTS --model MODEL --store STORE` (or engine.calibrate) with 10 prompts of your own "
+                "and codec: run `cachetune calibrate PROMPTS --model MODEL --store STORE` (or engine.calibrate) with "
+                f"{FEWEST_PROMPTS} prompts of your own "
                 "or more, or leave the bound out."
             )
         return replace(config, tunable=False, finder=Bound(max_kl, min_top1, predictor))
@@ -153,7 +154,10 @@ class Admission:
     ) -> Request:
         """A request for an answer; arguments as for `CacheTune.stream`, whose `sampling` is `further`."""
         check_flag(reuse, "reuse")
-        config = self.config(selector, ratio, max_kl, min_top1)
+        # Full prefill keeps every bound, whatever was calibrated.
+        bound = (max_kl, min_top1) if reuse else (None, None)
+        check_bound(selector, ratio, max_kl, min_top1)
+        config = self.config(selector, ratio, *bound)
         template_arguments, settings = self._split(further)
         built = self.prompt(query, chunks, prefix, prompt, template_arguments)
         decoding = self._decoding(

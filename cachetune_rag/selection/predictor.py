@@ -21,7 +21,9 @@ SHARE = 0.9
 WINDOW = 0.25
 """The share of the observations that each figure is taken of: those with about the same sign."""
 FEWEST = 20
-"""From fewer observations nothing is predicted: 90% of fewer is nearly all of them."""
+"""The least observations that a figure is taken of: 90% of fewer is nearly all of them."""
+FEWEST_PROMPTS = 10
+"""From fewer prompts nothing is predicted. What one prompt shows at several ratios is alike."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,13 @@ class Observation:
     """What one sample showed at one ratio.
 
     Attributes:
+        sample: number of the sample.
         sign: the request's (`Choice.sign`).
         kl: of the answer's first token, in nats.
         same: whether full prefill, too, finds it the likeliest.
     """
 
+    sample: int
     sign: float
     kl: float
     same: bool
@@ -45,7 +49,7 @@ class Predictor:
 
     Attributes:
         ratios: those that a request may take, ascending.
-        signs: knots, ascending. The first is 0, where nothing is off.
+        signs: knots, ascending.
         kl: at each knot, in nats; never falling.
         top1: at each knot; never rising.
         share: the share of requests that `kl` is to hold for.
@@ -59,34 +63,39 @@ class Predictor:
 
     @classmethod
     def fit(cls, ratios: Sequence[float], seen: Sequence[Observation], share: float = SHARE) -> Self | None:
-        """Fit to what was observed at these ratios; None if that is too little.
+        """Fit to what was observed at these ratios; None if that is of too few prompts.
 
         The quantile of KL among observations with about the same sign is made monotone in the sign (isotonic regression), and so is the share of
-        them whose first token is another one. One more of these is counted than there were, because few observations can't show that there
-        are none.
+        them whose first token is another one. One more prompt with another token is counted than there were, because few prompts can't show that
+        there are none.
         """
-        if len(seen) < FEWEST or not ratios:
+        if len({each.sample for each in seen}) < FEWEST_PROMPTS or not ratios:
             return None
         seen = sorted(seen, key=lambda each: each.sign)
-        signs = np.array([each.sign for each in seen])
-        around = max(FEWEST, round(WINDOW * len(seen)))
+        samples, signs = np.array([each.sample for each in seen]), np.array([each.sign for each in seen])
+        around = min(len(seen), max(FEWEST, round(WINDOW * len(seen))))
         starts = range(0, len(seen) - around + 1, max(1, around // 8))
         windows = [slice(start, start + around) for start in starts]
         kl = np.array([each.kl for each in seen])
         other = np.array([not each.same for each in seen])
         # A quantile is one of the values, and not one between two.
         most = np.array([np.quantile(kl[window], share, method="higher") for window in windows])
-        off = np.array([(other[window].sum() + 1) / (around + 1) for window in windows])
+        one_more = np.array(
+            [around / len(np.unique(samples[window])) for window in windows]
+        )  # observations of a prompt
+        off = (np.array([other[window].sum() for window in windows]) + one_more) / (around + one_more)
         return cls(
             tuple(sorted(ratios)),
-            (0.0, *(float(np.median(signs[window])) for window in windows)),
-            (0.0, *_rising(most).tolist()),
-            (1.0, *(1 - _rising(off)).tolist()),
+            tuple(float(np.median(signs[window])) for window in windows),
+            tuple(_rising(most).tolist()),
+            tuple((1 - _rising(off)).tolist()),
             share,
         )
 
     def predict(self, signs: Sequence[float]) -> tuple[Predicted, ...]:
-        """What is predicted for a request that has these signs at `ratios`."""
+        """What is predicted for a request that has these signs at `ratios`. A smaller sign than the smallest knot is predicted as that: whoever
+        shows no sign of an error may still be wrong, and no observation says how often.
+        """
         return tuple(
             Predicted(ratio, sign, self._kl(sign), self._top1(sign))
             for ratio, sign in zip(self.ratios, signs, strict=True)

@@ -15,14 +15,14 @@ from cachetune_rag import CacheTune, ConfigError
 from cachetune_rag.reuse.config import AUTO
 from cachetune_rag.selection.choice import unsureness
 
-MORE = [*SAMPLES, {"query": "Which ships?", "chunks": [*CHUNKS, CHUNKS[0]]}]
+MORE = [{"query": f"Which ship is number {n}?", "chunks": CHUNKS[n % 3 :] + CHUNKS[: n % 3]} for n in range(10)]
 LADDER = (0.1, 0.2, 0.3, 0.5, 0.7)
 REQUEST = SAMPLES[0]
 
 
 def calibrated(store: Path | None = None, **options: Any) -> CacheTune:
     engine = fresh(store, **options)
-    found = engine.calibrate(MORE, ratios=(0.0, *LADDER, 1.0), tokens=4, bound=100)
+    found = engine.calibrate(MORE, ratios=(0.0, *LADDER, 1.0), tokens=1, bound=100)
     assert found.predictor is not None
     assert found.predictor.ratios == LADDER
     return engine
@@ -118,9 +118,16 @@ def test_a_store_without_calibration_names_the_command() -> None:
         engine.generate(**REQUEST, min_top1=0.9)
 
 
+def test_full_prefill_that_is_asked_for_needs_no_calibration() -> None:
+    with fresh() as engine:
+        assert engine.generate(**REQUEST, reuse=False, max_kl=0.01, max_new_tokens=1).report.full
+        with pytest.raises(ConfigError, match="max_kl is -1"):
+            engine.generate(**REQUEST, reuse=False, max_kl=-1)
+
+
 def test_too_few_prompts_predict_nothing() -> None:
     with fresh() as engine:
-        assert engine.calibrate(SAMPLES[:1], ratios=LADDER, tokens=2).predictor is None
+        assert engine.calibrate(MORE[:9], ratios=LADDER, tokens=1).predictor is None
         with pytest.raises(ConfigError, match="with 10 prompts of your own or more"):
             engine.prefill(**REQUEST, max_kl=1)
 
@@ -156,7 +163,7 @@ def test_a_shallow_probe_gives_the_same_entropy() -> None:
     with fresh() as engine:
         signs = {}
         for name in names:
-            engine.calibrate(MORE, ratios=LADDER, tokens=2, selector=name)
+            engine.calibrate(MORE, ratios=[0.5], tokens=1, selector=name)
             report = engine.prefill(**REQUEST, selector=name, max_kl=1e6).report
             signs[name] = report.sign / report.error_left  # type: ignore[operator]
         assert signs[names[0]] == pytest.approx(signs[names[1]], rel=1e-4)

@@ -194,7 +194,7 @@ class Calibrator:
                 raise CacheTuneError(f"sample {number}: the model gives logits that are no numbers; try another dtype.")
             found.append(divergence)
             if state.report.sign is not None:
-                observed.append(Observation(state.report.sign, divergence.kl[0], divergence.same[0]))
+                observed.append(Observation(number, state.report.sign, divergence.kl[0], divergence.same[0]))
             tell(number)
         return found, observed
 
