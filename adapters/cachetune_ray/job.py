@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,7 @@ from cachetune_rag.text.splitting import DEFAULT_CHUNK_TOKENS, MIN_CHUNK_TOKENS
 from cachetune_ray import failures
 from cachetune_ray.documents import Columns
 from cachetune_ray.here import gpus, on_this_machine
+from cachetune_ray.tries import RemoteTries
 from cachetune_ray.work import WORK_TOKENS, Cutter
 from cachetune_ray.worker import EngineToMake, Worker
 from cachetune_store import ChunkStore
@@ -81,7 +83,7 @@ def precompute(
     """Compute and store the KV of a dataset's documents on the Ray cluster that this process is connected to.
 
     Each actor loads the model once. Chunks that are stored already are skipped, so an interrupted run resumes. Where an actor dies, Ray
-    starts another, which goes on with the row of work that the dead one had begun.
+    starts another, which goes on with the row of work that the dead one had begun. A row with which three actors died ends the job.
 
     Args:
         dataset: a dataset of Ray Data, from `ray.data.read_parquet`, `cachetune_ray.read_corpus` or any other reader. A row is a document. Ids must be unique.
@@ -100,7 +102,7 @@ def precompute(
 
     Raises:
         ConfigError: an argument or a document can't be used, or two documents have the same id. What was stored before stays.
-        CacheTuneError, StoreError: what the engine raised in an actor.
+        CacheTuneError, StoreError: what the engine raised in an actor; or three actors died with the same documents.
     """
     _check_dataset(dataset)
     columns = Columns(id_column, text_column, chunks_column)
@@ -117,6 +119,7 @@ def precompute(
         raise ConfigError(f"model is {shown(model)}: use a folder made by save_pretrained, or a hub id.")
     place = _place_of(store)
     here = not is_remote(place) and options.get("remote") is None
+    on_it = on_this_machine(f"the store {place}") if here else {}
     if (known := dataset.schema(fetch_if_missing=False)) is not None:  # otherwise the first row says it
         columns.check(known.names)
 
@@ -133,19 +136,20 @@ def precompute(
         "revision": revision,
     }
     first = _first_rows(dataset, columns) if options.get("lead_in", "auto") == "auto" else []
-    made = EngineToMake(cutter.model, place, loading, first, cutter, same_model_only)
-    found = gpus(here=here)
-    pool = ray.data.ActorPoolStrategy(size=actors or max(1, found))
+    made = EngineToMake(
+        cutter.model, place, loading, first, cutter, tries=RemoteTries(), same_model_only=same_model_only
+    )
+    size, gpus_each = pool_of(device, actors, num_gpus, gpus(here=here))
     rows = (
         dataset.map_batches(cutter, batch_size=None, batch_format="pyarrow")
         .repartition(target_num_rows_per_block=1)
         .map(
             Worker,
             fn_constructor_args=(made,),
-            compute=pool,
+            compute=ray.data.ActorPoolStrategy(size=size),
             num_cpus=num_cpus,
-            num_gpus=(1 if found else 0) if num_gpus is None else num_gpus,
-            **(on_this_machine() if here else {}),
+            num_gpus=gpus_each,
+            **on_it,
         )
     )
     rows.context.target_max_block_size = BLOCK_BYTES
@@ -153,6 +157,18 @@ def precompute(
     for row in rows.iter_rows():
         done.add(row)
     return done.summary
+
+
+def pool_of(device: str, actors: int | None, num_gpus: float | None, found: int) -> tuple[int, float]:
+    """How many actors there are, and what each takes of a GPU.
+
+    Args:
+        device: as the caller gave it. On a CPU, no GPU is taken.
+        actors, num_gpus: as the caller gave them.
+        found: GPUs that there are.
+    """
+    usable = 0 if device == "cpu" else found
+    return actors or max(1, usable), (1 if usable else 0) if num_gpus is None else num_gpus
 
 
 class _Done:
@@ -196,13 +212,15 @@ class _Done:
         self._workers.add(row["worker"])
         self._empty += row["empty"]
         self._failed += [(name, why) for name, why in row["failed"]]
-        for each in row["ids"]:
-            if each in self._ids:
+        for name in row["ids"]:
+            # As hashes, so that millions of documents take little memory.
+            digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+            if digest in self._ids:
                 raise ConfigError(
-                    f"two documents of the dataset have the same id (its hash is {each.hex()}): the store has one of them. Make ids unique, and run "
-                    "this again; what is stored stays."
+                    f"two documents of the dataset have the id {shown(name)}: the store has one of them. Make ids unique, and run this again; what "
+                    "is stored stays."
                 )
-            self._ids.add(each)
+            self._ids.add(digest)
         if self._progress is not None:
             self._progress(self.summary)
 

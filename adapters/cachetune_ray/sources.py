@@ -14,6 +14,7 @@ import pyarrow.dataset
 import pyarrow.fs
 import ray
 
+from cachetune_rag.errors import ConfigError
 from cachetune_rag.text.files.corpus import Corpus, CorpusError, SourceFile
 from cachetune_rag.text.files.left_out import LeftOut
 from cachetune_rag.text.files.readers import SourceDocument, reader_for
@@ -120,7 +121,7 @@ class Sources:
         """The documents as a dataset with the columns of `documents.SCHEMA`."""
         parts = []
         if self.near:
-            parts.append(_read_by_tasks(self.near, on_this_machine()))
+            parts.append(_read_by_tasks(self.near, on_this_machine(f"the corpus {self.near[0].path}")))
         if self.far:
             parts.append(_read_by_tasks(self.far, {}))
         for place in self.parquet:
@@ -216,7 +217,7 @@ def _rows(files: Iterable[SourceFile | FarFile]) -> Iterator[dict[str, Any]]:
 def _read_parquet(place: str) -> Any:
     columns = Columns()
     filesystem, path = pyarrow.fs.FileSystem.from_uri(place)
-    near = {} if "://" in place else on_this_machine()
+    near = {} if "://" in place else on_this_machine(f"the corpus {place}")
     footers = pyarrow.dataset.dataset(path, filesystem=filesystem, format="parquet")
     columns.check(footers.schema.names)
     used = [name for name in (columns.id, columns.text, columns.chunks) if name in footers.schema.names]
@@ -224,12 +225,17 @@ def _read_parquet(place: str) -> Any:
     dataset = ray.data.read_parquet(path, filesystem=filesystem, columns=used, **near)
 
     def rows(table: Any) -> Any:
-        return pyarrow.Table.from_pylist(
-            [{**row, columns.id: str(row[columns.id]), "size": each} for row in table.to_pylist()],
-            schema=SCHEMA,
-        )
+        return pyarrow.Table.from_pylist([_checked({**row, "size": each}) for row in table.to_pylist()], schema=SCHEMA)
 
     return dataset.map_batches(rows, batch_format="pyarrow", **near)
+
+
+def _checked(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of `SCHEMA` for one of a table, whose columns may have any type; the error, if it is no document."""
+    try:
+        return row_of(Columns().document(row))
+    except ConfigError as error:
+        return {"size": 0, "error": told(error)}
 
 
 def _is_parquet(path: Path) -> bool:

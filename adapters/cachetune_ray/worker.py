@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +12,8 @@ import ray
 from cachetune_rag.engine import CacheTune
 from cachetune_rag.errors import ConfigError
 from cachetune_rag.text.documents import Document
-from cachetune_ray import failures
+from cachetune_ray import failures, tries
 from cachetune_ray.work import Cutter
-
-DIGEST_BYTES = 16
-"""Of the hash by which two documents with the same id are noticed."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +25,7 @@ class EngineToMake:
         loading: further arguments of `CacheTune.from_pretrained`.
         first: rows of the corpus's first documents, from which lead-ins are chosen. They are the same for all actors, so all choose the same.
         cutter: cuts them.
+        tries: counts how often rows are begun (`tries.RemoteTries`).
         same_model_only: whether a store that has nothing but chunks of other models is refused.
     """
 
@@ -37,6 +34,7 @@ class EngineToMake:
     loading: Mapping[str, Any]
     first: Sequence[Mapping[str, Any]]
     cutter: Cutter
+    tries: Any
     same_model_only: bool = False
 
 
@@ -51,6 +49,7 @@ class Worker:
 
     def __init__(self, made: EngineToMake):
         self._failure: dict[str, str] | None = None
+        self._tries = made.tries
         try:
             self._engine = CacheTune.from_pretrained(made.model, made.store, **made.loading)
             self._prepare(self._engine, made)
@@ -86,9 +85,12 @@ class Worker:
 
     def _done(self, work: Mapping[str, Any]) -> dict[str, Any]:
         documents = [Document(each["id"], each["chunks"]) for each in work["documents"]]
+        names = [document.id for document in documents]
+        tries.check(self._tries.begin(names), names)
         store = self._engine.store
         before = _evicted(store)
         summary = self._engine.precompute(documents)
+        self._tries.done(names)
         if store.remote is not None and store.path is not None:
             store.sync()  # this machine may be gone when it would be told by itself
         return {
@@ -102,14 +104,9 @@ class Worker:
             "size": work["size"],
             "empty": list(work["empty"]),
             "failed": [[each["id"], each["why"]] for each in work["failed"]],
-            "ids": [digest(document.id) for document in documents],
+            "ids": names,
             "worker": f"{ray.get_runtime_context().get_node_id()}/{os.getpid()}",
         }
-
-
-def digest(name: str) -> bytes:
-    """A document's id in a few bytes."""
-    return hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest()
 
 
 def _evicted(store: Any) -> int:

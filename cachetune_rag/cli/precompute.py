@@ -198,6 +198,8 @@ def _on_ray(job: RayJob, json_output: bool) -> None:
         for line in job.left_out.lines():
             note(line)
     done = job.done
+    if not job.interrupted and not (done is not None and done.documents) and job.left_out.failed:
+        raise CorpusError("nothing could be read; the lines above say why.")
     if not (job.interrupted or (done is not None and done.documents)):
         raise CorpusError(f"no text in {', '.join(job.paths)}: every document is empty.")
     summary = PrecomputeSummary(0, 0, 0, 0, 0, 0.0) if done is None else done.plain

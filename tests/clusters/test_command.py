@@ -12,6 +12,8 @@ pytest.importorskip("ray")
 pytest.importorskip("pyarrow")
 
 from cachetune_rag.cli.app import main
+from cachetune_rag.cli.on_ray import RayJob
+from cachetune_ray.job import RaySummary
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: Any, code: int = 0) -> tuple[str, str]:
@@ -43,6 +45,19 @@ def test_a_cluster_that_is_not_there_is_named(
     _, said = run(capsys, "precompute", tmp_path, "-m", "m", "-s", tmp_path / "kv", "--ray", "10.0.0.9:1", code=2)
     assert "--ray is '10.0.0.9:1', and there is no cluster (nobody answers)" in said
     assert "local to start one here" in said
+
+
+def test_a_corpus_of_which_nothing_can_be_read_says_so(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(job: RayJob) -> None:
+        job.done = RaySummary(0, 0, 0, 0, 0, 1.0, failed=(("a.pdf", "a.pdf is encrypted"),))
+
+    monkeypatch.setattr(RayJob, "run", nothing)
+    _, said = run(capsys, "precompute", tmp_path, "-m", "m", "-s", tmp_path / "kv", "--ray", "local", code=2)
+    assert "Left out: a.pdf is encrypted" in said
+    assert "nothing could be read" in said
+    assert "empty" not in said
 
 
 @pytest.mark.cluster

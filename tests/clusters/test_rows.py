@@ -11,15 +11,18 @@ import tiny
 pytest.importorskip("pyarrow")
 pytest.importorskip("ray")
 
+import ray
+
 from cachetune_rag.cli.console import UsageError
 from cachetune_rag.errors import CacheTuneError, ConfigError, ModelLoadError
 from cachetune_rag.text.files.corpus import CorpusError
-from cachetune_ray import failures
+from cachetune_ray import failures, here, tries
 from cachetune_ray.documents import Columns, row_of
-from cachetune_ray.job import _Done, precompute
-from cachetune_ray.sources import Sources, _rows
+from cachetune_ray.job import _Done, pool_of, precompute
+from cachetune_ray.sources import Sources, _checked, _rows
+from cachetune_ray.tries import Tries
 from cachetune_ray.work import Cutter
-from cachetune_ray.worker import digest
+from cachetune_ray.worker import EngineToMake, Worker
 from cachetune_store import StoreError
 
 COLUMNS = Columns()
@@ -136,13 +139,66 @@ def test_two_documents_with_one_id_are_refused() -> None:
     told: list[int] = []
     done = _Done(lambda summary: told.append(summary.documents))
     row = dict.fromkeys(("documents", "chunks", "skipped", "tokens", "bytes", "size", "evicted", "lead_ins"), 1)
-    done.add({**row, "empty": [], "failed": [["f", "why"]], "worker": "a", "ids": [digest("a")]})
-    done.add({**row, "empty": ["e"], "failed": [], "worker": "b", "ids": [digest("b")]})
+    done.add({**row, "empty": [], "failed": [["f", "why"]], "worker": "a", "ids": ["a"]})
+    done.add({**row, "empty": ["e"], "failed": [], "worker": "b", "ids": ["b"]})
     assert told == [1, 2]
     assert (done.summary.chunks, done.summary.workers, done.summary.empty) == (2, 2, ("e",))
     assert done.summary.failed == (("f", "why"),)
-    with pytest.raises(ConfigError, match="two documents of the dataset have the same id"):
-        done.add({**row, "empty": [], "failed": [], "worker": "a", "ids": [digest("a")]})
+    with pytest.raises(ConfigError, match="two documents of the dataset have the id 'a'"):
+        done.add({**row, "empty": [], "failed": [], "worker": "a", "ids": ["c", "a"]})
+
+
+def test_a_document_that_kills_every_actor_is_named(model: Path, tmp_path: Path) -> None:
+    """An actor that dies has begun its row and never says that it is done."""
+    begun = Tries()
+    cutter = Cutter(str(model), None, None, 100, 1000, COLUMNS)
+
+    def actor() -> Worker:
+        return Worker(EngineToMake(str(model), str(tmp_path / "kv"), {"host_budget": 0}, [], cutter, tries=begun))
+
+    work = {"documents": [{"id": "huge", "chunks": ["A chunk."]}], "size": 8, "empty": [], "failed": []}
+    for _ in range(tries.MOST):
+        begun.begin(["huge"])  # and killed
+    one = actor()
+    with pytest.raises(CacheTuneError, match="3 actors, one after the other, died while they computed document 'huge'"):
+        failures.check(one(work))
+    other = {**work, "documents": [{"id": "small", "chunks": ["Another."]}]}
+    for _ in range(tries.MOST + 1):  # one that is done may come again
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(ray, "get_runtime_context", lambda: type("Here", (), {"get_node_id": lambda self: "n"})())
+            failures.check(one(other))
+    with pytest.raises(CacheTuneError, match=r"one of the documents 'a', 'b', 'c', 'd', 'e' and 2 more"):
+        tries.check(tries.MOST + 1, list("abcdefg"))
+
+
+def test_what_is_on_this_machine_is_refused_where_it_is_no_part_of_the_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(here.client, "is_connected", lambda: True)
+    with pytest.raises(ConfigError, match=r"the corpus .*a\.txt is on this machine, which is no part of the cluster"):
+        Sources.scan([corpus(tmp_path / "corpus")]).dataset()
+    with pytest.raises(ConfigError, match="the store /kv is on this machine"):
+        here.on_this_machine("the store /kv")
+
+
+def test_what_a_table_has_is_checked_as_any_other_row() -> None:
+    assert _checked({"id": 7, "text": "x", "size": 3})["id"] == "7"
+    for row, said in (
+        ({"id": None, "text": "x"}, "document's id is None"),
+        ({"id": True, "text": "x"}, "document's id is True"),
+        ({"id": 1.0, "text": "x"}, "document's id is 1.0"),
+        ({"id": "a", "text": 5}, "document 'a': text is 5"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            failures.check(_checked({**row, "size": 3}))
+
+
+def test_a_device_without_gpus_takes_none() -> None:
+    assert pool_of("auto", None, None, 4) == (4, 1)
+    assert pool_of("auto", 8, None, 0) == (8, 0)
+    assert pool_of("cpu", None, None, 4) == (1, 0)
+    assert pool_of("cpu", 6, None, 4) == (6, 0)
+    assert pool_of("auto", 2, 0.5, 4) == (2, 0.5)
 
 
 def corpus(folder: Path) -> Path:
