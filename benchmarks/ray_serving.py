@@ -91,7 +91,7 @@ class Figures:
             a request began.
         replicas: how many answered.
         after_kill: figures of the requests since a replica was killed.
-        newcomer_read: bytes that the replica in its place has read.
+        newcomer_answered: requests that the replica in its place has answered.
     """
 
     requests: int = 0
@@ -102,7 +102,7 @@ class Figures:
     replicas: int = 0
     by_replica: Counter[str] = field(default_factory=Counter)
     after_kill: Any = None
-    newcomer_read: int = 0
+    newcomer_answered: int = 0
 
     @property
     def share(self) -> float:
@@ -180,7 +180,7 @@ def measure(place: Place, router: str, *, requests: int = 150, replicas: int = 3
         figures.after_kill = ask_all(requests // 3)
         figures.after_kill.failed += during.failed
         fresh = set(figures.after_kill.by_replica) - known
-        figures.newcomer_read = sum(figures.after_kill.by_replica[each] for each in fresh)
+        figures.newcomer_answered = sum(figures.after_kill.by_replica[each] for each in fresh)
     serve.delete(name)
     return figures
 
