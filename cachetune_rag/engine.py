@@ -471,7 +471,7 @@ class CacheTune:
     ) -> Explanation:
         """Read a prompt as a request would, and tell what became of each token and chunk, and why.
 
-        It is no request: counters, listeners and the store stay as they are, and chunks that it misses are not stored. The likeliest token
+        It is no request: counters of requests and listeners are not told, and chunks that it misses are not stored. The likeliest token
         is always taken for its answers, so that only reuse makes them differ.
 
         Args:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from cachetune_rag.explaining.explanation import (
     ExplainedAnswer,
     ExplainedChunk,
     Explanation,
+    NearText,
     Part,
     PredictedDivergence,
     TrueDivergence,
@@ -30,7 +32,7 @@ from cachetune_rag.measuring.bench import Bench
 from cachetune_rag.measuring.calibration.saved import SavedCalibrations
 from cachetune_rag.measuring.divergence import Divergence
 from cachetune_rag.measuring.teacher import rewind
-from cachetune_rag.reuse.account import FATES, Account, Fate, Outcome
+from cachetune_rag.reuse.account import FATES, Account, ChunkAccount, Fate, Outcome
 from cachetune_rag.reuse.config import ReuseConfig
 from cachetune_rag.reuse.state import PrefillState
 from cachetune_rag.selection import get_selector
@@ -41,6 +43,10 @@ MOST_ATTENDED = 20
 """Tokens that are named: those that the query attends to most."""
 MUCH = 100
 """Tokens outside of chunks from which on stored texts are looked for in them."""
+SECONDS = 4.0
+"""The longest that the store's texts are searched for one explanation, however many chunks it missed. A person asked for it."""
+LEAST_SECONDS = 0.5
+"""Of this, what is left for texts outside of chunks."""
 _AROUND = 6  # tokens shown on either side of an attended one
 
 
@@ -86,24 +92,26 @@ class Explainer:
             tokens: most tokens of an answer.
         """
         bench, spelling = self._bench, Spelling(self._bench.tokenizer, prompt.ids)
-        if config.finder is None and get_selector(config.selector).predicts:
-            config = replace(config, finder=SignOnly())
         accounts: list[Account] = []
         state = bench.prefill(prompt, config, accounts.append)
         account = accounts[-1]
         read = self._look(state, account, tokens)
         full = None if not compare else self._look(bench.prefill(prompt, None), None, tokens)
         parts = parts_of(prompt, account, spelling)
+        until = time.monotonic() + SECONDS
+        missed = [prompt.chunk_texts[each.number] for each in account.chunks if each.outcome is Outcome.MISSED]
+        near = nearest(self._recognizer, missed, until)
+        self._reasons.search(missed, until)
         return Explanation(
             question=question,
             model=self._model_name,
             source="engine",
             report=_plain(state.report.as_dict()),
             parts=tuple(_measured(part, account, read, full) for part in parts),
-            chunks=tuple(self._chunk(each, prompt) for each in sorted(account.chunks, key=lambda c: c.number)),
-            near=self._near(parts),
+            chunks=tuple(self._chunk(each, prompt, near) for each in sorted(account.chunks, key=lambda c: c.number)),
+            near=self._near(parts, until),
             attention=_attention(read.looked, account, prompt, spelling),
-            predicted=self._predicted(read, account, config.selector),
+            predicted=self._predicted(read, account, prompt, config),
             divergence=None if full is None else self._divergence(full, read),
             reuse=self._answer(read, tokens),
             full=None if full is None else self._answer(full, tokens),
@@ -119,10 +127,13 @@ class Explainer:
             error = None if account is None else probe.expected_error(account)
             return _Read(state, probe.look(), error, answer)
 
-    def _predicted(self, read: _Read, account: Account, selector: str) -> PredictedDivergence:
+    def _predicted(self, read: _Read, account: Account, prompt: Prompt, config: ReuseConfig) -> PredictedDivergence:
         """What is known of the divergence without full prefill."""
-        left, ratio = _left(read, account), self._calibrations.ratio(selector)
-        predictor, sign = self._calibrations.predictor(selector), read.state.report.sign
+        left, ratio = _left(read, account), self._calibrations.ratio(config.selector)
+        predictor, sign = self._calibrations.predictor(config.selector), read.state.report.sign
+        if predictor is not None and sign is None and get_selector(config.selector).predicts:
+            # Read once more: to take the sign costs time, which must not be among that of the prompt as a request reads it.
+            sign = self._bench.prefill(prompt, replace(config, finder=SignOnly())).report.sign
         if predictor is None or sign is None:
             return PredictedDivergence(left, ratio)
         (found,) = replace(predictor, ratios=(read.state.report.ratio,)).predict([sign])
@@ -148,10 +159,9 @@ class Explainer:
         report, count = read.state.report, len(read.answer)
         return ExplainedAnswer(text, count, count < tokens, report.ttft, report.timings)
 
-    def _chunk(self, chunk: Any, prompt: Prompt) -> ExplainedChunk:
+    def _chunk(self, chunk: ChunkAccount, prompt: Prompt, near: Mapping[str, NearText]) -> ExplainedChunk:
         number = chunk.number
         text, document = prompt.chunk_texts[number], prompt.chunk_documents[number]
-        near = nearest(self._recognizer, text) if chunk.outcome is Outcome.MISSED else None
         return ExplainedChunk(
             number,
             chunk.outcome.value,
@@ -160,15 +170,18 @@ class Explainer:
             "" if chunk.key is None else str(chunk.key)[:12],
             chunk.tier,
             chunk.codec,
-            near,
+            near.get(text) if chunk.outcome is Outcome.MISSED else None,
         )
 
-    def _near(self, parts: Sequence[Part]) -> Any:
+    def _near(self, parts: Sequence[Part], until: float) -> tuple[NearText, ...]:
         """Stored texts that stand outside of chunks in another form."""
         outside = [part for part in parts if part.kind != "chunk"]
         if sum(part.tokens for part in outside) < MUCH:
             return ()
-        return near_misses(self._recognizer, "\n".join(run.text or "" for part in outside for run in part.runs))
+        seconds = max(LEAST_SECONDS, until - time.monotonic())
+        return near_misses(
+            self._recognizer, seconds, "\n".join(run.text or "" for part in outside for run in part.runs)
+        )
 
 
 def _plain(value: Any) -> Any:

@@ -11,28 +11,52 @@ from heapq import nlargest
 from cachetune_rag.chunks.alike import texts_alike
 from cachetune_rag.chunks.recognition import StoreRecognizer
 from cachetune_rag.explaining.explanation import NearText
-from cachetune_rag.text.recognising.text_changes import REASONS, change_of
+from cachetune_rag.text.recognising.text_changes import REASONS, change_of, likeness, pieces_of
 from cachetune_store import StoreError
 
-SECONDS = 2.0
-"""The longest that one text is compared with the stored ones. An explanation is asked for by a person."""
 _CANDIDATES = 8
 _COMPARED = 4000  # characters of two texts that are compared to find the nearer one
 _EXCERPT = 60
 _ALTERED = "a text much like it is stored, with other words in it"
+_PART = "a stored text is a part of it"
 _WORD = re.compile(r"\w+")
 _LIKE = 0.3  # the least likeness that is worth showing
 
 
-def nearest(recognizer: StoreRecognizer, shown: str) -> NearText | None:
-    """The stored text that is most like `shown`, a chunk that is not stored; None if none is like it, or the store can't be read."""
+def nearest(recognizer: StoreRecognizer, missed: Sequence[str], until: float) -> dict[str, NearText]:
+    """For each text of a chunk that is not stored, the stored text that is most like it, if one is.
+
+    All are looked for in one pass over the stored texts, which ends at `until` (`time.monotonic`): what was found until then is returned.
+    Nothing is found where the store can't be read.
+    """
+    wanted = {shown: (pieces_of(shown), {word for word, _ in _words(shown[:_COMPARED])}) for shown in missed}
+    alike: dict[str, list[tuple[float, str]]] = {shown: [] for shown in wanted}
+
+    def look(texts: Iterable[str]) -> None:
+        for text in texts if wanted else ():
+            words = {word for word, _ in _words(text[:_COMPARED])}
+            for shown, (pieces, of_shown) in wanted.items():
+                share = max(likeness(text, pieces), len(words & of_shown) / max(1, len(words | of_shown)))
+                if share > _LIKE and text != shown:
+                    alike[shown] = nlargest(_CANDIDATES, [*alike[shown], (share, text)])
+            if time.monotonic() > until:
+                break
+
     try:
-        candidates = texts_alike(recognizer, shown, _CANDIDATES, SECONDS) or _with_like_words(recognizer, shown)
+        recognizer.scan(look)
     except StoreError:
-        return None
+        return {}
+    return {
+        shown: found for shown, each in alike.items() if (found := _nearest([t for _, t in each], shown)) is not None
+    }
+
+
+def _nearest(candidates: Sequence[str], shown: str) -> NearText | None:
     best = max(candidates, key=lambda stored: _likeness(stored, shown), default=None)
     if best is None:
         return None
+    if best in shown:
+        return difference(shown, best, "altered", _PART)
     change = change_of(best, shown)
     if change is None and _likeness(best, shown) < _LIKE:
         return None
@@ -41,10 +65,10 @@ def nearest(recognizer: StoreRecognizer, shown: str) -> NearText | None:
     return difference(shown, best, change)
 
 
-def near_misses(recognizer: StoreRecognizer, shown: str, most: int = 4) -> tuple[NearText, ...]:
+def near_misses(recognizer: StoreRecognizer, seconds: float, shown: str, most: int = 4) -> tuple[NearText, ...]:
     """Stored texts that a text outside of all chunks shows in another form; nothing if the store can't be read."""
     try:
-        candidates = texts_alike(recognizer, shown, most, SECONDS)
+        candidates = texts_alike(recognizer, shown, most, seconds)
     except StoreError:
         return ()
     changed = [(stored, change_of(stored, shown)) for stored in candidates]
@@ -62,25 +86,6 @@ def difference(shown: str, stored: str, change: str, meaning: str | None = None)
         shown[at : at + _EXCERPT],
         stored[at : at + _EXCERPT],
     )
-
-
-def _with_like_words(recognizer: StoreRecognizer, shown: str) -> list[str]:
-    """Stored texts that have most of their words in common with `shown`: for texts in which no long stretch is the same."""
-    wanted = {word for word, _ in _words(shown)}
-    until = time.monotonic() + SECONDS
-
-    def look(texts: Iterable[str]) -> list[str]:
-        shares: list[tuple[float, str]] = []
-        for text in texts:
-            words = {word for word, _ in _words(text[:_COMPARED])}
-            share = len(wanted & words) / max(1, len(wanted | words))
-            if share > _LIKE and text not in shown:
-                shares = nlargest(_CANDIDATES, [*shares, (share, text)])
-            if time.monotonic() > until:
-                break
-        return [text for _, text in shares]
-
-    return recognizer.scan(look)
 
 
 def _placed(shown: str, stored: str, change: str) -> NearText:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from cachetune_rag.chunks.differences import what_differs
 from cachetune_rag.chunks.lead_ins import LeadIns
 from cachetune_rag.reuse.account import ChunkAccount, Outcome
 from cachetune_store import ChunkKey, ChunkStore, StoreError, make_key
-
-SECONDS = 2.0
-"""The longest that the store is searched for the same text in other namespaces."""
 
 _WHY = {
     Outcome.STORED: "It is in the store.",
@@ -47,6 +45,7 @@ class Reasons:
 
     def __init__(self, store: ChunkStore, lead_ins: LeadIns):
         self._store, self._lead_ins = store, lead_ins
+        self._elsewhere: dict[str, str] = {}
 
     def why(self, chunk: ChunkAccount, ids: tuple[int, ...], text: str) -> str:
         """Why the lookup of a chunk ended as it did."""
@@ -74,21 +73,23 @@ class Reasons:
         earlier = [make_key(namespace, ids) for namespace in self._lead_ins.namespaces[1:]]
         if any(True for _ in self._store.texts(keys=earlier)):
             return _EARLIER
-        return self._elsewhere(text)
+        return self._elsewhere.get(text, NEVER)
 
-    def _elsewhere(self, text: str) -> str:
-        """Whether the same text is stored, but can't be used here."""
-        wanted, until = self._lead_ins.namespace, time.monotonic() + SECONDS
-        for key, stored, _ in self._store.texts():
-            if time.monotonic() > until:
-                break
-            if stored != text:
-                continue
-            reader = self._store.open(key)
-            if reader is None:
-                continue
-            with reader:
-                namespace = reader.head.namespace
-            if namespace.tenant == wanted.tenant and namespace != wanted:
-                return _OTHER[what_differs(namespace, wanted)]
-        return NEVER
+    def search(self, texts: Sequence[str], until: float) -> None:
+        """Look for these texts, of missed chunks, among all that is stored, in one pass that ends at `until` (`time.monotonic`)."""
+        self._elsewhere = {}
+        wanted, missed = self._lead_ins.namespace, set(texts)
+        try:
+            for key, stored, _ in self._store.texts() if missed else ():
+                if time.monotonic() > until:
+                    break
+                if stored in missed and stored not in self._elsewhere:
+                    reader = self._store.open(key)
+                    if reader is None:
+                        continue
+                    with reader:
+                        namespace = reader.head.namespace
+                    if namespace.tenant == wanted.tenant and namespace != wanted:
+                        self._elsewhere[stored] = _OTHER[what_differs(namespace, wanted)]
+        except StoreError:
+            return

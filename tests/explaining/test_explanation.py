@@ -228,6 +228,40 @@ def test_what_was_calibrated_predicts_the_divergence() -> None:
         assert "The ratio was taken for a bound" in html_page(found)
 
 
+def test_a_prompt_costs_what_a_request_costs() -> None:
+    """Whatever is predicted is not among the selector's work, with or without a calibration."""
+    with CacheTune(llama(max_positions=8192), tokenizer()) as one:
+        one.precompute(LONG)
+        one.calibrate([{"query": f"{QUERY} {n}", "chunks": LONG} for n in range(10)], tokens=2, ratios=[0.1, 0.4])
+        probed = {}
+        for name, read in (("request", one.prefill), ("explained", one.explain)):
+            one.runtime.assembler.forget()  # no kept beginning
+            found = read(QUERY, LONG, ratio=0.2, selector="expected_error_early")
+            probed[name] = found.report["probed"] if isinstance(found, Explanation) else found.report.probed
+        assert probed["explained"] == probed["request"] > 0
+        assert isinstance(found, Explanation)
+
+
+def test_many_missed_chunks_take_one_pass_over_the_stored_texts(
+    engine: CacheTune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scan, texts, passes = engine.runtime.recognizer.scan, engine.store.texts, []
+    monkeypatch.setattr(engine.runtime.recognizer, "scan", lambda look: passes.append("scan") or scan(look))
+
+    def counted(**wanted: Any) -> Any:
+        passes.extend(["texts"] if not wanted else [])
+        return texts(**wanted)
+
+    monkeypatch.setattr(engine.store, "texts", counted)
+    missed = [chunk.replace("e", "a") for chunk in CHUNKS] + [chunk.upper() for chunk in CHUNKS]
+    found = explained(engine, missed)
+    assert [chunk.near is not None for chunk in found.chunks] == [True] * 6
+    assert passes.count("texts") == 1
+    assert passes.count("scan") <= 2  # the chunks, and what stands outside of them
+    monkeypatch.setattr("cachetune_rag.explaining.explainer.SECONDS", -1.0)
+    assert explained(engine, missed).report["missed"]
+
+
 def test_looking_changes_nothing(engine: CacheTune) -> None:
     before, stored = engine.stats(), len(list(engine.store.texts()))
     first = explained(engine, [CHUNKS[0], "Never stored before."], compare=True)
