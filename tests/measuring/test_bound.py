@@ -20,8 +20,8 @@ LADDER = (0.1, 0.2, 0.3, 0.5, 0.7)
 REQUEST = SAMPLES[0]
 
 
-def calibrated(store: Path | None = None, **options: Any) -> CacheTune:
-    engine = fresh(store, **options)
+def calibrated() -> CacheTune:
+    engine = fresh()
     found = engine.calibrate(MORE, ratios=(0.0, *LADDER, 1.0), tokens=1, bound=100)
     assert found.predictor is not None
     assert found.predictor.ratios == LADDER
@@ -81,7 +81,8 @@ def test_answers_keep_a_bound_too(engine: CacheTune) -> None:
 
 
 def test_later_engines_on_the_store_find_the_prediction(tmp_path: Path) -> None:
-    with calibrated(tmp_path) as engine:
+    with fresh(tmp_path) as engine:
+        engine.calibrate(MORE, ratios=LADDER[:2], tokens=1)
         found = engine.runtime.calibrations.predictor("auto")
     with fresh(tmp_path) as later:
         assert later.runtime.calibrations.predictor("auto") == found
@@ -127,7 +128,7 @@ def test_full_prefill_that_is_asked_for_needs_no_calibration() -> None:
 
 def test_too_few_prompts_predict_nothing() -> None:
     with fresh() as engine:
-        assert engine.calibrate(MORE[:9], ratios=LADDER, tokens=1).predictor is None
+        assert engine.calibrate(MORE[:9], ratios=[0.5], tokens=1).predictor is None
         with pytest.raises(ConfigError, match="with 10 prompts of your own or more"):
             engine.prefill(**REQUEST, max_kl=1)
 
