@@ -15,7 +15,7 @@ from smollm2 import model_path
 from cachetune_rag import CacheTune, Document
 from cachetune_rag.explaining import html_page
 
-TOPICS = ("assert", "nonlocal", "raise", "with", "for", "del", "pass", "global")
+TOPICS = ("assert", "nonlocal", "raise", "with", "for", "del")
 QUESTION = "Which statement lets names refer to variables of an enclosing function?"
 
 
