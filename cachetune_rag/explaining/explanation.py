@@ -10,6 +10,10 @@ from typing import Any, Self, get_args, get_origin, get_type_hints
 
 from cachetune_rag.errors import ConfigError
 
+KINDS = ("prefix", "chunk", "between", "query")
+"""Of parts."""
+FATES = ("computed", "kept", "reused", "recomputed", "skipped", "missed")
+"""Of tokens; `cachetune_rag.reuse.account.Fate` says what they mean. This module loads no model, so they stand here again."""
 FORMAT = 1
 """Of the JSON form. It grows when a field's meaning changes."""
 
@@ -268,11 +272,32 @@ class Explanation:
                 "`cachetune explain --json`."
             )
         try:
-            return _made(cls, given)
-        except (TypeError, KeyError, ValueError) as error:
+            made: Self = _made(cls, given)
+            _check(made)
+            return made
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise ConfigError(
                 f"this is no explanation: {error}. Make it again with `cachetune explain --json`."
             ) from error
+
+
+def _check(e: Explanation) -> None:
+    """Refuse values that no page can show.
+
+    Raises:
+        TypeError, ValueError: names one.
+    """
+    for part in e.parts:
+        if part.kind not in KINDS:
+            raise ValueError(f"a part is of kind {part.kind!r:.40}, and there are {', '.join(KINDS)}")
+        for run in part.runs:
+            if run.fate not in FATES:
+                raise ValueError(f"a fate is {run.fate!r:.40}, and there are {', '.join(FATES)}")
+            if not isinstance(run.tokens, int):
+                raise TypeError(f"a run has {run.tokens!r:.40} tokens, which is no number")
+    for name in ("ratio", "ttft", "prompt_tokens", "reused", "recomputed", "missed", "skipped", "prefix_kept"):
+        if not isinstance(e.report.get(name, 0), int | float):
+            raise TypeError(f"the report's {name} is {e.report[name]!r:.40}, which is no number")
 
 
 def _made(kind: Any, given: Any) -> Any:

@@ -32,6 +32,16 @@ def engine() -> Iterator[CacheTune]:
         yield made
 
 
+WHOLE = {"format": 1, "question": "", "model": "", "source": "server", "report": {}}
+UNSHOWABLE = [
+    WHOLE | {"report": {"ratio": "x"}},
+    WHOLE | {"report": 3},
+    WHOLE | {"parts": [{"kind": "odd", "start": 0, "runs": []}]},
+    WHOLE | {"parts": [{"kind": "query", "start": 0, "runs": [{"fate": "odd", "tokens": 1}]}]},
+    WHOLE | {"parts": [{"kind": "query", "start": 0, "runs": [{"fate": "reused", "tokens": "many"}]}]},
+]
+
+
 def fates(explanation: Explanation) -> dict[str, int]:
     counts: dict[str, int] = {}
     for part in explanation.parts:
@@ -278,7 +288,7 @@ def test_json_and_back(engine: CacheTune) -> None:
     assert Explanation.from_dict(json.loads(json.dumps(found.as_dict()))) == found
 
 
-@pytest.mark.parametrize("given", [{}, {"format": 99}, {"format": 1, "parts": 3}, {"format": 1, "odd": 1}])
+@pytest.mark.parametrize("given", [{}, {"format": 99}, {"format": 1, "parts": 3}, {"format": 1, "odd": 1}, *UNSHOWABLE])
 def test_what_is_no_explanation_is_refused(given: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="is no explanation"):
         Explanation.from_dict(given)

@@ -14,6 +14,7 @@ import pytest
 from made import FATES, made
 
 from cachetune_rag.explaining import Explanation, html_page
+from cachetune_rag.explaining.explanation import FATES as KNOWN
 from cachetune_rag.explaining.explanation import ExplainedAnswer, ExplainedChunk, NearText, Run
 from cachetune_rag.explaining.overview import MEANINGS, PHASES, counts_of, view_of
 from cachetune_rag.explaining.page import LETTERS
@@ -93,7 +94,7 @@ def test_advice_stands_at_the_top() -> None:
 
 
 def test_every_fate_and_phase_has_a_name_a_style_and_a_meaning() -> None:
-    assert tuple(MEANINGS) == FATES == tuple(LETTERS)
+    assert tuple(MEANINGS) == FATES == tuple(LETTERS) == KNOWN
     assert set(FATES) == {fate.value for fate in Fate}
     for fate, letter in LETTERS.items():
         assert re.search(rf"^\.{letter} \{{", STYLE, re.MULTILINE)
