@@ -11,9 +11,9 @@ from ..errors import DamagedChunkError, MissingObjectError
 from ..tier_kinds import REMOTE
 from .file import RemoteFile
 
-__all__ = ["RemoteReader"]
+__all__ = ["BYTES_TOGETHER", "RemoteReader"]
 
-_TOGETHER = 1 << 20
+BYTES_TOGETHER = 1 << 20
 """Bytes that are asked for at once. A request takes about as long as this much takes at 10 Gb/s, so smaller ones would wait more than move."""
 
 
@@ -41,7 +41,7 @@ class RemoteReader(DiskReader):
         try:
             for number in range(layer + 1, len(self._covered)):
                 size += len(wanted[-1][1])
-                if size >= _TOGETHER or not self._locks[number].acquire(blocking=False):
+                if size >= BYTES_TOGETHER or not self._locks[number].acquire(blocking=False):
                     break
                 layers.append(number)
                 if self._covered[number] >= rows:
