@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,12 @@ def run(fleet: Fleet = FLEET, *, by_chunks: bool = True, times: Times = TIMES, w
     return simulate(fleet, CORPUS, times, by_chunks=by_chunks, requests=400, warm_up=warm_up, seed=3)
 
 
-def small() -> dict[str, Any]:
+def small(more: str = "") -> dict[str, Any]:
     found: dict[str, Any]
     options = (
         "--replicas 4 --chunks 4000 --topic 20 --requests 100 --warm-up 50 --sweep-requests 20 --host 10 --disk 30"
     )
-    found = benchmark.main(options.split())
+    found = benchmark.main([*options.split(), *more.split()])
     return found
 
 
@@ -75,7 +76,7 @@ def test_every_chunk_request_is_answered_by_a_tier_or_by_none(by_chunks: bool) -
     assert all(outcome.hits.values())
     assert outcome.share("missed") == pytest.approx(FLEET.missing, abs=0.02)
     assert len(outcome.ttft) == 400
-    assert (outcome.ttft >= TIMES.reuse).all()
+    assert (outcome.ttft >= TIMES.reuse - 1e-9).all()
 
 
 @pytest.mark.parametrize("by_chunks", [True, False])
@@ -89,12 +90,13 @@ def test_a_cache_of_the_whole_corpus_is_always_hit(by_chunks: bool) -> None:
 
 @pytest.mark.parametrize("overlaps", [True, False])
 def test_more_bandwidth_makes_no_first_token_later(overlaps: bool) -> None:
-    before = None
-    for speed in (1e7, 1e8, 1e9, 1e10):
-        fleet = replace(FLEET, network_speed=speed)
-        ttft = run(fleet, by_chunks=False, times=replace(TIMES, overlaps=overlaps)).ttft
-        assert before is None or ((ttft <= before + 1e-9).all() and ttft.mean() < before.mean())
-        before = ttft
+    ttft = [
+        run(replace(FLEET, network_speed=speed), by_chunks=False, times=replace(TIMES, overlaps=overlaps)).ttft
+        for speed in (1e7, 1e8, 1e9, 1e10)
+    ]
+    for slower, faster in pairwise(ttft):
+        assert (faster <= slower + 1e-9).all()
+    assert ttft[-1].mean() < ttft[0].mean()
 
 
 def test_rows_that_come_beside_computing_are_not_waited_for_twice() -> None:
@@ -134,13 +136,15 @@ def test_requests_ask_for_different_chunks_by_their_popularity() -> None:
     assert all(len(set(row)) == 8 for row in drawn.tolist())
     assert (drawn[:, :4] // CORPUS.topic == topics[:, None]).all()
     asked = Counter((drawn[:, 4:] // CORPUS.topic).ravel().tolist())
-    assert asked[0] / 12_000 == pytest.approx(CORPUS.shares[0], abs=0.015)
+    # No chunk twice in a request: the most popular topic gets a little less than its share.
+    assert asked[0] / 12_000 == pytest.approx(CORPUS.shares[0], abs=0.03)
+    assert asked[9] / 12_000 == pytest.approx(CORPUS.shares[9], rel=0.2)
     all_of_them = Corpus(10, 2.0, 5).draw(np.random.default_rng(0), 20, 10, 0.5)[1]
     assert {tuple(sorted(row)) for row in all_of_them.tolist()} == {tuple(range(10))}
 
 
 def test_the_simulated_router_decides_as_the_real_one() -> None:
-    """Beside one with Bloom filters, told the same: two of a thousand hashes are taken for known there, so it may differ rarely."""
+    """Beside one that is told the same by sketches. These are made large, so that no hash is taken for known wrongly."""
     rng, every, replicas = np.random.default_rng(5), 2.0, 4
     simulated = ByChunks(replicas, every)
     now, due = 0.0, 0.0
@@ -153,7 +157,7 @@ def test_the_simulated_router_decides_as_the_real_one() -> None:
         now += float(rng.exponential(0.3))
         if now >= due:
             for name, memory in zip(simulated.names, memories, strict=True):
-                real.published(name, now, Sketch.of(hashes[list(memory)]).to_bytes())
+                real.published(name, now, Sketch.of(np.tile(hashes[list(memory)], 64)).to_bytes())
             due = now + every
         loads = {name: int(rng.integers(0, 4)) for name in loads}
         wanted = real.rank(hashes[chunks], loads)[0]
@@ -162,7 +166,7 @@ def test_the_simulated_router_decides_as_the_real_one() -> None:
         real.sent(simulated.names[chosen], hashes[chunks])
         for chunk in chunks:
             simulated.used(chosen, chunk, memories[chosen].use(chunk))
-    assert same >= 396
+    assert same == 400
 
 
 def test_sizes_are_those_of_the_store() -> None:
@@ -185,7 +189,7 @@ def test_the_command_tells_what_it_found_and_from_what(capsys: pytest.CaptureFix
         assert cost["total"] == pytest.approx(sum(cost[part] for part in ("gpu", "reads", "storage", "precompute")))
     printed = capsys.readouterr().out
     assert all(f"| {name} |" in printed for name in benchmark.SWEEPS)
-    assert small()["compared"] == result["compared"], "seeds are fixed"
+    assert small("--sweep-requests 0")["compared"] == result["compared"], "seeds are fixed"
 
 
 @pytest.mark.parametrize(
