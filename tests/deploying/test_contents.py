@@ -243,7 +243,7 @@ def test_the_dashboard_shows_metrics_that_there_are() -> None:
     for panel in DASHBOARD["panels"]:
         for target in panel["targets"]:
             for selector in selectors(target["expr"]):
-                if selector.name.startswith("vllm:"):  # vLLM's own
+                if selector.name.startswith("vllm:"):  # tests/vllm/test_deployed_application.py looks at these
                     continue
                 assert {matcher.name for matcher in selector.matchers.matchers} <= metrics[selector.name]
                 shown.add(selector.name)
