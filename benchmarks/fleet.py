@@ -93,13 +93,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     add("--gigabyte-month", type=at_least(0, float), default=0.023, help="dollars: remote storage")
     add("--thousand-reads", type=at_least(0, float), default=0.0004, help="dollars: requests to remote storage")
     add("--busy", type=above(0), default=0.7, help="how busy GPUs may be on average")
-    add("--requests", type=at_least(2, int), default=4800, help="that count, in the first table")
-    add("--warm-up", type=at_least(0, int), default=6400, help="before them, that don't")
+    add("--requests", type=at_least(2, int), default=1280, help="that count, in the first table")
+    add("--warm-up", type=at_least(0, int), default=2560, help="before them, that don't")
     add("--seeds", type=at_least(1, int), default=2, help="runs of the first table; the spread is over these")
     add(
         "--sweep-requests",
         type=at_least(0, int),
-        default=1280,
+        default=384,
         help="for each row of what changes, and as many before; 0: none",
     )
     add("--out", type=Path, help="a file for the results, as JSON")

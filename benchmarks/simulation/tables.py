@@ -69,7 +69,7 @@ def _sweeps(result: dict[str, Any]) -> str:
         busy = full["load"] > 1
         ttft = ["grows"] * 2 if late else [_ms(_mean(reuse[key])) for key in ("ttft_median", "ttft_p99")]
         plain = ["grows"] * 2 if busy else [_ms(_mean(full[key])) for key in ("ttft_median", "ttft_p99")]
-        ratio = full["cost"]["total"] / reuse["cost"]["total"]
+        cheaper = "doesn't carry it" if late else f"{full['cost']['total'] / reuse['cost']['total']:.1f}x"
         rows.append(
             [
                 name,
@@ -79,7 +79,7 @@ def _sweeps(result: dict[str, Any]) -> str:
                 *plain,
                 f"{reuse['cost']['total']:,.0f}",
                 f"{full['cost']['total']:,.0f}",
-                f"{ratio:.1f}x",
+                cheaper,
             ]
         )
     return _table(
