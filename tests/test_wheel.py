@@ -63,7 +63,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_has_the_installed_names_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {n.split("/")[0] for n in names if ".dist-info" not in n}
-    assert tops == {"cachetune_rag", "cachetune_store", "llama_index", "langchain_cachetune", "cachetune_vllm"}
+    assert tops == {
+        "cachetune_rag", "cachetune_store", "llama_index", "langchain_cachetune", "cachetune_vllm", "cachetune_ray",
+    }  # fmt: skip
     # A namespace package: other distributions put their own modules beside ours.
     assert "llama_index/__init__.py" not in names
     assert "llama_index/llms/__init__.py" not in names

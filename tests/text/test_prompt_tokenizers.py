@@ -162,4 +162,4 @@ def test_short_texts_do_not_fill_memory_either(monkeypatch):
         held, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert 1 << 20 < held < 2.5 * (1 << 20)
+    assert 1 << 19 < held < 2.5 * (1 << 20)
