@@ -15,24 +15,15 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
-import torch
-from common import environment
 from fidelity.arguments import add_model, add_shards, finish
 from fidelity.bounds import markdown
-from fidelity.documents import Shape, read_documents
 from fidelity.evaluate import Engines
-from fidelity.musique import read_musique
-from fidelity.records import Dataset
+from fidelity.inputs import add_records, header_of, open_model, read_sets
 from fidelity.report import load
 from fidelity.rows import RowFile
 from fidelity.signs import TOKENS, NotingSelector, SignStudy
-from fidelity.sources import folder_sources, installed_sources
-from smollm2 import model_path
 
-from cachetune_rag.model.loaded.fingerprint import model_fingerprint
-from cachetune_rag.model.loading import load_model
 from cachetune_rag.reuse.config import AUTO
 from cachetune_rag.selection import get_selector, register_selector
 from cachetune_rag.selection.probing import ProbingSelector
@@ -49,25 +40,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.report is not None:
         report(args.report)
         return
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
-    model, tokenizer = load_model(
-        args.model or model_path(), gguf_file=args.gguf_file, device=args.device, dtype=args.dtype
-    )
-    sets = datasets(args, tokenizer)
-    header = {
-        "benchmark": "bound",
-        "model": args.name or Path(model.config.name_or_path).name,
-        "weights": model_fingerprint(model),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "tf32": args.tf32,
-        "device": model.device.type,
-        "cuda_kernels": args.cuda_kernels,
-        "tokens": TOKENS,
-        "seed": args.seed,
-        "sets": {d.name: d.digest for d in sets},
-        "commit": args.commit or environment()["commit"],
-        "environment": environment(),
-    }
+    model, tokenizer = open_model(args)
+    sets = read_sets(args, tokenizer)
+    header = header_of("bound", args, model, tokens=TOKENS, sets={d.name: d.digest for d in sets})
     selector = get_selector(args.selector)
     assert isinstance(selector, ProbingSelector)
     noting = NotingSelector(selector)
@@ -97,18 +72,6 @@ def report(folder: Path) -> None:
     print(text)
 
 
-def datasets(args: argparse.Namespace, tokenizer: Any) -> list[Dataset]:
-    """The sets of records that the arguments ask for. MuSiQue is one of them where its file is given."""
-    sets = []
-    if args.musique is not None:
-        sets.append(read_musique(args.musique, tokenizer, args.first, args.musique_records, args.passages))
-    if args.documents:
-        sources = ({} if args.docs_only else installed_sources()) | dict(folder_sources(args.docs))
-        shape = Shape(args.chunks, args.chunk_tokens)
-        sets.append(read_documents(sources, tokenizer, shape, args.first, args.documents, args.seed))
-    return sets
-
-
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. --quick changes defaults only, so other options may be given with it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
@@ -118,19 +81,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many; start again to go on")
     add_model(parser)
     parser.add_argument("--host-budget", default="8GiB", help="memory for one record's chunks")
-    data = parser.add_argument_group("records")
-    data.add_argument("--musique", type=Path, metavar="FILE", help="questions as JSON lines, plain or gzipped")
-    data.add_argument(
-        "--docs", type=Path, nargs="+", default=[], metavar="FOLDER", help="more documents, a source each"
-    )
-    data.add_argument("--docs-only", action="store_true", help="not those that come with Python and its packages")
-    data.add_argument("--first", type=int, default=0, help="first record of each set")
-    data.add_argument("--musique-records", type=int, default=70)
-    data.add_argument("--passages", type=int, help="of a question, the first so many (default: all)")
-    data.add_argument("--documents", type=int, default=70, help="records of documents, 0 for none")
-    data.add_argument("--chunks", type=int, default=8)
-    data.add_argument("--chunk-tokens", type=int, default=512)
-    data.add_argument("--seed", type=int, default=0)
+    add_records(parser, 70)
     parser.add_argument("--selector", default=AUTO.selector, help="one with a probe")
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS), help="beside 0")
     add_shards(parser)

@@ -15,21 +15,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from common import environment
 from fidelity.arguments import add_model, add_shards, finish
-from fidelity.documents import Shape, read_documents, shuffled
+from fidelity.documents import shuffled
 from fidelity.evaluate import Engines, Evaluator
-from fidelity.musique import read_musique
+from fidelity.inputs import add_records, header_of, open_model, read_sets
 from fidelity.records import Dataset
 from fidelity.report import load, markdown, summarise
 from fidelity.rows import RowFile
 from fidelity.settings import LEAD_INS, RATIOS, compared_selectors, grid
-from fidelity.sources import folder_sources, installed_sources
-from smollm2 import model_path
 
-from cachetune_rag.model.loaded.fingerprint import model_fingerprint
-from cachetune_rag.model.loading import load_model
 from cachetune_rag.reuse.config import AUTO
 from cachetune_store import codec_names
 
@@ -53,28 +47,13 @@ def main() -> None:
     if args.report is not None:
         report(args.report)
         return
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
-    model, tokenizer = load_model(
-        args.model or model_path(), gguf_file=args.gguf_file, device=args.device, dtype=args.dtype
-    )
+    model, tokenizer = open_model(args)
     sets = datasets(args, tokenizer)
     settings = grid(args.selectors, args.ratios, args.lead_ins, args.codecs)
     if args.together is None:
         args.together = 6 if model.device.type == "cuda" else 1
-    header = {
-        "benchmark": "quality",
-        "model": args.name or Path(model.config.name_or_path).name,
-        "weights": model_fingerprint(model),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "tf32": args.tf32,
-        "device": model.device.type,
-        "cuda_kernels": args.cuda_kernels,
-        "answer_ratios": args.answer_ratios if args.answers else [],
-        "seed": args.seed,
-        "sets": {d.name: d.digest for d in sets},
-        "commit": args.commit or environment()["commit"],
-        "environment": environment(),
-    }
+    answered = args.answer_ratios if args.answers else []
+    header = header_of("quality", args, model, answer_ratios=answered, sets={d.name: d.digest for d in sets})
     rows = RowFile(args.out, args.shard, args.shards, header)
     options = {"cuda_kernels": args.cuda_kernels, "host_budget": args.host_budget}
     answer_ratios = args.answer_ratios if args.answers else ()
@@ -104,18 +83,10 @@ def main() -> None:
 
 
 def datasets(args: argparse.Namespace, tokenizer: Any) -> list[Dataset]:
-    """The sets of records that the arguments ask for. MuSiQue is one of them where its file is given."""
-    sets = []
-    if args.musique is not None:
-        sets.append(read_musique(args.musique, tokenizer, args.first, args.musique_records, args.passages, args.query))
-    if args.documents:
-        sources = {} if args.docs_only else installed_sources()
-        sources |= folder_sources(args.docs)
-        shape = Shape(args.chunks, args.chunk_tokens)
-        documents = read_documents(sources, tokenizer, shape, args.first, args.documents, args.seed)
-        sets.append(documents)
-        if args.shuffled:
-            sets.append(shuffled(documents, args.shuffled, args.seed))
+    """The sets of records that the arguments ask for; documents also with their chunks in another order."""
+    sets = read_sets(args, tokenizer, args.query)
+    if args.documents and args.shuffled:
+        sets.append(shuffled(sets[-1], args.shuffled, args.seed))
     return sets
 
 
@@ -145,23 +116,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--together", type=int, help="settings whose targets are computed in one forward (default: 6 on a GPU, else 1)"
     )
-    data = parser.add_argument_group("records")
-    data.add_argument("--musique", type=Path, metavar="FILE", help="questions as JSON lines, plain or gzipped")
-    data.add_argument(
-        "--docs", type=Path, nargs="+", default=[], metavar="FOLDER", help="more documents, a source each"
-    )
-    data.add_argument("--docs-only", action="store_true", help="not those that come with Python and its packages")
-    data.add_argument("--first", type=int, default=0, help="first record of each set")
-    data.add_argument("--musique-records", type=int, default=40)
-    data.add_argument("--passages", type=int, help="of a question, the first so many (default: all)")
+    data = add_records(parser, 40)
     data.add_argument(
         "--query", default="{}", help="what stands behind the passages, {} for the question (default: it alone)"
     )
-    data.add_argument("--documents", type=int, default=40, help="records of documents, 0 for none")
-    data.add_argument("--shuffled", type=int, default=12, help="how many of them also with chunks in another order")
-    data.add_argument("--chunks", type=int, default=8)
-    data.add_argument("--chunk-tokens", type=int, default=512)
-    data.add_argument("--seed", type=int, default=0)
+    data.add_argument(
+        "--shuffled", type=int, default=12, help="documents that are measured also with chunks in another order"
+    )
     grid_ = parser.add_argument_group("settings")
     grid_.add_argument("--selectors", nargs="+", default=compared_selectors(), choices=compared_selectors())
     grid_.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS), help="beside 0 and 1")

@@ -214,7 +214,7 @@ def ask(url: str, body: dict[str, Any]) -> tuple[int, dict[str, Any], str, tuple
 
 
 def wait_until_noticed(name: str, replicas: int) -> None:
-    """Until Serve has noticed that a replica is gone. After a minute it has, and may have replaced it already."""
+    """Until Serve has noticed that a replica is gone, a minute at most: it may have replaced it before this first looks."""
     until = time.monotonic() + 60
     while time.monotonic() < until and running(name) >= replicas:
         time.sleep(0.2)

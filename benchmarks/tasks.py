@@ -17,14 +17,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import torch
-from common import environment
 from fidelity.arguments import add_model, add_shards, finish
 from fidelity.evaluate import Engines
+from fidelity.inputs import header_of, open_model
 from fidelity.report import load
 from fidelity.rows import RowFile
 from fidelity.settings import LEAD_INS, compared_selectors
-from smollm2 import model_path
 from tasks_of.evaluate import TaskRunner
 from tasks_of.forms import FORMS, PLAIN
 from tasks_of.haystack import file_sentences, reference_sentences
@@ -34,8 +32,6 @@ from tasks_of.prompts import CHUNK_TOKENS, LENGTHS, NEAR_DUPLICATES, Cell, TaskM
 from tasks_of.report import markdown
 from tasks_of.settings import RATIOS, SELECTORS, compared
 
-from cachetune_rag.model.loaded.fingerprint import model_fingerprint
-from cachetune_rag.model.loading import load_model
 from cachetune_rag.reuse.config import AUTO
 from cachetune_store import codec_names
 
@@ -56,27 +52,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.report is not None:
         report(args.report)
         return
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
-    model, tokenizer = load_model(
-        args.model or model_path(), gguf_file=args.gguf_file, device=args.device, dtype=args.dtype
-    )
+    model, tokenizer = open_model(args)
     check_context(model, args.lengths)
     maker = TaskMaker(tokenizer, prose(args.prose), args.chunk_tokens, args.places, args.seed)
     settings = compared(args.selectors, args.ratios, args.lead_ins, args.codecs)
-    header = {
-        "benchmark": "tasks",
-        "model": args.name or Path(model.config.name_or_path).name,
-        "weights": model_fingerprint(model),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "tf32": args.tf32,
-        "device": model.device.type,
-        "cuda_kernels": args.cuda_kernels,
-        "seed": args.seed,
-        "prose": maker.haystack.digest,
-        "lead_ins": maker.dataset.digest,
-        "commit": args.commit or environment()["commit"],
-        "environment": environment(),
-    }
+    header = header_of("tasks", args, model, prose=maker.haystack.digest, lead_ins=maker.dataset.digest)
     engines = Engines(model, tokenizer, cuda_kernels=args.cuda_kernels, host_budget=args.host_budget)
     with closing(RowFile(args.out, args.shard, args.shards, header)) as rows, closing(engines):
         measure(TaskRunner(engines, maker, settings, args.together), maker, rows, started, args)
