@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cachetune_rag.checking.escaping import visible_line
 from cachetune_rag.cli import options
-from cachetune_rag.cli.console import UsageError, emit_json, guarded, note, number, printable, stdout
+from cachetune_rag.cli.console import emit_json, guarded, note, printable, stdout
 from cachetune_rag.cli.interrupts import instant_interrupt
-from cachetune_rag.cli.passages import Passage, retrieve
+from cachetune_rag.cli.passages import Passage, Wanted
 from cachetune_rag.cli.session import Loading, open_existing, open_for_writing, opened
-from cachetune_rag.text.files.corpus import read_passage
 from cachetune_store.units import NO_LIMIT
 
 if TYPE_CHECKING:
@@ -75,26 +73,21 @@ def ask(
 
     The answer appears as it is written; the line below says how many tokens were reused, and how long the first took.
     """
-    if not question.strip():
-        raise UsageError("the question is empty: ask something.")
-    files = [Passage(read_passage(name), name, None) for name in chunk_file or ()]
+    wanted = Wanted.of(question, document, chunk_file, top_k)
     share = options.ratio_of(ratio)
     with instant_interrupt():
         from cachetune_rag.reuse.config import check_reuse
 
     reuse = {"ratio": share, "selector": selector, "max_kl": max_kl, "min_top1": min_top1}
     check_reuse(**reuse)
-    documents = list(dict.fromkeys(document or ()))
-    best = top_k if top_k is not None or documents or files else options.DEFAULT_TOP_K
-    if documents or best:
+    if wanted.documents or wanted.best:
         kv = open_existing(store, remote=remote, store_key=store_key)
     else:
         kv = open_for_writing(
             store, codec="exact", host_budget="0", disk_budget=str(NO_LIMIT), remote=remote, store_key=store_key
         )
-    with opened(kv, Loading(model, gguf_file, dtype, device, tenant), documents=documents) as engine:
-        passages = [*retrieve(engine, kv, question, documents, best), *files]
-        note(f"Using {number(len(passages), 'passage')}: {', '.join(visible_line(p.source) for p in passages)}")
+    with opened(kv, Loading(model, gguf_file, dtype, device, tenant), documents=wanted.documents) as engine:
+        passages = wanted.find(engine, kv, question)
         request: dict[str, Any] = {
             "query": question,
             "chunks": [passage.text for passage in passages],

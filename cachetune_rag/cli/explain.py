@@ -13,10 +13,9 @@ from cachetune_rag.checking.escaping import visible_line
 from cachetune_rag.cli import options
 from cachetune_rag.cli.console import UsageError, emit_json, guarded, note, number, stdout
 from cachetune_rag.cli.interrupts import instant_interrupt
-from cachetune_rag.cli.passages import Passage, retrieve
+from cachetune_rag.cli.passages import Wanted
 from cachetune_rag.cli.session import Loading, open_existing, opened
 from cachetune_rag.cli.written import check_writable, write_whole
-from cachetune_rag.text.files.corpus import read_passage
 
 if TYPE_CHECKING:
     from cachetune_rag.explaining import Explanation
@@ -26,7 +25,7 @@ EPILOG = (
     '  cachetune explain "How do I reset it?" -m ./my-model -s kv-store --html page.html\n'
     '  cachetune explain "How do I reset it?" -m ./my-model -s kv-store --compare --html page.html\n'
     '  cachetune explain "Sum it up." -d guide/setup.md -m ./my-model -s kv-store --json\n\n'
-    "docs/explain.md says how to read the page. Nothing is stored, so that the same question is explained alike again."
+    "docs/explain.md says how to read the page. Chunks that are not in the store are not put there."
 )
 
 Html = Annotated[
@@ -75,11 +74,9 @@ def explain(
     It is read as by ask. Then you see which tokens were reused, recomputed or missed, why each chunk was or was not found, what the
     question attends to, and where the time went.
     """
-    if not question.strip():
-        raise UsageError("the question is empty: ask something.")
+    wanted = Wanted.of(question, document, chunk_file, top_k)
     if html is not None:
         check_writable(html, "--html")
-    files = [Passage(read_passage(name), name, None) for name in chunk_file or ()]
     with instant_interrupt():
         from cachetune_rag.reuse.config import check_reuse
 
@@ -90,12 +87,11 @@ def explain(
         "min_top1": min_top1,
     }
     check_reuse(**reuse)
-    documents = list(dict.fromkeys(document or ()))
-    best = top_k if top_k is not None or documents or files else options.DEFAULT_TOP_K
     loading = Loading(model, gguf_file, dtype, device, tenant)
-    with opened(open_existing(store, remote=remote, store_key=store_key), loading, documents=documents) as engine:
-        passages = [*retrieve(engine, engine.store, question, documents, best), *files]
-        note(f"Using {number(len(passages), 'passage')}: {', '.join(visible_line(p.source) for p in passages)}")
+    with opened(
+        open_existing(store, remote=remote, store_key=store_key), loading, documents=wanted.documents
+    ) as engine:
+        passages = wanted.find(engine, engine.store, question)
         # A process's first forward is slower. Run one here, so that the times are those of a server that has been asked before.
         engine.full_prefill(query=question)
         chunks = [passage.text for passage in passages]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cachetune_rag.checking.escaping import visible_line
-from cachetune_rag.cli.console import UsageError
+from cachetune_rag.cli.console import UsageError, note, number
 from cachetune_rag.cli.lexical import rank
+from cachetune_rag.cli.options import DEFAULT_TOP_K
 from cachetune_rag.cli.session import mismatch, same_but_lead_ins
+from cachetune_rag.text.files.corpus import read_passage
 
 if TYPE_CHECKING:
     from cachetune_rag.engine import CacheTune
@@ -24,6 +26,42 @@ class Passage:
     text: str
     source: str
     key: str | None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The passages that the options of a command ask for.
+
+    Attributes:
+        documents: ids of documents, each once.
+        files: passages that were given as files.
+        best: see `retrieve`.
+    """
+
+    documents: list[str]
+    files: list[Passage]
+    best: int | None
+
+    @classmethod
+    def of(
+        cls, question: str, document: Sequence[str] | None, chunk_file: Sequence[str] | None, top_k: int | None
+    ) -> Wanted:
+        """What --document, --chunk-file and --top-k ask for; the files are read.
+
+        Raises:
+            UsageError: the question is empty, or a file can't be read.
+        """
+        if not question.strip():
+            raise UsageError("the question is empty: ask something.")
+        files = [Passage(read_passage(name), name, None) for name in chunk_file or ()]
+        documents = list(dict.fromkeys(document or ()))
+        return cls(documents, files, top_k if top_k is not None or documents or files else DEFAULT_TOP_K)
+
+    def find(self, engine: CacheTune, store: ChunkStore, question: str) -> list[Passage]:
+        """The passages, which are also named on stderr; errors as for `retrieve`."""
+        passages = [*retrieve(engine, store, question, self.documents, self.best), *self.files]
+        note(f"Using {number(len(passages), 'passage')}: {', '.join(visible_line(p.source) for p in passages)}")
+        return passages
 
 
 def retrieve(
