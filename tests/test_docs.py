@@ -89,6 +89,8 @@ def test_commands_have_the_options_that_they_are_shown_with(path: Path) -> None:
             code += page("benchmarks/subjects.py")
         if "from fidelity.arguments import" in code:
             code += page("benchmarks/fidelity/arguments.py")
+        if "add_records(parser" in code:
+            code += page("benchmarks/fidelity/inputs.py")
         assert {f'"{option}"' for option in options(" ".join(rest))} <= set(re.findall(r'"--[\w-]+"', code)), script
     for _, name, *rest in commands_of(text, "cachetune "):
         assert options(" ".join(rest)) <= options_of(name), name
