@@ -122,6 +122,19 @@ def test_the_command_line_page_names_commands_and_options_that_there_are() -> No
     assert told == set(COMMANDS)
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_command_line_page_has_every_option(command: str) -> None:
+    beginning, *sections = re.split(r"^## ", page("docs/cli.md"), flags=re.MULTILINE)
+    told = options(beginning)
+    for section in sections:
+        about = {name for name in section.splitlines()[0].split(", ") if name in COMMANDS}
+        # Sections that are about no command ("Tenants") hold for all.
+        if command in about or not about or (command == "explain" and "ask" in about):
+            told |= options(section)
+    own = {option for option in options_of(command) if option.startswith("--")} - PASSED_ON - {"--help"}
+    assert own <= told, f"docs/cli.md doesn't say what they are: {sorted(own - told)}"
+
+
 def test_the_selection_page_has_every_selector() -> None:
     table = page("docs/selection.md").split("## The selectors")[1].split("\n## ")[0].split("\n\n")[1]
     assert set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == {

@@ -14,36 +14,14 @@ pytest.importorskip("pyarrow")
 
 import ray
 import ray.data
+from stored import CUT, ROWS, by_one_process, contents, rows_of
 
 import cachetune_ray
-from cachetune_rag import CacheTune, ConfigError, Document, ModelLoadError
-from cachetune_rag.text.splitting import Splitter
-
-ROWS = [
-    {"id": f"d{i}", "text": "".join(f"Sentence {j} of document {i} is not in any other. " for j in range(5 + i))}
-    for i in range(14)
-]
-CUT = {"chunk_tokens": 120, "work_tokens": 500}
+from cachetune_rag import ConfigError, ModelLoadError
 
 
 def dataset(blocks: int = 2) -> Any:
     return ray.data.from_items(ROWS, override_num_blocks=blocks)
-
-
-def contents(model: Path, store: Path) -> dict[str, tuple[Any, ...]]:
-    """The keys of each document's chunks, all of which are stored. Keys say what a chunk was computed with."""
-    with CacheTune.from_pretrained(model, store) as engine:
-        documents = engine.documents()
-        for document in documents:
-            assert all(engine.store.contains(key, lasting=True) for key in document.chunks)
-        return {document.id: tuple(document.chunks) for document in documents}
-
-
-def by_one_process(model: Path, store: Path) -> dict[str, tuple[Any, ...]]:
-    with CacheTune.from_pretrained(model, store) as engine:
-        splitter = Splitter(lambda text: len(engine.prompts.encode(text)), CUT["chunk_tokens"])
-        engine.precompute([Document(row["id"], splitter.split(row["text"])) for row in ROWS])
-    return contents(model, store)
 
 
 def written(writes: Path, since: int = 0) -> list[tuple[str, str]]:
@@ -53,11 +31,7 @@ def written(writes: Path, since: int = 0) -> list[tuple[str, str]]:
     return []
 
 
-def rows_of(model: Path, store: Path) -> dict[Any, bytes]:
-    """The stored bytes of every chunk."""
-    return {file.name: file.read_bytes() for file in sorted((store / "chunks").rglob("*")) if file.is_file()}
-
-
+@pytest.mark.cluster
 def test_two_actors_store_what_one_process_stores(cluster: None, model: Path, writes: Path, tmp_path: Path) -> None:
     before = len(written(writes))
     told: list[int] = []

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import tiny
+from stored import CUT, ROWS, by_one_process, contents, rows_of
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("ray")
@@ -146,6 +147,29 @@ def test_two_documents_with_one_id_are_refused() -> None:
     assert done.summary.failed == (("f", "why"),)
     with pytest.raises(ConfigError, match="two documents of the dataset have the id 'a'"):
         done.add({**row, "empty": [], "failed": [], "worker": "a", "ids": ["c", "a"]})
+
+
+def test_two_workers_store_what_one_process_stores(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an actor runs, in this process. That Ray runs it in two others gives the same: test_precompute.py."""
+    monkeypatch.setattr(
+        ray, "get_runtime_context", lambda: type("Here", (), {"get_node_id": staticmethod(lambda: "node")})()
+    )
+    rows = ROWS[:6]
+    cutter = Cutter(str(model), None, None, CUT["chunk_tokens"], CUT["work_tokens"], COLUMNS)
+    made = EngineToMake(str(model), str(tmp_path / "kv"), {"host_budget": 0}, rows, cutter, tries=Tries())
+    two = [Worker(made), Worker(made)]
+    done = _Done(None)
+    work = list(cutter.rows(rows))
+    for number, row in enumerate(work):
+        done.add(two[number % 2](row))
+    assert len(work) > 3, "both had several rows"
+    found = contents(model, tmp_path / "kv")
+    assert found == by_one_process(model, tmp_path / "one", rows)
+    assert rows_of(model, tmp_path / "kv") == rows_of(model, tmp_path / "one")
+    assert (done.summary.documents, done.summary.skipped) == (len(rows), 0)
+    assert done.summary.chunks == sum(map(len, found.values()))
 
 
 def test_a_document_that_kills_every_actor_is_named(model: Path, tmp_path: Path) -> None:
