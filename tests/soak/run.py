@@ -29,6 +29,7 @@ import soak_faults
 import soak_forks
 import soak_load
 import soak_planted
+import soak_remote
 import soak_report
 import soak_shared
 import soak_signals
@@ -44,6 +45,7 @@ PARTS: dict[str, Callable[[Path], Outcome]] = {
     "load": lambda folder: soak_load.run(folder, seconds=600, processes=8, threads=4),
     "bounds": lambda folder: soak_bounds.run(folder, requests=10_000, budget_mib=64),
     "forks": lambda folder: soak_forks.run(folder, forks=500),
+    "remote": lambda folder: soak_remote.run(folder, kills=50),
     "planted": lambda folder: soak_planted.run(folder, rounds=150),
     "signals": lambda folder: soak_signals.run(folder, rounds=5),
     "cancel": lambda folder: soak_cancel.run(folder, interrupts=1000, cancels=10),

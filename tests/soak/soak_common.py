@@ -212,6 +212,11 @@ class Worker:
                 return False
         return True
 
+    def read(self) -> None:
+        """Read the messages that are there by now."""
+        while not self._ended and self._read(0.0):
+            pass
+
     def kill(self) -> None:
         """SIGKILL it."""
         os.kill(self.pid, signal.SIGKILL)

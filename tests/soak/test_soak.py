@@ -13,7 +13,9 @@ import soak_faults
 import soak_forks
 import soak_load
 import soak_planted
+import soak_remote
 import soak_shared
+from remote_servers import missing
 from soak_common import Corpus
 
 
@@ -62,6 +64,14 @@ def test_forks_at_any_moment_are_refused_at_once_and_harm_nobody(tmp_path: Path,
     outcome = soak_forks.run(tmp_path, forks=6, corpus=corpus)
     assert outcome.problems == []
     assert outcome.figures["answers"] > 0
+
+
+def test_a_remote_tier_that_is_killed_loses_nothing(tmp_path: Path, corpus: Corpus) -> None:
+    if (why := missing("valkey")) is not None:
+        pytest.skip(why)
+    outcome = soak_remote.run(tmp_path, kills=2, places=("valkey",), up=0.6, corpus=corpus)
+    assert outcome.problems == []
+    assert outcome.figures["valkey"]["kills"] == 2
 
 
 def test_planted_files_neither_block_nor_are_followed(tmp_path: Path, corpus: Corpus) -> None:
