@@ -27,6 +27,9 @@ from cachetune_store import StoreError
 
 MACHINES = ("one", "one", "two", "two", None)
 """The folder of each process; None: it has none."""
+FEW = ("one", "two", None)
+MANY = 10
+"""From so many kills on, some requests must have met a server that was gone."""
 DISK_SHARE = 0.6
 """Share of the corpus that a folder has room for, so that chunks are read from the server again and again."""
 REMOTE_TIMEOUT, READ_TIMEOUT = 1.0, 3.0
@@ -46,6 +49,7 @@ def run(
     places: tuple[str, ...] = ("valkey", "s3"),
     examine_every: int = 10,
     up: float = UP_SECONDS,
+    machines: tuple[str | None, ...] = MACHINES,
     seed: int = 0,
     corpus: Corpus | None = None,
 ) -> Outcome:
@@ -59,7 +63,8 @@ def run(
             continue
         below = folder / place
         below.mkdir()
-        _Soak(outcome, corpus, place, below, random.Random(f"{seed} {place}")).run(kills, examine_every, up)
+        rng = random.Random(f"{seed} {place}")
+        _Soak(outcome, corpus, place, below, machines, rng).run(kills, examine_every, up)
     outcome.seconds = time.perf_counter() - started
     return outcome
 
@@ -92,8 +97,17 @@ class _Book:
 class _Soak:
     """One kind of server, and the processes that use it."""
 
-    def __init__(self, outcome: Outcome, corpus: Corpus, place: str, folder: Path, rng: random.Random):
+    def __init__(
+        self,
+        outcome: Outcome,
+        corpus: Corpus,
+        place: str,
+        folder: Path,
+        machines: tuple[str | None, ...],
+        rng: random.Random,
+    ):
         self._outcome, self._corpus, self._place, self._folder, self._rng = outcome, corpus, place, folder, rng
+        self._machines = machines
         served = folder / "served"
         served.mkdir()
         self._server: Server = S3Server(served) if place == "s3" else ValkeyServer(served)
@@ -103,7 +117,7 @@ class _Soak:
             self._remote["remote_options"] = s3_options(self._server.port)
         else:
             self._url = f"valkey://127.0.0.1:{self._server.port}/kv"
-        self._stop = folder / "stop"
+        self._begin, self._stop = folder / "begin", folder / "stop"
 
     def run(self, kills: int, examine_every: int, up: float) -> None:
         self._server.start()
@@ -113,11 +127,12 @@ class _Soak:
             # Forked before anything of a client is in this process: their threads don't survive a fork.
             workers = [
                 Worker(lambda tell, number=number: self._work(number, room, tell))  # type: ignore[misc]
-                for number in range(len(MACHINES))
+                for number in range(len(self._machines))
             ]
             for number, worker in enumerate(workers):
                 ready = worker.wait_for("ready", GRACE)
                 self._outcome.expect(ready, f"{self._place}: process {number} isn't ready: {worker.of_kind('error')}")
+            self._begin.touch()
             found = self._kill(kills, examine_every, up, workers)
             self._wait_for_server()
             self._stop.touch()
@@ -163,13 +178,15 @@ class _Soak:
     # -- what the processes do -----------------------------------------------------------------------------------------
 
     def _work(self, number: int, room: int, tell: Tell) -> None:
-        machine, rng = MACHINES[number], random.Random(f"{self._rng.random()} {number}")
+        machine, rng = self._machines[number], random.Random(f"{self._rng.random()} {number}")
         options: dict[str, Any] = {"host_budget": room // 4, **self._remote}
         if machine is not None:
             options |= {"remote": self._url, "disk_budget": room}
         with self._corpus.engine(self._url if machine is None else self._folder / machine, **options) as engine:
             tell("ready")
-            mine = range(number, len(self._corpus.prompts), len(MACHINES))
+            while not self._begin.exists():
+                time.sleep(0.01)
+            mine = range(number, len(self._corpus.prompts), len(self._machines))
             self._act(engine, mine, machine is not None, rng, tell)
             for document in mine:  # whatever was under way is finished, now that the server stays
                 while not self._change(engine, document, machine is not None, rng, tell):
@@ -301,7 +318,9 @@ class _Soak:
                 counts.update({"damaged": damaged, "requests failed": failed, "chunks read": hits, "bytes read": size})
         self._outcome.expect(slowest <= LATEST, f"{self._place}: an answer took {slowest:.1f} s")
         self._outcome.expect(counts["damaged"] == 0, f"{self._place}: {counts['damaged']} chunks were called damaged")
-        self._outcome.expect(counts["requests failed"], f"{self._place}: no process noticed that the server was gone")
+        # A server that is back at once may not have been missed.
+        noticed = counts["requests failed"] > 0 or kills < MANY
+        self._outcome.expect(noticed, f"{self._place}: no process noticed that the server was gone")
         for what in ("answers", "changes told", "chunks read", "chunks found again"):
             self._outcome.expect(counts[what], f"{self._place}: {what}: none")
         self._outcome.figures[self._place] = {**counts, "slowest answer (s)": round(slowest, 2)}
