@@ -126,6 +126,15 @@ class TierOptions:
             ),
         },
     )
+    encrypt: bool | None = option(
+        None,
+        "whether a new store is encrypted with its key, in its folder and in the shared place ([SECURITY.md](../SECURITY.md#encryption)); it needs "
+        "`cachetune-rag[encryption]`. A store that is there says itself whether it is, and stays so; True refuses one that isn't. None: a new one "
+        "isn't, unless it is a folder before a shared place that is.",
+        CommandLineOption(
+            "--encrypt", "", "Encrypt a new store with its key, and refuse one that isn't. Needs --store-key."
+        ),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +225,7 @@ class EngineArguments(TypedDict, total=False):
     remote_timeout: float
     remote_options: Mapping[str, Any] | None
     store_key: bytes | str | os.PathLike[str] | StoreKey | None
+    encrypt: bool | None
     prompt_template: str | None
     chat_template_kwargs: Mapping[str, Any] | None
     chunk_separator: str
@@ -310,7 +320,7 @@ def markdown() -> str:
         [
             "# Options of an engine",
             "Keyword arguments of `CacheTune(model, tokenizer, store, ...)` and of `CacheTune.from_pretrained(path, store, ...)`.",
-            "Budgets and the other options of a store (from `codec` to `store_key`) can't be given with a `ChunkStore` that is",
+            "Budgets and the other options of a store (from `codec` to `encrypt`) can't be given with a `ChunkStore` that is",
             "open already: set them there.",
             "",
             "| option | default | command line | meaning |",

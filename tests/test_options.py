@@ -72,6 +72,7 @@ def test_the_command_line_takes_flag_and_explanation_from_the_declaration() -> N
         "remote",
         "remote_codec",
         "store_key",
+        "encrypt",
     }
 
 

@@ -141,6 +141,9 @@ def serve(
     store_key: Annotated[
         str | None, typer.Option(metavar="FILE", help="File with the store's key, or env:NAME for a variable.")
     ] = None,
+    encrypt: Annotated[
+        bool, typer.Option("--encrypt", help="Encrypt a new store with its key, and refuse one that isn't.")
+    ] = False,
     ratio: Annotated[
         str | None, typer.Option(metavar="R", help="Share of chunk tokens to recompute, 0 to 1, or auto.")
     ] = None,
@@ -175,6 +178,7 @@ def serve(
         "remote": remote,
         "remote_codec": remote_codec,
         "store_key": store_key if store_key is None or store_key.startswith("env:") else _absolute(store_key),
+        "encrypt": encrypt or None,
         "ratio": None if ratio is None else _number_or_name(ratio),
         "selector": selector,
         "read_timeout": read_timeout,

@@ -33,7 +33,7 @@ class ServerSettings:
         store: folder of the store, or the URL of a place that machines share.
         tenant: whose chunks the server uses; its operator's.
         tenant_from_request: whether a request may name another tenant. For servers behind a gateway that sets the name.
-        codec, host_budget, disk_budget, device_budget, read_timeout, remote, remote_codec, store_key: see `docs/options.md`.
+        codec, host_budget, disk_budget, device_budget, read_timeout, remote, remote_codec, store_key, encrypt: see `docs/options.md`.
         lead_in: see `docs/options.md`; it has to be what the store was filled with.
         ratio, selector: used for requests that don't say; "auto" takes what was calibrated and tuned for the store.
         least_reused: prompts for which reuse would save fewer tokens are left to vLLM, which reads them as fast. "auto": what
@@ -53,6 +53,7 @@ class ServerSettings:
     remote: str | None = None
     remote_codec: str | None = None
     store_key: str | None = None
+    encrypt: bool | None = None
     lead_in: Any = "auto"
     ratio: float | str = "auto"
     selector: str = "auto"
@@ -87,6 +88,8 @@ class ServerSettings:
             raise ConfigError(
                 f"store_key is of type {type(settings.store_key).__name__}: use the path of the file that holds the key, or env:NAME."
             )
+        if not isinstance(settings.encrypt, bool | None):
+            raise ConfigError(f"encrypt is {shown(settings.encrypt)}: use true or false, or leave it out.")
         check_tenant(settings.tenant)
         _check_ratio(settings.ratio, ConfigError)
         _check_selector(settings.selector, ConfigError)
@@ -100,6 +103,7 @@ class ServerSettings:
             "remote": self.remote,
             "remote_codec": self.remote_codec,
             "store_key": self.store_key,
+            "encrypt": self.encrypt,
         }
 
 

@@ -114,6 +114,7 @@ DiskBudget = Annotated[str, _declared("disk_budget")]
 Remote = Annotated[str | None, _declared("remote", show_default=False)]
 RemoteCodec = Annotated[str | None, _declared("remote_codec", show_default=False)]
 StoreKey = Annotated[str | None, _declared("store_key", show_default=False)]
+Encrypt = Annotated[bool, _declared("encrypt", show_default=False)]
 TopK = Annotated[int, typer.Option("--top-k", "-k", min=1, help="Passages to retrieve for a question without chunks.")]
 RatioSelector = Annotated[str, typer.Option("--selector", metavar="NAME", help=f"Whose ratio: {names.HELP}.")]
 FromDocuments = Annotated[

@@ -86,6 +86,7 @@ def precompute(
     remote: options.Remote = None,
     remote_codec: options.RemoteCodec = None,
     store_key: options.StoreKey = None,
+    encrypt: options.Encrypt = False,
     ray: Annotated[
         str | None,
         typer.Option(
@@ -134,6 +135,7 @@ def precompute(
                     "remote": remote,
                     "remote_codec": remote_codec,
                     "store_key": StoreKey.given(store_key),  # read here: the actors may be elsewhere
+                    "encrypt": encrypt or None,
                 },
             ),
             json_output,
@@ -157,6 +159,7 @@ def precompute(
             remote=remote,
             remote_codec=remote_codec,
             store_key=store_key,
+            encrypt=encrypt,
         ) as kv,
         load_engine(loading, kv) as engine,
     ):

@@ -132,6 +132,7 @@ def open_for_writing(
     remote: str | None = None,
     remote_codec: str | None = None,
     store_key: str | None = None,
+    encrypt: bool = False,
 ) -> ChunkStore:
     """Open the store at `path`, and make it if it is missing.
 
@@ -141,7 +142,9 @@ def open_for_writing(
     """
     host, disk = parse_budget(host_budget, "--host-budget"), parse_budget(disk_budget, "--disk-budget")
     _check_empty(path)
-    store = _open(path, codec, host, disk, remote=remote, remote_codec=remote_codec, store_key=store_key)
+    store = _open(
+        path, codec, host, disk, remote=remote, remote_codec=remote_codec, store_key=store_key, encrypt=encrypt
+    )
     try:
         store.check_writable()  # before a model is loaded
     except BaseException:
@@ -298,6 +301,7 @@ def _open(
     remote: str | None = None,
     remote_codec: str | None = None,
     store_key: str | None = None,
+    encrypt: bool = False,
 ) -> ChunkStore:
     with instant_interrupt():
         from cachetune_store import ChunkStore
@@ -312,6 +316,7 @@ def _open(
         remote=remote,
         remote_codec=remote_codec,
         store_key=store_key,
+        encrypt=encrypt or None,
     )
 
 

@@ -67,7 +67,7 @@ class Profiles:
             StoreError: the file can't be written.
         """
         self._origin.check()
-        name = _name(kind, key)
+        name = _name(kind, key, self._seal)
         text = json.dumps(dict(content), allow_nan=False)
         record = {"format": FORMAT, "version": VERSION, "kind": kind, "key": dict(key), "content": json.loads(text)}
         data = json.dumps(record, indent=2).encode()
@@ -104,7 +104,7 @@ class Profiles:
     def load(self, kind: str, key: Mapping[str, str]) -> dict[str, Any] | None:
         """A copy of what was saved under `key`. None if nothing was, or if its file is damaged, which is logged."""
         self._origin.check()
-        name = _name(kind, key)
+        name = _name(kind, key, self._seal)
         with self._lock:
             known, text = name in self._known, self._known.get(name)
         if not known:
@@ -152,14 +152,14 @@ def check_savable(store: ChunkStore, what: str) -> None:
         )
 
 
-def _name(kind: str, key: Mapping[str, str]) -> str:
+def _name(kind: str, key: Mapping[str, str], seal: Seal) -> str:
     if not _KIND.fullmatch(kind):
         raise ValueError(f"a profile's kind is {shown(kind)}; use lower-case letters")
     wrong = [k for k, v in key.items() if not isinstance(k, str) or not isinstance(v, str)]
     if wrong:
         raise ValueError(f"a profile's key has {shown(wrong[0])}; use strings")
     digest = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()
-    return f"{kind}-{digest[:32]}.json"
+    return f"{kind}-{seal.rehashed('profile', digest)[:32]}.json"
 
 
 def _refuse(name: str) -> float:

@@ -19,18 +19,18 @@ from .errors import NonFiniteError, StoreArgumentError
 from .keys import ChunkKey, Namespace, make_key
 from .layout import ChunkLayout, LayerSpec, RowFormat, torch_dtype
 from .printing import shown
-from .seals import CHECKSUMS, Seal
+from .seals import CHECKSUMS, FileSeal, Seal
 
 __all__ = [
     "BLOCK_ROWS",
     "Chunk",
     "ChunkHead",
     "SlabPlan",
+    "as_written",
     "encode_chunk",
     "in_pool",
     "plan_slab",
     "ranking_order",
-    "resealed",
 ]
 
 BLOCK_ROWS = 64
@@ -83,7 +83,7 @@ class ChunkHead:
             different lead-ins; None where there was one only. Layer by layer, a column for the keys of each head, then one
             for the values of each.
         text: what the tokens spell, if it was given.
-        seal: what the sums were made with, and are checked with.
+        seal: what the sums were made with. Of a chunk that was read, it is that of its file.
     """
 
     key: ChunkKey
@@ -96,7 +96,7 @@ class ChunkHead:
     text: str | None = None
     block_rows: int = BLOCK_ROWS
     deviations: Tensor | None = None
-    seal: Seal = CHECKSUMS
+    seal: FileSeal = CHECKSUMS
 
     @cached_property
     def plan(self) -> SlabPlan:
@@ -192,7 +192,7 @@ def encode_chunk(
     codec: str,
     pool: SlabPool,
     deviations: Tensor | None = None,
-    seal: Seal = CHECKSUMS,
+    seal: FileSeal = CHECKSUMS,
 ) -> Chunk:
     """The chunk of these keys and values, encoded and put in ranking order; arguments as for ChunkStore.put(). `seal` makes its sums.
 
@@ -232,13 +232,16 @@ def encode_chunk(
 
 
 def block_checksums(
-    key: ChunkKey, layout: ChunkLayout, slab: Tensor, block_rows: int, seal: Seal
+    key: ChunkKey, layout: ChunkLayout, slab: Tensor, block_rows: int, seal: FileSeal, into: Tensor | None = None
 ) -> npt.NDArray[np.uint64]:
-    """The seal's sum of every block of rows of every layer, as in ChunkHead; the last block may be shorter."""
-    memory = memory_of(slab)
+    """The seal's sum of every block of rows of every layer, as in ChunkHead; the last block may be shorter.
+
+    If the seal hides rows, what their file holds goes to the same places of `into`.
+    """
+    memory, target = memory_of(slab), memory_of(slab if into is None else into)
     sums = [
         [
-            seal.rows(key, layer, block, memory[offset + start : offset + end])
+            seal.rows(key, layer, block, memory[offset + start : offset + end], target[offset + start : offset + end])
             for block, (start, end) in enumerate(pairwise(ends))
         ]
         for layer, (offset, ends) in enumerate(
@@ -248,13 +251,19 @@ def block_checksums(
     return np.array(sums, np.uint64)
 
 
-def resealed(chunk: Chunk, seal: Seal) -> Chunk:
-    """The chunk with the sums of `seal`, over the same rows in memory. The chunk itself, if it has them already."""
-    head = chunk.head
-    if head.seal is seal:
-        return chunk
-    sums = block_checksums(head.key, head.layout, chunk.slab, head.block_rows, seal)
-    return Chunk(replace(head, checksums=sums, seal=seal), chunk.slab, chunk.host_bytes)
+def as_written(chunk: Chunk, seal: Seal) -> tuple[ChunkHead, Tensor]:
+    """The head and the slab of a new file of a chunk, in a store with this seal.
+
+    Sums are those of the store, which another store's chunk doesn't have. The slab is the chunk's own, unless the store hides rows.
+    """
+    head, file = chunk.head, seal.new_file(chunk.head.namespace.tenant)
+    if head.seal is file:
+        return head, chunk.slab
+    slab = torch.empty_like(chunk.slab) if file.hides else chunk.slab
+    sums = block_checksums(head.key, head.layout, chunk.slab, head.block_rows, file, slab)
+    if file.hides:
+        clear_padding(head.layout, slab)
+    return replace(head, checksums=sums, seal=file), slab
 
 
 def _check_deviations(layout: ChunkLayout, deviations: Tensor) -> Tensor:

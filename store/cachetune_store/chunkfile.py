@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 import json
 import math
 from collections.abc import Callable
@@ -12,16 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from .buffers import round_up
-from .chunk import ChunkHead, plan_slab
+from .buffers import memory_of, round_up
+from .chunk import Chunk, ChunkHead, as_written, plan_slab
 from .codecs import Codec, get_codec
 from .errors import DamagedChunkError, StoreArgumentError, UnknownCodecError, UnknownFormatError
 from .keys import FORMAT_VERSION, ChunkKey, Namespace
 from .layout import ChunkLayout, LayerSpec
 from .printing import shown
-from .seals import Seal
+from .seals import FileSeal, Seal
 
-__all__ = ["MAX_HEADER", "MAX_TEXT", "SUFFIX", "encode_head", "parse_head"]
+__all__ = ["MAX_HEADER", "MAX_TEXT", "SUFFIX", "encode_file", "encode_head", "parse_head"]
 
 SUFFIX = ".safetensors"
 MAX_HEADER = 1 << 20
@@ -31,6 +30,16 @@ _DIGEST = 16
 _FIRST = '{"__metadata__":{'
 _DECODER = json.JSONDecoder()
 _Table = list[tuple[str, str, list[int], int]]
+
+
+def encode_file(chunk: Chunk, seal: Seal) -> tuple[bytes, memoryview]:
+    """A new file of a chunk, in a store with this seal: up to the first row, and from there on.
+
+    Raises:
+        StoreArgumentError: as for `encode_head`.
+    """
+    head, slab = as_written(chunk, seal)
+    return encode_head(head), memory_of(slab)
 
 
 def encode_head(head: ChunkHead) -> bytes:
@@ -53,11 +62,12 @@ def encode_head(head: ChunkHead) -> bytes:
             f"the chunk's header has {len(header)} bytes, {MAX_HEADER} are allowed; shorten the tenant name or the lead-ins"
         )
     front = len(header).to_bytes(8, "little") + header
-    small = head.order.numpy().tobytes() + head.token_ids.numpy().tobytes() + head.checksums.tobytes()
-    small += head.scores.numpy().tobytes()
-    small += (b"" if head.deviations is None else head.deviations.numpy().tobytes()) + text
-    small = small.ljust(round_up(_DIGEST + len(small)) - _DIGEST, b"\0")
-    return front + head.seal.head(head.key, front, small) + small
+    tensors = head.order.numpy().tobytes() + head.token_ids.numpy().tobytes() + head.checksums.tobytes()
+    tensors += head.scores.numpy().tobytes()
+    tensors += (b"" if head.deviations is None else head.deviations.numpy().tobytes()) + text
+    tensors = tensors.ljust(round_up(_DIGEST + len(tensors)) - _DIGEST, b"\0")
+    digest, small = head.seal.head(head.key, front, tensors)
+    return b"".join((front, digest, small))
 
 
 def parse_head(key: ChunkKey, file_bytes: int, read: Callable[[int], memoryview], seal: Seal) -> tuple[ChunkHead, int]:
@@ -67,7 +77,7 @@ def parse_head(key: ChunkKey, file_bytes: int, read: Callable[[int], memoryview]
         key: the key that the file's name says.
         file_bytes: the file's length.
         read: gives the file's first bytes, at least as many as asked for or else all there are.
-        seal: checks its sums. A file with sums of another kind is damaged.
+        seal: the store's. A file that was written with another one is damaged.
 
     Raises:
         DamagedChunkError: anything is not as this format version writes it.
@@ -91,16 +101,13 @@ def _parse(key: ChunkKey, file_bytes: int, read: Callable[[int], memoryview], se
     raw = read(start)
     header = str(raw[8:start], "utf-8")
     metadata, rest = _take_metadata(header)
-    if metadata["key"] != key.digest:
+    if metadata["key"] != seal.chunk_name(key):
         raise DamagedChunkError(f"chunk {key}: the file says key {shown(metadata['key'])}")
     if metadata["format_version"] != str(FORMAT_VERSION):
         raise UnknownFormatError(f"chunk {key}: the file says format version {shown(metadata['format_version'])}")
-    if metadata.get("sums", "") != seal.name:
-        raise DamagedChunkError(
-            f"chunk {key}: the file's sums are {shown(metadata.get('sums', 'xxh3'))}; those of this store are {seal.name or 'xxh3'}"
-        )
+    file = seal.file(key, metadata)
     layout, block_rows, text_bytes, deviations = _read_layout(metadata["layout"])
-    table, small_bytes = _small_tensors(layout, block_rows, text_bytes, deviations, seal)
+    table, small_bytes = _small_tensors(layout, block_rows, text_bytes, deviations, file)
     end = start + small_bytes
     # As we write it, or the same in other words. Comparing what JSON says of seventy tensors takes longer than reading the head.
     fits = rest == _rest_of_header(layout, table, small_bytes) or _describes(
@@ -109,11 +116,11 @@ def _parse(key: ChunkKey, file_bytes: int, read: Callable[[int], memoryview], se
     if not fits or end + plan_slab(layout).total != file_bytes:
         raise DamagedChunkError(f"chunk {key}: tensors, shapes or offsets don't fit the layout and {file_bytes} bytes")
     raw = read(end)[:end]
-    small = raw[start + _DIGEST :]
-    if len(raw) != end or not hmac.compare_digest(raw[start : start + _DIGEST], seal.head(key, raw[:start], small)):
+    small = file.open_head(key, raw[:start], raw[start : start + _DIGEST], raw[start + _DIGEST :])
+    if len(raw) != end or small is None:
         raise DamagedChunkError(f"chunk {key}: header checksum mismatch")
-    namespace = _read_namespace(metadata["namespace"])
-    return _read_small(key, layout, block_rows, text_bytes, deviations, namespace, small, seal), end
+    namespace = _read_namespace(file.reveal_text(metadata["namespace"]))
+    return _read_small(key, layout, block_rows, text_bytes, deviations, namespace, small, file), end
 
 
 def _read_small(
@@ -124,7 +131,7 @@ def _read_small(
     deviations: bool,
     namespace: Namespace,
     small: memoryview,
-    seal: Seal,
+    seal: FileSeal,
 ) -> ChunkHead:
     tokens, layers = layout.tokens, len(layout.layers)
     blocks = -(-tokens // block_rows)
@@ -160,12 +167,12 @@ def _read_small(
     )
 
 
-def _sums_shape(layers: int, blocks: int, seal: Seal) -> list[int]:
+def _sums_shape(layers: int, blocks: int, seal: FileSeal) -> list[int]:
     return [layers, blocks] if seal.words == 1 else [layers, blocks, seal.words]
 
 
 def _small_tensors(
-    layout: ChunkLayout, block_rows: int, text_bytes: int, deviations: bool, seal: Seal
+    layout: ChunkLayout, block_rows: int, text_bytes: int, deviations: bool, seal: FileSeal
 ) -> tuple[_Table, int]:
     """The tensors before the first row in file order as (name, dtype, shape, bytes), and their bytes together."""
     tokens, layers = layout.tokens, len(layout.layers)
@@ -262,10 +269,10 @@ def _metadata(head: ChunkHead) -> dict[str, str]:
     return {
         "format": "cachetune-chunk",
         "format_version": str(FORMAT_VERSION),
-        "key": head.key.digest,
+        "key": head.seal.chunk_name(head.key),
         "layout": _spell(shape),
-        "namespace": _spell(owner),
-    } | ({"sums": head.seal.name} if head.seal.name else {})
+        "namespace": head.seal.hide_text(_spell(owner)),
+    } | dict(head.seal.metadata)
 
 
 @lru_cache(maxsize=256)

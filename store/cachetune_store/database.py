@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 import json
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -16,10 +15,11 @@ from .connections import Connections
 from .errors import IndexDamagedError
 from .seals import CHECKSUMS, Seal
 
-__all__ = ["BUSY_SECONDS", "Database", "JsonDisk", "count_names", "decode", "select_names"]
+__all__ = ["BUSY_SECONDS", "Database", "JsonDisk", "count_names", "decode", "plain_name", "select_names"]
 
 BUSY_SECONDS = 5.0
 """Seconds that SQLite waits for a lock of another process before it says so."""
+_KIND = "index"
 _RAW = 1  # diskcache's mode of values that stand in the database as they are
 _PAGE = 500
 """Names that are read at a time."""
@@ -55,20 +55,20 @@ class JsonDisk(diskcache.Disk):
         """Key to database."""
         if type(key) is not str:
             raise TypeError(f"index names are strings, not {key!r}")
-        return key, True
+        return self.seal.index_name(key), True
 
     def get(self, key: Any, raw: Any) -> Any:
         """Key from database."""
         if not raw or type(key) is not str:
             raise IndexDamagedError("the index holds a name that is no string; it is not used")
-        return key
+        return plain_name(key, self.seal)
 
     def store(self, value: Any, read: bool, key: Any = None) -> tuple[int, int, None, str]:
         """Value to database."""
         if read:
             raise TypeError("the index stores no files")
         text = json.dumps([key, value], separators=(",", ":"))
-        return 0, _RAW, None, _sum(text, self.seal) + text
+        return 0, _RAW, None, self.seal.stamp(_KIND, "", text)  # the text begins with the record's name
 
     def fetch(self, mode: int, filename: str | None, value: Any, read: bool) -> Any:
         """Name and value from database."""
@@ -79,8 +79,8 @@ def decode(mode: Any, filename: Any, value: Any, seal: Seal) -> list[Any]:
     """Name and record of a row, of which `seal` checks the sum."""
     if mode != _RAW or filename is not None or type(value) is not str:
         raise IndexDamagedError("the index holds a record that is not JSON (a pickle or a file); it is not read")
-    text = value[seal.digits :]
-    if not hmac.compare_digest(_bytes(value[: seal.digits]), _sum(text, seal).encode()):
+    text = seal.unstamp(_KIND, "", value)
+    if text is None:
         raise IndexDamagedError("the index holds a record that fails its checksum")
     try:
         name, record = json.loads(text)
@@ -89,8 +89,16 @@ def decode(mode: Any, filename: Any, value: Any, seal: Seal) -> list[Any]:
     return [name, record]
 
 
+def plain_name(hidden: str, seal: Seal) -> str:
+    """A record's name, from that which stands in the database."""
+    try:
+        return seal.plain_index_name(hidden)
+    except ValueError as error:
+        raise IndexDamagedError("the index holds a name that this store never writes; it is not used") from error
+
+
 def select_names(connection: sqlite3.Connection, prefix: str, after: str) -> list[str]:
-    """The next names that begin with `prefix`, in order, behind `after` ("" for the first ones); none at the end.
+    """The next names as they stand in the database that begin with `prefix`, in order, behind `after` ("" for the first ones); none at the end.
 
     It goes through the database's own index of names, from the first of them: what stands before costs nothing.
     """
@@ -169,12 +177,12 @@ class Database(diskcache.Cache):
         return self._connections.has_lost_its_log()
 
     def names(self, prefix: str) -> Iterator[str]:
-        """Names that begin with `prefix`, in order. Nothing is lent while the caller looks at one."""
+        """Names that begin with `prefix`, in the database's order. Nothing is lent while the caller looks at one."""
         after = ""
         while True:
             with self.lent() as connection:
                 page = select_names(connection, prefix, after)
-            yield from page
+            yield from (plain_name(hidden, self.disk.seal) for hidden in page)
             if len(page) < _PAGE:
                 return
             after = page[-1]
@@ -212,12 +220,3 @@ def _check_settings(connection: sqlite3.Connection) -> None:
     for (name,) in rows:
         if name not in _OF_DISKCACHE:
             raise IndexDamagedError(f"the index holds a setting {name!r:.80}, which is none of its own; it is not used")
-
-
-def _sum(text: str, seal: Seal) -> str:
-    return seal.record("index", "", _bytes(text))  # the text begins with the record's name
-
-
-def _bytes(text: str) -> bytes:
-    # A damaged database may hand out what is no UTF-8, with surrogates in place of the odd bytes.
-    return text.encode("utf-8", "surrogatepass")

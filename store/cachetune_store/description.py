@@ -13,16 +13,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import StoreKeyError
+from .errors import StoreArgumentError, StoreKeyError
 from .keys import FORMAT_VERSION
 from .seals import CHECKSUMS, KeyedHashes, Seal
-from .storekey import StoreKey
+from .storekey import ENCRYPTED, KEYED, StoreKey
 
-__all__ = ["FORMAT", "MOST_BYTES", "Description", "no_key"]
+__all__ = ["FORMAT", "MOST_BYTES", "Description", "check_encrypted", "no_key"]
 
 FORMAT = "cachetune-store"
-KEYED_VERSION = 2
-"""The version of stores with a key. Earlier releases, which know of none, refuse it. They would take all that is there for damaged."""
+_VERSIONS = {FORMAT_VERSION: None, 2: KEYED, 3: ENCRYPTED}
+"""What the stores of each version do with a key. A release refuses what it doesn't know. It would take all that is there for damaged."""
 MOST_BYTES = 1 << 16
 """Longest description that is read."""
 
@@ -44,12 +44,14 @@ class Description:
     format: Any = FORMAT
 
     @classmethod
-    def new(cls, key: StoreKey | None) -> Description:
+    def new(cls, key: StoreKey | None, *, encrypted: bool = False) -> Description:
         """The description of a new store."""
         identity = uuid.uuid4().hex
         if key is None:
             return cls(FORMAT_VERSION, identity, None)
-        return cls(KEYED_VERSION, identity, key.wrap(secrets.token_bytes(32), identity))
+        method = ENCRYPTED if encrypted else KEYED
+        version = next(each for each, does in _VERSIONS.items() if does == method)
+        return cls(version, identity, key.wrap(secrets.token_bytes(32), identity, method))
 
     @classmethod
     def read(cls, content: bytes) -> Description:
@@ -61,7 +63,7 @@ class Description:
         try:
             described = json.loads(content)
             version, key = described["version"], described.get("key")
-            if version in (FORMAT_VERSION, KEYED_VERSION) and isinstance(key, dict) != (version == KEYED_VERSION):
+            if version in _VERSIONS and isinstance(key, dict) != (_VERSIONS[version] is not None):
                 raise ValueError("it must name its key if it has one, and only then")
             return cls(version, str(described.get("id", "")), key, described.get("format"))
         except (TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -70,7 +72,12 @@ class Description:
     @property
     def is_known(self) -> bool:
         """Whether this release reads stores of its version."""
-        return self.version in (FORMAT_VERSION, KEYED_VERSION)
+        return self.version in _VERSIONS
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether the store is encrypted."""
+        return self.is_known and _VERSIONS[self.version] == ENCRYPTED
 
     @property
     def content(self) -> bytes:
@@ -95,7 +102,16 @@ class Description:
                 f"{place} was made with a key, and none is given: give it as store_key (--store-key on the command line), as the path of the "
                 "file that holds it, or as env:NAME for an environment variable"
             )
-        return KeyedHashes(self.root(key, place))
+        root = self.root(key, place)
+        if not self.encrypted:
+            return KeyedHashes(root)
+        try:
+            from .encryption import Encryption
+        except ImportError as error:
+            raise StoreArgumentError(
+                f"{place} is encrypted, which needs {error.name}, which is not installed: pip install 'cachetune-rag[encryption]'"
+            ) from error
+        return Encryption(root)
 
     def with_key(self, old: StoreKey, new: StoreKey, place: str) -> Description:
         """The description of the same store with another key; as it is, if it has that key already.
@@ -106,7 +122,8 @@ class Description:
         with contextlib.suppress(StoreKeyError):
             self.root(new, place)
             return self
-        return Description(self.version, self.identity, new.wrap(self.root(old, place), self.identity))
+        method = ENCRYPTED if self.encrypted else KEYED
+        return Description(self.version, self.identity, new.wrap(self.root(old, place), self.identity, method))
 
     def root(self, key: StoreKey, place: str) -> bytes:
         """The root key.
@@ -116,7 +133,21 @@ class Description:
         """
         if self.key is None:
             raise no_key(place)
-        return key.unwrap(self.key, self.identity, place)
+        method = ENCRYPTED if self.encrypted else KEYED
+        return key.unwrap(self.key, self.identity, place, method)
+
+
+def check_encrypted(described: Description, place: str) -> None:
+    """See that a store is encrypted, as was asked for.
+
+    Raises:
+        StoreKeyError: it isn't. It doesn't become so: what it holds would stay readable.
+    """
+    if not described.encrypted:
+        raise StoreKeyError(
+            f"encrypt is True, and {place} was made without encryption, which stays so: leave encrypt out, or make an encrypted store in another "
+            "place and precompute again"
+        )
 
 
 def no_key(place: str) -> StoreKeyError:

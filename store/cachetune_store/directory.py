@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from .chunkfile import SUFFIX
-from .description import MOST_BYTES, Description, no_key
+from .description import MOST_BYTES, Description, check_encrypted, no_key
 from .diskindex import DiskIndex
 from .documents import Documents
 from .errors import IndexDamagedError, IndexReplacedError, StoreKeyError, StoreVersionError
@@ -47,21 +47,23 @@ class StoreDirectory:
     Args:
         path: the directory.
         key: the store's key; None if it has none.
+        encrypt: whether a new store is encrypted, and another one is refused. One that is there says itself whether it is.
 
     Attributes:
+        encrypted: whether the store is encrypted.
         read_only: why nothing is written, with the part's path as its `filename`; None if all parts can be written.
         seal: makes and checks the sums of what is stored.
 
     Raises:
-        StoreKeyError: the store has another key, or none.
+        StoreKeyError: the store has another key, or none, or isn't encrypted and should be.
         OSError: it can't be made.
         StorePathError: something else stands in a file's place, or a part can't be read.
         StoreVersionError: it holds a store of another format version.
     """
 
-    def __init__(self, path: Path, key: StoreKey | None = None) -> None:
+    def __init__(self, path: Path, key: StoreKey | None = None, *, encrypt: bool = False) -> None:
         self.path = path
-        self._key = key
+        self._key, self._encrypt = key, encrypt
         make_directory(path)
         self.read_only = _refusal(path)
         self.temp = TempFiles(path / "tmp")
@@ -76,14 +78,17 @@ class StoreDirectory:
                 self.read_only.filename or path,
                 self.read_only.strerror,
             )
-            described = _read_description(path / DESCRIPTION)
-            self._id = described.identity if described else ""
-            self.seal = (described or Description(FORMAT_VERSION, "", None)).seal(key, str(path))
+            self._open(_read_description(path / DESCRIPTION) or Description(FORMAT_VERSION, "", None))
             self.index: Index = ReadOnlyIndex(path / "index", self.seal)
             return
-        described = _read_description(path / DESCRIPTION) or self._describe()
-        self._id, self.seal = described.identity, described.seal(key, str(path))
+        self._open(_read_description(path / DESCRIPTION) or self._describe())
         self.index = DiskIndex(path / "index", self.seal)
+
+    def _open(self, described: Description) -> None:
+        self._id, self.encrypted = described.identity, described.encrypted
+        self.seal = described.seal(self._key, str(self.path))
+        if self._encrypt:
+            check_encrypted(described, str(self.path))
 
     def bring_in_line(self, tier: DiskTier, documents: Documents) -> None:
         """Clean up after dead writers; if the index was lost, make it anew from the files.
@@ -184,7 +189,7 @@ class StoreDirectory:
                 make_directory(aside)
                 _log.warning("%s is no plain file of a store's: it is set aside, and the index made anew", path)
                 path.replace(aside / f"{time.time_ns():020d}-{path.name}")
-            described = Description.new(self._key)
+            described = Description.new(self._key, encrypted=self._encrypt)
             write_small(self.temp, path, described.content)
             return described
 

@@ -33,8 +33,20 @@ class DiskReader(ChunkReader):
 
     kind = DISK
 
-    def __init__(self, head: ChunkHead, file: OpenFile, rows_start: int, pool: SlabPool) -> None:
+    def __init__(
+        self, head: ChunkHead, file: OpenFile, rows_start: int, pool: SlabPool, scratch: SlabPool | None = None
+    ) -> None:
+        """Read an open file.
+
+        Args:
+            head: its head.
+            file: the file.
+            rows_start: where its first row lies.
+            pool: gives the memory that rows end up in.
+            scratch: gives memory for what is read of a file that hides its rows; None: new memory each time.
+        """
         super().__init__(head)
+        self._scratch = scratch or SlabPool(pinned=False, limit=0)
         self._file = file
         self._start = rows_start
         self._pool = pool
@@ -166,23 +178,26 @@ class DiskReader(ChunkReader):
             raise DamagedChunkError(f"chunk {self.key}: layer {layer} can't be read ({error.strerror})") from error
         if found != len(area):
             raise DamagedChunkError(f"chunk {self.key}: the file ends inside layer {layer}")
-        self._accept(layer, rows)
+        self._accept(layer, rows, area)
         self._bytes[layer] += len(area)
 
     def _missing(self, layer: int, rows: int) -> tuple[int, memoryview]:
-        """Where in the file the rows of a layer begin that are still missing, and the memory that they go to."""
+        """Where in the file the rows of a layer begin that are still missing, and the memory that they are read into."""
         ends, offset = self._ends[layer], self.head.plan.offsets[layer]
         # Direct I/O needs whole pages. So the first page may be read a second time, and its block is then checked again.
         first, last = self._blocks(layer, rows)
         begin, end = ends[first] // PAGE * PAGE, round_up(ends[last])
+        if self.head.seal.hides:
+            # Not where the rows end up: others may be using those that are there already.
+            return self._start + offset + begin, memory_of(self._scratch.allocate(end - begin))
         return self._start + offset + begin, self._memory[offset + begin : offset + end]
 
     def _blocks(self, layer: int, rows: int) -> tuple[int, int]:
         """The first block of a layer that is still missing, and the one behind that which holds row `rows` - 1."""
         return self._covered[layer] // self.head.block_rows, -(-rows // self.head.block_rows)
 
-    def _accept(self, layer: int, rows: int) -> None:
-        """Check what was read of a layer. From now on it counts as read.
+    def _accept(self, layer: int, rows: int, area: memoryview) -> None:
+        """Check what was read of a layer into the `area` of `_missing`. From now on it counts as read.
 
         Raises:
             DamagedChunkError: a block fails its checksum.
@@ -190,11 +205,12 @@ class DiskReader(ChunkReader):
         head, ends, offset = self.head, self._ends[layer], self.head.plan.offsets[layer]
         first, last = self._blocks(layer, rows)
         begin = ends[first] // PAGE * PAGE
-        while first and ends[first] > begin:
+        while first and ends[first] > begin and not head.seal.hides:
             first -= 1
         sums = head.checksums[layer].tolist()
         for block in range(first, last):
             rows_of_block = self._memory[offset + ends[block] : offset + ends[block + 1]]
-            if not head.seal.matches(head.key, layer, block, rows_of_block, sums[block]):
+            found = area[ends[block] - begin : ends[block + 1] - begin] if head.seal.hides else rows_of_block
+            if not head.seal.matches(head.key, layer, block, found, sums[block], rows_of_block):
                 raise DamagedChunkError(f"chunk {self.key}: checksum mismatch in layer {layer}, block {block}")
         self._covered[layer] = min(head.layout.tokens, last * head.block_rows)

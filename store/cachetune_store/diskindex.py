@@ -147,6 +147,10 @@ class DiskIndex(Index):
         with self._translated():
             yield from self.database.names(prefix)
 
+    def place(self, name: str) -> str:
+        """See Index."""
+        return self._seal.index_name(name)
+
     def count(self, prefix: str) -> int:
         """See Index."""
         self._catch_up()

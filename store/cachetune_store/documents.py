@@ -7,7 +7,6 @@ names are hashes of tenant and id, which may be any strings.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import hmac
 import json
 import logging
@@ -71,7 +70,7 @@ class Documents:
         """
         digests = [key.digest for key in keys]
         with self._changing(), self._index.transaction():
-            old = set((self._index.get(_record_name(tenant, doc_id)) or {"chunks": []})["chunks"])
+            old = set((self._index.get(self._record_name(tenant, doc_id)) or {"chunks": []})["chunks"])
             # Also where the chunks are the same: chunks that requests are about to add to the document are not among them.
             self._removals.note(tenant, doc_id, gone=not old <= set(digests))
             self._replace(tenant, doc_id, digests, free, shared)
@@ -100,7 +99,7 @@ class Documents:
         """
         added = [key.digest for key in keys]
         with self._changing(), self._index.transaction():
-            record = self._index.get(_record_name(tenant, doc_id))
+            record = self._index.get(self._record_name(tenant, doc_id))
             held: list[str] = [] if record is None else record["chunks"]
             known = set(held)
             new = [digest for digest in dict.fromkeys(added) if digest not in known]
@@ -112,7 +111,7 @@ class Documents:
 
     def _replace(self, tenant: str, doc_id: str, digests: list[str], free: Free, shared: bool) -> None:
         """Write a document's record and file, and count its chunks; inside a transaction."""
-        name = _record_name(tenant, doc_id)
+        name = self._record_name(tenant, doc_id)
         record = {"id": doc_id, "tenant": tenant, "chunks": digests}
         content = self._encode(record)
         if len(content) > MAX_DOCUMENT:
@@ -139,7 +138,7 @@ class Documents:
         Raises:
             UnknownDocumentError: there is no such document.
         """
-        name = _record_name(tenant, doc_id)
+        name = self._record_name(tenant, doc_id)
         with self._changing(), self._index.transaction():
             # Of one that isn't known, a request may be about to make it known.
             self._removals.note(tenant, doc_id)
@@ -159,7 +158,7 @@ class Documents:
 
     def of(self, tenant: str) -> Iterator[tuple[str, tuple[ChunkKey, ...]]]:
         """Ids and chunks of a tenant's documents."""
-        for _, record in self._index.items(f"doc/{_hash(tenant)}/"):
+        for _, record in self._index.items(f"doc/{self._hash(tenant)}/"):
             yield record["id"], tuple(ChunkKey(digest) for digest in record["chunks"])
 
     def holders(self, tenant: str, keys: Sequence[ChunkKey]) -> list[str]:
@@ -169,7 +168,7 @@ class Documents:
             return []
         return [
             record["id"]
-            for _, record in self._index.items(f"doc/{_hash(tenant)}/")
+            for _, record in self._index.items(f"doc/{self._hash(tenant)}/")
             if not wanted.isdisjoint(record["chunks"])
         ]
 
@@ -191,7 +190,7 @@ class Documents:
 
     def chunks_of(self, tenant: str, doc_id: str) -> list[ChunkKey] | None:
         """The chunks of a document; None if there is no such document."""
-        record = self._index.get(_record_name(tenant, doc_id))
+        record = self._index.get(self._record_name(tenant, doc_id))
         return None if record is None else [ChunkKey(digest) for digest in record["chunks"]]
 
     def shared(self) -> list[tuple[str, str]]:
@@ -203,9 +202,9 @@ class Documents:
 
         If the index were lost, a file would bring back what was removed elsewhere meanwhile.
         """
-        record = self._index.get(_record_name(tenant, doc_id))
+        record = self._index.get(self._record_name(tenant, doc_id))
         if record is not None and not record.get("shared"):
-            self._index.set(_record_name(tenant, doc_id), record | {"shared": True})
+            self._index.set(self._record_name(tenant, doc_id), record | {"shared": True})
             self._drop_file(tenant, doc_id)
 
     def count(self) -> int:
@@ -250,7 +249,7 @@ class Documents:
             if record is None:
                 damaged.add(path)
                 continue
-            name = _record_name(record["tenant"], record["id"])
+            name = self._record_name(record["tenant"], record["id"])
             held = known.pop(name, {})
             if {field: held.get(field) for field in record} != record:
                 self._index.set(name, record)
@@ -300,10 +299,10 @@ class Documents:
 
     def _path(self, tenant: str, doc_id: str) -> Path:
         assert self._directory is not None
-        return _place(self._directory, tenant, doc_id)
+        return self._place(self._directory, tenant, doc_id)
 
     def _encode(self, record: dict[str, Any]) -> bytes:
-        return json.dumps(record | {"checksum": self._sum(record)}).encode()
+        return self._seal.hide("document", "", json.dumps(record | {"checksum": self._sum(record)}).encode())
 
     def _read(self, path: Path) -> dict[str, Any] | None:
         """The document in a file; None if it is damaged or no document.
@@ -312,13 +311,13 @@ class Documents:
             OSError: the file can't be read.
         """
         try:
-            record = json.loads(read_plain(path, MAX_DOCUMENT))
+            record = json.loads(self._seal.reveal("document", "", read_plain(path, MAX_DOCUMENT)) or b"")
             digests = [ChunkKey(digest).digest for digest in record["chunks"]]
             found = {"id": record["id"], "tenant": record["tenant"], "chunks": digests}
             # Files of the first release, which had no keys, have no checksum.
             none = self._sum(found) if self._seal is CHECKSUMS else ""
             sound = hmac.compare_digest(record.get("checksum", none).encode(), self._sum(found).encode())
-            return found if sound and path == _place(path.parents[1], found["tenant"], found["id"]) else None
+            return found if sound and path == self._place(path.parents[1], found["tenant"], found["id"]) else None
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
 
@@ -326,14 +325,11 @@ class Documents:
         text = json.dumps([record["id"], record["tenant"], record["chunks"]])
         return self._seal.record("document", "", text.encode())  # the text begins with the document's name
 
+    def _record_name(self, tenant: str, doc_id: str) -> str:
+        return f"doc/{self._hash(tenant)}/{self._hash(doc_id)}"
 
-def _record_name(tenant: str, doc_id: str) -> str:
-    return f"doc/{_hash(tenant)}/{_hash(doc_id)}"
+    def _place(self, directory: Path, tenant: str, doc_id: str) -> Path:
+        return directory / self._hash(tenant)[:32] / f"{self._hash(doc_id)}.json"
 
-
-def _place(directory: Path, tenant: str, doc_id: str) -> Path:
-    return directory / _hash(tenant)[:32] / f"{_hash(doc_id)}.json"
-
-
-def _hash(value: str) -> str:
-    return hashlib.sha256(value.encode("utf-8", "surrogatepass")).hexdigest()
+    def _hash(self, value: str) -> str:
+        return self._seal.hashed("document", value)

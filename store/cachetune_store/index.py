@@ -44,7 +44,11 @@ class Index(ABC):
 
     @abstractmethod
     def names(self, prefix: str) -> Iterator[str]:
-        """Names that begin with `prefix`, in order."""
+        """Names that begin with `prefix`, in the order of their places."""
+
+    def place(self, name: str) -> str:
+        """What names are ordered by: themselves, unless the index hides them."""
+        return name
 
     def count(self, prefix: str) -> int:
         """How many names begin with `prefix`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hmac
 import json
 import logging
 import os
@@ -65,7 +64,7 @@ class KeptRecords:
                 lost,
             )
         if found:
-            self._write(json.dumps(found).encode())
+            self._write(self._seal.stamp("kept", "", json.dumps(found)).encode())
         return found
 
     def drop(self) -> None:
@@ -75,22 +74,18 @@ class KeptRecords:
 
     def _left(self) -> dict[str, Any]:
         try:
-            content = read_plain(self._file, _MOST)
-            text = content[self._seal.digits :]
-            if not hmac.compare_digest(content[: self._seal.digits], self._sum(text)):
+            text = self._seal.unstamp("kept", "", read_plain(self._file, _MOST).decode())
+            if text is None:
                 return {}  # it was not finished, so the old index was still there
             return {name: checked(name, record) for name, record in json.loads(text).items()}
         except (OSError, UnfitFileError, ValueError, AttributeError, RecursionError, StoreError):
             return {}
 
-    def _write(self, text: bytes) -> None:
+    def _write(self, content: bytes) -> None:
         if os.path.lexists(self._file):
             remove_any(self._file)
         fd = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with os.fdopen(fd, "wb") as file:
-            file.write(self._sum(text) + text)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
-
-    def _sum(self, text: bytes) -> bytes:
-        return self._seal.record("kept", "", text).encode()

@@ -6,7 +6,6 @@ Each is a file of its own, so no note is lost with the index, and checks of the 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 import threading
@@ -20,7 +19,7 @@ from .plainfiles import UnfitFileError, open_plain, remove_any
 from .printing import shown
 from .seals import CHECKSUMS, Seal
 
-__all__ = ["MAX_NOTE", "MAX_NOTE_FILE", "Notes", "unwrapped", "wrapped"]
+__all__ = ["MAX_NOTE", "MAX_NOTE_FILE", "Notes", "file_name", "folder_name", "unwrapped", "wrapped"]
 
 MAX_NOTE = 1 << 20
 """Longest note, in bytes."""
@@ -112,10 +111,20 @@ class Notes:
 
     def _folder(self, tenant: str) -> Path:
         assert self._directory is not None
-        return self._directory / hashlib.sha256(tenant.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+        return self._directory / folder_name(self._seal, tenant)
 
     def _path(self, tenant: str, name: str) -> Path:
-        return self._folder(tenant) / f"{_checked(name)}.json"
+        return self._folder(tenant) / file_name(self._seal, name)
+
+
+def folder_name(seal: Seal, tenant: str) -> str:
+    """The folder of a tenant's notes, here or in a place that machines share."""
+    return seal.hashed("note", tenant)[:32]
+
+
+def file_name(seal: Seal, name: str) -> str:
+    """The file of a note, here or in a place that machines share."""
+    return f"{seal.rehashed('note', _checked(name))}.json"
 
 
 def wrapped(seal: Seal, tenant: str, name: str, content: bytes) -> bytes:

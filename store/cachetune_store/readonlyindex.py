@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from .connections import Connections
-from .database import BUSY_SECONDS, count_names, decode, select_names
+from .database import BUSY_SECONDS, count_names, decode, plain_name, select_names
 from .errors import IndexDamagedError, StoreReadOnlyError
 from .index import Index, MemoryIndex
 from .printing import shown
@@ -48,7 +48,7 @@ class ReadOnlyIndex(Index):
             return self._memory.get(name)
         with self._read() as connection:
             rows = connection.execute(
-                "SELECT mode, filename, value FROM Cache WHERE key = ? AND raw = 1", (name,)
+                "SELECT mode, filename, value FROM Cache WHERE key = ? AND raw = 1", (self._seal.index_name(name),)
             ).fetchall()
         if not rows:
             return None
@@ -81,8 +81,12 @@ class ReadOnlyIndex(Index):
                 page = select_names(connection, prefix, after)
             if not page:
                 return
-            yield from page
+            yield from (plain_name(hidden, self._seal) for hidden in page)
             after = page[-1]
+
+    def place(self, name: str) -> str:
+        """See Index."""
+        return name if self._memory is not None else self._seal.index_name(name)
 
     def count(self, prefix: str) -> int:
         """See Index."""

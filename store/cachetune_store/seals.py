@@ -2,52 +2,162 @@
 
 Checksums find accidents. Nobody who lacks the store's key can make a keyed hash, so these find forgeries as well. A keyed hash is over what the
 bytes are (which chunk, layer and block, which record), too. So bytes that the store has written itself are refused in any other place.
+
+Where the store is encrypted (encryption.py), other bytes are written than those that are stored. So nothing here says "check": a seal is
+asked to close what is written, and to open what is read.
 """
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import struct
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import xxhash
 
 from .checksums import rows_checksum, update
+from .errors import DamagedChunkError
 from .keys import ChunkKey
+from .printing import shown
 from .storekey import hkdf
 
-__all__ = ["CHECKSUMS", "Checksums", "KeyedHashes", "Seal"]
+__all__ = ["CHECKSUMS", "Checksums", "FileSeal", "KeyedHashes", "KeyedRecords", "Seal"]
+
+Buffer = bytes | memoryview
+
+
+class FileSeal(ABC):
+    """Closes and opens one chunk file.
+
+    Attributes:
+        words: 64-bit numbers of the sum of a block of rows.
+        hides: whether the file holds other bytes than the rows. Then rows can't be used where they were read: opening puts them elsewhere.
+        metadata: what the file's header says of its seal, by name.
+    """
+
+    words: int
+    hides = False
+    metadata: Mapping[str, str]
+
+    @abstractmethod
+    def rows(
+        self, key: ChunkKey, layer: int, block: int, rows: memoryview, into: memoryview | None = None
+    ) -> int | tuple[int, ...]:
+        """The sum of a block of rows of a chunk: a number, or `words` of them.
+
+        If the file hides its rows, what it holds in their place is written to `into`, which is as long. Otherwise it holds the rows.
+        """
+
+    @abstractmethod
+    def matches(
+        self, key: ChunkKey, layer: int, block: int, found: memoryview, expected: Any, into: memoryview | None = None
+    ) -> bool:
+        """Whether what was found in a file is a block that was written there, with the sum `expected` (a list will do for a tuple).
+
+        If the file hides its rows, they are written to `into`, where nothing may be used unless this returns True.
+        """
+
+    @abstractmethod
+    def head(self, key: ChunkKey, front: Buffer, small: Buffer) -> tuple[bytes, Buffer]:
+        """The digest of a chunk file's head, 16 bytes: over all before the first row, except the digest itself.
+
+        Returns:
+            The digest, and what the file holds in the place of `small`, which is as long.
+        """
+
+    @abstractmethod
+    def open_head(self, key: ChunkKey, front: Buffer, digest: Buffer, found: memoryview) -> memoryview | None:
+        """What `head` was given as `small`; None if digest and head don't belong together."""
+
+    @abstractmethod
+    def chunk_name(self, key: ChunkKey) -> str:
+        """The chunk's name in the file. See Seal."""
+
+    def hide_text(self, text: str) -> str:
+        """A text as the file's header holds it. One in a file."""
+        return text
+
+    def reveal_text(self, text: str) -> str:
+        """The text that `hide_text` was given.
+
+        Raises:
+            ValueError: it is not what this file was written with.
+        """
+        return text
 
 
 class Seal(ABC):
-    """Makes and checks the sums of a store.
+    """Closes and opens what a store writes.
 
     Attributes:
-        name: what chunk files say of their sums; "" for checksums, of which they say nothing.
-        words: 64-bit numbers of the sum of a block of rows.
-        digits: characters of the sum of a record.
+        name: what descriptions and messages call it; "" for checksums.
+        digits: bytes that a small record gets longer at most.
     """
 
     name: str
-    words: int
     digits: int
 
+    # -- chunk files --------------------------------------------------------------------------------------------------
+
+    @property
     @abstractmethod
-    def rows(self, key: ChunkKey, layer: int, block: int, rows: memoryview) -> int | tuple[int, ...]:
-        """The sum of a block of rows of a chunk: a number, or `words` of them."""
+    def in_memory(self) -> FileSeal:
+        """What makes the sums of chunks that are encoded and not written yet."""
 
     @abstractmethod
-    def matches(self, key: ChunkKey, layer: int, block: int, rows: memoryview, expected: Any) -> bool:
-        """Whether this is the sum of these rows, as `rows` gave it (a list will do for a tuple)."""
+    def new_file(self, tenant: str) -> FileSeal:
+        """What closes a file that is about to be written with a chunk of this tenant."""
 
     @abstractmethod
-    def head(self, key: ChunkKey, front: bytes | memoryview, small: bytes | memoryview) -> bytes:
-        """The digest of a chunk file's head, 16 bytes: over all before the first row, except the digest itself."""
+    def file(self, key: ChunkKey, metadata: Mapping[str, Any]) -> FileSeal:
+        """What opens the file of a chunk, of which the header says this.
+
+        Raises:
+            DamagedChunkError: no file of this store has such a header.
+        """
+
+    def chunk_name(self, key: ChunkKey) -> str:
+        """The name that stands for a chunk wherever others can see it: hexadecimal digits."""
+        return key.digest
+
+    def chunk_key(self, name: str) -> ChunkKey:
+        """The chunk of this name.
+
+        Raises:
+            ValueError: it is the name of none.
+        """
+        return ChunkKey(name)
+
+    # -- names of other things ----------------------------------------------------------------------------------------
+
+    def index_name(self, name: str) -> str:
+        """The name of a record as the index's database has it. It begins with the same word, up to the first slash."""
+        return name
+
+    def plain_index_name(self, name: str) -> str:
+        """The name that `index_name` was given.
+
+        Raises:
+            ValueError: it gives no such name.
+        """
+        return name
+
+    def hashed(self, kind: str, text: str) -> str:
+        """A hash that stands for a text in names of files, 64 hexadecimal digits."""
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+    def rehashed(self, kind: str, digest: str) -> str:
+        """What stands in names of files for a hash that others could make as well, 64 hexadecimal digits."""
+        return digest
+
+    # -- small records ------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def record(self, kind: str, name: str, content: bytes) -> str:
-        """The sum of a small record, `digits` characters.
+        """The sum of a small record.
 
         Args:
             kind: what the record is of, such as "document". A record of another kind never has the same sum where there is a key.
@@ -63,26 +173,66 @@ class Seal(ABC):
     def unwrap(self, kind: str, name: str, raw: bytes) -> bytes | None:
         """The record's content; None if it was changed since, or is not that record."""
 
+    def stamp(self, kind: str, name: str, text: str) -> str:
+        """A record that has no checks of its own, as it is written. Arguments as for `record`."""
+        return self.record(kind, name, _bytes(text)) + text
 
-class Checksums(Seal):
+    def unstamp(self, kind: str, name: str, raw: str) -> str | None:
+        """The record's text; None if it was changed since, or is not that record."""
+        text = raw[self.digits :]
+        sound = hmac.compare_digest(_bytes(raw[: self.digits]), self.record(kind, name, _bytes(text)).encode())
+        return text if sound else None
+
+    def hide(self, kind: str, name: str, content: bytes) -> bytes:
+        """A record that has its sum in its content, as it is written. Arguments as for `record`."""
+        return content
+
+    def reveal(self, kind: str, name: str, raw: bytes) -> bytes | None:
+        """The record's content; None if it was hidden otherwise."""
+        return raw
+
+
+class Checksums(Seal, FileSeal):
     """XXH3. Quick, and without a secret: whoever changes the bytes can make the sum as well."""
 
     name, words, digits = "", 1, 16
+    metadata: Mapping[str, str] = {}
 
-    def rows(self, key: ChunkKey, layer: int, block: int, rows: memoryview) -> int:
+    @property
+    def in_memory(self) -> FileSeal:
         """See Seal."""
+        return self
+
+    def new_file(self, tenant: str) -> FileSeal:
+        """See Seal."""
+        return self
+
+    def file(self, key: ChunkKey, metadata: Mapping[str, Any]) -> FileSeal:
+        """See Seal."""
+        return _same(self, self.name, key, metadata)
+
+    def rows(
+        self, key: ChunkKey, layer: int, block: int, rows: memoryview, into: memoryview | None = None
+    ) -> int | tuple[int, ...]:
+        """See FileSeal."""
         return rows_checksum(rows)
 
-    def matches(self, key: ChunkKey, layer: int, block: int, rows: memoryview, expected: Any) -> bool:
-        """See Seal."""
-        return bool(rows_checksum(rows) == expected)
+    def matches(
+        self, key: ChunkKey, layer: int, block: int, found: memoryview, expected: Any, into: memoryview | None = None
+    ) -> bool:
+        """See FileSeal."""
+        return bool(rows_checksum(found) == expected)
 
-    def head(self, key: ChunkKey, front: bytes | memoryview, small: bytes | memoryview) -> bytes:
-        """See Seal."""
+    def head(self, key: ChunkKey, front: Buffer, small: Buffer) -> tuple[bytes, Buffer]:
+        """See FileSeal."""
         state = xxhash.xxh3_128()
         update(state, front)
         update(state, small)
-        return bytes(state.digest())
+        return bytes(state.digest()), small
+
+    def open_head(self, key: ChunkKey, front: Buffer, digest: Buffer, found: memoryview) -> memoryview | None:
+        """See FileSeal."""
+        return found if hmac.compare_digest(digest, self.head(key, front, found)[0]) else None
 
     def record(self, kind: str, name: str, content: bytes) -> str:
         """See Seal."""
@@ -97,45 +247,26 @@ class Checksums(Seal):
         return raw
 
 
-class KeyedHashes(Seal):
-    """HMAC-SHA256, of which 128 bits are kept, with a key for each kind of bytes.
+class KeyedRecords(Seal):
+    """HMAC-SHA256 of small records, of which 128 bits are kept, with a key for each kind.
 
     Args:
         root: the store's root key.
     """
 
-    name, words, digits = "hmac-sha256", 2, 32
+    digits = 32
 
     def __init__(self, root: bytes) -> None:
         self._root = root
-        # A copy of a begun hash costs less than to begin one with its key.
-        self._rows, self._heads = (hmac.new(self._key(kind), digestmod="sha256") for kind in ("rows", "head"))
         self._records: dict[str, bytes] = {}
 
     def __repr__(self) -> str:
-        return "KeyedHashes(...)"
-
-    def rows(self, key: ChunkKey, layer: int, block: int, rows: memoryview) -> tuple[int, ...]:
-        """See Seal."""
-        return struct.unpack("<2Q", self._sum(key, layer, block, rows))
-
-    def matches(self, key: ChunkKey, layer: int, block: int, rows: memoryview, expected: Any) -> bool:
-        """See Seal."""
-        return hmac.compare_digest(self._sum(key, layer, block, rows), struct.pack("<2Q", *expected))
-
-    def head(self, key: ChunkKey, front: bytes | memoryview, small: bytes | memoryview) -> bytes:
-        """See Seal."""
-        state = self._heads.copy()
-        state.update(struct.pack("<64sQ", key.digest.encode(), len(front)))
-        state.update(front)
-        state.update(small)
-        return state.digest()[:16]
+        return f"{type(self).__name__}(...)"
 
     def record(self, kind: str, name: str, content: bytes) -> str:
         """See Seal."""
-        secret = self._records.get(kind) or self._records.setdefault(kind, self._key(f"record {kind}"))
-        named = name.encode("utf-8", "surrogatepass")
-        return hmac.digest(secret, struct.pack("<Q", len(named)) + named + content, "sha256").hex()[: self.digits]
+        secret = self._records.get(kind) or self._records.setdefault(kind, self.key(f"record {kind}"))
+        return hmac.digest(secret, named(name) + content, "sha256").hex()[:32]
 
     def wrap(self, kind: str, name: str, content: bytes) -> bytes:
         """See Seal."""
@@ -146,14 +277,92 @@ class KeyedHashes(Seal):
         content = raw[self.digits :]
         return content if hmac.compare_digest(raw[: self.digits], self.record(kind, name, content).encode()) else None
 
+    def key(self, purpose: str, length: int = 32) -> bytes:
+        """A key for one purpose."""
+        return hkdf(self._root, info=f"cachetune/{purpose}".encode(), length=length)
+
+
+class KeyedHashes(KeyedRecords, FileSeal):
+    """HMAC-SHA256 in chunk files, too."""
+
+    name, words = "hmac-sha256", 2
+    metadata: Mapping[str, str] = {"sums": name}
+
+    def __init__(self, root: bytes) -> None:
+        super().__init__(root)
+        # A copy of a begun hash costs less than to begin one with its key.
+        self._rows, self._heads = (hmac.new(self.key(kind), digestmod="sha256") for kind in ("rows", "head"))
+
+    @property
+    def in_memory(self) -> FileSeal:
+        """See Seal."""
+        return self
+
+    def new_file(self, tenant: str) -> FileSeal:
+        """See Seal."""
+        return self
+
+    def file(self, key: ChunkKey, metadata: Mapping[str, Any]) -> FileSeal:
+        """See Seal."""
+        return _same(self, self.name, key, metadata)
+
+    def rows(
+        self, key: ChunkKey, layer: int, block: int, rows: memoryview, into: memoryview | None = None
+    ) -> int | tuple[int, ...]:
+        """See FileSeal."""
+        return struct.unpack("<2Q", self._sum(key, layer, block, rows))
+
+    def matches(
+        self, key: ChunkKey, layer: int, block: int, found: memoryview, expected: Any, into: memoryview | None = None
+    ) -> bool:
+        """See FileSeal."""
+        return hmac.compare_digest(self._sum(key, layer, block, found), struct.pack("<2Q", *expected))
+
+    def head(self, key: ChunkKey, front: Buffer, small: Buffer) -> tuple[bytes, Buffer]:
+        """See FileSeal."""
+        state = self._heads.copy()
+        state.update(struct.pack("<64sQ", key.digest.encode(), len(front)))
+        state.update(front)
+        state.update(small)
+        return state.digest()[:16], small
+
+    def open_head(self, key: ChunkKey, front: Buffer, digest: Buffer, found: memoryview) -> memoryview | None:
+        """See FileSeal."""
+        return found if hmac.compare_digest(digest, self.head(key, front, found)[0]) else None
+
     def _sum(self, key: ChunkKey, layer: int, block: int, rows: memoryview) -> bytes:
         state = self._rows.copy()
         state.update(struct.pack("<64sQQQ", key.digest.encode(), layer, block, len(rows)))
         state.update(rows)
         return state.digest()[:16]
 
-    def _key(self, purpose: str) -> bytes:
-        return hkdf(self._root, info=f"cachetune/{purpose}".encode())
+
+def named(name: str) -> bytes:
+    """A name in front of what is hashed: its length, then itself."""
+    content = _bytes(name)
+    return struct.pack("<Q", len(content)) + content
+
+
+def check_sums(own: str, key: ChunkKey, metadata: Mapping[str, Any]) -> None:
+    """See that a file says of its sums what those of this store say.
+
+    Raises:
+        DamagedChunkError: it says something else.
+    """
+    if metadata.get("sums", "") != own:
+        raise DamagedChunkError(
+            f"chunk {key}: the file's sums are {shown(metadata.get('sums', 'xxh3'))}; those of this store are {own or 'xxh3'}"
+        )
+
+
+def _same(seal: FileSeal, own: str, key: ChunkKey, metadata: Mapping[str, Any]) -> FileSeal:
+    check_sums(own, key, metadata)
+    return seal
+
+
+def _bytes(text: str) -> bytes:
+    # A damaged database may hand out what is no UTF-8, with surrogates in place of the odd bytes.
+    return text.encode("utf-8", "surrogatepass")
 
 
 CHECKSUMS = Checksums()

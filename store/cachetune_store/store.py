@@ -32,7 +32,7 @@ from .holders import Holders
 from .index import Index, MemoryIndex
 from .keys import ChunkKey, Namespace
 from .notes import Notes
-from .paths import store_path
+from .paths import is_store, store_path
 from .placement import Placement
 from .printing import shown
 from .pruning import Keep, by_tenant, groups, prune
@@ -91,6 +91,8 @@ class ChunkStore:
         store_key: the store's key: itself (32 random bytes at least), the path of the file that holds it, or "env:NAME" for an environment
             variable. With it, whatever was not written with the same key is damage, in the directory and in the shared place. A store
             that was made with a key opens with it only, and one that was made without opens without. None: there is none.
+        encrypt: whether a new store is encrypted, in the directory and in the shared place, which takes a key. A store that is there says itself
+            whether it is, and a new directory before a shared place is as that is; True refuses one that isn't. None: a new one isn't. See SECURITY.md.
 
     Attributes:
         path: the directory, absolute; None if there is none.
@@ -103,7 +105,8 @@ class ChunkStore:
         StoreArgumentError: unknown codec, a budget that is not a number of bytes, or pin_memory=True or a device_budget without CUDA.
         StorePathError: the directory can't be used.
         StoreVersionError: it holds a store of another format version.
-        StoreKeyError: it was made with a key and that isn't given, or another one is; or one is given, and it was made without.
+        StoreKeyError: it was made with a key and that isn't given, or another one is; or one is given, and it was made without; or it is to be
+            encrypted, and was made without encryption.
     """
 
     def __init__(
@@ -123,6 +126,7 @@ class ChunkStore:
         remote_timeout: float = 5.0,
         remote_options: Mapping[str, Any] | None = None,
         store_key: GivenKey = None,
+        encrypt: bool | None = None,
     ) -> None:
         if is_remote(path):
             if remote is not None:
@@ -139,6 +143,12 @@ class ChunkStore:
         if self._key is not None and self.path is None and remote is None:
             raise StoreArgumentError(
                 "store_key is given for a store in memory only, where there is nothing to protect: leave it out, or give the store a path"
+            )
+        if encrypt is not None:
+            check_flag(encrypt, "encrypt")
+        if encrypt and self._key is None:
+            raise StoreArgumentError(
+                "encrypt is True, and no store_key is given: give a key as well, made for example by `openssl rand -hex 32`, or leave encrypt out"
             )
         self.codec = get_codec(codec).name
         host_bytes, disk_bytes = parse_bytes(host_budget, "host_budget"), parse_bytes(disk_budget, "disk_budget")
@@ -185,6 +195,7 @@ class ChunkStore:
                 source=lambda key: self._placement.whole_here(key),
                 forget=lambda keys: self._placement.forget(keys),
                 key=self._key,
+                encrypted=(encrypt or None) if self._directory is None else self._directory.encrypted,
             )
             self._notes = self._shared.notes
             return [self._shared.tier]
@@ -199,7 +210,11 @@ class ChunkStore:
             self._open_shared()
             return
         try:
-            self._directory = directory = StoreDirectory(self.path, self._key)
+            if encrypt is None and self._key is not None and remote is not None and not is_store(self.path):
+                from .remote.shared import is_encrypted
+
+                encrypt = is_encrypted(remote, timeout=_seconds(remote_timeout), options=remote_options or {})
+            self._directory = directory = StoreDirectory(self.path, self._key, encrypt=bool(encrypt))
             self.index, temp = directory.index, directory.temp
             self._documents = Documents(self.index, self.path / "documents", temp, self._removals, directory.seal)
             self._notes = Notes(self.path / "notes", temp, directory.seal)
@@ -310,7 +325,7 @@ class ChunkStore:
             codec=self.codec,
             pool=self.memory,
             deviations=deviations,
-            seal=self.seal,
+            seal=self.seal.in_memory,
         )
 
     def write(self, chunk: Chunk) -> int:
@@ -609,13 +624,14 @@ class ChunkStore:
         return self._repair.healed(lambda: self.index.get(f"text/{key}"))
 
     def _texts(self, wanted: str | None) -> Iterator[tuple[ChunkKey, str, int]]:
-        last = "text/"
+        last = ""
         while True:
             try:
                 for name, record in self.index.items("text/"):
-                    if name > last and (wanted is None or record["namespace"] == wanted):
+                    place = self.index.place(name)
+                    if place > last and (wanted is None or record["namespace"] == wanted):
                         yield ChunkKey(name.removeprefix("text/")), record["text"], record["tokens"]
-                    last = max(last, name)
+                    last = max(last, place)
                 return
             except IndexDamagedError as error:
                 # The loop goes on behind the last name that was returned.

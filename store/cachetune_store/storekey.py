@@ -19,7 +19,10 @@ from typing import Any
 from .errors import StoreArgumentError, StoreKeyError
 from .printing import shown
 
-__all__ = ["GivenKey", "StoreKey", "hkdf"]
+__all__ = ["ENCRYPTED", "KEYED", "GivenKey", "StoreKey", "hkdf"]
+
+KEYED, ENCRYPTED = "hmac-sha256", "aes-256-gcm"
+"""What a store with a key does: it makes keyed hashes, or it encrypts."""
 
 _LEAST = 32
 _MOST = 4096
@@ -68,31 +71,32 @@ class StoreKey:
     def __repr__(self) -> str:
         return "StoreKey(...)"
 
-    def wrap(self, root: bytes, identity: str) -> dict[str, str]:
-        """What the description of the store `identity` says of its root key."""
+    def wrap(self, root: bytes, identity: str, method: str = KEYED) -> dict[str, str]:
+        """What the description of the store `identity` says of its root key, and of what it does with it."""
         salt = secrets.token_bytes(_BYTES)
-        wrapped = bytes(a ^ b for a, b in zip(root, self._part(salt, b"pad", identity), strict=True))
+        wrapped = bytes(a ^ b for a, b in zip(root, self._part(salt, b"pad", identity, method), strict=True))
         return {
-            "method": "hmac-sha256",
+            "method": method,
             "salt": salt.hex(),
-            "check": self._part(salt, b"check", identity).hex(),
+            "check": self._part(salt, b"check", identity, method).hex(),
             "root": wrapped.hex(),
-            "digest": hmac.digest(self._part(salt, b"digest", identity), wrapped, "sha256").hex(),
+            "digest": hmac.digest(self._part(salt, b"digest", identity, method), wrapped, "sha256").hex(),
         }
 
-    def unwrap(self, described: Mapping[str, Any], identity: str, place: str) -> bytes:
+    def unwrap(self, described: Mapping[str, Any], identity: str, place: str, method: str = KEYED) -> bytes:
         """The root key of a store.
 
         Args:
             described: what its description says of it.
             identity: the store's id.
             place: the store, for messages.
+            method: what the store does with it.
 
         Raises:
             StoreKeyError: this is not the key that it was wrapped with, or the description was changed.
         """
         try:
-            if described["method"] != "hmac-sha256":
+            if described["method"] != method:
                 raise ValueError
             salt, check, wrapped, digest = (
                 bytes.fromhex(described[name]) for name in ("salt", "check", "root", "digest")
@@ -103,23 +107,29 @@ class StoreKey:
             raise StoreKeyError(
                 f"what {place} says of its key is damaged; put its store.json back as it was when the store was made"
             ) from error
-        if not hmac.compare_digest(check, self._part(salt, b"check", identity)):
+        if not hmac.compare_digest(check, self._part(salt, b"check", identity, method)):
             raise StoreKeyError(
                 f"{place} was made with another key than store_key: give the key that it was made with, or was last given (`cachetune "
                 "change-key`). If that is lost, nothing of the store can be used any more: delete it, and precompute again"
             )
-        if not hmac.compare_digest(digest, hmac.digest(self._part(salt, b"digest", identity), wrapped, "sha256")):
+        if not hmac.compare_digest(
+            digest, hmac.digest(self._part(salt, b"digest", identity, method), wrapped, "sha256")
+        ):
             raise StoreKeyError(
                 f"what {place} says of its key was changed; put its store.json back as it was when the store was made"
             )
-        return bytes(a ^ b for a, b in zip(wrapped, self._part(salt, b"pad", identity), strict=True))
+        return bytes(a ^ b for a, b in zip(wrapped, self._part(salt, b"pad", identity, method), strict=True))
 
-    def _part(self, salt: bytes, purpose: bytes, identity: str) -> bytes:
-        """A key for one purpose. The salt is drawn anew each time, so a pad covers one root key only."""
+    def _part(self, salt: bytes, purpose: bytes, identity: str, method: str) -> bytes:
+        """A key for one purpose. The salt is drawn anew each time, so a pad covers one root key only.
+
+        The method is in it: a description that was changed to say that the store isn't encrypted opens with no key.
+        """
+        word = b"encrypted " if method == ENCRYPTED else b""
         return hkdf(
             self._secret,
             salt=salt,
-            info=b"cachetune store key/" + purpose + b"/" + identity.encode("utf-8", "surrogatepass"),
+            info=b"cachetune " + word + b"store key/" + purpose + b"/" + identity.encode("utf-8", "surrogatepass"),
         )
 
 

@@ -8,12 +8,12 @@ from .buffers import SlabPool
 from .chunk import BLOCK_ROWS, Chunk, block_checksums, clear_padding, in_pool, layer_views, plan_slab
 from .codecs import get_codec
 from .errors import NonFiniteError
-from .seals import Seal
+from .seals import FileSeal
 
 __all__ = ["transcoded"]
 
 
-def transcoded(chunk: Chunk, codec: str, pool: SlabPool, seal: Seal) -> Chunk:
+def transcoded(chunk: Chunk, codec: str, pool: SlabPool, seal: FileSeal) -> Chunk:
     """The chunk with its rows in `codec`, in the same order, and sums of `seal`. If the codec can't hold a value of it, the chunk itself."""
     old = chunk.head.layout
     if old.codec == codec:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from ..description import FORMAT, Description, no_key
+from ..description import FORMAT, Description, check_encrypted, no_key
 from ..description import MOST_BYTES as MOST_DESCRIPTION
 from ..documents import Documents
 from ..errors import RemoteError, StoreKeyError, StoreVersionError
@@ -67,6 +67,7 @@ class Catalogue:
         forget: deletes chunks that are gone from what this machine has of them.
         upload: called with the key of a chunk that is to be written to the place. Returns the op "chunk" of it; None if it isn't here any more.
         key: the store's key, with which the place was made, too; None if it has none.
+        encrypted: whether the place must be encrypted, and is made so if it is empty; None: it is as it is, and not encrypted if it is empty.
     """
 
     def __init__(
@@ -77,7 +78,9 @@ class Catalogue:
         forget: Callable[[Sequence[ChunkKey]], int],
         upload: Callable[[ChunkKey], Op | None],
         key: StoreKey | None = None,
+        encrypted: bool | None = None,
     ) -> None:
+        self._encrypted = encrypted
         self._objects, self._index, self._documents = objects, index, documents
         self._book = Book(index)
         self._forget, self._upload = forget, upload
@@ -176,6 +179,13 @@ class Catalogue:
             return
         described = self._description()
         identity = described.identity
+        if self._encrypted:
+            check_encrypted(described, self._objects.place)
+        elif self._encrypted is False and described.encrypted:
+            raise StoreKeyError(
+                f"{self._objects.place} is encrypted, and the folder before it isn't, where all would be readable: give a folder that doesn't exist "
+                "yet, without encrypt=False, or the place's URL as the store's path, which keeps nothing on disk"
+            )
         if self._key is None or identity != self._sealed:
             # What is known of a place's root key stays true if others have given the place another key meanwhile.
             self._seal, self._sealed = described.seal(self._key, self._objects.place), identity
@@ -217,7 +227,9 @@ class Catalogue:
                     "the store's own. Put the object back, or delete all that is below this prefix and precompute again"
                 )
         if raw is None:
-            self._objects.put("store.json", [Description.new(self._key).content], create=True)
+            self._objects.put(
+                "store.json", [Description.new(self._key, encrypted=bool(self._encrypted)).content], create=True
+            )
             raw = self._objects.get("store.json", MOST_DESCRIPTION)
         try:
             found = Description.read(raw or b"")

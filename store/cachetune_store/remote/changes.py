@@ -61,7 +61,7 @@ _FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "add": {"tenant": str, "id": str, "chunks": list},
     "del": {"tenant": str, "id": str},
 }
-_OBJECT = re.compile(r"chunks/[0-9a-f]{2}/[0-9a-f]{64}-[0-9a-f]{32}\.safetensors")
+_OBJECT = re.compile(r"chunks/[0-9a-f]{2}/(?:[0-9a-f]{64}|[0-9a-f]{96})-[0-9a-f]{32}\.safetensors")
 
 
 class DamagedChangeError(StoreError):
@@ -83,12 +83,12 @@ class Change:
     ops: list[Op]
 
 
-def object_name(key: ChunkKey) -> str:
-    """A new name for an object that holds a chunk. It is never given again, so that deleting one never hits another.
+def object_name(chunk: str) -> str:
+    """A new name for an object that holds the chunk of this name. It is never given again, so that deleting one never hits another.
 
     It says when it was made, in thousandths of a second.
     """
-    return f"chunks/{key.digest[:2]}/{key.digest}-{time.time_ns() // 1_000_000:012x}{uuid.uuid4().hex[:20]}.safetensors"
+    return f"chunks/{chunk[:2]}/{chunk}-{time.time_ns() // 1_000_000:012x}{uuid.uuid4().hex[:20]}.safetensors"
 
 
 def written_at(name: str) -> float | None:
@@ -127,21 +127,21 @@ def decode(raw: bytes, name: str, seal: Seal) -> Change:
         content = json.loads(plain)
         if (content["format"], content["version"]) != (FORMAT, VERSION):
             raise ValueError(f"it says {content['format']!r}, version {content['version']!r}")
-        ops = [_checked(op) for op in content["ops"]]
+        ops = [_checked(op, seal) for op in content["ops"]]
         return Change(str(content["writer"]), [str(each) for each in content["names"]], ops)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, zlib.error, StoreError) as error:
         raise DamagedChangeError(f"{name} is no change of this format ({error})") from error
 
 
-def _checked(op: Any) -> Op:
+def _checked(op: Any, seal: Seal) -> Op:
     """An op, if it is one that a store writes: names in it become names of objects."""
     kind = op["op"]
     for name, types in _FIELDS[kind].items():
         if not isinstance(op[name], types) or isinstance(op[name], bool):
             raise ValueError(f"{name} is of the wrong kind")
     if kind in ("chunk", "free"):
-        ChunkKey(op["key"])
-        if not _OBJECT.fullmatch(op["object"]) or op["key"] not in op["object"]:
+        chunk = seal.chunk_name(ChunkKey(op["key"]))
+        if not _OBJECT.fullmatch(op["object"]) or f"/{chunk}-" not in op["object"]:
             raise ValueError("the object's name is not that of a chunk")
     if kind == "chunk" and not (0 < op["head"] <= op["size"] < 1 << 48 and op["tokens"] > 0):
         raise ValueError("sizes don't fit")

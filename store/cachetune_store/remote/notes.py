@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Callable
 
 from ..errors import RemoteError, StoreKeyError, StoreReadOnlyError
-from ..notes import MAX_NOTE_FILE, Notes, unwrapped, wrapped
+from ..notes import MAX_NOTE_FILE, Notes, file_name, folder_name, unwrapped, wrapped
 from ..seals import Seal
 from .breaker import Breaker
 from .objects import Objects
@@ -65,7 +64,7 @@ class SharedNotes(Notes):
         agreed = self._agree(tenant, name, self._local.get(tenant, name))
         if not agreed:
             # What stands there was forged or damaged.
-            self._objects.delete([_object(tenant, name)])
+            self._objects.delete([self._object(tenant, name)])
             agreed = self._agree(tenant, name, content)
         return agreed or content
 
@@ -73,7 +72,7 @@ class SharedNotes(Notes):
         """See Notes. A note that is damaged in the remote place is deleted there."""
         found = self._find(tenant, name)
         if found == content:
-            self._objects.delete([_object(tenant, name)])
+            self._objects.delete([self._object(tenant, name)])
         with self._agreeing:
             self._agreed.discard((tenant, name))
         return self._local.set_aside(tenant, name, content) or found == content
@@ -83,13 +82,13 @@ class SharedNotes(Notes):
         self._local.delete_all(tenant)
         with self._agreeing:
             self._agreed = {place for place in self._agreed if place[0] != tenant}
-        self._objects.delete(list(self._objects.names(f"{_folder(tenant)}/")))
+        self._objects.delete(list(self._objects.names(f"{self._place_folder(tenant)}/")))
 
     def _agree(self, tenant: str, name: str, mine: bytes | None) -> bytes | None:
         theirs = self._find(tenant, name)
         if theirs == b"" and mine:
             # Forged or damaged there, and whole here: it is put back, so that nobody agrees on another one.
-            self._objects.delete([_object(tenant, name)])
+            self._objects.delete([self._object(tenant, name)])
             theirs = None
         if theirs == b"":
             return theirs
@@ -107,12 +106,12 @@ class SharedNotes(Notes):
 
     def _find(self, tenant: str, name: str) -> bytes | None:
         """The note in the remote place; None if there is none, b"" if it was forged."""
-        raw = self._objects.get(_object(tenant, name), MAX_NOTE_FILE)
+        raw = self._objects.get(self._object(tenant, name), MAX_NOTE_FILE)
         return None if raw is None else unwrapped(self._place_seal(), tenant, name, raw)
 
     def _put(self, tenant: str, name: str, content: bytes) -> bool:
         raw = wrapped(self._place_seal(), tenant, name, content)
-        return self._objects.put(_object(tenant, name), [raw], create=True)
+        return self._objects.put(self._object(tenant, name), [raw], create=True)
 
     def _keep(self, tenant: str, name: str, content: bytes) -> None:
         try:
@@ -120,10 +119,8 @@ class SharedNotes(Notes):
         except StoreReadOnlyError:
             return
 
+    def _place_folder(self, tenant: str) -> str:
+        return f"notes/{folder_name(self._place_seal(), tenant)}"
 
-def _folder(tenant: str) -> str:
-    return f"notes/{hashlib.sha256(tenant.encode('utf-8', 'surrogatepass')).hexdigest()[:32]}"
-
-
-def _object(tenant: str, name: str) -> str:
-    return f"{_folder(tenant)}/{name}.json"
+    def _object(self, tenant: str, name: str) -> str:
+        return f"{self._place_folder(tenant)}/{file_name(self._place_seal(), name)}"

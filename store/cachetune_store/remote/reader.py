@@ -21,16 +21,22 @@ class RemoteReader(DiskReader):
     """Rows in a remote place, read as from disk. Layers of few bytes are fetched together with the next ones.
 
     Args:
-        head, file, rows_start, pool: as for DiskReader.
+        head, file, rows_start, pool, scratch: as for DiskReader.
         failed: called with the error of a request that failed.
     """
 
     kind = REMOTE
 
     def __init__(
-        self, head: ChunkHead, file: RemoteFile, rows_start: int, pool: SlabPool, failed: Callable[[OSError], None]
+        self,
+        head: ChunkHead,
+        file: RemoteFile,
+        rows_start: int,
+        pool: SlabPool,
+        failed: Callable[[OSError], None],
+        scratch: SlabPool | None = None,
     ) -> None:
-        super().__init__(head, file, rows_start, pool)
+        super().__init__(head, file, rows_start, pool, scratch)
         self._remote = file
         self._failed = failed
 
@@ -67,7 +73,7 @@ class RemoteReader(DiskReader):
             try:
                 if count != len(area):
                     raise DamagedChunkError(f"chunk {self.key}: the object ends inside layer {layer}")
-                self._accept(layer, rows)
+                self._accept(layer, rows, area)
             except DamagedChunkError:
                 if layer == layers[0]:
                     raise

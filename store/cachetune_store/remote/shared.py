@@ -8,6 +8,7 @@ from typing import Any
 
 from ..buffers import SlabPool
 from ..chunk import Chunk
+from ..description import MOST_BYTES, Description
 from ..documents import Documents
 from ..errors import RemoteError, RemoteRefusedError
 from ..index import Index
@@ -22,7 +23,7 @@ from .notes import SharedNotes
 from .places import open_objects
 from .sync import Sync
 
-__all__ = ["Shared"]
+__all__ = ["Shared", "is_encrypted"]
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class Shared:
         source: a chunk that is to be written to the place, from faster tiers; None if none has it.
         forget: deletes chunks from the tiers that others don't share.
         key: the store's key; None if it has none.
+        encrypted: whether the place must be encrypted; None: it is as it is.
 
     Attributes:
         tier: the chunks there.
@@ -63,6 +65,7 @@ class Shared:
         source: Callable[[ChunkKey], Chunk | None],
         forget: Callable[[Sequence[ChunkKey]], int],
         key: StoreKey | None = None,
+        encrypted: bool | None = None,
     ) -> None:
         objects = open_objects(url, timeout=timeout, options=options)
         self._index, self._behind = index, behind
@@ -74,7 +77,7 @@ class Shared:
             codec=codec,
             behind=behind,
             source=source,
-            catalogue=lambda upload: Catalogue(objects, index, documents, forget, upload, key),
+            catalogue=lambda upload: Catalogue(objects, index, documents, forget, upload, key, encrypted),
         )
         self.notes = SharedNotes(notes, objects, self.tier.breaker, self.tier.failed, self.tier.catalogue.seal)
         self._sync: Sync | None = None
@@ -136,3 +139,25 @@ class Shared:
         """Tell the others what they don't know yet, if the place answers."""
         if self._sync is not None:
             self._sync.close()
+
+
+def is_encrypted(url: object, *, timeout: float, options: Mapping[str, Any]) -> bool:
+    """Whether the store in a place is encrypted. A place that is empty, or holds something else, isn't.
+
+    Raises:
+        RemoteError: it can't be asked. A folder that is made before it now would be readable, if the place turns out to be encrypted.
+    """
+    objects = open_objects(url, timeout=timeout, options=options)
+    try:
+        raw = objects.get("store.json", MOST_BYTES)
+        return raw is not None and Description.read(raw).encrypted
+    except ValueError:
+        return False
+    except RemoteRefusedError:
+        raise
+    except RemoteError as error:
+        raise RemoteError(
+            f"{error}. So it is not known whether the new folder before it has to be encrypted: try again when it answers, or give encrypt=True or False"
+        ) from error
+    finally:
+        objects.close()

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 from ..files import make_directory
-from ..keys import ChunkKey
 from ..plainfiles import remove_any
 
 __all__ = ["DamagedFiles"]
@@ -23,21 +22,21 @@ class DamagedFiles:
         self._directory = directory
         self._limit_bytes = min(limit_bytes, _LIMIT_BYTES)
 
-    def take(self, path: Path, key: ChunkKey) -> bool:
+    def take(self, path: Path) -> bool:
         """Move `path` here. Returns False if there is no such file."""
         make_directory(self._directory)
         try:
-            path.replace(self._directory / f"{time.time_ns():020d}-{key.digest}{path.suffix}")
+            path.replace(self._directory / f"{time.time_ns():020d}-{path.stem}{path.suffix}")
         except FileNotFoundError:
             return False
         self._trim()
         return True
 
-    def remove(self, key: ChunkKey) -> None:
-        """Delete damaged files of `key`."""
+    def remove(self, name: str) -> None:
+        """Delete files that were called `name`, whatever their ending."""
         with contextlib.suppress(FileNotFoundError):
             for path in list(self._directory.iterdir()):
-                if f"-{key.digest}." in path.name:
+                if f"-{name}." in path.name:
                     remove_any(path)
 
     def _trim(self) -> None:

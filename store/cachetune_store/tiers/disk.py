@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from ..buffers import SlabPool, memory_of
+from ..buffers import SlabPool
 from ..checking import check_file
-from ..chunk import Chunk, ChunkHead, resealed
-from ..chunkfile import SUFFIX, encode_head, parse_head
+from ..chunk import Chunk, ChunkHead
+from ..chunkfile import SUFFIX, encode_file, parse_head
 from ..disk_reader import DiskReader
 from ..errors import BudgetError, DamagedChunkError, IndexDamagedError, StoreError, UnknownCodecError
 from ..files import TempFiles, explain, make_directory, sync_directory, unreadable
@@ -43,7 +43,7 @@ __all__ = ["DiskTier"]
 _LONGEST_GUESS = 4 << 20
 """Most bytes that are read of a head before its length is known."""
 HEAD_MEMORY = 64 << 20
-"""Bytes of unused memory that are kept for reading heads: enough for those of a hundred long chunks."""
+"""Bytes of unused memory that are kept for reading heads, and rows of encrypted files: enough for the heads of a hundred long chunks."""
 _LOST = {errno.EIO, errno.EBADMSG, errno.EUCLEAN}
 """Errors of reading that mean that the disk or the file system has lost data. Other errors may pass."""
 _ABSENT = {errno.ENOENT, errno.ENOTDIR}
@@ -98,13 +98,14 @@ class DiskTier(LastingTier):
 
     def path_of(self, key: ChunkKey) -> Path:
         """The path of the chunk's file, whether it exists or not."""
-        return self.directory / key.digest[:2] / f"{key.digest}{SUFFIX}"
+        name = self.seal.chunk_name(key)
+        return self.directory / name[:2] / f"{name}{SUFFIX}"
 
     def stored_keys(self) -> Iterator[ChunkKey]:
         """Keys of all chunk files."""
         for path in files_below(self.directory, SUFFIX):
             with contextlib.suppress(ValueError):
-                yield ChunkKey(path.stem)
+                yield self.seal.chunk_key(path.stem)
 
     def contains(self, key: ChunkKey) -> bool:
         """See Tier."""
@@ -157,9 +158,8 @@ class DiskTier(LastingTier):
     def admit(self, chunk: Chunk) -> list[Chunk]:
         """See Tier. After it returns, the chunk survives a power cut."""
         key, target = chunk.key, self.path_of(chunk.key)
-        chunk = resealed(chunk, self.seal)  # one that comes from a place that machines share has that place's sums
-        head = encode_head(chunk.head)
-        size = len(head) + chunk.slab.numel()
+        head, rows = encode_file(chunk, self.seal)
+        size = len(head) + len(rows)
         if size > self.budget:
             raise BudgetError(
                 f"chunk {key} takes {format_bytes(size)} on disk, more than disk_budget ({format_bytes(self.budget)}); "
@@ -174,7 +174,7 @@ class DiskTier(LastingTier):
                     try:
                         written.replace(target)
                     except IsADirectoryError:
-                        self._damaged.take(target, key)
+                        self._damaged.take(target)
                         written.replace(target)
             except BaseException:
                 self._withdraw(written, target, key)
@@ -187,7 +187,7 @@ class DiskTier(LastingTier):
                 with self.index.transaction():
                     self._make_room(key, size)
                 make_directory(target.parent)
-                self._temp.write([head, memory_of(chunk.slab)], publish, drop_cache=self._direct.active)
+                self._temp.write([head, rows], publish, drop_cache=self._direct.active)
         except OSError as error:
             raise explain(error, target) from error
         with self._lock:
@@ -202,7 +202,7 @@ class DiskTier(LastingTier):
                     size = self._unlink(key)
                     self._forget(key)
                     drop_text(self.index, key)
-                self._damaged.remove(key)
+                self._damaged.remove(self.seal.chunk_name(key))
         except OSError as error:
             raise explain(error, self.path_of(key)) from error
         return size
@@ -325,7 +325,7 @@ class DiskTier(LastingTier):
         file.drop_head()
         # Chunks of a corpus have heads of about the same length. Reading the whole head at once saves a second read.
         self._head_bytes = min(start, _LONGEST_GUESS)
-        return DiskReader(head, file, start, self.pool)
+        return DiskReader(head, file, start, self.pool, self._heads)
 
     def _note_damage(self, key: ChunkKey, error: DamagedChunkError | OSError, errors: list[StoreError]) -> None:
         if self.set_aside(key):
@@ -369,7 +369,7 @@ class DiskTier(LastingTier):
         """Move the file of `key` away if it still has the identity `seen`. Returns whether it was moved."""
         path = self.path_of(key)
         try:
-            return identity_of(path.lstat()) == seen and self._damaged.take(path, key)
+            return identity_of(path.lstat()) == seen and self._damaged.take(path)
         except FileNotFoundError:
             return False
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-from ..buffers import SlabPool, memory_of
-from ..chunk import Chunk, ChunkHead, resealed
-from ..chunkfile import encode_head, parse_head
+from ..buffers import SlabPool
+from ..chunk import Chunk, ChunkHead
+from ..chunkfile import encode_file, parse_head
 from ..errors import DamagedChunkError, MissingObjectError, RemoteError, StoreError, StoreKeyError, UnknownCodecError
 from ..index import Index
 from ..keys import ChunkKey, make_key
@@ -27,6 +27,9 @@ from ..units import MOST_BYTES
 from .base import LastingTier, Pins
 
 __all__ = ["RemoteTier"]
+
+_SCRATCH = 64 << 20
+"""Bytes of unused memory that are kept for reading rows of encrypted objects."""
 
 
 class RemoteTier(LastingTier):
@@ -67,6 +70,7 @@ class RemoteTier(LastingTier):
         self.breaker = Breaker()
         self.catalogue = catalogue(self._upload_stored)
         self._objects, self._index, self._pins, self._pool = objects, index, pins, pool
+        self._scratch = SlabPool(pinned=False, limit=_SCRATCH)
         self._codec, self._behind, self._source = codec, behind, source
         self._lock = threading.Lock()
 
@@ -190,7 +194,7 @@ class RemoteTier(LastingTier):
             return None
         self.breaker.worked()
         file.drop_head()
-        return RemoteReader(head, file, start, self._pool, self.failed)
+        return RemoteReader(head, file, start, self._pool, self.failed, self._scratch)
 
     def _lost(self, key: ChunkKey) -> None:
         """The object of a chunk is gone: from now on the chunk is an ordinary miss, and may be written again."""
@@ -229,12 +233,11 @@ class RemoteTier(LastingTier):
         """Write a chunk to the place. Returns what the others are to be told of it."""
         seal = self.catalogue.seal()
         if self._codec is not None:
-            chunk = transcoded(chunk, self._codec, self._pool, seal)
-        chunk = resealed(chunk, seal)
-        head, name = encode_head(chunk.head), object_name(chunk.key)
-        size = len(head) + chunk.slab.numel()
+            chunk = transcoded(chunk, self._codec, self._pool, seal.in_memory)
+        (head, rows), name = encode_file(chunk, seal), object_name(seal.chunk_name(chunk.key))
+        size = len(head) + len(rows)
         try:
-            self._objects.put(name, [head, memory_of(chunk.slab)])
+            self._objects.put(name, [head, rows])
         except RemoteError as error:
             self.failed(error)
             raise
