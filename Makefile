@@ -18,7 +18,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # Nothing is asked of the network, nothing is reported, and vLLM leaves the cores to other tests.
 VLLM_ENV := HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind
 
-.PHONY: demo demo-serve test test-vllm test-ray soak lint format typecheck bench quality clean
+.PHONY: demo demo-serve test test-vllm test-ray soak lint ruff mypy mypy-adapters model format bench quality clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -26,19 +26,30 @@ demo: $(READY)
 demo-serve: $(VLLM_READY)
 	$(VLLM_VENV)/bin/python examples/demo_serve.py
 
-test: lint
-	$(BIN)/python examples/smollm2.py
+# What needs one core each is done at the same time, before the tests take all of them.
+test: $(READY)
+	$(MAKE) --jobs 3 lint model $(VLLM_READY)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --ignore tests/vllm -m "not cluster"
 	$(MAKE) test-vllm
 
 test-vllm: $(VLLM_READY)
-	$(VLLM_ENV) $(VLLM_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not every_family and not cluster" tests/vllm
+	$(VLLM_ENV) $(VLLM_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not every_family and not cluster" tests/vllm
 
-lint: $(READY)
+lint: ruff mypy mypy-adapters
+
+ruff: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+mypy: $(READY)
 	$(BIN)/mypy
+
+# Behind `mypy`, whose cache it uses.
+mypy-adapters: mypy
 	$(BIN)/mypy adapters
+
+model: $(READY)
+	$(BIN)/python examples/smollm2.py
 
 test-ray: $(READY) $(VLLM_READY)
 	$(BIN)/python -m pytest -n 0 tests/clusters

@@ -10,6 +10,7 @@ from functools import cached_property
 from itertools import pairwise
 
 from .prose import RealQuestion, Strand
+from .squad import AskedPassage
 from .templates import CHAINS, LABELS, LOOKUPS, PREFIXES, Lookup
 from .vocabulary import ITEMS, Vocabulary
 from .worlds import World
@@ -79,6 +80,8 @@ class ContextMaker:
         questions: real questions, which every now and then are asked instead.
         avoid: words that no invented name is, in lower case.
         real: share of contexts with real questions.
+        passages: passages with questions of their own.
+        read: share of contexts with those.
         seed: all that is drawn depends on it.
     """
 
@@ -88,16 +91,20 @@ class ContextMaker:
         questions: Sequence[RealQuestion] = (),
         avoid: Set[str] = frozenset(),
         real: float = 0.04,
+        passages: Sequence[AskedPassage] = (),
+        read: float = 0.0,
         seed: int = 0,
     ):
-        self._sentences, self._questions = list(sentences), list(questions)
-        self._avoid, self._real, self._seed = avoid, real, seed
+        self._sentences, self._questions, self._passages = list(sentences), list(questions), list(passages)
+        self._avoid, self._real, self._read, self._seed = avoid, real, read, seed
 
     def context(self, number: int, tokens: int) -> Context:
         """The text of a number, of about so many tokens."""
         rng = random.Random(f"reader {self._seed} {number} {tokens}")
         if self._questions and rng.random() < self._real and (real := self._real_context(rng, tokens)) is not None:
             return real
+        if self._passages and rng.random() < self._read:
+            return self._read_context(rng, tokens)
         draw = _Draw(rng, Vocabulary(rng, self._avoid))
         characters = int(tokens / TOKENS_PER_CHARACTER)
         size = min(int(rng.choice(_CHUNK_TOKENS) / TOKENS_PER_CHARACTER), max(1, characters // 2))
@@ -169,6 +176,24 @@ class ContextMaker:
                 used += len(passage)
         rng.shuffle(chosen)
         return Context(rng.choice(PREFIXES), tuple(chosen), (Turn(asked.question, asked.answers[0]),))
+
+    def _read_context(self, rng: random.Random, tokens: int) -> Context:
+        """Passages in any order, and questions on some of them. There is one at least, however long it is."""
+        room, chosen, used = tokens / TOKENS_PER_CHARACTER, list[AskedPassage](), 0
+        for passage in rng.sample(self._passages, len(self._passages)):
+            if chosen and used + len(passage.text) > room:
+                break
+            chosen.append(passage)
+            used += len(passage.text)
+        asked = [
+            Turn(*pair) for passage in chosen[:3] for pair in rng.sample(passage.asked, min(3, len(passage.asked)))
+        ]
+        rng.shuffle(asked)
+        rng.shuffle(chosen)
+        lower = rng.random() < 0.5  # as sets of questions are that know lower case only
+        return Context(
+            rng.choice(PREFIXES), tuple(p.text.lower() if lower else p.text for p in chosen), tuple(asked[:8])
+        )
 
 
 class _Draw:

@@ -35,10 +35,12 @@ class Split:
 
     Attributes:
         trained: the former.
+        kept: the passages of all questions that are not trained on.
         first, count: number of the first one that is held out, and how many are, as `quality.py` takes them: `--first`, `--musique-records`.
     """
 
     trained: list[RealQuestion]
+    kept: frozenset[str]
     first: int
     count: int
 
@@ -71,10 +73,10 @@ def split_musique(path: Path) -> Split:
         raise ValueError(
             f"{path} has {len(questions)} questions, and {LEADS} only give lead-ins: give a file with more."
         )
-    kept = {passage for q in questions[first:] for passage in q.passages}
+    kept = frozenset(passage for q in questions[first:] for passage in q.passages)
     own = [tuple(p for p in q.passages if p not in kept) for q in questions[:first]]
     left = [RealQuestion(q.question, q.answers, p) for q, p in zip(questions, own, strict=False)]
-    return Split([q for q in left if q.answering], first, len(questions) - LEADS - first)
+    return Split([q for q in left if q.answering], kept, first, len(questions) - LEADS - first)
 
 
 def passage_sentences(questions: list[RealQuestion]) -> list[str]:

@@ -1,6 +1,6 @@
 """Fine-tune a small model to read many passages; see docs/quality.md.
 
-    python benchmarks/reader/train.py --musique musique_ans_v1.0_dev.jsonl --seconds 300 --out ADAPTER
+    python benchmarks/reader/train.py --musique musique_ans_v1.0_dev.jsonl --squad train-v1.1.json --seconds 300 --out ADAPTER
     torchrun --nproc-per-node 4 benchmarks/reader/train.py --musique FILE --seconds 300 --out ADAPTER
 
 What it writes is a LoRA adapter in PEFT's format, which merge.py adds to the model's weights.
@@ -38,6 +38,7 @@ from reader.batches import SHARES, Batch, Batches
 from reader.contexts import ContextMaker
 from reader.lora import add_lora, save_adapter
 from reader.prose import docstring_sentences, passage_sentences, split_musique
+from reader.squad import read_squad
 
 WARM_UP = 0.03
 """Share of the training in which the rate rises. It falls in the rest, to zero."""
@@ -59,8 +60,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     sentences = [*docstring_sentences(), *passage_sentences(questions)]
     # Nothing is called here as anything is in the benchmark of tasks, neither what it plants nor a word of its prose.
     avoid = planted_words() | set(re.findall(r"\w+", " ".join(reference_sentences()).casefold()))
-    maker = ContextMaker(sentences, questions, avoid, args.real, args.seed)
-    held = ContextMaker(sentences, questions, avoid, 0.0, args.seed + 1)
+    passages = read_squad(args.squad, () if split is None else split.kept) if args.squad else []
+    maker = ContextMaker(sentences, questions, avoid, args.real, passages, args.read, args.seed)
+    held = ContextMaker(sentences, questions, avoid, 0.0, seed=args.seed + 1)
     layers = add_lora(model, args.rank, args.alpha, args.seed)
     # The same batches for every process: what is held out is a yardstick, not a share of the work.
     yardstick = list(islice(iter(Batches(held, tokenizer, args.tokens // 4, args.lengths)), HELD_OUT))
@@ -73,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "arguments": {k: str(v) for k, v in vars(args).items()},
                 "processes": world,
                 "held_out_questions": None if split is None else {"first": split.first, "count": split.count},
+                "passages_with_questions": [len(passages), sum(len(p.asked) for p in passages)],
                 "commit": args.commit,
                 "environment": environment(),
             }
@@ -195,6 +198,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--name", help="what the adapter calls its model (default: the folder's name)")
     parser.add_argument("--musique", type=Path, metavar="FILE", help="questions, of which the first half is trained on")
     parser.add_argument("--real", type=float, default=0.04, help="share of contexts with those questions")
+    parser.add_argument("--squad", type=Path, metavar="FILE", help="passages with questions on each, in SQuAD's form")
+    parser.add_argument("--read", type=float, default=0.4, help="share of contexts with those passages")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seconds", type=float, default=300.0, help="of training; its rate falls with what is left")
     parser.add_argument("--steps", type=int, help="end after so many steps, if that is earlier")

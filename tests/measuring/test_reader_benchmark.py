@@ -29,6 +29,7 @@ from reader.batches import Batches, Encoder, batch_of
 from reader.contexts import Context, ContextMaker, Turn
 from reader.lora import CONFIG, WEIGHTS, add_lora, merge, save_adapter
 from reader.prose import RealQuestion, docstring_sentences, passage_sentences, split_musique
+from reader.squad import AskedPassage, read_squad
 from reader.train import Log, loss_of, train
 from reader.worlds import RELATIONS
 from tasks_of.haystack import reference_sentences
@@ -295,6 +296,53 @@ def test_a_question_is_trained_on_only_with_a_passage_that_answers_it(tmp_path: 
 def test_too_few_questions_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has 6 questions, and 5 only give lead-ins"):
         split_musique(questions(tmp_path / "questions.jsonl", 6))
+
+
+def squad_file(path: Path, contexts: list[str]) -> Path:
+    paragraphs = [
+        {
+            "context": context,
+            "qas": [
+                {"question": f" What is in {i}?", "answers": [{"text": context.split()[0]}]},
+                {"question": "What is nowhere?", "answers": []},
+            ],
+        }
+        for i, context in enumerate(contexts)
+    ]
+    path.write_text(json.dumps({"data": [{"title": "T", "paragraphs": paragraphs}]}))
+    return path
+
+
+def test_passages_that_are_measured_on_are_not_trained_on(tmp_path: Path) -> None:
+    shared = "the first bridge over the river was built of oak by monks in 1180"
+    contexts = ["Ines keeps bees.", f"Nobody knows whether {shared.upper()}, as is told.", "The first bridge over it."]
+    read = read_squad(squad_file(tmp_path / "squad.json", contexts), [f"It says: {shared.replace(' ', ', ')}."])
+    assert read == [
+        AskedPassage("Ines keeps bees.", (("What is in 0?", "Ines"),)),
+        AskedPassage("The first bridge over it.", (("What is in 2?", "The"),)),
+    ]
+    with pytest.raises(ValueError, match="no question on a passage that isn't measured on"):
+        read_squad(squad_file(tmp_path / "squad.json", contexts[1:2]), [shared])
+
+
+def test_a_file_of_another_form_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text('{"data": [{"title": "T"}]}')
+    with pytest.raises(ValueError, match=r"other.json is not in SQuAD's form \(KeyError: 'paragraphs'\)"):
+        read_squad(tmp_path / "other.json")
+
+
+def test_questions_on_passages_are_asked_where_their_passage_is_read() -> None:
+    passages = [
+        AskedPassage(f"Person {i} lives in house {i}. " * 9, ((f"Who lives in {i}?", f"Person {i}"),))
+        for i in range(40)
+    ]
+    maker = ContextMaker(PROSE, passages=passages, read=1.0)
+    for number in range(50):
+        context = maker.context(number, 300)
+        assert context.turns
+        for turn in context.turns:
+            assert any(turn.answer.casefold() + " " in chunk.casefold() for chunk in context.chunks)
+    assert len(maker.context(0, 4).chunks) == 1
 
 
 def test_every_example_has_an_answer_to_learn() -> None:

@@ -235,9 +235,13 @@ class _Starts:
         self._distributed = False
 
 
+LONGEST = ("test_served_real_model.py", "test_server.py")
+"""The files that take minutes. Started behind all others, one would keep all but one process waiting."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The real model's tests take longest, and come first: behind all others, they would keep one of two processes waiting."""
-    items.sort(key=lambda item: item.get_closest_marker("real_model") is None)
+    """Put the longest files first. pytest-xdist keeps to this order with `--no-loadscope-reorder` only: it would go by the number of tests."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from http.client import HTTPConnection
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,7 +37,7 @@ from tests.vllm.test_connector import (
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
     model, store = filled_store(folder)
-    with Server(model, store, folder / "log", ["--api-server-count", "2"]) as server:
+    with Server(model, store, folder / "log") as server:
         yield server
 
 
@@ -62,36 +61,6 @@ def test_an_explained_response_has_the_fate_of_every_token(server: Server) -> No
     assert [chunk.outcome for chunk in found.chunks] == ["stored"] * 3
     assert content in "".join(run.text or "" for part in found.parts for run in part.runs)
     assert "Explained?" in html_page(found)
-
-
-def test_each_of_several_api_servers_reports_refuses_and_counts(server: Server) -> None:
-    connections = server.connections()
-    assert len(connections) == 2
-    for number, connection in enumerate(connections):
-        before = counted(connection)
-        content = text_of(CHUNKS[1:4], f"From which one, {number}?")
-        status, answer = over(connection, asked(server, content, kv_transfer_params=settings()))
-        assert status == 200
-        assert answer["kv_transfer_params"]["cachetune"]["reused"] > 0
-        status, answer = over(connection, asked(server, content, kv_transfer_params=settings(ratio=9)))
-        assert (status, "ratio is 9" in answer["error"]["message"]) == (400, True)
-        # Whichever is asked tells what all of them have counted.
-        assert [counted(each) for each in connections] == [before + 1] * 2
-    for connection in connections:
-        connection.close()
-
-
-def over(connection: HTTPConnection, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    """Ask by this connection, and so the API server at its other end."""
-    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
-    answer = connection.getresponse()
-    return answer.status, json.load(answer)
-
-
-def counted(connection: HTTPConnection) -> float:
-    """Requests that have reused chunks, as the API server at the other end tells it."""
-    connection.request("GET", "/metrics")
-    return value_of(connection.getresponse().read().decode(), "cachetune_vllm_requests_total")
 
 
 def test_all_recomputed_is_vllms_own_answer(server: Server) -> None:
@@ -293,18 +262,62 @@ def test_killed_and_started_again(server: Server) -> None:
     assert after["kv_transfer_params"]["cachetune"]["reused"] == before["kv_transfer_params"]["cachetune"]["reused"]
 
 
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of several processes: each costs the seconds in which it imports vLLM."""
+    folder = tmp_path_factory.mktemp("several")
+    model, store = filled_store(folder)
+    with Server(model, store, folder / "log", ["--data-parallel-size", "2", "--api-server-count", "2"]) as server:
+        yield server
+
+
 @pytest.mark.every_family
-def test_data_parallel_engines_reuse_chunks_of_one_store(tmp_path: Path) -> None:
-    model, store = filled_store(tmp_path)
-    with Server(model, store, tmp_path / "log", ["--data-parallel-size", "2"]) as server:
-        texts = [text_of(random.Random(seed).sample(CHUNKS, 3), f"Number {seed}?") for seed in range(12)]
-        one_by_one = [server.post(asked(server, text, kv_transfer_params=settings()))[1] for text in texts]
-        server.forget()
-        with concurrent.futures.ThreadPoolExecutor(6) as pool:
-            bodies = [asked(server, f"Once more. {text}", kv_transfer_params=settings()) for text in texts]
-            together = [answer for _, answer in pool.map(server.post, bodies)]
-        for answer in (*one_by_one, *together):
-            assert answer["kv_transfer_params"]["cachetune"]["reused"] > 0
-        counts = [server.metric("cachetune_vllm_requests_total", f'engine="{engine}"') for engine in (0, 1)]
-        assert min(counts) > 0
-        assert sum(counts) == len(one_by_one) + len(together)
+def test_each_of_several_api_servers_reports_refuses_and_counts(several: Server) -> None:
+    connections = several.connections()
+    assert len(connections) == 2
+    for number, connection in enumerate(connections):
+        before = counted(connection)
+        content = text_of(CHUNKS[1:4], f"From which one, {number}?")
+        status, answer = over(connection, asked(several, content, kv_transfer_params=settings()))
+        assert status == 200
+        assert answer["kv_transfer_params"]["cachetune"]["reused"] > 0
+        status, answer = over(connection, asked(several, content, kv_transfer_params=settings(ratio=9)))
+        assert (status, "ratio is 9" in answer["error"]["message"]) == (400, True)
+        # Whichever is asked tells what all of them have counted.
+        assert [counted(each) for each in connections] == [before + 1] * 2
+    for connection in connections:
+        connection.close()
+
+
+def over(connection: HTTPConnection, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Ask by this connection, and so the API server at its other end."""
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    return answer.status, json.load(answer)
+
+
+def counted(connection: HTTPConnection) -> float:
+    """Requests that have reused chunks, as the API server at the other end tells it."""
+    connection.request("GET", "/metrics")
+    return value_of(connection.getresponse().read().decode(), "cachetune_vllm_requests_total")
+
+
+@pytest.mark.every_family
+def test_data_parallel_engines_reuse_chunks_of_one_store(several: Server) -> None:
+    before = [of_engine(several, engine) for engine in (0, 1)]
+    texts = [text_of(random.Random(seed).sample(CHUNKS, 3), f"Number {seed}?") for seed in range(12)]
+    one_by_one = [several.post(asked(several, text, kv_transfer_params=settings()))[1] for text in texts]
+    several.forget()
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        bodies = [asked(several, f"Once more. {text}", kv_transfer_params=settings()) for text in texts]
+        together = [answer for _, answer in pool.map(several.post, bodies)]
+    for answer in (*one_by_one, *together):
+        assert answer["kv_transfer_params"]["cachetune"]["reused"] > 0
+    counts = [of_engine(several, engine) - earlier for engine, earlier in enumerate(before)]
+    assert min(counts) > 0
+    assert sum(counts) == len(one_by_one) + len(together)
+
+
+def of_engine(server: Server, engine: int) -> float:
+    """Requests that have reused chunks in one of its engines."""
+    return server.metric("cachetune_vllm_requests_total", f'engine="{engine}"')

@@ -1,0 +1,68 @@
+"""Questions on single passages, from a file in the form of SQuAD 1.1 (Rajpurkar et al. 2016), that a reader is trained on."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections.abc import Iterable, Set
+from dataclasses import dataclass
+from pathlib import Path
+
+RUN = 8
+"""So many words in a row that two texts have in common make them the same passage, whatever is around them."""
+
+
+@dataclass(frozen=True)
+class AskedPassage:
+    """A passage, and the questions that it answers.
+
+    Attributes:
+        text: the passage.
+        asked: questions, each with its answer as it stands in the passage.
+    """
+
+    text: str
+    asked: tuple[tuple[str, str], ...]
+
+
+def read_squad(path: Path, barred: Iterable[str] = ()) -> list[AskedPassage]:
+    """The passages of a file that have questions, without those that share eight words in a row with a barred text.
+
+    Args:
+        path: JSON as SQuAD 1.1 and 2.0 have it, or the same compressed by gzip. Questions without an answer are left out.
+        barred: texts that are measured on.
+
+    Raises:
+        ValueError: the file is no such JSON, or nothing of it is left.
+    """
+    known: set[tuple[str, ...]] = set()
+    for text in barred:
+        known |= _runs(text)
+    found = []
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
+        try:
+            for article in json.load(file)["data"]:
+                for paragraph in article["paragraphs"]:
+                    asked = tuple(
+                        (q["question"].strip(), q["answers"][0]["text"]) for q in paragraph["qas"] if q["answers"]
+                    )
+                    if asked and not _shares(paragraph["context"], known):
+                        found.append(AskedPassage(paragraph["context"], asked))
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"{path} is not in SQuAD's form ({type(error).__name__}: {error}): it needs data, a list of articles with paragraphs (context, qas)."
+            ) from error
+    if not found:
+        raise ValueError(f"{path} has no question on a passage that isn't measured on.")
+    return found
+
+
+def _shares(text: str, known: Set[tuple[str, ...]]) -> bool:
+    return not known.isdisjoint(_runs(text))
+
+
+def _runs(text: str) -> set[tuple[str, ...]]:
+    """All runs of so many words, whatever their case and what stands between them."""
+    words = re.findall(r"\w+", text.casefold())
+    return {tuple(words[i : i + RUN]) for i in range(len(words) - RUN + 1)}
