@@ -103,6 +103,7 @@ class Report:
         sign: `error_left` times the entropy of the next token if nothing were recomputed. The larger it is, the farther from full prefill a
             request is likely to be. None where no bound was asked for, and for full prefill.
         prediction: what was predicted of the request, and the ratio that was taken for it; None where no bound was asked for.
+        continued: recomputed chunk tokens that go on with a sentence which the chunk before began.
         advice: why to doubt that the answer of this prompt stays right with reuse, and what to do about it; empty for most prompts.
     """
 
@@ -130,6 +131,7 @@ class Report:
     error_left: float | None = None
     sign: float | None = None
     prediction: Prediction | None = None
+    continued: int = 0
     advice: tuple[str, ...] = ()
 
     @property

@@ -44,6 +44,7 @@ from cachetune_rag.reuse.prefill import Assembler
 from cachetune_rag.selection import get_selector
 from cachetune_rag.telemetry.observer import ObserverListener, Observers
 from cachetune_rag.telemetry.stats import EngineStats, LastKnownStoreStats, RequestCounter
+from cachetune_rag.text.prompts.continuations import Continuations
 from cachetune_rag.text.prompts.prompt import PromptBuilder
 from cachetune_rag.text.tokenizer import private_copy
 from cachetune_store import ChunkStore, Namespace
@@ -159,6 +160,7 @@ class Runtime:
             self.prefetcher,
             self.tunings.apply,
             self.model.check,
+            Continuations(self.tokenizer),
         )
         if batch_tokens is None:
             batch_tokens = 8192 if self.adapter.device.type == "cuda" else 0

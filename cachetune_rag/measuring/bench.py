@@ -61,7 +61,7 @@ class Bench:
 
     def on(self, store: ChunkStore) -> Bench:
         """The same for the chunks of another store. Nothing is read ahead there, and every setting is taken as it is given."""
-        return replace(self, store=store, assembler=Assembler(self.adapter, store, self.lead_ins, self.pool))
+        return replace(self, store=store, assembler=self.assembler.on(store))
 
     @property
     def adapter(self) -> ModelAdapter:

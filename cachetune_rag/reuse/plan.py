@@ -25,6 +25,7 @@ from cachetune_rag.reuse.selection_context import PromptView, ids_of
 from cachetune_rag.reuse.source import Source
 from cachetune_rag.selection import ReusedChunk, get_selector
 from cachetune_rag.selection.base import Selector, budget
+from cachetune_rag.text.prompts.continuations import FindContinuations
 from cachetune_rag.text.prompts.prompt import Prompt
 
 
@@ -130,10 +131,16 @@ class Loaders:
 
 
 class Planner:
-    """Decides what of a prompt is computed and what is reused."""
+    """Decides what of a prompt is computed and what is reused.
 
-    def __init__(self, adapter: ModelAdapter, loaders: Loaders):
-        self._adapter, self._loaders = adapter, loaders
+    Args:
+        adapter: the model.
+        loaders: make the loader of each prompt.
+        continuations: finds the sentences that go on from one chunk of a prompt to the next.
+    """
+
+    def __init__(self, adapter: ModelAdapter, loaders: Loaders, continuations: FindContinuations):
+        self._adapter, self._loaders, self._continuations = adapter, loaders, continuations
 
     def prepare(
         self, prompt: Prompt, found: FoundChunks, config: ReuseConfig, memory: KVMemory, stack: ExitStack, room: int
@@ -178,7 +185,13 @@ class Planner:
         computed, unread = _without_selection(prepared.sources, len(prompt.ids))
         computed[:kept] = False
         context = PromptView(
-            self._adapter, prompt, prepared.sources, torch.from_numpy(computed), prepared.buffers, loader
+            self._adapter,
+            prompt,
+            prepared.sources,
+            torch.from_numpy(computed),
+            prepared.buffers,
+            loader,
+            () if selector is None else self._continuations(prompt),
         )
         shift = choice = None
         if selector is not None:

@@ -29,6 +29,7 @@ from cachetune_rag.reuse.selection_context import ids_of
 from cachetune_rag.reuse.state import NothingReused, PrefillState, full_report, report_of
 from cachetune_rag.selection import get_selector
 from cachetune_rag.selection.base import budget
+from cachetune_rag.text.prompts.continuations import FindContinuations, no_continuations
 from cachetune_rag.text.prompts.prompt import Prompt
 from cachetune_store import ChunkKey, ChunkReader, ChunkStore, make_key
 
@@ -76,6 +77,7 @@ class Assembler:
         prefetcher: goes on reading chunks that a request read in part; None: what a request leaves unread stays on disk.
         tuned: replaces settings that a request left to the engine by those tuned for a tier and codec.
         check: refuses a model whose weights were changed; called before and after each prompt.
+        continuations: finds the sentences that go on from one chunk of a prompt to the next.
 
     Attributes:
         memory: the engine's own memory for prompts.
@@ -90,18 +92,24 @@ class Assembler:
         prefetcher: Prefetcher | None = None,
         tuned: Callable[[ReuseConfig, str, str], ReuseConfig] | None = None,
         check: Callable[[], None] = _nothing,
+        continuations: FindContinuations = no_continuations,
     ):
         self._adapter, self._store, self._lead_ins, self._pool = adapter, store, lead_ins, pool
         self._check = check
         self._opener = ChunkOpener(store, lead_ins, adapter.heads, pool, prefetcher, tuned)
         self._loaders = Loaders(adapter, pool)
-        self._planner = Planner(adapter, self._loaders)
+        self._continuations = continuations
+        self._planner = Planner(adapter, self._loaders, continuations)
         self._forward = PromptForward(adapter)
         self.memory: KVMemory = EngineMemory(adapter)
 
     def key(self, token_ids: Sequence[int]) -> ChunkKey:
         """The key of a chunk."""
         return make_key(self._lead_ins.namespace, token_ids)
+
+    def on(self, store: ChunkStore) -> Assembler:
+        """One for the chunks of another store. Nothing is read ahead there, and every setting is taken as it is given."""
+        return Assembler(self._adapter, store, self._lead_ins, self._pool, continuations=self._continuations)
 
     def forget(self) -> None:
         """Drop the kept beginnings of prompts, which were computed with the weights before."""
@@ -285,7 +293,7 @@ class Assembler:
             timings["select"] = clock.lap()
             if plan is None and call.only_reuse:
                 report = report_of(
-                    prompt, config, found, chosen, faults, kept=0, skipped=0,
+                    prompt, config, found, chosen, faults, self._continuations(prompt), kept=0, skipped=0,
                     ttft=time.perf_counter() - call.started, timings=timings,
                 )  # fmt: skip
                 return NothingReused(report, found.to_store)
@@ -303,7 +311,7 @@ class Assembler:
                 self._store.settle_memory()
                 # Before the readers are handed on, which may read more.
                 report = report_of(
-                    prompt, config, found, chosen, faults, kept=done.kept, skipped=done.skipped,
+                    prompt, config, found, chosen, faults, self._continuations(prompt), kept=done.kept, skipped=done.skipped,
                     ttft=ended - call.started, timings=timings,
                 )  # fmt: skip
                 if call.account is not None:

@@ -13,6 +13,7 @@ from cachetune_rag.model import KVBuffers, ModelAdapter
 from cachetune_rag.model.plain.probe import ProbePass
 from cachetune_rag.reuse.layer_loader import LayerLoader
 from cachetune_rag.reuse.source import Source
+from cachetune_rag.text.prompts.continuations import Continuation
 from cachetune_rag.text.prompts.prompt import Prompt
 
 
@@ -26,6 +27,7 @@ class PromptView:
         computed: bool [length], the tokens that are computed whatever the selector chooses.
         buffers: where the keys and values are put together.
         loader: brings the stored rows there.
+        continuations: see `SelectionContext`.
 
     Attributes:
         probed: token-layers that the selector has had computed so far.
@@ -39,7 +41,9 @@ class PromptView:
         computed: Tensor,
         buffers: KVBuffers,
         loader: LayerLoader,
+        continuations: Sequence[Continuation] = (),
     ):
+        self.continuations = continuations
         self.chunks = [source.as_reused() for source in sources]
         self.length, self.num_layers = len(prompt.ids), adapter.num_layers
         self.probed = 0

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from cachetune_rag.model import KVBuffers
 from cachetune_rag.report import Report
-from cachetune_rag.reuse.advice import advice_of
+from cachetune_rag.reuse.advice import advice_of, cut_sentences
 from cachetune_rag.reuse.config import ReuseConfig
 from cachetune_rag.reuse.lookup import Faults, FoundChunks
 from cachetune_rag.reuse.plan import Chosen
+from cachetune_rag.text.prompts.continuations import Continuation
 from cachetune_rag.text.prompts.prompt import Prompt
 
 
@@ -63,6 +66,7 @@ def report_of(
     found: FoundChunks,
     chosen: Chosen,
     faults: Faults,
+    continuations: Sequence[Continuation],
     *,
     kept: int,
     skipped: int,
@@ -77,11 +81,14 @@ def report_of(
         found: the chunks that were open; the bytes that were read of them are counted now.
         chosen: what was computed, and why.
         faults: chunks that could not be read.
+        continuations: the sentences that go on from one of the prompt's chunks to the next.
         kept: tokens whose rows were kept from an earlier prompt.
         skipped: rows of a layer that were not read, since they were computed anyway.
         ttft, timings: seconds to the first token, and by phase.
     """
     reused = 0 if chosen.plan is None else chosen.plan.reused
+    computed = np.ones(len(prompt.ids), np.bool_) if chosen.plan is None else chosen.plan.computed.numpy()
+    cut = cut_sentences([span for span, _ in found.chunks], continuations, computed)
     ratio = config.ratio if chosen.ratio is None else chosen.ratio
     return Report(
         prompt_tokens=len(prompt.ids),
@@ -104,5 +111,6 @@ def report_of(
         error_left=chosen.error_left,
         sign=chosen.sign,
         prediction=chosen.prediction,
-        advice=advice_of(prompt, [span for span, _ in found.chunks], ratio) if reused else (),
+        continued=cut.recomputed,
+        advice=advice_of(cut, len(found.chunks)),
     )

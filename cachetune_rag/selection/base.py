@@ -71,6 +71,11 @@ class SelectionContext(Protocol):
     def seed(self) -> int:
         """A number that depends on the prompt's token ids alone."""
 
+    @property
+    def continuations(self) -> Sequence[tuple[range, range]]:
+        """Where a sentence begins in one chunk of the prompt and goes on in the next: the places of its beginning, and those of the
+        rest. The rest was stored without the beginning, whatever a score says of it (see `selection/continued.py`)."""
+
     def observe_attention(self, num_layers: int, queries: int, observe: Callable[[int, Tensor], None]) -> None:
         """Run the tokens that are computed anyway (prefix, query, missed chunks) through the first layers.
 

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cachetune_rag.selection import names
-from cachetune_rag.selection.base import SelectionContext, Selector
+from cachetune_rag.selection.base import ReusedChunk, SelectionContext, Selector
 
 ALPHA = 0.5
 """Share of the frequencies that is kept, the lowest ones, as published."""
@@ -56,14 +57,27 @@ def low_pass_norm(states: Tensor, alpha: float) -> Tensor:
 
 
 class FrequencySelector(Selector):
-    """The top floor(r * N) tokens of each chunk by the stored ranking, without any look at the request (section 3)."""
+    """The top floor(r * N) tokens of each chunk by the stored ranking, without any look at the query (section 3).
+
+    Not in the paper: where a chunk's first tokens go on with a sentence that the chunk before began, they come before all others, in their order.
+    """
 
     name = names.FREQUENCY
     offline = True
 
     def select(self, context: SelectionContext, ratio: float) -> Tensor:
         """See `Selector.select`. The top tokens are the last rows of a chunk's file, which then need not be read."""
-        ends = [(c, c.tokens - c.skipped) for c in context.chunks]
+        rests = {rest.start: len(rest) for _, rest in context.continuations}
         # NumPy, because torch takes longer for a few numbers, and there may be many chunks.
-        picked = [c.start + c.order.numpy()[end - c.budget(ratio) : end] for c, end in ends]
+        picked = [c.start + _top(c, c.budget(ratio), rests.get(c.start, 0)) for c in context.chunks]
         return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *picked]))
+
+
+def _top(chunk: ReusedChunk, count: int, first: int) -> NDArray[np.int64]:
+    """Numbers of the chunk's `count` most important tokens that can be chosen, if its `first` first ones come before all others."""
+    order: NDArray[np.int64] = chunk.order.numpy()[: chunk.tokens - chunk.skipped]
+    if not first:
+        return order[len(order) - count :]
+    begins = np.sort(order[order < first])[:count]
+    others = order[order >= first]
+    return np.concatenate([begins, others[len(others) - (count - len(begins)) :]])

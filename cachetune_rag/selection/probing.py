@@ -10,6 +10,7 @@ from torch import Tensor
 from cachetune_rag.selection.base import SelectionContext, Selector, all_places, top_places, total_budget
 from cachetune_rag.selection.bound import RatioFinder
 from cachetune_rag.selection.choice import Choice, ErrorLeft, unsureness
+from cachetune_rag.selection.continued import with_continuations
 
 
 class ProbingSelector(Selector):
@@ -45,7 +46,7 @@ class ProbingSelector(Selector):
             return Choice(places[:count], ratio)
         layers = self.layers(context.num_layers)
         # The choice is made on the host: sending `places` to a GPU would wait for all KV that is still being copied there.
-        scores = self.scores(context, layers).cpu()
+        scores = with_continuations(self.scores(context, layers).cpu(), context.continuations, context.chunks)
         signs: dict[float, float] = {}
         prediction = None
         if finder is not None:

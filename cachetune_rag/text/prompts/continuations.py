@@ -1,0 +1,145 @@
+"""Where a sentence begins in one chunk of a prompt and goes on in the next.
+
+It is told by the chunks' token ids alone, so every way to make a prompt, and every process that has a part of the model, finds the same.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
+
+from cachetune_rag.text.prompts.segments import Prompt
+
+MOST_TOKENS = 64
+"""Most tokens of a continuation. A sentence that goes on for longer is a list, or no sentence."""
+_TAIL = 128
+"""Tokens at the end of a chunk that show whether it breaks off within a sentence."""
+_HEAD = MOST_TOKENS + 8
+"""Tokens at the beginning of a chunk that are looked at: some more than the longest continuation, because what follows shows where it ends."""
+_NEAR = 16
+"""Most tokens between two chunks that follow each other. A separator has one or two."""
+_KNOWN = 2048
+"""Beginnings and ends of chunks that are remembered: those of a few dozen long prompts."""
+
+_CLOSING = r"[\"')\]”’»]*"
+_OTHER_ENDS = "。！？।॥؟։።"
+"""Ends of sentences in scripts that need no blank behind them."""
+_STOP = r"(?:[!?…]|(?<!\b[^\W\d_])\.)"
+"""A letter alone before a full stop is an initial, or part of an abbreviation."""
+_BETWEEN = re.compile(rf"{_STOP}{_CLOSING}\s+(?=[^\sa-z])|[{_OTHER_ENDS}]{_CLOSING}\s*|\n\s*\n")
+"""Between two sentences, or two paragraphs."""
+_SENTENCES = re.compile(rf"\w[.!?]{_CLOSING} +[\"'(\[“‘«]*\w|[{_OTHER_ENDS}]")
+"""Where prose has ended a sentence. Titles, tables and code don't."""
+_END = re.compile(rf"{_STOP}{_CLOSING}(?=\s+[^\sa-z]|\s*\Z)|[{_OTHER_ENDS}]{_CLOSING}|\n\s*\n")
+PART = "\ufffd"
+"""What stands for a part of a character. It counts as a letter."""
+_UNFINISHED = re.compile(rf"[\w,;，、；{PART}]\Z")
+
+
+class Continuation(NamedTuple):
+    """A sentence that two chunks share. Both ranges are places in the prompt, and not empty.
+
+    Attributes:
+        begun: where it begins: the end of the first chunk, and what stands between both.
+        rest: where it goes on: the first tokens of the second chunk, up to the sentence's end.
+    """
+
+    begun: range
+    rest: range
+
+
+FindContinuations = Callable[[Prompt], tuple[Continuation, ...]]
+"""Finds those of a prompt, in its order."""
+
+
+def no_continuations(prompt: Prompt) -> tuple[Continuation, ...]:
+    """None: for prompts of token ids that spell no text."""
+    return ()
+
+
+class Continuations:
+    """Finds continuations (`FindContinuations`). Safe to use from many threads.
+
+    Args:
+        tokenizer: the model's; nothing may change it.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self._pieces = Pieces(tokenizer)
+        self._begun = lru_cache(_KNOWN)(self._count_begun)
+        self._rest = lru_cache(_KNOWN)(self._count_rest)
+
+    def __call__(self, prompt: Prompt) -> tuple[Continuation, ...]:
+        """Those of a prompt, in its order."""
+        found = []
+        for first, second in pairwise(sorted((s for s in prompt.spans if s.start < s.end), key=lambda s: s.start)):
+            if second.start - first.end > _NEAR:
+                continue
+            before, after = prompt.chunk_ids[first.chunk], prompt.chunk_ids[second.chunk]
+            rest = self._rest(after[:_HEAD])
+            begun = self._begun(before[-_TAIL:]) if rest else 0
+            # Tokens at a chunk's edges may stand in the prompt in another form, outside of its span.
+            start = max(first.start, first.start - first.first + len(before) - begun)
+            end = min(second.end, second.start - second.first + rest)
+            if begun and start < second.start < end:
+                found.append(Continuation(range(start, second.start), range(second.start, end)))
+        return tuple(found)
+
+    def _count_begun(self, tail: tuple[int, ...]) -> int:
+        """How many of a chunk's last tokens begin a sentence without ending it; 0 if it ends otherwise, or is no prose."""
+        pieces = self._pieces(tail)
+        text = "".join(pieces).rstrip()
+        if not _UNFINISHED.search(text) or not _SENTENCES.search(text):
+            return 0
+        start = max((between.end() for between in _BETWEEN.finditer(text)), default=len(text))
+        return len(tail) - bisect_right(_ends(pieces), start)
+
+    def _count_rest(self, head: tuple[int, ...]) -> int:
+        """How many of a chunk's first tokens go on with a sentence; 0 if it begins with a sentence of its own, or with none.
+
+        A capital letter begins a sentence. Where a script has none, only the chunk before shows whether one goes on.
+        """
+        pieces = self._pieces(head)
+        text = "".join(pieces)
+        first = text.lstrip()[:1]
+        if not (first.isalnum() or first == PART) or first.isupper() or first.istitle():
+            return 0
+        end = _END.search(text, text.index(first))
+        return min(MOST_TOKENS, len(head) if end is None else bisect_left(_ends(pieces), end.end()) + 1)
+
+
+class Pieces:
+    """What tokens spell, one by one; it is remembered for each token of the vocabulary. Safe to use from many threads.
+
+    Args:
+        tokenizer: the model's; nothing may change it.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        # Decoders of some vocabularies drop the blank before the first word of a text, so every token is spelled behind another one.
+        self._first = list(tokenizer.encode("a", add_special_tokens=False))[-1:]
+        self._before = len(self._decode(self._first))
+        self._known: dict[int, str] = {}
+
+    def __call__(self, ids: Sequence[int]) -> list[str]:
+        """A piece for each token. A token that is a part of a character has `PART`."""
+        known = self._known
+        return [known[i] if i in known else self._spell(i) for i in ids]
+
+    def _spell(self, number: int) -> str:
+        piece = self._known[number] = self._decode([*self._first, number])[self._before :]
+        return piece
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+
+def _ends(pieces: Sequence[str]) -> list[int]:
+    """Where each piece ends in the text of all."""
+    return list(accumulate(map(len, pieces)))
