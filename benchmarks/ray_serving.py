@@ -1,9 +1,10 @@
 """Requests to several vLLM servers behind Ray Serve: what the router finds in host memory, against taking replicas in turns.
 
-    python benchmarks/ray_serving.py [--replicas 3] [--requests 200]
+    python benchmarks/ray_serving.py [--replicas 3] [--requests 600] [--share 0.25] [--out FILE]
 
-Tiny random model on the CPU, a corpus of subjects that are asked for by Zipf's law, and host memory for a part of it on each replica. Runs in the
-environment with vLLM (`make test-vllm` sets it up).
+Tiny random model on the CPU, a corpus of subjects that are asked for by Zipf's law, and host memory for a part of it (`--share`) on each replica. Chunks lie in a place
+that replicas share and reach as on other machines: they have no disk of their own. At the end a server is killed. Runs in the environment with vLLM
+(`make test-vllm` sets it up).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,13 @@ from ray import serve
 from cachetune_rag import CacheTune, Document
 from cachetune_ray.serving import ANSWERED_BY, application
 
+sys.path.insert(0, str(Path(__file__).parent))
+from common import environment, write_json
+
 SUBJECTS, EACH, SHOWN = 16, 3, 2
 """Subjects of the corpus, chunks of each, and how many of these a request shows."""
+SHARE = 0.25
+"""What a replica's memory holds of the corpus: KV is large, and a corpus seldom fits."""
 AT_ONCE = 9
 OPTIONS = [
     "--enforce-eager",
@@ -52,19 +58,20 @@ class Place:
     """A model and a filled store.
 
     Attributes:
-        model, store: folders.
+        model: its folder.
+        store: URL of the shared place.
         chunks: texts by subject.
         host_budget: bytes of host memory of each replica: a part of the corpus.
     """
 
     model: Path
-    store: Path
+    store: str
     chunks: list[list[str]]
     host_budget: int
 
     @classmethod
-    def make(cls, folder: Path) -> Place:
-        """Make both below a folder."""
+    def make(cls, folder: Path, share: float = SHARE) -> Place:
+        """Make both below a folder, with host memory for so much of the corpus on each replica."""
         root = Path(__file__).parent.parent
         sys.path[:0] = [str(root), str(root / "tests" / "vllm")]
         from models import save_tiny
@@ -75,9 +82,10 @@ class Place:
             ["".join(f"Fact {draw.randrange(10**6)} of subject {s}. " for _ in range(14)) for _ in range(EACH)]
             for s in range(SUBJECTS)
         ]
-        with CacheTune.from_pretrained(model, folder / "kv") as engine:
+        store = (folder / "kv").as_uri()
+        with CacheTune.from_pretrained(model, store) as engine:
             summary = engine.precompute([Document(f"s{s}", texts) for s, texts in enumerate(chunks)])
-        return cls(model, folder / "kv", chunks, int(summary.bytes * 0.4))
+        return cls(model, store, chunks, int(summary.bytes * share))
 
 
 @dataclass
@@ -87,27 +95,48 @@ class Figures:
     Attributes:
         requests, failed: how many, and how many were not answered with status 200.
         memory, elsewhere: bytes of stored rows that were read from host memory, and from other tiers.
+        missed: tokens of chunks that were found nowhere, and computed.
         most_over_mean: requests that the busiest replica was answering, over the mean of all replicas: the 99th percentile over the moments at which
             a request began.
         replicas: how many answered.
         after_kill: figures of the requests since a replica was killed.
-        newcomer_answered: requests that the replica in its place has answered.
+        newcomer: of the requests that the replica in its place has answered; the first of all are among them.
+        newcomer_began_with: chunks that were in its memory before its first request.
+        seconds: how long they took, all together.
     """
 
     requests: int = 0
     failed: int = 0
     memory: int = 0
     elsewhere: int = 0
+    missed: int = 0
     most_over_mean: float = 0.0
     replicas: int = 0
     by_replica: Counter[str] = field(default_factory=Counter)
     after_kill: Any = None
-    newcomer_answered: int = 0
+    newcomer: Any = None
+    newcomer_began_with: int = 0
+    seconds: float = 0.0
 
     @property
     def share(self) -> float:
         """Share of the bytes that was read from host memory."""
         return self.memory / max(1, self.memory + self.elsewhere)
+
+    def add(self, status: int, report: dict[str, Any], replica: str) -> None:
+        """Count a request."""
+        self.requests += 1
+        self.failed += status != 200
+        read = report.get("bytes_read", {})
+        self.memory += read.get("host", 0)
+        self.elsewhere += sum(read.values()) - read.get("host", 0)
+        self.missed += report.get("missed", 0)
+        self.by_replica[replica] += 1
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same for JSON."""
+        found = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {k: v.as_dict() if isinstance(v, Figures) else v for k, v in found.items()} | {"share": self.share}
 
 
 @contextmanager
@@ -133,7 +162,7 @@ def measure(place: Place, router: str, *, requests: int = 150, replicas: int = 3
         kill: kill a replica behind them, in the midst of further requests.
     """
     name = router.rpartition(".")[2]
-    settings = {"store": str(place.store), "host_budget": place.host_budget, "least_reused": 0}
+    settings = {"store": place.store, "host_budget": place.host_budget, "least_reused": 0}
     app = application(str(place.model), settings, OPTIONS, replicas=replicas, router=router, sketch_seconds=1.0)
     serve.run(app, name=name, route_prefix="/")
     url = "http://127.0.0.1:8000/v1/chat/completions"
@@ -149,19 +178,17 @@ def measure(place: Place, router: str, *, requests: int = 150, replicas: int = 3
             found.append({"model": str(place.model), "max_tokens": 2, "messages": [{"role": "user", "content": said}]})
         return found
 
-    def ask_all(count: int) -> Figures:
-        figures = Figures()
+    def ask_all(count: int, known: set[str] | None = None) -> Figures:
+        """Figures of further requests. With `known` replicas, those of the others are counted once more by themselves."""
+        figures, begun = Figures(newcomer=None if known is None else Figures()), time.monotonic()
         with ThreadPoolExecutor(AT_ONCE) as pool:
             spans = []
             for status, report, replica, span in pool.map(lambda body: ask(url, body), bodies(count)):
                 spans.append((*span, replica))
-                figures.requests += 1
-                figures.failed += status != 200
-                read = report.get("bytes_read", {})
-                figures.memory += read.get("host", 0)
-                figures.elsewhere += sum(read.values()) - read.get("host", 0)
-                figures.by_replica[replica] += 1
-        figures.replicas = len(figures.by_replica)
+                figures.add(status, report, replica)
+                if known is not None and replica not in known:
+                    figures.newcomer.add(status, report, replica)
+        figures.replicas, figures.seconds = len(figures.by_replica), time.monotonic() - begun
         figures.most_over_mean = imbalance(spans, replicas)
         return figures
 
@@ -178,10 +205,10 @@ def measure(place: Place, router: str, *, requests: int = 150, replicas: int = 3
         known = set(figures.by_replica)
         wait_until_noticed(name, replicas)
         wait_for(name, replicas)
-        figures.after_kill = ask_all(requests // 3)
+        figures.newcomer_began_with = min(began_with(handle, replicas))
+        figures.after_kill = ask_all(requests // 3, known)
         figures.after_kill.failed += during.failed
-        fresh = set(figures.after_kill.by_replica) - known
-        figures.newcomer_answered = sum(figures.after_kill.by_replica[each] for each in fresh)
+        figures.newcomer = figures.after_kill.newcomer
     serve.delete(name)
     return figures
 
@@ -213,6 +240,16 @@ def ask(url: str, body: dict[str, Any]) -> tuple[int, dict[str, Any], str, tuple
         return error.code, {}, "", (begun, time.monotonic())
 
 
+def began_with(handle: Any, replicas: int) -> list[int]:
+    """Chunks that each replica read into its memory before its first request, of all that are found by asking again and again."""
+    found: dict[str, int] = {}
+    until = time.monotonic() + 60
+    while len(found) < replicas and time.monotonic() < until:
+        name, chunks = handle.warmed.remote().result()
+        found[name] = chunks
+    return [chunks for chunks in found.values() if chunks] or [0]
+
+
 def wait_until_noticed(name: str, replicas: int) -> None:
     """Until Serve has noticed that a replica is gone, a minute at most: it may have replaced it before this first looks."""
     until = time.monotonic() + 60
@@ -238,14 +275,34 @@ def wait_for(name: str, replicas: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--replicas", type=int, default=3)
-    parser.add_argument("--requests", type=int, default=150)
+    parser.add_argument("--requests", type=int, default=600, help="a third of them fills memories and isn't counted")
+    parser.add_argument("--share", type=float, default=SHARE, help="share of the corpus that a replica's memory holds")
+    parser.add_argument("--out", type=Path, help="file for the JSON (default: standard output)")
     given = parser.parse_args()
+    rows = {}
     with tempfile.TemporaryDirectory() as folder:
-        place = Place.make(Path(folder))
+        place = Place.make(Path(folder), given.share)
         with Cluster(place):
-            for router in (IN_TURNS, ROUTED):
+            for name, router in (("in turns", IN_TURNS), ("by sketches", ROUTED)):
                 found = measure(place, router, requests=given.requests, replicas=given.replicas, kill=router == ROUTED)
-                print(router, f"{found.share:.1%} of the bytes from host memory;", found, flush=True)
+                rows[name] = found.as_dict()
+                print(f"{name}: {found.share:.1%} of the bytes from host memory; {found}", file=sys.stderr, flush=True)
+    settings = {"replicas": given.replicas, "requests": given.requests, "share": given.share, "at once": AT_ONCE}
+    settings |= {"subjects": SUBJECTS, "chunks each": EACH, "chunks a request": SHOWN}
+    times = rows["by sketches"]["share"] / rows["in turns"]["share"]
+    found_more = {"rows": rows, "from host memory, times that in turns": times}
+    write_json(
+        given.out,
+        {"benchmark": "ray_serving", "environment": environment() | {"ray": ray.__version__, "vllm": version_of_vllm()}}
+        | {"settings": settings}
+        | found_more,
+    )
+
+
+def version_of_vllm() -> str:
+    import vllm
+
+    return str(vllm.__version__)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
@@ -20,8 +21,9 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
-from cachetune_rag.checking.arguments import check_count
+from cachetune_rag.checking.arguments import check_count, is_number
 from cachetune_rag.errors import ConfigError
+from cachetune_ray.memories import Memories
 from cachetune_ray.question import Question
 from cachetune_ray.router import STATS, ChunkRouter
 from cachetune_ray.routing import SETTLE_SECONDS, SPREAD
@@ -34,7 +36,10 @@ TRIES = 3
 """How often a request is given to a replica, if one dies with it."""
 ANSWERED_BY = "x-cachetune-replica"
 """The header of an answer that names the replica it comes from."""
+WARM_SECONDS = 30.0
 _SKETCH_SECONDS = 2.0
+_SILENT_SKETCHES = 5
+"""Sketches that a replica doesn't publish before it counts as lost."""
 _WATCH_SECONDS = 0.1
 _TRY_AGAIN_SECONDS = 0.3  # in which routers learn of the death
 _OF_ONE_HOP = {"host", "connection", "content-length", "transfer-encoding", "keep-alive", "upgrade", "te", "trailer"}
@@ -47,9 +52,12 @@ class Replica:
 
     Args:
         words: a line of `vllm serve`.
+        memories: the deployment of `Memories`; None: what is in memory is told to nobody, and nothing is read into it at the start.
+        warm_seconds: how long it waits, at most, for chunks that are read into memory before it takes requests. Reading goes on behind them.
     """
 
-    async def __init__(self, words: Sequence[str]):  # type: ignore[misc]  # Ray Serve awaits it
+    async def __init__(self, words: Sequence[str], memories: Any = None, warm_seconds: float = WARM_SECONDS):  # type: ignore[misc]  # Ray Serve awaits it
+        self._memories, self._warmed = memories, 0
         self._server = ServerProcess(words)
         # No limit on time: an answer takes as long as it takes, and who asked may hang up.
         self._client = aiohttp.ClientSession(self._server.url, timeout=aiohttp.ClientTimeout(total=None))
@@ -57,6 +65,8 @@ class Replica:
         while not await self._healthy():
             self._server.check()
             await asyncio.sleep(0.2)
+        if memories is not None:
+            await self._warm(warm_seconds)
         self._watch = asyncio.create_task(self._end_with_server())
 
     async def ask(self, question: Question) -> AsyncIterator[Any]:
@@ -90,9 +100,54 @@ class Replica:
         except aiohttp.ClientError as error:
             _log.warning("no sketch of the chunks in memory: %s", error)
             sketch = b""
-        if sketch and sketch != self._sketch:
+        changed = bool(sketch) and sketch != self._sketch
+        if changed:
             self._sketch, self._version = sketch, self._version + 1
+        if self._memories is not None:
+            await self._tell_memories(changed)
         return {STATS: (self._version, self._sketch)} if self._sketch else {}
+
+    async def _tell_memories(self, changed: bool) -> None:
+        """Tell what is in memory, for replicas that begin later."""
+        try:
+            known = await self._memories.tell.remote(self._name, await self._keys() if changed else None)
+            if not known:
+                await self._memories.tell.remote(self._name, await self._keys())
+        except (aiohttp.ClientError, ray.exceptions.RayError) as error:
+            _log.warning("what is in memory could not be told: %s", error)
+
+    async def _keys(self) -> list[str]:
+        async with self._client.get(sketches.MEMORY) as response:
+            return (await response.text()).split()
+
+    async def _warm(self, seconds: float) -> None:
+        """Have chunks read into memory that a lost replica had, or that the others use."""
+        until = time.monotonic() + seconds
+        try:
+            keys = await self._memories.wanted.remote(self._name)
+            if not keys:
+                return
+            body = "\n".join(keys[: sketches.MOST_KEYS])
+            async with self._client.post(sketches.MEMORY, data=body) as response:
+                response.raise_for_status()
+            while True:
+                async with self._client.get(sketches.WARMING) as response:
+                    found = await response.json(content_type=None)
+                if not found["running"] or time.monotonic() >= until:
+                    break
+                await asyncio.sleep(_WATCH_SECONDS)
+            self._warmed = int(found["chunks"])
+            _log.info("%s chunks were read into memory before the first request", self._warmed)
+        except (aiohttp.ClientError, ray.exceptions.RayError) as error:
+            _log.warning("memory could not be filled before the first request: %s", error)
+
+    @property
+    def _name(self) -> str:
+        return str(serve.get_replica_context().replica_id.unique_id)
+
+    async def warmed(self) -> tuple[str, int]:
+        """This replica, and how many chunks were read into its memory before its first request, for tests and operators."""
+        return self._name, self._warmed
 
     async def server_pid(self) -> int:
         """The server's process, for tests and operators."""
@@ -136,7 +191,8 @@ class Ingress:
     @_api.api_route("/{path:path}", methods=["GET", "POST"])  # type: ignore[untyped-decorator]
     async def answer(self, path: str, request: fastapi.Request) -> Response:
         """Hand a request on. `path` is in the request as well."""
-        if f"/{path}" == sketches.PATH:  # whoever has a text could ask whether others' requests show it
+        # Whoever has a text could ask whether others' requests show it.
+        if f"/{path}".startswith(sketches.BELOW):
             return Response(status_code=404)
         query = f"?{request.url.query}" if request.url.query else ""
         headers = [pair for pair in request.headers.items() if pair[0].lower() not in _OF_ONE_HOP]
@@ -186,6 +242,7 @@ def application(
     spread: float = SPREAD,
     settle: float = SETTLE_SECONDS,
     sketch_seconds: float = _SKETCH_SECONDS,
+    warm_seconds: float = WARM_SECONDS,
     router: Any = ChunkRouter,
 ) -> Any:
     """The application, for `ray.serve.run`.
@@ -199,6 +256,7 @@ def application(
         most_at_once: requests that a replica is given at the same time; more wait.
         spread, settle: of `ChunkRouting`.
         sketch_seconds: how often replicas publish which chunks they have in memory.
+        warm_seconds: how long a new replica waits, at most, until chunks that a lost one had, or that the others use, are in its memory. 0: it reads none.
         router: another `RequestRouter` of Ray Serve, to compare with.
 
     Raises:
@@ -206,6 +264,8 @@ def application(
     """
     for name, value in (("replicas", replicas), ("most_at_once", most_at_once)):
         check_count(value, name, "a whole number, 1 or more")
+    if not is_number(warm_seconds) or warm_seconds < 0:
+        raise ConfigError(f"warm_seconds is {shown(warm_seconds)}: use seconds, 0 or more (default: {WARM_SECONDS}).")
     own = {"spread": spread, "settle": settle} if router is ChunkRouter else {}
     words = command_line(
         model,
@@ -228,7 +288,10 @@ def application(
         ),
     )
     ingress = serve.deployment(serve.ingress(_api)(Ingress)).options(max_ongoing_requests=most_at_once * replicas)
-    return ingress.bind(servers.bind(words))
+    # It answers in no time and computes nothing, so it takes no processor of its own.
+    remembering = serve.deployment(Memories).options(ray_actor_options={"num_cpus": 0})
+    memories = remembering.bind(_SILENT_SKETCHES * sketch_seconds) if warm_seconds else None
+    return ingress.bind(servers.bind(words, memories, warm_seconds))
 
 
 def build(arguments: dict[str, str]) -> Any:
@@ -244,7 +307,7 @@ def build(arguments: dict[str, str]) -> Any:
                 f"{name} is {shown(given.get(name))}: say {name}=..., as in `model=org/name store=/data/kv`."
             )
     numbers = {"replicas": int, "gpus": float, "cpus": float, "most_at_once": int, "spread": float, "settle": float}
-    numbers["sketch_seconds"] = float
+    numbers |= {"sketch_seconds": float, "warm_seconds": float}
     own = {name: kind(given.pop(name)) for name, kind in numbers.items() if name in given}
     options = str(given.pop("options", "")).split()
     return application(given.pop("model"), given, options, **own)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 from cachetune_rag.measuring.profiles import Profiles
+from cachetune_rag.readahead.warming import Warming
 from cachetune_rag.runtime import Runtime
-from cachetune_store import ChunkStore
+from cachetune_store import ChunkKey, ChunkStore
 from cachetune_vllm.served_fingerprint import served_fingerprint
 from cachetune_vllm.served_model import ServedModel
 from cachetune_vllm.settings import TENANTS, ServerSettings
@@ -29,6 +31,7 @@ class Engines:
         self._model_config = model_config
         self._lock = threading.Lock()
         self._engines: OrderedDict[str, Runtime] = OrderedDict()
+        self._warming: Warming | None = None
         # Before an engine tries the model: workers that share it have to reach that together.
         self.store, self._fingerprint = served.heads.together(self._opened)
         try:
@@ -72,6 +75,17 @@ class Engines:
                 )
             self._engines.move_to_end(tenant)
             return engine
+
+    def warm(self, keys: Sequence[str]) -> None:
+        """Begin to read chunks into memory that are likely to be asked for, as far as there is free room; the most wanted first."""
+        if self._warming is None or not self._warming.running:
+            self._warming = Warming(self.store, self.default.prefetcher, [ChunkKey(key) for key in keys])
+            self._warming.start()
+
+    def warmed(self) -> tuple[bool, int, int]:
+        """Whether `warm` is still reading, how many chunks it has read, and their bytes."""
+        warming = self._warming
+        return (False, 0, 0) if warming is None else (warming.running, warming.chunks, warming.bytes)
 
     def _make_room(self) -> None:
         """Close engines so that there is room for one more: those whose last request is oldest, but not one that has chunks to store."""

@@ -443,6 +443,12 @@ class ChunkStore:
         check_key(key)
         return self._placement.touch_memory(key)
 
+    def size_of(self, key: ChunkKey) -> int:
+        """Bytes that a chunk takes in the slowest tier that has it; 0 if none has. Nothing of it is read."""
+        self._check_open()
+        check_key(key)
+        return self._placement.size_of(key)
+
     def whole(self, key: ChunkKey) -> Chunk | None:
         """All of a chunk, from host memory or else from disk; None if neither has it. It stays in its tier.
 
@@ -607,6 +613,12 @@ class ChunkStore:
         self._check_open()
         heads = (head for tier in self._placement.tiers if tier.kind.in_memory for _, head in tier.heads())
         return [head.text for head in heads if not isinstance(head, Exception) and head.text is not None]
+
+    def keys_in_memory(self) -> list[ChunkKey]:
+        """The chunks that memory has now, the host's or a device's, the one used last first."""
+        self._check_open()
+        keys = (key for tier in self._placement.tiers if tier.kind.in_memory for key, _ in reversed(list(tier.heads())))
+        return list(dict.fromkeys(keys))
 
     def text_keys(self) -> list[ChunkKey]:
         """The keys of all chunks stored with their texts, of whatever namespace; far quicker than `texts`, for it reads no text."""

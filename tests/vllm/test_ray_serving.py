@@ -18,6 +18,7 @@ from cachetune_ray.question import Question
 from cachetune_ray.router import STATS, ChunkRouter
 from cachetune_ray.serving import TRIES, Ingress, application, build
 from cachetune_ray.sketch import Sketch, samples_of
+from cachetune_vllm.sketches import SketchEndpoint
 
 PASSAGE = "A passage that is long enough to have some hashes of its own. " * 12
 
@@ -150,10 +151,58 @@ async def test_a_streamed_answer_is_asked_again_until_something_of_it_was_sent_o
         [piece async for piece in broken.body_iterator]
 
 
-async def test_clients_see_no_sketch() -> None:
+@pytest.mark.parametrize("path", ["cachetune/sketch", "cachetune/memory", "cachetune/warming"])
+async def test_clients_see_nothing_of_memory(path: str) -> None:
     replicas = Replicas(0, after=0)
-    response = await ingress(replicas).answer("cachetune/sketch", Asked())
+    response = await ingress(replicas).answer(path, Asked())
     assert (response.status_code, replicas.calls) == (404, 0)
+
+
+class Client:
+    """vLLM's client of its workers, with one worker."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[str]] = []
+
+    async def collective_rpc(self, name: str, args: tuple[Any, ...] = ()) -> list[Any]:
+        if name == "cachetune_warm":
+            self.asked.append(args[0])
+            return [None]
+        return [{"cachetune_memory": ["a" * 64, "b" * 64], "cachetune_warming": (True, 3, 70)}[name]]
+
+
+async def told(client: Client, method: str, path: str, *body: bytes) -> tuple[int, bytes]:
+    """Status and body of a server's answer."""
+    sent: list[Any] = []
+    pieces = [{"body": piece, "more_body": number < len(body) - 1} for number, piece in enumerate(body or (b"",))]
+
+    async def receive() -> Any:
+        return pieces.pop(0)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def others(*_: Any) -> None:
+        sent.extend([{"status": 0}, {"body": b"vLLM's own"}])
+
+    state = type("State", (), {"engine_client": client})
+    scope = {"type": "http", "method": method, "path": path, "app": type("App", (), {"state": state})}
+    await SketchEndpoint(others)(scope, receive, send)
+    return sent[0]["status"], sent[1]["body"]
+
+
+async def test_a_server_tells_what_is_in_its_memory_and_takes_more_into_it() -> None:
+    client = Client()
+    assert await told(client, "GET", "/cachetune/memory") == (200, b"a" * 64 + b"\n" + b"b" * 64)
+    assert await told(client, "POST", "/cachetune/memory", b"c" * 64 + b"\n" + b"d" * 10, b"d" * 54) == (202, b"")
+    assert client.asked == [["c" * 64, "d" * 64]]
+    status, said = await told(client, "GET", "/cachetune/warming")
+    assert (status, json.loads(said)) == (200, {"running": True, "chunks": 3, "bytes": 70})
+    status, said = await told(client, "POST", "/cachetune/memory", b"../etc")
+    assert (status, b"'../etc' is no key of a chunk" in said) == (400, True)
+    assert (await told(client, "POST", "/cachetune/memory", b"a" * 400_000))[0] == 413
+    assert len(client.asked) == 1
+    assert (await told(client, "GET", "/v1/models"))[1] == b"vLLM's own"
 
 
 async def test_a_request_that_no_replica_survives_says_so() -> None:
@@ -169,5 +218,7 @@ def test_an_application_is_built_from_words() -> None:
         build({"model": "m"})
     with pytest.raises(ConfigError, match="replicas is 0"):
         application("m", {"store": "/kv"}, replicas=0)
+    with pytest.raises(ConfigError, match="warm_seconds is -1"):
+        application("m", {"store": "/kv"}, warm_seconds=-1)
     with pytest.raises(ConfigError, match="host_bugdet"):
         application("m", {"store": "/kv", "host_bugdet": 1})
