@@ -119,7 +119,7 @@ def _parse(key: ChunkKey, file_bytes: int, read: Callable[[int], memoryview], se
     small = file.open_head(key, raw[:start], raw[start : start + _DIGEST], raw[start + _DIGEST :])
     if len(raw) != end or small is None:
         raise DamagedChunkError(f"chunk {key}: header checksum mismatch")
-    namespace = _read_namespace(file.reveal_text(metadata["namespace"]))
+    namespace = _read_namespace(file.reveal_namespace(metadata["namespace"]))
     return _read_small(key, layout, block_rows, text_bytes, deviations, namespace, small, file), end
 
 
@@ -271,7 +271,7 @@ def _metadata(head: ChunkHead) -> dict[str, str]:
         "format_version": str(FORMAT_VERSION),
         "key": head.seal.chunk_name(head.key),
         "layout": _spell(shape),
-        "namespace": head.seal.hide_text(_spell(owner)),
+        "namespace": head.seal.hide_namespace(_spell(owner)),
     } | dict(head.seal.metadata)
 
 

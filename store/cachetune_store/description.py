@@ -9,16 +9,19 @@ import contextlib
 import json
 import secrets
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import StoreArgumentError, StoreKeyError
 from .keys import FORMAT_VERSION
 from .seals import CHECKSUMS, KeyedHashes, Seal
 from .storekey import ENCRYPTED, KEYED, StoreKey
 
-__all__ = ["FORMAT", "MOST_BYTES", "Description", "check_encrypted", "no_key"]
+if TYPE_CHECKING:
+    from .encryption import Keyring
+
+__all__ = ["FORMAT", "MOST_BYTES", "Description", "check_encrypted", "no_key", "no_keyring"]
 
 FORMAT = "cachetune-store"
 _VERSIONS = {FORMAT_VERSION: None, 2: KEYED, 3: ENCRYPTED}
@@ -85,12 +88,13 @@ class Description:
         described: dict[str, Any] = {"format": FORMAT, "version": self.version, "id": self.identity}
         return json.dumps(described if self.key is None else described | {"key": dict(self.key)}).encode()
 
-    def seal(self, key: StoreKey | None, place: str) -> Seal:
-        """What the store's sums are made and checked with.
+    def seal(self, key: StoreKey | None, place: str, keyring: Callable[[], Keyring]) -> Seal:
+        """What closes and opens all that the store writes.
 
         Args:
             key: the key that was given for the store.
             place: the store, for messages.
+            keyring: makes what has the secrets of tenants. Called if the store is encrypted.
 
         Raises:
             StoreKeyError: the store has a key and none was given, or another one; or a key was given, and it has none.
@@ -107,11 +111,12 @@ class Description:
             return KeyedHashes(root)
         try:
             from .encryption import Encryption
+
+            return Encryption(root, keyring())
         except ImportError as error:
             raise StoreArgumentError(
                 f"{place} is encrypted, which needs {error.name}, which is not installed: pip install 'cachetune-rag[encryption]'"
             ) from error
-        return Encryption(root)
 
     def with_key(self, old: StoreKey, new: StoreKey, place: str) -> Description:
         """The description of the same store with another key; as it is, if it has that key already.
@@ -148,6 +153,11 @@ def check_encrypted(described: Description, place: str) -> None:
             f"encrypt is True, and {place} was made without encryption, which stays so: leave encrypt out, or make an encrypted store in another "
             "place and precompute again"
         )
+
+
+def no_keyring() -> Keyring:
+    """What stands for a keyring where nothing is encrypted."""
+    raise AssertionError("this store is not encrypted")
 
 
 def no_key(place: str) -> StoreKeyError:

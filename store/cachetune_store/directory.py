@@ -7,7 +7,9 @@ import errno
 import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .chunkfile import SUFFIX
 from .description import MOST_BYTES, Description, check_encrypted, no_key
@@ -26,6 +28,9 @@ from .readonlyindex import ReadOnlyIndex
 from .stats import VerifyReport
 from .storekey import StoreKey
 from .tiers import DiskTier
+
+if TYPE_CHECKING:
+    from .encryption import Keyring
 
 __all__ = ["StoreDirectory"]
 
@@ -47,6 +52,7 @@ class StoreDirectory:
     Args:
         path: the directory.
         key: the store's key; None if it has none.
+        keyring: makes what has the secrets of tenants, if the store is encrypted.
         encrypt: whether a new store is encrypted, and another one is refused. One that is there says itself whether it is.
 
     Attributes:
@@ -61,9 +67,11 @@ class StoreDirectory:
         StoreVersionError: it holds a store of another format version.
     """
 
-    def __init__(self, path: Path, key: StoreKey | None = None, *, encrypt: bool = False) -> None:
+    def __init__(
+        self, path: Path, key: StoreKey | None, keyring: Callable[[], Keyring], *, encrypt: bool = False
+    ) -> None:
         self.path = path
-        self._key, self._encrypt = key, encrypt
+        self._key, self._keyring, self._encrypt = key, keyring, encrypt
         make_directory(path)
         self.read_only = _refusal(path)
         self.temp = TempFiles(path / "tmp")
@@ -86,7 +94,7 @@ class StoreDirectory:
 
     def _open(self, described: Description) -> None:
         self._id, self.encrypted = described.identity, described.encrypted
-        self.seal = described.seal(self._key, str(self.path))
+        self.seal = described.seal(self._key, str(self.path), self._keyring)
         if self._encrypt:
             check_encrypted(described, str(self.path))
 
@@ -209,8 +217,9 @@ def _refusal(path: Path) -> OSError | None:
             _check_access(path / name, os.W_OK | os.X_OK)
         for lock in _LOCKS:
             open_lock(path / lock).close()
-        _check_access(path / "notes", os.W_OK | os.X_OK)  # made with the first note, as its lock is
-        _check_access(path / "notes" / "lock", os.W_OK)
+        for name in ("notes", "secrets"):  # made with the first note, as their locks are
+            _check_access(path / name, os.W_OK | os.X_OK)
+            _check_access(path / name / "lock", os.W_OK)
         # What stands in the index's place otherwise is replaced when the index is made.
         if (path / "index").is_dir():
             _check_access(path / "index", os.W_OK | os.X_OK)

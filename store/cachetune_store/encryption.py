@@ -1,6 +1,6 @@
 """The seal of an encrypted store: AES-256-GCM in chunk files, AES-SIV for small records and names.
 
-A chunk file has a key of its own, drawn when it is written: HKDF-SHA256 of a secret and of 32 random bytes in its header. So the place of a
+A chunk file has a key of its own, drawn when it is written: HKDF-SHA256 of its tenant's secret and of 32 random bytes in its header. So the place of a
 block, its layer and number, is nonce enough, and no nonce comes twice under one key. The tags stand where other stores have checksums, so a
 file is as long, and its rows are read in the same pieces.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hmac
+import json
 import os
 import secrets
 import struct
@@ -29,7 +30,7 @@ from .keys import ChunkKey
 from .seals import CHECKSUMS, Buffer, FileSeal, KeyedRecords, check_sums, named
 from .storekey import ENCRYPTED, hkdf
 
-__all__ = ["Encryption", "Keyring", "OneSecret"]
+__all__ = ["Encryption", "Keyring"]
 
 _HEAD = 0xFFFFFFFF
 """Stands in a nonce where blocks of rows have their layer."""
@@ -40,30 +41,37 @@ _BY_CHUNK = frozenset({"chunk", "text", "ref", "remote", "waiting"})
 
 
 class Keyring(ABC):
-    """The secrets that files' keys are derived from."""
+    """The secrets that files' keys are derived from. Each tenant has its own."""
 
     @abstractmethod
     def current(self, tenant: str) -> tuple[str, bytes]:
-        """The secret for new files of a tenant, and its id."""
+        """The secret for new files of a tenant, and its id (hexadecimal digits).
+
+        Raises:
+            StorePathError: it has none yet, and can't be given one now.
+        """
 
     @abstractmethod
-    def secret(self, identity: str) -> bytes | None:
-        """The secret of this id; None if there is none."""
+    def secret(self, tenant: str, identity: str) -> bytes:
+        """The secret of this id.
 
+        Raises:
+            ErasedChunkError: it was erased.
+            DamagedChunkError: it is lost.
+            StoreKeyError: it can't be had now.
+        """
 
-class OneSecret(Keyring):
-    """One secret for all files."""
+    @abstractmethod
+    def hide(self, tenant: str, about: bytes, content: bytes) -> bytes:
+        """Something small of a tenant, encrypted with its secret. The same gives the same. `about` says what it is."""
 
-    def __init__(self, secret: bytes) -> None:
-        self._secret = secret
+    @abstractmethod
+    def reveal(self, tenant: str, about: bytes, raw: bytes) -> bytes | None:
+        """What `hide` was given; None if that can't be read any more.
 
-    def current(self, tenant: str) -> tuple[str, bytes]:
-        """See Keyring."""
-        return "", self._secret
-
-    def secret(self, identity: str) -> bytes | None:
-        """See Keyring."""
-        return None if identity else self._secret
+        Raises:
+            StoreKeyError: the secret can't be had now.
+        """
 
 
 class Encryption(KeyedRecords):
@@ -71,14 +79,14 @@ class Encryption(KeyedRecords):
 
     Args:
         root: the store's root key.
-        keyring: the secrets of chunk files.
+        keyring: the secrets of tenants.
     """
 
     name = ENCRYPTED
 
-    def __init__(self, root: bytes, keyring: Keyring | None = None) -> None:
+    def __init__(self, root: bytes, keyring: Keyring) -> None:
         super().__init__(root)
-        self._keyring = keyring or OneSecret(self.key("files"))
+        self._keyring = keyring
         self._names = AESSIV(self.key("names", 64))
         self._hashes = self.key("hashes")
         self._hidden: dict[str, AESSIV] = {}
@@ -93,16 +101,21 @@ class Encryption(KeyedRecords):
     def new_file(self, tenant: str) -> FileSeal:
         """See Seal. It has a key that no other file has."""
         identity, secret = self._keyring.current(tenant)
-        return _FileCipher(self, identity, secret, secrets.token_bytes(_SALT))
+        which = base64.b64encode(self.hide("secret", "", json.dumps([tenant, identity]).encode())).decode()
+        return _FileCipher(self, which, secret, secrets.token_bytes(_SALT))
 
     def file(self, key: ChunkKey, metadata: Mapping[str, Any]) -> FileSeal:
         """See Seal."""
         check_sums(self.name, key, metadata)
-        identity, salt = metadata["secret"], bytes.fromhex(metadata["salt"])
-        secret = self._keyring.secret(identity)
-        if secret is None or len(salt) != _SALT:
-            raise DamagedChunkError(f"chunk {key}: the file is encrypted with a secret that this store doesn't have")
-        return _FileCipher(self, identity, secret, salt)
+        which, salt = str(metadata["secret"]), bytes.fromhex(metadata["salt"])
+        named_secret = self.reveal("secret", "", base64.b64decode(which, validate=True))
+        if named_secret is None or len(salt) != _SALT:
+            raise DamagedChunkError(f"chunk {key}: the file was not encrypted by this store")
+        tenant, identity = json.loads(named_secret)
+        try:
+            return _FileCipher(self, which, self._keyring.secret(tenant, identity), salt)
+        except DamagedChunkError as error:
+            raise type(error)(f"chunk {key}: {error}") from error
 
     def chunk_name(self, key: ChunkKey) -> str:
         """See Seal. The key, which is a hash of the chunk's text among other things, encrypted: whoever has the text can't make the name."""
@@ -132,7 +145,7 @@ class Encryption(KeyedRecords):
 
     def hashed(self, kind: str, text: str) -> str:
         """See Seal. A keyed hash."""
-        return hmac.digest(self._hashes, named(kind) + text.encode("utf-8", "surrogatepass"), "sha256").hex()
+        return hmac.digest(self._hashes, named(kind) + _bytes(text), "sha256").hex()
 
     def rehashed(self, kind: str, digest: str) -> str:
         """See Seal. A keyed hash."""
@@ -140,17 +153,33 @@ class Encryption(KeyedRecords):
 
     # -- small records ------------------------------------------------------------------------------------------------
 
-    def wrap(self, kind: str, name: str, content: bytes) -> bytes:
+    def wrap(self, kind: str, name: str, content: bytes, tenant: str | None = None) -> bytes:
         """See Seal."""
+        if tenant is not None:
+            content = self._keyring.hide(tenant, named(kind) + _bytes(name), content)
         return self.hide(kind, name, content)
 
-    def unwrap(self, kind: str, name: str, raw: bytes) -> bytes | None:
+    def unwrap(self, kind: str, name: str, raw: bytes, tenant: str | None = None) -> bytes | None:
         """See Seal."""
-        return self.reveal(kind, name, raw)
+        content = self.reveal(kind, name, raw)
+        if content is None or tenant is None:
+            return content
+        return self._keyring.reveal(tenant, named(kind) + _bytes(name), content)
+
+    def hide_text(self, tenant: str, key: ChunkKey, text: str) -> str:
+        """See Seal."""
+        raw = self._keyring.hide(tenant, named("text") + key.digest.encode(), _bytes(text))
+        return json.dumps([tenant, base64.b64encode(raw).decode()])
+
+    def reveal_text(self, key: ChunkKey, hidden: str) -> str | None:
+        """See Seal."""
+        tenant, raw = json.loads(hidden)
+        content = self._keyring.reveal(tenant, named("text") + key.digest.encode(), base64.b64decode(raw))
+        return None if content is None else content.decode("utf-8", "surrogatepass")
 
     def stamp(self, kind: str, name: str, text: str) -> str:
         """See Seal."""
-        return base64.b64encode(self.hide(kind, name, text.encode("utf-8", "surrogatepass"))).decode()
+        return base64.b64encode(self.hide(kind, name, _bytes(text))).decode()
 
     def unstamp(self, kind: str, name: str, raw: str) -> str | None:
         """See Seal."""
@@ -181,17 +210,18 @@ class _FileCipher(FileSeal):
 
     Args:
         store: the store's seal.
-        identity, secret: a secret, and its id.
+        which: what the header says of the secret.
+        secret: the tenant's secret.
         salt: the file's random bytes.
     """
 
     words = 2
     hides = True
 
-    def __init__(self, store: Encryption, identity: str, secret: bytes, salt: bytes) -> None:
+    def __init__(self, store: Encryption, which: str, secret: bytes, salt: bytes) -> None:
         self._store = store
         self._key = AES(hkdf(secret, salt=salt, info=b"cachetune/chunk file"))
-        self.metadata = {"sums": ENCRYPTED, "secret": identity, "salt": salt.hex()}
+        self.metadata = {"sums": ENCRYPTED, "secret": which, "salt": salt.hex()}
 
     def __repr__(self) -> str:
         return "_FileCipher(...)"
@@ -224,14 +254,14 @@ class _FileCipher(FileSeal):
         """See FileSeal."""
         return self._store.chunk_name(key)
 
-    def hide_text(self, text: str) -> str:
+    def hide_namespace(self, text: str) -> str:
         """See FileSeal."""
-        content = text.encode("utf-8", "surrogatepass")
+        content = _bytes(text)
         into = bytearray(len(content))
         tag = self._close((_HEAD, 1), content, memoryview(into))
         return base64.b64encode(bytes(into) + tag).decode()
 
-    def reveal_text(self, text: str) -> str:
+    def reveal_namespace(self, text: str) -> str:
         """See FileSeal."""
         raw = base64.b64decode(text, validate=True)
         into = bytearray(max(0, len(raw) - 16))
@@ -266,3 +296,7 @@ def _nonce(place: tuple[int, int]) -> bytes:
 def _about(key: ChunkKey, front: Buffer) -> bytes:
     """What a head's tag is over besides: which chunk it is, and the header."""
     return struct.pack("<64sQ", key.digest.encode(), len(front)) + bytes(front)
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")

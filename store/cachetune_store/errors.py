@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "BudgetError",
     "DamagedChunkError",
+    "ErasedChunkError",
     "IndexDamagedError",
     "MissingObjectError",
     "NonFiniteError",
@@ -84,6 +85,10 @@ class BudgetError(StoreError):
 
 class DamagedChunkError(StoreError):
     """A chunk file fails its length, shape or checksum; treat the chunk as missing."""
+
+
+class ErasedChunkError(DamagedChunkError):
+    """A chunk file was written for a tenant that was deleted since: nobody can read it any more, and it is deleted where it is found."""
 
 
 class UnknownFormatError(DamagedChunkError):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from .checking import CheckedFile, check_file
 from .documents import Documents
-from .errors import DamagedChunkError, UnknownFormatError
+from .errors import DamagedChunkError, ErasedChunkError, StoreKeyError, UnknownFormatError
 from .files import TempFiles
 from .keys import ChunkKey
 from .rawfile import DirectIO, RawFile
@@ -48,6 +48,12 @@ def check_files(tier: DiskTier, *, full: bool) -> Found:
                 found.foreign += 1
             elif tier.set_aside(key):
                 found.damaged.append(key)
+            continue
+        except ErasedChunkError:
+            tier.remove(key)
+            continue
+        except StoreKeyError:
+            found.unreadable.append(key)
             continue
         except (DamagedChunkError, OSError) as error:
             if tier.set_aside(key):
@@ -104,7 +110,7 @@ def compare_files(tier: DiskTier, documents: Documents, temp: TempFiles | None) 
                     _adopt(tier, key, found)
             except DamagedChunkError:
                 pass  # such a file is set aside when it is used
-            except OSError:
+            except (OSError, StoreKeyError):
                 unreadable.append(key)
     _finish(tier, documents, temp, unreadable)
 

@@ -19,12 +19,14 @@ from .plainfiles import UnfitFileError, open_plain, remove_any
 from .printing import shown
 from .seals import CHECKSUMS, Seal
 
-__all__ = ["MAX_NOTE", "MAX_NOTE_FILE", "Notes", "file_name", "folder_name", "unwrapped", "wrapped"]
+__all__ = ["MAX_NOTE", "MAX_NOTE_FILE", "SECRET", "Notes", "file_name", "folder_name", "unwrapped", "wrapped"]
 
 MAX_NOTE = 1 << 20
 """Longest note, in bytes."""
 MAX_NOTE_FILE = MAX_NOTE + 1024
 """Longest file of a note, with what the seal adds."""
+SECRET = "secret"
+"""The kind of notes that are secrets."""
 _NAME = re.compile(r"[0-9a-f]{64}")
 
 
@@ -35,10 +37,14 @@ class Notes:
         directory: where their files are. It is made with the first note. None keeps notes in memory.
         temp: writes the files.
         seal: makes and checks their sums.
+        kind: what they are called where they are sealed. "secret": secrets, of which no copy stays when they are set aside. Others are the tenant's own.
     """
 
-    def __init__(self, directory: Path | None, temp: TempFiles | None, seal: Seal = CHECKSUMS) -> None:
+    def __init__(
+        self, directory: Path | None, temp: TempFiles | None, seal: Seal = CHECKSUMS, *, kind: str = "note"
+    ) -> None:
         self._directory = directory
+        self.kind = kind
         self._seal = seal
         self._temp = temp
         self._held: dict[tuple[str, str], bytes] = {}
@@ -53,7 +59,7 @@ class Notes:
             return self._held.get((tenant, _checked(name)))
         try:
             with os.fdopen(open_plain(self._path(tenant, name)), "rb") as file:
-                return unwrapped(self._seal, tenant, name, file.read(MAX_NOTE_FILE))
+                return unwrapped(self._seal, self.kind, tenant, name, file.read(MAX_NOTE_FILE))
         except FileNotFoundError:
             return None
         except UnfitFileError:
@@ -77,7 +83,9 @@ class Notes:
             if (known := self.get(tenant, name)) is not None:
                 return known
             with contextlib.suppress(FileExistsError):
-                self._temp.write([wrapped(self._seal, tenant, name, content)], lambda written: _publish(written, path))
+                self._temp.write(
+                    [wrapped(self._seal, self.kind, tenant, name, content)], lambda written: _publish(written, path)
+                )
             sync_directory(path.parent)
             return self.get(tenant, name) or content
 
@@ -92,9 +100,34 @@ class Notes:
         with locked(self._directory / "lock"):
             if self.get(tenant, name) != content:
                 return False
-            path.replace(path.with_suffix(".damaged"))
+            if self.kind == SECRET:
+                path.unlink()
+            else:
+                path.replace(path.with_suffix(".damaged"))
             sync_directory(path.parent)
             return True
+
+    @property
+    def here(self) -> Notes:
+        """Those that this machine has."""
+        return self
+
+    @property
+    def reachable(self) -> bool:
+        """Whether a note that isn't found is known not to be there."""
+        return True
+
+    def delete(self, tenant: str, name: str) -> None:
+        """Delete a note. No copy stays."""
+        if self._directory is None:
+            with self._lock:
+                self._held.pop((tenant, name), None)
+            return
+        path = self._path(tenant, name)
+        if path.parent.is_dir():
+            with locked(self._directory / "lock"):
+                remove_any(path)
+                sync_directory(path.parent)
 
     def delete_all(self, tenant: str) -> None:
         """Delete a tenant's notes, also those that were set aside."""
@@ -108,6 +141,10 @@ class Notes:
                 for path in folder.iterdir():
                     remove_any(path)
                 sync_directory(folder)
+
+    def folder(self, tenant: str) -> Path | None:
+        """Where a tenant's notes are on disk; None: nowhere."""
+        return None if self._directory is None else self._folder(tenant)
 
     def _folder(self, tenant: str) -> Path:
         assert self._directory is not None
@@ -127,14 +164,14 @@ def file_name(seal: Seal, name: str) -> str:
     return f"{seal.rehashed('note', _checked(name))}.json"
 
 
-def wrapped(seal: Seal, tenant: str, name: str, content: bytes) -> bytes:
+def wrapped(seal: Seal, kind: str, tenant: str, name: str, content: bytes) -> bytes:
     """A note as it is written, here or in a place that machines share."""
-    return seal.wrap("note", f"{_checked(name)} {tenant}", content)
+    return seal.wrap(kind, f"{_checked(name)} {tenant}", content, None if kind == SECRET else tenant)
 
 
-def unwrapped(seal: Seal, tenant: str, name: str, raw: bytes) -> bytes:
+def unwrapped(seal: Seal, kind: str, tenant: str, name: str, raw: bytes) -> bytes:
     """The content of a note; b"" if it is not what the store wrote under this name."""
-    content = seal.unwrap("note", f"{name} {tenant}", raw)
+    content = seal.unwrap(kind, f"{name} {tenant}", raw, None if kind == SECRET else tenant)
     return b"" if content is None else content[: MAX_NOTE + 1]
 
 

@@ -13,7 +13,7 @@ __all__ = ["DESCRIPTION", "is_store", "other_files", "store_path"]
 
 DESCRIPTION = "store.json"
 """The file that makes a folder a store."""
-_PARTS = {"chunks", "documents", "notes", "tmp", "index", "damaged", "profiles", DESCRIPTION}
+_PARTS = {"chunks", "documents", "notes", "secrets", "tmp", "index", "damaged", "profiles", DESCRIPTION}
 _PARTS |= {"lock", "index.lock", "claims.lock"}
 
 _VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")

@@ -17,6 +17,7 @@ from .keeping import Keeper
 from .keys import ChunkKey
 from .printing import shown
 from .readers import ChunkReader, HostReader
+from .seals import CHECKSUMS
 from .stats import TierUsage
 from .texts import drop_text, evict_text, note_text
 from .tiers import LastingTier, Tier
@@ -99,7 +100,7 @@ class Placement:
         if not isinstance(self._home, LastingTier):
             for victim in victims:
                 evict_text(self._index, victim.key)
-            note_text(self._index, chunk.head)
+            note_text(self._index, chunk.head, CHECKSUMS)
             return chunk.host_bytes
         for tier in self._lasting[1:]:
             tier.admit(chunk)
@@ -206,6 +207,13 @@ class Placement:
             freed += _lowest([tier.remove(key) for tier in self._tiers.values() if tier.kind.shared_by != "machines"])
             drop_text(self._index, key)
         return freed
+
+    def forget_tenant(self, tenant: str) -> None:
+        """Drop the chunks of a tenant from memory. In tiers that last, nobody can read them any more."""
+        for tier in self._memory:
+            for key, head in list(tier.heads()):
+                if not isinstance(head, Exception) and head.namespace.tenant == tenant:
+                    tier.remove(key)
 
     def size_of(self, key: ChunkKey) -> int:
         """Bytes of a chunk in the slowest tier that has it; 0 if none has."""

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from .chunk import ChunkHead
-from .errors import RemoteError, StoreKeyError, UnknownFormatError
+from .errors import ErasedChunkError, RemoteError, StoreKeyError, UnknownFormatError
 from .keys import ChunkKey
 from .placement import Placement
 from .stats import ChunkGroup, PruneReport, TenantStats
@@ -47,7 +47,7 @@ def by_tenant(found: Iterable[ChunkGroup], documents: Mapping[str, int]) -> list
 
 
 def prune(placement: Placement, keep: Keep, *, foreign_too: bool, dry_run: bool) -> PruneReport:
-    """Remove the chunks that `keep` is false for, and, if asked to, files of other format versions.
+    """Remove the chunks that `keep` is false for, those of tenants that were deleted, and, if asked to, files of other format versions.
 
     Damaged files are left to verify().
 
@@ -55,25 +55,28 @@ def prune(placement: Placement, keep: Keep, *, foreign_too: bool, dry_run: bool)
         RemoteError: a shared place can't be read, so nothing says whether its chunks stay. Nothing is removed then.
     """
     chunks = size = foreign = 0
-    for key, head in list(_doomed(placement, keep, foreign_too)):
+    for key, of_this_format in list(_doomed(placement, keep, foreign_too)):
         size += placement.size_of(key) if dry_run else placement.remove(key)
-        foreign += head is None
-        chunks += head is not None
+        foreign += not of_this_format
+        chunks += of_this_format
     disk = placement.find(DiskTier)
     if disk is not None and not dry_run:
         disk.drop_missing()  # a process that was killed while it pruned has deleted files that the index still knows
     return PruneReport(chunks, foreign, size)
 
 
-def _doomed(placement: Placement, keep: Keep, foreign_too: bool) -> Iterator[tuple[ChunkKey, ChunkHead | None]]:
+def _doomed(placement: Placement, keep: Keep, foreign_too: bool) -> Iterator[tuple[ChunkKey, bool]]:
+    """What is to be removed, and whether it is of this format version."""
     for key, head in _heads(placement):
         if isinstance(head, ChunkHead):
             if not keep(head):
-                yield key, head
+                yield key, True
+        elif isinstance(head, ErasedChunkError):
+            yield key, True
         elif isinstance(head, RemoteError | StoreKeyError):
             raise head
         elif foreign_too and isinstance(head, UnknownFormatError):
-            yield key, None
+            yield key, False
 
 
 def _heads(placement: Placement, *, shared: bool = True) -> Iterator[tuple[ChunkKey, ChunkHead | Exception]]:

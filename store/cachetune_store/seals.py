@@ -76,12 +76,12 @@ class FileSeal(ABC):
     def chunk_name(self, key: ChunkKey) -> str:
         """The chunk's name in the file. See Seal."""
 
-    def hide_text(self, text: str) -> str:
-        """A text as the file's header holds it. One in a file."""
+    def hide_namespace(self, text: str) -> str:
+        """The namespace as the file's header holds it."""
         return text
 
-    def reveal_text(self, text: str) -> str:
-        """The text that `hide_text` was given.
+    def reveal_namespace(self, text: str) -> str:
+        """What `hide_namespace` was given.
 
         Raises:
             ValueError: it is not what this file was written with.
@@ -166,12 +166,23 @@ class Seal(ABC):
         """
 
     @abstractmethod
-    def wrap(self, kind: str, name: str, content: bytes) -> bytes:
-        """A record that has checks of its own against accidents (a note, a change), as it is written. Arguments as for `record`."""
+    def wrap(self, kind: str, name: str, content: bytes, tenant: str | None = None) -> bytes:
+        """A record that has checks of its own against accidents (a note, a change), as it is written. Arguments as for `record`.
+
+        Where the store is encrypted, what is of a tenant can't be read any more once the tenant is deleted. None: it is nobody's.
+        """
 
     @abstractmethod
-    def unwrap(self, kind: str, name: str, raw: bytes) -> bytes | None:
+    def unwrap(self, kind: str, name: str, raw: bytes, tenant: str | None = None) -> bytes | None:
         """The record's content; None if it was changed since, or is not that record."""
+
+    def hide_text(self, tenant: str, key: ChunkKey, text: str) -> str:
+        """A chunk's text as records have it. The same text gives the same. Where the store is encrypted, it ends with its tenant."""
+        return text
+
+    def reveal_text(self, key: ChunkKey, hidden: str) -> str | None:
+        """The text that `hide_text` was given; None if its tenant was deleted."""
+        return hidden
 
     def stamp(self, kind: str, name: str, text: str) -> str:
         """A record that has no checks of its own, as it is written. Arguments as for `record`."""
@@ -238,11 +249,11 @@ class Checksums(Seal, FileSeal):
         """See Seal."""
         return str(xxhash.xxh3_64_hexdigest(content))
 
-    def wrap(self, kind: str, name: str, content: bytes) -> bytes:
+    def wrap(self, kind: str, name: str, content: bytes, tenant: str | None = None) -> bytes:
         """See Seal."""
         return content
 
-    def unwrap(self, kind: str, name: str, raw: bytes) -> bytes | None:
+    def unwrap(self, kind: str, name: str, raw: bytes, tenant: str | None = None) -> bytes | None:
         """See Seal."""
         return raw
 
@@ -268,11 +279,11 @@ class KeyedRecords(Seal):
         secret = self._records.get(kind) or self._records.setdefault(kind, self.key(f"record {kind}"))
         return hmac.digest(secret, named(name) + content, "sha256").hex()[:32]
 
-    def wrap(self, kind: str, name: str, content: bytes) -> bytes:
+    def wrap(self, kind: str, name: str, content: bytes, tenant: str | None = None) -> bytes:
         """See Seal."""
         return self.record(kind, name, content).encode() + content
 
-    def unwrap(self, kind: str, name: str, raw: bytes) -> bytes | None:
+    def unwrap(self, kind: str, name: str, raw: bytes, tenant: str | None = None) -> bytes | None:
         """See Seal."""
         content = raw[self.digits :]
         return content if hmac.compare_digest(raw[: self.digits], self.record(kind, name, content).encode()) else None

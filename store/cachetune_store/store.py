@@ -25,13 +25,14 @@ from .errors import (
     StoreClosedError,
     StoreError,
     StoreForkedError,
+    StoreKeyError,
     StoreReadOnlyError,
 )
 from .files import explain
 from .holders import Holders
 from .index import Index, MemoryIndex
 from .keys import ChunkKey, Namespace
-from .notes import Notes
+from .notes import SECRET, Notes
 from .paths import is_store, store_path
 from .placement import Placement
 from .printing import shown
@@ -50,6 +51,7 @@ from .units import MOST_BYTES, parse_bytes
 
 if TYPE_CHECKING:
     from .remote.shared import Shared
+    from .tenants import TenantSecrets
 
 __all__ = ["ChunkStore"]
 
@@ -168,6 +170,7 @@ class ChunkStore:
         self._host = host = HostTier(host_bytes, pins)
         on_device = _device_tier(parse_bytes(device_budget, "device_budget"), device, pins)
         self._shared: Shared | None = None
+        self._secrets: TenantSecrets | None = None
         self._notes: Notes
         self._placement: Placement
 
@@ -196,6 +199,8 @@ class ChunkStore:
                 forget=lambda keys: self._placement.forget(keys),
                 key=self._key,
                 encrypted=(encrypt or None) if self._directory is None else self._directory.encrypted,
+                keyring=self._keyring,
+                erased=lambda tenant, secret: self._keyring().erased_elsewhere(tenant, secret),
             )
             self._notes = self._shared.notes
             return [self._shared.tier]
@@ -214,7 +219,7 @@ class ChunkStore:
                 from .remote.shared import is_encrypted
 
                 encrypt = is_encrypted(remote, timeout=_seconds(remote_timeout), options=remote_options or {})
-            self._directory = directory = StoreDirectory(self.path, self._key, encrypt=bool(encrypt))
+            self._directory = directory = StoreDirectory(self.path, self._key, self._keyring, encrypt=bool(encrypt))
             self.index, temp = directory.index, directory.temp
             self._documents = Documents(self.index, self.path / "documents", temp, self._removals, directory.seal)
             self._notes = Notes(self.path / "notes", temp, directory.seal)
@@ -230,6 +235,7 @@ class ChunkStore:
                 seal=directory.seal,
             )
             self._placement = Placement([*on_device, host, disk, *share()], self.index, self._claims)
+            self._connect_secrets()
             self._repair = Repair(directory, self._placement, self._documents)
             directory.bring_in_line(disk, self._documents)
             self._open_shared()
@@ -353,12 +359,14 @@ class ChunkStore:
         check_key(key)
         if errors is not None:
             check_kind(errors, list, "errors", "use a list to be filled, or None")
+        self._look_for_erased()
         return self._placement.open(key, [] if errors is None else errors)
 
     def open_in_memory(self, key: ChunkKey) -> ChunkReader | None:
         """As open(), but only if the chunk is in host memory or on the device. The disk is not touched."""
         self._check_open()
         check_key(key)
+        self._look_for_erased()
         return self._placement.open_in_memory(key)
 
     def contains(self, key: ChunkKey, *, lasting: bool = False) -> bool:
@@ -370,6 +378,7 @@ class ChunkStore:
         self._check_open()
         check_key(key)
         check_flag(lasting, "lasting")
+        self._look_for_erased()
         return self._placement.contains(key, lasting=lasting)
 
     @property
@@ -630,7 +639,9 @@ class ChunkStore:
         for key in keys:
             record = self._text_record(key)
             if record is not None and (wanted is None or record["namespace"] == wanted):
-                yield key, record["text"], record["tokens"]
+                text = self._text(key, record)
+                if text is not None:
+                    yield key, text, record["tokens"]
 
     def _text_record(self, key: ChunkKey) -> Any:
         return self._repair.healed(lambda: self.index.get(f"text/{key}"))
@@ -642,7 +653,10 @@ class ChunkStore:
                 for name, record in self.index.items("text/"):
                     place = self.index.place(name)
                     if place > last and (wanted is None or record["namespace"] == wanted):
-                        yield ChunkKey(name.removeprefix("text/")), record["text"], record["tokens"]
+                        key = ChunkKey(name.removeprefix("text/"))
+                        text = self._text(key, record)
+                        if text is not None:
+                            yield key, text, record["tokens"]
                     last = max(last, place)
                 return
             except IndexDamagedError as error:
@@ -747,6 +761,9 @@ class ChunkStore:
     def delete_tenant(self, tenant: str) -> int:
         """Delete a tenant's documents, notes and all its chunks. Returns the bytes that were freed.
 
+        In an encrypted store, the tenant's secrets are erased first. What was written with them can't be read any more then, wherever it is:
+        by this process at once, by others that share the directory with the next chunk that they open, by other machines within seconds.
+
         Raises:
             StorePathError: the remote tier can't be used now, so something of the tenant may be left; do it again when it answers.
         """
@@ -754,9 +771,39 @@ class ChunkStore:
         check_text(tenant, "tenant")
         self._removals.note(tenant, None)
         self.sync()  # what others have stored just now goes, too
+        if self._secrets is not None:
+            self._erase(self._secrets, tenant)
         freed = sum(self.delete_document(info.id, tenant=tenant) for info in self.documents(tenant=tenant))
         self._repair.healed(lambda: self._notes.delete_all(tenant))
         return freed + self.prune(lambda head: head.namespace.tenant != tenant).bytes
+
+    def _erase(self, secrets: TenantSecrets, tenant: str) -> None:
+        if self._shared is not None:
+            # First: what is told and not done yet, others do.
+            for identity in secrets.identities(tenant):
+                self._shared.add({"op": "erase", "tenant": tenant, "secret": identity})
+        self._repair.healed(lambda: secrets.erase(tenant))
+        self._tell_others()
+
+    def renew_secret(self, *, tenant: str = "") -> None:
+        """Draw a new secret for a tenant of an encrypted store. What is written from now on is encrypted with it.
+
+        What is there stays readable, with the secret that it was written with; precompute anew what must not. Other processes that have the
+        store open use the new secret once they open it again.
+
+        Raises:
+            StoreArgumentError: the store isn't encrypted.
+            StorePathError: it can't be written now.
+        """
+        self.check_writable()
+        check_text(tenant, "tenant")
+        if self._secrets is None:
+            raise StoreArgumentError(
+                f"the store {self.path or self.remote or 'in memory'} is not encrypted, so its tenants have no secrets; make an encrypted one in "
+                "another place (encrypt=True)"
+            )
+        secrets = self._secrets
+        self._repair.healed(lambda: secrets.renew(tenant))
 
     def change_key(self, new_key: GivenKey) -> None:
         """Give a store that has a key another one, in its directory and in the shared place. No file is written again.
@@ -843,6 +890,41 @@ class ChunkStore:
         except BaseException:
             self._placement.close()
             raise
+
+    def _keyring(self) -> TenantSecrets:
+        """The secrets of tenants. Called only where the directory or the shared place is encrypted."""
+        if self._secrets is None:
+            # Imported here: it needs an extra.
+            from .tenants import TenantSecrets
+
+            self._secrets = TenantSecrets(lambda tenant: self._placement.forget_tenant(tenant))
+            if self.path is None:
+                self._connect_secrets()
+        return self._secrets
+
+    def _connect_secrets(self) -> None:
+        """Tell the keyring, if there is one, where secrets are kept: in the directory and in the shared place."""
+        if self._secrets is None:
+            return
+        if self._directory is None:
+            here = Notes(None, None, kind=SECRET)
+        else:
+            here = Notes(self._directory.path / "secrets", self._directory.temp, self._directory.seal, kind=SECRET)
+        notes = here if self._shared is None else self._shared.shared(here, self._secrets.is_wanted)
+        self._secrets.connect(notes, here.folder(""))
+
+    def _look_for_erased(self) -> None:
+        """Forget what is in memory of tenants whose secrets another process or machine has erased."""
+        if self._secrets is not None:
+            self._secrets.look()
+
+    def _text(self, key: ChunkKey, record: Any) -> str | None:
+        """The text of a record of the index; None if nobody can read it any more, or its secret can't be had now."""
+        shared = self._shared if self.path is None else None
+        seal = self.seal if shared is None else shared.tier.catalogue.known_seal
+        with contextlib.suppress(StoreKeyError):
+            return seal.reveal_text(key, record["text"])
+        return None
 
     def _change(
         self, change: Callable[[], _Result], op: str, tenant: str, document: str, keys: Sequence[ChunkKey] | None = None

@@ -12,6 +12,7 @@ from typing import TypedDict
 from .chunk import ChunkHead
 from .index import Index
 from .keys import ChunkKey
+from .seals import Seal
 
 __all__ = [
     "TextRecord",
@@ -25,17 +26,18 @@ __all__ = [
 
 
 class TextRecord(TypedDict):
-    """The text of a chunk, how many tokens it has, and the digest of the namespace that they are in."""
+    """The text of a chunk (as `Seal.hide_text` gives it), how many tokens it has, and the digest of the namespace that they are in."""
 
     text: str
     tokens: int
     namespace: str
 
 
-def note_text(index: Index, head: ChunkHead) -> None:
-    """Add the text of a chunk, if it has one."""
+def note_text(index: Index, head: ChunkHead, seal: Seal) -> None:
+    """Add the text of a chunk, if it has one. `seal` is the store's."""
     if head.text is not None:
-        record = TextRecord(text=head.text, tokens=head.layout.tokens, namespace=head.namespace.digest)
+        text = seal.hide_text(head.namespace.tenant, head.key, head.text)
+        record = TextRecord(text=text, tokens=head.layout.tokens, namespace=head.namespace.digest)
         note_text_records(index, {head.key: record})
 
 

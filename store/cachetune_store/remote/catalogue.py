@@ -12,9 +12,9 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..description import FORMAT, Description, check_encrypted, no_key
+from ..description import FORMAT, Description, check_encrypted, no_key, no_keyring
 from ..description import MOST_BYTES as MOST_DESCRIPTION
 from ..documents import Documents
 from ..errors import RemoteError, StoreKeyError, StoreVersionError
@@ -39,6 +39,9 @@ from .changes import (
 from .objects import Objects
 from .taking import Taking, as_told
 
+if TYPE_CHECKING:
+    from ..encryption import Keyring
+
 __all__ = ["Catalogue"]
 
 SNAPSHOT_EVERY = 256
@@ -51,7 +54,7 @@ _BAD_READS = 3
 
 _UPLOAD_SECONDS = 1.0
 """Seconds of writing chunks after which it is looked for what else can be told."""
-_PARTS = ("changes/", "snapshots/", "chunks/", "notes/")
+_PARTS = ("changes/", "snapshots/", "chunks/", "notes/", "secrets/")
 _DAY = 86_400.0
 
 _log = logging.getLogger(__name__)
@@ -68,6 +71,8 @@ class Catalogue:
         upload: called with the key of a chunk that is to be written to the place. Returns the op "chunk" of it; None if it isn't here any more.
         key: the store's key, with which the place was made, too; None if it has none.
         encrypted: whether the place must be encrypted, and is made so if it is empty; None: it is as it is, and not encrypted if it is empty.
+        keyring: makes what has the secrets of tenants, if the place is encrypted.
+        erased: called with a tenant and the id of its secret that another machine has erased.
     """
 
     def __init__(
@@ -79,8 +84,10 @@ class Catalogue:
         upload: Callable[[ChunkKey], Op | None],
         key: StoreKey | None = None,
         encrypted: bool | None = None,
+        keyring: Callable[[], Keyring] = no_keyring,
+        erased: Callable[[str, str], None] = lambda tenant, secret: None,
     ) -> None:
-        self._encrypted = encrypted
+        self._encrypted, self._keyring, self._erased = encrypted, keyring, erased
         self._objects, self._index, self._documents = objects, index, documents
         self._book = Book(index)
         self._forget, self._upload = forget, upload
@@ -122,6 +129,11 @@ class Catalogue:
         if self._key is not None and self._seal is CHECKSUMS:
             with self._round:
                 self.join()
+        return self._seal
+
+    @property
+    def known_seal(self) -> Seal:
+        """The place's seal, as far as it was asked for it."""
         return self._seal
 
     def is_waiting(self, key: ChunkKey) -> bool:
@@ -188,7 +200,7 @@ class Catalogue:
             )
         if self._key is None or identity != self._sealed:
             # What is known of a place's root key stays true if others have given the place another key meanwhile.
-            self._seal, self._sealed = described.seal(self._key, self._objects.place), identity
+            self._seal, self._sealed = described.seal(self._key, self._objects.place, self._keyring), identity
         with self._index.transaction():
             state = self._book.state()
             if state["id"] != identity:
@@ -387,7 +399,7 @@ class Catalogue:
                 return
             self._book.begin()
             try:
-                taking = Taking(self._book, self._documents, self._forget)
+                taking = Taking(self._book, self._documents, self._forget, self._erased)
                 yield taking
                 unwanted = taking.unwanted
             finally:

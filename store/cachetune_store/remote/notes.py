@@ -23,6 +23,7 @@ class SharedNotes(Notes):
         breaker: says whether it may be asked.
         failed: called with the error of a request that failed.
         seal: what makes and checks the sums of notes there; it may have to ask the place.
+        wanted: whether a note that is missing there, and was found here, may be written there.
     """
 
     def __init__(
@@ -32,8 +33,10 @@ class SharedNotes(Notes):
         breaker: Breaker,
         failed: Callable[[Exception], None],
         seal: Callable[[], Seal],
+        wanted: Callable[[bytes], bool] = lambda content: True,
     ) -> None:
-        super().__init__(None, None)
+        super().__init__(None, None, kind=local.kind)
+        self._wanted = wanted
         self._place_seal = seal
         self._local, self._objects, self._breaker, self._failed = local, objects, breaker, failed
         self._agreed: set[tuple[str, str]] = set()
@@ -84,6 +87,27 @@ class SharedNotes(Notes):
             self._agreed = {place for place in self._agreed if place[0] != tenant}
         self._objects.delete(list(self._objects.names(f"{self._place_folder(tenant)}/")))
 
+    @property
+    def here(self) -> Notes:
+        """See Notes."""
+        return self._local
+
+    @property
+    def reachable(self) -> bool:
+        """See Notes."""
+        return self._breaker.closed
+
+    def delete(self, tenant: str, name: str) -> None:
+        """See Notes.
+
+        Raises:
+            RemoteError: it can't be deleted in the remote place now.
+        """
+        self._local.delete(tenant, name)
+        with self._agreeing:
+            self._agreed.discard((tenant, name))
+        self._objects.delete([self._object(tenant, name)])
+
     def _agree(self, tenant: str, name: str, mine: bytes | None) -> bytes | None:
         theirs = self._find(tenant, name)
         if theirs == b"" and mine:
@@ -93,6 +117,9 @@ class SharedNotes(Notes):
         if theirs == b"":
             return theirs
         if theirs is None:
+            if mine and not self._wanted(mine):
+                self._local.delete(tenant, name)
+                return None
             if not mine or not self._put(tenant, name, mine):
                 return mine
             theirs = mine
@@ -107,10 +134,10 @@ class SharedNotes(Notes):
     def _find(self, tenant: str, name: str) -> bytes | None:
         """The note in the remote place; None if there is none, b"" if it was forged."""
         raw = self._objects.get(self._object(tenant, name), MAX_NOTE_FILE)
-        return None if raw is None else unwrapped(self._place_seal(), tenant, name, raw)
+        return None if raw is None else unwrapped(self._place_seal(), self.kind, tenant, name, raw)
 
     def _put(self, tenant: str, name: str, content: bytes) -> bool:
-        raw = wrapped(self._place_seal(), tenant, name, content)
+        raw = wrapped(self._place_seal(), self.kind, tenant, name, content)
         return self._objects.put(self._object(tenant, name), [raw], create=True)
 
     def _keep(self, tenant: str, name: str, content: bytes) -> None:
@@ -120,7 +147,7 @@ class SharedNotes(Notes):
             return
 
     def _place_folder(self, tenant: str) -> str:
-        return f"notes/{folder_name(self._place_seal(), tenant)}"
+        return f"{self.kind}s/{folder_name(self._place_seal(), tenant)}"
 
     def _object(self, tenant: str, name: str) -> str:
         return f"{self._place_folder(tenant)}/{file_name(self._place_seal(), name)}"

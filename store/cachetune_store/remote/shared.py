@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..buffers import SlabPool
 from ..chunk import Chunk
-from ..description import MOST_BYTES, Description
+from ..description import MOST_BYTES, Description, no_keyring
 from ..documents import Documents
 from ..errors import RemoteError, RemoteRefusedError
 from ..index import Index
@@ -22,6 +22,9 @@ from .changes import Op
 from .notes import SharedNotes
 from .places import open_objects
 from .sync import Sync
+
+if TYPE_CHECKING:
+    from ..encryption import Keyring
 
 __all__ = ["Shared", "is_encrypted"]
 
@@ -43,6 +46,8 @@ class Shared:
         forget: deletes chunks from the tiers that others don't share.
         key: the store's key; None if it has none.
         encrypted: whether the place must be encrypted; None: it is as it is.
+        keyring: makes what has the secrets of tenants, if the place is encrypted.
+        erased: called with a tenant and the id of its secret that another machine has erased.
 
     Attributes:
         tier: the chunks there.
@@ -66,6 +71,8 @@ class Shared:
         forget: Callable[[Sequence[ChunkKey]], int],
         key: StoreKey | None = None,
         encrypted: bool | None = None,
+        keyring: Callable[[], Keyring] = no_keyring,
+        erased: Callable[[str, str], None] = lambda tenant, secret: None,
     ) -> None:
         objects = open_objects(url, timeout=timeout, options=options)
         self._index, self._behind = index, behind
@@ -77,10 +84,18 @@ class Shared:
             codec=codec,
             behind=behind,
             source=source,
-            catalogue=lambda upload: Catalogue(objects, index, documents, forget, upload, key, encrypted),
+            catalogue=lambda upload: Catalogue(
+                objects, index, documents, forget, upload, key, encrypted, keyring, erased
+            ),
         )
-        self.notes = SharedNotes(notes, objects, self.tier.breaker, self.tier.failed, self.tier.catalogue.seal)
+        self._objects = objects
+        self.notes = self.shared(notes)
         self._sync: Sync | None = None
+
+    def shared(self, notes: Notes, wanted: Callable[[bytes], bool] = lambda content: True) -> SharedNotes:
+        """Notes on which all agree, from this machine's own. Arguments as for SharedNotes."""
+        tier = self.tier
+        return SharedNotes(notes, self._objects, tier.breaker, tier.failed, tier.catalogue.seal, wanted)
 
     def open(self, healed: Callable[[Callable[[], object]], object]) -> None:
         """Read what is in the place, and go on doing so in the background.

@@ -27,13 +27,20 @@ class Taking:
         book: the store's records of the place.
         documents: the store's documents.
         forget: deletes chunks from what this machine has of them.
+        erased: called with a tenant and the id of its secret that another machine has erased.
 
     Attributes:
         unwanted: objects that this store has written and nobody needs any more.
     """
 
-    def __init__(self, book: Book, documents: Documents, forget: Callable[[Sequence[ChunkKey]], int]) -> None:
-        self._book, self._documents, self._forget = book, documents, forget
+    def __init__(
+        self,
+        book: Book,
+        documents: Documents,
+        forget: Callable[[Sequence[ChunkKey]], int],
+        erased: Callable[[str, str], None],
+    ) -> None:
+        self._book, self._documents, self._forget, self._erased = book, documents, forget, erased
         self.unwanted: list[str] = []
         self._own_chunks: dict[str, list[str]] = {}
         self._own_freed: set[str] = set()
@@ -57,7 +64,7 @@ class Taking:
         self._book.told(name)
         if op["op"] == "free":
             self.unwanted.append(op["object"])
-        elif op["op"] != "chunk":
+        elif "id" in op:
             place = op["tenant"], op["id"]
             left = [each for each in self._own_documents[place] if each[0] != name]
             self._own_documents[place] = left
@@ -76,6 +83,8 @@ class Taking:
                 self._book.drop_chunk(key)
                 if not self._documents.holds(key):
                     self._forget([key])
+        elif kind == "erase":
+            self._erased(op["tenant"], op["secret"])
         else:
             self._document(op)
 
@@ -88,6 +97,8 @@ class Taking:
                 self._book.drop_chunk(key)
                 if op is None and not self._documents.holds(key):
                     self._forget([key])
+        for op in state.erased.values():
+            self._erased(op["tenant"], op["secret"])
         for op in state.chunks.values():
             self._chunk(op)
         for tenant, name in self._documents.shared():

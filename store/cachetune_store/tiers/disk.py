@@ -22,7 +22,15 @@ from ..checking import check_file
 from ..chunk import Chunk, ChunkHead
 from ..chunkfile import SUFFIX, encode_file, parse_head
 from ..disk_reader import DiskReader
-from ..errors import BudgetError, DamagedChunkError, IndexDamagedError, StoreError, UnknownCodecError
+from ..errors import (
+    BudgetError,
+    DamagedChunkError,
+    ErasedChunkError,
+    IndexDamagedError,
+    StoreError,
+    StoreKeyError,
+    UnknownCodecError,
+)
 from ..files import TempFiles, explain, make_directory, sync_directory, unreadable
 from ..index import Index
 from ..keys import ChunkKey
@@ -147,7 +155,7 @@ class DiskTier(LastingTier):
         try:
             with contextlib.closing(RawFile(self.path_of(key), DirectIO(False))) as file:
                 return parse_head(key, file.size, file.head, self.seal)[0]
-        except (DamagedChunkError, UnknownCodecError) as error:
+        except (DamagedChunkError, UnknownCodecError, StoreKeyError) as error:
             return error
 
     def touch(self, key: ChunkKey) -> None:
@@ -230,7 +238,7 @@ class DiskTier(LastingTier):
         """Add a file that the index doesn't know, or knows with another size. Returns whether it was added."""
         record = self.index.get(f"chunk/{head.key}")
         if record is not None and record["size"] == size:
-            note_text(self.index, head)
+            note_text(self.index, head, self.seal)
             return False
         self._record(head, size, used)
         return True
@@ -318,6 +326,15 @@ class DiskTier(LastingTier):
             # The file is good where its codec is registered.
             file.close()
             return None
+        except StoreKeyError as error:
+            file.close()
+            errors.append(error)
+            return None
+        except ErasedChunkError:
+            file.close()
+            with contextlib.suppress(StoreError):  # a store that is only read keeps it
+                self.remove(key)
+            return None
         except (DamagedChunkError, OSError) as error:
             file.close()
             self._note_damage(key, error, errors)
@@ -350,6 +367,8 @@ class DiskTier(LastingTier):
             return file.identity
         except OSError as error:
             return file.identity if error.errno in _LOST else None
+        except StoreKeyError:
+            return None
         return None
 
     def _take_away(self, key: ChunkKey, seen: tuple[int, int, int]) -> bool:
@@ -398,7 +417,7 @@ class DiskTier(LastingTier):
         with self.index.transaction():
             old = self.index.get(f"chunk/{head.key}")
             self.index.set(f"chunk/{head.key}", {"size": size, "used": used, "tokens": head.layout.tokens})
-            note_text(self.index, head)
+            note_text(self.index, head, self.seal)
             self._add_total(size - (old["size"] if old else 0), 0 if old else 1, stored=1)
         self._lru.add(used, head.key.digest)
 

@@ -10,7 +10,15 @@ from typing import Any
 from ..buffers import SlabPool
 from ..chunk import Chunk, ChunkHead
 from ..chunkfile import encode_file, parse_head
-from ..errors import DamagedChunkError, MissingObjectError, RemoteError, StoreError, StoreKeyError, UnknownCodecError
+from ..errors import (
+    DamagedChunkError,
+    ErasedChunkError,
+    MissingObjectError,
+    RemoteError,
+    StoreError,
+    StoreKeyError,
+    UnknownCodecError,
+)
 from ..index import Index
 from ..keys import ChunkKey, make_key
 from ..remote.breaker import Breaker
@@ -188,6 +196,10 @@ class RemoteTier(LastingTier):
             self.failed(error)
             errors.append(error)
             return None
+        except ErasedChunkError as error:
+            self._lost(key)
+            errors.append(error)
+            return None
         except DamagedChunkError as error:
             if self.set_aside(key):
                 errors.append(DamagedChunkError(f"chunk {key} was damaged and is set aside: {error}"))
@@ -234,6 +246,7 @@ class RemoteTier(LastingTier):
         seal = self.catalogue.seal()
         if self._codec is not None:
             chunk = transcoded(chunk, self._codec, self._pool, seal.in_memory)
+        text = chunk.head.text
         (head, rows), name = encode_file(chunk, seal), object_name(seal.chunk_name(chunk.key))
         size = len(head) + len(rows)
         try:
@@ -250,6 +263,6 @@ class RemoteTier(LastingTier):
             "size": size,
             "head": len(head),
             "tokens": chunk.head.layout.tokens,
-            "text": chunk.head.text,
+            "text": text if text is None else seal.hide_text(chunk.head.namespace.tenant, chunk.key, text),
             "namespace": chunk.head.namespace.digest,
         }

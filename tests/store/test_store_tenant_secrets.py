@@ -1,0 +1,287 @@
+"""The secrets of an encrypted store's tenants: a deleted tenant can't be read any more, by anybody and from no copy."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from shared_places import Place
+from store_samples import Sample, sample
+
+from cachetune_store import ChunkStore, StoreArgumentError, StoreError, StoreKeyError
+from cachetune_store.notes import Notes
+from cachetune_store.remote import catalogue
+
+pytest.importorskip("cryptography")
+
+KEY = bytes(range(32))
+TEXT = "The lighthouse was built in 1871 by three brothers."
+NOTE = "c" * 64
+ACME, OTHER = "acme", "other"
+
+
+def encrypted(path: Path | None, **options: Any) -> ChunkStore:
+    return ChunkStore(path, **{"store_key": KEY, "encrypt": True, "host_budget": 0} | options)
+
+
+def one_of(tenant: str, seed: int = 1) -> Sample:
+    return sample(seed, tenant=tenant)
+
+
+def fill(store: ChunkStore, *tenants: str, seed: int = 1) -> None:
+    for tenant in tenants:
+        one_of(tenant, seed).put(store, text=TEXT)
+        store.set_document(f"d{seed}", [one_of(tenant, seed).key], tenant=tenant)
+        store.settle_note(NOTE, TEXT.encode(), tenant=tenant)
+
+
+def reads(store: ChunkStore, tenant: str, seed: int = 1) -> bool:
+    reader = store.open(one_of(tenant, seed).key)
+    if reader is None:
+        return False
+    with reader:
+        assert one_of(tenant, seed).matches(reader)
+        return True
+
+
+def texts(store: ChunkStore) -> int:
+    found = list(store.texts())
+    assert all(text == TEXT for _, text, _ in found)
+    return len(found)
+
+
+def copied(path: Path, to: Path) -> Path:
+    return Path(shutil.copytree(path, to))
+
+
+def put_back(copy: Path, path: Path, *names: str) -> None:
+    """What a backup has of these parts, beside what is there now."""
+    for name in names:
+        shutil.copytree(copy / name, path / name, dirs_exist_ok=True)
+
+
+def test_a_deleted_tenant_is_gone_and_the_others_stay(tmp_path: Path) -> None:
+    with encrypted(tmp_path) as store:
+        fill(store, ACME, OTHER)
+        assert texts(store) == 2
+        assert store.delete_tenant(ACME)
+        assert not reads(store, ACME)
+        assert reads(store, OTHER)
+        assert texts(store) == 1
+        assert store.documents(tenant=ACME) == []
+        assert store.note(NOTE, tenant=ACME) is None
+    with encrypted(tmp_path) as store:
+        assert not reads(store, ACME)
+        assert reads(store, OTHER)
+        fill(store, ACME)  # it may come again, with a secret of its own
+        assert reads(store, ACME)
+        assert store.verify().ok
+    with encrypted(tmp_path) as store:
+        assert reads(store, ACME)
+
+
+def test_no_old_copy_of_a_deleted_tenant_can_be_read(tmp_path: Path) -> None:
+    """Chunks, texts, notes and the secret itself, put back one after the other."""
+    path = tmp_path / "kv"
+    with encrypted(path) as store:
+        fill(store, ACME, OTHER)
+    copy = copied(path, tmp_path / "copy")
+    with encrypted(path) as store:
+        store.delete_tenant(ACME)
+        put_back(copy, path, "chunks", "notes")
+        assert not reads(store, ACME), "by the process that has deleted it"
+        assert not store.note(NOTE, tenant=ACME)
+    put_back(copy, path, "chunks", "notes", "documents", "index")
+    with encrypted(path) as store:
+        assert not reads(store, ACME)
+        assert reads(store, OTHER)
+        assert texts(store) == 1
+    put_back(copy, path, "chunks", "notes", "documents", "index", "secrets")
+    with encrypted(path) as store:
+        assert not reads(store, ACME)
+        assert reads(store, OTHER)
+        assert texts(store) == 1
+        assert not store.note(NOTE, tenant=ACME)
+        assert store.stats().damaged == 0
+    secrets = [file.name for file in (copy / "secrets").rglob("*.json")]
+    left = [file.read_bytes() for file in (path / "secrets").rglob("*") if file.is_file()]
+    gone = [file.read_bytes() for file in (copy / "secrets").rglob("*.json") if file.read_bytes() not in left]
+    assert len(secrets) == 2
+    assert len(gone) == 1, "the copy of the secret was deleted again"
+
+
+def test_a_running_process_drops_a_tenant_that_another_one_deletes(tmp_path: Path) -> None:
+    with encrypted(tmp_path, host_budget="1GiB") as running, encrypted(tmp_path) as other:
+        fill(running, ACME, OTHER)
+        copy = copied(tmp_path / "chunks", tmp_path.with_name("copy"))
+        assert running.touch_host(one_of(ACME).key)
+        other.delete_tenant(ACME)
+        shutil.copytree(copy, tmp_path / "chunks", dirs_exist_ok=True)
+        assert running.open_in_memory(one_of(ACME).key) is None
+        assert not running.touch_host(one_of(ACME).key)
+        assert not reads(running, ACME)
+        assert running.open_in_memory(one_of(OTHER).key) is not None
+
+
+def test_deleting_can_be_cut_off_and_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with encrypted(tmp_path) as store:
+        fill(store, ACME)
+        store.renew_secret(tenant=ACME)
+        fill(store, ACME, seed=2)
+
+        def refused(*_: object) -> None:
+            raise OSError("the machine loses its power here")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Notes, "delete", refused)
+            with pytest.raises(StoreError):
+                store.delete_tenant(ACME)
+    with encrypted(tmp_path) as store:
+        assert not reads(store, ACME)
+        assert not reads(store, ACME, 2)
+        store.delete_tenant(ACME)
+        assert len(list((tmp_path / "secrets").rglob("*.json"))) == 2, "that both were erased, and none of them"
+        assert not list((tmp_path / "chunks").rglob("*.safetensors"))
+
+
+def test_a_renewed_secret_is_for_new_files_and_old_ones_stay_readable(tmp_path: Path) -> None:
+    with encrypted(tmp_path) as store:
+        fill(store, ACME)
+        store.renew_secret(tenant=ACME)
+        fill(store, ACME, seed=2)
+        before = copied(tmp_path, tmp_path.with_name("before"))
+    with encrypted(tmp_path) as store:
+        assert reads(store, ACME)
+        assert reads(store, ACME, 2)
+        assert texts(store) == 2
+        store.delete_tenant(ACME)
+    put_back(before, tmp_path, "chunks", "secrets")
+    with encrypted(tmp_path) as store:
+        assert not reads(store, ACME)
+        assert not reads(store, ACME, 2)
+    with (
+        ChunkStore(tmp_path.with_name("keyed"), store_key=KEY) as store,
+        pytest.raises(StoreArgumentError, match="is not encrypted, so its tenants have no secrets"),
+    ):
+        store.renew_secret(tenant=ACME)
+
+
+def test_secrets_that_changed_places_open_nothing(tmp_path: Path) -> None:
+    with encrypted(tmp_path) as store:
+        fill(store, ACME, OTHER)
+    first, second = (tmp_path / "secrets").rglob("*.json")
+    ours, theirs = first.read_bytes(), second.read_bytes()
+    first.write_bytes(theirs)
+    second.write_bytes(ours)
+    with encrypted(tmp_path) as store:
+        assert not reads(store, ACME)
+        assert not reads(store, OTHER)
+        assert texts(store) == 0
+        fill(store, ACME, OTHER)
+        assert reads(store, ACME)
+        assert reads(store, OTHER)
+
+
+def test_a_file_opens_with_its_own_tenants_secret_only(tmp_path: Path) -> None:
+    with encrypted(tmp_path) as store:
+        fill(store, ACME, OTHER)
+        keyring = store.seal._keyring  # type: ignore[attr-defined]  # noqa: SLF001
+        _, theirs = keyring.current(OTHER)
+        keyring._known = {ACME: [(keyring.current(ACME)[0], theirs)]}  # noqa: SLF001
+        assert not reads(store, ACME)
+        assert store.stats().damaged == 1
+
+
+def test_secrets_are_in_no_file(tmp_path: Path) -> None:
+    with encrypted(tmp_path) as store:
+        fill(store, ACME)
+        identity, secret = store.seal._keyring.current(ACME)  # type: ignore[attr-defined]  # noqa: SLF001
+        for path in tmp_path.rglob("*"):
+            content = path.read_bytes() if path.is_file() else b""
+            assert not any(each in content for each in (secret, secret.hex().encode(), identity.encode())), path
+
+
+# -- a place that machines share -----------------------------------------------------------------------------------
+
+
+def secrets_in(place: Place) -> int:
+    return len(list(place.objects.names("secrets/")))
+
+
+def test_a_deleted_tenant_is_gone_on_every_machine(place: Place, tmp_path: Path) -> None:
+    first = place.store(tmp_path / "first", store_key=KEY, encrypt=True)
+    fill(first, ACME, OTHER)
+    first.sync()
+    second = place.store(tmp_path / "second", store_key=KEY, host_budget="1GiB")
+    third = place.store(store_key=KEY)
+    for other in (second, third):
+        assert reads(other, ACME)
+        assert texts(other) == 2
+        assert other.note(NOTE, tenant=ACME) == TEXT.encode()
+    away = place.store(tmp_path / "away", store_key=KEY, encrypt=True)
+    assert reads(away, ACME)
+    away.close()
+    assert secrets_in(place) == 2
+    copies = {name: place.objects.get(name, 1 << 30) or b"" for name in place.objects.names("chunks/")}
+    first.delete_tenant(ACME)
+    first.sync()
+    for name, content in copies.items():
+        place.objects.put(name, [content])
+    for other in (second, third):
+        other.sync()
+        assert not reads(other, ACME)
+        assert other.open_in_memory(one_of(ACME).key) is None
+        assert reads(other, OTHER)
+        assert texts(other) == 1
+    # A machine that wasn't there: its folder has the secret, and the chunk.
+    away = place.store(tmp_path / "away", store_key=KEY)
+    assert not reads(away, ACME)
+    assert reads(away, OTHER)
+    assert secrets_in(place) == 2, "that of the other tenant, and that one was erased"
+    assert len(list((tmp_path / "away" / "secrets").rglob("*.json"))) == 2
+    fill(second, ACME, seed=2)
+    second.sync()
+    away.sync()
+    assert reads(away, ACME, 2)
+
+
+def test_a_secret_that_cannot_be_had_now_is_no_damage(network: Place, tmp_path: Path) -> None:
+    network.timeout = 2.0
+    first = network.store(tmp_path / "first", store_key=KEY, encrypt=True)
+    fill(first, ACME)
+    first.sync()
+    second = network.store(tmp_path / "second", store_key=KEY)
+    assert reads(second, ACME)
+    second.close()
+    shutil.rmtree(tmp_path / "second" / "secrets")
+    assert network.proxy is not None
+    network.proxy.fault = "refuse"
+    second = network.store(tmp_path / "second", store_key=KEY)
+    errors: list[StoreError] = []
+    assert second.open(one_of(ACME).key, errors=errors) is None
+    assert any(isinstance(each, StoreKeyError) for each in errors)
+    assert second.stats().damaged == 0
+    assert list((tmp_path / "second" / "chunks").rglob("*.safetensors"))
+
+
+def test_what_was_erased_stands_in_snapshots(folder: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a machine that comes back when the changes are deleted, and doesn't reach the place the next time."""
+    monkeypatch.setattr(catalogue, "SNAPSHOT_EVERY", 2)
+    first = folder.store(tmp_path / "first", store_key=KEY, encrypt=True)
+    fill(first, ACME)
+    first.sync()
+    away = folder.store(tmp_path / "away", store_key=KEY, encrypt=True)
+    assert reads(away, ACME)
+    away.close()
+    copy = copied(tmp_path / "away", tmp_path / "copy")
+    first.delete_tenant(ACME)
+    for seed in (2, 3, 4):
+        fill(first, OTHER, seed=seed)
+        first.sync()
+    assert not any(name.endswith("01") for name in folder.objects.names("changes/"))
+    folder.store(tmp_path / "away", store_key=KEY).close()
+    put_back(copy, tmp_path / "away", "chunks", "secrets")
+    with ChunkStore(tmp_path / "away", store_key=KEY, host_budget=0) as alone:
+        assert not reads(alone, ACME)
