@@ -16,6 +16,7 @@ import typer
 from cachetune_rag.checking.escaping import visible_line
 from cachetune_rag.errors import CacheTuneError, ConfigError
 from cachetune_store import StoreError
+from cachetune_store.printing import without_passwords
 from cachetune_store.remote.places import is_remote
 from cachetune_vllm.settings import ServerSettings
 
@@ -192,7 +193,7 @@ def serve(
     except (CacheTuneError, StoreError) as error:
         typer.echo(f"cachetune: {visible_line(str(error))}", err=True)
         raise typer.Exit(2) from None
-    typer.echo(shlex.join(words), err=True)
+    typer.echo(without_passwords(shlex.join(words)), err=True)
     if dry_run:
         return
     if importlib.util.find_spec("vllm") is None:

@@ -7,16 +7,27 @@ an object's own `__repr__` raises. Its result may have 100 MB, or contain charac
 from __future__ import annotations
 
 import math
+import re
 import reprlib
 from itertools import islice
 
-__all__ = ["shown"]
+__all__ = ["shown", "without_passwords"]
 
 _MOST = 160
 _BITS = 128
 """Bits of the longest int whose digits are shown."""
 _ITEMS, _LEVELS = 10, 3
 """How many items of a list are shown, and how many lists inside of one another: what is looked at stays little."""
+
+
+_OF_SERVERS = re.compile(r"\b((?:valkey|redis)s?://)[^\s\"']*@", re.IGNORECASE)
+_OF_OTHERS = re.compile(r"([a-z][a-z0-9+.-]*://)[^\s\"'/]*@", re.IGNORECASE)
+
+
+def without_passwords(text: str) -> str:
+    """A URL as it may be shown, or a text with URLs: without users and their passwords."""
+    # A password may hold an @ or a slash that should have been escaped. So may a name in a bucket, behind its host.
+    return _OF_OTHERS.sub(r"\1", _OF_SERVERS.sub(r"\1", text))
 
 
 def shown(value: object, most: int = _MOST) -> str:

@@ -106,7 +106,19 @@ def test_serve_takes_a_place_that_machines_share(folder: Place, tmp_path: Path, 
         "remote": folder.url if behind else None,
         "remote_codec": "int8" if behind else None,
         "store_key": None,
+        "encrypt": None,
     }
     refused = CliRunner().invoke(app, ["M", "--store", "ftp://host/x", "--dry-run"])
     assert refused.exit_code == 2
     assert "use the URL of a bucket" in refused.output
+
+
+@pytest.mark.parametrize("option", ["--store", "--remote"])
+def test_the_line_that_serve_shows_has_no_password(tmp_path: Path, option: str) -> None:
+    store = () if option == "--store" else ("--store", str(tmp_path / "kv"))
+    url = "valkey://user:pass@word@localhost:6379/prefix"
+    done = CliRunner().invoke(app, ["M", *store, option, url, "--dry-run", "--dtype", "float32"])
+    assert done.exit_code == 0
+    assert "valkey://localhost:6379/prefix" in done.output
+    assert "user" not in done.output
+    assert "word" not in done.output

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from odd_values import hard_values, odd_values
 
-from cachetune_store.printing import shown
+from cachetune_store.printing import shown, without_passwords
 
 
 class Steering:
@@ -55,6 +55,25 @@ def test_nothing_is_too_long_or_raises(most: int) -> None:
         assert 0 < len(text) <= max(most, 60)
         assert text.isprintable()
         text.encode()
+
+
+@pytest.mark.parametrize(
+    ("url", "text"),
+    [
+        ("valkey://user:pass@host:6379/kv", "valkey://host:6379/kv"),
+        ("rediss://:p@ss/w@rd@host/kv", "rediss://host/kv"),
+        ("VALKEY://user:pass@host", "VALKEY://host"),
+        ("https://user:pass@host/a@b", "https://host/a@b"),
+        ("s3://bucket/a@b", "s3://bucket/a@b"),
+        (
+            '--x {"a": "valkey://u:p@host", "b": "valkey://v:q@other"} me@here',
+            '--x {"a": "valkey://host", "b": "valkey://other"} me@here',
+        ),
+        ("user@host", "user@host"),
+    ],
+)
+def test_users_and_passwords_of_urls_are_not_shown(url: str, text: str) -> None:
+    assert without_passwords(url) == text
 
 
 def test_it_loads_nothing_heavy() -> None:

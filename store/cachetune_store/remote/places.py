@@ -7,27 +7,21 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import StoreArgumentError
-from ..printing import shown
+from ..printing import shown, without_passwords
 
 if TYPE_CHECKING:
     from .objects import Objects
 
-__all__ = ["is_remote", "open_objects", "without_password"]
+__all__ = ["is_remote", "open_objects"]
 
 _BUCKETS = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl", "file")
 _VALKEY = ("valkey", "valkeys", "redis", "rediss")
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
-_PASSWORD = re.compile(r"(?<=://)[^/@]*@")
 
 
 def is_remote(given: object) -> bool:
     """Whether a store's path is the URL of a remote place."""
     return isinstance(given, str) and _URL.match(given) is not None
-
-
-def without_password(url: str) -> str:
-    """A URL as it may be shown."""
-    return _PASSWORD.sub("", url)
 
 
 def open_objects(url: object, *, timeout: float, options: Mapping[str, Any]) -> Objects:
@@ -40,7 +34,7 @@ def open_objects(url: object, *, timeout: float, options: Mapping[str, Any]) -> 
     scheme = match[1].lower() if match else ""
     if not isinstance(url, str) or scheme not in (*_BUCKETS, *_VALKEY):
         raise StoreArgumentError(
-            f"remote is {shown(url)}; use the URL of a bucket (s3://bucket/prefix, gs://..., az://...), of a folder that machines "
+            f"remote is {without_passwords(shown(url))}; use the URL of a bucket (s3://bucket/prefix, gs://..., az://...), of a folder that machines "
             "share (file:///folder) or of a server (valkey://host:6379)"
         )
     try:
@@ -53,5 +47,5 @@ def open_objects(url: object, *, timeout: float, options: Mapping[str, Any]) -> 
         return Bucket(url.rstrip("/"), timeout=timeout, options=options)
     except ImportError as error:
         raise StoreArgumentError(
-            f"remote {without_password(url)} needs {error.name}, which is not installed: pip install 'cachetune-rag[remote]'"
+            f"remote {without_passwords(url)} needs {error.name}, which is not installed: pip install 'cachetune-rag[remote]'"
         ) from error

@@ -25,6 +25,7 @@ from glide_sync import (
 )
 
 from ..errors import MissingObjectError, RemoteError, RemoteRefusedError, StoreArgumentError
+from ..printing import without_passwords
 from .objects import Buffer, Objects
 
 __all__ = ["Valkey"]
@@ -47,10 +48,11 @@ class Valkey(Objects):
         parts = urlsplit(url)
         try:
             host, port = parts.hostname or "localhost", parts.port or _PORT
-        except ValueError as error:
+        except ValueError:
             raise StoreArgumentError(
-                f"remote has the port of no server ({error}); use such as valkey://host:6379"
-            ) from error
+                f"remote {without_passwords(url)} has the port of no server, or an @, : or / in its password that isn't escaped; use such as "
+                "valkey://host:6379"
+            ) from None  # the cause may quote the password
         prefix = parts.path.strip("/")
         self._prefix = f"{prefix}/" if prefix else ""
         self.place = f"{parts.scheme}://{host}:{port}/{prefix}"
