@@ -15,9 +15,9 @@ ROWS = [
 CUT = {"chunk_tokens": 120, "work_tokens": 500}
 
 
-def contents(model: Path, store: Path) -> dict[str, tuple[Any, ...]]:
+def contents(model: Path, store: Path | str, **options: Any) -> dict[str, tuple[Any, ...]]:
     """The keys of each document's chunks, all of which are stored. Keys say what a chunk was computed with."""
-    with CacheTune.from_pretrained(model, store) as engine:
+    with CacheTune.from_pretrained(model, store, **options) as engine:
         documents = engine.documents()
         for document in documents:
             assert all(engine.store.contains(key, lasting=True) for key in document.chunks)
