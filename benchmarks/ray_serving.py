@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import random
+import re
 import sys
 import tempfile
 import time
@@ -101,6 +102,7 @@ class Figures:
         replicas: how many answered.
         after_kill: figures of the requests since a replica was killed.
         newcomer: of the requests that the replica in its place has answered; the first of all are among them.
+        in_metrics: replicas of which the application's metrics are.
         newcomer_began_with: chunks that were in its memory before its first request.
         seconds: how long they took, all together.
     """
@@ -115,6 +117,7 @@ class Figures:
     by_replica: Counter[str] = field(default_factory=Counter)
     after_kill: Any = None
     newcomer: Any = None
+    in_metrics: int = 0
     newcomer_began_with: int = 0
     seconds: float = 0.0
 
@@ -194,6 +197,8 @@ def measure(place: Place, router: str, *, requests: int = 150, replicas: int = 3
 
     ask_all(requests // 3)
     figures = ask_all(requests - requests // 3)
+    with urllib.request.urlopen("http://127.0.0.1:8000/metrics", timeout=60) as response:
+        figures.in_metrics = len(set(re.findall(rb'vllm:prompt_tokens_total{.*replica="(\w+)"', response.read())))
     if kill:
         handle = serve.get_deployment_handle("Replica", name)
         victim = handle.server_pid.remote().result()

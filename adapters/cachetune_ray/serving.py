@@ -23,6 +23,7 @@ from ray.serve.config import RequestRouterConfig
 
 from cachetune_rag.checking.arguments import check_count, is_number
 from cachetune_rag.errors import ConfigError
+from cachetune_ray import metrics
 from cachetune_ray.memories import Memories
 from cachetune_ray.question import Question
 from cachetune_ray.router import STATS, ChunkRouter
@@ -41,6 +42,7 @@ _SKETCH_SECONDS = 2.0
 _SILENT_SKETCHES = 5
 """Sketches that a replica doesn't publish before it counts as lost."""
 _WATCH_SECONDS = 0.1
+_METRICS_SECONDS = 8.0  # Prometheus waits for ten
 _TRY_AGAIN_SECONDS = 0.3  # in which routers learn of the death
 _OF_ONE_HOP = {"host", "connection", "content-length", "transfer-encoding", "keep-alive", "upgrade", "te", "trailer"}
 _GONE = (ray.exceptions.RayActorError, ServerGoneError)
@@ -106,6 +108,16 @@ class Replica:
         if self._memories is not None:
             await self._tell_memories(changed)
         return {STATS: (self._version, self._sketch)} if self._sketch else {}
+
+    async def metrics(self) -> tuple[str, str]:
+        """This replica, and what its server tells Prometheus; nothing if it doesn't answer just now."""
+        try:
+            timeout = aiohttp.ClientTimeout(_METRICS_SECONDS / 2)
+            async with self._client.get("/metrics", timeout=timeout) as response:
+                return self._name, await response.text() if response.status == 200 else ""
+        except (aiohttp.ClientError, TimeoutError) as error:
+            _log.warning("no metrics of the vLLM server: %s", error)
+            return self._name, ""
 
     async def _tell_memories(self, changed: bool) -> None:
         """Tell what is in memory, for replicas that begin later."""
@@ -186,7 +198,7 @@ class Ingress:
     """
 
     def __init__(self, replicas: Any):
-        self._replicas = replicas.options(stream=True)
+        self._every, self._replicas = replicas, replicas.options(stream=True)
 
     @_api.api_route("/{path:path}", methods=["GET", "POST"])  # type: ignore[untyped-decorator]
     async def answer(self, path: str, request: fastapi.Request) -> Response:
@@ -194,6 +206,8 @@ class Ingress:
         # Whoever has a text could ask whether others' requests show it.
         if f"/{path}".startswith(sketches.BELOW):
             return Response(status_code=404)
+        if (request.method, path) == ("GET", "metrics"):
+            return await self._metrics()
         query = f"?{request.url.query}" if request.url.query else ""
         headers = [pair for pair in request.headers.items() if pair[0].lower() not in _OF_ONE_HOP]
         body = await request.body()
@@ -209,6 +223,16 @@ class Ingress:
                     return JSONResponse({"error": {"message": message, "type": "server_error"}}, 503)
                 await asyncio.sleep(_TRY_AGAIN_SECONDS)
         raise AssertionError("every try returns or raises")
+
+    async def _metrics(self) -> Response:
+        """Those of all replicas. One that has just died, or doesn't answer, is left out, and Prometheus sees that its samples end."""
+        answers = await self._every.broadcast("metrics").results_async(
+            timeout_s=_METRICS_SECONDS, return_exceptions=True
+        )
+        for error in (each for each in answers if isinstance(each, Exception)):
+            _log.warning("no metrics of a replica: %s", error)
+        told = dict(each for each in answers if not isinstance(each, Exception))
+        return Response(await asyncio.to_thread(metrics.merged, told), media_type=metrics.CONTENT_TYPE_LATEST)
 
     async def _ask(self, question: Question) -> Response:
         pieces = self._replicas.ask.remote(question)

@@ -25,6 +25,7 @@ def test_routed_requests_find_more_in_memory_and_a_killed_replica_loses_none(tmp
     assert routed.share > in_turns.share, (routed, in_turns)
     assert routed.failed == in_turns.failed == 0
     assert routed.most_over_mean < 3, "not all that were being answered were with one replica"
+    assert routed.in_metrics == 3
     assert routed.after_kill.failed == 0
     assert routed.after_kill.replicas == 3, "a new replica took the place of the killed one"
     assert routed.newcomer_began_with > 0, "it read into its memory what the killed one had"

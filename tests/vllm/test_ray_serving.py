@@ -158,6 +158,44 @@ async def test_clients_see_nothing_of_memory(path: str) -> None:
     assert (response.status_code, replicas.calls) == (404, 0)
 
 
+EXPOSED = """# HELP vllm:requests_total Requests.
+# TYPE vllm:requests_total counter
+vllm:requests_total{model_name="m"} %s
+# HELP vllm:seconds Seconds.
+# TYPE vllm:seconds histogram
+vllm:seconds_bucket{le="1.0"} 2.0
+vllm:seconds_bucket{le="+Inf"} 2.0
+vllm:seconds_count 2.0
+vllm:seconds_sum 0.5
+"""
+
+
+class Told:
+    """A handle whose broadcasts are answered by two replicas, of which one dies."""
+
+    def options(self, **_: Any) -> Told:
+        return self
+
+    def broadcast(self, name: str) -> Told:
+        assert name == "metrics"
+        return self
+
+    async def results_async(self, **_: Any) -> list[Any]:
+        return [("a", EXPOSED % 3.0), ray.exceptions.RayActorError(), ("b", EXPOSED % 4.0)]
+
+
+async def test_metrics_are_those_of_all_replicas() -> None:
+    asked = Asked()
+    asked.method = "GET"
+    response = await ingress(Told()).answer("metrics", asked)
+    lines = response.body.decode().splitlines()
+    assert response.headers["content-type"].startswith("text/plain")
+    assert 'vllm:requests_total{model_name="m",replica="a"} 3.0' in lines
+    assert 'vllm:requests_total{model_name="m",replica="b"} 4.0' in lines
+    assert 'vllm:seconds_bucket{le="+Inf",replica="b"} 2.0' in lines
+    assert lines.count("# TYPE vllm:requests_total counter") == lines.count("# TYPE vllm:seconds histogram") == 1
+
+
 class Client:
     """vLLM's client of its workers, with one worker."""
 
