@@ -1,8 +1,8 @@
-"""How much of the time to first token is spent on checking stored bytes.
+"""How much of the time to first token is spent on checking stored bytes, and on decrypting them.
 
     python benchmarks/checking.py --out benchmarks/results/checking-cpu.json
 
-Every hash that the store computes during a request is timed, on all threads, and the sum is compared with the request's time to first
+Every hash that the store computes during a request, and every decryption, is timed, on all threads, and the sum is compared with the request's time to first
 token. Much of the hashing happens while the model computes, so its share is an upper bound. Rows are checked when they come from disk
 (here they are read with O_DIRECT, and the host tier is empty). Rows in host memory were checked when they were read into it.
 """
@@ -25,6 +25,8 @@ from smollm2 import model_path
 
 from cachetune_rag import CacheTune
 from cachetune_rag.model.loading import load_model
+from cachetune_store import ChunkStore
+from cachetune_store.encryption import FileCipher
 from cachetune_store.keys import ChunkKey
 from cachetune_store.seals import CHECKSUMS, KeyedHashes
 
@@ -42,13 +44,15 @@ class Clock:
     def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a function so that its time and the length of its buffers are counted."""
 
-        def call(*buffers: Any) -> Any:
+        def call(*arguments: Any) -> Any:
             started = time.perf_counter()
-            result = function(*buffers)
+            result = function(*arguments)
             took = time.perf_counter() - started
+            # Of what is found in a file. Where rows are decrypted, the last argument is where they go.
+            found = [each for each in arguments[:5] if isinstance(each, bytes | memoryview)]
             with self._lock:
                 self.seconds += took
-                self.bytes += sum(len(each) for each in buffers if isinstance(each, bytes | memoryview))
+                self.bytes += sum(map(len, found))
             return result
 
         return call
@@ -56,11 +60,11 @@ class Clock:
 
 @contextmanager
 def counted() -> Iterator[Clock]:
-    """Count the hashes of rows and of heads, with a key or without."""
+    """Count the hashes of rows and of heads, with a key or without, and their decryption."""
     clock = Clock()
     with ExitStack() as patched:
-        for seal in (type(CHECKSUMS), KeyedHashes):
-            for name in ("matches", "head"):
+        for seal in (type(CHECKSUMS), KeyedHashes, FileCipher):
+            for name in ("matches", "open_head"):
                 patched.enter_context(mock.patch.object(seal, name, clock.timed(getattr(seal, name))))
         yield clock
 
@@ -90,6 +94,16 @@ def main() -> None:
                 "disk": CacheTune(model, tokenizer, Path(folder) / "kv", codec=codec, host_budget=0, direct_io=True),
                 "disk, with a key": CacheTune(
                     model, tokenizer, Path(folder) / "keyed", codec=codec, host_budget=0, direct_io=True, store_key=KEY
+                ),
+                "disk, encrypted": CacheTune(
+                    model,
+                    tokenizer,
+                    Path(folder) / "encrypted",
+                    codec=codec,
+                    host_budget=0,
+                    direct_io=True,
+                    store_key=KEY,
+                    encrypt=True,
                 ),
             }
             for tier, engine in engines.items():
@@ -133,16 +147,20 @@ def measure(engine: CacheTune, chunks: list[str], *, rounds: int, **setting: Any
 
 
 def rates(size: int = 256 << 10, total: int = 64 << 20) -> dict[str, float]:
-    """GB that a core hashes in a second of its time, without a key and with one, in blocks as a large model's."""
-    key, block, found = ChunkKey("0" * 64), memoryview(bytes(size)), {}
-    for name, seal in (("without a key", CHECKSUMS), ("with a key", KeyedHashes(KEY))):
-        times = []
-        for _ in range(5):
-            started = time.thread_time()
-            for number in range(total // size):
-                seal.rows(key, 0, number, block)
-            times.append(time.thread_time() - started)
-        found[name] = total / min(times) / 1e9
+    """GB that a core checks in a second of its time, without a key, with one, and encrypted, in blocks as a large model's."""
+    key, block, into, found = ChunkKey("0" * 64), memoryview(bytes(size)), memoryview(bytearray(size)), {}
+    with tempfile.TemporaryDirectory() as folder, ChunkStore(folder, store_key=KEY, encrypt=True) as store:
+        seals = {"without a key": CHECKSUMS, "with a key": KeyedHashes(KEY), "encrypted": store.seal.new_file("")}
+        for name, seal in seals.items():
+            times = []
+            expected = seal.rows(key, 0, 0, block, into)
+            written = memoryview(bytes(into)) if seal.hides else block
+            for _ in range(5):
+                started = time.thread_time()
+                for _ in range(total // size):
+                    assert seal.matches(key, 0, 0, written, expected, into)
+                times.append(time.thread_time() - started)
+            found[name] = total / min(times) / 1e9
     return found
 
 

@@ -30,7 +30,7 @@ from .keys import ChunkKey
 from .seals import CHECKSUMS, Buffer, FileSeal, KeyedRecords, check_sums, named
 from .storekey import ENCRYPTED, hkdf
 
-__all__ = ["Encryption", "Keyring"]
+__all__ = ["Encryption", "FileCipher", "Keyring"]
 
 _HEAD = 0xFFFFFFFF
 """Stands in a nonce where blocks of rows have their layer."""
@@ -102,7 +102,7 @@ class Encryption(KeyedRecords):
         """See Seal. It has a key that no other file has."""
         identity, secret = self._keyring.current(tenant)
         which = base64.b64encode(self.hide("secret", "", json.dumps([tenant, identity]).encode())).decode()
-        return _FileCipher(self, which, secret, secrets.token_bytes(_SALT))
+        return FileCipher(self, which, secret, secrets.token_bytes(_SALT))
 
     def file(self, key: ChunkKey, metadata: Mapping[str, Any]) -> FileSeal:
         """See Seal."""
@@ -113,7 +113,7 @@ class Encryption(KeyedRecords):
             raise DamagedChunkError(f"chunk {key}: the file was not encrypted by this store")
         tenant, identity = json.loads(named_secret)
         try:
-            return _FileCipher(self, which, self._keyring.secret(tenant, identity), salt)
+            return FileCipher(self, which, self._keyring.secret(tenant, identity), salt)
         except DamagedChunkError as error:
             raise type(error)(f"chunk {key}: {error}") from error
 
@@ -205,7 +205,7 @@ class Encryption(KeyedRecords):
         return self._hidden.get(kind) or self._hidden.setdefault(kind, AESSIV(self.key(f"hidden {kind}", 64)))
 
 
-class _FileCipher(FileSeal):
+class FileCipher(FileSeal):
     """AES-256-GCM with a key that belongs to one file.
 
     Args:
@@ -224,7 +224,7 @@ class _FileCipher(FileSeal):
         self.metadata = {"sums": ENCRYPTED, "secret": which, "salt": salt.hex()}
 
     def __repr__(self) -> str:
-        return "_FileCipher(...)"
+        return "FileCipher(...)"
 
     def rows(
         self, key: ChunkKey, layer: int, block: int, rows: memoryview, into: memoryview | None = None
