@@ -84,3 +84,36 @@ def test_commands_take_the_stores_key_and_change_it(
     assert "a file that can't be read" in refused, "before a cluster is asked"
     for place in (one, ("-s", tmp_path / "two")):
         assert run(capsys, "stats", *place, *shared, *new)["remote"]["chunks"] == 1
+
+
+def test_commands_encrypt_a_store_and_erase_a_tenant(
+    folder: Place, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("cryptography")
+    text = "To reset the lamp, hold the red button for ten seconds."
+    (tmp_path / "text.md").write_text(text)
+    (tmp_path / "key").write_text("5f" * 32)
+    one, shared, key = ("-s", tmp_path / "one"), ("--remote", folder.url), ("--store-key", tmp_path / "key")
+    precompute = ("precompute", tmp_path / "text.md", "-m", model, *shared)
+    assert "give a key as well" in run(capsys, *precompute, *one, "--encrypt", code=2)
+    for tenant in ("acme", "other"):
+        run(capsys, *precompute, *one, *key, "--encrypt", "--tenant", tenant)
+    kept = {path: path.read_bytes() for path in (tmp_path / "one" / "chunks").rglob("*.safetensors")}
+    assert len(kept) == 2
+    # Other commands need the key alone, also where they make the folder.
+    two = ("-s", tmp_path / "two")
+    asked = ("ask", "How?", "-d", "text.md", "-m", model, *two, *shared, *key, "--max-new-tokens", 2)
+    for tenant in ("acme", "other"):
+        run(capsys, *asked, "--tenant", tenant)
+    run(capsys, "remove", "--all", "--tenant", "acme", *one, *shared, *key)
+    for path, content in kept.items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+    # The file that came back can't be read any more, and is deleted.
+    assert run(capsys, "verify", *one, *shared, *key)["checked"] == 1
+    assert [path for path in kept if path.exists()] != list(kept)
+    assert "no document 'text.md'" in run(capsys, *asked, "--tenant", "acme", code=2)
+    run(capsys, *asked, "--tenant", "other")
+    for path in tmp_path.glob("*/**/*"):
+        if "one" in path.parts or "two" in path.parts or "shared" in path.parts:
+            assert not path.is_file() or text.encode()[:20] not in path.read_bytes(), path

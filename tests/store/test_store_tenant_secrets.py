@@ -12,7 +12,7 @@ from store_samples import Sample, sample
 
 from cachetune_store import ChunkStore, StoreArgumentError, StoreError, StoreKeyError
 from cachetune_store.notes import Notes
-from cachetune_store.remote import catalogue
+from cachetune_store.remote import catalogue, taking
 
 pytest.importorskip("cryptography")
 
@@ -92,17 +92,18 @@ def test_no_old_copy_of_a_deleted_tenant_can_be_read(tmp_path: Path) -> None:
         store.delete_tenant(ACME)
         put_back(copy, path, "chunks", "notes")
         assert not reads(store, ACME), "by the process that has deleted it"
+        assert not store.tier("disk").path_of(one_of(ACME).key).exists()  # type: ignore[attr-defined]
         assert not store.note(NOTE, tenant=ACME)
     put_back(copy, path, "chunks", "notes", "documents", "index")
     with encrypted(path) as store:
+        assert texts(store) == 1
         assert not reads(store, ACME)
         assert reads(store, OTHER)
-        assert texts(store) == 1
     put_back(copy, path, "chunks", "notes", "documents", "index", "secrets")
     with encrypted(path) as store:
+        assert texts(store) == 1
         assert not reads(store, ACME)
         assert reads(store, OTHER)
-        assert texts(store) == 1
         assert not store.note(NOTE, tenant=ACME)
         assert store.stats().damaged == 0
     secrets = [file.name for file in (copy / "secrets").rglob("*.json")]
@@ -245,6 +246,33 @@ def test_a_deleted_tenant_is_gone_on_every_machine(place: Place, tmp_path: Path)
     second.sync()
     away.sync()
     assert reads(away, ACME, 2)
+
+
+def test_a_folder_never_puts_an_erased_secret_back(
+    folder: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cachetune_store.remote.bucket import Bucket
+
+    first = folder.store(tmp_path / "first", store_key=KEY, encrypt=True)
+    fill(first, ACME)
+    first.sync()
+    away = folder.store(tmp_path / "away", store_key=KEY)
+    assert reads(away, ACME)
+    away.close()
+    first.delete_tenant(ACME)
+    first.sync()
+    written: list[str] = []
+    put = Bucket.put
+
+    def noted(bucket: Bucket, name: str, *arguments: Any, **options: Any) -> bool:
+        written.append(name)
+        return put(bucket, name, *arguments, **options)
+
+    monkeypatch.setattr(Bucket, "put", noted)
+    monkeypatch.setattr(taking.Taking, "foreign", lambda *_: None)  # the log doesn't say it in time
+    away = folder.store(tmp_path / "away", store_key=KEY)
+    assert not reads(away, ACME)
+    assert not [name for name in written if name.startswith("secrets/")]
 
 
 def test_a_secret_that_cannot_be_had_now_is_no_damage(network: Place, tmp_path: Path) -> None:
