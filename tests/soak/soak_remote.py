@@ -38,6 +38,8 @@ LATEST = REMOTE_TIMEOUT + READ_TIMEOUT + 6.0
 UP_SECONDS = 3.0
 """Seconds for which a server runs, at most, before it is killed again."""
 DOWN_SECONDS = 1.5
+CHANGES = 0.15
+"""Share of changes in what a process does."""
 GRACE = 120.0
 Tell = Callable[..., None]
 
@@ -147,12 +149,15 @@ class _Soak:
         found = 0
         for done in range(1, kills + 1):
             time.sleep(self._rng.random() * up)
+            looks = done % examine_every == 0 or done == kills
+            if looks:  # what was told before the server died is to be found after that, and not what was told since
+                self._pause.touch()
             self._server.kill()
             time.sleep(self._rng.random() ** 3 * DOWN_SECONDS)
             self._server.start()
             if self._rng.random() < 0.7:  # otherwise it may be killed while it starts
                 self._wait_for_server()
-            if done % examine_every == 0 or done == kills:
+            if looks:
                 self._wait_for_server()
                 found += self._examine(workers)
         return found
@@ -199,7 +204,7 @@ class _Soak:
                 paused = self._pause.exists()
                 if untold and (paused or rng.random() < 0.3):
                     counts["changes told later"] += self._tell_again(engine, untold, behind, tell)
-                if mine and not paused and rng.random() < 0.4:
+                if mine and not paused and rng.random() < CHANGES:
                     number = rng.choice(mine)
                     held = [place for place in range(3) if rng.random() < 0.8]
                     tell("changes", number)
@@ -257,7 +262,6 @@ class _Soak:
 
     def _examine(self, workers: list[Worker]) -> int:
         """Look with a machine that has nothing of its own, while no document changes. Returns how many chunks it was to find."""
-        self._pause.touch()
         before = _Book()
         until = time.monotonic() + GRACE
         while time.monotonic() < until:  # until everything is told that could not be told while the server was gone
