@@ -66,6 +66,11 @@ def test_nothing_is_found_where_no_sentence_goes_on(chunks: tuple[str, ...]) -> 
     assert found(prompt_of(*chunks)) == []
 
 
+def test_windows_that_overlap_have_the_sentence_whole() -> None:
+    first = "The mill is old. It has a door that creaks. The access code of the mill"
+    assert found(prompt_of(first, "a door that creaks. The access code of the mill is 48213. Nobody")) == []
+
+
 def test_chunks_far_apart_are_no_neighbours() -> None:
     far = " and then, a long while later, somebody else came by and said: "
     assert found(prompt_of(MILL, "is 48213. Nobody knows it.", separator=far)) == []

@@ -20,6 +20,8 @@ _TAIL = 128
 """Tokens at the end of a chunk that show whether it breaks off within a sentence."""
 _HEAD = MOST_TOKENS + 8
 """Tokens at the beginning of a chunk that are looked at: some more than the longest continuation, because what follows shows where it ends."""
+_OVERLAP = 16
+"""Tokens at the beginning of a chunk that show whether the chunk before has them, too."""
 _NEAR = 16
 """Most tokens between two chunks that follow each other. A separator has one or two."""
 _KNOWN = 2048
@@ -85,9 +87,13 @@ class Continuations:
             # Tokens at a chunk's edges may stand in the prompt in another form, outside of its span.
             start = max(first.start, first.start - first.first + len(before) - begun)
             end = min(second.end, second.start - second.first + rest)
-            if begun and start < second.start < end:
+            if begun and start < second.start < end and not self._overlap(before, after):
                 found.append(Continuation(range(start, second.start), range(second.start, end)))
         return tuple(found)
+
+    def _overlap(self, before: Sequence[int], after: Sequence[int]) -> bool:
+        """Whether a chunk begins with what the one before has as well, as windows do: then it has the cut sentence whole."""
+        return "".join(self._pieces(after[:_OVERLAP])).strip() in "".join(self._pieces(before))
 
     def _count_begun(self, tail: tuple[int, ...]) -> int:
         """How many of a chunk's last tokens begin a sentence without ending it; 0 if it ends otherwise, or is no prose."""
