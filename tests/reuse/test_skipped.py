@@ -174,9 +174,12 @@ def test_selectors_choose_among_what_is_read() -> None:
     class Context:
         def __init__(self, *chunks: ReusedChunk):
             self.chunks, self.seed = chunks, 3
+            self.continuations: list[tuple[range, range]] = []
 
     context: Any = Context(chunk(0, [0.4, 0.3, 0.2, 0.1], skipped=2), chunk(4, [0.1, 0.2, 0.3, 0.4], skipped=2))
     assert sorted(get_selector("frequency").select(context, 0.75).tolist()) == [2, 5]
+    context.continuations = [(range(2, 4), range(4, 7))]
+    assert sorted(get_selector("frequency").select(context, 0.75).tolist()) == [2, 4], "token 6 is skipped"
     assert sorted(get_selector("chunk_head").select(context, 0.75).tolist()) == [2, 4]
     drawn = get_selector("random").select(context, 0.75).tolist()
     assert len(drawn) == 2
