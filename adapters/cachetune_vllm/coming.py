@@ -112,7 +112,8 @@ class Coming:
         def begin() -> tuple[Runtime, Request]:
             engine = self._engine(load.tenant)
             self._check_wanted(load.request_id)
-            return engine, Request.measured(load.prompt, engine.admission.config(load.selector, load.ratio))
+            config = engine.admission.config(load.selector, load.ratio, load.max_kl, load.min_top1)
+            return engine, Request.measured(load.prompt, config)
 
         engine, request = self._heads.together(begin)
         return Turn(job, engine, request, PagedMemory(engine.assembler.memory, self._pages, load, job.free))

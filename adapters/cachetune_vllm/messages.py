@@ -56,7 +56,7 @@ class Load:
     Attributes:
         request_id: vLLM's name of the request.
         prompt: the prompt, with its chunks.
-        selector, ratio: how much is recomputed, as the request or the server's settings say it.
+        selector, ratio, max_kl, min_top1: how much is recomputed, as the request or the server's settings say it.
         tenant: whose chunks may be used.
         blocks: numbers of the request's pages, in order.
         start, end: the tokens [start, end) are written; those before `start` are in vLLM's cache already.
@@ -74,6 +74,8 @@ class Load:
     end: int
     exact: int = 0
     explain: bool = False
+    max_kl: float | None = None
+    min_top1: float | None = None
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ def salt_hashes(hashes: list[bytes], first: int, salt: bytes) -> None:
 
 def salt_of(prompt: Prompt, settings: RequestSettings) -> bytes:
     """Identifies what is put together for a prompt: its ids, its chunks and the settings."""
-    said = [[[s.start, s.end, s.chunk] for s in prompt.spans], settings.ratio, settings.selector, settings.tenant]
+    spans = [[s.start, s.end, s.chunk] for s in prompt.spans]
+    said = (spans, settings.ratio, settings.selector, settings.max_kl, settings.min_top1, settings.tenant)
     # The ids apart, and not as text: a long prompt has ten thousands, and vLLM's loop waits for this.
     return hashlib.sha256(np.array(prompt.ids, np.int64).tobytes() + json.dumps(said).encode()).digest()

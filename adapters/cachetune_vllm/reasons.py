@@ -14,6 +14,7 @@ class Left(StrEnum):
     CACHED = "cached"
     SAME_PROMPT = "same prompt"
     ALL_RECOMPUTED = "all recomputed"
+    BOUND = "bound"
     ASKED = "asked"
     SETTINGS = "settings"
     REFUSED = "refused"

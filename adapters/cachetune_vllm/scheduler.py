@@ -143,7 +143,7 @@ class ReuseScheduler:
         self._loads.append(
             Load(
                 request.request_id, reusing.found.prompt, settings.selector, settings.ratio, settings.tenant, tuple(blocks),
-                end - count, end, min(reusing.exact, end - count), settings.explain,
+                end - count, end, min(reusing.exact, end - count), settings.explain, settings.max_kl, settings.min_top1,
             )
         )  # fmt: skip
         reusing.loading = True

@@ -149,6 +149,12 @@ def serve(
         str | None, typer.Option(metavar="R", help="Share of chunk tokens to recompute, 0 to 1, or auto.")
     ] = None,
     selector: Annotated[str | None, typer.Option(metavar="NAME", help="What chooses those tokens.")] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(metavar="NATS", help="Most KL of a first token, by prediction; in place of --ratio.")
+    ] = None,
+    min_top1: Annotated[
+        float | None, typer.Option(metavar="P", help="Least probability that a first token is vLLM's own, likewise.")
+    ] = None,
     read_timeout: Annotated[
         float | None, typer.Option(metavar="SECONDS", help="How long a request waits for the store's disk.")
     ] = None,
@@ -182,6 +188,8 @@ def serve(
         "encrypt": encrypt or None,
         "ratio": None if ratio is None else _number_or_name(ratio),
         "selector": selector,
+        "max_kl": max_kl,
+        "min_top1": min_top1,
         "read_timeout": read_timeout,
         "least_reused": None if least_reused is None else _whole_number_or_name(least_reused),
         "loads_at_once": loads_at_once,

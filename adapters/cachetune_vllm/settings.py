@@ -15,7 +15,7 @@ REQUEST_KEY = "cachetune"
 """The name under which a request's `kv_transfer_params` hold its settings, and a response's hold its report."""
 
 BOUNDS = ("max_kl", "min_top1")
-"""Arguments of an engine's requests that a server can't take."""
+"""How far from vLLM's own answer a request may be."""
 
 TENANTS = 64
 """Tenants that a server keeps ready at the same time; beyond that, the one whose last request is oldest makes room."""
@@ -36,6 +36,8 @@ class ServerSettings:
         codec, host_budget, disk_budget, device_budget, read_timeout, remote, remote_codec, store_key, encrypt: see `docs/options.md`.
         lead_in: see `docs/options.md`; it has to be what the store was filled with.
         ratio, selector: used for requests that don't say; "auto" takes what was calibrated and tuned for the store.
+        max_kl, min_top1: the bound that requests keep which give neither a ratio nor a bound, by what `calibrate` predicts; see
+            `docs/calibration.md`.
         least_reused: prompts for which reuse would save fewer tokens are left to vLLM, which reads them as fast. "auto": what
             `cachetune_rag.reuse.worth` says for the device.
         loads_at_once: prompts that may wait for their keys and values at the same time, each with its pages of vLLM's cache.
@@ -57,6 +59,8 @@ class ServerSettings:
     lead_in: Any = "auto"
     ratio: float | str = "auto"
     selector: str = "auto"
+    max_kl: float | None = None
+    min_top1: float | None = None
     least_reused: int | str = "auto"
     loads_at_once: int = 8
     store_missed: bool = True
@@ -93,6 +97,7 @@ class ServerSettings:
         check_tenant(settings.tenant)
         _check_ratio(settings.ratio, ConfigError)
         _check_selector(settings.selector, ConfigError)
+        _check_bound(settings.selector, settings.ratio, settings.max_kl, settings.min_top1, ConfigError)
         return settings
 
     @property
@@ -113,7 +118,7 @@ class RequestSettings:
 
     Attributes:
         chunks: texts of the chunks that stand in the prompt; None: those that are stored are looked for.
-        ratio, selector: see `ServerSettings`.
+        ratio, selector, max_kl, min_top1: see `ServerSettings`.
         tenant: whose chunks may be used.
         reuse: False leaves the whole request to vLLM.
         explain: whether the response says what became of every token and chunk, and not only how many.
@@ -125,6 +130,13 @@ class RequestSettings:
     tenant: str
     reuse: bool
     explain: bool = False
+    max_kl: float | None = None
+    min_top1: float | None = None
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the ratio is found by a bound, when the prompt's tokens are scored."""
+        return self.max_kl is not None or self.min_top1 is not None
 
     @classmethod
     def of(cls, given: object, server: ServerSettings) -> Self:
@@ -144,14 +156,22 @@ class RequestSettings:
                 f"{REQUEST_KEY} is {shown(given)}: use an object with {', '.join(_REQUEST_NAMES)}, each of them optional."
             )
         _check_names(given, _REQUEST_NAMES, f"a request's {REQUEST_KEY} settings", RequestSettingsError)
-        ratio, selector = given.get("ratio", server.ratio), given.get("selector", server.selector)
+        selector = given.get("selector", server.selector)
+        # A ratio and a bound exclude each other, so a request that gives one of them has nothing of that kind from the server.
+        source: Mapping[str, Any] = given
+        if not any(name in given for name in ("ratio", *BOUNDS)):
+            source = {name: getattr(server, name) for name in ("ratio", *BOUNDS)}
+        ratio, max_kl, min_top1 = source.get("ratio", "auto"), source.get("max_kl"), source.get("min_top1")
         _check_ratio(ratio, RequestSettingsError)
         _check_selector(selector, RequestSettingsError)
+        _check_bound(selector, ratio, max_kl, min_top1, RequestSettingsError)
         reuse, explain = given.get("reuse", True), given.get("explain", False)
         for name, value in (("reuse", reuse), ("explain", explain)):
             if not isinstance(value, bool):
                 raise RequestSettingsError(f"{name} is {shown(value)}: use true or false.")
-        return cls(_texts(given.get("chunks")), ratio, selector, _tenant(given, server), reuse, explain)
+        return cls(
+            _texts(given.get("chunks")), ratio, selector, _tenant(given, server), reuse, explain, max_kl, min_top1
+        )
 
 
 _REQUEST_NAMES = tuple(each.name for each in fields(RequestSettings))
@@ -184,13 +204,6 @@ def _tenant(given: Mapping[str, Any], server: ServerSettings) -> str:
 
 
 def _check_names(given: Mapping[str, Any], known: Iterable[str], whose: str, refusal: type[ConfigError]) -> None:
-    for name in BOUNDS:
-        if name in given:
-            # A worker learns whether a bound can be kept when it has the prompt's scores. It can't refuse the request any more then.
-            raise refusal(
-                f"{name} is {shown(given[name])}, and inside a vLLM server no bound can be kept: give ratio, or calibrate the store with the bound "
-                'that prompts are to keep on average, and leave ratio at "auto".'
-            )
     names = list(known)
     for name in given:
         if name not in names:
@@ -212,3 +225,14 @@ def _check_selector(selector: object, refusal: type[ConfigError]) -> None:
 
     if selector != "auto" and (not isinstance(selector, str) or selector not in selector_names()):
         raise refusal(f'selector is {shown(selector)}: use "auto" or one of {", ".join(selector_names())}.')
+
+
+def _check_bound(selector: str, ratio: object, max_kl: object, min_top1: object, refusal: type[ConfigError]) -> None:
+    if max_kl is None and min_top1 is None:
+        return
+    from cachetune_rag.reuse.config import check_bound  # it loads torch: only when needed
+
+    try:
+        check_bound(selector, ratio, max_kl, min_top1)
+    except ConfigError as error:
+        raise refusal(str(error)) from error

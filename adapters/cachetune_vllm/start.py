@@ -93,6 +93,16 @@ def start_worker(config: VllmConfig, settings: ServerSettings) -> Started:
         layers, around, served = heads.together(partial(_served, config, hf_config, heads))
         heads.together(partial(check_served, around, served, config))
         engines = heads.together(partial(Engines, served, tokenizer_of(config), settings, config.model_config))
+        # A bound needs what was calibrated: better no reuse, with the reason at the start, than a warning with every request.
+        heads.together(
+            partial(
+                engines.default.admission.config,
+                settings.selector,
+                settings.ratio,
+                settings.max_kl,
+                settings.min_top1,
+            )
+        )
     except StoreError:
         raise
     except CacheTuneError as error:

@@ -16,7 +16,7 @@ import torch
 
 from cachetune_rag.answering.request import Finished, Request
 from cachetune_rag.concurrency.model_lock import ModelLock
-from cachetune_rag.errors import CacheTuneError
+from cachetune_rag.errors import CacheTuneError, ConfigError
 from cachetune_rag.explaining.served import EXPLAINED, explained
 from cachetune_rag.model.heads import Heads
 from cachetune_rag.report import Report
@@ -197,6 +197,10 @@ class ReuseWorker:
                 return
             except GivenUpError:
                 report = _nothing_reused(Left.GIVEN_UP)
+            except ConfigError as error:
+                # What can be checked without the store was checked when the request came. Its bound is kept: vLLM reads the whole prompt.
+                _log.warning("request %s: %s vLLM computes its prompt.", load.request_id, error)
+                report = _nothing_reused(Left.BOUND)
             except (CacheTuneError, StoreError) as error:
                 _log.warning("request %s: %s vLLM computes its prompt.", load.request_id, error)
             except Exception:  # whatever it is, the request is answered: vLLM computes the prompt
@@ -278,7 +282,7 @@ class ReuseWorker:
 
 _SHOWN = (
     "prompt_tokens", "reused", "recomputed", "missed", "bytes_read", "ratio", "selector", "ttft", "timings", "prefix_kept", "damaged",
-    "unreadable", "timed_out", "storing", "unstored", "skipped",
+    "unreadable", "timed_out", "storing", "unstored", "skipped", "prediction", "continued", "advice",
 )  # fmt: skip
 """The fields of a report that a response shows. None of them names a document, a path or another request."""
 
@@ -291,6 +295,8 @@ def _why_nothing(report: Report) -> Left:
     """Why nothing of a prompt was reused, by what its lookup found."""
     if report.damaged or report.unreadable or report.timed_out:
         return Left.FAILED
+    if report.prediction is not None and report.prediction.taken is None:
+        return Left.BOUND
     return Left.ALL_RECOMPUTED if report.recomputed else Left.MISSED
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cachetune_rag.reuse.config import AUTO
 from cachetune_rag.reuse.worth import WorthLimits, savings_of
 from cachetune_rag.selection import get_selector, names
 from cachetune_vllm.messages import Hello
@@ -29,6 +30,8 @@ class Worthwhile:
         name = names.DEFAULT if settings.selector == "auto" else settings.selector
         if not get_selector(name).uses_ratio:
             return 1.0 if name == names.ALL else 0.0
+        if settings.bounded:
+            return AUTO.ratio  # what it will be isn't known yet: anything from the smallest calibrated one to 1
         return self._auto if isinstance(settings.ratio, str) else settings.ratio
 
     def decide(self, found: Recognised, settings: RequestSettings, cached: int) -> tuple[Left | None, str | None]:

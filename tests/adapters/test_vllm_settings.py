@@ -26,7 +26,9 @@ SERVER = ServerSettings.of({"store": "kv", "tenant": "a", "ratio": 0.2})
         ({"store": ""}, "store"),
         ({"store": "kv", "rato": 0.1}, "did you mean 'ratio'"),
         ({"store": "kv", "ratio": 1.5}, "0 .* to 1"),
-        ({"store": "kv", "max_kl": 0.05}, "max_kl is 0.05, and inside a vLLM server no bound can be kept: give ratio"),
+        ({"store": "kv", "max_kl": -1}, "max_kl is -1: use nats"),
+        ({"store": "kv", "max_kl": 0.05, "ratio": 0.1}, "ratio is 0.1, and max_kl finds the ratio itself"),
+        ({"store": "kv", "min_top1": 0.9, "selector": "frequency"}, "says nothing about the request"),
         ({"store": "kv", "ratio": True}, "True"),
         ({"store": "kv", "selector": "best"}, "expected_error"),
         ({"store": "kv", "loads_at_once": 0}, "from 1 on"),
@@ -62,12 +64,29 @@ def test_a_request_has_the_servers_settings_unless_it_says_otherwise() -> None:
         ({"explain": "yes"}, "true or false"),
         ({"tenant": "b"}, "tenant_from_request"),
         ({"store": "/etc"}, "none of a request's"),
-        ({"min_top1": 0.9}, "min_top1 is 0.9, and inside a vLLM server"),
+        ({"min_top1": 9}, "min_top1 is 9: use a probability"),
+        ({"min_top1": 0.9, "ratio": 0.1}, "ratio is 0.1, and min_top1 finds the ratio itself"),
+        ({"max_kl": 0.1, "selector": "none"}, "says nothing about the request"),
     ],
 )
 def test_a_request_is_refused_with_what_is_allowed(given: object, said: str) -> None:
     with pytest.raises(RequestSettingsError, match=said):
         RequestSettings.of(given, SERVER)
+
+
+def test_a_bound_stands_in_place_of_a_ratio() -> None:
+    asked = RequestSettings.of({"max_kl": 0.05, "min_top1": 0.9}, SERVER)
+    assert (asked.ratio, asked.max_kl, asked.min_top1) == ("auto", 0.05, 0.9), "the server's ratio is not meant"
+    bounded = ServerSettings.of({"store": "kv", "max_kl": 0.1})
+    for given, expected in (
+        ({}, ("auto", 0.1, None)),
+        ({"ratio": 0.3}, (0.3, None, None)),
+        ({"min_top1": 0.9}, ("auto", None, 0.9)),
+    ):
+        asked = RequestSettings.of(given, bounded)
+        assert (asked.ratio, asked.max_kl, asked.min_top1) == expected
+    assert RequestSettings.of({}, bounded).bounded
+    assert not RequestSettings.of({"ratio": 0.3}, bounded).bounded
 
 
 def test_only_a_server_behind_a_gateway_lets_requests_name_their_tenant() -> None:

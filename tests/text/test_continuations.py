@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from cachetune_rag.text.prompts.continuations import MOST_TOKENS, Continuations, Pieces
 from cachetune_rag.text.prompts.prompt import PromptBuilder
 from cachetune_rag.text.prompts.segments import Prompt, Span
+from cachetune_rag.text.recognising.id_spans import without_beginning
 
 MILL = "The mill is old. It has a door. The access code of the mill"
 
@@ -102,6 +103,17 @@ def test_scripts_without_capital_letters_and_blanks() -> None:
     prompt = Prompt(one + two, (Span(0, len(one), 0), Span(len(one), len(one + two), 1)), (one, two), (first, second))
     ((begun, rest),) = Continuations(letters)(prompt)
     assert [first[begun.start :], second[: len(rest)]] == ["磨坊的密码", "是48213。"]
+
+
+def test_a_beginning_that_was_computed_before_is_one_all_the_same() -> None:
+    """A server may have the first chunks of a prompt already, as full prefill computes them."""
+    whole = prompt_of("Something else.", MILL, "is 48213. Nobody knows it.")
+    ((begun, rest),) = Continuations(tokenizer())(whole)
+    for count in (begun.start + 3, begun.stop, rest.start + 2):
+        part = without_beginning(whole, count)
+        ((_, left),) = Continuations(tokenizer())(part)
+        assert left == range(max(count, rest.start), rest.stop)
+    assert Continuations(tokenizer())(without_beginning(whole, rest.stop)) == ()
 
 
 def test_a_token_that_is_part_of_a_letter_counts_as_one() -> None:

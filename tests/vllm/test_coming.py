@@ -35,7 +35,7 @@ class Engine:
 
     def __init__(self, *begins: Begun | Exception | None):
         self.begins, self.asked = list(begins), 0
-        self.admission = SimpleNamespace(config=lambda selector, ratio: None)
+        self.admission = SimpleNamespace(config=lambda *asked: None)
         self.assembler = SimpleNamespace(memory=None)
         self.executor = self
 

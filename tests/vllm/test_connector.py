@@ -350,6 +350,51 @@ def test_settings_that_cannot_be_used_leave_a_request_to_vllm_and_say_why(served
     assert [list(out.outputs[0].token_ids)] == served.plain([prompt])
 
 
+@ON_CPU
+def test_a_bound_takes_the_least_ratio_that_is_predicted_to_keep_it(served: Served) -> None:
+    early = "expected_error_early"  # the server has looked for what is calibrated for the default one
+    unknown, kept, out_of_reach = shuffled(90), shuffled(91), shuffled(92)
+    out = served.ask([unknown], max_kl=0.1, selector="probe")[0]
+    assert report(out)["left"] == "bound", "nothing was calibrated"
+    assert [list(out.outputs[0].token_ids)] == served.plain([unknown])
+    with CacheTune(served.tiny.reference, tiny.tokenizer(), served.store) as engine:
+        try:
+            samples = [shuffled(seed) for seed in range(100, 112)]
+            engine.calibrate(samples, selector=early, ratios=(0, 0.1, 0.5, 1), tokens=1, bound=100)
+            ladder = engine.prefill(prompt=kept, selector=early, max_kl=0).report.prediction.ladder  # type: ignore[union-attr]
+            state = engine.prefill(prompt=kept, selector=early, max_kl=ladder[-1].kl)
+            wanted = state.report
+            tokens = follow(engine, state, TOKENS, [])
+            bounded = served.ask([kept], selector=early, max_kl=ladder[-1].kl)[0]
+            whole = served.ask([out_of_reach], selector=early, max_kl=0)[0]
+        finally:
+            for profile in served.store.glob("profiles/calibration-*"):
+                profile.unlink()
+    said = report(bounded)
+    assert said["ratio"] == said["prediction"]["ratio"] == wanted.ratio < 1
+    assert (said["reused"], said["recomputed"]) == (wanted.reused, wanted.recomputed)
+    assert said["prediction"]["ladder"][-1]["kl"] == pytest.approx(ladder[-1].kl, rel=1e-3)
+    assert list(bounded.outputs[0].token_ids) == tokens
+    assert report(whole)["left"] == "bound"
+    assert report(whole)["prediction"]["why"].startswith("full prefill, because even at r=0.5")
+    assert [list(whole.outputs[0].token_ids)] == served.plain([out_of_reach])
+    served.assert_nothing_left_behind()
+
+
+def test_a_report_counts_what_goes_on_with_a_sentence(served: Served) -> None:
+    """It is told by token ids, which are all that a server has."""
+    more = "Nobody knows it, and nobody asks for it, since the mill has been shut for longer than anybody remembers. "
+    cut = [f"The mill is old. {more}The code of the mill", f"is 48213. {more}It has a door."]
+    served.ask([prompt_of(cut)], chunks=cut)
+    assert engines_of_worker().default.backfill.wait(60)
+    served.know_the_store()
+    served.tiny.llm.reset_prefix_cache()
+    said = report(served.ask([prompt_of(cut, "And the second time?")], selector="frequency", ratio=0.3)[0])
+    assert "left" not in said, said
+    assert said["continued"] == len("is 48213.") - 3, "up to three tokens at an edge are not those of the chunk"
+    assert said["advice"] == ()
+
+
 @pytest.mark.gpu
 @SETTINGS
 def test_on_a_gpu_first_tokens_are_as_likely_as_in_the_engine(served: Served, selector: str, ratio: float) -> None:

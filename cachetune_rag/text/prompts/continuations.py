@@ -78,8 +78,9 @@ class Continuations:
     def __call__(self, prompt: Prompt) -> tuple[Continuation, ...]:
         """Those of a prompt, in its order."""
         found = []
-        for first, second in pairwise(sorted((s for s in prompt.spans if s.start < s.end), key=lambda s: s.start)):
-            if second.start - first.end > _NEAR:
+        spans = sorted((s for s in (*prompt.passed, *prompt.spans) if s.start < s.end), key=lambda s: s.start)
+        for first, second in pairwise(spans):
+            if second.start - first.end > _NEAR or second in prompt.passed:
                 continue
             before, after = prompt.chunk_ids[first.chunk], prompt.chunk_ids[second.chunk]
             rest = self._rest(after[:_HEAD])

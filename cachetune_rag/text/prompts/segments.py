@@ -98,6 +98,7 @@ class Prompt:
         chunk_documents: the document that each chunk belongs to, in the request's order; None where none was named.
         chunk_found: which of the chunks were found among the stored ones, in the request's order.
         chunk_since: since when each chunk is known to be its document's; see `Chunk`.
+        passed: where further chunks stand whose rows the reader of the prompt has already, as full prefill computes them.
     """
 
     ids: tuple[int, ...]
@@ -109,6 +110,7 @@ class Prompt:
     chunk_documents: tuple[str | None, ...] = ()
     chunk_found: tuple[bool, ...] = field(default=(), compare=False, repr=False)
     chunk_since: tuple[int, ...] = field(default=(), compare=False, repr=False)
+    passed: tuple[Span, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.chunk_documents:

@@ -40,7 +40,8 @@ def without_beginning(prompt: Prompt, count: int) -> Prompt:
         for span in prompt.spans
         if span.end > count
     )
-    return replace(prompt, spans=spans)
+    passed = tuple(span for span in prompt.spans if span.end <= count)
+    return replace(prompt, spans=spans, passed=(*prompt.passed, *passed))
 
 
 def prompt_of_ids(
