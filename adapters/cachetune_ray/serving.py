@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import time
+import urllib.parse
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
@@ -26,8 +26,10 @@ from cachetune_rag.errors import ConfigError
 from cachetune_ray import metrics
 from cachetune_ray.memories import Memories
 from cachetune_ray.question import Question
+from cachetune_ray.remembering import Remembering
 from cachetune_ray.router import STATS, ChunkRouter
 from cachetune_ray.routing import SETTLE_SECONDS, SPREAD
+from cachetune_ray.server_client import OF_ONE_HOP, ServerClient
 from cachetune_ray.server_process import ServerGoneError, ServerProcess
 from cachetune_store.printing import shown
 from cachetune_vllm import sketches
@@ -44,7 +46,6 @@ _SILENT_SKETCHES = 5
 _WATCH_SECONDS = 0.1
 _METRICS_SECONDS = 8.0  # Prometheus waits for ten
 _TRY_AGAIN_SECONDS = 0.3  # in which routers learn of the death
-_OF_ONE_HOP = {"host", "connection", "content-length", "transfer-encoding", "keep-alive", "upgrade", "te", "trailer"}
 _GONE = (ray.exceptions.RayActorError, ServerGoneError)
 _log = logging.getLogger("ray.serve")
 
@@ -59,16 +60,15 @@ class Replica:
     """
 
     async def __init__(self, words: Sequence[str], memories: Any = None, warm_seconds: float = WARM_SECONDS):  # type: ignore[misc]  # Ray Serve awaits it
-        self._memories, self._warmed = memories, 0
-        self._server = ServerProcess(words)
-        # No limit on time: an answer takes as long as it takes, and who asked may hang up.
-        self._client = aiohttp.ClientSession(self._server.url, timeout=aiohttp.ClientTimeout(total=None))
+        self._process = ServerProcess(words)
+        self._server = ServerClient(self._process.url)
         self._sketch, self._version = b"", 0
-        while not await self._healthy():
-            self._server.check()
+        while not await self._server.healthy():
+            self._process.check()
             await asyncio.sleep(0.2)
-        if memories is not None:
-            await self._warm(warm_seconds)
+        self._remembering = None if memories is None else Remembering(memories, self._server, self._name)
+        if self._remembering is not None:
+            await self._remembering.warm(warm_seconds)
         self._watch = asyncio.create_task(self._end_with_server())
 
     async def ask(self, question: Question) -> AsyncIterator[Any]:
@@ -77,114 +77,65 @@ class Replica:
         Raises:
             ServerGoneError: the server has ended, or closed the connection.
         """
-        try:
-            async with self._client.request(
-                question.method, question.path, headers=question.headers, data=question.body, allow_redirects=False
-            ) as response:
-                headers = [pair for pair in response.headers.items() if pair[0].lower() not in _OF_ONE_HOP]
-                yield response.status, [*headers, (ANSWERED_BY, serve.get_replica_context().replica_id.unique_id)]
-                async for piece in response.content.iter_any():
-                    yield piece
-        except aiohttp.ClientError as error:
-            raise ServerGoneError(f"the vLLM server of this replica doesn't answer: {error}") from error
+        pieces = self._server.ask(question)
+        status, headers = await anext(pieces)
+        yield status, [*headers, (ANSWERED_BY, self._name)]
+        async for piece in pieces:
+            yield piece
 
     async def check_health(self) -> None:
         """Ray Serve asks this, and starts another replica where it raises an error."""
-        self._server.check()
-        if not await self._healthy():
-            raise ServerGoneError(f"the vLLM server of this replica, process {self._server.pid}, is not healthy.")
+        self._process.check()
+        if not await self._server.healthy():
+            raise ServerGoneError(f"the vLLM server of this replica, process {self._process.pid}, is not healthy.")
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """Ray Serve asks this every few seconds, and hands it to the routers."""
         try:
-            async with self._client.get(sketches.PATH) as response:
-                sketch = await response.read() if response.status == 200 else b""
+            sketch = await self._server.sketch()
         except aiohttp.ClientError as error:
             _log.warning("no sketch of the chunks in memory: %s", error)
             sketch = b""
         changed = bool(sketch) and sketch != self._sketch
         if changed:
             self._sketch, self._version = sketch, self._version + 1
-        if self._memories is not None:
-            await self._tell_memories(changed)
+        if self._remembering is not None:
+            await self._remembering.tell(changed=changed)
         return {STATS: (self._version, self._sketch)} if self._sketch else {}
 
     async def metrics(self) -> tuple[str, str]:
         """This replica, and what its server tells Prometheus; nothing if it doesn't answer just now."""
         try:
-            timeout = aiohttp.ClientTimeout(_METRICS_SECONDS / 2)
-            async with self._client.get("/metrics", timeout=timeout) as response:
-                return self._name, await response.text() if response.status == 200 else ""
+            return self._name, await self._server.metrics(_METRICS_SECONDS / 2)
         except (aiohttp.ClientError, TimeoutError) as error:
-            _log.warning("no metrics of the vLLM server: %s", error)
+            _log.warning("no metrics of the vLLM server: %r", error)
             return self._name, ""
 
-    async def _tell_memories(self, changed: bool) -> None:
-        """Tell what is in memory, for replicas that begin later."""
-        try:
-            known = await self._memories.tell.remote(self._name, await self._keys() if changed else None)
-            if not known:
-                await self._memories.tell.remote(self._name, await self._keys())
-        except (aiohttp.ClientError, ray.exceptions.RayError) as error:
-            _log.warning("what is in memory could not be told: %s", error)
-
-    async def _keys(self) -> list[str]:
-        async with self._client.get(sketches.MEMORY) as response:
-            return (await response.text()).split()
-
-    async def _warm(self, seconds: float) -> None:
-        """Have chunks read into memory that a lost replica had, or that the others use."""
-        until = time.monotonic() + seconds
-        try:
-            keys = await self._memories.wanted.remote(self._name)
-            if not keys:
-                return
-            body = "\n".join(keys[: sketches.MOST_KEYS])
-            async with self._client.post(sketches.MEMORY, data=body) as response:
-                response.raise_for_status()
-            while True:
-                async with self._client.get(sketches.WARMING) as response:
-                    found = await response.json(content_type=None)
-                if not found["running"] or time.monotonic() >= until:
-                    break
-                await asyncio.sleep(_WATCH_SECONDS)
-            self._warmed = int(found["chunks"])
-            _log.info("%s chunks were read into memory before the first request", self._warmed)
-        except (aiohttp.ClientError, ray.exceptions.RayError) as error:
-            _log.warning("memory could not be filled before the first request: %s", error)
+    async def warmed(self) -> tuple[str, int]:
+        """This replica, and how many chunks were read into its memory before its first request, for tests and operators."""
+        return self._name, 0 if self._remembering is None else self._remembering.warmed
 
     @property
     def _name(self) -> str:
         return str(serve.get_replica_context().replica_id.unique_id)
 
-    async def warmed(self) -> tuple[str, int]:
-        """This replica, and how many chunks were read into its memory before its first request, for tests and operators."""
-        return self._name, self._warmed
-
     async def server_pid(self) -> int:
         """The server's process, for tests and operators."""
-        return self._server.pid
+        return self._process.pid
 
     def __del__(self) -> None:
         """Ray Serve calls this when the replica is to go."""
         if hasattr(self, "_watch"):
             self._watch.cancel()  # the server is to end now
-        if hasattr(self, "_server"):
-            self._server.stop()
+        if hasattr(self, "_process"):
+            self._process.stop()
 
     async def _end_with_server(self) -> None:
         """End this actor where its server ends: at once no router sends it anything, and Ray Serve starts another."""
-        while self._server.running:
+        while self._process.running:
             await asyncio.sleep(_WATCH_SECONDS)
         _log.error("the vLLM server of this replica has ended, and the replica ends with it")
         os._exit(1)
-
-    async def _healthy(self) -> bool:
-        try:
-            async with self._client.get("/health") as response:
-                return response.status == 200
-        except aiohttp.ClientError:
-            return False
 
 
 _api = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -203,16 +154,21 @@ class Ingress:
     @_api.api_route("/{path:path}", methods=["GET", "POST"])  # type: ignore[untyped-decorator]
     async def answer(self, path: str, request: fastapi.Request) -> Response:
         """Hand a request on. `path` is in the request as well."""
+        segments = path.split("/")
+        # No path of vLLM's has such segments, and what stands between may take one path for another because of them.
+        if "" in segments[:-1] or not {".", ".."}.isdisjoint(segments):
+            return Response(status_code=404)
         # Whoever has a text could ask whether others' requests show it.
         if f"/{path}".startswith(sketches.BELOW):
             return Response(status_code=404)
         if (request.method, path) == ("GET", "metrics"):
             return await self._metrics()
         query = f"?{request.url.query}" if request.url.query else ""
-        headers = [pair for pair in request.headers.items() if pair[0].lower() not in _OF_ONE_HOP]
+        headers = [pair for pair in request.headers.items() if pair[0].lower() not in OF_ONE_HOP]
         body = await request.body()
         # Hashing a long prompt takes milliseconds, in which other requests go on.
-        question = await asyncio.to_thread(Question.of, request.method, f"/{path}{query}", headers, body)
+        target = f"/{urllib.parse.quote(path)}{query}"
+        question = await asyncio.to_thread(Question.of, request.method, target, headers, body)
         for left in range(TRIES - 1, -1, -1):
             try:
                 return await self._ask(question)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,10 +14,15 @@ pytest.importorskip("ray")
 pytest.importorskip("fastapi")
 
 import ray.exceptions
+from aiohttp import web
+from aiohttp.test_utils import RawTestServer
 
 from cachetune_rag.errors import ConfigError
+from cachetune_ray import remembering
+from cachetune_ray.memories import Memories
 from cachetune_ray.question import Question
 from cachetune_ray.router import STATS, ChunkRouter
+from cachetune_ray.server_client import ServerClient
 from cachetune_ray.serving import TRIES, Ingress, application, build
 from cachetune_ray.sketch import Sketch, samples_of
 from cachetune_vllm.sketches import SketchEndpoint
@@ -194,6 +201,112 @@ async def test_metrics_are_those_of_all_replicas() -> None:
     assert 'vllm:requests_total{model_name="m",replica="b"} 4.0' in lines
     assert 'vllm:seconds_bucket{le="+Inf",replica="b"} 2.0' in lines
     assert lines.count("# TYPE vllm:requests_total counter") == lines.count("# TYPE vllm:seconds histogram") == 1
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "./cachetune/sketch",
+        "v1/../cachetune/memory",
+        "/cachetune/sketch",
+        "/127.0.0.1:8265/api/jobs/",
+        "v1//models",
+        "..",
+        ".",
+    ],
+)
+async def test_a_path_that_could_be_taken_for_another_is_refused(path: str) -> None:
+    replicas = Replicas(0, after=0)
+    response = await ingress(replicas).answer(path, Asked())
+    assert (response.status_code, replicas.calls) == (404, 0)
+
+
+async def test_a_replica_asks_its_own_server_whatever_the_path_is() -> None:
+    asked: list[tuple[str, str]] = []
+
+    async def answer(request: web.BaseRequest) -> web.Response:
+        asked.append((request.raw_path, request.headers["host"]))
+        return web.Response(text="here")
+
+    async with RawTestServer(answer) as server:
+        here = f"{server.host}:{server.port}"
+        client = ServerClient(f"http://{here}")
+        paths = ["//127.0.0.1:1/secret", "/./cachetune/sketch", "/v1/%2e%2e/x%2Fy?a=%41", "/http://127.0.0.1:1/"]
+        for path in paths:
+            pieces = [piece async for piece in client.ask(Question.of("GET", path, [], b""))]
+            assert pieces[1:] == [b"here"]
+        await client.close()
+    assert asked == [(path, here) for path in paths]
+
+
+class Never:
+    """A handle whose deployment has no replica: nothing ever comes."""
+
+    @property
+    def tell(self) -> Never:
+        return self
+
+    wanted = tell
+
+    async def remote(self, *_: Any) -> None:
+        await asyncio.Event().wait()
+
+
+async def test_nobody_waits_for_what_is_remembered_when_it_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(remembering, "TELL_SECONDS", 0.01)
+    monkeypatch.setattr(logging.getLogger("ray.serve"), "propagate", True)
+    server: Any = None  # which is not asked
+    mine = remembering.Remembering(Never(), server, "r")
+    await asyncio.wait_for(mine.warm(0.01), 5)
+    await asyncio.wait_for(mine.tell(changed=False), 5)
+    assert "memory was not filled in 0.01 s" in caplog.text
+    assert "what is in memory could not be told: TimeoutError()" in caplog.text
+
+
+class Beside:
+    """The server of a replica, which reads a chunk each time that it is asked."""
+
+    def __init__(self) -> None:
+        self.wanted: list[str] = []
+        self.read = 0
+
+    async def keys(self) -> list[str]:
+        return ["c"]
+
+    async def warm(self, keys: list[str]) -> None:
+        self.wanted = keys
+
+    async def warming(self) -> tuple[bool, int]:
+        self.read += 1
+        return self.read < len(self.wanted), self.read
+
+
+class Called:
+    """A handle to `Memories`, in this process."""
+
+    def __init__(self, of: Memories, name: str = ""):
+        self._of, self._method = of, name
+
+    def __getattr__(self, name: str) -> Called:
+        return Called(self._of, name)
+
+    async def remote(self, *given: Any) -> Any:
+        return getattr(self._of, self._method)(*given)
+
+
+async def test_a_new_replica_waits_until_its_memory_has_what_the_others_use() -> None:
+    memories, beside = Memories(10), Beside()
+    memories.tell("other", ["a", "b"])
+    server: Any = beside
+    mine = remembering.Remembering(Called(memories), server, "new")
+    await mine.warm(5)
+    assert (beside.wanted, mine.warmed) == (["a", "b"], 2)
+    await mine.tell(changed=False)
+    assert memories.wanted("newer") == ["a", "c", "b"], (
+        "it has told what it has, although nothing changed: nobody knew it"
+    )
 
 
 class Client:
