@@ -50,6 +50,6 @@ def advice_of(cut: CutSentences, chunks: int) -> tuple[str, ...]:
     if not cut.torn:
         return ()
     return (
-        f"{cut.torn} of {chunks} stored chunks {'goes' if cut.torn == 1 else 'go'} on with a sentence which the chunk before began, and not all of the "
+        f"{cut.torn} of {chunks} stored chunks {'seems' if cut.torn == 1 else 'seem'} to go on with a sentence which the chunk before began, and not all of the "
         "rest of it was recomputed: a fact that is cut there is easily lost. Split texts at ends of sentences, or use a higher ratio for them.",
     )

@@ -219,7 +219,8 @@ class Assembler:
             return begun
 
     def rows_needed(self, config: ReuseConfig, reader: ChunkReader) -> int:
-        """How many rows of each layer of a chunk a request will read, as far as that is known before it comes."""
+        """How many rows of each layer of a chunk a request will read, as far as that is known before it comes: more, if it shows the chunk behind one
+        that breaks off within a sentence."""
         config = self._opener.tuned(config, reader.tier, reader.layout.codec)
         selector = get_selector(config.selector)
         unread = config.ratio if selector.offline and not selector.shift else config.skipped

@@ -24,7 +24,7 @@ def with_continuations(
     Args:
         scores: float32 [length], on the host; they stay as they are.
         continuations: see `SelectionContext`.
-        chunks: the reused chunks. A beginning of which nothing is reused has no scores; the rest of such a sentence has the largest of all.
+        chunks: the reused chunks. A beginning of which nothing is reused has no scores; the rest of such a sentence has the largest of all reused tokens.
     """
     if not continuations:
         return scores
@@ -32,10 +32,10 @@ def with_continuations(
     for chunk in chunks:
         reused[chunk.start : chunk.start + chunk.tokens] = True
     numbers = scores.numpy()
-    raised = numbers.copy()
+    raised, most = numbers.copy(), numbers[reused].max(initial=0)
     for begun, rest in continuations:
         known = numbers[begun.start : begun.stop][reused[begun.start : begun.stop]]
-        least = known.max() if len(known) else numbers.max()
+        least = known.max() if len(known) else most
         part = slice(rest.start, rest.stop)
         raised[part] = np.where(reused[part], np.maximum(raised[part], least), raised[part])
     return torch.from_numpy(raised)

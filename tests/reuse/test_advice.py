@@ -24,14 +24,14 @@ def test_a_cut_sentence_is_told_until_its_rest_is_recomputed(engine: CacheTune) 
     request = {"query": "Which code?", "chunks": CUT, "selector": "frequency"}
     report = engine.prefill(**request, ratio=0.05).report
     (words,) = report.advice
-    assert words.startswith("1 of 2 stored chunks goes on with a sentence which the chunk before began")
+    assert words.startswith("1 of 2 stored chunks seems to go on with a sentence which the chunk before began")
     assert "higher ratio" in words
     assert report.as_dict()["advice"] == report.advice
     assert str(report).endswith(words)
     assert engine.prefill(**request, ratio=0.4).report.advice == ()
     assert engine.prefill(**request | {"selector": "none"}, ratio=0.4).report.advice == (words,)
     twice = engine.prefill(**request | {"chunks": [*CUT, *WHOLE, *CUT]}, ratio=0.05).report
-    assert twice.advice[0].startswith("2 of 6 stored chunks go on ")
+    assert twice.advice[0].startswith("2 of 6 stored chunks seem to go on ")
 
 
 def test_other_prompts_are_given_no_advice(engine: CacheTune) -> None:

@@ -62,7 +62,7 @@ def test_scores_are_only_raised_and_only_those_of_rests() -> None:
     assert scores[8] == 0, "the scores that were given stay"
     assert with_continuations(scores, (), context.chunks) is scores
     computed = with_continuations(scores, context.continuations, context.chunks[1:])
-    assert computed.tolist() == [9.0, 9, 9, 1, 2, 3, 4, 9, 9, 0, 7, 9, 9], (
+    assert computed.tolist() == [9.0, 9, 9, 1, 2, 3, 4, 7, 7, 0, 7, 9, 9], (
         "nothing is known of a beginning that isn't stored"
     )
 

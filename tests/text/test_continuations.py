@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from cachetune_rag.text.prompts.continuations import MOST_TOKENS, Continuations, Pieces
-from cachetune_rag.text.prompts.prompt import PromptBuilder
+from cachetune_rag.text.prompts.prompt import Chunk, PromptBuilder
 from cachetune_rag.text.prompts.segments import Prompt, Span
 from cachetune_rag.text.recognising.id_spans import without_beginning
 
@@ -114,6 +114,27 @@ def test_a_beginning_that_was_computed_before_is_one_all_the_same() -> None:
         ((_, left),) = Continuations(tokenizer())(part)
         assert left == range(max(count, rest.start), rest.stop)
     assert Continuations(tokenizer())(without_beginning(whole, rest.stop)) == ()
+
+
+def test_chunks_of_different_documents_and_the_same_chunk_twice_do_not_go_on() -> None:
+    builder = PromptBuilder(tokenizer())
+
+    def of(*documents: str | None) -> int:
+        texts = (MILL, "is 48213. Nobody knows it.")
+        chunks = [Chunk(text, document=name) for text, name in zip(texts, documents, strict=True)]
+        return len(Continuations(tokenizer())(builder.build(query="Which code?", chunks=chunks)))
+
+    assert [of("a", "a"), of(None, "a"), of("a", None)] == [1, 1, 1]
+    assert of("a", "b") == 0
+    twice = "goes on here. It is old. The access code of the mill"
+    assert found(prompt_of(twice, twice)) == []
+
+
+def test_letters_of_several_tokens() -> None:
+    """Each byte is a token here, so that no token spells such a letter."""
+    first, second = "磨坊很旧。它有一扇门。磨坊的密码", "是48213。没有人知道。"
+    ((begun, rest),) = found(prompt_of(first, second))
+    assert (begun, rest) == ("磨坊的密码", "是48213。")
 
 
 def test_a_token_that_is_part_of_a_letter_counts_as_one() -> None:

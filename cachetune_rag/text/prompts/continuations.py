@@ -6,7 +6,7 @@ It is told by the chunks' token ids alone, so every way to make a prompt, and ev
 from __future__ import annotations
 
 import re
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
@@ -82,6 +82,9 @@ class Continuations:
         for first, second in pairwise(spans):
             if second.start - first.end > _NEAR or second in prompt.passed:
                 continue
+            documents = {prompt.chunk_documents[first.chunk], prompt.chunk_documents[second.chunk]} - {None}
+            if len(documents) > 1 or prompt.chunk_ids[first.chunk] == prompt.chunk_ids[second.chunk]:
+                continue
             before, after = prompt.chunk_ids[first.chunk], prompt.chunk_ids[second.chunk]
             rest = self._rest(after[:_HEAD])
             begun = self._begun(before[-_TAIL:]) if rest else 0
@@ -98,25 +101,35 @@ class Continuations:
 
     def _count_begun(self, tail: tuple[int, ...]) -> int:
         """How many of a chunk's last tokens begin a sentence without ending it; 0 if it ends otherwise, or is no prose."""
-        pieces = self._pieces(tail)
-        text = "".join(pieces).rstrip()
+        text, end = self._spelled(tail)
+        text = text.rstrip()
         if not _UNFINISHED.search(text) or not _SENTENCES.search(text):
             return 0
-        start = max((between.end() for between in _BETWEEN.finditer(text)), default=len(text))
-        return len(tail) - bisect_right(_ends(pieces), start)
+        ends = [
+            len(text[: between.end()].rstrip()) for between in _BETWEEN.finditer(text)
+        ]  # a blank belongs to the next word's token
+        return len(tail) - _tokens_to(ends[-1], len(tail), end) if ends else 0
 
     def _count_rest(self, head: tuple[int, ...]) -> int:
         """How many of a chunk's first tokens go on with a sentence; 0 if it begins with a sentence of its own, or with none.
 
         A capital letter begins a sentence. Where a script has none, only the chunk before shows whether one goes on.
         """
-        pieces = self._pieces(head)
-        text = "".join(pieces)
+        text, end_of = self._spelled(head)
         first = text.lstrip()[:1]
         if not (first.isalnum() or first == PART) or first.isupper() or first.istitle():
             return 0
         end = _END.search(text, text.index(first))
-        return min(MOST_TOKENS, len(head) if end is None else bisect_left(_ends(pieces), end.end()) + 1)
+        return min(MOST_TOKENS, len(head) if end is None else _tokens_to(end.end(), len(head), end_of))
+
+    def _spelled(self, ids: Sequence[int]) -> tuple[str, Callable[[int], int]]:
+        """The text of some tokens, and what tells how many characters of it the first ones have."""
+        pieces = self._pieces(ids)
+        text = "".join(pieces)
+        if PART not in text:
+            return text, list(accumulate(map(len, pieces), initial=0)).__getitem__
+        # Characters of several tokens: only all of them together spell them.
+        return self._pieces.text(ids), lambda count: len(self._pieces.text(ids[:count]).rstrip(PART))
 
 
 class Pieces:
@@ -138,8 +151,12 @@ class Pieces:
         known = self._known
         return [known[i] if i in known else self._spell(i) for i in ids]
 
+    def text(self, ids: Sequence[int]) -> str:
+        """What the tokens spell together."""
+        return self._decode([*self._first, *ids])[self._before :]
+
     def _spell(self, number: int) -> str:
-        piece = self._known[number] = self._decode([*self._first, number])[self._before :]
+        piece = self._known[number] = self.text([number])
         return piece
 
     def _decode(self, ids: list[int]) -> str:
@@ -147,6 +164,6 @@ class Pieces:
         return text
 
 
-def _ends(pieces: Sequence[str]) -> list[int]:
-    """Where each piece ends in the text of all."""
-    return list(accumulate(map(len, pieces)))
+def _tokens_to(place: int, count: int, end: Callable[[int], int]) -> int:
+    """How many of `count` tokens it takes to spell the characters before `place`; see `Continuations._spelled`."""
+    return bisect_left(range(1, count + 1), place, key=end) + 1
