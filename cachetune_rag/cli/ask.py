@@ -66,6 +66,7 @@ def ask(
     device: options.Device = "auto",
     remote: options.Remote = None,
     store_key: options.StoreKey = None,
+    encrypt: options.Encrypt = False,
     json_output: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -84,7 +85,13 @@ def ask(
         kv = open_existing(store, remote=remote, store_key=store_key)
     else:
         kv = open_for_writing(
-            store, codec="exact", host_budget="0", disk_budget=str(NO_LIMIT), remote=remote, store_key=store_key
+            store,
+            codec="exact",
+            host_budget="0",
+            disk_budget=str(NO_LIMIT),
+            remote=remote,
+            store_key=store_key,
+            encrypt=encrypt,
         )
     with opened(kv, Loading(model, gguf_file, dtype, device, tenant), documents=wanted.documents) as engine:
         passages = wanted.find(engine, kv, question)

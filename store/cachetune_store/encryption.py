@@ -67,9 +67,10 @@ class Keyring(ABC):
 
     @abstractmethod
     def reveal(self, tenant: str, about: bytes, raw: bytes) -> bytes | None:
-        """What `hide` was given; None if that can't be read any more.
+        """What `hide` was given; None if it was changed since, or the secret is lost.
 
         Raises:
+            ErasedChunkError: the secret was erased.
             StoreKeyError: the secret can't be had now.
         """
 
@@ -80,13 +81,16 @@ class Encryption(KeyedRecords):
     Args:
         root: the store's root key.
         keyring: the secrets of tenants.
+
+    Attributes:
+        keyring: as given.
     """
 
     name = ENCRYPTED
 
     def __init__(self, root: bytes, keyring: Keyring) -> None:
         super().__init__(root)
-        self._keyring = keyring
+        self.keyring = keyring
         self._names = AESSIV(self.key("names", 64))
         self._hashes = self.key("hashes")
         self._hidden: dict[str, AESSIV] = {}
@@ -100,7 +104,7 @@ class Encryption(KeyedRecords):
 
     def new_file(self, tenant: str) -> FileSeal:
         """See Seal. It has a key that no other file has."""
-        identity, secret = self._keyring.current(tenant)
+        identity, secret = self.keyring.current(tenant)
         which = base64.b64encode(self.hide("secret", "", json.dumps([tenant, identity]).encode())).decode()
         return FileCipher(self, which, secret, secrets.token_bytes(_SALT))
 
@@ -113,7 +117,7 @@ class Encryption(KeyedRecords):
             raise DamagedChunkError(f"chunk {key}: the file was not encrypted by this store")
         tenant, identity = json.loads(named_secret)
         try:
-            return FileCipher(self, which, self._keyring.secret(tenant, identity), salt)
+            return FileCipher(self, which, self.keyring.secret(tenant, identity), salt)
         except DamagedChunkError as error:
             raise type(error)(f"chunk {key}: {error}") from error
 
@@ -156,7 +160,7 @@ class Encryption(KeyedRecords):
     def wrap(self, kind: str, name: str, content: bytes, tenant: str | None = None) -> bytes:
         """See Seal."""
         if tenant is not None:
-            content = self._keyring.hide(tenant, named(kind) + _bytes(name), content)
+            content = self.keyring.hide(tenant, named(kind) + _bytes(name), content)
         return self.hide(kind, name, content)
 
     def unwrap(self, kind: str, name: str, raw: bytes, tenant: str | None = None) -> bytes | None:
@@ -164,17 +168,17 @@ class Encryption(KeyedRecords):
         content = self.reveal(kind, name, raw)
         if content is None or tenant is None:
             return content
-        return self._keyring.reveal(tenant, named(kind) + _bytes(name), content)
+        return self.keyring.reveal(tenant, named(kind) + _bytes(name), content)
 
     def hide_text(self, tenant: str, key: ChunkKey, text: str) -> str:
         """See Seal."""
-        raw = self._keyring.hide(tenant, named("text") + key.digest.encode(), _bytes(text))
+        raw = self.keyring.hide(tenant, named("text") + key.digest.encode(), _bytes(text))
         return json.dumps([tenant, base64.b64encode(raw).decode()])
 
     def reveal_text(self, key: ChunkKey, hidden: str) -> str | None:
         """See Seal."""
         tenant, raw = json.loads(hidden)
-        content = self._keyring.reveal(tenant, named("text") + key.digest.encode(), base64.b64decode(raw))
+        content = self.keyring.reveal(tenant, named("text") + key.digest.encode(), base64.b64decode(raw))
         return None if content is None else content.decode("utf-8", "surrogatepass")
 
     def stamp(self, kind: str, name: str, text: str) -> str:

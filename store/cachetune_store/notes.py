@@ -12,8 +12,8 @@ import threading
 from pathlib import Path
 
 from .arguments import check_kind
-from .errors import StoreArgumentError
-from .files import TempFiles, make_directory, sync_directory
+from .errors import ErasedChunkError, StoreArgumentError
+from .files import TempFiles, make_directory, sync_directory, write_small
 from .locks import locked
 from .plainfiles import UnfitFileError, open_plain, remove_any
 from .printing import shown
@@ -61,6 +61,11 @@ class Notes:
             with os.fdopen(open_plain(self._path(tenant, name)), "rb") as file:
                 return unwrapped(self._seal, self.kind, tenant, name, file.read(MAX_NOTE_FILE))
         except FileNotFoundError:
+            return None
+        except ErasedChunkError:
+            # Of a tenant that was deleted; it has come back, or the deletion was cut off.
+            with contextlib.suppress(OSError):
+                self._path(tenant, name).unlink(missing_ok=True)
             return None
         except UnfitFileError:
             return b""
@@ -117,17 +122,20 @@ class Notes:
         """Whether a note that isn't found is known not to be there."""
         return True
 
-    def delete(self, tenant: str, name: str) -> None:
-        """Delete a note. No copy stays."""
-        if self._directory is None:
+    def replace(self, tenant: str, name: str, content: bytes) -> None:
+        """Write `content` in the place of a note. Only for secrets that are erased: what others agree on doesn't change."""
+        if self._directory is None or self._temp is None:
             with self._lock:
-                self._held.pop((tenant, name), None)
+                self._held[tenant, _checked(name)] = content
             return
         path = self._path(tenant, name)
-        if path.parent.is_dir():
-            with locked(self._directory / "lock"):
-                remove_any(path)
-                sync_directory(path.parent)
+        make_directory(path.parent)
+        with locked(self._directory / "lock"):
+            write_small(self._temp, path, wrapped(self._seal, self.kind, tenant, name, content))
+
+    def forget(self, tenant: str) -> None:
+        """Delete what this machine has of a tenant's notes, because another one has deleted the tenant."""
+        self.delete_all(tenant)
 
     def delete_all(self, tenant: str) -> None:
         """Delete a tenant's notes, also those that were set aside."""

@@ -174,14 +174,24 @@ class Seal(ABC):
 
     @abstractmethod
     def unwrap(self, kind: str, name: str, raw: bytes, tenant: str | None = None) -> bytes | None:
-        """The record's content; None if it was changed since, or is not that record."""
+        """The record's content; None if it was changed since, or is not that record.
+
+        Raises:
+            ErasedChunkError: its tenant was deleted since.
+            StoreKeyError: the tenant's secret can't be had now.
+        """
 
     def hide_text(self, tenant: str, key: ChunkKey, text: str) -> str:
         """A chunk's text as records have it. The same text gives the same. Where the store is encrypted, it ends with its tenant."""
         return text
 
     def reveal_text(self, key: ChunkKey, hidden: str) -> str | None:
-        """The text that `hide_text` was given; None if its tenant was deleted."""
+        """The text that `hide_text` was given; None if nobody can read it any more.
+
+        Raises:
+            ErasedChunkError: its tenant was deleted since.
+            StoreKeyError: the tenant's secret can't be had now.
+        """
         return hidden
 
     def stamp(self, kind: str, name: str, text: str) -> str:

@@ -20,6 +20,7 @@ from .codecs import get_codec
 from .directory import StoreDirectory
 from .documents import Documents
 from .errors import (
+    ErasedChunkError,
     IndexDamagedError,
     StoreArgumentError,
     StoreClosedError,
@@ -200,7 +201,7 @@ class ChunkStore:
                 key=self._key,
                 encrypted=(encrypt or None) if self._directory is None else self._directory.encrypted,
                 keyring=self._keyring,
-                erased=lambda tenant, secret: self._keyring().erased_elsewhere(tenant, secret),
+                erased=self._erased_elsewhere,
             )
             self._notes = self._shared.notes
             return [self._shared.tier]
@@ -913,6 +914,12 @@ class ChunkStore:
         notes = here if self._shared is None else self._shared.shared(here, self._secrets.is_wanted)
         self._secrets.connect(notes, here.folder(""))
 
+    def _erased_elsewhere(self, tenant: str, secret: str) -> None:
+        """Another machine has erased a secret of a tenant, because it has deleted the tenant. In the index's transaction."""
+        self._removals.note(tenant, None)
+        self._keyring().erased_elsewhere(tenant, secret)
+        self._notes.forget(tenant)
+
     def _look_for_erased(self) -> None:
         """Forget what is in memory of tenants whose secrets another process or machine has erased."""
         if self._secrets is not None:
@@ -922,7 +929,7 @@ class ChunkStore:
         """The text of a record of the index; None if nobody can read it any more, or its secret can't be had now."""
         shared = self._shared if self.path is None else None
         seal = self.seal if shared is None else shared.tier.catalogue.known_seal
-        with contextlib.suppress(StoreKeyError):
+        with contextlib.suppress(ErasedChunkError, StoreKeyError):
             return seal.reveal_text(key, record["text"])
         return None
 

@@ -7,12 +7,14 @@ copy of a secret that comes back, from a backup or from another machine's folder
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cryptography.exceptions import InvalidTag
@@ -26,6 +28,9 @@ from .storekey import hkdf
 
 __all__ = ["TenantSecrets"]
 
+_ERASED = b'{"erased":'
+"""How a note begins of which the secret was erased."""
+_log = logging.getLogger(__name__)
 _ID = 32
 """Characters of a secret's id."""
 _Secret = tuple[str, bytes]
@@ -95,10 +100,11 @@ class TenantSecrets(Keyring):
         Raises:
             StorePathError: that can't be written now. Do it again.
         """
-        erased = self.identities(tenant)
-        for identity in erased:
+        for identity in self.identities(tenant):
             self._notes.write_first("", _name("erased", identity), b"erased")
-        self._load(tenant)  # which deletes them
+        for name, content in self._stored(self._notes, tenant):
+            if (parsed := _parsed(content)) is not None:
+                self._notes.replace(tenant, name, _erased(parsed[0]))
         self._forget([tenant])
         self._forgotten(tenant)
 
@@ -107,11 +113,9 @@ class TenantSecrets(Keyring):
         here = self._notes.here
         if here.get("", name := _name("erased", identity)) is None:
             here.write_first("", name, b"erased")
-        number = 0
-        while (content := here.get(tenant, _name("secret", str(number)))) is not None:
+        for name, content in self._stored(here, tenant):
             if (parsed := _parsed(content)) is not None and parsed[0] == identity:
-                here.delete(tenant, _name("secret", str(number)))
-            number += 1
+                here.replace(tenant, name, _erased(identity))
         self._told += 1
 
     def is_wanted(self, content: bytes) -> bool:
@@ -140,6 +144,8 @@ class TenantSecrets(Keyring):
         """See Keyring."""
         try:
             return _siv(self.secret(tenant, raw[:_ID].decode())).decrypt(raw[_ID:], [about])
+        except ErasedChunkError:
+            raise
         except (InvalidTag, ValueError, DamagedChunkError):
             return None
 
@@ -151,27 +157,39 @@ class TenantSecrets(Keyring):
         return self._connected
 
     def _load(self, tenant: str) -> list[_Secret]:
-        """The secrets of a tenant, the oldest first. The last ones are deleted if they were erased and are still there, or have come back."""
+        """The secrets of a tenant that hold, the oldest first. Those that were erased are taken out of their notes, if they have come back."""
         epoch = self._epoch
-        found: list[_Secret | None] = []
-        while (content := self._notes.get(tenant, _name("secret", str(len(found))))) is not None:
+        held = []
+        for name, content in self._stored(self._notes, tenant):
             parsed = _parsed(content)
-            found.append(None if parsed is None or self._is_erased(parsed[0]) else parsed)
-        # Only the last ones: the others are found by counting.
-        while found and found[-1] is None:
-            found.pop()
-            self._notes.delete(tenant, _name("secret", str(len(found))))
-        held = [each for each in found if each is not None]
+            if parsed is None:
+                if not content.startswith(_ERASED):
+                    _log.error(
+                        "a secret of tenant %s is damaged, so what was written with it can't be read; put its file back from a backup, or "
+                        "precompute again",
+                        shown(tenant),
+                    )
+            elif self._is_erased(parsed[0]):
+                # First here. A place that doesn't answer is told the next time.
+                with contextlib.suppress(StorePathError):
+                    self._notes.replace(tenant, name, _erased(parsed[0]))
+            else:
+                held.append(parsed)
         with self._lock:
             if epoch == self._epoch:  # otherwise what was read may have been erased since
                 self._known[tenant] = held
         return held
 
+    def _stored(self, notes: Notes, tenant: str) -> Iterator[tuple[str, bytes]]:
+        """Name and content of each note of a tenant's secrets, the oldest first. None is ever removed, so they are found by counting."""
+        number = 0
+        while (content := notes.get(tenant, name := _name("secret", str(number)))) is not None:
+            yield name, content
+            number += 1
+
     def _draw(self, tenant: str) -> list[_Secret]:
         """The secrets of a tenant, with another one."""
-        number = 0
-        while self._notes.get(tenant, _name("secret", str(number))) is not None:
-            number += 1
+        number = sum(1 for _ in self._stored(self._notes, tenant))
         content = json.dumps({"id": secrets.token_hex(_ID // 2), "secret": secrets.token_hex(32)}).encode()
         self._notes.write_first(tenant, _name("secret", str(number)), content)
         if not (held := self._load(tenant)):
@@ -205,6 +223,11 @@ def _parsed(content: bytes) -> tuple[str, bytes] | None:
         return (identity, secret) if len(identity) == _ID and bytes.fromhex(identity) and len(secret) == 32 else None
     except (ValueError, TypeError, KeyError):
         return None
+
+
+def _erased(identity: str) -> bytes:
+    """What stands in the place of a secret that was erased."""
+    return json.dumps({"erased": identity}).encode()
 
 
 def _name(kind: str, which: str) -> str:

@@ -13,6 +13,7 @@ from store_samples import Sample, sample
 from cachetune_store import ChunkStore, StoreArgumentError, StoreError, StoreKeyError
 from cachetune_store.notes import Notes
 from cachetune_store.remote import catalogue, taking
+from cachetune_store.removals import changes_so_far
 
 pytest.importorskip("cryptography")
 
@@ -54,6 +55,11 @@ def texts(store: ChunkStore) -> int:
 
 def copied(path: Path, to: Path) -> Path:
     return Path(shutil.copytree(path, to))
+
+
+def kept_in(path: Path) -> set[bytes]:
+    """What the files of secrets hold: each is written with other random bytes."""
+    return {file.read_bytes() for file in (path / "secrets").rglob("*") if file.is_file() and file.name != "lock"}
 
 
 def put_back(copy: Path, path: Path, *names: str) -> None:
@@ -106,17 +112,14 @@ def test_no_old_copy_of_a_deleted_tenant_can_be_read(tmp_path: Path) -> None:
         assert reads(store, OTHER)
         assert not store.note(NOTE, tenant=ACME)
         assert store.stats().damaged == 0
-    secrets = [file.name for file in (copy / "secrets").rglob("*.json")]
-    left = [file.read_bytes() for file in (path / "secrets").rglob("*") if file.is_file()]
-    gone = [file.read_bytes() for file in (copy / "secrets").rglob("*.json") if file.read_bytes() not in left]
-    assert len(secrets) == 2
-    assert len(gone) == 1, "the copy of the secret was deleted again"
+    assert len(kept_in(copy)) == 2
+    assert len(kept_in(copy) & kept_in(path)) == 1, "the copy of the secret was deleted again"
 
 
 def test_a_running_process_drops_a_tenant_that_another_one_deletes(tmp_path: Path) -> None:
     with encrypted(tmp_path, host_budget="1GiB") as running, encrypted(tmp_path) as other:
         fill(running, ACME, OTHER)
-        copy = copied(tmp_path / "chunks", tmp_path.with_name("copy"))
+        copy = copied(tmp_path / "chunks", tmp_path.with_name(f"{tmp_path.name}-copy"))
         assert running.touch_host(one_of(ACME).key)
         other.delete_tenant(ACME)
         shutil.copytree(copy, tmp_path / "chunks", dirs_exist_ok=True)
@@ -131,19 +134,21 @@ def test_deleting_can_be_cut_off_and_done_again(tmp_path: Path, monkeypatch: pyt
         fill(store, ACME)
         store.renew_secret(tenant=ACME)
         fill(store, ACME, seed=2)
+        secrets = kept_in(tmp_path)
 
         def refused(*_: object) -> None:
             raise OSError("the machine loses its power here")
 
         with monkeypatch.context() as patched:
-            patched.setattr(Notes, "delete", refused)
+            patched.setattr(Notes, "replace", refused)
             with pytest.raises(StoreError):
                 store.delete_tenant(ACME)
     with encrypted(tmp_path) as store:
         assert not reads(store, ACME)
         assert not reads(store, ACME, 2)
         store.delete_tenant(ACME)
-        assert len(list((tmp_path / "secrets").rglob("*.json"))) == 2, "that both were erased, and none of them"
+        assert len(secrets) == 2
+        assert not secrets & kept_in(tmp_path)
         assert not list((tmp_path / "chunks").rglob("*.safetensors"))
 
 
@@ -152,7 +157,7 @@ def test_a_renewed_secret_is_for_new_files_and_old_ones_stay_readable(tmp_path: 
         fill(store, ACME)
         store.renew_secret(tenant=ACME)
         fill(store, ACME, seed=2)
-        before = copied(tmp_path, tmp_path.with_name("before"))
+        before = copied(tmp_path, tmp_path.with_name(f"{tmp_path.name}-before"))
     with encrypted(tmp_path) as store:
         assert reads(store, ACME)
         assert reads(store, ACME, 2)
@@ -163,7 +168,7 @@ def test_a_renewed_secret_is_for_new_files_and_old_ones_stay_readable(tmp_path: 
         assert not reads(store, ACME)
         assert not reads(store, ACME, 2)
     with (
-        ChunkStore(tmp_path.with_name("keyed"), store_key=KEY) as store,
+        ChunkStore(tmp_path.with_name(f"{tmp_path.name}-keyed"), store_key=KEY) as store,
         pytest.raises(StoreArgumentError, match="is not encrypted, so its tenants have no secrets"),
     ):
         store.renew_secret(tenant=ACME)
@@ -188,7 +193,7 @@ def test_secrets_that_changed_places_open_nothing(tmp_path: Path) -> None:
 def test_a_file_opens_with_its_own_tenants_secret_only(tmp_path: Path) -> None:
     with encrypted(tmp_path) as store:
         fill(store, ACME, OTHER)
-        keyring = store.seal._keyring  # type: ignore[attr-defined]  # noqa: SLF001
+        keyring = store.seal.keyring  # type: ignore[attr-defined]
         _, theirs = keyring.current(OTHER)
         keyring._known = {ACME: [(keyring.current(ACME)[0], theirs)]}  # noqa: SLF001
         assert not reads(store, ACME)
@@ -198,7 +203,7 @@ def test_a_file_opens_with_its_own_tenants_secret_only(tmp_path: Path) -> None:
 def test_secrets_are_in_no_file(tmp_path: Path) -> None:
     with encrypted(tmp_path) as store:
         fill(store, ACME)
-        identity, secret = store.seal._keyring.current(ACME)  # type: ignore[attr-defined]  # noqa: SLF001
+        identity, secret = store.seal.keyring.current(ACME)  # type: ignore[attr-defined]
         for path in tmp_path.rglob("*"):
             content = path.read_bytes() if path.is_file() else b""
             assert not any(each in content for each in (secret, secret.hex().encode(), identity.encode())), path
@@ -207,8 +212,103 @@ def test_secrets_are_in_no_file(tmp_path: Path) -> None:
 # -- a place that machines share -----------------------------------------------------------------------------------
 
 
-def secrets_in(place: Place) -> int:
-    return len(list(place.objects.names("secrets/")))
+def secrets_in(place: Place) -> set[bytes]:
+    return {place.objects.get(name, 1 << 20) or b"" for name in place.objects.names("secrets/")}
+
+
+def test_all_secrets_of_a_deleted_tenant_go_on_every_machine(folder: Place, tmp_path: Path) -> None:
+    first = folder.store(tmp_path / "first", store_key=KEY, encrypt=True)
+    for seed in (1, 2, 3):
+        fill(first, ACME, seed=seed)
+        first.renew_secret(tenant=ACME)
+    first.sync()
+    second = folder.store(tmp_path / "second", store_key=KEY)
+    assert all(reads(second, ACME, seed) for seed in (1, 2, 3))
+    before = kept_in(tmp_path / "second")
+    assert len(before) >= 3
+    first.delete_tenant(ACME)
+    first.sync()
+    second.sync()
+    assert not before & kept_in(tmp_path / "second")
+    assert not any(reads(second, ACME, seed) for seed in (1, 2, 3))
+
+
+def test_a_damaged_copy_of_a_secret_harms_no_other_machine(folder: Place, tmp_path: Path) -> None:
+    first = folder.store(tmp_path / "first", store_key=KEY, encrypt=True)
+    fill(first, ACME)
+    first.sync()
+    second = folder.store(tmp_path / "second", store_key=KEY)
+    assert reads(second, ACME)
+    in_place = secrets_in(folder)
+    (file,) = (tmp_path / "second" / "secrets").rglob("*.json")
+    file.write_bytes(b"junk")
+    second.renew_secret(tenant=ACME)
+    assert in_place < secrets_in(folder)
+    assert reads(second, ACME), "the good copy has taken its place"
+    assert reads(folder.store(tmp_path / "third", store_key=KEY), ACME)
+
+
+def test_a_damaged_secret_stays_for_whoever_can_mend_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with encrypted(tmp_path) as store:
+        fill(store, ACME)
+    copy = copied(tmp_path, tmp_path.with_name(f"{tmp_path.name}-copy"))
+    (file,) = (tmp_path / "secrets").rglob("*.json")
+    file.write_bytes(b"junk")
+    with encrypted(tmp_path) as store:
+        assert not reads(store, ACME)
+        assert "put its file back from a backup" in caplog.text
+        fill(store, ACME, seed=2)
+        assert reads(store, ACME, 2)
+    assert file.read_bytes() == b"junk"
+    put_back(copy, tmp_path, "secrets", "chunks")
+    with encrypted(tmp_path) as store:
+        assert reads(store, ACME)
+        assert reads(store, ACME, 2)
+
+
+def test_notes_of_a_deleted_tenant_go_on_every_machine(folder: Place, tmp_path: Path) -> None:
+    first = folder.store(tmp_path / "first", store_key=KEY, encrypt=True)
+    fill(first, ACME)
+    first.sync()
+    second = folder.store(tmp_path / "second", store_key=KEY)
+    assert second.note(NOTE, tenant=ACME)
+    before = changes_so_far()
+    first.delete_tenant(ACME)
+    first.sync()
+    second.sync()
+    assert second.note(NOTE, tenant=ACME) is None, "not damaged, which would be written again"
+    assert second.removed_since(before, tenant=ACME), "what requests have of it is not stored"
+    assert not list((tmp_path / "second" / "notes").rglob("*.json"))
+    assert folder.store(tmp_path / "third", store_key=KEY).note(NOTE, tenant=ACME) is None
+
+
+def test_a_place_that_is_emptied_is_not_made_anew_without_encryption(folder: Place) -> None:
+    store = folder.store(store_key=KEY, encrypt=True)
+    fill(store, ACME)
+    running = folder.store(store_key=KEY)
+    assert reads(running, ACME)
+    objects = folder.objects
+    for prefix in ("changes/", "chunks/", "notes/", "secrets/", "snapshots/"):
+        objects.delete(list(objects.names(prefix)))
+    objects.delete(["store.json"])
+    running.tier("remote").catalogue.catch_up(look_far=True)  # type: ignore[attr-defined]
+    assert b'"version": 3' in (objects.get("store.json", 1 << 16) or b"")
+
+
+def test_a_place_that_is_down_is_no_error_where_a_secret_comes_back(network: Place, tmp_path: Path) -> None:
+    network.timeout = 2.0
+    first = network.store(tmp_path / "first", store_key=KEY, encrypt=True)
+    fill(first, ACME)
+    first.sync()
+    copy = copied(tmp_path / "first", tmp_path / "copy")
+    first.delete_tenant(ACME)
+    first.close()
+    put_back(copy, tmp_path / "first", "secrets", "chunks", "index")
+    assert network.proxy is not None
+    network.proxy.fault = "refuse"
+    with network.store(tmp_path / "first", store_key=KEY) as store:
+        assert not reads(store, ACME)
+        assert texts(store) == 0
 
 
 def test_a_deleted_tenant_is_gone_on_every_machine(place: Place, tmp_path: Path) -> None:
@@ -224,7 +324,8 @@ def test_a_deleted_tenant_is_gone_on_every_machine(place: Place, tmp_path: Path)
     away = place.store(tmp_path / "away", store_key=KEY, encrypt=True)
     assert reads(away, ACME)
     away.close()
-    assert secrets_in(place) == 2
+    in_place, in_folders = secrets_in(place), kept_in(tmp_path / "second") | kept_in(tmp_path / "away")
+    assert len(in_place) == 2
     copies = {name: place.objects.get(name, 1 << 30) or b"" for name in place.objects.names("chunks/")}
     first.delete_tenant(ACME)
     first.sync()
@@ -240,8 +341,9 @@ def test_a_deleted_tenant_is_gone_on_every_machine(place: Place, tmp_path: Path)
     away = place.store(tmp_path / "away", store_key=KEY)
     assert not reads(away, ACME)
     assert reads(away, OTHER)
-    assert secrets_in(place) == 2, "that of the other tenant, and that one was erased"
-    assert len(list((tmp_path / "away" / "secrets").rglob("*.json"))) == 2
+    assert len(in_place & secrets_in(place)) == 1, "that of the other tenant"
+    for name in ("first", "second", "away"):
+        assert len(in_folders & kept_in(tmp_path / name)) <= 1
     fill(second, ACME, seed=2)
     second.sync()
     away.sync()

@@ -191,6 +191,8 @@ class Catalogue:
             return
         described = self._description()
         identity = described.identity
+        if self._encrypted is None and described.encrypted:
+            self._encrypted = True  # from now on: somebody may delete all of it
         if self._encrypted:
             check_encrypted(described, self._objects.place)
         elif self._encrypted is False and described.encrypted:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from ..errors import RemoteError, StoreKeyError, StoreReadOnlyError
+from ..errors import ErasedChunkError, RemoteError, StoreKeyError, StoreReadOnlyError
 from ..notes import MAX_NOTE_FILE, Notes, file_name, folder_name, unwrapped, wrapped
 from ..seals import Seal
 from .breaker import Breaker
@@ -45,7 +45,7 @@ class SharedNotes(Notes):
     def get(self, tenant: str, name: str) -> bytes | None:
         """See Notes. A note is compared with the remote place once; it never changes there."""
         mine = self._local.get(tenant, name)
-        if (tenant, name) in self._agreed and mine is not None:
+        if (tenant, name) in self._agreed and mine:
             return mine
         if not self._breaker.closed:
             return mine
@@ -97,16 +97,22 @@ class SharedNotes(Notes):
         """See Notes."""
         return self._breaker.closed
 
-    def delete(self, tenant: str, name: str) -> None:
+    def replace(self, tenant: str, name: str, content: bytes) -> None:
         """See Notes.
 
         Raises:
-            RemoteError: it can't be deleted in the remote place now.
+            RemoteError: it can't be written in the remote place now. Here it is.
         """
-        self._local.delete(tenant, name)
+        self._local.replace(tenant, name, content)
         with self._agreeing:
             self._agreed.discard((tenant, name))
-        self._objects.delete([self._object(tenant, name)])
+        self._objects.put(self._object(tenant, name), [wrapped(self._place_seal(), self.kind, tenant, name, content)])
+
+    def forget(self, tenant: str) -> None:
+        """See Notes."""
+        self._local.delete_all(tenant)
+        with self._agreeing:
+            self._agreed = {place for place in self._agreed if place[0] != tenant}
 
     def _agree(self, tenant: str, name: str, mine: bytes | None) -> bytes | None:
         theirs = self._find(tenant, name)
@@ -117,10 +123,7 @@ class SharedNotes(Notes):
         if theirs == b"":
             return theirs
         if theirs is None:
-            if mine and not self._wanted(mine):
-                self._local.delete(tenant, name)
-                return None
-            if not mine or not self._put(tenant, name, mine):
+            if not mine or not self._wanted(mine) or not self._put(tenant, name, mine):
                 return mine
             theirs = mine
         if theirs != mine:
@@ -134,7 +137,11 @@ class SharedNotes(Notes):
     def _find(self, tenant: str, name: str) -> bytes | None:
         """The note in the remote place; None if there is none, b"" if it was forged."""
         raw = self._objects.get(self._object(tenant, name), MAX_NOTE_FILE)
-        return None if raw is None else unwrapped(self._place_seal(), self.kind, tenant, name, raw)
+        try:
+            return None if raw is None else unwrapped(self._place_seal(), self.kind, tenant, name, raw)
+        except ErasedChunkError:  # see Notes.get
+            self._objects.delete([self._object(tenant, name)])
+            return None
 
     def _put(self, tenant: str, name: str, content: bytes) -> bool:
         raw = wrapped(self._place_seal(), self.kind, tenant, name, content)
