@@ -16,7 +16,7 @@ import typer
 from cachetune_rag.checking.escaping import visible_line
 from cachetune_rag.errors import CacheTuneError, ConfigError
 from cachetune_store import StoreError
-from cachetune_store.printing import without_passwords
+from cachetune_store.printing import without_password
 from cachetune_store.remote.places import is_remote
 from cachetune_vllm.settings import ServerSettings
 
@@ -196,12 +196,14 @@ def serve(
         "tenant_from_request": tenant_from_request or None,
     }
     settings = {name: value for name, value in given.items() if value is not None}
+    showable = {name: without_password(value) if isinstance(value, str) else value for name, value in settings.items()}
     try:
-        words = command_line(model, settings, [*_stored_dtype(settings, context.args), *context.args])
+        others = [*_stored_dtype(settings, context.args), *context.args]
+        words, shown_words = (command_line(model, each, others) for each in (settings, showable))
     except (CacheTuneError, StoreError) as error:
         typer.echo(f"cachetune: {visible_line(str(error))}", err=True)
         raise typer.Exit(2) from None
-    typer.echo(without_passwords(shlex.join(words)), err=True)
+    typer.echo(shlex.join(shown_words), err=True)
     if dry_run:
         return
     if importlib.util.find_spec("vllm") is None:

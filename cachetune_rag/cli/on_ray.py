@@ -12,7 +12,7 @@ from cachetune_rag.cli.console import UsageError, note, number, size
 from cachetune_rag.cli.meter import Meter
 from cachetune_rag.cli.session import Loading
 from cachetune_rag.text.files.left_out import LeftOut
-from cachetune_store.printing import without_passwords
+from cachetune_store.printing import without_password
 
 
 @dataclass
@@ -76,9 +76,7 @@ class RayJob:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False  # two things that draw one line would draw over each other
         context.print_on_execution_start = False
-        note(
-            f"Precomputing {size(corpus.size)} into {visible_line(without_passwords(self.store))} on a Ray cluster ..."
-        )
+        note(f"Precomputing {size(corpus.size)} into {visible_line(without_password(self.store))} on a Ray cluster ...")
         with Meter("Precomputing") as meter:
 
             def progress(done: Any) -> None:

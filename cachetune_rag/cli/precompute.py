@@ -20,7 +20,7 @@ from cachetune_rag.cli.session import Loading, load_engine, open_for_writing
 from cachetune_rag.text.files.corpus import Corpus, CorpusError
 from cachetune_rag.text.files.readers import SUFFIXES
 from cachetune_rag.text.splitting import DEFAULT_CHUNK_TOKENS, MIN_CHUNK_TOKENS, Splitter
-from cachetune_store.printing import shown, without_passwords
+from cachetune_store.printing import shown, without_password
 from cachetune_store.storekey import StoreKey
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def precompute(
         raise UsageError(f"--actors is {actors}, but there is no --ray: actors run on a Ray cluster.")
     if isinstance(store, str):
         raise UsageError(
-            f"--store is {(url := visible_line(without_passwords(store)))}, a URL: give a folder, with --remote {url}. Only with --ray may it be a URL."
+            f"--store is {(url := visible_line(without_password(store)))}, a URL: give a folder, with --remote {url}. Only with --ray may it be a URL."
         )
     corpus = Corpus.scan(paths)
     for line in corpus.left_out.needs():
@@ -245,7 +245,7 @@ class _Result:
         self._note_gaps()
         if json_output:
             result = {
-                "store": without_passwords(self.store),
+                "store": without_password(self.store),
                 **self.summary.as_dict(),
                 "empty": self.empty,
                 "left_out": self.left_out.as_dict(),

@@ -117,10 +117,13 @@ class Notes:
         """Those that this machine has."""
         return self
 
-    @property
-    def reachable(self) -> bool:
-        """Whether a note that isn't found is known not to be there."""
-        return True
+    def get_surely(self, tenant: str, name: str) -> bytes | None:
+        """As `get`, but None says that there is no such note anywhere.
+
+        Raises:
+            RemoteError, StoreKeyError: the place that machines share can't be asked now.
+        """
+        return self.get(tenant, name)
 
     def replace(self, tenant: str, name: str, content: bytes) -> None:
         """Write `content` in the place of a note. Only for secrets that are erased: what others agree on doesn't change."""

@@ -11,7 +11,7 @@ import re
 import reprlib
 from itertools import islice
 
-__all__ = ["shown", "without_passwords"]
+__all__ = ["shown", "without_password"]
 
 _MOST = 160
 _BITS = 128
@@ -20,14 +20,22 @@ _ITEMS, _LEVELS = 10, 3
 """How many items of a list are shown, and how many lists inside of one another: what is looked at stays little."""
 
 
-_OF_SERVERS = re.compile(r"\b((?:valkey|redis)s?://)[^\s\"']*@", re.IGNORECASE)
-_OF_OTHERS = re.compile(r"([a-z][a-z0-9+.-]*://)[^\s\"'/]*@", re.IGNORECASE)
+_URL = re.compile(r"([a-z][a-z0-9+.-]*://)(.*@)?(.*)", re.IGNORECASE | re.DOTALL)
+_OF_SERVERS = re.compile(r"(?:valkey|redis)s?://", re.IGNORECASE)
 
 
-def without_passwords(text: str) -> str:
-    """A URL as it may be shown, or a text with URLs: without users and their passwords."""
-    # A password may hold an @ or a slash that should have been escaped. So may a name in a bucket, behind its host.
-    return _OF_OTHERS.sub(r"\1", _OF_SERVERS.sub(r"\1", text))
+def without_password(url: str) -> str:
+    """A URL as it may be shown: without user and password, and for a server without what stands behind a ? or #. Other texts stay.
+
+    Give it the URL itself, before anything is cut off or quoted.
+    """
+    if (match := _URL.fullmatch(url)) is None:
+        return url
+    scheme, before, rest = match.groups()
+    if _OF_SERVERS.fullmatch(scheme):
+        return scheme + re.split("[?#]", rest)[0]
+    # In the name of a bucket's object, an @ may be no end of a password. One can't know.
+    return f"{scheme}...@{rest}" if before else url
 
 
 def shown(value: object, most: int = _MOST) -> str:

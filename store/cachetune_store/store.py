@@ -36,7 +36,7 @@ from .keys import ChunkKey, Namespace
 from .notes import SECRET, Notes
 from .paths import is_store, store_path
 from .placement import Placement
-from .printing import shown, without_passwords
+from .printing import shown, without_password
 from .pruning import Keep, by_tenant, groups, prune
 from .rawfile import DirectIO
 from .readers import ChunkReader
@@ -134,11 +134,11 @@ class ChunkStore:
         if is_remote(path):
             if remote is not None:
                 raise StoreArgumentError(
-                    f"the store's path is the URL {without_passwords(shown(path))}, and remote is {without_passwords(shown(remote))}: use a folder as the path, or leave remote out"
+                    f"the store's path is the URL {shown(without_password(str(path)))}, and remote is {shown(without_password(str(remote)))}: use a folder as the path, or leave remote out"
                 )
             remote, path = str(path), None
         self.path = None if path is None else store_path(path)
-        self.remote = None if remote is None else without_passwords(str(remote))
+        self.remote = None if remote is None else without_password(str(remote))
         self._remote_options: dict[str, Any] = {"remote_timeout": remote_timeout, "remote_options": remote_options}
         self._remote_url = remote
         self._given_key = store_key

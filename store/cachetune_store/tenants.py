@@ -21,7 +21,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESSIV
 
 from .encryption import Keyring
-from .errors import DamagedChunkError, ErasedChunkError, StoreKeyError, StorePathError
+from .errors import DamagedChunkError, ErasedChunkError, RemoteError, StoreKeyError, StorePathError
 from .notes import Notes
 from .printing import shown
 from .storekey import hkdf
@@ -52,15 +52,15 @@ class TenantSecrets(Keyring):
         self._connected: Notes | None = None
         self._known: dict[str, list[_Secret]] = {}
         self._folder: Path | None = None
-        self._seen = self._told = 0
-        self._epoch = 0
+        self._told = self._epoch = 0
+        self._seen: tuple[int, ...] = ()
 
     def connect(self, notes: Notes, folder: Path | None) -> None:
         """Say where the secrets are kept.
 
         Args:
             notes: those of nothing else.
-            folder: where notes without a tenant are on disk; None: nowhere. Its time changes when another process has erased a secret.
+            folder: where notes without a tenant are on disk; None: nowhere. It changes when another process has erased a secret.
         """
         self._connected, self._folder = notes, folder
         self._seen = self._changed()
@@ -73,16 +73,20 @@ class TenantSecrets(Keyring):
     def secret(self, tenant: str, identity: str) -> bytes:
         """See Keyring."""
         self.look()
-        for held in (self._known.get(tenant, []), None):
-            for known, secret in self._load(tenant) if held is None else held:
-                if known == identity:
-                    return secret
-        if self._is_erased(identity):
+        for known, secret in self._known.get(tenant, []):
+            if known == identity:
+                return secret
+        try:
+            found = dict(self._load(tenant, surely=True)).get(identity)
+            erased = self._notes.get_surely("", _name("erased", identity)) is not None
+        except (RemoteError, StoreKeyError) as error:
+            if not self._is_erased(identity):
+                raise StoreKeyError(f"a tenant's secret isn't here, and can't be asked for now: {error}") from error
+            found, erased = None, True
+        if found is not None:
+            return found
+        if erased:
             raise ErasedChunkError("it was written for a tenant that was deleted since, and can't be read any more")
-        if not self._notes.reachable:
-            raise StoreKeyError(
-                "a tenant's secret isn't here, and the shared place doesn't answer; try again when it does"
-            )
         raise DamagedChunkError("it was written with a tenant's secret that is lost, so it can't be read any more")
 
     def renew(self, tenant: str) -> None:
@@ -102,8 +106,9 @@ class TenantSecrets(Keyring):
         """
         for identity in self.identities(tenant):
             self._notes.write_first("", _name("erased", identity), b"erased")
-        for name, content in self._stored(self._notes, tenant):
-            if (parsed := _parsed(content)) is not None:
+        for name, content in self._stored(self._notes.get, tenant):
+            # One that was drawn meanwhile is for what is written after the deletion.
+            if (parsed := _parsed(content)) is not None and self._is_erased(parsed[0]):
                 self._notes.replace(tenant, name, _erased(parsed[0]))
         self._forget([tenant])
         self._forgotten(tenant)
@@ -113,7 +118,7 @@ class TenantSecrets(Keyring):
         here = self._notes.here
         if here.get("", name := _name("erased", identity)) is None:
             here.write_first("", name, b"erased")
-        for name, content in self._stored(here, tenant):
+        for name, content in self._stored(here.get, tenant):
             if (parsed := _parsed(content)) is not None and parsed[0] == identity:
                 here.replace(tenant, name, _erased(identity))
         self._told += 1
@@ -156,11 +161,15 @@ class TenantSecrets(Keyring):
         assert self._connected is not None, "secrets are asked for before it is known where they are"
         return self._connected
 
-    def _load(self, tenant: str) -> list[_Secret]:
-        """The secrets of a tenant that hold, the oldest first. Those that were erased are taken out of their notes, if they have come back."""
+    def _load(self, tenant: str, *, surely: bool = False) -> list[_Secret]:
+        """The secrets of a tenant that hold, the oldest first. Those that were erased are taken out of their notes, if they have come back.
+
+        Raises:
+            RemoteError, StoreKeyError: only with `surely`, if a shared place that may have others can't be asked.
+        """
         epoch = self._epoch
         held = []
-        for name, content in self._stored(self._notes, tenant):
+        for name, content in self._stored(self._notes.get_surely if surely else self._notes.get, tenant):
             parsed = _parsed(content)
             if parsed is None:
                 if not content.startswith(_ERASED):
@@ -180,16 +189,16 @@ class TenantSecrets(Keyring):
                 self._known[tenant] = held
         return held
 
-    def _stored(self, notes: Notes, tenant: str) -> Iterator[tuple[str, bytes]]:
+    def _stored(self, get: Callable[[str, str], bytes | None], tenant: str) -> Iterator[tuple[str, bytes]]:
         """Name and content of each note of a tenant's secrets, the oldest first. None is ever removed, so they are found by counting."""
         number = 0
-        while (content := notes.get(tenant, name := _name("secret", str(number)))) is not None:
+        while (content := get(tenant, name := _name("secret", str(number)))) is not None:
             yield name, content
             number += 1
 
     def _draw(self, tenant: str) -> list[_Secret]:
         """The secrets of a tenant, with another one."""
-        number = sum(1 for _ in self._stored(self._notes, tenant))
+        number = sum(1 for _ in self._stored(self._notes.get, tenant))
         content = json.dumps({"id": secrets.token_hex(_ID // 2), "secret": secrets.token_hex(32)}).encode()
         self._notes.write_first(tenant, _name("secret", str(number)), content)
         if not (held := self._load(tenant)):
@@ -205,14 +214,16 @@ class TenantSecrets(Keyring):
             for tenant in tenants:
                 self._known.pop(tenant, None)
 
-    def _changed(self) -> int:
-        """A number that changes when a secret was erased."""
+    def _changed(self) -> tuple[int, ...]:
+        """Numbers that change when a secret was erased."""
         if self._folder is None:
-            return self._told
+            return (self._told,)
         try:
-            return os.stat(self._folder).st_mtime_ns + self._told  # noqa: PTH116 (a Path would take longer)
+            # Clocks may be coarse, and the time of a change may be set back: so names are counted, and the other time is looked at, too.
+            status = os.stat(self._folder)  # noqa: PTH116 (a Path would take longer)
+            return self._told, status.st_ino, status.st_ctime_ns, len(os.listdir(self._folder))  # noqa: PTH208
         except FileNotFoundError:
-            return self._told
+            return (self._told,)
 
 
 def _parsed(content: bytes) -> tuple[str, bytes] | None:

@@ -116,7 +116,7 @@ def test_serve_takes_a_place_that_machines_share(folder: Place, tmp_path: Path, 
 @pytest.mark.parametrize("option", ["--store", "--remote"])
 def test_the_line_that_serve_shows_has_no_password(tmp_path: Path, option: str) -> None:
     store = () if option == "--store" else ("--store", str(tmp_path / "kv"))
-    url = "valkey://user:pass@word@localhost:6379/prefix"
+    url = "valkey://user:it's pass@word@localhost:6379/prefix"
     done = CliRunner().invoke(app, ["M", *store, option, url, "--dry-run", "--dtype", "float32"])
     assert done.exit_code == 0
     assert "valkey://localhost:6379/prefix" in done.output

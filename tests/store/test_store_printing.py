@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from odd_values import hard_values, odd_values
 
-from cachetune_store.printing import shown, without_passwords
+from cachetune_store.printing import shown, without_password
 
 
 class Steering:
@@ -62,18 +62,16 @@ def test_nothing_is_too_long_or_raises(most: int) -> None:
     [
         ("valkey://user:pass@host:6379/kv", "valkey://host:6379/kv"),
         ("rediss://:p@ss/w@rd@host/kv", "rediss://host/kv"),
-        ("VALKEY://user:pass@host", "VALKEY://host"),
-        ("https://user:pass@host/a@b", "https://host/a@b"),
-        ("s3://bucket/a@b", "s3://bucket/a@b"),
-        (
-            '--x {"a": "valkey://u:p@host", "b": "valkey://v:q@other"} me@here',
-            '--x {"a": "valkey://host", "b": "valkey://other"} me@here',
-        ),
+        ("valkey://u:it's \"a\nsecret@host", "valkey://host"),
+        ("VALKEY://user:" + "x" * 500 + "@host", "VALKEY://host"),
+        ("valkey://host/kv?password=secret", "valkey://host/kv"),
+        ("https://user:pa/ss@host/a", "https://...@host/a"),
+        ("s3://bucket/a", "s3://bucket/a"),
         ("user@host", "user@host"),
     ],
 )
 def test_users_and_passwords_of_urls_are_not_shown(url: str, text: str) -> None:
-    assert without_passwords(url) == text
+    assert without_password(url) == text
 
 
 def test_it_loads_nothing_heavy() -> None:

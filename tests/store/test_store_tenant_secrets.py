@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,10 @@ def test_a_running_process_drops_a_tenant_that_another_one_deletes(tmp_path: Pat
         fill(running, ACME, OTHER)
         copy = copied(tmp_path / "chunks", tmp_path.with_name(f"{tmp_path.name}-copy"))
         assert running.touch_host(one_of(ACME).key)
+        times = [path.stat().st_mtime_ns for path in (tmp_path / "secrets").iterdir()]
         other.delete_tenant(ACME)
+        for path in (tmp_path / "secrets").iterdir():
+            os.utime(path, ns=(times[0], times[0]))  # somebody sets the clock back
         shutil.copytree(copy, tmp_path / "chunks", dirs_exist_ok=True)
         assert running.open_in_memory(one_of(ACME).key) is None
         assert not running.touch_host(one_of(ACME).key)
@@ -150,6 +154,25 @@ def test_deleting_can_be_cut_off_and_done_again(tmp_path: Path, monkeypatch: pyt
         assert len(secrets) == 2
         assert not secrets & kept_in(tmp_path)
         assert not list((tmp_path / "chunks").rglob("*.safetensors"))
+
+
+def test_a_secret_that_is_renewed_meanwhile_saves_no_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with encrypted(tmp_path) as store, encrypted(tmp_path) as other:
+        fill(store, ACME)
+        before = kept_in(tmp_path)
+        write = Notes.write_first
+
+        def meanwhile(notes: Notes, tenant: str, name: str, content: bytes) -> bytes:
+            if content == b"erased":
+                monkeypatch.undo()
+                other.renew_secret(tenant=ACME)
+            return write(notes, tenant, name, content)
+
+        monkeypatch.setattr(Notes, "write_first", meanwhile)
+        store.delete_tenant(ACME)
+        assert not before & kept_in(tmp_path)
+        fill(store, ACME, seed=2)
+        assert reads(store, ACME, 2)
 
 
 def test_a_renewed_secret_is_for_new_files_and_old_ones_stay_readable(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from obstore.exceptions import (
 from obstore.store import from_url
 
 from ..errors import MissingObjectError, RemoteError, RemoteRefusedError, StoreArgumentError
+from ..printing import without_password
 from .objects import Buffer, Objects
 
 __all__ = ["Bucket"]
@@ -49,7 +50,7 @@ class Bucket(Objects):
     """
 
     def __init__(self, url: str, *, timeout: float, options: Mapping[str, Any]) -> None:
-        self.place = url.rstrip("/")
+        self.place = without_password(url.rstrip("/"))
         given = dict(options)
         client = dict(given.pop("client_options", {}))
         retry = dict(given.pop("retry_config", {}))
@@ -59,7 +60,7 @@ class Bucket(Objects):
             self._reads = from_url(url, **_settings(url, client, retry, timeout), **given)
             self._writes = from_url(url, **_settings(url, client, retry, max(timeout, _WRITE_SECONDS)), **given)
         except (BaseError, TypeError, ValueError) as error:
-            raise StoreArgumentError(f"remote {url} can't be used: {_said(error)}; see docs/scale.md") from error
+            raise StoreArgumentError(f"remote {self.place} can't be used: {_said(error)}; see docs/scale.md") from error
 
     def get(self, name: str, limit: int) -> bytes | None:
         """See Objects."""

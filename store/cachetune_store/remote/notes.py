@@ -44,16 +44,23 @@ class SharedNotes(Notes):
 
     def get(self, tenant: str, name: str) -> bytes | None:
         """See Notes. A note is compared with the remote place once; it never changes there."""
+        try:
+            return self.get_surely(tenant, name)
+        except (RemoteError, StoreKeyError):
+            return self._local.get(tenant, name)
+
+    def get_surely(self, tenant: str, name: str) -> bytes | None:
+        """See Notes."""
         mine = self._local.get(tenant, name)
         if (tenant, name) in self._agreed and mine:
             return mine
         if not self._breaker.closed:
-            return mine
+            raise RemoteError(f"the remote tier failed: {self._breaker.reason}")
         try:
             return self._agree(tenant, name, mine)
         except (RemoteError, StoreKeyError) as error:
             self._failed(error)
-            return mine
+            raise
 
     def write_first(self, tenant: str, name: str, content: bytes) -> bytes:
         """See Notes.
@@ -91,11 +98,6 @@ class SharedNotes(Notes):
     def here(self) -> Notes:
         """See Notes."""
         return self._local
-
-    @property
-    def reachable(self) -> bool:
-        """See Notes."""
-        return self._breaker.closed
 
     def replace(self, tenant: str, name: str, content: bytes) -> None:
         """See Notes.

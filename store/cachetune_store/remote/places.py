@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import StoreArgumentError
-from ..printing import shown, without_passwords
+from ..printing import shown, without_password
 
 if TYPE_CHECKING:
     from .objects import Objects
@@ -34,7 +34,7 @@ def open_objects(url: object, *, timeout: float, options: Mapping[str, Any]) -> 
     scheme = match[1].lower() if match else ""
     if not isinstance(url, str) or scheme not in (*_BUCKETS, *_VALKEY):
         raise StoreArgumentError(
-            f"remote is {without_passwords(shown(url))}; use the URL of a bucket (s3://bucket/prefix, gs://..., az://...), of a folder that machines "
+            f"remote is {shown(without_password(url) if isinstance(url, str) else url)}; use the URL of a bucket (s3://bucket/prefix, gs://..., az://...), of a folder that machines "
             "share (file:///folder) or of a server (valkey://host:6379)"
         )
     try:
@@ -47,5 +47,5 @@ def open_objects(url: object, *, timeout: float, options: Mapping[str, Any]) -> 
         return Bucket(url.rstrip("/"), timeout=timeout, options=options)
     except ImportError as error:
         raise StoreArgumentError(
-            f"remote {without_passwords(url)} needs {error.name}, which is not installed: pip install 'cachetune-rag[remote]'"
+            f"remote {without_password(url)} needs {error.name}, which is not installed: pip install 'cachetune-rag[remote]'"
         ) from error

@@ -25,7 +25,7 @@ from glide_sync import (
 )
 
 from ..errors import MissingObjectError, RemoteError, RemoteRefusedError, StoreArgumentError
-from ..printing import without_passwords
+from ..printing import without_password
 from .objects import Buffer, Objects
 
 __all__ = ["Valkey"]
@@ -50,7 +50,7 @@ class Valkey(Objects):
             host, port = parts.hostname or "localhost", parts.port or _PORT
         except ValueError:
             raise StoreArgumentError(
-                f"remote {without_passwords(url)} has the port of no server, or an @, : or / in its password that isn't escaped; use such as "
+                f"remote {without_password(url)} has the port of no server, or an @, : or / in its password that isn't escaped; use such as "
                 "valkey://host:6379"
             ) from None  # the cause may quote the password
         prefix = parts.path.strip("/")
