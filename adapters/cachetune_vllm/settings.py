@@ -164,6 +164,8 @@ class RequestSettings:
         ratio, max_kl, min_top1 = source.get("ratio", "auto"), source.get("max_kl"), source.get("min_top1")
         _check_ratio(ratio, RequestSettingsError)
         _check_selector(selector, RequestSettingsError)
+        if source is not given and "selector" in given and not _predicts(selector):
+            max_kl = min_top1 = None  # nor has one whose selector can keep none
         _check_bound(selector, ratio, max_kl, min_top1, RequestSettingsError)
         reuse, explain = given.get("reuse", True), given.get("explain", False)
         for name, value in (("reuse", reuse), ("explain", explain)):
@@ -225,6 +227,13 @@ def _check_selector(selector: object, refusal: type[ConfigError]) -> None:
 
     if selector != "auto" and (not isinstance(selector, str) or selector not in selector_names()):
         raise refusal(f'selector is {shown(selector)}: use "auto" or one of {", ".join(selector_names())}.')
+
+
+def _predicts(selector: str) -> bool:
+    """Whether a selector says something that a bound can be kept by."""
+    from cachetune_rag.selection import get_selector, names
+
+    return get_selector(names.DEFAULT if selector == "auto" else selector).predicts
 
 
 def _check_bound(selector: str, ratio: object, max_kl: object, min_top1: object, refusal: type[ConfigError]) -> None:

@@ -82,6 +82,8 @@ def test_a_bound_stands_in_place_of_a_ratio() -> None:
         ({}, ("auto", 0.1, None)),
         ({"ratio": 0.3}, (0.3, None, None)),
         ({"min_top1": 0.9}, ("auto", None, 0.9)),
+        ({"selector": "probe"}, ("auto", 0.1, None)),
+        ({"selector": "frequency"}, ("auto", None, None)),
     ):
         asked = RequestSettings.of(given, bounded)
         assert (asked.ratio, asked.max_kl, asked.min_top1) == expected
