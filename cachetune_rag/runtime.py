@@ -262,7 +262,9 @@ class Runtime:
             # Deviations are known only of chunks that are a mean over lead-ins; of others, the attention alone is looked at.
             mean = len(self.lead_ins.namespace.lead_ins) > 1
             layers = chosen.layers(self.adapter.num_layers)
-            probe = (layers, mean and chosen.uses_deviations) if layers else None
+            errors = mean and chosen.uses_deviations
+            after = chosen.shortlist_after(self.adapter.num_layers) if errors else 0
+            probe = (layers, errors, after) if layers else None
             self.adapter.warmup(computed_tokens, probe, prompt_lengths, mean and chosen.shift > 0)
             warm_up_loading(self.adapter, self.store.codec)
 

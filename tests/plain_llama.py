@@ -63,14 +63,21 @@ class PlainLlama:
         kappa: float = 2.0,
         queries: int = 1,
         deviations: Array | None = None,
+        shortlist: tuple[int, int, Sequence[int]] | None = None,
     ) -> Run:
-        """Compute `rows` (ascending) over `stored`: per layer keys before rotation and values of every row, [T, H, D]."""
+        """Compute `rows` (ascending) over `stored`: per layer keys before rotation and values of every row, [T, H, D].
+
+        `shortlist`: (layers, count, among). Behind so many layers, all of `among` but the `count` with the largest error so far are hidden.
+        """
+        hidden_rows: list[int] = []
         places, everywhere = np.array(rows), np.arange(len(ids))
         hidden = self.weights["model.embed_tokens.weight"][np.array(ids)[places]]
         run = Run(None, [], [], np.zeros(len(ids)))
         reused = [j for j in everywhere if j not in set(rows)]
         column = 0
         for layer in range(self.layers):
+            if shortlist is not None and layer == shortlist[0]:
+                hidden_rows = sorted(shortlist[2], key=lambda j: (-run.error[j], j))[shortlist[1] :]
             x = self.norm(hidden, self.of(layer, "input_layernorm"))
             q, k, v = ((x @ self.of(layer, f"self_attn.{n}_proj").T).reshape(len(rows), -1, self.dim) for n in "qkv")
             if stored:
@@ -99,6 +106,7 @@ class PlainLlama:
                 h = g // group
                 scores = q[:, g] @ rotated[:, h].T / np.sqrt(self.dim)
                 scores[places[:, None] < everywhere[None]] = -np.inf
+                scores[:, hidden_rows] = -np.inf
                 weights = np.exp(scores - scores.max(-1, keepdims=True))
                 weights /= weights.sum(-1, keepdims=True)
                 heads[:, g] = weights @ values[:, h]

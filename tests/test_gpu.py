@@ -18,6 +18,7 @@ from cachetune_rag import CacheTune, Document, ModelChangedError
 from cachetune_rag.model import KVBuffers, ModelAdapter
 from cachetune_rag.model import adapter as adapter_module
 from cachetune_rag.model.cuda import device_forward, steps
+from cachetune_rag.selection import get_selector
 from cachetune_store import pinning
 from cachetune_store.buffers import SlabPool, private_pages
 
@@ -145,6 +146,70 @@ def test_graphs_give_what_launching_gives(tmp_path: Path) -> None:
         for (selector, ratio), expected in wanted.items():
             for _ in range(3):
                 assert float((logits(selector, ratio) - expected).abs().max()) <= 1e-4, (selector, ratio)
+
+
+@WAYS
+@pytest.mark.parametrize("codec", ["exact", "int8", "int4"])
+@pytest.mark.parametrize("disk", [False, True], ids=["host", "disk"])
+def test_a_shortlist_gives_on_cuda_what_it_gives_on_a_cpu(
+    tmp_path: Path, codec: str, cuda_kernels: bool, disk: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default selector looks at all rows in 2 of 8 layers, and at half of them, which are copied first, in the others."""
+    monkeypatch.setattr(get_selector("expected_error"), "least", 1)
+    texts = [f"{text} {number}, and {number * number}" for number in range(12) for text in CHUNKS]
+    allowed = {"exact": 1e-4, "int8": 0.05, "int4": 0.2}[codec]
+    found: dict[str, list[torch.Tensor]] = {}
+    for device in ("cpu", "cuda"):
+        options = {"codec": codec, "batch_tokens": 0, "cuda_kernels": cuda_kernels, "lead_in": LEADS}
+        if disk:
+            options["host_budget"] = 0
+        with CacheTune(llama(layers=8).to(device), tokenizer(), tmp_path / device, **options) as engine:
+            engine.precompute([Document("a", texts)])
+            found[device] = []
+            randoms = random.Random(0)
+            for number in range(12):
+                chunks = randoms.sample(texts, 20)
+                # The second query has more tokens than are watched, the third prompt a chunk that isn't stored.
+                query = QUERY if number % 3 else "q" * 90
+                if number % 4 == 2:
+                    chunks[3] = f"Nobody has stored this one, number {number}."
+                ratio = (0.02, 0.1, 0.25, 0.4)[number % 4]
+                state = engine.prefill(query=query, chunks=chunks, ratio=ratio)
+                assert state.report.selector == "expected_error"
+                found[device].append(state.logits.cpu())
+    scale = max(float(each.abs().max()) for each in found["cpu"])
+    for number, (ours, wanted) in enumerate(zip(found["cuda"], found["cpu"], strict=True)):
+        assert float((ours - wanted).abs().max()) <= allowed * scale, number
+
+
+def test_a_shortlist_by_graphs_gives_what_launching_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over hundreds of requests of many lengths, with rows that would be garbage if a copy came late: the memory of buffers is poisoned."""
+    monkeypatch.setattr(get_selector("expected_error"), "least", 1)
+    texts = [f"{text} {number}, and {number * number} " * 4 for number in range(8) for text in CHUNKS]
+    made = KVBuffers.__init__
+
+    def poisoned(self: KVBuffers, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        if self.device.type == "cuda":
+            for rows in (*self.key_rows, *self.value_rows):
+                rows.fill_(float("nan"))
+
+    monkeypatch.setattr(KVBuffers, "__init__", poisoned)
+    with CacheTune(llama(layers=8).cuda(), tokenizer(), tmp_path, batch_tokens=0, lead_in=LEADS) as engine:
+        engine.precompute([Document("a", texts)])
+        forward = engine.adapter.device_forward
+        assert forward is not None
+        randoms = random.Random(0)
+        asks = [(randoms.sample(texts, randoms.randint(2, 7)), randoms.choice([0.02, 0.1, 0.2])) for _ in range(20)]
+        forward.graphs_enabled = False
+        wanted = [engine.prefill(query=QUERY, chunks=chunks, ratio=ratio).logits for chunks, ratio in asks]
+        assert all(bool(torch.isfinite(each).all()) for each in wanted)
+        forward.graphs_enabled = True
+        for _ in range(10):
+            for (chunks, ratio), expected in zip(asks, wanted, strict=True):
+                logits = engine.prefill(query=QUERY, chunks=chunks, ratio=ratio).logits
+                assert float((logits - expected).abs().max()) <= 1e-4
+        assert forward.captures
 
 
 def test_graphs_are_captured_while_host_memory_comes_and_goes() -> None:

@@ -58,9 +58,9 @@ class NotingSelector(ProbingSelector):
         self.watched = 0
         self.chosen = torch.empty(0, dtype=torch.int64)
 
-    def scores(self, context: SelectionContext, num_layers: int) -> Tensor:
+    def scores(self, context: SelectionContext, num_layers: int, chosen: int | None = None) -> Tensor:
         """See `ProbingSelector.scores`."""
-        return self._noted.scores(context, num_layers)
+        return self._noted.scores(context, num_layers, chosen)
 
     def choose(self, context: SelectionContext, ratio: float, finder: RatioFinder | None = None) -> Choice:
         """See `Selector.choose`."""

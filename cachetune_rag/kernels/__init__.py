@@ -6,6 +6,6 @@ addresses in device memory, and not as arguments. A captured CUDA graph therefor
 
 from __future__ import annotations
 
-from cachetune_rag.kernels.support import CODECS, HAS_TRITON, kernels_run_on, row_addresses, rows_of
+from cachetune_rag.kernels.support import CODECS, HAS_TRITON, Listed, kernels_run_on, row_addresses, rows_of
 
-__all__ = ["CODECS", "HAS_TRITON", "kernels_run_on", "row_addresses", "rows_of"]
+__all__ = ["CODECS", "HAS_TRITON", "Listed", "kernels_run_on", "row_addresses", "rows_of"]

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cachetune_rag.kernels.support import LOG2E, aligned, power_of_two, precision
+from cachetune_rag.kernels.support import LOG2E, Listed, aligned, power_of_two, precision
 
 _PROGRAMS = 560
 """How many programs make good use of a large GPU (measured on an H100). Where there are fewer, several share one block's keys."""
@@ -24,16 +24,19 @@ _PROCESSORS = 128
 
 @triton.jit
 def _walk(
-    acc, sums, top, query, keys, values, start, stop, pos,
+    acc, sums, top, query, keys, values, ROWS, start, stop, pos,
     key_stride, value_stride, scale2, window,
     DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr, WINDOWED: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, WINDOWED: tl.constexpr, LISTED: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds keys start..stop-1 to a softmax that is computed block by block."""
+    """Adds keys start..stop-1 to a softmax that is computed block by block; or those that stand at start..stop-1 in the list ROWS."""
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_V)
     for begin in range(start, stop, BLOCK_N):
         n = begin + tl.arange(0, BLOCK_N)
+        inside = n < stop
+        if LISTED:
+            n = tl.load(ROWS + n, mask=inside, other=2147483647)
         key_at = keys + n[:, None].to(tl.int64) * key_stride + d[None, :]
         value_at = values + n[:, None].to(tl.int64) * value_stride + dv[None, :]
         if ALIGNED:
@@ -41,7 +44,7 @@ def _walk(
             key_at = tl.multiple_of(key_at, [16, 16])
             value_at = tl.multiple_of(value_at, [16, 16])
         if MASKED or BLOCK_D != DIM:
-            k = tl.load(key_at, mask=(n[:, None] < stop) & (d[None, :] < DIM), other=0.0)
+            k = tl.load(key_at, mask=inside[:, None] & (d[None, :] < DIM), other=0.0)
         else:
             k = tl.load(key_at)
         score = tl.dot(query, tl.trans(k), input_precision=PRECISION) * scale2
@@ -60,7 +63,7 @@ def _walk(
         sums = sums * shrink + tl.sum(weight, 1)
         acc = acc * shrink[:, None]
         if MASKED or BLOCK_V != V_DIM:
-            v = tl.load(value_at, mask=(n[:, None] < stop) & (dv[None, :] < V_DIM), other=0.0)
+            v = tl.load(value_at, mask=inside[:, None] & (dv[None, :] < V_DIM), other=0.0)
         else:
             v = tl.load(value_at)
         acc = tl.dot(weight.to(v.dtype), v, acc, input_precision=PRECISION)
@@ -70,11 +73,11 @@ def _walk(
 
 @triton.jit(do_not_specialize=["layer", "tokens", "window"])
 def _attend(
-    QUERY, OUT, LSE, TABLE, POSITIONS,
+    QUERY, OUT, LSE, TABLE, POSITIONS, ROWS, COUNT,
     query_token, query_head, layer, tokens, scale2, window,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    WINDOWED: tl.constexpr, ALIGNED: tl.constexpr, WITH_LSE: tl.constexpr, SPLITS: tl.constexpr,
+    WINDOWED: tl.constexpr, LISTED: tl.constexpr, ALIGNED: tl.constexpr, WITH_LSE: tl.constexpr, SPLITS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
@@ -105,6 +108,10 @@ def _attend(
     if WINDOWED:
         start = tl.where(last < 0, 0, tl.maximum(0, first - window + 1) // BLOCK_N * BLOCK_N)
         plain = start
+    if LISTED:
+        start = 0
+        stop = tl.load(COUNT).to(tl.int32)
+        plain = start
     split = tl.program_id(2)
     if SPLITS > 1:
         # Where few queries see many keys, several programs share the keys, and `_combine` puts the parts together.
@@ -115,16 +122,16 @@ def _attend(
     acc = tl.zeros([BLOCK_M, BLOCK_V], dtype=tl.float32)
     sums = tl.zeros([BLOCK_M], dtype=tl.float32)
     top = tl.full([BLOCK_M], -1.0e30, dtype=tl.float32)
-    if not WINDOWED:
+    if not WINDOWED and not LISTED:
         acc, sums, top = _walk(
-            acc, sums, top, query, keys, values, start, plain, pos,
+            acc, sums, top, query, keys, values, ROWS, start, plain, pos,
             KV_HEADS * DIM, KV_HEADS * V_DIM, scale2, window,
-            DIM, V_DIM, BLOCK_D, BLOCK_V, BLOCK_N, False, False, ALIGNED, PRECISION,
+            DIM, V_DIM, BLOCK_D, BLOCK_V, BLOCK_N, False, False, False, ALIGNED, PRECISION,
         )  # fmt: skip
     acc, sums, top = _walk(
-        acc, sums, top, query, keys, values, plain, stop, pos,
+        acc, sums, top, query, keys, values, ROWS, plain, stop, pos,
         KV_HEADS * DIM, KV_HEADS * V_DIM, scale2, window,
-        DIM, V_DIM, BLOCK_D, BLOCK_V, BLOCK_N, True, WINDOWED, ALIGNED, PRECISION,
+        DIM, V_DIM, BLOCK_D, BLOCK_V, BLOCK_N, True, WINDOWED, LISTED, ALIGNED, PRECISION,
     )  # fmt: skip
     sums = tl.where(sums > 0, sums, 1.0)
     out = acc / sums[:, None]
@@ -175,6 +182,7 @@ def attend(
     scale: float,
     window: int | None = None,
     lse: Tensor | None = None,
+    listed: Listed | None = None,
     blocks: tuple[int, int, int, int] | None = None,
     splits: int | None = None,
 ) -> Tensor:
@@ -189,6 +197,7 @@ def attend(
         scale: scores are multiplied by this.
         window: how many keys a query sees, its own included; None for all before it.
         lse: float32 [tokens, heads]; filled with the base-2 logarithm of each softmax's denominator.
+        listed: the keys that are seen at all, None for all.
         blocks: (query rows, keys, warps, stages) of a program; None: what suits the shape.
         splits: how many programs share the keys of a block of queries; None: what suits the shape.
     """
@@ -206,11 +215,11 @@ def attend(
         parts = torch.empty(splits, tokens, heads, v_dim, dtype=torch.float32, device=query.device)
         part_lse = torch.empty(splits, tokens, heads, dtype=torch.float32, device=query.device)
     _attend[(kv_heads, triton.cdiv(tokens * group, rows), splits)](
-        query, parts, part_lse, table, positions,
+        query, parts, part_lse, table, positions, *(listed or (positions, positions)),
         query.stride(2), query.stride(1), layer, tokens, scale * LOG2E, window or 0,
         KV_HEADS=kv_heads, GROUP=group, DIM=dim, V_DIM=v_dim,
         BLOCK_M=rows, BLOCK_N=keys, BLOCK_D=block_d, BLOCK_V=block_v,
-        WINDOWED=window is not None, ALIGNED=aligned(dim, v_dim, query.dtype), SPLITS=splits,
+        WINDOWED=window is not None, LISTED=listed is not None, ALIGNED=aligned(dim, v_dim, query.dtype), SPLITS=splits,
         WITH_LSE=lse is not None or splits > 1, PRECISION=precision(query.dtype), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if splits > 1:

@@ -8,6 +8,11 @@ from torch import Tensor
 
 from cachetune_rag.kernels.support import power_of_two
 
+_GATHERERS = 96
+"""How many programs copy single rows at least. Each waits for one row at a time."""
+_IN_FLIGHT = 384 << 10
+"""Bytes that are asked for at a time, a few times what a bus of 60 GB/s delivers in the two microseconds that an answer takes."""
+
 
 @triton.jit
 def _bfloat16(start, at, ok):
@@ -49,11 +54,11 @@ def _key(numbers, shared, at, scale, ok, COUNT: tl.constexpr, CODEC: tl.constexp
 
 @triton.jit
 def _place(
-    BASES, WHERE, PLACES, COS, SIN, KEYS, VALUES, table_stride,
+    BASES, WHERE, PLACES, SPLIT, COS, SIN, KEYS, VALUES, table_stride,
     HEADS: tl.constexpr, FIRST: tl.constexpr, OWN: tl.constexpr,
     DIM: tl.constexpr, V_DIM: tl.constexpr, TURNED: tl.constexpr, CODEC: tl.constexpr,
     ROW_BYTES: tl.constexpr, GROUP_ROWS: tl.constexpr, GROUP_BYTES: tl.constexpr, ALIGNED: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_V: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     element = KEYS.dtype.element_ty
     row = tl.program_id(0)
@@ -69,6 +74,10 @@ def _place(
         start = tl.multiple_of(start, 16)
     to = tl.arange(0, BLOCK_H)[:, None]
     some = to < OWN
+    if PART == 1:
+        some &= row < tl.load(SPLIT)
+    elif PART == 2:
+        some &= row >= tl.load(SPLIT)
     h = FIRST + to
     k_scale = 1.0
     v_scale = 1.0
@@ -159,6 +168,71 @@ def fetch(host: Tensor, out: Tensor) -> None:
     _fetch[(triton.cdiv(count, 256),)](host.data_ptr(), out, count, BLOCK=256, num_warps=4)
 
 
+@triton.jit(do_not_specialize=["count"])
+def _gather(
+    HOSTS, BASES, WHERE, SPLIT, count,
+    ROW: tl.constexpr, GROUP_ROWS: tl.constexpr, SHARED: tl.constexpr, REST: tl.constexpr, BITS: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_SHARED: tl.constexpr,
+):  # fmt: skip
+    word = tl.pointer_type(tl.int64 if BITS == 64 else tl.int32 if BITS == 32 else tl.uint8)
+    split = tl.load(SPLIT).to(tl.int32)
+    start = split if REST else 0
+    stop = count if REST else split
+    at = tl.arange(0, BLOCK)
+    for row in range(start + tl.program_id(0), stop, tl.num_programs(0)):
+        where = tl.load(WHERE + row)
+        host = tl.load(HOSTS + (where >> 32))
+        if host != 0:
+            base = tl.load(BASES + (where >> 32)).to(word)
+            rows = host.to(word)
+            index = where & 0x7FFFFFFF
+            group = index // GROUP_ROWS * (SHARED + GROUP_ROWS * ROW)
+            if SHARED > 0:
+                # Rows of one group copy what they share several times over: the same bytes to the same place.
+                some = tl.arange(0, BLOCK_SHARED)
+                shared = tl.load(rows + group + some, mask=some < SHARED)
+                tl.store(base + group + some, shared, mask=some < SHARED)
+            offset = group + SHARED + index % GROUP_ROWS * ROW
+            numbers = tl.load(rows + offset + at, mask=at < ROW)
+            tl.store(base + offset + at, numbers, mask=at < ROW)
+
+
+def gather(
+    hosts: Tensor,
+    bases: Tensor,
+    where: Tensor,
+    split: Tensor,
+    *,
+    rest: bool,
+    row_bytes: int,
+    group_rows: int = 1,
+    group_bytes: int = 0,
+) -> None:
+    """Copy single stored rows from page-locked memory to the device, each to the place among the rows of its source that it has there.
+
+    The copy engine takes about a microsecond for each copy, however small, which is longer than it takes to move a row. A few programs that
+    read the memory themselves are as fast as it is with large copies, and leave the multiprocessors to others.
+
+    Args:
+        hosts: int64 [sources]; where each source's rows begin in page-locked memory. 0: its rows are not copied. It must not be unlocked until the
+            device has read it, and torch doesn't take care of that.
+        bases: int64 [sources]; where they begin on the device.
+        where, row_bytes, group_rows, group_bytes: see `place`. Addresses are multiples of 8 if these numbers of bytes are.
+        split: int64 [1] on the device; so many of the first rows are copied, or with `rest` those behind them.
+    """
+    count = where.shape[0]
+    if not count:
+        return
+    unit = next(size for size in (8, 4, 1) if not (row_bytes | group_bytes) % size)
+    row, shared = row_bytes // unit, group_bytes // unit
+    programs = min(count, max(_GATHERERS, min(4 * _GATHERERS, triton.cdiv(_IN_FLIGHT, row_bytes))))
+    _gather[(programs,)](
+        hosts, bases, where, split, count,
+        ROW=row, GROUP_ROWS=group_rows, SHARED=shared, REST=rest, BITS=8 * unit,
+        BLOCK=power_of_two(row), BLOCK_SHARED=power_of_two(max(1, shared)), num_warps=4,
+    )  # fmt: skip
+
+
 def place(
     bases: Tensor,
     where: Tensor,
@@ -175,6 +249,8 @@ def place(
     aligned: bool = False,
     stored_heads: int | None = None,
     first_head: int = 0,
+    split: Tensor | None = None,
+    rest: bool = False,
 ) -> None:
     """Decode stored rows, rotate their keys to their places in the prompt, and write keys and values there.
 
@@ -191,6 +267,7 @@ def place(
         aligned: whether all bases, `row_bytes` and `group_bytes` are multiples of 16.
         stored_heads: how many heads a row holds; None: those of `keys`.
         first_head: the first of them that is written.
+        split: int64 [1] on the device; so many of the first rows are written, or with `rest` those behind them. None: all rows are.
     """
     heads, dim, v_dim = keys.shape[1], keys.shape[2], values.shape[2]
     turned = 0 if cos is None else cos.shape[1]
@@ -198,11 +275,11 @@ def place(
         return
     some = keys if cos is None or sin is None else cos  # a pointer that isn't read where nothing is rotated
     _place[(places.shape[0],)](
-        bases, where, places, some, keys if sin is None else sin, keys, values, 0 if cos is None else cos.stride(0),
+        bases, where, places, places if split is None else split, some, keys if sin is None else sin, keys, values, 0 if cos is None else cos.stride(0),
         HEADS=stored_heads or heads, FIRST=first_head, OWN=heads, DIM=dim, V_DIM=v_dim, TURNED=turned, CODEC=codec,
         ROW_BYTES=row_bytes, GROUP_ROWS=group_rows, GROUP_BYTES=group_bytes, ALIGNED=aligned,
         BLOCK_H=power_of_two(heads), BLOCK_HALF=power_of_two(max(1, turned // 2)),
-        BLOCK_REST=power_of_two(max(1, dim - turned)), BLOCK_V=power_of_two(v_dim),
+        BLOCK_REST=power_of_two(max(1, dim - turned)), BLOCK_V=power_of_two(v_dim), PART=0 if split is None else 1 + rest,
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 

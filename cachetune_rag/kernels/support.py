@@ -17,6 +17,9 @@ CODECS = frozenset({"exact", "fp8", "int4", "int8"})
 
 LOG2E = 1.4426950408889634
 
+Listed = tuple[Tensor, Tensor]
+"""Some of a prompt's rows: their places, int32 [at least count], ascending, and how many there are, int64 [1], both on the device."""
+
 
 def kernels_run_on(device: torch.device) -> bool:
     """Whether the kernels run on this device. On a CPU they do only in Triton's interpreter, which tests use."""

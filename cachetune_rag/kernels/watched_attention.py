@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cachetune_rag.kernels.support import LOG2E, aligned, power_of_two, precision
+from cachetune_rag.kernels.support import LOG2E, Listed, aligned, power_of_two, precision
 
 TINY = 1e-6
 """The least length that a layer's input counts with, so that nothing is divided by zero."""
@@ -64,19 +64,21 @@ def _receive(
 
 @triton.jit(do_not_specialize=["layer", "tokens", "window", "column"])
 def _disturb(
-    QUERY, OUT, LSE, NEAR, GAIN, TABLE, POSITIONS, WATCHED, DEVIATIONS, TOTAL,
+    QUERY, OUT, LSE, NEAR, GAIN, TABLE, POSITIONS, WATCHED, DEVIATIONS, TOTAL, PLACES, COUNT,
     query_token, query_head, layer, tokens, column, columns, room, scale2, key_scale, window,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    WINDOWED: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOWED: tl.constexpr, LISTED: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds to TOTAL, which has one row for each key-value head, how much each key and value is expected to disturb the watched tokens."""
     begin = tl.program_id(0) * BLOCK_N
     head = tl.program_id(1)
-    end = tl.load(POSITIONS + tokens - 1).to(tl.int32) + 1
+    end = tl.load(COUNT if LISTED else POSITIONS + tokens - 1).to(tl.int32) + (0 if LISTED else 1)
     if begin < end:
         n = begin + tl.arange(0, BLOCK_N)
         inside = n < end
+        if LISTED:
+            n = tl.load(PLACES + n, mask=inside, other=2147483647)
         d = tl.arange(0, BLOCK_D)
         dv = tl.arange(0, BLOCK_V)
         watched = tl.minimum(tl.load(WATCHED).to(tl.int32), tokens)
@@ -193,6 +195,7 @@ def disturb(
     kv_heads: int,
     scale: float,
     window: int | None = None,
+    listed: Listed | None = None,
 ) -> None:
     """Add to `total` how much each key and value of a layer is expected to disturb the watched tokens (docs/selection.md, "Online").
 
@@ -200,7 +203,7 @@ def disturb(
     and i of a / |x_i| * (sV + |Q| * |V_j - o| * sK * gain[g] * scale / sqrt(dim)).
 
     Args:
-        query, lse, table, layer, positions, kv_heads, scale, window: what `attend` was called with, and the `lse` that it filled.
+        query, lse, table, layer, positions, kv_heads, scale, window, listed: what `attend` was called with, and the `lse` that it filled.
         out: what `attend` returned, [1, tokens, heads, v_dim].
         near: float32 [tokens]; 1 / |x| of each token's layer input (see `nearness`).
         gain: float32 [heads].
@@ -208,7 +211,7 @@ def disturb(
         deviations: int64 [1]; the address of float16 [length, columns].
         column: the layer's first column in the deviations: sK of its heads, then sV.
         columns: how many columns all layers have.
-        total: float32 [at least kv_heads, room]. What is beyond the prompt doesn't change.
+        total: float32 [at least kv_heads, room]. What is beyond the prompt or not listed doesn't change.
     """
     _, heads, tokens, dim = query.shape
     v_dim, room = out.shape[3], total.shape[1]
@@ -217,12 +220,12 @@ def disturb(
     else:
         block, rows, warps = (32, 64, 8) if max(dim, v_dim) > 128 else (64, 64, 8)
     _disturb[(triton.cdiv(room, block), kv_heads)](
-        query, out, lse, near, gain, table, positions, watched, deviations, total,
+        query, out, lse, near, gain, table, positions, watched, deviations, total, *(listed or (positions, positions)),
         query.stride(2), query.stride(1), layer, tokens, column, columns, room,
         scale * LOG2E, scale * dim**-0.5, window or 0,
         KV_HEADS=kv_heads, GROUP=heads // kv_heads, DIM=dim, V_DIM=v_dim, ROWS=rows, BLOCK_N=block,
-        BLOCK_D=power_of_two(dim, 16), BLOCK_V=power_of_two(v_dim, 16),
-        WINDOWED=window is not None, ALIGNED=aligned(dim, v_dim, query.dtype), PRECISION=precision(query.dtype), num_warps=warps,
+        BLOCK_D=power_of_two(dim, 16), BLOCK_V=power_of_two(v_dim, 16), WINDOWED=window is not None, LISTED=listed is not None,
+        ALIGNED=aligned(dim, v_dim, query.dtype), PRECISION=precision(query.dtype), num_warps=warps,
     )  # fmt: skip
 
 

@@ -244,7 +244,7 @@ class ModelAdapter:
         return interruptible(self.attentions, self.device, stop)
 
     @neutrally
-    def warmup(self, tokens: int, probe: tuple[int, bool] | None, lengths: Sequence[int], shift: bool) -> None:
+    def warmup(self, tokens: int, probe: tuple[int, bool, int] | None, lengths: Sequence[int], shift: bool) -> None:
         """Compile the model's layers, then see `DeviceForward.warmup`. Does nothing on devices without one."""
         if self.device_forward is None or self.device.type != "cuda":
             return
@@ -321,7 +321,7 @@ class ModelAdapter:
     @neutrally
     def expected_error(self, probe: ProbePass, deviations: Tensor) -> Tensor:
         """See `Probe.expected_error`; `deviations` are those of the heads in this process."""
-        deviations = deviations.to(self.device)
+        deviations, total = deviations.to(self.device), self.heads.total
         if self.device_forward is not None:
-            return self.heads.total(self.device_forward.expected_error(probe, deviations))
-        return self.heads.total(self._probe.expected_error(probe.on(self.device), deviations))
+            return total(self.device_forward.expected_error(probe, deviations, total))
+        return total(self._probe.expected_error(probe.on(self.device), deviations, total))

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cachetune_rag.concurrency.deadline import DeadlinePool, StoreTimeoutError
@@ -35,12 +37,34 @@ class DamagedSourceError(Exception):
         self.key = key
 
 
+WHOLE, SEEN, REST = "whole", "seen", "rest"
+"""The parts in which a layer's rows are loaded: all together, or those that are wanted first (`LayerLoader.narrow`) and then the others."""
+
 CANT_READ = (DamagedSourceError, StoreTimeoutError)
 """What may happen while stored rows are read: the request starts over without them."""
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Which rows of a group of sources are loaded together.
+
+    Attributes:
+        counts: of every source, how many.
+        numbers: of every source, the numbers of its rows, int64; None for all.
+        places: where they go, int64, on the device.
+        tables: the rows of the rotary tables that belong to these places.
+    """
+
+    counts: list[int]
+    numbers: list[Tensor | None]
+    places: Tensor
+    tables: dict[str | None, Tables]
+
+
 class LayerLoader:
     """Loads the reused rows of a prompt into its buffers: each layer once, when `load` asks for it.
+
+    After `narrow`, a layer may be loaded in two parts: `load_seen` brings the rows that are wanted first, and `load` the others.
 
     Args:
         adapter: the model, which rotates keys.
@@ -59,6 +83,9 @@ class LayerLoader:
         self._horizon = READ_AHEAD
         self._when_read: Callable[[], None] | None = None
         self._wanted: list[tuple[int, int, int]] | None = None
+        self._seen: NDArray[np.bool_] | None = None
+        # Of layers of which the seen rows alone were loaded, the encoded rows of sources that still have others, by their place in the prompt.
+        self._begun: dict[int, dict[int, Tensor]] = {}
         self.set_sources(sources)
 
     def set_sources(self, sources: Sequence[Source]) -> None:
@@ -74,8 +101,7 @@ class LayerLoader:
                 layout = source.reader.layout
                 self._groups.setdefault((layout.codec, layout.dtype), []).append(source)
         self._sources = [s for group in self._groups.values() for s in group]
-        self._places: dict[tuple[str, str], Tensor] = {}
-        self._rows_of_tables: dict[tuple[str, str], dict[str | None, Tables]] = {}
+        self._parts: dict[tuple[tuple[str, str], str], _Part] = {}
         # The sources that are not in memory, in the order of `_sources`, and which of their layers must still be read: some
         # layers may have been read ahead of the request.
         self._slow = [s for s in self._sources if not s.reader.in_memory]
@@ -87,38 +113,110 @@ class LayerLoader:
         if self._loaded[layer]:
             return
         started = time.perf_counter()
-        rows = iter(self._rows(layer))
-        for key, group in self._groups.items():
-            form = self._row_format(layer, key)
-            size = sum(form.span(source.rows) for source in group)
-            encoded = torch.empty(size, dtype=torch.uint8, device=self._adapter.device)
-            at = 0
-            for source in group:
-                piece = next(rows)
-                encoded[at : at + piece.shape[0]].copy_(piece, non_blocking=True)
-                at += form.span(source.rows)
-            self._place_rows(layer, key, encoded, self._placed(key))
+        if (begun := self._begun.pop(layer, None)) is None:
+            self._load_part(layer, WHOLE, self._rows(layer))
+        else:
+            self._load_part(layer, REST, [begun.get(source.start) for source in self._sources])
         self._loaded[layer] = 1
         self.seconds += time.perf_counter() - started
+
+    def expect_narrowing(self, layer: int) -> None:
+        """`narrow` will be called before `load_seen(layer)`: rows of later layers need not be brought before."""
+
+    def narrow(self, seen: Tensor) -> None:
+        """Of layers that are still to come, the rows at some places are wanted before the others.
+
+        Args:
+            seen: bool [length] on the model's device; true at these places.
+        """
+        self._seen = seen.cpu().numpy()
+
+    def load_seen(self, layer: int) -> None:
+        """As `load`, but after `narrow` only the rows at the places that it was given need be there when this returns: `load` brings the others."""
+        if self._seen is None:
+            self.load(layer)
+        if self._loaded[layer] or layer in self._begun:
+            return
+        started = time.perf_counter()
+        rows = self._rows(layer)
+        self._load_part(layer, SEEN, rows)
+        numbers = (each for key in self._groups for each in self._part(key, SEEN).numbers)
+        three = zip(self._sources, rows, numbers, strict=True)
+        self._begun[layer] = {source.start: piece for source, piece, some in three if some is not None}
+        self.seconds += time.perf_counter() - started
+
+    def _load_part(self, layer: int, part: str, rows: Sequence[Tensor | None]) -> None:
+        """Put some of a layer's rows into the buffers: all of them, those that are seen first, or the others.
+
+        `rows` are the encoded rows of every source, in the order of the groups; None for a source that has none in this part.
+        """
+        pieces, device = iter(rows), self._adapter.device
+        for key, group in self._groups.items():
+            form, some = self._row_format(layer, key), self._part(key, part)
+            size = sum(form.span(count) for count in some.counts)
+            encoded = torch.empty(size, dtype=torch.uint8, device=device)
+            at = 0
+            for source, count, numbers in zip(group, some.counts, some.numbers, strict=True):
+                piece = next(pieces)
+                if not count or piece is None:
+                    continue
+                to = encoded[at : at + form.size(count)]
+                if numbers is None:
+                    to.copy_(piece, non_blocking=True)
+                else:
+                    every = piece[: form.size(source.rows)].view(-1, form.row_bytes)
+                    if device.type == "cpu":
+                        torch.index_select(every, 0, numbers, out=to.view(-1, form.row_bytes))
+                    else:
+                        to.copy_(every[numbers].view(-1), non_blocking=True)
+                at += form.span(count)
+            if size:
+                self._place_rows(layer, key, encoded, some)
+
+    def _part(self, key: tuple[str, str], part: str) -> _Part:
+        """Which rows of a group belong to a part."""
+        made = self._parts.get((key, part))
+        if made is None:
+            # Rows from a disk lie in blocks that are read and checked whole, and would have to be kept in memory until the others are wanted;
+            # and where rows share bytes, no single one can be decoded. Such sources are loaded whole with what is seen.
+            alone = not any(form.group_bytes for form in self._forms_of(key))
+            counts: list[int] = []
+            numbers: list[Tensor | None] = []
+            places = []
+            for source in self._groups[key]:
+                at, chosen = source.places[: source.rows], None
+                if part == REST and not (alone and source.reader.in_memory):
+                    chosen = np.empty(0, np.int64)
+                elif part != WHOLE and alone and source.reader.in_memory:
+                    assert self._seen is not None
+                    chosen = np.flatnonzero(self._seen[at] == (part == SEEN))
+                places.append(at if chosen is None else at[chosen])
+                counts.append(len(places[-1]))
+                numbers.append(None if chosen is None else torch.from_numpy(chosen))
+            there = self._places_of(key, places)
+            made = self._parts[key, part] = _Part(counts, numbers, there, rows_of(self._tables, there))
+        return made
 
     def is_loaded(self, layer: int) -> bool:
         """Whether the reused rows of `layer` are in the buffers, or queued for them."""
         return bool(self._loaded[layer])
 
-    def _place_rows(self, layer: int, key: tuple[str, str], encoded: Tensor, places: Tensor) -> None:
-        """Decode a group's rows, rotate their keys to `places` and put keys and values there.
+    def _places_of(self, key: tuple[str, str], places: Sequence[NDArray[np.int64]]) -> Tensor:
+        """The places of a group's rows, of every source, on the device."""
+        return torch.from_numpy(np.concatenate(places)).to(self._adapter.device)
+
+    def _place_rows(self, layer: int, key: tuple[str, str], encoded: Tensor, part: _Part) -> None:
+        """Decode a part of a group's rows, rotate their keys to their places and put keys and values there.
 
         `encoded` holds the sources' rows, each source's RowFormat.span() behind the one before.
         """
-        rows = [source.rows for source in self._groups[key]]
-        keys, values = get_codec(key[0]).decode(encoded, self._adapter.stored_layers[layer], self._adapter.dtype, rows)
+        spec = self._adapter.stored_layers[layer]
+        keys, values = get_codec(key[0]).decode(encoded, spec, self._adapter.dtype, part.counts)
         own = self._adapter.heads.own(self._adapter.layers[layer])
         keys, values = keys[:, own], values[:, own]
-        if key not in self._rows_of_tables:
-            self._rows_of_tables[key] = rows_of(self._tables, places)
-        keys = self._adapter.rotate_by(layer, keys, self._rows_of_tables[key])
-        self._buffers.key_rows[layer].index_copy_(0, places, keys)
-        self._buffers.value_rows[layer].index_copy_(0, places, values)
+        keys = self._adapter.rotate_by(layer, keys, part.tables)
+        self._buffers.key_rows[layer].index_copy_(0, part.places, keys)
+        self._buffers.value_rows[layer].index_copy_(0, part.places, values)
 
     def copy_deviations(self, pieces: Sequence[tuple[int, Tensor]], layers: int) -> Tensor:
         """Copy tokens' deviations to the device: a table [prompt length, columns], complete once `load(0)` has returned.
@@ -188,20 +286,16 @@ class LayerLoader:
     def start(self) -> None:
         """The sources are final: start slow work now, before the first `load`."""
 
-    def _placed(self, key: tuple[str, str]) -> Tensor:
-        """Places of a group's rows, int64 [rows], on the device."""
-        places = self._places.get(key)
-        if places is None:
-            rows = np.concatenate([s.places[: s.rows] for s in self._groups[key]])
-            places = self._places[key] = torch.from_numpy(rows).to(self._adapter.device)
-        return places
-
     def _row_format(self, layer: int, key: tuple[str, str]) -> RowFormat:
         """How a group's encoded rows lie."""
+        return self._forms_of(key)[layer]
+
+    def _forms_of(self, key: tuple[str, str]) -> list[RowFormat]:
+        """How a group's encoded rows lie in every layer."""
         forms = self._forms.get(key)
         if forms is None:
             forms = self._forms[key] = [row_format(*key, spec) for spec in self._adapter.stored_layers]
-        return forms[layer]
+        return forms
 
     def _ready(self, layer: int) -> bool:
         """Whether the rows of `layer` can be had without waiting."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor
 
 from cachetune_rag.model import KVBuffers, ModelAdapter
 from cachetune_rag.model.plain.probe import ProbePass
+from cachetune_rag.model.plain.shortlist import Shortlist
 from cachetune_rag.reuse.layer_loader import LayerLoader
 from cachetune_rag.reuse.source import Source
+from cachetune_rag.selection.base import all_places
 from cachetune_rag.text.prompts.continuations import Continuation
 from cachetune_rag.text.prompts.prompt import Prompt
 
@@ -63,16 +66,19 @@ class PromptView:
         """See `SelectionContext`."""
         return self._adapter.received_attention(self._probe(num_layers, queries))
 
-    def expected_error(self, num_layers: int, queries: int) -> Tensor:
+    def expected_error(self, num_layers: int, queries: int, shortlist: tuple[int, int] | None = None) -> Tensor:
         """See `SelectionContext`."""
         end = max(chunk.start + chunk.tokens for chunk in self.chunks)
         # A prompt that ends in a chunk has its last token computed anyway.
         queries = min(queries, max(1, self.length - end))
-        self._loader.start()
         pieces = self._deviations()
         if not pieces:
+            self._loader.start()
             return self.received_attention(num_layers, queries)
         probe = self._probe(num_layers, queries)
+        if shortlist is not None:
+            probe = self._narrowed(probe, *shortlist)
+        self._loader.start()
         total = self._adapter.expected_error(probe, self._loader.copy_deviations(pieces, num_layers))
         return total / min(queries, len(probe.ids))
 
@@ -100,6 +106,15 @@ class PromptView:
         ids, places = some_of(self._prompt, self._computed)
         self.probed += len(ids) * num_layers
         return ProbePass(ids, places, self._buffers, num_layers, queries, self._loader.load)
+
+    def _narrowed(self, probe: ProbePass, after: int, count: int) -> ProbePass:
+        """The same with a shortlist, whose rows the loader brings first."""
+        among = np.zeros(self.length, np.bool_)
+        among[all_places(self.chunks).numpy()] = True
+        among &= ~self._computed.numpy()  # a prompt that ends in a chunk has its last token computed
+        self._loader.expect_narrowing(after)
+        found = Shortlist(after, min(count, int(among.sum())), torch.from_numpy(among), self._loader.narrow)
+        return replace(probe, before=self._loader.load_seen, shortlist=found)
 
     def _deviations(self) -> list[tuple[int, Tensor]]:
         """Place and deviations of every reused chunk, in prompt order; empty if no chunk has any."""

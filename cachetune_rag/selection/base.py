@@ -89,11 +89,17 @@ class SelectionContext(Protocol):
         It is added up on the model's device, where the result stays: float32 [length].
         """
 
-    def expected_error(self, num_layers: int, queries: int) -> Tensor:
+    def expected_error(self, num_layers: int, queries: int, shortlist: tuple[int, int] | None = None) -> Tensor:
         """How much the expected error of each reused token disturbs the query: float32 [length], on the model's device.
 
         The formula is in `Probe.expected_error`; here it is averaged over the watched tokens, the last `queries` behind the last reused chunk. A chunk without
         deviations is given the mean of the others' deviations. If no chunk has any, this is `received_attention`.
+
+        Args:
+            num_layers, queries: see `observe_attention`.
+            shortlist: (layers, tokens): behind so many of the first layers, only so many chunk tokens, those with the largest scores so far, are
+                looked at. The rows of the others are hidden from the computed tokens, and they keep the scores that they have. Not used where no
+                chunk has deviations. None: every layer looks at all tokens.
         """
 
     def next_token(self, num_layers: int) -> Tensor:
@@ -127,6 +133,10 @@ class Selector(ABC):
 
     def layers(self, num_layers: int) -> int:
         """How many of a model's `num_layers` layers its probe runs through; 0 if it has no probe."""
+        return 0
+
+    def shortlist_after(self, num_layers: int) -> int:
+        """Behind how many of a model's `num_layers` layers its probe may go on with a shortlist (`SelectionContext.expected_error`); 0: never."""
         return 0
 
     predicts: ClassVar[bool] = False

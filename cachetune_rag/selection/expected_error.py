@@ -8,26 +8,56 @@ tokens of their chunk. docs/selection.md has the derivation and the measurements
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from cachetune_rag.selection import names
 from cachetune_rag.selection.base import SelectionContext
 from cachetune_rag.selection.probing import ProbingSelector
 
+FIRST_LAYERS = 0.25
+"""The share of the layers that look at all rows."""
+SHORTLIST = 1 / 2
+"""The share of the chunk tokens that the other layers look at (docs/selection.md, "The shortlist")."""
+SLACK = 2
+"""The shortlist has at least so many times the tokens that are chosen from it. With a ratio from 1 / SLACK on, every layer looks at all rows."""
+LEAST = 256
+"""The fewest tokens of a shortlist. In prompts with fewer chunk tokens every layer looks at all of them, which takes no time there."""
+
 
 class ExpectedErrorSelector(ProbingSelector):
-    """The top r over all chunks by expected error, with chunk shift. By received attention where no chunk has deviations."""
+    """The top r over all chunks by expected error, with chunk shift. By received attention where no chunk has deviations.
+
+    The first layers look at all rows, the others at a shortlist: the tokens that score highest in the first layers. The choice then needn't
+    wait for the rows of the other tokens. What is found by the error left (a bound, a sign) needs the scores of all tokens, so there every
+    layer looks at all rows.
+
+    Args:
+        depth, queries: see `ProbingSelector`.
+        shortlist: the share of the chunk tokens that the later layers look at.
+        least: the fewest tokens of a shortlist.
+    """
 
     name = names.EXPECTED_ERROR
     uses_deviations = True
     shift = 0.4
 
-    def __init__(self, depth: float = 1.0, queries: int = 64):
+    def __init__(self, depth: float = 1.0, queries: int = 64, shortlist: float = SHORTLIST, least: int = LEAST):
         super().__init__(depth, queries)
+        self.shortlist, self.least = shortlist, least
 
-    def scores(self, context: SelectionContext, num_layers: int) -> Tensor:
+    def shortlist_after(self, num_layers: int) -> int:
+        """See `Selector.shortlist_after`."""
+        first = max(1, round(FIRST_LAYERS * num_layers))
+        return first if first < self.layers(num_layers) else 0
+
+    def scores(self, context: SelectionContext, num_layers: int, chosen: int | None = None) -> Tensor:
         """See `ProbingSelector.scores`."""
-        return context.expected_error(num_layers, self.queries)
+        after = self.shortlist_after(context.num_layers)
+        tokens = sum(chunk.tokens - chunk.skipped for chunk in context.chunks)
+        count = tokens if chosen is None else max(math.ceil(self.shortlist * tokens), SLACK * chosen, self.least)
+        return context.expected_error(num_layers, self.queries, (after, count) if after and count < tokens else None)
 
 
 class EarlyExpectedErrorSelector(ExpectedErrorSelector):

@@ -21,6 +21,6 @@ class ProbeSelector(ProbingSelector):
     def __init__(self, depth: float = 0.25, queries: int = 16):
         super().__init__(depth, queries)
 
-    def scores(self, context: SelectionContext, num_layers: int) -> Tensor:
+    def scores(self, context: SelectionContext, num_layers: int, chosen: int | None = None) -> Tensor:
         """See `ProbingSelector.scores`."""
         return context.received_attention(num_layers, self.queries)

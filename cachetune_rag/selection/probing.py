@@ -31,8 +31,13 @@ class ProbingSelector(Selector):
         return max(1, round(self.depth * num_layers))
 
     @abstractmethod
-    def scores(self, context: SelectionContext, num_layers: int) -> Tensor:
-        """A score of every prompt token from the first `num_layers` layers: float32 [length], on the model's device."""
+    def scores(self, context: SelectionContext, num_layers: int, chosen: int | None = None) -> Tensor:
+        """A score of every prompt token from the first `num_layers` layers: float32 [length], on the model's device.
+
+        Args:
+            context, num_layers: the request, and how many layers are run.
+            chosen: how many of the tokens will be chosen, if only their order at the top counts; None: the score of every token counts.
+        """
 
     def select(self, context: SelectionContext, ratio: float) -> Tensor:
         """See `Selector.select`."""
@@ -46,7 +51,8 @@ class ProbingSelector(Selector):
             return Choice(places[:count], ratio)
         layers = self.layers(context.num_layers)
         # The choice is made on the host: sending `places` to a GPU would wait for all KV that is still being copied there.
-        scores = with_continuations(self.scores(context, layers).cpu(), context.continuations, context.chunks)
+        scores = self.scores(context, layers, count if finder is None else None).cpu()
+        scores = with_continuations(scores, context.continuations, context.chunks)
         signs: dict[float, float] = {}
         prediction = None
         if finder is not None:

@@ -134,6 +134,11 @@ class Chunk:
         return self.head.key
 
     @cached_property
+    def page_locked(self) -> bool:
+        """Whether the slab is page-locked."""
+        return self.slab.is_pinned()
+
+    @cached_property
     def addresses(self) -> tuple[int, ...]:
         """Where each layer begins in memory."""
         return tuple(layer.data_ptr() for layer in self.layers)

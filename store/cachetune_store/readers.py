@@ -129,6 +129,15 @@ class ChunkReader(ABC):
         """
         return self.read(layer, rows).data_ptr()
 
+    def locate_from(self, layer: int, rows: int) -> list[int]:
+        """`locate` of a layer and of all layers behind it."""
+        return [self.locate(number, rows) for number in range(layer, self._layer_count)]
+
+    @property
+    def page_locked(self) -> bool:
+        """Whether `locate` gives addresses of page-locked host memory, which a GPU can read by itself."""
+        return False
+
     @abstractmethod
     def promote(self) -> bool:
         """Put the chunk into the tier above if there is room. Rows that were not read yet are read now. Returns whether it is in memory then."""
@@ -219,6 +228,18 @@ class HostReader(ChunkReader):
         layer, rows = self._check(layer, rows)
         self._bytes[layer] += self._rows[layer].size(rows)
         return self._addresses[layer]
+
+    def locate_from(self, layer: int, rows: int) -> list[int]:
+        """See ChunkReader.locate_from."""
+        layer, rows = self._check(layer, rows)
+        for number in range(layer, self._layer_count):
+            self._bytes[number] += self._rows[number].size(rows)
+        return list(self._addresses[layer:])
+
+    @property
+    def page_locked(self) -> bool:
+        """See ChunkReader.page_locked."""
+        return self._chunk.page_locked
 
     def read_all(self) -> Chunk:
         """The whole chunk. The store keeps it, so it must not be written to."""

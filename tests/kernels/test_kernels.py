@@ -117,6 +117,113 @@ def test_attention(
     assert not total[:, length:].any()
 
 
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize(
+    ("length", "tokens", "heads", "kv_heads", "dim", "window", "padding"),
+    [(200, 21, 4, 2, 16, None, 3), (257, 9, 4, 4, 80, None, 0), (300, 30, 4, 2, 32, 90, 2)],
+)
+def test_attention_over_listed_rows(
+    dtype: torch.dtype,
+    length: int,
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    window: int | None,
+    padding: int,
+    splits: int,
+) -> None:
+    """The rows of a list alone are seen and looked at. The others may hold anything, NaN as well."""
+    from cachetune_rag.kernels.attention import attend
+    from cachetune_rag.kernels.watched_attention import disturb, nearness
+
+    torch.manual_seed(3)
+    keys, values, table = buffers(length, kv_heads, dim, dim, dtype)
+    places = some_places(length, tokens)
+    positions = torch.cat((torch.full((padding,), -1, device=DEVICE), places))
+    seen = (torch.rand(length) < 0.4).to(DEVICE)
+    seen[places] = True
+    keys[1][~seen] = values[1][~seen] = float("nan")
+    rows = seen.nonzero()[:, 0]
+    listed = torch.full((length + 20,), 7, dtype=torch.int32, device=DEVICE)
+    listed[: len(rows)] = rows.int()
+    count = torch.tensor([len(rows)], device=DEVICE)
+    query = torch.randn(1, padding + tokens, heads, dim, device=DEVICE).to(dtype).transpose(1, 2)
+    lse = torch.full((padding + tokens, heads), float("nan"), device=DEVICE)
+    given = {"kv_heads": kv_heads, "scale": dim**-0.5, "window": window, "listed": (listed, count)}
+    out = attend(query, table, 1, positions, v_dim=dim, lse=lse, splits=splits, **given)
+    # What stands at the listed places, as if these were a prompt of its own whose tokens know where they stood.
+    k, v = keys[1][seen].double(), values[1][seen].double()
+    group = heads // kv_heads
+    allowed = rows[None] <= positions[:, None]
+    if window is not None:
+        allowed &= positions[:, None] - rows[None] < window
+    scores = query[0].double() @ k.repeat_interleave(group, 1).permute(1, 2, 0) * dim**-0.5
+    weights = scores.masked_fill(~allowed[None], float("-inf")).softmax(-1).nan_to_num(0.0)
+    wanted = (weights @ v.repeat_interleave(group, 1).transpose(0, 1)).transpose(0, 1)[None]
+    assert bool(torch.isfinite(out).all())
+    assert error(out[:, padding:], wanted[:, padding:]) <= TOLERANCE[dtype]
+
+    watched = torch.tensor([5], device=DEVICE)
+    hidden = torch.randn(1, padding + tokens, 50, device=DEVICE).to(dtype)
+    near = torch.empty(padding + tokens, device=DEVICE)
+    nearness(hidden, near)
+    gain = torch.rand(heads, device=DEVICE) + 0.5
+    deviations = torch.rand(length, 2 * kv_heads, device=DEVICE).half()
+    address = torch.tensor([deviations.data_ptr()], device=DEVICE)
+    total = torch.zeros(kv_heads, length + 20, device=DEVICE)
+    disturb(query, out, lse, near, gain, table, 1, positions, watched, address, 0, 2 * kv_heads, total, **given)
+    expected = torch.zeros(length, dtype=torch.float64, device=DEVICE)
+    for head in range(heads):
+        for token in range(padding + tokens)[-5:]:
+            apart = (v[:, head // group] - wanted[0, token, head]).norm(dim=-1)
+            steep = query[0, head, token].double().norm() * gain[head] * dim**-0.5 / dim**0.5
+            off = deviations[rows][:, [head // group, kv_heads + head // group]].double()
+            by_key = steep * apart * off[:, 0]
+            expected[rows] += weights[head, token] / hidden[0, token].double().norm() * (off[:, 1] + by_key)
+    assert error(total.sum(0)[:length], expected) <= 2 * TOLERANCE[dtype]
+    assert not total[:, :length][:, ~seen].any()
+    assert not total[:, length:].any()
+
+
+@pytest.mark.parametrize(("row", "group_rows", "shared"), [(48, 1, 0), (36, 64, 40), (7, 1, 0), (1024, 1, 0)])
+@pytest.mark.parametrize("rest", [False, True])
+def test_single_rows_are_gathered_from_host_memory(row: int, group_rows: int, shared: int, rest: bool) -> None:
+    from cachetune_rag.kernels import rows_of
+    from cachetune_rag.kernels.rows import gather
+
+    counts, generator = [130, 5, 70], torch.Generator().manual_seed(2)
+    sizes = [-(-count // group_rows) * (shared + group_rows * row) for count in counts]
+    stored = [torch.randint(1, 256, (size,), dtype=torch.uint8, generator=generator) for size in sizes]
+    if CUDA:
+        stored = [each.pin_memory() for each in stored]
+    stage = torch.zeros(sum(sizes), dtype=torch.uint8, device=DEVICE)
+    ends = [sum(sizes[:number]) for number in range(3)]
+    bases = torch.tensor([stage.data_ptr() + end for end in ends], device=DEVICE)
+    hosts = torch.tensor(
+        [stored[0].data_ptr(), 0, stored[2].data_ptr()], device=DEVICE
+    )  # the second one's are not copied
+    every = torch.from_numpy(rows_of(counts))
+    order = torch.randperm(len(every), generator=generator)
+    split = 60
+    where, first = every[order], order[:split]
+    gather(
+        hosts, bases, where.to(DEVICE), torch.tensor([split], device=DEVICE), rest=rest,
+        row_bytes=row, group_rows=group_rows, group_bytes=shared,
+    )  # fmt: skip
+    wanted = torch.zeros(sum(sizes), dtype=torch.uint8)
+    copied = where[split:] if rest else where[: len(first)]
+    for each in copied.tolist():
+        source, number = each >> 32, each & 0xFFFFFFFF
+        if source == 1:
+            continue
+        group = number // group_rows * (shared + group_rows * row)
+        for start, size in ((group, shared), (group + shared + number % group_rows * row, row)):
+            wanted[ends[source] + start :][:size] = stored[source][start : start + size]
+    assert torch.equal(stage.cpu(), wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize("turn", ["half", "pairs", "part", "none"])
 @pytest.mark.parametrize(("heads", "dim", "v_dim"), [(2, 16, 16), (3, 24, 8), (1, 8, 20)])

@@ -14,6 +14,7 @@ from cachetune_rag.model import KVBuffers, ModelAdapter
 from cachetune_rag.model.cuda import steps
 from cachetune_rag.model.plain.probe import ProbePass
 from cachetune_rag.model.plain.shift import ChunkShift
+from cachetune_rag.model.plain.shortlist import Shortlist
 
 # One of each way to rotate (half split, by pairs, in part, stretched, none), to group heads, to see a window.
 NAMES = {
@@ -94,6 +95,45 @@ def test_expected_error(pair: tuple[ModelAdapter, ModelAdapter]) -> None:
         assert same(ours, wanted, 1e-3)
     ours, wanted = (a.received_attention(pass_of(a, layers, queries)) for a in pair)
     assert same(ours, wanted)
+
+
+def test_expected_error_with_a_shortlist(pair: tuple[ModelAdapter, ModelAdapter]) -> None:
+    """Rows that aren't in it hold NaN in the later layers: nothing reads them."""
+    computed = [0, 1, 2, 25, *range(50, LENGTH)]
+    ids, places = some(computed)
+    among = torch.ones(LENGTH, dtype=torch.bool)
+    among[computed] = False
+    columns = 2 * sum(spec.heads for spec in pair[0].layers)
+    deviations = torch.rand(LENGTH, columns, generator=torch.Generator().manual_seed(6)).half().to(DEVICE)
+    deviations[computed] = 0
+    results, chosen = [], []
+    for adapter in pair:
+        buffers, seen = filled(adapter), list[Tensor]()
+
+        def found(rows: Tensor, seen: list[Tensor] = seen) -> None:
+            seen.append(rows)
+
+        def before(layer: int, buffers: KVBuffers = buffers, seen: list[Tensor] = seen) -> None:
+            assert len(seen) == (layer > 0)
+            if seen:
+                buffers.key_rows[layer][~seen[0]] = float("nan")
+                buffers.value_rows[layer][~seen[0]] = float("nan")
+
+        probe = ProbePass(ids, places, buffers, adapter.num_layers, 7, before, Shortlist(1, 12, among, found))
+        results.append(adapter.expected_error(probe, deviations))
+        chosen.append(seen[0])
+    assert torch.equal(*chosen)
+    assert int(chosen[0].sum()) == len(computed) + 12
+    assert bool(chosen[0][computed].all())
+    assert same(*results, 1e-3)
+    wanted = pair[1].expected_error(
+        ProbePass(ids, places, filled(pair[1]), 1, 7, lambda _layer: None),
+        deviations[:, : 2 * pair[1].layers[0].heads],
+    )
+    left_out = ~chosen[0]
+    assert same(results[0][left_out], wanted[left_out], 1e-3)
+    best = wanted.masked_fill(~among.to(DEVICE), -1).topk(12).indices.sort().values
+    assert torch.equal((chosen[0] & among.to(DEVICE)).nonzero()[:, 0], best)
 
 
 @pytest.mark.parametrize("reused", [True, False], ids=["reused", "computed"])

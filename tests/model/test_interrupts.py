@@ -44,5 +44,5 @@ def test_attention_settings_end_with_an_interrupt() -> None:
         attention.watched(Watch(1, lambda _: None)),
     ):
         raise KeyboardInterrupt
-    assert attention.current_bounds.get() is None
+    assert attention.current_blocks.get() is None
     assert attention.current_watch.get() is None

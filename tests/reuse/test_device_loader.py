@@ -20,6 +20,7 @@ from tiny import llama, tokenizer
 
 from cachetune_rag import CacheTune, Document
 from cachetune_rag.concurrency.deadline import DeadlinePool
+from cachetune_rag.model import KVBuffers, ModelAdapter
 from cachetune_rag.model.opened_model import open_model
 from cachetune_rag.reuse import device_loader as device_module
 from cachetune_rag.reuse.device_loader import DeviceLoader, Streams
@@ -27,6 +28,7 @@ from cachetune_rag.reuse.host_copies import HostCopies
 from cachetune_rag.reuse.layer_loader import LayerLoader
 from cachetune_rag.reuse.source import Source
 from cachetune_store import ChunkStore
+from cachetune_store.chunk import Chunk
 
 TEXTS = [
     "The lighthouse was built in 1871.",
@@ -60,6 +62,9 @@ class Event:
 
     def synchronize(self) -> None:
         assert self.recorded, "a wait for something that was not queued"
+
+    def query(self) -> bool:
+        return self.recorded
 
 
 @pytest.fixture(autouse=True)
@@ -177,6 +182,83 @@ def check(engine: CacheTune, probed: int | str, tiers: str) -> None:
         at = slice(None) if not ahead[layer] or layer < looked else places
         assert torch.equal(found.key_rows[layer][at], wanted.key_rows[layer][at])
         assert torch.equal(found.value_rows[layer][at], wanted.value_rows[layer][at])
+
+
+@pytest.mark.parametrize("tiers", ["host", "disk", "device+host"])
+@pytest.mark.parametrize("fewer", [False, True], ids=["all wanted", "fewer wanted"])
+def test_seen_rows_are_there_first_and_the_others_in_the_end(
+    engine: CacheTune, tiers: str, fewer: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Chunk, "page_locked", True)
+    if "disk" not in tiers:
+        check_parts(engine, tiers, fewer)
+        return
+    with opened(tmp_path, engine.adapter.model, host_budget=0) as cold:
+        check_parts(cold, tiers, fewer)
+
+
+def check_parts(engine: CacheTune, tiers: str, fewer: bool) -> None:
+    """Both loaders, with rows narrowed before the second layer, against a loader that brings everything at once."""
+    adapter, layers = engine.adapter, engine.adapter.num_layers
+    if "+" in tiers:  # one of the chunks is in the faster tier
+        source = sources(engine, [1, 1, 1])[1]
+        with source.reader as reader:
+            assert reader.promote()
+    generator = torch.Generator().manual_seed(1)
+    seen = torch.rand(LENGTH, generator=generator) < 0.4
+    with closing(DeadlinePool(None)) as pool:
+        wanted = zeroed(adapter)
+        # Opened beforehand: a chunk that was read from disk whole is on the device when its reader is closed.
+        given, *both = (sources(engine, [1, 1, 1]) for _ in range(3))
+        whole = LayerLoader(adapter, given, wanted, pool)
+        for layer in range(layers):
+            whole.load(layer)
+        once = [s.reader.bytes_read for s in given]
+        for device, every in zip((False, True), both, strict=True):
+            assert {s.reader.tier for s in every} == set(tiers.split("+"))
+            buffers = zeroed(adapter)
+            if device:
+                loader: LayerLoader = DeviceLoader(adapter, every, buffers, pool, Streams(adapter.device, layers))
+            else:
+                loader = LayerLoader(adapter, every, buffers, pool)
+            loader.expect_narrowing(1)
+            loader.start()
+            loader.load_seen(0)
+            loader.narrow(seen)
+            for layer in range(1, layers):
+                loader.load_seen(layer)
+                assert rows_equal(buffers, wanted, layer, seen)
+            some = (
+                [s.first(int(s.rows * share)) for s, share in zip(every, (0.5, 1, 0), strict=True)] if fewer else every
+            )
+            loader.set_sources(some)
+            loader.start()
+            at = torch.zeros(LENGTH, dtype=torch.bool)
+            at[np.concatenate([s.places[: s.rows] for s in some])] = True
+            for layer in range(layers):
+                loader.load(layer)
+                assert rows_equal(buffers, wanted, layer, at)
+                assert rows_equal(buffers, wanted, layer, seen)
+            loader.close()
+            if tiers == "host":
+                assert [s.reader.bytes_read for s in every] == once, "no row is read twice"
+            for source in every:
+                source.reader.close()
+        whole.close()
+        for source in given:
+            source.reader.close()
+
+
+def zeroed(adapter: ModelAdapter) -> KVBuffers:
+    buffers = adapter.new_buffers(LENGTH)
+    for rows in (*buffers.key_rows, *buffers.value_rows):
+        rows.zero_()
+    return buffers
+
+
+def rows_equal(found: KVBuffers, wanted: KVBuffers, layer: int, at: torch.Tensor) -> bool:
+    pairs = ((found.key_rows, wanted.key_rows), (found.value_rows, wanted.value_rows))
+    return all(torch.equal(ours[layer][at], theirs[layer][at]) for ours, theirs in pairs)
 
 
 @pytest.mark.parametrize("tier", ["host", "device"])

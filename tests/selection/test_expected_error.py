@@ -20,7 +20,7 @@ from cachetune_rag.model.heads import ALL_HEADS
 from cachetune_rag.reuse.config import AUTO
 from cachetune_rag.reuse.layer_loader import LayerLoader
 from cachetune_rag.reuse.selection_context import PromptView
-from cachetune_rag.selection import ReusedChunk
+from cachetune_rag.selection import ReusedChunk, get_selector
 from cachetune_rag.selection.expected_error import ExpectedErrorSelector
 from cachetune_rag.selection.frequency import FrequencySelector
 from cachetune_store import ChunkReader, LayerSpec, get_codec
@@ -72,8 +72,15 @@ def stored_rows(engine: CacheTune, prompt: Any) -> tuple[list[tuple[Any, Any]], 
     return rows, deviations
 
 
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of any length have a shortlist."""
+    monkeypatch.setattr(get_selector("expected_error"), "least", 1)
+
+
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1], [2, 2, 0]])
 @pytest.mark.parametrize("ratio", [0.05, 0.3, 0.9])
+@pytest.mark.usefixtures("short")
 def test_a_request_equals_a_float64_reference(engine: CacheTune, order: list[int], ratio: float) -> None:
     """Score, selection, shift and recompute, from the stored rows to the logits."""
     prompt = engine.prompts.build(query=QUERY, chunks=[CHUNKS[i] for i in order])
@@ -83,7 +90,10 @@ def test_a_request_equals_a_float64_reference(engine: CacheTune, order: list[int
     queries = min(64, len(prompt.ids) - spans[-1][1])
     stored, deviations = stored_rows(engine, prompt)
     plain = PlainLlama(engine.adapter.model)
-    error = plain.forward(prompt.ids, base, stored, queries=queries, deviations=deviations).error
+    # One layer of the three looks at all rows, the others at half of them or at twice those that are chosen.
+    looked = max(-(-len(inside) // 2), 2 * int(ratio * len(inside) + 1e-9))
+    shortlist = (1, looked, sorted(inside)) if looked < len(inside) else None
+    error = plain.forward(prompt.ids, base, stored, queries=queries, deviations=deviations, shortlist=shortlist).error
     best = sorted(inside, key=lambda j: (-error[j], j))[: int(ratio * len(inside) + 1e-9)]
     rows = sorted([*base, *best])
     shifted = [(a, b) for a, b in spans if any(a <= j < b for j in best)]

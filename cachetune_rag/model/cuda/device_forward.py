@@ -46,6 +46,7 @@ from cachetune_rag.model.plain.attention import by_kernel
 from cachetune_rag.model.plain.buffers import KVBuffers
 from cachetune_rag.model.plain.probe import ProbePass
 from cachetune_rag.model.plain.shift import ChunkShift
+from cachetune_rag.model.plain.shortlist import seen_rows
 from cachetune_store import pinning
 from cachetune_store.layout import LayerSpec
 
@@ -127,20 +128,39 @@ class DeviceForward:
         kind = Kind(bucket(probe.ids.shape[0]), probe.layers, length=length_room(probe.buffers.length))
         return self._watch(kind, probe)
 
-    def expected_error(self, probe: ProbePass, deviations: Tensor) -> Tensor:
-        """As `ModelAdapter.expected_error`. `deviations` are on the device, and complete once `before(0)` has returned."""
+    def expected_error(
+        self, probe: ProbePass, deviations: Tensor, summed: Callable[[Tensor], Tensor] = lambda scores: scores
+    ) -> Tensor:
+        """As `Probe.expected_error`. `deviations` are on the device, and complete once `before(0)` has returned."""
         columns = self._columns[probe.layers]
         if deviations.shape[1] != columns:
             raise ValueError(f"deviations have {deviations.shape[1]} columns; {probe.layers} layers make {columns}.")
-        kind = Kind(bucket(probe.ids.shape[0]), probe.layers, True, length_room(probe.buffers.length))
+        shortlist = probe.shortlist
+        after = 0 if shortlist is None else shortlist.after
+        room = length_room(probe.buffers.length)
+        kind = Kind(bucket(probe.ids.shape[0]), probe.layers, True, room, shortlist=after)
         held = deviations.contiguous()
-        return self._watch(kind, probe, deviations=held.data_ptr())
 
-    def _watch(self, kind: Kind, probe: ProbePass, **numbers: Any) -> Tensor:
+        def narrow(inputs: Inputs, total: Tensor) -> None:
+            """Write the rows that are used from now on. The host doesn't wait for them."""
+            assert shortlist is not None
+            length, count = probe.buffers.length, shortlist.seen
+            among = inputs.among[:length] > 0
+            seen = seen_rows(summed(total.sum(0)[:length]), among, shortlist.count)
+            places = torch.arange(length, dtype=torch.int32, device=self._device)
+            inputs.rows[:count] = torch.where(seen, places, length).sort().values[:count]
+            shortlist.found(seen)
+
+        return self._watch(
+            kind, probe, None if shortlist is None else narrow, deviations=held.data_ptr(), shortlist=shortlist
+        )
+
+    def _watch(
+        self, kind: Kind, probe: ProbePass, narrow: Callable[[Inputs, Tensor], None] | None = None, **numbers: Any
+    ) -> Tensor:
         numbers["watched"] = min(probe.queries, probe.ids.shape[0])
-        return self._go(kind, probe.ids, probe.positions, probe.buffers, probe.before, **numbers)[
-            : probe.buffers.length
-        ]
+        totals = self._go(kind, probe.ids, probe.positions, probe.buffers, probe.before, narrow, **numbers)
+        return totals[: probe.buffers.length]
 
     def fuse(self, buffers: KVBuffers, vocabulary: int) -> bool:
         """Compile the model's layers (`FusedLayers.compile`). They are tried on `buffers` for `compiled_layers.TOKENS` tokens."""
@@ -161,14 +181,14 @@ class DeviceForward:
         self._pool = None
 
     def warmup(
-        self, tokens: int, probe: tuple[int, bool] | None = None, lengths: Sequence[int] = (), shift: bool = False
+        self, tokens: int, probe: tuple[int, bool, int] | None = None, lengths: Sequence[int] = (), shift: bool = False
     ) -> None:
         """Compile the kernels and capture the graphs of a decoding step and of up to `tokens` computed tokens.
 
         Args:
             tokens: the most tokens that a forward computes.
-            probe: how many layers a probe runs through, and whether it adds up the expected error. Its graphs are captured too, for up
-                to 256 computed tokens.
+            probe: how many layers a probe runs through, whether it adds up the expected error, and behind how many layers it goes on with
+                a shortlist (0: never). Its graphs are captured too, for up to 256 computed tokens.
             lengths: prompt lengths for which the probe is made ready.
             shift: whether forwards shift chunks.
         """
@@ -176,9 +196,12 @@ class DeviceForward:
         for size in buckets(tokens):
             self._warm(Kind(size, chunks=chunk_room(int(shift))))
         if probe is not None:
+            layers, errors, after = probe
             for room in sorted({length_room(n) for n in lengths}):
                 for size in buckets(min(tokens, _PROBED_TOKENS)):
-                    self._warm(Kind(size, *probe, length=room))
+                    # With and without: short prompts and large ratios have no shortlist.
+                    for each in {0, after}:
+                        self._warm(Kind(size, layers, errors, room, shortlist=each))
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
@@ -200,8 +223,10 @@ class DeviceForward:
         positions: Tensor,
         buffers: KVBuffers,
         before: Callable[[int], None],
+        narrow: Callable[[Inputs, Tensor], None] | None = None,
         **numbers: Any,
     ) -> Tensor:
+        """Run a forward of a kind. `narrow(inputs, total)` is called behind the layers that look at all rows, with what they have added up."""
         graph = None
         if self.graphs_enabled and kind.tokens <= MAX_TOKENS:
             graph = self._graphs.get(kind)
@@ -212,17 +237,20 @@ class DeviceForward:
         else:
             # Padding only serves to share graphs, so there is none here.
             chunks = numbers["shift"].spans.shape[0] if kind.chunks else 0
-            kind = Kind(ids.shape[0], kind.probed, kind.errors, buffers.length if kind.length else 0, chunks)
+            length = buffers.length if kind.length else 0
+            kind = Kind(ids.shape[0], kind.probed, kind.errors, length, chunks, kind.shortlist)
         if graph is not None:
             self._graphs.move_to_end(kind)
             graph.inputs.fill(ids, positions, buffers, **numbers)
             self.began = graph.inputs.read
-            return graph.replay(before)
+            return graph.replay(_narrowed(before, kind, narrow, graph.inputs, graph.total))
         inputs = Inputs(kind, len(self._specs), self._device)
         inputs.fill(ids, positions, buffers, **numbers)
         self._keep(inputs)
         self.began = inputs.read
-        return self._eager(inputs, before, self._call(kind, inputs))
+        call = self._call(kind, inputs)
+        total = None if call.probing is None else call.probing.total
+        return self._eager(inputs, _narrowed(before, kind, narrow, inputs, total), call)
 
     def _keep(self, inputs: Inputs) -> None:
         """Keep inputs until the device has read them. Their page-locked memory is read by a kernel, of which torch doesn't know: it would
@@ -242,6 +270,8 @@ class DeviceForward:
                 self._columns[: kind.probed + 1],
                 self._gains if kind.errors else (),
                 torch.empty(kind.tokens, **empty),
+                (inputs.rows, inputs.count) if kind.shortlist else None,
+                kind.shortlist,
             )
         if kind.chunks:
             widths = (max(s.heads * s.head_dim for s in self._specs), max(s.heads * s.v_head_dim for s in self._specs))
@@ -313,7 +343,8 @@ class DeviceForward:
                 recorder.begin()
                 try:
                     cut = _nothing if kind.whole else lambda _layer: recorder.cut()
-                    out = self._eager(inputs, cut, self._call(kind, inputs))
+                    call = self._call(kind, inputs)
+                    out = self._eager(inputs, cut, call)
                 finally:
                     recorder.end()
         except RuntimeError as error:
@@ -325,7 +356,8 @@ class DeviceForward:
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
         self.captures += 1
         self._disturbed = 0
-        graph = self._graphs[kind] = Graph(inputs, recorder.pieces, out)
+        total = call.probing.total if call.probing is not None and kind.shortlist else None
+        graph = self._graphs[kind] = Graph(inputs, recorder.pieces, out, total)
         while len(self._graphs) > MAX_GRAPHS:
             self._graphs.popitem(last=False)
         return graph
@@ -370,6 +402,25 @@ def opaque_cache() -> type[KernelCache]:
     reference cycle. Gigabytes would stay until Python's garbage collector runs.
     """
     return type("OpaqueKernelCache", (KernelCache,), {"update": opaque(KernelCache.update)})
+
+
+def _narrowed(
+    before: Callable[[int], None],
+    kind: Kind,
+    narrow: Callable[[Inputs, Tensor], None] | None,
+    inputs: Inputs,
+    total: Tensor | None,
+) -> Callable[[int], None]:
+    """`before`, which calls `narrow` ahead of the first layer that uses a shortlist."""
+    if narrow is None or total is None:
+        return before
+
+    def narrowed(layer: int) -> None:
+        if layer == kind.shortlist:
+            narrow(inputs, total)
+        before(layer)
+
+    return narrowed
 
 
 def _nothing(_layer: int) -> None:

@@ -14,6 +14,7 @@ from cachetune_rag.kernels import row_addresses
 from cachetune_rag.model.libraries.private import end_allocation
 from cachetune_rag.model.plain.buffers import KVBuffers
 from cachetune_rag.model.plain.shift import ChunkShift
+from cachetune_rag.model.plain.shortlist import Shortlist
 
 MAX_TOKENS = 8192
 """The most tokens for which there are graphs. With more, a layer computes for longer than its launch takes, even while other threads read
@@ -52,6 +53,7 @@ class Kind:
         errors: whether a probe adds up the expected error instead of the attention.
         length: the prompt length that a probe has room for.
         chunks: the number of shifted chunks that there is room for.
+        shortlist: behind so many layers a probe goes on with a shortlist; 0: never.
         whole: whether every layer's rows are there from the start, so that the graph need not be cut into pieces.
     """
 
@@ -60,6 +62,7 @@ class Kind:
     errors: bool = False
     length: int = 0
     chunks: int = 0
+    shortlist: int = 0
     whole: bool = False
 
 
@@ -120,6 +123,9 @@ class Inputs:
         positions: [tokens]; padding is at -1.
         table: addresses of the prompt's buffers.
         watched, deviations: [1]; see `kernel_call.Probing`.
+        among: [prompt length, with padding]; 1 for tokens that a shortlist may leave out.
+        rows: int32, as long; the rows that are used once a shortlist was made. Written on the device.
+        count: [1]; how many these are.
         known, rotations, spans: see `kernels.shift`.
         read: an event recorded on the device once it has read the numbers, which is how a forward begins. None on a CPU.
     """
@@ -128,6 +134,8 @@ class Inputs:
         self.tokens = kind.tokens
         sizes = [kind.tokens, kind.tokens, kind.tokens, 2 * layers, 1, 1]
         sizes += [kind.tokens, 2 * layers, SPAN * kind.chunks] if kind.chunks else [0, 0, 0]
+        room = kind.length if kind.shortlist else 0
+        sizes += [1, room]
         cuda = device.type == "cuda"
         self._host = torch.zeros(sum(sizes), dtype=torch.int64, pin_memory=cuda)
         self.read = torch.cuda.Event(enable_timing=True) if cuda else None
@@ -135,7 +143,8 @@ class Inputs:
         # NumPy, because for so few numbers torch takes far longer.
         self._parts = [part.numpy() for part in self._host.split(sizes)]
         ids, places, self.positions, self.table, self.watched, self.deviations, *rest = self._numbers.split(sizes)
-        self.known, self.rotations, spans = rest
+        self.known, self.rotations, spans, self.count, self.among = rest
+        self.rows = torch.zeros(room, dtype=torch.int32, device=device)
         self.ids, self.places, self.spans = ids[None], places[None], spans.view(-1, SPAN)
 
     def fill(
@@ -146,6 +155,7 @@ class Inputs:
         watched: int = 0,
         deviations: int = 0,
         shift: ShiftNumbers | None = None,
+        shortlist: Shortlist | None = None,
     ) -> None:
         """Write a request's numbers. `ids` and `positions` [at most `self.tokens`] should be on the host, which is fastest."""
         self._wait()
@@ -154,7 +164,7 @@ class Inputs:
         for part, numbers, filler in zip(self._parts, (ids.cpu().numpy(), places, places), (0, 0, -1), strict=False):
             part[:padding] = filler
             part[padding:] = numbers
-        _, _, _, table, watched_at, deviations_at, known, rotations, spans = self._parts
+        _, _, _, table, watched_at, deviations_at, known, rotations, spans, count, among = self._parts
         table[:] = row_addresses(buffers.key_rows, buffers.value_rows)
         watched_at[0], deviations_at[0] = watched, deviations
         if spans.shape[0]:
@@ -165,6 +175,10 @@ class Inputs:
                 rows = spans.reshape(-1, SPAN)[: shift.spans.shape[0]]
                 rows[:] = shift.spans.numpy()
                 rows[:, 2:4] += padding
+        if shortlist is not None:
+            count[0] = shortlist.seen
+            among[: buffers.length] = shortlist.among.numpy()
+            among[buffers.length :] = 0
         self._send()
 
     def fill_idle(self) -> None:
@@ -189,10 +203,15 @@ class Inputs:
 
 
 class Graph:
-    """A captured forward: its inputs, its pieces in order, and the tensor to which the last piece writes the result."""
+    """A captured forward: its inputs, its pieces in order, and the tensor to which the last piece writes the result.
 
-    def __init__(self, inputs: Inputs, pieces: list[Any], out: Tensor):
-        self.inputs, self._pieces, self._out = inputs, pieces, out
+    Attributes:
+        inputs: the numbers that it reads.
+        total: what a probe adds up (`kernel_call.Probing`); None in other forwards.
+    """
+
+    def __init__(self, inputs: Inputs, pieces: list[Any], out: Tensor, total: Tensor | None = None):
+        self.inputs, self.total, self._pieces, self._out = inputs, total, pieces, out
 
     def replay(self, before: Callable[[int], None]) -> Tensor:
         """Run the pieces, and call `before(layer)` between them. The result is a copy."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from cachetune_rag.kernels import Listed
 from cachetune_rag.model.family.taps import StopForward
 from cachetune_store.layout import LayerSpec
 
@@ -28,6 +29,7 @@ class Probing:
         columns: the first column of each layer in the deviations, and then the number of all columns.
         gains: for each layer, float32 [heads].
         near: float32 [tokens]; holds 1 / |x| of the current layer's input.
+        listed: the rows that layers from number `listed_from` on use; None: all layers use all rows.
     """
 
     watched: Tensor
@@ -37,6 +39,12 @@ class Probing:
     columns: Sequence[int]
     gains: Sequence[Tensor]
     near: Tensor
+    listed: Listed | None = None
+    listed_from: int = 0
+
+    def rows(self, layer: int) -> Listed | None:
+        """The rows that a layer uses, None for all."""
+        return self.listed if layer >= self.listed_from else None
 
 
 @dataclass
@@ -126,6 +134,7 @@ class KernelCall:
             scale=scale,
             window=window,
             lse=lse,
+            listed=None if self.probing is None else self.probing.rows(self.layer),
         )
         if self.probing is not None and lse is not None:
             self._add_up(self.probing, query, out, lse, scale, window)
@@ -170,6 +179,7 @@ class KernelCall:
             kv_heads=kv_heads,
             scale=scale,
             window=window,
+            listed=probing.rows(layer),
         )
 
 

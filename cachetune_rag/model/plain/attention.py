@@ -38,7 +38,26 @@ class AttentionCall(Protocol):
         ...
 
 
-current_bounds: ContextVar[list[tuple[int, int, int]] | None] = ContextVar("cachetune_attention_bounds", default=None)
+class Blocks:
+    """The blocks in which selected tokens are computed: first token, the token behind the last one, and how many keys they see at most.
+
+    Args:
+        positions: of the tokens, [queries], ascending.
+    """
+
+    def __init__(self, positions: Tensor):
+        count, ends = positions.shape[0], positions[BLOCK - 1 :: BLOCK].tolist()
+        if len(ends) * BLOCK < count:
+            ends.append(int(positions[-1]))
+        self.bounds = [(i * BLOCK, min((i + 1) * BLOCK, count), end + 1) for i, end in enumerate(ends)]
+
+    def narrow(self, rows: Tensor) -> None:
+        """The keys are those at the places `rows` alone from now on, int64, ascending."""
+        ends = torch.searchsorted(rows, rows.new_tensor([end for _, _, end in self.bounds])).tolist()
+        self.bounds = [(start, stop, end) for (start, stop, _), end in zip(self.bounds, ends, strict=True)]
+
+
+current_blocks: ContextVar[Blocks | None] = ContextVar("cachetune_attention_blocks", default=None)
 current_watch: ContextVar[Watch | None] = ContextVar("cachetune_watch", default=None)
 current_call: ContextVar[AttentionCall | None] = ContextVar("cachetune_kernel_call", default=None)
 
@@ -64,12 +83,14 @@ def by_kernel(call: AttentionCall) -> Iterator[None]:
 @contextmanager
 def by_position(positions: Tensor) -> Iterator[None]:
     """While the context is open, the queries of attention calls are at `positions` [queries], ascending."""
-    ends = positions[BLOCK - 1 :: BLOCK].tolist()
-    count = positions.shape[0]
-    if len(ends) * BLOCK < count:
-        ends.append(int(positions[-1]))
-    with _holding(current_bounds, [(i * BLOCK, min((i + 1) * BLOCK, count), end + 1) for i, end in enumerate(ends)]):
+    with _holding(current_blocks, Blocks(positions)):
         yield
+
+
+def narrow(rows: Tensor) -> None:
+    """From the next attention call inside `by_position` on, keys and values are those at the places `rows` alone, int64, ascending."""
+    if (blocks := current_blocks.get()) is not None:
+        blocks.narrow(rows)
 
 
 @contextmanager
@@ -96,10 +117,11 @@ def blocked_attention(
     call = current_call.get()
     if call is not None:
         return call.attention(query, scaling), None
-    bounds = current_bounds.get()
-    if bounds is None or attention_mask is None or bounds[-1][1] != query.shape[2]:
+    blocks = current_blocks.get()
+    if blocks is None or attention_mask is None or blocks.bounds[-1][1] != query.shape[2]:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     shown: list[Tensor] = []
+    bounds = blocks.bounds
     if (watch := current_watch.get()) is not None:
         shown = [watch.attend(module.layer_idx, query, key, value, attention_mask, scaling)]
         rest = query.shape[2] - watch.taken(query.shape[2])

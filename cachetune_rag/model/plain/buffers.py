@@ -120,8 +120,9 @@ class KVBuffers:
 class ScatterCache(Cache):
     """The cache of a forward over selected tokens. It writes their keys and values into the buffers.
 
-    `before(layer)` is called before a layer's buffer is used, to load the reused rows. `after(layer, keys)` is called when the buffer
-    is complete, with keys [1, kv_heads, length, head_dim]. `shift` then has been added to the reused rows.
+    `before(layer)` is called before a layer's buffer is used, to load the reused rows. `after(layer, keys, values)` is called when the buffer
+    is complete, with what attention gets: [1, kv_heads, rows, dim]. `shift` then has been added to the reused rows. `rows(layer)` gives the places
+    of the rows that attention gets; None for all.
     """
 
     def __init__(
@@ -129,10 +130,12 @@ class ScatterCache(Cache):
         buffers: KVBuffers,
         positions: Tensor,
         before: Callable[[int], None] | None = None,
-        after: Callable[[int, Tensor], None] | None = None,
+        after: Callable[[int, Tensor, Tensor], None] | None = None,
         shift: RowShift | None = None,
+        rows: Callable[[int], Tensor | None] | None = None,
     ):
-        layers = [_ScatterLayer(buffers, i, positions, before, after, shift) for i in range(len(buffers.key_rows))]
+        count = len(buffers.key_rows)
+        layers = [_ScatterLayer(buffers, i, positions, before, after, shift, rows) for i in range(count)]
         super().__init__(layers=layers)
 
 
@@ -147,15 +150,16 @@ class _ScatterLayer(CacheLayerMixin):
         layer: int,
         positions: Tensor,
         before: Callable[[int], None] | None,
-        after: Callable[[int, Tensor], None] | None,
+        after: Callable[[int, Tensor, Tensor], None] | None,
         shift: RowShift | None,
+        rows: Callable[[int], Tensor | None] | None,
     ):
         super().__init__()
         self._buffers, self._layer, self._positions = buffers, layer, positions
-        self._before, self._after, self._shift = before, after, shift
+        self._before, self._after, self._shift, self._rows = before, after, shift, rows
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write [1, kv_heads, selected, head_dim] to the rows at their positions, and return the whole layer."""
+        """Write [1, kv_heads, selected, head_dim] to the rows at their positions, and return the rows that attention gets."""
         layer, buffers = self._layer, self._buffers
         if self._before is not None:
             self._before(layer)
@@ -165,10 +169,12 @@ class _ScatterLayer(CacheLayerMixin):
             self._shift.apply(layer, key_rows, value_rows, fresh_keys, fresh_values)
         key_rows.index_copy_(0, self._positions, fresh_keys)
         value_rows.index_copy_(0, self._positions, fresh_values)
-        keys = buffers.keys(layer)
+        keys, values = buffers.keys(layer), buffers.values(layer)
+        if self._rows is not None and (rows := self._rows(layer)) is not None:
+            keys, values = (each.index_select(0, rows).transpose(0, 1)[None] for each in (key_rows, value_rows))
         if self._after is not None:
-            self._after(layer, keys)
-        return keys, buffers.values(layer)
+            self._after(layer, keys, values)
+        return keys, values
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the buffers exist."""

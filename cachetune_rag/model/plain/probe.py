@@ -18,6 +18,7 @@ from cachetune_rag.model.family.rope import Tables, rows_of
 from cachetune_rag.model.family.taps import StopForward
 from cachetune_rag.model.plain.attention import watched
 from cachetune_rag.model.plain.buffers import KVBuffers, ScatterCache
+from cachetune_rag.model.plain.shortlist import Narrowing, Shortlist, masks_narrowed
 from cachetune_rag.model.plain.watch import Shown, Watch, heads_of_rows, rows_of_heads
 from cachetune_store.layout import LayerSpec
 
@@ -38,6 +39,7 @@ class ProbePass:
         layers: how many layers are run, from the first.
         queries: how many of the last tokens are watched.
         before: `before(layer)` is called before a layer's buffer is used.
+        shortlist: which rows the later layers look at; None: all layers look at all rows. For `expected_error`.
     """
 
     ids: Tensor
@@ -46,6 +48,7 @@ class ProbePass:
     layers: int
     queries: int
     before: Callable[[int], None]
+    shortlist: Shortlist | None = None
 
     def on(self, device: torch.device) -> ProbePass:
         """The same with `ids` and `positions` on a device."""
@@ -96,7 +99,7 @@ class Probe:
         def look(shown: Shown, near: Tensor) -> None:
             observe(shown.layer, heads_of_rows(shown.weights, near.shape[0]))
 
-        self._watch(probe, look)
+        self._watch(probe, look, None)
 
     def received(self, probe: ProbePass) -> Tensor:
         """The attention that each prompt token receives, float32 [length]: the sum over layers of the mean over heads and the
@@ -107,10 +110,12 @@ class Probe:
         def look(shown: Shown, _near: Tensor) -> None:
             total.add_(shown.weights.mean((0, 1)))
 
-        self._watch(probe, look)
+        self._watch(probe, look, None)
         return total
 
-    def expected_error(self, probe: ProbePass, deviations: Tensor) -> Tensor:
+    def expected_error(
+        self, probe: ProbePass, deviations: Tensor, summed: Callable[[Tensor], Tensor] = lambda scores: scores
+    ) -> Tensor:
         """How far off the watched tokens' layer outputs are expected to be because of each reused row, float32 [length].
 
         With j a row, g a query head that reads key-value head h, i a watched token, x_i its layer input, a its attention, o
@@ -124,22 +129,31 @@ class Probe:
         stands for an error of no particular direction. (docs/selection.md, "Online"; a family's norm or gate behind the
         output projection is left out, as are its learned sinks and soft-capping.)
 
+        With a shortlist, the later layers run and are looked at as if the prompt had no other rows than those that they use, and a token that isn't
+        in it keeps the score that the first layers gave it.
+
         Args:
             probe: which tokens are computed, and which are watched.
             deviations: [length, columns] of the layers that are run, as chunks store them (sK of every head of layer 0,
                 sV of every head of layer 0, layer 1, ...); 0 where a row isn't reused.
+            summed: adds up the scores of all heads, from those of the heads in this process (`Heads.total`), for a shortlist.
         """
         by_layer = self._deviations(deviations, probe.layers)
         total = torch.zeros(probe.buffers.length, dtype=torch.float32, device=probe.positions.device)
 
         def look(shown: Shown, near: Tensor) -> None:
-            values = probe.buffers.values(shown.layer)[0]
-            total.add_(self._layer_error(shown, near, values, *by_layer[shown.layer]))
+            rows = None if narrowing is None else narrowing.rows(shown.layer)
+            if rows is None:
+                total.add_(self._layer_error(shown, near, *by_layer[shown.layer]))
+            else:
+                off = (each.index_select(1, rows) for each in by_layer[shown.layer])
+                total.index_add_(0, rows, self._layer_error(shown, near, *off))
 
-        self._watch(probe, look)
+        narrowing = None if probe.shortlist is None else Narrowing(probe.shortlist, lambda: summed(total))
+        self._watch(probe, look, narrowing)
         return total
 
-    def _watch(self, probe: ProbePass, look: _Look) -> None:
+    def _watch(self, probe: ProbePass, look: _Look, narrowing: Narrowing | None) -> None:
         """Run the layers of the pass, and look at each when its buffer is complete."""
         queries = min(probe.queries, probe.positions.shape[0])
         near: dict[int, Tensor] = {}
@@ -153,18 +167,18 @@ class Probe:
                 raise StopForward
 
         run = self._run_shown if self._shows() else self._run_tapped
-        with taps.inputs_tapped(self._layers, on_input):
+        with taps.inputs_tapped(self._layers, on_input), masks_narrowed(self._attentions, narrowing):
             try:
-                run(probe, Watch(queries, show))
+                run(probe, Watch(queries, show), narrowing)
             except StopForward:
                 return
 
-    def _run_shown(self, probe: ProbePass, watch: Watch) -> None:
+    def _run_shown(self, probe: ProbePass, watch: Watch, narrowing: Narrowing | None) -> None:
         """Reads the weights that this package's attention computes anyway."""
         with watched(watch):
-            self._run_pass(probe)
+            self._run_pass(probe, narrowing)
 
-    def _run_tapped(self, probe: ProbePass, watch: Watch) -> None:
+    def _run_tapped(self, probe: ProbePass, watch: Watch, narrowing: Narrowing | None) -> None:
         """The model runs its own attention, so the weights are computed a second time beside it."""
         place = probe.positions[-watch.tokens :]
         rows = rows_of(self._tables(probe.buffers.length), place)
@@ -173,34 +187,41 @@ class Probe:
         def on_query(layer: int, out: Tensor) -> None:
             asked[layer] = self._taps[layer].query(out)[0, -watch.tokens :]
 
-        def after(layer: int, _keys: Tensor) -> None:
+        def after(layer: int, keys: Tensor, values: Tensor) -> None:
+            at = None if narrowing is None else narrowing.rows(layer)
             rotated = self._rotate(layer, asked.pop(layer), rows)
             query = rows_of_heads(rotated.transpose(0, 1), self._specs[layer].heads)
-            watch.show(Shown(layer, query, self._weights(layer, query, probe.buffers, place), None))
+            allowed = masks.allowed(self._windows[layer], None, place, probe.buffers.length)
+            weights = self._weights(layer, query, keys[0], allowed if at is None else allowed[:, at])
+            watch.show(Shown(layer, query, weights, values[0], None))
 
         names = [t.query_module for t in self._taps]
         with taps.tapped(self._attentions, names, on_query):
-            self._run_pass(probe, after)
+            self._run_pass(probe, narrowing, after)
 
-    def _run_pass(self, probe: ProbePass, after: Callable[[int, Tensor], None] | None = None) -> None:
-        cache = ScatterCache(probe.buffers, probe.positions, probe.before, after)
+    def _run_pass(
+        self,
+        probe: ProbePass,
+        narrowing: Narrowing | None,
+        after: Callable[[int, Tensor, Tensor], None] | None = None,
+    ) -> None:
+        rows = None if narrowing is None else narrowing.rows
+        cache = ScatterCache(probe.buffers, probe.positions, probe.before, after, rows=rows)
         self._run(probe.ids, probe.positions, probe.buffers, cache)
 
-    def _weights(self, layer: int, query: Tensor, buffers: KVBuffers, place: Tensor) -> Tensor:
-        """Attention weights of a layer's `query` over its keys; `Shown` has their shapes, `place` [queries] their positions."""
-        keys = buffers.keys(layer)[0]
+    def _weights(self, layer: int, query: Tensor, keys: Tensor, allowed: Tensor) -> Tensor:
+        """Attention weights of a layer's `query` over `keys` [kv_heads, keys, dim]; `allowed` says which of them each token sees, bool [tokens, keys].
+        `Shown` has the other shapes.
+        """
         scores = (query @ keys.transpose(1, 2)).float().mul_(self._scale(layer, keys.shape[2]))
-        allowed = masks.allowed(self._windows[layer], None, place, buffers.length)
-        scores.unflatten(1, (len(place), -1)).masked_fill_(~allowed[:, None], float("-inf"))
+        scores.unflatten(1, (len(allowed), -1)).masked_fill_(~allowed[:, None], float("-inf"))
         return scores.softmax(-1)
 
-    def _layer_error(
-        self, shown: Shown, near: Tensor, values: Tensor, key_deviation: Tensor, value_deviation: Tensor
-    ) -> Tensor:
-        """Ev + Ek of one layer, float32 [length]; `values` are [kv_heads, length, v_dim], deviations [kv_heads, length]."""
+    def _layer_error(self, shown: Shown, near: Tensor, key_deviation: Tensor, value_deviation: Tensor) -> Tensor:
+        """Ev + Ek of one layer, float32 [keys]; the deviations are [kv_heads, keys]."""
+        values = shown.values.float()
         kv_heads, dim = values.shape[0], shown.query.shape[2]
         group = shown.query.shape[1] // near.shape[0]
-        values = values.float()
         outputs = shown.weights @ values if shown.outputs is None else shown.outputs
         # |V - o|^2 = |V|^2 + |o|^2 - 2 o V, which rounding may take below 0 where they are nearly the same.
         lengths = torch.linalg.vector_norm(values, dim=-1)[:, None].square_()

@@ -21,13 +21,15 @@ class Shown:
     Attributes:
         layer: its number.
         query: rotated, [kv_heads, tokens * group, dim].
-        weights: attention, float32 [kv_heads, tokens * group, length], each row a distribution over the prompt.
+        weights: attention, float32 [kv_heads, tokens * group, keys], each row a distribution over the keys.
+        values: of these keys, [kv_heads, keys, v_dim].
         outputs: what it brings together, [kv_heads, tokens * group, v_dim]; None where that wasn't computed.
     """
 
     layer: int
     query: Tensor
     weights: Tensor
+    values: Tensor
     outputs: Tensor | None
 
 
@@ -65,8 +67,8 @@ class Watch:
         Args:
             layer: its number.
             query: rotated, of all tokens of the forward, [1, heads, tokens, dim].
-            key, value: of the whole prompt, [1, kv_heads, length, dim].
-            mask: additive, [1, 1, tokens, length].
+            key, value: of the prompt, [1, kv_heads, keys, dim].
+            mask: additive, [1, 1, tokens, keys].
             scale: of the scores; None for 1 / sqrt(dim).
         """
         kv_heads, _, dim = key.shape[1:]
@@ -80,7 +82,7 @@ class Watch:
         weights = scores.softmax(-1)
         outputs = weights @ value[0]
         first = others * (query.shape[1] // kv_heads)
-        self.show(Shown(layer, asked[:, first:], weights[:, first:], outputs[:, first:]))
+        self.show(Shown(layer, asked[:, first:], weights[:, first:], value[0], outputs[:, first:]))
         return heads_of_rows(outputs, taken)[None]
 
     def _columns_clear(self, mask: Tensor) -> int:

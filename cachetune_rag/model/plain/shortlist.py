@@ -1,0 +1,108 @@
+"""The shortlist of a probe: its first layers look at all rows of a prompt, the others at those alone that scored highest in the first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cachetune_rag.model.family.taps import Hooks
+from cachetune_rag.model.plain import attention
+
+
+@dataclass(frozen=True, eq=False)
+class Shortlist:
+    """Which tokens a probe goes on looking at. The rows of the others are hidden from all computed tokens in its later layers.
+
+    Attributes:
+        after: so many of the first layers look at all rows.
+        count: how many of the tokens in `among` are looked at behind them: those with the largest scores so far.
+        among: bool [length] on the host; the tokens that may be hidden. All others are always looked at.
+        found: called once, before the first of the later layers, with what these use: bool [length] on the model's device.
+    """
+
+    after: int
+    count: int
+    among: Tensor
+    found: Callable[[Tensor], None]
+
+    @property
+    def seen(self) -> int:
+        """How many rows the later layers use."""
+        return self.among.shape[0] - int(self.among.sum()) + self.count
+
+
+def seen_rows(scores: Tensor, among: Tensor, count: int) -> Tensor:
+    """Which rows the later layers use: bool [length]. `scores` so far, float32 [length], and `among` are on one device, which isn't waited for.
+
+    Of equal scores the first ones count as larger, on every device.
+    """
+    ranked = torch.where(among, scores, float("-inf")).sort(descending=True, stable=True).indices
+    return (~among).index_fill_(0, ranked[:count], True)
+
+
+class Narrowing:
+    """Carries out a shortlist in a forward that runs on any device.
+
+    Args:
+        shortlist: what is asked for.
+        scores: gives the scores so far, float32 [length].
+    """
+
+    def __init__(self, shortlist: Shortlist, scores: Callable[[], Tensor]):
+        self._shortlist, self._scores = shortlist, scores
+        self._rows: Tensor | None = None
+        self._masks: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def rows(self, layer: int) -> Tensor | None:
+        """Places of the rows that a layer uses, int64, ascending; None for all. The layers before it are done."""
+        if layer < self._shortlist.after:
+            return None
+        if self._rows is None:
+            scores = self._scores()
+            seen = seen_rows(scores, self._shortlist.among.to(scores.device), self._shortlist.count)
+            self._rows = seen.nonzero()[:, 0]
+            attention.narrow(self._rows)
+            self._shortlist.found(seen)
+        return self._rows
+
+    def mask(self, rows: Tensor, mask: Tensor) -> Tensor:
+        """The columns of an attention mask [1, 1, tokens, length] that belong to `rows`."""
+        # All layers of one type get the same mask. It is kept alive, so that no other mask gets its id.
+        if id(mask) not in self._masks:
+            self._masks[id(mask)] = mask, mask.index_select(3, rows)
+        return self._masks[id(mask)][1]
+
+
+@contextmanager
+def masks_narrowed(attentions: Sequence[nn.Module], narrowing: Narrowing | None) -> Iterator[None]:
+    """While the context is open, the attention of each layer gets the mask of the rows that it uses.
+
+    Hooks see every forward of the model, so the caller holds the lock under which the model runs.
+    """
+    if narrowing is None:
+        yield
+        return
+    hooks = Hooks()
+    try:
+        for number, module in enumerate(attentions):
+
+            def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], number: int = number) -> Any:
+                if not hooks.live or (rows := narrowing.rows(number)) is None:
+                    return None
+                if not isinstance(mask := kwargs.get("attention_mask"), Tensor):
+                    raise RuntimeError(
+                        f"{type(module).__name__} was given no attention_mask by name, so none of its rows can be hidden; "
+                        "use a selector that looks at all rows, such as expected_error_early."
+                    )
+                return args, {**kwargs, "attention_mask": narrowing.mask(rows, mask)}
+
+            hooks.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        yield
+    finally:
+        hooks.live = False
+        hooks.remove()
