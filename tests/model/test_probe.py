@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,11 +15,12 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from cachetune_rag.model.adapter import ModelAdapter
-from cachetune_rag.model.family import taps
+from cachetune_rag.model.family import masks, taps
 from cachetune_rag.model.family.output import gain, output_heads
 from cachetune_rag.model.plain import watch
 from cachetune_rag.model.plain.buffers import KVBuffers
 from cachetune_rag.model.plain.probe import ProbePass
+from cachetune_rag.model.plain.shortlist import Shortlist
 
 LENGTH = 120
 COMPUTED = [0, 1, 2, 50, *range(111, LENGTH)]
@@ -169,6 +171,70 @@ def test_every_family_by_its_own_numbers(family: Family) -> None:
             wanted += (weights[g] / lengths[:, None] * (off_v + by_key)).sum(0)
         column += 2 * spec.heads
     torch.testing.assert_close(got.double(), wanted, rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("queries", [5, 200], ids=["some watched", "all watched"])
+@pytest.mark.parametrize("family", FAMILIES, ids=ids_of(FAMILIES))
+def test_a_shortlist_hides_the_other_rows_of_every_family(
+    family: Family, queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against a forward in which all rows stay, and the masks are filled by hand behind the first layer."""
+    adapter = adapter_of(family.name)
+    ids, chosen = torch.tensor([BOS, *random_ids(LENGTH - 1, 7)]), torch.tensor(COMPUTED)
+    stored, deviations = reused_rows(adapter, 5), some_deviations(adapter, 6)
+    among, count = torch.ones(LENGTH, dtype=torch.bool), 20
+    among[COMPUTED] = False
+    among[70:] = False  # rows that are never hidden, such as those of a prefix that was kept
+    found: list[Tensor] = []
+    buffers = buffers_with(adapter, stored)
+
+    def before(layer: int) -> None:
+        assert len(found) == (layer > 0), "it is known before the rows of the second layer are asked for"
+        if layer:
+            for rows in (buffers.key_rows[layer], buffers.value_rows[layer]):
+                rows[~found[0]] = float("nan")  # never brought
+
+    shortlist = Shortlist(1, count, among, found.append)
+    probe = ProbePass(ids[chosen], chosen, buffers, adapter.num_layers, queries, before, shortlist)
+    got = adapter.expected_error(probe, deviations)
+
+    first = expected_error(adapter, buffers_with(adapter, stored), ids, deviations, 1, queries)
+    best = sorted(among.nonzero()[:, 0].tolist(), key=lambda j: (-float(first[j]), j))[:count]
+    hidden = among.clone()
+    hidden[best] = False
+    assert torch.equal(found[0], ~hidden)
+    assert shortlist.seen == int(found[0].sum())
+
+    masks_made: list[Tensor] = []
+    build, allowed, narrowed = masks.build, masks.allowed, list[bool]()
+
+    def noted(*args: Any) -> Any:
+        made = build(*args)
+        masks_made.extend(made.values() if isinstance(made, dict) else [made])
+        return made
+
+    def without_hidden(*args: Any) -> Tensor:
+        return allowed(*args) & ~hidden if narrowed else allowed(*args)
+
+    def fill(layer: int) -> None:
+        if layer == 1:
+            narrowed.append(True)
+            for mask in masks_made:
+                mask[..., hidden] = torch.finfo(mask.dtype).min
+
+    monkeypatch.setattr(masks, "build", noted)
+    monkeypatch.setattr(masks, "allowed", without_hidden)
+    monkeypatch.setattr(watch.Watch, "_columns_clear", lambda self, mask: 0)
+    whole = ProbePass(
+        ids[chosen], chosen, buffers_with(adapter, stored), adapter.num_layers, queries, lambda layer: None
+    )
+    tapped = taps.inputs_tapped(adapter.decoder_layers, lambda layer, hidden: fill(layer))
+    with tapped:
+        wanted = adapter.expected_error(whole, deviations)
+    assert narrowed
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-5)
+    if adapter.num_layers > 1:
+        assert torch.equal(got[hidden], first[hidden]), "they keep what the first layer gave them"
 
 
 @pytest.mark.parametrize("look", ["expected error", "received attention"])
