@@ -8,10 +8,11 @@ from torch import Tensor
 
 from cachetune_rag.kernels.support import power_of_two
 
-_GATHERERS = 96
-"""How many programs copy single rows at least. Each waits for one row at a time."""
-_IN_FLIGHT = 384 << 10
-"""Bytes that are asked for at a time, a few times what a bus of 60 GB/s delivers in the two microseconds that an answer takes."""
+_GATHERERS = 8
+"""How many programs copy single rows. Few: a program that waits for the bus keeps large matrix products off its multiprocessor."""
+_AT_ONCE = 32 << 10
+"""Bytes that each of them asks for at a time. Together that is a few times what a bus of 60 GB/s delivers in the two microseconds that an answer
+takes."""
 
 
 @triton.jit
@@ -75,9 +76,9 @@ def _place(
     to = tl.arange(0, BLOCK_H)[:, None]
     some = to < OWN
     if PART == 1:
-        some &= row < tl.load(SPLIT)
+        some &= to * 0 + row < tl.load(SPLIT)
     elif PART == 2:
-        some &= row >= tl.load(SPLIT)
+        some &= to * 0 + row >= tl.load(SPLIT)
     h = FIRST + to
     k_scale = 1.0
     v_scale = 1.0
@@ -171,30 +172,38 @@ def fetch(host: Tensor, out: Tensor) -> None:
 @triton.jit(do_not_specialize=["count"])
 def _gather(
     HOSTS, BASES, WHERE, SPLIT, count,
-    ROW: tl.constexpr, GROUP_ROWS: tl.constexpr, SHARED: tl.constexpr, REST: tl.constexpr, BITS: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_SHARED: tl.constexpr,
+    ROW: tl.constexpr, GROUP_ROWS: tl.constexpr, SHARED: tl.constexpr, REST: tl.constexpr, UNIT: tl.constexpr,
+    AT_ONCE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SHARED: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    word = tl.pointer_type(tl.int64 if BITS == 64 else tl.int32 if BITS == 32 else tl.uint8)
     split = tl.load(SPLIT).to(tl.int32)
     start = split if REST else 0
     stop = count if REST else split
-    at = tl.arange(0, BLOCK)
-    for row in range(start + tl.program_id(0), stop, tl.num_programs(0)):
-        where = tl.load(WHERE + row)
-        host = tl.load(HOSTS + (where >> 32))
-        if host != 0:
-            base = tl.load(BASES + (where >> 32)).to(word)
-            rows = host.to(word)
-            index = where & 0x7FFFFFFF
-            group = index // GROUP_ROWS * (SHARED + GROUP_ROWS * ROW)
-            if SHARED > 0:
-                # Rows of one group copy what they share several times over: the same bytes to the same place.
-                some = tl.arange(0, BLOCK_SHARED)
-                shared = tl.load(rows + group + some, mask=some < SHARED)
-                tl.store(base + group + some, shared, mask=some < SHARED)
-            offset = group + SHARED + index % GROUP_ROWS * ROW
-            numbers = tl.load(rows + offset + at, mask=at < ROW)
-            tl.store(base + offset + at, numbers, mask=at < ROW)
+    at = tl.arange(0, BLOCK)[None, :]
+    some = tl.arange(0, BLOCK_SHARED)[None, :]
+    for begin in range(start + tl.program_id(0) * AT_ONCE, stop, tl.num_programs(0) * AT_ONCE):
+        row = begin + tl.arange(0, AT_ONCE)[:, None]
+        inside = row < stop
+        where = tl.load(WHERE + row, mask=inside, other=0)
+        host = tl.load(HOSTS + (where >> 32), mask=inside, other=0)
+        base = tl.load(BASES + (where >> 32), mask=inside, other=0)
+        ok = inside & (host != 0)
+        index = where & 0x7FFFFFFF
+        group = index // GROUP_ROWS * (SHARED + GROUP_ROWS * ROW) * UNIT
+        offset = group + (SHARED + index % GROUP_ROWS * ROW) * UNIT
+        element = tl.int64 if UNIT == 8 else tl.int32 if UNIT == 4 else tl.uint8
+        source = (host + offset).to(tl.pointer_type(element)) + at
+        target = (base + offset).to(tl.pointer_type(element)) + at
+        if ALIGNED:
+            source = tl.multiple_of(source, [16, 16])
+            target = tl.multiple_of(target, [16, 16])
+        numbers = tl.load(source, mask=ok & (at < ROW), other=0)
+        tl.store(target, numbers, mask=ok & (at < ROW))
+        if SHARED > 0:
+            # Rows of one group copy what they share several times over: the same bytes to the same place.
+            source = (host + group).to(tl.pointer_type(element)) + some
+            target = (base + group).to(tl.pointer_type(element)) + some
+            numbers = tl.load(source, mask=ok & (some < SHARED), other=0)
+            tl.store(target, numbers, mask=ok & (some < SHARED))
 
 
 def gather(
@@ -211,13 +220,13 @@ def gather(
     """Copy single stored rows from page-locked memory to the device, each to the place among the rows of its source that it has there.
 
     The copy engine takes about a microsecond for each copy, however small, which is longer than it takes to move a row. A few programs that
-    read the memory themselves are as fast as it is with large copies, and leave the multiprocessors to others.
+    read the memory themselves are nearly as fast as it is with large copies.
 
     Args:
         hosts: int64 [sources]; where each source's rows begin in page-locked memory. 0: its rows are not copied. It must not be unlocked until the
             device has read it, and torch doesn't take care of that.
         bases: int64 [sources]; where they begin on the device.
-        where, row_bytes, group_rows, group_bytes: see `place`. Addresses are multiples of 8 if these numbers of bytes are.
+        where, row_bytes, group_rows, group_bytes: see `place`. Addresses are multiples of 16 if these numbers of bytes are.
         split: int64 [1] on the device; so many of the first rows are copied, or with `rest` those behind them.
     """
     count = where.shape[0]
@@ -225,11 +234,12 @@ def gather(
         return
     unit = next(size for size in (8, 4, 1) if not (row_bytes | group_bytes) % size)
     row, shared = row_bytes // unit, group_bytes // unit
-    programs = min(count, max(_GATHERERS, min(4 * _GATHERERS, triton.cdiv(_IN_FLIGHT, row_bytes))))
-    _gather[(programs,)](
+    at_once = max(1, _AT_ONCE // power_of_two(row_bytes))
+    _gather[(min(_GATHERERS, triton.cdiv(count, at_once)),)](
         hosts, bases, where, split, count,
-        ROW=row, GROUP_ROWS=group_rows, SHARED=shared, REST=rest, BITS=8 * unit,
-        BLOCK=power_of_two(row), BLOCK_SHARED=power_of_two(max(1, shared)), num_warps=4,
+        ROW=row, GROUP_ROWS=group_rows, SHARED=shared, REST=rest, UNIT=unit,
+        AT_ONCE=at_once, BLOCK=power_of_two(row), BLOCK_SHARED=power_of_two(max(1, shared)),
+        ALIGNED=not ((row_bytes | group_bytes) % 16), num_warps=16,
     )  # fmt: skip
 
 

@@ -36,6 +36,7 @@ which the device waits for its next piece of work."""
 QUEUED = 3
 """Layers whose copies may be queued at once. A copy for somebody else, such as the inputs of a server's next decoding step, waits behind
 all of them: with all layers of a long prompt queued, for tens of milliseconds."""
+REST_BY_ENGINE = True
 FIRST_BYTES = 48 << 20
 """Bytes that are queued before a selector looks at layers: about as much as is copied to an H100 while it gets ready."""
 
@@ -335,9 +336,8 @@ class DeviceLoader(LayerLoader):
         for key, group in self._groups.items():
             self._prepare(key)
             narrowed = None if part == WHOLE else self._narrow(key)
-            if part != REST:
-                self._copy_rows(layer, key, group, slow, narrowed)
-            if narrowed is not None:
+            self._copy_rows(layer, key, group, slow, narrowed, part)
+            if narrowed is not None and (part == SEEN or not REST_BY_ENGINE or self._copies is None):
                 self._gather(layer, key, narrowed, part)
         if self._copies is not None:
             self._copies.queue(streams.copy.cuda_stream)
@@ -359,6 +359,7 @@ class DeviceLoader(LayerLoader):
         group: Sequence[Source],
         slow: Iterator[Tensor],
         narrowed: _Narrowed | None,
+        part: str,
     ) -> None:
         """Queue the copies of a group's rows into its staging memory. Rows that the kernel reads where they lie are only counted, and those
         that come in two parts are left out."""
@@ -369,12 +370,16 @@ class DeviceLoader(LayerLoader):
             for source, in_place, later in zip(group, self._prepared[key].in_place, apart, strict=True):
                 reader, count = source.reader, form.size(source.rows)
                 if in_place:
-                    reader.locate(layer, source.rows)
-                    continue
-                if later:
-                    at += form.span(source.rows)
+                    if part != REST:
+                        reader.locate(layer, source.rows)
                     continue
                 assert stage is not None
+                if later or part == REST:
+                    if later and part == REST and REST_BY_ENGINE and self._copies is not None:
+                        address = self._hosts[source.start][layer - self._first_narrowed]
+                        self._copies.collect(stage.data_ptr() + at, address, count)
+                    at += form.span(source.rows)
+                    continue
                 if self._copies is not None and reader.kind is HOST:
                     self._copies.collect(stage.data_ptr() + at, reader.locate(layer, source.rows), count)
                 else:
