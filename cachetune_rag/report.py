@@ -99,7 +99,8 @@ class Report:
             a layer, as that part's share of the layer's weights. The rest of the request ran `computed` times the model's layers.
         skipped: recomputed tokens whose stored KV was not read (except in layers that a selector looked at).
         error_left: the sum of the selector's scores over the reused tokens: how far off the model's layers are expected to be. None where the
-            selector scored nothing.
+            selector scored nothing. Without a bound it is too small: most layers of `expected_error` then look at a part of the tokens alone
+            (docs/selection.md, "The shortlist").
         sign: `error_left` times the entropy of the next token if nothing were recomputed. The larger it is, the farther from full prefill a
             request is likely to be. None where no bound was asked for, and for full prefill.
         prediction: what was predicted of the request, and the ratio that was taken for it; None where no bound was asked for.
