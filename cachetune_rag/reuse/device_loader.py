@@ -36,7 +36,6 @@ which the device waits for its next piece of work."""
 QUEUED = 3
 """Layers whose copies may be queued at once. A copy for somebody else, such as the inputs of a server's next decoding step, waits behind
 all of them: with all layers of a long prompt queued, for tens of milliseconds."""
-REST_BY_ENGINE = True
 FIRST_BYTES = 48 << 20
 """Bytes that are queued before a selector looks at layers: about as much as is copied to an H100 while it gets ready."""
 
@@ -81,8 +80,8 @@ def warm_up(adapter: ModelAdapter, codec: str) -> None:
         rows = {"row_bytes": form.row_bytes, "group_rows": form.group_rows, "group_bytes": form.group_bytes}
         for part in (None, False, True):
             split = None if part is None else nothing[:1]
-            if split is not None:
-                gather(nothing, bases, nothing, split, rest=bool(part), **rows)
+            if part is False:
+                gather(nothing, bases, nothing, nothing[:1], **rows)
             place(
                 bases, nothing, nothing, cos, sin, buffers.key_rows[layer], buffers.value_rows[layer], codec=codec,
                 aligned=not (form.row_bytes % 16 or form.group_bytes % 16),
@@ -130,8 +129,8 @@ class _Narrowed:
 class DeviceLoader(LayerLoader):
     """As `LayerLoader`, on streams of its own. The host waits for rows on disk, and while `QUEUED` layers are on their way.
 
-    After `narrow`, rows in page-locked memory are copied one by one, first those that are seen, and once all layers have these, the others.
-    No row crosses the bus twice.
+    After `narrow`, single rows of chunks in page-locked memory are copied, those that are seen. Once all layers have these, the chunks are copied
+    whole, and their other rows put into their places.
 
     A copy to the device, however small, waits for all copies that were queued before it on any stream, because one copy engine makes
     them all. So nothing else may copy to the device while a loader is at work, and the loader copies in the order in which the rows
@@ -337,8 +336,8 @@ class DeviceLoader(LayerLoader):
             self._prepare(key)
             narrowed = None if part == WHOLE else self._narrow(key)
             self._copy_rows(layer, key, group, slow, narrowed, part)
-            if narrowed is not None and (part == SEEN or not REST_BY_ENGINE or self._copies is None):
-                self._gather(layer, key, narrowed, part)
+            if narrowed is not None and part == SEEN:
+                self._gather(layer, key, narrowed)
         if self._copies is not None:
             self._copies.queue(streams.copy.cuda_stream)
         streams.copied[layer].record(streams.copy)
@@ -361,8 +360,8 @@ class DeviceLoader(LayerLoader):
         narrowed: _Narrowed | None,
         part: str,
     ) -> None:
-        """Queue the copies of a group's rows into its staging memory. Rows that the kernel reads where they lie are only counted, and those
-        that come in two parts are left out."""
+        """Queue the copies of a group's rows into its staging memory. Rows that the kernel reads where they lie are only counted, and sources that
+        come in two parts are left out of the first one, of which single rows are gathered."""
         form, stage = self._row_format(layer, key), self._stages[layer % STAGES].get(key)
         targets, pieces, at = [], [], 0
         apart = [False] * len(group) if narrowed is None else narrowed.apart
@@ -375,7 +374,9 @@ class DeviceLoader(LayerLoader):
                     continue
                 assert stage is not None
                 if later or part == REST:
-                    if later and part == REST and REST_BY_ENGINE and self._copies is not None:
+                    if later and part == REST and self._copies is not None:
+                        # All of its rows, also those that are there: gathering the others would keep multiprocessors from the recompute, while the
+                        # bus has nothing else to do.
                         address = self._hosts[source.start][layer - self._first_narrowed]
                         self._copies.collect(stage.data_ptr() + at, address, count)
                     at += form.span(source.rows)
@@ -389,8 +390,8 @@ class DeviceLoader(LayerLoader):
             if pieces:
                 copy_all(targets, pieces, non_blocking=True)
 
-    def _gather(self, layer: int, key: tuple[str, str], narrowed: _Narrowed, part: str) -> None:
-        """Queue the copies of single rows of a group into its staging memory."""
+    def _gather(self, layer: int, key: tuple[str, str], narrowed: _Narrowed) -> None:
+        """Queue the copies of the rows of a group that are seen first into its staging memory."""
         from cachetune_rag.kernels.rows import gather
 
         form, group = self._row_format(layer, key), self._prepared[key]
@@ -400,7 +401,6 @@ class DeviceLoader(LayerLoader):
                 group.bases[layer],
                 narrowed.where,
                 narrowed.split,
-                rest=part == REST,
                 row_bytes=form.row_bytes,
                 group_rows=form.group_rows,
                 group_bytes=form.group_bytes,
@@ -460,7 +460,7 @@ class DeviceLoader(LayerLoader):
     def _apart(self, key: tuple[str, str]) -> list[int]:
         """By source of a group, whether its rows can be copied one by one: 0 or 1."""
         sources = self._groups[key]
-        if not self._kernel_for(key, range(self._adapter.num_layers)):
+        if self._copies is None or not self._kernel_for(key, range(self._adapter.num_layers)):
             return [0] * len(sources)
         return [int(source.reader.kind is HOST and source.reader.page_locked) for source in sources]
 
