@@ -93,11 +93,13 @@ def remove(
         raise UsageError("give the ids of the documents to remove, or --all.")
     with open_existing(store, remote=remote, store_key=store_key) as kv:
         if everything:
-            wanted = [info.id for info in kv.documents(tenant=tenant)]
+            # The tenant as a whole, whose secret an encrypted store erases first.
+            freed = {info.id: info.bytes for info in kv.documents(tenant=tenant)}
+            total = kv.delete_tenant(tenant)
         else:
             check_known(wanted, kv, tenant)
-        freed = {name: kv.delete_document(name, tenant=tenant) for name in wanted}
-        total = sum(freed.values()) + (kv.delete_tenant(tenant) if everything else 0)
+            freed = {name: kv.delete_document(name, tenant=tenant) for name in wanted}
+            total = sum(freed.values())
     if json_output:
         removed = [{"id": name, "bytes": count} for name, count in freed.items()]
         emit_json({"store": str(store), "removed": removed, "bytes": total})

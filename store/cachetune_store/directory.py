@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .chunkfile import SUFFIX
 from .description import MOST_BYTES, Description, check_encrypted, no_key
 from .diskindex import DiskIndex
 from .documents import Documents
@@ -36,6 +35,7 @@ __all__ = ["StoreDirectory"]
 
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 _FOLDERS = ("chunks", "documents", "tmp")
+_WRITTEN = ("chunks", "documents", "notes", "secrets")
 _LOCKS = ("index.lock", "claims.lock", "tmp/gate.lock")
 _log = logging.getLogger(__name__)
 
@@ -187,9 +187,9 @@ class StoreDirectory:
             described = _read_description(path)  # another process may have been first
             if described is not None:
                 return described
-            if self._key is not None and next(files_below(self.path / "chunks", SUFFIX), None) is not None:
+            if self._key is not None and any(next(files_below(self.path / part, ""), None) for part in _WRITTEN):
                 raise StoreKeyError(
-                    f"{path} is gone, and chunks are there: without it, the key can't tell whether they are the store's own. Put the file "
+                    f"{path} is gone, and what a store wrote is there: without it, the key can't tell whether it is the store's own. Put the file "
                     f"back, or delete {self.path} and precompute again"
                 )
             if os.path.lexists(path):

@@ -772,18 +772,25 @@ class ChunkStore:
         check_text(tenant, "tenant")
         self._removals.note(tenant, None)
         self.sync()  # what others have stored just now goes, too
-        if self._secrets is not None:
-            self._erase(self._secrets, tenant)
+        self._erase(tenant)
         freed = sum(self.delete_document(info.id, tenant=tenant) for info in self.documents(tenant=tenant))
         self._repair.healed(lambda: self._notes.delete_all(tenant))
         return freed + self.prune(lambda head: head.namespace.tenant != tenant).bytes
 
-    def _erase(self, secrets: TenantSecrets, tenant: str) -> None:
-        if self._shared is not None:
-            # First: what is told and not done yet, others do.
-            for identity in secrets.identities(tenant):
-                self._shared.add({"op": "erase", "tenant": tenant, "secret": identity})
-        self._repair.healed(lambda: secrets.erase(tenant))
+    def _erase(self, tenant: str) -> None:
+        """Tell the others that a tenant is deleted, and erase its secrets, if it has any."""
+        secrets = self._secrets
+        # Told first: what is told and not done yet, others do.
+        told = [] if secrets is None else self._repair.healed(lambda: secrets.identities(tenant))
+        if self._repair.healed(lambda: self.index.get("catalogue")) is not None:
+            # Also where the store is open without its place: it is told when it is opened with it again.
+            from .remote.book import Book
+
+            with self.index.transaction():
+                for identity in told or [""]:
+                    Book(self.index).tell({"op": "erase", "tenant": tenant, "secret": identity})
+        if secrets is not None:
+            self._repair.healed(lambda: secrets.erase(tenant))
         self._tell_others()
 
     def renew_secret(self, *, tenant: str = "") -> None:
@@ -915,9 +922,10 @@ class ChunkStore:
         self._secrets.connect(notes, here.folder(""))
 
     def _erased_elsewhere(self, tenant: str, secret: str) -> None:
-        """Another machine has erased a secret of a tenant, because it has deleted the tenant. In the index's transaction."""
+        """Another machine has deleted a tenant, and erased its secret of this id ("" where there is none). In the index's transaction."""
         self._removals.note(tenant, None)
-        self._keyring().erased_elsewhere(tenant, secret)
+        if secret:
+            self._keyring().erased_elsewhere(tenant, secret)
         self._notes.forget(tenant)
 
     def _look_for_erased(self) -> None:

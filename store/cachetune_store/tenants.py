@@ -95,8 +95,12 @@ class TenantSecrets(Keyring):
         self._draw(tenant)
 
     def identities(self, tenant: str) -> list[str]:
-        """Ids of a tenant's secrets."""
-        return [identity for identity, _ in self._load(tenant)]
+        """Ids of a tenant's secrets.
+
+        Raises:
+            RemoteError, StoreKeyError: a shared place that may have others can't be asked.
+        """
+        return [identity for identity, _ in self._load(tenant, surely=True)]
 
     def erase(self, tenant: str) -> None:
         """Make all unreadable that was ever written for a tenant, for good.
@@ -106,7 +110,7 @@ class TenantSecrets(Keyring):
         """
         for identity in self.identities(tenant):
             self._notes.write_first("", _name("erased", identity), b"erased")
-        for name, content in self._stored(self._notes.get, tenant):
+        for name, content in self._stored(self._notes.get_surely, tenant):
             # One that was drawn meanwhile is for what is written after the deletion.
             if (parsed := _parsed(content)) is not None and self._is_erased(parsed[0]):
                 self._notes.replace(tenant, name, _erased(parsed[0]))

@@ -147,7 +147,19 @@ def test_a_description_that_was_changed_opens_with_no_key(tmp_path: Path) -> Non
         with pytest.raises(StoreVersionError):
             keyed(tmp_path)
     file.unlink()
-    with pytest.raises(StoreKeyError, match=r"store.json is gone, and chunks are there.*Put the file back"):
+    with pytest.raises(StoreKeyError, match=r"store.json is gone, and what a store wrote is there.*Put the file back"):
+        keyed(tmp_path)
+
+
+@pytest.mark.parametrize("kept", ["chunks", "documents", "notes"])
+def test_what_is_left_without_a_description_opens_with_no_key(tmp_path: Path, kept: str) -> None:
+    fill(tmp_path, 1)
+    with keyed(tmp_path) as store:
+        store.settle_note(NOTE, b"ours")
+    for part in {"chunks", "documents", "notes"} - {kept}:
+        shutil.rmtree(tmp_path / part)
+    (tmp_path / "store.json").unlink()
+    with pytest.raises(StoreKeyError, match="Put the file back"):
         keyed(tmp_path)
 
 

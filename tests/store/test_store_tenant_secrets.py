@@ -12,6 +12,7 @@ from shared_places import Place
 from store_samples import Sample, sample
 
 from cachetune_store import ChunkStore, StoreArgumentError, StoreError, StoreKeyError
+from cachetune_store.errors import RemoteError
 from cachetune_store.notes import Notes
 from cachetune_store.remote import catalogue, taking
 from cachetune_store.removals import changes_so_far
@@ -256,6 +257,37 @@ def test_all_secrets_of_a_deleted_tenant_go_on_every_machine(folder: Place, tmp_
     assert not any(reads(second, ACME, seed) for seed in (1, 2, 3))
 
 
+def test_a_place_that_cannot_be_asked_once_keeps_no_secret(
+    folder: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that another machine has drawn is only there."""
+    from cachetune_store.remote.bucket import Bucket
+
+    first = folder.store(tmp_path / "first", store_key=KEY, encrypt=True)
+    fill(first, ACME)
+    first.sync()
+    second = folder.store(tmp_path / "second", store_key=KEY)
+    older = set(folder.objects.names("secrets/"))
+    second.renew_secret(tenant=ACME)
+    before = secrets_in(folder)
+    (newer,) = set(folder.objects.names("secrets/")) - older
+    get = Bucket.get
+    failed: list[str] = []
+
+    def once(bucket: Bucket, name: str, limit: int) -> bytes | None:
+        if name == newer and not failed:
+            failed.append(name)
+            raise RemoteError("the connection was reset")
+        return get(bucket, name, limit)
+
+    monkeypatch.setattr(Bucket, "get", once)
+    with pytest.raises(RemoteError, match="was reset"):
+        first.delete_tenant(ACME)
+    first.tier("remote").breaker.worked()  # type: ignore[attr-defined]
+    first.delete_tenant(ACME)
+    assert not before & secrets_in(folder)
+
+
 def test_a_damaged_copy_of_a_secret_harms_no_other_machine(folder: Place, tmp_path: Path) -> None:
     first = folder.store(tmp_path / "first", store_key=KEY, encrypt=True)
     fill(first, ACME)
@@ -289,11 +321,15 @@ def test_a_damaged_secret_stays_for_whoever_can_mend_it(tmp_path: Path, caplog: 
         assert reads(store, ACME, 2)
 
 
-def test_notes_of_a_deleted_tenant_go_on_every_machine(folder: Place, tmp_path: Path) -> None:
-    first = folder.store(tmp_path / "first", store_key=KEY, encrypt=True)
+@pytest.mark.parametrize("options", [{}, {"store_key": KEY, "encrypt": True}], ids=["plain", "encrypted"])
+def test_notes_of_a_deleted_tenant_go_on_every_machine(folder: Place, tmp_path: Path, options: dict[str, Any]) -> None:
+    first = folder.store(tmp_path / "first", **options)
     fill(first, ACME)
     first.sync()
-    second = folder.store(tmp_path / "second", store_key=KEY)
+    away = folder.store(tmp_path / "away", **options)
+    assert away.note(NOTE, tenant=ACME)
+    away.close()
+    second = folder.store(tmp_path / "second", **options)
     assert second.note(NOTE, tenant=ACME)
     before = changes_so_far()
     first.delete_tenant(ACME)
@@ -302,7 +338,22 @@ def test_notes_of_a_deleted_tenant_go_on_every_machine(folder: Place, tmp_path: 
     assert second.note(NOTE, tenant=ACME) is None, "not damaged, which would be written again"
     assert second.removed_since(before, tenant=ACME), "what requests have of it is not stored"
     assert not list((tmp_path / "second" / "notes").rglob("*.json"))
-    assert folder.store(tmp_path / "third", store_key=KEY).note(NOTE, tenant=ACME) is None
+    assert folder.store(tmp_path / "away", **options).note(NOTE, tenant=ACME) is None
+    assert folder.store(tmp_path / "third", **options).note(NOTE, tenant=ACME) is None
+
+
+def test_a_tenant_that_is_deleted_without_the_place_is_told_later(folder: Place, tmp_path: Path) -> None:
+    first = folder.store(tmp_path / "first", store_key=KEY, encrypt=True)
+    fill(first, ACME)
+    first.sync()
+    second = folder.store(tmp_path / "second", store_key=KEY)
+    assert reads(second, ACME)
+    first.close()
+    with ChunkStore(tmp_path / "first", store_key=KEY) as alone:
+        alone.delete_tenant(ACME)
+    folder.store(tmp_path / "first", store_key=KEY).sync()
+    second.sync()
+    assert not reads(second, ACME)
 
 
 def test_a_place_that_is_emptied_is_not_made_anew_without_encryption(folder: Place) -> None:

@@ -52,7 +52,7 @@ _log = logging.getLogger(__name__)
 Op = dict[str, Any]
 """One change: {"op": KIND, ...}. Kinds and their other fields: "chunk" (key, object, size, head, tokens, text, namespace): a chunk was
 written. "free" (key, object): it was removed. "put" (tenant, id, chunks): a document has these chunks now. "add" (the same): it has
-them too. "del" (tenant, id): it was removed. "erase" (tenant, secret): a secret of the tenant, by its id, was erased."""
+them too. "del" (tenant, id): it was removed. "erase" (tenant, secret): the tenant was deleted, and its secret of this id erased; "" where it has none."""
 
 _FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "chunk": {"object": str, "size": int, "head": int, "tokens": int, "text": (str, type(None)), "namespace": str},
@@ -169,13 +169,13 @@ class State:
         number: the last change.
         chunks: the op "chunk" of each chunk that is there.
         documents: chunks by tenant and id.
-        erased: the op "erase" of each secret.
+        erased: the op "erase" of each tenant and secret.
     """
 
     number: int = 0
     chunks: dict[str, Op] = field(default_factory=dict)
     documents: dict[tuple[str, str], list[str]] = field(default_factory=dict)
-    erased: dict[str, Op] = field(default_factory=dict)
+    erased: dict[tuple[str, str], Op] = field(default_factory=dict)
 
     def add(self, ops: Iterable[Op]) -> None:
         """Add the ops of the next changes. The first writer of a chunk wins, and the last one of a document."""
@@ -192,7 +192,7 @@ class State:
                 held = self.documents.setdefault((op["tenant"], op["id"]), [])
                 held.extend(dict.fromkeys(digest for digest in op["chunks"] if digest not in set(held)))
             elif kind == "erase":
-                self.erased[op["secret"]] = op
+                self.erased[op["tenant"], op["secret"]] = op
             else:
                 self.documents.pop((op["tenant"], op["id"]), None)
 

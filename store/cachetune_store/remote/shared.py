@@ -47,7 +47,7 @@ class Shared:
         key: the store's key; None if it has none.
         encrypted: whether the place must be encrypted; None: it is as it is.
         keyring: makes what has the secrets of tenants, if the place is encrypted.
-        erased: called with a tenant and the id of its secret that another machine has erased.
+        erased: called with a tenant that another machine has deleted, and the id of its secret; "" where it has none.
 
     Attributes:
         tier: the chunks there.
