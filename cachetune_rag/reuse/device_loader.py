@@ -206,6 +206,8 @@ class DeviceLoader(LayerLoader):
         started = time.perf_counter()
         # Recorded before the host waits for the disk, because the device waits then as well.
         self._streams.asked[layer].record(self._current)
+        if layer > self._hold:  # nothing was narrowed after all
+            self._hold = self._adapter.num_layers
         while self._next <= layer:
             self._launch()
         while whole and self._rest <= layer:

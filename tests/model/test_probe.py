@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -17,6 +19,7 @@ from transformers.cache_utils import DynamicCache
 from cachetune_rag.model.adapter import ModelAdapter
 from cachetune_rag.model.family import masks, taps
 from cachetune_rag.model.family.output import gain, output_heads
+from cachetune_rag.model.heads import Heads
 from cachetune_rag.model.plain import watch
 from cachetune_rag.model.plain.buffers import KVBuffers
 from cachetune_rag.model.plain.probe import ProbePass
@@ -235,6 +238,51 @@ def test_a_shortlist_hides_the_other_rows_of_every_family(
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-5)
     if adapter.num_layers > 1:
         assert torch.equal(got[hidden], first[hidden]), "they keep what the first layer gave them"
+
+
+def shortlisted(adapter: ModelAdapter, found: Callable[[Tensor], None], layers: int = 3) -> ProbePass:
+    ids, chosen, among = (
+        torch.tensor([BOS, *range(20, 20 + LENGTH - 1)]),
+        torch.tensor(COMPUTED),
+        torch.ones(LENGTH).bool(),
+    )
+    among[COMPUTED] = False
+    buffers = buffers_with(adapter, reused_rows(adapter, 1))
+    return ProbePass(ids[chosen], chosen, buffers, layers, 9, nothing, Shortlist(1, 30, among, found))
+
+
+def test_scores_that_workers_add_up_in_place_are_counted_once() -> None:
+    """A worker's sum may be written to the memory that it gave. The first layers' scores must not hold the other workers' parts from then on."""
+
+    class InPlace(Heads):
+        """One of two workers with the same scores."""
+
+        def total(self, numbers: Tensor) -> Tensor:
+            return numbers.mul_(2)
+
+    adapter, deviations = ModelAdapter(llama()), some_deviations(tiny())
+    found: list[Tensor] = []
+    wanted = adapter.expected_error(shortlisted(adapter, found.append), deviations)
+    adapter.heads = InPlace()
+    got = adapter.expected_error(shortlisted(adapter, found.append), deviations)
+    assert torch.equal(*found)
+    torch.testing.assert_close(got, 2 * wanted)
+
+
+def test_where_masks_are_not_given_by_name_every_layer_looks_at_all_rows() -> None:
+    adapter, deviations = ModelAdapter(llama()), some_deviations(tiny())
+
+    def by_place(_module: Any, _args: Any, kwargs: dict[str, Any]) -> Any:
+        return tuple(kwargs.pop(name) for name in ("hidden_states", "position_embeddings", "attention_mask")), kwargs
+
+    for attention in adapter.attentions:
+        attention.register_forward_pre_hook(by_place, with_kwargs=True)
+    found: list[Tensor] = []
+    got = adapter.expected_error(shortlisted(adapter, found.append), deviations)
+    assert not found
+    torch.testing.assert_close(
+        got, adapter.expected_error(replace(shortlisted(adapter, found.append), shortlist=None), deviations)
+    )
 
 
 @pytest.mark.parametrize("look", ["expected error", "received attention"])

@@ -149,7 +149,8 @@ class Probe:
                 off = (each.index_select(1, rows) for each in by_layer[shown.layer])
                 total.index_add_(0, rows, self._layer_error(shown, near, *off))
 
-        narrowing = None if probe.shortlist is None else Narrowing(probe.shortlist, lambda: summed(total))
+        # A copy, because workers may add their parts up in the memory that they are given.
+        narrowing = None if probe.shortlist is None else Narrowing(probe.shortlist, lambda: summed(total.clone()))
         self._watch(probe, look, narrowing)
         return total
 

@@ -57,10 +57,11 @@ class Narrowing:
         self._shortlist, self._scores = shortlist, scores
         self._rows: Tensor | None = None
         self._masks: dict[int, tuple[Tensor, Tensor]] = {}
+        self._given_up = False
 
     def rows(self, layer: int) -> Tensor | None:
         """Places of the rows that a layer uses, int64, ascending; None for all. The layers before it are done."""
-        if layer < self._shortlist.after:
+        if layer < self._shortlist.after or self._given_up:
             return None
         if self._rows is None:
             scores = self._scores()
@@ -69,6 +70,10 @@ class Narrowing:
             attention.narrow(self._rows)
             self._shortlist.found(seen)
         return self._rows
+
+    def without_mask(self) -> None:
+        """A layer got no mask whose columns could be chosen: unless that was done before, every layer looks at all rows."""
+        self._given_up = self._rows is None
 
     def mask(self, rows: Tensor, mask: Tensor) -> Tensor:
         """The columns of an attention mask [1, 1, tokens, length] that belong to `rows`."""
@@ -80,7 +85,8 @@ class Narrowing:
 
 @contextmanager
 def masks_narrowed(attentions: Sequence[nn.Module], narrowing: Narrowing | None) -> Iterator[None]:
-    """While the context is open, the attention of each layer gets the mask of the rows that it uses.
+    """While the context is open, the attention of each layer gets the mask of the rows that it uses. In a family that doesn't hand masks over by
+    name, no row is hidden.
 
     Hooks see every forward of the model, so the caller holds the lock under which the model runs.
     """
@@ -92,11 +98,16 @@ def masks_narrowed(attentions: Sequence[nn.Module], narrowing: Narrowing | None)
         for number, module in enumerate(attentions):
 
             def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], number: int = number) -> Any:
-                if not hooks.live or (rows := narrowing.rows(number)) is None:
+                if not hooks.live:
                     return None
-                if not isinstance(mask := kwargs.get("attention_mask"), Tensor):
+                mask = kwargs.get("attention_mask")
+                if not isinstance(mask, Tensor):
+                    narrowing.without_mask()
+                if (rows := narrowing.rows(number)) is None:
+                    return None
+                if not isinstance(mask, Tensor):
                     raise RuntimeError(
-                        f"{type(module).__name__} was given no attention_mask by name, so none of its rows can be hidden; "
+                        f"{type(module).__name__} of layer {number} was given no attention_mask by name, though layers before were; "
                         "use a selector that looks at all rows, such as expected_error_early."
                     )
                 return args, {**kwargs, "attention_mask": narrowing.mask(rows, mask)}
