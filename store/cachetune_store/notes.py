@@ -153,10 +153,6 @@ class Notes:
                     remove_any(path)
                 sync_directory(folder)
 
-    def folder(self, tenant: str) -> Path | None:
-        """Where a tenant's notes are on disk; None: nowhere."""
-        return None if self._directory is None else self._folder(tenant)
-
     def _folder(self, tenant: str) -> Path:
         assert self._directory is not None
         return self._directory / folder_name(self._seal, tenant)

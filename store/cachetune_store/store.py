@@ -781,14 +781,13 @@ class ChunkStore:
         """Tell the others that a tenant is deleted, and erase its secrets, if it has any."""
         secrets = self._secrets
         # Told first: what is told and not done yet, others do.
-        told = [] if secrets is None else self._repair.healed(lambda: secrets.identities(tenant))
+        told = "" if secrets is None else self._repair.healed(lambda: secrets.life(tenant))
         if self._repair.healed(lambda: self.index.get("catalogue")) is not None:
             # Also where the store is open without its place: it is told when it is opened with it again.
             from .remote.book import Book
 
             with self.index.transaction():
-                for identity in told or [""]:
-                    Book(self.index).tell({"op": "erase", "tenant": tenant, "secret": identity})
+                Book(self.index).tell({"op": "erase", "tenant": tenant, "secret": told})
         if secrets is not None:
             self._repair.healed(lambda: secrets.erase(tenant))
         self._tell_others()
@@ -919,10 +918,10 @@ class ChunkStore:
         else:
             here = Notes(self._directory.path / "secrets", self._directory.temp, self._directory.seal, kind=SECRET)
         notes = here if self._shared is None else self._shared.shared(here, self._secrets.is_wanted)
-        self._secrets.connect(notes, here.folder(""))
+        self._secrets.connect(notes, None if self._directory is None else self._directory.path / "secrets")
 
     def _erased_elsewhere(self, tenant: str, secret: str) -> None:
-        """Another machine has deleted a tenant, and erased its secret of this id ("" where there is none). In the index's transaction."""
+        """Another machine has deleted a tenant, and erased its secrets up to this life ("" where it has none). In the index's transaction."""
         self._removals.note(tenant, None)
         if secret:
             self._keyring().erased_elsewhere(tenant, secret)

@@ -1,8 +1,8 @@
 """The secrets of an encrypted store's tenants. Each is drawn at random, and kept as a note that the store's root key protects.
 
 It isn't derived from the root key, because then it could always be derived again. So when a tenant is deleted and its secrets with it, nobody
-can read what was written with them any more, not even from an old copy of a chunk file. What was erased is also noted by its id, so that a
-copy of a secret that comes back, from a backup or from another machine's folder, isn't used.
+can read what was written with them any more, not even from an old copy of a chunk file. It is also noted how often a tenant was deleted, and
+each secret says how often it had been before. So a copy of a secret that comes back, from a backup or from another machine's folder, isn't used.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ __all__ = ["TenantSecrets"]
 _ERASED = b'{"erased":'
 """How a note begins of which the secret was erased."""
 _log = logging.getLogger(__name__)
-_ID = 32
-"""Characters of a secret's id."""
+_ID, _LIFE = 32, 8
+"""Characters of a secret's id, and of these the first, which say how often the tenant had been deleted when the secret was drawn."""
 _Secret = tuple[str, bytes]
 """A secret's id, and itself."""
 
@@ -51,7 +51,7 @@ class TenantSecrets(Keyring):
         self._lock = threading.Lock()
         self._connected: Notes | None = None
         self._known: dict[str, list[_Secret]] = {}
-        self._folder: Path | None = None
+        self._marks: Path | None = None
         self._told = self._epoch = 0
         self._seen: tuple[int, ...] = ()
 
@@ -60,9 +60,10 @@ class TenantSecrets(Keyring):
 
         Args:
             notes: those of nothing else.
-            folder: where notes without a tenant are on disk; None: nowhere. It changes when another process has erased a secret.
+            folder: where they are on disk; None: nowhere. By a file there, processes see that another one has erased a secret.
         """
-        self._connected, self._folder = notes, folder
+        self._connected = notes
+        self._marks = None if folder is None else folder / "erasures"
         self._seen = self._changed()
 
     def current(self, tenant: str) -> tuple[str, bytes]:
@@ -78,14 +79,13 @@ class TenantSecrets(Keyring):
                 return secret
         try:
             found = dict(self._load(tenant, surely=True)).get(identity)
-            erased = self._notes.get_surely("", _name("erased", identity)) is not None
         except (RemoteError, StoreKeyError) as error:
-            if not self._is_erased(identity):
+            if not self._is_erased(tenant, identity):
                 raise StoreKeyError(f"a tenant's secret isn't here, and can't be asked for now: {error}") from error
-            found, erased = None, True
+            found = None
         if found is not None:
             return found
-        if erased:
+        if self._is_erased(tenant, identity):
             raise ErasedChunkError("it was written for a tenant that was deleted since, and can't be read any more")
         raise DamagedChunkError("it was written with a tenant's secret that is lost, so it can't be read any more")
 
@@ -94,13 +94,13 @@ class TenantSecrets(Keyring):
         self._load(tenant)
         self._draw(tenant)
 
-    def identities(self, tenant: str) -> list[str]:
-        """Ids of a tenant's secrets.
+    def life(self, tenant: str) -> str:
+        """What stands for all that was written for a tenant since it was deleted last, as `erased_elsewhere` takes it.
 
         Raises:
-            RemoteError, StoreKeyError: a shared place that may have others can't be asked.
+            RemoteError, StoreKeyError: a shared place that may say otherwise can't be asked.
         """
-        return [identity for identity, _ in self._load(tenant, surely=True)]
+        return f"{self._lives(self._notes.get_surely, tenant):0{_LIFE}x}".ljust(_ID, "0")
 
     def erase(self, tenant: str) -> None:
         """Make all unreadable that was ever written for a tenant, for good.
@@ -108,36 +108,49 @@ class TenantSecrets(Keyring):
         Raises:
             StorePathError: that can't be written now. Do it again.
         """
-        for identity in self.identities(tenant):
-            self._notes.write_first("", _name("erased", identity), b"erased")
-        for name, content in self._stored(self._notes.get_surely, tenant):
+        get = self._notes.get_surely
+        # Whatever secret of this life comes back, or can't be read now, is erased by this alone.
+        self._notes.write_first(tenant, _name("erased life", str(self._lives(get, tenant))), b"erased")
+        for name, content in self._stored(get, tenant):
+            parsed = _parsed(content)
             # One that was drawn meanwhile is for what is written after the deletion.
-            if (parsed := _parsed(content)) is not None and self._is_erased(parsed[0]):
-                self._notes.replace(tenant, name, _erased(parsed[0]))
+            if not content.startswith(_ERASED) and (parsed is None or self._is_erased(tenant, parsed[0])):
+                self._notes.replace(tenant, name, _erased(parsed))
+        self._mark()
         self._forget([tenant])
         self._forgotten(tenant)
 
     def erased_elsewhere(self, tenant: str, identity: str) -> None:
-        """Another machine has erased a secret: it is so here as well, also when the shared place doesn't answer. `look` does the rest."""
+        """Another machine has deleted a tenant of this `life`: it is so here as well, also when the shared place doesn't answer.
+
+        `look` does the rest.
+        """
         here = self._notes.here
-        if here.get("", name := _name("erased", identity)) is None:
-            here.write_first("", name, b"erased")
+        for number in range(_life_of(identity) + 1):
+            if here.get(tenant, name := _name("erased life", str(number))) is None:
+                here.write_first(tenant, name, b"erased")
         for name, content in self._stored(here.get, tenant):
-            if (parsed := _parsed(content)) is not None and parsed[0] == identity:
-                here.replace(tenant, name, _erased(identity))
+            parsed = _parsed(content)
+            if parsed is not None and _life_of(parsed[0]) <= _life_of(identity):
+                here.replace(tenant, name, _erased(parsed))
+        self._mark()
         self._told += 1
 
-    def is_wanted(self, content: bytes) -> bool:
+    def is_wanted(self, tenant: str, content: bytes) -> bool:
         """Whether a note that only this machine has may be written to the shared place. An erased secret may not."""
         parsed = _parsed(content)
-        return parsed is None or not self._is_erased(parsed[0])
+        return parsed is None or not self._is_erased(tenant, parsed[0])
 
     def look(self) -> None:
         """See whether a secret was erased by another process or machine. This takes a microsecond or two."""
         if (now := self._changed()) == self._seen:
             return
         self._seen = now
-        gone = [tenant for tenant, held in list(self._known.items()) if any(self._is_erased(each) for each, _ in held)]
+        gone = [
+            tenant
+            for tenant, held in list(self._known.items())
+            if any(self._is_erased(tenant, each) for each, _ in held)
+        ]
         self._forget(gone)
         for tenant in gone:
             self._forgotten(tenant)
@@ -171,9 +184,9 @@ class TenantSecrets(Keyring):
         Raises:
             RemoteError, StoreKeyError: only with `surely`, if a shared place that may have others can't be asked.
         """
-        epoch = self._epoch
-        held = []
-        for name, content in self._stored(self._notes.get_surely if surely else self._notes.get, tenant):
+        epoch, get = self._epoch, self._notes.get_surely if surely else self._notes.get
+        lives, held = self._lives(get, tenant), []
+        for name, content in self._stored(get, tenant):
             parsed = _parsed(content)
             if parsed is None:
                 if not content.startswith(_ERASED):
@@ -182,10 +195,10 @@ class TenantSecrets(Keyring):
                         "precompute again",
                         shown(tenant),
                     )
-            elif self._is_erased(parsed[0]):
+            elif _life_of(parsed[0]) < lives:
                 # First here. A place that doesn't answer is told the next time.
                 with contextlib.suppress(StorePathError):
-                    self._notes.replace(tenant, name, _erased(parsed[0]))
+                    self._notes.replace(tenant, name, _erased(parsed))
             else:
                 held.append(parsed)
         with self._lock:
@@ -203,14 +216,30 @@ class TenantSecrets(Keyring):
     def _draw(self, tenant: str) -> list[_Secret]:
         """The secrets of a tenant, with another one."""
         number = sum(1 for _ in self._stored(self._notes.get, tenant))
-        content = json.dumps({"id": secrets.token_hex(_ID // 2), "secret": secrets.token_hex(32)}).encode()
+        life = self._lives(self._notes.get, tenant)
+        identity = f"{life:0{_LIFE}x}{secrets.token_hex((_ID - _LIFE) // 2)}"
+        content = json.dumps({"id": identity, "secret": secrets.token_hex(32)}).encode()
         self._notes.write_first(tenant, _name("secret", str(number)), content)
         if not (held := self._load(tenant)):
             raise StorePathError(f"the secret of tenant {shown(tenant)} can't be written; try again")
         return held
 
-    def _is_erased(self, identity: str) -> bool:
-        return self._notes.get("", _name("erased", identity)) is not None
+    def _is_erased(self, tenant: str, identity: str) -> bool:
+        return _life_of(identity) < self._lives(self._notes.get, tenant)
+
+    def _lives(self, get: Callable[[str, str], bytes | None], tenant: str) -> int:
+        """How often a tenant was deleted."""
+        number = 0
+        while get(tenant, _name("erased life", str(number))) is not None:
+            number += 1
+        return number
+
+    def _mark(self) -> None:
+        """Let other processes see that something was erased: the file gets longer."""
+        if self._marks is not None:
+            fd = os.open(self._marks, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            with os.fdopen(fd, "ab") as file:
+                file.write(b".")
 
     def _forget(self, tenants: list[str]) -> None:
         with self._lock:
@@ -220,12 +249,11 @@ class TenantSecrets(Keyring):
 
     def _changed(self) -> tuple[int, ...]:
         """Numbers that change when a secret was erased."""
-        if self._folder is None:
+        if self._marks is None:
             return (self._told,)
         try:
-            # Clocks may be coarse, and the time of a change may be set back: so names are counted, and the other time is looked at, too.
-            status = os.stat(self._folder)  # noqa: PTH116 (a Path would take longer)
-            return self._told, status.st_ino, status.st_ctime_ns, len(os.listdir(self._folder))  # noqa: PTH208
+            status = os.stat(self._marks)  # noqa: PTH116 (a Path would take longer)
+            return self._told, status.st_ino, status.st_size, status.st_ctime_ns
         except FileNotFoundError:
             return (self._told,)
 
@@ -240,9 +268,14 @@ def _parsed(content: bytes) -> tuple[str, bytes] | None:
         return None
 
 
-def _erased(identity: str) -> bytes:
-    """What stands in the place of a secret that was erased."""
-    return json.dumps({"erased": identity}).encode()
+def _erased(secret: _Secret | None) -> bytes:
+    """What stands in the place of a secret that was erased; None: of one that couldn't be read."""
+    return json.dumps({"erased": "" if secret is None else secret[0]}).encode()
+
+
+def _life_of(identity: str) -> int:
+    """How often the tenant had been deleted when a secret was drawn."""
+    return int(identity[:_LIFE], 16)
 
 
 def _name(kind: str, which: str) -> str:

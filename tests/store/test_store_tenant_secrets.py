@@ -123,15 +123,47 @@ def test_a_running_process_drops_a_tenant_that_another_one_deletes(tmp_path: Pat
         fill(running, ACME, OTHER)
         copy = copied(tmp_path / "chunks", tmp_path.with_name(f"{tmp_path.name}-copy"))
         assert running.touch_host(one_of(ACME).key)
-        times = [path.stat().st_mtime_ns for path in (tmp_path / "secrets").iterdir()]
+        other.delete_tenant(OTHER)
+        assert not reads(running, OTHER)
+        mark = tmp_path / "secrets" / "erasures"
+        seen = mark.stat().st_mtime_ns
         other.delete_tenant(ACME)
-        for path in (tmp_path / "secrets").iterdir():
-            os.utime(path, ns=(times[0], times[0]))  # somebody sets the clock back
+        os.utime(mark, ns=(seen, seen))  # somebody sets the time back
         shutil.copytree(copy, tmp_path / "chunks", dirs_exist_ok=True)
         assert running.open_in_memory(one_of(ACME).key) is None
         assert not running.touch_host(one_of(ACME).key)
         assert not reads(running, ACME)
-        assert running.open_in_memory(one_of(OTHER).key) is not None
+        fill(running, OTHER)
+        assert reads(running, OTHER)
+
+
+@pytest.mark.parametrize("harm", ["damaged", "away"])
+def test_a_secret_that_cannot_be_read_when_its_tenant_is_deleted_never_comes_back(tmp_path: Path, harm: str) -> None:
+    path = tmp_path / "kv"
+    with encrypted(path) as store:
+        fill(store, ACME)
+        store.renew_secret(tenant=ACME)
+        fill(store, ACME, seed=2)
+    copy = copied(path, tmp_path / "copy")
+    for file in (path / "secrets").rglob("*.json"):
+        if harm == "damaged":
+            content = file.read_bytes()
+            file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        else:
+            file.unlink()
+    with encrypted(path) as store:
+        store.delete_tenant(ACME)
+        if harm == "damaged":
+            damaged = [file.read_bytes()[:-1] for file in (copy / "secrets").rglob("*.json")]
+            left = [file.read_bytes()[:-1] for file in (path / "secrets").rglob("*.json")]
+            assert not any(each in left for each in damaged)
+    put_back(copy, path, "secrets", "chunks")
+    with encrypted(path) as store:
+        assert not reads(store, ACME)
+        assert not reads(store, ACME, 2)
+        fill(store, ACME)
+        assert reads(store, ACME)
+    assert not kept_in(copy) & kept_in(path)
 
 
 def test_deleting_can_be_cut_off_and_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,7 @@ class Catalogue:
         key: the store's key, with which the place was made, too; None if it has none.
         encrypted: whether the place must be encrypted, and is made so if it is empty; None: it is as it is, and not encrypted if it is empty.
         keyring: makes what has the secrets of tenants, if the place is encrypted.
-        erased: called with a tenant that another machine has deleted, and the id of its secret; "" where it has none.
+        erased: called with a tenant that another machine has deleted, and the life of which the secrets are erased; "" where it has none.
     """
 
     def __init__(

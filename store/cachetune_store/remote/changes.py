@@ -52,7 +52,7 @@ _log = logging.getLogger(__name__)
 Op = dict[str, Any]
 """One change: {"op": KIND, ...}. Kinds and their other fields: "chunk" (key, object, size, head, tokens, text, namespace): a chunk was
 written. "free" (key, object): it was removed. "put" (tenant, id, chunks): a document has these chunks now. "add" (the same): it has
-them too. "del" (tenant, id): it was removed. "erase" (tenant, secret): the tenant was deleted, and its secret of this id erased; "" where it has none."""
+them too. "del" (tenant, id): it was removed. "erase" (tenant, secret): the tenant was deleted, and its secrets of this life erased; "" where it has none."""
 
 _FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "chunk": {"object": str, "size": int, "head": int, "tokens": int, "text": (str, type(None)), "namespace": str},
@@ -169,7 +169,7 @@ class State:
         number: the last change.
         chunks: the op "chunk" of each chunk that is there.
         documents: chunks by tenant and id.
-        erased: the op "erase" of each tenant and secret.
+        erased: the op "erase" of each tenant and life.
     """
 
     number: int = 0

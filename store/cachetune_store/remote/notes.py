@@ -23,7 +23,7 @@ class SharedNotes(Notes):
         breaker: says whether it may be asked.
         failed: called with the error of a request that failed.
         seal: what makes and checks the sums of notes there; it may have to ask the place.
-        wanted: whether a note that is missing there, and was found here, may be written there.
+        wanted: whether a tenant's note that is missing there, and was found here, may be written there.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class SharedNotes(Notes):
         breaker: Breaker,
         failed: Callable[[Exception], None],
         seal: Callable[[], Seal],
-        wanted: Callable[[bytes], bool] = lambda content: True,
+        wanted: Callable[[str, bytes], bool] = lambda tenant, content: True,
     ) -> None:
         super().__init__(None, None, kind=local.kind)
         self._wanted = wanted
@@ -125,7 +125,7 @@ class SharedNotes(Notes):
         if theirs == b"":
             return theirs
         if theirs is None:
-            if not mine or not self._wanted(mine) or not self._put(tenant, name, mine):
+            if not mine or not self._wanted(tenant, mine) or not self._put(tenant, name, mine):
                 return mine
             theirs = mine
         if theirs != mine:

@@ -47,7 +47,7 @@ class Shared:
         key: the store's key; None if it has none.
         encrypted: whether the place must be encrypted; None: it is as it is.
         keyring: makes what has the secrets of tenants, if the place is encrypted.
-        erased: called with a tenant that another machine has deleted, and the id of its secret; "" where it has none.
+        erased: called with a tenant that another machine has deleted, and the life of which the secrets are erased; "" where it has none.
 
     Attributes:
         tier: the chunks there.
@@ -92,7 +92,7 @@ class Shared:
         self.notes = self.shared(notes)
         self._sync: Sync | None = None
 
-    def shared(self, notes: Notes, wanted: Callable[[bytes], bool] = lambda content: True) -> SharedNotes:
+    def shared(self, notes: Notes, wanted: Callable[[str, bytes], bool] = lambda tenant, content: True) -> SharedNotes:
         """Notes on which all agree, from this machine's own. Arguments as for SharedNotes."""
         tier = self.tier
         return SharedNotes(notes, self._objects, tier.breaker, tier.failed, tier.catalogue.seal, wanted)

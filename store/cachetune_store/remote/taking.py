@@ -27,7 +27,7 @@ class Taking:
         book: the store's records of the place.
         documents: the store's documents.
         forget: deletes chunks from what this machine has of them.
-        erased: called with a tenant that another machine has deleted, and the id of its secret; "" where it has none.
+        erased: called with a tenant that another machine has deleted, and the life of which the secrets are erased; "" where it has none.
 
     Attributes:
         unwanted: objects that this store has written and nobody needs any more.
