@@ -10,9 +10,7 @@ from __future__ import annotations
 import random
 import sys
 import time
-import traceback
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from remote_servers import BUCKET, S3Server, Server, ValkeyServer, missing, s3_options
 from soak_common import Corpus, Outcome, Worker
-
-from cachetune_rag import CacheTune, Document
-from cachetune_store import StoreError
+from soak_remote_machines import GRACE, Process, Shared, Tell, look
 
 MACHINES = ("one", "one", "two", "two", None)
 """The folder of each process; None: it has none."""
@@ -38,10 +34,6 @@ LATEST = REMOTE_TIMEOUT + READ_TIMEOUT + 6.0
 UP_SECONDS = 3.0
 """Seconds for which a server runs, at most, before it is killed again."""
 DOWN_SECONDS = 1.5
-CHANGES = 0.15
-"""Share of changes in what a process does."""
-GRACE = 120.0
-Tell = Callable[..., None]
 
 
 def run(
@@ -113,14 +105,13 @@ class _Soak:
         served = folder / "served"
         served.mkdir()
         self._server: Server = S3Server(served) if place == "s3" else ValkeyServer(served)
-        self._remote: dict[str, Any] = {"remote_timeout": REMOTE_TIMEOUT, "read_timeout": READ_TIMEOUT}
+        options: dict[str, Any] = {"remote_timeout": REMOTE_TIMEOUT, "read_timeout": READ_TIMEOUT}
+        url = f"valkey://127.0.0.1:{self._server.port}/kv"
         if place == "s3":
-            self._url = f"s3://{BUCKET}/kv"
-            self._remote["remote_options"] = s3_options(self._server.port)
-        else:
-            self._url = f"valkey://127.0.0.1:{self._server.port}/kv"
+            url = f"s3://{BUCKET}/kv"
+            options["remote_options"] = s3_options(self._server.port)
+        self._shared = Shared(corpus, url, options, folder)
         self._sure = 0
-        self._begin, self._pause, self._stop = folder / "begin", folder / "pause", folder / "stop"
 
     def run(self, kills: int, examine_every: int, up: float) -> None:
         self._server.start()
@@ -128,16 +119,13 @@ class _Soak:
             self._wait_for_server()
             room = int(DISK_SHARE * self._measure())
             # Forked before anything of a client is in this process: their threads don't survive a fork.
-            workers = [
-                Worker(lambda tell, number=number: self._work(number, room, tell))  # type: ignore[misc]
-                for number in range(len(self._machines))
-            ]
+            workers = [self._started(number, room) for number in range(len(self._machines))]
             for number, worker in enumerate(workers):
                 ready = worker.wait_for("ready", GRACE)
                 self._outcome.expect(ready, f"{self._place}: process {number} isn't ready: {worker.of_kind('error')}")
-            self._begin.touch()
+            self._shared.begin.touch()
             found = self._kill(kills, examine_every, up, workers)
-            self._stop.touch()
+            self._shared.stop.touch()
             for number, worker in enumerate(workers):
                 self._joined(f"process {number}", worker)
             self._judge(kills, found, workers)
@@ -151,7 +139,7 @@ class _Soak:
             time.sleep(self._rng.random() * up)
             looks = done % examine_every == 0 or done == kills
             if looks:  # what was told before the server died is to be found after that, and not what was told since
-                self._pause.touch()
+                self._shared.pause.touch()
             self._server.kill()
             time.sleep(self._rng.random() ** 3 * DOWN_SECONDS)
             self._server.start()
@@ -161,6 +149,13 @@ class _Soak:
                 self._wait_for_server()
                 found += self._examine(workers)
         return found
+
+    def _started(self, number: int, room: int) -> Worker:
+        machine = self._machines[number]
+        disk = None if machine is None else self._folder / machine
+        mine = range(number, len(self._corpus.prompts), len(self._machines))
+        rng = random.Random(f"{self._rng.random()} {number}")
+        return Worker(lambda tell: Process(self._shared, disk, room, mine, rng, tell).run())
 
     def _wait_for_server(self) -> None:
         """Wait in a process of its own, as clients must not be in this one."""
@@ -179,85 +174,6 @@ class _Soak:
         with self._corpus.engine() as engine:
             return engine.precompute([prompt.document for prompt in self._corpus.prompts]).bytes
 
-    # -- what the processes do -----------------------------------------------------------------------------------------
-
-    def _work(self, number: int, room: int, tell: Tell) -> None:
-        machine, rng = self._machines[number], random.Random(f"{self._rng.random()} {number}")
-        options: dict[str, Any] = {"host_budget": room // 4, **self._remote}
-        if machine is not None:
-            options |= {"remote": self._url, "disk_budget": room}
-        with self._corpus.engine(self._url if machine is None else self._folder / machine, **options) as engine:
-            tell("ready")
-            while not self._begin.exists():
-                time.sleep(0.01)
-            mine = range(number, len(self._corpus.prompts), len(self._machines))
-            self._act(engine, mine, machine is not None, rng, tell)
-            stats = engine.store.stats()
-            tell("store", stats.damaged, stats.remote.failed, stats.remote.hits, stats.remote.bytes_read)
-
-    def _act(self, engine: CacheTune, mine: range, behind: bool, rng: random.Random, tell: Tell) -> None:
-        counts: Counter[str] = Counter()
-        slowest = 0.0
-        untold: dict[int, list[int]] = {}
-        while not self._stop.exists():
-            try:
-                paused = self._pause.exists()
-                if untold and (paused or rng.random() < 0.3):
-                    counts["changes told later"] += self._tell_again(engine, untold, behind, tell)
-                if mine and not paused and rng.random() < CHANGES:
-                    number = rng.choice(mine)
-                    held = [place for place in range(3) if rng.random() < 0.8]
-                    tell("changes", number)
-                    untold[number] = held
-                    if self._change(engine, number, held, behind):
-                        tell("told", number, untold.pop(number))
-                        counts["changes told at once"] += 1
-                    continue
-                begun = time.monotonic()
-                ask = rng.choice((self._corpus.ask, self._corpus.generate))
-                if wrong := ask(engine, rng.randrange(len(self._corpus.prompts))):
-                    tell("wrong", wrong)
-                counts["answers"] += 1
-                slowest = max(slowest, time.monotonic() - begun)
-            except Exception:
-                tell("wrong", traceback.format_exc())
-        tell("counts", dict(counts), slowest)
-
-    def _change(self, engine: CacheTune, number: int, held: list[int], behind: bool) -> bool:
-        """Store, replace or remove a document of this process. Returns whether the others were told of it."""
-        document = self._corpus.prompts[number].document
-        try:
-            if held:
-                engine.precompute([Document(document.id, [document.chunks[place] for place in held])])
-            else:
-                engine.remove(document.id, missing_ok=True)
-        except StoreError:
-            if behind:  # the folder takes it, whatever the server does
-                raise
-            return False
-        return self._synced(engine)
-
-    def _tell_again(self, engine: CacheTune, untold: dict[int, list[int]], behind: bool, tell: Tell) -> int:
-        """Tell what the others could not be told. Returns how many changes that were.
-
-        A folder has kept them, so nothing is stored again; without one, an error has said that they were not made.
-        """
-        told = 0
-        synced = behind and self._synced(engine)
-        for number, held in list(untold.items()):
-            if synced or (not behind and self._change(engine, number, held, behind)):
-                tell("told", number, held)
-                del untold[number]
-                told += 1
-        return told
-
-    def _synced(self, engine: CacheTune) -> bool:
-        try:
-            engine.store.sync()
-        except StoreError:
-            return False
-        return True
-
     # -- what must be true ---------------------------------------------------------------------------------------------
 
     def _examine(self, workers: list[Worker]) -> int:
@@ -274,11 +190,11 @@ class _Soak:
         else:
             untold = before.changes.keys() - before.held.keys()
             self._outcome.problems.append(f"{self._place}: the others are not told of documents {sorted(untold)}")
-        examiner = Worker(self._look)
+        examiner = Worker(lambda tell: look(self._shared, tell))
         self._joined("the machine that is new", examiner)
         for worker in workers:
             worker.read()
-        self._pause.unlink()
+        self._shared.pause.unlink()
         after = _Book.of(workers)
         sure = [number for number in before.held if before.changes[number] == after.changes[number]]
         for looked in examiner.of_kind("found"):
@@ -291,47 +207,6 @@ class _Soak:
                 )
         self._sure += len(sure)
         return sum(len(before.held[number]) for number in sure)
-
-    def _look(self, tell: Tell) -> None:
-        """What a machine with nothing of its own finds: which chunks of each document it can read whole, and that answers are right."""
-        with self._corpus.engine(self._url, host_budget=0, **self._remote) as engine:
-            until = time.monotonic() + GRACE
-            while True:  # a server that has just started may answer with errors for a while
-                try:
-                    engine.store.sync()
-                    break
-                except StoreError:
-                    if time.monotonic() > until:
-                        raise
-            documents = {info.id: info.chunks for info in engine.documents()}
-            found: dict[int, Any] = {}
-            for number, prompt in enumerate(self._corpus.prompts):
-                keys = documents.get(prompt.document.id, ())
-                ids = [engine.runtime.assembler.key(engine.prompts.encode(text)) for text in prompt.chunks]
-                found[number] = [ids.index(key) for key in keys if self._is_readable(engine, key)]
-                if wrong := self._corpus.ask(engine, number):
-                    tell("wrong", f"a new machine: {wrong}")
-            stats = engine.store.stats()
-            tell("store", stats.damaged, 0, 0, 0)
-            tell("found", found)
-
-    def _is_readable(self, engine: CacheTune, key: Any) -> bool:
-        """Whether all rows of a chunk can be read. What isn't answered is asked for again, as nothing is killed meanwhile."""
-        until = time.monotonic() + GRACE
-        while True:
-            errors: list[StoreError] = []
-            try:
-                reader = engine.store.open(key, errors=errors)
-                if reader is not None:
-                    with reader:
-                        for layer in range(len(reader.head.layout.layers)):
-                            reader.read(layer, reader.head.layout.tokens)
-                    return True
-            except StoreError as error:
-                errors.append(error)
-            if not errors or time.monotonic() > until:
-                return False
-            time.sleep(0.1)
 
     def _joined(self, name: str, worker: Worker) -> None:
         code = worker.join(GRACE)
