@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
@@ -184,17 +185,16 @@ def check(engine: CacheTune, probed: int | str, tiers: str) -> None:
         assert torch.equal(found.value_rows[layer][at], wanted.value_rows[layer][at])
 
 
-@pytest.mark.parametrize("tiers", ["host", "disk", "device+host"])
-@pytest.mark.parametrize("fewer", [False, True], ids=["all wanted", "fewer wanted"])
 def test_seen_rows_are_there_first_and_the_others_in_the_end(
-    engine: CacheTune, tiers: str, fewer: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine: CacheTune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Chunk, "page_locked", True)
-    if "disk" not in tiers:
-        check_parts(engine, tiers, fewer)
-        return
-    with opened(tmp_path, engine.adapter.model, host_budget=0) as cold:
-        check_parts(cold, tiers, fewer)
+    for tiers, fewer in itertools.product(("host", "disk", "device+host"), (False, True)):
+        if "disk" in tiers:
+            with opened(tmp_path, engine.adapter.model, host_budget=0) as cold:
+                check_parts(cold, tiers, fewer)
+        else:
+            check_parts(engine, tiers, fewer)
 
 
 def check_parts(engine: CacheTune, tiers: str, fewer: bool) -> None:

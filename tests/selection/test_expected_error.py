@@ -144,6 +144,7 @@ def test_what_is_exact_stays_exact(monkeypatch: pytest.MonkeyPatch) -> None:
 ORDERS = [[0, 1, 2, 3], [3, 1, 0, 2], [2], [1, 1, 1], [0, 3, 0], [], [2, 1]]
 
 
+@pytest.mark.usefixtures("short")
 def test_any_prompt_gives_what_a_fresh_engine_gives(engine: CacheTune) -> None:
     asks = [(query, [CHUNKS[i] for i in order]) for order in ORDERS for query in (QUERY, "?")]
     results = [engine.prefill(query=q, chunks=c, ratio=0.25).logits for q, c in asks]
@@ -153,6 +154,7 @@ def test_any_prompt_gives_what_a_fresh_engine_gives(engine: CacheTune) -> None:
             assert difference(other.prefill(query=query, chunks=chunks, ratio=0.25).logits, result) <= 1e-5
 
 
+@pytest.mark.usefixtures("short")
 def test_a_hundred_requests_leave_no_trace(engine: CacheTune) -> None:
     first = engine.prefill(query=QUERY, chunks=CHUNKS[:2], ratio=0.2).logits
     generator = random.Random(0)
@@ -162,6 +164,7 @@ def test_a_hundred_requests_leave_no_trace(engine: CacheTune) -> None:
     assert difference(engine.prefill(query=QUERY, chunks=CHUNKS[:2], ratio=0.2).logits, first) <= 1e-5
 
 
+@pytest.mark.usefixtures("short")
 def test_a_missing_chunk_is_computed_exactly_and_moves_nothing() -> None:
     """Between two stored chunks; what is recomputed of those says nothing of it."""
     with fresh() as engine:
@@ -237,6 +240,7 @@ def test_without_deviations_nothing_is_shifted_and_attention_alone_decides(
     assert state.report.recomputed == int(0.2 * sum(map(len, CHUNKS)))
 
 
+@pytest.mark.usefixtures("short")
 def test_every_row_is_read_once(engine: CacheTune) -> None:
     """The probe has read all layers: the recompute reads none again."""
     whole = engine.prefill(query=QUERY, chunks=CHUNKS, selector="none").report.bytes_read
@@ -266,6 +270,7 @@ def test_the_report_counts_what_the_selector_ran(engine: CacheTune) -> None:
 
 
 @pytest.mark.parametrize("selector", ["auto", "probe", "frequency", "none"])
+@pytest.mark.usefixtures("short")
 def test_a_prompt_that_ends_in_a_chunk(selector: str) -> None:
     """Its last token is computed whatever is selected: the answer goes on from there."""
     with fresh(lead_in=[]) as engine:
