@@ -120,7 +120,8 @@ def main(arguments: list[str] | None = None) -> None:
         for variant, connector in connectors.items():
             mine = [cell for cell in todo if cell.variant == variant]
             if mine and time.perf_counter() - started < args.seconds:
-                asyncio.run(_measure(run, results, mine, str(model), connector, options, started, args.seconds))
+                fill = max(contexts) if variant == "reuse" else None
+                asyncio.run(_measure(run, results, mine, str(model), connector, options, started, args.seconds, fill))
     show(results.content, args.plot, "serving" if args.out is None else args.out.stem)
 
 
@@ -142,9 +143,12 @@ async def _measure(
     options: dict[str, Any],
     started: float,
     seconds: float,
+    fill: int | None,
 ) -> None:
     async with in_process(model, connector, **options) as target:
         print(f"{wanted[0].variant}: started after {time.perf_counter() - started:.0f} s", flush=True)
+        if fill is not None:
+            await run.fill_memory(target, fill)
         for cell in wanted:
             if time.perf_counter() - started > seconds:
                 return

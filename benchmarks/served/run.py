@@ -11,6 +11,9 @@ from served.plan import SETTINGS, Cell
 from served.targets import Reuse, Target
 from served.workload import Workload
 
+FILLINGS = 5
+"""How often every stored chunk is asked for at most, before all have to be in host memory."""
+
 
 @dataclass(frozen=True)
 class Amounts:
@@ -40,6 +43,22 @@ class Run:
 
     def __init__(self, workload: Workload, amounts: Amounts, rate_of: Callable[[int], float | None]):
         self._workload, self._amounts, self._rate_of = workload, amounts, rate_of
+
+    async def fill_memory(self, target: Target, context: int) -> None:
+        """Ask for every stored chunk, until none is read from disk any more: the tables are of chunks in host memory.
+
+        Raises:
+            ValueError: chunks are still read from disk at the last try.
+        """
+        for _ in range(FILLINGS):
+            reports = [
+                (await target.ask(prompt, 1, {"ratio": 0.05})).report for prompt in self._workload.covering(context)
+            ]
+            if not any((report or {}).get("bytes_read", {}).get("disk") for report in reports):
+                return
+        raise ValueError(
+            f"chunks are still read from disk after every one was asked for {FILLINGS} times: give the server more memory (--connector host_budget=...)."
+        )
 
     async def measure(self, target: Target, cell: Cell) -> dict[str, Any]:
         """One cell.

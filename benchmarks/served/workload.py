@@ -48,6 +48,12 @@ class Workload:
         source = random.Random(f"{seed} {context} {share} {order}")
         return [self._prompt(source, f"{seed} {n}", context, share, order, log_normal) for n in range(count)]
 
+    def covering(self, context: int) -> list[list[int]]:
+        """Prompts of about `context` tokens of chunks each that have every stored chunk in one of them."""
+        some = max(1, round(context / len(self.stored[0])))
+        parts = [self.stored[start : start + some] for start in range(0, len(self.stored), some)]
+        return [self._ids(part, f"covering {number}") for number, part in enumerate(parts)]
+
     def _prompt(
         self, source: random.Random, name: str, context: int, share: float, order: Order, log_normal: bool
     ) -> list[int]:
@@ -58,6 +64,9 @@ class Workload:
         new: Iterator[str] = iter(letters(name, chunks, length))
         for place in source.sample(range(chunks), chunks - round(share * chunks)):
             texts[place] = next(new)
+        return self._ids(texts, name)
+
+    def _ids(self, texts: Sequence[str], name: str) -> list[int]:
         query = letters(f"{name}?", 1, QUERY_TOKENS)[0]
         ids = self.tokenizer("\n\n".join(["Read the passages.", *texts, query])).input_ids
         return [int(i) for i in ids]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from served.memory import DeviceMemory
 from served.plan import PHASES, SETTINGS, cells
 from served.plot import plot
 from served.report import table
+from served.run import Amounts, Run
+from served.targets import Answer
 from served.workload import QUERY_TOKENS, Workload
 from speed.shapes import letters, tokenizer
 
@@ -72,6 +76,27 @@ def content() -> dict[str, Any]:
                 "rate": 2.0 * float(detail), "ttft": {"p50": 0.1, "p99": 0.2 * number}, "between_tokens": {"p99": 0.01},
             }  # fmt: skip
     return {"groups": groups, "environment": {"gpu": "a card", "vllm": "0.26.0", "commit": "abc"}}
+
+
+def test_every_stored_chunk_is_asked_for_until_none_is_read_from_disk(workload: Workload) -> None:
+    class FromDisk:
+        """A server that has a chunk in memory once it was asked for twice."""
+
+        def __init__(self, patience: int) -> None:
+            self.patience, self.asked = patience, Counter[str]()
+
+        async def ask(self, ids: list[int], _tokens: int, _reuse: Any) -> Answer:
+            found = shown(workload, ids)
+            read = sum(self.asked[chunk] < self.patience for chunk in found)
+            self.asked.update(found)
+            return Answer(0.0, [], {"bytes_read": {"host": 1, "disk": read}})
+
+    run = Run(workload, Amounts(1, 1, 1, 1), lambda _context: None)
+    server = FromDisk(2)
+    asyncio.run(run.fill_memory(server, 5 * CHUNK))
+    assert server.asked == dict.fromkeys((text.replace(" ", "") for text in workload.stored), 3)
+    with pytest.raises(ValueError, match="still read from disk after every one was asked for 5 times"):
+        asyncio.run(run.fill_memory(FromDisk(99), 5 * CHUNK))
 
 
 def test_tables_hold_each_setting_beside_vllm() -> None:
