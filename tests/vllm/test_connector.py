@@ -381,6 +381,20 @@ def test_a_bound_takes_the_least_ratio_that_is_predicted_to_keep_it(served: Serv
     served.assert_nothing_left_behind()
 
 
+def test_a_report_counts_what_goes_on_with_a_sentence(served: Served) -> None:
+    """It is told by token ids, which are all that a server has."""
+    more = "Nobody knows it, and nobody asks for it, since the mill has been shut for longer than anybody remembers. "
+    cut = [f"The mill is old. {more}The code of the mill", f"is 48213. {more}It has a door."]
+    served.ask([prompt_of(cut)], chunks=cut)
+    assert engines_of_worker().default.backfill.wait(60)
+    served.know_the_store()
+    served.tiny.llm.reset_prefix_cache()
+    said = report(served.ask([prompt_of(cut, "And the second time?")], selector="frequency", ratio=0.3)[0])
+    assert "left" not in said, said
+    assert said["continued"] == len("is 48213.")
+    assert not said["advice"]
+
+
 @pytest.mark.gpu
 @SETTINGS
 def test_on_a_gpu_first_tokens_are_as_likely_as_in_the_engine(served: Served, selector: str, ratio: float) -> None:
