@@ -82,8 +82,9 @@ def test_skipped_rows_are_never_read_and_the_ratio_stays_the_total(
 def test_with_nothing_left_to_choose_no_selector_runs_and_all_give_the_offline_ranking(
     engine: CacheTune, monkeypatch: pytest.MonkeyPatch, selector: str
 ) -> None:
+    prefill(engine, ReuseConfig("frequency", 0.4))  # keeps the prompt's beginning, which the first request computes
     expected = prefill(engine, ReuseConfig("frequency", 0.4)).logits
-    monkeypatch.setattr(type(get_selector(selector)), "select", lambda *_: pytest.fail("the selector was asked"))
+    monkeypatch.setattr(type(get_selector(selector)), "choose", lambda *_: pytest.fail("the selector was asked"))
     state = prefill(engine, ReuseConfig(selector, 0.4, 0.4))
     assert torch.equal(state.logits, expected)
     assert state.report.probed == 0
