@@ -135,6 +135,8 @@ class Replica:
         while self._process.running:
             await asyncio.sleep(_WATCH_SECONDS)
         _log.error("the vLLM server of this replica has ended, and the replica ends with it")
+        # Where a server is killed, its engine's process goes on, and keeps the GPU's memory that the next replica's server needs.
+        self._process.stop()
         os._exit(1)
 
 

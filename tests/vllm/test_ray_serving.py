@@ -5,9 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
+import signal
+import sys
+import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 pytest.importorskip("ray")
@@ -18,7 +24,7 @@ from aiohttp import web
 from aiohttp.test_utils import RawTestServer
 
 from cachetune_rag.errors import ConfigError
-from cachetune_ray import remembering
+from cachetune_ray import remembering, server_process, serving
 from cachetune_ray.memories import Memories
 from cachetune_ray.question import Question
 from cachetune_ray.router import STATS, ChunkRouter
@@ -373,3 +379,38 @@ def test_an_application_is_built_from_words() -> None:
         application("m", {"store": "/kv"}, warm_seconds=-1)
     with pytest.raises(ConfigError, match="host_bugdet"):
         application("m", {"store": "/kv", "host_bugdet": 1})
+
+
+SERVER_WITH_AN_ENGINE = """
+import pathlib, subprocess, sys, time
+deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
+engine = subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE)
+engine.stdout.readline()
+pathlib.Path(sys.argv[1]).write_text(str(engine.pid))
+time.sleep(60)
+"""
+
+
+def test_the_engine_of_a_killed_server_ends_with_the_replica(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "server_with_an_engine.py").write_text(SERVER_WITH_AN_ENGINE)
+    told = tmp_path / "pid"
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(server_process, "module_and_words", lambda _words: ["server_with_an_engine", str(told)])
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    server = server_process.ServerProcess([])
+    try:
+        until = time.monotonic() + 60
+        while not (told.exists() and told.read_text()):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        engine = psutil.Process(int(told.read_text()))
+        os.kill(server.pid, signal.SIGKILL)
+        replica = object.__new__(serving.Replica)  # its own __init__ needs a cluster
+        replica._process = server
+        with pytest.raises(SystemExit):
+            asyncio.run(replica._end_with_server())
+        while engine.is_running() and engine.status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < until, "the engine outlived its server and its replica"
+            time.sleep(0.05)
+    finally:
+        server.stop()
