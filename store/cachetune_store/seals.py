@@ -213,11 +213,11 @@ class Seal(ABC):
         return raw
 
 
-class Checksums(Seal, FileSeal):
-    """XXH3. Quick, and without a secret: whoever changes the bytes can make the sum as well."""
+class SealOfAllFiles(Seal, FileSeal):
+    """One seal for the records and all chunk files, whoever they belong to, with sums beside contents that stay as they are."""
 
-    name, words, digits = "", 1, 16
-    metadata: Mapping[str, str] = {}
+    name: str
+    """What files say of their sums."""
 
     @property
     def in_memory(self) -> FileSeal:
@@ -230,7 +230,19 @@ class Checksums(Seal, FileSeal):
 
     def file(self, key: ChunkKey, metadata: Mapping[str, Any]) -> FileSeal:
         """See Seal."""
-        return _same(self, self.name, key, metadata)
+        check_sums(self.name, key, metadata)
+        return self
+
+    def open_head(self, key: ChunkKey, front: Buffer, digest: Buffer, found: memoryview) -> memoryview | None:
+        """See FileSeal."""
+        return found if hmac.compare_digest(digest, self.head(key, front, found)[0]) else None
+
+
+class Checksums(SealOfAllFiles):
+    """XXH3. Quick, and without a secret: whoever changes the bytes can make the sum as well."""
+
+    name, words, digits = "", 1, 16
+    metadata: Mapping[str, str] = {}
 
     def rows(
         self, key: ChunkKey, layer: int, block: int, rows: memoryview, into: memoryview | None = None
@@ -250,10 +262,6 @@ class Checksums(Seal, FileSeal):
         update(state, front)
         update(state, small)
         return bytes(state.digest()), small
-
-    def open_head(self, key: ChunkKey, front: Buffer, digest: Buffer, found: memoryview) -> memoryview | None:
-        """See FileSeal."""
-        return found if hmac.compare_digest(digest, self.head(key, front, found)[0]) else None
 
     def record(self, kind: str, name: str, content: bytes) -> str:
         """See Seal."""
@@ -303,7 +311,7 @@ class KeyedRecords(Seal):
         return hkdf(self._root, info=f"cachetune/{purpose}".encode(), length=length)
 
 
-class KeyedHashes(KeyedRecords, FileSeal):
+class KeyedHashes(KeyedRecords, SealOfAllFiles):
     """HMAC-SHA256 in chunk files, too."""
 
     name, words = "hmac-sha256", 2
@@ -313,19 +321,6 @@ class KeyedHashes(KeyedRecords, FileSeal):
         super().__init__(root)
         # A copy of a begun hash costs less than to begin one with its key.
         self._rows, self._heads = (hmac.new(self.key(kind), digestmod="sha256") for kind in ("rows", "head"))
-
-    @property
-    def in_memory(self) -> FileSeal:
-        """See Seal."""
-        return self
-
-    def new_file(self, tenant: str) -> FileSeal:
-        """See Seal."""
-        return self
-
-    def file(self, key: ChunkKey, metadata: Mapping[str, Any]) -> FileSeal:
-        """See Seal."""
-        return _same(self, self.name, key, metadata)
 
     def rows(
         self, key: ChunkKey, layer: int, block: int, rows: memoryview, into: memoryview | None = None
@@ -346,10 +341,6 @@ class KeyedHashes(KeyedRecords, FileSeal):
         state.update(front)
         state.update(small)
         return state.digest()[:16], small
-
-    def open_head(self, key: ChunkKey, front: Buffer, digest: Buffer, found: memoryview) -> memoryview | None:
-        """See FileSeal."""
-        return found if hmac.compare_digest(digest, self.head(key, front, found)[0]) else None
 
     def _sum(self, key: ChunkKey, layer: int, block: int, rows: memoryview) -> bytes:
         state = self._rows.copy()
@@ -374,11 +365,6 @@ def check_sums(own: str, key: ChunkKey, metadata: Mapping[str, Any]) -> None:
         raise DamagedChunkError(
             f"chunk {key}: the file's sums are {shown(metadata.get('sums', 'xxh3'))}; those of this store are {own or 'xxh3'}"
         )
-
-
-def _same(seal: FileSeal, own: str, key: ChunkKey, metadata: Mapping[str, Any]) -> FileSeal:
-    check_sums(own, key, metadata)
-    return seal
 
 
 def _bytes(text: str) -> bytes:

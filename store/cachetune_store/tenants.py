@@ -206,10 +206,12 @@ class TenantSecrets(Keyring):
                 self._known[tenant] = held
         return held
 
-    def _stored(self, get: Callable[[str, str], bytes | None], tenant: str) -> Iterator[tuple[str, bytes]]:
-        """Name and content of each note of a tenant's secrets, the oldest first. None is ever removed, so they are found by counting."""
+    def _stored(
+        self, get: Callable[[str, str], bytes | None], tenant: str, kind: str = "secret"
+    ) -> Iterator[tuple[str, bytes]]:
+        """Name and content of each note of one kind, the oldest first. None is ever removed, so they are found by counting."""
         number = 0
-        while (content := get(tenant, name := _name("secret", str(number)))) is not None:
+        while (content := get(tenant, name := _name(kind, str(number)))) is not None:
             yield name, content
             number += 1
 
@@ -229,10 +231,7 @@ class TenantSecrets(Keyring):
 
     def _lives(self, get: Callable[[str, str], bytes | None], tenant: str) -> int:
         """How often a tenant was deleted."""
-        number = 0
-        while get(tenant, _name("erased life", str(number))) is not None:
-            number += 1
-        return number
+        return sum(1 for _ in self._stored(get, tenant, "erased life"))
 
     def _mark(self) -> None:
         """Let other processes see that something was erased: the file gets longer."""

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cachetune_store import ChunkKey, ChunkReader, ChunkStore, Namespace, get_codec, make_key
+from cachetune_store import ChunkKey, ChunkReader, ChunkStore, Namespace, StoreError, get_codec, make_key
 
 NAMESPACE = Namespace("model", "tokenizer", "float32", ((1,),))
 
@@ -171,3 +171,16 @@ class _Nothing:
 
     def __exit__(self, *_: object) -> None:
         return None
+
+
+def read(store: ChunkStore, one: Sample) -> bool:
+    """Whether a chunk is there, and right in every number. Damage may show when its head is read, or its rows are."""
+    reader = store.open(one.key)
+    if reader is None:
+        return False
+    with reader:
+        try:
+            return one.matches(reader)
+        except StoreError:
+            assert store.discard(one.key)
+            return False

@@ -15,10 +15,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from shared_places import Place
-from store_samples import Sample, file_of, flip, sample
+from store_samples import Sample, file_of, flip, read, sample
 
 from cachetune_rag.measuring.profiles import Profiles
-from cachetune_store import ChunkStore, StoreArgumentError, StoreError, StoreKeyError
+from cachetune_store import ChunkStore, StoreArgumentError, StoreKeyError
 from cachetune_store.errors import RemoteError
 
 pytest.importorskip("cryptography")
@@ -37,19 +37,6 @@ def fill(store: ChunkStore, *seeds: int, tenant: str = "", text: str = TEXT, doc
     for seed in seeds:
         sample(seed, tenant=tenant).put(store, text=text)
     store.set_document(document, [sample(seed, tenant=tenant).key for seed in seeds], tenant=tenant)
-
-
-def read(store: ChunkStore, one: Sample) -> bool:
-    """Whether a chunk is there, and right in every number."""
-    reader = store.open(one.key)
-    if reader is None:
-        return False
-    with reader:
-        try:
-            return one.matches(reader)
-        except StoreError:
-            assert store.discard(one.key)
-            return False
 
 
 def chunk_file(path: Path) -> Path:

@@ -16,10 +16,10 @@ import torch
 import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from store_samples import Sample, file_of, flip, sample
+from store_samples import Sample, file_of, flip, read, sample
 
 from cachetune_rag.options import EngineOptions
-from cachetune_store import ChunkStore, StoreArgumentError, StoreError, StoreKeyError, StoreVersionError
+from cachetune_store import ChunkStore, StoreArgumentError, StoreKeyError, StoreVersionError
 from cachetune_store.chunk import as_written
 from cachetune_store.chunkfile import encode_head
 from cachetune_store.seals import CHECKSUMS, KeyedHashes
@@ -38,19 +38,6 @@ def fill(path: Path, *seeds: int, key: bytes | None = KEY, tenant: str = "") -> 
         for seed in seeds:
             sample(seed, tenant=tenant).put(store, text=f"text {seed}")
         store.set_document("d", [sample(seed, tenant=tenant).key for seed in seeds], tenant=tenant)
-
-
-def read(store: ChunkStore, one: Sample) -> bool:
-    """Whether a chunk is there, and right in every number. Damage may show when its head is read, or its rows are."""
-    reader = store.open(one.key)
-    if reader is None:
-        return False
-    with reader:
-        try:
-            return one.matches(reader)
-        except StoreError:
-            assert store.discard(one.key)
-            return False
 
 
 def assert_damage(path: Path, one: Sample) -> None:
