@@ -77,7 +77,8 @@ class Engines:
             return engine
 
     def warm(self, keys: Sequence[str]) -> None:
-        """Begin to read chunks into memory that are likely to be asked for, as far as there is free room; the most wanted first."""
+        """Begin to read chunks into memory that are likely to be asked for, as far as there is free room; the most wanted first. While it is still reading,
+        further ones are not taken."""
         if self._warming is None or not self._warming.running:
             self._warming = Warming(self.store, self.default.prefetcher, [ChunkKey(key) for key in keys])
             self._warming.start()

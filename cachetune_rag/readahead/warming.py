@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import threading
 from collections.abc import Sequence
 from functools import partial
 
 from cachetune_rag.readahead.prefetcher import Prefetcher
-from cachetune_store import ChunkKey, ChunkStore, StoreError
+from cachetune_store import ChunkKey, ChunkStore, StoreClosedError, StoreError
 
+_log = logging.getLogger(__name__)
 _AT_ONCE = 8
 """Chunks that are read together. Few, because all of them are open meanwhile."""
 
@@ -43,7 +44,7 @@ class Warming:
         return not self.running
 
     def _run(self) -> None:
-        with contextlib.suppress(StoreError):  # it is closed meanwhile
+        try:
             for start in range(0, len(self._keys), _AT_ONCE):
                 wanted = self._fitting(self._keys[start : start + _AT_ONCE])
                 if wanted is None or self._prefetcher.closing:
@@ -54,6 +55,10 @@ class Warming:
                 self.chunks += sum(self._store.touch_host(key) > 0 for key in wanted)
             for key in reversed(self._keys):  # the most wanted is to be evicted last
                 self._store.touch_host(key)
+        except StoreClosedError:
+            pass
+        except StoreError as error:
+            _log.warning("filling memory ended after %s chunks: %s", self.chunks, error)
 
     def _fitting(self, keys: Sequence[ChunkKey]) -> list[ChunkKey] | None:
         """Those of the chunks for which there is free room; None if there is none any more."""
