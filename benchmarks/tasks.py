@@ -44,6 +44,11 @@ QUICK = {
 }
 """Settings of a small run. Its figures mean little, but every kind of prompt runs."""
 
+GROUP = 8
+"""How many prompts a GPU measures together."""
+GROUP_TOKENS = 16384
+"""About the most tokens of prompts that are measured together, and the most that run together while chunks are computed."""
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, or report what was measured."""
@@ -57,7 +62,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     maker = TaskMaker(tokenizer, prose(args.prose), args.chunk_tokens, args.places, args.seed)
     settings = compared(args.selectors, args.ratios, args.lead_ins, args.codecs)
     header = header_of("tasks", args, model, prose=maker.haystack.digest, lead_ins=maker.dataset.digest)
-    engines = Engines(model, tokenizer, cuda_kernels=args.cuda_kernels, host_budget=args.host_budget)
+    on_gpu = model.device.type == "cuda"
+    args.group = args.group or (GROUP if on_gpu else 1)
+    options = {"cuda_kernels": args.cuda_kernels, "host_budget": args.host_budget}
+    engines = Engines(model, tokenizer, batch_tokens=GROUP_TOKENS if on_gpu else None, **options)
     with closing(RowFile(args.out, args.shard, args.shards, header)) as rows, closing(engines):
         measure(TaskRunner(engines, maker, settings, args.together), maker, rows, started, args)
     if args.shards == 1:
@@ -73,19 +81,34 @@ def measure(runner: TaskRunner, maker: TaskMaker, rows: RowFile, started: float,
         for form in args.forms
         for kind in args.kinds
     ]
-    # The cells take turns, so that a run that is cut off has results for each.
-    work = [(cell, number) for number in range(args.first, args.first + args.prompts) for cell in cells]
-    work = work[args.shard :: args.shards]
-    for done, (cell, number) in enumerate(work, start=1):
-        task, added, begun = maker.task(cell, number), 0, time.perf_counter()
-        for row in runner.run(task, rows.known):
+    work = groups(cells, range(args.first, args.first + args.prompts), args.group)[args.shard :: args.shards]
+    for done, (cell, numbers) in enumerate(work, start=1):
+        added, begun = 0, time.perf_counter()
+        tasks = [maker.task(cell, number) for number in numbers]
+        for row in runner.run(tasks, rows.known):
             rows.add(row)
             added += 1
-            if time.monotonic() - started > args.seconds:
-                print(f"{args.seconds:g} s are over; the same command goes on from here", file=sys.stderr, flush=True)
-                return
         took = time.perf_counter() - begun
-        print(f"{done}/{len(work)} {task.name}: {added} rows, {took:.1f} s", file=sys.stderr, flush=True)
+        names = tasks[0].name + (f" to {tasks[-1].name}" if len(tasks) > 1 else "")
+        print(f"{done}/{len(work)} {names}: {added} rows, {took:.1f} s", file=sys.stderr, flush=True)
+        if done < len(work) and time.monotonic() - started > args.seconds:
+            print(f"{args.seconds:g} s are over; the same command goes on from here", file=sys.stderr, flush=True)
+            return
+
+
+def groups(cells: Sequence[Cell], numbers: range, most: int) -> list[tuple[Cell, range]]:
+    """The prompts of these numbers of every cell, in groups of up to so many of one cell. Those of long prompts are smaller.
+
+    The cells take turns, so that a run that is cut off has results for each, and each process of several gets some of each.
+    """
+    made = []
+    for turn, start in enumerate(numbers[::most]):
+        first = turn % len(cells)
+        for cell in (*cells[first:], *cells[:first]):
+            size = max(1, min(most, GROUP_TOKENS // cell.length))
+            block = range(start, min(start + most, numbers.stop))
+            made += [(cell, block[at : at + size]) for at in range(0, len(block), size)]
+    return made
 
 
 def prose(files: Sequence[Path]) -> list[str]:
@@ -116,7 +139,12 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many; start again to go on")
     add_model(parser)
     parser.add_argument("--host-budget", default="8GiB", help="memory for one prompt's chunks")
-    parser.add_argument("--together", type=int, default=6, help="how many answers are decoded in one forward")
+    parser.add_argument("--together", type=int, default=6, help="for how many settings answers are decoded together")
+    parser.add_argument(
+        "--group",
+        type=int,
+        help=f"how many prompts of a cell are measured together (default: {GROUP} on a GPU, else 1)",
+    )
     data = parser.add_argument_group("prompts")
     data.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     data.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS), help="tokens of prompt and answer")
@@ -138,9 +166,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(**QUICK)
     args = parser.parse_args(argv)
     finish(parser, args, "tasks")
-    for name in ("prompts", "together"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}: use 1 or more.")
+    for name in ("prompts", "together", "group"):
+        if (given := getattr(args, name)) is not None and given < 1:
+            parser.error(f"--{name} is {given}: use 1 or more.")
     return args
 
 

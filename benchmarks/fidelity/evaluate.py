@@ -7,22 +7,18 @@ from dataclasses import asdict, dataclass
 from itertools import groupby, islice
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache
 
 from cachetune_rag import CacheTune, Document
-from cachetune_rag.answering.decoding import DecodingPlan, decode, prepare
 from cachetune_rag.report import Report
 from cachetune_rag.reuse.state import PrefillState
 from cachetune_rag.text.prompts.prompt import Prompt
 
+from .answers import Answer, begin, finish, follow, target_logits
 from .measures import distance, exact_match, f1
 from .records import Dataset, Record
 from .rows import Key, Row, key_of
 from .settings import NOTHING, Setting
-
-ANSWER_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -31,7 +27,7 @@ class Reference:
 
     prompt: Prompt
     logits: Tensor
-    answer: str | None
+    answer: Answer | None
 
 
 class Engines:
@@ -108,9 +104,10 @@ class Evaluator:
                 read = (s for setting in settings for s in self._states(engine, record, reference, setting, known))
                 while some := list(islice(read, self._together)):
                     targets = target_logits(engine, [state for _, state in some], record.target)
-                    for (row, state), logits in zip(some, targets, strict=True):
-                        yield self._measure(engine, record, reference, row, state, logits)
-                    del some, state
+                    answers = self._answers(engine, reference, some)
+                    for number, ((row, _), logits) in enumerate(zip(some, targets, strict=True)):
+                        yield self._measure(record, reference, row, logits, answers.get(number))
+                    del some
             finally:
                 engine.remove(record.name)
 
@@ -120,7 +117,10 @@ class Evaluator:
         prompt = self._dataset.prompt(engine.prompts, record)
         state = engine.full_prefill(prompt=prompt)
         logits = target_logits(engine, [state], record.target)[0]
-        answer = greedy_answer(engine, state) if record.answers and self._answer_ratios else None
+        answer = None
+        if record.answers and self._answer_ratios:
+            answer = begin(engine, state)
+            finish(engine, [answer], 1)
         return Reference(prompt, logits, answer)
 
     def _done(self, record: Record, setting: Setting, known: dict[Key, Row]) -> bool:
@@ -156,17 +156,26 @@ class Evaluator:
         row = self._head(record, setting, budget) | {"ratio_passed": ratio, **spent(engine, record.name, state.report)}
         return row, state
 
-    def _measure(
-        self, engine: CacheTune, record: Record, reference: Reference, row: Row, state: PrefillState, logits: Tensor
-    ) -> Row:
+    def _answers(
+        self, engine: CacheTune, reference: Reference, read: Sequence[tuple[Row, PrefillState]]
+    ) -> dict[int, str]:
+        """The answers of those readings whose ratios are answered at, by their numbers."""
+        wanted = [number for number, (row, _) in enumerate(read) if row["ratio"] in self._answer_ratios]
+        if reference.answer is None or not wanted:
+            return {}
+        answers, _ = follow(engine, [read[number][1] for number in wanted], reference.answer)
+        finish(engine, answers, len(answers))
+        return {number: answer.text() for number, answer in zip(wanted, answers, strict=True)}
+
+    def _measure(self, record: Record, reference: Reference, row: Row, logits: Tensor, answer: str | None) -> Row:
         row = row | asdict(distance(reference.logits, logits, record.target))
-        if reference.answer is not None and row["ratio"] in self._answer_ratios:
-            answer = greedy_answer(engine, state)
+        if reference.answer is not None and answer is not None:
+            full = reference.answer.text()
             row |= {
                 "f1": f1(answer, record.answers),
                 "em": exact_match(answer, record.answers),
-                "f1_full": f1(answer, [reference.answer]),
-                "em_full": exact_match(answer, [reference.answer]),
+                "f1_full": f1(answer, [full]),
+                "em_full": exact_match(answer, [full]),
             }
         return row
 
@@ -203,84 +212,3 @@ def spent(engine: CacheTune, name: str, report: Report) -> Row:
         "probed": report.probed,
         "compute": (report.recomputed * layers + report.probed) / (chunk_tokens * layers),
     }
-
-
-def target_logits(engine: CacheTune, states: Sequence[PrefillState], target: Sequence[int]) -> list[Tensor]:
-    """For each of several readings of one prompt, the logits that predict each target token: [target tokens, vocab].
-
-    The caches of the states are as before afterwards.
-    """
-    if len(target) == 1:
-        return [state.logits for state in states]
-    ids = torch.tensor(target[:-1], device=engine.adapter.device)
-    if len(states) == 1:
-        cache = states[0].cache
-        after = engine.adapter.forward(ids, cache, keep=len(ids))[None]
-        cache.crop(-len(ids))
-    else:
-        after = _forward_together(engine, ids, [state.cache for state in states])
-    return [torch.cat((state.logits, rows)) for state, rows in zip(states, after, strict=True)]
-
-
-def _forward_together(engine: CacheTune, ids: Tensor, caches: Sequence[Cache]) -> Tensor:
-    """Run `ids` behind each of several caches of equal length, in one forward. Gives logits [caches, tokens, vocab]."""
-    return _append(engine, ids.expand(len(caches), -1), _joined(caches))
-
-
-def _joined(caches: Sequence[Cache]) -> DynamicCache:
-    """Several caches of equal length as one, of that many sequences. They stay as they are."""
-    whole = DynamicCache()
-    for number, layers in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
-        whole.update(torch.cat([layer.keys for layer in layers]), torch.cat([layer.values for layer in layers]), number)
-    return whole
-
-
-@torch.no_grad()
-def _append(engine: CacheTune, ids: Tensor, cache: DynamicCache) -> Tensor:
-    """Run tokens [sequences, tokens] behind the sequences of a cache, which has them afterwards. Gives logits [sequences, tokens, vocab]."""
-    start, count = cache.get_seq_length(), ids.shape[1]
-    out = engine.adapter.model(
-        input_ids=ids,
-        position_ids=torch.arange(start, start + count, device=ids.device).expand_as(ids),
-        use_cache=True,
-        logits_to_keep=count,
-        **{engine.adapter.model_forward.cache_argument: cache},
-    )
-    return out.logits
-
-
-def greedy_answer(engine: CacheTune, state: PrefillState, tokens: int = ANSWER_TOKENS) -> str:
-    """The model's answer of up to so many tokens, by greedy decoding."""
-    adapter, plan = engine.adapter, _greedy(engine, state, tokens)
-    stream = plan.text_stream()
-    found = decode(lambda t: adapter.forward(torch.tensor([t], device=adapter.device), state.cache), plan, state.logits)
-    return "".join([*map(stream.push, found), stream.finish()]).strip()
-
-
-def greedy_answers(engine: CacheTune, states: Sequence[PrefillState], tokens: int = ANSWER_TOKENS) -> list[str]:
-    """What `greedy_answer` gives for each of several readings of one prompt. They are decoded together, because a forward over several
-    sequences takes hardly longer than one over a single one.
-    """
-    if len(states) == 1:
-        return [greedy_answer(engine, states[0], tokens)]
-    plan, cache = _greedy(engine, states[0], tokens), _joined([state.cache for state in states])
-    ids, logits = plan.ids.expand(len(states), -1), torch.cat([state.logits for state in states])
-    streams = [plan.text_stream() for _ in states]
-    texts, going = ["" for _ in states], set(range(len(states)))
-    for left in reversed(range(tokens)):
-        chosen = plan.logits_processor(ids, logits.to(dtype=torch.float32, copy=True)).argmax(-1, keepdim=True)
-        ids = torch.cat([ids, chosen], dim=-1)
-        for number, token in enumerate(chosen.flatten().tolist()):
-            if number in going:
-                texts[number] += streams[number].push(token)
-                if token in plan.eos_ids or streams[number].stopped:
-                    going.discard(number)
-        if not going or not left:
-            break
-        logits = _append(engine, chosen, cache)[:, -1]
-    return [(text + stream.finish()).strip() for text, stream in zip(texts, streams, strict=True)]
-
-
-def _greedy(engine: CacheTune, state: PrefillState, tokens: int) -> DecodingPlan:
-    model, ids = engine.adapter.model, list(state.prompt.ids)
-    return prepare(model, engine.tokenizer, ids, max_new_tokens=tokens, do_sample=False)

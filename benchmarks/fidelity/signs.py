@@ -24,7 +24,8 @@ from cachetune_rag.selection.bound import RatioFinder
 from cachetune_rag.selection.choice import Choice
 from cachetune_rag.selection.probing import ProbingSelector
 
-from .evaluate import Engines, spent, target_logits
+from .answers import target_logits
+from .evaluate import Engines, spent
 from .records import Dataset, Record
 from .rows import Key, Row, key_of
 from .settings import Setting

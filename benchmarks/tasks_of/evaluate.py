@@ -1,18 +1,19 @@
-"""Answers a prompt's question with full prefill and under every setting."""
+"""Answers prompts' questions with full prefill and under every setting."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from itertools import groupby, islice
+from dataclasses import asdict
+from itertools import groupby
 
-from fidelity.evaluate import Engines, greedy_answers, spent, target_logits
+from fidelity.answers import Answer, begin, finish, follow, target_logits
+from fidelity.evaluate import Engines, spent
 from fidelity.measures import distance
 from fidelity.rows import Key, Row, key_of
 from fidelity.settings import NOTHING, Setting
-from torch import Tensor
 
 from cachetune_rag import CacheTune, Document
+from cachetune_rag.reuse.state import PrefillState
 from cachetune_rag.text.prompts.prompt import Prompt
 
 from .prompts import Task, TaskMaker
@@ -26,68 +27,106 @@ class TaskRunner:
         engines: the model's engines.
         maker: makes the prompts, and has what they have in common.
         settings: what to compare. Those of one lead-in and codec stand together.
-        together: how many answers are decoded in one forward.
+        together: for how many settings the answer is decoded in one forward, for each prompt of a group.
     """
 
     def __init__(self, engines: Engines, maker: TaskMaker, settings: Sequence[Setting], together: int = 1):
         self._engines, self._maker, self._settings, self._together = engines, maker, settings, together
 
-    def run(self, task: Task, known: dict[Key, Row]) -> Iterator[Row]:
-        """Measure and yield those rows of a prompt that are not known yet."""
-        prompt, dataset = self._maker.prompt(task), self._maker.dataset_of(task.cell)
-        wanted = [s for s in self._settings if key_of(_head(task, s)) not in known]
-        if not wanted:
+    def run(self, tasks: Sequence[Task], known: dict[Key, Row]) -> Iterator[Row]:
+        """Measure and yield those rows of a group of prompts that are not known yet.
+
+        Their chunks are computed together, and so are their answers. That changes no row, and takes a GPU a fraction of the time.
+
+        Args:
+            tasks: prompts of one cell.
+            known: rows that were measured before.
+        """
+        tried = [_Tried(task, self._maker.prompt(task), self._missing(task, known)) for task in tasks]
+        tried = [each for each in tried if each.wanted]
+        if not tried:
             return
+        dataset = self._maker.dataset_of(tried[0].task.cell)
         other = next((s for s in self._settings if s != FULL), Setting("first_token", "exact", NOTHING, 0.0))
-        full = self._full(self._engines.get(dataset, other.lead_in, other.codec), task, prompt)
-        if FULL in wanted:
-            tokens = sum(len(chunk) for chunk in prompt.chunk_ids)
-            figures = {"chunk_tokens": tokens, "recomputed": tokens, "probed": 0, "compute": 1.0}
-            yield _row(task, FULL, {"prompt_tokens": len(prompt.ids), **figures}, full.answer)
-        reused = [s for s in wanted if s != FULL]
+        self._answer_with_full_prefill(self._engines.get(dataset, other.lead_in, other.codec), tried)
+        for each in tried:
+            if FULL in each.wanted:
+                tokens = sum(len(chunk) for chunk in each.prompt.chunk_ids)
+                figures = {"chunk_tokens": tokens, "recomputed": tokens, "probed": 0, "compute": 1.0}
+                yield _row(each.task, FULL, {"prompt_tokens": len(each.prompt.ids), **figures}, each.answer.text())
+        reused = [s for s in self._settings if s != FULL]
         for (lead_in, codec), group in groupby(reused, key=lambda s: (s.lead_in, s.codec)):
-            engine = self._engines.get(dataset, lead_in, codec)
-            engine.precompute(Document(task.name, list(task.chunks)))
+            settings = list(group)
+            some = [each for each in tried if any(s in each.wanted for s in settings)]
+            if not some:
+                continue
+            engine, name = self._engines.get(dataset, lead_in, codec), some[0].task.name
+            engine.precompute(Document(name, [chunk for each in some for chunk in each.task.chunks]))
             try:
-                # A probe computes less once the prefix is kept from an earlier prompt, as it is from here on.
-                engine.prefill(prompt=prompt, selector=NOTHING, ratio=0.0)
-                yield from self._reused(engine, task, prompt, list(group), full)
+                yield from self._reused(engine, some, settings)
             finally:
-                engine.remove(task.name)
+                engine.remove(name)
 
-    def _full(self, engine: CacheTune, task: Task, prompt: Prompt) -> _Full:
-        state = engine.full_prefill(prompt=prompt)
-        length = state.cache.get_seq_length()
-        (answer,) = greedy_answers(engine, [state], task.answer_tokens)
-        target = engine.prompts.encode(answer)
-        if appended := state.cache.get_seq_length() - length:
-            state.cache.crop(-appended)  # of the answer; 0 would remove everything in some versions of transformers
-        return _Full(answer, target, target_logits(engine, [state], target)[0] if target else state.logits[:0])
+    def _missing(self, task: Task, known: dict[Key, Row]) -> list[Setting]:
+        return [s for s in self._settings if key_of(_head(task, s)) not in known]
 
-    def _reused(
-        self, engine: CacheTune, task: Task, prompt: Prompt, settings: Sequence[Setting], full: _Full
-    ) -> Iterator[Row]:
-        read = ((s, engine.prefill(prompt=prompt, selector=s.selector, ratio=s.ratio)) for s in settings)
-        while some := list(islice(read, self._together)):
-            states = [state for _, state in some]
-            apart = target_logits(engine, states, full.target) if full.target else []
-            distances = [distance(full.logits, logits, full.target) for logits in apart]
-            answers = greedy_answers(engine, states, task.answer_tokens)
-            for number, ((setting, state), answer) in enumerate(zip(some, answers, strict=True)):
-                figures = spent(engine, task.name, state.report)
-                if distances:
-                    figures |= {"kl": distances[number].kl, "top1": distances[number].top1}
-                yield _row(task, setting, figures, answer)
-            del some, states
+    def _answer_with_full_prefill(self, engine: CacheTune, tried: Sequence[_Tried]) -> None:
+        for each in tried:
+            each.full = engine.full_prefill(prompt=each.prompt)
+            each.answer = begin(engine, each.full, each.task.answer_tokens)
+        finish(engine, [each.answer for each in tried], len(tried))
+        for each in tried:
+            each.target = engine.prompts.encode(each.answer.text())
+
+    def _reused(self, engine: CacheTune, tried: Sequence[_Tried], settings: Sequence[Setting]) -> Iterator[Row]:
+        found = [row for each in tried for row in self._read(engine, each, [s for s in settings if s in each.wanted])]
+        finish(engine, [answer for *_, answer in found], self._together * len(tried))
+        for task, setting, figures, answer in found:
+            yield _row(task, setting, figures, answer.text())
+
+    def _read(self, engine: CacheTune, tried: _Tried, settings: Sequence[Setting]) -> Iterator[_Found]:
+        """A prompt under several settings: what it cost, how far it is from full prefill, and as much of the answer as is full prefill's too."""
+        if settings[0].selector != NOTHING:
+            # A probe computes less once the prefix is kept from an earlier prompt, as it is from here on.
+            engine.prefill(prompt=tried.prompt, selector=NOTHING, ratio=0.0)
+        for start in range(0, len(settings), self._together):
+            part = settings[start : start + self._together]
+            states = [engine.prefill(prompt=tried.prompt, selector=s.selector, ratio=s.ratio) for s in part]
+            (_, *answers), logits = follow(engine, [tried.full, *states], tried.answer)
+            if tried.target != tried.answer.tokens[: len(tried.target)]:  # another way to write the same text
+                logits = target_logits(engine, [tried.full, *states], tried.target)
+            count = len(tried.target)
+            for number, (setting, state) in enumerate(zip(part, states, strict=True)):
+                figures = spent(engine, tried.task.name, state.report)
+                if count:
+                    apart = distance(logits[0][:count], logits[number + 1][:count], tried.target)
+                    figures |= {"kl": apart.kl, "top1": apart.top1}
+                yield tried.task, setting, figures, answers[number]
 
 
-@dataclass(frozen=True)
-class _Full:
-    """Full prefill of a prompt: its answer, the answer's tokens, and the logits that predict them."""
+_Found = tuple[Task, Setting, Row, Answer]
+"""What is to become a row, once its answer is done."""
 
-    answer: str
-    target: list[int]
-    logits: Tensor
+
+class _Tried:
+    """A prompt of a group.
+
+    Args:
+        task, prompt: the prompt.
+        wanted: settings whose rows aren't known yet.
+
+    Attributes:
+        full: full prefill of the prompt.
+        answer: its answer.
+        target: the tokens of this answer's text, over which settings are compared with it.
+    """
+
+    full: PrefillState
+    answer: Answer
+    target: Sequence[int]
+
+    def __init__(self, task: Task, prompt: Prompt, wanted: Sequence[Setting]):
+        self.task, self.prompt, self.wanted = task, prompt, list(wanted)
 
 
 def _head(task: Task, setting: Setting) -> Row:

@@ -19,8 +19,9 @@ from cachetune_rag.text.prompts.prompt import PromptBuilder
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from fidelity import measures, report
+from fidelity.answers import greedy_answers, target_logits
 from fidelity.documents import Shape, read_documents, shuffled
-from fidelity.evaluate import Engines, Evaluator, equal_compute_ratio, greedy_answer, target_logits
+from fidelity.evaluate import Engines, Evaluator, equal_compute_ratio
 from fidelity.musique import LEADS, read_musique
 from fidelity.records import Dataset, Record
 from fidelity.rows import RowFile, key_of, read_rows
@@ -346,7 +347,7 @@ def test_target_logits_are_those_of_one_forward() -> None:
         torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-5)
         assert state.cache.get_seq_length() == len(state.prompt.ids)
         answer = engine.generate(prompt=state.prompt, reuse=False, max_new_tokens=16, do_sample=False)
-        assert greedy_answer(engine, state) == answer.text.strip()
+        assert greedy_answers(engine, [state]) == [answer.text.strip()]
 
 
 # -- report -----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ from cachetune_rag.text.prompts.prompt import PromptBuilder
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import tasks
 from fidelity import measures
-from fidelity.evaluate import Engines, greedy_answer, greedy_answers
+from fidelity.answers import begin, finish, follow, greedy_answers
+from fidelity.evaluate import Engines
 from fidelity.rows import key_of, read_rows
 from fidelity.settings import Setting
 from tasks_of import report
@@ -366,21 +367,56 @@ def test_settings_begin_with_full_prefill_and_have_nothing_twice() -> None:
 # -- runs -------------------------------------------------------------------------------------------------------------
 
 
-def test_answers_together_are_those_one_by_one() -> None:
-    with CacheTune(llama(), tokenizer(), None) as engine:
+def own_answer(engine: CacheTune, tokens: int, **options: Any) -> str:
+    """What the engine itself answers."""
+    return engine.generate(max_new_tokens=tokens, do_sample=False, **options).text.strip()
+
+
+@pytest.mark.parametrize("processed", [{}, {"repetition_penalty": 1.3}])
+def test_answers_together_are_those_that_the_engine_gives(processed: dict[str, float]) -> None:
+    model = llama()
+    model.generation_config.update(**processed)
+    with CacheTune(model, tokenizer(), None) as engine:
         engine.precompute(chunks := ["some passage, " * 4, "another one, " * 5])
-        made = {"query": "what?", "chunks": chunks}
+        ways: list[dict[str, Any]] = [
+            {"query": query, "chunks": some, "selector": selector, "ratio": ratio}
+            for query, some in (
+                ("what?", chunks),
+                ("and what else is there?", chunks[:1]),
+            )  # prompts of different lengths
+            for selector, ratio in (("none", 0.0), ("frequency", 0.5))
+        ]
+        for tokens in (30, 9):
+            expected = [own_answer(engine, tokens, **way) for way in ways]
+            assert len(set(expected)) > 1
+            assert greedy_answers(engine, [engine.prefill(**way) for way in ways], tokens) == expected
 
-        def states() -> list[Any]:
-            reused = [engine.prefill(**made, selector=s, ratio=r) for s, r in (("none", 0.0), ("frequency", 0.5))]
-            return [*reused, engine.full_prefill(**made)]
 
-        alone = [greedy_answer(engine, state, 30) for state in states()]
-        assert len(set(alone)) > 1
-        assert greedy_answers(engine, states(), 30) == alone
-        assert greedy_answers(engine, states()[:1], 30) == alone[:1]
-        short = [greedy_answer(engine, state, 9) for state in states()]
-        assert greedy_answers(engine, states(), 9) == short != alone
+@pytest.mark.parametrize("processed", [{}, {"repetition_penalty": 1.3}])
+def test_an_answer_that_follows_a_known_one_is_what_the_engine_gives(processed: dict[str, float]) -> None:
+    model = llama()
+    model.generation_config.update(**processed)
+    ratios = (0.0, 0.3, 0.5, 0.7, 0.9, 1.0)
+    with CacheTune(model, tokenizer(), None) as engine:
+        engine.precompute(chunks := ["some passage, " * 4, "another one, " * 5])
+        made: dict[str, Any] = {"query": "what?", "chunks": chunks}
+        known = begin(engine, engine.full_prefill(**made), 30)
+        finish(engine, [known], 1)
+        states = [engine.prefill(**made, selector="frequency", ratio=ratio) for ratio in ratios]
+        answers, logits = follow(engine, states, known)
+        same = [answer.tokens == known.tokens for answer in answers]
+        assert same[-1]
+        assert not all(same)
+        for answer, row in zip(answers, logits, strict=True):
+            told = [a == b for a, b in zip(answer.tokens, known.tokens, strict=False)]
+            assert all(told[:-1])
+            assert told[-1] == (answer.tokens == known.tokens)
+            assert row.shape == (len(known.tokens), engine.adapter.config.vocab_size)
+        assert len({len(answer.tokens) for answer in answers}) > 2  # they part from it at different places
+        finish(engine, answers, 3)
+        for ratio, answer in zip(ratios, answers, strict=True):
+            assert answer.text() == own_answer(engine, 30, **made, selector="frequency", ratio=ratio)
+        assert all(state.cache.get_seq_length() == len(state.prompt.ids) for state in states)
 
 
 def task_of(made: TaskMaker) -> Task:
@@ -394,7 +430,7 @@ def test_a_prompt_that_is_cut_off_goes_on_where_it_was(sentences: list[str]) -> 
 
     def run(known: dict[Any, Any]) -> Iterator[dict[str, Any]]:
         with closing(Engines(model, tokenizer())) as engines:
-            yield from TaskRunner(engines, made, settings, together=2).run(task, known)
+            yield from TaskRunner(engines, made, settings, together=2).run([task], known)
 
     whole = list(run({}))
     assert [Setting(r["lead_in"], r["codec"], r["selector"], r["ratio"]) for r in whole] == settings
@@ -405,11 +441,44 @@ def test_a_prompt_that_is_cut_off_goes_on_where_it_was(sentences: list[str]) -> 
     assert list(run({key_of(r): r for r in whole})) == []
 
 
+def test_prompts_of_a_group_have_the_rows_that_they_have_alone(sentences: list[str]) -> None:
+    made, model = TaskMaker(tokenizer(), sentences, [512, 256], PLACES), llama()
+    settings = compared(["expected_error", "frequency"], (0.15,), ["auto"], ["exact"])
+    tasks = [made.task(Cell("several_keys", 2048, "without"), number) for number in range(4)]
+    assert len({len(made.prompt(task).ids) for task in tasks}) == 4
+
+    def rows(groups: list[list[Task]], together: int, known: dict[Any, Any]) -> dict[Any, dict[str, Any]]:
+        with closing(Engines(model, tokenizer())) as engines:
+            runner = TaskRunner(engines, made, settings, together)
+            return {key_of(row): row for group in groups for row in runner.run(group, known)}
+
+    alone = rows([[task] for task in tasks], 1, {})
+    together = rows([tasks], 3, {})
+    assert alone.keys() == together.keys()
+    for key, row in alone.items():
+        assert together[key] == row | {name: pytest.approx(row[name], abs=1e-6) for name in ("kl",) if name in row}
+    some = list(alone)[::3]
+    rest = rows([tasks], 3, {key: alone[key] for key in some})
+    assert rest.keys() == alone.keys() - set(some)
+    assert {key: row["answer"] for key, row in rest.items()} == {key: alone[key]["answer"] for key in rest}
+
+
+def test_groups_have_every_prompt_once_and_every_process_some_of_each_cell() -> None:
+    cells = [Cell(kind, length, "with") for kind in ("one_needle", "people") for length in (1024, 8192)]
+    made = tasks.groups(cells, range(3, 40), 8)
+    assert sorted((cell, n) for cell, numbers in made for n in numbers) == sorted(
+        (c, n) for c in cells for n in range(3, 40)
+    )
+    assert all(len(numbers) * cell.length <= tasks.GROUP_TOKENS for cell, numbers in made)
+    assert all({cell for cell, _ in made[shard::2]} == set(cells) for shard in range(2))
+    assert len(tasks.groups(cells, range(4), 1)) == 16
+
+
 def test_kl_is_that_over_the_answer_of_full_prefill(sentences: list[str]) -> None:
     made, model = maker(sentences, "tail"), llama()
     settings = [FULL, *(Setting("first_token", "exact", *each) for each in (("none", 0.0), ("all", 1.0)))]
     with closing(Engines(model, tokenizer())) as engines:
-        full, nothing, everything = TaskRunner(engines, made, settings, together=2).run(task_of(made), {})
+        full, nothing, everything = TaskRunner(engines, made, settings, together=2).run([task_of(made)], {})
     assert "kl" not in full
     assert nothing["kl"] > 1e-3
     assert everything["kl"] == pytest.approx(0, abs=1e-8)
@@ -420,7 +489,7 @@ def test_full_prefill_answers_as_the_engine_does(sentences: list[str]) -> None:
     made, model = maker(sentences, "tail"), llama()
     task = task_of(made)
     with closing(Engines(model, tokenizer())) as engines:
-        (found,) = TaskRunner(engines, made, [FULL]).run(task, {})
+        (found,) = TaskRunner(engines, made, [FULL]).run([task], {})
     with CacheTune(model, tokenizer(), None) as engine:
         prompt = PromptBuilder(tokenizer()).build(query=task.query, chunks=task.chunks)
         answer = engine.generate(prompt=prompt, reuse=False, max_new_tokens=task.answer_tokens, do_sample=False)
@@ -438,13 +507,13 @@ def test_a_run_is_cut_off_by_time_and_goes_on(tmp_path: Path, capsys: pytest.Cap
         return read_rows(tmp_path / "out" / "rows-0of1.jsonl")[1]
 
     first = run("--seconds", "0")
-    assert len(first) == 1
+    assert len(first) == 3  # of the prompt under way when the time was over
     assert "the same command goes on" in capsys.readouterr().err
     rows = run()
-    assert rows[:1] == first
+    assert rows[:3] == first
     assert len(rows) == 2 * 2 * 3  # kinds, prompts, settings
     assert len({key_of(r) for r in rows}) == len(rows)
-    assert [r["set"] for r in rows[::3]] == ["one_needle", "tracking_2"] * 2  # in turn
+    assert [r["set"] for r in rows[::3]] == ["one_needle", "tracking_2", "tracking_2", "one_needle"]  # in turn
     assert run() == rows
     assert (tmp_path / "out" / "table.md").read_text() in capsys.readouterr().out
     tasks.main(["--report", str(tmp_path / "out")])
