@@ -3,8 +3,9 @@
     python benchmarks/remote.py reads --out benchmarks/results/remote-reads.json
     python benchmarks/remote.py ttft --out benchmarks/results/remote-ttft.json
 
-`reads`: threads read layers of chunks from S3 (SeaweedFS), Valkey and a folder, through the store (rows are checked and put into page-aligned
-memory) and by the client alone (bytes are dropped), in turns. `ttft`: time to first token with all chunks in the remote tier, behind a proxy
+`reads`: threads read layers of chunks from S3 (SeaweedFS), Valkey and a folder, in turns through the store (rows are checked, and put into
+page-aligned memory) and by the client library alone (obstore, Valkey GLIDE), which gives unchecked bytes in memory of its own: once kept until the
+chunk is complete, once dropped layer by layer. `ttft`: time to first token with all chunks in the remote tier, behind a proxy
 that lets only so many bits a second pass, against the same chunks on disk and full prefill. The servers run on the same machine, and take
 cores from what is measured.
 """
@@ -23,6 +24,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import subjects
 import torch
@@ -34,11 +36,10 @@ from tcp_proxy import TcpProxy
 
 from cachetune_rag import CacheTune, Document
 from cachetune_store import ChunkKey, ChunkStore, Namespace, make_key
-from cachetune_store.remote.objects import Objects
-from cachetune_store.remote.places import open_objects
 
 NAMESPACE = Namespace("benchmark", "none", "bfloat16", ((1,),))
 PLACES = ("folder", "s3", "valkey")
+ReadRange = Callable[[str, int, int], Any]
 
 
 def main() -> None:
@@ -95,19 +96,23 @@ def measure_reads(args: argparse.Namespace, stack: contextlib.ExitStack) -> list
         url, options, _ = stack.enter_context(opened(place))
         store = stack.enter_context(ChunkStore(url, host_budget=0, remote_options=options))
         keys = [_fill(store, seed, args) for seed in range(8)]
-        objects = open_objects(url, timeout=30, options=options)
+        client = _client(url, options)
         for threads in args.threads:
-            found: dict[str, list[tuple[float, float]]] = {"client": [], "store": []}
+            ways: dict[str, Callable[[int], tuple[int, int]]] = {
+                "client, kept": partial(_read_plainly, store, client, keys, args.layers, True),
+                "client, dropped": partial(_read_plainly, store, client, keys, args.layers, False),
+                "store": partial(_read_rows, store, keys),
+            }
+            found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
             for _ in range(args.rounds):
-                found["client"].append(
-                    _rate(partial(_read_plainly, store, objects, keys, args.layers), threads, args.seconds)
-                )
-                found["store"].append(_rate(partial(_read_rows, store, keys), threads, args.seconds))
+                for name, way in ways.items():
+                    found[name].append(_rate(way, threads, args.seconds))
             row: dict[str, Any] = {"place": place, "threads": threads}
             for name, each in found.items():
                 row[f"{name} GB/s"] = round(statistics.median(size for size, _ in each) / 1e9, 3)
                 row[f"{name} layers/s"] = round(statistics.median(count for _, count in each))
-            row["share"] = round(row["store GB/s"] / row["client GB/s"], 3)
+            for name in ("kept", "dropped"):
+                row[f"share of {name}"] = round(row["store GB/s"] / row[f"client, {name} GB/s"], 3)
             row["samples"] = found
             rows.append(row)
     return rows
@@ -138,14 +143,37 @@ def _read_rows(store: ChunkStore, keys: list[ChunkKey], turn: int) -> tuple[int,
         return reader.bytes_read, len(layout.layers)
 
 
-def _read_plainly(store: ChunkStore, objects: Objects, keys: list[ChunkKey], layers: int, turn: int) -> tuple[int, int]:
-    """Read the same ranges by the client alone, after the head, as the store does."""
+def _client(url: str, options: dict[str, Any]) -> ReadRange:
+    """What reads a range of an object by the client library alone: its own call, with nothing of the package around it."""
+    if url.startswith("valkey:"):
+        from glide_sync import GlideClient, GlideClientConfiguration, NodeAddress
+
+        where = urlsplit(url)
+        server = GlideClient.create(GlideClientConfiguration([NodeAddress(where.hostname, where.port)]))
+        return lambda name, start, size: server.getrange(name, start, start + size - 1)
+    import obstore
+
+    bucket = obstore.store.from_url(url, **options)
+    return lambda name, start, size: obstore.get_range(bucket, name, start=start, length=size)
+
+
+def _read_plainly(
+    store: ChunkStore, client: ReadRange, keys: list[ChunkKey], layers: int, keep: bool, turn: int
+) -> tuple[int, int]:
+    """Read the same ranges by the client alone, after the head, as the store does.
+
+    With `keep`, what it gives is kept until the chunk's last layer is there, as whoever uses a chunk has to. Otherwise each layer is dropped before
+    the next is asked for, so that the client can write it into the same memory, which the processor's cache has.
+    """
     record = store.index.get(f"remote/{keys[turn % len(keys)]}")
-    objects.read(record["object"], [0], [record["head"]])
+    client(record["object"], 0, record["head"])
     step = (record["size"] - record["head"]) // layers
-    size = 0
+    size, kept = 0, []
     for layer in range(layers):
-        size += len(objects.read(record["object"], [record["head"] + layer * step], [step])[0])
+        found = client(record["object"], record["head"] + layer * step, step)
+        size += len(found)
+        if keep:
+            kept.append(found)
     return size, layers
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sqlite3
 import sys
@@ -11,12 +12,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from shared_places import Place
+from shared_places import Place, valkey_place
 from store_samples import sample
 
 from cachetune_store import ChunkStore, StoreArgumentError, StoreReadOnlyError, StoreVersionError, changes_so_far
 from cachetune_store.diskindex import DiskIndex
-from cachetune_store.errors import RemoteError
+from cachetune_store.errors import MissingObjectError, RemoteError
 from cachetune_store.remote import catalogue, sync
 from cachetune_store.remote.changes import change_name
 from cachetune_store.remote.objects import Buffer, Objects
@@ -89,6 +90,57 @@ def test_rows_that_are_skipped_are_not_fetched(network: Place) -> None:
         assert rows <= reader.bytes_read <= rows + 4 * 8192, "rounded to pages"
         assert fetched < rows + 4 * 8192 + 8000, "and what HTTP says besides"
         assert fetched < reader.head.plan.total / 10
+
+
+def test_ranges_of_an_object_fill_the_memory_that_is_given(place: Place) -> None:
+    objects, content = place.objects, bytes(range(256)) * 400
+    objects.put("one", [content])
+    cases = [(0, 7), (90_000, 20_000), (300, 5), (len(content) - 3, 9), (len(content), 4), (len(content) + 50, 4)]
+    for wanted in (cases, *([each] for each in cases)):
+        areas = [memoryview(bytearray(b"!" * size)) for _, size in wanted]
+        counts = objects.read("one", [start for start, _ in wanted], areas)
+        for (start, size), area, count in zip(wanted, areas, counts, strict=True):
+            found = content[start : start + size]
+            assert (count, bytes(area[:count])) == (len(found), found), (start, size)
+    with pytest.raises(MissingObjectError, match="there is no "):
+        objects.read("none", [0, 5], [memoryview(bytearray(4)), memoryview(bytearray(4))])
+
+
+def test_a_client_of_valkey_that_fills_no_buffers_gives_the_same_rows(
+    valkey_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cachetune_store.remote import glide
+
+    place = valkey_place(valkey_port)
+    sample(1).put(place.store())
+    real, asked = glide.RangeClient.getrange, []
+    monkeypatch.setattr(glide.RangeClient, "getrange", lambda self, *given: asked.append(given) or real(self, *given))
+    for fills in (True, False):
+        monkeypatch.setattr(glide, "_FILLS", fills)
+        with place.store(host_budget=0).open(sample(1).key) as reader:
+            assert sample(1).matches(reader)
+        assert bool(asked) is not fills, "this version of the client fills buffers"
+    place.close()
+
+
+@pytest.mark.parametrize("planted", ["link", "pipe", "folder"])
+def test_only_plain_files_of_a_shared_folder_are_read(folder: Place, tmp_path: Path, planted: str) -> None:
+    sample(1).put(folder.store())
+    (name,) = objects_of(folder, "chunks/")
+    file = tmp_path / "shared" / name
+    file.rename(tmp_path / "elsewhere")
+    if planted == "link":
+        file.symlink_to(tmp_path / "elsewhere")
+    elif planted == "pipe":
+        os.mkfifo(file)
+    else:
+        file.mkdir()
+    store = folder.store()
+    assert tier_of(store, 1) is None, "it counts as missing"
+    sample(1).put(store)
+    store.sync()
+    assert tier_of(folder.store(), 1) == "remote", "and is stored again"
+    assert not file.is_symlink()
 
 
 def test_small_layers_are_fetched_together(network: Place) -> None:

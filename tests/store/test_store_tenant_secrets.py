@@ -293,7 +293,7 @@ def test_a_place_that_cannot_be_asked_once_keeps_no_secret(
     folder: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that another machine has drawn is only there."""
-    from cachetune_store.remote.bucket import Bucket
+    from cachetune_store.remote.folder import Folder
 
     first = folder.store(tmp_path / "first", store_key=KEY, encrypt=True)
     fill(first, ACME)
@@ -303,16 +303,16 @@ def test_a_place_that_cannot_be_asked_once_keeps_no_secret(
     second.renew_secret(tenant=ACME)
     before = secrets_in(folder)
     (newer,) = set(folder.objects.names("secrets/")) - older
-    get = Bucket.get
+    get = Folder.get
     failed: list[str] = []
 
-    def once(bucket: Bucket, name: str, limit: int) -> bytes | None:
+    def once(place: Folder, name: str, limit: int) -> bytes | None:
         if name == newer and not failed:
             failed.append(name)
             raise RemoteError("the connection was reset")
-        return get(bucket, name, limit)
+        return get(place, name, limit)
 
-    monkeypatch.setattr(Bucket, "get", once)
+    monkeypatch.setattr(Folder, "get", once)
     with pytest.raises(RemoteError, match="was reset"):
         first.delete_tenant(ACME)
     first.tier("remote").breaker.worked()  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Objects in S3, Google Cloud Storage, Azure or a folder, through obstore.
+"""Objects in S3, Google Cloud Storage or Azure, and what is written to a folder (folder.py), through obstore.
 
 Credentials come from where obstore looks for them (the environment, or the machine's own role), or from the options.
 """
@@ -23,7 +23,7 @@ from obstore.store import from_url
 
 from ..errors import MissingObjectError, RemoteError, RemoteRefusedError, StoreArgumentError
 from ..printing import without_password
-from .objects import Buffer, Objects
+from .objects import Buffer, Objects, copied
 
 __all__ = ["Bucket"]
 
@@ -73,17 +73,17 @@ class Bucket(Objects):
         except MissingObjectError:
             return None
 
-    def read(self, name: str, starts: Sequence[int], lengths: Sequence[int]) -> list[Buffer]:
+    def read(self, name: str, starts: Sequence[int], areas: Sequence[memoryview]) -> list[int]:
         """See Objects."""
-        asked = _merged(starts, lengths)
+        asked = _merged(starts, list(map(len, areas)))
         with self._translated("read", name):
             raw = self._ranges(name, asked)
-        found: list[Buffer] = []
-        for start, length in zip(starts, lengths, strict=True):
+        counts = []
+        for start, area in zip(starts, areas, strict=True):
             at = next(number for number, (begin, end) in enumerate(asked) if begin <= start < end)
             begin = start - asked[at][0]
-            found.append(memoryview(raw[at])[begin : begin + length])
-        return found
+            counts.append(copied(memoryview(raw[at])[begin : begin + len(area)], area))
+        return counts
 
     def _ranges(self, name: str, asked: list[tuple[int, int]]) -> Sequence[Any]:
         """What is between these begins and ends. It is empty where the object ends before, which obstore says by an error."""

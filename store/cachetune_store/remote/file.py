@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 from collections.abc import Sequence
 
-import numpy as np
-
 from ..buffers import PAGE, round_up
 from ..errors import RemoteError
 from .objects import Objects
@@ -38,7 +36,8 @@ class RemoteFile:
         """
         if len(self._head) < min(count, self.size):
             want = min(round_up(max(count, self._guess)), self.size)
-            self._head = memoryview(bytearray(self._objects.read(self._name, [0], [want])[0]))
+            area = memoryview(bytearray(want))
+            self._head = area[: self._objects.read(self._name, [0], [area])[0]]
         return self._head
 
     def drop_head(self) -> None:
@@ -60,16 +59,9 @@ class RemoteFile:
             OSError: the place can't be read.
         """
         try:
-            found = self._objects.read(self._name, positions, [len(area) for area in areas])
+            return self._objects.read(self._name, positions, areas)
         except RemoteError as error:
             raise OSError(errno.EIO, str(error)) from error
-        counts = []
-        for area, part in zip(areas, found, strict=True):
-            count = min(len(area), len(part))
-            # NumPy lets other threads run while it copies.
-            np.copyto(np.frombuffer(area, np.uint8)[:count], np.frombuffer(part, np.uint8)[:count])
-            counts.append(count)
-        return counts
 
     def close(self) -> None:
         """Nothing is open."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-__all__ = ["Buffer", "Objects"]
+import numpy as np
+
+__all__ = ["Buffer", "Objects", "copied"]
 
 Buffer: TypeAlias = bytes | memoryview
 
@@ -32,8 +34,8 @@ class Objects(ABC):
         """
 
     @abstractmethod
-    def read(self, name: str, starts: Sequence[int], lengths: Sequence[int]) -> list[Buffer]:
-        """Ranges of an object. A range that goes beyond the object's end is shorter, or empty.
+    def read(self, name: str, starts: Sequence[int], areas: Sequence[memoryview]) -> list[int]:
+        """Fill areas with what an object holds from these places on. Returns how many bytes each has got: fewer where the object ends.
 
         Raises:
             MissingObjectError: there is no such object.
@@ -54,3 +56,11 @@ class Objects(ABC):
     @abstractmethod
     def close(self) -> None:
         """Release connections."""
+
+
+def copied(found: Any, area: memoryview) -> int:
+    """Copy to `area` what a client has given in memory of its own. Returns how many bytes that was."""
+    count = min(len(area), len(found))
+    # NumPy lets other threads run while it copies.
+    np.copyto(np.frombuffer(area, np.uint8)[:count], np.frombuffer(found, np.uint8)[:count])
+    return count

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["is_remote", "open_objects"]
 
-_BUCKETS = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl", "file")
+_BUCKETS = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl")
+_FOLDER = "file"
 _VALKEY = ("valkey", "valkeys", "redis", "rediss")
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 
@@ -32,7 +33,7 @@ def open_objects(url: object, *, timeout: float, options: Mapping[str, Any]) -> 
     """
     match = _URL.match(url) if isinstance(url, str) else None
     scheme = match[1].lower() if match else ""
-    if not isinstance(url, str) or scheme not in (*_BUCKETS, *_VALKEY):
+    if not isinstance(url, str) or scheme not in (*_BUCKETS, _FOLDER, *_VALKEY):
         raise StoreArgumentError(
             f"remote is {shown(without_password(url) if isinstance(url, str) else url)}; use the URL of a bucket (s3://bucket/prefix, gs://..., az://...), of a folder that machines "
             "share (file:///folder) or of a server (valkey://host:6379)"
@@ -42,6 +43,10 @@ def open_objects(url: object, *, timeout: float, options: Mapping[str, Any]) -> 
             from .valkey import Valkey
 
             return Valkey(url, timeout=timeout, options=options)
+        if scheme == _FOLDER:
+            from .folder import Folder
+
+            return Folder(url.rstrip("/"), timeout=timeout, options=options)
         from .bucket import Bucket
 
         return Bucket(url.rstrip("/"), timeout=timeout, options=options)

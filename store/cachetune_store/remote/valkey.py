@@ -16,7 +16,6 @@ from glide_sync import (
     AdvancedGlideClientConfiguration,
     BackoffStrategy,
     ConditionalChange,
-    GlideClient,
     GlideClientConfiguration,
     Logger,
     LogLevel,
@@ -26,6 +25,7 @@ from glide_sync import (
 
 from ..errors import MissingObjectError, RemoteError, RemoteRefusedError, StoreArgumentError
 from ..printing import without_password
+from .glide import RangeClient
 from .objects import Buffer, Objects
 
 __all__ = ["Valkey"]
@@ -81,17 +81,16 @@ class Valkey(Objects):
             found: bytes | None = client.get(self._prefix + name)
             return found
 
-    def read(self, name: str, starts: Sequence[int], lengths: Sequence[int]) -> list[Buffer]:
+    def read(self, name: str, starts: Sequence[int], areas: Sequence[memoryview]) -> list[int]:
         """See Objects."""
         with self._translated() as client:
-            found: list[Buffer] = [
-                client.getrange(self._prefix + name, start, start + length - 1)
-                for start, length in zip(starts, lengths, strict=True)
+            counts = [
+                client.read_range(self._prefix + name, start, area) for start, area in zip(starts, areas, strict=True)
             ]
             # A range of a key that isn't there is empty.
-            if not all(found) and not client.exists([self._prefix + name]):
+            if not all(counts) and not client.exists([self._prefix + name]):
                 raise MissingObjectError(f"there is no {self.place}/{name}")
-            return found
+            return counts
 
     def put(self, name: str, parts: Sequence[Buffer], *, create: bool = False) -> bool:
         """See Objects."""
@@ -134,7 +133,7 @@ class Valkey(Objects):
         try:
             with self._connecting:
                 if self._client is None:
-                    self._client = GlideClient.create(self._config)
+                    self._client = RangeClient.create(self._config)
             yield self._client
         except (GlideError, OSError) as error:
             said = " ".join(str(error).split()) or type(error).__name__
