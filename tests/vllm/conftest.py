@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -114,6 +115,15 @@ def plain_or_packed(packed: bool) -> Iterator[None]:
         ops._supports_onednn = known
 
 
+def _known_here(folder: Path) -> None:
+    """Give vLLM the class of a saved model. To look at a class that it only knows by name, vLLM starts a process that imports all of it: seconds."""
+    from vllm import ModelRegistry
+
+    for architecture in json.loads((folder / "config.json").read_text())["architectures"]:
+        if (named := ModelRegistry.models.get(architecture)) is not None:
+            ModelRegistry.register_model(architecture, named.load_model_cls())
+
+
 class _Starts:
     """Starts vLLM, and keeps the last one up."""
 
@@ -200,7 +210,9 @@ class _Starts:
 
         # Once vLLM has changed a class of transformers', its objects are made with a configuration of vLLM's at hand: any does.
         with nullcontext() if self._config is None else set_current_vllm_config(self._config):
-            return save_tiny(family, self._folder)
+            folder = save_tiny(family, self._folder)
+        _known_here(folder)
+        return folder
 
     def _reference(self, family: str, dtype: str, folder: Path, config: Any) -> Any:
         """Made with vLLM's configuration at hand: vLLM may have changed the class, which then asks for it."""
