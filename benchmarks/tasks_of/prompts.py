@@ -135,9 +135,10 @@ class TaskMaker:
         rng = random.Random(f"{self._seed} {cell} {number}")
         names = Names(rng, self.haystack.words)
         question = KINDS[cell.kind](rng, names, cell.near_duplicates == "with")
-        shapes = self._fitting(cell, question)
+        room = self._room(cell, question)
+        shapes = self._fitting(cell, question, room)
         chunk_tokens, place = shapes[number % len(shapes)]
-        count = self._chunks(cell, question, chunk_tokens)
+        count = self._chunks(room, chunk_tokens)
         encode = self._prompts.encode
         facts = tuple(map(as_row, question.facts)) if form.content == "tables" else question.facts
         between = " " if haystack is self.haystack else "\n"
@@ -194,18 +195,21 @@ class TaskMaker:
             sentences.append(sentence.rstrip(".") + ".")
         return sentences
 
-    def _chunks(self, cell: Cell, question: Question, chunk_tokens: int) -> int:
-        """How many chunks there are, so that prompt and answer have the cell's length at most."""
+    def _room(self, cell: Cell, question: Question) -> int:
+        """How many tokens chunks and separators have, so that prompt and answer have the cell's length at most."""
         bare = len(self._prompts.build(query=question.query, chunks=["."], prefix=self.dataset.prefix).ids)
-        room = cell.length - bare - question.answer_tokens
+        return cell.length - bare - question.answer_tokens
+
+    def _chunks(self, room: int, chunk_tokens: int) -> int:
+        """How many chunks there are."""
         return room // (chunk_tokens + len(self._prompts.separator_ids))
 
-    def _fitting(self, cell: Cell, question: Question) -> list[tuple[int, str]]:
+    def _fitting(self, cell: Cell, question: Question, room: int) -> list[tuple[int, str]]:
         """Sizes of chunks and places with which the question's facts fit, in an order of the cell's own. There are two chunks at least."""
         found = [
             (tokens, place)
             for tokens, place in self._shapes
-            if self._chunks(cell, question, tokens) >= max(2, chunks_needed(question.facts, place))
+            if self._chunks(room, tokens) >= max(2, chunks_needed(question.facts, place))
         ]
         if not found:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import random
@@ -20,10 +21,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from cachetune_rag.text.prompts.prompt import PromptBuilder
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from fidelity.musique import read_musique
+from fidelity.musique import read_musique, read_questions
 from fidelity.sources import Text
+from reader import held_out, prose, templates, vocabulary
 from reader import merge as merging
-from reader import prose, templates, vocabulary
 from reader import train as training
 from reader.batches import Batches, Encoder, batch_of
 from reader.contexts import Context, ContextMaker, Turn
@@ -370,3 +371,46 @@ def test_the_log_says_which_questions_to_measure_with(
     first = json.loads((tmp_path / "made" / "log.jsonl").read_text().splitlines()[0])
     assert first["held_out_questions"] == {"first": 5, "count": 5}
     merge(LlamaForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "made")
+
+
+def test_held_out_questions_stand_behind_their_passage_and_others_of_an_article_that_is_not_trained_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    articles = [
+        {
+            "title": f"A{a}",
+            "paragraphs": [
+                {
+                    "context": f"In article {a}, passage {n} tells of thing{a}x{n}." + " The colour is red." * (n > 4),
+                    "qas": [
+                        {"question": f"Of what does {n} tell?", "answers": [{"text": f"thing{a}x{n}"}] * 2},
+                        {"question": f"What is the colour of {n}?", "answers": [{"text": "red"}] * (n > 4)},
+                    ],
+                }
+                for n in range(8)
+            ],
+        }
+        for a in range(4)
+    ]
+    squad, train, questions = (tmp_path / name for name in ("squad.json.gz", "train.json", "questions.jsonl"))
+    squad.write_bytes(gzip.compress(json.dumps({"data": articles}).encode()))
+    words = f"--squad {squad} --articles 2 --passages 4 --each 6 --train {train} --questions {questions}".split()
+    held_out.main(words)
+    assert "2 articles to train on, 12 questions of 2 others" in capsys.readouterr().out
+    assert json.loads(train.read_text())["data"] == articles[2:]
+    found = list(read_questions(questions))
+    assert [name.split("-")[0] for *_, name in found] == ["A0", "A1"] * 6
+    assert len({name for *_, name in found}) == 12
+    for question, answers, passages, name in found:
+        article, own = (int(number) for number in name.removeprefix("A").split("-"))
+        assert str(own) in question
+        assert answers in ([f"thing{article}x{own}"], ["red"])
+        assert [p for p in passages if answers[0] in p] == [p for p in passages if f"passage {own} " in p] != []
+        assert len(set(passages)) == 4
+        assert all(f"In article {article}, " in p for p in passages)
+    once = questions.read_text()
+    held_out.main(words)
+    assert questions.read_text() == once
+    with pytest.raises(SystemExit):
+        held_out.main([*words[:2], "--articles", "4", *words[4:]])
+    assert "hold out fewer" in capsys.readouterr().err
