@@ -73,7 +73,7 @@ class Admission:
         if predictor is None:
             asked = f"max_kl={shown(max_kl)}" if max_kl is not None else f"min_top1={shown(min_top1)}"
             raise ConfigError(
-                f"{asked} needs a prediction, and none was calibrated for selector {shown(config.selector)} on this store with this model "
+                f"{asked} needs a prediction, and none was calibrated for selector {shown(config.selector)} as it is now on this store with this model "
                 "and codec: run `cachetune calibrate PROMPTS --model MODEL --store STORE` (or engine.calibrate) with "
                 f"{FEWEST_PROMPTS} prompts of your own "
                 "or more, or leave the bound out."

@@ -131,6 +131,9 @@ class Selector(ABC):
     shift: ClassVar[float] = 0.0
     """How much of the change that a chunk's recomputed tokens show is carried over to its reused ones, from 0 to 1 (`ChunkShift`)."""
 
+    revision: ClassVar[int] = 1
+    """Raised when its choice or its scores change, so that what was calibrated before is known to be of another choice."""
+
     def layers(self, num_layers: int) -> int:
         """How many of a model's `num_layers` layers its probe runs through; 0 if it has no probe."""
         return 0

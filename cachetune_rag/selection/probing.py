@@ -22,6 +22,7 @@ class ProbingSelector(Selector):
     """
 
     predicts = True
+    revision = 2  # 1: the rest of a cut sentence had no more than its own score
 
     def __init__(self, depth: float, queries: int):
         self.depth, self.queries = depth, queries

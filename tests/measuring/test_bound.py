@@ -13,6 +13,7 @@ from test_calibration import CHUNKS, SAMPLES, fresh
 
 from cachetune_rag import CacheTune, ConfigError
 from cachetune_rag.reuse.config import AUTO
+from cachetune_rag.selection import get_selector
 from cachetune_rag.selection.choice import unsureness
 
 MORE = [{"query": f"Which ship is number {n}?", "chunks": CHUNKS[n % 3 :] + CHUNKS[: n % 3]} for n in range(10)]
@@ -140,6 +141,26 @@ def test_a_damaged_prediction_is_left_out(engine: CacheTune, caplog: pytest.LogC
         engine.prefill(**REQUEST, selector="probe", max_kl=1)
     assert "Calibrate again" in caplog.text
     assert engine.prefill(**REQUEST, selector="probe").report.ratio == 0.2
+
+
+def test_a_prediction_of_another_revision_of_the_selector_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    with calibrated() as engine:
+        key = engine.runtime.calibrations.key(AUTO.selector)
+        content = engine.profiles.load("calibration", key)
+        assert content is not None
+        now = content.pop("selector_revision")
+        assert now == get_selector(AUTO.selector).revision > 1
+        content["ratio"] = 0.2
+        for other in ({}, {"selector_revision": now + 1}, {"selector_revision": "x"}):
+            engine.profiles.save("calibration", key, content | other)
+            with pytest.raises(ConfigError, match="none was calibrated for selector 'expected_error' as it is now"):
+                engine.prefill(**REQUEST, max_kl=1e6)
+            assert engine.prefill(**REQUEST).report.ratio == engine.calibrated_ratio() == 0.2
+        told = [each.getMessage() for each in caplog.records if "revision" in each.getMessage()]
+        assert len(told) == 1
+        assert "Calibrate again" in told[0]
+        engine.profiles.save("calibration", key, content | {"selector_revision": now})
+        assert engine.prefill(**REQUEST, max_kl=1e6).report.ratio == LADDER[0]
 
 
 def test_every_request_says_what_error_it_leaves(engine: CacheTune) -> None:
