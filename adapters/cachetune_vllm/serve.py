@@ -101,18 +101,18 @@ def _stored_dtype(settings: Mapping[str, Any], others: Sequence[str]) -> list[st
     """The option that makes vLLM compute in the number format of the stored chunks; empty where the user says it, or nothing is stored.
 
     By itself, vLLM takes a format that depends on the device and the model's files, and so does `cachetune precompute`: on a CPU, these are
-    different ones, and no chunk would be found.
+    different ones, and no chunk would be found. The store is opened in any case: one that can't be, for example with this key, is better found now
+    than when vLLM has loaded the model.
 
     Raises:
         ConfigError: a setting can't be used.
         StoreError: the store can't be used.
     """
-    if any(word.split("=")[0] in ("--dtype", "--config") for word in others):
-        return []
     from cachetune_vllm.stored import stored_dtype  # it loads torch: only when needed
 
     dtype = stored_dtype(ServerSettings.of(settings))
-    return [] if dtype is None else ["--dtype", dtype]
+    given = any(word.split("=")[0] in ("--dtype", "--config") for word in others)
+    return [] if given or dtype is None else ["--dtype", dtype]
 
 
 @app.command(context_settings=_OTHERS)

@@ -14,7 +14,9 @@ import logging
 import os
 import secrets
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from cryptography.exceptions import InvalidTag
@@ -33,6 +35,8 @@ _ERASED = b'{"erased":'
 _log = logging.getLogger(__name__)
 _ID, _LIFE = 32, 8
 """Characters of a secret's id, and of these the first, which say how often the tenant had been deleted when the secret was drawn."""
+_AT_ONCE = 16
+"""Most notes that are asked for at the same time."""
 _Secret = tuple[str, bytes]
 """A secret's id, and itself."""
 
@@ -146,11 +150,13 @@ class TenantSecrets(Keyring):
         if (now := self._changed()) == self._seen:
             return
         self._seen = now
-        gone = [
-            tenant
-            for tenant, held in list(self._known.items())
-            if any(self._is_erased(tenant, each) for each, _ in held)
-        ]
+        # Whoever erased it, it is noted here: so nothing is asked of a shared place, which would take a request for each tenant.
+        here = self._notes.here.get
+        gone = []
+        for tenant, held in list(self._known.items()):
+            lives = self._lives(here, tenant)
+            if any(_life_of(identity) < lives for identity, _ in held):
+                gone.append(tenant)
         self._forget(gone)
         for tenant in gone:
             self._forgotten(tenant)
@@ -209,11 +215,26 @@ class TenantSecrets(Keyring):
     def _stored(
         self, get: Callable[[str, str], bytes | None], tenant: str, kind: str = "secret"
     ) -> Iterator[tuple[str, bytes]]:
-        """Name and content of each note of one kind, the oldest first. None is ever removed, so they are found by counting."""
-        number = 0
-        while (content := get(tenant, name := _name(kind, str(number)))) is not None:
-            yield name, content
-            number += 1
+        """Name and content of each note of one kind, the oldest first. None is ever removed, so they are found by counting.
+
+        In a shared place each takes a request, so more and more are asked for at once.
+        """
+        number, count = 0, 1
+        while True:
+            names = [_name(kind, str(number + step)) for step in range(count)]
+            for name, content in zip(names, self._asked(get, tenant, names), strict=False):
+                if content is None:
+                    return
+                yield name, content
+            number, count = number + count, min(_AT_ONCE, number + count)
+
+    def _asked(self, get: Callable[[str, str], bytes | None], tenant: str, names: list[str]) -> Iterable[bytes | None]:
+        """The notes of these names, each when it is wanted, or all at once where that saves waiting."""
+        here = self._notes.here
+        if len(names) == 1 or here is self._notes or get == here.get:
+            return (get(tenant, name) for name in names)
+        with ThreadPoolExecutor(len(names), "cachetune-secrets") as threads:
+            return list(threads.map(partial(get, tenant), names))
 
     def _draw(self, tenant: str) -> list[_Secret]:
         """The secrets of a tenant, with another one."""

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from cachetune_rag import CacheTune
 from cachetune_store import ChunkStore, Namespace
+from cachetune_vllm import stored
 from cachetune_vllm.serve import app
 from cachetune_vllm.settings import ServerSettings
 from cachetune_vllm.stored import why_unusable
@@ -88,9 +89,29 @@ def test_serve_opens_a_store_with_its_key_and_names_where_the_key_is(
         assert "--dtype" in words
         config = json.loads(words[words.index("--kv-transfer-config") + 1])
         assert config["kv_connector_extra_config"]["store_key"] == settled
-    refused = CliRunner().invoke(app, ["M", "--store", str(tmp_path / "kv"), "--dry-run"])
-    assert refused.exit_code == 2
-    assert "none is given" in refused.output
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+@pytest.mark.parametrize("options", [(), ("--dtype", "float32")])
+def test_serve_refuses_a_wrong_key_before_vllm_starts(
+    tmp_path: Path, encrypted: bool, options: tuple[str, ...]
+) -> None:
+    for name, digits in (("key", "5f"), ("wrong", "6e")):
+        (tmp_path / name).write_text(digits * 32)
+    path = tmp_path / "kv"
+    with CacheTune(tiny.llama(), tiny.tokenizer(), path, store_key=tmp_path / "key", encrypt=encrypted) as engine:
+        engine.precompute([TEXT])
+    started(path, "--store-key", str(tmp_path / "key"), *options)
+    for given, said in (((), "none is given"), (("--store-key", str(tmp_path / "wrong")), "with another key")):
+        refused = CliRunner().invoke(app, ["M", "--store", str(path), *given, *options])
+        assert refused.exit_code == 2
+        assert said in refused.output
+    if not encrypted:
+        refused = CliRunner().invoke(
+            app, ["M", "--store", str(path), "--store-key", str(tmp_path / "key"), "--encrypt"]
+        )
+        assert refused.exit_code == 2
+        assert "encrypt" in refused.output
 
 
 @pytest.mark.parametrize("behind", [False, True], ids=["the store itself", "behind a folder"])
@@ -114,7 +135,10 @@ def test_serve_takes_a_place_that_machines_share(folder: Place, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("option", ["--store", "--remote"])
-def test_the_line_that_serve_shows_has_no_password(tmp_path: Path, option: str) -> None:
+def test_the_line_that_serve_shows_has_no_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    monkeypatch.setattr(stored, "stored_dtype", lambda _: None)  # nothing answers there
     store = () if option == "--store" else ("--store", str(tmp_path / "kv"))
     url = "valkey://user:it's pass@word@localhost:6379/prefix"
     done = CliRunner().invoke(app, ["M", *store, option, url, "--dry-run", "--dtype", "float32"])

@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from shared_places import Place
@@ -85,6 +86,26 @@ def test_a_place_with_a_key_opens_with_that_key_only(folder: Place, tmp_path: Pa
             with pytest.raises(StoreKeyError, match=said):
                 folder.store(path, **options)
     assert tier_of(folder.store(store_key=KEY), 1) == "remote", "nothing was taken for damaged"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, ["without a key"]),
+        ({"store_key": KEY}, ["not encrypted"]),
+        ({"store_key": KEY, "encrypt": True}, []),
+    ],
+)
+def test_a_new_place_says_once_what_is_not_protected(
+    folder: Place, caplog: pytest.LogCaptureFixture, options: dict[str, Any], said: list[str]
+) -> None:
+    if "encrypt" in options:
+        pytest.importorskip("cryptography")
+    for _ in range(2):  # the second one opens what the first has made
+        folder.store(**options).sync()
+    warnings = [record.getMessage() for record in caplog.records if "new shared place" in record.getMessage()]
+    assert len(warnings) == len(said)
+    assert all(words in warning for words, warning in zip(said, warnings, strict=True))
 
 
 def test_a_place_without_a_key_takes_none(folder: Place) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from cachetune_store import ChunkStore, StoreArgumentError, StoreError, StoreKey
 from cachetune_store.errors import RemoteError
 from cachetune_store.notes import Notes
 from cachetune_store.remote import catalogue, taking
+from cachetune_store.remote.folder import Folder
 from cachetune_store.removals import changes_so_far
 
 pytest.importorskip("cryptography")
@@ -293,8 +295,6 @@ def test_a_place_that_cannot_be_asked_once_keeps_no_secret(
     folder: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that another machine has drawn is only there."""
-    from cachetune_store.remote.folder import Folder
-
     first = folder.store(tmp_path / "first", store_key=KEY, encrypt=True)
     fill(first, ACME)
     first.sync()
@@ -500,6 +500,56 @@ def test_a_secret_that_cannot_be_had_now_is_no_damage(network: Place, tmp_path: 
     assert any(isinstance(each, StoreKeyError) for each in errors)
     assert second.stats().damaged == 0
     assert list((tmp_path / "second" / "chunks").rglob("*.safetensors"))
+
+
+def asked_for_secrets(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """From now on, the thread of each request for a secret or for what says that one was erased."""
+    asked: list[str] = []
+    real = Folder.get
+
+    def get(place: Folder, name: str, limit: int) -> bytes | None:
+        if name.startswith("secrets/"):
+            asked.append(threading.current_thread().name)
+        return real(place, name, limit)
+
+    monkeypatch.setattr(Folder, "get", get)
+    return asked
+
+
+def test_how_often_a_tenant_was_deleted_is_asked_for_together(
+    folder: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = folder.store(tmp_path / "first", store_key=KEY, encrypt=True)
+    fill(first, ACME)
+    first.sync()
+    for _ in range(20):
+        first.delete_tenant(ACME)
+    fill(first, ACME, seed=2)
+    first.sync()
+    second = folder.store(store_key=KEY, host_budget=0)
+    asked = asked_for_secrets(monkeypatch)
+    assert reads(second, ACME, 2)
+    assert len(asked) > 20
+    assert asked.count(threading.current_thread().name) < 8
+
+
+def test_a_deletion_costs_machines_no_request_for_each_other_tenant(
+    folder: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tenants = [f"t{number}" for number in range(12)]
+    first = folder.store(tmp_path / "first", store_key=KEY, encrypt=True)
+    second = folder.store(store_key=KEY, host_budget=0)
+    fill(first, *tenants)
+    first.sync()
+    second.sync()
+    assert all(reads(second, tenant) for tenant in tenants)
+    first.delete_tenant(tenants[0])
+    first.sync()
+    second.sync()
+    asked = asked_for_secrets(monkeypatch)
+    assert all(reads(second, tenant) for tenant in tenants[1:])
+    assert asked == []
+    assert not reads(second, tenants[0])
 
 
 def test_what_was_erased_stands_in_snapshots(folder: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -185,15 +185,15 @@ def transfer(store: Path, **settings: Any) -> dict[str, Any]:
     }
 
 
-def filled_store(folder: Path, family: str = "llama") -> tuple[Path, Path]:
-    """A tiny model's files, and a store with `CHUNKS` of it."""
+def filled_store(folder: Path, family: str = "llama", **options: Any) -> tuple[Path, Path]:
+    """A tiny model's files, and a store with `CHUNKS` of it. `options` are the engine's."""
     from transformers import AutoModelForCausalLM
 
     from tests.vllm.models import save_tiny
 
     model, store = save_tiny(family, folder), folder / "kv"
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    with CacheTune(loaded, tiny.tokenizer(), store) as engine:
+    with CacheTune(loaded, tiny.tokenizer(), store, **options) as engine:
         engine.precompute(CHUNKS)
     return model, store
 

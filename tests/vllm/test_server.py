@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from http.client import HTTPConnection
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,10 +36,17 @@ from tests.vllm.test_connector import (
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Its store is encrypted; those of other files' tests are not."""
     folder = tmp_path_factory.mktemp("server")
-    model, store = filled_store(folder)
-    with Server(model, store, folder / "log") as server:
+    (folder / "key").write_text("5f" * 32)
+    model, store = filled_store(folder, store_key=folder / "key", encrypt=True)
+    with Server(model, store, folder / "log", ["--store-key", str(folder / "key"), "--encrypt"]) as server:
         yield server
+
+
+def sealed(server: Server) -> dict[str, Any]:
+    """What opens the server's store."""
+    return {"store_key": str(server.store.parent / "key"), "encrypt": True}
 
 
 def test_a_chat_with_stored_chunks_reuses_them_and_says_so(server: Server) -> None:
@@ -190,9 +198,12 @@ def go_away(server: Server, body: bytes, count: int) -> None:
             count -= len(piece)
 
 
-def test_two_servers_use_one_store(server: Server, tiny_vllm: Callable[..., TinyVLLM]) -> None:
-    """One stores what was missed while the other reads, and documents come and go meanwhile."""
-    beside = Served(tiny_vllm("llama", packed=False, kv_transfer_config=transfer(server.store)), server.store)
+def test_two_servers_use_one_encrypted_store(
+    server: Server, tiny_vllm: Callable[..., TinyVLLM], tmp_path: Path
+) -> None:
+    """One stores what was missed while the other reads, and documents come and go meanwhile. Answers are those from a plain store."""
+    opened = transfer(server.store, **sealed(server))
+    beside = Served(tiny_vllm("llama", packed=False, kv_transfer_config=opened), server.store)
     notes = [f"Note {number}, which nobody has precomputed before a server is asked for it." for number in range(4)]
     bodies = [
         asked(server, text_of([*CHUNKS[3:], note]), kv_transfer_params=settings(chunks=[*CHUNKS[3:], note]))
@@ -205,7 +216,7 @@ def test_two_servers_use_one_store(server: Server, tiny_vllm: Callable[..., Tiny
         found = beside.tokens(prompts, **asks)
         assert [answer.result()[1]["kv_transfer_params"]["cachetune"]["storing"] for answer in answers] == [1] * 4
         others.result()
-    assert found == beside.engines(prompts, **asks)
+    assert found == Served(beside.tiny, filled_store(tmp_path)[1]).engines(prompts, **asks)
     chunks, until, number = [CHUNKS[0], *notes], time.monotonic() + 60, 0
     while True:  # until one server has stored all notes, and the other has heard of them
         said = report(beside.ask([prompt_of(chunks, f"Try {number}?")], **asks)[0])
@@ -215,11 +226,13 @@ def test_two_servers_use_one_store(server: Server, tiny_vllm: Callable[..., Tiny
         number += 1
         time.sleep(0.2)
     beside.assert_nothing_left_behind()
+    written = b"".join(file.read_bytes() for file in server.store.rglob("*") if file.is_file())
+    assert not [text for text in chunks if text.encode() in written]
 
 
 def come_and_go(server: Server) -> None:
     """Add documents to the server's store, and remove them."""
-    with CacheTune(loaded(server), tiny.tokenizer(), server.store) as engine:
+    with CacheTune(loaded(server), tiny.tokenizer(), server.store, **sealed(server)) as engine:
         for number in range(4):
             engine.precompute(
                 Document(f"page {number}", [f"Page {number}, which is there for a moment and then is gone."])
@@ -235,7 +248,7 @@ def loaded(server: Server) -> Any:
 
 def test_documents_are_added_while_the_server_runs(server: Server) -> None:
     text = "A page that was written after the server had started, and that a nightly job has just precomputed for everybody."
-    with CacheTune(loaded(server), tiny.tokenizer(), server.store) as engine:
+    with CacheTune(loaded(server), tiny.tokenizer(), server.store, **sealed(server)) as engine:
         engine.precompute([text])
     until, number, told = time.monotonic() + 60, 0, None
     chunks = [text, *CHUNKS[2:5]]

@@ -241,9 +241,9 @@ class Catalogue:
                     "the store's own. Put the object back, or delete all that is below this prefix and precompute again"
                 )
         if raw is None:
-            self._objects.put(
-                "store.json", [Description.new(self._key, encrypted=bool(self._encrypted)).content], create=True
-            )
+            described = Description.new(self._key, encrypted=bool(self._encrypted))
+            if self._objects.put("store.json", [described.content], create=True):
+                self._say_what_is_open()
             raw = self._objects.get("store.json", MOST_DESCRIPTION)
         try:
             found = Description.read(raw or b"")
@@ -259,6 +259,21 @@ class Catalogue:
                 "give another prefix and precompute again"
             )
         return found
+
+    def _say_what_is_open(self) -> None:
+        """Say once, where a place is made, what nobody is kept from there: later it can't be changed any more."""
+        if self._key is None:
+            _log.warning(
+                "%s is a new shared place without a key: whoever may write to it can change what all machines answer, and whoever may read it "
+                "can read the documents. If that must not be, make another one with store_key= and encrypt=True (docs/scale.md)",
+                self._objects.place,
+            )
+        elif not self._encrypted:
+            _log.warning(
+                "%s is a new shared place with a key, but not encrypted: whoever may read it can read the documents. If that must not be, make "
+                "another one with encrypt=True (docs/scale.md)",
+                self._objects.place,
+            )
 
     def _holds_something(self) -> bool:
         return any(next(iter(self._objects.names(prefix)), None) is not None for prefix in _PARTS)
