@@ -53,12 +53,13 @@ def main() -> None:
     if args.together is None:
         args.together = 6 if model.device.type == "cuda" else 1
     answered = args.answer_ratios if args.answers else []
-    header = header_of("quality", args, model, answer_ratios=answered, sets={d.name: d.digest for d in sets})
+    more = {} if args.stored == 1 else {"stored": args.stored}
+    header = header_of("quality", args, model, answer_ratios=answered, sets={d.name: d.digest for d in sets}, **more)
     rows = RowFile(args.out, args.shard, args.shards, header)
     options = {"cuda_kernels": args.cuda_kernels, "host_budget": args.host_budget}
     answer_ratios = args.answer_ratios if args.answers else ()
     engines = Engines(model, tokenizer, **options)
-    evaluators = {d.name: Evaluator(engines, d, settings, answer_ratios, args.together) for d in sets}
+    evaluators = {d.name: Evaluator(engines, d, settings, answer_ratios, args.together, args.stored) for d in sets}
     try:
         # The sets take turns, so that a run that is cut off has results for each.
         work = sorted((i, n) for n, d in enumerate(sets) for i in range(len(d.records)))
@@ -123,6 +124,12 @@ def arguments() -> argparse.Namespace:
     data.add_argument(
         "--shuffled", type=int, default=12, help="documents that are measured also with chunks in another order"
     )
+    data.add_argument(
+        "--stored",
+        type=float,
+        default=1.0,
+        help="share of the chunks that are stored; the others are new text in the prompt",
+    )
     grid_ = parser.add_argument_group("settings")
     grid_.add_argument("--selectors", nargs="+", default=compared_selectors(), choices=compared_selectors())
     grid_.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS), help="beside 0 and 1")
@@ -135,6 +142,8 @@ def arguments() -> argparse.Namespace:
         parser.set_defaults(**QUICK)
     args = parser.parse_args()
     finish(parser, args, "quality")
+    if not 0 <= args.stored <= 1:
+        parser.error(f"--stored is {args.stored}: use a number from 0 to 1.")
     if "{}" not in args.query:
         parser.error(f"--query is {args.query!r}: it needs {{}} where the question goes.")
     return args

@@ -35,6 +35,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.05, 0.15])
     parser.add_argument("--selectors", nargs="+", default=list(SELECTORS), help="where a phase names none")
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES), help="always in this order")
+    parser.add_argument(
+        "--stored", type=float, default=1.0, help="share of a prompt's chunks that are reused; the others are new text"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--full-rounds", type=int, help="rounds of full prefill, where it takes long (default: all)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="from the start; begins nothing after that")
@@ -47,11 +50,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--trace", type=Path, help="file for the profiler's trace (.json.gz) of the phase timeline")
     parser.add_argument("--out", type=Path, help="file for the JSON")
     args = parser.parse_args(arguments)
+    if not 0 < args.stored <= 1:
+        parser.error(f"--stored is {args.stored}: use a number above 0 and at most 1.")
 
     env = environment() | ({"commit": args.commit} if args.commit else {}) | {"driver": driver()}
     settings = {
         k: getattr(args, k) for k in ("shape", "chunk_tokens", "rounds", "lead_in", "plain", "no_warmup", "device")
     }
+    if args.stored != 1:
+        settings["stored"] = args.stored
     results = Results(args.out, env, settings)
     wanted = groups(args.phases, args.contexts, args.ratios, args.selectors)
     if not wanted:
@@ -64,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
             machine["disk_bytes_per_second"], machine["disk_direct"] = disk_speed(Path(folder))
         store = Path(folder) / "kv" if on_disk else None
         with Subject(
-            args.shape, args.device, store, args.contexts, args.chunk_tokens, args.lead_in, not args.plain
+            args.shape, args.device, store, args.contexts, args.chunk_tokens, args.lead_in, not args.plain, args.stored
         ) as subject:
             if wanted[0].settings:
                 # Before the warm-up, because lead-ins are chosen here, and the warm-up depends on them.

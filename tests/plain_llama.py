@@ -64,12 +64,14 @@ class PlainLlama:
         queries: int = 1,
         deviations: Array | None = None,
         shortlist: tuple[int, int, Sequence[int]] | None = None,
+        left_out: Sequence[int] = (),
     ) -> Run:
         """Compute `rows` (ascending) over `stored`: per layer keys before rotation and values of every row, [T, H, D].
 
         `shortlist`: (layers, count, among). Behind so many layers, all of `among` but the `count` with the largest error so far are hidden.
+        `left_out`: rows that are hidden in all layers.
         """
-        hidden_rows: list[int] = []
+        hidden_rows = list(left_out)
         places, everywhere = np.array(rows), np.arange(len(ids))
         hidden = self.weights["model.embed_tokens.weight"][np.array(ids)[places]]
         run = Run(None, [], [], np.zeros(len(ids)))
@@ -77,7 +79,8 @@ class PlainLlama:
         column = 0
         for layer in range(self.layers):
             if shortlist is not None and layer == shortlist[0]:
-                hidden_rows = sorted(shortlist[2], key=lambda j: (-run.error[j], j))[shortlist[1] :]
+                ranked = sorted(shortlist[2], key=lambda j: (-run.error[j], j))
+                hidden_rows = [*left_out, *ranked[shortlist[1] :]]
             x = self.norm(hidden, self.of(layer, "input_layernorm"))
             q, k, v = ((x @ self.of(layer, f"self_attn.{n}_proj").T).reshape(len(rows), -1, self.dim) for n in "qkv")
             if stored:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby, islice
 from typing import Any
 
@@ -74,6 +75,7 @@ class Evaluator:
         answer_ratios: the ratios at which answers are generated, for records that have accepted ones.
         together: for how many settings the target runs through the model in one forward. On a GPU this is several times faster than one
             by one. It takes twice the memory of that many prompts.
+        stored: see `partly_stored`.
     """
 
     def __init__(
@@ -83,9 +85,10 @@ class Evaluator:
         settings: Sequence[Setting],
         answer_ratios: Sequence[float] = (),
         together: int = 1,
+        stored: float = 1.0,
     ):
         self._engines, self._dataset, self._settings, self._together = engines, dataset, settings, together
-        self._answer_ratios = frozenset(answer_ratios)
+        self._answer_ratios, self._stored = frozenset(answer_ratios), stored
 
     def run(self, record: Record, known: dict[Key, Row]) -> Iterator[Row]:
         """Measure and yield those rows of a record that are not known yet."""
@@ -114,7 +117,7 @@ class Evaluator:
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _reference(self, engine: CacheTune, record: Record) -> Reference:
-        prompt = self._dataset.prompt(engine.prompts, record)
+        prompt = partly_stored(self._dataset.prompt(engine.prompts, record), self._stored, record.digest)
         state = engine.full_prefill(prompt=prompt)
         logits = target_logits(engine, [state], record.target)[0]
         answer = None
@@ -178,6 +181,19 @@ class Evaluator:
                 "em_full": exact_match(answer, [full]),
             }
         return row
+
+
+def partly_stored(prompt: Prompt, share: float, seed: str) -> Prompt:
+    """The prompt with so large a share of its chunks, at least one; the others are text like any other in it, which is computed.
+
+    Args:
+        prompt: the prompt.
+        share: of its chunks.
+        seed: decides which ones.
+    """
+    wanted = max(1, round(share * len(prompt.spans)))
+    kept = set(random.Random(seed).sample(range(len(prompt.spans)), wanted))
+    return replace(prompt, spans=tuple(span for number, span in enumerate(prompt.spans) if number in kept))
 
 
 def equal_compute_ratio(ratio: float, probed: int, total: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -40,6 +41,7 @@ class Subject:
         chunk_tokens: tokens of a chunk.
         lead_in: as for CacheTune.
         cuda_kernels: as for CacheTune.
+        stored: the share of a prompt's chunks that are reused. The others, spread evenly, are new text in it.
 
     Attributes:
         timings: seconds of each part of the preparation.
@@ -54,7 +56,9 @@ class Subject:
         chunk_tokens: int,
         lead_in: str = "auto",
         cuda_kernels: bool = True,
+        stored: float = 1.0,
     ):
+        self._share = stored
         self.device, self.contexts, self.chunk_tokens = device, contexts, chunk_tokens
         self.timings: dict[str, float] = {}
         self._folder = folder
@@ -150,6 +154,9 @@ class Subject:
         chunks = self.chunks(context, codec)
         started = time.perf_counter()
         prompt = self.engine.prompts.build(query=QUERY, chunks=chunks, prefix="")
+        ends = [int(number * self._share + 0.5) for number in range(len(chunks) + 1)]
+        stored = tuple(span for span in prompt.spans if ends[span.chunk] < ends[span.chunk + 1])
+        prompt = replace(prompt, spans=stored)
         report = self._benches[tier].assembler.prefill(prompt, config, started).report
         if report.missed or report.damaged or set(report.bytes_read) - {tier}:
             raise WrongTierError(f"wanted {tier}, and got {report}")

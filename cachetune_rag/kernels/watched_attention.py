@@ -19,17 +19,20 @@ TINY = 1e-6
 
 @triton.jit(do_not_specialize=["layer", "tokens", "window"])
 def _receive(
-    QUERY, LSE, TABLE, POSITIONS, WATCHED, MASS,
+    QUERY, LSE, TABLE, POSITIONS, WATCHED, MASS, PLACES, COUNT,
     query_token, query_head, layer, tokens, scale2, window,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    WINDOWED: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOWED: tl.constexpr, LISTED: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds to MASS the attention that each key receives from the last WATCHED tokens."""
     begin = tl.program_id(0) * BLOCK_N
-    end = tl.load(POSITIONS + tokens - 1).to(tl.int32) + 1
+    end = tl.load(COUNT if LISTED else POSITIONS + tokens - 1).to(tl.int32) + (0 if LISTED else 1)
     if begin < end:
         n = begin + tl.arange(0, BLOCK_N)
+        inside = n < end
+        if LISTED:
+            n = tl.load(PLACES + n, mask=inside, other=2147483647)
         d = tl.arange(0, BLOCK_D)
         watched = tl.minimum(tl.load(WATCHED).to(tl.int32), tokens)
         element = QUERY.dtype.element_ty
@@ -39,7 +42,7 @@ def _receive(
             key_at = base + (n[:, None].to(tl.int64) * KV_HEADS + head) * DIM + d[None, :]
             if ALIGNED:
                 key_at = tl.multiple_of(key_at, [16, 16])
-            k = tl.load(key_at, mask=(n[:, None] < end) & (d[None, :] < DIM), other=0.0)
+            k = tl.load(key_at, mask=inside[:, None] & (d[None, :] < DIM), other=0.0)
             for start in range(0, watched * GROUP, ROWS):
                 row = start + tl.arange(0, ROWS)
                 token = tokens - watched + row // GROUP
@@ -57,7 +60,6 @@ def _receive(
                 if WINDOWED:
                     seen &= pos[:, None] - n[None, :] < window
                 total += tl.sum(tl.where(seen, tl.math.exp2(score - lse[:, None]), 0.0), 0)
-        inside = n < end
         so_far = tl.load(MASS + n, mask=inside, other=0.0)
         tl.store(MASS + n, so_far + total / (watched * KV_HEADS * GROUP), mask=inside)
 
@@ -159,21 +161,22 @@ def receive(
     kv_heads: int,
     scale: float,
     window: int | None = None,
+    listed: Listed | None = None,
 ) -> None:
     """Add to `mass` the attention that each key receives from the watched tokens, averaged over these tokens and the heads.
 
     Args:
-        query, lse, table, layer, positions, kv_heads, scale, window: what `attend` was called with, and the `lse` that it filled.
+        query, lse, table, layer, positions, kv_heads, scale, window, listed: what `attend` was called with, and the `lse` that it filled.
         watched: int64 [1]; how many last tokens are watched. All of them if there are fewer.
-        mass: float32 [at least length]. What is beyond the prompt doesn't change.
+        mass: float32 [at least length]. What is beyond the prompt or not listed doesn't change.
     """
     _, heads, tokens, dim = query.shape
     block, rows = (64, 64) if query.element_size() == 2 else (32, 16)
     _receive[(triton.cdiv(mass.shape[0], block),)](
-        query, lse, table, positions, watched, mass,
+        query, lse, table, positions, watched, mass, *(listed or (positions, positions)),
         query.stride(2), query.stride(1), layer, tokens, scale * LOG2E, window or 0,
         KV_HEADS=kv_heads, GROUP=heads // kv_heads, DIM=dim, ROWS=rows, BLOCK_N=block, BLOCK_D=power_of_two(dim, 16),
-        WINDOWED=window is not None, ALIGNED=aligned(dim, dim, query.dtype), PRECISION=precision(query.dtype), num_warps=4,
+        WINDOWED=window is not None, LISTED=listed is not None, ALIGNED=aligned(dim, dim, query.dtype), PRECISION=precision(query.dtype), num_warps=4,
     )  # fmt: skip
 
 

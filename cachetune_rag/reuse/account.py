@@ -122,7 +122,7 @@ def account_of(
     deviations: dict[int, Tensor | None] = {}
     if plan is not None:
         reused = ~plan.computed.numpy()
-        reused[:kept] = False
+        reused[: plan.ready] = False
         fates[reused] = FATES.index(Fate.REUSED)
         for source in plan.sources_to_read():
             unread = source.places[source.rows :]

@@ -37,6 +37,7 @@ class Plan:
         computed: bool [length], the tokens that go through the model.
         exact: tokens before the first reused chunk: their rows are those of a full prefill.
         kept: how many of these were kept from an earlier prompt.
+        ready: how many of the first tokens have their rows already: those that were kept, or all exact ones if the selector computed them.
         sources: the reused chunks, with all of their rows.
         buffers: where the prompt's keys and values are put together.
         loader: brings the stored rows there.
@@ -46,6 +47,7 @@ class Plan:
     computed: Tensor
     exact: int
     kept: int
+    ready: int
     sources: list[Source]
     buffers: KVBuffers
     loader: LayerLoader
@@ -54,7 +56,7 @@ class Plan:
     @property
     def reused(self) -> int:
         """Chunk tokens whose stored rows are used."""
-        return int((~self.computed.numpy()).sum()) - self.kept
+        return int((~self.computed.numpy()).sum()) - self.ready
 
     def sources_to_read(self) -> list[Source]:
         """The reused chunks, with the rows of each that must be read."""
@@ -192,6 +194,7 @@ class Planner:
             prepared.buffers,
             loader,
             () if selector is None else self._continuations(prompt),
+            kept,
         )
         shift = choice = None
         if selector is not None:
@@ -204,9 +207,11 @@ class Planner:
             computed, shift = _selected(selector, context, choice.places, computed, unread)
         plan = None
         if not computed[kept:].all():
+            computed[: context.ready] = False  # the selector computed those that weren't kept
             plan = Plan(
-                torch.from_numpy(computed), prepared.exact, kept, prepared.sources, prepared.buffers, loader, shift
-            )
+                torch.from_numpy(computed), prepared.exact, kept, context.ready, prepared.sources, prepared.buffers,
+                loader, shift,
+            )  # fmt: skip
         if choice is None:
             return Chosen(plan, context.probed)
         return Chosen(plan, context.probed, choice.ratio, choice.error_left, choice.sign, choice.prediction)

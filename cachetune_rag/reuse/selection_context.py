@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,12 +14,19 @@ from torch import Tensor
 
 from cachetune_rag.model import KVBuffers, ModelAdapter
 from cachetune_rag.model.plain.probe import ProbePass
-from cachetune_rag.model.plain.shortlist import Shortlist
+from cachetune_rag.model.plain.shortlist import MasksNotNamedError, Shortlist
 from cachetune_rag.reuse.layer_loader import LayerLoader
 from cachetune_rag.reuse.source import Source
-from cachetune_rag.selection.base import all_places
+from cachetune_rag.selection.base import ReusedChunk, all_places
 from cachetune_rag.text.prompts.continuations import Continuation
 from cachetune_rag.text.prompts.prompt import Prompt
+
+BETWEEN = 64
+"""The most tokens between two reused chunks that a look computes: what separates chunks, or a heading. More are a passage that isn't stored."""
+BEHIND = 256
+"""The most tokens behind the last reused chunk that a look computes, the prompt's last ones."""
+
+_T = TypeVar("_T")
 
 
 class PromptView:
@@ -31,9 +40,12 @@ class PromptView:
         buffers: where the keys and values are put together.
         loader: brings the stored rows there.
         continuations: see `SelectionContext`.
+        kept: tokens at the prompt's beginning whose rows are in the buffers already.
 
     Attributes:
         probed: token-layers that the selector has had computed so far.
+        ready: tokens at the prompt's beginning whose rows are there in all layers: those that were kept, and once the selector looked at all
+            layers, all tokens before the first reused chunk.
     """
 
     def __init__(
@@ -45,28 +57,34 @@ class PromptView:
         buffers: KVBuffers,
         loader: LayerLoader,
         continuations: Sequence[Continuation] = (),
+        kept: int = 0,
     ):
         self.continuations = continuations
         self.chunks = [source.as_reused() for source in sources]
         self.length, self.num_layers = len(prompt.ids), adapter.num_layers
-        self.probed = 0
+        self.probed, self.ready = 0, kept
         self._adapter, self._prompt, self._computed = adapter, prompt, computed
         self._buffers, self._loader = buffers, loader
+        self._seen = computed  # those of the computed tokens that the last look computed
 
     @property
     def seed(self) -> int:
         """A number that depends on the prompt's token ids alone."""
         return int.from_bytes(hashlib.sha256(repr(self._prompt.ids).encode()).digest()[:7])
 
-    def observe_attention(self, num_layers: int, queries: int, observe: Callable[[int, Tensor], None]) -> None:
+    def observe_attention(
+        self, num_layers: int, queries: int, observe: Callable[[int, Tensor], None], whole: bool = False
+    ) -> None:
         """See `SelectionContext`."""
-        self._adapter.observe_attention(self._probe(num_layers, queries), observe)
+        self._look(num_layers, queries, whole, lambda probe: self._adapter.observe_attention(probe, observe))
 
-    def received_attention(self, num_layers: int, queries: int) -> Tensor:
+    def received_attention(self, num_layers: int, queries: int, whole: bool = False) -> Tensor:
         """See `SelectionContext`."""
-        return self._adapter.received_attention(self._probe(num_layers, queries))
+        return self._look(num_layers, queries, whole, self._adapter.received_attention)
 
-    def expected_error(self, num_layers: int, queries: int, shortlist: tuple[int, int] | None = None) -> Tensor:
+    def expected_error(
+        self, num_layers: int, queries: int, shortlist: tuple[int, int] | None = None, whole: bool = False
+    ) -> Tensor:
         """See `SelectionContext`."""
         end = max(chunk.start + chunk.tokens for chunk in self.chunks)
         # A prompt that ends in a chunk has its last token computed anyway.
@@ -74,18 +92,21 @@ class PromptView:
         pieces = self._deviations()
         if not pieces:
             self._loader.start()
-            return self.received_attention(num_layers, queries)
-        probe = self._probe(num_layers, queries)
-        if shortlist is not None:
-            probe = self._narrowed(probe, *shortlist)
-        self._loader.start()
-        total = self._adapter.expected_error(probe, self._loader.copy_deviations(pieces, num_layers))
-        return total / min(queries, len(probe.ids))
+            return self.received_attention(num_layers, queries, whole)
+
+        def look(probe: ProbePass) -> Tensor:
+            if shortlist is not None:
+                probe = self._narrowed(probe, *shortlist)
+            self._loader.start()
+            total = self._adapter.expected_error(probe, self._loader.copy_deviations(pieces, num_layers))
+            return total / min(queries, len(probe.ids))
+
+        return self._look(num_layers, queries, whole, look)
 
     def next_token(self, num_layers: int) -> Tensor:
         """See `SelectionContext`."""
         ids, places = some_of(self._prompt, self._computed)
-        if num_layers == self.num_layers:
+        if num_layers == self.num_layers and self._seen is self._computed:
             ids, places = ids[-1:], places[-1:]  # the probe has left the rows of the others in all layers
         self.probed += len(ids) * self.num_layers
         return self._adapter.selective_forward(ids, places, self._buffers, self._loader.load)[0]
@@ -101,11 +122,29 @@ class PromptView:
         self.probed += round(self.length * self._adapter.fresh_layers(layer))
         return self._adapter.fresh_states(ids_of(self._prompt), layer)
 
-    def _probe(self, num_layers: int, queries: int) -> ProbePass:
-        """A forward of the tokens that are computed in any case; what it costs is counted."""
-        ids, places = some_of(self._prompt, self._computed)
+    def _look(self, num_layers: int, queries: int, whole: bool, look: Callable[[ProbePass], _T]) -> _T:
+        """Have `look` run tokens that are computed in any case through the first layers: all of them, or those that stand in no new passage.
+        What it costs is counted.
+        """
+        new = None if whole else new_passages(self._computed, self.chunks)
+        try:
+            return self._looked(num_layers, queries, new, look)
+        except MasksNotNamedError:
+            return self._looked(num_layers, queries, None, look)
+
+    def _looked(self, num_layers: int, queries: int, new: Tensor | None, look: Callable[[ProbePass], _T]) -> _T:
+        seen = self._computed if new is None else self._computed & ~new
+        ids, places = some_of(self._prompt, seen)
+        found = look(ProbePass(ids, places, self._buffers, num_layers, queries, self._loader.load, left_out=new))
+        self._seen = seen
         self.probed += len(ids) * num_layers
-        return ProbePass(ids, places, self._buffers, num_layers, queries, self._loader.load)
+        if num_layers == self.num_layers:
+            self.ready = max(self.ready, self._first_reused())
+        return found
+
+    def _first_reused(self) -> int:
+        """How many tokens stand before the first reused chunk, and are not the prompt's last one."""
+        return min((chunk.start for chunk in self.chunks), default=0)
 
     def _narrowed(self, probe: ProbePass, after: int, count: int) -> ProbePass:
         """The same with a shortlist, whose rows the loader brings first."""
@@ -126,6 +165,26 @@ class PromptView:
             usual = torch.cat(known).float().mean(0).to(known[0].dtype)
             rows = [usual.expand(c.tokens, -1) if c.deviations is None else c.deviations for c in chunks]
         return [(chunk.start, numbers) for chunk, numbers in zip(chunks, rows, strict=True)]
+
+
+def new_passages(computed: Tensor, chunks: Sequence[ReusedChunk]) -> Tensor | None:
+    """Passages of a prompt that are not stored, or not known, behind its first reused chunk: bool [length] on the host; None if there are none.
+
+    A selector's look leaves them out: they are computed in the end in any case, and to compute them for the look as well would take as long again.
+    What stands before the first reused chunk isn't left out, because its rows are final once they are computed.
+
+    Args:
+        computed: bool [length], the tokens that are computed whatever is chosen.
+        chunks: the reused chunks.
+    """
+    found = np.zeros(len(computed), np.bool_)
+    spans = sorted((chunk.start, chunk.start + chunk.tokens) for chunk in chunks)
+    for (_, end), (start, _) in pairwise(spans):
+        if start - end > BETWEEN:
+            found[end:start] = True
+    if spans:
+        found[spans[-1][1] : max(0, len(computed) - BEHIND)] = True
+    return torch.from_numpy(found) if found.any() else None
 
 
 # On the host, NumPy: it reads a long tuple faster than torch, and wakes no threads for a few thousand numbers.

@@ -76,27 +76,36 @@ class SelectionContext(Protocol):
         """Where a sentence begins in one chunk of the prompt and goes on in the next: the places of its beginning, and those of the
         rest. The rest was stored without the beginning, whatever a score says of it (see `selection/continued.py`)."""
 
-    def observe_attention(self, num_layers: int, queries: int, observe: Callable[[int, Tensor], None]) -> None:
-        """Run the tokens that are computed anyway (prefix, query, missed chunks) through the first layers.
+    def observe_attention(
+        self, num_layers: int, queries: int, observe: Callable[[int, Tensor], None], whole: bool = False
+    ) -> None:
+        """Run tokens that are computed anyway (prefix, query) through the first layers.
 
         For each layer, `observe(layer, weights)` is called with the attention of the prompt's last `queries` tokens:
         float32 [heads, queries, length].
+
+        Args:
+            num_layers, queries, observe: see above.
+            whole: run all of them. Otherwise new passages behind the first reused chunk (missed chunks, say) are left out, as if they weren't in
+                the prompt.
         """
 
-    def received_attention(self, num_layers: int, queries: int) -> Tensor:
+    def received_attention(self, num_layers: int, queries: int, whole: bool = False) -> Tensor:
         """The attention that each token receives in `observe_attention`: averaged over heads and queries, summed over layers.
 
         It is added up on the model's device, where the result stays: float32 [length].
         """
 
-    def expected_error(self, num_layers: int, queries: int, shortlist: tuple[int, int] | None = None) -> Tensor:
+    def expected_error(
+        self, num_layers: int, queries: int, shortlist: tuple[int, int] | None = None, whole: bool = False
+    ) -> Tensor:
         """How much the expected error of each reused token disturbs the query: float32 [length], on the model's device.
 
         The formula is in `Probe.expected_error`; here it is averaged over the watched tokens, the last `queries` behind the last reused chunk. A chunk without
         deviations is given the mean of the others' deviations. If no chunk has any, this is `received_attention`.
 
         Args:
-            num_layers, queries: see `observe_attention`.
+            num_layers, queries, whole: see `observe_attention`.
             shortlist: (layers, tokens): behind so many of the first layers, only so many chunk tokens, those with the largest scores so far, are
                 looked at. The rows of the others are hidden from the computed tokens, and they keep the scores that they have. Not used where no
                 chunk has deviations. None: every layer looks at all tokens.

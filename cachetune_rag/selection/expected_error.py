@@ -31,7 +31,7 @@ class ExpectedErrorSelector(ProbingSelector):
 
     The first layers look at all rows, the others at a shortlist: the tokens that score highest in the first layers. The choice then needn't
     wait for the rows of the other tokens. What is found by the error left (a bound, a sign) needs the scores of all tokens, so there every
-    layer looks at all rows.
+    layer looks at all rows, and no new passage is left out.
 
     Args:
         depth, queries: see `ProbingSelector`.
@@ -57,7 +57,8 @@ class ExpectedErrorSelector(ProbingSelector):
         after = self.shortlist_after(context.num_layers)
         tokens = sum(chunk.tokens - chunk.skipped for chunk in context.chunks)
         count = tokens if chosen is None else max(math.ceil(self.shortlist * tokens), SLACK * chosen, self.least)
-        return context.expected_error(num_layers, self.queries, (after, count) if after and count < tokens else None)
+        shortlist = (after, count) if after and count < tokens else None
+        return context.expected_error(num_layers, self.queries, shortlist, whole=chosen is None)
 
 
 class EarlyExpectedErrorSelector(ExpectedErrorSelector):

@@ -23,4 +23,4 @@ class ProbeSelector(ProbingSelector):
 
     def scores(self, context: SelectionContext, num_layers: int, chosen: int | None = None) -> Tensor:
         """See `ProbingSelector.scores`."""
-        return context.received_attention(num_layers, self.queries)
+        return context.received_attention(num_layers, self.queries, whole=chosen is None)

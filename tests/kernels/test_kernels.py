@@ -136,7 +136,7 @@ def test_attention_over_listed_rows(
 ) -> None:
     """The rows of a list alone are seen and looked at. The others may hold anything, NaN as well."""
     from cachetune_rag.kernels.attention import attend
-    from cachetune_rag.kernels.watched_attention import disturb, nearness
+    from cachetune_rag.kernels.watched_attention import disturb, nearness, receive
 
     torch.manual_seed(3)
     keys, values, table = buffers(length, kv_heads, dim, dim, dtype)
@@ -166,6 +166,13 @@ def test_attention_over_listed_rows(
     assert error(out[:, padding:], wanted[:, padding:]) <= TOLERANCE[dtype]
 
     watched = torch.tensor([5], device=DEVICE)
+    mass = torch.zeros(length + 20, device=DEVICE)
+    receive(query, lse, table, 1, positions, watched, mass, **given)
+    received = torch.zeros(length + 20, dtype=torch.float64, device=DEVICE)
+    received[rows] = weights[:, -5:].mean((0, 1))
+    assert error(mass, received) <= TOLERANCE[dtype]
+    assert not mass[received == 0].any()
+
     hidden = torch.randn(1, padding + tokens, 50, device=DEVICE).to(dtype)
     near = torch.empty(padding + tokens, device=DEVICE)
     nearness(hidden, near)

@@ -97,8 +97,33 @@ def test_expected_error(pair: tuple[ModelAdapter, ModelAdapter]) -> None:
     assert same(ours, wanted)
 
 
-def test_expected_error_with_a_shortlist(pair: tuple[ModelAdapter, ModelAdapter]) -> None:
-    """Rows that aren't in it hold NaN in the later layers: nothing reads them."""
+def without(buffers: KVBuffers, left_out: Tensor) -> KVBuffers:
+    """The same, with NaN in some rows."""
+    for rows in rows_of(buffers):
+        rows[left_out] = float("nan")
+    return buffers
+
+
+def test_rows_that_are_left_out(pair: tuple[ModelAdapter, ModelAdapter]) -> None:
+    ids, places = some([0, 1, 2, 25, *range(50, LENGTH)])
+    left_out = (torch.arange(LENGTH) > 25) & (torch.arange(LENGTH) < 40)
+    columns = 2 * sum(spec.heads for spec in pair[0].layers)
+    deviations = torch.rand(LENGTH, columns, generator=torch.Generator().manual_seed(6)).half().to(DEVICE)
+    passes = [
+        ProbePass(ids, places, without(filled(a), left_out), a.num_layers, 9, lambda _layer: None, left_out=left_out)
+        for a in pair
+    ]
+    for looks in (
+        [a.expected_error(each, deviations) for a, each in zip(pair, passes, strict=True)],
+        [a.received_attention(each) for a, each in zip(pair, passes, strict=True)],
+    ):
+        assert same(*looks, 1e-3)
+        assert not any(look[left_out].any() for look in looks)
+
+
+@pytest.mark.parametrize("new", [False, True])
+def test_expected_error_with_a_shortlist(pair: tuple[ModelAdapter, ModelAdapter], new: bool) -> None:
+    """Rows that aren't in it hold NaN in the later layers: nothing reads them. Those of new passages do in all layers."""
     computed = [0, 1, 2, 25, *range(50, LENGTH)]
     ids, places = some(computed)
     among = torch.ones(LENGTH, dtype=torch.bool)
@@ -107,8 +132,11 @@ def test_expected_error_with_a_shortlist(pair: tuple[ModelAdapter, ModelAdapter]
     deviations = torch.rand(LENGTH, columns, generator=torch.Generator().manual_seed(6)).half().to(DEVICE)
     deviations[computed] = 0
     results, chosen = [], []
+    passage = (torch.arange(LENGTH) > 25) & (torch.arange(LENGTH) < 40) & new
+    among &= ~passage
+    never = passage if new else None
     for adapter in pair:
-        buffers, seen = filled(adapter), list[Tensor]()
+        buffers, seen = without(filled(adapter), passage), list[Tensor]()
 
         def found(rows: Tensor, seen: list[Tensor] = seen) -> None:
             seen.append(rows)
@@ -119,7 +147,8 @@ def test_expected_error_with_a_shortlist(pair: tuple[ModelAdapter, ModelAdapter]
                 buffers.key_rows[layer][~seen[0]] = float("nan")
                 buffers.value_rows[layer][~seen[0]] = float("nan")
 
-        probe = ProbePass(ids, places, buffers, adapter.num_layers, 7, before, Shortlist(1, 12, among, found))
+        shortlist = Shortlist(1, 12, among, found)
+        probe = ProbePass(ids, places, buffers, adapter.num_layers, 7, before, shortlist, never)
         results.append(adapter.expected_error(probe, deviations))
         chosen.append(seen[0])
     assert torch.equal(*chosen)
@@ -127,7 +156,7 @@ def test_expected_error_with_a_shortlist(pair: tuple[ModelAdapter, ModelAdapter]
     assert bool(chosen[0][computed].all())
     assert same(*results, 1e-3)
     wanted = pair[1].expected_error(
-        ProbePass(ids, places, filled(pair[1]), 1, 7, lambda _layer: None),
+        ProbePass(ids, places, filled(pair[1]), 1, 7, lambda _layer: None, left_out=never),
         deviations[:, : 2 * pair[1].layers[0].heads],
     )
     left_out = ~chosen[0]

@@ -23,7 +23,7 @@ from cachetune_rag.model.heads import Heads
 from cachetune_rag.model.plain import watch
 from cachetune_rag.model.plain.buffers import KVBuffers
 from cachetune_rag.model.plain.probe import ProbePass
-from cachetune_rag.model.plain.shortlist import Shortlist
+from cachetune_rag.model.plain.shortlist import MasksNotNamedError, Shortlist
 
 LENGTH = 120
 COMPUTED = [0, 1, 2, 50, *range(111, LENGTH)]
@@ -78,11 +78,18 @@ def buffers_with(adapter: ModelAdapter, stored: list[tuple[Tensor, Tensor]]) -> 
 
 
 def expected_error(
-    adapter: ModelAdapter, buffers: KVBuffers, ids: Tensor, deviations: Tensor, layers: int, queries: int
+    adapter: ModelAdapter,
+    buffers: KVBuffers,
+    ids: Tensor,
+    deviations: Tensor,
+    layers: int,
+    queries: int,
+    left_out: Tensor | None = None,
 ) -> Tensor:
     chosen = torch.tensor(COMPUTED)
     deviations = deviations[:, : 2 * sum(spec.heads for spec in adapter.layers[:layers])]
-    return adapter.expected_error(ProbePass(ids[chosen], chosen, buffers, layers, queries, nothing), deviations)
+    probe = ProbePass(ids[chosen], chosen, buffers, layers, queries, nothing, left_out=left_out)
+    return adapter.expected_error(probe, deviations)
 
 
 @pytest.mark.parametrize("queries", [1, 4, len(COMPUTED)])
@@ -176,27 +183,40 @@ def test_every_family_by_its_own_numbers(family: Family) -> None:
     torch.testing.assert_close(got.double(), wanted, rtol=2e-3, atol=1e-5)
 
 
+def new_rows() -> Tensor:
+    """Rows of a new passage between two chunks, of which nothing is known."""
+    return (torch.arange(LENGTH) >= 72) & (torch.arange(LENGTH) < 90)
+
+
 @pytest.mark.parametrize(
-    ("family", "queries"),
+    ("family", "queries", "new"),
     [
-        (family, queries)
+        (family, queries, new)
         for family in FAMILIES
-        for queries in ((5, 200) if family.name in ("llama", "gemma2") else (5,))
+        for queries, new in (
+            ((5, False), (200, False), (5, True), (200, True))
+            if family.name in ("llama", "gemma2")
+            else ((5, len(family.name) % 2 == 0),)
+        )
     ],
-    ids=lambda value: value.name if isinstance(value, Family) else f"{value} watched",
+    ids=lambda value: value.name if isinstance(value, Family) else str(value),
 )
 def test_a_shortlist_hides_the_other_rows_of_every_family(
-    family: Family, queries: int, monkeypatch: pytest.MonkeyPatch
+    family: Family, queries: int, new: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against a forward in which all rows stay, and the masks are filled by hand behind the first layer."""
+    """Against a forward in which all rows stay, and the masks are filled by hand: behind the first layer, and for new passages before it."""
     adapter = adapter_of(family.name)
     ids, chosen = torch.tensor([BOS, *random_ids(LENGTH - 1, 7)]), torch.tensor(COMPUTED)
     stored, deviations = reused_rows(adapter, 5), some_deviations(adapter, 6)
     among, count = torch.ones(LENGTH, dtype=torch.bool), 20
     among[COMPUTED] = False
     among[70:] = False  # rows that are never hidden, such as those of a prefix that was kept
+    left_out = new_rows() if new else None
     found: list[Tensor] = []
     buffers = buffers_with(adapter, stored)
+    if new:
+        for rows in (*buffers.key_rows, *buffers.value_rows):
+            rows[new_rows()] = float("nan")
 
     def before(layer: int) -> None:
         assert len(found) == (layer > 0), "it is known before the rows of the second layer are asked for"
@@ -205,18 +225,22 @@ def test_a_shortlist_hides_the_other_rows_of_every_family(
                 rows[~found[0]] = float("nan")  # never brought
 
     shortlist = Shortlist(1, count, among, found.append)
-    probe = ProbePass(ids[chosen], chosen, buffers, adapter.num_layers, queries, before, shortlist)
+    probe = ProbePass(ids[chosen], chosen, buffers, adapter.num_layers, queries, before, shortlist, left_out)
     got = adapter.expected_error(probe, deviations)
 
-    first = expected_error(adapter, buffers_with(adapter, stored), ids, deviations, 1, queries)
+    first = expected_error(adapter, buffers_with(adapter, stored), ids, deviations, 1, queries, left_out)
     best = sorted(among.nonzero()[:, 0].tolist(), key=lambda j: (-float(first[j]), j))[:count]
     hidden = among.clone()
     hidden[best] = False
+    if left_out is not None:
+        assert not got[left_out].any()
+        hidden |= left_out
     assert torch.equal(found[0], ~hidden)
-    assert shortlist.seen == int(found[0].sum())
+    assert probe.shortlisted == int(found[0].sum())
 
     masks_made: list[Tensor] = []
     build, allowed, narrowed = masks.build, masks.allowed, list[bool]()
+    never = torch.zeros(LENGTH).bool() if left_out is None else left_out
 
     def noted(*args: Any) -> Any:
         made = build(*args)
@@ -224,13 +248,13 @@ def test_a_shortlist_hides_the_other_rows_of_every_family(
         return made
 
     def without_hidden(*args: Any) -> Tensor:
-        return allowed(*args) & ~hidden if narrowed else allowed(*args)
+        return allowed(*args) & ~hidden if narrowed else allowed(*args) & ~never
 
     def fill(layer: int) -> None:
+        for mask in masks_made:
+            mask[..., hidden if layer else never] = torch.finfo(mask.dtype).min
         if layer == 1:
             narrowed.append(True)
-            for mask in masks_made:
-                mask[..., hidden] = torch.finfo(mask.dtype).min
 
     monkeypatch.setattr(masks, "build", noted)
     monkeypatch.setattr(masks, "allowed", without_hidden)
@@ -256,6 +280,38 @@ def shortlisted(adapter: ModelAdapter, found: Callable[[Tensor], None], layers: 
     among[COMPUTED] = False
     buffers = buffers_with(adapter, reused_rows(adapter, 1))
     return ProbePass(ids[chosen], chosen, buffers, layers, 9, nothing, Shortlist(1, 30, among, found))
+
+
+@pytest.mark.parametrize("attention", ["written out", "the model's"])
+def test_rows_that_are_left_out_receive_no_attention(attention: str) -> None:
+    """They hold NaN, and the others receive what they do where these have no weight."""
+    model = llama()
+    if attention == "the model's":
+        model.set_attn_implementation("eager")
+    adapter, stored, left_out = ModelAdapter(model), reused_rows(tiny(), 1), new_rows()
+    ids, chosen = torch.tensor([BOS, *range(20, 20 + LENGTH - 1)]), torch.tensor(COMPUTED)
+    buffers, seen = buffers_with(adapter, stored), dict[int, Tensor]()
+    for rows in (*buffers.key_rows, *buffers.value_rows):
+        rows[left_out] = float("nan")
+    probe = ProbePass(ids[chosen], chosen, buffers, adapter.num_layers, 6, nothing, left_out=left_out)
+    received = adapter.received_attention(probe)
+    adapter.observe_attention(probe, seen.__setitem__)
+    deviations = some_deviations(adapter)
+    assert not adapter.expected_error(probe, deviations)[left_out].any()
+    plain = [(k.double().numpy(), v.double().numpy()) for k, v in stored]
+    wanted = PlainLlama(adapter.model).forward(
+        ids.tolist(),
+        COMPUTED,
+        plain,
+        queries=6,
+        deviations=deviations.double().numpy(),
+        left_out=left_out.nonzero()[:, 0].tolist(),
+    )
+    np.testing.assert_allclose(adapter.expected_error(probe, deviations).numpy(), wanted.error, rtol=1e-4, atol=1e-6)
+    assert not received[left_out].any()
+    torch.testing.assert_close(received.sum(), torch.tensor(float(adapter.num_layers)))
+    torch.testing.assert_close(torch.stack(list(seen.values())).mean((1, 2)).sum(0), received)
+    assert seen[0].shape[2] == LENGTH
 
 
 def test_scores_that_workers_add_up_in_place_are_counted_once() -> None:
@@ -285,6 +341,8 @@ def test_where_masks_are_not_given_by_name_every_layer_looks_at_all_rows() -> No
     for attention in adapter.attentions:
         attention.register_forward_pre_hook(by_place, with_kwargs=True)
     found: list[Tensor] = []
+    with pytest.raises(MasksNotNamedError):  # rows that nobody has computed would be looked at
+        adapter.expected_error(replace(shortlisted(adapter, found.append), left_out=new_rows()), deviations)
     got = adapter.expected_error(shortlisted(adapter, found.append), deviations)
     assert not found
     torch.testing.assert_close(

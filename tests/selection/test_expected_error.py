@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,12 +19,15 @@ from torch import Tensor
 from cachetune_rag import CacheTune, Document
 from cachetune_rag.model import KVBuffers
 from cachetune_rag.model.heads import ALL_HEADS
+from cachetune_rag.report import Report
+from cachetune_rag.reuse import selection_context
 from cachetune_rag.reuse.config import AUTO
 from cachetune_rag.reuse.layer_loader import LayerLoader
 from cachetune_rag.reuse.selection_context import PromptView
 from cachetune_rag.selection import ReusedChunk, get_selector
 from cachetune_rag.selection.expected_error import ExpectedErrorSelector
 from cachetune_rag.selection.frequency import FrequencySelector
+from cachetune_rag.text.prompts.prompt import Prompt
 from cachetune_store import ChunkReader, LayerSpec, get_codec
 
 CHUNKS = [
@@ -83,19 +88,69 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("short")
 def test_a_request_equals_a_float64_reference(engine: CacheTune, order: list[int], ratio: float) -> None:
     """Score, selection, shift and recompute, from the stored rows to the logits."""
-    prompt = engine.prompts.build(query=QUERY, chunks=[CHUNKS[i] for i in order])
+    check(engine, engine.prompts.build(query=QUERY, chunks=[CHUNKS[i] for i in order]), ratio, [])
+
+
+@pytest.mark.parametrize("new", [(0,), (1,), (1, 2), (3,), (0, 2, 3)], ids=str)
+@pytest.mark.parametrize("ratio", [0.1, 0.9])
+@pytest.mark.usefixtures("short")
+def test_new_passages_are_computed_once(
+    engine: CacheTune, new: Sequence[int], ratio: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The look leaves out those behind the first reused chunk, and what it computes of the others is final."""
+    monkeypatch.setattr(selection_context, "BEHIND", 64)
+    whole = engine.prompts.build(query=QUERY, chunks=CHUNKS)
+    prompt = replace(whole, spans=tuple(span for span in whole.spans if span.chunk not in new))
+    first, end = prompt.spans[0].start, prompt.spans[-1].end
+    length, tokens = len(prompt.ids), sum(span.end - span.start for span in prompt.spans)
+    gaps = [(a.end, b.start) for a, b in pairwise(prompt.spans) if b.start - a.end > 64]
+    left_out = [j for a, b in [*gaps, (end, length - 64)] for j in range(a, b)]
+    assert bool(left_out) == (new != (0,))
+    looked = length - tokens - len(left_out)
+    layers = engine.adapter.num_layers
+    for kept in (0, first):
+        report = check(engine, prompt, ratio, left_out)
+        assert report.prefix_kept == kept
+        assert report.computed == length - kept - report.reused
+        assert report.probed == (looked - kept) * layers
+
+
+def test_tokens_before_the_first_reused_chunk_are_computed_by_the_look_alone(
+    engine: CacheTune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = engine.prompts.build(query=QUERY, chunks=CHUNKS, prefix="Read:")
+    ran: list[list[int]] = []
+    forward = engine.adapter.selective_forward
+    monkeypatch.setattr(
+        engine.adapter, "selective_forward", lambda *args: ran.append(args[1].tolist()) or forward(*args)
+    )
+    # The second one looks at a part of the layers, so the others of these rows aren't there yet.
+    for selector, least in (("expected_error", prompt.spans[0].start), ("expected_error_early", 0)):
+        engine.runtime.assembler.forget()  # no beginning is kept
+        state = engine.prefill(prompt=prompt, ratio=0.1, selector=selector)
+        first = ran.pop()[0]
+        assert first >= least if least else first == 0
+        assert state.report.prefix_kept == 0
+        assert state.report.computed - state.report.recomputed == len(prompt.ids) - sum(map(len, CHUNKS))
+
+
+def check(engine: CacheTune, prompt: Prompt, ratio: float, left_out: Sequence[int]) -> Report:
+    """A prompt by the default selector, whose look leaves out some places, against the reference."""
     spans = [(s.start, s.end) for s in prompt.spans]
     inside = {j for start, end in spans for j in range(start, end)}
-    base = [j for j in range(len(prompt.ids)) if j not in inside]
+    new = [j for j in range(len(prompt.ids)) if j not in inside]
+    base = [j for j in new if j not in set(left_out)]
     queries = min(64, len(prompt.ids) - spans[-1][1])
     stored, deviations = stored_rows(engine, prompt)
     plain = PlainLlama(engine.adapter.model)
     # One layer of the three looks at all rows, the others at half of them or at twice those that are chosen.
     looked = max(-(-len(inside) // 2), 2 * int(ratio * len(inside) + 1e-9))
     shortlist = (1, looked, sorted(inside)) if looked < len(inside) else None
-    error = plain.forward(prompt.ids, base, stored, queries=queries, deviations=deviations, shortlist=shortlist).error
+    error = plain.forward(
+        prompt.ids, base, stored, queries=queries, deviations=deviations, shortlist=shortlist, left_out=left_out
+    ).error
     best = sorted(inside, key=lambda j: (-error[j], j))[: int(ratio * len(inside) + 1e-9)]
-    rows = sorted([*base, *best])
+    rows = sorted([*new, *best])
     shifted = [(a, b) for a, b in spans if any(a <= j < b for j in best)]
     wanted = plain.forward(prompt.ids, rows, stored, shifted, 0.4)
 
@@ -104,6 +159,7 @@ def test_a_request_equals_a_float64_reference(engine: CacheTune, order: list[int
     for layer, entry in enumerate(state.cache.layers):
         got = entry.keys[0].transpose(0, 1).numpy()
         np.testing.assert_allclose(got, wanted.keys[layer], rtol=0, atol=1e-3)
+    return state.report
 
 
 def test_it_is_the_default(engine: CacheTune) -> None:

@@ -39,18 +39,22 @@ class FakeContext:
         shape = (2, self.num_layers, self.length, 2, 4)  # keys and values of two heads
         self.reused, self.fresh = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
 
-    def observe_attention(self, num_layers: int, queries: int, observe: Callable[[int, Tensor], None]) -> None:
+    def observe_attention(
+        self, num_layers: int, queries: int, observe: Callable[[int, Tensor], None], whole: bool = False
+    ) -> None:
         assert self.attention is not None
         for layer in range(num_layers):
             self.layers_run.append(layer)
             observe(layer, self.attention[layer].expand(2, queries, self.length))
 
-    def received_attention(self, num_layers: int, queries: int) -> Tensor:
+    def received_attention(self, num_layers: int, queries: int, whole: bool = False) -> Tensor:
         assert self.attention is not None
         self.layers_run += range(num_layers)
         return self.attention[:num_layers].sum(0)
 
-    def expected_error(self, num_layers: int, queries: int, shortlist: tuple[int, int] | None = None) -> Tensor:
+    def expected_error(
+        self, num_layers: int, queries: int, shortlist: tuple[int, int] | None = None, whole: bool = False
+    ) -> Tensor:
         assert shortlist is None, "these prompts are short"
         return self.received_attention(num_layers, queries)
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
@@ -125,8 +126,10 @@ class DeviceForward:
 
     def received(self, probe: ProbePass) -> Tensor:
         """As `ModelAdapter.received_attention`."""
-        kind = Kind(bucket(probe.ids.shape[0]), probe.layers, length=length_room(probe.buffers.length))
-        return self._watch(kind, probe)
+        room, listed = length_room(probe.buffers.length), None if probe.left_out is None else 0
+        return self._watch(
+            Kind(bucket(probe.ids.shape[0]), probe.layers, length=room, listed=listed), probe, _Lists(probe)
+        )
 
     def expected_error(
         self, probe: ProbePass, deviations: Tensor, summed: Callable[[Tensor], Tensor] = lambda scores: scores
@@ -135,31 +138,17 @@ class DeviceForward:
         columns = self._columns[probe.layers]
         if deviations.shape[1] != columns:
             raise ValueError(f"deviations have {deviations.shape[1]} columns; {probe.layers} layers make {columns}.")
-        shortlist = probe.shortlist
-        after = 0 if shortlist is None else shortlist.after
+        listed = 0 if probe.left_out is not None else None if probe.shortlist is None else probe.shortlist.after
         room = length_room(probe.buffers.length)
-        kind = Kind(bucket(probe.ids.shape[0]), probe.layers, True, room, shortlist=after)
+        kind = Kind(bucket(probe.ids.shape[0]), probe.layers, True, room, listed=listed)
         held = deviations.contiguous()
+        return self._watch(kind, probe, _Lists(probe, summed), deviations=held.data_ptr())
 
-        def narrow(inputs: Inputs, total: Tensor) -> None:
-            """Write the rows that are used from now on. The host doesn't wait for them."""
-            assert shortlist is not None
-            length, count = probe.buffers.length, shortlist.seen
-            among = inputs.among[:length] > 0
-            seen = seen_rows(summed(total.sum(0)[:length]), among, shortlist.count)
-            places = torch.arange(length, dtype=torch.int32, device=self._device)
-            inputs.rows[:count] = torch.where(seen, places, length).sort().values[:count]
-            shortlist.found(seen)
-
-        return self._watch(
-            kind, probe, None if shortlist is None else narrow, deviations=held.data_ptr(), shortlist=shortlist
-        )
-
-    def _watch(
-        self, kind: Kind, probe: ProbePass, narrow: Callable[[Inputs, Tensor], None] | None = None, **numbers: Any
-    ) -> Tensor:
+    def _watch(self, kind: Kind, probe: ProbePass, lists: _Lists, **numbers: Any) -> Tensor:
         numbers["watched"] = min(probe.queries, probe.ids.shape[0])
-        totals = self._go(kind, probe.ids, probe.positions, probe.buffers, probe.before, narrow, **numbers)
+        if kind.listed is not None:
+            numbers["roles"] = lists.roles
+        totals = self._go(kind, probe.ids, probe.positions, probe.buffers, probe.before, lists, **numbers)
         return totals[: probe.buffers.length]
 
     def fuse(self, buffers: KVBuffers, vocabulary: int) -> bool:
@@ -199,9 +188,9 @@ class DeviceForward:
             layers, errors, after = probe
             for room in sorted({length_room(n) for n in lengths}):
                 for size in buckets(min(tokens, _PROBED_TOKENS)):
-                    # With and without: short prompts and large ratios have no shortlist.
-                    for each in {0, after}:
-                        self._warm(Kind(size, layers, errors, room, shortlist=each))
+                    # Short prompts and large ratios have no shortlist; where a prompt has new passages, every layer uses a list.
+                    for each in dict.fromkeys((None, after or None, 0)):
+                        self._warm(Kind(size, layers, errors, room, listed=each))
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
@@ -223,10 +212,10 @@ class DeviceForward:
         positions: Tensor,
         buffers: KVBuffers,
         before: Callable[[int], None],
-        narrow: Callable[[Inputs, Tensor], None] | None = None,
+        lists: _Lists | None = None,
         **numbers: Any,
     ) -> Tensor:
-        """Run a forward of a kind. `narrow(inputs, total)` is called behind the layers that look at all rows, with what they have added up."""
+        """Run a forward of a kind. `lists` writes which rows its layers use, if they don't use all."""
         graph = None
         if self.graphs_enabled and kind.tokens <= MAX_TOKENS:
             graph = self._graphs.get(kind)
@@ -238,19 +227,19 @@ class DeviceForward:
             # Padding only serves to share graphs, so there is none here.
             chunks = numbers["shift"].spans.shape[0] if kind.chunks else 0
             length = buffers.length if kind.length else 0
-            kind = Kind(ids.shape[0], kind.probed, kind.errors, length, chunks, kind.shortlist)
+            kind = Kind(ids.shape[0], kind.probed, kind.errors, length, chunks, kind.listed)
         if graph is not None:
             self._graphs.move_to_end(kind)
             graph.inputs.fill(ids, positions, buffers, **numbers)
             self.began = graph.inputs.read
-            return graph.replay(_narrowed(before, kind, narrow, graph.inputs, graph.total))
+            return graph.replay(_listing(before, kind, lists, graph.inputs, graph.total))
         inputs = Inputs(kind, len(self._specs), self._device)
         inputs.fill(ids, positions, buffers, **numbers)
         self._keep(inputs)
         self.began = inputs.read
         call = self._call(kind, inputs)
         total = None if call.probing is None else call.probing.total
-        return self._eager(inputs, _narrowed(before, kind, narrow, inputs, total), call)
+        return self._eager(inputs, _listing(before, kind, lists, inputs, total), call)
 
     def _keep(self, inputs: Inputs) -> None:
         """Keep inputs until the device has read them. Their page-locked memory is read by a kernel, of which torch doesn't know: it would
@@ -270,8 +259,8 @@ class DeviceForward:
                 self._columns[: kind.probed + 1],
                 self._gains if kind.errors else (),
                 torch.empty(kind.tokens, **empty),
-                (inputs.rows, inputs.count) if kind.shortlist else None,
-                kind.shortlist,
+                None if kind.listed is None else (inputs.rows, inputs.count),
+                kind.listed or 0,
             )
         if kind.chunks:
             widths = (max(s.heads * s.head_dim for s in self._specs), max(s.heads * s.v_head_dim for s in self._specs))
@@ -356,7 +345,7 @@ class DeviceForward:
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
         self.captures += 1
         self._disturbed = 0
-        total = call.probing.total if call.probing is not None and kind.shortlist else None
+        total = call.probing.total if call.probing is not None and kind.listed is not None else None
         graph = self._graphs[kind] = Graph(inputs, recorder.pieces, out, total)
         while len(self._graphs) > MAX_GRAPHS:
             self._graphs.popitem(last=False)
@@ -404,23 +393,52 @@ def opaque_cache() -> type[KernelCache]:
     return type("OpaqueKernelCache", (KernelCache,), {"update": opaque(KernelCache.update)})
 
 
-def _narrowed(
-    before: Callable[[int], None],
-    kind: Kind,
-    narrow: Callable[[Inputs, Tensor], None] | None,
-    inputs: Inputs,
-    total: Tensor | None,
+class _Lists:
+    """Writes which rows the layers of a probe use. The host doesn't wait for it.
+
+    Args:
+        probe: says which.
+        summed: see `DeviceForward.expected_error`; None: the probe has no shortlist.
+    """
+
+    def __init__(self, probe: ProbePass, summed: Callable[[Tensor], Tensor] | None = None):
+        self._probe, self._summed = probe, summed
+        self._shortlist = None if summed is None else probe.shortlist
+
+    @property
+    def roles(self) -> NDArray[np.int64]:
+        """What becomes of each row, int64 [length]: 1 if it may be hidden by the shortlist, 2 if it is left out, 0 if all layers use it."""
+        length, (left_out, shortlist) = self._probe.buffers.length, (self._probe.left_out, self._shortlist)
+        roles = np.zeros(length, np.int64) if shortlist is None else shortlist.among.numpy().astype(np.int64)
+        if left_out is not None:
+            roles[left_out.numpy()] = 2
+        return roles
+
+    def write(self, layer: int, inputs: Inputs, total: Tensor) -> None:
+        """Write the rows that `layer` and those behind it use, if it is the first one that uses them. `total` is what was added up before it."""
+        length, shortlist = self._probe.buffers.length, self._shortlist
+        if layer == 0 and self._probe.left_out is not None:
+            inputs.list_rows(inputs.roles[:length] != 2, self._probe.looked_at)
+        if shortlist is not None and layer == shortlist.after:
+            assert self._summed is not None
+            roles = inputs.roles[:length]
+            seen = seen_rows(self._summed(total.sum(0)[:length]), roles == 1, shortlist.count, roles == 2)
+            inputs.list_rows(seen, self._probe.shortlisted)
+            shortlist.found(seen)
+
+
+def _listing(
+    before: Callable[[int], None], kind: Kind, lists: _Lists | None, inputs: Inputs, total: Tensor | None
 ) -> Callable[[int], None]:
-    """`before`, which calls `narrow` ahead of the first layer that uses a shortlist."""
-    if narrow is None or total is None:
+    """`before`, ahead of which `lists` writes which rows a layer uses."""
+    if lists is None or total is None or kind.listed is None:
         return before
 
-    def narrowed(layer: int) -> None:
-        if layer == kind.shortlist:
-            narrow(inputs, total)
+    def listing(layer: int) -> None:
+        lists.write(layer, inputs, total)
         before(layer)
 
-    return narrowed
+    return listing
 
 
 def _nothing(_layer: int) -> None:

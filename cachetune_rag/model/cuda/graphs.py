@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cachetune_rag.kernels import row_addresses
 from cachetune_rag.model.libraries.private import end_allocation
 from cachetune_rag.model.plain.buffers import KVBuffers
 from cachetune_rag.model.plain.shift import ChunkShift
-from cachetune_rag.model.plain.shortlist import Shortlist
 
 MAX_TOKENS = 8192
 """The most tokens for which there are graphs. With more, a layer computes for longer than its launch takes, even while other threads read
@@ -53,7 +53,7 @@ class Kind:
         errors: whether a probe adds up the expected error instead of the attention.
         length: the prompt length that a probe has room for.
         chunks: the number of shifted chunks that there is room for.
-        shortlist: behind so many layers a probe goes on with a shortlist; 0: never.
+        listed: from this layer on, a probe uses those rows alone that a list names (`Inputs.rows`); None: it uses all.
         whole: whether every layer's rows are there from the start, so that the graph need not be cut into pieces.
     """
 
@@ -62,7 +62,7 @@ class Kind:
     errors: bool = False
     length: int = 0
     chunks: int = 0
-    shortlist: int = 0
+    listed: int | None = None
     whole: bool = False
 
 
@@ -123,9 +123,9 @@ class Inputs:
         positions: [tokens]; padding is at -1.
         table: addresses of the prompt's buffers.
         watched, deviations: [1]; see `kernel_call.Probing`.
-        among: [prompt length, with padding]; 1 for tokens that a shortlist may leave out.
-        rows: int32, as long; the rows that are used once a shortlist was made. Written on the device.
-        count: [1]; how many these are.
+        roles: [prompt length, with padding]; which rows a probe uses: 0 in all layers, 1 perhaps not in the later ones, 2 never.
+        rows: int32, as long; the rows that are used by layers that don't use all of them. Written on the device.
+        count: [1]; how many these are, written there too.
         known, rotations, spans: see `kernels.shift`.
         read: an event recorded on the device once it has read the numbers, which is how a forward begins. None on a CPU.
     """
@@ -134,7 +134,7 @@ class Inputs:
         self.tokens = kind.tokens
         sizes = [kind.tokens, kind.tokens, kind.tokens, 2 * layers, 1, 1]
         sizes += [kind.tokens, 2 * layers, SPAN * kind.chunks] if kind.chunks else [0, 0, 0]
-        room = kind.length if kind.shortlist else 0
+        room = 0 if kind.listed is None else kind.length
         sizes += [1, room]
         cuda = device.type == "cuda"
         self._host = torch.zeros(sum(sizes), dtype=torch.int64, pin_memory=cuda)
@@ -143,7 +143,7 @@ class Inputs:
         # NumPy, because for so few numbers torch takes far longer.
         self._parts = [part.numpy() for part in self._host.split(sizes)]
         ids, places, self.positions, self.table, self.watched, self.deviations, *rest = self._numbers.split(sizes)
-        self.known, self.rotations, spans, self.count, self.among = rest
+        self.known, self.rotations, spans, self.count, self.roles = rest
         self.rows = torch.zeros(room, dtype=torch.int32, device=device)
         self.ids, self.places, self.spans = ids[None], places[None], spans.view(-1, SPAN)
 
@@ -155,7 +155,7 @@ class Inputs:
         watched: int = 0,
         deviations: int = 0,
         shift: ShiftNumbers | None = None,
-        shortlist: Shortlist | None = None,
+        roles: NDArray[np.int64] | None = None,
     ) -> None:
         """Write a request's numbers. `ids` and `positions` [at most `self.tokens`] should be on the host, which is fastest."""
         self._wait()
@@ -164,7 +164,7 @@ class Inputs:
         for part, numbers, filler in zip(self._parts, (ids.cpu().numpy(), places, places), (0, 0, -1), strict=False):
             part[:padding] = filler
             part[padding:] = numbers
-        _, _, _, table, watched_at, deviations_at, known, rotations, spans, count, among = self._parts
+        _, _, _, table, watched_at, deviations_at, known, rotations, spans, _, roles_at = self._parts
         table[:] = row_addresses(buffers.key_rows, buffers.value_rows)
         watched_at[0], deviations_at[0] = watched, deviations
         if spans.shape[0]:
@@ -175,11 +175,19 @@ class Inputs:
                 rows = spans.reshape(-1, SPAN)[: shift.spans.shape[0]]
                 rows[:] = shift.spans.numpy()
                 rows[:, 2:4] += padding
-        if shortlist is not None:
-            count[0] = shortlist.seen
-            among[: buffers.length] = shortlist.among.numpy()
-            among[buffers.length :] = 0
+        if roles is not None:
+            roles_at[: len(roles)] = roles
+            roles_at[len(roles) :] = 0
         self._send()
+
+    def list_rows(self, seen: Tensor, count: int) -> None:
+        """The layers that don't use all rows use those where `seen` is true from now on, bool [prompt length] on the device; `count` says how
+        many these are.
+        """
+        length = seen.shape[0]
+        places = torch.arange(length, dtype=torch.int32, device=seen.device)
+        self.rows[:count] = torch.where(seen, places, length).sort().values[:count]
+        self.count.fill_(count)
 
     def fill_idle(self) -> None:
         """Fill with padding alone, for a forward that uses no prompt's buffers."""

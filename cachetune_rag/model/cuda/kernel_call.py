@@ -160,6 +160,7 @@ class KernelCall:
                 kv_heads=kv_heads,
                 scale=scale,
                 window=window,
+                listed=probing.rows(layer),
             )
             return
         disturb(

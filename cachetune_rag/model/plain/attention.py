@@ -50,11 +50,12 @@ class Blocks:
         if len(ends) * BLOCK < count:
             ends.append(int(positions[-1]))
         self.bounds = [(i * BLOCK, min((i + 1) * BLOCK, count), end + 1) for i, end in enumerate(ends)]
+        self._whole = self.bounds
 
     def narrow(self, rows: Tensor) -> None:
-        """The keys are those at the places `rows` alone from now on, int64, ascending."""
-        ends = torch.searchsorted(rows, rows.new_tensor([end for _, _, end in self.bounds])).tolist()
-        self.bounds = [(start, stop, end) for (start, stop, _), end in zip(self.bounds, ends, strict=True)]
+        """The keys are those at the places `rows` alone from now on, int64, ascending. It may be called again, with other rows."""
+        ends = torch.searchsorted(rows, rows.new_tensor([end for _, _, end in self._whole])).tolist()
+        self.bounds = [(start, stop, end) for (start, stop, _), end in zip(self._whole, ends, strict=True)]
 
 
 current_blocks: ContextVar[Blocks | None] = ContextVar("cachetune_attention_blocks", default=None)

@@ -39,7 +39,9 @@ class ProbePass:
         layers: how many layers are run, from the first.
         queries: how many of the last tokens are watched.
         before: `before(layer)` is called before a layer's buffer is used.
-        shortlist: which rows the later layers look at; None: all layers look at all rows. For `expected_error`.
+        shortlist: which rows the later layers look at; None: all layers look at the same rows. For `expected_error`.
+        left_out: bool [length] on the host; rows that no layer looks at, as if the prompt didn't have these tokens: nothing need be in the
+            buffers there. None: all rows are looked at.
     """
 
     ids: Tensor
@@ -49,6 +51,18 @@ class ProbePass:
     queries: int
     before: Callable[[int], None]
     shortlist: Shortlist | None = None
+    left_out: Tensor | None = None
+
+    @property
+    def looked_at(self) -> int:
+        """How many rows are looked at in layers before those of the shortlist."""
+        return self.buffers.length - (0 if self.left_out is None else int(self.left_out.sum()))
+
+    @property
+    def shortlisted(self) -> int:
+        """How many rows the layers of the shortlist look at."""
+        assert self.shortlist is not None
+        return self.looked_at - int(self.shortlist.among.sum()) + self.shortlist.count
 
     def on(self, device: torch.device) -> ProbePass:
         """The same with `ids` and `positions` on a device."""
@@ -93,13 +107,18 @@ class Probe:
         """Hand out the watched tokens' attention.
 
         `observe(layer, weights)` gets [heads, queries, length] in float32, each row a distribution over the prompt
-        (soft-capping and learned sinks are left out, which keeps the order within a head).
+        (soft-capping and learned sinks are left out, which keeps the order within a head). Rows that are left out have none of it.
         """
 
         def look(shown: Shown, near: Tensor) -> None:
-            observe(shown.layer, heads_of_rows(shown.weights, near.shape[0]))
+            weights = heads_of_rows(shown.weights, near.shape[0])
+            if (rows := narrowing.rows(shown.layer)) is not None:
+                whole = weights.new_zeros(*weights.shape[:2], probe.buffers.length)
+                weights = whole.index_copy_(2, rows, weights)
+            observe(shown.layer, weights)
 
-        self._watch(probe, look, None)
+        narrowing = self._narrowing(probe)
+        self._watch(probe, look, narrowing)
 
     def received(self, probe: ProbePass) -> Tensor:
         """The attention that each prompt token receives, float32 [length]: the sum over layers of the mean over heads and the
@@ -108,9 +127,11 @@ class Probe:
         total = torch.zeros(probe.buffers.length, dtype=torch.float32, device=probe.positions.device)
 
         def look(shown: Shown, _near: Tensor) -> None:
-            total.add_(shown.weights.mean((0, 1)))
+            mean, rows = shown.weights.mean((0, 1)), narrowing.rows(shown.layer)
+            total.add_(mean) if rows is None else total.index_add_(0, rows, mean)
 
-        self._watch(probe, look, None)
+        narrowing = self._narrowing(probe)
+        self._watch(probe, look, narrowing)
         return total
 
     def expected_error(
@@ -130,7 +151,7 @@ class Probe:
         output projection is left out, as are its learned sinks and soft-capping.)
 
         With a shortlist, the later layers run and are looked at as if the prompt had no other rows than those that they use, and a token that isn't
-        in it keeps the score that the first layers gave it.
+        in it keeps the score that the first layers gave it. Rows that are left out have a score of 0.
 
         Args:
             probe: which tokens are computed, and which are watched.
@@ -142,7 +163,7 @@ class Probe:
         total = torch.zeros(probe.buffers.length, dtype=torch.float32, device=probe.positions.device)
 
         def look(shown: Shown, near: Tensor) -> None:
-            rows = None if narrowing is None else narrowing.rows(shown.layer)
+            rows = narrowing.rows(shown.layer)
             if rows is None:
                 total.add_(self._layer_error(shown, near, *by_layer[shown.layer]))
             else:
@@ -150,11 +171,16 @@ class Probe:
                 total.index_add_(0, rows, self._layer_error(shown, near, *off))
 
         # A copy, because workers may add their parts up in the memory that they are given.
-        narrowing = None if probe.shortlist is None else Narrowing(probe.shortlist, lambda: summed(total.clone()))
+        narrowing = self._narrowing(probe, lambda: summed(total.clone()))
         self._watch(probe, look, narrowing)
         return total
 
-    def _watch(self, probe: ProbePass, look: _Look, narrowing: Narrowing | None) -> None:
+    def _narrowing(self, probe: ProbePass, scores: Callable[[], Tensor] | None = None) -> Narrowing:
+        """Hides what a pass doesn't look at. Only with `scores` is there a shortlist."""
+        shortlist = None if scores is None else probe.shortlist
+        return Narrowing(probe.left_out, shortlist, scores or (lambda: torch.empty(0)), probe.positions.device)
+
+    def _watch(self, probe: ProbePass, look: _Look, narrowing: Narrowing) -> None:
         """Run the layers of the pass, and look at each when its buffer is complete."""
         queries = min(probe.queries, probe.positions.shape[0])
         near: dict[int, Tensor] = {}
@@ -174,12 +200,12 @@ class Probe:
             except StopForward:
                 return
 
-    def _run_shown(self, probe: ProbePass, watch: Watch, narrowing: Narrowing | None) -> None:
+    def _run_shown(self, probe: ProbePass, watch: Watch, narrowing: Narrowing) -> None:
         """Reads the weights that this package's attention computes anyway."""
         with watched(watch):
             self._run_pass(probe, narrowing)
 
-    def _run_tapped(self, probe: ProbePass, watch: Watch, narrowing: Narrowing | None) -> None:
+    def _run_tapped(self, probe: ProbePass, watch: Watch, narrowing: Narrowing) -> None:
         """The model runs its own attention, so the weights are computed a second time beside it."""
         place = probe.positions[-watch.tokens :]
         rows = rows_of(self._tables(probe.buffers.length), place)
@@ -189,7 +215,7 @@ class Probe:
             asked[layer] = self._taps[layer].query(out)[0, -watch.tokens :]
 
         def after(layer: int, keys: Tensor, values: Tensor) -> None:
-            at = None if narrowing is None else narrowing.rows(layer)
+            at = narrowing.rows(layer)
             rotated = self._rotate(layer, asked.pop(layer), rows)
             query = rows_of_heads(rotated.transpose(0, 1), self._specs[layer].heads)
             allowed = masks.allowed(self._windows[layer], None, place, probe.buffers.length)
@@ -203,11 +229,10 @@ class Probe:
     def _run_pass(
         self,
         probe: ProbePass,
-        narrowing: Narrowing | None,
+        narrowing: Narrowing,
         after: Callable[[int, Tensor, Tensor], None] | None = None,
     ) -> None:
-        rows = None if narrowing is None else narrowing.rows
-        cache = ScatterCache(probe.buffers, probe.positions, probe.before, after, rows=rows)
+        cache = ScatterCache(probe.buffers, probe.positions, probe.before, after, rows=narrowing.rows)
         self._run(probe.ids, probe.positions, probe.buffers, cache)
 
     def _weights(self, layer: int, query: Tensor, keys: Tensor, allowed: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The shortlist of a probe: its first layers look at all rows of a prompt, the others at those alone that scored highest in the first."""
+"""What a probe looks at: all rows of a prompt but those that are left out, and in its later layers those alone that scored highest in the first."""
 
 from __future__ import annotations
 
@@ -30,49 +30,72 @@ class Shortlist:
     among: Tensor
     found: Callable[[Tensor], None]
 
-    @property
-    def seen(self) -> int:
-        """How many rows the later layers use."""
-        return self.among.shape[0] - int(self.among.sum()) + self.count
 
-
-def seen_rows(scores: Tensor, among: Tensor, count: int) -> Tensor:
-    """Which rows the later layers use: bool [length]. `scores` so far, float32 [length], and `among` are on one device, which isn't waited for.
+def seen_rows(scores: Tensor, among: Tensor, count: int, left_out: Tensor | None = None) -> Tensor:
+    """Which rows the later layers use: bool [length]. `scores` so far, float32 [length], `among` and `left_out` are on one device, which isn't
+    waited for.
 
     Of equal scores the first ones count as larger, on every device.
     """
     ranked = torch.where(among, scores, float("-inf")).sort(descending=True, stable=True).indices
-    return (~among).index_fill_(0, ranked[:count], True)
+    always = ~among if left_out is None else ~(among | left_out)
+    return always.index_fill_(0, ranked[:count], True)
+
+
+class MasksNotNamedError(Exception):
+    """Rows were to be left out of a probe, in a family of models whose code doesn't hand attention masks over by name."""
 
 
 class Narrowing:
-    """Carries out a shortlist in a forward that runs on any device.
+    """Hides rows from the layers of a forward that runs on any device.
 
     Args:
-        shortlist: what is asked for.
-        scores: gives the scores so far, float32 [length].
+        left_out: bool [length] on the host; rows that no layer uses. None: every row may be used.
+        shortlist: which of the others the later layers use; None: all.
+        scores: gives the scores so far, float32 [length], for a shortlist.
+        device: where the model is.
     """
 
-    def __init__(self, shortlist: Shortlist, scores: Callable[[], Tensor]):
+    def __init__(
+        self, left_out: Tensor | None, shortlist: Shortlist | None, scores: Callable[[], Tensor], device: torch.device
+    ):
+        self._left_out = None if left_out is None else left_out.to(device)
         self._shortlist, self._scores = shortlist, scores
         self._rows: Tensor | None = None
+        self._narrowed = self._given_up = False  # whether `_rows` are those of the shortlist; whether no row is hidden
         self._masks: dict[int, tuple[Tensor, Tensor]] = {}
-        self._given_up = False
+
+    @property
+    def wanted(self) -> bool:
+        """Whether any layer is to look at some of the rows alone."""
+        return self._left_out is not None or self._shortlist is not None
 
     def rows(self, layer: int) -> Tensor | None:
         """Places of the rows that a layer uses, int64, ascending; None for all. The layers before it are done."""
-        if layer < self._shortlist.after or self._given_up:
+        if self._given_up:
             return None
-        if self._rows is None:
-            scores = self._scores()
-            seen = seen_rows(scores, self._shortlist.among.to(scores.device), self._shortlist.count)
-            self._rows = seen.nonzero()[:, 0]
-            attention.narrow(self._rows)
-            self._shortlist.found(seen)
+        shortlist = self._shortlist
+        if shortlist is not None and layer >= shortlist.after and not self._narrowed:
+            scores, self._narrowed = self._scores(), True
+            seen = seen_rows(scores, shortlist.among.to(scores.device), shortlist.count, self._left_out)
+            self._use(seen)
+            shortlist.found(seen)
+        elif self._rows is None and self._left_out is not None:
+            self._use(~self._left_out)
         return self._rows
 
+    def _use(self, seen: Tensor) -> None:
+        self._rows, self._masks = seen.nonzero()[:, 0], {}
+        attention.narrow(self._rows)
+
     def without_mask(self) -> None:
-        """A layer got no mask whose columns could be chosen: unless that was done before, every layer looks at all rows."""
+        """A layer got no mask whose columns could be chosen: unless that was done before, every layer looks at all rows.
+
+        Raises:
+            MasksNotNamedError: some of the rows must not be looked at.
+        """
+        if self._left_out is not None:
+            raise MasksNotNamedError
         self._given_up = self._rows is None
 
     def mask(self, rows: Tensor, mask: Tensor) -> Tensor:
@@ -84,13 +107,13 @@ class Narrowing:
 
 
 @contextmanager
-def masks_narrowed(attentions: Sequence[nn.Module], narrowing: Narrowing | None) -> Iterator[None]:
+def masks_narrowed(attentions: Sequence[nn.Module], narrowing: Narrowing) -> Iterator[None]:
     """While the context is open, the attention of each layer gets the mask of the rows that it uses. In a family that doesn't hand masks over by
     name, no row is hidden.
 
     Hooks see every forward of the model, so the caller holds the lock under which the model runs.
     """
-    if narrowing is None:
+    if not narrowing.wanted:
         yield
         return
     hooks = Hooks()
