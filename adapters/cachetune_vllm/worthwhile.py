@@ -44,10 +44,14 @@ class Worthwhile:
         """
         assert found.prompt is not None
         ratio = self.ratio(settings)
-        savings = savings_of(found.prompt, ratio, cached=cached, missing=found.missing, limits=self._limits)
+        savings = savings_of(
+            found.prompt, ratio, cached=cached, missing=found.missing, limits=self._limits, twice=settings.bounded
+        )
         if savings.worthwhile:
             return None, None
         if all(span.chunk in found.missing for span in found.prompt.spans):
             return Left.MISSED, "none of the chunks that the request names is stored"
-        without_cache = savings_of(found.prompt, ratio, missing=found.missing, limits=self._limits)
+        without_cache = savings_of(
+            found.prompt, ratio, missing=found.missing, limits=self._limits, twice=settings.bounded
+        )
         return (Left.CACHED if without_cache.worthwhile else Left.FEW), savings.reason

@@ -25,6 +25,10 @@ def prompt_of(length: int, *spans: tuple[int, int]) -> Prompt:
         (prompt_of(100, (10, 60), (70, 90)), 0.0, {"cached": 40}, (60, 40)),
         (prompt_of(100, (10, 60), (70, 90)), 0.0, {"missing": {0}}, (100, 20)),
         (prompt_of(100, (0, 100)), 0.0, {}, (100, 99)),
+        # New passages that are computed twice take from what is spared: 10 between the chunks and 10 behind them, but not those before.
+        (prompt_of(100, (10, 60), (70, 90)), 0.0, {"twice": True}, (100, 50)),
+        (prompt_of(100, (10, 60), (70, 90)), 0.0, {"twice": True, "cached": 65}, (35, 5)),
+        (prompt_of(100, (10, 60), (70, 90)), 0.0, {"twice": True, "missing": {0}}, (100, 10)),
     ],
 )
 def test_what_is_spared(prompt: Prompt, ratio: float, options: dict[str, Any], wanted: tuple[int, int]) -> None:
@@ -39,13 +43,14 @@ def test_what_is_spared(prompt: Prompt, ratio: float, options: dict[str, Any], w
         (prompt_of(5000, (0, 2000)), 0.0, {"cached": 2000}, "no token of a stored chunk would be spared"),
         (prompt_of(5000, (0, 1023)), 0.0, {}, "reuse would spare 1023 tokens, and least_reused is 1024"),
         (
-            prompt_of(5000, (0, 1200)),
+            prompt_of(5000, (0, 1950)),
             0.0,
             {},
-            "reuse would spare 24% of 5000 tokens, and from 25% on it is used (a number of your own for least_reused stands in place of "
+            "reuse would spare 39% of 5000 tokens, and from 40% on it is used (a number of your own for least_reused stands in place of "
             "that)",
         ),
-        (prompt_of(5000, (0, 1250)), 0.0, {}, None),
+        (prompt_of(5000, (0, 2000)), 0.0, {}, None),
+        (prompt_of(5000, (0, 2500)), 0.0, {"twice": True}, "reuse would compute as many new tokens twice as it spares"),
         (prompt_of(5000, (3800, 5000)), 0.0, {"cached": 3800}, None),
     ],
 )
