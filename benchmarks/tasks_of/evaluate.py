@@ -6,11 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import groupby
 
+import torch
 from fidelity.answers import Answer, begin, finish, follow, target_logits
 from fidelity.evaluate import Engines, spent
 from fidelity.measures import distance
 from fidelity.rows import Key, Row, key_of
 from fidelity.settings import NOTHING, Setting
+from torch import Tensor
 
 from cachetune_rag import CacheTune, Document
 from cachetune_rag.reuse.state import PrefillState
@@ -96,11 +98,12 @@ class TaskRunner:
             if tried.target != tried.answer.tokens[: len(tried.target)]:  # another way to write the same text
                 logits = target_logits(engine, [tried.full, *states], tried.target)
             count = len(tried.target)
+            sure = _least_probability(logits[0][:count], tried.target) if count else None
             for number, (setting, state) in enumerate(zip(part, states, strict=True)):
                 figures = spent(engine, tried.task.name, state.report)
                 if count:
                     apart = distance(logits[0][:count], logits[number + 1][:count], tried.target)
-                    figures |= {"kl": apart.kl, "top1": apart.top1}
+                    figures |= {"kl": apart.kl, "top1": apart.top1, "sure": sure}
                 yield tried.task, setting, figures, answers[number]
 
 
@@ -127,6 +130,12 @@ class _Tried:
 
     def __init__(self, task: Task, prompt: Prompt, wanted: Sequence[Setting]):
         self.task, self.prompt, self.wanted = task, prompt, list(wanted)
+
+
+def _least_probability(logits: Tensor, target: Sequence[int]) -> float:
+    """How likely the least likely token of an answer is, by the logits that predict its tokens, [tokens, vocab]."""
+    ids = torch.tensor(list(target), device=logits.device)[:, None]
+    return float(logits.double().softmax(-1).gather(1, ids).min())
 
 
 def _head(task: Task, setting: Setting) -> Row:

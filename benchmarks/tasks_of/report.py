@@ -105,11 +105,14 @@ def markdown(header: dict[str, Any], rows: Sequence[Row]) -> str:
             groups.append(("number of chunks", lambda p: _chunks(p.full)))
         if any(p.cell.form != PLAIN for p in kept):
             groups.append(("form", lambda p: p.cell.form))
+        if any("sure" in row for p in kept for row in p.others.values()):
+            groups.append(("how sure full prefill is of its answer's least likely token", _sureness))
         for name, group in groups:
             parts += [f"## Kept by {name}, %", _by(kept, settings, name, group)]
         if any("kl" in row for p in prompts for row in p.others.values()):
             parts += ["## KL from full prefill, over the tokens of its answer", _KL_WORDS]
-            parts += [_kl_by(prompts, settings, *each) for each in groups[2:3] + groups[5:]]
+            names = ("tokens of a chunk", "number of chunks", "form")
+            parts += [_kl_by(prompts, settings, *each) for each in groups if each[0] in names]
     parts += ["## Full prefill by cell", _cells({**done, **left_out}, left_out)]
     return "\n\n".join(parts) + "\n"
 
@@ -173,6 +176,8 @@ def _by(prompts: Sequence[Answered], settings: Sequence[Setting], name: str, gro
 
 _SIZES = {"0": 0, "1-4": 4, "5-8": 8, "9-16": 16, "17-32": 32, "33 and more": 1 << 30}
 """Groups of numbers of chunks, and the most that each has."""
+_SURE = {"not known": 2.0, "0.9 and more": 0.9, "0.5 to 0.9": 0.5, "below 0.5": 0.0}
+"""Groups of probabilities, and the least that each has."""
 _KL_WORDS = "The mean over all prompts, also those of cells that are left out above."
 
 
@@ -195,6 +200,12 @@ def _kl_by(
     return "\n".join(lines)
 
 
+def _sureness(prompt: Answered) -> str:
+    """The probability that full prefill gives the least likely token of its answer, roughly. It stands in the rows of the settings."""
+    sure = next((row["sure"] for row in prompt.others.values() if row.get("sure") is not None), None)
+    return next(name for name, least in _SURE.items() if sure is None or sure >= least)
+
+
 def _chunks(row: Row) -> str:
     """About how many chunks a prompt has."""
     return next(name for name, most in _SIZES.items() if row.get("chunks", 0) <= most)
@@ -213,7 +224,7 @@ def _cells(cells: dict[Cell, tuple[int, int]], left_out: dict[Cell, tuple[int, i
 
 def _order(group: Any) -> tuple[int, Any]:
     """Kinds in the order in which they are defined, everything else by itself."""
-    for named in (KINDS, FORMS, _SIZES):
+    for named in (KINDS, FORMS, _SIZES, _SURE):
         if group in named:
             return (list(named).index(group), "")
     return (len(KINDS), group)

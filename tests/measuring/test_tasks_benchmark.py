@@ -341,6 +341,20 @@ def test_tables_show_what_is_kept_and_name_the_cells_that_are_left_out() -> None
     assert "| people | 1,024 | without | plain | 2 | 5 | 40 |  |" in text
 
 
+def test_answers_are_told_apart_by_how_sure_full_prefill_is() -> None:
+    sure = [0.95, 0.9, 0.7, 0.2, 0.99]
+    rows = [
+        {**r, "sure": sure[int(r["record"][-1])]} if r["set"] == "one_needle" and r["lead_in"] == "auto" else r
+        for r in results()
+    ]
+    text = report.markdown({"model": "m", "environment": {}}, rows)
+    table = text.split("## Kept by how sure full prefill is of its answer's least likely token, %")[1].split("##")[0]
+    assert "| setting | not known | 0.9 and more | 0.5 to 0.9 | below 0.5 |" in table
+    assert "| full prefill right | 2 of 5 | 2 of 3 | 1 of 1 | 1 of 1 |" in table
+    assert re.search(r"\| `frequency` r 0\.15 \|[^|]+\| 100\.0 \[[^|]+\| 0\.0 \[[^|]+\| 0\.0 \[[^|]+\|", table)
+    assert "how sure" not in report.markdown({"model": "m", "environment": {}}, list(results()))
+
+
 def test_the_default_is_held_against_its_targets() -> None:
     default = Setting("auto", "exact", "expected_error", 0.15)
     rows = [*results(), *(row("one_needle", n, default, True) for n in range(5)), row("people", 0, default, True)]
@@ -456,7 +470,9 @@ def test_prompts_of_a_group_have_the_rows_that_they_have_alone(sentences: list[s
     together = rows([tasks], 3, {})
     assert alone.keys() == together.keys()
     for key, row in alone.items():
-        assert together[key] == row | {name: pytest.approx(row[name], abs=1e-6) for name in ("kl",) if name in row}
+        assert together[key] == row | {
+            name: pytest.approx(row[name], abs=1e-6) for name in ("kl", "sure") if name in row
+        }
     some = list(alone)[::3]
     rest = rows([tasks], 3, {key: alone[key] for key in some})
     assert rest.keys() == alone.keys() - set(some)
@@ -483,6 +499,8 @@ def test_kl_is_that_over_the_answer_of_full_prefill(sentences: list[str]) -> Non
     assert nothing["kl"] > 1e-3
     assert everything["kl"] == pytest.approx(0, abs=1e-8)
     assert everything["answer"] == full["answer"]
+    assert 0 < nothing["sure"] < 1
+    assert nothing["sure"] == pytest.approx(everything["sure"])
 
 
 def test_full_prefill_answers_as_the_engine_does(sentences: list[str]) -> None:
