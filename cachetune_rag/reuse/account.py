@@ -112,6 +112,9 @@ def account_of(
         plan: what was computed; None if all of the prompt was.
         faults: chunks that could not be read.
         kept: tokens whose rows were kept from an earlier prompt.
+
+    Raises:
+        DamagedSourceError, StoreTimeoutError: a chunk's deviations can't be read.
     """
     readers = {span.chunk: reader for span, reader in found.chunks}
     fates = np.full(len(prompt.ids), FATES.index(Fate.COMPUTED), np.uint8)
@@ -129,7 +132,7 @@ def account_of(
             # Rows of tokens that the prompt doesn't have go to a place that is computed anyway, perhaps outside of the chunk.
             unread = unread[fates[unread] == FATES.index(Fate.RECOMPUTED)]
             fates[unread] = FATES.index(Fate.SKIPPED)
-        deviations = {source.start: source.as_reused().deviations for source in plan.sources}
+        deviations = {source.start: source.as_reused(plan.loader.deviations).deviations for source in plan.sources}
     chunks = []
     for span in prompt.spans:
         ids = prompt.chunk_ids[span.chunk]

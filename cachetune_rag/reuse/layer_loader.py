@@ -21,7 +21,7 @@ from cachetune_rag.concurrency.workers import Job
 from cachetune_rag.model import KVBuffers, ModelAdapter
 from cachetune_rag.model.family.rope import Tables, rows_of
 from cachetune_rag.reuse.source import Source
-from cachetune_store import ChunkKey, DamagedChunkError, LayerSpec, RowFormat, get_codec
+from cachetune_store import ChunkKey, ChunkReader, DamagedChunkError, LayerSpec, RowFormat, get_codec
 
 READ_AHEAD = 4
 """Layers that are read ahead of the one that computes, while it is not known yet which rows later layers need."""
@@ -79,6 +79,7 @@ class LayerLoader:
         self._loaded = [0] * adapter.num_layers
         self._forms: dict[tuple[str, str], list[RowFormat]] = {}
         self._ahead: dict[int, list[Job[Tensor]]] = {}
+        self._deviations: dict[ChunkKey, Job[Tensor | None]] = {}
         self.seconds = 0.0
         self._horizon = READ_AHEAD
         self._when_read: Callable[[], None] | None = None
@@ -218,6 +219,27 @@ class LayerLoader:
         self._buffers.key_rows[layer].index_copy_(0, part.places, keys)
         self._buffers.value_rows[layer].index_copy_(0, part.places, values)
 
+    def start_deviations(self) -> None:
+        """The deviations of all sources will be asked for: start reading those that are on disk."""
+        for source in self._slow:
+            if source.reader.deviations_wait:
+                self._start_deviations(source.reader)
+
+    def deviations(self, reader: ChunkReader) -> Tensor | None:
+        """The deviations of one of the open chunks; waits for them if they are on disk.
+
+        Raises:
+            DamagedSourceError, StoreTimeoutError: they can't be read.
+        """
+        job = self._start_deviations(reader) if reader.deviations_wait else None
+        return reader.deviations if job is None else self._pool.result(job)
+
+    def _start_deviations(self, reader: ChunkReader) -> Job[Tensor | None]:
+        job = self._deviations.get(reader.key)
+        if job is None:
+            job = self._deviations[reader.key] = self._pool.submit(_read_deviations, reader)
+        return job
+
     def copy_deviations(self, pieces: Sequence[tuple[int, Tensor]], layers: int) -> Tensor:
         """Copy tokens' deviations to the device: a table [prompt length, columns], complete once `load(0)` has returned.
 
@@ -282,6 +304,8 @@ class LayerLoader:
             for jobs in self._ahead.values():
                 for job in jobs:
                     self._pool.result(job)
+            for spread in self._deviations.values():
+                self._pool.result(spread)
 
     def start(self) -> None:
         """The sources are final: start slow work now, before the first `load`."""
@@ -363,12 +387,21 @@ class LayerLoader:
     def close(self) -> None:
         """The prompt is done or given up. When this returns, nothing reads or writes for it any more."""
         self.drain()
+        for job in self._deviations.values():
+            self._pool.wait_or_leave(job)
 
 
 @lru_cache(maxsize=256)
 def row_format(codec: str, dtype: str, spec: LayerSpec) -> RowFormat:
     """How rows of a layer of this shape lie, as `codec` writes them."""
     return get_codec(codec).row_format(spec, dtype)
+
+
+def _read_deviations(reader: ChunkReader) -> Tensor | None:
+    try:
+        return reader.deviations
+    except DamagedChunkError as error:
+        raise DamagedSourceError(reader.key) from error
 
 
 def _read(source: Source, layer: int) -> Tensor:

@@ -174,6 +174,8 @@ class Planner:
             loader = self._loaders.make(sources, buffers)
             stack.callback(loader.close)
             prepared = Prepared(sources, exact, kept, buffers, loader, selector)
+            if selector is not None and selector.uses_deviations:
+                loader.start_deviations()
             if prepared.looks and heads.in_turns:
                 loader.settle()
             return prepared
@@ -278,7 +280,7 @@ def chunk_shift(strength: float, chunks: Sequence[ReusedChunk], selected: NDArra
     before = [0, *np.cumsum(selected).tolist()] if strength else []
     for chunk in chunks if strength else ():
         start, end = chunk.start, chunk.start + chunk.tokens
-        if chunk.deviations is not None and 0 < before[end] - before[start] < chunk.tokens - chunk.skipped:
+        if chunk.read_deviations is not None and 0 < before[end] - before[start] < chunk.tokens - chunk.skipped:
             spans.append((start, end))
     if not spans:
         return None

@@ -323,7 +323,7 @@ class Assembler:
                 memory.keep(ids_of(prompt).numpy(), exact, buffers, done.cache)
                 return PrefillState(done.logits, done.cache, report, prompt, found.to_store, buffers)
 
-            return self._adapter.heads.together(end)
+            return self._adapter.heads.together(end, CANT_READ)
 
     def _opened(self, call: _Call, faults: Faults, stack: ExitStack) -> tuple[Opened, Callable[[], None]]:
         """The prompt's chunks and settings, and what lets background reads go on."""

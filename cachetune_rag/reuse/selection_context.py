@@ -60,7 +60,7 @@ class PromptView:
         kept: int = 0,
     ):
         self.continuations = continuations
-        self.chunks = [source.as_reused() for source in sources]
+        self.chunks = [source.as_reused(loader.deviations) for source in sources]
         self.length, self.num_layers = len(prompt.ids), adapter.num_layers
         self.probed, self.ready = 0, kept
         self._adapter, self._prompt, self._computed = adapter, prompt, computed

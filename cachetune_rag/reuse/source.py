@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from cachetune_rag.selection import ReusedChunk
 from cachetune_store import ChunkReader
+
+
+def deviations_of(reader: ChunkReader) -> Tensor | None:
+    """The deviations of an open chunk, read now if they have to be."""
+    return reader.deviations
 
 
 @dataclass
@@ -44,19 +51,29 @@ class Source:
             return order + self.start
         return np.where(self._has(order), order + self.start, self.spare)
 
-    def as_reused(self) -> ReusedChunk:
-        """The chunk as a selector sees it, with the tokens that the prompt has."""
+    def as_reused(self, read: Callable[[ChunkReader], Tensor | None] = deviations_of) -> ReusedChunk:
+        """The chunk as a selector sees it, with the tokens that the prompt has.
+
+        Args:
+            read: gives the deviations of an open chunk, when they are asked for.
+        """
         reader, skipped = self.reader, self.reader.layout.tokens - self.rows
+        spread = partial(read, reader) if reader.has_deviations else None
         if self.inside is None:
-            return ReusedChunk(self.start, reader.order, reader.scores, reader.deviations, skipped)
+            return ReusedChunk(self.start, reader.order, reader.scores, spread, skipped)
         first, last = self.inside.start, self.inside.stop
+
+        def inside() -> Tensor | None:
+            whole = read(reader)
+            return None if whole is None else whole[first:last]
+
         order: NDArray[np.int64] = reader.order.numpy()
         has = self._has(order)
         return ReusedChunk(
             self.start + first,
             torch.from_numpy(order[has] - first),
             reader.scores[first:last],
-            None if reader.deviations is None else reader.deviations[first:last],
+            None if spread is None else inside,
             int(has[self.rows :].sum()),
         )
 

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -24,8 +25,7 @@ class ReusedChunk:
         start: place of its first token in the prompt.
         order: int64 [tokens]; the ranking, with the least important token first. Rows in the chunk's file have this order.
         scores: float32 [tokens]; each token's importance, in token order, by which it was ranked.
-        deviations: float16 [tokens, 2 * sum over layers of kv_heads]; how far the token's keys and values were apart behind different
-            lead-ins. There is one column for each head, layer by layer, keys before values. None for a chunk with a single lead-in.
+        read_deviations: gives `deviations`; None for a chunk with a single lead-in. Of a chunk on disk it may have to wait for them.
         skipped: the rows of the last `skipped` tokens of the ranking are not read. These tokens are recomputed in any case, so a
             selector doesn't choose among them.
     """
@@ -33,8 +33,15 @@ class ReusedChunk:
     start: int
     order: Tensor
     scores: Tensor
-    deviations: Tensor | None = None
+    read_deviations: Callable[[], Tensor | None] | None = None
     skipped: int = 0
+
+    @cached_property
+    def deviations(self) -> Tensor | None:
+        """Float16 [tokens, 2 * sum over layers of kv_heads]; how far the token's keys and values were apart behind different lead-ins. There is
+        one column for each head, layer by layer, keys before values. None for a chunk with a single lead-in.
+        """
+        return None if self.read_deviations is None else self.read_deviations()
 
     @property
     def tokens(self) -> int:
@@ -134,7 +141,7 @@ class Selector(ABC):
     uses_ratio: ClassVar[bool] = True
     """Whether a request's ratio has any effect. If not, there is nothing to calibrate or to tune."""
     uses_deviations: ClassVar[bool] = False
-    """Whether it uses `ReusedChunk.deviations`."""
+    """Whether it uses `ReusedChunk.deviations`: they are then read from disk before it asks for them."""
     offline: ClassVar[bool] = False
     """Whether it chooses by the stored ranking alone. The rows that it chooses need not be read then."""
     shift: ClassVar[float] = 0.0

@@ -41,14 +41,15 @@ def check_file(key: ChunkKey, file: RawFile, pool: SlabPool, seal: Seal, *, full
     """
     with contextlib.closing(file):
         try:
-            head, start = parse_head(key, file.size, file.head, seal)
+            parsed = parse_head(key, file.size, file.head, seal)
         except UnknownCodecError:
             return None
+        head = parsed.head
         if full:
-            reader = DiskReader(head, file, start, pool)
+            reader = DiskReader(parsed, file, pool)
             reader.read_all()
             if not reader.padding_is_clear():
-                raise DamagedChunkError(f"chunk {key}: bytes between the layers have changed")
+                raise DamagedChunkError(f"chunk {key}: bytes that mean nothing have changed")
             if make_key(head.namespace, head.token_ids.tolist()) != key:
                 raise DamagedChunkError(f"chunk {key}: the key is not that of the tokens in the file")
         return CheckedFile(head, file.size, file.modified)

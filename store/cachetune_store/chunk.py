@@ -79,9 +79,9 @@ class ChunkHead:
         scores: float32 [tokens], in token order.
         token_ids: int64 [tokens], in token order.
         checksums: uint64 [layers, blocks], the seal's sum of each block of rows; [layers, blocks, words] if a sum has several.
-        deviations: float16 [tokens, layout.deviation_columns], in token order: how far keys and values were apart behind
-            different lead-ins; None where there was one only. Layer by layer, a column for the keys of each head, then one
-            for the values of each.
+        has_deviations: whether the chunk has deviations (see `Chunk`).
+        deviations_sum: uint64 [words], the seal's sum of the deviations; None if there are none. None too if the chunk was read from
+            a file of format 1, whose digest covers them.
         text: what the tokens spell, if it was given.
         seal: what the sums were made with. Of a chunk that was read, it is that of its file.
     """
@@ -95,7 +95,8 @@ class ChunkHead:
     checksums: npt.NDArray[np.uint64]
     text: str | None = None
     block_rows: int = BLOCK_ROWS
-    deviations: Tensor | None = None
+    has_deviations: bool = False
+    deviations_sum: npt.NDArray[np.uint64] | None = None
     seal: FileSeal = CHECKSUMS
 
     @cached_property
@@ -103,9 +104,14 @@ class ChunkHead:
         """Where the rows lie."""
         return plan_slab(self.layout)
 
+    @property
+    def deviations_bytes(self) -> int:
+        """Bytes of the chunk's deviations; 0 if there are none."""
+        return 2 * self.layout.tokens * self.layout.deviation_columns if self.has_deviations else 0
+
     def host_bytes(self, pool: SlabPool) -> int:
         """What a chunk with this head takes of host memory: its slab, from `pool`, and the deviations."""
-        beside = 0 if self.deviations is None else self.deviations.nbytes
+        beside = self.deviations_bytes
         return pool.size_of(self.plan.total) + (pool.size_of(beside) if beside and pool.pinned else beside)
 
 
@@ -117,12 +123,16 @@ class Chunk:
         head: all but the rows.
         slab: uint8 [plan.total], page-aligned.
         host_bytes: what the chunk takes of host memory.
+        deviations: float16 [tokens, layout.deviation_columns], in token order: how far keys and values were apart behind
+            different lead-ins; None where there was one only. Layer by layer, a column for the keys of each head, then one
+            for the values of each.
         layers: views of the slab, uint8 [bytes of the layer's rows] each.
     """
 
     head: ChunkHead
     slab: Tensor
     host_bytes: int
+    deviations: Tensor | None = None
     layers: tuple[Tensor, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -144,14 +154,24 @@ class Chunk:
         return tuple(layer.data_ptr() for layer in self.layers)
 
 
-def in_pool(head: ChunkHead, pool: SlabPool) -> ChunkHead:
-    """The head with its deviations in memory of their own; of the pool, if that is page-locked: a GPU then fetches them by itself."""
-    if head.deviations is None:
-        return head
+def in_pool(deviations: Tensor, pool: SlabPool) -> Tensor:
+    """Deviations in memory of their own; of the pool, if that is page-locked: a GPU then fetches them by itself."""
     if not pool.pinned:
-        return replace(head, deviations=head.deviations.clone())
-    room = pool.allocate(head.deviations.nbytes).view(torch.float16).view(head.deviations.shape)
-    return replace(head, deviations=room.copy_(head.deviations))
+        return deviations.clone()
+    if deviations.is_pinned():
+        return deviations
+    return pool.allocate(deviations.nbytes).view(torch.float16).view(deviations.shape).copy_(deviations)
+
+
+def sum_of_deviations(
+    key: ChunkKey, deviations: Tensor, layers: int, seal: FileSeal, into: memoryview | None = None
+) -> npt.NDArray[np.uint64]:
+    """The seal's sum of a chunk's deviations, as in ChunkHead. They are sealed as the only block of one more layer behind the last.
+
+    If the seal hides rows, what the file holds of them is written to `into`.
+    """
+    found = seal.rows(key, layers, 0, memory_of(deviations.view(-1).view(torch.uint8)), into)
+    return np.array(found, np.uint64).reshape(-1)
 
 
 def layer_views(layout: ChunkLayout, slab: Tensor) -> tuple[Tensor, ...]:
@@ -230,10 +250,11 @@ def encode_chunk(
         scores=flat,
         checksums=block_checksums(key, layout, slab, BLOCK_ROWS, seal),
         text=text,
-        deviations=spread,
+        has_deviations=spread is not None,
+        deviations_sum=None if spread is None else sum_of_deviations(key, spread, len(layout.layers), seal),
         seal=seal,
     )
-    return Chunk(in_pool(head, pool), slab, head.host_bytes(pool))
+    return Chunk(head, slab, head.host_bytes(pool), None if spread is None else in_pool(spread, pool))
 
 
 def block_checksums(
@@ -256,19 +277,26 @@ def block_checksums(
     return np.array(sums, np.uint64)
 
 
-def as_written(chunk: Chunk, seal: Seal) -> tuple[ChunkHead, Tensor]:
-    """The head and the slab of a new file of a chunk, in a store with this seal.
+def as_written(chunk: Chunk, seal: Seal) -> tuple[ChunkHead, Tensor, memoryview]:
+    """The head, the slab and the bytes of the deviations (none, if there are none) of a new file of a chunk, in a store with this seal.
 
-    Sums are those of the store, which another store's chunk doesn't have. The slab is the chunk's own, unless the store hides rows.
+    Sums are those of the store, which another store's chunk doesn't have. Slab and deviations are the chunk's own, unless the store hides rows.
     """
     head, file = chunk.head, seal.new_file(chunk.head.namespace.tenant)
-    if head.seal is file:
-        return head, chunk.slab
-    slab = torch.empty_like(chunk.slab) if file.hides else chunk.slab
-    sums = block_checksums(head.key, head.layout, chunk.slab, head.block_rows, file, slab)
-    if file.hides:
-        clear_padding(head.layout, slab)
-    return replace(head, checksums=sums, seal=file), slab
+    slab, spread, apart = chunk.slab, chunk.deviations, memoryview(b"")
+    if head.seal is not file:
+        slab = torch.empty_like(chunk.slab) if file.hides else chunk.slab
+        sums = block_checksums(head.key, head.layout, chunk.slab, head.block_rows, file, slab)
+        if file.hides:
+            clear_padding(head.layout, slab)
+        head = replace(head, checksums=sums, deviations_sum=None, seal=file)
+    if spread is not None:
+        apart = memoryview(bytearray(spread.nbytes)) if file.hides else memory_of(spread.view(-1).view(torch.uint8))
+        if head.deviations_sum is None:
+            head = replace(
+                head, deviations_sum=sum_of_deviations(head.key, spread, len(head.layout.layers), file, apart)
+            )
+    return head, slab, apart
 
 
 def _check_deviations(layout: ChunkLayout, deviations: Tensor) -> Tensor:

@@ -5,45 +5,72 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from .buffers import memory_of, round_up
+from .buffers import PAGE, memory_of, round_up
 from .chunk import Chunk, ChunkHead, as_written, plan_slab
 from .codecs import Codec, get_codec
 from .errors import DamagedChunkError, StoreArgumentError, UnknownCodecError, UnknownFormatError
-from .keys import FORMAT_VERSION, ChunkKey, Namespace
+from .keys import ChunkKey, Namespace
 from .layout import ChunkLayout, LayerSpec
 from .printing import shown
 from .seals import FileSeal, Seal
 
-__all__ = ["MAX_HEADER", "MAX_TEXT", "SUFFIX", "encode_file", "encode_head", "parse_head"]
+__all__ = ["FILE_VERSION", "MAX_HEADER", "MAX_TEXT", "SUFFIX", "ParsedHead", "encode_file", "encode_head", "parse_head"]
 
 SUFFIX = ".safetensors"
+FILE_VERSION = 2
+"""The format of new files. Those of format 1 are read as well; they have the deviations in the head."""
+_KNOWN_VERSIONS = {"1": 1, "2": 2}
 MAX_HEADER = 1 << 20
 """Longest JSON header, in bytes, that is written, or read at all."""
 MAX_TEXT = 16 << 20
 _DIGEST = 16
 _FIRST = '{"__metadata__":{'
 _DECODER = json.JSONDecoder()
+_NUMPY = {"U8": "u1", "I64": "<i8", "U64": "<u8", "F32": "<f4", "F16": "<f2"}
 _Table = list[tuple[str, str, list[int], int]]
 
 
-def encode_file(chunk: Chunk, seal: Seal) -> tuple[bytes, memoryview]:
-    """A new file of a chunk, in a store with this seal: up to the first row, and from there on.
+@dataclass(frozen=True)
+class ParsedHead:
+    """What a file's beginning says.
+
+    Attributes:
+        head: the chunk's head.
+        rows_start: where the first row lies; the head's length, too.
+        deviations: those of a file of format 1, whose head holds them. None where there are none, or where they lie apart.
+    """
+
+    head: ChunkHead
+    rows_start: int
+    deviations: Tensor | None = None
+
+    @property
+    def deviations_start(self) -> int:
+        """Where deviations lie that are apart: behind the last layer."""
+        return self.rows_start + self.head.plan.total
+
+
+def encode_file(chunk: Chunk, seal: Seal) -> tuple[bytes, list[bytes | memoryview]]:
+    """A new file of a chunk, in a store with this seal: up to the first row, and the parts from there on.
 
     Raises:
         StoreArgumentError: as for `encode_head`.
     """
-    head, slab = as_written(chunk, seal)
-    return encode_head(head), memory_of(slab)
+    head, slab, deviations = as_written(chunk, seal)
+    return encode_head(head), [memory_of(slab), deviations, bytes(-len(deviations) % PAGE)]
 
 
 def encode_head(head: ChunkHead) -> bytes:
-    """The file up to the first row, a whole number of pages; the chunk's slab follows it.
+    """The file up to the first row, a whole number of pages. The chunk's slab follows it, then the deviations if there are any.
 
     Raises:
         StoreArgumentError: the text or the header is longer than the format allows.
@@ -53,8 +80,9 @@ def encode_head(head: ChunkHead) -> bytes:
         raise StoreArgumentError(
             f"chunk text has {len(text)} bytes; at most {MAX_TEXT} can be stored, or pass text=None"
         )
-    table, rows_at = _small_tensors(head.layout, head.block_rows, len(text), head.deviations is not None, head.seal)
-    header = (_FIRST + _spell(_metadata(head))[1:] + _rest_of_header(head.layout, table, rows_at)).encode()
+    table, rows_at = _small_tensors(head.layout, head.block_rows, len(text), head.has_deviations, head.seal)
+    tail = _tail_tensors(head.layout, head.has_deviations)
+    header = (_FIRST + _spell(_metadata(head))[1:] + _rest_of_header(head.layout, table, rows_at, tail)).encode()
     # Spaces after the JSON are part of safetensors; with them the tensors begin on a page.
     header = header.ljust(round_up(8 + len(header)) - 8)
     if len(header) > MAX_HEADER:
@@ -64,14 +92,14 @@ def encode_head(head: ChunkHead) -> bytes:
     front = len(header).to_bytes(8, "little") + header
     tensors = head.order.numpy().tobytes() + head.token_ids.numpy().tobytes() + head.checksums.tobytes()
     tensors += head.scores.numpy().tobytes()
-    tensors += (b"" if head.deviations is None else head.deviations.numpy().tobytes()) + text
+    tensors += (b"" if head.deviations_sum is None else head.deviations_sum.tobytes()) + text
     tensors = tensors.ljust(round_up(_DIGEST + len(tensors)) - _DIGEST, b"\0")
     digest, small = head.seal.head(head.key, front, tensors)
     return b"".join((front, digest, small))
 
 
-def parse_head(key: ChunkKey, file_bytes: int, read: Callable[[int], memoryview], seal: Seal) -> tuple[ChunkHead, int]:
-    """Head of the chunk file of `key`, and its length in bytes.
+def parse_head(key: ChunkKey, file_bytes: int, read: Callable[[int], memoryview], seal: Seal) -> ParsedHead:
+    """Head of the chunk file of `key`.
 
     Args:
         key: the key that the file's name says.
@@ -80,7 +108,7 @@ def parse_head(key: ChunkKey, file_bytes: int, read: Callable[[int], memoryview]
         seal: the store's. A file that was written with another one is damaged.
 
     Raises:
-        DamagedChunkError: anything is not as this format version writes it.
+        DamagedChunkError: anything is not as the file's format version has it.
         UnknownCodecError: the file needs a codec that isn't registered here.
     """
     try:
@@ -91,7 +119,7 @@ def parse_head(key: ChunkKey, file_bytes: int, read: Callable[[int], memoryview]
         raise DamagedChunkError(f"chunk {key}: the header is not one of this format ({shown(error)})") from error
 
 
-def _parse(key: ChunkKey, file_bytes: int, read: Callable[[int], memoryview], seal: Seal) -> tuple[ChunkHead, int]:
+def _parse(key: ChunkKey, file_bytes: int, read: Callable[[int], memoryview], seal: Seal) -> ParsedHead:
     front = read(8)
     if len(front) < 8:
         raise DamagedChunkError(f"chunk {key}: the file has {file_bytes} bytes, too few for a header")
@@ -103,68 +131,57 @@ def _parse(key: ChunkKey, file_bytes: int, read: Callable[[int], memoryview], se
     metadata, rest = _take_metadata(header)
     if metadata["key"] != seal.chunk_name(key):
         raise DamagedChunkError(f"chunk {key}: the file says key {shown(metadata['key'])}")
-    if metadata["format_version"] != str(FORMAT_VERSION):
+    version = _KNOWN_VERSIONS.get(metadata["format_version"])
+    if version is None:
         raise UnknownFormatError(f"chunk {key}: the file says format version {shown(metadata['format_version'])}")
     file = seal.file(key, metadata)
     layout, block_rows, text_bytes, deviations = _read_layout(metadata["layout"])
-    table, small_bytes = _small_tensors(layout, block_rows, text_bytes, deviations, file)
+    table, small_bytes = _small_tensors(layout, block_rows, text_bytes, deviations, file, version)
+    tail = _tail_tensors(layout, deviations, version)
     end = start + small_bytes
     # As we write it, or the same in other words. Comparing what JSON says of seventy tensors takes longer than reading the head.
-    fits = rest == _rest_of_header(layout, table, small_bytes) or _describes(
-        header, metadata, layout, table, small_bytes
+    fits = rest == _rest_of_header(layout, table, small_bytes, tail) or _describes(
+        header, metadata, layout, table, small_bytes, tail
     )
-    if not fits or end + plan_slab(layout).total != file_bytes:
+    if not fits or end + plan_slab(layout).total + sum(row[3] for row in tail) != file_bytes:
         raise DamagedChunkError(f"chunk {key}: tensors, shapes or offsets don't fit the layout and {file_bytes} bytes")
     raw = read(end)[:end]
     small = file.open_head(key, raw[:start], raw[start : start + _DIGEST], raw[start + _DIGEST :])
     if len(raw) != end or small is None:
         raise DamagedChunkError(f"chunk {key}: header checksum mismatch")
     namespace = _read_namespace(file.reveal_namespace(metadata["namespace"]))
-    return _read_small(key, layout, block_rows, text_bytes, deviations, namespace, small, file), end
-
-
-def _read_small(
-    key: ChunkKey,
-    layout: ChunkLayout,
-    block_rows: int,
-    text_bytes: int,
-    deviations: bool,
-    namespace: Namespace,
-    small: memoryview,
-    seal: FileSeal,
-) -> ChunkHead:
-    tokens, layers = layout.tokens, len(layout.layers)
-    blocks = -(-tokens // block_rows)
-    position = 0
-
-    def take(count: int, dtype: str) -> Any:
-        nonlocal position
-        found = np.frombuffer(small, dtype=dtype, count=count, offset=position)
-        position += found.nbytes
-        return found
-
-    order, token_ids = take(tokens, "<i8").copy(), take(tokens, "<i8").copy()
-    sums = _sums_shape(layers, blocks, seal)
-    checksums, scores = take(math.prod(sums), "<u8").reshape(sums).copy(), take(tokens, "<f4").copy()
-    columns = layout.deviation_columns
-    # Most of the head: left where it was read, which costs the memory around it and no time.
-    spread = torch.from_numpy(take(tokens * columns, "<f2").reshape(tokens, columns)) if deviations else None
-    if not np.array_equal(np.sort(order), np.arange(tokens)):
+    tensors = _read_small(table, small)
+    spread = tensors.get("deviations")
+    order, text = tensors["order"].copy(), tensors.get("text")
+    if not np.array_equal(np.sort(order), np.arange(layout.tokens)):
         raise DamagedChunkError(f"chunk {key}: the row order is not a permutation of the tokens")
-    text = bytes(small[position : position + text_bytes]).decode("utf-8", "surrogatepass") if text_bytes else None
-    return ChunkHead(
+    apart = tensors.get("deviations_sum")
+    head = ChunkHead(
         key=key,
         namespace=namespace,
         layout=layout,
-        token_ids=torch.from_numpy(token_ids),
+        token_ids=torch.from_numpy(tensors["token_ids"].copy()),
         order=torch.from_numpy(order),
-        scores=torch.from_numpy(scores),
-        checksums=checksums,
-        text=text,
+        scores=torch.from_numpy(tensors["scores"].copy()),
+        checksums=tensors["checksums"].copy(),
+        text=None if text is None else bytes(text.data).decode("utf-8", "surrogatepass"),
         block_rows=block_rows,
-        deviations=spread,
-        seal=seal,
+        has_deviations=deviations,
+        deviations_sum=None if apart is None else apart.copy(),
+        seal=file,
     )
+    # Most of the head of format 1: left where it was read, which costs the memory around it and no time.
+    return ParsedHead(head, end, None if spread is None else torch.from_numpy(spread))
+
+
+def _read_small(table: _Table, small: memoryview) -> dict[str, npt.NDArray[Any]]:
+    """The tensors behind the digest, which stands first, as views of what was read."""
+    found, position = {}, 0
+    for name, dtype, shape, count in table[1:]:
+        numbers = np.frombuffer(small, dtype=_NUMPY[dtype], count=math.prod(shape), offset=position)
+        found[name] = numbers.reshape(shape)
+        position += count
+    return found
 
 
 def _sums_shape(layers: int, blocks: int, seal: FileSeal) -> list[int]:
@@ -172,7 +189,12 @@ def _sums_shape(layers: int, blocks: int, seal: FileSeal) -> list[int]:
 
 
 def _small_tensors(
-    layout: ChunkLayout, block_rows: int, text_bytes: int, deviations: bool, seal: FileSeal
+    layout: ChunkLayout,
+    block_rows: int,
+    text_bytes: int,
+    deviations: bool,
+    seal: FileSeal,
+    version: int = FILE_VERSION,
 ) -> tuple[_Table, int]:
     """The tensors before the first row in file order as (name, dtype, shape, bytes), and their bytes together."""
     tokens, layers = layout.tokens, len(layout.layers)
@@ -184,14 +206,29 @@ def _small_tensors(
         ("checksums", "U64", _sums_shape(layers, blocks, seal), 8 * layers * blocks * seal.words),
         ("scores", "F32", [tokens], 4 * tokens),
     ]
-    if deviations:
-        columns = layout.deviation_columns
-        table.append(("deviations", "F16", [tokens, columns], 2 * tokens * columns))
+    if deviations and version == 1:
+        table.append(_deviations(layout))
+    elif deviations:
+        table.append(("deviations_sum", "U64", [seal.words], 8 * seal.words))
     if text_bytes:
         table.append(("text", "U8", [text_bytes], text_bytes))
     small = sum(row[3] for row in table)
     _pad(table, "pad.head", small)
     return table, round_up(small)
+
+
+def _tail_tensors(layout: ChunkLayout, deviations: bool, version: int = FILE_VERSION) -> _Table:
+    """The tensors behind the last layer, read when they are asked for."""
+    table: _Table = []
+    if deviations and version > 1:
+        table.append(_deviations(layout))
+        _pad(table, "pad.deviations", table[0][3])
+    return table
+
+
+def _deviations(layout: ChunkLayout) -> tuple[str, str, list[int], int]:
+    tokens, columns = layout.tokens, layout.deviation_columns
+    return "deviations", "F16", [tokens, columns], 2 * tokens * columns
 
 
 def _row_tensors(layout: ChunkLayout) -> _Table:
@@ -220,9 +257,10 @@ def _offsets(table: _Table, position: int = 0) -> dict[str, Any]:
     return entries
 
 
-def _rest_of_header(layout: ChunkLayout, small: _Table, rows_at: int) -> str:
+def _rest_of_header(layout: ChunkLayout, small: _Table, rows_at: int, tail: _Table) -> str:
     """The header's JSON behind its metadata."""
-    return f",{_spell(_offsets(small))[1:-1]},{_spelled_rows(layout, get_codec(layout.codec), rows_at)}}}"
+    behind = f",{_spell(_offsets(tail, rows_at + plan_slab(layout).total))[1:-1]}" if tail else ""
+    return f",{_spell(_offsets(small))[1:-1]},{_spelled_rows(layout, get_codec(layout.codec), rows_at)}{behind}}}"
 
 
 @lru_cache(maxsize=64)  # the same for many chunks
@@ -230,9 +268,9 @@ def _spelled_rows(layout: ChunkLayout, codec: Codec, rows_at: int) -> str:
     return _spell(_offsets(_row_tensors(layout), rows_at))[1:-1]
 
 
-def _describes(header: str, metadata: object, layout: ChunkLayout, small: _Table, rows_at: int) -> bool:
+def _describes(header: str, metadata: object, layout: ChunkLayout, small: _Table, rows_at: int, tail: _Table) -> bool:
     """Whether a header holds these metadata and says of the tensors what it must, whatever its spelling."""
-    expected = {"__metadata__": metadata} | _offsets(small) | _offsets(_row_tensors(layout), rows_at)
+    expected = {"__metadata__": metadata} | _offsets(small) | _offsets(_row_tensors(layout) + tail, rows_at)
     return bool(json.loads(header) == expected)
 
 
@@ -257,7 +295,7 @@ def _metadata(head: ChunkHead) -> dict[str, str]:
         "layers": [[spec.heads, spec.head_dim, spec.v_head_dim] for spec in layout.layers],
         "block_rows": head.block_rows,
         "text_bytes": 0 if head.text is None else len(head.text.encode("utf-8", "surrogatepass")),
-        "deviations": head.deviations is not None,
+        "deviations": head.has_deviations,
     }
     owner = {
         "model": namespace.model,
@@ -268,7 +306,7 @@ def _metadata(head: ChunkHead) -> dict[str, str]:
     }
     return {
         "format": "cachetune-chunk",
-        "format_version": str(FORMAT_VERSION),
+        "format_version": str(FILE_VERSION),
         "key": head.seal.chunk_name(head.key),
         "layout": _spell(shape),
         "namespace": head.seal.hide_namespace(_spell(owner)),

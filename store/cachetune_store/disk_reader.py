@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .buffers import PAGE, SlabPool, memory_of, round_up
-from .chunk import Chunk, ChunkHead, block_ends, clear_padding, in_pool, layer_views
+from .chunk import Chunk, block_ends, clear_padding, in_pool, layer_views
+from .chunkfile import ParsedHead
 from .errors import DamagedChunkError, StoreClosedError
 from .readers import ChunkReader
 from .tier_kinds import DISK
@@ -33,22 +36,23 @@ class DiskReader(ChunkReader):
 
     kind = DISK
 
-    def __init__(
-        self, head: ChunkHead, file: OpenFile, rows_start: int, pool: SlabPool, scratch: SlabPool | None = None
-    ) -> None:
+    def __init__(self, parsed: ParsedHead, file: OpenFile, pool: SlabPool, scratch: SlabPool | None = None) -> None:
         """Read an open file.
 
         Args:
-            head: its head.
+            parsed: its head.
             file: the file.
-            rows_start: where its first row lies.
             pool: gives the memory that rows end up in.
-            scratch: gives memory for what is read of a file that hides its rows; None: new memory each time.
+            scratch: gives memory for deviations, and for what is read of a file that hides its rows; None: new memory each time.
         """
+        head = parsed.head
         super().__init__(head)
         self._scratch = scratch or SlabPool(pinned=False, limit=0)
         self._file = file
-        self._start = rows_start
+        self._start, self._deviations_start = parsed.rows_start, parsed.deviations_start
+        self._deviations = parsed.deviations
+        self._deviations_lock = threading.Lock()
+        self._tail_is_clear = True
         self._pool = pool
         self._covered = [0] * len(head.layout.layers)
         self._locks = [threading.Lock() for _ in head.layout.layers]
@@ -84,6 +88,25 @@ class DiskReader(ChunkReader):
         self._prepare()
         return self._views[layer][: self.head.plan.rows[layer].size(rows)]
 
+    @property
+    def deviations(self) -> Tensor | None:
+        """See ChunkReader.deviations."""
+        if self._deviations is None and self.head.has_deviations:
+            with self._deviations_lock:
+                if self._deviations is None:
+                    self._check(0, 0)
+                    self._begin()
+                    try:
+                        self._deviations = self._fetch_deviations()
+                    finally:
+                        self._end()
+        return self._deviations
+
+    @property
+    def deviations_wait(self) -> bool:
+        """See ChunkReader.deviations_wait."""
+        return self._deviations is None and self.head.has_deviations
+
     def has(self, layer: int, rows: int) -> bool:
         """See ChunkReader.has."""
         layer, rows = self._check_range(layer, rows)
@@ -98,7 +121,7 @@ class DiskReader(ChunkReader):
         """The whole chunk, checked.
 
         Raises:
-            DamagedChunkError: a block fails its checksum, or the file is too short.
+            DamagedChunkError: a block or the deviations fail their checksum, or the file is too short.
         """
         tokens = self.head.layout.tokens
         for layer, covered in enumerate(self._covered):
@@ -106,14 +129,16 @@ class DiskReader(ChunkReader):
                 self.read(layer, tokens)
         self._prepare()
         assert self._slab is not None
-        return Chunk(in_pool(self.head, self._pool), self._slab, self.head.host_bytes(self._pool))
+        spread = self.deviations
+        apart = None if spread is None else in_pool(spread, self._pool)
+        return Chunk(self.head, self._slab, self.head.host_bytes(self._pool), apart)
 
     def padding_is_clear(self) -> bool:
-        """Whether the bytes between the layers are zero, as they were written. Call it only after read_all()."""
+        """Whether the bytes behind layers and deviations are zero, as they were written. Call it only after read_all()."""
         assert self._slab is not None
         before = self._slab.numpy().copy()
         clear_padding(self.head.layout, self._slab)
-        return bool(np.array_equal(before, self._slab.numpy()))
+        return self._tail_is_clear and bool(np.array_equal(before, self._slab.numpy()))
 
     def promote(self) -> bool:
         """See ChunkReader.promote."""
@@ -124,7 +149,7 @@ class DiskReader(ChunkReader):
         return self._promoted
 
     def close(self) -> None:
-        """Release the chunk. If all of it was read, the host tier gets it."""
+        """Release the chunk. If all of its rows were read, the host tier gets it."""
         if self._closed:
             return
         if self.forked:
@@ -132,7 +157,9 @@ class DiskReader(ChunkReader):
             return
         try:
             if self.complete and not self._promoted:
-                self.promote()
+                # Damaged deviations, which nobody has asked for, leave the chunk where it is: whoever asks finds the damage.
+                with contextlib.suppress(DamagedChunkError):
+                    self.promote()
         finally:
             super().close()
             with self._memory_lock:
@@ -164,6 +191,29 @@ class DiskReader(ChunkReader):
                 self._views = layer_views(self.head.layout, slab)
                 self._ends = block_ends(self.head.layout, self.head.block_rows)
                 self._slab = slab  # set last, because threads that find it set don't take the lock
+
+    def _fetch_deviations(self) -> Tensor:
+        head, size = self.head, self.head.deviations_bytes
+        # Where a GPU will fetch them, into memory that it reaches by itself, and that the host tier can take over.
+        memory = self._pool if self._pool.pinned else self._scratch
+        area = memory_of((self._scratch if head.seal.hides else memory).allocate(round_up(size)))
+        try:
+            count = self._file.read(area, self._deviations_start)
+        except OSError as error:
+            raise DamagedChunkError(f"chunk {self.key}: its deviations can't be read ({error.strerror})") from error
+        if count != len(area):
+            raise DamagedChunkError(f"chunk {self.key}: the file ends inside the deviations")
+        # Decrypted elsewhere, as rows are; otherwise they stay where they were read.
+        clear = memory.allocate(size) if head.seal.hides else torch.from_numpy(np.frombuffer(area, np.uint8, size))
+        assert head.deviations_sum is not None
+        expected = head.deviations_sum.tolist()
+        layer = len(head.layout.layers)
+        if not head.seal.matches(
+            head.key, layer, 0, area[:size], expected[0] if head.seal.words == 1 else expected, memory_of(clear)
+        ):
+            raise DamagedChunkError(f"chunk {self.key}: checksum mismatch in the deviations")
+        self._tail_is_clear = not any(area[size:])
+        return clear.view(torch.float16).view(head.layout.tokens, head.layout.deviation_columns)
 
     def fetch(self, layer: int, rows: int) -> None:
         """Read rows that no `read` has brought yet, to the end of the block that holds row `rows` - 1.

@@ -78,9 +78,25 @@ class ChunkReader(ABC):
         return self.head.scores
 
     @property
+    def has_deviations(self) -> bool:
+        """Whether the chunk has deviations: not if it has a single lead-in."""
+        return self.head.has_deviations
+
+    @property
+    @abstractmethod
     def deviations(self) -> Tensor | None:
-        """Float16 [tokens, columns], by token (see ChunkHead); None if the chunk has a single lead-in."""
-        return self.head.deviations
+        """Float16 [tokens, columns], by token (see Chunk); None if the chunk has a single lead-in.
+
+        Of a chunk on disk they are read when they are first asked for (see `deviations_wait`).
+
+        Raises:
+            DamagedChunkError: they fail a check. Treat the chunk as missing, and call ChunkStore.discard(key).
+        """
+
+    @property
+    def deviations_wait(self) -> bool:
+        """Whether `deviations` would have to wait for a disk."""
+        return False
 
     @property
     def token_ids(self) -> Tensor:
@@ -214,6 +230,11 @@ class HostReader(ChunkReader):
     def host_bytes(self) -> int:
         """See ChunkReader.host_bytes."""
         return self._host_bytes
+
+    @property
+    def deviations(self) -> Tensor | None:
+        """See ChunkReader.deviations."""
+        return self._chunk.deviations
 
     def read(self, layer: int, rows: int) -> Tensor:
         """See ChunkReader.read."""

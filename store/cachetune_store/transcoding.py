@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .buffers import SlabPool
-from .chunk import BLOCK_ROWS, Chunk, block_checksums, clear_padding, in_pool, layer_views, plan_slab
+from .chunk import BLOCK_ROWS, Chunk, block_checksums, clear_padding, layer_views, plan_slab, sum_of_deviations
 from .codecs import get_codec
 from .errors import NonFiniteError
 from .seals import FileSeal
@@ -28,5 +28,9 @@ def transcoded(chunk: Chunk, codec: str, pool: SlabPool, seal: FileSeal) -> Chun
         return chunk
     clear_padding(layout, slab)
     checksums = block_checksums(chunk.key, layout, slab, BLOCK_ROWS, seal)
-    head = replace(chunk.head, layout=layout, checksums=checksums, block_rows=BLOCK_ROWS, seal=seal)
-    return Chunk(in_pool(head, pool), slab, head.host_bytes(pool))
+    spread = chunk.deviations
+    apart = None if spread is None else sum_of_deviations(chunk.key, spread, len(layout.layers), seal)
+    head = replace(
+        chunk.head, layout=layout, checksums=checksums, deviations_sum=apart, block_rows=BLOCK_ROWS, seal=seal
+    )
+    return Chunk(head, slab, head.host_bytes(pool), spread)

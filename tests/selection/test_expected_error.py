@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,7 @@ from cachetune_rag.selection.expected_error import ExpectedErrorSelector
 from cachetune_rag.selection.frequency import FrequencySelector
 from cachetune_rag.text.prompts.prompt import Prompt
 from cachetune_store import ChunkReader, LayerSpec, get_codec
+from cachetune_store.readers import HostReader
 
 CHUNKS = [
     "The lighthouse was built in 1871 by three brothers from the next valley.",
@@ -186,8 +188,9 @@ def test_recomputing_nothing_moves_nothing(engine: CacheTune) -> None:
 
 def test_what_is_exact_stays_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """A chunk right behind its lead-in: recomputed rows differ from stored ones by rounding alone, so nothing moves."""
+    monkeypatch.setattr(ChunkReader, "has_deviations", True)
     monkeypatch.setattr(
-        ChunkReader, "deviations", property(lambda r: torch.rand(r.layout.tokens, r.layout.deviation_columns))
+        HostReader, "deviations", property(lambda r: torch.rand(r.layout.tokens, r.layout.deviation_columns))
     )
     with fresh(prompt_template="<s>{prefix}{chunks}{query}", lead_in="first_token") as engine:
         engine.precompute(CHUNKS[0])
@@ -287,7 +290,7 @@ def test_a_shift_needs_the_stored_rows_of_what_is_recomputed(
 def test_without_deviations_nothing_is_shifted_and_attention_alone_decides(
     engine: CacheTune, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ChunkReader, "deviations", None)
+    monkeypatch.setattr(ChunkReader, "has_deviations", False)
     seen: list[Tensor | None] = []
     forward = engine.adapter.selective_forward
     monkeypatch.setattr(engine.adapter, "selective_forward", lambda *args: seen.append(args[4]) or forward(*args))
@@ -375,7 +378,8 @@ def _context(chunks: list[tuple[int, int, Tensor | None]], length: int = 20) -> 
     context = PromptView(engine, prompt, [], computed, None, _Loader(length))  # type: ignore[arg-type]
     for start, tokens, deviations in chunks:
         computed[start : start + tokens] = False
-        context.chunks.append(ReusedChunk(start, torch.arange(tokens), torch.zeros(tokens), deviations))
+        read = None if deviations is None else partial(torch.clone, deviations)
+        context.chunks.append(ReusedChunk(start, torch.arange(tokens), torch.zeros(tokens), read))
     return context, engine
 
 

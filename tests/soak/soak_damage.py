@@ -231,6 +231,6 @@ def _forget_text(path: Path) -> None:
     """Turn a chunk file into the one that would have been written without its text."""
     key = ChunkKey(path.stem)
     file = RawFile(path, DirectIO(False))
-    head, start = parse_head(key, file.size, file.head, CHECKSUMS)
-    rows = path.read_bytes()[start:]
-    path.write_bytes(encode_head(dataclasses.replace(head, text=None)) + rows)
+    parsed = parse_head(key, file.size, file.head, CHECKSUMS)
+    rows = path.read_bytes()[parsed.rows_start :]
+    path.write_bytes(encode_head(dataclasses.replace(parsed.head, text=None)) + rows)

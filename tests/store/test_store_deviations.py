@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +13,11 @@ from safetensors import safe_open
 from store_samples import file_of, flip, sample
 from torch import Tensor
 
-from cachetune_store import ChunkStore, NonFiniteError
+from cachetune_store import ChunkStore, DamagedChunkError, NonFiniteError, StoreError
 
 COLUMNS = 12
 """Columns of a sample's deviations: keys and values of three layers with two heads."""
+KEY = bytes(range(32))
 LEADS = {"lead_ins": ((1, 2), (1, 3))}
 
 
@@ -85,22 +88,164 @@ def test_a_chunk_that_comes_up_from_disk_counts_them(path: Path) -> None:
         assert store.stats().host.bytes == put(memory, spread())
 
 
-def test_a_flipped_bit_in_them_is_a_miss(path: Path) -> None:
-    with ChunkStore(path) as store:
-        put(store, spread())
-    file = file_of(path, sample(**LEADS).key)
+SEALS = pytest.mark.parametrize(
+    "options", [{}, {"store_key": KEY}, {"store_key": KEY, "encrypt": True}], ids=["plain", "key", "encrypted"]
+)
+
+
+def only_file(path: Path) -> Path:
+    (file,) = (path / "chunks").rglob("*.safetensors")
+    return file
+
+
+def places_of(file: Path) -> tuple[int, int]:
+    """Where the deviations begin and end in a chunk file."""
     content = file.read_bytes()
     length = int.from_bytes(content[:8], "little")
     begin, end = json.loads(content[8 : 8 + length])["deviations"]["data_offsets"]
+    return 8 + length + begin, 8 + length + end
+
+
+@SEALS
+@pytest.mark.parametrize("direct_io", [True, False])
+def test_they_are_read_when_they_are_asked_for(
+    path: Path, options: dict[str, Any], direct_io: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = sample(**LEADS)
+    with ChunkStore(path, **options) as store:
+        put(store, spread())
+    begin, end = places_of(only_file(path))
+    reads = count_reads(monkeypatch)
+    with ChunkStore(path, host_budget=0, direct_io=direct_io, **options) as store, store.open(one.key) as reader:
+        assert len(reads) == 1, "the head, in one read"
+        reader.read(0, 10)
+        assert len(reads) == 2
+        assert all(start + count <= begin for start, count in reads[1:])
+        assert reader.has_deviations
+        assert reader.deviations_wait
+        assert torch.equal(reader.deviations, spread())
+        assert reads[2:] == [(begin, -(-end // 4096) * 4096 - begin)]
+        assert not reader.deviations_wait
+        assert torch.equal(reader.deviations, spread())
+        assert len(reads) == 3, "they are read once"
+        assert one.matches(reader)
+
+
+@SEALS
+def test_a_head_that_was_read_is_known(path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the file is read before its rows are. Of an encrypted file the head is read again: it holds the file's key."""
+    one = sample(**LEADS)
+    with ChunkStore(path, host_budget=0, **options) as store:
+        put(store, spread())
+        store.open(one.key).close()
+        reads = count_reads(monkeypatch)
+        with store.open(one.key) as reader:
+            assert len(reads) == ("encrypt" in options)
+            assert one.matches(reader)
+            assert reader.text == "some text"
+            assert torch.equal(reader.deviations, spread())
+        other = sample(7, **LEADS)
+        other.put(store)
+        only = len(reads)
+        with store.open(other.key) as reader:
+            assert len(reads) == only + 1
+            assert other.matches(reader)
+        assert store.tier("disk").remove(one.key)
+        assert store.open(one.key) is None
+        put(store, None)
+        with store.open(one.key) as reader:
+            assert reader.deviations is None, "another file of the same key"
+
+
+def test_a_known_head_belongs_to_the_file_as_it_was(path: Path) -> None:
+    one = sample(**LEADS)
+    with ChunkStore(path, host_budget=0) as store:
+        put(store, spread())
+        store.open(one.key).close()
+        content = only_file(path).read_bytes()
+        only_file(path).unlink()
+        with ChunkStore(path, host_budget=0, codec="int8") as other:
+            put(other, None)
+        with store.open(one.key) as reader:
+            assert (reader.layout.codec, reader.deviations) == ("int8", None)
+            assert one.matches(reader)
+        only_file(path).write_bytes(content[:100] + b"?" + content[101:])
+        errors: list[StoreError] = []
+        assert store.open(one.key, errors=errors) is None
+        assert len(errors) == 1
+
+
+def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Position and bytes of every read of a chunk file from now on."""
+    reads: list[tuple[int, int]] = []
+    real = os.preadv
+
+    def preadv(fd: int, areas: list[memoryview], position: int) -> int:
+        count = real(fd, areas, position)
+        reads.append((position, count))
+        return count
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    return reads
+
+
+@SEALS
+def test_a_flipped_bit_in_them_is_damage(path: Path, options: dict[str, Any]) -> None:
+    one = sample(**LEADS)
+    with ChunkStore(path, **options) as store:
+        put(store, spread())
+    content = only_file(path).read_bytes()
+    begin, end = places_of(only_file(path))
     for place in (begin, (begin + end) // 2, end - 1):
-        file.write_bytes(content)
-        flip(file, 8 + length + place)
-        with ChunkStore(path, host_budget=0) as store:
-            assert store.open(sample(**LEADS).key) is None
+        with ChunkStore(path, host_budget=0, **options) as store:
+            flip(only_file(path), place)
+            with store.open(one.key) as reader:
+                assert one.matches(reader), "the rows are sound"
+                with pytest.raises(DamagedChunkError, match="deviations"):
+                    _ = reader.deviations
+            assert store.discard(one.key)
+            assert store.open(one.key) is None
+            assert store.stats().damaged == 1
+            assert put(store, spread()) == len(content)
+            assert store.verify().ok
+    if "encrypt" not in options:
+        assert only_file(path).read_bytes() == content
+    for place in (end, only_file(path).stat().st_size - 1):
+        with ChunkStore(path, host_budget=0, **options) as store:
+            flip(only_file(path), place)
+            assert store.verify().damaged == (one.key,), "bytes behind them"
+            put(store, spread())
+
+
+@SEALS
+def test_those_of_another_file_are_damage(path: Path, options: dict[str, Any]) -> None:
+    """Bytes that the store itself has written, in another chunk's file or in place of a block of rows."""
+    one, two = sample(**LEADS), sample(1, **LEADS)
+    with ChunkStore(path, host_budget=0, **options) as store:
+        put(store, spread())
+        file = only_file(path)
+        begin, _ = places_of(file)
+        put(store, spread().flip(0), seed=1)
+        content = file.read_bytes()
+        (other,) = set((path / "chunks").rglob("*.safetensors")) - {file}
+        file.write_bytes(content[:begin] + other.read_bytes()[begin:])
+        with store.open(one.key) as reader, pytest.raises(DamagedChunkError):
+            _ = reader.deviations
+        with store.open(two.key) as reader:
+            assert torch.equal(reader.deviations, spread().flip(0))
+
+
+def test_a_chunk_whose_rows_were_all_read_stays_on_disk_if_they_are_damaged(path: Path) -> None:
+    one = sample(**LEADS)
+    with ChunkStore(path, host_budget=0) as store:
+        put(store, spread())
+    flip(only_file(path), places_of(only_file(path))[0])
     with ChunkStore(path) as store:
-        assert put(store, spread()) == len(content)
-        assert store.verify().ok
-    assert file.read_bytes() == content
+        with store.open(one.key) as reader:
+            assert one.matches(reader)
+        assert store.stats().host.chunks == 0
+        assert store.contains(one.key)
+        assert store.verify().damaged == (one.key,)
 
 
 def test_what_is_no_deviation_of_the_chunk_is_refused(path: Path) -> None:

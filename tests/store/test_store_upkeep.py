@@ -92,7 +92,7 @@ def test_a_version_damaged_in_place_is_damage(path: Path) -> None:
         one.put(store)
         file = file_of(path, one.key)
         data = file.read_bytes()
-        at = data.index(b'format_version":"1"') + len('format_version":"')
+        at = data.index(b'format_version":"2"') + len('format_version":"')
         file.write_bytes(data[:at] + b"3" + data[at + 1 :])
         report = store.verify()
         assert (report.damaged, report.foreign) == ((one.key,), 0)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import Tensor
+
 from ..buffers import SlabPool
-from ..chunk import ChunkHead
+from ..chunkfile import ParsedHead
 from ..disk_reader import DiskReader
 from ..errors import DamagedChunkError, MissingObjectError
 from ..tier_kinds import REMOTE
@@ -21,7 +23,7 @@ class RemoteReader(DiskReader):
     """Rows in a remote place, read as from disk. Layers of few bytes are fetched together with the next ones.
 
     Args:
-        head, file, rows_start, pool, scratch: as for DiskReader.
+        parsed, file, pool, scratch: as for DiskReader.
         failed: called with the error of a request that failed.
     """
 
@@ -29,14 +31,13 @@ class RemoteReader(DiskReader):
 
     def __init__(
         self,
-        head: ChunkHead,
+        parsed: ParsedHead,
         file: RemoteFile,
-        rows_start: int,
         pool: SlabPool,
         failed: Callable[[OSError], None],
         scratch: SlabPool | None = None,
     ) -> None:
-        super().__init__(head, file, rows_start, pool, scratch)
+        super().__init__(parsed, file, pool, scratch)
         self._remote = file
         self._failed = failed
 
@@ -59,14 +60,27 @@ class RemoteReader(DiskReader):
             for number in layers[1:]:
                 self._locks[number].release()
 
+    def _fetch_deviations(self) -> Tensor:
+        """See DiskReader."""
+        try:
+            return super()._fetch_deviations()
+        except DamagedChunkError as error:
+            if isinstance(error.__cause__, OSError):
+                self._note_failure(error.__cause__)
+            raise
+
+    def _note_failure(self, error: OSError) -> None:
+        """A request failed, which says something about the place unless the object is gone."""
+        if not isinstance(error.__cause__, MissingObjectError):
+            self._failed(error)
+
     def _fetch(self, layers: list[int], wanted: list[tuple[int, memoryview]], rows: int) -> None:
         """Read the wanted areas of these layers. Their locks are held. Only the first layer's failure is an error now."""
         pairs = [(layer, start, area) for layer, (start, area) in zip(layers, wanted, strict=True) if len(area)]
         try:
             counts = self._remote.read_ranges([area for *_, area in pairs], [start for _, start, _ in pairs])
         except OSError as error:
-            if not isinstance(error.__cause__, MissingObjectError):
-                self._failed(error)
+            self._note_failure(error)
             raise DamagedChunkError(f"chunk {self.key}: layer {layers[0]} can't be read ({error.strerror})") from error
         for (layer, _, area), count in zip(pairs, counts, strict=True):
             self._bytes[layer] += count

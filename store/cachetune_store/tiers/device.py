@@ -32,11 +32,13 @@ class DeviceChunk:
 
     Attributes:
         slab: uint8 [plan.total], as in its file.
+        deviations: as of the chunk in host memory.
         filled: recorded behind the copy that fills the slab; None where copies are done when they return (on a CPU).
     """
 
     head: ChunkHead
     slab: Tensor
+    deviations: Tensor | None
     filled: torch.cuda.Event | None
 
     @cached_property
@@ -123,7 +125,7 @@ class DeviceTier(MemoryTier[DeviceChunk]):
             if self._stream is not None:
                 filled = torch.cuda.Event()
                 filled.record(self._stream)
-        return DeviceChunk(chunk.head, slab, filled)
+        return DeviceChunk(chunk.head, slab, chunk.deviations, filled)
 
     def _size(self, count: int) -> int:
         if self.device.type != "cuda":
@@ -151,7 +153,7 @@ class DeviceReader(ChunkReader):
     def __init__(self, chunk: DeviceChunk, stream: torch.cuda.Stream | None) -> None:
         super().__init__(chunk.head)
         self._layers, self.addresses = chunk.layers, chunk.addresses
-        self._filled = chunk.filled
+        self._filled, self._deviations = chunk.filled, chunk.deviations
         self._stream = stream
         self.device = chunk.slab.device
 
@@ -159,6 +161,11 @@ class DeviceReader(ChunkReader):
     def host_bytes(self) -> int:
         """See ChunkReader.host_bytes."""
         return self.head.plan.total
+
+    @property
+    def deviations(self) -> Tensor | None:
+        """See ChunkReader.deviations. They are in host memory."""
+        return self._deviations
 
     def read(self, layer: int, rows: int) -> Tensor:
         """See ChunkReader.read. The rows are on the tier's device, for use on the current stream."""

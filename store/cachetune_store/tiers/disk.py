@@ -44,6 +44,7 @@ from ..tier_kinds import DISK
 from ..units import format_bytes
 from .base import LastingTier, Pins
 from .damaged import DamagedFiles
+from .known_heads import KnownHeads
 from .lru import LruOrder
 
 __all__ = ["DiskTier"]
@@ -52,6 +53,8 @@ _LONGEST_GUESS = 4 << 20
 """Most bytes that are read of a head before its length is known."""
 HEAD_MEMORY = 64 << 20
 """Bytes of unused memory that are kept for reading heads, and rows of encrypted files: enough for the heads of a hundred long chunks."""
+_KNOWN_HEADS = 64 << 20
+"""Bytes of heads that are kept: those of some four thousand chunks of 512 tokens."""
 _LOST = {errno.EIO, errno.EBADMSG, errno.EUCLEAN}
 """Errors of reading that mean that the disk or the file system has lost data. Other errors may pass."""
 _ABSENT = {errno.ENOENT, errno.ENOTDIR}
@@ -101,6 +104,7 @@ class DiskTier(LastingTier):
         self._damaged = DamagedFiles(directory / "damaged", limit_bytes=budget)
         self._touched: dict[str, float] = {}
         self._head_bytes = 0
+        self._known = KnownHeads(_KNOWN_HEADS)
         self._heads = SlabPool(pinned=False, limit=HEAD_MEMORY)
         self._lock = threading.Lock()
 
@@ -154,7 +158,7 @@ class DiskTier(LastingTier):
     def _read_head(self, key: ChunkKey) -> ChunkHead | Exception:
         try:
             with contextlib.closing(RawFile(self.path_of(key), DirectIO(False))) as file:
-                return parse_head(key, file.size, file.head, self.seal)[0]
+                return parse_head(key, file.size, file.head, self.seal).head
         except (DamagedChunkError, UnknownCodecError, StoreKeyError) as error:
             return error
 
@@ -167,7 +171,7 @@ class DiskTier(LastingTier):
         """See Tier. After it returns, the chunk survives a power cut."""
         key, target = chunk.key, self.path_of(chunk.key)
         head, rows = encode_file(chunk, self.seal)
-        size = len(head) + len(rows)
+        size = len(head) + sum(map(len, rows))
         if size > self.budget:
             raise BudgetError(
                 f"chunk {key} takes {format_bytes(size)} on disk, more than disk_budget ({format_bytes(self.budget)}); "
@@ -195,7 +199,7 @@ class DiskTier(LastingTier):
                 with self.index.transaction():
                     self._make_room(key, size)
                 make_directory(target.parent)
-                self._temp.write([head, rows], publish, drop_cache=self._direct.active)
+                self._temp.write([head, *rows], publish, drop_cache=self._direct.active)
         except OSError as error:
             raise explain(error, target) from error
         with self._lock:
@@ -208,6 +212,7 @@ class DiskTier(LastingTier):
             with self._temp.changing():
                 with self.index.transaction():
                     size = self._unlink(key)
+                    self._known.drop(key)
                     self._forget(key)
                     drop_text(self.index, key)
                 self._damaged.remove(self.seal.chunk_name(key))
@@ -304,6 +309,7 @@ class DiskTier(LastingTier):
 
     def close(self) -> None:
         """See Tier."""
+        self._known.clear()
         with contextlib.suppress(StoreError):
             self.flush()
 
@@ -313,6 +319,7 @@ class DiskTier(LastingTier):
         try:
             file = RawFile(path, self._direct, self._head_bytes, self._heads)
         except FileNotFoundError:
+            self._known.drop(key)
             return None
         except DamagedChunkError as error:
             self._note_damage(key, error, errors)
@@ -320,8 +327,10 @@ class DiskTier(LastingTier):
         except OSError as error:
             errors.append(unreadable(error, path))
             return None
+        if (known := self._known.find(key, file)) is not None:
+            return DiskReader(known, file, self.pool, self._heads)
         try:
-            head, start = parse_head(key, file.size, file.head, self.seal)
+            parsed = parse_head(key, file.size, file.head, self.seal)
         except UnknownCodecError:
             # The file is good where its codec is registered.
             file.close()
@@ -341,8 +350,9 @@ class DiskTier(LastingTier):
             return None
         file.drop_head()
         # Chunks of a corpus have heads of about the same length. Reading the whole head at once saves a second read.
-        self._head_bytes = min(start, _LONGEST_GUESS)
-        return DiskReader(head, file, start, self.pool, self._heads)
+        self._head_bytes = min(parsed.rows_start, _LONGEST_GUESS)
+        self._known.keep(key, file, parsed)
+        return DiskReader(parsed, file, self.pool, self._heads)
 
     def _note_damage(self, key: ChunkKey, error: DamagedChunkError | OSError, errors: list[StoreError]) -> None:
         if self.set_aside(key):

@@ -183,7 +183,7 @@ class RemoteTier(LastingTier):
             return None
         file = RemoteFile(self._objects, record["object"], record["size"], record["head"])
         try:
-            head, start = parse_head(key, file.size, file.head, self.catalogue.seal())
+            parsed = parse_head(key, file.size, file.head, self.catalogue.seal())
         except UnknownCodecError:
             return None
         except MissingObjectError:
@@ -206,7 +206,7 @@ class RemoteTier(LastingTier):
             return None
         self.breaker.worked()
         file.drop_head()
-        return RemoteReader(head, file, start, self._pool, self.failed, self._scratch)
+        return RemoteReader(parsed, file, self._pool, self.failed, self._scratch)
 
     def _lost(self, key: ChunkKey) -> None:
         """The object of a chunk is gone: from now on the chunk is an ordinary miss, and may be written again."""
@@ -220,8 +220,9 @@ class RemoteTier(LastingTier):
         file = RemoteFile(self._objects, record["object"], record["size"], record["head"])
         failures: list[Exception] = []
         try:
-            head, start = parse_head(key, file.size, file.head, self.catalogue.seal())
-            RemoteReader(head, file, start, self._pool, failures.append).read_all()
+            parsed = parse_head(key, file.size, file.head, self.catalogue.seal())
+            RemoteReader(parsed, file, self._pool, failures.append).read_all()
+            head = parsed.head
             return make_key(head.namespace, head.token_ids.tolist()) != key
         except (UnknownCodecError, StoreKeyError):
             return False
@@ -248,9 +249,9 @@ class RemoteTier(LastingTier):
             chunk = transcoded(chunk, self._codec, self._pool, seal.in_memory)
         text = chunk.head.text
         (head, rows), name = encode_file(chunk, seal), object_name(seal.chunk_name(chunk.key))
-        size = len(head) + len(rows)
+        size = len(head) + sum(map(len, rows))
         try:
-            self._objects.put(name, [head, rows])
+            self._objects.put(name, [head, *rows])
         except RemoteError as error:
             self.failed(error)
             raise
