@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 SELECTORS = ("frequency", "expected_error")
-PHASES = ("target", "device", "timeline", "int8", "disk", "peers", "codecs", "selectors", "kvboost")
+PHASES = ("target", "device", "timeline", "int8", "disk", "reads", "peers", "codecs", "selectors", "kvboost")
 """In order of importance. target: the codec exact from the host tier. device: the same from the device tier. timeline: one request under the
-profiler. int8: from the host tier. disk: at the tuned ratio, without the page cache. peers: prefix caching, and reuse without recompute.
+profiler. int8: from the host tier. disk: at the tuned ratio, without the page cache. reads: from the same disk at the given ratios, so that commits
+can be compared. peers: prefix caching, and reuse without recompute.
 codecs: fp8 and int4 from the host tier, int8 and int4 from the device tier. selectors: expected_error_early and probe. kvboost: the package of
 that name, of which a request takes seconds.
 """
@@ -67,6 +68,9 @@ def _phase(phase: str, contexts: Sequence[int], ratios: Sequence[float], both: t
         long = [c for c in contexts if c >= 16384] or [max(contexts)]
         tuned = [("int4", "frequency"), ("int8", "frequency"), ("int4", "expected_error"), ("exact", "frequency")]
         return [Group(phase, c, "disk", codec, (Setting(s, None),)) for codec, s in tuned for c in long]
+    if phase == "reads":
+        long = [c for c in contexts if c >= 16384] or [max(contexts)]
+        return [Group(phase, c, "disk", "int4", both) for c in long]
     if phase == "peers":
         return [Group(phase, c, settings=(Setting("none", 0.0),)) for c in contexts]
     if phase == "codecs":

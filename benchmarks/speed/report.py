@@ -55,6 +55,7 @@ def details(content: Content) -> str:
         ("From host memory and from the device", ("target", "device")),
         ("Codecs", ("int8", "codecs")),
         ("From disk, at the tuned ratio", ("disk",)),
+        ("From disk, at given ratios", ("reads",)),
         ("Other selectors", ("selectors",)),
     ):
         found = [row for row in rows if row["phase"] in phases and "floor" in row]
@@ -152,7 +153,7 @@ def _full_table(content: Content) -> str:
 
 
 def _split_table(rows: Sequence[Row]) -> str:
-    shown = [row for row in rows if row["phase"] in ("target", "device", "disk") and row.get("timings")]
+    shown = [row for row in rows if row["phase"] in ("target", "device", "disk", "reads") and row.get("timings")]
     if not shown:
         return ""
     phases = list(dict.fromkeys(name for row in shown for name in row["timings"]))

@@ -12,10 +12,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from shared_places import Place, valkey_place
-from store_samples import sample
+from store_samples import Sample, sample
 
-from cachetune_store import ChunkStore, StoreArgumentError, StoreReadOnlyError, StoreVersionError, changes_so_far
+from cachetune_store import (
+    ChunkStore,
+    DamagedChunkError,
+    StoreArgumentError,
+    StoreError,
+    StoreReadOnlyError,
+    StoreVersionError,
+    changes_so_far,
+)
 from cachetune_store.diskindex import DiskIndex
 from cachetune_store.errors import MissingObjectError, RemoteError
 from cachetune_store.remote import catalogue, sync
@@ -141,6 +150,71 @@ def test_only_plain_files_of_a_shared_folder_are_read(folder: Place, tmp_path: P
     store.sync()
     assert tier_of(folder.store(), 1) == "remote", "and is stored again"
     assert not file.is_symlink()
+
+
+def spread(one: Sample) -> torch.Tensor:
+    """Deviations of a chunk of 32 layers with two heads."""
+    return torch.rand(len(one.token_ids), 2 * 2 * 32, generator=torch.Generator().manual_seed(1)).half()
+
+
+def put_with_deviations(store: ChunkStore, one: Sample) -> None:
+    store.put(
+        one.key, one.layers, one.scores, namespace=one.namespace, token_ids=one.token_ids, deviations=spread(one)
+    )  # fmt: skip
+    store.sync()
+
+
+def test_deviations_are_fetched_when_they_are_asked_for(network: Place) -> None:
+    one = sample(1, tokens=600, layers=32)
+    put_with_deviations(network.store(), one)
+    store, size = network.store(host_budget=0), spread(one).nbytes
+    before = network.proxy.answered
+    with store.open(one.key) as reader:
+        head = store.size_of(one.key) - reader.head.plan.total - size
+        assert network.proxy.answered - before < head + 8000, "and what HTTP says besides"
+        assert head < size / 2
+        reader.read(0, 64)
+        before = network.proxy.answered
+        assert torch.equal(reader.deviations, spread(one))
+        assert size <= network.proxy.answered - before < size + 8192 + 8000
+        assert one.matches(reader)
+
+
+def test_deviations_that_cannot_be_fetched_are_told(network: Place) -> None:
+    one = sample(1, tokens=600, layers=32)
+    put_with_deviations(network.store(), one)
+    store = network.store(host_budget=0)
+    with store.open(one.key) as reader:
+        network.proxy.fault = "refuse"
+        network.proxy.cut()
+        with pytest.raises(DamagedChunkError, match="deviations can't be read"):
+            _ = reader.deviations
+        network.proxy.fault = ""
+    errors: list[StoreError] = []
+    assert store.open(one.key, errors=errors) is None
+    assert isinstance(errors[0], RemoteError), "the place is left alone for a while"
+    assert not store.discard(one.key), "nothing says that the object is damaged"
+    assert store.stats().remote.failed == 1
+
+
+def test_damaged_deviations_are_deleted_in_the_place(place: Place) -> None:
+    one = sample(1, tokens=600, layers=32)
+    store = place.store(host_budget=0)
+    put_with_deviations(store, one)
+    (name,) = place.objects.names("chunks/")
+    content = bytearray(place.objects.get(name, 1 << 30))
+    content[-spread(one).nbytes + 100] ^= 1
+    place.objects.put(name, [bytes(content)])
+    with store.open(one.key) as reader:
+        assert one.matches(reader)
+        with pytest.raises(DamagedChunkError):
+            _ = reader.deviations
+    assert store.discard(one.key)
+    assert store.open(one.key) is None
+    assert store.stats().damaged == 1
+    put_with_deviations(store, one)
+    with store.open(one.key) as reader:
+        assert torch.equal(reader.deviations, spread(one))
 
 
 def test_small_layers_are_fetched_together(network: Place) -> None:
