@@ -268,9 +268,9 @@ def test_a_read_that_fails_once_loses_no_chunk(path: Path, monkeypatch: pytest.M
         assert store.stats().damaged == 0
         with store.open(sample().key) as reader:
             assert sample().matches(reader)
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "preadv", fail)
-            assert store.open(sample().key) is None
+    with ChunkStore(path, host_budget=0) as store, monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", fail)
+        assert store.open(sample().key) is None
         assert store.stats().damaged == 1, "it failed twice"
 
 
