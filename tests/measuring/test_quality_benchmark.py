@@ -16,12 +16,13 @@ from tiny import llama, tokenizer
 
 from cachetune_rag import CacheTune
 from cachetune_rag.text.prompts.prompt import PromptBuilder
+from cachetune_rag.text.recognising.id_spans import IdSpan, prompt_of_ids
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from fidelity import measures, report
 from fidelity.answers import greedy_answers, target_logits
 from fidelity.documents import Shape, read_documents, shuffled
-from fidelity.evaluate import Engines, Evaluator, equal_compute_ratio
+from fidelity.evaluate import Engines, Evaluator, equal_compute_ratio, partly_stored
 from fidelity.musique import LEADS, read_musique
 from fidelity.records import Dataset, Record
 from fidelity.rows import RowFile, key_of, read_rows
@@ -100,6 +101,17 @@ def test_equal_compute_takes_the_probe_out_of_the_budget() -> None:
     assert equal_compute_ratio(0.15, 300, 30 * 1000) == pytest.approx(0.14)
     assert equal_compute_ratio(0.15, 0, 1000) == 0.15
     assert equal_compute_ratio(0.05, 100, 1000) == 0
+
+
+@pytest.mark.parametrize(("share", "stored"), [(1.0, 5), (0.8, 4), (0.5, 2), (0.0, 1)])
+def test_a_part_of_the_chunks_is_new_text(share: float, stored: int) -> None:
+    prompt = prompt_of_ids(range(100), [IdSpan(start, start + 15, start) for start in range(5, 100, 20)])
+    few = partly_stored(prompt, share, "a record")
+    assert few.ids == prompt.ids
+    assert len(few.spans) == stored
+    assert set(few.spans) <= set(prompt.spans)
+    assert list(few.spans) == sorted(few.spans, key=lambda span: span.start)
+    assert few == partly_stored(prompt, share, "a record")
 
 
 # -- readers ----------------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from speed.shapes import SHAPES, tokenizer
 from speed.subject import Subject
 
 from cachetune_rag import CacheTune
+from cachetune_rag.reuse.config import ReuseConfig
 
 SMALL = ["--shape", "tiny", "--device", "cpu", "--contexts", "256", "--chunk-tokens", "64", "--rounds", "2"]
 
@@ -80,6 +81,15 @@ def test_a_prompt_has_nothing_but_the_beginning_the_chunks_and_the_query() -> No
         assert len(ids) == 1 + 512 + 3 + 64  # one token between chunks
         assert ids[0] == subject.engine.prompts.first_token == subject.engine.tokenizer.bos_token_id
         assert subject.ids(512, step=-1)[1:129] == ids[-64 - 128 : -64]
+
+
+@pytest.mark.parametrize(("share", "chunks"), [(1.0, 5), (0.8, 4), (0.5, 3)])
+def test_a_share_of_the_chunks_is_new_text(share: float, chunks: int) -> None:
+    with Subject("tiny", "cpu", None, [320], 64, stored=share) as subject:
+        subject.store("exact", "host")
+        report = subject.reuse("host", 320, "exact", ReuseConfig("none", 0.0))
+        assert (report.reused, report.missed) == (64 * chunks, 0)
+        assert report.computed + report.prefix_kept == report.prompt_tokens - 64 * chunks
 
 
 def test_prefix_caching_finds_all_of_the_same_order_and_next_to_nothing_of_another(measured: Path) -> None:
