@@ -16,27 +16,32 @@ from torch import Tensor
 
 from .buffers import PAGE, memory_of, round_up
 from .chunk import Chunk, ChunkHead, as_written, plan_slab
-from .codecs import Codec, get_codec
 from .errors import DamagedChunkError, StoreArgumentError, UnknownCodecError, UnknownFormatError
+from .filetable import (
+    DIGEST_BYTES,
+    FILE_VERSION,
+    Table,
+    describes,
+    rest_of_header,
+    small_tensors,
+    spell,
+    tail_tensors,
+)
 from .keys import ChunkKey, Namespace
 from .layout import ChunkLayout, LayerSpec
 from .printing import shown
-from .seals import FileSeal, Seal
+from .seals import Seal
 
-__all__ = ["FILE_VERSION", "MAX_HEADER", "MAX_TEXT", "SUFFIX", "ParsedHead", "encode_file", "encode_head", "parse_head"]
+__all__ = ["MAX_HEADER", "MAX_TEXT", "SUFFIX", "ParsedHead", "encode_file", "encode_head", "parse_head"]
 
 SUFFIX = ".safetensors"
-FILE_VERSION = 2
-"""The format of new files. Those of format 1 are read as well; they have the deviations in the head."""
 _KNOWN_VERSIONS = {"1": 1, "2": 2}
 MAX_HEADER = 1 << 20
 """Longest JSON header, in bytes, that is written, or read at all."""
 MAX_TEXT = 16 << 20
-_DIGEST = 16
 _FIRST = '{"__metadata__":{'
 _DECODER = json.JSONDecoder()
 _NUMPY = {"U8": "u1", "I64": "<i8", "U64": "<u8", "F32": "<f4", "F16": "<f2"}
-_Table = list[tuple[str, str, list[int], int]]
 
 
 @dataclass(frozen=True)
@@ -80,9 +85,9 @@ def encode_head(head: ChunkHead) -> bytes:
         raise StoreArgumentError(
             f"chunk text has {len(text)} bytes; at most {MAX_TEXT} can be stored, or pass text=None"
         )
-    table, rows_at = _small_tensors(head.layout, head.block_rows, len(text), head.has_deviations, head.seal)
-    tail = _tail_tensors(head.layout, head.has_deviations)
-    header = (_FIRST + _spell(_metadata(head))[1:] + _rest_of_header(head.layout, table, rows_at, tail)).encode()
+    table, rows_at = small_tensors(head.layout, head.block_rows, len(text), head.has_deviations, head.seal)
+    tail = tail_tensors(head.layout, head.has_deviations)
+    header = (_FIRST + spell(_metadata(head))[1:] + rest_of_header(head.layout, table, rows_at, tail)).encode()
     # Spaces after the JSON are part of safetensors; with them the tensors begin on a page.
     header = header.ljust(round_up(8 + len(header)) - 8)
     if len(header) > MAX_HEADER:
@@ -93,7 +98,7 @@ def encode_head(head: ChunkHead) -> bytes:
     tensors = head.order.numpy().tobytes() + head.token_ids.numpy().tobytes() + head.checksums.tobytes()
     tensors += head.scores.numpy().tobytes()
     tensors += (b"" if head.deviations_sum is None else head.deviations_sum.tobytes()) + text
-    tensors = tensors.ljust(round_up(_DIGEST + len(tensors)) - _DIGEST, b"\0")
+    tensors = tensors.ljust(round_up(DIGEST_BYTES + len(tensors)) - DIGEST_BYTES, b"\0")
     digest, small = head.seal.head(head.key, front, tensors)
     return b"".join((front, digest, small))
 
@@ -136,17 +141,17 @@ def _parse(key: ChunkKey, file_bytes: int, read: Callable[[int], memoryview], se
         raise UnknownFormatError(f"chunk {key}: the file says format version {shown(metadata['format_version'])}")
     file = seal.file(key, metadata)
     layout, block_rows, text_bytes, deviations = _read_layout(metadata["layout"])
-    table, small_bytes = _small_tensors(layout, block_rows, text_bytes, deviations, file, version)
-    tail = _tail_tensors(layout, deviations, version)
+    table, small_bytes = small_tensors(layout, block_rows, text_bytes, deviations, file, version)
+    tail = tail_tensors(layout, deviations, version)
     end = start + small_bytes
     # As we write it, or the same in other words. Comparing what JSON says of seventy tensors takes longer than reading the head.
-    fits = rest == _rest_of_header(layout, table, small_bytes, tail) or _describes(
+    fits = rest == rest_of_header(layout, table, small_bytes, tail) or describes(
         header, metadata, layout, table, small_bytes, tail
     )
     if not fits or end + plan_slab(layout).total + sum(row[3] for row in tail) != file_bytes:
         raise DamagedChunkError(f"chunk {key}: tensors, shapes or offsets don't fit the layout and {file_bytes} bytes")
     raw = read(end)[:end]
-    small = file.open_head(key, raw[:start], raw[start : start + _DIGEST], raw[start + _DIGEST :])
+    small = file.open_head(key, raw[:start], raw[start : start + DIGEST_BYTES], raw[start + DIGEST_BYTES :])
     if len(raw) != end or small is None:
         raise DamagedChunkError(f"chunk {key}: header checksum mismatch")
     namespace = _read_namespace(file.reveal_namespace(metadata["namespace"]))
@@ -174,7 +179,7 @@ def _parse(key: ChunkKey, file_bytes: int, read: Callable[[int], memoryview], se
     return ParsedHead(head, end, None if spread is None else torch.from_numpy(spread))
 
 
-def _read_small(table: _Table, small: memoryview) -> dict[str, npt.NDArray[Any]]:
+def _read_small(table: Table, small: memoryview) -> dict[str, npt.NDArray[Any]]:
     """The tensors behind the digest, which stands first, as views of what was read."""
     found, position = {}, 0
     for name, dtype, shape, count in table[1:]:
@@ -184,106 +189,12 @@ def _read_small(table: _Table, small: memoryview) -> dict[str, npt.NDArray[Any]]
     return found
 
 
-def _sums_shape(layers: int, blocks: int, seal: FileSeal) -> list[int]:
-    return [layers, blocks] if seal.words == 1 else [layers, blocks, seal.words]
-
-
-def _small_tensors(
-    layout: ChunkLayout,
-    block_rows: int,
-    text_bytes: int,
-    deviations: bool,
-    seal: FileSeal,
-    version: int = FILE_VERSION,
-) -> tuple[_Table, int]:
-    """The tensors before the first row in file order as (name, dtype, shape, bytes), and their bytes together."""
-    tokens, layers = layout.tokens, len(layout.layers)
-    blocks = -(-tokens // block_rows)
-    table: _Table = [
-        ("digest", "U8", [_DIGEST], _DIGEST),
-        ("order", "I64", [tokens], 8 * tokens),
-        ("token_ids", "I64", [tokens], 8 * tokens),
-        ("checksums", "U64", _sums_shape(layers, blocks, seal), 8 * layers * blocks * seal.words),
-        ("scores", "F32", [tokens], 4 * tokens),
-    ]
-    if deviations and version == 1:
-        table.append(_deviations(layout))
-    elif deviations:
-        table.append(("deviations_sum", "U64", [seal.words], 8 * seal.words))
-    if text_bytes:
-        table.append(("text", "U8", [text_bytes], text_bytes))
-    small = sum(row[3] for row in table)
-    _pad(table, "pad.head", small)
-    return table, round_up(small)
-
-
-def _tail_tensors(layout: ChunkLayout, deviations: bool, version: int = FILE_VERSION) -> _Table:
-    """The tensors behind the last layer, read when they are asked for."""
-    table: _Table = []
-    if deviations and version > 1:
-        table.append(_deviations(layout))
-        _pad(table, "pad.deviations", table[0][3])
-    return table
-
-
-def _deviations(layout: ChunkLayout) -> tuple[str, str, list[int], int]:
-    tokens, columns = layout.tokens, layout.deviation_columns
-    return "deviations", "F16", [tokens, columns], 2 * tokens * columns
-
-
-def _row_tensors(layout: ChunkLayout) -> _Table:
-    """The tensors from the first row on."""
-    table: _Table = []
-    tokens, codec = layout.tokens, get_codec(layout.codec)
-    for index, (spec, form) in enumerate(zip(layout.layers, plan_slab(layout).rows, strict=True)):
-        dtype, shape = codec.declare(tokens, spec, layout.dtype)
-        table.append((f"layer.{index}", dtype, shape, form.size(tokens)))
-        _pad(table, f"pad.{index}", form.size(tokens))
-    return table
-
-
-def _pad(table: _Table, name: str, used: int) -> None:
-    short = -used % 4096
-    if short:
-        table.append((name, "U8", [short], short))
-
-
-def _offsets(table: _Table, position: int = 0) -> dict[str, Any]:
-    """The table as safetensors' header spells it, from `position` on."""
-    entries = {}
-    for name, dtype, shape, count in table:
-        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + count]}
-        position += count
-    return entries
-
-
-def _rest_of_header(layout: ChunkLayout, small: _Table, rows_at: int, tail: _Table) -> str:
-    """The header's JSON behind its metadata."""
-    behind = f",{_spell(_offsets(tail, rows_at + plan_slab(layout).total))[1:-1]}" if tail else ""
-    return f",{_spell(_offsets(small))[1:-1]},{_spelled_rows(layout, get_codec(layout.codec), rows_at)}{behind}}}"
-
-
-@lru_cache(maxsize=64)  # the same for many chunks
-def _spelled_rows(layout: ChunkLayout, codec: Codec, rows_at: int) -> str:
-    return _spell(_offsets(_row_tensors(layout), rows_at))[1:-1]
-
-
-def _describes(header: str, metadata: object, layout: ChunkLayout, small: _Table, rows_at: int, tail: _Table) -> bool:
-    """Whether a header holds these metadata and says of the tensors what it must, whatever its spelling."""
-    expected = {"__metadata__": metadata} | _offsets(small) | _offsets(_row_tensors(layout) + tail, rows_at)
-    return bool(json.loads(header) == expected)
-
-
 def _take_metadata(header: str) -> tuple[dict[str, Any], str]:
     """The header's metadata, and what comes behind them if they come first: they alone say how to read the rest."""
     if header.startswith(_FIRST):
         metadata, end = _DECODER.raw_decode(header, len(_FIRST) - 1)
         return metadata, header[end:].rstrip(" ")
     return json.loads(header)["__metadata__"], ""
-
-
-def _spell(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"))
 
 
 def _metadata(head: ChunkHead) -> dict[str, str]:
@@ -308,8 +219,8 @@ def _metadata(head: ChunkHead) -> dict[str, str]:
         "format": "cachetune-chunk",
         "format_version": str(FILE_VERSION),
         "key": head.seal.chunk_name(head.key),
-        "layout": _spell(shape),
-        "namespace": head.seal.hide_namespace(_spell(owner)),
+        "layout": spell(shape),
+        "namespace": head.seal.hide_namespace(spell(owner)),
     } | dict(head.seal.metadata)
 
 

@@ -21,7 +21,7 @@ from .printing import shown
 __all__ = ["FORMAT_VERSION", "ChunkKey", "Namespace", "make_key"]
 
 FORMAT_VERSION = 1
-"""What keys are hashes of, and how rows are encoded; part of every key. (`chunkfile.FILE_VERSION` says where things lie in a file.)"""
+"""What keys are hashes of, and how rows are encoded; part of every key. (`filetable.FILE_VERSION` says where things lie in a file.)"""
 
 DTYPES = ("float32", "bfloat16", "float16")
 LEAST_LEAD, MOST_LEAD = -(1 << 62), 1 << 40
