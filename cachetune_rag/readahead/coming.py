@@ -200,6 +200,9 @@ class ReadAhead:
     def _read(self, batch: Batch, chunk: ChunkBeingRead, layer: int, rows: int) -> int:
         reader, there = chunk.reader, False
         try:
+            if not layer:
+                # Before all rows, because a selector that uses them needs them first. They come up with the chunk in any case.
+                _ = reader.deviations
             reader.read(layer, rows)
             with self._lock:
                 chunk.left -= 1
