@@ -52,7 +52,7 @@ __all__ = ["DiskTier"]
 _LONGEST_GUESS = 4 << 20
 """Most bytes that are read of a head before its length is known."""
 HEAD_MEMORY = 64 << 20
-"""Bytes of unused memory that are kept for reading heads, and rows of encrypted files: enough for the heads of a hundred long chunks."""
+"""Bytes of unused memory that are kept for reading heads, deviations, and rows of encrypted files: enough for the deviations of a hundred long chunks."""
 _KNOWN_HEADS = 64 << 20
 """Bytes of heads that are kept: those of some four thousand chunks of 512 tokens."""
 _LOST = {errno.EIO, errno.EBADMSG, errno.EUCLEAN}
