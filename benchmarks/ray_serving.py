@@ -1,6 +1,6 @@
 """Requests to several vLLM servers behind Ray Serve: what the router finds in host memory, against taking replicas in turns.
 
-    python benchmarks/ray_serving.py [--replicas 3] [--requests 600] [--share 0.25] [--out FILE]
+    python benchmarks/ray_serving.py [--replicas 3] [--requests 600] [--share 0.25] [--spread 1.25] [--out FILE]
 
 Tiny random model on the CPU, a corpus of subjects that are asked for by Zipf's law, and host memory for a part of it (`--share`) on each replica. Chunks lie in a place
 that replicas share and reach as on other machines: they have no disk of their own. At the end a server is killed. Runs in the environment with vLLM
@@ -31,6 +31,7 @@ import ray
 from ray import serve
 
 from cachetune_rag import CacheTune, Document
+from cachetune_ray.routing import SPREAD
 from cachetune_ray.serving import ANSWERED_BY, application
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -154,7 +155,9 @@ def Cluster(place: Place) -> Iterator[None]:
         ray.shutdown()
 
 
-def measure(place: Place, router: str, *, requests: int = 150, replicas: int = 3, kill: bool = False) -> Figures:
+def measure(
+    place: Place, router: str, *, requests: int = 150, replicas: int = 3, kill: bool = False, spread: float = SPREAD
+) -> Figures:
     """Start an application with this router and ask it.
 
     Args:
@@ -163,10 +166,13 @@ def measure(place: Place, router: str, *, requests: int = 150, replicas: int = 3
         requests: how many; the first third fills memories and isn't counted.
         replicas: how many servers.
         kill: kill a replica behind them, in the midst of further requests.
+        spread: times the mean load that a replica may have, of the router by sketches.
     """
     name = router.rpartition(".")[2]
     settings = {"store": place.store, "host_budget": place.host_budget, "least_reused": 0}
-    app = application(str(place.model), settings, OPTIONS, replicas=replicas, router=router, sketch_seconds=1.0)
+    app = application(
+        str(place.model), settings, OPTIONS, replicas=replicas, router=router, spread=spread, sketch_seconds=1.0
+    )
     serve.run(app, name=name, route_prefix="/")
     url = "http://127.0.0.1:8000/v1/chat/completions"
     draw = random.Random(11)
@@ -282,6 +288,7 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=3)
     parser.add_argument("--requests", type=int, default=600, help="a third of them fills memories and isn't counted")
     parser.add_argument("--share", type=float, default=SHARE, help="share of the corpus that a replica's memory holds")
+    parser.add_argument("--spread", type=float, default=SPREAD, help="times the mean load that a replica may have")
     parser.add_argument("--out", type=Path, help="file for the JSON (default: standard output)")
     given = parser.parse_args()
     rows = {}
@@ -289,11 +296,18 @@ def main() -> None:
         place = Place.make(Path(folder), given.share)
         with Cluster(place):
             for name, router in (("in turns", IN_TURNS), ("by sketches", ROUTED)):
-                found = measure(place, router, requests=given.requests, replicas=given.replicas, kill=router == ROUTED)
+                found = measure(
+                    place,
+                    router,
+                    requests=given.requests,
+                    replicas=given.replicas,
+                    kill=router == ROUTED,
+                    spread=given.spread,
+                )
                 rows[name] = found.as_dict()
                 print(f"{name}: {found.share:.1%} of the bytes from host memory; {found}", file=sys.stderr, flush=True)
     settings = {"replicas": given.replicas, "requests": given.requests, "share": given.share, "at once": AT_ONCE}
-    settings |= {"subjects": SUBJECTS, "chunks each": EACH, "chunks a request": SHOWN}
+    settings |= {"spread": given.spread, "subjects": SUBJECTS, "chunks each": EACH, "chunks a request": SHOWN}
     times = rows["by sketches"]["share"] / rows["in turns"]["share"]
     found_more = {"rows": rows, "from host memory, times that in turns": times}
     write_json(

@@ -17,9 +17,9 @@ if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
 
 import pytest
 import torch
-from shared_places import folder, network, place, s3_port, valkey_port
+from shared_places import azure_port, folder, network, place, s3_port, valkey_port
 
-__all__ = ["folder", "network", "place", "s3_port", "valkey_port"]
+__all__ = ["azure_port", "folder", "network", "place", "s3_port", "valkey_port"]
 
 ROOT = Path(__file__).parent.parent
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))

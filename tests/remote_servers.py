@@ -1,8 +1,15 @@
-"""Real servers that tests and benchmarks start: S3 by SeaweedFS, and Valkey. Each comes from a package that brings its program."""
+"""Real servers that tests and benchmarks start: S3 by SeaweedFS, and Valkey. Each comes from a package that brings its program.
+
+Where `azurite-blob` is on the PATH (`npm install -g azurite`), tests try Azure's protocol as well.
+"""
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
+import hmac
+import http.client
 import importlib.util
 import json
 import shutil
@@ -12,10 +19,14 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
 KEY, SECRET, BUCKET = "key", "secret", "bucket"
+_ACCOUNT = "devstoreaccount1"
+_ACCOUNT_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+"""Azurite's own account, which its documentation names."""
 _START_SECONDS = 60.0
 
 
@@ -168,6 +179,57 @@ def s3_options(port: int) -> dict[str, Any]:
         "region": "us-east-1",
         "access_key_id": KEY,
         "secret_access_key": SECRET,
+        "client_options": {"allow_http": True},
+    }
+
+
+class AzureServer(Server):
+    """Azurite, which has its objects in memory."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder, _free_ports(1)[0])
+
+    def command(self) -> list[str]:
+        program = shutil.which("azurite-blob")
+        assert program is not None
+        options = ["--silent", "--inMemoryPersistence", "--disableTelemetry", "--skipApiVersionCheck"]
+        return [program, "--blobPort", str(self.port), *options]
+
+    def answers(self) -> bool:
+        """Whether it takes requests. The first one makes the container."""
+        version = "2021-08-06"
+        headers = {"x-ms-date": formatdate(usegmt=True), "x-ms-version": version, "Content-Length": "0"}
+        signed = "PUT" + 12 * "\n" + f"x-ms-date:{headers['x-ms-date']}\nx-ms-version:{version}\n"
+        signed += f"/{_ACCOUNT}/{_ACCOUNT}/{BUCKET}\nrestype:container"
+        digest = hmac.digest(base64.b64decode(_ACCOUNT_KEY), signed.encode(), hashlib.sha256)
+        headers["Authorization"] = f"SharedKey {_ACCOUNT}:{base64.b64encode(digest).decode()}"
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+        try:
+            connection.request("PUT", f"/{_ACCOUNT}/{BUCKET}?restype=container", headers=headers)
+            return connection.getresponse().status in (201, 409)
+        except OSError:
+            return False
+
+
+@contextlib.contextmanager
+def azure_server() -> Iterator[int]:
+    """Run an Azure server with the container `BUCKET`. Gives its port."""
+    with tempfile.TemporaryDirectory(prefix="cachetune-azure-") as folder:
+        server = AzureServer(Path(folder))
+        server.start()
+        try:
+            server.wait()
+            yield server.port
+        finally:
+            server.kill()
+
+
+def azure_options(port: int) -> dict[str, Any]:
+    """What obstore has to know to reach that server."""
+    return {
+        "account_name": _ACCOUNT,
+        "account_key": _ACCOUNT_KEY,
+        "endpoint": f"http://127.0.0.1:{port}/{_ACCOUNT}",
         "client_options": {"allow_http": True},
     }
 

@@ -1,8 +1,9 @@
-"""Places that many machines share, for tests: a folder, S3 and Valkey, each new for every test."""
+"""Places that many machines share, for tests: a folder, S3, Valkey, and Azure where its emulator is installed; each new for every test."""
 
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,7 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from remote_servers import BUCKET, missing, s3_options, s3_server, valkey_server
+from remote_servers import (
+    BUCKET,
+    azure_options,
+    azure_server,
+    missing,
+    s3_options,
+    s3_server,
+    valkey_server,
+)
 from tcp_proxy import TcpProxy
 
 if TYPE_CHECKING:
@@ -18,6 +27,7 @@ if TYPE_CHECKING:
     from cachetune_store.remote.objects import Objects
 
 _numbers = itertools.count()
+_AZURE = [] if shutil.which("azurite-blob") is None else ["azure"]
 
 
 @dataclass
@@ -72,6 +82,12 @@ def valkey_port() -> Iterator[int]:
         yield port
 
 
+@pytest.fixture(scope="session")
+def azure_port() -> Iterator[int]:
+    with azure_server() as port:
+        yield port
+
+
 def folder_place(tmp_path: Path) -> Place:
     if (why := missing("folder")) is not None:
         pytest.skip(why)
@@ -80,6 +96,10 @@ def folder_place(tmp_path: Path) -> Place:
 
 def s3_place(port: int) -> Place:
     return Place(f"s3://{BUCKET}/{next(_numbers)}", s3_options(port))
+
+
+def azure_place(port: int) -> Place:
+    return Place(f"az://{BUCKET}/{next(_numbers)}", azure_options(port))
 
 
 def valkey_place(port: int) -> Place:
@@ -94,25 +114,26 @@ def folder(tmp_path: Path) -> Iterator[Place]:
     place.close()
 
 
-@pytest.fixture(params=["folder", "s3", "valkey"])
+@pytest.fixture(params=["folder", "s3", "valkey", *_AZURE])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     """Each kind of place in turn."""
     makers: dict[str, Callable[[], Place]] = {
         "folder": partial(folder_place, tmp_path),
         "s3": lambda: s3_place(request.getfixturevalue("s3_port")),
         "valkey": lambda: valkey_place(request.getfixturevalue("valkey_port")),
+        "azure": lambda: azure_place(request.getfixturevalue("azure_port")),
     }
     found = makers[request.param]()
     yield found
     found.close()
 
 
-@pytest.fixture(params=["s3", "valkey"])
+@pytest.fixture(params=["s3", "valkey", *_AZURE])
 def network(request: pytest.FixtureRequest) -> Iterator[Place]:
     """A server behind a proxy that can fail. Its `timeout` is short."""
     port = request.getfixturevalue(f"{request.param}_port")
     with TcpProxy("127.0.0.1", port) as proxy:
-        found = s3_place(proxy.port) if request.param == "s3" else valkey_place(proxy.port)
+        found = {"s3": s3_place, "valkey": valkey_place, "azure": azure_place}[request.param](proxy.port)
         found.proxy, found.timeout = proxy, 0.4
         yield found
         proxy.fault = ""

@@ -45,6 +45,7 @@ _SILENT_SKETCHES = 5
 """Sketches that a replica doesn't publish before it counts as lost."""
 _WATCH_SECONDS = 0.1
 _METRICS_SECONDS = 8.0  # Prometheus waits for ten
+_CHUNK_ROUTER = f"{ChunkRouter.__module__}.{ChunkRouter.__qualname__}"
 _TRY_AGAIN_SECONDS = 0.3  # in which routers learn of the death
 _GONE = (ray.exceptions.RayActorError, ServerGoneError)
 _log = logging.getLogger("ray.serve")
@@ -248,7 +249,7 @@ def application(
         check_count(value, name, "a whole number, 1 or more")
     if not is_number(warm_seconds) or warm_seconds < 0:
         raise ConfigError(f"warm_seconds is {shown(warm_seconds)}: use seconds, 0 or more (default: {WARM_SECONDS}).")
-    own = {"spread": spread, "settle": settle} if router is ChunkRouter else {}
+    own = {"spread": spread, "settle": settle} if router in (ChunkRouter, _CHUNK_ROUTER) else {}
     words = command_line(
         model,
         dict(settings),

@@ -414,3 +414,12 @@ def test_the_engine_of_a_killed_server_ends_with_the_replica(tmp_path: Path, mon
             time.sleep(0.05)
     finally:
         server.stop()
+
+
+@pytest.mark.parametrize("router", ["itself", "cachetune_ray.router.ChunkRouter"])
+def test_the_routers_settings_reach_it_however_it_is_named(monkeypatch: pytest.MonkeyPatch, router: str) -> None:
+    made, real = [], serving.RequestRouterConfig
+    monkeypatch.setattr(serving, "RequestRouterConfig", lambda **given: made.append(given) or real(**given))
+    named = {} if router == "itself" else {"router": router}
+    serving.application("M", {"store": "kv"}, [], spread=1.5, settle=3.0, **named)
+    assert made[0]["request_router_kwargs"] == {"spread": 1.5, "settle": 3.0}
