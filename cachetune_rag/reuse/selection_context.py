@@ -23,8 +23,9 @@ from cachetune_rag.text.prompts.prompt import Prompt
 
 BETWEEN = 64
 """The most tokens between two reused chunks that a look computes: what separates chunks, or a heading. More are a passage that isn't stored."""
-BEHIND = 256
-"""The most tokens behind the last reused chunk that a look computes, the prompt's last ones."""
+BEHIND = 192
+"""The most tokens behind the last reused chunk that a look computes, the prompt's last ones. With what separates chunks, these are few enough for the
+graphs that a warm-up captures (`device_forward._PROBED_TOKENS`)."""
 
 _T = TypeVar("_T")
 
