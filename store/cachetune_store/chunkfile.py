@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +42,7 @@ MAX_HEADER = 1 << 20
 """Longest JSON header, in bytes, that is written, or read at all."""
 MAX_TEXT = 16 << 20
 _FIRST = '{"__metadata__":{'
+_NAMESPACES: WeakValueDictionary[bytes, Namespace] = WeakValueDictionary()
 _DECODER = json.JSONDecoder()
 _NUMPY = {"U8": "u1", "I64": "<i8", "U64": "<u8", "F32": "<f4", "F16": "<f2"}
 
@@ -241,6 +244,12 @@ def _read_specs(raw: str) -> tuple[LayerSpec, ...]:
 
 @lru_cache(maxsize=64)  # the same for nearly all files of a store, and lead-ins are long
 def _read_namespace(raw: str) -> Namespace:
+    digest = hashlib.sha256(raw.encode("utf-8", "surrogatepass")).digest()
+    # Those that heads in memory have are used again, however many there are.
+    return _NAMESPACES.get(digest) or _NAMESPACES.setdefault(digest, _parse_namespace(raw))
+
+
+def _parse_namespace(raw: str) -> Namespace:
     owner = json.loads(raw)
     lead_ins = tuple(tuple(_count(token, -(1 << 62)) for token in lead) for lead in owner["lead_ins"])
     return Namespace(owner["model"], owner["tokenizer"], owner["dtype"], lead_ins, owner["tenant"])

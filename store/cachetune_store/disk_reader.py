@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from typing import Protocol
@@ -149,17 +148,15 @@ class DiskReader(ChunkReader):
         return self._promoted
 
     def close(self) -> None:
-        """Release the chunk. If all of its rows were read, the host tier gets it."""
+        """Release the chunk. If all of it was read, the host tier gets it. Nothing is read here: a disk may not answer."""
         if self._closed:
             return
         if self.forked:
             super().close()
             return
         try:
-            if self.complete and not self._promoted:
-                # Damaged deviations, which nobody has asked for, leave the chunk where it is: whoever asks finds the damage.
-                with contextlib.suppress(DamagedChunkError):
-                    self.promote()
+            if self.complete and not self.deviations_wait and not self._promoted:
+                self.promote()
         finally:
             super().close()
             with self._memory_lock:

@@ -83,6 +83,7 @@ class RawFile:
         status = os.fstat(self._fd)
         self.size = status.st_size
         self.modified = status.st_mtime
+        self.changed = status.st_ctime_ns
         self.identity = identity_of(status)
 
     def head(self, count: int) -> memoryview:

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -129,3 +130,23 @@ def test_those_that_do_not_arrive_are_done_without(tmp_path: Path, engine: Cache
         time.sleep(0.01)
     assert engine.prefill(**ASK, selector="expected_error").report.missed == 0
     assert engine.store.stats().disk.pinned == 0
+
+
+def test_a_request_does_not_wait_for_the_deviations_of_a_chunk_that_was_read(tmp_path: Path, engine: CacheTune) -> None:
+    """The disk falls silent when one chunk is complete but for its deviations, which nobody wants, and the other isn't."""
+    engine.close()
+    for after in range(2 * engine.adapter.num_layers):
+        with fresh(tmp_path, read_timeout=0.3, host_budget="1GiB") as made:
+            with faulty_disk(tmp_path / "chunks", Fault("stuck", ("preadv",), after=2 + after)) as fault:
+                done: list[Any] = []
+                request = Thread(target=lambda: done.append(made.prefill(**ASK, selector="none")))  # noqa: B023
+                request.start()
+                request.join(20)
+                assert done, f"it waits for ever after {after} reads of rows"
+                assert fault.met
+                assert done[0].report.timed_out > 0
+            request.join()
+            until = time.monotonic() + 30
+            while made.runtime.pool.overdue:
+                assert time.monotonic() < until
+                time.sleep(0.01)

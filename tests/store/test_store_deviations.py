@@ -13,7 +13,11 @@ from safetensors import safe_open
 from store_samples import file_of, flip, sample
 from torch import Tensor
 
-from cachetune_store import ChunkStore, DamagedChunkError, NonFiniteError, StoreError
+from cachetune_store import ChunkStore, DamagedChunkError, NonFiniteError, StoreError, get_codec
+from cachetune_store.chunkfile import parse_head
+from cachetune_store.rawfile import DirectIO, RawFile
+from cachetune_store.seals import CHECKSUMS
+from cachetune_store.tiers import known_heads
 
 COLUMNS = 12
 """Columns of a sample's deviations: keys and values of three layers with two heads."""
@@ -235,17 +239,96 @@ def test_those_of_another_file_are_damage(path: Path, options: dict[str, Any]) -
             assert torch.equal(reader.deviations, spread().flip(0))
 
 
-def test_a_chunk_whose_rows_were_all_read_stays_on_disk_if_they_are_damaged(path: Path) -> None:
+def test_closing_a_chunk_reads_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that has stopped answering must not hold up who closes a chunk. Whoever wants all of it in memory says so."""
     one = sample(**LEADS)
     with ChunkStore(path, host_budget=0) as store:
         put(store, spread())
-    flip(only_file(path), places_of(only_file(path))[0])
     with ChunkStore(path) as store:
+        reads = count_reads(monkeypatch)
         with store.open(one.key) as reader:
             assert one.matches(reader)
-        assert store.stats().host.chunks == 0
-        assert store.contains(one.key)
-        assert store.verify().damaged == (one.key,)
+            before = len(reads)
+        assert (len(reads), store.stats().host.chunks) == (before, 0)
+        with store.open(one.key) as reader:
+            assert one.matches(reader)
+            assert torch.equal(reader.deviations, spread())
+            before = len(reads)
+        assert (len(reads), store.stats().host.chunks) == (before, 1), "all of it was read"
+        assert torch.equal(store.open(one.key).deviations, spread())
+    with ChunkStore(path) as store, store.open(one.key) as reader:
+        assert reader.promote()
+        assert store.stats().host.chunks == 1
+
+
+def test_a_known_head_that_does_not_fit_is_forgotten(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another content under the same name that looks like the same file: where times are coarse, say."""
+    one = sample(**LEADS)
+    monkeypatch.setattr(known_heads, "_state", lambda file: ())
+    with ChunkStore(path, host_budget=0) as store:
+        put(store, spread())
+        store.open(one.key).close()
+        only_file(path).unlink()
+        with ChunkStore(path, host_budget=0) as other:
+            other.put(
+                one.key, [(k * 2, v * 2) for k, v in one.layers], one.scores, namespace=one.namespace,
+                token_ids=one.token_ids, text="some text", deviations=spread(),
+            )  # fmt: skip
+        with store.open(one.key) as reader, pytest.raises(DamagedChunkError):
+            reader.read(0, 150)
+        assert not store.discard(one.key), "the file is good"
+        with store.open(one.key) as reader:
+            keys, _ = get_codec("exact").decode(reader.read(0, 150), reader.layout.layers[0], "float32")
+            assert torch.equal(keys, 2 * one.layers[0][0][reader.order])
+
+
+def test_times_that_are_copied_with_another_content_are_noticed(path: Path) -> None:
+    one, file = sample(**LEADS), None
+    with ChunkStore(path, host_budget=0) as store:
+        put(store, spread())
+        store.open(one.key).close()
+        file = only_file(path)
+        status, content = file.stat(), bytearray(file.read_bytes())
+        content[200] ^= 1  # in the head
+        with file.open("r+b") as opened:
+            opened.write(content)
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert store.open(one.key) is None
+        assert store.stats().damaged == 1
+
+
+def test_known_heads_are_counted_with_their_namespaces(path: Path) -> None:
+    """Each namespace once, however many heads have it; and all is forgotten with the last of them."""
+    heads, longest = known_heads.KnownHeads(1 << 30), tuple(range(1000))
+    with ChunkStore(path, host_budget=0) as store:
+        ones = [sample(n, tokens=10, layers=1, lead_ins=(longest,), tenant=str(n % 2)) for n in range(6)]
+        sizes = []
+        for number, one in enumerate(ones):
+            one.put(store)
+            file = RawFile(file_of(path, one.key), DirectIO(False))
+            heads.keep(one.key, file, parse_head(one.key, file.size, file.head, CHECKSUMS))
+            sizes.append(heads.bytes - sum(sizes))
+            assert heads.find(one.key, file).head.namespace == one.namespace
+            assert (sizes[number] > 40_000) == (number < 2), sizes
+        for one in ones:
+            heads.drop(one.key)
+        assert heads.bytes == 0
+
+
+def test_the_oldest_known_heads_make_room(path: Path) -> None:
+    heads = known_heads.KnownHeads(30_000)
+    with ChunkStore(path, host_budget=0) as store:
+        kept = []
+        for number in range(30):
+            one = sample(number, tokens=10, layers=1)
+            one.put(store)
+            file = RawFile(file_of(path, one.key), DirectIO(False))
+            heads.keep(one.key, file, parse_head(one.key, file.size, file.head, CHECKSUMS))
+            kept.append((one.key, file))
+            assert 0 < heads.bytes <= 30_000
+        known = [heads.find(key, file) is not None for key, file in kept]
+        assert 3 < sum(known) < 30
+        assert known == sorted(known), "the newest ones"
 
 
 def test_what_is_no_deviation_of_the_chunk_is_refused(path: Path) -> None:

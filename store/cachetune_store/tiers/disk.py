@@ -226,6 +226,8 @@ class DiskTier(LastingTier):
         The file is checked again for that, because another process may have replaced it by a good one, and a failed read may succeed
         the next time. If it can't be moved away, it stays, and each use of the chunk is a miss.
         """
+        # Whether the file is damaged or not: its head in memory and what was read of it don't fit together.
+        self._known.drop(key)
         seen = self._damage(key)
         if seen is None:
             return False

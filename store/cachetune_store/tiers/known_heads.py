@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 
 from ..chunk import ChunkHead
 from ..chunkfile import ParsedHead
-from ..keys import ChunkKey
+from ..keys import ChunkKey, Namespace
 from ..rawfile import RawFile
 
 __all__ = ["KnownHeads"]
 
 _OBJECTS = 2048
-"""Bytes of a head beside its numbers and its text, about."""
+"""Bytes of a head beside its numbers and its text, about; and of a namespace beside its lead-ins."""
+_TOKEN = 40
+"""Bytes of a number in a tuple."""
 
 
 class KnownHeads:
     """Checked heads in memory, each of a file as it was then. Those unused for longest are dropped. Safe to use from several threads.
 
-    A file is known again by its device, inode, time of change and length: files are replaced as a whole, and never written to. Rows are checked by the sums
-    in the head, so a head in memory is worth as much as one that is read again.
+    A file is known again by its device, inode, times of change and length: files are replaced as a whole, and never written to. Rows are checked by the sums
+    in the head, so a head in memory is worth as much as one that is read again. Where they don't match, the head is dropped (`DiskTier.set_aside`).
 
     Not kept are heads of encrypted files, which hold the file's key: it must not outlive the tenant's secret. Nor are those of format 1 with deviations,
     which are long.
@@ -32,8 +35,16 @@ class KnownHeads:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._held: OrderedDict[ChunkKey, tuple[ParsedHead, tuple[int, ...], int]] = OrderedDict()
+        self._namespaces: Counter[int] = (
+            Counter()
+        )  # heads of each, by its id: hashing the lead-ins would take longer than all else
         self._bytes = 0
         self._lock = threading.Lock()
+
+    @property
+    def bytes(self) -> int:
+        """What the heads take, about."""
+        return self._bytes
 
     def find(self, key: ChunkKey, file: RawFile) -> ParsedHead | None:
         """The head of this open file, if it is known."""
@@ -53,6 +64,10 @@ class KnownHeads:
             self._drop(key)
             self._held[key] = parsed, _state(file), size
             self._bytes += size
+            namespace = parsed.head.namespace
+            if not self._namespaces[id(namespace)]:
+                self._bytes += _size_of_namespace(namespace)
+            self._namespaces[id(namespace)] += 1
             while self._bytes > self._limit:
                 self._drop(next(iter(self._held)))
 
@@ -65,17 +80,30 @@ class KnownHeads:
         """Forget all of them."""
         with self._lock:
             self._held.clear()
+            self._namespaces.clear()
             self._bytes = 0
 
     def _drop(self, key: ChunkKey) -> None:
-        _, _, size = self._held.pop(key, (None, (), 0))
+        parsed, _, size = self._held.pop(key, (None, (), 0))
         self._bytes -= size
+        if parsed is not None:
+            namespace = parsed.head.namespace
+            self._namespaces[id(namespace)] -= 1
+            if not self._namespaces[id(namespace)]:
+                del self._namespaces[id(namespace)]
+                self._bytes -= _size_of_namespace(namespace)
 
 
 def _state(file: RawFile) -> tuple[int, ...]:
-    return *file.identity, file.size
+    # The time of the last change can't be set by those who copy a file's times along with its content.
+    return *file.identity, file.changed, file.size
 
 
 def _size(head: ChunkHead) -> int:
     numbers = (head.order.nbytes, head.token_ids.nbytes, head.scores.nbytes, head.checksums.nbytes)
-    return sum(numbers) + len(head.text or "") + _OBJECTS
+    return sum(numbers) + sys.getsizeof(head.text) + _OBJECTS
+
+
+def _size_of_namespace(namespace: Namespace) -> int:
+    """Heads of one namespace have one object of it."""
+    return _TOKEN * sum(map(len, namespace.lead_ins)) + _OBJECTS
