@@ -167,7 +167,8 @@ class ReadAhead:
             key, first, layers = found.key, rows(found), len(found.layout.layers)
             fits = batch.room > 0 and not self._stopped(batch) and batch.take_room(found.host_bytes)
             with self._lock:
-                if fits and key not in self._chunks and not self._elsewhere(key):
+                # Memory is asked last: a request that had the chunk open keeps it there before it says that it is done with it.
+                if fits and key not in self._chunks and not self._elsewhere(key) and not self._store.touch_host(key):
                     chunk = ChunkBeingRead(found, first, layers if first == found.layout.tokens else 2 * layers)
                     self._chunks[key] = chunk
                     batch.chunks.append(chunk)

@@ -186,6 +186,29 @@ def test_chunks_that_the_request_at_hand_has_open_are_not_read_for_the_next_one_
     assert sorted(fetches.seen) == [(n, layer, len(TEXTS[n])) for n in range(3) for layer in range(3)]
 
 
+def test_a_chunk_that_a_request_has_read_meanwhile_is_not_read_again(
+    cold: CacheTune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was on disk alone when it was opened to be read ahead, and is in memory when its rows are to be read."""
+    fetches, real = Fetches(cold, monkeypatch), cold.store.open
+    opened, done = threading.Event(), threading.Event()
+
+    def open_(key: Any, **kwargs: Any) -> Any:
+        reader = real(key, **kwargs)
+        if threading.current_thread().name.startswith("cachetune-prefetch"):
+            opened.set()
+            assert done.wait(PATIENCE)
+        return reader
+
+    monkeypatch.setattr(cold.store, "open", open_)
+    job = cold.prefetch(TEXTS[:1])
+    assert opened.wait(PATIENCE)
+    assert cold.prefill(query="?", chunks=TEXTS[:1]).report.missed == 0
+    done.set()
+    assert job.wait(PATIENCE)
+    assert sorted(fetches.seen) == [(0, layer, len(TEXTS[0])) for layer in range(3)]
+
+
 class Fetches:
     """What is really read from files: (chunk, layer, rows), in order; chunks by their number in `TEXTS`."""
 
