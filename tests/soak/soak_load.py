@@ -24,6 +24,8 @@ from cachetune_store import ChunkStore
 
 GRACE = 60.0
 """Seconds that a worker may need to finish what it is at."""
+LEAST_ACTIONS = 4
+"""What each thread does however long it takes: on a busy machine the processes may begin when the time is up."""
 Tell = Callable[..., None]
 
 
@@ -135,7 +137,9 @@ def _work(corpus: Corpus, path: Path, budget: int, threads: int, until: float, s
 
 
 def _act(corpus: Corpus, engine: CacheTune, counts: _Counts, until: float, rng: random.Random, tell: Tell) -> None:
-    while time.monotonic() < until:
+    done = 0
+    while done < LEAST_ACTIONS or time.monotonic() < until:
+        done += 1
         number = rng.randrange(len(corpus.prompts))
         document = corpus.prompts[number].document
         action = rng.random()
