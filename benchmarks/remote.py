@@ -103,14 +103,15 @@ def measure_reads(args: argparse.Namespace, stack: contextlib.ExitStack) -> list
                 "client, dropped": partial(_read_plainly, store, client, keys, args.layers, False),
                 "store": partial(_read_rows, store, keys),
             }
-            found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+            found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ways}
             for _ in range(args.rounds):
                 for name, way in ways.items():
                     found[name].append(_rate(way, threads, args.seconds))
             row: dict[str, Any] = {"place": place, "threads": threads}
             for name, each in found.items():
-                row[f"{name} GB/s"] = round(statistics.median(size for size, _ in each) / 1e9, 3)
-                row[f"{name} layers/s"] = round(statistics.median(count for _, count in each))
+                row[f"{name} GB/s"] = round(statistics.median(size for size, *_ in each) / 1e9, 3)
+                row[f"{name} layers/s"] = round(statistics.median(count for _, count, _ in each))
+                row[f"{name} core ms/GB"] = round(statistics.median(core * 1e12 / size for size, _, core in each))
             for name in ("kept", "dropped"):
                 row[f"share of {name}"] = round(row["store GB/s"] / row[f"client, {name} GB/s"], 3)
             row["samples"] = found
@@ -177,11 +178,11 @@ def _read_plainly(
     return size, layers
 
 
-def _rate(read: Callable[[int], tuple[int, int]], threads: int, seconds: float) -> tuple[float, float]:
-    """Bytes and layers a second over threads."""
+def _rate(read: Callable[[int], tuple[int, int]], threads: int, seconds: float) -> tuple[float, float, float]:
+    """Bytes, layers and seconds of this process's cores a second, over threads. The last says little of what else the machine does."""
     turns = itertools.count()
     done: list[tuple[int, int]] = []
-    began = time.perf_counter()
+    began, core = time.perf_counter(), time.process_time()
 
     def work() -> None:
         while time.perf_counter() - began < seconds:
@@ -193,7 +194,8 @@ def _rate(read: Callable[[int], tuple[int, int]], threads: int, seconds: float) 
     for worker in workers:
         worker.join()
     took = time.perf_counter() - began
-    return sum(size for size, _ in done) / took, sum(count for _, count in done) / took
+    core = time.process_time() - core
+    return sum(size for size, _ in done) / took, sum(count for _, count in done) / took, core / took
 
 
 def measure_ttft(args: argparse.Namespace, stack: contextlib.ExitStack) -> list[dict[str, Any]]:
