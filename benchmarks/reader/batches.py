@@ -34,11 +34,15 @@ class Encoder:
     """Lays out training text as the engine lays out prompts, with further questions behind each answer.
 
     Args:
-        tokenizer: the model's. It has a chat template and an end token.
+        tokenizer: the model's. It has a chat template that ends an answer with a token.
+
+    Attributes:
+        end: the token that ends an answer in the chat template, whatever the tokenizer calls its end token.
     """
 
     def __init__(self, tokenizer: Any):
-        self._prompts, self._end = PromptBuilder(tokenizer), tokenizer.eos_token_id
+        self._prompts, self._special = PromptBuilder(tokenizer), _special_ids(tokenizer)
+        self.end, self._rest = self._behind_an_answer()
 
     def encode(self, context: Context, most: int | None = None) -> Example:
         """A context's ids, with as many of its questions as fit into `most` tokens; the first one in any case."""
@@ -46,7 +50,7 @@ class Encoder:
         start = self._prompts.build(query=first.question, chunks=context.chunks, prefix=context.prefix).ids
         ids, learned = list(start), [False] * len(start)
         for turn, following in zip(context.turns, [*others, None], strict=True):
-            answer = [*self._prompts.encode(turn.answer), self._end]
+            answer = [*self._prompts.encode(turn.answer), self.end]
             if most is not None and len(ids) + len(answer) > most and ids != list(start):
                 break
             ids += answer
@@ -62,16 +66,33 @@ class Encoder:
 
     def _between(self, question: str) -> list[int]:
         """What stands between the end of an answer and that of the next question, in the tokenizer's own layout."""
+        return self._laid_out(question)[self._rest :]
+
+    def _behind_an_answer(self) -> tuple[int, int]:
+        """The token that ends an answer, and how many tokens an answer of one dot has with it."""
+        answer = list(self._prompts.encode("."))
+        rest = self._laid_out(".")
+        end = rest[len(answer)] if rest[: len(answer)] == answer and len(rest) > len(answer) else None
+        if end not in self._special:
+            raise ValueError("this tokenizer's chat template has no token that ends an answer: it can't be trained on.")
+        return end, len(answer) + 1
+
+    def _laid_out(self, question: str) -> list[int]:
+        """An answer of one dot, and what stands behind it up to the end of the next question."""
         asked = {"role": "user", "content": "."}
         spoken = [asked, {"role": "assistant", "content": "."}, {"role": "user", "content": f"Question: {question}"}]
         short = self._prompts.build_messages([asked]).ids
         long = self._prompts.build_messages(spoken).ids
-        if long[: len(short)] != short or self._end not in long[len(short) :]:
+        if long[: len(short)] != short:
             raise ValueError(
                 "this tokenizer's chat template lays out a question otherwise once it is answered: it can't be trained on several turns."
             )
-        rest = long[len(short) :]
-        return list(rest[rest.index(self._end) + 1 :])
+        return list(long[len(short) :])
+
+
+def _special_ids(tokenizer: Any) -> frozenset[int]:
+    """The ids of special tokens, also of those that have no role by name."""
+    return frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
 
 
 @dataclass(frozen=True)
@@ -141,7 +162,7 @@ class Batches(IterableDataset[Batch]):
         count = max(1, self._tokens // length)
         first = (step * self._world + self._rank) * count
         examples = [self._example(number, length, encoder) for number in range(first, first + count)]
-        return batch_of(examples, self._tokenizer.eos_token_id)
+        return batch_of(examples, encoder.end)
 
     def _example(self, number: int, length: int, encoder: Encoder) -> Example:
         """Text of a number that has at most `length` tokens, its first answer among them. How long a text will be is known only once it is

@@ -33,8 +33,9 @@ from smollm2 import model_path
 from tasks_of.haystack import reference_sentences
 from tasks_of.kinds import planted_words
 
+from cachetune_rag.answering.decoding import prepare
 from cachetune_rag.model.loading import load_model
-from reader.batches import SHARES, Batch, Batches
+from reader.batches import SHARES, Batch, Batches, Encoder
 from reader.contexts import ContextMaker
 from reader.lora import add_lora, save_adapter
 from reader.prose import docstring_sentences, passage_sentences, split_musique
@@ -63,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     passages = read_squad(args.squad, () if split is None else split.kept) if args.squad else []
     maker = ContextMaker(sentences, questions, avoid, args.real, passages, args.read, args.seed)
     held = ContextMaker(sentences, questions, avoid, 0.0, seed=args.seed + 1)
+    check_end(model, tokenizer)
     layers = add_lora(model, args.rank, args.alpha, args.seed)
     # The same batches for every process: what is held out is a yardstick, not a share of the work.
     yardstick = list(islice(iter(Batches(held, tokenizer, args.tokens // 4, args.lengths)), HELD_OUT))
@@ -93,6 +95,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
     if world > 1:
         dist.destroy_process_group()
+
+
+def check_end(model: Any, tokenizer: Any) -> None:
+    """Refuse a model that doesn't stop at the token by which its answers will end."""
+    end = Encoder(tokenizer).end
+    stops = prepare(model, tokenizer, [end], max_new_tokens=1).eos_ids
+    if end not in stops:
+        sys.exit(
+            f"the chat template ends an answer with token {end} ({tokenizer.decode([end])!r}), and the model stops at {sorted(stops)}: its answers would "
+            "run on. Set eos_token_id in the model's generation_config.json."
+        )
 
 
 def train(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import itertools
 import json
@@ -144,6 +145,25 @@ def test_what_is_learned_are_answers_and_their_ends() -> None:
     assert Encoder(tokenizer).encode(context, len(start) + 3).ids == example.ids[: len(start) + 2], (
         "no question without its answer"
     )
+
+
+def test_the_end_of_an_answer_is_that_of_the_template_whatever_the_tokenizer_calls_its_end() -> None:
+    tokenizer = copy.deepcopy(byte_level())
+    context = Context("Read.", ("One is 1.",), (Turn("One?", "1"), Turn("Two?", "22")))
+    expected = Encoder(tokenizer).encode(context)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    model = llama()
+    model.generation_config.eos_token_id = end
+    tokenizer.eos_token = "<|im_start|>"  # as some conversions have it
+    assert Encoder(tokenizer).encode(context) == expected
+    assert Encoder(tokenizer).end == end
+    training.check_end(model, tokenizer)
+    model.generation_config.eos_token_id = end + 1
+    with pytest.raises(SystemExit, match=rf"ends an answer with token {end} .*the model stops at \[{end + 1}\]"):
+        training.check_end(model, tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(ValueError, match="chat template"):
+        Encoder(tokenizer)
 
 
 def test_batches_differ_between_processes_and_are_the_same_again() -> None:
