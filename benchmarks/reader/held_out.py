@@ -2,7 +2,8 @@
 
     python benchmarks/reader/held_out.py --squad dev-v1.1.json --articles 12 --train TRAIN.json --questions QUESTIONS.jsonl
 
-QUESTIONS.jsonl is for `--musique` of quality.py: each question stands behind its own passage and others of the same article.
+QUESTIONS.jsonl is for `--musique` of quality.py: each question stands behind its own passage and others of the same article. One article more is held
+out, for the last questions, which quality.py doesn't measure: their passages give lead-ins.
 """
 
 from __future__ import annotations
@@ -11,9 +12,13 @@ import argparse
 import gzip
 import json
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from fidelity.musique import LEADS
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -31,14 +36,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error(f"--{name} is {getattr(args, name)}: use 1 or more.")
     with gzip.open(args.squad, "rt") if args.squad.suffix == ".gz" else args.squad.open() as file:
         articles = json.load(file)["data"]
-    if len(articles) <= args.articles:
-        parser.error(f"--articles is {args.articles}, and {args.squad} has {len(articles)}: hold out fewer.")
+    if len(articles) < args.articles + 2:
+        parser.error(
+            f"--articles is {args.articles}, and {args.squad} has {len(articles)}: hold out at least two fewer."
+        )
     made = [questions(article, args.passages, args.each) for article in articles[: args.articles]]
     # The articles take turns, so that any part of the questions is of many.
     asked = [question for turn in range(args.each) for few in made for question in few[turn : turn + 1]]
-    args.train.write_text(json.dumps({"data": articles[args.articles :]}))
+    count = len(asked)
+    asked += questions(articles[args.articles], args.passages, LEADS)
+    args.train.write_text(json.dumps({"data": articles[args.articles + 1 :]}))
     args.questions.write_text("".join(json.dumps(question) + "\n" for question in asked))
-    print(f"{len(articles) - args.articles} articles to train on, {len(asked)} questions of {args.articles} others")
+    print(
+        f"{len(articles) - args.articles - 1} articles to train on, {count} questions of {args.articles} others: --musique-records {count}"
+    )
 
 
 def questions(article: dict[str, Any], passages: int, most: int) -> list[dict[str, Any]]:

@@ -410,17 +410,17 @@ def test_held_out_questions_stand_behind_their_passage_and_others_of_an_article_
                 for n in range(8)
             ],
         }
-        for a in range(4)
+        for a in range(5)
     ]
     squad, train, questions = (tmp_path / name for name in ("squad.json.gz", "train.json", "questions.jsonl"))
     squad.write_bytes(gzip.compress(json.dumps({"data": articles}).encode()))
     words = f"--squad {squad} --articles 2 --passages 4 --each 6 --train {train} --questions {questions}".split()
     held_out.main(words)
-    assert "2 articles to train on, 12 questions of 2 others" in capsys.readouterr().out
-    assert json.loads(train.read_text())["data"] == articles[2:]
+    assert "2 articles to train on, 12 questions of 2 others: --musique-records 12" in capsys.readouterr().out
+    assert json.loads(train.read_text())["data"] == articles[3:]
     found = list(read_questions(questions))
-    assert [name.split("-")[0] for *_, name in found] == ["A0", "A1"] * 6
-    assert len({name for *_, name in found}) == 12
+    assert [name.split("-")[0] for *_, name in found] == ["A0", "A1"] * 6 + ["A2"] * 5  # the last give lead-ins alone
+    assert len({name for *_, name in found}) == 17
     for question, answers, passages, name in found:
         article, own = (int(number) for number in name.removeprefix("A").split("-"))
         assert str(own) in question
@@ -433,4 +433,4 @@ def test_held_out_questions_stand_behind_their_passage_and_others_of_an_article_
     assert questions.read_text() == once
     with pytest.raises(SystemExit):
         held_out.main([*words[:2], "--articles", "4", *words[4:]])
-    assert "hold out fewer" in capsys.readouterr().err
+    assert "hold out at least two fewer" in capsys.readouterr().err
