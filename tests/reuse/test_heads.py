@@ -19,6 +19,7 @@ from cachetune_rag import CacheTune
 from cachetune_rag.concurrency.deadline import StoreTimeoutError
 from cachetune_rag.errors import CacheTuneError
 from cachetune_rag.model.heads import Heads, PeerError
+from cachetune_rag.reuse.selection_context import BEHIND, BETWEEN
 from cachetune_rag.reuse.state import NothingReused, PrefillState
 from cachetune_rag.runtime import Runtime
 from cachetune_store import LayerSpec
@@ -222,6 +223,20 @@ def test_peers_put_a_prompt_together_as_one_engine_does(
     with CacheTune(whole, tokenizer(), store) as engine:
         wanted = engine.prefill(query="what?", chunks=CHUNKS, selector=selector, ratio=ratio)
     check(whole, peers, peers.reuse(CHUNKS, selector, ratio), wanted)
+
+
+@pytest.mark.parametrize("selector", ["expected_error", "expected_error_early", "probe"])
+def test_peers_leave_the_same_new_passages_out_of_their_looks(pair: tuple[Any, Pair, Path], selector: str) -> None:
+    whole, peers, store = pair
+    chunks = ["A new one in front.", CHUNKS[0], "Nobody has seen this passage before. " * 3, *CHUNKS[1:], "New. " * 60]
+    states = peers.reuse(chunks, selector, 0.2)  # before the engine, which stores what it missed
+    with CacheTune(whole, tokenizer(), store) as engine:
+        wanted = engine.prefill(query="what?", chunks=chunks, selector=selector, ratio=0.2)
+        assert wanted.report.missed > BETWEEN + BEHIND
+        looked_at = wanted.report.probed / engine.adapter.num_layers
+    assert 0 < looked_at < wanted.report.missed
+    check(whole, peers, states, wanted)
+    assert [state.report.probed for state in states if isinstance(state, PrefillState)] == [wanted.report.probed] * 2
 
 
 def test_rows_that_one_peer_finds_damaged_are_computed_by_both(
