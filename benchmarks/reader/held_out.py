@@ -44,11 +44,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The articles take turns, so that any part of the questions is of many.
     asked = [question for turn in range(args.each) for few in made for question in few[turn : turn + 1]]
     count = len(asked)
-    asked += questions(articles[args.articles], args.passages, LEADS)
-    args.train.write_text(json.dumps({"data": articles[args.articles + 1 :]}))
+    leads = questions(articles[args.articles], args.passages, LEADS)
+    if len(leads) < LEADS:
+        parser.error(
+            f"article {args.articles + 1} has {len(leads)} passages with questions, and gives lead-ins with {LEADS}: use another --articles."
+        )
+    asked += leads
+    held = {p["context"] for article in articles[: args.articles + 1] for p in article["paragraphs"]}
+    left = [a for a in articles[args.articles + 1 :] if held.isdisjoint(p["context"] for p in a["paragraphs"])]
+    if not left:
+        parser.error(f"every article of {args.squad} has a passage that is held out: there is nothing to train on.")
+    few = sum(len(question["passages"]) < args.passages for question in asked[:count])
+    args.train.write_text(json.dumps({"data": left}))
     args.questions.write_text("".join(json.dumps(question) + "\n" for question in asked))
     print(
-        f"{len(articles) - args.articles - 1} articles to train on, {count} questions of {args.articles} others: --musique-records {count}"
+        f"{len(left)} articles to train on, {count} questions of {args.articles} others ({few} of them behind fewer passages): --musique-records {count}"
     )
 
 

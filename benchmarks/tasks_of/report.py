@@ -77,6 +77,8 @@ def markdown(header: dict[str, Any], rows: Sequence[Row]) -> str:
     """Everything as Markdown."""
     prompts = answered(rows)
     kept, done, left_out = split_cells(prompts)
+    alone = sum(not p.others for p in kept)  # a run was cut off behind them
+    kept = [p for p in kept if p.others]
     settings = sorted({s for p in prompts for s in p.others}, key=lambda s: (s.codec != "exact", s))
     environment = header.get("environment", {})
     where = environment.get("gpu") or environment.get("processor")
@@ -85,6 +87,8 @@ def markdown(header: dict[str, Any], rows: Sequence[Row]) -> str:
         f"{environment.get('transformers')}; commit {header.get('commit')}; {environment.get('date')}.",
         f"{len(prompts)} prompts in {len(done) + len(left_out)} cells (kind, length, with or without near-duplicates). {_left_out(left_out)}",
     ]
+    if alone:
+        parts.append(f"Of {alone} more prompts only full prefill was measured: they count in the last table alone.")
     if kept:
         parts += [
             "## All kinds",

@@ -413,10 +413,13 @@ def test_held_out_questions_stand_behind_their_passage_and_others_of_an_article_
         for a in range(5)
     ]
     squad, train, questions = (tmp_path / name for name in ("squad.json.gz", "train.json", "questions.jsonl"))
-    squad.write_bytes(gzip.compress(json.dumps({"data": articles}).encode()))
+    squad.write_bytes(gzip.compress(json.dumps({"data": [*articles, articles[0]]}).encode()))  # one stands there twice
     words = f"--squad {squad} --articles 2 --passages 4 --each 6 --train {train} --questions {questions}".split()
     held_out.main(words)
-    assert "2 articles to train on, 12 questions of 2 others: --musique-records 12" in capsys.readouterr().out
+    assert (
+        "2 articles to train on, 12 questions of 2 others (0 of them behind fewer passages): --musique-records 12"
+        in capsys.readouterr().out
+    )
     assert json.loads(train.read_text())["data"] == articles[3:]
     found = list(read_questions(questions))
     assert [name.split("-")[0] for *_, name in found] == ["A0", "A1"] * 6 + ["A2"] * 5  # the last give lead-ins alone
@@ -432,5 +435,10 @@ def test_held_out_questions_stand_behind_their_passage_and_others_of_an_article_
     held_out.main(words)
     assert questions.read_text() == once
     with pytest.raises(SystemExit):
-        held_out.main([*words[:2], "--articles", "4", *words[4:]])
+        held_out.main([*words[:2], "--articles", "5", *words[4:]])
     assert "hold out at least two fewer" in capsys.readouterr().err
+    articles[2]["paragraphs"] = articles[2]["paragraphs"][:4]
+    squad.write_bytes(gzip.compress(json.dumps({"data": articles}).encode()))
+    with pytest.raises(SystemExit):
+        held_out.main(words)
+    assert "article 3 has 4 passages with questions, and gives lead-ins with 5" in capsys.readouterr().err

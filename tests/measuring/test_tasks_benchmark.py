@@ -335,7 +335,9 @@ def test_tables_show_what_is_kept_and_name_the_cells_that_are_left_out() -> None
     assert "| `frequency` r 0.15 | 6 | 0.100 | 5 | 4 | 66.7 [" in text
     assert re.search(r"\| 60\.0 \[\d+, \d+\] \| 2 \| 1 \| 1 \|", text)
     assert "| setting | one_needle | people |" in text
-    assert "| full prefill right | 4 of 5 | 2 of 5 |" in text
+    # What only full prefill was measured of isn't beside what is kept.
+    assert "| full prefill right | 4 of 5 | 1 of 1 |" in text
+    assert "Of 4 more prompts only full prefill was measured" in text
     assert re.search(r"\| `frequency` r 0\.15 \| 50\.0 \[\d+, \d+\] \| 100\.0 \[100, 100\] \|", text)
     assert "| tracking_4 | 1,024 | without | plain | 1 | 5 | 20 | left out |" in text
     assert "| people | 1,024 | without | plain | 2 | 5 | 40 |  |" in text
@@ -350,7 +352,7 @@ def test_answers_are_told_apart_by_how_sure_full_prefill_is() -> None:
     text = report.markdown({"model": "m", "environment": {}}, rows)
     table = text.split("## Kept by how sure full prefill is of its answer's least likely token, %")[1].split("##")[0]
     assert "| setting | not known | 0.9 and more | 0.5 to 0.9 | below 0.5 |" in table
-    assert "| full prefill right | 2 of 5 | 2 of 3 | 1 of 1 | 1 of 1 |" in table
+    assert "| full prefill right | 1 of 1 | 2 of 3 | 1 of 1 | 1 of 1 |" in table
     assert re.search(r"\| `frequency` r 0\.15 \|[^|]+\| 100\.0 \[[^|]+\| 0\.0 \[[^|]+\| 0\.0 \[[^|]+\|", table)
     assert "how sure" not in report.markdown({"model": "m", "environment": {}}, list(results()))
 
