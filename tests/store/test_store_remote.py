@@ -132,6 +132,36 @@ def test_a_client_of_valkey_that_fills_no_buffers_gives_the_same_rows(
     place.close()
 
 
+def test_a_client_of_valkey_that_answers_otherwise_is_named(valkey_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cachetune_store.remote import glide
+
+    place = valkey_place(valkey_port)
+    sample(1).put(place.store())
+    store = place.store(host_budget=0)
+    monkeypatch.setattr(glide, "_FILLS", True)
+    monkeypatch.setattr(glide.RangeClient, "_execute_command", lambda *_given, **_options: None)
+    with pytest.raises(RemoteError, match="valkey-glide-sync answers None to a read into memory"):
+        place.objects.read("any", [0], [memoryview(bytearray(4))])
+    monkeypatch.undo()
+    assert tier_of(store, 1) == "remote"
+    place.close()
+
+
+@pytest.mark.parametrize("name", ["../secret", "chunks//one", "/etc/passwd", "chunks/.."])
+def test_a_name_never_leads_out_of_a_shared_folder(folder: Place, tmp_path: Path, name: str) -> None:
+    (tmp_path / "secret").write_bytes(b"secret")
+    folder.store()
+    with pytest.raises(RemoteError, match="no name of an object"):
+        folder.objects.get(name, 100)
+
+
+def test_the_case_of_a_scheme_is_free(tmp_path: Path) -> None:
+    with ChunkStore(f"FILE://{tmp_path}/new") as store:
+        sample(1).put(store)
+    with ChunkStore(f"file://{tmp_path}/new") as store:
+        assert tier_of(store, 1) == "remote"
+
+
 @pytest.mark.parametrize("planted", ["link", "pipe", "folder"])
 def test_only_plain_files_of_a_shared_folder_are_read(folder: Place, tmp_path: Path, planted: str) -> None:
     sample(1).put(folder.store())

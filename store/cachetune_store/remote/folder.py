@@ -46,6 +46,10 @@ class Folder(Bucket):
     @contextlib.contextmanager
     def _opened(self, name: str, *, unfit: type[RemoteError] = RemoteError) -> Iterator[int]:
         """A descriptor of an object's file. Errors are raised as those of Objects, and as `unfit` if it is no plain file."""
+        if not all(part.strip(".") for part in name.split("/")):
+            raise RemoteError(
+                f"{name!r} is no name of an object in {self.place}: a part of it is empty or has dots alone"
+            )
         try:
             file = open_plain(f"{self._folder}/{name}")
             try:

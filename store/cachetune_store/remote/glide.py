@@ -11,6 +11,7 @@ import inspect
 from glide_shared.protobuf.command_request_pb2 import RequestType
 from glide_sync import GlideClient
 
+from ..errors import RemoteError
 from .objects import copied
 
 __all__ = ["RangeClient"]
@@ -24,8 +25,13 @@ class RangeClient(GlideClient):
         end = start + len(area) - 1
         if not _FILLS:
             return copied(self.getrange(key, start, end), area)
-        # The answer is the number of bytes, in digits.
-        return int(self._execute_command(RequestType.GetRange, [key, str(start), str(end)], response_buffer=area))
+        answer = self._execute_command(RequestType.GetRange, [key, str(start), str(end)], response_buffer=area)
+        try:
+            return int(answer)  # the number of bytes, in digits
+        except (TypeError, ValueError):
+            raise RemoteError(
+                f"this version of valkey-glide-sync answers {answer!r} to a read into memory, where others tell the number of bytes; install another one"
+            ) from None
 
 
 def _fills() -> bool:

@@ -38,6 +38,7 @@ def open_objects(url: object, *, timeout: float, options: Mapping[str, Any]) -> 
             f"remote is {shown(without_password(url) if isinstance(url, str) else url)}; use the URL of a bucket (s3://bucket/prefix, gs://..., az://...), of a folder that machines "
             "share (file:///folder) or of a server (valkey://host:6379)"
         )
+    url = scheme + url[len(scheme) :]  # what follows compares schemes as they are
     try:
         if scheme in _VALKEY:
             from .valkey import Valkey
