@@ -70,7 +70,8 @@ class TierOptions:
     )
     device_budget: int | str = option(
         0,
-        "bytes of the GPU's memory for chunks in use, as encoded; 0: none.",
+        "bytes of the GPU's memory for chunks in use, as encoded; 0: none. Their deviations stay in host memory beside, and are in no budget: for an 8B model "
+        "3% of it in `int4`, 0.8% in `exact`.",
         CommandLineOption(
             "--device-budget",
             "BYTES",
