@@ -97,21 +97,23 @@ def _number_or_name(value: str) -> float | str:
         return value
 
 
-def _stored_dtype(settings: Mapping[str, Any], others: Sequence[str]) -> list[str]:
+def _stored_dtype(settings: Mapping[str, Any], others: Sequence[str], *, starts: bool) -> list[str]:
     """The option that makes vLLM compute in the number format of the stored chunks; empty where the user says it, or nothing is stored.
 
     By itself, vLLM takes a format that depends on the device and the model's files, and so does `cachetune precompute`: on a CPU, these are
-    different ones, and no chunk would be found. The store is opened in any case: one that can't be, for example with this key, is better found now
-    than when vLLM has loaded the model.
+    different ones, and no chunk would be found. Where vLLM will be started (`starts`), the store is opened in any case: one that can't be, for
+    example with this key, is better found now than when vLLM has loaded the model. A line that is only shown may be for another machine.
 
     Raises:
         ConfigError: a setting can't be used.
         StoreError: the store can't be used.
     """
+    given = any(word.split("=")[0] in ("--dtype", "--config") for word in others)
+    if given and not starts:
+        return []
     from cachetune_vllm.stored import stored_dtype  # it loads torch: only when needed
 
     dtype = stored_dtype(ServerSettings.of(settings))
-    given = any(word.split("=")[0] in ("--dtype", "--config") for word in others)
     return [] if given or dtype is None else ["--dtype", dtype]
 
 
@@ -198,7 +200,7 @@ def serve(
     settings = {name: value for name, value in given.items() if value is not None}
     showable = {name: without_password(value) if isinstance(value, str) else value for name, value in settings.items()}
     try:
-        others = [*_stored_dtype(settings, context.args), *context.args]
+        others = [*_stored_dtype(settings, context.args, starts=not dry_run), *context.args]
         words, shown_words = (command_line(model, each, others) for each in (settings, showable))
     except (CacheTuneError, StoreError) as error:
         typer.echo(f"cachetune: {visible_line(str(error))}", err=True)

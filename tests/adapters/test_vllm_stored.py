@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 
 from cachetune_rag import CacheTune
 from cachetune_store import ChunkStore, Namespace
-from cachetune_vllm import stored
 from cachetune_vllm.serve import app
 from cachetune_vllm.settings import ServerSettings
 from cachetune_vllm.stored import why_unusable
@@ -134,11 +133,15 @@ def test_serve_takes_a_place_that_machines_share(folder: Place, tmp_path: Path, 
     assert "use the URL of a bucket" in refused.output
 
 
+def test_a_line_that_is_only_shown_may_be_for_another_machine(tmp_path: Path) -> None:
+    key = ("--store-key", str(tmp_path / "a key that only the server has"))
+    done = CliRunner().invoke(app, ["M", "--store", str(tmp_path / "kv"), *key, "--dry-run", "--dtype", "float32"])
+    assert done.exit_code == 0, done.output
+    assert not (tmp_path / "kv").exists()
+
+
 @pytest.mark.parametrize("option", ["--store", "--remote"])
-def test_the_line_that_serve_shows_has_no_password(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
-) -> None:
-    monkeypatch.setattr(stored, "stored_dtype", lambda _: None)  # nothing answers there
+def test_the_line_that_serve_shows_has_no_password(tmp_path: Path, option: str) -> None:
     store = () if option == "--store" else ("--store", str(tmp_path / "kv"))
     url = "valkey://user:it's pass@word@localhost:6379/prefix"
     done = CliRunner().invoke(app, ["M", *store, option, url, "--dry-run", "--dtype", "float32"])
