@@ -29,21 +29,25 @@ class Answer:
         plan: how it is decoded.
         rows: of the prompt, and of the tokens of the answer but the last one. Of an answer that is done they are not needed.
         tokens: the answer's so far.
+        sure: how likely the model found the likeliest token, for each of these.
 
     Attributes:
         tokens: the answer's so far, its end token among them.
+        sure: the probability of the model's likeliest token where each of them was chosen, before any processor of logits.
     """
 
-    def __init__(self, plan: DecodingPlan, rows: Rows, tokens: Sequence[int] = ()):
+    def __init__(self, plan: DecodingPlan, rows: Rows, tokens: Sequence[int] = (), sure: Sequence[float] = ()):
         self.plan, self.rows = plan, rows
         self.tokens: list[int] = []
+        self.sure: list[float] = []
         self._stream, self._text = plan.text_stream(), ""
-        for token in tokens:
-            self.add(token)
+        for token, probability in zip(tokens, sure, strict=True):
+            self.add(token, probability)
 
-    def add(self, token: int) -> None:
+    def add(self, token: int, sure: float) -> None:
         """Take the next token."""
         self.tokens.append(token)
+        self.sure.append(sure)
         self._text += self._stream.push(token)
         if self.done:
             self._text += self._stream.finish()
@@ -81,7 +85,7 @@ def begin(engine: CacheTune, state: PrefillState, tokens: int = ANSWER_TOKENS) -
         engine.adapter.model, engine.tokenizer, list(state.prompt.ids), max_new_tokens=tokens, do_sample=False
     )
     answer = Answer(plan, _rows_of(state.cache))
-    answer.add(int(answer.likeliest(state.logits, 0)[0]))
+    answer.add(int(answer.likeliest(state.logits, 0)[0]), float(_sureness(state.logits)[0]))
     return answer
 
 
@@ -102,12 +106,13 @@ def follow(engine: CacheTune, states: Sequence[PrefillState], known: Answer) -> 
     said, prompt = known.tokens, known.plan.ids.shape[1]
     logits, cache = _behind(engine, states, said[:-1])
     # One transfer for all of them, since each waits for the GPU.
-    likeliest = torch.stack([known.likeliest(each, 0) for each in logits]).tolist()
+    found = torch.stack([torch.stack((known.likeliest(each, 0).double(), _sureness(each).double())) for each in logits])
     answers = []
-    for number, chosen in enumerate(likeliest):
+    for number, (likeliest, sure) in enumerate(found.tolist()):
+        chosen = [int(token) for token in likeliest]  # doubles represent every token id exactly
         pairs = enumerate(zip(chosen, said, strict=True))
         same = next((i for i, (mine, its) in pairs if mine != its), len(said))
-        answer = Answer(known.plan, [], chosen[: same + 1])
+        answer = Answer(known.plan, [], chosen[: same + 1], sure[: same + 1])
         if not answer.done:
             part = slice(number, number + 1), slice(None), slice(prompt + same)
             answer.rows = [(keys[part], values[part]) for keys, values in _rows_of(cache)]
@@ -173,9 +178,11 @@ def _finish_together(engine: CacheTune, answers: Sequence[Answer]) -> None:
         logits = _append(engine, ids, cache, places, mask)
         # An answer that is done goes on in vain: it costs nothing beside the others.
         ids, places = _chosen(answers, logits), places + 1
-        for answer, token in zip(answers, ids[:, 0].tolist(), strict=True):
+        # One transfer for both.
+        found = torch.stack((ids[:, 0].double(), _sureness(logits)[:, 0].double()), dim=1).tolist()
+        for answer, (token, sure) in zip(answers, found, strict=True):
             if not answer.done:
-                answer.add(token)
+                answer.add(int(token), sure)
 
 
 def _chosen(answers: Sequence[Answer], logits: Tensor) -> Tensor:
@@ -183,6 +190,12 @@ def _chosen(answers: Sequence[Answer], logits: Tensor) -> Tensor:
     if not any(answer.plan.logits_processor for answer in answers):
         return logits.argmax(-1)
     return torch.stack([answer.likeliest(row, len(answer.tokens)) for answer, row in zip(answers, logits, strict=True)])
+
+
+def _sureness(logits: Tensor) -> Tensor:
+    """The probability of the likeliest token by logits [..., vocab]."""
+    logits = logits.float()
+    return (logits.amax(-1) - logits.logsumexp(-1)).exp()
 
 
 def _rows_of(cache: Cache) -> Rows:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from itertools import groupby
+from itertools import groupby, takewhile
 
 import torch
 from fidelity.answers import Answer, begin, finish, follow, target_logits
@@ -55,7 +55,9 @@ class TaskRunner:
             if FULL in each.wanted:
                 tokens = sum(len(chunk) for chunk in each.prompt.chunk_ids)
                 figures = {"chunk_tokens": tokens, "recomputed": tokens, "probed": 0, "compute": 1.0}
-                yield _row(each.task, FULL, {"prompt_tokens": len(each.prompt.ids), **figures}, each.answer.text())
+                yield _row(
+                    each.task, FULL, {"prompt_tokens": len(each.prompt.ids), **figures}, each.answer, each.answer
+                )
         reused = [s for s in self._settings if s != FULL]
         for (lead_in, codec), group in groupby(reused, key=lambda s: (s.lead_in, s.codec)):
             settings = list(group)
@@ -83,8 +85,9 @@ class TaskRunner:
     def _reused(self, engine: CacheTune, tried: Sequence[_Tried], settings: Sequence[Setting]) -> Iterator[Row]:
         found = [row for each in tried for row in self._read(engine, each, [s for s in settings if s in each.wanted])]
         finish(engine, [answer for *_, answer in found], self._together * len(tried))
+        full = {each.task.name: each.answer for each in tried}
         for task, setting, figures, answer in found:
-            yield _row(task, setting, figures, answer.text())
+            yield _row(task, setting, figures, answer, full[task.name])
 
     def _read(self, engine: CacheTune, tried: _Tried, settings: Sequence[Setting]) -> Iterator[_Found]:
         """A prompt under several settings: what it cost, how far it is from full prefill, and as much of the answer as is full prefill's too."""
@@ -143,7 +146,12 @@ def _head(task: Task, setting: Setting) -> Row:
     return {**named, **asdict(setting), "budget": "ratio"}
 
 
-def _row(task: Task, setting: Setting, figures: Row, answer: str) -> Row:
+def _row(task: Task, setting: Setting, figures: Row, answer: Answer, full: Answer) -> Row:
+    """A row of results. `full` is the answer of full prefill."""
     cell = {"length": task.cell.length, "near_duplicates": task.cell.near_duplicates, "form": task.cell.form}
     shape = {"chunk_size": task.chunk_tokens, "chunks": len(task.chunks), "place": task.place}
-    return _head(task, setting) | cell | shape | figures | {"right": task.rule.right(answer), "answer": answer}
+    pairs = zip(answer.tokens, full.tokens, strict=False)
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    said = {"sure_by_token": [round(sure, 6) for sure in answer.sure], "same_tokens": same}
+    text = answer.text()
+    return _head(task, setting) | cell | shape | figures | said | {"right": task.rule.right(text), "answer": text}

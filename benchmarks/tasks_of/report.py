@@ -13,6 +13,7 @@ from fidelity.settings import Setting
 
 from cachetune_rag.reuse.config import AUTO
 
+from .doubt import BOUNDS, measured, read_again, told_apart
 from .forms import FORMS, PLAIN
 from .kinds import KINDS
 from .prompts import Cell
@@ -113,6 +114,8 @@ def markdown(header: dict[str, Any], rows: Sequence[Row]) -> str:
             groups.append(("how sure full prefill is of its answer's least likely token", _sureness))
         for name, group in groups:
             parts += [f"## Kept by {name}, %", _by(kept, settings, name, group)]
+        if any(measured(row) for p in kept for row in p.others.values()):
+            parts += ["## Read again where the model is not sure of a token", _AGAIN_WORDS, _again(kept, settings)]
         if any("kl" in row for p in prompts for row in p.others.values()):
             parts += ["## KL from full prefill, over the tokens of its answer", _KL_WORDS]
             names = ("tokens of a chunk", "number of chunks", "form")
@@ -184,6 +187,12 @@ _SURE = {"not known": 2.0, "0.9 and more": 0.9, "0.5 to 0.9": 0.5, "below 0.5": 
 """Groups of probabilities, and the least that each has."""
 _KL_WORDS = "The mean over all prompts, also those of cells that are left out above."
 
+_AGAIN_WORDS = (
+    "What it would bring to read a prompt again with full prefill at the first token of the answer of which the model's likeliest is less likely than the bound, "
+    "and to go on from there. Kept: as above; answers that had parted from full prefill's before count as lost, and as right in *at most*. Compute: the mean of both "
+    "readings, as a share of full prefill's. Lost answers told apart: the area under the ROC curve of the least sure token, of full prefill's right answers."
+)
+
 
 def _kl_by(
     prompts: Sequence[Answered], settings: Sequence[Setting], name: str, group: Callable[[Answered], Any]
@@ -201,6 +210,37 @@ def _kl_by(
             kl = mean(found)
             cells.append(f"{kl.value:.3f} [{kl.low:.3f}, {kl.high:.3f}]" if found else "")
         lines.append(_line([title(setting), *cells]))
+    return "\n".join(lines)
+
+
+def _again(prompts: Sequence[Answered], settings: Sequence[Setting]) -> str:
+    """A table with two rows for each setting and bound: that of a look at the first token alone, and at all."""
+    head = [
+        "setting",
+        "tokens looked at",
+        "lost answers told apart",
+        "bound",
+        "read again, %",
+        "kept, %",
+        "at most, %",
+        "compute",
+    ]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for setting in settings:
+        pairs = [(p.full, p.others[setting]) for p in prompts if measured(p.others.get(setting, {}))]
+        for words, tokens in (("the first", 1), ("all", None)) if pairs else ():
+            area = told_apart(pairs, tokens)
+            for bound in BOUNDS:
+                found = read_again(pairs, bound, tokens)
+                shares = [
+                    f"{100 * found.again:.0f}",
+                    _percent(found.kept),
+                    f"{100 * found.most:.1f}",
+                    f"{found.compute:.3f}",
+                ]
+                lines.append(
+                    _line([title(setting), words, "" if math.isnan(area) else f"{area:.2f}", f"{bound:g}", *shares])
+                )
     return "\n".join(lines)
 
 
