@@ -8,8 +8,9 @@ Plain vLLM is started first and measured, then vLLM with the connector, then (ph
 prefill cost nothing. Chunks come from host memory in orders that change with every prompt; weights and texts are random, which speed
 doesn't depend on. `alone`: time to first token of one request at a time. `saturated`: requests per second with many clients. `gaps`: gaps
 between tokens of running requests while prompts arrive. `arrivals`: Poisson arrivals at multiples of plain vLLM's saturated rate.
-`short`: where reuse is expected not to pay. `plain`: prompts without stored chunks. `prefix`: vLLM's own prefix caching, with the same
-order of chunks and with other ones. `shares`: a part of the chunks is stored, or lengths vary.
+`within`: how many requests per second (Poisson) a server takes while 95% of the first tokens come within a second, at parts of what it
+takes when saturated. `short`: where reuse is expected not to pay. `plain`: prompts without stored chunks. `prefix`: vLLM's own prefix caching, with
+the same order of chunks and with other ones. `shares`: a part of the chunks is stored, or lengths vary (log-normal).
 
 The file is written after every cell; the same command continues a run that was cut off.
 """
@@ -23,6 +24,7 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from common import environment
 from served.memory import DeviceMemory
 from served.plan import PHASES, SETTINGS, Cell, cells
-from served.report import table
+from served.report import group, table
 from served.run import Amounts, Run
 from served.subject import prepare
 from served.targets import in_process
@@ -53,6 +55,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--chunk-tokens", type=int, default=512)
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
+    parser.add_argument(
+        "--without",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="cells that are left out, by name: 'reuse/*/4096/* int8', say",
+    )
     parser.add_argument("--rounds", type=int, default=7, help="requests of a time to first token")
     parser.add_argument("--requests", type=int, default=32, help="requests of a saturated server")
     parser.add_argument("--at-once", type=int, default=16, help="its clients")
@@ -88,19 +97,25 @@ def main(arguments: list[str] | None = None) -> None:
         show(json.loads(args.out.read_text()), args.plot, args.out.stem)
         return
     results = Results(args.out, env, {k: getattr(args, k) for k in names}, "serving")
-    todo = [cell for cell in cells(args.phases, contexts, args.settings) if not results.done(cell.name, 1)]
+    wanted = [
+        cell
+        for cell in cells(args.phases, contexts, args.settings)
+        if not any(fnmatchcase(cell.name, pattern) for pattern in args.without)
+    ]
+    todo = [cell for cell in wanted if not results.done(cell.name, 1)]
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        most = max(contexts) * (2 if "shares" in args.phases else 1)
-        model, store, workload = prepare(folder, args.shape, args.device, most, args.chunk_tokens)
+        most = max([*contexts, *(2 * cell.context for cell in wanted if cell.phase == "shares")])
+        codecs = sorted({"exact", *(SETTINGS[setting].codec for setting in args.settings)})
+        model, store, workloads = prepare(folder, args.shape, args.device, most, args.chunk_tokens, codecs)
         print(f"model and store ready after {time.perf_counter() - started:.0f} s", flush=True)
 
-        def rate_of(context: int) -> float | None:
-            group = results.content["groups"].get(f"vllm/saturated/{context}")
-            return None if group is None else float(group["requests_per_second"])
+        def rate_of(variant: str, context: int, setting: str) -> float | None:
+            found = group(results.content["groups"], variant, "saturated", context, setting)
+            return None if found is None else float(found["requests_per_second"])
 
-        run = Run(workload, Amounts(args.rounds, args.requests, args.at_once, args.tokens), rate_of)
+        run = Run(workloads, Amounts(args.rounds, args.requests, args.at_once, args.tokens), rate_of)
         connectors: dict[str, Mapping[str, Any] | None] = {
             "vllm": None,
             "reuse": {

@@ -7,7 +7,7 @@ import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from common import spread
@@ -15,6 +15,11 @@ from common import spread
 from served.targets import Answer, Reuse, Target
 
 Ids = list[int]
+
+BOUND = 1.0
+"""Seconds within which 95% of all first tokens have to come, where it is asked how many requests per second a server takes."""
+PARTS = (0.2, 0.3, 0.4, 0.6, 0.8, 0.9, 1.0)
+"""Parts of the saturated requests per second that are tried for it."""
 
 
 async def alone(target: Target, prompts: Sequence[Ids], reuse: Reuse | None, warm: int = 2) -> dict[str, Any]:
@@ -51,6 +56,28 @@ async def open_loop(
         await asyncio.sleep(source.expovariate(rate))
     answers = await asyncio.gather(*tasks)
     return {"rate": rate, "seconds": time.perf_counter() - started, **_summary(answers)}
+
+
+async def most_within(at: Callable[[float], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
+    """The highest rate at which the p95 of the time to first token keeps `BOUND`, found by halving the range of rates.
+
+    Args:
+        at: an open loop at a part of the saturated rate.
+
+    Returns: what was measured at that rate (only "tries" if even the lowest one is too high), and "tries": rate, part and p95 of each.
+    """
+    best: dict[str, Any] = {}
+    tries: list[dict[str, float]] = []
+    low, high = 0, len(PARTS)
+    while low < high:
+        middle = (low + high) // 2
+        found = await at(PARTS[middle])
+        tries.append({"part": PARTS[middle], "rate": found["rate"], "p95": found["ttft"]["p95"]})
+        if found["ttft"]["p95"] <= BOUND:
+            best, low = found, middle + 1
+        else:
+            high = middle
+    return best | {"tries": tries}
 
 
 async def while_running(

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 Variant = Literal["vllm", "reuse", "ceiling"]
 """Plain vLLM, vLLM with this package's connector, vLLM with a connector that does a prefill for nothing."""
 
-PHASES = ("alone", "saturated", "gaps", "arrivals", "short", "plain", "prefix", "shares", "ceiling")
-SETTINGS: dict[str, dict[str, Any]] = {
-    "frequency 0.05": {"selector": "frequency", "ratio": 0.05},
-    "default 0.05": {"ratio": 0.05},
-    "default 0.15": {"ratio": 0.15},
+PHASES = ("alone", "saturated", "shares", "gaps", "short", "within", "plain", "arrivals", "prefix", "ceiling")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way to reuse.
+
+    Attributes:
+        asked: what requests ask for.
+        codec: how the chunks that they show are stored.
+    """
+
+    asked: Mapping[str, Any]
+    codec: str = "exact"
+
+
+SETTINGS: dict[str, Setting] = {
+    "frequency 0.05": Setting({"selector": "frequency", "ratio": 0.05}),
+    "default 0.05": Setting({"ratio": 0.05}),
+    "default 0.15": Setting({"ratio": 0.15}),
+    "frequency 0.05 int8": Setting({"selector": "frequency", "ratio": 0.05}, "int8"),
+    "default 0.05 int8": Setting({"ratio": 0.05}, "int8"),
+    "default 0.15 int8": Setting({"ratio": 0.15}, "int8"),
 }
 """The settings of requests that reuse, by the name in tables."""
 SHORT = (256, 512, 1024, 2048, 4096)
@@ -44,36 +62,36 @@ class Cell:
 
 
 def cells(phases: Sequence[str], contexts: Sequence[int], settings: Sequence[str]) -> Iterator[Cell]:
-    """All cells, grouped by server, the most important first."""
-    for context in contexts:
-        for phase in ("alone", "saturated", "gaps"):
-            if phase in phases:
-                yield Cell("vllm", phase, context)
-        if "plain" in phases:
-            yield Cell("vllm", "plain", context)
-        if "arrivals" in phases:
-            yield Cell("vllm", "arrivals", context, detail="0.9")
-        if "prefix" in phases:
-            yield from (Cell("vllm", "prefix", context, detail=order) for order in ("same", "shuffled"))
-    if "short" in phases:
-        yield from (Cell("vllm", "short", context) for context in SHORT)
-    for context in contexts:
-        for phase in ("alone", "saturated", "gaps"):
-            if phase in phases:
-                yield from (Cell("reuse", phase, context, setting) for setting in settings)
-        if "plain" in phases:
-            yield Cell("reuse", "plain", context)
-        if "arrivals" in phases:
-            yield from (
-                Cell("reuse", "arrivals", context, setting, detail)
-                for setting in settings
-                for detail in ("0.9", "2", "4")
-            )
-        if "shares" in phases:
-            yield from (
-                Cell("reuse", "shares", context, "auto", detail) for detail in ("stored 0.8", "stored 0", "log-normal")
-            )
-    if "short" in phases:
-        yield from (Cell("reuse", "short", context, "auto") for context in SHORT)
+    """All cells, grouped by server, in each group the most important first."""
+    for variant in ("vllm", "reuse"):
+        for cell in _of_both(variant, contexts, settings if variant == "reuse" else [""]):
+            if cell.phase in phases:
+                yield cell
     if "ceiling" in phases:
         yield from (Cell("ceiling", "ceiling", context) for context in contexts)
+
+
+def _of_both(variant: Variant, contexts: Sequence[int], settings: Sequence[str]) -> Iterator[Cell]:
+    """The cells that plain vLLM and vLLM with the connector have in common, and those of one of them."""
+    reuse = variant == "reuse"
+    auto = "auto" if reuse else ""
+    exact = [setting for setting in settings if not setting or SETTINGS[setting].codec == "exact"]
+    for context in contexts:
+        for phase in ("alone", "saturated"):
+            yield from (Cell(variant, phase, context, setting) for setting in settings)
+    for context in contexts:
+        if reuse:  # without reuse, "saturated" is the same
+            yield from (Cell(variant, "shares", context, setting, "stored 0.8") for setting in exact)
+            yield Cell(variant, "shares", context, auto, "stored 0")
+        yield from (Cell(variant, "shares", context, setting, "log-normal") for setting in exact)
+    for context in contexts:
+        yield from (Cell(variant, "gaps", context, setting) for setting in exact)
+    yield from (Cell(variant, "short", context, auto) for context in SHORT)
+    for context in contexts:
+        yield from (Cell(variant, "within", context, setting) for setting in exact)
+    for context in contexts:
+        yield Cell(variant, "plain", context)
+        rates = ("0.9", "2", "4") if reuse else ("0.9",)
+        yield from (Cell(variant, "arrivals", context, setting, rate) for setting in exact for rate in rates)
+        if not reuse:
+            yield from (Cell(variant, "prefix", context, detail=order) for order in ("same", "shuffled"))

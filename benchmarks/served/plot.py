@@ -10,7 +10,7 @@ from served.plan import SETTINGS
 from served.report import Content, contexts_of, group
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
-_COLOURS = dict(zip(SETTINGS, ("#D55E00", "#0072B2", "#009E73"), strict=True))
+_COLOURS = dict(zip(SETTINGS, ("#D55E00", "#0072B2", "#009E73", "#E69F00", "#56B4E9", "#CC79A7"), strict=True))
 _VLLM = "vLLM, all read"
 
 
@@ -37,14 +37,16 @@ def plot(content: Content, folder: Path, stem: str) -> list[Path]:
 def _ratios(groups: Mapping[str, Any], contexts: Sequence[int]) -> Any:
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 2, figsize=(9, 1 + 1.2 * len(contexts)), squeeze=False)
+    shown = [s for s in SETTINGS if any(group(groups, "reuse", "alone", context, s) for context in contexts)]
+    height = 0.8 / len(shown)
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 1 + 0.4 * len(contexts) * len(shown)), squeeze=False)
     for panel, (phase, label) in zip(
         panels[0], (("alone", "times sooner the first token, alone"), ("saturated", "times the requests/s, saturated")), strict=True
     ):  # fmt: skip
-        for number, setting in enumerate(SETTINGS):
+        for number, setting in enumerate(shown):
             ratios = [_ratio(groups, phase, context, setting) for context in contexts]
-            places = [place + 0.26 * (number - 1) for place in range(len(contexts))]
-            bars = panel.barh(places, ratios, height=0.24, color=_COLOURS[setting], label=setting)
+            places = [place + height * (number - (len(shown) - 1) / 2) for place in range(len(contexts))]
+            bars = panel.barh(places, ratios, height=0.92 * height, color=_COLOURS[setting], label=setting)
             panel.bar_label(bars, [f"{r:.1f}x" if r else "" for r in ratios], padding=2, fontsize="small")
         panel.set_yticks(range(len(contexts)), [f"{context:,}" for context in contexts])
         panel.set_ylabel("tokens of chunks")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from served.load import BOUND
+
 Content = Mapping[str, Any]
 
 
@@ -12,8 +14,8 @@ def table(content: Content) -> str:
     """One line a context and setting: time to first token alone, requests per second, and what that is beside vLLM's."""
     groups: Mapping[str, Any] = content["groups"]
     lines = [
-        "| context | setting | TTFT ms | x | requests/s | x | between tokens p99 ms | gap p99 ms |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| context | setting | TTFT ms | x | requests/s | x | of the ceiling | between tokens p99 ms | gap p99 ms |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     places = {(int(context), setting) for _, context, setting in map(_place, groups) if context}
     for context, setting in sorted(places):
@@ -24,7 +26,10 @@ def table(content: Content) -> str:
         if not (alone or rate or gaps):
             continue
         base, base_rate = (group(groups, "vllm", phase, context) for phase in ("alone", "saturated"))
-        rates = (f"{rate['requests_per_second']:.2f}", _ratio(rate, base_rate)) if rate else ("", "")
+        ceiling = group(groups, "ceiling", "ceiling", context)
+        rates = ("", "", "")
+        if rate:
+            rates = (f"{rate['requests_per_second']:.2f}", _ratio(rate, base_rate), _part(rate, ceiling))
         cells = (
             f"{context:,}", setting or "vLLM, all read", _ms(alone, "ttft", "median"), _sooner(base, alone), *rates,
             _ms(rate, "between_tokens", "p99"), _ms(gaps, "gaps", "p99"),
@@ -34,8 +39,9 @@ def table(content: Content) -> str:
         f"| {name} | {_ms(g, 'ttft', 'median') or _ms(g, 'ttft', 'p50')} | {_ms(g, 'ttft', 'p99')} "
         f"| {g.get('requests_per_second', g.get('rate', 0)):.2f} | {_ms(g, 'between_tokens', 'p99')} |"
         for name, g in groups.items()
-        if _place(name)[0] not in ("alone", "saturated", "gaps")
+        if _place(name)[0] not in ("alone", "saturated", "gaps", "within")
     ]
+    lines += _within(groups)
     lines += _memory(groups)
     if others:
         lines += ["", "| cell | TTFT median ms | p99 ms | requests/s | between tokens p99 ms |"]
@@ -52,6 +58,25 @@ def contexts_of(groups: Mapping[str, Any], phase: str) -> list[int]:
     """The contexts for which a phase was measured with reuse."""
     named = (name for name in groups if name.startswith("reuse/"))
     return sorted({int(context) for found, context, _ in map(_place, named) if found == phase})
+
+
+def _within(groups: Mapping[str, Any]) -> list[str]:
+    """How many requests per second each server takes while 95% of the first tokens come within `BOUND`."""
+    rows = []
+    for name, found in groups.items():
+        phase, context, setting = _place(name)
+        if phase != "within":
+            continue
+        base = groups.get(f"vllm/within/{context}", {})
+        times = f"{found['rate'] / base['rate']:.2f}x" if "rate" in found and "rate" in base else ""
+        lowest = min(found["tries"], key=lambda tried: tried["rate"])
+        most = f"{found['rate']:.2f}" if "rate" in found else f"below {lowest['rate']:.2f}"
+        tries = ", ".join(f"{1000 * tried['p95']:.0f} at {tried['rate']:.2f}" for tried in found["tries"])
+        rows.append(f"| {int(context):,} | {setting or 'vLLM, all read'} | {most} | {times} | {tries} |")
+    if not rows:
+        return []
+    head = f"| context | setting | requests/s with p95 within {BOUND:g} s | x | p95 ms at the rates that were tried |"
+    return ["", head, "| --- | --- | --- | --- | --- |", *rows]
 
 
 def _memory(groups: Mapping[str, Any]) -> list[str]:
@@ -91,3 +116,7 @@ def _sooner(base: Content | None, group: Content | None) -> str:
 
 def _ratio(group: Content, base: Content | None) -> str:
     return "" if base is None else f"{group['requests_per_second'] / base['requests_per_second']:.2f}x"
+
+
+def _part(group: Content, ceiling: Content | None) -> str:
+    return "" if ceiling is None else f"{group['requests_per_second'] / ceiling['requests_per_second']:.0%}"

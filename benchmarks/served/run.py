@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from served.load import alone, closed, open_loop, while_running
+from served.load import alone, closed, most_within, open_loop, while_running
 from served.plan import SETTINGS, Cell
 from served.targets import Reuse, Target
 from served.workload import Workload
 
 FILLINGS = 5
 """How often every stored chunk is asked for at most, before all have to be in host memory."""
+WARM = 4
+"""Requests before those of a saturated server. They don't count: the first request of a size compiles."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,18 @@ class Run:
     """Measures cells.
 
     Args:
-        workload: makes the prompts.
+        workloads: makes the prompts, by the codec of the chunks in them.
         amounts: how much is asked.
-        rate_of: vLLM's saturated requests per second at a context, measured before; None if it was not.
+        rate_of: a saturated server's requests per second, by server, context and setting, measured before; None if it was not.
     """
 
-    def __init__(self, workload: Workload, amounts: Amounts, rate_of: Callable[[int], float | None]):
-        self._workload, self._amounts, self._rate_of = workload, amounts, rate_of
+    def __init__(
+        self,
+        workloads: Mapping[str, Workload],
+        amounts: Amounts,
+        rate_of: Callable[[str, int, str], float | None],
+    ):
+        self._workloads, self._amounts, self._rate_of = workloads, amounts, rate_of
 
     async def fill_memory(self, target: Target, context: int) -> None:
         """Ask for every stored chunk, until none is read from disk any more: the tables are of chunks in host memory.
@@ -52,7 +59,9 @@ class Run:
         """
         for _ in range(FILLINGS):
             reports = [
-                (await target.ask(prompt, 1, {"ratio": 0.05})).report for prompt in self._workload.covering(context)
+                (await target.ask(prompt, 1, {"ratio": 0.05})).report
+                for workload in self._workloads.values()
+                for prompt in workload.covering(context)
             ]
             if not any((report or {}).get("bytes_read", {}).get("disk") for report in reports):
                 return
@@ -66,8 +75,9 @@ class Run:
         Raises:
             ValueError: it needs vLLM's saturated rate, which is not known.
         """
-        do, many = self._amounts, self._workload
-        reuse: Reuse | None = SETTINGS.get(cell.setting)
+        setting = SETTINGS.get(cell.setting)
+        do, many = self._amounts, self._workloads["exact" if setting is None else setting.codec]
+        reuse: Reuse | None = None if setting is None else setting.asked
         # Every cell has orders and questions of its own, so that no prompt is found complete in a cache. Cells that are
         # compared differ in these alone: their prompts have the same lengths.
         seed = f"{cell.phase} {cell.context} {cell.detail}" + (f" {cell.setting}" if cell.variant == "reuse" else "")
@@ -85,16 +95,31 @@ class Run:
         if cell.phase == "shares":
             share = {"stored 0.8": 0.8, "stored 0": 0.0}.get(cell.detail, 1.0)
             log_normal = cell.detail == "log-normal"
+            warm = many.prompts(cell.context, WARM, f"{seed} warm", share=share, log_normal=log_normal)
+            await closed(target, warm, reuse, 4, do.at_once)
             prompts = many.prompts(cell.context, do.requests, seed, share=share, log_normal=log_normal)
             return await closed(target, prompts, reuse, do.tokens, do.at_once)
         if cell.phase == "gaps":
             running = many.prompts(1024, 4, f"{seed} running", share=0)
             return await while_running(target, running, many.prompts(cell.context, 8, seed), reuse, 8 * do.tokens, 0.5)
+        if cell.phase == "within":
+            saturated = self._known_rate(cell.variant, cell.context, cell.setting)
+
+            async def at(part: float) -> dict[str, Any]:
+                prompts = many.prompts(cell.context, do.requests, f"{seed} {part}")
+                return await open_loop(target, prompts, reuse, do.tokens, part * saturated, f"{cell.context} {part}")
+
+            return await most_within(at)
         if cell.phase == "arrivals":
-            rate = self._rate_of(cell.context)
-            if rate is None:
-                raise ValueError("arrivals need vLLM's saturated rate: measure the phase saturated first.")
-            prompts = many.prompts(cell.context, do.requests, seed)
-            return await open_loop(target, prompts, reuse, do.tokens, float(cell.detail) * rate, seed)
-        await closed(target, many.prompts(cell.context, do.at_once, f"{seed} warm"), reuse, 4, do.at_once)
+            rate = float(cell.detail) * self._known_rate("vllm", cell.context, "")
+            return await open_loop(target, many.prompts(cell.context, do.requests, seed), reuse, do.tokens, rate, seed)
+        await closed(target, many.prompts(cell.context, WARM, f"{seed} warm"), reuse, 4, do.at_once)
         return await closed(target, many.prompts(cell.context, do.requests, seed), reuse, do.tokens, do.at_once)
+
+    def _known_rate(self, variant: str, context: int, setting: str) -> float:
+        rate = self._rate_of(variant, context, setting)
+        if rate is None:
+            raise ValueError(
+                f"arrivals at {context} tokens need the requests per second of the saturated server ({variant} {setting}): measure the phase saturated first."
+            )
+        return rate

@@ -43,10 +43,11 @@ class Workload:
             seed: the same seed gives the same prompts.
             share: of the chunks, so many are stored; the others are new in every prompt.
             order: "same" shows the same chunks in the same order in every prompt, as prefix caching likes it.
-            log_normal: contexts vary from prompt to prompt (sigma 0.5, up to all stored chunks).
+            log_normal: contexts vary from prompt to prompt (sigma 0.5, up to all stored chunks), in the same way for every seed.
         """
-        source = random.Random(f"{seed} {context} {share} {order}")
-        return [self._prompt(source, f"{seed} {n}", context, share, order, log_normal) for n in range(count)]
+        source, lengths = random.Random(f"{seed} {context} {share} {order}"), random.Random(f"lengths {context}")
+        varied = [context * (lengths.lognormvariate(0, 0.5) if log_normal else 1) for _ in range(count)]
+        return [self._prompt(source, f"{seed} {n}", tokens, share, order) for n, tokens in enumerate(varied)]
 
     def covering(self, context: int) -> list[list[int]]:
         """Prompts of about `context` tokens of chunks each that have every stored chunk in one of them."""
@@ -54,12 +55,9 @@ class Workload:
         parts = [self.stored[start : start + some] for start in range(0, len(self.stored), some)]
         return [self._ids(part, f"covering {number}") for number, part in enumerate(parts)]
 
-    def _prompt(
-        self, source: random.Random, name: str, context: int, share: float, order: Order, log_normal: bool
-    ) -> list[int]:
+    def _prompt(self, source: random.Random, name: str, context: float, share: float, order: Order) -> list[int]:
         length = len(self.stored[0])
-        chunks = max(1, round(context * (source.lognormvariate(0, 0.5) if log_normal else 1) / length))
-        chunks = min(chunks, len(self.stored))
+        chunks = min(max(1, round(context / length)), len(self.stored))
         texts = list(self.stored[:chunks]) if order == "same" else source.sample(list(self.stored), chunks)
         new: Iterator[str] = iter(letters(name, chunks, length))
         for place in source.sample(range(chunks), chunks - round(share * chunks)):

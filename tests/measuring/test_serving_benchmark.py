@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from served.load import most_within
 from served.memory import DeviceMemory
-from served.plan import PHASES, SETTINGS, cells
+from served.plan import PHASES, SETTINGS, Cell, cells
 from served.plot import plot
 from served.report import table
 from served.run import Amounts, Run
@@ -57,6 +58,8 @@ def test_lengths_vary_around_the_context(workload: Workload) -> None:
     counts = [len(shown(workload, ids)) for ids in workload.prompts(6 * CHUNK, 200, "lengths", log_normal=True)]
     assert 5 <= sorted(counts)[100] <= 7
     assert min(counts) < 4
+    others = [len(shown(workload, ids)) for ids in workload.prompts(6 * CHUNK, 200, "others", log_normal=True)]
+    assert others == counts  # what is compared has the same lengths
     assert 10 < max(counts) <= 16
 
 
@@ -68,6 +71,11 @@ def content() -> dict[str, Any]:
         "vllm/arrivals/4096//0.9": {"rate": 1.8, "ttft": {"p50": 1.0, "p99": 2.0}, "between_tokens": {"p99": 0.06}},
         "vllm/arrivals/8192//0.9": {"rate": 0.9, "ttft": {"p50": 1.0, "p99": 2.0}, "between_tokens": {"p99": 0.06}},
     }
+    groups["ceiling/ceiling/4096"] = {"requests_per_second": 10.0}
+    groups["vllm/within/4096"] = {"rate": 0.8, "tries": [{"part": 0.4, "rate": 0.8, "p95": 0.9}]}
+    tries = [{"part": 0.6, "rate": 3.0, "p95": 1.5}, {"part": 0.4, "rate": 2.0, "p95": 0.75}]
+    groups["reuse/within/4096/default 0.05"] = {"rate": 2.0, "tries": tries}
+    groups["reuse/within/4096/default 0.15"] = {"tries": tries[:1]}
     for number, setting in enumerate(SETTINGS, start=1):
         groups[f"reuse/alone/4096/{setting}"] = {"ttft": {"median": 0.1 * number}, "device_memory": 2**33 + 2**29}
         groups[f"reuse/saturated/4096/{setting}"] = {"requests_per_second": 8.0 / number}
@@ -91,7 +99,7 @@ def test_every_stored_chunk_is_asked_for_until_none_is_read_from_disk(workload: 
             self.asked.update(found)
             return Answer(0.0, [], {"bytes_read": {"host": 1, "disk": read}})
 
-    run = Run(workload, Amounts(1, 1, 1, 1), lambda _context: None)
+    run = Run({"exact": workload}, Amounts(1, 1, 1, 1), lambda *_server: None)
     server = FromDisk(2)
     asyncio.run(run.fill_memory(server, 5 * CHUNK))
     assert server.asked == dict.fromkeys((text.replace(" ", "") for text in workload.stored), 3)
@@ -102,11 +110,13 @@ def test_every_stored_chunk_is_asked_for_until_none_is_read_from_disk(workload: 
 def test_tables_hold_each_setting_beside_vllm() -> None:
     lines = table(content()).splitlines()
     names = list(SETTINGS)
-    rows = {line.split(" | ")[1]: line for line in lines if line.startswith("| 4,096")}
-    assert rows["vLLM, all read"].startswith("| 4,096 | vLLM, all read | 400.0 | 1.00x | 2.00 | 1.00x | 50.0 |")
-    assert rows[names[0]].startswith(f"| 4,096 | {names[0]} | 100.0 | 4.00x | 8.00 | 4.00x |")
-    assert rows[names[1]].startswith(f"| 4,096 | {names[1]} | 200.0 | 2.00x | 4.00 | 2.00x |")
+    rows = {line.split(" | ")[1]: line for line in reversed(lines) if line.startswith("| 4,096")}
+    assert rows["vLLM, all read"].startswith("| 4,096 | vLLM, all read | 400.0 | 1.00x | 2.00 | 1.00x | 20% | 50.0 |")
+    assert rows[names[0]].startswith(f"| 4,096 | {names[0]} | 100.0 | 4.00x | 8.00 | 4.00x | 80% |")
+    assert rows[names[1]].startswith(f"| 4,096 | {names[1]} | 200.0 | 2.00x | 4.00 | 2.00x | 40% |")
     assert "Most memory in use on the device: vllm 8.0 GiB, reuse 8.5 GiB." in lines
+    assert "| 4,096 | default 0.05 | 2.00 | 2.50x | 1500 at 3.00, 750 at 2.00 |" in lines
+    assert "| 4,096 | default 0.15 | below 3.00 |  | 1500 at 3.00 |" in lines
     assert f"| reuse/arrivals/4096/{names[2]}/2 | 100.0 | 600.0 | 4.00 | 10.0 |" in lines
 
 
@@ -127,7 +137,46 @@ def test_every_phase_and_setting_has_cells_and_no_cell_comes_twice() -> None:
     names = [cell.name for cell in cells(PHASES, [1024], list(SETTINGS))]
     assert len(names) == len(set(names))
     assert {name.split("/")[1] for name in names} == set(PHASES)
-    assert all(f"reuse/{phase}/1024/{each}" in names for phase in ("alone", "saturated", "gaps") for each in SETTINGS)
+    assert all(f"reuse/{phase}/1024/{each}" in names for phase in ("alone", "saturated") for each in SETTINGS)
+    exact = [name for name, setting in SETTINGS.items() if setting.codec == "exact"]
+    assert all(f"reuse/{phase}/1024/{each}" in names for phase in ("gaps", "within") for each in exact)
+
+
+@pytest.mark.parametrize(
+    ("holds", "tried"),
+    [(0.85, [0.6, 0.9, 0.8]), (1.0, [0.6, 0.9, 1.0]), (0.1, [0.6, 0.3, 0.2]), (0.5, [0.6, 0.3, 0.4])],
+)
+def test_the_highest_rate_is_found_at_which_nearly_all_first_tokens_come_in_time(
+    holds: float, tried: list[float]
+) -> None:
+    async def at(part: float) -> dict[str, Any]:
+        return {"rate": 5 * part, "ttft": {"p95": 0.9 if part <= holds else 1.1}}
+
+    found = asyncio.run(most_within(at))
+    assert [each["part"] for each in found["tries"]] == tried
+    kept = [part for part in tried if part <= holds]
+    assert found.get("rate") == (5 * max(kept) if kept else None)
+
+
+def test_prompts_of_a_setting_show_chunks_in_its_codec(workload: Workload) -> None:
+    """And a cell whose rates depend on another one says so where that is missing."""
+    encoded = Workload(tokenizer(), letters("encoded", 16, CHUNK))
+    asked: list[tuple[list[str], Any]] = []
+
+    class Server:
+        async def ask(self, ids: list[int], _tokens: int, reuse: Any) -> Answer:
+            asked.append((shown(workload, ids), reuse))
+            return Answer(0.0)
+
+    run = Run({"exact": workload, "int8": encoded}, Amounts(1, 1, 1, 1), lambda *_server: None)
+    for name, setting in SETTINGS.items():
+        asked.clear()
+        asyncio.run(run.measure(Server(), Cell("reuse", "alone", 4 * CHUNK, name)))
+        texts = {text.replace(" ", "") for text in (encoded if setting.codec == "int8" else workload).stored}
+        assert asked
+        assert all(texts.issuperset(found) and reuse == setting.asked for found, reuse in asked)
+    with pytest.raises(ValueError, match=r"\(reuse default 0.05\): measure the phase saturated first"):
+        asyncio.run(run.measure(Server(), Cell("reuse", "within", 4 * CHUNK, "default 0.05")))
 
 
 def test_without_a_gpu_no_memory_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
