@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import gc
 import random
 import threading
@@ -14,13 +16,19 @@ import pytest
 import torch
 from families import FAMILIES, Family, random_ids
 from tiny import llama, tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from cachetune_rag import CacheTune, Document, ModelChangedError
+from cachetune_rag.concurrency.deadline import DeadlinePool
 from cachetune_rag.model import KVBuffers, ModelAdapter
 from cachetune_rag.model import adapter as adapter_module
 from cachetune_rag.model.cuda import device_forward, steps
+from cachetune_rag.model.heads import Heads
+from cachetune_rag.reuse import device_loader
+from cachetune_rag.reuse.device_loader import DeviceLoader, Streams
+from cachetune_rag.reuse.source import Source
 from cachetune_rag.selection import get_selector
-from cachetune_store import pinning
+from cachetune_store import LayerSpec, pinning
 from cachetune_store.buffers import SlabPool, private_pages
 
 pytestmark = pytest.mark.gpu
@@ -462,3 +470,77 @@ def test_a_warm_up_without_graphs_overwrites_nothing_that_is_yet_to_be_read(monk
     forward.warmup(2048)
     assert len(seen) > 20
     assert all(bool((positions == -1).all()) for positions in seen)
+
+
+class Share(Heads):
+    """Some neighbouring heads of a model."""
+
+    shared = True
+
+    def __init__(self, heads: slice):
+        self._heads = heads
+
+    def own(self, spec: LayerSpec) -> slice:
+        return self._heads
+
+
+@pytest.mark.parametrize("by_kernel", [True, False], ids=["kernels", "plain"])
+@pytest.mark.parametrize("codec", ["exact", "int8", "fp8", "int4"])
+@pytest.mark.parametrize("disk", [False, True], ids=["host", "disk"])
+def test_a_share_of_the_heads_comes_as_with_all_heads(
+    tmp_path: Path, codec: str, disk: bool, by_kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process with some of the heads copies their bytes alone, and has what a copy of whole rows gives of them; rows that are seen first, and
+    all others."""
+    if not by_kernel:  # rows are decoded by the codec
+        monkeypatch.setattr(device_loader, "kernels_run_on", lambda _device: False)
+    texts = [f"{text} {number}, and {number * number}. " * 5 for number in range(4) for text in CHUNKS]
+    config = LlamaConfig(
+        vocab_size=261, hidden_size=128, intermediate_size=64, num_hidden_layers=6, num_attention_heads=8,
+        num_key_value_heads=8, head_dim=64, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval().to("cuda", torch.bfloat16)
+    options: dict[str, Any] = {"host_budget": 0} if disk else {}
+    with CacheTune(model, tokenizer(), tmp_path, codec=codec, **options) as engine:
+        engine.precompute([Document("a", texts)])
+        whole, ids = engine.adapter, [engine.prompts.encode(text) for text in texts]
+        length = 3 + sum(len(each) + 2 for each in ids)
+        seen = (torch.rand(length) < 0.4).cuda()
+        for heads in (None, slice(0, 4), slice(4, 8), slice(6, 8)):
+            adapter, start, sources = copy.copy(whole), 3, []
+            if heads is not None:
+                adapter.heads = Share(heads)
+                adapter.layers = tuple(
+                    LayerSpec(heads.stop - heads.start, spec.head_dim, spec.v_head_dim) for spec in whole.layers
+                )
+            for each in ids:
+                reader = engine.store.open(engine.runtime.assembler.key(each))
+                assert reader is not None
+                sources.append(Source(reader, start, len(each)))
+                start += len(each) + 2
+            buffers = adapter.new_buffers(length)
+            for rows in (*buffers.key_rows, *buffers.value_rows):
+                rows.zero_()
+            with contextlib.closing(DeadlinePool(None)) as pool:
+                loader = DeviceLoader(adapter, sources, buffers, pool, Streams(adapter.device, adapter.num_layers))
+                loader.expect_narrowing(2)
+                loader.start()
+                for layer in range(adapter.num_layers):
+                    if layer == 2:
+                        loader.narrow(seen)
+                    loader.load_seen(layer)
+                for layer in range(adapter.num_layers):
+                    loader.load(layer)
+                loader.close()
+            torch.cuda.synchronize()
+            for source in sources:
+                source.reader.close()
+            if heads is None:
+                wanted = buffers
+                continue
+            pairs = ((buffers.key_rows, wanted.key_rows), (buffers.value_rows, wanted.value_rows))
+            for ours, theirs in pairs:
+                for mine, all_heads in zip(ours, theirs, strict=True):
+                    assert mine.any()
+                    assert torch.equal(mine, all_heads[:, heads])

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import chain
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from cachetune_rag.kernels.support import power_of_two
+from cachetune_store.layout import HeadBytes
 
 _GATHERERS = 8
 """How many programs copy single rows. Few: a program that waits for the bus keeps large matrix products off its multiprocessor. (16 were as fast on an
@@ -171,13 +175,25 @@ def fetch(host: Tensor, out: Tensor) -> None:
 
 
 @triton.jit
+def _stretched(at, BEGINS: tl.constexpr, SKIPS: tl.constexpr):
+    """Where number `at` of the wanted units lies: behind the gaps before it."""
+    found = at + SKIPS[0]
+    for i in tl.static_range(1, len(SKIPS)):
+        found += tl.where(at >= BEGINS[i], SKIPS[i], 0)
+    return found
+
+
+@triton.jit
 def _gather(
     HOSTS, BASES, WHERE, COUNT,
     ROW: tl.constexpr, GROUP_ROWS: tl.constexpr, SHARED: tl.constexpr, UNIT: tl.constexpr,
+    WANTED: tl.constexpr, BEGINS: tl.constexpr, SKIPS: tl.constexpr,
+    WANTED_SHARED: tl.constexpr, BEGINS_SHARED: tl.constexpr, SKIPS_SHARED: tl.constexpr,
     AT_ONCE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SHARED: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     stop = tl.load(COUNT).to(tl.int32)
-    at = tl.arange(0, BLOCK)[None, :]
+    number = tl.arange(0, BLOCK)[None, :]
+    at = _stretched(number, BEGINS, SKIPS)
     some = tl.arange(0, BLOCK_SHARED)[None, :]
     for begin in range(tl.program_id(0) * AT_ONCE, stop, tl.num_programs(0) * AT_ONCE):
         row = begin + tl.arange(0, AT_ONCE)[:, None]
@@ -193,16 +209,28 @@ def _gather(
         source = (host + offset).to(tl.pointer_type(element)) + at
         target = (base + offset).to(tl.pointer_type(element)) + at
         if ALIGNED:
-            source = tl.multiple_of(source, [16, 16])
-            target = tl.multiple_of(target, [16, 16])
-        numbers = tl.load(source, mask=ok & (at < ROW), other=0)
-        tl.store(target, numbers, mask=ok & (at < ROW))
-        if SHARED > 0:
+            # Every stretch begins and ends at a multiple of 16 bytes as well.
+            source = tl.max_contiguous(tl.multiple_of(source, [16, 16]), [1, 16 // UNIT])
+            target = tl.max_contiguous(tl.multiple_of(target, [16, 16]), [1, 16 // UNIT])
+        numbers = tl.load(source, mask=ok & (number < WANTED), other=0)
+        tl.store(target, numbers, mask=ok & (number < WANTED))
+        if WANTED_SHARED > 0:
             # Rows of one group copy what they share several times over: the same bytes to the same place.
-            source = (host + group).to(tl.pointer_type(element)) + some
-            target = (base + group).to(tl.pointer_type(element)) + some
-            numbers = tl.load(source, mask=ok & (some < SHARED), other=0)
-            tl.store(target, numbers, mask=ok & (some < SHARED))
+            at_shared = _stretched(some, BEGINS_SHARED, SKIPS_SHARED)
+            source = (host + group).to(tl.pointer_type(element)) + at_shared
+            target = (base + group).to(tl.pointer_type(element)) + at_shared
+            numbers = tl.load(source, mask=ok & (some < WANTED_SHARED), other=0)
+            tl.store(target, numbers, mask=ok & (some < WANTED_SHARED))
+
+
+def _units(stretches: Sequence[tuple[int, int]], unit: int) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """How many units stretches of bytes have, the first unit of each, and how many are left out before it."""
+    begins, skips, count, end = [], [], 0, 0
+    for start, length in stretches:
+        begins.append(count)
+        skips.append((start - end) // unit)
+        count, end = count + length // unit, start + length
+    return count, tuple(begins or [0]), tuple(skips or [0])
 
 
 def gather(
@@ -214,6 +242,7 @@ def gather(
     row_bytes: int,
     group_rows: int = 1,
     group_bytes: int = 0,
+    wanted: HeadBytes | None = None,
 ) -> None:
     """Copy single stored rows from page-locked memory to the device, each to the place among the rows of its source that it has there.
 
@@ -226,15 +255,21 @@ def gather(
         bases: int64 [sources]; where they begin on the device.
         where, row_bytes, group_rows, group_bytes: see `place`. Addresses are multiples of 16 if these numbers of bytes are.
         count: int64 [1] on the device; so many of the first rows in `where` are copied.
+        wanted: which bytes of each row, and of what a group shares, are copied, to where they lie in the row; None: all of them.
     """
-    unit = next(size for size in (8, 4, 1) if not (row_bytes | group_bytes) % size)
-    row, shared = row_bytes // unit, group_bytes // unit
-    at_once = max(1, _AT_ONCE // power_of_two(row_bytes))
+    if wanted is None:
+        wanted = HeadBytes.of([(0, row_bytes)], [(0, group_bytes)])
+    edges = row_bytes, group_bytes, *chain(*wanted.row, *wanted.group)
+    unit = next(size for size in (8, 4, 1) if not any(edge % size for edge in edges))
+    row, shared = _units(wanted.row, unit), _units(wanted.group, unit)
+    at_once = max(1, _AT_ONCE // power_of_two(row[0] * unit))
     _gather[(_GATHERERS,)](
         hosts, bases, where, count,
-        ROW=row, GROUP_ROWS=group_rows, SHARED=shared, UNIT=unit,
-        AT_ONCE=at_once, BLOCK=power_of_two(row), BLOCK_SHARED=power_of_two(max(1, shared)),
-        ALIGNED=not ((row_bytes | group_bytes) % 16), num_warps=16,
+        ROW=row_bytes // unit, GROUP_ROWS=group_rows, SHARED=group_bytes // unit, UNIT=unit,
+        WANTED=row[0], BEGINS=row[1], SKIPS=row[2],
+        WANTED_SHARED=shared[0], BEGINS_SHARED=shared[1], SKIPS_SHARED=shared[2],
+        AT_ONCE=at_once, BLOCK=power_of_two(row[0]), BLOCK_SHARED=power_of_two(max(1, shared[0])),
+        ALIGNED=not any(edge % 16 for edge in edges), num_warps=16,
     )  # fmt: skip
 
 

@@ -4,6 +4,9 @@ One stream copies a layer's encoded rows into a ring of staging buffers. Another
 prompt's buffers, layer after layer. Rows of the device tier are decoded where they lie, without a copy. The stream that computes waits
 for the event of the layer that it needs, and for nothing else. The prompt's buffers hold every layer, so the two loading streams never
 wait for the computation, only for the disk.
+
+Where other processes have some of the model's heads, the bytes of this one's heads alone are copied, to where they lie in the row: so decoding is
+the same, and the other bytes of the staging buffers mean nothing.
 """
 
 from __future__ import annotations
@@ -22,9 +25,10 @@ from cachetune_rag.concurrency.deadline import DeadlinePool
 from cachetune_rag.kernels import CODECS, kernels_run_on, rows_of
 from cachetune_rag.model import KVBuffers, ModelAdapter
 from cachetune_rag.model.libraries.private import copy_all
-from cachetune_rag.reuse.host_copies import host_copies
-from cachetune_rag.reuse.layer_loader import REST, SEEN, WHOLE, LayerLoader, row_format
+from cachetune_rag.reuse.host_copies import copied_bytes, host_copies
+from cachetune_rag.reuse.layer_loader import REST, SEEN, WHOLE, LayerLoader, head_bytes, row_format
 from cachetune_rag.reuse.source import Source
+from cachetune_store import HeadBytes
 from cachetune_store.tier_kinds import HOST
 from cachetune_store.tiers import DeviceReader
 
@@ -81,7 +85,10 @@ def warm_up(adapter: ModelAdapter, codec: str) -> None:
         for part in (None, False, True):
             split = None if part is None else nothing[:1]
             if part is False:
-                gather(nothing, bases, nothing, nothing[:1], **rows)
+                mine = (
+                    head_bytes(codec, dtype, stored, own.start, own.stop - own.start) if adapter.heads.shared else None
+                )
+                gather(nothing, bases, nothing, nothing[:1], wanted=mine, **rows)
             place(
                 bases, nothing, nothing, cos, sin, buffers.key_rows[layer], buffers.value_rows[layer], codec=codec,
                 aligned=not (form.row_bytes % 16 or form.group_bytes % 16),
@@ -169,6 +176,8 @@ class DeviceLoader(LayerLoader):
         self._kernel = kernels_run_on(adapter.device)
         self._copies = host_copies()
         self._held: list[Tensor] = []  # memory that queued work still reads
+        # The same of rows from disks, of which torch doesn't know that they are being copied; by layer that was queued.
+        self._copied: deque[list[Tensor]] = deque(maxlen=QUEUED)
         super().__init__(adapter, sources, buffers, pool)
         # Work that was queued on the computing stream before may still use the buffers' memory. (If they were made on the placing stream,
         # it may not, and this waits for nothing.)
@@ -227,7 +236,7 @@ class DeviceLoader(LayerLoader):
     def start_first_layers(self) -> None:
         """See `LayerLoader.start_first_layers`. Where copying takes longer than computing, time without a copy makes the prompt later."""
         super().start_first_layers()
-        layer = sum(self._row_format(0, key).size(s.rows) for key, group in self._groups.items() for s in group)
+        layer = sum(self._copied_bytes(0, key, s.rows) for key, group in self._groups.items() for s in group)
         self._launch_up_to(min(LAUNCH_AHEAD, FIRST_BYTES // max(1, layer)))
 
     def bring(self) -> None:
@@ -334,6 +343,7 @@ class DeviceLoader(LayerLoader):
         if (used := self._slots[slot]) is not None:
             streams.copy.wait_event(used)
         slow = iter(self._slow_rows(layer) if part != REST else ())
+        self._copied.append([])
         for key, group in self._groups.items():
             self._prepare(key)
             narrowed = None if part == WHOLE else self._narrow(key)
@@ -365,6 +375,7 @@ class DeviceLoader(LayerLoader):
         """Queue the copies of a group's rows into its staging memory. Rows that the kernel reads where they lie are only counted, and sources that
         come in two parts are left out of the first one, of which single rows are gathered."""
         form, stage = self._row_format(layer, key), self._stages[layer % STAGES].get(key)
+        mine = self._mine(layer, key)
         targets, pieces, at = [], [], 0
         apart = [False] * len(group) if narrowed is None else narrowed.apart
         with torch.cuda.stream(self._streams.copy):
@@ -380,14 +391,21 @@ class DeviceLoader(LayerLoader):
                         # All of its rows, also those that are there: gathering the others would keep multiprocessors from the recompute, while the
                         # bus has nothing else to do.
                         address = self._hosts[source.start][layer - self._first_narrowed]
-                        self._copies.collect(stage.data_ptr() + at, address, count)
+                        self._copies.collect_rows(stage.data_ptr() + at, address, form, mine, source.rows)
                     at += form.span(source.rows)
                     continue
+                to = stage.data_ptr() + at
                 if self._copies is not None and reader.kind is HOST:
-                    self._copies.collect(stage.data_ptr() + at, reader.locate(layer, source.rows), count)
+                    address = reader.locate(layer, source.rows)
+                    self._copies.collect_rows(to, address, form, mine if reader.page_locked else None, source.rows)
                 else:
-                    pieces.append(reader.read(layer, source.rows) if reader.in_memory else next(slow))
-                    targets.append(stage[at : at + count])
+                    piece = reader.read(layer, source.rows) if reader.in_memory else next(slow)
+                    if self._copies is not None and mine is not None and piece.is_pinned():
+                        self._copies.collect_rows(to, piece.data_ptr(), form, mine, source.rows)
+                        self._copied[-1].append(piece)
+                    else:
+                        pieces.append(piece)
+                        targets.append(stage[at : at + count])
                 at += form.span(source.rows)
             if pieces:
                 copy_all(targets, pieces, non_blocking=True)
@@ -406,7 +424,20 @@ class DeviceLoader(LayerLoader):
                 row_bytes=form.row_bytes,
                 group_rows=form.group_rows,
                 group_bytes=form.group_bytes,
+                wanted=self._mine(layer, key),
             )
+
+    def _mine(self, layer: int, key: tuple[str, str]) -> HeadBytes | None:
+        """Where the heads of this process lie in a group's rows; None where all are here."""
+        heads = self._adapter.heads
+        if not heads.shared:
+            return None
+        own = heads.own(self._adapter.layers[layer])
+        return head_bytes(*key, self._adapter.stored_layers[layer], own.start, own.stop - own.start)
+
+    def _copied_bytes(self, layer: int, key: tuple[str, str], rows: int) -> int:
+        """How many bytes of some rows of a chunk in host memory are copied."""
+        return copied_bytes(self._row_format(layer, key), self._mine(layer, key), rows)
 
     def _narrow(self, key: tuple[str, str]) -> _Narrowed | None:
         """Find out, on the device, which rows of a group belong to which part. None: all come in the first one."""

@@ -21,7 +21,7 @@ from cachetune_rag.concurrency.workers import Job
 from cachetune_rag.model import KVBuffers, ModelAdapter
 from cachetune_rag.model.family.rope import Tables, rows_of
 from cachetune_rag.reuse.source import Source
-from cachetune_store import ChunkKey, ChunkReader, DamagedChunkError, LayerSpec, RowFormat, get_codec
+from cachetune_store import ChunkKey, ChunkReader, DamagedChunkError, HeadBytes, LayerSpec, RowFormat, get_codec
 
 READ_AHEAD = 4
 """Layers that are read ahead of the one that computes, while it is not known yet which rows later layers need."""
@@ -395,6 +395,12 @@ class LayerLoader:
 def row_format(codec: str, dtype: str, spec: LayerSpec) -> RowFormat:
     """How rows of a layer of this shape lie, as `codec` writes them."""
     return get_codec(codec).row_format(spec, dtype)
+
+
+@lru_cache(maxsize=256)
+def head_bytes(codec: str, dtype: str, spec: LayerSpec, first: int, count: int) -> HeadBytes:
+    """Where `count` heads from `first` on lie in the rows of a layer of this shape, as `codec` writes them."""
+    return get_codec(codec).head_bytes(spec, dtype, slice(first, first + count))
 
 
 def _read_deviations(reader: ChunkReader) -> Tensor | None:

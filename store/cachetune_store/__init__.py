@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     )
     from .holders import Holders
     from .keys import FORMAT_VERSION, ChunkKey, Namespace, make_key
-    from .layout import ChunkLayout, LayerSpec, RowFormat
+    from .layout import ChunkLayout, HeadBytes, LayerSpec, RowFormat
     from .readers import ChunkReader
     from .stats import (
         ChunkGroup,
@@ -75,7 +75,7 @@ _HOMES = {
     ),
     "holders": ("Holders",),
     "keys": ("FORMAT_VERSION", "ChunkKey", "Namespace", "make_key"),
-    "layout": ("ChunkLayout", "LayerSpec", "RowFormat"),
+    "layout": ("ChunkLayout", "HeadBytes", "LayerSpec", "RowFormat"),
     "readers": ("ChunkReader",),
     "removals": ("changes_so_far",),
     "stats": (
@@ -104,6 +104,7 @@ __all__ = [
     "Codec",
     "DamagedChunkError",
     "DocumentInfo",
+    "HeadBytes",
     "Holders",
     "IndexDamagedError",
     "LayerSpec",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -12,7 +13,7 @@ from .errors import StoreArgumentError
 from .keys import DTYPES
 from .printing import shown
 
-__all__ = ["ChunkLayout", "LayerSpec", "RowFormat", "dtype_name", "torch_dtype"]
+__all__ = ["ChunkLayout", "HeadBytes", "LayerSpec", "RowFormat", "dtype_name", "torch_dtype"]
 
 _TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MOST = 1 << 40
@@ -81,6 +82,35 @@ class RowFormat:
         """How many rows `size` bytes hold; size() read backwards."""
         groups, rest = divmod(size, self.group_bytes + self.group_rows * self.row_bytes)
         return groups * self.group_rows + max(0, rest - self.group_bytes) // self.row_bytes
+
+
+@dataclass(frozen=True)
+class HeadBytes:
+    """Where some of the heads of a layer lie in its rows, as a codec writes them.
+
+    Attributes:
+        row: stretches of a row, each its offset and its length, both in bytes: ascending, and none touches the next.
+        group: the same of what a group of rows shares; offsets count from the group's beginning.
+    """
+
+    row: tuple[tuple[int, int], ...]
+    group: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def of(cls, row: Iterable[tuple[int, int]], group: Iterable[tuple[int, int]] = ()) -> HeadBytes:
+        """Of stretches in any order, which may overlap."""
+        return cls(_joined(row), _joined(group))
+
+
+def _joined(stretches: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    found: list[tuple[int, int]] = []
+    for start, length in sorted(each for each in stretches if each[1]):
+        if found and start <= sum(found[-1]):
+            first = found[-1][0]
+            found[-1] = first, max(sum(found[-1]), start + length) - first
+        else:
+            found.append((start, length))
+    return tuple(found)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from kernel_reference import attend_reference, disturb_reference, shift_referenc
 from torch import Tensor
 
 from cachetune_rag.model.family.rope import turn_half_split
-from cachetune_store import LayerSpec, get_codec
+from cachetune_store import HeadBytes, LayerSpec, get_codec
 
 CUDA = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
@@ -194,8 +194,21 @@ def test_attention_over_listed_rows(
     assert not total[:, length:].any()
 
 
-@pytest.mark.parametrize(("row", "group_rows", "shared"), [(48, 1, 0), (36, 64, 40), (7, 1, 0), (1024, 1, 0)])
-def test_single_rows_are_gathered_from_host_memory(row: int, group_rows: int, shared: int) -> None:
+PARTS = [
+    ((48, 1, 0), None),
+    ((36, 64, 40), None),
+    ((7, 1, 0), None),
+    ((1024, 1, 0), None),
+    ((1024, 1, 0), HeadBytes.of([(256, 256), (768, 256)])),
+    ((96, 1, 0), HeadBytes.of([(4, 8), (20, 8), (40, 12), (76, 20)])),
+    ((36, 64, 40), HeadBytes.of([(1, 3), (9, 5)], [(6, 7), (30, 10)])),
+]
+"""Bytes of a row, rows of a group, bytes that these share; and which of them are wanted."""
+
+
+@pytest.mark.parametrize(("form", "wanted_bytes"), PARTS)
+def test_single_rows_are_gathered_from_host_memory(form: tuple[int, int, int], wanted_bytes: HeadBytes | None) -> None:
+    row, group_rows, shared = form
     from cachetune_rag.kernels import rows_of
     from cachetune_rag.kernels.rows import gather
 
@@ -214,15 +227,17 @@ def test_single_rows_are_gathered_from_host_memory(row: int, group_rows: int, sh
     count, where = 60, every[torch.randperm(len(every), generator=generator)]
     gather(
         hosts, bases, where.to(DEVICE), torch.tensor([count], device=DEVICE),
-        row_bytes=row, group_rows=group_rows, group_bytes=shared,
+        row_bytes=row, group_rows=group_rows, group_bytes=shared, wanted=wanted_bytes,
     )  # fmt: skip
+    some = wanted_bytes or HeadBytes.of([(0, row)], [(0, shared)])
     wanted = torch.zeros(sum(sizes), dtype=torch.uint8)
     for each in where[:count].tolist():
         source, number = each >> 32, each & 0xFFFFFFFF
         if source == 1:
             continue
         group = number // group_rows * (shared + group_rows * row)
-        for start, size in ((group, shared), (group + shared + number % group_rows * row, row)):
+        in_row = group + shared + number % group_rows * row
+        for start, size in (*((group + at, n) for at, n in some.group), *((in_row + at, n) for at, n in some.row)):
             wanted[ends[source] + start :][:size] = stored[source][start : start + size]
     assert torch.equal(stage.cpu(), wanted)
 

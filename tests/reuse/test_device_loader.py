@@ -11,6 +11,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,15 @@ from tiny import llama, tokenizer
 from cachetune_rag import CacheTune, Document
 from cachetune_rag.concurrency.deadline import DeadlinePool
 from cachetune_rag.model import KVBuffers, ModelAdapter
+from cachetune_rag.model.heads import Heads
 from cachetune_rag.model.opened_model import open_model
 from cachetune_rag.reuse import device_loader as device_module
+from cachetune_rag.reuse import host_copies
 from cachetune_rag.reuse.device_loader import DeviceLoader, Streams
-from cachetune_rag.reuse.host_copies import HostCopies
+from cachetune_rag.reuse.host_copies import HostCopies, Strip
 from cachetune_rag.reuse.layer_loader import LayerLoader
 from cachetune_rag.reuse.source import Source
-from cachetune_store import ChunkStore
+from cachetune_store import ChunkStore, LayerSpec, get_codec
 from cachetune_store.chunk import Chunk
 
 TEXTS = [
@@ -37,6 +40,8 @@ TEXTS = [
     "The keeper's house is a museum.",
 ]
 LENGTH = 200
+STRIPS: list[tuple[int, int, int, int, int]] = []
+"""What was copied by strips: device address, host address, pitch, width, rows."""
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
 
 
@@ -99,7 +104,13 @@ def engine(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
         for to, at, count in copies:
             ctypes.memmove(to, at, count)
 
-    monkeypatch.setattr(device_module, "host_copies", lambda: HostCopies(run) if by_address else None)
+    def run_strips(strips: list[tuple[int, int, int, int, int]], stream: int) -> None:
+        STRIPS.extend(strips)
+        for to, at, pitch, width, count in strips:
+            run([(to + row * pitch, at + row * pitch, width) for row in range(count)], stream)
+
+    STRIPS.clear()
+    monkeypatch.setattr(device_module, "host_copies", lambda: HostCopies(run, run_strips) if by_address else None)
     with opened(tmp_path, llama(layers=layers), codec=codec) as made:
         made.precompute([Document("a", TEXTS)])
         assert open_model(made.adapter.model).half_split() == [True] * layers
@@ -299,6 +310,104 @@ def test_rows_of_tokens_that_a_prompt_does_not_have_go_to_the_spare_place_alone(
             assert (mine[elsewhere] == 7).all()
             assert (theirs[elsewhere] == 7).all()
             assert not (mine[there] == 7).all(dim=(1, 2)).any()
+
+
+class OneHead(Heads):
+    """One of the two key-value heads of the tiny model."""
+
+    shared = True
+
+    def __init__(self, number: int):
+        self._number = number
+
+    def own(self, spec: LayerSpec) -> slice:
+        return slice(self._number, self._number + 1)
+
+
+@pytest.fixture
+def no_gap(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Rows of the tiny model are so short that with the usual gap all of them would be copied."""
+    monkeypatch.setattr(host_copies, "GAP", 0)
+    host_copies.strips_of.cache_clear()
+    yield
+    host_copies.strips_of.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("tiers", "narrowed", "number"),
+    [("host", False, 0), ("host", True, 1), ("disk", False, 1), ("disk", True, 0), ("device+host", True, 0)],
+)
+@pytest.mark.usefixtures("no_gap")
+def test_a_process_with_some_heads_has_their_rows_and_copies_no_others(
+    engine: CacheTune, tiers: str, narrowed: bool, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Chunk, "page_locked", True)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: True)
+    if "disk" in tiers:
+        with opened(tmp_path, engine.adapter.model, host_budget=0) as cold:
+            check_share(cold, narrowed, number)
+    else:
+        if "+" in tiers:
+            with sources(engine, [1, 1, 1])[1].reader as reader:
+                assert reader.promote()
+        check_share(engine, narrowed, number)
+    # The rows of a group share bytes, so they are copied whole; without addresses, torch copies.
+    if engine.store.codec != "int4" and device_module.host_copies() is not None:
+        rows = {width for _, _, _, width, _ in STRIPS}
+        assert STRIPS
+        assert max(rows) <= 32  # 8 numbers
+
+
+def check_share(engine: CacheTune, narrowed: bool, number: int) -> None:
+    whole = engine.adapter
+    adapter = copy(whole)
+    adapter.heads, adapter.layers = OneHead(number), tuple(LayerSpec(1, s.head_dim, s.v_head_dim) for s in whole.layers)
+    wanted, found = zeroed(whole), zeroed(adapter)
+    seen = torch.rand(LENGTH, generator=torch.Generator().manual_seed(1)) < 0.4
+    given, ours = (sources(engine, [1, 1, 1]) for _ in range(2))
+    with closing(DeadlinePool(None)) as pool:
+        plain = LayerLoader(whole, given, wanted, pool)
+        loader = DeviceLoader(adapter, ours, found, pool, Streams(adapter.device, adapter.num_layers))
+        if narrowed:
+            loader.expect_narrowing(1)
+        loader.start()
+        for layer in range(adapter.num_layers):
+            plain.load(layer)
+            if narrowed and layer == 1:
+                loader.narrow(seen)
+            if narrowed:
+                loader.load_seen(layer)
+                assert torch.equal(found.key_rows[layer][seen], wanted.key_rows[layer][seen, number : number + 1])
+        for layer in range(adapter.num_layers):
+            loader.load(layer)
+            assert torch.equal(found.key_rows[layer], wanted.key_rows[layer][:, number : number + 1])
+            assert torch.equal(found.value_rows[layer], wanted.value_rows[layer][:, number : number + 1])
+        for each in (plain, loader):
+            each.close()
+    for source in (*given, *ours):
+        source.reader.close()
+
+
+@pytest.mark.parametrize(
+    ("codec", "heads", "strips"),
+    [
+        # K and V are as wide, so a strip has the half of each: twice as many rows of half the pitch.
+        ("exact", slice(0, 4), [Strip(0, 2048, 1024, 2)]),
+        ("exact", slice(6, 8), [Strip(1536, 2048, 512, 2)]),
+        # The scales in front of K are copied with it; to skip some would be a strip more.
+        ("int8", slice(0, 4), [Strip(0, 2112, 576), Strip(1088, 2112, 512)]),
+        ("exact", slice(0, 8), None),
+        ("int4", slice(0, 4), None),
+    ],
+)
+def test_rows_are_copied_by_few_wide_strips(codec: str, heads: slice, strips: list[Strip] | None) -> None:
+    spec, coder = LayerSpec(8, 128, 128), get_codec(codec)
+    form, wanted = coder.row_format(spec, "bfloat16"), coder.head_bytes(spec, "bfloat16", heads)
+    found = host_copies.strips_of(form, wanted)
+    assert found == (None if strips is None else tuple(strips))
+    assert host_copies.copied_bytes(form, wanted, 64) == (
+        form.size(64) if strips is None else 64 * sum(strip.width * strip.each for strip in strips)
+    )
 
 
 @pytest.mark.parametrize("pinned", [True, False])

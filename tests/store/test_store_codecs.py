@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from cachetune_store import LayerSpec, NonFiniteError, UnknownCodecError, codec_names, get_codec, register_codec
+from cachetune_store import (
+    HeadBytes,
+    LayerSpec,
+    NonFiniteError,
+    UnknownCodecError,
+    codec_names,
+    get_codec,
+    register_codec,
+)
 from cachetune_store.codecs import Codec, ExactCodec
 
 CODECS = ["exact", "fp8", "int4", "int8"]
@@ -65,6 +73,44 @@ def test_any_number_of_first_rows_decodes_alone(name: str, dtype: str) -> None:
     for n in SIZES:
         part = codec.decode(encoded[: form.size(n)], SPEC, dtype)
         assert same(part, (whole[0][:n], whole[1][:n]))
+
+
+@pytest.mark.parametrize("spec", [*SPECS, LayerSpec(8, 6, 5)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CODECS)
+def test_some_heads_decode_from_their_bytes_alone(name: str, dtype: str, spec: LayerSpec) -> None:
+    codec, (k, v) = get_codec(name), numbers(dtype, 70, spec)
+    encoded, form = codec.encode(k, v), codec.row_format(spec, dtype)
+    whole = codec.decode(encoded, spec, dtype)
+    for first in range(spec.heads):
+        for end in range(first + 1, spec.heads + 1):
+            heads = slice(first, end)
+            wanted = codec.head_bytes(spec, dtype, heads)
+            some = torch.randint(256, encoded.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+            for row in range(70):
+                group = row // form.group_rows * form.span(1)
+                start = group + form.group_bytes + row % form.group_rows * form.row_bytes
+                for at, length in [
+                    *((group + a, n) for a, n in wanted.group),
+                    *((start + a, n) for a, n in wanted.row),
+                ]:
+                    some[at : at + length] = encoded[at : at + length]
+            found = codec.decode(some, spec, dtype)
+            assert same((found[0][:, heads], found[1][:, heads]), (whole[0][:, heads], whole[1][:, heads]))
+            if name != "int4":
+                assert sum(length for _, length in wanted.row) <= form.row_bytes * (end - first) / spec.heads
+
+
+def test_a_codec_that_says_nothing_of_heads_has_all_of_its_bytes_copied() -> None:
+    class Silent(ExactCodec):
+        head_bytes = Codec.head_bytes
+
+    form = Silent().row_format(SPEC, "float32")
+    assert Silent().head_bytes(SPEC, "float32", slice(1, 2)) == HeadBytes(((0, form.row_bytes),))
+
+
+def test_stretches_are_joined() -> None:
+    assert HeadBytes.of([(4, 4), (0, 4), (9, 3), (10, 1), (20, 0)]) == HeadBytes(((0, 8), (9, 3)))
 
 
 @pytest.mark.parametrize("name", ["exact", "fp8", "int8"])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import StoreArgumentError, UnknownCodecError
-from ..layout import LayerSpec, RowFormat
+from ..layout import HeadBytes, LayerSpec, RowFormat
 from ..printing import shown
 
 __all__ = ["Codec", "codec_names", "get_codec", "register_codec"]
@@ -30,6 +30,14 @@ class Codec(ABC):
     @abstractmethod
     def row_format(self, spec: LayerSpec, dtype: str | torch.dtype) -> RowFormat:
         """How many bytes a row takes, and how many a group of rows shares."""
+
+    def head_bytes(self, spec: LayerSpec, dtype: str | torch.dtype, heads: slice) -> HeadBytes:
+        """Which bytes decode() needs for these neighbouring heads; what it makes of the others' means nothing if only these are there.
+
+        All bytes, unless a codec says more: then a GPU that has a part of the heads copies only what it needs.
+        """
+        form = self.row_format(spec, dtype)
+        return HeadBytes.of([(0, form.row_bytes)], [(0, form.group_bytes)])
 
     @abstractmethod
     def encode(self, k: Tensor, v: Tensor) -> Tensor:

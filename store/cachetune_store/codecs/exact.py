@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..layout import LayerSpec, RowFormat, dtype_name, torch_dtype
+from ..layout import HeadBytes, LayerSpec, RowFormat, dtype_name, torch_dtype
 from .base import Codec
 
 __all__ = ["ExactCodec"]
@@ -24,6 +24,12 @@ class ExactCodec(Codec):
     def row_format(self, spec: LayerSpec, dtype: str | torch.dtype) -> RowFormat:
         """All of K and V."""
         return RowFormat(_numbers(spec) * torch_dtype(dtype).itemsize)
+
+    def head_bytes(self, spec: LayerSpec, dtype: str | torch.dtype, heads: slice) -> HeadBytes:
+        """Their K and their V."""
+        item, count = torch_dtype(dtype).itemsize, heads.stop - heads.start
+        key, value = spec.head_dim * item, spec.v_head_dim * item
+        return HeadBytes.of([(heads.start * key, count * key), (spec.heads * key + heads.start * value, count * value)])
 
     def declare(self, tokens: int, spec: LayerSpec, dtype: str | torch.dtype) -> tuple[str, list[int]]:
         """The model's dtype, and the width of K plus that of V."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..errors import NonFiniteError
-from ..layout import LayerSpec, RowFormat, torch_dtype
+from ..layout import HeadBytes, LayerSpec, RowFormat, torch_dtype
 from .base import Codec
 
 __all__ = ["Int4Codec"]
@@ -41,6 +41,18 @@ class Int4Codec(Codec):
         channels = spec.heads * spec.head_dim
         row = 4 * spec.heads + _packed(channels) + _packed(spec.heads * spec.v_head_dim)
         return RowFormat(-(-row // 4) * 4, _GROUP, 4 * channels)
+
+    def head_bytes(self, spec: LayerSpec, dtype: str | torch.dtype, heads: slice) -> HeadBytes:
+        """Their scales and middles, and the bytes with their steps. The lower half of the heads shares its bytes with the upper half, so one
+        half needs the steps of all."""
+        first, count, channels = heads.start, heads.stop - heads.start, spec.heads * spec.head_dim
+        start = 4 * spec.heads
+        row = [(2 * first, 2 * count), (2 * (spec.heads + first), 2 * count)]
+        row += _bytes_of(start, first * spec.head_dim, heads.stop * spec.head_dim, channels)
+        start += _packed(channels)
+        row += _bytes_of(start, first * spec.v_head_dim, heads.stop * spec.v_head_dim, spec.heads * spec.v_head_dim)
+        of_keys = 2 * first * spec.head_dim, 2 * count * spec.head_dim
+        return HeadBytes.of(row, [of_keys, (2 * channels + of_keys[0], of_keys[1])])
 
     def encode(self, k: Tensor, v: Tensor) -> Tensor:
         """Quantised rows.
@@ -94,6 +106,13 @@ class Int4Codec(Codec):
 def _packed(count: int) -> int:
     """Bytes of `count` steps."""
     return -(-count // 2)
+
+
+def _bytes_of(start: int, first: int, end: int, count: int) -> list[tuple[int, int]]:
+    """Offsets and lengths of the bytes that hold the steps from `first` up to `end`, of `count` steps whose bytes begin at `start`."""
+    half = _packed(count)
+    lower, upper = (first, min(end, half)), (max(first, half) - half, end - half)
+    return [(start + low, high - low) for low, high in (lower, upper) if low < high]
 
 
 def _pack(steps: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError
-from ..layout import LayerSpec, RowFormat, torch_dtype
+from ..layout import HeadBytes, LayerSpec, RowFormat, torch_dtype
 from ..printing import shown
 from .base import Codec
 
@@ -29,6 +29,19 @@ class ScaledCodec(Codec):
     def row_format(self, spec: LayerSpec, dtype: str | torch.dtype) -> RowFormat:
         """Rows without groups, whatever the model's dtype."""
         return RowFormat(-(-spec.heads * (8 + spec.head_dim + spec.v_head_dim) // 4) * 4)
+
+    def head_bytes(self, spec: LayerSpec, dtype: str | torch.dtype, heads: slice) -> HeadBytes:
+        """Their scales, and their K and V."""
+        first, count, start = heads.start, heads.stop - heads.start, 8 * spec.heads
+        values = start + spec.heads * spec.head_dim
+        return HeadBytes.of(
+            [
+                (4 * first, 4 * count),
+                (4 * (spec.heads + first), 4 * count),
+                (start + first * spec.head_dim, count * spec.head_dim),
+                (values + first * spec.v_head_dim, count * spec.v_head_dim),
+            ]
+        )
 
     def encode(self, k: Tensor, v: Tensor) -> Tensor:
         """Quantised rows.
