@@ -29,6 +29,7 @@ from tasks_of.haystack import file_sentences, reference_sentences
 from tasks_of.kinds import KINDS
 from tasks_of.layout import PLACES
 from tasks_of.prompts import CHUNK_TOKENS, LENGTHS, NEAR_DUPLICATES, Cell, TaskMaker
+from tasks_of.references import BFLOAT16, OTHER_ORDER, REFERENCES, rounded_model
 from tasks_of.report import markdown
 from tasks_of.settings import RATIOS, SELECTORS, compared
 
@@ -60,14 +61,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, tokenizer = open_model(args)
     check_context(model, args.lengths)
     maker = TaskMaker(tokenizer, prose(args.prose), args.chunk_tokens, args.places, args.seed)
-    settings = compared(args.selectors, args.ratios, args.lead_ins, args.codecs)
+    settings = compared(args.selectors, args.ratios, args.lead_ins, args.codecs, args.references)
     header = header_of("tasks", args, model, prose=maker.haystack.digest, lead_ins=maker.dataset.digest)
     on_gpu = model.device.type == "cuda"
     args.group = args.group or (GROUP if on_gpu else 1)
     options = {"cuda_kernels": args.cuda_kernels, "host_budget": args.host_budget}
     engines = Engines(model, tokenizer, batch_tokens=GROUP_TOKENS if on_gpu else None, **options)
+    rounded = Engines(rounded_model(model), tokenizer, **options) if BFLOAT16 in settings else None
     with closing(RowFile(args.out, args.shard, args.shards, header)) as rows, closing(engines):
-        measure(TaskRunner(engines, maker, settings, args.together), maker, rows, started, args)
+        measure(TaskRunner(engines, maker, settings, args.together, rounded), maker, rows, started, args)
+    if rounded is not None:
+        rounded.close()
     if args.shards == 1:
         report(args.out)
 
@@ -161,11 +165,16 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     grid.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS))
     grid.add_argument("--lead-ins", nargs="+", default=["auto"], choices=LEAD_INS)
     grid.add_argument("--codecs", nargs="+", default=["exact"], choices=codec_names())
+    grid.add_argument(
+        "--references", nargs="+", default=[], choices=list(REFERENCES), help="full prefill once more: what it keeps"
+    )
     add_shards(parser)
     if parser.parse_known_args(argv)[0].quick:
         parser.set_defaults(**QUICK)
     args = parser.parse_args(argv)
     finish(parser, args, "tasks")
+    if OTHER_ORDER.selector in args.references and args.forms != [PLAIN]:
+        parser.error(f"--references {OTHER_ORDER.selector} takes --forms {PLAIN} alone, not {' '.join(args.forms)}.")
     for name in ("prompts", "together", "group"):
         if (given := getattr(args, name)) is not None and given < 1:
             parser.error(f"--{name} is {given}: use 1 or more.")

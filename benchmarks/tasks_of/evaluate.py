@@ -19,6 +19,7 @@ from cachetune_rag.reuse.state import PrefillState
 from cachetune_rag.text.prompts.prompt import Prompt
 
 from .prompts import Task, TaskMaker
+from .references import OTHER_ORDER, REFERENCES, in_other_order
 from .settings import FULL
 
 
@@ -30,10 +31,19 @@ class TaskRunner:
         maker: makes the prompts, and has what they have in common.
         settings: what to compare. Those of one lead-in and codec stand together.
         together: for how many settings the answer is decoded in one forward, for each prompt of a group.
+        rounded: engines of the model in bfloat16, if `BFLOAT16` is among the settings.
     """
 
-    def __init__(self, engines: Engines, maker: TaskMaker, settings: Sequence[Setting], together: int = 1):
+    def __init__(
+        self,
+        engines: Engines,
+        maker: TaskMaker,
+        settings: Sequence[Setting],
+        together: int = 1,
+        rounded: Engines | None = None,
+    ):
         self._engines, self._maker, self._settings, self._together = engines, maker, settings, together
+        self._rounded = rounded or engines
 
     def run(self, tasks: Sequence[Task], known: dict[Key, Row]) -> Iterator[Row]:
         """Measure and yield those rows of a group of prompts that are not known yet.
@@ -49,16 +59,15 @@ class TaskRunner:
         if not tried:
             return
         dataset = self._maker.dataset_of(tried[0].task.cell)
-        other = next((s for s in self._settings if s != FULL), Setting("first_token", "exact", NOTHING, 0.0))
+        again = list(REFERENCES.values())
+        reused = [s for s in self._settings if s not in (FULL, *again)]
+        other = next(iter(reused), Setting("first_token", "exact", NOTHING, 0.0))
         self._answer_with_full_prefill(self._engines.get(dataset, other.lead_in, other.codec), tried)
         for each in tried:
             if FULL in each.wanted:
-                tokens = sum(len(chunk) for chunk in each.prompt.chunk_ids)
-                figures = {"chunk_tokens": tokens, "recomputed": tokens, "probed": 0, "compute": 1.0}
-                yield _row(
-                    each.task, FULL, {"prompt_tokens": len(each.prompt.ids), **figures}, each.answer, each.answer
-                )
-        reused = [s for s in self._settings if s != FULL]
+                yield _row(each.task, FULL, _all_computed(each.prompt), each.answer, each.answer)
+        for setting in (s for s in self._settings if s in again):
+            yield from self._once_more([each for each in tried if setting in each.wanted], setting)
         for (lead_in, codec), group in groupby(reused, key=lambda s: (s.lead_in, s.codec)):
             settings = list(group)
             some = [each for each in tried if any(s in each.wanted for s in settings)]
@@ -81,6 +90,20 @@ class TaskRunner:
         finish(engine, [each.answer for each in tried], len(tried))
         for each in tried:
             each.target = engine.prompts.encode(each.answer.text())
+
+    def _once_more(self, tried: Sequence[_Tried], setting: Setting) -> Iterator[Row]:
+        """Full prefill of prompts with something changed (`references`)."""
+        if not tried:
+            return
+        engines = self._engines if setting == OTHER_ORDER else self._rounded
+        engine = engines.get(self._maker.dataset_of(tried[0].task.cell), "first_token", "exact")
+        answers = []
+        for each in tried:
+            prompt = self._maker.prompt(in_other_order(each.task)) if setting == OTHER_ORDER else each.prompt
+            answers.append(begin(engine, engine.full_prefill(prompt=prompt), each.task.answer_tokens))
+        finish(engine, answers, len(answers))
+        for each, answer in zip(tried, answers, strict=True):
+            yield _row(each.task, setting, _all_computed(each.prompt), answer, each.answer)
 
     def _reused(self, engine: CacheTune, tried: Sequence[_Tried], settings: Sequence[Setting]) -> Iterator[Row]:
         found = [row for each in tried for row in self._read(engine, each, [s for s in settings if s in each.wanted])]
@@ -139,6 +162,13 @@ def _least_probability(logits: Tensor, target: Sequence[int]) -> float:
     """How likely the least likely token of an answer is, by the logits that predict its tokens, [tokens, vocab]."""
     ids = torch.tensor(list(target), device=logits.device)[:, None]
     return float(logits.double().softmax(-1).gather(1, ids).min())
+
+
+def _all_computed(prompt: Prompt) -> Row:
+    """What full prefill of a prompt computes."""
+    tokens = sum(len(chunk) for chunk in prompt.chunk_ids)
+    cost = {"chunk_tokens": tokens, "recomputed": tokens, "probed": 0, "compute": 1.0}
+    return {"prompt_tokens": len(prompt.ids), **cost}
 
 
 def _head(task: Task, setting: Setting) -> Row:

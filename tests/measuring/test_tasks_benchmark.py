@@ -34,6 +34,7 @@ from tasks_of.layout import PLACES, lay_out
 from tasks_of.names import Names
 from tasks_of.prompts import Cell, Task, TaskMaker
 from tasks_of.questions import Fact, Rule
+from tasks_of.references import BFLOAT16, OTHER_ORDER, in_other_order, rounded_model
 from tasks_of.settings import FULL, compared, title
 from tasks_of.statistics import mcnemar, paired
 
@@ -565,6 +566,37 @@ def test_full_prefill_answers_as_the_engine_does(sentences: list[str]) -> None:
         prompt = PromptBuilder(tokenizer()).build(query=task.query, chunks=task.chunks)
         answer = engine.generate(prompt=prompt, reuse=False, max_new_tokens=task.answer_tokens, do_sample=False)
     assert found["answer"] == answer.text.strip()
+
+
+def test_another_order_has_the_same_chunks_and_keeps_split_facts_together(sentences: list[str]) -> None:
+    for place in PLACES:
+        task = maker(sentences, place).task(Cell("tracking_3", LENGTH, "with"), 0)
+        other = in_other_order(task)
+        assert sorted(other.chunks) == sorted(task.chunks)
+        assert other.chunks != task.chunks
+        assert in_other_order(task) == other
+        for planted in (p for p in task.planted if len(p.chunks) == 2):
+            first, second = (other.chunks.index(task.chunks[number]) for number in planted.chunks)
+            assert second == first + 1
+    with pytest.raises(ValueError, match="only plain prompts"):
+        in_other_order(maker(sentences, "tail").task(Cell("one_needle", LENGTH, "without", "twice"), 0))
+
+
+def test_full_prefill_once_more_answers_as_the_engine_does(sentences: list[str]) -> None:
+    made, model = maker(sentences, "split"), llama()
+    task, rounded = task_of(made), rounded_model(model)
+    settings = compared(["frequency"], (0.15,), ["auto"], ["exact"], ["other_order", "bfloat16"])
+    assert settings[:3] == [FULL, OTHER_ORDER, BFLOAT16]
+    with closing(Engines(model, tokenizer())) as engines, closing(Engines(rounded, tokenizer())) as other:
+        found = list(TaskRunner(engines, made, settings, rounded=other).run([task], {}))
+    assert [Setting(r["lead_in"], r["codec"], r["selector"], r["ratio"]) for r in found] == settings
+    assert next(model.parameters()).dtype != next(rounded.parameters()).dtype
+    for row, ran, chunks in ((found[1], model, in_other_order(task).chunks), (found[2], rounded, task.chunks)):
+        with CacheTune(ran, tokenizer(), None) as engine:
+            prompt = PromptBuilder(tokenizer()).build(query=task.query, chunks=chunks)
+            answer = engine.generate(prompt=prompt, reuse=False, max_new_tokens=task.answer_tokens, do_sample=False)
+        assert row["answer"] == answer.text.strip()
+        assert row["compute"] == 1
 
 
 def test_a_run_is_cut_off_by_time_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
