@@ -11,7 +11,7 @@ from served.plan import SETTINGS, Cell
 from served.targets import Reuse, Target
 from served.workload import Workload
 
-FILLINGS = 5
+FILLINGS = 20
 """How often every stored chunk is asked for at most, before all have to be in host memory."""
 WARM = 4
 """Requests before those of a saturated server. They don't count: the first request of a size compiles."""
