@@ -263,6 +263,7 @@ class CacheTune:
         selector: str = "auto",
         max_kl: float | None = None,
         min_top1: float | None = None,
+        min_sure: float | None = None,
         reuse: bool = True,
         max_new_tokens: int | str | None = "auto",
         stop: str | Sequence[str] | None = None,
@@ -279,6 +280,7 @@ class CacheTune:
             selector=selector,
             max_kl=max_kl,
             min_top1=min_top1,
+            min_sure=min_sure,
             reuse=reuse,
             max_new_tokens=max_new_tokens,
             stop=stop,
@@ -300,6 +302,7 @@ class CacheTune:
         selector: str = "auto",
         max_kl: float | None = None,
         min_top1: float | None = None,
+        min_sure: float | None = None,
         reuse: bool = True,
         max_new_tokens: int | str | None = "auto",
         stop: str | Sequence[str] | None = None,
@@ -320,6 +323,9 @@ class CacheTune:
             max_kl, min_top1: a bound for the answer's first token: at most so many nats from full prefill, and at least this probability that
                 full prefill, too, finds it the likeliest. The least ratio that is predicted to keep it is taken, and full prefill where none is.
                 It needs `calibrate`, and `ratio="auto"`; docs/calibration.md says how often predictions hold.
+            min_sure: the least probability that the model has to give to its likeliest token, at every token of the answer. At the first one below,
+                the prompt is read again without reuse, and that token and those behind it are chosen behind full prefill; `report.read_again`
+                tells. It costs a full prefill then, and no token is given twice. docs/calibration.md says what it brings.
             reuse: False computes everything (the reference).
             max_new_tokens: most tokens of the answer; fewer where the model's context ends. "auto": as `generation_config` says,
                 or the model's own, or 256 where neither does. None: the same, but to the context's end where neither does.
@@ -343,6 +349,7 @@ class CacheTune:
             selector=selector,
             max_kl=max_kl,
             min_top1=min_top1,
+            min_sure=min_sure,
             reuse=reuse,
             max_new_tokens=max_new_tokens,
             stop=stop,

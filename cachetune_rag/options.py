@@ -245,14 +245,15 @@ class RequestOptions(TypedDict, total=False):
     selector: str
     max_kl: float | None
     min_top1: float | None
+    min_sure: float | None
     reuse: bool
     max_new_tokens: int | str | None
     stop: str | Sequence[str] | None
     generation_config: Any
 
 
-REUSE_NAMES = ("ratio", "selector", "max_kl", "min_top1")
-"""Arguments of a request that say how much is recomputed, and what chooses it."""
+REUSE_NAMES = ("ratio", "selector", "max_kl", "min_top1", "min_sure")
+"""Arguments of a request that say how much is recomputed, what chooses it, and when reuse is given up."""
 STORE_NAMES = tuple(each.name for each in fields(StoreOptions))
 ENGINE_NAMES = tuple(each.name for each in fields(EngineOptions))
 LOADING_NAMES = ("gguf_file", "device", "dtype", "revision")

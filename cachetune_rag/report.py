@@ -64,6 +64,31 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class ReadAgain:
+    """That a prompt was read again without reuse, because the model was not sure of a token of its answer.
+
+    Attributes:
+        token: the number of that token in the answer, from 0. It and those behind it are chosen behind full prefill.
+        sure: the probability of the model's likeliest token there, with reuse.
+        min_sure: the least that was asked for.
+        tokens: how many tokens were computed: the prompt's, and those of the answer before.
+        seconds: how long it took.
+    """
+
+    token: int
+    sure: float
+    min_sure: float
+    tokens: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"read again in full before token {self.token} of the answer, of which the model was {self.sure:.0%} sure ({self.min_sure:.0%} was "
+            f"asked for), in {_seconds(self.seconds)}"
+        )
+
+
+@dataclass(frozen=True)
 class Report:
     """What happened to one request.
 
@@ -80,7 +105,7 @@ class Report:
             recompute, including a selector's own forward. load: putting reused rows in their places; on a GPU, where this happens
             during the computation, the time that the computation waited for them. compute: the forward over the recomputed tokens.
             launch (GPU): the time until the device began that forward, and until the host saw that it was done. choose: choosing
-            the first token of an answer.
+            the first token of an answer. read_again: reading the prompt again, if that was before the first token.
         prefix_kept: tokens at the prompt's beginning whose KV was kept from an earlier prompt with the same beginning; at most
             those before the first stored chunk.
         damaged: chunks found damaged, set aside and computed instead.
@@ -106,6 +131,8 @@ class Report:
         prediction: what was predicted of the request, and the ratio that was taken for it; None where no bound was asked for.
         continued: recomputed chunk tokens that go on with a sentence which the chunk before began.
         advice: why to doubt that the answer of this prompt stays right with reuse, and what to do about it; empty for most prompts.
+        read_again: that the prompt was read again without reuse in the middle of its answer, and why; None where it was not. The other figures are
+            those of the first reading.
     """
 
     prompt_tokens: int
@@ -134,6 +161,7 @@ class Report:
     prediction: Prediction | None = None
     continued: int = 0
     advice: tuple[str, ...] = ()
+    read_again: ReadAgain | None = None
 
     @property
     def found_share(self) -> float:
@@ -174,6 +202,7 @@ class Report:
         return (
             f"{self.prompt_tokens} prompt tokens: {self.reused} reused, {self.recomputed} recomputed, {self.missed} missed{found} "
             f"({self.selector}, r={self.ratio:g}{why}); read {read}; first token after {_seconds(self.ttft)}{told}"
+            + ("" if self.read_again is None else f"; {self.read_again}")
             + "".join(f". {words}" for words in self.advice)
         )
 

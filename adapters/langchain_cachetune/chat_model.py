@@ -71,7 +71,7 @@ class ChatCacheTune(BaseChatModel):
         temperature: above 0 samples, 0 is greedy. Default: as in the model's generation config.
         stop: strings that end an answer. Can also be given as stop_sequences.
         timeout: seconds for an answer. It is checked between pieces of the answer, and raises `TimeoutError`.
-        ratio, selector, max_kl, min_top1: what is recomputed. See `CacheTune.stream`.
+        ratio, selector, max_kl, min_top1, min_sure: what is recomputed, and when reuse is given up. See `CacheTune.stream`.
         generate_kwargs: further sampling settings (top_p, repetition_penalty, seed, ...). They can also be given directly:
             `ChatCacheTune(..., top_p=0.9)`.
         learn: whether texts that retrievers returned and a prompt shows unchanged, but the store doesn't have, are stored after
@@ -96,6 +96,7 @@ class ChatCacheTune(BaseChatModel):
     selector: str = "auto"
     max_kl: float | None = None
     min_top1: float | None = None
+    min_sure: float | None = None
     generate_kwargs: dict[str, Any] = Field(default_factory=dict)
     learn: bool = True
     streaming: bool = False

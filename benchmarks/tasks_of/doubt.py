@@ -23,6 +23,7 @@ class ReadAgain:
         kept: the share of full prefill's right answers that are right then, with its interval. An answer that had parted from full prefill's before the
             model was unsure counts as lost, since what follows then was not measured.
         most: the same share if all of these were right.
+        chance: the same share if as many prompts, drawn at random, were read with full prefill, whatever the model is sure of.
         compute: the mean share of full prefill's compute that a prompt takes, with both readings.
     """
 
@@ -30,6 +31,7 @@ class ReadAgain:
     again: float
     kept: Estimate
     most: float
+    chance: float
     compute: float
 
 
@@ -62,8 +64,11 @@ def read_again(pairs: Sequence[tuple[Row, Row]], bound: float, tokens: int | Non
         least.append(full["right"] and (its_own or (row["right"] and not parted)))
         most.append(full["right"] and (its_own or parted or row["right"]))
     right = [full["right"] for full, _ in pairs]
-    share = sum(most) / sum(right) if any(right) else nan
-    return ReadAgain(len(pairs), again / len(pairs), ratio_of_sums(least, right), share, compute / len(pairs))
+    plain = [full["right"] and row["right"] for full, row in pairs]
+    best, without = (sum(kept) / sum(right) if any(right) else nan for kept in (most, plain))
+    drawn = again / len(pairs)
+    chance = without + (1 - without) * drawn
+    return ReadAgain(len(pairs), drawn, ratio_of_sums(least, right), best, chance, compute / len(pairs))
 
 
 def told_apart(pairs: Sequence[tuple[Row, Row]], tokens: int | None = None) -> float:

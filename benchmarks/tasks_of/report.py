@@ -189,8 +189,8 @@ _KL_WORDS = "The mean over all prompts, also those of cells that are left out ab
 
 _AGAIN_WORDS = (
     "What it would bring to read a prompt again with full prefill at the first token of the answer of which the model's likeliest is less likely than the bound, "
-    "and to go on from there. Kept: as above; answers that had parted from full prefill's before count as lost, and as right in *at most*. Compute: the mean of both "
-    "readings, as a share of full prefill's. Lost answers told apart: the area under the ROC curve of the least sure token, of full prefill's right answers."
+    "and to go on from there. Kept: as above; answers that had parted from full prefill's before count as lost, and as right in *at most*. At random: what is "
+    "kept if as many prompts are read with full prefill, drawn at random. Compute: the mean of both readings, as a share of full prefill's. Lost answers told apart: the area under the ROC curve of the least sure token, of full prefill's right answers."
 )
 
 
@@ -215,32 +215,20 @@ def _kl_by(
 
 def _again(prompts: Sequence[Answered], settings: Sequence[Setting]) -> str:
     """A table with two rows for each setting and bound: that of a look at the first token alone, and at all."""
-    head = [
-        "setting",
-        "tokens looked at",
-        "lost answers told apart",
-        "bound",
-        "read again, %",
-        "kept, %",
-        "at most, %",
-        "compute",
-    ]
+    head = ["setting", "tokens looked at", "lost answers told apart", "bound", "read again, %", "kept, %"]
+    head += ["at most, %", "at random, %", "compute"]
     lines = [_line(head), _line(["---"] * len(head))]
     for setting in settings:
         pairs = [(p.full, p.others[setting]) for p in prompts if measured(p.others.get(setting, {}))]
-        for words, tokens in (("the first", 1), ("all", None)) if pairs else ():
+        if not any(full["right"] for full, _ in pairs):
+            continue
+        for words, tokens in (("the first", 1), ("all", None)):
             area = told_apart(pairs, tokens)
             for bound in BOUNDS:
                 found = read_again(pairs, bound, tokens)
-                shares = [
-                    f"{100 * found.again:.0f}",
-                    _percent(found.kept),
-                    f"{100 * found.most:.1f}",
-                    f"{found.compute:.3f}",
-                ]
-                lines.append(
-                    _line([title(setting), words, "" if math.isnan(area) else f"{area:.2f}", f"{bound:g}", *shares])
-                )
+                cells = [title(setting), words, "" if math.isnan(area) else f"{area:.2f}", f"{bound:g}"]
+                cells += [f"{100 * found.again:.0f}", _percent(found.kept), f"{100 * found.most:.1f}"]
+                lines.append(_line([*cells, f"{100 * found.chance:.1f}", f"{found.compute:.3f}"]))
     return "\n".join(lines)
 
 

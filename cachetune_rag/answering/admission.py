@@ -15,7 +15,7 @@ from cachetune_rag.errors import ConfigError, PromptError, PromptTooLongError
 from cachetune_rag.model import ModelAdapter
 from cachetune_rag.model.libraries.neutral import neutrally
 from cachetune_rag.options import REQUEST_NAMES
-from cachetune_rag.reuse.config import ReuseConfig, check_bound, resolve
+from cachetune_rag.reuse.config import ReuseConfig, check_bound, check_reuse, resolve
 from cachetune_rag.selection.bound import Bound
 from cachetune_rag.selection.predictor import FEWEST_PROMPTS, Predictor
 from cachetune_rag.text.prompts.prompt import PromptBuilder
@@ -147,6 +147,7 @@ class Admission:
         selector: str,
         max_kl: float | None,
         min_top1: float | None,
+        min_sure: float | None,
         reuse: bool,
         max_new_tokens: int | str | None,
         stop: str | Sequence[str] | None,
@@ -156,14 +157,16 @@ class Admission:
         check_flag(reuse, "reuse")
         # Full prefill keeps every bound, whatever was calibrated.
         bound = (max_kl, min_top1) if reuse else (None, None)
-        check_bound(selector, ratio, max_kl, min_top1)
+        check_reuse(ratio=ratio, selector=selector, max_kl=max_kl, min_top1=min_top1, min_sure=min_sure)
         config = self.config(selector, ratio, *bound)
         template_arguments, settings = self._split(further)
         built = self.prompt(query, chunks, prefix, prompt, template_arguments)
         decoding = self._decoding(
             built, settings, max_new_tokens=max_new_tokens, stop=stop, generation_config=generation_config
         )
-        return Request(built, config if reuse else None, decoding, started=started)
+        return Request(
+            built, config if reuse else None, decoding, started=started, min_sure=min_sure if reuse else None
+        )
 
     def chunk_ids(self, chunks: Iterable[str | Chunk], prompt: Prompt | None) -> Callable[[], Iterable[Sequence[int]]]:
         """Check the arguments of `CacheTune.prefetch` now. The returned function tokenises the chunks, which takes longer.

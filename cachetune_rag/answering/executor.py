@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from cachetune_rag.answering.decoding import check_finite
@@ -18,7 +19,7 @@ from cachetune_rag.errors import ConfigError
 from cachetune_rag.model.engine_model import EngineModel
 from cachetune_rag.readahead.batch import Prefetch
 from cachetune_rag.readahead.prefetcher import Prefetcher
-from cachetune_rag.report import Report
+from cachetune_rag.report import ReadAgain, Report
 from cachetune_rag.reuse.account import Account
 from cachetune_rag.reuse.begun import Begun
 from cachetune_rag.reuse.config import ReuseConfig
@@ -193,6 +194,29 @@ class Executor:
 
         return step
 
+    def read_again(self, request: Request, said: Sequence[int]) -> tuple[PrefillState, Tensor]:
+        """Read a prompt without reuse in the middle of its answer. The listeners are told by `was_read_again`.
+
+        Args:
+            request: what to read.
+            said: the answer's tokens so far.
+
+        Returns:
+            The prompt as it was read, whose cache has these tokens as well, and the logits [1, vocab] that follow them: both are as if full prefill
+            had been asked for, and had said the same.
+        """
+        model, adapter = self._model, self._model.adapter
+        check_weights = model.step_check()
+        self._check_wanted()
+        with model.lock.reserved(), model.lock:
+            self._check_wanted()
+            state = self._assembler.full_prefill(request.prompt, request.started)
+            if not said:
+                return state, state.logits
+            check_weights()
+            # Behind the prompt, as decoding would have it: some models scale positions by the length of what is read at once.
+            return state, adapter.forward(torch.tensor(said, dtype=torch.int64, device=adapter.device), state.cache)
+
     def _check_wanted(self) -> None:
         """End the request if the engine was closed or the task that waits was cancelled.
 
@@ -207,6 +231,11 @@ class Executor:
         """Tell the listeners that the prompt was read, and the first token chosen if one is wanted."""
         for listener in self._listeners:
             listener.prefilled(request, report)
+
+    def was_read_again(self, request: Request, again: ReadAgain) -> None:
+        """Tell the listeners that a prompt was read again in the middle of its answer."""
+        for listener in self._listeners:
+            listener.read_again(request, again)
 
     def finish(self, end: Finished) -> Finished:
         """Tell the listeners that a request is over. Returns it with what they add to its report."""

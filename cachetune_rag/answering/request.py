@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cachetune_rag.answering.decoding import DecodingPlan
-from cachetune_rag.report import Report
+from cachetune_rag.report import ReadAgain, Report
 from cachetune_rag.reuse.config import ReuseConfig
 from cachetune_rag.reuse.state import PrefillState
 from cachetune_rag.text.prompts.segments import Prompt
@@ -32,6 +32,8 @@ class Request:
         decoding: how the answer is decoded; None if only the prompt's logits are wanted.
         started: when the request came (`time.perf_counter`).
         id: names the request in reports and logs.
+        min_sure: the least probability of the model's likeliest token at every token of the answer, below which the prompt is read again without
+            reuse; None: any.
     """
 
     prompt: Prompt
@@ -39,6 +41,7 @@ class Request:
     decoding: DecodingPlan | None = None
     started: float = field(default_factory=time.perf_counter)
     id: str = field(default_factory=new_request_id)
+    min_sure: float | None = None
 
     @classmethod
     def measured(cls, prompt: Prompt, config: ReuseConfig | None) -> Request:
@@ -78,6 +81,9 @@ class RequestListener:
 
     def prefilled(self, request: Request, report: Report) -> None:
         """The prompt was read, and the first token chosen if one is wanted."""
+
+    def read_again(self, request: Request, again: ReadAgain) -> None:
+        """The prompt was read again without reuse; before `prefilled`, if the model was not sure of the first token."""
 
     def finished(self, end: Finished) -> Report:
         """The request is over. Returns the report, with what this listener adds to it."""

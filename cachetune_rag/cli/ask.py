@@ -44,6 +44,7 @@ def ask(
     selector: options.RequestSelector = "auto",
     max_kl: options.MaxKL = None,
     min_top1: options.MinTop1 = None,
+    min_sure: options.MinSure = None,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", "-n", min=1, help="Most tokens of the answer.")
     ] = 256,
@@ -79,7 +80,7 @@ def ask(
     with instant_interrupt():
         from cachetune_rag.reuse.config import check_reuse
 
-    reuse = {"ratio": share, "selector": selector, "max_kl": max_kl, "min_top1": min_top1}
+    reuse = {"ratio": share, "selector": selector, "max_kl": max_kl, "min_top1": min_top1, "min_sure": min_sure}
     check_reuse(**reuse)
     if wanted.documents or wanted.best:
         kv = open_existing(store, remote=remote, store_key=store_key)

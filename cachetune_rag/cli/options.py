@@ -163,6 +163,15 @@ MinTop1 = Annotated[
         show_default=False,
     ),
 ]
+MinSure = Annotated[
+    float | None,
+    typer.Option(
+        "--min-sure",
+        metavar="X",
+        help="Read the prompt again in full at the first token that the model gives a smaller probability than this, from 0 to 1.",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 

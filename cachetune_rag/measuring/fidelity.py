@@ -118,8 +118,8 @@ class FidelitySampler(RequestListener):
                 self._dropped += 1
 
     def finished(self, end: Finished) -> Report:
-        """Perhaps choose a complete answer for comparison."""
-        if end.answer is not None:
+        """Perhaps choose a complete answer for comparison. One whose prompt was read again is full prefill's in part, and its first reading is gone."""
+        if end.answer is not None and end.report.read_again is None:
             self.offer(end.state, end.answer.token_ids)
         return end.report
 

@@ -52,7 +52,7 @@ PAPER = ReuseConfig(selector=names.OFFLINE, ratio=0.15)
 belongs to it: the paper's chunks are captured behind one token."""
 
 
-def check_reuse(*, ratio: Any, selector: Any, max_kl: Any = None, min_top1: Any = None) -> None:
+def check_reuse(*, ratio: Any, selector: Any, max_kl: Any = None, min_top1: Any = None, min_sure: Any = None) -> None:
     """Refuse what no request could be served with, whatever was calibrated.
 
     Raises:
@@ -60,6 +60,17 @@ def check_reuse(*, ratio: Any, selector: Any, max_kl: Any = None, min_top1: Any 
     """
     resolve(selector, ratio)
     check_bound(selector, ratio, max_kl, min_top1)
+    check_min_sure(min_sure)
+
+
+def check_min_sure(min_sure: Any) -> None:
+    """Refuse what can't be the least probability of an answer's tokens.
+
+    Raises:
+        ConfigError: says what was given and what is allowed.
+    """
+    if min_sure is not None:
+        check_share(min_sure, "min_sure", "a probability from 0 (never read again) to 1, or None for never")
 
 
 def check_bound(selector: Any, ratio: Any, max_kl: Any, min_top1: Any) -> bool:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 
 from cachetune_rag.model import KVBuffers
 from cachetune_rag.report import Report
@@ -38,6 +38,10 @@ class PrefillState:
     prompt: Prompt
     missed: tuple[int, ...] = ()
     buffers: KVBuffers | None = None
+
+    def without_memory(self) -> PrefillState:
+        """The same with an empty cache, for a prompt that is going to be read again."""
+        return replace(self, cache=DynamicCache(), buffers=None)
 
 
 @dataclass(frozen=True)

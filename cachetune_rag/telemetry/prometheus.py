@@ -61,6 +61,12 @@ class CacheTuneCollector(Collector):
         stats = self._engine.stats()
         yield self._counter("requests", "Prompts read with reuse", stats.requests)
         yield self._counter("full_prefills", "Prompts read without reuse", stats.full_prefills)
+        yield self._counter(
+            "prompts_read_again", "Prompts read again without reuse in the middle of an answer", stats.read_again
+        )
+        yield self._counter(
+            "tokens_read_again", "Tokens computed to read prompts again without reuse", stats.read_again_tokens
+        )
         for name, text in _FAULTS.items():
             yield self._counter(f"request_{name}_chunks", f"{text} while answering", getattr(stats, name))
         yield self._counter(

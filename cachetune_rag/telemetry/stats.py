@@ -13,7 +13,7 @@ from cachetune_rag.answering.request import Request, RequestListener
 from cachetune_rag.concurrency.deadline import DeadlinePool, StoreTimeoutError
 from cachetune_rag.concurrency.workers import Job
 from cachetune_rag.measuring.fidelity import FidelityStats
-from cachetune_rag.report import Report, share_found
+from cachetune_rag.report import ReadAgain, Report, share_found
 from cachetune_store import ChunkStore, StoreError, StoreStats
 from cachetune_store.histogram import Histogram
 
@@ -42,6 +42,8 @@ class EngineStats:
         little_found: prompts from text or messages in which much was retrieved and less than half of it found, or that are longer
             than 1,000 tokens and of which less than a tenth was; the likely reasons are in the log.
         cut_short: prompts that repeat the beginnings of stored chunks so often that not every place in them was looked at.
+        read_again: prompts that were read again without reuse, because the model was not sure of a token (`min_sure`).
+        read_again_tokens: tokens that were computed for it, summed; they are in none of the other sums.
         store: the store's own figures.
         store_age: seconds since they were read; 0.0 unless the store's disk doesn't answer.
         fidelity: how far answers were from full prefill; None unless the engine samples it (`fidelity_sample`).
@@ -68,6 +70,8 @@ class EngineStats:
     little_found: int = 0
     cut_short: int = 0
     store_age: float = 0.0
+    read_again: int = 0
+    read_again_tokens: int = 0
 
     @property
     def found_share(self) -> float:
@@ -93,6 +97,7 @@ class RequestCounter(RequestListener):
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._requests = self._full = 0
+        self._read_again = self._read_again_tokens = 0
         self._sums = dict.fromkeys(_SUMMED, 0)
         self._retrieved_found = 0
         self._ttft = 0.0
@@ -113,6 +118,12 @@ class RequestCounter(RequestListener):
             histogram = self._by_tier.setdefault(report.slowest_tier, Histogram())
         histogram.add(report.ttft)
 
+    def read_again(self, request: Request, again: ReadAgain) -> None:
+        """Count one prompt that was read again."""
+        with self._lock:
+            self._read_again += 1
+            self._read_again_tokens += again.tokens
+
     def ttft_histograms(self) -> dict[str, Histogram]:
         """Times to first token, by the slowest tier read from."""
         with self._lock:
@@ -132,6 +143,8 @@ class RequestCounter(RequestListener):
                 ttft={tier: histogram.summary() for tier, histogram in self._by_tier.items()},
                 store=store,
                 fidelity=fidelity,
+                read_again=self._read_again,
+                read_again_tokens=self._read_again_tokens,
                 **counts,
                 store_age=store_age,
             )

@@ -70,6 +70,9 @@ class SpanObserver:
             "cachetune.finish_reason": answer.finish_reason,
             "cachetune.ttft": report.ttft,
         }
+        if (again := report.read_again) is not None:
+            read_again = {"token": again.token, "sure": again.sure, "tokens": again.tokens, "seconds": again.seconds}
+            attributes |= {f"cachetune.read_again.{name}": value for name, value in read_again.items()}
         self._span("cachetune.answer", report, seconds, attributes)
 
     def _span(self, name: str, report: Report, seconds: float, attributes: dict[str, Any]) -> None:

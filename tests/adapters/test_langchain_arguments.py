@@ -64,6 +64,7 @@ def test_an_unknown_argument_of_the_chain_or_the_index_is_refused(engine: CacheT
     [
         {"ratio": 15},
         {"max_kl": -1.0},
+        {"min_sure": 1.5},
         {"min_top1": 0.9, "selector": "frequency"},
         {"selector": "frequncy"},
         {"generate_kwargs": {"temperture": 0.3}},
@@ -207,6 +208,20 @@ def test_copies_share_the_engine_and_pickles_load_their_own(
         assert loaded.engine.namespace.tenant == "a"
         loaded.engine.close()
     loading.engine.close()
+
+
+async def test_a_prompt_is_read_again_where_the_model_is_not_sure(engine: CacheTune) -> None:
+    engine.precompute(text := "The lighthouse of Varnholm was built in 1874 by the engineer Ida Kessler.")
+    model = ChatCacheTune(engine=engine, max_tokens=6)
+    sure = ChatCacheTune(engine=engine, max_tokens=6, min_sure=1.0)
+    whole = model.invoke(text, reuse=False).content
+    for message in (sure.invoke(text), model.invoke(text, min_sure=1.0), await sure.ainvoke(text)):
+        assert message.response_metadata["report"]["read_again"]["token"] == 0
+        assert message.content == whole
+    assert "".join(str(part.content) for part in sure.stream(text)) == whole
+    assert sure.last_report is not None
+    assert sure.last_report.read_again is not None
+    assert model.invoke(text).response_metadata["report"]["read_again"] is None
 
 
 async def test_each_task_has_its_own_last_report(engine: CacheTune) -> None:

@@ -102,6 +102,19 @@ def test_report_and_counts(llm: CacheTuneLLM, engine: CacheTune) -> None:
     assert first.raw["report"]["recognised"] == 1
 
 
+def test_a_prompt_is_read_again_where_the_model_is_not_sure(llm: CacheTuneLLM, engine: CacheTune) -> None:
+    engine.precompute([FIRST, SECOND])
+    prompt = f"Read: {SECOND} {FIRST} What now?"
+    whole = llm.complete(prompt, reuse=False)
+    sure = CacheTuneLLM(engine, max_new_tokens=6, min_sure=1.0)
+    for response in (sure.complete(prompt), llm.complete(prompt, min_sure=1.0), list(sure.stream_complete(prompt))[-1]):
+        assert response.raw["report"]["read_again"]["token"] == 0
+        assert response.text == whole.text
+    assert sure.last_report is not None
+    assert sure.last_report.read_again is not None
+    assert llm.complete(prompt).raw["report"]["read_again"] is None
+
+
 def test_evicted_kv_is_recognised_after_a_restart_and_comes_back(engines: EngineMaker) -> None:
     budgets = {"host_budget": 0, "disk_budget": "120KiB"}
     with engines(**budgets) as engine:

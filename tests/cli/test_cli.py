@@ -579,6 +579,15 @@ def test_ask_with_everything_recomputed_is_full_prefill(cli: Cli, filled: Path, 
     assert shown.index("With reuse:") < shown.index("Full prefill:") < shown.index("Reuse gave the same answer")
 
 
+def test_ask_reads_a_prompt_again_where_the_model_is_not_sure(cli: Cli, filled: Path, model: Path) -> None:
+    command = ["ask", "Which ship?", "-m", model, "-s", filled, "-d", "story.txt", "-n", 6, "--min-sure", 1]
+    result = cli(*command, "--full", "--json").json
+    assert result["same_answer"] is True
+    assert result["report"]["read_again"]["token"] == 0
+    assert "read again in full before token 0 of the answer" in cli(*command).out.replace("\n", " ")
+    assert "min_sure is 2.0: use a probability" in cli(*command[:-1], 2, code=2).err
+
+
 def test_both_answers_of_a_model_that_samples_are_drawn_alike(
     cli: Cli, docs: Path, store: Path, tmp_path: Path
 ) -> None:

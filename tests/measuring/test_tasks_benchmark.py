@@ -378,6 +378,7 @@ def test_answers_are_right_again_if_the_model_was_unsure_before_it_went_wrong() 
     every = doubt.read_again(pairs, 0.7)
     assert (every.prompts, every.again, every.compute) == (8, 5 / 8, 0.25 + 5 / 8)
     assert (every.kept.value, every.most) == (4 / 6, 5 / 6)
+    assert every.chance == pytest.approx(2 / 6 + 4 / 6 * 5 / 8)
     first = doubt.read_again(pairs, 0.7, 1)
     assert (first.again, first.kept.value, first.most) == (2 / 8, 3 / 6, 3 / 6)
     nothing = doubt.read_again(pairs, 0.5)
@@ -399,7 +400,8 @@ def test_tables_show_what_reading_again_brings() -> None:
     assert "| `frequency` r 0.15 | the first | 0.50 | 0.9 | 0 | 50.0 [" in text
     # One of two lost answers is read again at its second token, which is the first that differs.
     assert re.search(
-        r"\| `frequency` r 0\.15 \| all \| 0\.75 \| 0\.9 \| 20 \| 75\.0 \[\d+, \d+\] \| 75\.0 \| 0\.450 \|", text
+        r"\| `frequency` r 0\.15 \| all \| 0\.75 \| 0\.9 \| 20 \| 75\.0 \[\d+, \d+\] \| 75\.0 \| 60\.0 \| 0\.450 \|",
+        text,
     )
     assert "Read again" not in report.markdown({"model": "m", "environment": {}}, list(results()))
 

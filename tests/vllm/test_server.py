@@ -108,6 +108,25 @@ def test_the_openai_client_streams(server: Server) -> None:
     assert found == whole
 
 
+def test_whoever_asks_can_ask_again_where_the_model_is_not_sure(server: Server) -> None:
+    """By the recipe in docs/vllm.md."""
+    openai = pytest.importorskip("openai")
+    page = (Path(__file__).parents[2] / "docs" / "vllm.md").read_text()
+    recipe = next(block for block in page.split("```python\n")[1:] if block.startswith("# ask_again.py")).split("```")[
+        0
+    ]
+    names: dict[str, Any] = {}
+    exec(recipe, names)
+    names["client"] = openai.OpenAI(base_url=f"{server.url}/v1", api_key="-")
+    body = asked(server, text_of([CHUNKS[4], CHUNKS[2], CHUNKS[0]], "Sure?"))
+    body.pop("ignore_eos")
+    sure, unsure = (names["ask"](bound, **body) for bound in (0.0, 1.0))
+    own = server.post(body | {"kv_transfer_params": settings(reuse=False)})[1]["choices"][0]["message"]["content"]
+    assert sure.model_dump()["kv_transfer_params"]["cachetune"]["reused"] > 0
+    assert unsure.model_dump()["kv_transfer_params"]["cachetune"]["left"] == "asked"
+    assert unsure.choices[0].message.content == own
+
+
 def test_many_threads(server: Server) -> None:
     bodies = [asked(server, text_of([CHUNKS[(n + k) % 6] for k in (0, 2, 3)], f"Number {n}?")) for n in range(12)]
     one_by_one = [server.post(body)[1]["choices"][0]["message"]["content"] for body in bodies]

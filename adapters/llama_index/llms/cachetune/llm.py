@@ -67,7 +67,7 @@ class CacheTuneLLM(ToolCalling, CustomLLM):
         engine_kwargs: further arguments of `CacheTune.from_pretrained`.
         max_new_tokens: most tokens of an answer (also as `max_tokens`); None: as the model's configuration says.
         context_window: a smaller number of tokens than the model's context, for which prompts are planned.
-        ratio, selector, max_kl, min_top1: what is recomputed. See `CacheTune.stream`.
+        ratio, selector, max_kl, min_top1, min_sure: what is recomputed, and when reuse is given up. See `CacheTune.stream`.
         generate_kwargs: sampling settings (do_sample, temperature, top_p, ...) and stop, for every request. They can also be given
             directly. A request's keyword arguments override them.
         learn_retrieved: whether nodes that were retrieved for a request, and are in its prompt but not stored, are computed as
@@ -91,6 +91,10 @@ class CacheTuneLLM(ToolCalling, CustomLLM):
     max_kl: float | None = Field(default=None, description="The most KL of an answer's first token, by prediction.")
     min_top1: float | None = Field(
         default=None, description="The least top-1 agreement of an answer's first token, by prediction."
+    )
+    min_sure: float | None = Field(
+        default=None,
+        description="The least probability of an answer's tokens, below which a prompt is read again in full.",
     )
     generate_kwargs: dict[str, Any] = Field(default_factory=dict, description="Sampling settings of every request.")
     learn_retrieved: bool = Field(default=True, description="Whether retrieved nodes are stored where they aren't yet.")
