@@ -18,6 +18,9 @@ from cachetune_vllm.messages import Load
 View = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 """Keys and values in a layer's pages, each [pages, tokens in a page, kv_heads, head_dim], given the pages and the keys' head_dim."""
 
+FEW_PAGES = 2
+"""Up to so many pages are copied one by one: on a GPU, that takes fewer launches in each layer than to gather their rows."""
+
 
 class Pages:
     """The key and value pages of all layers of one worker.
@@ -52,11 +55,23 @@ class Pages:
         attention: Any = self._layers[layer]
         attention.impl.do_kv_cache_update(attention, keys, values, self._pages_of(layer), slots)
 
-    def read(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Copy the rows at these slots to `keys` and `values`, [tokens, kv_heads, head_dim]."""
-        pages, offsets = slots // self.block_size, slots % self.block_size
-        for rows, there in zip((keys, values), self._views[layer](self._pages_of(layer), keys.shape[-1]), strict=True):
-            rows.copy_(there[pages, offsets])
+    def read(self, blocks: Sequence[int], start: int, end: int, buffers: KVBuffers) -> None:
+        """Copy the rows of tokens [start, end) of a request with these pages to their places in `buffers`, in all layers."""
+        size, device = self.block_size, buffers.device
+        numbers = range(start // size, -(-end // size))
+        pages = offsets = None
+        if len(numbers) > FEW_PAGES:
+            slots = self.slots(blocks, start, end, device)
+            pages, offsets = slots // size, slots % size
+        for layer, rows in enumerate(zip(buffers.key_rows, buffers.value_rows, strict=True)):
+            there = self._views[layer](self._pages_of(layer), rows[0].shape[-1])
+            for mine, stored in zip(rows, there, strict=True):
+                if pages is not None:
+                    mine[start:end].copy_(stored[pages, offsets])
+                    continue
+                for number in numbers:
+                    first, last = max(start, number * size), min(end, (number + 1) * size)
+                    mine[first:last].copy_(stored[blocks[number], first - number * size : last - number * size])
 
     def learn_to_read(self, like: KVBuffers) -> bool:
         """Find out how rows lie in the pages, and whether they can be read: write some to page 0, which vLLM gives to no request, and look
@@ -111,9 +126,7 @@ class PagedMemory:
             return buffers, kept
         if self._free is not None:
             torch.cuda.current_stream(buffers.device).wait_event(self._free)
-        slots = self._pages.slots(load.blocks, kept, there, buffers.device)
-        for layer, (keys, values) in enumerate(zip(buffers.key_rows, buffers.value_rows, strict=True)):
-            self._pages.read(layer, slots, keys[kept:there], values[kept:there])
+        self._pages.read(load.blocks, kept, there, buffers)
         return buffers, there
 
     def layer_ready(self, buffers: KVBuffers, layer: int) -> None:

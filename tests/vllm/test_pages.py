@@ -1,0 +1,56 @@
+"""What of vLLM's pages is read, and where it is put. Pages lie as vLLM's kernels for GPUs have them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from cachetune_rag.model import KVBuffers
+from cachetune_store.layout import LayerSpec
+from cachetune_vllm.pages import FEW_PAGES, Pages
+
+PAGE, PAGES, LAYERS, HEADS, DIM = 8, 12, 2, 2, 4
+BLOCKS = [7, 2, 9, 3, 11, 5]
+"""The pages of the request, in its order."""
+
+
+def write(attention: Any, keys: torch.Tensor, values: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor) -> None:
+    """As vLLM's attention layers write rows: a token's values follow its keys."""
+    for slot, key, value in zip(slots.tolist(), keys, values, strict=True):
+        pages[slot // PAGE, :, slot % PAGE] = torch.cat((key, value), dim=-1)
+
+
+def buffers(length: int) -> KVBuffers:
+    made = KVBuffers([LayerSpec(HEADS, DIM, DIM)] * LAYERS, length, torch.float32, torch.device("cpu"))
+    for rows in (*made.key_rows, *made.value_rows):
+        rows.fill_(-1.0)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("start", "end"), [(0, PAGE), (3, 2 * PAGE), (PAGE - 1, PAGE + 1), (0, FEW_PAGES * PAGE + 1), (5, 6 * PAGE - 3)]
+)
+def test_rows_are_read_from_a_requests_pages_and_nothing_else_changes(start: int, end: int) -> None:
+    layers: Any = [
+        SimpleNamespace(
+            impl=SimpleNamespace(do_kv_cache_update=write), kv_cache=torch.zeros(PAGES, HEADS, PAGE, 2 * DIM)
+        )
+        for _ in range(LAYERS)
+    ]
+    pages = Pages(layers, PAGE)
+    assert pages.learn_to_read(buffers(PAGE))
+    length = len(BLOCKS) * PAGE
+    rows = torch.randn(LAYERS, 2, length, HEADS, DIM)
+    slots = pages.slots(BLOCKS, 0, length, torch.device("cpu"))
+    for layer in range(LAYERS):
+        pages.write(layer, rows[layer, 0], rows[layer, 1], slots)
+    found = buffers(length)
+    pages.read(BLOCKS, start, end, found)
+    for layer in range(LAYERS):
+        for mine, wanted in zip((found.key_rows[layer], found.value_rows[layer]), rows[layer], strict=True):
+            assert torch.equal(mine[start:end], wanted[start:end])
+            assert (mine[:start] == -1).all()
+            assert (mine[end:] == -1).all()
