@@ -132,6 +132,60 @@ def test_answers_are_those_of_a_cpu(tmp_path: Path, cuda_kernels: bool, monkeypa
     assert answers["cpu"] == answers["cuda"]
 
 
+@WAYS
+def test_a_prompt_is_read_again_where_the_model_is_not_sure(
+    cuda_kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the first token, and in the middle of the answer; the first reading's memory is free by then."""
+    way = {
+        "query": QUERY,
+        "chunks": CHUNKS,
+        "selector": "none",
+        "ratio": 0.0,
+        "max_new_tokens": 24,
+        "min_new_tokens": 24,
+    }
+    made: list[weakref.ref[KVBuffers]] = []
+    there: list[bool] = []
+    with CacheTune(llama().cuda(), tokenizer(), None, cuda_kernels=cuda_kernels, lead_in="first_token") as engine:
+        engine.precompute([Document("a", CHUNKS)])
+        assembler, device = engine.runtime.assembler, engine.adapter.device
+        prefill, full_prefill = assembler.prefill, assembler.full_prefill
+        whole, plain = (engine.generate(**way, reuse=reuse).token_ids for reuse in (False, True))
+        assert plain != whole
+
+        def first(*arguments: Any) -> Any:
+            state = prefill(*arguments)
+            made.append(weakref.ref(state.buffers))
+            return state
+
+        def second(*arguments: Any) -> Any:
+            there.append(made[-1]() is not None)
+            return full_prefill(*arguments)
+
+        monkeypatch.setattr(assembler, "prefill", first)
+        monkeypatch.setattr(assembler, "full_prefill", second)
+        gc.disable()
+        try:
+            found = [engine.generate(**way, min_sure=share / 50) for share in range(51)]
+        finally:
+            gc.enable()
+        assert not any(there)
+        assert next(each.report.read_again for each in found if each.token_ids == plain) is None
+        assert found[-1].token_ids == whole
+        places = [0 if each.report.read_again is None else each.report.read_again.token for each in found]
+        answer = found[places.index(max(places))]
+        assert max(places) > 0
+        said = answer.token_ids[: max(places)]
+        assert said == plain[: max(places)]
+        ids = torch.tensor([*engine.prompts.build(query=QUERY, chunks=CHUNKS).ids, *said], device=device)
+        logits, cache = engine.adapter.full_forward(ids)
+        for token in answer.token_ids[max(places) :]:
+            logits[:, 2] = -torch.inf  # the end token, which `min_new_tokens` rules out
+            assert token == int(logits.argmax())
+            logits = engine.adapter.forward(torch.tensor([token], device=device), cache)
+
+
 def test_graphs_give_what_launching_gives(tmp_path: Path) -> None:
     with CacheTune(llama().cuda(), tokenizer(), tmp_path, batch_tokens=0, lead_in=LEADS) as engine:
         engine.precompute([Document("a", CHUNKS)])
