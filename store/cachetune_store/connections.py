@@ -38,7 +38,7 @@ class Connections:
         self._ready = threading.Condition()
         self._idle: list[sqlite3.Connection] = []
         self._lent: list[sqlite3.Connection] = []
-        self._closed = self._retired = self._forking = False
+        self._closed = self._retired = self._forking = self._let_go = False
         self._identity: tuple[int | None, ...] | None = None
         _all.add(self)
 
@@ -78,6 +78,11 @@ class Connections:
         for connection in idle:
             _close(connection)
 
+    def let_go(self) -> None:
+        """Close them, because the database has to be opened anew."""
+        self._let_go = True
+        self.close()
+
     def retire(self) -> None:
         """Close them, and lend none any more: the database's files are about to be removed.
 
@@ -85,14 +90,24 @@ class Connections:
         """
         with self._ready:
             self._retired = True
-        self.close()
+        self.let_go()
 
     def note(self) -> None:
         """Remember which files are open; those beside the database are there once it has been read."""
         self._identity = tuple(_inode(path) for path in (self._file, *_logs(self._file)))
 
+    def is_let_go(self) -> bool:
+        """Whether the file was open in no connection since it was looked at.
+
+        Another database may have taken its place then, even one with the same inode number: a file's number is free once nobody has it open.
+        """
+        return self._let_go
+
     def is_replaced(self) -> bool:
-        """Whether another database stands in the file's place than the one that is open, or none."""
+        """Whether another database stands in the file's place than the one that is open, or none.
+
+        It can't be told of one that was let go.
+        """
         known = self._identity
         if known is None:
             return False
@@ -144,9 +159,10 @@ class Connections:
             own = 0 if self.mine is None else 1
             self._ready.wait_for(lambda: len(self._lent) <= own, timeout=max(0.0, until - time.monotonic()))
             idle, self._idle = self._idle, []
-            if not self._lent and self._identity is not None:
+            if not self._lent and not self._closed and self._identity is not None:
                 # SQLite removes the logs with the last connection that is closed. Until one is made again, none is missed.
                 self._identity = (self._identity[0], None, None)
+                self._let_go = True
         finally:
             self._ready.release()
         for connection in idle:
@@ -177,7 +193,7 @@ def _logs(file: Path) -> tuple[Path, Path]:
 
 
 def _inode(path: Path) -> int | None:
-    """What tells a file from another one that takes its name; None if there is none."""
+    """What tells a file that somebody has open from another one that takes its name; None if there is none."""
     try:
         return path.stat().st_ino
     except (FileNotFoundError, NotADirectoryError):

@@ -164,9 +164,17 @@ class Database(diskcache.Cache):
         """Close all connections; those in use when their users are done."""
         self._connections.close()
 
+    def let_go(self) -> None:
+        """Close all connections, because the database has to be opened anew."""
+        self._connections.let_go()
+
     def retire(self) -> None:
         """Close all connections, and make none any more: the database's files are about to be removed."""
         self._connections.retire()
+
+    def is_let_go(self) -> bool:
+        """Whether no connection held it open for a while, so that another database may stand in its place without being noticed."""
+        return self._connections.is_let_go()
 
     def is_replaced(self) -> bool:
         """Whether another database stands in its place."""
@@ -176,11 +184,17 @@ class Database(diskcache.Cache):
         """Whether what was written last is no longer seen by others."""
         return self._connections.has_lost_its_log()
 
-    def names(self, prefix: str) -> Iterator[str]:
-        """Names that begin with `prefix`, in the database's order. Nothing is lent while the caller looks at one."""
+    def names(self, prefix: str, check: Callable[[], None] = lambda: None) -> Iterator[str]:
+        """Names that begin with `prefix`, in the database's order. Nothing is lent while the caller looks at one.
+
+        Args:
+            prefix: how they begin.
+            check: is called on each connection that is read from, before that.
+        """
         after = ""
         while True:
             with self.lent() as connection:
+                check()
                 page = select_names(connection, prefix, after)
             yield from (plain_name(hidden, self.disk.seal) for hidden in page)
             if len(page) < _PAGE:

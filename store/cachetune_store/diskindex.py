@@ -48,7 +48,8 @@ class DiskIndex(Index):
         self._kept = KeptRecords(directory / "kept.json", seal)
         self._lock = threading.RLock()
         self._depth = 0
-        self._filled = False
+        self._filled: Database | None = None
+        """The database of which it is known that all records are there."""
         self._filler: int | None = None
         try:
             # Not while another process replaces the database: a file that is made then would be taken away again, with what is written to it.
@@ -78,9 +79,9 @@ class DiskIndex(Index):
         """The outermost transaction. Called with the lock held."""
         with self._translated(), self._gated(shared=True):
             self._follow()
-            self._check_filled()
             database = self.database
             with database.lent():
+                self._check_filled(database)
                 transact = self._patiently(self.begin)
                 self._depth += 1
                 try:
@@ -108,20 +109,25 @@ class DiskIndex(Index):
             self._reconnect()
 
     def _reconnect(self) -> None:
-        self.database.close_all()
-        self._filled = False
+        self.database.let_go()
+        self._filled = None
         with contextlib.suppress(sqlite3.Error, StoreError):
             self.database = self._connect()
 
     def get(self, name: str) -> Any:
         """See Index."""
         self._catch_up()
-        if name != COMPLETE:
-            self._patiently(self._check_filled)
         return self._patiently(lambda: self._get(name))
 
     def _get(self, name: str) -> Any:
         database = self.database
+        with database.lent():
+            if name != COMPLETE:
+                self._check_filled(database)
+            return self._record(database, name)
+
+    def _record(self, database: Database, name: str) -> Any:
+        """A record of a database, filled or not."""
         with database.lent():
             found = database.get(name)
         if found is None:
@@ -143,9 +149,10 @@ class DiskIndex(Index):
     def names(self, prefix: str) -> Iterator[str]:
         """See Index."""
         self._catch_up()
-        self._patiently(self._check_filled)
+        self._patiently(self._see_filled)
+        database = self.database
         with self._translated():
-            yield from self.database.names(prefix)
+            yield from database.names(prefix, lambda: self._check_filled(database))
 
     def place(self, name: str) -> str:
         """See Index."""
@@ -154,8 +161,13 @@ class DiskIndex(Index):
     def count(self, prefix: str) -> int:
         """See Index."""
         self._catch_up()
-        self._patiently(self._check_filled)
-        return self._patiently(lambda: self.database.count_of(prefix))
+        return self._patiently(lambda: self._count(prefix))
+
+    def _count(self, prefix: str) -> int:
+        database = self.database
+        with database.lent():
+            self._check_filled(database)
+            return database.count_of(prefix)
 
     def clear(self) -> None:
         """See Index. A new database replaces the old one, in whatever state that is."""
@@ -175,7 +187,7 @@ class DiskIndex(Index):
             else:
                 kept = {}
             self.database.retire()
-            self._filled = False
+            self._filled = None
             self.database = self._fresh()
             with self._translated(), self.database.lent():
                 for name, record in kept.items():
@@ -189,7 +201,7 @@ class DiskIndex(Index):
 
     def _get_translated(self, name: str) -> Any:
         with self._translated():
-            return self._get(name)
+            return self._record(self.database, name)
 
     @contextlib.contextmanager
     def made_anew(self, identity: str) -> Iterator[None]:
@@ -198,21 +210,25 @@ class DiskIndex(Index):
         try:
             with super().made_anew(identity):
                 yield
-            self._filled = True
         finally:
             self._filler = None
 
-    def _check_filled(self) -> None:
-        """See that all records are there.
+    def _see_filled(self) -> None:
+        database = self.database
+        with database.lent():
+            self._check_filled(database)
+
+    def _check_filled(self, database: Database) -> None:
+        """See that all records are there. Called with a connection lent, so that it is the one that is read from.
 
         Raises:
             IndexReplacedError: the index is being made anew, or that was cut short. Records that are not there yet must not count as missing.
         """
-        if self._filled or self._filler == threading.get_ident():
+        if (self._filled is database and not database.is_let_go()) or self._filler == threading.get_ident():
             return
-        if self._get(COMPLETE) is None:
+        if self._record(database, COMPLETE) is None:
             raise IndexReplacedError(f"the index {self._directory} is not filled yet, or filling it was cut short")
-        self._filled = True
+        self._filled = database
 
     def close(self) -> None:
         """See Index."""
@@ -277,22 +293,23 @@ class DiskIndex(Index):
                         self._follow()
 
     def _follow(self) -> bool:
-        """Switch to the database that is in the directory now. Returns whether it is another one.
+        """Switch to the database that is in the directory now. Returns whether it was opened anew.
 
         Raises:
             IndexDamagedError: the log of the open database was removed, or the new database is damaged.
         """
         if not self._is_out_of_date():
             return False
-        if not self.database.is_replaced():
+        if not (self.database.is_let_go() or self.database.is_replaced()):
             raise IndexDamagedError(f"the log of the index {self._directory} was removed while it was in use")
-        self.database.close_all()
-        self._filled = False
+        self.database.let_go()
+        self._filled = None
         self.database = self._connect()
         return True
 
     def _is_out_of_date(self) -> bool:
-        return self.database.is_replaced() or self.database.has_lost_its_log()
+        database = self.database
+        return database.is_let_go() or database.is_replaced() or database.has_lost_its_log()
 
     def _is_replaced(self) -> bool:
         database: Database | None = getattr(self, "database", None)  # none while the first connection is made

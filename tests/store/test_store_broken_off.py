@@ -44,6 +44,7 @@ def test_a_change_that_fails_at_a_step_is_finished_by_the_next(
         ("remove", False, 37, 90),
         ("prune", True, 37, 127),
         ("add to a document", True, 41, 60),
+        ("rebuild", True, 80, 177),
         ("compare after a crash", False, 97, 50),
     ],
 )

@@ -17,6 +17,8 @@ from store_samples import sample
 
 from cachetune_store import ChunkStore, StoreForkedError, connections
 from cachetune_store.connections import Connections
+from cachetune_store.diskindex import DiskIndex
+from cachetune_store.errors import IndexReplacedError
 
 KEY = sample(0).key
 
@@ -120,6 +122,54 @@ def test_the_child_waits_for_no_thread_that_is_not_there(store: ChunkStore) -> N
     assert store.verify().ok
     reader.close()  # type: ignore[union-attr]
     claim.close()
+
+
+def _in_the_same_place(file: Path, content: bytes) -> None:
+    """Let a file have another's content and keep its inode number, as a new file may that takes the place of one that nobody has open."""
+    for beside in ("-wal", "-shm"):
+        file.with_name(file.name + beside).unlink(missing_ok=True)
+    file.write_bytes(content)
+
+
+def _unfilled(folder: Path) -> bytes:
+    """An index whose making was cut short."""
+    index = DiskIndex(folder)
+    index.close()
+    return (folder / "cache.db").read_bytes()
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_an_index_that_was_replaced_during_a_fork_is_not_taken_for_the_one_before(
+    tmp_path: Path, made: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody has the database open during a fork, so another one may get its inode number. It was thought to be whole, and chunks were missing."""
+    content = _unfilled(tmp_path / "other") if made else b""
+    file = tmp_path / "store" / "index" / "cache.db"
+    with ChunkStore(tmp_path / "store") as store:
+        sample(0).put(store, text="text")
+        store.set_document("d", [KEY])
+        before = file.stat().st_ino
+        in_child(lambda: _in_the_same_place(file, content))
+        assert file.stat().st_ino == before
+        assert [info.id for info in store.documents()] == ["d"]
+        assert store.contains(KEY)
+        assert [text for _, text, _ in store.texts()] == ["text"]
+        assert store.verify().adopted == 0
+    assert caplog.text == ""
+
+
+def test_names_are_not_cut_short_by_a_fork_during_which_the_index_was_replaced(tmp_path: Path) -> None:
+    content = _unfilled(tmp_path / "other")
+    index = DiskIndex(tmp_path / "index")
+    with index.made_anew("id"), index.transaction():
+        for number in range(1000):
+            index.set(f"name/{number:04}", number)
+    names = index.names("name/")
+    assert next(names) == "name/0000"
+    in_child(lambda: _in_the_same_place(tmp_path / "index" / "cache.db", content))
+    with pytest.raises(IndexReplacedError):
+        list(names)
+    index.close()
 
 
 def test_parent_and_child_each_open_the_folder(tmp_path: Path) -> None:
