@@ -31,17 +31,32 @@ async def alone(target: Target, prompts: Sequence[Ids], reuse: Reuse | None, war
 async def closed(
     target: Target, prompts: Sequence[Ids], reuse: Reuse | None, tokens: int, at_once: int
 ) -> dict[str, Any]:
-    """`at_once` clients, each of which asks again as soon as it has its answer: requests per second of a saturated server."""
+    """`at_once` clients, each of which asks again as soon as it has its answer: requests per second of a saturated server.
+
+    "requests_per_second" has all of them. In its first and last moments the server isn't saturated: nothing is answered yet, and no prompts
+    are left. "steady_per_second" has those that were answered between the end of the first answer and the moment when the last prompt
+    was asked; None where that is none.
+    """
     waiting = list(reversed(prompts))
     answers: list[Answer] = []
+    ends: list[float] = []
+    last_asked = started = time.perf_counter()
 
     async def client() -> None:
+        nonlocal last_asked
         while waiting:
-            answers.append(await target.ask(waiting.pop(), tokens, reuse))
+            ids = waiting.pop()
+            last_asked = time.perf_counter()
+            answers.append(await target.ask(ids, tokens, reuse))
+            ends.append(time.perf_counter())
 
-    started = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(at_once)))
-    return {"requests_per_second": len(prompts) / (time.perf_counter() - started), **_summary(answers)}
+    answered = sum(ends[0] < end <= last_asked for end in ends)
+    return {
+        "requests_per_second": len(prompts) / (time.perf_counter() - started),
+        "steady_per_second": answered / (last_asked - ends[0]) if answered else None,
+        **_summary(answers),
+    }
 
 
 async def open_loop(

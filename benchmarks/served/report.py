@@ -8,14 +8,15 @@ from typing import Any
 from served.load import BOUND
 
 Content = Mapping[str, Any]
+_ALL, _STEADY = "requests_per_second", "steady_per_second"
 
 
 def table(content: Content) -> str:
     """One line a context and setting: time to first token alone, requests per second, and what that is beside vLLM's."""
     groups: Mapping[str, Any] = content["groups"]
     lines = [
-        "| context | setting | TTFT ms | x | requests/s | x | of the ceiling | between tokens p99 ms | gap p99 ms |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| context | setting | TTFT ms | x | requests/s | x | of the ceiling | steady requests/s | x | between tokens p99 ms | gap p99 ms |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     places = {(int(context), setting) for _, context, setting in map(_place, groups) if context}
     for context, setting in sorted(places):
@@ -27,9 +28,9 @@ def table(content: Content) -> str:
             continue
         base, base_rate = (group(groups, "vllm", phase, context) for phase in ("alone", "saturated"))
         ceiling = group(groups, "ceiling", "ceiling", context)
-        rates = ("", "", "")
-        if rate:
-            rates = (f"{rate['requests_per_second']:.2f}", _ratio(rate, base_rate), _part(rate, ceiling))
+        rates = (
+            _rate(rate), _ratio(rate, base_rate), _part(rate, ceiling), _rate(rate, _STEADY), _ratio(rate, base_rate, _STEADY)
+        )  # fmt: skip
         cells = (
             f"{context:,}", setting or "vLLM, all read", _ms(alone, "ttft", "median"), _sooner(base, alone), *rates,
             _ms(rate, "between_tokens", "p99"), _ms(gaps, "gaps", "p99"),
@@ -114,9 +115,16 @@ def _sooner(base: Content | None, group: Content | None) -> str:
     return f"{above / below:.2f}x" if above and below else ""
 
 
-def _ratio(group: Content, base: Content | None) -> str:
-    return "" if base is None else f"{group['requests_per_second'] / base['requests_per_second']:.2f}x"
+def _rate(group: Content | None, name: str = _ALL) -> str:
+    value = _value(group, name)
+    return "" if value is None else f"{value:.2f}"
 
 
-def _part(group: Content, ceiling: Content | None) -> str:
-    return "" if ceiling is None else f"{group['requests_per_second'] / ceiling['requests_per_second']:.0%}"
+def _ratio(group: Content | None, base: Content | None, name: str = _ALL) -> str:
+    above, below = _value(group, name), _value(base, name)
+    return f"{above / below:.2f}x" if above and below else ""
+
+
+def _part(group: Content | None, ceiling: Content | None) -> str:
+    above, below = _value(group, _ALL), _value(ceiling, _ALL)
+    return f"{above / below:.0%}" if above and below else ""

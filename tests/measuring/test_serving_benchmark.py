@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from served.load import most_within
+from served.load import closed, most_within
 from served.memory import DeviceMemory
 from served.plan import PHASES, SETTINGS, Cell, cells
 from served.plot import plot
@@ -67,7 +67,7 @@ def content() -> dict[str, Any]:
     """Results of two servers, made up so that every ratio is plain to see."""
     groups: dict[str, Any] = {
         "vllm/alone/4096": {"ttft": {"median": 0.4}, "device_memory": 2**33},
-        "vllm/saturated/4096": {"requests_per_second": 2.0, "between_tokens": {"p99": 0.05}},
+        "vllm/saturated/4096": {"requests_per_second": 2.0, "steady_per_second": 3.0, "between_tokens": {"p99": 0.05}},
         "vllm/arrivals/4096//0.9": {"rate": 1.8, "ttft": {"p50": 1.0, "p99": 2.0}, "between_tokens": {"p99": 0.06}},
         "vllm/arrivals/8192//0.9": {"rate": 0.9, "ttft": {"p50": 1.0, "p99": 2.0}, "between_tokens": {"p99": 0.06}},
     }
@@ -78,7 +78,9 @@ def content() -> dict[str, Any]:
     groups["reuse/within/4096/default 0.15"] = {"tries": tries[:1]}
     for number, setting in enumerate(SETTINGS, start=1):
         groups[f"reuse/alone/4096/{setting}"] = {"ttft": {"median": 0.1 * number}, "device_memory": 2**33 + 2**29}
-        groups[f"reuse/saturated/4096/{setting}"] = {"requests_per_second": 8.0 / number}
+        groups[f"reuse/saturated/4096/{setting}"] = {
+            "requests_per_second": 8.0 / number, "steady_per_second": 9.0 / number,
+        }  # fmt: skip
         for detail in ("0.9", "2"):
             groups[f"reuse/arrivals/4096/{setting}/{detail}"] = {
                 "rate": 2.0 * float(detail), "ttft": {"p50": 0.1, "p99": 0.2 * number}, "between_tokens": {"p99": 0.01},
@@ -111,9 +113,11 @@ def test_tables_hold_each_setting_beside_vllm() -> None:
     lines = table(content()).splitlines()
     names = list(SETTINGS)
     rows = {line.split(" | ")[1]: line for line in reversed(lines) if line.startswith("| 4,096")}
-    assert rows["vLLM, all read"].startswith("| 4,096 | vLLM, all read | 400.0 | 1.00x | 2.00 | 1.00x | 20% | 50.0 |")
-    assert rows[names[0]].startswith(f"| 4,096 | {names[0]} | 100.0 | 4.00x | 8.00 | 4.00x | 80% |")
-    assert rows[names[1]].startswith(f"| 4,096 | {names[1]} | 200.0 | 2.00x | 4.00 | 2.00x | 40% |")
+    assert rows["vLLM, all read"].startswith(
+        "| 4,096 | vLLM, all read | 400.0 | 1.00x | 2.00 | 1.00x | 20% | 3.00 | 1.00x | 50.0 |"
+    )
+    assert rows[names[0]].startswith(f"| 4,096 | {names[0]} | 100.0 | 4.00x | 8.00 | 4.00x | 80% | 9.00 | 3.00x |")
+    assert rows[names[1]].startswith(f"| 4,096 | {names[1]} | 200.0 | 2.00x | 4.00 | 2.00x | 40% | 4.50 | 1.50x |")
     assert "Most memory in use on the device: vllm 8.0 GiB, reuse 8.5 GiB." in lines
     assert "| 4,096 | default 0.05 | 2.00 | 2.50x | 1500 at 3.00, 750 at 2.00 |" in lines
     assert "| 4,096 | default 0.15 | below 3.00 |  | 1500 at 3.00 |" in lines
@@ -156,6 +160,36 @@ def test_the_highest_rate_is_found_at_which_nearly_all_first_tokens_come_in_time
     assert [each["part"] for each in found["tries"]] == tried
     kept = [part for part in tried if part <= holds]
     assert found.get("rate") == (5 * max(kept) if kept else None)
+
+
+def test_steady_rates_leave_out_what_begins_and_ends_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("served.load.time.perf_counter", lambda: now)
+    asked: list[asyncio.Future[Answer]] = []
+
+    class Server:
+        def ask(self, ids: list[int], _tokens: int, _reuse: Any) -> asyncio.Future[Answer]:
+            asked.append(asyncio.get_running_loop().create_future())
+            return asked[-1]
+
+    async def measured(ends: list[float]) -> dict[str, Any]:
+        nonlocal now
+        now = 0.0
+        asked.clear()
+        task = asyncio.create_task(closed(Server(), [[number] for number in range(len(ends))], None, 1, 2))
+        for number, end in enumerate(ends):
+            while len(asked) <= number:
+                await asyncio.sleep(0)
+            now = end
+            asked[number].set_result(Answer(0.0, [1.0]))
+            await asyncio.sleep(0)
+        return await task
+
+    # Two clients: the last of six prompts is asked at 6 s, when four are answered, three of them since the first one's end.
+    found = asyncio.run(measured([3.0, 4.0, 5.0, 6.0, 20.0, 30.0]))
+    assert found["requests_per_second"] == 6 / 30
+    assert found["steady_per_second"] == 3 / 3
+    assert asyncio.run(measured([3.0, 4.0]))["steady_per_second"] is None
 
 
 def test_prompts_of_a_setting_show_chunks_in_its_codec(workload: Workload) -> None:
