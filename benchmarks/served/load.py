@@ -16,6 +16,8 @@ from served.targets import Answer, Reuse, Target
 
 Ids = list[int]
 
+STEADY = 3
+"""Prompts a client that it takes at least to say what a server gives while it is saturated."""
 BOUND = 1.0
 """Seconds within which 95% of all first tokens have to come, where it is asked how many requests per second a server takes."""
 PARTS = (0.2, 0.3, 0.4, 0.6, 0.8, 0.9, 1.0)
@@ -35,7 +37,7 @@ async def closed(
 
     "requests_per_second" has all of them. In its first and last moments the server isn't saturated: nothing is answered yet, and no prompts
     are left. "steady_per_second" has those that were answered between the end of the first answer and the moment when the last prompt
-    was asked; None where that is none.
+    was asked. Answers may end in bunches of as many as there are clients, so it is None for fewer than `STEADY` prompts a client.
     """
     waiting = list(reversed(prompts))
     answers: list[Answer] = []
@@ -54,7 +56,7 @@ async def closed(
     answered = sum(ends[0] < end <= last_asked for end in ends)
     return {
         "requests_per_second": len(prompts) / (time.perf_counter() - started),
-        "steady_per_second": answered / (last_asked - ends[0]) if answered else None,
+        "steady_per_second": answered / (last_asked - ends[0]) if len(prompts) >= STEADY * at_once else None,
         **_summary(answers),
     }
 
