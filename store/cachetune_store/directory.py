@@ -6,6 +6,7 @@ import contextlib
 import errno
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +73,7 @@ class StoreDirectory:
     ) -> None:
         self.path = path
         self._key, self._keyring, self._encrypt = key, keyring, encrypt
+        self._making = threading.RLock()
         make_directory(path)
         self.read_only = _refusal(path)
         self.temp = TempFiles(path / "tmp")
@@ -135,11 +137,9 @@ class StoreDirectory:
 
     def heal(self, tier: DiskTier, documents: Documents, error: IndexDamagedError) -> None:
         """Make the index anew from the files, unless another process has just done so."""
-        if self.read_only is not None:
-            self._make_index(tier, documents)
-            return
-        with self._lock():
-            if not isinstance(error, IndexReplacedError) or self.index.get(COMPLETE) != self._id:
+        # In a store that is only read, an index is made in memory, by one thread.
+        with self._lock() if self.read_only is None else self._making:
+            if not isinstance(error, IndexReplacedError) or not self._is_complete():
                 self._make_index(tier, documents)
 
     def _is_complete(self) -> bool:

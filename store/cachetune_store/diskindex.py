@@ -224,7 +224,10 @@ class DiskIndex(Index):
         Raises:
             IndexReplacedError: the index is being made anew, or that was cut short. Records that are not there yet must not count as missing.
         """
-        if (self._filled is database and not database.is_let_go()) or self._filler == threading.get_ident():
+        if self._filler == threading.get_ident():
+            return
+        # If the database may have been replaced, the connection that is lent may be another one's.
+        if self._filled is database and not (database.is_let_go() or database.is_replaced()):
             return
         if self._record(database, COMPLETE) is None:
             raise IndexReplacedError(f"the index {self._directory} is not filled yet, or filling it was cut short")

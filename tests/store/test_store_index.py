@@ -432,3 +432,27 @@ def test_no_thread_makes_a_database_while_the_old_one_is_removed(
     assert set(said) == {f"the index {tmp_path / 'index'} is being replaced"}
     assert index.get("name") == 2
     index.close()
+
+
+def test_a_connection_to_an_index_that_is_being_made_anew_gives_no_records(tmp_path: Path) -> None:
+    """A thread may need a first connection of its own just when another process has replaced the database."""
+    index, other = DiskIndex(tmp_path / "index"), DiskIndex(tmp_path / "index")
+    with index.made_anew("id"), index.transaction():
+        for number in range(1000):
+            index.set(f"name/{number:04}", number)
+    names, errors = index.names("name/"), []
+    assert next(names) == "name/0000"
+
+    def read_on() -> None:
+        try:
+            list(names)
+        except IndexReplacedError as error:
+            errors.append(str(error))
+
+    with index.database.lent(), other.made_anew("id"):
+        thread = threading.Thread(target=read_on)
+        thread.start()
+        thread.join()
+    assert "not filled yet" in errors[0]
+    index.close()
+    other.close()

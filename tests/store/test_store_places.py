@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ import pytest
 from store_samples import file_of, sample
 
 from cachetune_store import ChunkStore, StoreError, StorePathError, StoreReadOnlyError, directory
+from cachetune_store.diskindex import DiskIndex
+from cachetune_store.errors import IndexReplacedError
 from cachetune_store.locks import OwnDescriptor
 from cachetune_store.paths import is_store, other_files
+from cachetune_store.readonlyindex import ReadOnlyIndex
 from cachetune_store.units import NO_LIMIT
 
 KEY = sample(0).key
@@ -136,6 +140,66 @@ def test_a_store_that_may_only_be_read_answers(path: Path, index: str) -> None:
             assert claim.keys == {KEY}
         store.prune(lambda _: False, dry_run=True)
     assert names_and_times(path) == before
+
+
+def test_an_index_that_is_being_made_anew_is_not_whole_for_who_may_only_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its documents and texts seemed to be gone. Meanwhile they are found by the files, and afterwards the new index is read."""
+    with ChunkStore(tmp_path) as store:
+        sample(0).put(store, text="text 0")
+        store.set_document("doc", [KEY])
+    with monkeypatch.context() as patch:
+        refuse(patch, tmp_path / "chunks", os.W_OK)
+        reading = ChunkStore(tmp_path, host_budget=0)
+    with reading, ChunkStore(tmp_path) as store:
+        assert reading.read_only
+        assert not store.read_only
+
+        def found() -> tuple[list[str], list[str]]:
+            return [info.id for info in reading.documents()], sorted(text for _, text, _ in reading.texts())
+
+        assert found() == (["doc"], ["text 0"])
+        during = []
+
+        def make_half_of_it() -> None:
+            with store.index.made_anew("cut short"):
+                during.append(found())
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            make_half_of_it()
+        assert during == [(["doc"], ["text 0"])]
+        assert found() == (["doc"], ["text 0"])
+        store.rebuild_index()
+        sample(1).put(store, text="text 1")
+        store.set_document("another", [sample(1).key])
+        assert found() == (["another", "doc"], ["text 0", "text 1"])
+
+
+def test_what_a_thread_fills_for_who_may_only_read_is_not_seen_by_others_before_it_is_whole(tmp_path: Path) -> None:
+    DiskIndex(tmp_path).close()
+    index = ReadOnlyIndex(tmp_path)
+    seen: list[object] = []
+
+    def look() -> None:
+        try:
+            seen.append(index.get("name"))
+        except IndexReplacedError:
+            seen.append("not whole")
+
+    def look_from_another_thread() -> None:
+        thread = threading.Thread(target=look)
+        thread.start()
+        thread.join()
+
+    with index.made_anew("id"):
+        index.set("name", 1)
+        look()
+        look_from_another_thread()
+    look_from_another_thread()
+    assert seen == [1, "not whole", 1]
+    index.close()
 
 
 def test_a_store_that_may_only_be_read_says_why_it_changes_nothing(path: Path) -> None:
