@@ -1,5 +1,5 @@
 """Makes a worker's engine ready before the server answers requests: on a GPU, the first request with reused chunks would otherwise wait
-some seconds while kernels are compiled. On a CPU there is nothing to compile.
+while kernels are compiled. On a CPU there is nothing to compile.
 
 vLLM calls a worker's connector once more when its own warm-up is over and before it plans a step (`get_handshake_metadata`). Then its CUDA
 graphs have the memory that they need, no other thread runs the model, and workers that share one are all at the same point.
