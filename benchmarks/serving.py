@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
         help="cells that are left out, by name: 'reuse/*/4096/* int8', say",
     )
     parser.add_argument("--rounds", type=int, default=7, help="requests of a time to first token")
-    parser.add_argument("--requests", type=int, default=32, help="requests of a saturated server")
+    parser.add_argument("--requests", type=int, default=48, help="requests of a saturated server")
     parser.add_argument("--at-once", type=int, default=16, help="its clients")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of an answer")
     parser.add_argument("--connector", nargs="+", default=[], metavar="NAME=VALUE", help="further connector settings")
