@@ -214,8 +214,7 @@ class Executor:
             if not said:
                 return state, state.logits
             check_weights()
-            # Behind the prompt, as decoding would have it: some models scale positions by the length of what is read at once.
-            return state, adapter.forward(torch.tensor(said, dtype=torch.int64, device=adapter.device), state.cache)
+            return state, adapter.go_on(torch.tensor(said, dtype=torch.int64, device=adapter.device), state.cache)
 
     def _check_wanted(self) -> None:
         """End the request if the engine was closed or the task that waits was cancelled.

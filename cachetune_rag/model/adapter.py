@@ -215,6 +215,16 @@ class ModelAdapter:
         """Run `ids` [tokens] behind the tokens of `cache`, and append them to it. Returns logits of the last ones, [keep, vocab]."""
         return self.model_forward.behind(ids, cache, keep)
 
+    def go_on(self, ids: Tensor, cache: Cache) -> Tensor:
+        """What `steps` would give behind the last of `ids` [tokens, at least one], one after another, in as few forwards as that takes.
+
+        Long-rope models choose their factors by the longest position that is read at once, so they take two where these tokens pass the
+        boundary.
+        """
+        short = max(0, self.reuse_beyond - cache.get_seq_length())
+        *_, logits = (self.forward(part, cache) for part in (ids[:short], ids[short:]) if len(part))
+        return logits
+
     def steps(self, cache: Cache) -> Callable[[int], Tensor]:
         """Decoding steps by the model's own forward: token -> logits behind it, [1, vocab]. Each step appends its token to `cache`."""
         return lambda token: self.forward(torch.tensor([token], device=self.device), cache)

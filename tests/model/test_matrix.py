@@ -165,6 +165,22 @@ def test_only_long_rope_needs_long_prompts(family: Family, adapter: ModelAdapter
     assert adapter.reuse_beyond == (64 if family.name == "phi3-longrope" else 0)
 
 
+@pytest.mark.parametrize("length", [58, 70])
+def test_several_tokens_at_once_go_on_as_one_after_another_does(
+    family: Family, adapter: ModelAdapter, length: int
+) -> None:
+    """Also where they pass the boundary of the long-rope model, or end at it."""
+    ids = torch.tensor(random_ids(length + 20, seed=length))
+    for count in (6, 20):
+        said = ids[length : length + count]
+        together, one_by_one = (adapter.full_forward(ids[:length])[1] for _ in range(2))
+        step = adapter.steps(one_by_one)
+        for token in said.tolist():
+            expected = step(token)
+        assert_close(adapter.go_on(said, together), expected, family)
+        assert together.get_seq_length() == length + count
+
+
 def test_one_token_query(family: Family, adapter: ModelAdapter, model: PreTrainedModel) -> None:
     ids = prompt_of(1 + CHUNK + 1, seed=5)
     logits = adapter.selective_forward(*chunk_behind_lead_in(adapter, ids))
