@@ -40,7 +40,10 @@ class Connections:
         self._lent: list[sqlite3.Connection] = []
         self._closed = self._retired = self._forking = self._let_go = False
         self._identity: tuple[int | None, ...] | None = None
-        _all.add(self)
+        with _guard:
+            # While a fork is prepared, those made meanwhile wait for its end as the others do: no thread may be in SQLite at a fork.
+            _all.add(self)
+            self._forking = _fork_is_near
 
     @property
     def mine(self) -> sqlite3.Connection | None:
@@ -75,8 +78,9 @@ class Connections:
             if mine is not None and mine in self._lent:
                 self._lent.remove(mine)
                 idle.append(mine)
-        for connection in idle:
-            _close(connection)
+            # With the lock held, so that a fork waits for it.
+            for connection in idle:
+                _close(connection)
 
     def let_go(self) -> None:
         """Close them, because the database has to be opened anew."""
@@ -146,9 +150,9 @@ class Connections:
             self._lent.remove(connection)
             if not self._closed:
                 self._idle.append(connection)
+            else:
+                _close(connection)
             self._ready.notify_all()
-        if self._closed:
-            _close(connection)
 
     def before_fork(self, until: float) -> None:
         """Close the connections that no thread uses, and lend none until `after_fork`; wait until `until` for those that are lent."""
@@ -186,6 +190,8 @@ class Connections:
 
 _UNKNOWN = -1
 _all: weakref.WeakSet[Connections] = weakref.WeakSet()
+_guard = threading.RLock()
+_fork_is_near = False
 
 
 def _logs(file: Path) -> tuple[Path, Path]:
@@ -207,26 +213,29 @@ def _close(connection: sqlite3.Connection) -> None:
         connection.close()
 
 
-def _every() -> list[Connections]:
-    # Another thread may be opening a store: then they are looked at anew.
-    while True:
-        with contextlib.suppress(RuntimeError):
-            return list(_all)
+def _every(*, fork_is_near: bool) -> list[Connections]:
+    """All of them; those that are made from now on are told whether a fork is near."""
+    global _fork_is_near
+    with _guard:
+        _fork_is_near = fork_is_near
+        return list(_all)
 
 
 def _before_fork() -> None:
     until = time.monotonic() + FORK_SECONDS
-    for each in _every():
+    for each in _every(fork_is_near=True):
         each.before_fork(until)
 
 
 def _after_fork() -> None:
-    for each in _every():
+    for each in _every(fork_is_near=False):
         each.after_fork()
 
 
 def _in_child() -> None:
-    for each in _every():
+    global _guard
+    _guard = threading.RLock()
+    for each in _every(fork_is_near=False):
         each.in_child()
 
 

@@ -235,6 +235,35 @@ def test_no_connection_is_inherited(tmp_path: Path) -> None:
         open_ones[-1].execute("SELECT 1")
 
 
+def test_connections_of_a_database_that_is_opened_while_a_fork_is_prepared_wait_for_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that is in SQLite at a fork leaves a lock behind in the child, where the first use of SQLite would never end."""
+    first, made = Connections(tmp_path / "first", sqlite3.connect), []
+    real = Connections.before_fork
+
+    def open_another() -> None:
+        with Connections(tmp_path / "another", sqlite3.connect).lent():
+            made.append("connected")
+
+    thread = threading.Thread(target=open_another)
+
+    def before_fork(lines: Connections, until: float) -> None:
+        if lines is first:
+            thread.start()
+            thread.join(0.2)
+        real(lines, until)
+
+    def look() -> None:
+        assert made == []
+
+    monkeypatch.setattr(Connections, "before_fork", before_fork)
+    in_child(look)
+    thread.join()
+    assert made == ["connected"]
+    first.close()
+
+
 def test_threads_leave_no_connection_behind(tmp_path: Path) -> None:
     def files() -> int:
         return sum("cache.db" in str(fd.readlink()) for fd in Path("/proc/self/fd").iterdir() if fd.exists())
