@@ -168,7 +168,7 @@ MinSure = Annotated[
     typer.Option(
         "--min-sure",
         metavar="X",
-        help="Read the prompt again in full at the first token that the model gives a smaller probability than this, from 0 to 1.",
+        help="Read the prompt again in full at the first token whose likeliest candidate has a smaller probability than this, from 0 to 1.",
         show_default=False,
     ),
 ]

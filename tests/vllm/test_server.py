@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import math
 import random
 import signal
 import socket
@@ -120,11 +121,22 @@ def test_whoever_asks_can_ask_again_where_the_model_is_not_sure(server: Server) 
     names["client"] = openai.OpenAI(base_url=f"{server.url}/v1", api_key="-")
     body = asked(server, text_of([CHUNKS[4], CHUNKS[2], CHUNKS[0]], "Sure?"))
     body.pop("ignore_eos")
-    sure, unsure = (names["ask"](bound, **body) for bound in (0.0, 1.0))
-    own = server.post(body | {"kv_transfer_params": settings(reuse=False)})[1]["choices"][0]["message"]["content"]
+    more = {"ignore_eos": True, "kv_transfer_params": settings(ratio=0.1)}
+    sure, unsure = (names["ask"](bound, **body, extra_body=more) for bound in (0.0, 1.0))
+    own = server.post(body | {"ignore_eos": True, "kv_transfer_params": settings(reuse=False)})[1]["choices"][0][
+        "message"
+    ]["content"]
     assert sure.model_dump()["kv_transfer_params"]["cachetune"]["reused"] > 0
     assert unsure.model_dump()["kv_transfer_params"]["cachetune"]["left"] == "asked"
     assert unsure.choices[0].message.content == own
+    # Where tokens are drawn, what counts is the likeliest one, and not the one that was drawn.
+    drawing = body | {"temperature": 2.0, "seed": 3}
+    said = names["client"].chat.completions.create(**drawing, logprobs=True, top_logprobs=2).choices[0].logprobs.content
+    likeliest = min(max(each.logprob for each in token.top_logprobs) for token in said)
+    drawn = min(token.logprob for token in said)
+    assert drawn < likeliest - 0.1
+    kept = names["ask"](math.exp(likeliest - 0.05), **drawing)
+    assert (kept.model_dump().get("kv_transfer_params") or {}).get("cachetune", {}).get("left") != "asked"
 
 
 def test_many_threads(server: Server) -> None:

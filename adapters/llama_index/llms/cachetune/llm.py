@@ -94,7 +94,7 @@ class CacheTuneLLM(ToolCalling, CustomLLM):
     )
     min_sure: float | None = Field(
         default=None,
-        description="The least probability of an answer's tokens, below which a prompt is read again in full.",
+        description="The least probability of the likeliest candidate at each token, below which a prompt is read again in full.",
     )
     generate_kwargs: dict[str, Any] = Field(default_factory=dict, description="Sampling settings of every request.")
     learn_retrieved: bool = Field(default=True, description="Whether retrieved nodes are stored where they aren't yet.")
