@@ -14,7 +14,8 @@ import torch
 from prometheus_client import CollectorRegistry
 from tiny import llama, tokenizer
 
-from cachetune_rag import Answer, CacheTune, ConfigError, Document, EngineClosedError
+from cachetune_rag import Answer, CacheTune, ConfigError, Document, EngineClosedError, ModelChangedError
+from cachetune_rag.answering import executor as executor_module
 from cachetune_rag.reuse.state import PrefillState
 from cachetune_rag.telemetry.prometheus import CacheTuneCollector
 from cachetune_store import ChunkStore
@@ -215,23 +216,44 @@ def test_an_answer_that_is_given_up_is_not_read_again(engine: CacheTune) -> None
         list(pieces)
 
 
-def test_a_task_that_is_cancelled_meanwhile_reads_nothing_again(
-    engine: CacheTune, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("ended", ["closed", "cancelled"])
+def test_a_request_that_is_ended_meanwhile_reads_nothing_again(
+    engine: CacheTune, monkeypatch: pytest.MonkeyPatch, ended: str
 ) -> None:
-    least, read = middle(engine), engine.runtime.executor.read_again
-    cancelled: list[bool] = []
+    """While it waits for the model, say."""
+    least, executor = middle(engine), engine.runtime.executor
+    read, read_again = [], executor.read_again
 
-    def cancel(*arguments: Any) -> Any:
-        cancelled.append(True)
+    def end(*arguments: Any) -> Any:
+        if ended == "closed":
+            engine.close()
+        else:
+            monkeypatch.setattr(executor_module, "check_cancelled", cancelled)
+        return read_again(*arguments)
+
+    def cancelled() -> None:
         raise asyncio.CancelledError
 
-    monkeypatch.setattr(engine.runtime.executor, "read_again", cancel)
-    with pytest.raises(asyncio.CancelledError):
+    monkeypatch.setattr(executor, "read_again", end)
+    monkeypatch.setattr(engine.runtime.assembler, "full_prefill", read.append)
+    with pytest.raises(EngineClosedError if ended == "closed" else asyncio.CancelledError):
         list(stream(engine, min_sure=least))
-    assert cancelled
-    assert engine.stats().read_again == 0
-    monkeypatch.setattr(engine.runtime.executor, "read_again", read)
-    assert answer(engine, **WAYS[0], min_sure=1.0).token_ids == answer(engine, reuse=False).token_ids
+    assert read == []
+
+
+def test_weights_that_change_meanwhile_end_the_answer(engine: CacheTune, monkeypatch: pytest.MonkeyPatch) -> None:
+    least, assembler = middle(engine), engine.runtime.assembler
+    full_prefill = assembler.full_prefill
+
+    def change(*arguments: Any) -> PrefillState:
+        state = full_prefill(*arguments)
+        with torch.no_grad():
+            next(engine.adapter.model.parameters()).add_(1)
+        return state
+
+    monkeypatch.setattr(assembler, "full_prefill", change)
+    with pytest.raises(ModelChangedError):
+        list(stream(engine, min_sure=least))
 
 
 def test_reading_again_needs_no_store() -> None:
