@@ -46,6 +46,7 @@ from cachetune_rag.telemetry.observer import ObserverListener, Observers
 from cachetune_rag.telemetry.stats import EngineStats, LastKnownStoreStats, RequestCounter
 from cachetune_rag.text.prompts.continuations import Continuations
 from cachetune_rag.text.prompts.prompt import PromptBuilder
+from cachetune_rag.text.prompts.sentences import Sentences
 from cachetune_rag.text.tokenizer import private_copy
 from cachetune_store import ChunkStore, Namespace
 from cachetune_store.printing import shown
@@ -161,6 +162,7 @@ class Runtime:
             self.tunings.apply,
             self.model.check,
             Continuations(self.tokenizer),
+            Sentences(self.tokenizer),
         )
         if batch_tokens is None:
             batch_tokens = 8192 if self.adapter.device.type == "cuda" else 0

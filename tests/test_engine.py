@@ -31,6 +31,7 @@ SELECTORS = [
     "frequency",
     "expected_error",
     "expected_error_early",
+    "expected_error_sentences",
     "probe",
     "chunk_head",
     "kv_deviation",

@@ -53,7 +53,17 @@ LEADS = [[1, 40, 41, 42, 43], [1, 70, 71], [1, 90, 12, 13]]
 
 @WAYS
 @pytest.mark.parametrize(
-    "selector", ["frequency", "probe", "expected_error", "expected_error_early", "chunk_head", "none", "all"]
+    "selector",
+    [
+        "frequency",
+        "probe",
+        "expected_error",
+        "expected_error_early",
+        "expected_error_sentences",
+        "chunk_head",
+        "none",
+        "all",
+    ],
 )
 @pytest.mark.parametrize("codec", ["exact", "int8", "fp8", "int4"])
 def test_cuda_equals_cpu(tmp_path: Path, selector: str, codec: str, cuda_kernels: bool) -> None:

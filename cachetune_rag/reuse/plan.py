@@ -27,6 +27,7 @@ from cachetune_rag.selection import ReusedChunk, get_selector
 from cachetune_rag.selection.base import Selector, budget
 from cachetune_rag.text.prompts.continuations import FindContinuations
 from cachetune_rag.text.prompts.prompt import Prompt
+from cachetune_rag.text.prompts.sentences import FindSentences
 
 
 @dataclass(frozen=True)
@@ -139,10 +140,14 @@ class Planner:
         adapter: the model.
         loaders: make the loader of each prompt.
         continuations: finds the sentences that go on from one chunk of a prompt to the next.
+        sentences: finds all sentences of a prompt's chunks.
     """
 
-    def __init__(self, adapter: ModelAdapter, loaders: Loaders, continuations: FindContinuations):
-        self._adapter, self._loaders, self._continuations = adapter, loaders, continuations
+    def __init__(
+        self, adapter: ModelAdapter, loaders: Loaders, continuations: FindContinuations, sentences: FindSentences
+    ):
+        self._adapter, self._loaders = adapter, loaders
+        self._continuations, self._sentences = continuations, sentences
 
     def prepare(
         self, prompt: Prompt, found: FoundChunks, config: ReuseConfig, memory: KVMemory, stack: ExitStack, room: int
@@ -197,6 +202,7 @@ class Planner:
             loader,
             () if selector is None else self._continuations(prompt),
             kept,
+            self._sentences,
         )
         shift = choice = None
         if selector is not None:

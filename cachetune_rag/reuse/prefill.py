@@ -31,6 +31,7 @@ from cachetune_rag.selection import get_selector
 from cachetune_rag.selection.base import budget
 from cachetune_rag.text.prompts.continuations import FindContinuations, no_continuations
 from cachetune_rag.text.prompts.prompt import Prompt
+from cachetune_rag.text.prompts.sentences import FindSentences, no_sentences
 from cachetune_store import ChunkKey, ChunkReader, ChunkStore, make_key
 
 MEANWHILE = 0.0005
@@ -78,6 +79,7 @@ class Assembler:
         tuned: replaces settings that a request left to the engine by those tuned for a tier and codec.
         check: refuses a model whose weights were changed; called before and after each prompt.
         continuations: finds the sentences that go on from one chunk of a prompt to the next.
+        sentences: finds all sentences of a prompt's chunks.
 
     Attributes:
         memory: the engine's own memory for prompts.
@@ -93,13 +95,14 @@ class Assembler:
         tuned: Callable[[ReuseConfig, str, str], ReuseConfig] | None = None,
         check: Callable[[], None] = _nothing,
         continuations: FindContinuations = no_continuations,
+        sentences: FindSentences = no_sentences,
     ):
         self._adapter, self._store, self._lead_ins, self._pool = adapter, store, lead_ins, pool
         self._check = check
         self._opener = ChunkOpener(store, lead_ins, adapter.heads, pool, prefetcher, tuned)
         self._loaders = Loaders(adapter, pool)
-        self._continuations = continuations
-        self._planner = Planner(adapter, self._loaders, continuations)
+        self._continuations, self._sentences = continuations, sentences
+        self._planner = Planner(adapter, self._loaders, continuations, sentences)
         self._forward = PromptForward(adapter)
         self.memory: KVMemory = EngineMemory(adapter)
 
@@ -109,7 +112,14 @@ class Assembler:
 
     def on(self, store: ChunkStore) -> Assembler:
         """One for the chunks of another store. Nothing is read ahead there, and every setting is taken as it is given."""
-        return Assembler(self._adapter, store, self._lead_ins, self._pool, continuations=self._continuations)
+        return Assembler(
+            self._adapter,
+            store,
+            self._lead_ins,
+            self._pool,
+            continuations=self._continuations,
+            sentences=self._sentences,
+        )
 
     def forget(self) -> None:
         """Drop the kept beginnings of prompts, which were computed with the weights before."""

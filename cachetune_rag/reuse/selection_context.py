@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cachetune_rag.model import KVBuffers, ModelAdapter
@@ -20,6 +21,7 @@ from cachetune_rag.reuse.source import Source
 from cachetune_rag.selection.base import ReusedChunk, all_places
 from cachetune_rag.text.prompts.continuations import Continuation
 from cachetune_rag.text.prompts.prompt import Prompt
+from cachetune_rag.text.prompts.sentences import FindSentences, no_sentences
 
 BETWEEN = 64
 """The most tokens between two reused chunks that a look computes: what separates chunks, or a heading. More are a passage that isn't stored."""
@@ -42,6 +44,7 @@ class PromptView:
         loader: brings the stored rows there.
         continuations: see `SelectionContext`.
         kept: tokens at the prompt's beginning whose rows are in the buffers already.
+        sentences: finds those of the prompt's chunks.
 
     Attributes:
         probed: token-layers that the selector has had computed so far.
@@ -59,19 +62,30 @@ class PromptView:
         loader: LayerLoader,
         continuations: Sequence[Continuation] = (),
         kept: int = 0,
+        sentences: FindSentences = no_sentences,
     ):
         self.continuations = continuations
         self.chunks = [source.as_reused(loader.deviations) for source in sources]
         self.length, self.num_layers = len(prompt.ids), adapter.num_layers
         self.probed, self.ready = 0, kept
         self._adapter, self._prompt, self._computed = adapter, prompt, computed
-        self._buffers, self._loader = buffers, loader
+        self._buffers, self._loader, self._sentences = buffers, loader, sentences
         self._seen = computed  # those of the computed tokens that the last look computed
 
     @property
     def seed(self) -> int:
         """A number that depends on the prompt's token ids alone."""
         return int.from_bytes(hashlib.sha256(repr(self._prompt.ids).encode()).digest()[:7])
+
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """See `SelectionContext`."""
+        return ids_of(self._prompt).numpy()
+
+    @property
+    def sentences(self) -> NDArray[np.int64]:
+        """See `SelectionContext`."""
+        return self._sentences(self._prompt)
 
     def observe_attention(
         self, num_layers: int, queries: int, observe: Callable[[int, Tensor], None], whole: bool = False

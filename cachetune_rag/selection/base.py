@@ -11,6 +11,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cachetune_rag.selection.bound import RatioFinder
@@ -77,6 +78,15 @@ class SelectionContext(Protocol):
     @property
     def seed(self) -> int:
         """A number that depends on the prompt's token ids alone."""
+
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """The prompt's token ids: [length]."""
+
+    @property
+    def sentences(self) -> NDArray[np.int64]:
+        """The number of the sentence that each token of a chunk belongs to, ascending from 0; -1 for tokens of no chunk: [length]. -1 for all where
+        token ids spell no text."""
 
     @property
     def continuations(self) -> Sequence[tuple[range, range]]:

@@ -72,3 +72,15 @@ class EarlyExpectedErrorSelector(ExpectedErrorSelector):
 
     def __init__(self, depth: float = 0.25, queries: int = 64):
         super().__init__(depth, queries)
+
+
+class SentenceExpectedErrorSelector(ExpectedErrorSelector):
+    """The same scores, and whole sentences: those in which the errors are large, and those that have rare words in common with the query or with such sentences.
+
+    Single tokens with the largest errors and whole sentences take turns. So a fact is recomputed whole or not at all, and so are facts that are nearly the one
+    that is asked for, and the next fact of a chain (docs/selection.md, "Whole sentences").
+    """
+
+    name = names.EXPECTED_ERROR_SENTENCES
+    by_sentences = True
+    revision = 1

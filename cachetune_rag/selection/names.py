@@ -4,6 +4,7 @@ from __future__ import annotations
 
 EXPECTED_ERROR = "expected_error"
 EXPECTED_ERROR_EARLY = "expected_error_early"
+EXPECTED_ERROR_SENTENCES = "expected_error_sentences"
 PROBE = "probe"
 FREQUENCY = "frequency"
 KV_DEVIATION = "kv_deviation"
@@ -20,6 +21,7 @@ OFFLINE = FREQUENCY
 BUILT_IN = (
     EXPECTED_ERROR,
     EXPECTED_ERROR_EARLY,
+    EXPECTED_ERROR_SENTENCES,
     PROBE,
     FREQUENCY,
     KV_DEVIATION,

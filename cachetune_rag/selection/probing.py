@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import ClassVar
 
 import numpy as np
 from torch import Tensor
 
-from cachetune_rag.selection.base import SelectionContext, Selector, all_places, top_places, total_budget
+from cachetune_rag.selection.base import SelectionContext, Selector, all_places, total_budget
 from cachetune_rag.selection.bound import RatioFinder
-from cachetune_rag.selection.choice import Choice, ErrorLeft, unsureness
+from cachetune_rag.selection.choice import Choice, unsureness
 from cachetune_rag.selection.continued import with_continuations
+from cachetune_rag.selection.whole_sentences import Chooser, SentenceChoice, SingleTokens
 
 
 class ProbingSelector(Selector):
@@ -23,6 +25,8 @@ class ProbingSelector(Selector):
 
     predicts = True
     revision = 2  # 1: the rest of a cut sentence had no more than its own score
+    by_sentences: ClassVar[bool] = False
+    """Whether whole sentences are chosen (`selection/whole_sentences.py`). Where a prompt's tokens spell none, single tokens are."""
 
     def __init__(self, depth: float, queries: int):
         self.depth, self.queries = depth, queries
@@ -52,21 +56,24 @@ class ProbingSelector(Selector):
             return Choice(places[:count], ratio)
         layers = self.layers(context.num_layers)
         # The choice is made on the host: sending `places` to a GPU would wait for all KV that is still being copied there.
-        scores = self.scores(context, layers, count if finder is None else None).cpu()
-        scores = with_continuations(scores, context.continuations, context.chunks)
+        on_device = self.scores(context, layers, count if finder is None else None)
+        whole = SentenceChoice(context, places) if self.by_sentences else None
+        scores = with_continuations(on_device.cpu(), context.continuations, context.chunks)
+        chooser: Chooser = SingleTokens(scores, places) if whole is None or not whole.possible else whole.by(scores)
+        numbers = scores.numpy()
+        total = numbers[places.numpy()].sum(dtype=np.float64)
+
+        def left_by(chosen: Tensor) -> float:
+            return max(0.0, float(total - numbers[chosen.numpy()].sum(dtype=np.float64)))
+
         signs: dict[float, float] = {}
         prediction = None
         if finder is not None:
-            left = ErrorLeft(scores.numpy()[places.numpy()])
             unsure = unsureness(context.next_token(layers))
-            ladder = finder.ratios or (ratio,)
-            errors = left.behind([total_budget(context.chunks, each) for each in ladder])
-            signs = {each: error * unsure for each, error in zip(ladder, errors, strict=True)}
+            for each in finder.ratios or (ratio,):
+                signs[each] = left_by(chooser.take(total_budget(context.chunks, each))) * unsure
             found, prediction = finder.find(list(signs.values()))
             ratio = ratio if found is None else found
             count = total_budget(context.chunks, ratio)
-        chosen = top_places(scores, places, count) if 0 < count < len(places) else places[:count]
-        numbers = scores.numpy()
-        # Summed in float64, as those of `ErrorLeft`.
-        error_left = numbers[places.numpy()].sum(dtype=np.float64) - numbers[chosen.numpy()].sum(dtype=np.float64)
-        return Choice(chosen, ratio, max(0.0, float(error_left)), signs.get(ratio), prediction)
+        chosen = chooser.take(count)
+        return Choice(chosen, ratio, left_by(chosen), signs.get(ratio), prediction)

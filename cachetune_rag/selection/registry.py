@@ -6,7 +6,11 @@ from cachetune_rag.errors import ConfigError
 from cachetune_rag.selection.base import Selector
 from cachetune_rag.selection.chunk_head import ChunkHeadSelector
 from cachetune_rag.selection.constant import AllSelector, NoneSelector
-from cachetune_rag.selection.expected_error import EarlyExpectedErrorSelector, ExpectedErrorSelector
+from cachetune_rag.selection.expected_error import (
+    EarlyExpectedErrorSelector,
+    ExpectedErrorSelector,
+    SentenceExpectedErrorSelector,
+)
 from cachetune_rag.selection.frequency import FrequencySelector
 from cachetune_rag.selection.kv_deviation import KVDeviationSelector
 from cachetune_rag.selection.layer0_value import Layer0ValueSelector
@@ -46,6 +50,7 @@ for _selector in (
     ProbeSelector(),
     ExpectedErrorSelector(),
     EarlyExpectedErrorSelector(),
+    SentenceExpectedErrorSelector(),
     ChunkHeadSelector(),
     KVDeviationSelector(),
     Layer0ValueSelector(),

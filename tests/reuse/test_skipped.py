@@ -28,7 +28,16 @@ CHUNKS = [
 ]
 QUERY = "How many steps are there?"
 TOKENS = sum(map(len, CHUNKS))
-ONLINE = ["expected_error", "expected_error_early", "probe", "chunk_head", "random", "kv_deviation", "layer0_value"]
+ONLINE = [
+    "expected_error",
+    "expected_error_early",
+    "expected_error_sentences",
+    "probe",
+    "chunk_head",
+    "random",
+    "kv_deviation",
+    "layer0_value",
+]
 
 
 @pytest.fixture(scope="module")

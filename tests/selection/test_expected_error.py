@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from plain_llama import PlainLlama
+from plain_sentences import chosen
 from tiny import llama, tokenizer
 from torch import Tensor
 
@@ -29,6 +30,7 @@ from cachetune_rag.selection import ReusedChunk, get_selector
 from cachetune_rag.selection.expected_error import ExpectedErrorSelector
 from cachetune_rag.selection.frequency import FrequencySelector
 from cachetune_rag.text.prompts.prompt import Prompt
+from cachetune_rag.text.prompts.sentences import Sentences
 from cachetune_store import ChunkReader, LayerSpec, get_codec
 from cachetune_store.readers import HostReader
 
@@ -82,15 +84,17 @@ def stored_rows(engine: CacheTune, prompt: Any) -> tuple[list[tuple[Any, Any]], 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts of any length have a shortlist."""
-    monkeypatch.setattr(get_selector("expected_error"), "least", 1)
+    for name in ("expected_error", "expected_error_sentences"):
+        monkeypatch.setattr(get_selector(name), "least", 1)
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1], [2, 2, 0]])
 @pytest.mark.parametrize("ratio", [0.05, 0.3, 0.9])
+@pytest.mark.parametrize("selector", ["expected_error", "expected_error_sentences"])
 @pytest.mark.usefixtures("short")
-def test_a_request_equals_a_float64_reference(engine: CacheTune, order: list[int], ratio: float) -> None:
+def test_a_request_equals_a_float64_reference(engine: CacheTune, selector: str, order: list[int], ratio: float) -> None:
     """Score, selection, shift and recompute, from the stored rows to the logits."""
-    check(engine, engine.prompts.build(query=QUERY, chunks=[CHUNKS[i] for i in order]), ratio, [])
+    check(engine, engine.prompts.build(query=QUERY, chunks=[CHUNKS[i] for i in order]), ratio, [], selector)
 
 
 @pytest.mark.parametrize("new", [(0,), (1,), (1, 2), (3,), (0, 2, 3)], ids=str)
@@ -136,8 +140,10 @@ def test_tokens_before_the_first_reused_chunk_are_computed_by_the_look_alone(
         assert state.report.computed - state.report.recomputed == len(prompt.ids) - sum(map(len, CHUNKS))
 
 
-def check(engine: CacheTune, prompt: Prompt, ratio: float, left_out: Sequence[int]) -> Report:
-    """A prompt by the default selector, whose look leaves out some places, against the reference."""
+def check(
+    engine: CacheTune, prompt: Prompt, ratio: float, left_out: Sequence[int], selector: str = "expected_error"
+) -> Report:
+    """A prompt by a selector whose look leaves out some places, against the reference."""
     spans = [(s.start, s.end) for s in prompt.spans]
     inside = {j for start, end in spans for j in range(start, end)}
     new = [j for j in range(len(prompt.ids)) if j not in inside]
@@ -151,12 +157,15 @@ def check(engine: CacheTune, prompt: Prompt, ratio: float, left_out: Sequence[in
     error = plain.forward(
         prompt.ids, base, stored, queries=queries, deviations=deviations, shortlist=shortlist, left_out=left_out
     ).error
-    best = sorted(inside, key=lambda j: (-error[j], j))[: int(ratio * len(inside) + 1e-9)]
+    count = int(ratio * len(inside) + 1e-9)
+    best = sorted(inside, key=lambda j: (-error[j], j))[:count]
+    if selector == "expected_error_sentences":
+        best = chosen(prompt.ids, Sentences(engine.tokenizer)(prompt).tolist(), error, inside, count)
     rows = sorted([*new, *best])
     shifted = [(a, b) for a, b in spans if any(a <= j < b for j in best)]
     wanted = plain.forward(prompt.ids, rows, stored, shifted, 0.4)
 
-    state = engine.prefill(prompt=prompt, ratio=ratio)
+    state = engine.prefill(prompt=prompt, ratio=ratio, selector=selector)
     np.testing.assert_allclose(state.logits[0].numpy(), wanted.logits, rtol=0, atol=1e-3)
     for layer, entry in enumerate(state.cache.layers):
         got = entry.keys[0].transpose(0, 1).numpy()

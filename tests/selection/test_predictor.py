@@ -12,7 +12,7 @@ import torch
 
 from cachetune_rag.report import Prediction
 from cachetune_rag.selection.bound import Bound, SignOnly
-from cachetune_rag.selection.choice import ErrorLeft, unsureness
+from cachetune_rag.selection.choice import unsureness
 from cachetune_rag.selection.predictor import FEWEST_PROMPTS, Observation, Predictor
 
 RATIOS = (0.05, 0.15, 0.5)
@@ -161,11 +161,6 @@ def test_the_reason_names_what_was_predicted_and_what_was_asked_for() -> None:
         found.why
         == "predicted KL 0.04, top-1 agreement 0.92; least ratio for KL at most 0.05 and top-1 agreement at least 0.9"
     )
-
-
-def test_what_is_left_is_the_sum_of_the_smallest_scores() -> None:
-    left = ErrorLeft(np.array([3.0, 0.5, 2.0, 1.0], np.float32))
-    assert left.behind([0, 1, 2, 3, 4]) == [6.5, 3.5, 1.5, 0.5, 0.0]
 
 
 def test_a_given_ratio_is_taken_whatever_the_sign() -> None:

@@ -34,6 +34,7 @@ class FakeContext:
             self.chunks.append(ReusedChunk(start, order, values))
             start += len(row)
         self.length, self.seed, self.attention = start + 2, seed, attention
+        self.ids, self.sentences = np.arange(self.length), np.full(self.length, -1)
         self.layers_run: list[int] = []
         generator = torch.Generator().manual_seed(seed)
         shape = (2, self.num_layers, self.length, 2, 4)  # keys and values of two heads
@@ -66,7 +67,15 @@ class FakeContext:
 
 
 PER_CHUNK = ["frequency", "chunk_head"]
-OVER_ALL = ["probe", "expected_error", "expected_error_early", "kv_deviation", "layer0_value", "random"]
+OVER_ALL = [
+    "probe",
+    "expected_error",
+    "expected_error_early",
+    "expected_error_sentences",
+    "kv_deviation",
+    "layer0_value",
+    "random",
+]
 
 
 def numpy_scores(layers: list[tuple[np.ndarray, np.ndarray]], alpha: float) -> np.ndarray:
@@ -154,6 +163,7 @@ def test_only_expected_error_shifts() -> None:
     assert {n: get_selector(n).shift for n in selector_names() if get_selector(n).shift} == {
         "expected_error": 0.4,
         "expected_error_early": 0.4,
+        "expected_error_sentences": 0.4,
     }
 
 
@@ -277,7 +287,11 @@ def test_every_selector_of_the_package_is_named_once_and_says_what_it_needs() ->
     ours = {name for name in selector_names() if type(get_selector(name)).__module__.startswith("cachetune_rag.")}
     assert ours == set(names.BUILT_IN)
     assert {n for n in ours if not get_selector(n).uses_ratio} == {"all", "none"}
-    assert {n for n in ours if get_selector(n).uses_deviations} == {"expected_error", "expected_error_early"}
+    assert {n for n in ours if get_selector(n).uses_deviations} == {
+        "expected_error",
+        "expected_error_early",
+        "expected_error_sentences",
+    }
     assert {n for n in ours if get_selector(n).offline} == {names.OFFLINE}
     assert resolve("auto", 0).selector == names.DEFAULT
     assert all(word in (*names.BUILT_IN, "...", "or", "auto") for word in names.HELP.replace(",", "").split())
