@@ -1,4 +1,4 @@
-"""Full prefill once more with something changed that should change no answer: what it keeps is the most that reuse can be asked to keep."""
+"""Full prefill once more with something changed that should change no answer. What it loses was a close call, so it says how much of what reuse loses may be that, too."""
 
 from __future__ import annotations
 

@@ -199,14 +199,9 @@ class _Run:
 
     def _read_again(self, said: Sequence[int], sure: float) -> tuple[Tensor, Step]:
         """See `doubt.ReadAgain`."""
-        executor, request, began, first = (
-            self._executor,
-            self._request,
-            time.perf_counter(),
-            self._state.without_memory(),
-        )
+        executor, request, began = self._executor, self._request, time.perf_counter()
         assert request.min_sure is not None
-        self._state = first
+        self._state = first = self._state.without_memory()
         full, logits = executor.read_again(request, said)
         self._state = replace(full, report=first.report, missed=first.missed)
         tokens = len(request.prompt.ids) + len(said)

@@ -245,7 +245,9 @@ def test_two_servers_use_one_encrypted_store(
         others = pool.submit(come_and_go, server)
         answers = [pool.submit(server.post, body) for body in bodies]
         found = beside.tokens(prompts, **asks)
-        assert [answer.result()[0] for answer in answers] == [200] * 4
+        told = [answer.result()[1]["kv_transfer_params"]["cachetune"] for answer in answers]
+        # One that is left to vLLM may be over before the worker has said what it will store. It says what was missed.
+        assert all(each["storing"] == 1 if "storing" in each else each["left"] and each["missed"] for each in told), told
         others.result()
     assert found == Served(beside.tiny, filled_store(tmp_path)[1]).engines(prompts, **asks)
     chunks, until, number = [CHUNKS[0], *notes], time.monotonic() + 60, 0
@@ -256,8 +258,6 @@ def test_two_servers_use_one_encrypted_store(
         assert time.monotonic() < until, said
         number += 1
         time.sleep(0.2)
-        for body in bodies:  # on a busy machine, a request may have been left to vLLM: its note is stored once it is asked for again
-            server.post(body)
     beside.assert_nothing_left_behind()
     written = b"".join(file.read_bytes() for file in server.store.rglob("*") if file.is_file())
     assert not [text for text in chunks if text.encode() in written]

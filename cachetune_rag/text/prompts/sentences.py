@@ -40,9 +40,8 @@ class Sentences:
 
     def __init__(self, tokenizer: Any):
         self._pieces = Pieces(tokenizer)
-        self._known = np.empty(
-            0, np.int8
-        )  # of each token of the vocabulary: 1 if it ends a sentence, 0 if not, -1 if nobody asked yet
+        # Of each token of the vocabulary: 1 if it ends a sentence, 0 if not, -1 if nobody asked yet.
+        self._known = np.empty(0, np.int8)
 
     def __call__(self, prompt: Prompt) -> NDArray[np.int64]:
         """Those of a prompt."""
