@@ -2,64 +2,38 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from .arguments import check_flag, check_items, check_key, check_keys, check_kind, check_text
-from .buffers import SlabPool
 from .chunk import Chunk, encode_chunk
-from .claims import Claim, Claims, FileClaims, MemoryClaims
-from .codecs import get_codec
-from .directory import StoreDirectory
-from .documents import Documents
+from .claims import Claim
 from .errors import (
-    ErasedChunkError,
-    IndexDamagedError,
     StoreArgumentError,
     StoreClosedError,
     StoreError,
     StoreForkedError,
-    StoreKeyError,
     StoreReadOnlyError,
 )
-from .files import explain
 from .holders import Holders
-from .index import Index, MemoryIndex
 from .keys import ChunkKey, Namespace
-from .notes import SECRET, Notes
-from .paths import is_store, store_path
-from .placement import Placement
-from .printing import shown, without_password
-from .pruning import Keep, by_tenant, groups, prune
-from .rawfile import DirectIO
+from .parts import StoreParts
+from .printing import shown
+from .pruning import Keep
 from .readers import ChunkReader
-from .remote.places import is_remote
-from .removals import removals_of
-from .repair import Repair
-from .seals import CHECKSUMS, Seal
+from .seals import Seal
+from .settings import StoreSettings
 from .stats import ChunkGroup, DocumentInfo, PruneReport, StoreStats, TenantStats, VerifyReport
 from .storekey import GivenKey, StoreKey
-from .texts import texts_revision
-from .tiers import DeviceTier, DiskTier, HostTier, Pins, Tier, TierKind
-from .units import MOST_BYTES, parse_bytes
-
-if TYPE_CHECKING:
-    from .remote.shared import Shared
-    from .tenants import TenantSecrets
+from .tiers import DeviceTier, Tier, TierKind
+from .units import MOST_BYTES
 
 __all__ = ["ChunkStore"]
-
-_log = logging.getLogger(__name__)
-_LEAST_IDLE = 256 << 20
-_MOST_SECONDS = 86_400
-_Result = TypeVar("_Result")
 
 
 class ChunkStore:
@@ -131,117 +105,33 @@ class ChunkStore:
         store_key: GivenKey = None,
         encrypt: bool | None = None,
     ) -> None:
-        if is_remote(path):
-            if remote is not None:
-                raise StoreArgumentError(
-                    f"the store's path is the URL {shown(without_password(str(path)))}, and remote is {shown(without_password(str(remote)))}: use a folder as the path, or leave remote out"
-                )
-            remote, path = str(path), None
-        self.path = None if path is None else store_path(path)
-        self.remote = None if remote is None else without_password(str(remote))
-        self._remote_options: dict[str, Any] = {"remote_timeout": remote_timeout, "remote_options": remote_options}
-        self._remote_url = remote
-        self._given_key = store_key
-        self._key = StoreKey.given(store_key)
-        if self._key is not None and self.path is None and remote is None:
-            raise StoreArgumentError(
-                "store_key is given for a store in memory only, where there is nothing to protect: leave it out, or give the store a path"
-            )
-        if encrypt is not None:
-            check_flag(encrypt, "encrypt")
-        if encrypt and self._key is None:
-            raise StoreArgumentError(
-                "encrypt is True, and no store_key is given: give a key as well, made for example by `openssl rand -hex 32`, or leave encrypt out"
-            )
-        self.codec = get_codec(codec).name
-        host_bytes, disk_bytes = parse_bytes(host_budget, "host_budget"), parse_bytes(disk_budget, "disk_budget")
-        for name, flag in (("pin_memory", pin_memory), ("direct_io", direct_io)):
-            if flag is not None:
-                check_flag(flag, name)
-        pinned = torch.cuda.is_available() if pin_memory is None else pin_memory
-        if pinned and not torch.cuda.is_available():
-            raise StoreArgumentError("pin_memory is True, but there is no CUDA device; leave it out or set it to False")
-        idle = max(host_bytes // 8, _LEAST_IDLE) if read_memory is None else parse_bytes(read_memory, "read_memory")
-        self.memory = SlabPool(pinned=pinned, limit=idle)
+        self._settings = settings = StoreSettings(
+            path,
+            codec=codec,
+            host_budget=host_budget,
+            disk_budget=disk_budget,
+            device_budget=device_budget,
+            device=device,
+            read_memory=read_memory,
+            pin_memory=pin_memory,
+            direct_io=direct_io,
+            remote=remote,
+            remote_codec=remote_codec,
+            remote_timeout=remote_timeout,
+            remote_options=remote_options,
+            store_key=store_key,
+            encrypt=encrypt,
+        )
+        self.path, self.remote, self.codec = settings.path, settings.remote, settings.codec
         self._closed = False
         self._process = os.getpid()
-        self._directory: StoreDirectory | None = None
-        self._removals = removals_of(self.path)
-        pins = Pins()
-        self._host = host = HostTier(host_bytes, pins)
-        on_device = _device_tier(parse_bytes(device_budget, "device_budget"), device, pins)
-        self._shared: Shared | None = None
-        self._secrets: TenantSecrets | None = None
-        self._notes: Notes
-        self._placement: Placement
-
-        def share() -> list[Tier]:
-            if remote is None:
-                return []
-            if self.read_only:
-                raise StoreReadOnlyError(
-                    f"the store {self.path} can only be read here, so nothing of {self.remote} could be kept in it: give the URL as the store's path"
-                )
-            # Imported here: without a remote tier nothing of it is loaded.
-            from .remote.shared import Shared
-
-            self._shared = Shared(
-                remote,
-                timeout=_seconds(remote_timeout),
-                options=remote_options or {},
-                codec=None if remote_codec is None else get_codec(remote_codec).name,
-                index=self.index,
-                documents=self._documents,
-                notes=self._notes,
-                pins=pins,
-                pool=self.memory,
-                behind=self.path is not None,
-                source=lambda key: self._placement.whole_here(key),
-                forget=lambda keys: self._placement.forget(keys),
-                key=self._key,
-                encrypted=(encrypt or None) if self._directory is None else self._directory.encrypted,
-                keyring=self._keyring,
-                erased=self._erased_elsewhere,
-            )
-            self._notes = self._shared.notes
-            return [self._shared.tier]
-
-        if self.path is None:
-            self.index: Index = MemoryIndex()
-            self._documents = Documents(self.index, None, None, self._removals)
-            self._notes = Notes(None, None)
-            self._claims: Claims = MemoryClaims()
-            self._placement = Placement([*on_device, host, *share()], self.index, self._claims)
-            self._repair = Repair(None, self._placement, self._documents)
-            self._open_shared()
-            return
-        try:
-            if encrypt is None and self._key is not None and remote is not None and not is_store(self.path):
-                from .remote.shared import is_encrypted
-
-                encrypt = is_encrypted(remote, timeout=_seconds(remote_timeout), options=remote_options or {})
-            self._directory = directory = StoreDirectory(self.path, self._key, self._keyring, encrypt=bool(encrypt))
-            self.index, temp = directory.index, directory.temp
-            self._documents = Documents(self.index, self.path / "documents", temp, self._removals, directory.seal)
-            self._notes = Notes(self.path / "notes", temp, directory.seal)
-            self._claims = FileClaims(self.path / "claims.lock") if directory.read_only is None else MemoryClaims()
-            disk = DiskTier(
-                self.path,
-                budget=disk_bytes,
-                index=self.index,
-                temp=temp,
-                pins=pins,
-                pool=self.memory,
-                direct=DirectIO(direct_io),
-                seal=directory.seal,
-            )
-            self._placement = Placement([*on_device, host, disk, *share()], self.index, self._claims)
-            self._connect_secrets()
-            self._repair = Repair(directory, self._placement, self._documents)
-            directory.bring_in_line(disk, self._documents)
-            self._open_shared()
-        except OSError as error:
-            raise explain(error, self.path) from error
+        self._parts = parts = StoreParts(settings)
+        self.index, self.memory = parts.index, parts.memory
+        self._placement, self._repair = parts.placement, parts.repair
+        self._documents, self._notes, self._claims = parts.documents, parts.notes, parts.claims
+        self._shared, self._secrets = parts.shared, parts.secrets
+        self._changes, self._texts, self._overview = parts.changes, parts.texts, parts.overview
+        self._upkeep, self._deletion = parts.upkeep, parts.deletion
 
     def check_writable(self) -> None:
         """Raise an error if nothing can be written, before work is done for it.
@@ -250,7 +140,8 @@ class ChunkStore:
             StoreReadOnlyError: the directory may only be read.
         """
         self._check_open()
-        refusal = None if self._directory is None else self._directory.read_only
+        directory = self._parts.directory
+        refusal = None if directory is None else directory.read_only
         if refusal is not None:
             raise StoreReadOnlyError(
                 f"the store {self.path} can only be read here ({refusal.filename or self.path}: {refusal.strerror}): it answers from what it "
@@ -347,7 +238,8 @@ class ChunkStore:
 
     def _stored(self, chunk: Chunk) -> int:
         size = self._repair.healed(lambda: self._placement.put(chunk))
-        self._tell_others()
+        if self._shared is not None:
+            self._shared.changed()
         return size
 
     def open(self, key: ChunkKey, *, errors: list[StoreError] | None = None) -> ChunkReader | None:
@@ -360,14 +252,14 @@ class ChunkStore:
         check_key(key)
         if errors is not None:
             check_kind(errors, list, "errors", "use a list to be filled, or None")
-        self._look_for_erased()
+        self._secrets.look()
         return self._placement.open(key, [] if errors is None else errors)
 
     def open_in_memory(self, key: ChunkKey) -> ChunkReader | None:
         """As open(), but only if the chunk is in host memory or on the device. The disk is not touched."""
         self._check_open()
         check_key(key)
-        self._look_for_erased()
+        self._secrets.look()
         return self._placement.open_in_memory(key)
 
     def contains(self, key: ChunkKey, *, lasting: bool = False) -> bool:
@@ -379,23 +271,24 @@ class ChunkStore:
         self._check_open()
         check_key(key)
         check_flag(lasting, "lasting")
-        self._look_for_erased()
+        self._secrets.look()
         return self._placement.contains(key, lasting=lasting)
 
     @property
     def seal(self) -> Seal:
         """What makes and checks the sums of files in the directory. With a key, it is for whoever keeps files of their own there."""
-        return CHECKSUMS if self._directory is None else self._directory.seal
+        return self._parts.seal
 
     @property
     def read_only(self) -> bool:
         """Whether the directory may be read but not written. Nothing is then stored."""
-        return self._directory is not None and self._directory.read_only is not None
+        directory = self._parts.directory
+        return directory is not None and directory.read_only is not None
 
     @property
     def host_budget(self) -> int:
         """Bytes that the host tier may hold."""
-        return self._host.budget
+        return self._parts.host.budget
 
     @property
     def device_budget(self) -> int:
@@ -436,9 +329,15 @@ class ChunkStore:
         # Memory that rows were read into is used again, as it is for requests when host memory is full.
         options: dict[str, Any] = {"host_budget": 0, "read_memory": MOST_BYTES}
         if kind.shared_by != "machines":
-            return ChunkStore(self.path, disk_budget=MOST_BYTES, store_key=self._given_key, **options)
+            return ChunkStore(self.path, disk_budget=MOST_BYTES, store_key=self._secrets.given, **options)
         self.sync()  # what was stored just now is to be there
-        return ChunkStore(self._remote_url, store_key=self._given_key, **options, **self._remote_options)
+        return ChunkStore(
+            self._settings.remote_url,
+            store_key=self._secrets.given,
+            remote_timeout=self._settings.remote_timeout,
+            remote_options=self._settings.remote_options,
+            **options,
+        )
 
     def settle_memory(self) -> None:
         """Make host memory that is no longer used ready for new chunks. See `SlabPool.prepare_idle_memory`."""
@@ -506,12 +405,7 @@ class ChunkStore:
         self.check_writable()
         check_text(doc_id, "document id")
         check_text(tenant, "tenant")
-        held = check_keys(keys)
-
-        def change() -> None:
-            self._documents.put(tenant, doc_id, held, self._free)
-
-        self._change(change, "put", tenant, doc_id, held)
+        self._changes.put(tenant, doc_id, check_keys(keys))
 
     def extend_document(
         self, document_id: str, keys: Sequence[ChunkKey], *, tenant: str = "", since: int | None = None
@@ -534,14 +428,7 @@ class ChunkStore:
         self.check_writable()
         check_text(document_id, "document id")
         check_text(tenant, "tenant")
-        held = check_keys(keys)
-        return self._change(
-            lambda: self._documents.extend(tenant, document_id, held, self._free, since),
-            "add",
-            tenant,
-            document_id,
-            held,
-        )
+        return self._changes.extend(tenant, document_id, check_keys(keys), since)
 
     def removed_since(self, number: int, document_id: str | None = None, *, tenant: str = "") -> bool:
         """Whether this process has removed or replaced a document, or deleted its tenant, since `changes_so_far` was `number`."""
@@ -551,12 +438,12 @@ class ChunkStore:
         if document_id is not None:
             check_text(document_id, "document id")
         check_text(tenant, "tenant")
-        return self._removals.since(number, tenant, document_id)
+        return self._parts.removals.since(number, tenant, document_id)
 
     @property
     def texts_gone(self) -> int:
         """How often this process has removed texts from documents."""
-        return self._removals.texts_gone
+        return self._parts.removals.texts_gone
 
     def holders(self, keys: Sequence[ChunkKey], *, tenant: str = "") -> list[str]:
         """Ids of the tenant's documents that hold one of these chunks. Unless there are none, all records of the tenant are read."""
@@ -578,9 +465,7 @@ class ChunkStore:
         """
         self.check_writable()
         check_key(key)
-        freed = self._repair.healed(lambda: self._documents.free_unheld(key, self._free))
-        self._tell_others()
-        return freed
+        return self._changes.free_unheld(key)
 
     def delete_document(self, doc_id: str, *, tenant: str = "") -> int:
         """Delete a document and the chunks that no other document holds. Returns the bytes that were freed.
@@ -591,19 +476,13 @@ class ChunkStore:
         self.check_writable()
         check_text(doc_id, "document id")
         check_text(tenant, "tenant")
-        if self._shared is not None and self._repair.healed(lambda: self._documents.chunks_of(tenant, doc_id)) is None:
-            self._shared.now()  # others may have stored it just now
-        return self._change(lambda: self._documents.delete(tenant, doc_id, self._free), "del", tenant, doc_id)
+        return self._changes.delete(tenant, doc_id)
 
     def documents(self, *, tenant: str = "") -> list[DocumentInfo]:
         """The tenant's documents, by id."""
         self._check_open()
         check_text(tenant, "tenant")
-        found = []
-        for doc_id, keys in self._repair.healed(lambda: list(self._documents.of(tenant))):
-            sizes = [size for size in map(self._placement.size_of, dict.fromkeys(keys)) if size]
-            found.append(DocumentInfo(doc_id, tenant, keys, len(sizes), sum(sizes)))
-        return sorted(found, key=lambda info: info.id)
+        return self._overview.documents(tenant)
 
     def texts(
         self, *, namespace: Namespace | None = None, keys: Iterable[ChunkKey] | None = None
@@ -616,7 +495,7 @@ class ChunkStore:
         if namespace is not None:
             check_kind(namespace, Namespace, "namespace", "use a Namespace, or None for all")
         wanted = None if namespace is None else namespace.digest
-        return self._texts(wanted) if keys is None else self._texts_of(check_keys(keys), wanted)
+        return self._texts.every(wanted) if keys is None else self._texts.of(check_keys(keys), wanted)
 
     def texts_in_memory(self) -> list[str]:
         """The texts of the chunks that memory has now, the host's or a device's, as far as they are stored with their texts."""
@@ -633,36 +512,7 @@ class ChunkStore:
     def text_keys(self) -> list[ChunkKey]:
         """The keys of all chunks stored with their texts, of whatever namespace; far quicker than `texts`, for it reads no text."""
         self._check_open()
-        names = self._repair.healed(lambda: list(self.index.names("text/")))
-        return [ChunkKey(name.removeprefix("text/")) for name in names]
-
-    def _texts_of(self, keys: Sequence[ChunkKey], wanted: str | None) -> Iterator[tuple[ChunkKey, str, int]]:
-        for key in keys:
-            record = self._text_record(key)
-            if record is not None and (wanted is None or record["namespace"] == wanted):
-                text = self._text(key, record)
-                if text is not None:
-                    yield key, text, record["tokens"]
-
-    def _text_record(self, key: ChunkKey) -> Any:
-        return self._repair.healed(lambda: self.index.get(f"text/{key}"))
-
-    def _texts(self, wanted: str | None) -> Iterator[tuple[ChunkKey, str, int]]:
-        last = ""
-        while True:
-            try:
-                for name, record in self.index.items("text/"):
-                    place = self.index.place(name)
-                    if place > last and (wanted is None or record["namespace"] == wanted):
-                        key = ChunkKey(name.removeprefix("text/"))
-                        text = self._text(key, record)
-                        if text is not None:
-                            yield key, text, record["tokens"]
-                    last = max(last, place)
-                return
-            except IndexDamagedError as error:
-                # The loop goes on behind the last name that was returned.
-                self._repair.heal(error)
+        return self._texts.keys()
 
     def note(self, name: str, *, tenant: str = "") -> bytes | None:
         """A note, which is a small record on which all users of the store agree; None if there is none of that name (64 hex digits).
@@ -693,7 +543,7 @@ class ChunkStore:
     def revision(self) -> int:
         """A number that changes whenever the result of texts() changes, in any process."""
         self._check_open()
-        return self._repair.healed(lambda: texts_revision(self.index))
+        return self._texts.revision()
 
     def verify(self) -> VerifyReport:
         """Read and check every file in full. Set damaged ones aside, delete files of dead writers, and repair the index.
@@ -701,11 +551,7 @@ class ChunkStore:
         Of the remote tier, only what dead writers left is looked for and deleted.
         """
         self.check_writable()
-        with self._others_paused():
-            report = self._repair.healed(lambda: self._repair.check(full=True))
-        if self._shared is not None:
-            self._repair.healed(self._shared.tier.catalogue.sweep)
-        return report
+        return self._upkeep.verify()
 
     def sync(self) -> None:
         """Tell the remote tier what changed here, and read what others changed there, now. It also happens by itself, within seconds.
@@ -720,7 +566,7 @@ class ChunkStore:
     def groups(self) -> list[ChunkGroup]:
         """Groups of chunks that were made alike, the largest first. The head of every file is read."""
         self._check_open()
-        return groups(self._placement)
+        return self._overview.groups()
 
     def tenants(self, found: Iterable[ChunkGroup] | None = None) -> list[TenantStats]:
         """What each tenant has in the store, the largest first. This is for the operator of the store, not for its tenants.
@@ -733,7 +579,7 @@ class ChunkStore:
             found = check_items(found, "groups", "use what groups() gave, or None")
             for group in found:
                 check_kind(group, ChunkGroup, "group", "use what groups() gave")
-        return by_tenant(self.groups() if found is None else found, self._repair.healed(self._documents.by_tenant))
+        return self._overview.tenants(found)
 
     def prune(self, keep: Keep, *, foreign_too: bool = False, dry_run: bool = False) -> PruneReport:
         """Remove every chunk for which `keep` returns False.
@@ -755,9 +601,7 @@ class ChunkStore:
         check_flag(dry_run, "dry_run")
         if not dry_run:
             self.check_writable()
-        report = self._repair.healed(lambda: prune(self._placement, keep, foreign_too=foreign_too, dry_run=dry_run))
-        self._tell_others()
-        return report
+        return self._upkeep.prune(keep, foreign_too=foreign_too, dry_run=dry_run)
 
     def delete_tenant(self, tenant: str) -> int:
         """Delete a tenant's documents, notes and all its chunks. Returns the bytes that were freed.
@@ -770,27 +614,7 @@ class ChunkStore:
         """
         self.check_writable()
         check_text(tenant, "tenant")
-        self._removals.note(tenant, None)
-        self.sync()  # what others have stored just now goes, too
-        self._erase(tenant)
-        freed = sum(self.delete_document(info.id, tenant=tenant) for info in self.documents(tenant=tenant))
-        self._repair.healed(lambda: self._notes.delete_all(tenant))
-        return freed + self.prune(lambda head: head.namespace.tenant != tenant).bytes
-
-    def _erase(self, tenant: str) -> None:
-        """Tell the others that a tenant is deleted, and erase its secrets, if it has any."""
-        secrets = self._secrets
-        # Told first: what is told and not done yet, others do.
-        told = "" if secrets is None else self._repair.healed(lambda: secrets.life(tenant))
-        if self._repair.healed(lambda: self.index.get("catalogue")) is not None:
-            # Also where the store is open without its place: it is told when it is opened with it again.
-            from .remote.book import Book
-
-            with self.index.transaction():
-                Book(self.index).tell({"op": "erase", "tenant": tenant, "secret": told})
-        if secrets is not None:
-            self._repair.healed(lambda: secrets.erase(tenant))
-        self._tell_others()
+        return self._deletion.delete(tenant)
 
     def renew_secret(self, *, tenant: str = "") -> None:
         """Draw a new secret for a tenant of an encrypted store. What is written from now on is encrypted with it.
@@ -804,12 +628,12 @@ class ChunkStore:
         """
         self.check_writable()
         check_text(tenant, "tenant")
-        if self._secrets is None:
+        secrets = self._secrets.of_tenants
+        if secrets is None:
             raise StoreArgumentError(
                 f"the store {self.path or self.remote or 'in memory'} is not encrypted, so its tenants have no secrets; make an encrypted one in "
                 "another place (encrypt=True)"
             )
-        secrets = self._secrets
         self._repair.healed(lambda: secrets.renew(tenant))
 
     def change_key(self, new_key: GivenKey) -> None:
@@ -827,34 +651,17 @@ class ChunkStore:
         new = StoreKey.given(new_key)
         if new is None:
             raise StoreArgumentError("new_key is None; a store that was made with a key keeps having one")
-        if self._shared is not None:
-            self._shared.tier.catalogue.change_key(new)
-        if self._directory is not None:
-            self._directory.change_key(new)
-        self._given_key, self._key = new_key, new
+        self._secrets.change_key(new_key, new)
 
     def rebuild_index(self) -> VerifyReport:
         """Make the index anew from the files. If the index is lost, this is done when the store is opened."""
         self.check_writable()
-        with self._others_paused():
-            return self._repair.check(full=False, anew=True)
+        return self._upkeep.rebuild_index()
 
     def stats(self) -> StoreStats:
         """What the store holds, and what it did in this process, for all tenants together."""
         self._check_open()
-        placement = self._placement
-        tiers = {tier.name: self._repair.healed(tier.stats) for tier in placement.tiers}
-        return StoreStats(
-            hits=placement.hits,
-            misses=placement.misses,
-            damaged=placement.damaged + sum(tier.damaged for tier in tiers.values()),
-            documents=self._repair.healed(self._documents.count),
-            host=tiers["host"],
-            disk=tiers.get("disk"),
-            lifetime=self._repair.healed(placement.lifetime),
-            device=tiers.get("device"),
-            remote=tiers.get("remote"),
-        )
+        return self._overview.stats()
 
     def close(self) -> None:
         """Release memory and files. Open readers keep working, but the store can't be used any more.
@@ -866,14 +673,7 @@ class ChunkStore:
         self._closed = True
         if os.getpid() != self._process:
             return
-        if self._shared is not None:
-            self._shared.close()
-        self._placement.close()
-        self.memory.clear()
-        if self._directory is not None:
-            self._directory.close()
-        else:
-            self.index.close()
+        self._parts.close()
 
     def __enter__(self) -> Self:
         return self
@@ -882,97 +682,6 @@ class ChunkStore:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _open_shared(self) -> None:
-        if self._shared is None:
-            if self.path is not None and self._repair.healed(lambda: self.index.get("catalogue")) is not None:
-                _log.warning(
-                    "the store %s shares what it has with other machines, and is opened without remote=: what is stored or removed now "
-                    "is so on this machine alone",
-                    self.path,
-                )
-            return
-        try:
-            self._shared.open(self._repair.healed)
-        except BaseException:
-            self._placement.close()
-            raise
-
-    def _keyring(self) -> TenantSecrets:
-        """The secrets of tenants. Called only where the directory or the shared place is encrypted."""
-        if self._secrets is None:
-            # Imported here: it needs an extra.
-            from .tenants import TenantSecrets
-
-            self._secrets = TenantSecrets(lambda tenant: self._placement.forget_tenant(tenant))
-            if self.path is None:
-                self._connect_secrets()
-        return self._secrets
-
-    def _connect_secrets(self) -> None:
-        """Tell the keyring, if there is one, where secrets are kept: in the directory and in the shared place."""
-        if self._secrets is None:
-            return
-        if self._directory is None:
-            here = Notes(None, None, kind=SECRET)
-        else:
-            here = Notes(self._directory.path / "secrets", self._directory.temp, self._directory.seal, kind=SECRET)
-        notes = here if self._shared is None else self._shared.shared(here, self._secrets.is_wanted)
-        self._secrets.connect(notes, None if self._directory is None else self._directory.path / "secrets")
-
-    def _erased_elsewhere(self, tenant: str, secret: str) -> None:
-        """Another machine has deleted a tenant, and erased its secrets up to this life ("" where it has none). In the index's transaction."""
-        self._removals.note(tenant, None)
-        if secret:
-            self._keyring().erased_elsewhere(tenant, secret)
-        self._notes.forget(tenant)
-
-    def _look_for_erased(self) -> None:
-        """Forget what is in memory of tenants whose secrets another process or machine has erased."""
-        if self._secrets is not None:
-            self._secrets.look()
-
-    def _text(self, key: ChunkKey, record: Any) -> str | None:
-        """The text of a record of the index; None if nobody can read it any more, or its secret can't be had now."""
-        shared = self._shared if self.path is None else None
-        seal = self.seal if shared is None else shared.tier.catalogue.known_seal
-        with contextlib.suppress(ErasedChunkError, StoreKeyError):
-            return seal.reveal_text(key, record["text"])
-        return None
-
-    def _change(
-        self, change: Callable[[], _Result], op: str, tenant: str, document: str, keys: Sequence[ChunkKey] | None = None
-    ) -> _Result:
-        """Change a document, and tell the others."""
-        shared = self._shared
-        if shared is None:
-            return self._repair.healed(change)
-        told: dict[str, Any] = {"op": op, "tenant": tenant, "id": document}
-        if keys is not None:
-            told["chunks"] = [key.digest for key in keys]
-
-        def both() -> _Result:
-            with self.index.transaction():
-                result = change()
-                if result is not False:  # what extend() says of a document that was removed
-                    shared.add(told)
-                return result
-
-        result = self._repair.healed(both)
-        shared.changed()
-        return result
-
-    def _others_paused(self) -> contextlib.AbstractContextManager[None]:
-        """While the context is open, the index may be replaced: no thread follows the remote tier in it."""
-        self._placement.settle()
-        return contextlib.nullcontext() if self._shared is None else self._shared.tier.catalogue.paused()
-
-    def _tell_others(self) -> None:
-        if self._shared is not None:
-            self._shared.changed()
-
-    def _free(self, keys: Sequence[ChunkKey]) -> int:
-        return sum(self._placement.remove(key) for key in keys)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -986,29 +695,3 @@ class ChunkStore:
                 "forked: its files and locks are that process's. Open a store in each process after the fork (with "
                 "gunicorn in post_fork or without preload), or start processes by 'spawn'"
             )
-
-
-def _seconds(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _MOST_SECONDS:
-        raise StoreArgumentError(f"remote_timeout is {shown(value)}; use seconds above 0")
-    return float(value)
-
-
-def _device_tier(budget: int, device: str | torch.device | None, pins: Pins) -> list[DeviceTier]:
-    if not budget:
-        return []
-    try:
-        place = torch.device("cuda" if device is None else device)
-    except (TypeError, RuntimeError, ValueError, OverflowError) as error:
-        raise StoreArgumentError(f"device is {shown(device)}; use such as 'cuda' or 'cuda:0'") from error
-    if place.type == "cuda":
-        if not torch.cuda.is_available():
-            raise StoreArgumentError(
-                f"device_budget is {budget}, but there is no CUDA device; leave it out or set it to 0"
-            )
-        place = torch.device("cuda", torch.cuda.current_device() if place.index is None else place.index)
-    elif place.type != "cpu":
-        raise StoreArgumentError(
-            f"device is {shown(str(device))}; a tier can be kept on a CUDA device (or, for tests, on 'cpu')"
-        )
-    return [DeviceTier(budget, pins, place)]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from read_only_folder import make_read_only
 from store_samples import file_of, sample
 
 from cachetune_store import ChunkStore, StoreError, StorePathError, StoreReadOnlyError, directory
@@ -89,23 +90,6 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         store.settle_note("0" * 64, b"note")
     make_read_only(path, monkeypatch)
     return path
-
-
-def make_read_only(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make a folder look like a read-only mount to this process, whatever its user may do."""
-    for entry in (path, *path.rglob("*")):
-        entry.chmod(0o500 if entry.is_dir() else 0o400)
-    if os.geteuid() != 0:
-        return
-    real = os.open
-    refused = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-
-    def open_(place: str, flags: int, *args: object, **options: object) -> int:
-        if flags & refused and str(place).startswith(str(path)):
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(place))
-        return real(place, flags, *args, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(os, "open", open_)
 
 
 def names_and_times(path: Path) -> dict[str, int]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from read_only_folder import make_read_only
 from shared_places import Place, valkey_place
 from store_samples import Sample, sample
 
@@ -722,7 +723,8 @@ def test_a_password_is_not_shown() -> None:
 def test_a_read_only_directory_takes_no_remote_tier(
     folder: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ChunkStore, "read_only", True)
+    ChunkStore(tmp_path / "kv").close()
+    make_read_only(tmp_path / "kv", monkeypatch)
     with pytest.raises(StoreReadOnlyError, match="give the URL as the store's path"):
         folder.store(tmp_path / "kv")
 
