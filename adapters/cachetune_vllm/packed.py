@@ -4,20 +4,18 @@ On a CPU vLLM packs weights for oneDNN and drops the originals; quantised weight
 can't be viewed, but the modules that hold them can be called. vLLM computes some projections together (queries, keys and values; gate
 and up), transformers one after the other: the first of them calls vLLM's module, the others take their columns of the same result.
 
-While oneDNN multiplies, it writes to memory that all threads of a process share (its scratch memory, and a handler's arguments); vLLM
-itself uses it from one thread only. So on a CPU, vLLM's forwards and these products take turns.
+On a CPU, one thread at a time may be inside vLLM's kernels: these products take turns with whatever vLLM computes (`cpu_turn.py`).
 """
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cachetune_rag.model.loaded.foreign import ForeignLinear
 
@@ -119,23 +117,3 @@ def run_of_part(linear: Any) -> Run:
 def run_of_head(head: Any) -> Run:
     """Multiplies by the matrix of the vLLM embedding that computes the logits; such a module can't be called like a linear layer."""
     return lambda rows: head.quant_method.apply(head, rows, bias=getattr(head, "bias", None))
-
-
-def take_turns(vllm_model: nn.Module) -> AbstractContextManager[Any]:
-    """Returns a context that excludes vLLM's computation: from now on, neither a forward of vLLM's model nor its computation of the
-    logits runs while another thread is in the context, and no thread enters it while one of them runs.
-    """
-    from vllm.model_executor.layers.logits_processor import LogitsProcessor
-
-    turn = threading.RLock()
-
-    def enter(*_: object) -> None:
-        turn.acquire()
-
-    def leave(*_: object) -> None:
-        turn.release()
-
-    for module in (vllm_model, *(m for m in vllm_model.modules() if isinstance(m, LogitsProcessor))):
-        module.register_forward_pre_hook(enter)
-        module.register_forward_hook(leave, always_call=True)
-    return turn

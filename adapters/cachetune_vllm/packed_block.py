@@ -10,6 +10,7 @@ models with such blocks take turns with vLLM's steps (`turns.py`).
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,15 +30,17 @@ class PackedBlock(nn.Module):
         block: vLLM's.
         replaced: the block of transformers that it stands for.
         vllm_config: vLLM's configuration.
+        turn: a context that is entered around each call (`cpu_turn.py`).
 
     Attributes:
         spend: told how many rows were computed, after each call.
     """
 
-    def __init__(self, block: nn.Module, replaced: nn.Module, vllm_config: Any):
+    def __init__(self, block: nn.Module, replaced: nn.Module, vllm_config: Any, turn: AbstractContextManager[Any]):
         super().__init__()
         self._theirs: Callable[[Tensor], Tensor] = lambda rows: block(rows)  # not a child: its parameters are vLLM's
-        self._config, self._scores = vllm_config, type(replaced).__name__ in _WITH_SCORES
+        self._config, self._turn = vllm_config, turn
+        self._scores = type(replaced).__name__ in _WITH_SCORES
         self.spend: Callable[[int], None] = _nothing
 
     def forward(self, states: Tensor) -> Any:
@@ -45,7 +48,7 @@ class PackedBlock(nn.Module):
         from vllm.forward_context import set_forward_context
 
         rows = states.reshape(-1, states.shape[-1]).clone()  # experts may write their result there
-        with set_forward_context(None, self._config, num_tokens=rows.shape[0], skip_compiled=True):
+        with self._turn, set_forward_context(None, self._config, num_tokens=rows.shape[0], skip_compiled=True):
             result = self._theirs(rows).view(states.shape)
         self.spend(rows.shape[0])
         return (result, None) if self._scores else result

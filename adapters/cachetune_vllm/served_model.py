@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from cachetune_rag.errors import UnsupportedModelError
 from cachetune_rag.model.heads import ALL_HEADS, Heads
+from cachetune_vllm.cpu_turn import take_turns
 from cachetune_vllm.divided_heads import DividedHeads
 from cachetune_vllm.divided_layers import DividedEmbedding, DividedHead, SummedLinear, divided_config
-from cachetune_vllm.packed import PackedLinear, Run, SharedProduct, run_of, run_of_head, run_of_part, take_turns
+from cachetune_vllm.packed import PackedLinear, Run, SharedProduct, run_of, run_of_head, run_of_part
 from cachetune_vllm.packed_block import PackedBlock
 from cachetune_vllm.weights import Place, VLLMWeights
 
@@ -200,7 +201,7 @@ class _Sharing:
         )
         if self._vllm_config is None or all(view is not None for view in views):
             return None
-        return PackedBlock(theirs, module, self._vllm_config)
+        return PackedBlock(theirs, module, self._vllm_config, self._turn)
 
     def _divided_embedding(self, module: nn.Embedding, name: str, divided: DividedHeads) -> DividedEmbedding:
         theirs = self._weights.embedding(name)

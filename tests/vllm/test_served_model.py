@@ -16,7 +16,7 @@ from cachetune_rag.model.checkpoint import Checkpoint
 from cachetune_rag.model.loaded.fingerprint import model_fingerprint
 from cachetune_rag.runtime import Runtime
 from cachetune_store import ChunkStore
-from cachetune_vllm.packed import take_turns
+from cachetune_vllm.cpu_turn import take_turns
 from cachetune_vllm.served_check import check_served
 from cachetune_vllm.served_fingerprint import config_of, served_fingerprint
 from cachetune_vllm.served_model import ServedModel, served_model
@@ -152,3 +152,66 @@ def test_forwards_of_vllm_wait_for_the_turn_and_give_it_back() -> None:
     other.start()
     other.join(30)
     assert not other.is_alive()
+
+
+def is_taken(turn: Any) -> bool:
+    """Whether no thread but the caller's could enter."""
+    entered: list[bool] = []
+
+    def try_to_enter() -> None:
+        entered.append(turn.acquire(blocking=False))
+        if entered[0]:
+            turn.release()
+
+    other = threading.Thread(target=try_to_enter)
+    other.start()
+    other.join()
+    return not entered[0]
+
+
+SHARING_MEMORY = ("onednn_mm", "cpu_attn_get_scheduler_metadata", "cpu_attention_with_kv_cache")
+"""Those of vLLM's kernels that write to the scratch memory of the process, or free it, and that a plain model calls."""
+
+
+def test_one_thread_at_a_time_is_in_vllms_kernels_that_share_memory(
+    tiny_vllm: Callable[..., TinyVLLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two at once write to memory that was freed: that ended a server, and rarely enough that no test of servers would show it."""
+    import vllm._custom_ops as ops
+
+    running = tiny_vllm("llama", packed=True)
+    made, turn = served(running).model, take_turns(running.model)
+    called: dict[str, list[bool]] = {name: [] for name in SHARING_MEMORY}
+
+    def watched(name: str) -> None:
+        kernel = getattr(ops, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            called[name].append(is_taken(turn))
+            return kernel(*args, **kwargs)
+
+        monkeypatch.setattr(ops, name, call)
+
+    for name in SHARING_MEMORY:
+        watched(name)
+    running.greedy([IDS, IDS[:40]], 3)
+    before = len(called["onednn_mm"])
+    logits(made, IDS)
+    assert len(called["onednn_mm"]) > before
+    assert {name: set(taken) for name, taken in called.items()} == {name: {True} for name in SHARING_MEMORY}
+    assert not is_taken(turn)
+
+
+def test_what_vllm_asks_of_a_model_beside_its_forward_takes_the_turn() -> None:
+    class Asked(torch.nn.Module):
+        def embed_multimodal(self, pixels: int) -> tuple[int, bool]:
+            return pixels, is_taken(turn)
+
+        embed_input_ids = compute_logits = embed_multimodal
+
+    model = Asked()
+    turn = take_turns(model)
+    take_turns(model)  # once more: a model is served again after a restart in the same process
+    for ask in (model.embed_multimodal, model.embed_input_ids, model.compute_logits):
+        assert ask(pixels=3) == (3, True)
+    assert not is_taken(turn)
