@@ -13,6 +13,7 @@ from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 from cachetune_rag.text.prompts.segments import Prompt
+from cachetune_rag.text.prompts.sentence_ends import CLOSING, MARKS, OTHER_MARKS
 
 MOST_TOKENS = 64
 """Most tokens of a continuation. A sentence that goes on for longer is a list, or no sentence."""
@@ -27,16 +28,13 @@ _NEAR = 16
 _KNOWN = 2048
 """Beginnings and ends of chunks that are remembered: those of a few dozen long prompts."""
 
-_CLOSING = r"[\"')\]”’»]*"
-_OTHER_ENDS = "。！？।॥؟։።"
-"""Ends of sentences in scripts that need no blank behind them."""
-_STOP = r"(?:[!?…]|(?<!\b[^\W\d_])\.)"
+_STOP = rf"(?:[{MARKS}]|(?<!\b[^\W\d_])\.)"
 """A letter alone before a full stop is an initial, or part of an abbreviation."""
-_BETWEEN = re.compile(rf"{_STOP}{_CLOSING}\s+(?=[^\sa-z])|[{_OTHER_ENDS}]{_CLOSING}\s*|\n\s*\n")
+_BETWEEN = re.compile(rf"{_STOP}{CLOSING}\s+(?=[^\sa-z])|[{OTHER_MARKS}]{CLOSING}\s*|\n\s*\n")
 """Between two sentences, or two paragraphs."""
-_SENTENCES = re.compile(rf"\w[.!?]{_CLOSING} +[\"'(\[“‘«]*\w|[{_OTHER_ENDS}]")
+_SENTENCES = re.compile(rf"\w[.!?]{CLOSING} +[\"'(\[“‘«]*\w|[{OTHER_MARKS}]")
 """Where prose has ended a sentence. Titles, tables and code don't."""
-_END = re.compile(rf"{_STOP}{_CLOSING}(?=\s+[^\sa-z]|\s*\Z)|[{_OTHER_ENDS}]{_CLOSING}|\n\s*\n")
+_END = re.compile(rf"{_STOP}{CLOSING}(?=\s+[^\sa-z]|\s*\Z)|[{OTHER_MARKS}]{CLOSING}|\n\s*\n")
 PART = "\ufffd"
 """What stands for a part of a character. It counts as a letter."""
 _UNFINISHED = re.compile(rf"[\w,;，、；{PART}]\Z")

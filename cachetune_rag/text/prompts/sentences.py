@@ -14,13 +14,15 @@ from numpy.typing import NDArray
 
 from cachetune_rag.text.prompts.continuations import Pieces
 from cachetune_rag.text.prompts.segments import Prompt
+from cachetune_rag.text.prompts.sentence_ends import CLOSING, MARKS, OTHER_MARKS
 
 MOST_TOKENS = 64
 """Most tokens of a sentence. What goes on for longer, a table or code, say, is cut into pieces of so many."""
 NONE = -1
 """The number of a token that is in no chunk."""
-_ENDS = re.compile(r"[.!?:;。！？।॥؟։][\"')\]”’»]* *\Z|\n")
-"""The end of a token that ends a sentence. An abbreviation does as well, which only makes two short sentences of one."""
+_ENDS = re.compile(rf"[.{MARKS}{OTHER_MARKS}:;]{CLOSING} *\Z|\n")
+"""The end of a token that ends a sentence. Here colons, semicolons, line breaks and full stops of initials end one as well, other than where a cut sentence is
+looked for (`continuations.py`): a part of a sentence or a line of a table can be recomputed by itself, but what a chunk goes on with has to be followed to its end."""
 
 FindSentences = Callable[[Prompt], NDArray[np.int64]]
 """Numbers the sentences of a prompt: int64 [length], ascending from 0, `NONE` where no chunk is."""
