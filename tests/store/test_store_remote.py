@@ -31,6 +31,7 @@ from cachetune_store.errors import MissingObjectError, RemoteError
 from cachetune_store.remote import catalogue, sync
 from cachetune_store.remote.changes import change_name
 from cachetune_store.remote.objects import Buffer, Objects
+from cachetune_store.remote.outbox import tellable
 
 
 def eventually(true: Callable[[], bool], seconds: float = 20.0) -> None:
@@ -655,8 +656,8 @@ def test_what_is_said_of_one_document_keeps_its_order() -> None:
         ("5", {"op": "del", "tenant": "", "id": "e"}),
         ("6", {"op": "free", "key": written, "object": "x"}),
     ]
-    assert [name for name, _ in catalogue._tellable(outbox, all_of_it=False)] == ["1", "5", "6"]  # noqa: SLF001
-    assert [name for name, _ in catalogue._tellable(outbox, all_of_it=True)] == ["1", "3", "4", "5", "6"]  # noqa: SLF001
+    assert [name for name, _ in tellable(outbox, all_of_it=False)] == ["1", "5", "6"]
+    assert [name for name, _ in tellable(outbox, all_of_it=True)] == ["1", "3", "4", "5", "6"]
 
 
 def test_verify_deletes_what_dead_writers_left(folder: Place, tmp_path: Path) -> None:

@@ -74,6 +74,12 @@ class Book:
             else:
                 note_text_records(self._index, {key: record})
 
+    def written(self, op: Op) -> None:
+        """A chunk was written to the place by this store: it is there, before the others know of it."""
+        with self._index.transaction():
+            if self.find(ChunkKey(op["key"])) is None:
+                self.add_chunk(op)
+
     def restore(self, key: ChunkKey, record: dict[str, Any]) -> None:
         """A chunk is in the place as this record says."""
         self._index.set(f"remote/{key}", record)

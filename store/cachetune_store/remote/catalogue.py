@@ -12,15 +12,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..description import FORMAT, Description, check_encrypted, no_key, no_keyring
-from ..description import MOST_BYTES as MOST_DESCRIPTION
 from ..documents import Documents
-from ..errors import RemoteError, StoreKeyError, StoreVersionError
+from ..errors import RemoteError
 from ..index import Index
-from ..keys import FORMAT_VERSION, ChunkKey
-from ..seals import CHECKSUMS, Seal
+from ..keys import ChunkKey
+from ..seals import Seal
 from ..storekey import StoreKey
 from .book import Book
 from .changes import (
@@ -36,11 +34,10 @@ from .changes import (
     write_snapshot,
     written_at,
 )
+from .described_place import DescribedPlace
 from .objects import Objects
+from .outbox import Uploads, tellable
 from .taking import Taking, as_told
-
-if TYPE_CHECKING:
-    from ..encryption import Keyring
 
 __all__ = ["Catalogue"]
 
@@ -52,9 +49,6 @@ _TRIES = 64
 _BAD_READS = 3
 """Times that a change which can't be read is read again before it is passed over."""
 
-_UPLOAD_SECONDS = 1.0
-"""Seconds of writing chunks after which it is looked for what else can be told."""
-_PARTS = ("changes/", "snapshots/", "chunks/", "notes/", "secrets/")
 _DAY = 86_400.0
 
 _log = logging.getLogger(__name__)
@@ -65,39 +59,31 @@ class Catalogue:
 
     Args:
         objects: the remote place.
+        place: what it says of itself, and what protects it.
         index: the store's index.
         documents: the store's documents, which take over those of the log.
         forget: deletes chunks that are gone from what this machine has of them.
         upload: called with the key of a chunk that is to be written to the place. Returns the op "chunk" of it; None if it isn't here any more.
-        key: the store's key, with which the place was made, too; None if it has none.
-        encrypted: whether the place must be encrypted, and is made so if it is empty; None: it is as it is, and not encrypted if it is empty.
-        keyring: makes what has the secrets of tenants, if the place is encrypted.
         erased: called with a tenant that another machine has deleted, and the life of which the secrets are erased; "" where it has none.
     """
 
     def __init__(
         self,
         objects: Objects,
+        place: DescribedPlace,
         index: Index,
         documents: Documents,
         forget: Callable[[Sequence[ChunkKey]], int],
         upload: Callable[[ChunkKey], Op | None],
-        key: StoreKey | None = None,
-        encrypted: bool | None = None,
-        keyring: Callable[[], Keyring] = no_keyring,
         erased: Callable[[str, str], None] = lambda tenant, secret: None,
     ) -> None:
-        self._encrypted, self._keyring, self._erased = encrypted, keyring, erased
-        self._objects, self._index, self._documents = objects, index, documents
+        self._objects, self._place, self._index, self._documents = objects, place, index, documents
         self._book = Book(index)
-        self._forget, self._upload = forget, upload
+        self._uploads = Uploads(objects, index, self._book, upload)
+        self._forget, self._erased = forget, erased
         self._round = threading.RLock()  # one thread at a time reads or writes the log
-        self._uploading = threading.Lock()  # and one writes a chunk
         self._bad_reads = 0
         self._joined = False
-        self._key = key
-        self._seal: Seal = CHECKSUMS
-        self._sealed = ""
 
     # -- what is there --------------------------------------------------------------------------------------------
 
@@ -126,15 +112,15 @@ class Catalogue:
             RemoteError: it can't be used.
             StoreKeyError: it was made with another key, or without one.
         """
-        if self._key is not None and self._seal is CHECKSUMS:
+        if not self._place.seal_is_known:
             with self._round:
                 self.join()
-        return self._seal
+        return self._place.seal
 
     @property
     def known_seal(self) -> Seal:
         """The place's seal, as far as it was asked for it."""
-        return self._seal
+        return self._place.seal
 
     def is_waiting(self, key: ChunkKey) -> bool:
         """Whether the others are to be told already that a chunk is in the place, or will be."""
@@ -148,10 +134,8 @@ class Catalogue:
             self._book.tell(op)
 
     def written(self, op: Op) -> None:
-        """A chunk was written to the place by this store: record it here, before the others know of it."""
-        with self._index.transaction():
-            if self._book.find(ChunkKey(op["key"])) is None:
-                self._book.add_chunk(op)
+        """See Book.written."""
+        self._book.written(op)
 
     def removed(self, key: ChunkKey, *, unusable: bool = False) -> int:
         """A chunk is to leave the place; also one that a document holds, if its object is `unusable`. Returns its bytes."""
@@ -176,7 +160,7 @@ class Catalogue:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Nothing is read from the log or added to it while the context is open, and no chunk is written, by this process."""
-        with self._uploading, self._round:
+        with self._uploads.paused(), self._round:
             yield
 
     def join(self) -> None:
@@ -189,20 +173,7 @@ class Catalogue:
         """
         if self._joined and self._book.state()["id"]:  # an index that was made anew knows of no place
             return
-        described = self._description()
-        identity = described.identity
-        if self._encrypted is None and described.encrypted:
-            self._encrypted = True  # from now on: somebody may delete all of it
-        if self._encrypted:
-            check_encrypted(described, self._objects.place)
-        elif self._encrypted is False and described.encrypted:
-            raise StoreKeyError(
-                f"{self._objects.place} is encrypted, and the folder before it isn't, where all would be readable: give a folder that doesn't exist "
-                "yet, without encrypt=False, or the place's URL as the store's path, which keeps nothing on disk"
-            )
-        if self._key is None or identity != self._sealed:
-            # What is known of a place's root key stays true if others have given the place another key meanwhile.
-            self._seal, self._sealed = described.seal(self._key, self._objects.place, self._keyring), identity
+        identity = self._place.enter()
         with self._index.transaction():
             state = self._book.state()
             if state["id"] != identity:
@@ -220,63 +191,7 @@ class Catalogue:
             RemoteError: it can't be used.
         """
         with self._round:
-            if self._key is None:
-                raise no_key(self._objects.place)
-            described = self._description().with_key(self._key, new, self._objects.place)
-            self._objects.put("store.json", [described.content])
-            self._key = new
-
-    def _description(self) -> Description:
-        """What the place says of itself. If it says nothing, it is made a store.
-
-        Raises:
-            StoreKeyError: it says nothing, and holds what only the lost description's root key could tell from forged data.
-        """
-        raw = self._objects.get("store.json", MOST_DESCRIPTION)
-        if raw is None and self._key is not None and self._holds_something():
-            raw = self._objects.get("store.json", MOST_DESCRIPTION)  # another machine may have been first
-            if raw is None:
-                raise StoreKeyError(
-                    f"{self._objects.place}/store.json is gone, and what a store wrote is there: without it, the key can't tell whether that is "
-                    "the store's own. Put the object back, or delete all that is below this prefix and precompute again"
-                )
-        if raw is None:
-            described = Description.new(self._key, encrypted=bool(self._encrypted))
-            if self._objects.put("store.json", [described.content], create=True):
-                self._say_what_is_open()
-            raw = self._objects.get("store.json", MOST_DESCRIPTION)
-        try:
-            found = Description.read(raw or b"")
-            if found.format != FORMAT or not found.identity:
-                raise ValueError(f"format is {found.format!r}")
-        except ValueError as error:
-            raise StoreVersionError(
-                f"{self._objects.place}/store.json is not that of a store; give another prefix, or delete what is below this one"
-            ) from error
-        if not found.is_known:
-            raise StoreVersionError(
-                f"{self._objects.place} holds a store of format version {found.version!r}; this release reads version {FORMAT_VERSION}: "
-                "give another prefix and precompute again"
-            )
-        return found
-
-    def _say_what_is_open(self) -> None:
-        """Say once, where a place is made, what nobody is kept from there: later it can't be changed any more."""
-        if self._key is None:
-            _log.warning(
-                "%s is a new shared place without a key: whoever may write to it can change what all machines answer, and whoever may read it "
-                "can read the documents. If that must not be, make another one with store_key= and encrypt=True (docs/scale.md)",
-                self._objects.place,
-            )
-        elif not self._encrypted:
-            _log.warning(
-                "%s is a new shared place with a key, but not encrypted: whoever may read it can read the documents. If that must not be, make "
-                "another one with encrypt=True (docs/scale.md)",
-                self._objects.place,
-            )
-
-    def _holds_something(self) -> bool:
-        return any(next(iter(self._objects.names(prefix)), None) is not None for prefix in _PARTS)
+            self._place.change_key(new)
 
     def catch_up(self, *, look_far: bool = False) -> int:
         """Read what the others have changed. Returns how many changes there were.
@@ -292,7 +207,7 @@ class Catalogue:
             while True:
                 position = self._book.state()["position"]
                 if look_far:
-                    snapshot = latest_snapshot(self._objects, self._seal, above=position)
+                    snapshot = latest_snapshot(self._objects, self._place.seal, above=position)
                     if snapshot is not None:
                         with self._taking(position, snapshot.number) as taking:
                             if taking is not None:
@@ -312,7 +227,7 @@ class Catalogue:
         """
         while True:
             self._tell()
-            ended, full = self._upload_waiting()
+            ended, full = self._uploads.write_waiting()
             if ended:
                 return self._tell(all_of_it=full is not None, full=full)
 
@@ -329,7 +244,7 @@ class Catalogue:
                 self.catch_up(look_far=self.waiting > 0 and self._is_cut_off())
                 with self._index.transaction():
                     position = self._book.state()["position"]
-                    named = _tellable(self._book.outbox(), all_of_it=all_of_it)[:_OPS_A_CHANGE]
+                    named = tellable(self._book.outbox(), all_of_it=all_of_it)[:_OPS_A_CHANGE]
                     named = [(name, op) for name, op in named if not self._is_held_again(name, op)]
                 if not named:
                     if full is not None:
@@ -337,7 +252,7 @@ class Catalogue:
                     return self.waiting == 0
                 change = Change(self._book.writer(), [name for name, _ in named], [as_told(op) for _, op in named])
                 name = change_name(position + 1)
-                if self._objects.put(name, [encode(change, name, self._seal)], create=True):
+                if self._objects.put(name, [encode(change, name, self._place.seal)], create=True):
                     self._apply(position, change)
                     if (position + 1) % SNAPSHOT_EVERY == 0:
                         self._compact(position + 1)
@@ -375,7 +290,7 @@ class Catalogue:
             RemoteError: it may be damaged, or was read badly: read it again.
         """
         try:
-            found = read_change(self._objects, number, self._seal)
+            found = read_change(self._objects, number, self._place.seal)
         except DamagedChangeError as error:
             self._bad_reads += 1
             if self._bad_reads < _BAD_READS:
@@ -387,14 +302,14 @@ class Catalogue:
 
     def _compact(self, number: int) -> None:
         """Add up all changes in a snapshot."""
-        before = latest_snapshot(self._objects, self._seal) or State()
+        before = latest_snapshot(self._objects, self._place.seal) or State()
         for each in range(before.number + 1, number + 1):
-            change = read_change(self._objects, each, self._seal)
+            change = read_change(self._objects, each, self._place.seal)
             if change is None:
                 return  # another one has made a later snapshot, and deleted what came before it
             before.add(change.ops)
             before.number = each
-        write_snapshot(self._objects, before, self._book.writer(), keep=SNAPSHOT_EVERY, seal=self._seal)
+        write_snapshot(self._objects, before, self._book.writer(), keep=SNAPSHOT_EVERY, seal=self._place.seal)
 
     def _apply(self, position: int, change: Change) -> None:
         """Take over the change behind `position`."""
@@ -426,45 +341,6 @@ class Catalogue:
         with contextlib.suppress(RemoteError):
             self._objects.delete(unwanted)
 
-    # -- the outbox -----------------------------------------------------------------------------------------------
-
-    def _upload_waiting(self) -> tuple[bool, RemoteError | None]:
-        """Write chunks that wait for it to the place, for about a second.
-
-        Returns:
-            Whether there is nothing more to do now, and why that ended early: what else waits can be told all the same.
-        """
-        until = time.monotonic() + _UPLOAD_SECONDS
-        for name, op in self._book.outbox():
-            if not _needs_upload(op):
-                continue
-            if time.monotonic() >= until:
-                return False, None
-            with self._uploading:  # each chunk once, if several threads come here
-                try:
-                    self._upload_one(name)
-                except RemoteError as error:
-                    return True, error
-        return True, None
-
-    def _upload_one(self, name: str) -> None:
-        """Write the chunk of the op that waits under this name, unless that is done or isn't wanted any more."""
-        op = self._index.get(name)
-        if op is None or not _needs_upload(op):
-            return
-        done = None if self.find(ChunkKey(op["key"])) else self._upload(ChunkKey(op["key"]))
-        with self._index.transaction():
-            now = self._index.get(name)
-            wanted = now is not None and _needs_upload(now)
-            if wanted and done is not None:
-                self._index.set(name, done)
-                self.written(done)
-            elif wanted:
-                self._book.told(name)
-        if done is not None and not wanted:  # removed meanwhile, or another process has written it
-            with contextlib.suppress(RemoteError):
-                self._objects.delete([done["object"]])
-
     def _is_held_again(self, name: str, op: Op) -> bool:
         """Whether a chunk that was to be removed is held by a document by now. It stays then."""
         key = ChunkKey(op["key"]) if op["op"] == "free" and "record" in op else None
@@ -475,30 +351,3 @@ class Catalogue:
         if op["again"] is not None:
             self._book.tell(op["again"])
         return True
-
-
-def _needs_upload(op: Op) -> bool:
-    return op["op"] == "chunk" and "object" not in op
-
-
-def _tellable(outbox: Sequence[tuple[str, Op]], *, all_of_it: bool) -> list[tuple[str, Op]]:
-    """What of the outbox can be told: what needs no chunk to be written first.
-
-    Args:
-        outbox: what waits, in order.
-        all_of_it: documents whose chunks can't be written now count as well: others compute what they find missing.
-    """
-    unwritten = set() if all_of_it else {op["key"] for _, op in outbox if _needs_upload(op)}
-    behind: set[tuple[str, str]] = set()
-    found = []
-    for name, op in outbox:
-        if _needs_upload(op):
-            continue
-        if "id" in op:
-            # What is said of one document keeps its order.
-            place = op["tenant"], op["id"]
-            if place in behind or not unwritten.isdisjoint(op.get("chunks", ())):
-                behind.add(place)
-                continue
-        found.append((name, op))
-    return found

@@ -19,6 +19,7 @@ from ..tiers.base import Pins
 from ..tiers.remote import RemoteTier
 from .catalogue import Catalogue
 from .changes import Op
+from .described_place import DescribedPlace
 from .notes import SharedNotes
 from .places import open_objects
 from .sync import Sync
@@ -85,7 +86,7 @@ class Shared:
             behind=behind,
             source=source,
             catalogue=lambda upload: Catalogue(
-                objects, index, documents, forget, upload, key, encrypted, keyring, erased
+                objects, DescribedPlace(objects, key, encrypted, keyring), index, documents, forget, upload, erased
             ),
         )
         self._objects = objects

@@ -1,18 +1,27 @@
-"""Damaged files, of which the newest are kept, so that their damage can be examined."""
+"""Damaged files: finding out whether a file is one, and keeping the newest, so that their damage can be examined."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import time
 from pathlib import Path
 
+from ..buffers import SlabPool
+from ..checking import check_file
+from ..errors import DamagedChunkError, StoreKeyError
 from ..files import make_directory
+from ..keys import ChunkKey
 from ..plainfiles import remove_any
+from ..rawfile import DirectIO, RawFile, identity_of
+from ..seals import Seal
 
-__all__ = ["DamagedFiles"]
+__all__ = ["DamagedFiles", "damaged_file"]
 
 _LIMIT_FILES = 16
 _LIMIT_BYTES = 1 << 30
+_LOST = {errno.EIO, errno.EBADMSG, errno.EUCLEAN}
+"""Errors of reading that mean that the disk or the file system has lost data. Other errors may pass."""
 
 
 class DamagedFiles:
@@ -49,3 +58,34 @@ class DamagedFiles:
                 continue
             if count > _LIMIT_FILES or total > self._limit_bytes:
                 remove_any(path)
+
+
+def damaged_file(
+    path: Path, key: ChunkKey, pool: SlabPool, seal: Seal, direct: DirectIO
+) -> tuple[int, int, int] | None:
+    """The identity of a chunk's file if it is damaged; None if it is good, or can't be read now. All of it is checked.
+
+    Args:
+        path: the file.
+        key: the chunk that it should hold.
+        pool: gives memory to read into.
+        seal: checks the sums.
+        direct: opens the file.
+    """
+    try:
+        file = RawFile(path, direct)
+    except DamagedChunkError:
+        with contextlib.suppress(OSError):
+            return identity_of(path.lstat())
+        return None
+    except OSError:
+        return None
+    try:
+        check_file(key, file, pool, seal, full=True)
+    except DamagedChunkError:
+        return file.identity
+    except OSError as error:
+        return file.identity if error.errno in _LOST else None
+    except StoreKeyError:
+        return None
+    return None

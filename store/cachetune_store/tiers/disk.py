@@ -18,7 +18,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..buffers import SlabPool
-from ..checking import check_file
 from ..chunk import Chunk, ChunkHead
 from ..chunkfile import SUFFIX, encode_file, parse_head
 from ..disk_reader import DiskReader
@@ -35,17 +34,16 @@ from ..files import TempFiles, explain, make_directory, sync_directory, unreadab
 from ..index import Index
 from ..keys import ChunkKey
 from ..plainfiles import files_below, remove_any
-from ..printing import shown
 from ..rawfile import DirectIO, RawFile, identity_of
 from ..seals import CHECKSUMS, Seal
 from ..stats import Counters, TierStats
-from ..texts import drop_text, evict_text, note_text
+from ..texts import drop_text
 from ..tier_kinds import DISK
 from ..units import format_bytes
 from .base import LastingTier, Pins
-from .damaged import DamagedFiles
+from .damaged import DamagedFiles, damaged_file
+from .file_records import FileRecords
 from .known_heads import KnownHeads
-from .lru import LruOrder
 
 __all__ = ["DiskTier"]
 
@@ -55,8 +53,6 @@ HEAD_MEMORY = 64 << 20
 """Bytes of unused memory that are kept for reading heads, deviations, and rows of encrypted files: enough for the deviations of a hundred long chunks."""
 _KNOWN_HEADS = 64 << 20
 """Bytes of heads that are kept: those of some four thousand chunks of 512 tokens."""
-_LOST = {errno.EIO, errno.EBADMSG, errno.EUCLEAN}
-"""Errors of reading that mean that the disk or the file system has lost data. Other errors may pass."""
 _ABSENT = {errno.ENOENT, errno.ENOTDIR}
 """Errors that mean that there is no such file."""
 
@@ -100,9 +96,8 @@ class DiskTier(LastingTier):
         self.pool = pool
         self._direct = direct
         self.seal = seal
-        self._lru = LruOrder(index)
+        self._records = FileRecords(index, seal)
         self._damaged = DamagedFiles(directory / "damaged", limit_bytes=budget)
-        self._touched: dict[str, float] = {}
         self._head_bytes = 0
         self._known = KnownHeads(_KNOWN_HEADS)
         self._heads = SlabPool(pinned=False, limit=HEAD_MEMORY)
@@ -163,9 +158,8 @@ class DiskTier(LastingTier):
             return error
 
     def touch(self, key: ChunkKey) -> None:
-        """See Tier. Uses are collected, and written to the index together, so that no request waits for it."""
-        with self._lock:
-            self._touched[key.digest] = time.time()
+        """See Tier."""
+        self._records.touch(key)
 
     def admit(self, chunk: Chunk) -> list[Chunk]:
         """See Tier. After it returns, the chunk survives a power cut."""
@@ -182,7 +176,7 @@ class DiskTier(LastingTier):
             try:
                 with self.index.transaction():
                     self._make_room(key, size)
-                    self._record(chunk.head, size, time.time())
+                    self._records.add(chunk.head, size, time.time())
                     try:
                         written.replace(target)
                     except IsADirectoryError:
@@ -213,7 +207,7 @@ class DiskTier(LastingTier):
                 with self.index.transaction():
                     size = self._unlink(key)
                     self._known.drop(key)
-                    self._forget(key)
+                    self._records.forget(key)
                     drop_text(self.index, key)
                 self._damaged.remove(self.seal.chunk_name(key))
         except OSError as error:
@@ -228,7 +222,7 @@ class DiskTier(LastingTier):
         """
         # Whether the file is damaged or not: its head in memory and what was read of it don't fit together.
         self._known.drop(key)
-        seen = self._damage(key)
+        seen = damaged_file(self.path_of(key), key, self.pool, self.seal, self._direct)
         if seen is None:
             return False
         try:
@@ -243,16 +237,15 @@ class DiskTier(LastingTier):
 
     def adopt(self, head: ChunkHead, size: int, used: float) -> bool:
         """Add a file that the index doesn't know, or knows with another size. Returns whether it was added."""
-        record = self.index.get(f"chunk/{head.key}")
-        if record is not None and record["size"] == size:
-            note_text(self.index, head, self.seal)
+        if self._records.size_of(head.key) == size:
+            self._records.note_text(head)
             return False
-        self._record(head, size, used)
+        self._records.add(head, size, used)
         return True
 
     def knows(self, key: ChunkKey) -> bool:
         """Whether the index has the chunk."""
-        return self.index.get(f"chunk/{key}") is not None
+        return self._records.knows(key)
 
     def is_missing(self, key: ChunkKey) -> bool:
         """Whether there is no plain file of `key`. One that can't be looked at now is not missing."""
@@ -265,21 +258,15 @@ class DiskTier(LastingTier):
         """Delete index entries without a file. Returns how many."""
         dropped = 0
         with self.index.transaction():
-            for name in list(self.index.names("chunk/")):
-                try:
-                    key = ChunkKey(name.removeprefix("chunk/"))
-                except ValueError as error:
-                    raise IndexDamagedError(f"the index holds {shown(name)}, which names no chunk") from error
+            for key in self._records.chunks():
                 if self.is_missing(key):
-                    self._forget(key)
+                    self._records.forget(key)
                     dropped += 1
         return dropped
 
     def recount(self) -> None:
         """Compute the totals from the entries again."""
-        with self.index.transaction():
-            sizes = [record["size"] for _, record in self.index.items("chunk/")]
-            self.index.set("total", self._total() | {"bytes": sum(sizes), "chunks": len(sizes)})
+        self._records.recount()
 
     def size_of(self, key: ChunkKey) -> int:
         """Bytes of the chunk's file; 0 if there is no plain file."""
@@ -291,19 +278,11 @@ class DiskTier(LastingTier):
 
     def flush(self) -> None:
         """See LastingTier."""
-        if not self._touched:
-            return
-        with self.index.transaction():
-            with self._lock:
-                touched, self._touched = self._touched, {}
-            for digest, used in touched.items():
-                record = self.index.get(f"chunk/{digest}")
-                if record is not None and record["used"] < used:
-                    self.index.set(f"chunk/{digest}", record | {"used": used})
+        self._records.flush()
 
     def stats(self) -> TierStats:
         """See Tier."""
-        total = self._total()
+        total = self._records.total()
         with self._lock:
             return TierStats(
                 self.name, total["chunks"], total["bytes"], self.budget, len(self._pins), **asdict(self.counters)
@@ -362,27 +341,6 @@ class DiskTier(LastingTier):
         elif isinstance(error, OSError):
             errors.append(unreadable(error, self.path_of(key)))
 
-    def _damage(self, key: ChunkKey) -> tuple[int, int, int] | None:
-        """The identity of the file of `key` if it is damaged; None if it is good, or can't be read now."""
-        path = self.path_of(key)
-        try:
-            file = RawFile(path, self._direct)
-        except DamagedChunkError:
-            with contextlib.suppress(OSError):
-                return identity_of(path.lstat())
-            return None
-        except OSError:
-            return None
-        try:
-            check_file(key, file, self.pool, self.seal, full=True)
-        except DamagedChunkError:
-            return file.identity
-        except OSError as error:
-            return file.identity if error.errno in _LOST else None
-        except StoreKeyError:
-            return None
-        return None
-
     def _take_away(self, key: ChunkKey, seen: tuple[int, int, int]) -> bool:
         """Move the file of `key` away and forget it, if it still has the identity `seen`. Returns whether it was moved."""
         moved = False
@@ -390,7 +348,7 @@ class DiskTier(LastingTier):
             with self.index.transaction():
                 moved = self._move_aside(key, seen)
                 if moved:
-                    self._forget(key)
+                    self._records.forget(key)
         except IndexDamagedError:
             # The index will be made anew when it is next needed. The file must be moved away by then.
             return moved or self._move_aside(key, seen)
@@ -406,40 +364,20 @@ class DiskTier(LastingTier):
 
     def _make_room(self, key: ChunkKey, size: int) -> None:
         """Evict chunks until one of `size` bytes fits in place of the present one of `key`. Called inside a transaction."""
-        total = self._total()
-        old = self.index.get(f"chunk/{key}")
-        short = total["bytes"] + size - (old["size"] if old else 0) - self.budget
+        short = self._records.total()["bytes"] + size - self._records.size_of(key) - self.budget
         if short <= 0:
             return
-        self.flush()
-        victims = self._lru.victims(short, lambda digest: digest == key.digest or digest in self._pins)
+        victims = self._records.victims(short, lambda digest: digest == key.digest or digest in self._pins)
         if victims is None:
             raise BudgetError(
                 f"disk tier: {format_bytes(short)} too little for chunk {key} beside the chunks in use (disk_budget "
                 f"{format_bytes(self.budget)}); close readers first or raise the budget"
             )
-        for digest in victims:
-            victim = ChunkKey(digest)
+        for victim in victims:
             self._unlink(victim)
-            self._forget(victim)
+            self._records.forget(victim)
         with self._lock:
             self.counters.evictions += len(victims)
-
-    def _record(self, head: ChunkHead, size: int, used: float) -> None:
-        with self.index.transaction():
-            old = self.index.get(f"chunk/{head.key}")
-            self.index.set(f"chunk/{head.key}", {"size": size, "used": used, "tokens": head.layout.tokens})
-            note_text(self.index, head, self.seal)
-            self._add_total(size - (old["size"] if old else 0), 0 if old else 1, stored=1)
-        self._lru.add(used, head.key.digest)
-
-    def _forget(self, key: ChunkKey) -> None:
-        with self.index.transaction():
-            record = self.index.get(f"chunk/{key}")
-            if record is not None:
-                self.index.delete(f"chunk/{key}")
-                evict_text(self.index, key)
-                self._add_total(-record["size"], -1, stored=0)
 
     def _unlink(self, key: ChunkKey) -> int:
         path = self.path_of(key)
@@ -453,17 +391,5 @@ class DiskTier(LastingTier):
     def _withdraw(self, written: Path, target: Path, key: ChunkKey) -> None:
         """Delete a file that a failed transaction has renamed to its place, unless the index knows an older file of that key."""
         with contextlib.suppress(OSError, StoreError):
-            if not written.exists() and self.index.get(f"chunk/{key}") is None:
+            if not written.exists() and not self._records.knows(key):
                 target.unlink(missing_ok=True)
-
-    def _total(self) -> dict[str, int]:
-        return self.index.get("total") or {"bytes": 0, "chunks": 0, "stored": 0}
-
-    def _add_total(self, size: int, chunks: int, *, stored: int) -> None:
-        total = self._total()
-        new = {
-            "bytes": total["bytes"] + size,
-            "chunks": total["chunks"] + chunks,
-            "stored": total["stored"] + stored,
-        }
-        self.index.set("total", new)
