@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -231,3 +232,16 @@ def test_what_could_not_be_meant_is_not_taken_silently(engine: CacheTune, name: 
 def test_a_misspelt_argument_of_a_request_is_told_the_nearest_one(engine: CacheTune, wrong: str, right: str) -> None:
     with pytest.raises(ConfigError, match=f"{wrong!r} is no .*did you mean {right!r}"):
         engine.generate("Who?", CHUNKS, **{wrong: 0.1})
+
+
+@pytest.mark.parametrize("method", ["prefill", "full_prefill", "explain"])
+@pytest.mark.parametrize("laid_out", [False, True])
+def test_what_only_an_answer_takes_is_said_to_belong_to_it(engine: CacheTune, method: str, laid_out: bool) -> None:
+    given: dict[str, Any] = {"query": "Who?", "chunks": CHUNKS[:1]}
+    if laid_out:
+        given = {"prompt": engine.prompts.build(**given)}
+    call = getattr(engine, method)
+    names = {*inspect.signature(engine.stream).parameters, "temperature", "do_sample", "seed"} - {"sampling"}
+    for name in names - set(inspect.signature(call).parameters):
+        with pytest.raises(ConfigError, match=f"'{name}' is an argument of generate and stream, and this call doesn't"):
+            call(**given, **{name: 0.5})

@@ -94,6 +94,7 @@ class Admission:
             ConfigError, PromptError, PromptTooLongError: the request can't be served.
         """
         chunks = given_chunks(chunks, refusal=ConfigError)
+        self._check_no_settings(template_arguments or {})
         if prompt is None:
             if query is None:
                 raise ConfigError("a request needs query= (with chunks=), or prompt= built by engine.prompts.")
@@ -178,6 +179,19 @@ class Admission:
         if texts and prompt is not None:
             raise ConfigError("prefetch takes either chunks=, a list of strings, or prompt=, not both.")
         return lambda: map(self._prompts.encode, texts) if prompt is None else prompt.chunk_ids
+
+    def _check_no_settings(self, template_arguments: Mapping[str, Any]) -> None:
+        """Refuse what only requests for an answer take: the chat template's error would say that it is no variable.
+
+        Raises:
+            ConfigError: names the argument, and who takes it.
+        """
+        names = self._prompts.argument_names
+        for name in template_arguments:
+            if name not in names and (name in REQUEST_NAMES or is_setting(name)):
+                raise ConfigError(
+                    f"{shown(name)} is an argument of generate and stream, and this call doesn't take it: leave it out, or call one of those."
+                )
 
     def _split(self, further: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Divide further arguments into variables of the chat template and generation settings.

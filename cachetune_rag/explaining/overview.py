@@ -24,6 +24,7 @@ PHASES = {
     "compute": "the forward over the computed tokens",
     "launch": "waiting for the GPU to begin, and to be seen done",
     "choose": "choosing the first token",
+    "read_again": "reading the prompt again without reuse",
     "rest": "everything else",
 }
 COLUMNS = 400
@@ -166,7 +167,7 @@ def _total(answer: ExplainedAnswer) -> float:
 
 def _phases(answer: ExplainedAnswer) -> dict[str, float]:
     known = {name: value for name, value in answer.timings.items() if name in PHASES and value > 0}
-    rest = _total(answer) - sum(answer.timings.values())
+    rest = _total(answer) - sum(known.values())
     return {**known, "rest": rest} if rest > 0 else known
 
 

@@ -105,6 +105,16 @@ def test_every_fate_and_phase_has_a_name_a_style_and_a_meaning() -> None:
         assert f".f-{phase} {{" in STYLE
 
 
+def test_all_of_the_time_is_shown_also_that_of_a_phase_without_a_name() -> None:
+    answer = made().reuse
+    assert answer is not None
+    timed = dataclasses.replace(answer, ttft=0.1, timings={"lookup": 0.01, "read_again": 0.04, "unheard_of": 0.03})
+    pieces = view_of(made(reuse=timed, full=None)).times[0][1]
+    assert {piece.name: round(piece.value, 9) for piece in pieces} == {"lookup": 0.01, "read_again": 0.04, "rest": 0.05}
+    assert round(sum(piece.width for piece in pieces)) == 1000
+    assert "read again" in Seen(html_page(made(reuse=timed, full=None))).text
+
+
 def test_markup_in_any_text_stays_text() -> None:
     explanation = Explanation.from_dict(evil(json.loads(json.dumps(made().as_dict()))))
     page, plain = html_page(explanation), html_page(made())

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from cachetune_rag.text.recognising.id_spans import without_beginning
 from tests.vllm.conftest import TinyVLLM
 from tests.vllm.models import SIZES
 from tests.vllm.test_connector import (
@@ -75,8 +76,12 @@ def test_requests_without_reuse_are_vllms_own_beside_others(served: Served) -> N
     settings = {"selector": "none", "ratio": 0}
     params = [served.params(**({"reuse": False} if number % 2 else settings)) for number in range(len(prompts))]
     inputs = [{"prompt_token_ids": list(prompt.ids)} for prompt in prompts]
-    found = [list(out.outputs[0].token_ids) for out in served.tiny.llm.generate(inputs, params, use_tqdm=False)]
-    assert found[0::2] == served.engines(prompts[0::2], **settings)
+    outs = served.tiny.llm.generate(inputs, params, use_tqdm=False)
+    found = [list(out.outputs[0].token_ids) for out in outs]
+    # Of a prompt that begins like one before it, vLLM may have the first page, which holds what full prefill computes.
+    kept = [report(out)["prefix_kept"] for out in outs[0::2]]
+    begun = [without_beginning(prompt, count) for prompt, count in zip(prompts[0::2], kept, strict=True)]
+    assert found[0::2] == served.engines(begun, **settings)
     assert found[1::2] == [served.tiny.reference_tokens(list(prompt.ids), TOKENS) for prompt in prompts[1::2]]
     assert served.tokens(prompts, ratio=1.0) == served.plain(prompts)
     served.assert_nothing_left_behind()
