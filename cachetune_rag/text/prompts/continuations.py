@@ -140,7 +140,8 @@ class Pieces:
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
         # Decoders of some vocabularies drop the blank before the first word of a text, so every token is spelled behind another one.
-        self._first = list(tokenizer.encode("a", add_special_tokens=False))[-1:]
+        self._alone = list(tokenizer.encode("a", add_special_tokens=False))
+        self._first = self._alone[-1:]
         self._before = len(self._decode(self._first))
         self._known: dict[int, str] = {}
 
@@ -152,6 +153,12 @@ class Pieces:
     def text(self, ids: Sequence[int]) -> str:
         """What the tokens spell together."""
         return self._decode([*self._first, *ids])[self._before :]
+
+    def ids(self, letter: str) -> list[int]:
+        """The tokens of a letter that stands behind another one; none if the vocabulary can't spell it there."""
+        whole: list[int] = self._tokenizer.encode(f"a{letter}", add_special_tokens=False)
+        ids = whole[len(self._alone) :]
+        return ids if self.text(ids) == letter else []
 
     def _spell(self, number: int) -> str:
         piece = self._known[number] = self.text([number])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 MARKS = "!?…"
-"""Marks that end a sentence in scripts that put a blank behind it, beside the full stop, which abbreviations have as well."""
+"""Marks that end a sentence in scripts that put a blank behind it, beside the full stop, which abbreviations and numbers have as well."""
 OTHER_MARKS = "。！？।॥؟։።"
 """Marks that end a sentence in scripts that need no blank behind it."""
-CLOSING = r"[\"')\]”’»]*"
+CLOSING = r"[\"')\]”’»」』）】》〉]*"
 """What may stand between a mark and the next sentence: a pattern."""
