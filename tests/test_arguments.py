@@ -243,5 +243,7 @@ def test_what_only_an_answer_takes_is_said_to_belong_to_it(engine: CacheTune, me
     call = getattr(engine, method)
     names = {*inspect.signature(engine.stream).parameters, "temperature", "do_sample", "seed"} - {"sampling"}
     for name in names - set(inspect.signature(call).parameters):
-        with pytest.raises(ConfigError, match=f"'{name}' is an argument of generate and stream, and this call doesn't"):
+        with pytest.raises(
+            ConfigError, match=f"'{name}' is an argument of generate, generate_many and stream, and this"
+        ):
             call(**given, **{name: 0.5})

@@ -48,7 +48,7 @@ class CacheTuneConnector(KVConnectorBase_V1):
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         transfer = vllm_config.kv_transfer_config
         self._settings = ServerSettings.of(transfer.kv_connector_extra_config)
-        self._config = vllm_config
+        self._config, self._page_count = vllm_config, kv_cache_config.num_blocks
         self._scheduler: ReuseScheduler | None = None
         self._recognition: Recognition | None = None
         self._started: Started | None = None
@@ -138,7 +138,7 @@ class CacheTuneConnector(KVConnectorBase_V1):
 
     def register_kv_caches(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
         """The model is loaded and its pages exist: make the engine that fills them."""
-        self._started = start_worker(self._config, self._settings)
+        self._started = start_worker(self._config, self._settings, self._page_count)
 
     def get_handshake_metadata(self) -> Hello:
         """See the base class. vLLM's own warm-up is over, and no step is planned yet."""

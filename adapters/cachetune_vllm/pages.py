@@ -28,22 +28,32 @@ class Pages:
     Args:
         layers: vLLM's attention layers, in the model's order.
         block_size: tokens in a page.
+        count: how many pages each of them has.
 
     Attributes:
         readable: whether `read` may be called.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], block_size: int):
-        self._layers, self.block_size = list(layers), block_size
+    def __init__(self, layers: Sequence[nn.Module], block_size: int, count: int):
+        self._layers, self.block_size, self._count = list(layers), block_size, count
         self.readable = False
         self._views: list[View] = []
 
     def slots(self, blocks: Sequence[int], start: int, end: int, device: torch.device) -> Tensor:
         """Where tokens [start, end) of a request with these pages stand; int64 [end - start], on `device`, in the order of its current
-        stream."""
+        stream.
+
+        Raises:
+            RuntimeError: they stand nowhere. vLLM's kernels don't look: they would write to memory that isn't theirs.
+        """
         # NumPy: waking torch's threads takes longer than the work.
         first, size = start // self.block_size, self.block_size
         pages = np.array(blocks[first : -(-end // size)], np.int64)
+        if len(pages) < -(-end // size) - first or (len(pages) and not 0 <= pages.min() <= pages.max() < self._count):
+            raise RuntimeError(
+                f"tokens {start} to {end} are to be put into the pages {list(blocks)} of {size} tokens, and vLLM's cache has pages 0 to "
+                f"{self._count - 1}: nothing is written. Please open an issue with this message."
+            )
         every = (pages[:, None] * size + np.arange(size)).ravel()
         slots = torch.from_numpy(every[start - first * size : end - first * size])
         # From page-locked memory: the host need not wait for the copy.
@@ -51,7 +61,15 @@ class Pages:
 
     def write(self, layer: int, keys: Tensor, values: Tensor, slots: Tensor) -> None:
         """Write rows, [tokens, kv_heads, head_dim], to slots, by the method that the attention layer writes its own rows with: this
-        method knows the pages' layout and number format."""
+        method knows the pages' layout and number format.
+
+        Raises:
+            RuntimeError: there are not as many slots as rows.
+        """
+        if keys.shape[0] != slots.shape[0]:
+            raise RuntimeError(
+                f"layer {layer} has {keys.shape[0]} rows for {slots.shape[0]} slots: nothing is written. Please open an issue with this message."
+            )
         attention: Any = self._layers[layer]
         attention.impl.do_kv_cache_update(attention, keys, values, self._pages_of(layer), slots)
 

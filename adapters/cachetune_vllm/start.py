@@ -75,10 +75,15 @@ class Started:
             self.engines.close()
 
 
-def start_worker(config: VllmConfig, settings: ServerSettings) -> Started:
+def start_worker(config: VllmConfig, settings: ServerSettings, page_count: int) -> Started:
     """Make the engine of a worker whose model is loaded.
 
     If the model can't be served, the server goes on without reuse, and says why.
+
+    Args:
+        config: vLLM's.
+        settings: the server's.
+        page_count: pages that vLLM's cache has.
 
     Raises:
         StoreError: the store can't be opened.
@@ -119,7 +124,7 @@ def start_worker(config: VllmConfig, settings: ServerSettings) -> Started:
         least_reused=LEAST_REUSED if engine.adapter.device.type == "cuda" else LEAST_REUSED_ON_CPU,
         process=os.getpid() if engine.adapter.device.type == "cpu" else None,
     )
-    pages = Pages(layers, config.cache_config.block_size)
+    pages = Pages(layers, config.cache_config.block_size, page_count)
     if config.cache_config.enable_prefix_caching:
         readable = pages.learn_to_read(engine.adapter.new_buffers(pages.block_size))
         pages.readable = all(heads.tell(readable))  # or workers that share a model would compute different tokens

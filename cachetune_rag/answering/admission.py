@@ -190,7 +190,7 @@ class Admission:
         for name in template_arguments:
             if name not in names and (name in REQUEST_NAMES or is_setting(name)):
                 raise ConfigError(
-                    f"{shown(name)} is an argument of generate and stream, and this call doesn't take it: leave it out, or call one of those."
+                    f"{shown(name)} is an argument of generate, generate_many and stream, and this call doesn't take it: leave it out, or call one of those."
                 )
 
     def _split(self, further: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

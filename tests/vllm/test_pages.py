@@ -40,7 +40,7 @@ def test_rows_are_read_from_a_requests_pages_and_nothing_else_changes(start: int
         )
         for _ in range(LAYERS)
     ]
-    pages = Pages(layers, PAGE)
+    pages = Pages(layers, PAGE, PAGES)
     assert pages.learn_to_read(buffers(PAGE))
     length = len(BLOCKS) * PAGE
     rows = torch.randn(LAYERS, 2, length, HEADS, DIM)
@@ -54,3 +54,18 @@ def test_rows_are_read_from_a_requests_pages_and_nothing_else_changes(start: int
             assert torch.equal(mine[start:end], wanted[start:end])
             assert (mine[:start] == -1).all()
             assert (mine[end:] == -1).all()
+
+
+@pytest.mark.parametrize(
+    "blocks", [BLOCKS[:2], [*BLOCKS[:2], PAGES], [*BLOCKS[:2], -1]], ids=["one page too few", "too large", "negative"]
+)
+def test_slots_outside_of_the_cache_are_refused(blocks: list[int]) -> None:
+    """vLLM's kernels write wherever they are told to."""
+    layers: Any = [SimpleNamespace(impl=SimpleNamespace(do_kv_cache_update=write), kv_cache=torch.zeros(PAGES, 1))]
+    pages = Pages(layers, PAGE, PAGES)
+    assert pages.slots(blocks, 0, 2 * PAGE, torch.device("cpu")).tolist()[-1] == BLOCKS[1] * PAGE + PAGE - 1
+    with pytest.raises(RuntimeError, match=rf"tokens 3 to 17 .*pages 0 to {PAGES - 1}: nothing is written"):
+        pages.slots(blocks, 3, 2 * PAGE + 1, torch.device("cpu"))
+    rows, slots = torch.zeros(PAGE, HEADS, DIM), pages.slots(BLOCKS, 0, PAGE - 1, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match=f"{PAGE} rows for {PAGE - 1} slots"):
+        pages.write(0, rows, rows, slots)
