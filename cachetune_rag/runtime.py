@@ -39,8 +39,8 @@ from cachetune_rag.model.loading import check_loaded, check_vocabulary
 from cachetune_rag.options import STORE_NAMES, EngineArguments, EngineOptions
 from cachetune_rag.readahead.prefetcher import Prefetcher
 from cachetune_rag.reuse.config import resolve
-from cachetune_rag.reuse.device_loader import warm_up as warm_up_loading
 from cachetune_rag.reuse.prefill import Assembler
+from cachetune_rag.reuse.row_kernels import warm_up as warm_up_loading
 from cachetune_rag.selection import get_selector
 from cachetune_rag.telemetry.observer import ObserverListener, Observers
 from cachetune_rag.telemetry.stats import EngineStats, LastKnownStoreStats, RequestCounter

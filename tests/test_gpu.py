@@ -25,8 +25,9 @@ from cachetune_rag.model import adapter as adapter_module
 from cachetune_rag.model.cuda import device_forward, steps
 from cachetune_rag.model.heads import Heads
 from cachetune_rag.reuse import device_loader
-from cachetune_rag.reuse.device_loader import DeviceLoader, Streams
+from cachetune_rag.reuse.device_loader import DeviceLoader
 from cachetune_rag.reuse.source import Source
+from cachetune_rag.reuse.streams import Streams
 from cachetune_rag.selection import get_selector
 from cachetune_store import LayerSpec, pinning
 from cachetune_store.buffers import SlabPool, private_pages

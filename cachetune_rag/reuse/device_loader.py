@@ -14,7 +14,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,18 +21,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cachetune_rag.concurrency.deadline import DeadlinePool
-from cachetune_rag.kernels import CODECS, kernels_run_on, rows_of
+from cachetune_rag.kernels import kernels_run_on
 from cachetune_rag.model import KVBuffers, ModelAdapter
 from cachetune_rag.model.libraries.private import copy_all
+from cachetune_rag.reuse.device_groups import STAGES, DeviceGroups, Narrowed
 from cachetune_rag.reuse.host_copies import copied_bytes, host_copies
-from cachetune_rag.reuse.layer_loader import REST, SEEN, WHOLE, LayerLoader, head_bytes, row_format
+from cachetune_rag.reuse.layer_loader import REST, SEEN, WHOLE, LayerLoader
+from cachetune_rag.reuse.row_kernels import RowKernels
 from cachetune_rag.reuse.source import Source
-from cachetune_store import HeadBytes
+from cachetune_rag.reuse.streams import Streams
 from cachetune_store.tier_kinds import HOST
-from cachetune_store.tiers import DeviceReader
 
-STAGES = 2
-"""Staging buffers: while one is decoded, the next is copied into."""
 LAUNCH_AHEAD = 2
 """Layers queued beyond the one that is asked for, so that the copy engine always has work. Few, because queuing takes the host time, in
 which the device waits for its next piece of work."""
@@ -42,95 +40,6 @@ QUEUED = 3
 all of them: with all layers of a long prompt queued, for tens of milliseconds."""
 FIRST_BYTES = 48 << 20
 """Bytes that are queued before a selector looks at layers: about as much as is copied to an H100 while it gets ready."""
-
-
-class Streams:
-    """The streams and events beside the stream that computes. Made once, and used by one request after another."""
-
-    def __init__(self, device: torch.device, layers: int):
-        # A few programs copy single rows on it. They should not wait until a large kernel leaves a multiprocessor.
-        self.copy = torch.cuda.Stream(device, priority=-1)
-        # Placing rows is short, and the computation waits for it: it goes before all other work that is ready to run.
-        self.place = torch.cuda.Stream(device, priority=-1)
-        self.copied = [torch.cuda.Event() for _ in range(layers)]
-        self.brought = torch.cuda.Event()
-        self.prepared = torch.cuda.Event()
-        self.narrowed = torch.cuda.Event()
-        self.placed = [torch.cuda.Event() for _ in range(layers)]
-        # Recorded on the stream that computes, before and after its wait for a layer.
-        self.asked = [torch.cuda.Event(enable_timing=True) for _ in range(layers)]
-        self.given = [torch.cuda.Event(enable_timing=True) for _ in range(layers)]
-
-
-def warm_up(adapter: ModelAdapter, codec: str) -> None:
-    """Compile the kernel that puts rows of `codec` into their places, for all shapes of layers."""
-    if codec not in CODECS or not adapter.cuda_kernels:
-        return
-    from cachetune_rag.kernels.rows import gather, place
-
-    tables, buffers = adapter.rotary_tables(1), adapter.new_buffers(1)
-    dtype, done = str(adapter.dtype).removeprefix("torch."), set()
-    for layer, spec in enumerate(adapter.layers):
-        cos, sin = adapter.rotation(layer, tables)
-        shape = spec, cos is None
-        if shape in done or not adapter.half_split[layer]:
-            continue
-        done.add(shape)
-        stored, own = adapter.stored_layers[layer], adapter.heads.own(spec)
-        form = row_format(codec, dtype, stored)
-        row = torch.zeros(form.span(1), dtype=torch.uint8, device=adapter.device)
-        bases = torch.tensor([row.data_ptr(), 0], device=adapter.device)
-        nothing = torch.zeros(2, dtype=torch.int64, device=adapter.device)
-        rows = {"row_bytes": form.row_bytes, "group_rows": form.group_rows, "group_bytes": form.group_bytes}
-        for part in (None, False, True):
-            split = None if part is None else nothing[:1]
-            if part is False:
-                mine = (
-                    head_bytes(codec, dtype, stored, own.start, own.stop - own.start) if adapter.heads.shared else None
-                )
-                gather(nothing, bases, nothing, nothing[:1], wanted=mine, **rows)
-            place(
-                bases, nothing, nothing, cos, sin, buffers.key_rows[layer], buffers.value_rows[layer], codec=codec,
-                aligned=not (form.row_bytes % 16 or form.group_bytes % 16),
-                stored_heads=stored.heads, first_head=own.start, split=split, rest=bool(part), **rows,
-            )  # fmt: skip
-    torch.cuda.synchronize(adapter.device)
-
-
-@dataclass(frozen=True)
-class _Group:
-    """How a group of sources is loaded.
-
-    Attributes:
-        bases: int64 [layers, sources]; where each source's rows are on the device, or will be.
-        where, places: of every row, as `kernels.rows.place` takes them.
-        in_place: by source, whether its rows are read where they lie.
-        apart: by source, whether its rows can be copied one by one: int64 [sources], 0 or 1.
-    """
-
-    bases: Tensor
-    where: Tensor
-    places: Tensor
-    in_place: list[bool]
-    apart: Tensor
-
-
-@dataclass(frozen=True)
-class _Narrowed:
-    """How a group is loaded in two parts.
-
-    Attributes:
-        hosts: int64 [layers, sources]; where the rows of sources are in page-locked memory that come in two parts, 0 for others.
-        where, places: as of `_Group`, with the rows of the first part in front.
-        split: int64 [1]; how many these are.
-        apart: by source, whether its rows come in two parts.
-    """
-
-    hosts: Tensor
-    where: Tensor
-    places: Tensor
-    split: Tensor
-    apart: list[bool]
 
 
 class DeviceLoader(LayerLoader):
@@ -153,28 +62,22 @@ class DeviceLoader(LayerLoader):
         streams: Streams,
     ):
         self._streams, self._current = streams, torch.cuda.current_stream(adapter.device)
-        self._stages: list[dict[tuple[str, str], Tensor]] = [{} for _ in range(STAGES)]
-        self._slots: list[torch.cuda.Event | None] = [
-            None
-        ] * STAGES  # recorded when the last rows in this staging buffer are placed
-        self._queued: deque[torch.cuda.Event] = deque(
-            maxlen=QUEUED
-        )  # recorded when the rows that were queued last are placed
-        self._prepared: dict[tuple[str, str], _Group] = {}
-        self._narrowed: dict[tuple[str, str], _Narrowed | None] = {}
-        self._hosts: dict[
-            int, list[int]
-        ] = {}  # addresses of a source's layers from `_rest` on, by its place in the prompt
+        # Recorded when the last rows in this staging buffer are placed.
+        self._slots: list[torch.cuda.Event | None] = [None] * STAGES
+        # Recorded when the rows that were queued last are placed.
+        self._queued: deque[torch.cuda.Event] = deque(maxlen=QUEUED)
         self._next = 0
         self._hold = adapter.num_layers  # nothing is queued behind this layer before it is asked for
         self._seen_rows: Tensor | None = None
-        self._first_narrowed = self._rest = (
-            adapter.num_layers
-        )  # the first layer in two parts; the next one of which the second part is queued
+        # The first layer in two parts, and the next one of which the second part is queued.
+        self._first_narrowed = self._rest = adapter.num_layers
         self._brought = False
         self._awaited = 0  # so many of the first layers the computing stream waits for, in its order
-        self._kernel = kernels_run_on(adapter.device)
+        self._kernels = RowKernels(adapter, usable=kernels_run_on(adapter.device))
         self._copies = host_copies()
+        self._on_device = DeviceGroups(
+            adapter, streams, self._kernels, by_address=self._copies is not None, forms=self._forms_of
+        )
         self._held: list[Tensor] = []  # memory that queued work still reads
         # The same of rows from disks, of which torch doesn't know that they are being copied; by layer that was queued.
         self._copied: deque[list[Tensor]] = deque(maxlen=QUEUED)
@@ -189,7 +92,7 @@ class DeviceLoader(LayerLoader):
         before = self._wanted
         super().set_sources(sources)
         if self._wanted is not before:
-            self._prepared, self._narrowed = {}, {}
+            self._on_device.set_sources(self._groups)
 
     def load(self, layer: int) -> None:
         """Make the computing stream wait for the reused rows of `layer`."""
@@ -241,7 +144,7 @@ class DeviceLoader(LayerLoader):
 
     def bring(self) -> None:
         """See `LayerLoader.bring`. A further layer is queued when the last but one is in its place."""
-        while self._next < self._adapter.num_layers and self._ready(self._next):
+        while self._next < self._adapter.num_layers and self._slow.ready(self._next):
             if (used := self._slots[self._next % STAGES]) is not None and not used.query():
                 return
             self._launch()
@@ -258,8 +161,7 @@ class DeviceLoader(LayerLoader):
     def start(self) -> None:
         """See `LayerLoader.start`."""
         started = time.perf_counter()
-        if self._slow:
-            self._read_on(self._next)
+        self._slow.read_on(self._next)
         self._launch_up_to(self._next)
         self._launch_rests()
         self.seconds += time.perf_counter() - started
@@ -274,7 +176,7 @@ class DeviceLoader(LayerLoader):
     @property
     def staged(self) -> bool:
         """Whether rows went through staging memory, instead of being read where they lie."""
-        return any(self._stages)
+        return self._on_device.staged
 
     def copy_deviations(self, pieces: Sequence[tuple[int, Tensor]], layers: int) -> Tensor:
         """See `LayerLoader.copy_deviations`. The copy comes after the rows that are queued already, and the next `load` waits for it.
@@ -305,9 +207,8 @@ class DeviceLoader(LayerLoader):
     def close(self) -> None:
         """See `LayerLoader.close`. Work under way on the device ends before the computing stream goes on."""
         super().close()
-        if (
-            self._current == self._streams.place
-        ):  # its turn never came: nobody waits on the device for what reads the chunks' memory
+        # Its turn never came: nobody waits on the device for what reads the chunks' memory.
+        if self._current == self._streams.place:
             self._streams.copy.synchronize()
         if self._awaited < self._next or self._rest < self._adapter.num_layers or self._brought:
             self._current.wait_stream(self._streams.copy)
@@ -315,7 +216,7 @@ class DeviceLoader(LayerLoader):
 
     def _launch_up_to(self, layer: int) -> None:
         """Queue the layers up to this one, as far as their rows are there already."""
-        while self._next <= min(layer, self._hold, self._adapter.num_layers - 1) and self._ready(self._next):
+        while self._next <= min(layer, self._hold, self._adapter.num_layers - 1) and self._slow.ready(self._next):
             self._launch()
 
     def _launch_rests(self) -> None:
@@ -342,10 +243,10 @@ class DeviceLoader(LayerLoader):
             self._queued[0].synchronize()
         if (used := self._slots[slot]) is not None:
             streams.copy.wait_event(used)
-        slow = iter(self._slow_rows(layer) if part != REST else ())
+        slow = iter(self._slow.take(layer) if part != REST else ())
         self._copied.append([])
         for key, group in self._groups.items():
-            self._prepare(key)
+            self._on_device.prepare(key)
             narrowed = None if part == WHOLE else self._narrow(key)
             self._copy_rows(layer, key, group, slow, narrowed, part)
             if narrowed is not None and part == SEEN:
@@ -369,17 +270,17 @@ class DeviceLoader(LayerLoader):
         key: tuple[str, str],
         group: Sequence[Source],
         slow: Iterator[Tensor],
-        narrowed: _Narrowed | None,
+        narrowed: Narrowed | None,
         part: str,
     ) -> None:
         """Queue the copies of a group's rows into its staging memory. Rows that the kernel reads where they lie are only counted, and sources that
         come in two parts are left out of the first one, of which single rows are gathered."""
-        form, stage = self._row_format(layer, key), self._stages[layer % STAGES].get(key)
-        mine = self._mine(layer, key)
+        form, stage = self._row_format(layer, key), self._on_device.stage(layer, key)
+        mine = self._kernels.own_bytes(layer, key)
         targets, pieces, at = [], [], 0
         apart = [False] * len(group) if narrowed is None else narrowed.apart
         with torch.cuda.stream(self._streams.copy):
-            for source, in_place, later in zip(group, self._prepared[key].in_place, apart, strict=True):
+            for source, in_place, later in zip(group, self._on_device.prepare(key).in_place, apart, strict=True):
                 reader, count = source.reader, form.size(source.rows)
                 if in_place:
                     if part != REST:
@@ -390,7 +291,7 @@ class DeviceLoader(LayerLoader):
                     if later and part == REST and self._copies is not None:
                         # All of its rows, also those that are there: gathering the others would keep multiprocessors from the recompute, while the
                         # bus has nothing else to do.
-                        address = self._hosts[source.start][layer - self._first_narrowed]
+                        address = self._on_device.host_address(source, layer - self._first_narrowed)
                         self._copies.collect_rows(stage.data_ptr() + at, address, form, mine, source.rows)
                     at += form.span(source.rows)
                     continue
@@ -410,191 +311,53 @@ class DeviceLoader(LayerLoader):
             if pieces:
                 copy_all(targets, pieces, non_blocking=True)
 
-    def _gather(self, layer: int, key: tuple[str, str], narrowed: _Narrowed) -> None:
+    def _gather(self, layer: int, key: tuple[str, str], narrowed: Narrowed) -> None:
         """Queue the copies of the rows of a group that are seen first into its staging memory."""
-        from cachetune_rag.kernels.rows import gather
-
-        form, group = self._row_format(layer, key), self._prepared[key]
+        form, bases = self._row_format(layer, key), self._on_device.prepare(key).bases
         with torch.cuda.stream(self._streams.copy):
-            gather(
-                narrowed.hosts[layer],
-                group.bases[layer],
-                narrowed.where,
-                narrowed.split,
-                row_bytes=form.row_bytes,
-                group_rows=form.group_rows,
-                group_bytes=form.group_bytes,
-                wanted=self._mine(layer, key),
+            self._kernels.gather(
+                layer,
+                key,
+                form,
+                hosts=narrowed.hosts[layer],
+                bases=bases[layer],
+                where=narrowed.where,
+                count=narrowed.split,
             )
-
-    def _mine(self, layer: int, key: tuple[str, str]) -> HeadBytes | None:
-        """Where the heads of this process lie in a group's rows; None where all are here."""
-        heads = self._adapter.heads
-        if not heads.shared:
-            return None
-        own = heads.own(self._adapter.layers[layer])
-        return head_bytes(*key, self._adapter.stored_layers[layer], own.start, own.stop - own.start)
 
     def _copied_bytes(self, layer: int, key: tuple[str, str], rows: int) -> int:
         """How many bytes of some rows of a chunk in host memory are copied."""
-        return copied_bytes(self._row_format(layer, key), self._mine(layer, key), rows)
+        return copied_bytes(self._row_format(layer, key), self._kernels.own_bytes(layer, key), rows)
 
-    def _narrow(self, key: tuple[str, str]) -> _Narrowed | None:
-        """Find out, on the device, which rows of a group belong to which part. None: all come in the first one."""
-        if key in self._narrowed:
-            return self._narrowed[key]
+    def _narrow(self, key: tuple[str, str]) -> Narrowed | None:
+        """Which rows of a group belong to which part. None: all come in the first one."""
         assert self._seen_rows is not None
-        self._prepare(key)
-        sources, group, device, first = (
-            self._groups[key],
-            self._prepared[key],
-            self._adapter.device,
-            self._first_narrowed,
-        )
-        layers = self._adapter.num_layers
-        apart = [bool(each) for each in self._apart(key)]
-        if first == layers or not any(apart):
-            self._narrowed[key] = None
-            return None
-        hosts = np.zeros((layers, group.bases.shape[1]), np.int64)
-        for index, source in enumerate(sources):
-            if apart[index]:
-                if source.start not in self._hosts:  # the rows count as read
-                    self._hosts[source.start] = source.reader.locate_from(first, source.rows)
-                hosts[first:, index] = self._hosts[source.start]
-        # On the computing stream, which has nothing else to do until the rows are there.
-        current, streams = self._current, self._streams
-        current.wait_event(streams.prepared)
-        group.places.record_stream(current)
-        with torch.cuda.stream(current):
-            here = torch.empty(hosts.size, dtype=torch.int64, pin_memory=device.type == "cuda")
-            here.numpy()[:] = hosts.ravel()
-            there = torch.empty(hosts.size, dtype=torch.int64, device=device)
-            if device.type == "cuda":
-                from cachetune_rag.kernels.rows import fetch
-
-                fetch(here, there)
-            else:
-                there.copy_(here)
-            first_part = self._seen_rows[group.places] | (group.apart[group.where >> 32] == 0)
-            order = first_part.to(torch.uint8).sort(descending=True, stable=True).indices
-            made = _Narrowed(
-                there.view(hosts.shape), group.where[order], group.places[order], first_part.sum().view(1), apart
-            )
-            streams.narrowed.record(current)
-        for stream in (streams.copy, streams.place):
-            stream.wait_event(streams.narrowed)
-            for each in (there, made.where, made.places, made.split):
-                each.record_stream(stream)
-        self._held += [here, there, made.where, made.places, made.split]
-        self._narrowed[key] = made
-        return made
-
-    def _apart(self, key: tuple[str, str]) -> list[int]:
-        """By source of a group, whether its rows can be copied one by one: 0 or 1."""
-        sources = self._groups[key]
-        if self._copies is None or not self._kernel_for(key, range(self._adapter.num_layers)):
-            return [0] * len(sources)
-        return [int(source.reader.kind is HOST and source.reader.page_locked) for source in sources]
-
-    def _prepare(self, key: tuple[str, str]) -> None:
-        """Make the staging memory of a group, and copy where its rows are and where they go to the device."""
-        if key in self._prepared:
-            return
-        group, device = self._groups[key], self._adapter.device
-        forms = [self._row_format(layer, key) for layer in range(self._adapter.num_layers)]
-        by_kernel = self._kernel_for(key, range(len(forms)))
-        in_place = [
-            isinstance(source.reader, DeviceReader) and source.reader.device == device and by_kernel for source in group
-        ]
-        # Every part of the table begins at a multiple of 16 bytes: kernels are compiled for that.
-        bases = np.zeros((len(forms), len(group) + len(group) % 2), np.int64)
-        staged = [index for index, here in enumerate(in_place) if not here]
-        if staged:
-            # By identity, as layers share their formats: hashing the formats would take longer than the rest of this method.
-            different = {id(form): form for form in forms}.items()
-            ends = {name: np.cumsum([0, *(form.span(group[i].rows) for i in staged)]) for name, form in different}
-            room = max(int(sums[-1]) for sums in ends.values())
-            stages = [self._stage(slot, key, room).data_ptr() for slot in range(STAGES)]
-            for layer, form in enumerate(forms):
-                bases[layer, staged] = stages[layer % STAGES] + ends[id(form)][:-1]
-        for index, source in enumerate(group):
-            if in_place[index] and isinstance(source.reader, DeviceReader):
-                source.reader.wait_on(self._streams.place)
-                bases[:, index] = source.reader.addresses
-        where = rows_of([source.rows for source in group])
-        places = np.concatenate([source.places[: source.rows] for source in group])
-        apart = np.zeros(bases.shape[1], np.int64)
-        apart[: len(group)] = self._apart(key)
-        count, even = len(where), np.zeros(len(where) % 2, np.int64)
-        parts = bases.ravel(), apart, where, even, places
-        host = torch.empty(sum(map(len, parts)), dtype=torch.int64, pin_memory=device.type == "cuda")
-        np.concatenate(parts, out=host.numpy())  # torch would copy with all its threads
-        with torch.cuda.stream(self._streams.copy):
-            there = host.to(device, non_blocking=True)
-        there.record_stream(self._streams.place)
-        self._streams.prepared.record(self._streams.copy)
-        self._held += [host, there]
-        start = bases.size + apart.size
-        self._prepared[key] = _Group(
-            there[: bases.size].view(bases.shape),
-            there[start : start + count],
-            there[there.shape[0] - count :],
-            in_place,
-            there[bases.size : start],
-        )
-
-    def _kernel_for(self, key: tuple[str, str], layers: Sequence[int]) -> bool:
-        """Whether the kernel reads a group's rows in all of `layers`."""
-        codec, dtype = key
-        return (
-            self._kernel
-            and codec in CODECS
-            and dtype == str(self._adapter.dtype).removeprefix("torch.")
-            and all(self._adapter.half_split[layer] for layer in layers)
-        )
-
-    def _stage(self, slot: int, key: tuple[str, str], size: int) -> Tensor:
-        """Staging memory of one slot, at least `size` bytes. It is made anew only if it is too small."""
-        held = self._stages[slot].get(key)
-        if held is None or held.numel() < size:
-            with torch.cuda.stream(self._streams.copy):
-                held = torch.empty(size, dtype=torch.uint8, device=self._adapter.device)
-            held.record_stream(self._streams.place)
-            self._stages[slot][key] = held
-        return held
+        return self._on_device.narrow(key, self._seen_rows, self._first_narrowed, self._current)
 
     def _place(self, layer: int, key: tuple[str, str], part: str) -> None:
         """Decode, rotate and place a group's rows: by the kernel where that is exact, else by the codec's and the model's own code."""
-        form, group = self._row_format(layer, key), self._prepared[key]
-        narrowed = None if part == WHOLE else self._narrowed[key]
+        form, group = self._row_format(layer, key), self._on_device.prepare(key)
+        narrowed = None if part == WHOLE else self._narrow(key)
         if part == REST and narrowed is None:
             return
-        if self._kernel_for(key, [layer]):
-            from cachetune_rag.kernels.rows import place
-
-            cos, sin = self._adapter.rotation(layer, self._tables)
-            place(
-                group.bases[layer],
-                group.where if narrowed is None else narrowed.where,
-                group.places if narrowed is None else narrowed.places,
-                cos,
-                sin,
-                self._buffers.key_rows[layer],
-                self._buffers.value_rows[layer],
-                codec=key[0],
-                row_bytes=form.row_bytes,
-                group_rows=form.group_rows,
-                group_bytes=form.group_bytes,
-                aligned=not (form.row_bytes % 16 or form.group_bytes % 16),
-                stored_heads=self._adapter.stored_layers[layer].heads,
-                first_head=self._adapter.heads.own(self._adapter.layers[layer]).start,
+        if self._kernels.can_place(key, [layer]):
+            self._kernels.place(
+                layer,
+                key,
+                form,
+                self._buffers,
+                self._tables,
+                bases=group.bases[layer],
+                where=group.where if narrowed is None else narrowed.where,
+                places=group.places if narrowed is None else narrowed.places,
                 split=None if narrowed is None else narrowed.split,
                 rest=part == REST,
             )
         else:
             size = sum(form.span(source.rows) for source in self._groups[key])
-            self._place_rows(layer, key, self._stages[layer % STAGES][key][:size], self._part(key, WHOLE))
+            stage = self._on_device.stage(layer, key)
+            assert stage is not None
+            self._place_rows(layer, key, stage[:size], self._part(key, WHOLE))
 
     def _places_of(self, key: tuple[str, str], places: Sequence[NDArray[np.int64]]) -> Tensor:
-        return self._prepared[key].places  # there already: another copy would wait for all that is queued
+        return self._on_device.prepare(key).places  # there already: another copy would wait for all that is queued

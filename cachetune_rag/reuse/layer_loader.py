@@ -16,32 +16,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cachetune_rag.concurrency.deadline import DeadlinePool, StoreTimeoutError
-from cachetune_rag.concurrency.workers import Job
+from cachetune_rag.concurrency.deadline import DeadlinePool
 from cachetune_rag.model import KVBuffers, ModelAdapter
 from cachetune_rag.model.family.rope import Tables, rows_of
+from cachetune_rag.reuse.slow_rows import SlowRows, read_rows
 from cachetune_rag.reuse.source import Source
-from cachetune_store import ChunkKey, ChunkReader, DamagedChunkError, HeadBytes, LayerSpec, RowFormat, get_codec
-
-READ_AHEAD = 4
-"""Layers that are read ahead of the one that computes, while it is not known yet which rows later layers need."""
-FINAL_READ_AHEAD = 16
-"""Layers that are read ahead once the needed rows are known. Many, so that neither the disk nor the model waits for the other."""
-
-
-class DamagedSourceError(Exception):
-    """Rows of a chunk failed their check; `key` names the chunk."""
-
-    def __init__(self, key: ChunkKey):
-        super().__init__(str(key))
-        self.key = key
-
+from cachetune_store import ChunkReader, HeadBytes, LayerSpec, RowFormat, get_codec
 
 WHOLE, SEEN, REST = "whole", "seen", "rest"
 """The parts in which a layer's rows are loaded: all together, or those that are wanted first (`LayerLoader.narrow`) and then the others."""
-
-CANT_READ = (DamagedSourceError, StoreTimeoutError)
-"""What may happen while stored rows are read: the request starts over without them."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +57,12 @@ class LayerLoader:
     """
 
     def __init__(self, adapter: ModelAdapter, sources: Sequence[Source], buffers: KVBuffers, pool: DeadlinePool):
-        self._adapter, self._buffers, self._pool = adapter, buffers, pool
+        self._adapter, self._buffers = adapter, buffers
         self._tables = adapter.rotary_tables(buffers.length)
         self._loaded = [0] * adapter.num_layers
         self._forms: dict[tuple[str, str], list[RowFormat]] = {}
-        self._ahead: dict[int, list[Job[Tensor]]] = {}
-        self._deviations: dict[ChunkKey, Job[Tensor | None]] = {}
+        self._slow = SlowRows(pool, adapter.num_layers)
         self.seconds = 0.0
-        self._horizon = READ_AHEAD
-        self._when_read: Callable[[], None] | None = None
         self._wanted: list[tuple[int, int, int]] | None = None
         self._seen: NDArray[np.bool_] | None = None
         # Of layers of which the seen rows alone were loaded, the encoded rows of sources that still have others, by their place in the prompt.
@@ -94,7 +74,6 @@ class LayerLoader:
         wanted = [(id(s.reader), s.start, s.rows) for s in sources]
         if wanted == self._wanted:
             return  # what is being read ahead stays wanted
-        self.drain()
         self._wanted = wanted
         self._groups: dict[tuple[str, str], list[Source]] = {}
         for source in sources:
@@ -103,11 +82,7 @@ class LayerLoader:
                 self._groups.setdefault((layout.codec, layout.dtype), []).append(source)
         self._sources = [s for group in self._groups.values() for s in group]
         self._parts: dict[tuple[tuple[str, str], str], _Part] = {}
-        # The sources that are not in memory, in the order of `_sources`, and which of their layers must still be read: some
-        # layers may have been read ahead of the request.
-        self._slow = [s for s in self._sources if not s.reader.in_memory]
-        layers = range(self._adapter.num_layers)
-        self._waits = [not all(s.reader.has(layer, s.rows) for s in self._slow) for layer in layers]
+        self._slow.set_sources([s for s in self._sources if not s.reader.in_memory])
 
     def load(self, layer: int) -> None:
         """Put the reused rows of `layer` into the buffers. Later calls for the same layer do nothing."""
@@ -221,9 +196,7 @@ class LayerLoader:
 
     def start_deviations(self) -> None:
         """The deviations of all sources will be asked for: start reading those that are on disk."""
-        for source in self._slow:
-            if source.reader.deviations_wait:
-                self._start_deviations(source.reader)
+        self._slow.start_deviations()
 
     def deviations(self, reader: ChunkReader) -> Tensor | None:
         """The deviations of one of the open chunks; waits for them if they are on disk.
@@ -231,14 +204,7 @@ class LayerLoader:
         Raises:
             DamagedSourceError, StoreTimeoutError: they can't be read.
         """
-        job = self._start_deviations(reader) if reader.deviations_wait else None
-        return reader.deviations if job is None else self._pool.result(job)
-
-    def _start_deviations(self, reader: ChunkReader) -> Job[Tensor | None]:
-        job = self._deviations.get(reader.key)
-        if job is None:
-            job = self._deviations[reader.key] = self._pool.submit(_read_deviations, reader)
-        return job
+        return self._slow.deviations(reader)
 
     def copy_deviations(self, pieces: Sequence[tuple[int, Tensor]], layers: int) -> Tensor:
         """Copy tokens' deviations to the device: a table [prompt length, columns], complete once `load(0)` has returned.
@@ -280,8 +246,7 @@ class LayerLoader:
 
     def start_first_layers(self) -> None:
         """Start reading the first layers, with all of their rows, before it is known which rows are needed."""
-        if self._slow:
-            self._read_on(0)
+        self._slow.read_on(0)
 
     def bring(self) -> None:
         """Have rows brought that are in memory, before it is this prompt's turn to compute. Called again and again meanwhile: each time a
@@ -298,14 +263,7 @@ class LayerLoader:
         Raises:
             DamagedSourceError, StoreTimeoutError: they can't be read.
         """
-        self._horizon = self._adapter.num_layers
-        if self._slow:
-            self._read_on(0)
-            for jobs in self._ahead.values():
-                for job in jobs:
-                    self._pool.result(job)
-            for spread in self._deviations.values():
-                self._pool.result(spread)
+        self._slow.settle()
 
     def start(self) -> None:
         """The sources are final: start slow work now, before the first `load`."""
@@ -321,37 +279,10 @@ class LayerLoader:
             forms = self._forms[key] = [row_format(*key, spec) for spec in self._adapter.stored_layers]
         return forms
 
-    def _ready(self, layer: int) -> bool:
-        """Whether the rows of `layer` can be had without waiting."""
-        if not self._waits[layer]:
-            return True
-        futures = self._ahead.get(layer)
-        return futures is not None and all(f.done() for f in futures)
-
     def _rows(self, layer: int) -> list[Tensor]:
         """Encoded rows of every source, in the order of the groups."""
-        slow = iter(self._slow_rows(layer))
-        return [_read(s, layer) if s.reader.in_memory else next(slow) for s in self._sources]
-
-    def _slow_rows(self, layer: int) -> list[Tensor]:
-        """Encoded rows of the sources that are not in memory; waits for them."""
-        if not self._slow:
-            return []
-        self._read_on(layer)
-        if not self._waits[layer]:
-            return [_read(s, layer) for s in self._slow]
-        rows = [self._pool.result(f) for f in self._ahead[layer]]
-        del self._ahead[layer]
-        return rows
-
-    def _read_on(self, layer: int) -> None:
-        """Start reading the rows of `layer` and of the next layers; layers that are there already are not counted."""
-        unread = [number for number in range(layer, self._adapter.num_layers) if self._waits[number]]
-        for ahead in unread[: 1 + self._horizon]:
-            if ahead not in self._ahead and not self._loaded[ahead]:
-                self._ahead[ahead] = [self._pool.submit(_read, s, ahead) for s in self._slow]
-        if self._when_read is not None and self._all_asked():
-            self._tell_when_read()
+        slow = iter(self._slow.take(layer))
+        return [read_rows(s, layer) if s.reader.in_memory else next(slow) for s in self._sources]
 
     def sources_are_final(self, when_read: Callable[[], None]) -> None:
         """The sources will not change any more.
@@ -359,36 +290,11 @@ class LayerLoader:
         `when_read()` is called once the last of their rows were read from disk, so that the disk is free for other readers: at once
         or later, on any thread. It is not called if the loader is closed before.
         """
-        self._horizon, self._when_read = max(self._horizon, FINAL_READ_AHEAD), when_read
-        if self._all_asked():
-            self._tell_when_read()
-
-    def _tell_when_read(self) -> None:
-        """Call `when_read` now, or at the end of the last read if that is still under way."""
-        call, self._when_read = self._when_read, None
-        assert call is not None
-        under_way = self._ahead.get(max(self._ahead, default=-1))
-        if not under_way:
-            call()
-        else:
-            under_way[-1].add_done_callback(lambda job: None if job.cancelled() else call())
-
-    def _all_asked(self) -> bool:
-        layers = range(self._adapter.num_layers)
-        return all(self._loaded[layer] or layer in self._ahead or not self._waits[layer] for layer in layers)
-
-    def drain(self) -> None:
-        """Wait for reads under way and drop them, so that the readers may be closed. Overdue reads are left to end by themselves."""
-        for futures in self._ahead.values():
-            for future in futures:
-                self._pool.wait_or_leave(future)
-        self._ahead.clear()
+        self._slow.sources_are_final(when_read)
 
     def close(self) -> None:
         """The prompt is done or given up. When this returns, nothing reads or writes for it any more."""
-        self.drain()
-        for job in self._deviations.values():
-            self._pool.wait_or_leave(job)
+        self._slow.close()
 
 
 @lru_cache(maxsize=256)
@@ -401,17 +307,3 @@ def row_format(codec: str, dtype: str, spec: LayerSpec) -> RowFormat:
 def head_bytes(codec: str, dtype: str, spec: LayerSpec, first: int, count: int) -> HeadBytes:
     """Where `count` heads from `first` on lie in the rows of a layer of this shape, as `codec` writes them."""
     return get_codec(codec).head_bytes(spec, dtype, slice(first, first + count))
-
-
-def _read_deviations(reader: ChunkReader) -> Tensor | None:
-    try:
-        return reader.deviations
-    except DamagedChunkError as error:
-        raise DamagedSourceError(reader.key) from error
-
-
-def _read(source: Source, layer: int) -> Tensor:
-    try:
-        return source.reader.read(layer, source.rows)
-    except DamagedChunkError as error:
-        raise DamagedSourceError(source.reader.key) from error

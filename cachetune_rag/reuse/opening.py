@@ -11,8 +11,8 @@ from cachetune_rag.concurrency.deadline import DeadlinePool
 from cachetune_rag.model.heads import Heads
 from cachetune_rag.readahead.prefetcher import Prefetcher
 from cachetune_rag.reuse.config import ReuseConfig
-from cachetune_rag.reuse.layer_loader import CANT_READ
 from cachetune_rag.reuse.lookup import ChunkLookup, Faults, FoundChunks, OpenReaders
+from cachetune_rag.reuse.slow_rows import CANT_READ
 from cachetune_rag.text.prompts.prompt import Prompt
 from cachetune_store import ChunkStore
 

@@ -17,12 +17,14 @@ from cachetune_rag.model import KVBuffers, ModelAdapter
 from cachetune_rag.model.plain.shift import ChunkShift
 from cachetune_rag.report import Prediction
 from cachetune_rag.reuse.config import ReuseConfig
-from cachetune_rag.reuse.device_loader import DeviceLoader, Streams
-from cachetune_rag.reuse.layer_loader import CANT_READ, LayerLoader
+from cachetune_rag.reuse.device_loader import DeviceLoader
+from cachetune_rag.reuse.layer_loader import LayerLoader
 from cachetune_rag.reuse.lookup import FoundChunks
 from cachetune_rag.reuse.memory import KVMemory
 from cachetune_rag.reuse.selection_context import PromptView, ids_of
+from cachetune_rag.reuse.slow_rows import CANT_READ
 from cachetune_rag.reuse.source import Source
+from cachetune_rag.reuse.streams import Streams
 from cachetune_rag.selection import ReusedChunk, get_selector
 from cachetune_rag.selection.base import Selector, budget
 from cachetune_rag.text.prompts.continuations import FindContinuations

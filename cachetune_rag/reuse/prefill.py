@@ -19,13 +19,13 @@ from cachetune_rag.readahead.prefetcher import Prefetcher
 from cachetune_rag.reuse.account import Account, account_of
 from cachetune_rag.reuse.begun import Begun
 from cachetune_rag.reuse.config import ReuseConfig
-from cachetune_rag.reuse.layer_loader import CANT_READ, DamagedSourceError
 from cachetune_rag.reuse.lookup import Faults, OpenReaders
 from cachetune_rag.reuse.memory import EngineMemory, KVMemory
 from cachetune_rag.reuse.opening import ChunkOpener, Opened
 from cachetune_rag.reuse.plan import Chosen, Loaders, Planner, sources_of
 from cachetune_rag.reuse.prompt_forward import PromptForward
 from cachetune_rag.reuse.selection_context import ids_of
+from cachetune_rag.reuse.slow_rows import CANT_READ, DamagedSourceError
 from cachetune_rag.reuse.state import NothingReused, PrefillState, full_report, report_of
 from cachetune_rag.selection import get_selector
 from cachetune_rag.selection.base import budget

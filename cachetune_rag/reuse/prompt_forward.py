@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from cachetune_rag.model import ModelAdapter
-from cachetune_rag.reuse.layer_loader import CANT_READ
 from cachetune_rag.reuse.memory import KVMemory
 from cachetune_rag.reuse.phases import ForwardPhases
 from cachetune_rag.reuse.plan import Plan
 from cachetune_rag.reuse.selection_context import ids_of, some_of
+from cachetune_rag.reuse.slow_rows import CANT_READ
 from cachetune_rag.text.prompts.prompt import Prompt
 
 SHARE_WORTH = 0.125

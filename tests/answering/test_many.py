@@ -22,7 +22,8 @@ from cachetune_rag.concurrency.deadline import DeadlinePool
 from cachetune_rag.errors import EngineClosedError
 from cachetune_rag.readahead import coming as ahead
 from cachetune_rag.readahead.prefetcher import Prefetcher
-from cachetune_rag.reuse.layer_loader import READ_AHEAD, LayerLoader
+from cachetune_rag.reuse.layer_loader import LayerLoader
+from cachetune_rag.reuse.slow_rows import READ_AHEAD
 from cachetune_rag.reuse.source import Source
 from cachetune_store import ChunkKey, ChunkStore, DamagedChunkError
 from cachetune_store.disk_reader import DiskReader

@@ -27,10 +27,11 @@ from cachetune_rag.model.heads import Heads
 from cachetune_rag.model.opened_model import open_model
 from cachetune_rag.reuse import device_loader as device_module
 from cachetune_rag.reuse import host_copies
-from cachetune_rag.reuse.device_loader import DeviceLoader, Streams
+from cachetune_rag.reuse.device_loader import DeviceLoader
 from cachetune_rag.reuse.host_copies import HostCopies, Strip
 from cachetune_rag.reuse.layer_loader import LayerLoader
 from cachetune_rag.reuse.source import Source
+from cachetune_rag.reuse.streams import Streams
 from cachetune_store import ChunkStore, LayerSpec, get_codec
 from cachetune_store.chunk import Chunk
 
