@@ -128,10 +128,7 @@ def account_of(
         reused[: plan.ready] = False
         fates[reused] = FATES.index(Fate.REUSED)
         for source in plan.sources_to_read():
-            unread = source.places[source.rows :]
-            # Rows of tokens that the prompt doesn't have go to a place that is computed anyway, perhaps outside of the chunk.
-            unread = unread[fates[unread] == FATES.index(Fate.RECOMPUTED)]
-            fates[unread] = FATES.index(Fate.SKIPPED)
+            fates[source.skipped] = FATES.index(Fate.SKIPPED)
         deviations = {source.start: source.as_reused(plan.loader.deviations).deviations for source in plan.sources}
     chunks = []
     for span in prompt.spans:

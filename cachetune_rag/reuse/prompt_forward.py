@@ -29,7 +29,7 @@ class Computed:
         logits: of the last token.
         cache: of the whole prompt.
         kept: tokens whose rows were kept from an earlier prompt.
-        skipped: rows of a layer that were not read.
+        skipped: tokens of reused chunks whose stored rows were not read.
         phases: measures the forward, where stored rows were loaded meanwhile.
     """
 
@@ -57,7 +57,7 @@ class PromptForward:
         """
         buffers, loader, last = plan.buffers, plan.loader, self._adapter.num_layers - 1
         sources = plan.sources_to_read()
-        skipped = sum(s.reader.layout.tokens - s.rows for s in sources)
+        skipped = sum(len(source.skipped) for source in sources)
         heads = self._adapter.heads
 
         def prepare() -> None:

@@ -51,13 +51,19 @@ class Source:
             return order + self.start
         return np.where(self._has(order), order + self.start, self.spare)
 
+    @property
+    def skipped(self) -> NDArray[np.int64]:
+        """Places of the prompt's tokens of which the rows are not read, int64 [tokens]; none for tokens of the chunk that the prompt doesn't have."""
+        order: NDArray[np.int64] = self.reader.order.numpy()[self.rows :]
+        return (order if self.inside is None else order[self._has(order)]) + self.start
+
     def as_reused(self, read: Callable[[ChunkReader], Tensor | None] = deviations_of) -> ReusedChunk:
         """The chunk as a selector sees it, with the tokens that the prompt has.
 
         Args:
             read: gives the deviations of an open chunk, when they are asked for.
         """
-        reader, skipped = self.reader, self.reader.layout.tokens - self.rows
+        reader, skipped = self.reader, len(self.skipped)
         spread = partial(read, reader) if reader.has_deviations else None
         if self.inside is None:
             return ReusedChunk(self.start, reader.order, reader.scores, spread, skipped)
@@ -74,7 +80,7 @@ class Source:
             torch.from_numpy(order[has] - first),
             reader.scores[first:last],
             None if spread is None else inside,
-            int(has[self.rows :].sum()),
+            skipped,
         )
 
     def _has(self, order: NDArray[np.int64]) -> NDArray[np.bool_]:

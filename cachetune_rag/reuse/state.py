@@ -87,7 +87,7 @@ def report_of(
         faults: chunks that could not be read.
         continuations: the sentences that go on from one of the prompt's chunks to the next.
         kept: tokens whose rows were kept from an earlier prompt.
-        skipped: rows of a layer that were not read, since they were computed anyway.
+        skipped: recomputed tokens whose stored rows were not read.
         ttft, timings: seconds to the first token, and by phase.
     """
     reused = 0 if chosen.plan is None else chosen.plan.reused

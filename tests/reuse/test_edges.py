@@ -172,6 +172,9 @@ def test_tokens_at_edges_are_computed_and_all_others_reused(llama: Reuse, name: 
     ends_in_chunk = prompt.spans[-1].end == len(prompt.ids)
     assert state.report.reused == inside - ends_in_chunk
     assert (state.report.recomputed, state.report.missed) == (int(ends_in_chunk), 0)
+    assert state.report.skipped == 0, (
+        "tokens that the prompt doesn't have are not recomputed, whether their rows are read or not"
+    )
 
 
 @pytest.mark.parametrize("name", PROMPTS)
@@ -204,6 +207,7 @@ def test_no_selector_chooses_or_counts_a_token_that_the_prompt_does_not_have(
         state = llama(prompt, ratio, selector, skipped)
         assert torch.isfinite(state.logits).all()
         assert state.report.reused + state.report.recomputed == sum(s.end - s.start for s in prompt.spans)
+        assert state.report.skipped <= state.report.recomputed
     if selector != "none":
         llama.assert_close(state, llama.full(prompt))
 
