@@ -25,7 +25,7 @@ from cachetune_rag import CacheTune, Report
 from cachetune_rag.concurrency.async_calls import OwnThread, call_in_thread
 from cachetune_rag.errors import ConfigError
 from cachetune_rag.options import REUSE_NAMES
-from cachetune_rag.reuse.config import check_reuse
+from cachetune_rag.reuse.config import check_kept_reuse
 from cachetune_store.printing import shown
 from langchain_cachetune import settings
 from langchain_cachetune.chat_request import ChatRequest, Deadline
@@ -88,18 +88,18 @@ class ChatCacheTune(BaseChatModel):
     model: str = Field(default_factory=from_env("CACHETUNE_MODEL", default=""))
     store: str | None = Field(default_factory=from_env("CACHETUNE_STORE", default=None))
     engine_kwargs: dict[str, Any] = Field(default_factory=dict)
-    max_tokens: int | None = Field(default=256, gt=0)
-    temperature: float | None = Field(default=None, ge=0)
+    max_tokens: int | None = Field(default=256, gt=0, strict=True)
+    temperature: float | None = Field(default=None, ge=0, strict=True)
     stop: list[str] | None = Field(default=None, alias="stop_sequences")
-    timeout: float | None = Field(default=None, gt=0)
+    timeout: float | None = Field(default=None, gt=0, strict=True)
     ratio: float | str = "auto"
     selector: str = "auto"
     max_kl: float | None = None
     min_top1: float | None = None
     min_sure: float | None = None
     generate_kwargs: dict[str, Any] = Field(default_factory=dict)
-    learn: bool = True
-    streaming: bool = False
+    learn: bool = Field(default=True, strict=True)
+    streaming: bool = Field(default=False, strict=True)
     max_retries: int | None = Field(default=None, exclude=True)
     api_key: SecretStr | None = Field(default=None, exclude=True, repr=False)
 
@@ -128,6 +128,7 @@ class ChatCacheTune(BaseChatModel):
                 given["generate_kwargs"] = {**(given.get("generate_kwargs") or {}), **sampling}
             known = {*fields, *settings.ALIASES, *settings.generation_names()}
             settings.refuse_unknown(given, known, "ChatCacheTune")
+            check_kept_reuse(given, given.get("generate_kwargs"))  # before they are turned into what the fields hold
         except ConfigError as error:
             raise ValueError(str(error)) from error  # as pydantic wants it
         if isinstance(given.get("stop"), str):
@@ -147,7 +148,6 @@ class ChatCacheTune(BaseChatModel):
         else:
             self._loads = True
         try:
-            check_reuse(**self._reuse())
             settings.check_engine_options(self.engine_kwargs)
             self._check_generation(self.generate_kwargs)
         except ConfigError as error:

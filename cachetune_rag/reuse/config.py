@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cachetune_rag.checking.arguments import check_share, is_number
+from cachetune_rag.checking.arguments import check_flag, check_share, is_number
 from cachetune_rag.errors import ConfigError
 from cachetune_rag.selection import get_selector, names, selector_names
 from cachetune_rag.selection.bound import RatioFinder
@@ -61,6 +62,35 @@ def check_reuse(*, ratio: Any, selector: Any, max_kl: Any = None, min_top1: Any 
     resolve(selector, ratio)
     check_bound(selector, ratio, max_kl, min_top1)
     check_min_sure(min_sure)
+
+
+_UNSET: Mapping[str, Any] = {"ratio": "auto", "selector": "auto", "max_kl": None, "min_top1": None, "min_sure": None}
+"""Arguments of `check_reuse` that nobody has given."""
+
+
+def check_kept_reuse(fields: Mapping[str, Any], further: Any) -> None:
+    """Refuse settings of an object that answers requests with them, as its maker gave them: a framework may make numbers of True or "0.5".
+
+    Args:
+        fields: arguments that it was made with, of any name.
+        further: the one called generate_kwargs, which may have settings of reuse as well. What is no mapping is left to others.
+
+    Raises:
+        ConfigError: no request could be served with them, or one is given twice.
+    """
+    more = further if isinstance(further, Mapping) else {}
+    own = {name: fields[name] for name in _UNSET if name in fields and not _is_unset(name, fields[name])}
+    for name in own:
+        if name in more:
+            raise ConfigError(f"{name} stands in generate_kwargs as well: give it once.")
+    check_reuse(**{**_UNSET, **own, **{name: more[name] for name in _UNSET if name in more}})
+    if "reuse" in more:
+        check_flag(more["reuse"], "reuse")
+
+
+def _is_unset(name: str, value: Any) -> bool:
+    # A saved object names all of its arguments, also those that nobody gave.
+    return value is None or (isinstance(value, str) and value == _UNSET[name])
 
 
 def check_min_sure(min_sure: Any) -> None:

@@ -85,6 +85,46 @@ def test_what_no_request_could_use_is_refused_at_construction(engine: CacheTune,
         ChatCacheTune(engine=engine, **wrong)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(
+            (name, value)
+            for name in ("ratio", "max_kl", "min_top1", "min_sure")
+            for value in (True, "0.5", float("nan"))
+        ),
+        *((name, value) for name in ("ratio", "min_top1", "min_sure") for value in (3, -0.1)),
+    ],
+)
+def test_no_number_is_made_of_what_a_request_would_be_refused_for(engine: CacheTune, name: str, value: Any) -> None:
+    for given in ({name: value}, {"generate_kwargs": {name: value}}):
+        with pytest.raises(ValueError, match=f"{name} is "):
+            ChatCacheTune(engine=engine, **given)
+        with pytest.raises(ValueError, match=f"{name} is "):
+            ChatCacheTune(model="nowhere", **given)
+
+
+def test_values_of_other_arguments_are_taken_as_they_are_or_not_at_all(engine: CacheTune) -> None:
+    for name, value in (
+        ("max_tokens", True),
+        ("max_new_tokens", "3"),
+        ("temperature", True),
+        ("timeout", "3"),
+        ("learn", "no"),
+        ("streaming", 1),
+        ("generate_kwargs", {"reuse": "no"}),
+    ):
+        with pytest.raises(ValueError, match=r"valid|reuse is"):
+            ChatCacheTune(engine=engine, **{name: value})
+    with pytest.raises(ValueError, match="min_sure stands in generate_kwargs as well"):
+        ChatCacheTune(engine=engine, min_sure=0.5, generate_kwargs={"min_sure": 0.9})
+    kept = {"min_sure": 0.9, "ratio": 1}
+    saved = ChatCacheTune(
+        engine=engine, generate_kwargs=kept
+    ).model_dump()  # with all fields, also those that nobody gave
+    assert ChatCacheTune(engine=engine, **saved).generate_kwargs == kept
+
+
 def test_what_requests_are_refused_for_is_swallowed_by_no_framework(engine: CacheTune) -> None:
     model = ChatCacheTune(engine=engine, max_tokens=2)
     image = HumanMessage([{"type": "image_url", "image_url": {"url": "http://localhost/x.png"}}])

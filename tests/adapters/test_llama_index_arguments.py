@@ -55,6 +55,45 @@ def test_what_cant_be_served_is_refused_when_it_is_made(engine: CacheTune, wrong
         CacheTuneLLM(engine, **wrong)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(
+            (name, value)
+            for name in ("ratio", "max_kl", "min_top1", "min_sure")
+            for value in (True, "0.5", float("nan"))
+        ),
+        *((name, value) for name in ("ratio", "min_top1", "min_sure") for value in (3, -0.1)),
+    ],
+)
+def test_no_number_is_made_of_what_a_request_would_be_refused_for(engine: CacheTune, name: str, value: Any) -> None:
+    for given in ({name: value}, {"generate_kwargs": {name: value}}):
+        with pytest.raises(ValueError, match=f"{name} is "):
+            CacheTuneLLM(engine, **given)
+        with pytest.raises(ValueError, match=f"{name} is "):
+            CacheTuneLLM(model="nowhere", **given)
+
+
+def test_values_of_other_arguments_are_taken_as_they_are_or_not_at_all(engine: CacheTune) -> None:
+    for name, value in (
+        ("max_new_tokens", True),
+        ("max_tokens", "3"),
+        ("context_window", True),
+        ("learn_retrieved", "no"),
+        ("temperature", "hot"),
+        ("top_p", 7),
+        ("generate_kwargs", {"top_p": True}),
+        ("generate_kwargs", {"reuse": "no"}),
+    ):
+        with pytest.raises(ValueError, match=r"valid|temperature|top_p|reuse is"):
+            CacheTuneLLM(engine, **{name: value})
+    with pytest.raises(ValueError, match="min_sure stands in generate_kwargs as well"):
+        CacheTuneLLM(engine, min_sure=0.5, generate_kwargs={"min_sure": 0.9})
+    kept = {"min_sure": 0.9, "ratio": 1}
+    saved = CacheTuneLLM(engine, generate_kwargs=kept).to_dict()  # with all fields, also those that nobody gave
+    assert CacheTuneLLM(engine, **{**saved, "model": "x"}).generate_kwargs == kept
+
+
 def test_a_typing_error_is_found_before_the_model_is_loaded() -> None:
     with pytest.raises(ValueError, match="'top_p'"):
         CacheTuneLLM(model="nowhere", generate_kwargs={"topp": 0.5})

@@ -10,11 +10,12 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from cachetune_rag import ConfigError
+from cachetune_rag import CacheTune, ConfigError
+from cachetune_rag.answering.decoding import prepare
 from cachetune_rag.answering.generation_settings import setting_names
 from cachetune_rag.checking.arguments import hint
 from cachetune_rag.options import FROM_PRETRAINED_NAMES, RequestOptions, check_names, check_showable
-from cachetune_rag.reuse.config import check_reuse
+from cachetune_rag.reuse.config import check_kept_reuse
 from cachetune_store.printing import shown
 
 OTHER_NAMES = {"max_tokens": "max_new_tokens", "additional_kwargs": "generate_kwargs"}
@@ -22,6 +23,7 @@ OTHER_NAMES = {"max_tokens": "max_new_tokens", "additional_kwargs": "generate_kw
 
 _REQUEST = frozenset(RequestOptions.__annotations__)
 _SAMPLING = setting_names()
+_DECODING = _SAMPLING | {"stop", "generation_config", "max_new_tokens", "max_tokens"}
 REQUEST_NAMES = _REQUEST | _SAMPLING | {"max_tokens"}
 """Names of a request's arguments, except the variables of a chat template."""
 
@@ -51,14 +53,27 @@ def settle_names(given: Mapping[str, Any], fields: Iterable[str]) -> dict[str, A
     return settled
 
 
-def check_settings(reuse: Mapping[str, Any]) -> None:
-    """Refuse a selector, ratio or bound that no request could use.
+def check_settings(given: Mapping[str, Any]) -> None:
+    """Refuse a selector, ratio or bound that no request could use, among arguments as they were given.
 
     Raises:
         ValueError: says what is allowed.
     """
     try:
-        check_reuse(**reuse)
+        check_kept_reuse(given, given.get("generate_kwargs"))
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+
+
+def check_sampling(engine: CacheTune, given: Mapping[str, Any]) -> None:
+    """Work out how an answer would be decoded with the settings of every request, as a request does, and throw the result away.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+    settings = {OTHER_NAMES.get(name, name): value for name, value in given.items() if name in _DECODING}
+    try:
+        prepare(engine.adapter.model, engine.tokenizer, [0], **settings)
     except ConfigError as error:
         raise ValueError(str(error)) from error
 

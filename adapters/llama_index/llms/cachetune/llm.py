@@ -34,6 +34,7 @@ from llama_index.llms.cachetune.answers import Request
 from llama_index.llms.cachetune.arguments import (
     check_engine_kwargs,
     check_generate_kwargs,
+    check_sampling,
     check_settings,
     settle_names,
 )
@@ -84,8 +85,10 @@ class CacheTuneLLM(ToolCalling, CustomLLM):
     model: str = Field(default="", description="Path or hub id of the model.")
     store: str | None = Field(default=None, description="Folder of the KV store.")
     engine_kwargs: dict[str, Any] = Field(default_factory=dict, description="Arguments of CacheTune.from_pretrained.")
-    max_new_tokens: int | None = Field(default=256, gt=0, description="Most tokens of an answer.")
-    context_window: int | None = Field(default=None, gt=0, description="Tokens that prompts are planned for.")
+    max_new_tokens: int | None = Field(default=256, gt=0, strict=True, description="Most tokens of an answer.")
+    context_window: int | None = Field(
+        default=None, gt=0, strict=True, description="Tokens that prompts are planned for."
+    )
     ratio: float | str = Field(default="auto", description="Share of the chunk tokens to recompute, or 'auto'.")
     selector: str = Field(default="auto", description="Which tokens are recomputed.")
     max_kl: float | None = Field(default=None, description="The most KL of an answer's first token, by prediction.")
@@ -97,7 +100,9 @@ class CacheTuneLLM(ToolCalling, CustomLLM):
         description="The least probability of the likeliest candidate at each token, below which a prompt is read again in full.",
     )
     generate_kwargs: dict[str, Any] = Field(default_factory=dict, description="Sampling settings of every request.")
-    learn_retrieved: bool = Field(default=True, description="Whether retrieved nodes are stored where they aren't yet.")
+    learn_retrieved: bool = Field(
+        default=True, strict=True, description="Whether retrieved nodes are stored where they aren't yet."
+    )
     # Local models seldom write a tool call for a schema's sake; they follow a schema in the prompt's text.
     pydantic_program_mode: PydanticProgramMode = PydanticProgramMode.LLM
 
@@ -115,16 +120,21 @@ class CacheTuneLLM(ToolCalling, CustomLLM):
         super().__init__(**kwargs)
         self._engine, self._was_given = engine, engine is not None
         check_generate_kwargs(self.generate_kwargs, None if engine is None else PromptMaker(engine).argument_names)
+        if engine is not None:
+            check_sampling(engine, self.generate_kwargs)
         TRACES.install()
 
     @model_validator(mode="before")
     @classmethod
-    def _settle_names(cls, given: Any) -> Any:
-        return settle_names(given, cls.model_fields) if isinstance(given, Mapping) else given
+    def _settle(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        settled = settle_names(given, cls.model_fields)
+        check_settings(settled)  # before they are turned into what the fields hold
+        return settled
 
     @model_validator(mode="after")
-    def _check_values(self) -> Self:
-        check_settings({name: getattr(self, name) for name in REUSE_NAMES})
+    def _check_engine_kwargs(self) -> Self:
         check_engine_kwargs(self.engine_kwargs)
         return self
 
