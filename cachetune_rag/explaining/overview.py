@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cachetune_rag.explaining.explanation import ExplainedAnswer, Explanation, Part
+from cachetune_rag.explaining.explanation import ExplainedAnswer, ExplainedChunk, Explanation, Part
 from cachetune_rag.explaining.figures import count, nats, seconds, share
 
 MEANINGS = {
@@ -51,6 +51,7 @@ class View:
         tiles: name, figure and a line below it.
         map: of the prompt: by fate, the path of its columns.
         places: of the prompt's parts on the map: the part, its number, x and width.
+        chunks: by their numbers. Those that a server had in its prefix cache are missing.
         titles: heading of each part.
         usual: of each part, the fate that most of its tokens have.
         times: name, bar, pieces and total of each prefill.
@@ -63,6 +64,7 @@ class View:
     tiles: list[tuple[str, str, str]]
     map: dict[str, str]
     places: list[tuple[Part, int, float, float]]
+    chunks: dict[int, ExplainedChunk]
     titles: list[str]
     usual: list[str]
     times: list[tuple[str, list[Piece], float]]
@@ -86,6 +88,7 @@ def view_of(e: Explanation) -> View:
         tiles=_tiles(e, counts, total),
         map=_map(e.parts),
         places=_places(e.parts),
+        chunks={chunk.number: chunk for chunk in e.chunks},
         titles=[_title(part, e) for part in e.parts],
         usual=[max((run.fate for run in part.runs), key=part.count) for part in e.parts],
         times=[(name, _bar(_phases(a), longest or 1), _total(a)) for name, a in times if _total(a)],

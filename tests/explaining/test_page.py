@@ -105,6 +105,23 @@ def test_every_fate_and_phase_has_a_name_a_style_and_a_meaning() -> None:
         assert f".f-{phase} {{" in STYLE
 
 
+@pytest.mark.parametrize("gone", [0, 1, 2])
+def test_a_chunk_is_found_by_its_number_where_another_was_in_a_servers_prefix_cache(gone: int) -> None:
+    """Then neither the prompt's parts nor its chunks have that one, and the others keep their numbers."""
+    whole = made(4)
+    explanation = dataclasses.replace(
+        whole,
+        source="server",
+        parts=tuple(part for part in whole.parts if part.chunk != gone),
+        chunks=tuple(
+            dataclasses.replace(chunk, tier=f"tier{chunk.number}") for chunk in whole.chunks if chunk.number != gone
+        ),
+    )
+    seen = Seen(html_page(explanation)).text
+    rows = re.findall(r"^(\d+)(?: d\d)?\n(?:stored|missed) (tier\d)", seen, re.MULTILINE)
+    assert rows == [(str(number + 1), f"tier{number}") for number in range(4) if number != gone]
+
+
 def test_all_of_the_time_is_shown_also_that_of_a_phase_without_a_name() -> None:
     answer = made().reuse
     assert answer is not None
