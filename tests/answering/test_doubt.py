@@ -217,18 +217,29 @@ def test_an_answer_that_is_given_up_is_not_read_again(engine: CacheTune) -> None
 
 
 @pytest.mark.parametrize("ended", ["closed", "cancelled"])
+@pytest.mark.parametrize("waiting", [False, True])
 def test_a_request_that_is_ended_meanwhile_reads_nothing_again(
-    engine: CacheTune, monkeypatch: pytest.MonkeyPatch, ended: str
+    engine: CacheTune, monkeypatch: pytest.MonkeyPatch, ended: str, waiting: bool
 ) -> None:
-    """While it waits for the model, say."""
-    least, executor = middle(engine), engine.runtime.executor
-    read, read_again = [], executor.read_again
+    """Before it reads again, or while it waits for the model."""
+    least, executor, lock = middle(engine), engine.runtime.executor, engine.runtime.model.lock
+    read, read_again, reserved = [], executor.read_again, lock.reserved
 
-    def end(*arguments: Any) -> Any:
+    def now() -> None:
         if ended == "closed":
             engine.close()
         else:
             monkeypatch.setattr(executor_module, "check_cancelled", cancelled)
+
+    def while_waiting() -> Any:
+        now()
+        return reserved()
+
+    def end(*arguments: Any) -> Any:
+        if waiting:
+            monkeypatch.setattr(lock, "reserved", while_waiting)
+        else:
+            now()
         return read_again(*arguments)
 
     def cancelled() -> None:
@@ -241,9 +252,15 @@ def test_a_request_that_is_ended_meanwhile_reads_nothing_again(
     assert read == []
 
 
-def test_weights_that_change_meanwhile_end_the_answer(engine: CacheTune, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("last", [False, True])
+def test_weights_that_change_meanwhile_end_the_answer(
+    engine: CacheTune, monkeypatch: pytest.MonkeyPatch, last: bool
+) -> None:
+    """Also where the token that is chosen behind full prefill is the answer's last one."""
     least, assembler = middle(engine), engine.runtime.assembler
-    full_prefill = assembler.full_prefill
+    full_prefill, again = assembler.full_prefill, answer(engine, **WAYS[0], min_sure=least).report.read_again
+    assert again is not None
+    assert again.token > 0
 
     def change(*arguments: Any) -> PrefillState:
         state = full_prefill(*arguments)
@@ -253,7 +270,7 @@ def test_weights_that_change_meanwhile_end_the_answer(engine: CacheTune, monkeyp
 
     monkeypatch.setattr(assembler, "full_prefill", change)
     with pytest.raises(ModelChangedError):
-        list(stream(engine, min_sure=least))
+        answer(engine, **WAYS[0], min_sure=least, max_new_tokens=again.token + 1 if last else TOKENS)
 
 
 def test_reading_again_needs_no_store() -> None:
