@@ -18,7 +18,7 @@ from pathlib import Path
 
 from .errors import IndexReplacedError
 
-__all__ = ["Connections"]
+__all__ = ["Connections", "fork_is_over", "prepare_fork"]
 
 FORK_SECONDS = 5.0
 """Seconds that a fork waits for threads that are in the database."""
@@ -38,12 +38,10 @@ class Connections:
         self._ready = threading.Condition()
         self._idle: list[sqlite3.Connection] = []
         self._lent: list[sqlite3.Connection] = []
-        self._closed = self._retired = self._forking = self._let_go = False
+        self._closed = self._retired = self._let_go = False
         self._identity: tuple[int | None, ...] | None = None
         with _guard:
-            # While a fork is prepared, those made meanwhile wait for its end as the others do: no thread may be in SQLite at a fork.
             _all.add(self)
-            self._forking = _fork_is_near
 
     @property
     def mine(self) -> sqlite3.Connection | None:
@@ -129,7 +127,8 @@ class Connections:
 
     def _take(self) -> sqlite3.Connection:
         with self._ready:
-            while self._forking:
+            # Also where this object was made while a fork is prepared: no thread may be in SQLite at a fork.
+            while _forks_near:
                 self._ready.wait()
             if self._retired:
                 raise IndexReplacedError(f"the index {self._file.parent} is being replaced")
@@ -155,11 +154,10 @@ class Connections:
             self._ready.notify_all()
 
     def before_fork(self, until: float) -> None:
-        """Close the connections that no thread uses, and lend none until `after_fork`; wait until `until` for those that are lent."""
+        """A fork is near, so that none are lent any more: close those that no thread uses; wait until `until` for those that are lent."""
         if not self._ready.acquire(timeout=max(0.0, until - time.monotonic())):
             return
         try:
-            self._forking = True
             own = 0 if self.mine is None else 1
             self._ready.wait_for(lambda: len(self._lent) <= own, timeout=max(0.0, until - time.monotonic()))
             idle, self._idle = self._idle, []
@@ -167,21 +165,20 @@ class Connections:
                 # SQLite removes the logs with the last connection that is closed. Until one is made again, none is missed.
                 self._identity = (self._identity[0], None, None)
                 self._let_go = True
+            # With the lock held, so that another thread's fork waits for it.
+            for connection in idle:
+                _close(connection)
         finally:
             self._ready.release()
-        for connection in idle:
-            _close(connection)
 
     def after_fork(self) -> None:
-        """Lend connections again, in the process that forked."""
+        """A fork is over, in the process that forked: if no other one is near, connections are lent again."""
         with self._ready:
-            self._forking = False
             self._ready.notify_all()
 
     def in_child(self) -> None:
         """Begin without any connection, in a process that was just forked off."""
         self._ready = threading.Condition()
-        self._forking = False
         for connection in self._idle + self._lent:
             # Kept for ever: to close one here would write to files that the parent has open.
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
@@ -191,7 +188,8 @@ class Connections:
 _UNKNOWN = -1
 _all: weakref.WeakSet[Connections] = weakref.WeakSet()
 _guard = threading.RLock()
-_fork_is_near = False
+_forks_near = 0
+"""How many threads are about to fork. Several may be at once, and then the first one's end is not yet the last one's."""
 
 
 def _logs(file: Path) -> tuple[Path, Path]:
@@ -213,30 +211,32 @@ def _close(connection: sqlite3.Connection) -> None:
         connection.close()
 
 
-def _every(*, fork_is_near: bool) -> list[Connections]:
-    """All of them; those that are made from now on are told whether a fork is near."""
-    global _fork_is_near
-    with _guard:
-        _fork_is_near = fork_is_near
-        return list(_all)
-
-
-def _before_fork() -> None:
+def prepare_fork() -> None:
+    """This thread is about to fork: connections are closed, and none are lent until `fork_is_over` was called as often as this."""
     until = time.monotonic() + FORK_SECONDS
-    for each in _every(fork_is_near=True):
+    for each in _every(forks=1):
         each.before_fork(until)
 
 
-def _after_fork() -> None:
-    for each in _every(fork_is_near=False):
+def fork_is_over() -> None:
+    """This thread has forked, in the process that did."""
+    for each in _every(forks=-1):
         each.after_fork()
 
 
+def _every(*, forks: int) -> list[Connections]:
+    """All connections' objects, when so many more (or fewer) threads are about to fork."""
+    global _forks_near
+    with _guard:
+        _forks_near += forks
+        return list(_all)
+
+
 def _in_child() -> None:
-    global _guard
-    _guard = threading.RLock()
-    for each in _every(fork_is_near=False):
+    global _guard, _forks_near
+    _guard, _forks_near = threading.RLock(), 0
+    for each in list(_all):
         each.in_child()
 
 
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_in_child)
+os.register_at_fork(before=prepare_fork, after_in_parent=fork_is_over, after_in_child=_in_child)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .arguments import check_flag
+from .arguments import check_flag, check_kind
 from .codecs import get_codec
 from .errors import StoreArgumentError
 from .paths import store_path
@@ -99,6 +99,13 @@ class StoreSettings:
         )
         self.device_bytes = parse_bytes(device_budget, "device_budget")
         self.device = _device(self.device_bytes, device) if self.device_bytes else None
+        if remote_options is not None:
+            check_kind(
+                remote_options,
+                Mapping,
+                "remote_options",
+                "use a dict of arguments of what reaches the shared place (docs/scale.md), or None",
+            )
         self.remote_options = remote_options or {}
         self.remote_timeout, self.remote_codec = remote_timeout, remote_codec
         if remote is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import queue
 import signal
 import sqlite3
 import threading
@@ -11,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from store_samples import sample
@@ -262,6 +264,70 @@ def test_connections_of_a_database_that_is_opened_while_a_fork_is_prepared_wait_
     thread.join()
     assert made == ["connected"]
     first.close()
+
+
+def test_of_two_threads_that_fork_at_once_both_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of the first one's fork says nothing of the second one's, which is still to come."""
+    seen: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    class Watched(threading.Condition):
+        def wait(self, timeout: float | None = None) -> bool:
+            seen.put("waits")
+            return super().wait(timeout)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading, "Condition", Watched)
+        pool = Connections(tmp_path / "cache.db", sqlite3.connect)
+
+    def use() -> None:
+        with pool.lent():
+            seen.put("lent")
+
+    connections.prepare_fork()
+    connections.prepare_fork()
+    connections.fork_is_over()
+    thread = threading.Thread(target=use)
+    thread.start()
+    assert seen.get(timeout=60) == "waits"
+    connections.fork_is_over()
+    assert seen.get(timeout=60) == "lent"
+    thread.join()
+    pool.close()
+
+
+@pytest.mark.parametrize("by", ["close", "giving back", "another fork"])
+def test_a_fork_waits_while_a_connection_is_being_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    """A thread that closes one is in SQLite: a fork, which takes the lock, must not find it free meanwhile."""
+    locks: list[Any] = []
+    free: list[bool] = []
+
+    class Known(threading.Condition):
+        def __init__(self) -> None:
+            locks.append(threading.RLock())
+            super().__init__(locks[-1])
+
+    class Line:
+        def close(self) -> None:
+            in_thread(lambda: free.append(locks[0].acquire(blocking=False)))
+
+    def in_thread(work: Callable[[], None]) -> None:
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading, "Condition", Known)
+        pool = Connections(tmp_path / "cache.db", lambda _file: Line())  # type: ignore[arg-type, return-value]
+    with pool.lent():
+        if by == "giving back":
+            in_thread(pool.close)
+    if by == "close":
+        pool.close()
+    if by == "another fork":
+        pool.before_fork(time.monotonic() + 60)
+    assert free == [False]
 
 
 def test_threads_leave_no_connection_behind(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from cachetune_store import (
     DamagedChunkError,
     StoreArgumentError,
     StoreError,
+    StorePathError,
     StoreReadOnlyError,
     StoreVersionError,
     changes_so_far,
@@ -32,6 +33,8 @@ from cachetune_store.remote import catalogue, sync
 from cachetune_store.remote.changes import change_name
 from cachetune_store.remote.objects import Buffer, Objects
 from cachetune_store.remote.outbox import tellable
+
+S3, VALKEY = "s3://bucket/x", "valkey://127.0.0.1:1/x"
 
 
 def eventually(true: Callable[[], bool], seconds: float = 20.0) -> None:
@@ -682,10 +685,22 @@ def test_verify_deletes_what_dead_writers_left(folder: Place, tmp_path: Path) ->
         ({"remote": "file:///tmp/x", "remote_codec": "zip"}, "unknown codec 'zip'"),
         ({"remote": "file:///tmp/x", "remote_timeout": 0}, "remote_timeout is 0"),
         ({"remote": "valkey://host:port"}, "port"),
+        ({"remote": "valkey://host:0"}, "port of no server"),
+        ({"remote": "file:///proc/x"}, "remote file:///proc/x can't be used .*give a folder"),
+        ({"remote_options": "x"}, "remote_options is 'x', a str; use a dict"),
+        ({"remote": S3, "remote_options": {"client_options": 3}}, "client_options in remote_options is 3; use a dict"),
+        ({"remote": S3, "remote_options": {"retry_config": "x"}}, "retry_config in remote_options is 'x'; use a dict"),
+        ({"remote": S3, "remote_options": {"retry_config": {"max_retries": "x"}}}, "remote_options not with it"),
+        ({"remote": S3, "remote_options": {7: "x"}}, "remote_options not with it"),
+        ({"remote": VALKEY, "remote_options": {"nope": 1}}, "remote_options can't be used with valkey://.*'nope'"),
+        ({"remote": VALKEY, "remote_options": {7: 1}}, "remote_options can't be used with valkey://"),
+        ({"remote": VALKEY, "remote_options": {"use_tls": 1}}, "remote_options has use_tls: .*leave them out"),
+        ({"remote": VALKEY, "remote_options": {"protocol": "x"}}, "remote_options can't be used with valkey://"),
+        ({"remote": VALKEY, "remote_options": {"client_name": 7}}, "remote_options can't be used with valkey://"),
     ],
 )
 def test_what_can_not_be_meant_is_refused(tmp_path: Path, folder: Place, options: dict, words: str) -> None:
-    with pytest.raises(StoreArgumentError, match=words):
+    with pytest.raises((StoreArgumentError, StorePathError), match=words):
         ChunkStore(tmp_path / "kv", **options)
     with pytest.raises(StoreArgumentError, match="leave remote out"):
         ChunkStore(folder.url, remote=folder.url)

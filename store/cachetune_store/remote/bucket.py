@@ -21,8 +21,8 @@ from obstore.exceptions import (
 )
 from obstore.store import from_url
 
-from ..errors import MissingObjectError, RemoteError, RemoteRefusedError, StoreArgumentError
-from ..printing import without_password
+from ..errors import MissingObjectError, RemoteError, RemoteRefusedError, StoreArgumentError, StorePathError
+from ..printing import shown, without_password
 from .objects import Buffer, Objects, copied
 
 __all__ = ["Bucket"]
@@ -52,15 +52,20 @@ class Bucket(Objects):
     def __init__(self, url: str, *, timeout: float, options: Mapping[str, Any]) -> None:
         self.place = without_password(url.rstrip("/"))
         given = dict(options)
-        client = dict(given.pop("client_options", {}))
-        retry = dict(given.pop("retry_config", {}))
+        client, retry = (_dict(given.pop(name, {}), name) for name in ("client_options", "retry_config"))
         if url.startswith("file:"):
             given.setdefault("mkdir", True)
         try:
             self._reads = from_url(url, **_settings(url, client, retry, timeout), **given)
             self._writes = from_url(url, **_settings(url, client, retry, max(timeout, _WRITE_SECONDS)), **given)
         except (BaseError, TypeError, ValueError) as error:
-            raise StoreArgumentError(f"remote {self.place} can't be used: {_said(error)}; see docs/scale.md") from error
+            raise StoreArgumentError(
+                f"remote {self.place} can't be used, or remote_options not with it: {_said(error)}; see docs/scale.md"
+            ) from error
+        except OSError as error:
+            raise StorePathError(
+                f"remote {self.place} can't be used ({_said(error)}): give a folder that is there, or that this user can make"
+            ) from error
 
     def get(self, name: str, limit: int) -> bytes | None:
         """See Objects."""
@@ -157,6 +162,14 @@ def _settings(url: str, client: dict[str, Any], retry: dict[str, Any], seconds: 
         "client_options": {"timeout": timeout, "connect_timeout": min(timeout, timedelta(seconds=2))} | client,
         "retry_config": {"max_retries": 3, "retry_timeout": timeout, "backoff": wait} | retry,
     }
+
+
+def _dict(given: Any, name: str) -> dict[str, Any]:
+    if not isinstance(given, Mapping):
+        raise StoreArgumentError(
+            f"{name} in remote_options is {shown(given)}; use a dict, as obstore takes it (docs/scale.md)"
+        )
+    return dict(given)
 
 
 def _merged(starts: Sequence[int], lengths: Sequence[int]) -> list[tuple[int, int]]:

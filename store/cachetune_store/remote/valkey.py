@@ -47,7 +47,9 @@ class Valkey(Objects):
     def __init__(self, url: str, *, timeout: float, options: Mapping[str, Any]) -> None:
         parts = urlsplit(url)
         try:
-            host, port = parts.hostname or "localhost", parts.port or _PORT
+            host, port = parts.hostname or "localhost", _PORT if parts.port is None else parts.port
+            if not port:
+                raise ValueError("port 0")
         except ValueError:
             raise StoreArgumentError(
                 f"remote {without_password(url)} has the port of no server, or an @, : or / in its password that isn't escaped; use such as "
@@ -58,16 +60,25 @@ class Valkey(Objects):
         self.place = f"{parts.scheme}://{host}:{port}/{prefix}"
         password = None if parts.password is None else unquote(parts.password)
         user = unquote(parts.username) if parts.username else None
-        self._config = GlideClientConfiguration(
-            [NodeAddress(host, port)],
-            use_tls=parts.scheme in ("valkeys", "rediss"),
-            credentials=ServerCredentials(password, user) if password is not None else None,
-            request_timeout=max(1, int(1000 * timeout)),
+        own: dict[str, Any] = {
+            "addresses": [NodeAddress(host, port)],
+            "use_tls": parts.scheme in ("valkeys", "rediss"),
+            "credentials": ServerCredentials(password, user) if password is not None else None,
+            "request_timeout": max(1, int(1000 * timeout)),
             # At most a bit over a second between two tries to connect again, as for buckets.
-            reconnect_strategy=BackoffStrategy(num_of_retries=6, factor=20, exponent_base=2),
-            advanced_config=AdvancedGlideClientConfiguration(connection_timeout=max(1, int(1000 * min(timeout, 2.0)))),
-            **options,
-        )
+            "reconnect_strategy": BackoffStrategy(num_of_retries=6, factor=20, exponent_base=2),
+            "advanced_config": AdvancedGlideClientConfiguration(
+                connection_timeout=max(1, int(1000 * min(timeout, 2.0)))
+            ),
+        }
+        if twice := sorted(own.keys() & options.keys()):
+            raise StoreArgumentError(
+                f"remote_options has {', '.join(twice)}: these come from the URL ({self.place}) and remote_timeout; leave them out"
+            )
+        try:
+            self._config = GlideClientConfiguration(**own, **options)
+        except (TypeError, ValueError) as error:
+            raise self._unfit(error) from error
         self._client: Any = None
         self._connecting = threading.Lock()
         Logger.set_logger_config(LogLevel.OFF)  # it would write to standard error; its errors are raised
@@ -127,13 +138,26 @@ class Valkey(Objects):
         if self._client is not None:
             self._client.close()
 
+    def _unfit(self, error: Exception) -> StoreArgumentError:
+        return StoreArgumentError(
+            f"remote_options can't be used with {self.place} ({error}): use a dict of arguments of Valkey GLIDE's GlideClientConfiguration "
+            "(docs/scale.md)"
+        )
+
     @contextlib.contextmanager
     def _translated(self) -> Iterator[Any]:
         """The client, which is connected by the first request. Its errors are raised as those of Objects."""
         try:
             with self._connecting:
                 if self._client is None:
-                    self._client = RangeClient.create(self._config)
+                    try:
+                        self._client = RangeClient.create(self._config)
+                    except (
+                        AttributeError,
+                        TypeError,
+                        ValueError,
+                    ) as error:  # what the configuration has taken without a look
+                        raise self._unfit(error) from error
             yield self._client
         except (GlideError, OSError) as error:
             said = " ".join(str(error).split()) or type(error).__name__
