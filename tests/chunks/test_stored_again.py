@@ -27,7 +27,9 @@ def test_a_document_that_somebody_else_removed_is_stored_again(tmp_path: Path) -
         assert used(one) == 0
         with opened(tmp_path) as other:
             other.remove("d")
-        assert one.precompute(DOCUMENT).chunks == 2
+        first = one.precompute(DOCUMENT)
+        assert first.chunks == 2
+        assert str(first).startswith("1 document: 2 chunks computed, 0 stored before")
         assert one.precompute(DOCUMENT).chunks == 0
     with opened(tmp_path) as later:
         assert used(later) == 0

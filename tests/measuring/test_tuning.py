@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import llama, tokenizer
 
 from cachetune_rag import CacheTune, ConfigError, Document, TuningResult
@@ -553,6 +554,8 @@ def test_results_are_plain_numbers_and_words(engine: CacheTune) -> None:
     assert [TierTuning.from_dict(t) for t in again["tiers"]] == list(result.tiers)
     words = str(result).splitlines()
     assert words[0] == result.hardware
+    assert result.hardware.endswith(" 1 thread") is (torch.get_num_threads() == 1)
+    assert "1 threads" not in result.hardware
     assert words[1].startswith(f"host (exact, {AUTO.selector}): ratio 0.15, of it 0 not read; first token after ")
 
 

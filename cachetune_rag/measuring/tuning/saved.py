@@ -57,6 +57,11 @@ class SavedTunings:
             return f"{torch.cuda.get_device_name(adapter.device)}{', kernels' if adapter.cuda_kernels else ''}"
         return f"{_processor()}, {torch.get_num_threads()} threads"
 
+    @property
+    def machine(self) -> str:
+        """`hardware` as people are told it. What is saved goes on being found under "1 threads"."""
+        return self.hardware.removesuffix("s") if self.hardware.endswith(", 1 threads") else self.hardware
+
     def save(self, tuning: TierTuning) -> TierTuning:
         """Keep a tuning for this engine and later ones. Returns it with `saved` set; a store that can't be written is logged."""
         place = tuning.tier, tuning.codec, tuning.selector

@@ -165,7 +165,7 @@ class Tuner:
                 if len(self._tiers) == 1:
                     raise
                 _log.warning("the tier %s is left out: %s", tier, error)
-        return TuningResult(self._saved.hardware, tuple(tuned))
+        return TuningResult(self._saved.machine, tuple(tuned))
 
     def _tune(self, tier: str, codec: str, prompts: list[Prompt], started: float) -> TierTuning:
         measured = 0

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
@@ -40,6 +39,7 @@ from cachetune_rag.model.cuda.graphs import (
     shift_numbers,
 )
 from cachetune_rag.model.cuda.kernel_call import KernelCache, KernelCall, Probing, Shifting
+from cachetune_rag.model.cuda.row_lists import RowLists, listing
 from cachetune_rag.model.family import taps
 from cachetune_rag.model.family.rope import Turn
 from cachetune_rag.model.family.taps import StopForward
@@ -47,7 +47,6 @@ from cachetune_rag.model.plain.attention import by_kernel
 from cachetune_rag.model.plain.buffers import KVBuffers
 from cachetune_rag.model.plain.probe import ProbePass
 from cachetune_rag.model.plain.shift import ChunkShift
-from cachetune_rag.model.plain.shortlist import seen_rows
 from cachetune_store import pinning
 from cachetune_store.layout import LayerSpec
 
@@ -128,7 +127,7 @@ class DeviceForward:
         """As `ModelAdapter.received_attention`."""
         room, listed = length_room(probe.buffers.length), None if probe.left_out is None else 0
         return self._watch(
-            Kind(bucket(probe.ids.shape[0]), probe.layers, length=room, listed=listed), probe, _Lists(probe)
+            Kind(bucket(probe.ids.shape[0]), probe.layers, length=room, listed=listed), probe, RowLists(probe)
         )
 
     def expected_error(
@@ -142,9 +141,9 @@ class DeviceForward:
         room = length_room(probe.buffers.length)
         kind = Kind(bucket(probe.ids.shape[0]), probe.layers, True, room, listed=listed)
         held = deviations.contiguous()
-        return self._watch(kind, probe, _Lists(probe, summed), deviations=held.data_ptr())
+        return self._watch(kind, probe, RowLists(probe, summed), deviations=held.data_ptr())
 
-    def _watch(self, kind: Kind, probe: ProbePass, lists: _Lists, **numbers: Any) -> Tensor:
+    def _watch(self, kind: Kind, probe: ProbePass, lists: RowLists, **numbers: Any) -> Tensor:
         numbers["watched"] = min(probe.queries, probe.ids.shape[0])
         if kind.listed is not None:
             numbers["roles"] = lists.roles
@@ -212,7 +211,7 @@ class DeviceForward:
         positions: Tensor,
         buffers: KVBuffers,
         before: Callable[[int], None],
-        lists: _Lists | None = None,
+        lists: RowLists | None = None,
         **numbers: Any,
     ) -> Tensor:
         """Run a forward of a kind. `lists` writes which rows its layers use, if they don't use all."""
@@ -232,14 +231,14 @@ class DeviceForward:
             self._graphs.move_to_end(kind)
             graph.inputs.fill(ids, positions, buffers, **numbers)
             self.began = graph.inputs.read
-            return graph.replay(_listing(before, kind, lists, graph.inputs, graph.total))
+            return graph.replay(listing(before, kind, lists, graph.inputs, graph.total))
         inputs = Inputs(kind, len(self._specs), self._device)
         inputs.fill(ids, positions, buffers, **numbers)
         self._keep(inputs)
         self.began = inputs.read
         call = self._call(kind, inputs)
         total = None if call.probing is None else call.probing.total
-        return self._eager(inputs, _listing(before, kind, lists, inputs, total), call)
+        return self._eager(inputs, listing(before, kind, lists, inputs, total), call)
 
     def _keep(self, inputs: Inputs) -> None:
         """Keep inputs until the device has read them. Their page-locked memory is read by a kernel, of which torch doesn't know: it would
@@ -391,54 +390,6 @@ def opaque_cache() -> type[KernelCache]:
     reference cycle. Gigabytes would stay until Python's garbage collector runs.
     """
     return type("OpaqueKernelCache", (KernelCache,), {"update": opaque(KernelCache.update)})
-
-
-class _Lists:
-    """Writes which rows the layers of a probe use. The host doesn't wait for it.
-
-    Args:
-        probe: says which.
-        summed: see `DeviceForward.expected_error`; None: the probe has no shortlist.
-    """
-
-    def __init__(self, probe: ProbePass, summed: Callable[[Tensor], Tensor] | None = None):
-        self._probe, self._summed = probe, summed
-        self._shortlist = None if summed is None else probe.shortlist
-
-    @property
-    def roles(self) -> NDArray[np.int64]:
-        """What becomes of each row, int64 [length]: 1 if it may be hidden by the shortlist, 2 if it is left out, 0 if all layers use it."""
-        length, (left_out, shortlist) = self._probe.buffers.length, (self._probe.left_out, self._shortlist)
-        roles = np.zeros(length, np.int64) if shortlist is None else shortlist.among.numpy().astype(np.int64)
-        if left_out is not None:
-            roles[left_out.numpy()] = 2
-        return roles
-
-    def write(self, layer: int, inputs: Inputs, total: Tensor) -> None:
-        """Write the rows that `layer` and those behind it use, if it is the first one that uses them. `total` is what was added up before it."""
-        length, shortlist = self._probe.buffers.length, self._shortlist
-        if layer == 0 and self._probe.left_out is not None:
-            inputs.list_rows(inputs.roles[:length] != 2, self._probe.looked_at)
-        if shortlist is not None and layer == shortlist.after:
-            assert self._summed is not None
-            roles = inputs.roles[:length]
-            seen = seen_rows(self._summed(total.sum(0)[:length]), roles == 1, shortlist.count, roles == 2)
-            inputs.list_rows(seen, self._probe.shortlisted)
-            shortlist.found(seen)
-
-
-def _listing(
-    before: Callable[[int], None], kind: Kind, lists: _Lists | None, inputs: Inputs, total: Tensor | None
-) -> Callable[[int], None]:
-    """`before`, ahead of which `lists` writes which rows a layer uses."""
-    if lists is None or total is None or kind.listed is None:
-        return before
-
-    def listing(layer: int) -> None:
-        lists.write(layer, inputs, total)
-        before(layer)
-
-    return listing
 
 
 def _nothing(_layer: int) -> None:
