@@ -334,6 +334,7 @@ def test_machines_share_an_encrypted_place(place: Place, tmp_path: Path, codec: 
         with other.open(one.key) as reader:
             assert reader.tier == "remote"
             assert one.matches(reader)
+    assert second.verify().ok  # once its own copy of what was read is written
     second.close()
     assert_hidden(everything(tmp_path / "second"), secrets)
     with ChunkStore(tmp_path / "second", store_key=KEY) as alone:
