@@ -27,8 +27,9 @@ from cachetune_rag import CacheTune
 from cachetune_rag.model.loading import load_model
 from cachetune_store import ChunkStore
 from cachetune_store.encryption import FileCipher
+from cachetune_store.keyed_hashes import KeyedHashes
 from cachetune_store.keys import ChunkKey
-from cachetune_store.seals import CHECKSUMS, KeyedHashes
+from cachetune_store.seals import CHECKSUMS
 
 KEY = bytes(range(32))
 QUERY = "What does the text say about the order in which expressions are evaluated?"

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .errors import StoreArgumentError, StoreKeyError
+from .keyed_hashes import KeyedHashes
 from .keys import FORMAT_VERSION
-from .seals import CHECKSUMS, KeyedHashes, Seal
+from .seals import CHECKSUMS, Seal
 from .storekey import ENCRYPTED, KEYED, StoreKey
 
 if TYPE_CHECKING:

@@ -26,8 +26,9 @@ from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import GCM
 
 from .errors import DamagedChunkError
+from .keyed_hashes import KeyedRecords, named
 from .keys import ChunkKey
-from .seals import CHECKSUMS, Buffer, FileSeal, KeyedRecords, check_sums, named
+from .seals import CHECKSUMS, Buffer, FileSeal, bytes_of, check_sums
 from .storekey import ENCRYPTED, hkdf
 
 __all__ = ["Encryption", "FileCipher", "Keyring"]
@@ -149,7 +150,7 @@ class Encryption(KeyedRecords):
 
     def hashed(self, kind: str, text: str) -> str:
         """See Seal. A keyed hash."""
-        return hmac.digest(self._hashes, named(kind) + _bytes(text), "sha256").hex()
+        return hmac.digest(self._hashes, named(kind) + bytes_of(text), "sha256").hex()
 
     def rehashed(self, kind: str, digest: str) -> str:
         """See Seal. A keyed hash."""
@@ -160,7 +161,7 @@ class Encryption(KeyedRecords):
     def wrap(self, kind: str, name: str, content: bytes, tenant: str | None = None) -> bytes:
         """See Seal."""
         if tenant is not None:
-            content = self.keyring.hide(tenant, named(kind) + _bytes(name), content)
+            content = self.keyring.hide(tenant, named(kind) + bytes_of(name), content)
         return self.hide(kind, name, content)
 
     def unwrap(self, kind: str, name: str, raw: bytes, tenant: str | None = None) -> bytes | None:
@@ -168,11 +169,11 @@ class Encryption(KeyedRecords):
         content = self.reveal(kind, name, raw)
         if content is None or tenant is None:
             return content
-        return self.keyring.reveal(tenant, named(kind) + _bytes(name), content)
+        return self.keyring.reveal(tenant, named(kind) + bytes_of(name), content)
 
     def hide_text(self, tenant: str, key: ChunkKey, text: str) -> str:
         """See Seal."""
-        raw = self.keyring.hide(tenant, named("text") + key.digest.encode(), _bytes(text))
+        raw = self.keyring.hide(tenant, named("text") + key.digest.encode(), bytes_of(text))
         return json.dumps([tenant, base64.b64encode(raw).decode()])
 
     def reveal_text(self, key: ChunkKey, hidden: str) -> str | None:
@@ -183,7 +184,7 @@ class Encryption(KeyedRecords):
 
     def stamp(self, kind: str, name: str, text: str) -> str:
         """See Seal."""
-        return base64.b64encode(self.hide(kind, name, _bytes(text))).decode()
+        return base64.b64encode(self.hide(kind, name, bytes_of(text))).decode()
 
     def unstamp(self, kind: str, name: str, raw: str) -> str | None:
         """See Seal."""
@@ -260,7 +261,7 @@ class FileCipher(FileSeal):
 
     def hide_namespace(self, text: str) -> str:
         """See FileSeal."""
-        content = _bytes(text)
+        content = bytes_of(text)
         into = bytearray(len(content))
         tag = self._close((_HEAD, 1), content, memoryview(into))
         return base64.b64encode(bytes(into) + tag).decode()
@@ -300,7 +301,3 @@ def _nonce(place: tuple[int, int]) -> bytes:
 def _about(key: ChunkKey, front: Buffer) -> bytes:
     """What a head's tag is over besides: which chunk it is, and the header."""
     return struct.pack("<64sQ", key.digest.encode(), len(front)) + bytes(front)
-
-
-def _bytes(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")

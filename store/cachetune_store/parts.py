@@ -78,7 +78,7 @@ class StoreParts:
         self.settings = settings
         self.memory = SlabPool(pinned=settings.pinned, limit=settings.idle_bytes)
         self.removals = removals_of(settings.path)
-        # It is asked for before there are tiers, by the directory, and forgets nothing before there are.
+        # An encrypted directory needs them before there is a placement. Nothing is in memory until then, so there is nothing to forget.
         self.secrets = StoreSecrets(settings.given_key, lambda tenant: self.placement.forget_tenant(tenant))
         self.directory: StoreDirectory | None = None
         self.shared: Shared | None = None

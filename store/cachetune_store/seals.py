@@ -1,6 +1,6 @@
 """What stands beside stored bytes, to show that they are what the store has written: checksums, or keyed hashes where the store has a key.
 
-Checksums find accidents. Nobody who lacks the store's key can make a keyed hash, so these find forgeries as well. A keyed hash is over what the
+Checksums find accidents. Nobody who lacks the store's key can make a keyed hash (keyed_hashes.py), so these find forgeries as well. A keyed hash is over what the
 bytes are (which chunk, layer and block, which record), too. So bytes that the store has written itself are refused in any other place.
 
 Where the store is encrypted (encryption.py), other bytes are written than those that are stored. So nothing here says "check": a seal is
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import struct
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -22,9 +21,8 @@ from .checksums import rows_checksum, update
 from .errors import DamagedChunkError
 from .keys import ChunkKey
 from .printing import shown
-from .storekey import hkdf
 
-__all__ = ["CHECKSUMS", "Checksums", "FileSeal", "KeyedHashes", "KeyedRecords", "Seal"]
+__all__ = ["CHECKSUMS", "Buffer", "Checksums", "FileSeal", "Seal", "SealOfAllFiles", "bytes_of", "check_sums"]
 
 Buffer = bytes | memoryview
 
@@ -196,12 +194,12 @@ class Seal(ABC):
 
     def stamp(self, kind: str, name: str, text: str) -> str:
         """A record that has no checks of its own, as it is written. Arguments as for `record`."""
-        return self.record(kind, name, _bytes(text)) + text
+        return self.record(kind, name, bytes_of(text)) + text
 
     def unstamp(self, kind: str, name: str, raw: str) -> str | None:
         """The record's text; None if it was changed since, or is not that record."""
         text = raw[self.digits :]
-        sound = hmac.compare_digest(_bytes(raw[: self.digits]), self.record(kind, name, _bytes(text)).encode())
+        sound = hmac.compare_digest(bytes_of(raw[: self.digits]), self.record(kind, name, bytes_of(text)).encode())
         return text if sound else None
 
     def hide(self, kind: str, name: str, content: bytes) -> bytes:
@@ -276,85 +274,6 @@ class Checksums(SealOfAllFiles):
         return raw
 
 
-class KeyedRecords(Seal):
-    """HMAC-SHA256 of small records, of which 128 bits are kept, with a key for each kind.
-
-    Args:
-        root: the store's root key.
-    """
-
-    digits = 32
-
-    def __init__(self, root: bytes) -> None:
-        self._root = root
-        self._records: dict[str, bytes] = {}
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(...)"
-
-    def record(self, kind: str, name: str, content: bytes) -> str:
-        """See Seal."""
-        secret = self._records.get(kind) or self._records.setdefault(kind, self.key(f"record {kind}"))
-        return hmac.digest(secret, named(name) + content, "sha256").hex()[:32]
-
-    def wrap(self, kind: str, name: str, content: bytes, tenant: str | None = None) -> bytes:
-        """See Seal."""
-        return self.record(kind, name, content).encode() + content
-
-    def unwrap(self, kind: str, name: str, raw: bytes, tenant: str | None = None) -> bytes | None:
-        """See Seal."""
-        content = raw[self.digits :]
-        return content if hmac.compare_digest(raw[: self.digits], self.record(kind, name, content).encode()) else None
-
-    def key(self, purpose: str, length: int = 32) -> bytes:
-        """A key for one purpose."""
-        return hkdf(self._root, info=f"cachetune/{purpose}".encode(), length=length)
-
-
-class KeyedHashes(KeyedRecords, SealOfAllFiles):
-    """HMAC-SHA256 in chunk files, too."""
-
-    name, words = "hmac-sha256", 2
-    metadata: Mapping[str, str] = {"sums": name}
-
-    def __init__(self, root: bytes) -> None:
-        super().__init__(root)
-        # A copy of a begun hash costs less than to begin one with its key.
-        self._rows, self._heads = (hmac.new(self.key(kind), digestmod="sha256") for kind in ("rows", "head"))
-
-    def rows(
-        self, key: ChunkKey, layer: int, block: int, rows: memoryview, into: memoryview | None = None
-    ) -> int | tuple[int, ...]:
-        """See FileSeal."""
-        return struct.unpack("<2Q", self._sum(key, layer, block, rows))
-
-    def matches(
-        self, key: ChunkKey, layer: int, block: int, found: memoryview, expected: Any, into: memoryview | None = None
-    ) -> bool:
-        """See FileSeal."""
-        return hmac.compare_digest(self._sum(key, layer, block, found), struct.pack("<2Q", *expected))
-
-    def head(self, key: ChunkKey, front: Buffer, small: Buffer) -> tuple[bytes, Buffer]:
-        """See FileSeal."""
-        state = self._heads.copy()
-        state.update(struct.pack("<64sQ", key.digest.encode(), len(front)))
-        state.update(front)
-        state.update(small)
-        return state.digest()[:16], small
-
-    def _sum(self, key: ChunkKey, layer: int, block: int, rows: memoryview) -> bytes:
-        state = self._rows.copy()
-        state.update(struct.pack("<64sQQQ", key.digest.encode(), layer, block, len(rows)))
-        state.update(rows)
-        return state.digest()[:16]
-
-
-def named(name: str) -> bytes:
-    """A name in front of what is hashed: its length, then itself."""
-    content = _bytes(name)
-    return struct.pack("<Q", len(content)) + content
-
-
 def check_sums(own: str, key: ChunkKey, metadata: Mapping[str, Any]) -> None:
     """See that a file says of its sums what those of this store say.
 
@@ -367,7 +286,8 @@ def check_sums(own: str, key: ChunkKey, metadata: Mapping[str, Any]) -> None:
         )
 
 
-def _bytes(text: str) -> bytes:
+def bytes_of(text: str) -> bytes:
+    """A text's bytes."""
     # A damaged database may hand out what is no UTF-8, with surrogates in place of the odd bytes.
     return text.encode("utf-8", "surrogatepass")
 

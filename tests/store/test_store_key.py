@@ -22,7 +22,8 @@ from cachetune_rag.options import EngineOptions
 from cachetune_store import ChunkStore, StoreArgumentError, StoreKeyError, StoreVersionError
 from cachetune_store.chunk import as_written
 from cachetune_store.chunkfile import encode_head
-from cachetune_store.seals import CHECKSUMS, KeyedHashes
+from cachetune_store.keyed_hashes import KeyedHashes
+from cachetune_store.seals import CHECKSUMS
 from cachetune_store.storekey import StoreKey, hkdf
 
 KEY, OTHER = bytes(range(32)), bytes(range(1, 33))
