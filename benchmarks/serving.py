@@ -10,7 +10,8 @@ doesn't depend on. `alone`: time to first token of one request at a time. `satur
 between tokens of running requests while prompts arrive. `arrivals`: Poisson arrivals at multiples of plain vLLM's saturated rate.
 `within`: how many requests per second (Poisson) a server takes while 95% of the first tokens come within a second, at parts of what it
 takes when saturated. `short`: where reuse is expected not to pay. `plain`: prompts without stored chunks. `prefix`: vLLM's own prefix caching, with
-the same order of chunks and with other ones. `shares`: a part of the chunks is stored, or lengths vary (log-normal).
+the same order of chunks and with other ones. `shares`: a part of the chunks is stored, or lengths vary (log-normal). `host`: which steps of vLLM and of the
+connector one request alone waits for (`served/host_steps.py` lists them; noting them takes about a microsecond a call), also for a tiny prompt.
 
 The file is written after every cell; the same command continues a run that was cut off.
 """
@@ -37,7 +38,7 @@ from served.plan import PHASES, SETTINGS, Cell, cells
 from served.report import group, table
 from served.run import Amounts, Run
 from served.subject import prepare
-from served.targets import in_process
+from served.targets import in_process, pairs
 from speed.machine import driver
 from speed.results import Results
 from speed.shapes import SHAPES
@@ -121,7 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
             "reuse": {
                 "kv_connector": "CacheTuneConnector",
                 "kv_connector_module_path": "cachetune_vllm",
-                "kv_connector_extra_config": {"store": str(store), "host_budget": "32GiB", **_pairs(args.connector)},
+                "kv_connector_extra_config": {"store": str(store), "host_budget": "32GiB", **pairs(args.connector)},
             },
             "ceiling": {"kv_connector": "DecodeBenchConnector"},
         }
@@ -130,7 +131,8 @@ def main(arguments: list[str] | None = None) -> None:
             "max_num_seqs": 2 * args.at_once,
             "dtype": "bfloat16",
             "enforce_eager": args.device == "cpu",  # compiling takes minutes there
-            **_pairs(args.vllm),
+            **(_host_options(args.device) if any(cell.phase == "host" for cell in wanted) else {}),
+            **pairs(args.vllm),
         }
         for variant, connector in connectors.items():
             mine = [cell for cell in todo if cell.variant == variant]
@@ -147,6 +149,16 @@ def show(content: Mapping[str, Any], folder: Path | None, stem: str) -> None:
         from served.plot import plot
 
         print(*plot(content, folder, stem), sep="\n")
+
+
+def _host_options(device: str) -> dict[str, Any]:
+    """What the phase `host` needs of vLLM: functions that note their times, and on a CPU one process for the engine and its worker, as on a GPU, and
+    pages as small as may be there (GPUs have pages of 16 tokens)."""
+    noting: dict[str, Any] = {"worker_extension_cls": "served.host_steps.HostSteps"}
+    if device == "cuda":
+        return noting
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    return noting | {"block_size": 32}
 
 
 async def _measure(
@@ -171,18 +183,6 @@ async def _measure(
                 found = await run.measure(target, cell)
             results.put(cell.name, {"rounds": 1, **found, "device_memory": memory.most})
             print(f"{time.perf_counter() - started:6.0f} s  {cell.name}", flush=True)
-
-
-def _pairs(words: list[str]) -> dict[str, Any]:
-    """NAME=VALUE; a value that is JSON (a number, true, an object) is read as such."""
-    pairs: dict[str, Any] = {}
-    for word in words:
-        name, _, value = word.partition("=")
-        try:
-            pairs[name] = json.loads(value)
-        except ValueError:
-            pairs[name] = value
-    return pairs
 
 
 if __name__ == "__main__":

@@ -7,13 +7,14 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from cachetune_rag.text.prompts.segments import Prompt
 from cachetune_vllm.settings import RequestSettings
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
+
+_HASH = 32
+"""Bytes of a page's hash."""
 
 
 class CachedPages:
@@ -35,9 +36,19 @@ class CachedPages:
 
 
 def salt_hashes(hashes: list[bytes], first: int, salt: bytes) -> None:
-    """Change the hashes of pages from number `first` on. Later pages' hashes follow from the last one, so they differ as well."""
-    for number in range(first, len(hashes)):
-        hashes[number] = hashlib.sha256(salt + hashes[number]).digest()
+    """Give pages from number `first` on other hashes. Later pages' hashes follow from the last one, so they differ as well.
+
+    Args:
+        hashes: of a request's pages, by vLLM; that of page `first` depends on all tokens before it and whatever else vLLM tells requests apart by.
+        first: the first page that changes.
+        salt: `salt_of` the request.
+    """
+    if first >= len(hashes):
+        return
+    # All of them in one call: a long prompt has a thousand pages, and vLLM's loop waits for this.
+    count = len(hashes) - first
+    made = hashlib.shake_256(salt + hashes[first]).digest(_HASH * count)
+    hashes[first:] = [made[at : at + _HASH] for at in range(0, len(made), _HASH)]
 
 
 def salt_of(prompt: Prompt, settings: RequestSettings) -> bytes:
@@ -45,4 +56,4 @@ def salt_of(prompt: Prompt, settings: RequestSettings) -> bytes:
     spans = [[s.start, s.end, s.chunk] for s in prompt.spans]
     said = (spans, settings.ratio, settings.selector, settings.max_kl, settings.min_top1, settings.tenant)
     # The ids apart, and not as text: a long prompt has ten thousands, and vLLM's loop waits for this.
-    return hashlib.sha256(np.array(prompt.ids, np.int64).tobytes() + json.dumps(said).encode()).digest()
+    return hashlib.sha256(prompt.ids_array.tobytes() + json.dumps(said).encode()).digest()

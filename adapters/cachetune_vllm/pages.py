@@ -20,6 +20,9 @@ View = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 FEW_PAGES = 2
 """Up to so many pages are copied one by one: on a GPU, that takes fewer launches in each layer than to gather their rows."""
+LEAST_READ = 64
+"""On a GPU, a beginning of fewer tokens is computed again: to read it, the host queues several small kernels for each layer before anything else of the prompt
+can begin, while to compute it adds a few tokens to the hundreds that are computed anyway."""
 
 
 class Pages:
@@ -29,13 +32,14 @@ class Pages:
         layers: vLLM's attention layers, in the model's order.
         block_size: tokens in a page.
         count: how many pages each of them has.
+        least_read: fewer tokens are not worth reading.
 
     Attributes:
         readable: whether `read` may be called.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], block_size: int, count: int):
-        self._layers, self.block_size, self._count = list(layers), block_size, count
+    def __init__(self, layers: Sequence[nn.Module], block_size: int, count: int, least_read: int = 1):
+        self._layers, self.block_size, self._count, self._least_read = list(layers), block_size, count, least_read
         self.readable = False
         self._views: list[View] = []
 
@@ -72,6 +76,10 @@ class Pages:
             )
         attention: Any = self._layers[layer]
         attention.impl.do_kv_cache_update(attention, keys, values, self._pages_of(layer), slots)
+
+    def worth_reading(self, count: int) -> bool:
+        """Whether so many tokens can be read, and sooner than they are computed."""
+        return self.readable and count >= self._least_read
 
     def read(self, blocks: Sequence[int], start: int, end: int, buffers: KVBuffers) -> None:
         """Copy the rows of tokens [start, end) of a request with these pages to their places in `buffers`, in all layers."""
@@ -140,7 +148,7 @@ class PagedMemory:
         buffers, kept = self._inner.take(ids, exact, room)
         self._slots = self._pages.slots(load.blocks, load.start, load.end, buffers.device)
         there = min(load.exact, exact)
-        if not self._pages.readable or there <= kept:
+        if not self._pages.worth_reading(there - kept):
             return buffers, kept
         if self._free is not None:
             torch.cuda.current_stream(buffers.device).wait_event(self._free)

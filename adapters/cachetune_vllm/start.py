@@ -22,7 +22,7 @@ from cachetune_vllm.engines import Engines
 from cachetune_vllm.logs import logger
 from cachetune_vllm.messages import Hello
 from cachetune_vllm.pace import pace_of
-from cachetune_vllm.pages import Pages
+from cachetune_vllm.pages import LEAST_READ, Pages
 from cachetune_vllm.served_check import check_served
 from cachetune_vllm.served_fingerprint import config_of
 from cachetune_vllm.served_model import ServedModel, served_model
@@ -124,7 +124,8 @@ def start_worker(config: VllmConfig, settings: ServerSettings, page_count: int) 
         least_reused=LEAST_REUSED if engine.adapter.device.type == "cuda" else LEAST_REUSED_ON_CPU,
         process=os.getpid() if engine.adapter.device.type == "cpu" else None,
     )
-    pages = Pages(layers, config.cache_config.block_size, page_count)
+    least_read = LEAST_READ if engine.adapter.device.type == "cuda" else 1
+    pages = Pages(layers, config.cache_config.block_size, page_count, least_read)
     if config.cache_config.enable_prefix_caching:
         readable = pages.learn_to_read(engine.adapter.new_buffers(pages.block_size))
         pages.readable = all(heads.tell(readable))  # or workers that share a model would compute different tokens

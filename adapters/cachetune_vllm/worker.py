@@ -106,7 +106,7 @@ class ReuseWorker:
             self._hand_over(missed)
         for load in told.loads:
             self._waiting.add(load.request_id)
-            if load.exact and self._pages.readable:
+            if self._pages.worth_reading(load.exact):
                 self._behind_step.append(load)
             else:
                 self._hand_over(self._job(load))

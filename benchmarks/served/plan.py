@@ -9,7 +9,7 @@ from typing import Any, Literal
 Variant = Literal["vllm", "reuse", "ceiling"]
 """Plain vLLM, vLLM with this package's connector, vLLM with a connector that does a prefill for nothing."""
 
-PHASES = ("alone", "saturated", "shares", "gaps", "short", "within", "plain", "arrivals", "prefix", "ceiling")
+PHASES = ("alone", "saturated", "shares", "gaps", "short", "within", "plain", "arrivals", "prefix", "host", "ceiling")
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ SETTINGS: dict[str, Setting] = {
 }
 """The settings of requests that reuse, by the name in tables."""
 SHORT = (256, 512, 1024, 2048, 4096)
+TINY = 64
+"""Tokens of the prompt that shows what vLLM takes for any request."""
 
 
 @dataclass(frozen=True)
@@ -95,3 +97,7 @@ def _of_both(variant: Variant, contexts: Sequence[int], settings: Sequence[str])
         yield from (Cell(variant, "arrivals", context, setting, rate) for setting in exact for rate in rates)
         if not reuse:
             yield from (Cell(variant, "prefix", context, detail=order) for order in ("same", "shuffled"))
+    # Last: vLLM's functions go on noting when they begin and end.
+    yield Cell(variant, "host", TINY)
+    for context in contexts:
+        yield from (Cell(variant, "host", context, setting) for setting in exact)

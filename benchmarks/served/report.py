@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from served.host_time import host_table
 from served.load import BOUND
 
 Content = Mapping[str, Any]
@@ -40,10 +41,11 @@ def table(content: Content) -> str:
         f"| {name} | {_ms(g, 'ttft', 'median') or _ms(g, 'ttft', 'p50')} | {_ms(g, 'ttft', 'p99')} "
         f"| {g.get('requests_per_second', g.get('rate', 0)):.2f} | {_ms(g, 'between_tokens', 'p99')} |"
         for name, g in groups.items()
-        if _place(name)[0] not in ("alone", "saturated", "gaps", "within")
+        if _place(name)[0] not in ("alone", "saturated", "gaps", "within", "host")
     ]
     lines += _within(groups)
     lines += _memory(groups)
+    lines += host_table(groups)
     if others:
         lines += ["", "| cell | TTFT median ms | p99 ms | requests/s | between tokens p99 ms |"]
         lines += ["| --- | --- | --- | --- | --- |", *others]

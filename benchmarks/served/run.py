@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from served.host_time import host
 from served.load import alone, closed, most_within, open_loop, while_running
-from served.plan import SETTINGS, Cell
+from served.plan import SETTINGS, TINY, Cell
 from served.targets import Reuse, Target
 from served.workload import Workload
 
@@ -92,6 +93,9 @@ class Run:
                 cell.context, do.rounds + 2, seed, order="same" if cell.detail == "same" else "shuffled"
             )
             return await alone(target, prompts, None)
+        if cell.phase == "host":
+            prompts = many.prompts(cell.context, do.rounds + 3, seed)
+            return await host(target, [ids[-TINY:] for ids in prompts] if cell.context == TINY else prompts, reuse)
         if cell.phase == "shares":
             share = {"stored 0.8": 0.8, "stored 0": 0.0}.get(cell.detail, 1.0)
             log_normal = cell.detail == "log-normal"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,12 +32,12 @@ class Answer:
 class Target:
     """vLLM's engine, started by this program.
 
-    Args:
+    Attributes:
         engine: an `AsyncLLM`.
     """
 
     def __init__(self, engine: Any):
-        self._engine, self._numbers = engine, itertools.count()
+        self.engine, self._numbers = engine, itertools.count()
 
     async def ask(self, ids: list[int], tokens: int, reuse: Reuse | None) -> Answer:
         """Let a prompt be answered by exactly `tokens` tokens."""
@@ -53,7 +54,7 @@ class Target:
             extra_args=extra,
         )
         times, report = [time.perf_counter()], None
-        async for output in self._engine.generate({"prompt_token_ids": ids}, sampling, f"r{next(self._numbers)}"):
+        async for output in self.engine.generate({"prompt_token_ids": ids}, sampling, f"r{next(self._numbers)}"):
             times.append(time.perf_counter())
             report = output.kv_transfer_params or report
         return _answer(times, report)
@@ -83,3 +84,15 @@ async def in_process(model: str, connector: Mapping[str, Any] | None, **options:
         yield Target(engine)
     finally:
         engine.shutdown()
+
+
+def pairs(words: Sequence[str]) -> dict[str, Any]:
+    """Options as NAME=VALUE; a value that is JSON (a number, true, an object) is read as such."""
+    found: dict[str, Any] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found

@@ -21,7 +21,7 @@ from cachetune_rag.reuse.device_loader import DeviceLoader
 from cachetune_rag.reuse.layer_loader import LayerLoader
 from cachetune_rag.reuse.lookup import FoundChunks
 from cachetune_rag.reuse.memory import KVMemory
-from cachetune_rag.reuse.selection_context import PromptView, ids_of
+from cachetune_rag.reuse.selection_context import PromptView
 from cachetune_rag.reuse.slow_rows import CANT_READ
 from cachetune_rag.reuse.source import Source
 from cachetune_rag.reuse.streams import Streams
@@ -177,7 +177,7 @@ class Planner:
         heads = self._adapter.heads
 
         def take() -> Prepared:
-            buffers, kept = memory.take(ids_of(prompt).numpy(), exact, room)
+            buffers, kept = memory.take(prompt.ids_array, exact, room)
             loader = self._loaders.make(sources, buffers)
             stack.callback(loader.close)
             prepared = Prepared(sources, exact, kept, buffers, loader, selector)

@@ -330,7 +330,7 @@ class Assembler:
                     call.account(account_of(prompt, config.namespace, found, plan, faults, done.kept))
                 self._opener.let_go(opened)
                 buffers, exact = (None, len(prompt.ids)) if plan is None else (plan.buffers, plan.exact)
-                memory.keep(ids_of(prompt).numpy(), exact, buffers, done.cache)
+                memory.keep(prompt.ids_array, exact, buffers, done.cache)
                 return PrefillState(done.logits, done.cache, report, prompt, found.to_store, buffers)
 
             return self._adapter.heads.together(end, CANT_READ)

@@ -95,7 +95,7 @@ class PromptForward:
             any_stored: whether the prompt has stored chunks.
         """
         ids, device = ids_of(prompt), self._adapter.device
-        beginning = None if any_stored else memory.beginning(ids.numpy())
+        beginning = None if any_stored else memory.beginning(prompt.ids_array)
         if beginning is None or beginning.count < SHARE_WORTH * len(ids):
             with self._adapter.heads.computing():
                 return Computed(*self._adapter.full_forward(ids.to(device)), kept=0)

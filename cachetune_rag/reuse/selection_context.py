@@ -80,7 +80,7 @@ class PromptView:
     @property
     def ids(self) -> NDArray[np.int64]:
         """See `SelectionContext`."""
-        return ids_of(self._prompt).numpy()
+        return self._prompt.ids_array
 
     @property
     def sentences(self) -> NDArray[np.int64]:
@@ -207,12 +207,10 @@ def new_passages(computed: Tensor, chunks: Sequence[ReusedChunk]) -> Tensor | No
 
 def ids_of(prompt: Prompt) -> Tensor:
     """The prompt's token ids on the host, int64 [length]."""
-    return torch.from_numpy(np.array(prompt.ids, dtype=np.int64))
+    return torch.from_numpy(prompt.ids_array.copy())  # of memory that nobody may write to, torch makes no tensor
 
 
 def some_of(prompt: Prompt, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Ids and places of the tokens where `wanted` is true, on the host."""
     places = wanted.numpy().nonzero()[0]
-    # Not all of a long tuple becomes an array: each number in it costs a trip to memory.
-    ids = np.array([prompt.ids[place] for place in places.tolist()], dtype=np.int64)
-    return torch.from_numpy(ids), torch.from_numpy(places)
+    return torch.from_numpy(prompt.ids_array[places]), torch.from_numpy(places)

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from served.host_steps import BETWEEN, FROM_ENGINE, FRONT, TO_ENGINE, Span, waited_for
+from served.host_time import host_table
 from served.load import closed, most_within
 from served.memory import DeviceMemory
 from served.plan import PHASES, SETTINGS, Cell, cells
@@ -228,3 +230,64 @@ def test_the_most_memory_that_was_in_use_is_reported(monkeypatch: pytest.MonkeyP
         while memory.most != 80:
             pass
     assert memory.most == 80
+
+
+def test_of_steps_at_one_time_the_one_that_is_waited_for_counts() -> None:
+    spans = [
+        Span("prompt checked and taken in", 10.0, 11.0),
+        Span("request made, pages hashed", 12.0, 13.0),
+        Span("step scheduled", 14.0, 16.0),
+        Span("pages allocated", 14.5, 15.0),
+        Span("step run, forward queued", 17.0, 25.0),
+        Span("thread waited for, while it rests", 18.0, 24.0),
+        Span("chunks opened", 19.0, 22.0),
+        Span("report made", 23.5, 26.0),  # from 24 to 25, the loop does something else
+        Span("step scheduled", 40.0, 41.0),  # of a later request
+    ]
+    found = waited_for(spans, 10.0, 30.0)
+    assert found == pytest.approx(
+        {
+            "prompt checked and taken in": 1.0,
+            TO_ENGINE: 2.0,
+            "request made, pages hashed": 1.0,
+            "step scheduled": 1.5,
+            "pages allocated": 0.5,
+            BETWEEN: 1.0,
+            "step run, forward queued": 2.0,
+            "thread waited for, while it rests": 2.5,
+            "chunks opened": 3.0,
+            "report made": 1.5,
+            FROM_ENGINE: 4.0,
+        }
+    )
+    assert sum(found.values()) == pytest.approx(20.0)
+    assert FRONT[0].name in found
+
+
+def test_the_table_of_host_time_has_a_column_a_prompt_and_sums() -> None:
+    groups = {
+        "vllm/alone/4096": {"ttft": {"median": 0.4}},
+        "vllm/host/64": {
+            "ttft": {"median": 0.01}, "engine_steps": 2, "absent": [], "host_steps": {"step scheduled": 0.01},
+        },
+        "reuse/host/4096/frequency 0.05": {
+            "ttft": {"median": 0.05}, "engine_steps": 4, "absent": ["pages cached"],
+            "host_steps": {"step scheduled": 0.02, BETWEEN: 0.01, "chunks opened": 0.015, "report made": 0.005},
+        },
+    }  # fmt: skip
+    assert host_table(groups) == [
+        "",
+        "| step, ms of one request alone | whose | vllm 64 | reuse 4096 frequency 0.05 |",
+        "| --- | --- | --- | --- |",
+        "| step scheduled | vLLM's | 10.00 | 20.00 |",
+        "| chunks opened | ours | 0.00 | 15.00 |",
+        "| report made | ours | 0.00 | 5.00 |",
+        "| loop between steps | vLLM's | 0.00 | 10.00 |",
+        "| all of these | ours | 0.00 | 20.00 |",
+        "| all of these | vLLM's | 10.00 | 30.00 |",
+        "| time to first token |  | 10.00 | 50.00 |",
+        "| vLLM's steps | | 2 | 4 |",
+        "This vLLM has no function of these names: pages cached.",
+    ]
+    assert host_table({"vllm/alone/4096": groups["vllm/alone/4096"]}) == []
+    assert table({"groups": groups}).endswith("\n".join(host_table(groups)))

@@ -382,7 +382,7 @@ class _Loader(LayerLoader):
 
 
 def _context(chunks: list[tuple[int, int, Tensor | None]], length: int = 20) -> tuple[PromptView, _Recorder]:
-    engine, prompt = _Recorder(), type("P", (), {"ids": tuple(range(length))})()
+    engine, prompt = _Recorder(), Prompt(tuple(range(length)), (), (), ())
     computed = torch.ones(length, dtype=torch.bool)
     context = PromptView(engine, prompt, [], computed, None, _Loader(length))  # type: ignore[arg-type]
     for start, tokens, deviations in chunks:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -478,3 +480,16 @@ def test_smollm2(smollm2_path: Path) -> None:
         ids = builder.encode(text)
         assert tokenizer.decode(ids) == text
         assert not {*tokenizer.all_special_ids} & set(ids)
+
+
+def test_ids_as_an_array_are_nobodys_to_change_and_travel_as_a_tuple_alone() -> None:
+    prompt = Prompt((3, 1, 2**31, 2**32 - 1), (), (), ())
+    alone = pickle.dumps(prompt)
+    assert prompt.ids_array.tolist() == list(prompt.ids)
+    with pytest.raises(ValueError, match="read-only"):
+        prompt.ids_array[0] = 5
+    assert pickle.dumps(prompt) == alone
+    copied = pickle.loads(alone)
+    assert copied == prompt
+    assert copied.ids_array.tolist() == list(prompt.ids)
+    assert replace(prompt, ids=(7,)).ids_array.tolist() == [7]

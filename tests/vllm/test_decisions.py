@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,10 +17,11 @@ from vllm.v1.request import Request
 from cachetune_rag.text.recognising.id_spans import IdSpan, prompt_of_ids
 from cachetune_vllm.messages import FromWorker, Hello
 from cachetune_vllm.metrics import ReuseMetrics
+from cachetune_vllm.page_hashes import salt_hashes, salt_of
 from cachetune_vllm.reasons import Left
 from cachetune_vllm.recognition import Recognised
 from cachetune_vllm.scheduler import ReuseScheduler
-from cachetune_vllm.settings import ServerSettings
+from cachetune_vllm.settings import RequestSettings, ServerSettings
 
 PAGE = 16
 GPU = Hello(None, ratio=0.15)
@@ -144,10 +146,41 @@ def test_hashes_change_behind_what_is_exact() -> None:
         assert made.matched(one, cached) == (3999 - cached, True)
         changed = [a != b for a, b in zip(before, one.block_hashes, strict=True)]
         assert changed == [False] * first + [True] * (len(changed) - first)
+        assert len(set(one.block_hashes)) == len(one.block_hashes)
         made.allocated(one, range(250), 3999 - cached)
         (load,) = made.to_workers(idle=False).loads
         assert (load.start, load.exact) == (cached, cached)
         assert load.prompt.spans[0].start == max(100, cached)
+
+
+def test_no_page_behind_what_is_exact_has_the_hash_of_another_request() -> None:
+    prompt = found(4000, (100, 3900)).prompt
+    assert prompt is not None
+    other_end = replace(prompt, ids=(*prompt.ids[:-1], 5))
+    settings = ServerSettings.of({"store": "kv"})
+    plain = RequestSettings.of({}, settings)
+    hashes = [number.to_bytes(32, "big") for number in range(250)]
+    of_another_user = [hashed[::-1] for hashed in hashes]  # vLLM's `cache_salt` changes all of a request's hashes
+    made = []
+    for theirs, which, asked in (
+        (hashes, prompt, plain),
+        (hashes, other_end, plain),
+        (hashes, prompt, RequestSettings.of({"ratio": 0.3}, settings)),
+        (hashes, prompt, RequestSettings.of({"selector": "frequency"}, settings)),
+        (of_another_user, prompt, plain),
+    ):
+        mine = list(theirs)
+        salt_hashes(mine, 6, salt_of(which, asked))
+        assert mine[:6] == theirs[:6]
+        assert len(mine) == len(theirs)
+        made.append(mine)
+        again = list(theirs)
+        salt_hashes(again, 6, salt_of(replace(which), asked))
+        assert again == mine
+    behind = [hashed for mine in made for hashed in mine[6:]]
+    assert len({*hashes, *behind}) == len(hashes) + len(behind)
+    salt_hashes(made[0], len(made[0]), salt_of(prompt, plain))  # no page behind what is exact
+    assert made[0][6:] == behind[: len(hashes) - 6]
 
 
 def test_pages_of_the_same_prompt_are_looked_for_by_the_new_hashes() -> None:

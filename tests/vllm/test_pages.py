@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from cachetune_rag.model import KVBuffers
+from cachetune_rag.text.recognising.id_spans import IdSpan, prompt_of_ids
 from cachetune_store.layout import LayerSpec
-from cachetune_vllm.pages import FEW_PAGES, Pages
+from cachetune_vllm.messages import Load
+from cachetune_vllm.pages import FEW_PAGES, PagedMemory, Pages
 
 PAGE, PAGES, LAYERS, HEADS, DIM = 8, 12, 2, 2, 4
 BLOCKS = [7, 2, 9, 3, 11, 5]
 """The pages of the request, in its order."""
+LENGTH = len(BLOCKS) * PAGE
 
 
 def write(attention: Any, keys: torch.Tensor, values: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor) -> None:
@@ -30,24 +33,29 @@ def buffers(length: int) -> KVBuffers:
     return made
 
 
-@pytest.mark.parametrize(
-    ("start", "end"), [(0, PAGE), (3, 2 * PAGE), (PAGE - 1, PAGE + 1), (0, FEW_PAGES * PAGE + 1), (5, 6 * PAGE - 3)]
-)
-def test_rows_are_read_from_a_requests_pages_and_nothing_else_changes(start: int, end: int) -> None:
+def filled_pages(least_read: int = 1) -> tuple[Pages, torch.Tensor]:
+    """A request's pages, and the rows in them: [layers, 2, tokens, heads, dim]."""
     layers: Any = [
         SimpleNamespace(
             impl=SimpleNamespace(do_kv_cache_update=write), kv_cache=torch.zeros(PAGES, HEADS, PAGE, 2 * DIM)
         )
         for _ in range(LAYERS)
     ]
-    pages = Pages(layers, PAGE, PAGES)
+    pages = Pages(layers, PAGE, PAGES, least_read)
     assert pages.learn_to_read(buffers(PAGE))
-    length = len(BLOCKS) * PAGE
-    rows = torch.randn(LAYERS, 2, length, HEADS, DIM)
-    slots = pages.slots(BLOCKS, 0, length, torch.device("cpu"))
+    rows = torch.randn(LAYERS, 2, LENGTH, HEADS, DIM)
+    slots = pages.slots(BLOCKS, 0, LENGTH, torch.device("cpu"))
     for layer in range(LAYERS):
         pages.write(layer, rows[layer, 0], rows[layer, 1], slots)
-    found = buffers(length)
+    return pages, rows
+
+
+@pytest.mark.parametrize(
+    ("start", "end"), [(0, PAGE), (3, 2 * PAGE), (PAGE - 1, PAGE + 1), (0, FEW_PAGES * PAGE + 1), (5, 6 * PAGE - 3)]
+)
+def test_rows_are_read_from_a_requests_pages_and_nothing_else_changes(start: int, end: int) -> None:
+    pages, rows = filled_pages()
+    found = buffers(LENGTH)
     pages.read(BLOCKS, start, end, found)
     for layer in range(LAYERS):
         for mine, wanted in zip((found.key_rows[layer], found.value_rows[layer]), rows[layer], strict=True):
@@ -69,3 +77,19 @@ def test_slots_outside_of_the_cache_are_refused(blocks: list[int]) -> None:
     rows, slots = torch.zeros(PAGE, HEADS, DIM), pages.slots(BLOCKS, 0, PAGE - 1, torch.device("cpu"))
     with pytest.raises(RuntimeError, match=f"{PAGE} rows for {PAGE - 1} slots"):
         pages.write(0, rows, rows, slots)
+
+
+@pytest.mark.parametrize(("exact", "kept"), [(0, 0), (PAGE, 0), (2 * PAGE, 2 * PAGE), (3 * PAGE, 3 * PAGE)])
+def test_a_beginning_too_short_to_be_worth_reading_is_computed(exact: int, kept: int) -> None:
+    pages, rows = filled_pages(least_read=2 * PAGE)
+    pages.readable = True
+    prompt = prompt_of_ids(range(LENGTH), [IdSpan(3 * PAGE, LENGTH - 1, "chunk")])
+    load = Load("r", prompt, "frequency", 0.15, "", tuple(BLOCKS), exact, LENGTH - 1, exact)
+    mine = buffers(LENGTH)
+    inner: Any = SimpleNamespace(take=lambda ids, exact, room: (mine, 0))
+    given, count = PagedMemory(inner, pages, load).take(prompt.ids_array, 3 * PAGE, 0)
+    assert (given, count) == (mine, kept)
+    for layer in range(LAYERS):
+        for there, wanted in zip((mine.key_rows[layer], mine.value_rows[layer]), rows[layer], strict=True):
+            assert torch.equal(there[:kept], wanted[:kept])
+            assert (there[kept:] == -1).all()

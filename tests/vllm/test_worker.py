@@ -45,7 +45,7 @@ def engines() -> Iterator[Engines]:
 
 @pytest.fixture
 def worker(engines: Engines) -> Iterator[ReuseWorker]:
-    pages: Any = SimpleNamespace(readable=True, block_size=PAGE)
+    pages: Any = SimpleNamespace(worth_reading=lambda count: count > PAGE, block_size=PAGE)
     made = ReuseWorker(engines, pages, torch.device("cpu"), ALL_HEADS, OwnPace(apart=True), ModelLock())
     yield made
     engines.go_on.release(9)
@@ -53,7 +53,7 @@ def worker(engines: Engines) -> Iterator[ReuseWorker]:
 
 
 def load(name: str, first_page: int, exact: int = 0) -> Load:
-    """Of four pages; the first tokens up to `exact` are read from them, the others written."""
+    """Of four pages; the first tokens up to `exact` are read from them, if they are more than a page, the others written."""
     prompt = prompt_of_ids(range(4 * PAGE), [IdSpan(exact, 4 * PAGE - 1, name)])
     pages = tuple(range(first_page, first_page + 4))
     return Load(name, prompt, "frequency", 0.15, name, pages, exact, 4 * PAGE - 1, exact)
@@ -62,7 +62,7 @@ def load(name: str, first_page: int, exact: int = 0) -> Load:
 def test_a_prompt_that_reads_pages_is_begun_behind_the_step_that_fills_them(
     engines: Engines, worker: ReuseWorker
 ) -> None:
-    worker.start(ToWorkers((load("reads", 10, exact=2 * PAGE), load("writes", 20)), idle=True))
+    worker.start(ToWorkers((load("reads", 10, exact=2 * PAGE), load("writes", 20, exact=PAGE)), idle=True))
     assert engines.asked.get(timeout=30) == "writes"  # although it came behind the other one
     engines.go_on.release()
     assert done(worker, "writes") == {"writes"}

@@ -55,7 +55,7 @@ class Sentences:
 
     def __call__(self, prompt: Prompt) -> NDArray[np.int64]:
         """Those of a prompt."""
-        ids = np.array(prompt.ids, np.int64)
+        ids = prompt.ids_array
         inside, begins = np.zeros(len(ids), np.bool_), np.zeros(len(ids), np.bool_)
         for span in prompt.spans:
             inside[span.start : span.end] = True
