@@ -33,6 +33,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from common import environment
+from served.host_time import note_front
 from served.memory import DeviceMemory
 from served.plan import PHASES, SETTINGS, Cell, cells
 from served.report import group, table
@@ -152,8 +153,9 @@ def show(content: Mapping[str, Any], folder: Path | None, stem: str) -> None:
 
 
 def _host_options(device: str) -> dict[str, Any]:
-    """What the phase `host` needs of vLLM: functions that note their times, and on a CPU one process for the engine and its worker, as on a GPU, and
+    """Prepare for the phase `host`. Returns what it needs of vLLM: functions that note their times, and on a CPU one process for the engine and its worker, as on a GPU, and
     pages as small as may be there (GPUs have pages of 16 tokens)."""
+    note_front()
     noting: dict[str, Any] = {"worker_extension_cls": "served.host_steps.HostSteps"}
     if device == "cuda":
         return noting

@@ -19,7 +19,7 @@ IDLE = 0.05
 
 async def host(target: Target, prompts: Sequence[list[int]], reuse: Reuse | None, warm: int = 3) -> dict[str, Any]:
     """One request at a time, one token each: medians of the seconds of each step. The first `warm` requests don't count."""
-    front = _front()
+    front = note_front()
     absent = {name for names in await target.engine.collective_rpc("note_host_steps") for name in names}
     rows: list[dict[str, float]] = []
     steps, times = [], []
@@ -46,8 +46,8 @@ async def host(target: Target, prompts: Sequence[list[int]], reuse: Reuse | None
 
 
 @cache
-def _front() -> Notes:
-    """Notes of this process, which is the front end's."""
+def note_front() -> Notes:
+    """Note what is done in this process, which is the front end's. To be called before vLLM's engine is made, which keeps some functions as they are then."""
     return Notes(FRONT)
 
 
