@@ -31,7 +31,7 @@ SELECTORS = [
     "frequency",
     "expected_error",
     "expected_error_early",
-    "expected_error_sentences",
+    "expected_error_tokens",
     "probe",
     "chunk_head",
     "kv_deviation",

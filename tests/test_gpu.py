@@ -60,7 +60,7 @@ LEADS = [[1, 40, 41, 42, 43], [1, 70, 71], [1, 90, 12, 13]]
         "probe",
         "expected_error",
         "expected_error_early",
-        "expected_error_sentences",
+        "expected_error_tokens",
         "chunk_head",
         "none",
         "all",

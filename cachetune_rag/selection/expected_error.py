@@ -27,7 +27,11 @@ LEAST = 256
 
 
 class ExpectedErrorSelector(ProbingSelector):
-    """The top r over all chunks by expected error, with chunk shift. By received attention where no chunk has deviations.
+    """The top r over all chunks by expected error, with chunk shift: single tokens, in turn with whole sentences where words show that these have to do with the query.
+    By received attention where no chunk has deviations.
+
+    A fact is so recomputed whole or not at all, and so are facts that are nearly the one that is asked for, and the next fact of a chain (docs/selection.md, "Whole
+    sentences").
 
     The first layers look at all rows, the others at a shortlist: the tokens that score highest in the first layers. The choice then needn't
     wait for the rows of the other tokens. What is found by the error left (a bound, a sign) needs the scores of all tokens, so there every
@@ -42,6 +46,8 @@ class ExpectedErrorSelector(ProbingSelector):
     name = names.EXPECTED_ERROR
     uses_deviations = True
     shift = 0.4
+    by_sentences = True
+    revision = 3  # 2: single tokens alone
 
     def __init__(self, depth: float = 1.0, queries: int = 64, shortlist: float = SHORTLIST, least: int = LEAST):
         super().__init__(depth, queries)
@@ -69,18 +75,16 @@ class EarlyExpectedErrorSelector(ExpectedErrorSelector):
     """
 
     name = names.EXPECTED_ERROR_EARLY
+    by_sentences = False
+    revision = 2
 
     def __init__(self, depth: float = 0.25, queries: int = 64):
         super().__init__(depth, queries)
 
 
-class SentenceExpectedErrorSelector(ExpectedErrorSelector):
-    """The same scores, and whole sentences: those in which the errors are large, and those that have rare words in common with the query or with such sentences.
+class TokenExpectedErrorSelector(ExpectedErrorSelector):
+    """The same scores, and single tokens alone, as `expected_error` chose before its revision 3: to compare with, and for text whose sentences say nothing."""
 
-    Single tokens with the largest errors and whole sentences take turns. So a fact is recomputed whole or not at all, and so are facts that are nearly the one
-    that is asked for, and the next fact of a chain (docs/selection.md, "Whole sentences").
-    """
-
-    name = names.EXPECTED_ERROR_SENTENCES
-    by_sentences = True
+    name = names.EXPECTED_ERROR_TOKENS
+    by_sentences = False
     revision = 1

@@ -14,7 +14,11 @@ WORDS = 0.7
 """How much words in common with the query count; the rest is what the query attends to."""
 DECAY = 0.7
 """How much less a sentence counts that is found by another sentence, instead of by the query."""
-LEAST = np.finfo(np.float64).tiny
+SURE = 3.0
+"""From so many pairs on that no other sentence has, what a sentence has in common with the query is evidence enough: more of it doesn't count for more."""
+LEAST_EVIDENCE = 0.65
+"""The least evidence of a sentence that is chosen whole: about two pairs that it alone has in common with the query, or three with a sentence of full evidence."""
+_TINY = np.finfo(np.float64).tiny
 
 Numbers = NDArray[np.float64]
 _Ids = NDArray[np.int64]
@@ -37,18 +41,34 @@ class Links:
         pairs = (ids[:-1] << 32) | ids[1:]  # the pair that ends at the token behind
         inside = np.flatnonzero((sentences[1:] >= 0) & (sentences[1:] == sentences[:-1]))
         known, code = np.unique(pairs[inside], return_inverse=True)
-        # Each pair once for a sentence.
-        once = np.unique(sentences[1:][inside] * max(1, len(known)) + code)
-        self._sentence, self._pair = np.divmod(once, max(1, len(known)))
+        # Each pair once for a sentence. Sorting is faster here than `np.unique`, which hashes first.
+        held = np.sort(sentences[1:][inside] * max(1, len(known)) + code)
+        self._sentence, self._pair = np.divmod(held[np.diff(held, prepend=-1) > 0], max(1, len(known)))
         self._weights = np.log(self.count / np.maximum(1, np.bincount(self._pair, minlength=len(known))))
         self._asked = np.isin(known, pairs[max(0, query.start) : max(0, query.stop - 1)])
 
     def to_query(self) -> Numbers:
         """How much each sentence has in common with the query: [sentences], 1 for the one that has most."""
-        return self._summed(self._asked.astype(np.float64))
+        return _largest_is_one(self._with_query())
 
     def to_others(self, scores: Numbers) -> Numbers:
         """How much each sentence has in common with other sentences that score high: [sentences], 1 for the one that has most."""
+        return _largest_is_one(self._with_others(scores))
+
+    def evidence(self) -> Numbers:
+        """How sure it is that each sentence has to do with the query, by words alone: [sentences], from 0 to 1.
+
+        The largest in a prompt may be small. What a text's end, as a query, has in common with the text before it by chance is no evidence, and neither is what many
+        sentences have.
+        """
+        enough = SURE * np.log(max(2, self.count))
+        asked = np.minimum(1, self._with_query() / enough)
+        return np.maximum(asked, DECAY * np.minimum(1, self._with_others(asked) / enough))
+
+    def _with_query(self) -> Numbers:
+        return self._summed((self._weights * self._asked)[self._pair])
+
+    def _with_others(self, scores: Numbers) -> Numbers:
         score = scores[self._sentence]
         best = np.zeros(len(self._weights))
         np.maximum.at(best, self._pair, score)
@@ -60,12 +80,10 @@ class Links:
         others = self._sentence != whose[self._pair]
         np.maximum.at(second, self._pair[others], score[others])
         strength = np.where(whose[self._pair] == self._sentence, second[self._pair], best[self._pair])
-        return _largest_is_one(np.bincount(self._sentence, self._weights[self._pair] * strength, minlength=self.count))
+        return self._summed(self._weights[self._pair] * strength)
 
-    def _summed(self, strengths: Numbers) -> Numbers:
-        return _largest_is_one(
-            np.bincount(self._sentence, (self._weights * strengths)[self._pair], minlength=self.count)
-        )
+    def _summed(self, numbers: Numbers) -> Numbers:
+        return np.asarray(np.bincount(self._sentence, numbers, minlength=self.count), np.float64)
 
 
 def sentence_scores(links: Links, sentences: _Ids, scores: NDArray[np.float32]) -> Numbers:
@@ -86,4 +104,4 @@ def sentence_scores(links: Links, sentences: _Ids, scores: NDArray[np.float32]) 
 
 
 def _largest_is_one(numbers: NDArray[np.float64 | np.int64]) -> Numbers:
-    return np.asarray(numbers / max(float(numbers.max(initial=0)), float(LEAST)), np.float64)
+    return np.asarray(numbers / max(float(numbers.max(initial=0)), float(_TINY)), np.float64)

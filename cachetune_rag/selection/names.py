@@ -4,7 +4,7 @@ from __future__ import annotations
 
 EXPECTED_ERROR = "expected_error"
 EXPECTED_ERROR_EARLY = "expected_error_early"
-EXPECTED_ERROR_SENTENCES = "expected_error_sentences"
+EXPECTED_ERROR_TOKENS = "expected_error_tokens"
 PROBE = "probe"
 FREQUENCY = "frequency"
 KV_DEVIATION = "kv_deviation"
@@ -21,7 +21,7 @@ OFFLINE = FREQUENCY
 BUILT_IN = (
     EXPECTED_ERROR,
     EXPECTED_ERROR_EARLY,
-    EXPECTED_ERROR_SENTENCES,
+    EXPECTED_ERROR_TOKENS,
     PROBE,
     FREQUENCY,
     KV_DEVIATION,

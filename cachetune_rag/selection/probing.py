@@ -26,7 +26,7 @@ class ProbingSelector(Selector):
     predicts = True
     revision = 2  # 1: the rest of a cut sentence had no more than its own score
     by_sentences: ClassVar[bool] = False
-    """Whether whole sentences are chosen (`selection/whole_sentences.py`). Where a prompt's tokens spell none, single tokens are."""
+    """Whether whole sentences are chosen beside single tokens (`selection/whole_sentences.py`)."""
 
     def __init__(self, depth: float, queries: int):
         self.depth, self.queries = depth, queries
@@ -59,7 +59,7 @@ class ProbingSelector(Selector):
         on_device = self.scores(context, layers, count if finder is None else None)
         whole = SentenceChoice(context, places) if self.by_sentences else None
         scores = with_continuations(on_device.cpu(), context.continuations, context.chunks)
-        chooser: Chooser = SingleTokens(scores, places) if whole is None or not whole.possible else whole.by(scores)
+        chooser: Chooser = SingleTokens(scores, places) if whole is None else whole.by(scores)
         numbers = scores.numpy()
         total = numbers[places.numpy()].sum(dtype=np.float64)
 

@@ -9,7 +9,7 @@ from cachetune_rag.selection.constant import AllSelector, NoneSelector
 from cachetune_rag.selection.expected_error import (
     EarlyExpectedErrorSelector,
     ExpectedErrorSelector,
-    SentenceExpectedErrorSelector,
+    TokenExpectedErrorSelector,
 )
 from cachetune_rag.selection.frequency import FrequencySelector
 from cachetune_rag.selection.kv_deviation import KVDeviationSelector
@@ -50,7 +50,7 @@ for _selector in (
     ProbeSelector(),
     ExpectedErrorSelector(),
     EarlyExpectedErrorSelector(),
-    SentenceExpectedErrorSelector(),
+    TokenExpectedErrorSelector(),
     ChunkHeadSelector(),
     KVDeviationSelector(),
     Layer0ValueSelector(),

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cachetune_rag.selection.base import SelectionContext, top_places
-from cachetune_rag.selection.links import Links, sentence_scores
+from cachetune_rag.selection.links import LEAST_EVIDENCE, Links, sentence_scores
 
 
 class Chooser(Protocol):
@@ -46,7 +46,7 @@ class WholeSentences:
     once. The last sentence may be taken in part: its tokens with the largest scores.
 
     Args:
-        best: the sentences' numbers, the best one first.
+        best: the numbers of the sentences that may be chosen whole, the best one first. Of others single tokens are chosen alone.
         sentences: the number of the sentence of each token that can be chosen, -1 for the others, int64 [length].
         scores: of tokens, float32 [length].
     """
@@ -54,7 +54,9 @@ class WholeSentences:
     def __init__(self, best: NDArray[np.int64], sentences: NDArray[np.int64], scores: NDArray[np.float32]):
         self._best, self._sentences, self._scores = best, sentences, scores
         self._places = torch.from_numpy(np.flatnonzero(sentences >= 0))
-        self._ends = np.cumsum(np.bincount(sentences[sentences >= 0], minlength=len(best))[best])
+        sizes = np.bincount(sentences[sentences >= 0])
+        self._count = len(sizes)
+        self._ends = np.cumsum(sizes[best])
 
     def take(self, count: int) -> Tensor:
         """See `Chooser.take`."""
@@ -67,9 +69,9 @@ class WholeSentences:
         return torch.from_numpy(among[np.argsort(turn[among], kind="stable")[:count]])
 
     def _by_sentences(self, count: int) -> NDArray[np.int64]:
-        """Places of at least so many tokens, in the order of the sentences."""
+        """Places of at least so many tokens in the order of the sentences, or of all that these have."""
         first = self._best[: int(np.searchsorted(self._ends, count)) + 1]
-        rank = np.full(len(self._best) + 1, len(first))  # one more, for the tokens of no sentence
+        rank = np.full(self._count + 1, len(first))  # one more, for the tokens of no sentence
         rank[first] = np.arange(len(first))
         places = np.flatnonzero(rank[self._sentences] < len(first))
         return places[np.lexsort((-self._scores[places], rank[self._sentences[places]]))]
@@ -93,19 +95,23 @@ class SentenceChoice:
         inside = np.flatnonzero(sentences >= 0)
         behind = int(inside[-1]) + 1 if len(inside) else len(sentences)
         self._links = Links(context.ids, sentences, range(behind, len(sentences)))
+        self._evident = self._links.evidence() >= LEAST_EVIDENCE
+        self._places = places
         self._sentences = np.full(len(sentences), -1, np.int64)
         self._sentences[places.numpy()] = sentences[places.numpy()]
+        self._evident[self._sentences.max(initial=-1) + 1 :] = False  # nothing of these can be chosen
 
-    @property
-    def possible(self) -> bool:
-        """Whether the prompt's text has sentences: token ids that spell no text have none."""
-        return self._links.count > 0
+    def by(self, scores: Tensor) -> Chooser:
+        """The choice by scores of the tokens, float32 [length], on the host.
 
-    def by(self, scores: Tensor) -> WholeSentences:
-        """The choice by scores of the tokens, float32 [length], on the host."""
+        Single tokens where no sentence has to do with the query by its words, or where the prompt's token ids spell no text.
+        """
+        if not self._evident.any():
+            return SingleTokens(scores, self._places)
         numbers = scores.numpy()
         found = sentence_scores(self._links, self._sentences, numbers)
-        return WholeSentences(np.argsort(-found, kind="stable"), self._sentences, numbers)
+        best = np.argsort(-found, kind="stable")
+        return WholeSentences(best[self._evident[best]], self._sentences, numbers)
 
 
 def joined(sentences: NDArray[np.int64], continuations: Sequence[tuple[range, range]]) -> NDArray[np.int64]:

@@ -225,7 +225,7 @@ def test_peers_put_a_prompt_together_as_one_engine_does(
     check(whole, peers, peers.reuse(CHUNKS, selector, ratio), wanted)
 
 
-@pytest.mark.parametrize("selector", ["expected_error", "expected_error_early", "expected_error_sentences", "probe"])
+@pytest.mark.parametrize("selector", ["expected_error", "expected_error_early", "expected_error_tokens", "probe"])
 def test_peers_leave_the_same_new_passages_out_of_their_looks(pair: tuple[Any, Pair, Path], selector: str) -> None:
     whole, peers, store = pair
     chunks = ["A new one in front.", CHUNKS[0], "Nobody has seen this passage before. " * 3, *CHUNKS[1:], "New. " * 60]

@@ -31,7 +31,7 @@ TOKENS = sum(map(len, CHUNKS))
 ONLINE = [
     "expected_error",
     "expected_error_early",
-    "expected_error_sentences",
+    "expected_error_tokens",
     "probe",
     "chunk_head",
     "random",

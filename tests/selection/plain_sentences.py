@@ -44,7 +44,15 @@ def chosen(
         [sum(weight[p] * max((found[o] for o in holders[p] if o != n), default=0.0) for p in pairs[n]) for n in numbers]
     )
     final = [max(a, 0.7 * b) for a, b in zip(found, linked, strict=True)]
-    by_sentence = sorted(can, key=lambda j: (-final[sentences[j]], sentences[j], -scores[j], j))
+    enough = 3 * math.log(max(2, len(numbers)))
+    sure = [min(1.0, sum(weight[p] for p in pairs[n] & asked) / enough) for n in numbers]
+    by_others = [
+        sum(weight[p] * max((sure[o] for o in holders[p] if o != n), default=0.0) for p in pairs[n]) for n in numbers
+    ]
+    evident = {n for n in numbers if sure[n] >= 0.65 or 0.7 * min(1.0, by_others[n] / enough) >= 0.65}
+    by_sentence = sorted(
+        (j for j in can if sentences[j] in evident), key=lambda j: (-final[sentences[j]], sentences[j], -scores[j], j)
+    )
     by_score = sorted(can, key=lambda j: (-scores[j], j))
-    turn = {j: min(by_sentence.index(j), by_score.index(j)) for j in can}
+    turn = {j: min([by_score.index(j), *([by_sentence.index(j)] if j in by_sentence else [])]) for j in can}
     return sorted(sorted(can, key=lambda j: (turn[j], j))[:count])

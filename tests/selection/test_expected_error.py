@@ -84,13 +84,13 @@ def stored_rows(engine: CacheTune, prompt: Any) -> tuple[list[tuple[Any, Any]], 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts of any length have a shortlist."""
-    for name in ("expected_error", "expected_error_sentences"):
+    for name in ("expected_error", "expected_error_tokens"):
         monkeypatch.setattr(get_selector(name), "least", 1)
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1], [2, 2, 0]])
 @pytest.mark.parametrize("ratio", [0.05, 0.3, 0.9])
-@pytest.mark.parametrize("selector", ["expected_error", "expected_error_sentences"])
+@pytest.mark.parametrize("selector", ["expected_error", "expected_error_tokens"])
 @pytest.mark.usefixtures("short")
 def test_a_request_equals_a_float64_reference(engine: CacheTune, selector: str, order: list[int], ratio: float) -> None:
     """Score, selection, shift and recompute, from the stored rows to the logits."""
@@ -159,7 +159,7 @@ def check(
     ).error
     count = int(ratio * len(inside) + 1e-9)
     best = sorted(inside, key=lambda j: (-error[j], j))[:count]
-    if selector == "expected_error_sentences":
+    if selector == "expected_error":
         best = chosen(prompt.ids, Sentences(engine.tokenizer)(prompt).tolist(), error, inside, count)
     rows = sorted([*new, *best])
     shifted = [(a, b) for a, b in spans if any(a <= j < b for j in best)]

@@ -71,7 +71,7 @@ OVER_ALL = [
     "probe",
     "expected_error",
     "expected_error_early",
-    "expected_error_sentences",
+    "expected_error_tokens",
     "kv_deviation",
     "layer0_value",
     "random",
@@ -163,7 +163,7 @@ def test_only_expected_error_shifts() -> None:
     assert {n: get_selector(n).shift for n in selector_names() if get_selector(n).shift} == {
         "expected_error": 0.4,
         "expected_error_early": 0.4,
-        "expected_error_sentences": 0.4,
+        "expected_error_tokens": 0.4,
     }
 
 
@@ -290,7 +290,7 @@ def test_every_selector_of_the_package_is_named_once_and_says_what_it_needs() ->
     assert {n for n in ours if get_selector(n).uses_deviations} == {
         "expected_error",
         "expected_error_early",
-        "expected_error_sentences",
+        "expected_error_tokens",
     }
     assert {n for n in ours if get_selector(n).offline} == {names.OFFLINE}
     assert resolve("auto", 0).selector == names.DEFAULT

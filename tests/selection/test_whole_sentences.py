@@ -15,7 +15,7 @@ from tiny import tokenizer
 
 from cachetune_rag.selection import get_selector
 from cachetune_rag.selection.links import Links, sentence_scores
-from cachetune_rag.selection.whole_sentences import SentenceChoice, joined
+from cachetune_rag.selection.whole_sentences import SentenceChoice, WholeSentences, joined
 from cachetune_rag.text.prompts.prompt import PromptBuilder
 from cachetune_rag.text.prompts.sentences import MOST_TOKENS, NONE, Sentences, no_sentences
 
@@ -51,29 +51,56 @@ def test_a_prompt_without_chunks_has_no_sentences() -> None:
     assert set(Sentences(tokenizer())(prompt).tolist()) == {NONE}
 
 
-# Four sentences of four tokens and a query of three. Tokens 7 and 8, and 5 and 6, are names.
-NAMED, NEXT, TWIN, OTHER = [1, 7, 8, 2], [3, 5, 6, 8], [1, 7, 8, 4], [9, 10, 11, 12]
-
-
 def context_of(sentences: list[list[int]], query: list[int], scores: list[float] | None = None) -> FakeContext:
     tokens = sum(map(len, sentences))
-    received = torch.zeros(8, 3 + tokens + 2)
+    received = torch.zeros(8, 3 + tokens + len(query))
     if scores is not None:
         received[:, 3 : 3 + tokens] = torch.tensor(scores)
     context = FakeContext([[0.0] * len(s) for s in sentences], received)
     context.ids = np.array([90, 91, 92, *(t for s in sentences for t in s), *query])
-    context.sentences = np.array([-1] * 3 + [n for n, s in enumerate(sentences) for _ in s] + [-1] * 2)
+    context.sentences = np.array([-1] * 3 + [n for n, s in enumerate(sentences) for _ in s] + [-1] * len(query))
     return context
+
+
+# Forty sentences of five tokens. Tokens 7 to 9 are a name, which the first and the third have.
+FORTY = [[1, 7, 8, 9, 2], [20, 21, 22, 23, 24], [1, 7, 8, 9, 4]] + [
+    [100 * n + k for k in range(5)] for n in range(1, 38)
+]
+ATTENDED = [4.0] * 5 + [2.0] * 5 + [0.0] * 5 + [1.0] * 5 + [0.0] * 180
 
 
 def test_a_sentence_that_the_query_names_is_chosen_whole_with_those_that_are_nearly_the_same() -> None:
     """The query attends to the first sentence, less to the second and the fourth, and passes by the third, which has the same name."""
-    rows = [NAMED, OTHER, TWIN, [20, 21, 22, 23], [24, 25, 26, 27], [28, 29, 30, 31]]
-    context = context_of(rows, [7, 8], [4.0] * 4 + [2.0] * 4 + [0.0] * 4 + [1.0] * 4 + [0.0] * 8)
-    select = get_selector("expected_error_sentences").select
-    assert sorted(select(context, 0.5).tolist()) == [*range(3, 15)]
-    context.sentences[:] = -1  # without sentences: single tokens
-    assert sorted(select(context, 0.5).tolist()) == [*range(3, 11), *range(15, 19)]
+    context = context_of(FORTY, [1, 7, 8, 9], ATTENDED)
+    select = get_selector("expected_error").select
+    assert sorted(select(context, 0.075).tolist()) == [*range(3, 18)]
+    single = [*range(3, 13), *range(18, 23)]
+    assert sorted(get_selector("expected_error_tokens").select(context, 0.075).tolist()) == single
+    context.sentences[:] = -1  # token ids that spell no text
+    assert sorted(select(context, 0.075).tolist()) == single
+
+
+@pytest.mark.parametrize("query", [[50, 51, 52, 53], [7, 8, 60, 61], [9, 1, 7, 60]])
+def test_without_evidence_single_tokens_are_chosen(query: list[int]) -> None:
+    """A pair that a query has in common with a sentence by chance is no evidence that the sentence has to do with it."""
+    context = context_of(FORTY, query, ATTENDED)
+    assert sorted(get_selector("expected_error").select(context, 0.075).tolist()) == [*range(3, 13), *range(18, 23)]
+
+
+def test_evidence_is_what_few_sentences_have() -> None:
+    names = [[1, 2, 3, 4, n] for n in range(10, 14)]
+    many = context_of([*names, *FORTY[3:]], [1, 2, 3, 4])
+    few = context_of([names[0], *FORTY[3:]], [1, 2, 3, 4])
+
+    def evidence(context: FakeContext) -> list[float]:
+        return [
+            float(x)
+            for x in Links(context.ids, context.sentences, range(len(context.ids) - 4, len(context.ids))).evidence()[:4]
+        ]
+
+    assert evidence(few) == pytest.approx([1, 0, 0, 0])
+    share = 1 - np.log(4) / np.log(41)  # of three pairs, each in four of 41 sentences
+    assert evidence(many) == pytest.approx([share] * 4)
 
 
 def test_a_sentence_is_found_by_a_name_in_another_one() -> None:
@@ -96,13 +123,13 @@ def test_what_all_sentences_have_links_none() -> None:
 
 
 def test_the_choice_is_that_of_a_plain_reference_and_grows_with_the_ratio() -> None:
-    rng = random.Random(5)
+    rng, by_sentences = random.Random(5), 0
     for _ in range(30):
         rows = [[rng.randrange(12) for _ in range(rng.randint(1, 9))] for _ in range(rng.randint(1, 9))]
-        query = [rng.randrange(12) for _ in range(2)]
+        query = [*rng.choice(rows)[:6], rng.randrange(12)]
         tokens = sum(map(len, rows))
         context = context_of(rows, query)
-        scores = [rng.random() if rng.random() < 0.7 else 0.0 for _ in range(tokens + 5)]
+        scores = [rng.random() if rng.random() < 0.7 else 0.0 for _ in context.ids]
         can = sorted(rng.sample(range(3, 3 + tokens), rng.randint(1, tokens)))
         numbers = torch.tensor(scores)
         choice = SentenceChoice(context, torch.tensor(can)).by(numbers)
@@ -113,6 +140,8 @@ def test_the_choice_is_that_of_a_plain_reference_and_grows_with_the_ratio() -> N
             assert sorted(found) == chosen(ids, sentences, numbers.double().tolist(), set(can), count)
             assert before <= set(found)
             before = set(found)
+        by_sentences += isinstance(choice, WholeSentences)
+    assert 5 < by_sentences < 30
 
 
 def test_the_rest_of_a_cut_sentence_belongs_to_its_beginning() -> None:
@@ -129,5 +158,4 @@ def test_links_lead_nowhere_without_sentences_or_without_a_query() -> None:
     assert ends_in_a_chunk.to_query().tolist() == [0]
     one = SimpleNamespace(ids=np.array([1, 2, 3]), sentences=np.array([-1, 0, 0]), continuations=())
     choice = SentenceChoice(one, torch.tensor([1, 2]))  # type: ignore[arg-type]
-    assert choice.possible
     assert choice.by(torch.tensor([0.0, 0.1, 0.2])).take(1).tolist() == [2]
