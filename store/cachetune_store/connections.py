@@ -14,14 +14,17 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from .errors import IndexReplacedError
 
-__all__ = ["Connections", "fork_is_over", "prepare_fork"]
+__all__ = ["Connections", "fork_is_over", "forks_near"]
 
 FORK_SECONDS = 5.0
 """Seconds that a fork waits for threads that are in the database."""
+_LOOK_SECONDS = 1.0
+"""Seconds after which a thread that waits for a fork's end looks whether it has missed it."""
 
 
 class Connections:
@@ -128,8 +131,9 @@ class Connections:
     def _take(self) -> sqlite3.Connection:
         with self._ready:
             # Also where this object was made while a fork is prepared: no thread may be in SQLite at a fork.
-            while _forks_near:
-                self._ready.wait()
+            while forks_near:
+                # Not without end: Ctrl-C in `fork_is_over` may have come before it told of the end.
+                self._ready.wait(_LOOK_SECONDS)
             if self._retired:
                 raise IndexReplacedError(f"the index {self._file.parent} is being replaced")
             if self._idle:
@@ -188,8 +192,8 @@ class Connections:
 _UNKNOWN = -1
 _all: weakref.WeakSet[Connections] = weakref.WeakSet()
 _guard = threading.RLock()
-_forks_near = 0
-"""How many threads are about to fork. Several may be at once, and then the first one's end is not yet the last one's."""
+forks_near: list[None] = []
+"""As long as the number of threads that are about to fork. Several may be at once, and then the first one's end is not yet the last one's."""
 
 
 def _logs(file: Path) -> tuple[Path, Path]:
@@ -211,32 +215,33 @@ def _close(connection: sqlite3.Connection) -> None:
         connection.close()
 
 
-def prepare_fork() -> None:
-    """This thread is about to fork: connections are closed, and none are lent until `fork_is_over` was called as often as this."""
+def _before_fork() -> None:
+    """This thread is about to fork: connections are closed."""
     until = time.monotonic() + FORK_SECONDS
-    for each in _every(forks=1):
+    for each in _every():
         each.before_fork(until)
 
 
 def fork_is_over() -> None:
-    """This thread has forked, in the process that did."""
-    for each in _every(forks=-1):
+    """This thread has forked, in the process that did: if no other one is about to, connections are lent again."""
+    for each in _every():
         each.after_fork()
 
 
-def _every(*, forks: int) -> list[Connections]:
-    """All connections' objects, when so many more (or fewer) threads are about to fork."""
-    global _forks_near
+def _every() -> list[Connections]:
     with _guard:
-        _forks_near += forks
         return list(_all)
 
 
 def _in_child() -> None:
-    global _guard, _forks_near
-    _guard, _forks_near = threading.RLock(), 0
+    global _guard
+    _guard = threading.RLock()
     for each in list(_all):
         each.in_child()
 
 
-os.register_at_fork(before=prepare_fork, after_in_parent=fork_is_over, after_in_child=_in_child)
+# The list's own methods, which Ctrl-C can't cut off as it can a function: a fork that was counted and is never taken off again would keep all
+# threads waiting for ever. Before a fork, what was registered last comes first, and behind it last.
+os.register_at_fork(after_in_parent=forks_near.pop, after_in_child=forks_near.clear)
+os.register_at_fork(before=_before_fork, after_in_parent=fork_is_over, after_in_child=_in_child)
+os.register_at_fork(before=partial(forks_near.append, None))

@@ -266,8 +266,11 @@ def test_connections_of_a_database_that_is_opened_while_a_fork_is_prepared_wait_
     first.close()
 
 
-def test_of_two_threads_that_fork_at_once_both_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The end of the first one's fork says nothing of the second one's, which is still to come."""
+@pytest.mark.parametrize("told", [True, False], ids=["told", "Ctrl-C came first"])
+def test_of_two_threads_that_fork_at_once_both_are_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: bool
+) -> None:
+    """The end of the first one's fork says nothing of the second one's, which is still to come. Nobody waits for ever, told or not."""
     seen: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     class Watched(threading.Condition):
@@ -283,14 +286,17 @@ def test_of_two_threads_that_fork_at_once_both_are_waited_for(tmp_path: Path, mo
         with pool.lent():
             seen.put("lent")
 
-    connections.prepare_fork()
-    connections.prepare_fork()
-    connections.fork_is_over()
+    connections.forks_near.append(None)  # another thread is about to fork
+    in_child(lambda: None)
     thread = threading.Thread(target=use)
     thread.start()
     assert seen.get(timeout=60) == "waits"
-    connections.fork_is_over()
-    assert seen.get(timeout=60) == "lent"
+    connections.forks_near.pop()
+    if told:
+        connections.fork_is_over()
+    while (found := seen.get(timeout=60)) == "waits":
+        pass
+    assert found == "lent"
     thread.join()
     pool.close()
 
