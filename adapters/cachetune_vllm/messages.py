@@ -5,6 +5,7 @@ vLLM carries these through its own channels (between processes they are pickled)
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from cachetune_rag.reuse.config import AUTO
 from cachetune_rag.reuse.worth import LEAST_REUSED
 from cachetune_rag.text.prompts.segments import Prompt
 from cachetune_store import Namespace
@@ -31,7 +31,8 @@ class Hello(KVConnectorHandshakeMetadata):
         vocabulary: token ids are below this.
         max_positions: the most tokens that the model reads; None: no limit.
         most_tokens: the longest prompt that can be put together in the memory that vLLM leaves free; None: no bound.
-        ratio: what "auto" stands for.
+        ratios: what a ratio of "auto" stands for, for requests of the server's own tenant, by selector: what was calibrated for it, say. Selectors that
+            aren't there recompute what they recompute by default.
         least_reused: prompts for which reuse would save fewer tokens are read as fast without it on the worker's device.
         process: number of the worker's process, if it computes on cores that the scheduler's process runs on; None if it doesn't.
         refusal: why nothing is reused; None if prompts are.
@@ -43,7 +44,7 @@ class Hello(KVConnectorHandshakeMetadata):
     vocabulary: int = 0
     max_positions: int | None = None
     most_tokens: int | None = None
-    ratio: float = AUTO.ratio
+    ratios: Mapping[str, float] = field(default_factory=dict)
     least_reused: int = LEAST_REUSED
     process: int | None = None
     refusal: str | None = None

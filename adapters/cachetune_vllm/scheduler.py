@@ -75,6 +75,8 @@ class ReuseScheduler:
     def __init__(self, settings: ServerSettings, hello: Hello, block_size: int, recognise: Recognise):
         self._settings, self._hello, self._block_size, self._recognise = settings, hello, block_size, recognise
         self._worthwhile = Worthwhile(settings, hello)
+        if hello.refusal is None and (why := self._worthwhile.why_server_reuses_nothing) is not None:
+            _log.warning("no chunks are reused for requests that give no ratio or selector of their own: %s", why)
         self.pages = CachedPages()
         self._requests: dict[str, _Reusing] = {}
         self._told: dict[str, dict[str, Any]] = {}  # reports for requests that gave settings, but are left to vLLM
@@ -98,6 +100,9 @@ class ReuseScheduler:
         reason = self._why_not(request, settings)
         if reason is not None:
             self._leave(request, reason, asked)
+            return
+        if (why := self._worthwhile.why_all_recomputed(settings)) is not None:
+            self._leave(request, Left.ALL_RECOMPUTED, asked, why=why)
             return
         assert request.prompt_token_ids is not None
         found = self._recognise(request.prompt_token_ids, settings)
@@ -212,9 +217,7 @@ class ReuseScheduler:
         if (reason := why_not(request)) is not None:
             return reason
         most = self._hello.most_tokens
-        if most is not None and request.num_prompt_tokens > most:
-            return Left.MEMORY
-        return Left.ALL_RECOMPUTED if self._worthwhile.ratio(settings) == 1 else None
+        return Left.MEMORY if most is not None and request.num_prompt_tokens > most else None
 
     def _reuses(self, reusing: _Reusing, computed: int) -> bool:
         """Decide, once vLLM has looked for its first tokens in its prefix cache, whether a request reuses chunks behind those.

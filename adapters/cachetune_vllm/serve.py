@@ -16,11 +16,17 @@ import typer
 from cachetune_rag.checking.escaping import visible_line
 from cachetune_rag.errors import CacheTuneError, ConfigError
 from cachetune_store import StoreError
-from cachetune_store.printing import without_password
+from cachetune_store.printing import shown, without_password
 from cachetune_store.remote.places import is_remote
 from cachetune_vllm.settings import ServerSettings
 
 MIDDLEWARE = "cachetune_vllm.middleware.CheckRequests"
+
+_NOT_HERE = {
+    "--min-sure": 'vLLM can\'t read a prompt again in the middle of its answer. Whoever asks can (docs/vllm.md, "Ask again where the model is not sure").',
+    "--max-new-tokens": "each request says how long its answer may be (`max_tokens`).",
+}
+"""Options of `cachetune ask` that are tried here, and what there is in their place."""
 
 _OTHERS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
 
@@ -53,8 +59,13 @@ def command_line(model: str, settings: dict[str, Any], others: Sequence[str]) ->
         others: options of `vllm serve`.
 
     Raises:
-        ConfigError: a setting can't be used, or one of the options is the connector's own.
+        ConfigError: a setting or the model can't be used, or one of the options is the connector's own, or one of another command.
     """
+    if not model.strip():
+        raise ConfigError(f"model is {shown(model)}: use a folder made by save_pretrained, or a hub id.")
+    for word in others:
+        if (name := word.split("=")[0].replace("_", "-")) in _NOT_HERE:
+            raise ConfigError(f"{name} is no option of a server: {_NOT_HERE[name]}")
     if any(word.split("=")[0] in ("--kv-transfer-config", "--kv_transfer_config") for word in others):
         raise ConfigError(
             "--kv-transfer-config is what `cachetune serve` makes: leave it out, or use `vllm serve` with a value of your own."
@@ -86,7 +97,15 @@ def _whole_number_or_name(value: str) -> int | str:
 
 
 def _absolute(path: str) -> str:
-    """A path for the server's processes, which may have another current directory."""
+    """A path for the server's processes, which may have another current directory.
+
+    Raises:
+        ConfigError: it is empty, which would be taken for the current folder.
+    """
+    if not path.strip():
+        raise ConfigError(
+            f"a path is {shown(path)} (a variable that isn't set, perhaps): name a folder or file, or . for this folder."
+        )
     return os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111 (a Path would drop a closing slash and "./")
 
 
@@ -177,29 +196,31 @@ def serve(
 
     All further options are those of `vllm serve`: --port, --max-model-len, --gpu-memory-utilization and so on.
     """
-    given = {
-        "store": store if is_remote(store) else _absolute(store),
-        "tenant": tenant,
-        "codec": codec,
-        "host_budget": host_budget,
-        "disk_budget": disk_budget,
-        "device_budget": device_budget,
-        "remote": remote,
-        "remote_codec": remote_codec,
-        "store_key": store_key if store_key is None or store_key.startswith("env:") else _absolute(store_key),
-        "encrypt": encrypt or None,
-        "ratio": None if ratio is None else _number_or_name(ratio),
-        "selector": selector,
-        "max_kl": max_kl,
-        "min_top1": min_top1,
-        "read_timeout": read_timeout,
-        "least_reused": None if least_reused is None else _whole_number_or_name(least_reused),
-        "loads_at_once": loads_at_once,
-        "tenant_from_request": tenant_from_request or None,
-    }
-    settings = {name: value for name, value in given.items() if value is not None}
-    showable = {name: without_password(value) if isinstance(value, str) else value for name, value in settings.items()}
     try:
+        given = {
+            "store": store if is_remote(store) else _absolute(store),
+            "tenant": tenant,
+            "codec": codec,
+            "host_budget": host_budget,
+            "disk_budget": disk_budget,
+            "device_budget": device_budget,
+            "remote": remote,
+            "remote_codec": remote_codec,
+            "store_key": store_key if store_key is None or store_key.startswith("env:") else _absolute(store_key),
+            "encrypt": encrypt or None,
+            "ratio": None if ratio is None else _number_or_name(ratio),
+            "selector": selector,
+            "max_kl": max_kl,
+            "min_top1": min_top1,
+            "read_timeout": read_timeout,
+            "least_reused": None if least_reused is None else _whole_number_or_name(least_reused),
+            "loads_at_once": loads_at_once,
+            "tenant_from_request": tenant_from_request or None,
+        }
+        settings = {name: value for name, value in given.items() if value is not None}
+        showable = {
+            name: without_password(value) if isinstance(value, str) else value for name, value in settings.items()
+        }
         others = [*_stored_dtype(settings, context.args, starts=not dry_run), *context.args]
         words, shown_words = (command_line(model, each, others) for each in (settings, showable))
     except (CacheTuneError, StoreError) as error:

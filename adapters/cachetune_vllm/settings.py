@@ -9,6 +9,7 @@ from typing import Any, Self
 from cachetune_rag.checking.arguments import check_count, check_tenant, hint, is_number
 from cachetune_rag.errors import ConfigError, PromptError
 from cachetune_rag.text.tokenizer import check_text
+from cachetune_store import StoreError
 from cachetune_store.printing import shown
 
 REQUEST_KEY = "cachetune"
@@ -73,7 +74,7 @@ class ServerSettings:
             ConfigError: a name that doesn't exist, no store, or a value that can't be used.
         """
         _check_names(given, (each.name for each in fields(cls)), "kv_connector_extra_config", ConfigError)
-        if not isinstance(given.get("store"), str) or not given["store"]:
+        if not isinstance(given.get("store"), str) or not given["store"].strip():
             raise ConfigError(
                 f"store is {shown(given.get('store'))}: give kv_connector_extra_config the folder of the store, such as "
                 '{"store": "/data/kv"}; `cachetune precompute DOCUMENTS --model MODEL --store FOLDER` fills it.'
@@ -85,9 +86,11 @@ class ServerSettings:
         for name in ("tenant_from_request", "store_missed"):
             if not isinstance(getattr(settings, name), bool):
                 raise ConfigError(f"{name} is {shown(getattr(settings, name))}: use true or false.")
-        for name in ("remote", "remote_codec"):
-            if not isinstance(getattr(settings, name), str | None):
-                raise ConfigError(f"{name} is {shown(getattr(settings, name))}: use a text, or leave it out.")
+        if settings.remote is not None and (not isinstance(settings.remote, str) or not settings.remote.strip()):
+            raise ConfigError(
+                f"remote is {shown(settings.remote)}: use a URL such as s3://BUCKET/PREFIX, or leave it out."
+            )
+        _check_store_settings(settings)
         if settings.store_key is not None and not isinstance(settings.store_key, str):
             raise ConfigError(
                 f"store_key is of type {type(settings.store_key).__name__}: use the path of the file that holds the key, or env:NAME."
@@ -174,6 +177,25 @@ class RequestSettings:
         return cls(
             _texts(given.get("chunks")), ratio, selector, _tenant(given, server), reuse, explain, max_kl, min_top1
         )
+
+
+def _check_store_settings(settings: ServerSettings) -> None:
+    """Refuse what the store or the engine would refuse only when vLLM has loaded the model."""
+    # They load NumPy and more: only when needed.
+    from cachetune_rag.concurrency.deadline import check_timeout
+    from cachetune_store.codecs import codec_names
+    from cachetune_store.units import parse_bytes
+
+    for name in ("codec", "remote_codec"):
+        codec = getattr(settings, name)
+        if codec not in codec_names() and not (codec is None and name == "remote_codec"):
+            raise ConfigError(f"{name} is {shown(codec)}: use one of {', '.join(codec_names())}.")
+    for name in ("host_budget", "disk_budget", "device_budget"):
+        try:
+            parse_bytes(getattr(settings, name), name)
+        except StoreError as error:
+            raise ConfigError(f"{error}.") from error
+    check_timeout(settings.read_timeout)
 
 
 _REQUEST_NAMES = tuple(each.name for each in fields(RequestSettings))

@@ -15,6 +15,7 @@ from cachetune_rag.errors import CacheTuneError, UnsupportedModelError
 from cachetune_rag.model.heads import ALL_HEADS, Heads
 from cachetune_rag.reuse.worth import LEAST_REUSED, LEAST_REUSED_ON_CPU
 from cachetune_rag.runtime import Runtime
+from cachetune_rag.selection import get_selector, selector_names
 from cachetune_store import StoreError
 from cachetune_vllm.divided_heads import DividedHeads, HeadsInTurns
 from cachetune_vllm.divided_layers import kv_heads_of
@@ -120,7 +121,7 @@ def start_worker(config: VllmConfig, settings: ServerSettings, page_count: int) 
         vocabulary=engine.adapter.config.vocab_size,
         max_positions=engine.adapter.max_positions,
         most_tokens=min(heads.tell(_most_tokens(engine)), key=lambda most: -1 if most is None else most),
-        ratio=engine.admission.config("auto", "auto").ratio,
+        ratios=settled_ratios(engine),
         least_reused=LEAST_REUSED if engine.adapter.device.type == "cuda" else LEAST_REUSED_ON_CPU,
         process=os.getpid() if engine.adapter.device.type == "cpu" else None,
     )
@@ -141,6 +142,12 @@ def start_worker(config: VllmConfig, settings: ServerSettings, page_count: int) 
     if hello.most_tokens is not None:
         longest = min(longest, hello.most_tokens)
     return Started(hello, worker, engines, partial(warm_up, engine, settings, longest) if longest else None)
+
+
+def settled_ratios(engine: Runtime) -> dict[str, float]:
+    """What a ratio of "auto" stands for, by selector."""
+    using = [name for name in selector_names() if get_selector(name).uses_ratio]
+    return {name: engine.admission.config(name, "auto").ratio for name in using}
 
 
 def heads_of(config: VllmConfig, hf_config: Any) -> Heads:

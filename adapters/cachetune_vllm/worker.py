@@ -200,7 +200,7 @@ class ReuseWorker:
             except ConfigError as error:
                 # What can be checked without the store was checked when the request came. Its bound is kept: vLLM reads the whole prompt.
                 _log.warning("request %s: %s vLLM computes its prompt.", load.request_id, error)
-                report = _nothing_reused(Left.BOUND)
+                report = _nothing_reused(Left.BOUND) | {"why": str(error)}
             except (CacheTuneError, StoreError) as error:
                 _log.warning("request %s: %s vLLM computes its prompt.", load.request_id, error)
             except Exception:  # whatever it is, the request is answered: vLLM computes the prompt

@@ -20,7 +20,8 @@ class Worthwhile:
     """
 
     def __init__(self, settings: ServerSettings, hello: Hello):
-        self._auto = hello.ratio
+        self._ratios, self._tenant = hello.ratios, settings.tenant
+        self._settings = settings
         least = settings.least_reused
         # An operator who gives a number of tokens decides by that alone.
         self._limits = WorthLimits(hello.least_reused) if isinstance(least, str) else WorthLimits(least, 0.0)
@@ -32,7 +33,30 @@ class Worthwhile:
             return 1.0 if name == names.ALL else 0.0
         if settings.bounded:
             return AUTO.ratio  # what it will be isn't known yet: anything from the smallest calibrated one to 1
-        return self._auto if isinstance(settings.ratio, str) else settings.ratio
+        if not isinstance(settings.ratio, str):
+            return settings.ratio
+        if settings.tenant != self._tenant:
+            return AUTO.ratio  # the worker looks up what was calibrated for that tenant
+        return self._ratios.get(name, AUTO.ratio)
+
+    def why_all_recomputed(self, settings: RequestSettings) -> str | None:
+        """Why nothing is reused at these settings, whatever a prompt shows; None if it may be."""
+        if self.ratio(settings) != 1:
+            return None
+        name = names.DEFAULT if settings.selector == "auto" else settings.selector
+        if not get_selector(name).uses_ratio:
+            return f"selector {name} recomputes all tokens: use another one."
+        if not isinstance(settings.ratio, str):
+            return "the ratio is 1, at which all tokens are recomputed: use a smaller one."
+        return (
+            f"the ratio that was calibrated for selector {name} is 1, at which all tokens are recomputed: no smaller one kept the bound that `cachetune calibrate` "
+            "had. Run it with a wider bound, or name a ratio."
+        )
+
+    @property
+    def why_server_reuses_nothing(self) -> str | None:
+        """As `why_all_recomputed`, for requests that say nothing."""
+        return self.why_all_recomputed(RequestSettings.of(None, self._settings))
 
     def decide(self, found: Recognised, settings: RequestSettings, cached: int) -> tuple[Left | None, str | None]:
         """Why a request is left to vLLM, in a word and in a sentence; None and None if it reuses its chunks.

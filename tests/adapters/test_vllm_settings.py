@@ -10,10 +10,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from cachetune_rag import ConfigError
 from cachetune_vllm.middleware import CheckRequests
-from cachetune_vllm.serve import command_line, transfer_config
+from cachetune_vllm.serve import app, command_line, transfer_config
 from cachetune_vllm.settings import RequestSettings, RequestSettingsError, ServerSettings
 
 SERVER = ServerSettings.of({"store": "kv", "tenant": "a", "ratio": 0.2})
@@ -35,6 +36,15 @@ SERVER = ServerSettings.of({"store": "kv", "tenant": "a", "ratio": 0.2})
         ({"store": "kv", "least_reused": -1}, "from 0 on"),
         ({"store": "kv", "tenant": 3}, "tenant is 3"),
         ({"store": "kv", "tenant_from_request": "yes"}, "true or false"),
+        ({"store": " "}, "store is ' '"),
+        ({"store": "kv", "remote": ""}, "remote is '': use a URL"),
+        ({"store": "kv", "host_budget": "x"}, "host_budget is 'x'; give bytes"),
+        ({"store": "kv", "disk_budget": -5}, "disk_budget is -5; give bytes"),
+        ({"store": "kv", "device_budget": "1GB?"}, "device_budget is '1GB.'; give bytes"),
+        ({"store": "kv", "read_timeout": -1}, "read_timeout is -1: use seconds above 0"),
+        ({"store": "kv", "codec": "zip"}, "codec is 'zip': use one of exact"),
+        ({"store": "kv", "codec": None}, "codec is None: use one of exact"),
+        ({"store": "kv", "remote_codec": 3}, "remote_codec is 3: use one of exact"),
     ],
 )
 def test_a_server_refuses_settings_that_it_cannot_use(given: dict[str, Any], said: str) -> None:
@@ -162,6 +172,27 @@ def test_serve_shows_the_line_that_starts_a_stock_server() -> None:
         command_line("M", {"store": "/kv"}, ["--kv-transfer-config={}"])
     with pytest.raises(ConfigError, match="ratio is 3"):
         transfer_config({"store": "/kv", "ratio": 3})
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["M", "--store", ""], "a path is ''"),
+        (["M", "--store", " "], "a path is ' '"),
+        (["M", "--store", "kv", "--store-key", ""], "a path is ''"),
+        (["", "--store", "kv"], "model is ''"),
+        (["M", "--store", "kv", "--min-sure", "0.9"], "Ask again where the model is not sure"),
+        (["M", "--store", "kv", "--min_sure=0.9"], "Ask again where the model is not sure"),
+        (["M", "--store", "kv", "--max-new-tokens", "5"], "max_tokens"),
+        (["M", "--store", "kv", "--host-budget", "x"], "host_budget is 'x'"),
+    ],
+    ids=str,
+)
+def test_the_command_refuses_what_no_server_can_be_started_with(words: list[str], said: str) -> None:
+    result = CliRunner().invoke(app, [*words, "--dry-run"])
+    assert result.exit_code == 2
+    assert said in result.output
+    assert "vllm serve" not in result.output
 
 
 def test_the_command_passes_vllms_options_on() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,7 @@ from cachetune_vllm.scheduler import ReuseScheduler
 from cachetune_vllm.settings import RequestSettings, ServerSettings
 
 PAGE = 16
-GPU = Hello(None, ratio=0.15)
+GPU = Hello(None)
 
 
 def found(length: int, *spans: tuple[int, int], missing: set[int] | None = None) -> Recognised:
@@ -128,7 +129,7 @@ def test_an_operator_says_from_how_many_tokens_on_reuse_pays() -> None:
 
 def test_a_cpu_reuses_shorter_prompts() -> None:
     assert left(found(600, (100, 500)))["left"] == "few"
-    assert left(found(600, (100, 500)), hello=Hello(None, ratio=0.15, least_reused=256)) is None
+    assert left(found(600, (100, 500)), hello=Hello(None, least_reused=256)) is None
 
 
 @pytest.mark.parametrize(
@@ -136,6 +137,58 @@ def test_a_cpu_reuses_shorter_prompts() -> None:
 )
 def test_a_server_that_refuses_its_model_says_so(asked: dict[str, Any], reason: str) -> None:
     assert left(Recognised(None), hello=Hello(None, refusal="its model is odd."), asked=asked)["left"] == reason
+
+
+CALIBRATED = Hello(None, ratios={"expected_error": 1.0, "frequency": 0.1, "probe": 0.9})
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked", "reason", "why"),
+    [
+        ({}, {}, "all recomputed", "calibrated for selector expected_error is 1"),
+        ({}, {"selector": "expected_error"}, "all recomputed", "calibrated for selector expected_error is 1"),
+        ({}, {"selector": "frequency"}, None, None),
+        ({}, {"selector": "probe"}, "few", "would spare 380 tokens"),
+        ({}, {"selector": "expected_error_early"}, None, None),  # nothing is calibrated for it
+        ({}, {"ratio": 0.1}, None, None),
+        ({}, {"ratio": 1}, "all recomputed", "the ratio is 1"),
+        ({}, {"selector": "all"}, "all recomputed", "selector all recomputes all tokens"),
+        ({}, {"max_kl": 0.05}, None, None),
+        ({"selector": "frequency"}, {}, None, None),
+        ({"tenant_from_request": True}, {"tenant": "another"}, None, None),  # has calibrations of its own
+        ({"tenant": "own", "tenant_from_request": True}, {"tenant": "own"}, "all recomputed", "is 1"),
+    ],
+    ids=str,
+)
+def test_what_was_calibrated_counts_for_its_selector_and_tenant(
+    settings: dict[str, Any], asked: dict[str, Any], reason: str | None, why: str | None
+) -> None:
+    report = left(found(4000, (100, 3900)), hello=CALIBRATED, asked=asked, **settings)
+    assert (report and report["left"]) == reason
+    if why is not None:
+        assert why in report["why"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "cachetune calibrate"),
+        ({"ratio": 1}, "use a smaller one"),
+        ({"selector": "all"}, "use another one"),
+        ({"selector": "frequency"}, None),
+        ({"ratio": 0.2}, None),
+        ({"max_kl": 0.05}, None),
+    ],
+    ids=str,
+)
+def test_a_server_that_reuses_nothing_by_itself_says_so_when_it_starts(
+    settings: dict[str, Any], said: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        scheduler(Recognised(None), CALIBRATED, **settings)
+    lines = [record.getMessage() for record in caplog.records if "no chunks are reused" in record.getMessage()]
+    assert len(lines) == (said is not None)
+    assert said is None or said in lines[0]
 
 
 def test_hashes_change_behind_what_is_exact() -> None:

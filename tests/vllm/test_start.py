@@ -16,11 +16,12 @@ import pytest
 from cachetune_rag import CacheTune
 from cachetune_rag.model.heads import ALL_HEADS
 from cachetune_rag.reuse.config import resolve
+from cachetune_rag.selection import selector_names
 from cachetune_vllm.messages import Hello
 from cachetune_vllm.recognition import Recognition
 from cachetune_vllm.resting import ASKS_FOR, rest_between_steps
 from cachetune_vllm.settings import ServerSettings
-from cachetune_vllm.start import KEPT_FREE, Started, tokens_that_fit, unsupported
+from cachetune_vllm.start import KEPT_FREE, Started, settled_ratios, tokens_that_fit, unsupported
 from cachetune_vllm.warm_up import expected, warm_up
 from tests import tiny
 
@@ -63,6 +64,18 @@ def test_options_that_reuse_cannot_live_with_are_named(options: dict[str, Any], 
 @pytest.mark.parametrize("method", ["ngram", "suffix"])
 def test_tokens_may_be_drafted_from_the_text(method: str) -> None:
     assert unsupported(config(method=method)) is None
+
+
+def test_the_scheduler_learns_what_auto_is_for_each_selector() -> None:
+    calibrated = {"expected_error": 1.0, "frequency": 0.1}
+
+    def config(selector: str, ratio: str) -> Any:
+        settled = resolve(selector, ratio)
+        return replace(settled, ratio=calibrated.get(settled.selector, settled.ratio))
+
+    engine: Any = SimpleNamespace(admission=SimpleNamespace(config=config))
+    ratios = settled_ratios(engine)
+    assert ratios == {name: calibrated.get(name, 0.15) for name in selector_names() if name not in ("all", "none")}
 
 
 @pytest.mark.parametrize(
