@@ -123,7 +123,7 @@ def warm_up(adapter: ModelAdapter, codec: str) -> None:
         row = torch.zeros(form.span(1), dtype=torch.uint8, device=adapter.device)
         bases = torch.tensor([row.data_ptr(), 0], device=adapter.device)
         nothing = torch.zeros(2, dtype=torch.int64, device=adapter.device)
-        # All rows together; those that are seen first, which are gathered before; and the others.
+        # All rows at once (None); those that a selector sees first, which are gathered before they are placed (False); and the others (True).
         for part in (None, False, True):
             split = None if part is None else nothing[:1]
             if part is False:

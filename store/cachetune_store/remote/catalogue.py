@@ -119,7 +119,7 @@ class Catalogue:
 
     @property
     def known_seal(self) -> Seal:
-        """The place's seal, as far as it was asked for it."""
+        """The place's seal, without asking the place: checksums until it has answered once."""
         return self._place.seal
 
     def is_waiting(self, key: ChunkKey) -> bool:

@@ -63,7 +63,7 @@ class DescribedPlace:
         described = self._description()
         identity = described.identity
         if self._encrypted is None and described.encrypted:
-            self._encrypted = True  # from now on: should all of it be deleted, it is made anew as it was
+            self._encrypted = True  # remembered: should somebody delete all of the place, it is made anew encrypted
         if self._encrypted:
             check_encrypted(described, self._objects.place)
         elif self._encrypted is False and described.encrypted:
@@ -124,7 +124,7 @@ class DescribedPlace:
         return found
 
     def _say_what_is_open(self) -> None:
-        """Say once, where a place is made, what nobody is kept from there: later it can't be changed any more."""
+        """Warn of what others can do in a place. It is said once, when the place is made: whether it has a key and is encrypted never changes."""
         if self._key is None:
             _log.warning(
                 "%s is a new shared place without a key: whoever may write to it can change what all machines answer, and whoever may read it "

@@ -17,7 +17,7 @@ from .objects import Objects
 __all__ = ["Uploads", "tellable"]
 
 _UPLOAD_SECONDS = 1.0
-"""Seconds of writing chunks after which it is looked for what else can be told."""
+"""Seconds after which writing chunks pauses, so that what needs no chunk is told meanwhile."""
 
 
 class Uploads:
@@ -44,7 +44,7 @@ class Uploads:
         """Write chunks that wait for it to the place, for about a second.
 
         Returns:
-            Whether there is nothing more to do now, and why that ended early: what else waits can be told all the same.
+            Whether this is over for now, either because no chunk waits any more or because one can't be written; and in that case the error.
         """
         until = time.monotonic() + _UPLOAD_SECONDS
         for name, op in self._book.outbox():
