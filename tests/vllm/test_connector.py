@@ -352,7 +352,7 @@ def test_settings_that_cannot_be_used_leave_a_request_to_vllm_and_say_why(served
 
 @ON_CPU
 def test_a_bound_takes_the_least_ratio_that_is_predicted_to_keep_it(served: Served) -> None:
-    early = "expected_error_early"  # the server has looked for what is calibrated for the default one
+    early = "expected_error_early"
     unknown, kept, out_of_reach = shuffled(90), shuffled(91), shuffled(92)
     out = served.ask([unknown], max_kl=0.1, selector="probe")[0]
     assert report(out)["left"] == "bound", "nothing was calibrated"
@@ -360,7 +360,9 @@ def test_a_bound_takes_the_least_ratio_that_is_predicted_to_keep_it(served: Serv
     with CacheTune(served.tiny.reference, tiny.tokenizer(), served.store) as engine:
         try:
             samples = [shuffled(seed) for seed in range(100, 112)]
-            engine.calibrate(samples, selector=early, ratios=(0, 0.1, 0.5, 1), tokens=1, bound=100)
+            calibration = engine.calibrate(samples, selector=early, ratios=(0, 0.1, 0.5, 1), tokens=1, bound=100)
+            # The server has looked for what is calibrated when it started.
+            engines_of_worker().default.calibrations.save(calibration)
             ladder = engine.prefill(prompt=kept, selector=early, max_kl=0).report.prediction.ladder  # type: ignore[union-attr]
             state = engine.prefill(prompt=kept, selector=early, max_kl=ladder[-1].kl)
             wanted = state.report
