@@ -19,9 +19,10 @@ from cachetune_rag.measuring.divergence import Divergence, kl_divergence
 from cachetune_rag.measuring.teacher import rewind
 from cachetune_rag.reuse.state import PrefillState
 from cachetune_rag.selection import ReusedChunk
-from cachetune_rag.selection.base import SelectionContext, all_places, top_places, total_budget
+from cachetune_rag.selection.base import SelectionContext, all_places, total_budget
 from cachetune_rag.selection.bound import RatioFinder
 from cachetune_rag.selection.choice import Choice
+from cachetune_rag.selection.continued import with_continuations
 from cachetune_rag.selection.probing import ProbingSelector
 
 from .answers import target_logits
@@ -71,12 +72,14 @@ class NotingSelector(ProbingSelector):
             self.chunks, self.watched = context.chunks, min(self.queries, max(1, context.length - end))
             self.found = {
                 # The sum over the watched tokens, of which `expected_error` gives the mean.
-                "error": self.scores(context, layers).cpu() * self.watched,
+                "error": with_continuations(
+                    self.scores(context, layers).cpu() * self.watched, context.continuations, context.chunks
+                ),
                 "error_last": context.expected_error(layers, 1).cpu(),
                 "mass": context.received_attention(layers, self.queries).cpu(),
             }
         places, count = all_places(context.chunks), total_budget(context.chunks, ratio)
-        self.chosen = top_places(self.found["error"], places, count) if 0 < count < len(places) else places[:count]
+        self.chosen = self._noted.chooser(context, places)(self.found["error"]).take(count)
         return Choice(self.chosen, ratio)
 
     def forget(self) -> None:

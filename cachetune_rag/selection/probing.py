@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import ClassVar
 
 import numpy as np
@@ -44,6 +45,10 @@ class ProbingSelector(Selector):
             chosen: how many of the tokens will be chosen, if only their order at the top counts; None: the score of every token counts.
         """
 
+    def chooser(self, context: SelectionContext, places: Tensor) -> Callable[[Tensor], Chooser]:
+        """What chooses among places by scores, float32 [length], on the host. What can be known without the scores is known once this returns."""
+        return SentenceChoice(context, places).by if self.by_sentences else lambda scores: SingleTokens(scores, places)
+
     def select(self, context: SelectionContext, ratio: float) -> Tensor:
         """See `Selector.select`."""
         return self.choose(context, ratio).places
@@ -57,9 +62,9 @@ class ProbingSelector(Selector):
         layers = self.layers(context.num_layers)
         # The choice is made on the host: sending `places` to a GPU would wait for all KV that is still being copied there.
         on_device = self.scores(context, layers, count if finder is None else None)
-        whole = SentenceChoice(context, places) if self.by_sentences else None
+        choose_by = self.chooser(context, places)
         scores = with_continuations(on_device.cpu(), context.continuations, context.chunks)
-        chooser: Chooser = SingleTokens(scores, places) if whole is None else whole.by(scores)
+        chooser = choose_by(scores)
         numbers = scores.numpy()
         total = numbers[places.numpy()].sum(dtype=np.float64)
 
