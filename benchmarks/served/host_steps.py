@@ -87,8 +87,11 @@ class Span(NamedTuple):
 def owner_of(step: Step) -> tuple[Any, str]:
     """What has a step's function, and the function's name there."""
     module, name = step.place
-    owner: Any = importlib.import_module(module)
     *path, last = name.split(".")
+    try:
+        owner: Any = importlib.import_module(module)
+    except ModuleNotFoundError:  # of another release of vLLM
+        return None, last
     for part in path:
         owner = getattr(owner, part, None)
     return owner, last

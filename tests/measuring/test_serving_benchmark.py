@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from served.host_steps import BETWEEN, FROM_ENGINE, FRONT, TO_ENGINE, Span, waited_for
+from served.host_steps import BETWEEN, FROM_ENGINE, FRONT, TO_ENGINE, Notes, Span, Step, waited_for
 from served.host_time import host_table
 from served.load import closed, most_within
 from served.memory import DeviceMemory
@@ -262,6 +264,22 @@ def test_of_steps_at_one_time_the_one_that_is_waited_for_counts() -> None:
     )
     assert sum(found.values()) == pytest.approx(20.0)
     assert FRONT[0].name in found
+
+
+def test_functions_note_when_they_begin_and_end_and_what_this_vllm_lacks_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = ModuleType("noted_here")
+    module.Owner = type("Owner", (), {"double": lambda self, number: 2 * number})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    places = ("noted_here", "Owner.double"), ("noted_here", "Owner.gone"), ("noted_here.gone", "Owner.double")
+    notes = Notes([Step(place[-1] + place[0], True, place) for place in places])
+    before = time.perf_counter()
+    assert module.Owner().double(4) == 8
+    (span,) = notes.take()
+    assert (span.name, before <= span.start <= span.end) == ("Owner.doublenoted_here", True)
+    assert notes.take() == []
+    assert notes.absent == ["Owner.gonenoted_here", "Owner.doublenoted_here.gone"]
 
 
 def test_the_table_of_host_time_has_a_column_a_prompt_and_sums() -> None:
