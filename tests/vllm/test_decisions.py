@@ -13,6 +13,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from vllm import PoolingParams, SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.request import Request
 
 from cachetune_rag.text.recognising.id_spans import IdSpan, prompt_of_ids
@@ -234,6 +236,23 @@ def test_no_page_behind_what_is_exact_has_the_hash_of_another_request() -> None:
     assert len({*hashes, *behind}) == len(hashes) + len(behind)
     salt_hashes(made[0], len(made[0]), salt_of(prompt, plain))  # no page behind what is exact
     assert made[0][6:] == behind[: len(hashes) - 6]
+
+
+def test_pages_of_an_answer_have_hashes_of_their_own_behind_those_of_the_same_prompt() -> None:
+    """A request that is preempted during its answer looks for the answer's pages as well."""
+    init_none_hash(sha256)
+    made = []
+    for token in (7, 8):
+        sampling = SamplingParams(extra_args={"kv_transfer_params": {"cachetune": {}}})
+        one = Request("r", list(range(4000)), sampling, None, block_hasher=get_request_block_hasher(PAGE, sha256))
+        chosen = scheduler(found(4000, (100, 3900)))
+        chosen.arrived(one)
+        assert chosen.matched(one, 0) == (3999, True)
+        one.append_output_token_ids([token] * PAGE)
+        made.append(list(one.block_hashes))
+    assert len(made[0]) == len(made[1]) == 251
+    assert made[0][:250] == made[1][:250]
+    assert made[0][250] != made[1][250]
 
 
 def test_pages_of_the_same_prompt_are_looked_for_by_the_new_hashes() -> None:
