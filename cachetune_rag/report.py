@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from cachetune_store.printing import plural
 from cachetune_store.tier_kinds import rank
 
 
@@ -240,8 +241,8 @@ class PrecomputeSummary:
 
     def __str__(self) -> str:
         return (
-            f"{_count(self.documents, 'document')}: {_count(self.chunks, 'chunk')} computed, {self.skipped} stored before; "
-            f"{_count(self.tokens, 'token')} "
+            f"{self.documents} {plural('document', self.documents)}: {self.chunks} {plural('chunk', self.chunks)} computed, {self.skipped} stored before; "
+            f"{self.tokens} {plural('token', self.tokens)} "
             f"in {_seconds(self.seconds)} ({self.tokens_per_second:.0f} tokens/s), {_size(self.bytes)} stored"
             f"{f', mean over {self.lead_ins} lead-ins' if self.lead_ins > 1 else ''}"
         )
@@ -250,10 +251,6 @@ class PrecomputeSummary:
 def share_found(found: int, tokens: int) -> float:
     """Found tokens as a share of all. Never above 1, although a text that the prompt shows twice is found twice."""
     return min(1.0, found / tokens) if tokens else 0.0
-
-
-def _count(number: int, word: str) -> str:
-    return f"{number} {word}{'' if number == 1 else 's'}"
 
 
 def _seconds(value: float) -> str:

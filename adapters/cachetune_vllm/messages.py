@@ -31,8 +31,8 @@ class Hello(KVConnectorHandshakeMetadata):
         vocabulary: token ids are below this.
         max_positions: the most tokens that the model reads; None: no limit.
         most_tokens: the longest prompt that can be put together in the memory that vLLM leaves free; None: no bound.
-        ratios: what a ratio of "auto" stands for, for requests of the server's own tenant, by selector: what was calibrated for it, say. Selectors that
-            aren't there recompute what they recompute by default.
+        ratios: what a ratio of "auto" stands for, for requests of the server's own tenant, by selector: what was calibrated for it, for example. A selector
+            that isn't in it has the usual ratio.
         least_reused: prompts for which reuse would save fewer tokens are read as fast without it on the worker's device.
         process: number of the worker's process, if it computes on cores that the scheduler's process runs on; None if it doesn't.
         refusal: why nothing is reused; None if prompts are.

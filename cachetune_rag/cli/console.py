@@ -22,6 +22,7 @@ from cachetune_rag.checking.escaping import visible, visible_line
 from cachetune_rag.cli.interrupts import line_for, status_for
 from cachetune_rag.cli.output import OutputError
 from cachetune_rag.errors import CacheTuneError
+from cachetune_store.printing import plural
 
 DEBUG_VARIABLE = "CACHETUNE_DEBUG"
 ERROR = 2
@@ -185,4 +186,4 @@ def size(count: int) -> str:
 
 def number(count: int, word: str) -> str:
     """A count with its word: "1 chunk", "1,200 chunks"."""
-    return f"{count:,} {word}{'' if count == 1 else 's'}"
+    return f"{count:,} {plural(word, count)}"

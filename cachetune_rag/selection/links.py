@@ -15,7 +15,7 @@ WORDS = 0.7
 DECAY = 0.7
 """How much less a sentence counts that is found by another sentence, instead of by the query."""
 SURE = 3.0
-"""From so many pairs on that no other sentence has, what a sentence has in common with the query is evidence enough: more of it doesn't count for more."""
+"""A sentence that shares so many pairs with the query, none of which stands in another sentence, has full evidence. Further pairs add nothing."""
 LEAST_EVIDENCE = 0.65
 """The least evidence of a sentence that is chosen whole: about two pairs that it alone has in common with the query, or three with a sentence of full evidence."""
 _TINY = np.finfo(np.float64).tiny
@@ -45,11 +45,12 @@ class Links:
         held = np.sort(sentences[1:][inside] * max(1, len(known)) + code)
         self._sentence, self._pair = np.divmod(held[np.diff(held, prepend=-1) > 0], max(1, len(known)))
         self._weights = np.log(self.count / np.maximum(1, np.bincount(self._pair, minlength=len(known))))
-        self._asked = np.isin(known, pairs[max(0, query.start) : max(0, query.stop - 1)])
+        asked = np.isin(known, pairs[max(0, query.start) : max(0, query.stop - 1)])
+        self._with_query = self._summed((self._weights * asked)[self._pair])
 
     def to_query(self) -> Numbers:
         """How much each sentence has in common with the query: [sentences], 1 for the one that has most."""
-        return _largest_is_one(self._with_query())
+        return _largest_is_one(self._with_query)
 
     def to_others(self, scores: Numbers) -> Numbers:
         """How much each sentence has in common with other sentences that score high: [sentences], 1 for the one that has most."""
@@ -62,11 +63,8 @@ class Links:
         sentences have.
         """
         enough = SURE * np.log(max(2, self.count))
-        asked = np.minimum(1, self._with_query() / enough)
+        asked = np.minimum(1, self._with_query / enough)
         return np.maximum(asked, DECAY * np.minimum(1, self._with_others(asked) / enough))
-
-    def _with_query(self) -> Numbers:
-        return self._summed((self._weights * self._asked)[self._pair])
 
     def _with_others(self, scores: Numbers) -> Numbers:
         score = scores[self._sentence]

@@ -11,7 +11,7 @@ import re
 import reprlib
 from itertools import islice
 
-__all__ = ["shown", "without_password"]
+__all__ = ["plural", "shown", "without_password"]
 
 _MOST = 160
 _BITS = 128
@@ -22,6 +22,11 @@ _ITEMS, _LEVELS = 10, 3
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]*://)(.*@)?(.*)", re.IGNORECASE | re.DOTALL)
 _OF_SERVERS = re.compile(r"(?:valkey|redis)s?://", re.IGNORECASE)
+
+
+def plural(word: str, count: int) -> str:
+    """An English word as it stands behind that number: "chunk" behind 1, "chunks" behind all others."""
+    return word if count == 1 else f"{word}s"
 
 
 def without_password(url: str) -> str:

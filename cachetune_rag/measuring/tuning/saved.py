@@ -59,7 +59,7 @@ class SavedTunings:
 
     @property
     def machine(self) -> str:
-        """`hardware` as people are told it. What is saved goes on being found under "1 threads"."""
+        """`hardware` as people are told it. The key keeps its old spelling, "1 threads", so that what was saved under it is still found."""
         return self.hardware.removesuffix("s") if self.hardware.endswith(", 1 threads") else self.hardware
 
     def save(self, tuning: TierTuning) -> TierTuning:
