@@ -26,7 +26,7 @@ from cachetune_rag.model import KVBuffers, ModelAdapter
 from cachetune_rag.model.libraries.private import copy_all
 from cachetune_rag.reuse.device_groups import STAGES, DeviceGroups, Narrowed
 from cachetune_rag.reuse.host_copies import copied_bytes, host_copies
-from cachetune_rag.reuse.layer_loader import REST, SEEN, WHOLE, LayerLoader
+from cachetune_rag.reuse.layer_loader import REST, SEEN, WHOLE, LayerLoader, RowForms
 from cachetune_rag.reuse.row_kernels import RowKernels
 from cachetune_rag.reuse.source import Source
 from cachetune_rag.reuse.streams import Streams
@@ -75,13 +75,14 @@ class DeviceLoader(LayerLoader):
         self._awaited = 0  # so many of the first layers the computing stream waits for, in its order
         self._kernels = RowKernels(adapter, usable=kernels_run_on(adapter.device))
         self._copies = host_copies()
+        forms = RowForms(adapter)
         self._on_device = DeviceGroups(
-            adapter, streams, self._kernels, by_address=self._copies is not None, forms=self._forms_of
+            adapter, streams, self._kernels, by_address=self._copies is not None, forms=forms
         )
         self._held: list[Tensor] = []  # memory that queued work still reads
         # The same of rows from disks, of which torch doesn't know that they are being copied; by layer that was queued.
         self._copied: deque[list[Tensor]] = deque(maxlen=QUEUED)
-        super().__init__(adapter, sources, buffers, pool)
+        super().__init__(adapter, sources, buffers, pool, forms)
         # Work that was queued on the computing stream before may still use the buffers' memory. (If they were made on the placing stream,
         # it may not, and this waits for nothing.)
         streams.place.wait_stream(self._current)

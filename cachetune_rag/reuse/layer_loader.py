@@ -44,6 +44,27 @@ class _Part:
     tables: dict[str | None, Tables]
 
 
+class RowForms:
+    """How the rows of a group of sources lie in every layer, by the group's key.
+
+    An object of its own, not a method of the loader: what a loader has must not refer back to it. Otherwise only Python's collector
+    would free the prompt's buffers, which are gigabytes of the device's memory.
+
+    Args:
+        adapter: the model.
+    """
+
+    def __init__(self, adapter: ModelAdapter):
+        self._adapter, self._known = adapter, dict[tuple[str, str], list[RowFormat]]()
+
+    def __call__(self, key: tuple[str, str]) -> list[RowFormat]:
+        """The format of every layer."""
+        forms = self._known.get(key)
+        if forms is None:
+            forms = self._known[key] = [row_format(*key, spec) for spec in self._adapter.stored_layers]
+        return forms
+
+
 class LayerLoader:
     """Loads the reused rows of a prompt into its buffers: each layer once, when `load` asks for it.
 
@@ -54,13 +75,21 @@ class LayerLoader:
         sources: the reused chunks, and how many rows of each are needed.
         buffers: where the rows go.
         pool: threads that read ahead.
+        forms: how rows lie, if somebody else has it already.
     """
 
-    def __init__(self, adapter: ModelAdapter, sources: Sequence[Source], buffers: KVBuffers, pool: DeadlinePool):
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        sources: Sequence[Source],
+        buffers: KVBuffers,
+        pool: DeadlinePool,
+        forms: RowForms | None = None,
+    ):
         self._adapter, self._buffers = adapter, buffers
         self._tables = adapter.rotary_tables(buffers.length)
         self._loaded = [0] * adapter.num_layers
-        self._forms: dict[tuple[str, str], list[RowFormat]] = {}
+        self._forms = RowForms(adapter) if forms is None else forms
         self._slow = SlowRows(pool, adapter.num_layers)
         self.seconds = 0.0
         self._wanted: list[tuple[int, int, int]] | None = None
@@ -155,7 +184,7 @@ class LayerLoader:
         if made is None:
             # Rows from a disk lie in blocks that are read and checked whole, and would have to be kept in memory until the others are wanted;
             # and where rows share bytes, no single one can be decoded. Such sources are loaded whole with what is seen.
-            alone = not any(form.group_bytes for form in self._forms_of(key))
+            alone = not any(form.group_bytes for form in self._forms(key))
             counts: list[int] = []
             numbers: list[Tensor | None] = []
             places = []
@@ -270,14 +299,7 @@ class LayerLoader:
 
     def _row_format(self, layer: int, key: tuple[str, str]) -> RowFormat:
         """How a group's encoded rows lie."""
-        return self._forms_of(key)[layer]
-
-    def _forms_of(self, key: tuple[str, str]) -> list[RowFormat]:
-        """How a group's encoded rows lie in every layer."""
-        forms = self._forms.get(key)
-        if forms is None:
-            forms = self._forms[key] = [row_format(*key, spec) for spec in self._adapter.stored_layers]
-        return forms
+        return self._forms(key)[layer]
 
     def _rows(self, layer: int) -> list[Tensor]:
         """Encoded rows of every source, in the order of the groups."""

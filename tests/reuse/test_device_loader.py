@@ -6,9 +6,11 @@ Whether streams really run side by side is for the card (tests/test_gpu.py); wha
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib.util
 import itertools
 import os
+import weakref
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from copy import copy
@@ -195,6 +197,42 @@ def check(engine: CacheTune, probed: int | str, tiers: str) -> None:
         at = slice(None) if not ahead[layer] or layer < looked else places
         assert torch.equal(found.key_rows[layer][at], wanted.key_rows[layer][at])
         assert torch.equal(found.value_rows[layer][at], wanted.value_rows[layer][at])
+
+
+@pytest.mark.parametrize("tier", ["host", "device"])
+@pytest.mark.parametrize("narrowed", [False, True])
+def test_a_prompts_buffers_are_freed_with_its_loader(engine: CacheTune, tier: str, narrowed: bool) -> None:
+    """At once. If parts of a loader referred back to it, the device's memory would fill with prompts until Python's collector runs."""
+    adapter, some = engine.adapter, sources(engine, [1, 1, 1])
+    if tier == "device":
+        for source in some:
+            with source.reader:
+                source.reader.promote()
+        some = sources(engine, [1, 1, 1])
+    gc.disable()
+    try:
+        with closing(DeadlinePool(None)) as pool:
+            buffers = adapter.new_buffers(LENGTH)
+            loader = DeviceLoader(adapter, some, buffers, pool, Streams(adapter.device, adapter.num_layers))
+            loader.start_first_layers()
+            if narrowed:
+                loader.expect_narrowing(1)
+                for layer in range(2):
+                    loader.load(layer)
+                seen = torch.zeros(LENGTH, dtype=torch.bool)
+                seen[:40] = True
+                loader.narrow(seen)
+                loader.load_seen(2)
+            for layer in range(adapter.num_layers):
+                loader.load(layer)
+            loader.close()
+            for source in some:
+                source.reader.close()
+            held = weakref.ref(buffers)
+            del buffers, loader
+            assert held() is None
+    finally:
+        gc.enable()
 
 
 def test_seen_rows_are_there_first_and_the_others_in_the_end(
