@@ -8,6 +8,7 @@ import gc
 import random
 import threading
 import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,14 @@ from cachetune_rag.concurrency.deadline import DeadlinePool
 from cachetune_rag.model import KVBuffers, ModelAdapter
 from cachetune_rag.model import adapter as adapter_module
 from cachetune_rag.model.cuda import device_forward, steps
+from cachetune_rag.model.cuda.graphs import Exchange
 from cachetune_rag.model.heads import Heads
 from cachetune_rag.reuse import device_loader
 from cachetune_rag.reuse.device_loader import DeviceLoader
 from cachetune_rag.reuse.source import Source
+from cachetune_rag.reuse.state import PrefillState
 from cachetune_rag.reuse.streams import Streams
+from cachetune_rag.runtime import Runtime
 from cachetune_rag.selection import get_selector
 from cachetune_store import LayerSpec, pinning
 from cachetune_store.buffers import SlabPool, private_pages
@@ -609,3 +613,79 @@ def test_a_share_of_the_heads_comes_as_with_all_heads(
                 for mine, all_heads in zip(ours, theirs, strict=True):
                     assert mine.any()
                     assert torch.equal(mine, all_heads[:, heads])
+
+
+class Exchanging(Heads):
+    """A process with all heads that still exchanges what they give, as peers do: by work that no graph can capture."""
+
+    shared = in_turns = True
+
+    def __init__(self) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+        self._exchange: Exchange | None = None
+
+    @contextlib.contextmanager
+    def recorded(self, exchange: Exchange) -> Iterator[None]:
+        self._exchange = exchange
+        yield
+        self._exchange = None
+
+    def total(self, numbers: torch.Tensor) -> torch.Tensor:
+        if self._exchange is not None:
+            return self._exchange(self.total, numbers, numbers.shape)
+        self.shapes.append(tuple(numbers.shape))
+        return numbers * float(bool(torch.isfinite(numbers).any()))  # waits for the device
+
+
+class Summed(torch.nn.Linear):
+    heads: Exchanging
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.heads.total(super().forward(input))
+
+
+def test_graphs_are_cut_where_peers_exchange_what_they_have(tmp_path: Path) -> None:
+    """Answers are those without graphs, and so are number, order and size of the exchanges: peers that have no graph yet go on alike."""
+    heads = Exchanging()
+    with CacheTune(llama().cuda(), tokenizer(), tmp_path, lead_in=LEADS) as engine:
+        engine.precompute([Document("a", CHUNKS)])
+        fingerprint = engine.runtime.model.fingerprint
+        wanted = engine.prefill(query=QUERY, chunks=CHUNKS, ratio=0.3, selector="frequency").logits
+    model = llama().cuda()
+    for layer in model.model.layers:
+        for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            linear.__class__, linear.heads = Summed, heads
+    engine = Runtime(model, tokenizer(), tmp_path, fingerprint=fingerprint, heads=heads, lead_in=LEADS)
+    forward = engine.adapter.device_forward
+    assert forward is not None
+
+    def ask(selector: str, ratio: float) -> tuple[torch.Tensor, list[tuple[int, ...]]]:
+        engine.assembler.forget()  # the beginning that is kept for prompts to come
+        heads.shapes.clear()
+        config = engine.admission.config(selector, ratio)
+        request = engine.admission.for_prefill(QUERY, CHUNKS, None, None, {}, config=config, started=0.0)
+        state = engine.executor.reuse(request, engine.assembler.memory)
+        assert isinstance(state, PrefillState)
+        return state.logits.clone(), list(heads.shapes)
+
+    asks = [(selector, ratio) for selector in ("frequency", "expected_error", "probe") for ratio in (0.1, 0.3, 0.6)]
+    forward.graphs_enabled = False
+    expected = [ask(*each) for each in asks]
+    assert all(shapes for _, shapes in expected)
+    assert float((expected[1][0] - wanted).abs().max()) <= 1e-4
+    forward.graphs_enabled = True
+    for _ in range(4):
+        for each, (logits, shapes) in zip(asks, expected, strict=True):
+            found, exchanged = ask(*each)
+            assert float((found - logits).abs().max()) <= 1e-5, each
+            assert exchanged == shapes, each
+    assert forward.graphs_enabled
+    assert forward.captures
+    engine.warmup(256, [2048], "frequency")  # compiled layers round otherwise, within float32
+    for each, (logits, shapes) in zip(asks, expected, strict=True):
+        for _ in range(3):
+            found, exchanged = ask(*each)
+            assert float((found - logits).abs().max()) <= 1e-4, each
+            assert exchanged == shapes, each
+    assert forward.graphs_enabled
+    engine.close()

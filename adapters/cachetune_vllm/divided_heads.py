@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cachetune_rag.model.cuda.compiled_layers import opaque
+from cachetune_rag.model.cuda.graphs import Exchange
 from cachetune_rag.model.heads import Heads, PeerError
 from cachetune_store.layout import LayerSpec
 from cachetune_vllm.turns import Turns
@@ -30,6 +32,7 @@ class HeadsInTurns(Heads):
     """
 
     in_turns = True
+    graphs = False  # a block of experts may pause the turn in the middle of a layer
 
     def __init__(self) -> None:
         self.turns = Turns(lambda _error: True)
@@ -72,6 +75,7 @@ class DividedHeads(Heads):
         self._steps = _cpu_group(group.ranks)
         self._failures = _cpu_group(group.ranks, PATIENCE)
         self._sums = 0
+        self._exchange: Exchange | None = None
         self._raised: BaseException | None = None
         self.turns = Turns(self._failed_alike)
 
@@ -93,9 +97,20 @@ class DividedHeads(Heads):
 
     # Compiled layers call these as they are: what they count, and whether a turn is used up, must not be compiled in.
 
+    @contextmanager
+    def recorded(self, exchange: Exchange) -> Iterator[None]:
+        """See `Heads`."""
+        self._exchange = exchange
+        try:
+            yield
+        finally:
+            self._exchange = None
+
     @opaque
     def total(self, numbers: Tensor) -> Tensor:
         """See `Heads`."""
+        if self._exchange is not None:
+            return self._exchange(self.total, numbers, numbers.shape)
         self._sums += 1
         total: Tensor = self._group.all_reduce(numbers.contiguous())
         return total
@@ -111,6 +126,10 @@ class DividedHeads(Heads):
     @opaque
     def joined(self, part: Tensor, dim: int) -> Tensor:
         """The parts that all processes have of a tensor, one behind the other in a dimension."""
+        if self._exchange is not None:
+            shape = list(part.shape)
+            shape[dim] *= self.count
+            return self._exchange(partial(self.joined, dim=dim), part, shape)
         self._sums += 1
         whole: Tensor = self._group.all_gather(part.contiguous(), dim)
         return whole
@@ -118,6 +137,8 @@ class DividedHeads(Heads):
     @opaque
     def added_up(self, rows: Tensor) -> Tensor:
         """The sum of what the processes' parts of a layer give, [..., width]. The turn may pause here."""
+        if self._exchange is not None:
+            return self._exchange(self.added_up, rows, rows.shape)
         total = self.total(rows)
         self.turns.spend(total.shape[:-1].numel())
         return total

@@ -137,7 +137,8 @@ class ModelAdapter:
             self._probe.gains,
             self._opened.turns,
             self.device,
-            graphs=not self.heads.in_turns,  # between layers there is more to do than a graph replays
+            graphs=self.heads.graphs,
+            recorded=self.heads.recorded,
         )
 
     # -- precompute -----------------------------------------------------------------------------------------------

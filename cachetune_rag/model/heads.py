@@ -16,6 +16,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from cachetune_rag.errors import CacheTuneError
+from cachetune_rag.model.cuda.graphs import Exchange
 from cachetune_store.layout import LayerSpec
 
 _T = TypeVar("_T")
@@ -41,6 +42,9 @@ class Heads:
     in_turns = False
     """Whether `computing` waits for somebody else's turn to end, and keeps others waiting: disks are to be waited for before."""
 
+    graphs = True
+    """Whether forwards may be captured as CUDA graphs."""
+
     def stored(self, spec: LayerSpec) -> LayerSpec:
         """The shape of a layer's rows as chunks store them, of all heads; `spec` is its shape in this process."""
         return spec
@@ -60,6 +64,15 @@ class Heads:
     def every(self, states: Tensor) -> Tensor:
         """Keys or values of all key-value heads, from those of this process [tokens, heads, dim]."""
         return states
+
+    def recorded(self, exchange: Exchange) -> AbstractContextManager[None]:
+        """The context in which a forward is captured as CUDA graphs: what would be exchanged with peers goes through `exchange`, and nothing is
+        exchanged.
+
+        Args:
+            exchange: notes what is to be done with peers in each replay.
+        """
+        return nullcontext()
 
     def together(self, work: Callable[[], _T], again: tuple[type[Exception], ...] = ()) -> _T:
         """Do work that may fail here and not on other peers. It succeeds on all of them, or raises on all of them.

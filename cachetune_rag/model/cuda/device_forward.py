@@ -6,7 +6,9 @@ tensor. It is captured once for each token count, and replayed from then on. Lau
 50 ms; a replay takes almost no time.
 
 A graph is cut into pieces before each layer's attention, because the layer's reused rows must be there by then. Between the pieces, the
-stream waits for the rows. (A decoding step needs no cuts.) Token counts are rounded up. Padding stands in front, at position -1, where it
+stream waits for the rows. (A decoding step needs no cuts.) Where other processes have some of the heads, it is also cut where they exchange
+what they have: that is done between the pieces. Token counts and the order of exchanges are the same with and without graphs, so it doesn't matter whether
+all of the processes could capture one. Token counts are rounded up. Padding stands in front, at position -1, where it
 reads and writes nothing.
 """
 
@@ -16,6 +18,7 @@ import gc
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, cached_property
 from typing import Any
 
@@ -28,10 +31,12 @@ from cachetune_rag.model.cuda.compiled_layers import TOKENS, FusedLayers, opaque
 from cachetune_rag.model.cuda.graphs import (
     MAX_TOKENS,
     STEP,
+    Exchange,
     Graph,
     Inputs,
     Kind,
     Recorder,
+    Room,
     bucket,
     buckets,
     chunk_room,
@@ -76,6 +81,7 @@ class DeviceForward:
         turns: makes each layer's rotation for a prompt of the given length.
         device: where the model is.
         graphs: whether forwards may be captured as CUDA graphs.
+        recorded: the context of a capture, in which what peers exchange goes through the `Exchange` that it is given.
     """
 
     def __init__(
@@ -88,12 +94,14 @@ class DeviceForward:
         turns: Callable[[int], list[Turn | None]],
         device: torch.device,
         graphs: bool = True,
+        recorded: Callable[[Exchange], AbstractContextManager[None]] = lambda _exchange: nullcontext(),
     ):
         self.run_model, self._layers, self._device = run, list(layers), device
         self._specs, self._windows = list(specs), list(windows)
         self._make_gains, self._turns = gains, turns
         self._fused = FusedLayers(layers)
-        self.graphs_enabled = graphs and device.type == "cuda"
+        self.graphs_enabled = self._padded = graphs and device.type == "cuda"
+        self._recorded, self._room = recorded, Room()
         self.captures = 0
         self.began: torch.cuda.Event | None = None
         """Recorded on the device when it starts the last forward."""
@@ -216,14 +224,14 @@ class DeviceForward:
     ) -> Tensor:
         """Run a forward of a kind. `lists` writes which rows its layers use, if they don't use all."""
         graph = None
-        if self.graphs_enabled and kind.tokens <= MAX_TOKENS:
-            graph = self._graphs.get(kind)
+        if self._padded and kind.tokens <= MAX_TOKENS:
+            graph = self._graphs.get(kind) if self.graphs_enabled else None
             # The first forward of a kind runs without a graph. It compiles kernels, which a capture can't do.
-            if graph is None and kind in self._seen and kind not in self._refused:
+            if self.graphs_enabled and graph is None and kind in self._seen and kind not in self._refused:
                 graph = self._capture(kind)
             self._seen.add(kind)
         else:
-            # Padding only serves to share graphs, so there is none here.
+            # Padding only serves to share graphs. (Where a capture failed, others who have a part of the model may go on with theirs.)
             chunks = numbers["shift"].spans.shape[0] if kind.chunks else 0
             length = buffers.length if kind.length else 0
             kind = Kind(ids.shape[0], kind.probed, kind.errors, length, chunks, kind.listed)
@@ -320,17 +328,17 @@ class DeviceForward:
         inputs = Inputs(kind, len(self._specs), self._device)
         inputs.fill_idle()
         self._call(kind, inputs)  # makes cached values here, which must not be made during the capture
-        recorder = Recorder(self._pool)
+        recorder = Recorder(self._pool, self._room)
         # The garbage collector must not run during a capture: freeing page-locked memory, perhaps another engine's, would make it fail.
         collecting = gc.isenabled()
         gc.collect()
         gc.disable()
         torch.cuda.synchronize(self._device)
         try:
-            with pinning.capturing(), torch.cuda.stream(self._stream):
+            with pinning.capturing(), torch.cuda.stream(self._stream), self._recorded(recorder.exchange):
                 recorder.begin()
                 try:
-                    cut = _nothing if kind.whole else lambda _layer: recorder.cut()
+                    cut = _nothing if kind.whole else recorder.cut
                     call = self._call(kind, inputs)
                     out = self._eager(inputs, cut, call)
                 finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -210,6 +211,13 @@ class Inputs:
             self._numbers.copy_(self._host)
 
 
+Exchange = Callable[[Callable[[Tensor], Tensor], Tensor, Sequence[int]], Tensor]
+"""Takes work that has to be done with peers, what it is done on, and the shape of what it gives; gives a tensor that will hold it in a replay."""
+
+_Action = Callable[[Callable[[int], None]], None]
+"""What is done before a piece is replayed. It is given `before` of the forward."""
+
+
 class Graph:
     """A captured forward: its inputs, its pieces in order, and the tensor to which the last piece writes the result.
 
@@ -218,43 +226,86 @@ class Graph:
         total: what a probe adds up (`kernel_call.Probing`); None in other forwards.
     """
 
-    def __init__(self, inputs: Inputs, pieces: list[Any], out: Tensor, total: Tensor | None = None):
+    def __init__(self, inputs: Inputs, pieces: list[tuple[_Action, Any]], out: Tensor, total: Tensor | None = None):
         self.inputs, self.total, self._pieces, self._out = inputs, total, pieces, out
 
     def replay(self, before: Callable[[int], None]) -> Tensor:
-        """Run the pieces, and call `before(layer)` between them. The result is a copy."""
-        for number, piece in enumerate(self._pieces):
-            if number:
-                before(number - 1)
+        """Run the pieces, and between them call `before(layer)` and do what is done with peers. The result is a copy."""
+        for action, piece in self._pieces:
+            action(before)
             piece.replay()
         return self._out.clone()
 
 
+class Room:
+    """Memory outside of graphs, for one exchange at a time. All graphs of a model have the same, because only one of them runs at a time."""
+
+    def __init__(self) -> None:
+        self._held: dict[torch.dtype, Tensor] = {}
+
+    def has(self, dtype: torch.dtype, count: int) -> bool:
+        """Whether there is room for so many numbers."""
+        return dtype in self._held and self._held[dtype].numel() >= count
+
+    def make(self, like: Tensor, count: int) -> None:
+        """Make room. Graphs keep what they were captured with, so it grows in few steps."""
+        had = self._held.get(like.dtype)
+        with torch.inference_mode(False):
+            self._held[like.dtype] = like.new_empty(max(count, 0 if had is None else 2 * had.numel()))
+
+    def take(self, dtype: torch.dtype, start: int, shape: Sequence[int]) -> Tensor:
+        """Room for a tensor, behind the first `start` numbers."""
+        return self._held[dtype][start : start + math.prod(shape)].view(*shape)
+
+
 class Recorder:
-    """Captures a forward as several graphs, the pieces, which share one memory pool and run in order."""
+    """Captures a forward as several graphs, the pieces, which share one memory pool and run in order.
 
-    def __init__(self, pool: Any):
-        self._pool, self._open = pool, False
-        self.pieces: list[Any] = []
+    Args:
+        pool: the memory pool.
+        room: for exchanges.
+    """
 
-    def begin(self) -> None:
-        """Begin the first piece."""
-        self.pieces.append(torch.cuda.CUDAGraph())
+    def __init__(self, pool: Any, room: Room):
+        self._pool, self._open, self._room = pool, False, room
+        self.pieces: list[tuple[_Action, Any]] = []
+
+    def begin(self, action: _Action = lambda _before: None) -> None:
+        """Begin a piece, before which `action` is done in a replay."""
+        self.pieces.append((action, torch.cuda.CUDAGraph()))
         # Other threads may use the device meanwhile, for example to read chunks into page-locked memory.
-        self.pieces[-1].capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        self.pieces[-1][1].capture_begin(pool=self._pool, capture_error_mode="thread_local")
         self._open = True
 
-    def cut(self) -> None:
-        """End a piece and begin the next."""
+    def cut(self, layer: int) -> None:
+        """End a piece and begin the next, before which `before(layer)` is called."""
         self.end()
-        self.begin()
+        self.begin(lambda before: before(layer))
+
+    def exchange(self, work: Callable[[Tensor], Tensor], given: Tensor, shape: Sequence[int]) -> Tensor:
+        """See `Exchange`. The work is not captured, and not done now: so peers need not capture the same at the same time, and do the same work in
+        the same order, whichever of them replays a graph."""
+        dtype, count = given.dtype, given.numel() + math.prod(shape)
+        if not self._room.has(dtype, count):
+            self.end()
+            self._room.make(given, count)
+            self.begin()
+        sent, received = self._room.take(dtype, 0, given.shape), self._room.take(dtype, given.numel(), shape)
+        sent.copy_(given)
+        self.end()
+
+        def do(_before: Callable[[int], None]) -> None:
+            received.copy_(work(sent))
+
+        self.begin(do)
+        return received.clone()  # the next exchange writes to the same memory
 
     def end(self) -> None:
         """End the last piece."""
         if self._open:
             self._open = False
             try:
-                self.pieces[-1].capture_end()
+                self.pieces[-1][1].capture_end()
             except RuntimeError:
                 end_allocation(self._pool)
                 raise

@@ -1,0 +1,112 @@
+"""A forward of a divided model as CUDA graphs: what workers exchange is not captured, and is done in every replay, in the same order."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cachetune_rag.model.cuda.graphs import Graph, Recorder, Room
+from cachetune_vllm import divided_heads
+from cachetune_vllm.divided_heads import DividedHeads
+
+
+class Replayed(TorchDispatchMode):
+    """In place of a CUDA graph: notes what is computed, and computes it again in the same memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: list[tuple[Any, ...]] = []
+
+    def capture_begin(self, **_: Any) -> None:
+        self.__enter__()
+
+    def capture_end(self) -> None:
+        self.__exit__(None, None, None)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self._calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self) -> None:
+        for func, args, kwargs, out in self._calls:
+            made = func(*args, **kwargs)
+            if isinstance(out, Tensor) and made.data_ptr() != out.data_ptr():
+                out.copy_(made)
+
+
+@pytest.fixture
+def heads(monkeypatch: pytest.MonkeyPatch) -> tuple[DividedHeads, list[str]]:
+    """Those of the first of two workers, of which the other one has ten times the numbers."""
+    done: list[str] = []
+
+    def all_reduce(numbers: Tensor) -> Tensor:
+        done.append(f"sum of {tuple(numbers.shape)}")
+        return 11 * numbers
+
+    def all_gather(numbers: Tensor, dim: int) -> Tensor:
+        done.append(f"parts of {tuple(numbers.shape)}")
+        return torch.cat((numbers, 10 * numbers), dim)
+
+    monkeypatch.setattr(divided_heads, "_cpu_group", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Replayed)
+    group = SimpleNamespace(world_size=2, rank_in_group=0, ranks=[0, 1], all_reduce=all_reduce, all_gather=all_gather)
+    return DividedHeads(group, 2), done
+
+
+def test_every_exchange_of_a_forward_is_done_in_a_replay_and_none_in_the_capture(
+    heads: tuple[DividedHeads, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, done = heads
+    spent: list[int] = []
+    monkeypatch.setattr(mine.turns, "spend", spent.append)
+
+    def forward(rows: Tensor, before: Any) -> Tensor:
+        first = mine.added_up(rows * 2)
+        before(0)
+        second = mine.added_up(first[:, :3] + 1)
+        before(1)
+        # Of the first one, too, after the second has used the same memory.
+        return mine.joined(second - mine.mean(first)[:, :3], -1)
+
+    def noted(layer: int) -> None:
+        done.append(f"layer {layer}")
+
+    given = torch.zeros(4, 5)
+    recorder = Recorder(None, Room())
+    with mine.recorded(recorder.exchange):
+        recorder.begin()
+        out = forward(given, recorder.cut)
+        recorder.end()
+    assert (done, spent) == ([], [])
+    graph = Graph(SimpleNamespace(), recorder.pieces, out)  # type: ignore[arg-type]
+    for seed in range(3):
+        rows = torch.rand(4, 5, generator=torch.Generator().manual_seed(seed))
+        given.copy_(rows)
+        done.clear()
+        found, in_replay = graph.replay(noted), list(done)
+        done.clear()
+        assert torch.equal(found, forward(rows, noted))
+        assert in_replay == done
+        assert len(done) == 6
+    assert spent == [4] * 12  # two of each forward: a turn may be given back at the same places
+
+
+def test_larger_exchanges_get_room_of_their_own(heads: tuple[DividedHeads, list[str]]) -> None:
+    """Graphs that were captured before go on with theirs."""
+    mine, room, graphs = heads[0], Room(), []
+    for count in (2, 3, 50, 4):
+        given, recorder = torch.zeros(count), Recorder(None, room)
+        with mine.recorded(recorder.exchange):
+            recorder.begin()
+            out = mine.total(mine.total(given))
+            recorder.end()
+        graphs.append((given, Graph(SimpleNamespace(), recorder.pieces, out)))  # type: ignore[arg-type]
+    for given, graph in graphs:
+        given.copy_(torch.arange(len(given)))
+        assert torch.equal(graph.replay(lambda _layer: None), 121 * torch.arange(len(given)).float())
