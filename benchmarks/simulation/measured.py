@@ -82,7 +82,7 @@ def read_times(path: Path, context: int, setting: str) -> Times:
         full_between=max(0.0, 1 / group("vllm/saturated")["requests_per_second"] - full),
         reuse_between=max(0.0, 1 / group("reuse/saturated")["requests_per_second"] - reuse),
         tokens=settings["tokens"],
-        step=group("reuse/gaps")["gaps"]["p50"],
+        step=_step(groups, context, setting, path),
         at_once=settings["at_once"],
         skipped=report["skipped"] / context,
         # A selector that looks at all layers first computes nothing else before the last row has come (docs/performance.md).
@@ -91,6 +91,18 @@ def read_times(path: Path, context: int, setting: str) -> Times:
         + tuple(_arrivals(groups, f"reuse/arrivals/{context}/{setting}/")),
         source=f"{path.name} ({settings['shape']}, {environment['gpu']}, vLLM {environment['vllm']}, commit {environment['commit']})",
     )
+
+
+def _step(groups: dict[str, Any], context: int, setting: str, path: Path) -> float:
+    """Seconds between two tokens of an answer. The answers that are looked at are the same ones whatever arrives beside them, so prompts of another context will do."""
+    found = {
+        int(name.split("/")[2]): each["gaps"]["p50"]
+        for name, each in groups.items()
+        if name.startswith("reuse/gaps/") and name.endswith(f"/{setting}")
+    }
+    if not found:
+        raise ValueError(f"{path} has no 'reuse/gaps/{context}/{setting}': measure the phase gaps with that setting.")
+    return found[min(found, key=lambda other: abs(other - context))]
 
 
 def _arrivals(groups: dict[str, Any], start: str) -> Iterator[Arrivals]:
