@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -20,7 +21,7 @@ import fleet as benchmark
 from simulation.caches import Lru, hit_rate, latest
 from simulation.checks import check_caches
 from simulation.corpus import Corpus
-from simulation.measured import Times
+from simulation.measured import Times, read_times
 from simulation.replicas import Fleet, Outcome, simulate
 from simulation.routers import ByChunks
 from simulation.sizes import size_of
@@ -176,6 +177,20 @@ def test_sizes_are_those_of_the_store() -> None:
     assert llama.reads == 33
     assert size_of("llama-3.1-8b", "int4", 512).reads == 17
     assert size_of("smollm2-135m", "exact", 512).gigabytes == pytest.approx(30 * 3 * 64 * 2 * 2 / 1000)
+
+
+def test_the_time_of_a_step_is_that_of_the_nearest_context_with_gaps(tmp_path: Path) -> None:
+    content = json.loads((benchmark.ROOT / "benchmarks/results/serving-h200.json").read_text())
+    groups, setting = content["groups"], "default 0.15"
+    path = tmp_path / "serving.json"
+    gaps = groups.pop(f"reuse/gaps/16384/{setting}")
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"has no 'reuse/gaps/4096/default 0.15': measure the phase gaps"):
+        read_times(path, 4096, setting)
+    for context, step in ((8192, 0.5), (32768, 0.25)):
+        groups[f"reuse/gaps/{context}/{setting}"] = gaps | {"gaps": {"p50": step}}
+    path.write_text(json.dumps(content))
+    assert [read_times(path, context, setting).step for context in (4096, 32768)] == [0.5, 0.25]
 
 
 def test_the_command_tells_what_it_found_and_from_what(capsys: pytest.CaptureFixture[str]) -> None:
