@@ -9,7 +9,8 @@ prefill cost nothing. Chunks come from host memory in orders that change with ev
 doesn't depend on. `alone`: time to first token of one request at a time. `saturated`: requests per second with many clients. `gaps`: gaps
 between tokens of running requests while prompts arrive. `arrivals`: Poisson arrivals at multiples of plain vLLM's saturated rate.
 `within`: how many requests per second (Poisson) a server takes while 95% of the first tokens come within a second, at parts of what it
-takes when saturated. `short`: where reuse is expected not to pay. `plain`: prompts without stored chunks. `prefix`: vLLM's own prefix caching, with
+takes when saturated. `short`: where reuse is expected not to pay, of chunks of 128 tokens, each prompt with and without reuse in turn, in the same server, with
+nothing in vLLM's prefix cache. `plain`: prompts without stored chunks. `prefix`: vLLM's own prefix caching, with
 the same order of chunks and with other ones. `shares`: a part of the chunks is stored, or lengths vary (log-normal). `host`: which steps of vLLM and of the
 connector one request alone waits for (`served/host_steps.py` lists them; noting them takes about a microsecond a call), also for a tiny prompt.
 
@@ -183,7 +184,9 @@ async def _measure(
                 return
             with DeviceMemory() as memory:
                 found = await run.measure(target, cell)
-            results.put(cell.name, {"rounds": 1, **found, "device_memory": memory.most})
+            # What else runs on the machine makes steps longer that wait for the host: a load of more than its cores says so.
+            load = round(os.getloadavg()[0], 1)
+            results.put(cell.name, {"rounds": 1, **found, "device_memory": memory.most, "load": load})
             print(f"{time.perf_counter() - started:6.0f} s  {cell.name}", flush=True)
 
 

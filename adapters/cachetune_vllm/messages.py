@@ -35,7 +35,8 @@ class Hello(KVConnectorHandshakeMetadata):
             that isn't in it has the usual ratio.
         least_reused: prompts for which reuse would save fewer tokens are read as fast without it on the worker's device.
         process: number of the worker's process, if it computes on cores that the scheduler's process runs on; None if it doesn't.
-        refusal: why nothing is reused; None if prompts are.
+        refusal: why nothing is reused, for the server's log; None if prompts are.
+        refusal_told: the same, for whoever sends requests.
     """
 
     namespace: Namespace | None
@@ -48,6 +49,7 @@ class Hello(KVConnectorHandshakeMetadata):
     least_reused: int = LEAST_REUSED
     process: int | None = None
     refusal: str | None = None
+    refusal_told: str | None = None
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ class ReuseScheduler:
             return
         reason = self._why_not(request, settings)
         if reason is not None:
-            self._leave(request, reason, asked)
+            self._leave(request, reason, asked, why=self._hello.refusal_told if reason is Left.REFUSED else None)
             return
         if (why := self._worthwhile.why_all_recomputed(settings)) is not None:
             self._leave(request, Left.ALL_RECOMPUTED, asked, why=why)

@@ -92,7 +92,7 @@ def start_worker(config: VllmConfig, settings: ServerSettings, page_count: int) 
     try:
         refusal = unsupported(config)
         if refusal is not None:
-            return Started(Hello(None, refusal=refusal))
+            return Started(_refusing(refusal, refusal))
         hf_config = config_of(config.model_config)
         heads = heads_of(config, hf_config)
         # Workers that share a model succeed or are refused together, after each step.
@@ -111,8 +111,11 @@ def start_worker(config: VllmConfig, settings: ServerSettings, page_count: int) 
         )
     except StoreError:
         raise
+    except UnsupportedModelError as error:
+        return Started(_refusing(str(error), str(error)))
     except CacheTuneError as error:
-        return Started(Hello(None, refusal=str(error)))
+        # Such an error may name files, which are nobody's business who sends requests.
+        return Started(_refusing(str(error), "what it was started with can't be used."))
     engine = engines.default
     hello = Hello(
         engine.lead_ins.base,
@@ -142,6 +145,15 @@ def start_worker(config: VllmConfig, settings: ServerSettings, page_count: int) 
     if hello.most_tokens is not None:
         longest = min(longest, hello.most_tokens)
     return Started(hello, worker, engines, partial(warm_up, engine, settings, longest) if longest else None)
+
+
+def _refusing(why: str, told: str) -> Hello:
+    """What the scheduler is told where nothing is reused: why, and what whoever sends requests is told of it."""
+    return Hello(
+        None,
+        refusal=why,
+        refusal_told=f'this server reuses no chunks: {told} The start of its log says so as well ("no chunks are reused by this server").',
+    )
 
 
 def settled_ratios(engine: Runtime) -> dict[str, float]:

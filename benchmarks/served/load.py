@@ -30,6 +30,23 @@ async def alone(target: Target, prompts: Sequence[Ids], reuse: Reuse | None, war
     return {"ttft": spread([a.ttft for a in answers[warm:]]), **_reports(answers[warm:])}
 
 
+async def both_ways(target: Target, prompts: Sequence[Ids], reuse: bool, warm: int = 2) -> dict[str, Any]:
+    """One request at a time, one token each, and nothing in vLLM's prefix cache: time to first token. The first `warm` prompts don't count.
+
+    With `reuse`, each prompt is asked without reuse as well, right before or behind: a server that shares its machine is slower at one time than at another,
+    so what is compared is measured in turns, in one server.
+    """
+    ways: list[Reuse | None] = [{}, {"reuse": False}] if reuse else [None]
+    answers: list[list[Answer]] = [[] for _ in ways]
+    for number, ids in enumerate(prompts):
+        order = list(enumerate(ways))
+        for way, asked in reversed(order) if number % 2 else order:
+            await target.forget()
+            answers[way].append(await target.ask(ids, 1, asked))
+    found = {"ttft": spread([a.ttft for a in answers[0][warm:]]), **_reports(answers[0][warm:])}
+    return found if not reuse else found | {"without_reuse": spread([a.ttft for a in answers[1][warm:]])}
+
+
 async def closed(
     target: Target, prompts: Sequence[Ids], reuse: Reuse | None, tokens: int, at_once: int
 ) -> dict[str, Any]:

@@ -35,6 +35,8 @@ SETTINGS: dict[str, Setting] = {
 }
 """The settings of requests that reuse, by the name in tables."""
 SHORT = (256, 512, 1024, 2048, 4096)
+SHORT_CHUNKS = "short"
+"""The name of the workload whose chunks are so short that a prompt of 256 tokens has several."""
 TINY = 64
 """Tokens of the prompt that shows what vLLM takes for any request."""
 

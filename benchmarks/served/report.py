@@ -40,7 +40,7 @@ def table(content: Content) -> str:
     others = [
         f"| {name} | {_ms(g, 'ttft', 'median') or _ms(g, 'ttft', 'p50')} | {_ms(g, 'ttft', 'p99')} "
         f"| {g.get('requests_per_second', g.get('rate', 0)):.2f} | {_ms(g, 'between_tokens', 'p99')} |"
-        for name, g in groups.items()
+        for name, g in _with_both_ways(groups).items()
         if _place(name)[0] not in ("alone", "saturated", "gaps", "within", "host")
     ]
     lines += _within(groups)
@@ -55,6 +55,16 @@ def table(content: Content) -> str:
 def group(groups: Mapping[str, Any], variant: str, phase: str, context: int, setting: str = "") -> Any:
     """The result of one cell; None if it was not measured."""
     return groups.get(f"{variant}/{phase}/{context}" + (f"/{setting}" if setting else ""))
+
+
+def _with_both_ways(groups: Mapping[str, Any]) -> dict[str, Any]:
+    """The groups, and behind each that was measured without reuse as well, in the same server, what that gave."""
+    found = {}
+    for name, each in groups.items():
+        found[name] = each
+        if "without_reuse" in each:
+            found[f"{name}, without reuse"] = {"ttft": each["without_reuse"]}
+    return found
 
 
 def contexts_of(groups: Mapping[str, Any], phase: str) -> list[int]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from served.host_time import host
-from served.load import alone, closed, most_within, open_loop, while_running
-from served.plan import SETTINGS, TINY, Cell
+from served.load import alone, both_ways, closed, most_within, open_loop, while_running
+from served.plan import SETTINGS, SHORT_CHUNKS, TINY, Cell
 from served.targets import Reuse, Target
 from served.workload import Workload
 
@@ -39,7 +39,7 @@ class Run:
     """Measures cells.
 
     Args:
-        workloads: makes the prompts, by the codec of the chunks in them.
+        workloads: makes the prompts, by the codec of the chunks in them; `SHORT_CHUNKS`: those of the phase `short`.
         amounts: how much is asked.
         rate_of: a saturated server's requests per second, by server, context and setting, measured before; None if it was not.
     """
@@ -56,15 +56,19 @@ class Run:
         """Ask for every stored chunk, until none is read from disk any more: the tables are of chunks in host memory.
 
         Raises:
-            ValueError: chunks are still read from disk at the last try.
+            ValueError: nothing is reused, or chunks are still read from disk at the last try.
         """
         for _ in range(FILLINGS):
             reports = [
-                (await target.ask(prompt, 1, {"ratio": 0.05})).report
+                (await target.ask(prompt, 1, {"ratio": 0.05})).report or {}
                 for workload in self._workloads.values()
                 for prompt in workload.covering(context)
             ]
-            if not any((report or {}).get("bytes_read", {}).get("disk") for report in reports):
+            if not any(report.get("reused") for report in reports):
+                raise ValueError(
+                    f"the server reuses nothing, so there is nothing to measure: requests are left to vLLM ({reports[0].get('left')}). {reports[0].get('why', '')}"
+                )
+            if not any(report.get("bytes_read", {}).get("disk") for report in reports):
                 return
         raise ValueError(
             f"chunks are still read from disk after every one was asked for {FILLINGS} times: give the server more memory (--connector host_budget=...)."
@@ -82,8 +86,11 @@ class Run:
         # Every cell has orders and questions of its own, so that no prompt is found complete in a cache. Cells that are
         # compared differ in these alone: their prompts have the same lengths.
         seed = f"{cell.phase} {cell.context} {cell.detail}" + (f" {cell.setting}" if cell.variant == "reuse" else "")
-        if cell.phase in ("alone", "short"):
+        if cell.phase == "alone":
             return await alone(target, many.prompts(cell.context, do.rounds + 2, seed), reuse)
+        if cell.phase == "short":
+            prompts = self._workloads[SHORT_CHUNKS].prompts(cell.context, do.rounds + 2, seed)
+            return await both_ways(target, prompts, cell.variant == "reuse")
         if cell.phase == "plain":  # prompts without any stored chunk
             prompts = many.prompts(cell.context, do.rounds + 2 + do.requests, seed, share=0)
             first = await alone(target, prompts[: do.rounds + 2], None)

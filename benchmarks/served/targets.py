@@ -59,6 +59,10 @@ class Target:
             report = output.kv_transfer_params or report
         return _answer(times, report)
 
+    async def forget(self) -> None:
+        """Empty vLLM's prefix cache."""
+        await self.engine.reset_prefix_cache()
+
 
 def _answer(times: list[float], params: Mapping[str, Any] | None) -> Answer:
     between = [b - a for a, b in itertools.pairwise(times)]

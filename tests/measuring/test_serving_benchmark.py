@@ -75,6 +75,7 @@ def content() -> dict[str, Any]:
         "vllm/arrivals/4096//0.9": {"rate": 1.8, "ttft": {"p50": 1.0, "p99": 2.0}, "between_tokens": {"p99": 0.06}},
         "vllm/arrivals/8192//0.9": {"rate": 0.9, "ttft": {"p50": 1.0, "p99": 2.0}, "between_tokens": {"p99": 0.06}},
     }
+    groups["reuse/short/512/auto"] = {"ttft": {"median": 0.03}, "without_reuse": {"median": 0.025}}
     groups["ceiling/ceiling/4096"] = {"requests_per_second": 10.0}
     groups["vllm/within/4096"] = {"rate": 0.8, "tries": [{"part": 0.4, "rate": 0.8, "p95": 0.9}]}
     tries = [{"part": 0.6, "rate": 3.0, "p95": 1.5}, {"part": 0.4, "rate": 2.0, "p95": 0.75}]
@@ -103,7 +104,7 @@ def test_every_stored_chunk_is_asked_for_until_none_is_read_from_disk(workload: 
             found = shown(workload, ids)
             read = sum(self.asked[chunk] < self.patience for chunk in found)
             self.asked.update(found)
-            return Answer(0.0, [], {"bytes_read": {"host": 1, "disk": read}})
+            return Answer(0.0, [], {"reused": 1, "bytes_read": {"host": 1, "disk": read}})
 
     run = Run({"exact": workload}, Amounts(1, 1, 1, 1), lambda *_server: None)
     server = FromDisk(2)
@@ -111,6 +112,43 @@ def test_every_stored_chunk_is_asked_for_until_none_is_read_from_disk(workload: 
     assert server.asked == dict.fromkeys((text.replace(" ", "") for text in workload.stored), 3)
     with pytest.raises(ValueError, match="still read from disk after every one was asked for 20 times"):
         asyncio.run(run.fill_memory(FromDisk(99), 5 * CHUNK))
+
+
+def test_a_server_that_reuses_nothing_is_not_measured(workload: Workload) -> None:
+    class Refusing:
+        async def ask(self, _ids: list[int], _tokens: int, _reuse: Any) -> Answer:
+            return Answer(0.0, [], {"reused": 0, "left": "refused", "why": "its model is odd."})
+
+    run = Run({"exact": workload}, Amounts(1, 1, 1, 1), lambda *_server: None)
+    with pytest.raises(ValueError, match=r"reuses nothing.*\(refused\)\. its model is odd\."):
+        asyncio.run(run.fill_memory(Refusing(), 5 * CHUNK))
+
+
+def test_short_prompts_are_asked_both_ways_in_turn_with_nothing_cached() -> None:
+    short = Workload(tokenizer(), letters("short", 8, CHUNK))
+    asked: list[tuple[tuple[int, ...], Any]] = []
+    forgotten: list[int] = []
+
+    class Server:
+        async def forget(self) -> None:
+            forgotten.append(len(asked))
+
+        async def ask(self, ids: list[int], _tokens: int, reuse: Any) -> Answer:
+            asked.append((tuple(ids), reuse))
+            if reuse == {"reuse": False}:
+                return Answer(2.0, [], {"reused": 0, "left": "asked"})
+            return Answer(1.0, [], {"reused": 0, "left": "few"} if reuse is not None else {})
+
+    run = Run({"exact": short, "short": short}, Amounts(3, 1, 1, 1), lambda *_server: None)
+    found = asyncio.run(run.measure(Server(), Cell("reuse", "short", 4 * CHUNK, "auto")))
+    assert (found["ttft"]["samples"], found["without_reuse"]["samples"]) == ([1.0] * 3, [2.0] * 3)
+    assert found["left"] == {"few": 3}
+    assert forgotten == list(range(10))
+    assert [ids for ids, _ in asked[::2]] == [ids for ids, _ in asked[1::2]]
+    assert [reuse for _, reuse in asked] == [{}, {"reuse": False}, {"reuse": False}, {}] * 2 + [{}, {"reuse": False}]
+    asked.clear()
+    assert set(asyncio.run(run.measure(Server(), Cell("vllm", "short", 4 * CHUNK)))) == {"ttft"}
+    assert [reuse for _, reuse in asked] == [None] * 5
 
 
 def test_tables_hold_each_setting_beside_vllm() -> None:
@@ -125,6 +163,8 @@ def test_tables_hold_each_setting_beside_vllm() -> None:
     assert "Most memory in use on the device: vllm 8.0 GiB, reuse 8.5 GiB." in lines
     assert "| 4,096 | default 0.05 | 2.00 | 2.50x | 1500 at 3.00, 750 at 2.00 |" in lines
     assert "| 4,096 | default 0.15 | below 3.00 |  | 1500 at 3.00 |" in lines
+    assert "| reuse/short/512/auto | 30.0 |  | 0.00 |  |" in lines
+    assert "| reuse/short/512/auto, without reuse | 25.0 |  | 0.00 |  |" in lines
     assert f"| reuse/arrivals/4096/{names[2]}/2 | 100.0 | 600.0 | 4.00 | 10.0 |" in lines
 
 

@@ -138,7 +138,11 @@ def test_a_cpu_reuses_shorter_prompts() -> None:
     ("asked", "reason"), [({}, "refused"), ({"reuse": False}, "asked"), ({"ratio": 3}, "settings")]
 )
 def test_a_server_that_refuses_its_model_says_so(asked: dict[str, Any], reason: str) -> None:
-    assert left(Recognised(None), hello=Hello(None, refusal="its model is odd."), asked=asked)["left"] == reason
+    hello = Hello(None, refusal="its model is odd, see /files.", refusal_told="its model is odd.")
+    report = left(Recognised(None), hello=hello, asked=asked)
+    assert report["left"] == reason
+    if reason == "refused":
+        assert report["why"] == "its model is odd."
 
 
 CALIBRATED = Hello(None, ratios={"expected_error": 1.0, "frequency": 0.1, "probe": 0.9})

@@ -6,6 +6,7 @@ import itertools
 import json
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cachetune_rag import CacheTune
+from cachetune_rag import CacheTune, UnsupportedModelError
 from cachetune_vllm.served_check import check_served
 from cachetune_vllm.served_fingerprint import config_of
 from cachetune_vllm.served_model import served_model
 from tests import tiny
 from tests.vllm.conftest import Loaded, TinyVLLM
-from tests.vllm.models import save_tiny
+from tests.vllm.models import row_of, save_tiny
 from tests.vllm.test_connector import CHUNKS, ON_CPU, Served, report, shuffled, transfer
 
 INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
@@ -64,6 +65,66 @@ def test_layers_of_8_bit_integers_are_vllms_own(load_tiny: Callable[..., Loaded]
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     }  # fmt: skip
     check_served(loaded.model, served, loaded.config)
+
+
+def deep_checkpoint(folder: Path, layers: int = 16) -> Path:
+    """A tiny model of many layers whose products are as large as those of models with thousands of channels: a layer's result isn't small beside its
+    input."""
+    row = row_of("llama")
+    model = replace(row, config=row.config | {"num_hidden_layers": layers}).build()
+    for name, weight in model.named_parameters():
+        if name.endswith("_proj.weight"):
+            torch.nn.init.normal_(weight, std=1.28 / weight.shape[1] ** 0.5)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def in_8_bit_floats(rows: torch.Tensor) -> torch.Tensor:
+    """The rows as vLLM's kernels for 8-bit floats read them: each with a scale of its own."""
+    scale = rows.float().abs().amax(-1, keepdim=True).clamp_min(1e-12) / torch.finfo(torch.float8_e4m3fn).max
+    return ((rows.float() / scale).to(torch.float8_e4m3fn).float() * scale).to(rows.dtype)
+
+
+class RoundedOnce(torch.nn.Module):
+    """A gate that is applied as kernels of GPUs apply it, in one go; vLLM's for CPUs rounds in the middle, as transformers does."""
+
+    def forward(self, both: torch.Tensor) -> torch.Tensor:
+        gate, up = both.float().chunk(2, -1)
+        return (torch.nn.functional.silu(gate) * up).to(both.dtype)
+
+
+@ON_CPU
+def test_the_check_at_start_allows_what_8_bit_floats_make_of_rounding_and_no_more(
+    load_tiny: Callable[..., Loaded], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM has no kernel for them on a CPU, so its own modules are given rows that were rounded so."""
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+    multiply = UnquantizedLinearMethod.apply
+    monkeypatch.setattr(
+        UnquantizedLinearMethod,
+        "apply",
+        lambda self, layer, x, bias=None: multiply(self, layer, in_8_bit_floats(x), bias),
+    )
+    loaded = load_tiny(folder=deep_checkpoint(tmp_path), packed=True, dtype="bfloat16")
+    for layer in loaded.model.model.layers:
+        layer.mlp.act_fn = RoundedOnce()
+    config = config_of(loaded.config.model_config)
+
+    def check() -> None:
+        served = served_model(loaded.model, config, torch.bfloat16, torch.device("cpu"))
+        assert served.packed
+        check_served(loaded.model, served, loaded.config)
+
+    check()
+    with monkeypatch.context() as without:
+        without.setattr("cachetune_vllm.served_check._OF_ROUNDING", 0)
+        with pytest.raises(UnsupportedModelError, match=r"differ between transformers' code and vLLM's by 0\.1"):
+            check()
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 5000.0}
+    with pytest.raises(UnsupportedModelError, match="the queries of layer 0 differ"):
+        check()
 
 
 def half_store(folder: Path, family: str) -> Path:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from cachetune_rag import CacheTune
+from cachetune_rag import CacheTune, ModelLoadError, UnsupportedModelError
 from cachetune_rag.model.heads import ALL_HEADS
 from cachetune_rag.reuse.config import resolve
 from cachetune_rag.selection import selector_names
@@ -21,7 +21,7 @@ from cachetune_vllm.messages import Hello
 from cachetune_vllm.recognition import Recognition
 from cachetune_vllm.resting import ASKS_FOR, rest_between_steps
 from cachetune_vllm.settings import ServerSettings
-from cachetune_vllm.start import KEPT_FREE, Started, settled_ratios, tokens_that_fit, unsupported
+from cachetune_vllm.start import KEPT_FREE, Started, settled_ratios, start_worker, tokens_that_fit, unsupported
 from cachetune_vllm.warm_up import expected, warm_up
 from tests import tiny
 
@@ -59,6 +59,27 @@ def config(**options: Any) -> Any:
 )
 def test_options_that_reuse_cannot_live_with_are_named(options: dict[str, Any], said: str) -> None:
     assert said in str(unsupported(config(**options)))
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (UnsupportedModelError("the queries of layer 6 differ."), "the queries of layer 6 differ."),
+        (ModelLoadError("/models/private can't be read."), "what it was started with can't be used."),
+    ],
+    ids=["the model", "its files"],
+)
+def test_who_asks_a_server_that_reuses_nothing_is_told_why_but_no_paths(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
+) -> None:
+    def fail(_model: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("cachetune_vllm.start.config_of", fail)
+    hello = start_worker(config(), SETTINGS, 1).hello
+    assert hello.refusal == str(error)
+    assert hello.refusal_told is not None
+    assert hello.refusal_told.startswith(f"this server reuses no chunks: {told} The start of its log")
 
 
 @pytest.mark.parametrize("method", ["ngram", "suffix"])
