@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +13,7 @@ import torch
 from cachetune_rag.answering.request import Request
 from cachetune_rag.model.heads import Heads
 from cachetune_rag.reuse.begun import Begun
+from cachetune_rag.reuse.prompt_room import PromptRoom
 from cachetune_rag.runtime import Runtime
 from cachetune_vllm.logs import logger
 from cachetune_vllm.messages import Load, Missed
@@ -63,9 +64,12 @@ class Turn:
             self.begun.go_on()
 
     def close(self) -> None:
-        """The load is done, or not wanted any more."""
-        if self.begun is not None:
-            self.begun.close()
+        """The load is done, or not wanted any more. Its keys and values have no memory from now on."""
+        try:
+            if self.begun is not None:
+                self.begun.close()  # first, because that may still use the memory
+        finally:
+            self.memory.close()
 
 
 class Coming:
@@ -76,7 +80,7 @@ class Coming:
         pages: vLLM's pages.
         heads: which of the model's heads this worker has.
         check_wanted: raises `GivenUpError` for the id of a request that is over.
-        most_tokens: of two prompts that may be in the engine's memory at once; None: any number.
+        room: the memory that prompts are put together in.
     """
 
     def __init__(
@@ -85,10 +89,10 @@ class Coming:
         pages: Pages,
         heads: Heads,
         check_wanted: Callable[[str], None],
-        most_tokens: int | None = None,
+        room: PromptRoom,
     ):
         self._engine, self._pages, self._heads = engine, pages, heads
-        self._check_wanted, self._most_tokens = check_wanted, most_tokens
+        self._check_wanted, self._room = check_wanted, room
         self._jobs: queue.SimpleQueue[Job | Missed | None] = queue.SimpleQueue()
         self._taken: deque[Job | Missed | None] = deque()  # from the queue, before its turn: one at most
         self._begun: Turn | None = None  # that one
@@ -116,7 +120,7 @@ class Coming:
             return engine, Request.measured(load.prompt, config)
 
         engine, request = self._heads.together(begin)
-        return Turn(job, engine, request, PagedMemory(engine.assembler.memory, self._pages, load, job.free))
+        return Turn(job, engine, request, PagedMemory(engine.assembler.memory, self._pages, load, self._room, job.free))
 
     def begin_next(self, at_hand: Turn) -> None:
         """Let the chunks of the next prompt be brought to the device while the one at hand is computed. Called again and again.
@@ -130,14 +134,20 @@ class Coming:
                 self._begun.go_on()
                 return
             job = self._first()
-            if job is None or job is self._tried or not self._fits(job.load, at_hand):
+            # An engine that has to be made first takes long.
+            if job is None or job is self._tried or job.load.tenant != at_hand.job.load.tenant:
                 return
             self._tried = job
-            turn = self.turn_of(job)
-            begun = turn.engine.executor.begin(turn.request, turn.memory)
-            self._begun = None if begun is None else replace(turn, begun=begun)
+            with ExitStack() as stack:
+                turn = stack.enter_context(closing(self.turn_of(job)))
+                begun = turn.engine.executor.begin(turn.request, turn.memory)
+                if begun is not None:
+                    self._begun = replace(turn, begun=begun)
+                    stack.pop_all()
         except Exception as error:
-            _log.debug("a request was not begun before its turn: %s", error)
+            _log.debug(
+                "a request was not begun before its turn: %s", str(error)
+            )  # not the error, which has the prompt's tensors
             self.close()
 
     def _first(self) -> Job | None:
@@ -147,11 +157,6 @@ class Coming:
                 self._taken.append(self._jobs.get_nowait())
         job = self._taken[0] if self._taken else None
         return job if isinstance(job, Job) else None
-
-    def _fits(self, load: Load, at_hand: Turn) -> bool:
-        """Whether a load may be begun beside the one at hand: both fit in memory, and no engine has to be made for it, which takes long."""
-        tokens = len(load.prompt.ids) + len(at_hand.request.prompt.ids)
-        return load.tenant == at_hand.job.load.tenant and (self._most_tokens is None or tokens <= self._most_tokens)
 
     def close(self) -> None:
         """What was begun is not wanted any more."""

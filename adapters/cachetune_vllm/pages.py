@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from cachetune_rag.model import KVBuffers
-from cachetune_rag.reuse.memory import Ids, KVMemory
+from cachetune_rag.reuse.memory import EngineMemory, Ids
 from cachetune_rag.reuse.prefix_cache import KeptRows
+from cachetune_rag.reuse.prompt_room import Part, PromptRoom
 from cachetune_vllm.messages import Load
 
 View = Callable[[Tensor, int], tuple[Tensor, Tensor]]
@@ -132,20 +133,31 @@ class PagedMemory:
     """A prompt's rows, put together in buffers of the engine's and written to vLLM's pages as soon as a layer is final.
 
     Args:
-        inner: gives the buffers, and keeps the beginnings of prompts that vLLM's pages don't have.
+        inner: makes the buffers, and keeps the beginnings of prompts that vLLM's pages don't have.
         pages: where finished layers go.
         load: the request's pages, and which rows are written there.
+        room: the memory of the buffers.
         free: the point on vLLM's stream behind which these pages may be read and written; None on a CPU.
     """
 
-    def __init__(self, inner: KVMemory, pages: Pages, load: Load, free: torch.cuda.Event | None = None):
+    def __init__(
+        self, inner: EngineMemory, pages: Pages, load: Load, room: PromptRoom, free: torch.cuda.Event | None = None
+    ):
         self._inner, self._pages, self._load, self._free = inner, pages, load, free
+        self._room = room
+        self._part: Part | None = None
         self._slots: Tensor | None = None
 
     def take(self, ids: Ids, exact: int, room: int) -> tuple[KVBuffers, int]:
-        """See `KVMemory`."""
+        """See `KVMemory`.
+
+        Raises:
+            NoRoomError: there is no memory for the buffers.
+        """
         load = self._load
-        buffers, kept = self._inner.take(ids, exact, room)
+        self.close()  # if the prompt starts over, what it had before is not used any more
+        self._part = self._room.take(self._inner.bytes_for(ids, room))
+        buffers, kept = self._inner.take(ids, exact, room, self._part.memory)
         self._slots = self._pages.slots(load.blocks, load.start, load.end, buffers.device)
         there = min(load.exact, exact)
         if not self._pages.worth_reading(there - kept):
@@ -154,6 +166,12 @@ class PagedMemory:
             torch.cuda.current_stream(buffers.device).wait_event(self._free)
         self._pages.read(load.blocks, kept, there, buffers)
         return buffers, there
+
+    def close(self) -> None:
+        """The buffers are not used any more. They may be closed twice."""
+        part, self._part = self._part, None
+        if part is not None:
+            self._room.give_back(part)
 
     def layer_ready(self, buffers: KVBuffers, layer: int) -> None:
         """See `KVMemory`."""

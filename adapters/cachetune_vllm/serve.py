@@ -186,6 +186,9 @@ def serve(
     loads_at_once: Annotated[
         int | None, typer.Option(metavar="N", help="Prompts that may wait for their keys and values at once.")
     ] = None,
+    prompt_memory: Annotated[
+        str | None, typer.Option(metavar="BYTES", help="Most memory of the GPU for the prompts at hand, or auto.")
+    ] = None,
     tenant_from_request: Annotated[
         bool,
         typer.Option("--tenant-from-request", help="A gateway in front of the server names each request's tenant."),
@@ -215,6 +218,7 @@ def serve(
             "read_timeout": read_timeout,
             "least_reused": None if least_reused is None else _whole_number_or_name(least_reused),
             "loads_at_once": loads_at_once,
+            "prompt_memory": prompt_memory,
             "tenant_from_request": tenant_from_request or None,
         }
         settings = {name: value for name, value in given.items() if value is not None}

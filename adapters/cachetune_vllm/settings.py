@@ -42,6 +42,8 @@ class ServerSettings:
         least_reused: prompts for which reuse would save fewer tokens are left to vLLM, which reads them as fast. "auto": what
             `cachetune_rag.reuse.worth` says for the device.
         loads_at_once: prompts that may wait for their keys and values at the same time, each with its pages of vLLM's cache.
+        prompt_memory: bytes of the device that the keys and values of the prompts at hand take at most; "auto": those of two of the server's longest
+            prompts, as far as vLLM leaves room.
         store_missed: whether chunks that a request names and the store lacks are stored behind it.
     """
 
@@ -64,6 +66,7 @@ class ServerSettings:
     min_top1: float | None = None
     least_reused: int | str = "auto"
     loads_at_once: int = 8
+    prompt_memory: int | str = "auto"
     store_missed: bool = True
 
     @classmethod
@@ -83,6 +86,7 @@ class ServerSettings:
         if settings.least_reused != "auto":
             check_count(settings.least_reused, "least_reused", '"auto" or a whole number from 0 on', 0)
         check_count(settings.loads_at_once, "loads_at_once", "a whole number from 1 on", 1)
+        _check_prompt_memory(settings.prompt_memory)
         for name in ("tenant_from_request", "store_missed"):
             if not isinstance(getattr(settings, name), bool):
                 raise ConfigError(f"{name} is {shown(getattr(settings, name))}: use true or false.")
@@ -196,6 +200,21 @@ def _check_store_settings(settings: ServerSettings) -> None:
         except StoreError as error:
             raise ConfigError(f"{error}.") from error
     check_timeout(settings.read_timeout)
+
+
+def _check_prompt_memory(given: int | str) -> None:
+    from cachetune_store.units import parse_bytes
+
+    if given == "auto" and isinstance(given, str):
+        return
+    try:
+        count = parse_bytes(given, "prompt_memory")
+    except StoreError as error:
+        raise ConfigError(f'{error}; or "auto".') from error
+    if count == 0:
+        raise ConfigError(
+            f'prompt_memory is {shown(given)}, so no prompt could reuse chunks: use "auto" or bytes such as "8GiB".'
+        )
 
 
 _REQUEST_NAMES = tuple(each.name for each in fields(RequestSettings))

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from cachetune_rag.errors import CacheTuneError, UnsupportedModelError
 from cachetune_rag.model.heads import ALL_HEADS, Heads
+from cachetune_rag.reuse.prompt_room import PromptRoom
 from cachetune_rag.reuse.worth import LEAST_REUSED, LEAST_REUSED_ON_CPU
 from cachetune_rag.runtime import Runtime
 from cachetune_rag.selection import get_selector, selector_names
@@ -24,6 +24,7 @@ from cachetune_vllm.logs import logger
 from cachetune_vllm.messages import Hello
 from cachetune_vllm.pace import pace_of
 from cachetune_vllm.pages import LEAST_READ, Pages
+from cachetune_vllm.prompt_memory import prompt_memory
 from cachetune_vllm.served_check import check_served
 from cachetune_vllm.served_fingerprint import config_of
 from cachetune_vllm.served_model import ServedModel, served_model
@@ -35,10 +36,6 @@ from cachetune_vllm.worker_model import attention_layers, model_around
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-KEPT_FREE = 1 << 30
-"""Bytes of a device that are left free for what vLLM allocates after its cache (its CUDA graphs), and for the engine's own graphs."""
-SHARE_OF_FREE = 0.6
-"""Share of the remaining free memory that one prompt's keys and values may take; intermediate results need memory as well."""
 DRAFTS_FROM_TEXT = ("ngram", "ngram_gpu", "suffix")
 """Methods of speculative decoding that draft tokens from the text so far, without a model of their own."""
 
@@ -99,6 +96,8 @@ def start_worker(config: VllmConfig, settings: ServerSettings, page_count: int) 
         layers, around, served = heads.together(partial(_served, config, hf_config, heads))
         heads.together(partial(check_served, around, served, config))
         engines = heads.together(partial(Engines, served, tokenizer_of(config), settings, config.model_config))
+        memory = heads.together(partial(prompt_memory, config, settings, engines.default))
+        most_bytes = min(heads.tell(memory), key=lambda most: -1 if most is None else most)
         # A bound needs what was calibrated: better no reuse, with the reason at the start, than a warning with every request.
         heads.together(
             partial(
@@ -123,7 +122,7 @@ def start_worker(config: VllmConfig, settings: ServerSettings, page_count: int) 
         separator_ids=engine.prompts.separator_ids,
         vocabulary=engine.adapter.config.vocab_size,
         max_positions=engine.adapter.max_positions,
-        most_tokens=min(heads.tell(_most_tokens(engine)), key=lambda most: -1 if most is None else most),
+        most_tokens=None if most_bytes is None else most_bytes // engine.adapter.row_bytes,
         ratios=settled_ratios(engine),
         least_reused=LEAST_REUSED if engine.adapter.device.type == "cuda" else LEAST_REUSED_ON_CPU,
         process=os.getpid() if engine.adapter.device.type == "cpu" else None,
@@ -138,9 +137,8 @@ def start_worker(config: VllmConfig, settings: ServerSettings, page_count: int) 
     # As much as a step with a prompt computes in vLLM. Two of a layer's results are added up.
     turn = 2 * config.scheduler_config.max_num_batched_tokens * len(layers)
     pace = pace_of(served, turn)
-    worker = ReuseWorker(
-        engines.of, pages, engine.adapter.device, served.heads, pace, engine.model.lock, hello.most_tokens
-    )
+    room = PromptRoom(engine.adapter.device, most_bytes)
+    worker = ReuseWorker(engines.of, pages, engine.adapter.device, served.heads, pace, engine.model.lock, room)
     longest = config.model_config.max_model_len
     if hello.most_tokens is not None:
         longest = min(longest, hello.most_tokens)
@@ -187,32 +185,6 @@ def _served(config: VllmConfig, hf_config: Any, heads: Heads) -> tuple[list[nn.M
         for block in served.blocks:
             block.spend = turned.turns.spend
     return layers, around, served
-
-
-def tokens_that_fit(free: int, row_bytes: int, chunks: int = 0) -> int:
-    """The longest prompt that may be put together beside vLLM's cache.
-
-    What is left is measured, since nothing can be reserved: vLLM (0.26 to 0.32) makes a worker's connector after it has sized its cache. A plugin
-    runs earlier, but in servers without the connector too, and a worker extension may not replace the method that sizes the cache.
-
-    Args:
-        free: bytes of the device that nobody has taken.
-        row_bytes: bytes of one token's keys and values, over all layers.
-        chunks: bytes that chunks will take which are kept on the device (`device_budget`).
-    """
-    return max(0, int(SHARE_OF_FREE * (free - KEPT_FREE - chunks)) // row_bytes)
-
-
-def _most_tokens(engine: Runtime) -> int | None:
-    device = engine.adapter.device
-    if device.type != "cuda":
-        return None
-    most = tokens_that_fit(torch.cuda.mem_get_info(device)[0], engine.adapter.row_bytes, engine.store.device_budget)
-    _log.info(
-        "prompts of up to %d tokens can reuse chunks; a lower --gpu-memory-utilization leaves room for longer ones",
-        most,
-    )
-    return most
 
 
 def unsupported(config: VllmConfig) -> str | None:

@@ -16,20 +16,21 @@ import torch
 
 from cachetune_rag.answering.request import Finished, Request
 from cachetune_rag.concurrency.model_lock import ModelLock
-from cachetune_rag.errors import CacheTuneError, ConfigError
+from cachetune_rag.errors import CacheTuneError
 from cachetune_rag.explaining.served import EXPLAINED, explained
 from cachetune_rag.model.heads import Heads
-from cachetune_rag.report import Report
 from cachetune_rag.reuse.account import Account
+from cachetune_rag.reuse.prompt_room import PromptRoom
 from cachetune_rag.reuse.state import NothingReused, PrefillState
 from cachetune_rag.runtime import Runtime
 from cachetune_store import StoreError
 from cachetune_vllm.coming import Coming, GivenUpError, Job
+from cachetune_vllm.failures import left_after
 from cachetune_vllm.logs import logger
 from cachetune_vllm.messages import FromWorker, Load, Missed, ToWorkers
 from cachetune_vllm.pace import Pace
 from cachetune_vllm.pages import Pages
-from cachetune_vllm.reasons import Left
+from cachetune_vllm.responses import nothing_reused, shown, why_nothing
 from cachetune_vllm.turns import TurnsEndedError
 
 IDLE_WAIT = 0.05
@@ -66,7 +67,7 @@ class ReuseWorker:
         heads: which of the model's heads this worker has.
         pace: when the thread may compute.
         lock: the model's, which all engines share.
-        most_tokens: of two prompts that may be in the engine's memory at once; None: any number.
+        room: the memory that prompts are put together in.
     """
 
     def __init__(
@@ -77,12 +78,12 @@ class ReuseWorker:
         heads: Heads,
         pace: Pace,
         lock: ModelLock,
-        most_tokens: int | None = None,
+        room: PromptRoom,
     ):
         self._engine, self._pages, self._device, self._heads = engine, pages, device, heads
         self._pace, self._lock = pace, lock
         self._busy: ExitStack | None = None  # open while vLLM computes
-        self._coming = Coming(engine, pages, heads, self._check_wanted, most_tokens)
+        self._coming = Coming(engine, pages, heads, self._check_wanted, room)
         self._changed = self._pace.changed
         self._stream: torch.cuda.Stream | None = None
         # Loads that read pages: vLLM may be filling these pages in the step that tells of the load.
@@ -190,21 +191,13 @@ class ReuseWorker:
             if isinstance(job, Missed):
                 self._store(job)
                 continue
-            load, report = job.load, _nothing_reused(Left.FAILED)
+            load = job.load
             try:
-                report = self._told(job.load, *self._attempt(job, stream))
+                report = self._told(load, *self._attempt(job, stream))
             except TurnsEndedError:
                 return
-            except GivenUpError:
-                report = _nothing_reused(Left.GIVEN_UP)
-            except ConfigError as error:
-                # What can be checked without the store was checked when the request came. Its bound is kept: vLLM reads the whole prompt.
-                _log.warning("request %s: %s vLLM computes its prompt.", load.request_id, error)
-                report = _nothing_reused(Left.BOUND) | {"why": str(error)}
-            except (CacheTuneError, StoreError) as error:
-                _log.warning("request %s: %s vLLM computes its prompt.", load.request_id, error)
-            except Exception:  # whatever it is, the request is answered: vLLM computes the prompt
-                _log.exception("request %s: its chunks could not be reused; vLLM computes its prompt", load.request_id)
+            except Exception as error:
+                report = left_after(error, load.request_id)
             with self._changed:
                 self._ended.append(_Ended(load, report))
                 self._changed.notify_all()
@@ -251,7 +244,8 @@ class ReuseWorker:
                 # Also where it failed: vLLM gives the pages back then, and what is queued must not write to them any more.
                 if stream is not None:
                     stream.synchronize()
-        return engine, request, state, accounts
+        # The rows are in vLLM's pages, and the next prompt gets this memory.
+        return engine, request, state if isinstance(state, NothingReused) else state.without_memory(), accounts
 
     def _told(
         self,
@@ -266,44 +260,18 @@ class ReuseWorker:
         if self._heads.in_turns:
             state = replace(state, missed=())  # what stores them runs the model when there is time, and not in turns
         if isinstance(state, NothingReused):
-            left, report = _why_nothing(state.report), state.report
+            left, report = why_nothing(state.report), state.report
             storing = engine.backfill.offer(request.prompt, state.missed)
-            return _nothing_reused(left) | _shown(replace(report, storing=storing, unstored=missed - storing))
+            return nothing_reused(left) | shown(replace(report, storing=storing, unstored=missed - storing))
         engine.executor.prefilled(request, state.report)
         report = engine.executor.finish(Finished(request, state, state.report, None, state.report.ttft)).report
-        said = _shown(replace(report, unstored=report.unstored + missed - len(state.missed)))
+        said = shown(replace(report, unstored=report.unstored + missed - len(state.missed)))
         # Of several, the last one: the prompt started over.
         return said | {EXPLAINED: explained(load.prompt, accounts[-1], engine.tokenizer)} if accounts else said
 
     def _check_wanted(self, request_id: str) -> None:
         if request_id in self._given_up:
             raise GivenUpError(request_id)
-
-
-_SHOWN = (
-    "prompt_tokens", "reused", "recomputed", "missed", "bytes_read", "ratio", "selector", "ttft", "timings", "prefix_kept", "damaged",
-    "unreadable", "timed_out", "storing", "unstored", "skipped", "prediction", "continued", "advice",
-)  # fmt: skip
-"""The fields of a report that a response shows. None of them names a document, a path or another request."""
-
-
-def _nothing_reused(left: Left) -> dict[str, Any]:
-    return {"reused": 0, "left": left.value}
-
-
-def _why_nothing(report: Report) -> Left:
-    """Why nothing of a prompt was reused, by what its lookup found."""
-    if report.damaged or report.unreadable or report.timed_out:
-        return Left.FAILED
-    if report.prediction is not None and report.prediction.taken is None:
-        return Left.BOUND
-    return Left.ALL_RECOMPUTED if report.recomputed else Left.MISSED
-
-
-def _shown(report: Report) -> dict[str, Any]:
-    """A report as a response has it."""
-    said = report.as_dict()
-    return {name: said[name] for name in _SHOWN}
 
 
 def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[Any]:

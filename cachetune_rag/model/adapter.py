@@ -187,15 +187,27 @@ class ModelAdapter:
         """The tables that a layer's keys are rotated by; (None, None) if it doesn't rotate."""
         return tables[self._opened.layer_types[layer]] if self.rotary.rotated[layer] else (None, None)
 
-    def new_buffers(self, length: int, room: int = 0) -> KVBuffers:
-        """Uninitialised buffers for a prompt of `length` tokens. If decoding writes into them, they have `room` more rows for an answer."""
-        room = 0 if self.device_forward is None else min(room, ROOM)
-        return KVBuffers(self.layers, length, self.dtype, self.device, room)
+    def new_buffers(self, length: int, room: int = 0, memory: Tensor | None = None) -> KVBuffers:
+        """Uninitialised buffers for a prompt of `length` tokens. If decoding writes into them, they have `room` more rows for an answer.
+
+        Args:
+            length: tokens of the prompt.
+            room: tokens of the answer.
+            memory: uint8 of `buffer_bytes(length, room)` bytes on the device; None takes some.
+        """
+        return KVBuffers(self.layers, length, self.dtype, self.device, self._room_rows(room), memory)
+
+    def buffer_bytes(self, length: int, room: int = 0) -> int:
+        """Bytes that `new_buffers` take."""
+        return KVBuffers.size_of(self.layers, length + self._room_rows(room), self.dtype)
+
+    def _room_rows(self, room: int) -> int:
+        return 0 if self.device_forward is None else min(room, ROOM)
 
     @cached_property
     def row_bytes(self) -> int:
         """Bytes that the keys and values of one token take, over all layers."""
-        return self.new_buffers(0).row_bytes
+        return self.buffer_bytes(1)
 
     def rows_of_cache(self, cache: Cache, count: int) -> KVBuffers:
         """New buffers with the first `count` rows of a cache."""

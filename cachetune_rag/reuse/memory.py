@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers.cache_utils import Cache
 
 from cachetune_rag.model import KVBuffers, ModelAdapter
@@ -68,9 +69,14 @@ class EngineMemory:
         self._adapter = adapter
         self._prefixes = PrefixCache()
 
-    def take(self, ids: Ids, exact: int, room: int) -> tuple[KVBuffers, int]:
-        """See `KVMemory`."""
-        buffers = self._adapter.new_buffers(len(ids), room)
+    def take(self, ids: Ids, exact: int, room: int, memory: Tensor | None = None) -> tuple[KVBuffers, int]:
+        """See `KVMemory`.
+
+        Args:
+            ids, exact, room: see `KVMemory`.
+            memory: where the buffers are, uint8 of `bytes_for(ids, room)` bytes; None: in memory of their own.
+        """
+        buffers = self._adapter.new_buffers(len(ids), room, memory)
         beginning = self._prefixes.find(ids, exact, self._short(ids))
         if beginning is None:
             return buffers, 0
@@ -78,6 +84,10 @@ class EngineMemory:
             beginning.buffers.used_on(torch.cuda.current_stream(buffers.device))
         buffers.fill_first(beginning.count, beginning.buffers)
         return buffers, beginning.count
+
+    def bytes_for(self, ids: Ids, room: int) -> int:
+        """Bytes of the buffers that `take` gives."""
+        return self._adapter.buffer_bytes(len(ids), room)
 
     def layer_ready(self, buffers: KVBuffers, layer: int) -> None:
         """See `KVMemory`. Nothing to do: the prompt's cache shows these buffers."""

@@ -104,7 +104,7 @@ class Assembler:
         self._continuations, self._sentences = continuations, sentences
         self._planner = Planner(adapter, self._loaders, continuations, sentences)
         self._forward = PromptForward(adapter)
-        self.memory: KVMemory = EngineMemory(adapter)
+        self.memory = EngineMemory(adapter)
 
     def key(self, token_ids: Sequence[int]) -> ChunkKey:
         """The key of a chunk."""

@@ -33,6 +33,8 @@ SERVER = ServerSettings.of({"store": "kv", "tenant": "a", "ratio": 0.2})
         ({"store": "kv", "ratio": True}, "True"),
         ({"store": "kv", "selector": "best"}, "expected_error"),
         ({"store": "kv", "loads_at_once": 0}, "from 1 on"),
+        ({"store": "kv", "prompt_memory": "much"}, "prompt_memory is 'much'; give bytes .* or \"auto\""),
+        ({"store": "kv", "prompt_memory": 0}, "prompt_memory is 0, so no prompt could reuse chunks"),
         ({"store": "kv", "least_reused": -1}, "from 0 on"),
         ({"store": "kv", "tenant": 3}, "tenant is 3"),
         ({"store": "kv", "tenant_from_request": "yes"}, "true or false"),
@@ -197,10 +199,10 @@ def test_the_command_refuses_what_no_server_can_be_started_with(words: list[str]
 
 def test_the_command_passes_vllms_options_on() -> None:
     command = [sys.executable, "-m", "cachetune_rag", "serve", "M", "-s", "kv", "--dry-run", "--max-model-len", "512"]
-    command += ["--least-reused", "16", "--loads-at-once", "4"]
+    command += ["--least-reused", "16", "--loads-at-once", "4", "--prompt-memory", "3GiB"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     words = shlex.split(done.stderr)
     assert words[-2:] == ["--max-model-len", "512"]
     given = json.loads(words[words.index("--kv-transfer-config") + 1])["kv_connector_extra_config"]
-    assert (given["least_reused"], given["loads_at_once"]) == (16, 4)
+    assert (given["least_reused"], given["loads_at_once"], given["prompt_memory"]) == (16, 4, "3GiB")
     assert done.stdout == ""

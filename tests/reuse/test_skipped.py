@@ -148,8 +148,8 @@ def test_what_was_never_read_decides_nothing(
     real = ModelAdapter.new_buffers
 
     def filled(value: float) -> Any:
-        def new_buffers(self: ModelAdapter, length: int, room: int = 0) -> Any:
-            buffers = real(self, length, room)
+        def new_buffers(self: ModelAdapter, *given: Any) -> Any:
+            buffers = real(self, *given)
             for rows in (*buffers.key_rows, *buffers.value_rows):
                 rows.fill_(value)
             return buffers

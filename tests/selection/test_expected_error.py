@@ -276,8 +276,8 @@ def test_a_shift_needs_the_stored_rows_of_what_is_recomputed(
     monkeypatch.setattr(FrequencySelector, "shift", 0.4)
     made = engine.adapter.new_buffers
 
-    def poisoned(length: int, room: int) -> KVBuffers:
-        buffers = made(length, room)
+    def poisoned(length: int, *more: Any) -> KVBuffers:
+        buffers = made(length, *more)
         for rows in (*buffers.key_rows, *buffers.value_rows):
             rows.fill_(float("nan"))
         return buffers

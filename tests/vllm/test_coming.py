@@ -6,8 +6,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from cachetune_rag.model.heads import ALL_HEADS
+from cachetune_rag.reuse.prompt_room import PromptRoom
 from cachetune_rag.text.recognising.id_spans import IdSpan, prompt_of_ids
 from cachetune_vllm.coming import Coming, GivenUpError, Job, Turn
 from cachetune_vllm.messages import Load, Missed
@@ -52,14 +54,14 @@ def job(name: str, tenant: str = "") -> Job:
     return Job(Load(name, prompt, "frequency", 0.15, tenant, (1, 2, 3, 4), 0, TOKENS - 1, 0), None)
 
 
-def coming_of(engine: Engine, most: int | None = None, over: frozenset[str] = frozenset()) -> Coming:
+def coming_of(engine: Engine, over: frozenset[str] = frozenset()) -> Coming:
     def check(request_id: str) -> None:
         if request_id in over:
             raise GivenUpError(request_id)
 
     pages: Any = SimpleNamespace(block_size=16)
     made: Any = engine
-    return Coming(lambda tenant: made, pages, ALL_HEADS, check, most)
+    return Coming(lambda tenant: made, pages, ALL_HEADS, check, PromptRoom(torch.device("cpu")))
 
 
 def at_hand(coming: Coming, *behind: Job | Missed) -> Turn:
@@ -118,18 +120,14 @@ def test_what_fails_later_is_closed_and_begins_anew_at_its_turn() -> None:
     assert coming.turn_of(second).begun is None
 
 
-def test_not_begun_where_both_do_not_fit_or_an_engine_would_be_made_or_nobody_waits_for_it_any_more() -> None:
+def test_not_begun_where_an_engine_would_be_made_or_nobody_waits_for_it_any_more() -> None:
     for coming, second in (
-        (coming_of(engine := Engine(), most=2 * TOKENS - 1), job("second")),
-        (coming_of(engine), job("second", tenant="other")),
+        (coming_of(engine := Engine()), job("second", tenant="other")),
         (coming_of(engine, over=frozenset({"second"})), job("second")),
     ):
         coming.begin_next(at_hand(coming, second))
         assert engine.asked == 0
         assert coming.next() is second
-    fits = coming_of(engine := Engine(Begun()), most=2 * TOKENS)
-    fits.begin_next(at_hand(fits, job("second")))
-    assert engine.asked == 1
 
 
 def test_the_order_stays_and_closing_lets_go() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cachetune_rag.model import KVBuffers
+from cachetune_rag.reuse.prompt_room import PromptRoom
 from cachetune_rag.text.recognising.id_spans import IdSpan, prompt_of_ids
 from cachetune_store.layout import LayerSpec
 from cachetune_vllm.messages import Load
@@ -86,8 +87,9 @@ def test_a_beginning_too_short_to_be_worth_reading_is_computed(exact: int, kept:
     prompt = prompt_of_ids(range(LENGTH), [IdSpan(3 * PAGE, LENGTH - 1, "chunk")])
     load = Load("r", prompt, "frequency", 0.15, "", tuple(BLOCKS), exact, LENGTH - 1, exact)
     mine = buffers(LENGTH)
-    inner: Any = SimpleNamespace(take=lambda ids, exact, room: (mine, 0))
-    given, count = PagedMemory(inner, pages, load).take(prompt.ids_array, 3 * PAGE, 0)
+    inner: Any = SimpleNamespace(take=lambda ids, exact, room, memory: (mine, 0), bytes_for=lambda ids, room: 64)
+    memory = PagedMemory(inner, pages, load, PromptRoom(torch.device("cpu")))
+    given, count = memory.take(prompt.ids_array, 3 * PAGE, 0)
     assert (given, count) == (mine, kept)
     for layer in range(LAYERS):
         for there, wanted in zip((mine.key_rows[layer], mine.value_rows[layer]), rows[layer], strict=True):

@@ -13,15 +13,16 @@ from typing import Any
 
 import pytest
 
-from cachetune_rag import CacheTune, ModelLoadError, UnsupportedModelError
+from cachetune_rag import CacheTune, ConfigError, ModelLoadError, UnsupportedModelError
 from cachetune_rag.model.heads import ALL_HEADS
 from cachetune_rag.reuse.config import resolve
 from cachetune_rag.selection import selector_names
 from cachetune_vllm.messages import Hello
+from cachetune_vllm.prompt_memory import KEPT_FREE, SLACK, left_by_vllm, needed_for, room_in, settled
 from cachetune_vllm.recognition import Recognition
 from cachetune_vllm.resting import ASKS_FOR, rest_between_steps
 from cachetune_vllm.settings import ServerSettings
-from cachetune_vllm.start import KEPT_FREE, Started, settled_ratios, start_worker, tokens_that_fit, unsupported
+from cachetune_vllm.start import Started, settled_ratios, start_worker, unsupported
 from cachetune_vllm.warm_up import expected, warm_up
 from tests import tiny
 
@@ -29,10 +30,52 @@ ROW = 128 << 10
 """Bytes of a token's keys and values in a model of Llama-3.1-8B's shape."""
 
 
-@pytest.mark.parametrize(("free", "tokens"), [(0, 0), (KEPT_FREE, 0), (KEPT_FREE + (10 << 30), 49152)])
-def test_prompts_fit_into_what_vllm_leaves_free(free: int, tokens: int) -> None:
-    assert tokens_that_fit(free, ROW) == tokens
-    assert tokens_that_fit(free + (2 << 30), ROW, chunks=2 << 30) == tokens
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(("left", "tokens"), [(0, 0), (KEPT_FREE, 0), (KEPT_FREE + 10 * GIB, 49152)])
+def test_prompts_fit_into_what_vllm_leaves_free(left: int, tokens: int) -> None:
+    assert room_in(left) // ROW == tokens
+    assert room_in(left + 2 * GIB, chunks=2 * GIB) // ROW == tokens
+    assert room_in(needed_for(tokens * ROW, chunks=GIB), chunks=GIB) // ROW == tokens
+
+
+def test_what_vllm_has_not_taken_yet_of_its_share_is_its_own() -> None:
+    assert left_by_vllm(30 * GIB, 100 * GIB, 0.75) == 25 * GIB
+    assert left_by_vllm(20 * GIB, 100 * GIB, 0.75) == 20 * GIB  # somebody else is on the card
+    assert left_by_vllm(30 * GIB, 100 * GIB, None) == 30 * GIB  # --kv-cache-memory-bytes
+
+
+@pytest.mark.parametrize(
+    ("asked", "left", "at_once", "room"),
+    [
+        ("auto", 80 * GIB, 2, 8 * GIB + 2 * SLACK),
+        ("auto", 80 * GIB, 1, 4 * GIB + SLACK),
+        ("auto", 11 * GIB, 2, 6 * GIB),
+        ("5GiB", 80 * GIB, 2, 5 * GIB),
+        (0.5 * GIB, 80 * GIB, 2, GIB // 2),
+    ],
+)
+def test_prompts_take_two_of_the_longest_at_most_or_what_the_operator_says(
+    asked: Any, left: int, at_once: int, room: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = asked if isinstance(asked, str) else int(asked)
+    found = settled(asked, left=left, total=96 * GIB, chunks=0, row_bytes=ROW, longest=32768, at_once=at_once)
+    assert found == room
+    warned = [each for each in caplog.messages if "are left to vLLM" in each]
+    assert bool(warned) == (room < 4 * GIB)  # the longest prompt of the server needs as much
+    assert not warned or "What helps: prompt_memory 4 GiB" in warned[0]
+
+
+def test_a_server_says_at_its_start_what_its_longest_prompts_lack(caplog: pytest.LogCaptureFixture) -> None:
+    given = {"chunks": 0, "row_bytes": ROW, "longest": 32768, "at_once": 2}
+    assert settled("auto", left=4 * GIB, total=96 * GIB, **given) // ROW == 14745
+    (said,) = (each for each in caplog.messages if "are left to vLLM" in each)
+    # 4 GiB are 60% of 6.7 GiB, and 1 GiB is kept free: 7.7 of 96 GiB.
+    assert "more than 14745 tokens" in said
+    assert "--gpu-memory-utilization 0.92, by which vLLM leaves 7.667 GiB of the GPU and not 4 GiB" in said
+    with pytest.raises(ConfigError, match=r"prompt_memory is '4GiB'.* may take 1.8 GiB: .* let vLLM leave 7.667 GiB"):
+        settled("4GiB", left=4 * GIB, total=96 * GIB, **given)
 
 
 def config(**options: Any) -> Any:

@@ -15,6 +15,7 @@ import torch
 from cachetune_rag.concurrency.model_lock import ModelLock
 from cachetune_rag.errors import CacheTuneError
 from cachetune_rag.model.heads import ALL_HEADS
+from cachetune_rag.reuse.prompt_room import PromptRoom
 from cachetune_rag.text.recognising.id_spans import IdSpan, prompt_of_ids
 from cachetune_vllm.messages import Load, ToWorkers
 from cachetune_vllm.pace import OwnPace
@@ -46,7 +47,8 @@ def engines() -> Iterator[Engines]:
 @pytest.fixture
 def worker(engines: Engines) -> Iterator[ReuseWorker]:
     pages: Any = SimpleNamespace(worth_reading=lambda count: count > PAGE, block_size=PAGE)
-    made = ReuseWorker(engines, pages, torch.device("cpu"), ALL_HEADS, OwnPace(apart=True), ModelLock())
+    device = torch.device("cpu")
+    made = ReuseWorker(engines, pages, device, ALL_HEADS, OwnPace(apart=True), ModelLock(), PromptRoom(device))
     yield made
     engines.go_on.release(9)
     made.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,24 +26,42 @@ class KVBuffers:
         length: tokens of the prompt.
         dtype, device: dtype and device of the memory, which is not initialised.
         room: number of rows behind the prompt's, for tokens of an answer. They are in no view.
+        memory: uint8 of `size_of` bytes, to be used; None takes memory of its own.
 
     Attributes:
         key_rows, value_rows: of each layer, [length, kv_heads, head_dim].
     """
 
     def __init__(
-        self, specs: Sequence[LayerSpec], length: int, dtype: torch.dtype, device: torch.device, room: int = 0
+        self,
+        specs: Sequence[LayerSpec],
+        length: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        room: int = 0,
+        memory: Tensor | None = None,
     ):
         self.length, self.room = length, room
         self.dtype, self.device, self._specs = dtype, device, list(specs)
-        self._allocate()
+        self._allocate(memory)
 
-    def _allocate(self) -> None:
+    @staticmethod
+    def size_of(specs: Sequence[LayerSpec], rows: int, dtype: torch.dtype) -> int:
+        """Bytes that buffers of so many rows take, `room` included."""
+        return rows * _row_bytes(specs, dtype)
+
+    def _allocate(self, memory: Tensor | None = None) -> None:
         rows = self.length + self.room
         key_shapes = [(rows, s.heads, s.head_dim) for s in self._specs]
         value_shapes = [(rows, s.heads, s.v_head_dim) for s in self._specs]
-        self._keys, self._all_keys, self.key_rows = _empty(key_shapes, self.length, self.dtype, self.device)
-        self._values, self._all_values, self.value_rows = _empty(value_shapes, self.length, self.dtype, self.device)
+        if memory is None:
+            keys, values = (_empty(shapes, self.dtype, self.device) for shapes in (key_shapes, value_shapes))
+        else:
+            numbers = memory[: self.size_of(self._specs, rows, self.dtype)].view(self.dtype)
+            count = sum(math.prod(shape) for shape in key_shapes)
+            keys, values = _parts(numbers[:count], key_shapes), _parts(numbers[count:], value_shapes)
+        self._keys, self._all_keys, self.key_rows = _shown(*keys, self.length)
+        self._values, self._all_values, self.value_rows = _shown(*values, self.length)
 
     def grow(self, room: int) -> None:
         """Make room for `room` more tokens. All rows are copied, which takes twice the memory for a moment."""
@@ -74,7 +93,7 @@ class KVBuffers:
     @property
     def row_bytes(self) -> int:
         """Bytes that one token takes, over all layers."""
-        return sum(s.heads * (s.head_dim + s.v_head_dim) for s in self._specs) * self.dtype.itemsize
+        return _row_bytes(self._specs, self.dtype)
 
     def fill_first(self, count: int, other: KVBuffers) -> None:
         """Copy the first `count` rows of other buffers of the same model here."""
@@ -194,15 +213,33 @@ class _ScatterLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name before transformers 5.24
 
 
-def _empty(
-    shapes: Sequence[tuple[int, ...]], shown: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
-    """Uninitialised tensors, and views of their first `shown` rows. On a GPU, tensors of equal shape are one piece (the first
-    result), because each allocation takes time.
-    """
+def _row_bytes(specs: Sequence[LayerSpec], dtype: torch.dtype) -> int:
+    return sum(s.heads * (s.head_dim + s.v_head_dim) for s in specs) * dtype.itemsize
+
+
+_Pieces = tuple[Tensor | None, list[Tensor]]
+"""Tensors, and before them the one piece that all of them are parts of, if their shapes are equal."""
+
+
+def _empty(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> _Pieces:
+    """Uninitialised tensors. On a GPU, tensors of equal shape are one piece, because each allocation takes time."""
     if device.type == "cuda" and len(set(shapes)) == 1:
         whole = torch.empty(len(shapes), *shapes[0], dtype=dtype, device=device)
-        every = list(whole.unbind())
-        return whole, every, every if shown == shapes[0][0] else list(whole[:, :shown].unbind())
-    every = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
-    return None, every, [rows[:shown] for rows in every]
+        return whole, list(whole.unbind())
+    return None, [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+
+
+def _parts(numbers: Tensor, shapes: Sequence[tuple[int, ...]]) -> _Pieces:
+    """As `_empty`, in memory that is there already: one behind the other."""
+    if numbers.device.type == "cuda" and len(set(shapes)) == 1:
+        whole = numbers.view(len(shapes), *shapes[0])
+        return whole, list(whole.unbind())
+    pieces = numbers.split([math.prod(shape) for shape in shapes])
+    return None, [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+
+def _shown(whole: Tensor | None, every: list[Tensor], shown: int) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+    """Tensors, and views of their first `shown` rows."""
+    if all(rows.shape[0] == shown for rows in every):
+        return whole, every, every
+    return whole, every, [rows[:shown] for rows in every] if whole is None else list(whole[:, :shown].unbind())

@@ -1,0 +1,34 @@
+"""What a response says of its prompt (`kv_transfer_params`), from the engine's report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cachetune_rag.report import Report
+from cachetune_vllm.reasons import Left
+
+_SHOWN = (
+    "prompt_tokens", "reused", "recomputed", "missed", "bytes_read", "ratio", "selector", "ttft", "timings", "prefix_kept", "damaged",
+    "unreadable", "timed_out", "storing", "unstored", "skipped", "prediction", "continued", "advice",
+)  # fmt: skip
+"""The fields of a report that a response shows. None of them names a document, a path or another request."""
+
+
+def nothing_reused(left: Left) -> dict[str, Any]:
+    """What is said of a prompt that is left to vLLM."""
+    return {"reused": 0, "left": left.value}
+
+
+def why_nothing(report: Report) -> Left:
+    """Why nothing of a prompt was reused, by what its lookup found."""
+    if report.damaged or report.unreadable or report.timed_out:
+        return Left.FAILED
+    if report.prediction is not None and report.prediction.taken is None:
+        return Left.BOUND
+    return Left.ALL_RECOMPUTED if report.recomputed else Left.MISSED
+
+
+def shown(report: Report) -> dict[str, Any]:
+    """A report as a response has it."""
+    said = report.as_dict()
+    return {name: said[name] for name in _SHOWN}

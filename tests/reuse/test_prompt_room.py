@@ -1,0 +1,171 @@
+"""The one piece of memory that prompts are put together in: who has which part of it, and what waits for what before it is used again."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from cachetune_rag.model import KVBuffers
+from cachetune_rag.reuse import prompt_room
+from cachetune_rag.reuse.prompt_room import ALIGNED, KEPT_FREE, NoRoomError, PromptRoom
+from cachetune_store import LayerSpec
+
+CPU = torch.device("cpu")
+K = 8 * ALIGNED
+
+
+def test_two_prompts_have_the_two_ends_and_no_third_one_has_a_part() -> None:
+    room = PromptRoom(CPU, 10 * K)
+    room.give_back(room.take(3 * K))
+    assert room.size < 6 * K
+    one = room.take(2 * K)
+    with pytest.raises(NoRoomError, match="beside the prompts before it"):
+        room.take(4 * K)  # it never grows while a prompt has a part
+    room.give_back(one)
+    one = room.take(2 * K)  # grows for the two that did not fit together
+    assert room.size >= 6 * K
+    room.give_back(one)
+    one, two = room.take(5 * K), room.take(K)
+    one.memory.fill_(1)
+    two.memory.fill_(2)
+    assert int(one.memory.min()) == 1
+    with pytest.raises(NoRoomError):
+        room.take(ALIGNED)
+    room.give_back(one)
+    three = room.take(4 * K)
+    three.memory.fill_(3)
+    assert int(two.memory.max()) == 2
+    assert room.parts == 2
+
+
+def test_it_stays_within_its_bound_and_grows_in_few_steps() -> None:
+    room, sizes = PromptRoom(CPU, 1000 * K + 5), set()
+    for size in itertools.chain(range(K, 1000 * K, 7 * K), range(1000 * K, K, -50 * K)):
+        room.give_back(room.take(size))
+        sizes.add(room.size)
+    assert len(sizes) <= prompt_room.STEPS
+    assert max(sizes) <= 1000 * K + 5
+    with pytest.raises(NoRoomError, match="its keys and values take 4 MiB, and prompts may take 4 MiB"):
+        room.take(1001 * K)
+    assert room.parts == 0
+
+
+@pytest.mark.parametrize("value_dim", [8, 16, 4])
+@pytest.mark.parametrize("room", [0, 3])
+def test_buffers_in_given_memory_are_as_others(value_dim: int, room: int) -> None:
+    for specs in ([LayerSpec(2, 8, value_dim)] * 3, [LayerSpec(2, 8, value_dim), LayerSpec(1, 4, 8)]):
+        size = KVBuffers.size_of(specs, 5 + room, torch.float32)
+        memory = torch.zeros(size + 64, dtype=torch.uint8)
+        other = KVBuffers(specs, 5, torch.float32, CPU, room)
+        made = KVBuffers(specs, 5, torch.float32, CPU, room, memory)
+        assert made.row_bytes == other.row_bytes
+        numbers = itertools.count(1)
+        for mine, theirs in zip((*made.key_rows, *made.value_rows), (*other.key_rows, *other.value_rows), strict=True):
+            assert mine.shape == theirs.shape
+            number = next(numbers)
+            mine.fill_(number)
+            theirs.fill_(number)
+        numbers = itertools.count(1)
+        for rows in (*made.key_rows, *made.value_rows):  # nothing lies over anything else
+            assert bool((rows == next(numbers)).all())
+        assert bool((memory[size:] == 0).all())
+        made.fill_first(4, other)
+        other.fill_first(4, made)
+        made.grow(10)  # into memory of their own
+        assert bool((made.key_rows[0] == 1).all())
+
+
+class Stream:
+    """Knows which events come before what it is given next: its own, and those that it waited for, with all that came before these."""
+
+    def __init__(self, name: str):
+        self.name, self.behind = name, set[str]()
+
+    def wait_event(self, event: Any) -> None:
+        self.behind |= event.behind
+
+    def record_event(self) -> Any:
+        name = f"{self.name} {len(EVENTS)}"
+        self.behind.add(name)
+        behind = frozenset(self.behind)
+        event = SimpleNamespace(name=name, behind=behind, synchronize=lambda: DONE.update(behind))
+        EVENTS.append(event)
+        return event
+
+
+EVENTS: list[Any] = []
+DONE: set[str] = set()
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A card of so many bytes; `gpu.stream` is the current stream. Memory is the host's."""
+    state = SimpleNamespace(stream=Stream("a"), free=100 * K + KEPT_FREE, held=0, emptied=0, full=False)
+    make = torch.empty
+
+    def empty(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        if state.full:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        state.held = size
+        return make(size, dtype=dtype)
+
+    def emptied() -> None:
+        assert all(event.name in DONE for event in EVENTS), "memory is given away before all that uses it is done"
+        state.emptied += 1
+
+    EVENTS.clear()
+    DONE.clear()
+    monkeypatch.setattr(prompt_room.torch, "empty", empty)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: state.stream)
+    monkeypatch.setattr(torch.cuda, "empty_cache", emptied)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (state.free, 1 << 40))
+    return state
+
+
+def test_on_a_gpu_a_part_waits_for_all_that_was_queued_for_the_parts_before(gpu: Any) -> None:
+    computing, placing = Stream("computing"), Stream("placing")
+    room = PromptRoom(torch.device("cuda"), 100 * K)
+    gpu.stream = computing
+    room.give_back(room.take(90 * K))  # as large as it becomes
+    first = room.take(30 * K)
+    gpu.stream = placing  # the next prompt is begun
+    second = room.take(30 * K)
+    assert {event.name for event in EVENTS} <= placing.behind
+    gpu.stream = computing
+    room.give_back(first)
+    gpu.stream = placing
+    third = room.take(30 * K)
+    assert {event.name for event in EVENTS} <= placing.behind
+    gpu.stream = computing
+    before = len(EVENTS)
+    room.give_back(second)
+    assert {event.name.split()[0] for event in EVENTS[before:]} == {"computing", "placing"}
+    room.give_back(third)
+    room.take(80 * K)  # of the memory of both
+    assert {event.name for event in EVENTS} <= computing.behind
+
+
+def test_on_a_gpu_it_grows_only_if_memory_stays_free_and_when_nothing_uses_it_any_more(gpu: Any) -> None:
+    room = PromptRoom(torch.device("cuda"), 100 * K)
+    one = room.take(10 * K)
+    with pytest.raises(NoRoomError):
+        room.take(60 * K)
+    room.give_back(one)
+    gpu.free = 30 * K + KEPT_FREE
+    one = room.take(28 * K)  # there is no memory for two, so for this one alone
+    assert room.size <= 30 * K
+    room.give_back(one)
+    gpu.free = 29 * K + KEPT_FREE
+    with pytest.raises(NoRoomError, match="no room for now"):
+        room.take(40 * K)
+    assert room.parts == room.size == 0
+    gpu.full = True
+    with pytest.raises(NoRoomError, match="no room for now"):
+        room.take(20 * K)
+    gpu.full = False
+    room.take(20 * K)
+    assert gpu.emptied > 0
