@@ -99,7 +99,7 @@ class CacheTuneConnector(KVConnectorBase_V1):
         """See the base class."""
         if self._scheduler is None:
             return ToWorkers()
-        return self._scheduler.to_workers(idle=not scheduler_output.total_num_scheduled_tokens)
+        return self._scheduler.to_workers(scheduler_output.total_num_scheduled_tokens)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """See the base class."""

@@ -107,12 +107,14 @@ class ToWorkers(KVConnectorMetadata):
         missed: chunks to store.
         given_up: requests that ended while their prompt was being put together.
         idle: vLLM has nothing to compute in this step.
+        step: the number of a step that is timed; None where it isn't.
     """
 
     loads: tuple[Load, ...] = ()
     missed: tuple[Missed, ...] = ()
     given_up: frozenset[str] = frozenset()
     idle: bool = False
+    step: int | None = None
 
 
 @dataclass
@@ -122,12 +124,15 @@ class FromWorker(KVConnectorWorkerMetadata):
     Attributes:
         reports: of the prompts that were put together, or left alone: by request id, fields that fit into JSON.
         storing: of the requests in `ToWorkers.missed`: by request id, how many chunks will be stored, and how many not.
+        step: the number of the step whose outcome this comes with.
     """
 
     reports: dict[str, dict[str, Any]] = field(default_factory=dict)
     storing: dict[str, dict[str, int]] = field(default_factory=dict)
+    step: int | None = None
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """Keep one report a prompt, the first worker's: workers that share a model's heads put the same prompts together."""
         assert isinstance(other, FromWorker)
-        return FromWorker({**other.reports, **self.reports}, {**other.storing, **self.storing})
+        step = other.step if self.step is None else self.step
+        return FromWorker({**other.reports, **self.reports}, {**other.storing, **self.storing}, step)

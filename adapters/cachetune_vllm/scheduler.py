@@ -6,6 +6,7 @@ Nothing here touches the model. vLLM calls it from the loop that plans each step
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,13 +15,14 @@ from cachetune_rag.reuse.worth import stored_tokens
 from cachetune_rag.text.recognising.id_spans import without_beginning
 from cachetune_vllm.beam_search import is_beam
 from cachetune_vllm.logs import logger
+from cachetune_vllm.measured import Measured
 from cachetune_vllm.messages import FromWorker, Hello, Load, Missed, ToWorkers
 from cachetune_vllm.metrics import ReuseStats
 from cachetune_vllm.page_hashes import CachedPages, salt_hashes, salt_of
 from cachetune_vllm.reasons import Left
 from cachetune_vllm.recognition import Recognised
 from cachetune_vllm.settings import REQUEST_KEY, RequestSettings, RequestSettingsError, ServerSettings
-from cachetune_vllm.worthwhile import Worthwhile
+from cachetune_vllm.worthwhile import Worthwhile, kind_of
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -43,6 +45,7 @@ class _Reusing:
         salted: whether its pages have hashes of their own: it was decided that it reuses its chunks.
         exact: how many of its first tokens are computed without reuse, so that their pages keep their hashes.
         loading: whether its prompt is being put together.
+        cached: how many of its first tokens vLLM had in its prefix cache when that was decided.
         alone: whether vLLM computes the prompt in the end, because putting it together came to nothing.
         report: its report, once there is one.
     """
@@ -54,6 +57,7 @@ class _Reusing:
     salted: bool = False
     exact: int = 0
     loading: bool = False
+    cached: int = 0
     alone: bool = False
     report: dict[str, Any] = field(default_factory=dict)
 
@@ -66,15 +70,24 @@ class ReuseScheduler:
         hello: what the workers say of their model.
         block_size: tokens in a page of vLLM's cache.
         recognise: finds chunks in token ids; not called if the workers refuse their model.
+        clock: gives seconds that only grow.
 
     Attributes:
         pages: which pages vLLM's prefix cache has.
         stats: what was counted since vLLM last asked.
     """
 
-    def __init__(self, settings: ServerSettings, hello: Hello, block_size: int, recognise: Recognise):
+    def __init__(
+        self,
+        settings: ServerSettings,
+        hello: Hello,
+        block_size: int,
+        recognise: Recognise,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self._settings, self._hello, self._block_size, self._recognise = settings, hello, block_size, recognise
-        self._worthwhile = Worthwhile(settings, hello)
+        self._measured = Measured(clock, hello.least_reused)
+        self._worthwhile = Worthwhile(settings, hello, self._measured)
         if hello.refusal is None and (why := self._worthwhile.why_server_reuses_nothing) is not None:
             _log.warning("no chunks are reused for requests that give no ratio or selector of their own: %s", why)
         self.pages = CachedPages()
@@ -153,15 +166,27 @@ class ReuseScheduler:
         )  # fmt: skip
         reusing.loading = True
         self._loading += 1
+        prompt, cached = reusing.found.prompt, end - count
+        self._measured.load_begins(
+            request.request_id,
+            kind_of(settings),
+            stored_tokens(prompt, missing=reusing.found.missing),
+            len(prompt.ids) - cached,
+            # Neither what makes an explanation, nor a prompt of which vLLM has found more pages since.
+            typical=not settings.explain and cached == reusing.cached,
+        )
 
-    def to_workers(self, idle: bool) -> ToWorkers:
-        """What the workers are told with this step."""
-        message = ToWorkers(tuple(self._loads), tuple(self._missed), frozenset(self._given_up), idle)
+    def to_workers(self, tokens: int) -> ToWorkers:
+        """What the workers are told with a step in which vLLM computes so many tokens."""
+        step = self._measured.step_begins(tokens) if tokens else None
+        message = ToWorkers(tuple(self._loads), tuple(self._missed), frozenset(self._given_up), not tokens, step)
         self._loads, self._missed, self._given_up = [], [], set()
         return message
 
     def reported(self, told: FromWorker) -> None:
-        """Take in what workers say of prompts."""
+        """Take in what workers say of prompts and steps."""
+        if told.step is not None:
+            self._measured.step_ends(told.step)
         for request_id, report in told.reports.items():
             left = "left" in report
             if left:
@@ -186,6 +211,8 @@ class ReuseScheduler:
             reusing = self._requests.get(request_id)
             if reusing is not None:
                 reusing.loading = False
+            ready = reusing is not None and bool(reusing.report) and not reusing.alone
+            self._measured.load_ends(request_id, int(reusing.report["reused"]) if reusing and ready else None)
 
     def take_stats(self) -> ReuseStats | None:
         """What was counted since the last call; None if nothing was."""
@@ -237,7 +264,7 @@ class ReuseScheduler:
         prompt = without_beginning(found.prompt, computed)
         reusing.found = Recognised(prompt, found.missing)
         first = max(computed, min(span.start for span in prompt.spans)) // self._block_size
-        reusing.exact, reusing.salted = first * self._block_size, True
+        reusing.exact, reusing.salted, reusing.cached = first * self._block_size, True, computed
         salt_hashes(request.block_hashes, first, salt_of(prompt, settings))
         return True
 

@@ -40,7 +40,7 @@ class ServerSettings:
         max_kl, min_top1: the bound that requests keep which give neither a ratio nor a bound, by what `calibrate` predicts; see
             `docs/calibration.md`.
         least_reused: prompts for which reuse would save fewer tokens are left to vLLM, which reads them as fast. "auto": what
-            `cachetune_rag.reuse.worth` says for the device.
+            the server measures of itself decides (`measured.py`), and before that what `cachetune_rag.reuse.worth` says for the device.
         loads_at_once: prompts that may wait for their keys and values at the same time, each with its pages of vLLM's cache.
         prompt_memory: bytes of the device that the keys and values of the prompts at hand take at most; "auto": those of two of the server's longest
             prompts, as far as vLLM leaves room.

@@ -95,6 +95,7 @@ class ReuseWorker:
         self._given_up: set[str] = set()
         self._reports: dict[str, dict[str, Any]] = {}
         self._storing: dict[str, dict[str, int]] = {}
+        self._step: int | None = None
         self._thread: threading.Thread | None = None
 
     # -- called by vLLM's loop -----------------------------------------------------------------------------------
@@ -102,6 +103,7 @@ class ReuseWorker:
     def start(self, told: ToWorkers) -> None:
         """Begin to put prompts together; nothing is waited for."""
         self._set_busy(not told.idle)
+        self._step = told.step
         self._given_up |= told.given_up & self._waiting
         for missed in told.missed:
             self._hand_over(missed)
@@ -141,11 +143,12 @@ class ReuseWorker:
         return failed
 
     def report(self) -> FromWorker | None:
-        """What was done since the last call; None if nothing was."""
+        """What was done since the last call, and whose step is over; None if there is nothing to say."""
         reports, self._reports = self._reports, {}
+        step, self._step = self._step, None
         with self._changed:
             storing, self._storing = self._storing, {}
-        return FromWorker(reports, storing) if reports or storing else None
+        return FromWorker(reports, storing, step) if reports or storing or step is not None else None
 
     def close(self) -> None:
         """End the thread and wait for its end. Prompts that still wait are given up."""

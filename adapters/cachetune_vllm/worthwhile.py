@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from cachetune_rag.reuse.config import AUTO
-from cachetune_rag.reuse.worth import WorthLimits, savings_of
+from cachetune_rag.reuse.worth import Savings, WorthLimits, savings_of, stored_tokens
 from cachetune_rag.selection import get_selector, names
+from cachetune_vllm.measured import Measured, shown
 from cachetune_vllm.messages import Hello
 from cachetune_vllm.reasons import Left
 from cachetune_vllm.recognition import Recognised
@@ -17,14 +20,16 @@ class Worthwhile:
     Args:
         settings: the server's.
         hello: what the workers say of their device.
+        measured: how long vLLM and reuse take in this server.
     """
 
-    def __init__(self, settings: ServerSettings, hello: Hello):
+    def __init__(self, settings: ServerSettings, hello: Hello, measured: Measured):
         self._ratios, self._tenant = hello.ratios, settings.tenant
         self._settings = settings
         least = settings.least_reused
         # An operator who gives a number of tokens decides by that alone.
         self._limits = WorthLimits(hello.least_reused) if isinstance(least, str) else WorthLimits(least, 0.0)
+        self._measured = measured if isinstance(least, str) else None
 
     def ratio(self, settings: RequestSettings) -> float:
         """The share of its chunks that a request recomputes, as far as that is known before its chunks are opened."""
@@ -67,15 +72,38 @@ class Worthwhile:
             cached: tokens at the start of its prompt that vLLM has in its prefix cache.
         """
         assert found.prompt is not None
-        ratio = self.ratio(settings)
-        savings = savings_of(
-            found.prompt, ratio, cached=cached, missing=found.missing, limits=self._limits, twice=settings.bounded
-        )
-        if savings.worthwhile:
+        why = self._why_left(found, settings, cached)
+        if why is None:
             return None, None
         if all(span.chunk in found.missing for span in found.prompt.spans):
             return Left.MISSED, "none of the chunks that the request names is stored"
-        without_cache = savings_of(
-            found.prompt, ratio, missing=found.missing, limits=self._limits, twice=settings.bounded
-        )
-        return (Left.CACHED if without_cache.worthwhile else Left.FEW), savings.reason
+        return (Left.CACHED if self._why_left(found, settings, 0) is None else Left.FEW), why
+
+    def _why_left(self, found: Recognised, settings: RequestSettings, cached: int) -> str | None:
+        """Why reuse wouldn't make a request faster; None if it would."""
+        prompt = found.prompt
+        assert prompt is not None
+
+        def savings(limits: WorthLimits) -> Savings:
+            return savings_of(
+                prompt, self.ratio(settings), cached=cached, missing=found.missing, limits=limits, twice=settings.bounded
+            )  # fmt: skip
+
+        spared = savings(replace(self._limits, least_reused=0))
+        if spared.worthwhile and self._measured is not None:
+            stored = stored_tokens(prompt, cached, found.missing)
+            computed = spared.to_compute - spared.spared
+            times = self._measured.times(kind_of(settings), stored, computed, spared.to_compute)
+            if times is not None:
+                reuse, plain = times
+                if reuse < plain:
+                    return None
+                ours, theirs = shown(times)
+                return f"reuse would take {ours} and vLLM {theirs}, by what this server took lately"
+        return savings(self._limits).reason
+
+
+def kind_of(settings: RequestSettings) -> str:
+    """Requests of one kind choose their tokens in the same way, so it takes as long for prompts of one length."""
+    name = names.DEFAULT if settings.selector == "auto" else settings.selector
+    return f"{name}, bounded" if settings.bounded else name

@@ -16,6 +16,7 @@ from cachetune_rag import CacheTune
 from cachetune_rag.text.prompts.segments import Prompt, Span
 from cachetune_rag.text.recognising.id_spans import without_beginning
 from cachetune_vllm.engines import Engines
+from cachetune_vllm.measured import Measured
 from tests import tiny
 from tests.vllm.conftest import TinyVLLM
 
@@ -297,6 +298,80 @@ def test_a_prompt_that_vllm_has_cached_is_left_to_it(served: Served) -> None:
     assert [list(out.outputs[0].token_ids)] == plain
     page = served.tiny.llm.llm_engine.vllm_config.cache_config.block_size
     assert out.num_cached_tokens == len(prompt.ids) // page * page
+
+
+def steps_of(served: Served, prompt: Prompt, monkeypatch: pytest.MonkeyPatch, **asked: Any) -> list[Any]:
+    """What vLLM plans and runs for one request alone: the tokens of each step, and what the connector's worker is told with it."""
+    core = served.tiny.llm.llm_engine.engine_core.engine_core
+    steps: list[Any] = []
+    schedule, execute = core.scheduler.schedule, core.model_executor.execute_model
+
+    def noted(*given: Any) -> Any:
+        planned = schedule(*given)
+        told = planned.kv_connector_metadata
+        nothing = told is None or not (told.loads or told.missed or told.given_up)
+        steps.append(("planned", list(planned.num_scheduled_tokens.values()), nothing))
+        return planned
+
+    def run(planned: Any, *more: Any, **others: Any) -> Any:
+        steps.append(("run", planned.total_num_scheduled_tokens))
+        return execute(planned, *more, **others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(core.scheduler, "schedule", noted)
+        patch.setattr(core.model_executor, "execute_model", run)
+        (out,) = served.ask([prompt], more={"max_tokens": 3}, **asked)
+    if asked:
+        steps.append(report(out)["left"])
+    return steps
+
+
+def test_a_request_that_is_left_to_vllm_takes_the_steps_that_it_takes_without_the_connector(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few, other = prompt_of(CHUNKS[:1], "Too few?"), prompt_of(["x" * len(CHUNKS[0])], "Too few?")
+    steps = [("planned", [len(few.ids)], True), ("run", len(few.ids)), *[("planned", [1], True), ("run", 1)] * 2]
+    settings = {"selector": "frequency", "ratio": 0.95}  # 5 tokens would be spared
+    assert steps_of(served, few, monkeypatch, **settings) == [*steps, "few"]
+    assert steps_of(served, other, monkeypatch, **settings) == [*steps, "nothing found"]
+    # Its pages are those of any request, and found by one that knows nothing of reuse.
+    assert served.ask([few], reuse=False)[0].num_cached_tokens == len(few.ids) // PAGE * PAGE > 0
+    served.tiny.llm.reset_prefix_cache()
+    with monkeypatch.context() as without:
+        without.setattr(served.scheduler, "connector", None)
+        for module in ("gpu_model_runner", "kv_connector_model_runner_mixin"):
+            without.setattr(f"vllm.v1.worker.{module}.has_kv_transfer_group", lambda: False)
+        assert steps_of(served, few, monkeypatch) == steps
+    served.assert_nothing_left_behind()
+
+
+def test_the_outcome_of_every_step_and_prompt_is_heard_of_in_order(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is measured of them decides over later requests."""
+    begun: list[int] = []
+    heard: list[tuple[str, Any]] = []
+    begin, end, load_end = Measured.step_begins, Measured.step_ends, Measured.load_ends
+
+    def begins(self: Measured, tokens: int) -> int:
+        begun.append(begin(self, tokens))
+        return begun[-1]
+
+    def ends(self: Measured, number: int) -> None:
+        heard.append(("step", number))
+        end(self, number)
+
+    def load_ends(self: Measured, request_id: str, reused: int | None) -> None:
+        heard.append(("load", reused))
+        load_end(self, request_id, reused)
+
+    monkeypatch.setattr(Measured, "step_begins", begins)
+    monkeypatch.setattr(Measured, "step_ends", ends)
+    monkeypatch.setattr(Measured, "load_ends", load_ends)
+    (out,) = served.ask([shuffled(95)], more={"max_tokens": 2}, selector="frequency", ratio=0.15)
+    served.ask([shuffled(96)], more={"max_tokens": 2}, reuse=False)
+    assert heard == [("load", report(out)["reused"]), *(("step", number) for number in begun)]
+    assert len(begun) == 4
 
 
 def test_named_chunks_that_are_all_missed_are_stored_behind_the_request(served: Served) -> None:

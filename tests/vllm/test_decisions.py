@@ -76,7 +76,9 @@ def left(
     ("what", "cached", "reason"),
     [
         (found(4000, (100, 3000)), 0, None),
-        (found(4000, (100, 1200)), 0, "few"),  # 935 tokens would be spared
+        (found(2140, (20, 2068)), 0, None),  # 1,740 tokens would be spared
+        (found(2140, (20, 2068)), 528, "cached"),  # 1,309
+        (found(1100, (20, 1044)), 0, "few"),  # 870
         (found(8000, (100, 1900)), 0, "few"),  # 19% of the tokens
         (found(4000, (100, 3000)), 2000, "cached"),
         (found(4000, (100, 3000)), 96, None),
@@ -114,7 +116,7 @@ def test_what_only_vllm_computes_is_passed_on_as_it_is_and_counted(given: dict[s
     made.arrived(one)
     assert made.matched(one, 0) == (0, False)
     assert one.block_hashes == before
-    assert made.to_workers(idle=False).loads == ()
+    assert made.to_workers(64).loads == ()
     report = made.finished(one)
     # vLLM reads a request's settings from its sampling parameters, which a pooling request doesn't have.
     assert report == (None if reason == "pooling" else {"cachetune": {"reused": 0, "left": reason}})
@@ -127,6 +129,97 @@ def test_an_operator_says_from_how_many_tokens_on_reuse_pays() -> None:
     assert left(found(8000, (100, 1900)), least_reused=1500) is None
     assert left(found(8000, (100, 1900)), least_reused=1600)["left"] == "few"
     assert "1530 tokens, and least_reused is 1600" in left(found(8000, (100, 1900)), least_reused=1600)["why"]
+
+
+class Timed:
+    """A scheduler whose clock is the test's, in a server that reads 40 tokens a millisecond beside 10 ms a step."""
+
+    def __init__(self, what: Recognised, **settings: Any):
+        self.now, self.what = 0.0, what
+        self.made = ReuseScheduler(
+            ServerSettings.of({"store": "kv", **settings}), GPU, PAGE, lambda ids, asked: self.what, lambda: self.now
+        )
+
+    def step(self, tokens: int, seconds: float, told: FromWorker | None = None) -> None:
+        planned = self.made.to_workers(tokens)
+        assert (planned.step is None) == planned.idle == (not tokens)
+        self.now += seconds
+        self.made.reported(replace(told or FromWorker(), step=planned.step))
+
+    def reads(self) -> Timed:
+        """It has answered requests without reuse."""
+        for tokens in (1, 512, 2048) * 3:
+            self.step(tokens, 0.01 + tokens / 40_000)
+        return self
+
+    def reuses(self, seconds: float, reused: int = 3230, cached: int = 0) -> Timed:
+        """A request that reuses takes so long to be put together, which takes vLLM some empty steps."""
+        one = request(4000)
+        self.made.arrived(one)
+        assert self.made.matched(one, cached) == (3999 - cached, True)
+        self.made.allocated(one, range(250), 3999 - cached)
+        self.step(0, seconds / 2)
+        self.step(0, seconds / 2, FromWorker({"r": {"reused": reused}}))
+        self.made.loaded({"r"})
+        self.step(1, 0.01)
+        self.made.finished(one)
+        return self
+
+    def decides(self, cached: int = 0) -> Any:
+        """Why the next request is left to vLLM; None if it reuses."""
+        one = request(4000)
+        self.made.arrived(one)
+        if self.made.matched(one, cached) != (0, False):
+            return None
+        return (self.made.finished(one) or {})["cachetune"]
+
+
+CHUNK = (100, 3900)
+"""What a prompt of 4,000 tokens has of a stored chunk: 3,230 of it are spared at a ratio of 0.15, and vLLM reads the prompt in 120 ms."""
+
+
+@pytest.mark.parametrize(
+    ("took", "left"), [(0.05, False), (0.09, False), (0.12, True), (0.3, True)], ids=lambda each: str(each)
+)
+def test_what_a_server_has_measured_of_itself_decides(took: float, left: bool) -> None:
+    server = Timed(found(4000, CHUNK)).reads()
+    for _ in range(3):
+        assert server.decides() is None  # nothing is known: enough tokens would be spared
+        server.reuses(took)
+    report = server.decides()
+    assert (report is not None) == left
+    if left:
+        assert report["left"] == "few"
+        assert report["why"] == (
+            f"reuse would take {1000 * took + 10:.0f} ms and vLLM 120 ms, by what this server took lately"
+        )
+
+
+def test_what_vllm_has_cached_makes_it_quicker_than_reuse() -> None:
+    server = Timed(found(4000, CHUNK)).reads()
+    for _ in range(3):
+        server.reuses(0.06)
+    assert server.decides() is None
+    assert server.decides(cached=2000)["left"] == "cached"
+
+
+def test_shorter_prompts_reuse_where_that_was_measured_to_be_quick() -> None:
+    server = Timed(found(4000, CHUNK)).reads()
+    short = found(1100, (20, 1044))  # 870 tokens would be spared: too few for what is taken without measurements
+    server.what = short
+    assert server.decides()["left"] == "few"
+    server.what = found(4000, CHUNK)
+    for _ in range(3):
+        server.reuses(0.03)
+    server.what = short
+    assert server.decides() is None
+
+
+def test_an_operators_number_of_tokens_decides_alone_whatever_was_measured() -> None:
+    server = Timed(found(4000, CHUNK), least_reused=100).reads()
+    for _ in range(5):
+        server.reuses(3.0)
+    assert server.decides() is None
 
 
 def test_a_cpu_reuses_shorter_prompts() -> None:
@@ -207,7 +300,7 @@ def test_hashes_change_behind_what_is_exact() -> None:
         assert changed == [False] * first + [True] * (len(changed) - first)
         assert len(set(one.block_hashes)) == len(one.block_hashes)
         made.allocated(one, range(250), 3999 - cached)
-        (load,) = made.to_workers(idle=False).loads
+        (load,) = made.to_workers(64).loads
         assert (load.start, load.exact) == (cached, cached)
         assert load.prompt.spans[0].start == max(100, cached)
 
@@ -279,7 +372,7 @@ def test_missed_chunks_are_handed_to_the_worker_and_told_in_the_report() -> None
     made, one = scheduler(found(4000, (100, 2000), (2000, 2300), missing={0, 1})), request(4000)
     made.arrived(one)
     made.matched(one, 0)
-    (missed,) = made.to_workers(idle=False).missed
+    (missed,) = made.to_workers(64).missed
     assert (missed.chunks, missed.tenant) == ((0, 1), "")
     made.reported(FromWorker(storing={"r": {"storing": 1, "unstored": 1}}))
     report = (made.finished(one) or {})["cachetune"]
@@ -293,7 +386,7 @@ def test_nothing_is_stored_where_the_operator_does_not_want_it() -> None:
     made, one = scheduler(found(4000, (100, 2000), missing={0}), store_missed=False), request(4000)
     made.arrived(one)
     made.matched(one, 0)
-    assert made.to_workers(idle=False).missed == ()
+    assert made.to_workers(64).missed == ()
 
 
 def test_metrics_have_every_count() -> None:
