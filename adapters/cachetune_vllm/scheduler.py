@@ -112,7 +112,7 @@ class ReuseScheduler:
             return
         reason = self._why_not(request, settings)
         if reason is not None:
-            self._leave(request, reason, asked, why=self._hello.refusal_told if reason is Left.REFUSED else None)
+            self._leave(request, reason, asked, why=self._why_so(request, reason))
             return
         if (why := self._worthwhile.why_all_recomputed(settings)) is not None:
             self._leave(request, Left.ALL_RECOMPUTED, asked, why=why)
@@ -245,6 +245,15 @@ class ReuseScheduler:
             return reason
         most = self._hello.most_tokens
         return Left.MEMORY if most is not None and request.num_prompt_tokens > most else None
+
+    def _why_so(self, request: Request, reason: Left) -> str | None:
+        """What a response says about a reason of `_why_not`; None where the reason says it all."""
+        if reason is Left.MEMORY:
+            return (
+                f"it has {request.num_prompt_tokens} tokens, and prompts of up to {self._hello.most_tokens} have room in the GPU's memory beside "
+                "what vLLM takes."
+            )
+        return self._hello.refusal_told if reason is Left.REFUSED else None
 
     def _reuses(self, reusing: _Reusing, computed: int) -> bool:
         """Decide, once vLLM has looked for its first tokens in its prefix cache, whether a request reuses chunks behind those.

@@ -47,9 +47,10 @@ def warm_up(engine: Runtime, settings: ServerSettings, longest: int) -> None:
         _log.exception(
             "the first requests with reused chunks will be slower, because what they need could not be made ready"
         )
-        if engine.adapter.device.type == "cuda":
-            torch.cuda.empty_cache()
         return
+    finally:
+        if engine.adapter.device.type == "cuda":
+            torch.cuda.empty_cache()  # what was tried needs no memory any more
     if engine.adapter.device.type == "cuda":
         _log.info(
             "ready to reuse chunks in prompts that compute up to %d tokens: what they need was compiled in %.1f s",

@@ -24,6 +24,8 @@ from cachetune_store.tiers import DeviceReader
 
 STAGES = 2
 """Staging buffers: while one is decoded, the next is copied into."""
+STAGE_STEP = 16 << 20
+"""Larger staging buffers have a multiple of so many bytes, so that prompts of nearly the same length get the memory that PyTorch has kept of others."""
 
 
 @dataclass(frozen=True)
@@ -219,6 +221,8 @@ class DeviceGroups:
         """Staging memory of one slot, at least `size` bytes. It is made anew only if it is too small."""
         held = self._stages[slot].get(key)
         if held is None or held.numel() < size:
+            if size > STAGE_STEP:
+                size = -(-size // STAGE_STEP) * STAGE_STEP
             with torch.cuda.stream(self._streams.copy):
                 held = torch.empty(size, dtype=torch.uint8, device=self._adapter.device)
             held.record_stream(self._streams.place)

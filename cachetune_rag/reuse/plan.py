@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -114,7 +115,6 @@ class Loaders:
 
     def __init__(self, adapter: ModelAdapter, pool: DeadlinePool):
         self._adapter, self._pool = adapter, pool
-        self._streams: Streams | None = None
 
     def make(self, sources: Sequence[Source], buffers: KVBuffers) -> LayerLoader:
         """A loader that brings the rows of `sources` into `buffers`."""
@@ -130,9 +130,15 @@ class Loaders:
         return torch.cuda.stream(self._made_streams().place)
 
     def _made_streams(self) -> Streams:
-        if self._streams is None:
-            self._streams = Streams(self._adapter.device, self._adapter.num_layers)
-        return self._streams
+        # Engines on one model take turns at it. Had each its own streams (a server has an engine for each tenant), PyTorch would keep for
+        # each of them the memory that rows were staged in.
+        streams = _streams.get(self._adapter)
+        if streams is None:
+            streams = _streams[self._adapter] = Streams(self._adapter.device, self._adapter.num_layers)
+        return streams
+
+
+_streams: WeakKeyDictionary[ModelAdapter, Streams] = WeakKeyDictionary()
 
 
 class Planner:

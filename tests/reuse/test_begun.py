@@ -6,7 +6,9 @@ import gc
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from tiny import llama, tokenizer
 from cachetune_rag import CacheTune
 from cachetune_rag.reuse.begun import Begun
 from cachetune_rag.reuse.config import ReuseConfig
+from cachetune_rag.reuse.prompt_room import PromptRoom
 from cachetune_rag.reuse.state import NothingReused, PrefillState
 from cachetune_rag.text.prompts.prompt import Prompt
 
@@ -36,6 +39,11 @@ def prompt_of(engine: CacheTune, seed: int) -> Prompt:
     return engine.prompts.build(query=f"How many barrels, {seed}?", chunks=chunks, prefix="The harbour's log.")
 
 
+def config_of(engine: CacheTune, selector: str, ratio: float = 0.2, skipped: float = 0.0) -> ReuseConfig:
+    """As a server has it. Without the namespace, what was begun would be looked up anew."""
+    return ReuseConfig(selector, ratio, skipped, namespace=engine.runtime.lead_ins.recent_namespace)
+
+
 def put_together(
     engine: CacheTune,
     prompt: Prompt,
@@ -47,11 +55,12 @@ def put_together(
     memory = assembler.memory if begun is None else begun.memory
     state = assembler.reuse(prompt, config, time.perf_counter(), memory, begun=begun, meanwhile=meanwhile)
     assert isinstance(state, PrefillState)
+    assert begun is None or (begun.prepared is not None and state.buffers is begun.prepared.buffers)
     return state
 
 
-def begin(engine: CacheTune, prompt: Prompt, config: ReuseConfig) -> Begun:
-    begun = engine.runtime.assembler.begin(prompt, config, engine.runtime.assembler.memory)
+def begin(engine: CacheTune, prompt: Prompt, config: ReuseConfig, memory: Any = None) -> Begun:
+    begun = engine.runtime.assembler.begin(prompt, config, memory or engine.runtime.assembler.memory)
     assert begun is not None
     return begun
 
@@ -65,7 +74,7 @@ def assert_nothing_open(engine: CacheTune) -> None:
 @pytest.mark.parametrize("selector", ["expected_error", "frequency", "probe", "kv_deviation", "none"])
 @pytest.mark.parametrize("skipped", [0.0, 0.1])
 def test_its_keys_and_values_are_the_same(engine: CacheTune, selector: str, skipped: float) -> None:
-    config = ReuseConfig(selector, 0.2, skipped)
+    config = config_of(engine, selector, skipped=skipped)
     first, second = prompt_of(engine, 1), prompt_of(engine, 2)
     put_together(engine, first, config)  # from here on the prompts' common beginning is kept
     wanted = put_together(engine, second, config)
@@ -84,7 +93,7 @@ def test_its_keys_and_values_are_the_same(engine: CacheTune, selector: str, skip
 
 
 def test_what_is_begun_and_given_up_is_closed(engine: CacheTune) -> None:
-    begun = begin(engine, prompt_of(engine, 3), ReuseConfig("frequency", 0.1))
+    begun = begin(engine, prompt_of(engine, 3), config_of(engine, "frequency"))
     begun.go_on()
     begun.close()
     assert_nothing_open(engine)
@@ -115,16 +124,70 @@ def test_with_new_weights_it_is_looked_up_anew(tmp_path: Path) -> None:
         assert (state.report.reused, state.report.missed > 0) == (0, True)
 
 
+class InRoom:
+    """The engine's memory, with a prompt's buffers in a part of a room."""
+
+    def __init__(self, engine: CacheTune, room: PromptRoom):
+        self._inner, self._room = engine.runtime.assembler.memory, room
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def take(self, ids: Any, exact: int, room: int) -> Any:
+        self._part = self._room.take(self._inner.bytes_for(ids, room))
+        return self._inner.take(ids, exact, room, self._part.memory)
+
+    def close(self) -> None:
+        self._room.give_back(self._part)
+
+
+@pytest.mark.parametrize("tier", ["host", pytest.param("device", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("selector", ["expected_error", "frequency"])
+def test_prompts_share_the_two_ends_of_one_piece(tmp_path: Path, tier: str, selector: str) -> None:
+    """As a server does it: what one prompt leaves is written by the next but one, on a GPU on another stream, and no other memory is taken."""
+    gpu = torch.cuda.is_available()
+    model = llama().cuda() if gpu else llama()
+    budgets = {"host_budget": "100MB", "device_budget": "100MB" if tier == "device" else 0}
+    with CacheTune(model, tokenizer(), tmp_path / "kv", **budgets) as engine:
+        engine.precompute(TEXTS)
+        config, prompts = config_of(engine, selector), [prompt_of(engine, seed) for seed in range(8)]
+        wanted = []
+        for prompt in prompts * 2:  # the second time, all is captured and in its tier
+            wanted.append(put_together(engine, prompt, config).logits)
+        most = max(engine.adapter.buffer_bytes(len(prompt.ids)) for prompt in prompts) + (1 << 10)
+        room = PromptRoom(engine.adapter.device, 2 * most)
+        room.give_back(room.take(2 * most - (1 << 10)))
+        with torch.cuda.stream(torch.cuda.Stream()) if gpu else nullcontext():
+            memories = [InRoom(engine, room) for _ in prompts]
+            begun = [begin(engine, prompts[0], config, memories[0])]
+            for number, prompt in enumerate(prompts):
+                following = number + 1
+
+                def meanwhile(following: int = following) -> None:
+                    if following == len(begun) and following < len(prompts):
+                        begun.append(begin(engine, prompts[following], config, memories[following]))
+                    elif following < len(begun):
+                        begun[following].go_on()
+
+                state = put_together(engine, prompt, config, begun[number], meanwhile)
+                meanwhile()  # if the device was done too soon
+                assert torch.allclose(state.logits, wanted[8 + number], atol=1e-5)
+                begun[number].close()
+                memories[number].close()
+        assert (room.parts, room.size <= 2 * most) == (0, True)
+        assert_nothing_open(engine)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("tier", ["device", "host"])
 @pytest.mark.parametrize("selector", ["expected_error", "frequency"])
 def test_prompts_one_behind_the_other_on_a_gpu(tmp_path: Path, tier: str, selector: str) -> None:
     """Each prompt is begun while the one before it is computed, on a stream of their own as inside a server."""
-    config, model = ReuseConfig(selector, 0.2), llama().cuda()
+    model = llama().cuda()
     budgets = {"host_budget": "100MB", "device_budget": "100MB" if tier == "device" else 0}
     with CacheTune(model, tokenizer(), tmp_path / "kv", cuda_kernels=True, **budgets) as engine:
         engine.precompute(TEXTS)
-        prompts = [prompt_of(engine, seed) for seed in range(8)]
+        config, prompts = config_of(engine, selector), [prompt_of(engine, seed) for seed in range(8)]
         for prompt in prompts:  # warm: graphs are captured, chunks are in their tiers, the common beginning is kept
             put_together(engine, prompt, config)
         wanted = [put_together(engine, prompt, config).logits for prompt in prompts]

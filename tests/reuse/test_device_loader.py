@@ -27,11 +27,12 @@ from cachetune_rag.concurrency.deadline import DeadlinePool
 from cachetune_rag.model import KVBuffers, ModelAdapter
 from cachetune_rag.model.heads import Heads
 from cachetune_rag.model.opened_model import open_model
+from cachetune_rag.reuse import device_groups, host_copies
 from cachetune_rag.reuse import device_loader as device_module
-from cachetune_rag.reuse import host_copies
 from cachetune_rag.reuse.device_loader import DeviceLoader
 from cachetune_rag.reuse.host_copies import HostCopies, Strip
 from cachetune_rag.reuse.layer_loader import LayerLoader
+from cachetune_rag.reuse.plan import Loaders
 from cachetune_rag.reuse.source import Source
 from cachetune_rag.reuse.streams import Streams
 from cachetune_store import ChunkStore, LayerSpec, get_codec
@@ -85,6 +86,7 @@ def _immediate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "stream", lambda _stream: nullcontext())
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
+    monkeypatch.setattr(device_groups, "STAGE_STEP", 1024)  # so that staging buffers are larger than the rows in them
 
 
 @pytest.fixture(
@@ -197,6 +199,20 @@ def check(engine: CacheTune, probed: int | str, tiers: str) -> None:
         at = slice(None) if not ahead[layer] or layer < looked else places
         assert torch.equal(found.key_rows[layer][at], wanted.key_rows[layer][at])
         assert torch.equal(found.value_rows[layer][at], wanted.value_rows[layer][at])
+
+
+def test_engines_on_one_model_have_the_same_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that was freed on a stream is kept for that stream: a server's tenants would each have some of their own."""
+    entered: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: entered.append(stream) or nullcontext())
+    adapters = [ModelAdapter(llama()) for _ in range(2)]
+    with closing(DeadlinePool(None)) as pool:
+        for adapter in (adapters[0], adapters[0], adapters[1]):
+            monkeypatch.setattr(adapter, "cuda_kernels", True)
+            with Loaders(adapter, pool).beside():
+                pass
+    assert entered[0] is entered[1]
+    assert entered[0] is not entered[2]
 
 
 @pytest.mark.parametrize("tier", ["host", "device"])

@@ -222,6 +222,14 @@ def test_an_operators_number_of_tokens_decides_alone_whatever_was_measured() -> 
     assert server.decides() is None
 
 
+def test_a_prompt_that_memory_has_no_room_for_is_left_to_vllm() -> None:
+    hello = Hello(None, least_reused=1024, most_tokens=3999)
+    assert left(found(3999, (100, 3000)), hello=hello) is None
+    report = left(found(4000, (100, 3000)), hello=hello)
+    assert report["left"] == "memory"
+    assert "it has 4000 tokens, and prompts of up to 3999 have room" in report["why"]
+
+
 def test_a_cpu_reuses_shorter_prompts() -> None:
     assert left(found(600, (100, 500)))["left"] == "few"
     assert left(found(600, (100, 500)), hello=Hello(None, least_reused=256)) is None
