@@ -84,8 +84,9 @@ class Run:
         do, many = self._amounts, self._workloads["exact" if setting is None else setting.codec]
         reuse: Reuse | None = None if setting is None else setting.asked
         # Every cell has orders and questions of its own, so that no prompt is found complete in a cache. Cells that are
-        # compared differ in these alone: their prompts have the same lengths.
+        # compared differ in these alone: their prompts have the same lengths, and arrive at the same times.
         seed = f"{cell.phase} {cell.context} {cell.detail}" + (f" {cell.setting}" if cell.variant == "reuse" else "")
+        arriving = str(cell.context)
         if cell.phase == "alone":
             return await alone(target, many.prompts(cell.context, do.rounds + 2, seed), reuse)
         if cell.phase == "short":
@@ -118,12 +119,14 @@ class Run:
 
             async def at(part: float) -> dict[str, Any]:
                 prompts = many.prompts(cell.context, do.requests, f"{seed} {part}")
-                return await open_loop(target, prompts, reuse, do.tokens, part * saturated, f"{cell.context} {part}")
+                return await open_loop(target, prompts, reuse, do.tokens, part * saturated, arriving)
 
             return await most_within(at)
         if cell.phase == "arrivals":
             rate = float(cell.detail) * self._known_rate("vllm", cell.context, "")
-            return await open_loop(target, many.prompts(cell.context, do.requests, seed), reuse, do.tokens, rate, seed)
+            return await open_loop(
+                target, many.prompts(cell.context, do.requests, seed), reuse, do.tokens, rate, arriving
+            )
         await closed(target, many.prompts(cell.context, WARM, f"{seed} warm"), reuse, 4, do.at_once)
         return await closed(target, many.prompts(cell.context, do.requests, seed), reuse, do.tokens, do.at_once)
 

@@ -11,11 +11,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Arrivals:
-    """Seconds to the first token, of requests that arrived at one replica at random times."""
+    """Seconds to the first token, of requests that came to one replica at these times."""
 
     full: bool
     rate: float
-    requests: int
+    at: tuple[float, ...]
     median: float
     p99: float
 
@@ -33,7 +33,7 @@ class Times:
         at_once: requests that a saturated replica answers at once.
         skipped: share of the rows of chunks that isn't read, since it is computed.
         overlaps: rows that come from disk or the network come while others are computed.
-        arrivals: what was measured where requests arrived at random times: reused or in full, requests a second, how many, median and p99.
+        arrivals: what was measured where requests arrived at random times: reused or in full, requests a second, when they came, median and p99.
         source: where all this is from.
     """
 
@@ -106,7 +106,8 @@ def _step(groups: dict[str, Any], context: int, setting: str, path: Path) -> flo
 
 
 def _arrivals(groups: dict[str, Any], start: str) -> Iterator[Arrivals]:
+    """What was measured there. Cells of files that don't say when requests came are left out."""
     for name, found in groups.items():
-        if name.startswith(start):
+        if name.startswith(start) and "arrived" in found:
             ttft = found["ttft"]
-            yield Arrivals(name.startswith("vllm/"), found["rate"], found["requests"], ttft["p50"], ttft["p99"])
+            yield Arrivals(name.startswith("vllm/"), found["rate"], tuple(found["arrived"]), ttft["p50"], ttft["p99"])

@@ -105,10 +105,11 @@ class _Traffic:
     missing: np.ndarray = field(repr=False)
 
 
-def full_recompute(fleet: Fleet, times: Times, requests: int, warm_up: int, seed: int) -> Outcome:
+def full_recompute(
+    fleet: Fleet, times: Times, requests: int, warm_up: int, seed: int, at: np.ndarray | None = None
+) -> Outcome:
     """The same requests at replicas that compute every prompt in full, in turns."""
-    rng = np.random.default_rng(seed)
-    arrivals = np.cumsum(rng.exponential(1 / (fleet.rate * fleet.replicas), warm_up + requests))
+    arrivals = _arrivals(fleet, np.random.default_rng(seed), warm_up + requests) if at is None else at
     free, ttft = [0.0] * fleet.replicas, np.empty(len(arrivals))
     between = times.answer(fleet.answer, full=True)
     for number, now in enumerate(arrivals.tolist()):
@@ -120,11 +121,19 @@ def full_recompute(fleet: Fleet, times: Times, requests: int, warm_up: int, seed
 
 
 def simulate(
-    fleet: Fleet, corpus: Corpus, times: Times, *, by_chunks: bool, requests: int, warm_up: int, seed: int
+    fleet: Fleet,
+    corpus: Corpus,
+    times: Times,
+    *,
+    by_chunks: bool,
+    requests: int,
+    warm_up: int,
+    seed: int,
+    at: np.ndarray | None = None,
 ) -> Outcome:
-    """Answer `warm_up` requests that don't count, and `requests` that do."""
+    """Answer `warm_up` requests that don't count, and `requests` that do. They come at random times (Poisson), or `at` these."""
     rng = np.random.default_rng(seed)
-    traffic = _traffic(fleet, corpus, rng, warm_up + requests)
+    traffic = _traffic(fleet, corpus, rng, warm_up + requests, at)
     replicas = _filled(fleet, corpus, seed + 1, by_chunks)
     router = ByChunks(fleet.replicas, fleet.sketch_seconds) if by_chunks else InTurns(fleet.replicas)
     for number, replica in enumerate(replicas):
@@ -173,8 +182,12 @@ def simulate(
     )
 
 
-def _traffic(fleet: Fleet, corpus: Corpus, rng: np.random.Generator, requests: int) -> _Traffic:
-    at = np.cumsum(rng.exponential(1 / (fleet.rate * fleet.replicas), requests))
+def _arrivals(fleet: Fleet, rng: np.random.Generator, requests: int) -> np.ndarray:
+    return np.cumsum(rng.exponential(1 / (fleet.rate * fleet.replicas), requests))
+
+
+def _traffic(fleet: Fleet, corpus: Corpus, rng: np.random.Generator, requests: int, at: np.ndarray | None) -> _Traffic:
+    at = _arrivals(fleet, rng, requests) if at is None else at
     topics, chunks = corpus.draw(rng, requests, fleet.shown, fleet.together)
     return _Traffic(at, topics, chunks, rng.random(chunks.shape) < fleet.missing)
 

@@ -19,9 +19,9 @@ from cachetune_ray.sketch import Sketch
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import fleet as benchmark
 from simulation.caches import Lru, hit_rate, latest
-from simulation.checks import check_caches
+from simulation.checks import check_caches, check_queue
 from simulation.corpus import Corpus
-from simulation.measured import Times, read_times
+from simulation.measured import Arrivals, Times, read_times
 from simulation.replicas import Fleet, Outcome, simulate
 from simulation.routers import ByChunks
 from simulation.sizes import size_of
@@ -177,6 +177,16 @@ def test_sizes_are_those_of_the_store() -> None:
     assert llama.reads == 33
     assert size_of("llama-3.1-8b", "int4", 512).reads == 17
     assert size_of("smollm2-135m", "exact", 512).gigabytes == pytest.approx(30 * 3 * 64 * 2 * 2 / 1000)
+
+
+def test_the_queue_is_checked_with_requests_that_come_when_the_measured_ones_came() -> None:
+    came = (0.0, 0.5, 9.0)
+    arrivals = (Arrivals(True, 1.0, came, 1.5, 2.5), Arrivals(False, 1.0, came, 0.75, 1.0))
+    times = replace(TIMES, full=2.0, full_between=1.0, reuse=0.5, reuse_between=0.25, arrivals=arrivals)
+    full, reuse = check_queue(times, 8)
+    assert (full["median"], full["p99"]) == (2.0, 4.5)  # the second one waits for 2.5 s
+    assert (reuse["median"], reuse["p99"]) == (0.5, 0.75)
+    assert (full["measured_median"], full["measured_p99"]) == (1.5, 2.5)
 
 
 def test_the_time_of_a_step_is_that_of_the_nearest_context_with_gaps(tmp_path: Path) -> None:

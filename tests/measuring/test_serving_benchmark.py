@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import sys
 import time
 from collections import Counter
@@ -234,6 +235,40 @@ def test_steady_rates_leave_out_what_begins_and_ends_a_measurement(monkeypatch: 
     assert found["requests_per_second"] == 6 / 30
     assert found["steady_per_second"] == 3 / 3
     assert asyncio.run(measured([3.0, 4.0]))["steady_per_second"] is None
+
+
+@pytest.mark.parametrize(("phase", "detail", "rates"), [("arrivals", "0.9", [1.8]), ("within", "", [1.2, 1.8, 2.0])])
+def test_requests_of_all_servers_and_settings_arrive_at_the_same_times(
+    phase: str, detail: str, rates: list[float], workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, pause = 0.0, asyncio.sleep
+    came: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        nonlocal now
+        await pause(0)  # what was asked before begins before time passes
+        now += seconds
+
+    class Server:
+        async def ask(self, _ids: list[int], _tokens: int, _reuse: Any) -> Answer:
+            came.append(now)
+            return Answer(0.1, [1.0])
+
+    monkeypatch.setattr("served.load.time.perf_counter", lambda: now)
+    monkeypatch.setattr("served.load.asyncio.sleep", sleep)
+    run = Run({"exact": workload}, Amounts(1, 12, 1, 1), lambda *_server: 2.0)
+    exact = [name for name, setting in SETTINGS.items() if setting.codec == "exact"]
+    found = []
+    for cell in (Cell("vllm", phase, 64, "", detail), *(Cell("reuse", phase, 64, name, detail) for name in exact)):
+        now, came = 0.0, []
+        asyncio.run(run.measure(Server(), cell))
+        measured = [came[start : start + 12] for start in range(0, len(came), 12)]
+        assert [11 / (times[-1] - times[0]) for times in measured] == pytest.approx(rates)
+        found.append([at - times[0] for times in measured for at in times])
+    assert len(found) == 4
+    assert all(times == pytest.approx(found[0]) for times in found)
+    pauses = [after - before for before, after in itertools.pairwise(found[0][:12])]
+    assert max(pauses) > 2 * min(pauses)
 
 
 def test_prompts_of_a_setting_show_chunks_in_its_codec(workload: Workload) -> None:
