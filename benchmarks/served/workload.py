@@ -10,6 +10,8 @@ from typing import Any, Literal
 from speed.shapes import letters
 
 QUERY_TOKENS = 64
+OWN_TOKENS = 8
+"""Letters at a prompt's beginning by which it differs from all others: vLLM's prefix cache finds whole pages of at least 16 tokens."""
 Order = Literal["shuffled", "same"]
 
 
@@ -42,7 +44,8 @@ class Workload:
             count: how many prompts.
             seed: the same seed gives the same prompts.
             share: of the chunks, so many are stored; the others are new in every prompt.
-            order: "same" shows the same chunks in the same order in every prompt, as prefix caching likes it.
+            order: "same" shows the same chunks in the same order in every prompt, as prefix caching likes it. In others, every prompt begins with some
+                letters of its own, so that vLLM's prefix cache has nothing of it.
             log_normal: contexts vary from prompt to prompt (sigma 0.5, up to all stored chunks), in the same way for every seed.
         """
         source, lengths = random.Random(f"{seed} {context} {share} {order}"), random.Random(f"lengths {context}")
@@ -53,7 +56,7 @@ class Workload:
         """Prompts of about `context` tokens of chunks each that have every stored chunk in one of them."""
         some = max(1, round(context / len(self.stored[0])))
         parts = [self.stored[start : start + some] for start in range(0, len(self.stored), some)]
-        return [self._ids(part, f"covering {number}") for number, part in enumerate(parts)]
+        return [self._ids(part, f"covering {number}", f"covering {number}") for number, part in enumerate(parts)]
 
     def _prompt(self, source: random.Random, name: str, context: float, share: float, order: Order) -> list[int]:
         length = len(self.stored[0])
@@ -62,9 +65,9 @@ class Workload:
         new: Iterator[str] = iter(letters(name, chunks, length))
         for place in source.sample(range(chunks), chunks - round(share * chunks)):
             texts[place] = next(new)
-        return self._ids(texts, name)
+        return self._ids(texts, name, "same" if order == "same" else name)
 
-    def _ids(self, texts: Sequence[str], name: str) -> list[int]:
-        query = letters(f"{name}?", 1, QUERY_TOKENS)[0]
-        ids = self.tokenizer("\n\n".join(["Read the passages.", *texts, query])).input_ids
+    def _ids(self, texts: Sequence[str], name: str, beginning: str) -> list[int]:
+        query, head = letters(f"{name}?", 1, QUERY_TOKENS)[0], letters(f"{beginning}!", 1, OWN_TOKENS)[0]
+        ids = self.tokenizer("\n\n".join([f"{head} Read the passages.", *texts, query])).input_ids
         return [int(i) for i in ids]

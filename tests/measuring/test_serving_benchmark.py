@@ -52,6 +52,15 @@ def test_prompts_show_stored_chunks_in_changing_orders(workload: Workload) -> No
     assert len({tuple(ids[-QUERY_TOKENS:]) for ids in prompts}) == len(prompts)
 
 
+def test_no_prompt_begins_as_another_one_but_where_prefix_caching_is_measured(workload: Workload) -> None:
+    page = 16  # vLLM's smallest
+    seeds = [workload.prompts(8 * CHUNK, 20, seed) for seed in ("alone", "saturated")]
+    begun = [tuple(ids[:page]) for prompts in (*seeds, workload.covering(8 * CHUNK)) for ids in prompts]
+    assert len(set(begun)) == len(begun) == 42
+    same = workload.prompts(8 * CHUNK, 3, "seed", order="same")
+    assert len({tuple(ids[:-QUERY_TOKENS]) for ids in same}) == 1
+
+
 @pytest.mark.parametrize(("share", "known"), [(1.0, 10), (0.8, 8), (0.0, 0)])
 def test_of_a_prompts_chunks_the_wanted_share_is_stored(workload: Workload, share: float, known: int) -> None:
     stored = {text.replace(" ", "") for text in workload.stored}
