@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cachetune_rag.errors import ConfigError
+from cachetune_rag.reuse.prompt_room import aligned
 from cachetune_rag.runtime import Runtime
 from cachetune_store.printing import shown
 from cachetune_store.units import format_bytes, parse_bytes
@@ -40,7 +41,7 @@ def prompt_memory(config: VllmConfig, settings: ServerSettings, engine: Runtime)
     """
     adapter, asked = engine.adapter, settings.prompt_memory
     if adapter.device.type != "cuda":
-        return None if asked == "auto" else parse_bytes(asked, "prompt_memory")
+        return None if asked == "auto" else aligned(parse_bytes(asked, "prompt_memory"))
     free, total = torch.cuda.mem_get_info(adapter.device)
     cache = config.cache_config
     share = None if getattr(cache, "kv_cache_memory_bytes", None) else cache.gpu_memory_utilization
@@ -106,6 +107,7 @@ def settled(asked: int | str, *, left: int, total: int, chunks: int, row_bytes: 
         )
     else:
         room = named
+    room = aligned(room)
     most = room // row_bytes
     _log.info(
         "prompts of up to %d tokens can reuse chunks: their keys and values take up to %s of the GPU, beside what vLLM takes",

@@ -8,12 +8,14 @@ and the one that is begun meanwhile. More than two are never there.
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from cachetune_rag.errors import CacheTuneError
+from cachetune_store.units import format_bytes
 
 ALIGNED = 512
 """Every part begins at a multiple of so many bytes, as memory that torch gives."""
@@ -21,6 +23,11 @@ STEPS = 8
 """In so many steps at most, the piece grows to its bound."""
 KEPT_FREE = 256 << 20
 """Bytes of the device that stay free when the piece grows: what somebody else allocates in the next moment must not fail for it."""
+
+
+def aligned(most: int) -> int:
+    """What parts may take where their bound is `most` bytes. A prompt that takes no more than this fits."""
+    return most // ALIGNED * ALIGNED
 
 
 class NoRoomError(CacheTuneError):
@@ -51,7 +58,7 @@ class PromptRoom:
     """
 
     def __init__(self, device: torch.device, most: int | None = None):
-        self._device, self._most = device, None if most is None else most // ALIGNED * ALIGNED
+        self._device, self._most = device, None if most is None else aligned(most)
         self._memory: Tensor | None = None
         self._parts: list[Part] = []
         self._wanted = 0  # bytes with which a prompt could have been begun beside another one
@@ -78,7 +85,7 @@ class PromptRoom:
         size = -(-size // ALIGNED) * ALIGNED
         if self._most is not None and size > self._most:
             raise NoRoomError(
-                f"its keys and values take {_mib(size)}, and prompts may take {_mib(self._most)} of the device's memory."
+                f"its keys and values take {format_bytes(size)}, and prompts may take {format_bytes(self._most)} of the device's memory."
             )
         used = sum(part.memory.numel() for part in self._parts)
         if self._parts and (len(self._parts) == 2 or used + size > self.size):
@@ -113,6 +120,10 @@ class PromptRoom:
         for event in (*self._behind.get(True, ()), *self._behind.get(False, ())):
             event.synchronize()
         before, self._memory, self._behind = self.size, None, {}
+        if (
+            before
+        ):  # an error whose traceback is part of a cycle may still have buffers of a prompt, and so the whole piece
+            gc.collect()
         wanted, self._wanted = max(size, self._wanted), 0
         for bytes_ in sorted({self._rounded(wanted), self._rounded(size), max(size, before), size}, reverse=True):
             self._memory = self._taken(bytes_)
@@ -123,7 +134,9 @@ class PromptRoom:
             if (stream := self._current()) is not None:
                 self._behind = {True: [stream.record_event()]}
             return
-        raise NoRoomError(f"its keys and values take {_mib(size)}, which the device's memory has no room for now.")
+        raise NoRoomError(
+            f"its keys and values take {format_bytes(size)}, which the device's memory has no room for now."
+        )
 
     def _rounded(self, size: int) -> int:
         """The size that the piece is given for `size` bytes."""
@@ -146,7 +159,3 @@ class PromptRoom:
 
     def _current(self) -> torch.cuda.Stream | None:
         return torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
-
-
-def _mib(size: int) -> str:
-    return f"{size / (1 << 20):,.0f} MiB"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,9 +51,29 @@ def test_it_stays_within_its_bound_and_grows_in_few_steps() -> None:
         sizes.add(room.size)
     assert len(sizes) <= prompt_room.STEPS
     assert max(sizes) <= 1000 * K + 5
-    with pytest.raises(NoRoomError, match="its keys and values take 4 MiB, and prompts may take 4 MiB"):
+    with pytest.raises(NoRoomError, match=r"its keys and values take 3.91 MiB, and prompts may take 3.906 MiB"):
         room.take(1001 * K)
     assert room.parts == 0
+    for most in (100_000, 1023, 512):  # whatever is within what is said to fit does fit
+        room = PromptRoom(CPU, most)
+        assert room.take(prompt_room.aligned(most)).memory.numel() == prompt_room.aligned(most)
+
+
+def test_what_an_error_has_left_in_a_cycle_does_not_keep_the_piece_when_it_grows() -> None:
+    room = PromptRoom(CPU)
+    part = room.take(K)
+    cycle: list[Any] = [part.memory]
+    cycle.append(cycle)
+    room.give_back(part)
+    held = weakref.ref(cycle[0])
+    del cycle, part
+    gc.disable()
+    try:
+        assert held() is not None
+        room.take(2 * K)
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("value_dim", [8, 16, 4])
