@@ -10,7 +10,7 @@ from served.host_time import host
 from served.load import alone, both_ways, closed, most_within, open_loop, while_running
 from served.plan import SETTINGS, SHORT_CHUNKS, TINY, Cell
 from served.targets import Reuse, Target
-from served.workload import Workload
+from served.workload import Order, Workload
 
 FILLINGS = 20
 """How often every stored chunk is asked for at most, before all have to be in host memory."""
@@ -97,9 +97,8 @@ class Run:
             first = await alone(target, prompts[: do.rounds + 2], None)
             return first | await closed(target, prompts[do.rounds + 2 :], None, do.tokens, do.at_once)
         if cell.phase == "prefix":
-            prompts = many.prompts(
-                cell.context, do.rounds + 2, seed, order="same" if cell.detail == "same" else "shuffled"
-            )
+            order: Order = "same" if cell.detail == "same" else "shuffled"
+            prompts = many.prompts(cell.context, do.rounds + 2, seed, order=order, alike=True)
             return await alone(target, prompts, None)
         if cell.phase == "host":
             prompts = many.prompts(cell.context, do.rounds + 3, seed)

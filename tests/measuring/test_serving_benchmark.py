@@ -52,12 +52,13 @@ def test_prompts_show_stored_chunks_in_changing_orders(workload: Workload) -> No
     assert len({tuple(ids[-QUERY_TOKENS:]) for ids in prompts}) == len(prompts)
 
 
-def test_no_prompt_begins_as_another_one_but_where_prefix_caching_is_measured(workload: Workload) -> None:
+def test_prompts_begin_differently_or_alike(workload: Workload) -> None:
     page = 16  # vLLM's smallest
     seeds = [workload.prompts(8 * CHUNK, 20, seed) for seed in ("alone", "saturated")]
     begun = [tuple(ids[:page]) for prompts in (*seeds, workload.covering(8 * CHUNK)) for ids in prompts]
     assert len(set(begun)) == len(begun) == 42
-    same = workload.prompts(8 * CHUNK, 3, "seed", order="same")
+    assert len({tuple(ids[:page]) for ids in workload.prompts(8 * CHUNK, 3, "seed", alike=True)}) == 1
+    same = workload.prompts(8 * CHUNK, 3, "seed", order="same", alike=True)
     assert len({tuple(ids[:-QUERY_TOKENS]) for ids in same}) == 1
 
 
