@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import time
@@ -10,6 +11,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+FORGETTING = 200
+"""How often it is tried to empty vLLM's prefix cache."""
 Reuse = Mapping[str, Any]
 """Settings of a request (`kv_transfer_params["cachetune"]`)."""
 
@@ -60,8 +63,18 @@ class Target:
         return _answer(times, report)
 
     async def forget(self) -> None:
-        """Empty vLLM's prefix cache."""
-        await self.engine.reset_prefix_cache()
+        """Empty vLLM's prefix cache. It can't be while a page is in use, as it is for a moment after an answer.
+
+        Raises:
+            RuntimeError: pages stay in use.
+        """
+        for _ in range(FORGETTING):
+            if await self.engine.reset_prefix_cache() is not False:
+                return
+            await asyncio.sleep(0.01)
+        raise RuntimeError(
+            f"vLLM's prefix cache could not be emptied in {FORGETTING} tries, because pages are in use: ask nothing else of the server meanwhile."
+        )
 
 
 def _answer(times: list[float], params: Mapping[str, Any] | None) -> Answer:

@@ -22,7 +22,7 @@ from served.plan import PHASES, SETTINGS, Cell, cells
 from served.plot import plot
 from served.report import table
 from served.run import Amounts, Run
-from served.targets import Answer
+from served.targets import Answer, Target
 from served.workload import QUERY_TOKENS, Workload
 from speed.shapes import letters, tokenizer
 
@@ -160,6 +160,26 @@ def test_short_prompts_are_asked_both_ways_in_turn_with_nothing_cached() -> None
     asked.clear()
     assert set(asyncio.run(run.measure(Server(), Cell("vllm", "short", 4 * CHUNK)))) == {"ttft"}
     assert [reuse for _, reuse in asked] == [None] * 5
+
+
+def test_a_prefix_cache_is_empty_before_it_counts_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Engine:
+        def __init__(self, busy: int):
+            self.busy = busy
+
+        async def reset_prefix_cache(self) -> bool:
+            self.busy -= 1
+            return self.busy < 0
+
+    async def now(_seconds: float) -> None:
+        pass
+
+    monkeypatch.setattr("served.targets.asyncio.sleep", now)
+    engine = Engine(3)
+    asyncio.run(Target(engine).forget())
+    assert engine.busy == -1
+    with pytest.raises(RuntimeError, match="could not be emptied in 200 tries"):
+        asyncio.run(Target(Engine(1000)).forget())
 
 
 def test_tables_hold_each_setting_beside_vllm() -> None:

@@ -94,6 +94,18 @@ class RoundedOnce(torch.nn.Module):
         return (torch.nn.functional.silu(gate) * up).to(both.dtype)
 
 
+class TooLong(torch.nn.Module):
+    """An error of one layer that is smaller than what rounding adds up to in so deep a layer: its queries are 15% too long."""
+
+    def __init__(self, rotate: torch.nn.Module):
+        super().__init__()
+        self._rotate = rotate
+
+    def forward(self, *given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        queries, keys = self._rotate(*given)
+        return 1.15 * queries, keys
+
+
 @ON_CPU
 def test_the_check_at_start_allows_what_8_bit_floats_make_of_rounding_and_no_more(
     load_tiny: Callable[..., Loaded], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -119,9 +131,14 @@ def test_the_check_at_start_allows_what_8_bit_floats_make_of_rounding_and_no_mor
 
     check()
     with monkeypatch.context() as without:
-        without.setattr("cachetune_vllm.served_check._OF_ROUNDING", 0)
+        without.setattr("cachetune_vllm.served_check._layers_around_attention", lambda model: [])
         with pytest.raises(UnsupportedModelError, match=r"differ between transformers' code and vLLM's by 0\.1"):
-            check()
+            check()  # rounding adds up
+    deep = loaded.model.model.layers[14].self_attn
+    rotate, deep.rotary_emb = deep.rotary_emb, TooLong(deep.rotary_emb)
+    with pytest.raises(UnsupportedModelError, match="the queries of layer 14 differ"):
+        check()
+    deep.rotary_emb = rotate
     config.rope_parameters = {"rope_type": "default", "rope_theta": 5000.0}
     with pytest.raises(UnsupportedModelError, match="the queries of layer 0 differ"):
         check()
