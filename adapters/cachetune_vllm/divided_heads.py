@@ -20,6 +20,8 @@ from cachetune_vllm.turns import Turns
 
 _T = TypeVar("_T")
 
+_ON_ALL = "cachetune_raised_on_all"
+"""The attribute of an error that all processes have."""
 PATIENCE = timedelta(seconds=30)
 """How long a process whose turn failed waits to hear whether that of all others did."""
 
@@ -76,7 +78,6 @@ class DividedHeads(Heads):
         self._failures = _cpu_group(group.ranks, PATIENCE)
         self._sums = 0
         self._exchange: Exchange | None = None
-        self._raised: BaseException | None = None
         self.turns = Turns(self._failed_alike)
 
     def stored(self, spec: LayerSpec) -> LayerSpec:
@@ -166,8 +167,12 @@ class DividedHeads(Heads):
             failed = PeerError(
                 f"another worker failed: {next(text for retry, text in others if not retry)}", again=False
             )
-        self._raised = failed
-        raise failed
+        _mark(failed)
+        try:
+            raise failed
+        finally:
+            # It refers to this frame, and to that of the prompt, which only Python's collector would free then.
+            del failed
 
     def tell(self, value: _T) -> list[_T]:
         """See `Heads`."""
@@ -179,15 +184,21 @@ class DividedHeads(Heads):
 
     def raised_on_all(self, error: BaseException) -> bool:
         """Whether all processes have this error, or one because of it, so that they go on alike."""
-        return error is self._raised
+        return getattr(error, _ON_ALL, False)
 
     def _failed_alike(self, error: BaseException) -> bool:
         try:
             alike = len(set(_gathered(self._sums, self._failures))) == 1
         except RuntimeError:  # others didn't fail
             return False
-        self._raised = error
+        _mark(error)
         return alike
+
+
+def _mark(error: BaseException) -> None:
+    """Remember that all processes have this error. The mark is on the error itself: whoever remembers an error keeps all that its frames refer to,
+    the prompt's buffers on the device among them."""
+    setattr(error, _ON_ALL, True)
 
 
 def _cpu_group(ranks: list[int], timeout: timedelta | None = None) -> Any:

@@ -146,21 +146,22 @@ class Precomputer:
         named = [chunk for chunk in (self._chunk(job, document, text) for text in document.chunks) if chunk.ids]
         before = count.chunks
         for new in self._turns({chunk.key: chunk for chunk in named}):
-            pending: Job[int] | None = None
+            # At most one. Taken out before it is waited for, since the error of a job refers to this frame.
+            pending: list[Job[int]] = []
             for batch in self._computer.batches(job, new):
                 # Since the chunks were claimed, another process may have written some from its memory.
                 batch.chunks[:] = self._computer.missing(batch.chunks)
                 if not batch.chunks:
                     continue
                 encoded = self._computer.compute(job, batch)
-                if pending is not None:
-                    count.bytes += pending.result()
-                pending = writer.submit(self._computer.write, encoded)
+                if pending:
+                    count.bytes += pending.pop().result()
+                pending.append(writer.submit(self._computer.write, encoded))
                 count.chunks += len(batch.chunks)
                 count.tokens += sum(len(chunk.ids) for chunk in batch.chunks)
                 count.tell(document)
-            if pending is not None:
-                count.bytes += pending.result()
+            if pending:
+                count.bytes += pending.pop().result()
         count.skipped += len(named) - (count.chunks - before)
         return [chunk.key for chunk in named]
 

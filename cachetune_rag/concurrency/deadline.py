@@ -93,6 +93,8 @@ class DeadlinePool:
                 raise  # the call itself raised it
             self._leave_behind(future)
             raise StoreTimeoutError(f"the store's disk didn't answer within {self.seconds:g} s") from None
+        finally:
+            del future  # its error refers to this frame: see `Job.result`
 
     def wait_or_leave(self, future: Job[Any]) -> None:
         """Cancel a submitted call. If it is under way, wait until it has ended or is overdue."""

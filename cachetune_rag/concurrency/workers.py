@@ -54,6 +54,9 @@ class Job(Generic[_T]):
             self._error = error
         del work
         self._end()
+        # The error's frames refer to this one, as the frame that called them. If it kept the job, which has the error, only Python's collector would free
+        # the job, and with it all that the call worked on.
+        del self
 
     def cancel(self) -> bool:
         """Keep the call from being made. Returns False if it was begun before."""

@@ -73,7 +73,7 @@ class SlowRows:
         """
         self.read_on(layer)
         if self._sources and self._unread[layer]:
-            rows = [self._pool.result(job) for job in self._ahead[layer]]
+            rows = self._results(self._ahead[layer])
             del self._ahead[layer]
         else:
             rows = [read_rows(source, layer) for source in self._sources]
@@ -101,10 +101,9 @@ class SlowRows:
         self.read_on(0)
         if self._sources:
             for jobs in self._ahead.values():
-                for job in jobs:
-                    self._pool.result(job)
-            for spread in self._deviations.values():
-                self._pool.result(spread)
+                self._results(jobs)
+            for key in self._deviations:
+                self._pool.result(self._deviations[key])
 
     def sources_are_final(self, when_read: Callable[[], None]) -> None:
         """See `LayerLoader.sources_are_final`."""
@@ -124,14 +123,16 @@ class SlowRows:
         Raises:
             DamagedSourceError, StoreTimeoutError: they can't be read.
         """
-        job = self._start_deviations(reader) if reader.deviations_wait else None
-        return reader.deviations if job is None else self._pool.result(job)
+        if not reader.deviations_wait:
+            return reader.deviations
+        return self._pool.result(self._start_deviations(reader))
 
     def drain(self) -> None:
         """Wait for reads of rows under way and drop them, so that the readers may be closed. Overdue reads are left to end by themselves."""
         for jobs in self._ahead.values():
             for job in jobs:
                 self._pool.wait_or_leave(job)
+            jobs.clear()
         self._ahead.clear()
 
     def close(self) -> None:
@@ -139,6 +140,15 @@ class SlowRows:
         self.drain()
         for job in self._deviations.values():
             self._pool.wait_or_leave(job)
+        self._deviations.clear()
+
+    def _results(self, jobs: list[Job[Tensor]]) -> list[Tensor]:
+        """What jobs give. No frame keeps one of them: the error of a job refers to all frames that it comes through, and these refer to the prompt's
+        buffers. `drain` empties the list, so nothing of a request that failed has to wait for Python's collector."""
+        rows: list[Tensor] = []
+        while len(rows) < len(jobs):
+            rows.append(self._pool.result(jobs[len(rows)]))
+        return rows
 
     def _start_deviations(self, reader: ChunkReader) -> Job[Tensor | None]:
         job = self._deviations.get(reader.key)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -110,3 +113,43 @@ def test_larger_exchanges_get_room_of_their_own(heads: tuple[DividedHeads, list[
     for given, graph in graphs:
         given.copy_(torch.arange(len(given)))
         assert torch.equal(graph.replay(lambda _layer: None), 121 * torch.arange(len(given)).float())
+
+
+@pytest.mark.parametrize("where", ["beside its turn", "in its turn"])
+def test_a_prompt_that_failed_on_all_workers_is_not_kept(
+    where: str, heads: tuple[DividedHeads, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether an error came to all of them is remembered with the error, and an error refers to the memory of its prompt."""
+    divided, _ = heads
+    monkeypatch.setattr(divided_heads, "_gathered", lambda value, group: [value, value])
+    kept: list[weakref.ref[torch.Tensor]] = []
+    known: list[bool] = []
+
+    def fail() -> None:
+        raise OSError("the disk is gone")
+
+    def prompt() -> None:
+        buffers = torch.zeros(1)
+        kept.append(weakref.ref(buffers))
+        if where == "beside its turn":
+            divided.together(fail)
+        lender = threading.Thread(target=divided.turns.lend, args=(None,))
+        lender.start()
+        try:
+            with divided.turns.taken():
+                fail()
+        finally:
+            lender.join()
+
+    gc.disable()
+    try:
+        for _ in range(2):
+            try:
+                prompt()
+            except OSError as error:
+                known.append(divided.raised_on_all(error))
+        assert known == [True, True]
+        assert [buffers() for buffers in kept] == [None, None]
+        assert not divided.raised_on_all(OSError("the disk is gone"))
+    finally:
+        gc.enable()
