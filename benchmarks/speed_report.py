@@ -3,7 +3,7 @@
     python benchmarks/speed_report.py benchmarks/results/ttft-h100*.json --readme docs/speed.md --docs docs/performance.md \\
         --plot benchmarks/results
 
-Without --readme and --docs it prints the tables. The short table and the plots are made of the first file.
+Without --readme and --docs it prints the tables. The short table and the plots are made of the first file, and so is the table that says where the time goes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
 
     contents = [json.loads(path.read_text()) for path in args.files]
-    short, long = brief(contents[0]), "\n\n".join(["## Results", *map(details, contents)])
+    tables = [details(content, times=number == 0) for number, content in enumerate(contents)]
+    short, long = brief(contents[0]), "\n\n".join(["## Results", *tables])
     if args.readme is not None:
         put_between(args.readme, short)
     if args.docs is not None:

@@ -47,8 +47,8 @@ def brief(content: Content) -> str:
     return f"{title}: time to first token in ms and speed-up.\n{setting(content)}.\n\n{_table(head, lines)}"
 
 
-def details(content: Content) -> str:
-    """Everything that was measured, for docs/performance.md."""
+def details(content: Content, times: bool = True) -> str:
+    """What was measured, for docs/performance.md; with `times`, also where the time of each row goes."""
     parts = [f"### {setting(content)}", _machine(content)]
     rows = rows_of(content)
     for title, phases in (
@@ -63,7 +63,7 @@ def details(content: Content) -> str:
             parts += [f"**{title}**", _reuse_table(found)]
     peers = [row for row in rows if row["phase"] in ("peers", "kvboost")]
     parts += ["**Peers**", _peers_table(peers)] if peers else []
-    checks = [_full_table(content), _split_table(rows), _timelines(content), _failed(content)]
+    checks = [_full_table(content), _split_table(rows) if times else "", _timelines(content), _failed(content)]
     return "\n\n".join([*parts, *(text for text in checks if text)])
 
 

@@ -193,7 +193,8 @@ def test_tables_hold_the_numbers_of_the_file(measured: Path, tmp_path: Path) -> 
     readme, docs = tmp_path / "README.md", tmp_path / "performance.md"
     for path in (readme, docs):
         path.write_text(f"before\n{report.MARKS[0]}\nold\n{report.MARKS[1]}\nafter\n")
-    arguments = [str(measured), "--readme", str(readme), "--docs", str(docs), "--plot", str(tmp_path / "plots")]
+    files = [str(measured), str(measured)]
+    arguments = [*files, "--readme", str(readme), "--docs", str(docs), "--plot", str(tmp_path / "plots")]
     for _ in range(2):  # the second time over what the first one wrote
         speed_report.main(arguments)
     content = json.loads(measured.read_text())
@@ -207,6 +208,7 @@ def test_tables_hold_the_numbers_of_the_file(measured: Path, tmp_path: Path) -> 
         assert f"commit {content['environment']['commit']}" in text
     wide = docs.read_text().splitlines()
     assert any(line.startswith("| 256 | host | exact | `frequency` | 0.15 | ") for line in wide)
+    assert [sum(line.startswith(title) for line in wide) for title in ("### ", "**Where the time goes**")] == [2, 1]
     assert all((tmp_path / "plots" / f"run-{name}.svg").stat().st_size > 1000 for name in ("ttft", "speedup"))
 
 
