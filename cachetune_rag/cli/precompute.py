@@ -60,7 +60,7 @@ def precompute(
         typer.Option(
             "--chunk-tokens",
             min=MIN_CHUNK_TOKENS,
-            help="Most tokens of a chunk. Texts are split at paragraphs, then sentences, then words.",
+            help="Most tokens of a chunk. Texts are split at paragraphs, then sentences, then lines, then words.",
         ),
     ] = DEFAULT_CHUNK_TOKENS,
     lead_in: Annotated[

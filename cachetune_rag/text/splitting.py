@@ -13,11 +13,12 @@ from cachetune_store.printing import shown
 DEFAULT_CHUNK_TOKENS = 512
 MIN_CHUNK_TOKENS = 8
 
-# Where a text may be cut, best places first. White space stays with the paragraph or sentence before it. A word keeps the space before
-# it, as in tokenizers. Each pattern looks at a run of white space only once, so that cutting takes linear time.
+# Where a text may be cut, best places first. White space stays with the paragraph or sentence before it. A line keeps its indentation, and a
+# word the space before it, as in tokenizers. Each pattern looks at a run of white space only once, so that cutting takes linear time.
 _BOUNDARIES = (
     re.compile(r"\n[^\S\n]*\n\s*"),
     re.compile(r"(?:(?<=[.!?…])|(?<=[.!?…][\"'”’»)\]]))\s+|(?<=[。！？])(?![。！？”’」』）])"),
+    re.compile(r"\n"),  # rows of a table and lines of code have no sentences
     re.compile(r"(?<=\S)(?=\s)"),
 )
 _LONGEST_TOKEN = 16
@@ -25,7 +26,7 @@ _LONGEST_TOKEN = 16
 
 
 class Splitter:
-    """Cuts texts at paragraphs, long paragraphs at sentences, and long sentences at words.
+    """Cuts texts at paragraphs, long paragraphs at sentences, long sentences (tables, code) at lines, and long lines at words.
 
     Args:
         count: returns the number of tokens of a text that is tokenised alone.

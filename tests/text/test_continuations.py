@@ -39,6 +39,9 @@ def found(prompt: Prompt) -> list[tuple[str, str]]:
         (MILL, "is 48213\n\nMore of it", "The access code of the mill", "is 48213\n\n"),
         ("It is old. It is a hou", "se of wood. More.", "It is a hou", "se of wood."),
         ("One.\n\nTwo. And\n\nthe code is", "48213.", "the code is", "48213."),
+        ("| bolt | 12 |\n| nut |", "8 | new |\n| wire | 3 |", "| nut |", "8 | new |"),
+        ("| bolt | 12 |\n| nut", "| 8 |\n| wire | 3 |", "| nut", "| 8 |"),
+        ("| bolt | 12 |\n| Nut", "Small | 8 |", "| Nut", "Small | 8 |"),
     ],
 )
 def test_a_sentence_that_goes_on_is_found(first: str, second: str, begun: str, rest: str) -> None:
@@ -58,6 +61,9 @@ def test_a_sentence_that_goes_on_is_found(first: str, second: str, begun: str, r
         ("A title", "and another title"),  # no prose
         ("for x in names:\n    total += x\nreturn total", "def more(x):\n    return x"),
         ("| bolt | 12 |\n| nut | 8 |", "| wire | 3 |"),
+        ("| bolt | 12 |\n| nut | 8 |", "Wires are sold by weight."),
+        ("| bolt | 12 |\n| nut | 8 |\n", "3 | 4 |"),
+        ("Bolts and nuts", "3 | 4 |"),
         ("It is old. It cost 12", "", "Twelve. No more."),
         (MILL,),
         (),

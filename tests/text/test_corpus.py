@@ -390,6 +390,20 @@ def test_texts_are_cut_at_paragraphs_then_sentences_then_words() -> None:
     ]
 
 
+def test_tables_and_code_are_cut_between_lines() -> None:
+    table = "".join(f"| bolt {n} | {n * 7} pieces |\n" for n in range(40))
+    code = "def total(names):\n" + "".join(f"    if names[{n}]:\n        count += {n}\n" for n in range(30))
+    for text in (table, code, table.rstrip()):
+        chunks = Splitter(byte_count, 100).split(text)
+        assert len(chunks) > 5
+        assert "".join(chunks) == text
+        assert all(chunk.endswith("\n") for chunk in chunks[:-1])
+    assert Splitter(byte_count, 12).split("| one | two | three | four |\n| five |")[:2] == [
+        "| one | two",
+        " | three |",
+    ]  # a line that is too long
+
+
 def test_cjk_sentences_are_sentences() -> None:
     text = "灯台は白い。海は青い。「船だ。」と言う。"
     assert Splitter(len, 9).split(text) == ["灯台は白い。", "海は青い。", "「船だ。」と言う。"]

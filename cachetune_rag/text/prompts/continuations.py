@@ -1,4 +1,4 @@
-"""Where a sentence begins in one chunk of a prompt and goes on in the next.
+"""Where a sentence, or a row of a table, begins in one chunk of a prompt and goes on in the next.
 
 It is told by the chunks' token ids alone, so every way to make a prompt, and every process that has a part of the model, finds the same.
 """
@@ -34,6 +34,10 @@ _BETWEEN = re.compile(rf"{_STOP}{CLOSING}\s+(?=[^\sa-z])|[{OTHER_MARKS}]{CLOSING
 """Between two sentences, or two paragraphs."""
 _SENTENCES = re.compile(rf"\w[.!?]{CLOSING} +[\"'(\[“‘«]*\w|[{OTHER_MARKS}]")
 """Where prose has ended a sentence. Titles, tables and code don't."""
+_ROW = re.compile(r"^[^\S\n]*\|[^\n]*\Z", re.MULTILINE)
+"""A last line that is a row of a table, or the beginning of one."""
+_ROW_REST = re.compile(r"\A[^\S\n]*\S[^\n]*\|[^\S\n]*(?=\n|\Z)")
+"""A first line that ends as a row does."""
 _END = re.compile(rf"{_STOP}{CLOSING}(?=\s+[^\sa-z]|\s*\Z)|[{OTHER_MARKS}]{CLOSING}|\n\s*\n")
 PART = "\ufffd"
 """What stands for a part of a character. It counts as a letter."""
@@ -41,7 +45,7 @@ _UNFINISHED = re.compile(rf"[\w,;，、；{PART}]\Z")
 
 
 class Continuation(NamedTuple):
-    """A sentence that two chunks share. Both ranges are places in the prompt, and not empty.
+    """A sentence, or a row of a table, that two chunks share. Both ranges are places in the prompt, and not empty.
 
     Attributes:
         begun: where it begins: the end of the first chunk, and what stands between both.
@@ -84,8 +88,7 @@ class Continuations:
             if len(documents) > 1 or prompt.chunk_ids[first.chunk] == prompt.chunk_ids[second.chunk]:
                 continue
             before, after = prompt.chunk_ids[first.chunk], prompt.chunk_ids[second.chunk]
-            rest = self._rest(after[:_HEAD])
-            begun = self._begun(before[-_TAIL:]) if rest else 0
+            begun, rest = self._shared(before[-_TAIL:], after[:_HEAD])
             # Tokens at a chunk's edges may stand in the prompt in another form, outside of its span.
             start = max(first.start, first.start - first.first + len(before) - begun)
             end = min(second.end, second.start - second.first + rest)
@@ -93,32 +96,55 @@ class Continuations:
                 found.append(Continuation(range(start, second.start), range(second.start, end)))
         return tuple(found)
 
+    def _shared(self, tail: tuple[int, ...], head: tuple[int, ...]) -> tuple[int, int]:
+        """How many of a chunk's last tokens begin what the first ones of the next chunk go on with, and how many these are; 0 and 0 if nothing goes on."""
+        rest = self._rest(head)
+        if not (rest.sentence or rest.row):
+            return 0, 0
+        begun = self._begun(tail)
+        # A line that begins with "|" is a row of its own behind one that ends so.
+        if begun.row and rest.row and not (begun.closed and rest.opens):
+            return begun.row, rest.row
+        return (begun.sentence, rest.sentence) if begun.sentence and rest.sentence else (0, 0)
+
     def _overlap(self, before: Sequence[int], after: Sequence[int]) -> bool:
         """Whether a chunk begins with what the one before has as well, as windows do: then it has the cut sentence whole."""
         return "".join(self._pieces(after[:_OVERLAP])).strip() in "".join(self._pieces(before))
 
-    def _count_begun(self, tail: tuple[int, ...]) -> int:
-        """How many of a chunk's last tokens begin a sentence without ending it; 0 if it ends otherwise, or is no prose."""
+    def _count_begun(self, tail: tuple[int, ...]) -> _Begun:
+        """What a chunk's last tokens begin."""
         text, end = self._spelled(tail)
+        row = _ROW.search(text)
+        count = 0 if row is None else len(tail) - _tokens_to(row.start(), len(tail), end)
         text = text.rstrip()
+        return _Begun(self._sentence_begun(text, len(tail), end), count, text.endswith("|"))
+
+    def _sentence_begun(self, text: str, tokens: int, end: Callable[[int], int]) -> int:
+        """How many of a chunk's last tokens begin a sentence without ending it; 0 if it ends otherwise, or is no prose."""
         if not _UNFINISHED.search(text) or not _SENTENCES.search(text):
             return 0
         ends = [
             len(text[: between.end()].rstrip()) for between in _BETWEEN.finditer(text)
         ]  # a blank belongs to the next word's token
-        return len(tail) - _tokens_to(ends[-1], len(tail), end) if ends else 0
+        return tokens - _tokens_to(ends[-1], tokens, end) if ends else 0
 
-    def _count_rest(self, head: tuple[int, ...]) -> int:
+    def _count_rest(self, head: tuple[int, ...]) -> _Rest:
+        """What a chunk's first tokens go on with."""
+        text, end = self._spelled(head)
+        row = _ROW_REST.search(text)
+        count = 0 if row is None else min(MOST_TOKENS, _tokens_to(row.end(), len(head), end))
+        return _Rest(self._sentence_rest(text, len(head), end), count, text.lstrip().startswith("|"))
+
+    def _sentence_rest(self, text: str, tokens: int, end_of: Callable[[int], int]) -> int:
         """How many of a chunk's first tokens go on with a sentence; 0 if it begins with a sentence of its own, or with none.
 
         A capital letter begins a sentence. Where a script has none, only the chunk before shows whether one goes on.
         """
-        text, end_of = self._spelled(head)
         first = text.lstrip()[:1]
         if not (first.isalnum() or first == PART) or first.isupper() or first.istitle():
             return 0
         end = _END.search(text, text.index(first))
-        return min(MOST_TOKENS, len(head) if end is None else _tokens_to(end.end(), len(head), end_of))
+        return min(MOST_TOKENS, tokens if end is None else _tokens_to(end.end(), tokens, end_of))
 
     def _spelled(self, ids: Sequence[int]) -> tuple[str, Callable[[int], int]]:
         """The text of some tokens, and what tells how many characters of it the first ones have."""
@@ -128,6 +154,22 @@ class Continuations:
             return text, list(accumulate(map(len, pieces), initial=0)).__getitem__
         # Characters of several tokens: only all of them together spell them.
         return self._pieces.text(ids), lambda count: len(self._pieces.text(ids[:count]).rstrip(PART))
+
+
+class _Begun(NamedTuple):
+    """How many of a chunk's last tokens begin a sentence, or are its last row, as far as it stands there, each 0 if there is none; and whether they end as a row does."""
+
+    sentence: int
+    row: int
+    closed: bool
+
+
+class _Rest(NamedTuple):
+    """How many of a chunk's first tokens go on with a sentence, or end a row, each 0 if none do; and whether they begin as a row does."""
+
+    sentence: int
+    row: int
+    opens: bool
 
 
 class Pieces:
