@@ -140,14 +140,15 @@ class Coming:
             self._tried = job
             with ExitStack() as stack:
                 turn = stack.enter_context(closing(self.turn_of(job)))
+                if not turn.memory.has_room(turn.request.prompt.ids_array):
+                    return  # before its chunks are opened
                 begun = turn.engine.executor.begin(turn.request, turn.memory)
                 if begun is not None:
                     self._begun = replace(turn, begun=begun)
                     stack.pop_all()
         except Exception as error:
-            _log.debug(
-                "a request was not begun before its turn: %s", str(error)
-            )  # not the error, which has the prompt's tensors
+            # The error's text: whoever keeps the error keeps the prompt's tensors.
+            _log.debug("a request was not begun before its turn: %s", str(error))
             self.close()
 
     def _first(self) -> Job | None:

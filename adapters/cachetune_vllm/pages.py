@@ -148,6 +148,10 @@ class PagedMemory:
         self._part: Part | None = None
         self._slots: Tensor | None = None
 
+    def has_room(self, ids: Ids) -> bool:
+        """Whether there is memory for the buffers of a prompt without an answer, as far as that is known before `take`."""
+        return self._room.has_room(self._inner.bytes_for(ids, 0))
+
     def take(self, ids: Ids, exact: int, room: int) -> tuple[KVBuffers, int]:
         """See `KVMemory`.
 

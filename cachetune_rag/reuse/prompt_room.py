@@ -76,20 +76,24 @@ class PromptRoom:
         """How many prompts have a part."""
         return len(self._parts)
 
+    def has_room(self, size: int) -> bool:
+        """Whether a prompt of `size` bytes may have a part now, as far as that is known before. If it can't because of another prompt, the piece
+        grows for both as soon as none has a part."""
+        size = _aligned_up(size)
+        return (self._most is None or size <= self._most) and self._is_beside(size)
+
     def take(self, size: int) -> Part:
         """A part of `size` bytes. It may be used on the current stream, and on streams that wait for it.
 
         Raises:
             NoRoomError: the prompt needs more than the bound, another prompt has the room, or the device's memory is full.
         """
-        size = -(-size // ALIGNED) * ALIGNED
+        size = _aligned_up(size)
         if self._most is not None and size > self._most:
             raise NoRoomError(
                 f"its keys and values take {format_bytes(size)}, and prompts may take {format_bytes(self._most)} of the device's memory."
             )
-        used = sum(part.memory.numel() for part in self._parts)
-        if self._parts and (len(self._parts) == 2 or used + size > self.size):
-            self._note_wanted(used + size)
+        if not self._is_beside(size):
             raise NoRoomError("there is no room for its keys and values beside the prompts before it.")
         if not self._parts and self.size < max(size, self._wanted):
             self._grow(size)
@@ -109,6 +113,16 @@ class PromptRoom:
         self._parts.remove(part)
         streams = {stream for stream in (part.taken_on, self._current()) if stream is not None}
         self._behind[part.first] = [stream.record_event() for stream in streams]
+
+    def _is_beside(self, size: int) -> bool:
+        """Whether a part fits beside those of other prompts."""
+        if len(self._parts) == 2:
+            return False
+        used = sum(part.memory.numel() for part in self._parts)
+        if not self._parts or used + size <= self.size:
+            return True
+        self._note_wanted(used + size)
+        return False
 
     def _note_wanted(self, size: int) -> None:
         """When no prompt has a part, the piece may grow to this size."""
@@ -159,3 +173,7 @@ class PromptRoom:
 
     def _current(self) -> torch.cuda.Stream | None:
         return torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+
+
+def _aligned_up(size: int) -> int:
+    return -(-size // ALIGNED) * ALIGNED

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cachetune_rag.model.heads import ALL_HEADS
-from cachetune_rag.reuse.prompt_room import PromptRoom
+from cachetune_rag.reuse.prompt_room import ALIGNED, PromptRoom
 from cachetune_rag.text.recognising.id_spans import IdSpan, prompt_of_ids
 from cachetune_vllm.coming import Coming, GivenUpError, Job, Turn
 from cachetune_vllm.messages import Load, Missed
@@ -38,7 +38,7 @@ class Engine:
     def __init__(self, *begins: Begun | Exception | None):
         self.begins, self.asked = list(begins), 0
         self.admission = SimpleNamespace(config=lambda *asked: None)
-        self.assembler = SimpleNamespace(memory=None)
+        self.assembler = SimpleNamespace(memory=SimpleNamespace(bytes_for=lambda ids, room: len(ids) * ALIGNED))
         self.executor = self
 
     def begin(self, request: Any, memory: Any) -> Begun | None:
@@ -54,14 +54,14 @@ def job(name: str, tenant: str = "") -> Job:
     return Job(Load(name, prompt, "frequency", 0.15, tenant, (1, 2, 3, 4), 0, TOKENS - 1, 0), None)
 
 
-def coming_of(engine: Engine, over: frozenset[str] = frozenset()) -> Coming:
+def coming_of(engine: Engine, over: frozenset[str] = frozenset(), room: PromptRoom | None = None) -> Coming:
     def check(request_id: str) -> None:
         if request_id in over:
             raise GivenUpError(request_id)
 
     pages: Any = SimpleNamespace(block_size=16)
     made: Any = engine
-    return Coming(lambda tenant: made, pages, ALL_HEADS, check, PromptRoom(torch.device("cpu")))
+    return Coming(lambda tenant: made, pages, ALL_HEADS, check, room or PromptRoom(torch.device("cpu")))
 
 
 def at_hand(coming: Coming, *behind: Job | Missed) -> Turn:
@@ -128,6 +128,17 @@ def test_not_begun_where_an_engine_would_be_made_or_nobody_waits_for_it_any_more
         coming.begin_next(at_hand(coming, second))
         assert engine.asked == 0
         assert coming.next() is second
+
+
+@pytest.mark.parametrize("fits", [False, True])
+def test_not_begun_where_memory_has_no_room_for_both(fits: bool) -> None:
+    room = PromptRoom(torch.device("cpu"), (2 * TOKENS - (not fits)) * ALIGNED)
+    room.give_back(room.take((2 * TOKENS - (not fits)) * ALIGNED))
+    coming = coming_of(engine := Engine(Begun()), room=room)
+    turn = at_hand(coming, job("second"))
+    room.take(TOKENS * ALIGNED)  # the one at hand
+    coming.begin_next(turn)
+    assert engine.asked == fits
 
 
 def test_the_order_stays_and_closing_lets_go() -> None:

@@ -10,6 +10,7 @@ import random
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -196,3 +197,21 @@ def test_a_prompt_for_which_there_is_no_room_is_left_to_vllm_and_says_so(
             for report in said.values():
                 assert (report.get("left"), report["reused"] > 0) == (None if reused else "memory", reused)
                 assert reused or "and prompts may take" in report["why"]
+
+
+@pytest.mark.parametrize("selector", ["expected_error", "frequency"])
+def test_a_prompt_that_starts_over_without_damaged_chunks_has_one_part_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, selector: str
+) -> None:
+    with CacheTune(tiny.llama(), tiny.tokenizer(), tmp_path, host_budget=0) as engine:
+        engine.precompute(TEXTS)
+        for file in sorted(tmp_path.rglob("*.safetensors"))[:3]:
+            content = bytearray(file.read_bytes())
+            content[len(content) // 2 :: 97] = bytes(255 - byte for byte in content[len(content) // 2 :: 97])
+            file.write_bytes(content)
+        made = Saturated(engine, monkeypatch, engine.adapter.buffer_bytes(800))
+        with closing(made.worker):
+            said = made.ask([made.load(number, selector) for number in range(6)])
+        assert sum(report["damaged"] for report in said.values() if "damaged" in report) > 0
+        assert any(report["reused"] for report in said.values())
+        assert made.most[1] == 1  # rows on disk are not brought before their turn
