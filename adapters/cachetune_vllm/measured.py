@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+
+from cachetune_store.tier_kinds import kind_of
 
 ENOUGH = 3
 """Fewer measurements at about one number of tokens say nothing: one of them may have waited for a kernel to be compiled."""
 KEPT = 9
 """So many of the latest ones are kept."""
 REMEMBERED = 600.0
-"""Seconds after which a measurement is forgotten. Where reuse was slower than it is now, requests are left to vLLM, and nothing is measured any more: it is tried
-again after that time."""
+"""Seconds after which a measurement is forgotten."""
+TRIED = 8
+"""Where measurements alone speak against reuse, one request of so many reuses its chunks all the same: otherwise nothing would be measured any more, and what was slow
+for a while (a busy machine, a kernel that was compiled) would count as slow until it is forgotten."""
 FAR = 2
 """A number of tokens that is so many times as large as the largest that was measured is not judged, unless that is `LARGE`."""
 LARGE = 1024
@@ -136,7 +140,7 @@ class Measured:
         self._loads_begun[request_id] = _Begun(self._clock(), kind, stored, to_compute) if typical else None
 
     def load_ends(self, request_id: str, reused: int | None) -> None:
-        """A prompt is ready, with so many tokens reused; None: nothing came of it."""
+        """A prompt is ready, with so many tokens reused; None: nothing came of it, or it isn't typical after all."""
         begun = self._loads_begun.pop(request_id, None)
         if begun is not None and reused is not None:
             load = begun.to_compute - reused, self._clock() - begun.since
@@ -168,6 +172,13 @@ class Measured:
             points = [(0.0, min(fixed, points[0][1])), *points]
         extra, computing = between(points, stored), between(steps, computed)
         return None if extra is None or computing is None else (extra + computing + last, plain)
+
+
+def usual(report: Mapping[str, Any]) -> bool:
+    """Whether a prompt was put together as it will be next time: from memory, with nothing that was missed, damaged or waited for in vain. Chunks that were read from a
+    disk are in memory now, so the time that they took says nothing about the next prompt with them."""
+    slow = any(read and not kind_of(tier).in_memory for tier, read in report.get("bytes_read", {}).items())
+    return not slow and not any(report.get(what) for what in ("missed", "damaged", "unreadable", "timed_out"))
 
 
 def shown(seconds: Iterable[float]) -> list[str]:

@@ -15,7 +15,7 @@ from cachetune_rag.reuse.worth import stored_tokens
 from cachetune_rag.text.recognising.id_spans import without_beginning
 from cachetune_vllm.beam_search import is_beam
 from cachetune_vllm.logs import logger
-from cachetune_vllm.measured import Measured
+from cachetune_vllm.measured import Measured, usual
 from cachetune_vllm.messages import FromWorker, Hello, Load, Missed, ToWorkers
 from cachetune_vllm.metrics import ReuseStats
 from cachetune_vllm.page_hashes import CachedPages, salt_hashes, salt_of
@@ -211,8 +211,8 @@ class ReuseScheduler:
             reusing = self._requests.get(request_id)
             if reusing is not None:
                 reusing.loading = False
-            ready = reusing is not None and bool(reusing.report) and not reusing.alone
-            self._measured.load_ends(request_id, int(reusing.report["reused"]) if reusing and ready else None)
+            told = {} if reusing is None or reusing.alone else reusing.report
+            self._measured.load_ends(request_id, told["reused"] if told and usual(told) else None)
 
     def take_stats(self) -> ReuseStats | None:
         """What was counted since the last call; None if nothing was."""

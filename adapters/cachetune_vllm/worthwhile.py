@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 from cachetune_rag.reuse.config import AUTO
 from cachetune_rag.reuse.worth import Savings, WorthLimits, savings_of, stored_tokens
 from cachetune_rag.selection import get_selector, names
-from cachetune_vllm.measured import Measured, shown
+from cachetune_vllm.measured import TRIED, Measured, shown
 from cachetune_vllm.messages import Hello
 from cachetune_vllm.reasons import Left
 from cachetune_vllm.recognition import Recognised
@@ -30,6 +31,7 @@ class Worthwhile:
         # An operator who gives a number of tokens decides by that alone.
         self._limits = WorthLimits(hello.least_reused) if isinstance(least, str) else WorthLimits(least, 0.0)
         self._measured = measured if isinstance(least, str) else None
+        self._slow = Counter[str]()
 
     def ratio(self, settings: RequestSettings) -> float:
         """The share of its chunks that a request recomputes, as far as that is known before its chunks are opened."""
@@ -72,15 +74,17 @@ class Worthwhile:
             cached: tokens at the start of its prompt that vLLM has in its prefix cache.
         """
         assert found.prompt is not None
-        why = self._why_left(found, settings, cached)
-        if why is None:
+        why, only_measured = self._why_left(found, settings, cached)
+        if only_measured:
+            self._slow[kind_of(settings)] += 1
+        if why is None or (only_measured and self._slow[kind_of(settings)] % TRIED == 0):
             return None, None
         if all(span.chunk in found.missing for span in found.prompt.spans):
             return Left.MISSED, "none of the chunks that the request names is stored"
-        return (Left.CACHED if self._why_left(found, settings, 0) is None else Left.FEW), why
+        return (Left.CACHED if self._why_left(found, settings, 0)[0] is None else Left.FEW), why
 
-    def _why_left(self, found: Recognised, settings: RequestSettings, cached: int) -> str | None:
-        """Why reuse wouldn't make a request faster; None if it would."""
+    def _why_left(self, found: Recognised, settings: RequestSettings, cached: int) -> tuple[str | None, bool]:
+        """Why reuse wouldn't make a request faster, None if it would; and whether nothing but measurements says so."""
         prompt = found.prompt
         assert prompt is not None
 
@@ -97,10 +101,11 @@ class Worthwhile:
             if times is not None:
                 reuse, plain = times
                 if reuse < plain:
-                    return None
+                    return None, False
                 ours, theirs = shown(times)
-                return f"reuse would take {ours} and vLLM {theirs}, by what this server took lately"
-        return savings(self._limits).reason
+                why = f"reuse would take {ours} and vLLM {theirs}, by what this server took lately"
+                return why, savings(self._limits).worthwhile
+        return savings(self._limits).reason, False
 
 
 def kind_of(settings: RequestSettings) -> str:

@@ -16,8 +16,9 @@ from cachetune_rag.text.prompts.segments import Prompt
 
 LEAST_REUSED = 1536
 """The fewest tokens that reuse has to save on a GPU to make up for its fixed costs: about as many as vLLM reads in that time, where nothing was
-measured in the server itself. With the default selector, prompts of 4,196 tokens were answered after 60 ms on an H200 by a server that reads them in 97 (8B parameters, 43 tokens a
-millisecond), though 3,300 tokens were spared: 40 ms went into reuse itself. A prompt of 2,140 tokens that spared 1,309 was answered 4 ms later than without reuse."""
+measured in the server itself. With the default selector on an H200 (8B parameters, 43 tokens a millisecond), a prompt of 4,196 tokens that spared 3,482 was answered after 58 ms by a server that
+reads it in 113, so 26 ms went into reuse itself; one of 2,140 tokens, 528 of them in vLLM's prefix cache, spared 1,309 and was answered 4 ms later than without reuse: 34 ms. That is
+as long as vLLM takes for 1,100 to 1,500 tokens."""
 LEAST_REUSED_ON_CPU = 256
 """The same on a CPU, where the fixed costs are smaller beside the computing. Chosen, not measured."""
 LEAST_SHARE = 0.4

@@ -18,6 +18,7 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.request import Request
 
 from cachetune_rag.text.recognising.id_spans import IdSpan, prompt_of_ids
+from cachetune_vllm.measured import TRIED
 from cachetune_vllm.messages import FromWorker, Hello
 from cachetune_vllm.metrics import ReuseMetrics
 from cachetune_vllm.page_hashes import salt_hashes, salt_of
@@ -152,14 +153,14 @@ class Timed:
             self.step(tokens, 0.01 + tokens / 40_000)
         return self
 
-    def reuses(self, seconds: float, reused: int = 3230, cached: int = 0) -> Timed:
+    def reuses(self, seconds: float, cached: int = 0, **told: Any) -> Timed:
         """A request that reuses takes so long to be put together, which takes vLLM some empty steps."""
         one = request(4000)
         self.made.arrived(one)
         assert self.made.matched(one, cached) == (3999 - cached, True)
         self.made.allocated(one, range(250), 3999 - cached)
         self.step(0, seconds / 2)
-        self.step(0, seconds / 2, FromWorker({"r": {"reused": reused}}))
+        self.step(0, seconds / 2, FromWorker({"r": {"reused": 3230, "bytes_read": {"host": 1}} | told}))
         self.made.loaded({"r"})
         self.step(1, 0.01)
         self.made.finished(one)
@@ -193,6 +194,38 @@ def test_what_a_server_has_measured_of_itself_decides(took: float, left: bool) -
         assert report["why"] == (
             f"reuse would take {1000 * took + 10:.0f} ms and vLLM 120 ms, by what this server took lately"
         )
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"bytes_read": {"host": 5, "disk": 7}},
+        {"bytes_read": {"remote": 7}},
+        {"damaged": 1},
+        {"missed": 5},
+        {"timed_out": 1},
+    ],
+    ids=str,
+)
+def test_what_was_slow_for_its_own_reasons_says_nothing_of_the_next_request(told: dict[str, Any]) -> None:
+    """Chunks that were read from a disk are in memory then: without that, three of them would switch reuse off."""
+    server = Timed(found(4000, CHUNK)).reads()
+    for _ in range(9):
+        server.reuses(5.0, **told)
+    assert server.decides() is None
+    for _ in range(3):
+        server.reuses(0.05, bytes_read={"host": 5, "disk": 0})
+    assert server.decides() is None
+
+
+def test_reuse_that_was_slow_is_tried_again_and_so_comes_back() -> None:
+    server = Timed(found(4000, CHUNK)).reads()
+    for _ in range(3):
+        server.reuses(0.3)
+    for _ in range(4):
+        assert [server.decides() is None for _ in range(TRIED - 1)] == [False] * (TRIED - 1)
+        server.reuses(0.05)  # the next one of them
+    assert [server.decides() is None for _ in range(TRIED)] == [True] * TRIED
 
 
 def test_what_vllm_has_cached_makes_it_quicker_than_reuse() -> None:
