@@ -157,16 +157,15 @@ class DividedHeads(Heads):
             result = work()
         except Exception as error:  # it is raised below, once the others know
             failed = error
-        said = self.tell(None if failed is None else (isinstance(failed, again), f"{type(failed).__name__}: {failed}"))
+        said = self.tell(None if failed is None else (isinstance(failed, again), type(failed).__name__, str(failed)))
         others = [what for what in said if what is not None]
         if not others:
             return result
-        if failed is None:
-            failed = PeerError(f"another worker failed: {others[0][1]}", again=all(retry for retry, _ in others))
-        elif not all(retry for retry, _ in others) and isinstance(failed, again):
-            failed = PeerError(
-                f"another worker failed: {next(text for retry, text in others if not retry)}", again=False
-            )
+        grave = [what for what in others if not what[0]]
+        if failed is None or (grave and isinstance(failed, again)):
+            # Where one of them can't go on, none of them can.
+            _, kind, text = (grave or others)[0]
+            failed = PeerError(f"another worker failed: {kind}: {text}", again=not grave, kind=kind)
         _mark(failed)
         try:
             raise failed

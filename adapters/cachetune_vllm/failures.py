@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from cachetune_rag.errors import CacheTuneError, ConfigError
+from cachetune_rag.model.heads import PeerError
 from cachetune_rag.reuse.prompt_room import NoRoomError
 from cachetune_store import StoreError
 from cachetune_vllm.coming import GivenUpError
@@ -17,6 +18,8 @@ from cachetune_vllm.responses import nothing_reused
 
 DEVICE_FULL = "the device's memory was full before its chunks were put together."
 """Why a prompt is left to vLLM for which there was memory, but not for what is computed with it."""
+
+_MEMORY = (NoRoomError.__name__, torch.OutOfMemoryError.__name__)
 
 _log = logger(__name__)
 
@@ -42,6 +45,7 @@ def left_after(error: Exception, request_id: str) -> dict[str, Any]:
     if isinstance(error, ConfigError):
         # What can be checked without the store was checked when the request came. Its bound is kept: vLLM reads the whole prompt.
         return nothing_reused(Left.BOUND) | {"why": said}
-    if isinstance(error, NoRoomError):
-        return nothing_reused(Left.MEMORY) | {"why": said}
+    kind = error.kind if isinstance(error, PeerError) else type(error).__name__
+    if kind in _MEMORY:  # the same on all workers, whichever of them is asked
+        return nothing_reused(Left.MEMORY) | {"why": said if kind == NoRoomError.__name__ else DEVICE_FULL}
     return nothing_reused(Left.FAILED)

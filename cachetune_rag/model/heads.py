@@ -27,11 +27,12 @@ class PeerError(CacheTuneError):
 
     Attributes:
         again: whether it failed there in a way that is worth another attempt.
+        kind: the name of the error's class there.
     """
 
-    def __init__(self, message: str, *, again: bool):
+    def __init__(self, message: str, *, again: bool, kind: str = ""):
         super().__init__(message)
-        self.again = again
+        self.again, self.kind = again, kind
 
 
 class Heads:

@@ -134,9 +134,8 @@ class PromptRoom:
         for event in (*self._behind.get(True, ()), *self._behind.get(False, ())):
             event.synchronize()
         before, self._memory, self._behind = self.size, None, {}
-        if (
-            before
-        ):  # an error whose traceback is part of a cycle may still have buffers of a prompt, and so the whole piece
+        if before:
+            # An error whose traceback is part of a cycle may still have buffers of a prompt, and so the whole piece.
             gc.collect()
         wanted, self._wanted = max(size, self._wanted), 0
         for bytes_ in sorted({self._rounded(wanted), self._rounded(size), max(size, before), size}, reverse=True):

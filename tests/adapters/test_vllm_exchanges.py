@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cachetune_rag.model.cuda.graphs import Graph, Recorder, Room
+from cachetune_rag.model.heads import PeerError
 from cachetune_vllm import divided_heads
 from cachetune_vllm.divided_heads import DividedHeads
 
@@ -113,6 +114,29 @@ def test_larger_exchanges_get_room_of_their_own(heads: tuple[DividedHeads, list[
     for given, graph in graphs:
         given.copy_(torch.arange(len(given)))
         assert torch.equal(graph.replay(lambda _layer: None), 121 * torch.arange(len(given)).float())
+
+
+def test_a_worker_hears_what_kind_of_error_another_one_has(
+    heads: tuple[DividedHeads, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that all of them give a request the same reason. One that can't go on decides for those that could try again."""
+    divided, _ = heads
+    theirs: list[Any] = [(True, "OSError", "a chunk is damaged"), (False, "NoRoomError", "there is no room.")]
+    monkeypatch.setattr(divided_heads, "_gathered", lambda value, group: [value, *theirs])
+
+    def damaged() -> None:
+        raise OSError("a chunk is damaged")
+
+    for work in (lambda: None, damaged):
+        with pytest.raises(PeerError, match=r"another worker failed: NoRoomError: there is no room\.") as caught:
+            divided.together(work, (OSError,))
+        assert (caught.value.kind, caught.value.again) == ("NoRoomError", False)
+    theirs.pop()
+    with pytest.raises(PeerError, match="OSError: a chunk is damaged") as caught:
+        divided.together(lambda: None, (OSError,))
+    assert caught.value.again
+    with pytest.raises(OSError, match=r"^a chunk is damaged"):
+        divided.together(damaged, (OSError,))
 
 
 @pytest.mark.parametrize("where", ["beside its turn", "in its turn"])

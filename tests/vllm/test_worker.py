@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from cachetune_rag.concurrency.model_lock import ModelLock
-from cachetune_rag.errors import CacheTuneError
-from cachetune_rag.model.heads import ALL_HEADS
-from cachetune_rag.reuse.prompt_room import PromptRoom
+from cachetune_rag.errors import CacheTuneError, ConfigError
+from cachetune_rag.model.heads import ALL_HEADS, PeerError
+from cachetune_rag.reuse.prompt_room import NoRoomError, PromptRoom
 from cachetune_rag.text.recognising.id_spans import IdSpan, prompt_of_ids
+from cachetune_vllm.coming import GivenUpError
+from cachetune_vllm.failures import left_after
 from cachetune_vllm.messages import Load, ToWorkers
 from cachetune_vllm.pace import OwnPace
 from cachetune_vllm.worker import ReuseWorker
@@ -85,6 +87,25 @@ def test_pages_are_handed_over_when_a_prompt_is_done_and_not_before(engines: Eng
     engines.go_on.release()
     assert done(worker, "reads") == {"reads"}
     assert worker.failed_blocks() == {12, 13}  # not those that it has only read
+
+
+@pytest.mark.parametrize(
+    ("error", "left"),
+    [
+        (NoRoomError("there is no room."), "memory"),
+        (PeerError("another worker failed: there is no room.", again=False, kind="NoRoomError"), "memory"),
+        (PeerError("another worker failed: the disk is gone.", again=False, kind="OSError"), "failed"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "memory"),
+        (ConfigError("nothing is calibrated."), "bound"),
+        (GivenUpError("r"), "given up"),
+        (ValueError("no"), "failed"),
+    ],
+    ids=repr,
+)
+def test_what_a_response_says_after_an_error(error: Exception, left: str) -> None:
+    said = left_after(error, "r")
+    assert (said["reused"], said["left"]) == (0, left)
+    assert ("why" in said) == (left in ("memory", "bound"))
 
 
 def done(worker: ReuseWorker, name: str) -> set[str]:
