@@ -22,7 +22,7 @@ from cachetune_vllm.page_hashes import CachedPages, salt_hashes, salt_of
 from cachetune_vllm.reasons import Left
 from cachetune_vllm.recognition import Recognised
 from cachetune_vllm.settings import REQUEST_KEY, RequestSettings, RequestSettingsError, ServerSettings
-from cachetune_vllm.worthwhile import Worthwhile, kind_of
+from cachetune_vllm.worthwhile import Worthwhile
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -169,7 +169,7 @@ class ReuseScheduler:
         prompt, cached = reusing.found.prompt, end - count
         self._measured.load_begins(
             request.request_id,
-            kind_of(settings),
+            self._worthwhile.kind(settings),
             stored_tokens(prompt, missing=reusing.found.missing),
             len(prompt.ids) - cached,
             # Neither what makes an explanation, nor a prompt of which vLLM has found more pages since.

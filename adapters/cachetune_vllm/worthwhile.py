@@ -76,12 +76,17 @@ class Worthwhile:
         assert found.prompt is not None
         why, only_measured = self._why_left(found, settings, cached)
         if only_measured:
-            self._slow[kind_of(settings)] += 1
-        if why is None or (only_measured and self._slow[kind_of(settings)] % TRIED == 0):
+            self._slow[self.kind(settings)] += 1
+        if why is None or (only_measured and self._slow[self.kind(settings)] % TRIED == 0):
             return None, None
         if all(span.chunk in found.missing for span in found.prompt.spans):
             return Left.MISSED, "none of the chunks that the request names is stored"
         return (Left.CACHED if self._why_left(found, settings, 0)[0] is None else Left.FEW), why
+
+    def kind(self, settings: RequestSettings) -> str:
+        """Requests of one kind choose as many tokens in the same way, so it takes as long for prompts of one length."""
+        name = names.DEFAULT if settings.selector == "auto" else settings.selector
+        return f"{name} {'bounded' if settings.bounded else self.ratio(settings)}"
 
     def _why_left(self, found: Recognised, settings: RequestSettings, cached: int) -> tuple[str | None, bool]:
         """Why reuse wouldn't make a request faster, None if it would; and whether nothing but measurements says so."""
@@ -97,7 +102,7 @@ class Worthwhile:
         if spared.worthwhile and self._measured is not None:
             stored = stored_tokens(prompt, cached, found.missing)
             computed = spared.to_compute - spared.spared
-            times = self._measured.times(kind_of(settings), stored, computed, spared.to_compute)
+            times = self._measured.times(self.kind(settings), stored, computed, spared.to_compute)
             if times is not None:
                 reuse, plain = times
                 if reuse < plain:
@@ -106,9 +111,3 @@ class Worthwhile:
                 why = f"reuse would take {ours} and vLLM {theirs}, by what this server took lately"
                 return why, savings(self._limits).worthwhile
         return savings(self._limits).reason, False
-
-
-def kind_of(settings: RequestSettings) -> str:
-    """Requests of one kind choose their tokens in the same way, so it takes as long for prompts of one length."""
-    name = names.DEFAULT if settings.selector == "auto" else settings.selector
-    return f"{name}, bounded" if settings.bounded else name

@@ -40,6 +40,8 @@ class Server(server_process.Server):
         environment = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
         environment["VLLM_SERVER_DEV_MODE"] = "1"  # for `forget`
         environment["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] = "600"  # for `connections`
+        # What is measured must not decide what a test sees: tokens alone do.
+        options = ["--least-reused", "256", *options]
         words = [str(model), "--store", str(store), "--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "8"]
         super().__init__([*words, *options], log, environment=environment, patience=START_SECONDS)
         self.model, self.store = model, store
