@@ -5,7 +5,7 @@ goes into its attention, and the whole model by its logits. So a model is refuse
 order, or the rotation or a scale differs, also in model families that nobody has tried. Keys and values that agree here are also in the
 form that belongs into vLLM's pages.
 
-What goes into a layer is vLLM's own for both, wherever what came out of the layer before is nearly the same: otherwise differences in rounding would add up, and in
+What goes into a layer is vLLM's own for both, wherever what the layer before has added is nearly the same: otherwise differences in rounding would add up, and in
 deep models with 8-bit numbers hide an error. (Quantised layers round what goes into them to 8 bits, so a difference in the last bit of a 16-bit number becomes one of a whole step, in every
 layer anew: with 8-bit floats, the queries of layer 6 of a random model of 32 layers and 4,096 channels were 0.11 apart on an H200.)
 """
@@ -13,7 +13,7 @@ layer anew: with 8-bit floats, the queries of layer 6 of a random model of 32 la
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +31,8 @@ _ATTENTION = "cachetune_left_out"
 _TOLERANCE = {torch.float32: 1e-3}
 _HALF = 0.1
 """The tolerance for 16-bit types: the two implementations round differently. A real error differs by about 1."""
+_ADDED = 2
+"""What a layer adds may be so many times as far apart, since it comes out of several products."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,14 @@ def check_served(vllm_model: nn.Module, served: ServedModel, vllm_config: Any) -
                 raise UnsupportedModelError(
                     f"{name}: the attention of layer {layer} has {what} {one} in transformers and {two} in vLLM: {_ADVICE}"
                 )
+        # Where no layer agrees, vLLM's are cut elsewhere, and the two are compared from the beginning to the end.
+        if led and layer not in led:
+            raise UnsupportedModelError(
+                f"{name}: what layer {layer} adds differs between transformers' code and vLLM's: {_ADVICE}"
+            )
     if their_logits is not None:
         _compare(f"{name}: the logits", our_logits, their_logits[:, : our_logits.shape[1]], bound)
-    return led
+    return len(led)
 
 
 _ADVICE = (
@@ -99,14 +106,18 @@ def _compare(what: str, ours: Tensor, theirs: Tensor, bound: float) -> None:
         )
 
 
+def _size(numbers: Tensor) -> float:
+    return float(numbers.float().norm())
+
+
 def _apart(some: Tensor, others: Tensor) -> float:
     return float((some.float() - others.float()).norm() / others.float().norm().clamp_min(1e-12))
 
 
 def _ours(
     model: Any, ids: Tensor, positions: Tensor, came_out: Sequence[Sequence[Tensor]], bound: float
-) -> tuple[list[_Seen], Tensor, int]:
-    """What transformers' code computes, each layer behind what came out of vLLM's (`_layers_heard`), where that is nearly the same; and behind how many it is."""
+) -> tuple[list[_Seen], Tensor, list[int]]:
+    """What transformers' code computes, each layer behind what came out of vLLM's (`_layers_heard`), where that is nearly the same; and behind which it is."""
     from transformers import AttentionInterface
 
     seen: list[_Seen] = []
@@ -125,23 +136,27 @@ def _ours(
         view.set_attn_implementation(_ATTENTION)
         with _layers_led(view.get_decoder(), came_out, bound) as led:
             out = view(input_ids=ids[None], position_ids=positions[None], use_cache=False)
-    return seen, out.logits[0], len(led)
+    return seen, out.logits[0], led
 
 
 @contextmanager
-def _layers_led(decoder: Any, came_out: Sequence[Sequence[Tensor]], bound: float) -> Iterator[list[nn.Module]]:
-    """While open, what comes out of each layer is replaced by what came out of vLLM's, if that is no further away than the bound. Gives a list of the layers of
-    which it was."""
-    led: list[nn.Module] = []
+def _layers_led(decoder: Any, came_out: Sequence[Sequence[Tensor]], bound: float) -> Iterator[list[int]]:
+    """While open, what comes out of each layer is replaced by what came out of vLLM's, if what the layer has added differs by no more than the bound, and by what the
+    numbers' steps make of it where that is little beside what went in. Gives the numbers of the layers of which it was."""
+    led: list[int] = []
 
-    def lead(candidates: Sequence[Tensor]) -> Callable[[nn.Module, Any, Any], Any]:
-        def hook(layer: nn.Module, given: Any, found: Any) -> Any:
+    def lead(number: int, candidates: Sequence[Tensor]) -> Callable[..., Any]:
+        def hook(layer: nn.Module, given: tuple[Any, ...], named: Mapping[str, Any], found: Any) -> Any:
+            went_in = given[0] if given else named["hidden_states"]
             states = found[0] if isinstance(found, tuple) else found
             near = [each.view_as(states) for each in candidates if each.numel() == states.numel()]
             best = min(near, key=lambda each: _apart(states, each), default=None)
-            if best is None or not _apart(states, best) <= bound:
-                return found  # an error shows in the layers behind it
-            led.append(layer)
+            if best is None:
+                return found
+            added, step = _size(best - went_in), torch.finfo(states.dtype).eps / 2
+            if not _size(states - best) <= _ADDED * bound * added + step * _size(best):
+                return found
+            led.append(number)
             return (best, *found[1:]) if isinstance(found, tuple) else best
 
         return hook
@@ -149,7 +164,10 @@ def _layers_led(decoder: Any, came_out: Sequence[Sequence[Tensor]], bound: float
     layers = getattr(decoder, "layers", ())
     # A model whose layers are others than vLLM's is compared from its beginning to its end.
     pairs = zip(layers, came_out, strict=True) if len(layers) == len(came_out) else ()
-    hooks = [layer.register_forward_hook(lead(candidates)) for layer, candidates in pairs]
+    hooks = [
+        layer.register_forward_hook(lead(number, candidates), with_kwargs=True)
+        for number, (layer, candidates) in enumerate(pairs)
+    ]
     try:
         yield led
     finally:

@@ -67,17 +67,47 @@ def test_layers_of_8_bit_integers_are_vllms_own(load_tiny: Callable[..., Loaded]
     check_served(loaded.model, served, loaded.config)
 
 
-def deep_checkpoint(folder: Path, layers: int = 16) -> Path:
+def deep_checkpoint(folder: Path, layers: int = 16, large: float | None = None) -> Path:
     """A tiny model of many layers whose products are as large as those of models with thousands of channels: a layer's result isn't small beside its
-    input."""
+    input, unless its embeddings are `large`."""
     row = row_of("llama")
     model = replace(row, config=row.config | {"num_hidden_layers": layers}).build()
     for name, weight in model.named_parameters():
         if name.endswith("_proj.weight"):
             torch.nn.init.normal_(weight, std=1.28 / weight.shape[1] ** 0.5)
+    if large is not None:
+        torch.nn.init.normal_(model.get_input_embeddings().weight, std=large)
     model.to(torch.bfloat16).save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
     return folder
+
+
+class Swapped(torch.nn.Module):
+    """An activation that takes the gate for what it gates."""
+
+    def forward(self, both: torch.Tensor) -> torch.Tensor:
+        up, gate = both.chunk(2, -1)
+        return torch.nn.functional.silu(gate) * up
+
+
+@ON_CPU
+def test_the_check_at_start_sees_what_deep_layers_add_to_large_numbers(
+    load_tiny: Callable[..., Loaded], tmp_path: Path
+) -> None:
+    """In real models, what a layer adds is often small beside what goes through it."""
+    loaded = load_tiny(folder=deep_checkpoint(tmp_path, large=30), packed=True, dtype="bfloat16")
+    config = config_of(loaded.config.model_config)
+
+    def check() -> int:
+        return check_served(
+            loaded.model, served_model(loaded.model, config, torch.bfloat16, torch.device("cpu")), loaded.config
+        )
+
+    assert check() == 16
+    for layer in loaded.model.model.layers[4:]:
+        layer.mlp.act_fn = Swapped()
+    with pytest.raises(UnsupportedModelError, match="what layer 4 adds differs between transformers' code and vLLM's"):
+        check()
 
 
 def in_8_bit_floats(rows: torch.Tensor) -> torch.Tensor:
