@@ -35,11 +35,13 @@ class Recognised:
         prompt: the prompt, with its chunks; None if it has none.
         missing: numbers of the chunks that the request names and the store lacks, as far as the store's chunks are known.
         cut_short: not every place of the prompt was looked at, because that would have taken too long.
+        not_shown: numbers of the texts that the request names and the prompt doesn't show.
     """
 
     prompt: Prompt | None
     missing: frozenset[int] = frozenset()
     cut_short: bool = False
+    not_shown: tuple[int, ...] = ()
 
 
 def nothing_found(ids: Sequence[int], settings: RequestSettings) -> Recognised:
@@ -82,15 +84,16 @@ class Recognition:
         cut_short = recognizer.cut_short > before
         texts: dict[Hashable, str] = {}
         missing: frozenset[int] = frozenset()
+        not_shown: tuple[int, ...] = ()
         if settings.chunks is not None:
             named = find_named(settings.chunks, ids, self._prompts.encode, self._spelling)
-            spans = joined(named.spans, spans)
+            spans, not_shown = joined(named.spans, spans), named.not_found
             if self._settings.store_missed:
                 texts = dict(enumerate(settings.chunks))
             # Chunks of a store that has not been read to its end may be stored: then the worker finds out.
             if recognizer.known.complete:
                 missing = frozenset(n for n, span in enumerate(spans) if not recognizer.knows(span.chunk_ids(ids)))
-        return Recognised(prompt_of_ids(ids, spans, texts) if spans else None, missing, cut_short)
+        return Recognised(prompt_of_ids(ids, spans, texts) if spans else None, missing, cut_short, not_shown)
 
     def catch_up(self, seconds: float) -> bool:
         """Wait until all chunks are known that the store has for the server's own tenant; False if that takes longer."""

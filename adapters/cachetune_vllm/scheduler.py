@@ -93,6 +93,7 @@ class ReuseScheduler:
         self.pages = CachedPages()
         self._requests: dict[str, _Reusing] = {}
         self._told: dict[str, dict[str, Any]] = {}  # reports for requests that gave settings, but are left to vLLM
+        self._not_shown: dict[str, list[int]] = {}  # numbers of named texts, for the reports
         self._loads: list[Load] = []
         self._missed: list[Missed] = []
         self._given_up: set[str] = set()
@@ -121,6 +122,8 @@ class ReuseScheduler:
         found = self._recognise(request.prompt_token_ids, settings)
         if found.cut_short:
             self.stats.add("cut_short")
+        if found.not_shown:
+            self._not_shown[request.request_id] = list(found.not_shown)
         if found.prompt is None:
             self._leave(request, Left.NOTHING_FOUND, asked)
             return
@@ -224,14 +227,16 @@ class ReuseScheduler:
     def finished(self, request: Request) -> dict[str, Any] | None:
         """A request is over, in whatever way. Returns what its response says of reuse; None if there is nothing to say."""
         told = self._told.pop(request.request_id, None)
+        not_shown = self._not_shown.pop(request.request_id, None)
+        more = {} if not_shown is None else {"not_shown": not_shown}
         reusing = self._requests.pop(request.request_id, None)
         if reusing is None:
-            return None if told is None else {REQUEST_KEY: told}
+            return None if told is None else {REQUEST_KEY: told | more}
         if reusing.loading:
             self._given_up.add(request.request_id)
         if reusing.report.get("left") == Left.SAME_PROMPT:
             self.stats.add_left(Left.SAME_PROMPT)
-        return {REQUEST_KEY: reusing.report} if reusing.report else None
+        return {REQUEST_KEY: reusing.report | more} if reusing.report else None
 
     # -- decisions -----------------------------------------------------------------------------------------------
 

@@ -73,6 +73,18 @@ def left(
     return report
 
 
+def test_texts_that_a_request_names_and_its_prompt_does_not_show_are_told() -> None:
+    """Whether the others are reused or not; a client whose template changes its passages would get nothing stored, and no word of it."""
+    for what in (found(8000, (100, 4000)), found(600, (100, 200)), Recognised(None)):
+        made = scheduler(replace(what, not_shown=(0, 2)))
+        one = request(8000 if what.prompt is None else len(what.prompt.ids), chunks=["a", "b", "c"])
+        made.arrived(one)
+        made.matched(one, 0)
+        made.reported(FromWorker({"r": {"reused": 3900}} if made.matched(one, 0)[1] else {}))
+        assert (made.finished(one) or {})["cachetune"]["not_shown"] == [0, 2]
+    assert "not_shown" not in left(found(600, (100, 200)))
+
+
 @pytest.mark.parametrize(
     ("what", "cached", "reason"),
     [
