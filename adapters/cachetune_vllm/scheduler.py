@@ -21,6 +21,7 @@ from cachetune_vllm.metrics import ReuseStats
 from cachetune_vllm.page_hashes import CachedPages, salt_hashes, salt_of
 from cachetune_vllm.reasons import Left
 from cachetune_vllm.recognition import Recognised
+from cachetune_vllm.responses import nothing_reused
 from cachetune_vllm.settings import REQUEST_KEY, RequestSettings, RequestSettingsError, ServerSettings
 from cachetune_vllm.worthwhile import Worthwhile
 
@@ -292,7 +293,7 @@ class ReuseScheduler:
         **said: str | None,
     ) -> None:
         """Leave a request to vLLM. Chunks that it names and the store lacks are stored meanwhile."""
-        report: dict[str, Any] = {"reused": 0, "left": reason.value}
+        report = nothing_reused(reason)
         if found is not None and found.prompt is not None and found.missing:
             spans = [span for span in found.prompt.spans if span.chunk in found.missing]
             report["missed"] = sum(span.end - span.start for span in spans)

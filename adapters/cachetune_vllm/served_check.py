@@ -111,7 +111,7 @@ def _size(numbers: Tensor) -> float:
 
 
 def _apart(some: Tensor, others: Tensor) -> float:
-    return float((some.float() - others.float()).norm() / others.float().norm().clamp_min(1e-12))
+    return _size(some.float() - others.float()) / max(_size(others), 1e-12)
 
 
 def _ours(

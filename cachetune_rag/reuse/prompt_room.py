@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -102,7 +103,7 @@ class PromptRoom:
         start = 0 if first else self.size - size
         part = Part(self._memory[start : start + size], first, self._current())
         if part.taken_on is not None:
-            for event in (*self._behind.get(True, ()), *self._behind.get(False, ())):
+            for event in chain.from_iterable(self._behind.values()):
                 part.taken_on.wait_event(event)
         self._parts.append(part)
         return part
@@ -131,7 +132,7 @@ class PromptRoom:
 
     def _grow(self, size: int) -> None:
         """Take the piece anew, of at least `size` bytes, and if there is memory for it, of as many as two prompts wanted lately."""
-        for event in (*self._behind.get(True, ()), *self._behind.get(False, ())):
+        for event in chain.from_iterable(self._behind.values()):
             event.synchronize()
         before, self._memory, self._behind = self.size, None, {}
         if before:
