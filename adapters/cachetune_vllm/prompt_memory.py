@@ -52,7 +52,6 @@ def prompt_memory(config: VllmConfig, settings: ServerSettings, engine: Runtime)
         chunks=engine.store.device_budget,
         row_bytes=adapter.row_bytes,
         longest=config.model_config.max_model_len,
-        at_once=1 if adapter.heads.shared or adapter.heads.in_turns else 2,
     )
 
 
@@ -82,7 +81,7 @@ def needed_for(room: int, chunks: int = 0) -> int:
     return math.ceil(room / SHARE_OF_FREE) + KEPT_FREE + chunks
 
 
-def settled(asked: int | str, *, left: int, total: int, chunks: int, row_bytes: int, longest: int, at_once: int) -> int:
+def settled(asked: int | str, *, left: int, total: int, chunks: int, row_bytes: int, longest: int) -> int:
     """What the setting `prompt_memory` comes to, in bytes. The log says what that means for prompts.
 
     Args:
@@ -92,14 +91,14 @@ def settled(asked: int | str, *, left: int, total: int, chunks: int, row_bytes: 
         chunks: see `room_in`.
         row_bytes: bytes of one token's keys and values, over all layers.
         longest: tokens of the server's longest prompt.
-        at_once: prompts that may have memory at the same time.
 
     Raises:
         ConfigError: the setting names more bytes than there are.
     """
     room, whole = room_in(left, chunks), longest * row_bytes
     if asked == "auto":
-        room = min(room, at_once * (whole + SLACK))
+        # Not two of the longest: those take twice the memory beside vLLM's, and most prompts are so short that two of them fit in this.
+        room = min(room, whole + SLACK)
     elif (named := parse_bytes(asked, "prompt_memory")) > room:
         raise ConfigError(
             f"prompt_memory is {shown(asked)}, and of the {format_bytes(left)} of the GPU that vLLM leaves, prompts may take {format_bytes(room)}: "

@@ -47,20 +47,19 @@ def test_what_vllm_has_not_taken_yet_of_its_share_is_its_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "left", "at_once", "room"),
+    ("asked", "left", "room"),
     [
-        ("auto", 80 * GIB, 2, 8 * GIB + 2 * SLACK),
-        ("auto", 80 * GIB, 1, 4 * GIB + SLACK),
-        ("auto", 11 * GIB, 2, 6 * GIB),
-        ("5GiB", 80 * GIB, 2, 5 * GIB),
-        (0.5 * GIB, 80 * GIB, 2, GIB // 2),
+        ("auto", 80 * GIB, 4 * GIB + SLACK),
+        ("auto", 6 * GIB, 3 * GIB),
+        ("5GiB", 80 * GIB, 5 * GIB),
+        (0.5 * GIB, 80 * GIB, GIB // 2),
     ],
 )
-def test_prompts_take_two_of_the_longest_at_most_or_what_the_operator_says(
-    asked: Any, left: int, at_once: int, room: int, caplog: pytest.LogCaptureFixture
+def test_prompts_take_one_of_the_longest_at_most_or_what_the_operator_says(
+    asked: Any, left: int, room: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     asked = asked if isinstance(asked, str) else int(asked)
-    found = settled(asked, left=left, total=96 * GIB, chunks=0, row_bytes=ROW, longest=32768, at_once=at_once)
+    found = settled(asked, left=left, total=96 * GIB, chunks=0, row_bytes=ROW, longest=32768)
     assert found == room
     warned = [each for each in caplog.messages if "are left to vLLM" in each]
     assert bool(warned) == (room < 4 * GIB)  # the longest prompt of the server needs as much
@@ -68,7 +67,7 @@ def test_prompts_take_two_of_the_longest_at_most_or_what_the_operator_says(
 
 
 def test_a_server_says_at_its_start_what_its_longest_prompts_lack(caplog: pytest.LogCaptureFixture) -> None:
-    given = {"chunks": 0, "row_bytes": ROW, "longest": 32768, "at_once": 2}
+    given = {"chunks": 0, "row_bytes": ROW, "longest": 32768}
     assert settled("auto", left=4 * GIB, total=96 * GIB, **given) // ROW == 14745
     (said,) = (each for each in caplog.messages if "are left to vLLM" in each)
     # 4 GiB are 60% of 6.7 GiB, and 1 GiB is kept free: 7.7 of 96 GiB.

@@ -188,13 +188,14 @@ class DeviceForward:
             lengths: prompt lengths for which the probe is made ready.
             shift: whether forwards shift chunks.
         """
-        self._warm(STEP)
-        for size in buckets(tokens):
+        # The largest first: graphs share memory, and a later one has no use for several smaller pieces of it.
+        for size in reversed(buckets(tokens)):
             self._warm(Kind(size, chunks=chunk_room(int(shift))))
+        self._warm(STEP)
         if probe is not None:
             layers, errors, after = probe
-            for room in sorted({length_room(n) for n in lengths}):
-                for size in buckets(min(tokens, _PROBED_TOKENS)):
+            for room in sorted({length_room(n) for n in lengths}, reverse=True):
+                for size in reversed(buckets(min(tokens, _PROBED_TOKENS))):
                     # Short prompts and large ratios have no shortlist; where a prompt has new passages, every layer uses a list.
                     for each in dict.fromkeys((None, after or None, 0)):
                         self._warm(Kind(size, layers, errors, room, listed=each))
@@ -334,6 +335,8 @@ class DeviceForward:
         gc.collect()
         gc.disable()
         torch.cuda.synchronize(self._device)
+        # The first forward of this kind ran without a graph. What it took for its results is of no use to the graph, which takes memory of its own.
+        torch.cuda.empty_cache()
         try:
             with pinning.capturing(), torch.cuda.stream(self._stream), self._recorded(recorder.exchange):
                 recorder.begin()
