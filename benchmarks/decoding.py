@@ -57,7 +57,7 @@ def measure(subject: Subject, context: int, codec: str, tokens: int, count: int)
 
     def prefilled() -> Any:
         config = ReuseConfig("none", 0.0)
-        return engine.runtime.assembler.prefill(prompt, config, time.perf_counter(), room=tokens)
+        return engine.runtime.assembler.prefill(prompt, config, time.perf_counter(), answer_tokens=tokens)
 
     def quick() -> Callable[[int], torch.Tensor]:
         state = prefilled()

@@ -129,9 +129,9 @@ def test_half_types_recompute_to_full_prefill(dtype: torch.dtype, batch_tokens: 
 
 @WAYS
 def test_answers_are_those_of_a_cpu(tmp_path: Path, cuda_kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With more tokens than there is room for at first; of chunks that are stored and of some that are not."""
-    monkeypatch.setattr(steps, "ROOM", 16)
-    monkeypatch.setattr(adapter_module, "ROOM", 16)
+    """With more tokens than there are rows for at first; of chunks that are stored and of some that are not."""
+    monkeypatch.setattr(steps, "ANSWER_ROWS", 16)
+    monkeypatch.setattr(adapter_module, "ANSWER_ROWS", 16)
     answers = {}
     for device in ("cpu", "cuda"):
         with CacheTune(llama().to(device), tokenizer(), tmp_path / device, cuda_kernels=cuda_kernels) as engine:

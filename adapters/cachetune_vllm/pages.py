@@ -152,7 +152,7 @@ class PagedMemory:
         """Whether there is memory for the buffers of a prompt without an answer, as far as that is known before `take`."""
         return self._room.has_room(self._inner.bytes_for(ids, 0))
 
-    def take(self, ids: Ids, exact: int, room: int) -> tuple[KVBuffers, int]:
+    def take(self, ids: Ids, exact: int, answer_tokens: int) -> tuple[KVBuffers, int]:
         """See `KVMemory`.
 
         Raises:
@@ -160,8 +160,8 @@ class PagedMemory:
         """
         load = self._load
         self.close()  # if the prompt starts over, what it had before is not used any more
-        self._part = self._room.take(self._inner.bytes_for(ids, room))
-        buffers, kept = self._inner.take(ids, exact, room, self._part.memory)
+        self._part = self._room.take(self._inner.bytes_for(ids, answer_tokens))
+        buffers, kept = self._inner.take(ids, exact, answer_tokens, self._part.memory)
         self._slots = self._pages.slots(load.blocks, load.start, load.end, buffers.device)
         there = min(load.exact, exact)
         if not self._pages.worth_reading(there - kept):

@@ -216,7 +216,7 @@ class Admission:
             self._adapter.model,
             self._tokenizer,
             list(prompt.ids),
-            room=None if limit is None else limit - len(prompt.ids),
+            context_left=None if limit is None else limit - len(prompt.ids),
             **options,
             **settings,
         )

@@ -98,7 +98,7 @@ def prepare(
     *,
     generation_config: Any = None,
     max_new_tokens: int | str | None = "auto",
-    room: int | None = None,
+    context_left: int | None = None,
     stop: str | Sequence[str] | None = None,
     seed: int | None = None,
     logits_processor: Sequence[Any] | None = None,
@@ -115,10 +115,10 @@ def prepare(
         tokenizer: its tokenizer.
         ids: token ids of the prompt.
         generation_config: a transformers `GenerationConfig`.
-        max_new_tokens: most tokens of the answer, which never goes beyond `room`. "auto" and None: as `generation_config` says
+        max_new_tokens: most tokens of the answer, which never goes beyond `context_left`. "auto" and None: as `generation_config` says
             (max_new_tokens or max_length), or else the model's own; where neither does, "auto" means `DEFAULT_NEW_TOKENS` and
-            None all that there is room for.
-        room: tokens that the model's context still holds; None: it has no end.
+            None all that the context still holds.
+        context_left: tokens that the model's context still holds; None: it has no end.
         stop: strings that end the answer, in addition to the configuration's.
         seed: makes sampling repeatable: the same as `torch.manual_seed(seed)` before `generate`.
         logits_processor: further processors, run after those that the settings ask for.
@@ -141,7 +141,7 @@ def prepare(
     for given in (settings, base):
         check_ids(given, model.config.get_text_config().vocab_size)
     stops = stop_strings(stop, base.pop("stop_strings", None) or getattr(model.generation_config, "stop_strings", None))
-    limit = answer_length(max_new_tokens, (base, vars(model.generation_config)), len(ids), room)
+    limit = answer_length(max_new_tokens, (base, vars(model.generation_config)), len(ids), context_left)
     chosen = merged(settings, base)
     _fill_in_end_tokens(chosen, model, tokenizer)
     prompt = torch.tensor([list(ids)], dtype=torch.int64, device=model.device)

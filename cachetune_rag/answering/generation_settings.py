@@ -64,11 +64,13 @@ REFUSED = {
 }
 
 
-def answer_length(asked: Any, configs: Sequence[Mapping[str, Any]], prompt_tokens: int, room: int | None) -> int:
+def answer_length(
+    asked: Any, configs: Sequence[Mapping[str, Any]], prompt_tokens: int, context_left: int | None
+) -> int:
     """Most tokens of an answer: as asked, or as the first configuration says that does, within the context."""
     limit, whose = asked, "max_new_tokens"
     if asked is None or (isinstance(asked, str) and asked == "auto"):
-        limit = DEFAULT_NEW_TOKENS if asked == "auto" or room is None else room
+        limit = DEFAULT_NEW_TOKENS if asked == "auto" or context_left is None else context_left
         for config in configs:
             if (limit_there := config.get("max_new_tokens")) is not None:
                 limit, whose = limit_there, "max_new_tokens of the generation config"
@@ -86,7 +88,7 @@ def answer_length(asked: Any, configs: Sequence[Mapping[str, Any]], prompt_token
             f"{whose} is {shown(limit)}: use an int of at least 1, 'auto' (as the generation config says, or {DEFAULT_NEW_TOKENS}) or "
             "None (as the generation config says, or to the context's end)."
         )
-    return limit if room is None else min(limit, room)
+    return limit if context_left is None else min(limit, context_left)
 
 
 def check_ids(settings: Mapping[str, Any], vocabulary: int) -> None:

@@ -162,9 +162,9 @@ class Bench:
     def continuation(self, state: PrefillState, tokens: int) -> tuple[int, ...]:
         """What greedy decoding says behind a prompt, at most `tokens` of it. The prompt's cache is then as it was before."""
         length, limit = len(state.prompt.ids), self.adapter.max_positions
-        room = tokens if limit is None else min(tokens, limit - length)
-        plan = prepare(self.adapter.model, self.tokenizer, state.prompt.ids, max_new_tokens=room, do_sample=False)
-        found = tuple(decode(self.executor.steps(state, room), plan, state.logits))
+        most = tokens if limit is None else min(tokens, limit - length)
+        plan = prepare(self.adapter.model, self.tokenizer, state.prompt.ids, max_new_tokens=most, do_sample=False)
+        found = tuple(decode(self.executor.steps(state, most), plan, state.logits))
         rewind(state.cache, length)
         return found
 

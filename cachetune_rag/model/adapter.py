@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from cachetune_rag.kernels import kernels_run_on
 from cachetune_rag.model.cuda import compiled_layers as fusion
 from cachetune_rag.model.cuda.device_forward import DeviceForward
-from cachetune_rag.model.cuda.steps import ROOM, KernelSteps
+from cachetune_rag.model.cuda.steps import ANSWER_ROWS, KernelSteps
 from cachetune_rag.model.family import masks, output
 from cachetune_rag.model.family.rope import Tables, rows_of
 from cachetune_rag.model.family.taps import StopForward, interruptible
@@ -187,22 +187,22 @@ class ModelAdapter:
         """The tables that a layer's keys are rotated by; (None, None) if it doesn't rotate."""
         return tables[self._opened.layer_types[layer]] if self.rotary.rotated[layer] else (None, None)
 
-    def new_buffers(self, length: int, room: int = 0, memory: Tensor | None = None) -> KVBuffers:
-        """Uninitialised buffers for a prompt of `length` tokens. If decoding writes into them, they have `room` more rows for an answer.
+    def new_buffers(self, length: int, answer_tokens: int = 0, memory: Tensor | None = None) -> KVBuffers:
+        """Uninitialised buffers for a prompt of `length` tokens. If decoding writes into them, they have rows for an answer as well.
 
         Args:
             length: tokens of the prompt.
-            room: tokens of the answer.
-            memory: uint8 of `buffer_bytes(length, room)` bytes on the device; None takes some.
+            answer_tokens: tokens that the answer is expected to have. More are possible: rows are added where they are missing.
+            memory: uint8 of `buffer_bytes(length, answer_tokens)` bytes on the device; None takes some.
         """
-        return KVBuffers(self.layers, length, self.dtype, self.device, self._room_rows(room), memory)
+        return KVBuffers(self.layers, length, self.dtype, self.device, self._answer_rows(answer_tokens), memory)
 
-    def buffer_bytes(self, length: int, room: int = 0) -> int:
+    def buffer_bytes(self, length: int, answer_tokens: int = 0) -> int:
         """Bytes that `new_buffers` take."""
-        return KVBuffers.size_of(self.layers, length + self._room_rows(room), self.dtype)
+        return KVBuffers.size_of(self.layers, length + self._answer_rows(answer_tokens), self.dtype)
 
-    def _room_rows(self, room: int) -> int:
-        return 0 if self.device_forward is None else min(room, ROOM)
+    def _answer_rows(self, answer_tokens: int) -> int:
+        return 0 if self.device_forward is None else min(answer_tokens, ANSWER_ROWS)
 
     @cached_property
     def row_bytes(self) -> int:
@@ -242,13 +242,13 @@ class ModelAdapter:
         """Decoding steps by the model's own forward: token -> logits behind it, [1, vocab]. Each step appends its token to `cache`."""
         return lambda token: self.forward(torch.tensor([token], device=self.device), cache)
 
-    def quick_steps(self, cache: Cache, buffers: KVBuffers | None, room: int) -> Callable[[int], Tensor]:
+    def quick_steps(self, cache: Cache, buffers: KVBuffers | None, answer_tokens: int) -> Callable[[int], Tensor]:
         """As `steps`, but through the kernels where they run; they don't append to `cache`.
 
         Args:
             cache: the cache of a prompt.
             buffers: the buffers that the cache is a view of; None where it has memory of its own, which is then moved to new buffers.
-            room: the expected number of steps; more are possible.
+            answer_tokens: the expected number of steps; more are possible.
         """
         if self.device_forward is None:
             return self.steps(cache)
@@ -256,7 +256,7 @@ class ModelAdapter:
         def find() -> KVBuffers:
             if buffers is not None:
                 return buffers
-            made = self.new_buffers(cache.get_seq_length(), room)
+            made = self.new_buffers(cache.get_seq_length(), answer_tokens)
             made.take(cache)
             return made
 

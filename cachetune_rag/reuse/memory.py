@@ -24,7 +24,7 @@ Ids = NDArray[np.int64]
 class KVMemory(Protocol):
     """The owner of the rows that a prompt's keys and values are put together in. It is called under the model's lock."""
 
-    def take(self, ids: Ids, exact: int, room: int) -> tuple[KVBuffers, int]:
+    def take(self, ids: Ids, exact: int, answer_tokens: int) -> tuple[KVBuffers, int]:
         """Give buffers for a prompt.
 
         It may be called again for the same prompt, when the prompt starts over because a chunk could not be read. The buffers that
@@ -33,7 +33,7 @@ class KVMemory(Protocol):
         Args:
             ids: the prompt's token ids.
             exact: tokens before the first reused chunk; their rows are the same as after a full prefill.
-            room: rows that the buffers should have beyond the prompt, for an answer.
+            answer_tokens: tokens that an answer behind the prompt is expected to have; the buffers should have rows for them.
 
         Returns:
             The buffers, and how many of the first `exact` tokens already have their rows in them. Those tokens are not computed.
@@ -69,14 +69,14 @@ class EngineMemory:
         self._adapter = adapter
         self._prefixes = PrefixCache()
 
-    def take(self, ids: Ids, exact: int, room: int, memory: Tensor | None = None) -> tuple[KVBuffers, int]:
+    def take(self, ids: Ids, exact: int, answer_tokens: int, memory: Tensor | None = None) -> tuple[KVBuffers, int]:
         """See `KVMemory`.
 
         Args:
-            ids, exact, room: see `KVMemory`.
-            memory: where the buffers are, uint8 of `bytes_for(ids, room)` bytes; None: in memory of their own.
+            ids, exact, answer_tokens: see `KVMemory`.
+            memory: where the buffers are, uint8 of `bytes_for(ids, answer_tokens)` bytes; None: in memory of their own.
         """
-        buffers = self._adapter.new_buffers(len(ids), room, memory)
+        buffers = self._adapter.new_buffers(len(ids), answer_tokens, memory)
         beginning = self._prefixes.find(ids, exact, self._short(ids))
         if beginning is None:
             return buffers, 0
@@ -85,9 +85,9 @@ class EngineMemory:
         buffers.fill_first(beginning.count, beginning.buffers)
         return buffers, beginning.count
 
-    def bytes_for(self, ids: Ids, room: int) -> int:
+    def bytes_for(self, ids: Ids, answer_tokens: int) -> int:
         """Bytes of the buffers that `take` gives."""
-        return self._adapter.buffer_bytes(len(ids), room)
+        return self._adapter.buffer_bytes(len(ids), answer_tokens)
 
     def layer_ready(self, buffers: KVBuffers, layer: int) -> None:
         """See `KVMemory`. Nothing to do: the prompt's cache shows these buffers."""

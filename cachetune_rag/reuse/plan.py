@@ -158,7 +158,13 @@ class Planner:
         self._continuations, self._sentences = continuations, sentences
 
     def prepare(
-        self, prompt: Prompt, found: FoundChunks, config: ReuseConfig, memory: KVMemory, stack: ExitStack, room: int
+        self,
+        prompt: Prompt,
+        found: FoundChunks,
+        config: ReuseConfig,
+        memory: KVMemory,
+        stack: ExitStack,
+        answer_tokens: int,
     ) -> Prepared | None:
         """Take memory for a prompt, and make what loads its chunks.
 
@@ -168,7 +174,7 @@ class Planner:
             config: selector, ratio, and the share of the rows that is not even read.
             memory: gives the buffers.
             stack: closes the loader in the end.
-            room: rows that the buffers have behind the prompt, for an answer.
+            answer_tokens: tokens that an answer behind the prompt is expected to have.
 
         Returns:
             None if all of the prompt is computed.
@@ -183,7 +189,7 @@ class Planner:
         heads = self._adapter.heads
 
         def take() -> Prepared:
-            buffers, kept = memory.take(prompt.ids_array, exact, room)
+            buffers, kept = memory.take(prompt.ids_array, exact, answer_tokens)
             loader = self._loaders.make(sources, buffers)
             stack.callback(loader.close)
             prepared = Prepared(sources, exact, kept, buffers, loader, selector)

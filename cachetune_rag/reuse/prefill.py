@@ -47,7 +47,7 @@ class _Call:
     """What a caller asked the assembler for.
 
     Attributes:
-        prompt, config, started, chunks_open, room: see `Assembler.prefill`.
+        prompt, config, started, chunks_open, answer_tokens: see `Assembler.prefill`.
         memory: owns the rows.
         only_reuse: compute nothing where nothing is reused.
         begun: the prompt, if it was begun before its turn.
@@ -59,7 +59,7 @@ class _Call:
     config: ReuseConfig
     started: float
     chunks_open: Callable[[], None]
-    room: int
+    answer_tokens: int
     memory: KVMemory
     only_reuse: bool = False
     begun: Begun | None = None
@@ -140,7 +140,7 @@ class Assembler:
         config: ReuseConfig,
         started: float,
         chunks_open: Callable[[], None] = _nothing,
-        room: int = 0,
+        answer_tokens: int = 0,
         memory: KVMemory | None = None,
         account: Callable[[Account], None] | None = None,
     ) -> PrefillState:
@@ -155,11 +155,11 @@ class Assembler:
             started: when the request came, by `time.perf_counter`.
             chunks_open: called once the prompt's chunks are open (again if it starts over): background reads that are started from
                 then on give way to this request.
-            room: tokens of an answer that is expected behind the prompt.
+            answer_tokens: tokens that an answer behind the prompt is expected to have.
             memory: owns the rows; None: the engine's own.
             account: is given what became of each token and chunk, once the prompt is read; None: nobody wants to know.
         """
-        call = _Call(prompt, config, started, chunks_open, room, memory or self.memory, account=account)
+        call = _Call(prompt, config, started, chunks_open, answer_tokens, memory or self.memory, account=account)
         with self._same_weights(call.memory):
             state = self._prefill(call)
         assert isinstance(state, PrefillState)
@@ -173,7 +173,7 @@ class Assembler:
         started: float,
         memory: KVMemory,
         chunks_open: Callable[[], None] = _nothing,
-        room: int = 0,
+        answer_tokens: int = 0,
         begun: Begun | None = None,
         meanwhile: Callable[[], None] | None = None,
         account: Callable[[Account], None] | None = None,
@@ -184,23 +184,23 @@ class Assembler:
         For a server that computes prompts without reuse itself.
 
         Args:
-            prompt, config, started, memory, chunks_open, room: see `prefill`.
+            prompt, config, started, memory, chunks_open, answer_tokens: see `prefill`.
             begun: what `begin` gave for this prompt, config and memory. The caller closes it in the end.
             meanwhile: called again and again while a GPU computes and this thread waits for it: the time to begin the next prompt.
             account: see `prefill`; not called where nothing is reused.
         """
-        call = _Call(prompt, config, started, chunks_open, room, memory, True, begun, meanwhile, account)
+        call = _Call(prompt, config, started, chunks_open, answer_tokens, memory, True, begun, meanwhile, account)
         with self._same_weights(memory):
             return self._prefill(call)
 
     @neutrally
-    def begin(self, prompt: Prompt, config: ReuseConfig, memory: KVMemory, room: int = 0) -> Begun | None:
+    def begin(self, prompt: Prompt, config: ReuseConfig, memory: KVMemory, answer_tokens: int = 0) -> Begun | None:
         """Begin a prompt before its turn, while another one is computed: its chunks are opened and their rows brought to the model's device.
 
         The device copies rows and computes at the same time, so prompts that wait for each other are done sooner.
 
         Args:
-            prompt, config, memory, room: see `prefill`.
+            prompt, config, memory, answer_tokens: see `prefill`.
 
         Returns:
             For `reuse`. None where it is not begun: where workers share the model, or where a chunk isn't in memory. Reading from a disk may
@@ -208,7 +208,7 @@ class Assembler:
         """
         if self._adapter.heads.shared or self._adapter.heads.in_turns:
             return None
-        call = self._with_namespace(_Call(prompt, config, time.perf_counter(), _nothing, room, memory))
+        call = self._with_namespace(_Call(prompt, config, time.perf_counter(), _nothing, answer_tokens, memory))
         with ExitStack() as stack:
             self._enter_device(stack)
             kept = stack.enter_context(ExitStack())
@@ -219,7 +219,7 @@ class Assembler:
             seconds = clock.lap()
             plan = None
             with self._loaders.beside():
-                prepared = self._planner.prepare(prompt, opened.found, opened.config, memory, kept, room)
+                prepared = self._planner.prepare(prompt, opened.found, opened.config, memory, kept, answer_tokens)
                 if prepared is not None and not prepared.looks:
                     plan = self._planner.choose(prompt, prepared, opened.config).plan
                     if plan is not None:
@@ -359,7 +359,7 @@ class Assembler:
             if begun.plan is not None:
                 return Chosen(begun.plan)
         else:
-            made = self._planner.prepare(prompt, opened.found, opened.config, call.memory, stack, call.room)
+            made = self._planner.prepare(prompt, opened.found, opened.config, call.memory, stack, call.answer_tokens)
             if made is None:
                 return Chosen(None)
             prepared = made

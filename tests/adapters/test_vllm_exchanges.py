@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cachetune_rag.model.cuda.graphs import Graph, Recorder, Room
+from cachetune_rag.model.cuda.graphs import ExchangeMemory, Graph, Recorder
 from cachetune_rag.model.heads import PeerError
 from cachetune_vllm import divided_heads
 from cachetune_vllm.divided_heads import DividedHeads
@@ -82,7 +82,7 @@ def test_every_exchange_of_a_forward_is_done_in_a_replay_and_none_in_the_capture
         done.append(f"layer {layer}")
 
     given = torch.zeros(4, 5)
-    recorder = Recorder(None, Room())
+    recorder = Recorder(None, ExchangeMemory())
     with mine.recorded(recorder.exchange):
         recorder.begin()
         out = forward(given, recorder.cut)
@@ -101,11 +101,11 @@ def test_every_exchange_of_a_forward_is_done_in_a_replay_and_none_in_the_capture
     assert spent == [4] * 12  # two of each forward: a turn may be given back at the same places
 
 
-def test_larger_exchanges_get_room_of_their_own(heads: tuple[DividedHeads, list[str]]) -> None:
+def test_larger_exchanges_get_memory_of_their_own(heads: tuple[DividedHeads, list[str]]) -> None:
     """Graphs that were captured before go on with theirs."""
-    mine, room, graphs = heads[0], Room(), []
+    mine, memory, graphs = heads[0], ExchangeMemory(), []
     for count in (2, 3, 50, 4):
-        given, recorder = torch.zeros(count), Recorder(None, room)
+        given, recorder = torch.zeros(count), Recorder(None, memory)
         with mine.recorded(recorder.exchange):
             recorder.begin()
             out = mine.total(mine.total(given))

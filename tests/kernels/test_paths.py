@@ -169,8 +169,8 @@ def test_expected_error_with_a_shortlist(pair: tuple[ModelAdapter, ModelAdapter]
 
 @pytest.mark.parametrize("reused", [True, False], ids=["reused", "computed"])
 def test_decoding_steps(pair: tuple[ModelAdapter, ModelAdapter], reused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What comes behind a prompt, past the room that was made for it: the same as with transformers' own cache."""
-    monkeypatch.setattr(steps, "ROOM", 5)
+    """What comes behind a prompt, past the rows that were made for it: the same as with transformers' own cache."""
+    monkeypatch.setattr(steps, "ANSWER_ROWS", 5)
     ids, answer = torch.tensor(random_ids(LENGTH, seed=1)), random_ids(12, seed=7)
     quick, plain = pair
     if reused:

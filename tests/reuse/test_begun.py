@@ -133,9 +133,9 @@ class InRoom:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-    def take(self, ids: Any, exact: int, room: int) -> Any:
-        self._part = self._room.take(self._inner.bytes_for(ids, room))
-        return self._inner.take(ids, exact, room, self._part.memory)
+    def take(self, ids: Any, exact: int, answer_tokens: int) -> Any:
+        self._part = self._room.take(self._inner.bytes_for(ids, answer_tokens))
+        return self._inner.take(ids, exact, answer_tokens, self._part.memory)
 
     def close(self) -> None:
         self._room.give_back(self._part)

@@ -33,8 +33,8 @@ class Pages:
         self.layers: list[tuple[int, Tensor, Tensor]] = []
         self.kept: list[tuple[int, bool]] = []
 
-    def take(self, ids: NDArray[np.int64], exact: int, room: int) -> tuple[KVBuffers, int]:
-        buffers = self.adapter.new_buffers(len(ids), room)
+    def take(self, ids: NDArray[np.int64], exact: int, answer_tokens: int) -> tuple[KVBuffers, int]:
+        buffers = self.adapter.new_buffers(len(ids), answer_tokens)
         for rows in (*buffers.key_rows, *buffers.value_rows):
             rows.fill_(float("nan"))
         if self.first is None:

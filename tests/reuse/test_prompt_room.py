@@ -77,13 +77,13 @@ def test_what_an_error_has_left_in_a_cycle_does_not_keep_the_piece_when_it_grows
 
 
 @pytest.mark.parametrize("value_dim", [8, 16, 4])
-@pytest.mark.parametrize("room", [0, 3])
-def test_buffers_in_given_memory_are_as_others(value_dim: int, room: int) -> None:
+@pytest.mark.parametrize("answer_rows", [0, 3])
+def test_buffers_in_given_memory_are_as_others(value_dim: int, answer_rows: int) -> None:
     for specs in ([LayerSpec(2, 8, value_dim)] * 3, [LayerSpec(2, 8, value_dim), LayerSpec(1, 4, 8)]):
-        size = KVBuffers.size_of(specs, 5 + room, torch.float32)
+        size = KVBuffers.size_of(specs, 5 + answer_rows, torch.float32)
         memory = torch.zeros(size + 64, dtype=torch.uint8)
-        other = KVBuffers(specs, 5, torch.float32, CPU, room)
-        made = KVBuffers(specs, 5, torch.float32, CPU, room, memory)
+        other = KVBuffers(specs, 5, torch.float32, CPU, answer_rows)
+        made = KVBuffers(specs, 5, torch.float32, CPU, answer_rows, memory)
         assert made.row_bytes == other.row_bytes
         numbers = itertools.count(1)
         for mine, theirs in zip((*made.key_rows, *made.value_rows), (*other.key_rows, *other.value_rows), strict=True):

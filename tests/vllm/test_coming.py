@@ -38,7 +38,9 @@ class Engine:
     def __init__(self, *begins: Begun | Exception | None):
         self.begins, self.asked = list(begins), 0
         self.admission = SimpleNamespace(config=lambda *asked: None)
-        self.assembler = SimpleNamespace(memory=SimpleNamespace(bytes_for=lambda ids, room: len(ids) * ALIGNED))
+        self.assembler = SimpleNamespace(
+            memory=SimpleNamespace(bytes_for=lambda ids, answer_tokens: len(ids) * ALIGNED)
+        )
         self.executor = self
 
     def begin(self, request: Any, memory: Any) -> Begun | None:

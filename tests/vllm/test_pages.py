@@ -87,7 +87,9 @@ def test_a_beginning_too_short_to_be_worth_reading_is_computed(exact: int, kept:
     prompt = prompt_of_ids(range(LENGTH), [IdSpan(3 * PAGE, LENGTH - 1, "chunk")])
     load = Load("r", prompt, "frequency", 0.15, "", tuple(BLOCKS), exact, LENGTH - 1, exact)
     mine = buffers(LENGTH)
-    inner: Any = SimpleNamespace(take=lambda ids, exact, room, memory: (mine, 0), bytes_for=lambda ids, room: 64)
+    inner: Any = SimpleNamespace(
+        take=lambda ids, exact, answer_tokens, memory: (mine, 0), bytes_for=lambda ids, answer_tokens: 64
+    )
     memory = PagedMemory(inner, pages, load, PromptRoom(torch.device("cpu")))
     given, count = memory.take(prompt.ids_array, 3 * PAGE, 0)
     assert (given, count) == (mine, kept)

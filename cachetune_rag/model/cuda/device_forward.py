@@ -32,15 +32,15 @@ from cachetune_rag.model.cuda.graphs import (
     MAX_TOKENS,
     STEP,
     Exchange,
+    ExchangeMemory,
     Graph,
     Inputs,
     Kind,
     Recorder,
-    Room,
     bucket,
     buckets,
-    chunk_room,
-    length_room,
+    padded_chunks,
+    padded_length,
     shift_numbers,
 )
 from cachetune_rag.model.cuda.kernel_call import KernelCache, KernelCall, Probing, Shifting
@@ -101,7 +101,7 @@ class DeviceForward:
         self._make_gains, self._turns = gains, turns
         self._fused = FusedLayers(layers)
         self.graphs_enabled = self._padded = graphs and device.type == "cuda"
-        self._recorded, self._room = recorded, Room()
+        self._recorded, self._exchange_memory = recorded, ExchangeMemory()
         self.captures = 0
         self.began: torch.cuda.Event | None = None
         """Recorded on the device when it starts the last forward."""
@@ -124,7 +124,7 @@ class DeviceForward:
     ) -> Tensor:
         """As `ModelAdapter.selective_forward`. `ids` and `positions` should be on the host, which is fastest."""
         numbers = None if shift is None else shift_numbers(shift, positions, self._rotations(buffers.length))
-        kind = Kind(bucket(ids.shape[0]), chunks=0 if numbers is None else chunk_room(numbers.spans.shape[0]))
+        kind = Kind(bucket(ids.shape[0]), chunks=0 if numbers is None else padded_chunks(numbers.spans.shape[0]))
         return self._go(kind, ids, positions, buffers, before or _nothing, shift=numbers)
 
     def step(self, token: int, place: int, buffers: KVBuffers) -> Tensor:
@@ -133,9 +133,9 @@ class DeviceForward:
 
     def received(self, probe: ProbePass) -> Tensor:
         """As `ModelAdapter.received_attention`."""
-        room, listed = length_room(probe.buffers.length), None if probe.left_out is None else 0
+        length, listed = padded_length(probe.buffers.length), None if probe.left_out is None else 0
         return self._watch(
-            Kind(bucket(probe.ids.shape[0]), probe.layers, length=room, listed=listed), probe, RowLists(probe)
+            Kind(bucket(probe.ids.shape[0]), probe.layers, length=length, listed=listed), probe, RowLists(probe)
         )
 
     def expected_error(
@@ -146,8 +146,8 @@ class DeviceForward:
         if deviations.shape[1] != columns:
             raise ValueError(f"deviations have {deviations.shape[1]} columns; {probe.layers} layers make {columns}.")
         listed = 0 if probe.left_out is not None else None if probe.shortlist is None else probe.shortlist.after
-        room = length_room(probe.buffers.length)
-        kind = Kind(bucket(probe.ids.shape[0]), probe.layers, True, room, listed=listed)
+        length = padded_length(probe.buffers.length)
+        kind = Kind(bucket(probe.ids.shape[0]), probe.layers, True, length, listed=listed)
         held = deviations.contiguous()
         return self._watch(kind, probe, RowLists(probe, summed), deviations=held.data_ptr())
 
@@ -190,15 +190,15 @@ class DeviceForward:
         """
         # The largest first: graphs share memory, and a later one has no use for several smaller pieces of it.
         for size in reversed(buckets(tokens)):
-            self._warm(Kind(size, chunks=chunk_room(int(shift))))
+            self._warm(Kind(size, chunks=padded_chunks(int(shift))))
         self._warm(STEP)
         if probe is not None:
             layers, errors, after = probe
-            for room in sorted({length_room(n) for n in lengths}, reverse=True):
+            for length in sorted({padded_length(n) for n in lengths}, reverse=True):
                 for size in reversed(buckets(min(tokens, _PROBED_TOKENS))):
                     # Short prompts and large ratios have no shortlist; where a prompt has new passages, every layer uses a list.
                     for each in dict.fromkeys((None, after or None, 0)):
-                        self._warm(Kind(size, layers, errors, room, listed=each))
+                        self._warm(Kind(size, layers, errors, length, listed=each))
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
@@ -329,7 +329,7 @@ class DeviceForward:
         inputs = Inputs(kind, len(self._specs), self._device)
         inputs.fill_idle()
         self._call(kind, inputs)  # makes cached values here, which must not be made during the capture
-        recorder = Recorder(self._pool, self._room)
+        recorder = Recorder(self._pool, self._exchange_memory)
         # The garbage collector must not run during a capture: freeing page-locked memory, perhaps another engine's, would make it fail.
         collecting = gc.isenabled()
         gc.collect()

@@ -52,8 +52,8 @@ class Kind:
         tokens: computed tokens, padding included.
         probed: how many layers a probe runs through; None for a forward through all layers.
         errors: whether a probe adds up the expected error instead of the attention.
-        length: the prompt length that a probe has room for.
-        chunks: the number of shifted chunks that there is room for.
+        length: the prompt length that a probe is padded to.
+        chunks: the number of shifted chunks that a forward is padded to.
         listed: from this layer on, a probe uses those rows alone that a list names (`Inputs.rows`); None: it uses all.
         whole: whether every layer's rows are there from the start, so that the graph need not be cut into pieces.
     """
@@ -71,14 +71,14 @@ STEP = Kind(_STEP_TOKENS, whole=True)
 """A decoding step."""
 
 
-def length_room(length: int) -> int:
+def padded_length(length: int) -> int:
     """The prompt length that a probe of a prompt of `length` tokens is padded to."""
-    return next((room for room in _LENGTHS if room >= length), length)
+    return next((padded for padded in _LENGTHS if padded >= length), length)
 
 
-def chunk_room(chunks: int) -> int:
+def padded_chunks(chunks: int) -> int:
     """The number of chunks that `chunks` is padded to; 0 stays 0."""
-    return next((room for room in _CHUNKS if room >= chunks), chunks) if chunks else 0
+    return next((padded for padded in _CHUNKS if padded >= chunks), chunks) if chunks else 0
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,8 @@ class Inputs:
         self.tokens = kind.tokens
         sizes = [kind.tokens, kind.tokens, kind.tokens, 2 * layers, 1, 1]
         sizes += [kind.tokens, 2 * layers, SPAN * kind.chunks] if kind.chunks else [0, 0, 0]
-        room = 0 if kind.listed is None else kind.length
-        sizes += [1, room]
+        listable = 0 if kind.listed is None else kind.length
+        sizes += [1, listable]
         cuda = device.type == "cuda"
         self._host = torch.zeros(sum(sizes), dtype=torch.int64, pin_memory=cuda)
         self.read = torch.cuda.Event(enable_timing=True) if cuda else None
@@ -145,7 +145,7 @@ class Inputs:
         self._parts = [part.numpy() for part in self._host.split(sizes)]
         ids, places, self.positions, self.table, self.watched, self.deviations, *rest = self._numbers.split(sizes)
         self.known, self.rotations, spans, self.count, self.roles = rest
-        self.rows = torch.zeros(room, dtype=torch.int32, device=device)
+        self.rows = torch.zeros(listable, dtype=torch.int32, device=device)
         self.ids, self.places, self.spans = ids[None], places[None], spans.view(-1, SPAN)
 
     def fill(
@@ -237,24 +237,24 @@ class Graph:
         return self._out.clone()
 
 
-class Room:
+class ExchangeMemory:
     """Memory outside of graphs, for one exchange at a time. All graphs of a model have the same, because only one of them runs at a time."""
 
     def __init__(self) -> None:
         self._held: dict[torch.dtype, Tensor] = {}
 
     def has(self, dtype: torch.dtype, count: int) -> bool:
-        """Whether there is room for so many numbers."""
+        """Whether it holds so many numbers."""
         return dtype in self._held and self._held[dtype].numel() >= count
 
     def make(self, like: Tensor, count: int) -> None:
-        """Make room. Graphs keep what they were captured with, so it grows in few steps."""
+        """Make it hold so many. Graphs keep what they were captured with, so it grows in few steps."""
         had = self._held.get(like.dtype)
         with torch.inference_mode(False):
             self._held[like.dtype] = like.new_empty(max(count, 0 if had is None else 2 * had.numel()))
 
     def take(self, dtype: torch.dtype, start: int, shape: Sequence[int]) -> Tensor:
-        """Room for a tensor, behind the first `start` numbers."""
+        """Memory for a tensor, behind the first `start` numbers."""
         return self._held[dtype][start : start + math.prod(shape)].view(*shape)
 
 
@@ -263,11 +263,11 @@ class Recorder:
 
     Args:
         pool: the memory pool.
-        room: for exchanges.
+        memory: for exchanges.
     """
 
-    def __init__(self, pool: Any, room: Room):
-        self._pool, self._open, self._room = pool, False, room
+    def __init__(self, pool: Any, memory: ExchangeMemory):
+        self._pool, self._open, self._memory = pool, False, memory
         self.pieces: list[tuple[_Action, Any]] = []
 
     def begin(self, action: _Action = lambda _before: None) -> None:
@@ -286,11 +286,11 @@ class Recorder:
         """See `Exchange`. The work is not captured, and not done now: so peers need not capture the same at the same time, and do the same work in
         the same order, whichever of them replays a graph."""
         dtype, count = given.dtype, given.numel() + math.prod(shape)
-        if not self._room.has(dtype, count):
+        if not self._memory.has(dtype, count):
             self.end()
-            self._room.make(given, count)
+            self._memory.make(given, count)
             self.begin()
-        sent, received = self._room.take(dtype, 0, given.shape), self._room.take(dtype, given.numel(), shape)
+        sent, received = self._memory.take(dtype, 0, given.shape), self._memory.take(dtype, given.numel(), shape)
         sent.copy_(given)
         self.end()
 

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 from cachetune_rag.model.cuda.device_forward import DeviceForward
 from cachetune_rag.model.plain.buffers import KVBuffers
 
-ROOM = 1024
+ANSWER_ROWS = 1024
 """How many rows for an answer's tokens are made at a time. An answer may end long before its limit."""
 
 
@@ -37,8 +37,8 @@ class KernelSteps:
     def __call__(self, token: int) -> Tensor:
         """The logits behind one more token, [1, vocab]."""
         buffers = self._buffers = self._buffers or self._find()
-        if self._taken == buffers.room:
-            buffers.grow(ROOM)
+        if self._taken == buffers.answer_rows:
+            buffers.grow(ANSWER_ROWS)
             buffers.show_in(self._cache)  # otherwise it would keep the old memory
         # Kernels run on torch's current device.
         with torch.cuda.device(buffers.device) if buffers.device.type == "cuda" else nullcontext():

@@ -25,7 +25,7 @@ class KVBuffers:
         specs: shapes of each layer's keys and values.
         length: tokens of the prompt.
         dtype, device: dtype and device of the memory, which is not initialised.
-        room: number of rows behind the prompt's, for tokens of an answer. They are in no view.
+        answer_rows: number of rows behind the prompt's, for tokens of an answer. They are in no view.
         memory: uint8 of `size_of` bytes, to be used; None takes memory of its own.
 
     Attributes:
@@ -38,20 +38,20 @@ class KVBuffers:
         length: int,
         dtype: torch.dtype,
         device: torch.device,
-        room: int = 0,
+        answer_rows: int = 0,
         memory: Tensor | None = None,
     ):
-        self.length, self.room = length, room
+        self.length, self.answer_rows = length, answer_rows
         self.dtype, self.device, self._specs = dtype, device, list(specs)
         self._allocate(memory)
 
     @staticmethod
     def size_of(specs: Sequence[LayerSpec], rows: int, dtype: torch.dtype) -> int:
-        """Bytes that buffers of so many rows take, `room` included."""
+        """Bytes that buffers of so many rows take, `answer_rows` included."""
         return rows * _row_bytes(specs, dtype)
 
     def _allocate(self, memory: Tensor | None = None) -> None:
-        rows = self.length + self.room
+        rows = self.length + self.answer_rows
         key_shapes = [(rows, s.heads, s.head_dim) for s in self._specs]
         value_shapes = [(rows, s.heads, s.v_head_dim) for s in self._specs]
         if memory is None:
@@ -63,10 +63,10 @@ class KVBuffers:
         self._keys, self._all_keys, self.key_rows = _shown(*keys, self.length)
         self._values, self._all_values, self.value_rows = _shown(*values, self.length)
 
-    def grow(self, room: int) -> None:
-        """Make room for `room` more tokens. All rows are copied, which takes twice the memory for a moment."""
+    def grow(self, rows: int) -> None:
+        """Add so many rows for an answer. All rows are copied, which takes twice the memory for a moment."""
         before = [*self._all_keys, *self._all_values]
-        self.room += room
+        self.answer_rows += rows
         self._allocate()
         for old, new in zip(before, [*self._all_keys, *self._all_values], strict=True):
             new[: old.shape[0]].copy_(old)
