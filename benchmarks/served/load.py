@@ -31,6 +31,23 @@ async def alone(target: Target, prompts: Sequence[Ids], reuse: Reuse | None, war
     return {"ttft": spread([a.ttft for a in answers[warm:]]), **_reports(answers[warm:])}
 
 
+async def paused(
+    target: Target, prompts: Sequence[Ids], reuse: Reuse | None, pause: float, warm: int = 2
+) -> dict[str, Any]:
+    """As `alone`, but `pause` seconds pass before each request, in which the server has nothing to do. "timings_of_each" has where the time of each request went."""
+    answers = []
+    for ids in prompts:
+        if pause:
+            await asyncio.sleep(pause)
+        answers.append(await target.ask(ids, 1, reuse))
+    counted = answers[warm:]
+    each = [_timings(a) for a in counted if "timings" in a.report]
+    found = {"ttft": spread([a.ttft for a in counted]), **_reports(counted)}
+    names = dict.fromkeys(name for timings in each for name in timings)
+    of_each = {name: [round(timings.get(name, 0.0), 5) for timings in each] for name in names}
+    return found | ({"timings_of_each": of_each} if each else {})
+
+
 async def both_ways(target: Target, prompts: Sequence[Ids], reuse: bool, warm: int = 2) -> dict[str, Any]:
     """One request at a time, one token each, and nothing in vLLM's prefix cache: time to first token. The first `warm` prompts don't count.
 
@@ -162,9 +179,19 @@ def _percentiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def _reports(answers: Sequence[Answer]) -> dict[str, Any]:
-    """Mean tokens of each kind, and why requests were left to vLLM."""
+    """Mean tokens of each kind, why requests were left to vLLM, and where the time of those went that were not: the medians of each part of it."""
     told = [a.report for a in answers if a.report]
     if not told:
         return {}
     means = {n: statistics.mean(r.get(n, 0) for r in told) for n in ("reused", "recomputed", "missed")}
-    return {"tokens": means, "left": dict(Counter(r["left"] for r in told if "left" in r)), "last_report": told[-1]}
+    left = dict(Counter(r["left"] for r in told if "left" in r))
+    each = [_timings(a) for a in answers if "timings" in a.report]
+    names = dict.fromkeys(name for timings in each for name in timings)
+    medians = {name: statistics.median(timings.get(name, 0.0) for timings in each) for name in names}
+    return {"tokens": means, "left": left, **({"timings": medians} if each else {}), "last_report": told[-1]}
+
+
+def _timings(answer: Answer) -> dict[str, float]:
+    """Where the time to first token went, in seconds: the engine's phases (`Report.timings`), all of the engine, and what passed before and behind it."""
+    engine = answer.report["ttft"]
+    return {**answer.report["timings"], "engine": engine, "around": answer.ttft - engine}

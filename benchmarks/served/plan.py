@@ -9,7 +9,14 @@ from typing import Any, Literal
 Variant = Literal["vllm", "reuse", "ceiling"]
 """Plain vLLM, vLLM with this package's connector, vLLM with a connector that does a prefill for nothing."""
 
-PHASES = ("alone", "saturated", "shares", "gaps", "short", "within", "plain", "arrivals", "prefix", "host", "ceiling")
+PHASES = (
+    "alone", "paused", "saturated", "shares", "gaps", "short", "within", "plain", "arrivals", "prefix", "host", "ceiling",
+)  # fmt: skip
+PAUSES = {"50 ms": 0.05, "no pause": 0.0, "5 ms": 0.005, "500 ms": 0.5}
+"""How long a server rests before each request of the phase `paused`, in seconds, by the detail of its cells. "no pause" is `alone` once more, behind the first
+pause: so what differs by pauses is told from what differs from one time to another."""
+PAUSED = ("", "frequency 0.05", "default 0.05")
+"""The settings of the phase `paused`; "" is plain vLLM."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class Cell:
         phase: one of `PHASES`.
         context: tokens of chunks in a prompt.
         setting: a name of `SETTINGS`, "auto" (a request without settings), or "" where nothing is reused.
-        detail: what differs further: a share, an order, a rate.
+        detail: what differs further: a share, an order, a rate, a pause.
     """
 
     variant: Variant
@@ -63,6 +70,16 @@ class Cell:
     def name(self) -> str:
         """Identifies it in the results."""
         return "/".join(map(str, (self.variant, self.phase, self.context, self.setting, self.detail))).rstrip("/")
+
+    @property
+    def prompts(self) -> str:
+        """Two cells have the same prompts if they have this in common.
+
+        Every cell has orders and questions of its own, so that no prompt is found complete in a cache. Cells that are compared differ in these alone: their
+        prompts have the same lengths. `paused` has those of `alone`, and begins with nothing in vLLM's prefix cache.
+        """
+        phase, detail = ("alone", "") if self.phase == "paused" else (self.phase, self.detail)
+        return f"{phase} {self.context} {detail}" + (f" {self.setting}" if self.variant == "reuse" else "")
 
 
 def cells(phases: Sequence[str], contexts: Sequence[int], settings: Sequence[str]) -> Iterator[Cell]:
@@ -81,8 +98,16 @@ def _of_both(variant: Variant, contexts: Sequence[int], settings: Sequence[str])
     auto = "auto" if reuse else ""
     exact = [setting for setting in settings if not setting or SETTINGS[setting].codec == "exact"]
     for context in contexts:
-        for phase in ("alone", "saturated"):
-            yield from (Cell(variant, phase, context, setting) for setting in settings)
+        yield from (Cell(variant, "alone", context, setting) for setting in settings)
+        # What plain vLLM does after other pauses is shown by its shortest prompts: the others take seconds each.
+        pauses = PAUSES if reuse or context == min(contexts) else ["50 ms"]
+        yield from (
+            Cell(variant, "paused", context, setting, pause)
+            for setting in settings
+            if setting in PAUSED
+            for pause in pauses
+        )
+        yield from (Cell(variant, "saturated", context, setting) for setting in settings)
     for context in contexts:
         if reuse:  # without reuse, "saturated" is the same
             yield from (Cell(variant, "shares", context, setting, "stored 0.8") for setting in exact)
@@ -90,7 +115,8 @@ def _of_both(variant: Variant, contexts: Sequence[int], settings: Sequence[str])
         yield from (Cell(variant, "shares", context, setting, "log-normal") for setting in exact)
     for context in contexts:
         yield from (Cell(variant, "gaps", context, setting) for setting in exact)
-    yield from (Cell(variant, "short", context, auto) for context in SHORT)
+    # There are stored chunks for prompts of the longest context, and no more.
+    yield from (Cell(variant, "short", context, auto) for context in SHORT if context <= max(contexts))
     for context in contexts:
         yield from (Cell(variant, "within", context, setting) for setting in exact)
     for context in contexts:

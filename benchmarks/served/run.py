@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from served.host_time import host
-from served.load import alone, both_ways, closed, most_within, open_loop, while_running
-from served.plan import SETTINGS, SHORT_CHUNKS, TINY, Cell
+from served.load import alone, both_ways, closed, most_within, open_loop, paused, while_running
+from served.plan import PAUSES, SETTINGS, SHORT_CHUNKS, TINY, Cell
 from served.targets import Reuse, Target
 from served.workload import Order, Workload
 
@@ -83,12 +83,13 @@ class Run:
         setting = SETTINGS.get(cell.setting)
         do, many = self._amounts, self._workloads["exact" if setting is None else setting.codec]
         reuse: Reuse | None = None if setting is None else setting.asked
-        # Every cell has orders and questions of its own, so that no prompt is found complete in a cache. Cells that are
-        # compared differ in these alone: their prompts have the same lengths, and arrive at the same times.
-        seed = f"{cell.phase} {cell.context} {cell.detail}" + (f" {cell.setting}" if cell.variant == "reuse" else "")
-        arriving = str(cell.context)
+        seed = cell.prompts
+        arriving = str(cell.context)  # what is compared arrives at the same times
         if cell.phase == "alone":
             return await alone(target, many.prompts(cell.context, do.rounds + 2, seed), reuse)
+        if cell.phase == "paused":
+            await target.forget()
+            return await paused(target, many.prompts(cell.context, do.rounds + 2, seed), reuse, PAUSES[cell.detail])
         if cell.phase == "short":
             prompts = self._workloads[SHORT_CHUNKS].prompts(cell.context, do.rounds + 2, seed)
             return await both_ways(target, prompts, cell.variant == "reuse")

@@ -18,7 +18,7 @@ from served.host_steps import BETWEEN, FROM_ENGINE, FRONT, TO_ENGINE, Notes, Spa
 from served.host_time import host_table
 from served.load import closed, most_within
 from served.memory import DeviceMemory
-from served.plan import PHASES, SETTINGS, Cell, cells
+from served.plan import PAUSES, PHASES, SETTINGS, Cell, cells
 from served.plot import plot
 from served.report import table
 from served.run import Amounts, Run
@@ -162,6 +162,64 @@ def test_short_prompts_are_asked_both_ways_in_turn_with_nothing_cached() -> None
     assert [reuse for _, reuse in asked] == [None] * 5
 
 
+@pytest.mark.parametrize(
+    ("setting", "detail"), [("", "50 ms"), ("default 0.05", "no pause"), ("default 0.05", "500 ms")]
+)
+def test_servers_that_rest_differ_from_others_by_the_pause_alone(
+    setting: str, detail: str, workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[Any] = []
+
+    class Server:
+        async def forget(self) -> None:
+            happened.append("forgotten")
+
+        async def ask(self, ids: list[int], tokens: int, reuse: Any) -> Answer:
+            happened.append((tuple(ids), tokens, reuse))
+            return Answer(1.0)
+
+    async def rest(seconds: float) -> None:
+        happened.append(seconds)
+
+    monkeypatch.setattr("served.load.asyncio.sleep", rest)
+    run = Run({"exact": workload}, Amounts(3, 1, 1, 1), lambda *_server: None)
+    variant: Any = "reuse" if setting else "vllm"
+    asyncio.run(run.measure(Server(), Cell(variant, "alone", 4 * CHUNK, setting)))
+    alone, happened = happened, []
+    asyncio.run(run.measure(Server(), Cell(variant, "paused", 4 * CHUNK, setting, detail)))
+    assert len(set(map(str, alone))) == 5
+    pause = [PAUSES[detail]] if PAUSES[detail] else []
+    assert happened == ["forgotten", *(each for asked in alone for each in (*pause, asked))]
+
+
+def test_where_the_time_went_is_told_of_all_requests_that_count(workload: Workload) -> None:
+    class Server:
+        """Takes longer for every request; one is left to vLLM."""
+
+        asked = 0
+
+        async def forget(self) -> None:
+            self.asked = 0
+
+        async def ask(self, _ids: list[int], _tokens: int, _reuse: Any) -> Answer:
+            self.asked += 1
+            if self.asked == 4:
+                return Answer(9.0, [], {"reused": 0, "left": "few"})
+            timings = {"load": self.asked / 8, "compute": 0.25}
+            return Answer(self.asked + 0.5, [], {"reused": 6, "ttft": float(self.asked), "timings": timings})
+
+    run = Run({"exact": workload}, Amounts(4, 1, 1, 1), lambda *_server: None)
+    found = asyncio.run(run.measure(Server(), Cell("reuse", "alone", 4 * CHUNK, "default 0.05")))
+    medians = {"load": 5 / 8, "compute": 0.25, "engine": 5.0, "around": 0.5}
+    assert (found["timings"], found["left"]) == (medians, {"few": 1})
+    assert found["last_report"]["timings"] == {"load": 6 / 8, "compute": 0.25}
+    cell = Cell("reuse", "paused", 4 * CHUNK, "default 0.05", "no pause")
+    found = asyncio.run(run.measure(Server(), cell))
+    assert found["timings"] == medians
+    each = {"load": [0.375, 0.625, 0.75], "compute": [0.25] * 3, "engine": [3.0, 5.0, 6.0], "around": [0.5] * 3}
+    assert found["timings_of_each"] == each
+
+
 def test_a_prefix_cache_is_empty_before_it_counts_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     class Engine:
         def __init__(self, busy: int):
@@ -219,6 +277,14 @@ def test_every_phase_and_setting_has_cells_and_no_cell_comes_twice() -> None:
     assert all(f"reuse/{phase}/1024/{each}" in names for phase in ("alone", "saturated") for each in SETTINGS)
     exact = [name for name, setting in SETTINGS.items() if setting.codec == "exact"]
     assert all(f"reuse/{phase}/1024/{each}" in names for phase in ("gaps", "within") for each in exact)
+    rested = {
+        f"{server}/{pause}" for server in ("vllm/paused/1024/", "reuse/paused/1024/default 0.05") for pause in PAUSES
+    }
+    assert rested < set(names)
+    longer = {cell.name for cell in cells(["paused"], [1024, 2048], ["frequency 0.05", "default 0.15"])}
+    assert {name for name in longer if "2048" in name} == {
+        "vllm/paused/2048//50 ms", *(f"reuse/paused/2048/frequency 0.05/{pause}" for pause in PAUSES),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
