@@ -13,7 +13,8 @@ between tokens of running requests while prompts arrive. `arrivals`: Poisson arr
 takes when saturated. `short`: where reuse is expected not to pay, of chunks of 128 tokens, each prompt with and without reuse in turn, in the same server, with
 nothing in vLLM's prefix cache. `plain`: prompts without stored chunks. `prefix`: vLLM's own prefix caching, with
 the same order of chunks and with other ones. `shares`: a part of the chunks is stored, or lengths vary (log-normal). `host`: which steps of vLLM and of the
-connector one request alone waits for (`served/host_steps.py` lists them; noting them takes about a microsecond a call), also for a tiny prompt.
+connector one request alone waits for (`served/host_steps.py` lists them; noting them takes about a microsecond a call), also for a tiny prompt. `timeline`: what the
+GPU does, by torch's profiler, while one prompt is put together beside four answers.
 
 The file is written after every cell; the same command continues a run that was cut off.
 """
@@ -134,7 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
             "max_num_seqs": 2 * args.at_once,
             "dtype": "bfloat16",
             "enforce_eager": args.device == "cpu",  # compiling takes minutes there
-            **(_host_options(args.device) if any(cell.phase == "host" for cell in wanted) else {}),
+            **(_inside(args.device) if any(cell.phase in ("host", "timeline") for cell in wanted) else {}),
             **pairs(args.vllm),
         }
         for variant, connector in connectors.items():
@@ -154,11 +155,11 @@ def show(content: Mapping[str, Any], folder: Path | None, stem: str) -> None:
         print(*plot(content, folder, stem), sep="\n")
 
 
-def _host_options(device: str) -> dict[str, Any]:
-    """Prepare for the phase `host`. Returns what it needs of vLLM: functions that note their times, and on a CPU one process for the engine and its worker, as on a GPU, and
-    pages as small as may be there (GPUs have pages of 16 tokens)."""
+def _inside(device: str) -> dict[str, Any]:
+    """Prepare for the phases that look into vLLM, `host` and `timeline`. Returns what they need of vLLM: functions that note their times, and on a CPU one process for the engine and its
+    worker, as on a GPU, and pages as small as may be there (GPUs have pages of 16 tokens)."""
     note_front()
-    noting: dict[str, Any] = {"worker_extension_cls": "served.host_steps.HostSteps"}
+    noting: dict[str, Any] = {"worker_extension_cls": "served.in_worker.InWorker"}
     if device == "cuda":
         return noting
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

@@ -10,7 +10,8 @@ Variant = Literal["vllm", "reuse", "ceiling"]
 """Plain vLLM, vLLM with this package's connector, vLLM with a connector that does a prefill for nothing."""
 
 PHASES = (
-    "alone", "paused", "saturated", "shares", "gaps", "short", "within", "plain", "arrivals", "prefix", "host", "ceiling",
+    "alone", "paused", "saturated", "shares", "gaps", "short", "within", "plain", "arrivals", "prefix", "host", "timeline",
+    "ceiling",
 )  # fmt: skip
 PAUSES = {"50 ms": 0.05, "no pause": 0.0, "5 ms": 0.005, "500 ms": 0.5}
 """How long a server rests before each request of the phase `paused`, in seconds, by the detail of its cells. "no pause" is `alone` once more, behind the first
@@ -129,3 +130,6 @@ def _of_both(variant: Variant, contexts: Sequence[int], settings: Sequence[str])
     yield Cell(variant, "host", TINY)
     for context in contexts:
         yield from (Cell(variant, "host", context, setting) for setting in exact)
+    if reuse:
+        for context in contexts:
+            yield from (Cell(variant, "timeline", context, setting) for setting in exact)

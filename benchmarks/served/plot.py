@@ -8,6 +8,7 @@ from typing import Any
 
 from served.plan import SETTINGS
 from served.report import Content, contexts_of, group
+from served.timeline import LANES
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 _COLOURS = dict(zip(SETTINGS, ("#D55E00", "#0072B2", "#009E73", "#E69F00", "#56B4E9", "#CC79A7"), strict=True))
@@ -15,7 +16,7 @@ _VLLM = "vLLM, all read"
 
 
 def plot(content: Content, folder: Path, stem: str) -> list[Path]:
-    """Plot how many times sooner and more requests are answered, and how late answers begin under load. Returns the files written."""
+    """Plot how many times sooner and more requests are answered, how late answers begin under load, and what a GPU did for one prompt. Returns the files written."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -27,6 +28,7 @@ def plot(content: Content, folder: Path, stem: str) -> list[Path]:
     for name, draw, contexts in (
         ("ratios", _ratios, contexts_of(groups, "alone")),
         ("arrivals", _arrivals, contexts_of(groups, "arrivals")),
+        ("timeline", _timeline, contexts_of(groups, "timeline")),
     ):
         if contexts:
             made.append(folder / f"{stem}-{name}.svg")
@@ -88,6 +90,28 @@ def _arrivals(groups: Mapping[str, Any], contexts: Sequence[int]) -> Any:
         panel.set_ylabel("time to first token, p99, ms")
         panel.grid(alpha=0.3)
     panels[0][0].legend(fontsize="small", frameon=False)
+    return figure
+
+
+def _timeline(groups: Mapping[str, Any], contexts: Sequence[int]) -> Any:
+    from matplotlib import pyplot
+
+    shown = [
+        (context, setting, found["lanes"]["spans"])
+        for context in contexts
+        for setting in SETTINGS
+        if (found := group(groups, "reuse", "timeline", context, setting)) is not None
+    ]
+    figure, panels = pyplot.subplots(len(shown), 1, figsize=(9, 0.5 + 1.2 * len(shown)), squeeze=False)
+    for (panel,), (context, setting, spans) in zip(panels, shown, strict=True):
+        for number, lane in enumerate(LANES):
+            colour = "grey" if lane == "steps" else _COLOURS[setting]
+            panel.broken_barh([(1e3 * a, 1e3 * (b - a)) for a, b in spans[lane]], (number - 0.4, 0.8), color=colour)
+        panel.set_yticks(range(len(LANES)), list(LANES.values()), fontsize="small")
+        panel.set_ylim(len(LANES) - 0.5, -0.5)
+        panel.set_xlim(left=0)
+        panel.set_title(f"{context:,} tokens of chunks, {setting}", fontsize="small")
+    panels[-1][0].set_xlabel("ms from the first copy on")
     return figure
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from served.host_time import host_table
 from served.load import BOUND
+from served.timeline import timeline_table
 
 Content = Mapping[str, Any]
 _ALL, _STEADY = "requests_per_second", "steady_per_second"
@@ -41,11 +42,12 @@ def table(content: Content) -> str:
         f"| {name} | {_ms(g, 'ttft', 'median') or _ms(g, 'ttft', 'p50')} | {_ms(g, 'ttft', 'p99')} "
         f"| {g.get('requests_per_second', g.get('rate', 0)):.2f} | {_ms(g, 'between_tokens', 'p99')} |"
         for name, g in _with_both_ways(groups).items()
-        if _place(name)[0] not in ("alone", "saturated", "gaps", "within", "host")
+        if _place(name)[0] not in ("alone", "saturated", "gaps", "within", "host", "timeline")
     ]
     lines += _within(groups)
     lines += _memory(groups)
     lines += host_table(groups)
+    lines += timeline_table(groups)
     if others:
         lines += ["", "| cell | TTFT median ms | p99 ms | requests/s | between tokens p99 ms |"]
         lines += ["| --- | --- | --- | --- | --- |", *others]

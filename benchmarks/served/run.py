@@ -10,6 +10,7 @@ from served.host_time import host
 from served.load import alone, both_ways, closed, most_within, open_loop, paused, while_running
 from served.plan import PAUSES, SETTINGS, SHORT_CHUNKS, TINY, Cell
 from served.targets import Reuse, Target
+from served.timeline import timeline
 from served.workload import Order, Workload
 
 FILLINGS = 20
@@ -104,6 +105,9 @@ class Run:
         if cell.phase == "host":
             prompts = many.prompts(cell.context, do.rounds + 3, seed)
             return await host(target, [ids[-TINY:] for ids in prompts] if cell.context == TINY else prompts, reuse)
+        if cell.phase == "timeline":
+            running = many.prompts(1024, 4, f"{seed} running", share=0)
+            return await timeline(target, running, many.prompts(cell.context, 3, seed), reuse or {}, 8 * do.tokens)
         if cell.phase == "shares":
             share = {"stored 0.8": 0.8, "stored 0": 0.0}.get(cell.detail, 1.0)
             log_normal = cell.detail == "log-normal"

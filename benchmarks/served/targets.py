@@ -25,11 +25,13 @@ class Answer:
         ttft: seconds to its first token.
         gaps: seconds between later tokens.
         report: what the response says of reuse.
+        began: when it was asked (`time.perf_counter`).
     """
 
     ttft: float
     gaps: list[float] = field(default_factory=list)
     report: dict[str, Any] = field(default_factory=dict)
+    began: float = 0.0
 
 
 class Target:
@@ -79,7 +81,7 @@ class Target:
 
 def _answer(times: list[float], params: Mapping[str, Any] | None) -> Answer:
     between = [b - a for a, b in itertools.pairwise(times)]
-    return Answer(between[0], between[1:], dict((params or {}).get("cachetune", {})))
+    return Answer(between[0], between[1:], dict((params or {}).get("cachetune", {})), times[0])
 
 
 @asynccontextmanager

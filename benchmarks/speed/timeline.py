@@ -65,15 +65,15 @@ def analyse(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
         if kind in ("kernel", "gpu_memcpy", "gpu_memset"):
             every.append(span)
     # The stream that works longest is the compute stream. Others decode and place rows.
-    compute = joined(max(kernels.values(), key=_total, default=[]))
+    compute = joined(max(kernels.values(), key=total, default=[]))
     copied = joined(copies)
     gaps = [after[0] - before[1] for before, after in pairwise(compute)]
     gaps = [gap for gap in gaps if gap > SHORT]
-    busy, moving = _total(compute), _total(copied)
+    busy, moving = total(compute), total(copied)
     return {
         "span": (max(e for _, e in every) - min(b for b, _ in every)) / 1e6 if every else 0.0,
         "copy": moving / 1e6,
-        "copy_under_compute": _total(_common(compute, copied)) / moving if moving else 0.0,
+        "copy_under_compute": total(common(compute, copied)) / moving if moving else 0.0,
         "compute": busy / 1e6,
         "idle": (compute[-1][1] - compute[0][0] - busy) / 1e6 if compute else 0.0,
         "gaps": [len(gaps), max(gaps, default=0.0) / 1e6],
@@ -101,7 +101,8 @@ def joined(spans: Iterable[Span]) -> list[Span]:
     return found
 
 
-def _common(one: Sequence[Span], other: Sequence[Span]) -> list[Span]:
+def common(one: Sequence[Span], other: Sequence[Span]) -> list[Span]:
+    """The time in which there is one of each. Spans of either don't overlap, and are in order."""
     found, i, j = [], 0, 0
     while i < len(one) and j < len(other):
         begin, end = max(one[i][0], other[j][0]), min(one[i][1], other[j][1])
@@ -114,5 +115,6 @@ def _common(one: Sequence[Span], other: Sequence[Span]) -> list[Span]:
     return found
 
 
-def _total(spans: Iterable[Span]) -> float:
+def total(spans: Iterable[Span]) -> float:
+    """How long they are together."""
     return sum(end - begin for begin, end in spans)
