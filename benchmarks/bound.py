@@ -20,6 +20,7 @@ from fidelity.arguments import add_model, add_shards, finish
 from fidelity.bounds import markdown
 from fidelity.evaluate import Engines
 from fidelity.inputs import add_records, header_of, open_model, read_sets
+from fidelity.records import Dataset
 from fidelity.report import load
 from fidelity.rows import RowFile
 from fidelity.signs import TOKENS, NotingSelector, SignStudy
@@ -49,20 +50,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     register_selector(noting)
     engines = Engines(model, tokenizer, cuda_kernels=args.cuda_kernels, host_budget=args.host_budget)
     with closing(RowFile(args.out, args.shard, args.shards, header)) as rows, closing(engines):
-        studies = [SignStudy(engines, d, noting, args.selector, args.ratios) for d in sets]
-        # The sets take turns, so that a run that is cut off has results for each.
-        work = sorted((i, n) for n, d in enumerate(sets) for i in range(len(d.records)))[args.shard :: args.shards]
-        for done, (i, n) in enumerate(work, start=1):
-            begun, added = time.perf_counter(), 0
-            for row in studies[n].run(sets[n].records[i], rows.known):
-                rows.add(row)
-                added += 1
-            took = time.perf_counter() - begun
-            name = f"{sets[n].name} {sets[n].records[i].name}"
-            print(f"{done}/{len(work)} {name}: {added} rows, {took:.1f} s", file=sys.stderr, flush=True)
-            if time.monotonic() - started > args.seconds:
-                print(f"{args.seconds:g} s are over; the same command goes on from here", file=sys.stderr, flush=True)
-                return
+        measure([SignStudy(engines, d, noting, args.selector, args.ratios) for d in sets], sets, rows, started, args)
+    if args.shards == 1:
+        report(args.out)
+
+
+def measure(
+    studies: Sequence[SignStudy], sets: Sequence[Dataset], rows: RowFile, started: float, args: argparse.Namespace
+) -> None:
+    """Run this process's share of the records, until they are done or the time is over."""
+    # The sets take turns, so that a run that is cut off has results for each.
+    work = sorted((i, n) for n, d in enumerate(sets) for i in range(len(d.records)))[args.shard :: args.shards]
+    for done, (i, n) in enumerate(work, start=1):
+        begun, added = time.perf_counter(), 0
+        for row in studies[n].run(sets[n].records[i], rows.known):
+            rows.add(row)
+            added += 1
+        took = time.perf_counter() - begun
+        name = f"{sets[n].name} {sets[n].records[i].name}"
+        print(f"{done}/{len(work)} {name}: {added} rows, {took:.1f} s", file=sys.stderr, flush=True)
+        if done < len(work) and time.monotonic() - started > args.seconds:
+            print(f"{args.seconds:g} s are over; the same command goes on from here", file=sys.stderr, flush=True)
+            return
 
 
 def report(folder: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cachetune_rag.selection.bound import Bound
-from cachetune_rag.selection.predictor import Observation, Predictor
+from cachetune_rag.selection.predictor import FEWEST_PROMPTS, Observation, Predictor
 
 from .measures import Estimate, ratio_of_sums
 from .rows import Row
@@ -141,8 +141,8 @@ class Kept:
     against: Estimate | None
 
 
-def kept(requests: Sequence[Request], max_kl: float | None = None, min_top1: float | None = None) -> Kept:
-    """Give each request the ratio that a bound takes, by predictions fitted to others."""
+def kept(requests: Sequence[Request], max_kl: float | None = None, min_top1: float | None = None) -> Kept | None:
+    """Give each request the ratio that a bound takes, by predictions fitted to others. None if those are too few to fit anything to."""
     over, spent, full = (np.zeros(len(requests)) for _ in range(3))
     for division in range(DIVISIONS):
         order = np.random.default_rng(division).permutation(len(requests))
@@ -155,7 +155,7 @@ def kept(requests: Sequence[Request], max_kl: float | None = None, min_top1: flo
             ]
             predictor = Predictor.fit(requests[0].ratios, seen)
             if predictor is None:
-                raise ValueError(f"{len(seen)} observations are too few to fit a prediction to: measure more records.")
+                return None
             for i in order[group::GROUPS]:
                 request = requests[i]
                 ratio, _ = Bound(max_kl, min_top1, predictor).find(request.sign)
@@ -214,7 +214,7 @@ def markdown(header: dict[str, Any], rows: Sequence[Row]) -> str:
     for name, requests in sets.items():
         for sign in requests[0].signs:
             first, mean = (correlations(requests, sign, kl) for kl in (lambda r: r.kl, lambda r: r.mean_kl))
-            cells = " | ".join(f"{a:.2f} / {b:.2f}" for a, b in (first, mean))
+            cells = " | ".join(f"{_two(a)} / {_two(b)}" for a, b in (first, mean))
             lines.append(f"| {name} ({len(requests)}) | {sign} | {cells} |")
     lines += [
         "",
@@ -224,10 +224,14 @@ def markdown(header: dict[str, Any], rows: Sequence[Row]) -> str:
         "| set (n) | bound | mean ratio | full prefill | over the bound | at the fixed ratio | part of it | fixed ratio for as few |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
+    too_few = []
     for name, requests in sets.items():
         bounds = [("max_kl", {"max_kl": value}) for value in MAX_KL] + [("min_top1", {"min_top1": v}) for v in MIN_TOP1]
         for what, bound in bounds:
             found = kept(requests, **bound)
+            if found is None:
+                too_few.append(f"{name} ({len(requests)})")
+                break
             part = (
                 ""
                 if found.against is None
@@ -237,4 +241,14 @@ def markdown(header: dict[str, Any], rows: Sequence[Row]) -> str:
                 f"| {name} ({len(requests)}) | `{what}={bound[what]:g}` | {found.ratio:.3f} | {found.full:.0%} | {found.over:.1%} | "
                 f"{found.fixed:.1%} | {part} | {found.needed:.3f} |"
             )
+    if too_few:
+        lines += [
+            "",
+            f"Left out, because a prediction is fitted to {FEWEST_PROMPTS} other records at least: {', '.join(too_few)}. Measure more records.",
+        ]
     return "\n".join(lines) + "\n"
+
+
+def _two(value: float) -> str:
+    """A figure with two places. A rank correlation of values that are all alike is none."""
+    return "-" if np.isnan(value) else f"{value:.2f}"

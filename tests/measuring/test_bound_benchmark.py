@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,12 +16,14 @@ from cachetune_rag.selection.probing import ProbingSelector
 from cachetune_rag.selection.registry import _SELECTORS
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import bound
 from fidelity import bounds
 from fidelity.bounds import SIGN, Request, kept, misses_at, rank_correlation, requests_of
 from fidelity.evaluate import Engines
 from fidelity.records import Dataset, Record
 from fidelity.signs import NotingSelector, SignStudy
 
+HEADER = {"model": "m", "dtype": "float32", "commit": "c", "environment": {"processor": "p"}}
 RATIOS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7)
 
 
@@ -35,6 +38,16 @@ def made(noise: float, count: int = 120, spread: float = 2.0) -> list[Request]:
             Request(RATIOS, kl, kl, tuple(each < 0.1 for each in kl), {SIGN: signs, "none": tuple(signs[::-1])})
         )
     return found
+
+
+def rows_of(name: str, count: int) -> list[dict[str, Any]]:
+    """Rows of records as the benchmark writes them, at ratio 0 and two others."""
+    signs = {"watched": 1.0, "entropy": 2.0, "mass_left": 0.5, "moved": 0.1}
+    return [
+        {"set": name, "record": f"r{n}", "ratio": ratio, "kl": [0.01 * n + 1 - ratio], "same": [True], "signs": {**signs, "error_left": (1 - ratio) * n}}
+        for n in range(count)
+        for ratio in (0.0, 0.2, 0.5)
+    ]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +65,8 @@ def test_rank_correlation_is_spearmans() -> None:
 
 def test_a_sign_that_says_all_beats_a_fixed_ratio_and_one_that_says_little_does_not() -> None:
     sure, unsure = kept(made(0.05), max_kl=0.02), kept(made(2.0, spread=0.1), max_kl=0.02)
+    assert sure is not None
+    assert unsure is not None
     assert sure.over < 0.1
     assert sure.against is not None
     assert sure.against.value < 0.5
@@ -61,7 +76,45 @@ def test_a_sign_that_says_all_beats_a_fixed_ratio_and_one_that_says_little_does_
 
 def test_a_bound_that_nothing_keeps_spends_everything() -> None:
     found = kept(made(0.5), max_kl=0)
+    assert found is not None
     assert (found.over, found.ratio, found.full) == pytest.approx((0, 1, 1))
+
+
+def test_records_that_are_too_few_to_fit_to_are_named_and_those_of_other_sets_are_shown() -> None:
+    assert kept(made(0.5, 12), max_kl=0.05) is None
+    text = bounds.markdown(HEADER, [*rows_of("documents", 14), *rows_of("questions", 3)])
+    assert "Left out, because a prediction is fitted to 10 other records at least: questions (3). Measure more" in text
+    assert "| documents (14) | `max_kl=0.05` | " in text
+    assert "| both (17) | `min_top1=0.9` | " in text
+    assert "| questions (3) | error left x entropy | " in text
+
+
+def test_a_run_ends_with_the_tables_of_what_is_there_so_far(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bound, "open_model", lambda args: (llama(max_positions=8192), tokenizer()))
+    lead = "The ships came by in winter, and the lamp was lit at four. " * 40
+    records = tuple(
+        Record(f"r{n}", "made", (f"It was built in 18{n}1.", "It burned oil."), "When?", ()) for n in (1, 2)
+    )
+    sets = [Dataset("made", records, (lead,) * 4, "Read.")]
+    monkeypatch.setattr(bound, "read_sets", lambda args, tokenizer: sets)
+    words = ["--device", "cpu", "--commit", "c", "--ratios", "0.2", "0.5", "--out", str(tmp_path)]
+
+    def put_for_now(selector: NotingSelector) -> None:
+        monkeypatch.setitem(_SELECTORS, selector.name, selector)
+
+    monkeypatch.setattr(bound, "register_selector", put_for_now)
+
+    def run(*more: str) -> str:
+        bound.main([*words, *more])
+        return capsys.readouterr().out
+
+    assert "| made (1) | entropy of the next token, nothing recomputed | - / - | - / - |" in run("--seconds", "0")
+    table = run()
+    assert "at least: made (2). Measure more records." in table
+    assert (tmp_path / "table.md").read_text() in table
+    assert "made (2)" in run("--report", str(tmp_path))
 
 
 def test_ratios_between_measured_ones_are_interpolated() -> None:
