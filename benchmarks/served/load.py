@@ -156,20 +156,21 @@ async def while_running(
     answers = await asyncio.gather(*others)
     running_answers = await asyncio.gather(*tasks)
     gaps = sorted(gap for answer in running_answers for gap in answer.gaps)
-    return {"gaps": _percentiles(gaps), "arriving": _summary(answers)}
+    return {"gaps": percentiles(gaps), "arriving": _summary(answers)}
 
 
 def _summary(answers: Sequence[Answer]) -> dict[str, Any]:
     gaps = [gap for answer in answers for gap in answer.gaps]
     return {
         "requests": len(answers),
-        "ttft": _percentiles([a.ttft for a in answers]),
-        "between_tokens": _percentiles(gaps) if gaps else None,
+        "ttft": percentiles([a.ttft for a in answers]),
+        "between_tokens": percentiles(gaps) if gaps else None,
         **_reports(answers),
     }
 
 
-def _percentiles(values: Sequence[float]) -> dict[str, float]:
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """The median, what 95% and 99% of the values are at most, and the largest."""
     ordered = sorted(values)
 
     def at(share: float) -> float:

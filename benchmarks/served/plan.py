@@ -72,6 +72,12 @@ class Cell:
         """Identifies it in the results."""
         return "/".join(map(str, (self.variant, self.phase, self.context, self.setting, self.detail))).rstrip("/")
 
+    @classmethod
+    def of(cls, name: str) -> Cell:
+        """The cell that has a name."""
+        variant, phase, context, *further = name.split("/")
+        return cls(variant, phase, int(context), *further)  # type: ignore[arg-type]
+
     @property
     def prompts(self) -> str:
         """Two cells have the same prompts if they have this in common.

@@ -97,7 +97,8 @@ class Run:
         if cell.phase == "plain":  # prompts without any stored chunk
             prompts = many.prompts(cell.context, do.rounds + 2 + do.requests, seed, share=0)
             first = await alone(target, prompts[: do.rounds + 2], None)
-            return first | await closed(target, prompts[do.rounds + 2 :], None, do.tokens, do.at_once)
+            loaded = await closed(target, prompts[do.rounds + 2 :], None, do.tokens, do.at_once)
+            return {"alone": first["ttft"], **loaded}
         if cell.phase == "prefix":
             order: Order = "same" if cell.detail == "same" else "shuffled"
             prompts = many.prompts(cell.context, do.rounds + 2, seed, order=order, alike=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import sys
 import time
 from collections import Counter
@@ -81,25 +82,48 @@ def test_lengths_vary_around_the_context(workload: Workload) -> None:
 def content() -> dict[str, Any]:
     """Results of two servers, made up so that every ratio is plain to see."""
     groups: dict[str, Any] = {
-        "vllm/alone/4096": {"ttft": {"median": 0.4}, "device_memory": 2**33},
+        "vllm/alone/4096": {"ttft": {"median": 0.4, "samples": [0.4, 0.39, 0.5]}, "device_memory": 2**33},
         "vllm/saturated/4096": {"requests_per_second": 2.0, "steady_per_second": 3.0, "between_tokens": {"p99": 0.05}},
-        "vllm/arrivals/4096//0.9": {"rate": 1.8, "ttft": {"p50": 1.0, "p99": 2.0}, "between_tokens": {"p99": 0.06}},
+        "vllm/arrivals/4096//0.9": {
+            "rate": 1.8,
+            "ttft": {"p50": 1.0, "p95": 1.5, "p99": 2.0},
+            "between_tokens": {"p99": 0.06},
+            "arrived": [0.0, 1.0],
+            "device_memory": 2**33,
+        },
         "vllm/arrivals/8192//0.9": {"rate": 0.9, "ttft": {"p50": 1.0, "p99": 2.0}, "between_tokens": {"p99": 0.06}},
     }
-    groups["reuse/short/512/auto"] = {"ttft": {"median": 0.03}, "without_reuse": {"median": 0.025}}
+    groups["vllm/short/512"] = {"ttft": {"median": 0.024, "samples": [0.02, 0.024, 0.028]}, "load": 1.5}
+    groups["reuse/short/512/auto"] = {
+        "ttft": {"median": 0.03, "samples": [0.02, 0.03, 0.04]}, "without_reuse": {"median": 0.027, "samples": [0.02, 0.027, 0.03]},
+        "left": {"few": 2}, "last_report": {"ratio": 0.15}, "load": 2.0, "device_memory": 2**33,
+    }  # fmt: skip
+    groups["vllm/paused/4096//50 ms"] = {"ttft": {"median": 0.39, "samples": [0.39]}, "device_memory": 2**33}
+    for pause, median in (("no pause", 0.1), ("50 ms", 0.13)):
+        groups[f"reuse/paused/4096/frequency 0.05/{pause}"] = {
+            "ttft": {"median": median, "samples": [median - 0.01, median, median + 0.01]}, "device_memory": 2**33 + 2**31,
+            "timings": {"lookup": 0.001, "select": 0.002, "load": median / 2, "compute": 0.01, "engine": 0.08, "around": 0.02},
+        }  # fmt: skip
     groups["ceiling/ceiling/4096"] = {"requests_per_second": 10.0}
     groups["vllm/within/4096"] = {"rate": 0.8, "tries": [{"part": 0.4, "rate": 0.8, "p95": 0.9}]}
     tries = [{"part": 0.6, "rate": 3.0, "p95": 1.5}, {"part": 0.4, "rate": 2.0, "p95": 0.75}]
     groups["reuse/within/4096/default 0.05"] = {"rate": 2.0, "tries": tries}
     groups["reuse/within/4096/default 0.15"] = {"tries": tries[:1]}
     for number, setting in enumerate(SETTINGS, start=1):
-        groups[f"reuse/alone/4096/{setting}"] = {"ttft": {"median": 0.1 * number}, "device_memory": 2**33 + 2**29}
+        groups[f"reuse/alone/4096/{setting}"] = {
+            "ttft": {"median": 0.1 * number, "samples": [0.1 * number, 0.12 * number]}, "device_memory": 2**33 + 2**29,
+            "timings": {"lookup": 0.001, "select": 0.003, "load": 0.002, "compute": 0.04, "engine": 0.06, "around": 0.03},
+            "last_report": {
+                "reused": 30, "prompt_tokens": 40, "ttft": 0.07, "timings": {"lookup": 0.005, "select": 0.006, "load": 0.007, "compute": 0.05},
+            },
+        }  # fmt: skip
         groups[f"reuse/saturated/4096/{setting}"] = {
             "requests_per_second": 8.0 / number, "steady_per_second": 9.0 / number,
         }  # fmt: skip
         for detail in ("0.9", "2"):
             groups[f"reuse/arrivals/4096/{setting}/{detail}"] = {
-                "rate": 2.0 * float(detail), "ttft": {"p50": 0.1, "p99": 0.2 * number}, "between_tokens": {"p99": 0.01},
+                "rate": 2.0 * float(detail), "ttft": {"p50": 0.1, "p95": 0.15, "p99": 0.2 * number}, "between_tokens": {"p99": 0.01},
+                "arrived": [0.0, 1.01], "device_memory": 2**33 + 2**30,
             }  # fmt: skip
     return {"groups": groups, "environment": {"gpu": "a card", "vllm": "0.26.0", "commit": "abc"}}
 
@@ -240,21 +264,92 @@ def test_a_prefix_cache_is_empty_before_it_counts_as_such(monkeypatch: pytest.Mo
         asyncio.run(Target(Engine(1000)).forget())
 
 
+def under(lines: list[str], title: str) -> list[str]:
+    """The rows of the table whose title begins so, its head first."""
+    start = next(number for number, line in enumerate(lines) if line.startswith(f"**{title}"))
+    found = list(itertools.takewhile(lambda line: line.startswith("|"), lines[start + 2 :]))
+    return [found[0], *found[2:]]
+
+
 def test_tables_hold_each_setting_beside_vllm() -> None:
     lines = table(content()).splitlines()
     names = list(SETTINGS)
-    rows = {line.split(" | ")[1]: line for line in reversed(lines) if line.startswith("| 4,096")}
+    rows = {line.split(" | ")[1]: line for line in under(lines, "Beside vLLM")}
     assert rows["vLLM, all read"].startswith(
         "| 4,096 | vLLM, all read | 400.0 | 1.00x | 2.00 | 1.00x | 20% | 3.00 | 1.00x | 50.0 |"
     )
     assert rows[names[0]].startswith(f"| 4,096 | {names[0]} | 100.0 | 4.00x | 8.00 | 4.00x | 80% | 9.00 | 3.00x |")
     assert rows[names[1]].startswith(f"| 4,096 | {names[1]} | 200.0 | 2.00x | 4.00 | 2.00x | 40% | 4.50 | 1.50x |")
-    assert "Most memory in use on the device: vllm 8.0 GiB, reuse 8.5 GiB." in lines
-    assert "| 4,096 | default 0.05 | 2.00 | 2.50x | 1500 at 3.00, 750 at 2.00 |" in lines
-    assert "| 4,096 | default 0.15 | below 3.00 |  | 1500 at 3.00 |" in lines
-    assert "| reuse/short/512/auto | 30.0 |  | 0.00 |  |" in lines
-    assert "| reuse/short/512/auto, without reuse | 25.0 |  | 0.00 |  |" in lines
-    assert f"| reuse/arrivals/4096/{names[2]}/2 | 100.0 | 600.0 | 4.00 | 10.0 |" in lines
+    assert rows["default 0.15, `int8`"].startswith("| 4,096 | default 0.15, `int8` | 600.0 |")
+    assert "| first token alone, 4,096 | 5.5x: 4.00x | 4x: 2.00x | 3x: 1.33x |" in lines
+    assert "| requests/s, saturated, 4,096 | 3.5x: **4.00x** | 3x: 2.00x | 2.4x: 1.33x |" in lines
+    said = "Most memory in use on the device: vllm 8.0 GiB, reuse 10.0 GiB."
+    assert any(line.startswith(said) for line in lines)
+
+
+def test_tables_of_the_first_token_have_its_slowest_and_the_memory() -> None:
+    lines = table(content()).splitlines()
+    assert under(lines, "One request alone")[1:3] == [
+        "| 4,096 | all stored | vLLM, all read | 400.0 | 500.0 | 500.0 | 1.00x | 8.0 |  |",
+        "| 4,096 | all stored | frequency 0.05 | 100.0 | 120.0 | 120.0 | 4.00x | 8.5 | +6.2% |",
+    ]
+    assert under(lines, "After a pause: medians, ms")[:6] == [
+        "| context | setting | pause | TTFT median ms | p95 ms | p99 ms | later than without, ms | x | lookup | tokens chosen "
+        "| waited for rows | computed | the engine, all | around the engine | memory GiB | over vLLM's |",
+        "| 4,096 | vLLM, all read | `alone` | 400.0 | 500.0 | 500.0 |  | 1.00x |  |  |  |  |  |  | 8.0 |  |",
+        "| 4,096 | vLLM, all read | 50 ms | 390.0 | 390.0 | 390.0 | -10.0 | 1.00x |  |  |  |  |  |  | 8.0 |  |",
+        "| 4,096 | frequency 0.05 | `alone` | 100.0 | 120.0 | 120.0 |  | 4.00x | 1.0 | 3.0 | 2.0 | 40.0 | 60.0 | 30.0 | 8.5 | +6.2% |",
+        "| 4,096 | frequency 0.05 | no pause | 100.0 | 110.0 | 110.0 |  |  | 1.0 | 2.0 | 50.0 | 10.0 | 80.0 | 20.0 | 10.0 | +25.0% |",
+        "| 4,096 | frequency 0.05 | 50 ms | 130.0 | 140.0 | 140.0 | +30.0 | 3.00x | 1.0 | 2.0 | 65.0 | 10.0 | 80.0 | 20.0 | 10.0 | +25.0% |",
+    ]
+    assert under(lines, "Short prompts, as by default")[1:] == [
+        "| 512 | 24.0 | 28.0 | 28.0 | 30.0 | 40.0 | 40.0 | 0.80x | 27.0 | 30.0 | 30.0 | 0.90x | 1 reused at r 0.15, 2 left to vLLM (few) | 1.5; 2 | 8.0 |",
+    ]
+
+
+def test_where_the_time_went_is_of_all_requests_or_says_that_it_is_of_the_last() -> None:
+    found = content()
+    (_, line), title = (
+        under(table(found).splitlines(), "Where the time went: medians")[:2],
+        "Where the time went: the last request",
+    )
+    assert line == "| 4,096 | frequency 0.05 | 72.7 | 100.0 | 1.0 | 3.0 | 2.0 | 40.0 | 100.0 | 60.0 | 30.0 |"
+    for each in found["groups"].values():
+        each.pop("timings", None)  # as older files have it
+    (_, line) = under(table(found).splitlines(), title)[:2]
+    assert line == "| 4,096 | frequency 0.05 | 72.7 | 120.0 | 5.0 | 6.0 | 7.0 | 50.0 | 100.0 | 70.0 | 50.0 |"
+
+
+def test_tables_of_servers_with_many_requests_have_p95_and_p99_beside_vllms() -> None:
+    found = content()
+    lines = table(found).splitlines()
+    came = under(lines, "Requests that arrive independently of each other")
+    assert came[1] == "| 4,096 | 0.9 | vLLM, all read | 1.80 | 1,000.0 | 1,500.0 | 2,000.0 | 1.00x | 60.0 | 8.0 |  |"
+    assert came[2] == "| 4,096 | 0.9 | frequency 0.05 | 1.80 | 100.0 | 150.0 | 200.0 | 10.00x | 10.0 | 9.0 | +12.5% |"
+    assert came[-1] == "| 8,192 | 0.9 | vLLM, all read | 0.90 | 1,000.0 |  | 2,000.0 | 1.00x | 60.0 |  |  |"
+    assert "| 4,096 | 2 | default 0.05 | 4.00 | 100.0 | 150.0 | 400.0 |  | 10.0 | 9.0 | +12.5% |" in came
+    assert "4,096 tokens, 0.9 times vLLM's most: requests came at the same times, at most 10 ms apart." in lines
+    found["groups"]["reuse/arrivals/4096/default 0.05/0.9"]["arrived"] = [0.0, 3.0]
+    said = "4,096 tokens, 0.9 times vLLM's most: requests came at other times in each row, up to 2.0 s apart."
+    assert said in table(found).splitlines()
+    assert "| 4,096 | default 0.05 | 2.00 | 2.50x | 1.00x | 1,500 at 3.00, 750 at 2.00 |" in lines
+    assert "| 4,096 | default 0.15 | below 3.00 |  |  | 1,500 at 3.00 |" in lines
+    assert "| 4,096 | all stored | frequency 0.05 | 8.00 | 4.00x |  |" in lines
+    each = under(lines, "What a request takes of a saturated server, ms")[1]
+    assert each.startswith("| 4,096 | 500.0 | 100.0 | 125.0 (wanted: 142.9) |")
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("serving-*.json")),
+    ids=lambda path: path.stem,
+)
+def test_files_of_earlier_runs_have_tables(path: Path) -> None:
+    found = json.loads(path.read_text())
+    lines = table(found).splitlines()
+    assert found["environment"]["commit"] in lines[0]
+    alone = under(lines, "One request alone")
+    assert len(alone) - 1 == sum("/alone/" in name for name in found["groups"]) > 0
 
 
 def test_plots_are_made_of_what_was_measured(tmp_path: Path) -> None:
@@ -479,4 +574,4 @@ def test_the_table_of_host_time_has_a_column_a_prompt_and_sums() -> None:
         "This vLLM has no function of these names: pages cached.",
     ]
     assert host_table({"vllm/alone/4096": groups["vllm/alone/4096"]}) == []
-    assert table({"groups": groups}).endswith("\n".join(host_table(groups)))
+    assert table(content() | {"groups": groups}).endswith("\n".join(host_table(groups)))
