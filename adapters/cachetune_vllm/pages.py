@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,7 @@ class Pages:
             slots = self.slots(blocks, start, end, device)
             pages, offsets = slots // size, slots % size
         for layer, rows in enumerate(zip(buffers.key_rows, buffers.value_rows, strict=True)):
+            buffers.await_layer(layer)
             there = self._views[layer](self._pages_of(layer), rows[0].shape[-1])
             for mine, stored in zip(rows, there, strict=True):
                 if pages is not None:
@@ -160,8 +162,9 @@ class PagedMemory:
         """
         load = self._load
         self.close()  # if the prompt starts over, what it had before is not used any more
-        self._part = self._room.take(self._inner.bytes_for(ids, answer_tokens))
-        buffers, kept = self._inner.take(ids, exact, answer_tokens, self._part.memory)
+        inner = self._inner
+        self._part = part = self._room.take(inner.bytes_for(ids, answer_tokens), inner.layer_bytes(ids, answer_tokens))
+        buffers, kept = inner.take(ids, exact, answer_tokens, part.memory, partial(self._room.await_layer, part))
         self._slots = self._pages.slots(load.blocks, load.start, load.end, buffers.device)
         there = min(load.exact, exact)
         if not self._pages.worth_reading(there - kept):
@@ -183,6 +186,9 @@ class PagedMemory:
         assert self._slots is not None  # `take` was called
         keys, values = (rows[layer][load.start : load.end] for rows in (buffers.key_rows, buffers.value_rows))
         self._pages.write(layer, keys, values, self._slots)
+        if self._pages.readable:  # else, `keep` needs the buffers once more
+            assert self._part is not None
+            self._room.layer_done(self._part)
 
     def keep(self, ids: Ids, exact: int, buffers: KVBuffers | None, cache: Cache) -> None:
         """See `KVMemory`. Where vLLM's pages can be read, its prefix cache keeps the beginning, and no memory is spent on a copy."""

@@ -97,7 +97,7 @@ def settled(asked: int | str, *, left: int, total: int, chunks: int, row_bytes: 
     """
     room, whole = room_in(left, chunks), longest * row_bytes
     if asked == "auto":
-        # Not two of the longest: those take twice the memory beside vLLM's, and most prompts are so short that two of them fit in this.
+        # Enough for two prompts that are there at once: the next one gets the memory of the one before, layer after layer.
         room = min(room, whole + SLACK)
     elif (named := parse_bytes(asked, "prompt_memory")) > room:
         raise ConfigError(

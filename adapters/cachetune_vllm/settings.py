@@ -43,7 +43,7 @@ class ServerSettings:
             the server measures of itself decides (`measured.py`), and before that what `cachetune_rag.reuse.worth` says for the device.
         loads_at_once: prompts that may wait for their keys and values at the same time, each with its pages of vLLM's cache.
         prompt_memory: bytes of the device that the keys and values of the prompts at hand take at most; "auto": those of one of the server's longest
-            prompts, or of two of half that length, as far as vLLM leaves room.
+            prompts, as far as vLLM leaves room.
         store_missed: whether chunks that a request names and the store lacks are stored behind it.
     """
 

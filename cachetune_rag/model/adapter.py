@@ -187,19 +187,30 @@ class ModelAdapter:
         """The tables that a layer's keys are rotated by; (None, None) if it doesn't rotate."""
         return tables[self._opened.layer_types[layer]] if self.rotary.rotated[layer] else (None, None)
 
-    def new_buffers(self, length: int, answer_tokens: int = 0, memory: Tensor | None = None) -> KVBuffers:
+    def new_buffers(
+        self,
+        length: int,
+        answer_tokens: int = 0,
+        memory: Tensor | None = None,
+        await_layer: Callable[[int], None] | None = None,
+    ) -> KVBuffers:
         """Uninitialised buffers for a prompt of `length` tokens. If decoding writes into them, they have rows for an answer as well.
 
         Args:
             length: tokens of the prompt.
             answer_tokens: tokens that the answer is expected to have. More are possible: rows are added where they are missing.
-            memory: uint8 of `buffer_bytes(length, answer_tokens)` bytes on the device; None takes some.
+            memory, await_layer: see `KVBuffers`; `memory` has `buffer_bytes(length, answer_tokens)` bytes on the device.
         """
-        return KVBuffers(self.layers, length, self.dtype, self.device, self._answer_rows(answer_tokens), memory)
+        rows = self._answer_rows(answer_tokens)
+        return KVBuffers(self.layers, length, self.dtype, self.device, rows, memory, await_layer)
 
     def buffer_bytes(self, length: int, answer_tokens: int = 0) -> int:
         """Bytes that `new_buffers` take."""
-        return KVBuffers.size_of(self.layers, length + self._answer_rows(answer_tokens), self.dtype)
+        return sum(self.layer_bytes(length, answer_tokens))
+
+    def layer_bytes(self, length: int, answer_tokens: int = 0) -> list[int]:
+        """The same, layer by layer."""
+        return KVBuffers.layer_sizes(self.layers, length + self._answer_rows(answer_tokens), self.dtype)
 
     def _answer_rows(self, answer_tokens: int) -> int:
         return 0 if self.device_forward is None else min(answer_tokens, ANSWER_ROWS)

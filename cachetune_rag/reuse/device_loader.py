@@ -258,6 +258,7 @@ class DeviceLoader(LayerLoader):
         streams.place.wait_event(streams.copied[layer])
         if self._groups:
             with torch.cuda.stream(streams.place):
+                self._buffers.await_layer(layer)
                 for key in self._groups:
                     self._place(layer, key, part)
         placed = streams.placed[layer]

@@ -156,6 +156,7 @@ class LayerLoader:
         `rows` are the encoded rows of every source, in the order of the groups; None for a source that has none in this part.
         """
         pieces, device = iter(rows), self._adapter.device
+        self._buffers.await_layer(layer)
         for key, group in self._groups.items():
             form, some = self._row_format(layer, key), self._part(key, part)
             size = sum(form.span(count) for count in some.counts)

@@ -6,6 +6,7 @@ in pages and copies each finished layer there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
@@ -69,14 +70,22 @@ class EngineMemory:
         self._adapter = adapter
         self._prefixes = PrefixCache()
 
-    def take(self, ids: Ids, exact: int, answer_tokens: int, memory: Tensor | None = None) -> tuple[KVBuffers, int]:
+    def take(
+        self,
+        ids: Ids,
+        exact: int,
+        answer_tokens: int,
+        memory: Tensor | None = None,
+        await_layer: Callable[[int], None] | None = None,
+    ) -> tuple[KVBuffers, int]:
         """See `KVMemory`.
 
         Args:
             ids, exact, answer_tokens: see `KVMemory`.
             memory: where the buffers are, uint8 of `bytes_for(ids, answer_tokens)` bytes; None: in memory of their own.
+            await_layer: see `KVBuffers`.
         """
-        buffers = self._adapter.new_buffers(len(ids), answer_tokens, memory)
+        buffers = self._adapter.new_buffers(len(ids), answer_tokens, memory, await_layer)
         beginning = self._prefixes.find(ids, exact, self._short(ids))
         if beginning is None:
             return buffers, 0
@@ -88,6 +97,10 @@ class EngineMemory:
     def bytes_for(self, ids: Ids, answer_tokens: int) -> int:
         """Bytes of the buffers that `take` gives."""
         return self._adapter.buffer_bytes(len(ids), answer_tokens)
+
+    def layer_bytes(self, ids: Ids, answer_tokens: int) -> list[int]:
+        """The same, layer by layer, as they lie in the memory of such buffers."""
+        return self._adapter.layer_bytes(len(ids), answer_tokens)
 
     def layer_ready(self, buffers: KVBuffers, layer: int) -> None:
         """See `KVMemory`. Nothing to do: the prompt's cache shows these buffers."""

@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tiny import llama, tokenizer
 from cachetune_rag import CacheTune
 from cachetune_rag.reuse.begun import Begun
 from cachetune_rag.reuse.config import ReuseConfig
+from cachetune_rag.reuse.memory import EngineMemory
 from cachetune_rag.reuse.prompt_room import PromptRoom
 from cachetune_rag.reuse.state import NothingReused, PrefillState
 from cachetune_rag.text.prompts.prompt import Prompt
@@ -125,17 +127,26 @@ def test_with_new_weights_it_is_looked_up_anew(tmp_path: Path) -> None:
 
 
 class InRoom:
-    """The engine's memory, with a prompt's buffers in a part of a room."""
+    """The engine's memory, with a prompt's buffers in a part of a room. No beginnings are kept."""
 
     def __init__(self, engine: CacheTune, room: PromptRoom):
-        self._inner, self._room = engine.runtime.assembler.memory, room
+        self._inner, self._room = EngineMemory(engine.adapter), room
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
     def take(self, ids: Any, exact: int, answer_tokens: int) -> Any:
-        self._part = self._room.take(self._inner.bytes_for(ids, answer_tokens))
-        return self._inner.take(ids, exact, answer_tokens, self._part.memory)
+        self._part = self._room.take(
+            self._inner.bytes_for(ids, answer_tokens), self._inner.layer_bytes(ids, answer_tokens)
+        )
+        await_layer = partial(self._room.await_layer, self._part)
+        return self._inner.take(ids, exact, answer_tokens, self._part.memory, await_layer)
+
+    def layer_ready(self, buffers: Any, layer: int) -> None:
+        self._room.layer_done(self._part)
+
+    def keep(self, *given: Any) -> None:
+        pass  # the next prompt may have the memory already
 
     def close(self) -> None:
         self._room.give_back(self._part)
@@ -143,7 +154,8 @@ class InRoom:
 
 @pytest.mark.parametrize("tier", ["host", pytest.param("device", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("selector", ["expected_error", "frequency"])
-def test_prompts_share_the_two_ends_of_one_piece(tmp_path: Path, tier: str, selector: str) -> None:
+@pytest.mark.parametrize("at_once", [2, 1], ids=["room for two", "room for one"])
+def test_prompts_share_one_piece(tmp_path: Path, tier: str, selector: str, at_once: int) -> None:
     """As a server does it: what one prompt leaves is written by the next but one, on a GPU on another stream, and no other memory is taken."""
     gpu = torch.cuda.is_available()
     model = llama().cuda() if gpu else llama()
@@ -155,8 +167,8 @@ def test_prompts_share_the_two_ends_of_one_piece(tmp_path: Path, tier: str, sele
         for prompt in prompts * 2:  # the second time, all is captured and in its tier
             wanted.append(put_together(engine, prompt, config).logits)
         most = max(engine.adapter.buffer_bytes(len(prompt.ids)) for prompt in prompts) + (1 << 10)
-        room = PromptRoom(engine.adapter.device, 2 * most)
-        room.give_back(room.take(2 * most - (1 << 10)))
+        room = PromptRoom(engine.adapter.device, at_once * most)
+        room.give_back(room.take(at_once * most - (1 << 10)))
         with torch.cuda.stream(torch.cuda.Stream()) if gpu else nullcontext():
             memories = [InRoom(engine, room) for _ in prompts]
             begun = [begin(engine, prompts[0], config, memories[0])]
@@ -174,7 +186,8 @@ def test_prompts_share_the_two_ends_of_one_piece(tmp_path: Path, tier: str, sele
                 assert torch.allclose(state.logits, wanted[8 + number], atol=1e-5)
                 begun[number].close()
                 memories[number].close()
-        assert (room.parts, room.size <= 2 * most) == (0, True)
+        assert (room.parts, room.size <= at_once * most) == (0, True)
+        assert len(begun) == len(prompts)
         assert_nothing_open(engine)
 
 

@@ -95,6 +95,11 @@ def test_buffers_in_given_memory_are_as_others(value_dim: int, answer_rows: int)
         for rows in (*made.key_rows, *made.value_rows):  # nothing lies over anything else
             assert bool((rows == next(numbers)).all())
         assert bool((memory[size:] == 0).all())
+        ends = list(itertools.accumulate(KVBuffers.layer_sizes(specs, 5 + answer_rows, torch.float32)))
+        assert ends[-1] == size
+        for layer, (end, rows) in enumerate(zip(ends, made.key_rows, strict=True)):  # a layer lies in one piece
+            assert memory.data_ptr() + ([0, *ends][layer]) <= rows.data_ptr() < memory.data_ptr() + end
+            assert made.value_rows[layer].data_ptr() < memory.data_ptr() + end
         made.fill_first(4, other)
         other.fill_first(4, made)
         made.grow(10)  # into memory of their own
@@ -169,6 +174,53 @@ def test_on_a_gpu_a_part_waits_for_all_that_was_queued_for_the_parts_before(gpu:
     room.give_back(third)
     room.take(80 * K)  # of the memory of both
     assert {event.name for event in EVENTS} <= computing.behind
+
+
+@pytest.mark.parametrize("lengths", [(10, 10), (10, 7), (7, 10), (3, 10), (10, 3)])
+def test_a_prompt_that_does_not_fit_beside_gets_each_layer_of_the_one_before_when_that_is_done(
+    gpu: Any, lengths: tuple[int, int]
+) -> None:
+    computing, placing = Stream("computing"), Stream("placing")
+    room, layers = PromptRoom(torch.device("cuda"), 20 * K), 4
+    gpu.stream = computing
+    whole = room.take(20 * K)  # as large as it becomes
+    room.give_back(whole)
+    before = room.take(2 * lengths[0] * K, [lengths[0] * K // 2] * layers)
+    more = 2 * lengths[1] * K
+    beside = before.memory.numel() + more <= 20 * K
+    for _ in range(layers):  # not before the last of them: the device may still be given work for it
+        assert room.has_room(more) == beside
+        room.layer_done(before)
+    events = EVENTS[-layers:]
+    assert room.has_room(more)
+    assert not room.has_room(20 * K + 1)
+    gpu.stream = placing
+    part = room.take(more, [lengths[1] * K // 2] * layers)
+    assert not {event.name for event in events} & placing.behind
+    step, size, last = before.memory.numel() // layers, part.memory.numel() // layers, -1
+    for layer in range(layers):
+        room.await_layer(part, layer)
+        start, end = part.start + layer * size, part.start + (layer + 1) * size
+        shared = [n for n in range(layers) if before.start + n * step < end and start < before.start + (n + 1) * step]
+        last = max(last, *shared) if shared else last
+        for number, event in enumerate(events):
+            # Of all layers whose memory it has had so far, and of none beyond: it need not wait for them.
+            assert (event.name in placing.behind) == (number <= last)
+    gpu.stream = computing
+    room.give_back(before)
+    assert part.start == 0 if not beside else part.end == room.size
+    room.give_back(part)
+    assert room.parts == 0
+
+
+def test_without_its_layers_a_part_is_not_given_to_the_next_prompt_before_it_is_given_back() -> None:
+    room = PromptRoom(CPU, 2 * K)
+    part = room.take(2 * K)
+    assert not room.has_room(K)
+    with pytest.raises(NoRoomError, match="beside the prompts before it"):
+        room.take(K)
+    room.give_back(part)
+    assert room.has_room(2 * K)
 
 
 def test_on_a_gpu_it_grows_only_if_memory_stays_free_and_when_nothing_uses_it_any_more(gpu: Any) -> None:

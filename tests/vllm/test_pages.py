@@ -88,7 +88,9 @@ def test_a_beginning_too_short_to_be_worth_reading_is_computed(exact: int, kept:
     load = Load("r", prompt, "frequency", 0.15, "", tuple(BLOCKS), exact, LENGTH - 1, exact)
     mine = buffers(LENGTH)
     inner: Any = SimpleNamespace(
-        take=lambda ids, exact, answer_tokens, memory: (mine, 0), bytes_for=lambda ids, answer_tokens: 64
+        take=lambda ids, exact, answer_tokens, memory, await_layer: (mine, 0),
+        bytes_for=lambda ids, answer_tokens: 64,
+        layer_bytes=lambda ids, answer_tokens: [64],
     )
     memory = PagedMemory(inner, pages, load, PromptRoom(torch.device("cpu")))
     given, count = memory.take(prompt.ids_array, 3 * PAGE, 0)

@@ -26,7 +26,9 @@ class KVBuffers:
         length: tokens of the prompt.
         dtype, device: dtype and device of the memory, which is not initialised.
         answer_rows: number of rows behind the prompt's, for tokens of an answer. They are in no view.
-        memory: uint8 of `size_of` bytes, to be used; None takes memory of its own.
+        memory: uint8 of `size_of` bytes, to be used; None takes memory of its own. In it, each layer's keys and values lie behind those of the layer
+            before.
+        await_layer: lets the current stream wait until nobody else uses a layer's part of `memory`; None: nobody does.
 
     Attributes:
         key_rows, value_rows: of each layer, [length, kv_heads, head_dim].
@@ -40,15 +42,22 @@ class KVBuffers:
         device: torch.device,
         answer_rows: int = 0,
         memory: Tensor | None = None,
+        await_layer: Callable[[int], None] | None = None,
     ):
         self.length, self.answer_rows = length, answer_rows
+        self._await_layer = await_layer
         self.dtype, self.device, self._specs = dtype, device, list(specs)
         self._allocate(memory)
 
     @staticmethod
     def size_of(specs: Sequence[LayerSpec], rows: int, dtype: torch.dtype) -> int:
         """Bytes that buffers of so many rows take, `answer_rows` included."""
-        return rows * _row_bytes(specs, dtype)
+        return sum(KVBuffers.layer_sizes(specs, rows, dtype))
+
+    @staticmethod
+    def layer_sizes(specs: Sequence[LayerSpec], rows: int, dtype: torch.dtype) -> list[int]:
+        """The same, layer by layer."""
+        return [rows * _row_bytes([spec], dtype) for spec in specs]
 
     def _allocate(self, memory: Tensor | None = None) -> None:
         rows = self.length + self.answer_rows
@@ -58,8 +67,7 @@ class KVBuffers:
             keys, values = (_empty(shapes, self.dtype, self.device) for shapes in (key_shapes, value_shapes))
         else:
             numbers = memory[: self.size_of(self._specs, rows, self.dtype)].view(self.dtype)
-            count = sum(math.prod(shape) for shape in key_shapes)
-            keys, values = _parts(numbers[:count], key_shapes), _parts(numbers[count:], value_shapes)
+            keys, values = _parts(numbers, key_shapes, value_shapes)
         self._keys, self._all_keys, self.key_rows = _shown(*keys, self.length)
         self._values, self._all_values, self.value_rows = _shown(*values, self.length)
 
@@ -68,6 +76,7 @@ class KVBuffers:
         before = [*self._all_keys, *self._all_values]
         self.answer_rows += rows
         self._allocate()
+        self._await_layer = None
         for old, new in zip(before, [*self._all_keys, *self._all_values], strict=True):
             new[: old.shape[0]].copy_(old)
 
@@ -95,8 +104,15 @@ class KVBuffers:
         """Bytes that one token takes, over all layers."""
         return _row_bytes(self._specs, self.dtype)
 
+    def await_layer(self, layer: int) -> None:
+        """Let the current stream wait until nobody else uses the memory of a layer. Called before anything is written to it."""
+        if self._await_layer is not None:
+            self._await_layer(layer)
+
     def fill_first(self, count: int, other: KVBuffers) -> None:
         """Copy the first `count` rows of other buffers of the same model here."""
+        for layer in range(len(self.key_rows)):
+            self.await_layer(layer)
         copy_all(self.first_rows(count), other.first_rows(count))
 
     def copy_first(self, count: int) -> KVBuffers:
@@ -229,13 +245,20 @@ def _empty(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.
     return None, [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
 
 
-def _parts(numbers: Tensor, shapes: Sequence[tuple[int, ...]]) -> _Pieces:
-    """As `_empty`, in memory that is there already: one behind the other."""
-    if numbers.device.type == "cuda" and len(set(shapes)) == 1:
-        whole = numbers.view(len(shapes), *shapes[0])
-        return whole, list(whole.unbind())
+def _parts(
+    numbers: Tensor, key_shapes: Sequence[tuple[int, ...]], value_shapes: Sequence[tuple[int, ...]]
+) -> tuple[_Pieces, _Pieces]:
+    """Keys and values as `_empty` gives them, in memory that is there already: each layer's behind those of the layer before."""
+    if numbers.device.type == "cuda" and len(set(key_shapes)) == len(set(value_shapes)) == 1:
+        layers = numbers.view(len(key_shapes), -1)
+        count = math.prod(key_shapes[0])
+        keys = layers[:, :count].view(len(key_shapes), *key_shapes[0])
+        values = layers[:, count:].view(len(value_shapes), *value_shapes[0])
+        return (keys, list(keys.unbind())), (values, list(values.unbind()))
+    shapes = [shape for pair in zip(key_shapes, value_shapes, strict=True) for shape in pair]
     pieces = numbers.split([math.prod(shape) for shape in shapes])
-    return None, [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+    every = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+    return (None, every[::2]), (None, every[1::2])
 
 
 def _shown(whole: Tensor | None, every: list[Tensor], shown: int) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
