@@ -63,9 +63,9 @@ def test_the_same_logits_are_no_distance_apart() -> None:
 @pytest.mark.parametrize(
     ("answer", "accepted", "f1", "em"),
     [
-        ("The Exeter College.", ["Exeter College"], 1, 1),
-        ("Exeter", ["Exeter College"], 2 / 3, 0),
-        ("at Exeter College in Oxford", ["Balliol", "Exeter College"], 4 / 7, 0),
+        ("The Harbour College.", ["Harbour College"], 1, 1),
+        ("Harbour", ["Harbour College"], 2 / 3, 0),
+        ("at Harbour College in Oxford", ["Balliol", "Harbour College"], 4 / 7, 0),
         ("no no", ["no"], 2 / 3, 0),
         ("", ["x"], 0, 0),
         ("the", ["A"], 1, 1),
