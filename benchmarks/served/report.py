@@ -8,7 +8,7 @@ from typing import Any
 from served import tables
 from served.host_time import host_table
 from served.timeline import timeline_table
-from served.values import Content, Measured, label, ms, number, rows, times, value
+from served.values import Content, Measured, label, left_in, ms, number, rows, times, value
 from served.wanted import of_a_request, reached
 
 _ALL, _STEADY = "requests_per_second", "steady_per_second"
@@ -62,7 +62,7 @@ def _overview(measured: Measured) -> list[str]:
     """One line a context and setting: time to first token alone, requests per second, and what that is beside vLLM's."""
     heads = (
         "context", "setting", "TTFT ms", "x", "requests/s", "x", "of the ceiling", "steady requests/s", "x",
-        "between tokens, saturated, p99 ms", "between tokens of four, p99 ms",
+        "between tokens, saturated, p99 ms", "between tokens of four, p99 ms", "left to vLLM",
     )  # fmt: skip
     places = {(c.variant, c.context, c.setting): c for c, _ in measured.of("alone", "saturated", "gaps")}
     lines = []
@@ -74,9 +74,14 @@ def _overview(measured: Measured) -> list[str]:
             f"{context:,}", label(cell), ms(value(one, "ttft", "median")), times(value(base, "ttft", "median"), value(one, "ttft", "median")),
             number(every), times(every, value(base_rate, _ALL)), f"{every / ceiling:.0%}" if every and ceiling else "",
             number(value(rate, _STEADY)), times(value(rate, _STEADY), value(base_rate, _STEADY)), ms(value(rate, "between_tokens", "p99")),
-            ms(value(gaps, "gaps", "p99")),
+            ms(value(gaps, "gaps", "p99")), _left(one, rate, None if gaps is None else gaps["arriving"]),
         ))  # fmt: skip
     return rows("Beside vLLM", heads, lines)
+
+
+def _left(*of: Content | None) -> str:
+    said = zip(("alone", "saturated", "beside four"), map(left_in, of), strict=True)
+    return "; ".join(f"{name}: {left}" for name, left in said if left)
 
 
 def _memory(measured: Measured) -> list[str]:

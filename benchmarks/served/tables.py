@@ -6,10 +6,11 @@ import itertools
 
 from served.load import BOUND
 from served.plan import PAUSES, Cell
-from served.values import Content, Measured, first_token, label, ms, number, rows, times, value
+from served.values import Content, Measured, first_token, label, left_in, ms, number, rows, times, value
 from served.wanted import TIMES
 
-_MEMORY = ("memory GiB", "over vLLM's")
+_LAST = ("left to vLLM", "memory GiB", "over vLLM's")
+"""The last columns of a table: how many requests were left to vLLM, and why; memory on the device."""
 _PARTS = {
     "lookup": "lookup",
     "select": "tokens chosen",
@@ -31,9 +32,17 @@ def alone(measured: Measured) -> list[str]:
             found, base = {"ttft": found["alone"]}, None if base is None else {"ttft": base["alone"]}
         what = "none stored, for both" if plain else "all stored"
         lines.append(
-            (f"{cell.context:,}", what, label(cell), *_first(found), _sooner(base, found), *measured.memory(cell))
+            (
+                f"{cell.context:,}",
+                what,
+                label(cell),
+                *_first(found),
+                _sooner(base, found),
+                left_in(found),
+                *measured.memory(cell),
+            )
         )
-    return rows("One request alone", ("context", "prompts", "setting", *_FIRST, "x", *_MEMORY), lines)
+    return rows("One request alone", ("context", "prompts", "setting", *_FIRST, "x", *_LAST), lines)
 
 
 def where_it_went(measured: Measured) -> list[str]:
@@ -47,32 +56,31 @@ def where_it_went(measured: Measured) -> list[str]:
         "least for that",
         "the engine, all",
         "around the engine",
+        "of which requests",
     )
-    lines, of_last = [], False
+    lines = []
     for cell, found in measured.of("alone"):
-        parts, took = found.get("timings"), value(found, "ttft", "median")
-        if parts is None:
+        parts, took, of = found.get("timings"), value(found, "ttft", "median"), "all: medians"
+        if parts is None:  # an older file
             parts = _of_the_last(found)
             if parts is None:
                 continue
-            took, of_last = found["ttft"]["samples"][-1], True
+            took, of = found["ttft"]["samples"][-1], "the last"
         base = value(measured.beside(cell), "ttft", "median")
         report = found["last_report"]
         computed = 1 - report["reused"] / report["prompt_tokens"] if "prompt_tokens" in report else None
         wanted = TIMES.get(("alone", cell.context), {}).get(cell.setting)
         lines.append((
             f"{cell.context:,}", label(cell), ms(base / wanted if base and wanted else None), ms(took), *(ms(parts.get(name)) for name in _PARTS),
-            ms(base * computed if base and computed else None), ms(parts["engine"]), ms(parts["around"]),
+            ms(base * computed if base and computed else None), ms(parts["engine"]), ms(parts["around"]), of,
         ))  # fmt: skip
-    if lines and not of_last:
-        return rows("Where the time went: medians of one request alone, ms", heads, lines)
-    return rows("Where the time went: the last request of each cell, ms (the file has no others)", heads, lines)
+    return rows("Where the time of one request alone went, ms", heads, lines)
 
 
 def paused(measured: Measured) -> list[str]:
     """The first token of a server that rested."""
     heads = (
-        "context", "setting", "pause", *_FIRST, "later than without, ms", "x", *_PARTS.values(), "the engine, all", "around the engine", *_MEMORY,
+        "context", "setting", "pause", *_FIRST, "later than without, ms", "x", *_PARTS.values(), "the engine, all", "around the engine", *_LAST,
     )  # fmt: skip
     lines = []
     cells = measured.of("paused")
@@ -91,7 +99,7 @@ def paused(measured: Measured) -> list[str]:
             parts = found.get("timings", {})
             lines.append((
                 f"{context:,}", label(cell), pause or "`alone`", *_first(found), "" if later is None else f"{1000 * later:+.1f}",
-                _sooner(measured.beside(cell), found), *(ms(parts.get(name)) for name in (*_PARTS, "engine", "around")), *measured.memory(cell),
+                _sooner(measured.beside(cell), found), *(ms(parts.get(name)) for name in (*_PARTS, "engine", "around")), *_last(measured, cell),
             ))  # fmt: skip
     return rows("After a pause: medians, ms", heads, lines)
 
@@ -100,7 +108,7 @@ def short(measured: Measured) -> list[str]:
     """Prompts for which reuse is expected not to pay, with and without it."""
     heads = (
         "tokens of chunks", "vLLM median ms", "p95 ms", "p99 ms", "with the connector, median ms", "p95 ms", "p99 ms", "x",
-        "there without reuse, median ms", "p95 ms", "p99 ms", "x", "what became of it", "load of the machine", *_MEMORY,
+        "there without reuse, median ms", "p95 ms", "p99 ms", "x", "what became of it", "load of the machine", *_LAST[1:],
     )  # fmt: skip
     lines = []
     for context in sorted({cell.context for cell, _ in measured.of("short")}):
@@ -129,16 +137,15 @@ def loaded(measured: Measured) -> list[str]:
         "x of the p99",
         "between tokens p95 ms",
         "p99 ms",
-        *_MEMORY,
+        *_LAST,
     )
-    names = {"saturated": "all stored", "ceiling": "all stored", "plain": "none stored, for both"}
     lines = []
-    for cell, found in measured.of("saturated", "ceiling", "shares", "plain", "prefix"):
+    cells = measured.of("saturated", "ceiling", "shares", "plain", "prefix")
+    for cell, found in sorted(cells, key=lambda pair: (pair[0].context, _prompts(pair[0]))):
         base = measured.beside(cell)
         lines.append((
-            f"{cell.context:,}", {"prefix": f"begin alike, order {cell.detail}"}.get(cell.phase) or names.get(cell.phase, cell.detail), label(cell),
-            number(value(found, "requests_per_second")), _more(found, base), *_first(found),
-            times(first_token(base).get("p99"), first_token(found).get("p99")), *_between(found), *measured.memory(cell),
+            f"{cell.context:,}", _prompts(cell), label(cell), number(value(found, "requests_per_second")), _more(found, base), *_first(found),
+            times(first_token(base).get("p99"), first_token(found).get("p99")), *_between(found), *_last(measured, cell),
         ))  # fmt: skip
     return rows("Many requests at once", heads, lines)
 
@@ -154,13 +161,13 @@ def arrivals(measured: Measured) -> list[str]:
         "x of the p99",
         "between tokens p95 ms",
         "p99 ms",
-        *_MEMORY,
+        *_LAST,
     )
     cells = sorted(measured.of("arrivals"), key=lambda pair: (pair[0].context, float(pair[0].detail)))
     lines = [
         (
             f"{cell.context:,}", cell.detail, label(cell), number(value(found, "rate")), *_first(found),
-            times(first_token(measured.beside(cell)).get("p99"), first_token(found).get("p99")), *_between(found), *measured.memory(cell),
+            times(first_token(measured.beside(cell)).get("p99"), first_token(found).get("p99")), *_between(found), *_last(measured, cell),
         )
         for cell, found in cells
     ]  # fmt: skip
@@ -186,7 +193,7 @@ def _same_times(cells: list[tuple[Cell, Content]]) -> list[str]:
 def within(measured: Measured) -> list[str]:
     """How many requests per second each server takes while 95% of the first tokens come within `BOUND`."""
     heads = (
-        "context", "setting", f"requests/s with p95 within {BOUND:g} s", "x", "over all that vLLM takes", "p95 ms at the rates that were tried", *_MEMORY,
+        "context", "setting", f"requests/s with p95 within {BOUND:g} s", "x", "over all that vLLM takes", "p95 ms at the rates that were tried", *_LAST,
     )  # fmt: skip
     lines = []
     for cell, found in measured.of("within"):
@@ -194,9 +201,20 @@ def within(measured: Measured) -> list[str]:
         tries = ", ".join(f"{1000 * tried['p95']:,.0f} at {tried['rate']:.2f}" for tried in found["tries"])
         lines.append((
             f"{cell.context:,}", label(cell), number(most) or f"below {lowest['rate']:.2f}", times(most, value(measured.beside(cell), "rate")),
-            times(most, value(measured.find("vllm", "saturated", cell.context), "requests_per_second")), tries, *measured.memory(cell),
+            times(most, value(measured.find("vllm", "saturated", cell.context), "requests_per_second")), tries, *_last(measured, cell),
         ))  # fmt: skip
     return rows(f"While 95% of the first tokens come within {BOUND:g} s", heads, lines)
+
+
+def _prompts(cell: Cell) -> str:
+    """What prompts show, in words."""
+    if cell.phase == "prefix":
+        return f"begin alike, order {cell.detail}"
+    if cell.phase == "plain":
+        return "none stored, for both"
+    if cell.phase == "shares" and cell.detail.startswith("stored"):
+        return f"{float(cell.detail.removeprefix('stored')):.0%} stored"
+    return "lengths vary (log-normal)" if cell.phase == "shares" else "all stored"
 
 
 def _first(found: Content | None) -> tuple[str, str, str]:
@@ -216,11 +234,15 @@ def _more(found: Content, base: Content | None) -> str:
     return times(value(found, "requests_per_second"), value(base, "requests_per_second"))
 
 
+def _last(measured: Measured, cell: Cell) -> tuple[str, str, str]:
+    return left_in(measured.groups[cell.name]), *measured.memory(cell)
+
+
 def _became(found: Content | None) -> str:
     """How many requests were reused, and why the others were left to vLLM."""
     if found is None or "left" not in found:
         return ""
-    left = [f"{count} left to vLLM ({why})" for why, count in found["left"].items()]
+    left = [f"{left_in(found)} left to vLLM"] if found["left"] else []
     reused = len(found["ttft"].get("samples", [])) - sum(found["left"].values())
     ratio = found["last_report"].get("ratio")
     return ", ".join([*([f"{reused} reused" + (f" at r {ratio:g}" if ratio else "")] if reused else []), *left])

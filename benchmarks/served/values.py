@@ -82,6 +82,11 @@ def first_token(found: Content | None) -> dict[str, float]:
     return {name: known[name] for name in ("median", "p95", "p99") if known[name] is not None}
 
 
+def left_in(found: Content | None) -> str:
+    """How many requests were left to vLLM, and why; nothing where none was."""
+    return "" if found is None else ", ".join(f"{count} ({why})" for why, count in found.get("left", {}).items())
+
+
 def ms(seconds: float | None) -> str:
     """Milliseconds; nothing where they are not known."""
     return "" if seconds is None else f"{1000 * seconds:,.1f}"

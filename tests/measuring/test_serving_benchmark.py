@@ -303,21 +303,18 @@ def test_tables_of_the_first_token_have_its_slowest_and_the_memory() -> None:
         "| 4,096 | frequency 0.05 | 50 ms | 130.0 | 140.0 | 140.0 | +30.0 | 3.00x | 1.0 | 2.0 | 65.0 | 10.0 | 80.0 | 20.0 | 10.0 | +25.0% |",
     ]
     assert under(lines, "Short prompts, as by default")[1:] == [
-        "| 512 | 24.0 | 28.0 | 28.0 | 30.0 | 40.0 | 40.0 | 0.80x | 27.0 | 30.0 | 30.0 | 0.90x | 1 reused at r 0.15, 2 left to vLLM (few) | 1.5; 2 | 8.0 |",
+        "| 512 | 24.0 | 28.0 | 28.0 | 30.0 | 40.0 | 40.0 | 0.80x | 27.0 | 30.0 | 30.0 | 0.90x | 1 reused at r 0.15, 2 (few) left to vLLM | 1.5; 2 | 8.0 |",
     ]
 
 
 def test_where_the_time_went_is_of_all_requests_or_says_that_it_is_of_the_last() -> None:
-    found = content()
-    (_, line), title = (
-        under(table(found).splitlines(), "Where the time went: medians")[:2],
-        "Where the time went: the last request",
-    )
-    assert line == "| 4,096 | frequency 0.05 | 72.7 | 100.0 | 1.0 | 3.0 | 2.0 | 40.0 | 100.0 | 60.0 | 30.0 |"
-    for each in found["groups"].values():
-        each.pop("timings", None)  # as older files have it
-    (_, line) = under(table(found).splitlines(), title)[:2]
-    assert line == "| 4,096 | frequency 0.05 | 72.7 | 120.0 | 5.0 | 6.0 | 7.0 | 50.0 | 100.0 | 70.0 | 50.0 |"
+    found, title = content(), "Where the time of one request alone went"
+    of_all = "| 4,096 | frequency 0.05 | 72.7 | 100.0 | 1.0 | 3.0 | 2.0 | 40.0 | 100.0 | 60.0 | 30.0 | all: medians |"
+    assert under(table(found).splitlines(), title)[1] == of_all
+    del found["groups"]["reuse/alone/4096/default 0.05"]["timings"]  # as older files have it
+    rows = under(table(found).splitlines(), title)
+    of_last = "| 4,096 | default 0.05 | 100.0 | 240.0 | 5.0 | 6.0 | 7.0 | 50.0 | 100.0 | 70.0 | 170.0 | the last |"
+    assert rows[1:3] == [of_all, of_last]
 
 
 def test_tables_of_servers_with_many_requests_have_p95_and_p99_beside_vllms() -> None:
@@ -332,6 +329,13 @@ def test_tables_of_servers_with_many_requests_have_p95_and_p99_beside_vllms() ->
     found["groups"]["reuse/arrivals/4096/default 0.05/0.9"]["arrived"] = [0.0, 3.0]
     said = "4,096 tokens, 0.9 times vLLM's most: requests came at other times in each row, up to 2.0 s apart."
     assert said in table(found).splitlines()
+    found["groups"]["reuse/arrivals/4096/default 0.05/0.9"]["left"] = {"few": 2, "missed": 1}
+    found["groups"]["reuse/gaps/4096/default 0.05"] = {"gaps": {"p99": 0.05}, "arriving": {"left": {"few": 5}}}
+    changed = table(found).splitlines()
+    came = under(changed, "Requests that arrive independently of each other")
+    assert sum(line.endswith("| 2 (few), 1 (missed) | 9.0 | +12.5% |") for line in came) == 1
+    (row,) = (line for line in under(changed, "Beside vLLM") if "default 0.05 |" in line)
+    assert row.endswith("| 50.0 | beside four: 5 (few) |")
     assert "| 4,096 | default 0.05 | 2.00 | 2.50x | 1.00x | 1,500 at 3.00, 750 at 2.00 |" in lines
     assert "| 4,096 | default 0.15 | below 3.00 |  |  | 1,500 at 3.00 |" in lines
     assert "| 4,096 | all stored | frequency 0.05 | 8.00 | 4.00x |  |" in lines
