@@ -417,6 +417,18 @@ def test_many_requests_at_once(served: Served) -> None:
     served.assert_nothing_left_behind()
 
 
+@ON_CPU
+def test_a_chunk_on_disk_that_waiting_requests_share_is_read_once(served: Served) -> None:
+    shared = "A passage that several requests wait for at one time, and that is in no memory yet."
+    with CacheTune(served.tiny.reference, tiny.tokenizer(), served.store) as engine:
+        engine.precompute([shared])
+    prompts, settings = [prompt_of([shared], f"Is it {n}?") for n in range(4)], {"selector": "none", "ratio": 0}
+    outs = served.ask(prompts, chunks=[shared], **settings)
+    assert [set(report(out)["bytes_read"]) for out in outs] == [{"disk"}, {"host"}, {"host"}, {"host"}]
+    assert [list(out.outputs[0].token_ids) for out in outs] == served.engines(prompts, **settings)
+    served.assert_nothing_left_behind()
+
+
 def test_settings_that_cannot_be_used_leave_a_request_to_vllm_and_say_why(served: Served) -> None:
     prompt = shuffled(80)
     out = served.ask([prompt], ratio=3)[0]
