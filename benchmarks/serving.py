@@ -1,7 +1,7 @@
 """Requests answered by vLLM with and without reuse, on one machine in one run; see docs/performance.md.
 
     python benchmarks/serving.py --device cuda --shape llama-3.1-8b --out benchmarks/results/serving-h200.json
-    python benchmarks/serving.py --device cpu --shape tiny-wide-heads           # tries everything, in minutes
+    python benchmarks/serving.py --device cpu --shape tiny-wide-heads           # tries everything, with few requests
     python benchmarks/serving.py --only-report --out benchmarks/results/serving-h200.json --plot benchmarks/results
 
 Plain vLLM is started first and measured, then vLLM with the connector, then (phase `ceiling`) vLLM with a connector that makes a
@@ -28,6 +28,7 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from served.host_time import note_front
 from served.memory import DeviceMemory
 from served.plan import PHASES, SETTINGS, Cell, cells
 from served.report import group, table
-from served.run import Amounts, Run
+from served.run import FEW, MANY, Amounts, Run
 from served.subject import prepare
 from served.targets import in_process, pairs
 from speed.machine import driver
@@ -54,9 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3.1-8b")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument(
-        "--contexts", type=int, nargs="+", help="chunk tokens (default: 4096 16384 32768; tiny: 1024 2048)"
-    )
+    parser.add_argument("--contexts", type=int, nargs="+", help="chunk tokens (default: 4096 16384 32768; tiny: 1024)")
     parser.add_argument("--chunk-tokens", type=int, default=512)
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
@@ -67,10 +66,14 @@ def main(arguments: list[str] | None = None) -> None:
         metavar="PATTERN",
         help="cells that are left out, by name: 'reuse/*/4096/* int8', say",
     )
-    parser.add_argument("--rounds", type=int, default=7, help="requests of a time to first token")
-    parser.add_argument("--requests", type=int, default=48, help="requests of a saturated server")
-    parser.add_argument("--at-once", type=int, default=16, help="its clients")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens of an answer")
+    parser.add_argument(
+        "--rounds", type=int, help=f"requests of a time to first token (default: {MANY.rounds}; tiny: {FEW.rounds})"
+    )
+    parser.add_argument(
+        "--requests", type=int, help=f"requests of a saturated server (default: {MANY.requests}; tiny: {FEW.requests})"
+    )
+    parser.add_argument("--at-once", type=int, help=f"its clients (default: {MANY.at_once}; tiny: {FEW.at_once})")
+    parser.add_argument("--tokens", type=int, help=f"tokens of an answer (default: {MANY.tokens}; tiny: {FEW.tokens})")
     parser.add_argument("--connector", nargs="+", default=[], metavar="NAME=VALUE", help="further connector settings")
     parser.add_argument(
         "--vllm", nargs="+", default=[], metavar="NAME=VALUE", help="further arguments of vLLM's engine"
@@ -82,7 +85,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only-report", action="store_true", help="measure nothing: tables and plots of --out")
     parser.add_argument("--plot", type=Path, metavar="FOLDER", help="also make plots there (needs the extra plot)")
     args = parser.parse_args(arguments)
-    contexts = args.contexts or ([1024, 2048] if args.shape.startswith("tiny") else [4096, 16384, 32768])
+    tiny = args.shape.startswith("tiny")
+    contexts = args.contexts or ([1024] if tiny else [4096, 16384, 32768])
+    for name, default in asdict(FEW if tiny else MANY).items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
 
     from importlib.metadata import PackageNotFoundError, version
 

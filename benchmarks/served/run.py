@@ -36,6 +36,10 @@ class Amounts:
     tokens: int
 
 
+MANY, FEW = Amounts(rounds=7, requests=48, at_once=16, tokens=64), Amounts(rounds=2, requests=12, at_once=4, tokens=8)
+"""What is asked unless it is said otherwise: to measure with, and of tiny models, to see whether everything runs."""
+
+
 class Run:
     """Measures cells.
 
@@ -118,7 +122,9 @@ class Run:
             return await closed(target, prompts, reuse, do.tokens, do.at_once)
         if cell.phase == "gaps":
             running = many.prompts(1024, 4, f"{seed} running", share=0)
-            return await while_running(target, running, many.prompts(cell.context, 8, seed), reuse, 8 * do.tokens, 0.5)
+            return await while_running(
+                target, running, many.prompts(cell.context, min(8, do.requests // 4), seed), reuse, 8 * do.tokens, 0.5
+            )
         if cell.phase == "within":
             saturated = self._known_rate(cell.variant, cell.context, cell.setting)
 
