@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from cachetune_rag.errors import UnsupportedModelError
 from cachetune_rag.model.libraries.neutral import neutral
 from cachetune_rag.model.loaded.view import view_of
+from cachetune_vllm.logs import logger
 from cachetune_vllm.served_model import ServedModel
 
+_log = logger(__name__)
 _TOKENS = 24
 _ATTENTION = "cachetune_left_out"
 _TOLERANCE = {torch.float32: 1e-3}
@@ -53,7 +55,7 @@ def check_served(vllm_model: nn.Module, served: ServedModel, vllm_config: Any) -
         vllm_config: vLLM's configuration.
 
     Returns:
-        Behind how many layers both went on with vLLM's numbers.
+        Behind how many layers both went on with vLLM's numbers. With 0, the log says what could not be compared.
 
     Raises:
         UnsupportedModelError: says where the two differ first.
@@ -70,6 +72,11 @@ def check_served(vllm_model: nn.Module, served: ServedModel, vllm_config: Any) -
     ours, our_logits, led = _ours(model, ids, positions, came_out, bound)
     if len(ours) != len(theirs):
         raise UnsupportedModelError(f"{name} has {len(ours)} attention layers, vLLM's model {len(theirs)}: {_ADVICE}")
+    if not led:
+        compared = "queries, keys and values" + (
+            " of every layer, and the logits" if their_logits is not None else " of every layer"
+        )
+        _log.warning(_NONE_ALONE, name, len(ours), compared)
     for layer, (own, other) in enumerate(zip(ours, theirs, strict=True)):
         for what, a, b in zip(("queries", "keys", "values"), own.states, other.states, strict=True):
             _compare(f"{name}: the {what} of layer {layer}", a, b, bound)
@@ -78,7 +85,7 @@ def check_served(vllm_model: nn.Module, served: ServedModel, vllm_config: Any) -
                 raise UnsupportedModelError(
                     f"{name}: the attention of layer {layer} has {what} {one} in transformers and {two} in vLLM: {_ADVICE}"
                 )
-        # Where no layer agrees, vLLM's are cut elsewhere, and the two are compared from the beginning to the end.
+        # Where none does, the two are compared from the beginning to the end, which the log says.
         if led and layer not in led:
             raise UnsupportedModelError(
                 f"{name}: what layer {layer} adds differs between transformers' code and vLLM's: {_ADVICE}"
@@ -88,6 +95,11 @@ def check_served(vllm_model: nn.Module, served: ServedModel, vllm_config: Any) -
     return len(led)
 
 
+_NONE_ALONE = (
+    "%s: the check at start could not compare its %d layers one by one, because none of vLLM's gives the same as transformers'. That is so where vLLM divides the "
+    "model into layers at other places. Compared instead, from the model's beginning to its end: %s. Differences in rounding add up on the way. So with many layers or "
+    "8-bit numbers, this check may refuse a model that is right, and may not see a small error."
+)
 _ADVICE = (
     "reuse would not be exact. Requests are answered by vLLM alone without the connector; please open an issue that names the model and "
     "how vLLM was started."

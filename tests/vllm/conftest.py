@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -287,3 +288,15 @@ def tiny_vllm(_starts: _Starts) -> Callable[..., TinyVLLM]:
         return _starts.get(family, packed=packed, dtype=dtype, options=options)
 
     return get
+
+
+@contextmanager
+def heard(module: str, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """While open, pytest hears what this module logs: vLLM's loggers hand nothing on to the root, where it listens."""
+    log = logging.getLogger(f"vllm.cachetune_vllm.{module}")
+    log.addHandler(caplog.handler)
+    try:
+        with caplog.at_level(logging.INFO, logger=log.name):
+            yield
+    finally:
+        log.removeHandler(caplog.handler)

@@ -22,7 +22,7 @@ from cachetune_vllm.divided_layers import kv_heads_of
 from cachetune_vllm.served_check import check_served
 from cachetune_vllm.served_model import served_model
 from tests import families
-from tests.vllm.conftest import Loaded
+from tests.vllm.conftest import Loaded, heard
 
 IDS = families.random_ids(150, seed=1)
 pytestmark = pytest.mark.skipif(
@@ -90,6 +90,22 @@ def test_a_family_works_or_is_refused_with_the_reason(
     if served.form == "dense":
         # What `cachetune precompute` stores chunks under is what is looked for here.
         assert model_fingerprint(served.model) == model_fingerprint(loaded.reference)
+
+
+def test_the_log_says_where_layers_could_not_be_compared_one_by_one(
+    load_tiny: Callable[..., Loaded], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    loaded = load_tiny("llama", packed=False)
+    served = make(loaded)
+    with heard("served_check", caplog):
+        assert check_served(loaded.model, served, loaded.config) > 0
+        assert "layers one by one" not in caplog.text
+        monkeypatch.setattr("cachetune_vllm.served_check._layers_around_attention", lambda model: [])
+        assert check_served(loaded.model, served, loaded.config) == 0
+    assert "LlamaForCausalLM: the check at start could not compare its 3 layers one by one" in caplog.text
+    assert (
+        "from the model's beginning to its end: queries, keys and values of every layer, and the logits." in caplog.text
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +23,7 @@ from cachetune_vllm.settings import ServerSettings
 from cachetune_vllm.start import Started, settled_ratios, start_worker, unsupported
 from cachetune_vllm.warm_up import expected, warm_up
 from tests import tiny
+from tests.vllm.conftest import heard
 
 ROW = 128 << 10
 """Bytes of a token's keys and values in a model of Llama-3.1-8B's shape."""
@@ -196,18 +195,6 @@ def engine_that(warms: Callable[[tuple[Any, ...]], None]) -> Any:
     adapter = SimpleNamespace(heads=ALL_HEADS, device=SimpleNamespace(type="cpu"))
     admission = SimpleNamespace(config=resolve)
     return SimpleNamespace(adapter=adapter, admission=admission, warmup=lambda *asked: warms(asked))
-
-
-@contextmanager
-def heard(module: str, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """While open, pytest hears what this module logs: vLLM's loggers hand nothing on to the root, where it listens."""
-    log = logging.getLogger(f"vllm.cachetune_vllm.{module}")
-    log.addHandler(caplog.handler)
-    try:
-        with caplog.at_level(logging.INFO, logger=log.name):
-            yield
-    finally:
-        log.removeHandler(caplog.handler)
 
 
 @pytest.mark.parametrize(
