@@ -23,7 +23,7 @@ from cachetune_vllm.reasons import Left
 from cachetune_vllm.recognition import Recognised
 from cachetune_vllm.responses import nothing_reused
 from cachetune_vllm.settings import REQUEST_KEY, RequestSettings, RequestSettingsError, ServerSettings
-from cachetune_vllm.worthwhile import Worthwhile
+from cachetune_vllm.worthwhile import Verdict, Worthwhile
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -43,10 +43,9 @@ class _Reusing:
         found: its prompt, with the chunks that were found.
         settings: its settings.
         asked: whether the request gave settings, so that its response has a report whatever becomes of it.
-        salted: whether its pages have hashes of their own: it was decided that it reuses its chunks.
+        verdict: that it reuses its chunks, and by what that was decided; its pages have hashes of their own since. None: not decided yet.
         exact: how many of its first tokens are computed without reuse, so that their pages keep their hashes.
         loading: whether its prompt is being put together.
-        cached: how many of its first tokens vLLM had in its prefix cache when that was decided.
         alone: whether vLLM computes the prompt in the end, because putting it together came to nothing.
         report: its report, once there is one.
     """
@@ -55,10 +54,9 @@ class _Reusing:
     found: Recognised
     settings: RequestSettings
     asked: bool
-    salted: bool = False
+    verdict: Verdict | None = None
     exact: int = 0
     loading: bool = False
-    cached: int = 0
     alone: bool = False
     report: dict[str, Any] = field(default_factory=dict)
 
@@ -138,7 +136,7 @@ class ReuseScheduler:
         reusing = self._requests.get(request.request_id)
         if reusing is None or reusing.alone:
             return 0, False
-        if not reusing.salted:
+        if reusing.verdict is None:
             if not self._reuses(reusing, computed):
                 return 0, False
             if self.pages.has(request.block_hashes, computed // self._block_size):
@@ -160,8 +158,9 @@ class ReuseScheduler:
         if not count:
             return
         reusing = self._requests[request.request_id]
-        settings, end = reusing.settings, _end(request)
+        settings, end, verdict = reusing.settings, _end(request), reusing.verdict
         assert reusing.found.prompt is not None
+        assert verdict is not None
         self._loads.append(
             Load(
                 request.request_id, reusing.found.prompt, settings.selector, settings.ratio, settings.tenant, tuple(blocks),
@@ -170,14 +169,11 @@ class ReuseScheduler:
         )  # fmt: skip
         reusing.loading = True
         self._loading += 1
-        prompt, cached = reusing.found.prompt, end - count
+        savings = verdict.savings
+        # Neither what makes an explanation is typical, nor a prompt of which vLLM has found more pages since.
+        typical = not settings.explain and end - count == verdict.cached
         self._measured.load_begins(
-            request.request_id,
-            self._worthwhile.kind(settings),
-            stored_tokens(prompt, missing=reusing.found.missing),
-            len(prompt.ids) - cached,
-            # Neither what makes an explanation, nor a prompt of which vLLM has found more pages since.
-            typical=not settings.explain and cached == reusing.cached,
+            request.request_id, verdict.kind, savings.stored, savings.to_compute, typical=typical
         )
 
     def to_workers(self, tokens: int) -> ToWorkers:
@@ -271,15 +267,15 @@ class ReuseScheduler:
         """
         request, found, settings = reusing.request, reusing.found, reusing.settings
         assert found.prompt is not None
-        left, why = self._worthwhile.decide(found, settings, computed)
-        if left is not None:
+        verdict = self._worthwhile.weigh(found, settings, computed)
+        if verdict.left is not None:
             del self._requests[request.request_id]
-            self._leave(request, left, reusing.asked, found, settings, why=why)
+            self._leave(request, verdict.left, reusing.asked, found, settings, why=verdict.why)
             return False
         prompt = without_beginning(found.prompt, computed)
         reusing.found = Recognised(prompt, found.missing)
         first = max(computed, min(span.start for span in prompt.spans)) // self._block_size
-        reusing.exact, reusing.salted, reusing.cached = first * self._block_size, True, computed
+        reusing.exact, reusing.verdict = first * self._block_size, verdict
         salt_hashes(request.block_hashes, first, salt_of(prompt, settings))
         return True
 

@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from cachetune_rag.reuse.config import AUTO
-from cachetune_rag.reuse.worth import Savings, WorthLimits, savings_of, stored_tokens
+from cachetune_rag.reuse.worth import Savings, WorthLimits, savings_of
 from cachetune_rag.selection import get_selector, names
 from cachetune_vllm.measured import TRIED, Measured, shown
 from cachetune_vllm.messages import Hello
 from cachetune_vllm.reasons import Left
 from cachetune_vllm.recognition import Recognised
 from cachetune_vllm.settings import RequestSettings, ServerSettings
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was decided of a request, and what it was decided by.
+
+    Attributes:
+        kind: requests of one kind choose as many tokens in the same way, so it takes as long for prompts of one length.
+        cached: tokens at the start of its prompt that vLLM had in its prefix cache.
+        savings: what reuse would save behind these.
+        left: why it is left to vLLM, in a word; None if it reuses its chunks.
+        why: the same in a sentence.
+    """
+
+    kind: str
+    cached: int
+    savings: Savings
+    left: Left | None = None
+    why: str | None = None
 
 
 class Worthwhile:
@@ -65,8 +84,8 @@ class Worthwhile:
         """As `why_all_recomputed`, for requests that say nothing."""
         return self.why_all_recomputed(RequestSettings.of(None, self._settings))
 
-    def decide(self, found: Recognised, settings: RequestSettings, cached: int) -> tuple[Left | None, str | None]:
-        """Why a request is left to vLLM, in a word and in a sentence; None and None if it reuses its chunks.
+    def weigh(self, found: Recognised, settings: RequestSettings, cached: int) -> Verdict:
+        """Decide of a request, once: where nothing but measurements speaks against reuse, every so many requests reuse their chunks all the same.
 
         Args:
             found: its chunks.
@@ -74,40 +93,34 @@ class Worthwhile:
             cached: tokens at the start of its prompt that vLLM has in its prefix cache.
         """
         assert found.prompt is not None
-        why, only_measured = self._why_left(found, settings, cached)
+        verdict, only_measured = self._judged(found, settings, cached)
         if only_measured:
-            self._slow[self.kind(settings)] += 1
-        if why is None or (only_measured and self._slow[self.kind(settings)] % TRIED == 0):
-            return None, None
+            self._slow[verdict.kind] += 1
+            if self._slow[verdict.kind] % TRIED == 0:
+                return replace(verdict, why=None)
+        if verdict.why is None:
+            return verdict
         if all(span.chunk in found.missing for span in found.prompt.spans):
-            return Left.MISSED, "none of the chunks that the request names is stored"
-        return (Left.CACHED if self._why_left(found, settings, 0)[0] is None else Left.FEW), why
+            return replace(verdict, left=Left.MISSED, why="none of the chunks that the request names is stored")
+        # It is for the cache that a request is left to vLLM if it would reuse its chunks with nothing cached.
+        fresh = self._judged(found, settings, 0)[0] if cached else verdict
+        return replace(verdict, left=Left.FEW if fresh.why else Left.CACHED)
 
-    def kind(self, settings: RequestSettings) -> str:
-        """Requests of one kind choose as many tokens in the same way, so it takes as long for prompts of one length."""
-        name = names.DEFAULT if settings.selector == "auto" else settings.selector
-        return f"{name} {'bounded' if settings.bounded else self.ratio(settings)}"
-
-    def _why_left(self, found: Recognised, settings: RequestSettings, cached: int) -> tuple[str | None, bool]:
-        """Why reuse wouldn't make a request faster, None if it would; and whether nothing but measurements says so."""
-        prompt = found.prompt
-        assert prompt is not None
-
-        def savings(limits: WorthLimits) -> Savings:
-            return savings_of(
-                prompt, self.ratio(settings), cached=cached, missing=found.missing, limits=limits, twice=settings.bounded
-            )  # fmt: skip
-
-        spared = savings(replace(self._limits, least_reused=0))
-        if spared.worthwhile and self._measured is not None:
-            stored = stored_tokens(prompt, cached, found.missing)
-            computed = spared.to_compute - spared.spared
-            times = self._measured.times(self.kind(settings), stored, computed, spared.to_compute)
+    def _judged(self, found: Recognised, settings: RequestSettings, cached: int) -> tuple[Verdict, bool]:
+        """A verdict that says why reuse wouldn't make a request faster, if it wouldn't; and whether nothing but measurements says so."""
+        assert found.prompt is not None
+        ratio, name = self.ratio(settings), names.DEFAULT if settings.selector == "auto" else settings.selector
+        savings = savings_of(found.prompt, ratio, cached=cached, missing=found.missing, twice=settings.bounded)
+        verdict = Verdict(f"{name} {'bounded' if settings.bounded else ratio}", cached, savings)
+        too_little = savings.too_little(self._limits)
+        if self._measured is not None and savings.too_little(replace(self._limits, least_reused=0)) is None:
+            computed = savings.to_compute - savings.spared
+            times = self._measured.times(verdict.kind, savings.stored, computed, savings.to_compute)
             if times is not None:
                 reuse, plain = times
                 if reuse < plain:
-                    return None, False
+                    return verdict, False
                 ours, theirs = shown(times)
                 why = f"reuse would take {ours} and vLLM {theirs}, by what this server took lately"
-                return why, savings(self._limits).worthwhile
-        return savings(self._limits).reason, False
+                return replace(verdict, why=why), too_little is None
+        return replace(verdict, why=too_little), False

@@ -49,22 +49,44 @@ class WorthLimits:
 
 @dataclass(frozen=True)
 class Savings:
-    """What reuse would save for one prompt.
+    """What reuse would save for one prompt. Whether that is enough, `too_little` says of any limits.
 
     Attributes:
+        chunks: stored chunks that stand in the prompt, and are perhaps known not to be stored.
         to_compute: tokens that a server computes without reuse.
-        spared: how many of them it would not compute with it.
-        reason: why that is too little, in words for an operator; None if reuse pays.
+        stored: those of them that are tokens of stored chunks.
+        reused: those of them that would not be computed with reuse.
+        twice: new tokens that would be computed twice with reuse.
     """
 
+    chunks: int
     to_compute: int
-    spared: int
-    reason: str | None = None
+    stored: int
+    reused: int
+    twice: int = 0
 
     @property
-    def worthwhile(self) -> bool:
-        """Whether reuse pays."""
-        return self.reason is None
+    def spared(self) -> int:
+        """How many tokens less are computed with reuse."""
+        return max(0, self.reused - self.twice)
+
+    def too_little(self, limits: WorthLimits = WorthLimits()) -> str | None:
+        """Why reuse doesn't pay, in words for an operator; None if it does."""
+        if not self.chunks:
+            return "no stored chunk stands in the prompt"
+        if not self.reused:
+            return "no token of a stored chunk would be spared"
+        if not self.spared:
+            return "reuse would compute as many new tokens twice as it spares"
+        if self.spared < limits.least_reused:
+            return f"reuse would spare {self.spared} tokens, and least_reused is {limits.least_reused}"
+        if self.spared < limits.least_share * self.to_compute:
+            share = 100 * self.spared // self.to_compute
+            return (
+                f"reuse would spare {share}% of {self.to_compute} tokens, and from {limits.least_share:.0%} on it is used (a number of your own for "
+                "least_reused stands in place of that)"
+            )
+        return None
 
 
 def stored_tokens(prompt: Prompt, cached: int = 0, missing: Container[int] = ()) -> int:
@@ -86,40 +108,22 @@ def savings_of(
     *,
     cached: int = 0,
     missing: Container[int] = (),
-    limits: WorthLimits = WorthLimits(),
     twice: bool = False,
 ) -> Savings:
-    """Say whether reuse pays for a prompt.
+    """Say what reuse would save for a prompt.
 
     Args:
         prompt: the prompt, with the chunks that were found in it.
         ratio: share of the chunk tokens that would be recomputed.
         cached: tokens at the start of the prompt whose rows the server has already; reuse saves nothing for these.
         missing: numbers of chunks that are known not to be stored.
-        limits: what counts as too little.
         twice: whether new passages behind the first stored chunk are computed twice, because the selector looks at them as well: where the request
             has a bound.
     """
-    to_compute = max(0, len(prompt.ids) - cached)
     stored = stored_tokens(prompt, cached, missing)
-    spared = stored - budget(ratio, stored)
-    more = 0
+    again = 0
     if twice:
         first = min((span.start for span in prompt.spans if span.chunk not in missing), default=len(prompt.ids))
-        more = len(prompt.ids) - max(first, cached) - stored
-    reason = None
-    if not prompt.spans:
-        reason = "no stored chunk stands in the prompt"
-    elif not spared:
-        reason = "no token of a stored chunk would be spared"
-    elif spared <= more:
-        reason = "reuse would compute as many new tokens twice as it spares"
-    elif spared - more < limits.least_reused:
-        reason = f"reuse would spare {spared - more} tokens, and least_reused is {limits.least_reused}"
-    elif spared - more < limits.least_share * to_compute:
-        share = 100 * (spared - more) // to_compute
-        reason = (
-            f"reuse would spare {share}% of {to_compute} tokens, and from {limits.least_share:.0%} on it is used (a number of your own for "
-            "least_reused stands in place of that)"
-        )
-    return Savings(to_compute, max(0, spared - more), reason)
+        again = len(prompt.ids) - max(first, cached) - stored
+    to_compute = max(0, len(prompt.ids) - cached)
+    return Savings(len(prompt.spans), to_compute, stored, stored - budget(ratio, stored), again)

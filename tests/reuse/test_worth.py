@@ -7,10 +7,8 @@ from typing import Any
 import pytest
 
 from cachetune_rag import ConfigError, Prompt
-from cachetune_rag.reuse.worth import Savings, WorthLimits, savings_of
+from cachetune_rag.reuse.worth import WorthLimits, savings_of
 from cachetune_rag.text.recognising.id_spans import IdSpan, prompt_of_ids
-
-ANY = WorthLimits(0, 0.0)
 
 
 def prompt_of(length: int, *spans: tuple[int, int]) -> Prompt:
@@ -32,7 +30,9 @@ def prompt_of(length: int, *spans: tuple[int, int]) -> Prompt:
     ],
 )
 def test_what_is_spared(prompt: Prompt, ratio: float, options: dict[str, Any], wanted: tuple[int, int]) -> None:
-    assert savings_of(prompt, ratio, limits=ANY, **options) == Savings(*wanted)
+    savings = savings_of(prompt, ratio, **options)
+    assert (savings.to_compute, savings.spared) == wanted
+    assert savings.too_little(WorthLimits(0, 0.0)) is None
 
 
 @pytest.mark.parametrize(
@@ -55,8 +55,7 @@ def test_what_is_spared(prompt: Prompt, ratio: float, options: dict[str, Any], w
     ],
 )
 def test_why_it_does_not_pay(prompt: Prompt, ratio: float, options: dict[str, Any], reason: str | None) -> None:
-    savings = savings_of(prompt, ratio, **options)
-    assert (savings.reason, savings.worthwhile) == (reason, reason is None)
+    assert savings_of(prompt, ratio, **options).too_little() == reason
 
 
 @pytest.mark.parametrize("odd", [{"least_reused": -1}, {"least_reused": 1.5}, {"least_share": 2}, {"least_share": "x"}])

@@ -17,7 +17,9 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.request import Request
 
+from cachetune_rag.reuse.worth import savings_of
 from cachetune_rag.text.recognising.id_spans import IdSpan, prompt_of_ids
+from cachetune_vllm import worthwhile
 from cachetune_vllm.measured import TRIED
 from cachetune_vllm.messages import FromWorker, Hello
 from cachetune_vllm.metrics import ReuseMetrics
@@ -258,6 +260,48 @@ def test_shorter_prompts_reuse_where_that_was_measured_to_be_quick() -> None:
         server.reuses(0.03)
     server.what = short
     assert server.decides() is None
+
+
+@pytest.mark.parametrize(
+    ("what", "asked_with", "reason", "weighed"),
+    [
+        (found(1100, (20, 1044)), [0], "few", [0]),
+        (found(4000, CHUNK, missing={0}), [2000], "missed", [2000]),
+        (
+            found(4000, CHUNK),
+            [2000],
+            "cached",
+            [2000, 0],
+        ),  # because of the cache? Without it, its chunks would be reused
+        (found(4000, CHUNK), [0], "few", [0]),  # by what was measured
+        (found(8000, (100, 7900)), [0, 0, 32, 0], None, [0]),  # vLLM asks again as long as the request waits
+    ],
+    ids=str,
+)
+def test_a_request_is_weighed_once(
+    what: Recognised, asked_with: list[int], reason: str | None, weighed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Timed(found(4000, CHUNK)).reads()
+    for _ in range(3):
+        server.reuses(0.3 if reason == "few" else 0.06)
+    server.what, seen = what, []
+
+    def counted(prompt: Any, ratio: float, **given: Any) -> Any:
+        seen.append(given["cached"])
+        return savings_of(prompt, ratio, **given)
+
+    monkeypatch.setattr(worthwhile, "savings_of", counted)
+    assert what.prompt is not None
+    one = request(len(what.prompt.ids))
+    server.made.arrived(one)
+    for cached in asked_with:
+        assert server.made.matched(one, cached)[1] == (reason is None)
+    assert seen == weighed
+    if reason is None:
+        server.made.allocated(one, range(500), 7999)
+    else:
+        assert (server.made.finished(one) or {})["cachetune"]["left"] == reason
+    assert seen == weighed
 
 
 def test_an_operators_number_of_tokens_decides_alone_whatever_was_measured() -> None:
