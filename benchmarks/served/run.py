@@ -112,7 +112,7 @@ class Run:
             return await host(target, [ids[-TINY:] for ids in prompts] if cell.context == TINY else prompts, reuse)
         if cell.phase == "timeline":
             running = many.prompts(1024, 4, f"{seed} running", share=0)
-            return await timeline(target, running, many.prompts(cell.context, 3, seed), reuse or {}, 8 * do.tokens)
+            return await timeline(target, running, many.prompts(cell.context, 3, seed), reuse or {}, 16 * do.tokens)
         if cell.phase == "shares":
             share = {"stored 0.8": 0.8, "stored 0": 0.0}.get(cell.detail, 1.0)
             log_normal = cell.detail == "log-normal"
