@@ -315,7 +315,8 @@ class Assembler:
                 done = self._forward.planned(prompt, plan, memory, disk_free)
 
             def end() -> PrefillState:
-                self._wait(call.meanwhile)
+                # No other prompt is begun before an account is made: making it may fail for a disk, and the next prompt may have this one's memory by then.
+                self._wait(call.meanwhile if call.account is None else None)
                 ended = time.perf_counter()
                 timings.update({"compute": clock.lap()} if done.phases is None else done.phases.timings(ended))
                 # Now, while the device has nothing to do: threads that read ahead while it computes would have to wait for it.

@@ -185,14 +185,17 @@ class PromptRoom:
             return 0
         if other.end + size <= self.size:
             return self.size - size
-        self._note_wanted(other.memory.numel() + size)
+        if self._note_wanted(other.memory.numel() + size):
+            return None  # it waits this once, so that the piece has room for two from then on
         # At the same byte, so that its first layers get the memory of the other's first layers, which are done first.
         return min(other.start, self.size - size) if other.done and size <= self.size else None
 
-    def _note_wanted(self, size: int) -> None:
-        """When no prompt has a part, the piece may grow to this size."""
-        if (self._most is None or size <= self._most) and (self._too_much is None or size < self._too_much):
-            self._wanted = max(self._wanted, size)
+    def _note_wanted(self, size: int) -> bool:
+        """When no prompt has a part, the piece may grow to this size. Returns whether it will be tried."""
+        if (self._most is not None and size > self._most) or (self._too_much is not None and size >= self._too_much):
+            return False
+        self._wanted = max(self._wanted, size)
+        return self._wanted > self.size
 
     def _grow(self, size: int) -> None:
         """Take the piece anew, of at least `size` bytes, and if there is memory for it, of as many as two prompts wanted lately."""

@@ -6,7 +6,7 @@ import gc
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -127,10 +127,15 @@ def test_with_new_weights_it_is_looked_up_anew(tmp_path: Path) -> None:
 
 
 class InRoom:
-    """The engine's memory, with a prompt's buffers in a part of a room. No beginnings are kept."""
+    """The engine's memory, with a prompt's buffers in a part of a room. No beginnings are kept.
+
+    Attributes:
+        final: keys and values of each layer, when they were ready.
+    """
 
     def __init__(self, engine: CacheTune, room: PromptRoom):
         self._inner, self._room = EngineMemory(engine.adapter), room
+        self.final: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -143,6 +148,11 @@ class InRoom:
         return self._inner.take(ids, exact, answer_tokens, self._part.memory, await_layer)
 
     def layer_ready(self, buffers: Any, layer: int) -> None:
+        self.final.append((buffers.key_rows[layer].clone(), buffers.value_rows[layer].clone()))
+        if buffers.device.type == "cuda":
+            torch.cuda._sleep(
+                5_000_000
+            )  # some ms: what the next prompt writes too early is there when the next layer is computed
         self._room.layer_done(self._part)
 
     def keep(self, *given: Any) -> None:
@@ -165,7 +175,9 @@ def test_prompts_share_one_piece(tmp_path: Path, tier: str, selector: str, at_on
         config, prompts = config_of(engine, selector), [prompt_of(engine, seed) for seed in range(8)]
         wanted = []
         for prompt in prompts * 2:  # the second time, all is captured and in its tier
-            wanted.append(put_together(engine, prompt, config).logits)
+            memory = InRoom(engine, PromptRoom(engine.adapter.device))
+            with closing(begin(engine, prompt, config, memory)) as alone:
+                wanted.append((put_together(engine, prompt, config, alone).logits, memory.final))
         most = max(engine.adapter.buffer_bytes(len(prompt.ids)) for prompt in prompts) + (1 << 10)
         room = PromptRoom(engine.adapter.device, at_once * most)
         room.give_back(room.take(at_once * most - (1 << 10)))
@@ -183,7 +195,10 @@ def test_prompts_share_one_piece(tmp_path: Path, tier: str, selector: str, at_on
 
                 state = put_together(engine, prompt, config, begun[number], meanwhile)
                 meanwhile()  # if the device was done too soon
-                assert torch.allclose(state.logits, wanted[8 + number], atol=1e-5)
+                logits, rows = wanted[8 + number]
+                assert torch.allclose(state.logits, logits, atol=1e-5)
+                for found, expected in zip(memories[number].final, rows, strict=True):
+                    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, expected, strict=True))
                 begun[number].close()
                 memories[number].close()
         assert (room.parts, room.size <= at_once * most) == (0, True)

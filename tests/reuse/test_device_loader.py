@@ -153,6 +153,26 @@ def test_buffers_are_as_the_plain_loader_fills_them(
         check(engine, probed, tiers)
 
 
+class Awaited:
+    """Another prompt may have a layer's memory until it is waited for: nothing was written to it before.
+
+    Attributes:
+        layers: which were waited for, by their first time.
+        rows: keys and values of each layer, which are zero.
+    """
+
+    def __init__(self) -> None:
+        self.layers: list[int] = []
+        self.rows: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __call__(self, layer: int) -> None:
+        if layer not in self.layers:
+            assert not any(each.any() for each in self.rows[layer]), (
+                "rows of a layer are placed before its memory is free"
+            )
+            self.layers.append(layer)
+
+
 def check(engine: CacheTune, probed: int | str, tiers: str) -> None:
     looked = probed if isinstance(probed, int) else 0
     adapter = engine.adapter
@@ -165,7 +185,8 @@ def check(engine: CacheTune, probed: int | str, tiers: str) -> None:
     passes = [(plain, sources(engine, [1, 1, 1]), sources(engine, [0.5, 1, 0])) for plain in (True, False)]
     with closing(DeadlinePool(None)) as pool:
         for plain, whole, some in passes:
-            buffers = adapter.new_buffers(LENGTH)
+            buffers = adapter.new_buffers(LENGTH, await_layer=(awaited := Awaited()))
+            awaited.rows = list(zip(buffers.key_rows, buffers.value_rows, strict=True))
             for rows in (*buffers.key_rows, *buffers.value_rows):
                 rows.zero_()
             assert {s.reader.tier for s in whole} == set(tiers.split("+"))
@@ -184,6 +205,7 @@ def check(engine: CacheTune, probed: int | str, tiers: str) -> None:
                 loader.load(layer)
                 assert loader.is_loaded(layer)
             loader.close()
+            assert awaited.layers == list(range(adapter.num_layers))
             if not plain and tiers == "device" and device_module.kernels_run_on(adapter.device):
                 assert not loader.staged, "rows on the device are read where they lie"
             read = [s.reader.bytes_read for s in (*whole, *some)]

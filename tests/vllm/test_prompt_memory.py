@@ -157,6 +157,15 @@ def saturated(
         yield made
 
 
+def test_a_saturated_worker_takes_memory_for_two_where_it_may(
+    engine: CacheTune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Saturated(engine, monkeypatch, engine.adapter.buffer_bytes(800))
+    with closing(made.worker):
+        made.ask([made.load(number, "frequency") for number in range(12)])
+    assert made.room.size >= 2 * engine.adapter.buffer_bytes(350)
+
+
 @pytest.mark.parametrize("selector", ["expected_error", "frequency"])
 def test_two_prompts_at_most_have_memory_and_none_while_the_worker_waits(saturated: Saturated, selector: str) -> None:
     loads = [saturated.load(number, selector) for number in range(12)]
