@@ -158,7 +158,8 @@ class Selector(ABC):
     """How much of the change that a chunk's recomputed tokens show is carried over to its reused ones, from 0 to 1 (`ChunkShift`)."""
 
     revision: ClassVar[int] = 1
-    """Raised when its choice or its scores change, so that what was calibrated before is known to be of another choice."""
+    """Raised when its choice or its scores change, so that what was calibrated before is known to be of another choice: also where only what it is told of a prompt changes,
+    such as its sentences and continuations (`tests/selection/test_revisions.py`)."""
 
     def layers(self, num_layers: int) -> int:
         """How many of a model's `num_layers` layers its probe runs through; 0 if it has no probe."""
