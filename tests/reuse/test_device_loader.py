@@ -402,9 +402,9 @@ class OneHead(Heads):
 
 
 @pytest.fixture
-def no_gap(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Rows of the tiny model are so short that with the usual gap all of them would be copied."""
-    monkeypatch.setattr(host_copies, "GAP", 0)
+def narrow_strips(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Rows of the tiny model are so short that all of them would be copied whole."""
+    monkeypatch.setattr(host_copies, "LEAST", 0)
     host_copies.strips_of.cache_clear()
     yield
     host_copies.strips_of.cache_clear()
@@ -414,7 +414,7 @@ def no_gap(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ("tiers", "narrowed", "number"),
     [("host", False, 0), ("host", True, 1), ("disk", False, 1), ("disk", True, 0), ("device+host", True, 0)],
 )
-@pytest.mark.usefixtures("no_gap")
+@pytest.mark.usefixtures("narrow_strips")
 def test_a_process_with_some_heads_has_their_rows_and_copies_no_others(
     engine: CacheTune, tiers: str, narrowed: bool, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -473,6 +473,13 @@ def check_share(engine: CacheTune, narrowed: bool, number: int) -> None:
         ("exact", slice(6, 8), [Strip(1536, 2048, 512, 2)]),
         # The scales in front of K are copied with it; to skip some would be a strip more.
         ("int8", slice(0, 4), [Strip(0, 2112, 576), Strip(1088, 2112, 512)]),
+        # The scales of the last heads lie far from their K, and beside V of the row before.
+        ("int8", slice(4, 8), [Strip(576, 2112, 512), Strip(1600, 2112, 576)]),
+        ("fp8", slice(4, 8), [Strip(576, 2112, 512), Strip(1600, 2112, 576)]),
+        ("int8", slice(0, 2), [Strip(0, 2112, 320), Strip(1088, 2112, 256)]),
+        ("int8", slice(2, 4), [Strip(8, 2112, 568), Strip(1344, 2112, 256)]),
+        ("int8", slice(4, 6), [Strip(576, 2112, 256), Strip(1600, 2112, 568)]),
+        ("int8", slice(6, 8), [Strip(832, 2112, 256), Strip(1856, 2112, 320)]),
         ("exact", slice(0, 8), None),
         ("int4", slice(0, 4), None),
     ],
@@ -485,6 +492,48 @@ def test_rows_are_copied_by_few_wide_strips(codec: str, heads: slice, strips: li
     assert host_copies.copied_bytes(form, wanted, 64) == (
         form.size(64) if strips is None else 64 * sum(strip.width * strip.each for strip in strips)
     )
+
+
+@pytest.mark.parametrize(("heads", "dim"), [(8, 32), (2, 64)], ids=["narrow", "few"])
+def test_rows_of_which_strips_would_save_too_little_are_copied_whole(heads: int, dim: int) -> None:
+    spec = LayerSpec(heads, dim, dim)
+    for codec in ("int8", "exact"):
+        coder = get_codec(codec)
+        form, half = coder.row_format(spec, "bfloat16"), coder.head_bytes(spec, "bfloat16", slice(0, heads // 2))
+        assert host_copies.strips_of(form, half) is None
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7])
+@pytest.mark.parametrize("codec", ["exact", "int8"])
+@pytest.mark.parametrize("first", range(0, 8, 2))
+def test_strips_bring_all_bytes_of_the_heads_and_touch_nothing_else(codec: str, first: int, rows: int) -> None:
+    spec, coder = LayerSpec(8, 128, 128), get_codec(codec)
+    form = coder.row_format(spec, "bfloat16")
+    wanted = coder.head_bytes(spec, "bfloat16", slice(first, first + 2))
+    host = torch.randint(1, 256, (form.size(rows),), dtype=torch.uint8)
+    device = torch.zeros_like(host)
+    at, copied = host.data_ptr(), [0]
+
+    def run(copies: list[tuple[int, int, int]], stream: int) -> None:
+        for to, source, count in copies:
+            assert to - device.data_ptr() == source - at >= 0
+            assert source - at + count <= len(host)
+            copied[0] += count
+            ctypes.memmove(to, source, count)
+
+    def run_strips(strips: list[tuple[int, int, int, int, int]], stream: int) -> None:
+        for to, source, pitch, width, count in strips:
+            assert width <= pitch, "CUDA refuses others"
+            run([(to + row * pitch, source + row * pitch, width) for row in range(count)], stream)
+
+    copies = HostCopies(run, run_strips)
+    copies.collect_rows(device.data_ptr(), at, form, wanted, rows)
+    copies.queue(0)
+    for start, length in wanted.row:
+        part = slice(start, start + length)
+        assert torch.equal(device.view(rows, -1)[:, part], host.view(rows, -1)[:, part])
+    assert copied == [host_copies.copied_bytes(form, wanted, rows)]
+    assert copied[0] <= 0.55 * len(host)
 
 
 @pytest.mark.parametrize("pinned", [True, False])
