@@ -43,7 +43,8 @@ class KVMemory(Protocol):
     def layer_ready(self, buffers: KVBuffers, layer: int) -> None:
         """All rows of a layer are final, in the order of the current CUDA stream (on a CPU: now).
 
-        The owner may start copying them elsewhere while the next layer computes.
+        The owner may start copying them elsewhere while the next layer computes. Nothing reads or writes the layer's part of the buffers from then on, so the owner may also give that
+        memory to the next prompt, unless it needs the rows itself in `keep`.
         """
 
     def keep(self, ids: Ids, exact: int, buffers: KVBuffers | None, cache: Cache) -> None:
