@@ -9,6 +9,7 @@ import ctypes
 import gc
 import importlib.util
 import itertools
+import math
 import os
 import weakref
 from collections.abc import Iterator
@@ -558,3 +559,52 @@ def test_deviations_of_tokens_stand_in_a_table(
         assert torch.equal(found, wanted)
         assert streams.brought in torch.cuda.current_stream().waited, "what computes waits for it"  # type: ignore[attr-defined]
         loader.close()
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("narrowed", [False, True])
+def test_nothing_is_written_to_a_layer_before_it_was_waited_for_on_the_stream_that_writes(
+    engine: CacheTune, plain: bool, narrowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prompt before may still use the layer's memory."""
+    adapter, some, on = engine.adapter, sources(engine, [1, 1, 1]), [torch.cuda.current_stream()]
+
+    @contextmanager
+    def entered(stream: Any) -> Iterator[None]:
+        on.append(stream)
+        yield
+        on.pop()
+
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device=None: on[-1])
+    monkeypatch.setattr(Chunk, "page_locked", True)
+    awaited: list[tuple[int, Any]] = []
+
+    def await_layer(layer: int) -> None:
+        if layer not in dict(awaited):
+            assert all(bool(rows.isnan().all()) for rows in (buffers.key_rows[layer], buffers.value_rows[layer]))
+        awaited.append((layer, on[-1]))
+
+    buffers = KVBuffers(adapter.layers, LENGTH, adapter.dtype, adapter.device, await_layer=await_layer)
+    for rows in (*buffers.key_rows, *buffers.value_rows):
+        rows.fill_(math.nan)
+    streams = Streams(adapter.device, adapter.num_layers)
+    with closing(DeadlinePool(None)) as pool:
+        loader = (
+            LayerLoader(adapter, some, buffers, pool) if plain else DeviceLoader(adapter, some, buffers, pool, streams)
+        )
+        loader.start_first_layers()
+        if narrowed:
+            loader.expect_narrowing(1)
+            loader.load(0)
+            seen = torch.zeros(LENGTH, dtype=torch.bool)
+            seen[:40] = True
+            loader.narrow(seen)
+            loader.load_seen(1)
+        for layer in range(adapter.num_layers):
+            loader.load(layer)
+        loader.close()
+    for source in some:
+        source.reader.close()
+    assert list(dict(awaited)) == list(range(adapter.num_layers))
+    assert {stream for _, stream in awaited} == {on[0] if plain else streams.place}

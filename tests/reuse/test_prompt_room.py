@@ -213,6 +213,18 @@ def test_a_prompt_that_does_not_fit_beside_gets_each_layer_of_the_one_before_whe
     assert room.parts == 0
 
 
+def test_it_grows_for_two_although_prompts_follow_each_other_without_a_rest() -> None:
+    room = PromptRoom(CPU, 16 * K)
+    at_hand = room.take(4 * K, [K] * 4)
+    for _ in range(6):
+        for _ in range(4):
+            room.layer_done(at_hand)
+        following = room.take(4 * K, [K] * 4) if room.has_room(4 * K) else None
+        room.give_back(at_hand)
+        at_hand = following or room.take(4 * K, [K] * 4)
+    assert room.size >= 8 * K
+
+
 def test_without_its_layers_a_part_is_not_given_to_the_next_prompt_before_it_is_given_back() -> None:
     room = PromptRoom(CPU, 2 * K)
     part = room.take(2 * K)
