@@ -123,7 +123,7 @@ class Coming:
         return Turn(job, engine, request, PagedMemory(engine.assembler.memory, self._pages, load, self._room, job.free))
 
     def begin_next(self, at_hand: Turn) -> None:
-        """Let the chunks of the next prompt be brought to the device while the one at hand is computed. Called again and again.
+        """Let the chunks of the next prompt be brought to the device while the one at hand is computed, or from disk into host memory. Called again and again.
 
         Whatever fails here is found again, and dealt with, when it is that prompt's turn: the one at hand must not fail for it.
         """
@@ -146,6 +146,10 @@ class Coming:
                 if begun is not None:
                     self._begun = replace(turn, begun=begun)
                     stack.pop_all()
+                else:
+                    # What is read by its turn, it need not wait for; reading gives way to a prompt that waits for the disk itself.
+                    chunks = turn.request.prompt.chunk_ids
+                    turn.engine.executor.prefetch(lambda: chunks, turn.request.config)
         except Exception as error:
             # The error's text: whoever keeps the error keeps the prompt's tensors.
             _log.debug("a request was not begun before its turn: %s", str(error))

@@ -148,6 +148,10 @@ class Measured:
 
     # -- expecting ------------------------------------------------------------------------------------------------
 
+    def plain(self, tokens: int) -> float | None:
+        """The expected seconds in which vLLM reads so many tokens; None where too little was measured."""
+        return between(self._steps.points(float), tokens)
+
     def times(self, kind: str, stored: int, computed: int, to_compute: int) -> tuple[float, float] | None:
         """The expected seconds until a prompt's first token: with reuse, and without; None where too little was measured.
 

@@ -65,6 +65,7 @@ class Load:
         start, end: the tokens [start, end) are written; those before `start` are in vLLM's cache already.
         exact: so many of the first tokens are in vLLM's cache as vLLM computes them, without reuse.
         explain: whether the report says what became of every token and chunk.
+        plain: seconds in which vLLM is expected to read what is put together; None: not known, or not to be asked.
     """
 
     request_id: str
@@ -79,6 +80,7 @@ class Load:
     explain: bool = False
     max_kl: float | None = None
     min_top1: float | None = None
+    plain: float | None = None
 
 
 @dataclass(frozen=True)

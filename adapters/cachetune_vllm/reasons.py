@@ -11,6 +11,7 @@ class Left(StrEnum):
     NOTHING_FOUND = "nothing found"
     MISSED = "missed"
     FEW = "few"
+    SLOW_DISK = "slow disk"
     CACHED = "cached"
     SAME_PROMPT = "same prompt"
     ALL_RECOMPUTED = "all recomputed"

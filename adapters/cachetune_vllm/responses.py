@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from cachetune_rag.report import Report
+from cachetune_rag.reuse.state import NothingReused
+from cachetune_vllm import slow_disk
 from cachetune_vllm.reasons import Left
 
 _SHOWN = (
@@ -19,8 +21,19 @@ def nothing_reused(left: Left) -> dict[str, Any]:
     return {"reused": 0, "left": left.value}
 
 
-def why_nothing(report: Report) -> Left:
-    """Why nothing of a prompt was reused, by what its lookup found."""
+def why_nothing(state: NothingReused, plain: float | None) -> dict[str, Any]:
+    """What is said of a prompt of which nothing was reused.
+
+    Args:
+        state: what its lookup found.
+        plain: seconds in which vLLM is expected to read it.
+    """
+    if state.reading is not None and plain is not None:
+        return nothing_reused(Left.SLOW_DISK) | {"why": slow_disk.why(plain, state.reading)}
+    return nothing_reused(_reason(state.report))
+
+
+def _reason(report: Report) -> Left:
     if report.damaged or report.unreadable or report.timed_out:
         return Left.FAILED
     if report.prediction is not None and report.prediction.taken is None:

@@ -165,6 +165,7 @@ class ReuseScheduler:
             Load(
                 request.request_id, reusing.found.prompt, settings.selector, settings.ratio, settings.tenant, tuple(blocks),
                 end - count, end, min(reusing.exact, end - count), settings.explain, settings.max_kl, settings.min_top1,
+                self._worthwhile.plain(count + 1),
             )
         )  # fmt: skip
         reusing.loading = True

@@ -30,7 +30,8 @@ from cachetune_vllm.logs import logger
 from cachetune_vllm.messages import FromWorker, Load, Missed, ToWorkers
 from cachetune_vllm.pace import Pace
 from cachetune_vllm.pages import Pages
-from cachetune_vllm.responses import nothing_reused, shown, why_nothing
+from cachetune_vllm.responses import shown, why_nothing
+from cachetune_vllm.slow_disk import SlowDisk
 from cachetune_vllm.turns import TurnsEndedError
 
 IDLE_WAIT = 0.05
@@ -84,6 +85,7 @@ class ReuseWorker:
         self._pace, self._lock = pace, lock
         self._busy: ExitStack | None = None  # open while vLLM computes
         self._coming = Coming(engine, pages, heads, self._check_wanted, room)
+        self._slow_disk = SlowDisk()
         self._changed = self._pace.changed
         self._stream: torch.cuda.Stream | None = None
         # Loads that read pages: vLLM may be filling these pages in the step that tells of the load.
@@ -241,8 +243,10 @@ class ReuseWorker:
             meanwhile = partial(self._coming.begin_next, turn)
             accounts: list[Account] = []
             account = accounts.append if job.load.explain else None
+            plain = job.load.plain
+            too_slow = None if plain is None else partial(self._slow_disk.leaves, plain)
             try:
-                state = engine.executor.reuse(request, turn.memory, wanted, turn.begun, meanwhile, account)
+                state = engine.executor.reuse(request, turn.memory, wanted, turn.begun, meanwhile, account, too_slow)
             finally:
                 # Also where it failed: vLLM gives the pages back then, and what is queued must not write to them any more.
                 if stream is not None:
@@ -263,9 +267,9 @@ class ReuseWorker:
         if self._heads.in_turns:
             state = replace(state, missed=())  # what stores them runs the model when there is time, and not in turns
         if isinstance(state, NothingReused):
-            left, report = why_nothing(state.report), state.report
+            said, report = why_nothing(state, load.plain), state.report
             storing = engine.backfill.offer(request.prompt, state.missed)
-            return nothing_reused(left) | shown(replace(report, storing=storing, unstored=missed - storing))
+            return said | shown(replace(report, storing=storing, unstored=missed - storing))
         engine.executor.prefilled(request, state.report)
         report = engine.executor.finish(Finished(request, state, state.report, None, state.report.ttft)).report
         said = shown(replace(report, unstored=report.unstored + missed - len(state.missed)))

@@ -84,6 +84,10 @@ class Worthwhile:
         """As `why_all_recomputed`, for requests that say nothing."""
         return self.why_all_recomputed(RequestSettings.of(None, self._settings))
 
+    def plain(self, tokens: int) -> float | None:
+        """Seconds in which vLLM is expected to read so many tokens; None where that isn't known, or where measurements don't decide."""
+        return None if self._measured is None else self._measured.plain(tokens)
+
     def weigh(self, found: Recognised, settings: RequestSettings, cached: int) -> Verdict:
         """Decide of a request, once: where nothing but measurements speaks against reuse, every so many requests reuse their chunks all the same.
 

@@ -107,6 +107,7 @@ class Executor:
         begun: Begun | None = None,
         meanwhile: Callable[[], None] | None = None,
         account: Callable[[Account], None] | None = None,
+        too_slow: Callable[[float], bool] | None = None,
     ) -> PrefillState | NothingReused:
         """Put a prompt's keys and values together in somebody else's memory, if anything of it is reused.
 
@@ -120,6 +121,7 @@ class Executor:
             begun: what `begin` gave for this request and memory.
             meanwhile: called again and again while the device computes.
             account: see `Assembler.prefill`; not called where nothing is reused.
+            too_slow: see `Assembler.reuse`.
         """
         if request.config is None:
             raise ConfigError(f"request {request.id} has no settings of reuse: make it with a ReuseConfig.")
@@ -137,6 +139,7 @@ class Executor:
                 begun,
                 meanwhile,
                 account,
+                too_slow,
             )
         return replace(state, report=replace(state.report, request_id=request.id))
 

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from cachetune_rag.concurrency.workers import Workers
@@ -60,7 +60,7 @@ class ReadAhead:
             rows: how many rows of each layer of an open chunk the request will need; None: all. The others are read afterwards.
         """
         batch = Batch(self._limit)
-        count = rows or (lambda reader: reader.layout.tokens)
+        count = rows or _all_rows
 
         def begin() -> int:
             wanted = list(dict.fromkeys(keys()))
@@ -74,6 +74,33 @@ class ReadAhead:
                 batch.prefetch.futures.append(self._pool.submit(begin))
         return batch.prefetch
 
+    def go_on(self, readers: Sequence[ChunkReader], rows: Callable[[ChunkReader], int] | None = None) -> Prefetch:
+        """As `fetch`, for chunks that are open already. What was read of them isn't read again.
+
+        Args:
+            readers: are closed here.
+            rows: see `fetch`.
+        """
+        batch = Batch(self._limit)
+        batch.found = dict(enumerate(readers))
+
+        def begin() -> int:
+            self._begin_reading(batch, rows or _all_rows)
+            return 0
+
+        def close() -> None:
+            for reader in readers:
+                reader.close()
+
+        try:
+            job = self._pool.submit(begin)
+        except RuntimeError:  # closed meanwhile
+            close()
+            return batch.prefetch
+        job.add_done_callback(lambda ended: close() if ended.cancelled() else None)
+        batch.prefetch.futures.append(job)
+        return batch.prefetch
+
     def take(self, keys: Iterable[ChunkKey]) -> dict[ChunkKey, ChunkReader]:
         """Hand the chunks among these that are being read here to a request that begins: their open readers, which hold what was
         read so far. The request closes them.
@@ -82,6 +109,7 @@ class ReadAhead:
             taken = {key: self._chunks.pop(key) for key in list(keys) if key in self._chunks}
             for chunk in taken.values():
                 chunk.gone = True
+                chunk.reader.timed = True
         readers = {}
         for key, chunk in taken.items():
             while chunk.reading:
@@ -170,6 +198,7 @@ class ReadAhead:
                 # Memory is asked last: a request that had the chunk open keeps it there before it says that it is done with it.
                 if fits and key not in self._chunks and not self._elsewhere(key) and not self._store.touch_host(key):
                     chunk = ChunkBeingRead(found, first, layers if first == found.layout.tokens else 2 * layers)
+                    found.timed = False
                     self._chunks[key] = chunk
                     batch.chunks.append(chunk)
                 else:
@@ -238,3 +267,7 @@ class ReadAhead:
 
     def _stopped(self, batch: Batch) -> bool:
         return self._stop.is_set() or batch.prefetch.stop.is_set()
+
+
+def _all_rows(reader: ChunkReader) -> int:
+    return reader.layout.tokens

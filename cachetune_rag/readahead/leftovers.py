@@ -52,6 +52,7 @@ class Leftovers:
 
         Where requests leave more than the threads can finish, the reader is only closed.
         """
+        reader.timed = False
         with self._lock:
             self._bytes += reader.host_bytes
             busy = self._bytes > self._limit

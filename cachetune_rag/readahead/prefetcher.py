@@ -7,7 +7,7 @@ handles damage as it always does.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from cachetune_rag.readahead.batch import Prefetch
 from cachetune_rag.readahead.coming import ReadAhead
@@ -69,6 +69,10 @@ class Prefetcher:
     ) -> Prefetch:
         """See `ReadAhead.fetch`."""
         return self._ahead.fetch(keys, rows)
+
+    def go_on(self, readers: Sequence[ChunkReader], rows: Callable[[ChunkReader], int] | None = None) -> Prefetch:
+        """See `ReadAhead.go_on`."""
+        return self._ahead.go_on(readers, rows)
 
     def finish(self, reader: ChunkReader) -> None:
         """See `Leftovers.finish`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from cachetune_rag.reuse.config import ReuseConfig
 from cachetune_rag.reuse.lookup import ChunkLookup, Faults, FoundChunks, OpenReaders
 from cachetune_rag.reuse.slow_rows import CANT_READ
 from cachetune_rag.text.prompts.prompt import Prompt
-from cachetune_store import ChunkStore
+from cachetune_store import ChunkReader, ChunkStore
 
 
 def _nothing() -> None:
@@ -60,7 +61,7 @@ class ChunkOpener:
         tuned: Callable[[ReuseConfig, str, str], ReuseConfig] | None,
     ):
         self._lead_ins, self._heads, self._pool = lead_ins, heads, pool
-        self._prefetcher, self._tuned = prefetcher, tuned
+        self._store, self._prefetcher, self._tuned = store, prefetcher, tuned
         self._lookup = ChunkLookup(store, pool, prefetcher)
 
     def open(self, prompt: Prompt, config: ReuseConfig, faults: Faults, stack: ExitStack) -> Opened:
@@ -115,6 +116,32 @@ class ChunkOpener:
         priority.claim()
         return priority.release
 
+    def seconds_to_read(self, found: FoundChunks, rows: Callable[[ChunkReader], int]) -> float:
+        """The least time in which the rows that have to be waited for are likely to be read, by how fast their tiers have read lately. The workers of a shared
+        model say the same: the longest of theirs.
+
+        Args:
+            found: the open chunks. Where nothing is known of a tier's speed, its rows count as read.
+            rows: how many rows of each layer of a chunk are needed.
+        """
+        waiting = Counter[str]()
+        for reader in found.readers:
+            if not reader.in_memory:
+                waiting[reader.tier] += bytes_to_read(reader, rows(reader))
+        speeds = {tier: self._store.read_speed(tier) for tier in waiting}
+        # Tiers are read at the same time.
+        own = max((waiting[tier] / speed for tier, speed in speeds.items() if speed), default=0.0)
+        return max(self._heads.tell(own))
+
+    def read_on(self, opened: Opened, rows: Callable[[ChunkReader], int]) -> None:
+        """The prompt doesn't use its chunks after all: read those that aren't in memory into host memory, in the background, as far as there is room."""
+        waiting = [reader for reader in opened.found.readers if not reader.in_memory]
+        if self._prefetcher is None or not waiting:
+            return
+        for reader in waiting:
+            opened.readers.release(reader)
+        self._prefetcher.go_on(waiting, rows)
+
     def let_go(self, opened: Opened) -> None:
         """Hand chunks on: the prefetcher reads the rest of those on disk; those in host memory go to the device, if it keeps chunks."""
         for reader in opened.found.readers:
@@ -130,3 +157,9 @@ class ChunkOpener:
         if faults.disk_gone:
             return self._lookup.find(prompt, namespace, readers, faults)
         return self._pool.call(self._lookup.find, prompt, namespace, readers, faults)
+
+
+def bytes_to_read(reader: ChunkReader, rows: int) -> int:
+    """Bytes of the first `rows` rows of every layer of an open chunk that have to be waited for."""
+    sizes = enumerate(reader.head.plan.rows)
+    return sum(layer_rows.size(rows) for layer, layer_rows in sizes if not reader.has(layer, rows))

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -53,6 +54,7 @@ class _Call:
         begun: the prompt, if it was begun before its turn.
         meanwhile: called while the device computes.
         account: is given the account of the prompt.
+        too_slow: whether nothing is reused where rows take so many seconds to read.
     """
 
     prompt: Prompt
@@ -65,6 +67,7 @@ class _Call:
     begun: Begun | None = None
     meanwhile: Callable[[], None] | None = None
     account: Callable[[Account], None] | None = None
+    too_slow: Callable[[float], bool] | None = None
 
 
 class Assembler:
@@ -177,6 +180,7 @@ class Assembler:
         begun: Begun | None = None,
         meanwhile: Callable[[], None] | None = None,
         account: Callable[[Account], None] | None = None,
+        too_slow: Callable[[float], bool] | None = None,
     ) -> PrefillState | NothingReused:
         """As `prefill`, but where nothing of the prompt would be reused, nothing is computed of it (but for what a selector looked at),
         and `memory.keep` is not called.
@@ -188,8 +192,13 @@ class Assembler:
             begun: what `begin` gave for this prompt, config and memory. The caller closes it in the end.
             meanwhile: called again and again while a GPU computes and this thread waits for it: the time to begin the next prompt.
             account: see `prefill`; not called where nothing is reused.
+            too_slow: is asked once the chunks are open that aren't all in memory, with the seconds that their rows are likely to take to be read, at the
+                least. Where it says yes, nothing is reused, and the chunks are read into host memory in the background. It says the same on all
+                workers of a shared model, and is given on all of them or on none.
         """
-        call = _Call(prompt, config, started, chunks_open, answer_tokens, memory, True, begun, meanwhile, account)
+        call = _Call(
+            prompt, config, started, chunks_open, answer_tokens, memory, True, begun, meanwhile, account, too_slow
+        )
         with self._same_weights(memory):
             return self._prefill(call)
 
@@ -231,7 +240,10 @@ class Assembler:
     def rows_needed(self, config: ReuseConfig, reader: ChunkReader) -> int:
         """How many rows of each layer of a chunk a request will read, as far as that is known before it comes: more, if it shows the chunk behind one
         that breaks off within a sentence."""
-        config = self._opener.tuned(config, reader.tier, reader.layout.codec)
+        return self._rows(self._opener.tuned(config, reader.tier, reader.layout.codec), reader)
+
+    def _rows(self, config: ReuseConfig, reader: ChunkReader) -> int:
+        """As `rows_needed`, of settings that are tuned already."""
         selector = get_selector(config.selector)
         unread = config.ratio if selector.offline and not selector.shift else config.skipped
         return reader.layout.tokens - budget(unread, reader.layout.tokens)
@@ -296,18 +308,30 @@ class Assembler:
         with ExitStack() as stack:
             self._enter_device(stack)
             clock = _Clock()
-            opened, disk_free = self._opened(call, faults, stack)
+            opened = self._opened(call, faults, stack)
             found, config = opened.found, opened.config
             timings = {"lookup": clock.lap() + (0.0 if call.begun is None else call.begun.seconds)}
-            chosen = self._planned(call, opened, stack)
-            plan = chosen.plan
-            timings["select"] = clock.lap()
-            if plan is None and call.only_reuse:
+
+            def nothing(chosen: Chosen, reading: float | None = None) -> NothingReused:
                 report = report_of(
                     prompt, config, found, chosen, faults, self._continuations(prompt), kept=0, skipped=0,
                     ttft=time.perf_counter() - call.started, timings=timings,
                 )  # fmt: skip
-                return NothingReused(report, found.to_store)
+                return NothingReused(report, found.to_store, reading)
+
+            if call.too_slow is not None:
+                rows = partial(self._rows, config)
+                reading = self._opener.seconds_to_read(found, rows)
+                if reading and call.too_slow(reading):
+                    left = nothing(Chosen(None), reading)
+                    self._opener.read_on(opened, rows)
+                    return left
+            disk_free = self._claimed(call, opened, stack)
+            chosen = self._planned(call, opened, stack)
+            plan = chosen.plan
+            timings["select"] = clock.lap()
+            if plan is None and call.only_reuse:
+                return nothing(chosen)
             if plan is None:
                 disk_free()
                 done = self._forward.whole(prompt, memory, any_stored=bool(found.chunks))
@@ -336,20 +360,22 @@ class Assembler:
 
             return self._adapter.heads.together(end, CANT_READ)
 
-    def _opened(self, call: _Call, faults: Faults, stack: ExitStack) -> tuple[Opened, Callable[[], None]]:
-        """The prompt's chunks and settings, and what lets background reads go on."""
+    def _opened(self, call: _Call, faults: Faults, stack: ExitStack) -> Opened:
+        """The prompt's chunks and settings."""
         if call.begun is None:
-            opened = self._opener.open(call.prompt, call.config, faults, stack)
-        else:
-            stack.enter_context(call.begun.hand_over())
-            opened = call.begun.opened
+            return self._opener.open(call.prompt, call.config, faults, stack)
+        stack.enter_context(call.begun.hand_over())
+        return call.begun.opened
+
+    def _claimed(self, call: _Call, opened: Opened, stack: ExitStack) -> Callable[[], None]:
+        """Stop background reads. Gives what lets them go on."""
 
         def claim() -> Callable[[], None]:
             disk_free = self._opener.claim_disk(opened.found, stack)
             call.chunks_open()
             return disk_free
 
-        return opened, self._adapter.heads.together(claim, CANT_READ)
+        return self._adapter.heads.together(claim, CANT_READ)
 
     def _planned(self, call: _Call, opened: Opened, stack: ExitStack) -> Chosen:
         """What is computed of the prompt."""

@@ -51,10 +51,12 @@ class NothingReused:
     Attributes:
         report: what its lookup found; its `ttft` is the time that this took.
         missed: numbers of the prompt's chunks that were not in the store and should be stored (equal chunks once).
+        reading: seconds that its chunks would have taken to be read, if it was left alone for that.
     """
 
     report: Report
     missed: tuple[int, ...] = ()
+    reading: float | None = None
 
 
 def full_report(prompt: Prompt, seconds: float) -> Report:

@@ -14,6 +14,7 @@ from .buffers import PAGE, SlabPool, memory_of, round_up
 from .chunk import Chunk, block_ends, clear_padding, in_pool, layer_views
 from .chunkfile import ParsedHead
 from .errors import DamagedChunkError, StoreClosedError
+from .read_speed import ReadSpeed
 from .readers import ChunkReader
 from .tier_kinds import DISK
 
@@ -31,7 +32,11 @@ class OpenFile(Protocol):
 
 
 class DiskReader(ChunkReader):
-    """Rows in a file. They are read into memory that the host tier can take over."""
+    """Rows in a file. They are read into memory that the host tier can take over.
+
+    Attributes:
+        speed: times its reads, together with those of other chunks.
+    """
 
     kind = DISK
 
@@ -60,6 +65,7 @@ class DiskReader(ChunkReader):
         self._promoted = False
         self._users = 0
         self._seconds = [0.0] * len(head.layout.layers)
+        self.speed = ReadSpeed()
 
     @property
     def seconds(self) -> float:
@@ -78,11 +84,16 @@ class DiskReader(ChunkReader):
         with self._locks[layer]:
             if rows > self._covered[layer]:
                 self._begin()
+                timed, count = self.timed, 0
+                if timed:
+                    self.speed.begin()
                 try:
                     started = time.perf_counter()
-                    self.fetch(layer, rows)
+                    count = self.fetch(layer, rows)
                     self._seconds[layer] += time.perf_counter() - started
                 finally:
+                    if timed:
+                        self.speed.end(count)
                     self._end()
         self._prepare()
         return self._views[layer][: self.head.plan.rows[layer].size(rows)]
@@ -212,8 +223,8 @@ class DiskReader(ChunkReader):
         self._tail_is_clear = not any(area[size:])
         return clear.view(torch.float16).view(head.layout.tokens, head.layout.deviation_columns)
 
-    def fetch(self, layer: int, rows: int) -> None:
-        """Read rows that no `read` has brought yet, to the end of the block that holds row `rows` - 1.
+    def fetch(self, layer: int, rows: int) -> int:
+        """Read rows that no `read` has brought yet, to the end of the block that holds row `rows` - 1. Returns the bytes that were read.
 
         Called by `read`, which holds the layer's lock.
         """
@@ -227,6 +238,7 @@ class DiskReader(ChunkReader):
             raise DamagedChunkError(f"chunk {self.key}: the file ends inside layer {layer}")
         self._accept(layer, rows, area)
         self._bytes[layer] += len(area)
+        return len(area)
 
     def _missing(self, layer: int, rows: int) -> tuple[int, memoryview]:
         """Where in the file the rows of a layer begin that are still missing, and the memory that they are read into."""

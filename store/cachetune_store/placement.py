@@ -16,6 +16,7 @@ from .index import Index
 from .keeping import Keeper
 from .keys import ChunkKey
 from .printing import shown
+from .read_speed import ReadSpeed
 from .readers import ChunkReader, HostReader
 from .seals import CHECKSUMS
 from .stats import TierUsage
@@ -42,6 +43,9 @@ class Placement:
         tiers: the tiers, the fastest first. One at least holds more than copies.
         index: where texts are noted if no tier lasts. Tiers that last note them themselves.
         claims: who computes which chunk.
+
+    Attributes:
+        speeds: how fast each tier has read lately that isn't in memory, by name.
     """
 
     def __init__(self, tiers: Sequence[Tier], index: Index, claims: Claims) -> None:
@@ -54,6 +58,7 @@ class Placement:
         self._lasting = tuple(tier for tier in tiers if isinstance(tier, LastingTier))
         self._home: Tier = self._lasting[0] if self._lasting else next(t for t in tiers if not t.kind.copies)
         self._usage = {name: UsageLog(index, name, tier.counters) for name, tier in self._tiers.items()}
+        self.speeds = {tier.name: ReadSpeed() for tier in tiers if not tier.kind.in_memory}
         self._told = time.monotonic()
         self._telling: threading.Thread | None = None
         self._keeper = Keeper(self._keep)
@@ -122,6 +127,8 @@ class Placement:
             self.misses += reader is None
         if reader is not None:
             reader.on_close = self._release
+            if isinstance(reader, DiskReader):
+                reader.speed = self.speeds[reader.tier]
             # If no tier in memory has room for the chunk, it is not read as a whole.
             if any(tier.fits(reader.host_bytes) for tier in self._memory):
                 source = self._tiers[reader.tier]

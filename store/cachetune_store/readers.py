@@ -35,6 +35,7 @@ class ChunkReader(ABC):
         pin: what keeps the chunk from being evicted until close().
         on_close: called once with the reader when it is closed.
         on_promote: called with the chunk to be put into the tier above; None if it wouldn't fit there.
+        timed: whether its reads tell how fast the tier is. Those in the background don't: fewer threads read there, and they give way.
     """
 
     kind: ClassVar[TierKind]
@@ -46,6 +47,7 @@ class ChunkReader(ABC):
         self.pin: object = None
         self.on_close: Callable[[ChunkReader], None] | None = None
         self.on_promote: Callable[[Chunk], bool] | None = None
+        self.timed = True
         # One number for each layer, so that threads on different layers don't share a counter.
         self._bytes = [0] * len(head.layout.layers)
         self._layer_count, self._row_count = len(head.layout.layers), head.layout.tokens

@@ -343,6 +343,11 @@ class ChunkStore:
         """Make host memory that is no longer used ready for new chunks. See `SlabPool.prepare_idle_memory`."""
         self.memory.prepare_idle_memory()
 
+    def read_speed(self, tier: str) -> float | None:
+        """Bytes of rows a second that a tier has given lately to requests that waited for them; None if that isn't known, or its chunks needn't be read."""
+        speed = self._placement.speeds.get(tier)
+        return None if speed is None else speed.lately
+
     def touch_host(self, key: ChunkKey) -> int:
         """Bytes that a chunk takes in host memory, or on the device if it is only there; 0 if neither has it.
 

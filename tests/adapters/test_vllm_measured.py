@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from cachetune_vllm.measured import REMEMBERED, Measured, between
+from cachetune_rag.report import Report
+from cachetune_rag.reuse.state import NothingReused
+from cachetune_vllm.measured import REMEMBERED, TRIED, Measured, between
+from cachetune_vllm.responses import why_nothing
+from cachetune_vllm.slow_disk import CLEARLY, SlowDisk
 
 LEAST = 1000
 """Tokens that vLLM reads in the time that reuse takes beside computing, as long as nothing is known."""
@@ -146,3 +150,29 @@ def test_an_outcome_that_never_comes_is_not_waited_for() -> None:
 )
 def test_seconds_between_measured_points(points: list[tuple[float, float]], tokens: int, seconds: float | None) -> None:
     assert between(points, tokens) == seconds
+
+
+def test_vllms_own_time_is_known_without_any_prompt_of_ours() -> None:
+    server = Server()
+    assert server.measured.plain(4000) is None
+    for _ in range(3):
+        server.step(2000, 0.05)
+    assert server.measured.plain(4000) == pytest.approx(0.1)
+
+
+def test_a_prompt_is_left_where_reading_takes_clearly_longer_and_tried_now_and_then() -> None:
+    disk = SlowDisk()
+    assert not disk.leaves(1.0, CLEARLY)
+    for _ in range(3):
+        assert [disk.leaves(1.0, CLEARLY + 0.01) for _ in range(TRIED)] == [True] * (TRIED - 1) + [False]
+        assert not disk.leaves(1.0, 0.1)  # one that is quick doesn't count
+
+
+def test_a_left_prompt_says_both_times() -> None:
+    report = Report(10, 0, 8, 0, {"disk": 0}, 0.15, "frequency", 0.0, {})
+    assert why_nothing(NothingReused(report, reading=1.4), 0.52) == {
+        "reused": 0,
+        "left": "slow disk",
+        "why": "its chunks would take 1400 ms to be read from disk and vLLM 520 ms for the prompt, by what this server took lately",
+    }
+    assert why_nothing(NothingReused(report), 0.52) == {"reused": 0, "left": "all recomputed"}

@@ -218,9 +218,9 @@ class Fetches:
         numbers = {str(key_of(engine, text)): number for number, text in enumerate(TEXTS)}
         real = DiskReader.fetch
 
-        def fetch(reader: DiskReader, layer: int, rows: int) -> None:
+        def fetch(reader: DiskReader, layer: int, rows: int) -> int:
             self.seen.append((numbers[str(reader.key)], layer, rows))
-            real(reader, layer, rows)
+            return real(reader, layer, rows)
 
         monkeypatch.setattr(DiskReader, "fetch", fetch)
 

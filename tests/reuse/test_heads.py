@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -158,14 +159,20 @@ class Pair:
         self.engines = list(self.pool.map(opened, range(PEERS)))
 
     def reuse(
-        self, chunks: Sequence[str], selector: str, ratio: float, opened: Sequence[Callable[[], None]] = ()
+        self,
+        chunks: Sequence[str],
+        selector: str,
+        ratio: float,
+        opened: Sequence[Callable[[], None]] = (),
+        too_slow: Callable[[float], bool] | None = None,
     ) -> list[PrefillState | NothingReused | Exception]:
         def one(number: int) -> PrefillState | NothingReused | Exception:
             engine = self.engines[number]
             config = engine.admission.config(selector, ratio)
             request = engine.admission.for_prefill("what?", list(chunks), None, None, {}, config=config, started=0.0)
             try:
-                return engine.executor.reuse(request, engine.assembler.memory, *opened[number : number + 1])
+                memory = engine.assembler.memory
+                return engine.executor.reuse(request, memory, *opened[number : number + 1], too_slow=too_slow)
             except CacheTuneError as error:
                 return error
             except ZeroDivisionError as error:
@@ -282,4 +289,23 @@ def test_what_fails_on_one_peer_fails_on_both(pair: tuple[Any, Pair, Path]) -> N
     assert isinstance(first, PeerError)
     assert not first.again
     assert isinstance(second, ZeroDivisionError)
+    assert all(isinstance(state, PrefillState) for state in peers.reuse(CHUNKS, "expected_error", 0.2))
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_where_one_peer_has_a_slow_disk_both_decide_by_that(pair: tuple[Any, Pair, Path], slow: bool) -> None:
+    _, peers, _ = pair
+    speeds = (None, 1000.0) if slow else (1e6, 1e6)
+    for engine, speed in zip(peers.engines, speeds, strict=True):
+        engine.store.read_speed = partial(lambda said, tier: said, speed)  # type: ignore[method-assign]
+    asked: list[float] = []
+
+    def too_slow(seconds: float) -> bool:
+        asked.append(seconds)
+        return seconds > 1
+
+    states = peers.reuse(CHUNKS, "expected_error", 0.2, too_slow=too_slow)
+    assert all(isinstance(state, NothingReused if slow else PrefillState) for state in states)
+    assert len(asked) == PEERS
+    assert asked[0] == asked[1]
     assert all(isinstance(state, PrefillState) for state in peers.reuse(CHUNKS, "expected_error", 0.2))

@@ -401,11 +401,11 @@ def test_threads_that_read_the_first_rows_of_a_chunk_together_find_its_memory_re
         assert go_on.wait(20)
         return real_views(*args)
 
-    def fetch(reader: disk_reader.DiskReader, layer: int, rows: int) -> None:
+    def fetch(reader: disk_reader.DiskReader, layer: int, rows: int) -> int:
         if layer == 1:  # it comes while the other one makes ready
             begun.set()
             assert making.wait(20)
-        real_fetch(reader, layer, rows)
+        return real_fetch(reader, layer, rows)
 
     def read(reader: disk_reader.ChunkReader, layer: int) -> None:
         try:

@@ -37,6 +37,7 @@ class Engine:
 
     def __init__(self, *begins: Begun | Exception | None):
         self.begins, self.asked = list(begins), 0
+        self.fetched: list[Any] = []
         self.admission = SimpleNamespace(config=lambda *asked: None)
         self.assembler = SimpleNamespace(
             memory=SimpleNamespace(bytes_for=lambda ids, answer_tokens: len(ids) * ALIGNED)
@@ -49,6 +50,9 @@ class Engine:
         if isinstance(given, Exception):
             raise given
         return given
+
+    def prefetch(self, chunk_ids: Any, config: Any) -> None:
+        self.fetched.append(list(chunk_ids()))
 
 
 def job(name: str, tenant: str = "") -> Job:
@@ -107,6 +111,8 @@ def test_what_fails_for_the_next_prompt_is_left_to_its_turn(given: Exception | N
     for _ in range(3):
         coming.begin_next(turn)
     assert engine.asked == 1
+    # Where it can't be begun because its chunks are on disk, they are read meanwhile.
+    assert engine.fetched == ([] if given else [list(second.load.prompt.chunk_ids)])
     assert coming.next() is second
     assert coming.turn_of(second).begun is None
 

@@ -304,6 +304,32 @@ def test_a_request_is_weighed_once(
     assert seen == weighed
 
 
+@pytest.mark.parametrize(("measures", "settings"), [(True, {}), (False, {}), (True, {"least_reused": 100})], ids=str)
+def test_workers_are_told_how_long_vllm_takes_so_that_they_leave_what_a_disk_gives_more_slowly(
+    measures: bool, settings: dict[str, Any]
+) -> None:
+    server = Timed(found(4000, CHUNK), **settings)
+    if measures:
+        server.reads()
+    one = request(4000)
+    server.made.arrived(one)
+    assert server.made.matched(one, 48) == (3951, True)
+    server.made.allocated(one, range(250), 3951)
+    plain = server.made.to_workers(0).loads[0].plain
+    if not measures or settings:  # nothing is known, or the operator's number decides alone
+        assert plain is None
+        return
+    assert plain == pytest.approx(3952 * (0.01 + 2048 / 40_000) / 2048)
+    said = {"reused": 0, "left": Left.SLOW_DISK.value, "why": "slow"}
+    server.made.reported(FromWorker({"r": said}))
+    server.made.loaded({"r"})
+    assert server.made.matched(one, 48) == (0, False)  # vLLM computes it
+    stats = server.made.take_stats()
+    assert stats is not None
+    assert stats.data["left:slow disk"] == 1
+    assert server.made.finished(one) == {"cachetune": said}
+
+
 def test_an_operators_number_of_tokens_decides_alone_whatever_was_measured() -> None:
     server = Timed(found(4000, CHUNK), least_reused=100).reads()
     for _ in range(5):

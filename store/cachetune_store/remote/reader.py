@@ -41,7 +41,7 @@ class RemoteReader(DiskReader):
         self._remote = file
         self._failed = failed
 
-    def fetch(self, layer: int, rows: int) -> None:
+    def fetch(self, layer: int, rows: int) -> int:
         """See DiskReader.fetch. The same rows of the next layers come along, while they are few bytes and nobody else reads them."""
         self._prepare()
         layers, wanted, size = [layer], [self._missing(layer, rows)], 0
@@ -55,7 +55,7 @@ class RemoteReader(DiskReader):
                     wanted.append((0, memoryview(b"")))
                 else:
                     wanted.append(self._missing(number, rows))
-            self._fetch(layers, wanted, rows)
+            return self._fetch(layers, wanted, rows)
         finally:
             for number in layers[1:]:
                 self._locks[number].release()
@@ -74,8 +74,8 @@ class RemoteReader(DiskReader):
         if not isinstance(error.__cause__, MissingObjectError):
             self._failed(error)
 
-    def _fetch(self, layers: list[int], wanted: list[tuple[int, memoryview]], rows: int) -> None:
-        """Read the wanted areas of these layers. Their locks are held. Only the first layer's failure is an error now."""
+    def _fetch(self, layers: list[int], wanted: list[tuple[int, memoryview]], rows: int) -> int:
+        """Read the wanted areas of these layers. Their locks are held. Only the first layer's failure is an error now. Returns the bytes that were read."""
         pairs = [(layer, start, area) for layer, (start, area) in zip(layers, wanted, strict=True) if len(area)]
         try:
             counts = self._remote.read_ranges([area for *_, area in pairs], [start for _, start, _ in pairs])
@@ -91,3 +91,4 @@ class RemoteReader(DiskReader):
             except DamagedChunkError:
                 if layer == layers[0]:
                     raise
+        return sum(counts)
