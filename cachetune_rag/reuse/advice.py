@@ -40,16 +40,30 @@ def cut_sentences(
     return CutSentences(sum(int(rest.sum()) for rest in rests), sum(not rest.all() for rest in rests))
 
 
-def advice_of(cut: CutSentences, chunks: int) -> tuple[str, ...]:
+LEAST = 0.15
+"""Below this ratio, more right answers are lost where much stands behind the chunks."""
+BEHIND = 128
+"""Tokens behind the last stored chunk that are more than a question and what a template adds."""
+
+
+def advice_of(cut: CutSentences, chunks: int, ratio: float = 1.0, behind: int = 0) -> tuple[str, ...]:
     """Why to doubt that the answer stays right, and what to do about it; nothing for most prompts.
 
     Args:
         cut: what became of sentences that chunks cut in two.
         chunks: how many of the prompt's chunks are stored.
+        ratio: the share of their tokens that was recomputed; 1 if nothing was reused.
+        behind: tokens behind the last of them.
     """
-    if not cut.torn:
-        return ()
-    return (
-        f"{cut.torn} of {chunks} stored chunks {'seems' if cut.torn == 1 else 'seem'} to go on with a sentence which the chunk before began, and not all of the "
-        "rest of it was recomputed: a fact that is cut there is easily lost. Split texts at ends of sentences, or use a higher ratio for them.",
-    )
+    said = []
+    if cut.torn:
+        said.append(
+            f"{cut.torn} of {chunks} stored chunks {'seems' if cut.torn == 1 else 'seem'} to go on with a sentence which the chunk before began, and not all of the "
+            "rest of it was recomputed: a fact that is cut there is easily lost. Split texts at ends of sentences, or use a higher ratio for them."
+        )
+    if ratio < LEAST and behind > BEHIND:
+        said.append(
+            f"{behind} tokens stand behind the last stored chunk, and ratio is {ratio:g}: with earlier questions and answers there, facts are lost more often "
+            f"than with a question alone. Use a ratio of at least {LEAST:g} for such prompts."
+        )
+    return tuple(said)

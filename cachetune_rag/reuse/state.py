@@ -96,6 +96,7 @@ def report_of(
     computed = np.ones(len(prompt.ids), np.bool_) if chosen.plan is None else chosen.plan.computed.numpy()
     cut = cut_sentences([span for span, _ in found.chunks], continuations, computed)
     ratio = config.ratio if chosen.ratio is None else chosen.ratio
+    last = max((span.end for span, _ in found.chunks), default=len(prompt.ids))
     return Report(
         prompt_tokens=len(prompt.ids),
         reused=reused,
@@ -118,5 +119,5 @@ def report_of(
         sign=chosen.sign,
         prediction=chosen.prediction,
         continued=cut.recomputed,
-        advice=advice_of(cut, len(found.chunks)),
+        advice=advice_of(cut, len(found.chunks), ratio if reused else 1.0, len(prompt.ids) - last),
     )

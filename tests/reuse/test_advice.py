@@ -8,6 +8,7 @@ import pytest
 from tiny import llama, tokenizer
 
 from cachetune_rag import CacheTune
+from cachetune_rag.reuse.advice import BEHIND
 
 CUT = ("The mill is old. It has a door. The access code of the mill", "is 48213. Nobody knows it. The door is shut.")
 WHOLE = ("The mill is old. It has a door. The access code is new.", "Nobody knows it. The door is shut.")
@@ -42,3 +43,16 @@ def test_other_prompts_are_given_no_advice(engine: CacheTune) -> None:
     report = engine.prefill(query="Which code?", chunks=missed, ratio=0.05).report
     assert report.missed, "the second half was computed behind the first"
     assert report.advice == ()
+
+
+def test_much_text_behind_the_chunks_is_told_below_the_ratio_that_was_measured(engine: CacheTune) -> None:
+    turns = [{"role": "user", "content": " ".join(WHOLE) + " Is it old?"}]
+    turns += [{"role": "assistant", "content": "Yes, it is old. " * 12}, {"role": "user", "content": "Who knows it?"}]
+    prompt = engine.prompt_from_messages(turns)
+    (words,) = engine.prefill(prompt=prompt, ratio=0.05).report.advice
+    behind = len(prompt.ids) - max(span.end for span in prompt.spans)
+    assert behind > BEHIND
+    assert words.startswith(f"{behind} tokens stand behind the last stored chunk, and ratio is 0.05: ")
+    assert words.endswith("Use a ratio of at least 0.15 for such prompts.")
+    assert engine.prefill(prompt=prompt, ratio=0.15).report.advice == ()
+    assert engine.full_prefill(prompt=prompt).report.advice == ()
