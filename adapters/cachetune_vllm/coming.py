@@ -12,6 +12,7 @@ import torch
 
 from cachetune_rag.answering.request import Request
 from cachetune_rag.model.heads import Heads
+from cachetune_rag.readahead.batch import Prefetch
 from cachetune_rag.reuse.begun import Begun
 from cachetune_rag.reuse.prompt_room import PromptRoom
 from cachetune_rag.runtime import Runtime
@@ -97,6 +98,7 @@ class Coming:
         self._taken: deque[Job | Missed | None] = deque()  # from the queue, before its turn: one at most
         self._begun: Turn | None = None  # that one
         self._tried: Job | None = None  # whether or not it could be begun
+        self._read: Prefetch | None = None  # the chunks of the last one that could not
 
     def put(self, job: Job | Missed | None) -> None:
         """Add something to do; None ends the thread."""
@@ -146,10 +148,11 @@ class Coming:
                 if begun is not None:
                     self._begun = replace(turn, begun=begun)
                     stack.pop_all()
-                else:
-                    # What is read by its turn, it need not wait for; reading gives way to a prompt that waits for the disk itself.
+                elif self._read is None or self._read.wait(0):
+                    # What is read by its turn, it need not wait for; reading gives way to a prompt that waits for the disk itself. Where the disk has not given
+                    # the chunks of an earlier one yet, these would not come in time either, and ever more would wait.
                     chunks = turn.request.prompt.chunk_ids
-                    turn.engine.executor.prefetch(lambda: chunks, turn.request.config)
+                    self._read = turn.engine.executor.prefetch(lambda: chunks, turn.request.config)
         except Exception as error:
             # The error's text: whoever keeps the error keeps the prompt's tensors.
             _log.debug("a request was not begun before its turn: %s", str(error))

@@ -161,18 +161,20 @@ class ReuseScheduler:
         settings, end, verdict = reusing.settings, _end(request), reusing.verdict
         assert reusing.found.prompt is not None
         assert verdict is not None
+        # Behind an equal prompt, of which vLLM has found pages, the rest is put together however long it takes; see `matched`.
+        first = end - count == verdict.cached
         self._loads.append(
             Load(
                 request.request_id, reusing.found.prompt, settings.selector, settings.ratio, settings.tenant, tuple(blocks),
                 end - count, end, min(reusing.exact, end - count), settings.explain, settings.max_kl, settings.min_top1,
-                self._worthwhile.plain(count + 1),
+                self._worthwhile.plain(count + 1) if first else None,
             )
         )  # fmt: skip
         reusing.loading = True
         self._loading += 1
         savings = verdict.savings
         # Neither what makes an explanation is typical, nor a prompt of which vLLM has found more pages since.
-        typical = not settings.explain and end - count == verdict.cached
+        typical = not settings.explain and first
         self._measured.load_begins(
             request.request_id, verdict.kind, savings.stored, savings.to_compute, typical=typical
         )

@@ -49,6 +49,7 @@ class ReadAhead:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._chunks: dict[ChunkKey, ChunkBeingRead] = {}
+        self._handed = 0  # bytes of the open chunks that `go_on` was given and that are not in `_chunks` yet
 
     def fetch(
         self, keys: Callable[[], Iterable[ChunkKey]], rows: Callable[[ChunkReader], int] | None = None
@@ -62,10 +63,14 @@ class ReadAhead:
         batch = Batch(self._limit)
         count = rows or _all_rows
 
+        def opened() -> None:
+            self._give_room(batch, count)
+            self._begin_reading(batch)
+
         def begin() -> int:
             wanted = list(dict.fromkeys(keys()))
             batch.keys = enumerate(wanted)
-            self._together(batch, min(OPENERS, len(wanted)), self._open_some, lambda: self._begin_reading(batch, count))
+            self._together(batch, min(OPENERS, len(wanted)), self._open_some, opened)
             return 0
 
         # Without room there is nothing to do. RuntimeError: the engine is closed, so nothing can be started any more.
@@ -77,27 +82,47 @@ class ReadAhead:
     def go_on(self, readers: Sequence[ChunkReader], rows: Callable[[ChunkReader], int] | None = None) -> Prefetch:
         """As `fetch`, for chunks that are open already. What was read of them isn't read again.
 
+        Where these and what is read already are more than `limit`, these are only closed: each would push another one out of host memory, and a server that
+        asks for more than its disk gives would have ever more files open.
+
         Args:
             readers: are closed here.
             rows: see `fetch`.
         """
         batch = Batch(self._limit)
         batch.found = dict(enumerate(readers))
+        size = sum(reader.host_bytes for reader in readers)
 
         def begin() -> int:
-            self._begin_reading(batch, rows or _all_rows)
+            try:
+                self._give_room(batch, rows or _all_rows)
+            finally:
+                self._hand(-size)
+            self._begin_reading(batch)
             return 0
 
         def close() -> None:
             for reader in readers:
                 reader.close()
 
+        def drop() -> None:
+            self._hand(-size)
+            close()
+
+        with self._lock:
+            before = self._handed + sum(chunk.reader.host_bytes for chunk in self._chunks.values())
+            busy = before > 0 and before + size > self._limit
+            if not busy:
+                self._handed += size
+        if busy:
+            close()
+            return batch.prefetch
         try:
             job = self._pool.submit(begin)
         except RuntimeError:  # closed meanwhile
-            close()
+            drop()
             return batch.prefetch
-        job.add_done_callback(lambda ended: close() if ended.cancelled() else None)
+        job.add_done_callback(lambda ended: drop() if ended.cancelled() else None)
         batch.prefetch.futures.append(job)
         return batch.prefetch
 
@@ -184,8 +209,12 @@ class ReadAhead:
                 _log.debug("chunk %s was not read ahead: %s", key, error)
         return 0
 
-    def _begin_reading(self, batch: Batch, rows: Callable[[ChunkReader], int]) -> None:
-        """All chunks are open: give room to the first ones, and read those."""
+    def _hand(self, size: int) -> None:
+        with self._lock:
+            self._handed += size
+
+    def _give_room(self, batch: Batch, rows: Callable[[ChunkReader], int]) -> None:
+        """All chunks are open: give room to the first ones, which are read, and close the others."""
         unwanted = []
         for number in sorted(batch.found):
             found = batch.found[number]
@@ -205,6 +234,9 @@ class ReadAhead:
                     unwanted.append(found)
         for reader in unwanted:
             reader.close()
+
+    def _begin_reading(self, batch: Batch) -> None:
+        """Read the chunks that were given room."""
         batch.order = batch.reads()
         self._wait(partial(self._stopped, batch))  # one thread does, instead of all
         self._together(batch, sum(c.left for c in batch.chunks), self._read_some, lambda: self._end(batch))

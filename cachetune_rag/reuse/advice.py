@@ -43,7 +43,7 @@ def cut_sentences(
 LEAST = 0.15
 """Below this ratio, more right answers are lost where much stands behind the chunks."""
 BEHIND = 128
-"""Tokens behind the last stored chunk that are more than a question and what a template adds."""
+"""Tokens behind the last chunk that are more than a question and what a template adds."""
 
 
 def advice_of(cut: CutSentences, chunks: int, ratio: float = 1.0, behind: int = 0) -> tuple[str, ...]:
@@ -53,7 +53,7 @@ def advice_of(cut: CutSentences, chunks: int, ratio: float = 1.0, behind: int = 
         cut: what became of sentences that chunks cut in two.
         chunks: how many of the prompt's chunks are stored.
         ratio: the share of their tokens that was recomputed; 1 if nothing was reused.
-        behind: tokens behind the last of them.
+        behind: tokens behind the last of all its chunks.
     """
     said = []
     if cut.torn:
@@ -63,7 +63,7 @@ def advice_of(cut: CutSentences, chunks: int, ratio: float = 1.0, behind: int = 
         )
     if ratio < LEAST and behind > BEHIND:
         said.append(
-            f"{behind} tokens stand behind the last stored chunk, and ratio is {ratio:g}: with earlier questions and answers there, facts are lost more often "
+            f"{behind} tokens stand behind the last chunk, and ratio is {ratio:g}: with earlier questions and answers there, facts are lost more often "
             f"than with a question alone. Use a ratio of at least {LEAST:g} for such prompts."
         )
     return tuple(said)

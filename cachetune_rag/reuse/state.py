@@ -96,7 +96,8 @@ def report_of(
     computed = np.ones(len(prompt.ids), np.bool_) if chosen.plan is None else chosen.plan.computed.numpy()
     cut = cut_sentences([span for span, _ in found.chunks], continuations, computed)
     ratio = config.ratio if chosen.ratio is None else chosen.ratio
-    last = max((span.end for span, _ in found.chunks), default=len(prompt.ids))
+    # Chunks that are not stored are no questions and answers.
+    last = max((span.end for span in prompt.spans), default=len(prompt.ids))
     return Report(
         prompt_tokens=len(prompt.ids),
         reused=reused,

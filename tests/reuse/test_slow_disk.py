@@ -148,6 +148,24 @@ def test_what_has_no_room_in_memory_is_let_go(tmp_path: Path, fit: int) -> None:
         wait_for(lambda: in_host(engine) == fit)
 
 
+def test_no_more_is_read_behind_left_prompts_than_memory_holds(tmp_path: Path) -> None:
+    """Otherwise a server that is asked for more than its disk gives would have ever more files open."""
+    with opened(tmp_path) as engine:
+        keys = [engine.runtime.assembler.key(tokenizer()(text, add_special_tokens=False).input_ids) for text in TEXTS]
+        sizes = [reader.host_bytes for reader in map(engine.store.open, keys) if reader is not None]
+    with opened(tmp_path, host_budget=sum(sizes) - min(sizes) // 2) as engine:
+        coming = engine.runtime.prefetcher
+        with paused(engine):
+            for _ in range(2):  # the same ones again are handed on and read on
+                assert isinstance(reuse(engine, Asked(slow=True)), NothingReused)
+                wait_for(lambda: coming.coming == set(keys[:3]))
+            assert isinstance(reuse(engine, Asked(slow=True), TEXTS[3:]), NothingReused)
+            assert engine.store.stats().disk.pinned == 3  # type: ignore[union-attr]
+        wait_for(lambda: in_host(engine) == 3 and not coming.coming)
+        assert isinstance(reuse(engine, Asked(slow=True), TEXTS[3:]), NothingReused)
+        wait_for(lambda: bool(engine.store.touch_host(keys[3])))
+
+
 def test_a_tenants_chunks_are_read_for_that_tenant(tmp_path: Path) -> None:
     with ChunkStore(tmp_path) as store:
         for tenant in ("a", "b"):

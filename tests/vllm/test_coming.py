@@ -38,6 +38,7 @@ class Engine:
     def __init__(self, *begins: Begun | Exception | None):
         self.begins, self.asked = list(begins), 0
         self.fetched: list[Any] = []
+        self.read = True  # whether what was fetched is there
         self.admission = SimpleNamespace(config=lambda *asked: None)
         self.assembler = SimpleNamespace(
             memory=SimpleNamespace(bytes_for=lambda ids, answer_tokens: len(ids) * ALIGNED)
@@ -51,8 +52,9 @@ class Engine:
             raise given
         return given
 
-    def prefetch(self, chunk_ids: Any, config: Any) -> None:
+    def prefetch(self, chunk_ids: Any, config: Any) -> Any:
         self.fetched.append(list(chunk_ids()))
+        return SimpleNamespace(wait=lambda seconds: self.read)
 
 
 def job(name: str, tenant: str = "") -> Job:
@@ -115,6 +117,18 @@ def test_what_fails_for_the_next_prompt_is_left_to_its_turn(given: Exception | N
     assert engine.fetched == ([] if given else [list(second.load.prompt.chunk_ids)])
     assert coming.next() is second
     assert coming.turn_of(second).begun is None
+
+
+def test_no_more_is_read_while_the_disk_has_not_given_what_an_earlier_prompt_needs() -> None:
+    jobs = [job(f"j{number}") for number in range(4)]
+    coming = coming_of(engine := Engine(None, None, None))
+    turn = at_hand(coming, *jobs)
+    for there, fetched in ((False, 1), (False, 1), (True, 2)):
+        engine.read = there
+        coming.begin_next(turn)
+        assert len(engine.fetched) == fetched
+        turn = coming.turn_of(coming.next())  # type: ignore[arg-type]
+        turn.close()
 
 
 def test_what_fails_later_is_closed_and_begins_anew_at_its_turn() -> None:

@@ -330,6 +330,24 @@ def test_workers_are_told_how_long_vllm_takes_so_that_they_leave_what_a_disk_giv
     assert server.made.finished(one) == {"cachetune": said}
 
 
+def test_the_rest_of_an_equal_prompt_is_put_together_whatever_disk_it_lies_on() -> None:
+    """Its other pages have reused rows: a report that says nothing was reused would be wrong, and the answer another one."""
+    server = Timed(found(4000, CHUNK)).reads()
+    known: set[bytes] = set()
+    server.made.pages.bind(SimpleNamespace(get_cached_block=lambda hashed, groups: hashed in known or None))
+    one = request(4000)
+    server.made.arrived(one)
+    assert server.made.matched(one, 0) == (3999, True)
+    known |= set(one.block_hashes)
+    server.made.finished(one)
+    second = request(4000)
+    server.made.arrived(second)
+    assert server.made.matched(second, 0) == (None, False)
+    assert server.made.matched(second, 2000) == (1999, True)
+    server.made.allocated(second, range(250), 1999)
+    assert server.made.to_workers(0).loads[0].plain is None
+
+
 def test_an_operators_number_of_tokens_decides_alone_whatever_was_measured() -> None:
     server = Timed(found(4000, CHUNK), least_reused=100).reads()
     for _ in range(5):
