@@ -45,6 +45,7 @@ class _Reusing:
         asked: whether the request gave settings, so that its response has a report whatever becomes of it.
         verdict: that it reuses its chunks, and by what that was decided; its pages have hashes of their own since. None: not decided yet.
         exact: how many of its first tokens are computed without reuse, so that their pages keep their hashes.
+        hashes: the hashes of its prompt's pages before; none if some of these pages have reused rows whatever becomes of it.
         loading: whether its prompt is being put together.
         alone: whether vLLM computes the prompt in the end, because putting it together came to nothing.
         report: its report, once there is one.
@@ -56,6 +57,7 @@ class _Reusing:
     asked: bool
     verdict: Verdict | None = None
     exact: int = 0
+    hashes: tuple[bytes, ...] = ()
     loading: bool = False
     alone: bool = False
     report: dict[str, Any] = field(default_factory=dict)
@@ -161,13 +163,16 @@ class ReuseScheduler:
         settings, end, verdict = reusing.settings, _end(request), reusing.verdict
         assert reusing.found.prompt is not None
         assert verdict is not None
-        # Behind an equal prompt, of which vLLM has found pages, the rest is put together however long it takes; see `matched`.
+        # Behind an equal prompt, of which vLLM has found pages, the rest is put together however long it takes; see `matched`. So is a prompt that was put
+        # together before, and lost its pages in the middle of its answer.
         first = end - count == verdict.cached
+        if not first:
+            reusing.hashes = ()
         self._loads.append(
             Load(
                 request.request_id, reusing.found.prompt, settings.selector, settings.ratio, settings.tenant, tuple(blocks),
                 end - count, end, min(reusing.exact, end - count), settings.explain, settings.max_kl, settings.min_top1,
-                self._worthwhile.plain(count + 1) if first else None,
+                self._worthwhile.plain(count + 1) if first and not reusing.report else None,
             )
         )  # fmt: skip
         reusing.loading = True
@@ -201,6 +206,9 @@ class ReuseScheduler:
                 reusing.report = report
                 # vLLM would ask for the same again, since none of it is computed yet.
                 reusing.alone = left
+                if left:
+                    # vLLM computes all of its pages, so they are found as any others, and nobody takes them for pages with reused rows.
+                    reusing.request.block_hashes[: len(reusing.hashes)] = reusing.hashes
                 _count_cached(reusing.request, report["reused"])
         for request_id, storing in told.storing.items():
             self.stats.add_storing(storing)
@@ -279,6 +287,7 @@ class ReuseScheduler:
         reusing.found = Recognised(prompt, found.missing)
         first = max(computed, min(span.start for span in prompt.spans)) // self._block_size
         reusing.exact, reusing.verdict = first * self._block_size, verdict
+        reusing.hashes = tuple(request.block_hashes)
         salt_hashes(request.block_hashes, first, salt_of(prompt, settings))
         return True
 

@@ -312,8 +312,10 @@ def test_workers_are_told_how_long_vllm_takes_so_that_they_leave_what_a_disk_giv
     if measures:
         server.reads()
     one = request(4000)
+    before = list(one.block_hashes)
     server.made.arrived(one)
     assert server.made.matched(one, 48) == (3951, True)
+    assert one.block_hashes != before
     server.made.allocated(one, range(250), 3951)
     plain = server.made.to_workers(0).loads[0].plain
     if not measures or settings:  # nothing is known, or the operator's number decides alone
@@ -324,6 +326,7 @@ def test_workers_are_told_how_long_vllm_takes_so_that_they_leave_what_a_disk_giv
     server.made.reported(FromWorker({"r": said}))
     server.made.loaded({"r"})
     assert server.made.matched(one, 48) == (0, False)  # vLLM computes it
+    assert one.block_hashes == before  # and an equal prompt finds pages that are vLLM's own
     stats = server.made.take_stats()
     assert stats is not None
     assert stats.data["left:slow disk"] == 1
@@ -346,6 +349,20 @@ def test_the_rest_of_an_equal_prompt_is_put_together_whatever_disk_it_lies_on() 
     assert server.made.matched(second, 2000) == (1999, True)
     server.made.allocated(second, range(250), 1999)
     assert server.made.to_workers(0).loads[0].plain is None
+    server.made.reported(FromWorker({"r": {"reused": 0, "left": Left.FAILED.value}}))
+    assert second.block_hashes == one.block_hashes  # its first pages have reused rows
+
+
+def test_a_prompt_that_lost_its_pages_in_the_middle_of_its_answer_is_put_together_again() -> None:
+    server = Timed(found(4000, CHUNK)).reads()
+    one = request(4000)
+    server.made.arrived(one)
+    for expected in (True, False):
+        assert server.made.matched(one, 0) == (3999, True)
+        server.made.allocated(one, range(250), 3999)
+        assert (server.made.to_workers(0).loads[0].plain is not None) == expected
+        server.made.reported(FromWorker({"r": {"reused": 3230}}))
+        server.made.loaded({"r"})
 
 
 def test_an_operators_number_of_tokens_decides_alone_whatever_was_measured() -> None:

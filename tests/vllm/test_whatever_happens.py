@@ -297,6 +297,10 @@ def test_a_store_that_is_gone_costs_what_was_in_it(crowded: Served) -> None:
     away = crowded.store.rename(crowded.store.with_name("away"))
     out = crowded.ask([prompt], **settings)[0]
     assert (report(out)["reused"], report(out)["left"]) == (0, "missed")
+    # The pages that vLLM has computed are found as any others, and nobody says that something of them was reused.
+    once_more = crowded.ask([prompt], **settings)[0]
+    assert (report(once_more)["reused"], report(once_more)["left"]) == (0, "cached")
+    assert once_more.num_cached_tokens
     assert [list(out.outputs[0].token_ids)] == crowded.plain([prompt])
     away.rename(crowded.store)
     assert crowded.tokens([again], **settings) == crowded.engines([again], **settings)
