@@ -46,13 +46,13 @@ BEHIND = 128
 """Tokens behind the last chunk that are more than a question and what a template adds."""
 
 
-def advice_of(cut: CutSentences, chunks: int, ratio: float = 1.0, behind: int = 0) -> tuple[str, ...]:
+def advice_of(cut: CutSentences, chunks: int, ratio: float | None = 1.0, behind: int = 0) -> tuple[str, ...]:
     """Why to doubt that the answer stays right, and what to do about it; nothing for most prompts.
 
     Args:
         cut: what became of sentences that chunks cut in two.
         chunks: how many of the prompt's chunks are stored.
-        ratio: the share of their tokens that was recomputed; 1 if nothing was reused.
+        ratio: the share of their tokens that was to be recomputed; 1 if nothing was reused, None if the selector takes no ratio and recomputes nothing.
         behind: tokens behind the last of all its chunks.
     """
     said = []
@@ -61,9 +61,14 @@ def advice_of(cut: CutSentences, chunks: int, ratio: float = 1.0, behind: int = 
             f"{cut.torn} of {chunks} stored chunks {'seems' if cut.torn == 1 else 'seem'} to go on with a sentence which the chunk before began, and not all of the "
             "rest of it was recomputed: a fact that is cut there is easily lost. Split texts at ends of sentences, or use a higher ratio for them."
         )
-    if ratio < LEAST and behind > BEHIND:
+    if (ratio is None or ratio < LEAST) and behind > BEHIND:
+        little, use = (
+            ("nothing of the chunks is recomputed", "a selector that recomputes, and ")
+            if ratio is None
+            else (f"ratio is {ratio:g}", "")
+        )
         said.append(
-            f"{behind} tokens stand behind the last chunk, and ratio is {ratio:g}: with earlier questions and answers there, facts are lost more often "
-            f"than with a question alone. Use a ratio of at least {LEAST:g} for such prompts."
+            f"{behind} tokens stand behind the last chunk, and {little}: with earlier questions and answers there, facts are lost more often "
+            f"than with a question alone. Use {use}a ratio of at least {LEAST:g} for such prompts."
         )
     return tuple(said)

@@ -15,6 +15,7 @@ from cachetune_rag.reuse.advice import advice_of, cut_sentences
 from cachetune_rag.reuse.config import ReuseConfig
 from cachetune_rag.reuse.lookup import Faults, FoundChunks
 from cachetune_rag.reuse.plan import Chosen
+from cachetune_rag.selection import get_selector
 from cachetune_rag.text.prompts.continuations import Continuation
 from cachetune_rag.text.prompts.prompt import Prompt
 
@@ -96,6 +97,7 @@ def report_of(
     computed = np.ones(len(prompt.ids), np.bool_) if chosen.plan is None else chosen.plan.computed.numpy()
     cut = cut_sentences([span for span, _ in found.chunks], continuations, computed)
     ratio = config.ratio if chosen.ratio is None else chosen.ratio
+    share = ratio if get_selector(config.selector).uses_ratio else None
     # Chunks that are not stored are no questions and answers.
     last = max((span.end for span in prompt.spans), default=len(prompt.ids))
     return Report(
@@ -120,5 +122,5 @@ def report_of(
         sign=chosen.sign,
         prediction=chosen.prediction,
         continued=cut.recomputed,
-        advice=advice_of(cut, len(found.chunks), ratio if reused else 1.0, len(prompt.ids) - last),
+        advice=advice_of(cut, len(found.chunks), share if reused else 1.0, len(prompt.ids) - last),
     )

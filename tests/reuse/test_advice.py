@@ -55,6 +55,10 @@ def test_much_text_behind_the_chunks_is_told_below_the_ratio_that_was_measured(e
     assert words.startswith(f"{behind} tokens stand behind the last chunk, and ratio is 0.05: ")
     assert words.endswith("Use a ratio of at least 0.15 for such prompts.")
     assert engine.prefill(prompt=prompt, ratio=0.15).report.advice == ()
+    (words,) = engine.prefill(prompt=prompt, selector="none").report.advice  # whatever its ratio is said to be
+    assert words.startswith(f"{behind} tokens stand behind the last chunk, and nothing of the chunks is recomputed: ")
+    assert words.endswith("Use a selector that recomputes, and a ratio of at least 0.15 for such prompts.")
+    assert engine.prefill(prompt=prompt, selector="all", ratio=0.05).report.advice == ()
     # A long chunk that is not stored is no question.
     missed = engine.prefill(query="Is it old?", chunks=[*WHOLE, "It stands by the river. " * 12], ratio=0.05).report
     assert missed.missed > BEHIND
