@@ -63,5 +63,7 @@ class ReadSpeed:
         now = self._clock()
         if self._reading:
             self._seconds += now - self._since
+        elif now - self._since > REMEMBERED:  # what was read of a piece before that is forgotten as well
+            self._bytes, self._seconds = 0, 0.0
         self._since = now
         return now

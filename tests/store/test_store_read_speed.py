@@ -40,6 +40,17 @@ def test_the_median_of_the_latest_pieces_once_there_are_enough() -> None:
     assert speed.lately is None
 
 
+def test_a_piece_is_not_put_together_of_reads_that_are_long_forgotten() -> None:
+    speed = ReadSpeed(clock := Clock())
+    read(speed, clock, 100, PIECE - 1)
+    clock.now += REMEMBERED + 1
+    read(speed, clock, 0.5, PIECE // 2)  # no whole piece by itself
+    for _ in range(ENOUGH):
+        assert speed.lately is None
+        read(speed, clock, 1)
+    assert speed.lately == pytest.approx(PIECE)
+
+
 def test_reads_side_by_side_share_their_time_and_small_ones_are_taken_together() -> None:
     speed = ReadSpeed(clock := Clock())
     for _ in range(2 * ENOUGH):
