@@ -162,4 +162,4 @@ class ChunkOpener:
 def bytes_to_read(reader: ChunkReader, rows: int) -> int:
     """Bytes of the first `rows` rows of every layer of an open chunk that have to be waited for."""
     sizes = enumerate(reader.head.plan.rows)
-    return sum(layer_rows.size(rows) for layer, layer_rows in sizes if not reader.has(layer, rows))
+    return sum(form.size(rows) - form.size(min(rows, reader.rows_there(layer))) for layer, form in sizes)

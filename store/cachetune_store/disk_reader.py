@@ -84,16 +84,14 @@ class DiskReader(ChunkReader):
         with self._locks[layer]:
             if rows > self._covered[layer]:
                 self._begin()
-                timed, count = self.timed, 0
-                if timed:
-                    self.speed.begin()
+                count, timed = 0, self.speed.begin() if self.timed else None
                 try:
                     started = time.perf_counter()
                     count = self.fetch(layer, rows)
                     self._seconds[layer] += time.perf_counter() - started
                 finally:
-                    if timed:
-                        self.speed.end(count)
+                    if timed is not None:
+                        self.speed.end(timed, count)
                     self._end()
         self._prepare()
         return self._views[layer][: self.head.plan.rows[layer].size(rows)]
@@ -121,6 +119,10 @@ class DiskReader(ChunkReader):
         """See ChunkReader.has."""
         layer, rows = self._check_range(layer, rows)
         return self._covered[layer] >= rows
+
+    def rows_there(self, layer: int) -> int:
+        """See ChunkReader.rows_there."""
+        return self._covered[layer]
 
     @property
     def complete(self) -> bool:

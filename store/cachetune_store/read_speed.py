@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 
-__all__ = ["ENOUGH", "KEPT", "PIECE", "REMEMBERED", "ReadSpeed"]
+__all__ = ["ENOUGH", "KEPT", "LONGEST", "PIECE", "REMEMBERED", "ReadSpeed"]
 
 PIECE = 16 << 20
 """Bytes whose reading is timed together: a few reads of long chunks, side by side."""
@@ -18,6 +19,8 @@ KEPT = 33
 """So many of the latest pieces are kept: half a gigabyte, more than the last rows of one long prompt."""
 REMEMBERED = 600.0
 """Seconds after which a piece is forgotten."""
+LONGEST = 60.0
+"""Seconds. A read that takes longer than this says nothing of the speed: a disk that doesn't answer may never end it, and whoever waited has given it up."""
 
 
 class ReadSpeed:
@@ -30,22 +33,25 @@ class ReadSpeed:
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._reading = 0
+        self._numbers = itertools.count()
+        self._reading: dict[int, float] = {}  # when each read that is under way began
         self._since = 0.0
         self._bytes, self._seconds = 0, 0.0
         self._pieces: deque[tuple[float, float]] = deque(maxlen=KEPT)  # when each ended, and its bytes a second
 
-    def begin(self) -> None:
-        """A read begins."""
+    def begin(self) -> int:
+        """A read begins. Returns its number, for `end`."""
         with self._lock:
-            self._pass_time()
-            self._reading += 1
+            number = next(self._numbers)
+            self._reading[number] = self._pass_time()
+            return number
 
-    def end(self, count: int) -> None:
+    def end(self, number: int, count: int) -> None:
         """A read ends that has given so many bytes."""
         with self._lock:
             now = self._pass_time()
-            self._reading -= 1
+            if now - self._reading.pop(number) > LONGEST:
+                return
             self._bytes += count
             if self._bytes >= PIECE and self._seconds > 0:
                 self._pieces.append((now, self._bytes / self._seconds))
@@ -62,7 +68,7 @@ class ReadSpeed:
     def _pass_time(self) -> float:
         now = self._clock()
         if self._reading:
-            self._seconds += now - self._since
+            self._seconds += max(0.0, min(now, max(self._reading.values()) + LONGEST) - self._since)
         elif now - self._since > REMEMBERED:  # what was read of a piece before that is forgotten as well
             self._bytes, self._seconds = 0, 0.0
         self._since = now

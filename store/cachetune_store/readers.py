@@ -138,7 +138,11 @@ class ChunkReader(ABC):
 
     def has(self, layer: int, rows: int) -> bool:
         """Whether `read(layer, rows)` would return without waiting for a disk."""
-        return self.in_memory
+        return self.rows_there(layer) >= rows
+
+    def rows_there(self, layer: int) -> int:
+        """How many of a layer's first rows `read` gives without waiting for a disk."""
+        return self.head.layout.tokens if self.in_memory else 0
 
     def locate(self, layer: int, rows: int) -> int:
         """The address of what `read(layer, rows)` returns, for copies by address. It counts as a read.

@@ -13,6 +13,7 @@ from tiny import llama, tokenizer
 
 from cachetune_rag import CacheTune
 from cachetune_rag.reuse.config import ReuseConfig
+from cachetune_rag.reuse.opening import bytes_to_read
 from cachetune_rag.reuse.state import NothingReused, PrefillState
 from cachetune_rag.selection.base import budget
 from cachetune_store import ChunkStore, read_speed
@@ -203,3 +204,19 @@ def test_what_was_read_before_the_next_request_is_not_read_again(tmp_path: Path)
             assert left.report.bytes_read["disk"] >= first  # the readers that had read their first layers
             wait_for(lambda: len(prefetcher.coming) == 3)
         wait_for(lambda: in_host(engine) == 3)
+
+
+def test_of_a_layer_that_was_read_in_part_the_rest_is_waited_for(tmp_path: Path) -> None:
+    text = " ".join(TEXTS)
+    with CacheTune(llama(), tokenizer(), tmp_path) as engine:
+        engine.precompute([text])
+    with CacheTune(llama(), tokenizer(), tmp_path, host_budget=0) as engine:
+        key = engine.runtime.assembler.key(tokenizer()(text, add_special_tokens=False).input_ids)
+        with engine.store.open(key) as reader:  # type: ignore[union-attr]
+            rows, forms = reader.layout.tokens, reader.head.plan.rows
+            assert bytes_to_read(reader, rows) == sum(form.size(rows) for form in forms)
+            reader.read(0, 1)
+            there = reader.rows_there(0)
+            assert 0 < there < rows
+            assert bytes_to_read(reader, rows) == sum(form.size(rows) for form in forms) - forms[0].size(there)
+            assert bytes_to_read(reader, there) == sum(form.size(there) for form in forms[1:])

@@ -8,7 +8,7 @@ import pytest
 from store_samples import sample
 
 from cachetune_store import ChunkStore, read_speed
-from cachetune_store.read_speed import ENOUGH, KEPT, PIECE, REMEMBERED, ReadSpeed
+from cachetune_store.read_speed import ENOUGH, KEPT, LONGEST, PIECE, REMEMBERED, ReadSpeed
 
 
 class Clock:
@@ -19,9 +19,9 @@ class Clock:
 
 
 def read(speed: ReadSpeed, clock: Clock, seconds: float, count: int = PIECE) -> None:
-    speed.begin()
+    number = speed.begin()
     clock.now += seconds
-    speed.end(count)
+    speed.end(number, count)
 
 
 def test_the_median_of_the_latest_pieces_once_there_are_enough() -> None:
@@ -42,7 +42,7 @@ def test_the_median_of_the_latest_pieces_once_there_are_enough() -> None:
 
 def test_a_piece_is_not_put_together_of_reads_that_are_long_forgotten() -> None:
     speed = ReadSpeed(clock := Clock())
-    read(speed, clock, 100, PIECE - 1)
+    read(speed, clock, 50, PIECE - 1)
     clock.now += REMEMBERED + 1
     read(speed, clock, 0.5, PIECE // 2)  # no whole piece by itself
     for _ in range(ENOUGH):
@@ -54,13 +54,13 @@ def test_a_piece_is_not_put_together_of_reads_that_are_long_forgotten() -> None:
 def test_reads_side_by_side_share_their_time_and_small_ones_are_taken_together() -> None:
     speed = ReadSpeed(clock := Clock())
     for _ in range(2 * ENOUGH):
-        speed.begin()
+        one = speed.begin()
         clock.now += 0.1
-        speed.begin()
+        other = speed.begin()
         clock.now += 0.2
-        speed.end(PIECE // 4)
+        speed.end(one, PIECE // 4)
         clock.now += 0.2
-        speed.end(PIECE // 4)
+        speed.end(other, PIECE // 4)
         clock.now += 7
     assert speed.lately == pytest.approx(PIECE)
 
@@ -71,6 +71,21 @@ def test_what_failed_takes_time_and_gives_nothing() -> None:
         read(speed, clock, 1, 0)
         read(speed, clock, 1)
     assert speed.lately == pytest.approx(PIECE / 2)
+
+
+def test_a_read_that_a_disk_never_ends_does_not_make_it_slow_for_ever() -> None:
+    speed = ReadSpeed(clock := Clock())
+    hanging = speed.begin()
+    clock.now += LONGEST
+    for _ in range(ENOUGH):
+        clock.now += 30  # nothing is read meanwhile
+        read(speed, clock, 0.5)
+    clock.now += LONGEST
+    read(speed, clock, 0.5)
+    assert speed.lately == pytest.approx(2 * PIECE)
+    speed.end(hanging, 100 * PIECE)  # it says nothing of the speed
+    read(speed, clock, 0.5)
+    assert speed.lately == pytest.approx(2 * PIECE)
 
 
 def test_a_store_times_rows_from_disk_and_not_from_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
