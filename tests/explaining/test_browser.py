@@ -35,6 +35,10 @@ def browser() -> Iterator[Any]:
         "--no-sandbox",
         "--disable-gpu",
         "--disable-dev-shm-usage",
+        "--no-first-run",
+        "--disable-background-networking",  # it looks for its maker's servers otherwise, and a test machine may reach nobody
+        "--disable-component-update",
+        "--disable-sync",
         "--window-size=1100,900",
     ):
         options.add_argument(argument)
