@@ -345,6 +345,7 @@ class ChunkStore:
 
     def read_speed(self, tier: str) -> float | None:
         """Bytes of rows a second that a tier has given lately to requests that waited for them; None if that isn't known, or its chunks needn't be read."""
+        self._check_open()
         speed = self._placement.speeds.get(tier)
         return None if speed is None else speed.lately
 
