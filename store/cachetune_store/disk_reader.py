@@ -115,13 +115,9 @@ class DiskReader(ChunkReader):
         """See ChunkReader.deviations_wait."""
         return self._deviations is None and self.head.has_deviations
 
-    def has(self, layer: int, rows: int) -> bool:
-        """See ChunkReader.has."""
-        layer, rows = self._check_range(layer, rows)
-        return self._covered[layer] >= rows
-
     def rows_there(self, layer: int) -> int:
         """See ChunkReader.rows_there."""
+        layer, _ = self._check_range(layer, 0)
         return self._covered[layer]
 
     @property

@@ -138,10 +138,12 @@ class ChunkReader(ABC):
 
     def has(self, layer: int, rows: int) -> bool:
         """Whether `read(layer, rows)` would return without waiting for a disk."""
+        layer, rows = self._check_range(layer, rows)
         return self.rows_there(layer) >= rows
 
     def rows_there(self, layer: int) -> int:
         """How many of a layer's first rows `read` gives without waiting for a disk."""
+        self._check_range(layer, 0)
         return self.head.layout.tokens if self.in_memory else 0
 
     def locate(self, layer: int, rows: int) -> int:

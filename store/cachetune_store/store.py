@@ -30,6 +30,7 @@ from .seals import Seal
 from .settings import StoreSettings
 from .stats import ChunkGroup, DocumentInfo, PruneReport, StoreStats, TenantStats, VerifyReport
 from .storekey import GivenKey, StoreKey
+from .tier_kinds import NAMES
 from .tiers import DeviceTier, Tier, TierKind
 from .units import MOST_BYTES
 
@@ -344,8 +345,14 @@ class ChunkStore:
         self.memory.prepare_idle_memory()
 
     def read_speed(self, tier: str) -> float | None:
-        """Bytes of rows a second that a tier has given lately to requests that waited for them; None if that isn't known, or its chunks needn't be read."""
+        """Bytes of rows a second that a tier has given lately to requests that waited for them; None if that isn't known, or its chunks needn't be read.
+
+        Raises:
+            StoreArgumentError: no tier is called so.
+        """
         self._check_open()
+        if not (isinstance(tier, str) and tier in NAMES):
+            raise StoreArgumentError(f"tier is {shown(tier)}: use one of {', '.join(map(repr, NAMES))}.")
         speed = self._placement.speeds.get(tier)
         return None if speed is None else speed.lately
 

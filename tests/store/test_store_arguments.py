@@ -59,10 +59,10 @@ def namespace(name: str) -> Call:
     return lambda s, v: replace(NAMESPACE, **{name: v}).digest
 
 
-def read(method: str, place: int) -> Call:
+def read(method: str, place: int, count: int = 2) -> Call:
     def call(store: ChunkStore, value: Any) -> Any:
         with store.open(SAMPLE.key) as reader:  # type: ignore[union-attr]
-            return getattr(reader, method)(*[value if i == place else 0 for i in range(2)])
+            return getattr(reader, method)(*[value if i == place else 0 for i in range(count)])
 
     return call
 
@@ -97,6 +97,8 @@ CALLS: dict[str, Call] = {
     "tenants([v])": lambda s, v: s.tenants([v]),
     **{f"prune({name}=)": (lambda s, v, n=name: s.prune(lambda head: True, **{n: v})) for name in ("foreign_too", "dry_run")},
     **{f"{method}({place})": read(method, place) for method in ("read", "locate", "has") for place in (0, 1)},
+    "rows_there": read("rows_there", 0, 1),
+    "read_speed": lambda s, v: s.read_speed(v),
     "ChunkKey": lambda s, v: ChunkKey(v),
     **{f"Namespace({name}=)": namespace(name) for name in ("model", "tokenizer", "dtype", "lead_ins", "tenant")},
     "Namespace(lead_ins=[v])": lambda s, v: replace(NAMESPACE, lead_ins=[v]).digest,
