@@ -27,8 +27,7 @@ PARTS = (0.2, 0.3, 0.4, 0.6, 0.8, 0.9, 1.0)
 
 async def alone(target: Target, prompts: Sequence[Ids], reuse: Reuse | None, warm: int = 2) -> dict[str, Any]:
     """One request at a time, one token each: time to first token. The first `warm` of them don't count."""
-    answers = [await target.ask(ids, 1, reuse) for ids in prompts]
-    return {"ttft": spread([a.ttft for a in answers[warm:]]), **_reports(answers[warm:])}
+    return _first_tokens([await target.ask(ids, 1, reuse) for ids in prompts][warm:])
 
 
 async def paused(
@@ -40,12 +39,8 @@ async def paused(
         if pause:
             await asyncio.sleep(pause)
         answers.append(await target.ask(ids, 1, reuse))
-    counted = answers[warm:]
-    each = [_timings(a) for a in counted if "timings" in a.report]
-    found = {"ttft": spread([a.ttft for a in counted]), **_reports(counted)}
-    names = dict.fromkeys(name for timings in each for name in timings)
-    of_each = {name: [round(timings.get(name, 0.0), 5) for timings in each] for name in names}
-    return found | ({"timings_of_each": of_each} if each else {})
+    of_each = {name: [round(each, 5) for each in seconds] for name, seconds in _timings(answers[warm:]).items()}
+    return _first_tokens(answers[warm:]) | ({"timings_of_each": of_each} if of_each else {})
 
 
 async def both_ways(target: Target, prompts: Sequence[Ids], reuse: bool, warm: int = 2) -> dict[str, Any]:
@@ -61,7 +56,7 @@ async def both_ways(target: Target, prompts: Sequence[Ids], reuse: bool, warm: i
         for way, asked in reversed(order) if number % 2 else order:
             await target.forget()
             answers[way].append(await target.ask(ids, 1, asked))
-    found = {"ttft": spread([a.ttft for a in answers[0][warm:]]), **_reports(answers[0][warm:])}
+    found = _first_tokens(answers[0][warm:])
     return found if not reuse else found | {"without_reuse": spread([a.ttft for a in answers[1][warm:]])}
 
 
@@ -186,13 +181,22 @@ def _reports(answers: Sequence[Answer]) -> dict[str, Any]:
         return {}
     means = {n: statistics.mean(r.get(n, 0) for r in told) for n in ("reused", "recomputed", "missed")}
     left = dict(Counter(r["left"] for r in told if "left" in r))
-    each = [_timings(a) for a in answers if "timings" in a.report]
+    medians = {name: statistics.median(seconds) for name, seconds in _timings(answers).items()}
+    return {"tokens": means, "left": left, **({"timings": medians} if medians else {}), "last_report": told[-1]}
+
+
+def _first_tokens(answers: Sequence[Answer]) -> dict[str, Any]:
+    """What is said of requests that came one at a time."""
+    return {"ttft": spread([a.ttft for a in answers]), **_reports(answers)}
+
+
+def _timings(answers: Sequence[Answer]) -> dict[str, list[float]]:
+    """Where the times to first token went, in seconds, of each request that wasn't left to vLLM: the engine's phases (`Report.timings`), all of the engine, and what passed before
+    and behind it."""
+    each = [
+        {**a.report["timings"], "engine": a.report["ttft"], "around": a.ttft - a.report["ttft"]}
+        for a in answers
+        if "timings" in a.report
+    ]
     names = dict.fromkeys(name for timings in each for name in timings)
-    medians = {name: statistics.median(timings.get(name, 0.0) for timings in each) for name in names}
-    return {"tokens": means, "left": left, **({"timings": medians} if each else {}), "last_report": told[-1]}
-
-
-def _timings(answer: Answer) -> dict[str, float]:
-    """Where the time to first token went, in seconds: the engine's phases (`Report.timings`), all of the engine, and what passed before and behind it."""
-    engine = answer.report["ttft"]
-    return {**answer.report["timings"], "engine": engine, "around": answer.ttft - engine}
+    return {name: [timings.get(name, 0.0) for timings in each] for name in names}

@@ -19,6 +19,7 @@ _PARTS = {
     "launch": "launched",
 }
 _FIRST = ("TTFT median ms", "p95 ms", "p99 ms")
+_UNDER_LOAD = (*_FIRST, "x of the p99", "between tokens p95 ms", "p99 ms", *_LAST)
 
 
 def alone(measured: Measured) -> list[str]:
@@ -133,20 +134,15 @@ def loaded(measured: Measured) -> list[str]:
         "setting",
         "requests/s",
         "x",
-        *_FIRST,
-        "x of the p99",
-        "between tokens p95 ms",
-        "p99 ms",
-        *_LAST,
+        *_UNDER_LOAD,
     )
     lines = []
     cells = measured.of("saturated", "ceiling", "shares", "plain", "prefix")
     for cell, found in sorted(cells, key=lambda pair: (pair[0].context, _prompts(pair[0]))):
-        base = measured.beside(cell)
-        lines.append((
-            f"{cell.context:,}", _prompts(cell), label(cell), number(value(found, "requests_per_second")), _more(found, base), *_first(found),
-            times(first_token(base).get("p99"), first_token(found).get("p99")), *_between(found), *_last(measured, cell),
-        ))  # fmt: skip
+        rate, more = value(found, "requests_per_second"), _more(found, measured.beside(cell))
+        lines.append(
+            (f"{cell.context:,}", _prompts(cell), label(cell), number(rate), more, *_under_load(measured, cell, found))
+        )
     return rows("Many requests at once", heads, lines)
 
 
@@ -157,20 +153,19 @@ def arrivals(measured: Measured) -> list[str]:
         "times vLLM's most",
         "setting",
         "requests/s that came",
-        *_FIRST,
-        "x of the p99",
-        "between tokens p95 ms",
-        "p99 ms",
-        *_LAST,
+        *_UNDER_LOAD,
     )
     cells = sorted(measured.of("arrivals"), key=lambda pair: (pair[0].context, float(pair[0].detail)))
     lines = [
         (
-            f"{cell.context:,}", cell.detail, label(cell), number(value(found, "rate")), *_first(found),
-            times(first_token(measured.beside(cell)).get("p99"), first_token(found).get("p99")), *_between(found), *_last(measured, cell),
+            f"{cell.context:,}",
+            cell.detail,
+            label(cell),
+            number(value(found, "rate")),
+            *_under_load(measured, cell, found),
         )
         for cell, found in cells
-    ]  # fmt: skip
+    ]
     return rows("Requests that arrive independently of each other", heads, lines, *_same_times(cells))
 
 
@@ -222,8 +217,11 @@ def _first(found: Content | None) -> tuple[str, str, str]:
     return ms(known.get("median")), ms(known.get("p95")), ms(known.get("p99"))
 
 
-def _between(found: Content) -> tuple[str, str]:
-    return ms(value(found, "between_tokens", "p95")), ms(value(found, "between_tokens", "p99"))
+def _under_load(measured: Measured, cell: Cell, found: Content) -> tuple[str, ...]:
+    """The columns `_UNDER_LOAD`."""
+    sooner = times(first_token(measured.beside(cell)).get("p99"), first_token(found).get("p99"))
+    between = (ms(value(found, "between_tokens", name)) for name in ("p95", "p99"))
+    return *_first(found), sooner, *between, *_last(measured, cell)
 
 
 def _sooner(base: Content | None, found: Content | None) -> str:

@@ -115,6 +115,9 @@ class ReadAhead:
             if not busy:
                 self._handed += size
         if busy:
+            _log.debug(
+                "%d open chunks are not read on: those that are read already fill what may be read ahead", len(readers)
+            )
             close()
             return batch.prefetch
         try:

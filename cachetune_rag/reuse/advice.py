@@ -11,6 +11,11 @@ from numpy.typing import NDArray
 from cachetune_rag.text.prompts.continuations import Continuation
 from cachetune_rag.text.prompts.segments import Span
 
+LEAST = 0.15
+"""Below this ratio, more right answers are lost where much stands behind the chunks."""
+BEHIND = 128
+"""Tokens behind the last chunk that are more than a question and what a template adds."""
+
 
 @dataclass(frozen=True)
 class CutSentences:
@@ -38,12 +43,6 @@ def cut_sentences(
     starts = {span.start for span in stored}
     rests = [computed[rest.start : rest.stop] for _, rest in continuations if rest.start in starts]
     return CutSentences(sum(int(rest.sum()) for rest in rests), sum(not rest.all() for rest in rests))
-
-
-LEAST = 0.15
-"""Below this ratio, more right answers are lost where much stands behind the chunks."""
-BEHIND = 128
-"""Tokens behind the last chunk that are more than a question and what a template adds."""
 
 
 def advice_of(cut: CutSentences, chunks: int, ratio: float | None = 1.0, behind: int = 0) -> tuple[str, ...]:

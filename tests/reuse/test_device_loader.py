@@ -158,7 +158,7 @@ class Awaited:
     """Another prompt may have a layer's memory until it is waited for: nothing was written to it before.
 
     Attributes:
-        layers: which were waited for, by their first time.
+        layers: the numbers of those that were waited for, each once, in the order of the first wait.
         rows: keys and values of each layer, which are zero.
     """
 
@@ -238,6 +238,17 @@ def test_engines_on_one_model_have_the_same_streams(monkeypatch: pytest.MonkeyPa
     assert entered[0] is not entered[2]
 
 
+def narrow_behind(layers: int, loader: LayerLoader) -> None:
+    """As a selector does that sees all rows in the first layers, and the prompt's first 40 alone in the next one."""
+    loader.expect_narrowing(1)
+    for layer in range(layers):
+        loader.load(layer)
+    seen = torch.zeros(LENGTH, dtype=torch.bool)
+    seen[:40] = True
+    loader.narrow(seen)
+    loader.load_seen(layers)
+
+
 @pytest.mark.parametrize("tier", ["host", "device"])
 @pytest.mark.parametrize("narrowed", [False, True])
 def test_a_prompts_buffers_are_freed_with_its_loader(engine: CacheTune, tier: str, narrowed: bool) -> None:
@@ -255,13 +266,7 @@ def test_a_prompts_buffers_are_freed_with_its_loader(engine: CacheTune, tier: st
             loader = DeviceLoader(adapter, some, buffers, pool, Streams(adapter.device, adapter.num_layers))
             loader.start_first_layers()
             if narrowed:
-                loader.expect_narrowing(1)
-                for layer in range(2):
-                    loader.load(layer)
-                seen = torch.zeros(LENGTH, dtype=torch.bool)
-                seen[:40] = True
-                loader.narrow(seen)
-                loader.load_seen(2)
+                narrow_behind(2, loader)
             for layer in range(adapter.num_layers):
                 loader.load(layer)
             loader.close()
@@ -595,12 +600,7 @@ def test_nothing_is_written_to_a_layer_before_it_was_waited_for_on_the_stream_th
         )
         loader.start_first_layers()
         if narrowed:
-            loader.expect_narrowing(1)
-            loader.load(0)
-            seen = torch.zeros(LENGTH, dtype=torch.bool)
-            seen[:40] = True
-            loader.narrow(seen)
-            loader.load_seen(1)
+            narrow_behind(1, loader)
         for layer in range(adapter.num_layers):
             loader.load(layer)
         loader.close()
