@@ -17,15 +17,11 @@ from cachetune_rag.kernels import rows_of
 from cachetune_rag.model import ModelAdapter
 from cachetune_rag.reuse.row_kernels import RowKernels
 from cachetune_rag.reuse.source import Source
+from cachetune_rag.reuse.staging import STAGES, Piece
 from cachetune_rag.reuse.streams import Streams
 from cachetune_store import RowFormat
 from cachetune_store.tier_kinds import HOST
 from cachetune_store.tiers import DeviceReader
-
-STAGES = 2
-"""Staging buffers: while one is decoded, the next is copied into."""
-STAGE_STEP = 16 << 20
-"""Larger staging buffers have a multiple of so many bytes, so that prompts of nearly the same length get the memory that PyTorch has kept of others."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +61,7 @@ class Narrowed:
 
 
 class DeviceGroups:
-    """Makes the tables of a prompt's groups, each when it is first needed, and the memory that rows are staged in.
+    """Makes the tables of a prompt's groups, each when it is first needed, and takes the memory that rows are staged in.
 
     Args:
         adapter: the model.
@@ -89,7 +85,7 @@ class DeviceGroups:
         self._sources: Mapping[tuple[str, str], Sequence[Source]] = {}
         self._prepared: dict[tuple[str, str], Group] = {}
         self._narrowed: dict[tuple[str, str], Narrowed | None] = {}
-        self._stages: list[dict[tuple[str, str], Tensor]] = [{} for _ in range(STAGES)]
+        self._stages: list[dict[tuple[str, str], Piece]] = [{} for _ in range(STAGES)]
         # Addresses of a source's layers, from the first one in two parts on, by the source's place in the prompt.
         self._hosts: dict[int, list[int]] = {}
         self._held: list[Tensor] = []  # memory that queued work still reads
@@ -106,10 +102,11 @@ class DeviceGroups:
 
     def stage(self, layer: int, key: tuple[str, str]) -> Tensor | None:
         """The staging memory of a group for a layer; None if none was needed so far."""
-        return self._stages[layer % STAGES].get(key)
+        piece = self._stages[layer % STAGES].get(key)
+        return None if piece is None else piece.memory
 
     def prepare(self, key: tuple[str, str]) -> Group:
-        """How a group is loaded. The first time, its staging memory is made, and its table copied to the device."""
+        """How a group is loaded. The first time, its staging memory is taken, and its table copied to the device."""
         if (known := self._prepared.get(key)) is not None:
             return known
         group, device, forms = self._sources[key], self._adapter.device, self._forms(key)
@@ -218,13 +215,9 @@ class DeviceGroups:
         return [int(source.reader.kind is HOST and source.reader.page_locked) for source in sources]
 
     def _stage(self, slot: int, key: tuple[str, str], size: int) -> Tensor:
-        """Staging memory of one slot, at least `size` bytes. It is made anew only if it is too small."""
-        held = self._stages[slot].get(key)
-        if held is None or held.numel() < size:
-            if size > STAGE_STEP:
-                size = -(-size // STAGE_STEP) * STAGE_STEP
-            with torch.cuda.stream(self._streams.copy):
-                held = torch.empty(size, dtype=torch.uint8, device=self._adapter.device)
-            held.record_stream(self._streams.place)
-            self._stages[slot][key] = held
-        return held
+        """Staging memory of one slot, at least `size` bytes. Another piece is taken only if the one at hand is too small."""
+        mine = self._stages[slot]
+        if key not in mine or mine[key].memory.numel() < size:
+            mine.pop(key, None)  # freed first, if no other prompt has it
+            mine[key] = self._streams.staging.take(slot, key, size)
+        return mine[key].memory

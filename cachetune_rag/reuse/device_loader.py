@@ -1,6 +1,6 @@
 """Loading onto a CUDA device, while the model computes.
 
-One stream copies a layer's encoded rows into a ring of staging buffers. Another stream decodes and rotates them and puts them into the
+One stream copies a layer's encoded rows into a ring of staging buffers (`staging.py`). Another stream decodes and rotates them and puts them into the
 prompt's buffers, layer after layer. Rows of the device tier are decoded where they lie, without a copy. The stream that computes waits
 for the event of the layer that it needs, and for nothing else. The prompt's buffers hold every layer, so the two loading streams never
 wait for the computation, only for the disk.
@@ -24,7 +24,7 @@ from cachetune_rag.concurrency.deadline import DeadlinePool
 from cachetune_rag.kernels import kernels_run_on
 from cachetune_rag.model import KVBuffers, ModelAdapter
 from cachetune_rag.model.libraries.private import copy_all
-from cachetune_rag.reuse.device_groups import STAGES, DeviceGroups, Narrowed
+from cachetune_rag.reuse.device_groups import DeviceGroups, Narrowed
 from cachetune_rag.reuse.host_copies import copied_bytes, host_copies
 from cachetune_rag.reuse.layer_loader import REST, SEEN, WHOLE, LayerLoader, RowForms
 from cachetune_rag.reuse.row_kernels import RowKernels
@@ -62,8 +62,6 @@ class DeviceLoader(LayerLoader):
         streams: Streams,
     ):
         self._streams, self._current = streams, torch.cuda.current_stream(adapter.device)
-        # Recorded when the last rows in this staging buffer are placed.
-        self._slots: list[torch.cuda.Event | None] = [None] * STAGES
         # Recorded when the rows that were queued last are placed.
         self._queued: deque[torch.cuda.Event] = deque(maxlen=QUEUED)
         self._next = 0
@@ -146,7 +144,7 @@ class DeviceLoader(LayerLoader):
     def bring(self) -> None:
         """See `LayerLoader.bring`. A further layer is queued when the last but one is in its place."""
         while self._next < self._adapter.num_layers and self._slow.ready(self._next):
-            if (used := self._slots[self._next % STAGES]) is not None and not used.query():
+            if not self._streams.staging.is_free(self._next):
                 return
             self._launch()
 
@@ -239,11 +237,10 @@ class DeviceLoader(LayerLoader):
 
     def _queue(self, layer: int, part: str) -> None:
         """Queue copies of a layer's rows, and the work that makes keys and values of them."""
-        streams, slot = self._streams, layer % STAGES
+        streams = self._streams
         if len(self._queued) == QUEUED:
             self._queued[0].synchronize()
-        if (used := self._slots[slot]) is not None:
-            streams.copy.wait_event(used)
+        streams.staging.await_free(layer)
         slow = iter(self._slow.take(layer) if part != REST else ())
         self._copied.append([])
         for key, group in self._groups.items():
@@ -263,7 +260,7 @@ class DeviceLoader(LayerLoader):
                     self._place(layer, key, part)
         placed = streams.placed[layer]
         placed.record(streams.place)
-        self._slots[slot] = placed
+        streams.staging.used(layer, placed)
         self._queued.append(placed)
 
     def _copy_rows(

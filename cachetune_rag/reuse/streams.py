@@ -1,12 +1,14 @@
-"""The CUDA streams on which rows are loaded, and the events by which they and the stream that computes wait for each other."""
+"""The CUDA streams on which rows are loaded, the events by which they and the stream that computes wait for each other, and the memory between them."""
 
 from __future__ import annotations
 
 import torch
 
+from cachetune_rag.reuse.staging import Staging
+
 
 class Streams:
-    """The streams and events beside the stream that computes. Made once, and used by one request after another."""
+    """The streams and events beside the stream that computes, and the memory that rows are staged in. Made once, and used by one request after another."""
 
     def __init__(self, device: torch.device, layers: int):
         # A few programs copy single rows on it. They should not wait until a large kernel leaves a multiprocessor.
@@ -21,3 +23,4 @@ class Streams:
         # Recorded on the stream that computes, before and after its wait for a layer.
         self.asked = [torch.cuda.Event(enable_timing=True) for _ in range(layers)]
         self.given = [torch.cuda.Event(enable_timing=True) for _ in range(layers)]
+        self.staging = Staging(device, self.copy, self.place)

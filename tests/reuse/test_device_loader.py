@@ -28,8 +28,8 @@ from cachetune_rag.concurrency.deadline import DeadlinePool
 from cachetune_rag.model import KVBuffers, ModelAdapter
 from cachetune_rag.model.heads import Heads
 from cachetune_rag.model.opened_model import open_model
-from cachetune_rag.reuse import device_groups, host_copies
 from cachetune_rag.reuse import device_loader as device_module
+from cachetune_rag.reuse import host_copies, staging
 from cachetune_rag.reuse.device_loader import DeviceLoader
 from cachetune_rag.reuse.host_copies import HostCopies, Strip
 from cachetune_rag.reuse.layer_loader import LayerLoader
@@ -87,7 +87,7 @@ def _immediate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "stream", lambda _stream: nullcontext())
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
-    monkeypatch.setattr(device_groups, "STAGE_STEP", 1024)  # so that staging buffers are larger than the rows in them
+    monkeypatch.setattr(staging, "STAGE_STEP", 1024)  # so that staging buffers are larger than the rows in them
 
 
 @pytest.fixture(
