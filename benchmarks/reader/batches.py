@@ -18,6 +18,8 @@ from .contexts import Context, ContextMaker
 SHARES = {1024: 0.25, 2048: 0.35, 4096: 0.3, 8192: 0.1}
 """How long prompts are, and the share of steps with this length. A step has about the same number of tokens whatever the length."""
 
+_ASKED = 600
+"""At most so many tokens of a prompt are kept for questions and answers."""
 _APART = 1 << 40
 """How far off the number is whose text stands in for one that is too long. No batch has it."""
 
@@ -131,6 +133,7 @@ class Batches(IterableDataset[Batch]):
         tokenizer: the model's.
         tokens: about how many a batch has.
         lengths: which of `SHARES` there are.
+        shares: of steps with each of these lengths; those of `SHARES` if None.
         rank, world: number of this process, and how many there are. All have the same length at the same step.
         first: number of the first step.
     """
@@ -144,7 +147,9 @@ class Batches(IterableDataset[Batch]):
         rank: int = 0,
         world: int = 1,
         first: int = 0,
+        shares: Sequence[float] | None = None,
     ):
+        self._shares = [SHARES[length] for length in lengths] if shares is None else list(shares)
         self._maker, self._tokenizer, self._tokens = maker, tokenizer, tokens
         self._lengths, self._rank, self._world, self._first = list(lengths), rank, world, first
 
@@ -157,8 +162,7 @@ class Batches(IterableDataset[Batch]):
             step += stride
 
     def _batch(self, step: int, encoder: Encoder) -> Batch:
-        shares = [SHARES[length] for length in self._lengths]
-        (length,) = random.Random(f"length {step}").choices(self._lengths, shares)
+        (length,) = random.Random(f"length {step}").choices(self._lengths, self._shares)
         count = max(1, self._tokens // length)
         first = (step * self._world + self._rank) * count
         examples = [self._example(number, length, encoder) for number in range(first, first + count)]
@@ -169,7 +173,7 @@ class Batches(IterableDataset[Batch]):
         encoded. Where the facts alone are too long, another number's is taken.
         """
         while True:
-            tokens = length - min(300, length // 4)  # the rest is for questions and answers
+            tokens = length - min(_ASKED, length // 4)  # the rest is for questions and answers
             while tokens >= length // 16:
                 example = encoder.encode(self._maker.context(number, tokens), length)
                 if len(example.ids) <= length:

@@ -10,13 +10,13 @@ from functools import cached_property
 from itertools import pairwise
 
 from .prose import RealQuestion, Strand
+from .real import RealText
 from .squad import AskedPassage
 from .templates import CHAINS, LABELS, LOOKUPS, PREFIXES, Lookup
+from .turns import TOKENS_PER_CHARACTER, Context, Turn
 from .vocabulary import ITEMS, Vocabulary
 from .worlds import World
 
-TOKENS_PER_CHARACTER = 0.26
-"""About how many tokens a character of such text has. Real counts decide in the end; a context only has to be about as long as asked for."""
 _CHUNK_TOKENS = (64, 128, 128, 256, 256, 512)
 _NOUNS = (
     "chapel",
@@ -32,29 +32,6 @@ _NOUNS = (
     "studio",
     "vineyard",
 )
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A question and its answer."""
-
-    question: str
-    answer: str
-
-
-@dataclass(frozen=True)
-class Context:
-    """Passages, and what is asked about them.
-
-    Attributes:
-        prefix: text before the passages.
-        chunks: the passages.
-        turns: questions and answers, one after the other.
-    """
-
-    prefix: str
-    chunks: tuple[str, ...]
-    turns: tuple[Turn, ...]
 
 
 @dataclass(frozen=True)
@@ -95,16 +72,18 @@ class ContextMaker:
         read: float = 0.0,
         seed: int = 0,
     ):
-        self._sentences, self._questions, self._passages = list(sentences), list(questions), list(passages)
+        self._sentences, self._asked = list(sentences), RealText(questions, passages)
         self._avoid, self._real, self._read, self._seed = avoid, real, read, seed
 
     def context(self, number: int, tokens: int) -> Context:
         """The text of a number, of about so many tokens."""
         rng = random.Random(f"reader {self._seed} {number} {tokens}")
-        if self._questions and rng.random() < self._real and (real := self._real_context(rng, tokens)) is not None:
-            return real
-        if self._passages and rng.random() < self._read:
-            return self._read_context(rng, tokens)
+        if self._asked.has_questions and rng.random() < self._real:
+            real = self._asked.with_questions(rng, tokens)
+            if real is not None:
+                return real
+        if self._asked.has_passages and rng.random() < self._read:
+            return self._asked.with_passages(rng, tokens)
         draw = _Draw(rng, Vocabulary(rng, self._avoid))
         characters = int(tokens / TOKENS_PER_CHARACTER)
         size = min(int(rng.choice(_CHUNK_TOKENS) / TOKENS_PER_CHARACTER), max(1, characters // 2))
@@ -160,40 +139,6 @@ class ContextMaker:
                 room -= len(sentence) + 1
             chunks.append(" ".join([*head, *middle, *tail]))
         return chunks
-
-    def _real_context(self, rng: random.Random, tokens: int) -> Context | None:
-        """A real question and its passages in any order, shortened to the length without losing those that have an answer in them. None where
-        these alone are too long.
-        """
-        asked, room = rng.choice(self._questions), tokens / TOKENS_PER_CHARACTER
-        chosen = list(asked.answering)
-        used = sum(map(len, chosen))
-        if used > room:
-            return None
-        for passage in rng.sample(asked.passages, len(asked.passages)):
-            if passage not in chosen and used + len(passage) <= room:
-                chosen.append(passage)
-                used += len(passage)
-        rng.shuffle(chosen)
-        return Context(rng.choice(PREFIXES), tuple(chosen), (Turn(asked.question, asked.answers[0]),))
-
-    def _read_context(self, rng: random.Random, tokens: int) -> Context:
-        """Passages in any order, and questions on some of them. There is one at least, however long it is."""
-        room, chosen, used = tokens / TOKENS_PER_CHARACTER, list[AskedPassage](), 0
-        for passage in rng.sample(self._passages, len(self._passages)):
-            if chosen and used + len(passage.text) > room:
-                break
-            chosen.append(passage)
-            used += len(passage.text)
-        asked = [
-            Turn(*pair) for passage in chosen[:3] for pair in rng.sample(passage.asked, min(3, len(passage.asked)))
-        ]
-        rng.shuffle(asked)
-        rng.shuffle(chosen)
-        lower = rng.random() < 0.5  # as sets of questions are that know lower case only
-        return Context(
-            rng.choice(PREFIXES), tuple(p.text.lower() if lower else p.text for p in chosen), tuple(asked[:8])
-        )
 
 
 class _Draw:

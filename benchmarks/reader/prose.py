@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from fidelity.musique import LEADS, read_questions
 from fidelity.sources import installed_sources
 from tasks_of.haystack import reference_sentences
+
+from .squad import Barred
 
 SHORTEST, LONGEST = 30, 300
 """Characters of a sentence."""
@@ -77,6 +80,23 @@ def split_musique(path: Path) -> Split:
     own = [tuple(p for p in q.passages if p not in kept) for q in questions[:first]]
     left = [RealQuestion(q.question, q.answers, p) for q, p in zip(questions, own, strict=False)]
     return Split([q for q in left if q.answering], kept, first, len(questions) - LEADS - first)
+
+
+def further_questions(path: Path, barred: Iterable[str]) -> list[RealQuestion]:
+    """All questions of a file in MuSiQue's form, without passages that share eight words in a row with a barred text. A question that no
+    passage answers then is left out.
+
+    Raises:
+        ValueError: nothing is left, or a line can't be read.
+    """
+    measured = Barred(barred)
+    questions = [
+        RealQuestion(q, tuple(answers), tuple(p for p in passages if not measured.shares(p)))
+        for q, answers, passages, _ in read_questions(path)
+    ]
+    if not (left := [q for q in questions if q.answering]):
+        raise ValueError(f"{path} has no question with an answer in a passage that isn't measured on.")
+    return left
 
 
 def passage_sentences(questions: list[RealQuestion]) -> list[str]:

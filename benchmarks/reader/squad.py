@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
-from collections.abc import Iterable, Set
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +20,27 @@ class AskedPassage:
     Attributes:
         text: the passage.
         asked: questions, each with its answer as it stands in the passage.
+        article: number of its article in the file.
     """
 
     text: str
     asked: tuple[tuple[str, str], ...]
+    article: int = 0
+
+
+class Barred:
+    """Texts that are measured on.
+
+    Args:
+        texts: they.
+    """
+
+    def __init__(self, texts: Iterable[str]):
+        self._runs = {run for text in texts for run in _runs(text)}
+
+    def shares(self, text: str) -> bool:
+        """Whether a text has eight words in a row in common with any of them."""
+        return not self._runs.isdisjoint(_runs(text))
 
 
 def read_squad(path: Path, barred: Iterable[str] = ()) -> list[AskedPassage]:
@@ -36,19 +53,16 @@ def read_squad(path: Path, barred: Iterable[str] = ()) -> list[AskedPassage]:
     Raises:
         ValueError: the file is no such JSON, or nothing of it is left.
     """
-    known: set[tuple[str, ...]] = set()
-    for text in barred:
-        known |= _runs(text)
-    found = []
+    measured, found = Barred(barred), []
     with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
         try:
-            for article in json.load(file)["data"]:
+            for number, article in enumerate(json.load(file)["data"]):
                 for paragraph in article["paragraphs"]:
                     asked = tuple(
                         (q["question"].strip(), q["answers"][0]["text"]) for q in paragraph["qas"] if q["answers"]
                     )
-                    if asked and not _shares(paragraph["context"], known):
-                        found.append(AskedPassage(paragraph["context"], asked))
+                    if asked and not measured.shares(paragraph["context"]):
+                        found.append(AskedPassage(paragraph["context"], asked, number))
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(
                 f"{path} is not in SQuAD's form ({type(error).__name__}: {error}): it needs data, a list of articles with paragraphs (context, qas)."
@@ -56,10 +70,6 @@ def read_squad(path: Path, barred: Iterable[str] = ()) -> list[AskedPassage]:
     if not found:
         raise ValueError(f"{path} has no question on a passage that isn't measured on.")
     return found
-
-
-def _shares(text: str, known: Set[tuple[str, ...]]) -> bool:
-    return not known.isdisjoint(_runs(text))
 
 
 def _runs(text: str) -> set[tuple[str, ...]]:

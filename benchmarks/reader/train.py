@@ -3,7 +3,7 @@
     python benchmarks/reader/train.py --musique musique_ans_v1.0_dev.jsonl --squad train-v1.1.json --seconds 300 --out ADAPTER
     torchrun --nproc-per-node 4 benchmarks/reader/train.py --musique FILE --seconds 300 --out ADAPTER
 
-What it writes is a LoRA adapter in PEFT's format, which merge.py adds to the model's weights.
+What it writes is a LoRA adapter in PEFT's format, which merge.py adds to the model's weights; with --full, a model of its own.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from common import environment
+from fidelity.musique import read_questions
 from smollm2 import model_path
 from tasks_of.haystack import reference_sentences
 from tasks_of.kinds import planted_words
@@ -38,17 +39,19 @@ from cachetune_rag.model.loading import load_model
 from reader.batches import SHARES, Batch, Batches, Encoder
 from reader.contexts import ContextMaker
 from reader.lora import add_lora, save_adapter
-from reader.prose import docstring_sentences, passage_sentences, split_musique
+from reader.prose import docstring_sentences, further_questions, passage_sentences, split_musique
 from reader.squad import read_squad
 
 WARM_UP = 0.03
 """Share of the training in which the rate rises. It falls in the rest, to zero."""
+RANK, ALPHA = 12, 24.0
+"""Of an adapter, where nothing else is asked for."""
 HELD_OUT = 8
 """Batches that are not trained on, for the loss before and afterwards."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train, and write the adapter."""
+    """Train, and write the adapter or the model."""
     args = arguments(argv)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = args.device
@@ -57,18 +60,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     model, tokenizer = load_model(args.model or model_path(), device=device, dtype="float32")
     split = split_musique(args.musique) if args.musique else None
-    questions = [] if split is None else split.trained
+    questions = [] if split is None else list(split.trained)
+    barred = [
+        *(() if split is None else split.kept),
+        *(p for f in args.barred for _, _, ps, _ in read_questions(f) for p in ps),
+    ]
+    further = [question for file in args.more for question in further_questions(file, barred)]
+    questions += further
     sentences = [*docstring_sentences(), *passage_sentences(questions)]
     # Nothing is called here as anything is in the benchmark of tasks, neither what it plants nor a word of its prose.
     avoid = planted_words() | set(re.findall(r"\w+", " ".join(reference_sentences()).casefold()))
-    passages = read_squad(args.squad, () if split is None else split.kept) if args.squad else []
+    passages = read_squad(args.squad, barred) if args.squad else []
     maker = ContextMaker(sentences, questions, avoid, args.real, passages, args.read, args.seed)
     held = ContextMaker(sentences, questions, avoid, 0.0, seed=args.seed + 1)
     check_end(model, tokenizer)
-    layers = add_lora(model, args.rank, args.alpha, args.seed)
+    layers = None if args.full else add_lora(model, args.rank, args.alpha, args.seed)
     # The same batches for every process: what is held out is a yardstick, not a share of the work.
-    yardstick = list(islice(iter(Batches(held, tokenizer, args.tokens // 4, args.lengths)), HELD_OUT))
-    batches = Batches(maker, tokenizer, args.tokens, args.lengths, rank, world)
+    yardstick = list(
+        islice(iter(Batches(held, tokenizer, args.tokens // 4, args.lengths, shares=args.shares)), HELD_OUT)
+    )
+    batches = Batches(maker, tokenizer, args.tokens, args.lengths, rank, world, shares=args.shares)
     loader = DataLoader(batches, batch_size=None, num_workers=args.workers, prefetch_factor=4 if args.workers else None)
     log = Log(args.out / "log.jsonl" if rank == 0 else None)
     with closing(log):
@@ -77,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "arguments": {k: str(v) for k, v in vars(args).items()},
                 "processes": world,
                 "held_out_questions": None if split is None else {"first": split.first, "count": split.count},
+                "further_questions": len(further),
                 "passages_with_questions": [len(passages), sum(len(p.asked) for p in passages)],
                 "commit": args.commit,
                 "environment": environment(),
@@ -86,7 +98,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         done = train(model, iter(loader), args.rate, log, seconds=args.seconds, steps=args.steps)
         log.write({**done, "held_out_before": before, "held_out": mean_loss(model, yardstick)})
     if rank == 0:
-        save_adapter(layers, args.out, args.name or Path(model.config.name_or_path).name)
+        if layers is None:
+            model.save_pretrained(args.out)
+            tokenizer.save_pretrained(args.out)
+        else:
+            save_adapter(layers, args.out, args.name or Path(model.config.name_or_path).name)
         print(args.out, flush=True)
         if split is not None:
             print(
@@ -206,21 +222,41 @@ class Log:
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for the adapter")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the adapter, or for the model")
     parser.add_argument("--model", type=Path, help="folder of a model (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--name", help="what the adapter calls its model (default: the folder's name)")
     parser.add_argument("--musique", type=Path, metavar="FILE", help="questions, of which the first half is trained on")
-    parser.add_argument("--real", type=float, default=0.04, help="share of contexts with those questions")
+    parser.add_argument(
+        "--more",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="further questions in MuSiQue's form, all trained on",
+    )
+    parser.add_argument("--real", type=float, default=0.04, help="share of contexts with all those questions")
     parser.add_argument("--squad", type=Path, metavar="FILE", help="passages with questions on each, in SQuAD's form")
     parser.add_argument("--read", type=float, default=0.4, help="share of contexts with those passages")
+    parser.add_argument(
+        "--barred",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="questions in MuSiQue's form that are measured on: passages like theirs are left out of --more and --squad",
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seconds", type=float, default=300.0, help="of training; its rate falls with what is left")
     parser.add_argument("--steps", type=int, help="end after so many steps, if that is earlier")
-    parser.add_argument("--rank", type=int, default=12, help="of the adapter")
-    parser.add_argument("--alpha", type=float, default=24.0)
-    parser.add_argument("--rate", type=float, default=1e-3, help="the highest learning rate")
+    parser.add_argument(
+        "--full", action="store_true", help="train all weights, not an adapter, and write a whole model"
+    )
+    parser.add_argument("--rank", type=int, default=RANK, help="of the adapter")
+    parser.add_argument("--alpha", type=float, default=ALPHA)
+    parser.add_argument("--rate", type=float, help="the highest learning rate (default: 1e-3, and 3e-4 with --full)")
     parser.add_argument("--tokens", type=int, default=32768, help="about how many tokens a batch has")
     parser.add_argument("--lengths", type=int, nargs="+", default=list(SHARES), choices=list(SHARES), help="of prompts")
+    parser.add_argument("--shares", type=float, nargs="+", help="of steps with each of these lengths")
     parser.add_argument("--workers", type=int, default=8, help="processes that make text, for each GPU")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commit", help="what to record where there is no git")
@@ -228,6 +264,14 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("rank", "tokens"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}: use 1 or more.")
+    if args.shares is not None and (
+        len(args.shares) != len(args.lengths) or min(args.shares) < 0 or not sum(args.shares)
+    ):
+        parser.error(f"--shares is {args.shares} with --lengths {args.lengths}: give one share for each, none below 0.")
+    if args.full and (args.rank, args.alpha) != (RANK, ALPHA):
+        parser.error("--full trains no adapter: leave out --rank and --alpha.")
+    if args.rate is None:
+        args.rate = 3e-4 if args.full else 1e-3
     return args
 
 

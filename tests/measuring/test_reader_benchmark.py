@@ -30,7 +30,7 @@ from reader import train as training
 from reader.batches import Batches, Encoder, batch_of
 from reader.contexts import Context, ContextMaker, Turn
 from reader.lora import CONFIG, WEIGHTS, add_lora, merge, save_adapter
-from reader.prose import RealQuestion, docstring_sentences, passage_sentences, split_musique
+from reader.prose import RealQuestion, docstring_sentences, further_questions, passage_sentences, split_musique
 from reader.squad import AskedPassage, read_squad
 from reader.train import Log, loss_of, train
 from reader.worlds import RELATIONS
@@ -308,8 +308,9 @@ def test_a_question_is_trained_on_only_with_a_passage_that_answers_it(tmp_path: 
     maker = ContextMaker(PROSE, split.trained, real=1.0)
     for number in range(50):
         context = maker.context(number, 300)
-        (turn,) = context.turns
-        assert any(turn.answer in chunk for chunk in context.chunks)
+        assert context.turns
+        for turn in context.turns:
+            assert any(turn.answer in chunk.casefold() for chunk in context.chunks)
     short = maker.context(0, 4)  # no room for a passage
     assert not short.turns[0].question.startswith("Who is")
 
@@ -340,7 +341,7 @@ def test_passages_that_are_measured_on_are_not_trained_on(tmp_path: Path) -> Non
     read = read_squad(squad_file(tmp_path / "squad.json", contexts), [f"It says: {shared.replace(' ', ', ')}."])
     assert read == [
         AskedPassage("Ines keeps bees.", (("What is in 0?", "Ines"),)),
-        AskedPassage("The first bridge over it.", (("What is in 2?", "The"),)),
+        AskedPassage("The first bridge over it.", (("What is in 2?", "The"),), 0),
     ]
     with pytest.raises(ValueError, match="no question on a passage that isn't measured on"):
         read_squad(squad_file(tmp_path / "squad.json", contexts[1:2]), [shared])
@@ -364,6 +365,53 @@ def test_questions_on_passages_are_asked_where_their_passage_is_read() -> None:
         for turn in context.turns:
             assert any(turn.answer.casefold() + " " in chunk.casefold() for chunk in context.chunks)
     assert len(maker.context(0, 4).chunks) == 1
+
+
+def test_every_other_time_a_question_stands_among_passages_of_its_own_article() -> None:
+    passages = [
+        AskedPassage(f"In article {a}, house {n} is painted.", ((f"What of {n} in {a}?", f"house {n}"),), a)
+        for a in range(10)
+        for n in range(8)
+    ]
+    maker = ContextMaker(PROSE, passages=passages, read=1.0)
+    alike = 0
+    for number in range(60):
+        text = " ".join(maker.context(number, 60).chunks).casefold()
+        articles = re.findall(r"in article (\d)", text)
+        assert 5 <= len(articles) <= 8
+        alike += len(set(articles)) == 1
+    assert 20 <= alike <= 40
+
+
+def test_further_questions_share_no_passage_with_what_is_measured_and_are_asked_together(tmp_path: Path) -> None:
+    measured = "The first bridge over the river was built of oak by monks."
+    told = ["Ines founded the Mill — a café.", "The Mill stands in Évora (Portugal).", "Nobody lives here."]
+    lines = [
+        {"question": "Where is what Ines founded?", "answer": "Évora", "answer_aliases": [], "passages": told},
+        {"question": "What did Ines found?", "answer": "the Mill", "answer_aliases": [], "passages": told},
+        {"question": "Who built it?", "answer": "monks", "answer_aliases": [], "passages": [measured, told[2]]},
+    ]
+    for line in lines:
+        line["passages"] = [{"title": "", "text": text} for text in line["passages"]]
+    path = tmp_path / "more.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = further_questions(path, [f"It says: {measured}"])
+    assert found == [
+        RealQuestion("Where is what Ines founded?", ("Évora",), tuple(told)),
+        RealQuestion("What did Ines found?", ("the Mill",), tuple(told)),
+    ]
+    plain = ["ines founded the mill — a cafe.", "the mill stands in evora ( portugal ) .", "nobody lives here."]
+    maker, layouts = ContextMaker(PROSE, found, real=1.0), set()
+    for number in range(40):
+        context = maker.context(number, 100)
+        assert {turn.question for turn in context.turns} == {q.question for q in found}
+        layouts.add((len(context.chunks), context.chunks[0] in told))
+        text = " ".join(context.chunks)
+        assert all(p in text for p in told) or all(p in text for p in plain)
+    assert layouts == {(3, True), (3, False), (1, False)}
+    path.write_text(json.dumps(lines[-1]))
+    with pytest.raises(ValueError, match="no question with an answer in a passage that isn't measured on"):
+        further_questions(path, [measured])
 
 
 def test_every_example_has_an_answer_to_learn() -> None:
@@ -390,7 +438,39 @@ def test_the_log_says_which_questions_to_measure_with(
     assert f"--musique {path} --first 5 --musique-records 5" in capsys.readouterr().out
     first = json.loads((tmp_path / "made" / "log.jsonl").read_text().splitlines()[0])
     assert first["held_out_questions"] == {"first": 5, "count": 5}
+    assert first["further_questions"] == 0
     merge(LlamaForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "made")
+    # All weights, and questions of a further file.
+    words = words.replace("made", "whole") + f" --full --shares 2 --rate 0.1 --more {path} --barred {path}"
+    with pytest.raises(ValueError, match="no question with an answer in a passage that isn't measured on"):
+        training.main(words.split())
+    training.main(words.replace(f" --barred {path}", "").split())
+    base, whole = (LlamaForCausalLM.from_pretrained(tmp_path / name) for name in ("base", "whole"))
+    assert not any(torch.equal(a, b) for a, b in zip(base.parameters(), whole.parameters(), strict=True))
+    assert whole.generation_config.eos_token_id == base.generation_config.eos_token_id
+    first = json.loads((tmp_path / "whole" / "log.jsonl").read_text().splitlines()[0])
+    assert first["further_questions"] == 4  # of which no passage is held out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--lengths 1024 2048 --shares 1", r"--shares is \[1.0\] with --lengths \[1024, 2048\]: give one share"),
+        ("--shares 1 1 1 -1", "none below 0"),
+        ("--full --rank 8", "--full trains no adapter"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        training.arguments(["--out", "made", *words.split()])
+    assert re.search(message, capsys.readouterr().err)
+    assert training.arguments(["--out", "made"]).rate == 1e-3
+    assert training.arguments(["--out", "made", "--full"]).rate == 3e-4
+
+
+def test_steps_have_the_lengths_that_are_asked_for() -> None:
+    batches = Batches(ContextMaker(PROSE), byte_level(), 2048, [1024, 2048], shares=[0, 1])
+    assert {len(batch.ids) for batch in islice(iter(batches), 4)} == {1}
 
 
 def test_held_out_questions_stand_behind_their_passage_and_others_of_an_article_that_is_not_trained_on(
