@@ -14,7 +14,9 @@ takes when saturated. `short`: where reuse is expected not to pay, of chunks of 
 nothing in vLLM's prefix cache. `plain`: prompts without stored chunks. `prefix`: vLLM's own prefix caching, with
 the same order of chunks and with other ones. `shares`: a part of the chunks is stored, or lengths vary (log-normal). `host`: which steps of vLLM and of the
 connector one request alone waits for (`served/host_steps.py` lists them; noting them takes about a microsecond a call), also for a tiny prompt. `timeline`: what the
-GPU does, by torch's profiler, while one prompt is put together beside four answers.
+GPU does, by torch's profiler, while one prompt is put together beside four answers. `disk`: each prompt with and without reuse in turn, in the same server; before each, all
+chunks leave the host's memory, so that they are read from disk, past the operating system's page cache where the file system allows it (the store does that by itself; the
+file's "disk_direct" says whether it could). "slowed" cells make the disk slower on purpose, to see which prompts the connector leaves to vLLM, and when their first tokens come then.
 
 The file is written after every cell; the same command continues a run that was cut off.
 """
@@ -27,9 +29,10 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +41,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from common import environment
 from served.host_time import note_front
+from served.in_worker import IN_WORKER
 from served.memory import DeviceMemory
-from served.plan import PHASES, SETTINGS, Cell, cells
+from served.plan import PHASES, SETTINGS, Cell, cells, setting_of
 from served.report import group, table
 from served.run import FEW, MANY, Amounts, Run
 from served.subject import prepare
-from served.targets import in_process, pairs
-from speed.machine import driver
+from served.targets import Target, in_process, pairs
+from speed.machine import disk_speed, driver
 from speed.results import Results
 from speed.shapes import SHAPES
 
@@ -119,9 +123,14 @@ def main(arguments: list[str] | None = None) -> None:
         folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         most = max([*contexts, *(2 * cell.context for cell in wanted if cell.phase == "shares")])
-        codecs = sorted({"exact", *(SETTINGS[setting].codec for setting in args.settings)})
+        in_memory = {"exact", *(SETTINGS[setting].codec for setting in args.settings)}
+        on_disk = {found.codec for cell in todo if cell.phase == "disk" and (found := setting_of(cell.setting))}
+        codecs = sorted(in_memory | on_disk)
         model, store, workloads = prepare(folder, args.shape, args.device, most, args.chunk_tokens, codecs)
         print(f"model and store ready after {time.perf_counter() - started:.0f} s", flush=True)
+        if on_disk:
+            speed, direct = disk_speed(folder)
+            results.content["machine"] |= {"disk_bytes_per_second": speed, "disk_direct": direct}
 
         def rate_of(variant: str, context: int, setting: str) -> float | None:
             found = group(results.content["groups"], variant, "saturated", context, setting)
@@ -142,13 +151,16 @@ def main(arguments: list[str] | None = None) -> None:
             "max_num_seqs": 2 * args.at_once,
             "dtype": "bfloat16",
             "enforce_eager": args.device == "cpu",  # compiling takes minutes there
+            **({"worker_extension_cls": IN_WORKER} if on_disk else {}),
             **(_inside(args.device) if any(cell.phase in ("host", "timeline") for cell in wanted) else {}),
             **pairs(args.vllm),
         }
         for variant, connector in connectors.items():
             mine = [cell for cell in todo if cell.variant == variant]
             if mine and time.perf_counter() - started < args.seconds:
-                fill = max(contexts) if variant == "reuse" else None
+                fill = None
+                if variant == "reuse" and any(cell.phase != "disk" for cell in mine):
+                    fill = partial(run.fill_memory, context=max(contexts), codecs=in_memory)
                 asyncio.run(_measure(run, results, mine, str(model), connector, options, started, args.seconds, fill))
     show(results.content, args.plot, "serving" if args.out is None else args.out.stem)
 
@@ -166,7 +178,7 @@ def _inside(device: str) -> dict[str, Any]:
     """Prepare for the phases that look into vLLM, `host` and `timeline`. Returns what they need of vLLM: functions that note their times, and on a CPU one process for the engine and its
     worker, as on a GPU, and pages as small as may be there (GPUs have pages of 16 tokens)."""
     note_front()
-    noting: dict[str, Any] = {"worker_extension_cls": "served.in_worker.InWorker"}
+    noting: dict[str, Any] = {"worker_extension_cls": IN_WORKER}
     if device == "cuda":
         return noting
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -182,12 +194,12 @@ async def _measure(
     options: dict[str, Any],
     started: float,
     seconds: float,
-    fill: int | None,
+    fill: Callable[[Target], Awaitable[None]] | None,
 ) -> None:
     async with in_process(model, connector, **options) as target:
         print(f"{wanted[0].variant}: started after {time.perf_counter() - started:.0f} s", flush=True)
         if fill is not None:
-            await run.fill_memory(target, fill)
+            await fill(target)
         for cell in wanted:
             if time.perf_counter() - started > seconds:
                 return

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from served.host_steps import HostSteps
+from served.on_disk import OnDisk
 from served.timeline import Traced
 
+IN_WORKER = "served.in_worker.InWorker"
+"""Its name, as vLLM wants it."""
 
-class InWorker(HostSteps, Traced):
-    """Notes steps of the host, and traces what runs on the GPU."""
+
+class InWorker(HostSteps, Traced, OnDisk):
+    """Notes steps of the host, traces what runs on the GPU, and has chunks read from disk."""

@@ -27,7 +27,7 @@ PARTS = (0.2, 0.3, 0.4, 0.6, 0.8, 0.9, 1.0)
 
 async def alone(target: Target, prompts: Sequence[Ids], reuse: Reuse | None, warm: int = 2) -> dict[str, Any]:
     """One request at a time, one token each: time to first token. The first `warm` of them don't count."""
-    return _first_tokens([await target.ask(ids, 1, reuse) for ids in prompts][warm:])
+    return first_tokens([await target.ask(ids, 1, reuse) for ids in prompts][warm:])
 
 
 async def paused(
@@ -40,7 +40,7 @@ async def paused(
             await asyncio.sleep(pause)
         answers.append(await target.ask(ids, 1, reuse))
     of_each = {name: [round(each, 5) for each in seconds] for name, seconds in _timings(answers[warm:]).items()}
-    return _first_tokens(answers[warm:]) | ({"timings_of_each": of_each} if of_each else {})
+    return first_tokens(answers[warm:]) | ({"timings_of_each": of_each} if of_each else {})
 
 
 async def both_ways(target: Target, prompts: Sequence[Ids], reuse: bool, warm: int = 2) -> dict[str, Any]:
@@ -50,14 +50,25 @@ async def both_ways(target: Target, prompts: Sequence[Ids], reuse: bool, warm: i
     so what is compared is measured in turns, in one server.
     """
     ways: list[Reuse | None] = [{}, {"reuse": False}] if reuse else [None]
+    answers = await in_turn(target, prompts, ways, target.forget)
+    found = first_tokens(answers[0][warm:])
+    return found if not reuse else found | {"without_reuse": spread([a.ttft for a in answers[1][warm:]])}
+
+
+async def in_turn(
+    target: Target, prompts: Sequence[Ids], ways: Sequence[Reuse | None], before: Callable[[], Awaitable[None]]
+) -> list[list[Answer]]:
+    """Each prompt is asked in all ways, one request at a time, one token each; every other prompt the other way round. `before` is awaited before each request.
+
+    Returns: the answers to all prompts, by way.
+    """
     answers: list[list[Answer]] = [[] for _ in ways]
     for number, ids in enumerate(prompts):
         order = list(enumerate(ways))
         for way, asked in reversed(order) if number % 2 else order:
-            await target.forget()
+            await before()
             answers[way].append(await target.ask(ids, 1, asked))
-    found = _first_tokens(answers[0][warm:])
-    return found if not reuse else found | {"without_reuse": spread([a.ttft for a in answers[1][warm:]])}
+    return answers
 
 
 async def closed(
@@ -185,7 +196,7 @@ def _reports(answers: Sequence[Answer]) -> dict[str, Any]:
     return {"tokens": means, "left": left, **({"timings": medians} if medians else {}), "last_report": told[-1]}
 
 
-def _first_tokens(answers: Sequence[Answer]) -> dict[str, Any]:
+def first_tokens(answers: Sequence[Answer]) -> dict[str, Any]:
     """What is said of requests that came one at a time."""
     return {"ttft": spread([a.ttft for a in answers]), **_reports(answers)}
 

@@ -11,7 +11,7 @@ Variant = Literal["vllm", "reuse", "ceiling"]
 
 PHASES = (
     "alone", "paused", "saturated", "shares", "gaps", "short", "within", "plain", "arrivals", "prefix", "host", "timeline",
-    "ceiling",
+    "disk", "ceiling",
 )  # fmt: skip
 PAUSES = {"50 ms": 0.05, "no pause": 0.0, "5 ms": 0.005, "500 ms": 0.5}
 """How long a server rests before each request of the phase `paused`, in seconds, by the detail of its cells. "no pause" is `alone` once more, behind the first
@@ -42,11 +42,27 @@ SETTINGS: dict[str, Setting] = {
     "default 0.15 int8": Setting({"ratio": 0.15}, "int8"),
 }
 """The settings of requests that reuse, by the name in tables."""
+FROM_DISK: dict[str, Setting] = {
+    "frequency 0.15 int4": Setting({"selector": "frequency", "ratio": 0.15}, "int4"),
+    "default 0.15 int4": Setting({"ratio": 0.15}, "int4"),
+    "frequency 0.3 int4": Setting({"selector": "frequency", "ratio": 0.3}, "int4"),
+    "default 0.3 int4": Setting({"ratio": 0.3}, "int4"),
+    "frequency 0.15": Setting({"selector": "frequency", "ratio": 0.15}),
+    "default 0.15": SETTINGS["default 0.15"],
+}
+"""The settings of the phase `disk`: the codec of the fewest bytes, and the exact one."""
+SLOWED, SLOWED_SETTING = "slowed", "frequency 0.15 int4"
+"""The detail of the cells of the phase `disk` whose disk is made slower on purpose, and their setting."""
 SHORT = (256, 512, 1024, 2048, 4096)
 SHORT_CHUNKS = "short"
 """The name of the workload whose chunks are so short that a prompt of 256 tokens has several."""
 TINY = 64
 """Tokens of the prompt that shows what vLLM takes for any request."""
+
+
+def setting_of(name: str) -> Setting | None:
+    """A setting by its name; None where nothing is asked for ("auto", "")."""
+    return (SETTINGS | FROM_DISK).get(name)
 
 
 @dataclass(frozen=True)
@@ -57,8 +73,8 @@ class Cell:
         variant: the server.
         phase: one of `PHASES`.
         context: tokens of chunks in a prompt.
-        setting: a name of `SETTINGS`, "auto" (a request without settings), or "" where nothing is reused.
-        detail: what differs further: a share, an order, a rate, a pause.
+        setting: a name of `SETTINGS` or `FROM_DISK`, "auto" (a request without settings), or "" where nothing is reused.
+        detail: what differs further: a share, an order, a rate, a pause, a slowed disk.
     """
 
     variant: Variant
@@ -139,3 +155,7 @@ def _of_both(variant: Variant, contexts: Sequence[int], settings: Sequence[str])
     if reuse:
         for context in contexts:
             yield from (Cell(variant, "timeline", context, setting) for setting in exact)
+        # Behind these, chunks aren't in memory. A disk that was slow is known to be for a while, so it comes last.
+        for context in contexts:
+            yield from (Cell(variant, "disk", context, setting) for setting in FROM_DISK)
+        yield from (Cell(variant, "disk", context, SLOWED_SETTING, SLOWED) for context in contexts)

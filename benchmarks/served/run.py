@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from served.disk import SLOWED_PROMPTS, TRIED, from_disk, from_slowed_disk
 from served.host_time import host
 from served.load import alone, both_ways, closed, most_within, open_loop, paused, while_running
-from served.plan import PAUSES, SETTINGS, SHORT_CHUNKS, TINY, Cell
+from served.plan import PAUSES, SHORT_CHUNKS, SLOWED, TINY, Cell, setting_of
 from served.targets import Reuse, Target
 from served.timeline import timeline
 from served.workload import Order, Workload
@@ -57,8 +58,8 @@ class Run:
     ):
         self._workloads, self._amounts, self._rate_of = workloads, amounts, rate_of
 
-    async def fill_memory(self, target: Target, context: int) -> None:
-        """Ask for every stored chunk, until none is read from disk any more: the tables are of chunks in host memory.
+    async def fill_memory(self, target: Target, context: int, codecs: Collection[str]) -> None:
+        """Ask for every stored chunk of these codecs, and for the short ones, until none is read from disk any more: most tables are of chunks in host memory.
 
         Raises:
             ValueError: nothing is reused, or chunks are still read from disk at the last try.
@@ -66,7 +67,8 @@ class Run:
         for _ in range(FILLINGS):
             reports = [
                 (await target.ask(prompt, 1, {"ratio": 0.05})).report or {}
-                for workload in self._workloads.values()
+                for name, workload in self._workloads.items()
+                if name in codecs or name == SHORT_CHUNKS
                 for prompt in workload.covering(context)
             ]
             if not any(report.get("reused") for report in reports):
@@ -85,9 +87,9 @@ class Run:
         Raises:
             ValueError: it needs vLLM's saturated rate, which is not known.
         """
-        setting = SETTINGS.get(cell.setting)
+        setting = setting_of(cell.setting)
         do, many = self._amounts, self._workloads["exact" if setting is None else setting.codec]
-        reuse: Reuse | None = None if setting is None else setting.asked
+        reuse: Reuse | None = setting.asked if setting is not None else {} if cell.setting == "auto" else None
         seed = cell.prompts
         arriving = str(cell.context)  # what is compared arrives at the same times
         if cell.phase == "alone":
@@ -110,6 +112,11 @@ class Run:
         if cell.phase == "host":
             prompts = many.prompts(cell.context, do.rounds + 3, seed)
             return await host(target, [ids[-TINY:] for ids in prompts] if cell.context == TINY else prompts, reuse)
+        if cell.phase == "disk":
+            if cell.detail == SLOWED:
+                prompts = many.prompts(cell.context, TRIED + SLOWED_PROMPTS, seed)
+                return await from_slowed_disk(target, prompts, reuse or {})
+            return await from_disk(target, many.prompts(cell.context, do.rounds + 1, seed), reuse or {})
         if cell.phase == "timeline":
             running = many.prompts(1024, 4, f"{seed} running", share=0)
             return await timeline(target, running, many.prompts(cell.context, 3, seed), reuse or {}, 16 * do.tokens)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from served.load import percentiles
-from served.plan import SETTINGS, Cell
+from served.plan import FROM_DISK, SETTINGS, Cell, setting_of
 
 Content = Mapping[str, Any]
 VLLM = "vLLM, all read"
@@ -53,7 +53,7 @@ class Measured:
 
 
 def _place(cell: Cell) -> tuple[int, int, int]:
-    order = ("", "auto", *SETTINGS)
+    order = ("", "auto", *(SETTINGS | FROM_DISK))
     return (
         cell.context,
         ("vllm", "reuse", "ceiling").index(cell.variant),
@@ -67,9 +67,9 @@ def label(cell: Cell) -> str:
         return VLLM
     if cell.variant == "ceiling":
         return "prefill for nothing"
-    if cell.setting in SETTINGS and SETTINGS[cell.setting].codec != "exact":
-        codec = SETTINGS[cell.setting].codec
-        return f"{cell.setting.removesuffix(f' {codec}')}, `{codec}`"
+    setting = setting_of(cell.setting)
+    if setting is not None and setting.codec != "exact":
+        return f"{cell.setting.removesuffix(f' {setting.codec}')}, `{setting.codec}`"
     return {"auto": "as by default", "": "with the connector"}.get(cell.setting, cell.setting)
 
 

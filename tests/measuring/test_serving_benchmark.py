@@ -143,10 +143,10 @@ def test_every_stored_chunk_is_asked_for_until_none_is_read_from_disk(workload: 
 
     run = Run({"exact": workload}, Amounts(1, 1, 1, 1), lambda *_server: None)
     server = FromDisk(2)
-    asyncio.run(run.fill_memory(server, 5 * CHUNK))
+    asyncio.run(run.fill_memory(server, 5 * CHUNK, ["exact"]))
     assert server.asked == dict.fromkeys((text.replace(" ", "") for text in workload.stored), 3)
     with pytest.raises(ValueError, match="still read from disk after every one was asked for 20 times"):
-        asyncio.run(run.fill_memory(FromDisk(99), 5 * CHUNK))
+        asyncio.run(run.fill_memory(FromDisk(99), 5 * CHUNK, ["exact"]))
 
 
 def test_a_server_that_reuses_nothing_is_not_measured(workload: Workload) -> None:
@@ -156,7 +156,7 @@ def test_a_server_that_reuses_nothing_is_not_measured(workload: Workload) -> Non
 
     run = Run({"exact": workload}, Amounts(1, 1, 1, 1), lambda *_server: None)
     with pytest.raises(ValueError, match=r"reuses nothing.*\(refused\)\. its model is odd\."):
-        asyncio.run(run.fill_memory(Refusing(), 5 * CHUNK))
+        asyncio.run(run.fill_memory(Refusing(), 5 * CHUNK, ["exact"]))
 
 
 def test_short_prompts_are_asked_both_ways_in_turn_with_nothing_cached() -> None:
@@ -384,6 +384,19 @@ def test_every_phase_and_setting_has_cells_and_no_cell_comes_twice() -> None:
     assert {name for name in longer if "2048" in name} == {
         "vllm/paused/2048//50 ms", *(f"reuse/paused/2048/frequency 0.05/{pause}" for pause in PAUSES),
     }  # fmt: skip
+
+
+def test_requests_without_stored_chunks_give_no_settings_and_are_told_why_they_were_left(workload: Workload) -> None:
+    asked: list[Any] = []
+
+    class Server:
+        async def ask(self, _ids: list[int], _tokens: int, reuse: Any) -> Answer:
+            asked.append(reuse)
+            return Answer(0.1, [1.0], {"reused": 0, "left": "nothing found"} if reuse == {} else {})
+
+    run = Run({"exact": workload}, Amounts(1, 6, 2, 4), lambda *_server: None)
+    found = asyncio.run(run.measure(Server(), Cell("reuse", "shares", 4 * CHUNK, "auto", "stored 0")))
+    assert (asked, found["left"]) == ([{}] * 10, {"nothing found": 6})
 
 
 @pytest.mark.parametrize(
