@@ -89,10 +89,11 @@ def further_questions(path: Path, barred: Iterable[str]) -> list[RealQuestion]:
     Raises:
         ValueError: nothing is left, or a line can't be read.
     """
-    measured = Barred(barred)
+    measured, lines = Barred(barred), list(read_questions(path))
+    apart = {p for p in dict.fromkeys(p for _, _, passages, _ in lines for p in passages) if not measured.shares(p)}
     questions = [
-        RealQuestion(q, tuple(answers), tuple(p for p in passages if not measured.shares(p)))
-        for q, answers, passages, _ in read_questions(path)
+        RealQuestion(question, tuple(answers), tuple(p for p in passages if p in apart))
+        for question, answers, passages, _ in lines
     ]
     if not (left := [q for q in questions if q.answering]):
         raise ValueError(f"{path} has no question with an answer in a passage that isn't measured on.")

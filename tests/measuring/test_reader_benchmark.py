@@ -24,7 +24,7 @@ from cachetune_rag.text.prompts.prompt import PromptBuilder
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from fidelity.musique import read_musique, read_questions
 from fidelity.sources import Text
-from reader import held_out, prose, templates, vocabulary
+from reader import held_out, prose, templates, two_steps, vocabulary
 from reader import merge as merging
 from reader import train as training
 from reader.batches import Batches, Encoder, batch_of
@@ -412,6 +412,48 @@ def test_further_questions_share_no_passage_with_what_is_measured_and_are_asked_
     path.write_text(json.dumps(lines[-1]))
     with pytest.raises(ValueError, match="no question with an answer in a passage that isn't measured on"):
         further_questions(path, [measured])
+
+
+def test_two_steps_go_through_the_passage_that_names_the_other_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = {
+        "Red Dust (film)": "Red Dust is a 1950 Italian film directed by Ada R. Lovell and shot in Rome.",
+        "Ada R. Lovell": "Ada R. Lovell (born 3 May 1911) was an Italian film director. She was born in Turin and attended Turin Academy. Later.",
+        "Old Lovell": "Old Lovell (1870 – 2 June 1950) was a French painter. He was married to Ada R. Lovell in 1940.",
+        "Grey Hill": "Grey Hill is a hill.",
+    }
+    corpus, made = tmp_path / "corpus.json", tmp_path / "made.jsonl"
+    corpus.write_text(json.dumps([{"title": title, "text": text} for title, text in told.items()]))
+    answers: dict[str, str] = {}
+    for seed in range(80):
+        two_steps.main(f"--passages {corpus} --others 1 --out {made} --seed {seed}".split())
+        assert "questions on 2 pairs of 4 passages" in capsys.readouterr().out
+        for question, right, passages, _ in read_questions(made):
+            (answer,) = right
+            assert answers.setdefault(question, answer) == answer
+            assert told["Ada R. Lovell"] in passages
+            assert len(passages) in (2, 3)
+            assert any(answer in passage for passage in passages)
+    film, spouse = "the director of Red Dust", "the spouse of Old Lovell"
+    expected = {
+        f"When was {film} born?": "3 May 1911",
+        f"Where was {film} born?": "Turin",
+        f"Where was {spouse} educated?": "Turin Academy",
+        f"What nationality is {spouse}?": "Italian",
+        f"Who is {film}?": "Ada R. Lovell",
+        "Who directed Red Dust?": "Ada R. Lovell",
+        "In what year was Red Dust released?": "1950",
+        "When did Old Lovell die?": "2 June 1950",
+        "What does Old Lovell do for a living?": "painter",
+    }
+    assert {question: answers.get(question) for question in expected} == expected
+    corpus.write_text(json.dumps([{"title": "Grey Hill", "text": told["Grey Hill"]}]))
+    for more, message in (("", "leads to another one"), (f" {tmp_path / 'no.json'}", "is no list of passages")):
+        (tmp_path / "no.json").write_text('[{"title": "Grey Hill"}]')
+        with pytest.raises(SystemExit):
+            two_steps.main(f"--passages {corpus}{more} --out {made}".split())
+        assert message in capsys.readouterr().err
 
 
 def test_every_example_has_an_answer_to_learn() -> None:
