@@ -257,8 +257,8 @@ class Runtime:
         else:
             _log.warning("the disk of store %s doesn't answer: it is closed once it does", self.store.path)
 
-    def warmup(self, computed_tokens: int, prompt_lengths: Sequence[int], selector: str) -> None:
-        """Do what `CacheTune.warmup` documents."""
+    def warmup(self, computed_tokens: int, prompt_lengths: Sequence[int], selector: str, largest: int = 0) -> None:
+        """Do what `CacheTune.warmup` documents; `largest` as for `DeviceForward.warmup`."""
         with self.model.lock.reserved(), self.model.lock:
             chosen = get_selector(resolve(selector, 0).selector)
             # Deviations are known only of chunks that are a mean over lead-ins; of others, the attention alone is looked at.
@@ -267,7 +267,7 @@ class Runtime:
             errors = mean and chosen.uses_deviations
             after = chosen.shortlist_after(self.adapter.num_layers) if errors else 0
             probe = (layers, errors, after) if layers else None
-            self.adapter.warmup(computed_tokens, probe, prompt_lengths, mean and chosen.shift > 0)
+            self.adapter.warmup(computed_tokens, probe, prompt_lengths, mean and chosen.shift > 0, largest)
             warm_up_loading(self.adapter, self.store.codec)
 
     def model_changed(self) -> bool:

@@ -226,6 +226,30 @@ def test_graphs_give_what_launching_gives(tmp_path: Path) -> None:
                 assert float((logits(selector, ratio) - expected).abs().max()) <= 1e-4, (selector, ratio)
 
 
+def test_the_first_forward_of_a_size_below_the_largest_is_captured() -> None:
+    adapter, length, tokens = ModelAdapter(llama().cuda()), 700, 400
+    forward, ids, places = adapter.device_forward, torch.tensor(random_ids(length, seed=1)), torch.arange(length)
+    assert forward is not None
+
+    def logits() -> torch.Tensor:
+        buffers = adapter.new_buffers(length)
+        for rows in (*buffers.key_rows, *buffers.value_rows):
+            rows.zero_()
+        return adapter.selective_forward(ids[-tokens:], places[-tokens:], buffers)
+
+    forward.graphs_enabled = False
+    wanted = logits()
+    forward.graphs_enabled = True
+    forward.drop_graphs()
+    forward.warmup(64, largest=600)
+    captures = forward.captures
+    assert captures == 3, "the largest size, the smallest, and a decoding step"
+    for _ in range(3):
+        assert float((logits() - wanted).abs().max()) <= 1e-5
+        assert forward.captures == captures + 1
+    assert forward.graphs_enabled
+
+
 @WAYS
 @pytest.mark.parametrize("codec", ["exact", "int8", "int4"])
 @pytest.mark.parametrize("disk", [False, True], ids=["host", "disk"])

@@ -19,7 +19,7 @@ from cachetune_vllm.settings import ServerSettings
 
 MOST_COMPUTED = 2048
 """Tokens to compute up to which requests find everything ready. Of larger ones, which compute for far longer, the first of a size
-waits a moment."""
+waits a moment, while its CUDA graph is captured."""
 OUTSIDE = 512
 """Tokens outside of chunks that a request is expected to have at most: instructions, a question, what a template adds."""
 LENGTHS = (8192, 32768, 131072)
@@ -38,11 +38,11 @@ def warm_up(engine: Runtime, settings: ServerSettings, longest: int) -> None:
         settings: the server's.
         longest: tokens of the longest prompt that is put together.
     """
-    computed, lengths = expected(longest, engine.admission.config(settings.selector, settings.ratio).ratio)
+    computed, largest, lengths = expected(longest, engine.admission.config(settings.selector, settings.ratio).ratio)
     started = time.perf_counter()
     try:
         # Workers that share a model compute this together, and go on together.
-        engine.adapter.heads.together(partial(engine.warmup, computed, lengths, settings.selector))
+        engine.adapter.heads.together(partial(engine.warmup, computed, lengths, settings.selector, largest))
     except Exception:  # whatever it is, requests compile what they need
         _log.exception(
             "the first requests with reused chunks will be slower, because what they need could not be made ready"
@@ -59,7 +59,8 @@ def warm_up(engine: Runtime, settings: ServerSettings, longest: int) -> None:
         )
 
 
-def expected(longest: int, ratio: float) -> tuple[int, list[int]]:
-    """The most tokens that requests will compute, and the lengths of their prompts, where prompts have up to `longest` tokens."""
-    computed = min(longest, math.ceil(ratio * longest) + OUTSIDE, MOST_COMPUTED)
-    return computed, [length for length in LENGTHS if length < longest] + [longest]
+def expected(longest: int, ratio: float) -> tuple[int, int, list[int]]:
+    """Where prompts have up to `longest` tokens: how many tokens requests compute for which everything is made ready, how many they compute at most, and the lengths of
+    their prompts."""
+    largest = min(longest, math.ceil(ratio * longest) + OUTSIDE)
+    return min(largest, MOST_COMPUTED), largest, [length for length in LENGTHS if length < longest] + [longest]

@@ -278,13 +278,20 @@ class ModelAdapter:
         return interruptible(self.attentions, self.device, stop)
 
     @neutrally
-    def warmup(self, tokens: int, probe: tuple[int, bool, int] | None, lengths: Sequence[int], shift: bool) -> None:
+    def warmup(
+        self,
+        tokens: int,
+        probe: tuple[int, bool, int] | None,
+        lengths: Sequence[int],
+        shift: bool,
+        largest: int = 0,
+    ) -> None:
         """Compile the model's layers, then see `DeviceForward.warmup`. Does nothing on devices without one."""
         if self.device_forward is None or self.device.type != "cuda":
             return
         if self.max_positions is None or self.max_positions >= fusion.TOKENS:
             self.device_forward.fuse(self.new_buffers(fusion.TOKENS), self.config.vocab_size)
-        self.device_forward.warmup(tokens, probe, lengths, shift)
+        self.device_forward.warmup(tokens, probe, lengths, shift, largest)
 
     @neutrally
     def selective_forward(

@@ -158,14 +158,14 @@ def test_the_scheduler_rests_while_a_worker_computes_on_its_cores(worker: int | 
 @pytest.mark.parametrize(
     ("longest", "ratio", "wanted"),
     [
-        (300, 0.15, (300, [300])),
-        (4096, 0.15, (1127, [4096])),
-        (32768, 0.05, (2048, [8192, 32768])),
-        (131072, 0.15, (2048, [8192, 32768, 131072])),
+        (300, 0.15, (300, 300, [300])),
+        (4096, 0.15, (1127, 1127, [4096])),
+        (32768, 0.05, (2048, 2151, [8192, 32768])),
+        (131072, 0.15, (2048, 20173, [8192, 32768, 131072])),
     ],
 )
 def test_an_engine_is_made_ready_for_what_the_server_reads(
-    longest: int, ratio: float, wanted: tuple[int, list[int]]
+    longest: int, ratio: float, wanted: tuple[int, int, list[int]]
 ) -> None:
     assert expected(longest, ratio) == wanted
 
@@ -174,7 +174,7 @@ def test_an_engine_is_made_ready_once_with_the_servers_settings() -> None:
     asked: list[tuple[Any, ...]] = []
     started = Started(Hello(None), warm_up=lambda: warm_up(engine_that(asked.append), SETTINGS, 4096))
     assert started.ready() is started.ready() is started.hello
-    assert asked == [(512 + 1024, [4096], "probe")]
+    assert asked == [(512 + 1024, [4096], "probe", 512 + 1024)]
 
 
 def test_what_cannot_be_made_ready_is_logged_and_stops_no_server(caplog: pytest.LogCaptureFixture) -> None:

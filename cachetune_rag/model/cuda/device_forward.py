@@ -177,7 +177,12 @@ class DeviceForward:
         self._pool = None
 
     def warmup(
-        self, tokens: int, probe: tuple[int, bool, int] | None = None, lengths: Sequence[int] = (), shift: bool = False
+        self,
+        tokens: int,
+        probe: tuple[int, bool, int] | None = None,
+        lengths: Sequence[int] = (),
+        shift: bool = False,
+        largest: int = 0,
     ) -> None:
         """Compile the kernels and capture the graphs of a decoding step and of up to `tokens` computed tokens.
 
@@ -187,10 +192,14 @@ class DeviceForward:
                 a shortlist (0: never). Its graphs are captured too, for up to 256 computed tokens.
             lengths: prompt lengths for which the probe is made ready.
             shift: whether forwards shift chunks.
+            largest: the most tokens that a forward is expected to compute, where these are more than `tokens`. For so many there is a graph from then on, whose memory those
+                of all smaller sizes share. Of the sizes between, the kernels are compiled, and the first forward captures the graph.
         """
         # The largest first: graphs share memory, and a later one has no use for several smaller pieces of it.
-        for size in reversed(buckets(tokens)):
-            self._warm(Kind(size, chunks=padded_chunks(int(shift))))
+        sizes = buckets(max(tokens, largest))
+        for size in reversed(sizes):
+            kind = Kind(size, chunks=padded_chunks(int(shift)))
+            self._warm(kind, capture=size == sizes[-1] or size <= bucket(tokens))
         self._warm(STEP)
         if probe is not None:
             layers, errors, after = probe
@@ -202,7 +211,7 @@ class DeviceForward:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
-    def _warm(self, kind: Kind) -> None:
+    def _warm(self, kind: Kind, capture: bool = True) -> None:
         if kind in self._graphs:
             return
         inputs = Inputs(kind, len(self._specs), self._device)
@@ -210,7 +219,7 @@ class DeviceForward:
         self._keep(inputs)
         self._eager(inputs, _nothing, self._call(kind, inputs))
         self._seen.add(kind)
-        if self.graphs_enabled and kind.tokens <= MAX_TOKENS:
+        if capture and self.graphs_enabled and kind.tokens <= MAX_TOKENS:
             self._capture(kind)
 
     def _go(
