@@ -30,6 +30,7 @@ from cachetune_rag.reuse.layer_loader import REST, SEEN, WHOLE, LayerLoader, Row
 from cachetune_rag.reuse.row_kernels import RowKernels
 from cachetune_rag.reuse.source import Source
 from cachetune_rag.reuse.streams import Streams
+from cachetune_store import HeadBytes, RowFormat
 from cachetune_store.tier_kinds import HOST
 
 LAUNCH_AHEAD = 2
@@ -121,12 +122,12 @@ class DeviceLoader(LayerLoader):
             self._hold = self._adapter.num_layers
         while self._next <= layer:
             self._launch()
-        while whole and self._rest <= layer:
-            self._launch_rest()
         # Fewer at first, when the device has little other work in the meantime.
         self._launch_up_to(layer + min(layer + 1, LAUNCH_AHEAD))
-        if self._next == self._adapter.num_layers:
-            self._launch_rests()
+        while whole and self._rest <= min(layer + LAUNCH_AHEAD, self._next - 1):
+            self._launch_rest()
+        if self._next == self._adapter.num_layers and not self._streams.asked[layer].query():
+            self._launch_a_rest()  # the device still computes what comes before this layer
         if self._brought:
             self._current.wait_event(self._streams.brought)
             self._brought = False
@@ -162,7 +163,7 @@ class DeviceLoader(LayerLoader):
         started = time.perf_counter()
         self._slow.read_on(self._next)
         self._launch_up_to(self._next)
-        self._launch_rests()
+        self._launch_a_rest()
         self.seconds += time.perf_counter() - started
 
     def waited(self) -> float:
@@ -218,9 +219,13 @@ class DeviceLoader(LayerLoader):
         while self._next <= min(layer, self._hold, self._adapter.num_layers - 1) and self._slow.ready(self._next):
             self._launch()
 
-    def _launch_rests(self) -> None:
-        """Queue second parts of layers, as far as there is room without waiting."""
-        while self._rest < self._next and (len(self._queued) < QUEUED or self._queued[0].query()):
+    def _launch_a_rest(self) -> None:
+        """Queue the second part of one layer, if there is room without waiting.
+
+        No more at once: the rows of a short prompt are copied in less time than the host takes to queue the copies, so there is always room, and what computes
+        would wait until the second parts of all layers are queued.
+        """
+        if self._rest < self._next and (len(self._queued) < QUEUED or self._queued[0].query()):
             self._launch_rest()
 
     def _launch(self) -> None:
@@ -246,7 +251,8 @@ class DeviceLoader(LayerLoader):
         for key, group in self._groups.items():
             self._on_device.prepare(key)
             narrowed = None if part == WHOLE else self._narrow(key)
-            self._copy_rows(layer, key, group, slow, narrowed, part)
+            if narrowed is None or part == REST or not all(narrowed.apart):
+                self._copy_rows(layer, key, group, slow, narrowed, part)
             if narrowed is not None and part == SEEN:
                 self._gather(layer, key, narrowed)
         if self._copies is not None:
@@ -275,40 +281,56 @@ class DeviceLoader(LayerLoader):
         """Queue the copies of a group's rows into its staging memory. Rows that the kernel reads where they lie are only counted, and sources that
         come in two parts are left out of the first one, of which single rows are gathered."""
         form, stage = self._row_format(layer, key), self._on_device.stage(layer, key)
-        mine = self._kernels.own_bytes(layer, key)
-        targets, pieces, at = [], [], 0
+        mine, at = self._kernels.own_bytes(layer, key), 0
+        by_torch: list[tuple[Source, int]] = []
         apart = [False] * len(group) if narrowed is None else narrowed.apart
-        with torch.cuda.stream(self._streams.copy):
-            for source, in_place, later in zip(group, self._on_device.prepare(key).in_place, apart, strict=True):
-                reader, count = source.reader, form.size(source.rows)
-                if in_place:
-                    if part != REST:
-                        reader.locate(layer, source.rows)
-                    continue
-                assert stage is not None
-                if later or part == REST:
-                    if later and part == REST and self._copies is not None:
-                        # All of its rows, also those that are there: gathering the others would keep multiprocessors from the recompute, while the
-                        # bus has nothing else to do.
-                        address = self._on_device.host_address(source, layer - self._first_narrowed)
-                        self._copies.collect_rows(stage.data_ptr() + at, address, form, mine, source.rows)
-                    at += form.span(source.rows)
-                    continue
-                to = stage.data_ptr() + at
-                if self._copies is not None and reader.kind is HOST:
-                    address = reader.locate(layer, source.rows)
-                    self._copies.collect_rows(to, address, form, mine if reader.page_locked else None, source.rows)
-                else:
-                    piece = reader.read(layer, source.rows) if reader.in_memory else next(slow)
-                    if self._copies is not None and mine is not None and piece.is_pinned():
-                        self._copies.collect_rows(to, piece.data_ptr(), form, mine, source.rows)
-                        self._copied[-1].append(piece)
-                    else:
-                        pieces.append(piece)
-                        targets.append(stage[at : at + count])
-                at += form.span(source.rows)
-            if pieces:
-                copy_all(targets, pieces, non_blocking=True)
+        for source, in_place, later in zip(group, self._on_device.prepare(key).in_place, apart, strict=True):
+            reader = source.reader
+            if in_place:
+                if part != REST:
+                    reader.locate(layer, source.rows)
+                continue
+            assert stage is not None
+            to = stage.data_ptr() + at
+            if later or part == REST:
+                if later and part == REST and self._copies is not None:
+                    # All of its rows, also those that are there: gathering the others would keep multiprocessors from the recompute, while the
+                    # bus has nothing else to do.
+                    address = self._on_device.host_address(source, layer - self._first_narrowed)
+                    self._copies.collect_rows(to, address, form, mine, source.rows)
+            elif self._copies is not None and reader.kind is HOST:
+                address = reader.locate(layer, source.rows)
+                self._copies.collect_rows(to, address, form, mine if reader.page_locked else None, source.rows)
+            else:
+                by_torch.append((source, at))
+            at += form.span(source.rows)
+        if by_torch:  # most prompts have none: entering a stream takes the host some microseconds for each layer
+            assert stage is not None
+            with torch.cuda.stream(self._streams.copy):
+                self._copy_pieces(layer, form, mine, by_torch, stage, slow)
+
+    def _copy_pieces(
+        self,
+        layer: int,
+        form: RowFormat,
+        mine: HeadBytes | None,
+        sources: Sequence[tuple[Source, int]],
+        stage: Tensor,
+        slow: Iterator[Tensor],
+    ) -> None:
+        """Queue the copies of rows that are read as tensors, each source's to its place in the staging memory, on the current stream."""
+        targets, pieces = [], []
+        for source, at in sources:
+            reader = source.reader
+            piece = reader.read(layer, source.rows) if reader.in_memory else next(slow)
+            if self._copies is not None and mine is not None and piece.is_pinned():
+                self._copies.collect_rows(stage.data_ptr() + at, piece.data_ptr(), form, mine, source.rows)
+                self._copied[-1].append(piece)
+            else:
+                pieces.append(piece)
+                targets.append(stage[at : at + form.size(source.rows)])
+        if pieces:
+            copy_all(targets, pieces, non_blocking=True)
 
     def _gather(self, layer: int, key: tuple[str, str], narrowed: Narrowed) -> None:
         """Queue the copies of the rows of a group that are seen first into its staging memory."""

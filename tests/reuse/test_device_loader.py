@@ -29,7 +29,7 @@ from cachetune_rag.model import KVBuffers, ModelAdapter
 from cachetune_rag.model.heads import Heads
 from cachetune_rag.model.opened_model import open_model
 from cachetune_rag.reuse import device_loader as device_module
-from cachetune_rag.reuse import host_copies, staging
+from cachetune_rag.reuse import host_copies, row_kernels, staging
 from cachetune_rag.reuse.device_loader import DeviceLoader
 from cachetune_rag.reuse.host_copies import HostCopies, Strip
 from cachetune_rag.reuse.layer_loader import LayerLoader
@@ -608,3 +608,54 @@ def test_nothing_is_written_to_a_layer_before_it_was_waited_for_on_the_stream_th
         source.reader.close()
     assert list(dict(awaited)) == list(range(adapter.num_layers))
     assert {stream for _, stream in awaited} == {on[0] if plain else streams.place}
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_second_parts_are_queued_where_nothing_waits_for_them(
+    busy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device has copied everything as soon as it is queued, as it does with short prompts. Did the host then queue all second parts at once, the choice, or the first
+    layer that computes, would come behind them."""
+    layers, looked = 8, 2
+    copied: list[int] = []  # how many pieces each call copies
+    monkeypatch.setattr(Chunk, "page_locked", True)
+    monkeypatch.setattr(device_module, "kernels_run_on", lambda _device: True)
+    for kernel in ("gather", "place"):  # the order of what is queued is looked at, and no rows
+        monkeypatch.setattr(row_kernels.RowKernels, kernel, lambda *args, **kwargs: None)
+    monkeypatch.setattr(
+        device_module, "host_copies", lambda: HostCopies(lambda run, stream: copied.append(len(run)), lambda *run: None)
+    )
+    with opened(tmp_path, llama(layers=layers)) as engine, closing(DeadlinePool(None)) as pool:
+        engine.precompute([Document("a", TEXTS)])
+        adapter, some = engine.adapter, sources(engine, [1, 1, 1])
+        streams = Streams(adapter.device, layers)
+        for asked in streams.asked:  # while the device is busy, it has not come to where a layer is asked for
+            monkeypatch.setattr(asked, "query", lambda: not busy)
+        loader = DeviceLoader(adapter, some, zeroed(adapter), pool, streams)
+        narrow_behind(looked, loader)
+        first = len(copied)  # what follows is second parts: seen rows are gathered
+        assert first == looked
+        for layer in range(looked + 1, layers):
+            before = len(copied)
+            loader.load_seen(layer)
+            assert len(copied) - before <= busy, (
+                "no layer of the look waits for more than one, and then the device is busy"
+            )
+        before = len(copied)
+        loader.set_sources(some)
+        loader.start()
+        assert len(copied) - before == 1, "the bus has something to do, and the first layer soon begins"
+        for layer in range(layers):
+            before = len(copied)
+            loader.load(layer)
+            there, wanted = len(copied) - first, layers - first
+            assert there >= min(wanted, layer + 1 - first), "they are there when their layers compute"
+            assert len(copied) - before <= 1 + device_module.LAUNCH_AHEAD
+            if busy:
+                assert there >= min(wanted, layer + 1), (
+                    "one with each layer, so that they are copied while the device computes"
+                )
+        assert copied == [len(TEXTS)] * layers, "each row is copied once but for those that are gathered"
+        loader.close()
+        for source in some:
+            source.reader.close()
