@@ -12,7 +12,8 @@ between tokens of running requests while prompts arrive. `arrivals`: Poisson arr
 `within`: how many requests per second (Poisson) a server takes while 95% of the first tokens come within a second, at parts of what it
 takes when saturated. `short`: where reuse is expected not to pay, of chunks of 128 tokens, each prompt with and without reuse in turn, in the same server, with
 nothing in vLLM's prefix cache. `plain`: prompts without stored chunks. `prefix`: vLLM's own prefix caching, with
-the same order of chunks and with other ones. `shares`: a part of the chunks is stored, or lengths vary (log-normal). `host`: which steps of vLLM and of the
+the same order of chunks and with other ones. `choosing`: of each of many requests alone, which calls take the time of the thread that puts prompts together while it chooses
+tokens, whether that ran meanwhile, and whether the interpreter's switch interval, Python's collector or this benchmark's looks at the device's memory matter. `shares`: a part of the chunks is stored, or lengths vary (log-normal). `host`: which steps of vLLM and of the
 connector one request alone waits for (`served/host_steps.py` lists them; noting them takes about a microsecond a call), also for a tiny prompt. `timeline`: what the
 GPU does, by torch's profiler, while one prompt is put together beside four answers. `disk`: each prompt with and without reuse in turn, in the same server; before each, all
 chunks leave the host's memory, so that they are read from disk, past the operating system's page cache where the file system allows it (the store does that by itself; the
@@ -30,6 +31,7 @@ import os
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from functools import partial
@@ -43,7 +45,7 @@ from common import environment
 from served.host_time import note_front
 from served.in_worker import IN_WORKER
 from served.memory import DeviceMemory
-from served.plan import PHASES, SETTINGS, Cell, cells, setting_of
+from served.plan import PHASES, SETTINGS, UNLOOKED, Cell, cells, setting_of
 from served.report import group, table
 from served.run import FEW, MANY, Amounts, Run
 from served.subject import prepare
@@ -152,7 +154,7 @@ def main(arguments: list[str] | None = None) -> None:
             "dtype": "bfloat16",
             "enforce_eager": args.device == "cpu",  # compiling takes minutes there
             **({"worker_extension_cls": IN_WORKER} if on_disk else {}),
-            **(_inside(args.device) if any(cell.phase in ("host", "timeline") for cell in wanted) else {}),
+            **(_inside(args.device) if any(cell.phase in ("choosing", "host", "timeline") for cell in wanted) else {}),
             **pairs(args.vllm),
         }
         for variant, connector in connectors.items():
@@ -175,7 +177,7 @@ def show(content: Mapping[str, Any], folder: Path | None, stem: str) -> None:
 
 
 def _inside(device: str) -> dict[str, Any]:
-    """Prepare for the phases that look into vLLM, `host` and `timeline`. Returns what they need of vLLM: functions that note their times, and on a CPU one process for the engine and its
+    """Prepare for the phases that look into vLLM, `choosing`, `host` and `timeline`. Returns what they need of vLLM: functions that note their times, and on a CPU one process for the engine and its
     worker, as on a GPU, and pages as small as may be there (GPUs have pages of 16 tokens)."""
     note_front()
     noting: dict[str, Any] = {"worker_extension_cls": IN_WORKER}
@@ -203,7 +205,8 @@ async def _measure(
         for cell in wanted:
             if time.perf_counter() - started > seconds:
                 return
-            with DeviceMemory() as memory:
+            memory = DeviceMemory()
+            with nullcontext() if cell.detail == UNLOOKED else memory:
                 found = await run.measure(target, cell)
             # What else runs on the machine makes steps longer that wait for the host: a load of more than its cores says so.
             load = round(os.getloadavg()[0], 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from served.choosing import Watched
 from served.host_steps import HostSteps
 from served.on_disk import OnDisk
 from served.timeline import Traced
@@ -10,5 +11,5 @@ IN_WORKER = "served.in_worker.InWorker"
 """Its name, as vLLM wants it."""
 
 
-class InWorker(HostSteps, Traced, OnDisk):
-    """Notes steps of the host, traces what runs on the GPU, and has chunks read from disk."""
+class InWorker(HostSteps, Traced, OnDisk, Watched):
+    """Notes steps of the host, traces what runs on the GPU, has chunks read from disk, and watches the thread that puts prompts together."""

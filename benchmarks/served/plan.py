@@ -10,12 +10,21 @@ Variant = Literal["vllm", "reuse", "ceiling"]
 """Plain vLLM, vLLM with this package's connector, vLLM with a connector that does a prefill for nothing."""
 
 PHASES = (
-    "alone", "paused", "saturated", "shares", "gaps", "short", "within", "plain", "arrivals", "prefix", "host", "timeline",
-    "disk", "ceiling",
+    "alone", "paused", "saturated", "choosing", "shares", "gaps", "short", "within", "plain", "arrivals", "prefix", "host",
+    "timeline", "disk", "ceiling",
 )  # fmt: skip
 PAUSES = {"50 ms": 0.05, "no pause": 0.0, "5 ms": 0.005, "500 ms": 0.5}
 """How long a server rests before each request of the phase `paused`, in seconds, by the detail of its cells. "no pause" is `alone` once more, behind the first
 pause: so what differs by pauses is told from what differs from one time to another."""
+WAYS: Mapping[str, Mapping[str, Any]] = {
+    "": {},
+    "switches every 0.5 ms": {"switch": 0.0005},
+    "no collector": {"collect": False},
+    "memory not looked at": {},
+}
+"""In which ways the phase `choosing` watches the thread that puts prompts together, by the detail of its cells: as the server runs; with another switch interval of the interpreter; without Python's
+garbage collector; and while the benchmark doesn't ask the device for its memory (`UNLOOKED`)."""
+UNLOOKED = "memory not looked at"
 PAUSED = ("", "frequency 0.05", "default 0.05")
 """The settings of the phase `paused`; "" is plain vLLM."""
 
@@ -131,6 +140,10 @@ def _of_both(variant: Variant, contexts: Sequence[int], settings: Sequence[str])
             for pause in pauses
         )
         yield from (Cell(variant, "saturated", context, setting) for setting in settings)
+    if reuse:  # of the shortest prompts, which the host bounds; in all ways where most is missed
+        yield from (Cell(variant, "choosing", min(contexts), setting) for setting in exact)
+        if "default 0.15" in exact:
+            yield from (Cell(variant, "choosing", min(contexts), "default 0.15", way) for way in WAYS if way)
     for context in contexts:
         if reuse:  # without reuse, "saturated" is the same
             yield from (Cell(variant, "shares", context, setting, "stored 0.8") for setting in exact)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from served import tables
+from served.choosing import choosing_table
 from served.disk import disk_table
 from served.host_time import host_table
 from served.timeline import timeline_table
@@ -21,7 +22,8 @@ def table(content: Content) -> str:
     every = (
         _ran(content), _overview(measured), reached(measured), tables.alone(measured), tables.where_it_went(measured), tables.paused(measured),
         of_a_request(measured), tables.loaded(measured), tables.arrivals(measured), tables.within(measured), tables.short(measured),
-        disk_table(content), _memory(measured), _notes(content), host_table(measured.groups), timeline_table(measured.groups),
+        disk_table(content), _memory(measured), _notes(content), choosing_table(measured.groups), host_table(measured.groups),
+        timeline_table(measured.groups),
     )  # fmt: skip
     return "\n".join(line for lines in every for line in lines)
 

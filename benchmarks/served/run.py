@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from served.choosing import MORE, choosing
 from served.disk import SLOWED_PROMPTS, TRIED, from_disk, from_slowed_disk
 from served.host_time import host
 from served.load import alone, both_ways, closed, most_within, open_loop, paused, while_running
@@ -109,6 +110,8 @@ class Run:
             order: Order = "same" if cell.detail == "same" else "shuffled"
             prompts = many.prompts(cell.context, do.rounds + 2, seed, order=order, alike=True)
             return await alone(target, prompts, None)
+        if cell.phase == "choosing":
+            return await choosing(target, many.prompts(cell.context, MORE * do.rounds + 2, seed), reuse, cell.detail)
         if cell.phase == "host":
             prompts = many.prompts(cell.context, do.rounds + 3, seed)
             return await host(target, [ids[-TINY:] for ids in prompts] if cell.context == TINY else prompts, reuse)

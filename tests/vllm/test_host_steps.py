@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from served.choosing import CALLS, SPANS
 from served.host_steps import CORE, FRONT, Step, owner_of
 
+WATCHED = [Step(name, True, place) for name, place in {**SPANS, **CALLS}.items()]
 
-@pytest.mark.parametrize("step", [*FRONT, *CORE], ids=lambda step: step.name)
+
+@pytest.mark.parametrize("step", [*FRONT, *CORE, *WATCHED], ids=lambda step: step.name)
 def test_every_step_has_its_function(step: Step) -> None:
     owner, name = owner_of(step)
     assert callable(getattr(owner, name, None))
