@@ -130,7 +130,7 @@ class Report:
         sign: `error_left` times the entropy of the next token if nothing were recomputed. The larger it is, the farther from full prefill a
             request is likely to be. None where no bound was asked for, and for full prefill.
         prediction: what was predicted of the request, and the ratio that was taken for it; None where no bound was asked for.
-        continued: recomputed chunk tokens that go on with a sentence which the chunk before began.
+        continued: recomputed chunk tokens that go on with a sentence, a row of a table, or a line of code which the chunk before began.
         advice: why to doubt that the answer of this prompt stays right with reuse, and what to do about it; empty for most prompts.
         read_again: that the prompt was read again without reuse in the middle of its answer, and why; None where it was not. The other figures are
             those of the first reading.

@@ -57,8 +57,8 @@ def advice_of(cut: CutSentences, chunks: int, ratio: float | None = 1.0, behind:
     said = []
     if cut.torn:
         said.append(
-            f"{cut.torn} of {chunks} stored chunks {'seems' if cut.torn == 1 else 'seem'} to go on with a sentence which the chunk before began, and not all of the "
-            "rest of it was recomputed: a fact that is cut there is easily lost. Split texts at ends of sentences, or use a higher ratio for them."
+            f"{cut.torn} of {chunks} stored chunks {'seems' if cut.torn == 1 else 'seem'} to go on with a sentence, a row or a line which the chunk before began, and not all of the "
+            "rest of it was recomputed: a fact that is cut there is easily lost. Split texts at ends of sentences and lines, or use a higher ratio for them."
         )
     if (ratio is None or ratio < LEAST) and behind > BEHIND:
         little, use = (

@@ -47,7 +47,9 @@ class ExpectedErrorSelector(ProbingSelector):
     uses_deviations = True
     shift = 0.4
     by_sentences = True
-    revision = 4  # 3: rows of tables that are cut were no continuations; 2: single tokens alone
+    revision = (
+        5  # 4: lines of code that are cut were no continuations; 3: nor were rows of tables; 2: single tokens alone
+    )
 
     def __init__(self, depth: float = 1.0, queries: int = 64, shortlist: float = SHORTLIST, least: int = LEAST):
         super().__init__(depth, queries)
@@ -76,15 +78,15 @@ class EarlyExpectedErrorSelector(ExpectedErrorSelector):
 
     name = names.EXPECTED_ERROR_EARLY
     by_sentences = False
-    revision = 3  # 2: rows of tables that are cut were no continuations
+    revision = 4  # 3: lines of code that are cut were no continuations; 2: nor were rows of tables
 
     def __init__(self, depth: float = 0.25, queries: int = 64):
         super().__init__(depth, queries)
 
 
 class TokenExpectedErrorSelector(ExpectedErrorSelector):
-    """The same scores, and single tokens alone, as `expected_error` chose before its revision 3, but for rows of tables: to compare with, and for text whose sentences say nothing."""
+    """The same scores, and single tokens alone, as `expected_error` chose before its revision 3, but for rows of tables and lines of code: to compare with, and for text whose sentences say nothing."""
 
     name = names.EXPECTED_ERROR_TOKENS
     by_sentences = False
-    revision = 2  # 1: rows of tables that are cut were no continuations
+    revision = 3  # 2: lines of code that are cut were no continuations; 1: nor were rows of tables

@@ -64,9 +64,7 @@ class FrequencySelector(Selector):
 
     name = names.FREQUENCY
     offline = True
-    revision = (
-        3  # 2: rows of tables that are cut were no continuations; 1: the rest of a cut sentence had no place of its own
-    )
+    revision = 4  # 3: lines of code that are cut were no continuations; 2: nor were rows of tables; 1: the rest of a cut sentence had no place of its own
 
     def select(self, context: SelectionContext, ratio: float) -> Tensor:
         """See `Selector.select`. The top tokens are the last rows of a chunk's file, which then need not be read."""

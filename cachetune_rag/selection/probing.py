@@ -25,7 +25,7 @@ class ProbingSelector(Selector):
     """
 
     predicts = True
-    revision = 3  # 2: rows of tables that are cut were no continuations; 1: the rest of a cut sentence had no more than its own score
+    revision = 4  # 3: lines of code that are cut were no continuations; 2: nor were rows of tables; 1: the rest of a cut sentence had no more than its own score
     by_sentences: ClassVar[bool] = False
     """Whether whole sentences are chosen beside single tokens (`selection/whole_sentences.py`)."""
 

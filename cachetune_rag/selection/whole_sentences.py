@@ -17,6 +17,9 @@ from torch import Tensor
 from cachetune_rag.selection.base import SelectionContext, top_places
 from cachetune_rag.selection.links import LEAST_EVIDENCE, Links, sentence_scores
 
+LONG = 64
+"""The most tokens of a sentence's beginning that is joined as a whole."""
+
 
 class Chooser(Protocol):
     """Chooses tokens of one prompt, any number. Fewer are always among more."""
@@ -115,13 +118,17 @@ class SentenceChoice:
 
 
 def joined(sentences: NDArray[np.int64], continuations: Sequence[tuple[range, range]]) -> NDArray[np.int64]:
-    """The sentences, where the rest of one that the chunk before began has the number of its beginning."""
+    """The sentences, where the rest of one that the chunk before began has the number of its beginning.
+
+    A colon or a line break may stand within a beginning, which belongs together all the same. Of a very long one, the rest is joined to the end.
+    """
     if not continuations:
         return sentences
     sentences = sentences.copy()
     for begun, rest in continuations:
         known = sentences[begun.start : begun.stop]
-        known = known[known >= 0]
-        if len(known):
-            sentences[rest.start : rest.stop] = known[-1]
+        if (last := known.max(initial=-1)) >= 0:
+            sentences[rest.start : rest.stop] = last
+            if len(begun) <= LONG:
+                known[known >= 0] = last
     return sentences

@@ -25,7 +25,9 @@ def test_a_cut_sentence_is_told_until_its_rest_is_recomputed(engine: CacheTune) 
     request = {"query": "Which code?", "chunks": CUT, "selector": "frequency"}
     report = engine.prefill(**request, ratio=0.05).report
     (words,) = report.advice
-    assert words.startswith("1 of 2 stored chunks seems to go on with a sentence which the chunk before began")
+    assert words.startswith(
+        "1 of 2 stored chunks seems to go on with a sentence, a row or a line which the chunk before began"
+    )
     assert "higher ratio" in words
     assert report.as_dict()["advice"] == report.advice
     assert str(report).endswith(words)

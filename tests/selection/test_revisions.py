@@ -19,17 +19,19 @@ CHUNKS = [
     "The mill is old. It has a door. The access code of the mill",
     "is 48213. Nobody knows it. The door is shut.\n\n| part | stock |\n| bolt | 12 |\n| copper nut |",
     "8 |\n| wire | 3 |\n\nThe copper nut is kept in the shed behind the mill. Visitors climb 214 steps.",
+    "for step in steps:\n    climb(step)\nmill_width_in_steps =",
+    "214\nfor rung in ladder:\n    climb(rung)",
     "Nobody asks for the wire. The last forty steps are a ladder, so take care of the copper nut.",
 ]
-QUERY = "How many of the copper nut are there, and what is the access code of the mill?"
+QUERY = "How many of the copper nut are there, how many mill_width_in_steps, and what is the access code of the mill?"
 
 CHOICES = {
-    names.EXPECTED_ERROR: (4, "9450fcd4fde0"),
-    names.EXPECTED_ERROR_EARLY: (3, "3411e1a51240"),
-    names.EXPECTED_ERROR_TOKENS: (2, "3411e1a51240"),
-    names.PROBE: (3, "3411e1a51240"),
-    names.FREQUENCY: (3, "8361ec1bc200"),
-    names.CHUNK_HEAD: (1, "14fd228651da"),
+    names.EXPECTED_ERROR: (5, "eeaf0735f866"),
+    names.EXPECTED_ERROR_EARLY: (4, "2827e5c4b512"),
+    names.EXPECTED_ERROR_TOKENS: (3, "2827e5c4b512"),
+    names.PROBE: (4, "2827e5c4b512"),
+    names.FREQUENCY: (4, "faea8ce3cdff"),
+    names.CHUNK_HEAD: (1, "8ffc12e1c010"),
 }
 """The revision, and the beginning of a sum of the chosen places."""
 
@@ -54,7 +56,7 @@ def context() -> OfAPrompt:
         ReusedChunk(s.start, torch.argsort(scores[s.start : s.end]), scores[s.start : s.end]) for s in prompt.spans
     ]
     made.sentences, made.continuations = Sentences(tokenizer())(prompt), Continuations(tokenizer())(prompt)
-    assert len(made.continuations) == 2
+    assert len(made.continuations) == 3
     return made
 
 

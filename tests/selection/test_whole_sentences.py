@@ -15,7 +15,7 @@ from tiny import tokenizer
 
 from cachetune_rag.selection import get_selector
 from cachetune_rag.selection.links import Links, sentence_scores
-from cachetune_rag.selection.whole_sentences import SentenceChoice, WholeSentences, joined
+from cachetune_rag.selection.whole_sentences import LONG, SentenceChoice, WholeSentences, joined
 from cachetune_rag.text.prompts.prompt import PromptBuilder
 from cachetune_rag.text.prompts.sentences import MOST_TOKENS, NONE, Sentences, no_sentences
 
@@ -148,7 +148,10 @@ def test_the_rest_of_a_cut_sentence_belongs_to_its_beginning() -> None:
     numbers = np.array([-1, 0, 0, 1, 1, -1, 2, 2, 3])
     assert joined(numbers, [(range(4, 6), range(6, 8))]).tolist() == [-1, 0, 0, 1, 1, -1, 1, 1, 3]
     assert joined(numbers, [(range(5, 6), range(6, 8))]).tolist() == numbers.tolist(), "nothing is stored of it"
+    assert joined(numbers, [(range(2, 6), range(6, 8))]).tolist() == [-1, 0, 1, 1, 1, -1, 1, 1, 3], "a colon within"
     assert numbers.tolist() == [-1, 0, 0, 1, 1, -1, 2, 2, 3]
+    long = np.array([0] * LONG + [1, -1, 2])
+    assert joined(long, [(range(LONG + 2), range(LONG + 2, LONG + 3))]).tolist() == [0] * LONG + [1, -1, 1]
 
 
 def test_links_lead_nowhere_without_sentences_or_without_a_query() -> None:

@@ -1,4 +1,4 @@
-"""Where a sentence, or a row of a table, begins in one chunk of a prompt and goes on in the next.
+"""Where a sentence, a row of a table, or a line of code begins in one chunk of a prompt and goes on in the next.
 
 It is told by the chunks' token ids alone, so every way to make a prompt, and every process that has a part of the model, finds the same.
 """
@@ -8,10 +8,11 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
+from cachetune_rag.text.prompts.cut_lines import LineEnd, LineRest, line_end, line_rest, same_line, same_statement
 from cachetune_rag.text.prompts.segments import Prompt
 from cachetune_rag.text.prompts.sentence_ends import CLOSING, MARKS, OTHER_MARKS
 
@@ -45,7 +46,7 @@ _UNFINISHED = re.compile(rf"[\w,;，、；{PART}]\Z")
 
 
 class Continuation(NamedTuple):
-    """A sentence, or a row of a table, that two chunks share. Both ranges are places in the prompt, and not empty.
+    """A sentence, a row of a table, or a line or statement of code that two chunks share. Both ranges are places in the prompt, and not empty.
 
     Attributes:
         begun: where it begins: the end of the first chunk, and what stands between both.
@@ -76,6 +77,7 @@ class Continuations:
         self._pieces = Pieces(tokenizer)
         self._begun = lru_cache(_KNOWN)(self._count_begun)
         self._rest = lru_cache(_KNOWN)(self._count_rest)
+        self._text = lru_cache(_KNOWN)(self._pieces_together)
 
     def __call__(self, prompt: Prompt) -> tuple[Continuation, ...]:
         """Those of a prompt, in its order."""
@@ -99,25 +101,40 @@ class Continuations:
     def _shared(self, tail: tuple[int, ...], head: tuple[int, ...]) -> tuple[int, int]:
         """How many of a chunk's last tokens begin what the first ones of the next chunk go on with, and how many these are; 0 and 0 if nothing goes on."""
         rest = self._rest(head)
-        if not (rest.sentence or rest.row):
+        if not (rest.sentence or rest.row or rest.line):
             return 0, 0
         begun = self._begun(tail)
         # A line that begins with "|" is a row of its own behind one that ends so.
         if begun.row and rest.row and not (begun.closed and rest.opens):
             return begun.row, rest.row
-        return (begun.sentence, rest.sentence) if begun.sentence and rest.sentence else (0, 0)
+        if begun.sentence and rest.sentence:
+            return begun.sentence, rest.sentence
+        return _line_shared(begun, rest)
 
-    def _overlap(self, before: Sequence[int], after: Sequence[int]) -> bool:
+    def _overlap(self, before: tuple[int, ...], after: tuple[int, ...]) -> bool:
         """Whether a chunk begins with what the one before has as well, as windows do: then it has the cut sentence whole."""
-        return "".join(self._pieces(after[:_OVERLAP])).strip() in "".join(self._pieces(before))
+        return self._text(after[:_OVERLAP]).strip() in self._text(before)
+
+    def _pieces_together(self, ids: tuple[int, ...]) -> str:
+        return "".join(self._pieces(ids))
 
     def _count_begun(self, tail: tuple[int, ...]) -> _Begun:
         """What a chunk's last tokens begin."""
         text, end = self._spelled(tail)
-        row = _ROW.search(text)
-        count = 0 if row is None else len(tail) - _tokens_to(row.start(), len(tail), end)
-        text = text.rstrip()
-        return _Begun(self._sentence_begun(text, len(tail), end), count, text.endswith("|"))
+
+        @cache
+        def since(place: int) -> int:
+            return len(tail) - _tokens_to(place, len(tail), end)
+
+        row, line, whole = _ROW.search(text), line_end(text), text.rstrip()
+        return _Begun(
+            self._sentence_begun(whole, len(tail), end),
+            0 if row is None else since(row.start()),
+            whole.endswith("|"),
+            line,
+            0 if line is None else since(line.start),
+            0 if line is None else since(line.statement),
+        )
 
     def _sentence_begun(self, text: str, tokens: int, end: Callable[[int], int]) -> int:
         """How many of a chunk's last tokens begin a sentence without ending it; 0 if it ends otherwise, or is no prose."""
@@ -131,9 +148,20 @@ class Continuations:
     def _count_rest(self, head: tuple[int, ...]) -> _Rest:
         """What a chunk's first tokens go on with."""
         text, end = self._spelled(head)
-        row = _ROW_REST.search(text)
-        count = 0 if row is None else min(MOST_TOKENS, _tokens_to(row.end(), len(head), end))
-        return _Rest(self._sentence_rest(text, len(head), end), count, text.lstrip().startswith("|"))
+
+        @cache
+        def until(place: int) -> int:
+            return _tokens_to(place, len(head), end)
+
+        row, line = _ROW_REST.search(text), line_rest(text)
+        return _Rest(
+            self._sentence_rest(text, len(head), end),
+            0 if row is None else min(MOST_TOKENS, until(row.end())),
+            text.lstrip().startswith("|"),
+            line,
+            0 if line is None else min(MOST_TOKENS, until(line.end)),
+            0 if line is None else until(line.statement),
+        )
 
     def _sentence_rest(self, text: str, tokens: int, end_of: Callable[[int], int]) -> int:
         """How many of a chunk's first tokens go on with a sentence; 0 if it begins with a sentence of its own, or with none.
@@ -153,23 +181,43 @@ class Continuations:
         if PART not in text:
             return text, list(accumulate(map(len, pieces), initial=0)).__getitem__
         # Characters of several tokens: only all of them together spell them.
-        return self._pieces.text(ids), lambda count: len(self._pieces.text(ids[:count]).rstrip(PART))
+        return self._pieces.text(ids), cache(lambda count: len(self._pieces.text(ids[:count]).rstrip(PART)))
 
 
 class _Begun(NamedTuple):
-    """How many of a chunk's last tokens begin a sentence, or are its last row, as far as it stands there, each 0 if there is none; and whether they end as a row does."""
+    """How many of a chunk's last tokens begin a sentence, or are its last row, as far as it stands there, each 0 if there is none; whether they end as a row does; and what
+    they show of its last line, with how many of them are in this line, and in the statement that the line belongs to."""
 
     sentence: int
     row: int
     closed: bool
+    line: LineEnd | None
+    in_line: int
+    in_statement: int
 
 
 class _Rest(NamedTuple):
-    """How many of a chunk's first tokens go on with a sentence, or end a row, each 0 if none do; and whether they begin as a row does."""
+    """How many of a chunk's first tokens go on with a sentence, or end a row, each 0 if none do; whether they begin as a row does; and what they show of its first line, with
+    how many of them are in this line, and in a statement that the chunk before began."""
 
     sentence: int
     row: int
     opens: bool
+    line: LineRest | None
+    in_line: int
+    in_statement: int
+
+
+def _line_shared(begun: _Begun, rest: _Rest) -> tuple[int, int]:
+    """See `Continuations._shared`, for lines that are neither prose nor rows."""
+    if begun.line is None or rest.line is None:
+        return 0, 0
+    if rest.in_statement <= MOST_TOKENS and same_statement(begun.line, rest.line):
+        return begun.in_statement, rest.in_statement
+    if not same_line(begun.line, rest.line):
+        return 0, 0
+    # A paragraph without line breaks is one line.
+    return begun.in_line, min(rest.in_line, rest.sentence or rest.in_line)
 
 
 class Pieces:
@@ -213,4 +261,4 @@ class Pieces:
 
 def _tokens_to(place: int, count: int, end: Callable[[int], int]) -> int:
     """How many of `count` tokens it takes to spell the characters before `place`; see `Continuations._spelled`."""
-    return bisect_left(range(1, count + 1), place, key=end) + 1
+    return bisect_left(range(1, count + 1), place, key=end) + 1 if place else 0
