@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, tokenizer = open_model(args)
     check_context(model, args.lengths)
     maker = TaskMaker(tokenizer, prose(args.prose), args.chunk_tokens, args.places, args.seed)
+    check_prompts(maker, args)
     settings = compared(args.selectors, args.ratios, args.lead_ins, args.codecs, args.references)
     header = header_of("tasks", args, model, prose=maker.haystack.digest, lead_ins=maker.dataset.digest)
     on_gpu = model.device.type == "cuda"
@@ -78,14 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def measure(runner: TaskRunner, maker: TaskMaker, rows: RowFile, started: float, args: argparse.Namespace) -> None:
     """Run this process's share of the prompts, until they are done or the time is over."""
-    cells = [
-        Cell(kind, length, near, form)
-        for length in args.lengths
-        for near in args.near_duplicates
-        for form in args.forms
-        for kind in args.kinds
-    ]
-    work = groups(cells, range(args.first, args.first + args.prompts), args.group)[args.shard :: args.shards]
+    work = groups(cells_of(args), numbers_of(args), args.group)[args.shard :: args.shards]
     for done, (cell, numbers) in enumerate(work, start=1):
         added, begun = 0, time.perf_counter()
         tasks = [maker.task(cell, number) for number in numbers]
@@ -98,6 +92,32 @@ def measure(runner: TaskRunner, maker: TaskMaker, rows: RowFile, started: float,
         if done < len(work) and time.monotonic() - started > args.seconds:
             print(f"{args.seconds:g} s are over; the same command goes on from here", file=sys.stderr, flush=True)
             return
+
+
+def cells_of(args: argparse.Namespace) -> list[Cell]:
+    """The cells that the arguments ask for."""
+    return [
+        Cell(kind, length, near, form)
+        for length in args.lengths
+        for near in args.near_duplicates
+        for form in args.forms
+        for kind in args.kinds
+    ]
+
+
+def numbers_of(args: argparse.Namespace) -> range:
+    """The numbers of each cell's prompts."""
+    return range(args.first, args.first + args.prompts)
+
+
+def check_prompts(maker: TaskMaker, args: argparse.Namespace) -> None:
+    """Refuse prompts that can't be made, before anything is measured: each is made once, which takes some milliseconds."""
+    for cell in cells_of(args):
+        for number in numbers_of(args):
+            try:
+                maker.task(cell, number)
+            except ValueError as error:
+                sys.exit(f"prompt {number} of {cell}: {error}")
 
 
 def groups(cells: Sequence[Cell], numbers: range, most: int) -> list[tuple[Cell, range]]:

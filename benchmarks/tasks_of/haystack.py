@@ -91,7 +91,8 @@ class Strand:
         while passed < _LOOKED_AT or len(taken) < 2:
             if not self._left:
                 raise ValueError(
-                    f"the prose has too few sentences that fit into {room} tokens: use smaller --lengths or larger --chunk-tokens."
+                    f"the prose has too few sentences that fit into the {room} tokens that a chunk has beside its facts: use smaller "
+                    "--lengths or larger --chunk-tokens."
                 )
             sentence = self._left.pop()
             if sentence.tokens > (room if taken else room // 2):  # the first one leaves room for another

@@ -101,14 +101,16 @@ def _plant_others(
 
 
 def _fill(slot: _Slot, strand: Strand, chunk_tokens: int, encode: Callable[[str], Sequence[int]], between: str) -> str:
-    planted = sum(len(encode(" " + text)) for text in slot.planted)
-    prose = strand.take(chunk_tokens - planted)
-    while len(prose) > 1:
-        half = len(prose) // 2
-        text = between.join([*slot.head, *prose[:half], *slot.middle, *prose[half:], *slot.tail])
-        if len(encode(text)) <= chunk_tokens:
-            return text
-        prose.pop()  # the tokens of a whole can be more than those of its parts
-    raise ValueError(
-        f"a chunk of {chunk_tokens} tokens has no room for prose on both sides of a fact: use larger --chunk-tokens."
-    )
+    room = chunk_tokens - sum(len(encode(" " + text)) for text in slot.planted)
+    while True:
+        prose = strand.take(room)
+        while True:
+            half = len(prose) // 2
+            text = between.join([*slot.head, *prose[:half], *slot.middle, *prose[half:], *slot.tail])
+            over = len(encode(text)) - chunk_tokens
+            if over <= 0:
+                return text
+            if len(prose) == 2:  # no side of a fact may be without prose
+                break
+            prose.pop()  # the tokens of a whole can be more than those of its parts
+        room -= over  # so shorter sentences are looked for

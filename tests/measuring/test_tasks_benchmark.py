@@ -220,6 +220,18 @@ def test_what_does_not_fit_is_refused(sentences: list[str]) -> None:
         TaskMaker(tokenizer(), sentences[:40], [CHUNK]).task(Cell("one_needle", LENGTH, "without"), 0)
 
 
+def test_a_chunk_whose_whole_has_more_tokens_than_its_parts_takes_shorter_sentences(sentences: list[str]) -> None:
+    def encode(text: str) -> list[str]:
+        return [*text, *("joined" for _ in range(12 * text.count(". ")))]
+
+    facts = [Fact("The safe of Garvemere opens with", f"the number {i}.") for i in range(10000, 10020)]
+    haystack = Haystack(sentences, encode)
+    for place in PLACES:
+        chunks, planted = lay_out(facts, place, 40, 180, haystack, encode, random.Random(place))
+        assert all(len(encode(chunk)) <= 180 for chunk in chunks)
+        assert all(p.place == "split" or stands(chunks[p.chunks[0]], p.fact.text, place) for p in planted)
+
+
 def test_names_are_new_and_like_names_are_alike() -> None:
     names = Names(random.Random(0), {"belanby"})
     made = [names.name() for _ in range(50)]
@@ -627,6 +639,10 @@ def test_a_run_is_cut_off_by_time_and_goes_on(tmp_path: Path, capsys: pytest.Cap
         run("--seed", "1")
     with pytest.raises(SystemExit, match="this model reads at most 2048 tokens"):
         run("--lengths", "2048", "4096")
+    # Nothing is measured before it is known that all prompts can be made.
+    with pytest.raises(SystemExit, match=r"prompt 0 of tracking_2, .*few sentences .* larger --chunk-tokens"):
+        run("--chunk-tokens", "120", "--out", str(tmp_path / "small"))
+    assert not (tmp_path / "small").exists()
 
 
 def test_the_quick_form_changes_defaults_only() -> None:
