@@ -2,6 +2,7 @@
 
     python benchmarks/quality.py --quick
     python benchmarks/quality.py --musique musique_ans_v1.0_dev.jsonl --out benchmarks/results/quality
+    python benchmarks/quality.py --forms plain overlapping twice tables --out benchmarks/results/quality-forms
     python benchmarks/quality.py --report benchmarks/results/quality
 
 A run that was cut off continues when it is started again with the same arguments.
@@ -12,13 +13,24 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
+from fidelity.answers import ANSWER_TOKENS
 from fidelity.arguments import add_model, add_shards, finish
-from fidelity.documents import shuffled
 from fidelity.evaluate import Engines, Evaluator
-from fidelity.inputs import add_records, header_of, open_model, read_sets
+from fidelity.forms_report import by_form
+from fidelity.inputs import (
+    add_forms,
+    add_records,
+    check_forms,
+    check_lengths,
+    header_of,
+    open_model,
+    read_sets_in_forms,
+    refused,
+)
 from fidelity.records import Dataset
 from fidelity.report import load, markdown, summarise
 from fidelity.rows import RowFile
@@ -41,63 +53,73 @@ QUICK = {
 """Settings of a small run. Its figures mean little, but every part of the benchmark runs."""
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure, or report what was measured."""
-    args = arguments()
+    started = time.monotonic()
+    args = arguments(argv)
     if args.report is not None:
         report(args.report)
         return
     model, tokenizer = open_model(args)
-    sets = datasets(args, tokenizer)
+    sets = refused(read_sets_in_forms, args, tokenizer)
+    refused(check_lengths, sets, tokenizer, model, ANSWER_TOKENS if args.answers else 0)
     settings = grid(args.selectors, args.ratios, args.lead_ins, args.codecs)
     if args.together is None:
         args.together = 6 if model.device.type == "cuda" else 1
-    answered = args.answer_ratios if args.answers else []
+    answer_ratios = args.answer_ratios if args.answers else []
     more = {} if args.stored == 1 else {"stored": args.stored}
-    header = header_of("quality", args, model, answer_ratios=answered, sets={d.name: d.digest for d in sets}, **more)
-    rows = RowFile(args.out, args.shard, args.shards, header)
-    options = {"cuda_kernels": args.cuda_kernels, "host_budget": args.host_budget}
-    answer_ratios = args.answer_ratios if args.answers else ()
-    engines = Engines(model, tokenizer, **options)
-    evaluators = {d.name: Evaluator(engines, d, settings, answer_ratios, args.together, args.stored) for d in sets}
-    try:
-        # The sets take turns, so that a run that is cut off has results for each.
-        work = sorted((i, n) for n, d in enumerate(sets) for i in range(len(d.records)))
-        for number, (i, n) in enumerate(work[args.shard :: args.shards], start=1):
-            dataset, record = sets[n], sets[n].records[i]
-            started, added = time.perf_counter(), 0
-            for row in evaluators[dataset.name].run(record, rows.known):
-                rows.add(row)
-                added += 1
-            took = time.perf_counter() - started
-            total = len(work[args.shard :: args.shards])
-            print(
-                f"{number}/{total} {dataset.name} {record.name}: {added} rows, {took:.1f} s",
-                file=sys.stderr,
-                flush=True,
-            )
-    finally:
-        engines.close()
-        rows.close()
+    header = header_of("quality", args, model, answer_ratios=answer_ratios, sets=digests(sets), **more)
+    engines = Engines(model, tokenizer, cuda_kernels=args.cuda_kernels, host_budget=args.host_budget)
+    with closing(RowFile(args.out, args.shard, args.shards, header)) as rows, closing(engines):
+        made = [Evaluator(engines, d, settings, answer_ratios, args.together, args.stored) for d in sets]
+        measure(made, sets, rows, started, args)
     if args.shards == 1:
         report(args.out)
 
 
-def datasets(args: argparse.Namespace, tokenizer: Any) -> list[Dataset]:
-    """The sets of records that the arguments ask for; documents also with their chunks in another order."""
-    sets = read_sets(args, tokenizer, args.query)
-    if args.documents and args.shuffled:
-        sets.append(shuffled(sets[-1], args.shuffled, args.seed))
-    return sets
+def measure(
+    evaluators: Sequence[Evaluator], sets: Sequence[Dataset], rows: RowFile, started: float, args: argparse.Namespace
+) -> None:
+    """Run this process's share of the records, until they are done or the time is over."""
+    work = in_turn([len(dataset.records) for dataset in sets])[args.shard :: args.shards]
+    for done, (n, i) in enumerate(work, start=1):
+        record, begun, added = sets[n].records[i], time.perf_counter(), 0
+        for row in evaluators[n].run(record, rows.known):
+            rows.add(row)
+            added += 1
+        name = f"{sets[n].name}, {record.form}, {record.name}"
+        took = time.perf_counter() - begun
+        print(f"{done}/{len(work)} {name}: {added} rows, {took:.1f} s", file=sys.stderr, flush=True)
+        if done < len(work) and time.monotonic() - started > args.seconds:
+            print(f"{args.seconds:g} s are over; the same command goes on from here", file=sys.stderr, flush=True)
+            return
+
+
+def in_turn(counts: Sequence[int]) -> list[tuple[int, int]]:
+    """Every set and record by their numbers, for sets of so many records.
+
+    The sets take turns, so that a run that is cut off has results for each. Another one begins each turn, so that each process of several
+    gets some of each set.
+    """
+    turns = ((i, (i + n) % len(counts)) for i in range(max(counts, default=0)) for n in range(len(counts)))
+    return [(n, i) for i, n in turns if i < counts[n]]
+
+
+def digests(sets: Sequence[Dataset]) -> dict[str, str | list[str]]:
+    """What the records of each set have in common. Forms with text of their own have a digest each."""
+    found = {d.name: sorted({other.digest for other in sets if other.name == d.name}) for d in sets}
+    return {name: each[0] if len(each) == 1 else each for name, each in found.items()}
 
 
 def report(folder: Path) -> None:
     """Write table.md and, if there is matplotlib, shares.svg into the folder of the results."""
     header, rows = load(folder)
     points = summarise(rows)
-    text = markdown(header, points)
+    text = "\n".join(filter(None, (markdown(header, points), by_form(rows))))
     (folder / "table.md").write_text(text)
     print(text)
+    if not points:  # no chunks were plain
+        return
     try:
         from fidelity.plot import plot
 
@@ -106,18 +128,20 @@ def report(folder: Path) -> None:
         print(f"no plot: {error}. For one: pip install 'cachetune-rag[plot]'", file=sys.stderr)
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. --quick changes defaults only, so other options may be given with it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--quick", action="store_true", help="a few records and settings: minutes on two cores")
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="only make table and plot of these results")
     parser.add_argument("--out", type=Path, help="folder for the results (default: one of this commit in build/)")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many; start again to go on")
     add_model(parser)
     parser.add_argument("--host-budget", default="8GiB", help="memory for one record's chunks")
     parser.add_argument(
         "--together", type=int, help="settings whose targets are computed in one forward (default: 6 on a GPU, else 1)"
     )
     data = add_records(parser, 40)
+    add_forms(data)
     data.add_argument(
         "--query", default="{}", help="what stands behind the passages, {} for the question (default: it alone)"
     )
@@ -138,10 +162,11 @@ def arguments() -> argparse.Namespace:
     grid_.add_argument("--answers", action="store_true", help="also let it answer the questions, and score the answers")
     grid_.add_argument("--answer-ratios", type=float, nargs="+", default=[0.0, 0.05, 0.15, 1.0])
     add_shards(parser)
-    if parser.parse_known_args()[0].quick:
+    if parser.parse_known_args(argv)[0].quick:
         parser.set_defaults(**QUICK)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     finish(parser, args, "quality")
+    check_forms(parser, args)
     if not 0 <= args.stored <= 1:
         parser.error(f"--stored is {args.stored}: use a number from 0 to 1.")
     if "{}" not in args.query:

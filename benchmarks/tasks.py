@@ -19,12 +19,12 @@ from typing import Any
 
 from fidelity.arguments import add_model, add_shards, finish
 from fidelity.evaluate import Engines
-from fidelity.inputs import header_of, open_model
+from fidelity.forms import FORMS, PLAIN, check_chat
+from fidelity.inputs import header_of, most_positions, open_model, refused
 from fidelity.report import load
 from fidelity.rows import RowFile
 from fidelity.settings import LEAD_INS, compared_selectors
 from tasks_of.evaluate import TaskRunner
-from tasks_of.forms import FORMS, PLAIN
 from tasks_of.haystack import file_sentences, reference_sentences
 from tasks_of.kinds import KINDS
 from tasks_of.layout import PLACES
@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     model, tokenizer = open_model(args)
     check_context(model, args.lengths)
+    refused(check_chat, tokenizer, args.forms)
     maker = TaskMaker(tokenizer, prose(args.prose), args.chunk_tokens, args.places, args.seed)
     check_prompts(maker, args)
     settings = compared(args.selectors, args.ratios, args.lead_ins, args.codecs, args.references)
@@ -114,10 +115,7 @@ def check_prompts(maker: TaskMaker, args: argparse.Namespace) -> None:
     """Refuse prompts that can't be made, before anything is measured: each is made once, which takes some milliseconds."""
     for cell in cells_of(args):
         for number in numbers_of(args):
-            try:
-                maker.task(cell, number)
-            except ValueError as error:
-                sys.exit(f"prompt {number} of {cell}: {error}")
+            refused(maker.task, cell, number, what=f"prompt {number} of {cell}: ")
 
 
 def groups(cells: Sequence[Cell], numbers: range, most: int) -> list[tuple[Cell, range]]:
@@ -142,7 +140,7 @@ def prose(files: Sequence[Path]) -> list[str]:
 
 def check_context(model: Any, lengths: Sequence[int]) -> None:
     """Refuse prompts that are longer than what the model reads."""
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    most = most_positions(model)
     if most is not None and max(lengths) > most:
         sys.exit(f"--lengths has {max(lengths)}, and this model reads at most {most} tokens: leave longer ones out.")
 

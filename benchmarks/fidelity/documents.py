@@ -10,6 +10,7 @@ from typing import Any
 
 from cachetune_rag.text.prompts.prompt import PromptBuilder
 
+from .forms import SYSTEM_TOKENS
 from .records import Dataset, Record, slice_of
 from .sources import Text
 
@@ -49,6 +50,7 @@ def read_documents(
     prompts = PromptBuilder(tokenizer)
     wanted = -(-(first + count) // max(1, len(sources))) * 2
     leads: list[list[str]] = []
+    spare: list[str] = []
     found: list[list[Record]] = []
     for name, texts in sources.items():
         kept = [text for text in texts if len(text.text) > 2 * shape.tokens]  # shorter ones can't have enough tokens
@@ -64,7 +66,8 @@ def read_documents(
             if not places:
                 continue
             if len(lead_texts) < given_up:
-                lead_texts.append(ids.first(LEAD_TOKENS))
+                lead_texts.append(ids.stretch(SKIPPED, LEAD_TOKENS))
+                spare.append(ids.stretch(SKIPPED + LEAD_TOKENS, SYSTEM_TOKENS))
                 continue
             made = (_record(ids, name, start, shape, prompts) for start in places)
             records += [record for record in made if record is not None][:2]
@@ -76,7 +79,7 @@ def read_documents(
     if not lead_ins:
         raise ValueError(f"no document of {', '.join(sources)} has {shape.tokens} tokens: use fewer or shorter chunks.")
     chosen = slice_of(everything, first, count, 0, f"documents ({', '.join(sources)})")
-    return Dataset("documents", chosen, lead_ins, PREFIX, separator="", continues=True)
+    return Dataset("documents", chosen, lead_ins, PREFIX, separator="", continues=True, spare=tuple(spare))
 
 
 def shuffled(documents: Dataset, count: int, seed: int = 0) -> Dataset:
@@ -92,6 +95,29 @@ def shuffled(documents: Dataset, count: int, seed: int = 0) -> Dataset:
     return replace(documents, name="shuffled", records=tuple(records))
 
 
+def recut(documents: Dataset, chunk_tokens: int, tokenizer: Any) -> Dataset:
+    """The same records with their text in other chunks: each of at most about `chunk_tokens` tokens, and about as long as the others."""
+    records = []
+    for record in documents.records:
+        ids = _Tokens(Text(record.name, "".join(record.chunks)), tokenizer)
+        count = max(1, -(-len(ids) // chunk_tokens))
+        cuts = [0]
+        for number in range(1, count):
+            tried = map(ids.cut, range(number * len(ids) // count, len(ids)))
+            place = next((found for found in tried if found is not None and found[1] > cuts[-1]), None)
+            if place is None:  # no word ends behind the last cut
+                break
+            cuts.append(place[1])
+        chunks = (ids.between(*ends) for ends in pairwise([*cuts, ids.characters]))
+        records.append(replace(record, chunks=tuple(chunks), form=recut_form(chunk_tokens)))
+    return replace(documents, records=tuple(records))
+
+
+def recut_form(chunk_tokens: int) -> str:
+    """The name of the form of records whose text is in other chunks."""
+    return f"{chunk_tokens}_tokens"
+
+
 class _Tokens:
     """A document's tokens, and where each begins in the text."""
 
@@ -103,9 +129,15 @@ class _Tokens:
     def __len__(self) -> int:
         return len(self._starts)
 
-    def first(self, count: int) -> str:
-        """The first `count` tokens behind those that are left out."""
-        return self.between(self._starts[SKIPPED], self._starts[min(SKIPPED + count, len(self) - 1)])
+    @property
+    def characters(self) -> int:
+        """Of the whole text."""
+        return len(self._text)
+
+    def stretch(self, first: int, count: int) -> str:
+        """The text of `count` tokens from number `first` on, or of as many as there are."""
+        start, end = (self._starts[min(place, len(self) - 1)] for place in (first, first + count))
+        return self.between(start, end)
 
     def between(self, start: int, end: int) -> str:
         """The text between two of its characters."""

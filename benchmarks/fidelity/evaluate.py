@@ -135,7 +135,8 @@ class Evaluator:
 
     def _head(self, record: Record, setting: Setting, budget: str) -> Row:
         named = {"set": self._dataset.name, "record": record.name, "digest": record.digest, "source": record.source}
-        return {**named, **asdict(setting), "budget": budget}
+        shape = {"form": record.form, "chunks": len(record.chunks)}
+        return {**named, **asdict(setting), "budget": budget, **shape}
 
     def _states(
         self, engine: CacheTune, record: Record, reference: Reference, setting: Setting, known: dict[Key, Row]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from common import environment
@@ -12,17 +14,38 @@ from smollm2 import model_path
 
 from cachetune_rag.model.loaded.fingerprint import model_fingerprint
 from cachetune_rag.model.loading import load_model
+from cachetune_rag.text.prompts.prompt import PromptBuilder
 
-from .documents import Shape, read_documents
+from .documents import Shape, read_documents, recut_form
+from .formed import documents_in_forms, questions_in_forms
+from .forms import FORMS, PLAIN, check_chat
 from .musique import read_musique
 from .records import Dataset
 from .sources import folder_sources, installed_sources
+
+T = TypeVar("T")
+LEAST_CHUNK = 40
+"""Tokens of the smallest chunks that documents are cut into: up to 32 of them are looked at for the end of a word."""
 
 
 def open_model(args: argparse.Namespace) -> tuple[Any, Any]:
     """Model and tokenizer that `arguments.add_model` asks for."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     return load_model(args.model or model_path(), gguf_file=args.gguf_file, device=args.device, dtype=args.dtype)
+
+
+def most_positions(model: Any) -> int | None:
+    """How many tokens a model reads at most; None if its configuration doesn't say."""
+    most: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return most
+
+
+def refused(call: Callable[..., T], *args: Any, what: str = "") -> T:
+    """What a call returns. If it raises a ValueError, the program ends with its words behind `what`."""
+    try:
+        return call(*args)
+    except ValueError as error:
+        sys.exit(f"{what}{error}")
 
 
 def header_of(benchmark: str, args: argparse.Namespace, model: Any, **more: Any) -> dict[str, Any]:
@@ -60,13 +83,106 @@ def add_records(parser: argparse.ArgumentParser, count: int) -> Any:
     return data
 
 
-def read_sets(args: argparse.Namespace, tokenizer: Any, query: str = "{}") -> list[Dataset]:
-    """The sets that `add_records` asks for: MuSiQue where its file is given, then documents."""
+def add_forms(data: Any) -> None:
+    """In which forms the records are measured; `data` is their group of arguments."""
+    data.add_argument("--forms", nargs="+", default=[PLAIN], choices=list(FORMS), help="in which users have chunks")
+    data.add_argument(
+        "--recut",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="TOKENS",
+        help="the same documents in chunks of these sizes too",
+    )
+    data.add_argument(
+        "--prose", type=Path, nargs="+", default=[], metavar="FILE", help="text of other languages, each file a form"
+    )
+
+
+def check_forms(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse forms that can't be made of the records that are asked for."""
+    args.forms, args.recut, args.prose = (list(dict.fromkeys(each)) for each in (args.forms, args.recut, args.prose))
+    of_documents = [
+        f"--forms {name}" for name in args.forms if FORMS[name].neighbours or FORMS[name].content != "prose"
+    ]
+    of_documents += [f"--{name}" for name in ("recut", "prose") if getattr(args, name)]
+    if of_documents and not args.documents:
+        parser.error(f"{of_documents[0]} is made of documents, and --documents is 0: ask for some, or leave it out.")
+    more = [name for name in args.forms if FORMS[name].neighbours or FORMS[name].copies]
+    if more and args.documents and args.chunks < 2:
+        parser.error(f"--forms {more[0]} takes documents of 2 chunks or more, and --chunks is {args.chunks}.")
+    tokens = args.chunks * args.chunk_tokens
+    for size in args.recut:
+        if not LEAST_CHUNK <= size <= tokens // 2:
+            parser.error(
+                f"--recut is {size}: a record has {tokens} tokens (--chunks times --chunk-tokens), so use {LEAST_CHUNK} to {tokens // 2}."
+            )
+        if size == args.chunk_tokens:
+            parser.error(f"--recut is {size}, as --chunk-tokens is: leave it out, the form {PLAIN} has these chunks.")
+    names = [path.stem for path in args.prose]
+    for path in args.prose:
+        if not path.is_file():
+            parser.error(f"--prose is {path}, and no such file is there: give text files.")
+        if names.count(path.stem) > 1 or path.stem in {*FORMS, *map(recut_form, args.recut)}:
+            parser.error(f"--prose has {path}, and another form is called {path.stem!r}: rename the file.")
+
+
+def read_sets(args: argparse.Namespace, tokenizer: Any) -> list[Dataset]:
+    """The sets that `add_records` asks for, as they are: MuSiQue where its file is given, then documents."""
+    sets = [] if args.musique is None else [_questions(args, tokenizer)]
+    return sets + ([_documents(args, tokenizer)] if args.documents else [])
+
+
+def read_sets_in_forms(args: argparse.Namespace, tokenizer: Any) -> list[Dataset]:
+    """The same in all forms that `add_forms` asks for, and documents also with their chunks in another order.
+
+    Raises:
+        ValueError: the texts are too few or too short; or a form takes a chat template, and there is none.
+    """
+    check_chat(tokenizer, args.forms)
     sets = []
     if args.musique is not None:
-        sets.append(read_musique(args.musique, tokenizer, args.first, args.musique_records, args.passages, query))
+        questions, encode = _questions(args, tokenizer, args.query), PromptBuilder(tokenizer).encode
+        sets += questions_in_forms(questions, args.forms, encode, args.seed)
     if args.documents:
-        sources = ({} if args.docs_only else installed_sources()) | dict(folder_sources(args.docs))
-        shape = Shape(args.chunks, args.chunk_tokens)
-        sets.append(read_documents(sources, tokenizer, shape, args.first, args.documents, args.seed))
+        sets += documents_in_forms(
+            lambda: _documents(args, tokenizer),
+            args.forms,
+            args.recut,
+            args.prose,
+            Shape(args.chunks, args.chunk_tokens),
+            args.shuffled,
+            tokenizer,
+            args.first,
+            args.documents,
+            args.seed,
+        )
     return sets
+
+
+def check_lengths(sets: Sequence[Dataset], tokenizer: Any, model: Any, answer_tokens: int = 0) -> None:
+    """Refuse records that are longer than what the model reads, before anything is measured.
+
+    Raises:
+        ValueError: one is.
+    """
+    most = most_positions(model)
+    for dataset in sets if most is not None else ():
+        prompts = PromptBuilder(tokenizer, chunk_separator=dataset.separator)
+        for record in dataset.records:
+            tokens = len(dataset.prompt(prompts, record).ids) + max(len(record.target), answer_tokens)
+            if tokens > most:
+                raise ValueError(
+                    f"{dataset.name}, {record.form}: {record.name} has {tokens} tokens with what follows, and this model reads at most {most}: "
+                    "use fewer or shorter chunks (--chunks, --chunk-tokens, --passages), or leave the form out."
+                )
+
+
+def _questions(args: argparse.Namespace, tokenizer: Any, query: str = "{}") -> Dataset:
+    return read_musique(args.musique, tokenizer, args.first, args.musique_records, args.passages, query)
+
+
+def _documents(args: argparse.Namespace, tokenizer: Any) -> Dataset:
+    sources = ({} if args.docs_only else installed_sources()) | dict(folder_sources(args.docs))
+    shape = Shape(args.chunks, args.chunk_tokens)
+    return read_documents(sources, tokenizer, shape, args.first, args.documents, args.seed)

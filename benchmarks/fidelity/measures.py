@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+Numbers = NDArray[np.float64]
 DRAWS = 10_000
 """How many bootstrap samples are drawn."""
 _DRAWN_AT_ONCE = 1 << 20
@@ -104,12 +105,44 @@ def ratio_of_sums(above: ArrayLike, below: ArrayLike, seed: int = 0) -> Estimate
     above, below = np.asarray(above, float), np.asarray(below, float)
     if len(above) == 0 or below.sum() == 0:
         return Estimate(float("nan"), float("nan"), float("nan"))
+    sums = _drawn_sums(np.stack((above, below), axis=1), seed)
+    return _with_interval(float(above.sum() / below.sum()), _ratio(sums[:, 0], sums[:, 1]))
+
+
+def difference_of_shares(
+    kl: Sequence[float],
+    kl_nothing: Sequence[float],
+    other: Sequence[float],
+    other_nothing: Sequence[float],
+    seed: int = 0,
+) -> Estimate:
+    """The share that is closed (`share_closed`) minus another one of the same records. For the interval, they are drawn with all their numbers."""
+    numbers = np.stack([np.asarray(each, float) for each in (kl, kl_nothing, other, other_nothing)], axis=1)
+    whole = numbers.sum(0)
+    if len(numbers) == 0 or whole[1] == 0 or whole[3] == 0:
+        return Estimate(float("nan"), float("nan"), float("nan"))
+    sums = _drawn_sums(numbers, seed)
+    drawn = _ratio(sums[:, 2], sums[:, 3]) - _ratio(sums[:, 0], sums[:, 1])
+    return _with_interval(float(whole[2] / whole[3] - whole[0] / whole[1]), drawn)
+
+
+def _drawn_sums(numbers: Numbers, seed: int) -> Numbers:
+    """Sums over the records [records, figures] of each bootstrap sample: [samples, figures]."""
     rng = np.random.default_rng(seed)
+    at_once = max(1, _DRAWN_AT_ONCE // len(numbers))
     samples = []
-    at_once = max(1, _DRAWN_AT_ONCE // len(above))
     for start in range(0, DRAWS, at_once):
-        drawn = rng.integers(0, len(above), (min(at_once, DRAWS - start), len(above)))
-        with np.errstate(invalid="ignore", divide="ignore"):
-            samples.append(above[drawn].sum(1) / below[drawn].sum(1))
-    low, high = np.nanpercentile(np.concatenate(samples), (2.5, 97.5))
-    return Estimate(float(above.sum() / below.sum()), float(low), float(high))
+        drawn = rng.integers(0, len(numbers), (min(at_once, DRAWS - start), len(numbers)))
+        samples.append(numbers[drawn].sum(1))
+    return np.concatenate(samples)
+
+
+def _ratio(above: Numbers, below: Numbers) -> Numbers:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio: Numbers = above / below
+    return ratio
+
+
+def _with_interval(value: float, samples: Numbers) -> Estimate:
+    low, high = np.nanpercentile(samples, (2.5, 97.5))
+    return Estimate(value, float(low), float(high))

@@ -39,8 +39,10 @@ def read_musique(
     prompts = PromptBuilder(tokenizer)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     records = []
+    whole: list[list[str]] = []
     for number, (question, answers, texts, name) in enumerate(read_questions(path)):
         target = (*prompts.encode(answers[0]), *end)
+        whole.append(texts)
         records.append(
             Record(
                 name or f"line-{number}",
@@ -58,7 +60,8 @@ def read_musique(
     leads: dict[str, None] = {}
     for record in records[-LEADS:]:
         leads.update(dict.fromkeys([c for c in record.chunks if c not in used and c not in leads][:2]))
-    return Dataset("musique", chosen, tuple(leads), PREFIX)
+    others = dict.fromkeys(c for texts in whole[-LEADS:] for c in texts if c not in used and c not in leads)
+    return Dataset("musique", chosen, tuple(leads), PREFIX, spare=tuple(others))
 
 
 def read_questions(path: Path) -> Iterator[tuple[str, list[str], list[str], str]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .forms import PLAIN
 from .measures import Estimate, mean, share_closed
 from .rows import KEY, Row, read_rows, row_files
 from .settings import BASELINE, EVERYTHING, NOTHING, Setting
@@ -63,9 +64,9 @@ def load(folder: Path) -> tuple[dict[str, Any], list[Row]]:
 
 
 def summarise(rows: Iterable[Row]) -> list[Point]:
-    """Points by set and setting. Only records whose baseline was measured too count for shares."""
+    """Points by set and setting, of plain chunks. Only records whose baseline was measured too count for shares."""
     cells: dict[tuple[str, Setting, str], dict[str, Row]] = {}
-    for row in rows:
+    for row in (row for row in rows if row.get("form", PLAIN) == PLAIN):
         setting = Setting(row["lead_in"], row["codec"], row["selector"], row["ratio"])
         cells.setdefault((row["set"], setting, row["budget"]), {})[row["record"]] = row
     points = []
@@ -106,7 +107,7 @@ def markdown(header: dict[str, Any], points: Sequence[Point]) -> str:
         f"Model {header.get('model')}, {header.get('dtype')}; {where}; torch {environment.get('torch')}, transformers "
         f"{environment.get('transformers')}; commit {header.get('commit')}; {environment.get('date')}."
     ]
-    for name in _in_order({p.set for p in points}):
+    for name in in_order({p.set for p in points}):
         found = [p for p in points if p.set == name]
         parts += [
             f"## {name}",
@@ -170,7 +171,8 @@ def _details(points: Sequence[Point]) -> str:
     return "\n".join(lines)
 
 
-def _in_order(names: set[str]) -> list[str]:
+def in_order(names: set[str]) -> list[str]:
+    """Names of sets as tables have them."""
     return sorted(names, key=lambda n: (SETS.index(n) if n in SETS else len(SETS), n))
 
 

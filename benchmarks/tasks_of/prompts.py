@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from fidelity.forms import FORMS, PLAIN, Laid, Turn, conversation, system_text
 from fidelity.records import Dataset
 
-from cachetune_rag.text.prompts.prompt import INSTRUCTIONS, Chunk, Prompt, PromptBuilder, Text
+from cachetune_rag.text.prompts.prompt import INSTRUCTIONS, Prompt, PromptBuilder, Text
 
-from .forms import CONTENTS, FORMS, PLAIN, SYSTEM_TOKENS, Laid, Turn, as_row
+from .contents import CONTENTS, as_row, material_of
 from .haystack import Haystack
 from .kinds import KINDS
 from .layout import PLACES, Planted, chunks_needed, lay_out
@@ -143,7 +144,7 @@ class TaskMaker:
         facts = tuple(map(as_row, question.facts)) if form.content == "tables" else question.facts
         between = " " if haystack is self.haystack else "\n"
         chunks, planted = lay_out(facts, place, count, chunk_tokens, haystack, encode, rng, between)
-        laid = form.change(Laid(chunks), planted, self._system_prose)
+        laid = form.change(Laid(chunks), material_of(chunks, planted, lambda: self._system_text))
         name = f"{cell.kind}-{cell.length}-{cell.near_duplicates}-{number}"
         name += "" if whole.form == PLAIN else f"-{whole.form}"
         return Task(
@@ -165,16 +166,8 @@ class TaskMaker:
         prefix = self.dataset.prefix
         if not task.before and not task.turns:
             return self._prompts.build(query=task.query, chunks=task.chunks, prefix=prefix)
-        first = task.turns[0].asked if task.turns else task.query
-        parts: list[Any] = [Text(f"{prefix}\n\n")]
-        for chunk in task.chunks:
-            parts += [Chunk(chunk), Text("\n\n")]
-        said: list[dict[str, Any]] = [{"role": "system", "content": task.before}] if task.before else []
-        said.append({"role": "user", "content": [*parts, Text(f"Question: {first}")]})
-        following = [turn.asked for turn in task.turns[1:]] + [task.query]
-        for turn, asked in zip(task.turns, following, strict=False):
-            said += [{"role": "assistant", "content": turn.answered}, {"role": "user", "content": f"Question: {asked}"}]
-        return self._prompts.build_messages(said)
+        laid = Laid(task.chunks, task.before, task.turns)
+        return self._prompts.build_messages(conversation(laid, prefix, "\n\n", Text(f"Question: {task.query}")))
 
     def _haystack(self, cell: Cell) -> Haystack:
         content = FORMS[cell.form].content
@@ -185,15 +178,9 @@ class TaskMaker:
         return self._others[content]
 
     @cached_property
-    def _system_prose(self) -> list[str]:
-        """Prose of about 2,000 tokens for a system prompt, from the texts that lead-ins are taken from, which are in no chunk."""
-        sentences, tokens = [], 0
-        for sentence in " ".join(self.haystack.leads).split(". "):
-            tokens += len(self._prompts.encode(sentence)) + 1
-            if tokens > SYSTEM_TOKENS:
-                break
-            sentences.append(sentence.rstrip(".") + ".")
-        return sentences
+    def _system_text(self) -> str:
+        """A system prompt's, from the texts that lead-ins are taken from, which are in no chunk."""
+        return system_text(self.haystack.leads, self._prompts.encode, self.dataset.name)
 
     def _room(self, cell: Cell, question: Question) -> int:
         """How many tokens chunks and separators have, so that prompt and answer have the cell's length at most."""

@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from fidelity.forms import PLAIN
 from fidelity.settings import Setting
 
-from .forms import PLAIN
 from .prompts import Task
 
 OTHER_ORDER = Setting("-", "-", "other_order", 1.0)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fidelity.forms import FORMS, PLAIN
 from fidelity.measures import Estimate, mean
 from fidelity.rows import Row
 from fidelity.settings import Setting
@@ -14,7 +15,6 @@ from fidelity.settings import Setting
 from cachetune_rag.reuse.config import AUTO
 
 from .doubt import BOUNDS, measured, read_again, told_apart
-from .forms import FORMS, PLAIN
 from .kinds import KINDS
 from .prompts import Cell
 from .settings import FULL, title

@@ -157,6 +157,9 @@ def test_musique_is_read_under_both_names_and_zipped(tmp_path: Path) -> None:
     used = {chunk for record in ours.records for chunk in record.chunks}
     assert ours.leads[:3] == ("text 3", "Title\nmore 3", "text 4")
     assert used.isdisjoint(ours.leads)
+    assert ours.spare == ()  # two passages of each of the last questions are for lead-ins
+    few = read_musique(tmp_path / "a.jsonl", tokenizer(), first=1, count=2, passages=1)
+    assert few.spare == tuple(f"Title\nmore {i}" for i in range(3, count))
     shared = [
         question(i) | {"passages": question(0)["passages"]} if i == count - 1 else question(i) for i in range(count)
     ]

@@ -23,11 +23,11 @@ import tasks
 from fidelity import measures
 from fidelity.answers import begin, finish, follow, greedy_answers, target_logits
 from fidelity.evaluate import Engines
+from fidelity.forms import FORMS
 from fidelity.rows import key_of, read_rows
 from fidelity.settings import Setting
 from tasks_of import doubt, report
 from tasks_of.evaluate import TaskRunner
-from tasks_of.forms import FORMS
 from tasks_of.haystack import Haystack, file_sentences, reference_sentences
 from tasks_of.kinds import KINDS
 from tasks_of.layout import PLACES, lay_out
