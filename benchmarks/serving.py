@@ -6,8 +6,8 @@
 
 Plain vLLM is started first and measured, then vLLM with the connector, then (phase `ceiling`) vLLM with a connector that makes a
 prefill cost nothing. Chunks come from host memory in orders that change with every prompt, and no prompt begins as another one does (but in `prefix`); weights and texts are random, which speed
-doesn't depend on. `alone`: time to first token of one request at a time. `paused`: the same prompts, but the server rests before each request, for 50, 0, 5 or 500 ms, with nothing
-in vLLM's prefix cache at first; the file says of every request where its time went. Plain vLLM rests for 0, 5 and 500 ms at the shortest context alone. `saturated`: requests per second with many clients. `gaps`: gaps
+doesn't depend on. `alone`: time to first token of one request at a time, and where the time of each went. `paused`: the same prompts, but the server rests before each request, for 50, 0, 5 or 500 ms, with nothing
+in vLLM's prefix cache at first. Plain vLLM rests for 0, 5 and 500 ms at the shortest context alone. `saturated`: requests per second with many clients. `gaps`: gaps
 between tokens of running requests while prompts arrive. `arrivals`: Poisson arrivals at multiples of plain vLLM's saturated rate, at the same times for all servers and settings.
 `within`: how many requests per second (Poisson) a server takes while 95% of the first tokens come within a second, at parts of what it
 takes when saturated. `short`: where reuse is expected not to pay, of chunks of 128 tokens, each prompt with and without reuse in turn, in the same server, with

@@ -33,14 +33,13 @@ async def alone(target: Target, prompts: Sequence[Ids], reuse: Reuse | None, war
 async def paused(
     target: Target, prompts: Sequence[Ids], reuse: Reuse | None, pause: float, warm: int = 2
 ) -> dict[str, Any]:
-    """As `alone`, but `pause` seconds pass before each request, in which the server has nothing to do. "timings_of_each" has where the time of each request went."""
+    """As `alone`, but `pause` seconds pass before each request, in which the server has nothing to do."""
     answers = []
     for ids in prompts:
         if pause:
             await asyncio.sleep(pause)
         answers.append(await target.ask(ids, 1, reuse))
-    of_each = {name: [round(each, 5) for each in seconds] for name, seconds in _timings(answers[warm:]).items()}
-    return first_tokens(answers[warm:]) | ({"timings_of_each": of_each} if of_each else {})
+    return first_tokens(answers[warm:])
 
 
 async def both_ways(target: Target, prompts: Sequence[Ids], reuse: bool, warm: int = 2) -> dict[str, Any]:
@@ -197,8 +196,11 @@ def _reports(answers: Sequence[Answer]) -> dict[str, Any]:
 
 
 def first_tokens(answers: Sequence[Answer]) -> dict[str, Any]:
-    """What is said of requests that came one at a time."""
-    return {"ttft": spread([a.ttft for a in answers]), **_reports(answers)}
+    """What is said of requests that came one at a time. "timings_of_each" has where the time of each went that wasn't left to vLLM."""
+    of_each = {name: [round(each, 5) for each in seconds] for name, seconds in _timings(answers).items()}
+    return {"ttft": spread([a.ttft for a in answers]), **_reports(answers)} | (
+        {"timings_of_each": of_each} if of_each else {}
+    )
 
 
 def _timings(answers: Sequence[Answer]) -> dict[str, list[float]]:
