@@ -47,6 +47,7 @@ from cachetune_rag.telemetry.stats import EngineStats, LastKnownStoreStats, Requ
 from cachetune_rag.text.prompts.continuations import Continuations
 from cachetune_rag.text.prompts.prompt import PromptBuilder
 from cachetune_rag.text.prompts.sentences import Sentences
+from cachetune_rag.text.prompts.shape import Shapes
 from cachetune_rag.text.tokenizer import private_copy
 from cachetune_store import ChunkStore, Namespace
 from cachetune_store.printing import shown
@@ -163,6 +164,7 @@ class Runtime:
             self.model.check,
             Continuations(self.tokenizer),
             Sentences(self.tokenizer),
+            Shapes(self.tokenizer),
         )
         if batch_tokens is None:
             batch_tokens = 8192 if self.adapter.device.type == "cuda" else 0

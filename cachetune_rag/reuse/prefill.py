@@ -33,6 +33,7 @@ from cachetune_rag.selection.base import budget
 from cachetune_rag.text.prompts.continuations import FindContinuations, no_continuations
 from cachetune_rag.text.prompts.prompt import Prompt
 from cachetune_rag.text.prompts.sentences import FindSentences, no_sentences
+from cachetune_rag.text.prompts.shape import FindShape, no_shape
 from cachetune_store import ChunkKey, ChunkReader, ChunkStore, make_key
 
 MEANWHILE = 0.0005
@@ -83,6 +84,7 @@ class Assembler:
         check: refuses a model whose weights were changed; called before and after each prompt.
         continuations: finds the sentences that go on from one chunk of a prompt to the next.
         sentences: finds all sentences of a prompt's chunks.
+        shapes: says what kind of text chunks are.
 
     Attributes:
         memory: the engine's own memory for prompts.
@@ -99,12 +101,13 @@ class Assembler:
         check: Callable[[], None] = _nothing,
         continuations: FindContinuations = no_continuations,
         sentences: FindSentences = no_sentences,
+        shapes: FindShape = no_shape,
     ):
         self._adapter, self._store, self._lead_ins, self._pool = adapter, store, lead_ins, pool
         self._check = check
         self._opener = ChunkOpener(store, lead_ins, adapter.heads, pool, prefetcher, tuned)
         self._loaders = Loaders(adapter, pool)
-        self._continuations, self._sentences = continuations, sentences
+        self._continuations, self._sentences, self._shapes = continuations, sentences, shapes
         self._planner = Planner(adapter, self._loaders, continuations, sentences)
         self._forward = PromptForward(adapter)
         self.memory = EngineMemory(adapter)
@@ -122,6 +125,7 @@ class Assembler:
             self._pool,
             continuations=self._continuations,
             sentences=self._sentences,
+            shapes=self._shapes,
         )
 
     def forget(self) -> None:
@@ -314,7 +318,7 @@ class Assembler:
 
             def nothing(chosen: Chosen, reading: float | None = None) -> NothingReused:
                 report = report_of(
-                    prompt, config, found, chosen, faults, self._continuations(prompt), kept=0, skipped=0,
+                    prompt, config, found, chosen, faults, self._continuations(prompt), self._shapes, kept=0, skipped=0,
                     ttft=time.perf_counter() - call.started, timings=timings,
                 )  # fmt: skip
                 return NothingReused(report, found.to_store, reading)
@@ -347,7 +351,7 @@ class Assembler:
                 self._store.settle_memory()
                 # Before the readers are handed on, which may read more.
                 report = report_of(
-                    prompt, config, found, chosen, faults, self._continuations(prompt), kept=done.kept, skipped=done.skipped,
+                    prompt, config, found, chosen, faults, self._continuations(prompt), self._shapes, kept=done.kept, skipped=done.skipped,
                     ttft=ended - call.started, timings=timings,
                 )  # fmt: skip
                 if call.account is not None:

@@ -18,6 +18,7 @@ from cachetune_rag.reuse.plan import Chosen
 from cachetune_rag.selection import get_selector
 from cachetune_rag.text.prompts.continuations import Continuation
 from cachetune_rag.text.prompts.prompt import Prompt
+from cachetune_rag.text.prompts.shape import FindShape
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def report_of(
     chosen: Chosen,
     faults: Faults,
     continuations: Sequence[Continuation],
+    shapes: FindShape,
     *,
     kept: int,
     skipped: int,
@@ -89,13 +91,15 @@ def report_of(
         chosen: what was computed, and why.
         faults: chunks that could not be read.
         continuations: the sentences that go on from one of the prompt's chunks to the next.
+        shapes: says what kind of text chunks are.
         kept: tokens whose rows were kept from an earlier prompt.
         skipped: recomputed tokens whose stored rows were not read.
         ttft, timings: seconds to the first token, and by phase.
     """
     reused = 0 if chosen.plan is None else chosen.plan.reused
     computed = np.ones(len(prompt.ids), np.bool_) if chosen.plan is None else chosen.plan.computed.numpy()
-    cut = cut_sentences([span for span, _ in found.chunks], continuations, computed)
+    stored = [span for span, _ in found.chunks]
+    cut = cut_sentences(stored, continuations, computed)
     ratio = config.ratio if chosen.ratio is None else chosen.ratio
     share = ratio if get_selector(config.selector).uses_ratio else None
     # Chunks that are not stored are no questions and answers.
@@ -122,5 +126,7 @@ def report_of(
         sign=chosen.sign,
         prediction=chosen.prediction,
         continued=cut.recomputed,
-        advice=advice_of(cut, len(found.chunks), share if reused else 1.0, len(prompt.ids) - last),
+        advice=advice_of(
+            cut, len(stored), share if reused else 1.0, len(prompt.ids) - last, lambda: shapes(prompt, stored)
+        ),
     )

@@ -1,4 +1,4 @@
-"""The report says where a cut sentence was not made whole, and nowhere else."""
+"""The report says where a prompt has what reuse is known to lose, and nowhere else."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from tiny import llama, tokenizer
 from cachetune_rag import CacheTune
 from cachetune_rag.reuse.advice import BEHIND
 
+CODE = (
+    "total = sizes[name] + sizes[other]\nuse(total);\nif (total > 3) { stop(name); }",
+    "| bolt | 12 |\n| nut | 8 |\n| wire | 3 |",
+)
+MILL = "The mill stands by the river. Its wheel has {} buckets of oak. Nobody has turned it since the flood."
 CUT = ("The mill is old. It has a door. The access code of the mill", "is 48213. Nobody knows it. The door is shut.")
 WHOLE = ("The mill is old. It has a door. The access code is new.", "Nobody knows it. The door is shut.")
 
@@ -66,3 +71,25 @@ def test_much_text_behind_the_chunks_is_told_below_the_ratio_that_was_measured(e
     assert missed.missed > BEHIND
     assert missed.advice == ()
     assert engine.full_prefill(prompt=prompt).report.advice == ()
+
+
+def test_code_tables_and_chunks_that_are_nearly_the_same_are_told_below_the_ratio_that_was_measured(
+    engine: CacheTune,
+) -> None:
+    alike = [MILL.format(number) for number in ("twelve", "thirty")]
+    engine.precompute([*CODE, *alike])
+
+    def advice(chunks: list[str], ratio: float, selector: str = "expected_error") -> tuple[str, ...]:
+        return engine.prefill(query="Which one?", chunks=chunks, ratio=ratio, selector=selector).report.advice
+
+    (words,) = advice([*CODE, WHOLE[1]], 0.05)
+    assert words.startswith("Most of the stored chunks' text is code or rows of tables, and ratio is 0.05: ")
+    (words,) = advice([*alike, *WHOLE], 0.1)
+    assert words.startswith("2 of 4 stored chunks are nearly the same as another one, and ratio is 0.1: ")
+    both = advice([*CODE, *CODE[:1], alike[0]], 0.05, "none")
+    assert len(both) == 1, "the same chunk twice is no risk"
+    assert "nothing of the chunks is recomputed" in both[0]
+    for chunks in ([*CODE, WHOLE[1]], [*alike, *WHOLE]):
+        assert advice(chunks, 0.15) == ()
+        assert advice(chunks, 0.05, "all") == ()
+    assert advice([CODE[0], *WHOLE, alike[0]], 0.05) == (), "some code among prose"

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from cachetune_rag.text.prompts.continuations import Pieces
 from cachetune_rag.text.prompts.segments import Prompt
 from cachetune_rag.text.prompts.sentence_ends import CLOSING, MARKS, OTHER_MARKS
+from cachetune_rag.text.prompts.token_table import TokenTable
 
 MOST_TOKENS = 64
 """Most tokens of a sentence. What goes on for longer, a table or code, say, is cut into pieces of so many."""
@@ -49,7 +50,7 @@ class Sentences:
 
     def __init__(self, tokenizer: Any):
         self._pieces = Pieces(tokenizer)
-        self._known = np.empty((0, len(_Kinds._fields)), np.int8)
+        self._kinds = TokenTable(self._pieces, _kinds_of, len(_Kinds._fields))
         # Marks that no single token spells, as in vocabularies of bytes.
         self._spelled = [ids for ids in map(self._pieces.ids, _OTHER_STOPS) if len(ids) > 1]
 
@@ -71,7 +72,7 @@ class Sentences:
 
     def _between(self, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Whether a sentence begins at each token but the first, by what stands before it."""
-        kinds = self._kinds(ids)
+        kinds = _Kinds(*(self._kinds(ids) == 1))
         other = kinds.other
         for mark in self._spelled:
             ends = len(mark) - 1
@@ -81,18 +82,6 @@ class Sentences:
         mark_before = np.maximum.accumulate(np.where(kinds.closes, 0, np.arange(len(ids))))[:-1]
         stopped = kinds.stop[mark_before] & kinds.blank[1:]
         return np.asarray(kinds.breaks[:-1] | stopped | (other[mark_before] & ~kinds.closes[1:]), np.bool_)
-
-    def _kinds(self, ids: NDArray[np.int64]) -> _Kinds:
-        known = self._known
-        if len(ids) and int(ids.max()) >= len(known):
-            known = np.full((int(ids.max()) + 1, len(_Kinds._fields)), -1, np.int8)
-            known[: len(self._known)] = self._known
-        new = np.unique(ids[known[ids, 0] < 0]) if len(ids) else ids
-        if len(new):
-            known = known.copy()  # another thread may be reading the one that was there
-            known[new] = [_kinds_of(piece) for piece in self._pieces(new.tolist())]
-        self._known = known
-        return _Kinds(*(known[ids].T == 1))
 
 
 class _Kinds(NamedTuple):
