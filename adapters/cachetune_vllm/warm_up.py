@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -41,8 +42,7 @@ def warm_up(engine: Runtime, settings: ServerSettings, longest: int) -> None:
     computed, largest, lengths = expected(longest, engine.admission.config(settings.selector, settings.ratio).ratio)
     started = time.perf_counter()
     try:
-        # Workers that share a model compute this together, and go on together.
-        engine.adapter.heads.together(partial(engine.warmup, computed, lengths, settings.selector, largest))
+        _make_ready(engine, partial(engine.warmup, computed, lengths, settings.selector), computed, largest)
     except Exception:  # whatever it is, requests compile what they need
         _log.exception(
             "the first requests with reused chunks will be slower, because what they need could not be made ready"
@@ -57,6 +57,24 @@ def warm_up(engine: Runtime, settings: ServerSettings, longest: int) -> None:
             computed,
             time.perf_counter() - started,
         )
+
+
+def _make_ready(engine: Runtime, warm: Callable[..., None], computed: int, largest: int) -> None:
+    """Have an engine made ready: for forwards of up to `largest` tokens where the GPU's memory is enough for these, else for up to `computed` alone."""
+    together = engine.adapter.heads.together  # workers that share a model compute this together, and go on together
+    try:
+        together(partial(warm, largest))
+        return
+    except torch.OutOfMemoryError:
+        if largest <= computed or engine.adapter.heads.shared:  # of peers, the others may have gone on
+            raise
+    # Behind the error, which refers to the memory of what was tried.
+    _log.warning(
+        "the GPU's memory was not enough to make anything ready for requests that compute more than %d tokens: they wait for what they need, and are left to vLLM where memory is "
+        "not enough for them either. What helps: a lower --gpu-memory-utilization, or a smaller ratio",
+        computed,
+    )
+    together(warm)
 
 
 def expected(longest: int, ratio: float) -> tuple[int, int, list[int]]:

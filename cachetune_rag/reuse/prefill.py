@@ -237,9 +237,9 @@ class Assembler:
                     plan = self._planner.choose(prompt, prepared, opened.config).plan
                     if plan is not None:
                         prepared.loader.set_sources(plan.sources_to_read())
-            begun = Begun(opened, memory, prepared, plan, seconds, kept.pop_all())
-            begun.go_on()
-            return begun
+            if prepared is not None:
+                prepared.loader.bring()  # this may fail, so what was begun is handed over behind it
+            return Begun(opened, memory, prepared, plan, seconds, kept.pop_all())
 
     def rows_needed(self, config: ReuseConfig, reader: ChunkReader) -> int:
         """How many rows of each layer of a chunk a request will read, as far as that is known before it comes: more, if it shows the chunk behind one

@@ -18,6 +18,7 @@ from tiny import llama, tokenizer
 from cachetune_rag import CacheTune
 from cachetune_rag.reuse.begun import Begun
 from cachetune_rag.reuse.config import ReuseConfig
+from cachetune_rag.reuse.layer_loader import LayerLoader
 from cachetune_rag.reuse.memory import EngineMemory
 from cachetune_rag.reuse.prompt_room import PromptRoom
 from cachetune_rag.reuse.state import NothingReused, PrefillState
@@ -98,6 +99,22 @@ def test_what_is_begun_and_given_up_is_closed(engine: CacheTune) -> None:
     begun = begin(engine, prompt_of(engine, 3), config_of(engine, "frequency"))
     begun.go_on()
     begun.close()
+    assert_nothing_open(engine)
+
+
+def test_what_fails_as_it_is_begun_is_closed(engine: CacheTune, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device's memory may be full when the first rows are to be staged. Nobody has what was begun then, so nobody else could close it."""
+
+    def full(_loader: LayerLoader) -> None:
+        raise torch.OutOfMemoryError("no memory to stage rows in")
+
+    closed: list[LayerLoader] = []
+    close = LayerLoader.close
+    monkeypatch.setattr(LayerLoader, "bring", full)
+    monkeypatch.setattr(LayerLoader, "close", lambda loader: (closed.append(loader), close(loader))[1])
+    with pytest.raises(torch.OutOfMemoryError):
+        begin(engine, prompt_of(engine, 3), config_of(engine, "frequency"))
+    assert len(closed) == 1
     assert_nothing_open(engine)
 
 

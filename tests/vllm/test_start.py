@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from cachetune_rag import CacheTune, ConfigError, ModelLoadError, UnsupportedModelError
 from cachetune_rag.model.heads import ALL_HEADS
@@ -185,6 +186,25 @@ def test_what_cannot_be_made_ready_is_logged_and_stops_no_server(caplog: pytest.
         warm_up(engine_that(fail), SETTINGS, 4096)
     assert "the first requests with reused chunks will be slower" in caplog.text
     assert "no compiler for probe" in caplog.text
+
+
+@pytest.mark.parametrize("room", [8192, 100])
+def test_where_memory_is_not_enough_for_the_largest_size_the_usual_ones_are_made_ready(
+    room: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def warm(what: tuple[Any, ...]) -> None:
+        asked.append(what)
+        if max((what[0], *what[3:])) > room:
+            raise torch.OutOfMemoryError(f"no memory for {what}")
+
+    with heard("warm_up", caplog):
+        warm_up(engine_that(warm), SETTINGS, 100_000)
+    lengths = [8192, 32768, 100_000]
+    assert asked == [(2048, lengths, "probe", 25_512), (2048, lengths, "probe")]
+    assert "requests that compute more than 2048 tokens" in caplog.text
+    assert ("the first requests with reused chunks will be slower" in caplog.text) == (room < 2048)
 
 
 SETTINGS = ServerSettings.of({"store": "kv", "selector": "probe", "ratio": 0.25})
