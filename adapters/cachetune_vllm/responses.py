@@ -6,8 +6,8 @@ from typing import Any
 
 from cachetune_rag.report import Report
 from cachetune_rag.reuse.state import NothingReused
-from cachetune_vllm import slow_disk
 from cachetune_vllm.reasons import Left
+from cachetune_vllm.slow_disk import FromDisk, Plain
 
 _SHOWN = (
     "prompt_tokens", "reused", "recomputed", "missed", "bytes_read", "ratio", "selector", "ttft", "timings", "prefix_kept", "damaged",
@@ -21,15 +21,15 @@ def nothing_reused(left: Left) -> dict[str, Any]:
     return {"reused": 0, "left": left.value}
 
 
-def why_nothing(state: NothingReused, plain: float | None) -> dict[str, Any]:
+def why_nothing(state: NothingReused, plain: Plain | None) -> dict[str, Any]:
     """What is said of a prompt of which nothing was reused.
 
     Args:
         state: what its lookup found.
-        plain: seconds in which vLLM is expected to read it.
+        plain: what vLLM is expected to take for it.
     """
     if state.reading is not None and plain is not None:
-        return nothing_reused(Left.SLOW_DISK) | {"why": slow_disk.why(plain, state.reading)}
+        return nothing_reused(Left.SLOW_DISK) | {"why": FromDisk.of(plain, state.reading).why}
     return nothing_reused(_reason(state.report))
 
 

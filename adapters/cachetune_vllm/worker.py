@@ -21,6 +21,7 @@ from cachetune_rag.explaining.served import EXPLAINED, explained
 from cachetune_rag.model.heads import Heads
 from cachetune_rag.reuse.account import Account
 from cachetune_rag.reuse.prompt_room import PromptRoom
+from cachetune_rag.reuse.reading import Reading
 from cachetune_rag.reuse.state import NothingReused, PrefillState
 from cachetune_rag.runtime import Runtime
 from cachetune_store import StoreError
@@ -31,7 +32,7 @@ from cachetune_vllm.messages import FromWorker, Load, Missed, ToWorkers
 from cachetune_vllm.pace import Pace
 from cachetune_vllm.pages import Pages
 from cachetune_vllm.responses import shown, why_nothing
-from cachetune_vllm.slow_disk import SlowDisk
+from cachetune_vllm.slow_disk import FromDisk, Plain, SlowDisk
 from cachetune_vllm.turns import TurnsEndedError
 
 IDLE_WAIT = 0.05
@@ -243,8 +244,8 @@ class ReuseWorker:
             meanwhile = partial(self._coming.begin_next, turn)
             accounts: list[Account] = []
             account = accounts.append if job.load.explain else None
-            plain = job.load.plain
-            too_slow = None if plain is None else partial(self._slow_disk.leaves, plain)
+            plain = plain_of(job.load)
+            too_slow = None if plain is None else partial(self._too_slow, plain)
             try:
                 state = engine.executor.reuse(request, turn.memory, wanted, turn.begun, meanwhile, account, too_slow)
             finally:
@@ -267,7 +268,7 @@ class ReuseWorker:
         if self._heads.in_turns:
             state = replace(state, missed=())  # what stores them runs the model when there is time, and not in turns
         if isinstance(state, NothingReused):
-            said, report = why_nothing(state, load.plain), state.report
+            said, report = why_nothing(state, plain_of(load)), state.report
             storing = engine.backfill.offer(request.prompt, state.missed)
             return said | shown(replace(report, storing=storing, unstored=missed - storing))
         engine.executor.prefilled(request, state.report)
@@ -276,6 +277,9 @@ class ReuseWorker:
         # Of several, the last one: the prompt started over.
         return said | {EXPLAINED: explained(load.prompt, accounts[-1], engine.tokenizer)} if accounts else said
 
+    def _too_slow(self, plain: Plain, reading: Reading) -> bool:
+        return self._slow_disk.leaves(FromDisk.of(plain, reading))
+
     def _check_wanted(self, request_id: str) -> None:
         if request_id in self._given_up:
             raise GivenUpError(request_id)
@@ -283,6 +287,11 @@ class ReuseWorker:
 
 def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[Any]:
     return nullcontext() if stream is None else torch.cuda.stream(stream)
+
+
+def plain_of(load: Load) -> Plain | None:
+    """What vLLM takes for a load's prompt: its last token, too, which is not put together. None: not known, or not to be asked."""
+    return None if load.plain is None else Plain(load.plain, load.start, load.end + 1 - load.start)
 
 
 def blocks_of(load: Load, size: int) -> Collection[int]:

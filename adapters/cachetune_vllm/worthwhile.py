@@ -55,8 +55,9 @@ class Worthwhile:
     def ratio(self, settings: RequestSettings) -> float:
         """The share of its chunks that a request recomputes, as far as that is known before its chunks are opened."""
         name = names.DEFAULT if settings.selector == "auto" else settings.selector
-        if not get_selector(name).uses_ratio:
-            return 1.0 if name == names.ALL else 0.0
+        selector = get_selector(name)
+        if not selector.uses_ratio:
+            return selector.share(AUTO.ratio)
         if settings.bounded:
             return AUTO.ratio  # what it will be isn't known yet: anything from the smallest calibrated one to 1
         if not isinstance(settings.ratio, str):

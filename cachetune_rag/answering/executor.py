@@ -25,6 +25,7 @@ from cachetune_rag.reuse.begun import Begun
 from cachetune_rag.reuse.config import ReuseConfig
 from cachetune_rag.reuse.memory import KVMemory
 from cachetune_rag.reuse.prefill import Assembler
+from cachetune_rag.reuse.reading import Reading
 from cachetune_rag.reuse.state import NothingReused, PrefillState
 from cachetune_store import ChunkKey, make_key
 
@@ -107,7 +108,7 @@ class Executor:
         begun: Begun | None = None,
         meanwhile: Callable[[], None] | None = None,
         account: Callable[[Account], None] | None = None,
-        too_slow: Callable[[float], bool] | None = None,
+        too_slow: Callable[[Reading], bool] | None = None,
     ) -> PrefillState | NothingReused:
         """Put a prompt's keys and values together in somebody else's memory, if anything of it is reused.
 

@@ -185,7 +185,7 @@ class Planner:
         if not sources:
             return None
         exact = min(span.start for span, _ in found.chunks)
-        selector = get_selector(config.selector) if config.skipped < config.ratio or not config.skipped else None
+        selector = selector_of(config)
         heads = self._adapter.heads
 
         def take() -> Prepared:
@@ -237,6 +237,11 @@ class Planner:
         if choice is None:
             return Chosen(plan, context.probed)
         return Chosen(plan, context.probed, choice.ratio, choice.error_left, choice.sign, choice.prediction)
+
+
+def selector_of(config: ReuseConfig) -> Selector | None:
+    """What chooses tokens; None where those whose rows are not read are all that is recomputed."""
+    return get_selector(config.selector) if config.skipped < config.ratio or not config.skipped else None
 
 
 def sources_of(found: FoundChunks, length: int, skipped: float = 0.0) -> list[Source]:

@@ -25,6 +25,7 @@ from cachetune_rag.reuse.memory import EngineMemory, KVMemory
 from cachetune_rag.reuse.opening import ChunkOpener, Opened
 from cachetune_rag.reuse.plan import Chosen, Loaders, Planner, sources_of
 from cachetune_rag.reuse.prompt_forward import PromptForward
+from cachetune_rag.reuse.reading import Reading, reading_of
 from cachetune_rag.reuse.selection_context import ids_of
 from cachetune_rag.reuse.slow_rows import CANT_READ, DamagedSourceError
 from cachetune_rag.reuse.state import NothingReused, PrefillState, full_report, report_of
@@ -55,7 +56,7 @@ class _Call:
         begun: the prompt, if it was begun before its turn.
         meanwhile: called while the device computes.
         account: is given the account of the prompt.
-        too_slow: whether nothing is reused where rows take so many seconds to read.
+        too_slow: whether nothing is reused where that takes so long to read.
     """
 
     prompt: Prompt
@@ -68,7 +69,7 @@ class _Call:
     begun: Begun | None = None
     meanwhile: Callable[[], None] | None = None
     account: Callable[[Account], None] | None = None
-    too_slow: Callable[[float], bool] | None = None
+    too_slow: Callable[[Reading], bool] | None = None
 
 
 class Assembler:
@@ -184,7 +185,7 @@ class Assembler:
         begun: Begun | None = None,
         meanwhile: Callable[[], None] | None = None,
         account: Callable[[Account], None] | None = None,
-        too_slow: Callable[[float], bool] | None = None,
+        too_slow: Callable[[Reading], bool] | None = None,
     ) -> PrefillState | NothingReused:
         """As `prefill`, but where nothing of the prompt would be reused, nothing is computed of it (but for what a selector looked at),
         and `memory.keep` is not called.
@@ -196,8 +197,8 @@ class Assembler:
             begun: what `begin` gave for this prompt, config and memory. The caller closes it in the end.
             meanwhile: called again and again while a GPU computes and this thread waits for it: the time to begin the next prompt.
             account: see `prefill`; not called where nothing is reused.
-            too_slow: is asked once the chunks are open that aren't all in memory, with the seconds that their rows are likely to take to be read, at the
-                least. Where it says yes, nothing is reused, and the chunks are read into host memory in the background. It says the same on all
+            too_slow: is asked once the chunks are open that aren't all in memory, with the time that their rows are likely to take to be read, at the
+                least, and what is computed meanwhile and behind it. Where it says yes, nothing is reused, and the chunks are read into host memory in the background. It says the same on all
                 workers of a shared model, and is given on all of them or on none.
         """
         call = _Call(
@@ -316,7 +317,7 @@ class Assembler:
             found, config = opened.found, opened.config
             timings = {"lookup": clock.lap() + (0.0 if call.begun is None else call.begun.seconds)}
 
-            def nothing(chosen: Chosen, reading: float | None = None) -> NothingReused:
+            def nothing(chosen: Chosen, reading: Reading | None = None) -> NothingReused:
                 report = report_of(
                     prompt, config, found, chosen, faults, self._continuations(prompt), self._shapes, kept=0, skipped=0,
                     ttft=time.perf_counter() - call.started, timings=timings,
@@ -325,8 +326,10 @@ class Assembler:
 
             if call.too_slow is not None:
                 rows = partial(self._rows, config)
-                reading = self._opener.seconds_to_read(found, rows)
-                if reading and call.too_slow(reading):
+                seconds = self._opener.seconds_to_read(found, rows)
+                layers, in_turns = self._adapter.num_layers, self._adapter.heads.in_turns
+                reading = reading_of(seconds, prompt, config, found, layers, in_turns=in_turns)
+                if seconds and call.too_slow(reading):
                     left = nothing(Chosen(None), reading)
                     self._opener.read_on(opened, rows)
                     return left

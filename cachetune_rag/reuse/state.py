@@ -15,6 +15,7 @@ from cachetune_rag.reuse.advice import advice_of, cut_sentences
 from cachetune_rag.reuse.config import ReuseConfig
 from cachetune_rag.reuse.lookup import Faults, FoundChunks
 from cachetune_rag.reuse.plan import Chosen
+from cachetune_rag.reuse.reading import Reading
 from cachetune_rag.selection import get_selector
 from cachetune_rag.text.prompts.continuations import Continuation
 from cachetune_rag.text.prompts.prompt import Prompt
@@ -53,12 +54,12 @@ class NothingReused:
     Attributes:
         report: what its lookup found; its `ttft` is the time that this took.
         missed: numbers of the prompt's chunks that were not in the store and should be stored (equal chunks once).
-        reading: seconds that its chunks would have taken to be read, if it was left alone for that.
+        reading: how its chunks would have been read, if it was left alone for the time that this takes.
     """
 
     report: Report
     missed: tuple[int, ...] = ()
-    reading: float | None = None
+    reading: Reading | None = None
 
 
 def full_report(prompt: Prompt, seconds: float) -> Report:

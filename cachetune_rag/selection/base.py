@@ -165,6 +165,15 @@ class Selector(ABC):
         """How many of a model's `num_layers` layers its probe runs through; 0 if it has no probe."""
         return 0
 
+    def looks_at(self, num_layers: int) -> int:
+        """How many of a model's `num_layers` layers have to have their stored rows read before it can choose: nothing is recomputed until then. 0 if it looks at none; the
+        layers of its probe, if a selector says nothing else. It needn't look where all tokens are chosen, or none."""
+        return self.layers(num_layers)
+
+    def share(self, ratio: float) -> float:
+        """The share of the chunk tokens that it recomputes where `ratio` is asked for."""
+        return ratio if self.uses_ratio else 0.0
+
     def shortlist_after(self, num_layers: int) -> int:
         """Behind how many of a model's `num_layers` layers its probe may go on with a shortlist (`SelectionContext.expected_error`); 0: never."""
         return 0

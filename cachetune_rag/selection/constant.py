@@ -26,6 +26,10 @@ class AllSelector(Selector):
     name = names.ALL
     uses_ratio = False
 
+    def share(self, ratio: float) -> float:
+        """See `Selector.share`."""
+        return 1.0
+
     def select(self, context: SelectionContext, ratio: float) -> Tensor:
         """See `Selector.select`."""
         return all_places(context.chunks)

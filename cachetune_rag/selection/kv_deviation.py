@@ -26,6 +26,10 @@ class KVDeviationSelector(Selector):
         """`layer`: where KV is compared. At layer 0 nothing differs, because KV depends on the token alone there."""
         self.layer = layer
 
+    def looks_at(self, num_layers: int) -> int:
+        """See `Selector.looks_at`."""
+        return min(self.layer + 1, num_layers)
+
     def select(self, context: SelectionContext, ratio: float) -> Tensor:
         """See `Selector.select`."""
         places = all_places(context.chunks)

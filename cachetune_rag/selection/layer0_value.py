@@ -26,6 +26,10 @@ class Layer0ValueSelector(Selector):
         """`alpha`: share of the bins that is kept, in [0, 1]."""
         self.alpha = alpha
 
+    def looks_at(self, num_layers: int) -> int:
+        """See `Selector.looks_at`."""
+        return 1
+
     def select(self, context: SelectionContext, ratio: float) -> Tensor:
         """See `Selector.select`."""
         places = all_places(context.chunks)

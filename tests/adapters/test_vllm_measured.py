@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from cachetune_rag.report import Report
+from cachetune_rag.reuse.reading import Reading
 from cachetune_rag.reuse.state import NothingReused
 from cachetune_vllm.measured import REMEMBERED, TRIED, Measured, between
 from cachetune_vllm.responses import why_nothing
-from cachetune_vllm.slow_disk import CLEARLY, SlowDisk
+from cachetune_vllm.slow_disk import USUAL, FromDisk, Plain, SlowDisk
 
 LEAST = 1000
 """Tokens that vLLM reads in the time that reuse takes beside computing, as long as nothing is known."""
@@ -160,19 +161,51 @@ def test_vllms_own_time_is_known_without_any_prompt_of_ours() -> None:
     assert server.measured.plain(4000) == pytest.approx(0.1)
 
 
-def test_a_prompt_is_left_where_reading_takes_clearly_longer_and_tried_now_and_then() -> None:
+def test_a_prompt_is_left_where_reuse_is_expected_to_take_longer_and_tried_now_and_then() -> None:
     disk = SlowDisk()
-    assert not disk.leaves(1.0, CLEARLY)
+    quick, as_quick, slow = (FromDisk(1.1, 0.1, 0.1, least) for least in (0.1, 1.0, 1.001))
+    assert USUAL == 1.1
+    assert not disk.leaves(as_quick)
     for _ in range(3):
-        assert [disk.leaves(1.0, CLEARLY + 0.01) for _ in range(TRIED)] == [True] * (TRIED - 1) + [False]
-        assert not disk.leaves(1.0, 0.1)  # one that is quick doesn't count
+        assert [disk.leaves(slow) for _ in range(TRIED)] == [True] * (TRIED - 1) + [False]
+        assert not disk.leaves(quick)  # one that is quick doesn't count
+
+
+@pytest.mark.parametrize(
+    ("reading", "first", "computing", "least"),
+    [
+        (Reading(0.5, 0.0, 600), 0, 0.4, 0.5),  # rows are read while the rest is computed
+        (Reading(0.25, 0.0, 600), 0, 0.4, 0.4),  # which may take longer
+        (Reading(0.5, 1.0, 600), 0, 0.4, 0.9),  # a selector looks at all rows
+        (Reading(0.5, 0.25, 600), 0, 0.4, 0.525),  # or at those of a quarter of the layers
+        (Reading(2.0, 0.25, 600), 0, 0.4, 2.0),
+        (Reading(0.5, 1.0, 0), 0, 1.0, 1.5),  # all others are missed, say
+        (Reading(0.5, 1.0, 600, 100), 0, 0.4, 0.8),  # the beginning is computed while it looks
+        (Reading(0.0625, 1.0, 600, 100), 0, 0.4, 0.4),  # which may take longer
+        (Reading(0.5, 1.0, 600, 100), 60, 0.4, 0.86),  # vLLM has 60 tokens of it
+        (Reading(0.5, 1.0, 600, 100), 200, 0.4, 0.9),
+    ],
+)
+def test_the_least_time_of_reuse_from_a_disk(reading: Reading, first: int, computing: float, least: float) -> None:
+    times = FromDisk.of(Plain(1.0, first, 1000), reading)
+    assert (times.plain, times.reading) == (1.0, reading.seconds)
+    assert times.computing == pytest.approx(computing)
+    assert times.least == pytest.approx(least)
 
 
 def test_a_left_prompt_says_both_times() -> None:
     report = Report(10, 0, 8, 0, {"disk": 0}, 0.15, "frequency", 0.0, {})
-    assert why_nothing(NothingReused(report, reading=1.4), 0.52) == {
-        "reused": 0,
-        "left": "slow disk",
-        "why": "its chunks would take 1400 ms to be read from disk and vLLM 520 ms for the prompt, by what this server took lately",
-    }
-    assert why_nothing(NothingReused(report), 0.52) == {"reused": 0, "left": "all recomputed"}
+    plain = Plain(0.52, 0, 100)
+    for before, about, behind in (
+        (1.0, 594, 140),
+        (0.9, 550, 100),
+        (0.0, 440, 0),
+    ):
+        said = why_nothing(NothingReused(report, reading=Reading(0.4, before, 100 - 27)), plain)
+        assert said == {
+            "reused": 0,
+            "left": "slow disk",
+            "why": f"reuse would take about {about} ms, as its chunks take 400 ms to be read from disk and its other tokens 140 ms to be computed, "
+            f"{behind} ms of that behind the reading; vLLM takes 520 ms for the prompt, by what this server took lately",
+        }
+    assert why_nothing(NothingReused(report), plain) == {"reused": 0, "left": "all recomputed"}

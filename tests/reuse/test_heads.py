@@ -20,6 +20,7 @@ from cachetune_rag import CacheTune
 from cachetune_rag.concurrency.deadline import StoreTimeoutError
 from cachetune_rag.errors import CacheTuneError
 from cachetune_rag.model.heads import Heads, PeerError
+from cachetune_rag.reuse.reading import Reading
 from cachetune_rag.reuse.selection_context import BEHIND, BETWEEN
 from cachetune_rag.reuse.state import NothingReused, PrefillState
 from cachetune_rag.runtime import Runtime
@@ -164,7 +165,7 @@ class Pair:
         selector: str,
         ratio: float,
         opened: Sequence[Callable[[], None]] = (),
-        too_slow: Callable[[float], bool] | None = None,
+        too_slow: Callable[[Reading], bool] | None = None,
     ) -> list[PrefillState | NothingReused | Exception]:
         def one(number: int) -> PrefillState | NothingReused | Exception:
             engine = self.engines[number]
@@ -298,14 +299,16 @@ def test_where_one_peer_has_a_slow_disk_both_decide_by_that(pair: tuple[Any, Pai
     speeds = (None, 1000.0) if slow else (1e6, 1e6)
     for engine, speed in zip(peers.engines, speeds, strict=True):
         engine.store.read_speed = partial(lambda said, tier: said, speed)  # type: ignore[method-assign]
-    asked: list[float] = []
+    asked: list[Reading] = []
 
-    def too_slow(seconds: float) -> bool:
-        asked.append(seconds)
-        return seconds > 1
+    def too_slow(reading: Reading) -> bool:
+        asked.append(reading)
+        return reading.seconds > 1
 
     states = peers.reuse(CHUNKS, "expected_error", 0.2, too_slow=too_slow)
     assert all(isinstance(state, NothingReused if slow else PrefillState) for state in states)
     assert len(asked) == PEERS
     assert asked[0] == asked[1]
+    assert asked[0].before == 1
+    assert asked[0].reused > 0
     assert all(isinstance(state, PrefillState) for state in peers.reuse(CHUNKS, "expected_error", 0.2))

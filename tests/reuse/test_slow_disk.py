@@ -6,20 +6,27 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from tiny import llama, tokenizer
 
 from cachetune_rag import CacheTune
 from cachetune_rag.reuse.config import ReuseConfig
+from cachetune_rag.reuse.lookup import FoundChunks
 from cachetune_rag.reuse.opening import bytes_to_read
+from cachetune_rag.reuse.plan import Planner
+from cachetune_rag.reuse.reading import Reading, reading_of
+from cachetune_rag.reuse.slow_rows import SlowRows
 from cachetune_rag.reuse.state import NothingReused, PrefillState
+from cachetune_rag.selection import names
 from cachetune_rag.selection.base import budget
-from cachetune_store import ChunkStore, read_speed
+from cachetune_rag.selection.bound import SignOnly
+from cachetune_rag.text.prompts.segments import Prompt, Span
+from cachetune_store import ChunkReader, ChunkStore, read_speed
 
 TEXTS = [f"Ship {number} came in at noon with {number * 7} barrels of salt, and left again." for number in range(4)]
-SPEED = 1000.0
+SPEED, LAYERS = 1000.0, 8
 CONFIG = ReuseConfig("frequency", 0.2)
 
 
@@ -27,11 +34,15 @@ class Asked:
     """Says whether the disk is too slow, and notes what it was asked."""
 
     def __init__(self, slow: bool):
-        self.slow, self.seconds = slow, list[float]()
+        self.slow, self.readings = slow, list[Reading]()
 
-    def __call__(self, seconds: float) -> bool:
-        self.seconds.append(seconds)
+    def __call__(self, reading: Reading) -> bool:
+        self.readings.append(reading)
         return self.slow
+
+    @property
+    def seconds(self) -> list[float]:
+        return [reading.seconds for reading in self.readings]
 
 
 def opened(folder: Path, speed: float | None = SPEED, **options: Any) -> CacheTune:
@@ -43,19 +54,24 @@ def opened(folder: Path, speed: float | None = SPEED, **options: Any) -> CacheTu
     return engine
 
 
-def reuse(engine: CacheTune, asked: Callable[[float], bool] | None, shown: list[str] = TEXTS[:3]) -> Any:
+def reuse(
+    engine: CacheTune,
+    asked: Callable[[Reading], bool] | None,
+    shown: list[str] = TEXTS[:3],
+    config: ReuseConfig = CONFIG,
+) -> Any:
     assembler = engine.runtime.assembler
     prompt = engine.prompts.build(query="How many barrels?", chunks=shown, prefix="The log.")
-    return assembler.reuse(prompt, CONFIG, time.perf_counter(), assembler.memory, too_slow=asked)
+    return assembler.reuse(prompt, config, time.perf_counter(), assembler.memory, too_slow=asked)
 
 
-def wanted_bytes(engine: CacheTune, texts: list[str]) -> int:
+def wanted_bytes(engine: CacheTune, texts: list[str], unread: float = CONFIG.ratio) -> int:
     """Bytes of the rows that are read of these chunks."""
     total = 0
     for text in texts:
         key = engine.runtime.assembler.key(tokenizer()(text, add_special_tokens=False).input_ids)
         with engine.store.open(key) as reader:  # type: ignore[union-attr]
-            rows = reader.layout.tokens - budget(CONFIG.ratio, reader.layout.tokens)
+            rows = reader.layout.tokens - budget(unread, reader.layout.tokens)
             total += sum(form.size(rows) for form in reader.head.plan.rows)
     return total
 
@@ -86,7 +102,7 @@ def test_it_is_left_its_chunks_are_read_behind_it_and_the_next_one_reuses_them(t
         left = reuse(engine, asked := Asked(slow=True))
         assert isinstance(left, NothingReused)
         assert asked.seconds == [pytest.approx(expected)]
-        assert (left.reading, left.report.reused, left.missed) == (asked.seconds[0], 0, ())
+        assert (left.reading, left.report.reused, left.missed) == (asked.readings[0], 0, ())
         wait_for(lambda: in_host(engine) == 3)
         state = reuse(engine, asked)
         assert isinstance(state, PrefillState)
@@ -134,6 +150,75 @@ def test_where_nothing_was_measured_or_nobody_asks_it_is_read(tmp_path: Path) ->
             assert isinstance(state, PrefillState)
             assert state.report.bytes_read["disk"]
             assert asked is None or not asked.seconds
+
+
+@pytest.mark.parametrize("name", names.BUILT_IN)
+@pytest.mark.parametrize("ratio", [0.0, 0.3])
+def test_a_selector_says_for_which_rows_it_waits_before_anything_is_recomputed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, ratio: float
+) -> None:
+    """Otherwise a prompt would count as quick whose recomputing has to wait for the disk, or as slow whose doesn't."""
+    with CacheTune(llama(layers=LAYERS), tokenizer(), tmp_path) as filling:
+        filling.precompute(TEXTS[:3])
+    waited: list[int] = []
+    take, choose = SlowRows.take, Planner.choose
+
+    def noted(rows: SlowRows, layer: int) -> Any:
+        waited.append(layer)
+        return take(rows, layer)
+
+    def chosen(planner: Planner, *given: Any) -> Any:
+        found = choose(planner, *given)
+        waited.append(LAYERS)
+        return found
+
+    monkeypatch.setattr(SlowRows, "take", noted)
+    monkeypatch.setattr(Planner, "choose", chosen)
+    with CacheTune(llama(layers=LAYERS), tokenizer(), tmp_path, host_budget=0) as engine:
+        engine.store.read_speed = lambda tier: SPEED  # type: ignore[method-assign]
+        state = reuse(engine, asked := Asked(slow=False), config=ReuseConfig(name, ratio))
+    before = waited[: waited.index(LAYERS)]
+    (reading,) = asked.readings
+    assert reading.before == (max(before) + 1 if before else 0) / LAYERS
+    assert (reading.ready > 0) == (reading.before == 1)
+    # A selector with a budget for each chunk rounds down in each.
+    rounded = 2 if name in (names.FREQUENCY, names.CHUNK_HEAD) else 0
+    assert reading.reused <= state.report.reused <= reading.reused + rounded
+
+
+def test_of_a_mixed_prompt_what_is_on_disk_is_read_and_what_is_not_reused_is_computed(tmp_path: Path) -> None:
+    new = "Nobody has seen this passage before, and it is not stored anywhere."
+    config = ReuseConfig("expected_error", 0.2)
+    with opened(tmp_path) as engine:
+        first = engine.prompts.build(query="How?", chunks=TEXTS[:1])
+        engine.runtime.executor.prefetch(lambda: first.chunk_ids).wait(30)
+        assert in_host(engine) == 1
+        state = reuse(engine, asked := Asked(slow=False), [new, *TEXTS[:3], new], config)
+        assert isinstance(state, PrefillState)
+        assert state.report.missed == 2 * len(new)  # a byte a token
+        (reading,) = asked.readings
+        assert reading.seconds == pytest.approx(wanted_bytes(engine, TEXTS[1:3], 0.0) / SPEED)
+        assert (reading.before, reading.reused) == (1, state.report.reused)
+        # The first new passage is computed while the rows are read, and the second one behind that.
+        assert len(new) < reading.ready < len(new) + 20
+
+
+def test_where_nothing_is_to_be_looked_at_and_where_workers_take_turns() -> None:
+    stored, reader = Span(5, 105, 0), cast(ChunkReader, object())
+    prompt = Prompt(tuple(range(120)), (stored,), (tuple(range(5, 105)),), ("",))
+    found = FoundChunks(((stored, reader),))
+
+    def said(config: ReuseConfig, *, in_turns: bool = False) -> Reading:
+        return reading_of(2.0, prompt, config, found, LAYERS, in_turns=in_turns)
+
+    assert said(ReuseConfig("expected_error", 0.2)) == Reading(2.0, 1.0, 80, 5)
+    assert said(ReuseConfig("expected_error", 0.2), in_turns=True) == Reading(2.0, 1.0, 80)
+    assert said(ReuseConfig("frequency", 0.2)) == Reading(2.0, 0.0, 80)
+    assert said(ReuseConfig("frequency", 0.2), in_turns=True) == Reading(2.0, 1.0, 80)
+    assert said(ReuseConfig("expected_error", 0.2, skipped=0.2)) == Reading(2.0, 0.0, 80)
+    assert said(ReuseConfig("none", 0.4, skipped=0.1)) == Reading(2.0, 0.0, 90)
+    assert said(ReuseConfig("expected_error", 0.2, finder=SignOnly((0.1, 0.4)))) == Reading(2.0, 1.0, 90, 5)
+    assert said(ReuseConfig("expected_error", 0.0, finder=SignOnly())) == Reading(2.0, 1.0, 100, 5)
 
 
 @pytest.mark.parametrize("fit", [0, 1])

@@ -1,4 +1,4 @@
-"""A worker leaves prompts to vLLM whose chunks its disk gives more slowly than vLLM reads them."""
+"""A worker leaves prompts to vLLM that would take longer with their chunks from its disk than vLLM takes for them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from cachetune_rag import CacheTune
+from cachetune_rag.selection.base import budget
 from cachetune_vllm.measured import TRIED
 from tests import tiny
 from tests.vllm.saturated import TEXTS, Saturated
@@ -37,16 +38,31 @@ def made(folder: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureR
             yield made
 
 
-def asked(made: Saturated, number: int, plain: float | None = PLAIN) -> dict[str, Any]:
+def asked(
+    made: Saturated, number: int, plain: float | None = PLAIN, selector: str = "frequency", ratio: float = 0.15
+) -> dict[str, Any]:
     """What the response of a prompt says that vLLM would read in this time."""
-    return made.ask([replace(made.load(number, "frequency"), plain=plain)])[f"r{number}"]
+    return made.ask([replace(made.load(number, selector), plain=plain, ratio=ratio)])[f"r{number}"]
+
+
+def seconds_to_read(made: Saturated, number: int, speed: float) -> float:
+    """In which the disk gives all rows of a prompt's chunks."""
+    total = 0
+    for key in map(made.engine.runtime.assembler.key, made.load(number, "frequency").prompt.chunk_ids):
+        reader = made.engine.store.open(key)
+        assert reader is not None
+        with reader:
+            total += sum(form.size(reader.layout.tokens) for form in reader.head.plan.rows)
+    return total / speed
 
 
 @pytest.mark.parametrize("made", [(1000.0, "1GiB")], indirect=True)
 def test_a_prompt_is_left_and_the_next_one_finds_its_chunks_in_memory(made: Saturated) -> None:
     said = asked(made, 0)
     assert (said["left"], said["reused"], said["missed"]) == ("slow disk", 0, 0)
-    assert said["why"].endswith("to be read from disk and vLLM 50 ms for the prompt, by what this server took lately")
+    assert said["why"].endswith(
+        "0 ms of that behind the reading; vLLM takes 50 ms for the prompt, by what this server took lately"
+    )
     assert made.worker.failed_blocks() == set(made.load(0, "frequency").blocks)  # vLLM computes them
     until = time.monotonic() + 30
     while made.engine.store.stats().host.chunks < 4:
@@ -72,3 +88,23 @@ def test_a_disk_that_is_quick_or_was_not_measured_is_read(made: Saturated) -> No
         said = asked(made, number)
         assert said["reused"]
         assert said["bytes_read"]["disk"]
+
+
+@pytest.mark.parametrize("made", [(1000.0, 0)], indirect=True)
+def test_a_selector_that_looks_at_rows_computes_behind_the_reading(made: Saturated) -> None:
+    """What was measured speaks for a selector that doesn't, at the same disk and for the same prompt."""
+    reading, load = seconds_to_read(made, 0, 1000.0), made.load(0, "frequency")
+    plain = 1.2 * reading
+    said = asked(made, 0, plain, "expected_error", 0.3)
+    first = load.prompt.spans[0].start  # these tokens are computed meanwhile
+    stored = sum(span.end - span.start for span in load.prompt.spans)
+    tokens = load.end - load.start + 1
+    computing = plain * (tokens - stored + budget(0.3, stored)) / tokens
+    behind = computing - plain * first / tokens
+    assert (said["left"], said["reused"]) == ("slow disk", 0)
+    assert f"{1000 * behind:.0f} ms of that behind the reading;" in said["why"]
+    assert f"its chunks take {1000 * reading:.0f} ms to be read from disk" in said["why"]
+    assert f"its other tokens {1000 * computing:.0f} ms to be computed, " in said["why"]
+    assert asked(made, 0, plain, "frequency", 0.3)["reused"]
+    # With so much time, all of it may be done one behind the other.
+    assert asked(made, 0, 4 * reading, "expected_error", 0.3)["reused"]
