@@ -44,10 +44,8 @@ from cachetune_rag.reuse.row_kernels import warm_up as warm_up_loading
 from cachetune_rag.selection import get_selector
 from cachetune_rag.telemetry.observer import ObserverListener, Observers
 from cachetune_rag.telemetry.stats import EngineStats, LastKnownStoreStats, RequestCounter
-from cachetune_rag.text.prompts.continuations import Continuations
+from cachetune_rag.text.prompts.finders import finders_for
 from cachetune_rag.text.prompts.prompt import PromptBuilder
-from cachetune_rag.text.prompts.sentences import Sentences
-from cachetune_rag.text.prompts.shape import Shapes
 from cachetune_rag.text.tokenizer import private_copy
 from cachetune_store import ChunkStore, Namespace
 from cachetune_store.printing import shown
@@ -162,9 +160,7 @@ class Runtime:
             self.prefetcher,
             self.tunings.apply,
             self.model.check,
-            Continuations(self.tokenizer),
-            Sentences(self.tokenizer),
-            Shapes(self.tokenizer),
+            finders_for(self.tokenizer, self.prompts.control_ids),
         )
         if batch_tokens is None:
             batch_tokens = 8192 if self.adapter.device.type == "cuda" else 0

@@ -28,9 +28,8 @@ from cachetune_rag.reuse.source import Source
 from cachetune_rag.reuse.streams import Streams
 from cachetune_rag.selection import ReusedChunk, get_selector
 from cachetune_rag.selection.base import Selector, budget
-from cachetune_rag.text.prompts.continuations import FindContinuations
+from cachetune_rag.text.prompts.finders import Finders
 from cachetune_rag.text.prompts.prompt import Prompt
-from cachetune_rag.text.prompts.sentences import FindSentences
 
 
 @dataclass(frozen=True)
@@ -147,15 +146,11 @@ class Planner:
     Args:
         adapter: the model.
         loaders: make the loader of each prompt.
-        continuations: finds the sentences that go on from one chunk of a prompt to the next.
-        sentences: finds all sentences of a prompt's chunks.
+        finders: find what a prompt's tokens spell.
     """
 
-    def __init__(
-        self, adapter: ModelAdapter, loaders: Loaders, continuations: FindContinuations, sentences: FindSentences
-    ):
-        self._adapter, self._loaders = adapter, loaders
-        self._continuations, self._sentences = continuations, sentences
+    def __init__(self, adapter: ModelAdapter, loaders: Loaders, finders: Finders):
+        self._adapter, self._loaders, self._finders = adapter, loaders, finders
 
     def prepare(
         self,
@@ -214,9 +209,8 @@ class Planner:
             torch.from_numpy(computed),
             prepared.buffers,
             loader,
-            () if selector is None else self._continuations(prompt),
             kept,
-            self._sentences,
+            self._finders,
         )
         shift = choice = None
         if selector is not None:

@@ -31,10 +31,8 @@ from cachetune_rag.reuse.slow_rows import CANT_READ, DamagedSourceError
 from cachetune_rag.reuse.state import NothingReused, PrefillState, full_report, report_of
 from cachetune_rag.selection import get_selector
 from cachetune_rag.selection.base import budget
-from cachetune_rag.text.prompts.continuations import FindContinuations, no_continuations
+from cachetune_rag.text.prompts.finders import NO_FINDERS, Finders
 from cachetune_rag.text.prompts.prompt import Prompt
-from cachetune_rag.text.prompts.sentences import FindSentences, no_sentences
-from cachetune_rag.text.prompts.shape import FindShape, no_shape
 from cachetune_store import ChunkKey, ChunkReader, ChunkStore, make_key
 
 MEANWHILE = 0.0005
@@ -83,9 +81,7 @@ class Assembler:
         prefetcher: goes on reading chunks that a request read in part; None: what a request leaves unread stays on disk.
         tuned: replaces settings that a request left to the engine by those tuned for a tier and codec.
         check: refuses a model whose weights were changed; called before and after each prompt.
-        continuations: finds the sentences that go on from one chunk of a prompt to the next.
-        sentences: finds all sentences of a prompt's chunks.
-        shapes: says what kind of text chunks are.
+        finders: find what a prompt's tokens spell.
 
     Attributes:
         memory: the engine's own memory for prompts.
@@ -100,16 +96,14 @@ class Assembler:
         prefetcher: Prefetcher | None = None,
         tuned: Callable[[ReuseConfig, str, str], ReuseConfig] | None = None,
         check: Callable[[], None] = _nothing,
-        continuations: FindContinuations = no_continuations,
-        sentences: FindSentences = no_sentences,
-        shapes: FindShape = no_shape,
+        finders: Finders = NO_FINDERS,
     ):
         self._adapter, self._store, self._lead_ins, self._pool = adapter, store, lead_ins, pool
         self._check = check
         self._opener = ChunkOpener(store, lead_ins, adapter.heads, pool, prefetcher, tuned)
         self._loaders = Loaders(adapter, pool)
-        self._continuations, self._sentences, self._shapes = continuations, sentences, shapes
-        self._planner = Planner(adapter, self._loaders, continuations, sentences)
+        self._finders = finders
+        self._planner = Planner(adapter, self._loaders, finders)
         self._forward = PromptForward(adapter)
         self.memory = EngineMemory(adapter)
 
@@ -124,9 +118,7 @@ class Assembler:
             store,
             self._lead_ins,
             self._pool,
-            continuations=self._continuations,
-            sentences=self._sentences,
-            shapes=self._shapes,
+            finders=self._finders,
         )
 
     def forget(self) -> None:
@@ -319,7 +311,7 @@ class Assembler:
 
             def nothing(chosen: Chosen, reading: Reading | None = None) -> NothingReused:
                 report = report_of(
-                    prompt, config, found, chosen, faults, self._continuations(prompt), self._shapes, kept=0, skipped=0,
+                    prompt, config, found, chosen, faults, self._finders, kept=0, skipped=0,
                     ttft=time.perf_counter() - call.started, timings=timings,
                 )  # fmt: skip
                 return NothingReused(report, found.to_store, reading)
@@ -354,7 +346,7 @@ class Assembler:
                 self._store.settle_memory()
                 # Before the readers are handed on, which may read more.
                 report = report_of(
-                    prompt, config, found, chosen, faults, self._continuations(prompt), self._shapes, kept=done.kept, skipped=done.skipped,
+                    prompt, config, found, chosen, faults, self._finders, kept=done.kept, skipped=done.skipped,
                     ttft=ended - call.started, timings=timings,
                 )  # fmt: skip
                 if call.account is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import pairwise
 from typing import TypeVar
 
@@ -20,8 +21,8 @@ from cachetune_rag.reuse.layer_loader import LayerLoader
 from cachetune_rag.reuse.source import Source
 from cachetune_rag.selection.base import ReusedChunk, all_places
 from cachetune_rag.text.prompts.continuations import Continuation
+from cachetune_rag.text.prompts.finders import NO_FINDERS, Finders
 from cachetune_rag.text.prompts.prompt import Prompt
-from cachetune_rag.text.prompts.sentences import FindSentences, no_sentences
 
 BETWEEN = 64
 """The most tokens between two reused chunks that a look computes: what separates chunks, or a heading. More are a passage that isn't stored."""
@@ -42,9 +43,8 @@ class PromptView:
         computed: bool [length], the tokens that are computed whatever the selector chooses.
         buffers: where the keys and values are put together.
         loader: brings the stored rows there.
-        continuations: see `SelectionContext`.
         kept: tokens at the prompt's beginning whose rows are in the buffers already.
-        sentences: finds those of the prompt's chunks.
+        finders: find what the prompt's tokens spell.
 
     Attributes:
         probed: token-layers that the selector has had computed so far.
@@ -60,16 +60,14 @@ class PromptView:
         computed: Tensor,
         buffers: KVBuffers,
         loader: LayerLoader,
-        continuations: Sequence[Continuation] = (),
         kept: int = 0,
-        sentences: FindSentences = no_sentences,
+        finders: Finders = NO_FINDERS,
     ):
-        self.continuations = continuations
         self.chunks = [source.as_reused(loader.deviations) for source in sources]
         self.length, self.num_layers = len(prompt.ids), adapter.num_layers
         self.probed, self.ready = 0, kept
         self._adapter, self._prompt, self._computed = adapter, prompt, computed
-        self._buffers, self._loader, self._sentences = buffers, loader, sentences
+        self._buffers, self._loader, self._finders = buffers, loader, finders
         self._seen = computed  # those of the computed tokens that the last look computed
 
     @property
@@ -85,7 +83,17 @@ class PromptView:
     @property
     def sentences(self) -> NDArray[np.int64]:
         """See `SelectionContext`."""
-        return self._sentences(self._prompt)
+        return self._finders.sentences(self._prompt)
+
+    @cached_property
+    def continuations(self) -> Sequence[Continuation]:
+        """See `SelectionContext`."""
+        return self._finders.continuations(self._prompt)
+
+    @cached_property
+    def asked_from(self) -> int:
+        """See `SelectionContext`."""
+        return self._finders.last_turn(self._prompt)
 
     def observe_attention(
         self, num_layers: int, queries: int, observe: Callable[[int, Tensor], None], whole: bool = False
@@ -103,7 +111,7 @@ class PromptView:
         """See `SelectionContext`."""
         end = max(chunk.start + chunk.tokens for chunk in self.chunks)
         # A prompt that ends in a chunk has its last token computed anyway.
-        queries = min(queries, max(1, self.length - end))
+        queries = min(queries, max(1, self.length - max(end, self.asked_from)))
         pieces = self._deviations()
         if not pieces:
             self._loader.start()

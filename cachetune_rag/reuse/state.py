@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,9 +16,8 @@ from cachetune_rag.reuse.lookup import Faults, FoundChunks
 from cachetune_rag.reuse.plan import Chosen
 from cachetune_rag.reuse.reading import Reading
 from cachetune_rag.selection import get_selector
-from cachetune_rag.text.prompts.continuations import Continuation
+from cachetune_rag.text.prompts.finders import Finders
 from cachetune_rag.text.prompts.prompt import Prompt
-from cachetune_rag.text.prompts.shape import FindShape
 
 
 @dataclass(frozen=True)
@@ -75,8 +73,7 @@ def report_of(
     found: FoundChunks,
     chosen: Chosen,
     faults: Faults,
-    continuations: Sequence[Continuation],
-    shapes: FindShape,
+    finders: Finders,
     *,
     kept: int,
     skipped: int,
@@ -91,8 +88,7 @@ def report_of(
         found: the chunks that were open; the bytes that were read of them are counted now.
         chosen: what was computed, and why.
         faults: chunks that could not be read.
-        continuations: the sentences that go on from one of the prompt's chunks to the next.
-        shapes: says what kind of text chunks are.
+        finders: find what the prompt's tokens spell.
         kept: tokens whose rows were kept from an earlier prompt.
         skipped: recomputed tokens whose stored rows were not read.
         ttft, timings: seconds to the first token, and by phase.
@@ -100,7 +96,7 @@ def report_of(
     reused = 0 if chosen.plan is None else chosen.plan.reused
     computed = np.ones(len(prompt.ids), np.bool_) if chosen.plan is None else chosen.plan.computed.numpy()
     stored = [span for span, _ in found.chunks]
-    cut = cut_sentences(stored, continuations, computed)
+    cut = cut_sentences(stored, finders.continuations(prompt), computed)
     ratio = config.ratio if chosen.ratio is None else chosen.ratio
     share = ratio if get_selector(config.selector).uses_ratio else None
     # Chunks that are not stored are no questions and answers.
@@ -128,6 +124,6 @@ def report_of(
         prediction=chosen.prediction,
         continued=cut.recomputed,
         advice=advice_of(
-            cut, len(stored), share if reused else 1.0, len(prompt.ids) - last, lambda: shapes(prompt, stored)
+            cut, len(stored), share if reused else 1.0, len(prompt.ids) - last, lambda: finders.shapes(prompt, stored)
         ),
     )

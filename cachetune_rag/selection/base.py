@@ -89,6 +89,10 @@ class SelectionContext(Protocol):
         token ids spell no text."""
 
     @property
+    def asked_from(self) -> int:
+        """The place from which on the prompt's last turn stands; 0 where no earlier one stands behind the chunks."""
+
+    @property
     def continuations(self) -> Sequence[tuple[range, range]]:
         """Where a sentence begins in one chunk of the prompt and goes on in the next: the places of its beginning, and those of the
         rest. The rest was stored without the beginning, whatever a score says of it (see `selection/continued.py`)."""

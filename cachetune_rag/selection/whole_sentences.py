@@ -97,8 +97,12 @@ class SentenceChoice:
         sentences = joined(context.sentences, context.continuations)
         inside = np.flatnonzero(sentences >= 0)
         behind = int(inside[-1]) + 1 if len(inside) else len(sentences)
-        self._links = Links(context.ids, sentences, range(behind, len(sentences)))
-        self._evident = self._links.evidence() >= LEAST_EVIDENCE
+        # What an earlier answer quotes is no question. But a question may ask on: "And who knows it?" names nothing.
+        for asked in sorted({max(behind, context.asked_from), behind}, reverse=True):
+            self._links = Links(context.ids, sentences, range(asked, len(sentences)))
+            self._evident = self._links.evidence() >= LEAST_EVIDENCE
+            if self._evident.any():
+                break
         self._places = places
         self._sentences = np.full(len(sentences), -1, np.int64)
         self._sentences[places.numpy()] = sentences[places.numpy()]

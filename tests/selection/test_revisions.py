@@ -26,9 +26,9 @@ CHUNKS = [
 QUERY = "How many of the copper nut are there, how many mill_width_in_steps, and what is the access code of the mill?"
 
 CHOICES = {
-    names.EXPECTED_ERROR: (5, "eeaf0735f866"),
-    names.EXPECTED_ERROR_EARLY: (4, "2827e5c4b512"),
-    names.EXPECTED_ERROR_TOKENS: (3, "2827e5c4b512"),
+    names.EXPECTED_ERROR: (6, "eeaf0735f866"),
+    names.EXPECTED_ERROR_EARLY: (5, "2827e5c4b512"),
+    names.EXPECTED_ERROR_TOKENS: (4, "2827e5c4b512"),
     names.PROBE: (4, "2827e5c4b512"),
     names.FREQUENCY: (4, "faea8ce3cdff"),
     names.CHUNK_HEAD: (1, "8ffc12e1c010"),

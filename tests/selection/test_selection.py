@@ -23,6 +23,7 @@ class FakeContext:
     """Chunks of given scores one after another behind a prefix of 3 tokens; a query of 2 tokens at the end."""
 
     num_layers = 8
+    asked_from = 0
     continuations: tuple[tuple[range, range], ...] = ()
 
     def __init__(self, scores: list[list[float]], attention: Tensor | None = None, seed: int = 1):

@@ -87,6 +87,22 @@ def test_without_evidence_single_tokens_are_chosen(query: list[int]) -> None:
     assert sorted(get_selector("expected_error").select(context, 0.075).tolist()) == [*range(3, 13), *range(18, 23)]
 
 
+def test_an_earlier_answer_is_no_question() -> None:
+    """It quotes the fourth sentence, and the question behind it names the first."""
+    quoted = FORTY[3]
+    context = context_of(FORTY, [*quoted, 1, 7, 8, 9], ATTENDED)
+    select = get_selector("expected_error").select
+    first, third, fourth = range(3, 8), range(13, 18), range(18, 23)
+    assert {*first, *fourth} <= set(select(context, 0.075).tolist())
+    assert not set(third) <= set(select(context, 0.075).tolist())
+    context.asked_from = len(context.ids) - 4
+    assert sorted(select(context, 0.075).tolist()) == [*range(3, 18)]
+    # A question that names nothing asks on.
+    asks_on = context_of(FORTY, [1, 7, 8, 9, 50, 51, 52, 53], ATTENDED)
+    asks_on.asked_from = len(asks_on.ids) - 4
+    assert sorted(select(asks_on, 0.075).tolist()) == [*range(3, 18)]
+
+
 def test_evidence_is_what_few_sentences_have() -> None:
     names = [[1, 2, 3, 4, n] for n in range(10, 14)]
     many = context_of([*names, *FORTY[3:]], [1, 2, 3, 4])
@@ -159,6 +175,6 @@ def test_links_lead_nowhere_without_sentences_or_without_a_query() -> None:
     assert Links(empty, empty, range(0)).count == 0
     ends_in_a_chunk = Links(np.array([1, 2, 3]), np.array([-1, 0, 0]), range(3, 3))
     assert ends_in_a_chunk.to_query().tolist() == [0]
-    one = SimpleNamespace(ids=np.array([1, 2, 3]), sentences=np.array([-1, 0, 0]), continuations=())
+    one = SimpleNamespace(ids=np.array([1, 2, 3]), sentences=np.array([-1, 0, 0]), continuations=(), asked_from=0)
     choice = SentenceChoice(one, torch.tensor([1, 2]))  # type: ignore[arg-type]
     assert choice.by(torch.tensor([0.0, 0.1, 0.2])).take(1).tolist() == [2]

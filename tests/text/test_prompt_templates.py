@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from small_tokenizers import byte_level, sentencepiece
 
 from cachetune_rag import Chunk, PromptError, Text
+from cachetune_rag.text.prompts.last_turn import LastTurns
 from cachetune_rag.text.prompts.prompt import Prompt, PromptBuilder
 
 
@@ -472,3 +473,20 @@ def test_named_templates() -> None:
     assert made.decode(own.build(query="hi", chunks=[], prefix="").ids) == "Question: hi"
     made.chat_template = [{"name": name, "template": template} for name, template in made.chat_template.items()]
     assert made.decode(PromptBuilder(made).build_messages([user("hi")], chat_template="short").ids) == "hi"
+
+
+@pytest.mark.parametrize("model", TEMPLATES)
+def test_the_last_turn_is_told_from_earlier_ones(model: str) -> None:
+    """By the control tokens that the template has around it, whatever these are."""
+    chunk = Chunk("The tower is 214 metres high.")
+    asked = [
+        user([chunk, Text("How high is the tower, in metres?")]),
+        assistant("It is 214 metres high, the text says."),
+    ]
+    first = builder(model).build_messages(asked[:1])
+    last = builder(model).build_messages([*asked, user("And is there a ladder to the top of it?")])
+    find = LastTurns(builder(model).control_ids)
+    words = str(tokenizer(model).decode(last.ids[find(last) :]))
+    assert "And is there a ladder to the top of it?" in words
+    assert "214" not in words
+    assert find(first) == 0

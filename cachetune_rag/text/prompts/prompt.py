@@ -105,6 +105,11 @@ class PromptBuilder:
         return self._content.encode_many(texts)
 
     @property
+    def control_ids(self) -> frozenset[int]:
+        """The ids of the control tokens, such as those around each turn of a conversation."""
+        return self._content.control
+
+    @property
     def argument_names(self) -> frozenset[str]:
         """The template arguments that `build` accepts: the variables that the chat template uses. Empty where `build` doesn't use one."""
         return self._chat.names if self._chat is not None and self._template is None else frozenset()
