@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import string
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTr
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from tiny import tokenizer as _byte_tokenizer
 
+_BLANK_AT_AN_EDGE = re.compile(r"\A | \Z")
 _COMMON: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}
 _LLAMA: dict[str, Any] = {
     "vocab_size": 128256,
@@ -62,6 +64,11 @@ def tokenizer(bos: bool = True) -> Any:
 
 
 def letters(seed: Any, count: int, tokens: int) -> list[str]:
-    """`count` texts of `tokens` random letters and spaces, the same for the same seed."""
+    """`count` texts of `tokens` random letters and spaces, the same for the same seed.
+
+    Each begins and ends with a letter. A blank there is a sign of a line that is cut between two chunks: by chance, some chunks would have
+    other tokens recomputed than those that the ranking puts first, and more of their rows read.
+    """
     source = random.Random(seed)
-    return ["".join(source.choices(string.ascii_lowercase + " " * 5, k=tokens)) for _ in range(count)]
+    drawn = ("".join(source.choices(string.ascii_lowercase + " " * 5, k=tokens)) for _ in range(count))
+    return [_BLANK_AT_AN_EDGE.sub(lambda _: source.choice(string.ascii_lowercase), text) for text in drawn]

@@ -26,11 +26,12 @@ from speed import machine, report, timeline
 from speed.plan import PHASES, groups
 from speed.results import OtherRunError, Results
 from speed.rounds import WARM, rounds
-from speed.shapes import SHAPES, tokenizer
+from speed.shapes import SHAPES, letters, tokenizer
 from speed.subject import Subject
 
 from cachetune_rag import CacheTune
 from cachetune_rag.reuse.config import ReuseConfig
+from cachetune_rag.text.prompts.continuations import Continuations
 
 SMALL = ["--shape", "tiny", "--device", "cpu", "--contexts", "256", "--chunk-tokens", "64", "--rounds", "2"]
 
@@ -81,6 +82,16 @@ def test_a_prompt_has_nothing_but_the_beginning_the_chunks_and_the_query() -> No
         assert len(ids) == 1 + 512 + 3 + 64  # one token between chunks
         assert ids[0] == subject.engine.prompts.first_token == subject.engine.tokenizer.bos_token_id
         assert subject.ids(512, step=-1)[1:129] == ids[-64 - 128 : -64]
+
+
+def test_no_chunk_goes_on_with_what_another_began() -> None:
+    # What a selector recomputes, and the rows that are read, would then depend on which letters happen to be drawn.
+    with Subject("tiny", "cpu", None, [4096], 64) as subject:
+        find = Continuations(subject.engine.tokenizer)
+        for codec in ("exact", "int8", "int4"):
+            assert find(subject.engine.prompts.build(query="q", chunks=subject.chunks(4096, codec), prefix="")) == ()
+    short = letters("one", 50, 1)
+    assert all(len(text) == 1 and text.isalpha() for text in short)
 
 
 @pytest.mark.parametrize(("share", "chunks"), [(1.0, 5), (0.8, 4), (0.5, 3)])
