@@ -62,7 +62,9 @@ def _line(cells: Cells, name: str, form: str, setting: Setting) -> str:
     rows = [found[record] for record in sorted(found)]
     sizes = sorted(row["chunks"] for row in rows if "chunks" in row)
     shown = [form, str(len(rows)), _range(sizes), f"{sum(row['prompt_tokens'] for row in rows) / len(rows):.0f}"]
-    shown += [_number(mean(_kl(nothing, sorted(nothing))), 4), _number(mean(_kl(found, sorted(found))), 4)]
+    # A run that was cut off has a record of which only the first settings were measured.
+    both = sorted(found.keys() & nothing.keys())
+    shown += [_number(mean(_kl(nothing, both)), 4), _number(mean(_kl(found, sorted(found))), 4)]
     shown += [_percent(_share(found, nothing)), _number(mean([row["top1"] for row in rows]), 3)]
     shown += [f"{sum(row['compute'] for row in rows) / len(rows):.3f}", *_against_plain(cells, name, form, setting)]
     return f"| {' | '.join([*shown, _percent(_share(equal, nothing))])} |"

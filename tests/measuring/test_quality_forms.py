@@ -191,6 +191,7 @@ def test_a_table_has_a_line_for_each_form_and_pairs_with_plain_chunks() -> None:
             rows += [row(form, f"r{i}", nothing), row(form, f"r{i}", kl, **chosen)]
             rows.append(row(form, f"r{i}", kl + 0.1, **(chosen | {"budget": "compute"})))
         rows += [row("de", f"other{i}", 0.5), row("de", f"other{i}", 0.25, **chosen)]
+    rows.append(row("twice", "cut off before its other settings", 9.0))
     text = by_form(rows)
     table = text[text.index("### documents, `expected_error` r 0.15, lead-in auto, codec exact") :].splitlines()
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table if line.startswith("| ")]
@@ -198,6 +199,7 @@ def test_a_table_has_a_line_for_each_form_and_pairs_with_plain_chunks() -> None:
     found = {line[0]: line[1:] for line in lines[2:]}
     assert list(found) == ["plain", "twice", "64_tokens", "de"]
     assert found["plain"][5] == "75.0 [75, 75]"
+    assert found["twice"][3].startswith("0.4000 ["), "KL(0) is of the records that the setting has"
     assert found["plain"][8:] == ["", "", "", "50.0 [50, 50]"]
     assert found["twice"][8:11] == ["4", "+0.1000 [+0.1000, +0.1000]", "-25.0 [-25, -25]"]
     assert found["64_tokens"][9:11] == ["+0.0000 [+0.0000, +0.0000]", "+12.5 [+12, +12]"]
