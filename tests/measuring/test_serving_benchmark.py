@@ -352,8 +352,13 @@ def test_files_of_runs_have_tables(path: Path) -> None:
     found = json.loads(path.read_text())
     lines = table(found).splitlines()
     assert found["environment"]["commit"] in lines[0]
-    alone = [line for line in under(lines, "One request alone") if "| all stored |" in line]
-    assert len(alone) == sum("/alone/" in name for name in found["groups"]) > 0
+    rows = {"alone": ("One request alone", "| all stored |"), "disk": ("Chunks on disk", "")}
+    measured = [phase for phase in rows if any(f"/{phase}/" in name for name in found["groups"])]
+    assert measured
+    for phase in measured:
+        title, of_cells = rows[phase]
+        _, *shown = under(lines, title)
+        assert sum(of_cells in line for line in shown) == sum(f"/{phase}/" in name for name in found["groups"])
 
 
 def test_plots_are_made_of_what_was_measured(tmp_path: Path) -> None:
