@@ -277,8 +277,9 @@ class ReuseWorker:
         # Of several, the last one: the prompt started over.
         return said | {EXPLAINED: explained(load.prompt, accounts[-1], engine.tokenizer)} if accounts else said
 
-    def _too_slow(self, plain: Plain, reading: Reading) -> bool:
-        return self._slow_disk.leaves(FromDisk.of(plain, reading))
+    def _too_slow(self, plain: Plain, reading: Reading) -> float | None:
+        """Seconds after which a prompt's chunks are read behind it: those of vLLM's prefill, which reading would slow. None: it isn't left."""
+        return plain.seconds if self._slow_disk.leaves(FromDisk.of(plain, reading)) else None
 
     def _check_wanted(self, request_id: str) -> None:
         if request_id in self._given_up:

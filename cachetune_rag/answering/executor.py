@@ -108,7 +108,7 @@ class Executor:
         begun: Begun | None = None,
         meanwhile: Callable[[], None] | None = None,
         account: Callable[[Account], None] | None = None,
-        too_slow: Callable[[Reading], bool] | None = None,
+        too_slow: Callable[[Reading], float | None] | None = None,
     ) -> PrefillState | NothingReused:
         """Put a prompt's keys and values together in somebody else's memory, if anything of it is reused.
 

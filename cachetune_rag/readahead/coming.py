@@ -50,6 +50,7 @@ class ReadAhead:
         self._stop = threading.Event()
         self._chunks: dict[ChunkKey, ChunkBeingRead] = {}
         self._handed = 0  # bytes of the open chunks that `go_on` was given and that are not in `_chunks` yet
+        self._later: dict[Batch, threading.Timer] = {}  # those of which nothing is to be read yet
 
     def fetch(
         self, keys: Callable[[], Iterable[ChunkKey]], rows: Callable[[ChunkReader], int] | None = None
@@ -79,7 +80,9 @@ class ReadAhead:
                 batch.prefetch.futures.append(self._pool.submit(begin))
         return batch.prefetch
 
-    def go_on(self, readers: Sequence[ChunkReader], rows: Callable[[ChunkReader], int] | None = None) -> Prefetch:
+    def go_on(
+        self, readers: Sequence[ChunkReader], rows: Callable[[ChunkReader], int] | None = None, after: float = 0.0
+    ) -> Prefetch:
         """As `fetch`, for chunks that are open already. What was read of them isn't read again.
 
         Where these and what is read already are more than `limit`, these are only closed: each would push another one out of host memory, and a server that
@@ -88,6 +91,7 @@ class ReadAhead:
         Args:
             readers: are closed here.
             rows: see `fetch`.
+            after: seconds in which nothing is read of them; a request that needs them meanwhile gets them.
         """
         batch = Batch(self._limit)
         batch.found = dict(enumerate(readers))
@@ -98,7 +102,10 @@ class ReadAhead:
                 self._give_room(batch, rows or _all_rows)
             finally:
                 self._hand(-size)
-            self._begin_reading(batch)
+            if after:
+                self._begin_later(batch, after)
+            else:
+                self._begin_reading(batch)
             return 0
 
         def close() -> None:
@@ -165,6 +172,11 @@ class ReadAhead:
     def close(self) -> None:
         """Stop; when this returns, nothing is read any more."""
         self._stop.set()
+        with self._lock:
+            later, self._later = self._later, {}
+        for batch, timer in later.items():
+            timer.cancel()
+            self._end(batch)
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     # -- on the threads -------------------------------------------------------------------------------------------
@@ -243,6 +255,36 @@ class ReadAhead:
         batch.order = batch.reads()
         self._wait(partial(self._stopped, batch))  # one thread does, instead of all
         self._together(batch, sum(c.left for c in batch.chunks), self._read_some, lambda: self._end(batch))
+
+    def _begin_later(self, batch: Batch, after: float) -> None:
+        """As `_begin_reading`, so many seconds from now."""
+        timer = threading.Timer(after, self._due, (batch,))
+        timer.daemon = True
+        with self._lock:
+            closing = self.closing
+            if not closing:
+                self._later[batch] = timer
+                timer.start()
+        if closing:
+            self._end(batch)
+
+    def _due(self, batch: Batch) -> None:
+        with self._lock:
+            mine = self._later.pop(batch, None)
+        if mine is None:  # closed meanwhile
+            return
+
+        def begin() -> int:
+            self._begin_reading(batch)
+            return 0
+
+        try:
+            job = self._pool.submit(begin)
+        except RuntimeError:  # closed meanwhile
+            self._end(batch)
+            return
+        job.add_done_callback(lambda ended: self._end(batch) if ended.cancelled() else None)
+        batch.prefetch.futures.append(job)
 
     def _read_some(self, batch: Batch) -> int:
         """Read what no thread is reading yet. Gives the bytes of the chunks that are in host memory now."""

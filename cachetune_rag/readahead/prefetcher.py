@@ -70,9 +70,11 @@ class Prefetcher:
         """See `ReadAhead.fetch`."""
         return self._ahead.fetch(keys, rows)
 
-    def go_on(self, readers: Sequence[ChunkReader], rows: Callable[[ChunkReader], int] | None = None) -> Prefetch:
+    def go_on(
+        self, readers: Sequence[ChunkReader], rows: Callable[[ChunkReader], int] | None = None, after: float = 0.0
+    ) -> Prefetch:
         """See `ReadAhead.go_on`."""
-        return self._ahead.go_on(readers, rows)
+        return self._ahead.go_on(readers, rows, after)
 
     def finish(self, reader: ChunkReader) -> None:
         """See `Leftovers.finish`."""

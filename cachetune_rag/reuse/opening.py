@@ -133,14 +133,15 @@ class ChunkOpener:
         own = max((waiting[tier] / speed for tier, speed in speeds.items() if speed), default=0.0)
         return max(self._heads.tell(own))
 
-    def read_on(self, opened: Opened, rows: Callable[[ChunkReader], int]) -> None:
-        """The prompt doesn't use its chunks after all: read those that aren't in memory into host memory, in the background, as far as there is room."""
+    def read_on(self, opened: Opened, rows: Callable[[ChunkReader], int], after: float) -> None:
+        """The prompt doesn't use its chunks after all: read those that aren't in memory into host memory, in the background, as far as there is room, `after` so many
+        seconds."""
         waiting = [reader for reader in opened.found.readers if not reader.in_memory]
         if self._prefetcher is None or not waiting:
             return
         for reader in waiting:
             opened.readers.release(reader)
-        self._prefetcher.go_on(waiting, rows)
+        self._prefetcher.go_on(waiting, rows, after)
 
     def let_go(self, opened: Opened) -> None:
         """Hand chunks on: the prefetcher reads the rest of those on disk; those in host memory go to the device, if it keeps chunks."""

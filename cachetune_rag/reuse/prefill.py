@@ -54,7 +54,7 @@ class _Call:
         begun: the prompt, if it was begun before its turn.
         meanwhile: called while the device computes.
         account: is given the account of the prompt.
-        too_slow: whether nothing is reused where that takes so long to read.
+        too_slow: says where that takes so long to read that nothing is reused.
     """
 
     prompt: Prompt
@@ -67,7 +67,7 @@ class _Call:
     begun: Begun | None = None
     meanwhile: Callable[[], None] | None = None
     account: Callable[[Account], None] | None = None
-    too_slow: Callable[[Reading], bool] | None = None
+    too_slow: Callable[[Reading], float | None] | None = None
 
 
 class Assembler:
@@ -177,7 +177,7 @@ class Assembler:
         begun: Begun | None = None,
         meanwhile: Callable[[], None] | None = None,
         account: Callable[[Account], None] | None = None,
-        too_slow: Callable[[Reading], bool] | None = None,
+        too_slow: Callable[[Reading], float | None] | None = None,
     ) -> PrefillState | NothingReused:
         """As `prefill`, but where nothing of the prompt would be reused, nothing is computed of it (but for what a selector looked at),
         and `memory.keep` is not called.
@@ -190,7 +190,8 @@ class Assembler:
             meanwhile: called again and again while a GPU computes and this thread waits for it: the time to begin the next prompt.
             account: see `prefill`; not called where nothing is reused.
             too_slow: is asked once the chunks are open that aren't all in memory, with the time that their rows are likely to take to be read, at the
-                least, and what is computed meanwhile and behind it. Where it says yes, nothing is reused, and the chunks are read into host memory in the background. It says the same on all
+                least, and what is computed meanwhile and behind it. Where it gives seconds, nothing is reused, and the chunks are read into host memory in the background, after
+                so many seconds: the server then has the prompt without reuse, and reading doesn't take the host from it. None: they are quick enough. It says the same on all
                 workers of a shared model, and is given on all of them or on none.
         """
         call = _Call(
@@ -321,9 +322,10 @@ class Assembler:
                 seconds = self._opener.seconds_to_read(found, rows)
                 layers, in_turns = self._adapter.num_layers, self._adapter.heads.in_turns
                 reading = reading_of(seconds, prompt, config, found, layers, in_turns=in_turns)
-                if seconds and call.too_slow(reading):
+                after = call.too_slow(reading) if seconds else None
+                if after is not None:
                     left = nothing(Chosen(None), reading)
-                    self._opener.read_on(opened, rows)
+                    self._opener.read_on(opened, rows, after)
                     return left
             disk_free = self._claimed(call, opened, stack)
             chosen = self._planned(call, opened, stack)

@@ -165,7 +165,7 @@ class Pair:
         selector: str,
         ratio: float,
         opened: Sequence[Callable[[], None]] = (),
-        too_slow: Callable[[Reading], bool] | None = None,
+        too_slow: Callable[[Reading], float | None] | None = None,
     ) -> list[PrefillState | NothingReused | Exception]:
         def one(number: int) -> PrefillState | NothingReused | Exception:
             engine = self.engines[number]
@@ -301,9 +301,9 @@ def test_where_one_peer_has_a_slow_disk_both_decide_by_that(pair: tuple[Any, Pai
         engine.store.read_speed = partial(lambda said, tier: said, speed)  # type: ignore[method-assign]
     asked: list[Reading] = []
 
-    def too_slow(reading: Reading) -> bool:
+    def too_slow(reading: Reading) -> float | None:
         asked.append(reading)
-        return reading.seconds > 1
+        return 0.0 if reading.seconds > 1 else None
 
     states = peers.reuse(CHUNKS, "expected_error", 0.2, too_slow=too_slow)
     assert all(isinstance(state, NothingReused if slow else PrefillState) for state in states)

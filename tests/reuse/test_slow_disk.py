@@ -31,14 +31,14 @@ CONFIG = ReuseConfig("frequency", 0.2)
 
 
 class Asked:
-    """Says whether the disk is too slow, and notes what it was asked."""
+    """Says whether the disk is too slow, and for how many seconds it is left alone then; notes what it was asked."""
 
-    def __init__(self, slow: bool):
-        self.slow, self.readings = slow, list[Reading]()
+    def __init__(self, slow: bool, after: float = 0.0):
+        self.answer, self.readings = after if slow else None, list[Reading]()
 
-    def __call__(self, reading: Reading) -> bool:
+    def __call__(self, reading: Reading) -> float | None:
         self.readings.append(reading)
-        return self.slow
+        return self.answer
 
     @property
     def seconds(self) -> list[float]:
@@ -56,7 +56,7 @@ def opened(folder: Path, speed: float | None = SPEED, **options: Any) -> CacheTu
 
 def reuse(
     engine: CacheTune,
-    asked: Callable[[Reading], bool] | None,
+    asked: Callable[[Reading], float | None] | None,
     shown: list[str] = TEXTS[:3],
     config: ReuseConfig = CONFIG,
 ) -> Any:
@@ -114,6 +114,28 @@ def test_it_is_left_its_chunks_are_read_behind_it_and_the_next_one_reuses_them(t
         assert asked.seconds[1:] == [pytest.approx(wanted_bytes(engine, TEXTS[3:]) / SPEED)]
         wait_for(lambda: in_host(engine) == 4)
         wait_for(lambda: engine.store.stats().disk.pinned == 0)  # type: ignore[union-attr]
+
+
+def test_its_chunks_are_read_once_the_server_has_the_prompt(tmp_path: Path) -> None:
+    """Meanwhile reading would take the host from the server. A request that needs them before gets them; the others are closed in the end."""
+    with opened(tmp_path) as engine:
+        coming, disk = engine.runtime.prefetcher, engine.store.stats
+        keys = [engine.runtime.assembler.key(tokenizer()(text, add_special_tokens=False).input_ids) for text in TEXTS]
+        assert isinstance(reuse(engine, Asked(slow=True, after=1e6), TEXTS[:2]), NothingReused)
+        wait_for(lambda: coming.coming == set(keys[:2]))
+        assert isinstance(reuse(engine, Asked(slow=True, after=1e-3), TEXTS[2:]), NothingReused)
+        wait_for(lambda: in_host(engine) == 2)
+        assert [bool(engine.store.touch_host(key)) for key in keys] == [False, False, True, True]
+        assert (coming.coming, disk().disk.pinned) == (set(keys[:2]), 2)  # type: ignore[union-attr]
+        state = reuse(engine, Asked(slow=False), TEXTS[:1])
+        assert isinstance(state, PrefillState)
+        assert state.report.bytes_read["disk"]
+        assert coming.coming == {keys[1]}
+        wait_for(lambda: disk().disk.pinned == 1)  # type: ignore[union-attr]
+        coming.close()
+        assert (coming.coming, disk().disk.pinned) == (set(), 0)  # type: ignore[union-attr]
+        assert isinstance(reuse(engine, Asked(slow=True, after=1e6), TEXTS[1:]), NothingReused)
+        assert (coming.coming, disk().disk.pinned) == (set(), 0)  # type: ignore[union-attr]
 
 
 def test_what_is_read_in_the_background_tells_nothing_of_the_disk(

@@ -74,6 +74,18 @@ def test_a_prompt_is_left_and_the_next_one_finds_its_chunks_in_memory(made: Satu
     assert set(said["bytes_read"]) == {"host"}
 
 
+@pytest.mark.parametrize("made", [(1e-3, "1GiB")], indirect=True)
+def test_its_chunks_are_not_read_while_vllm_computes_it(made: Saturated) -> None:
+    assert asked(made, 0, plain=1e6)["left"] == "slow disk"
+    coming, until = made.engine.runtime.prefetcher, time.monotonic() + 30
+    while len(coming.coming) < 4:
+        assert time.monotonic() < until
+        time.sleep(0.001)
+    for reader in coming.take(coming.coming).values():
+        with reader:
+            assert not reader.bytes_read
+
+
 @pytest.mark.parametrize("made", [(1000.0, 0)], indirect=True)
 def test_every_so_many_are_tried_and_nobody_is_left_whose_vllm_was_not_measured(made: Saturated) -> None:
     left = [asked(made, number).get("left") for number in range(TRIED)]
