@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 from test_continuations import found, prompt_of
+from tiny import tokenizer
 
-from cachetune_rag.text.prompts.continuations import MOST_TOKENS
+from cachetune_rag.text.prompts.continuations import MOST_TOKENS, Continuations
 
 LOOP = "for name in names:\n    total += sizes[name]\n"
 BLOCK = "static int size(void) {\n  int a = 3;\n  int b = 4;\n  use(a);\n  use(b);\n"
@@ -61,6 +62,10 @@ def test_a_line_that_goes_on_is_found(first: str, second: str, begun: str, rest:
         ("Turn it on", "2. Turn it off. Wait"),
         ("mill: 1\ngate:", "door: 3\nroof: 4"),
         ("| bolt | 12 |\n| nut | 8 |", "|| 3 |\n| wire | 3 |"),
+        ("mill =", ""),
+        ("", "= 48213"),
+        ("mill =", " "),
+        ("\n", "\n"),
         ("f(" + "1, " * MOST_TOKENS + "a;", "2, " * MOST_TOKENS + ")"),  # too long to be followed
     ],
 )
@@ -80,3 +85,24 @@ def test_a_cut_at_any_blank_of_a_statement_is_found() -> None:
 def test_a_line_in_three_chunks_goes_on_twice() -> None:
     parts = found(prompt_of(LOOP + "set_code(mill,", " number =", " 48213)" + NEXT))
     assert [rest.strip() for _, rest in parts] == ["number =", "48213)"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "length"),
+    [
+        ("f(", ")", 1),
+        ("x=", "y", 1),
+        ("=", "x", 0),
+        ("(" * 3000, ")" * 3000, MOST_TOKENS),
+        ("a=" * 3000, "b=" * 3000, MOST_TOKENS),
+    ],
+)
+def test_of_chunks_of_a_token_and_of_endless_lines_no_more_is_found_than_there_is(
+    first: str, second: str, length: int
+) -> None:
+    prompt = prompt_of(first, second)
+    before, after = prompt.spans
+    parts = Continuations(tokenizer())(prompt)
+    assert [len(rest) for _, rest in parts] == [length] * bool(length)
+    for begun, rest in parts:
+        assert before.start <= begun.start < before.end <= begun.stop == rest.start == after.start

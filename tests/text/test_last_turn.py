@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ WORDS = {"user": [1], "assistant": [2], "\n": [3], "chunk": [10, 11, 12, 13, 14,
 ASKED, ANSWERED, AGAIN = [20, 21, 22, 23, 24], [30, 31, 32, 33, 34, 35], [40, 41, 42, 43, 44]
 
 
-def found(*parts: Any) -> list[int]:
+def found(*parts: Any, control: Collection[int] = (START, END, MORE)) -> list[int]:
     """The last turn of a prompt of these parts; all of the prompt if none is found."""
     ids: list[int] = []
     spans = []
@@ -25,7 +26,7 @@ def found(*parts: Any) -> list[int]:
         ids += tokens
     texts = ("",) * len(spans)
     prompt = Prompt(tuple(ids), tuple(spans), tuple(tuple(WORDS["chunk"]) for _ in spans), texts)
-    return ids[LastTurns({START, END, MORE})(prompt) :]
+    return ids[LastTurns(control)(prompt) :]
 
 
 def chatml(role: str, *said: Any) -> list[Any]:
@@ -56,6 +57,9 @@ def test_one_turn_is_the_whole_prompt(turn: Any) -> None:
     assert found("chunk", ASKED)[: len(WORDS["chunk"])] == WORDS["chunk"], "no control tokens at all"
     assert found(*turn("user", ASKED), *turn("assistant", ANSWERED), *turn("user", "chunk", AGAIN), *HEADERS[turn])[0] == START, "the last turn has the chunks"  # fmt: skip
     assert found() == []
+    assert found(*parts, control=())[0] == START, "a tokenizer without control tokens"
+    assert found("chunk", START)[: len(WORDS["chunk"])] == WORDS["chunk"], "one behind the chunks"
+    assert found("chunk")[-1] == WORDS["chunk"][-1], "nothing behind the chunks"
 
 
 def test_a_question_of_a_word_is_read_with_the_answer_before_it() -> None:

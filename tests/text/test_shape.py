@@ -7,13 +7,17 @@ import json.scanner
 import pydoc_data.topics
 import random
 import textwrap
+from typing import Any
 
+import numpy as np
 import pytest
 from tiny import tokenizer
 
 from cachetune_rag.reuse.advice import CODE
+from cachetune_rag.text.prompts.continuations import Pieces
 from cachetune_rag.text.prompts.prompt import PromptBuilder
 from cachetune_rag.text.prompts.shape import Shape, Shapes
+from cachetune_rag.text.prompts.token_table import TokenTable
 
 TABLE = "\n".join(f"| bolt {n} | {7 * n} pieces | {n / 4:.2f} | row {n % 9} |" for n in range(12))
 SHELL = 'if [ -f "$file" ]; then\n  cp "$file" "$target"\nfi\nfor name in $(ls); do\n  echo "$name" >> "$log"\ndone'
@@ -32,7 +36,7 @@ def test_code_and_tables_are_told(chunks: tuple[str, ...]) -> None:
     assert shape_of(*chunks).code >= CODE
 
 
-@pytest.mark.parametrize("chunks", [(MILL,), (SPOKEN,), (SPOKEN, MILL, "x = size(n);"), (inspect.getdoc(textwrap.TextWrapper) or "",), ("",), ()])  # fmt: skip
+@pytest.mark.parametrize("chunks", [(MILL,), (SPOKEN,), (SPOKEN, MILL, "x = size(n);"), (inspect.getdoc(textwrap.TextWrapper) or "",), ("",), (), ("a",), ("\n\n", " "), ("\n" * 4000,)])  # fmt: skip
 def test_prose_is_no_code(chunks: tuple[str, ...]) -> None:
     assert shape_of(*chunks).code < CODE
 
@@ -67,3 +71,21 @@ def test_of_a_long_prompt_a_part_is_compared_and_the_same_is_found() -> None:
     chunks = ["".join(rng.choices(letters, k=800)) for _ in range(12)]
     assert shape_of(*chunks).alike == 0
     assert shape_of(*chunks, chunks[3][:400] + "." + chunks[3][401:]).alike == 2
+
+
+def test_a_table_of_tokens_that_grows_in_two_threads_at_once_stays_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = TokenTable(Pieces(tokenizer()), lambda piece: (len(piece), ord(piece[0])), 2)
+    few, more = (np.array(tokenizer().encode(text, add_special_tokens=False)) for text in ("abc", "xyz"))
+    table(few[:1])
+    full, others = np.full, [more]
+
+    def meanwhile(*given: Any, **named: Any) -> Any:
+        """Another thread makes the table larger, just as this one does."""
+        while others:
+            table(others.pop())
+        return full(*given, **named)
+
+    monkeypatch.setattr(np, "full", meanwhile)
+    assert table(few).tolist() == [[1, 1, 1], [*b"abc"]]
+    assert table(more).tolist() == [[1, 1, 1], [*b"xyz"]]
+    assert not others

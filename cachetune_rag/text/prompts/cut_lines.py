@@ -26,7 +26,6 @@ _BLANK = re.compile(r" [^\s*]")
 """One blank at the beginning, but not of a comment's line that begins with " *"."""
 _BLANK_AT_END = re.compile(r"\S \Z")
 _STOPPED = re.compile(rf"[{MARKS}.;{OTHER_MARKS}]{CLOSING}\Z")
-_UNFINISHED = re.compile(r"[\w,]\Z")
 _SENTENCE_ENDS = re.compile(rf"\w[{MARKS}.]{CLOSING}(?:\s+[\"'(\[“‘«]*\w|\s*\Z)")
 """Where words in a line end a sentence."""
 _NUMBERED = re.compile(r"\d{1,2}[.)]\s")
@@ -122,13 +121,13 @@ def line_end(text: str) -> LineEnd | None:
 
 def line_rest(text: str) -> LineRest | None:
     """The first line of a text; None if the text begins with a line break."""
-    end = text.find("\n") if "\n" in text else len(text)
+    end = _end_of_line(text, 0)
     line = text[:end].strip()
     if not line:
         return None
     _, closed = _open_brackets(text)
     _, closed_in_line = _open_brackets(line)
-    statement = (text.find("\n", closed[0][1]) + 1 or len(text) + 1) - 1 if closed else 0
+    statement = _end_of_line(text, closed[0][1]) if closed else 0
     comment = _mark(line)
     said = line[len(comment) :].strip()
     small = said[:1].isalnum() and not said[:1].isupper() and not _NUMBERED.match(said)
@@ -179,6 +178,12 @@ def _open_brackets(text: str) -> tuple[list[tuple[str, int]], list[tuple[str, in
         elif not opened:
             closed.append((_PAIRS[bracket], place))
     return opened, closed
+
+
+def _end_of_line(text: str, place: int) -> int:
+    """Where the line ends that a place stands in."""
+    end = text.find("\n", place)
+    return len(text) if end < 0 else end
 
 
 def _odd_quotes(line: str) -> frozenset[str]:

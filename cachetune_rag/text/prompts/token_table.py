@@ -28,10 +28,10 @@ class TokenTable:
 
     def __call__(self, ids: NDArray[np.int64]) -> NDArray[np.int8]:
         """The numbers of tokens: [width, tokens]."""
-        known = self._known
+        known = before = self._known  # read once: another thread may put a larger one there
         if len(ids) and int(ids.max()) >= len(known):
-            known = np.full((int(ids.max()) + 1, known.shape[1]), -1, np.int8)
-            known[: len(self._known)] = self._known
+            known = np.full((int(ids.max()) + 1, before.shape[1]), -1, np.int8)
+            known[: len(before)] = before
         new = np.unique(ids[known[ids, 0] < 0]) if len(ids) else ids
         if len(new):
             known = known.copy()  # another thread may be reading the one that was there
