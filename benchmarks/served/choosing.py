@@ -190,11 +190,16 @@ async def choosing(
 
 
 def choosing_table(groups: Mapping[str, Any]) -> list[str]:
-    """Of each cell, what the faster half of its requests did and what the slower half did; nothing where this was not measured."""
+    """Of each cell, what the faster half of its requests did and what the slower half did; nothing of cells in which this was not asked for."""
     lines: list[str] = []
     for name, found in groups.items():
         rows = [row for row in found.get("each", ()) if CHOSEN in row]
         if not rows:
+            if "each" in found:
+                lines += [
+                    "",
+                    f"{name}: nothing is told, since not each of its requests was put together once: {found['last_report']}",
+                ]
             continue
         rows.sort(key=lambda row: row[CHOSEN]["seconds"])
         halves = rows[: len(rows) // 2 or 1], rows[len(rows) // 2 :]

@@ -1,12 +1,12 @@
 """Loading onto a CUDA device, while the model computes.
 
-One stream copies a layer's encoded rows into a ring of staging buffers (`staging.py`). Another stream decodes and rotates them and puts them into the
+One stream copies a layer's encoded rows into a ring of two pieces of staging memory (`staging.py`). Another stream decodes and rotates them and puts them into the
 prompt's buffers, layer after layer. Rows of the device tier are decoded where they lie, without a copy. The stream that computes waits
 for the event of the layer that it needs, and for nothing else. The prompt's buffers hold every layer, so the two loading streams never
 wait for the computation, only for the disk.
 
 Where other processes have some of the model's heads, the bytes of this one's heads alone are copied, to where they lie in the row: so decoding is
-the same, and the other bytes of the staging buffers mean nothing.
+the same, and the other bytes of the staging memory mean nothing.
 """
 
 from __future__ import annotations

@@ -138,3 +138,8 @@ def test_slow_requests_stand_beside_fast_ones() -> None:
         "| copies queued | 2.00 | 12.00 |  |  |",
     ]
     assert choosing_table({"reuse/alone/4096/default 0.15": groups["reuse/alone/4096/default 0.15"]}) == []
+    left = {"each": [{"ttft": 1.0}], "last_report": {"left": "few"}}
+    assert choosing_table({"reuse/choosing/256/default 0.15": left}) == [
+        "",
+        "reuse/choosing/256/default 0.15: nothing is told, since not each of its requests was put together once: {'left': 'few'}",
+    ]

@@ -87,7 +87,7 @@ def _immediate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "stream", lambda _stream: nullcontext())
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
-    monkeypatch.setattr(staging, "STAGE_STEP", 1024)  # so that staging buffers are larger than the rows in them
+    monkeypatch.setattr(staging, "STAGE_STEP", 1024)  # so that staging memory is larger than the rows in them
 
 
 @pytest.fixture(
