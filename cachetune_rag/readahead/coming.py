@@ -127,13 +127,7 @@ class ReadAhead:
             )
             close()
             return batch.prefetch
-        try:
-            job = self._pool.submit(begin)
-        except RuntimeError:  # closed meanwhile
-            drop()
-            return batch.prefetch
-        job.add_done_callback(lambda ended: drop() if ended.cancelled() else None)
-        batch.prefetch.futures.append(job)
+        self._submit(batch, begin, drop)
         return batch.prefetch
 
     def take(self, keys: Iterable[ChunkKey]) -> dict[ChunkKey, ChunkReader]:
@@ -278,12 +272,16 @@ class ReadAhead:
             self._begin_reading(batch)
             return 0
 
+        self._submit(batch, begin, partial(self._end, batch))
+
+    def _submit(self, batch: Batch, begin: Callable[[], int], drop: Callable[[], None]) -> None:
+        """Let a thread begin something with a batch's open chunks. `drop` is called instead where the engine is closed before a thread gets to it."""
         try:
             job = self._pool.submit(begin)
-        except RuntimeError:  # closed meanwhile
-            self._end(batch)
+        except RuntimeError:  # closed already
+            drop()
             return
-        job.add_done_callback(lambda ended: self._end(batch) if ended.cancelled() else None)
+        job.add_done_callback(lambda ended: drop() if ended.cancelled() else None)
         batch.prefetch.futures.append(job)
 
     def _read_some(self, batch: Batch) -> int:
