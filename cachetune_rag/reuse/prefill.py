@@ -317,15 +317,11 @@ class Assembler:
                 )  # fmt: skip
                 return NothingReused(report, found.to_store, reading)
 
-            if call.too_slow is not None:
-                rows = partial(self._rows, config)
-                seconds = self._opener.seconds_to_read(found, rows)
-                layers, in_turns = self._adapter.num_layers, self._adapter.heads.in_turns
-                reading = reading_of(seconds, prompt, config, found, layers, in_turns=in_turns)
-                after = call.too_slow(reading) if seconds else None
+            if call.too_slow is not None and (reading := self._reading(prompt, opened)) is not None:
+                after = call.too_slow(reading)
                 if after is not None:
                     left = nothing(Chosen(None), reading)
-                    self._opener.read_on(opened, rows, after)
+                    self._opener.read_on(opened, partial(self._rows, config), after)
                     return left
             disk_free = self._claimed(call, opened, stack)
             chosen = self._planned(call, opened, stack)
@@ -367,6 +363,16 @@ class Assembler:
             return self._opener.open(call.prompt, call.config, faults, stack)
         stack.enter_context(call.begun.hand_over())
         return call.begun.opened
+
+    def _reading(self, prompt: Prompt, opened: Opened) -> Reading | None:
+        """What has to be read of the prompt's chunks, and what is computed meanwhile and behind it; None if nothing has to be waited for. The workers of a shared
+        model all ask for it, or none does."""
+        found, config = opened.found, opened.config
+        seconds = self._opener.seconds_to_read(found, partial(self._rows, config))
+        if not seconds:
+            return None
+        in_turns = self._adapter.heads.in_turns
+        return reading_of(seconds, prompt, config, found, self._adapter.num_layers, in_turns=in_turns)
 
     def _claimed(self, call: _Call, opened: Opened, stack: ExitStack) -> Callable[[], None]:
         """Stop background reads. Gives what lets them go on."""
