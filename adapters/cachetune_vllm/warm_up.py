@@ -68,7 +68,7 @@ def _make_ready(engine: Runtime, warm: Callable[..., None], computed: int, large
     except torch.OutOfMemoryError:
         if largest <= computed or engine.adapter.heads.shared:  # of peers, the others may have gone on
             raise
-    # Behind the error, which refers to the memory of what was tried.
+    # Not inside `except`: as long as the error is there, it keeps the memory of what was tried.
     _log.warning(
         "the GPU's memory was not enough to make anything ready for requests that compute more than %d tokens: they wait for what they need, and are left to vLLM where memory is "
         "not enough for them either. What helps: a lower --gpu-memory-utilization, or a smaller ratio",
