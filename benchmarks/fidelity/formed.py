@@ -121,7 +121,9 @@ def _material(record: Record, last: int, system: Callable[[], str], seed: int) -
 
 
 def _without_a_sentence(text: str, answers: Sequence[str]) -> str:
-    """An earlier version of a chunk: without its first sentence with an answer, or that in the middle."""
+    """An earlier version of a chunk: without its first sentence with an answer, or that in the middle. A chunk of blanks alone stays as it is."""
+    if not text.strip():
+        return text
     sentences = sentences_of(text)
     left_out = next((each for each in sentences if _has(each, answers)), sentences[len(sentences) // 2])
     if len(sentences) == 1:  # no sentence ends in it: its second half

@@ -117,6 +117,9 @@ def test_questions_have_those_forms_that_passages_can_have() -> None:
     assert list(found) == ["plain", "twice", "nearly_twice", "system_prompt", "turns_after"]
     assert found["twice"].chunks == (*passages, passages[1])  # the one with the answer
     assert found["nearly_twice"].chunks == (*passages, "Ben Nevis\nIt is high. It is cold.")
+    for blank in ("\n", " \n "):  # no sentence is in it that could be left out
+        of_blanks = replace(questions, records=(replace(record, chunks=(blank,)),))
+        assert formed(of_blanks, "nearly_twice").records[0].chunks == (blank, blank)
     prompts = PromptBuilder(tokenizer())
     for dataset in made:
         prompt = dataset.prompt(prompts, dataset.records[0])
