@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,7 @@ def in_form(dataset: Dataset, form: str, encode: Callable[[str], Sequence[int]],
     """
     if form == PLAIN:
         return dataset
-    before: list[str] = []
-
-    def system() -> str:
-        if not before:
-            before.append(system_text(dataset.spare, encode, dataset.name))
-        return before[0]
-
+    system = cache(lambda: system_text(dataset.spare, encode, dataset.name))
     records = []
     for record in dataset.records:
         laid = FORMS[form].change(record.laid, _material(record, 1 if dataset.continues else 0, system, seed))
