@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from .forms import FORMS, PLAIN
 from .measures import Estimate, difference_of_shares, mean, share_closed
-from .report import in_order
+from .report import form_of, in_order
 from .rows import Row
 from .settings import BASELINE, EVERYTHING, Setting
 
@@ -21,12 +21,6 @@ _AGAINST = ("KL against plain", "closed against plain, points", "closed at equal
 
 Cells = dict[tuple[str, str, Setting, str], dict[str, Row]]
 """Rows by set, form, setting and budget, and then by record."""
-
-
-def form_of(row: Row) -> str:
-    """Rows of before there were forms are of plain chunks."""
-    form: str = row.get("form", PLAIN)
-    return form
 
 
 def by_form(rows: Iterable[Row]) -> str:

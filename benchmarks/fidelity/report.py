@@ -63,10 +63,16 @@ def load(folder: Path) -> tuple[dict[str, Any], list[Row]]:
     return header, list(rows.values())
 
 
+def form_of(row: Row) -> str:
+    """The form of a row's chunks: plain where the row says nothing, because it was measured before there were forms."""
+    form: str = row.get("form", PLAIN)
+    return form
+
+
 def summarise(rows: Iterable[Row]) -> list[Point]:
     """Points by set and setting, of plain chunks. Only records whose baseline was measured too count for shares."""
     cells: dict[tuple[str, Setting, str], dict[str, Row]] = {}
-    for row in (row for row in rows if row.get("form", PLAIN) == PLAIN):
+    for row in (row for row in rows if form_of(row) == PLAIN):
         setting = Setting(row["lead_in"], row["codec"], row["selector"], row["ratio"])
         cells.setdefault((row["set"], setting, row["budget"]), {})[row["record"]] = row
     points = []
