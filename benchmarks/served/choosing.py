@@ -20,7 +20,7 @@ try:
 except ModuleNotFoundError:  # Windows
     resource = None  # type: ignore[assignment]
 
-from served.host_steps import Step, owner_of
+from served.host_steps import owner_of
 from served.plan import WAYS
 from served.targets import Reuse, Target
 
@@ -80,7 +80,7 @@ class _Watch:
         return self._found
 
     def _replace(self, place: tuple[str, str], made: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        owner, last = owner_of(Step("", True, place))
+        owner, last = owner_of(place)
         function = getattr(owner, last, None)
         if function is None:
             return

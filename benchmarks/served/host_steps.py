@@ -84,9 +84,9 @@ class Span(NamedTuple):
     end: float
 
 
-def owner_of(step: Step) -> tuple[Any, str]:
-    """What has a step's function, and the function's name there."""
-    module, name = step.place
+def owner_of(place: tuple[str, str]) -> tuple[Any, str]:
+    """What has the function of a module and a name, and the function's name there."""
+    module, name = place
     *path, last = name.split(".")
     try:
         owner: Any = importlib.import_module(module)
@@ -116,7 +116,7 @@ class Notes:
 
     def _note(self, step: Step) -> bool:
         """Have a function noted; False if this vLLM has none of its name."""
-        owner, last = owner_of(step)
+        owner, last = owner_of(step.place)
         function: Callable[..., Any] | None = getattr(owner, last, None)
         if function is None:
             return False

@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from served import choosing as watching
 from served.choosing import CALLS, CHOSEN, COMPUTED, SPANS, Watched, choosing, choosing_table
-from served.host_steps import Step, owner_of
+from served.host_steps import owner_of
 from served.in_worker import InWorker
 from served.plan import WAYS
 from served.targets import Answer
@@ -27,7 +27,7 @@ PLACES = [place for place in (*SPANS.values(), *CALLS.values()) if not place[0].
 
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place[1])
 def test_every_watched_function_is_there(place: tuple[str, str]) -> None:
-    owner, name = owner_of(Step("", True, place))
+    owner, name = owner_of(place)
     assert callable(getattr(owner, name, None))
 
 
