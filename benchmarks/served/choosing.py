@@ -101,9 +101,7 @@ class _Watch:
             finally:
                 self._open = None
                 found["seconds"], found["used"] = time.perf_counter() - started, time.thread_time() - used
-                found["waits"], found["taken_away"] = (
-                    now - then for now, then in zip(_switches(), before, strict=True)
-                )
+                found |= {name: count - before[name] for name, count in _switches().items()}
                 self._found.append(found)
 
         return spanned
@@ -169,7 +167,8 @@ async def choosing(
     """One request at a time, one token each, as in the phase `alone`. The first `warm` of them don't count.
 
     Returns: "ttft", and "each": of every request its seconds to the first token ("ttft"), and of each of `SPANS` the seconds that passed ("seconds"), those in which the thread ran ("used"), how often
-        it waited ("waits") and was taken off its core ("taken_away"), how often and for how long Python's collector ran meanwhile, and its calls: [how many, seconds, the longest].
+        it waited ("waits") and was taken off its core ("taken_away"; neither where
+        the system does not count that), how often and for how long Python's collector ran meanwhile, and its calls: [how many, seconds, the longest].
     """
     await target.engine.collective_rpc("begin_watch", kwargs=dict(WAYS[way]))
     rows = []
@@ -209,29 +208,21 @@ def choosing_table(groups: Mapping[str, Any]) -> list[str]:
             "| | chosen: less | more | computing queued: less | more |",
             "| --- | --- | --- | --- | --- |",
         ]
+        cells = [[row[of] for row in half if of in row] for of in SPANS for half in halves]
         for label in ("seconds", "used", "collecting"):
-            lines.append(_line(label, [[span[label] for span in _spans(half, of)] for of in SPANS for half in halves]))
-        for label in ("waits", "taken_away"):
-            lines.append(
-                _line(label, [[span[label] / 1e3 for span in _spans(half, of)] for of in SPANS for half in halves])
-            )
+            lines.append(_line(label, [[span[label] for span in spans] for spans in cells]))
+        for label in ("waits", "taken_away"):  # how often, and not for how long
+            counts = [[span[label] for span in spans if label in span] for spans in cells]
+            lines.append(_line(label, counts, times=1))
         for call in CALLS:
-            times = [
-                [span["calls"].get(call, (0, 0.0, 0.0))[1] for span in _spans(half, of)]
-                for of in SPANS
-                for half in halves
-            ]
-            if any(map(any, times)):
-                lines.append(_line(call, times))
+            seconds = [[span["calls"].get(call, (0, 0.0, 0.0))[1] for span in spans] for spans in cells]
+            if any(map(any, seconds)):
+                lines.append(_line(call, seconds))
     return lines
 
 
-def _spans(rows: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
-    return [row[name] for row in rows if name in row]
-
-
-def _line(label: str, cells: Sequence[Sequence[float]]) -> str:
-    return f"| {label} | {' | '.join(f'{1e3 * statistics.median(each):.2f}' if each else '' for each in cells)} |"
+def _line(label: str, cells: Sequence[Sequence[float]], times: float = 1e3) -> str:
+    return f"| {label} | {' | '.join(f'{times * statistics.median(each):.2f}' if each else '' for each in cells)} |"
 
 
 def _short(value: Any) -> Any:
@@ -243,9 +234,9 @@ def _short(value: Any) -> Any:
     return [_short(each) for each in value] if isinstance(value, list) else value
 
 
-def _switches() -> tuple[int, int]:
-    """How often this thread has waited so far, and how often it was taken off its core."""
+def _switches() -> dict[str, int]:
+    """How often this thread has waited so far, and how often it was taken off its core. Nothing where the system doesn't count that."""
     if resource is None or not hasattr(resource, "RUSAGE_THREAD"):
-        return 0, 0
+        return {}
     usage = resource.getrusage(resource.RUSAGE_THREAD)
-    return usage.ru_nvcsw, usage.ru_nivcsw
+    return {"waits": usage.ru_nvcsw, "taken_away": usage.ru_nivcsw}

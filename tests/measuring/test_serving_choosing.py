@@ -105,6 +105,17 @@ def test_calls_of_the_watched_thread_are_noted_and_everything_is_as_before(way: 
         assert span["used"] > 0
 
 
+def test_where_the_system_counts_no_waits_none_are_told(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "resource", None)
+    found = asyncio.run(choosing(Server(parts), [[number] for number in range(5)], {}, ""))  # type: ignore[arg-type]
+    assert not any({"waits", "taken_away"} & set(row[CHOSEN]) for row in found["each"])
+    lines = choosing_table({"reuse/choosing/256/default 0.15": found})
+    assert [line for line in lines if "waits" in line or "taken" in line] == [
+        "| waits |  |  |  |  |",
+        "| taken_away |  |  |  |  |",
+    ]
+
+
 def test_a_worker_that_watches_nothing_has_found_nothing() -> None:
     assert Watched().end_watch() == []
 
