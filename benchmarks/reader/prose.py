@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,15 +81,15 @@ def split_musique(path: Path) -> Split:
     return Split([q for q in left if q.answering], kept, first, len(questions) - LEADS - first)
 
 
-def further_questions(path: Path, barred: Iterable[str]) -> list[RealQuestion]:
+def further_questions(path: Path, barred: Barred) -> list[RealQuestion]:
     """All questions of a file in MuSiQue's form, without passages that share eight words in a row with a barred text. A question that no
     passage answers then is left out.
 
     Raises:
         ValueError: nothing is left, or a line can't be read.
     """
-    measured, lines = Barred(barred), list(read_questions(path))
-    apart = {p for p in dict.fromkeys(p for _, _, passages, _ in lines for p in passages) if not measured.shares(p)}
+    lines = list(read_questions(path))
+    apart = {p for p in dict.fromkeys(p for _, _, passages, _ in lines for p in passages) if not barred.shares(p)}
     questions = [
         RealQuestion(question, tuple(answers), tuple(p for p in passages if p in apart))
         for question, answers, passages, _ in lines

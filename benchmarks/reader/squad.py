@@ -5,8 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 RUN = 8
@@ -29,21 +30,26 @@ class AskedPassage:
 
 
 class Barred:
-    """Texts that are measured on.
+    """Knows the texts that are measured on, and so mustn't be trained on.
 
     Args:
-        texts: they.
+        texts: all of them.
     """
 
-    def __init__(self, texts: Iterable[str]):
-        self._runs = {run for text in texts for run in _runs(text)}
+    def __init__(self, texts: Collection[str] = ()):
+        self._texts = texts
+
+    @cached_property
+    def _barred(self) -> set[tuple[str, ...]]:
+        """Their runs of words, made when a text is first compared with them."""
+        return {run for text in self._texts for run in _runs(text)}
 
     def shares(self, text: str) -> bool:
         """Whether a text has eight words in a row in common with any of them."""
-        return not self._runs.isdisjoint(_runs(text))
+        return not self._barred.isdisjoint(_runs(text))
 
 
-def read_squad(path: Path, barred: Iterable[str] = ()) -> list[AskedPassage]:
+def read_squad(path: Path, barred: Barred) -> list[AskedPassage]:
     """The passages of a file that have questions, without those that share eight words in a row with a barred text.
 
     Args:
@@ -53,7 +59,7 @@ def read_squad(path: Path, barred: Iterable[str] = ()) -> list[AskedPassage]:
     Raises:
         ValueError: the file is no such JSON, or nothing of it is left.
     """
-    measured, found = Barred(barred), []
+    found = []
     with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
         try:
             for number, article in enumerate(json.load(file)["data"]):
@@ -61,7 +67,7 @@ def read_squad(path: Path, barred: Iterable[str] = ()) -> list[AskedPassage]:
                     asked = tuple(
                         (q["question"].strip(), q["answers"][0]["text"]) for q in paragraph["qas"] if q["answers"]
                     )
-                    if asked and not measured.shares(paragraph["context"]):
+                    if asked and not barred.shares(paragraph["context"]):
                         found.append(AskedPassage(paragraph["context"], asked, number))
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(

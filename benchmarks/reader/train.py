@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -39,8 +39,8 @@ from cachetune_rag.model.loading import load_model
 from reader.batches import SHARES, Batch, Batches, Encoder
 from reader.contexts import ContextMaker
 from reader.lora import add_lora, save_adapter
-from reader.prose import docstring_sentences, further_questions, passage_sentences, split_musique
-from reader.squad import read_squad
+from reader.prose import RealQuestion, docstring_sentences, further_questions, passage_sentences, split_musique
+from reader.squad import AskedPassage, Barred, read_squad
 
 WARM_UP = 0.03
 """Share of the training in which the rate rises. It falls in the rest, to zero."""
@@ -61,16 +61,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, tokenizer = load_model(args.model or model_path(), device=device, dtype="float32")
     split = split_musique(args.musique) if args.musique else None
     questions = [] if split is None else list(split.trained)
-    barred = [
-        *(() if split is None else split.kept),
-        *(p for f in args.barred for _, _, ps, _ in read_questions(f) for p in ps),
-    ]
-    further = [question for file in args.more for question in further_questions(file, barred)]
+    further, passages = further_text(args, () if split is None else split.kept)
     questions += further
     sentences = [*docstring_sentences(), *passage_sentences(questions)]
     # Nothing is called here as anything is in the benchmark of tasks, neither what it plants nor a word of its prose.
     avoid = planted_words() | set(re.findall(r"\w+", " ".join(reference_sentences()).casefold()))
-    passages = read_squad(args.squad, barred) if args.squad else []
     maker = ContextMaker(sentences, questions, avoid, args.real, passages, args.read, args.seed)
     held = ContextMaker(sentences, questions, avoid, 0.0, seed=args.seed + 1)
     check_end(model, tokenizer)
@@ -111,6 +106,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
     if world > 1:
         dist.destroy_process_group()
+
+
+def further_text(args: argparse.Namespace, measured: Iterable[str]) -> tuple[list[RealQuestion], list[AskedPassage]]:
+    """The questions of `--more` and the passages of `--squad`, without passages like those that are measured on: `measured`, and those of `--barred`."""
+    others = [passage for file in args.barred for _, _, passages, _ in read_questions(file) for passage in passages]
+    barred = Barred([*measured, *others])
+    further = [question for file in args.more for question in further_questions(file, barred)]
+    return further, read_squad(args.squad, barred) if args.squad else []
 
 
 def check_end(model: Any, tokenizer: Any) -> None:

@@ -31,7 +31,7 @@ from reader.batches import Batches, Encoder, batch_of
 from reader.contexts import Context, ContextMaker, Turn
 from reader.lora import CONFIG, WEIGHTS, add_lora, merge, save_adapter
 from reader.prose import RealQuestion, docstring_sentences, further_questions, passage_sentences, split_musique
-from reader.squad import AskedPassage, read_squad
+from reader.squad import AskedPassage, Barred, read_squad
 from reader.train import Log, loss_of, train
 from reader.worlds import RELATIONS
 from tasks_of.haystack import reference_sentences
@@ -338,19 +338,20 @@ def squad_file(path: Path, contexts: list[str]) -> Path:
 def test_passages_that_are_measured_on_are_not_trained_on(tmp_path: Path) -> None:
     shared = "the first bridge over the river was built of oak by monks in 1180"
     contexts = ["Ines keeps bees.", f"Nobody knows whether {shared.upper()}, as is told.", "The first bridge over it."]
-    read = read_squad(squad_file(tmp_path / "squad.json", contexts), [f"It says: {shared.replace(' ', ', ')}."])
+    barred = Barred([f"It says: {shared.replace(' ', ', ')}."])
+    read = read_squad(squad_file(tmp_path / "squad.json", contexts), barred)
     assert read == [
         AskedPassage("Ines keeps bees.", (("What is in 0?", "Ines"),)),
         AskedPassage("The first bridge over it.", (("What is in 2?", "The"),), 0),
     ]
     with pytest.raises(ValueError, match="no question on a passage that isn't measured on"):
-        read_squad(squad_file(tmp_path / "squad.json", contexts[1:2]), [shared])
+        read_squad(squad_file(tmp_path / "squad.json", contexts[1:2]), Barred([shared]))
 
 
 def test_a_file_of_another_form_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text('{"data": [{"title": "T"}]}')
     with pytest.raises(ValueError, match=r"other.json is not in SQuAD's form \(KeyError: 'paragraphs'\)"):
-        read_squad(tmp_path / "other.json")
+        read_squad(tmp_path / "other.json", Barred())
 
 
 def test_questions_on_passages_are_asked_where_their_passage_is_read() -> None:
@@ -395,7 +396,7 @@ def test_further_questions_share_no_passage_with_what_is_measured_and_are_asked_
         line["passages"] = [{"title": "", "text": text} for text in line["passages"]]
     path = tmp_path / "more.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = further_questions(path, [f"It says: {measured}"])
+    found = further_questions(path, Barred([f"It says: {measured}"]))
     assert found == [
         RealQuestion("Where is what Ines founded?", ("Évora",), tuple(told)),
         RealQuestion("What did Ines found?", ("the Mill",), tuple(told)),
@@ -411,7 +412,7 @@ def test_further_questions_share_no_passage_with_what_is_measured_and_are_asked_
     assert layouts == {(3, True), (3, False), (1, False)}
     path.write_text(json.dumps(lines[-1]))
     with pytest.raises(ValueError, match="no question with an answer in a passage that isn't measured on"):
-        further_questions(path, [measured])
+        further_questions(path, Barred([measured]))
 
 
 def test_two_steps_go_through_the_passage_that_names_the_other_one(
