@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,6 +29,14 @@ if TYPE_CHECKING:
 
 _numbers = itertools.count()
 _AZURE = [] if shutil.which("azurite-blob") is None else ["azure"]
+
+
+def eventually(true: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Wait until something that a store does in the background has happened."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 @dataclass

@@ -8,13 +8,13 @@ import sqlite3
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from read_only_folder import make_read_only
-from shared_places import Place, valkey_place
+from shared_places import Place, eventually, valkey_place
 from store_samples import Sample, sample
 
 from cachetune_store import (
@@ -35,13 +35,6 @@ from cachetune_store.remote.objects import Buffer, Objects
 from cachetune_store.remote.outbox import tellable
 
 S3, VALKEY = "s3://bucket/x", "valkey://127.0.0.1:1/x"
-
-
-def eventually(true: Callable[[], bool], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def objects_of(place: Place, prefix: str) -> list[str]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from remote_servers import missing, valkey_server
-from shared_places import Place, valkey_place
+from shared_places import Place, eventually, valkey_place
 from store_samples import sample
 
 from cachetune_store import ChunkReader, ChunkStore, DamagedChunkError, StoreError, StorePathError
@@ -29,13 +28,6 @@ def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(breaker, "_LONGEST", 0.2)
     monkeypatch.setattr(breaker, "_FIRST", 0.05)
     monkeypatch.setattr(sync, "POLL_SECONDS", 0.05)
-
-
-def eventually(true: Callable[[], bool], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def filled(place: Place, *seeds: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from shared_places import Place
+from shared_places import Place, eventually
 from store_samples import Sample, sample
 
 from cachetune_store import ChunkStore, StoreArgumentError, StoreError, StoreKeyError
@@ -490,6 +490,7 @@ def test_a_secret_that_cannot_be_had_now_is_no_damage(network: Place, tmp_path: 
     first.sync()
     second = network.store(tmp_path / "second", store_key=KEY)
     assert reads(second, ACME)
+    eventually(lambda: second.tier("disk").contains(one_of(ACME).key))  # closing drops what waits to be written there
     second.close()
     shutil.rmtree(tmp_path / "second" / "secrets")
     assert network.proxy is not None
