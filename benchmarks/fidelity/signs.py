@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cachetune_rag import CacheTune, Document
@@ -30,6 +31,7 @@ from .evaluate import Engines, spent
 from .records import Dataset, Record
 from .rows import Key, Row, key_of
 from .settings import Setting
+from .shaken import Shaken
 
 TOKENS = 16
 """Most tokens of full prefill's greedy continuation that are compared."""
@@ -76,6 +78,7 @@ class NotingSelector(ProbingSelector):
                     self.scores(context, layers).cpu() * self.watched, context.continuations, context.chunks
                 ),
                 "error_last": context.expected_error(layers, 1).cpu(),
+                "error_last_half": context.expected_error(max(1, layers // 2), 1).cpu(),
                 "mass": context.received_attention(layers, self.queries).cpu(),
             }
         places, count = all_places(context.chunks), total_budget(context.chunks, ratio)
@@ -86,10 +89,13 @@ class NotingSelector(ProbingSelector):
         """The next prompt is another one."""
         self.found = {}
 
+    def left(self) -> NDArray[np.int64]:
+        """Places of the chunk tokens that the last choice left as they are stored."""
+        return np.setdiff1d(all_places(self.chunks).numpy(), self.chosen.numpy())
+
     def signs(self) -> dict[str, float]:
         """The signs of the last choice. `left`: of tokens that are reused; `all`: of all tokens of reused chunks."""
-        places = all_places(self.chunks).numpy()
-        left = np.setdiff1d(places, self.chosen.numpy())
+        places, left = all_places(self.chunks).numpy(), self.left()
         signs: dict[str, float] = {"chunks": len(self.chunks), "watched": self.watched, "reused": len(left)}
         for name, scores in self.found.items():
             numbers = scores.double().numpy()
@@ -146,9 +152,11 @@ class SignStudy:
         self._noting.forget()
         try:
             nothing: PrefillState | None = None
+            shaken: Shaken | None = None
             for setting, head in zip(self._settings, heads, strict=True):
                 state = engine.prefill(prompt=prompt, selector=self._noting.name, ratio=setting.ratio)
                 nothing = nothing or state
+                shaken = shaken or Shaken(engine, nothing, self._noting.chunks)
                 found = Divergence.of([full], [target_logits(engine, [state], target)[0]])
                 yield (
                     head
@@ -156,7 +164,11 @@ class SignStudy:
                     | {
                         "kl": [round(kl, 8) for kl in found.kl],
                         "same": [int(same) for same in found.same],
-                        "signs": self._noting.signs() | _moved(state, nothing) | _sureness(state, nothing),
+                        "signs": self._noting.signs()
+                        | _moved(state, nothing)
+                        | _sureness(state, nothing)
+                        | _likeliest(engine, state)
+                        | shaken.signs(self._noting.left().tolist()),
                         "full_sureness": _entropy(reference.logits),
                     }
                 )
@@ -184,6 +196,21 @@ def _entropy(logits: Tensor) -> float:
 def _sureness(state: PrefillState, nothing: PrefillState) -> dict[str, float]:
     """What the logits say: how sure they are, and how far they moved from those with nothing recomputed."""
     return {"entropy": _entropy(state.logits), "kl_to_nothing": float(kl_divergence(state.logits, nothing.logits)[0])}
+
+
+def _likeliest(engine: CacheTune, state: PrefillState) -> dict[str, float]:
+    """How the next token's probability is divided: the likeliest token's, how far the second is behind it (in nats), and how far apart the likely ones are.
+
+    For a small error of the last hidden state that has no particular direction, KL is proportional to the last: to the variance, over the
+    distribution, of the tokens' rows of the output matrix.
+    """
+    log = state.logits[-1].float().log_softmax(-1)
+    first, second = log.topk(2).values.tolist()
+    weight = engine.adapter.model.get_output_embeddings().weight.detach()
+    p = log.exp()
+    mean = p @ weight.float()
+    spread = float(p @ weight.float().square().sum(-1) - mean.square().sum())
+    return {"likeliest": math.exp(first), "margin": first - second, "spread": max(0.0, spread)}
 
 
 def _moved(state: PrefillState, nothing: PrefillState) -> dict[str, float]:

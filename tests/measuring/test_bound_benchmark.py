@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tiny import llama, tokenizer
 
-from cachetune_rag.selection import get_selector
+from cachetune_rag.selection import ReusedChunk, get_selector
 from cachetune_rag.selection.probing import ProbingSelector
 from cachetune_rag.selection.registry import _SELECTORS
 
@@ -21,6 +22,7 @@ from fidelity import bounds
 from fidelity.bounds import SIGN, Request, kept, misses_at, rank_correlation, requests_of
 from fidelity.evaluate import Engines
 from fidelity.records import Dataset, Record
+from fidelity.shaken import Shaken
 from fidelity.signs import NotingSelector, SignStudy
 
 HEADER = {"model": "m", "dtype": "float32", "commit": "c", "environment": {"processor": "p"}}
@@ -140,6 +142,10 @@ def test_a_records_rows_make_a_request_with_the_sign_of_the_engine(monkeypatch: 
         study = SignStudy(engines, dataset, noting, "expected_error", [0.2, 0.5])
         rows = list(study.run(record, {}))
         assert [row["ratio"] for row in rows] == [0.0, 0.2, 0.5]
+        nothing, some, more = (row["signs"] for row in rows)
+        # What is recomputed isn't shaken.
+        assert nothing["shaken"] > some["shaken"] > more["shaken"] > 0
+        assert nothing["shaken_last"] > some["shaken_last"] > more["shaken_last"] > 0
         (request,) = requests_of(rows)["made"]
         assert request.ratios == (0.2, 0.5)
         assert request.sign[0] > request.sign[1] > 0
@@ -150,6 +156,32 @@ def test_a_records_rows_make_a_request_with_the_sign_of_the_engine(monkeypatch: 
         prompt = dataset.prompt(engine.prompts, record)
         ladder = engine.prefill(prompt=prompt, max_kl=1e9).report.prediction.ladder  # type: ignore[union-attr]
         assert request.sign == pytest.approx([each.sign for each in ladder], rel=1e-3)
+    finally:
+        engines.close()
+
+
+def test_a_prompt_of_which_nothing_is_left_is_not_shaken() -> None:
+    lead = "The ships came by in winter, and the lamp was lit at four. " * 40
+    record = Record("r", "made", ("The lighthouse was built in 1871.",), "Who built it?", ())
+    dataset = Dataset("made", (record,), (lead,) * 4, "Read.")
+    engines = Engines(llama(max_positions=8192), tokenizer())
+    try:
+        engine = engines.get(dataset, "auto", "exact")
+        engine.precompute(record.chunks)
+        prompt = dataset.prompt(engine.prompts, record)
+        nothing = engine.prefill(prompt=prompt, ratio=0)
+        (span,) = prompt.spans
+        places = list(range(span.start, span.end))
+        columns = 2 * engine.adapter.num_layers * engine.adapter.model.config.num_key_value_heads
+        off = torch.full((len(places), columns), 0.3, dtype=torch.float16)
+        chunks = [ReusedChunk(span.start, torch.arange(len(places)), torch.zeros(len(places)), lambda: off)]
+        shaken = Shaken(engine, nothing, chunks)
+        assert shaken.signs([]) == pytest.approx({"shaken": 0, "shaken_last": 0}, abs=1e-9)
+        found = shaken.signs(places)
+        assert found == shaken.signs(places)
+        assert min(found.values()) > 1e-6
+        # Beside a token that isn't shaken, more tokens move the next one further.
+        assert found["shaken"] > shaken.signs(places[:3])["shaken"] > 0
     finally:
         engines.close()
 
