@@ -13,7 +13,7 @@ from cachetune_rag.text.prompts.prompt import PromptBuilder
 
 from .contents import CONTENTS, prose_source
 from .documents import Shape, read_documents, recut, shuffled
-from .forms import FORMS, PLAIN, Material, sentences_of, system_text
+from .forms import FORMS, PLAIN, Material, of_documents, sentences_of, system_text
 from .records import Dataset, Record
 
 COPIED = 4
@@ -40,8 +40,7 @@ def questions_in_forms(
     questions: Dataset, forms: Sequence[str], encode: Callable[[str], Sequence[int]], seed: int = 0
 ) -> list[Dataset]:
     """Questions over given passages, in those of the forms that can be made of these."""
-    fitting = [form for form in forms if not FORMS[form].neighbours and FORMS[form].content == "prose"]
-    return [in_form(questions, form, encode, seed) for form in fitting]
+    return [in_form(questions, form, encode, seed) for form in forms if not of_documents(form)]
 
 
 def documents_in_forms(

@@ -139,6 +139,11 @@ FORMS = {
 """Forms by name. Other languages are other prose: `--prose` of the benchmarks."""
 
 
+def of_documents(form: str) -> bool:
+    """Whether a form can be made of documents only, and not of passages that are given, as those of questions are."""
+    return form not in FORMS or FORMS[form].neighbours or FORMS[form].content != FORMS[PLAIN].content
+
+
 def check_chat(tokenizer: Any, forms: Sequence[str]) -> None:
     """Refuse forms that a tokenizer has no layout for.
 

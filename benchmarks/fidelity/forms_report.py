@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from .forms import FORMS, PLAIN
+from .forms import FORMS, PLAIN, of_documents
 from .measures import Estimate, difference_of_shares, mean, share_closed
-from .report import form_of, in_order
+from .report import QUESTIONS, form_of, in_order
 from .rows import Row
 from .settings import BASELINE, EVERYTHING, Setting
 
@@ -35,6 +35,9 @@ def by_form(rows: Iterable[Row]) -> str:
     for name in in_order({name for name, *_ in cells}):
         forms = sorted({form for each, form, _, _ in cells if each == name}, key=_order)
         settings = sorted({setting for each, _, setting, _ in cells if each == name})
+        others = {form for _, form, _, _ in cells} - set(forms)
+        if name == QUESTIONS and (only := sorted(filter(of_documents, others), key=_order)):
+            parts.append(of_documents_only(name, only))
         if forms == [PLAIN]:
             continue
         for setting in settings:
@@ -45,6 +48,13 @@ def by_form(rows: Iterable[Row]) -> str:
             lines += [_line(cells, name, form, setting) for form in forms if (name, form, setting, "ratio") in cells]
             parts += [f"### {words}, lead-in {setting.lead_in}, codec {setting.codec}", "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
+
+
+def of_documents_only(name: str, forms: Sequence[str]) -> str:
+    """Says in which of the forms the questions of a set are not measured."""
+    return (
+        f"`{name}` is not measured in {', '.join(forms)}: passages that are given can't have what is made of documents."
+    )
 
 
 def _line(cells: Cells, name: str, form: str, setting: Setting) -> str:

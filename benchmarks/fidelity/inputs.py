@@ -18,7 +18,8 @@ from cachetune_rag.text.prompts.prompt import PromptBuilder
 
 from .documents import Shape, read_documents, recut_form
 from .formed import documents_in_forms, questions_in_forms
-from .forms import FORMS, PLAIN, check_chat
+from .forms import FORMS, PLAIN, check_chat, of_documents
+from .forms_report import of_documents_only
 from .musique import read_musique
 from .records import Dataset
 from .sources import folder_sources, installed_sources
@@ -102,12 +103,14 @@ def add_forms(data: Any) -> None:
 def check_forms(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse forms that can't be made of the records that are asked for."""
     args.forms, args.recut, args.prose = (list(dict.fromkeys(each)) for each in (args.forms, args.recut, args.prose))
-    of_documents = [
-        f"--forms {name}" for name in args.forms if FORMS[name].neighbours or FORMS[name].content != "prose"
-    ]
-    of_documents += [f"--{name}" for name in ("recut", "prose") if getattr(args, name)]
-    if of_documents and not args.documents:
-        parser.error(f"{of_documents[0]} is made of documents, and --documents is 0: ask for some, or leave it out.")
+    made_of_them = [f"--forms {name}" for name in args.forms if of_documents(name)]
+    made_of_them += [f"--{name}" for name in ("recut", "prose") if getattr(args, name)]
+    if made_of_them and not args.documents:
+        parser.error(f"{made_of_them[0]} is made of documents, and --documents is 0: ask for some, or leave it out.")
+    if args.musique is not None and all(of_documents(name) for name in args.forms):
+        parser.error(
+            f"--forms has {' '.join(args.forms)}, which the passages of --musique can't have: add {PLAIN}, or leave --musique out."
+        )
     more = [name for name in args.forms if FORMS[name].neighbours or FORMS[name].copies]
     if more and args.documents and args.chunks < 2:
         parser.error(f"--forms {more[0]} takes documents of 2 chunks or more, and --chunks is {args.chunks}.")
@@ -144,6 +147,9 @@ def read_sets_in_forms(args: argparse.Namespace, tokenizer: Any) -> list[Dataset
     if args.musique is not None:
         questions, encode = _questions(args, tokenizer, args.query), PromptBuilder(tokenizer).encode
         sets += questions_in_forms(questions, args.forms, encode, args.seed)
+        forms = [*args.forms, *map(recut_form, args.recut), *(path.stem for path in args.prose)]
+        if only := [form for form in forms if of_documents(form)]:
+            print(of_documents_only(questions.name, only), file=sys.stderr)
     if args.documents:
         sets += documents_in_forms(
             lambda: _documents(args, tokenizer),

@@ -13,7 +13,8 @@ from .measures import Estimate, mean, share_closed
 from .rows import KEY, Row, read_rows, row_files
 from .settings import BASELINE, EVERYTHING, NOTHING, Setting
 
-SETS = ("musique", "documents", "shuffled")
+QUESTIONS = "musique"
+SETS = (QUESTIONS, "documents", "shuffled")
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,8 @@ WARM_UP = 0.03
 """Share of the training in which the rate rises. It falls in the rest, to zero."""
 RANK, ALPHA = 12, 24.0
 """Of an adapter, where nothing else is asked for."""
+REAL, READ = 0.04, 0.4
+"""Shares of contexts with real questions, and of the others with passages that have questions of their own, where nothing else is asked for."""
 HELD_OUT = 8
 """Batches that are not trained on, for the loss before and afterwards."""
 
@@ -237,9 +239,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="FILE",
         help="further questions in MuSiQue's form, all trained on",
     )
-    parser.add_argument("--real", type=float, default=0.04, help="share of contexts with all those questions")
+    parser.add_argument("--real", type=float, help="share of contexts with all those questions (default: 0.04)")
     parser.add_argument("--squad", type=Path, metavar="FILE", help="passages with questions on each, in SQuAD's form")
-    parser.add_argument("--read", type=float, default=0.4, help="share of contexts with those passages")
+    parser.add_argument("--read", type=float, help="share of the other contexts with those passages (default: 0.4)")
     parser.add_argument(
         "--barred",
         type=Path,
@@ -271,8 +273,23 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         len(args.shares) != len(args.lengths) or min(args.shares) < 0 or not sum(args.shares)
     ):
         parser.error(f"--shares is {args.shares} with --lengths {args.lengths}: give one share for each, none below 0.")
-    if args.full and (args.rank, args.alpha) != (RANK, ALPHA):
-        parser.error("--full trains no adapter: leave out --rank and --alpha.")
+    if args.full and ((args.rank, args.alpha) != (RANK, ALPHA) or args.name):
+        parser.error("--full trains no adapter: leave out --rank, --alpha and --name.")
+    if args.barred and not (args.more or args.squad):
+        parser.error(
+            "--barred leaves passages out of --more and --squad, and neither is given: give one, or leave it out."
+        )
+    if args.real is not None and not (args.musique or args.more):
+        parser.error(
+            f"--real is {args.real}, and there are no such questions: give --musique or --more, or leave it out."
+        )
+    if args.read is not None and not args.squad:
+        parser.error(f"--read is {args.read}, and there are no such passages: give --squad, or leave it out.")
+    for name, share in (("real", REAL), ("read", READ)):
+        if getattr(args, name) is None:
+            setattr(args, name, share)
+        if not 0 <= getattr(args, name) <= 1:
+            parser.error(f"--{name} is {getattr(args, name)}: use a share from 0 to 1.")
     if args.rate is None:
         args.rate = 3e-4 if args.full else 1e-3
     return args

@@ -209,6 +209,10 @@ def test_a_table_has_a_line_for_each_form_and_pairs_with_plain_chunks() -> None:
     assert found["de"][5:] == ["50.0 [50, 50]", "0.500 [0.500, 0.500]", "0.200", "", "", "", ""]
     old = [{name: value for name, value in each.items() if name != "form"} for each in rows if each["form"] == "plain"]
     assert by_form(old) == ""
+    # Questions in plain chunks alone get no table, so that is said.
+    text = by_form([*rows, row("plain", "q", 0.4, set="musique")])
+    assert "`musique` is not measured in 64_tokens, de: passages that are given can't have" in text
+    assert "### musique" not in text
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------
@@ -263,7 +267,10 @@ def test_a_run_in_forms_is_cut_off_by_time_and_goes_on(folder: Path, capsys: pyt
     assert all(r["kl"] > 1e-6 for r in rows if r["selector"] == "none")
     assert run() == rows
     table = (folder / "out" / "table.md").read_text()
-    assert table in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert table in said.out
+    for words_of_it in (table, said.err):
+        assert "`musique` is not measured in overlapping, 180_tokens: passages that are given" in words_of_it
     assert "1 records. KL(0)" in table  # the tables of before are of plain chunks alone
     assert table.count("| turns_after | 1 | 4 |") == 1
     assert "| 180_tokens | 1 | 2 |" in table
@@ -284,6 +291,7 @@ def test_a_run_in_forms_is_cut_off_by_time_and_goes_on(folder: Path, capsys: pyt
         ("--forms plain twice --chunks 1", "--forms twice takes documents of 2 chunks or more, and --chunks is 1."),
         ("--prose nowhere.txt", "--prose is nowhere.txt, and no such file is there"),
         ("--forms round", "invalid choice: 'round'"),
+        ("--forms code --musique q.jsonl", "--forms has code, which the passages of --musique can't have: add plain"),
     ],
 )
 def test_forms_that_cannot_be_made_are_refused(

@@ -501,13 +501,22 @@ def test_the_log_says_which_questions_to_measure_with(
         ("--lengths 1024 2048 --shares 1", r"--shares is \[1.0\] with --lengths \[1024, 2048\]: give one share"),
         ("--shares 1 1 1 -1", "none below 0"),
         ("--full --rank 8", "--full trains no adapter"),
+        ("--full --name base", "--full trains no adapter: leave out --rank, --alpha and --name"),
+        (
+            "--musique m.jsonl --barred q.jsonl",
+            "--barred leaves passages out of --more and --squad, and neither is given",
+        ),
+        ("--squad s.json --real 0.4", "--real is 0.4, and there are no such questions: give --musique or --more"),
+        ("--more m.jsonl --read 0.7", "--read is 0.7, and there are no such passages: give --squad"),
+        ("--squad s.json --read 1.5", "--read is 1.5: use a share from 0 to 1"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         training.arguments(["--out", "made", *words.split()])
     assert re.search(message, capsys.readouterr().err)
-    assert training.arguments(["--out", "made"]).rate == 1e-3
+    given = training.arguments(["--out", "made"])
+    assert (given.rate, given.real, given.read) == (1e-3, training.REAL, training.READ)
     assert training.arguments(["--out", "made", "--full"]).rate == 3e-4
 
 
