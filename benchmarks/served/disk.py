@@ -28,7 +28,7 @@ async def from_disk(target: Target, prompts: Sequence[Ids], reuse: Reuse, warm: 
     The connector decides by itself whether it reads the chunks of a prompt, as in any server. The first `warm` prompts don't count.
 
     Returns: medians of all prompts, of those that reused their chunks ("reused") and of those that were left to vLLM ("left_to_vllm"), each with
-        "without_reuse" of the same prompts; "of_each" in order; "disk_speed": what the store has measured by then, bytes a second.
+        "without_reuse" of the same prompts; "of_each" in order, with the seconds in the worker and their parts; "disk_speed": what the store has measured by then, bytes a second.
     """
     asked = await _asked(target, prompts, reuse)
     return _told(asked, warm) | {"disk_speed": await _speed(target)}
@@ -126,7 +126,9 @@ def _of_one(with_reuse: Answer, without: Answer, *, counts: bool) -> dict[str, A
         "without_reuse": round(without.ttft, 5),
         "counts": counts,
         "bytes_read": report.get("bytes_read", {}),
-        **{name: report[name] for name in ("left", "why") if name in report},
+        **{name: report[name] for name in ("left", "why", "left_on_disk") if name in report},
+        # Also of those that don't count: what the first prompt of a setting waited for.
+        **({"in_worker": report["ttft"], "timings": report["timings"]} if "timings" in report else {}),
     }
 
 

@@ -74,6 +74,7 @@ def leave_memory(store: ChunkStore, prefetcher: Prefetcher) -> None:
     for key in store.keys_in_memory():
         for tier in tiers:
             tier.remove(key)
+    store.settle_memory()  # here, not in the next prompt: no prompt of a server finds all of it gone at once
 
 
 class OnDisk:

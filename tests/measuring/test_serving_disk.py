@@ -63,7 +63,10 @@ class Server:
             if self.slow % TRIED:
                 return Answer(1.01 * PLAIN, [], {"reused": 0, "left": "slow disk", "why": "slow"})
         self.measured = self.rate
-        return Answer(READ / self.rate, [], {"reused": 7, "bytes_read": {"disk": READ}})
+        timings = {"lookup": 0.01}
+        return Answer(
+            READ / self.rate, [], {"reused": 7, "bytes_read": {"disk": READ}, "ttft": 0.2, "timings": timings}
+        )
 
 
 def measured(server: Server, detail: str = "", setting: str = SLOWED_SETTING, rounds: int = 3) -> dict[str, Any]:
@@ -88,6 +91,7 @@ def test_prompts_are_asked_with_reuse_and_without_and_nothing_is_in_memory() -> 
     assert (found["disk_speed"], found["bytes_read"], found["left"]) == (30_000.0, READ, {})
     assert "left_to_vllm" not in found
     assert [each["counts"] for each in found["of_each"]] == [False, True, True, True]
+    assert [(each["in_worker"], each["timings"]) for each in found["of_each"]] == [(0.2, {"lookup": 0.01})] * 4
 
 
 def test_a_slowed_disk_takes_three_times_as_long_as_vllm_and_the_server_has_to_find_it_out() -> None:
@@ -221,6 +225,8 @@ def test_a_slowed_disk_gives_the_same_rows_and_chunks_leave_memory(
         for chunk in chunks:
             chunk.put(store)
         prefetcher = Prefetcher(store)
+        settled = list[int]()  # chunks in memory by then
+        monkeypatch.setattr(store, "settle_memory", lambda: settled.append(len(store.keys_in_memory())))
 
         def tiers() -> list[str]:
             found = []
@@ -243,6 +249,7 @@ def test_a_slowed_disk_gives_the_same_rows_and_chunks_leave_memory(
             slow_down(1e6)
             leave_memory(store, prefetcher)
             assert store.keys_in_memory() == []
+            assert settled == [0, 0]
             assert tiers() == ["disk"] * 4
             assert sum(counted) > 0
             read = len(counted)

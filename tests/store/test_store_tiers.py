@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import gc
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +27,7 @@ from cachetune_store import (
     make_key,
     pinning,
 )
-from cachetune_store.buffers import SlabPool
+from cachetune_store.buffers import PAGE, SlabPool, private_pages
 from cachetune_store.tier_kinds import KINDS, NAMES, kind_of, rank
 
 SIZE = 81920
@@ -445,6 +447,24 @@ def test_memory_that_was_settled_is_given_out_without_waiting_for_the_gpu(monkey
     before = len(waits)
     pool.prepare_idle_memory()
     assert len(waits) == before  # nothing came back meanwhile
+
+
+def test_memory_is_there_before_it_is_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA would make its pages under a lock for which others wait who want something of the GPU."""
+    there: list[int] = []
+
+    def register(address: int, size: int, flags: int) -> int:
+        pages = (ctypes.c_ubyte * (size // PAGE))()
+        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), pages) == 0
+        there.append(sum(page & 1 for page in pages))
+        return 0
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=register))
+    area = private_pages(4 << 20)
+    area[PAGE] = 7
+    assert pinning.pin(area)
+    assert there == [len(area) // PAGE]
+    assert (area[PAGE], area[2 * PAGE]) == (7, 0)  # what was written stays
 
 
 def test_settling_waits_for_no_second_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
