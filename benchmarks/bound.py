@@ -1,4 +1,4 @@
-"""How well cheap signs of a request predict how far reuse is from full prefill, and what bounds by them keep; see docs/quality.md.
+"""How well cheap signs of a request predict how far reuse is from full prefill, and what bounds by them keep; see docs/quality-bound.md.
 
     python benchmarks/bound.py --musique musique_ans_v1.0_dev.jsonl --out benchmarks/results/bound
     python benchmarks/bound.py --quick

@@ -1,4 +1,4 @@
-"""Requests answered by vLLM with and without reuse, on one machine in one run; see docs/performance.md.
+"""Requests answered by vLLM with and without reuse, on one machine in one run; see docs/performance-vllm.md.
 
     python benchmarks/serving.py --device cuda --shape llama-3.1-8b --out benchmarks/results/serving-h200.json
     python benchmarks/serving.py --device cpu --shape tiny-wide-heads           # tries everything, with few requests

@@ -1,6 +1,6 @@
 """Tables and plots of what `ttft_gpu.py` measured.
 
-    python benchmarks/speed_report.py benchmarks/results/ttft-h100*.json --readme docs/speed.md --docs docs/performance.md \\
+    python benchmarks/speed_report.py benchmarks/results/ttft-h100*.json --readme docs/speed.md --docs docs/performance-results.md \\
         --plot benchmarks/results
 
 Without --readme and --docs it prints the tables. The short table and the plots are made of the first file, and so is the table that says where the time goes.

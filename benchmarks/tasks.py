@@ -1,4 +1,4 @@
-"""How many right answers reuse keeps, on tasks with one right answer, by selector, ratio and codec; see docs/quality.md.
+"""How many right answers reuse keeps, on tasks with one right answer, by selector, ratio and codec; see docs/quality-tasks.md.
 
     python benchmarks/tasks.py --quick
     python benchmarks/tasks.py --device cuda --out benchmarks/results/tasks

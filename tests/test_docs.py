@@ -71,6 +71,24 @@ def test_links_and_files_are_there(path: Path) -> None:
         assert find(name) is not None or (path.parent / name).exists(), f"{name} is not there (any more)"
 
 
+POINTER = re.compile(r"""docs/([\w-]+\.md)(?:\#([\w-]+)|,?[ ]\(?(["'])(.+?)\3)?""", re.VERBOSE)
+"""How code names a page, perhaps with the anchor of a section, or with a title in quotation marks behind it."""
+
+
+def test_pages_and_sections_that_code_and_tables_of_results_name_are_there() -> None:
+    folders = ("cachetune_rag", "store", "adapters", "benchmarks", "examples", "tests", "tools")
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
+    found = 0
+    for file in [*files, *(ROOT / "benchmarks/results").rglob("*.md")]:
+        for name, anchor, _, title in POINTER.findall(re.sub(r"\s+", " ", file.read_text())):
+            found += 1
+            assert (ROOT / "docs" / name).exists(), f"{file}: docs/{name}"
+            text = page(f"docs/{name}")
+            assert not anchor or anchor in headings(text), f"{file}: docs/{name}#{anchor}"
+            assert title in text, f"{file}: docs/{name} has no {title!r}"
+    assert found > 30
+
+
 def commands_of(text: str, start: str) -> Iterator[list[str]]:
     """Words of the command lines in fenced blocks that begin with `start`."""
     for _, block in FENCE.findall(text):

@@ -9,7 +9,7 @@ from cachetune_vllm.measured import TRIED, shown
 
 USUAL = 1.1
 """Reuse from a disk is expected to take so many times its least time. That leaves out what passes around the engine, the choosing itself, and a disk and a model that wait for each
-other. Chosen by what was measured outside of vLLM: twelve prompts of 16,384 and 32,768 tokens took 0.92 to 1.23 times as long, 1.07 in the median (docs/performance.md, "Opening
+other. Chosen by what was measured outside of vLLM: twelve prompts of 16,384 and 32,768 tokens took 0.92 to 1.23 times as long, 1.07 in the median (docs/performance-disk.md, "Opening
 chunks on disk"). Inside vLLM, it was 1.1 to 1.5 times, 1.2 in the median of eight settings ("From disk inside vLLM" there)."""
 
 

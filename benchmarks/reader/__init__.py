@@ -1,1 +1,1 @@
-"""A reader of many passages, fine-tuned to measure reuse with (`benchmarks/reader/train.py`, docs/quality.md)."""
+"""A reader of many passages, fine-tuned to measure reuse with (`benchmarks/reader/train.py`, docs/quality-reader.md)."""

@@ -1,4 +1,4 @@
-"""Split a SQuAD file by articles: what the reader is trained on, and questions with distractors to measure with; see docs/quality.md.
+"""Split a SQuAD file by articles: what the reader is trained on, and questions with distractors to measure with; see docs/quality-reader.md.
 
     python benchmarks/reader/held_out.py --squad dev-v1.1.json --articles 12 --train TRAIN.json --questions QUESTIONS.jsonl
 

@@ -1,4 +1,4 @@
-"""Merge the reader's adapter into the model that it was trained on; see docs/quality.md.
+"""Merge the reader's adapter into the model that it was trained on; see docs/quality-reader.md.
 
     python benchmarks/reader/merge.py --adapter ADAPTER --out FOLDER [--model FOLDER]
 

@@ -1,4 +1,4 @@
-"""Fine-tune a small model to read many passages; see docs/quality.md.
+"""Fine-tune a small model to read many passages; see docs/quality-reader.md.
 
     python benchmarks/reader/train.py --musique musique_ans_v1.0_dev.jsonl --squad train-v1.1.json --seconds 300 --out ADAPTER
     torchrun --nproc-per-node 4 benchmarks/reader/train.py --musique FILE --seconds 300 --out ADAPTER

@@ -1,4 +1,4 @@
-"""Questions of one and two steps on passages of an encyclopaedia, found by how its sentences are worded; see docs/quality.md.
+"""Questions of one and two steps on passages of an encyclopaedia, found by how its sentences are worded; see docs/quality-reader.md.
 
     python benchmarks/reader/two_steps.py --passages CORPUS.json --out QUESTIONS.jsonl
 

@@ -1,4 +1,4 @@
-"""What is aimed at beside vLLM (docs/performance.md), and tables of what was reached."""
+"""What is aimed at beside vLLM (docs/performance-vllm.md), and tables of what was reached."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def read_times(path: Path, context: int, setting: str) -> Times:
         step=_step(groups, context, setting, path),
         at_once=settings["at_once"],
         skipped=report["skipped"] / context,
-        # A selector that looks at all layers first computes nothing else before the last row has come (docs/performance.md).
+        # A selector that looks at all layers first computes nothing else before the last row has come (docs/performance.md, "Against the targets").
         overlaps=report["selector"] == "frequency",
         arrivals=tuple(_arrivals(groups, f"vllm/arrivals/{context}//"))
         + tuple(_arrivals(groups, f"reuse/arrivals/{context}/{setting}/")),

@@ -48,7 +48,7 @@ def brief(content: Content) -> str:
 
 
 def details(content: Content, times: bool = True) -> str:
-    """What was measured, for docs/performance.md; with `times`, also where the time of each row goes."""
+    """What was measured, for docs/performance-results.md; with `times`, also where the time of each row goes."""
     parts = [f"### {setting(content)}", _machine(content)]
     rows = rows_of(content)
     for title, phases in (

@@ -40,7 +40,7 @@ def choose_lead_ins(
 
     The texts, one behind the other, are cut into as many parts as there will be lead-ins. From each part a stretch near its middle is
     taken, from the beginning of a text if one begins there. It ends with the separator, because in a prompt a chunk stands behind a
-    separator and not in the midst of a sentence (docs/quality.md#what-stands-right-before-a-chunk).
+    separator and not in the midst of a sentence (docs/quality-closeness.md#what-stands-right-before-a-chunk).
 
     Args:
         texts: token ids of different texts, in order.

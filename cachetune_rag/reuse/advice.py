@@ -1,4 +1,4 @@
-"""What a prompt shows that makes reuse risky for it, in the words of the report. What was measured is in docs/quality.md."""
+"""What a prompt shows that makes reuse risky for it, in the words of the report. What was measured is in docs/quality.md, "Where reuse should not be used"."""
 
 from __future__ import annotations
 

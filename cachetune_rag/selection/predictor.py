@@ -1,6 +1,6 @@
 """Predicts how far the first token of an answer will be from full prefill at each ratio, by a sign that the request shows.
 
-Fitted by `CacheTune.calibrate` on a user's own prompts; docs/calibration.md says how, and docs/quality.md how well it works.
+Fitted by `CacheTune.calibrate` on a user's own prompts; docs/calibration.md says how, and docs/quality-bound.md how well it works.
 """
 
 from __future__ import annotations

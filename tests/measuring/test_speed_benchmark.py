@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import statistics
 import sys
 import time
@@ -201,7 +202,7 @@ def test_rounds_end_when_the_time_is_up_but_never_without_one_that_counts() -> N
 
 
 def test_tables_hold_the_numbers_of_the_file(measured: Path, tmp_path: Path) -> None:
-    readme, docs = tmp_path / "README.md", tmp_path / "performance.md"
+    readme, docs = tmp_path / "README.md", tmp_path / "performance-results.md"
     for path in (readme, docs):
         path.write_text(f"before\n{report.MARKS[0]}\nold\n{report.MARKS[1]}\nafter\n")
     files = [str(measured), str(measured)]
@@ -221,6 +222,17 @@ def test_tables_hold_the_numbers_of_the_file(measured: Path, tmp_path: Path) -> 
     assert any(line.startswith("| 256 | host | exact | `frequency` | 0.15 | ") for line in wide)
     assert [sum(line.startswith(title) for line in wide) for title in ("### ", "**Where the time goes**")] == [2, 1]
     assert all((tmp_path / "plots" / f"run-{name}.svg").stat().st_size > 1000 for name in ("ttft", "speedup"))
+
+
+def test_the_pages_that_the_command_is_shown_with_have_a_place_for_the_tables() -> None:
+    root = Path(speed_report.__file__).parents[1]
+    named = re.findall(r"--(?:readme|docs) (docs/\S+)", speed_report.__doc__ or "")
+    assert named == re.findall(r"--(?:readme|docs) (docs/\S+)", (root / "docs" / "performance.md").read_text())
+    assert len(named) == 2
+    for name in named:
+        begin, end = (root / name).read_text().split(report.MARKS[0])
+        assert "| context | " in end.split(report.MARKS[1])[0]
+        assert report.MARKS[1] not in begin
 
 
 def test_a_file_without_the_marks_is_left_as_it_is(tmp_path: Path) -> None:
