@@ -47,7 +47,7 @@ class ExpectedErrorSelector(ProbingSelector):
     uses_deviations = True
     shift = 0.4
     by_sentences = True
-    revision = 6  # 5: earlier turns behind the chunks were looked from as the question; 4: lines of code that are cut were no continuations; 3: nor were rows of tables; 2: single tokens alone
+    revision = 7  # 6: a short rest of a cut sentence that stood in the chunk before as well was no continuation; 5: earlier turns behind the chunks were looked from as the question; 4: lines of code that are cut were no continuations; 3: nor were rows of tables; 2: single tokens alone
 
     def __init__(self, depth: float = 1.0, queries: int = 64, shortlist: float = SHORTLIST, least: int = LEAST):
         super().__init__(depth, queries)
@@ -76,7 +76,7 @@ class EarlyExpectedErrorSelector(ExpectedErrorSelector):
 
     name = names.EXPECTED_ERROR_EARLY
     by_sentences = False
-    revision = 5  # 4: earlier turns behind the chunks were looked from as the question; 3: lines of code that are cut were no continuations; 2: nor were rows of tables
+    revision = 6  # 5: a short rest of a cut sentence that stood in the chunk before as well was no continuation; 4: earlier turns behind the chunks were looked from as the question; 3: lines of code that are cut were no continuations; 2: nor were rows of tables
 
     def __init__(self, depth: float = 0.25, queries: int = 64):
         super().__init__(depth, queries)
@@ -87,4 +87,4 @@ class TokenExpectedErrorSelector(ExpectedErrorSelector):
 
     name = names.EXPECTED_ERROR_TOKENS
     by_sentences = False
-    revision = 4  # 3: earlier turns behind the chunks were looked from as the question; 2: lines of code that are cut were no continuations; 1: nor were rows of tables
+    revision = 5  # 4: a short rest of a cut sentence that stood in the chunk before as well was no continuation; 3: earlier turns behind the chunks were looked from as the question; 2: lines of code that are cut were no continuations; 1: nor were rows of tables

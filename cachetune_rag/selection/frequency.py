@@ -64,7 +64,7 @@ class FrequencySelector(Selector):
 
     name = names.FREQUENCY
     offline = True
-    revision = 4  # 3: lines of code that are cut were no continuations; 2: nor were rows of tables; 1: the rest of a cut sentence had no place of its own
+    revision = 5  # 4: a short rest of a cut sentence that stood in the chunk before as well was no continuation; 3: lines of code that are cut were no continuations; 2: nor were rows of tables; 1: the rest of a cut sentence had no place of its own
 
     def select(self, context: SelectionContext, ratio: float) -> Tensor:
         """See `Selector.select`. The top tokens are the last rows of a chunk's file, which then need not be read."""

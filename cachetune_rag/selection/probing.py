@@ -25,7 +25,7 @@ class ProbingSelector(Selector):
     """
 
     predicts = True
-    revision = 4  # 3: lines of code that are cut were no continuations; 2: nor were rows of tables; 1: the rest of a cut sentence had no more than its own score
+    revision = 5  # 4: a short rest of a cut sentence that stood in the chunk before as well was no continuation; 3: lines of code that are cut were no continuations; 2: nor were rows of tables; 1: the rest of a cut sentence had no more than its own score
     by_sentences: ClassVar[bool] = False
     """Whether whole sentences are chosen beside single tokens (`selection/whole_sentences.py`)."""
 

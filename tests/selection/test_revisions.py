@@ -21,17 +21,18 @@ CHUNKS = [
     "8 |\n| wire | 3 |\n\nThe copper nut is kept in the shed behind the mill. Visitors climb 214 steps.",
     "for step in steps:\n    climb(step)\nmill_width_in_steps =",
     "214\nfor rung in ladder:\n    climb(rung)",
-    "Nobody asks for the wire. The last forty steps are a ladder, so take care of the copper nut.",
+    "Nobody asks for the wire. The last forty steps are a ladder, so take care of the copper nut. It has 214 steps. The mill has",
+    "214 steps.",
 ]
 QUERY = "How many of the copper nut are there, how many mill_width_in_steps, and what is the access code of the mill?"
 
 CHOICES = {
-    names.EXPECTED_ERROR: (6, "eeaf0735f866"),
-    names.EXPECTED_ERROR_EARLY: (5, "2827e5c4b512"),
-    names.EXPECTED_ERROR_TOKENS: (4, "2827e5c4b512"),
-    names.PROBE: (4, "2827e5c4b512"),
-    names.FREQUENCY: (4, "faea8ce3cdff"),
-    names.CHUNK_HEAD: (1, "8ffc12e1c010"),
+    names.EXPECTED_ERROR: (7, "b929b9090962"),
+    names.EXPECTED_ERROR_EARLY: (6, "c30c046d4e1c"),
+    names.EXPECTED_ERROR_TOKENS: (5, "c30c046d4e1c"),
+    names.PROBE: (5, "c30c046d4e1c"),
+    names.FREQUENCY: (5, "fb0f244f69bb"),
+    names.CHUNK_HEAD: (1, "f0453fe9be04"),
 }
 """The revision, and the beginning of a sum of the chosen places."""
 
@@ -56,7 +57,7 @@ def context() -> OfAPrompt:
         ReusedChunk(s.start, torch.argsort(scores[s.start : s.end]), scores[s.start : s.end]) for s in prompt.spans
     ]
     made.sentences, made.continuations = Sentences(tokenizer())(prompt), Continuations(tokenizer())(prompt)
-    assert len(made.continuations) == 3
+    assert len(made.continuations) == 4
     return made
 
 

@@ -73,9 +73,52 @@ def test_nothing_is_found_where_no_sentence_goes_on(chunks: tuple[str, ...]) -> 
     assert found(prompt_of(*chunks)) == []
 
 
-def test_windows_that_overlap_have_the_sentence_whole() -> None:
-    first = "The mill is old. It has a door that creaks. The access code of the mill"
-    assert found(prompt_of(first, "a door that creaks. The access code of the mill is 48213. Nobody")) == []
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("The mill is old. It has a door that creaks. The access code of the mill", "a door that creaks. The access code of the mill is 48213. Nobody"),
+        # The last window of a document may add nothing to the one before.
+        ("The mill is old. It has a door. The access code of the mill is 48213, says the miller", "is 48213, says the miller"),
+        # What is shared stands there twice, and only the second time at the end.
+        ("It is old. It is cold, it is old and it is cold, it is old", "it is cold, it is old and grey. More."),
+        ("磨坊很旧。它有一扇门。磨坊的密码", "它有一扇门。磨坊的密码是48213。没有人知道。"),  # each byte is a token here
+    ],
+)  # fmt: skip
+def test_windows_that_overlap_have_the_sentence_whole(first: str, second: str) -> None:
+    assert found(prompt_of(first, second)) == []
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "begun", "rest"),
+    [
+        ("The mill is new. " + MILL, "is new.", "The access code of the mill", "is new."),
+        (
+            "| nut | 8 | red |\n| bolt | 12 | red |\n| wire |",
+            "12 | red |",
+            "| wire |",
+            "12 | red |",
+        ),
+        (
+            "磨坊很旧。它有一扇门。磨坊的密码和大门",
+            "的密码和门的颜色。没有人知道。",
+            "磨坊的密码和大门",
+            "的密码和门的颜色。",
+        ),
+        # As long as a window's overlap, but not at the end of the first chunk.
+        (
+            "The door is kept shut in winter, as the miller says. It is old. The gate of the mill",
+            "is kept shut in winter, as the miller says. Nobody knows it.",
+            "The gate of the mill",
+            "is kept shut in winter, as the miller says.",
+        ),
+    ],
+)
+def test_a_rest_that_the_chunk_before_has_elsewhere_is_no_overlap(
+    first: str, second: str, begun: str, rest: str
+) -> None:
+    ((before, after),) = found(prompt_of(first, second))
+    assert before.endswith(begun)
+    assert after.startswith(rest)
 
 
 def test_chunks_far_apart_are_no_neighbours() -> None:

@@ -23,7 +23,7 @@ _TAIL = 128
 _HEAD = MOST_TOKENS + 8
 """Tokens at the beginning of a chunk that are looked at: some more than the longest continuation, because what follows shows where it ends."""
 _OVERLAP = 16
-"""Tokens at the beginning of a chunk that show whether the chunk before has them, too."""
+"""Tokens at the beginning of a chunk that the end of the chunk before has, too, if both are windows that overlap."""
 _NEAR = 16
 """Most tokens between two chunks that follow each other. A separator has one or two."""
 _KNOWN = 2048
@@ -77,7 +77,7 @@ class Continuations:
         self._pieces = Pieces(tokenizer)
         self._begun = lru_cache(_KNOWN)(self._count_begun)
         self._rest = lru_cache(_KNOWN)(self._count_rest)
-        self._text = lru_cache(_KNOWN)(self._pieces_together)
+        self._text = lru_cache(_KNOWN)(self._edged)
 
     def __call__(self, prompt: Prompt) -> tuple[Continuation, ...]:
         """Those of a prompt, in its order."""
@@ -112,11 +112,21 @@ class Continuations:
         return _line_shared(begun, rest)
 
     def _overlap(self, before: tuple[int, ...], after: tuple[int, ...]) -> bool:
-        """Whether a chunk begins with what the one before has as well, as windows do: then it has the cut sentence whole."""
-        return self._text(after[:_OVERLAP]).strip() in self._text(before)
+        """Whether a chunk begins with the end of the one before, as windows do: then it has the cut sentence whole.
 
-    def _pieces_together(self, ids: tuple[int, ...]) -> str:
-        return "".join(self._pieces(ids))
+        What it begins with may stand elsewhere in the chunk before as well: above all a few words, where the chunk has no more.
+        """
+        end, whole, first = self._text(before), self._text(after), self._text(after[:_OVERLAP])
+        place = end.find(first)
+        while place >= 0:
+            if whole.startswith(end[place:]):
+                return True
+            place = end.find(first, place + 1)
+        return False
+
+    def _edged(self, ids: tuple[int, ...]) -> str:
+        """What tokens spell, without blanks and parts of characters at both ends: the text around may be cut there."""
+        return self._spelled(ids)[0].strip(PART).strip()
 
     def _count_begun(self, tail: tuple[int, ...]) -> _Begun:
         """What a chunk's last tokens begin."""
