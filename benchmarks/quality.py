@@ -16,8 +16,10 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from fidelity.answers import ANSWER_TOKENS
+from fidelity.answers_report import by_answers
 from fidelity.arguments import add_model, add_shards, finish
 from fidelity.evaluate import Engines, Evaluator
 from fidelity.forms_report import by_form
@@ -31,6 +33,7 @@ from fidelity.inputs import (
     read_sets_in_forms,
     refused,
 )
+from fidelity.orders import mean_of_orders, set_of
 from fidelity.records import Dataset
 from fidelity.report import load, markdown, summarise
 from fidelity.rows import RowFile
@@ -53,6 +56,10 @@ QUICK = {
 """Settings of a small run. Its figures mean little, but every part of the benchmark runs."""
 
 
+UNUSUAL: dict[str, Any] = {"stored": 1, "answer_tokens": ANSWER_TOKENS, "steps_end": None}
+"""Arguments that rows depend on and that most runs don't give."""
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, or report what was measured."""
     started = time.monotonic()
@@ -62,16 +69,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     model, tokenizer = open_model(args)
     sets = refused(read_sets_in_forms, args, tokenizer)
-    refused(check_lengths, sets, tokenizer, model, ANSWER_TOKENS if args.answers else 0)
+    refused(check_lengths, sets, tokenizer, model, args.answer_tokens if args.answers else 0)
     settings = grid(args.selectors, args.ratios, args.lead_ins, args.codecs)
     if args.together is None:
         args.together = 6 if model.device.type == "cuda" else 1
     answer_ratios = args.answer_ratios if args.answers else []
-    more = {} if args.stored == 1 else {"stored": args.stored}
+    # Only what is asked for, so that folders of before can be gone on with.
+    more = {name: getattr(args, name) for name, usual in UNUSUAL.items() if getattr(args, name) != usual}
     header = header_of("quality", args, model, answer_ratios=answer_ratios, sets=digests(sets), **more)
     engines = Engines(model, tokenizer, cuda_kernels=args.cuda_kernels, host_budget=args.host_budget)
     with closing(RowFile(args.out, args.shard, args.shards, header)) as rows, closing(engines):
-        made = [Evaluator(engines, d, settings, answer_ratios, args.together, args.stored) for d in sets]
+        options = (answer_ratios, args.together, args.stored, args.answer_tokens, args.steps_end)
+        made = [Evaluator(engines, d, settings, *options) for d in sets]
         measure(made, sets, rows, started, args)
     if args.shards == 1:
         report(args.out)
@@ -106,16 +115,16 @@ def in_turn(counts: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def digests(sets: Sequence[Dataset]) -> dict[str, str | list[str]]:
-    """What the records of each set have in common. Forms with text of their own have a digest each."""
-    found = {d.name: sorted({other.digest for other in sets if other.name == d.name}) for d in sets}
+    """What the records of each set have in common. Forms with text of their own have a digest each; other orders have the set's."""
+    found = {set_of(d.name): sorted({other.digest for other in sets if other.name == d.name}) for d in sets}
     return {name: each[0] if len(each) == 1 else each for name, each in found.items()}
 
 
 def report(folder: Path) -> None:
     """Write table.md and, if there is matplotlib, shares.svg into the folder of the results."""
     header, rows = load(folder)
-    points = summarise(rows)
-    text = "\n".join(filter(None, (markdown(header, points), by_form(rows))))
+    points = summarise([*rows, *mean_of_orders(rows)])
+    text = "\n".join(filter(None, (markdown(header, points), by_answers(rows), by_form(rows))))
     (folder / "table.md").write_text(text)
     print(text)
     if not points:  # no chunks were plain
@@ -146,6 +155,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--query", default="{}", help="what stands behind the passages, {} for the question (default: it alone)"
     )
     data.add_argument(
+        "--orders", type=int, default=1, help="in how many orders of its passages each question is asked (default: 1)"
+    )
+    data.add_argument(
         "--shuffled", type=int, default=12, help="documents that are measured also with chunks in another order"
     )
     data.add_argument(
@@ -161,6 +173,12 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     grid_.add_argument("--codecs", nargs="+", default=list(codec_names()), choices=codec_names())
     grid_.add_argument("--answers", action="store_true", help="also let it answer the questions, and score the answers")
     grid_.add_argument("--answer-ratios", type=float, nargs="+", default=[0.0, 0.05, 0.15, 1.0])
+    grid_.add_argument("--answer-tokens", type=int, default=ANSWER_TOKENS, help="most tokens of an answer")
+    grid_.add_argument(
+        "--steps-end",
+        metavar="MARK",
+        help="score what stands behind an answer's last MARK, where a model tells steps before it (default: all of it)",
+    )
     add_shards(parser)
     if parser.parse_known_args(argv)[0].quick:
         parser.set_defaults(**QUICK)
@@ -169,6 +187,18 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     check_forms(parser, args)
     if not 0 <= args.stored <= 1:
         parser.error(f"--stored is {args.stored}: use a number from 0 to 1.")
+    if args.answer_tokens < 1:
+        parser.error(f"--answer-tokens is {args.answer_tokens}: use 1 or more.")
+    if args.steps_end is not None and not args.steps_end.strip():
+        parser.error(f"--steps-end is {args.steps_end!r}: use a mark that stands behind the steps, such as ';'.")
+    if not args.answers and (args.answer_tokens, args.steps_end) != (ANSWER_TOKENS, None):
+        parser.error("--answer-tokens and --steps-end are of answers: ask for them by --answers, or leave these out.")
+    if args.orders > 1 and args.musique is None:
+        parser.error(
+            f"--orders is {args.orders}, and passages of questions alone are put in other orders: give --musique, or leave it out."
+        )
+    if args.orders < 1:
+        parser.error(f"--orders is {args.orders}: use 1 or more.")
     if "{}" not in args.query:
         parser.error(f"--query is {args.query!r}: it needs {{}} where the question goes.")
     return args

@@ -15,8 +15,8 @@ from cachetune_rag.report import Report
 from cachetune_rag.reuse.state import PrefillState
 from cachetune_rag.text.prompts.prompt import Prompt
 
-from .answers import Answer, begin, finish, follow, target_logits
-from .measures import distance, exact_match, f1
+from .answers import ANSWER_TOKENS, Answer, begin, finish, follow, target_logits
+from .measures import behind, distance, exact_match, f1
 from .records import Dataset, Record
 from .rows import Key, Row, key_of
 from .settings import NOTHING, Setting
@@ -76,6 +76,8 @@ class Evaluator:
         together: for how many settings the target runs through the model in one forward. On a GPU this is several times faster than one
             by one. It takes twice the memory of that many prompts.
         stored: see `partly_stored`.
+        answer_tokens: most tokens of an answer.
+        steps_end: of an answer, what stands behind the last of these marks is scored; None for all of it.
     """
 
     def __init__(
@@ -86,9 +88,12 @@ class Evaluator:
         answer_ratios: Sequence[float] = (),
         together: int = 1,
         stored: float = 1.0,
+        answer_tokens: int = ANSWER_TOKENS,
+        steps_end: str | None = None,
     ):
         self._engines, self._dataset, self._settings, self._together = engines, dataset, settings, together
         self._answer_ratios, self._stored = frozenset(answer_ratios), stored
+        self._answer_tokens, self._steps_end = answer_tokens, steps_end
 
     def run(self, record: Record, known: dict[Key, Row]) -> Iterator[Row]:
         """Measure and yield those rows of a record that are not known yet."""
@@ -122,7 +127,7 @@ class Evaluator:
         logits = target_logits(engine, [state], record.target)[0]
         answer = None
         if record.answers and self._answer_ratios:
-            answer = begin(engine, state)
+            answer = begin(engine, state, self._answer_tokens)
             finish(engine, [answer], 1)
         return Reference(prompt, logits, answer)
 
@@ -174,12 +179,13 @@ class Evaluator:
     def _measure(self, record: Record, reference: Reference, row: Row, logits: Tensor, answer: str | None) -> Row:
         row = row | asdict(distance(reference.logits, logits, record.target))
         if reference.answer is not None and answer is not None:
-            full = reference.answer.text()
+            given, full = (behind(text, self._steps_end) for text in (answer, reference.answer.text()))
             row |= {
-                "f1": f1(answer, record.answers),
-                "em": exact_match(answer, record.answers),
-                "f1_full": f1(answer, [full]),
-                "em_full": exact_match(answer, [full]),
+                "answer": answer,
+                "f1": f1(given, record.answers),
+                "em": exact_match(given, record.answers),
+                "f1_full": f1(given, [full]),
+                "em_full": exact_match(given, [full]),
             }
         return row
 

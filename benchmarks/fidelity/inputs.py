@@ -21,6 +21,7 @@ from .formed import documents_in_forms, questions_in_forms
 from .forms import FORMS, PLAIN, check_chat, of_documents
 from .forms_report import of_documents_only
 from .musique import read_musique
+from .orders import in_orders
 from .records import Dataset
 from .sources import folder_sources, installed_sources
 
@@ -146,7 +147,8 @@ def read_sets_in_forms(args: argparse.Namespace, tokenizer: Any) -> list[Dataset
     sets = []
     if args.musique is not None:
         questions, encode = _questions(args, tokenizer, args.query), PromptBuilder(tokenizer).encode
-        sets += questions_in_forms(questions, args.forms, encode, args.seed)
+        for asked in in_orders(questions, args.orders, args.seed):
+            sets += questions_in_forms(asked, args.forms, encode, args.seed)
         forms = [*args.forms, *map(recut_form, args.recut), *(path.stem for path in args.prose)]
         if only := [form for form in forms if of_documents(form)]:
             print(of_documents_only(questions.name, only), file=sys.stderr)

@@ -60,6 +60,11 @@ def normalise(answer: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
 
 
+def behind(answer: str, mark: str | None) -> str:
+    """What an answer says behind its last such mark: where steps are told before it, the answer alone. Without a mark, all of it."""
+    return answer.rpartition(mark)[2].strip() if mark else answer
+
+
 def exact_match(answer: str, accepted: Sequence[str]) -> float:
     """1 if the answer is one of the accepted ones, in normal form."""
     return float(any(normalise(answer) == normalise(a) for a in accepted))

@@ -1,7 +1,8 @@
 """Questions over passages, from a MuSiQue file (Trivedi et al., TACL 2022).
 
 Each line of the file is a JSON object. These names are read: `question`; `answers`, or `answer` and `answer_aliases`; `passages` (each with
-`title` and `text`), or `paragraphs` (each with `title` and `paragraph_text`); and, if given, `id` and `answerable`.
+`title` and `text`), or `paragraphs` (each with `title` and `paragraph_text`); and, if given, `id`, `answerable`, and `steps`, what a question goes
+through before its answer, or `question_decomposition`, each with the `answer` of a step.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cachetune_rag.text.prompts.prompt import PromptBuilder
 
@@ -19,6 +20,24 @@ from .records import Dataset, Record, slice_of
 PREFIX = "Answer the question after reading several passages. Answer within 5 words."
 LEADS = 5
 """How many records at the end of the file are never evaluated. Lead-ins are taken from their passages."""
+
+
+class Question(NamedTuple):
+    """A line of a file.
+
+    Attributes:
+        question: what is asked.
+        answers: what is accepted.
+        passages: what it is asked about.
+        name: the line's, empty if it has none.
+        steps: what the question goes through before its answer, as far as the file says.
+    """
+
+    question: str
+    answers: list[str]
+    passages: list[str]
+    name: str
+    steps: list[str]
 
 
 def read_musique(
@@ -40,7 +59,7 @@ def read_musique(
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     records = []
     whole: list[list[str]] = []
-    for number, (question, answers, texts, name) in enumerate(read_questions(path)):
+    for number, (question, answers, texts, name, _) in enumerate(read_questions(path)):
         target = (*prompts.encode(answers[0]), *end)
         whole.append(texts)
         records.append(
@@ -64,8 +83,8 @@ def read_musique(
     return Dataset("musique", chosen, tuple(leads), PREFIX, spare=tuple(others))
 
 
-def read_questions(path: Path) -> Iterator[tuple[str, list[str], list[str], str]]:
-    """Question, accepted answers, passages and name of each line of a file.
+def read_questions(path: Path) -> Iterator[Question]:
+    """The question of each line of a file.
 
     Raises:
         ValueError: a line that can't be read.
@@ -84,9 +103,15 @@ def read_questions(path: Path) -> Iterator[tuple[str, list[str], list[str], str]
                 else:
                     found = [(p["title"], p["paragraph_text"]) for p in record["paragraphs"]]
                 passages = [f"{title}\n{text}" if title else text for title, text in found]
-                yield record["question"], list(answers), passages, str(record.get("id", ""))
+                steps = record["steps"] if "steps" in record else _steps(record.get("question_decomposition", []))
+                yield Question(record["question"], list(answers), passages, str(record.get("id", "")), list(steps))
             except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
                 raise ValueError(
                     f"{path}, line {number} is no MuSiQue record ({type(error).__name__}: {error}): it needs question; answers, "
                     "or answer and answer_aliases; passages (title, text), or paragraphs (title, paragraph_text)."
                 ) from error
+
+
+def _steps(decomposition: list[dict[str, Any]]) -> list[str]:
+    """The answers of all steps but the last one, whose answer is the question's."""
+    return [step["answer"] for step in decomposition[:-1]]

@@ -13,7 +13,7 @@ from .prose import RealQuestion, Strand
 from .real import RealText
 from .squad import AskedPassage
 from .templates import CHAINS, LABELS, LOOKUPS, PREFIXES, Lookup
-from .turns import TOKENS_PER_CHARACTER, Context, Turn
+from .turns import STEP, TOKENS_PER_CHARACTER, Context, Turn, spoken
 from .vocabulary import ITEMS, Vocabulary
 from .worlds import World
 
@@ -60,6 +60,7 @@ class ContextMaker:
         passages: passages with questions of their own.
         read: share of contexts with those.
         seed: all that is drawn depends on it.
+        aloud: whether answers say what a question goes through where it takes several steps.
     """
 
     def __init__(
@@ -71,9 +72,10 @@ class ContextMaker:
         passages: Sequence[AskedPassage] = (),
         read: float = 0.0,
         seed: int = 0,
+        aloud: bool = False,
     ):
-        self._sentences, self._asked = list(sentences), RealText(questions, passages)
-        self._avoid, self._real, self._read, self._seed = avoid, real, read, seed
+        self._sentences, self._asked = list(sentences), RealText(questions, passages, aloud)
+        self._avoid, self._real, self._read, self._seed, self._aloud = avoid, real, read, seed, aloud
 
     def context(self, number: int, tokens: int) -> Context:
         """The text of a number, of about so many tokens."""
@@ -84,7 +86,7 @@ class ContextMaker:
                 return real
         if self._asked.has_passages and rng.random() < self._read:
             return self._asked.with_passages(rng, tokens)
-        draw = _Draw(rng, Vocabulary(rng, self._avoid))
+        draw = _Draw(rng, Vocabulary(rng, self._avoid), self._aloud)
         characters = int(tokens / TOKENS_PER_CHARACTER)
         size = min(int(rng.choice(_CHUNK_TOKENS) / TOKENS_PER_CHARACTER), max(1, characters // 2))
         kinds = _KINDS if rng.random() < 0.6 else _WORLDS
@@ -144,8 +146,8 @@ class ContextMaker:
 class _Draw:
     """What the makers of facts draw with."""
 
-    def __init__(self, rng: random.Random, vocabulary: Vocabulary):
-        self.rng, self.vocabulary = rng, vocabulary
+    def __init__(self, rng: random.Random, vocabulary: Vocabulary, aloud: bool):
+        self.rng, self.vocabulary, self.aloud = rng, vocabulary, aloud
 
     @cached_property
     def naming(self) -> Callable[[], str]:
@@ -222,7 +224,8 @@ def chains(draw: _Draw) -> Planted:
         facts += [draw.rng.choice(chain.link).format(e=e, b=b) for b, e in pairwise(things)]
         at = draw.rng.randrange(len(things)) if draw.rng.random() < 0.5 else len(things) - 1
         back = [thing.removeprefix("the ") for thing in reversed(things[:at])]
-        turns.append(Turn(draw.rng.choice(chain.asked).format(e=things[at]), ", ".join([*back, value])))
+        between = STEP if draw.aloud else ", "
+        turns.append(Turn(draw.rng.choice(chain.asked).format(e=things[at]), between.join([*back, value])))
     return Planted(tuple(facts), tuple(turns))
 
 
@@ -250,7 +253,8 @@ def quoting(draw: _Draw) -> Planted:
 def world(draw: _Draw) -> Planted:
     """A small world and questions of one to three steps through it."""
     made = World(draw.rng, draw.vocabulary)
-    turns = [Turn(question, answer) for question, answer in made.grow(draw.rng.randint(2, 4))]
+    paths = made.grow(draw.rng.randint(2, 4))
+    turns = [Turn(path.question, spoken(path.steps, path.answer, draw.aloud)) for path in paths]
     return Planted(tuple(made.passages()), tuple(turns))
 
 

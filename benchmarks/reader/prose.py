@@ -19,16 +19,23 @@ SHORTEST, LONGEST = 30, 300
 
 @dataclass(frozen=True)
 class RealQuestion:
-    """A question, its accepted answers and its passages."""
+    """A question, its accepted answers, its passages, and what it goes through before its answer, where that is known."""
 
     question: str
     answers: tuple[str, ...]
     passages: tuple[str, ...]
+    steps: tuple[str, ...] = ()
 
     @property
     def answering(self) -> tuple[str, ...]:
         """The passages that have an accepted answer in them."""
         return tuple(p for p in self.passages if any(a.casefold() in p.casefold() for a in self.answers))
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """The passages that have an accepted answer or a step in them."""
+        words = (*self.answers, *self.steps)
+        return tuple(p for p in self.passages if any(w.casefold() in p.casefold() for w in words))
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ def split_musique(path: Path) -> Split:
     Raises:
         ValueError: there are too few questions.
     """
-    questions = [RealQuestion(q, tuple(a), tuple(p)) for q, a, p, _ in read_questions(path)]
+    questions = [RealQuestion(q, tuple(a), tuple(p), tuple(steps)) for q, a, p, _, steps in read_questions(path)]
     first = (len(questions) - LEADS) // 2
     if first < 1:
         raise ValueError(
@@ -77,7 +84,7 @@ def split_musique(path: Path) -> Split:
         )
     kept = frozenset(passage for q in questions[first:] for passage in q.passages)
     own = [tuple(p for p in q.passages if p not in kept) for q in questions[:first]]
-    left = [RealQuestion(q.question, q.answers, p) for q, p in zip(questions, own, strict=False)]
+    left = [RealQuestion(q.question, q.answers, p, q.steps) for q, p in zip(questions, own, strict=False)]
     return Split([q for q in left if q.answering], kept, first, len(questions) - LEADS - first)
 
 
@@ -89,10 +96,10 @@ def further_questions(path: Path, barred: Barred) -> list[RealQuestion]:
         ValueError: nothing is left, or a line can't be read.
     """
     lines = list(read_questions(path))
-    apart = {p for p in dict.fromkeys(p for _, _, passages, _ in lines for p in passages) if not barred.shares(p)}
+    apart = {p for p in dict.fromkeys(p for line in lines for p in line.passages) if not barred.shares(p)}
     questions = [
-        RealQuestion(question, tuple(answers), tuple(p for p in passages if p in apart))
-        for question, answers, passages, _ in lines
+        RealQuestion(question, tuple(answers), tuple(p for p in passages if p in apart), tuple(steps))
+        for question, answers, passages, _, steps in lines
     ]
     if not (left := [q for q in questions if q.answering]):
         raise ValueError(f"{path} has no question with an answer in a passage that isn't measured on.")

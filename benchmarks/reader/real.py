@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from .prose import RealQuestion
 from .squad import AskedPassage
 from .templates import PREFIXES
-from .turns import TOKENS_PER_CHARACTER, Context, Turn
+from .turns import TOKENS_PER_CHARACTER, Context, Turn, spoken
 
 _TURNS = 16
 """Of a prompt with passages that have questions of their own, at most."""
@@ -24,10 +24,11 @@ class RealText:
     Args:
         questions: questions with passages of their own.
         passages: passages with questions of their own.
+        aloud: whether answers say what a question goes through.
     """
 
-    def __init__(self, questions: Sequence[RealQuestion], passages: Sequence[AskedPassage]):
-        self._passages = list(passages)
+    def __init__(self, questions: Sequence[RealQuestion], passages: Sequence[AskedPassage], aloud: bool = False):
+        self._passages, self._aloud = list(passages), aloud
         together: dict[tuple[str, ...], list[RealQuestion]] = {}
         for question in questions:
             together.setdefault(question.passages, []).append(question)
@@ -54,7 +55,7 @@ class RealText:
             passages = [p for p in group[0].passages if p not in chosen]
             needed = sum(map(len, passages))
             if used + needed > room and not asked:
-                return _shortened(rng, rng.choice(group), room)
+                return self._shortened(rng, rng.choice(group), room)
             if used + needed > room or len(asked) >= _TURNS:
                 break
             chosen.update(dict.fromkeys(passages))
@@ -68,7 +69,7 @@ class RealText:
             if used <= room and not any(answer in text.casefold() for answer in answers):
                 chosen[text] = None
         texts = rng.sample(list(chosen), len(chosen))
-        turns = [Turn(question.question, question.answers[0]) for question in asked]
+        turns = [self._turn(question) for question in asked]
         rng.shuffle(turns)
         return Context(rng.choice(PREFIXES), _laid_out(rng, texts), tuple(turns[:_TURNS]))
 
@@ -92,19 +93,21 @@ class RealText:
         rng.shuffle(chosen)
         return Context(rng.choice(PREFIXES), _laid_out(rng, [p.text for p in chosen]), tuple(asked[:_TURNS]))
 
+    def _shortened(self, rng: random.Random, asked: RealQuestion, room: float) -> Context | None:
+        """A question with those of its passages that have what is told in them, and as many others as there is room for."""
+        chosen = list(asked.needed if self._aloud else asked.answering)
+        used = sum(map(len, chosen))
+        if used > room:
+            return None
+        for passage in rng.sample(asked.passages, len(asked.passages)):
+            if passage not in chosen and used + len(passage) <= room:
+                chosen.append(passage)
+                used += len(passage)
+        rng.shuffle(chosen)
+        return Context(rng.choice(PREFIXES), _laid_out(rng, chosen), (self._turn(asked),))
 
-def _shortened(rng: random.Random, asked: RealQuestion, room: float) -> Context | None:
-    """A question with those of its passages that have an answer in them, and as many others as there is room for."""
-    chosen = list(asked.answering)
-    used = sum(map(len, chosen))
-    if used > room:
-        return None
-    for passage in rng.sample(asked.passages, len(asked.passages)):
-        if passage not in chosen and used + len(passage) <= room:
-            chosen.append(passage)
-            used += len(passage)
-    rng.shuffle(chosen)
-    return Context(rng.choice(PREFIXES), _laid_out(rng, chosen), (Turn(asked.question, asked.answers[0]),))
+    def _turn(self, question: RealQuestion) -> Turn:
+        return Turn(question.question, spoken(question.steps, question.answers[0], self._aloud))
 
 
 def _laid_out(rng: random.Random, passages: Sequence[str]) -> tuple[str, ...]:

@@ -41,6 +41,7 @@ from reader.contexts import ContextMaker
 from reader.lora import add_lora, save_adapter
 from reader.prose import RealQuestion, docstring_sentences, further_questions, passage_sentences, split_musique
 from reader.squad import AskedPassage, Barred, read_squad
+from reader.turns import STEP
 
 WARM_UP = 0.03
 """Share of the training in which the rate rises. It falls in the rest, to zero."""
@@ -68,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     sentences = [*docstring_sentences(), *passage_sentences(questions)]
     # Nothing is called here as anything is in the benchmark of tasks, neither what it plants nor a word of its prose.
     avoid = planted_words() | set(re.findall(r"\w+", " ".join(reference_sentences()).casefold()))
-    maker = ContextMaker(sentences, questions, avoid, args.real, passages, args.read, args.seed)
-    held = ContextMaker(sentences, questions, avoid, 0.0, seed=args.seed + 1)
+    maker = ContextMaker(sentences, questions, avoid, args.real, passages, args.read, args.seed, args.aloud)
+    held = ContextMaker(sentences, questions, avoid, 0.0, seed=args.seed + 1, aloud=args.aloud)
     check_end(model, tokenizer)
     layers = None if args.full else add_lora(model, args.rank, args.alpha, args.seed)
     # The same batches for every process: what is held out is a yardstick, not a share of the work.
@@ -112,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def further_text(args: argparse.Namespace, measured: Iterable[str]) -> tuple[list[RealQuestion], list[AskedPassage]]:
     """The questions of `--more` and the passages of `--squad`, without passages like those that are measured on: `measured`, and those of `--barred`."""
-    others = [passage for file in args.barred for _, _, passages, _ in read_questions(file) for passage in passages]
+    others = [passage for file in args.barred for asked in read_questions(file) for passage in asked.passages]
     barred = Barred([*measured, *others])
     further = [question for file in args.more for question in further_questions(file, barred)]
     return further, read_squad(args.squad, barred) if args.squad else []
@@ -249,6 +250,11 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=[],
         metavar="FILE",
         help="questions in MuSiQue's form that are measured on: passages like theirs are left out of --more and --squad",
+    )
+    parser.add_argument(
+        "--aloud",
+        action="store_true",
+        help=f"answer questions of several steps by what they go through, each behind {STEP!r}, and then the answer",
     )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seconds", type=float, default=300.0, help="of training; its rate falls with what is left")

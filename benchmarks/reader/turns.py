@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 TOKENS_PER_CHARACTER = 0.26
 """About how many tokens a character of such text has. Real counts decide in the end; a context only has to be about as long as asked for."""
+
+
+STEP = "; "
+"""Stands behind each step of an answer that is told aloud."""
 
 
 @dataclass(frozen=True)
@@ -14,6 +19,11 @@ class Turn:
 
     question: str
     answer: str
+
+
+def spoken(steps: Sequence[str], answer: str, aloud: bool) -> str:
+    """An answer as it is learned: it alone, or behind what the question goes through."""
+    return STEP.join([*steps, answer]) if aloud else answer
 
 
 @dataclass(frozen=True)

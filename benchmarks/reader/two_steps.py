@@ -120,24 +120,25 @@ def questions(corpus: dict[str, str], others: int, rng: random.Random) -> Iterat
     known, titles = {title: facts(text) for title, text in corpus.items()}, list(corpus)
     for number, (first, second, link) in enumerate(pairs(corpus)):
         name, other = thing(first), thing(second)
-        asked: dict[str, str] = {}
+        asked: dict[str, tuple[str, list[str]]] = {}
         for fact, answer in rng.sample(known[second], min(2, len(known[second]))):
             phrase = rng.choice(link.phrases).format(x=name)
-            asked[rng.choice(fact.asked).format(x=phrase)] = answer
-        asked[f"Who is {link.phrases[0].format(x=name)}?"] = other
+            asked[rng.choice(fact.asked).format(x=phrase)] = answer, [other]
+        asked[f"Who is {link.phrases[0].format(x=name)}?"] = other, []
         for title, called in ((first, name), (second, other)):
             if known[title]:
                 fact, answer = rng.choice(known[title])
-                asked[rng.choice(fact.asked).format(x=called)] = answer
+                asked[rng.choice(fact.asked).format(x=called)] = answer, []
         own = [first, second]
         own += [title for title in rng.sample(titles, min(others, len(titles))) if title not in own]
         rng.shuffle(own)
         passages = [{"title": "", "text": corpus[title]} for title in own]
-        for step, (question, answer) in enumerate(asked.items()):
+        for step, (question, (answer, steps)) in enumerate(asked.items()):
             yield {
                 "id": f"{number}/{step}",
                 "question": question[0].upper() + question[1:],
                 "answers": [answer],
+                "steps": steps,
                 "passages": passages,
             }
 

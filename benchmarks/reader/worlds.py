@@ -69,6 +69,21 @@ _STARTS = ("person", "work", "work", "company", "school", "city")
 _MOST_STEPS = 3
 
 
+@dataclass(frozen=True)
+class Path:
+    """A way through a world.
+
+    Attributes:
+        question: asks for what is at its end, by way of what is at its beginning.
+        answer: what is at its end.
+        steps: the things between.
+    """
+
+    question: str
+    answer: str
+    steps: tuple[str, ...]
+
+
 @dataclass
 class World:
     """Things, what they have to do with each other, and the passages that tell it.
@@ -83,8 +98,8 @@ class World:
     _told: dict[str, list[tuple[Relation, str]]] = field(default_factory=dict)
     _sorts: dict[str, str] = field(default_factory=dict)
 
-    def grow(self, starts: int) -> list[tuple[str, str]]:
-        """Make paths through new things, and return a question and its answer for each."""
+    def grow(self, starts: int) -> list[Path]:
+        """Make paths through new things."""
         return [self._path() for _ in range(starts)]
 
     def passages(self) -> list[str]:
@@ -97,18 +112,18 @@ class World:
         self.rng.shuffle(made)
         return made
 
-    def _path(self) -> tuple[str, str]:
-        name, phrase = self._thing(self.rng.choice(_STARTS)), ""
-        steps = self.rng.randint(1, _MOST_STEPS)
-        phrase = name
+    def _path(self) -> Path:
+        name = phrase = self._thing(self.rng.choice(_STARTS))
+        steps, between = self.rng.randint(1, _MOST_STEPS), list[str]()
         while True:
             steps -= 1
             # Only a thing of its own leads on, so the last step is the only one that may end at a year.
             relation, other = self._step(name, leads_on=steps > 0)
             if steps == 0 or not relation.phrase:
                 question = self.rng.choice(relation.asked).format(x=phrase)
-                return question[0].upper() + question[1:], other
+                return Path(question[0].upper() + question[1:], other, tuple(between))
             phrase, name = self.rng.choice(relation.phrase).format(x=phrase), other
+            between.append(other)
 
     def _step(self, name: str, leads_on: bool) -> tuple[Relation, str]:
         """A relation of a thing and where it leads. The thing gets other relations beside it, which are there to be told apart from it."""

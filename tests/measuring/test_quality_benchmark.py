@@ -19,15 +19,20 @@ from cachetune_rag.text.prompts.prompt import PromptBuilder
 from cachetune_rag.text.recognising.id_spans import IdSpan, prompt_of_ids
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import quality
 from fidelity import measures, report
 from fidelity.answers import greedy_answers, target_logits
+from fidelity.answers_report import by_answers, changes
 from fidelity.documents import Shape, read_documents, shuffled
 from fidelity.evaluate import Engines, Evaluator, equal_compute_ratio, partly_stored
-from fidelity.musique import LEADS, read_musique
+from fidelity.measures import behind
+from fidelity.musique import LEADS, read_musique, read_questions
+from fidelity.orders import in_orders, mean_of_orders
 from fidelity.records import Dataset, Record
 from fidelity.rows import RowFile, key_of, read_rows
 from fidelity.settings import BASELINE, Setting, compared_selectors, grid
 from fidelity.sources import Text, folder_sources, html_text, installed_sources
+from reader import compare
 
 # -- measures ---------------------------------------------------------------------------------------------------------
 
@@ -165,6 +170,16 @@ def test_musique_is_read_under_both_names_and_zipped(tmp_path: Path) -> None:
     ]
     (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, shared)))
     assert not {"text 0", "Title\nmore 0"} & set(read_musique(tmp_path / "c.jsonl", tokenizer(), count=1).leads)
+
+
+def test_what_a_question_goes_through_is_read_under_both_names(tmp_path: Path) -> None:
+    line = {"question": "Where is what Ines founded?", "answers": ["Évora"], "passages": []}
+    parts = [{"question": "Ines >> founded", "answer": "the Mill"}, {"question": "#1 >> place", "answer": "Évora"}]
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        "\n".join(json.dumps(line | more) for more in ({}, {"steps": ["the Mill"]}, {"question_decomposition": parts}))
+    )
+    assert [asked.steps for asked in read_questions(path)] == [[], ["the Mill"], ["the Mill"]]
 
 
 def test_musique_says_what_is_wrong(tmp_path: Path) -> None:
@@ -313,8 +328,118 @@ def test_a_record_gives_a_row_for_every_setting() -> None:
     assert plain["compute"] > 0.3 >= paid["compute"]
     assert paid["recomputed"] < plain["recomputed"]
     assert paid["compute"] > 0.3 - 1 / paid["chunk_tokens"] - 1e-9  # off by less than one token
+    assert len(everything["answer"]) > 3
     assert ("exact", "frequency", 0.3, "compute") not in found  # it costs nothing to choose
     assert found["int8", "none", 0.0, "ratio"]["kl"] != nothing["kl"]
+
+
+def test_answers_have_as_many_tokens_as_are_asked_for_and_only_what_is_behind_the_steps_is_scored() -> None:
+    data, model = dataset(), llama()
+    found = {}
+    for tokens, mark in ((16, None), (4, None), (16, "mark")):
+        mark = mark and found[16, None]["answer"][3]  # a character of what this model says
+        evaluator = Evaluator(Engines(model, tokenizer()), data, SETTINGS, (1.0,), 1, 1.0, tokens, mark)
+        (found[tokens, mark and "mark"],) = (r for r in evaluator.run(data.records[0], {}) if r["selector"] == "all")
+    whole = found[16, None]["answer"]
+    assert whole.startswith(found[4, None]["answer"])
+    assert len(found[4, None]["answer"]) <= 4 < len(whole)  # a token is a byte here
+    assert found[16, "mark"]["answer"] == whole
+    assert found[16, "mark"]["f1_full"] == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "mark", "expected"),
+    [
+        ("Thomas Nabbes; Exeter College", ";", "Exeter College"),
+        ("a; b; c", ";", "c"),
+        ("Exeter College", ";", "Exeter College"),
+        ("Thomas Nabbes;", ";", ""),  # cut off before the answer
+        ("a; b", None, "a; b"),
+    ],
+)
+def test_an_answer_stands_behind_its_steps(answer: str, mark: str | None, expected: str) -> None:
+    assert behind(answer, mark) == expected
+
+
+def test_questions_in_other_orders_are_the_same_questions() -> None:
+    data = dataset()
+    first, second, third = in_orders(data, 3)
+    assert first == data
+    assert [each.name for each in (second, third)] == ["musique_order_2", "musique_order_3"]
+    assert len({each.records[0].chunks for each in (first, second, third)}) > 1
+    for each in (second, third):
+        assert each.digest == data.digest
+        assert sorted(each.records[0].chunks) == sorted(data.records[0].chunks)
+        assert replace(each.records[0], chunks=data.records[0].chunks) == data.records[0]
+    assert in_orders(data, 3) == [first, second, third]
+    assert quality.digests([first, second, third]) == quality.digests([first]), "orders can be added to a folder later"
+
+
+def answered(record: str, value: float, **changes: object) -> dict[str, object]:
+    return row(record, f1=value, em=float(value == 1), f1_full=value, em_full=float(value == 1), nll=1.0) | changes
+
+
+def test_a_question_counts_once_whatever_the_number_of_its_orders() -> None:
+    rows = [answered("a", 1.0), answered("b", 0.0), answered("c", 1.0)]
+    rows += [answered("a", 0.5, set="musique_order_2", kl=0.3), answered("b", 0.25, set="musique_order_2", kl=0.1)]
+    a, b = mean_of_orders(rows)  # of c one order is missing
+    assert (a["set"], a["record"], a["f1"], a["em"], a["kl"]) == ("musique, mean over orders", "a", 0.75, 0.5, 0.4)
+    assert (b["f1"], b["kl"]) == (0.125, 0.3)
+    assert mean_of_orders(rows[:3]) == []
+    assert mean_of_orders([row("a"), row("a", set="documents")]) == []
+
+
+def test_answers_are_compared_in_pairs() -> None:
+    full = {"selector": "all", "ratio": 1.0}
+    default = {"selector": "expected_error", "ratio": 0.15, "lead_in": "auto", "probed": 9}
+    values = ((1.0, 1.0), (1.0, 0.5), (0.0, 1.0), (0.0, 0.0))
+    rows = [answered(f"r{i}", a, **full) for i, (a, _) in enumerate(values)]
+    rows += [answered(f"r{i}", b, **default) for i, (_, b) in enumerate(values)]
+    rows += [answered(f"r{i}", 0.0, **default, budget="compute") for i in range(4)]
+    lines = [line for line in by_answers(rows).splitlines() if line.startswith("| `") or line.startswith("| full")]
+    assert lines[0].startswith("| full prefill | 4 | 0.500 [")
+    cells = [cell.strip() for cell in lines[1].split("|")[1:-1]]
+    assert cells[:2] == ["`expected_error` r 0.15", "4"]
+    assert cells[2].startswith("0.625 [")
+    assert cells[4].startswith("+0.125 [")
+    assert cells[5:7] == ["1 of 2", "1"]
+    assert by_answers(results()) == ""
+    after = [{**each, "f1": 1.0, "em": 1.0} for each in rows[:3]] + [{**rows[3], "digest": "other text"}]
+    table = changes(rows, after).splitlines()
+    assert len(table) == 3
+    assert "| musique | full prefill | 3 | 0.667 [" in table[2]
+    assert "| 1.000 [1.000, 1.000] | +0.333 [" in table[2]
+    with pytest.raises(ValueError, match="no answer to the same question"):
+        changes(rows, [{**each, "record": "another"} for each in after])
+
+
+def test_two_folders_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, value in (("base", 0.0), ("tuned", 1.0)):
+        rows = RowFile(tmp_path / name, 0, 1, {"model": name, "commit": "c"})
+        rows.add(answered("r", value, selector="all", ratio=1.0))
+        rows.close()
+    compare.main(["--before", str(tmp_path / "base"), "--after", str(tmp_path / "tuned")])
+    said = capsys.readouterr().out
+    assert "Before: base, commit c. After: tuned, commit c." in said
+    assert "| musique | full prefill | 1 | 0.000 [0.000, 0.000] | 1.000 [1.000, 1.000] | +1.000" in said
+    with pytest.raises(SystemExit, match="holds no results"):
+        compare.main(["--before", str(tmp_path / "none"), "--after", str(tmp_path / "tuned")])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--answers --answer-tokens 0", "--answer-tokens is 0: use 1 or more"),
+        ("--answers --steps-end=", "--steps-end is '': use a mark that stands behind the steps"),
+        ("--steps-end ;", "--answer-tokens and --steps-end are of answers: ask for them by --answers"),
+        ("--orders 2", "--orders is 2, and passages of questions alone are put in other orders: give --musique"),
+        ("--orders 0", "--orders is 0: use 1 or more"),
+    ],
+)
+def test_what_has_nothing_to_work_on_is_refused(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        quality.arguments(["--out", "made", *words.split()])
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_targets_together_give_what_one_by_one_gives() -> None:

@@ -9,6 +9,7 @@ import json
 import random
 import re
 import sys
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -125,6 +126,35 @@ def test_a_chain_is_answered_by_going_back_through_it() -> None:
                 assert f"{name} charges a toll of {value}." in text or f"The toll at {name} is {value}." in text
                 seen += bool(back)
     assert seen
+
+
+def test_steps_are_told_before_the_answer_where_that_is_asked_for() -> None:
+    told = ("Ines founded the Mill.", "The Mill stands in Évora.", "Nobody lives here.")
+    asked = RealQuestion("Where is what Ines founded?", ("Évora",), told, ("the Mill",))
+    plain, aloud = (ContextMaker(PROSE, [asked], real=0.2, aloud=aloud) for aloud in (False, True))
+    several = 0
+    for number in range(150):
+        short, long = plain.context(number, 900), aloud.context(number, 900)
+        assert (short.chunks, short.prefix) == (long.chunks, long.prefix)
+        text = " ".join(long.chunks).casefold()
+        for turn, other in zip(short.turns, long.turns, strict=True):
+            assert turn.question == other.question
+            *steps, answer = other.answer.split("; ")
+            assert turn.answer.split(", ")[-1] == answer.split(", ")[-1]
+            assert all(step.casefold() in text for step in steps) or asked.question == turn.question
+            if asked.question == turn.question:
+                assert other.answer == "the Mill; Évora"
+            several += bool(steps)
+    assert several > 20
+    # A prompt that has no room for all passages keeps those with a step.
+    long = replace(asked, passages=(*told[:2], "x" * 5000))
+    for number in range(5):
+        (turn,), text = (
+            (context := ContextMaker(PROSE, [long], real=1.0, aloud=True).context(number, 100)).turns,
+            context.chunks,
+        )
+        assert turn.answer == "the Mill; Évora"
+        assert len(" ".join(text)) < 100
 
 
 def test_what_is_learned_are_answers_and_their_ends() -> None:
@@ -427,12 +457,14 @@ def test_two_steps_go_through_the_passage_that_names_the_other_one(
     corpus, made = tmp_path / "corpus.json", tmp_path / "made.jsonl"
     corpus.write_text(json.dumps([{"title": title, "text": text} for title, text in told.items()]))
     answers: dict[str, str] = {}
+    through: dict[str, list[str]] = {}
     for seed in range(80):
         two_steps.main(f"--passages {corpus} --others 1 --out {made} --seed {seed}".split())
         assert "questions on 2 pairs of 4 passages" in capsys.readouterr().out
-        for question, right, passages, _ in read_questions(made):
+        for question, right, passages, _, steps in read_questions(made):
             (answer,) = right
             assert answers.setdefault(question, answer) == answer
+            through[question] = steps
             assert told["Ada R. Lovell"] in passages
             assert len(passages) in (2, 3)
             assert any(answer in passage for passage in passages)
@@ -449,6 +481,13 @@ def test_two_steps_go_through_the_passage_that_names_the_other_one(
         "What does Old Lovell do for a living?": "painter",
     }
     assert {question: answers.get(question) for question in expected} == expected
+    two = [
+        f"When was {film} born?",
+        f"Where was {film} born?",
+        f"Where was {spouse} educated?",
+        f"What nationality is {spouse}?",
+    ]
+    assert {q: through[q] for q in expected} == {q: ["Ada R. Lovell"] if q in two else [] for q in expected}
     corpus.write_text(json.dumps([{"title": "Grey Hill", "text": told["Grey Hill"]}]))
     for more, message in (("", "leads to another one"), (f" {tmp_path / 'no.json'}", "is no list of passages")):
         (tmp_path / "no.json").write_text('[{"title": "Grey Hill"}]')
@@ -554,9 +593,11 @@ def test_held_out_questions_stand_behind_their_passage_and_others_of_an_article_
     )
     assert json.loads(train.read_text())["data"] == articles[3:]
     found = list(read_questions(questions))
-    assert [name.split("-")[0] for *_, name in found] == ["A0", "A1"] * 6 + ["A2"] * 5  # the last give lead-ins alone
-    assert len({name for *_, name in found}) == 17
-    for question, answers, passages, name in found:
+    assert [asked.name.split("-")[0] for asked in found] == ["A0", "A1"] * 6 + [
+        "A2"
+    ] * 5  # the last give lead-ins alone
+    assert len({asked.name for asked in found}) == 17
+    for question, answers, passages, name, _ in found:
         article, own = (int(number) for number in name.removeprefix("A").split("-"))
         assert str(own) in question
         assert answers in ([f"thing{article}x{own}"], ["red"])
