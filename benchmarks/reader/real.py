@@ -14,6 +14,8 @@ from .turns import TOKENS_PER_CHARACTER, Context, Turn, spoken
 
 _TURNS = 16
 """Of a prompt with passages that have questions of their own, at most."""
+_QUESTIONS_CHANGED, _PASSAGES_CHANGED = 0.7, 0.5
+"""Shares of prompts whose passages are laid out otherwise: those of questions with passages of their own, which are mostly measured in such a layout, and others."""
 _JOINED = 2000
 """Characters. Passages of a chunk are joined to at least so many where a chunk has several."""
 
@@ -71,7 +73,7 @@ class RealText:
         texts = rng.sample(list(chosen), len(chosen))
         turns = [self._turn(question) for question in asked]
         rng.shuffle(turns)
-        return Context(rng.choice(PREFIXES), _laid_out(rng, texts), tuple(turns[:_TURNS]))
+        return Context(rng.choice(PREFIXES), _laid_out(rng, texts, _QUESTIONS_CHANGED), tuple(turns[:_TURNS]))
 
     def with_passages(self, rng: random.Random, tokens: int) -> Context:
         """Passages in any order, and questions on some of them. There is one at least, however long it is. Every other time those of one
@@ -91,7 +93,9 @@ class RealText:
         asked = [Turn(*pair) for p in chosen[:_TURNS] for pair in rng.sample(p.asked, min(each, len(p.asked)))]
         rng.shuffle(asked)
         rng.shuffle(chosen)
-        return Context(rng.choice(PREFIXES), _laid_out(rng, [p.text for p in chosen]), tuple(asked[:_TURNS]))
+        return Context(
+            rng.choice(PREFIXES), _laid_out(rng, [p.text for p in chosen], _PASSAGES_CHANGED), tuple(asked[:_TURNS])
+        )
 
     def _shortened(self, rng: random.Random, asked: RealQuestion, room: float) -> Context | None:
         """A question with those of its passages that have what is told in them, and as many others as there is room for."""
@@ -104,17 +108,17 @@ class RealText:
                 chosen.append(passage)
                 used += len(passage)
         rng.shuffle(chosen)
-        return Context(rng.choice(PREFIXES), _laid_out(rng, chosen), (self._turn(asked),))
+        return Context(rng.choice(PREFIXES), _laid_out(rng, chosen, _QUESTIONS_CHANGED), (self._turn(asked),))
 
     def _turn(self, question: RealQuestion) -> Turn:
         return Turn(question.question, spoken(question.steps, question.answers[0], self._aloud))
 
 
-def _laid_out(rng: random.Random, passages: Sequence[str]) -> tuple[str, ...]:
-    """Passages as chunks: as they are, or as some sets of questions have them, which know no capitals or accents, stand marks apart, and
+def _laid_out(rng: random.Random, passages: Sequence[str], changed: float) -> tuple[str, ...]:
+    """Passages as chunks: as they are, or, in this share of the prompts, as some sets of questions have them, which know no capitals or accents, stand marks apart, and
     put several short passages into one chunk.
     """
-    if rng.random() < 0.5:
+    if rng.random() >= changed:
         return tuple(passages)
     joined = rng.random() < 0.7
     chunks: list[str] = []
