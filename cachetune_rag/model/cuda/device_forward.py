@@ -42,6 +42,7 @@ from cachetune_rag.model.cuda.graphs import (
     padded_chunks,
     padded_length,
     shift_numbers,
+    shifting_kinds,
 )
 from cachetune_rag.model.cuda.kernel_call import KernelCache, KernelCall, Probing, Shifting
 from cachetune_rag.model.cuda.row_lists import RowLists, listing
@@ -111,6 +112,7 @@ class DeviceForward:
         self._disturbed = 0
         self._pool: Any = None
         self._stream: Any = None
+        self._totals: Tensor | None = None
         self._unread: list[Inputs] = []
         self._held: list[Turn | None] = []
 
@@ -125,6 +127,9 @@ class DeviceForward:
         """As `ModelAdapter.selective_forward`. `ids` and `positions` should be on the host, which is fastest."""
         numbers = None if shift is None else shift_numbers(shift, positions, self._rotations(buffers.length))
         kind = Kind(bucket(ids.shape[0]), chunks=0 if numbers is None else padded_chunks(numbers.spans.shape[0]))
+        if numbers is None and kind not in self._graphs:
+            # A graph that shifts chunks computes the same where no chunk is shifted. Most selectors shift, so a graph without would be one more for each size.
+            kind = next((k for k in shifting_kinds(kind) if k in self._graphs), kind)
         return self._go(kind, ids, positions, buffers, before or _nothing, shift=numbers)
 
     def step(self, token: int, place: int, buffers: KVBuffers) -> Tensor:
@@ -271,7 +276,7 @@ class DeviceForward:
             call.probing = Probing(
                 inputs.watched,
                 kind.probed - 1,
-                torch.zeros(rows, kind.length, **empty),
+                self._zeros(rows, kind.length),
                 inputs.deviations if kind.errors else None,
                 self._columns[: kind.probed + 1],
                 self._gains if kind.errors else (),
@@ -284,6 +289,14 @@ class DeviceForward:
             moved = (torch.empty(kind.chunks, widths[0], **empty), torch.empty(kind.chunks, widths[1], **empty))
             call.shifting = Shifting(inputs.known, inputs.spans, inputs.rotations, self._turnings, moved)
         return call
+
+    def _zeros(self, rows: int, length: int) -> Tensor:
+        """What a probe adds up to, float32 [rows, length]. All probes have the same memory, because only one runs at a time; a graph keeps what it was captured with."""
+        count = rows * length
+        if self._totals is None or self._totals.numel() < count:
+            with torch.inference_mode(False):  # probes write to it in any mode
+                self._totals = torch.empty(count, dtype=torch.float32, device=self._device)
+        return self._totals[:count].view(rows, length).zero_()
 
     def _eager(self, inputs: Inputs, before: Callable[[int], None], call: KernelCall) -> Tensor:
         """Run the model on `inputs` without a graph. Gives the logits, or what a probe has added up."""
@@ -364,7 +377,7 @@ class DeviceForward:
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
         self.captures += 1
         self._disturbed = 0
-        total = call.probing.total if call.probing is not None and kind.listed is not None else None
+        total = None if call.probing is None else call.probing.total
         graph = self._graphs[kind] = Graph(inputs, recorder.pieces, out, total)
         while len(self._graphs) > MAX_GRAPHS:
             self._graphs.popitem(last=False)

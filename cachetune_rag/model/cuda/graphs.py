@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -69,6 +69,11 @@ class Kind:
 
 STEP = Kind(_STEP_TOKENS, whole=True)
 """A decoding step."""
+
+
+def shifting_kinds(kind: Kind) -> list[Kind]:
+    """The kinds that also shift chunks, fewest first, and are the same else."""
+    return [replace(kind, chunks=chunks) for chunks in _CHUNKS]
 
 
 def padded_length(length: int) -> int:
@@ -223,7 +228,7 @@ class Graph:
 
     Attributes:
         inputs: the numbers that it reads.
-        total: what a probe adds up (`kernel_call.Probing`); None in other forwards.
+        total: what a probe adds up (`kernel_call.Probing`), whose memory is kept as long as the graph; None in other forwards.
     """
 
     def __init__(self, inputs: Inputs, pieces: list[tuple[_Action, Any]], out: Tensor, total: Tensor | None = None):
