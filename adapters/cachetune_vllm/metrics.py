@@ -14,7 +14,7 @@ SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Buckets of the histogram of seconds."""
 
 _TOKENS = ("reused", "recomputed", "missed")
-_CHUNKS = ("damaged", "unreadable", "timed_out", "storing", "unstored")
+_CHUNKS = ("damaged", "unreadable", "timed_out", "storing", "unstored", "left_on_disk")
 
 
 @dataclass

@@ -29,7 +29,8 @@ def why_nothing(state: NothingReused, plain: Plain | None) -> dict[str, Any]:
         plain: what vLLM is expected to take for it.
     """
     if state.reading is not None and plain is not None:
-        return nothing_reused(Left.SLOW_DISK) | {"why": FromDisk.of(plain, state.reading).why}
+        said = {"why": FromDisk.of(plain, state.reading).why, "left_on_disk": state.left_on_disk}
+        return nothing_reused(Left.SLOW_DISK) | said
     return nothing_reused(_reason(state.report))
 
 

@@ -81,6 +81,8 @@ class Batch:
 
     def __init__(self, limit: int):
         self.prefetch, self.room = Prefetch(), limit
+        self.reserved = 0  # bytes of its chunks that nobody else may read ahead
+        self.unopened: dict[ChunkKey, int] = {}  # sizes of chunks that are to be opened later
         self.keys: Iterator[tuple[int, ChunkKey]] = iter(())
         self.found: dict[int, int | ChunkReader] = {}  # the size of a chunk in host memory, or an open chunk
         self.chunks: list[ChunkBeingRead] = []

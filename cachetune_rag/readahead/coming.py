@@ -10,8 +10,9 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import accumulate
 
 from cachetune_rag.concurrency.workers import Workers
 from cachetune_rag.readahead.batch import Batch, ChunkBeingRead, Prefetch
@@ -49,7 +50,9 @@ class ReadAhead:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._chunks: dict[ChunkKey, ChunkBeingRead] = {}
-        self._handed = 0  # bytes of the open chunks that `go_on` was given and that are not in `_chunks` yet
+        # Bytes of the chunks that `go_on` and `read_later` were given and that are not in `_chunks` yet.
+        self._handed = 0
+        self._unopened: dict[ChunkKey, Batch] = {}  # those that `read_later` was given
         self._later: dict[Batch, threading.Timer] = {}  # those of which nothing is to be read yet
 
     def fetch(
@@ -82,7 +85,7 @@ class ReadAhead:
 
     def go_on(
         self, readers: Sequence[ChunkReader], rows: Callable[[ChunkReader], int] | None = None, after: float = 0.0
-    ) -> Prefetch:
+    ) -> int:
         """As `fetch`, for chunks that are open already. What was read of them isn't read again.
 
         Where these and what is read already are more than `limit`, these are only closed: each would push another one out of host memory, and a server that
@@ -92,18 +95,20 @@ class ReadAhead:
             readers: are closed here.
             rows: see `fetch`.
             after: seconds in which nothing is read of them; a request that needs them meanwhile gets them.
+
+        Returns:
+            How many are not read, because there is no room for them.
         """
         batch = Batch(self._limit)
         batch.found = dict(enumerate(readers))
-        size = sum(reader.host_bytes for reader in readers)
 
         def begin() -> int:
             try:
                 self._give_room(batch, rows or _all_rows)
             finally:
-                self._hand(-size)
+                self._free(batch)
             if after:
-                self._begin_later(batch, after)
+                self._later_on(batch, after, lambda: self._begin_reading(batch))
             else:
                 self._begin_reading(batch)
             return 0
@@ -113,29 +118,63 @@ class ReadAhead:
                 reader.close()
 
         def drop() -> None:
-            self._hand(-size)
+            self._free(batch)
             close()
 
-        with self._lock:
-            before = self._handed + sum(chunk.reader.host_bytes for chunk in self._chunks.values())
-            busy = before > 0 and before + size > self._limit
-            if not busy:
-                self._handed += size
-        if busy:
-            _log.debug(
-                "%d open chunks are not read on: those that are read already fill what may be read ahead", len(readers)
-            )
+        left = self._reserve(batch, [reader.host_bytes for reader in readers])
+        if left < len(readers):
+            self._submit(batch, begin, drop)
+        else:
             close()
-            return batch.prefetch
-        self._submit(batch, begin, drop)
-        return batch.prefetch
+        return left
+
+    def read_later(self, sizes: Mapping[ChunkKey, int], rows: Callable[[ChunkReader], int], after: float) -> int:
+        """As `go_on`, for chunks that are opened only when they are read: nothing is done for them before.
+
+        Args:
+            sizes: the chunks' keys, in the order in which they are read, and the bytes that each takes in host memory. Those that are read here already, or will be, are
+                left to that: put off by each further prompt, what all prompts show would never be read.
+            rows, after: see `go_on`. A request that needs the chunks before opens them itself.
+
+        Returns:
+            See `go_on`.
+        """
+        batch = Batch(self._limit)
+        with self._lock:
+            here = self._chunks.keys() | self._unopened.keys()
+            batch.unopened = {key: size for key, size in sizes.items() if key not in here}
+        left = self._reserve(batch, list(batch.unopened.values()))
+        if left == len(batch.unopened):
+            return left
+        with self._lock:
+            self._unopened |= dict.fromkeys(batch.unopened, batch)
+
+        def opened() -> None:
+            try:
+                self._give_room(batch, rows)
+            finally:
+                self._free(batch)
+            self._begin_reading(batch)
+
+        def begin() -> None:
+            wanted = self._forget_unopened(batch)
+            batch.keys = enumerate(wanted)
+            self._together(batch, min(OPENERS, len(wanted)), self._open_some, opened)
+
+        self._later_on(batch, after, begin)
+        return left
 
     def take(self, keys: Iterable[ChunkKey]) -> dict[ChunkKey, ChunkReader]:
         """Hand the chunks among these that are being read here to a request that begins: their open readers, which hold what was
         read so far. The request closes them.
         """
         with self._lock:
-            taken = {key: self._chunks.pop(key) for key in list(keys) if key in self._chunks}
+            wanted = list(keys)
+            for key in wanted:
+                if (batch := self._unopened.pop(key, None)) is not None:
+                    self._handed -= (size := batch.unopened.pop(key))
+                    batch.reserved -= size
+            taken = {key: self._chunks.pop(key) for key in wanted if key in self._chunks}
             for chunk in taken.values():
                 chunk.gone = True
                 chunk.reader.timed = True
@@ -153,10 +192,16 @@ class ReadAhead:
         """Whether a chunk is being read here."""
         return key in self._chunks
 
+    def has_begun(self, key: ChunkKey) -> bool:
+        """Whether a chunk is being read here, and some of it is read already."""
+        chunk = self._chunks.get(key)
+        return chunk is not None and bool(chunk.reading or chunk.reader.bytes_read)
+
     @property
     def keys(self) -> set[ChunkKey]:
-        """The chunks that are being read here."""
-        return set(self._chunks)
+        """The chunks that are being read here, and those that will be."""
+        with self._lock:
+            return {*self._chunks, *self._unopened}
 
     @property
     def closing(self) -> bool:
@@ -218,9 +263,35 @@ class ReadAhead:
                 _log.debug("chunk %s was not read ahead: %s", key, error)
         return 0
 
-    def _hand(self, size: int) -> None:
+    def _reserve(self, batch: Batch, sizes: Sequence[int]) -> int:
+        """Reserve what may be read ahead for chunks of so many bytes. Returns how many of them, the last ones, have no room; none is reserved if that is all."""
+        fitting = sum(total <= self._limit for total in accumulate(sizes))
+        size = sum(sizes)
         with self._lock:
-            self._handed += size
+            before = self._handed + sum(chunk.reader.host_bytes for chunk in self._chunks.values())
+            if before and before + size > self._limit:
+                fitting = 0
+            if fitting:
+                batch.reserved = size
+                self._handed += size
+        if fitting < len(sizes):
+            _log.debug("%d of %d chunks are not read on: there is no room for them", len(sizes) - fitting, len(sizes))
+        return len(sizes) - fitting
+
+    def _forget_unopened(self, batch: Batch) -> list[ChunkKey]:
+        """The chunks that `read_later` was given and no request has taken. They don't wait to be opened any more."""
+        with self._lock:
+            keys = list(batch.unopened)
+            batch.unopened = {}
+            for key in keys:
+                self._unopened.pop(key, None)
+        return keys
+
+    def _free(self, batch: Batch) -> None:
+        """The batch's chunks are in `_chunks`, or not wanted any more."""
+        with self._lock:
+            self._handed -= batch.reserved
+            batch.reserved = 0
 
     def _give_room(self, batch: Batch, rows: Callable[[ChunkReader], int]) -> None:
         """All chunks are open: give room to the first ones, which are read, and close the others."""
@@ -250,9 +321,9 @@ class ReadAhead:
         self._wait(partial(self._stopped, batch))  # one thread does, instead of all
         self._together(batch, sum(c.left for c in batch.chunks), self._read_some, lambda: self._end(batch))
 
-    def _begin_later(self, batch: Batch, after: float) -> None:
-        """As `_begin_reading`, so many seconds from now."""
-        timer = threading.Timer(after, self._due, (batch,))
+    def _later_on(self, batch: Batch, after: float, begin: Callable[[], None]) -> None:
+        """Call `begin` on a thread so many seconds from now."""
+        timer = threading.Timer(after, self._due, (batch, begin))
         timer.daemon = True
         with self._lock:
             closing = self.closing
@@ -262,17 +333,17 @@ class ReadAhead:
         if closing:
             self._end(batch)
 
-    def _due(self, batch: Batch) -> None:
+    def _due(self, batch: Batch, begin: Callable[[], None]) -> None:
         with self._lock:
             mine = self._later.pop(batch, None)
         if mine is None:  # closed meanwhile
             return
 
-        def begin() -> int:
-            self._begin_reading(batch)
+        def run() -> int:
+            begin()
             return 0
 
-        self._submit(batch, begin, partial(self._end, batch))
+        self._submit(batch, run, partial(self._end, batch))
 
     def _submit(self, batch: Batch, begin: Callable[[], int], drop: Callable[[], None]) -> None:
         """Let a thread begin something with a batch's open chunks. `drop` is called instead where the engine is closed before a thread gets to it."""
@@ -332,6 +403,8 @@ class ReadAhead:
 
     def _end(self, batch: Batch) -> None:
         """Nothing of a batch is read any more: close the chunks that no request took."""
+        self._forget_unopened(batch)
+        self._free(batch)
         with self._lock:
             dropped = [chunk for chunk in batch.chunks if not chunk.gone]
             for chunk in dropped:

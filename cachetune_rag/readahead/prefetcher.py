@@ -7,7 +7,7 @@ handles damage as it always does.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from cachetune_rag.readahead.batch import Prefetch
 from cachetune_rag.readahead.coming import ReadAhead
@@ -72,9 +72,17 @@ class Prefetcher:
 
     def go_on(
         self, readers: Sequence[ChunkReader], rows: Callable[[ChunkReader], int] | None = None, after: float = 0.0
-    ) -> Prefetch:
+    ) -> int:
         """See `ReadAhead.go_on`."""
         return self._ahead.go_on(readers, rows, after)
+
+    def read_later(self, sizes: Mapping[ChunkKey, int], rows: Callable[[ChunkReader], int], after: float) -> int:
+        """See `ReadAhead.read_later`."""
+        return self._ahead.read_later(sizes, rows, after)
+
+    def has_begun(self, key: ChunkKey) -> bool:
+        """Whether some of a chunk was read in the background, for whatever reason, and is not in memory yet."""
+        return self._ahead.has_begun(key) or self.leftovers.has(key)
 
     def finish(self, reader: ChunkReader) -> None:
         """See `Leftovers.finish`."""
@@ -109,7 +117,7 @@ class Prefetcher:
 
     @property
     def coming(self) -> set[ChunkKey]:
-        """Chunks that are being read for coming requests."""
+        """Chunks that are being read for coming requests, or will be."""
         return self._ahead.keys
 
     def is_coming(self, key: ChunkKey) -> bool:

@@ -69,6 +69,11 @@ class Faults:
         self.timed_out: set[ChunkKey] = set()
         self.disk_gone = False
 
+    @property
+    def any(self) -> bool:
+        """Whether there are any."""
+        return self.disk_gone or bool(self.damaged or self.unreadable or self.timed_out)
+
     def open(
         self,
         store: ChunkStore,
@@ -165,14 +170,19 @@ class FoundChunks:
         return read
 
     def slowest(self) -> tuple[str, str]:
-        """The slowest tier among the chunks, and the codec of most of their tokens there."""
-        tokens: dict[tuple[int, str, str], int] = {}
-        for span, reader in self.chunks:
-            place = rank(reader.tier), reader.tier, reader.layout.codec
-            tokens[place] = tokens.get(place, 0) + span.end - span.start
-        slowest = max(speed for speed, *_ in tokens)
-        _, tier, codec = max((place for place in tokens if place[0] == slowest), key=lambda place: tokens[place])
-        return tier, codec
+        """As `slowest`, of the chunks."""
+        return slowest((span, reader.tier, reader.layout.codec) for span, reader in self.chunks)
+
+
+def slowest(chunks: Iterable[tuple[Span, str, str]]) -> tuple[str, str]:
+    """The slowest tier among chunks, of each of which the place in the prompt, the tier and the codec is given; and the codec of most of their tokens there."""
+    tokens: dict[tuple[int, str, str], int] = {}
+    for span, tier, codec in chunks:
+        place = rank(tier), tier, codec
+        tokens[place] = tokens.get(place, 0) + span.end - span.start
+    last = max(speed for speed, *_ in tokens)
+    _, tier, codec = max((place for place in tokens if place[0] == last), key=lambda place: tokens[place])
+    return tier, codec
 
 
 class ChunkLookup:
@@ -188,10 +198,14 @@ class ChunkLookup:
         self._store, self._pool, self._prefetcher = store, pool, prefetcher
         self._known_keys: tuple[Namespace, Callable[[tuple[int, ...]], ChunkKey]] | None = None
 
+    def keys(self, prompt: Prompt, namespace: Namespace) -> list[ChunkKey | None]:
+        """The key of each chunk of a prompt; None for empty ones."""
+        key_of = self._keys_of(namespace)
+        return [key_of(ids) if ids else None for ids in prompt.chunk_ids]
+
     def find(self, prompt: Prompt, namespace: Namespace, opened: OpenReaders, faults: Faults) -> FoundChunks:
         """Open the chunks of a prompt that are stored. `opened` gets every reader, for the caller to close."""
-        key_of = self._keys_of(namespace)
-        keys = [key_of(ids) if ids else None for ids in prompt.chunk_ids]
+        keys = self.keys(prompt, namespace)
         wanted = dict.fromkeys(key for key in keys if key is not None)
         taken: dict[ChunkKey, ChunkReader] = {}
         if self._prefetcher is not None and not faults.disk_gone:

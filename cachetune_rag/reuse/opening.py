@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
@@ -12,10 +12,13 @@ from cachetune_rag.concurrency.deadline import DeadlinePool
 from cachetune_rag.model.heads import Heads
 from cachetune_rag.readahead.prefetcher import Prefetcher
 from cachetune_rag.reuse.config import ReuseConfig
-from cachetune_rag.reuse.lookup import ChunkLookup, Faults, FoundChunks, OpenReaders
+from cachetune_rag.reuse.foreseen import Foreseen
+from cachetune_rag.reuse.lookup import ChunkLookup, Faults, FoundChunks, OpenReaders, slowest
 from cachetune_rag.reuse.slow_rows import CANT_READ
 from cachetune_rag.text.prompts.prompt import Prompt
-from cachetune_store import ChunkReader, ChunkStore
+from cachetune_store import ChunkKey, ChunkLayout, ChunkReader, ChunkStore
+from cachetune_store.chunk import ChunkHead
+from cachetune_store.tier_kinds import TierKind
 
 
 def _nothing() -> None:
@@ -128,20 +131,66 @@ class ChunkOpener:
         for reader in found.readers:
             if not reader.in_memory:
                 waiting[reader.tier] += bytes_to_read(reader, rows(reader))
+        return max(self._heads.tell(self._seconds(waiting)))
+
+    def _seconds(self, waiting: Mapping[str, int]) -> float:
+        """The least time in which so many bytes of tiers are likely to be read."""
         speeds = {tier: self._store.read_speed(tier) for tier in waiting}
         # Tiers are read at the same time.
-        own = max((waiting[tier] / speed for tier, speed in speeds.items() if speed), default=0.0)
-        return max(self._heads.tell(own))
+        return max((waiting[tier] / speed for tier, speed in speeds.items() if speed), default=0.0)
 
-    def read_on(self, opened: Opened, rows: Callable[[ChunkReader], int], after: float) -> None:
+    def foresee(
+        self, prompt: Prompt, config: ReuseConfig, rows: Callable[[ReuseConfig, ChunkLayout], int]
+    ) -> Foreseen | None:
+        """What is known of a prompt's chunks before any is opened. Nothing is waited for.
+
+        None where that isn't enough: where some are not known to be stored, or are partly read, or where workers share the model, whose chunks may be in different tiers.
+
+        Args:
+            prompt: the prompt.
+            config: its settings.
+            rows: how many rows of each layer of a chunk are needed at tuned settings.
+        """
+        if self._heads.shared or not prompt.spans:
+            return None
+        keys = self._lookup.keys(prompt, config.namespace or self._lead_ins.known_namespace)
+        known: dict[ChunkKey, tuple[TierKind, ChunkHead]] = {}
+        for key in keys:
+            if key is None or key in known:
+                continue
+            found = self._store.foresee(key)
+            if found is None or (self._prefetcher is not None and self._prefetcher.has_begun(key)):
+                return None
+            known[key] = found
+        spans = tuple(span for span in prompt.spans if keys[span.chunk] is not None)
+        if not spans:
+            return None
+        places = [(span, *known[key]) for span in spans if (key := keys[span.chunk]) is not None]
+        config = self.tuned(config, *slowest((span, kind.name, head.layout.codec) for span, kind, head in places))
+        bytes_of = Counter[str]()
+        waiting: dict[ChunkKey, ChunkHead] = {}
+        for key, (kind, head) in known.items():
+            if not kind.in_memory:
+                waiting[key] = head
+                bytes_of[kind.name] += sum(form.size(rows(config, head.layout)) for form in head.plan.rows)
+        return Foreseen(spans, config, waiting, self._seconds(bytes_of))
+
+    def read_on(self, opened: Opened, rows: Callable[[ChunkReader], int], after: float) -> int:
         """The prompt doesn't use its chunks after all: read those that aren't in memory into host memory, in the background, as far as there is room, `after` so many
-        seconds."""
+        seconds. Returns how many have no room."""
         waiting = [reader for reader in opened.found.readers if not reader.in_memory]
         if self._prefetcher is None or not waiting:
-            return
+            return len(waiting)
         for reader in waiting:
             opened.readers.release(reader)
-        self._prefetcher.go_on(waiting, rows, after)
+        return self._prefetcher.go_on(waiting, rows, after)
+
+    def read_later(self, foreseen: Foreseen, rows: Callable[[ChunkReader], int], after: float) -> int:
+        """As `read_on`, of chunks that were not opened: they are when they are read."""
+        if self._prefetcher is None:
+            return len(foreseen.waiting)
+        sizes = {key: self._store.memory.size_of(head.plan.total) for key, head in foreseen.waiting.items()}
+        return self._prefetcher.read_later(sizes, rows, after)
 
     def let_go(self, opened: Opened) -> None:
         """Hand chunks on: the prefetcher reads the rest of those on disk; those in host memory go to the device, if it keeps chunks."""

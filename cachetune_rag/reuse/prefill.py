@@ -20,7 +20,7 @@ from cachetune_rag.readahead.prefetcher import Prefetcher
 from cachetune_rag.reuse.account import Account, account_of
 from cachetune_rag.reuse.begun import Begun
 from cachetune_rag.reuse.config import ReuseConfig
-from cachetune_rag.reuse.lookup import Faults, OpenReaders
+from cachetune_rag.reuse.lookup import Faults, FoundChunks, OpenReaders
 from cachetune_rag.reuse.memory import EngineMemory, KVMemory
 from cachetune_rag.reuse.opening import ChunkOpener, Opened
 from cachetune_rag.reuse.plan import Chosen, Loaders, Planner, sources_of
@@ -33,7 +33,7 @@ from cachetune_rag.selection import get_selector
 from cachetune_rag.selection.base import budget
 from cachetune_rag.text.prompts.finders import NO_FINDERS, Finders
 from cachetune_rag.text.prompts.prompt import Prompt
-from cachetune_store import ChunkKey, ChunkReader, ChunkStore, make_key
+from cachetune_store import ChunkKey, ChunkLayout, ChunkReader, ChunkStore, make_key
 
 MEANWHILE = 0.0005
 """Seconds between two calls of what is done while the device computes: less than the device needs to copy a layer of a long prompt."""
@@ -189,7 +189,7 @@ class Assembler:
             begun: what `begin` gave for this prompt, config and memory. The caller closes it in the end.
             meanwhile: called again and again while a GPU computes and this thread waits for it: the time to begin the next prompt.
             account: see `prefill`; not called where nothing is reused.
-            too_slow: is asked once the chunks are open that aren't all in memory, with the time that their rows are likely to take to be read, at the
+            too_slow: is asked, once, where the chunks aren't all in memory: before they are opened, if it is known where all of them are, else when they are open. It is given the time that their rows are likely to take to be read, at the
                 least, and what is computed meanwhile and behind it. Where it gives seconds, nothing is reused, and the chunks are read into host memory in the background, after
                 so many seconds: the server then has the prompt without reuse, and reading doesn't take the host from it. None: they are quick enough. It says the same on all
                 workers of a shared model, and is given on all of them or on none.
@@ -242,9 +242,7 @@ class Assembler:
 
     def _rows(self, config: ReuseConfig, reader: ChunkReader) -> int:
         """As `rows_needed`, of settings that are tuned already."""
-        selector = get_selector(config.selector)
-        unread = config.ratio if selector.offline and not selector.shift else config.skipped
-        return reader.layout.tokens - budget(unread, reader.layout.tokens)
+        return _rows_of(config, reader.layout)
 
     @neutrally
     def transfer(self, prompt: Prompt) -> tuple[int, float]:
@@ -303,26 +301,32 @@ class Assembler:
 
     def _attempt(self, call: _Call, faults: Faults) -> PrefillState | NothingReused:
         prompt, memory = call.prompt, call.memory
+        clock = _Clock()
+        if call.too_slow is not None and call.begun is None and not faults.any:
+            asked, left = self._foreseen(call, call.too_slow, clock)
+            if left is not None:
+                return left
+            if asked:
+                call = replace(call, too_slow=None)
         with ExitStack() as stack:
             self._enter_device(stack)
-            clock = _Clock()
             opened = self._opened(call, faults, stack)
             found, config = opened.found, opened.config
             timings = {"lookup": clock.lap() + (0.0 if call.begun is None else call.begun.seconds)}
 
-            def nothing(chosen: Chosen, reading: Reading | None = None) -> NothingReused:
+            def nothing(chosen: Chosen) -> NothingReused:
                 report = report_of(
                     prompt, config, found, chosen, faults, self._finders, kept=0, skipped=0,
                     ttft=time.perf_counter() - call.started, timings=timings,
                 )  # fmt: skip
-                return NothingReused(report, found.to_store, reading)
+                return NothingReused(report, found.to_store)
 
             if call.too_slow is not None and (reading := self._reading(prompt, opened)) is not None:
                 after = call.too_slow(reading)
                 if after is not None:
-                    left = nothing(Chosen(None), reading)
-                    self._opener.read_on(opened, partial(self._rows, config), after)
-                    return left
+                    left = nothing(Chosen(None))
+                    on_disk = self._opener.read_on(opened, partial(self._rows, config), after)
+                    return replace(left, reading=reading, left_on_disk=on_disk)
             disk_free = self._claimed(call, opened, stack)
             chosen = self._planned(call, opened, stack)
             plan = chosen.plan
@@ -357,6 +361,26 @@ class Assembler:
 
             return self._adapter.heads.together(end, CANT_READ)
 
+    def _foreseen(
+        self, call: _Call, too_slow: Callable[[Reading], float | None], clock: _Clock
+    ) -> tuple[bool, NothingReused | None]:
+        """Ask whether the prompt's disk is too slow before its chunks are opened, which takes many milliseconds. Says whether that could be asked, and what is left then."""
+        prompt = call.prompt
+        foreseen = self._opener.foresee(prompt, call.config, _rows_of)
+        if foreseen is None or not foreseen.seconds:
+            return False, None
+        config, layers, in_turns = foreseen.config, self._adapter.num_layers, self._adapter.heads.in_turns
+        reading = reading_of(foreseen.seconds, prompt, config, foreseen.spans, layers, in_turns=in_turns)
+        after = too_slow(reading)
+        if after is None:
+            return True, None
+        report = report_of(
+            prompt, config, FoundChunks(()), Chosen(None), Faults(), self._finders, kept=0, skipped=0,
+            ttft=time.perf_counter() - call.started, timings={"lookup": clock.lap()},
+        )  # fmt: skip
+        on_disk = self._opener.read_later(foreseen, partial(self._rows, config), after)
+        return True, NothingReused(replace(report, recomputed=foreseen.tokens), reading=reading, left_on_disk=on_disk)
+
     def _opened(self, call: _Call, faults: Faults, stack: ExitStack) -> Opened:
         """The prompt's chunks and settings."""
         if call.begun is None:
@@ -372,7 +396,8 @@ class Assembler:
         if not seconds:
             return None
         in_turns = self._adapter.heads.in_turns
-        return reading_of(seconds, prompt, config, found, self._adapter.num_layers, in_turns=in_turns)
+        spans = [span for span, _ in found.chunks]
+        return reading_of(seconds, prompt, config, spans, self._adapter.num_layers, in_turns=in_turns)
 
     def _claimed(self, call: _Call, opened: Opened, stack: ExitStack) -> Callable[[], None]:
         """Stop background reads. Gives what lets them go on."""
@@ -419,6 +444,13 @@ class Assembler:
                 meanwhile()
                 time.sleep(MEANWHILE)
         stream.synchronize()
+
+
+def _rows_of(config: ReuseConfig, layout: ChunkLayout) -> int:
+    """How many rows of each layer of a chunk a request will read at tuned settings."""
+    selector = get_selector(config.selector)
+    unread = config.ratio if selector.offline and not selector.shift else config.skipped
+    return layout.tokens - budget(unread, layout.tokens)
 
 
 class _Clock:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cachetune_rag.reuse.config import ReuseConfig
-from cachetune_rag.reuse.lookup import FoundChunks
 from cachetune_rag.reuse.plan import selector_of
 from cachetune_rag.reuse.worth import savings_of
 from cachetune_rag.selection import get_selector
 from cachetune_rag.selection.base import budget
-from cachetune_rag.text.prompts.prompt import Prompt
+from cachetune_rag.text.prompts.prompt import Prompt, Span
 
 
 @dataclass(frozen=True)
@@ -40,22 +40,22 @@ class Reading:
 
 
 def reading_of(
-    seconds: float, prompt: Prompt, config: ReuseConfig, found: FoundChunks, num_layers: int, *, in_turns: bool
+    seconds: float, prompt: Prompt, config: ReuseConfig, spans: Sequence[Span], num_layers: int, *, in_turns: bool
 ) -> Reading:
-    """What reading a prompt's rows means for computing it. The workers of a shared model say the same, since they have opened the same chunks.
+    """What reading a prompt's rows means for computing it. The workers of a shared model say the same, since they have the same chunks.
 
     Args:
         seconds: see `Reading`.
         prompt: the prompt.
         config: its settings.
-        found: its open chunks, whether in memory or not.
+        spans: the places of its stored chunks, whether in memory or not.
         num_layers: layers of the model.
         in_turns: whether all rows are read before anything is computed (`Heads.in_turns`).
     """
     share = get_selector(config.selector).share(config.ratio)
     if config.finder is not None:
         share = min(config.finder.ratios, default=share)
-    stored = {span.chunk for span, _ in found.chunks}
+    stored = {span.chunk for span in spans}
     missing = {span.chunk for span in prompt.spans} - stored
     savings = savings_of(prompt, max(share, config.skipped), missing=missing)
     selector = selector_of(config)
@@ -65,5 +65,5 @@ def reading_of(
         return Reading(seconds, 1.0, savings.reused)
     # A probe of all layers leaves the rows of what stands before the first reused chunk.
     deep = selector is not None and layers and selector.layers(num_layers) == num_layers
-    first = min((span.start for span, _ in found.chunks), default=0)
+    first = min((span.start for span in spans), default=0)
     return Reading(seconds, layers / num_layers, savings.reused, first if deep else 0)

@@ -53,11 +53,13 @@ class NothingReused:
         report: what its lookup found; its `ttft` is the time that this took.
         missed: numbers of the prompt's chunks that were not in the store and should be stored (equal chunks once).
         reading: how its chunks would have been read, if it was left alone for the time that this takes.
+        left_on_disk: how many of its chunks are then not read behind it, because there is no room for them.
     """
 
     report: Report
     missed: tuple[int, ...] = ()
     reading: Reading | None = None
+    left_on_disk: int = 0
 
 
 def full_report(prompt: Prompt, seconds: float) -> Report:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
-from .chunk import Chunk
+from .chunk import Chunk, ChunkHead
 from .claims import Claims
 from .disk_reader import DiskReader
 from .errors import BudgetError, DamagedChunkError, StoreArgumentError, StoreError
@@ -21,6 +21,7 @@ from .readers import ChunkReader, HostReader
 from .seals import CHECKSUMS
 from .stats import TierUsage
 from .texts import drop_text, evict_text, note_text
+from .tier_kinds import TierKind
 from .tiers import LastingTier, Tier
 from .usage import UsageLog
 
@@ -182,6 +183,14 @@ class Placement:
             with self._lock:
                 self.hits += 1
         return reader
+
+    def foresee(self, key: ChunkKey) -> tuple[TierKind, ChunkHead] | None:
+        """The kind of the tier that would give the chunk, and the chunk's head, as far as is known without waiting for anything."""
+        for tier in self._tiers.values():
+            head = tier.known_head(key)
+            if head is not None:
+                return tier.kind, head
+        return None
 
     def contains(self, key: ChunkKey, *, lasting: bool = False) -> bool:
         """Whether any tier has the chunk. With `lasting`, only tiers that last count, if there are any."""

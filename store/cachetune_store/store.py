@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .arguments import check_flag, check_items, check_key, check_keys, check_kind, check_text
-from .chunk import Chunk, encode_chunk
+from .chunk import Chunk, ChunkHead, encode_chunk
 from .claims import Claim
 from .errors import (
     StoreArgumentError,
@@ -262,6 +262,15 @@ class ChunkStore:
         check_key(key)
         self._secrets.look()
         return self._placement.open_in_memory(key)
+
+    def foresee(self, key: ChunkKey) -> tuple[TierKind, ChunkHead] | None:
+        """From what kind of tier a chunk would be read, and its head; None where that can't be told without waiting for a disk or another machine.
+
+        A chunk on disk is known if it was opened before (of an encrypted store, none is). Its file may be gone since. Nothing is counted.
+        """
+        self._check_open()
+        check_key(key)
+        return self._placement.foresee(key)
 
     def contains(self, key: ChunkKey, *, lasting: bool = False) -> bool:
         """Whether the chunk is stored. Nothing of it is read or checked.

@@ -6,14 +6,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from tiny import llama, tokenizer
 
 from cachetune_rag import CacheTune
 from cachetune_rag.reuse.config import ReuseConfig
-from cachetune_rag.reuse.lookup import FoundChunks
 from cachetune_rag.reuse.opening import bytes_to_read
 from cachetune_rag.reuse.plan import Planner
 from cachetune_rag.reuse.reading import Reading, reading_of
@@ -23,7 +22,7 @@ from cachetune_rag.selection import names
 from cachetune_rag.selection.base import budget
 from cachetune_rag.selection.bound import SignOnly
 from cachetune_rag.text.prompts.segments import Prompt, Span
-from cachetune_store import ChunkReader, ChunkStore, read_speed
+from cachetune_store import ChunkStore, read_speed
 
 TEXTS = [f"Ship {number} came in at noon with {number * 7} barrels of salt, and left again." for number in range(4)]
 SPEED, LAYERS = 1000.0, 8
@@ -134,8 +133,116 @@ def test_its_chunks_are_read_once_the_server_has_the_prompt(tmp_path: Path) -> N
         wait_for(lambda: disk().disk.pinned == 1)  # type: ignore[union-attr]
         coming.close()
         assert (coming.coming, disk().disk.pinned) == (set(), 0)  # type: ignore[union-attr]
-        assert isinstance(reuse(engine, Asked(slow=True, after=1e6), TEXTS[1:]), NothingReused)
-        assert (coming.coming, disk().disk.pinned) == (set(), 0)  # type: ignore[union-attr]
+        for shown in (TEXTS[1:], TEXTS[:2]):  # some of them are in memory, and all known
+            assert isinstance(reuse(engine, Asked(slow=True, after=1e6), shown), NothingReused)
+            assert (coming.coming, disk().disk.pinned) == (set(), 0)  # type: ignore[union-attr]
+
+
+def test_chunks_that_wait_to_be_read_are_not_put_off_and_a_request_that_needs_them_gets_them(tmp_path: Path) -> None:
+    with opened(tmp_path) as engine:
+        keys = [engine.runtime.assembler.key(tokenizer()(text, add_special_tokens=False).input_ids) for text in TEXTS]
+        sizes = []
+        for key in keys:
+            with engine.store.open(key) as reader:  # type: ignore[union-attr]
+                sizes.append(reader.host_bytes)
+    with opened(tmp_path, host_budget=sum(sizes) + min(sizes) // 2) as engine:
+        coming, later = engine.runtime.prefetcher, Asked(slow=True, after=1e6)
+        for key in keys:
+            engine.store.open(key).close()  # type: ignore[union-attr]
+        for _ in range(3):  # there is room for each once
+            assert isinstance(left := reuse(engine, later), NothingReused)
+            assert (coming.coming, left.left_on_disk) == (set(keys[:3]), 0)
+        assert engine.store.stats().disk.pinned == 0  # type: ignore[union-attr]
+        state = reuse(engine, Asked(slow=False), TEXTS[:1])
+        assert isinstance(state, PrefillState)
+        assert coming.coming == set(keys[1:3])
+        assert isinstance(left := reuse(engine, Asked(slow=True, after=1e-3), TEXTS[1:]), NothingReused)
+        assert left.left_on_disk == 0
+        wait_for(lambda: bool(engine.store.touch_host(keys[3])))
+        assert coming.coming == set(keys[1:3])
+        assert coming.take(keys) == {}  # nobody has opened them
+        assert coming.coming == set()
+
+
+def opened_files(engine: CacheTune, patch: pytest.MonkeyPatch) -> list[object]:
+    """Keys of the chunks that are opened from now on, wherever they are."""
+    noted: list[object] = []
+    store = engine.store
+    for name in ("open", "open_in_memory"):
+        real = getattr(store, name)
+        patch.setattr(store, name, lambda key, real=real, **given: noted.append(key) or real(key, **given))
+    return noted
+
+
+@pytest.mark.parametrize("config", [CONFIG, ReuseConfig("expected_error", 0.2)], ids=lambda config: config.selector)
+def test_chunks_that_were_open_before_are_left_without_waiting_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: ReuseConfig
+) -> None:
+    """Opening them takes longer than all else that a server waits for before it reads such a prompt itself."""
+    with opened(tmp_path) as engine:
+        first = engine.prompts.build(query="How?", chunks=TEXTS[:1])
+        engine.runtime.executor.prefetch(lambda: first.chunk_ids).wait(30)
+        seen = reuse(engine, asked := Asked(slow=True, after=1e6), TEXTS, config)
+        coming = engine.runtime.prefetcher
+        wait_for(lambda: len(coming.coming) == 3)
+        for reader in coming.take(coming.coming).values():
+            reader.close()
+        files = opened_files(engine, monkeypatch)
+        left = reuse(engine, asked, TEXTS, config)
+        assert files == []
+        assert asked.readings == [seen.reading] * 2
+        assert (left.reading, left.missed) == (seen.reading, ())
+        same = ("prompt_tokens", "reused", "recomputed", "missed", "ratio", "selector", "advice", "continued")
+        assert [getattr(left.report, name) for name in same] == [getattr(seen.report, name) for name in same]
+        assert coming.take(coming.coming) == {}
+        assert isinstance(reuse(engine, Asked(slow=True, after=1e-3), TEXTS, config), NothingReused)
+        wait_for(lambda: in_host(engine) == 4)
+        wait_for(lambda: engine.store.stats().disk.pinned == 0)  # type: ignore[union-attr]
+        state = reuse(engine, asked, TEXTS, config)
+        assert isinstance(state, PrefillState)
+        assert len(asked.readings) == 2
+
+
+def test_a_prompt_is_asked_about_once_although_its_chunks_are_opened_then(tmp_path: Path) -> None:
+    """One that is tried all the same would be left by the second answer."""
+    with opened(tmp_path, host_budget=0) as engine:
+        for asked in (Asked(slow=True), Asked(slow=False), Asked(slow=False)):
+            state = reuse(engine, asked)
+            assert isinstance(state, PrefillState) != (asked.answer is not None)
+            assert len(asked.readings) == 1
+
+
+def test_where_not_all_is_known_the_chunks_are_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(tmp_path, host_budget=0) as engine:
+        keys = [engine.runtime.assembler.key(tokenizer()(text, add_special_tokens=False).input_ids) for text in TEXTS]
+        assert isinstance(reuse(engine, Asked(slow=True)), NothingReused)
+        files = opened_files(engine, monkeypatch)
+        assert isinstance(left := reuse(engine, Asked(slow=True), TEXTS), NothingReused)  # one was never open
+        assert set(files) == set(keys)
+        assert (left.missed, left.left_on_disk) == ((), 4)
+        engine.store.tier("disk").path_of(keys[1]).unlink()  # type: ignore[attr-defined]
+        del files[:]
+        assert isinstance(left := reuse(engine, Asked(slow=True), TEXTS), NothingReused)
+        assert files == []  # nobody has looked
+        assert left.missed == ()
+        assert isinstance(state := reuse(engine, Asked(slow=False), TEXTS), PrefillState)
+        assert state.missed == (1,)
+        assert isinstance(left := reuse(engine, Asked(slow=True), TEXTS), NothingReused)
+        assert left.missed == (1,)
+
+
+def test_a_chunk_that_is_gone_is_found_to_be_so_behind_a_left_prompt(tmp_path: Path) -> None:
+    with opened(tmp_path) as engine:
+        coming = engine.runtime.prefetcher
+        keys = [engine.runtime.assembler.key(tokenizer()(text, add_special_tokens=False).input_ids) for text in TEXTS]
+        for key in keys[:3]:
+            engine.store.open(key).close()  # type: ignore[union-attr]
+            engine.store.tier("disk").path_of(key).unlink()  # type: ignore[attr-defined]
+        assert isinstance(reuse(engine, Asked(slow=True)), NothingReused)
+        wait_for(lambda: not any(engine.store.foresee(key) for key in keys))
+        assert isinstance(left := reuse(engine, asked := Asked(slow=True)), NothingReused)
+        assert (left.missed, asked.readings) == ((0, 1, 2), [])
+        assert not coming.coming
 
 
 def test_what_is_read_in_the_background_tells_nothing_of_the_disk(
@@ -226,12 +333,11 @@ def test_of_a_mixed_prompt_what_is_on_disk_is_read_and_what_is_not_reused_is_com
 
 
 def test_where_nothing_is_to_be_looked_at_and_where_workers_take_turns() -> None:
-    stored, reader = Span(5, 105, 0), cast(ChunkReader, object())
+    stored = Span(5, 105, 0)
     prompt = Prompt(tuple(range(120)), (stored,), (tuple(range(5, 105)),), ("",))
-    found = FoundChunks(((stored, reader),))
 
     def said(config: ReuseConfig, *, in_turns: bool = False) -> Reading:
-        return reading_of(2.0, prompt, config, found, LAYERS, in_turns=in_turns)
+        return reading_of(2.0, prompt, config, [stored], LAYERS, in_turns=in_turns)
 
     assert said(ReuseConfig("expected_error", 0.2)) == Reading(2.0, 1.0, 80, 5)
     assert said(ReuseConfig("expected_error", 0.2), in_turns=True) == Reading(2.0, 1.0, 80)
@@ -249,9 +355,17 @@ def test_what_has_no_room_in_memory_is_let_go(tmp_path: Path, fit: int) -> None:
         first = engine.runtime.assembler.key(tokenizer()(TEXTS[0], add_special_tokens=False).input_ids)
         with engine.store.open(first) as reader:  # type: ignore[union-attr]
             size = reader.host_bytes
+    told = list[int]()
     with opened(tmp_path, host_budget=fit * (size + size // 2)) as engine:
         for _ in range(3):
-            assert isinstance(reuse(engine, Asked(slow=True), TEXTS), NothingReused)
+            with paused(engine):
+                left = reuse(engine, Asked(slow=True), TEXTS)
+            assert isinstance(left, NothingReused)
+            told.append(left.left_on_disk)
+            wait_for(lambda: not engine.runtime.prefetcher.coming and engine.store.stats().disk.pinned == 0)  # type: ignore[union-attr]
+            wait_for(lambda: in_host(engine) == fit)
+        # Afterwards, the one that is in memory need not be read, and there is room for another one in its place.
+        assert told == [4 - fit] * 1 + [4 - 2 * fit] * 2
         wait_for(lambda: engine.store.stats().disk.pinned == 0)  # type: ignore[union-attr]
         wait_for(lambda: in_host(engine) == fit)
 
@@ -267,10 +381,13 @@ def test_no_more_is_read_behind_left_prompts_than_memory_holds(tmp_path: Path) -
             for _ in range(2):  # the same ones again are handed on and read on
                 assert isinstance(reuse(engine, Asked(slow=True)), NothingReused)
                 wait_for(lambda: coming.coming == set(keys[:3]))
-            assert isinstance(reuse(engine, Asked(slow=True), TEXTS[3:]), NothingReused)
+            for _ in range(2):  # opened, and known from then on
+                assert isinstance(left := reuse(engine, Asked(slow=True), TEXTS[3:]), NothingReused)
+                assert left.left_on_disk == 1
             assert engine.store.stats().disk.pinned == 3  # type: ignore[union-attr]
         wait_for(lambda: in_host(engine) == 3 and not coming.coming)
-        assert isinstance(reuse(engine, Asked(slow=True), TEXTS[3:]), NothingReused)
+        assert isinstance(left := reuse(engine, Asked(slow=True), TEXTS[3:]), NothingReused)
+        assert left.left_on_disk == 0
         wait_for(lambda: bool(engine.store.touch_host(keys[3])))
 
 

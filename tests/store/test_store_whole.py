@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from store_samples import file_of, flip, sample
 
 from cachetune_store import ChunkStore, DamagedChunkError, StoreClosedError
+from cachetune_store.tier_kinds import kind_of
 
 
 @pytest.mark.parametrize("where", ["memory", "host", "disk", "device"])
@@ -75,3 +77,33 @@ def test_what_cannot_come_up_is_not_read_for_it(tmp_path: Path) -> None:
             read = reader.bytes_read
             assert not reader.promote()
             assert reader.bytes_read == read
+
+
+@pytest.mark.parametrize("encrypt", [False, True])
+def test_where_a_chunk_is_told_without_looking_at_any_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encrypt: bool
+) -> None:
+    """Of a chunk on disk, from the time when it was open; heads of encrypted files are not kept."""
+    given = {"store_key": bytes(range(32)), "encrypt": True} if encrypt else {}
+    one, other = sample(0), sample(1)
+    with ChunkStore(tmp_path, **given) as store:
+        one.put(store)
+    with ChunkStore(tmp_path, **given) as store:
+        assert store.foresee(one.key) is None
+        with store.open(one.key) as reader:
+            head, before = reader.head, (store.stats().hits, store.stats().misses)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", None)
+            found = store.foresee(one.key)
+        assert found == (None if encrypt else (kind_of("disk"), head))
+        with store.open(one.key) as reader:
+            reader.promote()
+        kind, head = store.foresee(one.key)
+        assert (kind.name, head.key) == ("host", one.key)
+        assert store.foresee(other.key) is None
+        assert (store.stats().hits, store.stats().misses) == (before[0] + 1, before[1])
+        store.tier("host").remove(one.key)
+        store.tier("disk").path_of(one.key).unlink()
+        assert (store.foresee(one.key) is None) == encrypt  # nobody has looked
+        assert store.open(one.key) is None
+        assert store.foresee(one.key) is None

@@ -14,6 +14,7 @@ import pytest
 from cachetune_rag import CacheTune
 from cachetune_rag.selection.base import budget
 from cachetune_vllm.measured import TRIED
+from cachetune_vllm.metrics import ReuseStats
 from tests import tiny
 from tests.vllm.saturated import TEXTS, Saturated
 
@@ -59,7 +60,7 @@ def seconds_to_read(made: Saturated, number: int, speed: float) -> float:
 @pytest.mark.parametrize("made", [(1000.0, "1GiB")], indirect=True)
 def test_a_prompt_is_left_and_the_next_one_finds_its_chunks_in_memory(made: Saturated) -> None:
     said = asked(made, 0)
-    assert (said["left"], said["reused"], said["missed"]) == ("slow disk", 0, 0)
+    assert (said["left"], said["reused"], said["missed"], said["left_on_disk"]) == ("slow disk", 0, 0, 0)
     assert said["why"].endswith(
         "0 ms of that behind the reading; vLLM takes 50 ms for the prompt, by what this server took lately"
     )
@@ -88,8 +89,13 @@ def test_its_chunks_are_not_read_while_vllm_computes_it(made: Saturated) -> None
 
 @pytest.mark.parametrize("made", [(1000.0, 0)], indirect=True)
 def test_every_so_many_are_tried_and_nobody_is_left_whose_vllm_was_not_measured(made: Saturated) -> None:
-    left = [asked(made, number).get("left") for number in range(TRIED)]
-    assert left == ["slow disk"] * (TRIED - 1) + [None]
+    said = [asked(made, number) for number in range(TRIED)]
+    assert [each.get("left") for each in said] == ["slow disk"] * (TRIED - 1) + [None]
+    stats = ReuseStats()
+    for each in said[:-1]:
+        assert each["left_on_disk"] == 4  # nothing has room in memory
+        stats.add_left(each["left"], each)
+    assert stats.data["left_on_disk"] == 4 * (TRIED - 1)
     assert asked(made, 0, plain=None)["reused"]
     assert asked(made, 1, plain=1e6)["reused"]  # vLLM is slower still
 

@@ -96,6 +96,10 @@ class Tier(ABC):
         If the chunk is here and can't be used, the reason is added to `errors`.
         """
 
+    def known_head(self, key: ChunkKey) -> ChunkHead | None:
+        """The head of a chunk that is here as far as is known without waiting for anything; None where that isn't known. Nothing is counted."""
+        return None
+
     @abstractmethod
     def heads(self) -> Iterator[tuple[ChunkKey, ChunkHead | Exception]]:
         """The head of every chunk that is here, or why it can't be read. Chunks that are removed meanwhile are left out."""

@@ -130,6 +130,11 @@ class DiskTier(LastingTier):
             self.counters.misses += reader is None
         return reader
 
+    def known_head(self, key: ChunkKey) -> ChunkHead | None:
+        """See Tier. It is that of the file which was opened last."""
+        parsed = self._known.last(key)
+        return None if parsed is None else parsed.head
+
     def peek(self, key: ChunkKey) -> ChunkHead | None:
         """The head of a chunk, if its file exists and the head is not damaged. Nothing is counted."""
         reader = self._open(key)

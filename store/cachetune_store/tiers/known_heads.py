@@ -55,6 +55,12 @@ class KnownHeads:
             self._held.move_to_end(key)
             return found[0]
 
+    def last(self, key: ChunkKey) -> ParsedHead | None:
+        """The head of the file as it was when it was opened last, if it is known. No file is looked at."""
+        with self._lock:
+            found = self._held.get(key)
+            return None if found is None else found[0]
+
     def keep(self, key: ChunkKey, file: RawFile, parsed: ParsedHead) -> None:
         """Keep what was read of this open file."""
         if parsed.head.seal.hides or parsed.deviations is not None:

@@ -70,6 +70,11 @@ class MemoryTier(Tier, Generic[Held]):
             if key.digest in self._held:
                 self._held.move_to_end(key.digest)
 
+    def known_head(self, key: ChunkKey) -> ChunkHead | None:
+        """See Tier."""
+        entry = self._held.get(key.digest)
+        return self._head(entry[0]) if entry else None
+
     def heads(self) -> Iterator[tuple[ChunkKey, ChunkHead | Exception]]:
         """See Tier."""
         with self._lock:
