@@ -14,29 +14,24 @@ reads and writes nothing.
 
 from __future__ import annotations
 
-import gc
-import logging
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, cached_property
+from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from cachetune_rag.model.cuda.captured import CapturedGraphs
 from cachetune_rag.model.cuda.compiled_layers import TOKENS, FusedLayers, opaque
 from cachetune_rag.model.cuda.graphs import (
     MAX_TOKENS,
     STEP,
     Exchange,
-    ExchangeMemory,
     Graph,
     Inputs,
     Kind,
-    Recorder,
     bucket,
     buckets,
     padded_chunks,
@@ -44,7 +39,8 @@ from cachetune_rag.model.cuda.graphs import (
     shift_numbers,
     shifting_kinds,
 )
-from cachetune_rag.model.cuda.kernel_call import KernelCache, KernelCall, Probing, Shifting
+from cachetune_rag.model.cuda.kernel_call import KernelCache, KernelCall
+from cachetune_rag.model.cuda.kernel_calls import KernelCalls
 from cachetune_rag.model.cuda.row_lists import RowLists, listing
 from cachetune_rag.model.family import taps
 from cachetune_rag.model.family.rope import Turn
@@ -53,18 +49,10 @@ from cachetune_rag.model.plain.attention import by_kernel
 from cachetune_rag.model.plain.buffers import KVBuffers
 from cachetune_rag.model.plain.probe import ProbePass
 from cachetune_rag.model.plain.shift import ChunkShift
-from cachetune_store import pinning
 from cachetune_store.layout import LayerSpec
 
-MAX_GRAPHS = 96
-_INVALIDATED = "due to a previous error during capture"
-"""CUDA's message when another thread invalidated a capture."""
-_ATTEMPTS = 5
-"""How many captures in a row may fail with that message before no more are tried."""
 _PROBED_TOKENS = 256
 """Up to this many computed tokens a probe is warmed up. It computes the query, the prefix and what stands between chunks."""
-
-_log = logging.getLogger(__name__)
 
 RunModel = Callable[[Tensor, Tensor, Cache], Tensor]
 """Runs the model on ids and positions [1, tokens] with a cache. Gives the logits of the last token, [1, vocab]."""
@@ -98,23 +86,28 @@ class DeviceForward:
         recorded: Callable[[Exchange], AbstractContextManager[None]] = lambda _exchange: nullcontext(),
     ):
         self.run_model, self._layers, self._device = run, list(layers), device
-        self._specs, self._windows = list(specs), list(windows)
-        self._make_gains, self._turns = gains, turns
+        self._num_layers = len(specs)
+        self._calls = KernelCalls(specs, windows, gains, turns, device)
         self._fused = FusedLayers(layers)
-        self.graphs_enabled = self._padded = graphs and device.type == "cuda"
-        self._recorded, self._exchange_memory = recorded, ExchangeMemory()
-        self.captures = 0
+        self._padded = graphs and device.type == "cuda"
+        self._graphs = CapturedGraphs(device, self._padded, recorded)
         self.began: torch.cuda.Event | None = None
         """Recorded on the device when it starts the last forward."""
-        self._graphs: OrderedDict[Kind, Graph] = OrderedDict()
-        self._seen: set[Kind] = set()
-        self._refused: set[Kind] = set()
-        self._disturbed = 0
-        self._pool: Any = None
-        self._stream: Any = None
-        self._totals: Tensor | None = None
         self._unread: list[Inputs] = []
-        self._held: list[Turn | None] = []
+
+    @property
+    def graphs_enabled(self) -> bool:
+        """Whether forwards are captured as CUDA graphs and replayed."""
+        return self._graphs.enabled
+
+    @graphs_enabled.setter
+    def graphs_enabled(self, enabled: bool) -> None:
+        self._graphs.enabled = enabled
+
+    @property
+    def captures(self) -> int:
+        """How many graphs were captured so far."""
+        return self._graphs.captures
 
     def forward(
         self,
@@ -125,7 +118,7 @@ class DeviceForward:
         shift: ChunkShift | None = None,
     ) -> Tensor:
         """As `ModelAdapter.selective_forward`. `ids` and `positions` should be on the host, which is fastest."""
-        numbers = None if shift is None else shift_numbers(shift, positions, self._rotations(buffers.length))
+        numbers = None if shift is None else shift_numbers(shift, positions, self._calls.rotations(buffers.length))
         kind = Kind(bucket(ids.shape[0]), chunks=0 if numbers is None else padded_chunks(numbers.spans.shape[0]))
         if numbers is None and kind not in self._graphs:
             # A graph that shifts chunks computes the same where no chunk is shifted. Most selectors shift, so a graph without would be one more for each size.
@@ -147,7 +140,7 @@ class DeviceForward:
         self, probe: ProbePass, deviations: Tensor, summed: Callable[[Tensor], Tensor] = lambda scores: scores
     ) -> Tensor:
         """As `Probe.expected_error`. `deviations` are on the device, and complete once `before(0)` has returned."""
-        columns = self._columns[probe.layers]
+        columns = self._calls.columns(probe.layers)
         if deviations.shape[1] != columns:
             raise ValueError(f"deviations have {deviations.shape[1]} columns; {probe.layers} layers make {columns}.")
         listed = 0 if probe.left_out is not None else None if probe.shortlist is None else probe.shortlist.after
@@ -166,10 +159,10 @@ class DeviceForward:
     def fuse(self, buffers: KVBuffers, vocabulary: int) -> bool:
         """Compile the model's layers (`FusedLayers.compile`). They are tried on `buffers` for `compiled_layers.TOKENS` tokens."""
         kind = Kind(TOKENS)
-        inputs = Inputs(kind, len(self._specs), self._device)
+        inputs = Inputs(kind, self._num_layers, self._device)
         inputs.fill(torch.arange(TOKENS) % vocabulary, torch.arange(TOKENS), buffers)
         before = self._fused.ready
-        done = self._fused.compile(lambda: self._eager(inputs, _nothing, self._call(kind, inputs)))
+        done = self._fused.compile(lambda: self._eager(inputs, _nothing, self._calls.make(kind, inputs)))
         if done and not before:
             # Graphs captured before don't contain the compiled layers. Their memory pool is freed with the last of them.
             self.drop_graphs()
@@ -177,9 +170,7 @@ class DeviceForward:
 
     def drop_graphs(self) -> None:
         """Forget every captured graph, as if no request had been made yet."""
-        self._graphs.clear()
-        self._seen.clear()
-        self._pool = None
+        self._graphs.drop()
 
     def warmup(
         self,
@@ -219,11 +210,11 @@ class DeviceForward:
     def _warm(self, kind: Kind, capture: bool = True) -> None:
         if kind in self._graphs:
             return
-        inputs = Inputs(kind, len(self._specs), self._device)
+        inputs = Inputs(kind, self._num_layers, self._device)
         inputs.fill_idle()
         self._keep(inputs)
-        self._eager(inputs, _nothing, self._call(kind, inputs))
-        self._seen.add(kind)
+        self._eager(inputs, _nothing, self._calls.make(kind, inputs))
+        self._graphs.ran(kind)
         if capture and self.graphs_enabled and kind.tokens <= MAX_TOKENS:
             self._capture(kind)
 
@@ -240,26 +231,24 @@ class DeviceForward:
         """Run a forward of a kind. `lists` writes which rows its layers use, if they don't use all."""
         graph = None
         if self._padded and kind.tokens <= MAX_TOKENS:
-            graph = self._graphs.get(kind) if self.graphs_enabled else None
-            # The first forward of a kind runs without a graph. It compiles kernels, which a capture can't do.
-            if self.graphs_enabled and graph is None and kind in self._seen and kind not in self._refused:
+            graph = self._graphs.find(kind)
+            if graph is None and self._graphs.wants(kind):
                 graph = self._capture(kind)
-            self._seen.add(kind)
+            self._graphs.ran(kind)
         else:
             # Padding only serves to share graphs. (Where a capture failed, others who have a part of the model may go on with theirs.)
             chunks = numbers["shift"].spans.shape[0] if kind.chunks else 0
             length = buffers.length if kind.length else 0
             kind = Kind(ids.shape[0], kind.probed, kind.errors, length, chunks, kind.listed)
         if graph is not None:
-            self._graphs.move_to_end(kind)
             graph.inputs.fill(ids, positions, buffers, **numbers)
             self.began = graph.inputs.read
             return graph.replay(listing(before, kind, lists, graph.inputs, graph.total))
-        inputs = Inputs(kind, len(self._specs), self._device)
+        inputs = Inputs(kind, self._num_layers, self._device)
         inputs.fill(ids, positions, buffers, **numbers)
         self._keep(inputs)
         self.began = inputs.read
-        call = self._call(kind, inputs)
+        call = self._calls.make(kind, inputs)
         total = None if call.probing is None else call.probing.total
         return self._eager(inputs, listing(before, kind, lists, inputs, total), call)
 
@@ -267,36 +256,6 @@ class DeviceForward:
         """Keep inputs until the device has read them. Their page-locked memory is read by a kernel, of which torch doesn't know: it would
         hand the memory out again at once."""
         self._unread = [*(each for each in self._unread if each.read is not None and not each.read.query()), inputs]
-
-    def _call(self, kind: Kind, inputs: Inputs) -> KernelCall:
-        call = KernelCall(inputs.table, inputs.positions, self._specs, self._windows)
-        empty: Any = {"dtype": torch.float32, "device": self._device}
-        if kind.probed is not None:
-            rows = max(spec.heads for spec in self._specs) if kind.errors else 1
-            call.probing = Probing(
-                inputs.watched,
-                kind.probed - 1,
-                self._zeros(rows, kind.length),
-                inputs.deviations if kind.errors else None,
-                self._columns[: kind.probed + 1],
-                self._gains if kind.errors else (),
-                torch.empty(kind.tokens, **empty),
-                None if kind.listed is None else (inputs.rows, inputs.count),
-                kind.listed or 0,
-            )
-        if kind.chunks:
-            widths = (max(s.heads * s.head_dim for s in self._specs), max(s.heads * s.v_head_dim for s in self._specs))
-            moved = (torch.empty(kind.chunks, widths[0], **empty), torch.empty(kind.chunks, widths[1], **empty))
-            call.shifting = Shifting(inputs.known, inputs.spans, inputs.rotations, self._turnings, moved)
-        return call
-
-    def _zeros(self, rows: int, length: int) -> Tensor:
-        """What a probe adds up to, float32 [rows, length]. All probes have the same memory, because only one runs at a time; a graph keeps what it was captured with."""
-        count = rows * length
-        if self._totals is None or self._totals.numel() < count:
-            with torch.inference_mode(False):  # probes write to it in any mode
-                self._totals = torch.empty(count, dtype=torch.float32, device=self._device)
-        return self._totals[:count].view(rows, length).zero_()
 
     def _eager(self, inputs: Inputs, before: Callable[[int], None], call: KernelCall) -> Tensor:
         """Run the model on `inputs` without a graph. Gives the logits, or what a probe has added up."""
@@ -316,103 +275,16 @@ class DeviceForward:
             return self._fused.active(see)
         return taps.inputs_tapped(self._layers, see)
 
-    def _rotations(self, length: int) -> list[int]:
-        """Addresses of every layer's cosines and sines for a prompt. They hold until this is called for the next prompt."""
-        self._held = self._turns(length)
-        tables = [(0, 0) if turn is None else (turn.cos.data_ptr(), turn.sin.data_ptr()) for turn in self._held]
-        return [address for pair in tables for address in pair]
-
-    @cached_property
-    def _gains(self) -> list[Tensor]:
-        return self._make_gains()
-
-    @cached_property
-    def _columns(self) -> list[int]:
-        """The first column of each layer's deviations, and then the number of all columns."""
-        return [0, *np.cumsum([2 * spec.heads for spec in self._specs]).tolist()]
-
-    @cached_property
-    def _turnings(self) -> list[tuple[Tensor, Tensor] | None]:
-        """For each layer: with which channel each channel is rotated, and the sign."""
-        made: list[tuple[Tensor, Tensor] | None] = []
-        for turn, spec in zip(self._turns(1), self._specs, strict=True):
-            if turn is None:
-                made.append(None)
-                continue
-            count = torch.arange(1, spec.head_dim + 1, dtype=torch.float32, device=self._device)
-            across = turn.quarter(count[None, None])[0, 0]
-            made.append(((across.abs() - 1).round().int().contiguous(), across.sign().contiguous()))
-        return made
-
     def _capture(self, kind: Kind) -> Graph | None:
-        if self._pool is None:
-            self._stream = torch.cuda.Stream(self._device)
-            self._pool = torch.cuda.graph_pool_handle()
-        inputs = Inputs(kind, len(self._specs), self._device)
+        inputs = Inputs(kind, self._num_layers, self._device)
         inputs.fill_idle()
-        self._call(kind, inputs)  # makes cached values here, which must not be made during the capture
-        recorder = Recorder(self._pool, self._exchange_memory)
-        # The garbage collector must not run during a capture: freeing page-locked memory, perhaps another engine's, would make it fail.
-        collecting = gc.isenabled()
-        gc.collect()
-        gc.disable()
-        torch.cuda.synchronize(self._device)
-        # The first forward of this kind ran without a graph. What it took for its results is of no use to the graph, which takes memory of its own.
-        torch.cuda.empty_cache()
-        try:
-            with pinning.capturing(), torch.cuda.stream(self._stream), self._recorded(recorder.exchange):
-                recorder.begin()
-                try:
-                    cut = _nothing if kind.whole else recorder.cut
-                    call = self._call(kind, inputs)
-                    out = self._eager(inputs, cut, call)
-                finally:
-                    recorder.end()
-        except RuntimeError as error:
-            self._give_up(kind, error)
-            return None
-        finally:
-            if collecting:
-                gc.enable()
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
-        self.captures += 1
-        self._disturbed = 0
-        total = None if call.probing is None else call.probing.total
-        graph = self._graphs[kind] = Graph(inputs, recorder.pieces, out, total)
-        while len(self._graphs) > MAX_GRAPHS:
-            self._graphs.popitem(last=False)
-        return graph
+        self._calls.make(kind, inputs)  # makes cached values here, which must not be made during the capture
 
-    def _give_up(self, kind: Kind, error: RuntimeError) -> None:
-        """After a failed capture: go on without this graph, go on without any, or let the next request try again."""
-        torch.cuda.synchronize(self._device)
-        if not self._graphs:
-            self._pool = None  # a pool without a graph is freed, so the next capture needs another one
-        if _out_of_memory(error):
-            _log.warning("no memory for a CUDA graph of %d tokens: requests of this size run as they are", kind.tokens)
-            self._refused.add(kind)
-            torch.cuda.empty_cache()
-            return
-        self._disturbed += 1
-        if _INVALIDATED in str(error) and self._disturbed < _ATTEMPTS:
-            # Most likely another thread of the program waited for the device meanwhile.
-            _log.warning(
-                "a CUDA graph of %d tokens was not captured, the next request tries again: %s", kind.tokens, error
-            )
-            return
-        # A forward that reads numbers from the device, for example to choose experts on the host, can't be captured.
-        _log.warning("no CUDA graphs for this model: %s", error)
-        self.graphs_enabled = False
-        self._graphs.clear()
+        def run(before: Callable[[int], None]) -> tuple[Tensor, KernelCall]:
+            call = self._calls.make(kind, inputs)
+            return self._eager(inputs, before, call), call
 
-
-def _out_of_memory(error: BaseException | None) -> bool:
-    """Whether this error, or one that caused it, says that the device's memory is full."""
-    while error is not None:
-        if isinstance(error, torch.OutOfMemoryError):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+        return self._graphs.capture(kind, inputs, run)
 
 
 @cache
