@@ -22,6 +22,7 @@ from cachetune_rag.chunks.lead_in_choice import given_lead_ins
 from cachetune_rag.chunks.lead_ins import LeadIns
 from cachetune_rag.chunks.precompute import Precomputer
 from cachetune_rag.chunks.recognition import StoreRecognizer
+from cachetune_rag.chunks.stored_codecs import stored_codecs
 from cachetune_rag.concurrency.deadline import FAR_READERS, READERS, DeadlinePool, check_timeout
 from cachetune_rag.concurrency.lifetime import Lifetime
 from cachetune_rag.concurrency.workers import Job
@@ -47,7 +48,7 @@ from cachetune_rag.telemetry.stats import EngineStats, LastKnownStoreStats, Requ
 from cachetune_rag.text.prompts.finders import finders_for
 from cachetune_rag.text.prompts.prompt import PromptBuilder
 from cachetune_rag.text.tokenizer import private_copy
-from cachetune_store import ChunkStore, Namespace
+from cachetune_store import ChunkStore, Namespace, StoreError
 from cachetune_store.printing import shown
 from cachetune_store.units import parse_bytes
 
@@ -266,7 +267,22 @@ class Runtime:
             after = chosen.shortlist_after(self.adapter.num_layers) if errors else 0
             probe = (layers, errors, after) if layers else None
             self.adapter.warmup(computed_tokens, probe, prompt_lengths, mean and chosen.shift > 0, largest)
-            warm_up_loading(self.adapter, self.store.codec)
+            for codec in self._codecs():
+                warm_up_loading(self.adapter, codec)
+
+    def _codecs(self) -> list[str]:
+        """Codecs of chunks that requests will show: those in which chunks are stored, and will be. On a CPU, nobody needs to know."""
+        own = self.store.codec
+        if not self.adapter.cuda_kernels:
+            return [own]
+        try:
+            stored: set[str] = self.pool.call(stored_codecs, self.store, self.lead_ins.base.tenant)
+        except StoreError as error:
+            _log.warning(
+                "the first request with chunks in another codec than %s waits for the compiler: %s", own, error
+            )
+            return [own]
+        return sorted({own} | stored)
 
     def model_changed(self) -> bool:
         """Do what `CacheTune.model_changed` documents."""

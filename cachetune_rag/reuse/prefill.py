@@ -375,7 +375,7 @@ class Assembler:
         if after is None:
             return True, None
         report = report_of(
-            prompt, config, FoundChunks(()), Chosen(None), Faults(), self._finders, kept=0, skipped=0,
+            prompt, config, FoundChunks(()), Chosen(None), Faults(), NO_FINDERS, kept=0, skipped=0,
             ttft=time.perf_counter() - call.started, timings={"lookup": clock.lap()},
         )  # fmt: skip
         on_disk = self._opener.read_later(foreseen, partial(self._rows, config), after)
