@@ -32,6 +32,12 @@ class RealQuestion:
         return tuple(p for p in self.passages if any(a.casefold() in p.casefold() for a in self.answers))
 
     @property
+    def is_told(self) -> bool:
+        """Whether an accepted answer, and each step, is in a passage."""
+        steps = (any(step.casefold() in p.casefold() for p in self.passages) for step in self.steps)
+        return bool(self.answering) and all(steps)
+
+    @property
     def needed(self) -> tuple[str, ...]:
         """The passages that have an accepted answer or a step in them."""
         words = (*self.answers, *self.steps)
@@ -70,8 +76,8 @@ def split_musique(path: Path) -> Split:
     """The questions of a MuSiQue file to train on, and which are held out.
 
     The first half is trained on; the second half is held out, but for those at the end, which lead-ins are taken from. Passages that a
-    question shares with one that is not trained on are left out of it. If no answer is in those that are left, nothing but guessing could
-    be learned of it, so it is left out whole.
+    question shares with one that is not trained on are left out of it. If no answer is in those that are left, or a step is in none of them,
+    nothing but guessing could be learned of it, so it is left out whole.
 
     Raises:
         ValueError: there are too few questions.
@@ -85,12 +91,12 @@ def split_musique(path: Path) -> Split:
     kept = frozenset(passage for q in questions[first:] for passage in q.passages)
     own = [tuple(p for p in q.passages if p not in kept) for q in questions[:first]]
     left = [RealQuestion(q.question, q.answers, p, q.steps) for q, p in zip(questions, own, strict=False)]
-    return Split([q for q in left if q.answering], kept, first, len(questions) - LEADS - first)
+    return Split([q for q in left if q.is_told], kept, first, len(questions) - LEADS - first)
 
 
 def further_questions(path: Path, barred: Barred) -> list[RealQuestion]:
     """All questions of a file in MuSiQue's form, without passages that share eight words in a row with a barred text. A question that no
-    passage answers then is left out.
+    passage answers then, or whose steps they don't have, is left out.
 
     Raises:
         ValueError: nothing is left, or a line can't be read.
@@ -101,7 +107,7 @@ def further_questions(path: Path, barred: Barred) -> list[RealQuestion]:
         RealQuestion(question, tuple(answers), tuple(p for p in passages if p in apart), tuple(steps))
         for question, answers, passages, _, steps in lines
     ]
-    if not (left := [q for q in questions if q.answering]):
+    if not (left := [q for q in questions if q.is_told]):
         raise ValueError(f"{path} has no question with an answer in a passage that isn't measured on.")
     return left
 

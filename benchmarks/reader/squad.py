@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import unicodedata
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
@@ -79,6 +80,7 @@ def read_squad(path: Path, barred: Barred) -> list[AskedPassage]:
 
 
 def _runs(text: str) -> set[tuple[str, ...]]:
-    """All runs of so many words, whatever their case and what stands between them."""
-    words = re.findall(r"\w+", text.casefold())
+    """All runs of so many words, whatever their case, their accents and what stands between them: some sets of questions know no accents."""
+    letters = (c for c in unicodedata.normalize("NFD", text.casefold()) if not unicodedata.combining(c))
+    words = re.findall(r"\w+", "".join(letters))
     return {tuple(words[i : i + RUN]) for i in range(len(words) - RUN + 1)}

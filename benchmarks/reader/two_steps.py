@@ -96,11 +96,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--passages", type=Path, nargs="+", required=True, metavar="FILE", help="lists of title, text")
     parser.add_argument("--others", type=int, default=10, help="passages of a question beside its own two")
+    parser.add_argument("--single", type=int, default=3, help="most questions of one step on a pair (default: 3)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="gets the questions")
     args = parser.parse_args(argv)
-    if args.others < 0:
-        parser.error(f"--others is {args.others}: use 0 or more.")
+    for name in ("others", "single"):
+        if getattr(args, name) < 0:
+            parser.error(f"--{name} is {getattr(args, name)}: use 0 or more.")
     corpus: dict[str, str] = {}
     for file in args.passages:
         try:
@@ -108,15 +110,17 @@ def main(argv: Sequence[str] | None = None) -> None:
                 corpus.setdefault(passage["title"], passage["text"])
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             parser.error(f"{file} is no list of passages with title and text ({type(error).__name__}: {error}).")
-    made = list(questions(corpus, args.others, random.Random(args.seed)))
+    made = list(questions(corpus, args.others, random.Random(args.seed), args.single))
     if not made:
         parser.error(f"no passage of {', '.join(map(str, args.passages))} leads to another one: give more.")
     args.out.write_text("".join(json.dumps(question) + "\n" for question in made))
     print(f"{len(made)} questions on {len({q['id'].split('/')[0] for q in made})} pairs of {len(corpus)} passages")
 
 
-def questions(corpus: dict[str, str], others: int, rng: random.Random) -> Iterator[dict[str, Any]]:
-    """For each pair of passages of which one leads to the other: up to two questions by way of the first, and one on each of the two."""
+def questions(corpus: dict[str, str], others: int, rng: random.Random, most: int = 3) -> Iterator[dict[str, Any]]:
+    """For each pair of passages of which one leads to the other: up to two questions by way of the first, and at most so many of one step, which ask for the
+    link and for something of each of the two.
+    """
     known, titles = {title: facts(text) for title, text in corpus.items()}, list(corpus)
     for number, (first, second, link) in enumerate(pairs(corpus)):
         name, other = thing(first), thing(second)
@@ -129,6 +133,9 @@ def questions(corpus: dict[str, str], others: int, rng: random.Random) -> Iterat
             if known[title]:
                 fact, answer = rng.choice(known[title])
                 asked[rng.choice(fact.asked).format(x=called)] = answer, []
+        single = [question for question, (_, steps) in asked.items() if not steps]
+        for question in rng.sample(single, max(0, len(single) - most)):
+            del asked[question]
         own = [first, second]
         own += [title for title in rng.sample(titles, min(others, len(titles))) if title not in own]
         rng.shuffle(own)

@@ -368,7 +368,8 @@ def squad_file(path: Path, contexts: list[str]) -> Path:
 def test_passages_that_are_measured_on_are_not_trained_on(tmp_path: Path) -> None:
     shared = "the first bridge over the river was built of oak by monks in 1180"
     contexts = ["Ines keeps bees.", f"Nobody knows whether {shared.upper()}, as is told.", "The first bridge over it."]
-    barred = Barred([f"It says: {shared.replace(' ', ', ')}."])
+    accented = shared.replace(" ", ", ").replace("oak", "oàk")
+    barred = Barred([f"It says: {accented}."])
     read = read_squad(squad_file(tmp_path / "squad.json", contexts), barred)
     assert read == [
         AskedPassage("Ines keeps bees.", (("What is in 0?", "Ines"),)),
@@ -421,7 +422,9 @@ def test_further_questions_share_no_passage_with_what_is_measured_and_are_asked_
         {"question": "Where is what Ines founded?", "answer": "Évora", "answer_aliases": [], "passages": told},
         {"question": "What did Ines found?", "answer": "the Mill", "answer_aliases": [], "passages": told},
         {"question": "Who built it?", "answer": "monks", "answer_aliases": [], "passages": [measured, told[2]]},
+        {"question": "Who lives there?", "answer": "Nobody", "answer_aliases": [], "passages": [measured, told[2]]},
     ]
+    lines[-1]["steps"] = ["the river"]  # which only a passage has that is measured on
     for line in lines:
         line["passages"] = [{"title": "", "text": text} for text in line["passages"]]
     path = tmp_path / "more.jsonl"
@@ -440,9 +443,10 @@ def test_further_questions_share_no_passage_with_what_is_measured_and_are_asked_
         text = " ".join(context.chunks)
         assert all(p in text for p in told) or all(p in text for p in plain)
     assert layouts == {(3, True), (3, False), (1, False)}
-    path.write_text(json.dumps(lines[-1]))
-    with pytest.raises(ValueError, match="no question with an answer in a passage that isn't measured on"):
-        further_questions(path, Barred([measured]))
+    for line in lines[-2:]:
+        path.write_text(json.dumps(line))
+        with pytest.raises(ValueError, match="no question with an answer in a passage that isn't measured on"):
+            further_questions(path, Barred([measured]))
 
 
 def test_two_steps_go_through_the_passage_that_names_the_other_one(
@@ -488,6 +492,13 @@ def test_two_steps_go_through_the_passage_that_names_the_other_one(
         f"What nationality is {spouse}?",
     ]
     assert {q: through[q] for q in expected} == {q: ["Ada R. Lovell"] if q in two else [] for q in expected}
+    for single in (0, 1):
+        two_steps.main(f"--passages {corpus} --single {single} --out {made}".split())
+        counts = [
+            sum(not asked.steps for asked in read_questions(made) if asked.name.split("/")[0] == pair) for pair in "01"
+        ]
+        assert counts == [single, single]
+    capsys.readouterr()
     corpus.write_text(json.dumps([{"title": "Grey Hill", "text": told["Grey Hill"]}]))
     for more, message in (("", "leads to another one"), (f" {tmp_path / 'no.json'}", "is no list of passages")):
         (tmp_path / "no.json").write_text('[{"title": "Grey Hill"}]')
