@@ -75,6 +75,20 @@ def test_a_prompt_is_left_and_the_next_one_finds_its_chunks_in_memory(made: Satu
     assert set(said["bytes_read"]) == {"host"}
 
 
+@pytest.mark.parametrize("made", [(1000.0, 0)], indirect=True)
+def test_chunks_that_were_open_before_are_not_opened_to_leave_a_prompt(
+    made: Saturated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM waits for that."""
+    first, opened = asked(made, 0), list[Any]()
+    for name in ("open", "open_in_memory"):
+        monkeypatch.setattr(made.engine.store, name, lambda key, **given: opened.append(key))
+    again = asked(made, 0)
+    assert (again["left"], again["why"], again["left_on_disk"]) == ("slow disk", first["why"], 4)
+    assert made.worker.failed_blocks() == set(made.load(0, "frequency").blocks)
+    assert not opened
+
+
 @pytest.mark.parametrize("made", [(1e-3, "1GiB")], indirect=True)
 def test_its_chunks_are_not_read_while_vllm_computes_it(made: Saturated) -> None:
     assert asked(made, 0, plain=1e6)["left"] == "slow disk"
