@@ -171,8 +171,8 @@ class ChunkOpener:
         waiting: dict[ChunkKey, ChunkHead] = {}
         for key, (kind, head) in known.items():
             if not kind.in_memory:
-                waiting[key] = head
-                bytes_of[kind.name] += sum(form.size(rows(config, head.layout)) for form in head.plan.rows)
+                waiting[key], wanted = head, rows(config, head.layout)
+                bytes_of[kind.name] += sum(form.size(wanted) for form in head.plan.rows)
         return Foreseen(spans, config, waiting, self._seconds(bytes_of))
 
     def read_on(self, opened: Opened, rows: Callable[[ChunkReader], int], after: float) -> int:
