@@ -121,7 +121,7 @@ class Coming:
             config = engine.admission.config(load.selector, load.ratio, load.max_kl, load.min_top1)
             return engine, Request.measured(load.prompt, config)
 
-        engine, request = self._heads.together(begin)
+        engine, request = self._heads.ahead(begin)  # opening its chunks is settled with peers
         return Turn(job, engine, request, PagedMemory(engine.assembler.memory, self._pages, load, self._room, job.free))
 
     def begin_next(self, at_hand: Turn) -> None:

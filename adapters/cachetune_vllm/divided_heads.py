@@ -8,20 +8,18 @@ from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from cachetune_rag.model.cuda.compiled_layers import opaque
 from cachetune_rag.model.cuda.graphs import Exchange
-from cachetune_rag.model.heads import Heads, PeerError
+from cachetune_rag.model.heads import Heads, SharedHeads
 from cachetune_store.layout import LayerSpec
+from cachetune_vllm.gathering import gathered
 from cachetune_vllm.turns import Turns
 
 _T = TypeVar("_T")
 
-_ON_ALL = "cachetune_raised_on_all"
-"""The attribute of an error that all processes have."""
 PATIENCE = timedelta(seconds=30)
 """How long a process whose turn failed waits to hear whether that of all others did."""
 
@@ -39,9 +37,9 @@ class HeadsInTurns(Heads):
     def __init__(self) -> None:
         self.turns = Turns(lambda _error: True)
 
-    def computing(self) -> AbstractContextManager[None]:
+    def computing(self, meanwhile: Callable[[], None] | None = None) -> AbstractContextManager[None]:
         """See `Heads`."""
-        return self.turns.taken()
+        return self.turns.taken(meanwhile)
 
     def in_step(self, value: _T) -> list[_T]:
         """What the threads of all peers tell."""
@@ -52,7 +50,7 @@ class HeadsInTurns(Heads):
         return True
 
 
-class DividedHeads(Heads):
+class DividedHeads(SharedHeads):
     """See `Heads`. Where there are fewer key-value heads than processes, neighbours have the same one, as in vLLM.
 
     What the model computes is added up through vLLM's own communicator, in turns with vLLM's steps (`turns.py`). What else the processes
@@ -66,8 +64,6 @@ class DividedHeads(Heads):
         turns: when this process's thread may compute.
         count, number: how many processes there are, and which one this is.
     """
-
-    shared = in_turns = True
 
     def __init__(self, group: Any, kv_heads: int):
         self._group, self._kv_heads = group, kv_heads
@@ -144,68 +140,28 @@ class DividedHeads(Heads):
         self.turns.spend(total.shape[:-1].numel())
         return total
 
-    def computing(self) -> AbstractContextManager[None]:
+    def computing(self, meanwhile: Callable[[], None] | None = None) -> AbstractContextManager[None]:
         """See `Heads`."""
-        return self.turns.taken()
+        return self.turns.taken(meanwhile)
 
     # -- on the CPU -----------------------------------------------------------------------------------------------
 
-    def together(self, work: Callable[[], _T], again: tuple[type[Exception], ...] = ()) -> _T:
-        """See `Heads`."""
-        failed: Exception | None = None
-        try:
-            result = work()
-        except Exception as error:  # it is raised below, once the others know
-            failed = error
-        said = self.tell(None if failed is None else (isinstance(failed, again), type(failed).__name__, str(failed)))
-        others = [what for what in said if what is not None]
-        if not others:
-            return result
-        grave = [what for what in others if not what[0]]
-        if failed is None or (grave and isinstance(failed, again)):
-            # Where one of them can't go on, none of them can.
-            _, kind, text = (grave or others)[0]
-            failed = PeerError(f"another worker failed: {kind}: {text}", again=not grave, kind=kind)
-        _mark(failed)
-        try:
-            raise failed
-        finally:
-            # It refers to this frame, and to that of the prompt, which only Python's collector would free then.
-            del failed
-
-    def tell(self, value: _T) -> list[_T]:
-        """See `Heads`."""
-        return _gathered(value, self._talk)
+    def exchanged(self, value: _T) -> list[_T]:
+        """See `SharedHeads`."""
+        return gathered(value, self._talk)
 
     def in_step(self, value: _T) -> list[_T]:
-        """As `tell`, for vLLM's thread."""
-        return _gathered(value, self._steps)
-
-    def raised_on_all(self, error: BaseException) -> bool:
-        """Whether all processes have this error, or one because of it, so that they go on alike."""
-        return getattr(error, _ON_ALL, False)
+        """What vLLM's threads of all processes tell."""
+        return gathered(value, self._steps)
 
     def _failed_alike(self, error: BaseException) -> bool:
         try:
-            alike = len(set(_gathered(self._sums, self._failures))) == 1
+            alike = len(set(gathered(self._sums, self._failures))) == 1
         except RuntimeError:  # others didn't fail
             return False
-        _mark(error)
+        self.mark(error)
         return alike
-
-
-def _mark(error: BaseException) -> None:
-    """Remember that all processes have this error. The mark is on the error itself: whoever remembers an error keeps all that its frames refer to,
-    the prompt's buffers on the device among them."""
-    setattr(error, _ON_ALL, True)
 
 
 def _cpu_group(ranks: list[int], timeout: timedelta | None = None) -> Any:
     return dist.new_group(ranks, backend="gloo", timeout=timeout, use_local_synchronization=True)
-
-
-def _gathered(value: _T, group: Any) -> list[_T]:
-    told: list[Any] = [None] * dist.get_world_size(group)
-    with torch.inference_mode(False):
-        dist.all_gather_object(told, value, group=group)
-    return told

@@ -23,8 +23,8 @@ class Pace(Protocol):
     def stream(self, device: torch.device) -> torch.cuda.Stream:
         """The stream that prompts are put together on."""
 
-    def step(self, given: int, ended: int, idle: bool) -> int:
-        """One of vLLM's steps.
+    def step(self, given: int, ended: int, idle: bool) -> tuple[int, bool]:
+        """One of vLLM's steps. It may be called several times in one.
 
         Args:
             given: prompts that were handed to the thread so far.
@@ -32,7 +32,7 @@ class Pace(Protocol):
             idle: vLLM has nothing to compute in this step.
 
         Returns:
-            How many of them vLLM may be told of.
+            How many of them vLLM may be told of, and whether the thread had a turn. Workers that share a model get the same.
         """
 
     @property
@@ -62,9 +62,9 @@ class OwnPace:
         """See `Pace`."""
         return torch.cuda.Stream(device) if self._apart else torch.cuda.current_stream(device)
 
-    def step(self, given: int, ended: int, idle: bool) -> int:
+    def step(self, given: int, ended: int, idle: bool) -> tuple[int, bool]:
         """See `Pace`."""
-        return ended
+        return ended, False
 
     @property
     def waits(self) -> bool:
@@ -94,16 +94,17 @@ class SharedPace:
         """See `Pace`. It is vLLM's own, so that collective calls have one order."""
         return torch.cuda.current_stream(device)
 
-    def step(self, given: int, ended: int, idle: bool) -> int:
+    def step(self, given: int, ended: int, idle: bool) -> tuple[int, bool]:
         """See `Pace`."""
-        turns = self._heads.turns
+        turns, lent = self._heads.turns, False
         turns.check()
         if given > self._agreed:
             said = self._heads.in_step((ended, turns.wanted))
             self._agreed = min(ends for ends, _ in said)
-            if all(wanted for _, wanted in said):
+            lent = all(wanted for _, wanted in said)
+            if lent:
                 turns.lend(None if idle else self._amount)
-        return self._agreed
+        return self._agreed, lent
 
     @property
     def waits(self) -> bool:

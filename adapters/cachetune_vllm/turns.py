@@ -25,6 +25,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+MEANWHILE = 0.0005
+"""Seconds between two calls of what is done while a turn is waited for."""
+
 
 class TurnsEndedError(Exception):
     """The server ends: no more turns are lent."""
@@ -50,14 +53,20 @@ class Turns:
     # -- the thread that puts prompts together -------------------------------------------------------------------
 
     @contextmanager
-    def taken(self) -> Iterator[None]:
+    def taken(self, meanwhile: Callable[[], None] | None = None) -> Iterator[None]:
         """The context in which the thread has the turn.
+
+        Args:
+            meanwhile: called again and again until the turn is lent, at least once. What it raises is raised when the thread has the turn, since peers take
+                it for granted that it does.
 
         Raises:
             TurnsEndedError: there are no more turns.
         """
-        self._take()
+        failed = self._take(meanwhile)
         try:
+            if failed:
+                raise failed.pop()
             yield
         except TurnsEndedError:
             raise
@@ -82,14 +91,27 @@ class Turns:
             self._give_back()
             self._take()
 
-    def _take(self) -> None:
+    def _take(self, meanwhile: Callable[[], None] | None = None) -> list[Exception]:
+        """Wait for the turn. Returns the error of `meanwhile`, if it raised one, for the caller to take out: the error refers to this frame."""
+        failed: list[Exception] = []
         with self.changed:
             self._wanted = True
             self.changed.notify_all()
-            self.changed.wait_for(lambda: self._lent or self._ended)
-            self._wanted = False
-            if not self._lent:
-                raise TurnsEndedError
+        while True:
+            if meanwhile is not None:
+                try:
+                    meanwhile()
+                except Exception as error:
+                    failed.append(error)
+                    meanwhile = None
+            with self.changed:
+                if self.changed.wait_for(
+                    lambda: self._lent or self._ended, timeout=None if meanwhile is None else MEANWHILE
+                ):
+                    self._wanted = False
+                    if not self._lent:
+                        raise TurnsEndedError
+                    return failed
 
     def _give_back(self) -> None:
         with self.changed:

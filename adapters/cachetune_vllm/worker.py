@@ -123,11 +123,7 @@ class ReuseWorker:
         behind, self._behind_step = self._behind_step, []
         for load in behind:
             self._hand_over(self._job(load))
-        with self._changed:
-            if idle and self._waiting:
-                self._changed.wait_for(lambda: self._ended or self._pace.waits, timeout=IDLE_WAIT)
-            ended = self._reported + len(self._ended)
-        count = self._pace.step(self._given, ended, idle) - self._reported
+        count = self._agreed(idle) - self._reported
         with self._changed:
             ready, self._ended = self._ended[:count], self._ended[count:]
         self._reported += count
@@ -139,6 +135,18 @@ class ReuseWorker:
         self._waiting -= done
         self._given_up -= done
         return done
+
+    def _agreed(self, idle: bool) -> int:
+        """How many loads have ended that vLLM may be told of. Where it has nothing to do and prompts take turns, the step goes on until one is done
+        that had its turn in it: for each further step, vLLM's loop and its messages between processes would be waited for."""
+        while True:
+            with self._changed:
+                if idle and self._waiting:
+                    self._changed.wait_for(lambda: self._ended or self._pace.waits, timeout=IDLE_WAIT)
+                ended = self._reported + len(self._ended)
+            agreed, had_turn = self._pace.step(self._given, ended, idle)
+            if not (idle and had_turn) or agreed > self._reported:
+                return agreed
 
     def failed_blocks(self) -> set[int]:
         """Pages that were not filled: vLLM computes their tokens."""
@@ -241,7 +249,8 @@ class ReuseWorker:
             if job.free is not None and stream is not None:
                 stream.wait_event(job.free)
             wanted = partial(self._check_wanted, job.load.request_id)
-            meanwhile = partial(self._coming.begin_next, turn)
+            # Where prompts take turns, none is begun before its own: then the end is waited for without looking up again and again.
+            meanwhile = None if self._heads.in_turns else partial(self._coming.begin_next, turn)
             accounts: list[Account] = []
             account = accounts.append if job.load.explain else None
             plain = plain_of(job.load)

@@ -34,12 +34,14 @@ class Opened:
         config: the settings, tuned for where the chunks are if they were left to the engine.
         readers: closes the chunks.
         faults: chunks that could not be opened.
+        waits: whether rows may have to be waited for, because a chunk isn't in memory. Where workers share the model: on any of them.
     """
 
     found: FoundChunks
     config: ReuseConfig
     readers: OpenReaders
     faults: Faults
+    waits: bool
 
 
 class ChunkOpener:
@@ -67,7 +69,14 @@ class ChunkOpener:
         self._store, self._prefetcher, self._tuned = store, prefetcher, tuned
         self._lookup = ChunkLookup(store, pool, prefetcher)
 
-    def open(self, prompt: Prompt, config: ReuseConfig, faults: Faults, stack: ExitStack) -> Opened:
+    def open(
+        self,
+        prompt: Prompt,
+        config: ReuseConfig,
+        faults: Faults,
+        stack: ExitStack,
+        check: Callable[[], None] = _nothing,
+    ) -> Opened:
         """Open a prompt's chunks, which `stack` closes. They and the settings are the same on all peers.
 
         Args:
@@ -75,20 +84,28 @@ class ChunkOpener:
             config: its settings.
             faults: chunks that could not be read before; those that can't be opened now are added.
             stack: closes them.
+            check: is called first, and refuses a model with which they must not be used.
         """
         readers = OpenReaders()
         stack.callback(readers.close)
 
-        def find() -> tuple[FoundChunks, ReuseConfig]:
+        def find() -> tuple[tuple[FoundChunks, ReuseConfig], tuple[list[str], ReuseConfig, bool]]:
+            check()
             found = self._find(prompt, config, readers, faults)
-            return found, self.settings(config, found)
+            settings = self.settings(config, found)
+            open_readers = found.readers
+            # In one order on all of them, and without what all of them have: what all say alike is told quickly.
+            keys = sorted(reader.key.digest for reader in open_readers) if self._heads.shared else []
+            waits = not all(reader.in_memory for reader in open_readers)
+            return (found, settings), (keys, replace(settings, namespace=None), waits)
 
-        found, settings = self._heads.together(find, CANT_READ)
+        (found, settings), told = self._heads.agreed(find, CANT_READ)
         if self._heads.shared:
             # A chunk that one of them can't read is recomputed by all, and one of them says which settings were tuned.
-            told = self._heads.tell((frozenset(reader.key for reader in found.readers), settings))
-            found, settings = found.only(frozenset.intersection(*(keys for keys, _ in told))), told[0][1]
-        return Opened(found, settings, readers, faults)
+            everywhere = set.intersection(*(set(keys) for keys, *_ in told))
+            found = found.only({reader.key for reader in found.readers if reader.key.digest in everywhere})
+            settings = replace(told[0][1], namespace=settings.namespace)
+        return Opened(found, settings, readers, faults, any(waits for *_, waits in told))
 
     def open_in_memory(self, prompt: Prompt, config: ReuseConfig, stack: ExitStack) -> Opened | None:
         """As `open`, without waiting for anything; None if a chunk isn't in memory."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -28,8 +29,13 @@ from cachetune_rag.reuse.source import Source
 from cachetune_rag.reuse.streams import Streams
 from cachetune_rag.selection import ReusedChunk, get_selector
 from cachetune_rag.selection.base import Selector, budget
+from cachetune_rag.selection.choice import Choice
 from cachetune_rag.text.prompts.finders import Finders
 from cachetune_rag.text.prompts.prompt import Prompt
+
+
+def _nothing() -> None:
+    """The default of callbacks."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +166,7 @@ class Planner:
         memory: KVMemory,
         stack: ExitStack,
         answer_tokens: int,
+        first: Callable[[], None] = _nothing,
     ) -> Prepared | None:
         """Take memory for a prompt, and make what loads its chunks.
 
@@ -170,20 +177,22 @@ class Planner:
             memory: gives the buffers.
             stack: closes the loader in the end.
             answer_tokens: tokens that an answer behind the prompt is expected to have.
+            first: is called before, in any case. It may fail as reading stored rows may.
 
         Returns:
             None if all of the prompt is computed.
         """
-        if not found.chunks or len(prompt.ids) <= self._adapter.reuse_beyond:
-            return None
-        sources = sources_of(found, len(prompt.ids), config.skipped)
+        heads = self._adapter.heads
+        reusable = found.chunks and len(prompt.ids) > self._adapter.reuse_beyond
+        sources = sources_of(found, len(prompt.ids), config.skipped) if reusable else []
         if not sources:
+            heads.together(first, CANT_READ)
             return None
         exact = min(span.start for span, _ in found.chunks)
         selector = selector_of(config)
-        heads = self._adapter.heads
 
-        def take() -> Prepared:
+        def take() -> tuple[Prepared, int]:
+            first()
             buffers, kept = memory.take(prompt.ids_array, exact, answer_tokens)
             loader = self._loaders.make(sources, buffers)
             stack.callback(loader.close)
@@ -192,10 +201,11 @@ class Planner:
                 loader.start_deviations()
             if prepared.looks and heads.in_turns:
                 loader.settle()
-            return prepared
+                self._begin_look(prepared)  # here, because taking memory may fail on one peer alone
+            return prepared, kept
 
-        prepared = heads.together(take, CANT_READ)
-        return replace(prepared, kept=min(heads.tell(prepared.kept)))
+        prepared, told = heads.agreed(take, CANT_READ)
+        return replace(prepared, kept=min(told))
 
     def choose(self, prompt: Prompt, prepared: Prepared, config: ReuseConfig) -> Chosen:
         """Choose what is recomputed."""
@@ -212,25 +222,70 @@ class Planner:
             kept,
             self._finders,
         )
-        shift = choice = None
+        choice = None
         if selector is not None:
+            self._begin_look(prepared)
             with heads.computing() if prepared.looks else nullcontext():
-                if selector.layers(self._adapter.num_layers):
-                    loader.start_first_layers()
                 choice = selector.choose(context, config.ratio, config.finder)
-            # Peers have the same scores, but for rounding: one of them decides.
-            choice = heads.tell(choice)[0]
-            computed, shift = _selected(selector, context, choice.places, computed, unread)
-        plan = None
-        if not computed[kept:].all():
-            computed[: context.ready] = False  # the selector computed those that weren't kept
+
+        def planned(choice: Choice | None) -> Plan | None:
+            shift, mine = None, computed
+            if selector is not None and choice is not None:
+                mine, shift = _selected(selector, context, choice.places, computed, unread)
+            if mine[kept:].all():
+                return None
+            mine[: context.ready] = False  # the selector computed those that weren't kept
             plan = Plan(
-                torch.from_numpy(computed), prepared.exact, kept, context.ready, prepared.sources, prepared.buffers,
+                torch.from_numpy(mine), prepared.exact, kept, context.ready, prepared.sources, prepared.buffers,
                 loader, shift,
             )  # fmt: skip
+            loader.set_sources(plan.sources_to_read())
+            if heads.in_turns:
+                loader.settle()
+            return plan
+
+        said = None if choice is None or not heads.shared else _Told.of(choice)
+        plan, told = heads.agreed(lambda: (planned(choice), said), CANT_READ)
+        if (decided := told[0]) is not None:
+            # Peers have the same scores, but for rounding: one of them decides.
+            choice = decided.choice()
+            if any(other is None or other.places != decided.places for other in told):
+                plan = heads.together(partial(planned, choice), CANT_READ)
         if choice is None:
             return Chosen(plan, context.probed)
         return Chosen(plan, context.probed, choice.ratio, choice.error_left, choice.sign, choice.prediction)
+
+    def _begin_look(self, prepared: Prepared) -> None:
+        """Have the first layers brought that a selector looks at, if it does."""
+        if prepared.selector is not None and prepared.selector.layers(self._adapter.num_layers):
+            prepared.loader.start_first_layers()
+
+
+@dataclass(frozen=True)
+class _Told:
+    """A choice as peers tell each other: without a tensor, since pickling one takes as long as telling it.
+
+    Attributes:
+        places: their bytes.
+        ratio, error_left, sign, prediction: see `Choice`.
+    """
+
+    places: bytes
+    ratio: float
+    error_left: float | None
+    sign: float | None
+    prediction: Prediction | None
+
+    @classmethod
+    def of(cls, choice: Choice) -> _Told:
+        """What is told of a choice."""
+        places = choice.places.numpy().tobytes()
+        return cls(places, choice.ratio, choice.error_left, choice.sign, choice.prediction)
+
+    def choice(self) -> Choice:
+        """The choice that was told."""
+        places = torch.from_numpy(np.frombuffer(self.places, np.int64).copy())
+        return Choice(places, self.ratio, self.error_left, self.sign, self.prediction)
 
 
 def selector_of(config: ReuseConfig) -> Selector | None:

@@ -128,9 +128,12 @@ class Assembler:
     @neutrally
     def full_prefill(self, prompt: Prompt, started: float) -> PrefillState:
         """The reference: every token through the model, nothing read."""
+        together = self._adapter.heads.together
         with self._same_weights(self.memory):
+            together(self._check)
             logits, cache = self._adapter.full_forward(ids_of(prompt).to(self._adapter.device))
             self._wait()
+            together(self._check)
             return PrefillState(logits, cache, full_report(prompt, time.perf_counter() - started), prompt)
 
     @neutrally
@@ -229,8 +232,6 @@ class Assembler:
                 prepared = self._planner.prepare(prompt, opened.found, opened.config, memory, kept, answer_tokens)
                 if prepared is not None and not prepared.looks:
                     plan = self._planner.choose(prompt, prepared, opened.config).plan
-                    if plan is not None:
-                        prepared.loader.set_sources(plan.sources_to_read())
             if prepared is not None:
                 prepared.loader.bring()  # this may fail, so what was begun is handed over behind it
             return Begun(opened, memory, prepared, plan, seconds, kept.pop_all())
@@ -266,11 +267,9 @@ class Assembler:
 
     @contextmanager
     def _same_weights(self, memory: KVMemory) -> Iterator[None]:
-        """Check before and after what is done inside that the model's weights didn't change."""
+        """For what checks, before and after it uses the model, that its weights didn't change: where they did, forget what was kept."""
         try:
-            self._adapter.heads.together(self._check)
             yield
-            self._adapter.heads.together(self._check)
         except ModelChangedError:
             memory.forget()  # a kept beginning may hold rows of old and of new weights
             self.forget()
@@ -310,11 +309,12 @@ class Assembler:
                 call = replace(call, too_slow=None)
         with ExitStack() as stack:
             self._enter_device(stack)
-            opened = self._opened(call, faults, stack)
+            opened = self._opened(call, faults, stack, clock)
             found, config = opened.found, opened.config
             timings = {"lookup": clock.lap() + (0.0 if call.begun is None else call.begun.seconds)}
 
             def nothing(chosen: Chosen) -> NothingReused:
+                self._adapter.heads.together(self._check)
                 report = report_of(
                     prompt, config, found, chosen, faults, self._finders, kept=0, skipped=0,
                     ttft=time.perf_counter() - call.started, timings=timings,
@@ -327,23 +327,24 @@ class Assembler:
                     left = nothing(Chosen(None))
                     on_disk = self._opener.read_on(opened, partial(self._rows, config), after)
                     return replace(left, reading=reading, left_on_disk=on_disk)
-            disk_free = self._claimed(call, opened, stack)
-            chosen = self._planned(call, opened, stack)
+            claim = _Claim(partial(self._opener.claim_disk, found, stack), call.chunks_open)
+            chosen = self._planned(call, opened, stack, claim)
             plan = chosen.plan
             timings["select"] = clock.lap()
             if plan is None and call.only_reuse:
                 return nothing(chosen)
             if plan is None:
-                disk_free()
+                claim.free()
                 done = self._forward.whole(prompt, memory, any_stored=bool(found.chunks))
             else:
-                done = self._forward.planned(prompt, plan, memory, disk_free)
+                done = self._forward.planned(prompt, plan, memory, claim.free)
 
             def end() -> PrefillState:
                 # No other prompt is begun before an account is made: making it may fail for a disk, and the next prompt may have this one's memory by then.
                 self._wait(call.meanwhile if call.account is None else None)
                 ended = time.perf_counter()
                 timings.update({"compute": clock.lap()} if done.phases is None else done.phases.timings(ended))
+                self._check()
                 # Now, while the device has nothing to do: threads that read ahead while it computes would have to wait for it.
                 self._store.settle_memory()
                 # Before the readers are handed on, which may read more.
@@ -374,6 +375,7 @@ class Assembler:
         after = too_slow(reading)
         if after is None:
             return True, None
+        self._check()
         report = report_of(
             prompt, config, FoundChunks(()), Chosen(None), Faults(), NO_FINDERS, kept=0, skipped=0,
             ttft=time.perf_counter() - call.started, timings={"lookup": clock.lap()},
@@ -381,16 +383,24 @@ class Assembler:
         on_disk = self._opener.read_later(foreseen, partial(self._rows, config), after)
         return True, NothingReused(replace(report, recomputed=foreseen.tokens), reading=reading, left_on_disk=on_disk)
 
-    def _opened(self, call: _Call, faults: Faults, stack: ExitStack) -> Opened:
-        """The prompt's chunks and settings."""
+    def _opened(self, call: _Call, faults: Faults, stack: ExitStack, clock: _Clock) -> Opened:
+        """The prompt's chunks and settings, if the model's weights are those that the chunks belong to."""
+
+        def check() -> None:
+            with clock.stopped():  # it is not part of the lookup
+                self._check()
+
         if call.begun is None:
-            return self._opener.open(call.prompt, call.config, faults, stack)
+            return self._opener.open(call.prompt, call.config, faults, stack, check)
+        check()
         stack.enter_context(call.begun.hand_over())
         return call.begun.opened
 
     def _reading(self, prompt: Prompt, opened: Opened) -> Reading | None:
         """What has to be read of the prompt's chunks, and what is computed meanwhile and behind it; None if nothing has to be waited for. The workers of a shared
         model all ask for it, or none does."""
+        if not opened.waits:
+            return None
         found, config = opened.found, opened.config
         seconds = self._opener.seconds_to_read(found, partial(self._rows, config))
         if not seconds:
@@ -399,26 +409,19 @@ class Assembler:
         spans = [span for span, _ in found.chunks]
         return reading_of(seconds, prompt, config, spans, self._adapter.num_layers, in_turns=in_turns)
 
-    def _claimed(self, call: _Call, opened: Opened, stack: ExitStack) -> Callable[[], None]:
-        """Stop background reads. Gives what lets them go on."""
-
-        def claim() -> Callable[[], None]:
-            disk_free = self._opener.claim_disk(opened.found, stack)
-            call.chunks_open()
-            return disk_free
-
-        return self._adapter.heads.together(claim, CANT_READ)
-
-    def _planned(self, call: _Call, opened: Opened, stack: ExitStack) -> Chosen:
-        """What is computed of the prompt."""
+    def _planned(self, call: _Call, opened: Opened, stack: ExitStack, claim: _Claim) -> Chosen:
+        """What is computed of the prompt, once background reads are stopped."""
         prompt, begun = call.prompt, call.begun
         if begun is not None and begun.prepared is not None:
+            claim()
             prepared = begun.prepared
             prepared.loader.take_turn()
             if begun.plan is not None:
                 return Chosen(begun.plan)
         else:
-            made = self._planner.prepare(prompt, opened.found, opened.config, call.memory, stack, call.answer_tokens)
+            made = self._planner.prepare(
+                prompt, opened.found, opened.config, call.memory, stack, call.answer_tokens, claim
+            )
             if made is None:
                 return Chosen(None)
             prepared = made
@@ -453,6 +456,22 @@ def _rows_of(config: ReuseConfig, layout: ChunkLayout) -> int:
     return layout.tokens - budget(unread, layout.tokens)
 
 
+class _Claim:
+    """Stops background reads, and tells the caller that a prompt's chunks are open.
+
+    Attributes:
+        free: lets background reads go on; it does nothing before they were stopped.
+    """
+
+    def __init__(self, claim_disk: Callable[[], Callable[[], None]], chunks_open: Callable[[], None]):
+        self._claim_disk, self._chunks_open = claim_disk, chunks_open
+        self.free: Callable[[], None] = _nothing
+
+    def __call__(self) -> None:
+        self.free = self._claim_disk()
+        self._chunks_open()
+
+
 class _Clock:
     """Seconds from one lap to the next."""
 
@@ -463,3 +482,12 @@ class _Clock:
         now = time.perf_counter()
         took, self._last = now - self._last, now
         return took
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """While the context is open, the lap doesn't grow."""
+        before = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._last += time.perf_counter() - before

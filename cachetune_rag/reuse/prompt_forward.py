@@ -13,7 +13,6 @@ from cachetune_rag.reuse.memory import KVMemory
 from cachetune_rag.reuse.phases import ForwardPhases
 from cachetune_rag.reuse.plan import Plan
 from cachetune_rag.reuse.selection_context import ids_of, some_of
-from cachetune_rag.reuse.slow_rows import CANT_READ
 from cachetune_rag.text.prompts.prompt import Prompt
 
 SHARE_WORTH = 0.125
@@ -56,17 +55,8 @@ class PromptForward:
             disk_free: called once no more rows will be read from disk.
         """
         buffers, loader, last = plan.buffers, plan.loader, self._adapter.num_layers - 1
-        sources = plan.sources_to_read()
-        skipped = sum(len(source.skipped) for source in sources)
-        heads = self._adapter.heads
-
-        def prepare() -> None:
-            loader.set_sources(sources)
-            loader.sources_are_final(disk_free)
-            if heads.in_turns:
-                loader.settle()
-
-        heads.together(prepare, CANT_READ)
+        skipped = sum(len(source.skipped) for source in plan.sources_to_read())
+        loader.sources_are_final(disk_free)
         phases = ForwardPhases(self._adapter, loader)
         ids, places = some_of(prompt, plan.computed)
 
@@ -75,7 +65,8 @@ class PromptForward:
                 memory.layer_ready(buffers, layer - 1)
             loader.load(layer)
 
-        with heads.computing():
+        # Rows need no turn: they are brought while it is waited for.
+        with self._adapter.heads.computing(loader.bring if self._adapter.cuda_kernels else None):
             loader.start()
             logits = self._adapter.selective_forward(ids, places, buffers, before, plan.shift)
             memory.layer_ready(buffers, last)

@@ -121,8 +121,9 @@ def test_a_worker_hears_what_kind_of_error_another_one_has(
 ) -> None:
     """So that all of them give a request the same reason. One that can't go on decides for those that could try again."""
     divided, _ = heads
-    theirs: list[Any] = [(True, "OSError", "a chunk is damaged"), (False, "NoRoomError", "there is no room.")]
-    monkeypatch.setattr(divided_heads, "_gathered", lambda value, group: [value, *theirs])
+    damage, full = (True, "OSError", "a chunk is damaged"), (False, "NoRoomError", "there is no room.")
+    theirs: list[Any] = [(damage, None), (full, None)]
+    monkeypatch.setattr(divided_heads, "gathered", lambda value, group: [value, *theirs])
 
     def damaged() -> None:
         raise OSError("a chunk is damaged")
@@ -145,7 +146,7 @@ def test_a_prompt_that_failed_on_all_workers_is_not_kept(
 ) -> None:
     """Whether an error came to all of them is remembered with the error, and an error refers to the memory of its prompt."""
     divided, _ = heads
-    monkeypatch.setattr(divided_heads, "_gathered", lambda value, group: [value, value])
+    monkeypatch.setattr(divided_heads, "gathered", lambda value, group: [value, value])
     kept: list[weakref.ref[torch.Tensor]] = []
     known: list[bool] = []
 

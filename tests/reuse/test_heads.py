@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,11 +20,12 @@ from torch import Tensor, nn
 from cachetune_rag import CacheTune
 from cachetune_rag.concurrency.deadline import StoreTimeoutError
 from cachetune_rag.errors import CacheTuneError
-from cachetune_rag.model.heads import Heads, PeerError
+from cachetune_rag.model.heads import PeerError, SharedHeads
 from cachetune_rag.reuse.reading import Reading
 from cachetune_rag.reuse.selection_context import BEHIND, BETWEEN
 from cachetune_rag.reuse.state import NothingReused, PrefillState
 from cachetune_rag.runtime import Runtime
+from cachetune_rag.selection import get_selector
 from cachetune_store import LayerSpec
 
 _T = TypeVar("_T")
@@ -51,14 +53,16 @@ class Meeting:
         return told
 
 
-class Half(Heads):
-    """Half of the heads, in a thread."""
+class Half(SharedHeads):
+    """Half of the heads, in a thread.
 
-    shared = in_turns = True
+    Attributes:
+        exchanges: how often it exchanged something with the other one while it did not compute.
+    """
 
     def __init__(self, number: int, kv_heads: int, meetings: dict[str, Meeting]):
         self.number, self._kv_heads, self._meetings = number, kv_heads, meetings
-        self.computes = False
+        self.computes, self.exchanges = False, 0
 
     def stored(self, spec: LayerSpec) -> LayerSpec:
         return LayerSpec(self._kv_heads, spec.head_dim, spec.v_head_dim)
@@ -77,26 +81,13 @@ class Half(Heads):
         parts = self._meetings["sum"].gather(self.number, states)
         return parts[0] if self._kv_heads == 1 else torch.cat(parts, 1)
 
-    def together(self, work: Callable[[], _T], again: tuple[type[Exception], ...] = ()) -> _T:
+    def exchanged(self, value: _T) -> list[_T]:
         assert not self.computes
-        failed: Exception | None = None
-        try:
-            result = work()
-        except Exception as error:
-            failed = error
-        told = self.tell(None if failed is None else isinstance(failed, again))
-        if failed is not None:
-            raise failed
-        if any(said is not None for said in told):
-            raise PeerError("the other one failed", again=all(said in (None, True) for said in told))
-        return result
-
-    def tell(self, value: _T) -> list[_T]:
-        assert not self.computes
+        self.exchanges += 1
         return self._meetings["talk"].gather(self.number, value)
 
     @contextmanager
-    def computing(self) -> Iterator[None]:
+    def computing(self, meanwhile: Callable[[], None] | None = None) -> Iterator[None]:
         self.computes = True
         yield
         self.computes = False
@@ -144,7 +135,7 @@ def model_of(kv_heads: int) -> Any:
 class Pair:
     """Two engines, each with half of the heads and a store of its own over the same folder."""
 
-    def __init__(self, whole: Any, store: Path, kv_heads: int):
+    def __init__(self, whole: Any, store: Path, kv_heads: int, host_budget: int = 0):
         meetings = {"sum": Meeting(), "talk": Meeting()}
         self.heads = [Half(number, kv_heads, meetings) for number in range(PEERS)]
         models = [half_of(whole, heads) for heads in self.heads]
@@ -154,7 +145,12 @@ class Pair:
 
         def opened(number: int) -> Runtime:
             return Runtime(
-                models[number], tokenizer(), store, fingerprint=fingerprint, heads=self.heads[number], host_budget=0
+                models[number],
+                tokenizer(),
+                store,
+                fingerprint=fingerprint,
+                heads=self.heads[number],
+                host_budget=host_budget,
             )
 
         self.engines = list(self.pool.map(opened, range(PEERS)))
@@ -312,3 +308,65 @@ def test_where_one_peer_has_a_slow_disk_both_decide_by_that(pair: tuple[Any, Pai
     assert asked[0].before == 1
     assert asked[0].reused > 0
     assert all(isinstance(state, PrefillState) for state in peers.reuse(CHUNKS, "expected_error", 0.2))
+
+
+@pytest.mark.parametrize(("selector", "ratio"), [("frequency", 0.2), ("expected_error", 0.2), ("none", 0.0)])
+def test_a_prompt_takes_four_agreements(tmp_path: Path, selector: str, ratio: float) -> None:
+    """Opening its chunks, taking memory, choosing, and its end: each one waits for the slowest peer. To wait for a disk is one more."""
+    whole = model_of(2)
+    with CacheTune(whole, tokenizer(), tmp_path) as engine:
+        engine.precompute(CHUNKS)
+    ids = [tokenizer()(text, add_special_tokens=False).input_ids for text in CHUNKS]
+    with closing(Pair(whole, tmp_path, 2, host_budget=1 << 24)) as peers:
+        taken = []
+        for in_memory in (False, True):
+            for heads in peers.heads:
+                heads.exchanges = 0
+            states = peers.reuse(CHUNKS, selector, ratio, too_slow=lambda reading: None)
+            assert all(isinstance(state, PrefillState) and not state.report.missed for state in states)
+            taken.append([heads.exchanges for heads in peers.heads])
+            if not in_memory:
+                for engine in peers.engines:
+                    engine.executor.prefetch(lambda: ids).wait(SECONDS)
+        assert taken == [[5, 5], [4, 4]]
+
+
+def test_what_fails_on_one_peer_before_an_agreement_fails_on_both_in_it() -> None:
+    meetings = {"sum": Meeting(), "talk": Meeting()}
+    halves = [Half(number, 2, meetings) for number in range(PEERS)]
+
+    def one(heads: Half) -> Any:
+        try:
+            done = heads.ahead(lambda: 1 // heads.number)
+            return heads.agreed(lambda: (done, heads.number))
+        except (ZeroDivisionError, PeerError) as error:
+            return error
+
+    with ThreadPoolExecutor(PEERS) as pool:
+        first, second = pool.map(one, halves)
+    assert isinstance(first, ZeroDivisionError)
+    assert isinstance(second, PeerError)
+    assert second.kind == "ZeroDivisionError"
+    assert [half.raised_on_all(error) for half, error in zip(halves, (first, second), strict=True)] == [True, True]
+    assert [half.exchanges for half in halves] == [1, 1]
+
+
+@pytest.mark.parametrize("selector", ["frequency", "expected_error"])
+def test_where_peers_choose_otherwise_the_first_one_decides(
+    pair: tuple[Any, Pair, Path], selector: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their scores are the same but for rounding, and they must not compute other tokens."""
+    whole, peers, store = pair
+    with CacheTune(whole, tokenizer(), store) as engine:
+        wanted = engine.prefill(query="what?", chunks=CHUNKS, selector=selector, ratio=0.2)
+    chooser = type(get_selector(selector))
+    chosen, second = chooser.choose, set[int]()
+
+    def choose(self: Any, context: Any, ratio: float, finder: Any = None) -> Any:
+        made = chosen(self, context, ratio, finder)
+        return replace(made, places=made.places[2:]) if threading.get_ident() in second else made
+
+    monkeypatch.setattr(chooser, "choose", choose)
+    states = peers.reuse(CHUNKS, selector, 0.2, [lambda: None, lambda: second.add(threading.get_ident())])
+    assert len(second) == 1
+    check(whole, peers, states, wanted)

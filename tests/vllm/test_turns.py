@@ -81,3 +81,49 @@ def test_a_thread_that_waits_ends_with_the_server() -> None:
     turns.end()
     thread.join(SECONDS)
     assert ended
+
+
+def test_what_is_done_meanwhile_is_done_until_the_turn_is_lent() -> None:
+    turns, calls, done = Turns(lambda _: True), list[int](), list[int]()
+    some = threading.Semaphore(0)
+
+    def meanwhile() -> None:
+        calls.append(len(done))
+        some.release()
+
+    def work() -> None:
+        with turns.taken(meanwhile):
+            done.append(len(calls))
+
+    thread = started(work)
+    for _ in range(3):
+        assert some.acquire(timeout=SECONDS)
+    assert turns.wanted
+    turns.lend(None)
+    thread.join(SECONDS)
+    assert set(calls) == {0}
+    assert done == [len(calls)]
+
+
+def test_what_fails_meanwhile_fails_in_the_turn() -> None:
+    """Peers take it for granted that the thread has its turn."""
+    had, raised = list[bool](), list[Exception]()
+    turns = Turns(lambda _: had.append(turns.wanted) is None)
+
+    def fail() -> None:
+        raise ValueError("no memory")
+
+    def work() -> None:
+        try:
+            with turns.taken(fail):
+                raise AssertionError
+        except ValueError as error:
+            raised.append(error)
+
+    thread = started(work)
+    wait_wanted(turns)
+    assert not raised
+    turns.lend(None)
+    thread.join(SECONDS)
+    assert [str(error) for error in raised] == ["no memory"]
+    assert had == [False]  # others were asked whether they failed alike, inside of the turn

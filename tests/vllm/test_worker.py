@@ -17,10 +17,12 @@ from cachetune_rag.errors import CacheTuneError, ConfigError
 from cachetune_rag.model.heads import ALL_HEADS, PeerError
 from cachetune_rag.reuse.prompt_room import NoRoomError, PromptRoom
 from cachetune_rag.text.recognising.id_spans import IdSpan, prompt_of_ids
+from cachetune_vllm import worker as worker_module
 from cachetune_vllm.coming import GivenUpError
+from cachetune_vllm.divided_heads import HeadsInTurns
 from cachetune_vllm.failures import left_after
 from cachetune_vllm.messages import Load, ToWorkers
-from cachetune_vllm.pace import OwnPace
+from cachetune_vllm.pace import OwnPace, SharedPace
 from cachetune_vllm.worker import ReuseWorker
 
 PAGE = 16
@@ -87,6 +89,36 @@ def test_pages_are_handed_over_when_a_prompt_is_done_and_not_before(engines: Eng
     engines.go_on.release()
     assert done(worker, "reads") == {"reads"}
     assert worker.failed_blocks() == {12, 13}  # not those that it has only read
+
+
+@pytest.mark.parametrize("idle", [True, False])
+def test_a_step_without_anything_to_compute_lasts_until_a_prompt_had_its_turns(
+    idle: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where vLLM computes in its steps, a prompt has one turn in each."""
+    monkeypatch.setattr(worker_module, "IDLE_WAIT", 30)
+    heads, pages, device = HeadsInTurns(), SimpleNamespace(block_size=PAGE), torch.device("cpu")
+    pages.worth_reading = lambda count: False
+
+    def engine(tenant: str) -> Any:
+        for _ in range(2):  # a look and the recompute
+            with heads.computing():
+                pass
+        raise CacheTuneError(f"the chunks of {tenant} are gone.")
+
+    pace = SharedPace(heads, None)
+    made = ReuseWorker(engine, pages, device, heads, pace, ModelLock(), PromptRoom(device))  # type: ignore[arg-type]
+    made.start(ToWorkers((load("a", 10),), idle=idle))
+    said = []
+    for _ in range(1 if idle else 3):
+        with pace.changed:
+            assert pace.changed.wait_for(lambda: pace.waits or len(said) == 2, timeout=30)
+        if len(said) == 2:
+            assert made.finished(idle=True) == {"a"}  # it waits for the end
+        else:
+            said.append(made.finished(idle))
+    assert said == ([{"a"}] if idle else [set(), set()])
+    made.close()
 
 
 @pytest.mark.parametrize(
