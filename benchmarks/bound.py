@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
+from fidelity import spending
 from fidelity.arguments import add_model, add_shards, finish
-from fidelity.bounds import markdown
+from fidelity.bounds import markdown, requests_of
 from fidelity.evaluate import Engines
 from fidelity.inputs import add_records, header_of, open_model, read_sets
 from fidelity.records import Dataset
@@ -76,7 +77,8 @@ def measure(
 
 def report(folder: Path) -> None:
     """Write table.md into the folder of the results."""
-    text = markdown(*load(folder))
+    header, rows = load(folder)
+    text = markdown(header, rows) + spending.markdown(requests_of(rows))
     (folder / "table.md").write_text(text)
     print(text)
 

@@ -56,6 +56,13 @@ class Request:
 
 SIGN = "error left x entropy"
 
+BY_LAST = "error left, seen by the last token, x entropy"
+SHAKEN = {
+    "next token moved by shaking, all tokens behind the chunks run again": "shaken",
+    "next token moved by shaking, the last token run again": "shaken_last",
+}
+SPREAD = "error left, seen by the last token, x how far apart the likely tokens are"
+
 
 def requests_of(rows: Sequence[Row]) -> dict[str, list[Request]]:
     """The records of each set that were measured at every ratio."""
@@ -74,11 +81,16 @@ def _request(rows: Sequence[Row]) -> Request:
     nothing, rows = rows[0]["signs"], rows[1:]
     taken = [row["signs"] for row in rows]
     left = [each["error_left"] / each["watched"] for each in taken]
+    last = [each["error_last_left"] for each in taken]
     signs: dict[str, list[float]] = {
         SIGN: [error * nothing["entropy"] for error in left],
+        BY_LAST: [error * nothing["entropy"] for error in last],
         "error left": left,
+        "error left, seen by the last token": last,
         "entropy of the next token, nothing recomputed": [nothing["entropy"]] * len(rows),
         "attention left": [each["mass_left"] for each in taken],
+        **{name: [each[field] for each in taken] for name, field in SHAKEN.items() if field in nothing},
+        **({SPREAD: [error * nothing["spread"] for error in last]} if "spread" in nothing else {}),
         "how far values moved (known afterwards)": [each["moved"] for each in taken],
         "entropy of the next token (known afterwards)": [each["entropy"] for each in taken],
     }

@@ -18,7 +18,7 @@ from cachetune_rag.selection.registry import _SELECTORS
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import bound
-from fidelity import bounds
+from fidelity import bounds, spending
 from fidelity.bounds import SIGN, Request, kept, misses_at, rank_correlation, requests_of
 from fidelity.evaluate import Engines
 from fidelity.records import Dataset, Record
@@ -46,7 +46,7 @@ def rows_of(name: str, count: int) -> list[dict[str, Any]]:
     """Rows of records as the benchmark writes them, at ratio 0 and two others."""
     signs = {"watched": 1.0, "entropy": 2.0, "mass_left": 0.5, "moved": 0.1}
     return [
-        {"set": name, "record": f"r{n}", "ratio": ratio, "kl": [0.01 * n + 1 - ratio], "same": [True], "signs": {**signs, "error_left": (1 - ratio) * n}}
+        {"set": name, "record": f"r{n}", "ratio": ratio, "kl": [0.01 * n + 1 - ratio], "same": [True], "signs": {**signs, "error_left": (1 - ratio) * n, "error_last_left": (1 - ratio) * n}}
         for n in range(count)
         for ratio in (0.0, 0.2, 0.5)
     ]  # fmt: skip
@@ -117,6 +117,36 @@ def test_a_run_ends_with_the_tables_of_what_is_there_so_far(
     assert "at least: made (2). Measure more records." in table
     assert (tmp_path / "table.md").read_text() in table
     assert "made (2)" in run("--report", str(tmp_path))
+
+
+def test_a_price_divides_recomputing_no_worse_than_levelling_where_the_sign_says_something(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(spending, "MAX_KL", (0.02, 0.05))
+    monkeypatch.setattr(spending, "PRICES", np.geomspace(0.03, 30, 12).tolist())
+    monkeypatch.setattr(spending, "SHARES", (0.5, 0.7, 0.8, 0.9, 0.95, 0.985))
+    requests = [
+        replace(each, signs={**each.signs, spending.BY_LAST: each.signs["none"]}) for each in made(0.7, spread=1.0)
+    ]
+    sums, fixed, count = spending.at_equal_cost(requests)
+    assert count > 0
+    levelled, priced = (sums[way].sum() for way in sums if "all watched tokens" in way)
+    assert priced < levelled < fixed.sum()
+    # A sign that says the opposite, or nothing, is no better than one ratio for all.
+    assert all(sums[way].sum() > 0.9 * fixed.sum() for way in sums if "last token" in way)
+    table = spending.markdown({"made": requests, "few": requests[:12]})
+    assert f"| made (120) | {spending.PRESENT} | {count} | " in table
+    assert f"{priced / levelled:.2f} [" in table
+    assert "few" not in table
+
+
+def test_what_is_missed_at_a_cost_lies_between_two_settings() -> None:
+    none, every = np.zeros(4), np.ones(4)
+    curve = [(none, np.full(4, 0.5)), (every, np.full(4, 0.1))]
+    assert spending.at_cost(curve, 0.3) == pytest.approx(np.full(4, 0.5))
+    assert spending.at_cost(curve, 0.1) == pytest.approx(every)
+    assert spending.at_cost(curve, 0.6) is None
+    assert spending.at_cost(curve, 0.05) is None
 
 
 def test_ratios_between_measured_ones_are_interpolated() -> None:
