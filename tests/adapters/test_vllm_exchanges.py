@@ -59,7 +59,8 @@ def heads(monkeypatch: pytest.MonkeyPatch) -> tuple[DividedHeads, list[str]]:
 
     monkeypatch.setattr(divided_heads, "_cpu_group", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Replayed)
-    group = SimpleNamespace(world_size=2, rank_in_group=0, ranks=[0, 1], all_reduce=all_reduce, all_gather=all_gather)
+    communicator = SimpleNamespace(all_reduce=all_reduce, all_gather=all_gather)
+    group = SimpleNamespace(world_size=2, rank_in_group=0, ranks=[0, 1], device_communicator=communicator)
     return DividedHeads(group, 2), done
 
 
@@ -99,6 +100,22 @@ def test_every_exchange_of_a_forward_is_done_in_a_replay_and_none_in_the_capture
         assert in_replay == done
         assert len(done) == 6
     assert spent == [4] * 12  # two of each forward: a turn may be given back at the same places
+
+
+def test_a_replay_makes_no_detour_through_what_compiled_code_calls(
+    heads: tuple[DividedHeads, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes the host as long as the rest of an exchange."""
+    mine, done = heads
+    given, recorder = torch.zeros(4, 6), Recorder(None, ExchangeMemory())
+    with mine.recorded(recorder.exchange):
+        recorder.begin()
+        out = mine.joined(mine.total(mine.added_up(given)), -1)
+        recorder.end()
+    for name in ("added_up", "total", "joined"):
+        monkeypatch.delattr(DividedHeads, name)
+    Graph(SimpleNamespace(), recorder.pieces, out).replay(lambda _layer: None)  # type: ignore[arg-type]
+    assert done == ["sum of (4, 6)", "sum of (4, 6)", "parts of (4, 6)"]
 
 
 def test_larger_exchanges_get_memory_of_their_own(heads: tuple[DividedHeads, list[str]]) -> None:
