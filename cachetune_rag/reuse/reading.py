@@ -11,6 +11,7 @@ from cachetune_rag.reuse.worth import savings_of
 from cachetune_rag.selection import get_selector
 from cachetune_rag.selection.base import budget
 from cachetune_rag.text.prompts.prompt import Prompt, Span
+from cachetune_store import ChunkLayout
 
 
 @dataclass(frozen=True)
@@ -67,3 +68,10 @@ def reading_of(
     deep = selector is not None and layers and selector.layers(num_layers) == num_layers
     first = min((span.start for span in spans), default=0)
     return Reading(seconds, layers / num_layers, savings.reused, first if deep else 0)
+
+
+def rows_of(config: ReuseConfig, layout: ChunkLayout) -> int:
+    """How many rows of each layer of a chunk a request will read at tuned settings."""
+    selector = get_selector(config.selector)
+    unread = config.ratio if selector.offline and not selector.shift else config.skipped
+    return layout.tokens - budget(unread, layout.tokens)
