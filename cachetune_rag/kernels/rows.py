@@ -58,9 +58,9 @@ def _key(numbers, shared, at, scale, ok, COUNT: tl.constexpr, CODEC: tl.constexp
     return _number(numbers, at, scale, middle, ok, COUNT, CODEC, element)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["base_step"])
 def _place(
-    BASES, WHERE, PLACES, SPLIT, COS, SIN, KEYS, VALUES, table_stride,
+    BASES, WHERE, PLACES, SPLIT, COS, SIN, KEYS, VALUES, table_stride, base_step, key_step, value_step,
     HEADS: tl.constexpr, FIRST: tl.constexpr, OWN: tl.constexpr,
     DIM: tl.constexpr, V_DIM: tl.constexpr, TURNED: tl.constexpr, CODEC: tl.constexpr,
     ROW_BYTES: tl.constexpr, GROUP_ROWS: tl.constexpr, GROUP_BYTES: tl.constexpr, ALIGNED: tl.constexpr,
@@ -68,9 +68,10 @@ def _place(
 ):  # fmt: skip
     element = KEYS.dtype.element_ty
     row = tl.program_id(0)
+    layer = tl.program_id(1).to(tl.int64)
     place = tl.load(PLACES + row)
     where = tl.load(WHERE + row)
-    base = tl.load(BASES + (where >> 32)).to(tl.pointer_type(tl.uint8))
+    base = tl.load(BASES + layer * base_step + (where >> 32)).to(tl.pointer_type(tl.uint8))
     index = where & 0x7FFFFFFF
     shared = base + index // GROUP_ROWS * (GROUP_BYTES + GROUP_ROWS * ROW_BYTES)
     start = shared + (GROUP_BYTES + index % GROUP_ROWS * ROW_BYTES)
@@ -104,7 +105,7 @@ def _place(
         v_scale = tl.load(scales + HEADS + h, mask=some, other=0.0)
         numbers = start + 8 * HEADS
         v_numbers = numbers + COUNT
-    out = KEYS + place * (OWN * DIM)
+    out = KEYS + layer * key_step + place * (OWN * DIM)
     HALF: tl.constexpr = TURNED // 2
     if TURNED > 0:
         d = tl.arange(0, BLOCK_HALF)[None, :]
@@ -131,7 +132,7 @@ def _place(
     d = tl.arange(0, BLOCK_V)[None, :]
     ok = some & (d < V_DIM)
     value = _number(v_numbers, h * V_DIM + d, v_scale, v_middle, ok, V_COUNT, CODEC, element)
-    tl.store(VALUES + place * (OWN * V_DIM) + to * V_DIM + d, value, mask=ok)
+    tl.store(VALUES + layer * value_step + place * (OWN * V_DIM) + to * V_DIM + d, value, mask=ok)
 
 
 @triton.jit(do_not_specialize=["layer"])
@@ -183,9 +184,9 @@ def _stretched(at, BEGINS: tl.constexpr, SKIPS: tl.constexpr):
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layers", "step"])
 def _gather(
-    HOSTS, BASES, WHERE, COUNT,
+    HOSTS, BASES, WHERE, COUNT, layers, step,
     ROW: tl.constexpr, GROUP_ROWS: tl.constexpr, SHARED: tl.constexpr, UNIT: tl.constexpr,
     WANTED: tl.constexpr, BEGINS: tl.constexpr, SKIPS: tl.constexpr,
     WANTED_SHARED: tl.constexpr, BEGINS_SHARED: tl.constexpr, SKIPS_SHARED: tl.constexpr,
@@ -195,31 +196,33 @@ def _gather(
     number = tl.arange(0, BLOCK)[None, :]
     at = _stretched(number, BEGINS, SKIPS)
     some = tl.arange(0, BLOCK_SHARED)[None, :]
-    for begin in range(tl.program_id(0) * AT_ONCE, stop, tl.num_programs(0) * AT_ONCE):
+    # Layer by layer: the first one's rows are on their way before those of the next.
+    for begin in range(tl.program_id(0) * AT_ONCE, stop * layers, tl.num_programs(0) * AT_ONCE):
         row = begin + tl.arange(0, AT_ONCE)[:, None]
-        inside = row < stop
-        where = tl.load(WHERE + row, mask=inside, other=0)
-        host = tl.load(HOSTS + (where >> 32), mask=inside, other=0)
-        base = tl.load(BASES + (where >> 32), mask=inside, other=0)
+        inside = row < stop * layers
+        where = tl.load(WHERE + row % stop, mask=inside, other=0)
+        source = row // stop * step + (where >> 32)
+        host = tl.load(HOSTS + source, mask=inside, other=0)
+        base = tl.load(BASES + source, mask=inside, other=0)
         ok = inside & (host != 0)
         index = where & 0x7FFFFFFF
         group = index // GROUP_ROWS * (SHARED + GROUP_ROWS * ROW) * UNIT
         offset = group + (SHARED + index % GROUP_ROWS * ROW) * UNIT
         element = tl.int64 if UNIT == 8 else tl.int32 if UNIT == 4 else tl.uint8
-        source = (host + offset).to(tl.pointer_type(element)) + at
+        read = (host + offset).to(tl.pointer_type(element)) + at
         target = (base + offset).to(tl.pointer_type(element)) + at
         if ALIGNED:
             # Every stretch begins and ends at a multiple of 16 bytes as well.
-            source = tl.max_contiguous(tl.multiple_of(source, [16, 16]), [1, 16 // UNIT])
+            read = tl.max_contiguous(tl.multiple_of(read, [16, 16]), [1, 16 // UNIT])
             target = tl.max_contiguous(tl.multiple_of(target, [16, 16]), [1, 16 // UNIT])
-        numbers = tl.load(source, mask=ok & (number < WANTED), other=0)
+        numbers = tl.load(read, mask=ok & (number < WANTED), other=0)
         tl.store(target, numbers, mask=ok & (number < WANTED))
         if WANTED_SHARED > 0:
             # Rows of one group copy what they share several times over: the same bytes to the same place.
             at_shared = _stretched(some, BEGINS_SHARED, SKIPS_SHARED)
-            source = (host + group).to(tl.pointer_type(element)) + at_shared
+            read = (host + group).to(tl.pointer_type(element)) + at_shared
             target = (base + group).to(tl.pointer_type(element)) + at_shared
-            numbers = tl.load(source, mask=ok & (some < WANTED_SHARED), other=0)
+            numbers = tl.load(read, mask=ok & (some < WANTED_SHARED), other=0)
             tl.store(target, numbers, mask=ok & (some < WANTED_SHARED))
 
 
@@ -250,11 +253,11 @@ def gather(
     read the memory themselves are nearly as fast as it is with large copies.
 
     Args:
-        hosts: int64 [sources]; where each source's rows begin in page-locked memory. 0: its rows are not copied. It must not be unlocked until the
-            device has read it, and torch doesn't take care of that.
-        bases: int64 [sources]; where they begin on the device.
+        hosts: int64 [layers, sources]; where each source's rows of some layers begin in page-locked memory. 0: its rows are not copied. It must not be
+            unlocked until the device has read it, and torch doesn't take care of that. The rows of all these layers lie alike.
+        bases: int64 [layers, sources]; where they begin on the device.
         where, row_bytes, group_rows, group_bytes: see `place`. Addresses are multiples of 16 if these numbers of bytes are.
-        count: int64 [1] on the device; so many of the first rows in `where` are copied.
+        count: int64 [1] on the device; so many of the first rows in `where` are copied, of each layer.
         wanted: which bytes of each row, and of what a group shares, are copied, to where they lie in the row; None: all of them.
     """
     if wanted is None:
@@ -264,7 +267,7 @@ def gather(
     row, shared = _units(wanted.row, unit), _units(wanted.group, unit)
     at_once = max(1, _AT_ONCE // power_of_two(row[0] * unit))
     _gather[(_GATHERERS,)](
-        hosts, bases, where, count,
+        hosts, bases, where, count, hosts.shape[0], hosts.stride(0),
         ROW=row_bytes // unit, GROUP_ROWS=group_rows, SHARED=group_bytes // unit, UNIT=unit,
         WANTED=row[0], BEGINS=row[1], SKIPS=row[2],
         WANTED_SHARED=shared[0], BEGINS_SHARED=shared[1], SKIPS_SHARED=shared[2],
@@ -291,16 +294,20 @@ def place(
     first_head: int = 0,
     split: Tensor | None = None,
     rest: bool = False,
+    steps: tuple[int, int] = (0, 0),
 ) -> None:
-    """Decode stored rows, rotate their keys to their places in the prompt, and write keys and values there.
+    """Decode stored rows of some layers, rotate their keys to their places in the prompt, and write keys and values there.
+
+    Several layers are written by one launch where their rows lie alike and are rotated alike (`steps`): a launch takes the host longer than the device
+    needs for a layer of a short prompt.
 
     Args:
-        bases: int64 [sources]; addresses on the device, where each source's rows begin as the codec wrote them.
+        bases: int64 [layers, sources]; addresses on the device, where each source's rows of a layer begin as the codec wrote them.
         where: int64 [n]; each row's source (upper 32 bits) and its number in the source (lower 32 bits); see `rows_of`.
         places: int64 [n]; each row's place in the prompt.
         cos, sin: [length, width]; the model's tables. None for a layer that doesn't rotate. The first `width` channels are rotated,
             channel i together with channel i + width / 2.
-        keys, values: [length, heads, dim] and [length, heads, v_dim], contiguous. Rows at `places` are written.
+        keys, values: [length, heads, dim] and [length, heads, v_dim], contiguous, of the first of the layers. Rows at `places` are written.
         codec: one of `kernels.CODECS`.
         row_bytes, group_rows, group_bytes: a source consists of groups of `group_rows` rows. In front of each group are `group_bytes` bytes
             that its rows share.
@@ -308,14 +315,17 @@ def place(
         stored_heads: how many heads a row holds; None: those of `keys`.
         first_head: the first of them that is written.
         split: int64 [1] on the device; so many of the first rows are written, or with `rest` those behind them. None: all rows are.
+        steps: by how many numbers the keys of each layer lie behind those of the layer before, and the values; multiples of 16, below 2 ** 31, so that
+            kernels are compiled for one kind of them.
     """
     heads, dim, v_dim = keys.shape[1], keys.shape[2], values.shape[2]
     turned = 0 if cos is None else cos.shape[1]
     if not places.shape[0]:
         return
     some = keys if cos is None or sin is None else cos  # a pointer that isn't read where nothing is rotated
-    _place[(places.shape[0],)](
+    _place[(places.shape[0], bases.shape[0])](
         bases, where, places, places if split is None else split, some, keys if sin is None else sin, keys, values, 0 if cos is None else cos.stride(0),
+        bases.stride(0), *steps,
         HEADS=stored_heads or heads, FIRST=first_head, OWN=heads, DIM=dim, V_DIM=v_dim, TURNED=turned, CODEC=codec,
         ROW_BYTES=row_bytes, GROUP_ROWS=group_rows, GROUP_BYTES=group_bytes, ALIGNED=aligned,
         BLOCK_H=power_of_two(heads), BLOCK_HALF=power_of_two(max(1, turned // 2)),

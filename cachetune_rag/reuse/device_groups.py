@@ -17,7 +17,7 @@ from cachetune_rag.kernels import rows_of
 from cachetune_rag.model import ModelAdapter
 from cachetune_rag.reuse.row_kernels import RowKernels
 from cachetune_rag.reuse.source import Source
-from cachetune_rag.reuse.staging import STAGES, Piece
+from cachetune_rag.reuse.staging import LEAST_PIECES, MOST_PIECES, Piece, pieces_for
 from cachetune_rag.reuse.streams import Streams
 from cachetune_store import RowFormat
 from cachetune_store.tier_kinds import HOST
@@ -30,12 +30,14 @@ class Group:
 
     Attributes:
         bases: int64 [layers, sources]; where each source's rows are on the device, or will be.
+        addresses: the same on the host, by layer.
         where, places: of every row, as `kernels.rows.place` takes them.
         in_place: by source, whether its rows are read where they lie.
         apart: by source, whether its rows can be copied one by one: int64 [sources], 0 or 1.
     """
 
     bases: Tensor
+    addresses: list[list[int]]
     where: Tensor
     places: Tensor
     in_place: list[bool]
@@ -48,12 +50,14 @@ class Narrowed:
 
     Attributes:
         hosts: int64 [layers, sources]; where the rows of sources are in page-locked memory that come in two parts, 0 for others.
+        addresses: the same on the host, by layer; 0 in layers before the first one that comes in two parts.
         where, places: as of `Group`, with the rows of the first part in front.
         split: int64 [1]; how many these are.
         apart: by source, whether its rows come in two parts.
     """
 
     hosts: Tensor
+    addresses: list[list[int]]
     where: Tensor
     places: Tensor
     split: Tensor
@@ -85,7 +89,8 @@ class DeviceGroups:
         self._sources: Mapping[tuple[str, str], Sequence[Source]] = {}
         self._prepared: dict[tuple[str, str], Group] = {}
         self._narrowed: dict[tuple[str, str], Narrowed | None] = {}
-        self._stages: list[dict[tuple[str, str], Piece]] = [{} for _ in range(STAGES)]
+        self._pieces: int | None = None
+        self._stages: list[dict[tuple[str, str], Piece]] = [{} for _ in range(MOST_PIECES)]
         # Addresses of a source's layers, from the first one in two parts on, by the source's place in the prompt.
         self._hosts: dict[int, list[int]] = {}
         self._held: list[Tensor] = []  # memory that queued work still reads
@@ -98,11 +103,26 @@ class DeviceGroups:
     def set_sources(self, sources: Mapping[tuple[str, str], Sequence[Source]]) -> None:
         """The groups, and the sources in each: whatever was found out of others holds no more."""
         self._sources = sources
-        self._prepared, self._narrowed = {}, {}
+        self._prepared, self._narrowed, self._pieces = {}, {}, None
+
+    @property
+    def pieces(self) -> int:
+        """How many pieces the ring has in which layers are staged in turns: more than two where several may be placed together, because their rows are
+        moved by kernels and are few bytes."""
+        if self._pieces is None:
+            layers = range(self._adapter.num_layers)
+            by_kernel = self._by_address and all(self._kernels.can_place(key, layers) for key in self._sources)
+            self._pieces = pieces_for(sum(map(self._layer_bytes, self._sources))) if by_kernel else LEAST_PIECES
+        return self._pieces
+
+    def _layer_bytes(self, key: tuple[str, str]) -> int:
+        """Bytes that the rows of a group's largest layer take."""
+        different = {id(form): form for form in self._forms(key)}.values()
+        return max(sum(form.span(source.rows) for source in self._sources[key]) for form in different)
 
     def stage(self, layer: int, key: tuple[str, str]) -> Tensor | None:
         """The staging memory of a group for a layer; None if none was needed so far."""
-        piece = self._stages[layer % STAGES].get(key)
+        piece = self._stages[layer % self.pieces].get(key)
         return None if piece is None else piece.memory
 
     def prepare(self, key: tuple[str, str]) -> Group:
@@ -122,9 +142,9 @@ class DeviceGroups:
             different = {id(form): form for form in forms}.items()
             ends = {name: np.cumsum([0, *(form.span(group[i].rows) for i in staged)]) for name, form in different}
             room = max(int(sums[-1]) for sums in ends.values())
-            stages = [self._stage(slot, key, room).data_ptr() for slot in range(STAGES)]
+            stages = [piece.memory.data_ptr() for piece in self._take(key, room)]
             for layer, form in enumerate(forms):
-                bases[layer, staged] = stages[layer % STAGES] + ends[id(form)][:-1]
+                bases[layer, staged] = stages[layer % len(stages)] + ends[id(form)][:-1]
         for index, source in enumerate(group):
             if in_place[index] and isinstance(source.reader, DeviceReader):
                 source.reader.wait_on(self._streams.place)
@@ -145,6 +165,7 @@ class DeviceGroups:
         start = bases.size + apart.size
         made = self._prepared[key] = Group(
             there[: bases.size].view(bases.shape),
+            bases.tolist(),
             there[start : start + count],
             there[there.shape[0] - count :],
             in_place,
@@ -192,8 +213,9 @@ class DeviceGroups:
             first_part = seen[group.places] | (group.apart[group.where >> 32] == 0)
             order = first_part.to(torch.uint8).sort(descending=True, stable=True).indices
             made = Narrowed(
-                there.view(hosts.shape), group.where[order], group.places[order], first_part.sum().view(1), apart
-            )
+                there.view(hosts.shape), hosts.tolist(), group.where[order], group.places[order],
+                first_part.sum().view(1), apart,
+            )  # fmt: skip
             streams.narrowed.record(current)
         for stream in (streams.copy, streams.place):
             stream.wait_event(streams.narrowed)
@@ -203,10 +225,6 @@ class DeviceGroups:
         self._narrowed[key] = made
         return made
 
-    def host_address(self, source: Source, number: int) -> int:
-        """Where the rows of a source that comes in two parts are in page-locked memory, in the layer of this number among those in two parts."""
-        return self._hosts[source.start][number]
-
     def _apart(self, key: tuple[str, str]) -> list[int]:
         """By source of a group, whether its rows can be copied one by one: 0 or 1."""
         sources = self._sources[key]
@@ -214,10 +232,15 @@ class DeviceGroups:
             return [0] * len(sources)
         return [int(source.reader.kind is HOST and source.reader.page_locked) for source in sources]
 
-    def _stage(self, slot: int, key: tuple[str, str], size: int) -> Tensor:
-        """Staging memory of one slot, at least `size` bytes. Another piece is taken only if the one at hand is too small."""
-        mine = self._stages[slot]
-        if key not in mine or mine[key].memory.numel() < size:
-            mine.pop(key, None)  # freed first, if no other prompt has it
-            mine[key] = self._streams.staging.take(slot, key, size)
-        return mine[key].memory
+    def _take(self, key: tuple[str, str], size: int) -> list[Piece]:
+        """The pieces of the ring, each of at least `size` bytes. Another one is taken only if the one at hand is too small."""
+        numbers = range(self.pieces)
+        few = [
+            number for number in numbers if key not in (mine := self._stages[number]) or mine[key].memory.numel() < size
+        ]
+        if few:
+            for number in few:
+                self._stages[number].pop(key, None)  # freed first, if no other prompt has it
+            for number, piece in zip(few, self._streams.staging.take(few, key, size), strict=True):
+                self._stages[number][key] = piece
+        return [self._stages[number][key] for number in numbers]

@@ -1,7 +1,8 @@
 """Loading onto a CUDA device, while the model computes.
 
-One stream copies a layer's encoded rows into a ring of two pieces of staging memory (`staging.py`). Another stream decodes and rotates them and puts them into the
-prompt's buffers, layer after layer. Rows of the device tier are decoded where they lie, without a copy. The stream that computes waits
+One stream copies a layer's encoded rows into a ring of pieces of staging memory (`staging.py`). Another stream decodes and rotates them and puts them into the
+prompt's buffers, layer after layer. Of a short prompt, several layers are queued by one call each for their copies, kernels and events: a layer's rows are there before the
+host has made these calls for it. Rows of the device tier are decoded where they lie, without a copy. The stream that computes waits
 for the event of the layer that it needs, and for nothing else. The prompt's buffers hold every layer, so the two loading streams never
 wait for the computation, only for the disk.
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from cachetune_rag.reuse.host_copies import copied_bytes, host_copies
 from cachetune_rag.reuse.layer_loader import REST, SEEN, WHOLE, LayerLoader, RowForms
 from cachetune_rag.reuse.row_kernels import RowKernels
 from cachetune_rag.reuse.source import Source
+from cachetune_rag.reuse.staging import LEAST_PIECES
 from cachetune_rag.reuse.streams import Streams
 from cachetune_store import HeadBytes, RowFormat
 from cachetune_store.tier_kinds import HOST
@@ -37,8 +39,8 @@ LAUNCH_AHEAD = 2
 """Layers queued beyond the one that is asked for, so that the copy engine always has work. Few, because queuing takes the host time, in
 which the device waits for its next piece of work."""
 QUEUED = 3
-"""Layers whose copies may be queued at once. A copy for somebody else, such as the inputs of a server's next decoding step, waits behind
-all of them: with all layers of a long prompt queued, for tens of milliseconds."""
+"""Layers whose copies may be queued at once, or of short prompts several times as many, which are queued together. A copy for somebody else, such as the inputs
+of a server's next decoding step, waits behind all of them: with all layers of a long prompt queued, for tens of milliseconds."""
 FIRST_BYTES = 48 << 20
 """Bytes that are queued before a selector looks at layers: about as much as is copied to an H100 while it gets ready."""
 
@@ -71,6 +73,9 @@ class DeviceLoader(LayerLoader):
         # The first layer in two parts, and the next one of which the second part is queued.
         self._first_narrowed = self._rest = adapter.num_layers
         self._brought = False
+        self._alike_until: list[int] | None = None
+        # Layers that were queued since all rows were wanted, or the seen ones alone; and those of which the second part was.
+        self._begun_layers = self._begun_rests = 0
         self._awaited = 0  # so many of the first layers the computing stream waits for, in its order
         self._kernels = RowKernels(adapter, usable=kernels_run_on(adapter.device))
         self._copies = host_copies()
@@ -85,6 +90,7 @@ class DeviceLoader(LayerLoader):
         # Work that was queued on the computing stream before may still use the buffers' memory. (If they were made on the placing stream,
         # it may not, and this waits for nothing.)
         streams.place.wait_stream(self._current)
+        self._placed = list(streams.placed)  # by layer, the event that was recorded when its rows were placed
         self._made = streams.place.record_event() if self._current == streams.place else None
 
     def set_sources(self, sources: Sequence[Source]) -> None:
@@ -93,6 +99,7 @@ class DeviceLoader(LayerLoader):
         super().set_sources(sources)
         if self._wanted is not before:
             self._on_device.set_sources(self._groups)
+            self._alike_until = None
 
     def load(self, layer: int) -> None:
         """Make the computing stream wait for the reused rows of `layer`."""
@@ -110,6 +117,7 @@ class DeviceLoader(LayerLoader):
         """See `LayerLoader.narrow`. The host doesn't wait for `seen`."""
         self._seen_rows, self._hold = seen, self._adapter.num_layers
         self._first_narrowed = self._rest = self._next
+        self._begun_layers = 0
         for key in self._groups:
             self._narrow(key)
 
@@ -131,7 +139,7 @@ class DeviceLoader(LayerLoader):
         if self._brought:
             self._current.wait_event(self._streams.brought)
             self._brought = False
-        self._current.wait_event(self._streams.placed[layer])
+        self._current.wait_event(self._placed[layer])
         self._awaited = max(self._awaited, layer + 1)
         self._streams.given[layer].record(self._current)
         self.seconds += time.perf_counter() - started
@@ -140,14 +148,14 @@ class DeviceLoader(LayerLoader):
         """See `LayerLoader.start_first_layers`. Where copying takes longer than computing, time without a copy makes the prompt later."""
         super().start_first_layers()
         layer = sum(self._copied_bytes(0, key, s.rows) for key, group in self._groups.items() for s in group)
-        self._launch_up_to(min(LAUNCH_AHEAD, FIRST_BYTES // max(1, layer)))
+        self._launch_up_to(min(LAUNCH_AHEAD, FIRST_BYTES // max(1, layer)), alone=True)
 
     def bring(self) -> None:
         """See `LayerLoader.bring`. A further layer is queued when the last but one is in its place."""
         while self._next < self._adapter.num_layers and self._slow.ready(self._next):
-            if not self._streams.staging.is_free(self._next):
+            if not self._streams.staging.is_free(self._next % self._on_device.pieces):
                 return
-            self._launch()
+            self._launch(alone=True)
 
     def take_turn(self) -> None:
         """See `LayerLoader.take_turn`."""
@@ -214,13 +222,13 @@ class DeviceLoader(LayerLoader):
             self._current.wait_stream(self._streams.copy)
             self._current.wait_stream(self._streams.place)
 
-    def _launch_up_to(self, layer: int) -> None:
-        """Queue the layers up to this one, as far as their rows are there already."""
+    def _launch_up_to(self, layer: int, *, alone: bool = False) -> None:
+        """Queue the layers up to this one, as far as their rows are there already, each `alone` or with some that follow it."""
         while self._next <= min(layer, self._hold, self._adapter.num_layers - 1) and self._slow.ready(self._next):
-            self._launch()
+            self._launch(alone=alone)
 
     def _launch_a_rest(self) -> None:
-        """Queue the second part of one layer, if there is room without waiting.
+        """Queue some second parts, if there is room without waiting.
 
         No more at once: the rows of a short prompt are copied in less time than the host takes to queue the copies, so there is always room, and what computes
         would wait until the second parts of all layers are queued.
@@ -228,45 +236,79 @@ class DeviceLoader(LayerLoader):
         if self._rest < self._next and (len(self._queued) < QUEUED or self._queued[0].query()):
             self._launch_rest()
 
-    def _launch(self) -> None:
-        """Queue the next layer: all of it, or the rows that are seen. Waits for rows on disk, and until few enough layers are queued."""
-        layer = self._next
-        self._queue(layer, WHOLE if layer < self._first_narrowed else SEEN)
-        self._loaded[layer] = 1
-        self._next += 1
+    def _launch(self, *, alone: bool = False) -> None:
+        """Queue the next layer, `alone` or with some that follow it: all of it, or the rows that are seen. Waits for rows on disk, and until few enough
+        layers are queued."""
+        whole = self._next < self._first_narrowed
+        most = 1 if alone else self._together(self._begun_layers)
+        end = min(self._next + most, self._alike_end(self._next), max(self._next, self._hold) + 1)
+        layers = range(self._next, min(end, self._first_narrowed) if whole else end)
+        self._queue(layers, WHOLE if whole else SEEN)
+        for layer in layers:
+            self._loaded[layer] = 1
+        self._next = layers.stop
+        self._begun_layers += len(layers)
 
     def _launch_rest(self) -> None:
-        """Queue the second part of the next layer that has one."""
-        self._queue(self._rest, REST)
-        self._rest += 1
+        """Queue the second part of the next layer that has one, with those of some that follow it."""
+        end = min(self._rest + self._together(self._begun_rests), self._alike_end(self._rest), self._next)
+        layers = range(self._rest, end)
+        self._queue(layers, REST)
+        self._rest = layers.stop
+        self._begun_rests += len(layers)
 
-    def _queue(self, layer: int, part: str) -> None:
-        """Queue copies of a layer's rows, and the work that makes keys and values of them."""
+    def _alike_end(self, layer: int) -> int:
+        """The first layer behind `layer` that can't be queued together with it."""
+        if self._on_device.pieces == LEAST_PIECES:
+            return layer + 1
+        if self._alike_until is None:
+            forms = [self._forms(key) for key in self._groups]
+            self._alike_until = self._kernels.alike_until(forms, self._buffers, self._tables)
+        return self._alike_until[layer]
+
+    def _together(self, begun: int) -> int:
+        """How many layers may be queued together, behind some that were begun with.
+
+        The first ones come singly, and then as many as there are already: what computes can begin soon, and is not overtaken. No more than half of the ring:
+        while they are placed, the next ones are copied.
+        """
+        if self._slow:  # the rows of each layer may have to be waited for
+            return 1
+        return max(1, min(begun, self._on_device.pieces // 2))
+
+    def _queue(self, layers: range, part: str) -> None:
+        """Queue copies of the rows of some layers, and the work that makes keys and values of them. Several are `RowKernels.alike_until`."""
         streams = self._streams
         if len(self._queued) == QUEUED:
             self._queued[0].synchronize()
-        streams.staging.await_free(layer)
-        slow = iter(self._slow.take(layer) if part != REST else ())
+        pieces = [layer % self._on_device.pieces for layer in layers]
+        streams.staging.await_free(pieces)
         self._copied.append([])
-        for key, group in self._groups.items():
+        for key in self._groups:
             self._on_device.prepare(key)
-            narrowed = None if part == WHOLE else self._narrow(key)
-            if narrowed is None or part == REST or not all(narrowed.apart):
-                self._copy_rows(layer, key, group, slow, narrowed, part)
-            if narrowed is not None and part == SEEN:
-                self._gather(layer, key, narrowed)
+        narrowed = {key: None if part == WHOLE else self._narrow(key) for key in self._groups}
+        for layer in layers:
+            slow = iter(self._slow.take(layer) if part != REST else ())
+            for key, group in self._groups.items():
+                if (some := narrowed[key]) is None or part == REST or not all(some.apart):
+                    self._copy_rows(layer, key, group, slow, some, part)
+        if part == SEEN:
+            self._gather(layers, narrowed)
         if self._copies is not None:
             self._copies.queue(streams.copy.cuda_stream)
-        streams.copied[layer].record(streams.copy)
-        streams.place.wait_event(streams.copied[layer])
+        copied, placed = streams.copied[layers[-1]], streams.placed[layers[-1]]
+        copied.record(streams.copy)
+        streams.place.wait_event(copied)
         if self._groups:
             with torch.cuda.stream(streams.place):
-                self._buffers.await_layer(layer)
+                for layer in layers:
+                    self._buffers.await_layer(layer)
                 for key in self._groups:
-                    self._place(layer, key, part)
-        placed = streams.placed[layer]
+                    self._place(layers, key, narrowed[key], part)
         placed.record(streams.place)
-        streams.staging.used(layer, placed)
+        for layer in layers:
+            self._placed[layer] = placed
+        streams.staging.used(pieces, placed)
         self._queued.append(placed)
 
     def _copy_rows(
@@ -280,31 +322,39 @@ class DeviceLoader(LayerLoader):
     ) -> None:
         """Queue the copies of a group's rows into its staging memory. Rows that the kernel reads where they lie are only counted, and sources that
         come in two parts are left out of the first one, of which single rows are gathered."""
-        form, stage = self._row_format(layer, key), self._on_device.stage(layer, key)
-        mine, at = self._kernels.own_bytes(layer, key), 0
+        form, mine, on_device = (
+            self._row_format(layer, key),
+            self._kernels.own_bytes(layer, key),
+            self._on_device.prepare(key),
+        )
+        addresses = on_device.addresses[layer]
+        if part == REST:
+            # All rows of a source, also those that are there: gathering the others would keep multiprocessors from the recompute, while the
+            # bus has nothing else to do.
+            if narrowed is not None and self._copies is not None:
+                hosts = narrowed.addresses[layer]
+                later = [each for each in zip(addresses, hosts, group, strict=False) if each[1]]
+                self._copies.collect_rows([(to, host, source.rows) for to, host, source in later], form, mine)
+            return
         by_torch: list[tuple[Source, int]] = []
-        apart = [False] * len(group) if narrowed is None else narrowed.apart
-        for source, in_place, later in zip(group, self._on_device.prepare(key).in_place, apart, strict=True):
+        locked: list[tuple[int, int, int]] = []
+        others: list[tuple[int, int, int]] = []
+        for number, source in enumerate(group):
             reader = source.reader
-            if in_place:
-                if part != REST:
-                    reader.locate(layer, source.rows)
+            if on_device.in_place[number]:
+                reader.locate(layer, source.rows)
+            elif narrowed is not None and narrowed.apart[number]:
                 continue
-            assert stage is not None
-            to = stage.data_ptr() + at
-            if later or part == REST:
-                if later and part == REST and self._copies is not None:
-                    # All of its rows, also those that are there: gathering the others would keep multiprocessors from the recompute, while the
-                    # bus has nothing else to do.
-                    address = self._on_device.host_address(source, layer - self._first_narrowed)
-                    self._copies.collect_rows(to, address, form, mine, source.rows)
             elif self._copies is not None and reader.kind is HOST:
-                address = reader.locate(layer, source.rows)
-                self._copies.collect_rows(to, address, form, mine if reader.page_locked else None, source.rows)
+                some = locked if reader.page_locked else others
+                some.append((addresses[number], reader.locate(layer, source.rows), source.rows))
             else:
-                by_torch.append((source, at))
-            at += form.span(source.rows)
+                by_torch.append((source, addresses[number]))
+        if self._copies is not None:
+            self._copies.collect_rows(locked, form, mine)
+            self._copies.collect_rows(others, form, None)
         if by_torch:  # most prompts have none: entering a stream takes the host some microseconds for each layer
+            stage = self._on_device.stage(layer, key)
             assert stage is not None
             with torch.cuda.stream(self._streams.copy):
                 self._copy_pieces(layer, form, mine, by_torch, stage, slow)
@@ -318,33 +368,36 @@ class DeviceLoader(LayerLoader):
         stage: Tensor,
         slow: Iterator[Tensor],
     ) -> None:
-        """Queue the copies of rows that are read as tensors, each source's to its place in the staging memory, on the current stream."""
+        """Queue the copies of rows that are read as tensors, each source's to its address in the staging memory, on the current stream."""
         targets, pieces = [], []
-        for source, at in sources:
+        for source, address in sources:
             reader = source.reader
             piece = reader.read(layer, source.rows) if reader.in_memory else next(slow)
             if self._copies is not None and mine is not None and piece.is_pinned():
-                self._copies.collect_rows(stage.data_ptr() + at, piece.data_ptr(), form, mine, source.rows)
+                self._copies.collect_rows([(address, piece.data_ptr(), source.rows)], form, mine)
                 self._copied[-1].append(piece)
             else:
                 pieces.append(piece)
+                at = address - stage.data_ptr()
                 targets.append(stage[at : at + form.size(source.rows)])
         if pieces:
             copy_all(targets, pieces, non_blocking=True)
 
-    def _gather(self, layer: int, key: tuple[str, str], narrowed: Narrowed) -> None:
-        """Queue the copies of the rows of a group that are seen first into its staging memory."""
-        form, bases = self._row_format(layer, key), self._on_device.prepare(key).bases
+    def _gather(self, layers: range, narrowed: Mapping[tuple[str, str], Narrowed | None]) -> None:
+        """Queue the copies of the rows of each group that are seen first into its staging memory."""
+        some = slice(layers.start, layers.stop)
         with torch.cuda.stream(self._streams.copy):
-            self._kernels.gather(
-                layer,
-                key,
-                form,
-                hosts=narrowed.hosts[layer],
-                bases=bases[layer],
-                where=narrowed.where,
-                count=narrowed.split,
-            )
+            for key, parts in narrowed.items():
+                if parts is not None:
+                    self._kernels.gather(
+                        layers,
+                        key,
+                        self._row_format(layers.start, key),
+                        hosts=parts.hosts[some],
+                        bases=self._on_device.prepare(key).bases[some],
+                        where=parts.where,
+                        count=parts.split,
+                    )
 
     def _copied_bytes(self, layer: int, key: tuple[str, str], rows: int) -> int:
         """How many bytes of some rows of a chunk in host memory are copied."""
@@ -355,27 +408,29 @@ class DeviceLoader(LayerLoader):
         assert self._seen_rows is not None
         return self._on_device.narrow(key, self._seen_rows, self._first_narrowed, self._current)
 
-    def _place(self, layer: int, key: tuple[str, str], part: str) -> None:
+    def _place(self, layers: range, key: tuple[str, str], narrowed: Narrowed | None, part: str) -> None:
         """Decode, rotate and place a group's rows: by the kernel where that is exact, else by the codec's and the model's own code."""
-        form, group = self._row_format(layer, key), self._on_device.prepare(key)
-        narrowed = None if part == WHOLE else self._narrow(key)
+        group = self._on_device.prepare(key)
         if part == REST and narrowed is None:
             return
-        if self._kernels.can_place(key, [layer]):
+        if self._kernels.can_place(key, layers):
             self._kernels.place(
-                layer,
+                layers,
                 key,
-                form,
+                self._row_format(layers.start, key),
                 self._buffers,
                 self._tables,
-                bases=group.bases[layer],
+                bases=group.bases[layers.start : layers.stop],
                 where=group.where if narrowed is None else narrowed.where,
                 places=group.places if narrowed is None else narrowed.places,
                 split=None if narrowed is None else narrowed.split,
                 rest=part == REST,
             )
-        else:
-            size = sum(form.span(source.rows) for source in self._groups[key])
+            return
+        for layer in layers:
+            size = sum(
+                form.span(source.rows) for form in [self._row_format(layer, key)] for source in self._groups[key]
+            )
             stage = self._on_device.stage(layer, key)
             assert stage is not None
             self._place_rows(layer, key, stage[:size], self._part(key, WHOLE))

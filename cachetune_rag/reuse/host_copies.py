@@ -10,7 +10,7 @@ Where this process has a part of a model's heads, it copies these alone: a stret
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
@@ -109,25 +109,34 @@ class HostCopies:
         """Add a copy of `count` bytes from the address `host` to the address `device`."""
         self._collected.append((device, host, count))
 
-    def collect_rows(self, device: int, host: int, form: RowFormat, wanted: HeadBytes | None, rows: int) -> None:
-        """Add a copy of the first rows of a piece: of their wanted bytes where that is faster, else of all (with None always).
+    def collect_rows(self, pieces: Iterable[tuple[int, int, int]], form: RowFormat, wanted: HeadBytes | None) -> None:
+        """Add copies of the first rows of pieces: of their wanted bytes where that is faster, else of all (with None always).
 
         What is copied comes to where it lies in the piece. Strips are taken from page-locked memory alone.
+
+        Args:
+            pieces: of each, the device's address, the host's, and how many rows.
+            form: how the rows lie.
+            wanted: see above.
         """
         strips = None if wanted is None else strips_of(form, wanted)
         if strips is None:
-            self.collect(device, host, form.size(rows))
+            self._collected += [(device, host, form.size(rows)) for device, host, rows in pieces]
             return
-        for strip in strips:
-            count = rows * strip.each
-            if strip.ahead and count:
-                # What the first row has of it, and the last one, is not beside anything.
-                count -= 1
-                last = count * strip.pitch + strip.start
-                self.collect(device, host, strip.ahead)
-                self.collect(device + last, host + last, strip.width - strip.ahead)
-            if count:
-                self.collect_strip(device + strip.start, host + strip.start, strip.pitch, strip.width, count)
+        for device, host, rows in pieces:
+            for strip in strips:
+                self._collect_strips(device, host, strip, rows)
+
+    def _collect_strips(self, device: int, host: int, strip: Strip, rows: int) -> None:
+        count = rows * strip.each
+        if strip.ahead and count:
+            # What the first row has of it, and the last one, is not beside anything.
+            count -= 1
+            last = count * strip.pitch + strip.start
+            self.collect(device, host, strip.ahead)
+            self.collect(device + last, host + last, strip.width - strip.ahead)
+        if count:
+            self.collect_strip(device + strip.start, host + strip.start, strip.pitch, strip.width, count)
 
     def collect_strip(self, device: int, host: int, pitch: int, width: int, rows: int) -> None:
         """Add a copy of `width` bytes of each of some rows, which begin `pitch` bytes behind one another, here and there."""

@@ -13,6 +13,9 @@ from cachetune_rag.model.family.rope import Tables
 from cachetune_rag.reuse.layer_loader import head_bytes, row_format
 from cachetune_store import HeadBytes, RowFormat
 
+_STEP, _FAR = 16, 1 << 31
+"""From layer to layer, keys and values lie a multiple of so many numbers apart, and fewer than so many bytes, where several layers are placed together."""
+
 
 class RowKernels:
     """Calls the kernels with what they have to know of a model. The arguments called `key` are a codec's name and a dtype's.
@@ -43,9 +46,51 @@ class RowKernels:
         own = heads.own(self._adapter.layers[layer])
         return head_bytes(*key, self._adapter.stored_layers[layer], own.start, own.stop - own.start)
 
+    def alike_until(
+        self, forms: Sequence[list[RowFormat]], buffers: KVBuffers, tables: dict[str | None, Tables]
+    ) -> list[int]:
+        """For each layer, the first one behind it of which rows can't be moved by the same calls: layers whose rows lie alike and are rotated alike, and
+        whose memory in the prompt's buffers lies at equal distances.
+
+        Args:
+            forms: of each group of the prompt's chunks, how its rows lie in every layer. The kernel can place them all.
+            buffers, tables: the prompt's buffers, and its rotary tables.
+        """
+        adapter, count = self._adapter, self._adapter.num_layers
+        steps = [self._steps(buffers, layer) for layer in range(1, count)]
+        turns = [adapter.rotation(layer, tables)[0] for layer in range(count)]
+        until = [count] * count
+        for layer in reversed(range(count - 1)):
+            behind = layer + 1
+            alike = (
+                turns[layer] is turns[behind]
+                and adapter.layers[layer] == adapter.layers[behind]
+                and adapter.stored_layers[layer] == adapter.stored_layers[behind]
+                and all(form[layer] is form[behind] or form[layer] == form[behind] for form in forms)
+            )
+            if steps[layer] is None or not alike:
+                until[layer] = behind
+            else:
+                until[layer] = until[behind] if steps[layer] == steps[min(behind, count - 2)] else behind + 1
+        return until
+
+    @staticmethod
+    def _steps(buffers: KVBuffers, layer: int) -> tuple[int, int] | None:
+        """By how many numbers keys and values of a layer lie behind those of the layer before; None: not so that `kernels.rows.place` takes it."""
+        size, keys, values = buffers.dtype.itemsize, buffers.key_rows, buffers.value_rows
+        for_keys = keys[layer].data_ptr() - keys[layer - 1].data_ptr()
+        for_values = values[layer].data_ptr() - values[layer - 1].data_ptr()
+        if for_keys % (_STEP * size) or for_values % (_STEP * size):
+            return None
+        return (
+            (for_keys // size, for_values // size)
+            if 0 < min(for_keys, for_values) <= max(for_keys, for_values) < _FAR
+            else None
+        )
+
     def gather(
         self,
-        layer: int,
+        layers: range,
         key: tuple[str, str],
         form: RowFormat,
         *,
@@ -54,7 +99,10 @@ class RowKernels:
         where: Tensor,
         count: Tensor,
     ) -> None:
-        """Queue copies of single rows from page-locked host memory, as `kernels.rows.gather`; `form` says how they lie."""
+        """Queue copies of single rows of some layers from page-locked host memory, as `kernels.rows.gather`; `form` says how they lie.
+
+        Of several layers, each is before `alike_until` of the first one.
+        """
         from cachetune_rag.kernels.rows import gather
 
         gather(
@@ -65,12 +113,12 @@ class RowKernels:
             row_bytes=form.row_bytes,
             group_rows=form.group_rows,
             group_bytes=form.group_bytes,
-            wanted=self.own_bytes(layer, key),
+            wanted=self.own_bytes(layers.start, key),
         )
 
     def place(
         self,
-        layer: int,
+        layers: range,
         key: tuple[str, str],
         form: RowFormat,
         buffers: KVBuffers,
@@ -82,10 +130,15 @@ class RowKernels:
         split: Tensor | None = None,
         rest: bool = False,
     ) -> None:
-        """Queue putting rows into their places of a layer's buffers, as `kernels.rows.place`; `tables` are the prompt's rotary tables."""
+        """Queue putting rows into their places of some layers' buffers, as `kernels.rows.place`; `tables` are the prompt's rotary tables.
+
+        Of several layers, each is before `alike_until` of the first one.
+        """
         from cachetune_rag.kernels.rows import place
 
-        adapter = self._adapter
+        adapter, layer = self._adapter, layers.start
+        steps = self._steps(buffers, layer + 1) if len(layers) > 1 else (0, 0)
+        assert steps is not None
         cos, sin = adapter.rotation(layer, tables)
         place(
             bases,
@@ -104,6 +157,7 @@ class RowKernels:
             first_head=adapter.heads.own(adapter.layers[layer]).start,
             split=split,
             rest=rest,
+            steps=steps,
         )
 
 
@@ -121,14 +175,14 @@ def warm_up(adapter: ModelAdapter, codec: str) -> None:
         done.add(shape)
         form = row_format(*key, adapter.stored_layers[layer])
         row = torch.zeros(form.span(1), dtype=torch.uint8, device=adapter.device)
-        bases = torch.tensor([row.data_ptr(), 0], device=adapter.device)
+        bases, layers = torch.tensor([[row.data_ptr(), 0]], device=adapter.device), range(layer, layer + 1)
         nothing = torch.zeros(2, dtype=torch.int64, device=adapter.device)
         # All rows at once (None); those that a selector sees first, which are gathered before they are placed (False); and the others (True).
         for part in (None, False, True):
             split = None if part is None else nothing[:1]
             if part is False:
-                kernels.gather(layer, key, form, hosts=nothing, bases=bases, where=nothing, count=nothing[:1])
+                kernels.gather(layers, key, form, hosts=nothing[None], bases=bases, where=nothing, count=nothing[:1])
             kernels.place(
-                layer, key, form, buffers, tables, bases=bases, where=nothing, places=nothing, split=split, rest=bool(part)
+                layers, key, form, buffers, tables, bases=bases, where=nothing, places=nothing, split=split, rest=bool(part)
             )  # fmt: skip
     torch.cuda.synchronize(adapter.device)

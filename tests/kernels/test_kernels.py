@@ -206,22 +206,30 @@ PARTS = [
 """Bytes of a row, rows of a group, bytes that these share; and which of them are wanted."""
 
 
+@pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize(("form", "wanted_bytes"), PARTS)
-def test_single_rows_are_gathered_from_host_memory(form: tuple[int, int, int], wanted_bytes: HeadBytes | None) -> None:
+def test_single_rows_are_gathered_from_host_memory(
+    form: tuple[int, int, int], wanted_bytes: HeadBytes | None, layers: int
+) -> None:
     row, group_rows, shared = form
     from cachetune_rag.kernels import rows_of
     from cachetune_rag.kernels.rows import gather
 
     counts, generator = [130, 5, 70], torch.Generator().manual_seed(2)
     sizes = [-(-count // group_rows) * (shared + group_rows * row) for count in counts]
-    stored = [torch.randint(1, 256, (size,), dtype=torch.uint8, generator=generator) for size in sizes]
+    stored = [
+        [torch.randint(1, 256, (size,), dtype=torch.uint8, generator=generator) for size in sizes]
+        for _ in range(layers)
+    ]
     if CUDA:
-        stored = [each.pin_memory() for each in stored]
-    stage = torch.zeros(sum(sizes), dtype=torch.uint8, device=DEVICE)
+        stored = [[each.pin_memory() for each in some] for some in stored]
+    # Where each source's rows of a layer lie is in tables: the stages of layers, say, take turns.
+    stages = [torch.zeros(sum(sizes), dtype=torch.uint8, device=DEVICE) for _ in range(layers)][::-1]
     ends = [sum(sizes[:number]) for number in range(3)]
-    bases = torch.tensor([stage.data_ptr() + end for end in ends], device=DEVICE)
+    # An even number of sources, as the loader's tables have.
+    bases = torch.tensor([[*(stage.data_ptr() + end for end in ends), 0] for stage in stages], device=DEVICE)
     hosts = torch.tensor(
-        [stored[0].data_ptr(), 0, stored[2].data_ptr()], device=DEVICE
+        [[some[0].data_ptr(), 0, some[2].data_ptr(), 0] for some in stored], device=DEVICE
     )  # the second one's are not copied
     every = torch.from_numpy(rows_of(counts))
     count, where = 60, every[torch.randperm(len(every), generator=generator)]
@@ -229,17 +237,28 @@ def test_single_rows_are_gathered_from_host_memory(form: tuple[int, int, int], w
         hosts, bases, where.to(DEVICE), torch.tensor([count], device=DEVICE),
         row_bytes=row, group_rows=group_rows, group_bytes=shared, wanted=wanted_bytes,
     )  # fmt: skip
-    some = wanted_bytes or HeadBytes.of([(0, row)], [(0, shared)])
-    wanted = torch.zeros(sum(sizes), dtype=torch.uint8)
-    for each in where[:count].tolist():
-        source, number = each >> 32, each & 0xFFFFFFFF
-        if source == 1:
-            continue
-        group = number // group_rows * (shared + group_rows * row)
-        in_row = group + shared + number % group_rows * row
-        for start, size in (*((group + at, n) for at, n in some.group), *((in_row + at, n) for at, n in some.row)):
-            wanted[ends[source] + start :][:size] = stored[source][start : start + size]
-    assert torch.equal(stage.cpu(), wanted)
+    some_bytes = wanted_bytes or HeadBytes.of([(0, row)], [(0, shared)])
+    for host, stage in zip(stored, stages, strict=True):
+        wanted = torch.zeros(sum(sizes), dtype=torch.uint8)
+        for each in where[:count].tolist():
+            source, number = each >> 32, each & 0xFFFFFFFF
+            if source == 1:
+                continue
+            group = number // group_rows * (shared + group_rows * row)
+            in_row = group + shared + number % group_rows * row
+            both = (*((group + at, n) for at, n in some_bytes.group), *((in_row + at, n) for at, n in some_bytes.row))
+            for start, size in both:
+                wanted[ends[source] + start :][:size] = host[source][start : start + size]
+        assert torch.equal(stage.cpu(), wanted)
+
+
+def test_where_no_row_is_seen_none_is_gathered() -> None:
+    from cachetune_rag.kernels.rows import gather
+
+    stage, table = torch.zeros(64, dtype=torch.uint8, device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    bases = torch.tensor([[stage.data_ptr(), 0]] * 2, device=DEVICE)
+    gather(bases, bases, table, table[:1], row_bytes=16)
+    assert not stage.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
@@ -310,7 +329,7 @@ def test_place_is_the_codec_the_rotation_and_a_scatter(
     k, v = (torch.randn(90, heads, width_of).to(dtype) for width_of in (dim, v_dim))
     k += torch.arange(dim) * 3
     stored = [coder.encode(k * (i + 1), v / (i + 1)).to(DEVICE) for i in range(len(counts))]
-    bases = torch.tensor([rows.data_ptr() for rows in stored], device=DEVICE)
+    bases = torch.tensor([[rows.data_ptr() for rows in stored]], device=DEVICE)
     where = torch.tensor([source << 32 | row for source, some in enumerate(rows) for row in some], device=DEVICE)
     places = torch.randperm(length)[: len(where)].to(DEVICE)
     angles = torch.rand(length, width // 2, device=DEVICE) * 6
@@ -321,7 +340,7 @@ def test_place_is_the_codec_the_rotation_and_a_scatter(
     place(
         bases, where, places, cos if width else None, sin if width else None, keys, values, codec=codec,
         row_bytes=form.row_bytes, group_rows=form.group_rows, group_bytes=form.group_bytes,
-        aligned=not any(n % 16 for n in (form.row_bytes, form.group_bytes, *bases.tolist())),
+        aligned=not any(n % 16 for n in (form.row_bytes, form.group_bytes, *bases[0].tolist())),
     )  # fmt: skip
     found_k, found_v = keys[:0], values[:0]
     for encoded, count, some in zip(stored, counts, rows, strict=True):
@@ -350,7 +369,7 @@ def test_place_can_take_some_of_the_stored_heads(codec: str, first: int, own: in
     values = torch.full((count + 1, own, v_dim), 7.0, device=DEVICE)
     places = torch.arange(count, device=DEVICE)
     place(
-        torch.tensor([stored.data_ptr()], device=DEVICE), places.clone(), places, cos, sin, keys, values, codec=codec,
+        torch.tensor([[stored.data_ptr()]], device=DEVICE), places.clone(), places, cos, sin, keys, values, codec=codec,
         row_bytes=form.row_bytes, group_rows=form.group_rows, group_bytes=form.group_bytes,
         stored_heads=heads, first_head=first,
     )  # fmt: skip
@@ -358,6 +377,43 @@ def test_place_can_take_some_of_the_stored_heads(codec: str, first: int, own: in
     assert torch.equal(keys[:-1], turn_half_split(wanted_k, cos, sin))
     assert torch.equal(values[:-1], wanted_v)
     assert bool((keys[-1] == 7).all() and (values[-1] == 7).all())
+
+
+@pytest.mark.parametrize("codec", ["exact", "int4"])
+@pytest.mark.parametrize("rest", [None, False, True])
+def test_several_layers_are_placed_at_once(codec: str, rest: bool | None) -> None:
+    """As each of them would be alone, and nothing else is written to."""
+    from cachetune_rag.kernels.rows import place
+
+    torch.manual_seed(5)
+    layers, heads, dim, v_dim, count = 4, 2, 16, 8, 20
+    coder, spec, dtype = get_codec(codec), LayerSpec(heads, dim, v_dim), torch.float32
+    form = coder.row_format(spec, dtype)
+    stored = [
+        coder.encode(torch.randn(count, heads, dim), torch.randn(count, heads, v_dim)).to(DEVICE) for _ in range(layers)
+    ]
+    # The stages of layers take turns, so their addresses don't ascend.
+    bases = torch.tensor([[each.data_ptr(), 0] for each in stored[::-1]], device=DEVICE)
+    angles = torch.rand(count + 1, dim // 2, device=DEVICE) * 6
+    cos, sin = (torch.cat((f(angles), f(angles)), -1) for f in (torch.cos, torch.sin))
+    where, places = torch.arange(count, device=DEVICE), torch.randperm(count).to(DEVICE)
+    split = None if rest is None else torch.tensor([7], device=DEVICE)
+    found, wanted = (
+        [torch.full((layers + 2, count + 1, heads, width), 7.0, device=DEVICE) for width in (dim, v_dim)]
+        for _ in range(2)
+    )
+    given = {
+        "codec": codec, "row_bytes": form.row_bytes, "group_rows": form.group_rows, "group_bytes": form.group_bytes,
+        "split": split, "rest": bool(rest),
+    }  # fmt: skip
+    steps = found[0].stride(0), found[1].stride(0)
+    place(bases, where, places, cos, sin, found[0][1], found[1][1], **given, steps=steps)
+    for layer in range(layers):
+        keys, values = (rows[layer + 1] for rows in wanted)
+        place(bases[layer : layer + 1], where, places, cos, sin, keys, values, **given)
+        assert bool((keys != 7).any())
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])

@@ -12,13 +12,14 @@ import itertools
 import math
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from copy import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import plain_kernels
 import pytest
 import torch
 from tiny import llama, tokenizer
@@ -92,7 +93,7 @@ def _immediate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(
     params=[
-        "exact", "int8", "int4", "exact without addresses",
+        "exact", "int8", "int4", "exact without addresses", "exact together",
         *(
             pytest.param(f"{codec} by kernel", marks=pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter"))
             for codec in ("exact", "int4")
@@ -103,7 +104,9 @@ def engine(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     codec, by_address = request.param.split()[0], "without" not in request.param
     by_kernel = "kernel" in request.param
     layers = 3 if by_kernel else 8  # the interpreter is slow
-    monkeypatch.setattr(device_module, "kernels_run_on", lambda _device: by_kernel)
+    monkeypatch.setattr(device_module, "kernels_run_on", lambda _device: by_kernel or "together" in request.param)
+    if "together" in request.param:  # several layers at a time
+        plain_kernels.install(monkeypatch)
 
     def run(copies: list[tuple[int, int, int]], stream: int) -> None:
         assert stream == Stream.cuda_stream
@@ -130,6 +133,12 @@ def opened(path: Path, model: Any, **options: Any) -> Iterator[CacheTune]:
     with store, CacheTune(model, tokenizer(), store) as made:
         made.adapter.half_split = [True] * made.adapter.num_layers
         yield made
+
+
+def buffers_of(adapter: ModelAdapter, await_layer: Callable[[int], None] | None = None) -> KVBuffers:
+    """Buffers in one piece of memory, as on a GPU."""
+    memory = torch.empty(adapter.buffer_bytes(LENGTH), dtype=torch.uint8)
+    return adapter.new_buffers(LENGTH, memory=memory, await_layer=await_layer)
 
 
 def sources(engine: CacheTune, shares: list[float]) -> list[Source]:
@@ -186,7 +195,7 @@ def check(engine: CacheTune, probed: int | str, tiers: str) -> None:
     passes = [(plain, sources(engine, [1, 1, 1]), sources(engine, [0.5, 1, 0])) for plain in (True, False)]
     with closing(DeadlinePool(None)) as pool:
         for plain, whole, some in passes:
-            buffers = adapter.new_buffers(LENGTH, await_layer=(awaited := Awaited()))
+            buffers = buffers_of(adapter, (awaited := Awaited()))
             awaited.rows = list(zip(buffers.key_rows, buffers.value_rows, strict=True))
             for rows in (*buffers.key_rows, *buffers.value_rows):
                 rows.zero_()
@@ -262,7 +271,7 @@ def test_a_prompts_buffers_are_freed_with_its_loader(engine: CacheTune, tier: st
     gc.disable()
     try:
         with closing(DeadlinePool(None)) as pool:
-            buffers = adapter.new_buffers(LENGTH)
+            buffers = buffers_of(adapter)
             loader = DeviceLoader(adapter, some, buffers, pool, Streams(adapter.device, adapter.num_layers))
             loader.start_first_layers()
             if narrowed:
@@ -344,7 +353,7 @@ def check_parts(engine: CacheTune, tiers: str, fewer: bool) -> None:
 
 
 def zeroed(adapter: ModelAdapter) -> KVBuffers:
-    buffers = adapter.new_buffers(LENGTH)
+    buffers = buffers_of(adapter)
     for rows in (*buffers.key_rows, *buffers.value_rows):
         rows.zero_()
     return buffers
@@ -367,7 +376,7 @@ def test_rows_of_tokens_that_a_prompt_does_not_have_go_to_the_spare_place_alone(
         for source, edges in zip(some, ((2, 1), (0, 2), (1, 0)), strict=True):
             source.inside, source.spare = range(edges[0], source.reader.layout.tokens - edges[1]), spare
             there[source.start + source.inside.start : source.start + source.inside.stop] = True
-        buffers = adapter.new_buffers(LENGTH)
+        buffers = buffers_of(adapter)
         for rows in (*buffers.key_rows, *buffers.value_rows):
             rows.fill_(7)
         with closing(DeadlinePool(None)) as pool:
@@ -533,7 +542,7 @@ def test_strips_bring_all_bytes_of_the_heads_and_touch_nothing_else(codec: str, 
             run([(to + row * pitch, source + row * pitch, width) for row in range(count)], stream)
 
     copies = HostCopies(run, run_strips)
-    copies.collect_rows(device.data_ptr(), at, form, wanted, rows)
+    copies.collect_rows([(device.data_ptr(), at, rows)], form, wanted)
     copies.queue(0)
     for start, length in wanted.row:
         part = slice(start, start + length)
@@ -553,7 +562,7 @@ def test_deviations_of_tokens_stand_in_a_table(
     wanted = torch.zeros(LENGTH, columns).half()
     for at, numbers in pieces:
         wanted[at : at + len(numbers)] = numbers[:, :columns]
-    adapter, buffers = engine.adapter, engine.adapter.new_buffers(LENGTH)
+    adapter, buffers = engine.adapter, buffers_of(engine.adapter)
     with closing(DeadlinePool(None)) as pool:
         plain = LayerLoader(adapter, [], buffers, pool)
         streams = Streams(adapter.device, adapter.num_layers)
@@ -590,7 +599,7 @@ def test_nothing_is_written_to_a_layer_before_it_was_waited_for_on_the_stream_th
             assert all(bool(rows.isnan().all()) for rows in (buffers.key_rows[layer], buffers.value_rows[layer]))
         awaited.append((layer, on[-1]))
 
-    buffers = KVBuffers(adapter.layers, LENGTH, adapter.dtype, adapter.device, await_layer=await_layer)
+    buffers = buffers_of(adapter, await_layer)
     for rows in (*buffers.key_rows, *buffers.value_rows):
         rows.fill_(math.nan)
     streams = Streams(adapter.device, adapter.num_layers)
@@ -610,20 +619,24 @@ def test_nothing_is_written_to_a_layer_before_it_was_waited_for_on_the_stream_th
     assert {stream for _, stream in awaited} == {on[0] if plain else streams.place}
 
 
+@pytest.mark.parametrize("together", [1, 4])
 @pytest.mark.parametrize("busy", [False, True])
 def test_second_parts_are_queued_where_nothing_waits_for_them(
-    busy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    busy: bool, together: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The device has copied everything as soon as it is queued, as it does with short prompts. Did the host then queue all second parts at once, the choice, or the first
     layer that computes, would come behind them."""
-    layers, looked = 8, 2
-    copied: list[int] = []  # how many pieces each call copies
+    layers, looked = 16, 2
+    copied: list[int] = []  # how many layers' pieces each call copies
+    monkeypatch.setattr(staging, "MOST_PIECES", 2 * together)
     monkeypatch.setattr(Chunk, "page_locked", True)
     monkeypatch.setattr(device_module, "kernels_run_on", lambda _device: True)
     for kernel in ("gather", "place"):  # the order of what is queued is looked at, and no rows
         monkeypatch.setattr(row_kernels.RowKernels, kernel, lambda *args, **kwargs: None)
     monkeypatch.setattr(
-        device_module, "host_copies", lambda: HostCopies(lambda run, stream: copied.append(len(run)), lambda *run: None)
+        device_module,
+        "host_copies",
+        lambda: HostCopies(lambda run, stream: copied.append(len(run) // len(TEXTS)), lambda *run: None),
     )
     with opened(tmp_path, llama(layers=layers)) as engine, closing(DeadlinePool(None)) as pool:
         engine.precompute([Document("a", TEXTS)])
@@ -648,14 +661,136 @@ def test_second_parts_are_queued_where_nothing_waits_for_them(
         for layer in range(layers):
             before = len(copied)
             loader.load(layer)
-            there, wanted = len(copied) - first, layers - first
+            there, wanted = sum(copied) - first, layers - first
             assert there >= min(wanted, layer + 1 - first), "they are there when their layers compute"
             assert len(copied) - before <= 1 + device_module.LAUNCH_AHEAD
             if busy:
                 assert there >= min(wanted, layer + 1), (
                     "one with each layer, so that they are copied while the device computes"
                 )
-        assert copied == [len(TEXTS)] * layers, "each row is copied once but for those that are gathered"
+        assert sum(copied) == layers, "each row is copied once but for those that are gathered"
+        assert max(copied) == together
         loader.close()
         for source in some:
             source.reader.close()
+
+
+def queued_together(
+    engine: CacheTune, monkeypatch: pytest.MonkeyPatch, looked: int = 2
+) -> tuple[dict[str, list[range]], dict[str, int]]:
+    """Which layers are queued together for each part, where a selector narrows the rows behind `looked` layers; and how often the driver is called."""
+    found: dict[str, list[range]] = {"whole": [], "seen": [], "rest": []}
+    calls = dict.fromkeys(("copies", "launches", "events", "waits", "streams"), 0)
+    monkeypatch.setattr(Chunk, "page_locked", True)
+    monkeypatch.setattr(device_module, "kernels_run_on", lambda _device: True)
+
+    def copied(run: Any, stream: int) -> None:
+        calls["copies"] += 1
+
+    def place(self: Any, layers: range, *_: Any, split: Any, rest: bool, **__: Any) -> None:
+        calls["launches"] += 1
+        found["whole" if split is None else "rest" if rest else "seen"].append(layers)
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(device_module, "host_copies", lambda: HostCopies(copied, lambda *run: None))
+    monkeypatch.setattr(row_kernels.RowKernels, "place", place)
+    monkeypatch.setattr(row_kernels.RowKernels, "gather", counted("launches", lambda *_, **__: None))
+    monkeypatch.setattr(Event, "record", counted("events", Event.record))
+    monkeypatch.setattr(Stream, "wait_event", counted("waits", Stream.wait_event))
+    monkeypatch.setattr(torch.cuda, "stream", counted("streams", torch.cuda.stream))
+    adapter, some = engine.adapter, sources(engine, [1, 1, 1])
+    layers = range(adapter.num_layers)
+    with closing(DeadlinePool(None)) as pool:
+        loader = DeviceLoader(adapter, some, zeroed(adapter), pool, Streams(adapter.device, len(layers)))
+        loader.start_first_layers()
+        loader.expect_narrowing(looked)
+        for layer in layers:
+            if layer == looked:
+                loader.narrow(torch.ones(LENGTH, dtype=torch.bool))
+            loader.load_seen(layer)
+        loader.start()
+        for layer in layers:
+            loader.load(layer)
+        loader.close()
+    for source in some:
+        source.reader.close()
+    return found, dict(calls)
+
+
+def test_layers_of_a_short_prompt_are_queued_together_and_the_first_ones_singly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queuing a layer takes the host longer than a device needs to copy the rows of a short prompt. But what computes should begin with the first one."""
+    with opened(tmp_path, llama(layers=32)) as engine:
+        engine.precompute([Document("a", TEXTS)])
+        found, calls = queued_together(engine, monkeypatch, looked=8)
+        whole = [range(1), range(1, 2), range(2, 3), range(3, 6), range(6, 9)]
+        first = [range(9, 10), range(10, 11), range(11, 13), *(range(at, min(32, at + 4)) for at in range(13, 32, 4))]
+        assert found == {"whole": whole, "seen": first, "rest": first}
+        assert calls["copies"] == len(whole) + len(first), "seen rows are gathered"
+        assert calls["launches"] == len(whole) + 3 * len(first)
+        times, asked = len(whole) + 2 * len(first), 2 * 32
+        # For each time that something is queued: its copies, its rows in place. For each layer that is asked for: before and behind the wait.
+        # The tables, the rows that are seen, and the buffers.
+        assert calls["events"] <= 2 * times + 2 * asked + 3
+        # The memory of four layers at most, their copies; and what computes waits for each layer.
+        assert calls["waits"] <= 4 * times + asked + 3
+        assert calls["streams"] <= times + len(first) + 5
+        # The same, layer by layer.
+        monkeypatch.setattr(staging, "MOST_PIECES", staging.LEAST_PIECES)
+        alone, more = queued_together(engine, monkeypatch, looked=8)
+        assert alone["whole"] + alone["seen"] == [range(layer, layer + 1) for layer in range(32)]
+        assert more["launches"] == 9 + 3 * 23
+        assert sum(more.values()) > 1.6 * sum(calls.values())
+
+
+@pytest.mark.parametrize("reason", ["bytes", "shape", "unaligned", "apart", "turn"])
+def test_layers_are_queued_together_where_they_are_few_bytes_and_alike(
+    reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staging, "MOST_PIECES", 8)
+    with opened(tmp_path, llama(layers=16)) as engine:
+        engine.precompute([Document("a", TEXTS)])
+        adapter = engine.adapter
+        if reason == "bytes":
+            monkeypatch.setattr(staging, "SMALL_RING", 1)
+        elif reason == "shape":
+            made = row_kernels.RowKernels.alike_until
+
+            def until(self: Any, forms: Any, *more: Any) -> list[int]:
+                # The rows of the tenth layer lie otherwise.
+                return made(self, [[*form[:9], object(), *form[10:]] for form in forms], *more)
+
+            monkeypatch.setattr(row_kernels.RowKernels, "alike_until", until)
+        elif reason == "turn":
+            turned, others = adapter.rotation, adapter.rotary_tables(LENGTH)
+            monkeypatch.setattr(
+                adapter, "rotation", lambda layer, tables: turned(layer, others if layer == 9 else tables)
+            )
+        else:  # the tenth layer's memory is elsewhere
+            usual = buffers_of
+
+            def apart(*_: Any) -> KVBuffers:
+                buffers = usual(adapter)
+                keys, more = buffers.key_rows[9], 8 if reason == "unaligned" else 0
+                buffers.key_rows[9] = torch.empty(keys.numel() + more)[more:].view(keys.shape)
+                return buffers
+
+            monkeypatch.setitem(globals(), "buffers_of", apart)
+        found, _ = queued_together(engine, monkeypatch)
+        every = [*found["whole"], *found["seen"]]
+        assert [layer for layers in every for layer in layers] == list(range(16))
+        assert [layer for layers in found["rest"] for layer in layers] == list(range(3, 16))
+        if reason == "bytes":
+            assert max(map(len, every)) == 1
+        else:
+            assert max(map(len, every)) > 1
+            # Of two layers, any distance is the same from one to the next.
+            most = 2 if reason == "apart" else 1
+            assert not any(len(layers) > most and 9 in layers for layers in every + found["rest"])

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import plain_kernels
 import pytest
 import torch
 from tiny import llama, tokenizer
@@ -16,12 +17,14 @@ from tiny import llama, tokenizer
 from cachetune_rag import CacheTune, Document
 from cachetune_rag.concurrency.deadline import DeadlinePool
 from cachetune_rag.model import KVBuffers
-from cachetune_rag.reuse import device_loader, layer_loader
+from cachetune_rag.reuse import device_loader, layer_loader, staging
 from cachetune_rag.reuse.device_loader import DeviceLoader
 from cachetune_rag.reuse.host_copies import HostCopies
 from cachetune_rag.reuse.layer_loader import LayerLoader
+from cachetune_rag.reuse.row_kernels import RowKernels
 from cachetune_rag.reuse.source import Source
 from cachetune_rag.reuse.streams import Streams
+from cachetune_store.chunk import Chunk
 
 TEXTS = [
     "Visitors climb 214 steps, of which the last forty are a ladder.",
@@ -90,7 +93,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _device=None: made.current)
     monkeypatch.setattr(torch.cuda, "stream", made.on)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
-    monkeypatch.setattr(device_loader, "kernels_run_on", lambda _device: False)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     decoding = layer_loader.get_codec
 
     def codec(name: str) -> Any:
@@ -104,7 +107,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     return made
 
 
-@pytest.fixture(params=["by address", "by torch"])
+@pytest.fixture(params=["by address", "by torch", "together"])
 def engine(
     request: pytest.FixtureRequest, tmp_path: Path, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[CacheTune]:
@@ -118,12 +121,18 @@ def engine(
             device.use(device.current, to.data_ptr(), to.numel(), writes=True)
             to.copy_(piece)
 
-    by_address = request.param == "by address"
+    by_address, together = request.param != "by torch", request.param == "together"
+    monkeypatch.setattr(device_loader, "kernels_run_on", lambda _device: together)
+    monkeypatch.setattr(staging, "MOST_PIECES", 4)
+    if together:  # two layers at a time, and single rows of the later ones first
+        plain_kernels.install(monkeypatch, lambda *what: device.use(device.current, *what))
+        monkeypatch.setattr(Chunk, "page_locked", True)
     monkeypatch.setattr(
         device_loader, "host_copies", lambda: HostCopies(run, lambda _strips, _stream: None) if by_address else None
     )
     monkeypatch.setattr(device_loader, "copy_all", copy_all)
-    with CacheTune(llama(layers=5), tokenizer(), tmp_path) as made:
+    with CacheTune(llama(layers=10 if together else 5), tokenizer(), tmp_path) as made:
+        made.adapter.half_split = [True] * made.adapter.num_layers
         made.precompute([Document("a", TEXTS)])
         yield made
 
@@ -136,7 +145,8 @@ def prompt(engine: CacheTune, texts: Sequence[str]) -> tuple[list[Source], KVBuf
         assert reader is not None
         found.append(Source(reader, start, reader.layout.tokens))
         start += reader.layout.tokens + 1
-    buffers = engine.adapter.new_buffers(LENGTH)
+    memory = torch.empty(engine.adapter.buffer_bytes(LENGTH), dtype=torch.uint8)
+    buffers = engine.adapter.new_buffers(LENGTH, memory=memory)
     for rows in (*buffers.key_rows, *buffers.value_rows):
         rows.zero_()
     return found, buffers
@@ -192,3 +202,52 @@ def test_two_prompts_share_staging_memory_and_neither_is_written_over(
             assert wanted.key_rows[0].any()
             for source in (*sources, *others):
                 source.reader.close()
+
+
+@pytest.mark.parametrize("engine", ["together"], indirect=True)
+def test_rows_in_two_parts_are_not_written_over_and_waited_for(
+    engine: CacheTune, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    placed: dict[tuple[int, int], set[int]] = {}  # by buffers and layer: the work behind which its rows are there
+    unwatched = RowKernels.place
+
+    def place(
+        self: RowKernels, layers: range, key: Any, form: Any, buffers: KVBuffers, *more: Any, **given: Any
+    ) -> None:
+        unwatched(self, layers, key, form, buffers, *more, **given)
+        placed.update({(id(buffers), layer): set(device.current.before) for layer in layers})
+
+    monkeypatch.setattr(RowKernels, "place", place)
+    adapter, layers = engine.adapter, range(engine.adapter.num_layers)
+    streams = Streams(adapter.device, adapter.num_layers)
+    (sources, found), (others, wanted), (more, beside) = (prompt(engine, TEXTS) for _ in range(3))
+    seen = torch.rand(LENGTH, generator=torch.Generator().manual_seed(1)) < 0.4
+    with closing(DeadlinePool(None)) as pool:
+        loader, other = (DeviceLoader(adapter, *each, pool, streams) for each in ((sources, found), (more, beside)))
+        loader.start_first_layers()
+        loader.expect_narrowing(2)
+        first_parts = []
+        for layer in layers:
+            if layer == 2:
+                loader.narrow(seen)
+            loader.load_seen(layer)
+            first_parts.append(found.key_rows[layer][seen])
+            assert placed[id(found), layer] <= device.current.before
+            other.load(layer)
+            assert placed[id(beside), layer] <= device.current.before
+        loader.start()
+        for layer in layers:
+            loader.load(layer)
+            assert placed[id(found), layer] <= device.current.before
+        # Last, because its own memory may be where that of the others was.
+        whole = LayerLoader(adapter, others, wanted, pool)
+        for layer in layers:
+            whole.load(layer)
+            assert torch.equal(first_parts[layer], wanted.key_rows[layer][seen])
+            for rows in (found, beside):
+                assert torch.equal(rows.key_rows[layer], wanted.key_rows[layer])
+                assert torch.equal(rows.value_rows[layer], wanted.value_rows[layer])
+        for each in (whole, loader, other):
+            each.close()
+    for source in (*sources, *others, *more):
+        source.reader.close()
