@@ -153,6 +153,9 @@ class DeviceLoader(LayerLoader):
     def bring(self) -> None:
         """See `LayerLoader.bring`. A further layer is queued when the last but one is in its place."""
         while self._next < self._adapter.num_layers and self._slow.ready(self._next):
+            # Also where the ring has more pieces: copies for others would wait behind these, and this thread for room.
+            if len(self._queued) > 1 and not self._queued[-2].query():
+                return
             if not self._streams.staging.is_free(self._next % self._on_device.pieces):
                 return
             self._launch(alone=True)

@@ -251,3 +251,21 @@ def test_rows_in_two_parts_are_not_written_over_and_waited_for(
             each.close()
     for source in (*sources, *others, *more):
         source.reader.close()
+
+
+def test_of_a_prompt_that_is_begun_two_layers_are_on_their_way_at_once(engine: CacheTune, device: Device) -> None:
+    """However many pieces the ring has: others' copies wait behind these."""
+    sources, buffers = prompt(engine, TEXTS)
+    streams = Streams(engine.adapter.device, engine.adapter.num_layers)
+    with closing(DeadlinePool(None)) as pool, torch.cuda.stream(streams.place):
+        loader = DeviceLoader(engine.adapter, sources, buffers, pool, streams)
+        device.reached = False
+        for _ in range(2):
+            loader.bring()
+            assert [loader.is_loaded(layer) for layer in range(4)] == [True, True, False, False]
+        device.reached = True
+        loader.bring()
+        assert all(loader.is_loaded(layer) for layer in range(engine.adapter.num_layers))
+        loader.close()
+    for source in sources:
+        source.reader.close()
