@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, islice
 
 from cachetune_rag.concurrency.workers import Workers
 from cachetune_rag.readahead.batch import Batch, ChunkBeingRead, Prefetch
@@ -121,12 +121,13 @@ class ReadAhead:
             self._free(batch)
             close()
 
-        left = self._reserve(batch, [reader.host_bytes for reader in readers])
-        if left < len(readers):
+        with self._lock:
+            fitting = self._reserve(batch, [reader.host_bytes for reader in readers])
+        if fitting:
             self._submit(batch, begin, drop)
         else:
             close()
-        return left
+        return len(readers) - fitting
 
     def read_later(self, sizes: Mapping[ChunkKey, int], rows: Callable[[ChunkReader], int], after: float) -> int:
         """As `go_on`, for chunks that are opened only when they are read: nothing is done for them before.
@@ -142,12 +143,13 @@ class ReadAhead:
         batch = Batch(self._limit)
         with self._lock:
             here = self._chunks.keys() | self._unopened.keys()
-            batch.unopened = {key: size for key, size in sizes.items() if key not in here}
-        left = self._reserve(batch, list(batch.unopened.values()))
-        if left == len(batch.unopened):
-            return left
-        with self._lock:
+            wanted = {key: size for key, size in sizes.items() if key not in here}
+            fitting = self._reserve(batch, list(wanted.values()))
+            # Of the others nobody else is to think that they will be read.
+            batch.unopened = dict(islice(wanted.items(), fitting))
             self._unopened |= dict.fromkeys(batch.unopened, batch)
+        if not fitting:
+            return len(wanted)
 
         def opened() -> None:
             try:
@@ -157,12 +159,11 @@ class ReadAhead:
             self._begin_reading(batch)
 
         def begin() -> None:
-            wanted = self._forget_unopened(batch)
-            batch.keys = enumerate(wanted)
-            self._together(batch, min(OPENERS, len(wanted)), self._open_some, opened)
+            keys = self._forget_unopened(batch)
+            batch.keys = enumerate(keys)
+            self._together(batch, min(OPENERS, len(keys)), self._open_some, opened)
 
-        self._later_on(batch, after, begin)
-        return left
+        return len(wanted) - fitting if self._later_on(batch, after, begin) else len(wanted)
 
     def take(self, keys: Iterable[ChunkKey]) -> dict[ChunkKey, ChunkReader]:
         """Hand the chunks among these that are being read here to a request that begins: their open readers, which hold what was
@@ -264,19 +265,18 @@ class ReadAhead:
         return 0
 
     def _reserve(self, batch: Batch, sizes: Sequence[int]) -> int:
-        """Reserve what may be read ahead for chunks of so many bytes. Returns how many of them, the last ones, have no room; none is reserved if that is all."""
-        fitting = sum(total <= self._limit for total in accumulate(sizes))
-        size = sum(sizes)
-        with self._lock:
-            before = self._handed + sum(chunk.reader.host_bytes for chunk in self._chunks.values())
-            if before and before + size > self._limit:
-                fitting = 0
-            if fitting:
-                batch.reserved = size
-                self._handed += size
-        if fitting < len(sizes):
-            _log.debug("%d of %d chunks are not read on: there is no room for them", len(sizes) - fitting, len(sizes))
-        return len(sizes) - fitting
+        """Reserve what may be read ahead for chunks of so many bytes, as far as they fit. Returns how many of them, the first ones, do. Called with the lock held."""
+        totals = [total for total in accumulate(sizes) if total <= self._limit]
+        before = self._handed + sum(chunk.reader.host_bytes for chunk in self._chunks.values())
+        if before and before + sum(sizes) > self._limit:
+            totals = []
+        batch.reserved = totals[-1] if totals else 0
+        self._handed += batch.reserved
+        if len(totals) < len(sizes):
+            _log.debug(
+                "%d of %d chunks are not read on: there is no room for them", len(sizes) - len(totals), len(sizes)
+            )
+        return len(totals)
 
     def _forget_unopened(self, batch: Batch) -> list[ChunkKey]:
         """The chunks that `read_later` was given and no request has taken. They don't wait to be opened any more."""
@@ -321,17 +321,23 @@ class ReadAhead:
         self._wait(partial(self._stopped, batch))  # one thread does, instead of all
         self._together(batch, sum(c.left for c in batch.chunks), self._read_some, lambda: self._end(batch))
 
-    def _later_on(self, batch: Batch, after: float, begin: Callable[[], None]) -> None:
-        """Call `begin` on a thread so many seconds from now."""
+    def _later_on(self, batch: Batch, after: float, begin: Callable[[], None]) -> bool:
+        """Call `begin` on a thread so many seconds from now. Returns whether it will be; if not, the batch ends."""
         timer = threading.Timer(after, self._due, (batch, begin))
         timer.daemon = True
         with self._lock:
-            closing = self.closing
-            if not closing:
+            started = not self.closing
+            if started:
                 self._later[batch] = timer
-                timer.start()
-        if closing:
+                try:
+                    timer.start()
+                except RuntimeError as error:  # the system gives no more threads
+                    _log.debug("chunks are not read on: %s", error)
+                    del self._later[batch]
+                    started = False
+        if not started:
             self._end(batch)
+        return started
 
     def _due(self, batch: Batch, begin: Callable[[], None]) -> None:
         with self._lock:

@@ -17,12 +17,14 @@ class Foreseen:
 
     Attributes:
         spans: their places in the prompt, in order.
+        keys: of all of them, each once, in the prompt's order.
         config: the settings, tuned for where the chunks are if they were left to the engine.
         waiting: the heads of those that would have to be read, in the prompt's order.
         seconds: the least time in which the rows that are needed of these are likely to be read.
     """
 
     spans: tuple[Span, ...]
+    keys: tuple[ChunkKey, ...]
     config: ReuseConfig
     waiting: Mapping[ChunkKey, ChunkHead]
     seconds: float

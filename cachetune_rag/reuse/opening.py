@@ -190,7 +190,7 @@ class ChunkOpener:
             if not kind.in_memory:
                 waiting[key], wanted = head, rows(config, head.layout)
                 bytes_of[kind.name] += sum(form.size(wanted) for form in head.plan.rows)
-        return Foreseen(spans, config, waiting, self._seconds(bytes_of))
+        return Foreseen(spans, tuple(known), config, waiting, self._seconds(bytes_of))
 
     def read_on(self, opened: Opened, rows: Callable[[ChunkReader], int], after: float) -> int:
         """The prompt doesn't use its chunks after all: read those that aren't in memory into host memory, in the background, as far as there is room, `after` so many
@@ -203,7 +203,10 @@ class ChunkOpener:
         return self._prefetcher.go_on(waiting, rows, after)
 
     def read_later(self, foreseen: Foreseen, rows: Callable[[ChunkReader], int], after: float) -> int:
-        """As `read_on`, of chunks that were not opened: they are when they are read."""
+        """As `read_on`, of chunks that were not opened: they are when they are read. All of the prompt's count as used now, as if they had been opened: what is
+        in memory would have to make room for the others."""
+        for key in foreseen.keys:
+            self._store.touch(key)
         if self._prefetcher is None:
             return len(foreseen.waiting)
         sizes = {key: self._store.memory.size_of(head.plan.total) for key, head in foreseen.waiting.items()}

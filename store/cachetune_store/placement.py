@@ -166,6 +166,11 @@ class Placement:
             tier.touch(key)
         return _lowest(tier.size_of(key) for tier in self._memory)
 
+    def touch(self, key: ChunkKey) -> None:
+        """Count a chunk as used now in every tier that has it, as opening it does."""
+        for tier in self._tiers.values():
+            tier.touch(key)
+
     def open_in_memory(self, key: ChunkKey) -> ChunkReader | None:
         """As open(), but only from tiers in memory. A miss is not counted."""
         reader: ChunkReader | None = None

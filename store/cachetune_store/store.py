@@ -374,6 +374,14 @@ class ChunkStore:
         check_key(key)
         return self._placement.touch_memory(key)
 
+    def touch(self, key: ChunkKey) -> None:
+        """Count a chunk as used now, wherever it is, without waiting for a disk: chunks that were not used for longest are evicted first. Neither a hit nor a
+        miss is counted.
+        """
+        self._check_open()
+        check_key(key)
+        self._placement.touch(key)
+
     def size_of(self, key: ChunkKey) -> int:
         """Bytes that a chunk takes in the slowest tier that has it; 0 if none has. Nothing of it is read."""
         self._check_open()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -388,6 +389,71 @@ def test_no_more_is_read_behind_left_prompts_than_memory_holds(tmp_path: Path) -
         assert isinstance(left := reuse(engine, Asked(slow=True), TEXTS[3:]), NothingReused)
         assert left.left_on_disk == 0
         wait_for(lambda: bool(engine.store.touch_host(keys[3])))
+
+
+def test_what_a_left_prompt_has_in_memory_is_there_the_next_time(tmp_path: Path) -> None:
+    """Its chunks count as used although nobody opens them. Otherwise those that are read behind it would push the others out, and it would be left for ever."""
+    with opened(tmp_path, host_budget=0) as engine:
+        keys = [engine.runtime.assembler.key(tokenizer()(text, add_special_tokens=False).input_ids) for text in TEXTS]
+        size = max(reader.host_bytes for reader in map(engine.store.open, keys) if reader is not None)
+    with opened(tmp_path, host_budget=2 * size + size // 2) as engine:
+        engine.store.open(keys[3]).close()  # type: ignore[union-attr]
+        for text in TEXTS[:2]:
+            shown = engine.prompts.build(query="How?", chunks=[text])
+            engine.runtime.executor.prefetch(lambda shown=shown: shown.chunk_ids).wait(30)
+        used = list[object]()
+        engine.store.tier("disk").touch = used.append  # type: ignore[method-assign, union-attr]
+        prompt = [TEXTS[0], TEXTS[3]]
+        assert isinstance(reuse(engine, Asked(slow=True, after=1e6), prompt), NothingReused)
+        assert used == [keys[0], keys[3]]
+        assert engine.runtime.prefetcher.take(keys) == {}
+        assert isinstance(reuse(engine, Asked(slow=True), prompt), NothingReused)
+        wait_for(lambda: bool(engine.store.touch_host(keys[3])))
+        assert isinstance(reuse(engine, Asked(slow=True), prompt), PrefillState)
+
+
+def test_what_has_no_room_is_counted_for_every_prompt_and_keeps_none_from_others(tmp_path: Path) -> None:
+    with opened(tmp_path, host_budget=100) as engine:
+        keys = [engine.runtime.assembler.key(tokenizer()(text, add_special_tokens=False).input_ids) for text in TEXTS]
+        coming = engine.runtime.prefetcher
+
+        def left(*sizes: int, first: int = 0) -> int:
+            given = dict(zip(keys[first:], sizes, strict=False))
+            return coming.read_later(given, lambda reader: reader.layout.tokens, 1e6)
+
+        for _ in range(2):
+            assert left(60, 60) == 1
+            assert coming.coming == {keys[0]}
+        assert left(60, 60, first=1) == 2
+        assert left(30, first=2) == 0
+        assert coming.coming == {keys[0], keys[2]}
+        assert coming.take(keys) == {}
+        assert left(60, 40) == 0
+
+
+def test_where_no_thread_can_be_started_nothing_is_read_behind_a_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prompt is left as well, and what was reserved is given back."""
+
+    def refused(_timer: threading.Timer) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with opened(tmp_path) as engine:
+        coming = engine.runtime.prefetcher
+        keys = [engine.runtime.assembler.key(tokenizer()(text, add_special_tokens=False).input_ids) for text in TEXTS]
+        size = sum(reader.host_bytes for reader in map(engine.store.open, keys[:3]) if reader is not None)
+    with opened(tmp_path, host_budget=size) as engine:
+        coming = engine.runtime.prefetcher
+        for key in keys:
+            engine.store.open(key).close()  # type: ignore[union-attr]
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Timer, "start", refused)
+            assert isinstance(left := reuse(engine, Asked(slow=True, after=1e6)), NothingReused)
+            assert (left.left_on_disk, coming.coming) == (3, set())
+        assert isinstance(left := reuse(engine, Asked(slow=True)), NothingReused)
+        assert left.left_on_disk == 0
+        wait_for(lambda: in_host(engine) == 3)
 
 
 def test_a_tenants_chunks_are_read_for_that_tenant(tmp_path: Path) -> None:

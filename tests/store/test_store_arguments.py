@@ -80,7 +80,7 @@ CALLS: dict[str, Call] = {
     "put(layers=[v])": lambda s, v: s.put(**given(layers=[v])),
     "put(layers=[(v, v)])": lambda s, v: s.put(**given(layers=[(v, v)])),
     "put(layers=[(k, v)])": lambda s, v: s.put(**given(layers=[(K, v)])),
-    **{name: (lambda s, v, n=name: getattr(s, n)(v)) for name in ("write", "open", "open_in_memory", "foresee", "contains", "touch_host", "whole", "discard", "claim", "note", "tenants", "prune", "delete_tenant", "delete_document")},
+    **{name: (lambda s, v, n=name: getattr(s, n)(v)) for name in ("write", "open", "open_in_memory", "foresee", "contains", "touch", "touch_host", "whole", "discard", "claim", "note", "tenants", "prune", "delete_tenant", "delete_document")},
     "open(errors=)": lambda s, v: s.open(SAMPLE.key, errors=v),
     "contains(lasting=)": lambda s, v: s.contains(SAMPLE.key, lasting=v),
     "claim([v])": lambda s, v: s.claim([v]),
