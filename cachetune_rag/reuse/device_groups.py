@@ -210,7 +210,9 @@ class DeviceGroups:
                 fetch(here, there)
             else:
                 there.copy_(here)
-            first_part = seen[group.places] | (group.apart[group.where >> 32] == 0)
+            first_part = seen[group.places]
+            if not all(apart):
+                first_part |= group.apart[group.where >> 32] == 0
             order = first_part.to(torch.uint8).sort(descending=True, stable=True).indices
             made = Narrowed(
                 there.view(hosts.shape), hosts.tolist(), group.where[order], group.places[order],

@@ -45,7 +45,8 @@ class Links:
         held = np.sort(sentences[1:][inside] * max(1, len(known)) + code)
         self._sentence, self._pair = np.divmod(held[np.diff(held, prepend=-1) > 0], max(1, len(known)))
         self._weights = np.log(self.count / np.maximum(1, np.bincount(self._pair, minlength=len(known))))
-        asked = np.isin(known, pairs[max(0, query.start) : max(0, query.stop - 1)])
+        asked = np.zeros(len(known))
+        asked[_found(known, pairs[max(0, query.start) : max(0, query.stop - 1)])] = 1
         self._with_query = self._summed((self._weights * asked)[self._pair])
 
     def to_query(self) -> Numbers:
@@ -99,6 +100,14 @@ def sentence_scores(links: Links, sentences: _Ids, scores: NDArray[np.float32]) 
     attended = _largest_is_one(total / np.sqrt(np.maximum(1, tokens)))
     found = WORDS * links.to_query() + (1 - WORDS) * attended
     return np.maximum(found, DECAY * links.to_others(_largest_is_one(found)) * found.max(initial=0))
+
+
+def _found(known: _Ids, wanted: _Ids) -> _Ids:
+    """Where some numbers are in others, which ascend. Few of them are looked up faster than `np.isin` sorts all."""
+    at = np.searchsorted(known, wanted)
+    inside = at < len(known)
+    at, wanted = at[inside], wanted[inside]
+    return at[known[at] == wanted]
 
 
 def _largest_is_one(numbers: NDArray[np.float64 | np.int64]) -> Numbers:
