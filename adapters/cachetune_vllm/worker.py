@@ -255,11 +255,13 @@ class ReuseWorker:
             account = accounts.append if job.load.explain else None
             plain = plain_of(job.load)
             too_slow = None if plain is None else partial(self._too_slow, plain)
+            state: PrefillState | NothingReused | None = None
             try:
                 state = engine.executor.reuse(request, turn.memory, wanted, turn.begun, meanwhile, account, too_slow)
             finally:
-                # Also where it failed: vLLM gives the pages back then, and what is queued must not write to them any more.
-                if stream is not None:
+                # Where it failed, vLLM gives the pages back, and what is queued must not write to them any more. Where the prompt was put together, that was waited for:
+                # what else is on the stream may be vLLM's next steps.
+                if stream is not None and not isinstance(state, PrefillState):
                     stream.synchronize()
         # The rows are in vLLM's pages, and the next prompt gets this memory.
         return engine, request, state if isinstance(state, NothingReused) else state.without_memory(), accounts

@@ -153,7 +153,8 @@ class Attempts:
 
             def end() -> PrefillState:
                 # No other prompt is begun before an account is made: making it may fail for a disk, and the next prompt may have this one's memory by then.
-                wait(self._adapter.device, call.meanwhile if call.account is None else None)
+                last = None if done.phases is None else done.phases.end
+                wait(self._adapter.device, call.meanwhile if call.account is None else None, last)
                 ended = time.perf_counter()
                 timings.update({"compute": clock.lap()} if done.phases is None else done.phases.timings(ended))
                 self._check()

@@ -17,22 +17,23 @@ def current(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def wait(device: torch.device, meanwhile: Callable[[], None] | None = None) -> None:
+def wait(
+    device: torch.device, meanwhile: Callable[[], None] | None = None, end: torch.cuda.Event | None = None
+) -> None:
     """Wait until the current stream has done what is queued: not the whole device, on which others may compute.
 
     Args:
         device: the model's; there is nothing to wait for on a CPU.
         meanwhile: called about every `MEANWHILE` seconds.
+        end: was recorded behind what has to be waited for; others may have queued more on the stream since then. None: all that is queued.
     """
     if device.type != "cuda":
         return
-    stream = torch.cuda.current_stream(device)
-    if meanwhile is not None:
-        done = stream.record_event()
-        while not done.query():
-            meanwhile()
-            time.sleep(MEANWHILE)
-    stream.synchronize()
+    done = torch.cuda.current_stream(device).record_event() if end is None else end
+    while meanwhile is not None and not done.query():
+        meanwhile()
+        time.sleep(MEANWHILE)
+    done.synchronize()
 
 
 class Clock:

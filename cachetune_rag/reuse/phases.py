@@ -16,18 +16,21 @@ class ForwardPhases:
 
     With the CUDA kernels, CUDA events measure it: each costs the device a microsecond, and the host waits for none. Elsewhere the host's
     clock does.
+
+    Attributes:
+        end: recorded on the device by `finish`, behind the whole forward; None where the host's clock measures.
     """
 
     def __init__(self, adapter: ModelAdapter, loader: LayerLoader):
         self._adapter, self._loader = adapter, loader
         self._started, self._loaded = time.perf_counter(), loader.seconds
-        self._end: torch.cuda.Event | None = None
+        self.end: torch.cuda.Event | None = None
 
     def finish(self) -> None:
         """The whole forward is queued."""
         if isinstance(self._loader, DeviceLoader):
-            self._end = torch.cuda.Event(enable_timing=True)
-            self._end.record()
+            self.end = torch.cuda.Event(enable_timing=True)
+            self.end.record()
 
     def timings(self, ended: float) -> dict[str, float]:
         """Seconds by phase (see `Report.timings`), once the device is done.
@@ -37,8 +40,8 @@ class ForwardPhases:
         """
         took, loader = ended - self._started, self._loader
         began = None if self._adapter.device_forward is None else self._adapter.device_forward.began
-        if not isinstance(loader, DeviceLoader) or self._end is None or began is None:
+        if not isinstance(loader, DeviceLoader) or self.end is None or began is None:
             load = loader.seconds - self._loaded
             return {"load": load, "compute": took - load}
-        load, busy = loader.waited(), began.elapsed_time(self._end) / 1e3
+        load, busy = loader.waited(), began.elapsed_time(self.end) / 1e3
         return {"load": load, "compute": busy - load, "launch": took - busy}

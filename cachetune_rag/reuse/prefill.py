@@ -65,11 +65,11 @@ class Assembler:
         finders: Finders = NO_FINDERS,
     ):
         self._adapter, self._store, self._lead_ins, self._pool = adapter, store, lead_ins, pool
-        self._check = check
         self._opener = ChunkOpener(store, lead_ins, adapter.heads, pool, prefetcher, tuned)
         self._loaders = Loaders(adapter, pool)
         self._finders = finders
-        self._attempts = Attempts(adapter, store, self._opener, self._loaders, check, finders)
+        self._check = _on_no_servers_stream(check, self._loaders) if adapter.heads.in_turns else check
+        self._attempts = Attempts(adapter, store, self._opener, self._loaders, self._check, finders)
         self.memory = EngineMemory(adapter)
 
     def key(self, token_ids: Sequence[int]) -> ChunkKey:
@@ -243,3 +243,14 @@ class Assembler:
                 if not error.again:
                     raise
             call = replace(call, begun=None)
+
+
+def _on_no_servers_stream(check: Callable[[], None], loaders: Loaders) -> Callable[[], None]:
+    """`check`, on another stream. Where prompts take turns, the stream that they are computed on is the server's: to look at weights there would wait
+    for its steps."""
+
+    def look() -> None:
+        with loaders.beside():
+            check()
+
+    return look

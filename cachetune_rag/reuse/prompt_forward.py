@@ -70,9 +70,8 @@ class PromptForward:
             loader.start()
             logits = self._adapter.selective_forward(ids, places, buffers, before, plan.shift)
             memory.layer_ready(buffers, last)
-        cache = buffers.to_cache()
-        phases.finish()
-        return Computed(logits, cache, plan.kept, skipped, phases)
+            phases.finish()  # what a server queues behind the turn doesn't count
+        return Computed(logits, buffers.to_cache(), plan.kept, skipped, phases)
 
     def whole(self, prompt: Prompt, memory: KVMemory, *, any_stored: bool) -> Computed:
         """Compute a prompt of which no chunk is reused.

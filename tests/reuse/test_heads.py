@@ -21,6 +21,9 @@ from cachetune_rag import CacheTune
 from cachetune_rag.concurrency.deadline import StoreTimeoutError
 from cachetune_rag.errors import CacheTuneError
 from cachetune_rag.model.heads import PeerError, SharedHeads
+from cachetune_rag.model.shared import SharedModel
+from cachetune_rag.reuse.phases import ForwardPhases
+from cachetune_rag.reuse.plan import Loaders
 from cachetune_rag.reuse.reading import Reading
 from cachetune_rag.reuse.selection_context import BEHIND, BETWEEN
 from cachetune_rag.reuse.state import NothingReused, PrefillState
@@ -370,3 +373,31 @@ def test_where_peers_choose_otherwise_the_first_one_decides(
     states = peers.reuse(CHUNKS, selector, 0.2, [lambda: None, lambda: second.add(threading.get_ident())])
     assert len(second) == 1
     check(whole, peers, states, wanted)
+
+
+def test_a_servers_stream_is_waited_for_as_little_as_can_be(
+    pair: tuple[Any, Pair, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where prompts take turns, they are computed on the server's stream: the end is marked before the turn is given back, and weights are looked at
+    on another stream."""
+    _, peers, _ = pair
+    marked: list[bool] = []
+    here = threading.local()
+
+    @contextmanager
+    def beside(self: Loaders) -> Iterator[None]:
+        here.beside = True
+        yield
+        here.beside = False
+
+    checked: list[bool] = []
+    monkeypatch.setattr(Loaders, "beside", beside)
+    monkeypatch.setattr(SharedModel, "check", lambda *_, **__: checked.append(here.beside))
+    monkeypatch.setattr(
+        ForwardPhases, "finish", lambda self: marked.append(any(heads.computes for heads in peers.heads))
+    )
+    for engine in peers.engines:
+        assert engine.adapter.heads.in_turns
+    assert all(isinstance(state, PrefillState) for state in peers.reuse(CHUNKS, "frequency", 0.2))
+    assert marked == [True] * PEERS
+    assert checked == [True] * 2 * PEERS
