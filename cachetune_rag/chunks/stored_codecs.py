@@ -5,15 +5,14 @@ from __future__ import annotations
 from cachetune_store import ChunkStore
 
 SAMPLE = 32
-"""Documents that are looked at; they lie evenly among all. What is written in one way is usually written in one go."""
+"""Documents that are looked at, at most; they lie evenly among all. What is written in one way is usually written in one go."""
 
 
 def stored_codecs(store: ChunkStore, tenant: str) -> set[str]:
     """The codecs of a tenant's stored chunks, by a sample of its documents: of each, the first chunk that is there."""
-    documents = store.documents(tenant=tenant)
     found: set[str] = set()
-    for document in documents[:: -(-len(documents) // SAMPLE) or 1]:
-        for key in document.chunks:
+    for chunks in store.sample_documents(SAMPLE, tenant=tenant):
+        for key in chunks[:SAMPLE]:  # a document may have very many, and all may be gone
             reader = store.open(key)
             if reader is not None:
                 with reader:

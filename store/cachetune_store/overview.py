@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from .documents import Documents
+from .keys import ChunkKey
 from .placement import Placement
 from .pruning import by_tenant, groups
 from .repair import Repair
@@ -31,6 +32,10 @@ class Overview:
             sizes = [size for size in map(self._placement.size_of, dict.fromkeys(keys)) if size]
             found.append(DocumentInfo(doc_id, tenant, keys, len(sizes), sum(sizes)))
         return sorted(found, key=lambda info: info.id)
+
+    def sample(self, tenant: str, most: int) -> list[tuple[ChunkKey, ...]]:
+        """The chunks of some of a tenant's documents, at most so many, which lie evenly among all. Only the index is read."""
+        return self._repair.healed(lambda: _evenly(self._documents.of(tenant), most))
 
     def groups(self) -> list[ChunkGroup]:
         """Groups of chunks that were made alike, the largest first. The head of every file is read."""
@@ -59,3 +64,15 @@ class Overview:
             device=tiers.get("device"),
             remote=tiers.get("remote"),
         )
+
+
+def _evenly(documents: Iterable[tuple[str, tuple[ChunkKey, ...]]], most: int) -> list[tuple[ChunkKey, ...]]:
+    """The chunks of every so many of these documents, at most of `most`. There may be millions of them, so the others are not kept."""
+    kept: list[tuple[ChunkKey, ...]] = []
+    step = 1
+    for number, (_, keys) in enumerate(documents):
+        if number % step == 0:
+            kept.append(keys)
+        if len(kept) > most:
+            kept, step = kept[::2], 2 * step
+    return kept

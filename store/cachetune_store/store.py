@@ -514,6 +514,17 @@ class ChunkStore:
         check_text(tenant, "tenant")
         return self._overview.documents(tenant)
 
+    def sample_documents(self, most: int, *, tenant: str = "") -> list[tuple[ChunkKey, ...]]:
+        """The chunks of some of the tenant's documents, at most so many, which lie evenly among all.
+
+        Only the index is read, whereas `documents` looks at the file of every chunk.
+        """
+        self._check_open()
+        check_text(tenant, "tenant")
+        if type(most) is not int or most < 1:
+            raise StoreArgumentError(f"most is {shown(most)}: use a whole number from 1 on.")
+        return self._overview.sample(tenant, most)
+
     def texts(
         self, *, namespace: Namespace | None = None, keys: Iterable[ChunkKey] | None = None
     ) -> Iterator[tuple[ChunkKey, str, int]]:

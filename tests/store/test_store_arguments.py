@@ -89,6 +89,8 @@ CALLS: dict[str, Call] = {
     **{f"{name}(tenant=)": (lambda s, v, n=name: getattr(s, n)("d", [SAMPLE.key], tenant=v)) for name in ("set_document", "extend_document")},
     "delete_document(tenant=)": lambda s, v: s.delete_document("d", tenant=v),
     "documents(tenant=)": lambda s, v: s.documents(tenant=v),
+    "sample_documents": lambda s, v: s.sample_documents(v),
+    "sample_documents(tenant=)": lambda s, v: s.sample_documents(1, tenant=v),
     "texts(namespace=)": lambda s, v: list(s.texts(namespace=v)),
     "note(tenant=)": lambda s, v: s.note(NAME, tenant=v),
     **{f"{name}(name)": (lambda s, v, n=name: getattr(s, n)(v, b"x")) for name in ("settle_note", "discard_note")},

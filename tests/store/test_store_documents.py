@@ -228,3 +228,20 @@ def test_an_extended_document_is_in_its_file(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "index")
     with ChunkStore(tmp_path) as store:
         assert store.documents()[0].chunks == (KEYS[0], KEYS[0], KEYS[1])
+
+
+def test_of_many_documents_a_few_that_lie_evenly_among_all_are_given() -> None:
+    keys = [sample(number).key for number in range(2)]
+    with ChunkStore(None) as store:
+        for number in range(20):
+            store.set_document(f"d{number}", [keys[0]] * (number + 1), tenant="a")
+        store.set_document("d", keys, tenant="b")
+        every = store.sample_documents(20, tenant="a")
+        assert sorted(map(len, every)) == list(range(1, 21))
+        for most in (1, 3, 19):
+            some = store.sample_documents(most, tenant="a")
+            assert most / 2 <= len(some) <= most
+            step = every.index(some[1]) if len(some) > 1 else 20
+            assert some == every[::step]
+        assert store.sample_documents(5, tenant="b") == [tuple(keys)]
+        assert store.sample_documents(5) == []
