@@ -73,7 +73,8 @@ class DeviceLoader(LayerLoader):
         # The first layer in two parts, and the next one of which the second part is queued.
         self._first_narrowed = self._rest = adapter.num_layers
         self._brought = False
-        self._alike_until: list[int] | None = None
+        self._alike_until: list[int] | None = None  # for chunks of these groups:
+        self._alike_groups: list[tuple[str, str]] = []
         # Layers that were queued since all rows were wanted, or the seen ones alone; and those of which the second part was.
         self._begun_layers = self._begun_rests = 0
         self._awaited = 0  # so many of the first layers the computing stream waits for, in its order
@@ -99,7 +100,8 @@ class DeviceLoader(LayerLoader):
         super().set_sources(sources)
         if self._wanted is not before:
             self._on_device.set_sources(self._groups)
-            self._alike_until = None
+            if self._alike_groups != (groups := list(self._groups)):
+                self._alike_groups, self._alike_until = groups, None
 
     def load(self, layer: int) -> None:
         """Make the computing stream wait for the reused rows of `layer`."""
@@ -244,7 +246,9 @@ class DeviceLoader(LayerLoader):
         layers are queued."""
         whole = self._next < self._first_narrowed
         most = 1 if alone else self._together(self._begun_layers)
-        end = min(self._next + most, self._alike_end(self._next), max(self._next, self._hold) + 1)
+        end = self._next + most
+        if most > 1:
+            end = min(end, self._alike_end(self._next), max(self._next, self._hold) + 1)
         layers = range(self._next, min(end, self._first_narrowed) if whole else end)
         self._queue(layers, WHOLE if whole else SEEN)
         for layer in layers:
@@ -254,7 +258,9 @@ class DeviceLoader(LayerLoader):
 
     def _launch_rest(self) -> None:
         """Queue the second part of the next layer that has one, with those of some that follow it."""
-        end = min(self._rest + self._together(self._begun_rests), self._alike_end(self._rest), self._next)
+        end = self._rest + self._together(self._begun_rests)
+        if end > self._rest + 1:
+            end = min(end, self._alike_end(self._rest), self._next)
         layers = range(self._rest, end)
         self._queue(layers, REST)
         self._rest = layers.stop
