@@ -198,14 +198,10 @@ class Attempts:
 
     def _opened(self, call: Call, faults: Faults, stack: ExitStack, clock: Clock) -> Opened:
         """The prompt's chunks and settings, if the model's weights are those that the chunks belong to."""
-
-        def check() -> None:
-            with clock.stopped():  # it is not part of the lookup
-                self._check()
-
+        with clock.stopped():  # it is not part of the lookup
+            self._adapter.heads.ahead(self._check)
         if call.begun is None:
-            return self._opener.open(call.prompt, call.config, faults, stack, check)
-        check()
+            return self._opener.open(call.prompt, call.config, faults, stack)
         stack.enter_context(call.begun.hand_over())
         return call.begun.opened
 

@@ -69,14 +69,7 @@ class ChunkOpener:
         self._store, self._prefetcher, self._tuned = store, prefetcher, tuned
         self._lookup = ChunkLookup(store, pool, prefetcher)
 
-    def open(
-        self,
-        prompt: Prompt,
-        config: ReuseConfig,
-        faults: Faults,
-        stack: ExitStack,
-        check: Callable[[], None] = _nothing,
-    ) -> Opened:
+    def open(self, prompt: Prompt, config: ReuseConfig, faults: Faults, stack: ExitStack) -> Opened:
         """Open a prompt's chunks, which `stack` closes. They and the settings are the same on all peers.
 
         Args:
@@ -84,13 +77,11 @@ class ChunkOpener:
             config: its settings.
             faults: chunks that could not be read before; those that can't be opened now are added.
             stack: closes them.
-            check: is called first, and refuses a model with which they must not be used.
         """
         readers = OpenReaders()
         stack.callback(readers.close)
 
         def find() -> tuple[tuple[FoundChunks, ReuseConfig], tuple[list[str], ReuseConfig, bool]]:
-            check()
             found = self._find(prompt, config, readers, faults)
             settings = self.settings(config, found)
             open_readers = found.readers

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from cachetune_rag import CacheTune
 from cachetune_rag.concurrency.deadline import StoreTimeoutError
-from cachetune_rag.errors import CacheTuneError
+from cachetune_rag.errors import CacheTuneError, ModelChangedError
 from cachetune_rag.model.heads import PeerError, SharedHeads
 from cachetune_rag.model.shared import SharedModel
 from cachetune_rag.reuse.phases import ForwardPhases
@@ -401,3 +401,18 @@ def test_a_servers_stream_is_waited_for_as_little_as_can_be(
     assert all(isinstance(state, PrefillState) for state in peers.reuse(CHUNKS, "frequency", 0.2))
     assert marked == [True] * PEERS
     assert checked == [True] * 2 * PEERS
+
+
+def test_weights_that_changed_on_one_peer_alone_stop_both(
+    pair: tuple[Any, Pair, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, peers, _ = pair
+    changed = peers.engines[1].adapter.decoder_layers[0].mlp.down_proj.weight
+    with torch.no_grad():
+        changed.mul_(1)
+    first, second = peers.reuse(CHUNKS, "frequency", 0.2)
+    assert isinstance(first, PeerError)
+    assert isinstance(second, ModelChangedError)
+    assert (first.kind, first.again) == ("ModelChangedError", False)
+    monkeypatch.setattr(SharedModel, "check", lambda *_, **__: None)
+    assert all(isinstance(state, PrefillState) for state in peers.reuse(CHUNKS, "frequency", 0.2))
