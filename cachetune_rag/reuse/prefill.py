@@ -157,7 +157,7 @@ class Assembler:
             begun: what `begin` gave for this prompt, config and memory. The caller closes it in the end.
             meanwhile: called again and again while a GPU computes and this thread waits for it: the time to begin the next prompt.
             account: see `prefill`; not called where nothing is reused.
-            too_slow: is asked, once, where the chunks aren't all in memory: before they are opened, if it is known where all of them are, else when they are open. It is given the time that their rows are likely to take to be read, at the
+            too_slow: is asked, once in each attempt (see `prefill`), where the chunks aren't all in memory: before they are opened, if it is known where all of them are, else when they are open. It is given the time that their rows are likely to take to be read, at the
                 least, and what is computed meanwhile and behind it. Where it gives seconds, nothing is reused, and the chunks are read into host memory in the background, after
                 so many seconds: the server then has the prompt without reuse, and reading doesn't take the host from it. None: they are quick enough. It says the same on all
                 workers of a shared model, and is given on all of them or on none.

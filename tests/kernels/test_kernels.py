@@ -305,6 +305,12 @@ def test_shift(dtype: torch.dtype, turn: str, heads: int, dim: int, v_dim: int) 
     assert error(keys[1], wanted_k) <= TOLERANCE[dtype]
     assert error(values[1], wanted_v) <= TOLERANCE[dtype]
     assert not torch.equal(keys[1], stored_k)
+    # Without any chunk, as in the graph of a forward that shifts none: nothing is written, and no address is followed.
+    shifted_k, shifted_v = keys[1].clone(), values[1].clone()
+    none, nowhere = torch.zeros_like(rows, device=DEVICE), torch.zeros_like(rotations)
+    shift(fresh_k, fresh_v, table, 1, positions, known, none, nowhere, turning, moved)
+    assert torch.equal(keys[1], shifted_k)
+    assert torch.equal(values[1], shifted_v)
 
 
 @pytest.mark.parametrize("codec", ["exact", "fp8", "int4", "int8"])

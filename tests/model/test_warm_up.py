@@ -12,6 +12,7 @@ import torch
 from cachetune_rag.model.cuda import graphs
 from cachetune_rag.model.cuda.device_forward import DeviceForward
 from cachetune_rag.model.plain.buffers import KVBuffers
+from cachetune_rag.model.plain.shift import ChunkShift
 from cachetune_store import LayerSpec
 
 SPEC = LayerSpec(1, 4, 4)
@@ -103,3 +104,15 @@ def test_where_no_chunk_is_shifted_a_graph_that_shifts_is_replayed(monkeypatch: 
     for _ in range(3):  # of this size there is no graph: it runs once, and is captured then
         ask(300)
     assert card.done == [*done, ("run", 320), ("captured", 320)]
+
+
+def test_a_forward_that_shifts_no_chunk_has_none_left_of_the_one_before() -> None:
+    """Both have one graph, which reads the same numbers."""
+    inputs = graphs.Inputs(graphs.Kind(64, chunks=graphs.padded_chunks(1)), 1, torch.device("cpu"))
+    ids, places = torch.arange(8), torch.arange(8)
+    buffers = KVBuffers([SPEC], 8, torch.float32, torch.device("cpu"))
+    numbers = graphs.shift_numbers(ChunkShift(0.4, [(2, 6)]), places, [0, 0])
+    inputs.fill(ids, places, buffers, shift=numbers)
+    assert inputs.spans[0, :4].tolist() == [2, 6, 58, 62]  # behind padding
+    inputs.fill(ids, places, buffers)
+    assert not inputs.spans.any()
