@@ -5,6 +5,7 @@ Nothing is measured here. Each record is predicted by what was fitted to other r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,10 +58,8 @@ class Request:
 SIGN = "error left x entropy"
 
 BY_LAST = "error left, seen by the last token, x entropy"
-SHAKEN = {
-    "next token moved by shaking, all tokens behind the chunks run again": "shaken",
-    "next token moved by shaking, the last token run again": "shaken_last",
-}
+SHAKEN = "how far shaking moves the next token, all tokens behind the chunks run again"
+SHAKEN_LAST = "how far shaking moves the next token, the last token run again"
 SPREAD = "error left, seen by the last token, x how far apart the likely tokens are"
 
 
@@ -89,8 +88,7 @@ def _request(rows: Sequence[Row]) -> Request:
         "error left, seen by the last token": last,
         "entropy of the next token, nothing recomputed": [nothing["entropy"]] * len(rows),
         "attention left": [each["mass_left"] for each in taken],
-        **{name: [each[field] for each in taken] for name, field in SHAKEN.items() if field in nothing},
-        **({SPREAD: [error * nothing["spread"] for error in last]} if "spread" in nothing else {}),
+        **(_dearer(nothing, taken, last) if "shaken" in nothing else {}),
         "how far values moved (known afterwards)": [each["moved"] for each in taken],
         "entropy of the next token (known afterwards)": [each["entropy"] for each in taken],
     }
@@ -101,6 +99,17 @@ def _request(rows: Sequence[Row]) -> Request:
         tuple(bool(row["same"][0]) for row in rows),
         {name: tuple(values) for name, values in signs.items()},
     )
+
+
+def _dearer(
+    nothing: dict[str, float], taken: Sequence[dict[str, float]], last: Sequence[float]
+) -> dict[str, list[float]]:
+    """Signs that rows have since they are noted (`fidelity/shaken.py`). KL grows with the square of an error, so its root is the sign."""
+    return {
+        SPREAD: [error * nothing["spread"] for error in last],
+        SHAKEN: [math.sqrt(each["shaken"]) for each in taken],
+        SHAKEN_LAST: [math.sqrt(each["shaken_last"]) for each in taken],
+    }
 
 
 # -- rank correlation -------------------------------------------------------------------------------------------------

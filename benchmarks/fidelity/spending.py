@@ -16,7 +16,7 @@ from cachetune_rag.selection.bound import Bound
 from cachetune_rag.selection.predictor import FEWEST_PROMPTS, Observation, Predictor
 
 from . import bounds
-from .bounds import BY_LAST, SIGN, Request, misses_at
+from .bounds import BY_LAST, SHAKEN_LAST, SIGN, Request, misses_at
 from .measures import ratio_of_sums
 
 Numbers = NDArray[np.float64]
@@ -41,7 +41,10 @@ WAYS = {
     "level, by what the last token sees": ("level", BY_LAST),
     "price, by what all watched tokens see": ("price", SIGN),
     "price, by what the last token sees": ("price", BY_LAST),
+    "level, by shaking": ("level", SHAKEN_LAST),
+    "price, by shaking": ("price", SHAKEN_LAST),
 }
+"""How it is spent, and by which sign. A sign that rows don't have is left out."""
 
 
 def curves(requests: Sequence[Request], way: str) -> list[Curve]:
@@ -125,14 +128,14 @@ def at_cost(curve: Curve, cost: float) -> Numbers | None:
 
 def at_equal_cost(requests: Sequence[Request]) -> tuple[dict[str, Numbers], Numbers, int]:
     """How often each request is over a bound, summed over the bounds and costs that count: by each way, and at a fixed ratio. And how many these are."""
-    found = {way: curves(requests, way) for way in WAYS}
-    sums, fixed, count = {way: np.zeros(len(requests)) for way in WAYS}, np.zeros(len(requests)), 0
+    found = {way: curves(requests, way) for way, (_, sign) in WAYS.items() if sign in requests[0].signs}
+    sums, fixed, count = {way: np.zeros(len(requests)) for way in found}, np.zeros(len(requests)), 0
     for at, most in enumerate(MAX_KL):
         for cost in COSTS:
             same = np.array([misses_at(each, cost, most) for each in requests])
-            ways = {way: at_cost(found[way][at], cost) for way in WAYS}
+            ways = {way: at_cost(each[at], cost) for way, each in found.items()}
             there = {way: missed for way, missed in ways.items() if missed is not None}
-            if MISSES[0] <= same.mean() <= MISSES[1] and len(there) == len(WAYS):
+            if MISSES[0] <= same.mean() <= MISSES[1] and len(there) == len(found):
                 count += 1
                 fixed += same
                 for way, missed in there.items():
@@ -147,7 +150,8 @@ def markdown(sets: dict[str, list[Request]]) -> str:
         "## Other signs and other ways to spend",
         f"Requests over a `max_kl` from {MAX_KL[0]:g} to {MAX_KL[-1]:g}, as a part of those at one fixed ratio, and of those with the present way, which spend as much, "
         f"wherever {MISSES[0]:.0%} to {MISSES[1]:.0%} are over at the fixed ratio ({bounds.GROUPS} groups, {bounds.DIVISIONS} divisions). Level: all requests get the same chance. "
-        "Price: more is recomputed where it helps most.",
+        "Price: more is recomputed where it helps most. "
+        f"Empty: less than {bounds.FEWEST} requests are over at the fixed ratio.",
         "",
         "| set (n) | way | bounds and costs | part of the fixed ratio's | part of the present way's |",
         "| --- | --- | --- | --- | --- |",
@@ -159,6 +163,7 @@ def markdown(sets: dict[str, list[Request]]) -> str:
         sums, fixed, count = at_equal_cost(requests)
         for way, missed in sums.items():
             cells = (ratio_of_sums(missed, other) for other in (fixed, sums[PRESENT]))
-            shown = " | ".join(f"{e.value:.2f} [{e.low:.2f}, {e.high:.2f}]" if count else "" for e in cells)
+            few = fixed.sum() < bounds.FEWEST * max(1, count)
+            shown = " | ".join("" if few else f"{e.value:.2f} [{e.low:.2f}, {e.high:.2f}]" for e in cells)
             lines.append(f"| {name} ({len(requests)}) | {way} | {count} | {shown} |")
     return "\n".join(lines) + "\n"

@@ -126,7 +126,10 @@ def test_a_price_divides_recomputing_no_worse_than_levelling_where_the_sign_says
     monkeypatch.setattr(spending, "PRICES", np.geomspace(0.03, 30, 12).tolist())
     monkeypatch.setattr(spending, "SHARES", (0.5, 0.7, 0.8, 0.9, 0.95, 0.985))
     requests = [
-        replace(each, signs={**each.signs, spending.BY_LAST: each.signs["none"]}) for each in made(0.7, spread=1.0)
+        replace(
+            each, signs={**each.signs, spending.BY_LAST: each.signs["none"], spending.SHAKEN_LAST: each.signs[SIGN]}
+        )
+        for each in made(0.7, spread=1.0)
     ]
     sums, fixed, count = spending.at_equal_cost(requests)
     assert count > 0
@@ -134,6 +137,10 @@ def test_a_price_divides_recomputing_no_worse_than_levelling_where_the_sign_says
     assert priced < levelled < fixed.sum()
     # A sign that says the opposite, or nothing, is no better than one ratio for all.
     assert all(sums[way].sum() > 0.9 * fixed.sum() for way in sums if "last token" in way)
+    # The sign of the present way by another name.
+    (shaken,) = (sums[way] for way in sums if way == "level, by shaking")
+    assert shaken == pytest.approx(sums[spending.PRESENT])
+    assert len(spending.at_equal_cost([replace(each, signs={SIGN: each.sign}) for each in requests])[0]) == 2
     table = spending.markdown({"made": requests, "few": requests[:12]})
     assert f"| made (120) | {spending.PRESENT} | {count} | " in table
     assert f"{priced / levelled:.2f} [" in table
