@@ -107,3 +107,24 @@ def test_where_a_chunk_is_told_without_looking_at_any_file(
         assert (store.foresee(one.key) is None) == encrypt  # nobody has looked
         assert store.open(one.key) is None
         assert store.foresee(one.key) is None
+
+
+def test_a_chunk_that_made_room_or_was_replaced_is_not_foreseen_as_it_was(tmp_path: Path) -> None:
+    one, other = sample(0), sample(1)
+    with ChunkStore(tmp_path, host_budget=0) as store:
+        one.put(store)
+        size = store.size_of(one.key)
+    with ChunkStore(tmp_path, host_budget=0, disk_budget=size + size // 2) as store:
+
+        def foreseen() -> str | None:
+            store.open(one.key).close()
+            _, head = store.foresee(one.key)
+            return head.text
+
+        assert foreseen() is None
+        one.put(store, text="With a text.")
+        assert store.foresee(one.key) is None
+        assert foreseen() == "With a text."
+        other.put(store)
+        assert not store.contains(one.key)
+        assert store.foresee(one.key) is None

@@ -187,6 +187,7 @@ class DiskTier(LastingTier):
                     except IsADirectoryError:
                         self._damaged.take(target)
                         written.replace(target)
+                    self._known.drop(key)  # the file before it may have been encoded in another way
             except BaseException:
                 self._withdraw(written, target, key)
                 raise
@@ -211,7 +212,6 @@ class DiskTier(LastingTier):
             with self._temp.changing():
                 with self.index.transaction():
                     size = self._unlink(key)
-                    self._known.drop(key)
                     self._records.forget(key)
                     drop_text(self.index, key)
                 self._damaged.remove(self.seal.chunk_name(key))
@@ -385,6 +385,7 @@ class DiskTier(LastingTier):
             self.counters.evictions += len(victims)
 
     def _unlink(self, key: ChunkKey) -> int:
+        self._known.drop(key)  # also where a chunk makes room for others: nobody must expect it here
         path = self.path_of(key)
         try:
             size = path.lstat().st_size
