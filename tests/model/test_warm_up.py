@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from cachetune_rag.model.cuda import graphs
+from cachetune_rag.model.cuda import device_forward, graphs
 from cachetune_rag.model.cuda.device_forward import DeviceForward
 from cachetune_rag.model.plain.buffers import KVBuffers
 from cachetune_rag.model.plain.shift import ChunkShift
@@ -116,3 +116,16 @@ def test_a_forward_that_shifts_no_chunk_has_none_left_of_the_one_before() -> Non
     assert inputs.spans[0, :4].tolist() == [2, 6, 58, 62]  # behind padding
     inputs.fill(ids, places, buffers)
     assert not inputs.spans.any()
+
+
+def test_where_no_chunk_is_shifted_and_graphs_are_no_longer_used_the_forward_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    card = Card(monkeypatch)
+    card.forward.warmup(130, shift=True)
+    monkeypatch.setattr(device_forward, "MAX_TOKENS", 0)
+    buffers = KVBuffers([SPEC], 400, torch.float32, torch.device("cpu"))
+    replayed, ran = card.replayed, len(card.done)
+    card.forward.forward(torch.arange(100), torch.arange(300, 400), buffers, None)
+    assert card.done[ran:] == [("run", 100)]
+    assert card.replayed == replayed

@@ -237,7 +237,8 @@ class DeviceForward:
             self._graphs.ran(kind)
         else:
             # Padding only serves to share graphs. (Where a capture failed, others who have a part of the model may go on with theirs.)
-            chunks = numbers["shift"].spans.shape[0] if kind.chunks else 0
+            shift = numbers.get("shift")
+            chunks = 0 if shift is None else shift.spans.shape[0]
             length = buffers.length if kind.length else 0
             kind = Kind(ids.shape[0], kind.probed, kind.errors, length, chunks, kind.listed)
         if graph is not None:
