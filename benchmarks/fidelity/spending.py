@@ -162,8 +162,8 @@ def markdown(sets: dict[str, list[Request]]) -> str:
             continue
         sums, fixed, count = at_equal_cost(requests)
         for way, missed in sums.items():
-            cells = (ratio_of_sums(missed, other) for other in (fixed, sums[PRESENT]))
             few = fixed.sum() < bounds.FEWEST * max(1, count)
-            shown = " | ".join("" if few else f"{e.value:.2f} [{e.low:.2f}, {e.high:.2f}]" for e in cells)
+            parts = [] if few else [ratio_of_sums(missed, other) for other in (fixed, sums[PRESENT])]
+            shown = " | ".join(f"{e.value:.2f} [{e.low:.2f}, {e.high:.2f}]" for e in parts) or " | "
             lines.append(f"| {name} ({len(requests)}) | {way} | {count} | {shown} |")
     return "\n".join(lines) + "\n"
