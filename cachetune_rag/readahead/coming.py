@@ -6,20 +6,17 @@ it gets the open chunks and goes on reading where this stopped.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from itertools import accumulate, islice
 
-from cachetune_rag.concurrency.workers import Workers
 from cachetune_rag.readahead.batch import Batch, ChunkBeingRead, Prefetch
+from cachetune_rag.readahead.batch_work import BatchWork
+from cachetune_rag.readahead.reserved import Reserved
 from cachetune_store import ChunkKey, ChunkReader, ChunkStore, StoreError
 
-THREADS = 4
-"""Enough to keep a disk busy. More would take the interpreter from the request that is being served more often."""
 OPENERS = 2
 """Threads that open chunks. Few: opening needs the interpreter, which the request that is being served needs more."""
 _BREATH = 0.0005
@@ -29,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 
 class ReadAhead:
-    """The threads that read for coming requests. Safe to use from several threads. It raises nothing.
+    """Reads for coming requests, on threads. Safe to use from several threads. It raises nothing.
 
     Args:
         store: where chunks come from and whose host tier they go to.
@@ -46,14 +43,13 @@ class ReadAhead:
         elsewhere: Callable[[ChunkKey], bool],
     ):
         self._store, self._limit, self._wait, self._elsewhere = store, limit, wait, elsewhere
-        self._pool = Workers(THREADS, "cachetune-prefetch")
+        self._work = BatchWork()
+        # Guards `_chunks`, the counts of each chunk there and who closes it, `_reserved`, and which chunk of a batch is opened or read next. The timers, and how
+        # many threads still work at a batch, are guarded by the lock of `BatchWork`. Neither lock is taken while the other one is held.
         self._lock = threading.Lock()
-        self._stop = threading.Event()
         self._chunks: dict[ChunkKey, ChunkBeingRead] = {}
-        # Bytes of the chunks that `go_on` and `read_later` were given and that are not in `_chunks` yet.
-        self._handed = 0
-        self._unopened: dict[ChunkKey, Batch] = {}  # those that `read_later` was given
-        self._later: dict[Batch, threading.Timer] = {}  # those of which nothing is to be read yet
+        # For the chunks that `go_on` and `read_later` were given and that are not in `_chunks` yet.
+        self._reserved = Reserved(limit)
 
     def fetch(
         self, keys: Callable[[], Iterable[ChunkKey]], rows: Callable[[ChunkReader], int] | None = None
@@ -71,16 +67,13 @@ class ReadAhead:
             self._give_room(batch, count)
             self._begin_reading(batch)
 
-        def begin() -> int:
+        def begin() -> None:
             wanted = list(dict.fromkeys(keys()))
             batch.keys = enumerate(wanted)
-            self._together(batch, min(OPENERS, len(wanted)), self._open_some, opened)
-            return 0
+            self._work.together(batch, min(OPENERS, len(wanted)), self._open_some, opened)
 
-        # Without room there is nothing to do. RuntimeError: the engine is closed, so nothing can be started any more.
-        with contextlib.suppress(RuntimeError):
-            if self._limit:
-                batch.prefetch.futures.append(self._pool.submit(begin))
+        if self._limit:  # without room there is nothing to do
+            self._work.begin(batch, begin, lambda: None)  # nothing is held yet that would have to be dropped
         return batch.prefetch
 
     def go_on(
@@ -102,16 +95,15 @@ class ReadAhead:
         batch = Batch(self._limit)
         batch.found = dict(enumerate(readers))
 
-        def begin() -> int:
+        def begin() -> None:
             try:
                 self._give_room(batch, rows or _all_rows)
             finally:
                 self._free(batch)
             if after:
-                self._later_on(batch, after, lambda: self._begin_reading(batch))
+                self._work.begin_later(batch, after, lambda: self._begin_reading(batch), lambda: self._end(batch))
             else:
                 self._begin_reading(batch)
-            return 0
 
         def close() -> None:
             for reader in readers:
@@ -122,9 +114,9 @@ class ReadAhead:
             close()
 
         with self._lock:
-            fitting = self._reserve(batch, [reader.host_bytes for reader in readers])
+            fitting = self._reserved.reserve(batch, [reader.host_bytes for reader in readers], self._bytes_of_chunks())
         if fitting:
-            self._submit(batch, begin, drop)
+            self._work.begin(batch, begin, drop)
         else:
             close()
         return len(readers) - fitting
@@ -142,12 +134,9 @@ class ReadAhead:
         """
         batch = Batch(self._limit)
         with self._lock:
-            here = self._chunks.keys() | self._unopened.keys()
+            here = {*self._chunks, *self._reserved.unopened}
             wanted = {key: size for key, size in sizes.items() if key not in here}
-            fitting = self._reserve(batch, list(wanted.values()))
-            # Of the others nobody else is to think that they will be read.
-            batch.unopened = dict(islice(wanted.items(), fitting))
-            self._unopened |= dict.fromkeys(batch.unopened, batch)
+            fitting = self._reserved.reserve_unopened(batch, wanted, self._bytes_of_chunks())
         if not fitting:
             return len(wanted)
 
@@ -161,9 +150,10 @@ class ReadAhead:
         def begin() -> None:
             keys = self._forget_unopened(batch)
             batch.keys = enumerate(keys)
-            self._together(batch, min(OPENERS, len(keys)), self._open_some, opened)
+            self._work.together(batch, min(OPENERS, len(keys)), self._open_some, opened)
 
-        return len(wanted) - fitting if self._later_on(batch, after, begin) else len(wanted)
+        waits = self._work.begin_later(batch, after, begin, lambda: self._end(batch))
+        return len(wanted) - fitting if waits else len(wanted)
 
     def take(self, keys: Iterable[ChunkKey]) -> dict[ChunkKey, ChunkReader]:
         """Hand the chunks among these that are being read here to a request that begins: their open readers, which hold what was
@@ -172,9 +162,7 @@ class ReadAhead:
         with self._lock:
             wanted = list(keys)
             for key in wanted:
-                if (batch := self._unopened.pop(key, None)) is not None:
-                    self._handed -= (size := batch.unopened.pop(key))
-                    batch.reserved -= size
+                self._reserved.give_up(key)
             taken = {key: self._chunks.pop(key) for key in wanted if key in self._chunks}
             for chunk in taken.values():
                 chunk.gone = True
@@ -202,54 +190,18 @@ class ReadAhead:
     def keys(self) -> set[ChunkKey]:
         """The chunks that are being read here, and those that will be."""
         with self._lock:
-            return {*self._chunks, *self._unopened}
+            return {*self._chunks, *self._reserved.unopened}
 
     @property
     def closing(self) -> bool:
         """Whether `close` was called."""
-        return self._stop.is_set()
+        return self._work.closing
 
     def close(self) -> None:
         """Stop; when this returns, nothing is read any more."""
-        self._stop.set()
-        with self._lock:
-            later, self._later = self._later, {}
-        for batch, timer in later.items():
-            timer.cancel()
-            self._end(batch)
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._work.close()
 
     # -- on the threads -------------------------------------------------------------------------------------------
-
-    def _together(self, batch: Batch, count: int, work: Callable[[Batch], int], then: Callable[[], None]) -> None:
-        """Do `work(batch)` on several threads, at most `count`. The last one that ends or is cancelled calls `then`."""
-        left = min(THREADS, count)
-        if not left:
-            then()
-            return
-
-        def ended() -> None:
-            nonlocal left
-            with self._lock:
-                left -= 1
-                last = not left
-            if last:
-                then()
-
-        def run() -> int:
-            try:
-                return work(batch)
-            finally:
-                ended()
-
-        for _ in range(left):
-            try:
-                future = self._pool.submit(run)
-            except RuntimeError:  # closed meanwhile
-                ended()
-                continue
-            future.add_done_callback(lambda job: ended() if job.cancelled() else None)
-            batch.prefetch.futures.append(future)
 
     def _open_some(self, batch: Batch) -> int:
         """Open chunks that no thread has opened yet."""
@@ -264,34 +216,19 @@ class ReadAhead:
                 _log.debug("chunk %s was not read ahead: %s", key, error)
         return 0
 
-    def _reserve(self, batch: Batch, sizes: Sequence[int]) -> int:
-        """Reserve what may be read ahead for chunks of so many bytes, as far as they fit. Returns how many of them, the first ones, do. Called with the lock held."""
-        totals = [total for total in accumulate(sizes) if total <= self._limit]
-        before = self._handed + sum(chunk.reader.host_bytes for chunk in self._chunks.values())
-        if before and before + sum(sizes) > self._limit:
-            totals = []
-        batch.reserved = totals[-1] if totals else 0
-        self._handed += batch.reserved
-        if len(totals) < len(sizes):
-            _log.debug(
-                "%d of %d chunks are not read on: there is no room for them", len(sizes) - len(totals), len(sizes)
-            )
-        return len(totals)
+    def _bytes_of_chunks(self) -> int:
+        """Bytes of the chunks that are being read. Called with the lock held."""
+        return sum(chunk.reader.host_bytes for chunk in self._chunks.values())
 
     def _forget_unopened(self, batch: Batch) -> list[ChunkKey]:
         """The chunks that `read_later` was given and no request has taken. They don't wait to be opened any more."""
         with self._lock:
-            keys = list(batch.unopened)
-            batch.unopened = {}
-            for key in keys:
-                self._unopened.pop(key, None)
-        return keys
+            return self._reserved.forget_unopened(batch)
 
     def _free(self, batch: Batch) -> None:
         """The batch's chunks are in `_chunks`, or not wanted any more."""
         with self._lock:
-            self._handed -= batch.reserved
-            batch.reserved = 0
+            self._reserved.free(batch)
 
     def _give_room(self, batch: Batch, rows: Callable[[ChunkReader], int]) -> None:
         """All chunks are open: give room to the first ones, which are read, and close the others."""
@@ -319,47 +256,7 @@ class ReadAhead:
         """Read the chunks that were given room."""
         batch.order = batch.reads()
         self._wait(partial(self._stopped, batch))  # one thread does, instead of all
-        self._together(batch, sum(c.left for c in batch.chunks), self._read_some, lambda: self._end(batch))
-
-    def _later_on(self, batch: Batch, after: float, begin: Callable[[], None]) -> bool:
-        """Call `begin` on a thread so many seconds from now. Returns whether it will be; if not, the batch ends."""
-        timer = threading.Timer(after, self._due, (batch, begin))
-        timer.daemon = True
-        with self._lock:
-            started = not self.closing
-            if started:
-                self._later[batch] = timer
-                try:
-                    timer.start()
-                except RuntimeError as error:  # the system gives no more threads
-                    _log.debug("chunks are not read on: %s", error)
-                    del self._later[batch]
-                    started = False
-        if not started:
-            self._end(batch)
-        return started
-
-    def _due(self, batch: Batch, begin: Callable[[], None]) -> None:
-        with self._lock:
-            mine = self._later.pop(batch, None)
-        if mine is None:  # closed meanwhile
-            return
-
-        def run() -> int:
-            begin()
-            return 0
-
-        self._submit(batch, run, partial(self._end, batch))
-
-    def _submit(self, batch: Batch, begin: Callable[[], int], drop: Callable[[], None]) -> None:
-        """Let a thread begin something with a batch's open chunks. `drop` is called instead where the engine is closed before a thread gets to it."""
-        try:
-            job = self._pool.submit(begin)
-        except RuntimeError:  # closed already
-            drop()
-            return
-        job.add_done_callback(lambda ended: drop() if ended.cancelled() else None)
-        batch.prefetch.futures.append(job)
+        self._work.together(batch, sum(c.left for c in batch.chunks), self._read_some, lambda: self._end(batch))
 
     def _read_some(self, batch: Batch) -> int:
         """Read what no thread is reading yet. Gives the bytes of the chunks that are in host memory now."""
@@ -420,7 +317,7 @@ class ReadAhead:
             chunk.reader.close()
 
     def _stopped(self, batch: Batch) -> bool:
-        return self._stop.is_set() or batch.prefetch.stop.is_set()
+        return self.closing or batch.prefetch.stop.is_set()
 
 
 def _all_rows(reader: ChunkReader) -> int:

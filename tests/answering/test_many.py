@@ -20,7 +20,7 @@ from cachetune_rag import CacheTune, ConfigError, Document, PromptError
 from cachetune_rag.answering.request import Request
 from cachetune_rag.concurrency.deadline import DeadlinePool
 from cachetune_rag.errors import EngineClosedError
-from cachetune_rag.readahead import coming as ahead
+from cachetune_rag.readahead import batch_work
 from cachetune_rag.readahead.prefetcher import Prefetcher
 from cachetune_rag.reuse.layer_loader import LayerLoader
 from cachetune_rag.reuse.slow_rows import READ_AHEAD
@@ -231,7 +231,7 @@ def test_a_request_goes_on_from_what_was_read_ahead_of_it(
 ) -> None:
     """Whichever read is under way when it comes: nothing is read twice."""
     fetches = Fetches(cold, monkeypatch)
-    monkeypatch.setattr(ahead, "THREADS", 1)
+    monkeypatch.setattr(batch_work, "THREADS", 1)
     layers = cold.adapter.num_layers
     assert 2 * layers == 6
     disk.hold = lambda _key: len(disk.reads) == at + 1 and len(fetches.seen) == at
@@ -296,7 +296,7 @@ def test_a_request_that_takes_over_reads_on_at_once_where_reading_ahead_stopped(
 
 def test_the_first_layers_of_all_chunks_come_first(cold: CacheTune, monkeypatch: pytest.MonkeyPatch) -> None:
     fetches = Fetches(cold, monkeypatch)
-    monkeypatch.setattr(ahead, "THREADS", 1)
+    monkeypatch.setattr(batch_work, "THREADS", 1)
     assert cold.prefetch(TEXTS).wait(PATIENCE)
     assert [(n, layer) for n, layer, _ in fetches.seen] == [(n, layer) for layer in range(3) for n in range(4)]
 
@@ -310,7 +310,7 @@ def test_what_the_request_will_read_comes_before_the_rest(cold: CacheTune, monke
         return real(reader, layer, rows)
 
     monkeypatch.setattr(DiskReader, "read", read)
-    monkeypatch.setattr(ahead, "THREADS", 1)
+    monkeypatch.setattr(batch_work, "THREADS", 1)
     count = len(TEXTS[0])
     for selector, first in (("frequency", count - int(0.25 * count)), ("expected_error", count)):
         seen.clear()
@@ -459,7 +459,7 @@ def test_a_generator_that_is_given_up_stops_reading(
 ) -> None:
     second = keys_of(cold, TEXTS[2:])
     disk.hold = second.__contains__
-    monkeypatch.setattr(ahead, "THREADS", 2)  # so that not all is under way at once
+    monkeypatch.setattr(batch_work, "THREADS", 2)  # so that not all is under way at once
     answers = cold.generate_many(REQUESTS[:2], max_new_tokens=1)
     next(answers)
     disk.wait_for(lambda: bool(second & disk.ahead()))
@@ -475,7 +475,7 @@ def test_closing_the_engine_ends_what_is_being_read(
     cold: CacheTune, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk.hold = lambda _key: True
-    monkeypatch.setattr(ahead, "THREADS", 2)
+    monkeypatch.setattr(batch_work, "THREADS", 2)
     job = cold.prefetch(TEXTS)
     disk.wait_for(lambda: bool(disk.ahead()))
     closing = threading.Thread(target=cold.close)
