@@ -224,7 +224,10 @@ class Planner:
         )
         choice = None
         if selector is not None:
-            self._begin_look(prepared)
+            if not (
+                prepared.looks and heads.in_turns
+            ):  # begun by `prepare` there: what fails here on one peer alone, the others would wait for
+                self._begin_look(prepared)
             with heads.computing() if prepared.looks else nullcontext():
                 choice = selector.choose(context, config.ratio, config.finder)
 

@@ -22,6 +22,7 @@ from cachetune_rag.concurrency.deadline import StoreTimeoutError
 from cachetune_rag.errors import CacheTuneError, ModelChangedError
 from cachetune_rag.model.heads import PeerError, SharedHeads
 from cachetune_rag.model.shared import SharedModel
+from cachetune_rag.reuse.layer_loader import LayerLoader
 from cachetune_rag.reuse.phases import ForwardPhases
 from cachetune_rag.reuse.plan import Loaders
 from cachetune_rag.reuse.reading import Reading
@@ -332,6 +333,23 @@ def test_a_prompt_takes_four_agreements(tmp_path: Path, selector: str, ratio: fl
                 for engine in peers.engines:
                     engine.executor.prefetch(lambda: ids).wait(SECONDS)
         assert taken == [[5, 5], [4, 4]]
+
+
+def test_the_first_layers_of_a_look_are_brought_once_and_within_an_agreement(
+    pair: tuple[Any, Pair, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fails on one peer outside of an agreement, the other would wait for."""
+    begun: list[int] = []
+    first = LayerLoader.start_first_layers
+
+    def start(loader: LayerLoader) -> None:
+        begun.append(id(loader))
+        first(loader)
+
+    monkeypatch.setattr(LayerLoader, "start_first_layers", start)
+    states = pair[1].reuse(CHUNKS, "expected_error", 0.3)
+    assert all(isinstance(state, PrefillState) for state in states)
+    assert len(set(begun)) == len(begun) == 2
 
 
 def test_what_fails_on_one_peer_before_an_agreement_fails_on_both_in_it() -> None:
