@@ -224,9 +224,8 @@ class Planner:
         )
         choice = None
         if selector is not None:
-            if not (
-                prepared.looks and heads.in_turns
-            ):  # begun by `prepare` there: what fails here on one peer alone, the others would wait for
+            # Where peers take turns, `prepare` has begun it: what fails here on one peer alone, the others would wait for.
+            if not (prepared.looks and heads.in_turns):
                 self._begin_look(prepared)
             with heads.computing() if prepared.looks else nullcontext():
                 choice = selector.choose(context, config.ratio, config.finder)
