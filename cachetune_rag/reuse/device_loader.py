@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -24,16 +24,14 @@ from torch import Tensor
 from cachetune_rag.concurrency.deadline import DeadlinePool
 from cachetune_rag.kernels import kernels_run_on
 from cachetune_rag.model import KVBuffers, ModelAdapter
-from cachetune_rag.model.libraries.private import copy_all
 from cachetune_rag.reuse.device_groups import DeviceGroups, Narrowed
-from cachetune_rag.reuse.host_copies import copied_bytes, host_copies
+from cachetune_rag.reuse.host_copies import host_copies
 from cachetune_rag.reuse.layer_loader import REST, SEEN, WHOLE, LayerLoader, RowForms
+from cachetune_rag.reuse.row_copies import RowCopies
 from cachetune_rag.reuse.row_kernels import RowKernels
 from cachetune_rag.reuse.source import Source
 from cachetune_rag.reuse.staging import LEAST_PIECES
 from cachetune_rag.reuse.streams import Streams
-from cachetune_store import HeadBytes, RowFormat
-from cachetune_store.tier_kinds import HOST
 
 LAUNCH_AHEAD = 2
 """Layers queued beyond the one that is asked for, so that the copy engine always has work. Few, because queuing takes the host time, in
@@ -85,8 +83,7 @@ class DeviceLoader(LayerLoader):
             adapter, streams, self._kernels, by_address=self._copies is not None, forms=forms
         )
         self._held: list[Tensor] = []  # memory that queued work still reads
-        # The same of rows from disks, of which torch doesn't know that they are being copied; by layer that was queued.
-        self._copied: deque[list[Tensor]] = deque(maxlen=QUEUED)
+        self._row_copies = RowCopies(streams, self._kernels, self._on_device, self._copies, forms, keep=QUEUED)
         super().__init__(adapter, sources, buffers, pool, forms)
         # Work that was queued on the computing stream before may still use the buffers' memory. (If they were made on the placing stream,
         # it may not, and this waits for nothing.)
@@ -149,7 +146,7 @@ class DeviceLoader(LayerLoader):
     def start_first_layers(self) -> None:
         """See `LayerLoader.start_first_layers`. Where copying takes longer than computing, time without a copy makes the prompt later."""
         super().start_first_layers()
-        layer = sum(self._copied_bytes(0, key, s.rows) for key, group in self._groups.items() for s in group)
+        layer = sum(self._row_copies.size(0, key, s.rows) for key, group in self._groups.items() for s in group)
         self._launch_up_to(min(LAUNCH_AHEAD, FIRST_BYTES // max(1, layer)), alone=True)
 
     def bring(self) -> None:
@@ -292,7 +289,7 @@ class DeviceLoader(LayerLoader):
             self._queued[0].synchronize()
         pieces = [layer % self._on_device.pieces for layer in layers]
         streams.staging.await_free(pieces)
-        self._copied.append([])
+        self._row_copies.begin()
         for key in self._groups:
             self._on_device.prepare(key)
         narrowed = {key: None if part == WHOLE else self._narrow(key) for key in self._groups}
@@ -300,11 +297,10 @@ class DeviceLoader(LayerLoader):
             slow = iter(self._slow.take(layer) if part != REST else ())
             for key, group in self._groups.items():
                 if (some := narrowed[key]) is None or part == REST or not all(some.apart):
-                    self._copy_rows(layer, key, group, slow, some, part)
+                    self._row_copies.collect(layer, key, group, slow, some, part)
         if part == SEEN:
-            self._gather(layers, narrowed)
-        if self._copies is not None:
-            self._copies.queue(streams.copy.cuda_stream)
+            self._row_copies.gather(layers, narrowed)
+        self._row_copies.queue()
         copied, placed = streams.copied[layers[-1]], streams.placed[layers[-1]]
         copied.record(streams.copy)
         streams.place.wait_event(copied)
@@ -319,98 +315,6 @@ class DeviceLoader(LayerLoader):
             self._placed[layer] = placed
         streams.staging.used(pieces, placed)
         self._queued.append(placed)
-
-    def _copy_rows(
-        self,
-        layer: int,
-        key: tuple[str, str],
-        group: Sequence[Source],
-        slow: Iterator[Tensor],
-        narrowed: Narrowed | None,
-        part: str,
-    ) -> None:
-        """Queue the copies of a group's rows into its staging memory. Rows that the kernel reads where they lie are only counted, and sources that
-        come in two parts are left out of the first one, of which single rows are gathered."""
-        form, mine, on_device = (
-            self._row_format(layer, key),
-            self._kernels.own_bytes(layer, key),
-            self._on_device.prepare(key),
-        )
-        addresses = on_device.addresses[layer]
-        if part == REST:
-            # All rows of a source, also those that are there: gathering the others would keep multiprocessors from the recompute, while the
-            # bus has nothing else to do.
-            if narrowed is not None and self._copies is not None:
-                hosts = narrowed.addresses[layer]
-                later = [each for each in zip(addresses, hosts, group, strict=False) if each[1]]
-                self._copies.collect_rows([(to, host, source.rows) for to, host, source in later], form, mine)
-            return
-        by_torch: list[tuple[Source, int]] = []
-        locked: list[tuple[int, int, int]] = []
-        others: list[tuple[int, int, int]] = []
-        for number, source in enumerate(group):
-            reader = source.reader
-            if on_device.in_place[number]:
-                reader.locate(layer, source.rows)
-            elif narrowed is not None and narrowed.apart[number]:
-                continue
-            elif self._copies is not None and reader.kind is HOST:
-                some = locked if reader.page_locked else others
-                some.append((addresses[number], reader.locate(layer, source.rows), source.rows))
-            else:
-                by_torch.append((source, addresses[number]))
-        if self._copies is not None:
-            self._copies.collect_rows(locked, form, mine)
-            self._copies.collect_rows(others, form, None)
-        if by_torch:  # most prompts have none: entering a stream takes the host some microseconds for each layer
-            stage = self._on_device.stage(layer, key)
-            assert stage is not None
-            with torch.cuda.stream(self._streams.copy):
-                self._copy_pieces(layer, form, mine, by_torch, stage, slow)
-
-    def _copy_pieces(
-        self,
-        layer: int,
-        form: RowFormat,
-        mine: HeadBytes | None,
-        sources: Sequence[tuple[Source, int]],
-        stage: Tensor,
-        slow: Iterator[Tensor],
-    ) -> None:
-        """Queue the copies of rows that are read as tensors, each source's to its address in the staging memory, on the current stream."""
-        targets, pieces = [], []
-        for source, address in sources:
-            reader = source.reader
-            piece = reader.read(layer, source.rows) if reader.in_memory else next(slow)
-            if self._copies is not None and mine is not None and piece.is_pinned():
-                self._copies.collect_rows([(address, piece.data_ptr(), source.rows)], form, mine)
-                self._copied[-1].append(piece)
-            else:
-                pieces.append(piece)
-                at = address - stage.data_ptr()
-                targets.append(stage[at : at + form.size(source.rows)])
-        if pieces:
-            copy_all(targets, pieces, non_blocking=True)
-
-    def _gather(self, layers: range, narrowed: Mapping[tuple[str, str], Narrowed | None]) -> None:
-        """Queue the copies of the rows of each group that are seen first into its staging memory."""
-        some = slice(layers.start, layers.stop)
-        with torch.cuda.stream(self._streams.copy):
-            for key, parts in narrowed.items():
-                if parts is not None:
-                    self._kernels.gather(
-                        layers,
-                        key,
-                        self._row_format(layers.start, key),
-                        hosts=parts.hosts[some],
-                        bases=self._on_device.prepare(key).bases[some],
-                        where=parts.where,
-                        count=parts.split,
-                    )
-
-    def _copied_bytes(self, layer: int, key: tuple[str, str], rows: int) -> int:
-        """How many bytes of some rows of a chunk in host memory are copied."""
-        return copied_bytes(self._row_format(layer, key), self._kernels.own_bytes(layer, key), rows)
 
     def _narrow(self, key: tuple[str, str]) -> Narrowed | None:
         """Which rows of a group belong to which part. None: all come in the first one."""

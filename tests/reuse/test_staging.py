@@ -17,7 +17,7 @@ from tiny import llama, tokenizer
 from cachetune_rag import CacheTune, Document
 from cachetune_rag.concurrency.deadline import DeadlinePool
 from cachetune_rag.model import KVBuffers
-from cachetune_rag.reuse import device_loader, layer_loader, staging
+from cachetune_rag.reuse import device_loader, layer_loader, row_copies, staging
 from cachetune_rag.reuse.device_loader import DeviceLoader
 from cachetune_rag.reuse.host_copies import HostCopies
 from cachetune_rag.reuse.layer_loader import LayerLoader
@@ -130,7 +130,7 @@ def engine(
     monkeypatch.setattr(
         device_loader, "host_copies", lambda: HostCopies(run, lambda _strips, _stream: None) if by_address else None
     )
-    monkeypatch.setattr(device_loader, "copy_all", copy_all)
+    monkeypatch.setattr(row_copies, "copy_all", copy_all)
     with CacheTune(llama(layers=10 if together else 5), tokenizer(), tmp_path) as made:
         made.adapter.half_split = [True] * made.adapter.num_layers
         made.precompute([Document("a", TEXTS)])
