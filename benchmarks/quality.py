@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.together is None:
         args.together = 6 if model.device.type == "cuda" else 1
     answer_ratios = args.answer_ratios if args.answers else []
-    # Only what is asked for, so that folders of before can be gone on with.
+    # Only what is asked for, so that folders from before these options existed can be gone on with.
     more = {name: getattr(args, name) for name, usual in UNUSUAL.items() if getattr(args, name) != usual}
     header = header_of("quality", args, model, answer_ratios=answer_ratios, sets=digests(sets), **more)
     engines = Engines(model, tokenizer, cuda_kernels=args.cuda_kernels, host_budget=args.host_budget)

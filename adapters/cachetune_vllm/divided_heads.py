@@ -92,9 +92,9 @@ class DividedHeads(SharedHeads):
 
     # -- while the model computes ---------------------------------------------------------------------------------
 
-    # Compiled layers call these as they are: what they count, and whether a turn is used up, must not be compiled in. In a replay of graphs the methods behind
-    # them are called, and these call vLLM's communicator, and not its group, which does the same through an operator of torch: the two detours
-    # together take the host some 40 microseconds, and a prompt has 66 exchanges with 32 layers, twice as many where a selector looks at all of them.
+    # Compiled layers call these as they are: what they count, and whether a turn is used up, must not be compiled in. A replay of graphs calls the methods
+    # behind them instead, which call vLLM's communicator. vLLM's group would do the same through an operator of torch. These two detours together
+    # take the host some 40 microseconds, and a prompt has 66 exchanges with 32 layers, twice as many where a selector looks at all of them.
 
     @contextmanager
     def recorded(self, exchange: Exchange) -> Iterator[None]:

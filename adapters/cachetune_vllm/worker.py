@@ -137,8 +137,8 @@ class ReuseWorker:
         return done
 
     def _agreed(self, idle: bool) -> int:
-        """How many loads have ended that vLLM may be told of. Where it has nothing to do and prompts take turns, the step goes on until one is done
-        that had its turn in it: for each further step, vLLM's loop and its messages between processes would be waited for."""
+        """How many loads have ended that vLLM may be told of. Where vLLM has nothing to compute and prompts take turns, the step lasts until a prompt
+        that had its turn in it is done: before each further step, that prompt would wait for vLLM's loop and its messages between processes."""
         while True:
             with self._changed:
                 if idle and self._waiting:
@@ -249,7 +249,7 @@ class ReuseWorker:
             if job.free is not None and stream is not None:
                 stream.wait_event(job.free)
             wanted = partial(self._check_wanted, job.load.request_id)
-            # Where prompts take turns, none is begun before its own: then the end is waited for without looking up again and again.
+            # Where prompts take turns, none is begun before its own turn, so there is nothing to do while this one's end is waited for.
             meanwhile = None if self._heads.in_turns else partial(self._coming.begin_next, turn)
             accounts: list[Account] = []
             account = accounts.append if job.load.explain else None
@@ -259,8 +259,8 @@ class ReuseWorker:
             try:
                 state = engine.executor.reuse(request, turn.memory, wanted, turn.begun, meanwhile, account, too_slow)
             finally:
-                # Where it failed, vLLM gives the pages back, and what is queued must not write to them any more. Where the prompt was put together, that was waited for:
-                # what else is on the stream may be vLLM's next steps.
+                # Where it failed, vLLM gives the pages back, and what is queued must not write to them any more. Where the prompt was put together, its end was
+                # waited for, and what else is on the stream may be vLLM's next steps.
                 if stream is not None and not isinstance(state, PrefillState):
                     stream.synchronize()
         # The rows are in vLLM's pages, and the next prompt gets this memory.

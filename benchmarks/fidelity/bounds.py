@@ -104,7 +104,7 @@ def _request(rows: Sequence[Row]) -> Request:
 def _dearer(
     nothing: dict[str, float], taken: Sequence[dict[str, float]], last: Sequence[float]
 ) -> dict[str, list[float]]:
-    """Signs that rows have since they are noted (`fidelity/shaken.py`). KL grows with the square of an error, so its root is the sign."""
+    """Signs that older rows don't have (`fidelity/shaken.py`). KL grows with the square of an error, so its root is the sign."""
     return {
         SPREAD: [error * nothing["spread"] for error in last],
         SHAKEN: [math.sqrt(each["shaken"]) for each in taken],

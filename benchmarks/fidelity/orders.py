@@ -12,23 +12,23 @@ from .report import QUESTIONS
 from .rows import Row
 
 ALL_ORDERS = f"{QUESTIONS}, mean over orders"
-"""The set of those means."""
+"""The set of the means over orders."""
 _ORDER = re.compile(rf"{QUESTIONS}_order_(\d+)")
 _NUMBERS = ("compute", "kl", "top1", "top1_first", "nll", "nll_difference", "f1", "em", "f1_full", "em_full")
 
 
 def in_orders(questions: Dataset, orders: int, seed: int = 0) -> list[Dataset]:
-    """Questions as they are, and then each with its passages in so many orders less one that are drawn: sets of their own, with the same records."""
+    """One set for each order of the passages: the first has the questions as they are, the others have their passages in an order that is drawn."""
     return [questions, *(_reordered(questions, number, seed) for number in range(2, orders + 1))]
 
 
 def set_of(name: str) -> str:
-    """The set that one of this name is another order of; itself if it is none."""
+    """The set of which this one has the questions in another order; the set itself if it is not such a set."""
     return QUESTIONS if _ORDER.fullmatch(name) else name
 
 
 def mean_of_orders(rows: Iterable[Row]) -> list[Row]:
-    """For every question, form and setting the mean over orders, of those that were measured in all of them. None if there is one order alone."""
+    """The mean over orders for every question, form and setting that was measured in all orders. Empty if there is one order alone."""
     found: dict[tuple[object, ...], dict[str, Row]] = {}
     names = set()
     for row in rows:

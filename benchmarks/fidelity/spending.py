@@ -28,7 +28,7 @@ MISSES = (0.05, 0.2)
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.985)
 PRICES = tuple(np.geomspace(0.03, 30, 40).tolist())
 UNLIKELY = 0.5
-"""What is bought isn't a ratio at which a request is more likely than this to be over the bound."""
+"""At a price, no request is given a ratio at which it is more likely than this to be over the bound."""
 TINY = 1e-6
 """A KL below this counts as this, where logarithms are taken."""
 
@@ -93,8 +93,9 @@ def _levelled(requests: Sequence[Request], signs: Numbers, others: NDArray[np.in
 
 
 def _priced(requests: Sequence[Request], signs: Numbers, others: NDArray[np.int64]) -> Take:
-    """Each takes the ratio from which on more recomputing makes it less likely to be over the bound by less than a price, the setting, which is the same for all. So
-    those recompute much whom it helps much, and no division of the same cost has fewer over the bound, if what is predicted is right.
+    """The setting is a price of recomputing, the same for all requests: each takes the ratio at which its chance to be over the bound and the price of what it
+    recomputes are least together. So requests that it helps much recompute much, and no division of the same cost has fewer over the bound, if what is predicted
+    is right.
 
     KL is taken for log-normal around a mean that grows with the logarithm of the sign.
     """

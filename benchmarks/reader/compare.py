@@ -1,4 +1,4 @@
-"""Answers of two models to the same questions, in pairs: what `quality.py --answers` wrote into two folders; see docs/quality.md.
+"""Answers of two models to the same questions, in pairs: what `quality.py --answers` wrote into two folders; see docs/quality-reader.md.
 
 python benchmarks/reader/compare.py --before FOLDER --after FOLDER
 """

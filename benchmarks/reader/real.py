@@ -15,7 +15,7 @@ from .turns import TOKENS_PER_CHARACTER, Context, Turn, spoken
 _TURNS = 16
 """Of a prompt with passages that have questions of their own, at most."""
 _QUESTIONS_CHANGED, _PASSAGES_CHANGED = 0.7, 0.5
-"""Shares of prompts whose passages are laid out otherwise: those of questions with passages of their own, which are mostly measured in such a layout, and others."""
+"""Shares of the prompts whose passages are laid out otherwise (`_laid_out`): of questions with passages of their own, which are mostly measured in such a layout, and of the others."""
 _JOINED = 2000
 """Characters. Passages of a chunk are joined to at least so many where a chunk has several."""
 
@@ -115,8 +115,8 @@ class RealText:
 
 
 def _laid_out(rng: random.Random, passages: Sequence[str], changed: float) -> tuple[str, ...]:
-    """Passages as chunks: as they are, or, in this share of the prompts, as some sets of questions have them, which know no capitals or accents, stand marks apart, and
-    put several short passages into one chunk.
+    """Passages as chunks: as they are, or, in a share `changed` of the prompts, as some sets of questions have them: without capitals and accents, with blanks
+    around marks, and mostly with several short passages in one chunk.
     """
     if rng.random() >= changed:
         return tuple(passages)

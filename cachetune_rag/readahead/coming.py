@@ -126,7 +126,7 @@ class ReadAhead:
 
         Args:
             sizes: the chunks' keys, in the order in which they are read, and the bytes that each takes in host memory. Those that are read here already, or will be, are
-                left to that: put off by each further prompt, what all prompts show would never be read.
+                not put off again: otherwise chunks that every prompt shows would never be read.
             rows, after: see `go_on`. A request that needs the chunks before opens them itself.
 
         Returns:

@@ -273,10 +273,10 @@ class DeviceLoader(LayerLoader):
         return self._alike_until[layer]
 
     def _together(self, begun: int) -> int:
-        """How many layers may be queued together, behind some that were begun with.
+        """How many layers may be queued together, where `begun` layers were queued before them.
 
-        The first ones come singly, and then as many as there are already: what computes can begin soon, and is not overtaken. No more than half of the ring:
-        while they are placed, the next ones are copied.
+        The first ones are queued singly, so that the computation can begin soon, and then no more at once than are queued already, so that it need not wait.
+        Together they take half of the ring at most: while they are placed, the next ones are copied.
         """
         if self._slow:  # the rows of each layer may have to be waited for
             return 1

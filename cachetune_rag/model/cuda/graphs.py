@@ -72,7 +72,7 @@ STEP = Kind(_STEP_TOKENS, whole=True)
 
 
 def shifting_kinds(kind: Kind) -> list[Kind]:
-    """The kinds that also shift chunks, fewest first, and are the same else."""
+    """The kinds that differ from this one only in that they also shift chunks, those of the fewest chunks first."""
     return [replace(kind, chunks=chunks) for chunks in _CHUNKS]
 
 

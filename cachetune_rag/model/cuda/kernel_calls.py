@@ -70,10 +70,10 @@ class KernelCalls:
         return [address for pair in tables for address in pair]
 
     def _zeros(self, rows: int, length: int) -> Tensor:
-        """What a probe adds up to, float32 [rows, length]. All probes have the same memory, because only one runs at a time; a graph keeps what it was captured with."""
+        """Zeros for what a probe adds up, float32 [rows, length]. All probes have the same memory, because only one runs at a time; a graph keeps the memory that it was captured with."""
         count = rows * length
         if self._totals is None or self._totals.numel() < count:
-            with torch.inference_mode(False):  # probes write to it in any mode
+            with torch.inference_mode(False):  # probes write to it inside and outside of inference mode
                 self._totals = torch.empty(count, dtype=torch.float32, device=self._device)
         return self._totals[:count].view(rows, length).zero_()
 
