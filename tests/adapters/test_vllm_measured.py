@@ -201,11 +201,12 @@ def test_a_left_prompt_says_both_times() -> None:
         (0.9, 550, 100),
         (0.0, 440, 0),
     ):
-        said = why_nothing(NothingReused(report, reading=Reading(0.4, before, 100 - 27)), plain)
+        said = why_nothing(NothingReused(report, reading=Reading(0.4, before, 100 - 27), left_on_disk=3), plain)
         assert said == {
             "reused": 0,
             "left": "slow disk",
             "why": f"reuse would take about {about} ms, as its chunks take 400 ms to be read from disk and its other tokens 140 ms to be computed, "
             f"{behind} ms of that behind the reading; vLLM takes 520 ms for the prompt, by what this server took lately",
+            "left_on_disk": 3,
         }
     assert why_nothing(NothingReused(report), plain) == {"reused": 0, "left": "all recomputed"}
