@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
+from .cells import line, number
 from .forms import PLAIN
-from .measures import Estimate, mean
+from .measures import mean
 from .orders import mean_of_orders
 from .report import form_of, in_order
 from .rows import Row
@@ -39,8 +40,8 @@ def by_answers(rows: Iterable[Row]) -> str:
     for name in in_order({name for name, _ in answers}):
         full = next((found for (each, s), found in answers.items() if each == name and s.selector == EVERYTHING), {})
         settings = [setting for each, setting in answers if each == name and setting != BASELINE]
-        lines = [_row(_HEAD), _row(["---"] * len(_HEAD))]
-        lines += [_row(_cells(s, answers[name, s], full)) for s in sorted(settings, key=_order)]
+        lines = [line(_HEAD), line(["---"] * len(_HEAD))]
+        lines += [line(_cells(s, answers[name, s], full)) for s in sorted(settings, key=_order)]
         parts += [f"### {name}", "\n".join(lines)]
     return "\n\n".join(parts) + "\n" if answers else ""
 
@@ -63,7 +64,7 @@ def changes(before: Iterable[Row], after: Iterable[Row]) -> str:
         "exact after, %",
         "change, points",
     )
-    lines = [_row(head), _row(["---"] * len(head))]
+    lines = [line(head), line(["---"] * len(head))]
     for name in in_order({name for name, _ in first}):
         for setting in sorted((s for each, s in first if each == name), key=_order):
             own, other = first[name, setting], second.get((name, setting), {})
@@ -74,9 +75,9 @@ def changes(before: Iterable[Row], after: Iterable[Row]) -> str:
                 em = [[100 * found[r]["em"] for r in shared] for found in (own, other)]
                 cells = [name, _called(setting), str(len(shared))]
                 for numbers, digits in ((f1, 3), (em, 0)):
-                    cells += [_number(mean(each), digits) for each in numbers]
-                    cells.append(_number(mean([b - a for a, b in zip(*numbers, strict=True)]), digits, "+"))
-                lines.append(_row(cells))
+                    cells += [number(mean(each), digits) for each in numbers]
+                    cells.append(number(mean([b - a for a, b in zip(*numbers, strict=True)]), digits, "+"))
+                lines.append(line(cells))
     if len(lines) == 2:
         raise ValueError(
             "the two runs have no answer to the same question under the same setting: measure the same ones, with --answers."
@@ -97,13 +98,13 @@ def _answers(rows: list[Row]) -> Answers:
 def _cells(setting: Setting, found: dict[str, Row], full: dict[str, Row]) -> list[str]:
     rows, shared = [found[record] for record in sorted(found)], sorted(found.keys() & full.keys())
     exact, right = ({r for r in shared if some[r]["em"] >= _EXACT} for some in (full, found))
-    cells = [_called(setting), str(len(rows)), _number(mean([row["f1"] for row in rows]), 3)]
-    cells.append(_number(mean([100 * row["em"] for row in rows]), 0))
+    cells = [_called(setting), str(len(rows)), number(mean([row["f1"] for row in rows]), 3)]
+    cells.append(number(mean([100 * row["em"] for row in rows]), 0))
     if setting.selector == EVERYTHING:
         return [*cells, "", "", "", ""]
-    cells.append(_number(mean([found[r]["f1"] - full[r]["f1"] for r in shared]), 3, "+"))
+    cells.append(number(mean([found[r]["f1"] - full[r]["f1"] for r in shared]), 3, "+"))
     cells += [f"{len(exact & right)} of {len(exact)}", str(len(right - exact))]
-    return [*cells, _number(mean([100 * found[r]["em_full"] for r in shared]), 0)]
+    return [*cells, number(mean([100 * found[r]["em_full"] for r in shared]), 0)]
 
 
 def _called(setting: Setting) -> str:
@@ -115,13 +116,3 @@ def _called(setting: Setting) -> str:
 
 def _order(setting: Setting) -> tuple[bool, Setting]:
     return setting.selector != EVERYTHING, setting
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _number(estimate: Estimate, digits: int, sign: str = "") -> str:
-    if estimate.value != estimate.value:
-        return ""
-    return f"{estimate.value:{sign}.{digits}f} [{estimate.low:{sign}.{digits}f}, {estimate.high:{sign}.{digits}f}]"

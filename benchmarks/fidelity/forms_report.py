@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 
+from .cells import line, number, percent
 from .forms import FORMS, PLAIN, of_documents
 from .measures import Estimate, difference_of_shares, mean, share_closed
 from .report import QUESTIONS, form_of, in_order
@@ -44,7 +44,7 @@ def by_form(rows: Iterable[Row]) -> str:
             if setting == BASELINE or setting.selector == EVERYTHING:
                 continue
             words = f"{name}, `{setting.selector}`" + (f" r {setting.ratio:g}" if setting.ratio else "")
-            lines = [f"| {' | '.join((*_HEAD, *_AGAINST))} |", "| --- " * len((*_HEAD, *_AGAINST)) + "|"]
+            lines = [line((*_HEAD, *_AGAINST)), "| --- " * len((*_HEAD, *_AGAINST)) + "|"]
             lines += [_line(cells, name, form, setting) for form in forms if (name, form, setting, "ratio") in cells]
             parts += [f"### {words}, lead-in {setting.lead_in}, codec {setting.codec}", "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
@@ -68,10 +68,10 @@ def _line(cells: Cells, name: str, form: str, setting: Setting) -> str:
     shown = [form, str(len(rows)), _range(sizes), f"{sum(row['prompt_tokens'] for row in rows) / len(rows):.0f}"]
     # A run that was cut off has a record of which only the first settings were measured.
     both = sorted(found.keys() & nothing.keys())
-    shown += [_number(mean(_kl(nothing, both)), 4), _number(mean(_kl(found, sorted(found))), 4)]
-    shown += [_percent(_share(found, nothing)), _number(mean([row["top1"] for row in rows]), 3)]
+    shown += [number(mean(_kl(nothing, both)), 4), number(mean(_kl(found, sorted(found))), 4)]
+    shown += [percent(_share(found, nothing)), number(mean([row["top1"] for row in rows]), 3)]
     shown += [f"{sum(row['compute'] for row in rows) / len(rows):.3f}", *_against_plain(cells, name, form, setting)]
-    return f"| {' | '.join([*shown, _percent(_share(equal, nothing))])} |"
+    return line([*shown, percent(_share(equal, nothing))])
 
 
 def _against_plain(cells: Cells, name: str, form: str, setting: Setting) -> list[str]:
@@ -84,7 +84,7 @@ def _against_plain(cells: Cells, name: str, form: str, setting: Setting) -> list
     change = mean([a - b for a, b in zip(_kl(own, shared), _kl(plain, shared), strict=True)])
     based = [record for record in shared if record in own_nothing and record in plain_nothing]
     points = difference_of_shares(*(_kl(each, based) for each in (own, own_nothing, plain, plain_nothing)))
-    return [str(len(shared)), _number(change, 4, "+"), _percent(points, "+")]
+    return [str(len(shared)), number(change, 4, "+"), percent(points, "+")]
 
 
 def _kl(rows: dict[str, Row], records: Sequence[str]) -> list[float]:
@@ -108,15 +108,3 @@ def _range(numbers: Sequence[int]) -> str:
     if not numbers:
         return ""
     return str(numbers[0]) if numbers[0] == numbers[-1] else f"{numbers[0]} to {numbers[-1]}"
-
-
-def _percent(estimate: Estimate, sign: str = "") -> str:
-    if math.isnan(estimate.value):
-        return ""
-    return f"{100 * estimate.value:{sign}.1f} [{100 * estimate.low:{sign}.0f}, {100 * estimate.high:{sign}.0f}]"
-
-
-def _number(estimate: Estimate, digits: int, sign: str = "") -> str:
-    if math.isnan(estimate.value):
-        return ""
-    return f"{estimate.value:{sign}.{digits}f} [{estimate.low:{sign}.{digits}f}, {estimate.high:{sign}.{digits}f}]"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .cells import line, number, percent
 from .forms import PLAIN
 from .measures import Estimate, mean, share_closed
 from .rows import KEY, Row, read_rows, row_files
@@ -132,8 +132,8 @@ def _baseline(points: Sequence[Point]) -> str:
     if base is None:
         return "The baseline (nothing recomputed, first-token lead-in) was not measured, so there are no shares."
     return (
-        f"{base.records} records. KL(0), nothing recomputed behind the first token: {_number(base.kl)}; top-1 agreement "
-        f"{_number(base.top1)}."
+        f"{base.records} records. KL(0), nothing recomputed behind the first token: {number(base.kl, 4)}; top-1 agreement "
+        f"{number(base.top1, 4)}."
     )
 
 
@@ -141,13 +141,13 @@ def _shares(points: Sequence[Point]) -> str:
     """A table of selectors and ratios."""
     exact = [p for p in equal_compute(points) if p.setting.codec == BASELINE.codec and p.setting.selector != EVERYTHING]
     ratios = sorted({p.setting.ratio for p in exact})
-    lines = [_row(["lead-in", "selector", *(f"r {r:g}" for r in ratios)]), _row(["---"] * (len(ratios) + 2))]
+    lines = [line(["lead-in", "selector", *(f"r {r:g}" for r in ratios)]), line(["---"] * (len(ratios) + 2))]
     for lead_in in dict.fromkeys(p.setting.lead_in for p in exact):
         cells = {(p.setting.selector, p.setting.ratio): p.share for p in exact if p.setting.lead_in == lead_in}
         nothing = cells.get((NOTHING, 0.0))
         for selector in sorted({s for s, _ in cells if s != NOTHING}):
             shares = [cells.get((selector, r), nothing if r == 0 else None) for r in ratios]
-            lines.append(_row([lead_in, f"`{selector}`", *(_percent(s) for s in shares)]))
+            lines.append(line([lead_in, f"`{selector}`", *(percent(s) for s in shares)]))
     return "\n".join(lines)
 
 
@@ -168,30 +168,16 @@ def _details(points: Sequence[Point]) -> str:
         "first",
         "NLL diff",
     ]
-    lines = [_row([*head, *(titles[k] for k in names)]), _row(["---"] * (len(head) + len(names)))]
+    lines = [line([*head, *(titles[k] for k in names)]), line(["---"] * (len(head) + len(names)))]
     for p in sorted(points, key=lambda p: (p.setting, p.budget)):
         s = p.setting
         cells = [s.lead_in, s.codec, f"`{s.selector}`", f"{s.ratio:g}", p.budget, str(p.records), f"{p.compute:.4f}"]
-        cells += [_number(p.kl), _percent(p.share), _number(p.top1, 3), _number(p.top1_first, 3)]
-        cells += [_number(p.nll_difference, 3), *(_number(p.answers[k], 3) if k in p.answers else "" for k in names)]
-        lines.append(_row(cells))
+        cells += [number(p.kl, 4), percent(p.share), number(p.top1, 3), number(p.top1_first, 3)]
+        cells += [number(p.nll_difference, 3), *(number(p.answers[k], 3) if k in p.answers else "" for k in names)]
+        lines.append(line(cells))
     return "\n".join(lines)
 
 
 def in_order(names: set[str]) -> list[str]:
     """Names of sets as tables have them."""
     return sorted(names, key=lambda n: (SETS.index(n) if n in SETS else len(SETS), n))
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _percent(estimate: Estimate | None) -> str:
-    if estimate is None or math.isnan(estimate.value):
-        return ""
-    return f"{100 * estimate.value:.1f} [{100 * estimate.low:.0f}, {100 * estimate.high:.0f}]"
-
-
-def _number(estimate: Estimate, digits: int = 4) -> str:
-    return f"{estimate.value:.{digits}f} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"

@@ -17,6 +17,7 @@ from cachetune_rag.selection.predictor import FEWEST_PROMPTS, Observation, Predi
 
 from . import bounds
 from .bounds import BY_LAST, SHAKEN_LAST, SIGN, Request, misses_at
+from .cells import number
 from .measures import ratio_of_sums
 
 Numbers = NDArray[np.float64]
@@ -165,6 +166,6 @@ def markdown(sets: dict[str, list[Request]]) -> str:
         for way, missed in sums.items():
             few = fixed.sum() < bounds.FEWEST * max(1, count)
             parts = [] if few else [ratio_of_sums(missed, other) for other in (fixed, sums[PRESENT])]
-            shown = " | ".join(f"{e.value:.2f} [{e.low:.2f}, {e.high:.2f}]" for e in parts) or " | "
+            shown = " | ".join(number(each, 2) for each in parts) or " | "
             lines.append(f"| {name} ({len(requests)}) | {way} | {count} | {shown} |")
     return "\n".join(lines) + "\n"
