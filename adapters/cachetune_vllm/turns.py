@@ -25,8 +25,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-MEANWHILE = 0.0005
-"""Seconds between two calls of what is done while a turn is waited for."""
+from cachetune_rag.reuse.on_device import MEANWHILE
 
 
 class TurnsEndedError(Exception):

@@ -45,13 +45,7 @@ class BatchWork:
             work()
             return 0
 
-        try:
-            job = self._pool.submit(run)
-        except RuntimeError:  # closed already
-            drop()
-            return
-        job.add_done_callback(lambda ended: drop() if ended.cancelled() else None)
-        batch.prefetch.futures.append(job)
+        self._submit(batch, run, drop)
 
     def begin_later(self, batch: Batch, after: float, work: Callable[[], object], drop: Callable[[], None]) -> bool:
         """As `begin`, so many seconds from now. Returns whether the batch waits for that now; if not, `drop` was called."""
@@ -97,13 +91,7 @@ class BatchWork:
                 ended()
 
         for _ in range(left):
-            try:
-                future = self._pool.submit(run)
-            except RuntimeError:  # closed meanwhile
-                ended()
-                continue
-            future.add_done_callback(lambda job: ended() if job.cancelled() else None)
-            batch.prefetch.futures.append(future)
+            self._submit(batch, run, ended)
 
     def close(self) -> None:
         """Drop what no thread has begun; when this returns, nothing is done any more. Work that is being done looks at `closing`."""
@@ -114,6 +102,16 @@ class BatchWork:
             timer.cancel()
             drop()
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _submit(self, batch: Batch, run: Callable[[], int], drop: Callable[[], None]) -> None:
+        """Hand `run` to a thread, which gives the bytes of host memory that it filled. `drop` is called instead if no thread gets to it."""
+        try:
+            job = self._pool.submit(run)
+        except RuntimeError:  # closed already
+            drop()
+            return
+        job.add_done_callback(lambda ended: drop() if ended.cancelled() else None)
+        batch.prefetch.futures.append(job)
 
     def _due(self, batch: Batch, work: Callable[[], object]) -> None:
         with self._lock:

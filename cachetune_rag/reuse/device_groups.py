@@ -117,8 +117,10 @@ class DeviceGroups:
 
     def _layer_bytes(self, key: tuple[str, str]) -> int:
         """Bytes that the rows of a group's largest layer take."""
-        different = {id(form): form for form in self._forms(key)}.values()
-        return max(sum(form.span(source.rows) for source in self._sources[key]) for form in different)
+        return max(
+            sum(form.span(source.rows) for source in self._sources[key])
+            for form in _different(self._forms(key)).values()
+        )
 
     def stage(self, layer: int, key: tuple[str, str]) -> Tensor | None:
         """The staging memory of a group for a layer; None if none was needed so far."""
@@ -138,8 +140,7 @@ class DeviceGroups:
         bases = np.zeros((len(forms), len(group) + len(group) % 2), np.int64)
         staged = [index for index, here in enumerate(in_place) if not here]
         if staged:
-            # By identity, as layers share their formats: hashing the formats would take longer than the rest of this method.
-            different = {id(form): form for form in forms}.items()
+            different = _different(forms).items()
             ends = {name: np.cumsum([0, *(form.span(group[i].rows) for i in staged)]) for name, form in different}
             room = max(int(sums[-1]) for sums in ends.values())
             stages = [piece.memory.data_ptr() for piece in self._take(key, room)]
@@ -246,3 +247,8 @@ class DeviceGroups:
             for number, piece in zip(few, self._streams.staging.take(few, key, size), strict=True):
                 self._stages[number][key] = piece
         return [self._stages[number][key] for number in numbers]
+
+
+def _different(forms: Sequence[RowFormat]) -> dict[int, RowFormat]:
+    """The formats of a group's layers, each once. By identity, as layers share their formats: hashing them would take longer than what is done with them."""
+    return {id(form): form for form in forms}

@@ -341,9 +341,8 @@ class DeviceLoader(LayerLoader):
             )
             return
         for layer in layers:
-            size = sum(
-                form.span(source.rows) for form in [self._row_format(layer, key)] for source in self._groups[key]
-            )
+            form = self._row_format(layer, key)
+            size = sum(form.span(source.rows) for source in self._groups[key])
             stage = self._on_device.stage(layer, key)
             assert stage is not None
             self._place_rows(layer, key, stage[:size], self._part(key, WHOLE))

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 
 MEANWHILE = 0.0005
-"""Seconds between two calls of what is done while the device computes: less than the device needs to copy a layer of a long prompt."""
+"""Seconds between two calls of what is done while the device computes, or while a turn to compute is waited for: less than the device needs to copy a layer of a long prompt."""
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:

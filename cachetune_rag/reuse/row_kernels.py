@@ -77,16 +77,11 @@ class RowKernels:
     @staticmethod
     def _steps(buffers: KVBuffers, layer: int) -> tuple[int, int] | None:
         """By how many numbers keys and values of a layer lie behind those of the layer before; None: not so that `kernels.rows.place` takes it."""
-        size, keys, values = buffers.dtype.itemsize, buffers.key_rows, buffers.value_rows
-        for_keys = keys[layer].data_ptr() - keys[layer - 1].data_ptr()
-        for_values = values[layer].data_ptr() - values[layer - 1].data_ptr()
-        if for_keys % (_STEP * size) or for_values % (_STEP * size):
+        size = buffers.dtype.itemsize
+        steps = [rows[layer].data_ptr() - rows[layer - 1].data_ptr() for rows in (buffers.key_rows, buffers.value_rows)]
+        if any(step % (_STEP * size) or not 0 < step < _FAR for step in steps):
             return None
-        return (
-            (for_keys // size, for_values // size)
-            if 0 < min(for_keys, for_values) <= max(for_keys, for_values) < _FAR
-            else None
-        )
+        return steps[0] // size, steps[1] // size
 
     def gather(
         self,

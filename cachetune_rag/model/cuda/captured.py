@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cachetune_rag.model.cuda.graphs import Exchange, ExchangeMemory, Graph, Inputs, Kind, Recorder
+from cachetune_rag.model.cuda.graphs import Exchange, ExchangeMemory, Graph, Inputs, Kind, Recorder, nothing
 from cachetune_rag.model.cuda.kernel_call import KernelCall
 from cachetune_store import pinning
 
@@ -103,7 +103,7 @@ class CapturedGraphs:
             with pinning.capturing(), torch.cuda.stream(self._stream), self._recorded(recorder.exchange):
                 recorder.begin()
                 try:
-                    out, call = run(_nothing if kind.whole else recorder.cut)
+                    out, call = run(nothing if kind.whole else recorder.cut)
                 finally:
                     recorder.end()
         except RuntimeError as error:
@@ -151,7 +151,3 @@ def _out_of_memory(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def _nothing(_layer: int) -> None:
-    pass

@@ -34,6 +34,7 @@ from cachetune_rag.model.cuda.graphs import (
     Kind,
     bucket,
     buckets,
+    nothing,
     padded_chunks,
     padded_length,
     shift_numbers,
@@ -123,11 +124,11 @@ class DeviceForward:
         if numbers is None and kind not in self._graphs:
             # A graph that shifts chunks computes the same where no chunk is shifted. Most selectors shift, so a graph without would be one more for each size.
             kind = next((k for k in shifting_kinds(kind) if k in self._graphs), kind)
-        return self._go(kind, ids, positions, buffers, before or _nothing, shift=numbers)
+        return self._go(kind, ids, positions, buffers, before or nothing, shift=numbers)
 
     def step(self, token: int, place: int, buffers: KVBuffers) -> Tensor:
         """Run the model on one more token, at `place`, whose row `buffers` must have already. Gives logits [1, vocab]."""
-        return self._go(STEP, torch.tensor([token]), torch.tensor([place]), buffers, _nothing)
+        return self._go(STEP, torch.tensor([token]), torch.tensor([place]), buffers, nothing)
 
     def received(self, probe: ProbePass) -> Tensor:
         """As `ModelAdapter.received_attention`."""
@@ -162,7 +163,7 @@ class DeviceForward:
         inputs = Inputs(kind, self._num_layers, self._device)
         inputs.fill(torch.arange(TOKENS) % vocabulary, torch.arange(TOKENS), buffers)
         before = self._fused.ready
-        done = self._fused.compile(lambda: self._eager(inputs, _nothing, self._calls.make(kind, inputs)))
+        done = self._fused.compile(lambda: self._eager(inputs, nothing, self._calls.make(kind, inputs)))
         if done and not before:
             # Graphs captured before don't contain the compiled layers. Their memory pool is freed with the last of them.
             self.drop_graphs()
@@ -213,7 +214,7 @@ class DeviceForward:
         inputs = Inputs(kind, self._num_layers, self._device)
         inputs.fill_idle()
         self._keep(inputs)
-        self._eager(inputs, _nothing, self._calls.make(kind, inputs))
+        self._eager(inputs, nothing, self._calls.make(kind, inputs))
         self._graphs.ran(kind)
         if capture and self.graphs_enabled and kind.tokens <= MAX_TOKENS:
             self._capture(kind)
@@ -296,7 +297,3 @@ def opaque_cache() -> type[KernelCache]:
     reference cycle. Gigabytes would stay until Python's garbage collector runs.
     """
     return type("OpaqueKernelCache", (KernelCache,), {"update": opaque(KernelCache.update)})
-
-
-def _nothing(_layer: int) -> None:
-    pass

@@ -223,6 +223,10 @@ _Action = Callable[[Callable[[int], None]], None]
 """What is done before a piece is replayed. It is given `before` of the forward."""
 
 
+def nothing(_layer: int) -> None:
+    """What is called before a layer where nothing is to be done."""
+
+
 class Graph:
     """A captured forward: its inputs, its pieces in order, and the tensor to which the last piece writes the result.
 
