@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from shared_places import Place
+from shared_places import Place, eventually
 from store_samples import sample
 
 from cachetune_store import ChunkStore, StoreError, StoreKeyError
@@ -71,6 +71,7 @@ def test_machines_with_the_key_share_what_they_have(place: Place, tmp_path: Path
         assert other.note(NOTE) == b"agreed"
     if codec is None:
         assert tier_of(second, 1) == tier_of(third, 1) == "remote"
+        eventually(lambda: second.tier("disk").contains(sample(1).key))  # closing drops what waits to be written there
         second.close()
         with ChunkStore(tmp_path / "second", store_key=KEY) as alone:
             assert tier_of(alone, 1) == "disk", "what was read whole is in the folder, with the folder's sums"
